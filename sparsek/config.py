@@ -1,0 +1,244 @@
+"""Frozen dataclasses that configure the library, and the presets. Flags are turned into these; nothing here reads a flag."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+ATTENTION_KINDS = ("sparsek", "sliding_window", "full")
+GATES = ("straight_through", "value", "key_value")
+SCORERS = ("linear", "conv", "random")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
+REMAT_POLICIES = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16")
+
+
+def check_choice(name: str, value, choices) -> None:
+  """Raises ValueError unless `value` is one of `choices`, naming all three."""
+  if value not in choices:
+    raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def check_at_least(name: str, value, minimum) -> None:
+  """Raises ValueError unless `value >= minimum`."""
+  if not value >= minimum:
+    raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def parse_layer_pattern(pattern) -> tuple[str, ...]:
+  """Turns "sparsek*5,full" (or a sequence of such terms) into a tuple of attention kinds; the tuple repeats over the layers."""
+  kinds = []
+  for term in pattern.split(",") if isinstance(pattern, str) else pattern:
+    kind, _, times = term.strip().partition("*")
+    if kind not in ATTENTION_KINDS or (times and not times.isdecimal()) or times == "0":
+      raise ValueError(f"attention pattern {pattern!r}: the term {term!r} is not KIND or KIND*TIMES with KIND one of {', '.join(ATTENTION_KINDS)}")
+    kinds += [kind] * int(times or 1)
+  return tuple(kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """A decoder language model. No parameter depends on `k`, `window` or `gate`, so a checkpoint restores under other values of them.
+
+  Attributes:
+    vocab_size: number of token ids.
+    num_layers: number of blocks.
+    embed_dim: width of the residual stream.
+    num_heads: query heads H.
+    num_kv_heads: key/value heads G; H must be a multiple of G.
+    head_dim: width D of a head; even, for the rotary embedding.
+    mlp_dim: hidden width of the SwiGLU.
+    attention: attention kind per layer as a pattern that repeats over the layers: "sparsek", "sparsek*5,full" or a tuple.
+    k: selected key/value pairs per query (sparsek layers).
+    window: most recent tokens each query sees, itself included (sparsek and sliding_window layers).
+    gate: how the selection mask enters; see `sparsek.sparsek_attention`.
+    scorer: scoring network: "linear", "conv" (a short convolution), "random" (fixed noise, the control).
+    scorer_lookahead: tokens after its own that a conv scorer may see; at most `window`, since a token is judged only after `window` steps.
+    scorer_lookback: tokens before its own that a conv scorer sees.
+    scorer_normalize: normalise logits causally over time before the learned scale.
+    scorer_init_scale: initial standard deviation of the scores.
+    scorer_init_slope: initial growth of the scores per 1024 tokens of position.
+    rope_theta: base of the rotary embedding.
+    norm_eps: epsilon of RMSNorm.
+    qk_norm: RMSNorm over the head dimension of queries and keys.
+    use_bias: biases on the query, key and value projections.
+    tie_embeddings: the output matrix is the embedding.
+    dtype: of activations and matrix inputs; parameters, scores, softmax and loss are float32.
+    remat: what the backward pass recomputes per block: "none", "dots" (everything but matrix products), "full".
+    scan_layers: stack the layers' parameters and scan over them; compiles faster.
+    implementation: of attention; None takes the fastest that can run.
+  """
+  vocab_size: int = 257
+  num_layers: int = 4
+  embed_dim: int = 128
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_dim: int = 32
+  mlp_dim: int = 384
+  attention: str | tuple[str, ...] = "sparsek"
+  k: int = 64
+  window: int = 64
+  gate: str = "straight_through"
+  scorer: str = "linear"
+  scorer_lookahead: int = 4
+  scorer_lookback: int = 3
+  scorer_normalize: bool = True
+  scorer_init_scale: float = 4.0
+  scorer_init_slope: float = 1.0
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-6
+  qk_norm: bool = False
+  use_bias: bool = False
+  tie_embeddings: bool = True
+  dtype: str = "float32"
+  remat: str = "none"
+  scan_layers: bool = False
+  implementation: str | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
+    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k"):
+      check_at_least(name, getattr(self, name), 1)
+    for name in ("window", "scorer_lookahead", "scorer_lookback"):
+      check_at_least(name, getattr(self, name), 0)
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} must be even, for the rotary embedding")
+    check_choice("gate", self.gate, GATES)
+    check_choice("scorer", self.scorer, SCORERS)
+    check_choice("dtype", self.dtype, DTYPES)
+    check_choice("remat", self.remat, REMAT_POLICIES)
+    check_choice("implementation", self.implementation, (None, *IMPLEMENTATIONS))
+    if "sparsek" in self.attention and self.scorer == "conv" and self.scorer_lookahead > self.window:
+      raise ValueError(f"scorer_lookahead={self.scorer_lookahead} must be at most window={self.window}: a token is judged when it leaves the window")
+    if "sliding_window" in self.attention and self.window < 1:
+      raise ValueError(f"window={self.window} must be at least 1 for sliding_window layers")
+    if len(self.attention) > self.num_layers:
+      raise ValueError(f"the attention pattern names {len(self.attention)} layers, more than num_layers={self.num_layers}")
+    if self.scan_layers and self.num_layers % len(self.attention):
+      raise ValueError(f"scan_layers needs num_layers={self.num_layers} to be a multiple of the attention pattern's length {len(self.attention)}")
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """The attention kind of each layer."""
+    return tuple(self.attention[i % len(self.attention)] for i in range(self.num_layers))
+
+  @property
+  def activation_dtype(self):
+    return jnp.dtype(self.dtype)
+
+
+PRESETS = {
+    # name: (layers, width, heads, kv heads, head_dim, mlp, vocabulary, k, window)
+    "tiny": (4, 128, 4, 2, 32, 384, 257, 64, 64),
+    "mini": (6, 384, 6, 2, 64, 1024, 8192, 256, 256),
+    "gpt2_small": (12, 768, 12, 12, 64, 2048, 50257, 512, 512),
+    "gpt2_medium": (24, 1024, 16, 16, 64, 2736, 50257, 512, 512),
+    "1b": (16, 2048, 32, 8, 64, 5632, 50257, 1024, 1024),
+}
+
+
+def preset(name: str, **overrides) -> TransformerConfig:
+  """The configuration called `name` with some fields replaced.
+
+  Presets: "tiny" (1M parameters, bytes, for a CPU), "mini" (16M), "gpt2_small" (124M), "gpt2_medium" (355M), "1b" (1.0B).
+
+  Raises:
+    ValueError: for an unknown preset, an unknown field or a value out of range.
+  """
+  check_choice("preset", name, PRESETS)
+  fields = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "k", "window")
+  known = [f.name for f in dataclasses.fields(TransformerConfig)]
+  for field in overrides:
+    check_choice("configuration field", field, known)
+  return TransformerConfig(**{**dict(zip(fields, PRESETS[name])), "dtype": "float32" if name == "tiny" else "bfloat16", **overrides})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where tokens come from and how they are cut into rows.
+
+  Attributes:
+    data: "stdlib" (the source of Python's standard library, byte tokens) or the folder that `experiments.prepare_data` wrote.
+    seq_len: tokens per row that the model sees (a row stores one more, the last target).
+    batch_size: rows per optimizer step, over all processes and accumulation steps.
+    seed: of the shuffle.
+    segment_documents: give packed documents segment ids of their own, so that attention and loss restart at each.
+  """
+  data: str = "stdlib"
+  seq_len: int = 512
+  batch_size: int = 8
+  seed: int = 0
+  segment_documents: bool = True
+
+  def __post_init__(self):
+    for name in ("seq_len", "batch_size"):
+      check_at_least(name, getattr(self, name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with linear warm-up and cosine decay.
+
+  Attributes:
+    learning_rate: peak learning rate.
+    warmup_steps: steps from 0 to the peak.
+    num_steps: length of the schedule, warm-up included.
+    final_lr_ratio: learning rate at the end over the peak.
+    weight_decay: decoupled, on matrices only (not on norms, biases, scales, slopes or embeddings).
+    grad_clip: largest global gradient norm; 0 turns clipping off.
+    b1, b2: decay of the first and second moments.
+  """
+  learning_rate: float = 1e-3
+  warmup_steps: int = 100
+  num_steps: int = 1000
+  final_lr_ratio: float = 0.1
+  weight_decay: float = 0.1
+  grad_clip: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.95
+
+  def __post_init__(self):
+    check_at_least("num_steps", self.num_steps, 1)
+    for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip"):
+      check_at_least(name, getattr(self, name), 0)
+    if self.warmup_steps > self.num_steps:
+      raise ValueError(f"warmup_steps={self.warmup_steps} must be at most num_steps={self.num_steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A training run: everything but the model, which is a TransformerConfig.
+
+  Attributes:
+    workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
+    data, optimizer: see their classes.
+    seed: of the parameters.
+    grad_accumulation: micro-batches per optimizer step; divides the batch size.
+    loss_chunk: tokens whose logits exist at once in the cross-entropy.
+    log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
+    eval_batches: batches per evaluation.
+    keep_checkpoints: newest checkpoints kept.
+    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run.
+    tensorboard: also write TensorBoard events.
+  """
+  workdir: str
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  seed: int = 0
+  grad_accumulation: int = 1
+  loss_chunk: int = 2048
+  log_every: int = 10
+  eval_every: int = 200
+  eval_batches: int = 8
+  checkpoint_every: int = 200
+  keep_checkpoints: int = 3
+  init_from: str | None = None
+  tensorboard: bool = False
+
+  def __post_init__(self):
+    for name in ("grad_accumulation", "loss_chunk", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+      check_at_least(name, getattr(self, name), 1)
+    check_at_least("eval_every", self.eval_every, 0)
+    if self.data.batch_size % self.grad_accumulation:
+      raise ValueError(f"batch_size={self.data.batch_size} must be a multiple of grad_accumulation={self.grad_accumulation}")
