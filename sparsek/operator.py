@@ -1,19 +1,339 @@
-"""STUB (being replaced): O(n^2) causal_sparsek."""
+"""The SPARSEK operator (arXiv 2406.16747, section 3), over a whole axis and causally for every prefix at once.
+
+`sparsek(z, k) = argmin ||p - z||^2  subject to  0 <= p <= 1, sum p = k` has the solution `p = clip(z - tau, 0, 1)`. The threshold tau is piecewise
+linear between the breakpoints `z_j - 1` and `z_j`; both functions find the piece that holds it by bisection over the sorted breakpoints, then solve on it.
+
+`causal_sparsek` does so for all prefixes together. Their thresholds never decrease, so for one guess a prefix, each entry is at 1, then fractional,
+then 0 on consecutive intervals of queries, and counts and sums over entries are difference arrays with a cumulative sum: O(n) a round, O(log n) rounds, no loop over tokens.
+Sums of a million scores would round in float32, so they are taken in fixed point with integer arithmetic, which wraps but never rounds.
+"""
+
+import functools
+import math
 from typing import NamedTuple
-import jax, jax.numpy as jnp
-from sparsek.kernels import reference
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
 
 class CausalSelection(NamedTuple):
+  """What `causal_sparsek` returns.
+
+  Attributes:
+    threshold: [batch, n, heads] float32, tau_i of query i, never decreasing within a document; -inf while at most k candidates exist.
+    expiry: [batch, n, heads] int32; token j is among the top k of query i  iff  j + delay <= i < expiry_j (and i is in its document).
+  """
   threshold: jax.Array
   expiry: jax.Array
 
-def causal_sparsek(scores, k, *, delay=0, segment_ids=None):
-  b, n, g = scores.shape
-  gate, sel, _ = reference.selection(scores, k, delay, segment_ids)
-  i = jnp.arange(n)[:, None]
-  expiry = jnp.max(jnp.where(sel, i + 1, 0), axis=2)
-  u = jnp.swapaxes(scores, 1, 2)[:, :, None, :]
-  frac = (gate > 0) & (gate < 1)
-  tau = jnp.sum(jnp.where(frac, u - gate, 0), -1) / jnp.maximum(frac.sum(-1), 1)
-  tau = jnp.where(frac.any(-1), tau, jnp.max(jnp.where((gate == 0) & (u > -jnp.inf) & (jnp.arange(n)[None] + delay <= i), u, -jnp.inf), -1))
-  return CausalSelection(jnp.swapaxes(tau, 1, 2), jnp.swapaxes(expiry, 1, 2))
+
+def _check(name, scores, k, ndim=None):
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    raise ValueError(f"{name}: scores must be floating point, got {scores.dtype}")
+  if ndim is not None and scores.ndim != ndim:
+    raise ValueError(f"{name}: scores must have shape [batch, n, heads], got {scores.shape}")
+  if ndim is None and scores.ndim < 1:
+    raise ValueError(f"{name}: scores must have at least one axis, got a scalar")
+  if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+    raise ValueError(f"{name}: k={k!r} must be a Python integer")
+  if k < 1:
+    raise ValueError(f"{name}: k={k} must be at least 1")
+
+
+def _finite(scores):
+  """NaN and -inf (both "not a candidate" here) and +inf become finite, so that arithmetic on them stays defined."""
+  largest = float(jnp.finfo(scores.dtype).max)
+  return jnp.nan_to_num(scores, nan=-largest, neginf=-largest, posinf=largest)
+
+
+def _minus_one(u):
+  """u - 1, the breakpoint at which an entry leaves 1; u itself where the floats are too coarse to hold u - 1."""
+  return jnp.where(jnp.abs(u) >= 2.0 ** (jnp.finfo(u.dtype).nmant + 1), u, u - 1)
+
+
+def _below(breakpoint, step):
+  """`breakpoint - step`; where floats are wider than 1 a positive step must still lead below, so that tied entries keep gate 1, not 0."""
+  tau = breakpoint - step
+  absorbed = (step > 0) & (tau == breakpoint) & (jnp.abs(breakpoint) >= 2.0 ** jnp.finfo(tau.dtype).nmant)
+  return jnp.where(absorbed, jnp.nextafter(breakpoint, jnp.full_like(breakpoint, -jnp.inf)), tau)
+
+
+def _bisect(low, high, keep_high, size):
+  """Smallest integer in (low, high] for which `keep_high` holds, elementwise; it is taken to hold at `high`; high - low <= size + 1."""
+  def halve(_, ends):
+    low, high = ends
+    middle = (low + high + 1) // 2                       # == high once high - low == 1: the ends then stay
+    below = keep_high(middle)
+    return jnp.where(below | (middle == high), low, middle), jnp.where(below, middle, high)
+  return lax.fori_loop(0, math.ceil(math.log2(size + 1)), halve, (low, high))[1]
+
+
+def sparsek(scores: jax.Array, k: int) -> jax.Array:
+  r"""Differentiable top-k mask over the last axis.
+
+  .. math:: p^* = \arg\min_p \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1,\ \textstyle\sum_j p_j = k, \qquad p^*_j = \min(\max(z_j - \tau, 0), 1)
+
+  The Jacobian is `diag(s) - s s^T / |s|` with `s = 1[0 < p < 1]`; zero where no entry is fractional.
+
+  Args:
+    scores: [..., n] floating point. -inf leaves an entry out (gate 0, not counted); +inf counts as the largest finite number; a NaN makes its row NaN.
+    k: sum of the gates, a Python integer >= 1. With k or fewer entries every gate is 1.
+
+  Returns:
+    Gates p, [..., n] in the dtype of `scores` (computed in float32 at least).
+
+  Raises:
+    ValueError: if k < 1 or scores are not floating point.
+
+  Example:
+    >>> sparsek(jnp.array([2.0, 1.5, 1.0, -3.0]), 2)
+    Array([1. , 0.75, 0.25, 0.  ], dtype=float32)
+
+  Reference: Lou, Jia, Zheng, Tu. Sparser is Faster and Less is More, arXiv 2406.16747, section 3.1.
+  """
+  scores = jnp.asarray(scores)
+  _check("sparsek", scores, k)
+  z = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+  return _sparsek(z, int(k)).astype(scores.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sparsek(z, k):
+  n = z.shape[-1]
+  present = z > -jnp.inf
+  u = _finite(z)
+  minus = _minus_one(u)
+  breakpoints = jnp.sort(jnp.concatenate([minus, u], axis=-1), axis=-1)
+
+  def evaluate(rank):
+    b = jnp.take_along_axis(breakpoints, rank, axis=-1)
+    fractional = present & (minus < b) & (u >= b)         # on the piece left of b
+    total = jnp.sum(jnp.where(fractional, u - b, 0), -1, keepdims=True)
+    missing = k - jnp.sum(present & (minus >= b), -1, keepdims=True)      # integer: no rounding where nothing is fractional
+    return b, jnp.sum(fractional, -1, keepdims=True), missing - total
+
+  ends = jnp.full(z.shape[:-1] + (1,), -1), jnp.full(z.shape[:-1] + (1,), 2 * n - 1)
+  rank = _bisect(*ends, lambda r: evaluate(r)[2] >= 0, 2 * n)
+  b, count, missing = evaluate(rank)
+  tau = _below(b, jnp.where(count > 0, missing / jnp.maximum(count, 1), 0))
+  gate = jnp.clip(u - tau, 0, 1) * present
+  gate = jnp.where(jnp.sum(present, -1, keepdims=True) <= k, present.astype(z.dtype), gate)
+  return jnp.where(jnp.any(jnp.isnan(z), -1, keepdims=True), jnp.nan, gate)
+
+
+def _sparsek_forward(z, k):
+  gate = _sparsek(z, k)
+  return gate, gate
+
+
+def _sparsek_backward(k, gate, cotangent):
+  fractional = (gate > 0) & (gate < 1)
+  mean = jnp.sum(jnp.where(fractional, cotangent, 0), -1, keepdims=True) / jnp.maximum(jnp.sum(fractional, -1, keepdims=True), 1)
+  gradient = jnp.where(fractional, cotangent - mean, 0)
+  return (jnp.where(jnp.isnan(gate), gate, gradient),)
+
+
+_sparsek.defvjp(_sparsek_forward, _sparsek_backward)
+
+
+def document_bounds(segment_ids: jax.Array | None, batch: int, n: int) -> tuple[jax.Array, jax.Array]:
+  """[batch, n] int32 index of the first token of each token's document, and one past its last; a document is a run of equal ids."""
+  if segment_ids is None:
+    return jnp.zeros((batch, n), jnp.int32), jnp.full((batch, n), n, jnp.int32)
+  index = jnp.arange(n, dtype=jnp.int32)
+  changed = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+  start = lax.cummax(jnp.where(changed, index, 0), axis=1)
+  last = jnp.concatenate([changed[:, 1:], jnp.ones((batch, 1), bool)], axis=1)
+  end = lax.cummin(jnp.where(last, index + 1, n), axis=1, reverse=True)
+  return start, end
+
+
+def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: jax.Array | None = None) -> CausalSelection:
+  r"""SPARSEK and the top k of every causal prefix, exactly and in parallel.
+
+  Query i has the candidates j <= i - delay of its own document. Its gates are `p_ij = clip(u_j - tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is the k best
+  candidates, equal scores going to the earlier token. Both are monotone: tau_i never decreases and a token that has dropped out never returns.
+
+  The gradient of the thresholds is `dtau_i / du_j = 1[j in S_i] / |S_i|` with S_i the fractional entries of query i, zero where none is; `expiry` has none.
+
+  Args:
+    scores: [batch, n, heads] float. -inf: never a candidate, not counted; +inf: the largest finite number; NaN: never selected, and the threshold is NaN for every
+      query of the document from the one that admits it, so that it shows.
+    k: budget, a Python integer >= 1.
+    delay: a token becomes a candidate this many steps after its own; the sliding window's length in SPARSEK attention.
+    segment_ids: [batch, n] integers; every run of equal ids is a document of its own. None: one document.
+
+  Returns:
+    CausalSelection(threshold, expiry). Thresholds are exact to 2^-24 in a gate up to n = 2^18, to 2^(2 floor(log2 n) - 60) beyond.
+
+  Raises:
+    ValueError: for bad shapes, dtypes, k < 1 or delay < 0.
+
+  Reference: arXiv 2406.16747, section 3.3, whose sequential heaps this replaces.
+  """
+  scores = jnp.asarray(scores)
+  _check("causal_sparsek", scores, k, ndim=3)
+  if delay < 0:
+    raise ValueError(f"causal_sparsek: delay={delay} must be at least 0")
+  batch, n, _ = scores.shape
+  if not 1 <= n <= 2 ** 26:
+    raise ValueError(f"causal_sparsek: n={n} must be from 1 to 2^26 tokens")
+  if segment_ids is not None and (segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+    raise ValueError(f"causal_sparsek: segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
+  start, end = document_bounds(segment_ids, batch, n)
+  by_head = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
+  threshold, expiry = _causal(by_head, start, end, min(int(k), n), min(int(delay), n))
+  return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _causal(scores, start, end, k, delay):
+  """scores [batch, heads, n]; start, end [batch, n]."""
+  row = functools.partial(_causal_row, k=k, delay=delay)
+  return jax.vmap(jax.vmap(row, in_axes=(0, None, None)))(scores, start, end)
+
+
+def _prefix_sums(start, end, position, values):
+  """[n, ...] for every query i: the sum of the `values` whose `position` is at most i, in its own document.
+
+  position, values: [m, ...] with m a multiple of n, entry j belonging to the document [start, end) of token j mod n.
+  """
+  n = start.shape[0]
+  inside = position < jnp.tile(end, position.shape[0] // n)
+  position = jnp.where(inside, position, n)
+  sums = jnp.cumsum(jnp.zeros((n, *values.shape[1:]), values.dtype).at[position].add(values, mode="drop"), axis=0)
+  before = jnp.concatenate([jnp.zeros_like(sums[:1]), sums])[start]
+  return sums - before
+
+
+def _first_above(guess, ranks, num_ranks):
+  """For each rank, how many of the non-decreasing `guess` are at most it: the first query whose guess is above."""
+  return jnp.cumsum(jnp.zeros(num_ranks, jnp.int32).at[guess].add(1))[ranks]
+
+
+def _ranks(start, values, tie):
+  """(order, its inverse) of the order by (document, value, tie), `tie` being a permutation; every document keeps its own range of ranks."""
+  size = values.shape[0]
+  index = jnp.arange(size, dtype=jnp.int32)
+  order = lax.sort((start, values, tie, index), num_keys=3)[3]
+  return order, jnp.zeros(size, jnp.int32).at[order].set(index, unique_indices=True)
+
+
+def _causal_row(scores, start, end, *, k, delay):
+  n = scores.shape[0]
+  index = jnp.arange(n, dtype=jnp.int32)
+  present = scores > -jnp.inf                             # false for NaN too
+  u = _finite(scores)
+  entry = jnp.minimum(index + delay, end)
+  prefix_sums = functools.partial(_prefix_sums, start, end)
+  weight = present.astype(jnp.int32)
+  entered = prefix_sums(entry, weight)
+
+  expiry = jnp.where(present, _expiry(u, weight, entry, entered, start, end, k), 0)
+  tau = jnp.where(entered <= k, -jnp.inf, _thresholds(u, weight, entry, entered, start, end, k))
+  later_of = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1])))
+  tau = lax.associative_scan(later_of, (index == start, tau))[1]        # rounding may not break the order
+  spoilt = prefix_sums(entry, jnp.isnan(scores).astype(jnp.int32))
+  return jnp.where(spoilt > 0, jnp.nan, tau), expiry
+
+
+def _expiry(u, weight, entry, entered, start, end, k):
+  """First query for which k better candidates of the document exist, from the rank of each query's k-th best; of equal scores the earlier ranks higher."""
+  n = u.shape[0]
+  _, rank = _ranks(start, u, jnp.arange(n, dtype=jnp.int32)[::-1])
+
+  def too_few(guess):                                     # fewer than k candidates rank at or above the guess
+    gone = jnp.maximum(entry, _first_above(guess, rank, n))
+    return entered - _prefix_sums(start, end, gone, weight) < k
+
+  cut = _bisect(start, end, too_few, n) - 1
+  return _first_above(cut, rank, n)
+
+
+def _fixed_point(u, bits):
+  """Order-preserving integers (high, low) with u = high / 2^bits + low / 2^(2 bits), 0 <= low < 2^bits; high wraps.
+
+  Beyond 2^24 neighbouring floats are 2 or more apart and only "more than 1 apart" matters, so they are numbered in steps of 2.
+  """
+  floor = jnp.floor(u)
+  fraction = jnp.round((u - floor) * 2.0 ** (2 * bits)).astype(jnp.int32)
+  large = jnp.abs(u) >= 2.0 ** 24
+  step = lax.bitcast_convert_type(jnp.abs(u), jnp.int32) - lax.bitcast_convert_type(jnp.float32(2.0 ** 24), jnp.int32)
+  whole = jnp.where(large, jnp.where(u < 0, -1, 1) * (2 ** 24 + 2 * step), jnp.where(large, 0, floor).astype(jnp.int32))
+  fraction = jnp.where(large, 0, fraction)
+  whole, fraction = whole + (fraction >> (2 * bits)), fraction & (2 ** (2 * bits) - 1)
+  return (whole << bits) + (fraction >> bits), fraction & (2 ** bits - 1)
+
+
+def _thresholds(u, weight, entry, entered, start, end, k):
+  """tau of every query with more than k candidates (anything elsewhere)."""
+  n = u.shape[0]
+  bits = min(12, 30 - math.ceil(math.log2(max(n, 2))))    # n * 2^bits must fit an int32
+  high_u, low_u = _fixed_point(u, bits)
+  values = jnp.concatenate([_minus_one(u), u])
+  order, rank = _ranks(jnp.tile(start, 2), values, jnp.arange(2 * n, dtype=jnp.int32))
+  breakpoint = values[order]
+  high_b = jnp.concatenate([high_u - 2 ** bits, high_u])[order]
+  low_b = jnp.tile(low_u, 2)[order]
+  leaves_one = jnp.stack([weight, weight, weight * high_u, weight * low_u], -1)
+  events = jnp.concatenate([leaves_one, -leaves_one.at[:, 0].set(0)])   # leaving 1 an entry becomes fractional, at 0 it ends that
+
+  def evaluate(guess):
+    """At the guessed breakpoint: fractional entries; k - sum of gates, as a multiple of 2^-bits less a remainder in units of 2^(-2 bits)."""
+    above = _first_above(guess, rank, 2 * n)
+    sums = _prefix_sums(start, end, jnp.maximum(jnp.tile(entry, 2), above), events)
+    left_one, count, high, low = jnp.moveaxis(sums, -1, 0)
+    high = high - count * high_b[guess]
+    low = low - count * low_b[guess]
+    missing = ((k - entered + left_one) << bits) - high - (low >> bits)
+    return count, missing, low & (2 ** bits - 1)
+
+  def enough(guess):                                      # sum of gates at the breakpoint <= k
+    _, missing, remainder = evaluate(guess)
+    return (missing > 0) | ((missing == 0) & (remainder == 0))
+
+  guess = _bisect(2 * start - 1, 2 * end - 1, enough, 2 * n)
+  count, missing, remainder = evaluate(guess)
+  step = missing.astype(jnp.float32) * 2.0 ** -bits - remainder.astype(jnp.float32) * 2.0 ** (-2 * bits)
+  return _below(breakpoint[guess], step / jnp.maximum(count, 1))
+
+
+def _causal_forward(scores, start, end, k, delay):
+  threshold, expiry = _causal(scores, start, end, k, delay)
+  return (threshold, expiry), (scores, threshold, start, end)
+
+
+def _causal_backward(k, delay, residuals, cotangents):
+  scores, threshold, start, end = residuals
+  row = functools.partial(_threshold_vjp_row, delay=delay)
+  return jax.vmap(jax.vmap(row, in_axes=(0, 0, 0, None, None)))(cotangents[0], scores, threshold, start, end), None, None
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _threshold_vjp_row(cotangent, scores, threshold, start, end, *, delay):
+  """du_j = sum over the queries i in which j is fractional of dtau_i / |S_i|: an interval of queries."""
+  n = scores.shape[0]
+  u = _finite(scores)
+  entry = jnp.minimum(jnp.arange(n, dtype=jnp.int32) + delay, end)
+  search = lambda reached: _bisect(entry - 1, end, lambda i: (i >= end) | reached(threshold[jnp.minimum(i, n - 1)]), n)
+  first, last = search(lambda tau: tau > _minus_one(u)), search(lambda tau: tau >= u)
+  fractional = (scores > -jnp.inf) & (first < last)
+  weight = fractional.astype(jnp.int32)
+  count = _prefix_sums(start, end, jnp.concatenate([first, last]), jnp.concatenate([weight, -weight]))
+  share = jnp.where(count > 0, cotangent / jnp.maximum(count, 1), 0)
+  return jnp.where(fractional, interval_sums(share, first, last), 0)
+
+
+def interval_sums(x: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+  """sum of x[first_j : last_j] for every j, [n] each; prefix sums carry their rounding errors along, so that short intervals late in x stay accurate."""
+  def add(a, b):
+    total = a[0] + b[0]
+    part = total - a[0]
+    return total, a[1] + b[1] + ((a[0] - (total - part)) + (b[0] - part))
+  total, error = lax.associative_scan(add, (x, jnp.zeros_like(x)))
+  total, error = (jnp.concatenate([jnp.zeros_like(y[:1]), y]) for y in (total, error))
+  return (total[last] - total[first]) + (error[last] - error[first])
