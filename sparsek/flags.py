@@ -1,0 +1,267 @@
+"""Every command-line flag, defined once, and the functions that turn parsed flags into the frozen dataclasses of `sparsek.config`.
+
+A script picks its groups of flags and runs its main under `run`:
+
+  flags.define_model_flags()
+  flags.define_train_flags()
+
+  def main():
+    config = flags.model_config()
+
+  if __name__ == "__main__":
+    flags.run(main)
+
+Model flags default to None, which means the preset's value (or, in a script that loads a run, the value the run was trained with).
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from sparsek import config as config_lib
+from sparsek.errors import RunError, UsageError
+
+FLAGS = flags.FLAGS
+MAX_INT = 2**31 - 1
+OUR_FLAGS: list[str] = []  # names in the order of definition, for flags.txt and --help
+
+
+class _Number(flags.ArgumentParser):
+  """Parses a number and says what is allowed; unlike absl's own parsers it refuses nan and inf and names the bounds in words."""
+
+  def __init__(self, kind: type, lower=None, upper=None, upper_is_open: bool = False):
+    self.kind, self.lower, self.upper, self.upper_is_open = kind, lower, upper, upper_is_open
+    self.syntactic_help = f"{'an integer' if kind is int else 'a number'}{self._bounds()}"
+
+  def _bounds(self) -> str:
+    above = "" if self.lower is None else f" of at least {self.lower}"
+    if self.upper is None or self.upper == MAX_INT:
+      return above
+    return f"{above}{' and' if above else ''} {'below' if self.upper_is_open else 'at most'} {self.upper}"
+
+  def parse(self, argument):
+    try:
+      value = self.kind(argument)
+    except (TypeError, ValueError, OverflowError):
+      raise ValueError(f"must be {self.syntactic_help}") from None
+    if self.upper == MAX_INT and value > MAX_INT:
+      raise ValueError(f"must be at most {MAX_INT}")
+    too_large = self.upper is not None and (value > self.upper or (self.upper_is_open and value == self.upper))
+    if not math.isfinite(value) or (self.lower is not None and value < self.lower) or too_large:
+      raise ValueError(f"must be {self.syntactic_help}")
+    return value
+
+  def flag_type(self) -> str:
+    return self.kind.__name__
+
+
+class _Boolean(flags.BooleanParser):
+
+  def parse(self, argument):
+    try:
+      return super().parse(argument)
+    except (TypeError, ValueError):
+      raise ValueError("must be true or false") from None
+
+
+class _Definer:
+  """Defines flags on `flag_values`, each at most once, so that groups may overlap and several scripts live in one process."""
+
+  def __init__(self, flag_values: flags.FlagValues):
+    self.flag_values = flag_values
+
+  def _define(self, name: str, define: Callable, *args, **kwargs) -> None:
+    if name not in OUR_FLAGS:
+      OUR_FLAGS.append(name)
+    if name not in self.flag_values:
+      define(*args, flag_values=self.flag_values, **kwargs)
+
+  def number(self, name: str, default, help_text: str, *, lower=None, upper=None, upper_is_open: bool = False, kind: type = int) -> None:
+    upper = MAX_INT if kind is int and upper is None else upper
+    self._define(name, flags.DEFINE, _Number(kind, lower, upper, upper_is_open), name, default, help_text, serializer=flags.ArgumentSerializer())
+
+  def string(self, name: str, default: str | None, help_text: str) -> None:
+    self._define(name, flags.DEFINE_string, name, default, help_text)
+
+  def choice(self, name: str, default: str | None, choices: Sequence[str], help_text: str) -> None:
+    self._define(name, flags.DEFINE_enum, name, default, list(choices), help_text)
+
+  def boolean(self, name: str, default: bool | None, help_text: str) -> None:
+    flag = flags.BooleanFlag(name, default, help_text)
+    flag.parser = _Boolean()
+    self._define(name, flags.DEFINE_flag, flag)
+
+
+def define_attention_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """The model flags that no parameter depends on: a trained model can be run under other values of them."""
+  define = _Definer(flag_values)
+  define.number("k", None, "Selected key/value pairs per query in sparsek layers. Default: the preset's.", lower=1)
+  define.number("window", None, "Most recent tokens each query sees, itself included. Default: the preset's.", lower=0)
+  define.choice("gate", None, config_lib.GATES, "How the selection mask enters attention. Default: straight_through.")
+  define.choice("implementation", None, config_lib.IMPLEMENTATIONS, "Of attention. Default: the fastest that can run.")
+  define.choice("dtype", None, config_lib.DTYPES, "Of activations; parameters and loss are float32. Default: float32 for tiny, else bfloat16.")
+
+
+def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """All model flags: preset, architecture, scorer, and those of `define_attention_flags`."""
+  define_attention_flags(flag_values)
+  define = _Definer(flag_values)
+  define.choice("preset", "tiny", list(config_lib.PRESETS), "Model size; the flags below replace single values of it.")
+  define.choice("attention", None, config_lib.ATTENTION_KINDS, "Attention of every layer. Default: sparsek. Not together with --layer_pattern.")
+  define.string("layer_pattern", None, 'Attention per layer, repeated over the layers, as KIND or KIND*TIMES separated by commas: "sparsek*5,full".')
+  define.choice("scorer", None, config_lib.SCORERS, "Scoring network; random is the control. Default: linear.")
+  define.number("scorer_lookahead", None, "Tokens after its own that a conv scorer may see; at most --window. Default: 4.", lower=0)
+  define.number("scorer_lookback", None, "Tokens before its own that a conv scorer sees. Default: 3.", lower=0)
+  define.boolean("scorer_normalize", None, "Normalise scores causally over time before the learned scale. Default: true.")
+  define.number("scorer_init_scale", None, "Initial standard deviation of the scores. Default: 4.", lower=0, kind=float)
+  define.number("scorer_init_slope", None, "Initial growth of the scores per 1024 tokens of position. Default: 1.", kind=float)
+  define.number("num_layers", None, "Number of blocks. Default: the preset's.", lower=1)
+  define.number("embed_dim", None, "Width of the residual stream. Default: the preset's.", lower=1)
+  define.number("num_heads", None, "Query heads; a multiple of --num_kv_heads. Default: the preset's.", lower=1)
+  define.number("num_kv_heads", None, "Key/value heads. Default: the preset's.", lower=1)
+  define.number("head_dim", None, "Width of a head; even. Default: the preset's.", lower=2)
+  define.number("mlp_dim", None, "Hidden width of the SwiGLU. Default: the preset's.", lower=1)
+  define.number("rope_theta", None, "Base of the rotary embedding. Default: 10000.", lower=1, kind=float)
+  define.boolean("qk_norm", None, "RMSNorm over the head dimension of queries and keys. Default: false.")
+  define.boolean("use_bias", None, "Biases on the query, key and value projections. Default: false.")
+  define.boolean("tie_embeddings", None, "The output matrix is the embedding. Default: true.")
+  define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes per block: nothing, all but matrix products, all. Default: none.")
+  define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster. Default: false.")
+
+
+def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """Where tokens come from and how they are cut into rows."""
+  define, default = _Definer(flag_values), config_lib.DataConfig()
+  define.string("data", default.data, 'Folder written by experiments.prepare_data, or "stdlib", the source text of Python\'s standard library.')
+  define.string("tokenizer", None, '"byte", a tokenizer.json or its folder; must match the data. Default: the tokenizer the data was made with.')
+  define.number("seq_len", default.seq_len, "Tokens per row.", lower=1)
+  define.number("batch_size", default.batch_size, "Rows per optimizer step, over all devices and accumulation steps.", lower=1)
+  define.boolean("segment_documents", default.segment_documents, "Attention and loss restart at each document of a packed row.")
+
+
+def define_workdir_flag(flag_values: flags.FlagValues = FLAGS) -> None:
+  """The folder of a run, which pretraining writes and evaluation and generation read."""
+  _Definer(flag_values).string("workdir", None, "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required.")
+
+
+def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """The optimizer and the run."""
+  define_workdir_flag(flag_values)
+  define, run_default, default = _Definer(flag_values), config_lib.TrainConfig(workdir=""), config_lib.OptimizerConfig()
+  define.number("num_steps", default.num_steps, "Optimizer steps of the whole run, and length of the learning-rate schedule.", lower=1)
+  define.number("learning_rate", default.learning_rate, "Peak learning rate.", lower=0, kind=float)
+  define.number("warmup_steps", None, "Steps of linear warm-up; at most --num_steps. Default: a tenth of --num_steps, at most 100.", lower=0)
+  define.number("final_lr_ratio", default.final_lr_ratio, "Learning rate at the end over the peak.", lower=0, upper=1, kind=float)
+  define.number("weight_decay", default.weight_decay, "Decoupled weight decay, on matrices only.", lower=0, kind=float)
+  define.number("grad_clip", default.grad_clip, "Largest global gradient norm; 0 turns clipping off.", lower=0, kind=float)
+  define.number("b1", default.b1, "Decay of Adam's first moment.", lower=0, upper=1, upper_is_open=True, kind=float)
+  define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
+  define.number("seed", run_default.seed, "Of the initial parameters and the order of the data.", lower=0)
+  define.number("grad_accumulation", run_default.grad_accumulation, "Micro-batches per optimizer step; divides --batch_size.", lower=1)
+  define.number("loss_chunk", run_default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
+  define.number("log_every", run_default.log_every, "Steps between lines of metrics.jsonl.", lower=1)
+  define.number("eval_every", run_default.eval_every, "Steps between held-out evaluations; 0 turns them off.", lower=0)
+  define.number("eval_batches", run_default.eval_batches, "Batches per held-out evaluation.", lower=1)
+  define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
+  define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
+  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir.")
+  define.boolean("tensorboard", run_default.tensorboard, "Also write TensorBoard events (needs tensorboardX).")
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues = FLAGS) -> None:
+  """Parses `argv` (program name first).
+
+  Raises:
+    UsageError: for an unknown flag, a value out of range or an argument that is no flag; names the flag, the value and what is allowed.
+  """
+  try:
+    rest = flag_values(list(argv))
+  except flags.Error as error:
+    raise UsageError(" ".join(str(error).replace("flag --", "--", 1).removeprefix("ERROR:: ").split())) from None
+  if rest[1:]:
+    raise UsageError(f"unexpected argument {rest[1]!r}: every option is written --name=value")
+
+
+def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS, argv: Sequence[str] | None = None) -> None:
+  """Parses the command line, runs `main()` and exits.
+
+  Exit code 0 when it returns; 2 and one sentence on stderr for a UsageError; 1 and one sentence for a RunError. Anything else is a bug and keeps its traceback.
+  """
+  argv = sys.argv if argv is None else argv
+  if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
+    description = (sys.modules[main.__module__].__doc__ or "").strip()
+    print(f"{description}\n\n{flag_values.main_module_help()}\n{flag_values.module_help(__name__)}")
+    sys.exit(0)
+  try:
+    parse(argv, flag_values)
+    main()
+  except UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except RunError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+  sys.exit(0)
+
+
+def into_string(flag_values: flags.FlagValues = FLAGS) -> str:
+  """A flagfile (`--flagfile=`) that reproduces this command line, defaults spelled out, one flag a line."""
+  lines = (flag_values[name].serialize() for name in OUR_FLAGS if name in flag_values)
+  return "".join(line + "\n" for line in lines if line)
+
+
+def _build(constructor: Callable, *args, **fields):
+  """Calls a dataclass's constructor; what it refuses is the user's to correct."""
+  try:
+    return constructor(*args, **fields)
+  except ValueError as error:
+    raise UsageError(f"--{error}" if str(error).split("=")[0] in OUR_FLAGS else str(error)) from None
+
+
+def model_overrides(flag_values: flags.FlagValues = FLAGS) -> dict[str, object]:
+  """The TransformerConfig fields given by flags; flags that were not given or not defined are left out."""
+  given = {field.name: flag_values[field.name].value for field in dataclasses.fields(config_lib.TransformerConfig) if field.name in flag_values}
+  pattern = flag_values["layer_pattern"].value if "layer_pattern" in flag_values else None
+  if pattern is not None and given["attention"] is not None:
+    raise UsageError(f"--attention={given['attention']} and --layer_pattern={pattern} exclude each other: give one of them")
+  return {name: value for name, value in {**given, "attention": pattern if pattern is not None else given.get("attention")}.items() if value is not None}
+
+
+def model_config(flag_values: flags.FlagValues = FLAGS, vocab_size: int | None = None) -> config_lib.TransformerConfig:
+  """The preset with the given flags applied.
+
+  Args:
+    flag_values: parsed flags that include those of `define_model_flags`.
+    vocab_size: of the data's tokenizer; None leaves the preset's, which is enough to check the other flags before any data is read.
+
+  Raises:
+    UsageError: for values that do not go together.
+  """
+  overrides = model_overrides(flag_values)
+  return _build(config_lib.preset, flag_values["preset"].value, **overrides, **({} if vocab_size is None else {"vocab_size": vocab_size}))
+
+
+def override_config(config: config_lib.TransformerConfig, flag_values: flags.FlagValues = FLAGS) -> config_lib.TransformerConfig:
+  """A loaded run's configuration with the given flags applied; raises UsageError for values that do not go together."""
+  return _build(dataclasses.replace, config, **model_overrides(flag_values))
+
+
+def data_config(flag_values: flags.FlagValues = FLAGS) -> config_lib.DataConfig:
+  """Raises UsageError for values that do not go together. The seed is --seed where that flag is defined."""
+  names = ("data", "seq_len", "batch_size", "segment_documents", "seed")
+  return _build(config_lib.DataConfig, **{name: flag_values[name].value for name in names if name in flag_values})
+
+
+def train_config(flag_values: flags.FlagValues = FLAGS) -> config_lib.TrainConfig:
+  """The whole run but for the model. Raises UsageError for a missing --workdir and for values that do not go together."""
+  value = {name: flag_values[name].value for name in OUR_FLAGS if name in flag_values}
+  if not value["workdir"]:
+    raise UsageError("--workdir is required: the folder for this run's checkpoints and metrics")
+  if value["warmup_steps"] is None:
+    value["warmup_steps"] = min(100, value["num_steps"] // 10)
+  optimizer = _build(config_lib.OptimizerConfig, **{field.name: value[field.name] for field in dataclasses.fields(config_lib.OptimizerConfig)})
+  names = [field.name for field in dataclasses.fields(config_lib.TrainConfig) if field.name not in ("data", "optimizer")]
+  return _build(config_lib.TrainConfig, data=data_config(flag_values), optimizer=optimizer, **{name: value[name] for name in names})
