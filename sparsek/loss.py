@@ -1,0 +1,100 @@
+"""Next-token cross-entropy that never holds all logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sparsek.config import TransformerConfig
+from sparsek.model import Transformer, hidden_to_logits, output_matrix
+
+
+def next_token_targets(tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Targets and which of them count.
+
+  Args:
+    tokens, segment_ids: [B, n + 1] int32; segment 0 is padding.
+  Returns:
+    targets [B, n] int32 and counted [B, n] bool: a target counts where it belongs to the same document as the token before it.
+  """
+  counted = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] != 0)
+  return tokens[:, 1:], counted
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Cuts [N, ...] arrays into [ceil(N / chunk), chunk, ...], filled up with zeros."""
+  length = arrays[0].shape[0]
+  chunk = min(chunk, length)
+  padding = -length % chunk
+  return tuple(jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+
+
+def _chunk_loss(hidden_CxE, matrix_ExV, targets_C, counted_C):
+  """Summed loss, and the logits and logsumexp it came from."""
+  logits_CxV = hidden_to_logits(hidden_CxE, matrix_ExV)
+  logsumexp_C = jax.nn.logsumexp(logits_CxV, axis=-1)
+  target_logit_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
+  return jnp.sum(jnp.where(counted_C, logsumexp_C - target_logit_C, 0.0)), logits_CxV, logsumexp_C
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def chunked_cross_entropy(hidden: jax.Array, matrix: jax.Array, targets: jax.Array, counted: jax.Array, chunk: int) -> jax.Array:
+  """Sum over counted tokens t of logsumexp(h_t W) - (h_t W)[target_t], in float32, with at most `chunk` rows of logits at a time.
+
+  Under differentiation the gradients are formed in the same pass, where the logits of a chunk are at hand, so that no matrix product is
+  done twice: d(logits) = softmax - one_hot. The backward pass only multiplies them by the incoming scalar.
+
+  Args:
+    hidden: [N, E], in the dtype of the matrix products.
+    matrix: [E, V] float32.
+    targets: [N] int32 in [0, V).
+    counted: [N] bool.
+    chunk: rows of logits held at once; need not divide N.
+  Returns:
+    float32 scalar.
+  """
+  def body(total, xs):
+    hidden_CxE, targets_C, counted_C = xs
+    return total + _chunk_loss(hidden_CxE, matrix, targets_C, counted_C)[0], None
+
+  return jax.lax.scan(body, jnp.zeros((), jnp.float32), _chunks(chunk, hidden, targets, counted))[0]
+
+
+def _forward(hidden, matrix, targets, counted, chunk):
+  weights = matrix.astype(hidden.dtype)
+
+  def body(carry, xs):
+    total, d_matrix = carry
+    hidden_CxE, targets_C, counted_C = xs
+    loss, logits_CxV, logsumexp_C = _chunk_loss(hidden_CxE, matrix, targets_C, counted_C)
+    softmax_CxV = jnp.exp(logits_CxV - logsumexp_C[:, None])
+    is_target_CxV = jax.lax.broadcasted_iota(jnp.int32, softmax_CxV.shape, 1) == targets_C[:, None]
+    d_logits_CxV = jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0).astype(hidden.dtype)
+    d_hidden_CxE = jnp.matmul(d_logits_CxV, weights.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    d_matrix += jnp.matmul(hidden_CxE.T, d_logits_CxV, preferred_element_type=jnp.float32)
+    return (total + loss, d_matrix), d_hidden_CxE
+
+  start = (jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape, jnp.float32))
+  (total, d_matrix), d_hidden = jax.lax.scan(body, start, _chunks(chunk, hidden, targets, counted))
+  return total, (d_hidden.reshape(-1, hidden.shape[-1])[:hidden.shape[0]], d_matrix)
+
+
+def _backward(chunk, residuals, d_total):
+  d_hidden, d_matrix = residuals
+  return (d_total * d_hidden).astype(d_hidden.dtype), d_total * d_matrix, None, None
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)
+
+
+def summed_loss(config: TransformerConfig, params, tokens: jax.Array, segment_ids: jax.Array, chunk: int) -> jax.Array:
+  """The cross-entropy in nats summed over the counted targets of a batch.
+
+  Args:
+    config, params: the model and its parameters.
+    tokens, segment_ids: [B, n + 1] int32.
+    chunk: rows of logits held at once.
+  """
+  targets, counted = next_token_targets(tokens, segment_ids)
+  hidden = Transformer(config).apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids[:, :-1], method="hidden")
+  return chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk)
