@@ -1,0 +1,74 @@
+"""Makes token files, which `python -m experiments.pretrain --data=FOLDER` trains on.
+
+  python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
+  python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json --output=data/mine
+  python -m experiments.prepare_data --verify=data/mine
+"""
+
+from absl import flags
+from tqdm import tqdm
+
+from sparsek import flags as flags_lib
+from sparsek.corpus import DEFAULT_EXTENSIONS, documents
+from sparsek.errors import UsageError
+from sparsek.token_files import check_new, open_token_files, verify_token_files, write_token_files
+from sparsek.tokenizer import load_tokenizer, train_bpe
+
+# Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
+FLAGS = flags.FlagValues()
+flags.DEFINE_list(
+    "sources", [], 'Comma-separated: text files (one document each), .jsonl files (one document a line), folders (recursive), or "stdlib", '
+    "the source text of Python's standard library.", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "Folder to make.", flag_values=FLAGS)
+flags.DEFINE_string("tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', flag_values=FLAGS)
+flags.DEFINE_integer(
+    "train_bpe", None, "Train a byte-level BPE with this many ids on the documents that are not held out.", lower_bound=257, flag_values=FLAGS)
+flags.DEFINE_list("extensions", list(DEFAULT_EXTENSIONS), "Endings of the files taken from folders.", flag_values=FLAGS)
+flags.DEFINE_string("text_field", "text", "Field of a .jsonl line that holds the text.", flag_values=FLAGS)
+flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do about text that is not UTF-8: stop, or put U+FFFD.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "heldout_fraction", 0.05, "About this share of the documents is held out, by hash.", lower_bound=0, upper_bound=0.99, flag_values=FLAGS)
+flags.DEFINE_string("verify", None, "Only compare the checksums of this folder of token files.", flag_values=FLAGS)
+
+
+def _documents(description: str):
+  every = documents(
+      FLAGS.sources, heldout_fraction=FLAGS.heldout_fraction, extensions=FLAGS.extensions, text_field=FLAGS.text_field, errors=FLAGS.errors)
+  return tqdm(every, description, unit=" documents", disable=None)
+
+
+def _tokenizer():
+  if FLAGS.train_bpe is None:
+    return load_tokenizer(FLAGS.tokenizer or "byte")
+  if FLAGS.tokenizer is not None:
+    raise UsageError(f"--tokenizer={FLAGS.tokenizer} and --train_bpe={FLAGS.train_bpe} exclude each other")
+  return train_bpe((document.text for document in _documents("training the tokenizer") if not document.held_out), FLAGS.train_bpe)
+
+
+def _report(dataset) -> None:
+  print(f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids")
+  for name in ("train", "heldout"):
+    split = dataset.split(name)
+    print(f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes")
+
+
+def main() -> None:
+  if FLAGS.verify is not None:
+    if FLAGS.sources or FLAGS.output:
+      raise UsageError(f"--verify={FLAGS.verify} takes neither --sources nor --output")
+    _report(verify_token_files(FLAGS.verify))
+    print("All checksums agree.")
+    return
+  for name in ("sources", "output"):
+    if not FLAGS[name].value:
+      raise UsageError(f"--{name} is required: {FLAGS[name].help}")
+  try:
+    check_new(FLAGS.output)
+    write_token_files(FLAGS.output, _documents("tokenising"), _tokenizer(), FLAGS.sources)
+  except OSError as error:
+    raise UsageError(f"--output={FLAGS.output} cannot be written: {error}") from error
+  _report(open_token_files(FLAGS.output))
+
+
+if __name__ == "__main__":
+  flags_lib.run(main, FLAGS)

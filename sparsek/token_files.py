@@ -1,0 +1,278 @@
+"""Token files: a folder with tokenised documents, which is all that training needs.
+
+  tokens.bin      the ids of all documents one after the other, each ending with eos; uint16, or uint32 if the vocabulary needs it
+  index.npy       int64 [num_documents + 1]: where each document starts in tokens.bin, in tokens
+  meta.json       format version, dtype, sizes, tokenizer, which documents are held out, checksums, sources
+  tokenizer.json  of a BPE; the byte tokenizer needs no file
+"""
+
+import array
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from sparsek.config import check_choice
+from sparsek.corpus import Document
+from sparsek.errors import UsageError
+from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+
+FORMAT = "sparsek-tokens"
+FORMAT_VERSION = 1
+TOKENS_FILE, INDEX_FILE, META_FILE = "tokens.bin", "index.npy", "meta.json"
+SPLITS = ("train", "heldout")
+_META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "vocab_size": int, "tokenizer": dict,
+               "heldout": list, "sha256": dict}
+_CHARACTERS_AT_ONCE = 1 << 22
+
+
+class TokenSplit:
+  """The documents of one side of the split.
+
+  Attributes:
+    name: "train" or "heldout".
+    starts, lengths: int64 [num_documents], of each document in tokens.bin; a length counts its eos.
+    num_tokens, num_documents: totals.
+    num_bytes: UTF-8 bytes of the texts, so that bits per byte = nats per token * num_tokens / num_bytes / ln 2.
+  """
+
+  def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int):
+    self.name = name
+    self.starts = starts
+    self.lengths = lengths
+    self.num_tokens = int(lengths.sum())
+    self.num_documents = len(lengths)
+    self.num_bytes = num_bytes
+    self._tokens = tokens
+
+  def document(self, i: int) -> np.ndarray:
+    """The ids of document i, eos last: a view of the file, which reads nothing yet."""
+    start = int(self.starts[i])
+    return self._tokens[start:start + int(self.lengths[i])]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDataset:
+  """Opened token files.
+
+  Attributes:
+    folder: where they are.
+    tokenizer: with which they were made.
+    fingerprint: sha256 of the tokens and the document offsets, in hex.
+  """
+  folder: str
+  tokenizer: Tokenizer
+  fingerprint: str
+  _splits: dict[str, TokenSplit]
+
+  @property
+  def vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
+
+  def split(self, name: str) -> TokenSplit:
+    """The documents of "train" or "heldout"."""
+    check_choice("split", name, SPLITS)
+    return self._splits[name]
+
+
+def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str] = ()) -> None:
+  """Tokenises documents into a new folder, which appears complete or not at all.
+
+  Args:
+    folder: to be made; its parents too.
+    documents: at least one.
+    tokenizer: encodes them.
+    sources: recorded in meta.json.
+
+  Raises:
+    UsageError: if the folder is there already, or there is no document.
+    OSError: if it cannot be written.
+  """
+  folder = os.path.abspath(folder)
+  check_new(folder)
+  os.makedirs(os.path.dirname(folder), exist_ok=True)
+  # A sibling, since only within one file system is renaming atomic. Not mkdtemp: others should be able to read the result.
+  temporary = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.{uuid.uuid4().hex}.tmp")
+  os.mkdir(temporary)
+  try:
+    _write(temporary, documents, tokenizer, sources)
+    check_new(folder)
+    os.rename(temporary, folder)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(folder: str) -> None:
+  """Raises UsageError if there is something at this path."""
+  if os.path.lexists(folder):
+    raise UsageError(f"folder {folder} is there already; remove it or name another one")
+
+
+def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str]) -> None:
+  dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+  offsets = array.array("q", [0])
+  num_bytes, held_out = array.array("q"), array.array("b")
+  with open(os.path.join(folder, TOKENS_FILE), "wb") as file:
+    for group in _groups(documents):
+      for document, ids in zip(group, tokenizer.encode_documents([document.text for document in group])):
+        file.write(ids.astype(dtype).data)
+        offsets.append(offsets[-1] + len(ids))
+        num_bytes.append(len(document.text.encode("utf-8")))
+        held_out.append(document.held_out)
+  if not held_out:
+    raise UsageError("no documents to write")
+  np.save(os.path.join(folder, INDEX_FILE), np.array(offsets, np.int64))
+  tokenizer.save(folder)
+  held_out = np.array(held_out, bool)
+  num_bytes = np.array(num_bytes, np.int64)
+  meta = {
+      "format": FORMAT,
+      "format_version": FORMAT_VERSION,
+      "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
+      "num_tokens": offsets[-1],
+      "num_documents": len(held_out),
+      "num_bytes": {"train": int(num_bytes[~held_out].sum()), "heldout": int(num_bytes[held_out].sum())},
+      "vocab_size": tokenizer.vocab_size,
+      "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+      "sources": list(sources),
+      "heldout": np.flatnonzero(held_out).tolist(),
+      "sha256": {name: _sha256(os.path.join(folder, name)) for name in sorted(os.listdir(folder))},
+  }
+  with open(os.path.join(folder, META_FILE), "w", encoding="utf-8") as file:
+    json.dump(meta, file, indent=1)
+    file.write("\n")
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+  """Lists of documents of a few million characters, which a tokenizer can encode in parallel."""
+  group, characters = [], 0
+  for document in documents:
+    group.append(document)
+    characters += len(document.text)
+    if characters >= _CHARACTERS_AT_ONCE:
+      yield group
+      group, characters = [], 0
+  if group:
+    yield group
+
+
+def _sha256(path: str) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_token_files(folder: str) -> TokenDataset:
+  """Opens a folder of token files; checks sizes and everything small, but not the checksum of the tokens (see `verify_token_files`).
+
+  Raises:
+    UsageError: naming the file, what was expected and what was found.
+  """
+  meta = _read_meta(folder)
+  index = _read_index(folder, meta)
+  tokens_path = os.path.join(folder, TOKENS_FILE)
+  dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
+  try:
+    size = os.path.getsize(tokens_path)
+    if size != meta["num_tokens"] * dtype.itemsize:
+      raise UsageError(
+          f"token file {tokens_path} is damaged: expected {meta['num_tokens'] * dtype.itemsize} bytes "
+          f"({meta['num_tokens']} tokens of {meta['dtype']}), found {size}")
+    # As a plain array, since slicing a memmap is several times slower.
+    tokens = np.memmap(tokens_path, dtype, mode="r").view(np.ndarray)
+  except OSError as error:
+    raise UsageError(f"token file {tokens_path} cannot be read: {error.strerror}") from error
+  held_out = np.zeros(meta["num_documents"], bool)
+  held_out[meta["heldout"]] = True
+  starts, lengths = index[:-1], np.diff(index)
+  splits = {
+      name: TokenSplit(name, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name])
+      for name, chosen in (("train", ~held_out), ("heldout", held_out))}
+  fingerprint = hashlib.sha256((meta["sha256"][TOKENS_FILE] + meta["sha256"][INDEX_FILE]).encode()).hexdigest()
+  return TokenDataset(folder, _read_tokenizer(folder, meta), fingerprint, splits)
+
+
+def verify_token_files(folder: str) -> TokenDataset:
+  """Opens a folder, reads every file through and compares the checksums.
+
+  Raises:
+    UsageError: naming the file, what was expected and what was found.
+  """
+  dataset = open_token_files(folder)
+  for name, expected in _read_meta(folder)["sha256"].items():
+    _check_sha256(os.path.join(folder, name), expected)
+  return dataset
+
+
+def _check_sha256(path: str, expected: str) -> None:
+  try:
+    found = _sha256(path)
+  except OSError as error:
+    raise UsageError(f"file {path} cannot be read: {error.strerror}") from error
+  if found != expected:
+    raise UsageError(f"file {path} is damaged: expected sha256 {expected}, found {found}")
+
+
+def _read_meta(folder: str) -> dict:
+  path = os.path.join(folder, META_FILE)
+  if not os.path.isdir(folder):
+    raise UsageError(f"data {folder!r}: no such folder; make it with `python -m experiments.prepare_data`, or use 'stdlib'")
+  try:
+    with open(path, encoding="utf-8") as file:
+      meta = json.load(file)
+  except OSError as error:
+    raise UsageError(f"data {folder!r}: {path} cannot be read ({error.strerror}); is this a folder that prepare_data wrote?") from error
+  except ValueError as error:
+    raise UsageError(f"file {path} is damaged: expected JSON, found {error}") from error
+  found = (meta.get("format"), meta.get("format_version")) if isinstance(meta, dict) else (None, None)
+  if found != (FORMAT, FORMAT_VERSION):
+    raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found format {found[0]} version {found[1]}")
+  for key, kind in _META_TYPES.items():
+    if not isinstance(meta.get(key), kind):
+      raise UsageError(f"file {path} is damaged: expected {key!r} of type {kind.__name__}, found {meta.get(key)!r}")
+  named = {"num_bytes": SPLITS, "sha256": (TOKENS_FILE, INDEX_FILE), "tokenizer": ("name", "fingerprint")}
+  for key, names in named.items():
+    if not set(names) <= set(meta[key]):
+      raise UsageError(f"file {path} is damaged: expected {', '.join(names)} in {key!r}, found {', '.join(meta[key]) or 'nothing'}")
+  if meta["dtype"] not in ("uint16", "uint32"):
+    raise UsageError(f"file {path} is damaged: expected dtype uint16 or uint32, found {meta['dtype']}")
+  wrong = next((i for i in meta["heldout"] if not (isinstance(i, int) and 0 <= i < meta["num_documents"])), None)
+  if wrong is not None:
+    raise UsageError(f"file {path} is damaged: expected held-out documents from 0 to {meta['num_documents'] - 1}, found {wrong!r}")
+  return meta
+
+
+def _read_index(folder: str, meta: dict) -> np.ndarray:
+  path = os.path.join(folder, INDEX_FILE)
+  try:
+    index = np.load(path, allow_pickle=False)
+  except OSError as error:
+    raise UsageError(f"file {path} cannot be read: {error.strerror or error}") from error
+  except (ValueError, EOFError) as error:
+    raise UsageError(f"file {path} is damaged: expected an array, found: {error}") from error
+  expected = (meta["num_documents"] + 1,)
+  if index.dtype != np.int64 or index.shape != expected:
+    raise UsageError(f"file {path} is damaged: expected int64 of shape {expected}, found {index.dtype} of shape {index.shape}")
+  if len(index) < 2 or index[0] != 0 or index[-1] != meta["num_tokens"] or not np.all(np.diff(index) > 0):
+    raise UsageError(f"file {path} is damaged: expected rising offsets from 0 to {meta['num_tokens']}, found {index[0]} to {index[-1]}")
+  return index
+
+
+def _read_tokenizer(folder: str, meta: dict) -> Tokenizer:
+  if meta["tokenizer"]["name"] == ByteTokenizer.name:
+    tokenizer = ByteTokenizer()
+    if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+      raise UsageError(f"file {os.path.join(folder, META_FILE)}: made with another byte tokenizer (fingerprint "
+                       f"{meta['tokenizer']['fingerprint']}) than this version's ({tokenizer.fingerprint})")
+  else:
+    # The checksum of the file, not the fingerprint, which another version of the tokenizers library could compute differently.
+    path = os.path.join(folder, TOKENIZER_FILE)
+    _check_sha256(path, str(meta["sha256"].get(TOKENIZER_FILE)))
+    tokenizer = load_tokenizer(path)
+  if tokenizer.vocab_size != meta["vocab_size"]:
+    raise UsageError(f"folder {folder}: expected a tokenizer with {meta['vocab_size']} ids, found {tokenizer.vocab_size}")
+  return tokenizer
