@@ -6,15 +6,15 @@ segment_ids[:, t] == segment_ids[:, t + 1] != 0.
 """
 
 import functools
-import os
 import numbers
+import os
 import platform
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 
-from absl import logging
 import numpy as np
+from absl import logging
 
 from sparsek.config import DataConfig, check_at_least
 from sparsek.corpus import STDLIB, documents

@@ -1,0 +1,308 @@
+"""Packed rows, iterators and the built-in corpus. Token files, sources and tokenizers are tested in token_files_test.py."""
+
+import collections
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sparsek import data
+from sparsek.config import DataConfig
+from sparsek.corpus import Document
+from sparsek.token_files import write_token_files
+from sparsek.tokenizer import ByteTokenizer
+
+
+def make_dataset(folder, lengths, heldout=2):
+  """Documents of the given numbers of tokens; the last `heldout` ones are held out."""
+  rng = np.random.default_rng(0)
+  texts = ["".join(map(chr, rng.integers(32, 127, length - 1))) for length in lengths]
+  write_token_files(str(folder), [Document(str(i), text, i >= len(texts) - heldout) for i, text in enumerate(texts)], ByteTokenizer())
+  return data.open_data(str(folder))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+  return make_dataset(tmp_path_factory.mktemp("data") / "tokens", [5, 40, 2, 17, 100, 3, 1 + 64, 9, 23, 50, 30])
+
+
+def make_iterator(dataset, batch_size=4, seq_len=16, **kwargs):
+  return data.make_train_iterator(dataset, DataConfig(batch_size=batch_size, seq_len=seq_len, seed=1), **kwargs)
+
+
+def assert_same(first, second):
+  assert first.keys() == second.keys() == {"tokens", "segment_ids"}
+  for key in first:
+    assert first[key].dtype == second[key].dtype == np.int32
+    np.testing.assert_array_equal(first[key], second[key])
+
+
+def epoch_of(dataset, seq_len, epoch=0, **kwargs):
+  rows = data.PackedRows(dataset.split("train"), seq_len, **kwargs)
+  return [rows.example(i) for i in range(epoch * rows.num_rows, (epoch + 1) * rows.num_rows)]
+
+
+def test_an_example_depends_on_its_number_only(dataset):
+  split = dataset.split("train")
+  rows = data.PackedRows(split, 16, seed=3)
+  numbers = range(3 * rows.num_rows)
+  forwards = [rows.example(i) for i in numbers]
+  again = data.PackedRows(split, 16, seed=3)
+  for i in reversed(numbers):
+    assert_same(forwards[i], again.example(i))
+
+
+def test_seed_and_epoch_change_the_order(dataset):
+  def tokens(**kwargs):
+    return [row["tokens"].tolist() for row in epoch_of(dataset, 16, **kwargs)]
+
+  assert tokens(seed=0) != tokens(seed=1)
+  assert tokens(seed=0) != tokens(seed=0, epoch=1)
+
+
+@pytest.mark.parametrize("seq_len", [1, 7, 16, 200])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_every_token_of_an_epoch_is_a_target_once(dataset, seq_len, epoch):
+  """Within documents: each pair of neighbours is seen once. Across them: each token but the stream's first is a target once."""
+  split = dataset.split("train")
+  pairs = collections.Counter(
+      pair for i in range(split.num_documents) for pair in zip(split.document(i)[:-1].tolist(), split.document(i)[1:].tolist()))
+  seen = collections.Counter()
+  num_targets = 0
+  for row in epoch_of(dataset, seq_len, epoch):
+    tokens, segments = row["tokens"], row["segment_ids"]
+    counted = (segments[1:] == segments[:-1]) & (segments[1:] != 0)
+    seen.update(zip(tokens[:-1][counted].tolist(), tokens[1:][counted].tolist()))
+    num_targets += int((segments[1:] != 0).sum())
+  assert seen == pairs
+  assert num_targets == split.num_tokens - 1
+
+
+def test_segment_ids_count_the_documents_of_a_row(dataset):
+  for row in epoch_of(dataset, 64):
+    segments, tokens = row["segment_ids"], row["tokens"]
+    real = segments != 0
+    assert segments[0] == 1
+    assert np.all(np.diff(real.astype(int)) <= 0), "padding comes last"
+    # A document ends with eos, and nothing else does.
+    ends = tokens[real][:-1] == ByteTokenizer.eos_id
+    np.testing.assert_array_equal(np.diff(segments[real]), ends.astype(int))
+
+
+def test_without_segments_all_documents_are_one(dataset):
+  for with_segments, without in zip(epoch_of(dataset, 64), epoch_of(dataset, 64, segment_documents=False)):
+    np.testing.assert_array_equal(without["tokens"], with_segments["tokens"])
+    np.testing.assert_array_equal(without["segment_ids"], with_segments["segment_ids"] > 0)
+
+
+def test_rows_reach_beyond_32_bits():
+  """A split of 6e9 tokens, without its tokens: document d is a run of the number d."""
+
+  class Huge:
+    name = "train"
+    lengths = np.array([2**32 + 5, 2**31 - 7, 11], np.int64)
+    num_documents = 3
+    num_tokens = int(lengths.sum())
+
+    def document(self, i):
+      return np.broadcast_to(np.int32(i), self.lengths[i])
+
+  seq_len = 2**20
+  rows = data.PackedRows(Huge(), seq_len)
+  assert rows.num_rows == -(-(Huge.num_tokens - 1) // seq_len)
+  order, ends, visits = rows._orders(0)
+  last = rows.example(int(np.flatnonzero(visits == rows.num_rows - 1)[0]))
+  count = Huge.num_tokens - (rows.num_rows - 1) * seq_len
+  assert np.count_nonzero(last["segment_ids"]) == count
+  assert last["tokens"][count - 1] == order[-1]
+  assert ends[-1] == Huge.num_tokens
+
+
+def test_batches_follow_the_examples_over_epochs(dataset):
+  iterator = make_iterator(dataset)
+  rows = data.PackedRows(dataset.split("train"), 16, seed=1)
+  for s in range(3 * rows.num_rows // 4):
+    batch = next(iterator)
+    for row in range(4):
+      assert_same({key: value[row] for key, value in batch.items()}, rows.example(4 * s + row))
+  iterator.close()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9])
+def test_state_resumes_with_the_following_batch(dataset, steps):
+  """The state counts what was returned, though more was prefetched by then."""
+  iterator = make_iterator(dataset)
+  for _ in range(steps):
+    next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  assert state["tokens"] == steps * 4 * 16
+  resumed = make_iterator(dataset)
+  next(resumed)
+  resumed.set_state(state)
+  assert resumed.get_state() == state
+  for _ in range(8):
+    assert_same(next(iterator), next(resumed))
+
+
+@pytest.mark.parametrize("batch_size,seq_len,process_count", [(6, 16, 1), (3, 16, 3), (4, 32, 2), (2, 7, 1), (2, 200, 1)])
+def test_state_counts_tokens_under_another_shape(dataset, batch_size, seq_len, process_count):
+  iterator = make_iterator(dataset)
+  for _ in range(5):
+    next(iterator)
+  resumed = make_iterator(dataset, batch_size, seq_len, process_count=process_count)
+  resumed.set_state(iterator.get_state())
+  first = -(-5 * 4 * 16 // seq_len)
+  rows = data.PackedRows(dataset.split("train"), seq_len, seed=1)
+  for s in range(3):
+    batch = next(resumed)
+    for row in range(batch_size // process_count):
+      assert_same({key: value[row] for key, value in batch.items()}, rows.example(first + s * batch_size + row))
+  assert resumed.get_state()["tokens"] == (first + 3 * batch_size) * seq_len
+
+
+@pytest.mark.parametrize("state", [None, {}, {"tokens": -1}, {"tokens": "5"}])
+def test_damaged_states_are_refused(dataset, state):
+  with pytest.raises(ValueError, match="'tokens'"):
+    make_iterator(dataset).set_state(state)
+
+
+def test_state_of_other_data_warns(dataset, tmp_path, caplog):
+  other = make_dataset(tmp_path / "other", [100, 20, 20])
+  iterator = make_iterator(other)
+  iterator.set_state(make_iterator(dataset).get_state())
+  assert "not what this state was saved with" in caplog.text
+
+
+def test_processes_share_the_rows_of_a_batch(dataset):
+  whole = make_iterator(dataset, batch_size=6)
+  shards = [make_iterator(dataset, batch_size=6, process_index=p, process_count=3) for p in range(3)]
+  for _ in range(4):
+    parts = [next(shard) for shard in shards]
+    assert all(part["tokens"].shape == (2, 17) for part in parts)
+    assert_same({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, next(whole))
+  assert len({json.dumps(shard.get_state()) for shard in shards} | {json.dumps(whole.get_state())}) == 1
+
+
+def test_bad_shapes_are_refused(dataset):
+  with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the number of processes, 3"):
+    make_iterator(dataset, process_count=3)
+  with pytest.raises(ValueError, match="process_index=2"):
+    make_iterator(dataset, process_index=2, process_count=2)
+  num_tokens = dataset.split("train").num_tokens
+  with pytest.raises(ValueError, match=f"seq_len={num_tokens} needs at least {num_tokens + 1} tokens.* has {num_tokens}"):
+    make_iterator(dataset, seq_len=num_tokens)
+  next(make_iterator(dataset, seq_len=num_tokens - 1))
+  with pytest.raises(ValueError, match="seed=-1"):
+    data.make_train_iterator(dataset, DataConfig(seq_len=4, seed=-1))
+
+
+def test_without_grain_the_message_says_what_to_install(dataset, monkeypatch):
+  monkeypatch.setitem(sys.modules, "grain", None)
+  with pytest.raises(ImportError, match="pip install grain"):
+    make_iterator(dataset)
+
+
+@pytest.mark.slow
+def test_importing_needs_no_grain():
+  subprocess.run([sys.executable, "-c", "import sys; sys.modules['grain'] = None; import sparsek.data"], check=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_eval_batches_are_fixed_and_held_out(dataset, batch_size):
+  config = DataConfig(batch_size=batch_size, seq_len=16)
+  batches = data.eval_batches(dataset, config, 1000)
+  for first, second in zip(batches, data.eval_batches(dataset, DataConfig(batch_size=batch_size, seq_len=16, seed=5), 1000), strict=True):
+    assert_same(first, second)
+  real = np.concatenate([batch["tokens"][:, 1:][batch["segment_ids"][:, 1:] != 0] for batch in batches])
+  split = dataset.split("heldout")
+  assert len(real) == split.num_tokens - 1 == 79
+  assert all(batch["tokens"].shape == (batch_size, 17) for batch in batches)
+  text = dataset.tokenizer.decode(np.concatenate([split.document(i) for i in range(2)]))
+  assert collections.Counter(dataset.tokenizer.decode(real)) <= collections.Counter(text)
+  assert len(list(batches)) == len(list(batches)) == len(batches) == -(-5 // batch_size)
+  assert len(data.eval_batches(dataset, config, 1)) == 1
+
+
+def test_eval_batches_are_shared_by_processes(dataset):
+  config = DataConfig(batch_size=4, seq_len=16)
+  parts = [data.eval_batches(dataset, config, 9, process_index=p, process_count=2) for p in range(2)]
+  for whole, *halves in zip(data.eval_batches(dataset, config, 9), *parts, strict=True):
+    assert_same(whole, {key: np.concatenate([half[key] for half in halves]) for key in whole})
+
+
+def test_eval_without_held_out_documents_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="no held-out documents"):
+    data.eval_batches(make_dataset(tmp_path / "tokens", [10, 10], heldout=0), DataConfig(seq_len=4), 1)
+
+
+@pytest.fixture
+def small_stdlib(tmp_path, monkeypatch):
+  """A standard library of 60 files, one of them not UTF-8, and an empty cache."""
+  root = tmp_path / "lib"
+  for folder in ("pkg", "pkg/tests", "site-packages"):
+    (root / folder).mkdir(parents=True)
+  for i in range(60):
+    (root / "pkg" / f"module{i}.py").write_text(f"x = {i}\n")
+  (root / "latin1.py").write_bytes(b"# caf\xe9\n")
+  (root / "empty.py").touch()
+  (root / "pkg" / "tests" / "test_x.py").write_text("test")
+  (root / "site-packages" / "other.py").write_text("other")
+  monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(root)})
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  return root
+
+
+def texts_of(split):
+  return [ByteTokenizer().decode(split.document(i)) for i in range(split.num_documents)]
+
+
+def test_stdlib_is_split_by_document(small_stdlib):
+  opened = data.open_data("stdlib")
+  train, heldout = texts_of(opened.split("train")), texts_of(opened.split("heldout"))
+  assert len(train) > len(heldout) > 0
+  assert sorted(train + heldout) == sorted([f"x = {i}\n" for i in range(60)] + ["# caf\ufffd\n"])
+
+
+def test_stdlib_is_cached_and_made_anew_when_damaged(small_stdlib, caplog):
+  opened = data.open_data("stdlib")
+  os.remove(small_stdlib / "latin1.py")
+  assert data.open_data("stdlib").fingerprint == opened.fingerprint
+  os.truncate(os.path.join(opened.folder, "tokens.bin"), 10)
+  again = data.open_data("stdlib")
+  assert again.folder == opened.folder and again.fingerprint != opened.fingerprint
+  assert caplog.text.count("anew") == 1
+  assert os.listdir(os.path.dirname(opened.folder)) == [os.path.basename(opened.folder)]
+
+
+def test_stdlib_without_a_place_for_the_cache_says_so(small_stdlib, tmp_path, monkeypatch):
+  (tmp_path / "file").touch()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
+    data.open_data("stdlib")
+
+
+def _open_stdlib(barrier, queue):
+  barrier.wait()
+  queue.put(data.open_data("stdlib").fingerprint)
+
+
+@pytest.mark.slow
+def test_stdlib_is_prepared_by_two_processes_at_once(tmp_path, monkeypatch):
+  """The real standard library, in new processes, which must not take long."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  context = multiprocessing.get_context("spawn")
+  barrier, queue = context.Barrier(2), context.Queue()
+  processes = [context.Process(target=_open_stdlib, args=(barrier, queue)) for _ in range(2)]
+  for process in processes:
+    process.start()
+  assert queue.get(timeout=120) == queue.get(timeout=120) == data.open_data("stdlib").fingerprint
+  for process in processes:
+    process.join()
+    assert process.exitcode == 0
+  assert len(os.listdir(tmp_path / "sparsek")) == 1
+  train = data.open_data("stdlib").split("train")
+  assert train.num_documents > 300 and train.num_tokens > 5_000_000
