@@ -1,10 +1,106 @@
-"""STUB (being replaced): sparsek_attention through the reference."""
-from sparsek.kernels import reference
+"""SPARSEK attention: one public function over all implementations."""
 
-def sparsek_attention(query, key, value, scores, *, k, window, gate="straight_through", scale=None, segment_ids=None, implementation=None):
-  return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=query.shape[-1] ** -0.5 if scale is None else scale, segment_ids=segment_ids)
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-def sliding_window_attention(query, key, value, *, window, scale=None, segment_ids=None):
-  import jax.numpy as jnp
-  b, n, g, _ = key.shape
-  return sparsek_attention(query, key, value, jnp.full((b, n, g), -jnp.inf), k=1, window=window, gate="straight_through", scale=scale, segment_ids=segment_ids)
+from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
+from sparsek.kernels import reference, xla
+from sparsek.operator import causal_sparsek, document_bounds
+
+
+def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    if x.ndim != 4:
+      raise ValueError(f"{name} must have shape [batch, n, heads, head_dim], got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} must be floating point, got {x.dtype}")
+  batch, n, heads, head_dim = query.shape
+  groups = key.shape[2]
+  if n < 1:
+    raise ValueError(f"query must hold at least one token, got shape {query.shape}")
+  for name, x in (("key", key), ("value", value)):
+    if x.shape != (batch, n, groups, head_dim):
+      raise ValueError(f"{name} must have shape {(batch, n, groups, head_dim)} to go with query {query.shape} and key {key.shape}, got {x.shape}")
+    if x.dtype != query.dtype:
+      raise ValueError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+  if groups < 1 or heads % groups:
+    raise ValueError(f"query's {heads} heads must be a multiple of key's {groups}")
+  if scores is not None:
+    if scores.shape != (batch, n, groups):
+      raise ValueError(f"scores must have shape {(batch, n, groups)}, one per token and key head, got {scores.shape}")
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+      raise ValueError(f"scores must be floating point, got {scores.dtype}")
+  for name, x, minimum in (("k", k, 1), ("window", window, 0)):
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+      raise ValueError(f"{name}={x!r} must be a Python integer")
+    check_at_least(name, x, minimum)
+  check_choice("gate", gate, GATES)
+  if scale is not None and not isinstance(scale, (int, float, np.number)):
+    raise ValueError(f"scale={scale!r} must be a Python number or None")
+  if segment_ids is not None and (segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+    raise ValueError(f"segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
+
+
+def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores: jax.Array, *, k: int, window: int, gate: str = "straight_through",
+                      scale: float | None = None, segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
+  r"""Causal attention of every query to its `window` latest tokens and to the k best-scored tokens before them.
+
+  .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad p_{ij} = \mathrm{clip}(u_j - \tau_i, 0, 1)
+
+  Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left, for `i >= j + window`. The k candidates of highest score (equal
+  scores: the earlier token) and the window share one softmax. tau_i is the causal SPARSEK threshold of all candidates; window keys have gate 1. The gates:
+
+    "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would give them, query, key and value that of what was computed.
+    "value": logit `scale q.k`, m = p (the paper's hard-key, soft-value form).
+    "key_value": logit `p scale q.k`, m = p (the paper's Select(Diag(p)) form).
+
+  With k >= n or window >= n this is dense causal attention.
+
+  Args:
+    query: [batch, n, H, D] float.
+    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G.
+    scores: [batch, n, G] float; computed on in float32. NaN and infinities: see `sparsek.causal_sparsek`.
+    k: selected keys per query, >= 1.
+    window: latest tokens that every query sees, itself included, >= 0.
+    gate: see above.
+    scale: of the logits; None: 1 / sqrt(D).
+    segment_ids: [batch, n] integers; every run of equal ids is a document, and nothing crosses from one to the next.
+    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; None: the fastest that can run here.
+
+  Returns:
+    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets 0.
+
+  Raises:
+    ValueError: for arguments that do not fit, naming them.
+    NotImplementedError: if the implementation asked for by name cannot run here, with the reason.
+
+  Reference: Lou, Jia, Zheng, Tu. Sparser is Faster and Less is More, arXiv 2406.16747.
+  """
+  query, key, value, scores = (jnp.asarray(x) for x in (query, key, value, scores))
+  segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+  _check(query, key, value, scores, k, window, gate, scale, segment_ids)
+  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+  if implementation in ("mosaic_gpu", "mosaic_tpu"):
+    raise NotImplementedError(f"implementation={implementation!r} is not part of this version; use 'xla', which runs on every device")
+  scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+  if implementation == "reference":
+    return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
+  scores = scores.astype(jnp.float32)
+  selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
+  start, _ = document_bounds(segment_ids, *query.shape[:2])
+  return xla.attention(query, key, value, scores, selection.threshold, selection.expiry, start, k=int(k), window=int(window), gate=gate, scale=scale)
+
+
+def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int, scale: float | None = None,
+                             segment_ids: jax.Array | None = None) -> jax.Array:
+  """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in `sparsek_attention`."""
+  check_at_least("window", window, 1)
+  query, key, value = (jnp.asarray(x) for x in (query, key, value))
+  segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+  _check(query, key, value, None, 1, window, "straight_through", scale, segment_ids)
+  scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+  batch, n, groups = key.shape[:3]
+  start, _ = document_bounds(segment_ids, batch, n)
+  nothing = jnp.zeros((batch, n, groups), jnp.float32)
+  return xla.attention(query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, k=0, window=int(window), gate="straight_through", scale=scale)

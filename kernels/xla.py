@@ -1,0 +1,204 @@
+"""SPARSEK attention in plain XLA, linear in the sequence length in time and memory, on any device.
+
+A scan over chunks of queries. Each step gathers the keys listed for its chunk (see compaction.py) and slices the window's keys, and softmaxes over both together.
+The backward pass is a second scan that gathers again, so only the output and its logsumexp are saved.
+"""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from .compaction import chunk_lists, chunk_size
+
+# Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys (listed, then window), D head dimension.
+
+
+def attention(query, key, value, scores, threshold, expiry, start, *, k, window, gate, scale):
+  """SPARSEK attention, given the selection.
+
+  Args:
+    query: [batch, n, H, D].
+    key, value: [batch, n, G, D].
+    scores, threshold, expiry: [batch, n, G]; of `sparsek.causal_sparsek` with delay = window.
+    start: [batch, n] int32, first token of each token's document.
+    k: budget; 0 leaves the sliding window alone.
+    window, gate, scale: as in `sparsek.sparsek_attention`.
+
+  Returns:
+    [batch, n, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and threshold.
+  """
+  n = query.shape[1]
+  k, window = min(k, n), min(window, n)
+  static = (k, window, gate, float(scale), chunk_size(n, k, window))
+  by_head = lambda x: jnp.swapaxes(x, 1, 2)
+  return _attention(query, key, value, by_head(scores), by_head(threshold), by_head(expiry), start, static)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attention(query, key, value, scores, threshold, expiry, start, static):
+  return _forward(query, key, value, scores, threshold, expiry, start, static)[0]
+
+
+def _einsum(equation, a, b):
+  """Products of the inputs' dtype summed in float32; float32 inputs are not rounded to TF32 first."""
+  dtype = jnp.promote_types(a.dtype, b.dtype)
+  precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+  return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _chunks(x, axis, chunk):
+  """Cuts `axis` into chunks, which become the leading axis; the last one is padded with zeros."""
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, -x.shape[axis] % chunk)
+  x = jnp.pad(x, padding)
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1:]), axis, 0)
+
+
+def _unchunk(x, axis, n):
+  """Undoes `_chunks`."""
+  x = jnp.moveaxis(x, 0, axis)
+  x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:])
+  return lax.slice_in_dim(x, 0, n, axis=axis)
+
+
+def _inputs(query, groups, threshold, start, expiry, static):
+  """What the scans read chunk by chunk."""
+  k, window, _, _, chunk = static
+  n = query.shape[1]
+  lists = jax.vmap(jax.vmap(lambda e: chunk_lists(e, k, window, chunk)))(expiry)
+  q = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
+  return (jnp.arange(-(-n // chunk)), _chunks(q, 1, chunk), _chunks(threshold, 2, chunk), _chunks(start, 1, chunk), jnp.moveaxis(lists, 2, 0))
+
+
+def _padded(x, static):
+  """[batch, n, G, D] -> [batch, G, window - 1 + n + rest, D], so that every chunk's window is a plain slice."""
+  _, window, _, _, chunk = static
+  return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (max(window - 1, 0), -x.shape[1] % chunk), (0, 0)))
+
+
+def _window_length(static):
+  _, window, _, _, chunk = static
+  return window - 1 + chunk if window else 0
+
+
+def _rows(x, index, axis=2):
+  """Gathers rows of x [B, G, n, ...] at index [B, G, S]; zeros where the index is out of range."""
+  take = lambda rows, i: rows.at[i].get(mode="fill", fill_value=0)
+  return jax.vmap(jax.vmap(take))(x, index)
+
+
+def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
+  """One chunk: its keys and values [B, G, K, D], logits before the gate and visibility [B, G, (R,) C, K], gates and where they are fractional [B, G, C, listed]."""
+  k, window, gate, scale, chunk = static
+  left = max(window - 1, 0)
+  near = c * chunk + jnp.arange(_window_length(static)) - left            # token indices of the window's keys
+  gather = lambda x: jnp.concatenate([
+      _rows(lax.slice_in_dim(x, left, None, axis=2), lists), lax.dynamic_slice_in_dim(x, c * chunk, near.shape[0], axis=2)], axis=2)
+  key, value = gather(keys), gather(values)
+  i = c * chunk + jnp.arange(chunk)
+  u, end = _rows(scores, lists)[:, :, None, :], _rows(expiry, lists)[:, :, None, :]
+  selected = (lists[:, :, None, :] + window <= i[:, None]) & (i[:, None] < end)                      # [B, G, C, listed]
+  local = (near <= i[:, None]) & (near > i[:, None] - window) & (near >= start[:, :, None])           # [B, C, window]
+  local = jnp.broadcast_to(local[:, None], (*selected.shape[:3], near.shape[0]))
+  visible = jnp.concatenate([selected, local], axis=-1)
+  tau = tau[..., None]
+  p = jnp.clip(u - tau, 0, 1)
+  fractional = selected & (u - 1 < tau) & (u > tau)
+  logits = _einsum("bcgrd,bgkd->bgrck", q, key) * scale
+  return key, value, logits, visible[:, :, None], p, fractional
+
+
+def _gated(gate, p, width):
+  """Gates [B, G, 1, C, K] over listed and window keys."""
+  if gate == "straight_through":
+    p = jnp.ones_like(p)
+  return jnp.pad(p, ((0, 0),) * 3 + ((0, width - p.shape[-1]),), constant_values=1)[:, :, None]
+
+
+def _forward(query, key, value, scores, threshold, expiry, start, static):
+  gate, n = static[2], query.shape[1]
+  keys, values = _padded(key, static), _padded(value, static)
+
+  def step(_, chunk):
+    _, v, logits, visible, p, _ = _step(*chunk, keys, values, scores, expiry, static)
+    p = _gated(gate, p, logits.shape[-1])
+    if gate == "key_value":
+      logits = logits * p
+    logits = jnp.where(visible, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jnp.where(top == -jnp.inf, 0, top)                              # a query may see nothing at all: its output is 0
+    weights = jnp.exp(logits - top)
+    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    weights = jnp.where(visible, weights * p, 0) / total                  # p may be NaN or 0 * inf where invisible
+    out = _einsum("bgrck,bgkd->bcgrd", weights.astype(v.dtype), v)
+    return None, (out.astype(query.dtype), (top + jnp.log(total))[..., 0])
+
+  inputs = _inputs(query, key.shape[2], threshold, start, expiry, static)
+  _, (out, logsumexp) = lax.scan(step, None, inputs)
+  return _unchunk(out, 1, n).reshape(query.shape), _unchunk(logsumexp, 3, n)
+
+
+def _forward_rule(query, key, value, scores, threshold, expiry, start, static):
+  out, logsumexp = _forward(query, key, value, scores, threshold, expiry, start, static)
+  return out, (query, key, value, scores, threshold, expiry, start, out, logsumexp)
+
+
+def _backward_rule(static, residuals, cotangent):
+  query, key, value, scores, threshold, expiry, start, out, logsumexp = residuals
+  _, window, gate, scale, chunk = static
+  n, groups, left = query.shape[1], key.shape[2], max(window - 1, 0)
+  keys, values = _padded(key, static), _padded(value, static)
+  heads = lambda x: _chunks(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), 1, chunk)
+  delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+  def step(carry, xs):
+    dkeys, dvalues, dscores = carry
+    inputs, do, lse, delta = xs
+    c, q, _, _, lists = inputs
+    k, v, raw, visible, p, fractional = _step(*inputs, keys, values, scores, expiry, static)
+    listed = lists.shape[-1]
+    p = _gated(gate, p, raw.shape[-1])
+    logits = raw * p if gate == "key_value" else raw
+    weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
+    inner = _einsum("bcgrd,bgkd->bgrck", do, v)                           # <dO_i, v_j>
+    gated = jnp.where(visible, weights * p, 0)
+    dlogits = gated * inner - weights * jnp.transpose(delta, (0, 2, 3, 1))[..., None]
+    dgates = weights[..., :listed] * inner[..., :listed]
+    if gate == "key_value":
+      dgates += dlogits[..., :listed] * raw[..., :listed]
+      dlogits = jnp.where(visible, dlogits * p, 0)
+    dgates = jnp.where(fractional, jnp.sum(dgates, axis=2), 0)            # over the query heads of the group: [B, G, C, listed]
+    dlogits = (dlogits * scale).astype(k.dtype)
+    dq = _einsum("bgrck,bgkd->bcgrd", dlogits, k).astype(query.dtype)
+    dk = _einsum("bgrck,bcgrd->bgkd", dlogits, q)
+    dv = _einsum("bgrck,bcgrd->bgkd", gated.astype(v.dtype), do)
+    carry = (_scatter(dkeys, dk, lists + left, c * chunk, n + left), _scatter(dvalues, dv, lists + left, c * chunk, n + left),
+             _add_rows(dscores, jnp.sum(dgates, axis=2), lists))
+    return carry, (dq, -jnp.sum(dgates, axis=-1))
+
+  inputs = _inputs(query, groups, threshold, start, expiry, static)
+  zeros = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (keys, values, scores))
+  (dkeys, dvalues, dscores), (dq, dtau) = lax.scan(step, zeros, (inputs, heads(cotangent), _chunks(logsumexp, 3, chunk), heads(delta)))
+  rows = lambda x: jnp.swapaxes(x[:, :, left:left + n], 1, 2)
+  return (_unchunk(dq, 1, n).reshape(query.shape), rows(dkeys).astype(key.dtype), rows(dvalues).astype(value.dtype),
+          dscores, _unchunk(dtau, 2, n), None, None)
+
+
+def _add_rows(x, rows, index):
+  """x [B, G, n, ...] plus rows at index [B, G, S]; no index occurs twice, so the sum does not depend on an order of atomics."""
+  add = lambda x, i, rows: x.at[i].add(rows, mode="drop", unique_indices=True)
+  return jax.vmap(jax.vmap(add))(x, index, rows)
+
+
+def _scatter(x, rows, index, first, limit):
+  """Adds a chunk's listed rows at their tokens and its window rows at the slice they were read from."""
+  listed = index.shape[-1]
+  x = _add_rows(x, rows[:, :, :listed], jnp.where(index < limit, index, x.shape[2] + index))
+  near = rows[:, :, listed:]
+  current = lax.dynamic_slice_in_dim(x, first, near.shape[2], axis=2)
+  return lax.dynamic_update_slice_in_dim(x, current + near, first, axis=2)
+
+
+_attention.defvjp(_forward_rule, _backward_rule)
