@@ -82,8 +82,9 @@ def test_every_token_of_an_epoch_is_a_target_once(dataset, seq_len, epoch):
   assert num_targets == split.num_tokens - 1
 
 
-def test_segment_ids_count_the_documents_of_a_row(dataset):
-  for row in epoch_of(dataset, 64):
+@pytest.mark.parametrize("seq_len", [1, 5, 64])  # Short rows start at the beginning of a document, too.
+def test_segment_ids_count_the_documents_of_a_row(dataset, seq_len):
+  for row in epoch_of(dataset, seq_len):
     segments, tokens = row["segment_ids"], row["tokens"]
     real = segments != 0
     assert segments[0] == 1
@@ -175,6 +176,20 @@ def test_state_of_other_data_warns(dataset, tmp_path, caplog):
   iterator = make_iterator(other)
   iterator.set_state(make_iterator(dataset).get_state())
   assert "not what this state was saved with" in caplog.text
+
+
+def test_close_stops_reading(dataset):
+  iterator = make_iterator(dataset)
+  next(iterator)
+  iterator.close()
+  with pytest.raises(ValueError, match="closed"):
+    next(iterator)
+
+
+def test_an_error_while_prefetching_reaches_the_reader(dataset, monkeypatch):
+  monkeypatch.setattr(data.PackedRows, "example", lambda self, i: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    next(make_iterator(dataset))
 
 
 def test_processes_share_the_rows_of_a_batch(dataset):

@@ -162,6 +162,7 @@ def swap_first_documents(index):
 @pytest.mark.parametrize("damage,message", [
     (truncate("tokens.bin", 11), r"tokens.bin is damaged: expected \d+ bytes .* found 11"),
     (truncate("tokens.bin", 0), "tokens.bin is damaged"),
+    (truncate("tokens.bin", 5000), "tokens.bin is damaged.* found 5000"),
     (truncate("index.npy", 150), "index.npy is damaged"),
     (truncate("index.npy", 0), "index.npy is damaged"),
     (overwrite_index(lambda index: index[:-1]), r"index.npy is damaged: expected int64 of shape \(6,\), found int64 of shape \(5,\)"),
