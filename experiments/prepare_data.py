@@ -22,10 +22,12 @@ flags.DEFINE_list(
 flags.DEFINE_string("output", None, "Folder to make.", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', flag_values=FLAGS)
 flags.DEFINE_integer(
-    "train_bpe", None, "Train a byte-level BPE with this many ids on the documents that are not held out.", lower_bound=257, flag_values=FLAGS)
+    "train_bpe", None, "Train a byte-level BPE with this many ids on the documents that are not held out.", lower_bound=257,
+    flag_values=FLAGS)
 flags.DEFINE_list("extensions", list(DEFAULT_EXTENSIONS), "Endings of the files taken from folders.", flag_values=FLAGS)
 flags.DEFINE_string("text_field", "text", "Field of a .jsonl line that holds the text.", flag_values=FLAGS)
-flags.DEFINE_enum("errors", "strict", ["strict", "replace"], "What to do about text that is not UTF-8: stop, or put U+FFFD.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "errors", "strict", ["strict", "replace"], "What to do about text that is not UTF-8: stop, or put U+FFFD.", flag_values=FLAGS)
 flags.DEFINE_float(
     "heldout_fraction", 0.05, "About this share of the documents is held out, by hash.", lower_bound=0, upper_bound=0.99, flag_values=FLAGS)
 flags.DEFINE_string("verify", None, "Only compare the checksums of this folder of token files.", flag_values=FLAGS)

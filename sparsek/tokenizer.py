@@ -21,7 +21,7 @@ import numpy as np
 from sparsek.errors import UsageError
 
 TOKENIZER_FILE = "tokenizer.json"
-# Names under which known vocabularies keep their end of document; the first that is present is taken, and the first of all is added if none is.
+# Names under which known vocabularies keep their end of document. The first that is present is taken; if none is, the first is added.
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 
