@@ -12,7 +12,7 @@ from sparsek.corpus import Document, documents
 from sparsek.token_files import open_token_files, verify_token_files, write_token_files
 from sparsek.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
-TEXTS = ["def f(x):\n  return x\n" * 5, "Grüße, 世界! 👋🏽\r\n\tÅngström", " leading and trailing ", "a<|endoftext|>b", "\u0000\u200b\ufeff"]
+TEXTS = ["def f(x):\n  return x\n" * 5, "Grüße, 世界! 👋🏽\r\n\tÅngström", " spaces around ", "a<|endoftext|>b", "\u0000\u200b\ufeff"]
 
 
 @pytest.fixture(scope="module")
