@@ -1,0 +1,152 @@
+"""The decoder language model."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sparsek.config import TransformerConfig
+from sparsek.layers import ATTENTION_MODULES, RMSNorm, SwiGLU
+
+Params = dict[str, Any]
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  config: TransformerConfig
+  kind: str
+
+  def setup(self):
+    self.attention_norm, self.mlp_norm = RMSNorm(self.config.norm_eps), RMSNorm(self.config.norm_eps)
+    self.attention = ATTENTION_MODULES[self.kind](self.config)
+    self.mlp = SwiGLU(self.config)
+
+  def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int) -> jax.Array:
+    x_BxNxE += self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
+    return x_BxNxE + self.mlp(self.mlp_norm(x_BxNxE))
+
+
+def _block_class(config: TransformerConfig):
+  """Block, wrapped so that the backward pass recomputes what `config.remat` says."""
+  if config.remat == "none":
+    return Block
+  # "dots" keeps products with weights only: attention's own products have batch dimensions and would take O(n * keys) memory.
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+  return nn.remat(Block, policy=policy, prevent_cse=not config.scan_layers)
+
+
+class Group(nn.Module):
+  """One repetition of the attention pattern: the body of the scan over layers."""
+  config: TransformerConfig
+
+  def setup(self):
+    block = _block_class(self.config)
+    self.blocks = [block(self.config, kind) for kind in self.config.attention]
+
+  def __call__(self, x_BxNxE, segment_ids, first_layer):
+    for i, block in enumerate(self.blocks):
+      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i)
+    return x_BxNxE, None
+
+
+class OutputMatrix(nn.Module):
+  """The [E, V] output matrix of a model with untied embeddings."""
+  embed_dim: int
+  vocab_size: int
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return self.param("kernel", nn.initializers.normal(0.02), (self.embed_dim, self.vocab_size), jnp.float32)
+
+
+class Transformer(nn.Module):
+  """A decoder language model whose layers attend as `config.attention` says.
+
+  Parameters, all float32: embed/embedding [V, E]; layers_<i>/{attention_norm, attention, mlp_norm, mlp}; final_norm/scale; lm_head/kernel [E, V]
+  unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the attention pattern, with a leading axis
+  of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
+
+  Example:
+    config = sparsek.preset("tiny")
+    params = sparsek.model.init_params(config, jax.random.key(0))
+    logits = sparsek.Transformer(config).apply({"params": params}, tokens)
+  """
+  config: TransformerConfig
+
+  def setup(self):
+    cfg = self.config
+    self.embed = nn.Embed(cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
+    if cfg.scan_layers:
+      scanned = nn.scan(Group, variable_axes={"params": 0, "diagnostics": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
+                        length=cfg.num_layers // len(cfg.attention))
+      self.layers = scanned(cfg)
+    else:
+      block = _block_class(cfg)
+      self.layers = [block(cfg, kind) for kind in cfg.layer_kinds]
+    self.final_norm = RMSNorm(cfg.norm_eps)
+    if not cfg.tie_embeddings:
+      self.lm_head = OutputMatrix(cfg.embed_dim, cfg.vocab_size)
+
+  def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Logits of the next token.
+
+    Args:
+      tokens: [B, N] integers.
+      segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything (attention, scores, positions) restarts at each.
+    Returns:
+      [B, N, vocab_size] float32.
+    Raises:
+      ValueError: where a shape is not as above.
+    """
+    hidden_BxNxE = self.hidden(tokens, segment_ids)
+    return hidden_to_logits(hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head())
+
+  def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Final normalised hidden states [B, N, E] in the activation dtype; times `output_matrix` they are the logits."""
+    if tokens.ndim != 2:
+      raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
+    x_BxNxE = self.embed(tokens).astype(self.config.activation_dtype)
+    if self.config.scan_layers:
+      x_BxNxE, _ = self.layers(x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention)))
+    else:
+      for i, block in enumerate(self.layers):
+        x_BxNxE = block(x_BxNxE, segment_ids, i)
+    return self.final_norm(x_BxNxE)
+
+
+def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:
+  """[..., E] times [E, V] in the dtype of `hidden`, summed and returned in float32."""
+  return jnp.matmul(hidden, matrix_ExV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
+  """The float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding, or the head's kernel when untied."""
+  return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config: TransformerConfig, key: jax.Array) -> Params:
+  """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the residual stream),
+  embeddings normal with standard deviation 0.02. No shape depends on the sequence length."""
+  return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def count_params(params: Params) -> int:
+  """Number of parameters; also for shapes from `jax.eval_shape`."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def layer_params(config: TransformerConfig, params: Params, index: int) -> Params:
+  """The parameters of one block, stacked or not."""
+  if not config.scan_layers:
+    return params[f"layers_{index}"]
+  group, place = divmod(index, len(config.attention))
+  return jax.tree.map(lambda leaf: leaf[group], params["layers"][f"blocks_{place}"])
+
+
+def unstack_layers(config: TransformerConfig, params: Params) -> Params:
+  """Parameters in the layout of scan_layers=False."""
+  return {name: leaf for name, leaf in params.items() if name != "layers"} | {
+      f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)}

@@ -1,0 +1,208 @@
+"""The scoring network: one float32 score per token and KV head, from hidden states alone, in parallel over a row or streamed."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sparsek.config import SCORERS, check_at_least, check_choice
+
+CHANNELS = 32              # width of the conv scorer: a few directions of the hidden state are enough to judge a token
+PRIOR_COUNT = 8.0          # pseudo-tokens of variance 1: they keep the first tokens of a document tame
+SLOPE_TOKENS = 1024        # the slope is a score per this many tokens
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def position_in_document(segment_ids: jax.Array | None, batch: int, length: int) -> jax.Array:
+  """[batch, length] int32: how many tokens of its own document (a run of equal ids) precede each token."""
+  index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+  if segment_ids is None:
+    return index
+  if segment_ids.shape != (batch, length):
+    raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {(batch, length)} like the tokens")
+  first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+class Moments(NamedTuple):
+  """Statistics of a set of logits: how many, their mean, and the sum of squared deviations from it."""
+  count: jax.Array
+  mean: jax.Array
+  deviation: jax.Array
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+  """Moments of the union (Chan, Golub and LeVeque 1979): never a difference of large sums, so a common offset costs no digits."""
+  count = a.count + b.count
+  share = b.count / jnp.maximum(count, 1)
+  delta = b.mean - a.mean
+  return Moments(count, a.mean + delta * share, a.deviation + b.deviation + delta**2 * a.count * share)
+
+
+def running_moments(logits_BxNxG: jax.Array, counted_BxN: jax.Array, first_BxN: jax.Array) -> Moments:
+  """Moments of the counted logits from the last `first` token up to each token, itself included: [B, N, 1 or G] each."""
+  def combine(a, b):
+    (a, a_first), (b, b_first) = a, b
+    return jax.tree.map(lambda new, both: jnp.where(b_first, new, both), b, merge_moments(a, b)), a_first | b_first
+  counted = counted_BxN[..., None].astype(jnp.float32)
+  single = Moments(counted, logits_BxNxG * counted, jnp.zeros_like(logits_BxNxG))
+  return jax.lax.associative_scan(combine, (single, first_BxN[..., None]), axis=1)[0]
+
+
+def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int) -> jax.Array:
+  """[B, N, G] standard normal noise, a hash of layer, head and position: the same in every run, batch and process."""
+  def mix(bits):                                              # the finaliser of MurmurHash3
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+  salt = mix(jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32(1))
+  salt_G = mix(salt + jnp.arange(num_heads, dtype=jnp.uint32) * jnp.uint32(0x7F4A7C15))
+  bits = mix(mix(positions_BxN.astype(jnp.uint32))[..., None] ^ salt_G)
+  uniform = ((bits >> 9).astype(jnp.float32) + 0.5) / 2**23   # 24 significant bits: exact, and never 0 or 1
+  return jax.scipy.special.ndtri(uniform)
+
+
+class ScorerState(NamedTuple):
+  """What a stream of chunks carries; its size depends on the configuration only.
+
+  Attributes:
+    linear: [B, L, G] linear logits of the last L = lookahead tokens, whose scores are not final yet.
+    channels: [B, lookback + L, CHANNELS] inputs of the convolution.
+    mean, deviation: [B, G] moments of the final logits so far.
+  """
+  linear: jax.Array
+  channels: jax.Array
+  mean: jax.Array
+  deviation: jax.Array
+
+
+class ScoringNetwork(nn.Module):
+  """Scores u[b, j, g] of tokens from their hidden states, in float32.
+
+  Logits r_j:
+    "linear": r = x W, as in the paper.
+    "conv": r = x W + silu(conv(x P)) V; the convolution sees `lookback` tokens before and `lookahead` tokens after its own, within the document.
+      Lookahead keeps the model causal as long as it is at most the attention window, because a token is judged only when it leaves the window.
+    "random": fixed noise, no parameters: the control that a learned scorer has to beat.
+  Scores: u_j = scale_g z_j + slope_g position_j / 1024, with position counted within the document and z_j = (r_j - mean_j) / std_j, where
+    mean_j is that of r_0..r_j of the document and std_j^2 = (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had variance 1.
+    A constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per head.
+    The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 4 starts with .95 of the
+    gate mass on the top k (.94 for "random"; n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
+
+  Attributes:
+    num_heads: KV heads G.
+    kind: "linear", "conv" or "random".
+    lookback, lookahead: reach of the conv scorer in tokens, unused by the others.
+    normalize: normalise logits causally over time.
+    init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
+
+  Raises:
+    ValueError: for an unknown kind or a negative reach.
+  """
+  num_heads: int
+  kind: str = "linear"
+  lookback: int = 3
+  lookahead: int = 4
+  normalize: bool = True
+  init_scale: float = 4.0
+  init_slope: float = 1.0
+
+  def setup(self):
+    check_choice("scorer", self.kind, SCORERS)
+    check_at_least("scorer_lookback", self.lookback, 0)
+    check_at_least("scorer_lookahead", self.lookahead, 0)
+    if self.kind == "random":
+      return
+    dense = lambda features: nn.Dense(features, use_bias=False, dtype=jnp.float32, precision=HIGHEST)
+    self.linear = dense(self.num_heads)
+    if self.kind == "conv":
+      self.conv_in, self.conv, self.conv_out = dense(CHANNELS), dense(CHANNELS), dense(self.num_heads)
+    self.scale = self.param("scale", nn.initializers.constant(self.init_scale), (self.num_heads,), jnp.float32)
+    self.slope = self.param("slope", nn.initializers.constant(self.init_slope), (self.num_heads,), jnp.float32)
+
+  @property
+  def delay(self) -> int:
+    """Tokens that must follow a token before its score is final."""
+    return self.lookahead if self.kind == "conv" else 0
+
+  def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0) -> jax.Array:
+    """Scores of whole rows.
+
+    Args:
+      x_BxNxE: hidden states of any floating dtype.
+      segment_ids: [B, N] or None; everything restarts where the id changes.
+      layer: index of the layer, the salt of the random scorer.
+    Returns:
+      [B, N, G] float32. The last `delay` tokens of a row see zeros ahead; they are no candidates yet where window >= delay.
+    """
+    batch, length, _ = x_BxNxE.shape
+    position_BxN = position_in_document(segment_ids, batch, length)
+    if self.kind == "random":
+      return self._random_scores(layer, position_BxN)
+    x_BxNxE = x_BxNxE.astype(jnp.float32)
+    logits_BxNxG = self.linear(x_BxNxE)
+    if self.kind == "conv":
+      pad = ((0, 0), (self.lookback, self.lookahead))
+      channels = jnp.pad(self.conv_in(x_BxNxE), (*pad, (0, 0)))
+      start_BxN = jnp.arange(length) - position_BxN           # names the document
+      start = jnp.pad(start_BxN, pad, constant_values=-1)
+      same_BxNxT = self._taps(start, length) == start_BxN[..., None]
+      logits_BxNxG += self._convolve(self._taps(channels, length) * same_BxNxT[..., None])
+    if not self.normalize:
+      return self._scores(logits_BxNxG, position_BxN)
+    first_BxN = position_BxN == 0
+    return self._scores(logits_BxNxG, position_BxN, running_moments(logits_BxNxG, jnp.ones_like(first_BxN), first_BxN))
+
+  def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0) -> tuple[jax.Array, ScorerState]:
+    """Scores that become final with a chunk of C further tokens of one endless document.
+
+    Args:
+      x_BxCxE: hidden states of the tokens at positions seen .. seen + C - 1.
+      state: what the previous call returned; `initial_state` at first.
+      seen: int32 scalar, tokens before this chunk.
+    Returns:
+      [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where negative), and the next state.
+    """
+    batch, length, _ = x_BxCxE.shape
+    position_BxC = jnp.broadcast_to(seen - self.delay + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if self.kind == "random":
+      return self._random_scores(layer, position_BxC), state
+    x_BxCxE = x_BxCxE.astype(jnp.float32)
+    linear = jnp.concatenate([state.linear, self.linear(x_BxCxE)], axis=1)
+    logits_BxCxG, state = linear[:, :length], state._replace(linear=linear[:, length:])
+    if self.kind == "conv":
+      channels = jnp.concatenate([state.channels, self.conv_in(x_BxCxE)], axis=1)
+      logits_BxCxG += self._convolve(self._taps(channels, length))
+      state = state._replace(channels=channels[:, length:])
+    if not self.normalize:
+      return self._scores(logits_BxCxG, position_BxC), state
+    before = Moments(jnp.maximum(seen - self.delay, 0).astype(jnp.float32), state.mean[:, None], state.deviation[:, None])
+    chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros(position_BxC.shape, bool))
+    moments = merge_moments(before, chunk)
+    return self._scores(logits_BxCxG, position_BxC, moments), state._replace(mean=moments.mean[:, -1], deviation=moments.deviation[:, -1])
+
+  def initial_state(self, batch_size: int) -> ScorerState:
+    """The state before the first token."""
+    conv = self.kind == "conv"
+    zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
+    return ScorerState(zeros(self.delay, self.num_heads), zeros(self.lookback + self.lookahead if conv else 0, CHANNELS),
+                       zeros(self.num_heads), zeros(self.num_heads))
+
+  def _random_scores(self, layer, position_BxN):
+    noise = fixed_noise(layer, position_BxN, self.num_heads)
+    return self.init_scale * noise + self.init_slope * position_BxN[..., None] / SLOPE_TOKENS
+
+  def _taps(self, padded, length):
+    """[B, length + lookback + lookahead, ...] -> [B, length, taps, ...]: what each token sees around itself."""
+    return jnp.stack([padded[:, t:t + length] for t in range(self.lookback + self.lookahead + 1)], axis=2)
+
+  def _convolve(self, taps_BxNxTxC):
+    return self.conv_out(nn.silu(self.conv(taps_BxNxTxC.reshape(*taps_BxNxTxC.shape[:2], -1))))
+
+  def _scores(self, logits_BxNxG, position_BxN, moments: Moments | None = None):
+    if moments is not None:
+      variance = (moments.deviation + PRIOR_COUNT) / (moments.count + PRIOR_COUNT)
+      logits_BxNxG = (logits_BxNxG - moments.mean) * jax.lax.rsqrt(variance)
+    return self.scale * logits_BxNxG + self.slope * (position_BxN[..., None] / SLOPE_TOKENS)
