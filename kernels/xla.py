@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from .compaction import chunk_lists, chunk_size
+from .varying import varying_like
 
 # Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys (listed, then window), D head dimension.
 
@@ -179,7 +180,7 @@ def _backward_rule(static, residuals, cotangent):
     return carry, (dq, -jnp.sum(dgates, axis=-1))
 
   inputs = _inputs(query, groups, threshold, start, expiry, static)
-  zeros = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (keys, values, scores))
+  zeros = tuple(varying_like(jnp.zeros(x.shape, jnp.float32), query) for x in (keys, values, scores))
   (dkeys, dvalues, dscores), (dq, dtau) = lax.scan(step, zeros, (inputs, heads(cotangent), _chunks(logsumexp, 3, chunk), heads(delta)))
   rows = lambda x: jnp.swapaxes(x[:, :, left:left + n], 1, 2)
   return (_unchunk(dq, 1, n).reshape(query.shape), rows(dkeys).astype(key.dtype), rows(dvalues).astype(value.dtype),

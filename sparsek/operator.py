@@ -17,6 +17,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsek.kernels.varying import varying_like
+
 
 class CausalSelection(NamedTuple):
   """What `causal_sparsek` returns.
@@ -114,7 +116,7 @@ def _sparsek(z, k):
     missing = k - jnp.sum(present & (minus >= b), -1, keepdims=True)      # integer: no rounding where nothing is fractional
     return b, jnp.sum(fractional, -1, keepdims=True), missing - total
 
-  ends = jnp.full(z.shape[:-1] + (1,), -1), jnp.full(z.shape[:-1] + (1,), 2 * n - 1)
+  ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n - 1))
   rank = _bisect(*ends, lambda r: evaluate(r)[2] >= 0, 2 * n)
   b, count, missing = evaluate(rank)
   tau = _below(b, jnp.where(count > 0, missing / jnp.maximum(count, 1), 0))
@@ -192,6 +194,7 @@ def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: ja
 def _causal(scores, start, end, k, delay):
   """scores [batch, heads, n]; start, end [batch, n]."""
   row = functools.partial(_causal_row, k=k, delay=delay)
+  start, end = varying_like(start, scores), varying_like(end, scores)
   return jax.vmap(jax.vmap(row, in_axes=(0, None, None)))(scores, start, end)
 
 
@@ -308,6 +311,7 @@ def _causal_forward(scores, start, end, k, delay):
 def _causal_backward(k, delay, residuals, cotangents):
   scores, threshold, start, end = residuals
   row = functools.partial(_threshold_vjp_row, delay=delay)
+  start, end = varying_like(start, scores), varying_like(end, scores)
   return jax.vmap(jax.vmap(row, in_axes=(0, 0, 0, None, None)))(cotangents[0], scores, threshold, start, end), None, None
 
 
