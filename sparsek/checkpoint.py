@@ -33,6 +33,12 @@ class DamagedCheckpoint(Exception):
   """A checkpoint that cannot be read in full, or whose contents are not what was saved."""
 
 
+def first_line(error: Exception) -> str:
+  """An error as part of one line: its kind and the start of its message."""
+  lines = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+
+
 def to_stderr(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
@@ -186,7 +192,7 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   except (UsageError, DamagedCheckpoint):
     raise
   except Exception as error:  # Orbax and tensorstore raise many kinds for unreadable files; whatever it is, this checkpoint cannot be used.
-    raise DamagedCheckpoint(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}") from error
+    raise DamagedCheckpoint(first_line(error)) from error
   return loaded
 
 

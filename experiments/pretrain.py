@@ -1,0 +1,38 @@
+"""Pretrains a language model.
+
+  python -m experiments.pretrain --workdir=/tmp/run --preset=tiny --num_steps=500
+
+The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl (one JSON object per logged step), flags.txt
+(a --flagfile that reproduces the run), model.json and versions.json. SIGTERM and Ctrl-C save a checkpoint and exit 0.
+"""
+
+import os
+
+from sparsek import data, flags, train
+
+flags.define_model_flags()
+flags.define_data_flags()
+flags.define_train_flags()
+
+
+def main() -> None:
+  """Reads the flags, opens the data, trains, and says where everything is."""
+  flags.model_config()  # refuses bad flags before any data is read
+  config = flags.train_config()
+  dataset = data.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
+  result = train.train(flags.model_config(vocab_size=dataset.vocab_size), config, dataset, flags.into_string())
+
+  workdir = config.workdir
+  if result.already_complete:
+    print(f"{workdir} is complete: it has all of --num_steps={config.optimizer.num_steps} steps ({result.step} were made)")
+  elif result.stopped:
+    print(f"stopped by a signal at step {result.step} of {config.optimizer.num_steps}; the same command resumes")
+  losses = {"loss": result.loss, "held-out loss": result.heldout_loss}
+  known = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
+  if known:
+    print(f"step {result.step}: {known} (nats per token)")
+  print(f"checkpoints in {os.path.join(workdir, 'checkpoints')}, metrics in {os.path.join(workdir, 'metrics.jsonl')}")
+
+
+if __name__ == "__main__":
+  flags.run(main)

@@ -1,0 +1,84 @@
+"""A run's folder: its lock, and the records of what is run in it."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from typing import IO
+
+import jax
+
+from sparsek.errors import UsageError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
+
+
+def lock(workdir: str) -> IO[str]:
+  """Makes `workdir` and takes it for this process, until the returned file is closed or the process ends, however it ends.
+
+  Raises:
+    UsageError: where it cannot be made or written, or another run has it.
+  """
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    file = open(os.path.join(workdir, "lock"), "a+")
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read().strip()
+    raise UsageError(f"--workdir={workdir} is in use by another run{f' ({owner})' if owner else ''}: stop it or take another folder") from None
+  file.truncate(0)
+  file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+  file.flush()
+  return file
+
+
+def write_record(workdir: str, name: str, text: str) -> None:
+  """Writes WORKDIR/name at one stroke. An existing file with other contents is kept as name.1, name.2, ... before the extension."""
+  path = os.path.join(workdir, name)
+  if os.path.exists(path):
+    with open(path) as file:
+      if file.read() == text:
+        return
+    stem, extension = os.path.splitext(path)
+    number = 1
+    while os.path.exists(f"{stem}.{number}{extension}"):
+      number += 1
+    os.rename(path, f"{stem}.{number}{extension}")
+  with open(path + ".new", "w") as file:
+    file.write(text)
+  os.replace(path + ".new", path)
+
+
+def to_json(record: dict) -> str:
+  return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def versions() -> dict[str, object]:
+  """What ran: package versions, Python, devices, the commit of the source tree (None outside git), the command line."""
+  def version(package):
+    try:
+      return metadata.version(package)
+    except metadata.PackageNotFoundError:
+      return None
+
+  source = os.path.dirname(os.path.abspath(__file__))
+  try:
+    # -dirty marks local changes; a checkout that is not this source's (such as one around a virtual environment) does not track this file.
+    subprocess.run(["git", "-C", source, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True, timeout=5)
+    commit = subprocess.run(["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                            check=True, capture_output=True, text=True, timeout=5).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    commit = None
+  device = jax.devices()[0]
+  return {
+      "python": platform.python_version(), "packages": {package: version(package) for package in PACKAGES}, "commit": commit,
+      "devices": f"{jax.device_count()} x {device.device_kind}", "platform": device.platform, "command": sys.argv,
+  }

@@ -1,0 +1,266 @@
+"""The training loop: dispatch, log, evaluate, save, resume."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sparsek import checkpoint, run_directory
+from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.data import eval_batches, make_train_iterator
+from sparsek.errors import RunError, UsageError
+from sparsek.metrics import MetricsWriter, Progress, Stopwatch
+from sparsek.model import count_params, init_params
+from sparsek.optimizer import make_optimizer
+from sparsek.parameter_table import differing_fields
+from sparsek.token_files import TokenDataset
+from sparsek.train_step import TrainState, check_batch, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended.
+
+  Attributes:
+    step: updates made.
+    loss: of the last step, or None where none was made in this process.
+    heldout_loss: of the last evaluation in this process, or None.
+    stopped: a signal asked it to stop before its end.
+    already_complete: there was nothing left to do.
+  """
+  step: int
+  loss: float | None = None
+  heldout_loss: float | None = None
+  stopped: bool = False
+  already_complete: bool = False
+
+
+class StopSignal:
+  """While entered, SIGTERM and SIGINT set `requested` instead of ending the process; a second SIGINT raises KeyboardInterrupt."""
+
+  def __enter__(self):
+    self.requested = False
+    self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _handle(self, number, frame):
+    if self.requested and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.requested = True
+
+  def __exit__(self, *exception):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+
+def heldout_loss(params, eval_step: Callable, mesh, batches, stop: StopSignal | None = None) -> float | None:
+  """Mean loss in nats per counted target over held-out batches; None where `stop` was requested before the end."""
+  total, count = 0.0, 0
+  for batch in batches:
+    loss, num_targets = eval_step(params, put_batch(mesh, batch))
+    total, count = total + float(loss), count + int(num_targets)
+    if stop is not None and stop.requested:
+      return None
+  return total / max(count, 1)
+
+
+def _model_record(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset) -> dict:
+  tokenizer = dataset.tokenizer
+  return {"model": dataclasses.asdict(config), "data": dataclasses.asdict(train.data),
+          "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}}
+
+
+def _check_tokenizer(workdir: str, dataset: TokenDataset, data: str) -> TransformerConfig:
+  """Returns the configuration of the run in `workdir`. Raises UsageError where it was trained on other tokens."""
+  config, run = checkpoint.load_run_config(workdir)
+  if run["tokenizer"]["fingerprint"] != dataset.tokenizer.fingerprint:
+    raise UsageError(f"the tokenizer of --data={data} ({dataset.tokenizer.name}, {dataset.tokenizer.fingerprint[:12]}) does not match that of the run "
+                     f"in {workdir} ({run['tokenizer']['name']}, {run['tokenizer']['fingerprint'][:12]})")
+  return config
+
+
+class _Run:
+  """A run in progress: its state on the devices, its iterator, and the files it writes."""
+
+  def __init__(self, config: TransformerConfig, train: TrainConfig, dataset: TokenDataset, stop: StopSignal):
+    self.config, self.train, self.dataset, self.stop = config, train, dataset, stop
+    self.num_steps = train.optimizer.num_steps
+    self.mesh = make_mesh()
+    check_batch(self.mesh, train.data.batch_size, train.grad_accumulation)
+    self.optimizer = make_optimizer(train.optimizer)
+    self.iterator = make_train_iterator(dataset, train.data)
+    self.heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()
+    self.train_step = make_train_step(config, train, self.optimizer, self.mesh)
+    self.eval_step = make_eval_step(config, train.loss_chunk, self.mesh)
+    self.diagnose = make_diagnose(config)
+    self.result_loss = self.result_heldout = None
+    self.saving_step = self.saved_step = None  # of the checkpoint being written, and of the newest that is complete
+
+  def restore_or_init(self, say: Callable[[str], None]) -> None:
+    """Sets the state: from the newest checkpoint of the workdir, else parameters from init_from, else new ones."""
+    workdir, everywhere = self.train.workdir, replicated(self.mesh)
+    checkpoint.remove_half_written(workdir, say)
+    if checkpoint.saved_steps(workdir):
+      old = _check_tokenizer(workdir, self.dataset, self.train.data.data)
+      opt_state = jax.eval_shape(self.optimizer.init, checkpoint.abstract_params(self.config))
+      restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say)
+      self.iterator.set_state(restored.data_state)
+      changed = "".join(f", {name} {there} -> {here}" for name, (there, here) in differing_fields(old, self.config).items())
+      say(f"resuming {workdir} at step {restored.step}{changed}" + (" (--init_from is not used)" if self.train.init_from else ""))
+      self.step = self.saved_step = restored.step
+      params, opt_state = restored.params, restored.opt_state
+    else:
+      if self.train.init_from:
+        folder, step = checkpoint.parse_run_reference(self.train.init_from)
+        if not os.path.isdir(folder):
+          raise UsageError(f"--init_from={self.train.init_from}: there is no folder {folder}")
+        _check_tokenizer(folder, self.dataset, self.train.data.data)
+        params, step = checkpoint.load_params(folder, self.config, step, everywhere, say)
+        say(f"starting from the parameters of {folder} at step {step}")
+      else:
+        params = jax.jit(lambda key: init_params(self.config, key), out_shardings=everywhere)(jax.random.key(self.train.seed))
+      self.step = 0
+      opt_state = jax.jit(self.optimizer.init, out_shardings=everywhere)(params)
+    self.data_state = self.iterator.get_state()
+    self.state = TrainState(jax.device_put(jnp.int32(self.step), everywhere), params, opt_state)
+
+  def evaluation_due(self, step: int) -> bool:
+    return bool(self.train.eval_every) and step > 0 and (step % self.train.eval_every == 0 or step == self.num_steps)
+
+  def write_records(self, flagfile: str) -> None:
+    """flags.txt, versions.json, model.json and the tokenizer, older versions of which are kept."""
+    workdir = self.train.workdir
+    if flagfile:
+      run_directory.write_record(workdir, "flags.txt", flagfile)
+    run_directory.write_record(workdir, "versions.json", run_directory.to_json(run_directory.versions()))
+    run_directory.write_record(workdir, "model.json", run_directory.to_json(_model_record(self.config, self.train, self.dataset)))
+    os.makedirs(os.path.join(workdir, "tokenizer"), exist_ok=True)
+    self.dataset.tokenizer.save(os.path.join(workdir, "tokenizer"))
+
+  def loop(self, metrics: MetricsWriter, writer: checkpoint.CheckpointWriter, progress: Progress) -> None:
+    """Runs to the last step, or until a signal. Step s + 1 is dispatched before the metrics of step s are read, so the devices never wait."""
+    train = self.train
+    first, watch, pending = self.step + 1, Stopwatch(), None
+
+    def is_logged(step):
+      return step == 1 or step % train.log_every == 0 or step == self.num_steps
+
+    def report(step, outputs, diagnostics):
+      """Reads the metrics of a step, which waits for it, and logs them where due."""
+      outputs = {key: float(value) for key, value in jax.device_get(outputs).items()}
+      if not (math.isfinite(outputs["loss"]) and math.isfinite(outputs["grad_norm"])):
+        raise RunError(f"the loss is {outputs['loss']} and the gradient norm {outputs['grad_norm']} at step {step}: lower --learning_rate or raise "
+                       f"--warmup_steps; the last checkpoint is of step {self.saved_step}")
+      self.result_loss = outputs["loss"]
+      progress.step(step)
+      if is_logged(step):
+        seconds = watch.lap(step)
+        rate = train.data.batch_size * train.data.seq_len / seconds
+        selection = {key: float(value) for key, value in jax.device_get(diagnostics).items()}
+        metrics.write({"step": step, **outputs, "tokens_per_second": rate, **selection})
+        progress.log(step, outputs["loss"], rate, seconds)
+      elif step == first:
+        watch.restart(step)  # The first step compiled; it says nothing about the speed.
+
+    while self.step < self.num_steps and not self.stop.requested:
+      batch = next(self.iterator)
+      self.step += 1
+      self.data_state = self.iterator.get_state()
+      self.state, outputs = self.train_step(self.state, put_batch(self.mesh, batch))
+      row = {key: value[:1] for key, value in batch.items()}
+      diagnostics = self.diagnose(self.state.params, row) if is_logged(self.step) else {}
+      if pending is not None:
+        report(*pending)
+      pending = (self.step, outputs, diagnostics)
+      save = self.step % train.checkpoint_every == 0 or self.step == self.num_steps
+      if save or self.evaluation_due(self.step):
+        report(*pending)
+        pending = None
+        watch.pause()
+        if self.evaluation_due(self.step):
+          self.evaluate(metrics, progress)
+        if save:
+          self.save(metrics, writer, progress.say)
+        watch.resume()
+    if pending is not None:
+      report(*pending)
+
+  def evaluate(self, metrics: MetricsWriter, progress: Progress) -> None:
+    """Writes the held-out loss, unless a signal interrupts it; then the resumed run evaluates again."""
+    loss = heldout_loss(self.state.params, self.eval_step, self.mesh, self.heldout, self.stop)
+    if loss is None:
+      return
+    bits = {"heldout_bits_per_byte": loss / math.log(2)} if self.dataset.tokenizer.name == "byte" else {}
+    metrics.write({"step": self.step, "heldout_loss": loss, **bits})
+    progress.say(f"step {self.step}/{self.num_steps}  heldout loss {loss:.4f}" + "".join(f"  bits per byte {value:.4f}" for value in bits.values()))
+    self.result_heldout = loss
+
+  def save(self, metrics: MetricsWriter, writer: checkpoint.CheckpointWriter, say: Callable[[str], None]) -> None:
+    """Starts saving this step. A save that fails is reported and tried again at the next one: training is worth more than one checkpoint."""
+    if self.step in (self.saved_step, self.saving_step):
+      return
+    metrics.sync()
+    self.finish_save(writer, say)
+    try:
+      writer.save(self.step, self.state.params, self.state.opt_state, self.data_state)
+      self.saving_step = self.step
+    except Exception as error:  # Orbax and tensorstore raise many kinds for a full or failing disk.
+      say(f"the checkpoint of step {self.step} cannot be saved, those before it are kept: {checkpoint.first_line(error)}")
+
+  def finish_save(self, writer: checkpoint.CheckpointWriter, say: Callable[[str], None]) -> None:
+    """Waits for the save in progress, if any."""
+    try:
+      writer.wait()
+      self.saved_step = self.saved_step if self.saving_step is None else self.saving_step
+    except Exception as error:
+      say(f"the checkpoint of step {self.saving_step} could not be saved, those before it are kept: {checkpoint.first_line(error)}")
+    self.saving_step = None
+
+
+def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDataset, flagfile: str = "") -> Result:
+  """Trains a model in `train_config.workdir`, from where an earlier call with the same workdir got to.
+
+  Whatever is random derives from (seed, step): a run that is killed and started again logs the losses it would have logged.
+
+  Args:
+    config: the model; its vocabulary is the tokenizer's.
+    train_config: everything else.
+    dataset: what `sparsek.data.open_data` returns.
+    flagfile: text for WORKDIR/flags.txt.
+  Returns:
+    how it ended. SIGTERM and SIGINT end it early with a checkpoint.
+  Raises:
+    UsageError: before anything is changed, where the configuration, the data or the workdir's checkpoints do not go together.
+    RunError: where the loss is not finite or the last checkpoint cannot be written.
+  """
+  workdir = train_config.workdir
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(checkpoint.quiet_orbax())
+    stop = stack.enter_context(StopSignal())
+    stack.enter_context(contextlib.closing(run_directory.lock(workdir)))
+    run = _Run(config, train_config, dataset, stop)
+    stack.callback(run.iterator.close)
+    run.restore_or_init(checkpoint.to_stderr)
+    metrics = stack.enter_context(contextlib.closing(MetricsWriter(workdir, run.step, train_config.tensorboard)))
+    evaluated = any("heldout_loss" in record and record["step"] == run.step for record in metrics.records_kept)
+    evaluate_first = run.evaluation_due(run.step) and not evaluated
+    if run.step >= run.num_steps and not evaluate_first:
+      return Result(run.step, already_complete=True)
+    run.write_records(flagfile)
+    progress = stack.enter_context(contextlib.closing(Progress(run.step, run.num_steps)))
+    progress.say(f"{count_params(run.state.params):,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    writer = checkpoint.CheckpointWriter(workdir, train_config.keep_checkpoints)
+    if evaluate_first:
+      run.evaluate(metrics, progress)
+    run.loop(metrics, writer, progress)
+    run.save(metrics, writer, progress.say)
+    run.finish_save(writer, progress.say)
+    writer.close()
+    if run.saved_step != run.step:
+      raise RunError(f"the checkpoint of step {run.step} could not be saved in {workdir}; the newest is of step {run.saved_step}")
+    return Result(run.step, run.result_loss, run.result_heldout, stopped=stop.requested and run.step < run.num_steps)

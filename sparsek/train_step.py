@@ -1,0 +1,118 @@
+"""One optimizer step, data-parallel over all devices, and the evaluation of a batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.errors import UsageError
+from sparsek.loss import next_token_targets, summed_loss
+from sparsek.model import Transformer, layer_params
+from sparsek.optimizer import learning_rate_schedule
+
+BATCH = "batch"  # the mesh axis
+
+
+class TrainState(NamedTuple):
+  """Everything an update reads and writes: `step` updates were made so far."""
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def make_mesh() -> Mesh:
+  """All devices along one axis, over which the rows of a batch are spread."""
+  return jax.make_mesh((jax.device_count(),), (BATCH,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None:
+  """Raises UsageError unless every device gets the same number of rows in every micro-batch."""
+  parts = mesh.size * grad_accumulation
+  if batch_size % parts:
+    raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {mesh.size} devices times --grad_accumulation={grad_accumulation}")
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Moves a batch to the devices, its rows spread over them."""
+  return jax.device_put(batch, NamedSharding(mesh, P(BATCH)))
+
+
+def _num_targets(batch) -> jax.Array:
+  """Counted targets of the whole batch; called on each device's rows."""
+  counted = next_token_targets(batch["tokens"], batch["segment_ids"])[1]
+  return jax.lax.psum(jnp.sum(counted, dtype=jnp.int32), BATCH)
+
+
+def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable:
+  """Compiles (state, batch) -> (state, metrics); the old state is donated.
+
+  The loss is the mean over all counted targets of the whole batch, in nats: each device sums its rows' gradients, micro-batch by
+  micro-batch, already divided by the number of targets of all, and one sum over the devices ends it.
+
+  metrics: float32 scalars "loss", "grad_norm" (before clipping), "learning_rate", and int32 "num_targets".
+  """
+  schedule = learning_rate_schedule(train.optimizer)
+
+  def local_gradients(params, batch):
+    num_targets = _num_targets(batch)
+    mean_loss = lambda params, tokens, segment_ids: (
+        summed_loss(config, params, tokens, segment_ids, train.loss_chunk) / jnp.maximum(num_targets, 1))
+
+    def micro_batch(sums, rows):
+      return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, rows["tokens"], rows["segment_ids"])), None
+
+    if train.grad_accumulation == 1:
+      loss, grads = jax.value_and_grad(mean_loss)(params, batch["tokens"], batch["segment_ids"])
+    else:
+      rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, x.shape[-1]), batch)
+      (loss, grads), _ = jax.lax.scan(micro_batch, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), rows)
+    return *jax.lax.psum((loss, grads), BATCH), num_targets
+
+  # check_vma=False: params come in unvaried and their gradients are summed here, once, and not inside every loop of the backward pass.
+  gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False)
+
+  def train_step(state: TrainState, batch):
+    loss, grads, num_targets = gradients(state.params, batch)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh) -> Callable:
+  """Compiles (params, batch) -> (summed loss in nats, number of counted targets)."""
+  def local_loss(params, batch):
+    return jax.lax.psum(summed_loss(config, params, batch["tokens"], batch["segment_ids"], loss_chunk), BATCH), _num_targets(batch)
+
+  return jax.jit(jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
+
+
+def make_diagnose(config: TransformerConfig) -> Callable:
+  """Compiles (params, batch of a row or more) -> {"layer_0/gate_mass": scalar, ...}: what each sparsek layer selects; {} without such layers.
+
+  It costs a forward pass of the rows given, so the loop gives it one row per logged step.
+  """
+  from sparsek.diagnostics import selection_statistics
+
+  def diagnose(params, batch):
+    tokens, segment_ids = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
+    _, sown = Transformer(config).apply({"params": params}, tokens, segment_ids=segment_ids, method="hidden", mutable=["diagnostics"])
+    statistics = {}
+    for i, kind in enumerate(config.layer_kinds):
+      if kind == "sparsek":
+        scores, = layer_params(config, sown["diagnostics"], i)["attention"]["scores"]
+        for name, value in selection_statistics(scores, config.k, config.window, segment_ids).items():
+          statistics[f"layer_{i}/{name}"] = value
+    return statistics
+
+  return jax.jit(diagnose)
