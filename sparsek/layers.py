@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from sparsek.attention import sliding_window_attention, sparsek_attention
 from sparsek.config import TransformerConfig
+from sparsek.operator import document_bounds
 from sparsek.scoring import ScoringNetwork, position_in_document
 
 
@@ -135,8 +136,7 @@ class FullAttention(Attention):
     if segment_ids is None:
       return jax.nn.dot_product_attention(query, key, value, is_causal=True)
     # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id apart.
-    length = segment_ids.shape[1]
-    start = jnp.arange(length) - position_in_document(segment_ids, *segment_ids.shape)
+    start, _ = document_bounds(segment_ids, *segment_ids.shape)
     return jax.nn.dot_product_attention(query, key, value, mask=(start[:, :, None] == start[:, None, :])[:, None], is_causal=True)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.config import SCORERS, check_at_least, check_choice
+from sparsek.operator import document_bounds
 
 CHANNELS = 32              # width of the conv scorer: a few directions of the hidden state are enough to judge a token
 PRIOR_COUNT = 8.0          # pseudo-tokens of variance 1: they keep the first tokens of a document tame
@@ -16,13 +17,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def position_in_document(segment_ids: jax.Array | None, batch: int, length: int) -> jax.Array:
   """[batch, length] int32: how many tokens of its own document (a run of equal ids) precede each token."""
-  index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-  if segment_ids is None:
-    return index
-  if segment_ids.shape != (batch, length):
+  if segment_ids is not None and segment_ids.shape != (batch, length):
     raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {(batch, length)} like the tokens")
-  first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-  return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+  return jnp.arange(length, dtype=jnp.int32) - document_bounds(segment_ids, batch, length)[0]
 
 
 class Moments(NamedTuple):
