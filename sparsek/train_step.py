@@ -82,7 +82,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 
   def train_step(state: TrainState, batch):
     loss, grads, num_targets = gradients(state.params, batch)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 

@@ -1,0 +1,117 @@
+"""experiments.pretrain as real processes: killed at a random moment, stopped by signals, started with bad flags."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparsek.corpus import Document
+from sparsek.token_files import write_token_files
+from sparsek.tokenizer import ByteTokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TINY = ["--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8", "--mlp_dim=16", "--k=4", "--window=4", "--seq_len=32",
+        "--batch_size=2", "--num_steps=120", "--log_every=1", "--eval_every=25", "--eval_batches=2", "--checkpoint_every=5"]
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+  folder = str(tmp_path_factory.mktemp("data") / "tokens")
+  write_token_files(folder, [Document(str(i), f"Document {i}: {i**7} {i**11}.\n" * 4, i % 2 == 0) for i in range(256)], ByteTokenizer())
+  return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+  """Processes of these tests share compiled programs, which cost most of their time."""
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  return {**os.environ, **cache, "JAX_PLATFORMS": "cpu"}
+
+
+def start(workdir, data_folder, environment, *flags):
+  command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", f"--data={data_folder}", *TINY, *flags]
+  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def wait_for_progress(workdir, process):
+  """Returns when a process has added a line to the metrics, which is after all compiling but that of the evaluation."""
+  metrics = os.path.join(workdir, "metrics.jsonl")
+  size = lambda: os.path.getsize(metrics) if os.path.exists(metrics) else 0
+  smallest = size()
+  while process.poll() is None and size() <= smallest:
+    smallest = min(smallest, size())
+    time.sleep(0.01)
+
+
+def logged(workdir):
+  with open(os.path.join(workdir, "metrics.jsonl")) as file:
+    records = [json.loads(line) for line in file]
+  return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data_folder, environment):
+  workdir = str(tmp_path_factory.mktemp("uninterrupted"))
+  code, out, err = finish(start(workdir, data_folder, environment))
+  assert code == 0, err
+  assert "step 120: loss" in out and workdir in out
+  return logged(workdir)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_logs_bit_equal_losses(tmp_path, data_folder, environment, uninterrupted):
+  process = start(tmp_path, data_folder, environment)
+  wait_for_progress(tmp_path, process)
+  time.sleep(random.uniform(0.0, 0.7))
+  process.kill()
+  finish(process)
+  code, _, err = finish(start(tmp_path, data_folder, environment))
+  assert code == 0, err
+  assert logged(tmp_path) == uninterrupted
+  assert any(key.startswith("layer_0/") for key in uninterrupted[0])
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(tmp_path, data_folder, environment, uninterrupted):
+  # Long evaluations make the run last, and the signal arrive in one.
+  process = start(tmp_path, data_folder, environment, "--eval_every=1", "--eval_batches=1000")
+  wait_for_progress(tmp_path, process)
+  code, _, err = finish(start(tmp_path, data_folder, environment))
+  assert code == 2 and len(err.splitlines()) == 1 and f"in use by another run (process {process.pid}" in err, err
+  process.send_signal(signal.SIGTERM)
+  code, out, err = finish(process)
+  assert code == 0, err
+  step = logged(tmp_path)[-1]["step"]
+  assert f"stopped by a signal at step {step} of 120" in out
+  assert str(step) in os.listdir(tmp_path / "checkpoints")
+  # flags.txt reproduces the run; flags after it win.
+  command = [sys.executable, "-m", "experiments.pretrain", f"--flagfile={tmp_path / 'flags.txt'}", "--eval_every=0"]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0 and f"resuming {tmp_path} at step {step}" in done.stderr, done.stderr
+  losses = lambda records: [record["loss"] for record in records if "loss" in record]
+  assert losses(logged(tmp_path)) == losses(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, words", [
+    (["--kk=4"], "'kk'"),
+    (["--window=-1"], "--window=-1: must be an integer of at least 0"),
+    (["--data=/nowhere"], "/nowhere"),
+])
+def test_bad_flags_exit_with_2_and_one_sentence_in_under_10_seconds(tmp_path, environment, flags, words):
+  started = time.monotonic()
+  command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path / 'run'}", *flags]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+  assert time.monotonic() - started < 10
+  assert not os.path.exists(tmp_path / "run")

@@ -1,0 +1,79 @@
+"""The compiled step: the loss is the mean over all counted targets however the batch is cut."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.errors import UsageError
+from sparsek.model import Transformer, init_params
+from sparsek.optimizer import make_optimizer
+from sparsek.train_step import TrainState, check_batch, make_eval_step, make_mesh, make_train_step, put_batch, replicated
+
+CONFIG = TransformerConfig(vocab_size=19, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
+TRAIN = TrainConfig(workdir="", data=DataConfig(batch_size=4, seq_len=12), loss_chunk=7,
+                    optimizer=OptimizerConfig(num_steps=10, warmup_steps=2, weight_decay=0.1, grad_clip=0.1))
+
+
+def example_batch():
+  """Rows with very different numbers of counted targets, so that a mean of means would show."""
+  rng = np.random.default_rng(0)
+  segment_ids = np.ones((4, 13), np.int32)
+  segment_ids[0, 3:] = 0
+  segment_ids[1, 5:] = 2
+  segment_ids[2] = np.arange(13) + 1
+  return {"tokens": rng.integers(0, 19, (4, 13)).astype(np.int32), "segment_ids": segment_ids}
+
+
+def one_step(train=TRAIN, config=CONFIG):
+  mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
+  params = jax.device_put(init_params(config, jax.random.key(0)), replicated(mesh))
+  state, metrics = make_train_step(config, train, optimizer, mesh)(TrainState(jnp.int32(0), params, optimizer.init(params)), put_batch(mesh, example_batch()))
+  return state, {key: float(value) for key, value in metrics.items()}
+
+
+def test_loss_is_the_mean_over_counted_targets():
+  batch = example_batch()
+  params = init_params(CONFIG, jax.random.key(0))
+  logits = Transformer(CONFIG).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=batch["segment_ids"][:, :-1])
+  losses = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+  counted = (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]) & (batch["segment_ids"][:, 1:] > 0)
+  state, metrics = one_step()
+  np.testing.assert_allclose(metrics["loss"], losses[counted].mean(), rtol=1e-5)
+  assert metrics["num_targets"] == counted.sum() and int(state.step) == 1
+  np.testing.assert_allclose(metrics["learning_rate"], TRAIN.optimizer.learning_rate / 2, rtol=1e-6)
+  total, count = make_eval_step(CONFIG, 5, make_mesh())(params, put_batch(make_mesh(), batch))
+  np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-5)
+
+
+def test_accumulation_equals_one_big_batch():
+  state, metrics = one_step()
+  accumulated_state, accumulated = one_step(dataclasses.replace(TRAIN, grad_accumulation=4))
+  for key, value in metrics.items():
+    np.testing.assert_allclose(accumulated[key], value, rtol=1e-5, err_msg=key)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), accumulated_state.params, state.params)
+
+
+def test_batch_must_divide_over_devices_and_accumulation():
+  check_batch(make_mesh(), 8 * jax.device_count(), 8)
+  with pytest.raises(UsageError, match="--batch_size=9 must be a multiple of"):
+    check_batch(make_mesh(), 9, 2)
+
+
+@pytest.mark.slow
+def test_two_devices_compute_what_one_does(tmp_path):
+  script = ("import json, sys; sys.path.insert(0, '.'); import jax; from tests.sparsek import train_step_test as t; assert jax.device_count() == 2; "
+            "print(json.dumps(t.one_step()[1]))")
+  env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  expected = one_step()[1]
+  for key, value in json.loads(done.stdout.splitlines()[-1]).items():
+    np.testing.assert_allclose(value, expected[key], rtol=1e-5, err_msg=key)

@@ -1,0 +1,203 @@
+"""The loop within one process: what a run writes, how it resumes, what it refuses. Kills are tested with real processes in tests/experiments."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from sparsek import checkpoint, run_directory, train
+from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.corpus import Document
+from sparsek.data import open_data
+from sparsek.errors import RunError, UsageError
+from sparsek.metrics import read_metrics
+from sparsek.token_files import write_token_files
+from sparsek.tokenizer import ByteTokenizer
+
+CONFIG = TransformerConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Every call of train() compiles anew; the tests share the result."""
+  options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")), "jax_persistent_cache_min_compile_time_secs": 0.0}
+  old = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in old.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+  folder = str(tmp_path_factory.mktemp("data") / "tokens")
+  rng = np.random.default_rng(0)
+  texts = ["".join(rng.choice(list("abcd "), 60)) for _ in range(20)]
+  write_token_files(folder, [Document(str(i), text, i >= 16) for i, text in enumerate(texts)], ByteTokenizer())
+  return open_data(folder)
+
+
+def run_config(workdir, num_steps=8, **fields):
+  optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=min(2, num_steps), num_steps=num_steps)
+  defaults = dict(log_every=2, eval_every=4, eval_batches=2, checkpoint_every=4, keep_checkpoints=2, data=DataConfig(data="d", seq_len=16, batch_size=2))
+  return TrainConfig(workdir=str(workdir), optimizer=optimizer, **{**defaults, **fields})
+
+
+def logged(workdir):
+  records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+  return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+  """The workdir of an uninterrupted run, and its result."""
+  workdir = str(tmp_path_factory.mktemp("run"))
+  return workdir, train.train(CONFIG, run_config(workdir), dataset, "--a_flag=1\n")
+
+
+def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
+  workdir, result = finished
+  records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+  assert [record["step"] for record in records] == [1, 2, 4, 4, 6, 8, 8]
+  steps = [record for record in records if "loss" in record]
+  assert all(record["tokens_per_second"] > 0 and record["grad_norm"] > 0 and record["num_targets"] > 0 for record in steps)
+  assert steps[-1]["loss"] < steps[0]["loss"]
+  evaluations = [record for record in records if "heldout_loss" in record]
+  assert [record["step"] for record in evaluations] == [4, 8]
+  np.testing.assert_allclose(evaluations[0]["heldout_bits_per_byte"], evaluations[0]["heldout_loss"] / np.log(2))
+  assert checkpoint.saved_steps(workdir) == [4, 8]
+  assert (result.step, result.loss, result.heldout_loss) == (8, steps[-1]["loss"], evaluations[-1]["heldout_loss"])
+  assert checkpoint.load_run_config(workdir)[0] == CONFIG
+  assert checkpoint.load_params(workdir, CONFIG)[1] == 8
+  with open(os.path.join(workdir, "flags.txt")) as file:
+    assert file.read() == "--a_flag=1\n"
+  with open(os.path.join(workdir, "versions.json")) as file:
+    assert {"python", "packages", "commit", "devices", "command"} <= json.load(file).keys()
+
+
+def test_a_complete_run_says_so(finished, dataset):
+  before = logged(finished[0])
+  result = train.train(CONFIG, run_config(finished[0]), dataset)
+  assert result.already_complete and result.step == 8
+  assert logged(finished[0]) == before
+
+
+def stop_at(monkeypatch, call, name):
+  """Sends this process SIGTERM in the given call of train.<name>."""
+  calls, original = [], getattr(train, name)
+
+  def interrupted(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == call:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(train, name, interrupted)
+
+
+@pytest.mark.parametrize("name, call, step", [("put_batch", 3, 3), ("heldout_loss", 1, 4), ("heldout_loss", 2, 8), ("init_params", 1, 0)])
+def test_sigterm_saves_and_the_resumed_run_logs_the_same(finished, dataset, tmp_path, monkeypatch, name, call, step):
+  with monkeypatch.context() as patch:
+    stop_at(patch, call, name)
+    result = train.train(CONFIG, run_config(tmp_path), dataset)
+  assert result.step == step and checkpoint.saved_steps(str(tmp_path))[-1] == step
+  assert result.stopped == (step < 8)
+  assert train.train(CONFIG, run_config(tmp_path), dataset).step == 8
+  assert logged(tmp_path) == logged(finished[0])
+
+
+def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, capsys):
+  train.train(CONFIG, run_config(tmp_path, num_steps=4), dataset, "--num_steps=4\n")
+  other = dataclasses.replace(CONFIG, k=3, window=5, gate="value")
+  result = train.train(other, run_config(tmp_path, data=DataConfig(data="d", seq_len=8, batch_size=4), grad_accumulation=2), dataset, "--num_steps=8\n")
+  assert result.step == 8
+  assert "resuming" in (said := capsys.readouterr().err) and "k 64 -> 3" in said
+  assert {"flags.txt", "flags.1.txt", "model.json", "model.1.json"} <= set(os.listdir(tmp_path))
+  assert (tmp_path / "flags.1.txt").read_text() == "--num_steps=4\n"
+  assert checkpoint.load_run_config(str(tmp_path))[0] == other
+
+
+def test_another_architecture_is_refused_and_changes_nothing(finished, dataset):
+  before = {name: os.path.getmtime(os.path.join(finished[0], name)) for name in ("model.json", "metrics.jsonl")}
+  with pytest.raises(UsageError, match="--mlp_dim=16 here, 8 there"):
+    train.train(dataclasses.replace(CONFIG, mlp_dim=16), run_config(finished[0], num_steps=20), dataset)
+  assert before == {name: os.path.getmtime(os.path.join(finished[0], name)) for name in before}
+
+
+def test_init_from_takes_parameters_only(finished, dataset, tmp_path):
+  train.train(CONFIG, run_config(tmp_path, num_steps=1, init_from=f"{finished[0]}@4", seed=5), dataset)
+  first, at_4 = logged(tmp_path)[0], [record for record in logged(finished[0]) if record["step"] == 4][0]
+  assert first["step"] == 1 and abs(first["loss"] - at_4["loss"]) < 0.3
+  with pytest.raises(UsageError, match="no checkpoint of step 5; it has 4, 8"):
+    train.train(CONFIG, run_config(tmp_path / "b", init_from=f"{finished[0]}@5"), dataset)
+  with pytest.raises(UsageError, match="there is no folder"):
+    train.train(CONFIG, run_config(tmp_path / "c", init_from="/nowhere"), dataset)
+  with pytest.raises(UsageError, match="--embed_dim=16 here, 8 there"):
+    train.train(dataclasses.replace(CONFIG, embed_dim=16), run_config(tmp_path / "d", init_from=finished[0]), dataset)
+
+
+def test_another_tokenizer_is_refused(finished, dataset):
+  class OtherTokenizer(ByteTokenizer):
+    fingerprint = "f" * 64
+
+  other = dataclasses.replace(dataset, tokenizer=OtherTokenizer())
+  with pytest.raises(UsageError, match="tokenizer of --data=d .* does not match"):
+    train.train(CONFIG, run_config(finished[0]), other)
+
+
+def test_a_workdir_in_use_or_not_writable_is_refused(dataset, tmp_path):
+  with run_directory.lock(str(tmp_path / "w")):
+    with pytest.raises(UsageError, match=f"in use by another run .process {os.getpid()}"):
+      train.train(CONFIG, run_config(tmp_path / "w"), dataset)
+  run_directory.lock(str(tmp_path / "w")).close()
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UsageError, match="cannot be written"):
+    run_directory.lock(str(tmp_path / "file"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(dataset, tmp_path):
+  config = run_config(tmp_path)
+  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, grad_clip=0.0))
+  with pytest.raises(RunError, match="lower --learning_rate"):
+    train.train(CONFIG, config, dataset)
+  assert checkpoint.saved_steps(str(tmp_path)) == []
+
+
+def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(dataset, tmp_path, monkeypatch, capsys):
+  train.train(CONFIG, run_config(tmp_path, num_steps=4), dataset)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  original = checkpoint.CheckpointWriter.save
+
+  def save_on_a_full_disk(self, *args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+      original(self, *args)
+      self.wait()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+  monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save_on_a_full_disk)
+  with pytest.raises(RunError, match="the checkpoint of step 8 could not be saved .* newest is of step 4"):
+    train.train(CONFIG, run_config(tmp_path), dataset)
+  assert "File too large" in capsys.readouterr().err
+  assert checkpoint.load_params(str(tmp_path), CONFIG)[1] == 4
+
+
+def test_records_are_never_overwritten(tmp_path):
+  for text in ("a", "a", "b", "c"):
+    run_directory.write_record(str(tmp_path), "flags.txt", text)
+  assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"flags.txt": "c", "flags.1.txt": "a", "flags.2.txt": "b"}
+
+
+def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+  writer = train.MetricsWriter(str(tmp_path), 1)
+  writer.write({"step": 2, "loss": float("nan")})
+  writer.close()
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n'
