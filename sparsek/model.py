@@ -1,5 +1,6 @@
 """The decoder language model."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -130,7 +131,8 @@ def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
   """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the residual stream),
   embeddings normal with standard deviation 0.02. No shape depends on the sequence length."""
-  return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+  # The forward pass only tells shapes here and is not computed; the reference is traced fastest.
+  return Transformer(dataclasses.replace(config, implementation="reference")).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def count_params(params: Params) -> int:
@@ -147,6 +149,6 @@ def layer_params(config: TransformerConfig, params: Params, index: int) -> Param
 
 
 def unstack_layers(config: TransformerConfig, params: Params) -> Params:
-  """Parameters in the layout of scan_layers=False."""
+  """Parameters in the layout of scan_layers=False, whichever they have."""
   return {name: leaf for name, leaf in params.items() if name != "layers"} | {
       f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)}
