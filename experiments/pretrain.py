@@ -2,8 +2,8 @@
 
   python -m experiments.pretrain --workdir=/tmp/run --preset=tiny --num_steps=500
 
-The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl (one JSON object per logged step), flags.txt
-(a --flagfile that reproduces the run), model.json and versions.json. SIGTERM and Ctrl-C save a checkpoint and exit 0.
+The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl (one JSON object per logged step),
+flags.txt (a --flagfile that reproduces the run), model.json and versions.json. SIGTERM and Ctrl-C save a checkpoint and exit 0.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Saving and restoring runs with Orbax.
 
-WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state), `data` (JSON: the state of the data iterator) and
-`integrity` (JSON: a checksum per array). Orbax writes beside the final name and renames when all is written, so that a killed save leaves the checkpoint before it as the newest.
+WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state), `data` (JSON: the state of the data
+iterator) and `integrity` (JSON: a checksum per array). Orbax writes beside the final name and renames when all is written, so that a killed
+save leaves the checkpoint before it as the newest.
 No other random state exists: everything random derives from (seed, step). WORKDIR/model.json says which model and data the run has.
 """
 
@@ -24,6 +25,7 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.model import init_params
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
+from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Report = Callable[[str], None]
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
@@ -107,13 +109,14 @@ class CheckpointWriter:
     arrays = {"params": params, "optimizer": opt_state}
     integrity = {"checksums": {name: checksums(tree) for name, tree in arrays.items()}}
     try:
-      self._pending = self._checkpointer.save_checkpointables_async(step, {**arrays, "data": data_state, "integrity": integrity}, force=True)
+      items = {**arrays, "data": data_state, "integrity": integrity}
+      self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
     except Exception:
       self._forget()
       raise
 
   def wait(self) -> None:
-    """Returns when the save is on disk; raises what went wrong in it. The checkpoints before it are untouched, and later saves can be tried."""
+    """Returns when the save is on disk; raises what went wrong in it. Then those before it are untouched, and later saves can be tried."""
     pending, self._pending = self._pending, None
     if pending is not None:
       try:
@@ -196,7 +199,7 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   return loaded
 
 
-def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, Any], report: Report) -> tuple[int, dict[str, Any], list[int]]:
+def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, Any], report: Report) -> tuple[int, dict, list[int]]:
   """Loads the newest good checkpoint: (step, checkpointables, damaged steps that are newer). Each damaged one is reported."""
   damaged = {}
   for step in reversed(saved_steps(workdir)):
@@ -207,7 +210,7 @@ def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, An
       report(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(step))} is damaged and is not used: {error}")
   if not damaged:
     raise UsageError(f"{workdir} holds no checkpoint")
-  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read ({len(damaged)} damaged); move the folder away to start afresh")
+  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read; move the folder away to start afresh")
 
 
 def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding, report: Report = to_stderr) -> Restored | None:
@@ -270,7 +273,7 @@ def parse_run_reference(reference: str) -> tuple[str, int | None]:
 
 
 def load_run_config(workdir: str) -> tuple[TransformerConfig, dict]:
-  """The model of a run, and the whole of WORKDIR/model.json: {"model": TransformerConfig fields, "data": DataConfig fields, "tokenizer": {...}}.
+  """The model of a run, and its model.json: {"model": TransformerConfig fields, "data": DataConfig fields, "tokenizer": {...}}.
 
   Raises:
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
@@ -284,3 +287,9 @@ def load_run_config(workdir: str) -> tuple[TransformerConfig, dict]:
     raise UsageError(f"--workdir={workdir} holds no run: there is no {path}") from None
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UsageError(f"{path} cannot be understood: {error}") from None
+
+
+def load_run_tokenizer(workdir: str) -> Tokenizer:
+  """The tokenizer a run was trained with, which its workdir keeps. Raises UsageError where there is none or it cannot be read."""
+  _, run = load_run_config(workdir)
+  return load_tokenizer(ByteTokenizer.name if run["tokenizer"]["name"] == ByteTokenizer.name else os.path.join(workdir, "tokenizer"))

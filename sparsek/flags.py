@@ -16,6 +16,7 @@ Model flags default to None, which means the preset's value (or, in a script tha
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -81,7 +82,8 @@ class _Definer:
 
   def number(self, name: str, default, help_text: str, *, lower=None, upper=None, upper_is_open: bool = False, kind: type = int) -> None:
     upper = MAX_INT if kind is int and upper is None else upper
-    self._define(name, flags.DEFINE, _Number(kind, lower, upper, upper_is_open), name, default, help_text, serializer=flags.ArgumentSerializer())
+    parser = _Number(kind, lower, upper, upper_is_open)
+    self._define(name, flags.DEFINE, parser, name, default, help_text, serializer=flags.ArgumentSerializer())
 
   def string(self, name: str, default: str | None, help_text: str) -> None:
     self._define(name, flags.DEFINE_string, name, default, help_text)
@@ -102,7 +104,7 @@ def define_attention_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("window", None, "Most recent tokens each query sees, itself included. Default: the preset's.", lower=0)
   define.choice("gate", None, config_lib.GATES, "How the selection mask enters attention. Default: straight_through.")
   define.choice("implementation", None, config_lib.IMPLEMENTATIONS, "Of attention. Default: the fastest that can run.")
-  define.choice("dtype", None, config_lib.DTYPES, "Of activations; parameters and loss are float32. Default: float32 for tiny, else bfloat16.")
+  define.choice("dtype", None, config_lib.DTYPES, "Of activations; parameters stay float32. Default: float32 for tiny, else bfloat16.")
 
 
 def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -110,8 +112,8 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
   define.choice("preset", "tiny", list(config_lib.PRESETS), "Model size; the flags below replace single values of it.")
-  define.choice("attention", None, config_lib.ATTENTION_KINDS, "Attention of every layer. Default: sparsek. Not together with --layer_pattern.")
-  define.string("layer_pattern", None, 'Attention per layer, repeated over the layers, as KIND or KIND*TIMES separated by commas: "sparsek*5,full".')
+  define.choice("attention", None, config_lib.ATTENTION_KINDS, "Of every layer. Default: sparsek. Not together with --layer_pattern.")
+  define.string("layer_pattern", None, 'Attention per layer, repeated over the layers: KIND or KIND*TIMES, ..., as "sparsek*5,full".')
   define.choice("scorer", None, config_lib.SCORERS, "Scoring network; random is the control. Default: linear.")
   define.number("scorer_lookahead", None, "Tokens after its own that a conv scorer may see; at most --window. Default: 4.", lower=0)
   define.number("scorer_lookback", None, "Tokens before its own that a conv scorer sees. Default: 3.", lower=0)
@@ -128,15 +130,15 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.boolean("qk_norm", None, "RMSNorm over the head dimension of queries and keys. Default: false.")
   define.boolean("use_bias", None, "Biases on the query, key and value projections. Default: false.")
   define.boolean("tie_embeddings", None, "The output matrix is the embedding. Default: true.")
-  define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes per block: nothing, all but matrix products, all. Default: none.")
+  define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes; dots: all but matrix products. Default: none.")
   define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster. Default: false.")
 
 
 def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Where tokens come from and how they are cut into rows."""
   define, default = _Definer(flag_values), config_lib.DataConfig()
-  define.string("data", default.data, 'Folder written by experiments.prepare_data, or "stdlib", the source text of Python\'s standard library.')
-  define.string("tokenizer", None, '"byte", a tokenizer.json or its folder; must match the data. Default: the tokenizer the data was made with.')
+  define.string("data", default.data, 'Folder that experiments.prepare_data wrote, or "stdlib", the source of Python\'s standard library.')
+  define.string("tokenizer", None, '"byte", a tokenizer.json or its folder; must match the data. Default: the one the data was made with.')
   define.number("seq_len", default.seq_len, "Tokens per row.", lower=1)
   define.number("batch_size", default.batch_size, "Rows per optimizer step, over all devices and accumulation steps.", lower=1)
   define.boolean("segment_documents", default.segment_documents, "Attention and loss restart at each document of a packed row.")
@@ -153,7 +155,7 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define, run_default, default = _Definer(flag_values), config_lib.TrainConfig(workdir=""), config_lib.OptimizerConfig()
   define.number("num_steps", default.num_steps, "Optimizer steps of the whole run, and length of the learning-rate schedule.", lower=1)
   define.number("learning_rate", default.learning_rate, "Peak learning rate.", lower=0, kind=float)
-  define.number("warmup_steps", None, "Steps of linear warm-up; at most --num_steps. Default: a tenth of --num_steps, at most 100.", lower=0)
+  define.number("warmup_steps", None, "Steps of linear warm-up, at most --num_steps. Default: a tenth of them, at most 100.", lower=0)
   define.number("final_lr_ratio", default.final_lr_ratio, "Learning rate at the end over the peak.", lower=0, upper=1, kind=float)
   define.number("weight_decay", default.weight_decay, "Decoupled weight decay, on matrices only.", lower=0, kind=float)
   define.number("grad_clip", default.grad_clip, "Largest global gradient norm; 0 turns clipping off.", lower=0, kind=float)
@@ -188,7 +190,8 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = FLAGS) -> None:
 def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS, argv: Sequence[str] | None = None) -> None:
   """Parses the command line, runs `main()` and exits.
 
-  Exit code 0 when it returns; 2 and one sentence on stderr for a UsageError; 1 and one sentence for a RunError. Anything else is a bug and keeps its traceback.
+  Exit code 0 when it returns; 2 and one sentence on stderr for a UsageError; 1 and one sentence for a RunError. Anything else is a bug and
+  keeps its traceback.
   """
   argv = sys.argv if argv is None else argv
   if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
@@ -223,11 +226,14 @@ def _build(constructor: Callable, *args, **fields):
 
 def model_overrides(flag_values: flags.FlagValues = FLAGS) -> dict[str, object]:
   """The TransformerConfig fields given by flags; flags that were not given or not defined are left out."""
-  given = {field.name: flag_values[field.name].value for field in dataclasses.fields(config_lib.TransformerConfig) if field.name in flag_values}
+  names = [field.name for field in dataclasses.fields(config_lib.TransformerConfig)]
+  given = {name: flag_values[name].value for name in names if name in flag_values}
   pattern = flag_values["layer_pattern"].value if "layer_pattern" in flag_values else None
-  if pattern is not None and given["attention"] is not None:
-    raise UsageError(f"--attention={given['attention']} and --layer_pattern={pattern} exclude each other: give one of them")
-  return {name: value for name, value in {**given, "attention": pattern if pattern is not None else given.get("attention")}.items() if value is not None}
+  if pattern is not None:
+    if given["attention"] is not None:
+      raise UsageError(f"--attention={given['attention']} and --layer_pattern={pattern} exclude each other: give one of them")
+    given["attention"] = pattern
+  return {name: value for name, value in given.items() if value is not None}
 
 
 def model_config(flag_values: flags.FlagValues = FLAGS, vocab_size: int | None = None) -> config_lib.TransformerConfig:
@@ -262,6 +268,8 @@ def train_config(flag_values: flags.FlagValues = FLAGS) -> config_lib.TrainConfi
     raise UsageError("--workdir is required: the folder for this run's checkpoints and metrics")
   if value["warmup_steps"] is None:
     value["warmup_steps"] = min(100, value["num_steps"] // 10)
-  optimizer = _build(config_lib.OptimizerConfig, **{field.name: value[field.name] for field in dataclasses.fields(config_lib.OptimizerConfig)})
+  value["workdir"] = os.path.expanduser(value["workdir"])
+  names = [field.name for field in dataclasses.fields(config_lib.OptimizerConfig)]
+  optimizer = _build(config_lib.OptimizerConfig, **{name: value[name] for name in names})
   names = [field.name for field in dataclasses.fields(config_lib.TrainConfig) if field.name not in ("data", "optimizer")]
   return _build(config_lib.TrainConfig, data=data_config(flag_values), optimizer=optimizer, **{name: value[name] for name in names})

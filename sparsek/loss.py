@@ -97,4 +97,5 @@ def summed_loss(config: TransformerConfig, params, tokens: jax.Array, segment_id
   """
   targets, counted = next_token_targets(tokens, segment_ids)
   hidden = Transformer(config).apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids[:, :-1], method="hidden")
-  return chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk)
+  hidden = hidden.reshape(-1, hidden.shape[-1])
+  return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk)

@@ -44,7 +44,8 @@ class MetricsWriter:
   @staticmethod
   def _line(record: dict) -> str:
     # JSON has no nan: a statistic that does not exist (the mean age of no keys) is null.
-    return json.dumps({key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}) + "\n"
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    return json.dumps(finite) + "\n"
 
   def write(self, record: dict) -> None:
     """Writes one object, which has an int "step" and else floats."""
@@ -85,18 +86,22 @@ class Progress:
   def __init__(self, step: int, num_steps: int, stream=None):
     self._stream = stream or sys.stderr
     self._num_steps = num_steps
-    self._bar = tqdm.tqdm(total=num_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True) if self._stream.isatty() else None
+    self._bar = None
+    if self._stream.isatty():
+      self._bar = tqdm.tqdm(total=num_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True)
 
   def step(self, step: int) -> None:
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
-  def log(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+  def log(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float | None) -> None:
+    """Shows a logged step; `seconds_per_step` is None for the first, whose time went to compiling."""
+    speed = f"{tokens_per_second:,.0f} tokens/s" if seconds_per_step is not None else "compiled"
     if self._bar is not None:
-      self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
+      self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
     else:
-      left = tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))
-      self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left")
+      left = "" if seconds_per_step is None else f"  {tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))} left"
+      self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {speed}{left}")
 
   def say(self, line: str) -> None:
     """One line of text, above the bar."""

@@ -11,7 +11,9 @@ from sparsek.config import TransformerConfig
 Shapes = Mapping[str, tuple[int, ...]]  # "layers_0/attention/query/kernel" -> shape
 
 # No parameter depends on these: a checkpoint restores under other values of them.
-FREE_FIELDS = ("k", "window", "gate", "dtype", "remat", "implementation", "norm_eps", "rope_theta", "scorer_init_scale", "scorer_init_slope")
+FREE_FIELDS = (
+    "k", "window", "gate", "dtype", "remat", "implementation", "norm_eps", "rope_theta", "scorer_init_scale", "scorer_init_slope",
+    "scorer_normalize")
 
 
 def parameter_shapes(tree) -> dict[str, tuple[int, ...]]:

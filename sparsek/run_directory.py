@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def lock(workdir: str) -> IO[str]:
   except BlockingIOError:
     file.seek(0)
     owner = file.read().strip()
-    raise UsageError(f"--workdir={workdir} is in use by another run{f' ({owner})' if owner else ''}: stop it or take another folder") from None
+    by = f" ({owner})" if owner else ""
+    raise UsageError(f"--workdir={workdir} is in use by another run{by}: stop it or take another folder") from None
   file.truncate(0)
   file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
   file.flush()
@@ -51,7 +53,7 @@ def write_record(workdir: str, name: str, text: str) -> None:
     number = 1
     while os.path.exists(f"{stem}.{number}{extension}"):
       number += 1
-    os.rename(path, f"{stem}.{number}{extension}")
+    shutil.copyfile(path, f"{stem}.{number}{extension}")  # Not renamed: a kill must not leave the run without its record.
   with open(path + ".new", "w") as file:
     file.write(text)
   os.replace(path + ".new", path)

@@ -15,7 +15,7 @@ from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
 from sparsek.metrics import MetricsWriter, Progress, Stopwatch
-from sparsek.model import count_params, init_params
+from sparsek.model import Transformer, count_params, init_params
 from sparsek.optimizer import make_optimizer
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
@@ -79,8 +79,9 @@ def _check_tokenizer(workdir: str, dataset: TokenDataset, data: str) -> Transfor
   """Returns the configuration of the run in `workdir`. Raises UsageError where it was trained on other tokens."""
   config, run = checkpoint.load_run_config(workdir)
   if run["tokenizer"]["fingerprint"] != dataset.tokenizer.fingerprint:
-    raise UsageError(f"the tokenizer of --data={data} ({dataset.tokenizer.name}, {dataset.tokenizer.fingerprint[:12]}) does not match that of the run "
-                     f"in {workdir} ({run['tokenizer']['name']}, {run['tokenizer']['fingerprint'][:12]})")
+    here, there = (f"{name}, {fingerprint[:12]}" for name, fingerprint in (
+        (dataset.tokenizer.name, dataset.tokenizer.fingerprint), (run["tokenizer"]["name"], run["tokenizer"]["fingerprint"])))
+    raise UsageError(f"the tokenizer of --data={data} ({here}) does not match that of the run in {workdir} ({there})")
   return config
 
 
@@ -92,6 +93,13 @@ class _Run:
     self.num_steps = train.optimizer.num_steps
     self.mesh = make_mesh()
     check_batch(self.mesh, train.data.batch_size, train.grad_accumulation)
+    self.params_shape = checkpoint.abstract_params(config)
+    if config.implementation is not None:
+      try:
+        tokens = jax.ShapeDtypeStruct((1, train.data.seq_len), jnp.int32)
+        jax.eval_shape(Transformer(config).apply, {"params": self.params_shape}, tokens)
+      except NotImplementedError as error:
+        raise UsageError(f"--implementation={config.implementation}: {error}") from None
     self.optimizer = make_optimizer(train.optimizer)
     self.iterator = make_train_iterator(dataset, train.data)
     self.heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()
@@ -107,7 +115,7 @@ class _Run:
     checkpoint.remove_half_written(workdir, say)
     if checkpoint.saved_steps(workdir):
       old = _check_tokenizer(workdir, self.dataset, self.train.data.data)
-      opt_state = jax.eval_shape(self.optimizer.init, checkpoint.abstract_params(self.config))
+      opt_state = jax.eval_shape(self.optimizer.init, self.params_shape)
       restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say)
       self.iterator.set_state(restored.data_state)
       changed = "".join(f", {name} {there} -> {here}" for name, (there, here) in differing_fields(old, self.config).items())
@@ -143,7 +151,7 @@ class _Run:
     self.dataset.tokenizer.save(os.path.join(workdir, "tokenizer"))
 
   def loop(self, metrics: MetricsWriter, writer: checkpoint.CheckpointWriter, progress: Progress) -> None:
-    """Runs to the last step, or until a signal. Step s + 1 is dispatched before the metrics of step s are read, so the devices never wait."""
+    """Runs to the last step, or until a signal. Step s + 1 is dispatched before the metrics of step s are read: the devices never wait."""
     train = self.train
     first, watch, pending = self.step + 1, Stopwatch(), None
 
@@ -152,10 +160,11 @@ class _Run:
 
     def report(step, outputs, diagnostics):
       """Reads the metrics of a step, which waits for it, and logs them where due."""
-      outputs = {key: float(value) for key, value in jax.device_get(outputs).items()}
+      outputs = {key: value.item() for key, value in jax.device_get(outputs).items()}
       if not (math.isfinite(outputs["loss"]) and math.isfinite(outputs["grad_norm"])):
-        raise RunError(f"the loss is {outputs['loss']} and the gradient norm {outputs['grad_norm']} at step {step}: lower --learning_rate or raise "
-                       f"--warmup_steps; the last checkpoint is of step {self.saved_step}")
+        # Raised before the parameters it led to are saved, so that the newest checkpoint is a good one.
+        raise RunError(f"the loss is {outputs['loss']} and the gradient norm {outputs['grad_norm']} at step {step}: "
+                       f"lower --learning_rate or raise --warmup_steps")
       self.result_loss = outputs["loss"]
       progress.step(step)
       if is_logged(step):
@@ -163,7 +172,7 @@ class _Run:
         rate = train.data.batch_size * train.data.seq_len / seconds
         selection = {key: float(value) for key, value in jax.device_get(diagnostics).items()}
         metrics.write({"step": step, **outputs, "tokens_per_second": rate, **selection})
-        progress.log(step, outputs["loss"], rate, seconds)
+        progress.log(step, outputs["loss"], rate, seconds if step > first else None)
       elif step == first:
         watch.restart(step)  # The first step compiled; it says nothing about the speed.
 
@@ -195,13 +204,16 @@ class _Run:
     loss = heldout_loss(self.state.params, self.eval_step, self.mesh, self.heldout, self.stop)
     if loss is None:
       return
-    bits = {"heldout_bits_per_byte": loss / math.log(2)} if self.dataset.tokenizer.name == "byte" else {}
-    metrics.write({"step": self.step, "heldout_loss": loss, **bits})
-    progress.say(f"step {self.step}/{self.num_steps}  heldout loss {loss:.4f}" + "".join(f"  bits per byte {value:.4f}" for value in bits.values()))
+    record, line = {"step": self.step, "heldout_loss": loss}, f"step {self.step}/{self.num_steps}  held-out loss {loss:.4f}"
+    if self.dataset.tokenizer.name == "byte":
+      record["heldout_bits_per_byte"] = loss / math.log(2)
+      line += f"  bits per byte {record['heldout_bits_per_byte']:.4f}"
+    metrics.write(record)
+    progress.say(line)
     self.result_heldout = loss
 
   def save(self, metrics: MetricsWriter, writer: checkpoint.CheckpointWriter, say: Callable[[str], None]) -> None:
-    """Starts saving this step. A save that fails is reported and tried again at the next one: training is worth more than one checkpoint."""
+    """Starts saving this step. A save that fails is reported, and training goes on to the next one."""
     if self.step in (self.saved_step, self.saving_step):
       return
     metrics.sync()
@@ -255,6 +267,7 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
     progress = stack.enter_context(contextlib.closing(Progress(run.step, run.num_steps)))
     progress.say(f"{count_params(run.state.params):,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}")
     writer = checkpoint.CheckpointWriter(workdir, train_config.keep_checkpoints)
+    stack.callback(run.finish_save, writer, progress.say)
     if evaluate_first:
       run.evaluate(metrics, progress)
     run.loop(metrics, writer, progress)

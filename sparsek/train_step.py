@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
@@ -38,7 +39,7 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None
   """Raises UsageError unless every device gets the same number of rows in every micro-batch."""
   parts = mesh.size * grad_accumulation
   if batch_size % parts:
-    raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {mesh.size} devices times --grad_accumulation={grad_accumulation}")
+    raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {mesh.size} device(s) x grad_accumulation={grad_accumulation}")
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -98,7 +99,7 @@ def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh) -> Ca
 
 
 def make_diagnose(config: TransformerConfig) -> Callable:
-  """Compiles (params, batch of a row or more) -> {"layer_0/gate_mass": scalar, ...}: what each sparsek layer selects; {} without such layers.
+  """Compiles (params, batch of a row or more) -> {"layer_0/gate_mass": scalar, ...}: what each sparsek layer selects.
 
   It costs a forward pass of the rows given, so the loop gives it one row per logged step.
   """

@@ -80,8 +80,8 @@ def test_another_architecture_is_refused_with_a_table(run):
   with pytest.raises(UsageError) as error:
     restore(run[0], other)
   message = str(error.value)
-  for words in ("--num_layers=3 here, 2 there", "--mlp_dim=16 here, 8 there", "--qk_norm=True here, False there", "other shape", "missing", "loaded",
-                "layers_*/mlp/up/kernel (2 layers)", "8x8", "8x16"):
+  for words in ("--num_layers=3 here, 2 there", "--mlp_dim=16 here, 8 there", "--qk_norm=True here, False there", "other shape", "missing",
+                "loaded", "layers_*/mlp/up/kernel (2 layers)", "8x8", "8x16"):
     assert words in message, message
   assert "--k" not in message
   with pytest.raises(UsageError, match="unused"):

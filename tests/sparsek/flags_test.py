@@ -60,14 +60,15 @@ def test_defaults_are_the_presets():
 
 
 def test_flags_replace_fields():
-  model, run = configs("--workdir=w", "--layer_pattern=sparsek*3,full", "--k=7", "--qk_norm", "--notie_embeddings", "--num_steps=40", "--seed=3", "--nosegment_documents")
+  model, run = configs("--workdir=w", "--layer_pattern=sparsek*3,full", "--k=7", "--qk_norm", "--notie_embeddings", "--num_steps=40",
+                       "--seed=3", "--nosegment_documents")
   assert model.attention == ("sparsek", "sparsek", "sparsek", "full")
   assert (model.k, model.qk_norm, model.tie_embeddings) == (7, True, False)
   assert (run.optimizer.num_steps, run.optimizer.warmup_steps, run.seed, run.data.seed, run.data.segment_documents) == (40, 4, 3, 3, False)
 
 
 def test_flagfile_reproduces_the_run(tmp_path):
-  arguments = ["--workdir=a b", "--gate=value", "--num_layers=2", "--learning_rate=3e-4", "--nosegment_documents", "--scorer_init_scale=0.1"]
+  arguments = ["--workdir=a b", "--gate=value", "--num_layers=2", "--learning_rate=3e-4", "--nosegment_documents", "--rope_theta=5e5"]
   flagfile = tmp_path / "flags.txt"
   flagfile.write_text(flags.into_string(parsed(*arguments)))
   assert configs(f"--flagfile={flagfile}") == configs(*arguments)

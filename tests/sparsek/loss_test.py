@@ -19,7 +19,8 @@ def plain(hidden, matrix, targets, counted):
 def example(dtype, n=13, width=6, vocab=11):
   rng = np.random.default_rng(0)
   hidden, matrix = rng.normal(size=(n, width)), rng.normal(size=(width, vocab))
-  return jnp.asarray(hidden, dtype), jnp.asarray(matrix, jnp.float32), jnp.asarray(rng.integers(0, vocab, n)), jnp.asarray(rng.random(n) < 0.7)
+  targets, counted = rng.integers(0, vocab, n), rng.random(n) < 0.7
+  return jnp.asarray(hidden, dtype), jnp.asarray(matrix, jnp.float32), jnp.asarray(targets), jnp.asarray(counted)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])

@@ -10,7 +10,8 @@ from sparsek.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 PARAMS = {
     "embedding": {"embedding": jnp.ones((3, 2))},
-    "layer": {"query": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}, "norm": {"scale": jnp.ones((4, 2))}, "scorer": {"slope": jnp.ones((1,))}},
+    "layer": {"query": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}, "norm": {"scale": jnp.ones((4, 2))},
+              "scorer": {"slope": jnp.ones(1)}},
 }
 
 

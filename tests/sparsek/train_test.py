@@ -1,10 +1,12 @@
-"""The loop within one process: what a run writes, how it resumes, what it refuses. Kills are tested with real processes in tests/experiments."""
+"""The loop within one process: what a run writes, how it resumes, what it refuses. tests/experiments kills real processes."""
 
 import dataclasses
 import json
 import os
 import resource
 import signal
+import sys
+import types
 
 import jax
 import numpy as np
@@ -45,8 +47,9 @@ def dataset(tmp_path_factory):
 
 def run_config(workdir, num_steps=8, **fields):
   optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=min(2, num_steps), num_steps=num_steps)
-  defaults = dict(log_every=2, eval_every=4, eval_batches=2, checkpoint_every=4, keep_checkpoints=2, data=DataConfig(data="d", seq_len=16, batch_size=2))
-  return TrainConfig(workdir=str(workdir), optimizer=optimizer, **{**defaults, **fields})
+  fields = {"data": DataConfig(data="d", seq_len=16, batch_size=2), "log_every": 2, "eval_every": 4, "eval_batches": 2,
+            "checkpoint_every": 4, "keep_checkpoints": 2, **fields}
+  return TrainConfig(workdir=str(workdir), optimizer=optimizer, **fields)
 
 
 def logged(workdir):
@@ -75,6 +78,7 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
   assert (result.step, result.loss, result.heldout_loss) == (8, steps[-1]["loss"], evaluations[-1]["heldout_loss"])
   assert checkpoint.load_run_config(workdir)[0] == CONFIG
   assert checkpoint.load_params(workdir, CONFIG)[1] == 8
+  assert checkpoint.load_run_tokenizer(workdir).fingerprint == ByteTokenizer.fingerprint
   with open(os.path.join(workdir, "flags.txt")) as file:
     assert file.read() == "--a_flag=1\n"
   with open(os.path.join(workdir, "versions.json")) as file:
@@ -115,7 +119,8 @@ def test_sigterm_saves_and_the_resumed_run_logs_the_same(finished, dataset, tmp_
 def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, capsys):
   train.train(CONFIG, run_config(tmp_path, num_steps=4), dataset, "--num_steps=4\n")
   other = dataclasses.replace(CONFIG, k=3, window=5, gate="value")
-  result = train.train(other, run_config(tmp_path, data=DataConfig(data="d", seq_len=8, batch_size=4), grad_accumulation=2), dataset, "--num_steps=8\n")
+  config = run_config(tmp_path, data=DataConfig(data="d", seq_len=8, batch_size=4), grad_accumulation=2)
+  result = train.train(other, config, dataset, "--num_steps=8\n")
   assert result.step == 8
   assert "resuming" in (said := capsys.readouterr().err) and "k 64 -> 3" in said
   assert {"flags.txt", "flags.1.txt", "model.json", "model.1.json"} <= set(os.listdir(tmp_path))
@@ -132,7 +137,7 @@ def test_another_architecture_is_refused_and_changes_nothing(finished, dataset):
 
 def test_init_from_takes_parameters_only(finished, dataset, tmp_path):
   train.train(CONFIG, run_config(tmp_path, num_steps=1, init_from=f"{finished[0]}@4", seed=5), dataset)
-  first, at_4 = logged(tmp_path)[0], [record for record in logged(finished[0]) if record["step"] == 4][0]
+  first, at_4 = logged(tmp_path)[0], next(record for record in logged(finished[0]) if record["step"] == 4)
   assert first["step"] == 1 and abs(first["loss"] - at_4["loss"]) < 0.3
   with pytest.raises(UsageError, match="no checkpoint of step 5; it has 4, 8"):
     train.train(CONFIG, run_config(tmp_path / "b", init_from=f"{finished[0]}@5"), dataset)
@@ -187,6 +192,24 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(dataset, tm
     train.train(CONFIG, run_config(tmp_path), dataset)
   assert "File too large" in capsys.readouterr().err
   assert checkpoint.load_params(str(tmp_path), CONFIG)[1] == 4
+
+
+def test_an_implementation_that_cannot_run_is_refused(dataset, tmp_path):
+  with pytest.raises(UsageError, match="--implementation=mosaic_tpu: "):
+    train.train(dataclasses.replace(CONFIG, attention="sparsek", implementation="mosaic_tpu"), run_config(tmp_path), dataset)
+
+
+def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(UsageError, match="--tensorboard needs tensorboardX: pip install"):
+    train.MetricsWriter(str(tmp_path), 0, tensorboard=True)
+  written = []
+  events = types.SimpleNamespace(add_scalar=lambda *args: written.append(args), close=lambda: None)
+  monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: events))
+  writer = train.MetricsWriter(str(tmp_path), 0, tensorboard=True)
+  writer.write({"step": 3, "loss": 2.0})
+  writer.close()
+  assert written == [("loss", 2.0, 3)]
 
 
 def test_records_are_never_overwritten(tmp_path):
