@@ -52,8 +52,9 @@ def _softmax_values(config, query_BxCxHxD, rows, visible, gate=None):
   weights = jax.nn.softmax(jnp.where(visible[:, :, None], logits, -jnp.inf), axis=-1)
   if gate is not None and config.gate != "straight_through":
     weights *= jnp.where(visible, gate, 0)[:, :, None]
-  mixed = product("bgrcm,bgmd->bcgrd", weights.astype(rows.value.dtype), rows.value)
-  return mixed.reshape(batch, length, heads, head_dim).astype(query_BxCxHxD.dtype)
+  # Transposed afterwards: XLA's CPU backend refuses a bfloat16 product that sums in float32 and writes its axes in another order.
+  mixed = product("bgrcm,bgmd->bgrcd", weights.astype(rows.value.dtype), rows.value)
+  return jnp.moveaxis(mixed, 3, 1).reshape(batch, length, heads, head_dim).astype(query_BxCxHxD.dtype)
 
 
 def _join(*parts):
