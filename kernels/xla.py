@@ -118,6 +118,7 @@ def _gated(gate, p, width):
   return jnp.pad(p, ((0, 0),) * 3 + ((0, width - p.shape[-1]),), constant_values=1)[:, :, None]
 
 
+@functools.partial(jax.jit, static_argnums=7)
 def _forward(query, key, value, scores, threshold, expiry, start, static):
   gate, n = static[2], query.shape[1]
   keys, values = _padded(key, static), _padded(value, static)
@@ -146,6 +147,7 @@ def _forward_rule(query, key, value, scores, threshold, expiry, start, static):
   return out, (query, key, value, scores, threshold, expiry, start, out, logsumexp)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward_rule(static, residuals, cotangent):
   query, key, value, scores, threshold, expiry, start, out, logsumexp = residuals
   _, window, gate, scale, chunk = static

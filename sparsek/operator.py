@@ -55,21 +55,26 @@ def _minus_one(u):
   return jnp.where(jnp.abs(u) >= 2.0 ** (jnp.finfo(u.dtype).nmant + 1), u, u - 1)
 
 
-def _below(breakpoint, step):
-  """`breakpoint - step`; where floats are wider than 1 a positive step must still lead below, so that tied entries keep gate 1, not 0."""
-  tau = breakpoint - step
-  absorbed = (step > 0) & (tau == breakpoint) & (jnp.abs(breakpoint) >= 2.0 ** jnp.finfo(tau.dtype).nmant)
-  return jnp.where(absorbed, jnp.nextafter(breakpoint, jnp.full_like(breakpoint, -jnp.inf)), tau)
+def _below(tau, kth_best):
+  """tau, which lies strictly below the k-th best score, where rounding or floats wider than 1 put it no lower: all of the top k have a gate above 0."""
+  return jnp.minimum(tau, jnp.nextafter(kth_best, jnp.full_like(kth_best, -jnp.inf)))
 
 
-def _bisect(low, high, keep_high, size):
-  """Smallest integer in (low, high] for which `keep_high` holds, elementwise; it is taken to hold at `high`; high - low <= size + 1."""
-  def halve(_, ends):
-    low, high = ends
+def _bisect(low, high, test, size):
+  """(smallest integer in (low, high] that passes, what the test found there), elementwise; `high` is taken to pass; high - low <= size + 1.
+
+  test: integers -> (passes, tuple of arrays like it). What it found is kept only where a tested integer passed, zero otherwise.
+  """
+  kinds = jax.eval_shape(test, high)[1]
+  def halve(_, state):
+    low, high, found = state
     middle = (low + high + 1) // 2                       # == high once high - low == 1: the ends then stay
-    below = keep_high(middle)
-    return jnp.where(below | (middle == high), low, middle), jnp.where(below, middle, high)
-  return lax.fori_loop(0, math.ceil(math.log2(size + 1)), halve, (low, high))[1]
+    passes, new = test(middle)
+    keep = passes & (middle < high)
+    return jnp.where(passes | (middle == high), low, middle), jnp.where(keep, middle, high), tuple(jnp.where(keep, x, y) for x, y in zip(new, found))
+  found = tuple(varying_like(jnp.zeros(kind.shape, kind.dtype), high) for kind in kinds)
+  _, high, found = lax.fori_loop(0, math.ceil(math.log2(size + 1)), halve, (low, high, found))
+  return high, found
 
 
 def sparsek(scores: jax.Array, k: int) -> jax.Array:
@@ -102,6 +107,7 @@ def sparsek(scores: jax.Array, k: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def _sparsek(z, k):
   n = z.shape[-1]
   present = z > -jnp.inf
@@ -113,13 +119,13 @@ def _sparsek(z, k):
     b = jnp.take_along_axis(breakpoints, rank, axis=-1)
     fractional = present & (minus < b) & (u >= b)         # on the piece left of b
     total = jnp.sum(jnp.where(fractional, u - b, 0), -1, keepdims=True)
-    missing = k - jnp.sum(present & (minus >= b), -1, keepdims=True)      # integer: no rounding where nothing is fractional
-    return b, jnp.sum(fractional, -1, keepdims=True), missing - total
+    missing = k - jnp.sum(present & (minus >= b), -1, keepdims=True) - total      # exact where nothing is fractional
+    return missing >= 0, (b, jnp.sum(fractional, -1, keepdims=True), missing)
 
-  ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n - 1))
-  rank = _bisect(*ends, lambda r: evaluate(r)[2] >= 0, 2 * n)
-  b, count, missing = evaluate(rank)
-  tau = _below(b, jnp.where(count > 0, missing / jnp.maximum(count, 1), 0))
+  ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n))     # the last breakpoint passes, so one below 2 n does
+  _, (b, count, missing) = _bisect(*ends, evaluate, 2 * n)
+  kth_best = lax.slice_in_dim(jnp.sort(u, axis=-1), max(n - k, 0), max(n - k, 0) + 1, axis=-1)
+  tau = _below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)
   gate = jnp.clip(u - tau, 0, 1) * present
   gate = jnp.where(jnp.sum(present, -1, keepdims=True) <= k, present.astype(z.dtype), gate)
   return jnp.where(jnp.any(jnp.isnan(z), -1, keepdims=True), jnp.nan, gate)
@@ -186,14 +192,15 @@ def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: ja
     raise ValueError(f"causal_sparsek: segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
   start, end = document_bounds(segment_ids, batch, n)
   by_head = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
-  threshold, expiry = _causal(by_head, start, end, min(int(k), n), min(int(delay), n))
+  threshold, expiry = _causal(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None)
   return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _causal(scores, start, end, k, delay):
-  """scores [batch, heads, n]; start, end [batch, n]."""
-  row = functools.partial(_causal_row, k=k, delay=delay)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _causal(scores, start, end, k, delay, packed):
+  """scores [batch, heads, n]; start, end [batch, n]; packed: there may be more than one document."""
+  row = functools.partial(_causal_row, k=k, delay=delay, packed=packed)
   start, end = varying_like(start, scores), varying_like(end, scores)
   return jax.vmap(jax.vmap(row, in_axes=(0, None, None)))(scores, start, end)
 
@@ -224,7 +231,7 @@ def _ranks(start, values, tie):
   return order, jnp.zeros(size, jnp.int32).at[order].set(index, unique_indices=True)
 
 
-def _causal_row(scores, start, end, *, k, delay):
+def _causal_row(scores, start, end, *, k, delay, packed):
   n = scores.shape[0]
   index = jnp.arange(n, dtype=jnp.int32)
   present = scores > -jnp.inf                             # false for NaN too
@@ -234,25 +241,31 @@ def _causal_row(scores, start, end, *, k, delay):
   weight = present.astype(jnp.int32)
   entered = prefix_sums(entry, weight)
 
-  expiry = jnp.where(present, _expiry(u, weight, entry, entered, start, end, k), 0)
-  tau = jnp.where(entered <= k, -jnp.inf, _thresholds(u, weight, entry, entered, start, end, k))
-  later_of = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1])))
-  tau = lax.associative_scan(later_of, (index == start, tau))[1]        # rounding may not break the order
+  expiry, kth_best = _expiry(u, weight, entry, entered, start, end, k)
+  tau = _below(_thresholds(u, weight, entry, entered, start, end, k), kth_best)
+  tau = jnp.where(entered <= k, -jnp.inf, tau)
+  tau = _running_max(tau, index == start) if packed else lax.cummax(tau)      # rounding may not break the order
   spoilt = prefix_sums(entry, jnp.isnan(scores).astype(jnp.int32))
-  return jnp.where(spoilt > 0, jnp.nan, tau), expiry
+  return jnp.where(spoilt > 0, jnp.nan, tau), jnp.where(present, expiry, 0)
+
+
+def _running_max(x, restart):
+  """Cumulative maximum of x [n] that starts afresh where `restart` is true."""
+  join = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1])))
+  return lax.associative_scan(join, (restart, x))[1]
 
 
 def _expiry(u, weight, entry, entered, start, end, k):
-  """First query for which k better candidates of the document exist, from the rank of each query's k-th best; of equal scores the earlier ranks higher."""
+  """For each token the first query with k better candidates, and for each query its k-th best score; of equal scores the earlier ranks higher."""
   n = u.shape[0]
-  _, rank = _ranks(start, u, jnp.arange(n, dtype=jnp.int32)[::-1])
+  order, rank = _ranks(start, u, jnp.arange(n, dtype=jnp.int32)[::-1])
 
   def too_few(guess):                                     # fewer than k candidates rank at or above the guess
     gone = jnp.maximum(entry, _first_above(guess, rank, n))
-    return entered - _prefix_sums(start, end, gone, weight) < k
+    return entered - _prefix_sums(start, end, gone, weight) < k, ()
 
-  cut = _bisect(start, end, too_few, n) - 1
-  return _first_above(cut, rank, n)
+  cut = _bisect(start, end, too_few, n)[0] - 1
+  return _first_above(cut, rank, n), u[order[cut]]
 
 
 def _fixed_point(u, bits):
@@ -284,38 +297,38 @@ def _thresholds(u, weight, entry, entered, start, end, k):
   events = jnp.concatenate([leaves_one, -leaves_one.at[:, 0].set(0)])   # leaving 1 an entry becomes fractional, at 0 it ends that
 
   def evaluate(guess):
-    """At the guessed breakpoint: fractional entries; k - sum of gates, as a multiple of 2^-bits less a remainder in units of 2^(-2 bits)."""
+    """Is the sum of gates at the guessed breakpoint at most k? By how much, in 2^-bits less a remainder in 2^(-2 bits), and over how many fractional entries?"""
     above = _first_above(guess, rank, 2 * n)
     sums = _prefix_sums(start, end, jnp.maximum(jnp.tile(entry, 2), above), events)
     left_one, count, high, low = jnp.moveaxis(sums, -1, 0)
     high = high - count * high_b[guess]
     low = low - count * low_b[guess]
-    missing = ((k - entered + left_one) << bits) - high - (low >> bits)
-    return count, missing, low & (2 ** bits - 1)
+    missing, remainder = ((k - entered + left_one) << bits) - high - (low >> bits), low & (2 ** bits - 1)
+    return (missing > 0) | ((missing == 0) & (remainder == 0)), (guess, count, missing, remainder)
 
-  def enough(guess):                                      # sum of gates at the breakpoint <= k
-    _, missing, remainder = evaluate(guess)
-    return (missing > 0) | ((missing == 0) & (remainder == 0))
-
-  guess = _bisect(2 * start - 1, 2 * end - 1, enough, 2 * n)
-  count, missing, remainder = evaluate(guess)
+  _, (guess, count, missing, remainder) = _bisect(2 * start - 1, 2 * end, evaluate, 2 * n)    # the last breakpoint passes, so one below 2 end does
   step = missing.astype(jnp.float32) * 2.0 ** -bits - remainder.astype(jnp.float32) * 2.0 ** (-2 * bits)
-  return _below(breakpoint[guess], step / jnp.maximum(count, 1))
+  return breakpoint[guess] - step / jnp.maximum(count, 1)
 
 
-def _causal_forward(scores, start, end, k, delay):
-  threshold, expiry = _causal(scores, start, end, k, delay)
+def _causal_forward(scores, start, end, k, delay, packed):
+  threshold, expiry = _causal(scores, start, end, k, delay, packed)
   return (threshold, expiry), (scores, threshold, start, end)
 
 
-def _causal_backward(k, delay, residuals, cotangents):
+def _causal_backward(k, delay, packed, residuals, cotangents):
   scores, threshold, start, end = residuals
-  row = functools.partial(_threshold_vjp_row, delay=delay)
-  start, end = varying_like(start, scores), varying_like(end, scores)
-  return jax.vmap(jax.vmap(row, in_axes=(0, 0, 0, None, None)))(cotangents[0], scores, threshold, start, end), None, None
+  return _threshold_vjp(cotangents[0], scores, threshold, start, end, delay), None, None
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _threshold_vjp(cotangent, scores, threshold, start, end, delay):
+  row = functools.partial(_threshold_vjp_row, delay=delay)
+  start, end = varying_like(start, scores), varying_like(end, scores)
+  return jax.vmap(jax.vmap(row, in_axes=(0, 0, 0, None, None)))(cotangent, scores, threshold, start, end)
 
 
 def _threshold_vjp_row(cotangent, scores, threshold, start, end, *, delay):
@@ -323,7 +336,7 @@ def _threshold_vjp_row(cotangent, scores, threshold, start, end, *, delay):
   n = scores.shape[0]
   u = _finite(scores)
   entry = jnp.minimum(jnp.arange(n, dtype=jnp.int32) + delay, end)
-  search = lambda reached: _bisect(entry - 1, end, lambda i: (i >= end) | reached(threshold[jnp.minimum(i, n - 1)]), n)
+  search = lambda reached: _bisect(entry - 1, end, lambda i: ((i >= end) | reached(threshold[jnp.minimum(i, n - 1)]), ()), n)[0]
   first, last = search(lambda tau: tau > _minus_one(u)), search(lambda tau: tau >= u)
   fractional = (scores > -jnp.inf) & (first < last)
   weight = fractional.astype(jnp.int32)

@@ -1,0 +1,157 @@
+"""What every implementation of SPARSEK attention must do; an implementation's test is a subclass that names it."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsek
+from sparsek.kernels import reference, specs
+
+PLAIN = specs.SPECS[0]
+ARGUMENTS = ("query", "key", "value", "scores")
+
+
+@functools.lru_cache(maxsize=None)
+def problem(spec):
+  """Fresh inputs for this spec and a cotangent of the output."""
+  inputs = specs.make_inputs(spec, seed=zlib.crc32(spec.name.encode()))
+  return inputs, jax.random.normal(jax.random.key(7), inputs[0].shape), specs.segment_ids(spec)
+
+
+def output_and_gradients(attention, inputs, cotangent):
+  """(out, dquery, dkey, dvalue, dscores) in one compiled function."""
+  def run(*inputs):
+    out, vjp = jax.vjp(attention, *inputs)
+    return out, *vjp(cotangent.astype(out.dtype))
+  return jax.jit(run)(*inputs)
+
+
+@functools.lru_cache(maxsize=None)
+def truth(spec, gate):
+  """The reference in float64."""
+  inputs, cotangent, ids = problem(spec)
+  with jax.enable_x64(True):
+    inputs = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in inputs]
+    scale = spec.head_dim ** -.5 if spec.scale is None else spec.scale
+    attention = functools.partial(reference.attention, k=spec.k, window=spec.window, gate=gate, scale=scale, segment_ids=ids)
+    return [np.asarray(x) for x in output_and_gradients(attention, inputs, jnp.asarray(cotangent, jnp.float64))]
+
+
+def relative_error(x, y):
+  """|x - y| / |y| over the whole array, the largest element included."""
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  floor = 1e-6 * np.sqrt(y.size) if y.size else 1
+  return max(np.linalg.norm(x - y) / max(np.linalg.norm(y), floor), np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(y), initial=0), 1e-6))
+
+
+class AttentionTest:
+  """Subclasses set `implementation`."""
+
+  implementation: str
+
+  def attend(self, spec, gate="straight_through", segment_ids=None):
+    return functools.partial(sparsek.sparsek_attention, k=spec.k, window=spec.window, gate=gate, scale=spec.scale, segment_ids=segment_ids,
+                             implementation=self.implementation)
+
+  @pytest.mark.parametrize("spec, gate", [pytest.param(spec, gate, id=f"{spec.name}-{gate}") for spec in specs.SPECS for gate in spec.gates])
+  def test_matches_truth(self, spec, gate):
+    inputs, cotangent, ids = problem(spec)
+    found = output_and_gradients(self.attend(spec, gate, ids), inputs, cotangent)
+    tolerance = 2e-2 if spec.dtype == "bfloat16" else 1e-5
+    for name, x, y, like in zip(("out", *ARGUMENTS), found, truth(spec, gate), (inputs[0], *inputs)):
+      assert x.dtype == like.dtype and x.shape == like.shape, name
+      error = relative_error(x.astype(jnp.float32), y)
+      assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+  @pytest.mark.parametrize("k, window", [(200, 0), (1, 200), (200, 200)])
+  def test_is_dense_when_the_budget_covers_everything(self, k, window):
+    (q, key, v, u), _, _ = problem(PLAIN)
+    dense = jax.nn.dot_product_attention(q, key, v, is_causal=True)
+    sparse = sparsek.sparsek_attention(q, key, v, u, k=k, window=window, implementation=self.implementation)
+    assert relative_error(sparse, dense) < 1e-5
+
+  def test_is_causal(self):
+    """The gradient of output i with respect to every later input is exactly zero, and not zero before."""
+    (q, key, v, u), _, _ = problem(PLAIN)
+    i = 70
+    grads = jax.jit(jax.grad(lambda *x: jnp.sum(self.attend(PLAIN, "key_value")(*x)[:, i] ** 2), argnums=(0, 1, 2, 3)))(q, key, v, u)
+    for name, g in zip(ARGUMENTS, grads):
+      assert not np.any(g[:, i + 1:]), name
+      assert np.any(g[:, :i + 1]), name
+    assert not np.any(grads[3][:, i - PLAIN.window + 1:])               # a token is judged only once it has left the window
+
+  def test_scores_gradient_of_straight_through_is_that_of_value(self):
+    """With gates all but hard both forwards agree, so the score gradients must too."""
+    (q, key, v, u), cotangent, _ = problem(PLAIN)
+    grads = [jax.grad(lambda u: jnp.sum(cotangent * self.attend(PLAIN, gate)(q, key, v, u)))(u) for gate in ("straight_through", "value")]
+    assert relative_error(*grads) < .5 and np.any(grads[0])
+
+  def test_documents_do_not_mix(self):
+    spec = specs.Spec("two", n=150, k=8, window=8)
+    inputs, _, _ = problem(spec)
+    ids = jnp.where(jnp.arange(150) < 90, 1, 2)[None]
+    packed = self.attend(spec, "value", ids)(*inputs)
+    for part in (slice(0, 90), slice(90, 150)):
+      alone = self.attend(spec, "value")(*(x[:, part] for x in inputs))
+      assert relative_error(packed[:, part], alone) < 1e-5
+
+  def test_transformations(self):
+    spec = specs.Spec("vmap", n=80, batch=2, k=8, window=8)
+    inputs, cotangent, _ = problem(spec)
+    loss = lambda *x: jnp.sum(cotangent[:x[0].shape[0]] * self.attend(spec, "value")(*x))
+    grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))
+    plain = grad(loss)(*inputs)
+    for x, y in zip(grad(jax.checkpoint(loss))(*inputs), plain):
+      np.testing.assert_allclose(x, y, atol=1e-5)
+    one = lambda *x: self.attend(spec, "value")(*(y[None] for y in x))[0]
+    mapped = lambda *x: jnp.sum(cotangent * jax.vmap(one)(*x))
+    for x, y in zip(grad(mapped)(*inputs), plain):
+      np.testing.assert_allclose(x, y, atol=1e-5)
+
+  def test_shard_map(self):
+    """Types only, on a mesh of one device; values over four devices are compared in xla_test."""
+    spec = specs.Spec("sharded", n=80, batch=2, heads=4, groups=2, k=8, window=8)
+    inputs, _, _ = problem(spec)
+    mesh = jax.make_mesh((1, 1), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    part = jax.sharding.PartitionSpec("data", None, "heads")
+    f = jax.grad(lambda *x: jnp.sum(self.attend(spec, "value")(*x) ** 2), argnums=(0, 1, 2, 3))
+    for x, y in zip(jax.jit(jax.shard_map(f, mesh=mesh, in_specs=part, out_specs=part))(*inputs), jax.jit(f)(*inputs)):
+      np.testing.assert_allclose(x, y, atol=1e-6)
+
+  def test_repeats_to_the_bit(self):
+    inputs, cotangent, ids = problem(PLAIN)
+    first, second = (output_and_gradients(self.attend(PLAIN, "value", ids), inputs, cotangent) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+  def test_scores_of_minus_infinity(self):
+    """No candidates: the window alone, and zeros where there is none."""
+    (q, key, v, u), _, _ = problem(PLAIN)
+    none = jnp.full_like(u, -jnp.inf)
+    window = sparsek.sparsek_attention(q, key, v, none, k=5, window=9, implementation=self.implementation)
+    assert relative_error(window, sparsek.sliding_window_attention(q, key, v, window=9)) < 1e-5
+    f = lambda *x: sparsek.sparsek_attention(*x, k=5, window=0, implementation=self.implementation)
+    out, *grads = output_and_gradients(f, (q, key, v, none), jnp.ones_like(q))
+    assert not np.any(out) and all(np.all(np.isfinite(g)) for g in grads)
+
+  @pytest.mark.parametrize("change, words", [
+      (dict(k=0), "k=0"), (dict(k=2.5), "k=2.5"), (dict(window=-1), "window=-1"), (dict(gate="soft"), "gate='soft'"), (dict(scale="big"), "scale='big'"),
+      (dict(query=(1, 8, 3, 4)), "3 heads"), (dict(query=(1, 8, 4)), "query must have shape"), (dict(key=(1, 7, 2, 4)), "key|value"), (dict(value=(1, 8, 2, 5)), "value"),
+      (dict(scores=(1, 8, 4)), "scores must have shape"), (dict(segment_ids=np.zeros((1, 7), int)), "segment_ids"), (dict(segment_ids=np.zeros((1, 8))), "segment_ids"),
+      (dict(query=(1, 0, 4, 4), key=(1, 0, 2, 4), value=(1, 0, 2, 4), scores=(1, 0, 2)), "at least one token")])
+  def test_bad_arguments(self, change, words):
+    shapes = dict(query=(1, 8, 4, 4), key=(1, 8, 2, 4), value=(1, 8, 2, 4), scores=(1, 8, 2))
+    arrays = {name: jnp.zeros(change.get(name, shape)) for name, shape in shapes.items()}
+    options = {"k": 2, "window": 2, "implementation": self.implementation, **{key: x for key, x in change.items() if key not in shapes}}
+    with pytest.raises(ValueError, match=words):
+      sparsek.sparsek_attention(**arrays, **options)
+
+  @pytest.mark.parametrize("name, dtype, words", [("query", "int32", "query must be floating"), ("key", "bfloat16", "dtype"), ("scores", "int32", "scores must be floating")])
+  def test_bad_dtypes(self, name, dtype, words):
+    arrays = dict(query=jnp.zeros((1, 8, 4, 4)), key=jnp.zeros((1, 8, 2, 4)), value=jnp.zeros((1, 8, 2, 4)), scores=jnp.zeros((1, 8, 2)))
+    arrays[name] = arrays[name].astype(dtype)
+    with pytest.raises(ValueError, match=words):
+      sparsek.sparsek_attention(**arrays, k=2, window=2, implementation=self.implementation)
