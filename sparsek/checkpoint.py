@@ -284,7 +284,7 @@ def load_run_config(workdir: str) -> tuple[TransformerConfig, dict]:
       run = json.load(file)
     return TransformerConfig(**run["model"]), run
   except FileNotFoundError:
-    raise UsageError(f"--workdir={workdir} holds no run: there is no {path}") from None
+    raise UsageError(f"{workdir} holds no run: there is no {path}") from None
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UsageError(f"{path} cannot be understood: {error}") from None
 

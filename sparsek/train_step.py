@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
 from sparsek.loss import next_token_targets, summed_loss
 from sparsek.model import Transformer, layer_params
@@ -103,8 +104,6 @@ def make_diagnose(config: TransformerConfig) -> Callable:
 
   It costs a forward pass of the rows given, so the loop gives it one row per logged step.
   """
-  from sparsek.diagnostics import selection_statistics
-
   def diagnose(params, batch):
     tokens, segment_ids = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
     _, sown = Transformer(config).apply({"params": params}, tokens, segment_ids=segment_ids, method="hidden", mutable=["diagnostics"])

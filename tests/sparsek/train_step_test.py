@@ -13,9 +13,9 @@ import pytest
 
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
-from sparsek.model import Transformer, init_params
+from sparsek.model import Transformer, init_params, unstack_layers
 from sparsek.optimizer import make_optimizer
-from sparsek.train_step import TrainState, check_batch, make_eval_step, make_mesh, make_train_step, put_batch, replicated
+from sparsek.train_step import TrainState, check_batch, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated
 
 CONFIG = TransformerConfig(vocab_size=19, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
 TRAIN = TrainConfig(workdir="", data=DataConfig(batch_size=4, seq_len=12), loss_chunk=7,
@@ -78,3 +78,14 @@ def test_two_devices_compute_what_one_does(tmp_path):
   expected = one_step()[1]
   for key, value in json.loads(done.stdout.splitlines()[-1]).items():
     np.testing.assert_allclose(value, expected[key], rtol=1e-5, err_msg=key)
+
+
+def test_selection_diagnostics_name_each_sparsek_layer_scanned_or_not():
+  config = dataclasses.replace(CONFIG, num_layers=4, attention="sparsek,full", k=2, window=2, scan_layers=True)
+  params, row = init_params(config, jax.random.key(0)), {key: value[:1] for key, value in example_batch().items()}
+  scanned = make_diagnose(config)(params, row)
+  unrolled = make_diagnose(dataclasses.replace(config, scan_layers=False))(unstack_layers(config, params), row)
+  names = ("gate_mass", "support_size", "share_older_than_1k", "mean_age", "score_std")
+  assert set(scanned) == {f"layer_{i}/{name}" for i in (0, 2) for name in names}
+  for key, value in unrolled.items():
+    np.testing.assert_allclose(scanned[key], value, rtol=1e-4, err_msg=key)
