@@ -40,7 +40,8 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None
   """Raises UsageError unless every device gets the same number of rows in every micro-batch."""
   parts = mesh.size * grad_accumulation
   if batch_size % parts:
-    raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {mesh.size} device(s) x grad_accumulation={grad_accumulation}")
+    devices = f"{mesh.size} device(s) x grad_accumulation={grad_accumulation}"
+    raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {devices}")
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
