@@ -2,8 +2,8 @@
 
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --max_new_tokens=200
 
-Memory and time per token do not depend on how much was written before (but for models with full attention layers). --k and --window may differ from
-those of training. The text goes to stdout; a last line on stderr says how fast it came.
+Memory and time per token do not depend on how much was written before (but for models with full attention layers). --k and --window
+may differ from those of training. The text goes to stdout; a last line on stderr says how fast it came.
 """
 
 import os
@@ -21,9 +21,10 @@ from sparsek.tokenizer import as_valid_unicode, load_tokenizer
 flags.define_workdir_flag()
 flags.define_attention_flags()
 PROMPT = absl_flags.DEFINE_string("prompt", "", "Text to continue; empty: a new document.")
-MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower_bound=0)
+MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 200, "Most tokens to write; the document may end before.", lower_bound=0)
 TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower_bound=0)
-TOP_P = absl_flags.DEFINE_float("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower_bound=0, upper_bound=1)
+TOP_P = absl_flags.DEFINE_float("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.",
+                                lower_bound=0, upper_bound=1)
 SAMPLING_SEED = absl_flags.DEFINE_integer("sampling_seed", 0, "The same seed gives the same text.", lower_bound=0)
 STEP = absl_flags.DEFINE_integer("step", None, "Of the checkpoint. Default: the newest.", lower_bound=0)
 

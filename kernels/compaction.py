@@ -1,7 +1,7 @@
 """Compaction: the tokens selected anywhere in a chunk of queries, listed per chunk, so that attention reads short contiguous buffers.
 
-A token is selected on one interval of queries, `[j + window, expiry_j)`. At most k tokens are selected at a chunk's first query and each query admits at most one
-more, so a chunk of C queries needs k + C places.
+A token is selected on one interval of queries, `[j + window, expiry_j)`. At most k tokens are selected at a chunk's first query and each query admits
+at most one more, so a chunk of C queries needs k + C places.
 """
 
 import jax
@@ -24,7 +24,8 @@ def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array
     chunk: queries per chunk; n need not be a multiple.
 
   Returns:
-    [chunks, min(k + chunk, n)] int32 token indices, or [chunks, 0] for k = 0; unused places hold distinct values from n on, to be dropped by scatters and filled by gathers.
+    [chunks, min(k + chunk, n)] int32 token indices, or [chunks, 0] for k = 0. Unused places hold distinct values from n on, for scatters to drop and
+    gathers to fill.
   """
   n = expiry.shape[0]
   chunks, slots = -(-n // chunk), min(k + chunk, n) if k else 0

@@ -1,7 +1,7 @@
 """SPARSEK attention in plain XLA, linear in the sequence length in time and memory, on any device.
 
-A scan over chunks of queries. Each step gathers the keys listed for its chunk (see compaction.py) and slices the window's keys, and softmaxes over both together.
-The backward pass is a second scan that gathers again, so only the output and its logsumexp are saved.
+A scan over chunks of queries. Each step gathers the keys listed for its chunk (see compaction.py), slices the window's keys, and takes one softmax over
+both. The backward pass is a second scan that gathers again, so only the output and its logsumexp are saved.
 """
 
 import functools
@@ -91,7 +91,7 @@ def _rows(x, index, axis=2):
 
 
 def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
-  """One chunk: its keys and values [B, G, K, D], logits before the gate and visibility [B, G, (R,) C, K], gates and where they are fractional [B, G, C, listed]."""
+  """One chunk: keys and values [B, G, K, D], logits before the gate and visibility [B, G, (R,) C, K], gates and where fractional [B, G, C, listed]."""
   k, window, gate, scale, chunk = static
   left = max(window - 1, 0)
   near = c * chunk + jnp.arange(_window_length(static)) - left            # token indices of the window's keys

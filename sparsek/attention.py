@@ -48,8 +48,9 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
 
   .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad p_{ij} = \mathrm{clip}(u_j - \tau_i, 0, 1)
 
-  Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left, for `i >= j + window`. The k candidates of highest score (equal
-  scores: the earlier token) and the window share one softmax. tau_i is the causal SPARSEK threshold of all candidates; window keys have gate 1. The gates:
+  Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left, for `i >= j + window`. The k candidates of highest score
+  (equal scores: the earlier token) and the window share one softmax. tau_i is the causal SPARSEK threshold of all candidates; window keys have gate 1.
+  The gates:
 
     "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would give them, query, key and value that of what was computed.
     "value": logit `scale q.k`, m = p (the paper's hard-key, soft-value form).

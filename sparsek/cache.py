@@ -1,9 +1,9 @@
 """Generation with memory and time per token that do not depend on the length so far.
 
-A sparsek layer keeps, per KV head, a ring of the last `window` keys and values, k slots (key, value, score, position) for the selected tokens, and the scores,
-not the keys, of the rest of the SPARSEK support, which the threshold needs. A token that leaves the window takes the slot of the worst selected token
-if it scores strictly higher; a score at or below the threshold is forgotten, since thresholds never decrease. Logits equal those of
-`Transformer` at every position. Keys are kept after their rotation.
+A sparsek layer keeps, per KV head, a ring of the last `window` keys and values, k slots (key, value, score, position) for the selected
+tokens, and the scores, not the keys, of the rest of the SPARSEK support, which the threshold needs. A token that leaves the window
+takes the slot of the worst selected token if it scores strictly higher; a score at or below the threshold is forgotten, since
+thresholds never decrease. Logits equal those of `Transformer` at every position. Keys are kept after their rotation.
 """
 
 import functools
@@ -34,8 +34,8 @@ def init_cache(config: TransformerConfig, batch_size: int, *, max_length: int | 
     config: of the model; its k and window fix the size.
     batch_size: rows that are fed together.
     max_length: tokens that full layers can hold; needed, and used, by them only. Logits beyond it are NaN.
-    support_size: scores kept per head beyond the k slots; default 8 k + 64. Supports that are larger (nearly equal scores) lose their lowest members,
-      which makes the threshold slightly low and gates slightly high.
+    support_size: scores kept per head beyond the k slots; default 8 k + 64. Supports that are larger (nearly equal scores) lose their
+      lowest members, which makes the threshold slightly low and gates slightly high.
   Raises:
     ValueError: for sizes below 1 (support_size below 0), or max_length=None where a layer is full.
   """

@@ -1,6 +1,7 @@
 """Attention of a few new queries to a layer's cache of constant size, and what the cache keeps afterwards; see sparsek/cache.py.
 
-C new tokens follow `seen` earlier ones. Keys and values are [B, G, rows, D] here, queries [B, C, H, D] and scores [B, C, G] as in the model.
+C new tokens follow `seen` earlier ones. Keys and values are [B, G, rows, D] here, queries [B, C, H, D] and scores [B, C, G] as in the
+model.
 """
 
 import functools
@@ -110,14 +111,15 @@ def select_chunk(config, cache, seen, query, new, scores):
   arrival_position = seen - window + jnp.arange(length)
   arriving = jnp.where(arrival_position >= 0, jnp.swapaxes(line[:, :length], 1, 2), -jnp.inf)                        # [B, G, C]
 
-  # Slots in order of position, then the support, then the arrivals: so that of equal scores the earlier token wins, and what has lost stays out.
+  # Slots in order of position, then the support, then the arrivals: so that of equal scores the earlier token wins, and what has lost
+  # stays out.
   order = jnp.argsort(cache.position, axis=-1)
   slots = _take(cache.slots, order)
   slot_score, slot_position = (jnp.take_along_axis(x, order, axis=-1) for x in (cache.score, cache.position))
   sequence = jnp.concatenate([slot_score, cache.support, arriving], axis=-1)
   threshold, expiry = (jnp.swapaxes(x, 1, 2) for x in causal_sparsek(jnp.swapaxes(sequence, 1, 2), k))
   threshold = threshold[..., k + extra:]                                                                            # [B, G, C]
-  expiry = expiry - (k + extra)                                                                                     # in queries of this chunk
+  expiry = expiry - (k + extra)                                                          # in queries of this chunk
   keyed = jnp.concatenate([jnp.arange(k), k + extra + jnp.arange(length)])               # entries whose keys are at hand: slots, arrivals
   score, expiry = sequence[..., keyed], expiry[..., keyed]
 

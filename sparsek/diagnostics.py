@@ -18,8 +18,8 @@ def selection_statistics(scores: jax.Array, k: int, window: int, segment_ids: ja
 
   Returns:
     Float32 scalars:
-      gate_mass: share of sum_j p_ij that the k selected keys hold, over queries with more than k candidates (1 if there is none). Near 1 the operator is a hard top-k;
-        well below, the gradient spreads over keys that nobody attends to.
+      gate_mass: share of sum_j p_ij that the k selected keys hold, over queries with more than k candidates (1 if there is none). Near 1 the operator is
+        a hard top-k; well below, the gradient spreads over keys that nobody attends to.
       support_size: candidates with p_ij > 0 per query.
       share_older_than_1k: share of the selected keys more than 1024 tokens before their query.
       mean_age: tokens between query and selected key, on average.

@@ -57,7 +57,8 @@ def generate(config: TransformerConfig, params: Params, prompt_tokens: Sequence[
     An iterator of token ids; each is yielded as soon as it is known, while the device already works on the next.
 
   Raises:
-    ValueError: at once, for an empty prompt, ids outside the vocabulary, a negative temperature or max_new_tokens, top_p outside (0, 1], or no key.
+    ValueError: at once, for an empty prompt, ids outside the vocabulary, a negative temperature or max_new_tokens, or top_p
+      outside (0, 1], or where a key is missing.
 
   Example:
     >>> tokens = generate(config, params, tokenizer.encode("def "), max_new_tokens=100, key=jax.random.key(0))
@@ -66,9 +67,10 @@ def generate(config: TransformerConfig, params: Params, prompt_tokens: Sequence[
   """
   prompt = np.asarray(prompt_tokens)
   if prompt.ndim != 1 or not prompt.size:
-    raise ValueError(f"prompt_tokens has shape {prompt.shape}, expected [m] with m >= 1: start an empty text with the end-of-document token")
+    raise ValueError(f"prompt_tokens has shape {prompt.shape}, expected [m] with m >= 1; an empty text starts with eos")
   if not np.issubdtype(prompt.dtype, np.integer) or prompt.min() < 0 or prompt.max() >= config.vocab_size:
-    raise ValueError(f"prompt_tokens holds {prompt.dtype} values from {prompt.min()} to {prompt.max()}, expected integers from 0 to {config.vocab_size - 1}")
+    raise ValueError(f"prompt_tokens holds {prompt.dtype} values from {prompt.min()} to {prompt.max()}, "
+                     f"expected integers from 0 to {config.vocab_size - 1}")
   check_at_least("max_new_tokens", max_new_tokens, 0)
   check_at_least("temperature", temperature, 0)
   if not 0 < top_p <= 1:
@@ -91,7 +93,7 @@ def _generate(config, params, prompt, max_new_tokens, temperature, top_p, key, e
   token = sample(logits[:, 0], draw, temperature, top_p)
   for left in reversed(range(max_new_tokens)):
     known = token
-    if left:                                              # dispatched before the token is read, so that the device does not wait for the host
+    if left:                                              # dispatched before the token is read: the device does not wait for the host
       token, cache, key = _next_token(config, params, cache, known, key, temperature, top_p)
     known = int(known[0])
     if known == eos_id:
@@ -102,8 +104,9 @@ def _generate(config, params, prompt, max_new_tokens, temperature, top_p, key, e
 def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
   """Turns a stream of tokens into pieces of text that end between characters.
 
-  Tokens may hold parts of a UTF-8 character, and how a token reads may depend on the one before it. So the tokens since the last piece are decoded
-  together with that piece, and nothing is yielded while the text ends in U+FFFD, an unfinished character; what is left comes with the end of the stream.
+  Tokens may hold parts of a UTF-8 character, and how a token reads may depend on the one before it. So the tokens since the last piece
+  are decoded together with that piece, and nothing is yielded while the text ends in U+FFFD, an unfinished character; what is left
+  comes with the end of the stream.
 
   Args:
     tokenizer: an object with decode(ids) -> str that writes U+FFFD for invalid bytes.

@@ -55,7 +55,8 @@ class SwiGLU(nn.Module):
   @nn.compact
   def __call__(self, x_BxNxE: jax.Array) -> jax.Array:
     cfg = self.config
-    dense = lambda features, name, scale=1.0: nn.Dense(features, use_bias=False, dtype=cfg.activation_dtype, kernel_init=fan_in_init(scale), name=name)
+    dense = lambda features, name, scale=1.0: nn.Dense(
+        features, use_bias=False, dtype=cfg.activation_dtype, kernel_init=fan_in_init(scale), name=name)
     hidden_BxNxF = nn.silu(dense(cfg.mlp_dim, "gate")(x_BxNxE)) * dense(cfg.mlp_dim, "up")(x_BxNxE)
     return dense(cfg.embed_dim, "down", residual_scale(cfg))(hidden_BxNxF)
 
@@ -63,21 +64,23 @@ class SwiGLU(nn.Module):
 class Attention(nn.Module):
   """Projections, rotary embedding and grouped heads; subclasses say which keys a query attends to.
 
-  Parameters: query/kernel [E, H, D], key/kernel and value/kernel [E, G, D], out/kernel [H, D, E]; biases [H, D] and [G, D] on the first three with
-  `use_bias`; query_norm/scale and key_norm/scale [D] with `qk_norm`. Query head h reads KV head h // (H / G).
+  Parameters: query/kernel [E, H, D], key/kernel and value/kernel [E, G, D], out/kernel [H, D, E]; biases [H, D] and [G, D] on the
+  first three with `use_bias`; query_norm/scale and key_norm/scale [D] with `qk_norm`. Query head h reads KV head h // (H / G).
   """
   config: TransformerConfig
 
   def setup(self):
     cfg = self.config
-    project = lambda heads: nn.DenseGeneral((heads, cfg.head_dim), use_bias=cfg.use_bias, dtype=cfg.activation_dtype, kernel_init=fan_in_init())
+    project = lambda heads: nn.DenseGeneral(
+        (heads, cfg.head_dim), use_bias=cfg.use_bias, dtype=cfg.activation_dtype, kernel_init=fan_in_init())
     self.query, self.key, self.value = project(cfg.num_heads), project(cfg.num_kv_heads), project(cfg.num_kv_heads)
-    self.out = nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, dtype=cfg.activation_dtype, kernel_init=fan_in_init(residual_scale(cfg)))
+    self.out = nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, dtype=cfg.activation_dtype,
+                               kernel_init=fan_in_init(residual_scale(cfg)))
     if cfg.qk_norm:
       self.query_norm, self.key_norm = RMSNorm(cfg.norm_eps), RMSNorm(cfg.norm_eps)
 
   def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0) -> jax.Array:
-    """Args: x_BxNxE normalised hidden states; segment_ids [B, N] or None; layer, the index that salts the random scorer. Returns [B, N, E]."""
+    """[B, N, E] normalised hidden states -> [B, N, E]; segment_ids [B, N] or None; `layer`, its index, salts the random scorer."""
     positions = position_in_document(segment_ids, *x_BxNxE.shape[:2])
     return self.output(self.mix(x_BxNxE, *self.project(x_BxNxE, positions), segment_ids, layer))
 

@@ -65,9 +65,9 @@ class OutputMatrix(nn.Module):
 class Transformer(nn.Module):
   """A decoder language model whose layers attend as `config.attention` says.
 
-  Parameters, all float32: embed/embedding [V, E]; layers_<i>/{attention_norm, attention, mlp_norm, mlp}; final_norm/scale; lm_head/kernel [E, V]
-  unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the attention pattern, with a leading axis
-  of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
+  Parameters, all float32: embed/embedding [V, E]; layers_<i>/{attention_norm, attention, mlp_norm, mlp}; final_norm/scale;
+  lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the attention pattern, with a
+  leading axis of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
 
   Example:
     config = sparsek.preset("tiny")
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
 
     Args:
       tokens: [B, N] integers.
-      segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything (attention, scores, positions) restarts at each.
+      segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything (attention, scores, positions) restarts.
     Returns:
       [B, N, vocab_size] float32.
     Raises:
@@ -129,8 +129,8 @@ def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
-  """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the residual stream),
-  embeddings normal with standard deviation 0.02. No shape depends on the sequence length."""
+  """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the
+  residual stream), embeddings normal with standard deviation 0.02. No shape depends on the sequence length."""
   # The forward pass only tells shapes here and is not computed; the reference is traced fastest.
   return Transformer(dataclasses.replace(config, implementation="reference")).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 

@@ -4,7 +4,8 @@
 linear between the breakpoints `z_j - 1` and `z_j`; both functions find the piece that holds it by bisection over the sorted breakpoints, then solve on it.
 
 `causal_sparsek` does so for all prefixes together. Their thresholds never decrease, so for one guess a prefix, each entry is at 1, then fractional,
-then 0 on consecutive intervals of queries, and counts and sums over entries are difference arrays with a cumulative sum: O(n) a round, O(log n) rounds, no loop over tokens.
+then 0 on consecutive intervals of queries, and counts and sums over entries are difference arrays with a cumulative sum: O(n) a round, O(log n) rounds,
+no loop over tokens.
 Sums of a million scores would round in float32, so they are taken in fixed point with integer arithmetic, which wraps but never rounds.
 """
 
@@ -161,14 +162,14 @@ def document_bounds(segment_ids: jax.Array | None, batch: int, n: int) -> tuple[
 def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: jax.Array | None = None) -> CausalSelection:
   r"""SPARSEK and the top k of every causal prefix, exactly and in parallel.
 
-  Query i has the candidates j <= i - delay of its own document. Its gates are `p_ij = clip(u_j - tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is the k best
-  candidates, equal scores going to the earlier token. Both are monotone: tau_i never decreases and a token that has dropped out never returns.
+  Query i has the candidates j <= i - delay of its own document. Its gates are `p_ij = clip(u_j - tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is
+  the k best candidates, equal scores going to the earlier token. Both are monotone: tau_i never decreases and a token that has dropped out never returns.
 
   The gradient of the thresholds is `dtau_i / du_j = 1[j in S_i] / |S_i|` with S_i the fractional entries of query i, zero where none is; `expiry` has none.
 
   Args:
-    scores: [batch, n, heads] float. -inf: never a candidate, not counted; +inf: the largest finite number; NaN: never selected, and the threshold is NaN for every
-      query of the document from the one that admits it, so that it shows.
+    scores: [batch, n, heads] float. -inf: never a candidate, not counted; +inf: the largest finite number; NaN: never selected, and the threshold is NaN
+      for every query of the document from the one that admits it, so that it shows.
     k: budget, a Python integer >= 1.
     delay: a token becomes a candidate this many steps after its own; the sliding window's length in SPARSEK attention.
     segment_ids: [batch, n] integers; every run of equal ids is a document of its own. None: one document.
@@ -297,7 +298,7 @@ def _thresholds(u, weight, entry, entered, start, end, k):
   events = jnp.concatenate([leaves_one, -leaves_one.at[:, 0].set(0)])   # leaving 1 an entry becomes fractional, at 0 it ends that
 
   def evaluate(guess):
-    """Is the sum of gates at the guessed breakpoint at most k? By how much, in 2^-bits less a remainder in 2^(-2 bits), and over how many fractional entries?"""
+    """Is the sum of gates at the guessed breakpoint at most k? With the fractional entries there, and k - sum in 2^-bits less a remainder in 2^(-2 bits)."""
     above = _first_above(guess, rank, 2 * n)
     sums = _prefix_sums(start, end, jnp.maximum(jnp.tile(entry, 2), above), events)
     left_one, count, high, low = jnp.moveaxis(sums, -1, 0)

@@ -79,14 +79,15 @@ class ScoringNetwork(nn.Module):
 
   Logits r_j:
     "linear": r = x W, as in the paper.
-    "conv": r = x W + silu(conv(x P)) V; the convolution sees `lookback` tokens before and `lookahead` tokens after its own, within the document.
-      Lookahead keeps the model causal as long as it is at most the attention window, because a token is judged only when it leaves the window.
+    "conv": r = x W + silu(conv(x P)) V; the convolution sees `lookback` tokens before and `lookahead` tokens after its own, within the
+      document. Lookahead keeps the model causal as long as it is at most the attention window, because a token is judged only when it
+      leaves the window.
     "random": fixed noise, no parameters: the control that a learned scorer has to beat.
   Scores: u_j = scale_g z_j + slope_g position_j / 1024, with position counted within the document and z_j = (r_j - mean_j) / std_j, where
-    mean_j is that of r_0..r_j of the document and std_j^2 = (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had variance 1.
-    A constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per head.
-    The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 4 starts with .95 of the
-    gate mass on the top k (.94 for "random"; n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
+    mean_j is that of r_0..r_j of the document and std_j^2 = (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had
+    variance 1. A constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per head.
+    The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 4 starts
+    with .95 of the gate mass on the top k (.94 for "random"; n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
 
   Attributes:
     num_heads: KV heads G.

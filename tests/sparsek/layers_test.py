@@ -9,8 +9,8 @@ from sparsek.config import TransformerConfig
 from sparsek.layers import ATTENTION_MODULES, RMSNorm, SwiGLU, rotary_embedding
 from tests.sparsek.helpers import quick_jit
 
-CONFIG = TransformerConfig(embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, num_layers=2, k=3, window=4, qk_norm=True, use_bias=True,
-                           implementation="reference")
+CONFIG = TransformerConfig(embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, num_layers=2, k=3, window=4,
+                           qk_norm=True, use_bias=True, implementation="reference")
 SEGMENTS = jnp.asarray([[1] * 9 + [2] * 11, [3] * 5 + [4] * 10 + [0] * 5], jnp.int32)
 
 
