@@ -66,8 +66,8 @@ class Transformer(nn.Module):
   """A decoder language model whose layers attend as `config.attention` says.
 
   Parameters, all float32: embed/embedding [V, E]; layers_<i>/{attention_norm, attention, mlp_norm, mlp}; final_norm/scale;
-  lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the attention pattern, with a
-  leading axis of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
+  lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the
+  attention pattern, with a leading axis of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
 
   Example:
     config = sparsek.preset("tiny")
