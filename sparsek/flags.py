@@ -149,6 +149,19 @@ def define_workdir_flag(flag_values: flags.FlagValues = FLAGS) -> None:
   _Definer(flag_values).string("workdir", None, "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required.")
 
 
+def define_evaluation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """Which run to evaluate, under which attention, on which held-out rows; None means the run's own value."""
+  define_attention_flags(flag_values)
+  define, default = _Definer(flag_values), config_lib.TrainConfig(workdir="")
+  define.string("workdir", None, "Folder of a run, or several separated by commas. Required.")
+  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  define.string("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.')
+  define.number("seq_len", None, "Tokens per row; may be more than in training. Default: as in training.", lower=1)
+  define.number("batch_size", None, "Rows per batch. Default: as in training.", lower=1)
+  define.number("eval_batches", 32, "Most batches to evaluate on.", lower=1)
+  define.number("loss_chunk", default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
+
+
 def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """The optimizer and the run."""
   define_workdir_flag(flag_values)

@@ -1,0 +1,110 @@
+"""Held-out loss of one or several runs side by side: nats per token, bits per byte, and by position, also beyond the training length.
+
+  python -m experiments.evaluate --workdir=/tmp/run
+  python -m experiments.evaluate --workdir=/tmp/sparsek,/tmp/sliding_window --seq_len=4096
+
+All runs are evaluated on the same rows. --k, --window and --gate may differ from those of training. Each run's WORKDIR/evaluation.jsonl gets a line
+with the numbers and what they were measured with; earlier lines stay.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+from absl import flags as absl_flags
+from tqdm import tqdm
+
+from sparsek import checkpoint, flags, run_directory
+from sparsek.config import DataConfig
+from sparsek.data import eval_batches, open_data
+from sparsek.errors import RunError, UsageError
+from sparsek.evaluate import bits_per_byte, bucket_edges, evaluate, format_table
+from sparsek.train_step import check_batch, make_mesh
+
+# Apart from the flags of pretraining, whose defaults are no run's own values.
+FLAGS = absl_flags.FlagValues()
+flags.define_evaluation_flags(FLAGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A folder to evaluate, its model with the flags applied, and its model.json."""
+  workdir: str
+  config: object
+  record: dict
+
+  def open_data(self):
+    name = self.record["tokenizer"]["name"]
+    return open_data(FLAGS.data or self.record["data"]["data"], name if name == "byte" else os.path.join(self.workdir, "tokenizer"))
+
+
+def _runs() -> list[Run]:
+  workdirs = [os.path.expanduser(folder) for folder in (FLAGS.workdir or "").split(",") if folder]
+  if not workdirs:
+    raise UsageError("--workdir is required: the folder of a pretraining run, or several separated by commas")
+  for folder in workdirs:
+    if not os.path.isdir(folder):
+      raise UsageError(f"--workdir={folder}: there is no such folder")
+  loaded = [(folder, *checkpoint.load_run_config(folder)) for folder in workdirs]
+  return [Run(folder, flags.override_config(config, FLAGS), record) for folder, config, record in loaded]
+
+
+def _heldout(runs: list[Run]):
+  """The dataset and its batches, the same for every run."""
+  datasets = [run.open_data() for run in runs]
+  for run, dataset in zip(runs, datasets):
+    if dataset.fingerprint != datasets[0].fingerprint:
+      raise UsageError(f"{runs[0].workdir} and {run.workdir} read different tokens ({datasets[0].folder} and {dataset.folder}): "
+                       f"evaluate them one by one, or give --data")
+  seq_len = FLAGS.seq_len or max(run.record["data"]["seq_len"] for run in runs)
+  available = datasets[0].split("heldout").num_tokens - 1
+  if seq_len > max(available, 1):
+    raise UsageError(f"--seq_len={seq_len} must be at most {available}: the held-out split of {datasets[0].folder} has {available + 1:,} tokens")
+  data = DataConfig(seq_len=seq_len, batch_size=FLAGS.batch_size or max(run.record["data"]["batch_size"] for run in runs),
+                    segment_documents=runs[0].record["data"]["segment_documents"])
+  check_batch(make_mesh(), data.batch_size)
+  return datasets[0], data, eval_batches(datasets[0], data, FLAGS.eval_batches)
+
+
+def _append(workdir: str, record: dict) -> str:
+  path = os.path.join(workdir, "evaluation.jsonl")
+  try:
+    with open(path, "a") as file:
+      file.write(json.dumps(record) + "\n")
+  except OSError as error:
+    raise RunError(f"{path} cannot be written: {error.strerror}") from None
+  return path
+
+
+def main() -> None:
+  """Evaluates every run, prints the table, and writes the numbers down."""
+  runs = _runs()
+  dataset, data, batches = _heldout(runs)
+  trained_lengths = [run.record["data"]["seq_len"] for run in runs]
+  edges = bucket_edges(data.seq_len, trained_lengths)
+  results, steps = [], []
+  for run in runs:
+    params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step)
+    print(f"evaluating {run.workdir} at step {step} on {len(batches)} batches of {data.batch_size} x {data.seq_len} tokens", file=sys.stderr)
+    try:
+      results.append(evaluate(run.config, params, tqdm(batches, unit="batch", disable=None), edges, loss_chunk=FLAGS.loss_chunk))
+    except NotImplementedError as error:
+      raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
+    steps.append(step)
+
+  bits = [bits_per_byte(result.loss, dataset.split("heldout")) for result in results]
+  settings = [{"step": f"{step} ", "attention": ",".join(run.config.attention) + " ", "training length": f"{length} ", "window": f"{run.config.window} ",
+               "k": f"{run.config.k if 'sparsek' in run.config.attention else '-'} "} for run, step, length in zip(runs, steps, trained_lengths)]
+  print(format_table([run.workdir + " " for run in runs], results, bits, trained_lengths, settings))
+  versions = run_directory.versions()
+  for run, step, result, value in zip(runs, steps, results, bits):
+    path = _append(run.workdir, {
+        "step": step, **dataclasses.asdict(result), "bits_per_byte": value, "flags": flags.into_string(FLAGS).splitlines(),
+        "model": dataclasses.asdict(run.config), "data": {**dataclasses.asdict(data), "data": dataset.folder, "fingerprint": dataset.fingerprint},
+        "trained_seq_len": run.record["data"]["seq_len"], "versions": versions})
+    print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+  flags.run(main, FLAGS)
