@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from .compaction import chunk_lists, chunk_size
 from .varying import varying_like
 
-# Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys (listed, then window), D head dimension.
+# Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys (listed, then window), D head dimension. Matrix products
+# have their operands and results in the order (batch, rows, columns), the only one for which every backend takes bfloat16 inputs and float32 sums.
 
 
 def attention(query, key, value, scores, threshold, expiry, start, *, k, window, gate, scale):
@@ -64,13 +65,18 @@ def _unchunk(x, axis, n):
   return lax.slice_in_dim(x, 0, n, axis=axis)
 
 
+def _by_group(x, groups):
+  """[B, n, H, ...] -> [B, G, R, n, ...]."""
+  return jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), 1, 3)
+
+
 def _inputs(query, groups, threshold, start, expiry, static):
   """What the scans read chunk by chunk."""
   k, window, _, _, chunk = static
   n = query.shape[1]
   lists = jax.vmap(jax.vmap(lambda e: chunk_lists(e, k, window, chunk)))(expiry)
-  q = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
-  return (jnp.arange(-(-n // chunk)), _chunks(q, 1, chunk), _chunks(threshold, 2, chunk), _chunks(start, 1, chunk), jnp.moveaxis(lists, 2, 0))
+  return (jnp.arange(-(-n // chunk)), _chunks(_by_group(query, groups), 3, chunk), _chunks(threshold, 2, chunk), _chunks(start, 1, chunk),
+          jnp.moveaxis(lists, 2, 0))
 
 
 def _padded(x, static):
@@ -107,7 +113,7 @@ def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
   tau = tau[..., None]
   p = jnp.clip(u - tau, 0, 1)
   fractional = selected & (u - 1 < tau) & (u > tau)
-  logits = _einsum("bcgrd,bgkd->bgrck", q, key) * scale
+  logits = _einsum("bgrcd,bgkd->bgrck", q, key) * scale
   return key, value, logits, visible[:, :, None], p, fractional
 
 
@@ -134,12 +140,12 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
     weights = jnp.exp(logits - top)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     weights = jnp.where(visible, weights * p, 0) / total                  # p may be NaN or 0 * inf where invisible
-    out = _einsum("bgrck,bgkd->bcgrd", weights.astype(v.dtype), v)
+    out = _einsum("bgrck,bgkd->bgrcd", weights.astype(v.dtype), v)
     return None, (out.astype(query.dtype), (top + jnp.log(total))[..., 0])
 
   inputs = _inputs(query, key.shape[2], threshold, start, expiry, static)
   _, (out, logsumexp) = lax.scan(step, None, inputs)
-  return _unchunk(out, 1, n).reshape(query.shape), _unchunk(logsumexp, 3, n)
+  return jnp.moveaxis(_unchunk(out, 3, n), 3, 1).reshape(query.shape), _unchunk(logsumexp, 3, n)
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, start, static):
@@ -153,7 +159,7 @@ def _backward_rule(static, residuals, cotangent):
   _, window, gate, scale, chunk = static
   n, groups, left = query.shape[1], key.shape[2], max(window - 1, 0)
   keys, values = _padded(key, static), _padded(value, static)
-  heads = lambda x: _chunks(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), 1, chunk)
+  heads = lambda x: _chunks(_by_group(x, groups), 3, chunk)
   delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
   def step(carry, xs):
@@ -165,18 +171,18 @@ def _backward_rule(static, residuals, cotangent):
     p = _gated(gate, p, raw.shape[-1])
     logits = raw * p if gate == "key_value" else raw
     weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
-    inner = _einsum("bcgrd,bgkd->bgrck", do, v)                           # <dO_i, v_j>
+    inner = _einsum("bgrcd,bgkd->bgrck", do, v)                           # <dO_i, v_j>
     gated = jnp.where(visible, weights * p, 0)
-    dlogits = gated * inner - weights * jnp.transpose(delta, (0, 2, 3, 1))[..., None]
+    dlogits = gated * inner - weights * delta[..., None]
     dgates = weights[..., :listed] * inner[..., :listed]
     if gate == "key_value":
       dgates += dlogits[..., :listed] * raw[..., :listed]
       dlogits = jnp.where(visible, dlogits * p, 0)
     dgates = jnp.where(fractional, jnp.sum(dgates, axis=2), 0)            # over the query heads of the group: [B, G, C, listed]
     dlogits = (dlogits * scale).astype(k.dtype)
-    dq = _einsum("bgrck,bgkd->bcgrd", dlogits, k).astype(query.dtype)
-    dk = _einsum("bgrck,bcgrd->bgkd", dlogits, q)
-    dv = _einsum("bgrck,bcgrd->bgkd", gated.astype(v.dtype), do)
+    dq = _einsum("bgrck,bgkd->bgrcd", dlogits, k).astype(query.dtype)
+    dk = _einsum("bgrck,bgrcd->bgkd", dlogits, q)
+    dv = _einsum("bgrck,bgrcd->bgkd", gated.astype(v.dtype), do)
     carry = (_scatter(dkeys, dk, lists + left, c * chunk, n + left), _scatter(dvalues, dv, lists + left, c * chunk, n + left),
              _add_rows(dscores, jnp.sum(dgates, axis=2), lists))
     return carry, (dq, -jnp.sum(dgates, axis=-1))
@@ -185,7 +191,7 @@ def _backward_rule(static, residuals, cotangent):
   zeros = tuple(varying_like(jnp.zeros(x.shape, jnp.float32), query) for x in (keys, values, scores))
   (dkeys, dvalues, dscores), (dq, dtau) = lax.scan(step, zeros, (inputs, heads(cotangent), _chunks(logsumexp, 3, chunk), heads(delta)))
   rows = lambda x: jnp.swapaxes(x[:, :, left:left + n], 1, 2)
-  return (_unchunk(dq, 1, n).reshape(query.shape), rows(dkeys).astype(key.dtype), rows(dvalues).astype(value.dtype),
+  return (jnp.moveaxis(_unchunk(dq, 3, n), 3, 1).reshape(query.shape), rows(dkeys).astype(key.dtype), rows(dvalues).astype(value.dtype),
           dscores, _unchunk(dtau, 2, n), None, None)
 
 

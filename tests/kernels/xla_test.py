@@ -10,7 +10,7 @@ import pytest
 
 import sparsek
 from sparsek.kernels import specs
-from tests.kernels.attention_base import AttentionTest, problem, relative_error
+from tests.kernels.attention_base import AttentionTest, dense_attention, problem, relative_error
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np, sparsek
@@ -49,7 +49,7 @@ class TestXla(AttentionTest):
 def test_sliding_window_matches_dense_attention_with_a_band():
   (q, k, v, _), _, _ = problem(specs.Spec("band", n=200, heads=4, groups=2))
   for window in (1, 30, 200, 500):
-    dense = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(window - 1, 0))
+    dense = dense_attention(q, k, v, is_causal=True, local_window_size=(window - 1, 0))
     assert relative_error(sparsek.sliding_window_attention(q, k, v, window=window), dense) < 1e-5
 
 
