@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from sparsek import config as config_lib
+from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.errors import RunError, UsageError
 
 FLAGS = flags.FLAGS
@@ -160,6 +161,32 @@ def define_evaluation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("batch_size", None, "Rows per batch. Default: as in training.", lower=1)
   define.number("eval_batches", 32, "Most batches to evaluate on.", lower=1)
   define.number("loss_chunk", default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
+
+
+def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """Which run to generate from, under which attention, and how to draw tokens."""
+  define_workdir_flag(flag_values)
+  define_attention_flags(flag_values)
+  define = _Definer(flag_values)
+  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  define.string("prompt", "", "Text to continue; empty: a new document.")
+  define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
+  define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
+  define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)
+  define.number("sampling_seed", 0, "The same seed gives the same text.", lower=0)
+
+
+def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """The attention problems to time."""
+  define_attention_flags(flag_values)
+  define = _Definer(flag_values)
+  define.string("lengths", "4096,16384", "Sequence lengths, separated by commas.")
+  define.number("heads", 2, "Query heads; a multiple of --kv_heads.", lower=1)
+  define.number("kv_heads", 1, "Key/value heads.", lower=1)
+  define.number("head_dim", 64, "Width of a head.", lower=1)
+  define.choice("scores", "normal", SCORE_FAMILIES, "Family of the scores; with rising ones every token enters the selection, with falling ones none.")
+  define.number("rounds", 5, "Timed rounds, after one that is not.", lower=1)
+  define.string("record", None, "Also write flags, figures, versions and device to this JSON file.")
 
 
 def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
