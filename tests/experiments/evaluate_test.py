@@ -1,0 +1,98 @@
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from experiments import evaluate
+from sparsek import checkpoint, flags, run_directory
+from sparsek.config import DataConfig, TransformerConfig
+from sparsek.corpus import Document
+from sparsek.model import init_params
+from sparsek.token_files import write_token_files
+from sparsek.tokenizer import ByteTokenizer
+
+CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, k=4, window=4, implementation="reference")
+
+
+def run(*arguments):
+  """Runs the command in this process; returns the exit code."""
+  for name in evaluate.FLAGS:
+    evaluate.FLAGS[name].unparse()
+  with pytest.raises(SystemExit) as exit_:
+    flags.run(evaluate.main, evaluate.FLAGS, ["evaluate", *arguments])
+  return exit_.value.code
+
+
+def write_run(folder, data, config, seq_len, params):
+  """What pretraining leaves and evaluation reads."""
+  tokenizer = ByteTokenizer()
+  folder.mkdir()
+  record = {"model": dataclasses.asdict(config), "data": dataclasses.asdict(DataConfig(data=str(data), seq_len=seq_len, batch_size=2)),
+            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}}
+  run_directory.write_record(str(folder), "model.json", run_directory.to_json(record))
+  writer = checkpoint.CheckpointWriter(str(folder), keep=1)
+  writer.save(7, params, params, {})
+  writer.close()
+  return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no checkpoint)."""
+  folder = tmp_path_factory.mktemp("runs")
+  for name, number in (("data", 40), ("other_data", 30)):
+    write_token_files(str(folder / name), [Document(str(i), f"Document {i}: {i**7} {i**11}.\n" * 4, i % 2 == 0) for i in range(number)], ByteTokenizer())
+  params = init_params(CONFIG, jax.random.key(0))
+  write_run(folder / "a", folder / "data", CONFIG, 32, params)
+  write_run(folder / "b", folder / "data", dataclasses.replace(CONFIG, gate="value"), 48, params)
+  write_run(folder / "elsewhere", folder / "other_data", CONFIG, 32, params)
+  write_run(folder / "empty", folder / "data", CONFIG, 32, params)
+  (folder / "empty" / "checkpoints" / "7").rename(folder / "moved")
+  return folder
+
+
+def records(workdir):
+  return [json.loads(line) for line in (workdir / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
+  a, b = folder / "a", folder / "b"
+  assert run(f"--workdir={a},{b}", "--eval_batches=2", "--seq_len=96") == 0
+  out = capsys.readouterr().out
+  assert "at positions 32 to 47" in out and "* beyond the training length" in out
+  row = next(line for line in out.splitlines() if "at positions 32 to 47" in line)
+  assert row.split()[-2].endswith("*") and not row.endswith("*")     # beyond a's training length, not beyond b's
+  (first,), (second,) = records(a), records(b)
+  assert first["step"] == 7 and first["model"]["k"] == 4 and "--seq_len=96" in first["flags"] and first["versions"]["packages"]["jax"]
+  assert first["loss"] == pytest.approx(math.log(257), rel=0.2)
+  assert first["num_targets"] == sum(bucket["num_targets"] for bucket in first["buckets"]) == second["num_targets"]
+  bytes_per_token = 1 - 20 / sum(len(f"Document {i}: {i**7} {i**11}.\n" * 4) + 1 for i in range(0, 40, 2))
+  assert first["bits_per_byte"] == pytest.approx(first["loss"] / math.log(2) / bytes_per_token)
+  assert f"{first['loss']:.4f}" in out and f"{second['loss']:.4f}" in out
+  assert run(f"--workdir={a}", "--k=9", "--window=0", "--eval_batches=1", "--step=7") == 0
+  third = records(a)[1]
+  assert records(a)[0] == first and third["model"]["k"] == 9 and third["data"]["seq_len"] == 32
+  assert "beyond" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "--workdir is required"),
+    (["--workdir={folder}/nowhere"], "nowhere: there is no such folder"),
+    (["--workdir={folder}/a,{folder}/data"], "data holds no run"),
+    (["--workdir={folder}/empty"], "empty holds no checkpoint"),
+    (["--workdir={folder}/a", "--step=8"], "no checkpoint of step 8; it has 7"),
+    (["--workdir={folder}/a", "--seq_len=100000"], "--seq_len=100000 must be at most "),
+    (["--workdir={folder}/a", "--seq_len=0"], "--seq_len=0"),
+    (["--workdir={folder}/a", "--k=0"], "--k=0"),
+    (["--workdir={folder}/a", "--data={folder}/no_data"], "no_data"),
+    (["--workdir={folder}/a", "--implementation=mosaic_tpu"], "--implementation=mosaic_tpu: "),
+    (["--workdir={folder}/a,{folder}/elsewhere"], "read different tokens"),
+    (["--workdir={folder}/a", "--eval_steps=3"], "eval_steps"),
+    (["{folder}/a"], "--name=value"),
+])
+def test_bad_input_exits_with_2_and_one_sentence(folder, capsys, arguments, words):
+  assert run(*(argument.format(folder=folder) for argument in arguments)) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith("error: ") and words in error
