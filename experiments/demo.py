@@ -2,9 +2,9 @@
 
   python -m experiments.demo
 
-Pretrains it, stops it half-way and resumes it in a new process, does the same work with a sliding window that sees as many keys, evaluates both side
-by side, generates text and draws a picture. Everything goes to demo/ (the corpus, tokenised once, to ~/.cache/sparsek). Run again it continues where
-it was stopped, and reuses what is there. Each command is printed before it runs: copy them to go on by hand.
+Pretrains it, stops it half-way and resumes it in a new process, does the same work with a sliding window that sees as many keys, evaluates
+both side by side, generates text and draws a picture, all in demo/ (the corpus, tokenised once, in ~/.cache/sparsek). Run again, it goes on
+where it was stopped, and reuses what is there. Each command is printed before it runs: copy them to go on by hand.
 """
 
 import os
@@ -24,9 +24,9 @@ from sparsek.plots import kept_tokens, save_picture
 
 FOLDER = "demo"
 SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache"))
-SEQ_LEN, NUM_STEPS = 256, 300
-PRETRAIN = ("experiments.pretrain", "--data=stdlib", "--preset=tiny", "--num_layers=2", "--scan_layers", f"--seq_len={SEQ_LEN}", "--batch_size=8",
-            f"--num_steps={NUM_STEPS}", "--learning_rate=3e-3", "--log_every=10", "--eval_every=50", "--eval_batches=4",
+SEQ_LEN, NUM_STEPS = 256, 240
+PRETRAIN = ("experiments.pretrain", "--data=stdlib", "--preset=tiny", "--num_layers=2", "--scan_layers", f"--seq_len={SEQ_LEN}",
+            "--batch_size=8", f"--num_steps={NUM_STEPS}", "--learning_rate=3e-3", "--log_every=5", "--eval_every=40", "--eval_batches=4",
             f"--checkpoint_every={NUM_STEPS // 2}")
 # Both see 64 keys a query: SPARSEK the latest 32 and the 32 it selects from all before.
 VARIANTS = {SPARSEK: ("--attention=sparsek", "--k=32", "--window=32"), SLIDING_WINDOW: ("--attention=sliding_window", "--window=64")}
@@ -106,7 +106,7 @@ def main() -> None:
   python = _python()
   print(f"""{PICTURE}
 
-Done in {time.monotonic() - started:.0f} s. Checkpoints, metrics.jsonl, flags.txt and evaluation.jsonl are in {SPARSEK}/ and {SLIDING_WINDOW}/.
+Done in {time.monotonic() - started:.0f} s. Checkpoints, metrics.jsonl, flags.txt and evaluation.jsonl: {SPARSEK}/, {SLIDING_WINDOW}/
 To go on:
   other text          {python} -m experiments.generate --workdir={SPARSEK} --prompt="import " --temperature=0.5
   another budget      {python} -m experiments.evaluate --workdir={SPARSEK} --k=64 --window=64 --seq_len=2048

@@ -3,8 +3,8 @@
   python -m experiments.evaluate --workdir=/tmp/run
   python -m experiments.evaluate --workdir=/tmp/sparsek,/tmp/sliding_window --seq_len=4096
 
-All runs are evaluated on the same rows. --k, --window and --gate may differ from those of training. Each run's WORKDIR/evaluation.jsonl gets a line
-with the numbers and what they were measured with; earlier lines stay.
+All runs are evaluated on the same rows. --k, --window and --gate may differ from those of training. Each run's WORKDIR/evaluation.jsonl
+gets a line with the numbers and what they were measured with; earlier lines stay.
 """
 
 import dataclasses
@@ -60,7 +60,8 @@ def _heldout(runs: list[Run]):
   seq_len = FLAGS.seq_len or max(run.record["data"]["seq_len"] for run in runs)
   available = datasets[0].split("heldout").num_tokens - 1
   if seq_len > max(available, 1):
-    raise UsageError(f"--seq_len={seq_len} must be at most {available}: the held-out split of {datasets[0].folder} has {available + 1:,} tokens")
+    raise UsageError(f"--seq_len={seq_len} must be at most {available}: "
+                     f"the held-out split of {datasets[0].folder} has {available + 1:,} tokens")
   data = DataConfig(seq_len=seq_len, batch_size=FLAGS.batch_size or max(run.record["data"]["batch_size"] for run in runs),
                     segment_documents=runs[0].record["data"]["segment_documents"])
   check_batch(make_mesh(), data.batch_size)
@@ -86,22 +87,25 @@ def main() -> None:
   results, steps = [], []
   for run in runs:
     params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step)
-    print(f"evaluating {run.workdir} at step {step} on {len(batches)} batches of {data.batch_size} x {data.seq_len} tokens", file=sys.stderr)
+    rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
+    print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:
-      results.append(evaluate(run.config, params, tqdm(batches, unit="batch", disable=None), edges, loss_chunk=FLAGS.loss_chunk))
+      progress = tqdm(batches, unit="batch", disable=None)
+      results.append(evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk))
     except NotImplementedError as error:
       raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
     steps.append(step)
 
   bits = [bits_per_byte(result.loss, dataset.split("heldout")) for result in results]
-  settings = [{"step": f"{step} ", "attention": ",".join(run.config.attention) + " ", "training length": f"{length} ", "window": f"{run.config.window} ",
-               "k": f"{run.config.k if 'sparsek' in run.config.attention else '-'} "} for run, step, length in zip(runs, steps, trained_lengths)]
-  print(format_table([run.workdir + " " for run in runs], results, bits, trained_lengths, settings))
+  settings = [{"step": step, "attention": ",".join(run.config.attention), "training length": length, "window": run.config.window,
+               "k": run.config.k if "sparsek" in run.config.attention else "-"} for run, step, length in zip(runs, steps, trained_lengths)]
+  print(format_table([run.workdir for run in runs], results, bits, trained_lengths, settings))
   versions = run_directory.versions()
   for run, step, result, value in zip(runs, steps, results, bits):
     path = _append(run.workdir, {
         "step": step, **dataclasses.asdict(result), "bits_per_byte": value, "flags": flags.into_string(FLAGS).splitlines(),
-        "model": dataclasses.asdict(run.config), "data": {**dataclasses.asdict(data), "data": dataset.folder, "fingerprint": dataset.fingerprint},
+        "model": dataclasses.asdict(run.config),
+        "data": {**dataclasses.asdict(data), "data": dataset.folder, "fingerprint": dataset.fingerprint},
         "trained_seq_len": run.record["data"]["seq_len"], "versions": versions})
     print(f"written to {path}", file=sys.stderr)
 

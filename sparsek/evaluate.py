@@ -92,8 +92,9 @@ def evaluate(config: TransformerConfig, params: Params, batches: Iterable[dict[s
              loss_chunk: int = 2048, mesh: Mesh | None = None) -> Evaluation:
   """Mean loss over held-out batches, and by position in the document.
 
-  The position is that of the predicting token in its document as the row holds it: attention restarts at each document of a row, so a bucket says how
-  well tokens are predicted from about that much context. Buckets hold different text, so compare models in a bucket rather than buckets of a model.
+  The position is that of the predicting token in its document as the row holds it: attention restarts at each document of a row, so a
+  bucket says how well tokens are predicted from about that much context. Buckets hold different text, so compare models in a bucket
+  rather than buckets of a model.
 
   Args:
     config, params: the model.
@@ -120,7 +121,7 @@ def evaluate(config: TransformerConfig, params: Params, batches: Iterable[dict[s
 
 
 def bits_per_byte(loss: float, split: TokenSplit) -> float:
-  """Nats per token as bits per UTF-8 byte of text, by the tokens and bytes of the whole split; it compares models of different tokenizers."""
+  """Nats per token as bits per UTF-8 byte of text, by the tokens and bytes of the whole split; compares models of any tokenizers."""
   return loss * split.num_tokens / split.num_bytes / math.log(2)
 
 
@@ -134,7 +135,8 @@ def format_table(labels: Sequence[str], evaluations: Sequence[Evaluation], bits:
     trained_lengths: tokens per row in training.
     settings: further rows on top, the same keys for every column.
   """
-  rows = [["", *labels]] + [[name, *(str(setting[name]) for setting in settings)] for name in settings[0]]
+  # Numbers end one place before the *.
+  rows = [["", *(f"{label} " for label in labels)]] + [[name, *(f"{setting[name]} " for setting in settings)] for name in settings[0]]
   rows += [["held-out loss (nats per token)", *(f"{evaluation.loss:.4f} " for evaluation in evaluations)],
            ["bits per byte", *(f"{value:.4f} " for value in bits)]]
   for same in zip(*(evaluation.buckets for evaluation in evaluations)):
@@ -142,6 +144,6 @@ def format_table(labels: Sequence[str], evaluations: Sequence[Evaluation], bits:
       cells = (f"{bucket.loss:.4f}{'*' if bucket.first >= length else ' '}" for bucket, length in zip(same, trained_lengths))
       rows.append([f"  at positions {same[0].first} to {same[0].last} ({same[0].num_targets:,} tokens)", *cells])
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
-  beyond = any(evaluation.buckets[-1].first >= length for evaluation, length in zip(evaluations, trained_lengths))
-  return "\n".join(lines + ["* beyond the training length"] * beyond)
+  join = lambda row: "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+  beyond = any(cell.endswith("*") for row in rows for cell in row[1:])
+  return "\n".join([join(row) for row in rows] + ["* beyond the training length"] * beyond)

@@ -16,6 +16,7 @@ from sparsek.model import Params, Transformer, layer_params
 from sparsek.operator import causal_sparsek
 
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")     # hollow, so that runs close together stay apart
 WINDOW_COLOUR = "#CFCFCF"
 LIGHTEST_KEPT, DARKEST_KEPT = np.array([0.62, 0.79, 0.93]), np.array([0.0, 0.27, 0.53])
 MAX_LAYERS = 4              # maps side by side that are still readable
@@ -34,7 +35,7 @@ def _new_figure(**kwargs):
   return figure
 
 
-def smooth(values: Sequence[float], memory: float = 1.0) -> np.ndarray:
+def smooth(values: Sequence[float], memory: float = 2.0) -> np.ndarray:
   """Average over earlier values with weights exp(-distance / memory), normalised from the first on."""
   decay, total, weight, averages = np.exp(-1 / memory), 0.0, 0.0, []
   for value in values:
@@ -44,13 +45,13 @@ def smooth(values: Sequence[float], memory: float = 1.0) -> np.ndarray:
 
 
 def draw_loss_curves(axes, runs: Mapping[str, Sequence[dict]]) -> None:
-  """Training loss (line, lightly smoothed) and held-out loss (circles) by step.
+  """Training loss (line, lightly smoothed) and held-out loss (markers) by step.
 
   Args:
     axes: matplotlib Axes.
     runs: label -> the records of a metrics.jsonl (`sparsek.metrics.read_metrics`).
   """
-  for colour, (label, records) in zip(LINE_COLOURS * len(runs), runs.items()):
+  for colour, marker, (label, records) in zip(LINE_COLOURS * len(runs), MARKERS * len(runs), runs.items()):
     for key in ("loss", "heldout_loss"):
       points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
       if not points:
@@ -59,7 +60,8 @@ def draw_loss_curves(axes, runs: Mapping[str, Sequence[dict]]) -> None:
       if key == "loss":
         axes.plot(steps, smooth(losses), color=colour, linewidth=1.6, label=f"{label}, training")
       else:
-        axes.plot(steps, losses, "o", color=colour, markeredgecolor="white", markersize=7, label=f"{label}, held-out: {losses[-1]:.3f} at the end")
+        label = f"{label}, held-out: {losses[-1]:.3f} at the end"
+        axes.plot(steps, losses, marker, color=colour, fillstyle="none", markeredgewidth=1.6, markersize=8, label=label)
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats per token)")
   axes.grid(alpha=0.3)
@@ -132,7 +134,8 @@ def draw_selection(axes, kept: Kept) -> None:
   colours = ["white", WINDOW_COLOUR, *kept_colours(kept.num_heads)]
   axes.imshow(values.T, origin="lower", cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, interpolation="nearest",
               extent=(-0.5, n - 0.5, -0.5, n - 0.5), aspect="auto")
-  axes.legend(handles=[Patch(color=colour, label=label) for label, colour in _legend_entries(kept.num_heads)], loc="upper left", frameon=False)
+  patches = [Patch(color=colour, label=label) for label, colour in _legend_entries(kept.num_heads)]
+  axes.legend(handles=patches, loc="upper left", frameon=False)
   axes.set_title(f"Layer {kept.layer}: which keys each query sees", loc="left")
   axes.set_xlabel("query (position of the token that looks back)")
   axes.set_ylabel("key (position of the token seen)")

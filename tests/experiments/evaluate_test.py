@@ -13,7 +13,12 @@ from sparsek.model import init_params
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
 
-CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, k=4, window=4, implementation="reference")
+CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, k=4, window=4,
+                           implementation="reference")
+
+
+def text(i):
+  return f"Document {i}: {i**7} {i**11}.\n" * 4
 
 
 def run(*arguments):
@@ -43,7 +48,8 @@ def folder(tmp_path_factory):
   """data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no checkpoint)."""
   folder = tmp_path_factory.mktemp("runs")
   for name, number in (("data", 40), ("other_data", 30)):
-    write_token_files(str(folder / name), [Document(str(i), f"Document {i}: {i**7} {i**11}.\n" * 4, i % 2 == 0) for i in range(number)], ByteTokenizer())
+    documents = [Document(str(i), text(i), i % 2 == 0) for i in range(number)]
+    write_token_files(str(folder / name), documents, ByteTokenizer())
   params = init_params(CONFIG, jax.random.key(0))
   write_run(folder / "a", folder / "data", CONFIG, 32, params)
   write_run(folder / "b", folder / "data", dataclasses.replace(CONFIG, gate="value"), 48, params)
@@ -68,7 +74,7 @@ def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
   assert first["step"] == 7 and first["model"]["k"] == 4 and "--seq_len=96" in first["flags"] and first["versions"]["packages"]["jax"]
   assert first["loss"] == pytest.approx(math.log(257), rel=0.2)
   assert first["num_targets"] == sum(bucket["num_targets"] for bucket in first["buckets"]) == second["num_targets"]
-  bytes_per_token = 1 - 20 / sum(len(f"Document {i}: {i**7} {i**11}.\n" * 4) + 1 for i in range(0, 40, 2))
+  bytes_per_token = 1 - 20 / sum(len(text(i)) + 1 for i in range(0, 40, 2))
   assert first["bits_per_byte"] == pytest.approx(first["loss"] / math.log(2) / bytes_per_token)
   assert f"{first['loss']:.4f}" in out and f"{second['loss']:.4f}" in out
   assert run(f"--workdir={a}", "--k=9", "--window=0", "--eval_batches=1", "--step=7") == 0

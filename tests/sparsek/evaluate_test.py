@@ -33,7 +33,8 @@ def batches():
 
 
 @pytest.mark.parametrize("seq_len, extra, edges", [
-    (1, (), (0, 1)), (64, (), (0, 64)), (65, (), (0, 64, 65)), (512, (), (0, 64, 128, 256, 512)), (1000, (384,), (0, 64, 128, 256, 384, 512, 1000)),
+    (1, (), (0, 1)), (64, (), (0, 64)), (65, (), (0, 64, 65)), (512, (), (0, 64, 128, 256, 512)),
+    (1000, (384,), (0, 64, 128, 256, 384, 512, 1000)),
     (256, (256, 4096), (0, 64, 128, 256)),
 ])
 def test_bucket_edges(seq_len, extra, edges):
@@ -86,8 +87,8 @@ def test_bits_per_byte_counts_the_bytes_of_the_text():
 def test_table_marks_what_is_beyond_each_training_length():
   first = Evaluation(2.5, 12, (Bucket(0, 63, 2.75, 10), Bucket(64, 127, 1.25, 2), Bucket(128, 255, None, 0)))
   second = dataclasses.replace(first, buckets=(Bucket(0, 63, 3.75, 10), Bucket(64, 127, 3.25, 2), Bucket(128, 255, None, 0)))
-  lines = format_table(["a", "b"], [first, second], [1.0, 2.0], [64, 256], [{"k": 3}, {"k": 4}]).splitlines()
-  assert [line.split()[-2:] for line in lines[:-1]] == [["a", "b"], ["3", "4"], ["2.5000", "2.5000"], ["1.0000", "2.0000"], ["2.7500", "3.7500"],
-                                                        ["1.2500*", "3.2500"]]
+  lines = format_table(["a", "b"], [first, second], [1.0, 2.0], [64, 100], [{"k": 3}, {"k": 4}]).splitlines()
+  assert [line.split()[-2:] for line in lines[:-1]] == [
+      ["a", "b"], ["3", "4"], ["2.5000", "2.5000"], ["1.0000", "2.0000"], ["2.7500", "3.7500"], ["1.2500*", "3.2500"]]
   assert lines[-1] == "* beyond the training length"
-  assert "beyond" not in format_table(["b"], [second], [2.0], [256], [{"k": 4}])
+  assert "beyond" not in format_table(["b"], [second], [2.0], [128], [{"k": 4}])
