@@ -1,0 +1,112 @@
+"""Runs every command and example that README.md and WORKSPACE.md show, at a size for a test."""
+
+import configparser
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Appended to the shown command: absl takes the last value of a flag.
+SMALLER = {
+    "experiments.prepare_data": "--train_bpe=300",
+    "experiments.pretrain": "--num_steps=2 --warmup_steps=1 --seq_len=64 --batch_size=2 --grad_accumulation=1 --num_layers=1 --embed_dim=32 --num_heads=2 "
+                            "--num_kv_heads=1 --head_dim=16 --mlp_dim=32 --scan_layers=false --remat=none --eval_batches=1 --checkpoint_every=2 "
+                            "--dtype=float32",
+    "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
+    "experiments.generate": "--max_new_tokens=3",
+    "experiments.benchmark": "--lengths=64,128 --k=8 --window=8 --rounds=1",
+}
+
+
+def blocks(language):
+  """[(file, block)] of the fenced blocks in a language."""
+  return [(name, block) for name in ("README.md", "WORKSPACE.md") for block in re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.S)]
+
+
+def commands():
+  return [line for _, block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def run(command, folder):
+  environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+  return done.stdout
+
+
+@pytest.mark.slow
+def test_commands_in_order(tmp_path):
+  """In one folder, one after the other, as a reader would type them."""
+  (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+  small = tmp_path / "text"
+  small.mkdir()
+  for name in ("operator.py", "config.py", "attention.py", "data.py", "flags.py", "train.py"):
+    (small / name).write_text((ROOT / "sparsek" / name).read_text())
+  ran = 0
+  for line in commands():
+    words = [word.replace("stdlib", str(small)) if word == "--sources=stdlib" else word for word in shlex.split(line)]
+    if words[1:2] == ["-m"] and words[2] in SMALLER:
+      run([sys.executable, *words[1:], *shlex.split(SMALLER[words[2]])], tmp_path)
+      ran += 1
+  assert ran >= 8
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_every_command_is_of_a_known_kind(line):
+  """What the test above does not run exists all the same."""
+  words = shlex.split(line)
+  if words[0] == "make":
+    assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+  elif words[:3] == ["pip", "install", "-e"]:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert all(extra in setup["options.extras_require"] for extra in re.findall(r"\[(\w+)\]", words[3]))
+  elif words[1:3] == ["-m", "pytest"]:
+    assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
+  elif words[1:3] == ["-m", "flake8"]:
+    assert subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+  else:
+    assert words[:2] == ["python", "-m"] and words[2] in SMALLER, line
+
+
+@pytest.mark.parametrize("block", [block for _, block in blocks("python")])
+def test_python_examples_run(block):
+  names = {}
+  exec(compile(block, "README.md", "exec"), names)
+  assert names["out"].shape == names["query"].shape
+  assert abs(float(names["gates"].sum()) - 64) < 1e-3
+
+
+def test_links_and_files_exist():
+  for name in ("README.md", "WORKSPACE.md"):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+      assert target.startswith("http") or (ROOT / target).exists(), f"{name}: {target}"
+  listed = " ".join(re.findall(r"`([^`]+)`", (ROOT / "WORKSPACE.md").read_text()))
+  for folder in ("sparsek", "kernels"):
+    for file in (ROOT / folder).glob("*.py"):
+      assert file.name == "__init__.py" or file.name in listed, f"WORKSPACE.md does not mention {folder}/{file.name}"
+  assert len((ROOT / "WORKSPACE.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "experiments" / "recipes").glob("*.flags")), ids=lambda path: path.stem)
+def test_recipes_parse(recipe):
+  from absl import flags as absl_flags
+  from sparsek import flags
+  values = absl_flags.FlagValues()
+  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
+    define(values)
+  flags.parse(["pretrain", f"--flagfile={recipe}", "--workdir=w"], values)
+  assert flags.model_config(values).num_layers > 0 and flags.train_config(values).optimizer.num_steps > 0
+
+
+def test_no_file_is_longer_than_600_lines():
+  for folder in ("sparsek", "kernels", "experiments", "tests"):
+    for file in (ROOT / folder).rglob("*.py"):
+      assert len(file.read_text().splitlines()) <= 600, file
+  for file in (ROOT / "experiments").glob("*.py"):
+    assert len(file.read_text().splitlines()) <= 120, file
