@@ -1,7 +1,7 @@
 """SPARSEK attention in plain XLA, linear in the sequence length in time and memory, on any device.
 
 A scan over chunks of queries. Each step gathers the keys listed for its chunk (see compaction.py), slices the window's keys, and takes one softmax over
-both. The backward pass is a second scan that gathers again, so only the output and its logsumexp are saved.
+both. The backward pass is a second scan that gathers again, so only the logsumexp is saved.
 """
 
 import functools
@@ -150,21 +150,19 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
 
 def _forward_rule(query, key, value, scores, threshold, expiry, start, static):
   out, logsumexp = _forward(query, key, value, scores, threshold, expiry, start, static)
-  return out, (query, key, value, scores, threshold, expiry, start, out, logsumexp)
+  return out, (query, key, value, scores, threshold, expiry, start, logsumexp)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward_rule(static, residuals, cotangent):
-  query, key, value, scores, threshold, expiry, start, out, logsumexp = residuals
+  query, key, value, scores, threshold, expiry, start, logsumexp = residuals
   _, window, gate, scale, chunk = static
   n, groups, left = query.shape[1], key.shape[2], max(window - 1, 0)
   keys, values = _padded(key, static), _padded(value, static)
-  heads = lambda x: _chunks(_by_group(x, groups), 3, chunk)
-  delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
   def step(carry, xs):
     dkeys, dvalues, dscores = carry
-    inputs, do, lse, delta = xs
+    inputs, do, lse = xs
     c, q, _, _, lists = inputs
     k, v, raw, visible, p, fractional = _step(*inputs, keys, values, scores, expiry, static)
     listed = lists.shape[-1]
@@ -173,7 +171,7 @@ def _backward_rule(static, residuals, cotangent):
     weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
     inner = _einsum("bgrcd,bgkd->bgrck", do, v)                           # <dO_i, v_j>
     gated = jnp.where(visible, weights * p, 0)
-    dlogits = gated * inner - weights * delta[..., None]
+    dlogits = gated * inner - weights * jnp.sum(gated * inner, axis=-1, keepdims=True)
     dgates = weights[..., :listed] * inner[..., :listed]
     if gate == "key_value":
       dgates += dlogits[..., :listed] * raw[..., :listed]
@@ -189,7 +187,7 @@ def _backward_rule(static, residuals, cotangent):
 
   inputs = _inputs(query, groups, threshold, start, expiry, static)
   zeros = tuple(varying_like(jnp.zeros(x.shape, jnp.float32), query) for x in (keys, values, scores))
-  (dkeys, dvalues, dscores), (dq, dtau) = lax.scan(step, zeros, (inputs, heads(cotangent), _chunks(logsumexp, 3, chunk), heads(delta)))
+  (dkeys, dvalues, dscores), (dq, dtau) = lax.scan(step, zeros, (inputs, _chunks(_by_group(cotangent, groups), 3, chunk), _chunks(logsumexp, 3, chunk)))
   rows = lambda x: jnp.swapaxes(x[:, :, left:left + n], 1, 2)
   return (jnp.moveaxis(_unchunk(dq, 3, n), 3, 1).reshape(query.shape), rows(dkeys).astype(key.dtype), rows(dvalues).astype(value.dtype),
           dscores, _unchunk(dtau, 2, n), None, None)

@@ -19,7 +19,8 @@ ARGUMENTS = ("query", "key", "value", "scores")
 def problem(spec):
   """Fresh inputs for this spec and a cotangent of the output."""
   inputs = specs.make_inputs(spec, seed=zlib.crc32(spec.name.encode()))
-  return inputs, jax.random.normal(jax.random.key(7), inputs[0].shape), specs.segment_ids(spec)
+  cotangent = jax.random.normal(jax.random.key(7), inputs[0].shape).astype(spec.dtype)
+  return inputs, cotangent, specs.segment_ids(spec)
 
 
 def output_and_gradients(attention, inputs, cotangent):
@@ -34,6 +35,7 @@ def output_and_gradients(attention, inputs, cotangent):
 def truth(spec, gate):
   """The reference in float64."""
   inputs, cotangent, ids = problem(spec)
+  cotangent = np.asarray(cotangent.astype(jnp.float32))
   with jax.enable_x64(True):
     inputs = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in inputs]
     scale = spec.head_dim ** -.5 if spec.scale is None else spec.scale
@@ -72,9 +74,9 @@ class AttentionTest:
   def test_matches_truth(self, spec, gate):
     inputs, cotangent, ids = problem(spec)
     found = output_and_gradients(self.attend(spec, gate, ids), inputs, cotangent)
-    tolerance = 2e-2 if spec.dtype == "bfloat16" else 1e-5
     for name, x, y, like in zip(("out", *ARGUMENTS), found, truth(spec, gate), (inputs[0], *inputs)):
       assert x.dtype == like.dtype and x.shape == like.shape, name
+      tolerance = 5e-3 if x.dtype == jnp.bfloat16 else 1e-5      # results in bfloat16 are rounded by up to 2^-9 themselves
       error = relative_error(x.astype(jnp.float32), y)
       assert error < tolerance, f"{name}: relative error {error:.2e}"
 
