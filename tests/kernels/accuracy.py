@@ -1,0 +1,34 @@
+"""Prints how far attention is from the float64 truth over every problem of kernels/specs.py; no test, but the measure that the tests assert.
+
+  python -m tests.kernels.accuracy
+
+For results stored in bfloat16 the second column is the error of the truth itself once rounded to bfloat16: no implementation can be below it.
+"""
+
+import jax.numpy as jnp
+
+from sparsek.kernels import specs
+from tests.kernels.attention_base import ARGUMENTS, AttentionTest, output_and_gradients, problem, relative_error, truth
+
+
+class Xla(AttentionTest):
+  implementation = "xla"
+
+
+def main() -> None:
+  worst = {}
+  for spec in specs.SPECS:
+    for gate in spec.gates:
+      inputs, cotangent, ids = problem(spec)
+      found = output_and_gradients(Xla().attend(spec, gate, ids), inputs, cotangent)
+      for name, x, y in zip(("out", *(f"d{argument}" for argument in ARGUMENTS)), found, truth(spec, gate)):
+        rounded = jnp.asarray(y, jnp.float32).astype(x.dtype).astype(jnp.float32)
+        entry = relative_error(x.astype(jnp.float32), y), relative_error(rounded, y), f"{spec.name}-{gate}"
+        key = f"{spec.dtype} inputs, {name} in {x.dtype}"
+        worst[key] = max(worst.get(key, entry), entry)
+  for key, (error, floor, name) in worst.items():
+    print(f"{key:42} {error:.1e}  rounding alone {floor:.1e}  ({name})")
+
+
+if __name__ == "__main__":
+  main()
