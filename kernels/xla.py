@@ -44,9 +44,13 @@ def _attention(query, key, value, scores, threshold, expiry, start, static):
 
 
 def _einsum(equation, a, b):
-  """Products of the inputs' dtype summed in float32; float32 inputs are not rounded to TF32 first."""
+  """Products in the wider dtype summed in float32.
+
+  Softmax weights stay float32 beside bfloat16 values, so that the result is as exact as its own rounding; a GPU takes such a product in TF32, but not one
+  of float32 inputs.
+  """
   dtype = jnp.promote_types(a.dtype, b.dtype)
-  precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+  precision = lax.Precision.HIGHEST if a.dtype == b.dtype == jnp.float32 else lax.Precision.DEFAULT
   return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -140,7 +144,7 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
     weights = jnp.exp(logits - top)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     weights = jnp.where(visible, weights * p, 0) / total                  # p may be NaN or 0 * inf where invisible
-    out = _einsum("bgrck,bgkd->bgrcd", weights.astype(v.dtype), v)
+    out = _einsum("bgrck,bgkd->bgrcd", weights, v)
     return None, (out.astype(query.dtype), (top + jnp.log(total))[..., 0])
 
   inputs = _inputs(query, key.shape[2], threshold, start, expiry, static)
@@ -177,10 +181,10 @@ def _backward_rule(static, residuals, cotangent):
       dgates += dlogits[..., :listed] * raw[..., :listed]
       dlogits = jnp.where(visible, dlogits * p, 0)
     dgates = jnp.where(fractional, jnp.sum(dgates, axis=2), 0)            # over the query heads of the group: [B, G, C, listed]
-    dlogits = (dlogits * scale).astype(k.dtype)
+    dlogits = dlogits * scale
     dq = _einsum("bgrck,bgkd->bgrcd", dlogits, k).astype(query.dtype)
     dk = _einsum("bgrck,bgrcd->bgkd", dlogits, q)
-    dv = _einsum("bgrck,bgrcd->bgkd", gated.astype(v.dtype), do)
+    dv = _einsum("bgrck,bgrcd->bgkd", gated, do)
     carry = (_scatter(dkeys, dk, lists + left, c * chunk, n + left), _scatter(dvalues, dv, lists + left, c * chunk, n + left),
              _add_rows(dscores, jnp.sum(dgates, axis=2), lists))
     return carry, (dq, -jnp.sum(dgates, axis=-1))

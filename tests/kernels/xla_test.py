@@ -30,6 +30,7 @@ print(len(x.sharding.device_set), "devices agree")
 
 class TestXla(AttentionTest):
   implementation = "xla"
+  tolerance_16 = 1e-3 if jax.default_backend() == "cpu" else 5e-3      # a GPU multiplies in TF32
 
   @pytest.mark.parametrize("backward", (False, True))
   def test_temporary_memory_is_linear(self, backward):
