@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
-from sparsek.kernels import reference, xla
+from sparsek.kernels import mosaic_gpu, reference, xla
 from sparsek.operator import causal_sparsek, document_bounds
 
 
@@ -40,6 +40,18 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
     raise ValueError(f"scale={scale!r} must be a Python number or None")
   if segment_ids is not None and (segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
     raise ValueError(f"segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
+
+
+def _resolve(implementation: str | None, query: jax.Array) -> str:
+  """The implementation to run; raises if the one asked for cannot run here."""
+  if implementation == "mosaic_tpu":
+    raise NotImplementedError("implementation='mosaic_tpu' is not part of this version; use 'xla', which runs on every device")
+  if implementation not in (None, "mosaic_gpu"):
+    return implementation
+  reason = mosaic_gpu.refusal(query)
+  if implementation and reason:
+    raise NotImplementedError(f"implementation='mosaic_gpu' cannot run here: {reason}; use 'xla', which runs on every device")
+  return "xla" if reason else "mosaic_gpu"
 
 
 def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores: jax.Array, *, k: int, window: int, gate: str = "straight_through",
@@ -82,15 +94,17 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
   _check(query, key, value, scores, k, window, gate, scale, segment_ids)
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  if implementation in ("mosaic_gpu", "mosaic_tpu"):
-    raise NotImplementedError(f"implementation={implementation!r} is not part of this version; use 'xla', which runs on every device")
+  implementation = _resolve(implementation, query)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
   if implementation == "reference":
     return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
   scores = scores.astype(jnp.float32)
   selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
-  start, _ = document_bounds(segment_ids, *query.shape[:2])
-  return xla.attention(query, key, value, scores, selection.threshold, selection.expiry, start, k=int(k), window=int(window), gate=gate, scale=scale)
+  start, end = document_bounds(segment_ids, *query.shape[:2])
+  options = dict(k=int(k), window=int(window), gate=gate, scale=scale)
+  if implementation == "mosaic_gpu":
+    return mosaic_gpu.attention(query, key, value, scores, *selection, start, end, **options)
+  return xla.attention(query, key, value, scores, *selection, start, **options)
 
 
 def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int, scale: float | None = None,

@@ -1,0 +1,314 @@
+"""Backward pass of SPARSEK attention on Hopper GPUs: one kernel for the queries, one for listed keys, one for the window's keys.
+
+Every kernel recomputes the softmax from the logsumexp and owns what it writes, so there are no atomics and results repeat to the bit. With p_ij the softmax
+of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>, and that of a gate x_ij
+(with "key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). It reaches the scores where 0 < u_j - tau_i < 1.
+"""
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, MATRIX, ROW, Registers, by_column, by_row, matrix_buffer, phase_of
+
+QUERY_BLOCK_KV = 64              # keys of a tile of the query kernel; 128 would spill registers
+QUERY_STAGES = 4
+KEY_BLOCK_Q = 64                 # queries of a tile of the key kernels
+KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
+KEY_STAGES = 2
+
+
+def tile_gradients(s, probability, dp, delta, distance, *, gate, scale):
+  """(weights of the values, gradient of s, gradient of the gates) of one tile.
+
+  Args:
+    s: products q.k. probability(logits): the softmax of logits. dp: products <dO_i, v_j>. delta: <dO_i, O_i>.
+    distance: u_j - tau_i of listed keys; None for the window's, whose gate is 1.
+  """
+  if distance is None:
+    p = probability(s)
+    return p, p * (dp - delta), None
+  g = jnp.clip(distance, 0., 1.)
+  p = probability(s * g if gate == "key_value" else s)
+  x = p * dp
+  fractional = jnp.logical_and(distance > 0., distance < 1.)
+  if gate == "straight_through":
+    return p, x - p * delta, jnp.where(fractional, x, 0.)
+  ds = x * g - p * delta
+  if gate == "value":
+    return p * g, ds, jnp.where(fractional, x, 0.)
+  return p * g, ds * g, jnp.where(fractional, x + ds * s * scale, 0.)
+
+
+def query_gradients(query, key, value, cotangent, logsumexp, delta, left, entered, tau, listed, bounds, *, gate, scale, chunk, interpret=None):
+  """dquery [B, n, H, D] and the gates' gradient summed over keys, [B, H, n] float32, which is -dtau.
+
+  Args:
+    query, key, value, left, entered, tau, listed, gate, scale, chunk: as of `mosaic_forward.forward`; logsumexp [B, H, n] its result.
+    cotangent: [B, n, H, D] gradient of the output. delta: [B, H, n] float32.
+    bounds: [B, G, n / 128, 6] int32, of tiles.query_tiles with blocks of 128 queries and QUERY_BLOCK_KV keys.
+  """
+  batch, n, heads, dim = query.shape
+  groups = key.shape[2]
+  dtype = query.dtype
+  slots = listed[0].shape[2] // (n // chunk)
+  half, block_kv, stages = BLOCK_Q // 2, QUERY_BLOCK_KV, QUERY_STAGES
+  shape = (half, block_kv)
+  to_log2 = scale * LOG2_E
+  registers = Registers(interpret)
+
+  def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref,
+             dq_ref, dgate_ref, q_smem, do_smem, k_smem, v_smem, last_smem, score_smem, lse_smem, delta_smem, tau_smem, left_smem, entered_smem,
+             k_full, v_full, rows_full, k_free, v_free):
+    b, h, block, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
+    g = lax.div(h, jnp.array(heads // groups, h.dtype))
+    first_row = block * BLOCK_Q
+    list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
+    t0, t1, t2, t3, t4, t5 = (bounds_ref[b, g, block, i] for i in range(6))
+    own = block * (BLOCK_Q // block_kv)
+    num_listed = t3 - t0
+    steps = num_listed + own - t4 + BLOCK_Q // block_kv
+
+    @pl.when(warpgroup < 2)
+    def _compute():
+      plgpu.set_max_registers(232, action="increase")
+      base = first_row + warpgroup * half
+      rows = pl.ds(base, half)
+      q, do, loaded = q_smem.at[warpgroup], do_smem.at[warpgroup], rows_full.at[warpgroup]
+      plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q, loaded)
+      plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do, loaded)
+      plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(left_ref.at[b, rows], left_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(entered_ref.at[b, g, rows], entered_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(tau_ref.at[b, g, rows], tau_smem.at[warpgroup], loaded)
+      plgpu.barrier_wait(loaded)
+      lse, delta, tau = (registers.vector(x.at[warpgroup], ROW) for x in (lse_smem, delta_smem, tau_smem))
+      column = lambda: registers.index(shape, 1)
+      query_index = lambda: registers.index(shape, 0) + base
+
+      def tile(step, t, carry, *, is_list, exits=False, enters=False):
+        acc, dgate = carry
+        slot, _ = phase_of(step, stages)
+        plgpu.barrier_wait(k_full.at[slot])
+        s = registers.matmul(shape, q, k_smem.at[slot])
+        live = None
+        if is_list and exits:
+          live = by_column(registers.vector(last_smem.at[slot], COLUMN), shape) > query_index()
+        elif exits:
+          live = column() >= by_row(registers.vector(left_smem.at[warpgroup], ROW) - t * block_kv, shape)
+        if enters:
+          here = (column() < by_row(registers.vector(entered_smem.at[warpgroup], ROW) - t * block_kv, shape) if is_list
+                  else column() + t * block_kv <= query_index())
+          live = here if live is None else jnp.logical_and(live, here)
+
+        def probability(logits):
+          p = jnp.exp2(logits * to_log2 - by_row(lse, shape))
+          return p if live is None else jnp.where(live, p, 0.)
+        plgpu.barrier_wait(v_full.at[slot])
+        dp = registers.matmul(shape, do, v_smem.at[slot])
+        plgpu.barrier_arrive(v_free.at[slot])
+        distance = by_column(registers.vector(score_smem.at[slot], COLUMN), shape) - by_row(tau, shape) if is_list else None
+        _, ds, new = tile_gradients(s, probability, dp, by_row(delta, shape), distance, gate=gate, scale=scale)
+        if is_list:
+          dgate += new.sum(axis=1)
+        acc, = registers.matmul_add((acc,), ((ds.astype(dtype), k_smem.at[slot]),))
+        plgpu.barrier_arrive(k_free.at[slot])
+        return acc, dgate
+
+      carry = registers.full((half, dim), 0, MATRIX), registers.full((half,), 0, ROW)
+      in_list = lambda **kind: lambda t, carry: tile(t - t0, t, carry, is_list=True, **kind)
+      in_window = lambda **kind: lambda t, carry: tile(num_listed + t - t4, t, carry, is_list=False, **kind)
+      carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
+      carry = lax.fori_loop(t1, t2, in_list(), carry)
+      carry = lax.fori_loop(t2, t3, in_list(exits=True, enters=True), carry)
+      carry = lax.fori_loop(t4, t5, in_window(exits=True), carry)
+      carry = lax.fori_loop(t5, own, in_window(), carry)
+      acc, dgate = lax.fori_loop(own, own + BLOCK_Q // block_kv, in_window(exits=True, enters=True), carry)
+      q[...] = (acc * scale).astype(dtype)
+      lse_smem.at[warpgroup][...] = dgate
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, h])
+      plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], dgate_ref.at[b, h, rows])
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 2)
+    def _load():
+      plgpu.set_max_registers(40, action="decrease")
+
+      @pl.loop(0, steps)
+      def _(step):
+        slot, reused = phase_of(step, stages)
+        in_list = step < num_listed
+        places = pl.ds(list_start + (t0 + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * block_kv, block_kv)
+        tokens = pl.ds((t4 + jnp.maximum(step - num_listed, 0)) * block_kv, block_kv)
+
+        def load(list_ref, token_ref, buffer, full):
+          pl.when(in_list)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
+          pl.when(jnp.logical_not(in_list))(lambda: plgpu.copy_gmem_to_smem(token_ref.at[b, tokens, g], buffer.at[slot], full.at[slot]))
+        pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+        plgpu.copy_gmem_to_smem(last_ref.at[b, g, places], last_smem.at[slot], k_full.at[slot])
+        plgpu.copy_gmem_to_smem(score_ref.at[b, g, places], score_smem.at[slot], k_full.at[slot])
+        load(lk_ref, k_ref, k_smem, k_full)
+        pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+        load(lv_ref, v_ref, v_smem, v_full)
+
+      if interpret is not None:                                          # the interpreter insists that every phase be observed
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        def _(step):
+          slot, _ = phase_of(step, stages)
+          plgpu.barrier_wait(k_free.at[slot])
+          plgpu.barrier_wait(v_free.at[slot])
+
+  vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
+  scratch = [matrix_buffer(2, half, dim, dtype), matrix_buffer(2, half, dim, dtype), matrix_buffer(stages, block_kv, dim, dtype),
+             matrix_buffer(stages, block_kv, dim, dtype), vector(stages, block_kv, jnp.int32), vector(stages, block_kv),
+             vector(2, half), vector(2, half), vector(2, half), vector(2, half, jnp.int32), vector(2, half, jnp.int32),
+             plgpu.Barrier(num_arrivals=3, num_barriers=stages), plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+             plgpu.Barrier(num_arrivals=7, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+             plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
+  return plgpu.kernel(
+      kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)], scratch_types=scratch,
+      grid=(heads, n // BLOCK_Q, batch), grid_names=("head", "block", "batch"), num_threads=3, thread_name="warpgroup",
+      compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_query_gradients",
+  )(query, key, value, cotangent, logsumexp, delta, left, entered, tau, *listed, bounds)
+
+
+def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *, gate, scale, score=None, tau=None, chunk=None, interpret=None):
+  """(dkey, dvalue) of the shape of `keys`, and of listed keys the gates' gradient summed over queries, [B, G, places] float32, which is dscore.
+
+  Blocks that no query sees are not written.
+
+  Args:
+    query, cotangent, logsumexp, delta, gate, scale: as of `query_gradients`.
+    keys, values: [B, n, G, D] for the window, [B, G, places, D] for lists.
+    first, last: int32, a key is live for queries first <= i < last; [B, n] for the window, [B, G, places] for lists.
+    bounds: int32 of tiles.key_tiles with blocks of 64 queries and 128 keys; [B, n / 128, 4] or [B, G, places / 128, 4].
+    score: [B, G, places] float32 and tau [B, G, n] float32, of lists only.
+  """
+  batch, n, heads, dim = query.shape
+  lists = score is not None
+  groups, count = keys.shape[1:3] if lists else keys.shape[2:0:-1]
+  repeats = heads // groups
+  dtype = query.dtype
+  half, block_q, stages = KEY_BLOCK_KV // 2, KEY_BLOCK_Q, KEY_STAGES
+  shape = (half, block_q)                                                # keys by queries: transposed
+  to_log2 = scale * LOG2_E
+  registers = Registers(interpret)
+
+  def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *refs):
+    if lists:
+      score_ref, tau_ref, dk_ref, dv_ref, dscore_ref, *refs = refs
+    else:
+      dk_ref, dv_ref, *refs = refs
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, tau_smem, first_smem, last_smem, score_smem, q_full, do_full, keys_full, q_free, do_free = refs
+    b, g, block, warpgroup = (lax.axis_index(name) for name in ("batch", "group", "block", "warpgroup"))
+    row = (b, g) if lists else (b,)
+    b0, b1, b2, b3 = (bounds_ref[(*row, block, i)] for i in range(4))
+    blocks = b3 - b0
+    steps = blocks * repeats
+
+    @pl.when(jnp.logical_and(warpgroup < 2, blocks > 0))
+    def _compute():
+      plgpu.set_max_registers(232, action="increase")
+      mine = pl.ds(block * KEY_BLOCK_KV + warpgroup * half, half)
+      at = lambda ref: ref.at[b, g, mine] if lists else ref.at[b, mine, g]
+      k, v, loaded = k_smem.at[warpgroup], v_smem.at[warpgroup], keys_full.at[warpgroup]
+      plgpu.copy_gmem_to_smem(at(k_ref), k, loaded)
+      plgpu.copy_gmem_to_smem(at(v_ref), v, loaded)
+      plgpu.copy_gmem_to_smem(first_ref.at[(*row, mine)], first_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(last_ref.at[(*row, mine)], last_smem.at[warpgroup], loaded)
+      if lists:
+        plgpu.copy_gmem_to_smem(score_ref.at[b, g, mine], score_smem.at[warpgroup], loaded)
+      plgpu.barrier_wait(loaded)
+      score = registers.vector(score_smem.at[warpgroup], ROW) if lists else None
+
+      def tile(step, block_of_queries, carry, masked):
+        dk, dv, dscore = carry
+        slot, _ = phase_of(step, stages)
+        plgpu.barrier_wait(q_full.at[slot])
+        s = registers.matmul(shape, k, q_smem.at[slot])
+
+        def probability(logits):
+          p = jnp.exp2(logits * to_log2 - by_column(registers.vector(lse_smem.at[slot], COLUMN), shape))
+          if not masked:
+            return p
+          query_index = registers.index(shape, 1) + block_of_queries * block_q
+          live = jnp.logical_and(by_row(registers.vector(first_smem.at[warpgroup], ROW), shape) <= query_index,
+                                 query_index < by_row(registers.vector(last_smem.at[warpgroup], ROW), shape))
+          return jnp.where(live, p, 0.)
+        plgpu.barrier_wait(do_full.at[slot])
+        dp = registers.matmul(shape, v, do_smem.at[slot])
+        distance = by_row(score, shape) - by_column(registers.vector(tau_smem.at[slot], COLUMN), shape) if lists else None
+        delta = by_column(registers.vector(delta_smem.at[slot], COLUMN), shape)
+        weights, ds, new = tile_gradients(s, probability, dp, delta, distance, gate=gate, scale=scale)
+        if lists:
+          dscore += new.sum(axis=1)
+        dv, dk = registers.matmul_add((dv, dk), ((weights.astype(dtype), do_smem.at[slot]), (ds.astype(dtype), q_smem.at[slot])))
+        plgpu.barrier_arrive(do_free.at[slot])
+        plgpu.barrier_arrive(q_free.at[slot])
+        return dk, dv, dscore
+
+      def head(r, carry):
+        sweep = lambda masked: lambda t, carry: tile(r * blocks + t - b0, t, carry, masked)
+        carry = lax.fori_loop(b0, b1, sweep(True), carry)
+        carry = lax.fori_loop(b1, b2, sweep(False), carry)
+        return lax.fori_loop(b2, b3, sweep(True), carry)
+      carry = registers.full((half, dim), 0, MATRIX), registers.full((half, dim), 0, MATRIX), registers.full((half,), 0, ROW)
+      dk, dv, dscore = lax.fori_loop(0, repeats, head, carry) if repeats > 1 else head(0, carry)
+      k[...] = (dk * scale).astype(dtype)
+      v[...] = dv.astype(dtype)
+      if lists:
+        score_smem.at[warpgroup][...] = dscore
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(k, at(dk_ref))
+      plgpu.copy_smem_to_gmem(v, at(dv_ref))
+      if lists:
+        plgpu.copy_smem_to_gmem(score_smem.at[warpgroup], dscore_ref.at[b, g, mine])
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(jnp.logical_and(warpgroup == 2, blocks > 0))
+    def _load():
+      plgpu.set_max_registers(40, action="decrease")
+
+      def head(r, _):
+        h = g * repeats + r
+
+        @pl.loop(0, blocks)
+        def _(t):
+          slot, reused = phase_of(r * blocks + t, stages)
+          rows = pl.ds((b0 + t) * block_q, block_q)
+          pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+          plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], q_full.at[slot])
+          if lists:
+            plgpu.copy_gmem_to_smem(tau_ref.at[b, g, rows], tau_smem.at[slot], q_full.at[slot])
+          plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], q_full.at[slot])
+          pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+          plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], do_full.at[slot])
+          plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], do_full.at[slot])
+      if repeats > 1:
+        lax.fori_loop(0, repeats, head, None)
+      else:
+        head(0, None)
+
+      if interpret is not None:                                          # the interpreter insists that every phase be observed
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        def _(step):
+          slot, _ = phase_of(step, stages)
+          plgpu.barrier_wait(q_free.at[slot])
+          plgpu.barrier_wait(do_free.at[slot])
+
+  vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
+  scratch = [matrix_buffer(2, half, dim, dtype), matrix_buffer(2, half, dim, dtype), matrix_buffer(stages, block_q, dim, dtype),
+             matrix_buffer(stages, block_q, dim, dtype), vector(stages, block_q), vector(stages, block_q), vector(stages, block_q),
+             vector(2, half, jnp.int32), vector(2, half, jnp.int32), vector(2, half),
+             plgpu.Barrier(num_arrivals=3 if lists else 2, num_barriers=stages), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+             plgpu.Barrier(num_arrivals=5 if lists else 4, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+             plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
+  out_type = [jax.ShapeDtypeStruct(keys.shape, dtype)] * 2 + [jax.ShapeDtypeStruct((batch, groups, count), jnp.float32)] * lists
+  return plgpu.kernel(
+      kernel, out_type=out_type, scratch_types=scratch, grid=(groups, count // KEY_BLOCK_KV, batch), grid_names=("group", "block", "batch"), num_threads=3,
+      thread_name="warpgroup", compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_key_gradients",
+  )(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *((score, tau) if lists else ()))

@@ -1,0 +1,184 @@
+"""Forward pass of SPARSEK attention on Hopper GPUs: one online softmax over tiles of listed tokens, then over tiles of the window.
+
+Two warpgroups compute on 64 queries each and a third loads tiles by TMA. While one computes its softmax the other multiplies (FlashAttention-3's ping-pong).
+Tiles are loaded from contiguous memory only: XLA gathered the listed keys and values before (see tiles.py). Scores of the softmax are powers of 2.
+"""
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, LOWEST, MATRIX, ROW, Registers, by_column, by_row, gate_of, matrix_buffer, phase_of
+
+BLOCK_KV = 128
+STAGES = 2
+
+
+def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scale, chunk, interpret=None):
+  """Attention output and logsumexp.
+
+  Args:
+    query: [B, n, H, D] bfloat16 or float16, n a multiple of 128, D 64 or 128.
+    key, value: [B, n, G, D].
+    left: [B, n] int32, first token of each query's window.
+    entered: [B, G, n] int32, and `bounds` [B, G, n / 128, 6] int32: see tiles.Lists and tiles.query_tiles with blocks of 128 x 128.
+    tau: [B, G, n] float32 thresholds.
+    listed: (key, value [B, G, places, D], score [B, G, places] float32, last [B, G, places] int32) of the lists of all chunks.
+    gate: as in `sparsek.sparsek_attention`. scale: of the logits, not negative. chunk: queries per chunk.
+
+  Returns:
+    out [B, n, H, D] in query's dtype; logsumexp [B, H, n] float32 to base 2 (0 for queries that see nothing).
+  """
+  batch, n, heads, dim = query.shape
+  groups = key.shape[2]
+  dtype = query.dtype
+  slots = listed[0].shape[2] // (n // chunk)
+  gated = gate != "straight_through"
+  half = BLOCK_Q // 2
+  shape = (half, BLOCK_KV)
+  to_log2 = scale * LOG2_E
+  registers = Registers(interpret)
+
+  def kernel(q_ref, k_ref, v_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref, out_ref, lse_ref,
+             q_smem, k_smem, v_smem, last_smem, score_smem, row_smem, left_smem, entered_smem,
+             k_full, v_full, q_full, k_free, v_free, turn):
+    b, h, block, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
+    g = lax.div(h, jnp.array(heads // groups, h.dtype))
+    first_row = block * BLOCK_Q
+    list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
+    t0, t1, t2, t3, t4, t5 = (bounds_ref[b, g, block, i] for i in range(6))
+    num_listed = t3 - t0
+    steps = num_listed + block - t4 + 1
+
+    def take_turns():
+      plgpu.barrier_arrive(turn)
+      plgpu.barrier_wait(turn)
+
+    @pl.when(warpgroup < 2)
+    def _compute():
+      plgpu.set_max_registers(232, action="increase")
+      base = first_row + warpgroup * half
+      rows = pl.ds(base, half)
+      q, loaded = q_smem.at[warpgroup], q_full.at[warpgroup]
+      plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q, loaded)
+      plgpu.copy_gmem_to_smem(left_ref.at[b, rows], left_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(entered_ref.at[b, g, rows], entered_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(tau_ref.at[b, g, rows], row_smem.at[warpgroup], loaded)
+      plgpu.barrier_wait(loaded)
+      tau = registers.vector(row_smem.at[warpgroup], ROW) if gated else None
+      plgpu.barrier_wait(k_full.at[0])
+      pl.when(warpgroup == 1)(take_turns)
+      column = lambda: registers.index(shape, 1)
+      query_index = lambda: registers.index(shape, 0) + base
+
+      def tile(step, t, carry, *, listed, exits=False, enters=False):
+        """One tile; exits, enters: some of its pairs may be dead because the token left, or has not come yet."""
+        acc, top, total = carry
+        slot, _ = phase_of(step, STAGES)
+
+        def scores(acc_ref):
+          plgpu.wgmma(acc_ref, q, k_smem.at[slot].transpose((1, 0)))
+          take_turns()
+          return acc_ref[...]
+        s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+        if gate == "key_value" and listed:
+          s *= gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)
+        live = None
+        if listed and exits:
+          live = by_column(registers.vector(last_smem.at[slot], COLUMN), shape) > query_index()
+        elif exits:
+          live = column() >= by_row(registers.vector(left_smem.at[warpgroup], ROW) - t * BLOCK_KV, shape)
+        if enters:
+          here = (column() < by_row(registers.vector(entered_smem.at[warpgroup], ROW) - t * BLOCK_KV, shape) if listed
+                  else column() + t * BLOCK_KV <= query_index())
+          live = here if live is None else jnp.logical_and(live, here)
+        if live is not None:
+          s = jnp.where(live, s, -jnp.inf)
+        if not (gated and listed):
+          plgpu.barrier_arrive(k_free.at[slot])
+        new_top = jnp.maximum(top, s.max(axis=1) * to_log2)
+        decay = jnp.exp2(top - new_top)
+        p = jnp.exp2(s * to_log2 - by_row(new_top, shape))
+        acc *= by_row(decay, acc.shape)
+        total *= decay
+        if gated and listed:
+          p, total = lax.optimization_barrier((p, total))               # the scores are loaded late (again), to save registers
+          weights = (p * gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)).astype(dtype)
+          plgpu.barrier_arrive(k_free.at[slot])
+        else:
+          weights = p.astype(dtype)
+        total += p.sum(axis=1)
+        acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(v_full.at[slot])
+        plgpu.barrier_wait(turn)
+
+        def wait_for_next_keys():
+          following, _ = phase_of(step + 1, STAGES)
+          pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(k_full.at[following]))
+        acc, = registers.matmul_add((acc,), ((weights, v_smem.at[slot]),), wait_for_next_keys)
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc, new_top, total
+
+      carry = registers.full((half, dim), 0, MATRIX), registers.full((half,), LOWEST, ROW), registers.full((half,), 0, ROW)
+      in_list = lambda **kind: lambda t, carry: tile(t - t0, t, carry, listed=True, **kind)
+      in_window = lambda **kind: lambda t, carry: tile(num_listed + t - t4, t, carry, listed=False, **kind)
+      carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
+      carry = lax.fori_loop(t1, t2, in_list(), carry)
+      carry = lax.fori_loop(t2, t3, in_list(exits=True, enters=True), carry)
+      carry = lax.fori_loop(t4, t5, in_window(exits=True), carry)
+      carry = lax.fori_loop(t5, block, in_window(), carry)
+      acc, top, total = lax.fori_loop(block, block + 1, in_window(exits=True, enters=True), carry)
+      pl.when(warpgroup == 0)(take_turns)
+      seen = total > 0
+      total = jnp.where(seen, total, 1.)
+      factor = jnp.where(tau == tau, 1 / total, jnp.nan) if gated else 1 / total     # a threshold of NaN shows
+      q[...] = (acc * by_row(factor, acc.shape)).astype(dtype)
+      row_smem.at[warpgroup][...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, 0.)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(q, out_ref.at[b, rows, h])
+      plgpu.copy_smem_to_gmem(row_smem.at[warpgroup], lse_ref.at[b, h, rows])
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 2)
+    def _load():
+      plgpu.set_max_registers(40, action="decrease")
+
+      @pl.loop(0, steps)
+      def _(step):
+        slot, reused = phase_of(step, STAGES)
+        in_list = step < num_listed
+        places = pl.ds(list_start + (t0 + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * BLOCK_KV, BLOCK_KV)
+        tokens = pl.ds((t4 + jnp.maximum(step - num_listed, 0)) * BLOCK_KV, BLOCK_KV)
+
+        def load(list_ref, token_ref, buffer, full):
+          pl.when(in_list)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
+          pl.when(jnp.logical_not(in_list))(lambda: plgpu.copy_gmem_to_smem(token_ref.at[b, tokens, g], buffer.at[slot], full.at[slot]))
+        pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+        plgpu.copy_gmem_to_smem(last_ref.at[b, g, places], last_smem.at[slot], k_full.at[slot])
+        if gated:
+          plgpu.copy_gmem_to_smem(score_ref.at[b, g, places], score_smem.at[slot], k_full.at[slot])
+        load(lk_ref, k_ref, k_smem, k_full)
+        pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+        load(lv_ref, v_ref, v_smem, v_full)
+
+      if interpret is not None:                                          # the interpreter insists that every phase be observed
+        @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
+        def _(step):
+          slot, _ = phase_of(step, STAGES)
+          plgpu.barrier_wait(k_free.at[slot])
+          plgpu.barrier_wait(v_free.at[slot])
+
+  vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
+  scratch = [matrix_buffer(2, half, dim, dtype), matrix_buffer(STAGES, BLOCK_KV, dim, dtype), matrix_buffer(STAGES, BLOCK_KV, dim, dtype),
+             vector(STAGES, BLOCK_KV, jnp.int32), vector(STAGES, BLOCK_KV), vector(2, half), vector(2, half, jnp.int32), vector(2, half, jnp.int32),
+             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=STAGES), plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+             plgpu.Barrier(num_arrivals=4, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES), plgpu.Barrier(num_arrivals=2)]
+  return plgpu.kernel(
+      kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)], scratch_types=scratch,
+      grid=(heads, n // BLOCK_Q, batch), grid_names=("head", "block", "batch"), num_threads=3, thread_name="warpgroup",
+      compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_forward",
+  )(query, key, value, left, entered, tau, *listed, bounds)

@@ -1,0 +1,191 @@
+"""SPARSEK attention on Hopper GPUs (H100, H200) with Pallas Mosaic kernels.
+
+XLA lists the selected tokens per chunk of queries (tiles.py) and gathers their keys and values into contiguous buffers; the kernels read contiguous tiles.
+The buffers are gathered again for the backward pass. Rows of gradients are summed per token in a fixed order: results repeat to the bit.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from . import mosaic_backward, mosaic_forward
+from .mosaic_common import BLOCK_Q
+from .tiles import key_tiles, query_tiles, selection_lists
+
+CHUNK = 2048                     # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens
+HEAD_DIMS = (64, 128)            # smaller head dimensions are padded with zeros
+
+
+class Static(NamedTuple):
+  """What the compiled functions depend on besides shapes."""
+  k: int
+  window: int
+  gate: str
+  scale: float
+  chunk: int
+  interpret: object = None
+
+
+def refusal(query: jax.Array) -> str | None:
+  """Why these kernels cannot run on `query` here, or None."""
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"query has dtype {query.dtype}; the tensor cores' kernels take bfloat16 and float16"
+  if query.shape[-1] > HEAD_DIMS[-1]:
+    return f"query has head_dim {query.shape[-1]}; at most {HEAD_DIMS[-1]} is supported"
+  device = jax.devices()[0]
+  if jax.default_backend() != "gpu" or not device.device_kind.startswith("NVIDIA"):
+    return f"it needs an NVIDIA Hopper GPU (H100, H200); JAX's default device is {device.device_kind!r}"
+  capability = str(getattr(device, "compute_capability", "unknown"))
+  if capability != "9.0":
+    return f"it needs a GPU of compute capability 9.0 (H100, H200); {device.device_kind} has {capability}"
+  return None
+
+
+def chunk_size(n: int) -> int:
+  """Queries per list, such that padding n to whole chunks adds less than 128 tokens a chunk."""
+  chunks = -(-n // CHUNK)
+  return -(-n // (chunks * BLOCK_Q)) * BLOCK_Q
+
+
+def attention(query, key, value, scores, threshold, expiry, start, end, *, k, window, gate, scale, interpret=None):
+  """SPARSEK attention, given the selection.
+
+  Args:
+    query: [batch, n, H, D] bfloat16 or float16, D <= 128.
+    key, value: [batch, n, G, D].
+    scores, threshold, expiry: [batch, n, G]; of `sparsek.causal_sparsek` with delay = window.
+    start, end: [batch, n] int32, first token of each token's document, and one past its last.
+    k, window, gate, scale: as in `sparsek.sparsek_attention`.
+    interpret: interpreter parameters, for tests without a GPU.
+
+  Returns:
+    [batch, n, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and threshold.
+  """
+  n, dim = query.shape[1], query.shape[-1]
+  chunk = chunk_size(n)
+  rest = -n % chunk
+  if scale <= 0:                                                         # the kernels take the largest logit before they scale
+    query, scale = query * (-1 if scale < 0 else 0), abs(scale) or 1.
+  wide = next(d for d in HEAD_DIMS if d >= dim)
+  query, key, value = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, wide - dim))) for x in (query, key, value))
+  by_head = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, rest)))
+  token = jnp.arange(n + rest, dtype=jnp.int32)
+  inside = token < n                                                     # a padded token is a document of its own
+  start = jnp.where(inside, jnp.pad(start, ((0, 0), (0, rest))), token)
+  end = jnp.where(inside, jnp.pad(end, ((0, 0), (0, rest))), token + 1)
+  static = Static(min(k, n), min(window, n), gate, scale, chunk, interpret)
+  out = _attention(query, key, value, by_head(scores), by_head(threshold), by_head(expiry), start, end, static)
+  return out[:, :n, :, :dim]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _attention(query, key, value, scores, threshold, expiry, start, end, static):
+  return _forward_rule(query, key, value, scores, threshold, expiry, start, end, static)[0]
+
+
+def _forward_rule(query, key, value, scores, threshold, expiry, start, end, static):
+  lists, out, logsumexp = _over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, start)
+  return out, (query, key, value, scores, threshold, start, end, lists, out, logsumexp)
+
+
+def _backward_rule(static, residuals, cotangent):
+  residuals = lax.optimization_barrier(residuals)                        # or XLA would keep the gathered buffers from the forward pass
+  grads = _over_batch(functools.partial(_backward, static), *residuals, cotangent)
+  return *grads, None, None, None
+
+
+_attention.defvjp(_forward_rule, _backward_rule)
+
+
+def _over_batch(f, *args):
+  """f(*args), every array of which has a leading batch axis, with a vmap that merges its axis into that one."""
+  f = jax.custom_batching.custom_vmap(f)
+
+  @f.def_vmap
+  def _(size, batched, *args):
+    merge = lambda is_batched, x: (x if is_batched else jnp.broadcast_to(x, (size, *x.shape))).reshape(-1, *x.shape[1 + is_batched:])
+    outs = _over_batch(f.fun, *jax.tree.map(merge, tuple(batched), args))
+    return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outs), jax.tree.map(lambda _: True, outs)
+  return f(*args)
+
+
+def _per_head(f):
+  return jax.vmap(jax.vmap(f))
+
+
+def _flat(x):
+  """[B, G, chunks, slots] -> [B, G, places]."""
+  return x.reshape(*x.shape[:2], -1)
+
+
+def _gather(key, value, scores, lists):
+  """Listed keys, values [B, G, places, D], scores and last queries [B, G, places]."""
+  token = _flat(lists.token)
+  rows = lambda x: _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, token)
+  return rows(jnp.swapaxes(key, 1, 2)), rows(jnp.swapaxes(value, 1, 2)), rows(scores), _flat(lists.last)
+
+
+def _left(start, window):
+  token = jnp.arange(start.shape[1], dtype=jnp.int32)
+  return jnp.maximum(token - window + 1, start)
+
+
+def _query_bounds(lists, left, chunk, block_kv):
+  tiles = functools.partial(query_tiles, chunk=chunk, block_q=BLOCK_Q, block_kv=block_kv)
+  return jax.vmap(lambda lists, left: jax.vmap(lambda row: tiles(row, left))(lists))(lists, left)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(static, query, key, value, scores, threshold, expiry, start):
+  k, window, gate, scale, chunk, interpret = static
+  make = functools.partial(selection_lists, k=k, window=window, chunk=chunk)
+  lists = _per_head(lambda expiry: make(expiry, jnp.argsort(expiry).astype(jnp.int32)))(expiry)
+  left = _left(start, window)
+  bounds = _query_bounds(lists, left, chunk, mosaic_forward.BLOCK_KV)
+  out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists), bounds,
+                                          gate=gate, scale=scale, chunk=chunk, interpret=interpret)
+  return lists, out, logsumexp
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(static, query, key, value, scores, threshold, start, end, lists, out, logsumexp, cotangent):
+  _, window, gate, scale, chunk, interpret = static
+  batch, n, heads, _ = query.shape
+  groups = key.shape[2]
+  options = dict(gate=gate, scale=scale, interpret=interpret)
+  left = _left(start, window)
+  listed = _gather(key, value, scores, lists)
+  delta = jnp.einsum("bnhd,bnhd->bhn", cotangent, out, preferred_element_type=jnp.float32)
+  common = cotangent, logsumexp, delta
+  bounds = _query_bounds(lists, left, chunk, mosaic_backward.QUERY_BLOCK_KV)
+  dquery, dgate = mosaic_backward.query_gradients(query, key, value, *common, left, lists.entered, threshold, listed, bounds, chunk=chunk, **options)
+  dtau = -jnp.sum(dgate.reshape(batch, groups, heads // groups, n), axis=2)
+  tiles = functools.partial(key_tiles, block_q=mosaic_backward.KEY_BLOCK_Q, block_kv=mosaic_backward.KEY_BLOCK_KV)
+  token = jnp.arange(n, dtype=jnp.int32)
+  if window:
+    first, last = jnp.broadcast_to(token, (batch, n)), jnp.minimum(token + window, end)
+    bounds = tiles(first, last, jnp.zeros(batch, jnp.int32), limit=n)
+    dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, bounds, **options)
+  else:
+    dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
+  base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
+  bounds = tiles(lists.first, lists.last, base, limit=chunk).reshape(batch, groups, -1, 4)
+  rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), bounds, score=listed[2], tau=threshold, **options)
+  dkey, dvalue, dscores = _per_head(_sum_rows)((jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros_like(scores)), tuple(rows), lists)
+  return dquery, jnp.swapaxes(dkey, 1, 2).astype(key.dtype), jnp.swapaxes(dvalue, 1, 2).astype(value.dtype), dscores, dtau
+
+
+def _sum_rows(totals, rows, lists):
+  """totals [n, ...] plus the rows [places, ...] of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
+  chunks, slots = lists.token.shape
+  n = lists.new_place.shape[0]
+  totals = tuple(total.astype(jnp.float32) + row.at[lists.new_place].get(mode="fill", fill_value=0) for total, row in zip(totals, rows))
+
+  def add(c, totals):
+    token = jnp.where(jnp.arange(slots) < lists.old[c], lists.token[c], n + jnp.arange(slots))
+    chunk = lambda row: lax.dynamic_slice_in_dim(row, c * slots, slots)
+    return tuple(total.at[token].add(chunk(row).astype(jnp.float32), mode="drop", unique_indices=True) for total, row in zip(totals, rows))
+  return lax.fori_loop(0, chunks, add, totals)
