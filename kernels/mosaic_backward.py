@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, MATRIX, ROW, Registers, by_column, by_row, matrix_buffer, phase_of
 
 QUERY_BLOCK_KV = 64              # keys of a tile of the query kernel; 128 would spill registers
-QUERY_STAGES = 4
+QUERY_STAGES = 3
 KEY_BLOCK_Q = 64                 # queries of a tile of the key kernels
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
 KEY_STAGES = 2
@@ -42,13 +42,14 @@ def tile_gradients(s, probability, dp, delta, distance, *, gate, scale):
   return p * g, ds * g, jnp.where(fractional, x + ds * s * scale, 0.)
 
 
-def query_gradients(query, key, value, cotangent, logsumexp, delta, left, entered, tau, listed, bounds, *, gate, scale, chunk, interpret=None):
-  """dquery [B, n, H, D] and the gates' gradient summed over keys, [B, H, n] float32, which is -dtau.
+def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered, tau, listed, bounds, span, *, gate, scale, chunk, interpret=None):
+  """dquery [B, n, H, D], delta [B, H, n] float32, and the gates' gradient summed over keys, [B, H, n] float32, which is -dtau.
 
   Args:
-    query, key, value, left, entered, tau, listed, gate, scale, chunk: as of `mosaic_forward.forward`; logsumexp [B, H, n] its result.
-    cotangent: [B, n, H, D] gradient of the output. delta: [B, H, n] float32.
-    bounds: [B, G, n / 128, 6] int32, of tiles.query_tiles with blocks of 128 queries and QUERY_BLOCK_KV keys.
+    query, key, value, left, entered, tau, listed, gate, scale, chunk: as of `mosaic_forward.forward`; out, logsumexp: its results.
+    cotangent: [B, n, H, D] gradient of the output.
+    bounds: [B, G, n / 64, 6] int32, of tiles.query_tiles with blocks of 64 queries, those of a warpgroup, and QUERY_BLOCK_KV keys; span: [B, G, n / 128, 6],
+      with blocks of 128.
   """
   batch, n, heads, dim = query.shape
   groups = key.shape[2]
@@ -59,17 +60,18 @@ def query_gradients(query, key, value, cotangent, logsumexp, delta, left, entere
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
 
-  def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref,
-             dq_ref, dgate_ref, q_smem, do_smem, k_smem, v_smem, last_smem, score_smem, lse_smem, delta_smem, tau_smem, left_smem, entered_smem,
+  def kernel(q_ref, k_ref, v_ref, do_ref, out_ref, lse_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref, span_ref,
+             dq_ref, delta_ref, dgate_ref, q_smem, do_smem, out_smem, k_smem, v_smem, last_smem, score_smem, lse_smem, delta_smem, tau_smem, left_smem,
+             entered_smem,
              k_full, v_full, rows_full, k_free, v_free):
     b, h, block, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     g = lax.div(h, jnp.array(heads // groups, h.dtype))
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
-    t0, t1, t2, t3, t4, t5 = (bounds_ref[b, g, block, i] for i in range(6))
     own = block * (BLOCK_Q // block_kv)
-    num_listed = t3 - t0
-    steps = num_listed + own - t4 + BLOCK_Q // block_kv
+    begin, end, near = (span_ref[b, g, block, i] for i in (0, 3, 4))
+    num_listed = end - begin
+    steps = num_listed + own - near + BLOCK_Q // block_kv
 
     @pl.when(warpgroup < 2)
     def _compute():
@@ -80,12 +82,13 @@ def query_gradients(query, key, value, cotangent, logsumexp, delta, left, entere
       plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q, loaded)
       plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do, loaded)
       plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[warpgroup], loaded)
-      plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[warpgroup], loaded)
+      plgpu.copy_gmem_to_smem(out_ref.at[b, rows, h], out_smem.at[warpgroup], loaded)
       plgpu.copy_gmem_to_smem(left_ref.at[b, rows], left_smem.at[warpgroup], loaded)
       plgpu.copy_gmem_to_smem(entered_ref.at[b, g, rows], entered_smem.at[warpgroup], loaded)
       plgpu.copy_gmem_to_smem(tau_ref.at[b, g, rows], tau_smem.at[warpgroup], loaded)
       plgpu.barrier_wait(loaded)
-      lse, delta, tau = (registers.vector(x.at[warpgroup], ROW) for x in (lse_smem, delta_smem, tau_smem))
+      lse, tau = (registers.vector(x.at[warpgroup], ROW) for x in (lse_smem, tau_smem))
+      delta = (registers.matrix(do).astype(jnp.float32) * registers.matrix(out_smem.at[warpgroup]).astype(jnp.float32)).sum(axis=1)
       column = lambda: registers.index(shape, 1)
       query_index = lambda: registers.index(shape, 0) + base
 
@@ -119,18 +122,34 @@ def query_gradients(query, key, value, cotangent, logsumexp, delta, left, entere
         return acc, dgate
 
       carry = registers.full((half, dim), 0, MATRIX), registers.full((half,), 0, ROW)
-      in_list = lambda **kind: lambda t, carry: tile(t - t0, t, carry, is_list=True, **kind)
-      in_window = lambda **kind: lambda t, carry: tile(num_listed + t - t4, t, carry, is_list=False, **kind)
+      in_list = lambda **kind: lambda t, carry: tile(t - begin, t, carry, is_list=True, **kind)
+      in_window = lambda **kind: lambda t, carry: tile(num_listed + t - near, t, carry, is_list=False, **kind)
+
+      def skip(step):
+        """A tile that only the other warpgroup sees."""
+        slot, _ = phase_of(step, stages)
+        plgpu.barrier_wait(k_full.at[slot])
+        plgpu.barrier_wait(v_full.at[slot])
+        plgpu.barrier_arrive(k_free.at[slot])
+        plgpu.barrier_arrive(v_free.at[slot])
+      t0, t1, t2, t3, t4, t5 = (bounds_ref[b, g, 2 * block + warpgroup, i] for i in range(6))
+      diagonal = own + warpgroup
+      pl.loop(begin, t0)(lambda t: skip(t - begin))
       carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
       carry = lax.fori_loop(t1, t2, in_list(), carry)
       carry = lax.fori_loop(t2, t3, in_list(exits=True, enters=True), carry)
+      pl.loop(t3, end)(lambda t: skip(t - begin))
+      pl.loop(near, t4)(lambda t: skip(num_listed + t - near))
       carry = lax.fori_loop(t4, t5, in_window(exits=True), carry)
-      carry = lax.fori_loop(t5, own, in_window(), carry)
-      acc, dgate = lax.fori_loop(own, own + BLOCK_Q // block_kv, in_window(exits=True, enters=True), carry)
+      carry = lax.fori_loop(t5, diagonal, in_window(), carry)
+      acc, dgate = lax.fori_loop(diagonal, diagonal + 1, in_window(exits=True, enters=True), carry)
+      pl.loop(diagonal + 1, own + BLOCK_Q // block_kv)(lambda t: skip(num_listed + t - near))
       q[...] = (acc * scale).astype(dtype)
+      delta_smem.at[warpgroup][...] = delta
       lse_smem.at[warpgroup][...] = dgate
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, h])
+      plgpu.copy_smem_to_gmem(delta_smem.at[warpgroup], delta_ref.at[b, h, rows])
       plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], dgate_ref.at[b, h, rows])
       plgpu.wait_smem_to_gmem(0)
 
@@ -142,8 +161,8 @@ def query_gradients(query, key, value, cotangent, logsumexp, delta, left, entere
       def _(step):
         slot, reused = phase_of(step, stages)
         in_list = step < num_listed
-        places = pl.ds(list_start + (t0 + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * block_kv, block_kv)
-        tokens = pl.ds((t4 + jnp.maximum(step - num_listed, 0)) * block_kv, block_kv)
+        places = pl.ds(list_start + (begin + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * block_kv, block_kv)
+        tokens = pl.ds((near + jnp.maximum(step - num_listed, 0)) * block_kv, block_kv)
 
         def load(list_ref, token_ref, buffer, full):
           pl.when(in_list)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
@@ -163,20 +182,20 @@ def query_gradients(query, key, value, cotangent, logsumexp, delta, left, entere
           plgpu.barrier_wait(v_free.at[slot])
 
   vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
-  scratch = [matrix_buffer(2, half, dim, dtype), matrix_buffer(2, half, dim, dtype), matrix_buffer(stages, block_kv, dim, dtype),
+  scratch = [*(matrix_buffer(2, half, dim, dtype) for _ in range(3)), matrix_buffer(stages, block_kv, dim, dtype),
              matrix_buffer(stages, block_kv, dim, dtype), vector(stages, block_kv, jnp.int32), vector(stages, block_kv),
              vector(2, half), vector(2, half), vector(2, half), vector(2, half, jnp.int32), vector(2, half, jnp.int32),
              plgpu.Barrier(num_arrivals=3, num_barriers=stages), plgpu.Barrier(num_arrivals=1, num_barriers=stages),
              plgpu.Barrier(num_arrivals=7, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
   return plgpu.kernel(
-      kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)], scratch_types=scratch,
+      kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *[jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)] * 2], scratch_types=scratch,
       grid=(heads, n // BLOCK_Q, batch), grid_names=("head", "block", "batch"), num_threads=3, thread_name="warpgroup",
       compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_query_gradients",
-  )(query, key, value, cotangent, logsumexp, delta, left, entered, tau, *listed, bounds)
+  )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds, span)
 
 
-def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *, gate, scale, score=None, tau=None, chunk=None, interpret=None):
+def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *, gate, scale, score=None, tau=None, chunk=None, interpret=None):
   """(dkey, dvalue) of the shape of `keys`, and of listed keys the gates' gradient summed over queries, [B, G, places] float32, which is dscore.
 
   Blocks that no query sees are not written.
@@ -185,7 +204,8 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     query, cotangent, logsumexp, delta, gate, scale: as of `query_gradients`.
     keys, values: [B, n, G, D] for the window, [B, G, places, D] for lists.
     first, last: int32, a key is live for queries first <= i < last; [B, n] for the window, [B, G, places] for lists.
-    bounds: int32 of tiles.key_tiles with blocks of 64 queries and 128 keys; [B, n / 128, 4] or [B, G, places / 128, 4].
+    bounds: int32 of tiles.key_tiles with blocks of 64 queries and 64 keys, those of a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
+    span: the same with 128 keys.
     score: [B, G, places] float32 and tau [B, G, n] float32, of lists only.
   """
   batch, n, heads, dim = query.shape
@@ -198,7 +218,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
 
-  def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *refs):
+  def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, span_ref, *refs):
     if lists:
       score_ref, tau_ref, dk_ref, dv_ref, dscore_ref, *refs = refs
     else:
@@ -206,8 +226,8 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, tau_smem, first_smem, last_smem, score_smem, q_full, do_full, keys_full, q_free, do_free = refs
     b, g, block, warpgroup = (lax.axis_index(name) for name in ("batch", "group", "block", "warpgroup"))
     row = (b, g) if lists else (b,)
-    b0, b1, b2, b3 = (bounds_ref[(*row, block, i)] for i in range(4))
-    blocks = b3 - b0
+    begin, end = (span_ref[(*row, block, i)] for i in (0, 3))
+    blocks = end - begin
     steps = blocks * repeats
 
     @pl.when(jnp.logical_and(warpgroup < 2, blocks > 0))
@@ -251,11 +271,24 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
         plgpu.barrier_arrive(q_free.at[slot])
         return dk, dv, dscore
 
+      def skip(step):
+        """A tile that only the other warpgroup sees."""
+        slot, _ = phase_of(step, stages)
+        plgpu.barrier_wait(q_full.at[slot])
+        plgpu.barrier_wait(do_full.at[slot])
+        plgpu.barrier_arrive(do_free.at[slot])
+        plgpu.barrier_arrive(q_free.at[slot])
+      b0, b1, b2, b3 = (jnp.clip(bounds_ref[(*row, 2 * block + warpgroup, i)], begin, end) for i in range(4))
+
       def head(r, carry):
-        sweep = lambda masked: lambda t, carry: tile(r * blocks + t - b0, t, carry, masked)
+        step = lambda t: r * blocks + t - begin
+        sweep = lambda masked: lambda t, carry: tile(step(t), t, carry, masked)
+        pl.loop(begin, b0)(lambda t: skip(step(t)))
         carry = lax.fori_loop(b0, b1, sweep(True), carry)
         carry = lax.fori_loop(b1, b2, sweep(False), carry)
-        return lax.fori_loop(b2, b3, sweep(True), carry)
+        carry = lax.fori_loop(b2, b3, sweep(True), carry)
+        pl.loop(b3, end)(lambda t: skip(step(t)))
+        return carry
       carry = registers.full((half, dim), 0, MATRIX), registers.full((half, dim), 0, MATRIX), registers.full((half,), 0, ROW)
       dk, dv, dscore = lax.fori_loop(0, repeats, head, carry) if repeats > 1 else head(0, carry)
       k[...] = (dk * scale).astype(dtype)
@@ -279,7 +312,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
         @pl.loop(0, blocks)
         def _(t):
           slot, reused = phase_of(r * blocks + t, stages)
-          rows = pl.ds((b0 + t) * block_q, block_q)
+          rows = pl.ds((begin + t) * block_q, block_q)
           pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
           plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], q_full.at[slot])
           if lists:
@@ -311,4 +344,4 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   return plgpu.kernel(
       kernel, out_type=out_type, scratch_types=scratch, grid=(groups, count // KEY_BLOCK_KV, batch), grid_names=("group", "block", "batch"), num_threads=3,
       thread_name="warpgroup", compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_key_gradients",
-  )(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *((score, tau) if lists else ()))
+  )(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *((score, tau) if lists else ()))

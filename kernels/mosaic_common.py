@@ -34,6 +34,10 @@ class Registers:
     """A vector from shared memory, along a matrix's rows or columns."""
     return ref[...] if self.interpreted else plgpu.load(ref, (), layout=layout, optimized=False)
 
+  def matrix(self, ref):
+    """A matrix from shared memory."""
+    return ref[...] if self.interpreted else plgpu.load(ref, (), layout=MATRIX)
+
   def full(self, shape, value, layout):
     """A float32 array of one value."""
     x = jnp.full(shape, value, jnp.float32)

@@ -133,9 +133,15 @@ def _left(start, window):
   return jnp.maximum(token - window + 1, start)
 
 
-def _query_bounds(lists, left, chunk, block_kv):
-  tiles = functools.partial(query_tiles, chunk=chunk, block_q=BLOCK_Q, block_kv=block_kv)
+def _query_bounds(lists, left, chunk, block_q, block_kv):
+  tiles = functools.partial(query_tiles, chunk=chunk, block_q=block_q, block_kv=block_kv)
   return jax.vmap(lambda lists, left: jax.vmap(lambda row: tiles(row, left))(lists))(lists, left)
+
+
+def _key_bounds(first, last, base, limit):
+  """Bounds of the blocks of one warpgroup, and of both."""
+  tiles = functools.partial(key_tiles, first, last, base, limit=limit, block_q=mosaic_backward.KEY_BLOCK_Q)
+  return [tiles(block_kv=mosaic_backward.KEY_BLOCK_KV // warpgroups) for warpgroups in (2, 1)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -144,7 +150,7 @@ def _forward(static, query, key, value, scores, threshold, expiry, start):
   make = functools.partial(selection_lists, k=k, window=window, chunk=chunk)
   lists = _per_head(lambda expiry: make(expiry, jnp.argsort(expiry).astype(jnp.int32)))(expiry)
   left = _left(start, window)
-  bounds = _query_bounds(lists, left, chunk, mosaic_forward.BLOCK_KV)
+  bounds = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_forward.BLOCK_KV)
   out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists), bounds,
                                           gate=gate, scale=scale, chunk=chunk, interpret=interpret)
   return lists, out, logsumexp
@@ -158,22 +164,24 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
   options = dict(gate=gate, scale=scale, interpret=interpret)
   left = _left(start, window)
   listed = _gather(key, value, scores, lists)
-  delta = jnp.einsum("bnhd,bnhd->bhn", cotangent, out, preferred_element_type=jnp.float32)
-  common = cotangent, logsumexp, delta
-  bounds = _query_bounds(lists, left, chunk, mosaic_backward.QUERY_BLOCK_KV)
-  dquery, dgate = mosaic_backward.query_gradients(query, key, value, *common, left, lists.entered, threshold, listed, bounds, chunk=chunk, **options)
+  span = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_backward.QUERY_BLOCK_KV)
+  bounds = _query_bounds(lists, left, chunk, BLOCK_Q // 2, mosaic_backward.QUERY_BLOCK_KV)
+  listed_part = jnp.clip(bounds[..., :4], *(jnp.repeat(span[..., i:i + 1], 2, axis=2) for i in (0, 3)))      # where a warpgroup sees none, its bounds are anywhere
+  bounds = jnp.concatenate([listed_part, bounds[..., 4:]], axis=-1)
+  dquery, delta, dgate = mosaic_backward.query_gradients(query, key, value, cotangent, out, logsumexp, left, lists.entered, threshold, listed, bounds, span,
+                                                         chunk=chunk, **options)
   dtau = -jnp.sum(dgate.reshape(batch, groups, heads // groups, n), axis=2)
-  tiles = functools.partial(key_tiles, block_q=mosaic_backward.KEY_BLOCK_Q, block_kv=mosaic_backward.KEY_BLOCK_KV)
+  common = cotangent, logsumexp, delta
   token = jnp.arange(n, dtype=jnp.int32)
   if window:
     first, last = jnp.broadcast_to(token, (batch, n)), jnp.minimum(token + window, end)
-    bounds = tiles(first, last, jnp.zeros(batch, jnp.int32), limit=n)
-    dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, bounds, **options)
+    bounds = _key_bounds(first, last, jnp.zeros(batch, jnp.int32), n)
+    dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, *bounds, **options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
-  bounds = tiles(lists.first, lists.last, base, limit=chunk).reshape(batch, groups, -1, 4)
-  rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), bounds, score=listed[2], tau=threshold, **options)
+  bounds = [x.reshape(batch, groups, -1, 4) for x in _key_bounds(lists.first, lists.last, base, chunk)]
+  rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), *bounds, score=listed[2], tau=threshold, **options)
   dkey, dvalue, dscores = _per_head(_sum_rows)((jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros_like(scores)), tuple(rows), lists)
   return dquery, jnp.swapaxes(dkey, 1, 2).astype(key.dtype), jnp.swapaxes(dvalue, 1, 2).astype(value.dtype), dscores, dtau
 
