@@ -11,7 +11,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from . import mosaic_backward, mosaic_forward
+from . import mosaic_backward, mosaic_forward, mosaic_sum
 from .mosaic_common import BLOCK_Q
 from .tiles import key_tiles, query_tiles, selection_lists
 
@@ -182,18 +182,28 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
   bounds = [x.reshape(batch, groups, -1, 4) for x in _key_bounds(lists.first, lists.last, base, chunk)]
   rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), *bounds, score=listed[2], tau=threshold, **options)
-  dkey, dvalue, dscores = _per_head(_sum_rows)((jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros_like(scores)), tuple(rows), lists)
-  return dquery, jnp.swapaxes(dkey, 1, 2).astype(key.dtype), jnp.swapaxes(dvalue, 1, 2).astype(value.dtype), dscores, dtau
+  dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)
+  return dquery, dkey, dvalue, dscores, dtau
 
 
-def _sum_rows(totals, rows, lists):
-  """totals [n, ...] plus the rows [places, ...] of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
+def _sum_rows(dkey, dvalue, rows, lists, interpret):
+  """Gradients of the window plus those of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
+  if dkey.shape[-1] % mosaic_sum.ROW_LENGTH == 0:
+    return mosaic_sum.sum_rows(dkey, dvalue, rows, lists, interpret=interpret)
+  totals = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros(dkey.shape[:1] + dkey.shape[2:0:-1], jnp.float32)
+  totals = _per_head(_add_rows)(totals, tuple(rows), lists)
+  return jnp.swapaxes(totals[0], 1, 2).astype(dkey.dtype), jnp.swapaxes(totals[1], 1, 2).astype(dvalue.dtype), totals[2]
+
+
+def _add_rows(totals, rows, lists):
+  """totals [n, ...] plus the rows [places, ...] of listed tokens."""
   chunks, slots = lists.token.shape
-  n = lists.new_place.shape[0]
+  n, most = lists.new_place.shape[0], lists.old_place.shape[0] // chunks
   totals = tuple(total.astype(jnp.float32) + row.at[lists.new_place].get(mode="fill", fill_value=0) for total, row in zip(totals, rows))
+  slot = jnp.arange(most)
 
   def add(c, totals):
-    token = jnp.where(jnp.arange(slots) < lists.old[c], lists.token[c], n + jnp.arange(slots))
-    chunk = lambda row: lax.dynamic_slice_in_dim(row, c * slots, slots)
+    token = jnp.where(slot < lists.old[c], lists.token[c, :most], n + slot)
+    chunk = lambda row: lax.dynamic_slice_in_dim(row, c * slots, most)
     return tuple(total.at[token].add(chunk(row).astype(jnp.float32), mode="drop", unique_indices=True) for total, row in zip(totals, rows))
   return lax.fori_loop(0, chunks, add, totals)

@@ -23,6 +23,9 @@ class Lists(NamedTuple):
     entered: [n] int32, how many places of its chunk's list hold tokens with first <= i: they are the foremost.
     old: [chunks] int32, how many of them are live at the chunk's first query.
     new_place: [n] int32, the place (over all chunks) where a token is listed as selected later; chunks * slots where it is not.
+    old_place: [k * chunks] int32, the places where tokens are listed as live at the chunk's first query, those of token j from old_begin_j on, old_count_j many,
+      by chunk.
+    old_begin, old_count: [n] int32.
   """
   token: jax.Array
   first: jax.Array
@@ -30,6 +33,9 @@ class Lists(NamedTuple):
   entered: jax.Array
   old: jax.Array
   new_place: jax.Array
+  old_place: jax.Array
+  old_begin: jax.Array
+  old_count: jax.Array
 
 
 def list_slots(k: int, chunk: int) -> int:
@@ -52,13 +58,20 @@ def selection_lists(expiry: jax.Array, order: jax.Array, *, k: int, window: int,
   token = jnp.arange(n, dtype=jnp.int32)
   entry = token + window
   # Tokens live at the first query of a chunk: one copy for every such chunk, in order of expiry, then sorted by chunk.
-  held = jnp.where(expiry > entry, jnp.maximum((expiry - 1) // chunk - (entry - 1) // chunk, 0), 0)[order]
+  old_count = jnp.where(expiry > entry, jnp.maximum((expiry - 1) // chunk - (entry - 1) // chunk, 0), 0)
+  held = old_count[order]
   end = jnp.cumsum(held)
-  place = jnp.arange(places, dtype=jnp.int32)
+  begin = end - held
+  copy = jnp.arange(places, dtype=jnp.int32)
   rank = jnp.repeat(token, held, total_repeat_length=places)
-  member = jnp.where(place < end[-1], -(-entry // chunk)[order][rank] + place - (end - held)[rank], chunks)
-  member, holder = lax.sort((member, order[rank]), num_keys=1, is_stable=True)
+  member = jnp.where(copy < end[-1], (-(-entry // chunk)[order] - begin)[rank] + copy, chunks)
+  member, copy = _sort_stably(member, copy, chunks)
+  holder = order[rank[copy]]
   old = jnp.zeros(chunks, jnp.int32).at[member].add(1, mode="drop")
+  old_start = jnp.cumsum(old) - old
+  place = (jnp.arange(chunks + 1, dtype=jnp.int32) * slots - jnp.append(old_start, 0))[member] + jnp.arange(places, dtype=jnp.int32)
+  old_place = jnp.zeros(places, jnp.int32).at[copy].set(place, unique_indices=True)
+  old_begin = jnp.zeros(n, jnp.int32).at[order].set(begin, unique_indices=True)
   # Tokens selected at a later query of the chunk, which are in their own order already.
   new = (expiry > entry) & (entry % chunk != 0)
   newcomers = jnp.zeros(n, jnp.int32).at[jnp.where(new, jnp.cumsum(new) - 1, n)].set(token, mode="drop")
@@ -67,13 +80,22 @@ def selection_lists(expiry: jax.Array, order: jax.Array, *, k: int, window: int,
   entered = jnp.repeat(old - before, chunk, total_repeat_length=n) + count
   slot = jnp.arange(slots, dtype=jnp.int32)
   later = slot - old[:, None]
-  tokens = jnp.where(later < 0, holder.at[(jnp.cumsum(old) - old)[:, None] + slot].get(mode="clip"), newcomers.at[before[:, None] + later].get(mode="clip"))
+  tokens = jnp.where(later < 0, holder.at[old_start[:, None] + slot].get(mode="clip"), newcomers.at[before[:, None] + later].get(mode="clip"))
   used = slot < entered[chunk - 1::chunk, None]
   tokens = jnp.where(used, tokens, 0)
   home = entry // chunk
   at = jnp.minimum(entry, n - 1)
   new_place = jnp.where(new & (entry < n), home * slots + entered[at] - 1, chunks * slots)
-  return Lists(tokens, jnp.where(used, tokens + window, NEVER), jnp.where(used, expiry[tokens], 0), entered, old, new_place)
+  return Lists(tokens, jnp.where(used, tokens + window, NEVER), jnp.where(used, expiry[tokens], 0), entered, old, new_place, old_place, old_begin, old_count)
+
+
+def _sort_stably(key, value, limit):
+  """Sorts pairs by `key` in [0, limit], equal ones by `value`, which is 0, 1, 2, ...; one packed integer sorts faster."""
+  size = value.shape[0]
+  if (limit + 1) * size >= 2 ** 31:
+    return lax.sort((key, value), num_keys=1, is_stable=True)
+  packed = jnp.sort(key * size + value)
+  return packed // size, packed % size
 
 
 def query_tiles(lists: Lists, left: jax.Array, *, chunk: int, block_q: int, block_kv: int) -> jax.Array:

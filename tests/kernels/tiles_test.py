@@ -45,6 +45,8 @@ def test_lists_hold_exactly_the_live_tokens(n, k, window, chunk, family, documen
       assert lists.entered[i] == np.sum(lists.first[c] <= i)
   places = lists.token.size
   for j in range(n):
+    listed = lists.old_place[lists.old_begin[j]:lists.old_begin[j] + lists.old_count[j]]
+    np.testing.assert_array_equal(listed, [c * lists.token.shape[1] + s for c, s in zip(*np.nonzero(lists.token == j)) if s < lists.old[c]])
     is_new = j + window < n and expiry[j] > j + window and (j + window) % chunk
     assert (lists.new_place[j] < places) == bool(is_new)
     assert not is_new or lists.token.reshape(-1)[lists.new_place[j]] == j and (j + window) // chunk == lists.new_place[j] // lists.token.shape[1]
