@@ -64,18 +64,18 @@ def _select_row(scores, start, end, *, k, delay, packed):
   newest = index - delay                                   # the token that enters at each query
   enters = newest >= start
   newest = jnp.maximum(newest, 0)
-  newest_rank = rank[newest]
-  enters &= present[newest_rank]
+  newest_rank = _take(rank, newest)
+  enters &= _take(present, newest_rank)
 
   at_or_above = lambda sums, position: sums[0] >= k
   cut, _ = _cuts(entry, jnp.ones((1, n), jnp.int32), jnp.where(enters, newest_rank, -1)[None], at_or_above)
-  kth_best = u[jnp.maximum(cut - 1, 0)]
+  kth_best = _take(u, jnp.maximum(cut - 1, 0))
   expiry = jnp.minimum(_leading(lambda i, x: x <= index + 1, n, cut), end)
-  expiry = jnp.where(present, expiry, 0)[rank]
+  expiry = _take(jnp.where(present, expiry, 0), rank)
 
   tau = _thresholds(u, entry, newest_rank, enters, start, end, k)
   tau = below(tau, kth_best)                               # -inf stays
-  tau = jnp.where((index - delay >= start) & jnp.isnan(scores)[newest], jnp.inf, tau)       # spreads to the document's end
+  tau = jnp.where((index - delay >= start) & _take(jnp.isnan(scores), newest), jnp.inf, tau)       # spreads to the document's end
   tau = _running(jnp.max, jnp.maximum, -jnp.inf, tau, start if packed else None)           # rounding may not break the order
   return jnp.where(tau == jnp.inf, jnp.nan, tau), expiry, order
 
@@ -88,8 +88,8 @@ def _sorted(scores, start, packed):
   token = jnp.arange(scores.shape[0], dtype=jnp.int32)
   ranked, order = lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True)
   if packed:
-    order = lax.sort((start[order], order), num_keys=1, is_stable=True)[1]                 # two sorts by one key beat one by two
-    ranked = key[order]
+    order = lax.sort((_take(start, order), order), num_keys=1, is_stable=True)[1]                 # two sorts by one key beat one by two
+    ranked = _take(key, order)
   return ranked, order
 
 
@@ -98,9 +98,14 @@ def _score(key):
   return finite(lax.bitcast_convert_type(jnp.where(bits < 0, bits & jnp.int32(2 ** 31 - 1), ~bits), jnp.float32))
 
 
+def _take(x, position):
+  """x[..., position], for positions known to be inside."""
+  return x.at[..., position].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def _running(reduce, join, neutral, x, start=None):
   """Cumulative sum or maximum of x along its last axis, in steps of 32; where `start` (like x, never decreasing) is given, from position `start` on only."""
-  n = x.shape[-1]
+  x, n = lax.optimization_barrier(x), x.shape[-1]          # read 32 times: not to be derived each time
   blocks = -(-n // RADIX)
   tile = lambda y, fill: jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, blocks * RADIX - n)], constant_values=fill).reshape(*y.shape[:-1], blocks, RADIX)
   lane = jnp.arange(RADIX, dtype=jnp.int32)
@@ -129,7 +134,7 @@ def _leading(test, size, *arrays):
   found = 0
   for step in reversed(steps):                             # samples are copied together, so that a search reads 32 neighbours
     samples, position = size // step, found * RADIX + lane
-    values = (x[step - 1::step][jnp.minimum(position, samples - 1)] for x in arrays)
+    values = (_take(x[step - 1::step], jnp.minimum(position, samples - 1)) for x in arrays)
     found = found * RADIX + jnp.sum((position < samples) & test((position + 1) * step - 1, *values), axis=0, dtype=jnp.int32)
   return found
 
@@ -154,13 +159,14 @@ def _cuts(entry, weight, entering, exceeds):
     exceeds: (sums [m, ...], position [...]) -> bool; at any query true up to some position and false from there on, and never false again later.
   """
   n = entering.shape[1]
+  entry, weight, entering = lax.optimization_barrier((entry, weight, entering))          # else some compilers derive them anew at every read
   levels = _levels(n, entry.shape[0])
   block, wide = -(-n // levels[0][0]) * levels[0][0], -(-entry.shape[0] // levels[0][1]) * levels[0][1]
   size, queries = wide, block
   pad = lambda x, total, fill: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, total - x.shape[-1])], constant_values=fill)
   entry, weight = pad(entry, size, NEVER), pad(weight, size, 0)
   entering = pad(entering, queries, -1)
-  added = weight[:, jnp.maximum(entering, 0)]              # [m, e, queries]
+  added = _take(weight, jnp.maximum(entering, 0))              # [m, e, queries]
   cumsum = functools.partial(_running, jnp.sum, jnp.add, 0)
 
   # bucket: where the cut of each block's first query is. top: that of the next block's. sums: over the positions above `top`, at the block's first query.
@@ -175,15 +181,15 @@ def _cuts(entry, weight, entering, exceeds):
     high = low + width
 
     place = low + jnp.arange(width, dtype=jnp.int32)[:, None]
-    old = cumsum(jnp.sum(jnp.where(entry[place] <= mine * block, weight[:, place], 0), axis=1, dtype=jnp.int32))
-    old = (sums + old[:, last])[:, mine] - old             # above the pair, at the block's first query
+    old = cumsum(jnp.sum(jnp.where(_take(entry, place) <= mine * block, _take(weight, place), 0), axis=1, dtype=jnp.int32))
+    old = _take(sums + _take(old, last), mine) - old             # above the pair, at the block's first query
     part = jnp.arange(parts, dtype=jnp.int32)[:, None, None]
     query = mine * block + part * step - jnp.arange(step, dtype=jnp.int32)[:, None]        # [parts, step, pairs]: those since the part before
     query = jnp.maximum(query, 0)
-    new = jnp.where((part > 0) & (entering[:, query] >= high), added[:, :, query], 0)
+    new = jnp.where((part > 0) & (_take(entering, query) >= high), _take(added, query), 0)
     above = old[:, None] + jnp.cumsum(jnp.sum(new, axis=(1, 3), dtype=jnp.int32), axis=1)    # [m, parts, pairs]
 
-    passed = cumsum(exceeds(above, high).astype(jnp.int32))[:, last]                       # [parts, blocks]
+    passed = _take(cumsum(exceeds(above, high).astype(jnp.int32)), last)                       # [parts, blocks]
     bucket = (split * bucket + jnp.diff(passed, axis=1, prepend=0)).T.reshape(-1)
     top = jnp.concatenate([bucket[1:], jnp.full(1, size // width - 1, jnp.int32)])
     part, mine = jnp.tile(jnp.arange(parts, dtype=jnp.int32), blocks), jnp.repeat(number, parts)
@@ -197,23 +203,24 @@ def _cuts(entry, weight, entering, exceeds):
 def _inside(entry, weight, exceeds, low, sums):
   """As `_cuts`, where each query's cut is known to lie in [low, low + BUCKET] and the sums above that."""
   query = jnp.arange(low.shape[0], dtype=jnp.int32)
-  active = lambda place: jnp.where(entry[place] <= query, weight[:, place], 0)
+  active = lambda w, place: jnp.where(_take(entry, place) <= query, _take(w, place), 0)
 
   def descend(above, parts, positions):
-    """The highest of the positions that exceeds, and the sums above it."""
-    cut, found = positions[0], jnp.zeros_like(low, bool)
+    """How many of the positions exceed, and the sums above those, given the sums from each to the next, and above all."""
+    total, exceed = above, []
     for part, position in zip(reversed(parts), reversed(positions)):
-      total = above + part
-      hit = exceeds(total, position)
-      cut, above, found = jnp.where(hit & ~found, position, cut), jnp.where(hit | found, above, total), hit | found
-    return cut, above, found
+      total = [a + b for a, b in zip(total, part)]
+      exceed.append(exceeds(total, position))
+    above = [a + sum(jnp.where(e, 0, b) for e, b in zip(reversed(exceed), column)) for a, column in zip(above, zip(*parts))]
+    return sum(e.astype(jnp.int32) for e in exceed), above
 
   place = low + jnp.arange(BUCKET, dtype=jnp.int32).reshape(BUCKET // GROUP, GROUP, 1)
-  groups = jnp.sum(active(place), axis=2, dtype=jnp.int32)                                # [m, groups, n]
-  group, sums, any_exceeds = descend(sums, jnp.unstack(groups, axis=1), [low + i for i in range(0, BUCKET, GROUP)])
-  positions = [group + i for i in range(GROUP)]
-  cut, sums, _ = descend(sums, [active(position) for position in positions], positions)
-  return jnp.where(any_exceeds, cut + 1, low), sums
+  groups = lax.optimization_barrier(jnp.sum(active(weight, place), axis=2, dtype=jnp.int32))         # [m, groups, n]
+  count, sums = descend(list(sums), [list(x) for x in jnp.unstack(groups, axis=1)], [low + i for i in range(0, BUCKET, GROUP)])
+  low, count, sums = lax.optimization_barrier((low + GROUP * jnp.maximum(count - 1, 0), count, sums))
+  places = [low + i for i in range(GROUP)]
+  rest, sums = descend(sums, [[active(w, place) for w in weight] for place in places], places)
+  return low + jnp.where(count > 0, rest, 0), jnp.stack(sums)
 
 
 def _fixed_point(u, bits):
@@ -245,29 +252,30 @@ def _thresholds(u, entry, newest_rank, enters, start, end, k):
 
   is_low = source < n
   source = jnp.where(is_low, source, source - n)
-  value = u[source]
+  value = _take(u, source)
   high, low = _fixed_point(value, bits)
   high, breakpoint = jnp.where(is_low, high - 2 ** bits, high), jnp.where(is_low, minus_one(value), value)
   sign = jnp.where(is_low, -1, 1)
   # Sums of gates at b are sums over the breakpoints v above of v - b for each u, b - v for each u - 1.
   weight = sign * jnp.stack([jnp.ones_like(high), high, low])
+  high, low, breakpoint = lax.optimization_barrier((high, low, breakpoint))
 
   def missing(sums, position):
     """k less the sum of gates at a breakpoint: in 2^-bits, less a remainder in 2^(-2 bits)."""
     position = jnp.minimum(position, 2 * n - 1)
     count, total, fine = sums
-    fine = fine - count * low[position]
-    return (k << bits) - (total - count * high[position]) - (fine >> bits), fine & (2 ** bits - 1)
+    fine = fine - count * _take(low, position)
+    return (k << bits) - (total - count * _take(high, position)) - (fine >> bits), fine & (2 ** bits - 1)
 
   def exceeds(sums, position):
     coarse, fine = missing(sums, position)
     return (coarse < 0) | ((coarse == 0) & (fine > 0))
 
-  entering = jnp.where(enters, jnp.stack([place_low, place_high])[:, newest_rank], -1)
-  cut, sums = _cuts(entry[source], weight, entering, exceeds)
+  entering = jnp.where(enters, _take(jnp.stack([place_low, place_high]), newest_rank), -1)
+  cut, sums = _cuts(_take(entry, source), weight, entering, exceeds)
   coarse, fine = missing(sums, cut)
   step = coarse.astype(jnp.float32) * 2.0 ** -bits - fine.astype(jnp.float32) * 2.0 ** (-2 * bits)
-  tau = breakpoint[jnp.minimum(cut, 2 * n - 1)] - step / jnp.maximum(sums[0], 1)
+  tau = _take(breakpoint, jnp.minimum(cut, 2 * n - 1)) - step / jnp.maximum(sums[0], 1)
   return jnp.where(cut > 2 * start, tau, -jnp.inf)         # at the document's lowest breakpoint every candidate counts 1
 
 
