@@ -18,6 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsek.causal import below, finite, minus_one, select
 from sparsek.kernels.varying import varying_like
 
 
@@ -43,22 +44,6 @@ def _check(name, scores, k, ndim=None):
     raise ValueError(f"{name}: k={k!r} must be a Python integer")
   if k < 1:
     raise ValueError(f"{name}: k={k} must be at least 1")
-
-
-def _finite(scores):
-  """NaN and -inf (both "not a candidate" here) and +inf become finite, so that arithmetic on them stays defined."""
-  largest = float(jnp.finfo(scores.dtype).max)
-  return jnp.nan_to_num(scores, nan=-largest, neginf=-largest, posinf=largest)
-
-
-def _minus_one(u):
-  """u - 1, the breakpoint at which an entry leaves 1; u itself where the floats are too coarse to hold u - 1."""
-  return jnp.where(jnp.abs(u) >= 2.0 ** (jnp.finfo(u.dtype).nmant + 1), u, u - 1)
-
-
-def _below(tau, kth_best):
-  """tau, which lies strictly below the k-th best score, where rounding or floats wider than 1 put it no lower: all of the top k have a gate above 0."""
-  return jnp.minimum(tau, jnp.nextafter(kth_best, jnp.full_like(kth_best, -jnp.inf)))
 
 
 def _bisect(low, high, test, size):
@@ -112,8 +97,8 @@ def sparsek(scores: jax.Array, k: int) -> jax.Array:
 def _sparsek(z, k):
   n = z.shape[-1]
   present = z > -jnp.inf
-  u = _finite(z)
-  minus = _minus_one(u)
+  u = finite(z)
+  minus = minus_one(u)
   breakpoints = jnp.sort(jnp.concatenate([minus, u], axis=-1), axis=-1)
 
   def evaluate(rank):
@@ -126,7 +111,7 @@ def _sparsek(z, k):
   ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n))     # the last breakpoint passes, so one below 2 n does
   _, (b, count, missing) = _bisect(*ends, evaluate, 2 * n)
   kth_best = lax.slice_in_dim(jnp.sort(u, axis=-1), max(n - k, 0), max(n - k, 0) + 1, axis=-1)
-  tau = _below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)
+  tau = below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)
   gate = jnp.clip(u - tau, 0, 1) * present
   gate = jnp.where(jnp.sum(present, -1, keepdims=True) <= k, present.astype(z.dtype), gate)
   return jnp.where(jnp.any(jnp.isnan(z), -1, keepdims=True), jnp.nan, gate)
@@ -193,165 +178,5 @@ def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: ja
     raise ValueError(f"causal_sparsek: segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
   start, end = document_bounds(segment_ids, batch, n)
   by_head = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
-  threshold, expiry = _causal(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None)
+  threshold, expiry, _ = select(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None)
   return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _causal(scores, start, end, k, delay, packed):
-  """scores [batch, heads, n]; start, end [batch, n]; packed: there may be more than one document."""
-  row = functools.partial(_causal_row, k=k, delay=delay, packed=packed)
-  start, end = varying_like(start, scores), varying_like(end, scores)
-  return jax.vmap(jax.vmap(row, in_axes=(0, None, None)))(scores, start, end)
-
-
-def _prefix_sums(start, end, position, values):
-  """[n, ...] for every query i: the sum of the `values` whose `position` is at most i, in its own document.
-
-  position, values: [m, ...] with m a multiple of n, entry j belonging to the document [start, end) of token j mod n.
-  """
-  n = start.shape[0]
-  inside = position < jnp.tile(end, position.shape[0] // n)
-  position = jnp.where(inside, position, n)
-  sums = jnp.cumsum(jnp.zeros((n, *values.shape[1:]), values.dtype).at[position].add(values, mode="drop"), axis=0)
-  before = jnp.concatenate([jnp.zeros_like(sums[:1]), sums])[start]
-  return sums - before
-
-
-def _first_above(guess, ranks, num_ranks):
-  """For each rank, how many of the non-decreasing `guess` are at most it: the first query whose guess is above."""
-  return jnp.cumsum(jnp.zeros(num_ranks, jnp.int32).at[guess].add(1))[ranks]
-
-
-def _ranks(start, values, tie):
-  """(order, its inverse) of the order by (document, value, tie), `tie` being a permutation; every document keeps its own range of ranks."""
-  size = values.shape[0]
-  index = jnp.arange(size, dtype=jnp.int32)
-  order = lax.sort((start, values, tie, index), num_keys=3)[3]
-  return order, jnp.zeros(size, jnp.int32).at[order].set(index, unique_indices=True)
-
-
-def _causal_row(scores, start, end, *, k, delay, packed):
-  n = scores.shape[0]
-  index = jnp.arange(n, dtype=jnp.int32)
-  present = scores > -jnp.inf                             # false for NaN too
-  u = _finite(scores)
-  entry = jnp.minimum(index + delay, end)
-  prefix_sums = functools.partial(_prefix_sums, start, end)
-  weight = present.astype(jnp.int32)
-  entered = prefix_sums(entry, weight)
-
-  expiry, kth_best = _expiry(u, weight, entry, entered, start, end, k)
-  tau = _below(_thresholds(u, weight, entry, entered, start, end, k), kth_best)
-  tau = jnp.where(entered <= k, -jnp.inf, tau)
-  tau = _running_max(tau, index == start) if packed else lax.cummax(tau)      # rounding may not break the order
-  spoilt = prefix_sums(entry, jnp.isnan(scores).astype(jnp.int32))
-  return jnp.where(spoilt > 0, jnp.nan, tau), jnp.where(present, expiry, 0)
-
-
-def _running_max(x, restart):
-  """Cumulative maximum of x [n] that starts afresh where `restart` is true."""
-  join = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1])))
-  return lax.associative_scan(join, (restart, x))[1]
-
-
-def _expiry(u, weight, entry, entered, start, end, k):
-  """For each token the first query with k better candidates, and for each query its k-th best score; of equal scores the earlier ranks higher."""
-  n = u.shape[0]
-  order, rank = _ranks(start, u, jnp.arange(n, dtype=jnp.int32)[::-1])
-
-  def too_few(guess):                                     # fewer than k candidates rank at or above the guess
-    gone = jnp.maximum(entry, _first_above(guess, rank, n))
-    return entered - _prefix_sums(start, end, gone, weight) < k, ()
-
-  cut = _bisect(start, end, too_few, n)[0] - 1
-  return _first_above(cut, rank, n), u[order[cut]]
-
-
-def _fixed_point(u, bits):
-  """Order-preserving integers (high, low) with u = high / 2^bits + low / 2^(2 bits), 0 <= low < 2^bits; high wraps.
-
-  Beyond 2^24 neighbouring floats are 2 or more apart and only "more than 1 apart" matters, so they are numbered in steps of 2.
-  """
-  floor = jnp.floor(u)
-  fraction = jnp.round((u - floor) * 2.0 ** (2 * bits)).astype(jnp.int32)
-  large = jnp.abs(u) >= 2.0 ** 24
-  step = lax.bitcast_convert_type(jnp.abs(u), jnp.int32) - lax.bitcast_convert_type(jnp.float32(2.0 ** 24), jnp.int32)
-  whole = jnp.where(large, jnp.where(u < 0, -1, 1) * (2 ** 24 + 2 * step), jnp.where(large, 0, floor).astype(jnp.int32))
-  fraction = jnp.where(large, 0, fraction)
-  whole, fraction = whole + (fraction >> (2 * bits)), fraction & (2 ** (2 * bits) - 1)
-  return (whole << bits) + (fraction >> bits), fraction & (2 ** bits - 1)
-
-
-def _thresholds(u, weight, entry, entered, start, end, k):
-  """tau of every query with more than k candidates (anything elsewhere)."""
-  n = u.shape[0]
-  bits = min(12, 30 - math.ceil(math.log2(max(n, 2))))    # n * 2^bits must fit an int32
-  high_u, low_u = _fixed_point(u, bits)
-  values = jnp.concatenate([_minus_one(u), u])
-  order, rank = _ranks(jnp.tile(start, 2), values, jnp.arange(2 * n, dtype=jnp.int32))
-  breakpoint = values[order]
-  high_b = jnp.concatenate([high_u - 2 ** bits, high_u])[order]
-  low_b = jnp.tile(low_u, 2)[order]
-  leaves_one = jnp.stack([weight, weight, weight * high_u, weight * low_u], -1)
-  events = jnp.concatenate([leaves_one, -leaves_one.at[:, 0].set(0)])   # leaving 1 an entry becomes fractional, at 0 it ends that
-
-  def evaluate(guess):
-    """Is the sum of gates at the guessed breakpoint at most k? With the fractional entries there, and k - sum in 2^-bits less a remainder in 2^(-2 bits)."""
-    above = _first_above(guess, rank, 2 * n)
-    sums = _prefix_sums(start, end, jnp.maximum(jnp.tile(entry, 2), above), events)
-    left_one, count, high, low = jnp.moveaxis(sums, -1, 0)
-    high = high - count * high_b[guess]
-    low = low - count * low_b[guess]
-    missing, remainder = ((k - entered + left_one) << bits) - high - (low >> bits), low & (2 ** bits - 1)
-    return (missing > 0) | ((missing == 0) & (remainder == 0)), (guess, count, missing, remainder)
-
-  _, (guess, count, missing, remainder) = _bisect(2 * start - 1, 2 * end, evaluate, 2 * n)    # the last breakpoint passes, so one below 2 end does
-  step = missing.astype(jnp.float32) * 2.0 ** -bits - remainder.astype(jnp.float32) * 2.0 ** (-2 * bits)
-  return breakpoint[guess] - step / jnp.maximum(count, 1)
-
-
-def _causal_forward(scores, start, end, k, delay, packed):
-  threshold, expiry = _causal(scores, start, end, k, delay, packed)
-  return (threshold, expiry), (scores, threshold, start, end)
-
-
-def _causal_backward(k, delay, packed, residuals, cotangents):
-  scores, threshold, start, end = residuals
-  return _threshold_vjp(cotangents[0], scores, threshold, start, end, delay), None, None
-
-
-_causal.defvjp(_causal_forward, _causal_backward)
-
-
-@functools.partial(jax.jit, static_argnums=5)
-def _threshold_vjp(cotangent, scores, threshold, start, end, delay):
-  row = functools.partial(_threshold_vjp_row, delay=delay)
-  start, end = varying_like(start, scores), varying_like(end, scores)
-  return jax.vmap(jax.vmap(row, in_axes=(0, 0, 0, None, None)))(cotangent, scores, threshold, start, end)
-
-
-def _threshold_vjp_row(cotangent, scores, threshold, start, end, *, delay):
-  """du_j = sum over the queries i in which j is fractional of dtau_i / |S_i|: an interval of queries."""
-  n = scores.shape[0]
-  u = _finite(scores)
-  entry = jnp.minimum(jnp.arange(n, dtype=jnp.int32) + delay, end)
-  search = lambda reached: _bisect(entry - 1, end, lambda i: ((i >= end) | reached(threshold[jnp.minimum(i, n - 1)]), ()), n)[0]
-  first, last = search(lambda tau: tau > _minus_one(u)), search(lambda tau: tau >= u)
-  fractional = (scores > -jnp.inf) & (first < last)
-  weight = fractional.astype(jnp.int32)
-  count = _prefix_sums(start, end, jnp.concatenate([first, last]), jnp.concatenate([weight, -weight]))
-  share = jnp.where(count > 0, cotangent / jnp.maximum(count, 1), 0)
-  return jnp.where(fractional, interval_sums(share, first, last), 0)
-
-
-def interval_sums(x: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-  """sum of x[first_j : last_j] for every j, [n] each; prefix sums carry their rounding errors along, so that short intervals late in x stay accurate."""
-  def add(a, b):
-    total = a[0] + b[0]
-    part = total - a[0]
-    return total, a[1] + b[1] + ((a[0] - (total - part)) + (b[0] - part))
-  total, error = lax.associative_scan(add, (x, jnp.zeros_like(x)))
-  total, error = (jnp.concatenate([jnp.zeros_like(y[:1]), y]) for y in (total, error))
-  return (total[last] - total[first]) + (error[last] - error[first])
