@@ -14,11 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek import run_directory
-from sparsek.attention import sliding_window_attention, sparsek_attention
-from sparsek.kernels import reference, specs
-from sparsek.kernels.compaction import chunk_lists, chunk_size
-from sparsek.operator import causal_sparsek
+from sparsek import attention, run_directory
+from sparsek.kernels import compaction, mosaic_gpu, reference, specs, tiles
 
 RIVALS = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64))    # heads, kv_heads, head_dim of the headline; the first is the main one
@@ -73,6 +70,12 @@ def uses_cudnn(dtype: str) -> bool:
   return dtype in ("bfloat16", "float16") and on_nvidia_gpu()
 
 
+def what_runs(problem: Problem, implementation: str | None) -> str:
+  """The implementation that "sparsek" is on this device."""
+  query = jax.ShapeDtypeStruct((1, problem.n, problem.heads, problem.head_dim), problem.dtype)
+  return implementation or attention._resolve(None, query)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rival:
   """Something to time.
@@ -94,35 +97,48 @@ class Rival:
 def make_rival(name: str, problem: Problem, implementation: str | None = None) -> Rival:
   """The rival of that name for a problem; `implementation` is that of "sparsek"."""
   n, k, window, budget = problem.n, problem.k, problem.window, problem.k + problem.window
+  runs, cudnn = what_runs(problem, implementation), uses_cudnn(problem.dtype)
+  of = "cuDNN" if cudnn else "XLA"
 
   def attend(query, key, value, scores, implementation):
-    return sparsek_attention(query, key, value, scores, k=k, window=window, gate=problem.gate, implementation=implementation), ()
+    return attention.sparsek_attention(query, key, value, scores, k=k, window=window, gate=problem.gate, implementation=implementation), ()
 
   def dot_product(query, key, value, scores, **kwargs):
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, **kwargs), ()
 
-  def thresholds(query, key, value, scores):
-    threshold, expiry = causal_sparsek(scores, k, delay=window)
-    by_head, near, kept = jnp.swapaxes(expiry, 1, 2), min(window, n), min(k, n)
-    lists = jax.vmap(jax.vmap(lambda e: chunk_lists(e, kept, near, chunk_size(n, kept, near))))(by_head)
-    return threshold, (expiry, lists)                   # all of it returned, or XLA would leave it out
+  def near(query, key, value, scores):
+    return attention.sliding_window_attention(query, key, value, window=budget), ()
 
-  cudnn = uses_cudnn(problem.dtype)
-  of = "cuDNN" if cudnn else "XLA"
+  def thresholds(query, key, value, scores):
+    threshold, expiry = attention.causal_sparsek(scores, k, delay=window)
+    return threshold, (expiry, compact(expiry, min(k, n), min(window, n), runs))      # all of it returned, or XLA would leave it out
+
   if name == "sparsek":
-    return Rival(name, "sparsek", functools.partial(attend, implementation=implementation), (0, 1, 2, 3))
+    return Rival(name, f"sparsek, {runs}", functools.partial(attend, implementation=implementation), (0, 1, 2, 3))
   if name == "xla":
-    return Rival(name, "sparsek, xla", functools.partial(attend, implementation="xla"), (0, 1, 2, 3))
+    return Rival(name, "xla", functools.partial(attend, implementation="xla"), (0, 1, 2, 3))
   if name == "dense":
     return Rival(name, f"{of} dense", functools.partial(dot_product, implementation="cudnn" if cudnn else "xla"))
-  if name == "sliding_window" and cudnn:                # that counts the tokens before the query's own; as wide as the row it is dense
-    near = None if budget >= n else (budget - 1, 0)
-    return Rival(name, f"{of} window", functools.partial(dot_product, implementation="cudnn", local_window_size=near))
+  if name == "sliding_window" and cudnn:                # cuDNN is told the tokens before the query's own; a window as long as the row is dense
+    latest = None if budget >= n else (budget - 1, 0)
+    return Rival(name, f"{of} window", functools.partial(dot_product, implementation="cudnn", local_window_size=latest))
   if name == "sliding_window":
-    return Rival(name, f"{of} window", lambda query, key, value, scores: (sliding_window_attention(query, key, value, window=budget), ()))
+    return Rival(name, f"{of} window", near)
   if name == "thresholds":
     return Rival(name, "thresholds", thresholds, (3,), 3)
   raise ValueError(f"rival {name!r} must be one of {', '.join(RIVALS)}")
+
+
+def compact(expiry: jax.Array, k: int, window: int, implementation: str):
+  """The lists of selected tokens that an implementation makes of expiry [batch, n, groups]."""
+  n, by_head = expiry.shape[1], jnp.swapaxes(expiry, 1, 2)
+  if implementation == "mosaic_gpu":
+    chunk = mosaic_gpu.chunk_size(n)
+    by_head = jnp.pad(by_head, ((0, 0), (0, 0), (0, -n % chunk)))
+    one = lambda e: tiles.selection_lists(e, jnp.argsort(e).astype(jnp.int32), k=k, window=window, chunk=chunk)
+  else:
+    one = lambda e: compaction.chunk_lists(e, k, window, compaction.chunk_size(n, k, window))
+  return jax.vmap(jax.vmap(one))(by_head)
 
 
 def choose_rivals(problems: Sequence[Problem], wanted: Sequence[str] | None = None, implementation: str | None = None, max_dense: int | None = None,
@@ -135,9 +151,9 @@ def choose_rivals(problems: Sequence[Problem], wanted: Sequence[str] | None = No
     implementation: of "sparsek".
     max_dense, max_xla: longest lengths; None: any, but for dense only where it is cuDNN's.
   """
-  same = (implementation or (None if on_nvidia_gpu() else "xla")) == "xla"      # what None stands for
   chosen = []
   for problem in problems:
+    same = what_runs(problem, implementation) == "xla"
     longest = {"dense": (problem.n if uses_cudnn(problem.dtype) else MAX_XLA_DENSE) if max_dense is None else max_dense,
                "xla": 0 if wanted is None and same else problem.n if max_xla is None else max_xla}
     rivals = tuple(name for name in problem.rivals if (wanted is None or name in wanted) and problem.n <= longest.get(name, problem.n))

@@ -43,7 +43,7 @@ def test_what_cannot_run_is_a_cell_and_then_an_error(capsys):
   arguments = [*TINY, "--lengths=16", "--rivals=sparsek", "--implementation=mosaic_tpu"]
   assert run(*arguments) == 1
   told = capsys.readouterr()
-  assert "failed" in told.out and "sparsek, forward, H=2 G=1 D=8, normal scores, n=16: NotImplementedError: implementation='mosaic_tpu'" in told.err
+  assert "failed" in told.out and "sparsek, mosaic_tpu, forward, H=2 G=1 D=8, normal scores, n=16: NotImplementedError: implementation='mosaic_tpu'" in told.err
 
 
 def test_problems_of_the_suites():

@@ -26,15 +26,18 @@ def test_the_sliding_window_sees_as_many_keys_as_sparsek():
   assert not np.allclose(output("sliding_window"), attend(local_window_size=(9, 0)), atol=1e-3)
 
 
-def test_thresholds_are_computed_with_expiry_lists_and_gradient():
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+def test_thresholds_are_computed_with_expiry_lists_and_gradient(implementation):
   inputs, cotangents = measure.make_inputs(PROBLEM)
-  threshold, (expiry, lists), gradient = jax.jit(measure.make_pass(measure.make_rival("thresholds", PROBLEM), measure.BOTH))(*inputs, cotangents[3])
+  rival = measure.make_rival("thresholds", PROBLEM, implementation)
+  threshold, (expiry, lists), gradient = jax.jit(measure.make_pass(rival, measure.BOTH))(*inputs, cotangents[3])
   select = lambda scores: causal_sparsek(scores, 6, delay=5)
   truth, pull = jax.vjp(lambda scores: select(scores).threshold, inputs[3])
   np.testing.assert_array_equal(threshold, truth)
   np.testing.assert_array_equal(expiry, select(inputs[3]).expiry)
   np.testing.assert_allclose(gradient[0], pull(cotangents[3])[0], rtol=1e-6)
-  assert lists.shape[:2] == (1, 1) and (lists[..., 0] < 40).all()
+  listed = set(np.asarray(jax.tree.leaves(lists)[0]).ravel())
+  assert {j for j in range(40) if expiry[0, j, 0] > j + 5 and j + 5 < 40} <= listed
 
 
 @pytest.mark.parametrize("name, gradients", [("sparsek", 4), ("dense", 3)])
@@ -58,11 +61,15 @@ def test_rivals_are_chosen_by_device_length_and_wish(monkeypatch):
   problem = dataclasses.replace(PROBLEM, n=8192, dtype="bfloat16")
   chosen = lambda *args, **kwargs: measure.choose_rivals([problem], *args, **kwargs)[0].rivals
   monkeypatch.setattr(measure, "on_nvidia_gpu", lambda: False)
+  monkeypatch.setattr(measure.mosaic_gpu, "refusal", lambda query: "there is no GPU")
   assert chosen() == ("sparsek", "sliding_window", "thresholds")                          # sparsek is xla here, and dense would not fit
   assert chosen(implementation="reference", max_dense=8192) == measure.RIVALS
   assert chosen(("xla", "dense")) == ("xla",)
   assert measure.make_rival("dense", problem).label == "XLA dense"
+  assert [measure.make_rival("sparsek", problem, x).label for x in (None, "reference")] == ["sparsek, xla", "sparsek, reference"]
   monkeypatch.setattr(measure, "on_nvidia_gpu", lambda: True)
+  monkeypatch.setattr(measure.mosaic_gpu, "refusal", lambda query: None)
+  assert measure.make_rival("sparsek", problem).label == "sparsek, mosaic_gpu"
   assert chosen() == measure.RIVALS
   assert chosen(implementation="xla", max_dense=8191) == ("sparsek", "sliding_window", "thresholds")
   assert chosen(max_xla=4096) == ("sparsek", "sliding_window", "dense", "thresholds")
@@ -158,7 +165,7 @@ def test_rows(monkeypatch):
   (_, first), (done, rows) = measure.measure(problems, rounds=2, sample_seconds=0, say=said.append)
   assert done == 2 and len(said) == 5 and [row["scores"] for row in rows] == ["normal", "rising"]
   for row in rows:
-    assert row["labels"] == {"sparsek": "sparsek", "sliding_window": "XLA window", "dense": "XLA dense"}
+    assert row["labels"] == {"sparsek": "sparsek, xla", "sliding_window": "XLA window", "dense": "XLA dense"}
     assert row["rivals"]["dense"] == {direction: {"failed": "out of memory", "mib": None} for direction in (measure.FORWARD, measure.BOTH)}
     forward, both = row["rivals"]["sparsek"].values()
     assert both["rounds"] == 2 and both["fastest"] <= both["ms"] <= both["slowest"] and both["mib"] > forward["mib"] > 4 * 40 * 8 * 3 / 2 ** 20
