@@ -1,86 +1,117 @@
-"""Time and memory of SPARSEK attention against length, forward and forward + backward, thresholds and compaction included.
+"""Time and memory of SPARSEK attention beside dense attention and a sliding window of the same budget: cuDNN's on an NVIDIA GPU, XLA's elsewhere.
 
   python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 --kv_heads=1 --head_dim=64
+  python -m experiments.benchmark --suite=headline --record=experiments/results/attention_h100.json
 
-Every length is timed in turn, round after round, and medians are shown; the last columns are the ratios to the row before.
+Everything that a call needs is included: thresholds, expiry, compaction, and for forward + backward the gradients of all inputs. All functions are timed in
+turn, round after round, and medians are shown; the record is written after every round.
 """
 
+import dataclasses
 import json
 import os
-import platform
-import statistics
-import time
 
-import jax
-import jax.numpy as jnp
-
-import sparsek
-from sparsek import flags
-from sparsek.errors import UsageError
-from sparsek.kernels import specs
+from sparsek import benchmark_report as report
+from sparsek import flags, measure, plots
+from sparsek.errors import RunError, UsageError
+from sparsek.kernels.specs import SCORE_FAMILIES
 
 flags.define_benchmark_flags()
-K, WINDOW = 128, 128             # where --k and --window are not given
+FLAGS = flags.FLAGS
+FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")     # of measure.Problem, named like their flags
+K = WINDOW = 128                 # where --suite=attention is not told
+REFERENCE_LENGTH = 4096
 
 
 def flag(name, default=None):
   """The value of a parsed flag, or `default` where it was not given."""
-  value = flags.FLAGS[name].value
+  value = FLAGS[name].value
   return default if value is None else value
 
 
-def problem(n):
-  """(compiled functions by name, inputs) for one length."""
-  inputs = specs.make_inputs(specs.Spec(
-      "benchmark", n=n, heads=flag("heads"), groups=flag("kv_heads"), head_dim=flag("head_dim"), dtype=flag("dtype", "float32"), scores=flag("scores")))
-
-  def attend(*inputs):
-    return sparsek.sparsek_attention(*inputs, k=flag("k", K), window=flag("window", WINDOW), gate=flag("gate", "straight_through"),
-                                     implementation=flag("implementation"))
-
-  def loss(*inputs):
-    return jnp.sum(attend(*inputs).astype(jnp.float32) ** 2)
-
-  functions = {"forward": attend, "forward+backward": jax.grad(loss, argnums=(0, 1, 2, 3))}
-  return {name: jax.jit(f).lower(*inputs).compile() for name, f in functions.items()}, inputs
+def names(name, allowed):
+  """The values of a flag that lists some of `allowed`."""
+  values = tuple(dict.fromkeys(flag(name).split(",")))
+  for value in values:
+    if value not in allowed:
+      raise UsageError(f"--{name}={flag(name)}: {value!r} must be one of {', '.join(allowed)}")
+  return values
 
 
-def measure(lengths):
-  """[{n, name: {ms, mib}}]: median milliseconds and compiled temporary memory."""
-  problems = [problem(n) for n in lengths]
-  times = {(n, name): [] for n, (functions, _) in zip(lengths, problems) for name in functions}
-  for turn in range(flag("rounds") + 1):
-    for n, (functions, inputs) in zip(lengths, problems):
-      for name, f in functions.items():
-        begin = time.perf_counter()
-        jax.block_until_ready(f(*inputs))
-        if turn:
-          times[n, name].append(time.perf_counter() - begin)
-  memory = lambda f: f.memory_analysis().temp_size_in_bytes / 2 ** 20
-  return [{"n": n, **{name: {"ms": 1e3 * statistics.median(times[n, name]), "mib": memory(f)} for name, f in functions.items()}}
-          for n, (functions, _) in zip(lengths, problems)]
+def problems():
+  """What the flags ask to time."""
+  lengths = flag("lengths").split(",")
+  if not all(n.isdecimal() and 1 <= int(n) <= 2 ** 26 for n in lengths):
+    raise UsageError(f"--lengths={flag('lengths')}: must be numbers from 1 to 2^26 separated by commas, such as 4096,16384")
+  lengths = sorted({int(n) for n in lengths})
+  families = names("scores", SCORE_FAMILIES)
+  if flag("suite") == "headline":
+    given = {name: flag(name) for name in FIELDS if FLAGS[name].present}
+    chosen = measure.headline(lengths if FLAGS["lengths"].present else measure.HEADLINE_LENGTHS, **given)
+    if FLAGS["scores"].present:
+      chosen = [problem for problem in chosen if problem.scores in families]
+  else:
+    given = {"k": K, "window": WINDOW, "dtype": "bfloat16" if measure.on_nvidia_gpu() else "float32"}
+    given |= {name: flag(name) for name in FIELDS if flag(name) is not None}
+    chosen = [measure.Problem(n, scores=scores, **given) for scores in families for n in lengths]
+  for problem in chosen:
+    if problem.heads % problem.kv_heads:
+      raise UsageError(f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}")
+  rivals = names("rivals", measure.RIVALS) if flag("rivals") else None
+  return measure.choose_rivals(chosen, rivals, flag("implementation"), max_dense=FLAGS["max_dense"].value, max_xla=flag("max_xla"))
+
+
+def picture(path, record):
+  """Draws the picture beside a record; returns its path."""
+  path = os.path.splitext(path)[0] + ".png"
+  row = record["rows"][0]
+  plots.save_times(path, report.curves(record["rows"]), f"{record['device']}, {report.shape_text(row)} {report.budget_text(row)}")
+  return path
+
+
+def run(path):
+  """Measures and returns the record, which it writes to `path` after every round."""
+  chosen = problems()
+  record = {**measure.environment(), "flags": flags.into_string().split(), "errors": None}
+
+  def save(**more):
+    record.update(more)
+    record["summary"] = report.summary(record["rows"], record["errors"])
+    if path:
+      with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+      os.replace(path + ".new", path)
+
+  for rounds, rows in measure.measure(chosen, flag("implementation"), flag("rounds"), flag("seconds"), say=lambda text: print(text, flush=True)):
+    save(rows=rows, rounds=rounds)
+  at = flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
+  if at:
+    problem, = measure.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
+    save(errors={"problem": dataclasses.asdict(problem), **measure.errors(problem, flag("implementation"))})
+  return record
 
 
 def main() -> None:
-  """Measures, prints the table, writes the record."""
-  lengths = flag("lengths").split(",")
-  if not all(n.isdecimal() and int(n) for n in lengths):
-    raise UsageError(f"--lengths={flag('lengths')}: must be numbers of at least 1 separated by commas, such as 4096,16384")
-  if flag("heads") % flag("kv_heads"):
-    raise UsageError(f"--heads={flag('heads')} must be a multiple of --kv_heads={flag('kv_heads')}")
-  if flag("record") and not os.path.isdir(os.path.dirname(flag("record")) or "."):
-    raise UsageError(f"--record={flag('record')}: its folder does not exist")
-  rows = measure([int(n) for n in lengths])
-  print(f"{'n':>8} {'what':>17} {'ms':>10} {'MiB':>9} {'x time':>7} {'x memory':>9}")
-  for before, row in zip([None, *rows], rows):
-    for name in ("forward", "forward+backward"):
-      ratio = [f"{row[name][unit] / before[name][unit]:.2f}" if before else "" for unit in ("ms", "mib")]
-      print(f"{row['n']:>8} {name:>17} {row[name]['ms']:>10.1f} {row[name]['mib']:>9.1f} {ratio[0]:>7} {ratio[1]:>9}")
-  if flag("record"):
-    record = {"rows": rows, "flags": flags.into_string().split(), "device": jax.devices()[0].device_kind,
-              "versions": {"python": platform.python_version(), "jax": jax.__version__, "sparsek": sparsek.__version__}}
-    with open(flag("record"), "w", encoding="utf-8") as file:
-      json.dump(record, file, indent=1)
+  """Measures or loads, prints, draws."""
+  path = flag("show", flag("record"))
+  if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
+    raise UsageError(f"--{'show' if flag('show') else 'record'}={path}: must be a .json file in a folder that exists")
+  if flag("show"):
+    try:
+      with open(path, encoding="utf-8") as file:
+        record = json.load(file)
+    except (OSError, ValueError) as error:
+      raise UsageError(f"--show={path} cannot be read: {error}") from None
+    if "summary" not in record:
+      raise UsageError(f"--show={path}: no record of this benchmark")
+  else:
+    record = run(path)
+  print("\n".join(report.lines(record)), flush=True)
+  if path:
+    print(f"{path}, {picture(path, record)}")
+  failed = report.failures(record)
+  if failed:
+    raise RunError("not everything could be timed\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -180,13 +180,24 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """The attention problems to time."""
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
+  define.choice("suite", "attention", ("attention", "headline"), "attention: the shape that the flags describe. headline: the shapes behind the published "
+                "figures; flags that are given replace theirs.")
   define.string("lengths", "4096,16384", "Sequence lengths, separated by commas.")
   define.number("heads", 2, "Query heads; a multiple of --kv_heads.", lower=1)
   define.number("kv_heads", 1, "Key/value heads.", lower=1)
   define.number("head_dim", 64, "Width of a head.", lower=1)
-  define.choice("scores", "normal", SCORE_FAMILIES, "Family of the scores; with rising ones every token enters the selection, with falling ones none.")
-  define.number("rounds", 5, "Timed rounds, after one that is not.", lower=1)
-  define.string("record", None, "Also write flags, figures, versions and device to this JSON file.")
+  define.string("scores", "normal", f"Families of the scores, separated by commas: {', '.join(SCORE_FAMILIES)}. With rising ones every token enters the "
+                "selection, with falling ones none.")
+  define.string("rivals", None, "What to time, separated by commas: sparsek, sliding_window, dense, xla, thresholds. Default: all; xla only beside another "
+                "implementation.")
+  define.number("max_dense", None, "Longest length for dense. Default: any with cuDNN, else 4096.", lower=0)
+  define.number("max_xla", 32768, "Longest length for xla.", lower=0)
+  define.number("rounds", 10, "Most timed rounds over everything, of which medians are taken.", lower=1)
+  define.number("seconds", 150.0, "No round is begun that would end later than this after the first began.", lower=0, kind=float)
+  define.number("errors_at", None, "Length at which to compare with the float32 reference, which is quadratic; 0: do not. Default: 4096 in the headline, "
+                "else 0.", lower=0)
+  define.string("record", None, "Also write flags, figures, versions and device to this .json file, and a picture beside it.")
+  define.string("show", None, "Time nothing; print this record and draw its picture again.")
 
 
 def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:

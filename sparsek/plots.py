@@ -1,4 +1,4 @@
-"""Pictures of runs: loss curves, and which tokens each layer keeps. Needs matplotlib: pip install 'sparsek[plots]'.
+"""Pictures of runs: loss curves, and which tokens each layer keeps; of benchmarks: time against length. Needs matplotlib: pip install 'sparsek[plots]'.
 
 Colours are Okabe and Ito's and tints of one blue, which the colour-blind can tell apart too.
 """
@@ -194,6 +194,44 @@ def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[K
   for column, layer in enumerate(kept):
     draw_selection(figure.add_subplot(grid[1, column]), layer)
     draw_text(figure.add_subplot(grid[2, column]), pieces, layer)
+  _save(figure, path)
+
+
+def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+  """Milliseconds against tokens, both logarithmic; curves: label -> [(tokens, ms)]."""
+  lengths = sorted({n for points in curves.values() for n, _ in points})
+  for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
+    axes.plot(*zip(*points), marker=marker, color=colour, fillstyle="none", markeredgewidth=1.6, markersize=7, linewidth=1.6, label=label)
+  axes.set_xscale("log", base=2)
+  axes.set_yscale("log")
+  axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.minorticks_off()
+  axes.set_xlabel("tokens")
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], title: str = "") -> None:
+  """Writes a PNG with a panel for each kind of pass, side by side: `panels` maps its title to the curves of `draw_times`.
+
+  Raises:
+    UsageError: where matplotlib is missing or the file cannot be written.
+  """
+  figure = _new_figure(figsize=(5.4 * len(panels), 4.4), dpi=110, layout="constrained")
+  shared = None
+  for place, (name, curves) in enumerate(panels.items()):
+    shared = axes = figure.add_subplot(1, len(panels), place + 1, sharey=shared)
+    axes.set_title(name, loc="left")
+    draw_times(axes, curves)
+    if place == 0:
+      axes.set_ylabel("milliseconds")
+      axes.legend(frameon=False)
+  figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+  _save(figure, path)
+
+
+def _save(figure, path: str) -> None:
   try:
     figure.savefig(path)
   except OSError as error:

@@ -19,7 +19,7 @@ SMALLER = {
                             "--dtype=float32",
     "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
     "experiments.generate": "--max_new_tokens=3",
-    "experiments.benchmark": "--lengths=64,128 --k=8 --window=8 --rounds=1",
+    "experiments.benchmark": "--lengths=64,128 --heads=2 --kv_heads=1 --head_dim=8 --k=8 --window=8 --rivals=sparsek,dense --rounds=1 --record=benchmark.json",
 }
 
 

@@ -61,6 +61,20 @@ def test_picture(tmp_path):
     plots.save_picture(str(tmp_path / "nowhere" / "picture.png"), {"a": RECORDS})
 
 
+def test_times_against_length(tmp_path):
+  curves = {"sparsek": [(1000, .5), (2048, 1.0)], "dense": [(2048, 3.0)]}
+  axes = plots._new_figure().add_subplot()
+  plots.draw_times(axes, curves)
+  assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+  assert [line.get_label() for line in axes.lines] == list(curves) and [label.get_text() for label in axes.get_xticklabels()] == ["1000", "2k"]
+  np.testing.assert_array_equal(axes.lines[0].get_xydata(), curves["sparsek"])
+  path = tmp_path / "times.png"
+  plots.save_times(str(path), {"Forward": curves, "Backward": {}}, "a device")
+  assert path.read_bytes().startswith(b"\x89PNG")
+  with pytest.raises(UsageError, match="nowhere"):
+    plots.save_times(str(tmp_path / "nowhere" / "times.png"), {"Forward": curves})
+
+
 def test_marks_of_the_text():
   """Selected tokens have the colour of their number of heads, the window is grey, the rest is not marked."""
   heads = np.zeros((6, 6), int)
