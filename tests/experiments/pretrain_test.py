@@ -19,18 +19,25 @@ TINY = ["--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1",
         "--seq_len=32", "--batch_size=2", "--num_steps=120", "--log_every=1", "--eval_every=25", "--eval_batches=2", "--checkpoint_every=5"]
 
 
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory):
-  folder = str(tmp_path_factory.mktemp("data") / "tokens")
+def write_documents(folder):
+  """Returns `folder`, with token files of 256 documents in it."""
   write_token_files(folder, [Document(str(i), f"Document {i}: {i**7} {i**11}.\n" * 4, i % 2 == 0) for i in range(256)], ByteTokenizer())
   return folder
 
 
+def sharing_compiled(folder):
+  """The environment of processes that share compiled programs, which cost most of their time."""
+  return {**os.environ, "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+  return write_documents(str(tmp_path_factory.mktemp("data") / "tokens"))
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-  """Processes of these tests share compiled programs, which cost most of their time."""
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  return {**os.environ, **cache, "JAX_PLATFORMS": "cpu"}
+  return sharing_compiled(str(tmp_path_factory.mktemp("cache")))
 
 
 def start(workdir, data_folder, environment, *flags):

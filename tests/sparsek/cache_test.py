@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsek.cache import decode_step, init_cache, prefill
-from sparsek.config import TransformerConfig
+from sparsek.config import GATES, SCORERS, TransformerConfig
 from sparsek.model import Transformer, init_params
 from tests.sparsek.helpers import quick_jit
 
@@ -20,6 +21,10 @@ CASES = {
                                         qk_norm=True, use_bias=True),
     "key_value, conv, lookahead == window": dict(gate="key_value", scorer="conv", scorer_lookahead=6, scorer_normalize=False),
     "value, random, window 0": dict(gate="value", scorer="random", k=8, window=0),
+    "straight_through, conv": dict(scorer="conv"),
+    "straight_through, random": dict(scorer="random"),
+    "key_value, linear": dict(gate="key_value"),
+    "key_value, random": dict(gate="key_value", scorer="random"),
     "value, hybrid, k 1, window 1": dict(gate="value", attention="sparsek,full", num_layers=2, k=1, window=1, tie_embeddings=False),
 }
 # How a row is fed: sizes of prefills (1: a decode_step), then single steps to its end. 90 tokens are 3 chunks, 40 are a chunk and a rest.
@@ -60,6 +65,10 @@ def feed_row(config, split, tokens=TOKENS, params=None, **sizes):
 @functools.cache
 def parallel(config):
   return np.asarray(compiled(config)[0]({"params": params_of(config)}, TOKENS))
+
+
+def test_the_cases_are_every_gate_with_every_scorer():
+  assert {(config_of(name).gate, config_of(name).scorer) for name in CASES} == set(itertools.product(GATES, SCORERS))
 
 
 @pytest.mark.parametrize("name", CASES)
