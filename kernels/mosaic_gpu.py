@@ -50,13 +50,13 @@ def chunk_size(n: int) -> int:
   return -(-n // (chunks * BLOCK_Q)) * BLOCK_Q
 
 
-def attention(query, key, value, scores, threshold, expiry, start, end, *, k, window, gate, scale, interpret=None):
+def attention(query, key, value, scores, threshold, expiry, order, start, end, *, k, window, gate, scale, interpret=None):
   """SPARSEK attention, given the selection.
 
   Args:
     query: [batch, n, H, D] bfloat16 or float16, D <= 128.
     key, value: [batch, n, G, D].
-    scores, threshold, expiry: [batch, n, G]; of `sparsek.causal_sparsek` with delay = window.
+    scores, threshold, expiry, order: [batch, G, n]; the latter three of `causal.select` with delay = window.
     start, end: [batch, n] int32, first token of each token's document, and one past its last.
     k, window, gate, scale: as in `sparsek.sparsek_attention`.
     interpret: interpreter parameters, for tests without a GPU.
@@ -71,30 +71,31 @@ def attention(query, key, value, scores, threshold, expiry, start, end, *, k, wi
     query, scale = query * (-1 if scale < 0 else 0), abs(scale) or 1.
   wide = next(d for d in HEAD_DIMS if d >= dim)
   query, key, value = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, wide - dim))) for x in (query, key, value))
-  by_head = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, rest)))
+  scores, threshold, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold, expiry))
   token = jnp.arange(n + rest, dtype=jnp.int32)
   inside = token < n                                                     # a padded token is a document of its own
+  order = jnp.concatenate([order, jnp.broadcast_to(token[n:], (*order.shape[:2], rest))], axis=-1)
   start = jnp.where(inside, jnp.pad(start, ((0, 0), (0, rest))), token)
   end = jnp.where(inside, jnp.pad(end, ((0, 0), (0, rest))), token + 1)
   static = Static(min(k, n), min(window, n), gate, scale, chunk, interpret)
-  out = _attention(query, key, value, by_head(scores), by_head(threshold), by_head(expiry), start, end, static)
+  out = _attention(query, key, value, scores, threshold, expiry, order, start, end, static)
   return out[:, :n, :, :dim]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _attention(query, key, value, scores, threshold, expiry, start, end, static):
-  return _forward_rule(query, key, value, scores, threshold, expiry, start, end, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
+def _attention(query, key, value, scores, threshold, expiry, order, start, end, static):
+  return _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static)[0]
 
 
-def _forward_rule(query, key, value, scores, threshold, expiry, start, end, static):
-  lists, out, logsumexp = _over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, start)
+def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
+  lists, out, logsumexp = _over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
   return out, (query, key, value, scores, threshold, start, end, lists, out, logsumexp)
 
 
 def _backward_rule(static, residuals, cotangent):
   residuals = lax.optimization_barrier(residuals)                        # or XLA would keep the gathered buffers from the forward pass
   grads = _over_batch(functools.partial(_backward, static), *residuals, cotangent)
-  return *grads, None, None, None
+  return *grads, None, None, None, None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
@@ -145,10 +146,9 @@ def _key_bounds(first, last, base, limit):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(static, query, key, value, scores, threshold, expiry, start):
+def _forward(static, query, key, value, scores, threshold, expiry, order, start):
   k, window, gate, scale, chunk, interpret = static
-  make = functools.partial(selection_lists, k=k, window=window, chunk=chunk)
-  lists = _per_head(lambda expiry: make(expiry, jnp.argsort(expiry).astype(jnp.int32)))(expiry)
+  lists = _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(expiry, order)
   left = _left(start, window)
   bounds = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_forward.BLOCK_KV)
   out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists), bounds,

@@ -25,22 +25,16 @@ def sum_rows(dkey, dvalue, rows, lists, *, interpret=None):
   dtype = dkey.dtype
   places = rows[0].shape[2]
 
-  def kernel(dk_ref, dv_ref, lk_ref, lv_ref, ls_ref, new_ref, place_ref, begin_ref, count_ref, ds_ref):
+  # Most tokens were never selected: a program whose tokens none was ends at once.
+  touched = jnp.any(((lists.new_place < places) | (lists.old_count > 0)).reshape(batch, groups, -1, BLOCK), axis=-1).astype(jnp.int32)
+
+  def kernel(dk_ref, dv_ref, ds_ref, lk_ref, lv_ref, ls_ref, touched_ref, new_ref, place_ref, begin_ref, count_ref):
     g, block, b = (lax.axis_index(name) for name in ("group", "block", "batch"))
-    tokens = [block * BLOCK + t for t in range(BLOCK)]
-    new, count = ([ref[b, g, j] for j in tokens] for ref in (new_ref, count_ref))
-    touched = [jnp.logical_or(new[t] < places, count[t] > 0) for t in range(BLOCK)]
-    anything = touched[0]
-    for one in touched[1:]:
-      anything = jnp.logical_or(anything, one)
 
-    @pl.when(jnp.logical_not(anything))
+    @pl.when(touched_ref[b, g, block] > 0)
     def _():
-      for j in tokens:
-        ds_ref[b, g, j] = jnp.float32(0)
-
-    @pl.when(anything)
-    def _():
+      tokens = [block * BLOCK + t for t in range(BLOCK)]
+      new, begin, count = ([ref[b, g, j] for j in tokens] for ref in (new_ref, begin_ref, count_ref))
       total = []
       for t, j in enumerate(tokens):
         is_new = new[t] < places
@@ -48,9 +42,7 @@ def sum_rows(dkey, dvalue, rows, lists, *, interpret=None):
         listed = [ref[b, g, place].astype(jnp.float32) for ref in (lk_ref, lv_ref, ls_ref)]
         total.append([jnp.where(jnp.broadcast_to(is_new, row.shape), row, jnp.zeros_like(row)) for row in listed])
       for t, j in enumerate(tokens):
-        begin = begin_ref[b, g, j]
-
-        def add(e, sums):
+        def add(e, sums, begin=begin[t]):
           place = place_ref[b, g, begin + e]
           return tuple(x + ref[b, g, place].astype(jnp.float32) for x, ref in zip(sums, (lk_ref, lv_ref, ls_ref)))
         dk, dv, ds = lax.fori_loop(0, count[t], add, tuple(total[t]))
@@ -58,9 +50,8 @@ def sum_rows(dkey, dvalue, rows, lists, *, interpret=None):
         dv_ref[b, j, g] = (dv_ref[b, j, g].astype(jnp.float32) + dv).astype(dtype)
         ds_ref[b, g, j] = ds
 
-  dkey, dvalue = jax.new_ref(dkey), jax.new_ref(dvalue)
-  dscores = plgpu.kernel(
-      kernel, out_type=jax.ShapeDtypeStruct((batch, groups, n), jnp.float32), grid=(groups, n // BLOCK, batch), grid_names=("group", "block", "batch"),
-      interpret=interpret, kernel_name="sparsek_sum_rows",
-  )(dkey, dvalue, *rows, lists.new_place, lists.old_place, lists.old_begin, lists.old_count)
-  return dkey[...], dvalue[...], dscores
+  totals = [jax.new_ref(x) for x in (dkey, dvalue, jnp.zeros((batch, groups, n), jnp.float32))]
+  plgpu.kernel(
+      kernel, grid=(groups, n // BLOCK, batch), grid_names=("group", "block", "batch"), interpret=interpret, kernel_name="sparsek_sum_rows",
+  )(*totals, *rows, touched, lists.new_place, lists.old_place, lists.old_begin, lists.old_count)
+  return tuple(total[...] for total in totals)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsek.causal import select
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
 from sparsek.kernels import mosaic_gpu, reference, xla
 from sparsek.operator import causal_sparsek, document_bounds
@@ -99,11 +100,13 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   if implementation == "reference":
     return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
   scores = scores.astype(jnp.float32)
-  selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   start, end = document_bounds(segment_ids, *query.shape[:2])
   options = dict(k=int(k), window=int(window), gate=gate, scale=scale)
   if implementation == "mosaic_gpu":
-    return mosaic_gpu.attention(query, key, value, scores, *selection, start, end, **options)
+    scores, n = jnp.swapaxes(scores, 1, 2), query.shape[1]
+    return mosaic_gpu.attention(query, key, value, scores, *select(scores, start, end, min(int(k), n), min(int(window), n), segment_ids is not None), start, end,
+                                **options)
+  selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   return xla.attention(query, key, value, scores, *selection, start, **options)
 
 
