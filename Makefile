@@ -2,13 +2,25 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 READY := .venv/ready
 
-.PHONY: demo test clean
+.PHONY: demo test test-compile clean
 demo: $(READY)
 	.venv/bin/python -m experiments.demo
 
 test: $(READY)
 	.venv/bin/python -m flake8 sparsek kernels experiments tests
 	.venv/bin/python -m pytest -n 2 --dist worksteal -q
+
+# Compiles the kernels for GPUs that are not here; the compiler comes with JAX's CUDA plugin, of the version of JAX itself, without the CUDA libraries.
+test-compile: .venv-compile/ready
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 .venv-compile/bin/python -m pytest -q -rP tests/kernels/compile_test.py
+
+.venv-compile/ready: setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 2; }
+	$(PYTHON) -m venv .venv-compile
+	.venv-compile/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	version=$$(.venv-compile/bin/python -c 'import jax; print(jax.__version__)'); \
+	  .venv-compile/bin/python -m pip install -q --disable-pip-version-check --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	@touch $@
 
 $(READY): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 2; }
@@ -17,4 +29,4 @@ $(READY): setup.cfg pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv demo build dist .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-compile demo build dist .pytest_cache .hypothesis *.egg-info

@@ -195,7 +195,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
   )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds, span)
 
 
-def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *, gate, scale, score=None, tau=None, chunk=None, interpret=None):
+def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *, gate, scale, score=None, tau=None, interpret=None):
   """(dkey, dvalue) of the shape of `keys`, and of listed keys the gates' gradient summed over queries, [B, G, places] float32, which is dscore.
 
   Blocks that no query sees are not written.

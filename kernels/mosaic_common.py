@@ -1,5 +1,6 @@
 """Small pieces that the Mosaic GPU kernels share."""
 
+import inspect
 import math
 
 from jax import lax
@@ -12,6 +13,7 @@ LOG2_E = math.log2(math.e)
 LOWEST = -1e30                   # below every logit, and finite: differences with -inf stay defined
 MATRIX = plgpu.Layout.WGMMA      # of matrices in registers; vectors along their rows and columns:
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
+LOAD_INDEX = () if inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty else ((),)     # JAX 0.10 wants one
 
 
 def by_row(vector, shape):
@@ -32,11 +34,11 @@ class Registers:
 
   def vector(self, ref, layout):
     """A vector from shared memory, along a matrix's rows or columns."""
-    return ref[...] if self.interpreted else plgpu.load(ref, (), layout=layout, optimized=False)
+    return ref[...] if self.interpreted else plgpu.load(ref, *LOAD_INDEX, layout=layout, optimized=False)
 
   def matrix(self, ref):
     """A matrix from shared memory."""
-    return ref[...] if self.interpreted else plgpu.load(ref, (), layout=MATRIX)
+    return ref[...] if self.interpreted else plgpu.load(ref, *LOAD_INDEX, layout=MATRIX)
 
   def full(self, shape, value, layout):
     """A float32 array of one value."""
@@ -47,12 +49,15 @@ class Registers:
     """Row or column numbers of a matrix."""
     return lax.broadcasted_iota(jnp.int32, shape, axis) if self.interpreted else plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
-  def matmul(self, shape, a, b):
-    """a @ b.T in float32, both in shared memory."""
+  def matmul(self, shape, a, b, meanwhile=lambda: None):
+    """a @ b.T in float32, both in shared memory; `meanwhile()` runs while the tensor cores work."""
     if self.interpreted:
-      return lax.dot_general(a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+      product = lax.dot_general(a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+      meanwhile()
+      return product
     def run(accumulator):
       plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
+      meanwhile()
       return accumulator[...]
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 

@@ -77,12 +77,7 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
         """One tile; exits, enters: some of its pairs may be dead because the token left, or has not come yet."""
         acc, top, total = carry
         slot, _ = phase_of(step, STAGES)
-
-        def scores(acc_ref):
-          plgpu.wgmma(acc_ref, q, k_smem.at[slot].transpose((1, 0)))
-          take_turns()
-          return acc_ref[...]
-        s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+        s = registers.matmul(shape, q, k_smem.at[slot], take_turns)
         if gate == "key_value" and listed:
           s *= gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)
         live = None

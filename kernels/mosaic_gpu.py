@@ -166,7 +166,8 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
   listed = _gather(key, value, scores, lists)
   span = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_backward.QUERY_BLOCK_KV)
   bounds = _query_bounds(lists, left, chunk, BLOCK_Q // 2, mosaic_backward.QUERY_BLOCK_KV)
-  listed_part = jnp.clip(bounds[..., :4], *(jnp.repeat(span[..., i:i + 1], 2, axis=2) for i in (0, 3)))      # where a warpgroup sees none, its bounds are anywhere
+  # A warpgroup that sees no list has bounds anywhere: bring them between those of both.
+  listed_part = jnp.clip(bounds[..., :4], *(jnp.repeat(span[..., i:i + 1], 2, axis=2) for i in (0, 3)))
   bounds = jnp.concatenate([listed_part, bounds[..., 4:]], axis=-1)
   dquery, delta, dgate = mosaic_backward.query_gradients(query, key, value, cotangent, out, logsumexp, left, lists.entered, threshold, listed, bounds, span,
                                                          chunk=chunk, **options)
@@ -188,8 +189,8 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
 
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
   """Gradients of the window plus those of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
-  if dkey.shape[-1] % mosaic_sum.ROW_LENGTH == 0:
-    return mosaic_sum.sum_rows(dkey, dvalue, rows, lists, interpret=interpret)
+  if dkey.shape[-1] % mosaic_sum.ROW_LENGTH == 0 and interpret is None:      # the interpreter cannot add in place
+    return mosaic_sum.sum_rows(dkey, dvalue, rows, lists)
   totals = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros(dkey.shape[:1] + dkey.shape[2:0:-1], jnp.float32)
   totals = _per_head(_add_rows)(totals, tuple(rows), lists)
   return jnp.swapaxes(totals[0], 1, 2).astype(dkey.dtype), jnp.swapaxes(totals[1], 1, 2).astype(dvalue.dtype), totals[2]

@@ -10,7 +10,7 @@ BLOCK = 8                        # tokens of a program; their loads overlap
 ROW_LENGTH = 128                 # a warpgroup loads rows of a multiple of this
 
 
-def sum_rows(dkey, dvalue, rows, lists, *, interpret=None):
+def sum_rows(dkey, dvalue, rows, lists):
   """Adds the rows of listed tokens to those of the window.
 
   Args:
@@ -52,6 +52,6 @@ def sum_rows(dkey, dvalue, rows, lists, *, interpret=None):
 
   totals = [jax.new_ref(x) for x in (dkey, dvalue, jnp.zeros((batch, groups, n), jnp.float32))]
   plgpu.kernel(
-      kernel, grid=(groups, n // BLOCK, batch), grid_names=("group", "block", "batch"), interpret=interpret, kernel_name="sparsek_sum_rows",
+      kernel, grid=(groups, n // BLOCK, batch), grid_names=("group", "block", "batch"), kernel_name="sparsek_sum_rows",
   )(*totals, *rows, touched, lists.new_place, lists.old_place, lists.old_begin, lists.old_count)
   return tuple(total[...] for total in totals)

@@ -23,8 +23,8 @@ class Lists(NamedTuple):
     entered: [n] int32, how many places of its chunk's list hold tokens with first <= i: they are the foremost.
     old: [chunks] int32, how many of them are live at the chunk's first query.
     new_place: [n] int32, the place (over all chunks) where a token is listed as selected later; chunks * slots where it is not.
-    old_place: [k * chunks] int32, the places where tokens are listed as live at the chunk's first query, those of token j from old_begin_j on, old_count_j many,
-      by chunk.
+    old_place: [k * chunks] int32, the places where tokens are listed as live at the chunk's first query: those of token j from old_begin_j on, old_count_j
+      many, chunk after chunk.
     old_begin, old_count: [n] int32.
   """
   token: jax.Array

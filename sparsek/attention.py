@@ -104,8 +104,8 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   options = dict(k=int(k), window=int(window), gate=gate, scale=scale)
   if implementation == "mosaic_gpu":
     scores, n = jnp.swapaxes(scores, 1, 2), query.shape[1]
-    return mosaic_gpu.attention(query, key, value, scores, *select(scores, start, end, min(int(k), n), min(int(window), n), segment_ids is not None), start, end,
-                                **options)
+    selection = select(scores, start, end, min(int(k), n), min(int(window), n), segment_ids is not None)
+    return mosaic_gpu.attention(query, key, value, scores, *selection, start, end, **options)
   selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   return xla.attention(query, key, value, scores, *selection, start, **options)
 

@@ -1,6 +1,10 @@
-"""The Mosaic GPU kernels: the shared behaviours on a Hopper GPU; elsewhere by interpretation (mosaic_interpret_test) and compilation."""
+"""The Mosaic GPU kernels: the shared behaviours on a Hopper GPU; elsewhere the kernels interpreted, and what they refuse."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,5 +12,70 @@ import numpy as np
 import pytest
 
 import sparsek
-from sparsek.kernels import specs
-from tests.kernels.attention_base import AttentionTest, error_beyond_rounding, output_and_gradients, problem, relative_error, truth
+from sparsek.kernels import mosaic_gpu
+from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
+from tests.kernels import mosaic_interpreted
+from tests.kernels.attention_base import ARGUMENTS, AttentionTest, output_and_gradients, relative_error
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.mark.gpu
+class TestMosaicGpu(AttentionTest):
+  implementation = "mosaic_gpu"
+  dtype = "bfloat16"
+  specs = tuple(spec.name for spec in SPECS if spec.head_dim <= 128)
+  tolerance = 2e-3
+  tolerance_16 = 1e-2
+
+  @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+  @pytest.mark.parametrize("spec", [
+      Spec("several_chunks", n=5000, heads=4, groups=2, head_dim=128, k=300, window=200),
+      Spec("several_chunks_rising", n=4500, heads=2, groups=2, head_dim=128, k=500, window=77, scores="rising"),
+      Spec("several_chunks_64", n=4100, heads=2, groups=1, head_dim=64, k=130, window=0, documents=(1500, 3, 700)),
+      Spec("large_budget", n=6000, heads=1, groups=1, head_dim=128, k=4096, window=128)], ids=lambda spec: spec.name)
+  def test_long_rows_match_xla(self, spec, dtype):
+    inputs = [x.astype(dtype) for x in make_inputs(spec)[:3]] + [make_inputs(spec)[3]]
+    cotangent, ids = jax.random.normal(jax.random.key(1), inputs[0].shape).astype(dtype), segment_ids(spec)
+    attend = lambda implementation: functools.partial(sparsek.sparsek_attention, k=spec.k, window=spec.window, gate="value", segment_ids=ids,
+                                                      implementation=implementation)
+    ours, plain = (output_and_gradients(attend(implementation), inputs, cotangent) for implementation in ("mosaic_gpu", "xla"))
+    again = output_and_gradients(attend("mosaic_gpu"), inputs, cotangent)
+    for name, x, y, z in zip(("out", "query", "key", "value", "scores"), ours, plain, again):
+      assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < 1e-2, name
+      np.testing.assert_array_equal(np.asarray(x.astype(jnp.float32)), np.asarray(z.astype(jnp.float32)))
+
+  def test_is_the_default(self):
+    inputs = self.problem(SPECS[0])[0]
+    default, named = (sparsek.sparsek_attention(*inputs, k=9, window=9, implementation=name) for name in (None, "mosaic_gpu"))
+    np.testing.assert_array_equal(np.asarray(default, np.float32), np.asarray(named, np.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels themselves run on this GPU")
+@pytest.mark.parametrize("name", mosaic_interpreted.CASES)
+def test_interpreted_kernels_match_the_truth(name):
+  """In a process of its own: with fewer devices than threads the interpreter waits for itself."""
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.kernels.mosaic_interpreted", name]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
+  assert done.returncode == 0, done.stderr
+  errors = json.loads(done.stdout)
+  assert set(errors) == {"out", *ARGUMENTS} and max(errors.values()) < 1e-2, errors
+
+
+@pytest.mark.parametrize("dtype, head_dim, words", [
+    ("float32", 64, "float32"), ("bfloat16", 256, "head_dim 256"), ("bfloat16", 64, "Hopper|compute capability")])
+def test_says_why_it_cannot_run(dtype, head_dim, words):
+  if words.startswith("Hopper") and jax.default_backend() == "gpu":
+    pytest.skip("there is a GPU")
+  x = jnp.zeros((1, 8, 1, head_dim), dtype)
+  with pytest.raises(NotImplementedError, match=words):
+    sparsek.sparsek_attention(x, x, x, jnp.zeros((1, 8, 1)), k=2, window=2, implementation="mosaic_gpu")
+  assert sparsek.sparsek_attention(x, x, x, jnp.zeros((1, 8, 1)), k=2, window=2).shape == x.shape
+
+
+@pytest.mark.parametrize("n", (1, 128, 129, 2048, 2049, 5000, 10 ** 6))
+def test_padding_to_whole_chunks_is_small(n):
+  chunk = mosaic_gpu.chunk_size(n)
+  assert chunk % 128 == 0 and 0 <= -n % chunk < 128 * -(-n // chunk)

@@ -1,0 +1,74 @@
+"""The Mosaic GPU kernels compiled for an H100 by the real compiler, without one; `make test-compile` runs this where the compiler is installed."""
+
+import functools
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+import pytest
+
+from sparsek.causal import select
+from sparsek.kernels import mosaic_gpu
+from sparsek.kernels.specs import Spec
+
+try:
+  import jax_plugins.xla_cuda13  # noqa: F401  registers the compiler
+except ImportError:
+  pytestmark = pytest.mark.skip(reason="needs the CUDA compiler of JAX: make test-compile installs it")
+
+NAME = "NVIDIA H100 80GB HBM3"
+H100 = f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 }} device_description_str: "{NAME}\""""
+
+
+def compile_for_h100(function, *shapes):
+  """The compiled executable; overflow of shared memory and layouts that cannot be are errors."""
+  device = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in shapes]
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
+    return jax.jit(function).lower(*shapes).compile()
+
+
+def attention_and_gradients(query, key, value, scores, threshold, expiry, order, start, end, cotangent, *, spec, gate):
+  attend = functools.partial(mosaic_gpu.attention, expiry=expiry, order=order, start=start, end=end, k=spec.k, window=spec.window, gate=gate,
+                             scale=spec.head_dim ** -.5)
+  out, vjp = jax.vjp(lambda query, key, value, scores, threshold: attend(query, key, value, scores, threshold), query, key, value, scores, threshold)
+  return out, vjp(cotangent)
+
+
+def arguments(spec):
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((spec.batch, *dims), dtype)
+  queries = shape(spec.dtype, spec.n, spec.heads, spec.head_dim)
+  keys = shape(spec.dtype, spec.n, spec.groups, spec.head_dim)
+  floats, integers, bounds = (shape(dtype, *dims) for dtype, dims in (
+      (jnp.float32, (spec.groups, spec.n)), (jnp.int32, (spec.groups, spec.n)), (jnp.int32, (spec.n,))))
+  return queries, keys, keys, floats, floats, integers, integers, bounds, bounds, queries
+
+
+@pytest.mark.parametrize("spec, gate", [pytest.param(spec, gate, id=f"{spec.name}-{gate}") for spec, gate in (
+    (Spec("headline", n=32768, heads=16, groups=16, head_dim=128, k=512, window=512, dtype="bfloat16"), "straight_through"),
+    (Spec("grouped", n=32768, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="float16"), "value"),
+    (Spec("narrow", n=8192, heads=16, groups=16, head_dim=64, k=512, window=512, dtype="bfloat16"), "key_value"),
+    (Spec("large_budget", n=8192, heads=4, groups=2, head_dim=128, k=4096, window=1000, dtype="bfloat16"), "key_value"),
+    (Spec("window_0", n=5000, heads=4, groups=2, head_dim=40, k=1, window=0, dtype="bfloat16"), "value"))])
+def test_compiles(spec, gate):
+  compiled = compile_for_h100(functools.partial(attention_and_gradients, spec=spec, gate=gate), *arguments(spec))
+  print(f"{spec.name} {gate}: {compiled.memory_analysis().temp_size_in_bytes / 2 ** 20:.0f} MiB of temporary memory")
+
+
+def test_more_than_2_to_the_31_elements_and_linear_memory():
+  spec = lambda n: Spec("long", n=n, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="bfloat16")
+  def temporary(n):
+    compiled = compile_for_h100(functools.partial(attention_and_gradients, spec=spec(n), gate="straight_through"), *arguments(spec(n)))
+    return compiled.memory_analysis().temp_size_in_bytes
+  assert 2 ** 20 * 32 * 128 > 2 ** 31
+  assert temporary(2 ** 20) < 4.5 * temporary(2 ** 18)
+
+
+def test_selection_compiles():
+  scores, bounds = jax.ShapeDtypeStruct((1, 8, 131072), jnp.float32), jax.ShapeDtypeStruct((1, 131072), jnp.int32)
+  compile_for_h100(lambda scores, start, end: select(scores, start, end, 512, 512, True), scores, bounds, bounds)
