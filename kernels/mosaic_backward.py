@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, MATRIX, ROW, Registers, by_column, by_row, matrix_buffer, phase_of
+from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, MATRIX, ROW, Registers, by_column, by_row, matrix_buffer, phase_of, read_bounds
 
 QUERY_BLOCK_KV = 64              # keys of a tile of the query kernel; 128 would spill registers
 QUERY_STAGES = 3
@@ -69,7 +69,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
     own = block * (BLOCK_Q // block_kv)
-    begin, end, near = (span_ref[b, g, block, i] for i in (0, 3, 4))
+    begin, _, _, end, near, _ = read_bounds(span_ref, b, g, block)
     num_listed = end - begin
     steps = num_listed + own - near + BLOCK_Q // block_kv
 
@@ -132,7 +132,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
         plgpu.barrier_wait(v_full.at[slot])
         plgpu.barrier_arrive(k_free.at[slot])
         plgpu.barrier_arrive(v_free.at[slot])
-      t0, t1, t2, t3, t4, t5 = (bounds_ref[b, g, 2 * block + warpgroup, i] for i in range(6))
+      t0, t1, t2, t3, t4, t5 = read_bounds(bounds_ref, b, g, 2 * block + warpgroup)
       diagonal = own + warpgroup
       pl.loop(begin, t0)(lambda t: skip(t - begin))
       carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
@@ -226,7 +226,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, tau_smem, first_smem, last_smem, score_smem, q_full, do_full, keys_full, q_free, do_free = refs
     b, g, block, warpgroup = (lax.axis_index(name) for name in ("batch", "group", "block", "warpgroup"))
     row = (b, g) if lists else (b,)
-    begin, end = (span_ref[(*row, block, i)] for i in (0, 3))
+    begin, _, _, end = read_bounds(span_ref, *row, block)
     blocks = end - begin
     steps = blocks * repeats
 
@@ -278,7 +278,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
         plgpu.barrier_wait(do_full.at[slot])
         plgpu.barrier_arrive(do_free.at[slot])
         plgpu.barrier_arrive(q_free.at[slot])
-      b0, b1, b2, b3 = (jnp.clip(bounds_ref[(*row, 2 * block + warpgroup, i)], begin, end) for i in range(4))
+      b0, b1, b2, b3 = (jnp.clip(x, begin, end) for x in read_bounds(bounds_ref, *row, 2 * block + warpgroup))
 
       def head(r, carry):
         step = lambda t: r * blocks + t - begin

@@ -26,6 +26,11 @@ def by_column(vector, shape):
   return lax.broadcast_in_dim(vector, shape, [1])
 
 
+def read_bounds(ref, *row):
+  """All entries of ref[row], scalars. The sum is for `jax.shard_map`: what is read varies over its axes, but inside a kernel what is computed does not."""
+  return tuple(ref[(*row, i)] + 0 for i in range(ref.shape[-1]))
+
+
 class Registers:
   """Operations on registers that the interpreter lacks or does without: it knows no layouts, and multiplies matrices in shared memory only."""
 

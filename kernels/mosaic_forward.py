@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, LOWEST, MATRIX, ROW, Registers, by_column, by_row, gate_of, matrix_buffer, phase_of
+from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, LOWEST, MATRIX, ROW, Registers, by_column, by_row, gate_of, matrix_buffer, phase_of, read_bounds
 
 BLOCK_KV = 128
 STAGES = 2
@@ -48,7 +48,7 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
     g = lax.div(h, jnp.array(heads // groups, h.dtype))
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
-    t0, t1, t2, t3, t4, t5 = (bounds_ref[b, g, block, i] for i in range(6))
+    t0, t1, t2, t3, t4, t5 = read_bounds(bounds_ref, b, g, block)
     num_listed = t3 - t0
     steps = num_listed + block - t4 + 1
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from . import mosaic_backward, mosaic_forward, mosaic_sum
 from .mosaic_common import BLOCK_Q
 from .tiles import key_tiles, query_tiles, selection_lists
+from .varying import varying_like
 
 CHUNK = 2048                     # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens
 HEAD_DIMS = (64, 128)            # smaller head dimensions are padded with zeros
@@ -89,13 +90,14 @@ def _attention(query, key, value, scores, threshold, expiry, order, start, end, 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
   lists, out, logsumexp = _over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
+  out, logsumexp = varying_like(out, query), varying_like(logsumexp, query)             # kernels forget it
   return out, (query, key, value, scores, threshold, start, end, lists, out, logsumexp)
 
 
 def _backward_rule(static, residuals, cotangent):
   residuals = lax.optimization_barrier(residuals)                        # or XLA would keep the gathered buffers from the forward pass
   grads = _over_batch(functools.partial(_backward, static), *residuals, cotangent)
-  return *grads, None, None, None, None
+  return *(varying_like(grad, residuals[0]) for grad in grads), None, None, None, None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
