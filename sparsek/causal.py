@@ -190,7 +190,8 @@ def _cuts(entry, weight, entering, exceeds):
     above = old[:, None] + jnp.cumsum(jnp.sum(new, axis=(1, 3), dtype=jnp.int32), axis=1)    # [m, parts, pairs]
 
     passed = _take(cumsum(exceeds(above, high).astype(jnp.int32)), last)                       # [parts, blocks]
-    bucket = (split * bucket + jnp.diff(passed, axis=1, prepend=0)).T.reshape(-1)
+    lowest = jnp.where(number > 0, split * bucket, 0)      # pairs below the first block's bucket are its own too
+    bucket = (lowest + jnp.diff(passed, axis=1, prepend=0)).T.reshape(-1)
     top = jnp.concatenate([bucket[1:], jnp.full(1, size // width - 1, jnp.int32)])
     part, mine = jnp.tile(jnp.arange(parts, dtype=jnp.int32), blocks), jnp.repeat(number, parts)
     sums = above[:, part, top + split * mine]
