@@ -191,7 +191,7 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
 
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
   """Gradients of the window plus those of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
-  if dkey.shape[-1] % mosaic_sum.ROW_LENGTH == 0 and interpret is None:      # the interpreter cannot add in place
+  if mosaic_sum.can_sum(dkey) and interpret is None:                     # the interpreter cannot add in place
     return mosaic_sum.sum_rows(dkey, dvalue, rows, lists)
   totals = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros(dkey.shape[:1] + dkey.shape[2:0:-1], jnp.float32)
   totals = _per_head(_add_rows)(totals, tuple(rows), lists)

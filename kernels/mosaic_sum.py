@@ -10,6 +10,11 @@ BLOCK = 8                        # tokens of a program; their loads overlap
 ROW_LENGTH = 128                 # a warpgroup loads rows of a multiple of this
 
 
+def can_sum(dkey):
+  """Whether `sum_rows` takes rows of this length; JAX 0.10 cannot write in place from a differentiated function."""
+  return dkey.shape[-1] % ROW_LENGTH == 0 and jax.__version_info__ >= (0, 11)
+
+
 def sum_rows(dkey, dvalue, rows, lists):
   """Adds the rows of listed tokens to those of the window.
 
