@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from . import mosaic_backward, mosaic_forward, mosaic_sum
 from .mosaic_common import BLOCK_Q
 from .tiles import key_tiles, query_tiles, selection_lists
-from .varying import varying_like
+from .varying import over_batch, varying_like
 
 CHUNK = 2048                     # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens
 HEAD_DIMS = (64, 128)            # smaller head dimensions are padded with zeros
@@ -89,30 +89,18 @@ def _attention(query, key, value, scores, threshold, expiry, order, start, end, 
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
-  lists, out, logsumexp = _over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
+  lists, out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
   out, logsumexp = varying_like(out, query), varying_like(logsumexp, query)             # kernels forget it
   return out, (query, key, value, scores, threshold, start, end, lists, out, logsumexp)
 
 
 def _backward_rule(static, residuals, cotangent):
   residuals = lax.optimization_barrier(residuals)                        # or XLA would keep the gathered buffers from the forward pass
-  grads = _over_batch(functools.partial(_backward, static), *residuals, cotangent)
+  grads = over_batch(functools.partial(_backward, static), *residuals, cotangent)
   return *(varying_like(grad, residuals[0]) for grad in grads), None, None, None, None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
-
-
-def _over_batch(f, *args):
-  """f(*args), every array of which has a leading batch axis, with a vmap that merges its axis into that one."""
-  f = jax.custom_batching.custom_vmap(f)
-
-  @f.def_vmap
-  def _(size, batched, *args):
-    merge = lambda is_batched, x: (x if is_batched else jnp.broadcast_to(x, (size, *x.shape))).reshape(-1, *x.shape[1 + is_batched:])
-    outs = _over_batch(f.fun, *jax.tree.map(merge, tuple(batched), args))
-    return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outs), jax.tree.map(lambda _: True, outs)
-  return f(*args)
 
 
 def _per_head(f):

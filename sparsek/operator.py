@@ -18,7 +18,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.causal import below, finite, minus_one, select
+from sparsek.causal import finite, select
+from sparsek.kernels import mosaic_selection
 from sparsek.kernels.varying import varying_like
 
 
@@ -44,6 +45,16 @@ def _check(name, scores, k, ndim=None):
     raise ValueError(f"{name}: k={k!r} must be a Python integer")
   if k < 1:
     raise ValueError(f"{name}: k={k} must be at least 1")
+
+
+def _minus_one(u):
+  """u - 1, the threshold at which an entry leaves 1; u itself where the floats are too coarse to hold u - 1."""
+  return jnp.where(jnp.abs(u) >= 2.0 ** (jnp.finfo(u.dtype).nmant + 1), u, u - 1)
+
+
+def _below(tau, kth_best):
+  """tau, which lies strictly below the k-th best score, where rounding or floats wider than 1 put it no lower: all of the top k have a gate above 0."""
+  return jnp.minimum(tau, jnp.nextafter(kth_best, jnp.full_like(kth_best, -jnp.inf)))
 
 
 def _bisect(low, high, test, size):
@@ -98,7 +109,7 @@ def _sparsek(z, k):
   n = z.shape[-1]
   present = z > -jnp.inf
   u = finite(z)
-  minus = minus_one(u)
+  minus = _minus_one(u)
   breakpoints = jnp.sort(jnp.concatenate([minus, u], axis=-1), axis=-1)
 
   def evaluate(rank):
@@ -111,7 +122,7 @@ def _sparsek(z, k):
   ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n))     # the last breakpoint passes, so one below 2 n does
   _, (b, count, missing) = _bisect(*ends, evaluate, 2 * n)
   kth_best = lax.slice_in_dim(jnp.sort(u, axis=-1), max(n - k, 0), max(n - k, 0) + 1, axis=-1)
-  tau = below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)
+  tau = _below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)
   gate = jnp.clip(u - tau, 0, 1) * present
   gate = jnp.where(jnp.sum(present, -1, keepdims=True) <= k, present.astype(z.dtype), gate)
   return jnp.where(jnp.any(jnp.isnan(z), -1, keepdims=True), jnp.nan, gate)
@@ -178,5 +189,5 @@ def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: ja
     raise ValueError(f"causal_sparsek: segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
   start, end = document_bounds(segment_ids, batch, n)
   by_head = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
-  threshold, expiry, _ = select(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None)
+  threshold, expiry, _ = select(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None, mosaic_selection.can_run())
   return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))
