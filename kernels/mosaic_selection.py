@@ -1,18 +1,18 @@
 """Thresholds and expiry on GPUs: the steps of staircase.py in Pallas Mosaic kernels, one rank, tile or column of tiles to a thread."""
 
 import functools
-import math
 
 import jax
 from jax import lax
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 from . import staircase
-from .staircase import COUNT, HIGH, LOW, UPPER
+from .staircase import COUNT, NEEDS
 from .varying import over_batch, varying_like
 
 LANES = 128                      # threads of a program
@@ -43,12 +43,14 @@ def gather(ref, index):
 
 
 def scatter(ref, index, value, where, add=False):
-  """ref[index] = value, or += value atomically, in the lanes where `where`."""
+  """ref[index] = value, or += value atomically, in the lanes where `where`; `ref` has one axis."""
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
   def store(_, ref, index, value, where):
     with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
       if add:
-        memref.atomic_rmw(arith.AtomicRMWKind.addi, _element(value), ref, _index(index))
+        i64 = ir.IntegerType.get_signless(64)
+        address = utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(i64, _element(index))], _element(value).type)
+        llvm.atomicrmw(llvm.AtomicBinOp.add, address, _element(value), llvm.AtomicOrdering.monotonic, syncscope="device")
       else:
         memref.store(_element(value), ref, _index(index))
       scf.yield_([])
@@ -60,7 +62,8 @@ def lanes(axis="block"):
   return lax.axis_index(axis) * LANES + plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LAYOUT)
 
 
-def _reader(ref, row):
+def _reader(ref, *row):
+  """index -> ref[row, index]."""
   return lambda index: gather(ref.at[row], jnp.clip(index, 0, ref.shape[-1] - 1))
 
 
@@ -100,89 +103,101 @@ def scores_gradient(cotangent, score, threshold, end, delay):
 @functools.partial(jax.jit, static_argnums=0)
 def _solve(problem, score, entry, order, start):
   rows, n = score.shape
-  blocks, width = problem.blocks, 2 * problem.block
-  heads = rows // start.shape[0]
-  new = lambda shape, fill, dtype=jnp.int32: jax.new_ref(jnp.full((rows, *shape), fill, dtype))
+  heads, blocks = rows // start.shape[0], problem.blocks
+  corner = lambda row, column: row * (blocks + 1) + column
+  new = lambda *shape, fill=0, dtype=jnp.int32: jax.new_ref(jnp.full((rows, *shape), fill, dtype))
   score, entry, order, start = (jax.new_ref(x) for x in (score, entry, order, start))
-  lower, upper, rank = new((blocks + 1,), 0), new((blocks + 1,), 0), new((n,), 0)
-  corners = new((staircase.SUMS, (blocks + 1) * (blocks + 1)), 0)
-  cuts = new((2, blocks + 1), 0)
-  threshold, expiry = new((n,), jnp.nan, jnp.float32), new((n,), n)
+  by_token = {name: new(n, fill=fill) for name, fill in (("upper", -1), ("lower", -1), ("high", 0), ("low", 0))}
+  by_position = dict(at_high=new(2 * n), at_low=new(2 * n), code=new(2 * n), value=new(2 * n, dtype=jnp.float32))
+  by_query = dict(cut=new(n), missing=new(n), remainder=new(n), count=new(n))
+  corners = new(staircase.SUMS, (blocks + 1) ** 2)
+  columns = new(len(NEEDS), blocks + 1)
+  tau, passed, expiry = new(n, fill=jnp.nan, dtype=jnp.float32), new(2 * n, fill=n), new(n)
 
-  def read(row, score, start, **refs):
-    return staircase.Read(_reader(score, row), start=_reader(start, row // heads), **{name: _reader(ref, row) for name, ref in refs.items()})
+  def read(row, start=None, **refs):
+    start = None if start is None else _reader(start, row // heads)
+    return staircase.Read(start=start, **{name: _reader(ref, row) for name, ref in refs.items()})
 
-  def find_corners(row, extra, column, score, start, lower, upper):
-    position = jnp.minimum(column * width, 2 * n)
-    count = staircase.boundary(problem, read(row, score, start), position)
-    scatter(lower.at[row], column, count, column <= blocks)
-    scatter(upper.at[row], column, position - count, column <= blocks)
-  _kernel(find_corners, rows, blocks + 1, name="corners")(score, start, lower, upper)
-
-  def enter(row, extra, lane, score, entry, order, start, lower, upper, rank, corners):
-    own = read(row, score, start, entry=entry, corner_lower=lower, corner_upper=upper)
+  def enter(row, _, lane, score, entry, order, start, by_token, by_position, corners):
     inside = lane < n
-    scatter(rank.at[row], _reader(order, row)(lane), lane, inside)
-    for line, column, weights in staircase.enter(problem, own, lane):
-      for c, weight in weights.items():
-        scatter(corners.at[row, c], line * (blocks + 1) + column, weight, inside & (line <= blocks), add=True)
-  _kernel(enter, rows, n, name="enter")(score, entry, order, start, lower, upper, rank, corners)
+    placed = staircase.place(problem, read(row, start, score=score), lane)
+    entry, token = (_reader(ref, row)(lane) for ref in (entry, order))
+    candidate = inside & (entry < staircase.NEVER)
+    for name, value in (("upper", placed.upper), ("lower", placed.lower), ("high", placed.high), ("low", placed.low)):
+      scatter(by_token[name].at[row], token, value, candidate)
+    one = 2 ** problem.bits
+    upper = placed.upper, placed.high, 2 * entry, placed.upper_value
+    lower = placed.lower, placed.high - one, 2 * entry + 1, placed.lower_value
+    for at, high, code, value in (upper, lower):
+      for name, x in dict(at_high=high, at_low=placed.low, code=code, value=value).items():
+        scatter(by_position[name].at[row], at, x, inside)
+    for line, column, weights in staircase.enter(problem, placed, entry):
+      for which, weight in weights.items():
+        scatter(corners.at[row, which], corner(line, column), weight, candidate, add=True)
+  _kernel(enter, rows, n, name="enter")(score, entry, order, start, by_token, by_position, corners)
 
-  def add_up(row, extra, lane, corners, *, along, across, backward):
-    sums = corners.at[row, extra]
-    inside = lane <= blocks
+  def add_up(row, which, lane, corners, *, along, across, backward):
     def go(i, total):
       places = [lane - lane + (i * AT_ONCE + j) for j in range(AT_ONCE)]
       index = [(blocks - place if backward else place) * along + lane * across for place in places]
-      values = [gather(sums, jnp.clip(x, 0, (blocks + 1) ** 2 - 1)) for x in index]
+      values = [_reader(corners, row, which)(x) for x in index]
       for place, x, value in zip(places, index, values):
         total = total + value                              # what lies beyond the last place is not stored
-        scatter(sums, x, total, inside & (place <= blocks))
+        scatter(corners.at[row, which], x, total, (lane <= blocks) & (place <= blocks))
       return total
     lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, lane - lane)
-  for options in (dict(along=blocks + 1, across=1, backward=False), dict(along=1, across=blocks + 1, backward=True)):
-    _kernel(lambda *args, options=options: add_up(*args, **options), rows, blocks + 1, staircase.SUMS, name="add_up")(corners)
+  for options in (dict(along=corner(1, 0), across=1, backward=False), dict(along=1, across=corner(1, 0), backward=True)):
+    _kernel(functools.partial(add_up, **options), rows, blocks + 1, staircase.SUMS, name="add_up")(corners)
 
-  def find_cuts(row, extra, line, score, start, lower, upper, corners, cuts):
-    own = read(row, score, start, corner_lower=lower, corner_upper=upper)
-    at = lambda c, column: gather(corners.at[row, c], jnp.minimum(line, blocks) * (blocks + 1) + column)
-    def search(over):
-      def halve(_, ends):
-        low, high = ends
-        middle = (low + high) >> 1
-        passes = over(middle) & (own.corner_upper(middle) < n)
-        return jnp.where((low < high) & passes, middle + 1, low), jnp.where((low < high) & staircase.no(passes), middle, high)
-      return lax.fori_loop(0, math.ceil(math.log2(blocks + 2)), halve, (line - line, line - line + blocks))[0]
-    def over(column):
-      event = staircase.next_event(problem, own, own.corner_lower(column), own.corner_upper(column))
-      return staircase.exceeds(problem, [at(c, column) for c in (COUNT, HIGH, LOW)], event)
-    for which, test in enumerate((over, lambda column: at(UPPER, column) > problem.k)):
-      scatter(cuts.at[row, which], line, search(test), line <= blocks)
-  _kernel(find_cuts, rows, blocks + 1, name="cuts")(score, start, lower, upper, corners, cuts)
+  def find_columns(row, which, line, by_position, corners, columns):
+    own = read(row, **by_position)
+    for number, over in enumerate(NEEDS):
+      @pl.when(which == number)
+      def _():
+        def not_over(column):
+          sums = {i: _reader(corners, row, i)(corner(line, column)) for i in NEEDS[over]}
+          position = column * problem.width
+          return staircase.no(over(problem, own, sums, position) & (position < 2 * n))
+        found = staircase.bisect(line - line, line - line + blocks, not_over, blocks)
+        scatter(columns.at[row, number], line, found, line <= blocks)
+  _kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns")({x: by_position[x] for x in ("at_high", "at_low")}, corners, columns)
 
-  def walk(row, extra, cell, score, entry, rank, order, start, lower, upper, corners, cuts, threshold, expiry):
-    own = read(row, score, start, entry=entry, rank=rank, corner_lower=lower, corner_upper=upper)
+  def walk(row, which, cell, by_token, by_position, corners, columns, by_query, passed):
+    own = read(row, **by_token, **by_position)
 
-    def run(which, walker, channels, write):
-      tile, line, column = staircase.tile_of(problem, own, lambda line: gather(cuts.at[row, which], jnp.clip(line, 0, blocks)), cell)
-      sums = [gather(corners.at[row, c], jnp.clip(line, 0, blocks) * (blocks + 1) + jnp.clip(column, 0, blocks)) for c in channels]
-      state, step = walker(problem, own, tile, sums)
+    def run(over, record):
+      tile = staircase.tile_of(problem, _reader(columns, row, which_of[over]), cell)
+      state, step = staircase.walk(problem, own, tile, over, [_reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]])
       def go(_, state):
-        state, index, value, where = step(state)
-        write(index, value, where)
+        state, found = step(state)
+        record(found)
         return state
       lax.fori_loop(0, problem.steps, go, state)
 
-    @pl.when(extra == 0)
-    def _():
-      run(0, staircase.walk_thresholds, (COUNT, HIGH, LOW), lambda query, tau, where: scatter(threshold.at[row], query, tau, where))
+    def record_cut(step):
+      where = step.cuts & (step.query < n)
+      whole, remainder = staircase.missing(problem, step.sums, own.at_high(step.position), own.at_low(step.position))
+      for name, x in dict(cut=step.position, missing=whole, remainder=remainder, count=step.sums[COUNT]).items():
+        scatter(by_query[name].at[row], step.query, x, where)
 
-    @pl.when(extra == 1)
+    @pl.when(which == which_of[staircase.gates_over])
     def _():
-      run(1, lambda problem, own, tile, sums: staircase.walk_expiry(problem, own, tile, *sums), (UPPER,),
-          lambda rank, query, where: scatter(expiry.at[row], _reader(order, row)(rank), query, where))
-  _kernel(walk, rows, problem.cells, 2, name="walk")(score, entry, rank, order, start, lower, upper, corners, cuts, threshold, expiry)
-  return threshold[...], expiry[...]
+      run(staircase.gates_over, record_cut)
+
+    @pl.when(which == which_of[staircase.number_over])
+    def _():
+      run(staircase.number_over, lambda step: scatter(passed.at[row], step.position, step.query, step.passes))
+  which_of = {over: number for number, over in enumerate(NEEDS)}
+  events = {name: by_position[name] for name in ("at_high", "at_low", "code")}
+  _kernel(walk, rows, problem.cells, len(NEEDS), name="walk")(by_token, events, corners, columns, by_query, passed)
+
+  def finish(row, _, lane, start, by_query, value, upper, passed, tau, expiry):
+    inside = lane < n
+    scatter(tau.at[row], lane, staircase.threshold(problem, read(row, start, value=value, **by_query), lane), inside)
+    upper = _reader(upper, row)(lane)
+    scatter(expiry.at[row], lane, _reader(passed, row)(upper), inside & (upper >= 0))
+  _kernel(finish, rows, n, name="finish")(start, by_query, by_position["value"], by_token["upper"], passed, tau, expiry)
+  return tau[...], expiry[...]
 
 
 @functools.partial(jax.jit, static_argnums=0)

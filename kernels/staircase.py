@@ -1,21 +1,22 @@
 """Thresholds and expiry of every causal prefix, exactly and in parallel: the steps, and XLA's way of running them.
 
-Sort the tokens of a row by score: a token's place is its *rank*. It changes its gate at two thresholds, its *events*: at u - 1 it leaves 1 (a lower event), at
-u it reaches 0 (an upper event); all events of a row in order are its *positions*, 2 n of them. For each query, the positions that "exceed", where the gates
-of the candidates would sum to more than k, come first: their number is the query's *cut*, which never decreases. Expiry asks the same of the number of
-candidates at or above a rank. In the plane of queries and positions the cut is a staircase, and the plane is tiled: `block` queries by 2 `block` positions.
+Sort the tokens of a row by score: a token's place is its *rank*. As the threshold rises its gate changes at two *events*: at u - 1 it leaves 1 (the lower
+event), at u it reaches 0 (the upper event); all events of a row in order have the *positions* 0 to 2 n - 1. For each query, the positions that are *over*,
+where the gates of its candidates would sum to more than k, come first: their number is the query's *cut*, which never decreases. Expiry asks the same of the
+number of candidates at or above a position. In the plane of queries and positions the cut is a staircase; the plane is tiled, `block` queries by 2 `block`
+positions:
 
-  1. `boundary`: which events lie before each tile's first position (the path on which two sorted lists merge);
-  2. `enter`: every candidate adds its two events to the sums of the tiles in which it enters; prefix sums then give the sums at every tile's corner;
-  3. `first_cell` and `cell_of`: the tiles that the staircase crosses, no more than rows and columns of tiles together;
-  4. `walk_thresholds`, `walk_expiry`: inside each of them follow the staircase step by step, one event or query at a time.
+  1. `place`: the positions of each token's events, by merging two sorted lists;
+  2. `enter`: every candidate adds its events to the sums of the tiles in which it enters; prefix sums then give the sums at every tile's corner;
+  3. `tile_of`: the tiles that the staircase crosses, no more than rows and columns of tiles together;
+  4. `walk`: follow the staircase through a tile, one event or one query a step.
 
 All tiles are walked together: O(n) work, O(sqrt n) steps one after the other. Sums are integers in fixed point, which wrap but never round, so a query's cut
-does not depend on how the plane was tiled. Documents follow each other among the positions as they do among the queries, and a token counts exactly 1 at
-every position of an earlier document, so nothing restarts.
+does not depend on how the plane is tiled. Documents follow each other among the positions as they do among the queries, and at every position of an earlier
+document a candidate's gate counts 1, so nothing restarts.
 
-A step reads arrays through functions (index -> element; indices may lie outside) and returns what it writes, so that the same code runs under XLA, here, and
-in GPU kernels (mosaic_selection.py).
+The steps read arrays through functions (index -> element; indices may lie outside), so that the same code runs under XLA, here, and in GPU kernels
+(mosaic_selection.py).
 """
 
 import functools
@@ -28,9 +29,9 @@ import jax.numpy as jnp
 
 from .varying import varying_like
 
-NEVER = 2 ** 30                  # the query at which a token enters that never does
-# What is summed over the events of candidates at or above a position: upper events; upper less lower ones (fractional gates); these weighted with where they
-# lie, high and low digit.
+NEVER = 2 ** 29                  # the query at which a token enters that never does
+# What is summed over the events of candidates from a position on: upper events; upper less lower ones, which is the number of fractional gates; these weighted
+# with where they lie, high and low digit.
 UPPER, COUNT, HIGH, LOW = range(4)
 SUMS = 4
 
@@ -53,6 +54,11 @@ class Problem(NamedTuple):
     return 2 ** max(3, (self.n.bit_length() - 1) // 2)
 
   @property
+  def width(self):
+    """Positions of a tile."""
+    return 2 * self.block
+
+  @property
   def blocks(self):
     """Tiles along either side."""
     return -(-self.n // self.block)
@@ -64,8 +70,35 @@ class Problem(NamedTuple):
 
   @property
   def steps(self):
-    """At most so many steps in a tile: each of its queries and positions, and one to end."""
-    return 3 * self.block + 2
+    """At most so many steps in a tile: each of its queries and positions, and those that begin and end."""
+    return self.block + self.width + 2
+
+
+class Read(NamedTuple):
+  """Functions index -> element; indices outside give anything.
+
+  By rank or token, as the step says: score, entry (query at which the token enters, or NEVER). By token: start, end (of its document; by rank they are the
+  same), upper, lower (positions of the token's events, -1 if it never enters), high, low (digits of its score). By position: at_high, at_low (digits of where
+  the event lies), code (2 entry, + 1 for lower events), value (where it lies, rounded). By query: threshold, or what `walk` finds: cut, missing, remainder,
+  count.
+  """
+  score: object = None
+  entry: object = None
+  start: object = None
+  end: object = None
+  upper: object = None
+  lower: object = None
+  high: object = None
+  low: object = None
+  at_high: object = None
+  at_low: object = None
+  code: object = None
+  value: object = None
+  threshold: object = None
+  cut: object = None
+  missing: object = None
+  remainder: object = None
+  count: object = None
 
 
 def no(x):
@@ -74,7 +107,7 @@ def no(x):
 
 
 def fixed_point(score, bits):
-  """Order-preserving integers (whole, fraction) with score = whole + fraction / 2^(2 bits).
+  """Order-preserving integers (whole, fraction) with score = whole + fraction / 2^(2 bits), rounded down.
 
   Beyond 2^24 neighbouring floats are 2 or more apart and only "more than 1 apart" matters, so they are numbered in steps of 2.
   """
@@ -100,189 +133,216 @@ def minus_one(score):
   return jnp.where(jnp.abs(score) >= 2.0 ** 24, next_below(score), score - 1)
 
 
-def digits(whole, fraction, bits):
-  """The same number in units of 2^-bits, which wraps, and 2^(-2 bits)."""
-  return (whole << bits) + (fraction >> bits), fraction & (2 ** bits - 1)
-
-
-class Read(NamedTuple):
-  """Functions index -> element; indices outside give anything.
-
-  score, entry: by rank; rank: by token; start: by token or rank, those of a document being the same; corner_lower, corner_upper [blocks + 1]: lower and upper events before each column of tiles.
-  """
-  score: object
-  entry: object = None
-  rank: object = None
-  start: object = None
-  corner_lower: object = None
-  corner_upper: object = None
-  end: object = None
-  threshold: object = None
-
-
-class Event(NamedTuple):
-  """The event at some position: of which rank's token, with which score, whether it is a lower one, and where it lies: rounded, and in fixed point."""
-  rank: jax.Array
-  score: jax.Array
-  is_lower: jax.Array
-  value: jax.Array
-  whole: jax.Array
-  fraction: jax.Array
-
-
-def next_event(problem, read, lower, upper):
-  """The event before which `lower` lower and `upper` upper events lie; at most as many upper ones, for u - 1 comes before u."""
-  score, other = read.score(lower), read.score(upper)
-  (whole, fraction), (other_whole, other_fraction) = (fixed_point(x, problem.bits) for x in (score, other))
-  value = minus_one(score)
-  # Truncation and rounding are monotone, so this order is that of both; one of the two alone would not agree with the other.
-  tie = (whole - 1 == other_whole) & ((fraction < other_fraction) | ((fraction == other_fraction) & (value <= other)))
-  is_lower = (whole - 1 < other_whole) | tie
-  if problem.packed:
-    is_lower &= read.start(lower) == read.start(upper)
-  is_lower &= lower < problem.n
-  choose = lambda a, b: jnp.where(is_lower, a, b)
-  return Event(choose(lower, upper), choose(score, other), is_lower, choose(value, other), choose(whole - 1, other_whole), choose(fraction, other_fraction))
-
-
-def boundary(problem, read, position):
-  """How many of the events before `position` are lower ones."""
+def bisect(low, high, test, size):
+  """The smallest integer in [low, high] that passes, elementwise; `high` is taken to pass; high - low <= size."""
   def halve(_, ends):
     low, high = ends
     middle = (low + high) >> 1
-    first = next_event(problem, read, middle, position - 1 - middle).is_lower
-    return jnp.where((low < high) & first, middle + 1, low), jnp.where((low < high) & no(first), middle, high)
-  ends = (position + 1) >> 1, jnp.minimum(position, problem.n)
-  return lax.fori_loop(0, math.ceil(math.log2(problem.n + 1)), halve, ends)[0]
+    passes = test(middle)
+    return jnp.where((low < high) & no(passes), middle + 1, low), jnp.where((low < high) & passes, middle, high)
+  return lax.fori_loop(0, size.bit_length(), halve, (low, high))[0]
 
 
-def last_at_most(read, value, size):
-  """The largest i < size with read(i) <= value, where read(0) <= value and read never decreases."""
-  def halve(_, ends):
-    low, high = ends
-    middle = (low + high) >> 1
-    below = read(middle) <= value
-    return jnp.where(below, middle, low), jnp.where(below, high, middle)
-  return lax.fori_loop(0, math.ceil(math.log2(max(size, 2))), halve, (value - value, value - value + size))[0]
+class Placed(NamedTuple):
+  """A rank's events: their positions; digits of the score, that is of where the upper event lies; where they lie, rounded."""
+  upper: jax.Array
+  lower: jax.Array
+  high: jax.Array
+  low: jax.Array
+  upper_value: jax.Array
+  lower_value: jax.Array
 
 
-def enter(problem, read, rank):
-  """How the candidate of a rank enters the sums: (row, column, weights) of its upper event, and of its lower one; row and column count tiles."""
-  row = (read.entry(rank) >> (problem.block.bit_length() - 1)) + 1                      # the first row of tiles in which it counts from the start
-  upper, lower = (last_at_most(first, rank, problem.blocks) for first in (read.corner_upper, read.corner_lower))
-  high, low = digits(*fixed_point(read.score(rank), problem.bits), problem.bits)
-  return (row, upper, {UPPER: 1, COUNT: 1, HIGH: high, LOW: low}), (row, lower, {COUNT: -1, HIGH: 2 ** problem.bits - high, LOW: -low})
+def place(problem, read, rank):
+  """Where the events of a rank's token are; `read` is by rank."""
+  score = read.score(rank)
+  whole, fraction = fixed_point(score, problem.bits)
+  document = read.start(rank) if problem.packed else 0
+
+  def lower_first(a, b):
+    """Does the lower event of a come before the upper event of b, of rank at most a's? Each a (whole, fraction, score, document)."""
+    # Rounding down and rounding are both monotone, so this order is that of both; one of the two alone would not agree with the other.
+    tie = (a[0] - 1 == b[0]) & ((a[1] < b[1]) | ((a[1] == b[1]) & (minus_one(a[2]) <= b[2])))
+    first = (a[0] - 1 < b[0]) | tie
+    return first & (a[3] == b[3]) if problem.packed else first
+
+  def other(rank):
+    score = read.score(rank)
+    return *fixed_point(score, problem.bits), score, read.start(rank) if problem.packed else 0
+
+  own = whole, fraction, score, document
+  before_lower = bisect(rank - rank, rank, lambda x: lower_first(own, other(x)), problem.n)
+  before_upper = bisect(rank, rank - rank + problem.n, lambda x: no(lower_first(other(x), own)), problem.n)
+  high, low = (whole << problem.bits) + (fraction >> problem.bits), fraction & (2 ** problem.bits - 1)
+  return Placed(rank + before_upper, rank + before_lower, high, low, score, minus_one(score))
 
 
-def missing(problem, sums, event):
-  """k less the sum of gates at an event, given the sums from it on: (in 2^-bits, less a remainder in 2^(-2 bits))."""
-  count, high, low = sums
-  at_high, at_low = digits(event.whole, event.fraction, problem.bits)
-  low = low - count * at_low
-  return (problem.k << problem.bits) - (high - count * at_high) - (low >> problem.bits), low & (2 ** problem.bits - 1)
+def enter(problem, placed, entry):
+  """How a candidate enters the sums: (row, column, weights) of its upper event, and of its lower one; row and column count tiles."""
+  row = (entry >> (problem.block.bit_length() - 1)) + 1   # the first row of tiles in which it counts from the start; beyond the last for NEVER
+  column = lambda position: position >> (problem.width.bit_length() - 1)
+  upper = {UPPER: 1, COUNT: 1, HIGH: placed.high, LOW: placed.low}
+  lower = {COUNT: -1, HIGH: 2 ** problem.bits - placed.high, LOW: -placed.low}
+  return (row, column(placed.upper), upper), (row, column(placed.lower), lower)
 
 
-def exceeds(problem, sums, event):
-  """Do the gates at an event sum to more than k?"""
-  coarse, fine = missing(problem, sums, event)
-  return (coarse < 0) | ((coarse == 0) & (fine > 0))
+def missing(problem, sums, at_high, at_low):
+  """k less the sum of gates at an event, given the sums from it on: in 2^-bits, less a remainder in 2^(-2 bits)."""
+  low = sums[LOW] - sums[COUNT] * at_low
+  whole = (problem.k << problem.bits) - (sums[HIGH] - sums[COUNT] * at_high) - (low >> problem.bits)
+  return whole, low & (2 ** problem.bits - 1)
 
 
-def cell_of(problem, cuts, cell):
-  """(row, column) of the cell-th tile on the staircase; column > cuts(row + 1) means that there are fewer.
+def gates_over(problem, read, sums, position):
+  """Would the gates at a position sum to more than k, given the sums from it on?"""
+  whole, remainder = missing(problem, sums, read.at_high(position), read.at_low(position))
+  return (whole < 0) | ((whole == 0) & (remainder > 0))
 
-  cuts: row -> how many columns begin with a position that exceeds at the last query before the row. Tile (row, column) holds the cuts *after* the first
-  position of column - 1, up to the first position of `column`.
-  """
-  row = last_at_most(lambda row: cuts(row) + row, cell, problem.blocks)
-  return row, cell - row
+
+def number_over(problem, read, sums, position):
+  """Are there more than k candidates at or above a position?"""
+  return sums[UPPER] > problem.k
+
+
+# Which sums each test needs.
+NEEDS = {gates_over: (COUNT, HIGH, LOW), number_over: (UPPER,)}
 
 
 class Tile(NamedTuple):
-  """query: the last one before the tile. lower, upper: events before its first position. Bounds: cuts in (bottom, top], queries below `end`."""
-  query: jax.Array
+  """A tile: cuts in (bottom, top], or 0 where bottom is -1, of queries first + 1 to end - 1; its row, and the column of its first position."""
+  first: jax.Array
   end: jax.Array
-  lower: jax.Array
-  upper: jax.Array
   bottom: jax.Array
   top: jax.Array
-  top_upper: jax.Array
+  row: jax.Array
+  column: jax.Array
 
 
-def tile_of(problem, read, cuts, cell):
-  """(Tile, its row, the column of its first position) of a cell; one that is not there has no queries."""
-  row, column = cell_of(problem, cuts, cell)
-  first = jnp.maximum(column - 1, 0)
-  query, width = row * problem.block - 1, 2 * problem.block
-  end = jnp.where(column > cuts(row + 1), query, query + 1 + problem.block)
-  bottom = jnp.where(column > 0, first * width, -1)
-  return Tile(query, end, read.corner_lower(first), read.corner_upper(first), bottom, column * width, read.corner_upper(column)), row, first
+def tile_of(problem, columns, cell):
+  """The cell-th tile on the staircase; one that is not there has no queries.
 
-
-def newcomer(problem, read, query):
-  """(does a token enter at this query, its rank)."""
-  rank = read.rank(query - problem.delay)
-  return (query >= problem.delay) & (read.entry(rank) == query), rank
-
-
-def walk_thresholds(problem, read, tile, sums):
-  """The staircase of the thresholds: (state, step: state -> (state, query, its threshold, whether this step found it))."""
-  state = tile.query, tile.lower, tile.upper, *sums, (tile.query - tile.query).astype(jnp.float32)
-
-  def step(state):
-    query, lower, upper, count, high, low, last = state
-    event = next_event(problem, read, lower, upper)
-    position, active = lower + upper, query < tile.end
-    coarse, fine = missing(problem, (count, high, low), event)
-    over = ((coarse < 0) | ((coarse == 0) & (fine > 0))) & (upper < problem.n)
-    # Not over: this is the cut, and the next query may come.
-    found = active & no(over)
-    tau = jnp.where(position > (2 * read.start(query) if problem.packed else 0), threshold(problem, coarse, fine, count, event.value, last), -jnp.inf)
-    enters, rank = newcomer(problem, read, query + 1)
-    whole, fraction = digits(*fixed_point(read.score(rank), problem.bits), problem.bits)
-    above, whole_above = (found & enters & (rank >= x) for x in (upper, lower))
-    # Over: its sums end here.
-    passes, leaves = active & over & (position < tile.top), active & over & (position >= tile.top)
-    at_high, at_low = digits(*fixed_point(event.score, problem.bits), problem.bits)
-    entered = passes & (read.entry(event.rank) <= query)
-    sign = jnp.where(event.is_lower, -1, 1)
-    one = 2 ** problem.bits
-    count += jnp.where(above, 1, 0) - jnp.where(whole_above, 1, 0) - jnp.where(entered, sign, 0)
-    high += jnp.where(above, whole, 0) - jnp.where(whole_above, whole - one, 0) - jnp.where(entered, sign * jnp.where(event.is_lower, at_high - one, at_high), 0)
-    low += jnp.where(above, fraction, 0) - jnp.where(whole_above, fraction, 0) - jnp.where(entered, sign * at_low, 0)
-    next_query = jnp.where(leaves, tile.end, jnp.where(found, query + 1, query))
-    lower, upper = (jnp.where(passes & kind, x + 1, x) for x, kind in ((lower, event.is_lower), (upper, no(event.is_lower))))
-    state = next_query, lower, upper, count, high, low, jnp.where(passes, event.value, last)
-    return state, query, tau, found & (query > tile.query) & (position > tile.bottom) & (query < problem.n)
-  return state, step
-
-
-def threshold(problem, coarse, fine, count, value, last):
-  """tau on the piece between the events at `last` and `value`, given the missing sum at the latter and the number of fractional gates; rounded down.
-
-  It never decreases from query to query, and lies strictly below `value` where anything is missing.
+  columns: row of tiles -> how many columns of tiles begin with a position that is over, at the last query before the row.
   """
-  count = jnp.maximum(count, 1)
-  extra = count - 1 - fine
-  coarse, fine = coarse + (extra >> problem.bits), extra & (2 ** problem.bits - 1)
-  whole = lax.div(coarse, count)
-  fraction = lax.div(((coarse - whole * count) << problem.bits) + fine, count)
-  step = whole.astype(jnp.float32) * 2.0 ** -problem.bits + fraction.astype(jnp.float32) * 2.0 ** (-2 * problem.bits)
-  return jnp.maximum(jnp.where(step > 0, jnp.minimum(value - step, next_below(value)), value), last)
+  row = bisect(cell - cell, cell - cell + (problem.blocks - 1), lambda row: columns(row + 1) + (row + 1) > cell, problem.blocks)
+  column = cell - row
+  first = row * problem.block - 1
+  end = jnp.where(column > columns(row + 1), first, first + 1 + problem.block)
+  bottom = jnp.where(column > 0, (column - 1) * problem.width, -1)
+  return Tile(first, end, bottom, column * problem.width, row, jnp.maximum(column - 1, 0))
 
 
-def walk_expiry(problem, read, tile, count):
-  """The staircase of the k best: (state, step: state -> (state, rank, the query at which it drops out, whether this step found it))."""
+class Step(NamedTuple):
+  """One step of a walk, at a query and a position with the sums from there on: the position is the query's cut, or the query is the first to pass it."""
+  query: jax.Array
+  position: jax.Array
+  sums: dict
+  cuts: jax.Array
+  passes: jax.Array
+
+
+def walk(problem, read, tile, over, sums):
+  """(state, state -> (state, Step)): the staircase of `over` through a tile, from its corner on; `sums` as in NEEDS."""
+  which = NEEDS[over]
+
   def step(state):
-    query, upper, count = state
+    query, position, *sums = state
+    sums = dict(zip(which, sums))
     active = query < tile.end
-    over = (count > problem.k) & (upper < problem.n)
-    passes, leaves, waits = active & over & (upper < tile.top_upper), active & over & (upper >= tile.top_upper), active & no(over)
-    enters, rank = newcomer(problem, read, query + 1)
-    count += jnp.where(waits & enters & (rank >= upper), 1, 0) - jnp.where(passes & (read.entry(upper) <= query), 1, 0)
-    next_query = jnp.where(leaves, tile.end, jnp.where(waits, query + 1, query))
-    return (next_query, jnp.where(passes, upper + 1, upper), count), upper, query, passes & (query > tile.query)
-  return (tile.query, tile.upper, count), step
+    is_over = over(problem, read, sums, position) & (position < 2 * problem.n)
+    waits, passes, leaves = active & no(is_over), active & is_over & (position < tile.top), active & is_over & (position >= tile.top)
+    # One query on, a token may enter.
+    token = query + 1 - problem.delay
+    enters = waits & (token >= 0)
+    upper, lower = (jnp.where(enters & (event(token) >= position), 1, 0) for event in (read.upper, read.lower))
+    # One position on, its event counts no longer.
+    code = read.code(position)
+    gone = passes & ((code >> 1) <= query)
+    is_lower = (code & 1) == 1
+    sign = jnp.where(gone, jnp.where(is_lower, -1, 1), 0)
+    change = {
+        UPPER: lambda: upper - jnp.where(gone & no(is_lower), 1, 0),
+        COUNT: lambda: upper - lower - sign,
+        HIGH: lambda: upper * read.high(token) - lower * (read.high(token) - 2 ** problem.bits) - sign * read.at_high(position),
+        LOW: lambda: (upper - lower) * read.low(token) - sign * read.at_low(position),
+    }
+    new = query > tile.first
+    found = Step(query, position, sums, waits & new & (position > tile.bottom), passes & new)
+    state = (jnp.where(leaves, tile.end, jnp.where(waits, query + 1, query)), jnp.where(passes, position + 1, position),
+             *(sums[i] + change[i]() for i in which))
+    return state, found
+  return (tile.first, jnp.maximum(tile.bottom, 0), *sums), step
+
+
+def threshold(problem, read, query):
+  """tau of a query, on the piece that ends at its cut; it never decreases from query to query, and lies strictly below the events that are not over."""
+  cut, count = read.cut(query), jnp.maximum(read.count(query), 1)
+  # The quotient is rounded up, digit by digit.
+  extra = count - 1 - read.remainder(query)
+  whole, extra = read.missing(query) + (extra >> problem.bits), extra & (2 ** problem.bits - 1)
+  high = lax.div(whole, count)
+  low = lax.div(((whole - high * count) << problem.bits) + extra, count)
+  step = high.astype(jnp.float32) * 2.0 ** -problem.bits + low.astype(jnp.float32) * 2.0 ** (-2 * problem.bits)
+  value = read.value(cut)
+  tau = jnp.where(step > 0, jnp.minimum(value - step, next_below(value)), value)
+  start = read.start(query) if problem.packed else 0
+  return jnp.where(cut > 2 * start, jnp.maximum(tau, read.value(cut - 1)), -jnp.inf)     # at the lowest event of a document every gate is 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def solve(problem, score, entry, order, start):
+  """Thresholds by query, and by token the first query at which it is not among the k best: [n] each.
+
+  Of a token that is never a candidate the latter is 0, of one that is never driven out it is n.
+
+  score [n] float32, entry [n], order [n]: of each rank's token, its score, the query at which it enters (or NEVER), and which it is.
+  start [n]: the first token of each token's document.
+  """
+  n, blocks = problem.n, problem.blocks
+  placed = place(problem, Read(_reader(score), start=_reader(start)), jnp.arange(n, dtype=jnp.int32))
+  position = jnp.concatenate([placed.upper, placed.lower])
+  by_position = lambda upper, lower: jnp.zeros(2 * n, upper.dtype).at[position].set(jnp.concatenate([upper, lower]), unique_indices=True)
+  by_token = lambda x: jnp.zeros(n, jnp.int32).at[order].set(x, unique_indices=True)
+  candidate = entry < NEVER
+  upper = by_token(jnp.where(candidate, placed.upper, -1))
+  at_high, value = by_position(placed.high, placed.high - 2 ** problem.bits), by_position(placed.upper_value, placed.lower_value)
+  read = Read(*[None] * 2, _reader(start), None, _reader(upper), *map(_reader, (
+      by_token(jnp.where(candidate, placed.lower, -1)), by_token(placed.high), by_token(placed.low), at_high, by_position(placed.low, placed.low),
+      by_position(2 * entry, 2 * entry + 1), value)))
+
+  sums = jnp.zeros((SUMS, blocks + 1, blocks + 1), jnp.int32)
+  for row, column, weights in enter(problem, placed, entry):
+    for which, weight in weights.items():
+      sums = sums.at[which, row, column].add(weight, mode="drop")
+  sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
+
+  def run(over, size, record):
+    """[size] int32, what `record` makes of each step: (index, whether it is one, values)."""
+    position = jnp.arange(blocks + 1, dtype=jnp.int32) * problem.width
+    columns = jnp.sum(over(problem, read, sums, position) & (position < 2 * n), axis=1, dtype=jnp.int32)
+    tile = tile_of(problem, _reader(columns), jnp.arange(problem.cells, dtype=jnp.int32))
+    state, step = walk(problem, read, tile, over, [sums[i, tile.row, tile.column] for i in NEEDS[over]])
+
+    def go(_, carry):
+      state, step_found = step(carry[0])
+      index, where, values = record(step_found)
+      return state, carry[1].at[jnp.where(where, index, size)].set(jnp.stack(values, axis=-1), mode="drop", unique_indices=True)
+    values = jax.eval_shape(lambda state: record(step(state)[1])[2], state)
+    out = jnp.full((size, len(values)), n, jnp.int32)
+    carry = tuple(varying_like(x, score) for x in state), varying_like(out, score)
+    return lax.fori_loop(0, problem.steps, go, carry)[1].T
+
+  def record_cut(step):
+    lacks = missing(problem, step.sums, read.at_high(step.position), read.at_low(step.position))
+    return step.query, step.cuts & (step.query < n), (step.position, *lacks, step.sums[COUNT])
+  found = run(gates_over, n, record_cut)
+  cut, missing_, remainder, count = map(_reader, found)
+  tau = threshold(problem, read._replace(cut=cut, missing=missing_, remainder=remainder, count=count), jnp.arange(n, dtype=jnp.int32))
+  passed, = run(number_over, 2 * n, lambda step: (step.position, step.passes, (step.query,)))
+  return tau, jnp.where(upper >= 0, passed[upper], 0)
+
+
+def _reader(x):
+  return lambda i: x.at[jnp.clip(i, 0, x.shape[0] - 1)].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def interval(read, token, delay, n):
@@ -292,63 +352,9 @@ def interval(read, token, delay, n):
   score = jnp.minimum(jnp.where(candidate, score, 0.), float(jnp.finfo(jnp.float32).max))
   entry = jnp.minimum(token + delay, end)
   one = jnp.where(jnp.abs(score) >= 2.0 ** 24, score, score - 1)                        # thresholds above it leave the gate below 1
-  def search(reached):
-    def halve(_, ends):
-      low, high = ends
-      middle = (low + high) >> 1
-      passes = reached(read.threshold(middle))
-      return jnp.where((low < high) & no(passes), middle + 1, low), jnp.where((low < high) & passes, middle, high)
-    return lax.fori_loop(0, math.ceil(math.log2(n + 1)), halve, (entry, end))[0]
-  first, last = search(lambda tau: tau > one), search(lambda tau: tau >= score)
+  first = bisect(entry, end, lambda i: read.threshold(i) > one, n)
+  last = bisect(entry, end, lambda i: read.threshold(i) >= score, n)
   return jnp.where(candidate, jnp.minimum(first, last), last), last
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def solve(problem, score, entry, order, start):
-  """Thresholds by query, and by token the first query at which it is not among the k best, n where there is none: [n] each.
-
-  score [n] float32, entry [n], order [n]: of each rank's token, its score, the query at which it enters (or NEVER), and which it is.
-  start [n]: the first token of each token's document.
-  """
-  n, blocks, width = problem.n, problem.blocks, 2 * problem.block
-  rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
-  read = Read(*map(_reader, (score, entry, rank, start)))
-  position = jnp.minimum(jnp.arange(blocks + 1, dtype=jnp.int32) * width, 2 * n)
-  lower = boundary(problem, read, position)
-  upper = position - lower
-  read = read._replace(corner_lower=_reader(lower), corner_upper=_reader(upper))
-
-  events = enter(problem, read, jnp.arange(n, dtype=jnp.int32))
-  sums = jnp.zeros((SUMS, blocks + 1, blocks + 1), jnp.int32)
-  for row, column, weights in events:
-    for which, weight in weights.items():
-      sums = sums.at[which, row, column].add(weight, mode="drop")
-  sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
-
-  event = next_event(problem, read, lower, upper)
-  over = (upper < n) & jnp.stack([exceeds(problem, sums[COUNT:], event), sums[UPPER] > problem.k])
-  cuts = jnp.sum(over, axis=2, dtype=jnp.int32)
-  cell = jnp.arange(problem.cells, dtype=jnp.int32)
-
-  tile, row, column = tile_of(problem, read, _reader(cuts[0]), cell)
-  threshold = _run(problem, walk_thresholds(problem, read, tile, sums[COUNT:, row, column]), jnp.full(n, jnp.nan))
-  tile, row, column = tile_of(problem, read, _reader(cuts[1]), cell)
-  expiry = _run(problem, walk_expiry(problem, read, tile, sums[UPPER, row, column]), jnp.full(n, n, jnp.int32))
-  return threshold, expiry[rank]
-
-
-def _run(problem, walk, out):
-  state, step = walk
-  def go(_, carry):
-    state, out = carry
-    state, index, value, where = step(state)
-    return state, out.at[jnp.where(where, index, problem.n)].set(value, mode="drop", unique_indices=True)
-  state = tuple(varying_like(x, out) for x in state)
-  return lax.fori_loop(0, problem.steps, go, (state, out))[1]
-
-
-def _reader(x):
-  return lambda i: x.at[jnp.clip(i, 0, x.shape[0] - 1)].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 @functools.partial(jax.jit, static_argnums=4)
