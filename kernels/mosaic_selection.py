@@ -21,6 +21,53 @@ AT_ONCE = 8                      # loads that a scan has under way
 SEGMENT = 128                    # queries that a thread adds up
 
 
+def gather(ref, index):
+  """ref[index] in every lane; `ref` has one axis."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=plgpu.ShapeDtypeStruct((LANES,), ref.dtype, layout=LAYOUT))
+  def load(_, ref, index):
+    signed = None if jnp.issubdtype(dtype, jnp.floating) else True
+    return index.foreach(lambda i, _: memref.load(ref, [_index(i)]), create_array=True, is_signed=signed)
+  dtype = ref.dtype
+  return load(ref, index)
+
+
+def gather_row(ref, index):
+  """The four int32 of ref[index] in every lane, tuple of arrays."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4)
+  def load(_, ref, index):
+    def column(i, c):
+      row = llvm.load(_row_type(), _row_address(ref, i), alignment=16)          # the same for all four
+      return vector.extract(row, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c]))
+    return tuple(index.foreach(lambda i, _, c=c: column(i, c), create_array=True, is_signed=True) for c in range(4))
+  return tuple(load(ref, index))
+
+
+def scatter(ref, index, value, where, add=False):
+  """ref[index] = value, or += value atomically, in the lanes where `where`; `ref` has one axis."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
+  def store(_, ref, index, value, where):
+    index, value, where = map(_element, (index, value, where))
+    with ir.InsertionPoint(scf.IfOp(where).then_block):
+      if add:
+        address = utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(ir.IntegerType.get_signless(64), index)], value.type)
+        llvm.atomicrmw(llvm.AtomicBinOp.add, address, value, llvm.AtomicOrdering.monotonic, syncscope="device")
+      else:
+        memref.store(value, ref, [_index(index)])
+      scf.yield_([])
+  store(ref, index, jnp.where(where, value, 0), where)       # inlined code cannot take constants
+
+
+def scatter_row(ref, index, values, where):
+  """ref[index] = values, four int32, in the lanes where `where`."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[LAYOUT] * 6))
+  def store(_, ref, index, where, *values):
+    index, where, *values = map(_element, (index, where, *values))
+    with ir.InsertionPoint(scf.IfOp(where).then_block):
+      llvm.store(vector.from_elements(_row_type(), values), _row_address(ref, index), alignment=16)
+      scf.yield_([])
+  store(ref, index, where, *(jnp.where(where, value, 0) for value in values))
+
+
 def _element(x):
   register = x.registers.flat[0]
   if not isinstance(register.type, ir.VectorType):
@@ -28,33 +75,16 @@ def _element(x):
   return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
 
 
-def _index(x):
-  return [arith.index_cast(ir.IndexType.get(), _element(x))]
+def _index(i):
+  return arith.index_cast(ir.IndexType.get(), i)
 
 
-def gather(ref, index):
-  """ref[index] in every lane; `ref` has one axis."""
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=plgpu.ShapeDtypeStruct((LANES,), ref.dtype, layout=LAYOUT))
-  def load(_, ref, index):
-    signed = None if jnp.issubdtype(dtype, jnp.floating) else True
-    return index.foreach(lambda *_: memref.load(ref, _index(index)), create_array=True, is_signed=signed)
-  dtype = ref.dtype
-  return load(ref, index)
+def _row_type():
+  return ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
 
 
-def scatter(ref, index, value, where, add=False):
-  """ref[index] = value, or += value atomically, in the lanes where `where`; `ref` has one axis."""
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
-  def store(_, ref, index, value, where):
-    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
-      if add:
-        i64 = ir.IntegerType.get_signless(64)
-        address = utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(i64, _element(index))], _element(value).type)
-        llvm.atomicrmw(llvm.AtomicBinOp.add, address, _element(value), llvm.AtomicOrdering.monotonic, syncscope="device")
-      else:
-        memref.store(_element(value), ref, _index(index))
-      scf.yield_([])
-  store(ref, index, jnp.where(where, value, 0), where)       # inlined code cannot take constants
+def _row_address(ref, i):
+  return utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(ir.IntegerType.get_signless(64), i)], _row_type())
 
 
 def lanes(axis="block"):
@@ -63,8 +93,10 @@ def lanes(axis="block"):
 
 
 def _reader(ref, *row):
-  """index -> ref[row, index]."""
-  return lambda index: gather(ref.at[row], jnp.clip(index, 0, ref.shape[-1] - 1))
+  """index -> ref[row, index], or the four elements of that row."""
+  if ref.ndim == len(row) + 1:
+    return lambda index: gather(ref.at[row], jnp.clip(index, 0, ref.shape[-1] - 1))
+  return lambda index: gather_row(ref.at[row], jnp.clip(index, 0, ref.shape[-2] - 1))
 
 
 def _kernel(body, rows, size, *extra, name):
@@ -107,34 +139,21 @@ def _solve(problem, score, entry, order, start):
   corner = lambda row, column: row * (blocks + 1) + column
   new = lambda *shape, fill=0, dtype=jnp.int32: jax.new_ref(jnp.full((rows, *shape), fill, dtype))
   score, entry, order, start = (jax.new_ref(x) for x in (score, entry, order, start))
-  by_token = {name: new(n, fill=fill) for name, fill in (("upper", -1), ("lower", -1), ("high", 0), ("low", 0))}
-  by_position = dict(at_high=new(2 * n), at_low=new(2 * n), code=new(2 * n), value=new(2 * n, dtype=jnp.float32))
-  by_query = dict(cut=new(n), missing=new(n), remainder=new(n), count=new(n))
-  corners = new(staircase.SUMS, (blocks + 1) ** 2)
-  columns = new(len(NEEDS), blocks + 1)
+  tokens, events, found = new(n, 4), new(2 * n, 4), new(n, 4)
+  corners, columns = new(staircase.SUMS, (blocks + 1) ** 2), new(len(NEEDS), blocks + 1)
   tau, passed, expiry = new(n, fill=jnp.nan, dtype=jnp.float32), new(2 * n, fill=n), new(n)
 
-  def read(row, start=None, **refs):
-    start = None if start is None else _reader(start, row // heads)
-    return staircase.Read(start=start, **{name: _reader(ref, row) for name, ref in refs.items()})
-
-  def enter(row, _, lane, score, entry, order, start, by_token, by_position, corners):
+  def enter(row, _, lane, score, entry, order, start, tokens, events, corners):
     inside = lane < n
-    placed = staircase.place(problem, read(row, start, score=score), lane)
     entry, token = (_reader(ref, row)(lane) for ref in (entry, order))
-    candidate = inside & (entry < staircase.NEVER)
-    for name, value in (("upper", placed.upper), ("lower", placed.lower), ("high", placed.high), ("low", placed.low)):
-      scatter(by_token[name].at[row], token, value, candidate)
-    one = 2 ** problem.bits
-    upper = placed.upper, placed.high, 2 * entry, placed.upper_value
-    lower = placed.lower, placed.high - one, 2 * entry + 1, placed.lower_value
-    for at, high, code, value in (upper, lower):
-      for name, x in dict(at_high=high, at_low=placed.low, code=code, value=value).items():
-        scatter(by_position[name].at[row], at, x, inside)
+    placed = staircase.place(problem, staircase.Read(_reader(score, row), _reader(start, row // heads)), lane, entry)
+    scatter_row(tokens.at[row], token, placed.token, inside)
+    scatter_row(events.at[row], placed.upper, placed.upper_event, inside)
+    scatter_row(events.at[row], placed.lower, placed.lower_event, inside)
     for line, column, weights in staircase.enter(problem, placed, entry):
       for which, weight in weights.items():
-        scatter(corners.at[row, which], corner(line, column), weight, candidate, add=True)
-  _kernel(enter, rows, n, name="enter")(score, entry, order, start, by_token, by_position, corners)
+        scatter(corners.at[row, which], corner(line, column), weight, inside & (line <= blocks), add=True)
+  _kernel(enter, rows, n, name="enter")(score, entry, order, start, tokens, events, corners)
 
   def add_up(row, which, lane, corners, *, along, across, backward):
     def go(i, total):
@@ -149,54 +168,43 @@ def _solve(problem, score, entry, order, start):
   for options in (dict(along=corner(1, 0), across=1, backward=False), dict(along=1, across=corner(1, 0), backward=True)):
     _kernel(functools.partial(add_up, **options), rows, blocks + 1, staircase.SUMS, name="add_up")(corners)
 
-  def find_columns(row, which, line, by_position, corners, columns):
-    own = read(row, **by_position)
+  def find_columns(row, which, line, events, corners, columns):
     for number, over in enumerate(NEEDS):
       @pl.when(which == number)
       def _():
         def not_over(column):
           sums = {i: _reader(corners, row, i)(corner(line, column)) for i in NEEDS[over]}
           position = column * problem.width
-          return staircase.no(over(problem, own, sums, position) & (position < 2 * n))
-        found = staircase.bisect(line - line, line - line + blocks, not_over, blocks)
-        scatter(columns.at[row, number], line, found, line <= blocks)
-  _kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns")({x: by_position[x] for x in ("at_high", "at_low")}, corners, columns)
+          return staircase.no(over(problem, sums, _reader(events, row)(position)) & (position < 2 * n))
+        value = staircase.bisect(line - line, line - line + blocks, not_over, blocks)
+        scatter(columns.at[row, number], line, value, line <= blocks)
+  _kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns")(events, corners, columns)
 
-  def walk(row, which, cell, by_token, by_position, corners, columns, by_query, passed):
-    own = read(row, **by_token, **by_position)
-
-    def run(over, record):
-      tile = staircase.tile_of(problem, _reader(columns, row, which_of[over]), cell)
-      state, step = staircase.walk(problem, own, tile, over, [_reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]])
-      def go(_, state):
-        state, found = step(state)
-        record(found)
-        return state
-      lax.fori_loop(0, problem.steps, go, state)
-
+  def walk(row, which, cell, tokens, events, corners, columns, found, passed):
     def record_cut(step):
-      where = step.cuts & (step.query < n)
-      whole, remainder = staircase.missing(problem, step.sums, own.at_high(step.position), own.at_low(step.position))
-      for name, x in dict(cut=step.position, missing=whole, remainder=remainder, count=step.sums[COUNT]).items():
-        scatter(by_query[name].at[row], step.query, x, where)
+      values = step.position, *staircase.missing(problem, step.sums, step.event), step.sums[COUNT]
+      scatter_row(found.at[row], step.query, values, step.cuts & (step.query < n))
 
-    @pl.when(which == which_of[staircase.gates_over])
-    def _():
-      run(staircase.gates_over, record_cut)
+    record = {staircase.gates_over: record_cut, staircase.number_over: lambda step: scatter(passed.at[row], step.position, step.query, step.passes)}
+    for number, over in enumerate(NEEDS):
+      @pl.when(which == number)
+      def _():
+        tile = staircase.tile_of(problem, _reader(columns, row, number), cell)
+        sums = [_reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]]
+        state, step = staircase.walk(problem, staircase.Read(token=_reader(tokens, row), event=_reader(events, row)), tile, over, sums)
+        def go(_, state):
+          state, at = step(state)
+          record[over](at)
+          return state
+        lax.fori_loop(0, problem.steps, go, state)
+  _kernel(walk, rows, problem.cells, len(NEEDS), name="walk")(tokens, events, corners, columns, found, passed)
 
-    @pl.when(which == which_of[staircase.number_over])
-    def _():
-      run(staircase.number_over, lambda step: scatter(passed.at[row], step.position, step.query, step.passes))
-  which_of = {over: number for number, over in enumerate(NEEDS)}
-  events = {name: by_position[name] for name in ("at_high", "at_low", "code")}
-  _kernel(walk, rows, problem.cells, len(NEEDS), name="walk")(by_token, events, corners, columns, by_query, passed)
-
-  def finish(row, _, lane, start, by_query, value, upper, passed, tau, expiry):
-    inside = lane < n
-    scatter(tau.at[row], lane, staircase.threshold(problem, read(row, start, value=value, **by_query), lane), inside)
-    upper = _reader(upper, row)(lane)
-    scatter(expiry.at[row], lane, _reader(passed, row)(upper), inside & (upper >= 0))
-  _kernel(finish, rows, n, name="finish")(start, by_query, by_position["value"], by_token["upper"], passed, tau, expiry)
+  def finish(row, _, lane, start, tokens, events, found, passed, tau, expiry):
+    own = staircase.Read(start=_reader(start, row // heads), token=_reader(tokens, row), event=_reader(events, row), found=_reader(found, row))
+    scatter(tau.at[row], lane, staircase.threshold(problem, own, lane), lane < n)
+    upper = own.token(lane)[0]
+    scatter(expiry.at[row], lane, _reader(passed, row)(upper), (lane < n) & (upper >= 0))
+  _kernel(finish, rows, n, name="finish")(start, tokens, events, found, passed, tau, expiry)
   return tau[...], expiry[...]
 
 

@@ -75,30 +75,21 @@ class Problem(NamedTuple):
 
 
 class Read(NamedTuple):
-  """Functions index -> element; indices outside give anything.
+  """Functions index -> element, or tuple of four; indices outside give anything.
 
-  By rank or token, as the step says: score, entry (query at which the token enters, or NEVER). By token: start, end (of its document; by rank they are the
-  same), upper, lower (positions of the token's events, -1 if it never enters), high, low (digits of its score). By position: at_high, at_low (digits of where
-  the event lies), code (2 entry, + 1 for lower events), value (where it lies, rounded). By query: threshold, or what `walk` finds: cut, missing, remainder,
-  count.
+  By rank or by token, as the step says: score, start (first token of its document; the same for its rank). By token: end (of its document). By query:
+  threshold. Rows of four int32:
+    token, by token: positions of its upper and lower event, -1 if it is never a candidate; high and low digit of its score.
+    event, by position: high and low digit of where it lies; 2 entry (query at which the token enters, or NEVER), + 1 for a lower event; bits of the float.
+    found, by query: its cut; `missing` there, two numbers; number of fractional gates.
   """
   score: object = None
-  entry: object = None
   start: object = None
   end: object = None
-  upper: object = None
-  lower: object = None
-  high: object = None
-  low: object = None
-  at_high: object = None
-  at_low: object = None
-  code: object = None
-  value: object = None
   threshold: object = None
-  cut: object = None
-  missing: object = None
-  remainder: object = None
-  count: object = None
+  token: object = None
+  event: object = None
+  found: object = None
 
 
 def no(x):
@@ -144,16 +135,15 @@ def bisect(low, high, test, size):
 
 
 class Placed(NamedTuple):
-  """A rank's events: their positions; digits of the score, that is of where the upper event lies; where they lie, rounded."""
+  """A rank's events: their positions; their rows of `Read.event`; its token's row of `Read.token`."""
   upper: jax.Array
   lower: jax.Array
-  high: jax.Array
-  low: jax.Array
-  upper_value: jax.Array
-  lower_value: jax.Array
+  upper_event: tuple
+  lower_event: tuple
+  token: tuple
 
 
-def place(problem, read, rank):
+def place(problem, read, rank, entry):
   """Where the events of a rank's token are; `read` is by rank."""
   score = read.score(rank)
   whole, fraction = fixed_point(score, problem.bits)
@@ -173,34 +163,39 @@ def place(problem, read, rank):
   own = whole, fraction, score, document
   before_lower = bisect(rank - rank, rank, lambda x: lower_first(own, other(x)), problem.n)
   before_upper = bisect(rank, rank - rank + problem.n, lambda x: no(lower_first(other(x), own)), problem.n)
+  upper, lower = rank + before_upper, rank + before_lower
   high, low = (whole << problem.bits) + (fraction >> problem.bits), fraction & (2 ** problem.bits - 1)
-  return Placed(rank + before_upper, rank + before_lower, high, low, score, minus_one(score))
+  bits = lambda x: lax.bitcast_convert_type(x, jnp.int32)
+  only = lambda x: jnp.where(entry < NEVER, x, -1)
+  return Placed(upper, lower, (high, low, 2 * entry, bits(score)), (high - 2 ** problem.bits, low, 2 * entry + 1, bits(minus_one(score))),
+                (only(upper), only(lower), high, low))
 
 
 def enter(problem, placed, entry):
   """How a candidate enters the sums: (row, column, weights) of its upper event, and of its lower one; row and column count tiles."""
   row = (entry >> (problem.block.bit_length() - 1)) + 1   # the first row of tiles in which it counts from the start; beyond the last for NEVER
   column = lambda position: position >> (problem.width.bit_length() - 1)
-  upper = {UPPER: 1, COUNT: 1, HIGH: placed.high, LOW: placed.low}
-  lower = {COUNT: -1, HIGH: 2 ** problem.bits - placed.high, LOW: -placed.low}
+  (high, low, *_), (lower_high, lower_low, *_) = placed.upper_event, placed.lower_event
+  upper, lower = {UPPER: 1, COUNT: 1, HIGH: high, LOW: low}, {COUNT: -1, HIGH: -lower_high, LOW: -lower_low}
   return (row, column(placed.upper), upper), (row, column(placed.lower), lower)
 
 
-def missing(problem, sums, at_high, at_low):
+def missing(problem, sums, event):
   """k less the sum of gates at an event, given the sums from it on: in 2^-bits, less a remainder in 2^(-2 bits)."""
+  at_high, at_low, *_ = event
   low = sums[LOW] - sums[COUNT] * at_low
   whole = (problem.k << problem.bits) - (sums[HIGH] - sums[COUNT] * at_high) - (low >> problem.bits)
   return whole, low & (2 ** problem.bits - 1)
 
 
-def gates_over(problem, read, sums, position):
-  """Would the gates at a position sum to more than k, given the sums from it on?"""
-  whole, remainder = missing(problem, sums, read.at_high(position), read.at_low(position))
+def gates_over(problem, sums, event):
+  """Would the gates at an event sum to more than k, given the sums from it on?"""
+  whole, remainder = missing(problem, sums, event)
   return (whole < 0) | ((whole == 0) & (remainder > 0))
 
 
-def number_over(problem, read, sums, position):
-  """Are there more than k candidates at or above a position?"""
+def number_over(problem, sums, event):
+  """Are there more than k candidates at or above an event?"""
   return sums[UPPER] > problem.k
 
 
@@ -232,9 +227,10 @@ def tile_of(problem, columns, cell):
 
 
 class Step(NamedTuple):
-  """One step of a walk, at a query and a position with the sums from there on: the position is the query's cut, or the query is the first to pass it."""
+  """One step of a walk, at a query and an event with the sums from there on: its position is the query's cut, or the query is the first to pass it."""
   query: jax.Array
   position: jax.Array
+  event: tuple
   sums: dict
   cuts: jax.Array
   passes: jax.Array
@@ -243,49 +239,54 @@ class Step(NamedTuple):
 def walk(problem, read, tile, over, sums):
   """(state, state -> (state, Step)): the staircase of `over` through a tile, from its corner on; `sums` as in NEEDS."""
   which = NEEDS[over]
+  newcomer = lambda query: query - problem.delay          # the token that may enter at a query
 
   def step(state):
-    query, position, *sums = state
+    query, position, event, token, sums = state
+    next_event, next_token = read.event(position + 1), read.token(newcomer(query + 2))               # early, for memory is slow
     sums = dict(zip(which, sums))
     active = query < tile.end
-    is_over = over(problem, read, sums, position) & (position < 2 * problem.n)
+    is_over = over(problem, sums, event) & (position < 2 * problem.n)
     waits, passes, leaves = active & no(is_over), active & is_over & (position < tile.top), active & is_over & (position >= tile.top)
     # One query on, a token may enter.
-    token = query + 1 - problem.delay
-    enters = waits & (token >= 0)
-    upper, lower = (jnp.where(enters & (event(token) >= position), 1, 0) for event in (read.upper, read.lower))
+    enters = waits & (newcomer(query + 1) >= 0)
+    *ends, high, low = token
+    upper, lower = (jnp.where(enters & (end >= position), 1, 0) for end in ends)
     # One position on, its event counts no longer.
-    code = read.code(position)
+    at_high, at_low, code, _ = event
     gone = passes & ((code >> 1) <= query)
     is_lower = (code & 1) == 1
     sign = jnp.where(gone, jnp.where(is_lower, -1, 1), 0)
     change = {
-        UPPER: lambda: upper - jnp.where(gone & no(is_lower), 1, 0),
-        COUNT: lambda: upper - lower - sign,
-        HIGH: lambda: upper * read.high(token) - lower * (read.high(token) - 2 ** problem.bits) - sign * read.at_high(position),
-        LOW: lambda: (upper - lower) * read.low(token) - sign * read.at_low(position),
+        UPPER: upper - jnp.where(gone & no(is_lower), 1, 0),
+        COUNT: upper - lower - sign,
+        HIGH: upper * high - lower * (high - 2 ** problem.bits) - sign * at_high,
+        LOW: (upper - lower) * low - sign * at_low,
     }
+    choose = lambda where, new, old: tuple(jnp.where(where, a, b) for a, b in zip(new, old))
     new = query > tile.first
-    found = Step(query, position, sums, waits & new & (position > tile.bottom), passes & new)
-    state = (jnp.where(leaves, tile.end, jnp.where(waits, query + 1, query)), jnp.where(passes, position + 1, position),
-             *(sums[i] + change[i]() for i in which))
-    return state, found
-  return (tile.first, jnp.maximum(tile.bottom, 0), *sums), step
+    found = Step(query, position, event, sums, waits & new & (position > tile.bottom), passes & new)
+    return (jnp.where(leaves, tile.end, jnp.where(waits, query + 1, query)), jnp.where(passes, position + 1, position), choose(passes, next_event, event),
+            choose(waits, next_token, token), tuple(sums[i] + change[i] for i in which)), found
+
+  position = jnp.maximum(tile.bottom, 0)
+  return (tile.first, position, tuple(read.event(position)), tuple(read.token(newcomer(tile.first + 1))), tuple(sums)), step
 
 
 def threshold(problem, read, query):
   """tau of a query, on the piece that ends at its cut; it never decreases from query to query, and lies strictly below the events that are not over."""
-  cut, count = read.cut(query), jnp.maximum(read.count(query), 1)
+  cut, whole, remainder, count = read.found(query)
+  count = jnp.maximum(count, 1)
   # The quotient is rounded up, digit by digit.
-  extra = count - 1 - read.remainder(query)
-  whole, extra = read.missing(query) + (extra >> problem.bits), extra & (2 ** problem.bits - 1)
+  extra = count - 1 - remainder
+  whole, extra = whole + (extra >> problem.bits), extra & (2 ** problem.bits - 1)
   high = lax.div(whole, count)
   low = lax.div(((whole - high * count) << problem.bits) + extra, count)
   step = high.astype(jnp.float32) * 2.0 ** -problem.bits + low.astype(jnp.float32) * 2.0 ** (-2 * problem.bits)
-  value = read.value(cut)
+  last, value = (lax.bitcast_convert_type(read.event(position)[3], jnp.float32) for position in (cut - 1, cut))
   tau = jnp.where(step > 0, jnp.minimum(value - step, next_below(value)), value)
   start = read.start(query) if problem.packed else 0
-  return jnp.where(cut > 2 * start, jnp.maximum(tau, read.value(cut - 1)), -jnp.inf)     # at the lowest event of a document every gate is 1
+  return jnp.where(cut > 2 * start, jnp.maximum(tau, last), -jnp.inf)     # at the lowest event of a document every gate is 1
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -298,16 +299,12 @@ def solve(problem, score, entry, order, start):
   start [n]: the first token of each token's document.
   """
   n, blocks = problem.n, problem.blocks
-  placed = place(problem, Read(_reader(score), start=_reader(start)), jnp.arange(n, dtype=jnp.int32))
+  placed = place(problem, Read(_reader(score), _reader(start)), jnp.arange(n, dtype=jnp.int32), entry)
+  rows = lambda *groups: jnp.stack([jnp.concatenate(columns) for columns in zip(*groups)], axis=-1)
+  token = jnp.zeros((n, 4), jnp.int32).at[order].set(rows(placed.token), unique_indices=True)
   position = jnp.concatenate([placed.upper, placed.lower])
-  by_position = lambda upper, lower: jnp.zeros(2 * n, upper.dtype).at[position].set(jnp.concatenate([upper, lower]), unique_indices=True)
-  by_token = lambda x: jnp.zeros(n, jnp.int32).at[order].set(x, unique_indices=True)
-  candidate = entry < NEVER
-  upper = by_token(jnp.where(candidate, placed.upper, -1))
-  at_high, value = by_position(placed.high, placed.high - 2 ** problem.bits), by_position(placed.upper_value, placed.lower_value)
-  read = Read(*[None] * 2, _reader(start), None, _reader(upper), *map(_reader, (
-      by_token(jnp.where(candidate, placed.lower, -1)), by_token(placed.high), by_token(placed.low), at_high, by_position(placed.low, placed.low),
-      by_position(2 * entry, 2 * entry + 1), value)))
+  event = jnp.zeros((2 * n, 4), jnp.int32).at[position].set(rows(placed.upper_event, placed.lower_event), unique_indices=True)
+  read = Read(start=_reader(start), token=_reader(token), event=_reader(event))
 
   sums = jnp.zeros((SUMS, blocks + 1, blocks + 1), jnp.int32)
   for row, column, weights in enter(problem, placed, entry):
@@ -316,9 +313,9 @@ def solve(problem, score, entry, order, start):
   sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
 
   def run(over, size, record):
-    """[size] int32, what `record` makes of each step: (index, whether it is one, values)."""
+    """[size, ...] int32, what `record` makes of each step: (index, whether it is one, values)."""
     position = jnp.arange(blocks + 1, dtype=jnp.int32) * problem.width
-    columns = jnp.sum(over(problem, read, sums, position) & (position < 2 * n), axis=1, dtype=jnp.int32)
+    columns = jnp.sum(over(problem, sums, read.event(position)) & (position < 2 * n), axis=1, dtype=jnp.int32)
     tile = tile_of(problem, _reader(columns), jnp.arange(problem.cells, dtype=jnp.int32))
     state, step = walk(problem, read, tile, over, [sums[i, tile.row, tile.column] for i in NEEDS[over]])
 
@@ -326,23 +323,23 @@ def solve(problem, score, entry, order, start):
       state, step_found = step(carry[0])
       index, where, values = record(step_found)
       return state, carry[1].at[jnp.where(where, index, size)].set(jnp.stack(values, axis=-1), mode="drop", unique_indices=True)
-    values = jax.eval_shape(lambda state: record(step(state)[1])[2], state)
-    out = jnp.full((size, len(values)), n, jnp.int32)
-    carry = tuple(varying_like(x, score) for x in state), varying_like(out, score)
-    return lax.fori_loop(0, problem.steps, go, carry)[1].T
+    columns = len(jax.eval_shape(lambda state: record(step(state)[1])[2], state))
+    out = jnp.full((size, columns), n, jnp.int32)
+    carry = jax.tree.map(lambda x: varying_like(x, score), (state, out))
+    return lax.fori_loop(0, problem.steps, go, carry)[1]
 
-  def record_cut(step):
-    lacks = missing(problem, step.sums, read.at_high(step.position), read.at_low(step.position))
-    return step.query, step.cuts & (step.query < n), (step.position, *lacks, step.sums[COUNT])
-  found = run(gates_over, n, record_cut)
-  cut, missing_, remainder, count = map(_reader, found)
-  tau = threshold(problem, read._replace(cut=cut, missing=missing_, remainder=remainder, count=count), jnp.arange(n, dtype=jnp.int32))
-  passed, = run(number_over, 2 * n, lambda step: (step.position, step.passes, (step.query,)))
-  return tau, jnp.where(upper >= 0, passed[upper], 0)
+  found = run(gates_over, n, lambda step: (
+      step.query, step.cuts & (step.query < n), (step.position, *missing(problem, step.sums, step.event), step.sums[COUNT])))
+  tau = threshold(problem, read._replace(found=_reader(found)), jnp.arange(n, dtype=jnp.int32))
+  passed = run(number_over, 2 * n, lambda step: (step.position, step.passes, (step.query,)))[:, 0]
+  return tau, jnp.where(token[:, 0] >= 0, passed[token[:, 0]], 0)
 
 
 def _reader(x):
-  return lambda i: x.at[jnp.clip(i, 0, x.shape[0] - 1)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+  def read(i):
+    found = x.at[jnp.clip(i, 0, x.shape[0] - 1)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return found if x.ndim == 1 else tuple(jnp.unstack(found, axis=-1))
+  return read
 
 
 def interval(read, token, delay, n):
