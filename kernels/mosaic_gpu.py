@@ -11,7 +11,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from . import mosaic_backward, mosaic_forward, mosaic_sum
+from . import mosaic_backward, mosaic_forward, mosaic_rows
 from .mosaic_common import BLOCK_Q
 from .tiles import key_tiles, query_tiles, selection_lists
 from .varying import over_batch, varying_like
@@ -112,9 +112,11 @@ def _flat(x):
   return x.reshape(*x.shape[:2], -1)
 
 
-def _gather(key, value, scores, lists):
+def _gather(key, value, scores, lists, interpret):
   """Listed keys, values [B, G, places, D], scores and last queries [B, G, places]."""
   token = _flat(lists.token)
+  if interpret is None:
+    return *mosaic_rows.gather_rows(key, value, scores, lists), _flat(lists.last)
   rows = lambda x: _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, token)
   return rows(jnp.swapaxes(key, 1, 2)), rows(jnp.swapaxes(value, 1, 2)), rows(scores), _flat(lists.last)
 
@@ -141,7 +143,7 @@ def _forward(static, query, key, value, scores, threshold, expiry, order, start)
   lists = _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(expiry, order)
   left = _left(start, window)
   bounds = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_forward.BLOCK_KV)
-  out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists), bounds,
+  out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists, interpret), bounds,
                                           gate=gate, scale=scale, chunk=chunk, interpret=interpret)
   return lists, out, logsumexp
 
@@ -153,7 +155,7 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
   groups = key.shape[2]
   options = dict(gate=gate, scale=scale, interpret=interpret)
   left = _left(start, window)
-  listed = _gather(key, value, scores, lists)
+  listed = _gather(key, value, scores, lists, interpret)
   span = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_backward.QUERY_BLOCK_KV)
   bounds = _query_bounds(lists, left, chunk, BLOCK_Q // 2, mosaic_backward.QUERY_BLOCK_KV)
   # A warpgroup that sees no list has bounds anywhere: bring them between those of both.
@@ -179,8 +181,8 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
 
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
   """Gradients of the window plus those of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
-  if mosaic_sum.can_sum(dkey) and interpret is None:                     # the interpreter cannot add in place
-    return mosaic_sum.sum_rows(dkey, dvalue, rows, lists)
+  if jax.__version_info__ >= (0, 11) and interpret is None:              # JAX 0.10 and the interpreter cannot add in place
+    return mosaic_rows.sum_rows(dkey, dvalue, rows, lists)
   totals = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros(dkey.shape[:1] + dkey.shape[2:0:-1], jnp.float32)
   totals = _per_head(_add_rows)(totals, tuple(rows), lists)
   return jnp.swapaxes(totals[0], 1, 2).astype(dkey.dtype), jnp.swapaxes(totals[1], 1, 2).astype(dvalue.dtype), totals[2]

@@ -4,113 +4,16 @@ import functools
 
 import jax
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 from . import staircase
+from .mosaic_lanes import kernel, reader, scatter, scatter_row
 from .staircase import COUNT, NEEDS
 from .varying import over_batch, varying_like
 
-LANES = 128                      # threads of a program
-LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 AT_ONCE = 8                      # loads that a scan has under way
 SEGMENT = 128                    # queries that a thread adds up
-
-
-def gather(ref, index):
-  """ref[index] in every lane; `ref` has one axis."""
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=plgpu.ShapeDtypeStruct((LANES,), ref.dtype, layout=LAYOUT))
-  def load(_, ref, index):
-    signed = None if jnp.issubdtype(dtype, jnp.floating) else True
-    return index.foreach(lambda i, _: memref.load(ref, [_index(i)]), create_array=True, is_signed=signed)
-  dtype = ref.dtype
-  return load(ref, index)
-
-
-def gather_row(ref, index):
-  """The four int32 of ref[index] in every lane, tuple of arrays."""
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4)
-  def load(_, ref, index):
-    def column(i, c):
-      row = llvm.load(_row_type(), _row_address(ref, i), alignment=16)          # the same for all four
-      return vector.extract(row, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c]))
-    return tuple(index.foreach(lambda i, _, c=c: column(i, c), create_array=True, is_signed=True) for c in range(4))
-  return tuple(load(ref, index))
-
-
-def scatter(ref, index, value, where, add=False):
-  """ref[index] = value, or += value atomically, in the lanes where `where`; `ref` has one axis."""
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
-  def store(_, ref, index, value, where):
-    index, value, where = map(_element, (index, value, where))
-    with ir.InsertionPoint(scf.IfOp(where).then_block):
-      if add:
-        address = utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(ir.IntegerType.get_signless(64), index)], value.type)
-        llvm.atomicrmw(llvm.AtomicBinOp.add, address, value, llvm.AtomicOrdering.monotonic, syncscope="device")
-      else:
-        memref.store(value, ref, [_index(index)])
-      scf.yield_([])
-  store(ref, index, jnp.where(where, value, 0), where)       # inlined code cannot take constants
-
-
-def scatter_row(ref, index, values, where):
-  """ref[index] = values, four int32, in the lanes where `where`."""
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[LAYOUT] * 6))
-  def store(_, ref, index, where, *values):
-    index, where, *values = map(_element, (index, where, *values))
-    with ir.InsertionPoint(scf.IfOp(where).then_block):
-      llvm.store(vector.from_elements(_row_type(), values), _row_address(ref, index), alignment=16)
-      scf.yield_([])
-  store(ref, index, where, *(jnp.where(where, value, 0) for value in values))
-
-
-def _element(x):
-  register = x.registers.flat[0]
-  if not isinstance(register.type, ir.VectorType):
-    return register
-  return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
-
-
-def _index(i):
-  return arith.index_cast(ir.IndexType.get(), i)
-
-
-def _row_type():
-  return ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
-
-
-def _row_address(ref, i):
-  return utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(ir.IntegerType.get_signless(64), i)], _row_type())
-
-
-def lanes(axis="block"):
-  """The numbers of this program's lanes."""
-  return lax.axis_index(axis) * LANES + plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LAYOUT)
-
-
-def _reader(ref, *row):
-  """index -> ref[row, index], or the four elements of that row."""
-  if ref.ndim == len(row) + 1:
-    return lambda index: gather(ref.at[row], jnp.clip(index, 0, ref.shape[-1] - 1))
-  return lambda index: gather_row(ref.at[row], jnp.clip(index, 0, ref.shape[-2] - 1))
-
-
-def _kernel(body, rows, size, *extra, name):
-  """Runs body(row, extra, lanes, *refs) for every row, every number below `extra` and lanes up to `size` and beyond."""
-  def kernel(*refs):
-    body(lax.axis_index("row"), lax.axis_index("extra"), lanes(), *refs)
-  grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
-  return lambda *args: plgpu.kernel(kernel, grid=tuple(grid.values()), grid_names=tuple(grid), kernel_name=f"sparsek_{name}")(*args)
-
-
-def can_run() -> bool:
-  """Whether these kernels can run here: on a Hopper GPU. JAX 0.10 cannot write in place from a differentiated function."""
-  device = jax.devices()[0]
-  return jax.default_backend() == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0" and jax.__version_info__ >= (0, 11)
 
 
 def _over_rows(f, *args):
@@ -145,40 +48,40 @@ def _solve(problem, score, entry, order, start):
 
   def enter(row, _, lane, score, entry, order, start, tokens, events, corners):
     inside = lane < n
-    entry, token = (_reader(ref, row)(lane) for ref in (entry, order))
-    placed = staircase.place(problem, staircase.Read(_reader(score, row), _reader(start, row // heads)), lane, entry)
+    entry, token = (reader(ref, row)(lane) for ref in (entry, order))
+    placed = staircase.place(problem, staircase.Read(reader(score, row), reader(start, row // heads)), lane, entry)
     scatter_row(tokens.at[row], token, placed.token, inside)
     scatter_row(events.at[row], placed.upper, placed.upper_event, inside)
     scatter_row(events.at[row], placed.lower, placed.lower_event, inside)
     for line, column, weights in staircase.enter(problem, placed, entry):
       for which, weight in weights.items():
         scatter(corners.at[row, which], corner(line, column), weight, inside & (line <= blocks), add=True)
-  _kernel(enter, rows, n, name="enter")(score, entry, order, start, tokens, events, corners)
+  kernel(enter, rows, n, name="enter")(score, entry, order, start, tokens, events, corners)
 
   def add_up(row, which, lane, corners, *, along, across, backward):
     def go(i, total):
       places = [lane - lane + (i * AT_ONCE + j) for j in range(AT_ONCE)]
       index = [(blocks - place if backward else place) * along + lane * across for place in places]
-      values = [_reader(corners, row, which)(x) for x in index]
+      values = [reader(corners, row, which)(x) for x in index]
       for place, x, value in zip(places, index, values):
         total = total + value                              # what lies beyond the last place is not stored
         scatter(corners.at[row, which], x, total, (lane <= blocks) & (place <= blocks))
       return total
     lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, lane - lane)
   for options in (dict(along=corner(1, 0), across=1, backward=False), dict(along=1, across=corner(1, 0), backward=True)):
-    _kernel(functools.partial(add_up, **options), rows, blocks + 1, staircase.SUMS, name="add_up")(corners)
+    kernel(functools.partial(add_up, **options), rows, blocks + 1, staircase.SUMS, name="add_up")(corners)
 
   def find_columns(row, which, line, events, corners, columns):
     for number, over in enumerate(NEEDS):
       @pl.when(which == number)
       def _():
         def not_over(column):
-          sums = {i: _reader(corners, row, i)(corner(line, column)) for i in NEEDS[over]}
+          sums = {i: reader(corners, row, i)(corner(line, column)) for i in NEEDS[over]}
           position = column * problem.width
-          return staircase.no(over(problem, sums, _reader(events, row)(position)) & (position < 2 * n))
+          return staircase.no(over(problem, sums, reader(events, row)(position)) & (position < 2 * n))
         value = staircase.bisect(line - line, line - line + blocks, not_over, blocks)
         scatter(columns.at[row, number], line, value, line <= blocks)
-  _kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns")(events, corners, columns)
+  kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns")(events, corners, columns)
 
   def walk(row, which, cell, tokens, events, corners, columns, found, passed):
     def record_cut(step):
@@ -189,22 +92,22 @@ def _solve(problem, score, entry, order, start):
     for number, over in enumerate(NEEDS):
       @pl.when(which == number)
       def _():
-        tile = staircase.tile_of(problem, _reader(columns, row, number), cell)
-        sums = [_reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]]
-        state, step = staircase.walk(problem, staircase.Read(token=_reader(tokens, row), event=_reader(events, row)), tile, over, sums)
+        tile = staircase.tile_of(problem, reader(columns, row, number), cell)
+        sums = [reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]]
+        state, step = staircase.walk(problem, staircase.Read(token=reader(tokens, row), event=reader(events, row)), tile, over, sums)
         def go(_, state):
           state, at = step(state)
           record[over](at)
           return state
         lax.fori_loop(0, problem.steps, go, state)
-  _kernel(walk, rows, problem.cells, len(NEEDS), name="walk")(tokens, events, corners, columns, found, passed)
+  kernel(walk, rows, problem.cells, len(NEEDS), name="walk")(tokens, events, corners, columns, found, passed)
 
   def finish(row, _, lane, start, tokens, events, found, passed, tau, expiry):
-    own = staircase.Read(start=_reader(start, row // heads), token=_reader(tokens, row), event=_reader(events, row), found=_reader(found, row))
+    own = staircase.Read(start=reader(start, row // heads), token=reader(tokens, row), event=reader(events, row), found=reader(found, row))
     scatter(tau.at[row], lane, staircase.threshold(problem, own, lane), lane < n)
     upper = own.token(lane)[0]
-    scatter(expiry.at[row], lane, _reader(passed, row)(upper), (lane < n) & (upper >= 0))
-  _kernel(finish, rows, n, name="finish")(start, tokens, events, found, passed, tau, expiry)
+    scatter(expiry.at[row], lane, reader(passed, row)(upper), (lane < n) & (upper >= 0))
+  kernel(finish, rows, n, name="finish")(start, tokens, events, found, passed, tau, expiry)
   return tau[...], expiry[...]
 
 
@@ -218,14 +121,14 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
   changes, total, error, prefix, shares = new(segments + 1, jnp.int32), *(new(size, jnp.float32) for size in (segments + 1, segments + 1, n + 1, segments))
 
   def find_intervals(row, _, token, score, threshold, end, first, last, change, changes):
-    own = staircase.Read(_reader(score, row), end=_reader(end, row // heads), threshold=_reader(threshold, row))
+    own = staircase.Read(reader(score, row), end=reader(end, row // heads), threshold=reader(threshold, row))
     ends = staircase.interval(own, token, delay, n)
     for ref, at, weight in zip((first, last), ends, (1, -1)):
       scatter(ref.at[row], token, at, token < n)
       there = (token < n) & (ends[0] < ends[1])
       scatter(change.at[row], at, weight, there, add=True)
       scatter(changes.at[row], at // SEGMENT, weight, there, add=True)
-  _kernel(find_intervals, rows, n, name="intervals")(score, threshold, end, first, last, change, changes)
+  kernel(find_intervals, rows, n, name="intervals")(score, threshold, end, first, last, change, changes)
 
   def sums_before(ref, row, segment, join, zero):
     """What `join` makes of all earlier segments, AT_ONCE loads at a time."""
@@ -241,7 +144,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
     def go(i, state):
       count, total = state
       queries = [segment * SEGMENT + (i * AT_ONCE + j) for j in range(AT_ONCE)]
-      loads = [(query, _reader(change, row)(query), _reader(cotangent, row)(query)) for query in queries]
+      loads = [(query, reader(change, row)(query), reader(cotangent, row)(query)) for query in queries]
       for query, difference, gradient in loads:
         count += difference
         scatter(prefix.at[row], query, total, query <= n)
@@ -250,18 +153,18 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
     count = sums_before(changes, row, segment, jnp.add, segment - segment)
     _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, go, (count, (segment - segment).astype(jnp.float32)))
     scatter(shares.at[row], segment, total, segment < segments)
-  _kernel(share, rows, segments, name="shares")(cotangent, change, changes, prefix, shares)
+  kernel(share, rows, segments, name="shares")(cotangent, change, changes, prefix, shares)
 
   def add_segments(row, _, segment, shares, total, error):
     sums = sums_before(shares, row, segment, lambda state, x: staircase.add_exactly(state, (x, 0.)), ((segment - segment).astype(jnp.float32),) * 2)
     for ref, value in zip((total, error), sums):
       scatter(ref.at[row], segment, value, segment <= segments)
-  _kernel(add_segments, rows, segments + 1, name="segments")(shares, total, error)
+  kernel(add_segments, rows, segments + 1, name="segments")(shares, total, error)
 
   def gradients(row, _, token, first, last, prefix, total, error, out):
-    ends = [_reader(ref, row)(token) for ref in (first, last)]
-    inside, whole, rest = ([_reader(ref, row)(end // size) for end in ends] for ref, size in ((prefix, 1), (total, SEGMENT), (error, SEGMENT)))
+    ends = [reader(ref, row)(token) for ref in (first, last)]
+    inside, whole, rest = ([reader(ref, row)(end // size) for end in ends] for ref, size in ((prefix, 1), (total, SEGMENT), (error, SEGMENT)))
     value = (inside[1] - inside[0]) + ((whole[1] - whole[0]) + (rest[1] - rest[0]))
     scatter(out.at[row], token, value, token < n)
-  _kernel(gradients, rows, n, name="gradients")(first, last, prefix, total, error, out)
+  kernel(gradients, rows, n, name="gradients")(first, last, prefix, total, error, out)
   return out[...]

@@ -299,7 +299,8 @@ def solve(problem, score, entry, order, start):
   start [n]: the first token of each token's document.
   """
   n, blocks = problem.n, problem.blocks
-  placed = place(problem, Read(_reader(score), _reader(start)), jnp.arange(n, dtype=jnp.int32), entry)
+  numbers = lambda size: varying_like(jnp.arange(size, dtype=jnp.int32), score)
+  placed = place(problem, Read(_reader(score), _reader(start)), numbers(n), entry)
   rows = lambda *groups: jnp.stack([jnp.concatenate(columns) for columns in zip(*groups)], axis=-1)
   token = jnp.zeros((n, 4), jnp.int32).at[order].set(rows(placed.token), unique_indices=True)
   position = jnp.concatenate([placed.upper, placed.lower])
@@ -314,9 +315,9 @@ def solve(problem, score, entry, order, start):
 
   def run(over, size, record):
     """[size, ...] int32, what `record` makes of each step: (index, whether it is one, values)."""
-    position = jnp.arange(blocks + 1, dtype=jnp.int32) * problem.width
+    position = numbers(blocks + 1) * problem.width
     columns = jnp.sum(over(problem, sums, read.event(position)) & (position < 2 * n), axis=1, dtype=jnp.int32)
-    tile = tile_of(problem, _reader(columns), jnp.arange(problem.cells, dtype=jnp.int32))
+    tile = tile_of(problem, _reader(columns), numbers(problem.cells))
     state, step = walk(problem, read, tile, over, [sums[i, tile.row, tile.column] for i in NEEDS[over]])
 
     def go(_, carry):
@@ -330,7 +331,7 @@ def solve(problem, score, entry, order, start):
 
   found = run(gates_over, n, lambda step: (
       step.query, step.cuts & (step.query < n), (step.position, *missing(problem, step.sums, step.event), step.sums[COUNT])))
-  tau = threshold(problem, read._replace(found=_reader(found)), jnp.arange(n, dtype=jnp.int32))
+  tau = threshold(problem, read._replace(found=_reader(found)), numbers(n))
   passed = run(number_over, 2 * n, lambda step: (step.position, step.passes, (step.query,)))[:, 0]
   return tau, jnp.where(token[:, 0] >= 0, passed[token[:, 0]], 0)
 
@@ -358,7 +359,7 @@ def interval(read, token, delay, n):
 def scores_gradient(cotangent, score, threshold, end, delay):
   """du_j = sum over the queries i in which j is fractional of dtau_i / |S_i|; all [n], scores by token."""
   n = score.shape[0]
-  first, last = interval(Read(_reader(score), end=_reader(end), threshold=_reader(threshold)), jnp.arange(n, dtype=jnp.int32), delay, n)
+  first, last = interval(Read(_reader(score), end=_reader(end), threshold=_reader(threshold)), varying_like(jnp.arange(n, dtype=jnp.int32), score), delay, n)
   weight = (first < last).astype(jnp.int32)
   count = jnp.cumsum(jnp.zeros(n, jnp.int32).at[first].add(weight, mode="drop").at[last].add(-weight, mode="drop"))
   return interval_sums(jnp.where(count > 0, cotangent / jnp.maximum(count, 1), 0), first, last)

@@ -6,7 +6,7 @@ import numpy as np
 
 from sparsek.causal import select
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
-from sparsek.kernels import mosaic_gpu, mosaic_selection, reference, xla
+from sparsek.kernels import mosaic_gpu, mosaic_lanes, reference, xla
 from sparsek.operator import causal_sparsek, document_bounds
 
 
@@ -104,7 +104,7 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   options = dict(k=int(k), window=int(window), gate=gate, scale=scale)
   if implementation == "mosaic_gpu":
     scores, n = jnp.swapaxes(scores, 1, 2), query.shape[1]
-    selection = select(scores, start, end, min(int(k), n), min(int(window), n), segment_ids is not None, mosaic_selection.can_run())
+    selection = select(scores, start, end, min(int(k), n), min(int(window), n), segment_ids is not None, mosaic_lanes.can_run())
     return mosaic_gpu.attention(query, key, value, scores, *selection, start, end, **options)
   selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   return xla.attention(query, key, value, scores, *selection, start, **options)

@@ -28,7 +28,7 @@ def select(scores, start, end, k, delay, packed, kernels=False):
     start, end: [batch, n], from `document_bounds`.
     k, delay: as in `causal_sparsek`.
     packed: there may be more than one document.
-    kernels: use those for GPUs; `mosaic_selection.can_run()` says whether they can run.
+    kernels: use those for GPUs; `mosaic_lanes.can_run()` says whether they can run.
   """
   n = scores.shape[-1]
   token = jnp.arange(n, dtype=jnp.int32)
@@ -74,16 +74,16 @@ def _score(key):
   return finite(lax.bitcast_convert_type(jnp.where(bits < 0, bits & jnp.int32(2 ** 31 - 1), ~bits), jnp.float32))
 
 
-def _select_forward(scores, start, end, k, delay, packed, kernels):
+def select_forward(scores, start, end, k, delay, packed, kernels):
   threshold, expiry, order = select(scores, start, end, k, delay, packed, kernels)
   return (threshold, expiry, order), (scores, threshold, varying_like(end, scores))
 
 
-def _select_backward(k, delay, packed, kernels, residuals, cotangents):
+def select_backward(k, delay, packed, kernels, residuals, cotangents):
   scores, threshold, end = residuals
   if kernels:
     return mosaic_selection.scores_gradient(cotangents[0], scores, threshold, end, delay), None, None
   return _per_head(functools.partial(staircase.scores_gradient, delay=delay))(cotangents[0], scores, threshold, end), None, None
 
 
-select.defvjp(_select_forward, _select_backward)
+select.defvjp(select_forward, select_backward)

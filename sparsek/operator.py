@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.causal import finite, select
-from sparsek.kernels import mosaic_selection
+from sparsek.kernels import mosaic_lanes
 from sparsek.kernels.varying import varying_like
 
 
@@ -189,5 +189,5 @@ def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: ja
     raise ValueError(f"causal_sparsek: segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
   start, end = document_bounds(segment_ids, batch, n)
   by_head = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
-  threshold, expiry, _ = select(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None, mosaic_selection.can_run())
+  threshold, expiry, _ = select(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None, mosaic_lanes.can_run())
   return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))

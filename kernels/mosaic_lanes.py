@@ -1,0 +1,149 @@
+"""Mosaic GPU kernels of single threads: each of a program's 128 lanes reads and writes where it likes.
+
+Pallas itself moves tiles only; the loads and stores below are single instructions inlined into its kernels. The interpreter has no counterpart for them.
+"""
+
+import jax
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
+
+LANES = 128                      # threads of a program
+LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+
+
+def can_run() -> bool:
+  """Whether these kernels can run here: on a Hopper GPU. JAX 0.10 cannot write in place from a differentiated function."""
+  device = jax.devices()[0]
+  return jax.default_backend() == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0" and jax.__version_info__ >= (0, 11)
+
+
+def gather(ref, index):
+  """ref[index] in every lane; `ref` has one axis."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=plgpu.ShapeDtypeStruct((LANES,), ref.dtype, layout=LAYOUT))
+  def load(_, ref, index):
+    signed = None if jnp.issubdtype(dtype, jnp.floating) else True
+    return index.foreach(lambda i, _: memref.load(ref, [_index(i)]), create_array=True, is_signed=signed)
+  dtype = ref.dtype
+  return load(ref, index)
+
+
+def gather_row(ref, index):
+  """The four int32 of ref[index] in every lane, tuple of arrays."""
+  return gather_bytes(ref, index, jnp.minimum(index, 0), 4)
+
+
+def gather_bytes(ref, index, offset, stride):
+  """16 bytes in every lane, as four int32, from `offset` + index * stride elements behind where `ref` begins; a multiple of 16 bytes."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4)
+  def load(_, ref, index, offset):
+    row = llvm.load(_bytes(), _address(ref, _element(index), _element(offset), stride), alignment=16)
+    part = lambda c: vector.extract(row, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c]))
+    return tuple(index.foreach(lambda *_, c=c: part(c), create_array=True, is_signed=True) for c in range(4))
+  return tuple(load(ref, index, offset))
+
+
+def scatter(ref, index, value, where, add=False):
+  """ref[index] = value, or += value atomically, in the lanes where `where`; `ref` has one axis."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
+  def store(_, ref, index, value, where):
+    index, value, where = map(_element, (index, value, where))
+    with ir.InsertionPoint(scf.IfOp(where).then_block):
+      if add:
+        address = utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(ir.IntegerType.get_signless(64), index)], value.type)
+        llvm.atomicrmw(llvm.AtomicBinOp.add, address, value, llvm.AtomicOrdering.monotonic, syncscope="device")
+      else:
+        memref.store(value, ref, [_index(index)])
+      scf.yield_([])
+  store(ref, index, _dynamic(value, where), where)
+
+
+def scatter_row(ref, index, values, where):
+  """ref[index] = values, four int32, in the lanes where `where`."""
+  scatter_bytes(ref, index, jnp.minimum(index, 0), 4, values, where)
+
+
+def scatter_bytes(ref, index, offset, stride, values, where):
+  """Stores 16 bytes, four int32, where `gather_bytes` would read them, in the lanes where `where`."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[LAYOUT] * 7))
+  def store(_, ref, index, offset, where, *values):
+    index, offset, where, *values = map(_element, (index, offset, where, *values))
+    with ir.InsertionPoint(scf.IfOp(where).then_block):
+      llvm.store(vector.from_elements(_bytes(), values), _address(ref, index, offset, stride), alignment=16)
+      scf.yield_([])
+  store(ref, index, _dynamic(offset, where), where, *(_dynamic(value, where) for value in values))
+
+
+def widen(words, dtype):
+  """The eight numbers in 16 bytes of a 16-bit `dtype`, float32."""
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT),) * 2)
+  def convert(_, word):
+    pair = arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), llvm.bitcast(ir.VectorType.get((2,), _float(dtype)), _element(word)))
+    part = lambda c: vector.extract(pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c]))
+    return tuple(word.foreach(lambda *_, c=c: part(c), create_array=True) for c in range(2))
+  return [number for word in words for number in convert(word)]
+
+
+def narrow(numbers, dtype):
+  """The reverse of `widen`, rounding."""
+  @plgpu.inline_mgpu(arg_types=(LAYOUT, LAYOUT), return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT))
+  def convert(_, a, b):
+    pair = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), [_element(a), _element(b)])
+    word = llvm.bitcast(ir.IntegerType.get_signless(32), arith.truncf(ir.VectorType.get((2,), _float(dtype)), pair))
+    return a.foreach(lambda *_: word, create_array=True, is_signed=True)
+  return [convert(*numbers[i:i + 2]) for i in range(0, 8, 2)]
+
+
+def _element(x):
+  register = x.registers.flat[0]
+  if not isinstance(register.type, ir.VectorType):
+    return register
+  return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+
+
+def _index(i):
+  return arith.index_cast(ir.IndexType.get(), i)
+
+
+def _dynamic(value, where):
+  """The same value where it is used: inlined code cannot take constants."""
+  return jnp.where(where, value, 0)
+
+
+def _float(dtype):
+  return ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
+
+
+def _bytes():
+  return ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+
+
+def _address(ref, index, offset, stride):
+  """Of the element that many behind where `ref` begins, in 64 bits."""
+  i64 = ir.IntegerType.get_signless(64)
+  wide = lambda x: arith.extsi(i64, x)
+  place = arith.addi(arith.muli(wide(index), arith.constant(i64, stride)), wide(offset))
+  return utils.getelementptr(utils.memref_ptr(ref), [place], ir.MemRefType(ref.type).element_type)
+
+
+def numbers():
+  """0 to LANES - 1."""
+  return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LAYOUT)
+
+
+def reader(ref, *row):
+  """index -> ref[row, index], or the four elements of that row."""
+  if ref.ndim == len(row) + 1:
+    return lambda index: gather(ref.at[row], jnp.clip(index, 0, ref.shape[-1] - 1))
+  return lambda index: gather_row(ref.at[row], jnp.clip(index, 0, ref.shape[-2] - 1))
+
+
+def kernel(body, rows, size, *extra, name, **options):
+  """Runs body(row, extra, lanes, *refs) for every row, every number below `extra` and lanes up to `size` and beyond."""
+  def run(*refs):
+    body(lax.axis_index("row"), lax.axis_index("extra"), lax.axis_index("block") * LANES + numbers(), *refs)
+  grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
+  return plgpu.kernel(run, grid=tuple(grid.values()), grid_names=tuple(grid), kernel_name=f"sparsek_{name}", **options)

@@ -1,0 +1,156 @@
+"""The logic of the kernels of single threads, run lane by lane in NumPy: their loads and stores are inlined instructions, which no interpreter knows."""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsek import causal
+from sparsek.kernels import mosaic_lanes, mosaic_rows, mosaic_selection, tiles
+from sparsek.operator import document_bounds
+
+
+class Ref:
+  """A reference to a NumPy array; `at` gives views. Every lane must stay inside, used or not."""
+
+  def __init__(self, array):
+    self.array = array
+    self.shape, self.ndim, self.dtype = array.shape, array.ndim, array.dtype
+
+  at = property(lambda self: self)
+
+  def __getitem__(self, index):
+    if index is Ellipsis:
+      return jnp.asarray(self.array)
+    index = tuple(int(i) for i in (index if isinstance(index, tuple) else (index,)))
+    found = self.array[index]
+    return Ref(found) if isinstance(found, np.ndarray) else found
+
+  def numbers(self, index, offset, stride):
+    """Of the elements in 16 bytes."""
+    place = (np.asarray(index, np.int64) * stride + np.asarray(offset))[:, None] + np.arange(16 // self.dtype.itemsize)
+    assert place.min() >= 0 and place.max() < self.array.size
+    return place
+
+
+def gather(ref, index):
+  assert ref.ndim == 1 and np.min(index) >= 0 and np.max(index) < ref.shape[0]
+  return jnp.asarray(ref.array[np.asarray(index)])
+
+
+def gather_bytes(ref, index, offset, stride):
+  words = ref.array.reshape(-1)[ref.numbers(index, offset, stride)].view(np.int32)
+  return tuple(jnp.asarray(x) for x in words.T)
+
+
+def scatter(ref, index, value, where, add=False):
+  where = np.broadcast_to(where, np.shape(index))
+  index, value = np.asarray(index)[where], np.broadcast_to(value, where.shape)[where]
+  assert np.all((index >= 0) & (index < ref.shape[0])) and (add or len(set(index)) == len(index))
+  np.add.at(ref.array, index, value) if add else ref.array.__setitem__(index, value)
+
+
+def scatter_bytes(ref, index, offset, stride, values, where):
+  where = np.asarray(where)
+  place = ref.numbers(np.where(where, index, 0), np.where(where, offset, 0), stride)[where]
+  assert len(set(place.ravel())) == place.size
+  ref.array.reshape(-1)[place] = np.stack([np.broadcast_to(x, where.shape) for x in values], axis=-1).astype(np.int32)[where].view(ref.dtype)
+
+
+def widen(words, dtype):
+  return list(jnp.asarray(np.stack(words, axis=-1).view(dtype).astype(np.float32)).T)
+
+
+def narrow(numbers, dtype):
+  return list(jnp.asarray(np.stack(numbers, axis=-1).astype(dtype).view(np.int32)).T)
+
+
+def kernel(body, rows, size, *extra, name, out_type=()):
+  def run(*args):
+    out = [Ref(np.full(x.shape, np.nan, x.dtype)) for x in out_type]
+    args = jax.tree.map(lambda x: x if isinstance(x, Ref) else Ref(np.array(x)), args)
+    for block in range(-(-size // mosaic_lanes.LANES)):
+      for row in range(rows):
+        for e in range(extra[0] if extra else 1):
+          current["block"] = block
+          body(row, e, jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32) + block * mosaic_lanes.LANES, *args, *out)
+    return [jnp.asarray(x.array) for x in out]
+  return run
+
+
+current = {}
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+  for module in (mosaic_lanes, mosaic_rows, mosaic_selection):
+    for f in (gather, gather_bytes, scatter, scatter_bytes, widen, narrow, kernel):
+      monkeypatch.setattr(module, f.__name__, f, raising=False)
+  monkeypatch.setattr(mosaic_rows, "numbers", lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32))
+  monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
+  monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
+  monkeypatch.setattr(jax.lax, "fori_loop", lambda low, high, body, state: functools.reduce(lambda state, i: body(i, state), range(low, int(high)), state))
+  monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
+
+
+def make(n, packed, kind):
+  rng = np.random.default_rng(n)
+  scores = rng.normal(size=(2, 2, n)).astype(np.float32) * 2
+  if kind == "ties":
+    scores = np.round(scores)
+    scores[0, 0, n // 2] = np.nan
+    scores[1, 1, ::5] = -np.inf
+  ids = np.sort(rng.integers(0, 5, (2, n)), axis=1) if packed else np.zeros((2, n), int)
+  start, end = document_bounds(jnp.asarray(ids), 2, n)
+  return jnp.asarray(scores), start, end, jnp.asarray(rng.normal(size=scores.shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("n, k, delay, packed, kind", [(1, 1, 0, False, "normal"), (133, 5, 9, False, "normal"), (150, 4, 3, True, "ties")])
+def test_selection(n, k, delay, packed, kind, monkeypatch, request):
+  scores, start, end, cotangent = make(n, packed, kind)
+  expected, vjp = jax.vjp(lambda scores: causal.select(scores, start, end, k, delay, packed)[0], scores)
+  expected_expiry, gradient = causal.select(scores, start, end, k, delay, packed)[1], vjp(cotangent)[0]
+  request.getfixturevalue("emulated")
+  monkeypatch.setattr(mosaic_selection, "over_batch", lambda f, *args: f(*args))
+  for f in ("_solve", "_scores_gradient"):
+    monkeypatch.setattr(mosaic_selection, f, getattr(mosaic_selection, f).__wrapped__)
+  threshold, expiry, _ = causal.select.fun.__wrapped__(scores, start, end, k, delay, packed, True)
+  np.testing.assert_array_equal(threshold, expected)
+  np.testing.assert_array_equal(expiry, expected_expiry)
+  found = mosaic_selection.scores_gradient(cotangent, scores, threshold, end, delay)
+  np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim, dtype", [(64, jnp.bfloat16), (128, jnp.float16)])
+def test_rows(dim, dtype, request):
+  n, k, window, chunk, groups = 512, 20, 30, 256, 2
+  keys = jax.random.split(jax.random.key(dim), 8)
+  scores = jax.random.normal(keys[0], (1, groups, n)) + .004 * jnp.arange(n)
+  start, end = document_bounds(None, 1, n)
+  _, expiry, order = causal.select(scores, start, end, k, window, False)
+  lists = jax.vmap(jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk)))(expiry, order)
+  request.getfixturevalue("emulated")
+  key, value, dkey, dvalue = (jax.random.normal(x, (1, n, groups, dim)).astype(dtype) for x in keys[1:5])
+  listed_key, listed_value, listed_score = mosaic_rows.gather_rows(key, value, scores, lists)
+  places = listed_score.shape[-1]
+  used = (lists.first < tiles.NEVER).reshape(1, groups, -1)
+  token = lists.token.reshape(1, groups, -1)
+  for g in range(groups):
+    at = np.flatnonzero(used[0, g])
+    for listed, x in ((listed_key, key[0, :, g]), (listed_value, value[0, :, g]), (listed_score, scores[0, g])):
+      np.testing.assert_array_equal(listed[0, g][at], x[token[0, g][at]])
+  # Gradients of places without a token may hold anything.
+  rows = [jnp.where(used.reshape(1, groups, places, *[1] * (x.ndim - 3)), x, jnp.nan) for x in (
+      jax.random.normal(keys[5], (1, groups, places, dim)).astype(dtype), jax.random.normal(keys[6], (1, groups, places, dim)).astype(dtype),
+      jax.random.normal(keys[7], (1, groups, places)))]
+  found = mosaic_rows.sum_rows(dkey, dvalue, rows, lists)
+  for g in range(groups):
+    at = np.flatnonzero(used[0, g])
+    for result, window_part, row in zip(found, (dkey[0, :, g], dvalue[0, :, g], jnp.zeros(n)), rows):
+      expected = np.array(window_part, np.float64)
+      np.add.at(expected, np.asarray(token[0, g][at]), np.asarray(row[0, g][at], np.float64))
+      result = result[0, g] if result.ndim == 3 else result[0, :, g]
+      np.testing.assert_allclose(np.asarray(result, np.float64), expected, atol=.04 if dtype == jnp.bfloat16 else .006)
