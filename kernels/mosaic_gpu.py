@@ -11,7 +11,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from . import mosaic_backward, mosaic_forward, mosaic_rows
+from . import mosaic_backward, mosaic_forward, mosaic_lanes, mosaic_rows
 from .mosaic_common import BLOCK_Q
 from .tiles import key_tiles, query_tiles, selection_lists
 from .varying import over_batch, varying_like
@@ -115,7 +115,7 @@ def _flat(x):
 def _gather(key, value, scores, lists, interpret):
   """Listed keys, values [B, G, places, D], scores and last queries [B, G, places]."""
   token = _flat(lists.token)
-  if interpret is None:
+  if mosaic_lanes.SUPPORTED and interpret is None:
     return *mosaic_rows.gather_rows(key, value, scores, lists), _flat(lists.last)
   rows = lambda x: _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, token)
   return rows(jnp.swapaxes(key, 1, 2)), rows(jnp.swapaxes(value, 1, 2)), rows(scores), _flat(lists.last)
@@ -181,7 +181,7 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
 
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
   """Gradients of the window plus those of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
-  if jax.__version_info__ >= (0, 11) and interpret is None:              # JAX 0.10 and the interpreter cannot add in place
+  if mosaic_lanes.SUPPORTED and interpret is None:
     return mosaic_rows.sum_rows(dkey, dvalue, rows, lists)
   totals = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros(dkey.shape[:1] + dkey.shape[2:0:-1], jnp.float32)
   totals = _per_head(_add_rows)(totals, tuple(rows), lists)

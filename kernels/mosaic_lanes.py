@@ -13,12 +13,13 @@ from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 LANES = 128                      # threads of a program
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+SUPPORTED = jax.__version_info__ >= (0, 11)              # JAX 0.10 cannot write in place from a differentiated function
 
 
 def can_run() -> bool:
-  """Whether these kernels can run here: on a Hopper GPU. JAX 0.10 cannot write in place from a differentiated function."""
+  """Whether these kernels can run here: on a Hopper GPU."""
   device = jax.devices()[0]
-  return jax.default_backend() == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0" and jax.__version_info__ >= (0, 11)
+  return jax.default_backend() == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0" and SUPPORTED
 
 
 def gather(ref, index):

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from . import staircase
 from .mosaic_lanes import kernel, reader, scatter, scatter_row
-from .staircase import COUNT, NEEDS
+from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
 AT_ONCE = 8                      # loads that a scan has under way
-SEGMENT = 128                    # queries that a thread adds up
 
 
 def _over_rows(f, *args):
@@ -41,7 +40,6 @@ def _solve(problem, score, entry, order, start):
   heads, blocks = rows // start.shape[0], problem.blocks
   corner = lambda row, column: row * (blocks + 1) + column
   new = lambda *shape, fill=0, dtype=jnp.int32: jax.new_ref(jnp.full((rows, *shape), fill, dtype))
-  score, entry, order, start = (jax.new_ref(x) for x in (score, entry, order, start))
   tokens, events, found = new(n, 4), new(2 * n, 4), new(n, 4)
   corners, columns = new(staircase.SUMS, (blocks + 1) ** 2), new(len(NEEDS), blocks + 1)
   tau, passed, expiry = new(n, fill=jnp.nan, dtype=jnp.float32), new(2 * n, fill=n), new(n)
@@ -94,7 +92,7 @@ def _solve(problem, score, entry, order, start):
       def _():
         tile = staircase.tile_of(problem, reader(columns, row, number), cell)
         sums = [reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]]
-        state, step = staircase.walk(problem, staircase.Read(token=reader(tokens, row), event=reader(events, row)), tile, over, sums)
+        state, step = staircase.walk(problem, staircase.Read(token=reader(tokens, row), event=reader(events, row)), tile, over, NEEDS[over], sums)
         def go(_, state):
           state, at = step(state)
           record[over](at)
@@ -116,7 +114,6 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
   rows, n = score.shape
   heads, segments = rows // end.shape[0], -(-n // SEGMENT)
   new = lambda size, dtype: jax.new_ref(jnp.zeros((rows, size), dtype))
-  cotangent, score, threshold, end = (jax.new_ref(x) for x in (cotangent, score, threshold, end))
   first, last, change, out = new(n, jnp.int32), new(n, jnp.int32), new(n + 1, jnp.int32), new(n, jnp.float32)
   changes, total, error, prefix, shares = new(segments + 1, jnp.int32), *(new(size, jnp.float32) for size in (segments + 1, segments + 1, n + 1, segments))
 

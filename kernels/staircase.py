@@ -34,6 +34,7 @@ NEVER = 2 ** 29                  # the query at which a token enters that never 
 # with where they lie, high and low digit.
 UPPER, COUNT, HIGH, LOW = range(4)
 SUMS = 4
+SEGMENT = 128                    # numbers that are added up together
 
 
 class Problem(NamedTuple):
@@ -236,9 +237,8 @@ class Step(NamedTuple):
   passes: jax.Array
 
 
-def walk(problem, read, tile, over, sums):
-  """(state, state -> (state, Step)): the staircase of `over` through a tile, from its corner on; `sums` as in NEEDS."""
-  which = NEEDS[over]
+def walk(problem, read, tile, over, which, sums):
+  """(state, state -> (state, Step)): the staircase of `over` through a tile, from its corner on, with the sums that it needs: `which`."""
   newcomer = lambda query: query - problem.delay          # the token that may enter at a query
 
   def step(state):
@@ -313,26 +313,27 @@ def solve(problem, score, entry, order, start):
       sums = sums.at[which, row, column].add(weight, mode="drop")
   sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
 
-  def run(over, size, record):
-    """[size, ...] int32, what `record` makes of each step: (index, whether it is one, values)."""
-    position = numbers(blocks + 1) * problem.width
-    columns = jnp.sum(over(problem, sums, read.event(position)) & (position < 2 * n), axis=1, dtype=jnp.int32)
-    tile = tile_of(problem, _reader(columns), numbers(problem.cells))
-    state, step = walk(problem, read, tile, over, [sums[i, tile.row, tile.column] for i in NEEDS[over]])
+  # Both staircases in one loop, a cell after the other: what is compiled is half as long.
+  which = tuple(range(SUMS))
+  cell = numbers(2 * problem.cells)
+  counting = cell >= problem.cells
+  both = lambda problem, sums, event: jnp.where(counting, number_over(problem, sums, event), gates_over(problem, sums, event))
+  position = numbers(blocks + 1) * problem.width
+  is_over = [over(problem, sums, read.event(position)) & (position < 2 * n) for over in (gates_over, number_over)]
+  columns = jnp.sum(jnp.stack(is_over), axis=-1, dtype=jnp.int32)
+  tile = tile_of(problem, lambda row: columns[counting.astype(jnp.int32), row], jnp.where(counting, cell - problem.cells, cell))
+  state, step = walk(problem, read, tile, both, which, [sums[i, tile.row, tile.column] for i in which])
 
-    def go(_, carry):
-      state, step_found = step(carry[0])
-      index, where, values = record(step_found)
-      return state, carry[1].at[jnp.where(where, index, size)].set(jnp.stack(values, axis=-1), mode="drop", unique_indices=True)
-    columns = len(jax.eval_shape(lambda state: record(step(state)[1])[2], state))
-    out = jnp.full((size, columns), n, jnp.int32)
-    carry = jax.tree.map(lambda x: varying_like(x, score), (state, out))
-    return lax.fori_loop(0, problem.steps, go, carry)[1]
-
-  found = run(gates_over, n, lambda step: (
-      step.query, step.cuts & (step.query < n), (step.position, *missing(problem, step.sums, step.event), step.sums[COUNT])))
+  def go(_, carry):
+    state, found, passed = carry
+    state, at = step(state)
+    values = jnp.stack([at.position, *missing(problem, at.sums, at.event), at.sums[COUNT]], axis=-1)
+    found = found.at[jnp.where(at.cuts & no(counting) & (at.query < n), at.query, n)].set(values, mode="drop", unique_indices=True)
+    passed = passed.at[jnp.where(at.passes & counting, at.position, 2 * n)].set(at.query, mode="drop", unique_indices=True)
+    return state, found, passed
+  carry = state, jnp.zeros((n, 4), jnp.int32), jnp.full(2 * n, n, jnp.int32)
+  _, found, passed = lax.fori_loop(0, problem.steps, go, jax.tree.map(lambda x: varying_like(x, score), carry))
   tau = threshold(problem, read._replace(found=_reader(found)), numbers(n))
-  passed = run(number_over, 2 * n, lambda step: (step.position, step.passes, (step.query,)))[:, 0]
   return tau, jnp.where(token[:, 0] >= 0, passed[token[:, 0]], 0)
 
 
@@ -373,7 +374,14 @@ def add_exactly(a, b):
 
 
 def interval_sums(x, first, last):
-  """sum of x[first_j : last_j] for every j, [n] each; prefix sums carry their rounding errors along, so that short intervals late in x stay accurate."""
-  total, error = lax.associative_scan(add_exactly, (x, jnp.zeros_like(x)))
-  total, error = (jnp.concatenate([jnp.zeros_like(y[:1]), y]) for y in (total, error))
-  return (total[last] - total[first]) + (error[last] - error[first])
+  """sum of x[first_j : last_j] for every j, [n] each.
+
+  It adds inside segments, and whole segments with their rounding errors, so that short intervals late in x stay accurate.
+  """
+  n = x.shape[0]
+  x = jnp.pad(x, (0, SEGMENT - n % SEGMENT)).reshape(-1, SEGMENT)
+  inside = jnp.pad(jnp.cumsum(x, axis=1), ((0, 0), (1, 0)))[:, :-1].reshape(-1)
+  zero = varying_like(jnp.zeros(()), x)
+  _, (total, error) = lax.scan(lambda before, x: (add_exactly(before, (x, 0.)), before), (zero, zero), jnp.sum(x, axis=1))
+  (i, a, e), (j, b, f) = ((inside[at], total[at // SEGMENT], error[at // SEGMENT]) for at in (first, last))
+  return (j - i) + ((b - a) + (f - e))

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 import pytest
 
 from sparsek.causal import select
-from sparsek.kernels import mosaic_gpu
+from sparsek.kernels import mosaic_gpu, mosaic_lanes
 from sparsek.kernels.specs import Spec
 
 try:
@@ -70,5 +70,13 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
 
 
 def test_selection_compiles():
-  scores, bounds = jax.ShapeDtypeStruct((1, 8, 131072), jnp.float32), jax.ShapeDtypeStruct((1, 131072), jnp.int32)
-  compile_for_h100(lambda scores, start, end: select(scores, start, end, 512, 512, True), scores, bounds, bounds)
+  """Thresholds, expiry and their VJP, by the kernels of single threads."""
+  scores, bounds = jax.ShapeDtypeStruct((2, 8, 131072), jnp.float32), jax.ShapeDtypeStruct((2, 131072), jnp.int32)
+
+  def run(scores, start, end, cotangent):
+    def thresholds(scores):
+      threshold, expiry, order = select(scores, start, end, 512, 512, True, mosaic_lanes.SUPPORTED)
+      return threshold, (expiry, order)
+    threshold, vjp, rest = jax.vjp(thresholds, scores, has_aux=True)
+    return threshold, rest, vjp(cotangent)
+  compile_for_h100(run, scores, bounds, bounds, scores)

@@ -13,7 +13,7 @@ import pytest
 
 import sparsek
 from sparsek.causal import select
-from sparsek.kernels import mosaic_gpu
+from sparsek.kernels import mosaic_gpu, mosaic_lanes
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from sparsek.operator import document_bounds
 from tests.kernels import mosaic_interpreted
@@ -76,7 +76,7 @@ def test_gradients_trace_inside_shard_map():
   def loss(query, key, value, scores):
     scores = jnp.swapaxes(scores, 1, 2)
     start, end = document_bounds(None, 2, spec.n)
-    selection = select(scores, start, end, spec.k, spec.window, False)
+    selection = select(scores, start, end, spec.k, spec.window, False, mosaic_lanes.SUPPORTED)
     out = mosaic_gpu.attention(query, key, value, scores, *selection, start, end, k=spec.k, window=spec.window, gate="value", scale=1.)
     return jnp.sum(out.astype(jnp.float32) ** 2)
   inputs = make_inputs(spec)
