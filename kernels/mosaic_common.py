@@ -13,7 +13,8 @@ LOG2_E = math.log2(math.e)
 LOWEST = -1e30                   # below every logit, and finite: differences with -inf stay defined
 MATRIX = plgpu.Layout.WGMMA      # of matrices in registers; vectors along their rows and columns:
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
-LOAD_INDEX = () if inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty else ((),)     # JAX 0.10 wants one
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()    # JAX 0.10 wants one, 0.12 takes none
 
 
 def by_row(vector, shape):
