@@ -1,12 +1,8 @@
 """The SPARSEK operator (arXiv 2406.16747, section 3), over a whole axis and causally for every prefix at once.
 
 `sparsek(z, k) = argmin ||p - z||^2  subject to  0 <= p <= 1, sum p = k` has the solution `p = clip(z - tau, 0, 1)`. The threshold tau is piecewise
-linear between the breakpoints `z_j - 1` and `z_j`; both functions find the piece that holds it by bisection over the sorted breakpoints, then solve on it.
-
-`causal_sparsek` does so for all prefixes together. Their thresholds never decrease, so for one guess a prefix, each entry is at 1, then fractional,
-then 0 on consecutive intervals of queries, and counts and sums over entries are difference arrays with a cumulative sum: O(n) a round, O(log n) rounds,
-no loop over tokens.
-Sums of a million scores would round in float32, so they are taken in fixed point with integer arithmetic, which wraps but never rounds.
+linear between the breakpoints `z_j - 1` and `z_j`; both functions find the piece that holds it, then solve on it: `sparsek` by bisection over the sorted
+breakpoints, `causal_sparsek` for all prefixes together, with no loop over tokens (kernels/staircase.py).
 """
 
 import functools
