@@ -18,8 +18,9 @@ SUPPORTED = jax.__version_info__ >= (0, 11)              # JAX 0.10 cannot write
 
 def can_run() -> bool:
   """Whether these kernels can run here: on a Hopper GPU."""
-  device = jax.devices()[0]
-  return jax.default_backend() == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0" and SUPPORTED
+  device = jax.config.jax_default_device or jax.devices()[0]             # a device, or a platform's name
+  device = jax.devices(device)[0] if isinstance(device, str) else device
+  return SUPPORTED and device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
 
 
 def gather(ref, index):
