@@ -12,9 +12,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from . import mosaic_backward, mosaic_forward, mosaic_lanes, mosaic_rows
+from . import mosaic_backward, mosaic_forward, mosaic_lanes, mosaic_lists, mosaic_rows
 from .mosaic_common import BLOCK_Q
-from .tiles import key_tiles, query_tiles, selection_lists
+from .tiles import key_tiles, larger_tiles, list_tiles, query_bounds, selection_lists, window_tiles
 from .varying import over_batch, varying_like
 
 CHUNK = 2048                     # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens
@@ -127,23 +127,25 @@ def _left(start, window):
   return jnp.maximum(token - window + 1, start)
 
 
-def _query_bounds(lists, left, chunk, block_q, block_kv):
-  tiles = functools.partial(query_tiles, chunk=chunk, block_q=block_q, block_kv=block_kv)
-  return jax.vmap(lambda lists, left: jax.vmap(lambda row: tiles(row, left))(lists))(lists, left)
+def _list_makers(interpret):
+  """(selection_lists, query_bounds) for [B, G, ...] arrays."""
+  if mosaic_lanes.SUPPORTED and interpret is None:
+    return mosaic_lists.selection_lists, mosaic_lists.query_bounds
+  return lambda *args, **options: _per_head(functools.partial(selection_lists, **options))(*args), query_bounds
 
 
-def _key_bounds(first, last, base, limit):
+def _key_bounds(tiles, base, limit):
   """Bounds of the blocks of one warpgroup, and of both."""
-  tiles = functools.partial(key_tiles, first, last, base, limit=limit, block_q=mosaic_backward.KEY_BLOCK_Q)
-  return [tiles(block_kv=mosaic_backward.KEY_BLOCK_KV // warpgroups) for warpgroups in (2, 1)]
+  return [key_tiles(larger_tiles(tiles, warpgroups), base, limit=limit, block_q=mosaic_backward.KEY_BLOCK_Q) for warpgroups in (1, 2)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, query, key, value, scores, threshold, expiry, order, start):
   k, window, gate, scale, chunk, interpret = static
-  lists = _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(expiry, order)
+  make_lists, bounds_of = _list_makers(interpret)
+  lists = make_lists(expiry, order, k=k, window=window, chunk=chunk)
   left = _left(start, window)
-  bounds = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_forward.BLOCK_KV)
+  bounds = bounds_of(list_tiles(lists), left, chunk=chunk, block_q=BLOCK_Q, block_kv=mosaic_forward.BLOCK_KV)
   out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists, interpret), bounds,
                                           gate=gate, scale=scale, chunk=chunk, interpret=interpret)
   return lists, out, logsumexp
@@ -157,8 +159,9 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
   options = dict(gate=gate, scale=scale, interpret=interpret)
   left = _left(start, window)
   listed = _gather(key, value, scores, lists, interpret)
-  span = _query_bounds(lists, left, chunk, BLOCK_Q, mosaic_backward.QUERY_BLOCK_KV)
-  bounds = _query_bounds(lists, left, chunk, BLOCK_Q // 2, mosaic_backward.QUERY_BLOCK_KV)
+  tiles = list_tiles(lists)
+  _, bounds_of = _list_makers(interpret)
+  span, bounds = (bounds_of(tiles, left, chunk=chunk, block_q=size, block_kv=mosaic_backward.QUERY_BLOCK_KV) for size in (BLOCK_Q, BLOCK_Q // 2))
   # A warpgroup that sees no list has bounds anywhere: bring them between those of both.
   listed_part = jnp.clip(bounds[..., :4], *(jnp.repeat(span[..., i:i + 1], 2, axis=2) for i in (0, 3)))
   bounds = jnp.concatenate([listed_part, bounds[..., 4:]], axis=-1)
@@ -169,12 +172,12 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
   token = jnp.arange(n, dtype=jnp.int32)
   if window:
     first, last = jnp.broadcast_to(token, (batch, n)), jnp.minimum(token + window, end)
-    bounds = _key_bounds(first, last, jnp.zeros(batch, jnp.int32), n)
+    bounds = _key_bounds(window_tiles(end, window), jnp.zeros(batch, jnp.int32), n)
     dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, *bounds, **options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
-  bounds = [x.reshape(batch, groups, -1, 4) for x in _key_bounds(lists.first, lists.last, base, chunk)]
+  bounds = [x.reshape(batch, groups, -1, 4) for x in _key_bounds(tiles, base, chunk)]
   rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), *bounds, score=listed[2], tau=threshold, **options)
   dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)
   return dquery, dkey, dvalue, dscores, dtau

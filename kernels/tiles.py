@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 ROWS = 128                       # the places of a list are a multiple of it
+TILE = 64                        # places or keys of the smallest tile
 NEVER = 2 ** 30                  # first query of a place that holds no token
 
 
@@ -25,7 +26,7 @@ class Lists(NamedTuple):
     new_place: [n] int32, the place (over all chunks) where a token is listed as selected later; chunks * slots where it is not.
     old_place: [k * chunks] int32, the places where tokens are listed as live at the chunk's first query: those of token j from old_begin_j on, old_count_j
       many, chunk after chunk.
-    old_begin, old_count: [n] int32.
+    old_begin, old_count: [n] int32; the former is arbitrary where the latter is 0.
   """
   token: jax.Array
   first: jax.Array
@@ -44,114 +45,141 @@ def list_slots(k: int, chunk: int) -> int:
 
 
 def selection_lists(expiry: jax.Array, order: jax.Array, *, k: int, window: int, chunk: int) -> Lists:
-  """Lists the tokens live anywhere in each chunk of queries.
+  """Lists the tokens live anywhere in each chunk of queries: for tests and the interpreter, in O(n^2 / chunk). On GPUs mosaic_lists.py does it.
 
   Args:
     expiry: [n] int32, of `sparsek.causal_sparsek` with delay = window; n must be a multiple of `chunk`.
-    order: [n] int32, the tokens by increasing expiry.
+    order: [n] int32, tokens in such an order that the expiry of those that were ever selected never decreases.
     k: budget.
     window: steps from a token to the first query that may select it.
     chunk: queries per chunk.
   """
   n = expiry.shape[0]
-  chunks, slots, places = n // chunk, list_slots(k, chunk), k * (n // chunk)
-  token = jnp.arange(n, dtype=jnp.int32)
-  entry = token + window
-  # Tokens live at the first query of a chunk: one copy for every such chunk, in order of expiry, then sorted by chunk.
-  old_count = jnp.where(expiry > entry, jnp.maximum((expiry - 1) // chunk - (entry - 1) // chunk, 0), 0)
-  held = old_count[order]
-  end = jnp.cumsum(held)
-  begin = end - held
-  copy = jnp.arange(places, dtype=jnp.int32)
-  rank = jnp.repeat(token, held, total_repeat_length=places)
-  member = jnp.where(copy < end[-1], (-(-entry // chunk)[order] - begin)[rank] + copy, chunks)
-  member, copy = _sort_stably(member, copy, chunks)
-  holder = order[rank[copy]]
-  old = jnp.zeros(chunks, jnp.int32).at[member].add(1, mode="drop")
-  old_start = jnp.cumsum(old) - old
-  place = (jnp.arange(chunks + 1, dtype=jnp.int32) * slots - jnp.append(old_start, 0))[member] + jnp.arange(places, dtype=jnp.int32)
-  old_place = jnp.zeros(places, jnp.int32).at[copy].set(place, unique_indices=True)
-  old_begin = jnp.zeros(n, jnp.int32).at[order].set(begin, unique_indices=True)
-  # Tokens selected at a later query of the chunk, which are in their own order already.
-  new = (expiry > entry) & (entry % chunk != 0)
-  newcomers = jnp.zeros(n, jnp.int32).at[jnp.where(new, jnp.cumsum(new) - 1, n)].set(token, mode="drop")
-  count = jnp.concatenate([jnp.zeros(min(window, n), jnp.int32), jnp.cumsum(new, dtype=jnp.int32)])[:n]     # of those with entry <= i
-  before = count[::chunk]
-  entered = jnp.repeat(old - before, chunk, total_repeat_length=n) + count
-  slot = jnp.arange(slots, dtype=jnp.int32)
-  later = slot - old[:, None]
-  tokens = jnp.where(later < 0, holder.at[old_start[:, None] + slot].get(mode="clip"), newcomers.at[before[:, None] + later].get(mode="clip"))
-  used = slot < entered[chunk - 1::chunk, None]
-  tokens = jnp.where(used, tokens, 0)
-  home = entry // chunk
-  at = jnp.minimum(entry, n - 1)
-  new_place = jnp.where(new & (entry < n), home * slots + entered[at] - 1, chunks * slots)
-  return Lists(tokens, jnp.where(used, tokens + window, NEVER), jnp.where(used, expiry[tokens], 0), entered, old, new_place, old_place, old_begin, old_count)
+  chunks, slots = n // chunk, list_slots(k, chunk)
+  token, c = jnp.arange(n, dtype=jnp.int32), jnp.arange(chunks, dtype=jnp.int32)[:, None]
+  entry, begin = token + window, c * chunk
+  is_old = (entry <= begin) & (begin < expiry)                           # [chunks, n]
+  is_new = (entry > begin) & (entry < begin + chunk) & (entry < expiry)
+  count = lambda x, axis: jnp.sum(x, axis=axis, dtype=jnp.int32)
+  before = lambda x: jnp.cumsum(x, axis=1, dtype=jnp.int32) - x
+  old = count(is_old, 1)
+  place_if_old = c * slots + jnp.zeros_like(is_old, jnp.int32).at[:, order].set(before(is_old[:, order]))
+  place_if_new = c * slots + old[:, None] + before(is_new)
+  place = jnp.where(is_old, place_if_old, jnp.where(is_new, place_if_new, chunks * slots))
+  listed = lambda x: jnp.zeros(chunks * slots, jnp.int32).at[place].set(jnp.broadcast_to(x, place.shape), mode="drop").reshape(chunks, slots)
+  tokens, last = listed(token), listed(expiry)
+  entered = jnp.cumsum(jnp.zeros(n, jnp.int32).at[entry].add(count(is_new, 0), mode="drop").reshape(chunks, chunk), axis=1) + old[:, None]
+  old_count = count(is_old, 0)
+  old_begin = jnp.zeros(n, jnp.int32).at[order].set(jnp.cumsum(old_count[order]) - old_count[order])
+  copy = jnp.where(is_old, old_begin + before(is_old.T).T, k * chunks)
+  old_place = jnp.zeros(k * chunks, jnp.int32).at[copy].set(place, mode="drop")
+  new_place = jnp.min(jnp.where(is_new, place, chunks * slots), axis=0)
+  return Lists(tokens, jnp.where(last > 0, tokens + window, NEVER), last, entered.reshape(n), old, new_place, old_place, old_begin, old_count)
 
 
-def _sort_stably(key, value, limit):
-  """Sorts pairs by `key` in [0, limit], equal ones by `value`, which is 0, 1, 2, ...; one packed integer sorts faster."""
-  size = value.shape[0]
-  if (limit + 1) * size >= 2 ** 31:
-    return lax.sort((key, value), num_keys=1, is_stable=True)
-  packed = jnp.sort(key * size + value)
-  return packed // size, packed % size
+class Tiles(NamedTuple):
+  """Of the tokens or places of each tile: the earliest and latest first query, the earliest and latest last one; [..., tiles] int32 each."""
+  first_min: jax.Array
+  first_max: jax.Array
+  last_min: jax.Array
+  last_max: jax.Array
 
 
-def query_tiles(lists: Lists, left: jax.Array, *, chunk: int, block_q: int, block_kv: int) -> jax.Array:
-  """Which tiles every block of queries visits.
+def list_tiles(lists: Lists) -> Tiles:
+  """[..., chunks, slots / TILE]."""
+  tiled = lambda x, f: f(x.reshape(*x.shape[:-1], -1, TILE), axis=-1)
+  return Tiles(tiled(lists.first, jnp.min), tiled(lists.first, jnp.max), tiled(lists.last, jnp.min), tiled(lists.last, jnp.max))
+
+
+def window_tiles(end: jax.Array, window: int) -> Tiles:
+  """[..., n / TILE]; end: [..., n], one past the last token of each token's document, never decreasing."""
+  token = jnp.broadcast_to(jnp.arange(end.shape[-1], dtype=jnp.int32), end.shape)
+  last = jnp.minimum(token + window, end)
+  return Tiles(*(x[..., i::TILE] for x in (token, last) for i in (0, TILE - 1)))
+
+
+def larger_tiles(tiles: Tiles, times: int) -> Tiles:
+  """Tiles of so many neighbours each."""
+  joined = lambda x, f: f(x.reshape(*x.shape[:-1], -1, times), axis=-1)
+  return Tiles(*(joined(x, f) for x, f in zip(tiles, (jnp.min, jnp.max) * 2)))
+
+
+def query_tiles(read, begin: jax.Array, block_q: int, tiles: int) -> tuple:
+  """Which tiles of its chunk's list every block of queries visits.
 
   Args:
-    lists: see `selection_lists`.
-    left: [n] int32, first token of each query's window, never decreasing.
+    read: t -> Tiles, of the t-th tile of every block's list.
+    begin: first query of every block. block_q: queries per block. tiles: of a list.
+
+  Returns:
+    t0, t1, t2, t3: of the tiles [t0, t1) all tokens have entered, [t1, t2) are live for every query, [t2, t3) are the others. All are `tiles` if none is live.
+  """
+  end = begin + (block_q - 1)
+
+  def visit(t, state):
+    t0, t1, t2, t3 = state
+    tile = read(t)
+    live = (tile.last_max > begin) & (tile.first_min <= end)
+    whole = (tile.last_min > end) & (tile.first_max <= begin)
+    return (jnp.where(live, jnp.minimum(t0, t), t0), jnp.where(whole, jnp.minimum(t1, t), t1),
+            jnp.where(whole & ((t2 == t) | (t1 == tiles)), t + 1, t2), jnp.where(live, t + 1, t3))
+  nowhere = begin - begin + tiles
+  t0, t1, t2, t3 = lax.fori_loop(0, tiles, visit, (nowhere, nowhere, nowhere, nowhere))
+  return t0, *(jnp.where(t1 < tiles, t, t0) for t in (t1, t2)), t3
+
+
+def near_tiles(left: jax.Array, block: jax.Array, block_q: int, block_kv: int) -> tuple:
+  """Which tiles of tokens every block of queries visits before its own.
+
+  Args:
+    left: function query -> first token of its window, never decreasing.
+    block: numbers of the blocks. block_q, block_kv: queries per block, tokens per tile.
+
+  Returns:
+    t4, t5: tiles [t4, t5) may enter or leave the window, [t5, first tile of the block) are inside every query's window; the block's own tiles follow.
+  """
+  begin, own = block * block_q, block * (block_q // block_kv)
+  t4 = jnp.minimum(left(begin) // block_kv, own)
+  return t4, jnp.clip((left(begin + (block_q - 1)) + (block_kv - 1)) // block_kv, t4, own)
+
+
+def query_bounds(tiles: Tiles, left: jax.Array, *, chunk: int, block_q: int, block_kv: int) -> jax.Array:
+  """What `query_tiles` and `near_tiles` say of every block of queries, under XLA; on GPUs that of mosaic_lists.py does it.
+
+  Args:
+    tiles: [B, G, chunks, slots / TILE] each, of `list_tiles`.
+    left: [B, n] int32, first token of each query's window.
     chunk, block_q, block_kv: queries per chunk and per block, keys per tile.
 
   Returns:
-    [n / block_q, 6] int32: tiles of the chunk's list [t0, t1) of which all tokens have entered, [t1, t2) live for every query, [t2, t3) the others; tiles of
-    tokens [t4, t5) that the window may enter or leave, [t5, first tile of the block) inside every query's window; the block's own tiles follow.
+    [B, G, n / block_q, 6] int32: t0, ..., t5.
   """
-  n, chunks = left.shape[0], lists.token.shape[0]
-  blocks = chunk // block_q
-  begin = (jnp.arange(chunks * blocks, dtype=jnp.int32) * block_q).reshape(chunks, blocks, 1)
-  end = begin + block_q - 1
-  by_tile = lambda x, f: f(x.reshape(chunks, 1, -1, block_kv), axis=-1)
-  tiles = lists.first.shape[1] // block_kv
-  live = (by_tile(lists.last, jnp.max) > begin) & (by_tile(lists.first, jnp.min) <= end)
-  full = (by_tile(lists.last, jnp.min) > end) & (by_tile(lists.first, jnp.max) <= begin)
-  t0, t3 = first_true(live), tiles - first_true(live[..., ::-1])
-  t3 = jnp.maximum(t0, t3)
-  t0 = jnp.minimum(t0, t3)
-  t1 = jnp.where(jnp.any(full, -1), first_true(full), t0)
-  t2 = t1 + first_true(~full & (jnp.arange(tiles) >= t1[..., None])) - t1
-  t2 = jnp.where(jnp.any(full, -1), t2, t0)
-  own = jnp.arange(n // block_q, dtype=jnp.int32) * (block_q // block_kv)
-  t4 = jnp.minimum(left[::block_q] // block_kv, own)
-  t5 = jnp.clip(-(-left[block_q - 1::block_q] // block_kv), t4, own)
-  return jnp.stack([*(t.reshape(-1) for t in (t0, t1, t2, t3)), t4, t5], axis=-1).astype(jnp.int32)
+  tiles = larger_tiles(tiles, block_kv // TILE)
+  batch, groups, chunks, count = tiles.last_max.shape
+  block = jnp.arange(chunks * chunk // block_q, dtype=jnp.int32)
+  begin = jnp.broadcast_to((block * block_q).reshape(chunks, -1), (batch, groups, chunks, chunk // block_q))
+  listed = query_tiles(lambda t: Tiles(*(lax.dynamic_index_in_dim(x, t, axis=-1) for x in tiles)), begin, block_q, count)
+  near = near_tiles(lambda query: left[:, None, query], block, block_q, block_kv)
+  shape = batch, groups, chunks * chunk // block_q
+  return jnp.stack([*(t.reshape(shape) for t in listed), *(jnp.broadcast_to(t, shape) for t in near)], axis=-1)
 
 
-def key_tiles(first: jax.Array, last: jax.Array, base: jax.Array, *, limit: int, block_q: int, block_kv: int) -> jax.Array:
+def key_tiles(tiles: Tiles, base: jax.Array, *, limit: int, block_q: int) -> jax.Array:
   """Which blocks of queries every tile of keys visits.
 
   Args:
-    first, last: [..., keys] int32, each key is live for queries first <= i < last; empty places as in `Lists`.
+    tiles: [..., tiles] each.
     base: [...] int32, first query that may be visited, and `limit` how many there are; a multiple of block_q.
-    block_q, block_kv: queries per block, keys per tile.
+    block_q: queries per block.
 
   Returns:
-    [..., keys / block_kv, 4] int32, blocks counted from query 0: [b0, b1) partly live, [b1, b2) wholly live, [b2, b3) partly live.
+    [..., tiles, 4] int32, blocks counted from query 0: [b0, b1) partly live, [b1, b2) wholly live, [b2, b3) partly live.
   """
-  tiled = lambda x, f: f(x.reshape(*x.shape[:-1], -1, block_kv), axis=-1)
   base = base[..., None]
-  low, high = jnp.maximum(tiled(first, jnp.min), base), jnp.minimum(tiled(last, jnp.max), base + limit)
+  low, high = jnp.maximum(tiles.first_min, base), jnp.minimum(tiles.last_max, base + limit)
   b0 = low // block_q
   b3 = jnp.where(high > low, -(-high // block_q), b0)
-  b1 = jnp.clip(-(-tiled(first, jnp.max) // block_q), b0, b3)
-  b2 = jnp.clip(tiled(last, jnp.min) // block_q, b1, b3)
+  b1 = jnp.clip(-(-tiles.first_max // block_q), b0, b3)
+  b2 = jnp.clip(tiles.last_min // block_q, b1, b3)
   b1, b2 = jnp.where(b2 > b1, b1, b0), jnp.where(b2 > b1, b2, b0)
   return jnp.stack([b0, b1, b2, b3], axis=-1).astype(jnp.int32)
-
-
-def first_true(x: jax.Array) -> jax.Array:
-  """Index of the first true along the last axis; its length where none is."""
-  return jnp.where(jnp.any(x, -1), jnp.argmax(x, -1), x.shape[-1])

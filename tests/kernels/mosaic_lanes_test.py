@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparsek import causal
-from sparsek.kernels import mosaic_lanes, mosaic_rows, mosaic_selection, tiles
+from sparsek.kernels import mosaic_lanes, mosaic_lists, mosaic_rows, mosaic_selection, tiles
 from sparsek.operator import document_bounds
 
 
@@ -86,7 +86,7 @@ current = {}
 
 @pytest.fixture
 def emulated(monkeypatch):
-  for module in (mosaic_lanes, mosaic_rows, mosaic_selection):
+  for module in (mosaic_lanes, mosaic_lists, mosaic_rows, mosaic_selection):
     for f in (gather, gather_bytes, scatter, scatter_bytes, widen, narrow, kernel):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   monkeypatch.setattr(mosaic_rows, "numbers", lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32))
@@ -122,6 +122,30 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   np.testing.assert_array_equal(expiry, expected_expiry)
   found = mosaic_selection.scores_gradient(cotangent, scores, threshold, end, delay)
   np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1), (1280, 40, 500, 640, 0.)])
+def test_lists(n, k, window, chunk, rise, request):
+  batch, groups = 2, 2
+  scores = jax.random.normal(jax.random.key(n), (batch, groups, n)) + rise * jnp.arange(n)
+  start, end = document_bounds(jnp.arange(batch * n).reshape(batch, n) // (n // 3), batch, n)
+  _, expiry, order = causal.select(scores, start, end, k, window, True)
+  expected = jax.vmap(jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk)))(expiry, order)
+  left = jnp.maximum(jnp.arange(n) - window + 1, start)
+  sizes = dict(chunk=chunk, block_q=64, block_kv=128)
+  bounds = tiles.query_bounds(tiles.list_tiles(expected), left, **sizes)
+  request.getfixturevalue("emulated")
+  found = mosaic_lists.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
+  held = expected.old_count > 0
+  for name, x, y in zip(found._fields, found, expected):
+    assert x.shape == y.shape and x.dtype == y.dtype, name
+    if name == "old_begin":
+      x, y = x[held], y[held]
+    elif name == "old_place":                                 # of the copies that there are
+      there = jnp.arange(x.shape[-1]) < jnp.sum(expected.old_count, axis=-1, keepdims=True)
+      x, y = x[there], y[there]
+    np.testing.assert_array_equal(x, y, err_msg=name)
+  np.testing.assert_array_equal(mosaic_lists.query_bounds(tiles.list_tiles(expected), left, **sizes), bounds)
 
 
 @pytest.mark.parametrize("dim, dtype", [(64, jnp.bfloat16), (128, jnp.float16)])
