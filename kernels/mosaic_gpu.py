@@ -40,6 +40,8 @@ def refusal(query: jax.Array) -> str | None:
   device = jax.devices()[0]
   if jax.default_backend() != "gpu" or not device.device_kind.startswith("NVIDIA"):
     return f"it needs an NVIDIA Hopper GPU (H100, H200); JAX's default device is {device.device_kind!r}"
+  if not mosaic_lanes.SUPPORTED:
+    return f"it needs JAX 0.11 or newer; this is {jax.__version__}"
   capability = str(getattr(device, "compute_capability", "unknown"))
   if capability != "9.0":
     return f"it needs a GPU of compute capability 9.0 (H100, H200); {device.device_kind} has {capability}"

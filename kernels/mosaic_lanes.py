@@ -48,19 +48,19 @@ def gather_bytes(ref, index, offset, stride):
   return tuple(load(ref, index, offset))
 
 
-def scatter(ref, index, value, where, add=False):
-  """ref[index] = value, or += value atomically, in the lanes where `where`; `ref` has one axis."""
+def scatter(ref, index, value, where, atomic=None):
+  """ref[index] = value in the lanes where `where`, or atomically "add" it or take the "min" of both; `ref` has one axis."""
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
   def store(_, ref, index, value, where):
     index, value, where = map(_element, (index, value, where))
     with ir.InsertionPoint(scf.IfOp(where).then_block):
-      if add:
+      if atomic:
         address = utils.getelementptr(utils.memref_ptr(ref), [arith.extsi(ir.IntegerType.get_signless(64), index)], value.type)
-        llvm.atomicrmw(llvm.AtomicBinOp.add, address, value, llvm.AtomicOrdering.monotonic, syncscope="device")
+        llvm.atomicrmw(getattr(llvm.AtomicBinOp, atomic), address, value, llvm.AtomicOrdering.monotonic, syncscope="device")
       else:
         memref.store(value, ref, [_index(index)])
       scf.yield_([])
-  store(ref, index, _dynamic(value, where), where)
+  store(ref, index, dynamic(value, where), where)
 
 
 def scatter_row(ref, index, values, where):
@@ -76,7 +76,7 @@ def scatter_bytes(ref, index, offset, stride, values, where):
     with ir.InsertionPoint(scf.IfOp(where).then_block):
       llvm.store(vector.from_elements(_bytes(), values), _address(ref, index, offset, stride), alignment=16)
       scf.yield_([])
-  store(ref, index, _dynamic(offset, where), where, *(_dynamic(value, where) for value in values))
+  store(ref, index, dynamic(offset, where), where, *(dynamic(value, where) for value in values))
 
 
 def widen(words, dtype):
@@ -110,7 +110,7 @@ def _index(i):
   return arith.index_cast(ir.IndexType.get(), i)
 
 
-def _dynamic(value, where):
+def dynamic(value, where):
   """The same value where it is used: inlined code cannot take constants."""
   return jnp.where(where, value, 0)
 

@@ -42,7 +42,7 @@ def _lists(expiry, order, k, window, chunk):
     end = jnp.where(last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin)      # listed as old in chunks [begin, end)
     scatter_row(ranked.at[row], rank, (token, begin, end, last), rank < n)
     for c, change in ((begin, 1), (end, -1)):
-      scatter(members.at[row], c * segments + rank // SEGMENT, rank - rank + change, (rank < n) & (begin < end), add=True)
+      scatter(members.at[row], c * segments + rank // SEGMENT, rank - rank + change, (rank < n) & (begin < end), atomic="add")
   ranked, = kernel(count, rows, n, name="count_members", out_type=[shape(n, 4)])(expiry, order, members)
 
   by_chunk = jnp.cumsum(members[...].reshape(rows, chunks + 1, segments), axis=1)[:, :chunks]

@@ -8,11 +8,12 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from . import staircase
-from .mosaic_lanes import kernel, reader, scatter, scatter_row
+from .mosaic_lanes import dynamic, gather_bytes, kernel, reader, scatter, scatter_bytes, scatter_row
 from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
 AT_ONCE = 8                      # loads that a scan has under way
+AHEAD = 4                        # steps of a walk whose loads are under way together
 
 
 def _over_rows(f, *args):
@@ -24,9 +25,9 @@ def _over_rows(f, *args):
   return jax.tree.map(lambda x: varying_like(x, args[0]), over_batch(flat, *args))        # kernels forget it
 
 
-def solve(problem, score, entry, order, start):
-  """As `staircase.solve`, of [batch, heads, n] arrays and start [batch, n]."""
-  return _over_rows(functools.partial(_solve, problem), score, entry, order, start)
+def solve(problem, score, entry, order, start, scores):
+  """As `staircase.solve`, of [batch, heads, n] arrays and start [batch, n]; thresholds are NaN from where a NaN of `scores`, by token, may enter."""
+  return _over_rows(functools.partial(_solve, problem), score, entry, order, start, scores)
 
 
 def scores_gradient(cotangent, score, threshold, end, delay):
@@ -35,17 +36,19 @@ def scores_gradient(cotangent, score, threshold, end, delay):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve(problem, score, entry, order, start):
+def _solve(problem, score, entry, order, start, scores):
   rows, n = score.shape
   heads, blocks = rows // start.shape[0], problem.blocks
-  corner = lambda row, column: row * (blocks + 1) + column
-  new = lambda *shape, fill=0, dtype=jnp.int32: jax.new_ref(jnp.full((rows, *shape), fill, dtype))
-  tokens, events, found = new(n, 4), new(2 * n, 4), new(n, 4)
-  corners, columns = new(staircase.SUMS, (blocks + 1) ** 2), new(len(NEEDS), blocks + 1)
-  tau, passed, expiry = new(n, fill=jnp.nan, dtype=jnp.float32), new(2 * n, fill=n), new(n)
+  stride = -(-(blocks + 1) // 4) * 4                       # whole rows of 16 bytes
+  corner = lambda row, column: row * stride + column
+  filled = lambda *shape, fill=0: jax.new_ref(jnp.full((rows, *shape), fill, jnp.int32))
+  new = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype)
+  corners, passed, first_nan = filled(staircase.SUMS, (blocks + 1) * stride), filled(2 * n, fill=n), filled(n, fill=n)
 
-  def enter(row, _, lane, score, entry, order, start, tokens, events, corners):
+  def enter(row, _, lane, score, entry, order, start, scores, corners, first_nan, tokens, events):
     inside = lane < n
+    value, first = reader(scores, row)(lane), reader(start, row // heads)(lane)
+    scatter(first_nan.at[row], first, lane, inside & (value != value), atomic="min")
     entry, token = (reader(ref, row)(lane) for ref in (entry, order))
     placed = staircase.place(problem, staircase.Read(reader(score, row), reader(start, row // heads)), lane, entry)
     scatter_row(tokens.at[row], token, placed.token, inside)
@@ -53,21 +56,35 @@ def _solve(problem, score, entry, order, start):
     scatter_row(events.at[row], placed.lower, placed.lower_event, inside)
     for line, column, weights in staircase.enter(problem, placed, entry):
       for which, weight in weights.items():
-        scatter(corners.at[row, which], corner(line, column), weight, inside & (line <= blocks), add=True)
-  kernel(enter, rows, n, name="enter")(score, entry, order, start, tokens, events, corners)
+        scatter(corners.at[row, which], corner(line, column), weight, inside & (line <= blocks), atomic="add")
+  tokens, events = kernel(enter, rows, n, name="enter", out_type=[new(n, 4), new(2 * n, 4)])(score, entry, order, start, scores, corners, first_nan)
 
-  def add_up(row, which, lane, corners, *, along, across, backward):
+  def add_rows(row, which, lane, corners):
+    ref, four = corners.at[row, which], jnp.minimum(lane * 4, stride - 4)
+
     def go(i, total):
-      places = [lane - lane + (i * AT_ONCE + j) for j in range(AT_ONCE)]
-      index = [(blocks - place if backward else place) * along + lane * across for place in places]
-      values = [reader(corners, row, which)(x) for x in index]
-      for place, x, value in zip(places, index, values):
-        total = total + value                              # what lies beyond the last place is not stored
-        scatter(corners.at[row, which], x, total, (lane <= blocks) & (place <= blocks))
+      lines = [dynamic(i * AT_ONCE + j, lane >= 0) for j in range(AT_ONCE)]
+      for line, values in zip(lines, [gather_bytes(ref, jnp.minimum(line, blocks), four, stride) for line in lines]):
+        total = tuple(x + y for x, y in zip(total, values))
+        scatter_bytes(ref, line, four, stride, total, (line <= blocks) & (lane * 4 < stride))
       return total
-    lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, lane - lane)
-  for options in (dict(along=corner(1, 0), across=1, backward=False), dict(along=1, across=corner(1, 0), backward=True)):
-    kernel(functools.partial(add_up, **options), rows, blocks + 1, staircase.SUMS, name="add_up")(corners)
+    lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, (lane - lane,) * 4)
+  kernel(add_rows, rows, stride // 4, staircase.SUMS, name="add_rows")(corners)
+
+  def add_columns(row, which, line, corners):
+    ref, own = corners.at[row, which], jnp.minimum(line, blocks)
+
+    def go(i, total):
+      columns = [dynamic(stride - 4 - 4 * (i * AT_ONCE + j), line >= 0) for j in range(AT_ONCE)]
+      for column, values in zip(columns, [gather_bytes(ref, own, jnp.maximum(column, 0), stride) for column in columns]):
+        sums = []
+        for x in reversed(values):
+          total = total + x
+          sums.insert(0, total)
+        scatter_bytes(ref, line, column, stride, sums, (line <= blocks) & (column >= 0))
+      return total
+    lax.fori_loop(0, -(-stride // (4 * AT_ONCE)), go, line - line)
+  kernel(add_columns, rows, blocks + 1, staircase.SUMS, name="add_columns")(corners)
 
   def find_columns(row, which, line, events, corners, columns):
     for number, over in enumerate(NEEDS):
@@ -79,9 +96,20 @@ def _solve(problem, score, entry, order, start):
           return staircase.no(over(problem, sums, reader(events, row)(position)) & (position < 2 * n))
         value = staircase.bisect(line - line, line - line + blocks, not_over, blocks)
         scatter(columns.at[row, number], line, value, line <= blocks)
-  kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns")(events, corners, columns)
+  columns, = kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns", out_type=[new(len(NEEDS), blocks + 1)])(events, corners)
 
-  def walk(row, which, cell, tokens, events, corners, columns, found, passed):
+  def ahead(read, first):
+    """`read`, from loads of the rows first to first + AHEAD - 1."""
+    rows = [read(first + i) for i in range(AHEAD)]
+
+    def near(index):
+      found = rows[0]
+      for i, row in enumerate(rows[1:], 1):
+        found = tuple(jnp.where(index - first >= i, new, old) for new, old in zip(row, found))
+      return found
+    return near
+
+  def walk(row, which, cell, tokens, events, corners, columns, passed, found):
     def record_cut(step):
       values = step.position, *staircase.missing(problem, step.sums, step.event), step.sums[COUNT]
       scatter_row(found.at[row], step.query, values, step.cuts & (step.query < n))
@@ -92,51 +120,48 @@ def _solve(problem, score, entry, order, start):
       def _():
         tile = staircase.tile_of(problem, reader(columns, row, number), cell)
         sums = [reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]]
-        state, step = staircase.walk(problem, staircase.Read(token=reader(tokens, row), event=reader(events, row)), tile, over, NEEDS[over], sums)
+        read = staircase.Read(token=reader(tokens, row), event=reader(events, row))
+        state, step = staircase.walk(problem, read, tile, over, NEEDS[over], sums)
         def go(_, state):
-          state, at = step(state)
-          record[over](at)
+          query, position, *_ = state
+          near = staircase.Read(token=ahead(read.token, staircase.newcomer(problem, query + 2)), event=ahead(read.event, position + 1))
+          for _ in range(AHEAD):
+            state, at = step(state, near)
+            record[over](at)
           return state
-        lax.fori_loop(0, problem.steps, go, state)
-  kernel(walk, rows, problem.cells, len(NEEDS), name="walk")(tokens, events, corners, columns, found, passed)
+        lax.fori_loop(0, -(-problem.steps // AHEAD), go, state)
+  found, = kernel(walk, rows, problem.cells, len(NEEDS), name="walk", out_type=[new(n, 4)])(tokens, events, corners, columns, passed)
 
-  def finish(row, _, lane, start, tokens, events, found, passed, tau, expiry):
+  def finish(row, _, query, start, tokens, events, found, passed, first_nan, tau, expiry):
     own = staircase.Read(start=reader(start, row // heads), token=reader(tokens, row), event=reader(events, row), found=reader(found, row))
-    scatter(tau.at[row], lane, staircase.threshold(problem, own, lane), lane < n)
-    upper = own.token(lane)[0]
-    scatter(expiry.at[row], lane, reader(passed, row)(upper), (lane < n) & (upper >= 0))
-  kernel(finish, rows, n, name="finish")(start, tokens, events, found, passed, tau, expiry)
-  return tau[...], expiry[...]
+    value = staircase.threshold(problem, own, query)
+    spoilt = query - problem.delay >= reader(first_nan, row)(own.start(query))
+    scatter(tau.at[row], query, jnp.where(spoilt, jnp.nan, value), query < n)
+    upper = own.token(query)[0]                            # of the token of that number
+    scatter(expiry.at[row], query, jnp.where(upper >= 0, reader(passed, row)(upper), 0), query < n)
+  out = [new(n, dtype=jnp.float32), new(n)]
+  return tuple(kernel(finish, rows, n, name="finish", out_type=out)(start, tokens, events, found, passed, first_nan))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores_gradient(delay, cotangent, score, threshold, end):
   rows, n = score.shape
-  heads, segments = rows // end.shape[0], -(-n // SEGMENT)
-  new = lambda size, dtype: jax.new_ref(jnp.zeros((rows, size), dtype))
-  first, last, change, out = new(n, jnp.int32), new(n, jnp.int32), new(n + 1, jnp.int32), new(n, jnp.float32)
-  changes, total, error, prefix, shares = new(segments + 1, jnp.int32), *(new(size, jnp.float32) for size in (segments + 1, segments + 1, n + 1, segments))
+  heads, segments = rows // end.shape[0], n // SEGMENT + 1                # of 0 to n
+  new = lambda size, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, size), dtype)
+  change, changes = (jax.new_ref(jnp.zeros((rows, size), jnp.int32)) for size in (n + 1, segments))
 
-  def find_intervals(row, _, token, score, threshold, end, first, last, change, changes):
+  def find_intervals(row, _, token, score, threshold, end, change, changes, first, last):
     own = staircase.Read(reader(score, row), end=reader(end, row // heads), threshold=reader(threshold, row))
     ends = staircase.interval(own, token, delay, n)
     for ref, at, weight in zip((first, last), ends, (1, -1)):
       scatter(ref.at[row], token, at, token < n)
       there = (token < n) & (ends[0] < ends[1])
-      scatter(change.at[row], at, weight, there, add=True)
-      scatter(changes.at[row], at // SEGMENT, weight, there, add=True)
-  kernel(find_intervals, rows, n, name="intervals")(score, threshold, end, first, last, change, changes)
+      scatter(change.at[row], at, weight, there, atomic="add")
+      scatter(changes.at[row], at // SEGMENT, weight, there, atomic="add")
+  first, last = kernel(find_intervals, rows, n, name="intervals", out_type=[new(n, jnp.int32)] * 2)(score, threshold, end, change, changes)
+  counts = jnp.cumsum(changes[...], axis=1) - changes[...]                # before every segment
 
-  def sums_before(ref, row, segment, join, zero):
-    """What `join` makes of all earlier segments, AT_ONCE loads at a time."""
-    def go(i, state):
-      places = [i * AT_ONCE + j for j in range(AT_ONCE)]
-      for place, value in zip(places, [ref[row, jnp.minimum(place, segments - 1)] for place in places]):
-        state = join(state, jnp.where(place < segment, value, 0))
-      return state
-    return lax.fori_loop(0, -(-segments // AT_ONCE), go, zero)
-
-  def share(row, _, segment, cotangent, change, changes, prefix, shares):
+  def share(row, _, segment, cotangent, change, counts, prefix, shares):
     """dtau_i / |S_i| and its sums from the start of each segment on."""
     def go(i, state):
       count, total = state
@@ -147,21 +172,26 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
         scatter(prefix.at[row], query, total, query <= n)
         total += jnp.where((count > 0) & (query < n), gradient / jnp.maximum(count, 1).astype(jnp.float32), 0.)
       return count, total
-    count = sums_before(changes, row, segment, jnp.add, segment - segment)
-    _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, go, (count, (segment - segment).astype(jnp.float32)))
+    _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, go, (reader(counts, row)(segment), (segment - segment).astype(jnp.float32)))
     scatter(shares.at[row], segment, total, segment < segments)
-  kernel(share, rows, segments, name="shares")(cotangent, change, changes, prefix, shares)
+  prefix, shares = kernel(share, rows, segments, name="shares", out_type=[new(n + 1), new(segments)])(cotangent, change, counts)
 
   def add_segments(row, _, segment, shares, total, error):
-    sums = sums_before(shares, row, segment, lambda state, x: staircase.add_exactly(state, (x, 0.)), ((segment - segment).astype(jnp.float32),) * 2)
+    """The sum of all earlier segments, and its rounding error."""
+    def go(i, state):
+      places = [i * AT_ONCE + j for j in range(AT_ONCE)]
+      for place, value in zip(places, [shares[row, jnp.minimum(place, segments - 1)] for place in places]):
+        state = staircase.add_exactly(state, (jnp.where(place < segment, value, 0.), 0.))
+      return state
+    sums = lax.fori_loop(0, -(-segments // AT_ONCE), go, ((segment - segment).astype(jnp.float32),) * 2)
     for ref, value in zip((total, error), sums):
-      scatter(ref.at[row], segment, value, segment <= segments)
-  kernel(add_segments, rows, segments + 1, name="segments")(shares, total, error)
+      scatter(ref.at[row], segment, value, segment < segments)
+  total, error = kernel(add_segments, rows, segments, name="segments", out_type=[new(segments)] * 2)(shares)
 
   def gradients(row, _, token, first, last, prefix, total, error, out):
     ends = [reader(ref, row)(token) for ref in (first, last)]
     inside, whole, rest = ([reader(ref, row)(end // size) for end in ends] for ref, size in ((prefix, 1), (total, SEGMENT), (error, SEGMENT)))
     value = (inside[1] - inside[0]) + ((whole[1] - whole[0]) + (rest[1] - rest[0]))
     scatter(out.at[row], token, value, token < n)
-  kernel(gradients, rows, n, name="gradients")(first, last, prefix, total, error, out)
-  return out[...]
+  out, = kernel(gradients, rows, n, name="gradients", out_type=[new(n)])(first, last, prefix, total, error)
+  return out

@@ -237,19 +237,25 @@ class Step(NamedTuple):
   passes: jax.Array
 
 
-def walk(problem, read, tile, over, which, sums):
-  """(state, state -> (state, Step)): the staircase of `over` through a tile, from its corner on, with the sums that it needs: `which`."""
-  newcomer = lambda query: query - problem.delay          # the token that may enter at a query
+def newcomer(problem, query):
+  """The token that may enter at a query."""
+  return query - problem.delay
 
-  def step(state):
+
+def walk(problem, read, tile, over, which, sums):
+  """(state, (state, Read) -> (state, Step)): the staircase of `over` through a tile, from its corner on, with the sums that it needs: `which`.
+
+  A state begins with a query and a position. A step from there reads the event at position + 1 and the token `newcomer(problem, query + 2)`.
+  """
+  def step(state, read):
     query, position, event, token, sums = state
-    next_event, next_token = read.event(position + 1), read.token(newcomer(query + 2))               # early, for memory is slow
+    next_event, next_token = read.event(position + 1), read.token(newcomer(problem, query + 2))
     sums = dict(zip(which, sums))
     active = query < tile.end
     is_over = over(problem, sums, event) & (position < 2 * problem.n)
     waits, passes, leaves = active & no(is_over), active & is_over & (position < tile.top), active & is_over & (position >= tile.top)
     # One query on, a token may enter.
-    enters = waits & (newcomer(query + 1) >= 0)
+    enters = waits & (newcomer(problem, query + 1) >= 0)
     *ends, high, low = token
     upper, lower = (jnp.where(enters & (end >= position), 1, 0) for end in ends)
     # One position on, its event counts no longer.
@@ -270,7 +276,7 @@ def walk(problem, read, tile, over, which, sums):
             choose(waits, next_token, token), tuple(sums[i] + change[i] for i in which)), found
 
   position = jnp.maximum(tile.bottom, 0)
-  return (tile.first, position, tuple(read.event(position)), tuple(read.token(newcomer(tile.first + 1))), tuple(sums)), step
+  return (tile.first, position, tuple(read.event(position)), tuple(read.token(newcomer(problem, tile.first + 1))), tuple(sums)), step
 
 
 def threshold(problem, read, query):
@@ -326,7 +332,7 @@ def solve(problem, score, entry, order, start):
 
   def go(_, carry):
     state, found, passed = carry
-    state, at = step(state)
+    state, at = step(state, read)
     values = jnp.stack([at.position, *missing(problem, at.sums, at.event), at.sums[COUNT]], axis=-1)
     found = found.at[jnp.where(at.cuts & no(counting) & (at.query < n), at.query, n)].set(values, mode="drop", unique_indices=True)
     passed = passed.at[jnp.where(at.passes & counting, at.position, 2 * n)].set(at.query, mode="drop", unique_indices=True)

@@ -35,11 +35,14 @@ def select(scores, start, end, k, delay, packed, kernels=False):
   start, end = varying_like(start, scores), varying_like(end, scores)
   score, entry, order = _per_head(functools.partial(_ranked, delay=delay, packed=packed))(scores, start, end)
   problem = staircase.Problem(n, k, delay, packed)
-  solve = mosaic_selection.solve if kernels else lambda problem, *args: _per_head(functools.partial(staircase.solve, problem))(*args)
-  tau, expiry = solve(problem, score, entry, order, start)        # a document's ranks are its tokens: `start` holds for both
-  expiry = jnp.where(scores > -jnp.inf, jnp.minimum(expiry, end[:, None]), 0)
-  first_nan = lambda scores, start: jnp.full(n, n, jnp.int32).at[jnp.where(jnp.isnan(scores), start, n)].min(token, mode="drop")[start]
-  return jnp.where(token - delay >= _per_head(first_nan)(scores, start), jnp.nan, tau), expiry, order
+  # A document's ranks are its tokens: `start` holds for both.
+  if kernels:
+    tau, expiry = mosaic_selection.solve(problem, score, entry, order, start, scores)
+  else:
+    tau, expiry = _per_head(functools.partial(staircase.solve, problem))(score, entry, order, start)
+    first_nan = lambda scores, start: jnp.full(n, n, jnp.int32).at[jnp.where(jnp.isnan(scores), start, n)].min(token, mode="drop")[start]
+    tau = jnp.where(token - delay >= _per_head(first_nan)(scores, start), jnp.nan, tau)
+  return tau, jnp.where(scores > -jnp.inf, jnp.minimum(expiry, end[:, None]), 0), order
 
 
 def _per_head(f):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek import attention, run_directory
-from sparsek.kernels import compaction, mosaic_gpu, reference, specs, tiles
+from sparsek import attention, causal, operator, run_directory
+from sparsek.kernels import compaction, mosaic_gpu, mosaic_lanes, mosaic_lists, reference, specs
 
 RIVALS = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64))    # heads, kv_heads, head_dim of the headline; the first is the main one
@@ -110,8 +110,10 @@ def make_rival(name: str, problem: Problem, implementation: str | None = None) -
     return attention.sliding_window_attention(query, key, value, window=budget), ()
 
   def thresholds(query, key, value, scores):
-    threshold, expiry = attention.causal_sparsek(scores, k, delay=window)
-    return threshold, (expiry, compact(expiry, min(k, n), min(window, n), runs))      # all of it returned, or XLA would leave it out
+    by_head = jnp.swapaxes(scores, 1, 2)
+    bounds, limits = operator.document_bounds(None, *scores.shape[:2]), (min(k, n), min(window, n))
+    threshold, expiry, order = causal.select(by_head, *bounds, *limits, False, mosaic_lanes.can_run())
+    return jnp.swapaxes(threshold, 1, 2), (expiry, compact(expiry, order, *limits, runs))      # all of it returned, or XLA would leave it out
 
   if name == "sparsek":
     return Rival(name, f"sparsek, {runs}", functools.partial(attend, implementation=implementation), (0, 1, 2, 3))
@@ -129,16 +131,15 @@ def make_rival(name: str, problem: Problem, implementation: str | None = None) -
   raise ValueError(f"rival {name!r} must be one of {', '.join(RIVALS)}")
 
 
-def compact(expiry: jax.Array, k: int, window: int, implementation: str):
-  """The lists of selected tokens that an implementation makes of expiry [batch, n, groups]."""
-  n, by_head = expiry.shape[1], jnp.swapaxes(expiry, 1, 2)
+def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementation: str):
+  """The lists of selected tokens that an implementation makes of expiry and order [batch, groups, n]."""
+  n = expiry.shape[2]
   if implementation == "mosaic_gpu":
     chunk = mosaic_gpu.chunk_size(n)
-    by_head = jnp.pad(by_head, ((0, 0), (0, 0), (0, -n % chunk)))
-    one = lambda e: tiles.selection_lists(e, jnp.argsort(e).astype(jnp.int32), k=k, window=window, chunk=chunk)
-  else:
-    one = lambda e: compaction.chunk_lists(e, k, window, compaction.chunk_size(n, k, window))
-  return jax.vmap(jax.vmap(one))(by_head)
+    rest = -n % chunk
+    order = jnp.concatenate([order, jnp.broadcast_to(jnp.arange(n, n + rest, dtype=jnp.int32), (*order.shape[:2], rest))], axis=2)
+    return mosaic_lists.selection_lists(jnp.pad(expiry, ((0, 0), (0, 0), (0, rest))), order, k=k, window=window, chunk=chunk)
+  return jax.vmap(jax.vmap(lambda e: compaction.chunk_lists(e, k, window, compaction.chunk_size(n, k, window))))(expiry)
 
 
 def choose_rivals(problems: Sequence[Problem], wanted: Sequence[str] | None = None, implementation: str | None = None, max_dense: int | None = None,

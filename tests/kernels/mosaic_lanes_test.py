@@ -46,11 +46,11 @@ def gather_bytes(ref, index, offset, stride):
   return tuple(jnp.asarray(x) for x in words.T)
 
 
-def scatter(ref, index, value, where, add=False):
+def scatter(ref, index, value, where, atomic=None):
   where = np.broadcast_to(where, np.shape(index))
   index, value = np.asarray(index)[where], np.broadcast_to(value, where.shape)[where]
-  assert np.all((index >= 0) & (index < ref.shape[0])) and (add or len(set(index)) == len(index))
-  np.add.at(ref.array, index, value) if add else ref.array.__setitem__(index, value)
+  assert np.all((index >= 0) & (index < ref.shape[0])) and (atomic or len(set(index)) == len(index))
+  {None: lambda *args: ref.array.__setitem__(*args[1:]), "add": np.add.at, "min": np.minimum.at}[atomic](ref.array, index, value)
 
 
 def scatter_bytes(ref, index, offset, stride, values, where):
