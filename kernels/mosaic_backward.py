@@ -5,58 +5,71 @@ of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a logi
 (with "key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). It reaches the scores where 0 < u_j - tau_i < 1.
 """
 
+import functools
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, MATRIX, ROW, Registers, by_column, by_row, matrix_buffer, phase_of, read_bounds
+from .mosaic_common import BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, Registers, by_column, by_row, matrix_buffer, phase_of, read_bounds
 
-QUERY_BLOCK_KV = 64              # keys of a tile of the query kernel; 128 would spill registers
-QUERY_STAGES = 3
-KEY_BLOCK_Q = 64                 # queries of a tile of the key kernels
+QREG = 0
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
-KEY_STAGES = 2
 
 
-def tile_gradients(s, probability, dp, delta, distance, *, gate, scale):
-  """(weights of the values, gradient of s, gradient of the gates) of one tile.
+def tile_weights(s, probability, distance, gate):
+  """(softmax of the logits, gates or None, weights of the values) of one tile.
 
   Args:
-    s: products q.k. probability(logits): the softmax of logits. dp: products <dO_i, v_j>. delta: <dO_i, O_i>.
-    distance: u_j - tau_i of listed keys; None for the window's, whose gate is 1.
+    s: products q.k. probability(logits): the softmax of logits. distance: u_j - tau_i of listed keys; None for the window's, whose gate is 1.
   """
   if distance is None:
     p = probability(s)
-    return p, p * (dp - delta), None
-  g = jnp.clip(distance, 0., 1.)
+    return p, None, p
+  if gate == "straight_through":
+    p = probability(s)
+    return p, None, p
+  g = jnp.clip(distance(), 0., 1.)
   p = probability(s * g if gate == "key_value" else s)
+  return p, g, p * g
+
+
+def tile_gradients(s, p, g, dp, delta, distance, *, gate, scale):
+  """(gradient of s, gradient of the gates or None) of one tile.
+
+  Args:
+    s, distance: as of `tile_weights`, p, g: its results. dp: products <dO_i, v_j>. delta: <dO_i, O_i>.
+  """
+  if distance is None:
+    return p * (dp - delta), None
   x = p * dp
+  distance = distance()
   fractional = jnp.logical_and(distance > 0., distance < 1.)
   if gate == "straight_through":
-    return p, x - p * delta, jnp.where(fractional, x, 0.)
+    return x - p * delta, jnp.where(fractional, x, 0.)
   ds = x * g - p * delta
   if gate == "value":
-    return p * g, ds, jnp.where(fractional, x, 0.)
-  return p * g, ds * g, jnp.where(fractional, x + ds * s * scale, 0.)
+    return ds, jnp.where(fractional, x, 0.)
+  return ds * g, jnp.where(fractional, x + ds * s * scale, 0.)
 
 
-def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered, tau, listed, bounds, span, *, gate, scale, chunk, interpret=None):
+def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered, tau, listed, bounds, span, *, gate, scale, chunk, tiling,
+                    interpret=None):
   """dquery [B, n, H, D], delta [B, H, n] float32, and the gates' gradient summed over keys, [B, H, n] float32, which is -dtau.
 
   Args:
-    query, key, value, left, entered, tau, listed, gate, scale, chunk: as of `mosaic_forward.forward`; out, logsumexp: its results.
+    query, key, value, left, entered, tau, listed, gate, scale, chunk, tiling: as of `mosaic_forward.forward`; out, logsumexp: its results.
     cotangent: [B, n, H, D] gradient of the output.
-    bounds: [B, G, n / 64, 6] int32, of tiles.query_tiles with blocks of 64 queries, those of a warpgroup, and QUERY_BLOCK_KV keys; span: [B, G, n / 128, 6],
-      with blocks of 128.
+    bounds: [B, G, n / 64, 6] int32, of tiles.query_bounds with blocks of 64 queries, those of a warpgroup; span: [B, G, n / 128, 6], with blocks of 128.
   """
   batch, n, heads, dim = query.shape
   groups = key.shape[2]
   dtype = query.dtype
   slots = listed[0].shape[2] // (n // chunk)
-  half, block_kv, stages = BLOCK_Q // 2, QUERY_BLOCK_KV, QUERY_STAGES
-  shape = (half, block_kv)
+  block_kv, stages = tiling.query_keys, tiling.query_stages
+  shape = (HALF, block_kv)
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
 
@@ -76,8 +89,8 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
     @pl.when(warpgroup < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      base = first_row + warpgroup * half
-      rows = pl.ds(base, half)
+      base = first_row + warpgroup * HALF
+      rows = pl.ds(base, HALF)
       q, do, loaded = q_smem.at[warpgroup], do_smem.at[warpgroup], rows_full.at[warpgroup]
       plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q, loaded)
       plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do, loaded)
@@ -91,12 +104,13 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
       delta = (registers.matrix(do).astype(jnp.float32) * registers.matrix(out_smem.at[warpgroup]).astype(jnp.float32)).sum(axis=1)
       column = lambda: registers.index(shape, 1)
       query_index = lambda: registers.index(shape, 0) + base
+      q_held, do_held = (registers.matrix(q) if QREG & 1 else q), (registers.matrix(do) if QREG & 2 else do)
 
       def tile(step, t, carry, *, is_list, exits=False, enters=False):
         acc, dgate = carry
         slot, _ = phase_of(step, stages)
         plgpu.barrier_wait(k_full.at[slot])
-        s = registers.matmul(shape, q, k_smem.at[slot])
+        plgpu.barrier_wait(v_full.at[slot])
         live = None
         if is_list and exits:
           live = by_column(registers.vector(last_smem.at[slot], COLUMN), shape) > query_index()
@@ -110,18 +124,21 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
         def probability(logits):
           p = jnp.exp2(logits * to_log2 - by_row(lse, shape))
           return p if live is None else jnp.where(live, p, 0.)
-        plgpu.barrier_wait(v_full.at[slot])
-        dp = registers.matmul(shape, do, v_smem.at[slot])
-        plgpu.barrier_arrive(v_free.at[slot])
-        distance = by_column(registers.vector(score_smem.at[slot], COLUMN), shape) - by_row(tau, shape) if is_list else None
-        _, ds, new = tile_gradients(s, probability, dp, by_row(delta, shape), distance, gate=gate, scale=scale)
+        distance = (lambda: by_column(registers.vector(score_smem.at[slot], COLUMN), shape) - by_row(tau, shape)) if is_list else None
+
+        def gradients(s, dp):
+          p, g, _ = tile_weights(s, probability, distance, gate)
+          ds, new = tile_gradients(s, p, g, dp(0), by_row(delta, shape), distance, gate=gate, scale=scale)
+          plgpu.barrier_arrive(v_free.at[slot])
+          return ds.astype(dtype), None if new is None else new.sum(axis=1)
+        ds, new = registers.two_matmuls(shape, (q_held, k_smem.at[slot]), (do_held, v_smem.at[slot]), gradients)
         if is_list:
-          dgate += new.sum(axis=1)
-        acc, = registers.matmul_add((acc,), ((ds.astype(dtype), k_smem.at[slot]),))
+          dgate += new
+        acc, = registers.matmul_add((acc,), ((ds, k_smem.at[slot]),))
         plgpu.barrier_arrive(k_free.at[slot])
         return acc, dgate
 
-      carry = registers.full((half, dim), 0, MATRIX), registers.full((half,), 0, ROW)
+      carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
       in_list = lambda **kind: lambda t, carry: tile(t - begin, t, carry, is_list=True, **kind)
       in_window = lambda **kind: lambda t, carry: tile(num_listed + t - near, t, carry, is_list=False, **kind)
 
@@ -133,7 +150,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
         plgpu.barrier_arrive(k_free.at[slot])
         plgpu.barrier_arrive(v_free.at[slot])
       t0, t1, t2, t3, t4, t5 = read_bounds(bounds_ref, b, g, 2 * block + warpgroup)
-      diagonal = own + warpgroup
+      diagonal = own + warpgroup * HALF // block_kv
       pl.loop(begin, t0)(lambda t: skip(t - begin))
       carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
       carry = lax.fori_loop(t1, t2, in_list(), carry)
@@ -182,9 +199,9 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
           plgpu.barrier_wait(v_free.at[slot])
 
   vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
-  scratch = [*(matrix_buffer(2, half, dim, dtype) for _ in range(3)), matrix_buffer(stages, block_kv, dim, dtype),
+  scratch = [*(matrix_buffer(2, HALF, dim, dtype) for _ in range(3)), matrix_buffer(stages, block_kv, dim, dtype),
              matrix_buffer(stages, block_kv, dim, dtype), vector(stages, block_kv, jnp.int32), vector(stages, block_kv),
-             vector(2, half), vector(2, half), vector(2, half), vector(2, half, jnp.int32), vector(2, half, jnp.int32),
+             vector(2, HALF), vector(2, HALF), vector(2, HALF), vector(2, HALF, jnp.int32), vector(2, HALF, jnp.int32),
              plgpu.Barrier(num_arrivals=3, num_barriers=stages), plgpu.Barrier(num_arrivals=1, num_barriers=stages),
              plgpu.Barrier(num_arrivals=7, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
@@ -195,16 +212,17 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
   )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds, span)
 
 
-def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *, gate, scale, score=None, tau=None, interpret=None):
+def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *, gate, scale, tiling, score=None, tau=None,
+                  interpret=None):
   """(dkey, dvalue) of the shape of `keys`, and of listed keys the gates' gradient summed over queries, [B, G, places] float32, which is dscore.
 
   Blocks that no query sees are not written.
 
   Args:
-    query, cotangent, logsumexp, delta, gate, scale: as of `query_gradients`.
+    query, cotangent, logsumexp, delta, gate, scale, tiling: as of `query_gradients`.
     keys, values: [B, n, G, D] for the window, [B, G, places, D] for lists.
     first, last: int32, a key is live for queries first <= i < last; [B, n] for the window, [B, G, places] for lists.
-    bounds: int32 of tiles.key_tiles with blocks of 64 queries and 64 keys, those of a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
+    bounds: int32 of tiles.key_tiles with blocks of tiling.key_queries queries and 64 keys, those of a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
     span: the same with 128 keys.
     score: [B, G, places] float32 and tau [B, G, n] float32, of lists only.
   """
@@ -213,8 +231,8 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   groups, count = keys.shape[1:3] if lists else keys.shape[2:0:-1]
   repeats = heads // groups
   dtype = query.dtype
-  half, block_q, stages = KEY_BLOCK_KV // 2, KEY_BLOCK_Q, KEY_STAGES
-  shape = (half, block_q)                                                # keys by queries: transposed
+  block_q, stages = tiling.key_queries, tiling.key_stages
+  shape = (HALF, block_q)                                                # keys by queries: transposed
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
 
@@ -233,7 +251,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     @pl.when(jnp.logical_and(warpgroup < 2, blocks > 0))
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      mine = pl.ds(block * KEY_BLOCK_KV + warpgroup * half, half)
+      mine = pl.ds(block * KEY_BLOCK_KV + warpgroup * HALF, HALF)
       at = lambda ref: ref.at[b, g, mine] if lists else ref.at[b, mine, g]
       k, v, loaded = k_smem.at[warpgroup], v_smem.at[warpgroup], keys_full.at[warpgroup]
       plgpu.copy_gmem_to_smem(at(k_ref), k, loaded)
@@ -249,7 +267,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
         dk, dv, dscore = carry
         slot, _ = phase_of(step, stages)
         plgpu.barrier_wait(q_full.at[slot])
-        s = registers.matmul(shape, k, q_smem.at[slot])
+        plgpu.barrier_wait(do_full.at[slot])
 
         def probability(logits):
           p = jnp.exp2(logits * to_log2 - by_column(registers.vector(lse_smem.at[slot], COLUMN), shape))
@@ -259,14 +277,25 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
           live = jnp.logical_and(by_row(registers.vector(first_smem.at[warpgroup], ROW), shape) <= query_index,
                                  query_index < by_row(registers.vector(last_smem.at[warpgroup], ROW), shape))
           return jnp.where(live, p, 0.)
-        plgpu.barrier_wait(do_full.at[slot])
-        dp = registers.matmul(shape, v, do_smem.at[slot])
-        distance = by_row(score, shape) - by_column(registers.vector(tau_smem.at[slot], COLUMN), shape) if lists else None
-        delta = by_column(registers.vector(delta_smem.at[slot], COLUMN), shape)
-        weights, ds, new = tile_gradients(s, probability, dp, delta, distance, gate=gate, scale=scale)
+        distance = (lambda: by_row(score, shape) - by_column(registers.vector(tau_smem.at[slot], COLUMN), shape)) if lists else None
+        delta = lambda: by_column(registers.vector(delta_smem.at[slot], COLUMN), shape)
+
+        def gradients(s, dp):
+          p, g, weights = tile_weights(s, probability, distance, gate)
+
+          def rest(later):
+            ds, new = tile_gradients(s, p, g, dp(later), delta(), distance, gate=gate, scale=scale)
+            return ds.astype(dtype), None if new is None else new.sum(axis=1)
+          if tiling.early:
+            return registers.matmul_add_in_turn((dv, dk), weights.astype(dtype), do_smem.at[slot], functools.partial(rest, 1), q_smem.at[slot])
+          return weights.astype(dtype), *rest(0)
+        *products, new = registers.two_matmuls(shape, (k, q_smem.at[slot]), (v, do_smem.at[slot]), gradients)
+        if not tiling.early:
+          weights, ds = products
+          products = registers.matmul_add((dv, dk), ((weights, do_smem.at[slot]), (ds, q_smem.at[slot])))
+        dv, dk = products
         if lists:
-          dscore += new.sum(axis=1)
-        dv, dk = registers.matmul_add((dv, dk), ((weights.astype(dtype), do_smem.at[slot]), (ds.astype(dtype), q_smem.at[slot])))
+          dscore += new
         plgpu.barrier_arrive(do_free.at[slot])
         plgpu.barrier_arrive(q_free.at[slot])
         return dk, dv, dscore
@@ -289,7 +318,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
         carry = lax.fori_loop(b2, b3, sweep(True), carry)
         pl.loop(b3, end)(lambda t: skip(step(t)))
         return carry
-      carry = registers.full((half, dim), 0, MATRIX), registers.full((half, dim), 0, MATRIX), registers.full((half,), 0, ROW)
+      carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
       dk, dv, dscore = lax.fori_loop(0, repeats, head, carry) if repeats > 1 else head(0, carry)
       k[...] = (dk * scale).astype(dtype)
       v[...] = dv.astype(dtype)
@@ -334,9 +363,9 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
           plgpu.barrier_wait(do_free.at[slot])
 
   vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
-  scratch = [matrix_buffer(2, half, dim, dtype), matrix_buffer(2, half, dim, dtype), matrix_buffer(stages, block_q, dim, dtype),
+  scratch = [matrix_buffer(2, HALF, dim, dtype), matrix_buffer(2, HALF, dim, dtype), matrix_buffer(stages, block_q, dim, dtype),
              matrix_buffer(stages, block_q, dim, dtype), vector(stages, block_q), vector(stages, block_q), vector(stages, block_q),
-             vector(2, half, jnp.int32), vector(2, half, jnp.int32), vector(2, half),
+             vector(2, HALF, jnp.int32), vector(2, HALF, jnp.int32), vector(2, HALF),
              plgpu.Barrier(num_arrivals=3 if lists else 2, num_barriers=stages), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
              plgpu.Barrier(num_arrivals=5 if lists else 4, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import NamedTuple
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -9,12 +10,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 BLOCK_Q = 128                    # queries of a block: 64 for each of the two computing warpgroups
+HALF = BLOCK_Q // 2
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30                   # below every logit, and finite: differences with -inf stay defined
 MATRIX = plgpu.Layout.WGMMA      # of matrices in registers; vectors along their rows and columns:
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()    # JAX 0.10 wants one, 0.12 takes none
+
+
+class Tiling(NamedTuple):
+  """Sizes of the kernels' tiles, and how many tiles their circular buffers hold.
+
+  forward_keys, query_keys: keys of a tile of the forward and the query kernel. key_queries: queries of a tile of the key kernels.
+  early: the key kernels begin the product for the values before the gradients of the logits are known, which takes registers.
+  """
+  forward_keys: int
+  forward_stages: int
+  query_keys: int
+  query_stages: int
+  key_queries: int
+  key_stages: int
+  early: bool
+
+
+TILINGS = {                      # by head_dim
+    64: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, key_queries=64, key_stages=2, early=True),
+    128: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, key_queries=64, key_stages=2, early=False),
+}
 
 
 def by_row(vector, shape):
@@ -66,6 +89,34 @@ class Registers:
       meanwhile()
       return accumulator[...]
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+  def two_matmuls(self, shape, first, second, use):
+    """use(a @ b.T, get) for first = a, b and second = c, d in shared memory; get(later) is c @ d.T, which is multiplied while the first is used.
+
+    later: how many matmuls were begun since and may go on.
+    """
+    if self.interpreted:
+      return use(self.matmul(shape, *first), lambda later: self.matmul(shape, *second))
+    def run(*accumulators):
+      for accumulator, (a, b) in zip(accumulators, (first, second)):
+        plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
+      wait = lambda accumulator, later: lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=later))
+      return use(wait(accumulators[0], 1), lambda later: wait(accumulators[1], later))
+    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * 2)
+
+  def matmul_add_in_turn(self, accs, a, b, make, d):
+    """(acc + a @ b, acc + c @ d, rest) with c, rest = make(), which runs while the first is multiplied; a, c in registers, b, d in shared memory."""
+    if self.interpreted:
+      c, rest = make()
+      return *self.matmul_add(accs, ((a, b), (c, d))), rest
+    def run(*accumulators):
+      for accumulator, acc in zip(accumulators, accs):
+        accumulator[...] = acc
+      plgpu.wgmma(accumulators[0], a, b)
+      c, rest = make()
+      plgpu.wgmma(accumulators[1], c, d)
+      return *(x[...] for x in accumulators), rest
+    return pl.run_scoped(run, *(plgpu.ACC(acc.shape, jnp.float32) for acc in accs))
 
   def matmul_add(self, accs, factors, meanwhile=lambda: None):
     """acc + a @ b for every acc and (a in registers, b in shared memory), issued together; `meanwhile()` runs while the tensor cores work."""

@@ -10,23 +10,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import BLOCK_Q, COLUMN, LOG2_E, LOWEST, MATRIX, ROW, Registers, by_column, by_row, gate_of, matrix_buffer, phase_of, read_bounds
-
-BLOCK_KV = 128
-STAGES = 2
+from .mosaic_common import BLOCK_Q, COLUMN, HALF, LOG2_E, LOWEST, MATRIX, ROW, Registers, by_column, by_row, gate_of, matrix_buffer, phase_of, read_bounds
 
 
-def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scale, chunk, interpret=None):
+def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scale, chunk, tiling, interpret=None):
   """Attention output and logsumexp.
 
   Args:
     query: [B, n, H, D] bfloat16 or float16, n a multiple of 128, D 64 or 128.
     key, value: [B, n, G, D].
     left: [B, n] int32, first token of each query's window.
-    entered: [B, G, n] int32, and `bounds` [B, G, n / 128, 6] int32: see tiles.Lists and tiles.query_tiles with blocks of 128 x 128.
+    entered: [B, G, n] int32, and `bounds` [B, G, n / 128, 6] int32: see tiles.Lists and tiles.query_bounds.
     tau: [B, G, n] float32 thresholds.
     listed: (key, value [B, G, places, D], score [B, G, places] float32, last [B, G, places] int32) of the lists of all chunks.
-    gate: as in `sparsek.sparsek_attention`. scale: of the logits, not negative. chunk: queries per chunk.
+    gate: as in `sparsek.sparsek_attention`. scale: of the logits, not negative. chunk: queries per chunk. tiling: see Tiling.
 
   Returns:
     out [B, n, H, D] in query's dtype; logsumexp [B, H, n] float32 to base 2 (0 for queries that see nothing).
@@ -36,8 +33,8 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
   dtype = query.dtype
   slots = listed[0].shape[2] // (n // chunk)
   gated = gate != "straight_through"
-  half = BLOCK_Q // 2
-  shape = (half, BLOCK_KV)
+  block_kv, stages = tiling.forward_keys, tiling.forward_stages
+  shape = (HALF, block_kv)
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
 
@@ -59,8 +56,8 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
     @pl.when(warpgroup < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      base = first_row + warpgroup * half
-      rows = pl.ds(base, half)
+      base = first_row + warpgroup * HALF
+      rows = pl.ds(base, HALF)
       q, loaded = q_smem.at[warpgroup], q_full.at[warpgroup]
       plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q, loaded)
       plgpu.copy_gmem_to_smem(left_ref.at[b, rows], left_smem.at[warpgroup], loaded)
@@ -76,7 +73,7 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
       def tile(step, t, carry, *, listed, exits=False, enters=False):
         """One tile; exits, enters: some of its pairs may be dead because the token left, or has not come yet."""
         acc, top, total = carry
-        slot, _ = phase_of(step, STAGES)
+        slot, _ = phase_of(step, stages)
         s = registers.matmul(shape, q, k_smem.at[slot], take_turns)
         if gate == "key_value" and listed:
           s *= gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)
@@ -84,10 +81,10 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
         if listed and exits:
           live = by_column(registers.vector(last_smem.at[slot], COLUMN), shape) > query_index()
         elif exits:
-          live = column() >= by_row(registers.vector(left_smem.at[warpgroup], ROW) - t * BLOCK_KV, shape)
+          live = column() >= by_row(registers.vector(left_smem.at[warpgroup], ROW) - t * block_kv, shape)
         if enters:
-          here = (column() < by_row(registers.vector(entered_smem.at[warpgroup], ROW) - t * BLOCK_KV, shape) if listed
-                  else column() + t * BLOCK_KV <= query_index())
+          here = (column() < by_row(registers.vector(entered_smem.at[warpgroup], ROW) - t * block_kv, shape) if listed
+                  else column() + t * block_kv <= query_index())
           live = here if live is None else jnp.logical_and(live, here)
         if live is not None:
           s = jnp.where(live, s, -jnp.inf)
@@ -111,13 +108,13 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
         plgpu.barrier_wait(turn)
 
         def wait_for_next_keys():
-          following, _ = phase_of(step + 1, STAGES)
+          following, _ = phase_of(step + 1, stages)
           pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(k_full.at[following]))
         acc, = registers.matmul_add((acc,), ((weights, v_smem.at[slot]),), wait_for_next_keys)
         plgpu.barrier_arrive(v_free.at[slot])
         return acc, new_top, total
 
-      carry = registers.full((half, dim), 0, MATRIX), registers.full((half,), LOWEST, ROW), registers.full((half,), 0, ROW)
+      carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), LOWEST, ROW), registers.full((HALF,), 0, ROW)
       in_list = lambda **kind: lambda t, carry: tile(t - t0, t, carry, listed=True, **kind)
       in_window = lambda **kind: lambda t, carry: tile(num_listed + t - t4, t, carry, listed=False, **kind)
       carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
@@ -143,10 +140,10 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
 
       @pl.loop(0, steps)
       def _(step):
-        slot, reused = phase_of(step, STAGES)
+        slot, reused = phase_of(step, stages)
         in_list = step < num_listed
-        places = pl.ds(list_start + (t0 + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * BLOCK_KV, BLOCK_KV)
-        tokens = pl.ds((t4 + jnp.maximum(step - num_listed, 0)) * BLOCK_KV, BLOCK_KV)
+        places = pl.ds(list_start + (t0 + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * block_kv, block_kv)
+        tokens = pl.ds((t4 + jnp.maximum(step - num_listed, 0)) * block_kv, block_kv)
 
         def load(list_ref, token_ref, buffer, full):
           pl.when(in_list)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
@@ -160,18 +157,18 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
         load(lv_ref, v_ref, v_smem, v_full)
 
       if interpret is not None:                                          # the interpreter insists that every phase be observed
-        @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
         def _(step):
-          slot, _ = phase_of(step, STAGES)
+          slot, _ = phase_of(step, stages)
           plgpu.barrier_wait(k_free.at[slot])
           plgpu.barrier_wait(v_free.at[slot])
 
   vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
-  scratch = [matrix_buffer(2, half, dim, dtype), matrix_buffer(STAGES, BLOCK_KV, dim, dtype), matrix_buffer(STAGES, BLOCK_KV, dim, dtype),
-             vector(STAGES, BLOCK_KV, jnp.int32), vector(STAGES, BLOCK_KV), vector(2, half), vector(2, half, jnp.int32), vector(2, half, jnp.int32),
-             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=STAGES), plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
-             plgpu.Barrier(num_arrivals=4, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES), plgpu.Barrier(num_arrivals=2)]
+  scratch = [matrix_buffer(2, HALF, dim, dtype), matrix_buffer(stages, block_kv, dim, dtype), matrix_buffer(stages, block_kv, dim, dtype),
+             vector(stages, block_kv, jnp.int32), vector(stages, block_kv), vector(2, HALF), vector(2, HALF, jnp.int32), vector(2, HALF, jnp.int32),
+             plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=stages), plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+             plgpu.Barrier(num_arrivals=4, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+             plgpu.Barrier(num_arrivals=2, num_barriers=stages), plgpu.Barrier(num_arrivals=2)]
   return plgpu.kernel(
       kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)], scratch_types=scratch,
       grid=(heads, n // BLOCK_Q, batch), grid_names=("head", "block", "batch"), num_threads=3, thread_name="warpgroup",

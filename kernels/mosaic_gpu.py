@@ -13,12 +13,12 @@ from jax import lax
 import jax.numpy as jnp
 
 from . import mosaic_backward, mosaic_forward, mosaic_lanes, mosaic_lists, mosaic_rows
-from .mosaic_common import BLOCK_Q
+from .mosaic_common import BLOCK_Q, TILINGS, Tiling
 from .tiles import key_tiles, larger_tiles, list_tiles, query_bounds, selection_lists, window_tiles
 from .varying import over_batch, varying_like
 
 CHUNK = 2048                     # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens
-HEAD_DIMS = (64, 128)            # smaller head dimensions are padded with zeros
+HEAD_DIMS = tuple(TILINGS)       # smaller head dimensions are padded with zeros
 
 
 class Static(NamedTuple):
@@ -28,6 +28,7 @@ class Static(NamedTuple):
   gate: str
   scale: float
   chunk: int
+  tiling: Tiling
   interpret: object = None
 
 
@@ -81,7 +82,7 @@ def attention(query, key, value, scores, threshold, expiry, order, start, end, *
   order = jnp.concatenate([order, jnp.broadcast_to(token[n:], (*order.shape[:2], rest))], axis=-1)
   start = jnp.where(inside, jnp.pad(start, ((0, 0), (0, rest))), token)
   end = jnp.where(inside, jnp.pad(end, ((0, 0), (0, rest))), token + 1)
-  static = Static(min(k, n), min(window, n), gate, scale, chunk, interpret)
+  static = Static(min(k, n), min(window, n), gate, scale, chunk, TILINGS[wide], interpret)
   out = _attention(query, key, value, scores, threshold, expiry, order, start, end, static)
   return out[:, :n, :, :dim]
 
@@ -118,7 +119,7 @@ def _flat(x):
 def _gather(key, value, scores, lists, interpret):
   """Listed keys, values [B, G, places, D], scores and last queries [B, G, places]."""
   token = _flat(lists.token)
-  if mosaic_lanes.SUPPORTED and interpret is None:
+  if _kernels(interpret):
     return *mosaic_rows.gather_rows(key, value, scores, lists), _flat(lists.last)
   rows = lambda x: _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, token)
   return rows(jnp.swapaxes(key, 1, 2)), rows(jnp.swapaxes(value, 1, 2)), rows(scores), _flat(lists.last)
@@ -129,41 +130,46 @@ def _left(start, window):
   return jnp.maximum(token - window + 1, start)
 
 
-def _list_makers(interpret):
-  """(selection_lists, query_bounds) for [B, G, ...] arrays."""
-  if mosaic_lanes.SUPPORTED and interpret is None:
-    return mosaic_lists.selection_lists, mosaic_lists.query_bounds
-  return lambda *args, **options: _per_head(functools.partial(selection_lists, **options))(*args), query_bounds
+def _kernels(interpret):
+  """Whether the kernels of single threads are used."""
+  return mosaic_lanes.SUPPORTED and interpret is None
 
 
-def _key_bounds(tiles, base, limit):
+def make_lists(expiry, order, *, k, window, chunk, kernels):
+  """`tiles.selection_lists` of [B, G, n] arrays, by kernels or under XLA."""
+  if kernels:
+    return mosaic_lists.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
+  return _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(expiry, order)
+
+
+def _key_bounds(tiles, base, limit, block_q):
   """Bounds of the blocks of one warpgroup, and of both."""
-  return [key_tiles(larger_tiles(tiles, warpgroups), base, limit=limit, block_q=mosaic_backward.KEY_BLOCK_Q) for warpgroups in (1, 2)]
+  return [key_tiles(larger_tiles(tiles, warpgroups), base, limit=limit, block_q=block_q) for warpgroups in (1, 2)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, query, key, value, scores, threshold, expiry, order, start):
-  k, window, gate, scale, chunk, interpret = static
-  make_lists, bounds_of = _list_makers(interpret)
-  lists = make_lists(expiry, order, k=k, window=window, chunk=chunk)
+  k, window, gate, scale, chunk, tiling, interpret = static
+  lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=_kernels(interpret))
   left = _left(start, window)
-  bounds = bounds_of(list_tiles(lists), left, chunk=chunk, block_q=BLOCK_Q, block_kv=mosaic_forward.BLOCK_KV)
+  bounds_of = mosaic_lists.query_bounds if _kernels(interpret) else query_bounds
+  bounds = bounds_of(list_tiles(lists), left, chunk=chunk, block_q=BLOCK_Q, block_kv=tiling.forward_keys)
   out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists, interpret), bounds,
-                                          gate=gate, scale=scale, chunk=chunk, interpret=interpret)
+                                          gate=gate, scale=scale, chunk=chunk, tiling=tiling, interpret=interpret)
   return lists, out, logsumexp
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(static, query, key, value, scores, threshold, start, end, lists, out, logsumexp, cotangent):
-  _, window, gate, scale, chunk, interpret = static
+  _, window, gate, scale, chunk, tiling, interpret = static
   batch, n, heads, _ = query.shape
   groups = key.shape[2]
-  options = dict(gate=gate, scale=scale, interpret=interpret)
+  options = dict(gate=gate, scale=scale, tiling=tiling, interpret=interpret)
   left = _left(start, window)
   listed = _gather(key, value, scores, lists, interpret)
   tiles = list_tiles(lists)
-  _, bounds_of = _list_makers(interpret)
-  span, bounds = (bounds_of(tiles, left, chunk=chunk, block_q=size, block_kv=mosaic_backward.QUERY_BLOCK_KV) for size in (BLOCK_Q, BLOCK_Q // 2))
+  bounds_of = mosaic_lists.query_bounds if _kernels(interpret) else query_bounds
+  span, bounds = (bounds_of(tiles, left, chunk=chunk, block_q=size, block_kv=tiling.query_keys) for size in (BLOCK_Q, BLOCK_Q // 2))
   # A warpgroup that sees no list has bounds anywhere: bring them between those of both.
   listed_part = jnp.clip(bounds[..., :4], *(jnp.repeat(span[..., i:i + 1], 2, axis=2) for i in (0, 3)))
   bounds = jnp.concatenate([listed_part, bounds[..., 4:]], axis=-1)
@@ -174,12 +180,12 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
   token = jnp.arange(n, dtype=jnp.int32)
   if window:
     first, last = jnp.broadcast_to(token, (batch, n)), jnp.minimum(token + window, end)
-    bounds = _key_bounds(window_tiles(end, window), jnp.zeros(batch, jnp.int32), n)
+    bounds = _key_bounds(window_tiles(end, window), jnp.zeros(batch, jnp.int32), n, tiling.key_queries)
     dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, *bounds, **options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
-  bounds = [x.reshape(batch, groups, -1, 4) for x in _key_bounds(tiles, base, chunk)]
+  bounds = [x.reshape(batch, groups, -1, 4) for x in _key_bounds(tiles, base, chunk, tiling.key_queries)]
   rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), *bounds, score=listed[2], tau=threshold, **options)
   dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)
   return dquery, dkey, dvalue, dscores, dtau
@@ -187,7 +193,7 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, o
 
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
   """Gradients of the window plus those of listed tokens, in the order of their chunks; a row is read only where its place holds a token."""
-  if mosaic_lanes.SUPPORTED and interpret is None:
+  if _kernels(interpret):
     return mosaic_rows.sum_rows(dkey, dvalue, rows, lists)
   totals = jnp.swapaxes(dkey, 1, 2), jnp.swapaxes(dvalue, 1, 2), jnp.zeros(dkey.shape[:1] + dkey.shape[2:0:-1], jnp.float32)
   totals = _per_head(_add_rows)(totals, tuple(rows), lists)

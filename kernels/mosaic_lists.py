@@ -4,8 +4,6 @@ Tokens come by rank (order), so those of a list that are live at its chunk's fir
 every chunk; sums over the segments before tell where in each list a segment begins, and one thread for a segment and chunk writes its part of the list.
 """
 
-import functools
-
 import jax
 from jax import lax
 from jax.experimental import pallas as pl

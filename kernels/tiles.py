@@ -10,6 +10,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from .varying import varying_like
+
 ROWS = 128                       # the places of a list are a multiple of it
 TILE = 64                        # places or keys of the smallest tile
 NEVER = 2 ** 30                  # first query of a place that holds no token
@@ -138,7 +140,7 @@ def near_tiles(left: jax.Array, block: jax.Array, block_q: int, block_kv: int) -
   Returns:
     t4, t5: tiles [t4, t5) may enter or leave the window, [t5, first tile of the block) are inside every query's window; the block's own tiles follow.
   """
-  begin, own = block * block_q, block * (block_q // block_kv)
+  begin, own = block * block_q, block * block_q // block_kv
   t4 = jnp.minimum(left(begin) // block_kv, own)
   return t4, jnp.clip((left(begin + (block_q - 1)) + (block_kv - 1)) // block_kv, t4, own)
 
@@ -157,7 +159,7 @@ def query_bounds(tiles: Tiles, left: jax.Array, *, chunk: int, block_q: int, blo
   tiles = larger_tiles(tiles, block_kv // TILE)
   batch, groups, chunks, count = tiles.last_max.shape
   block = jnp.arange(chunks * chunk // block_q, dtype=jnp.int32)
-  begin = jnp.broadcast_to((block * block_q).reshape(chunks, -1), (batch, groups, chunks, chunk // block_q))
+  begin = varying_like(jnp.broadcast_to((block * block_q).reshape(chunks, -1), (batch, groups, chunks, chunk // block_q)), tiles.last_max)
   listed = query_tiles(lambda t: Tiles(*(lax.dynamic_index_in_dim(x, t, axis=-1) for x in tiles)), begin, block_q, count)
   near = near_tiles(lambda query: left[:, None, query], block, block_q, block_kv)
   shape = batch, groups, chunks * chunk // block_q

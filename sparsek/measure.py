@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek import attention, causal, operator, run_directory
-from sparsek.kernels import compaction, mosaic_gpu, mosaic_lanes, mosaic_lists, reference, specs
+from sparsek.kernels import compaction, mosaic_gpu, mosaic_lanes, reference, specs
 
 RIVALS = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64))    # heads, kv_heads, head_dim of the headline; the first is the main one
@@ -113,7 +113,8 @@ def make_rival(name: str, problem: Problem, implementation: str | None = None) -
     by_head = jnp.swapaxes(scores, 1, 2)
     bounds, limits = operator.document_bounds(None, *scores.shape[:2]), (min(k, n), min(window, n))
     threshold, expiry, order = causal.select(by_head, *bounds, *limits, False, mosaic_lanes.can_run())
-    return jnp.swapaxes(threshold, 1, 2), (expiry, compact(expiry, order, *limits, runs))      # all of it returned, or XLA would leave it out
+    by_token = lambda x: jnp.swapaxes(x, 1, 2)
+    return by_token(threshold), (by_token(expiry), compact(expiry, order, *limits, runs))      # all of it returned, or XLA would leave it out
 
   if name == "sparsek":
     return Rival(name, f"sparsek, {runs}", functools.partial(attend, implementation=implementation), (0, 1, 2, 3))
@@ -138,7 +139,8 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
     chunk = mosaic_gpu.chunk_size(n)
     rest = -n % chunk
     order = jnp.concatenate([order, jnp.broadcast_to(jnp.arange(n, n + rest, dtype=jnp.int32), (*order.shape[:2], rest))], axis=2)
-    return mosaic_lists.selection_lists(jnp.pad(expiry, ((0, 0), (0, 0), (0, rest))), order, k=k, window=window, chunk=chunk)
+    expiry = jnp.pad(expiry, ((0, 0), (0, 0), (0, rest)))
+    return mosaic_gpu.make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=mosaic_lanes.can_run())
   return jax.vmap(jax.vmap(lambda e: compaction.chunk_lists(e, k, window, compaction.chunk_size(n, k, window))))(expiry)
 
 
