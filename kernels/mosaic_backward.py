@@ -13,9 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, Registers, by_column, by_row, matrix_buffer, phase_of, read_bounds
+from .mosaic_common import BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, Registers, Work, by_column, by_row, matrix_buffer, phase_of, read_bounds
 
-QREG = 0
+MOST = 16                        # blocks of the window's keys that a program computes one after the other
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
 
 
@@ -104,7 +104,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
       delta = (registers.matrix(do).astype(jnp.float32) * registers.matrix(out_smem.at[warpgroup]).astype(jnp.float32)).sum(axis=1)
       column = lambda: registers.index(shape, 1)
       query_index = lambda: registers.index(shape, 0) + base
-      q_held, do_held = (registers.matrix(q) if QREG & 1 else q), (registers.matrix(do) if QREG & 2 else do)
+      held = registers.matrix(q) if tiling.hold_queries else q
 
       def tile(step, t, carry, *, is_list, exits=False, enters=False):
         acc, dgate = carry
@@ -128,10 +128,11 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
 
         def gradients(s, dp):
           p, g, _ = tile_weights(s, probability, distance, gate)
-          ds, new = tile_gradients(s, p, g, dp(0), by_row(delta, shape), distance, gate=gate, scale=scale)
+          product = dp(0)
           plgpu.barrier_arrive(v_free.at[slot])
+          ds, new = tile_gradients(s, p, g, product, by_row(delta, shape), distance, gate=gate, scale=scale)
           return ds.astype(dtype), None if new is None else new.sum(axis=1)
-        ds, new = registers.two_matmuls(shape, (q_held, k_smem.at[slot]), (do_held, v_smem.at[slot]), gradients)
+        ds, new = registers.two_matmuls(shape, (held, k_smem.at[slot]), (do, v_smem.at[slot]), gradients)
         if is_list:
           dgate += new
         acc, = registers.matmul_add((acc,), ((ds, k_smem.at[slot]),))
@@ -207,7 +208,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
   return plgpu.kernel(
       kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *[jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)] * 2], scratch_types=scratch,
-      grid=(heads, n // BLOCK_Q, batch), grid_names=("head", "block", "batch"), num_threads=3, thread_name="warpgroup",
+      grid=(batch, n // BLOCK_Q, heads), grid_names=("batch", "block", "head"), num_threads=3, thread_name="warpgroup",
       compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_query_gradients",
   )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds, span)
 
@@ -232,9 +233,13 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   repeats = heads // groups
   dtype = query.dtype
   block_q, stages = tiling.key_queries, tiling.key_stages
+  early = tiling.early and gate != "key_value"                           # which needs the registers
   shape = (HALF, block_q)                                                # keys by queries: transposed
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
+  # Listed tokens are seen by many queries: several of their blocks one after the other would leave multiprocessors idle at the end.
+  work = Work(batch, count // KEY_BLOCK_KV, groups, most=1 if lists else MOST)
+  depth = min(2, work.each)                                              # items whose keys are in shared memory
 
   def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, span_ref, *refs):
     if lists:
@@ -242,118 +247,157 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     else:
       dk_ref, dv_ref, *refs = refs
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, tau_smem, first_smem, last_smem, score_smem, q_full, do_full, keys_full, q_free, do_free = refs
-    b, g, block, warpgroup = (lax.axis_index(name) for name in ("batch", "group", "block", "warpgroup"))
-    row = (b, g) if lists else (b,)
-    begin, _, _, end = read_bounds(span_ref, *row, block)
-    blocks = end - begin
-    steps = blocks * repeats
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    number = work.count(program)
 
-    @pl.when(jnp.logical_and(warpgroup < 2, blocks > 0))
+    def item(i):
+      """Row of the batch, block, head; [first, end) block of queries that sees it."""
+      b, block, g = work.item(program, i)
+      begin, _, _, end = read_bounds(span_ref, *((b, g) if lists else (b,)), block)
+      return b, block, g, begin, end
+
+    begin, end = item(jnp.int32(0))[-2:]
+    busy = end > begin if lists else True                                # most programs of lists have nothing to do
+
+    @pl.when(jnp.logical_and(busy, warpgroup < 2))
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      mine = pl.ds(block * KEY_BLOCK_KV + warpgroup * HALF, HALF)
-      at = lambda ref: ref.at[b, g, mine] if lists else ref.at[b, mine, g]
-      k, v, loaded = k_smem.at[warpgroup], v_smem.at[warpgroup], keys_full.at[warpgroup]
-      plgpu.copy_gmem_to_smem(at(k_ref), k, loaded)
-      plgpu.copy_gmem_to_smem(at(v_ref), v, loaded)
-      plgpu.copy_gmem_to_smem(first_ref.at[(*row, mine)], first_smem.at[warpgroup], loaded)
-      plgpu.copy_gmem_to_smem(last_ref.at[(*row, mine)], last_smem.at[warpgroup], loaded)
-      if lists:
-        plgpu.copy_gmem_to_smem(score_ref.at[b, g, mine], score_smem.at[warpgroup], loaded)
-      plgpu.barrier_wait(loaded)
-      score = registers.vector(score_smem.at[warpgroup], ROW) if lists else None
+      slot_of = lambda i: 2 * phase_of(i, depth)[0] + warpgroup if depth > 1 else warpgroup
+      keys_of = lambda block: pl.ds(block * KEY_BLOCK_KV + warpgroup * HALF, HALF)
+      at = lambda ref, b, block, g: ref.at[b, g, keys_of(block)] if lists else ref.at[b, keys_of(block), g]
+      bounds_at = lambda ref, b, block, g: ref.at[b, g, keys_of(block)] if lists else ref.at[b, keys_of(block)]
 
-      def tile(step, block_of_queries, carry, masked):
-        dk, dv, dscore = carry
-        slot, _ = phase_of(step, stages)
-        plgpu.barrier_wait(q_full.at[slot])
-        plgpu.barrier_wait(do_full.at[slot])
+      def load_keys(i):
+        *where, begin, end = item(i)
 
-        def probability(logits):
-          p = jnp.exp2(logits * to_log2 - by_column(registers.vector(lse_smem.at[slot], COLUMN), shape))
-          if not masked:
-            return p
-          query_index = registers.index(shape, 1) + block_of_queries * block_q
-          live = jnp.logical_and(by_row(registers.vector(first_smem.at[warpgroup], ROW), shape) <= query_index,
-                                 query_index < by_row(registers.vector(last_smem.at[warpgroup], ROW), shape))
-          return jnp.where(live, p, 0.)
-        distance = (lambda: by_row(score, shape) - by_column(registers.vector(tau_smem.at[slot], COLUMN), shape)) if lists else None
-        delta = lambda: by_column(registers.vector(delta_smem.at[slot], COLUMN), shape)
+        @pl.when(end > begin)
+        def _():
+          slot = slot_of(i)
+          loaded = keys_full.at[slot]
+          plgpu.copy_gmem_to_smem(at(k_ref, *where), k_smem.at[slot], loaded)
+          plgpu.copy_gmem_to_smem(at(v_ref, *where), v_smem.at[slot], loaded)
+          plgpu.copy_gmem_to_smem(bounds_at(first_ref, *where), first_smem.at[slot], loaded)
+          plgpu.copy_gmem_to_smem(bounds_at(last_ref, *where), last_smem.at[slot], loaded)
+          if lists:
+            plgpu.copy_gmem_to_smem(at(score_ref, *where), score_smem.at[slot], loaded)
 
-        def gradients(s, dp):
-          p, g, weights = tile_weights(s, probability, distance, gate)
+      def compute(i, done):
+        b, block, g, begin, end = item(i)
+        blocks, own = end - begin, slot_of(i)
+        k, v, first, last = k_smem.at[own], v_smem.at[own], first_smem.at[own], last_smem.at[own]
+        pl.when(blocks > 0)(lambda: plgpu.barrier_wait(keys_full.at[own]))
+        score = registers.vector(score_smem.at[own], ROW) if lists else None
 
-          def rest(later):
-            ds, new = tile_gradients(s, p, g, dp(later), delta(), distance, gate=gate, scale=scale)
-            return ds.astype(dtype), None if new is None else new.sum(axis=1)
-          if tiling.early:
-            return registers.matmul_add_in_turn((dv, dk), weights.astype(dtype), do_smem.at[slot], functools.partial(rest, 1), q_smem.at[slot])
-          return weights.astype(dtype), *rest(0)
-        *products, new = registers.two_matmuls(shape, (k, q_smem.at[slot]), (v, do_smem.at[slot]), gradients)
-        if not tiling.early:
-          weights, ds = products
-          products = registers.matmul_add((dv, dk), ((weights, do_smem.at[slot]), (ds, q_smem.at[slot])))
-        dv, dk = products
-        if lists:
-          dscore += new
-        plgpu.barrier_arrive(do_free.at[slot])
-        plgpu.barrier_arrive(q_free.at[slot])
-        return dk, dv, dscore
+        def tile(step, block_of_queries, carry, masked):
+          dk, dv, dscore = carry
+          slot, _ = phase_of(step, stages)
+          plgpu.barrier_wait(q_full.at[slot])
+          plgpu.barrier_wait(do_full.at[slot])
 
-      def skip(step):
-        """A tile that only the other warpgroup sees."""
-        slot, _ = phase_of(step, stages)
-        plgpu.barrier_wait(q_full.at[slot])
-        plgpu.barrier_wait(do_full.at[slot])
-        plgpu.barrier_arrive(do_free.at[slot])
-        plgpu.barrier_arrive(q_free.at[slot])
-      b0, b1, b2, b3 = (jnp.clip(x, begin, end) for x in read_bounds(bounds_ref, *row, 2 * block + warpgroup))
+          def probability(logits):
+            p = jnp.exp2(logits * to_log2 - by_column(registers.vector(lse_smem.at[slot], COLUMN), shape))
+            if not masked:
+              return p
+            query_index = registers.index(shape, 1) + block_of_queries * block_q
+            live = jnp.logical_and(by_row(registers.vector(first, ROW), shape) <= query_index,
+                                   query_index < by_row(registers.vector(last, ROW), shape))
+            return jnp.where(live, p, 0.)
+          distance = (lambda: by_row(score, shape) - by_column(registers.vector(tau_smem.at[slot], COLUMN), shape)) if lists else None
+          delta = lambda: by_column(registers.vector(delta_smem.at[slot], COLUMN), shape)
 
-      def head(r, carry):
-        step = lambda t: r * blocks + t - begin
-        sweep = lambda masked: lambda t, carry: tile(step(t), t, carry, masked)
-        pl.loop(begin, b0)(lambda t: skip(step(t)))
-        carry = lax.fori_loop(b0, b1, sweep(True), carry)
-        carry = lax.fori_loop(b1, b2, sweep(False), carry)
-        carry = lax.fori_loop(b2, b3, sweep(True), carry)
-        pl.loop(b3, end)(lambda t: skip(step(t)))
-        return carry
-      carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
-      dk, dv, dscore = lax.fori_loop(0, repeats, head, carry) if repeats > 1 else head(0, carry)
-      k[...] = (dk * scale).astype(dtype)
-      v[...] = dv.astype(dtype)
-      if lists:
-        score_smem.at[warpgroup][...] = dscore
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(k, at(dk_ref))
-      plgpu.copy_smem_to_gmem(v, at(dv_ref))
-      if lists:
-        plgpu.copy_smem_to_gmem(score_smem.at[warpgroup], dscore_ref.at[b, g, mine])
+          def gradients(s, dp):
+            p, g, weights = tile_weights(s, probability, distance, gate)
+
+            def rest(later):
+              ds, new = tile_gradients(s, p, g, dp(later), delta(), distance, gate=gate, scale=scale)
+              return ds.astype(dtype), None if new is None else new.sum(axis=1)
+            if early:
+              return registers.matmul_add_in_turn((dv, dk), weights.astype(dtype), do_smem.at[slot], functools.partial(rest, 1), q_smem.at[slot])
+            return weights.astype(dtype), *rest(0)
+          *products, new = registers.two_matmuls(shape, (k, q_smem.at[slot]), (v, do_smem.at[slot]), gradients)
+          if not early:
+            weights, ds = products
+            products = registers.matmul_add((dv, dk), ((weights, do_smem.at[slot]), (ds, q_smem.at[slot])))
+          dv, dk = products
+          if lists:
+            dscore += new
+          plgpu.barrier_arrive(do_free.at[slot])
+          plgpu.barrier_arrive(q_free.at[slot])
+          return dk, dv, dscore
+
+        def skip(step):
+          """A tile that only the other warpgroup sees."""
+          slot, _ = phase_of(step, stages)
+          plgpu.barrier_wait(q_full.at[slot])
+          plgpu.barrier_wait(do_full.at[slot])
+          plgpu.barrier_arrive(do_free.at[slot])
+          plgpu.barrier_arrive(q_free.at[slot])
+        row = (b, g) if lists else (b,)
+        b0, b1, b2, b3 = (jnp.clip(x, begin, end) for x in read_bounds(bounds_ref, *row, 2 * block + warpgroup))
+
+        def head(r, carry):
+          step = lambda t: done + r * blocks + t - begin
+          sweep = lambda masked: lambda t, carry: tile(step(t), t, carry, masked)
+          pl.loop(begin, b0)(lambda t: skip(step(t)))
+          carry = lax.fori_loop(b0, b1, sweep(True), carry)
+
+          if depth > 1:
+            @pl.when(jnp.logical_and(r == 0, i + 1 < number))
+            def _():
+              plgpu.wait_smem_to_gmem(0, wait_read_only=True)            # the item before has been stored from there
+              load_keys(i + 1)
+          carry = lax.fori_loop(b1, b2, sweep(False), carry)
+          carry = lax.fori_loop(b2, b3, sweep(True), carry)
+          pl.loop(b3, end)(lambda t: skip(step(t)))
+          return carry
+        carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
+        dk, dv, dscore = lax.fori_loop(0, repeats, head, carry) if repeats > 1 else head(0, carry)
+
+        @pl.when(blocks > 0)
+        def _():
+          k[...] = (dk * scale).astype(dtype)
+          v[...] = dv.astype(dtype)
+          if lists:
+            score_smem.at[own][...] = dscore
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(k, at(dk_ref, b, block, g))
+          plgpu.copy_smem_to_gmem(v, at(dv_ref, b, block, g))
+          if lists:
+            plgpu.copy_smem_to_gmem(score_smem.at[own], at(dscore_ref, b, block, g))
+        return done + repeats * blocks
+      load_keys(jnp.int32(0))
+      lax.fori_loop(0, number, compute, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(jnp.logical_and(warpgroup == 2, blocks > 0))
+    @pl.when(jnp.logical_and(busy, warpgroup == 2))
     def _load():
       plgpu.set_max_registers(40, action="decrease")
 
-      def head(r, _):
-        h = g * repeats + r
+      def load_tiles(i, done):
+        b, _, g, begin, end = item(i)
+        blocks = end - begin
 
-        @pl.loop(0, blocks)
-        def _(t):
-          slot, reused = phase_of(r * blocks + t, stages)
-          rows = pl.ds((begin + t) * block_q, block_q)
-          pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-          plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], q_full.at[slot])
-          if lists:
-            plgpu.copy_gmem_to_smem(tau_ref.at[b, g, rows], tau_smem.at[slot], q_full.at[slot])
-          plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], q_full.at[slot])
-          pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
-          plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], do_full.at[slot])
-          plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], do_full.at[slot])
-      if repeats > 1:
-        lax.fori_loop(0, repeats, head, None)
-      else:
-        head(0, None)
+        def head(r, _):
+          h = g * repeats + r
+
+          @pl.loop(0, blocks)
+          def _(t):
+            slot, reused = phase_of(done + r * blocks + t, stages)
+            rows = pl.ds((begin + t) * block_q, block_q)
+            pl.when(reused)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+            plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], q_full.at[slot])
+            if lists:
+              plgpu.copy_gmem_to_smem(tau_ref.at[b, g, rows], tau_smem.at[slot], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], q_full.at[slot])
+            pl.when(reused)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+            plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], do_full.at[slot])
+            plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], do_full.at[slot])
+        if repeats > 1:
+          lax.fori_loop(0, repeats, head, None)
+        else:
+          head(0, None)
+        return done + repeats * blocks
+      steps = lax.fori_loop(0, number, load_tiles, jnp.int32(0))
 
       if interpret is not None:                                          # the interpreter insists that every phase be observed
         @pl.loop(jnp.maximum(steps - stages, 0), steps)
@@ -363,14 +407,14 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
           plgpu.barrier_wait(do_free.at[slot])
 
   vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
-  scratch = [matrix_buffer(2, HALF, dim, dtype), matrix_buffer(2, HALF, dim, dtype), matrix_buffer(stages, block_q, dim, dtype),
+  scratch = [matrix_buffer(2 * depth, HALF, dim, dtype), matrix_buffer(2 * depth, HALF, dim, dtype), matrix_buffer(stages, block_q, dim, dtype),
              matrix_buffer(stages, block_q, dim, dtype), vector(stages, block_q), vector(stages, block_q), vector(stages, block_q),
-             vector(2, HALF, jnp.int32), vector(2, HALF, jnp.int32), vector(2, HALF),
+             vector(2 * depth, HALF, jnp.int32), vector(2 * depth, HALF, jnp.int32), vector(2 * depth, HALF),
              plgpu.Barrier(num_arrivals=3 if lists else 2, num_barriers=stages), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-             plgpu.Barrier(num_arrivals=5 if lists else 4, num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+             plgpu.Barrier(num_arrivals=5 if lists else 4, num_barriers=2 * depth), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
   out_type = [jax.ShapeDtypeStruct(keys.shape, dtype)] * 2 + [jax.ShapeDtypeStruct((batch, groups, count), jnp.float32)] * lists
   return plgpu.kernel(
-      kernel, out_type=out_type, scratch_types=scratch, grid=(groups, count // KEY_BLOCK_KV, batch), grid_names=("group", "block", "batch"), num_threads=3,
+      kernel, out_type=out_type, scratch_types=scratch, grid=(work.programs,), grid_names=("program",), num_threads=3,
       thread_name="warpgroup", compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_key_gradients",
   )(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *((score, tau) if lists else ()))

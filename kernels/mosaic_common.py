@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 BLOCK_Q = 128                    # queries of a block: 64 for each of the two computing warpgroups
 HALF = BLOCK_Q // 2
+MULTIPROCESSORS = 132            # of an H100 or H200
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30                   # below every logit, and finite: differences with -inf stay defined
 MATRIX = plgpu.Layout.WGMMA      # of matrices in registers; vectors along their rows and columns:
@@ -22,22 +23,59 @@ LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter
 class Tiling(NamedTuple):
   """Sizes of the kernels' tiles, and how many tiles their circular buffers hold.
 
-  forward_keys, query_keys: keys of a tile of the forward and the query kernel. key_queries: queries of a tile of the key kernels.
+  forward_keys, query_keys: keys of a tile of the forward and the query kernel. hold_queries: the latter keeps its queries in registers.
+  key_queries: queries of a tile of the key kernels.
   early: the key kernels begin the product for the values before the gradients of the logits are known, which takes registers.
   """
   forward_keys: int
   forward_stages: int
   query_keys: int
   query_stages: int
+  hold_queries: bool
   key_queries: int
   key_stages: int
   early: bool
 
 
 TILINGS = {                      # by head_dim
-    64: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, key_queries=64, key_stages=2, early=True),
-    128: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, key_queries=64, key_stages=2, early=False),
+    64: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, hold_queries=True, key_queries=64, key_stages=2, early=False),
+    128: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, hold_queries=False, key_queries=64, key_stages=2, early=True),
 }
+
+
+class Work(NamedTuple):
+  """What the programs of a kernel compute: blocks of every head and row of the batch, heads innermost, for theirs lie side by side in memory.
+
+  A program computes a few neighbours one after the other, at most `most`, and loads the next one's rows while it computes, so that starts and ends cost less.
+  """
+  batch: int
+  blocks: int
+  heads: int
+  most: int
+
+  @property
+  def number(self):
+    return self.batch * self.blocks * self.heads
+
+  @property
+  def each(self):
+    """Of a program: such that the multiprocessors end together."""
+    rounds = -(-self.number // (self.most * MULTIPROCESSORS))
+    return -(-self.number // (rounds * MULTIPROCESSORS))
+
+  @property
+  def programs(self):
+    return -(-self.number // self.each)
+
+  def count(self, program):
+    """How many a program computes."""
+    return jnp.minimum(self.each, self.number - program * self.each)
+
+  def item(self, program, i):
+    """(row of the batch, block, head) of its i-th."""
+    place = program * self.each + i
+    rest, head = lax.div(place, jnp.int32(self.heads)), lax.rem(place, jnp.int32(self.heads))
+    return lax.div(rest, jnp.int32(self.blocks)), lax.rem(rest, jnp.int32(self.blocks)), head
 
 
 def by_row(vector, shape):

@@ -171,6 +171,6 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
              plgpu.Barrier(num_arrivals=2, num_barriers=stages), plgpu.Barrier(num_arrivals=2)]
   return plgpu.kernel(
       kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)], scratch_types=scratch,
-      grid=(heads, n // BLOCK_Q, batch), grid_names=("head", "block", "batch"), num_threads=3, thread_name="warpgroup",
+      grid=(batch, n // BLOCK_Q, heads), grid_names=("batch", "block", "head"), num_threads=3, thread_name="warpgroup",
       compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_forward",
   )(query, key, value, left, entered, tau, *listed, bounds)

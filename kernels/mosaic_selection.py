@@ -12,7 +12,7 @@ from .mosaic_lanes import dynamic, gather_bytes, kernel, reader, scatter, scatte
 from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
-AT_ONCE = 8                      # loads that a scan has under way
+AT_ONCE = 16                     # loads that a scan has under way
 AHEAD = 4                        # steps of a walk whose loads are under way together
 
 
