@@ -1,7 +1,7 @@
 """Forward pass of SPARSEK attention on Hopper GPUs: one online softmax over tiles of listed tokens, then over tiles of the window.
 
 Two warpgroups compute on 64 queries each and a third loads tiles by TMA. While one computes its softmax the other multiplies (FlashAttention-3's ping-pong).
-Tiles are loaded from contiguous memory only: XLA gathered the listed keys and values before (see tiles.py). Scores of the softmax are powers of 2.
+Tiles are loaded from contiguous memory only: the listed keys and values were gathered before. Scores of the softmax are powers of 2.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """SPARSEK attention on Hopper GPUs (H100, H200) with Pallas Mosaic kernels.
 
-XLA lists the selected tokens per chunk of queries (tiles.py), kernels of single threads gather their keys and values into contiguous buffers (mosaic_rows.py),
-and the attention kernels read contiguous tiles. The buffers are gathered again for the backward pass. Rows of gradients are summed per token in a fixed order:
-results repeat to the bit.
+Kernels of single threads list the selected tokens per chunk of queries (mosaic_lists.py) and gather their keys and values into contiguous buffers
+(mosaic_rows.py); the attention kernels read contiguous tiles. The buffers are gathered again for the backward pass. Rows of gradients are summed per token in a
+fixed order: results repeat to the bit.
 """
 
 import functools

@@ -30,7 +30,7 @@ def gather(ref, index):
     signed = None if jnp.issubdtype(dtype, jnp.floating) else True
     return index.foreach(lambda i, _: memref.load(ref, [_index(i)]), create_array=True, is_signed=signed)
   dtype = ref.dtype
-  return load(ref, index)
+  return load(ref, _lanes(index))
 
 
 def gather_row(ref, index):
@@ -45,7 +45,7 @@ def gather_bytes(ref, index, offset, stride):
     row = llvm.load(_bytes(), _address(ref, _element(index), _element(offset), stride), alignment=16)
     part = lambda c: vector.extract(row, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c]))
     return tuple(index.foreach(lambda *_, c=c: part(c), create_array=True, is_signed=True) for c in range(4))
-  return tuple(load(ref, index, offset))
+  return tuple(load(ref, _lanes(index), _lanes(offset)))
 
 
 def scatter(ref, index, value, where, atomic=None):
@@ -60,7 +60,7 @@ def scatter(ref, index, value, where, atomic=None):
       else:
         memref.store(value, ref, [_index(index)])
       scf.yield_([])
-  store(ref, index, dynamic(value, where), where)
+  store(ref, _lanes(index), _lanes(dynamic(value, where)), where)
 
 
 def scatter_row(ref, index, values, where):
@@ -76,7 +76,7 @@ def scatter_bytes(ref, index, offset, stride, values, where):
     with ir.InsertionPoint(scf.IfOp(where).then_block):
       llvm.store(vector.from_elements(_bytes(), values), _address(ref, index, offset, stride), alignment=16)
       scf.yield_([])
-  store(ref, index, dynamic(offset, where), where, *(dynamic(value, where) for value in values))
+  store(ref, _lanes(index), _lanes(dynamic(offset, where)), where, *(_lanes(dynamic(value, where)) for value in values))
 
 
 def widen(words, dtype):
@@ -111,8 +111,13 @@ def _index(i):
 
 
 def dynamic(value, where):
-  """The same value where it is used: inlined code cannot take constants."""
-  return jnp.where(where, value, 0)
+  """The same value where it is used, and another elsewhere: inlined code cannot take constants."""
+  return jnp.where(where, value, value + 1)
+
+
+def _lanes(x):
+  """x, one element a lane, also where the compiler finds that all are equal."""
+  return plgpu.layout_cast(x, LAYOUT)
 
 
 def _float(dtype):

@@ -86,12 +86,14 @@ class Rival:
     function: (query, key, value, scores) -> (what gets a cotangent, what is only computed).
     argnums: the arguments that it reads and is differentiated in.
     like: the argument whose shape and dtype the cotangent has.
+    finish: what is made of what is only computed, outside of the differentiation: kernels for integers have no derivative.
   """
   name: str
   label: str
   function: Callable
   argnums: tuple[int, ...] = (0, 1, 2)
   like: int = 0
+  finish: Callable = lambda computed: computed
 
 
 def make_rival(name: str, problem: Problem, implementation: str | None = None) -> Rival:
@@ -111,10 +113,13 @@ def make_rival(name: str, problem: Problem, implementation: str | None = None) -
 
   def thresholds(query, key, value, scores):
     by_head = jnp.swapaxes(scores, 1, 2)
-    bounds, limits = operator.document_bounds(None, *scores.shape[:2]), (min(k, n), min(window, n))
-    threshold, expiry, order = causal.select(by_head, *bounds, *limits, False, mosaic_lanes.can_run())
-    by_token = lambda x: jnp.swapaxes(x, 1, 2)
-    return by_token(threshold), (by_token(expiry), compact(expiry, order, *limits, runs))      # all of it returned, or XLA would leave it out
+    bounds = operator.document_bounds(None, *scores.shape[:2])
+    threshold, expiry, order = causal.select(by_head, *bounds, min(k, n), min(window, n), False, mosaic_lanes.can_run())
+    return jnp.swapaxes(threshold, 1, 2), (expiry, order)
+
+  def lists(computed):
+    expiry, order = computed
+    return jnp.swapaxes(expiry, 1, 2), compact(expiry, order, min(k, n), min(window, n), runs)  # all of it returned, or XLA would leave it out
 
   if name == "sparsek":
     return Rival(name, f"sparsek, {runs}", functools.partial(attend, implementation=implementation), (0, 1, 2, 3))
@@ -128,7 +133,7 @@ def make_rival(name: str, problem: Problem, implementation: str | None = None) -
   if name == "sliding_window":
     return Rival(name, f"{of} window", near)
   if name == "thresholds":
-    return Rival(name, "thresholds", thresholds, (3,), 3)
+    return Rival(name, "thresholds", thresholds, (3,), 3, lists)
   raise ValueError(f"rival {name!r} must be one of {', '.join(RIVALS)}")
 
 
@@ -167,7 +172,10 @@ def choose_rivals(problems: Sequence[Problem], wanted: Sequence[str] | None = No
 def make_pass(rival: Rival, direction: str) -> Callable:
   """The function that is timed: (query, key, value, scores, cotangent) -> output, and for both directions the gradients besides."""
   if direction == FORWARD:
-    return lambda query, key, value, scores, cotangent: rival.function(query, key, value, scores)
+    def forward(query, key, value, scores, cotangent):
+      out, computed = rival.function(query, key, value, scores)
+      return out, rival.finish(computed)
+    return forward
 
   def both(*inputs):
     *inputs, cotangent = inputs
@@ -179,7 +187,7 @@ def make_pass(rival: Rival, direction: str) -> Callable:
       return rival.function(*full)
 
     out, pull, computed = jax.vjp(function, *(inputs[i] for i in rival.argnums), has_aux=True)
-    return out, computed, pull(cotangent)               # the output too, as in training: a backward that does not need it may not save it
+    return out, rival.finish(computed), pull(cotangent)               # the output too, as in training: a backward that does not need it may not save it
   return both
 
 

@@ -54,6 +54,7 @@ def arguments(spec):
     (Spec("grouped", n=32768, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="float16"), "value"),
     (Spec("narrow", n=8192, heads=16, groups=16, head_dim=64, k=512, window=512, dtype="bfloat16"), "key_value"),
     (Spec("large_budget", n=8192, heads=4, groups=2, head_dim=128, k=4096, window=1000, dtype="bfloat16"), "key_value"),
+    (Spec("one_token", n=1, heads=2, groups=1, head_dim=16, k=1, window=1, dtype="bfloat16"), "value"),
     (Spec("window_0", n=5000, heads=4, groups=2, head_dim=40, k=1, window=0, dtype="bfloat16"), "value"))])
 def test_compiles(spec, gate):
   compiled = compile_for_h100(functools.partial(attention_and_gradients, spec=spec, gate=gate), *arguments(spec))
@@ -69,13 +70,14 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
   assert temporary(2 ** 20) < 4.5 * temporary(2 ** 18)
 
 
-def test_selection_compiles():
-  """Thresholds, expiry and their VJP, by the kernels of single threads."""
-  scores, bounds = jax.ShapeDtypeStruct((2, 8, 131072), jnp.float32), jax.ShapeDtypeStruct((2, 131072), jnp.int32)
+@pytest.mark.parametrize("n, k", [(1, 1), (200, 3), (131072, 512)])
+def test_selection_compiles(n, k):
+  """Thresholds, expiry and their VJP, by the kernels of single threads; for a single token much is constant, which the compiler has to stand."""
+  scores, bounds = jax.ShapeDtypeStruct((2, 8, n), jnp.float32), jax.ShapeDtypeStruct((2, n), jnp.int32)
 
   def run(scores, start, end, cotangent):
     def thresholds(scores):
-      threshold, expiry, order = select(scores, start, end, 512, 512, True, mosaic_lanes.SUPPORTED)
+      threshold, expiry, order = select(scores, start, end, k, k, True, mosaic_lanes.SUPPORTED)
       return threshold, (expiry, order)
     threshold, vjp, rest = jax.vjp(thresholds, scores, has_aux=True)
     return threshold, rest, vjp(cotangent)
