@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .mosaic_lanes import LANES, kernel, reader, scatter, scatter_row
 from .tiles import NEVER, TILE, Lists, Tiles, larger_tiles, list_slots, near_tiles, query_tiles
 
-SEGMENT = 128                    # ranks that are counted together
+SEGMENT, SEGMENTS = 128, 1024    # ranks that are counted together, at least; and segments, at most, so that memory stays linear
 AT_ONCE = 8                      # loads that a thread has under way
 
 
@@ -26,8 +26,9 @@ def selection_lists(expiry, order, *, k, window, chunk):
 
 def _lists(expiry, order, k, window, chunk):
   rows, n = expiry.shape
-  chunks, slots, segments = n // chunk, list_slots(k, chunk), -(-n // SEGMENT)
-  places = chunks * slots
+  chunks, slots = n // chunk, list_slots(k, chunk)
+  segment_size = max(SEGMENT, 1 << (-(-n // SEGMENTS) - 1).bit_length())
+  segments, places = -(-n // segment_size), chunks * slots
   zeros = lambda *shape: jax.new_ref(jnp.zeros((rows, *shape), jnp.int32))
   shape = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32)
 
@@ -40,7 +41,7 @@ def _lists(expiry, order, k, window, chunk):
     end = jnp.where(last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin)      # listed as old in chunks [begin, end)
     scatter_row(ranked.at[row], rank, (token, begin, end, last), rank < n)
     for c, change in ((begin, 1), (end, -1)):
-      scatter(members.at[row], c * segments + rank // SEGMENT, rank - rank + change, (rank < n) & (begin < end), atomic="add")
+      scatter(members.at[row], c * segments + rank // segment_size, rank - rank + change, (rank < n) & (begin < end), atomic="add")
   ranked, = kernel(count, rows, n, name="count_members", out_type=[shape(n, 4)])(expiry, order, members)
 
   by_chunk = jnp.cumsum(members[...].reshape(rows, chunks + 1, segments), axis=1)[:, :chunks]
@@ -62,15 +63,17 @@ def _lists(expiry, order, k, window, chunk):
 
       def go(i, state):
         place, copy = state
-        for token, begin, end, last in [reader(ranked, row)(segment * SEGMENT + (i * AT_ONCE + j)) for j in range(AT_ONCE)]:
-          here = (begin <= c) & (c < end) & (segment < segments)
+        ranks = [segment * segment_size + (i * AT_ONCE + j) for j in range(AT_ONCE)]
+        for rank, (token, begin, end, last) in zip(ranks, [reader(ranked, row)(rank) for rank in ranks]):
+          inside = rank < n
+          here = (begin <= c) & (c < end) & inside
           scatter(tokens.at[row], place, token, here)
           scatter(lasts.at[row], place, last, here)
           scatter(old_place.at[row], copy + (c - begin), place, here)
-          scatter(old_begin.at[row], token, copy, (begin < end) & (c == 0) & (segment < segments))
-          place, copy = place + jnp.where(here, 1, 0), copy + (end - begin)
+          scatter(old_begin.at[row], token, copy, (begin < end) & (c == 0) & inside)
+          place, copy = place + jnp.where(here, 1, 0), copy + jnp.where(inside, end - begin, 0)
         return place, copy
-      lax.fori_loop(0, SEGMENT // AT_ONCE, go, (place, copy))
+      lax.fori_loop(0, segment_size // AT_ONCE, go, (place, copy))
   old_place, old_begin = kernel(list_old, rows, chunks * segments, name="list_old", out_type=[shape(k * chunks), shape(n)])(
       ranked, begins, ends, tokens, lasts)
 
