@@ -20,15 +20,13 @@ KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two compu
 
 
 def tile_weights(s, probability, distance, gate):
-  """(softmax of the logits, gates or None, weights of the values) of one tile.
+  """(softmax of the logits, gates or None where the weights do without, weights of the values) of one tile.
 
   Args:
-    s: products q.k. probability(logits): the softmax of logits. distance: u_j - tau_i of listed keys; None for the window's, whose gate is 1.
+    s: products q.k. probability(logits): the softmax of logits.
+    distance: function that loads u_j - tau_i of listed keys, when it is needed, to save registers; None for the window's, whose gate is 1.
   """
-  if distance is None:
-    p = probability(s)
-    return p, None, p
-  if gate == "straight_through":
+  if distance is None or gate == "straight_through":
     p = probability(s)
     return p, None, p
   g = jnp.clip(distance(), 0., 1.)
@@ -256,8 +254,10 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
       begin, _, _, end = read_bounds(span_ref, *((b, g) if lists else (b,)), block)
       return b, block, g, begin, end
 
-    begin, end = item(jnp.int32(0))[-2:]
-    busy = end > begin if lists else True                                # most programs of lists have nothing to do
+    busy = True
+    if lists:                                                            # a program has one block, which in most of them nobody sees
+      *_, begin, end = item(jnp.int32(0))
+      busy = end > begin
 
     @pl.when(jnp.logical_and(busy, warpgroup < 2))
     def _compute():
