@@ -53,14 +53,20 @@ def tile_gradients(s, p, g, dp, delta, distance, *, gate, scale):
   return ds * g, jnp.where(fractional, x + ds * s * scale, 0.)
 
 
-def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered, tau, listed, bounds, span, *, gate, scale, chunk, tiling,
-                    interpret=None):
-  """dquery [B, n, H, D], delta [B, H, n] float32, and the gates' gradient summed over keys, [B, H, n] float32, which is -dtau.
+def joined(*ranges):
+  """[first, end) of two ranges together, of which either may be empty, wherever it begins."""
+  (begin, end), (other_begin, other_end) = ranges
+  first = jnp.where(begin < end, jnp.where(other_begin < other_end, jnp.minimum(begin, other_begin), begin), other_begin)
+  return first, jnp.where(begin < end, jnp.where(other_begin < other_end, jnp.maximum(end, other_end), end), other_end)
+
+
+def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered, tau, listed, bounds, *, gate, scale, chunk, tiling, interpret=None):
+  """dquery [B, n, H, D]; delta [B, H, n] float32; dtau [B, H, n] float32, of each head.
 
   Args:
     query, key, value, left, entered, tau, listed, gate, scale, chunk, tiling: as of `mosaic_forward.forward`; out, logsumexp: its results.
     cotangent: [B, n, H, D] gradient of the output.
-    bounds: [B, G, n / 64, 6] int32, of tiles.query_bounds with blocks of 64 queries, those of a warpgroup; span: [B, G, n / 128, 6], with blocks of 128.
+    bounds: [B, G, n / 64, 6] int32, of tiles.query_bounds with blocks of 64 queries, those of a warpgroup.
   """
   batch, n, heads, dim = query.shape
   groups = key.shape[2]
@@ -71,18 +77,20 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
 
-  def kernel(q_ref, k_ref, v_ref, do_ref, out_ref, lse_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref, span_ref,
-             dq_ref, delta_ref, dgate_ref, q_smem, do_smem, out_smem, k_smem, v_smem, last_smem, score_smem, lse_smem, delta_smem, tau_smem, left_smem,
+  def kernel(q_ref, k_ref, v_ref, do_ref, out_ref, lse_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref,
+             dq_ref, delta_ref, dtau_ref, q_smem, do_smem, out_smem, k_smem, v_smem, last_smem, score_smem, lse_smem, delta_smem, tau_smem, left_smem,
              entered_smem,
              k_full, v_full, rows_full, k_free, v_free):
     b, h, block, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
     g = lax.div(h, jnp.array(heads // groups, h.dtype))
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
-    own = block * (BLOCK_Q // block_kv)
-    begin, _, _, end, near, _ = read_bounds(span_ref, b, g, block)
-    num_listed = end - begin
-    steps = num_listed + own - near + BLOCK_Q // block_kv
+    own_tiles = BLOCK_Q // block_kv
+    newest = block * own_tiles + own_tiles - 1
+    of_both = [read_bounds(bounds_ref, b, g, 2 * block + i) for i in range(2)]
+    begin, end = joined(*((t0, t3) for t0, _, _, t3, _, _ in of_both))
+    in_window = newest - of_both[0][4] + 1                               # so many tiles
+    steps = in_window + end - begin
 
     @pl.when(warpgroup < 2)
     def _compute():
@@ -138,57 +146,62 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
         return acc, dgate
 
       carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
-      in_list = lambda **kind: lambda t, carry: tile(t - begin, t, carry, is_list=True, **kind)
-      in_window = lambda **kind: lambda t, carry: tile(num_listed + t - near, t, carry, is_list=False, **kind)
+      near = lambda **kind: lambda step, carry: tile(step, newest - step, carry, is_list=False, **kind)
+      far = lambda **kind: lambda t, carry: tile(in_window + t - begin, t, carry, is_list=True, **kind)
 
-      def skip(step):
-        """A tile that only the other warpgroup sees."""
-        slot, _ = phase_of(step, stages)
-        plgpu.barrier_wait(k_full.at[slot])
-        plgpu.barrier_wait(v_full.at[slot])
-        plgpu.barrier_arrive(k_free.at[slot])
-        plgpu.barrier_arrive(v_free.at[slot])
-      t0, t1, t2, t3, t4, t5 = read_bounds(bounds_ref, b, g, 2 * block + warpgroup)
-      diagonal = own + warpgroup * HALF // block_kv
-      pl.loop(begin, t0)(lambda t: skip(t - begin))
-      carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
-      carry = lax.fori_loop(t1, t2, in_list(), carry)
-      carry = lax.fori_loop(t2, t3, in_list(exits=True, enters=True), carry)
-      pl.loop(t3, end)(lambda t: skip(t - begin))
-      pl.loop(near, t4)(lambda t: skip(num_listed + t - near))
-      carry = lax.fori_loop(t4, t5, in_window(exits=True), carry)
-      carry = lax.fori_loop(t5, diagonal, in_window(), carry)
-      acc, dgate = lax.fori_loop(diagonal, diagonal + 1, in_window(exits=True, enters=True), carry)
-      pl.loop(diagonal + 1, own + BLOCK_Q // block_kv)(lambda t: skip(num_listed + t - near))
+      def skip(first, last):
+        """Steps at tiles that only the other warpgroup sees."""
+        @pl.loop(first, last)
+        def _(step):
+          slot, _ = phase_of(step, stages)
+          plgpu.barrier_wait(k_full.at[slot])
+          plgpu.barrier_wait(v_full.at[slot])
+          plgpu.barrier_arrive(k_free.at[slot])
+          plgpu.barrier_arrive(v_free.at[slot])
+      t0, t1, t2, t3, t4, t5 = (jnp.where(warpgroup == 0, *both) for both in zip(*of_both))
+      t0, t1, t2, t3 = (jnp.clip(t, begin, end) for t in (t0, t1, t2, t3))             # anywhere if none is live
+      diagonal = own_tiles - 1 - warpgroup * HALF // block_kv
+      skip(0, diagonal)
+      carry = lax.fori_loop(diagonal, diagonal + 1, near(exits=True, enters=True), carry)
+      carry = lax.fori_loop(diagonal + 1, newest - t5 + 1, near(), carry)
+      carry = lax.fori_loop(newest - t5 + 1, newest - t4 + 1, near(exits=True), carry)
+      skip(newest - t4 + 1, in_window + t0 - begin)
+      carry = lax.fori_loop(t0, t1, far(exits=True), carry)
+      carry = lax.fori_loop(t1, t2, far(), carry)
+      acc, dgate = lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
+      skip(in_window + t3 - begin, steps)
       q[...] = (acc * scale).astype(dtype)
       delta_smem.at[warpgroup][...] = delta
-      lse_smem.at[warpgroup][...] = dgate
+      lse_smem.at[warpgroup][...] = -dgate
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, h])
       plgpu.copy_smem_to_gmem(delta_smem.at[warpgroup], delta_ref.at[b, h, rows])
-      plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], dgate_ref.at[b, h, rows])
-      plgpu.wait_smem_to_gmem(0)
+      plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], dtau_ref.at[b, h, rows])
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == 2)
     def _load():
       plgpu.set_max_registers(40, action="decrease")
 
-      @pl.loop(0, steps)
-      def _(step):
+      def load(step, own=False):
+        """One tile; the block's own wait for no bounds."""
         slot, reused = phase_of(step, stages)
-        in_list = step < num_listed
-        places = pl.ds(list_start + (begin + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * block_kv, block_kv)
-        tokens = pl.ds((near + jnp.maximum(step - num_listed, 0)) * block_kv, block_kv)
+        near, far = own or step < in_window, not own and step >= in_window
+        tokens = pl.ds((newest - step if own else jnp.maximum(newest - step, 0)) * block_kv, block_kv)
+        places = pl.ds(list_start + (0 if own else jnp.where(far, begin + step - in_window, 0)) * block_kv, block_kv)
 
-        def load(list_ref, token_ref, buffer, full):
-          pl.when(in_list)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
-          pl.when(jnp.logical_not(in_list))(lambda: plgpu.copy_gmem_to_smem(token_ref.at[b, tokens, g], buffer.at[slot], full.at[slot]))
+        def load_rows(token_ref, list_ref, buffer, full):
+          pl.when(near)(lambda: plgpu.copy_gmem_to_smem(token_ref.at[b, tokens, g], buffer.at[slot], full.at[slot]))
+          pl.when(far)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
         pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+        load_rows(k_ref, lk_ref, k_smem, k_full)
         plgpu.copy_gmem_to_smem(last_ref.at[b, g, places], last_smem.at[slot], k_full.at[slot])
         plgpu.copy_gmem_to_smem(score_ref.at[b, g, places], score_smem.at[slot], k_full.at[slot])
-        load(lk_ref, k_ref, k_smem, k_full)
         pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        load(lv_ref, v_ref, v_smem, v_full)
+        load_rows(v_ref, lv_ref, v_smem, v_full)
+      for step in range(own_tiles):
+        load(step, own=True)
+      pl.loop(own_tiles, steps)(load)
 
       if interpret is not None:                                          # the interpreter insists that every phase be observed
         @pl.loop(jnp.maximum(steps - stages, 0), steps)
@@ -208,10 +221,10 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
       kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *[jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)] * 2], scratch_types=scratch,
       grid=(batch, n // BLOCK_Q, heads), grid_names=("batch", "block", "head"), num_threads=3, thread_name="warpgroup",
       compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_query_gradients",
-  )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds, span)
+  )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds)
 
 
-def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *, gate, scale, tiling, score=None, tau=None,
+def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *, gate, scale, tiling, score=None, tau=None,
                   interpret=None):
   """(dkey, dvalue) of the shape of `keys`, and of listed keys the gates' gradient summed over queries, [B, G, places] float32, which is dscore.
 
@@ -222,7 +235,6 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     keys, values: [B, n, G, D] for the window, [B, G, places, D] for lists.
     first, last: int32, a key is live for queries first <= i < last; [B, n] for the window, [B, G, places] for lists.
     bounds: int32 of tiles.key_tiles with blocks of tiling.key_queries queries and 64 keys, those of a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
-    span: the same with 128 keys.
     score: [B, G, places] float32 and tau [B, G, n] float32, of lists only.
   """
   batch, n, heads, dim = query.shape
@@ -239,7 +251,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   work = Work(batch, count // KEY_BLOCK_KV, groups, most=1 if lists else MOST)
   depth = min(2, work.each)                                              # items whose keys are in shared memory
 
-  def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, span_ref, *refs):
+  def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *refs):
     if lists:
       score_ref, tau_ref, dk_ref, dv_ref, dscore_ref, *refs = refs
     else:
@@ -248,10 +260,13 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     number = work.count(program)
 
+    def bounds_of(b, block, g, warpgroup):
+      return read_bounds(bounds_ref, *((b, g) if lists else (b,)), 2 * block + warpgroup)
+
     def item(i):
       """Row of the batch, block, head; [first, end) block of queries that sees it."""
       b, block, g = work.item(program, i)
-      begin, _, _, end = read_bounds(span_ref, *((b, g) if lists else (b,)), block)
+      begin, end = joined(*((b0, b3) for b0, _, _, b3 in (bounds_of(b, block, g, i) for i in range(2))))
       return b, block, g, begin, end
 
     busy = True
@@ -332,8 +347,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
           plgpu.barrier_wait(do_full.at[slot])
           plgpu.barrier_arrive(do_free.at[slot])
           plgpu.barrier_arrive(q_free.at[slot])
-        row = (b, g) if lists else (b,)
-        b0, b1, b2, b3 = (jnp.clip(x, begin, end) for x in read_bounds(bounds_ref, *row, 2 * block + warpgroup))
+        b0, b1, b2, b3 = (jnp.clip(x, begin, end) for x in bounds_of(b, block, g, warpgroup))
 
         def head(r, carry):
           step = lambda t: done + r * blocks + t - begin
@@ -367,7 +381,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
         return done + repeats * blocks
       load_keys(jnp.int32(0))
       lax.fori_loop(0, number, compute, jnp.int32(0))
-      plgpu.wait_smem_to_gmem(0)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(jnp.logical_and(busy, warpgroup == 2))
     def _load():
@@ -417,4 +431,4 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   return plgpu.kernel(
       kernel, out_type=out_type, scratch_types=scratch, grid=(work.programs,), grid_names=("program",), num_threads=3,
       thread_name="warpgroup", compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_key_gradients",
-  )(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, span, *((score, tau) if lists else ()))
+  )(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *((score, tau) if lists else ()))

@@ -181,4 +181,4 @@ def matrix_buffer(count, rows, columns, dtype):
 
 def phase_of(step, stages):
   """(slot of a circular buffer, was it used before) at this step."""
-  return lax.rem(step, jnp.array(stages, step.dtype)), step >= stages
+  return (step % stages if isinstance(step, int) else lax.rem(step, jnp.array(stages, step.dtype))), step >= stages

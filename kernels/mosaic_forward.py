@@ -1,4 +1,4 @@
-"""Forward pass of SPARSEK attention on Hopper GPUs: one online softmax over tiles of listed tokens, then over tiles of the window.
+"""Forward pass of SPARSEK attention on Hopper GPUs: one online softmax over tiles of the window, latest first, then over tiles of listed tokens.
 
 Two warpgroups compute on 64 queries each and a third loads tiles by TMA. While one computes its softmax the other multiplies (FlashAttention-3's ping-pong).
 Tiles are loaded from contiguous memory only: the listed keys and values were gathered before. Scores of the softmax are powers of 2.
@@ -46,8 +46,8 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
     t0, t1, t2, t3, t4, t5 = read_bounds(bounds_ref, b, g, block)
-    num_listed = t3 - t0
-    steps = num_listed + block - t4 + 1
+    in_window = block - t4 + 1                                           # so many tiles
+    steps = in_window + t3 - t0
 
     def take_turns():
       plgpu.barrier_arrive(turn)
@@ -115,14 +115,14 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
         return acc, new_top, total
 
       carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), LOWEST, ROW), registers.full((HALF,), 0, ROW)
-      in_list = lambda **kind: lambda t, carry: tile(t - t0, t, carry, listed=True, **kind)
-      in_window = lambda **kind: lambda t, carry: tile(num_listed + t - t4, t, carry, listed=False, **kind)
-      carry = lax.fori_loop(t0, t1, in_list(exits=True), carry)
-      carry = lax.fori_loop(t1, t2, in_list(), carry)
-      carry = lax.fori_loop(t2, t3, in_list(exits=True, enters=True), carry)
-      carry = lax.fori_loop(t4, t5, in_window(exits=True), carry)
-      carry = lax.fori_loop(t5, block, in_window(), carry)
-      acc, top, total = lax.fori_loop(block, block + 1, in_window(exits=True, enters=True), carry)
+      near = lambda **kind: lambda step, carry: tile(step, block - step, carry, listed=False, **kind)
+      far = lambda **kind: lambda t, carry: tile(in_window + t - t0, t, carry, listed=True, **kind)
+      carry = lax.fori_loop(0, 1, near(exits=True, enters=True), carry)
+      carry = lax.fori_loop(1, block - t5 + 1, near(), carry)
+      carry = lax.fori_loop(block - t5 + 1, in_window, near(exits=True), carry)
+      carry = lax.fori_loop(t0, t1, far(exits=True), carry)
+      carry = lax.fori_loop(t1, t2, far(), carry)
+      acc, top, total = lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
       pl.when(warpgroup == 0)(take_turns)
       seen = total > 0
       total = jnp.where(seen, total, 1.)
@@ -132,29 +132,31 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(q, out_ref.at[b, rows, h])
       plgpu.copy_smem_to_gmem(row_smem.at[warpgroup], lse_ref.at[b, h, rows])
-      plgpu.wait_smem_to_gmem(0)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == 2)
     def _load():
       plgpu.set_max_registers(40, action="decrease")
 
-      @pl.loop(0, steps)
-      def _(step):
+      def load(step, own=False):
+        """One tile; the block's own waits for no bounds."""
         slot, reused = phase_of(step, stages)
-        in_list = step < num_listed
-        places = pl.ds(list_start + (t0 + jnp.minimum(step, jnp.maximum(num_listed - 1, 0))) * block_kv, block_kv)
-        tokens = pl.ds((t4 + jnp.maximum(step - num_listed, 0)) * block_kv, block_kv)
+        near, far = own or step < in_window, not own and step >= in_window
+        tokens = pl.ds((block if own else jnp.maximum(block - step, 0)) * block_kv, block_kv)
+        places = pl.ds(list_start + (0 if own else jnp.where(far, t0 + step - in_window, 0)) * block_kv, block_kv)
 
-        def load(list_ref, token_ref, buffer, full):
-          pl.when(in_list)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
-          pl.when(jnp.logical_not(in_list))(lambda: plgpu.copy_gmem_to_smem(token_ref.at[b, tokens, g], buffer.at[slot], full.at[slot]))
+        def load_rows(token_ref, list_ref, buffer, full):
+          pl.when(near)(lambda: plgpu.copy_gmem_to_smem(token_ref.at[b, tokens, g], buffer.at[slot], full.at[slot]))
+          pl.when(far)(lambda: plgpu.copy_gmem_to_smem(list_ref.at[b, g, places], buffer.at[slot], full.at[slot]))
         pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+        load_rows(k_ref, lk_ref, k_smem, k_full)
         plgpu.copy_gmem_to_smem(last_ref.at[b, g, places], last_smem.at[slot], k_full.at[slot])
         if gated:
           plgpu.copy_gmem_to_smem(score_ref.at[b, g, places], score_smem.at[slot], k_full.at[slot])
-        load(lk_ref, k_ref, k_smem, k_full)
         pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        load(lv_ref, v_ref, v_smem, v_full)
+        load_rows(v_ref, lv_ref, v_smem, v_full)
+      load(0, own=True)
+      pl.loop(1, steps)(load)
 
       if interpret is not None:                                          # the interpreter insists that every phase be observed
         @pl.loop(jnp.maximum(steps - stages, 0), steps)

@@ -13,8 +13,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from . import mosaic_backward, mosaic_forward, mosaic_lanes, mosaic_lists, mosaic_rows
-from .mosaic_common import BLOCK_Q, TILINGS, Tiling
-from .tiles import key_tiles, larger_tiles, list_tiles, query_bounds, selection_lists, window_tiles
+from .mosaic_common import BLOCK_Q, HALF, TILINGS, Tiling
+from .tiles import key_tiles, list_tiles, query_bounds, selection_lists, window_tiles
 from .varying import over_batch, varying_like
 
 CHUNK = 2048                     # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens
@@ -93,9 +93,9 @@ def _attention(query, key, value, scores, threshold, expiry, order, start, end, 
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
-  lists, out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
+  lists, tiles, out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
   out, logsumexp = varying_like(out, query), varying_like(logsumexp, query)             # kernels forget it
-  return out, (query, key, value, scores, threshold, start, end, lists, out, logsumexp)
+  return out, (query, key, value, scores, threshold, start, end, lists, tiles, out, logsumexp)
 
 
 def _backward_rule(static, residuals, cotangent):
@@ -142,51 +142,43 @@ def make_lists(expiry, order, *, k, window, chunk, kernels):
   return _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(expiry, order)
 
 
-def _key_bounds(tiles, base, limit, block_q):
-  """Bounds of the blocks of one warpgroup, and of both."""
-  return [key_tiles(larger_tiles(tiles, warpgroups), base, limit=limit, block_q=block_q) for warpgroups in (1, 2)]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, query, key, value, scores, threshold, expiry, order, start):
   k, window, gate, scale, chunk, tiling, interpret = static
   lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=_kernels(interpret))
   left = _left(start, window)
   bounds_of = mosaic_lists.query_bounds if _kernels(interpret) else query_bounds
-  bounds = bounds_of(list_tiles(lists), left, chunk=chunk, block_q=BLOCK_Q, block_kv=tiling.forward_keys)
+  tiles = list_tiles(lists)
+  bounds = bounds_of(tiles, left, chunk=chunk, block_q=BLOCK_Q, block_kv=tiling.forward_keys)
   out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists, interpret), bounds,
                                           gate=gate, scale=scale, chunk=chunk, tiling=tiling, interpret=interpret)
-  return lists, out, logsumexp
+  return lists, tiles, out, logsumexp
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(static, query, key, value, scores, threshold, start, end, lists, out, logsumexp, cotangent):
+def _backward(static, query, key, value, scores, threshold, start, end, lists, tiles, out, logsumexp, cotangent):
   _, window, gate, scale, chunk, tiling, interpret = static
   batch, n, heads, _ = query.shape
   groups = key.shape[2]
   options = dict(gate=gate, scale=scale, tiling=tiling, interpret=interpret)
   left = _left(start, window)
   listed = _gather(key, value, scores, lists, interpret)
-  tiles = list_tiles(lists)
   bounds_of = mosaic_lists.query_bounds if _kernels(interpret) else query_bounds
-  span, bounds = (bounds_of(tiles, left, chunk=chunk, block_q=size, block_kv=tiling.query_keys) for size in (BLOCK_Q, BLOCK_Q // 2))
-  # A warpgroup that sees no list has bounds anywhere: bring them between those of both.
-  listed_part = jnp.clip(bounds[..., :4], *(jnp.repeat(span[..., i:i + 1], 2, axis=2) for i in (0, 3)))
-  bounds = jnp.concatenate([listed_part, bounds[..., 4:]], axis=-1)
-  dquery, delta, dgate = mosaic_backward.query_gradients(query, key, value, cotangent, out, logsumexp, left, lists.entered, threshold, listed, bounds, span,
-                                                         chunk=chunk, **options)
-  dtau = -jnp.sum(dgate.reshape(batch, groups, heads // groups, n), axis=2)
+  bounds = bounds_of(tiles, left, chunk=chunk, block_q=HALF, block_kv=tiling.query_keys)
+  dquery, delta, dtau = mosaic_backward.query_gradients(query, key, value, cotangent, out, logsumexp, left, lists.entered, threshold, listed, bounds,
+                                                        chunk=chunk, **options)
+  dtau = jnp.sum(dtau.reshape(batch, groups, heads // groups, n), axis=2)
   common = cotangent, logsumexp, delta
   token = jnp.arange(n, dtype=jnp.int32)
   if window:
     first, last = jnp.broadcast_to(token, (batch, n)), jnp.minimum(token + window, end)
-    bounds = _key_bounds(window_tiles(end, window), jnp.zeros(batch, jnp.int32), n, tiling.key_queries)
-    dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, *bounds, **options)
+    bounds = key_tiles(window_tiles(end, window), jnp.zeros(batch, jnp.int32), limit=n, block_q=tiling.key_queries)
+    dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, bounds, **options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
-  bounds = [x.reshape(batch, groups, -1, 4) for x in _key_bounds(tiles, base, chunk, tiling.key_queries)]
-  rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), *bounds, score=listed[2], tau=threshold, **options)
+  bounds = key_tiles(tiles, base, limit=chunk, block_q=tiling.key_queries).reshape(batch, groups, -1, 4)
+  rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), bounds, score=listed[2], tau=threshold, **options)
   dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)
   return dquery, dkey, dvalue, dscores, dtau
 

@@ -84,6 +84,7 @@ def sum_rows(dkey, dvalue, rows, lists):
       _, own_row, part = _lane_parts(dim)
       token = block * tokens + own_row
       new, first, times = (reader(ref, row)(token) for ref in (new_place, begin, count))
+      listed = ((new < places) | (times > 0)) & (token < n)                # the gradients of others stay as they are
 
       def add(place, there, sums):
         """Rows that are not there are read too, and may hold anything."""
@@ -95,11 +96,10 @@ def sum_rows(dkey, dvalue, rows, lists):
       zero = (token - token).astype(jnp.float32)
       sums = add(new, (new < places) & (token < n), (zero,) * (2 * WORD + 1))
       sums = lax.fori_loop(0, most[row, block], lambda e, sums: add(reader(old_place, row)(first + e), (e < times) & (token < n), sums), sums)
-      inside = token < n
       for i, where in enumerate(at):
-        window = widen(gather_bytes(where[0], jnp.minimum(token, n - 1), *where[2:]), dtype)
-        scatter_bytes(*where, narrow([x + y for x, y in zip(window, sums[i * WORD:])], dtype), inside)
-      scatter(ds_ref.at[b, g], token, sums[-1], inside & (part == 0))
+        window = widen(gather_bytes(where[0], jnp.where(listed, token, 0), *where[2:]), dtype)
+        scatter_bytes(*where, narrow([x + y for x, y in zip(window, sums[i * WORD:])], dtype), listed)
+      scatter(ds_ref.at[b, g], token, sums[-1], listed & (part == 0))
 
   totals = [jax.new_ref(x) for x in (dkey, dvalue, jnp.zeros((batch, groups, n), jnp.float32))]
   kernel(body, batch * groups, -(-n // tokens) * LANES, name="sum_rows")(*totals, *rows, most, new_place, old_place, begin, count)

@@ -148,7 +148,8 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
   rows, n = score.shape
   heads, segments = rows // end.shape[0], n // SEGMENT + 1                # of 0 to n
   new = lambda size, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, size), dtype)
-  change, changes = (jax.new_ref(jnp.zeros((rows, size), jnp.int32)) for size in (n + 1, segments))
+  whole = -(-(n + 1) // 4) * 4                             # numbers are moved 16 bytes at a time
+  change, changes = (jax.new_ref(jnp.zeros((rows, size), jnp.int32)) for size in (whole, segments))
 
   def find_intervals(row, _, token, score, threshold, end, change, changes, first, last):
     own = staircase.Read(reader(score, row), end=reader(end, row // heads), threshold=reader(threshold, row))
@@ -165,16 +166,21 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
     """dtau_i / |S_i| and its sums from the start of each segment on."""
     def go(i, state):
       count, total = state
-      queries = [segment * SEGMENT + (i * AT_ONCE + j) for j in range(AT_ONCE)]
-      loads = [(query, reader(change, row)(query), reader(cotangent, row)(query)) for query in queries]
-      for query, difference, gradient in loads:
-        count += difference
-        scatter(prefix.at[row], query, total, query <= n)
-        total += jnp.where((count > 0) & (query < n), gradient / jnp.maximum(count, 1).astype(jnp.float32), 0.)
+      queries = [segment * SEGMENT + (i * AT_ONCE + j) for j in range(0, AT_ONCE, 4)]
+      four = lambda ref, query: gather_bytes(ref.at[row], jnp.minimum(query, ref.shape[-1] - 4), query - query, 1)
+      for query, differences, gradients in [(query, four(change, query), four(cotangent, query)) for query in queries]:
+        sums = []
+        for j in range(4):
+          count += differences[j]
+          sums.append(lax.bitcast_convert_type(total, jnp.int32))
+          gradient = lax.bitcast_convert_type(gradients[j], jnp.float32)
+          total += jnp.where((count > 0) & (query + j < n), gradient / jnp.maximum(count, 1).astype(jnp.float32), 0.)
+        scatter_bytes(prefix.at[row], query, query - query, 1, sums, query <= n)
       return count, total
     _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, go, (reader(counts, row)(segment), (segment - segment).astype(jnp.float32)))
     scatter(shares.at[row], segment, total, segment < segments)
-  prefix, shares = kernel(share, rows, segments, name="shares", out_type=[new(n + 1), new(segments)])(cotangent, change, counts)
+  prefix, shares = kernel(share, rows, segments, name="shares", out_type=[new(whole), new(segments)])(
+      jnp.pad(cotangent, ((0, 0), (0, -n % 4))), change, counts)
 
   def add_segments(row, _, segment, shares, total, error):
     """The sum of all earlier segments, and its rounding error."""

@@ -51,8 +51,8 @@ class Problem(NamedTuple):
 
   @property
   def block(self):
-    """Queries of a tile, half its positions: a power of two, such that there are about n tiles and a walk is O(sqrt n) steps."""
-    return 2 ** max(3, (self.n.bit_length() - 1) // 2)
+    """Queries of a tile, half its positions: a power of two, such that there are n to 4 n tiles and a walk is O(sqrt n) steps."""
+    return 2 ** max(3, ((self.n - 1).bit_length() + 1) // 2 - 1)
 
   @property
   def width(self):

@@ -124,12 +124,12 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1), (1280, 40, 500, 640, 0.)])
+@pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1), (1280, 40, 50, 256, -.01)])
 def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   batch, groups = (2, 2) if n < 500 else (1, 2)
   monkeypatch.setattr(mosaic_lists, "SEGMENTS", 4)            # the last of longer segments is not full
   scores = jax.random.normal(jax.random.key(n), (batch, groups, n)) + rise * jnp.arange(n)
-  start, end = document_bounds(jnp.arange(batch * n).reshape(batch, n) // (n // 3), batch, n)
+  start, end = document_bounds(jnp.arange(batch * n).reshape(batch, n) // (n // 3 + 1), batch, n)
   _, expiry, order = causal.select(scores, start, end, k, window, True)
   expected = jax.vmap(jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk)))(expiry, order)
   left = jnp.maximum(jnp.arange(n) - window + 1, start)
