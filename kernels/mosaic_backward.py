@@ -13,9 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, Registers, Work, by_column, by_row, matrix_buffer, phase_of, read_bounds
+from .mosaic_common import BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work, by_column, by_row, matrix_buffer, phase_of, read_bounds
 
-MOST = 16                        # blocks of the window's keys that a program computes one after the other
+MOST, MOST_LISTED = 16, 2        # blocks of the window's keys, or of lists, that a program computes one after the other
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
 
 
@@ -224,8 +224,8 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
   )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds)
 
 
-def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *, gate, scale, tiling, score=None, tau=None,
-                  interpret=None):
+def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *, gate, scale, tiling, lists=0, middle=0, score=None,
+                  tau=None, interpret=None):
   """(dkey, dvalue) of the shape of `keys`, and of listed keys the gates' gradient summed over queries, [B, G, places] float32, which is dscore.
 
   Blocks that no query sees are not written.
@@ -235,10 +235,10 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     keys, values: [B, n, G, D] for the window, [B, G, places, D] for lists.
     first, last: int32, a key is live for queries first <= i < last; [B, n] for the window, [B, G, places] for lists.
     bounds: int32 of tiles.key_tiles with blocks of tiling.key_queries queries and 64 keys, those of a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
-    score: [B, G, places] float32 and tau [B, G, n] float32, of lists only.
+    lists: how many there are in a row; 0 for the window. middle: places of a list that may be live at its first query. Of lists only:
+    score, tau: [B, G, places] and [B, G, n] float32.
   """
   batch, n, heads, dim = query.shape
-  lists = score is not None
   groups, count = keys.shape[1:3] if lists else keys.shape[2:0:-1]
   repeats = heads // groups
   dtype = query.dtype
@@ -247,8 +247,8 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   shape = (HALF, block_q)                                                # keys by queries: transposed
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
-  # Listed tokens are seen by many queries: several of their blocks one after the other would leave multiprocessors idle at the end.
-  work = Work(batch, count // KEY_BLOCK_KV, groups, most=1 if lists else MOST)
+  blocks = count // KEY_BLOCK_KV
+  work = ListWork(batch, lists, groups, blocks // lists, -(-middle // KEY_BLOCK_KV), most=MOST_LISTED) if lists else Work(batch, blocks, groups, most=MOST)
   depth = min(2, work.each)                                              # items whose keys are in shared memory
 
   def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, first_ref, last_ref, bounds_ref, *refs):
@@ -270,9 +270,9 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
       return b, block, g, begin, end
 
     busy = True
-    if lists:                                                            # a program has one block, which in most of them nobody sees
-      *_, begin, end = item(jnp.int32(0))
-      busy = end > begin
+    if lists:                                                            # many hold no token
+      ranges = [item(jnp.int32(i))[3:] for i in range(work.each)]
+      busy = functools.reduce(jnp.logical_or, [end > begin for begin, end in ranges])
 
     @pl.when(jnp.logical_and(busy, warpgroup < 2))
     def _compute():
@@ -427,7 +427,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
              plgpu.Barrier(num_arrivals=3 if lists else 2, num_barriers=stages), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
              plgpu.Barrier(num_arrivals=5 if lists else 4, num_barriers=2 * depth), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
-  out_type = [jax.ShapeDtypeStruct(keys.shape, dtype)] * 2 + [jax.ShapeDtypeStruct((batch, groups, count), jnp.float32)] * lists
+  out_type = [jax.ShapeDtypeStruct(keys.shape, dtype)] * 2 + [jax.ShapeDtypeStruct((batch, groups, count), jnp.float32)] * bool(lists)
   return plgpu.kernel(
       kernel, out_type=out_type, scratch_types=scratch, grid=(work.programs,), grid_names=("program",), num_threads=3,
       thread_name="warpgroup", compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_key_gradients",

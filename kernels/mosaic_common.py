@@ -78,6 +78,52 @@ class Work(NamedTuple):
     return lax.div(rest, jnp.int32(self.blocks)), lax.rem(rest, jnp.int32(self.blocks)), head
 
 
+class ListWork(NamedTuple):
+  """What the programs of a kernel compute of lists: blocks of each, heads innermost.
+
+  The blocks in the middle of a list, between the tokens by increasing last query and those by increasing first one, are live longest, and most of the last
+  ones hold no token: programs begin in the middle, and each then takes blocks from further outside, turning at the ends.
+  """
+  batch: int
+  chunks: int
+  heads: int
+  blocks: int                    # of a list
+  middle: int
+  most: int
+
+  @property
+  def each(self):
+    return min(self.most, self.blocks)
+
+  @property
+  def of_list(self):
+    """Programs of a list."""
+    return -(-self.blocks // self.each)
+
+  @property
+  def programs(self):
+    return self.batch * self.chunks * self.of_list * self.heads
+
+  def rank(self, program, i):
+    """How many blocks of the list come before a program's i-th."""
+    place = lax.rem(lax.div(program, jnp.int32(self.heads)), jnp.int32(self.of_list))
+    return i * self.of_list + jnp.where(i % 2 == 0, place, self.of_list - 1 - place)
+
+  def count(self, program):
+    """How many a program computes."""
+    return self.each - jnp.where(self.rank(program, self.each - 1) < self.blocks, 0, 1)
+
+  def item(self, program, i):
+    """(row of the batch, block, head) of its i-th; blocks are numbered through all lists."""
+    low, high = min(self.middle, self.blocks), max(self.blocks - self.middle, 0)
+    pairs, rank = min(low, high), jnp.minimum(self.rank(program, i), self.blocks - 1)
+    in_turn = jnp.where(rank % 2 == 0, low + rank // 2, low - 1 - rank // 2)
+    block = jnp.where(rank < 2 * pairs, in_turn, low + rank - pairs if high > low else low - 1 - rank + pairs)
+    rest, head = lax.div(program, jnp.int32(self.heads)), lax.rem(program, jnp.int32(self.heads))
+    place = lax.div(rest, jnp.int32(self.of_list))
+    return lax.div(place, jnp.int32(self.chunks)), lax.rem(place, jnp.int32(self.chunks)) * self.blocks + block, head
+
+
 def by_row(vector, shape):
   """Broadcasts one value per row."""
   return lax.broadcast_in_dim(vector, shape, [0])

@@ -157,7 +157,7 @@ def _forward(static, query, key, value, scores, threshold, expiry, order, start)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(static, query, key, value, scores, threshold, start, end, lists, tiles, out, logsumexp, cotangent):
-  _, window, gate, scale, chunk, tiling, interpret = static
+  k, window, gate, scale, chunk, tiling, interpret = static
   batch, n, heads, _ = query.shape
   groups = key.shape[2]
   options = dict(gate=gate, scale=scale, tiling=tiling, interpret=interpret)
@@ -178,7 +178,8 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, t
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
   bounds = key_tiles(tiles, base, limit=chunk, block_q=tiling.key_queries).reshape(batch, groups, -1, 4)
-  rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), bounds, score=listed[2], tau=threshold, **options)
+  rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), bounds, lists=n // chunk,
+                                       middle=k, score=listed[2], tau=threshold, **options)
   dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)
   return dquery, dkey, dvalue, dscores, dtau
 

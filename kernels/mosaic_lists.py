@@ -80,23 +80,26 @@ def _lists(expiry, order, k, window, chunk):
   # Tokens selected at a later query of a chunk are in their own order already.
   token = jnp.arange(n, dtype=jnp.int32)
   entry = token + window
-  is_new = (expiry > entry) & (entry % chunk != 0)
-  came = jnp.pad(jnp.cumsum(is_new, axis=1, dtype=jnp.int32), ((0, 0), (window, 0)))[:, :n]     # with entry <= i
+  came = jnp.pad(jnp.cumsum(expiry > entry, axis=1, dtype=jnp.int32), ((0, 0), (window, 0)))[:, :n]       # with entry <= i
   entered = jnp.repeat(old - came[:, ::chunk], chunk, axis=1) + came
 
-  def list_new(row, _, token, expiry, entered, tokens, lasts, new_place):
+  def list_new(row, _, token, expiry, came, entered, tokens, lasts, listed, new_place):
     last, entry = reader(expiry, row)(token), token + window
     c = entry // chunk
-    there = (last > entry) & (entry != c * chunk) & (entry < n) & (token < n)
+    selected = (last > entry) & (token < n)
+    scatter(listed.at[row], reader(came, row)(entry) - 1, token, selected)
+    there = selected & (entry != c * chunk)
     place = jnp.where(there, c * slots + reader(entered, row)(entry) - 1, places)
     scatter(tokens.at[row], place, token, there)
     scatter(lasts.at[row], place, last, there)
     scatter(new_place.at[row], token, place, token < n)
-  new_place, = kernel(list_new, rows, n, name="list_new", out_type=[shape(n)])(expiry, entered, tokens, lasts)
+  listed = zeros(n)
+  new_place, = kernel(list_new, rows, n, name="list_new", out_type=[shape(n)])(expiry, came, entered, tokens, lasts, listed)
 
   tokens, lasts = (x[...].reshape(rows, chunks, slots) for x in (tokens, lasts))
   old_count = jnp.where(expiry > entry, jnp.maximum(-(-expiry // chunk) - -(-entry // chunk), 0), 0)
-  return Lists(tokens, jnp.where(lasts > 0, tokens + window, NEVER), lasts, entered, old, new_place, old_place, old_begin, old_count)
+  return Lists(tokens, jnp.where(lasts > 0, tokens + window, NEVER), lasts, entered, old, new_place, old_place, old_begin, old_count,
+               listed[...], came[:, -1])
 
 
 def query_bounds(tiles, left, *, chunk, block_q, block_kv):

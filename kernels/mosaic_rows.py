@@ -71,20 +71,17 @@ def sum_rows(dkey, dvalue, rows, lists):
   dtype, places = dkey.dtype, rows[0].shape[2]
   tokens = LANES * WORD // dim                             # of a program
   flat = lambda x: x.reshape(batch * groups, -1)
-  new_place, old_place, begin, count = map(flat, (lists.new_place, lists.old_place, lists.old_begin, lists.old_count))
-  # Most tokens were never selected: a program whose tokens none was ends at once.
-  most = jnp.where((new_place < places) | (count > 0), count, -1)
-  most = jnp.max(jnp.pad(most, ((0, 0), (0, -n % tokens)), constant_values=-1).reshape(batch * groups, -1, tokens), axis=-1)
+  arrays = map(flat, (lists.number, lists.listed, lists.new_place, lists.old_place, lists.old_begin, lists.old_count))
 
-  def body(row, _, lane, dk_ref, dv_ref, ds_ref, lk_ref, lv_ref, ls_ref, most, new_place, old_place, begin, count):
+  def body(row, _, lane, dk_ref, dv_ref, ds_ref, lk_ref, lv_ref, ls_ref, number, listed, new_place, old_place, begin, count):
     block, b, g = lax.axis_index("block"), row // groups, row % groups
 
-    @pl.when(most[row, block] >= 0)
+    @pl.when(block * tokens < number[row, 0])              # the gradients of tokens that were never selected stay as they are
     def _():
       _, own_row, part = _lane_parts(dim)
-      token = block * tokens + own_row
+      inside = block * tokens + own_row < number[row, 0]
+      token = reader(listed, row)(block * tokens + own_row)
       new, first, times = (reader(ref, row)(token) for ref in (new_place, begin, count))
-      listed = ((new < places) | (times > 0)) & (token < n)                # the gradients of others stay as they are
 
       def add(place, there, sums):
         """Rows that are not there are read too, and may hold anything."""
@@ -92,15 +89,14 @@ def sum_rows(dkey, dvalue, rows, lists):
         numbers = [x for ref in (lk_ref, lv_ref) for x in widen(gather_bytes(ref.at[b, g], place, part, dim), dtype)]
         return tuple(total + jnp.where(there, x, 0.) for total, x in zip(sums, [*numbers, reader(ls_ref, b, g)(place)]))
 
-      at = [(ref.at[b], token, g * dim + part, groups * dim) for ref in (dk_ref, dv_ref)]
       zero = (token - token).astype(jnp.float32)
-      sums = add(new, (new < places) & (token < n), (zero,) * (2 * WORD + 1))
-      sums = lax.fori_loop(0, most[row, block], lambda e, sums: add(reader(old_place, row)(first + e), (e < times) & (token < n), sums), sums)
-      for i, where in enumerate(at):
-        window = widen(gather_bytes(where[0], jnp.where(listed, token, 0), *where[2:]), dtype)
-        scatter_bytes(*where, narrow([x + y for x, y in zip(window, sums[i * WORD:])], dtype), listed)
-      scatter(ds_ref.at[b, g], token, sums[-1], listed & (part == 0))
+      sums = add(new, new < places, (zero,) * (2 * WORD + 1))
+      sums = lax.fori_loop(0, jnp.max(times), lambda e, sums: add(reader(old_place, row)(first + e), e < times, sums), sums)
+      for i, ref in enumerate((dk_ref, dv_ref)):
+        where = ref.at[b], token, g * dim + part, groups * dim
+        scatter_bytes(*where, narrow([x + y for x, y in zip(widen(gather_bytes(*where), dtype), sums[i * WORD:])], dtype), inside)
+      scatter(ds_ref.at[b, g], token, sums[-1], inside & (part == 0))
 
   totals = [jax.new_ref(x) for x in (dkey, dvalue, jnp.zeros((batch, groups, n), jnp.float32))]
-  kernel(body, batch * groups, -(-n // tokens) * LANES, name="sum_rows")(*totals, *rows, most, new_place, old_place, begin, count)
+  kernel(body, batch * groups, -(-n // tokens) * LANES, name="sum_rows")(*totals, *rows, *arrays)
   return tuple(total[...] for total in totals)

@@ -43,21 +43,24 @@ def _solve(problem, score, entry, order, start, scores):
   corner = lambda row, column: row * stride + column
   filled = lambda *shape, fill=0: jax.new_ref(jnp.full((rows, *shape), fill, jnp.int32))
   new = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype)
-  corners, passed, first_nan = filled(staircase.SUMS, (blocks + 1) * stride), filled(2 * n, fill=n), filled(n, fill=n)
+  corners, first_nan = filled(staircase.SUMS, (blocks + 1) * stride), filled(n, fill=n)
 
-  def enter(row, _, lane, score, entry, order, start, scores, corners, first_nan, tokens, events):
+  def enter(row, _, lane, score, entry, order, start, scores, corners, first_nan, tokens, events, passed):
     inside = lane < n
     value, first = reader(scores, row)(lane), reader(start, row // heads)(lane)
     scatter(first_nan.at[row], first, lane, inside & (value != value), atomic="min")
     entry, token = (reader(ref, row)(lane) for ref in (entry, order))
     placed = staircase.place(problem, staircase.Read(reader(score, row), reader(start, row // heads)), lane, entry)
     scatter_row(tokens.at[row], token, placed.token, inside)
-    scatter_row(events.at[row], placed.upper, placed.upper_event, inside)
-    scatter_row(events.at[row], placed.lower, placed.lower_event, inside)
+    for position, event in ((placed.upper, placed.upper_event), (placed.lower, placed.lower_event)):
+      scatter_row(events.at[row], position, event, inside)
+      scatter(passed.at[row], position, position - position + n, inside)                 # never, until a walk says otherwise
     for line, column, weights in staircase.enter(problem, placed, entry):
       for which, weight in weights.items():
         scatter(corners.at[row, which], corner(line, column), weight, inside & (line <= blocks), atomic="add")
-  tokens, events = kernel(enter, rows, n, name="enter", out_type=[new(n, 4), new(2 * n, 4)])(score, entry, order, start, scores, corners, first_nan)
+  out = [new(n, 4), new(2 * n, 4), new(2 * n)]
+  tokens, events, passed = kernel(enter, rows, n, name="enter", out_type=out)(score, entry, order, start, scores, corners, first_nan)
+  passed = jax.new_ref(passed)
 
   def add_rows(row, which, lane, corners):
     ref, four = corners.at[row, which], jnp.minimum(lane * 4, stride - 4)
@@ -94,7 +97,7 @@ def _solve(problem, score, entry, order, start, scores):
           sums = {i: reader(corners, row, i)(corner(line, column)) for i in NEEDS[over]}
           position = column * problem.width
           return staircase.no(over(problem, sums, reader(events, row)(position)) & (position < 2 * n))
-        value = staircase.bisect(line - line, line - line + blocks, not_over, blocks)
+        value, = staircase.bisect(blocks, (line - line, line - line + blocks, not_over))
         scatter(columns.at[row, number], line, value, line <= blocks)
   columns, = kernel(find_columns, rows, blocks + 1, len(NEEDS), name="columns", out_type=[new(len(NEEDS), blocks + 1)])(events, corners)
 

@@ -125,14 +125,18 @@ def minus_one(score):
   return jnp.where(jnp.abs(score) >= 2.0 ** 24, next_below(score), score - 1)
 
 
-def bisect(low, high, test, size):
-  """The smallest integer in [low, high] that passes, elementwise; `high` is taken to pass; high - low <= size."""
-  def halve(_, ends):
-    low, high = ends
-    middle = (low + high) >> 1
-    passes = test(middle)
-    return jnp.where((low < high) & no(passes), middle + 1, low), jnp.where((low < high) & passes, middle, high)
-  return lax.fori_loop(0, size.bit_length(), halve, (low, high))[0]
+def bisect(size, *searches):
+  """For each (low, high, test) the smallest integer in [low, high] that passes, elementwise; `high` is taken to pass; high - low <= size.
+
+  All searches are under way together, for most of their time goes by waiting for what the tests read.
+  """
+  def halve(_, ranges):
+    middles = [(low + high) >> 1 for low, high in ranges]
+    results = [test(middle) for (*_, test), middle in zip(searches, middles)]
+    return tuple((jnp.where((low < high) & no(passes), middle + 1, low), jnp.where((low < high) & passes, middle, high))
+                 for (low, high), middle, passes in zip(ranges, middles, results))
+  ranges = lax.fori_loop(0, size.bit_length(), halve, tuple((low, high) for low, high, _ in searches))
+  return tuple(low for low, _ in ranges)
 
 
 class Placed(NamedTuple):
@@ -162,8 +166,8 @@ def place(problem, read, rank, entry):
     return *fixed_point(score, problem.bits), score, read.start(rank) if problem.packed else 0
 
   own = whole, fraction, score, document
-  before_lower = bisect(rank - rank, rank, lambda x: lower_first(own, other(x)), problem.n)
-  before_upper = bisect(rank, rank - rank + problem.n, lambda x: no(lower_first(other(x), own)), problem.n)
+  before_lower, before_upper = bisect(problem.n, (rank - rank, rank, lambda x: lower_first(own, other(x))),
+                                      (rank, rank - rank + problem.n, lambda x: no(lower_first(other(x), own))))
   upper, lower = rank + before_upper, rank + before_lower
   high, low = (whole << problem.bits) + (fraction >> problem.bits), fraction & (2 ** problem.bits - 1)
   bits = lambda x: lax.bitcast_convert_type(x, jnp.int32)
@@ -219,7 +223,7 @@ def tile_of(problem, columns, cell):
 
   columns: row of tiles -> how many columns of tiles begin with a position that is over, at the last query before the row.
   """
-  row = bisect(cell - cell, cell - cell + (problem.blocks - 1), lambda row: columns(row + 1) + (row + 1) > cell, problem.blocks)
+  row, = bisect(problem.blocks, (cell - cell, cell - cell + (problem.blocks - 1), lambda row: columns(row + 1) + (row + 1) > cell))
   column = cell - row
   first = row * problem.block - 1
   end = jnp.where(column > columns(row + 1), first, first + 1 + problem.block)
@@ -357,8 +361,7 @@ def interval(read, token, delay, n):
   score = jnp.minimum(jnp.where(candidate, score, 0.), float(jnp.finfo(jnp.float32).max))
   entry = jnp.minimum(token + delay, end)
   one = jnp.where(jnp.abs(score) >= 2.0 ** 24, score, score - 1)                        # thresholds above it leave the gate below 1
-  first = bisect(entry, end, lambda i: read.threshold(i) > one, n)
-  last = bisect(entry, end, lambda i: read.threshold(i) >= score, n)
+  first, last = bisect(n, (entry, end, lambda i: read.threshold(i) > one), (entry, end, lambda i: read.threshold(i) >= score))
   return jnp.where(candidate, jnp.minimum(first, last), last), last
 
 

@@ -29,6 +29,7 @@ class Lists(NamedTuple):
     old_place: [k * chunks] int32, the places where tokens are listed as live at the chunk's first query: those of token j from old_begin_j on, old_count_j
       many, chunk after chunk.
     old_begin, old_count: [n] int32; the former is arbitrary where the latter is 0.
+    listed: [n] int32, the tokens of all lists, each once, in their order; 0 behind them. number: [] int32, how many they are.
   """
   token: jax.Array
   first: jax.Array
@@ -39,6 +40,8 @@ class Lists(NamedTuple):
   old_place: jax.Array
   old_begin: jax.Array
   old_count: jax.Array
+  listed: jax.Array
+  number: jax.Array
 
 
 def list_slots(k: int, chunk: int) -> int:
@@ -76,7 +79,10 @@ def selection_lists(expiry: jax.Array, order: jax.Array, *, k: int, window: int,
   copy = jnp.where(is_old, old_begin + before(is_old.T).T, k * chunks)
   old_place = jnp.zeros(k * chunks, jnp.int32).at[copy].set(place, mode="drop")
   new_place = jnp.min(jnp.where(is_new, place, chunks * slots), axis=0)
-  return Lists(tokens, jnp.where(last > 0, tokens + window, NEVER), last, entered.reshape(n), old, new_place, old_place, old_begin, old_count)
+  selected = expiry > entry
+  everyone = jnp.zeros(n, jnp.int32).at[jnp.where(selected, jnp.cumsum(selected) - 1, n)].set(token, mode="drop")
+  return Lists(tokens, jnp.where(last > 0, tokens + window, NEVER), last, entered.reshape(n), old, new_place, old_place, old_begin, old_count, everyone,
+               jnp.sum(selected, dtype=jnp.int32))
 
 
 class Tiles(NamedTuple):

@@ -43,6 +43,9 @@ def test_lists_hold_exactly_the_live_tokens(n, k, window, chunk, family, documen
     assert np.all(lists.last[c, len(live):] == 0) and np.all(lists.first[c, len(live):] >= n)
     for i in range(begin, begin + chunk):
       assert lists.entered[i] == np.sum(lists.first[c] <= i)
+  selected = np.unique([lists.token[c, s] for c, s in zip(*np.nonzero(lists.last))])
+  assert lists.number == len(selected)
+  np.testing.assert_array_equal(lists.listed, [*selected, *[0] * (n - len(selected))])
   places = lists.token.size
   for j in range(n):
     listed = lists.old_place[lists.old_begin[j]:lists.old_begin[j] + lists.old_count[j]]
