@@ -76,12 +76,10 @@ def attention(query, key, value, scores, threshold, expiry, order, start, end, *
     query, scale = query * (-1 if scale < 0 else 0), abs(scale) or 1.
   wide = next(d for d in HEAD_DIMS if d >= dim)
   query, key, value = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, wide - dim))) for x in (query, key, value))
-  scores, threshold, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold, expiry))
-  token = jnp.arange(n + rest, dtype=jnp.int32)
-  inside = token < n                                                     # a padded token is a document of its own
-  order = jnp.concatenate([order, jnp.broadcast_to(token[n:], (*order.shape[:2], rest))], axis=-1)
-  start = jnp.where(inside, jnp.pad(start, ((0, 0), (0, rest))), token)
-  end = jnp.where(inside, jnp.pad(end, ((0, 0), (0, rest))), token + 1)
+  if rest:                                                               # a padded token is a document of its own
+    scores, threshold, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold, expiry))
+    token = jnp.arange(n, n + rest, dtype=jnp.int32)
+    order, start, end = (jnp.concatenate([x, jnp.broadcast_to(token + i, (*x.shape[:-1], rest))], axis=-1) for x, i in ((order, 0), (start, 0), (end, 1)))
   static = Static(min(k, n), min(window, n), gate, scale, chunk, TILINGS[wide], interpret)
   out = _attention(query, key, value, scores, threshold, expiry, order, start, end, static)
   return out[:, :n, :, :dim]
@@ -93,9 +91,9 @@ def _attention(query, key, value, scores, threshold, expiry, order, start, end, 
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
-  lists, tiles, out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
+  lists, tiles, left, out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
   out, logsumexp = varying_like(out, query), varying_like(logsumexp, query)             # kernels forget it
-  return out, (query, key, value, scores, threshold, start, end, lists, tiles, out, logsumexp)
+  return out, (query, key, value, scores, threshold, end, lists, tiles, left, out, logsumexp)
 
 
 def _backward_rule(static, residuals, cotangent):
@@ -125,11 +123,6 @@ def _gather(key, value, scores, lists, interpret):
   return rows(jnp.swapaxes(key, 1, 2)), rows(jnp.swapaxes(value, 1, 2)), rows(scores), _flat(lists.last)
 
 
-def _left(start, window):
-  token = jnp.arange(start.shape[1], dtype=jnp.int32)
-  return jnp.maximum(token - window + 1, start)
-
-
 def _kernels(interpret):
   """Whether the kernels of single threads are used."""
   return mosaic_lanes.SUPPORTED and interpret is None
@@ -146,22 +139,21 @@ def make_lists(expiry, order, *, k, window, chunk, kernels):
 def _forward(static, query, key, value, scores, threshold, expiry, order, start):
   k, window, gate, scale, chunk, tiling, interpret = static
   lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=_kernels(interpret))
-  left = _left(start, window)
+  left = jnp.maximum(jnp.arange(query.shape[1], dtype=jnp.int32) - window + 1, start)
   bounds_of = mosaic_lists.query_bounds if _kernels(interpret) else query_bounds
   tiles = list_tiles(lists)
   bounds = bounds_of(tiles, left, chunk=chunk, block_q=BLOCK_Q, block_kv=tiling.forward_keys)
   out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists, interpret), bounds,
                                           gate=gate, scale=scale, chunk=chunk, tiling=tiling, interpret=interpret)
-  return lists, tiles, out, logsumexp
+  return lists, tiles, left, out, logsumexp
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(static, query, key, value, scores, threshold, start, end, lists, tiles, out, logsumexp, cotangent):
+def _backward(static, query, key, value, scores, threshold, end, lists, tiles, left, out, logsumexp, cotangent):
   k, window, gate, scale, chunk, tiling, interpret = static
   batch, n, heads, _ = query.shape
   groups = key.shape[2]
   options = dict(gate=gate, scale=scale, tiling=tiling, interpret=interpret)
-  left = _left(start, window)
   listed = _gather(key, value, scores, lists, interpret)
   bounds_of = mosaic_lists.query_bounds if _kernels(interpret) else query_bounds
   bounds = bounds_of(tiles, left, chunk=chunk, block_q=HALF, block_kv=tiling.query_keys)
@@ -169,11 +161,11 @@ def _backward(static, query, key, value, scores, threshold, start, end, lists, t
                                                         chunk=chunk, **options)
   dtau = jnp.sum(dtau.reshape(batch, groups, heads // groups, n), axis=2)
   common = cotangent, logsumexp, delta
-  token = jnp.arange(n, dtype=jnp.int32)
   if window:
-    first, last = jnp.broadcast_to(token, (batch, n)), jnp.minimum(token + window, end)
+    token = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+    last = jnp.minimum(token + window, end)
     bounds = key_tiles(window_tiles(end, window), jnp.zeros(batch, jnp.int32), limit=n, block_q=tiling.key_queries)
-    dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, first, last, bounds, **options)
+    dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, token, last, bounds, **options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])

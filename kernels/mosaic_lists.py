@@ -4,16 +4,18 @@ Tokens come by rank (order), so those of a list that are live at its chunk's fir
 every chunk; sums over the segments before tell where in each list a segment begins, and one thread for a segment and chunk writes its part of the list.
 """
 
+import functools
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from .mosaic_lanes import LANES, kernel, reader, scatter, scatter_row
-from .tiles import NEVER, TILE, Lists, Tiles, larger_tiles, list_slots, near_tiles, query_tiles
+from .tiles import NEVER, TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
 SEGMENT, SEGMENTS = 128, 1024    # ranks that are counted together, at least; and segments, at most, so that memory stays linear
-AT_ONCE = 8                      # loads that a thread has under way
+AT_ONCE = 16                     # loads that a thread has under way
 
 
 def selection_lists(expiry, order, *, k, window, chunk):
@@ -104,17 +106,21 @@ def _lists(expiry, order, k, window, chunk):
 
 def query_bounds(tiles, left, *, chunk, block_q, block_kv):
   """As `tiles.query_bounds`."""
-  tiles = larger_tiles(tiles, block_kv // TILE)
-  batch, groups, chunks, count = tiles.last_max.shape
-  blocks = chunks * chunk // block_q
-  rows = jnp.stack(tiles, axis=-1).reshape(batch * groups, chunks * count, 4)
+  batch, groups, chunks, smallest = tiles.last_max.shape
+  blocks, times = chunks * chunk // block_q, block_kv // TILE
+  flat = [x.reshape(batch * groups, chunks * smallest) for x in tiles]
 
-  def body(row, _, block, tiles, left, bounds):
+  def body(row, _, block, *refs):
+    *tiles, left, bounds = refs
     begin = block * block_q
-    first = begin // chunk * count
-    found = query_tiles(lambda t: Tiles(*reader(tiles, row)(first + t)), begin, block_q, count)
+    first = begin // chunk * smallest
+
+    def read(t):
+      of = [[reader(ref, row)(first + t * times + i) for i in range(times)] for ref in tiles]
+      return Tiles(*(functools.reduce(f, values) for f, values in zip((jnp.minimum, jnp.maximum) * 2, of)))
+    found = query_tiles(read, begin, block_q, smallest // times)
     for i, t in enumerate((*found, *near_tiles(reader(left, row // groups), block, block_q, block_kv))):
       scatter(bounds.at[row], block * 6 + i, t, block < blocks)
   out = jax.ShapeDtypeStruct((batch * groups, blocks * 6), jnp.int32)
-  bounds, = kernel(body, batch * groups, blocks, name="query_bounds", out_type=[out])(rows, left)
+  bounds, = kernel(body, batch * groups, blocks, name="query_bounds", out_type=[out])(*flat, left)
   return bounds.reshape(batch, groups, blocks, 6)

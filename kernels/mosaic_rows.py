@@ -33,13 +33,12 @@ def gather_rows(key, value, scores, lists):
   batch, n, groups, dim = key.shape
   chunks, slots = lists.token.shape[2:]
   places, tiles = chunks * slots, slots // TILE
-  held = lists.entered[..., n // chunks - 1::n // chunks].reshape(-1, chunks)
-  token = lists.token.reshape(-1, places)
+  token, entered = lists.token.reshape(-1, places), lists.entered.reshape(-1, n)
 
-  def body(row, _, lane, key, value, scores, token, held, listed_key, listed_value, listed_score):
+  def body(row, _, lane, key, value, scores, token, entered, listed_key, listed_value, listed_score):
     block, b, g = lax.axis_index("block"), row // groups, row % groups
 
-    @pl.when(block % tiles * TILE < held[row, block // tiles])
+    @pl.when(block % tiles * TILE < entered[row, (block // tiles + 1) * (n // chunks) - 1])        # as many tokens has the list
     def _():
       at_once, own_row, part = _lane_parts(dim)
       own = reader(token, row)
@@ -53,7 +52,7 @@ def gather_rows(key, value, scores, lists):
             scatter_bytes(ref.at[b, g], at, part, dim, words, at >= 0)
   shape = batch, groups, places
   out = [jax.ShapeDtypeStruct((*shape, dim), key.dtype)] * 2 + [jax.ShapeDtypeStruct(shape, jnp.float32)]
-  return kernel(body, batch * groups, places, name="gather_rows", out_type=out)(key, value, scores, token, held)
+  return kernel(body, batch * groups, places, name="gather_rows", out_type=out)(key, value, scores, token, entered)
 
 
 def sum_rows(dkey, dvalue, rows, lists):
@@ -89,8 +88,7 @@ def sum_rows(dkey, dvalue, rows, lists):
         numbers = [x for ref in (lk_ref, lv_ref) for x in widen(gather_bytes(ref.at[b, g], place, part, dim), dtype)]
         return tuple(total + jnp.where(there, x, 0.) for total, x in zip(sums, [*numbers, reader(ls_ref, b, g)(place)]))
 
-      zero = (token - token).astype(jnp.float32)
-      sums = add(new, new < places, (zero,) * (2 * WORD + 1))
+      sums = add(new, new < places, ((token - token).astype(jnp.float32),) * (2 * WORD + 1))
       sums = lax.fori_loop(0, jnp.max(times), lambda e, sums: add(reader(old_place, row)(first + e), e < times, sums), sums)
       for i, ref in enumerate((dk_ref, dv_ref)):
         where = ref.at[b], token, g * dim + part, groups * dim

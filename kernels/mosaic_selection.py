@@ -13,6 +13,7 @@ from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
 AT_ONCE = 16                     # loads that a scan has under way
+SHARED = 32                      # the same, of numbers that come 16 bytes at a time
 AHEAD = 4                        # steps of a walk whose loads are under way together
 
 
@@ -169,7 +170,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
     """dtau_i / |S_i| and its sums from the start of each segment on."""
     def go(i, state):
       count, total = state
-      queries = [segment * SEGMENT + (i * AT_ONCE + j) for j in range(0, AT_ONCE, 4)]
+      queries = [segment * SEGMENT + (i * SHARED + j) for j in range(0, SHARED, 4)]
       four = lambda ref, query: gather_bytes(ref.at[row], jnp.minimum(query, ref.shape[-1] - 4), query - query, 1)
       for query, differences, gradients in [(query, four(change, query), four(cotangent, query)) for query in queries]:
         sums = []
@@ -180,7 +181,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
           total += jnp.where((count > 0) & (query + j < n), gradient / jnp.maximum(count, 1).astype(jnp.float32), 0.)
         scatter_bytes(prefix.at[row], query, query - query, 1, sums, query <= n)
       return count, total
-    _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, go, (reader(counts, row)(segment), (segment - segment).astype(jnp.float32)))
+    _, total = lax.fori_loop(0, SEGMENT // SHARED, go, (reader(counts, row)(segment), (segment - segment).astype(jnp.float32)))
     scatter(shares.at[row], segment, total, segment < segments)
   prefix, shares = kernel(share, rows, segments, name="shares", out_type=[new(whole), new(segments)])(
       jnp.pad(cotangent, ((0, 0), (0, -n % 4))), change, counts)
