@@ -79,6 +79,28 @@ def scatter_bytes(ref, index, offset, stride, values, where):
   store(ref, _lanes(index), _lanes(dynamic(offset, where)), where, *(_lanes(dynamic(value, where)) for value in values))
 
 
+def add_row(ref, index, values, where):
+  """Adds four int32 to ref[index], atomically, in the lanes where `where`: as two numbers of 64 bits, see `sums_of`."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[LAYOUT] * 6))
+  def add(_, ref, index, where, *values):
+    index, where, *values = map(_element, (index, where, *values))
+    i64 = ir.IntegerType.get_signless(64)
+    with ir.InsertionPoint(scf.IfOp(where).then_block):
+      for part in (0, 2):
+        low, high = (arith.extsi(i64, x) for x in values[part:part + 2])
+        value = arith.addi(arith.shli(high, arith.constant(i64, 32)), low)
+        address = _address(ref, index, arith.constant(index.type, part), 4)
+        llvm.atomicrmw(llvm.AtomicBinOp.add, address, value, llvm.AtomicOrdering.monotonic, syncscope="device")
+      scf.yield_([])
+  add(ref, _lanes(index), where, *(_lanes(dynamic(value, where)) for value in values))
+
+
+def sums_of(row):
+  """The four sums in a row that `add_row` added to; the first and the third must fit 32 bits, the others may wrap."""
+  carried = lambda low, high: (low, high + jnp.where(low < 0, 1, 0))
+  return *carried(*row[:2]), *carried(*row[2:])
+
+
 def widen(words, dtype):
   """The eight numbers in 16 bytes of a 16-bit `dtype`, float32."""
   @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT),) * 2)

@@ -8,11 +8,12 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from . import staircase
-from .mosaic_lanes import dynamic, gather_bytes, kernel, reader, scatter, scatter_bytes, scatter_row
+from .mosaic_lanes import add_row, gather_bytes, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
 from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
 AT_ONCE = 16                     # loads that a scan has under way
+PARTS = 8                        # of a row, that are sorted each on their own
 SHARED = 32                      # the same, of numbers that come 16 bytes at a time
 AHEAD = 4                        # steps of a walk whose loads are under way together
 
@@ -26,6 +27,11 @@ def _over_rows(f, *args):
   return jax.tree.map(lambda x: varying_like(x, args[0]), over_batch(flat, *args))        # kernels forget it
 
 
+def sort(key):
+  """(keys in order, their tokens) by key, then later token first; [batch, heads, n] each, keys uint32 below 2^32 - 1."""
+  return _over_rows(_sort, key)
+
+
 def solve(problem, score, entry, order, start, scores):
   """As `staircase.solve`, of [batch, heads, n] arrays and start [batch, n]; thresholds are NaN from where a NaN of `scores`, by token, may enter."""
   return _over_rows(functools.partial(_solve, problem), score, entry, order, start, scores)
@@ -36,15 +42,42 @@ def scores_gradient(cotangent, score, threshold, end, delay):
   return _over_rows(functools.partial(_scores_gradient, delay), cotangent, score, threshold, end)
 
 
+@jax.jit
+def _sort(key):
+  """Sorts parts of the rows; an element's place is the number of those before it in each part."""
+  rows, n = key.shape
+  size = -(-n // PARTS)
+  sign = jnp.uint32(2 ** 31)
+  parts = jnp.pad(lax.bitcast_convert_type(key ^ sign, jnp.int32), ((0, 0), (0, PARTS * size - n)), constant_values=2 ** 31 - 1).reshape(rows, PARTS, size)
+  from_end = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[::-1], parts.shape)
+  parts, from_end = lax.sort((parts, from_end), num_keys=2, is_stable=False)                # to be stable, a GPU would move a third array
+
+  def merge(row, _, lane, parts, from_end, ranked, order):
+    value, own = reader(parts, row)(lane), lane // size
+
+    def after(part):
+      def test(place):
+        other = reader(parts, row)(part * size + place)
+        return (other > value) | ((other == value) & (own > part))
+      return lane - lane, lane - lane + size, test
+    before = staircase.bisect(size, *map(after, range(PARTS)))
+    rank = sum(jnp.where(own == part, lane - own * size, count) for part, count in enumerate(before))
+    inside = (lane < PARTS * size) & (rank < n)
+    scatter(ranked.at[row], rank, value, inside)
+    scatter(order.at[row], rank, own * size + size - 1 - reader(from_end, row)(lane), inside)
+  shape = jax.ShapeDtypeStruct((rows, n), jnp.int32)
+  ranked, order = kernel(merge, rows, PARTS * size, name="merge", out_type=[shape] * 2)(parts.reshape(rows, -1), from_end.reshape(rows, -1))
+  return lax.bitcast_convert_type(ranked, jnp.uint32) ^ sign, order
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _solve(problem, score, entry, order, start, scores):
   rows, n = score.shape
   heads, blocks = rows // start.shape[0], problem.blocks
-  stride = -(-(blocks + 1) // 4) * 4                       # whole rows of 16 bytes
-  corner = lambda row, column: row * stride + column
+  corner = lambda row, column: row * (blocks + 1) + column
   filled = lambda *shape, fill=0: jax.new_ref(jnp.full((rows, *shape), fill, jnp.int32))
   new = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype)
-  corners, first_nan = filled(staircase.SUMS, (blocks + 1) * stride), filled(n, fill=n)
+  corners, first_nan = filled((blocks + 1) ** 2, 4), filled(n, fill=n)
 
   def enter(row, _, lane, score, entry, order, start, scores, corners, first_nan, tokens, events, passed):
     inside = lane < n
@@ -57,45 +90,41 @@ def _solve(problem, score, entry, order, start, scores):
       scatter_row(events.at[row], position, event, inside)
       scatter(passed.at[row], position, position - position + n, inside)                 # never, until a walk says otherwise
     for line, column, weights in staircase.enter(problem, placed, entry):
-      for which, weight in weights.items():
-        scatter(corners.at[row, which], corner(line, column), weight, inside & (line <= blocks), atomic="add")
+      add_row(corners.at[row], corner(line, column), [weights.get(i, 0) for i in range(4)], inside & (line <= blocks))
   out = [new(n, 4), new(2 * n, 4), new(2 * n)]
   tokens, events, passed = kernel(enter, rows, n, name="enter", out_type=out)(score, entry, order, start, scores, corners, first_nan)
   passed = jax.new_ref(passed)
 
-  def add_rows(row, which, lane, corners):
-    ref, four = corners.at[row, which], jnp.minimum(lane * 4, stride - 4)
+  def add_rows(row, _, column, corners):
+    read = reader(corners, row)
 
     def go(i, total):
-      lines = [dynamic(i * AT_ONCE + j, lane >= 0) for j in range(AT_ONCE)]
-      for line, values in zip(lines, [gather_bytes(ref, jnp.minimum(line, blocks), four, stride) for line in lines]):
-        total = tuple(x + y for x, y in zip(total, values))
-        scatter_bytes(ref, line, four, stride, total, (line <= blocks) & (lane * 4 < stride))
+      lines = [i * AT_ONCE + j for j in range(AT_ONCE)]
+      for line, sums in zip(lines, [sums_of(read(corner(jnp.minimum(line, blocks), column))) for line in lines]):
+        total = tuple(x + y for x, y in zip(total, sums))
+        scatter_row(corners.at[row], corner(line, column), total, (line <= blocks) & (column <= blocks))
       return total
-    lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, (lane - lane,) * 4)
-  kernel(add_rows, rows, stride // 4, staircase.SUMS, name="add_rows")(corners)
+    lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, (column - column,) * 4)
+  kernel(add_rows, rows, blocks + 1, name="add_rows")(corners)
 
-  def add_columns(row, which, line, corners):
-    ref, own = corners.at[row, which], jnp.minimum(line, blocks)
+  def add_columns(row, _, line, corners):
+    read = reader(corners, row)
 
     def go(i, total):
-      columns = [dynamic(stride - 4 - 4 * (i * AT_ONCE + j), line >= 0) for j in range(AT_ONCE)]
-      for column, values in zip(columns, [gather_bytes(ref, own, jnp.maximum(column, 0), stride) for column in columns]):
-        sums = []
-        for x in reversed(values):
-          total = total + x
-          sums.insert(0, total)
-        scatter_bytes(ref, line, column, stride, sums, (line <= blocks) & (column >= 0))
+      columns = [blocks - (i * AT_ONCE + j) for j in range(AT_ONCE)]
+      for column, sums in zip(columns, [read(corner(line, jnp.maximum(column, 0))) for column in columns]):
+        total = tuple(x + y for x, y in zip(total, sums))
+        scatter_row(corners.at[row], corner(line, column), total, (line <= blocks) & (column >= 0))
       return total
-    lax.fori_loop(0, -(-stride // (4 * AT_ONCE)), go, line - line)
-  kernel(add_columns, rows, blocks + 1, staircase.SUMS, name="add_columns")(corners)
+    lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, (line - line,) * 4)
+  kernel(add_columns, rows, blocks + 1, name="add_columns")(corners)
 
   def find_columns(row, which, line, events, corners, columns):
     for number, over in enumerate(NEEDS):
       @pl.when(which == number)
       def _():
         def not_over(column):
-          sums = {i: reader(corners, row, i)(corner(line, column)) for i in NEEDS[over]}
+          sums = reader(corners, row)(corner(line, column))
           position = column * problem.width
           return staircase.no(over(problem, sums, reader(events, row)(position)) & (position < 2 * n))
         value, = staircase.bisect(blocks, (line - line, line - line + blocks, not_over))
@@ -123,7 +152,8 @@ def _solve(problem, score, entry, order, start, scores):
       @pl.when(which == number)
       def _():
         tile = staircase.tile_of(problem, reader(columns, row, number), cell)
-        sums = [reader(corners, row, i)(corner(tile.row, tile.column)) for i in NEEDS[over]]
+        sums = reader(corners, row)(corner(tile.row, tile.column))
+        sums = [sums[i] for i in NEEDS[over]]
         read = staircase.Read(token=reader(tokens, row), event=reader(events, row))
         state, step = staircase.walk(problem, read, tile, over, NEEDS[over], sums)
         def go(_, state):

@@ -32,7 +32,7 @@ from .varying import varying_like
 NEVER = 2 ** 29                  # the query at which a token enters that never does
 # What is summed over the events of candidates from a position on: upper events; upper less lower ones, which is the number of fractional gates; these weighted
 # with where they lie, high and low digit.
-UPPER, COUNT, HIGH, LOW = range(4)
+COUNT, UPPER, LOW, HIGH = range(4)
 SUMS = 4
 SEGMENT = 128                    # numbers that are added up together
 

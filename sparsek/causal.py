@@ -33,7 +33,11 @@ def select(scores, start, end, k, delay, packed, kernels=False):
   n = scores.shape[-1]
   token = jnp.arange(n, dtype=jnp.int32)
   start, end = varying_like(start, scores), varying_like(end, scores)
-  score, entry, order = _per_head(functools.partial(_ranked, delay=delay, packed=packed, kernels=kernels))(scores, start, end)
+  key = _key(scores)
+  ranked, order = mosaic_selection.sort(key) if kernels else _per_head(lambda key: lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True))(key)
+  if packed:
+    ranked, order = _per_head(_by_document)(key, order, start)
+  score, entry = _per_head(functools.partial(_entering, delay=delay, packed=packed))(ranked, order, end)
   problem = staircase.Problem(n, k, delay, packed)
   # A document's ranks are its tokens: `start` holds for both.
   if kernels:
@@ -52,28 +56,23 @@ def _per_head(f):
   return jax.vmap(over_batch)
 
 
-def _ranked(scores, start, end, *, delay, packed, kernels):
-  """By rank: score, query at which its token enters, and which token it is."""
-  key, order = _sorted(scores, start, packed, kernels)
-  last = end[order] if packed else scores.shape[0]
-  return _score(key), jnp.where((key > 0) & (order + delay < last), order + delay, staircase.NEVER), order
-
-
-def _sorted(scores, start, packed, kernels):
-  """(keys, tokens) by document, then score, then later token first. A key is an integer ordered like the score, 0 for NaN and -inf."""
+def _key(scores):
+  """Integers ordered like the scores, 0 for NaN and -inf."""
   bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0, finite(scores)), jnp.int32)    # -0 and 0 are equal
   key = jnp.where(bits < 0, ~bits, bits | jnp.int32(-2 ** 31)).astype(jnp.uint32)
-  key = jnp.where(scores > -jnp.inf, key, 0)
-  token = jnp.arange(scores.shape[0], dtype=jnp.int32)
-  if kernels:
-    ranked, order = lax.sort((key, token[::-1]), num_keys=2, is_stable=False)              # to be stable, a GPU would move a third array
-    order = token[-1] - order
-  else:
-    ranked, order = lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True)
-  if packed:
-    order = lax.sort((start[order], order), num_keys=1, is_stable=True)[1]                 # two sorts by one key beat one by two
-    ranked = key[order]
-  return ranked, order
+  return jnp.where(scores > -jnp.inf, key, 0)
+
+
+def _by_document(key, order, start):
+  """(keys in order, tokens) by document, inside each as they were: two sorts by one key beat one by two."""
+  order = lax.sort((start[order], order), num_keys=1, is_stable=True)[1]
+  return key[order], order
+
+
+def _entering(key, order, end, *, delay, packed):
+  """By rank: score, query at which its token enters."""
+  last = end[order] if packed else order.shape[0]
+  return _score(key), jnp.where((key > 0) & (order + delay < last), order + delay, staircase.NEVER)
 
 
 def _score(key):

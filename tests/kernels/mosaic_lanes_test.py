@@ -60,6 +60,12 @@ def scatter_bytes(ref, index, offset, stride, values, where):
   ref.array.reshape(-1)[place] = np.stack([np.broadcast_to(x, where.shape) for x in values], axis=-1).astype(np.int32)[where].view(ref.dtype)
 
 
+def add_row(ref, index, values, where):
+  where = np.asarray(where)
+  low, high = (np.stack([np.broadcast_to(x, where.shape) for x in values[i::2]], axis=-1).astype(np.int64)[where] for i in range(2))
+  np.add.at(ref.array.view(np.int64), np.asarray(index)[where], (high << 32) + low)
+
+
 def widen(words, dtype):
   return list(jnp.asarray(np.stack(words, axis=-1).view(dtype).astype(np.float32)).T)
 
@@ -87,7 +93,7 @@ current = {}
 @pytest.fixture
 def emulated(monkeypatch):
   for module in (mosaic_lanes, mosaic_lists, mosaic_rows, mosaic_selection):
-    for f in (gather, gather_bytes, scatter, scatter_bytes, widen, narrow, kernel):
+    for f in (gather, gather_bytes, scatter, scatter_bytes, add_row, widen, narrow, kernel):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   monkeypatch.setattr(mosaic_rows, "numbers", lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32))
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
@@ -112,14 +118,15 @@ def make(n, packed, kind):
 def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   scores, start, end, cotangent = make(n, packed, kind)
   expected, vjp = jax.vjp(lambda scores: causal.select(scores, start, end, k, delay, packed)[0], scores)
-  expected_expiry, gradient = causal.select(scores, start, end, k, delay, packed)[1], vjp(cotangent)[0]
+  (_, expected_expiry, expected_order), gradient = causal.select(scores, start, end, k, delay, packed), vjp(cotangent)[0]
   request.getfixturevalue("emulated")
   monkeypatch.setattr(mosaic_selection, "over_batch", lambda f, *args: f(*args))
-  for f in ("_solve", "_scores_gradient"):
+  for f in ("_sort", "_solve", "_scores_gradient"):
     monkeypatch.setattr(mosaic_selection, f, getattr(mosaic_selection, f).__wrapped__)
-  threshold, expiry, _ = causal.select.fun.__wrapped__(scores, start, end, k, delay, packed, True)
+  threshold, expiry, order = causal.select.fun.__wrapped__(scores, start, end, k, delay, packed, True)
   np.testing.assert_array_equal(threshold, expected)
   np.testing.assert_array_equal(expiry, expected_expiry)
+  np.testing.assert_array_equal(order, expected_order)
   found = mosaic_selection.scores_gradient(cotangent, scores, threshold, end, delay)
   np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
 
