@@ -17,7 +17,8 @@ from .mosaic_common import BLOCK_Q, HALF, TILINGS, Tiling
 from .tiles import key_tiles, list_tiles, query_bounds, selection_lists, window_tiles
 from .varying import over_batch, varying_like
 
-CHUNK = 2048                     # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens
+CHUNK, SHORT = 2048, 512         # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens and occupy more multiprocessors
+LISTS = 4                        # at least so many before lists become shorter than SHORT
 HEAD_DIMS = tuple(TILINGS)       # smaller head dimensions are padded with zeros
 
 
@@ -51,7 +52,7 @@ def refusal(query: jax.Array) -> str | None:
 
 def chunk_size(n: int) -> int:
   """Queries per list, such that padding n to whole chunks adds less than 128 tokens a chunk."""
-  chunks = -(-n // CHUNK)
+  chunks = max(-(-n // CHUNK), min(LISTS, -(-n // SHORT)))
   return -(-n // (chunks * BLOCK_Q)) * BLOCK_Q
 
 

@@ -15,7 +15,7 @@ from .mosaic_lanes import LANES, kernel, reader, scatter, scatter_row
 from .tiles import NEVER, TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
 SEGMENT, SEGMENTS = 128, 1024    # ranks that are counted together, at least; and segments, at most, so that memory stays linear
-AT_ONCE = 16                     # loads that a thread has under way
+AT_ONCE = 8                      # loads that a thread has under way
 
 
 def selection_lists(expiry, order, *, k, window, chunk):

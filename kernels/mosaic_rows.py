@@ -44,8 +44,10 @@ def gather_rows(key, value, scores, lists):
       own = reader(token, row)
       score = reader(scores, b, g)(own(lane))
       scatter(listed_score.at[b, g], lane, score, lane >= 0)
-      for first in range(0, TILE, at_once * AT_ONCE):
-        place = [block * TILE + first + i * at_once + own_row for i in range(AT_ONCE)]
+
+      @pl.loop(0, TILE // (at_once * AT_ONCE))
+      def _(step):
+        place = [block * TILE + (step * AT_ONCE + i) * at_once + own_row for i in range(AT_ONCE)]
         rows = [[gather_bytes(ref.at[b], j, g * dim + part, groups * dim) for ref in (key, value)] for j in map(own, place)]
         for at, pair in zip(place, rows):
           for ref, words in zip((listed_key, listed_value), pair):

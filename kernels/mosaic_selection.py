@@ -8,13 +8,12 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from . import staircase
-from .mosaic_lanes import add_row, gather_bytes, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
+from .mosaic_lanes import add_row, gather_bytes, gather_row, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
 from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
 AT_ONCE = 16                     # loads that a scan has under way
 PARTS = 8                        # of a row, that are sorted each on their own
-SHARED = 32                      # the same, of numbers that come 16 bytes at a time
 AHEAD = 4                        # steps of a walk whose loads are under way together
 
 
@@ -55,13 +54,15 @@ def _sort(key):
   def merge(row, _, lane, parts, from_end, ranked, order):
     value, own = reader(parts, row)(lane), lane // size
 
-    def after(part):
-      def test(place):
+    def before(step):
+      """How many elements of another part come before."""
+      part = (own + step) % PARTS
+
+      def after(place):
         other = reader(parts, row)(part * size + place)
         return (other > value) | ((other == value) & (own > part))
-      return lane - lane, lane - lane + size, test
-    before = staircase.bisect(size, *map(after, range(PARTS)))
-    rank = sum(jnp.where(own == part, lane - own * size, count) for part, count in enumerate(before))
+      return lane - lane, lane - lane + size, after
+    rank = sum(staircase.bisect(size, *map(before, range(1, PARTS))), lane - own * size)
     inside = (lane < PARTS * size) & (rank < n)
     scatter(ranked.at[row], rank, value, inside)
     scatter(order.at[row], rank, own * size + size - 1 - reader(from_end, row)(lane), inside)
@@ -75,9 +76,10 @@ def _solve(problem, score, entry, order, start, scores):
   rows, n = score.shape
   heads, blocks = rows // start.shape[0], problem.blocks
   corner = lambda row, column: row * (blocks + 1) + column
+  corner_reader = lambda corners, row: lambda index: gather_row(corners.at[row], jnp.clip(index, 0, (blocks + 1) ** 2 - 1))      # of the four sums
   filled = lambda *shape, fill=0: jax.new_ref(jnp.full((rows, *shape), fill, jnp.int32))
   new = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype)
-  corners, first_nan = filled((blocks + 1) ** 2, 4), filled(n, fill=n)
+  corners, first_nan = filled(4 * (blocks + 1) ** 2), filled(n, fill=n)
 
   def enter(row, _, lane, score, entry, order, start, scores, corners, first_nan, tokens, events, passed):
     inside = lane < n
@@ -96,35 +98,36 @@ def _solve(problem, score, entry, order, start, scores):
   passed = jax.new_ref(passed)
 
   def add_rows(row, _, column, corners):
-    read = reader(corners, row)
+    read = corner_reader(corners, row)
 
     def go(i, total):
       lines = [i * AT_ONCE + j for j in range(AT_ONCE)]
-      for line, sums in zip(lines, [sums_of(read(corner(jnp.minimum(line, blocks), column))) for line in lines]):
+      for line, sums in zip(lines, [sums_of(read(corner(line, column))) for line in lines]):
         total = tuple(x + y for x, y in zip(total, sums))
         scatter_row(corners.at[row], corner(line, column), total, (line <= blocks) & (column <= blocks))
       return total
     lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, (column - column,) * 4)
   kernel(add_rows, rows, blocks + 1, name="add_rows")(corners)
 
-  def add_columns(row, _, line, corners):
-    read = reader(corners, row)
+  def add_columns(row, _, lane, corners):
+    line, which = lane // 4, lane % 4                        # neighbours read neighbouring sums
 
     def go(i, total):
       columns = [blocks - (i * AT_ONCE + j) for j in range(AT_ONCE)]
-      for column, sums in zip(columns, [read(corner(line, jnp.maximum(column, 0))) for column in columns]):
-        total = tuple(x + y for x, y in zip(total, sums))
-        scatter_row(corners.at[row], corner(line, column), total, (line <= blocks) & (column >= 0))
+      places = [4 * corner(line, column) + which for column in columns]
+      for column, place, value in zip(columns, places, [reader(corners, row)(place) for place in places]):
+        total += value
+        scatter(corners.at[row], place, total, (line <= blocks) & (column >= 0))
       return total
-    lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, (line - line,) * 4)
-  kernel(add_columns, rows, blocks + 1, name="add_columns")(corners)
+    lax.fori_loop(0, -(-(blocks + 1) // AT_ONCE), go, line - line)
+  kernel(add_columns, rows, 4 * (blocks + 1), name="add_columns")(corners)
 
   def find_columns(row, which, line, events, corners, columns):
     for number, over in enumerate(NEEDS):
       @pl.when(which == number)
       def _():
         def not_over(column):
-          sums = reader(corners, row)(corner(line, column))
+          sums = corner_reader(corners, row)(corner(line, column))
           position = column * problem.width
           return staircase.no(over(problem, sums, reader(events, row)(position)) & (position < 2 * n))
         value, = staircase.bisect(blocks, (line - line, line - line + blocks, not_over))
@@ -152,7 +155,7 @@ def _solve(problem, score, entry, order, start, scores):
       @pl.when(which == number)
       def _():
         tile = staircase.tile_of(problem, reader(columns, row, number), cell)
-        sums = reader(corners, row)(corner(tile.row, tile.column))
+        sums = corner_reader(corners, row)(corner(tile.row, tile.column))
         sums = [sums[i] for i in NEEDS[over]]
         read = staircase.Read(token=reader(tokens, row), event=reader(events, row))
         state, step = staircase.walk(problem, read, tile, over, NEEDS[over], sums)
@@ -200,7 +203,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
     """dtau_i / |S_i| and its sums from the start of each segment on."""
     def go(i, state):
       count, total = state
-      queries = [segment * SEGMENT + (i * SHARED + j) for j in range(0, SHARED, 4)]
+      queries = [segment * SEGMENT + (i * AT_ONCE + j) for j in range(0, AT_ONCE, 4)]
       four = lambda ref, query: gather_bytes(ref.at[row], jnp.minimum(query, ref.shape[-1] - 4), query - query, 1)
       for query, differences, gradients in [(query, four(change, query), four(cotangent, query)) for query in queries]:
         sums = []
@@ -211,7 +214,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
           total += jnp.where((count > 0) & (query + j < n), gradient / jnp.maximum(count, 1).astype(jnp.float32), 0.)
         scatter_bytes(prefix.at[row], query, query - query, 1, sums, query <= n)
       return count, total
-    _, total = lax.fori_loop(0, SEGMENT // SHARED, go, (reader(counts, row)(segment), (segment - segment).astype(jnp.float32)))
+    _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, go, (reader(counts, row)(segment), (segment - segment).astype(jnp.float32)))
     scatter(shares.at[row], segment, total, segment < segments)
   prefix, shares = kernel(share, rows, segments, name="shares", out_type=[new(whole), new(segments)])(
       jnp.pad(cotangent, ((0, 0), (0, -n % 4))), change, counts)

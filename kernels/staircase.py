@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from .varying import varying_like
 
 NEVER = 2 ** 29                  # the query at which a token enters that never does
-# What is summed over the events of candidates from a position on: upper events; upper less lower ones, which is the number of fractional gates; these weighted
-# with where they lie, high and low digit.
+# What is summed over the events of candidates from a position on: upper less lower ones, which is the number of fractional gates; upper ones; the former
+# weighted with where they lie, low and high digit.
 COUNT, UPPER, LOW, HIGH = range(4)
 SUMS = 4
 SEGMENT = 128                    # numbers that are added up together

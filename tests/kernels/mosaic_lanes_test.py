@@ -63,7 +63,7 @@ def scatter_bytes(ref, index, offset, stride, values, where):
 def add_row(ref, index, values, where):
   where = np.asarray(where)
   low, high = (np.stack([np.broadcast_to(x, where.shape) for x in values[i::2]], axis=-1).astype(np.int64)[where] for i in range(2))
-  np.add.at(ref.array.view(np.int64), np.asarray(index)[where], (high << 32) + low)
+  np.add.at(ref.array.reshape(-1).view(np.int64).reshape(-1, 2), np.asarray(index)[where], (high << 32) + low)
 
 
 def widen(words, dtype):
@@ -99,6 +99,7 @@ def emulated(monkeypatch):
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
   monkeypatch.setattr(jax.lax, "fori_loop", lambda low, high, body, state: functools.reduce(lambda state, i: body(i, state), range(low, int(high)), state))
+  monkeypatch.setattr(pl, "loop", lambda low, high: lambda body: [body(i) for i in range(low, high)])
   monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
 
 
