@@ -13,7 +13,8 @@ import pytest
 
 import sparsek
 from sparsek.causal import select
-from sparsek.kernels import mosaic_gpu, mosaic_lanes
+from sparsek.kernels import mosaic_backward, mosaic_gpu, mosaic_lanes
+from sparsek.kernels.mosaic_common import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from sparsek.operator import document_bounds
 from tests.kernels import mosaic_interpreted
@@ -99,3 +100,26 @@ def test_says_why_it_cannot_run(dtype, head_dim, words):
 def test_padding_to_whole_chunks_is_small(n):
   chunk = mosaic_gpu.chunk_size(n)
   assert chunk % 128 == 0 and 0 <= -n % chunk < 128 * -(-n // chunk)
+
+
+@pytest.mark.parametrize("work", [
+    Work(2, 5, 3, 16), Work(1, 700, 8, 16), Work(1, 1, 1, 4), ListWork(2, 3, 2, 20, 4, 2), ListWork(1, 2, 2, 5, 9, 3), ListWork(1, 1, 1, 1, 1, 2),
+    ListWork(1, 2, 1, 7, 0, 2), ListWork(2, 2, 3, 12, 6, 1)])
+def test_programs_compute_every_block_once(work):
+  programs, found = jnp.arange(work.programs), []
+  for i in range(work.each):
+    found += [item for item, there in zip(zip(*(np.asarray(x) for x in work.item(programs, jnp.int32(i)))), work.count(programs) > i) if there]
+  blocks = work.blocks * getattr(work, "chunks", 1)
+  assert len(found) == work.batch * blocks * work.heads
+  assert set(found) == {(b, block, head) for b in range(work.batch) for block in range(blocks) for head in range(work.heads)}
+
+
+def test_long_blocks_of_lists_come_first():
+  work = ListWork(batch=1, chunks=1, heads=1, blocks=9, middle=4, most=2)
+  order = [[int(work.item(jnp.int32(program), jnp.int32(i))[1]) for program in range(work.programs)] for i in range(work.each)]
+  assert order == [[4, 3, 5, 2, 6], [8, 8, 0, 7, 1]] and work.count(jnp.int32(0)) == 1
+
+
+@pytest.mark.parametrize("ranges, expected", [(((2, 5), (4, 9)), (2, 9)), (((7, 7), (4, 9)), (4, 9)), (((4, 9), (0, 0)), (4, 9)), (((3, 3), (6, 6)), (6, 6))])
+def test_ranges_are_joined(ranges, expected):
+  assert tuple(map(int, mosaic_backward.joined(*ranges))) == expected
