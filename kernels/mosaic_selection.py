@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from . import staircase
-from .mosaic_lanes import add_row, gather_bytes, gather_row, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
+from .mosaic_lanes import add_row, dynamic, gather_bytes, gather_row, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
 from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
@@ -101,7 +101,7 @@ def _solve(problem, score, entry, order, start, scores):
     read = corner_reader(corners, row)
 
     def go(i, total):
-      lines = [i * AT_ONCE + j for j in range(AT_ONCE)]
+      lines = [dynamic(i * AT_ONCE + j, column >= 0) for j in range(AT_ONCE)]
       for line, sums in zip(lines, [sums_of(read(corner(line, column))) for line in lines]):
         total = tuple(x + y for x, y in zip(total, sums))
         scatter_row(corners.at[row], corner(line, column), total, (line <= blocks) & (column <= blocks))
@@ -113,7 +113,7 @@ def _solve(problem, score, entry, order, start, scores):
     line, which = lane // 4, lane % 4                        # neighbours read neighbouring sums
 
     def go(i, total):
-      columns = [blocks - (i * AT_ONCE + j) for j in range(AT_ONCE)]
+      columns = [dynamic(blocks - (i * AT_ONCE + j), lane >= 0) for j in range(AT_ONCE)]
       places = [4 * corner(line, column) + which for column in columns]
       for column, place, value in zip(columns, places, [reader(corners, row)(place) for place in places]):
         total += value
