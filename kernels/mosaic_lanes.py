@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 LANES = 128                      # threads of a program
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)          # the same code: inferring layouts only takes longer
 SUPPORTED = jax.__version_info__ >= (0, 11)              # JAX 0.10 cannot write in place from a differentiated function
 
 
@@ -175,4 +176,4 @@ def kernel(body, rows, size, *extra, name, **options):
   def run(*refs):
     body(lax.axis_index("row"), lax.axis_index("extra"), lax.axis_index("block") * LANES + numbers(), *refs)
   grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
-  return plgpu.kernel(run, grid=tuple(grid.values()), grid_names=tuple(grid), kernel_name=f"sparsek_{name}", **options)
+  return plgpu.kernel(run, grid=tuple(grid.values()), grid_names=tuple(grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)

@@ -126,7 +126,7 @@ def query_tiles(read, begin: jax.Array, block_q: int, tiles: int) -> tuple:
 
   def visit(t, state):
     t0, t1, t2, t3 = state
-    tile = read(t)
+    tile, t = read(t), begin - begin + t                                   # an array, as kernels want it
     live = (tile.last_max > begin) & (tile.first_min <= end)
     whole = (tile.last_min > end) & (tile.first_max <= begin)
     return (jnp.where(live, jnp.minimum(t0, t), t0), jnp.where(whole, jnp.minimum(t1, t), t1),
