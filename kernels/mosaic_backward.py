@@ -60,6 +60,17 @@ def joined(*ranges):
   return first, jnp.where(begin < end, jnp.where(other_begin < other_end, jnp.maximum(end, other_end), end), other_end)
 
 
+def pass_by(first, last, *, stages, full, free):
+  """Steps [first, last) at tiles that only the other warpgroup sees."""
+  @pl.loop(first, last)
+  def _(step):
+    slot, _ = phase_of(step, stages)
+    for barrier in full:
+      plgpu.barrier_wait(barrier.at[slot])
+    for barrier in free:
+      plgpu.barrier_arrive(barrier.at[slot])
+
+
 def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered, tau, listed, bounds, *, gate, scale, chunk, tiling, interpret=None):
   """dquery [B, n, H, D]; delta [B, H, n] float32; dtau [B, H, n] float32, of each head.
 
@@ -149,15 +160,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
       near = lambda **kind: lambda step, carry: tile(step, newest - step, carry, is_list=False, **kind)
       far = lambda **kind: lambda t, carry: tile(in_window + t - begin, t, carry, is_list=True, **kind)
 
-      def skip(first, last):
-        """Steps at tiles that only the other warpgroup sees."""
-        @pl.loop(first, last)
-        def _(step):
-          slot, _ = phase_of(step, stages)
-          plgpu.barrier_wait(k_full.at[slot])
-          plgpu.barrier_wait(v_full.at[slot])
-          plgpu.barrier_arrive(k_free.at[slot])
-          plgpu.barrier_arrive(v_free.at[slot])
+      skip = functools.partial(pass_by, stages=stages, full=(k_full, v_full), free=(k_free, v_free))
       t0, t1, t2, t3, t4, t5 = (jnp.where(warpgroup == 0, *both) for both in zip(*of_both))
       t0, t1, t2, t3 = (jnp.clip(t, begin, end) for t in (t0, t1, t2, t3))             # anywhere if none is live
       diagonal = own_tiles - 1 - warpgroup * HALF // block_kv
@@ -340,19 +343,13 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
           plgpu.barrier_arrive(q_free.at[slot])
           return dk, dv, dscore
 
-        def skip(step):
-          """A tile that only the other warpgroup sees."""
-          slot, _ = phase_of(step, stages)
-          plgpu.barrier_wait(q_full.at[slot])
-          plgpu.barrier_wait(do_full.at[slot])
-          plgpu.barrier_arrive(do_free.at[slot])
-          plgpu.barrier_arrive(q_free.at[slot])
+        skip = functools.partial(pass_by, stages=stages, full=(q_full, do_full), free=(do_free, q_free))
         b0, b1, b2, b3 = (jnp.clip(x, begin, end) for x in bounds_of(b, block, g, warpgroup))
 
         def head(r, carry):
           step = lambda t: done + r * blocks + t - begin
           sweep = lambda masked: lambda t, carry: tile(step(t), t, carry, masked)
-          pl.loop(begin, b0)(lambda t: skip(step(t)))
+          skip(step(begin), step(b0))
           carry = lax.fori_loop(b0, b1, sweep(True), carry)
 
           if depth > 1:
@@ -362,7 +359,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
               load_keys(i + 1)
           carry = lax.fori_loop(b1, b2, sweep(False), carry)
           carry = lax.fori_loop(b2, b3, sweep(True), carry)
-          pl.loop(b3, end)(lambda t: skip(step(t)))
+          skip(step(b3), step(end))
           return carry
         carry = registers.full((HALF, dim), 0, MATRIX), registers.full((HALF, dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
         dk, dv, dscore = lax.fori_loop(0, repeats, head, carry) if repeats > 1 else head(0, carry)
