@@ -135,6 +135,7 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
 @pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1), (1280, 40, 50, 256, -.01)])
 def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   batch, groups = (2, 2) if n < 500 else (1, 2)
+  monkeypatch.setattr(mosaic_lists, "SEGMENT", 32)            # short ones take less time here
   monkeypatch.setattr(mosaic_lists, "SEGMENTS", 4)            # the last of longer segments is not full
   scores = jax.random.normal(jax.random.key(n), (batch, groups, n)) + rise * jnp.arange(n)
   start, end = document_bounds(jnp.arange(batch * n).reshape(batch, n) // (n // 3 + 1), batch, n)
