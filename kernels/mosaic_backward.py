@@ -53,11 +53,11 @@ def tile_gradients(s, p, g, dp, delta, distance, *, gate, scale):
   return ds * g, jnp.where(fractional, x + ds * s * scale, 0.)
 
 
-def joined(*ranges):
+def joined(a, b):
   """[first, end) of two ranges together, of which either may be empty, wherever it begins."""
-  (begin, end), (other_begin, other_end) = ranges
-  first = jnp.where(begin < end, jnp.where(other_begin < other_end, jnp.minimum(begin, other_begin), begin), other_begin)
-  return first, jnp.where(begin < end, jnp.where(other_begin < other_end, jnp.maximum(end, other_end), end), other_end)
+  empty = lambda range: range[0] >= range[1]
+  either = lambda f, x, y: jnp.where(empty(a), y, jnp.where(empty(b), x, f(x, y)))
+  return either(jnp.minimum, a[0], b[0]), either(jnp.maximum, a[1], b[1])
 
 
 def pass_by(first, last, *, stages, full, free):
@@ -269,7 +269,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     def item(i):
       """Row of the batch, block, head; [first, end) block of queries that sees it."""
       b, block, g = work.item(program, i)
-      begin, end = joined(*((b0, b3) for b0, _, _, b3 in (bounds_of(b, block, g, i) for i in range(2))))
+      begin, end = joined(*((b0, b3) for b0, _, _, b3 in (bounds_of(b, block, g, half) for half in range(2))))
       return b, block, g, begin, end
 
     busy = True

@@ -18,7 +18,7 @@ from .tiles import key_tiles, list_tiles, query_bounds, selection_lists, window_
 from .varying import over_batch, varying_like
 
 CHUNK, SHORT = 2048, 512         # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens and occupy more multiprocessors
-LISTS = 4                        # at least so many before lists become shorter than SHORT
+LISTS = 4                        # of a row, at least, unless they would be shorter than SHORT
 HEAD_DIMS = tuple(TILINGS)       # smaller head dimensions are padded with zeros
 
 
@@ -78,9 +78,8 @@ def attention(query, key, value, scores, threshold, expiry, order, start, end, *
   wide = next(d for d in HEAD_DIMS if d >= dim)
   query, key, value = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, wide - dim))) for x in (query, key, value))
   if rest:                                                               # a padded token is a document of its own
-    scores, threshold, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold, expiry))
-    token = jnp.arange(n, n + rest, dtype=jnp.int32)
-    order, start, end = (jnp.concatenate([x, jnp.broadcast_to(token + i, (*x.shape[:-1], rest))], axis=-1) for x, i in ((order, 0), (start, 0), (end, 1)))
+    scores, threshold = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold))
+    start, end = (_append_tokens(x, rest, offset) for x, offset in ((start, 0), (end, 1)))
   static = Static(min(k, n), min(window, n), gate, scale, chunk, TILINGS[wide], interpret)
   out = _attention(query, key, value, scores, threshold, expiry, order, start, end, static)
   return out[:, :n, :, :dim]
@@ -129,8 +128,17 @@ def _kernels(interpret):
   return mosaic_lanes.SUPPORTED and interpret is None
 
 
+def _append_tokens(x, rest, offset=0):
+  """x [..., n] and behind it the numbers n + offset, n + offset + 1, ..., `rest` many."""
+  n = x.shape[-1]
+  return jnp.concatenate([x, jnp.broadcast_to(jnp.arange(n, n + rest, dtype=x.dtype) + offset, (*x.shape[:-1], rest))], axis=-1)
+
+
 def make_lists(expiry, order, *, k, window, chunk, kernels):
-  """`tiles.selection_lists` of [B, G, n] arrays, by kernels or under XLA."""
+  """`tiles.selection_lists` of [B, G, n] arrays, by kernels or under XLA; n is padded to whole chunks with tokens that are never selected."""
+  rest = -expiry.shape[-1] % chunk
+  if rest:
+    expiry, order = jnp.pad(expiry, ((0, 0), (0, 0), (0, rest))), _append_tokens(order, rest)
   if kernels:
     return mosaic_lists.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
   return _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(expiry, order)

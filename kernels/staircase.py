@@ -128,7 +128,7 @@ def minus_one(score):
 def bisect(size, *searches):
   """For each (low, high, test) the smallest integer in [low, high] that passes, elementwise; `high` is taken to pass; high - low <= size.
 
-  All searches are under way together, for most of their time goes by waiting for what the tests read.
+  All searches go on together: what one reads another need not wait for.
   """
   def halve(_, ranges):
     middles = [(low + high) >> 1 for low, high in ranges]

@@ -141,11 +141,7 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
   """The lists of selected tokens that an implementation makes of expiry and order [batch, groups, n]."""
   n = expiry.shape[2]
   if implementation == "mosaic_gpu":
-    chunk = mosaic_gpu.chunk_size(n)
-    rest = -n % chunk
-    order = jnp.concatenate([order, jnp.broadcast_to(jnp.arange(n, n + rest, dtype=jnp.int32), (*order.shape[:2], rest))], axis=2)
-    expiry = jnp.pad(expiry, ((0, 0), (0, 0), (0, rest)))
-    return mosaic_gpu.make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=mosaic_lanes.can_run())
+    return mosaic_gpu.make_lists(expiry, order, k=k, window=window, chunk=mosaic_gpu.chunk_size(n), kernels=mosaic_lanes.can_run())
   return jax.vmap(jax.vmap(lambda e: compaction.chunk_lists(e, k, window, compaction.chunk_size(n, k, window))))(expiry)
 
 
