@@ -13,7 +13,9 @@ from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 LANES = 128                      # threads of a program
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)          # the same code: inferring layouts only takes longer
+# The other semantics infer layouts, which takes ten times as long and finds the one there is. With these, `where` of integers forgets the sign if what it
+# chooses first is one number for all lanes (see compile_test.py): write booleans `.astype(int32)` and keep an array first.
+PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 SUPPORTED = jax.__version_info__ >= (0, 11)              # JAX 0.10 cannot write in place from a differentiated function
 
 
@@ -36,7 +38,7 @@ def gather(ref, index):
 
 def gather_row(ref, index):
   """The four int32 of ref[index] in every lane, tuple of arrays."""
-  return gather_bytes(ref, index, jnp.minimum(index, 0), 4)
+  return gather_bytes(ref, index, 0, 4)
 
 
 def gather_bytes(ref, index, offset, stride):
@@ -61,12 +63,12 @@ def scatter(ref, index, value, where, atomic=None):
       else:
         memref.store(value, ref, [_index(index)])
       scf.yield_([])
-  store(ref, _lanes(index), _lanes(dynamic(value, where)), where)
+  store(ref, _lanes(index), _lanes(jnp.asarray(value, ref.dtype)), _lanes(where))
 
 
 def scatter_row(ref, index, values, where):
   """ref[index] = values, four int32, in the lanes where `where`."""
-  scatter_bytes(ref, index, jnp.minimum(index, 0), 4, values, where)
+  scatter_bytes(ref, index, 0, 4, values, where)
 
 
 def scatter_bytes(ref, index, offset, stride, values, where):
@@ -77,7 +79,7 @@ def scatter_bytes(ref, index, offset, stride, values, where):
     with ir.InsertionPoint(scf.IfOp(where).then_block):
       llvm.store(vector.from_elements(_bytes(), values), _address(ref, index, offset, stride), alignment=16)
       scf.yield_([])
-  store(ref, _lanes(index), _lanes(dynamic(offset, where)), where, *(_lanes(dynamic(value, where)) for value in values))
+  store(ref, _lanes(index), _lanes(offset), _lanes(where), *map(_lanes, values))
 
 
 def add_row(ref, index, values, where):
@@ -93,12 +95,12 @@ def add_row(ref, index, values, where):
         address = _address(ref, index, arith.constant(index.type, part), 4)
         llvm.atomicrmw(llvm.AtomicBinOp.add, address, value, llvm.AtomicOrdering.monotonic, syncscope="device")
       scf.yield_([])
-  add(ref, _lanes(index), where, *(_lanes(dynamic(value, where)) for value in values))
+  add(ref, _lanes(index), _lanes(where), *map(_lanes, values))
 
 
 def sums_of(row):
   """The four sums in a row that `add_row` added to; the first and the third must fit 32 bits, the others may wrap."""
-  carried = lambda low, high: (low, high + jnp.where(low < 0, 1, 0))
+  carried = lambda low, high: (low, high + (low < 0).astype(jnp.int32))
   return *carried(*row[:2]), *carried(*row[2:])
 
 
@@ -133,14 +135,9 @@ def _index(i):
   return arith.index_cast(ir.IndexType.get(), i)
 
 
-def dynamic(value, where):
-  """The same value where it is used, and another elsewhere: inlined code cannot take constants."""
-  return jnp.where(where, value, value + 1)
-
-
 def _lanes(x):
-  """x, one element a lane, also where the compiler finds that all are equal."""
-  return plgpu.layout_cast(x, LAYOUT)
+  """x, one element a lane, also where all are equal."""
+  return plgpu.layout_cast(jnp.broadcast_to(x, (LANES,)), LAYOUT)
 
 
 def _float(dtype):

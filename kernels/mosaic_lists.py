@@ -73,7 +73,7 @@ def _lists(expiry, order, k, window, chunk):
           scatter(lasts.at[row], place, last, here)
           scatter(old_place.at[row], copy + (c - begin), place, here)
           scatter(old_begin.at[row], token, copy, (begin < end) & (c == 0) & inside)
-          place, copy = place + jnp.where(here, 1, 0), copy + jnp.where(inside, end - begin, 0)
+          place, copy = place + here.astype(jnp.int32), copy + jnp.where(inside, end - begin, 0)
         return place, copy
       lax.fori_loop(0, segment_size // AT_ONCE, go, (place, copy))
   old_place, old_begin = kernel(list_old, rows, chunks * segments, name="list_old", out_type=[shape(k * chunks), shape(n)])(

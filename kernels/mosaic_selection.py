@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from . import staircase
-from .mosaic_lanes import add_row, dynamic, gather_bytes, gather_row, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
+from .mosaic_lanes import add_row, gather_bytes, gather_row, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
 from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
@@ -90,7 +90,7 @@ def _solve(problem, score, entry, order, start, scores):
     scatter_row(tokens.at[row], token, placed.token, inside)
     for position, event in ((placed.upper, placed.upper_event), (placed.lower, placed.lower_event)):
       scatter_row(events.at[row], position, event, inside)
-      scatter(passed.at[row], position, position - position + n, inside)                 # never, until a walk says otherwise
+      scatter(passed.at[row], position, n, inside)                 # never, until a walk says otherwise
     for line, column, weights in staircase.enter(problem, placed, entry):
       add_row(corners.at[row], corner(line, column), [weights.get(i, 0) for i in range(4)], inside & (line <= blocks))
   out = [new(n, 4), new(2 * n, 4), new(2 * n)]
@@ -101,7 +101,7 @@ def _solve(problem, score, entry, order, start, scores):
     read = corner_reader(corners, row)
 
     def go(i, total):
-      lines = [dynamic(i * AT_ONCE + j, column >= 0) for j in range(AT_ONCE)]
+      lines = [i * AT_ONCE + j for j in range(AT_ONCE)]
       for line, sums in zip(lines, [sums_of(read(corner(line, column))) for line in lines]):
         total = tuple(x + y for x, y in zip(total, sums))
         scatter_row(corners.at[row], corner(line, column), total, (line <= blocks) & (column <= blocks))
@@ -113,7 +113,7 @@ def _solve(problem, score, entry, order, start, scores):
     line, which = lane // 4, lane % 4                        # neighbours read neighbouring sums
 
     def go(i, total):
-      columns = [dynamic(blocks - (i * AT_ONCE + j), lane >= 0) for j in range(AT_ONCE)]
+      columns = [blocks - (i * AT_ONCE + j) for j in range(AT_ONCE)]
       places = [4 * corner(line, column) + which for column in columns]
       for column, place, value in zip(columns, places, [reader(corners, row)(place) for place in places]):
         total += value
@@ -204,7 +204,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
     def go(i, state):
       count, total = state
       queries = [segment * SEGMENT + (i * AT_ONCE + j) for j in range(0, AT_ONCE, 4)]
-      four = lambda ref, query: gather_bytes(ref.at[row], jnp.minimum(query, ref.shape[-1] - 4), query - query, 1)
+      four = lambda ref, query: gather_bytes(ref.at[row], jnp.minimum(query, ref.shape[-1] - 4), 0, 1)
       for query, differences, gradients in [(query, four(change, query), four(cotangent, query)) for query in queries]:
         sums = []
         for j in range(4):
@@ -212,7 +212,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
           sums.append(lax.bitcast_convert_type(total, jnp.int32))
           gradient = lax.bitcast_convert_type(gradients[j], jnp.float32)
           total += jnp.where((count > 0) & (query + j < n), gradient / jnp.maximum(count, 1).astype(jnp.float32), 0.)
-        scatter_bytes(prefix.at[row], query, query - query, 1, sums, query <= n)
+        scatter_bytes(prefix.at[row], query, 0, 1, sums, query <= n)
       return count, total
     _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, go, (reader(counts, row)(segment), (segment - segment).astype(jnp.float32)))
     scatter(shares.at[row], segment, total, segment < segments)

@@ -109,7 +109,8 @@ def fixed_point(score, bits):
   floor = jnp.where(floor.astype(jnp.float32) > near, floor - 1, floor)
   fraction = ((near - floor.astype(jnp.float32)) * 2.0 ** (2 * bits)).astype(jnp.int32)
   step = lax.bitcast_convert_type(jnp.abs(score), jnp.int32) - (151 << 23)              # the latter are the bits of 2^24
-  whole = jnp.where(large, jnp.where(score < 0, -1, 1) * (2 ** 24 + 2 * step), floor)
+  far = 2 ** 24 + 2 * step
+  whole = jnp.where(large, jnp.where(score < 0, -far, far), floor)
   return whole + (fraction >> (2 * bits)), fraction & (2 ** (2 * bits) - 1)
 
 
@@ -261,14 +262,15 @@ def walk(problem, read, tile, over, which, sums):
     # One query on, a token may enter.
     enters = waits & (newcomer(problem, query + 1) >= 0)
     *ends, high, low = token
-    upper, lower = (jnp.where(enters & (end >= position), 1, 0) for end in ends)
+    upper, lower = ((enters & (end >= position)).astype(jnp.int32) for end in ends)
     # One position on, its event counts no longer.
     at_high, at_low, code, _ = event
     gone = passes & ((code >> 1) <= query)
     is_lower = (code & 1) == 1
-    sign = jnp.where(gone, jnp.where(is_lower, -1, 1), 0)
+    upper_gone, lower_gone = ((gone & kind).astype(jnp.int32) for kind in (no(is_lower), is_lower))
+    sign = upper_gone - lower_gone
     change = {
-        UPPER: upper - jnp.where(gone & no(is_lower), 1, 0),
+        UPPER: upper - upper_gone,
         COUNT: upper - lower - sign,
         HIGH: upper * high - lower * (high - 2 ** problem.bits) - sign * at_high,
         LOW: (upper - lower) * low - sign * at_low,

@@ -4,6 +4,7 @@ import functools
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 import pytest
@@ -23,6 +24,18 @@ threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_
 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
 cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 }} device_description_str: "{NAME}\""""
+
+
+@pytest.fixture(autouse=True)
+def signs_kept(monkeypatch):
+  """JAX 0.11 and 0.12 take the sign of `where` from its condition, which has none, if what comes first is one number for all lanes: comparisons go wrong."""
+  select = FragmentedArray.select
+
+  def checked(self, on_true, on_false):
+    out = select(self, on_true, on_false)
+    assert out.is_signed == on_true.is_signed, "an integer `where` chooses a number before an array: write it the other way round"
+    return out
+  monkeypatch.setattr(FragmentedArray, "select", checked)
 
 
 def compile_for_h100(function, *shapes):
