@@ -10,6 +10,7 @@ import pytest
 
 from sparsek import causal
 from sparsek.kernels import mosaic_lanes, mosaic_lists, mosaic_rows, mosaic_selection, tiles
+from sparsek.kernels.specs import make_scores
 from sparsek.operator import document_bounds
 
 
@@ -130,6 +131,26 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   np.testing.assert_array_equal(order, expected_order)
   found = mosaic_selection.scores_gradient(cotangent, scores, threshold, end, delay)
   np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, k, delay, packed, family", [
+    (4096, 100, 100, False, "normal"), (20000, 512, 500, True, "ties"), (33000, 512, 0, False, "rising"), (5000, 300, 77, True, "huge"),
+    (70, 500, 9, True, "tiny")])
+def test_kernels_match_plain_selection(n, k, delay, packed, family):
+  """Attention tests cannot find errors of long rows: all implementations there take the thresholds from these kernels."""
+  scores = make_scores(family, jax.random.key(n), (2, n, 3)).swapaxes(1, 2)
+  start, end = document_bounds(jnp.sort(jax.random.randint(jax.random.key(1), (2, n), 0, 5), axis=1) if packed else None, 2, n)
+  cotangent = jax.random.normal(jax.random.key(2), scores.shape)
+
+  def run(kernels):
+    selection, vjp = jax.vjp(lambda scores: causal.select(scores, start, end, k, delay, packed, kernels), scores)
+    return *selection, *vjp((cotangent, *(np.zeros(x.shape, jax.dtypes.float0) for x in selection[1:])))
+  *found, gradient = run(True)
+  *expected, expected_gradient = run(False)
+  for x, y in zip(found, expected):
+    np.testing.assert_array_equal(x, y)
+  np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1), (1280, 40, 50, 256, -.01)])
