@@ -290,7 +290,7 @@ def run_rounds(cells: Sequence[Cell], rounds: int, seconds: float) -> Iterator[i
       return
 
 
-def measure(problems: Sequence[Problem], implementation: str | None = None, rounds: int = 10, seconds: float = math.inf, sample_seconds: float = 0.01,
+def measure(problems: Sequence[Problem], implementation: str | None = None, rounds: int = 10, seconds: float = math.inf, sample_seconds: float = 0.05,
             say: Callable[[str], None] = lambda text: None) -> Iterator[tuple[int, list[dict]]]:
   """Times all problems and rivals against one another.
 
@@ -299,7 +299,7 @@ def measure(problems: Sequence[Problem], implementation: str | None = None, roun
     implementation: of the rival "sparsek".
     rounds: most samples of each.
     seconds: no round is begun that would end later than this after the first began.
-    sample_seconds: a sample takes as many calls as last this long.
+    sample_seconds: a sample takes as many calls as last this long; the host is not ahead of a GPU during the first of them, which should not count.
     say: takes lines of progress.
   Yields:
     After each round how many are done, and the rows so far: the problem's fields, "labels" of the rivals by name, and

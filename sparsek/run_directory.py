@@ -80,7 +80,8 @@ def versions() -> dict[str, object]:
   except (OSError, subprocess.SubprocessError):
     commit = None
   device = jax.devices()[0]
+  command = [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]                # records are published: no paths of a machine
   return {
       "python": platform.python_version(), "packages": {package: version(package) for package in PACKAGES}, "commit": commit,
-      "devices": f"{jax.device_count()} x {device.device_kind}", "platform": device.platform, "command": sys.argv,
+      "devices": f"{jax.device_count()} x {device.device_kind}", "platform": device.platform, "command": command,
   }
