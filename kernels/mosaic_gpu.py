@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from . import mosaic_backward, mosaic_forward, mosaic_lanes, mosaic_lists, mosaic_rows
 from .mosaic_common import BLOCK_Q, HALF, TILINGS, Tiling
+from .saved import saved
 from .tiles import key_tiles, list_tiles, query_bounds, selection_lists, window_tiles
 from .varying import over_batch, varying_like
 
@@ -91,8 +92,9 @@ def _attention(query, key, value, scores, threshold, expiry, order, start, end, 
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
-  lists, tiles, left, out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, order, start)
-  out, logsumexp = varying_like(out, query), varying_like(logsumexp, query)             # kernels forget it
+  lists, tiles, left, bounds = over_batch(functools.partial(_tables, static), expiry, order, start)
+  out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, lists, left, bounds)
+  out, logsumexp = saved(varying_like(out, query), varying_like(logsumexp, query))      # kernels forget it
   return out, (query, key, value, scores, threshold, end, lists, tiles, left, out, logsumexp)
 
 
@@ -145,16 +147,20 @@ def make_lists(expiry, order, *, k, window, chunk, kernels):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(static, query, key, value, scores, threshold, expiry, order, start):
-  k, window, gate, scale, chunk, tiling, interpret = static
+def _tables(static, expiry, order, start):
+  """(lists, their tiles, first token of each query's window, bounds of each block of queries)."""
+  k, window, _, _, chunk, tiling, interpret = static
   lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=_kernels(interpret))
-  left = jnp.maximum(jnp.arange(query.shape[1], dtype=jnp.int32) - window + 1, start)
+  left = jnp.maximum(jnp.arange(start.shape[-1], dtype=jnp.int32) - window + 1, start)
   bounds_of = mosaic_lists.query_bounds if _kernels(interpret) else query_bounds
   tiles = list_tiles(lists)
-  bounds = bounds_of(tiles, left, chunk=chunk, block_q=BLOCK_Q, block_kv=tiling.forward_keys)
-  out, logsumexp = mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists, interpret), bounds,
-                                          gate=gate, scale=scale, chunk=chunk, tiling=tiling, interpret=interpret)
-  return lists, tiles, left, out, logsumexp
+  return lists, tiles, left, bounds_of(tiles, left, chunk=chunk, block_q=BLOCK_Q, block_kv=tiling.forward_keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(static, query, key, value, scores, threshold, lists, left, bounds):
+  return mosaic_forward.forward(query, key, value, left, lists.entered, threshold, _gather(key, value, scores, lists, static.interpret), bounds,
+                                gate=static.gate, scale=static.scale, chunk=static.chunk, tiling=static.tiling, interpret=static.interpret)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from .compaction import chunk_lists, chunk_size
+from .saved import saved
 from .varying import varying_like
 
 # Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys (listed, then window), D head dimension. Matrix products
@@ -153,7 +154,7 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, start, static):
-  out, logsumexp = _forward(query, key, value, scores, threshold, expiry, start, static)
+  out, logsumexp = saved(*_forward(query, key, value, scores, threshold, expiry, start, static))
   return out, (query, key, value, scores, threshold, expiry, start, logsumexp)
 
 

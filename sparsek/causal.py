@@ -7,6 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparsek.kernels import mosaic_selection, staircase
+from sparsek.kernels.saved import saved
 from sparsek.kernels.varying import varying_like
 
 
@@ -81,7 +82,7 @@ def _score(key):
 
 
 def select_forward(scores, start, end, k, delay, packed, kernels):
-  threshold, expiry, order = select(scores, start, end, k, delay, packed, kernels)
+  threshold, expiry, order = saved(*select(scores, start, end, k, delay, packed, kernels))
   return (threshold, expiry, order), (scores, threshold, varying_like(end, scores))
 
 

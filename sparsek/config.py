@@ -8,7 +8,7 @@ ATTENTION_KINDS = ("sparsek", "sliding_window", "full")
 GATES = ("straight_through", "value", "key_value")
 SCORERS = ("linear", "conv", "random")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "attention", "full")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -63,7 +63,8 @@ class TransformerConfig:
     use_bias: biases on the query, key and value projections.
     tie_embeddings: the output matrix is the embedding.
     dtype: of activations and matrix inputs; parameters, scores, softmax and loss are float32.
-    remat: what the backward pass recomputes per block: "none", "dots" (everything but matrix products), "full".
+    remat: what the backward pass recomputes per block: "none"; "dots": all but attention and products with weights;
+      "attention": all but attention; "full": everything.
     scan_layers: stack the layers' parameters and scan over them; compiles faster.
     implementation: of attention; None takes the fastest that can run.
   """

@@ -131,7 +131,8 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.boolean("qk_norm", None, "RMSNorm over the head dimension of queries and keys. Default: false.")
   define.boolean("use_bias", None, "Biases on the query, key and value projections. Default: false.")
   define.boolean("tie_embeddings", None, "The output matrix is the embedding. Default: true.")
-  define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes; dots: all but matrix products. Default: none.")
+  define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes. dots: all but attention and products with "
+                "weights; attention: all but attention. Default: none.")
   define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster. Default: false.")
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.config import TransformerConfig
+from sparsek.kernels import saved
 from sparsek.layers import ATTENTION_MODULES, RMSNorm, SwiGLU
 
 Params = dict[str, Any]
@@ -33,9 +34,11 @@ def _block_class(config: TransformerConfig):
   """Block, wrapped so that the backward pass recomputes what `config.remat` says."""
   if config.remat == "none":
     return Block
-  # "dots" keeps products with weights only: attention's own products have batch dimensions and would take O(n * keys) memory.
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-  return nn.remat(Block, policy=policy, prevent_cse=not config.scan_layers)
+  policies = jax.checkpoint_policies
+  attention = policies.save_only_these_names(saved.NAME)
+  # Products with weights have no batch dimensions; attention's own do, and would take O(n * keys) memory.
+  policy = {"dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention), "attention": attention, "full": None}
+  return nn.remat(Block, policy=policy[config.remat], prevent_cse=not config.scan_layers)
 
 
 class Group(nn.Module):

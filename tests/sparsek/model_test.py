@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek import attention
 from sparsek.config import PRESETS, TransformerConfig, preset
 from sparsek.model import Transformer, count_params, hidden_to_logits, init_params, output_matrix, unstack_layers
 from tests.sparsek.helpers import quick_jit
@@ -105,7 +106,7 @@ def test_remat_and_scan_change_no_gradient():
     loss, gradient = quick_jit(jax.value_and_grad(loss))(used)
     return loss, unstack_layers(config, gradient)
   loss, gradient = loss_and_gradient(plain, "none")
-  for config, remat in ((plain, "dots"), (stacked, "full")):
+  for config, remat in ((plain, "dots"), (stacked, "attention")):
     other, other_gradient = loss_and_gradient(config, remat)
     np.testing.assert_allclose(other, loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_gradient, gradient)
@@ -113,6 +114,21 @@ def test_remat_and_scan_change_no_gradient():
   assert all(np.all(np.isfinite(leaf)) for _, leaf in flat)
   unused = [jax.tree_util.keystr(path) for path, leaf in flat if not np.any(leaf != 0)]
   assert not unused, f"parameters without a gradient: {unused}"
+
+
+@pytest.mark.parametrize("implementation", ("xla", "mosaic_gpu"))
+@pytest.mark.parametrize("remat, times", [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+def test_attention_is_computed_again_under_full_remat_only(remat, times, implementation, monkeypatch):
+  """Traced only: no GPU is needed."""
+  monkeypatch.setattr(attention, "_resolve", lambda *_: implementation)
+  config = dataclasses.replace(FULL, num_layers=2, attention="sparsek", dtype="bfloat16", remat=remat)
+  params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(Transformer(config).apply({"params": params}, TOKENS))))(params)
+
+  def count(jaxpr, name):
+    inside = (part for eqn in jaxpr.eqns for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")) if hasattr(part, "eqns"))
+    return sum(eqn.params.get("name") == name for eqn in jaxpr.eqns) + sum(count(part, name) for part in inside)
+  assert {name: count(gradient.jaxpr, name) for name in ("_forward", "select")} == {"_forward": 2 * times, "select": 2 * times}
 
 
 def test_bfloat16_activations_float32_parameters():
