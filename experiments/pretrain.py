@@ -4,15 +4,17 @@
 
 The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl (one JSON object per logged step),
 flags.txt (a --flagfile that reproduces the run), model.json and versions.json. SIGTERM and Ctrl-C save a checkpoint and exit 0.
+--dry_run says what a step takes, and does nothing.
 """
 
 import os
 
-from sparsek import data, flags, train
+from sparsek import data, flags, plan, run_directory, train
 
 flags.define_model_flags()
 flags.define_data_flags()
 flags.define_train_flags()
+flags.define_dry_run_flag()
 
 
 def main() -> None:
@@ -20,7 +22,12 @@ def main() -> None:
   flags.model_config()  # refuses bad flags before any data is read
   config = flags.train_config()
   dataset = data.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
-  result = train.train(flags.model_config(vocab_size=dataset.vocab_size), config, dataset, flags.into_string())
+  model = flags.model_config(vocab_size=dataset.vocab_size)
+  if flags.FLAGS["dry_run"].value:
+    print("\n".join(plan.make_plan(model, config).lines()))
+    return
+  run_directory.use_compilation_cache(config.workdir)
+  result = train.train(model, config, dataset, flags.into_string())
 
   workdir = config.workdir
   if result.already_complete:

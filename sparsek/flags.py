@@ -133,7 +133,7 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.boolean("tie_embeddings", None, "The output matrix is the embedding. Default: true.")
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes. dots: all but attention and products with "
                 "weights; attention: all but attention. Default: none.")
-  define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster. Default: false.")
+  define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster. Default: true where the pattern fits.")
 
 
 def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -223,6 +223,12 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
   define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir.")
   define.boolean("tensorboard", run_default.tensorboard, "Also write TensorBoard events (needs tensorboardX).")
+  define.string("profile_steps", None, "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.")
+
+
+def define_dry_run_flag(flag_values: flags.FlagValues = FLAGS) -> None:
+  """Whether pretraining only says what it would take."""
+  _Definer(flag_values).boolean("dry_run", False, "Only compile, and print parameters, operations and memory of a step; needs no --workdir, writes nothing.")
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues = FLAGS) -> None:
@@ -316,11 +322,11 @@ def data_config(flag_values: flags.FlagValues = FLAGS) -> config_lib.DataConfig:
 def train_config(flag_values: flags.FlagValues = FLAGS) -> config_lib.TrainConfig:
   """The whole run but for the model. Raises UsageError for a missing --workdir and for values that do not go together."""
   value = {name: flag_values[name].value for name in OUR_FLAGS if name in flag_values}
-  if not value["workdir"]:
+  if not value["workdir"] and not value.get("dry_run"):
     raise UsageError("--workdir is required: the folder for this run's checkpoints and metrics")
   if value["warmup_steps"] is None:
     value["warmup_steps"] = min(100, value["num_steps"] // 10)
-  value["workdir"] = os.path.expanduser(value["workdir"])
+  value["workdir"] = os.path.expanduser(value["workdir"] or "")
   names = [field.name for field in dataclasses.fields(config_lib.OptimizerConfig)]
   optimizer = _build(config_lib.OptimizerConfig, **{name: value[name] for name in names})
   names = [field.name for field in dataclasses.fields(config_lib.TrainConfig) if field.name not in ("data", "optimizer")]

@@ -94,9 +94,9 @@ class Progress:
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
-  def log(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float | None) -> None:
-    """Shows a logged step; `seconds_per_step` is None for the first, whose time went to compiling."""
-    speed = f"{tokens_per_second:,.0f} tokens/s" if seconds_per_step is not None else "compiled"
+  def log(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float | None, mfu: float | None = None) -> None:
+    """Shows a logged step; `seconds_per_step` is None for the first, whose time went to compiling; `mfu` where the devices' peak rate is not known."""
+    speed = f"{tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", {mfu:.1%} MFU") if seconds_per_step is not None else "compiled"
     if self._bar is not None:
       self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
     else:

@@ -18,6 +18,12 @@ from sparsek.errors import UsageError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
 
 
+def use_compilation_cache(workdir: str) -> None:
+  """Keeps compiled programs in WORKDIR/compilation_cache, so that a resumed run starts at once, unless JAX was told another place (or none) already."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
+
+
 def lock(workdir: str) -> IO[str]:
   """Makes `workdir` and takes it for this process, until the returned file is closed or the process ends, however it ends.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, run_directory
+from sparsek import checkpoint, flops, run_directory
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
@@ -56,6 +56,36 @@ class StopSignal:
   def __exit__(self, *exception):
     for number, handler in self._old.items():
       signal.signal(number, handler)
+
+
+class Profile:
+  """A trace of some steps for TensorBoard or Perfetto, under WORKDIR/profile. The devices are waited for before its first and after its last step."""
+
+  def __init__(self, workdir: str, steps: tuple[int, int] | None):
+    self.folder, self._running = os.path.join(workdir, "profile"), False
+    self._first, self._last = steps or (0, 0)
+
+  def begins_at(self, step: int) -> bool:
+    return step == self._first
+
+  def ends_at(self, step: int) -> bool:
+    return self._running and step == self._last
+
+  def before(self, step: int) -> None:
+    if self.begins_at(step):
+      jax.profiler.start_trace(self.folder)
+      self._running = True
+
+  def after(self, step: int, say: Callable[[str], None]) -> None:
+    if self.ends_at(step):
+      self.stop()
+      say(f"a trace of steps {self._first} to {self._last} is in {self.folder}")
+
+  def stop(self) -> None:
+    """Also ends a trace whose last step is not reached."""
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
 
 
 def heldout_loss(params, eval_step: Callable, mesh, batches, stop: StopSignal | None = None) -> float | None:
@@ -106,6 +136,8 @@ class _Run:
     self.train_step = make_train_step(config, train, self.optimizer, self.mesh)
     self.eval_step = make_eval_step(config, train.loss_chunk, self.mesh)
     self.diagnose = make_diagnose(config)
+    self.profile = Profile(train.workdir, train.profile_steps)
+    self.peak_flops = flops.peak(jax.devices()[0])
     self.result_loss = self.result_heldout = None
     self.saving_step = self.saved_step = None  # of the checkpoint being written, and of the newest that is complete
 
@@ -153,13 +185,14 @@ class _Run:
   def loop(self, metrics: MetricsWriter, writer: checkpoint.CheckpointWriter, progress: Progress) -> None:
     """Runs to the last step, or until a signal. Step s + 1 is dispatched before the metrics of step s are read: the devices never wait."""
     train = self.train
-    first, watch, pending = self.step + 1, Stopwatch(), None
+    first, watch, pending, work = self.step + 1, Stopwatch(), None, []
 
     def is_logged(step):
       return step == 1 or step % train.log_every == 0 or step == self.num_steps
 
-    def report(step, outputs, diagnostics):
+    def report(step, outputs, diagnostics, lengths):
       """Reads the metrics of a step, which waits for it, and logs them where due."""
+      work.append(flops.training_flops(self.config, self.params_shape, lengths))
       outputs = {key: value.item() for key, value in jax.device_get(outputs).items()}
       if not (math.isfinite(outputs["loss"]) and math.isfinite(outputs["grad_norm"])):
         # Raised before the parameters it led to are saved, so that the newest checkpoint is a good one.
@@ -171,26 +204,36 @@ class _Run:
         seconds = watch.lap(step)
         rate = train.data.batch_size * train.data.seq_len / seconds
         selection = {key: float(value) for key, value in jax.device_get(diagnostics).items()}
-        metrics.write({"step": step, **outputs, "tokens_per_second": rate, **selection})
-        progress.log(step, outputs["loss"], rate, seconds if step > first else None)
+        speed = {"tokens_per_second": rate}
+        if self.peak_flops is not None:
+          speed["mfu"] = sum(work) / len(work) / seconds / (self.peak_flops * self.mesh.size)
+        metrics.write({"step": step, **outputs, **speed, **selection})
+        progress.log(step, outputs["loss"], rate, seconds if step > first else None, speed.get("mfu"))
+        work.clear()
       elif step == first:
         watch.restart(step)  # The first step compiled; it says nothing about the speed.
+        work.clear()
 
     while self.step < self.num_steps and not self.stop.requested:
       batch = next(self.iterator)
       self.step += 1
       self.data_state = self.iterator.get_state()
+      if self.profile.begins_at(self.step) and pending is not None:
+        report(*pending)
+        pending = None
+      self.profile.before(self.step)
       self.state, outputs = self.train_step(self.state, put_batch(self.mesh, batch))
       row = {key: value[:1] for key, value in batch.items()}
       diagnostics = self.diagnose(self.state.params, row) if is_logged(self.step) else {}
       if pending is not None:
         report(*pending)
-      pending = (self.step, outputs, diagnostics)
+      pending = (self.step, outputs, diagnostics, flops.document_lengths(batch["segment_ids"][:, :-1]))
       save = self.step % train.checkpoint_every == 0 or self.step == self.num_steps
-      if save or self.evaluation_due(self.step):
+      if save or self.evaluation_due(self.step) or self.profile.ends_at(self.step):
         report(*pending)
         pending = None
         watch.pause()
+        self.profile.after(self.step, progress.say)
         if self.evaluation_due(self.step):
           self.evaluate(metrics, progress)
         if save:
@@ -257,6 +300,7 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
     stack.enter_context(contextlib.closing(run_directory.lock(workdir)))
     run = _Run(config, train_config, dataset, stop)
     stack.callback(run.iterator.close)
+    stack.callback(run.profile.stop)
     run.restore_or_init(checkpoint.to_stderr)
     metrics = stack.enter_context(contextlib.closing(MetricsWriter(workdir, run.step, train_config.tensorboard)))
     evaluated = any("heldout_loss" in record and record["step"] == run.step for record in metrics.records_kept)

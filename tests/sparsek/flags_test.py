@@ -44,6 +44,8 @@ def configs(*arguments):
     (["--warmup_steps=50", "--num_steps=20"], ["--warmup_steps=50", "num_steps=20"]),
     (["--scorer=conv", "--window=2"], ["--scorer_lookahead=4", "window=2"]),
     (["--workdir="], ["--workdir", "required"]),
+    (["--profile_steps=5:3"], ["--profile_steps=5:3", "A:B"]),
+    (["--profile_steps=7"], ["--profile_steps=7", "A:B"]),
 ])
 def test_bad_flags_are_refused_in_one_sentence(arguments, words):
   with pytest.raises(UsageError) as error:
@@ -65,6 +67,11 @@ def test_flags_replace_fields():
   assert model.attention == ("sparsek", "sparsek", "sparsek", "full")
   assert (model.k, model.qk_norm, model.tie_embeddings) == (7, True, False)
   assert (run.optimizer.num_steps, run.optimizer.warmup_steps, run.seed, run.data.seed, run.data.segment_documents) == (40, 4, 3, 3, False)
+
+
+def test_a_preset_scans_over_layers_where_the_pattern_fits():
+  scans = lambda *arguments: configs("--workdir=w", "--preset=gpt2_small", *arguments)[0].scan_layers
+  assert scans() and scans("--layer_pattern=sparsek*5,full") and not scans("--layer_pattern=sparsek*4,full") and not scans("--noscan_layers")
 
 
 def test_flagfile_reproduces_the_run(tmp_path):

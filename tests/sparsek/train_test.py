@@ -85,6 +85,28 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
     assert {"python", "packages", "commit", "devices", "command"} <= json.load(file).keys()
 
 
+def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(train.flops, "peak", lambda _: 1e6)
+  train.train(CONFIG, run_config(tmp_path, profile_steps="3:5"), dataset)
+  records = read_metrics(tmp_path / "metrics.jsonl")
+  batch_flops = []
+  for record in records:
+    if "loss" in record:
+      batch_flops.append(record.pop("mfu") * 1e6 * 32 / record["tokens_per_second"])
+  smallest, largest = (train.flops.training_flops(CONFIG, checkpoint.abstract_params(CONFIG), np.array(lengths)) for lengths in ([1] * 32, [16, 16]))
+  assert all(smallest < x <= 1.001 * largest for x in batch_flops)
+  assert [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records] == logged(finished[0])
+  traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+  assert len(traces) == 1 and os.path.getsize(traces[0]) > 0
+  said = capsys.readouterr().err
+  assert "a trace of steps 3 to 5" in said and "% MFU" in said
+
+
+def test_a_trace_ends_with_the_run(dataset, tmp_path):
+  train.train(CONFIG, run_config(tmp_path, profile_steps="7:99"), dataset)
+  assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
 def test_a_complete_run_says_so(finished, dataset):
   before = logged(finished[0])
   result = train.train(CONFIG, run_config(finished[0]), dataset)

@@ -1,0 +1,97 @@
+"""What a training run will take, without training: parameters, operations, memory of the compiled step."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparsek import checkpoint, flops
+from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.errors import RunError
+from sparsek.model import count_params
+from sparsek.optimizer import make_optimizer
+from sparsek.train_step import BATCH, TrainState, check_batch, make_mesh, make_train_step, replicated
+
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Of one optimizer step; memory is per device, in bytes.
+
+  Attributes:
+    parameters: how many.
+    tokens: of a batch.
+    step_flops, full_flops: operations of forward and backward passes over documents as long as the rows; the latter with full attention in every layer.
+    seconds_at_peak: that step_flops would take at the devices' peak rate, or None where that is not known.
+    compile_seconds: of the step.
+    state_bytes: parameters, optimizer state and batch. temporary_bytes: all else. None where the backend does not say.
+    limit_bytes: what JAX may take, or None where the backend does not say.
+  """
+  parameters: int
+  tokens: int
+  step_flops: int
+  full_flops: int
+  seconds_at_peak: float | None
+  compile_seconds: float
+  state_bytes: int | None
+  temporary_bytes: int | None
+  limit_bytes: int | None
+
+  @property
+  def fits(self) -> bool | None:
+    """Whether it should fit into memory; None where that is not known."""
+    known = self.state_bytes is not None and self.limit_bytes is not None
+    return self.state_bytes + self.temporary_bytes <= self.limit_bytes if known else None
+
+  def lines(self) -> list[str]:
+    """For people."""
+    at_peak = "" if self.seconds_at_peak is None else f", {self.seconds_at_peak:.3g} s at the devices' peak rate"
+    lines = [
+        f"{self.parameters:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"{self.tokens:,} tokens a step: {self.step_flops / 1e12:,.3g} TFLOP forward and backward{at_peak} (with full attention "
+        f"{self.full_flops / 1e12:,.3g})",
+        f"compiled in {self.compile_seconds:.0f} s",
+    ]
+    if self.state_bytes is not None:
+      of = "" if self.limit_bytes is None else f" of {self.limit_bytes / GB:.3g}: {'it fits' if self.fits else 'it does not fit'}"
+      lines.append(f"memory per device in GB: {self.state_bytes / GB:.3g} parameters, optimizer and batch + {self.temporary_bytes / GB:.3g} temporaries = "
+                   f"{(self.state_bytes + self.temporary_bytes) / GB:.3g}{of}")
+    return lines
+
+
+def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
+  """Compiles the training step and counts.
+
+  Raises:
+    UsageError: where the batch cannot be spread over the devices.
+    RunError: where the compiler finds that memory does not suffice.
+  """
+  mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
+  check_batch(mesh, train.data.batch_size, train.grad_accumulation)
+  place = lambda sharding: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  params = checkpoint.abstract_params(config)
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+  rows, n = train.data.batch_size, train.data.seq_len
+  batch = {name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32) for name in ("tokens", "segment_ids")}
+  arguments = jax.tree.map(place(replicated(mesh)), state), jax.tree.map(place(NamedSharding(mesh, P(BATCH))), batch)
+  begin = time.perf_counter()
+  try:
+    compiled = make_train_step(config, train, optimizer, mesh).lower(*arguments).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise RunError(f"the step does not fit into memory: {checkpoint.first_line(error)}") from None
+  seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
+  lengths = np.full(rows, n)
+  step_flops, full_flops = (flops.training_flops(c, params, lengths) for c in (config, dataclasses.replace(config, attention="full")))
+  peak, statistics = flops.peak(jax.devices()[0]), jax.devices()[0].memory_stats() or {}
+  return Plan(
+      parameters=count_params(params), tokens=rows * n, step_flops=step_flops, full_flops=full_flops, compile_seconds=seconds,
+      seconds_at_peak=peak and step_flops / (peak * mesh.size), limit_bytes=statistics.get("bytes_limit"),
+      state_bytes=memory and memory.argument_size_in_bytes,
+      temporary_bytes=memory and memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
