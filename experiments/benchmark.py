@@ -2,87 +2,50 @@
 
   python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 --kv_heads=1 --head_dim=64
   python -m experiments.benchmark --suite=headline --record=experiments/results/attention_h100.json
+  python -m experiments.benchmark --suite=train --lengths=8192,32768 --remat=attention
 
 Everything that a call needs is included: thresholds, expiry, compaction, and for forward + backward the gradients of all inputs. All functions are timed in
 turn, round after round, and medians are shown; the record is written after every round.
 """
 
 import dataclasses
+import functools
 import json
 import os
 
-from sparsek import benchmark_report as report
-from sparsek import flags, measure, plots
+from experiments.suites import flag, jobs, names, problems
+from sparsek import benchmark_report, flags, measure, measure_train, train_report
 from sparsek.errors import RunError, UsageError
-from sparsek.kernels.specs import SCORE_FAMILIES
 
-flags.define_benchmark_flags()
-FLAGS = flags.FLAGS
-FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")     # of measure.Problem, named like their flags
-K = WINDOW = 128                 # where --suite=attention is not told
 REFERENCE_LENGTH = 4096
 
 
-def flag(name, default=None):
-  """The value of a parsed flag, or `default` where it was not given."""
-  value = FLAGS[name].value
-  return default if value is None else value
-
-
-def names(name, allowed):
-  """The values of a flag that lists some of `allowed`."""
-  values = tuple(dict.fromkeys(flag(name).split(",")))
-  for value in values:
-    if value not in allowed:
-      raise UsageError(f"--{name}={flag(name)}: {value!r} must be one of {', '.join(allowed)}")
-  return values
-
-
-def problems():
-  """What the flags ask to time."""
-  lengths = flag("lengths").split(",")
-  if not all(n.isdecimal() and 1 <= int(n) <= 2 ** 26 for n in lengths):
-    raise UsageError(f"--lengths={flag('lengths')}: must be numbers from 1 to 2^26 separated by commas, such as 4096,16384")
-  lengths = sorted({int(n) for n in lengths})
-  families = names("scores", SCORE_FAMILIES)
-  if flag("suite") == "headline":
-    given = {name: flag(name) for name in FIELDS if FLAGS[name].present}
-    chosen = measure.headline(lengths if FLAGS["lengths"].present else measure.HEADLINE_LENGTHS, **given)
-    if FLAGS["scores"].present:
-      chosen = [problem for problem in chosen if problem.scores in families]
-  else:
-    given = {"k": K, "window": WINDOW, "dtype": "bfloat16" if measure.on_nvidia_gpu() else "float32"}
-    given |= {name: flag(name) for name in FIELDS if flag(name) is not None}
-    chosen = [measure.Problem(n, scores=scores, **given) for scores in families for n in lengths]
-  for problem in chosen:
-    if problem.heads % problem.kv_heads:
-      raise UsageError(f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}")
-  rivals = names("rivals", measure.RIVALS) if flag("rivals") else None
-  return measure.choose_rivals(chosen, rivals, flag("implementation"), max_dense=FLAGS["max_dense"].value, max_xla=flag("max_xla"))
-
-
-def picture(path, record):
-  """Draws the picture beside a record; returns its path."""
-  path = os.path.splitext(path)[0] + ".png"
-  row = record["rows"][0]
-  plots.save_times(path, report.curves(record["rows"]), f"{record['device']}, {report.shape_text(row)} {report.budget_text(row)}")
-  return path
+def report_of(record):
+  """What tells of a record."""
+  return train_report if record.get("suite") == "train" else benchmark_report
 
 
 def run(path):
   """Measures and returns the record, which it writes to `path` after every round."""
-  chosen = problems()
-  record = {**measure.environment(), "flags": flags.into_string().split(), "errors": None}
+  of_train = flag("suite") == "train"
+  chosen = jobs() if of_train else problems()
+  record = {"suite": flag("suite"), **measure.environment(), "flags": flags.into_string().split(), "errors": None}
+  limits = flag("rounds"), flag("seconds")
+  say = functools.partial(print, flush=True)
 
   def save(**more):
     record.update(more)
-    record["summary"] = report.summary(record["rows"], record["errors"])
+    record["summary"] = report_of(record).summary(record["rows"], record["errors"])
     if path:
       with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
       os.replace(path + ".new", path)
 
-  for rounds, rows in measure.measure(chosen, flag("implementation"), flag("rounds"), flag("seconds"), say=lambda text: print(text, flush=True)):
+  if of_train:
+    measured = measure_train.measure(chosen, names("rivals", measure_train.KINDS) if flag("rivals") else measure_train.KINDS, *limits, say=say)
+  else:
+    measured = measure.measure(chosen, flag("implementation"), *limits, say=say)
+  for rounds, rows in measured:
     save(rows=rows, rounds=rounds)
   at = flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
   if at:
@@ -106,9 +69,12 @@ def main() -> None:
       raise UsageError(f"--show={path}: no record of this benchmark")
   else:
     record = run(path)
+  report = report_of(record)
   print("\n".join(report.lines(record)), flush=True)
   if path:
-    print(f"{path}, {picture(path, record)}")
+    picture = os.path.splitext(path)[0] + ".png"
+    report.draw(picture, record)
+    print(f"{path}, {picture}")
   failed = report.failures(record)
   if failed:
     raise RunError("not everything could be timed\n" + "\n".join(failed))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from sparsek import plots
 from sparsek.measure import BOTH, FORWARD, RIVALS
 
 SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
@@ -99,7 +100,7 @@ def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
   return lines
 
 
-def _number(value: float | None, unit: str = "") -> str:
+def number(value: float | None, unit: str = "") -> str:
   """Three digits, or all before the point."""
   if value is None:
     return ""
@@ -114,7 +115,7 @@ def _pair(values: Sequence[str]) -> str:
 
 def _time(row: dict, rival: str, direction: str) -> str:
   failed = figure(row, rival, direction, "failed")
-  return _number(figure(row, rival, direction)) if failed is None else failed if failed == "out of memory" else "failed"
+  return number(figure(row, rival, direction)) if failed is None else failed if failed == "out of memory" else "failed"
 
 
 def table(rows: Sequence[dict]) -> list[str]:
@@ -128,12 +129,17 @@ def table(rows: Sequence[dict]) -> list[str]:
       cells[f"{labels[name]} ms"] = _pair([_time(row, name, direction) for direction in (FORWARD, BOTH)])
     ours = [figure(row, "sparsek", direction) for direction in (FORWARD, BOTH)]
     theirs = lambda name: [figure(row, name, direction) for direction in (FORWARD, BOTH)]
-    cells["time / window"] = _pair([_number(quotient(x, y)) for x, y in zip(ours, theirs("sliding_window"))])
-    cells["speed / dense"] = _pair([_number(quotient(y, x)) for x, y in zip(ours, theirs("dense"))])
+    cells["time / window"] = _pair([number(quotient(x, y)) for x, y in zip(ours, theirs("sliding_window"))])
+    cells["speed / dense"] = _pair([number(quotient(y, x)) for x, y in zip(ours, theirs("dense"))])
     memory = figure(row, "sparsek", what="mib")
-    cells["MiB"] = _number(memory)
-    cells["MiB / window"] = _number(quotient(memory, figure(row, "sliding_window", what="mib")))
+    cells["MiB"] = number(memory)
+    cells["MiB / window"] = number(quotient(memory, figure(row, "sliding_window", what="mib")))
     lines.append(cells)
+  return aligned(lines)
+
+
+def aligned(lines: Sequence[dict[str, str]]) -> list[str]:
+  """A head and the cells under it, flush right."""
   columns = {name: max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
   show = lambda line: "  ".join(line[name].rjust(width) for name, width in columns.items())
   return [show({name: name for name in columns}), *map(show, lines)]
@@ -164,6 +170,12 @@ def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]
   return panels
 
 
+def draw(path: str, record: dict) -> None:
+  """Writes the picture: time against length."""
+  row = record["rows"][0]
+  plots.save_times(path, curves(record["rows"]), f"{record['device']}, {shape_text(row)} {budget_text(row)}")
+
+
 def lines(record: dict) -> list[str]:
   """The whole record as text, the summary last."""
   text = [f"{record['device']}, JAX {record['versions']['packages']['jax']}, {budget_text(record['rows'][0])}: medians of {record['rounds']} rounds, "
@@ -174,6 +186,6 @@ def lines(record: dict) -> list[str]:
       shape = line["shape"]
       text.append(f"{shape}, forward + backward:")
     value = line["value"]
-    shown = str(value) if isinstance(value, int) else f"{value:.2e}" if "error" in line["what"] else _number(value)
+    shown = str(value) if isinstance(value, int) else f"{value:.2e}" if "error" in line["what"] else number(value)
     text.append(f"  {line['what']}: {shown}")
   return text

@@ -181,16 +181,22 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """The attention problems to time."""
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
-  define.choice("suite", "attention", ("attention", "headline"), "attention: the shape that the flags describe. headline: the shapes behind the published "
-                "figures; flags that are given replace theirs.")
+  define.choice("suite", "attention", ("attention", "headline", "train"), "attention: the shape that the flags describe. headline: those behind the "
+                "published figures; flags that are given replace theirs. train: whole training steps of a model.")
   define.string("lengths", "4096,16384", "Sequence lengths, separated by commas.")
   define.number("heads", 2, "Query heads; a multiple of --kv_heads.", lower=1)
   define.number("kv_heads", 1, "Key/value heads.", lower=1)
   define.number("head_dim", 64, "Width of a head.", lower=1)
   define.string("scores", "normal", f"Families of the scores, separated by commas: {', '.join(SCORE_FAMILIES)}. With rising ones every token enters the "
                 "selection, with falling ones none.")
-  define.string("rivals", None, "What to time, separated by commas: sparsek, sliding_window, dense, xla, thresholds. Default: all; xla only beside another "
-                "implementation.")
+  define.string("rivals", None, "What to time, separated by commas: sparsek, sliding_window, dense, xla, thresholds; of the train suite sparsek, "
+                "sliding_window, full. Default: all; xla only beside another implementation.")
+  define.choice("preset", None, list(config_lib.PRESETS), "Model to train. Default: gpt2_small.")
+  define.number("vocab_size", 32768, "Of the model to train.", lower=1)
+  define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass of the model recomputes. Default: none.")
+  define.number("batch_size", None, "Rows per training step. Default: 1.", lower=1)
+  define.number("documents", 1, "Documents per row: half of it, a quarter, and so on.", lower=1)
+  define.number("loss_chunk", config_lib.TrainConfig.loss_chunk, "Tokens whose logits exist at once in training.", lower=1)
   define.number("max_dense", None, "Longest length for dense. Default: any with cuDNN, else 4096.", lower=0)
   define.number("max_xla", 32768, "Longest length for xla.", lower=0)
   define.number("rounds", 10, "Most timed rounds over everything, of which medians are taken.", lower=1)

@@ -198,7 +198,7 @@ def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[K
 
 
 def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-  """Milliseconds against tokens, both logarithmic; curves: label -> [(tokens, ms)]."""
+  """Something against tokens, both logarithmic; curves: label -> [(tokens, value)]."""
   lengths = sorted({n for points in curves.values() for n, _ in points})
   for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
     axes.plot(*zip(*points), marker=marker, color=colour, fillstyle="none", markeredgewidth=1.6, markersize=7, linewidth=1.6, label=label)
@@ -212,8 +212,9 @@ def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
   axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], title: str = "") -> None:
-  """Writes a PNG with a panel for each kind of pass, side by side: `panels` maps its title to the curves of `draw_times`.
+def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], title: str = "",
+               unit: str = "milliseconds") -> None:
+  """Writes a PNG with a panel for each kind of pass, side by side: `panels` maps its title to the curves of `draw_times`, in `unit`.
 
   Raises:
     UsageError: where matplotlib is missing or the file cannot be written.
@@ -225,7 +226,7 @@ def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, 
     axes.set_title(name, loc="left")
     draw_times(axes, curves)
     if place == 0:
-      axes.set_ylabel("milliseconds")
+      axes.set_ylabel(unit)
       axes.legend(frameon=False)
   figure.suptitle(title, fontsize=9, x=0.01, ha="left")
   _save(figure, path)

@@ -3,7 +3,7 @@ import json
 import jax
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, suites
 from sparsek import flags
 
 TINY = ["--lengths=32,16", "--heads=2", "--kv_heads=1", "--head_dim=8", "--k=4", "--window=4", "--rounds=2"]
@@ -11,10 +11,10 @@ TINY = ["--lengths=32,16", "--heads=2", "--kv_heads=1", "--head_dim=8", "--k=4",
 
 def run(*arguments):
   """Runs the command in this process; returns the exit code."""
-  for name in benchmark.FLAGS:
-    benchmark.FLAGS[name].unparse()
+  for name in suites.FLAGS:
+    suites.FLAGS[name].unparse()
   with pytest.raises(SystemExit) as exit_:
-    flags.run(benchmark.main, benchmark.FLAGS, ["benchmark", *arguments])
+    flags.run(benchmark.main, suites.FLAGS, ["benchmark", *arguments])
   return exit_.value.code
 
 
@@ -48,10 +48,10 @@ def test_what_cannot_run_is_a_cell_and_then_an_error(capsys):
 
 def test_problems_of_the_suites():
   def chosen(*arguments):
-    for name in benchmark.FLAGS:
-      benchmark.FLAGS[name].unparse()
-    flags.parse(["benchmark", *arguments], benchmark.FLAGS)
-    return benchmark.problems()
+    for name in suites.FLAGS:
+      suites.FLAGS[name].unparse()
+    flags.parse(["benchmark", *arguments], suites.FLAGS)
+    return suites.problems()
 
   assert [(p.n, p.heads, p.kv_heads, p.head_dim, p.k, p.window) for p in chosen("--k=7")] == [(4096, 2, 1, 64, 7, 128), (16384, 2, 1, 64, 7, 128)]
   headline = chosen("--suite=headline")
@@ -83,3 +83,18 @@ def test_a_file_that_is_no_record(tmp_path, capsys):
 def test_bad_flags(arguments, message, capsys):
   assert run(*arguments) == 2
   assert message in capsys.readouterr().err
+
+
+def test_training(tmp_path, capsys):
+  path = tmp_path / "record.json"
+  arguments = ["--suite=train", "--preset=tiny", "--lengths=16", "--vocab_size=50", "--k=2", "--window=2", "--rounds=1"]
+  assert run(*arguments, "--documents=2", "--rivals=full", f"--record={path}") == 0
+  printed = capsys.readouterr().out
+  record = json.loads(path.read_text())
+  row, = record["rows"]
+  assert (row["n"], row["documents"], row["k"], list(row["rivals"])) == (16, 2, 2, ["full"])
+  assert row["rivals"]["full"]["tokens_per_second"] == pytest.approx(16 / row["rivals"]["full"]["ms"] * 1e3) and row["rivals"]["full"]["compile_seconds"] > 0
+  assert "full attention" in printed and (tmp_path / "record.png").exists()
+  assert run(f"--show={path}") == 0
+  assert capsys.readouterr().out == printed[printed.index(record["device"] + ", 1M"):]
+  assert run("--suite=train", "--rivals=dense") == 2 and "'dense' must be one of sparsek, sliding_window, full" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_kernels_match_plain_selection(n, k, delay, packed, family):
   np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1), (1280, 40, 50, 256, -.01)])
+@pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1)])
 def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   batch, groups = (2, 2) if n < 500 else (1, 2)
   monkeypatch.setattr(mosaic_lists, "SEGMENT", 32)            # short ones take less time here

@@ -1,0 +1,123 @@
+"""Times whole training steps of one model under several kinds of attention; `experiments.benchmark --suite=train` is the command."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsek import flops
+from sparsek.checkpoint import abstract_params
+from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.measure import Cell, run_rounds
+from sparsek.model import count_params, init_params
+from sparsek.optimizer import make_optimizer
+from sparsek.train_step import TrainState, make_mesh, make_train_step, put_batch, replicated
+
+KINDS = ("sparsek", "sliding_window", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Training on batches of `batch_size` rows of n tokens, which hold `documents` documents each, the first half of a row, the second a quarter, and so on."""
+  config: TransformerConfig
+  n: int
+  batch_size: int = 1
+  documents: int = 1
+  loss_chunk: int = TrainConfig.loss_chunk
+
+  def lengths(self) -> list[int]:
+    """Of the documents of a row."""
+    cuts = [self.n - (self.n >> i) for i in range(self.documents)] + [self.n]
+    return [b - a for a, b in zip(cuts, cuts[1:]) if b > a]
+
+
+def under(kind: str, config: TransformerConfig) -> TransformerConfig:
+  """The same model under another kind of attention in every layer; a sliding window has SPARSEK's whole budget."""
+  window = config.k + config.window if kind == "sliding_window" else config.window
+  return dataclasses.replace(config, attention=kind, window=window)
+
+
+class StepCell(Cell):
+  """A training step on one batch; its state is on the devices from `start` on."""
+
+  def __init__(self, job: Job, seed: int = 0):
+    self.job, self.compile_seconds, self._mesh, self._seed = job, None, make_mesh(), seed
+    train = TrainConfig(workdir="", loss_chunk=job.loss_chunk, data=DataConfig(seq_len=job.n, batch_size=job.batch_size),
+                        optimizer=OptimizerConfig(num_steps=1000, warmup_steps=100))
+    self._optimizer = make_optimizer(train.optimizer)
+    super().__init__(make_train_step(job.config, train, self._optimizer, self._mesh), ())
+
+  def compile(self) -> None:
+    params, place = abstract_params(self.job.config), replicated(self._mesh)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._optimizer.init, params))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    begin = time.perf_counter()
+    self._function = self._function.lower(state, self._batch())
+    super().compile()
+    self.compile_seconds = time.perf_counter() - begin
+
+  def _batch(self):
+    lengths = self.job.lengths()
+    segments = np.repeat(np.arange(len(lengths), dtype=np.int32) + 1, lengths)
+    segments = np.append(segments, segments[-1])                         # a row stores its last target too
+    tokens = np.random.default_rng(0).integers(0, self.job.config.vocab_size, (self.job.batch_size, self.job.n + 1), dtype=np.int32)
+    return put_batch(self._mesh, {"tokens": tokens, "segment_ids": np.tile(segments, (self.job.batch_size, 1))})
+
+  def start(self) -> None:
+    everywhere = replicated(self._mesh)
+    params = jax.jit(lambda key: init_params(self.job.config, key), out_shardings=everywhere)(jax.random.key(self._seed))
+    opt_state = jax.jit(self._optimizer.init, out_shardings=everywhere)(params)
+    self._args = TrainState(jax.device_put(jnp.int32(0), everywhere), params, opt_state), self._batch()
+
+  def time(self) -> float:
+    """Seconds of `inner` steps, each from the state that the one before left."""
+    state, batch = self._args
+    begin = time.perf_counter()
+    for _ in range(self.inner):
+      state, metrics = self._function(state, batch)
+    jax.block_until_ready((state, metrics))
+    self._args = state, batch
+    return time.perf_counter() - begin
+
+  def record(self) -> dict:
+    found = super().record()
+    if self.failed is None:
+      lengths, job, peak = self.job.lengths() * self.job.batch_size, self.job, flops.peak(jax.devices()[0])
+      seconds = found["ms"] / 1e3
+      work = flops.training_flops(job.config, abstract_params(job.config), np.array(lengths))
+      found |= {"tokens_per_second": job.n * job.batch_size / seconds, "step_tflop": work / 1e12, "compile_seconds": self.compile_seconds,
+                "mfu": None if peak is None else work / seconds / (peak * jax.device_count())}
+    return found
+
+
+def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10, seconds: float = math.inf, sample_seconds: float = 0.3,
+            say: Callable[[str], None] = lambda text: None) -> Iterator[tuple[int, list[dict]]]:
+  """Times the jobs one after the other, the kinds of each in turn, round after round.
+
+  Args:
+    jobs: what to train; their attention is replaced by each of `kinds`.
+    rounds: most samples of each kind.
+    seconds: no round of a job is begun that would end later than this after its first began.
+    sample_seconds: a sample takes as many steps as last this long.
+    say: takes lines of progress.
+  Yields:
+    After each round: how many of the last job are done, and the rows so far: what the job is, and "rivals": {kind: {"ms" or "failed", "mib", ...}}.
+  """
+  rows = []
+  for job in jobs:
+    cells = {kind: StepCell(dataclasses.replace(job, config=under(kind, job.config))) for kind in kinds}
+    for kind, cell in cells.items():
+      for action in (cell.compile, cell.start):
+        cell.attempt(action)
+      cell.attempt(cell.calibrate, sample_seconds)
+      say(f"n={job.n}, {kind}: " + (cell.failed or f"compiled in {cell.compile_seconds:.0f} s, {cell.inner} steps a sample"))
+    size = count_params(abstract_params(dataclasses.replace(job.config, attention="full"))) / 1e6
+    fields = {"model": f"{size:.0f}M parameters, {job.config.dtype}", "k": job.config.k, "window": job.config.window, "remat": job.config.remat,
+              **{name: getattr(job, name) for name in ("n", "batch_size", "documents", "loss_chunk")}}
+    for done in run_rounds(list(cells.values()), rounds, seconds):
+      yield done, [*rows, {**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()}}]
+    rows.append({**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()}})

@@ -1,0 +1,76 @@
+"""The table, the summary and the picture of a record of `experiments.benchmark --suite=train`: pure functions of what `sparsek.measure_train` found."""
+
+from collections.abc import Sequence
+
+from sparsek import plots
+from sparsek.benchmark_report import aligned, number, quotient
+
+LABELS = {"sparsek": "sparsek", "sliding_window": "sliding window", "full": "full attention"}
+
+
+def figure(row: dict, kind: str, what: str = "tokens_per_second") -> float | None:
+  """A figure of a kind of attention; None where it was not run or failed."""
+  return row["rivals"].get(kind, {}).get(what)
+
+
+def label(row: dict, kind: str) -> str:
+  return f"sliding window {row['k'] + row['window']}" if kind == "sliding_window" else LABELS[kind]
+
+
+def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
+  """[{"what", "value"}]: the ratios that goals are set for, at the longest length and a quarter of it, wherever the rows to compute them exist."""
+  by_length = {row["n"]: row for row in rows}
+  longest = by_length[max(by_length)]
+  quarter = by_length.get(longest["n"] // 4)
+  lines = []
+
+  def add(what, value):
+    if value is not None:
+      lines.append({"what": what, "value": value})
+  for row in filter(None, (quarter, longest)):
+    for rival in ("sliding_window", "full"):
+      add(f"tokens/s over those of {label(row, rival)} at {row['n']}", quotient(figure(row, "sparsek"), figure(row, rival)))
+  if quarter:
+    add(f"tokens/s at {longest['n']} over tokens/s at {quarter['n']}", quotient(figure(longest, "sparsek"), figure(quarter, "sparsek")))
+  return lines
+
+
+def table(rows: Sequence[dict]) -> list[str]:
+  """Lines: one a row for every length and kind of attention."""
+  lines = []
+  for row in rows:
+    for kind, found in row["rivals"].items():
+      failed, mfu = found.get("failed"), found.get("mfu")
+      lines.append({
+          "n": str(row["n"]), "rows": str(row["batch_size"]), "documents a row": str(row["documents"]), "attention": label(row, kind),
+          "tokens/s": failed if failed == "out of memory" else "failed" if failed else f"{found['tokens_per_second']:,.0f}",
+          "ms a step": number(found.get("ms")), "MFU": "" if mfu is None else f"{mfu:.1%}", "TFLOP a step": number(found.get("step_tflop")),
+          "MiB": number(found.get("mib")), "compiled in s": number(found.get("compile_seconds"))})
+  return aligned(lines)
+
+
+def failures(record: dict) -> list[str]:
+  """What failed for another reason than memory, a line each."""
+  return [f"{label(row, kind)}, n={row['n']}: {found['failed']}" for row in record["rows"] for kind, found in row["rivals"].items()
+          if found.get("failed") not in (None, "out of memory")]
+
+
+def title(record: dict) -> str:
+  row = record["rows"][0]
+  return f"{record['device']}, {row['model']}, k={row['k']} window={row['window']}, remat {row['remat']}"
+
+
+def draw(path: str, record: dict) -> None:
+  """Writes the picture: tokens per second against length."""
+  curves = {}
+  for row in record["rows"]:
+    for kind in row["rivals"]:
+      if figure(row, kind) is not None:
+        curves.setdefault(label(row, kind), []).append((row["n"], figure(row, kind)))
+  plots.save_times(path, {"Training": curves}, title(record), "tokens per second")
+
+
+def lines(record: dict) -> list[str]:
+  """The whole record as text, the summary last."""
+  return [f"{title(record)}, JAX {record['versions']['packages']['jax']}: medians of {record['rounds']} rounds; MFU of the attention that is computed; MiB: "
+          "arguments, outputs and temporaries", *table(record["rows"]), "", *(f"{line['what']}: {number(line['value'])}" for line in record["summary"])]

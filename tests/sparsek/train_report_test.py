@@ -1,0 +1,62 @@
+"""The training benchmark: what is trained, and what is said of it."""
+
+import numpy as np
+import pytest
+
+from sparsek import measure_train, train_report
+from sparsek.config import TransformerConfig
+
+CONFIG = TransformerConfig(vocab_size=17, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=3, window=5,
+                           implementation="reference")
+
+
+def row(n, **speeds):
+  found = lambda speed: {"failed": speed} if isinstance(speed, str) else {
+      "tokens_per_second": speed, "ms": 1e3 * n / speed, "mib": 3.5, "mfu": .25, "step_tflop": 2., "compile_seconds": 7.}
+  return {"n": n, "batch_size": 1, "documents": 1, "model": "1M parameters, float32", "k": 3, "window": 5, "remat": "none",
+          "rivals": {kind: found(speed) for kind, speed in speeds.items()}}
+
+
+ROWS = [row(16, sparsek=100., sliding_window=125., full=50.), row(64, sparsek=90., sliding_window=120., full="out of memory")]
+
+
+def test_summary():
+  assert {line["what"]: pytest.approx(line["value"]) for line in train_report.summary(ROWS)} == {
+      "tokens/s over those of sliding window 8 at 16": .8, "tokens/s over those of full attention at 16": 2.,
+      "tokens/s over those of sliding window 8 at 64": .75, "tokens/s at 64 over tokens/s at 16": .9}
+
+
+def test_table_and_failures():
+  head, *lines = train_report.table(ROWS)
+  assert len(lines) == 6 and len({len(line) for line in [head, *lines]}) == 1
+  assert "sliding window 8" in lines[1] and "25.0%" in lines[1] and "out of memory" in lines[5]
+  assert train_report.failures({"rows": ROWS}) == []
+  assert train_report.failures({"rows": [row(4, full="RuntimeError: no")]}) == ["full attention, n=4: RuntimeError: no"]
+
+
+def test_jobs():
+  assert measure_train.Job(CONFIG, 100, documents=3).lengths() == [50, 25, 25]
+  assert measure_train.Job(CONFIG, 3, documents=9).lengths() == [2, 1]
+  assert measure_train.under("sliding_window", CONFIG).window == 8 and measure_train.under("full", CONFIG).attention == ("full",)
+
+
+def test_a_kind_that_cannot_run_leaves_the_others_alone(monkeypatch):
+  """And a sample goes on from the state of the one before."""
+  losses = []
+
+  def steps(cell):
+    for _ in range(3):
+      state, batch = cell._args
+      state, metrics = cell._function(state, batch)
+      cell._args = state, batch
+      losses.append(float(metrics["loss"]))
+    return 1.
+  monkeypatch.setattr(measure_train.StepCell, "time", steps)
+  compile_ = measure_train.StepCell.compile
+  monkeypatch.setattr(measure_train.StepCell, "compile", lambda cell: compile_(cell) if cell.job.config.attention == ("full",) else fail())
+
+  def fail():
+    raise RuntimeError("no such kernel")
+  (done, rows), = measure_train.measure([measure_train.Job(CONFIG, 12, documents=2)], ("sparsek", "full"), rounds=1)
+  assert done == 1 and rows[0]["rivals"]["sparsek"]["failed"] == "RuntimeError: no such kernel" and rows[0]["rivals"]["full"]["ms"] > 0
+  assert len(losses) >= 6 and np.all(np.diff(losses) < 0)
