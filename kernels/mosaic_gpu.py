@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from . import mosaic_backward, mosaic_forward, mosaic_lanes, mosaic_lists, mosaic_rows
 from .mosaic_common import BLOCK_Q, HALF, TILINGS, Tiling
 from .saved import saved
-from .tiles import key_tiles, list_tiles, query_bounds, selection_lists, window_tiles
+from .tiles import key_tiles, list_tiles, no_lists, query_bounds, selection_lists, window_tiles
 from .varying import over_batch, varying_like
 
 CHUNK, SHORT = 2048, 512         # queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens and occupy more multiprocessors
@@ -65,7 +65,8 @@ def attention(query, key, value, scores, threshold, expiry, order, start, end, *
     key, value: [batch, n, G, D].
     scores, threshold, expiry, order: [batch, G, n]; the latter three of `causal.select` with delay = window.
     start, end: [batch, n] int32, first token of each token's document, and one past its last.
-    k, window, gate, scale: as in `sparsek.sparsek_attention`.
+    k: budget; 0 leaves the sliding window alone.
+    window, gate, scale: as in `sparsek.sparsek_attention`.
     interpret: interpreter parameters, for tests without a GPU.
 
   Returns:
@@ -141,6 +142,8 @@ def make_lists(expiry, order, *, k, window, chunk, kernels):
   rest = -expiry.shape[-1] % chunk
   if rest:
     expiry, order = jnp.pad(expiry, ((0, 0), (0, 0), (0, rest))), _append_tokens(order, rest)
+  if k == 0:
+    return no_lists(*expiry.shape, chunk)
   if kernels:
     return mosaic_lists.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
   return _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(expiry, order)
@@ -183,6 +186,8 @@ def _backward(static, query, key, value, scores, threshold, end, lists, tiles, l
     dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, token, last, bounds, **options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
+  if k == 0:
+    return dquery, dkey, dvalue, jnp.zeros_like(scores), dtau
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
   bounds = key_tiles(tiles, base, limit=chunk, block_q=tiling.key_queries).reshape(batch, groups, -1, 4)
   rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), bounds, lists=n // chunk,

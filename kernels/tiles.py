@@ -93,6 +93,14 @@ class Tiles(NamedTuple):
   last_max: jax.Array
 
 
+def no_lists(batch: int, groups: int, n: int, chunk: int) -> Lists:
+  """[batch, groups, ...] lists that hold no token, for a sliding window alone; what sums of gradients need is left out."""
+  fill = lambda value, *shape: jnp.full((batch, groups, *shape), value, jnp.int32)
+  places = n // chunk, ROWS
+  return Lists(token=fill(0, *places), first=fill(NEVER, *places), last=fill(0, *places), entered=fill(0, n), old=fill(0, n // chunk), new_place=None,
+               old_place=None, old_begin=None, old_count=None, listed=None, number=None)
+
+
 def list_tiles(lists: Lists) -> Tiles:
   """[..., chunks, slots / TILE]."""
   tiled = lambda x, f: f(x.reshape(*x.shape[:-1], -1, TILE), axis=-1)

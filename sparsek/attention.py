@@ -111,14 +111,23 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
 
 
 def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int, scale: float | None = None,
-                             segment_ids: jax.Array | None = None) -> jax.Array:
-  """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in `sparsek_attention`."""
+                             segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
+  """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in `sparsek_attention`.
+
+  The implementation is "xla" (None) or "mosaic_gpu".
+  """
   check_at_least("window", window, 1)
+  check_choice("implementation", implementation, (None, "xla", "mosaic_gpu"))
   query, key, value = (jnp.asarray(x) for x in (query, key, value))
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
   _check(query, key, value, None, 1, window, "straight_through", scale, segment_ids)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
   batch, n, groups = key.shape[:3]
-  start, _ = document_bounds(segment_ids, batch, n)
+  start, end = document_bounds(segment_ids, batch, n)
+  options = dict(k=0, window=int(window), gate="straight_through", scale=scale)
+  if implementation == "mosaic_gpu" and _resolve(implementation, query):
+    nothing = jnp.zeros((batch, groups, n), jnp.float32)
+    never = nothing.astype(jnp.int32)
+    return mosaic_gpu.attention(query, key, value, nothing, nothing, never, never, start, end, **options)
   nothing = jnp.zeros((batch, n, groups), jnp.float32)
-  return xla.attention(query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, k=0, window=int(window), gate="straight_through", scale=scale)
+  return xla.attention(query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, **options)

@@ -125,17 +125,24 @@ class SparseKAttention(Attention):
                              implementation=cfg.implementation)
 
 
+def _of_window(config: TransformerConfig) -> str | None:
+  """The implementation of a sliding window that a configuration asks for by name."""
+  return config.implementation if config.implementation == "mosaic_gpu" else None
+
+
 class SlidingWindowAttention(Attention):
   """Attention to the last `window` tokens."""
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
-    return sliding_window_attention(query, key, value, window=self.config.window, segment_ids=segment_ids)
+    return sliding_window_attention(query, key, value, window=self.config.window, segment_ids=segment_ids, implementation=_of_window(self.config))
 
 
 class FullAttention(Attention):
   """Causal attention to the whole document."""
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+    if _of_window(self.config):                                # a window that is never full, and no O(n^2) memory
+      return sliding_window_attention(query, key, value, window=query.shape[1], segment_ids=segment_ids, implementation=_of_window(self.config))
     if segment_ids is None:
       return jax.nn.dot_product_attention(query, key, value, is_causal=True)
     # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id apart.

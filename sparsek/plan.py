@@ -14,7 +14,7 @@ from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
 from sparsek.model import count_params
 from sparsek.optimizer import make_optimizer
-from sparsek.train_step import BATCH, TrainState, check_batch, make_mesh, make_train_step, replicated
+from sparsek.train_step import BATCH, TrainState, check_batch, check_implementation, make_mesh, make_train_step, replicated
 
 GB = 1e9
 
@@ -68,13 +68,14 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   """Compiles the training step and counts.
 
   Raises:
-    UsageError: where the batch cannot be spread over the devices.
+    UsageError: where the batch cannot be spread over the devices, or the implementation of attention asked for cannot run here.
     RunError: where the compiler finds that memory does not suffice.
   """
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
   place = lambda sharding: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   params = checkpoint.abstract_params(config)
+  check_implementation(config, train.data.seq_len, params)
   state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
   rows, n = train.data.batch_size, train.data.seq_len
   batch = {name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32) for name in ("tokens", "segment_ids")}

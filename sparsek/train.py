@@ -15,11 +15,12 @@ from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
 from sparsek.metrics import MetricsWriter, Progress, Stopwatch
-from sparsek.model import Transformer, count_params, init_params
+from sparsek.model import count_params, init_params
 from sparsek.optimizer import make_optimizer
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
-from sparsek.train_step import TrainState, check_batch, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated
+from sparsek.train_step import (TrainState, check_batch, check_implementation, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch,
+                                replicated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +125,7 @@ class _Run:
     self.mesh = make_mesh()
     check_batch(self.mesh, train.data.batch_size, train.grad_accumulation)
     self.params_shape = checkpoint.abstract_params(config)
-    if config.implementation is not None:
-      try:
-        tokens = jax.ShapeDtypeStruct((1, train.data.seq_len), jnp.int32)
-        jax.eval_shape(Transformer(config).apply, {"params": self.params_shape}, tokens)
-      except NotImplementedError as error:
-        raise UsageError(f"--implementation={config.implementation}: {error}") from None
+    check_implementation(config, train.data.seq_len, self.params_shape)
     self.optimizer = make_optimizer(train.optimizer)
     self.iterator = make_train_iterator(dataset, train.data)
     self.heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()

@@ -44,6 +44,15 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None
     raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {devices}")
 
 
+def check_implementation(config: TransformerConfig, seq_len: int, params) -> None:
+  """Raises UsageError where the implementation of attention that `config` names cannot run here; `params` may be shapes."""
+  if config.implementation is not None:
+    try:
+      jax.eval_shape(Transformer(config).apply, {"params": params}, jax.ShapeDtypeStruct((1, seq_len), jnp.int32))
+    except NotImplementedError as error:
+      raise UsageError(f"--implementation={config.implementation}: {error}") from None
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Moves a batch to the devices, its rows spread over them."""
   return jax.device_put(batch, NamedSharding(mesh, P(BATCH)))

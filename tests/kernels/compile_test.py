@@ -83,6 +83,13 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
   assert temporary(2 ** 20) < 4.5 * temporary(2 ** 18)
 
 
+@pytest.mark.parametrize("n, window, head_dim", [(5000, 1024, 64), (32768, 32768, 128)])
+def test_sliding_window_compiles(n, window, head_dim):
+  """Full attention too, as a window as long as the row."""
+  spec = Spec("window", n=n, heads=12, groups=12, head_dim=head_dim, k=0, window=window, dtype="bfloat16")
+  compile_for_h100(functools.partial(attention_and_gradients, spec=spec, gate="straight_through"), *arguments(spec))
+
+
 @pytest.mark.parametrize("n, k", [(1, 1), (200, 3), (131072, 512)])
 def test_selection_compiles(n, k):
   """Thresholds, expiry and their VJP, by the kernels of single threads; for a single token much is constant, which the compiler has to stand."""

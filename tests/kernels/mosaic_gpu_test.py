@@ -48,6 +48,20 @@ class TestMosaicGpu(AttentionTest):
       assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < 1e-2, name
       np.testing.assert_array_equal(np.asarray(x.astype(jnp.float32)), np.asarray(z.astype(jnp.float32)))
 
+  @pytest.mark.parametrize("n, window, head_dim, documents", [(4100, 300, 64, (1500, 3, 700)), (2500, 2500, 128, ()), (130, 1, 40, ())])
+  def test_sliding_window_matches_xla(self, n, window, head_dim, documents):
+    """And full attention, which is a window as long as the row."""
+    spec = Spec("window", n=n, heads=4, groups=2, head_dim=head_dim, k=1, window=window, documents=documents, dtype=self.dtype)
+    *inputs, _ = make_inputs(spec)
+    cotangent = jax.random.normal(jax.random.key(1), inputs[0].shape).astype(self.dtype)
+
+    def run(implementation):
+      attend = functools.partial(sparsek.sliding_window_attention, window=window, segment_ids=segment_ids(spec), implementation=implementation)
+      out, vjp = jax.vjp(attend, *inputs)
+      return out, *vjp(cotangent)
+    for name, x, y in zip(("out", *ARGUMENTS), jax.jit(run, static_argnums=0)("mosaic_gpu"), jax.jit(run, static_argnums=0)("xla")):
+      assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < 1e-2, name
+
   def test_is_the_default(self):
     inputs = self.problem(SPECS[0])[0]
     default, named = (sparsek.sparsek_attention(*inputs, k=9, window=9, implementation=name) for name in (None, "mosaic_gpu"))

@@ -16,6 +16,7 @@ from tests.kernels.attention_base import ARGUMENTS, problem, relative_error, tru
 CASES = {
     "documents": (Spec("interpreted", n=250, heads=2, groups=1, head_dim=64, k=20, window=30, dtype="bfloat16", documents=(100, 60)), "value"),
     "rising": (Spec("interpreted", n=130, heads=1, groups=1, head_dim=128, k=40, window=0, dtype="bfloat16", scores="rising"), "straight_through"),
+    "window_only": (Spec("interpreted", n=300, heads=2, groups=1, head_dim=64, k=0, window=90, dtype="bfloat16", documents=(200, 60)), "value"),
     "ties": (Spec("interpreted", n=100, heads=1, groups=1, head_dim=40, k=8, window=5, dtype="float16", scores="ties"), "key_value")}
 
 
@@ -28,7 +29,8 @@ def main(name: str) -> None:
 
   def attend(query, key, value, scores):
     scores = jnp.swapaxes(scores, 1, 2)
-    selection = select(scores, start, end, spec.k, spec.window, bool(spec.documents))
+    nothing = jnp.zeros(scores.shape, jnp.int32)
+    selection = select(scores, start, end, spec.k, spec.window, bool(spec.documents)) if spec.k else (nothing * 0., nothing, nothing)
     return mosaic_gpu.attention(query, key, value, scores, *selection, start, end, k=spec.k, window=spec.window, gate=gate, scale=spec.head_dim ** -.5,
                                 interpret=InterpretGPUParams())
   out, vjp = jax.vjp(attend, *inputs)

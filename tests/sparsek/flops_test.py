@@ -9,7 +9,7 @@ import pytest
 
 from sparsek import checkpoint, flops, plan
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
-from sparsek.errors import RunError
+from sparsek.errors import RunError, UsageError
 
 CONFIG = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12, k=3, window=5,
                            attention="full,sparsek", implementation="reference")
@@ -58,6 +58,11 @@ def test_plan(monkeypatch):
   tight = dataclasses.replace(found, limit_bytes=found.state_bytes)
   assert tight.fits is False and "it does not fit" in tight.lines()[-1]
   assert "it fits" in dataclasses.replace(found, limit_bytes=10**10).lines()[-1]
+
+
+def test_plan_refuses_what_cannot_run_here():
+  with pytest.raises(UsageError, match="--implementation=mosaic_tpu: .*not part of this version"):
+    plan.make_plan(dataclasses.replace(CONFIG, implementation="mosaic_tpu"), TrainConfig(workdir=""))
 
 
 def test_plan_says_when_the_compiler_finds_too_little_memory(monkeypatch):
