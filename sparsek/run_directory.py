@@ -19,8 +19,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def use_compilation_cache(workdir: str) -> None:
-  """Keeps compiled programs in WORKDIR/compilation_cache, so that a resumed run starts at once, unless JAX was told another place (or none) already."""
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.config.jax_compilation_cache_dir is None:
+  """Keeps what is compiled for accelerators in WORKDIR/compilation_cache, so that a resumed run starts at once, unless JAX was told another place already.
+
+  Not what is compiled for a CPU: on another machine's it could crash.
+  """
+  if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
 
 

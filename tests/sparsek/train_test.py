@@ -102,6 +102,18 @@ def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkey
   assert "a trace of steps 3 to 5" in said and "% MFU" in said
 
 
+def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
+  options = {}
+  monkeypatch.setattr(run_directory.jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(run_directory.jax, "config", types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__))
+  run_directory.use_compilation_cache("/run")
+  assert options == {"jax_compilation_cache_dir": "/run/compilation_cache"}
+  options.clear()
+  run_directory.jax.config.jax_compilation_cache_dir = "/elsewhere"
+  run_directory.use_compilation_cache("/run")
+  assert not options
+
+
 def test_a_trace_ends_with_the_run(dataset, tmp_path):
   train.train(CONFIG, run_config(tmp_path, profile_steps="7:99"), dataset)
   assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
