@@ -15,8 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALLER = {
     "experiments.prepare_data": "--train_bpe=300",
     "experiments.pretrain": "--num_steps=2 --warmup_steps=1 --seq_len=64 --batch_size=2 --grad_accumulation=1 --num_layers=1 --embed_dim=32 --num_heads=2 "
-                            "--num_kv_heads=1 --head_dim=16 --mlp_dim=32 --scan_layers=false --remat=none --eval_batches=1 --checkpoint_every=2 "
-                            "--dtype=float32",
+                            "--num_kv_heads=1 --head_dim=16 --mlp_dim=32 --scan_layers=false --remat=none --eval_every=0 --checkpoint_every=2 "
+                            "--dtype=float32 --k=8 --window=8 --learning_rate=1e-3 --implementation=reference",   # all alike: compiled once, and fast
     "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
     "experiments.generate": "--max_new_tokens=3",
     "experiments.benchmark": "--lengths=64,128 --heads=2 --kv_heads=1 --head_dim=8 --k=8 --window=8 --rivals=sparsek,dense --rounds=1 --record=benchmark.json",
