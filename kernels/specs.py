@@ -61,7 +61,7 @@ SPECS = (
     Spec("tiny", scores="tiny"),
     Spec("head_dim_8", head_dim=8, scale=.7),
     Spec("head_dim_256", n=100, head_dim=256),
-    Spec("bfloat16", dtype="bfloat16", heads=4, groups=2, head_dim=32, gates=ALL_GATES),
+    Spec("bfloat16", dtype="bfloat16", heads=4, groups=2, head_dim=32),
 )
 
 
