@@ -47,7 +47,7 @@ def run(path):
     measured = measure.measure(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
     save(rows=rows, rounds=rounds)
-  at = flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
+  at = 0 if of_train else flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
   if at:
     problem, = measure.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
     save(errors={"problem": dataclasses.asdict(problem), **measure.errors(problem, flag("implementation"))})

@@ -138,7 +138,7 @@ def _append_tokens(x, rest, offset=0):
 
 
 def make_lists(expiry, order, *, k, window, chunk, kernels):
-  """`tiles.selection_lists` of [B, G, n] arrays, by kernels or under XLA; n is padded to whole chunks with tokens that are never selected."""
+  """`tiles.selection_lists` of [B, G, n] arrays, by kernels or under XLA; n is padded to whole chunks with unselected tokens; k = 0: empty ones."""
   rest = -expiry.shape[-1] % chunk
   if rest:
     expiry, order = jnp.pad(expiry, ((0, 0), (0, 0), (0, rest))), _append_tokens(order, rest)

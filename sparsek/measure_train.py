@@ -15,7 +15,7 @@ from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, Transformer
 from sparsek.measure import Cell, run_rounds
 from sparsek.model import count_params, init_params
 from sparsek.optimizer import make_optimizer
-from sparsek.train_step import TrainState, make_mesh, make_train_step, put_batch, replicated
+from sparsek.train_step import TrainState, abstract_state, make_mesh, make_train_step, put_batch, replicated
 
 KINDS = ("sparsek", "sliding_window", "full")
 
@@ -44,17 +44,15 @@ def under(kind: str, config: TransformerConfig) -> TransformerConfig:
 class StepCell(Cell):
   """A training step on one batch; its state is on the devices from `start` on."""
 
-  def __init__(self, job: Job, seed: int = 0):
-    self.job, self.compile_seconds, self._mesh, self._seed = job, None, make_mesh(), seed
+  def __init__(self, job: Job):
+    self.job, self.compile_seconds, self._mesh = job, None, make_mesh()
     train = TrainConfig(workdir="", loss_chunk=job.loss_chunk, data=DataConfig(seq_len=job.n, batch_size=job.batch_size),
                         optimizer=OptimizerConfig(num_steps=1000, warmup_steps=100))
     self._optimizer = make_optimizer(train.optimizer)
     super().__init__(make_train_step(job.config, train, self._optimizer, self._mesh), ())
 
   def compile(self) -> None:
-    params, place = abstract_params(self.job.config), replicated(self._mesh)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(self._optimizer.init, params))
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    state = abstract_state(abstract_params(self.job.config), self._optimizer, self._mesh)
     begin = time.perf_counter()
     self._function = self._function.lower(state, self._batch())
     super().compile()
@@ -69,7 +67,7 @@ class StepCell(Cell):
 
   def start(self) -> None:
     everywhere = replicated(self._mesh)
-    params = jax.jit(lambda key: init_params(self.job.config, key), out_shardings=everywhere)(jax.random.key(self._seed))
+    params = jax.jit(lambda key: init_params(self.job.config, key), out_shardings=everywhere)(jax.random.key(0))
     opt_state = jax.jit(self._optimizer.init, out_shardings=everywhere)(params)
     self._args = TrainState(jax.device_put(jnp.int32(0), everywhere), params, opt_state), self._batch()
 

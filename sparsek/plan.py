@@ -14,7 +14,7 @@ from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
 from sparsek.model import count_params
 from sparsek.optimizer import make_optimizer
-from sparsek.train_step import BATCH, TrainState, check_batch, check_implementation, make_mesh, make_train_step, replicated
+from sparsek.train_step import BATCH, abstract_state, check_batch, check_implementation, make_mesh, make_train_step
 
 GB = 1e9
 
@@ -73,16 +73,13 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   """
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
-  place = lambda sharding: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   params = checkpoint.abstract_params(config)
   check_implementation(config, train.data.seq_len, params)
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
   rows, n = train.data.batch_size, train.data.seq_len
-  batch = {name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32) for name in ("tokens", "segment_ids")}
-  arguments = jax.tree.map(place(replicated(mesh)), state), jax.tree.map(place(NamedSharding(mesh, P(BATCH))), batch)
+  batch = {name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH))) for name in ("tokens", "segment_ids")}
   begin = time.perf_counter()
   try:
-    compiled = make_train_step(config, train, optimizer, mesh).lower(*arguments).compile()
+    compiled = make_train_step(config, train, optimizer, mesh).lower(abstract_state(params, optimizer, mesh), batch).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

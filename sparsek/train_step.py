@@ -36,6 +36,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def abstract_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Shapes and placement of the state of a run whose parameters have these shapes."""
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state)
+
+
 def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None:
   """Raises UsageError unless every device gets the same number of rows in every micro-batch."""
   parts = mesh.size * grad_accumulation

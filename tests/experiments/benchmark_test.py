@@ -88,7 +88,7 @@ def test_bad_flags(arguments, message, capsys):
 def test_training(tmp_path, capsys):
   path = tmp_path / "record.json"
   arguments = ["--suite=train", "--preset=tiny", "--lengths=16", "--vocab_size=50", "--k=2", "--window=2", "--rounds=1"]
-  assert run(*arguments, "--documents=2", "--rivals=full", f"--record={path}") == 0
+  assert run(*arguments, "--documents=2", "--rivals=full", "--errors_at=16", f"--record={path}") == 0
   printed = capsys.readouterr().out
   record = json.loads(path.read_text())
   row, = record["rows"]
