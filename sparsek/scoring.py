@@ -37,14 +37,40 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   return Moments(count, a.mean + delta * share, a.deviation + b.deviation + delta**2 * a.count * share)
 
 
-def running_moments(logits_BxNxG: jax.Array, counted_BxN: jax.Array, first_BxN: jax.Array) -> Moments:
-  """Moments of the counted logits from the last `first` token up to each token, itself included: [B, N, 1 or G] each."""
-  def combine(a, b):
-    (a, a_first), (b, b_first) = a, b
-    return jax.tree.map(lambda new, both: jnp.where(b_first, new, both), b, merge_moments(a, b)), a_first | b_first
-  counted = counted_BxN[..., None].astype(jnp.float32)
-  single = Moments(counted, logits_BxNxG * counted, jnp.zeros_like(logits_BxNxG))
-  return jax.lax.associative_scan(combine, (single, first_BxN[..., None]), axis=1)[0]
+def running_sums(x: jax.Array, start: jax.Array, block: int = 32) -> jax.Array:
+  """Sums over the tokens start_i..i, [..., n]; x is [..., n] and start [..., n] never decreases along a row and broadcasts to x.
+
+  Sums inside blocks, to which each adds what the blocks before it hold of its document: three levels for 32768 tokens, where a scan by doubling would take 15.
+  """
+  n = x.shape[-1]
+  block, padding = min(block, n), [(0, 0)] * (x.ndim - 1)
+  size = -(-n // block)
+  blocks = lambda x, **kwargs: jnp.pad(x, (*padding[:x.ndim - 1], (0, size * block - n)), **kwargs).reshape(*x.shape[:-1], size, block)
+  x, start = blocks(x), blocks(start, mode="edge")
+  token = jnp.arange(size * block, dtype=jnp.int32).reshape(size, block)
+  summed = (token[:, None, :] <= token[:, :, None]) & (token[:, None, :] >= start[..., None])
+  sums = jnp.sum(jnp.where(summed, x[..., None, :], 0), axis=-1)
+  if size > 1:
+    before = running_sums(sums[..., -1], start[..., -1] // block, block)
+    before = jnp.pad(before[..., :-1], (*padding, (1, 0)))
+    sums += jnp.where(start < token[:, :1], before[..., None], 0)
+  return sums.reshape(*sums.shape[:-2], -1)[..., :n]
+
+
+def running_moments(logits_BxNxG: jax.Array, counted_BxN: jax.Array, start_BxN: jax.Array) -> Moments:
+  """Moments of the counted logits from token `start` up to each token, itself included: [B, N, 1 or G] each.
+
+  Sums of deviations from the document's first logit, then of squared deviations from the mean so far (Welford 1962): a common offset costs no digits.
+  """
+  heads_first, start_Bx1xN = lambda x: jnp.swapaxes(x, 1, 2), start_BxN[:, None]
+  counted = heads_first(counted_BxN[..., None].astype(jnp.float32))
+  first = jax.lax.stop_gradient(jnp.take_along_axis(logits_BxNxG, start_BxN[..., None], axis=1))    # moments about it do not depend on it
+  offset = heads_first(logits_BxNxG - first) * counted
+  count = running_sums(counted, start_Bx1xN)
+  mean = running_sums(offset, start_Bx1xN) / jnp.maximum(count, 1)
+  # With m before token j and m' after it, (x - m) (x - m') = (x - m')^2 count / (count - 1): 0 at the first.
+  square = (offset - mean) ** 2 * counted * jnp.where(count > 1, count / jnp.maximum(count - 1, 1), 0)
+  return Moments(*map(heads_first, (count, mean + heads_first(first), running_sums(square, start_Bx1xN))))
 
 
 def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int) -> jax.Array:
@@ -139,19 +165,17 @@ class ScoringNetwork(nn.Module):
     position_BxN = position_in_document(segment_ids, batch, length)
     if self.kind == "random":
       return self._random_scores(layer, position_BxN)
-    x_BxNxE = x_BxNxE.astype(jnp.float32)
+    x_BxNxE, start_BxN = x_BxNxE.astype(jnp.float32), jnp.arange(length, dtype=jnp.int32) - position_BxN
     logits_BxNxG = self.linear(x_BxNxE)
     if self.kind == "conv":
       pad = ((0, 0), (self.lookback, self.lookahead))
       channels = jnp.pad(self.conv_in(x_BxNxE), (*pad, (0, 0)))
-      start_BxN = jnp.arange(length) - position_BxN           # names the document
       start = jnp.pad(start_BxN, pad, constant_values=-1)
       same_BxNxT = self._taps(start, length) == start_BxN[..., None]
       logits_BxNxG += self._convolve(self._taps(channels, length) * same_BxNxT[..., None])
     if not self.normalize:
       return self._scores(logits_BxNxG, position_BxN)
-    first_BxN = position_BxN == 0
-    return self._scores(logits_BxNxG, position_BxN, running_moments(logits_BxNxG, jnp.ones_like(first_BxN), first_BxN))
+    return self._scores(logits_BxNxG, position_BxN, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN))
 
   def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0) -> tuple[jax.Array, ScorerState]:
     """Scores that become final with a chunk of C further tokens of one endless document.
@@ -177,7 +201,7 @@ class ScoringNetwork(nn.Module):
     if not self.normalize:
       return self._scores(logits_BxCxG, position_BxC), state
     before = Moments(jnp.maximum(seen - self.delay, 0).astype(jnp.float32), state.mean[:, None], state.deviation[:, None])
-    chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros(position_BxC.shape, bool))
+    chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros_like(position_BxC))
     moments = merge_moments(before, chunk)
     return self._scores(logits_BxCxG, position_BxC, moments), state._replace(mean=moments.mean[:, -1], deviation=moments.deviation[:, -1])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsek.operator import sparsek
-from sparsek.scoring import Moments, ScoringNetwork, fixed_noise, merge_moments, position_in_document
+from sparsek.scoring import ScoringNetwork, fixed_noise, position_in_document, running_moments
 from tests.sparsek.helpers import quick_jit
 
 LENGTH, WIDTH, HEADS = 20, 8, 2
@@ -66,14 +66,22 @@ def test_normalised_over_the_past_of_the_document(name):
       np.testing.assert_allclose(got[b, j], 4 * (raw[b, j] - past.mean(0)) / std + position[b, j] / 1024, atol=2e-5)
 
 
-def test_large_offsets_cost_no_digits():
-  x = np.random.default_rng(0).normal(size=4000).astype(np.float32)
-  offset = np.float32(4096)
-  single = lambda x: Moments(jnp.ones(len(x)), jnp.asarray(x), jnp.zeros(len(x)))
-  moments = quick_jit(lambda x: jax.lax.associative_scan(merge_moments, single(x)))(np.round(x * 1024) / 1024 + offset)
-  want = np.round(x * 1024) / 1024
-  np.testing.assert_allclose(moments.mean[-1] - offset, want.mean(dtype=np.float64), atol=1e-3)
-  np.testing.assert_allclose(moments.deviation[-1] / 4000, want.var(dtype=np.float64), rtol=1e-4)
+@pytest.mark.parametrize("offset", [0, 4096])
+@pytest.mark.parametrize("n, starts", [(1, [0]), (31, [0, 1]), (33, [0, 31, 32]), (2500, [0, 5, 64, 1100, 1101])])
+def test_moments_of_every_prefix(n, starts, offset):
+  """An offset costs no digits: numbers of 10 bits after the point stay exact beside 4096."""
+  random = np.random.default_rng(n)
+  logits, counted = np.round(random.normal(size=(2, n, 3)) * 1024) / 1024, random.random((2, n)) < 0.9
+  counted[0] = True
+  start = np.maximum.accumulate(np.where(np.isin(np.arange(n), starts), np.arange(n), 0))
+  got = quick_jit(running_moments)((logits + offset).astype(np.float32), counted, np.stack([start, start]).astype(np.int32))
+  for b in range(2):
+    for j in random.permutation(n)[:50]:
+      past = logits[b, start[j]:j + 1][counted[b, start[j]:j + 1]]
+      np.testing.assert_array_equal(got.count[b, j], len(past))
+      if len(past):
+        np.testing.assert_allclose(got.mean[b, j] - np.float32(offset), past.mean(0), atol=1e-3 if offset else 1e-5)
+        np.testing.assert_allclose(got.deviation[b, j], past.var(0) * len(past), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
