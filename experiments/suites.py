@@ -3,6 +3,7 @@
 from sparsek import flags, measure, measure_train
 from sparsek.config import preset
 from sparsek.errors import UsageError
+from sparsek.kernels.cudnn import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 
 flags.define_benchmark_flags()
@@ -43,7 +44,7 @@ def problems():
     if FLAGS["scores"].present:
       chosen = [problem for problem in chosen if problem.scores in families]
   else:
-    given = {"k": K, "window": WINDOW, "dtype": "bfloat16" if measure.on_nvidia_gpu() else "float32"}
+    given = {"k": K, "window": WINDOW, "dtype": "bfloat16" if on_nvidia_gpu() else "float32"}
     given |= {name: flag(name) for name in FIELDS if flag(name) is not None}
     chosen = [measure.Problem(n, scores=scores, **given) for scores in families for n in lengths()]
   for problem in chosen:

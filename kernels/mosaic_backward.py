@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work, by_column, by_row, matrix_buffer, phase_of, read_bounds
+from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work, axes, by_column, by_row, matrix_buffer, phase_of, place,
+                            read_bounds)
 
 MOST, MOST_LISTED = 16, 2        # blocks of the window's keys, or of lists, that a program computes one after the other
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
@@ -92,7 +93,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
              dq_ref, delta_ref, dtau_ref, q_smem, do_smem, out_smem, k_smem, v_smem, last_smem, score_smem, lse_smem, delta_smem, tau_smem, left_smem,
              entered_smem,
              k_full, v_full, rows_full, k_free, v_free):
-    b, h, block, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
+    b, h, block, warpgroup = place("batch", "head", "block", "warpgroup")
     g = lax.div(h, jnp.array(heads // groups, h.dtype))
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
@@ -222,7 +223,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
   return plgpu.kernel(
       kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *[jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)] * 2], scratch_types=scratch,
-      grid=(batch, n // BLOCK_Q, heads), grid_names=("batch", "block", "head"), num_threads=3, thread_name="warpgroup",
+      grid=(batch, n // BLOCK_Q, heads), grid_names=axes("batch", "block", "head"), num_threads=3, thread_name=axes("warpgroup")[0],
       compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_query_gradients",
   )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds)
 
@@ -260,7 +261,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     else:
       dk_ref, dv_ref, *refs = refs
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, tau_smem, first_smem, last_smem, score_smem, q_full, do_full, keys_full, q_free, do_free = refs
-    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    program, warpgroup = place("program", "warpgroup")
     number = work.count(program)
 
     def bounds_of(b, block, g, warpgroup):
@@ -426,6 +427,6 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
   out_type = [jax.ShapeDtypeStruct(keys.shape, dtype)] * 2 + [jax.ShapeDtypeStruct((batch, groups, count), jnp.float32)] * bool(lists)
   return plgpu.kernel(
-      kernel, out_type=out_type, scratch_types=scratch, grid=(work.programs,), grid_names=("program",), num_threads=3,
-      thread_name="warpgroup", compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_key_gradients",
+      kernel, out_type=out_type, scratch_types=scratch, grid=(work.programs,), grid_names=axes("program"), num_threads=3,
+      thread_name=axes("warpgroup")[0], compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_key_gradients",
   )(query, keys, values, cotangent, logsumexp, delta, first, last, bounds, *((score, tau) if lists else ()))

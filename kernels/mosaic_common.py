@@ -20,6 +20,17 @@ _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()    # JAX 0.10 wants one, 0.12 takes none
 
 
+def axes(*names: str) -> tuple[str, ...]:
+  """Names for the axes of a kernel's grid. A mesh around the kernel must have none of them: JAX would take the place on the mesh for that in the grid."""
+  return tuple(f"sparsek_{name}" for name in names)
+
+
+def place(*names: str):
+  """Where a thread is along the axes of that name."""
+  found = tuple(lax.axis_index(name) for name in axes(*names))
+  return found if len(found) > 1 else found[0]
+
+
 class Tiling(NamedTuple):
   """Sizes of the kernels' tiles, and how many tiles their circular buffers hold.
 

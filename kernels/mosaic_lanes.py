@@ -4,12 +4,13 @@ Pallas itself moves tiles only; the loads and stores below are single instructio
 """
 
 import jax
-from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
+
+from .mosaic_common import axes, place
 
 LANES = 128                      # threads of a program
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
@@ -171,6 +172,7 @@ def reader(ref, *row):
 def kernel(body, rows, size, *extra, name, **options):
   """Runs body(row, extra, lanes, *refs) for every row, every number below `extra` and lanes up to `size` and beyond."""
   def run(*refs):
-    body(lax.axis_index("row"), lax.axis_index("extra"), lax.axis_index("block") * LANES + numbers(), *refs)
+    row, number, block = place("row", "extra", "block")
+    body(row, number, block * LANES + numbers(), *refs)
   grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
-  return plgpu.kernel(run, grid=tuple(grid.values()), grid_names=tuple(grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)
+  return plgpu.kernel(run, grid=tuple(grid.values()), grid_names=axes(*grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)

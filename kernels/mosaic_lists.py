@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from .mosaic_common import place
 from .mosaic_lanes import LANES, kernel, reader, scatter, scatter_row
 from .tiles import NEVER, TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
@@ -53,7 +54,7 @@ def _lists(expiry, order, k, window, chunk):
   tokens, lasts = zeros(places), zeros(places)
 
   def list_old(row, _, lane, ranked, begins, ends, tokens, lasts, old_place, old_begin):
-    first = lax.axis_index("block") * LANES
+    first = place("block") * LANES
     least, most = first // chunks, jnp.minimum((first + (LANES - 1)) // chunks, segments - 1)
 
     @pl.when(ends[row, chunks, most] > begins[row, chunks * segments + least])           # of most segments no token is old anywhere

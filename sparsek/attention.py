@@ -6,8 +6,10 @@ import numpy as np
 
 from sparsek.causal import select
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
-from sparsek.kernels import mosaic_gpu, mosaic_lanes, reference, xla
+from sparsek.kernels import cudnn, mosaic_gpu, mosaic_lanes, reference, xla
 from sparsek.operator import causal_sparsek, document_bounds
+
+WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "cudnn")
 
 
 def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
@@ -53,6 +55,14 @@ def _resolve(implementation: str | None, query: jax.Array) -> str:
   if implementation and reason:
     raise NotImplementedError(f"implementation='mosaic_gpu' cannot run here: {reason}; use 'xla', which runs on every device")
   return "xla" if reason else "mosaic_gpu"
+
+
+def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None) -> str:
+  """The implementation of a sliding window to run; raises if the one asked for cannot run here."""
+  reason = cudnn.refusal(query, segment_ids) if implementation in (None, "cudnn") else None
+  if implementation == "cudnn" and reason:
+    raise NotImplementedError(f"implementation='cudnn' cannot run here: {reason}; use 'xla', which runs on every device")
+  return "cudnn" if implementation in (None, "cudnn") and not reason else _resolve(implementation, query)
 
 
 def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores: jax.Array, *, k: int, window: int, gate: str = "straight_through",
@@ -114,10 +124,10 @@ def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array,
                              segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
   """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in `sparsek_attention`.
 
-  The implementation is "xla" (None) or "mosaic_gpu".
+  The implementation is "xla", "mosaic_gpu", "cudnn" (without segment_ids), or None for the fastest that can run here.
   """
   check_at_least("window", window, 1)
-  check_choice("implementation", implementation, (None, "xla", "mosaic_gpu"))
+  check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))
   query, key, value = (jnp.asarray(x) for x in (query, key, value))
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
   _check(query, key, value, None, 1, window, "straight_through", scale, segment_ids)
@@ -125,7 +135,10 @@ def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array,
   batch, n, groups = key.shape[:3]
   start, end = document_bounds(segment_ids, batch, n)
   options = dict(k=0, window=int(window), gate="straight_through", scale=scale)
-  if implementation == "mosaic_gpu" and _resolve(implementation, query):
+  implementation = resolve_window(implementation, query, segment_ids)
+  if implementation == "cudnn":
+    return cudnn.attention(query, key, value, window=int(window), scale=scale)
+  if implementation == "mosaic_gpu":
     nothing = jnp.zeros((batch, groups, n), jnp.float32)
     never = nothing.astype(jnp.int32)
     return mosaic_gpu.attention(query, key, value, nothing, nothing, never, never, start, end, **options)

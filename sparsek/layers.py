@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention import sliding_window_attention, sparsek_attention
+from sparsek.attention import resolve_window, sliding_window_attention, sparsek_attention
 from sparsek.config import TransformerConfig
 from sparsek.operator import document_bounds
 from sparsek.scoring import ScoringNetwork, position_in_document
@@ -126,8 +126,8 @@ class SparseKAttention(Attention):
 
 
 def _of_window(config: TransformerConfig) -> str | None:
-  """The implementation of a sliding window that a configuration asks for by name."""
-  return config.implementation if config.implementation == "mosaic_gpu" else None
+  """What `config.implementation` means for a sliding window, which has no reference and no TPU kernels of its own."""
+  return "xla" if config.implementation in ("reference", "mosaic_tpu") else config.implementation
 
 
 class SlidingWindowAttention(Attention):
@@ -141,8 +141,9 @@ class FullAttention(Attention):
   """Causal attention to the whole document."""
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
-    if _of_window(self.config):                                # a window that is never full, and no O(n^2) memory
-      return sliding_window_attention(query, key, value, window=query.shape[1], segment_ids=segment_ids, implementation=_of_window(self.config))
+    implementation = resolve_window(_of_window(self.config), query, segment_ids)
+    if implementation != "xla":                                # a window that is never full, and no O(n^2) memory
+      return sliding_window_attention(query, key, value, window=query.shape[1], segment_ids=segment_ids, implementation=implementation)
     if segment_ids is None:
       return jax.nn.dot_product_attention(query, key, value, is_causal=True)
     # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id apart.

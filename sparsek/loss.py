@@ -61,12 +61,12 @@ def chunked_cross_entropy(hidden: jax.Array, matrix: jax.Array, targets: jax.Arr
 
 
 def _forward(hidden, matrix, targets, counted, chunk):
-  weights = matrix.astype(hidden.dtype)
+  weights = jax.lax.optimization_barrier(matrix.astype(hidden.dtype))    # else XLA converts the matrix again for every chunk
 
   def body(carry, xs):
     total, d_matrix = carry
     hidden_CxE, targets_C, counted_C = xs
-    loss, logits_CxV, logsumexp_C = _chunk_loss(hidden_CxE, matrix, targets_C, counted_C)
+    loss, logits_CxV, logsumexp_C = _chunk_loss(hidden_CxE, weights, targets_C, counted_C)
     softmax_CxV = jnp.exp(logits_CxV - logsumexp_C[:, None])
     is_target_CxV = jax.lax.broadcasted_iota(jnp.int32, softmax_CxV.shape, 1) == targets_C[:, None]
     d_logits_CxV = jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0).astype(hidden.dtype)
@@ -87,15 +87,16 @@ def _backward(chunk, residuals, d_total):
 chunked_cross_entropy.defvjp(_forward, _backward)
 
 
-def summed_loss(config: TransformerConfig, params, tokens: jax.Array, segment_ids: jax.Array, chunk: int) -> jax.Array:
+def summed_loss(config: TransformerConfig, params, tokens: jax.Array, segment_ids: jax.Array, chunk: int, packed: bool = True) -> jax.Array:
   """The cross-entropy in nats summed over the counted targets of a batch.
 
   Args:
     config, params: the model and its parameters.
     tokens, segment_ids: [B, n + 1] int32.
     chunk: rows of logits held at once.
+    packed: rows may hold more than one document; else segment_ids only tell padding at their ends, and attention, which is causal, needs none.
   """
   targets, counted = next_token_targets(tokens, segment_ids)
-  hidden = Transformer(config).apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids[:, :-1], method="hidden")
+  hidden = Transformer(config).apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids[:, :-1] if packed else None, method="hidden")
   hidden = hidden.reshape(-1, hidden.shape[-1])
   return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk)

@@ -16,6 +16,7 @@ import numpy as np
 
 from sparsek import attention, causal, operator, run_directory
 from sparsek.kernels import compaction, mosaic_gpu, mosaic_lanes, reference, specs
+from sparsek.kernels.cudnn import on_nvidia_gpu
 
 RIVALS = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64))    # heads, kv_heads, head_dim of the headline; the first is the main one
@@ -58,11 +59,6 @@ def headline(lengths: Sequence[int] = HEADLINE_LENGTHS, **given) -> list[Problem
     problem = dataclasses.replace(problem, **given)
     distinct.setdefault(dataclasses.replace(problem, rivals=()), problem)
   return list(distinct.values())
-
-
-def on_nvidia_gpu() -> bool:
-  device = jax.devices()[0]
-  return device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
 
 
 def uses_cudnn(dtype: str) -> bool:

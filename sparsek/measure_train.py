@@ -46,7 +46,7 @@ class StepCell(Cell):
 
   def __init__(self, job: Job):
     self.job, self.compile_seconds, self._mesh = job, None, make_mesh()
-    train = TrainConfig(workdir="", loss_chunk=job.loss_chunk, data=DataConfig(seq_len=job.n, batch_size=job.batch_size),
+    train = TrainConfig(workdir="", loss_chunk=job.loss_chunk, data=DataConfig(seq_len=job.n, batch_size=job.batch_size, segment_documents=job.documents > 1),
                         optimizer=OptimizerConfig(num_steps=1000, warmup_steps=100))
     self._optimizer = make_optimizer(train.optimizer)
     super().__init__(make_train_step(job.config, train, self._optimizer, self._mesh), ())

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.config import TransformerConfig
-from sparsek.kernels import saved
+from sparsek.kernels import cudnn, saved
 from sparsek.layers import ATTENTION_MODULES, RMSNorm, SwiGLU
 
 Params = dict[str, Any]
@@ -35,7 +35,7 @@ def _block_class(config: TransformerConfig):
   if config.remat == "none":
     return Block
   policies = jax.checkpoint_policies
-  attention = policies.save_only_these_names(saved.NAME)
+  attention = policies.save_from_both_policies(policies.save_only_these_names(saved.NAME), cudnn.saveable)
   # Products with weights have no batch dimensions; attention's own do, and would take O(n * keys) memory.
   policy = {"dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention), "attention": attention, "full": None}
   return nn.remat(Block, policy=policy[config.remat], prevent_cse=not config.scan_layers)

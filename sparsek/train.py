@@ -130,7 +130,7 @@ class _Run:
     self.iterator = make_train_iterator(dataset, train.data)
     self.heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()
     self.train_step = make_train_step(config, train, self.optimizer, self.mesh)
-    self.eval_step = make_eval_step(config, train.loss_chunk, self.mesh)
+    self.eval_step = make_eval_step(config, train.loss_chunk, self.mesh, train.data.segment_documents)
     self.diagnose = make_diagnose(config)
     self.profile = Profile(train.workdir, train.profile_steps)
     self.peak_flops = flops.peak(jax.devices()[0])

@@ -83,7 +83,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   def local_gradients(params, batch):
     num_targets = _num_targets(batch)
     mean_loss = lambda params, tokens, segment_ids: (
-        summed_loss(config, params, tokens, segment_ids, train.loss_chunk) / jnp.maximum(num_targets, 1))
+        summed_loss(config, params, tokens, segment_ids, train.loss_chunk, train.data.segment_documents) / jnp.maximum(num_targets, 1))
 
     def micro_batch(sums, rows):
       return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, rows["tokens"], rows["segment_ids"])), None
@@ -107,10 +107,10 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh) -> Callable:
-  """Compiles (params, batch) -> (summed loss in nats, number of counted targets)."""
+def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh, packed: bool = True) -> Callable:
+  """Compiles (params, batch) -> (summed loss in nats, number of counted targets); `packed` as in `summed_loss`."""
   def local_loss(params, batch):
-    return jax.lax.psum(summed_loss(config, params, batch["tokens"], batch["segment_ids"], loss_chunk), BATCH), _num_targets(batch)
+    return jax.lax.psum(summed_loss(config, params, batch["tokens"], batch["segment_ids"], loss_chunk, packed), BATCH), _num_targets(batch)
 
   return jax.jit(jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
 

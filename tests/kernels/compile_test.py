@@ -6,7 +6,8 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec, SingleDeviceSharding, use_abstract_mesh
+import numpy as np
 import pytest
 
 from sparsek.causal import select
@@ -38,10 +39,15 @@ def signs_kept(monkeypatch):
   monkeypatch.setattr(FragmentedArray, "select", checked)
 
 
+@functools.cache
+def h100():
+  """A device to compile for."""
+  return topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
+
+
 def compile_for_h100(function, *shapes):
   """The compiled executable; overflow of shared memory and layouts that cannot be are errors."""
-  device = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in shapes]
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())) for x in shapes]
   with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
     return jax.jit(function).lower(*shapes).compile()
 
@@ -88,6 +94,23 @@ def test_sliding_window_compiles(n, window, head_dim):
   """Full attention too, as a window as long as the row."""
   spec = Spec("window", n=n, heads=12, groups=12, head_dim=head_dim, k=0, window=window, dtype="bfloat16")
   compile_for_h100(functools.partial(attention_and_gradients, spec=spec, gate="straight_through"), *arguments(spec))
+
+
+def test_axes_of_a_mesh_may_be_called_anything():
+  """They come before those of kernels of the same name; a kernel that asked for its device would not compile."""
+  spec = Spec("sharded", n=200, heads=2, groups=1, head_dim=64, k=3, window=9, dtype="bfloat16")
+  names = ("batch", "head", "block", "program", "row", "extra", "warpgroup")
+  mesh = Mesh(np.reshape(h100(), (1,) * len(names)), names)
+
+  def run(query, key, value, scores, bounds, cotangent):
+    def attend(query, key, value, scores):
+      selection = select(scores, bounds, bounds, spec.k, spec.window, True, mosaic_lanes.SUPPORTED)
+      return mosaic_gpu.attention(query, key, value, scores, *selection, bounds, bounds, k=spec.k, window=spec.window, gate="value", scale=1.)
+    out, vjp = jax.vjp(attend, query, key, value, scores)
+    return out, vjp(cotangent)
+  query, key, value, scores, *_, bounds, cotangent = arguments(spec)
+  part = PartitionSpec("batch")
+  compile_for_h100(jax.shard_map(run, mesh=mesh, in_specs=part, out_specs=part, check_vma=False), query, key, value, scores, bounds, cotangent)
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (200, 3), (131072, 512)])

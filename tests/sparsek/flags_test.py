@@ -69,9 +69,10 @@ def test_flags_replace_fields():
   assert (run.optimizer.num_steps, run.optimizer.warmup_steps, run.seed, run.data.seed, run.data.segment_documents) == (40, 4, 3, 3, False)
 
 
-def test_a_preset_scans_over_layers_where_the_pattern_fits():
-  scans = lambda *arguments: configs("--workdir=w", "--preset=gpt2_small", *arguments)[0].scan_layers
-  assert scans() and scans("--layer_pattern=sparsek*5,full") and not scans("--layer_pattern=sparsek*4,full") and not scans("--noscan_layers")
+def test_small_presets_scan_over_layers_where_the_pattern_fits():
+  scans = lambda *arguments: configs("--workdir=w", *arguments)[0].scan_layers
+  assert scans("--preset=mini") and not scans("--preset=mini", "--noscan_layers") and not scans("--preset=gpt2_small")
+  assert scans("--preset=mini", "--layer_pattern=sparsek*3,full") and not scans("--preset=mini", "--layer_pattern=sparsek*2,full")
 
 
 def test_flagfile_reproduces_the_run(tmp_path):
