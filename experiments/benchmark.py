@@ -14,7 +14,7 @@ import json
 import os
 
 from experiments.suites import flag, jobs, names, problems
-from sparsek import benchmark_report, flags, measure, measure_train, train_report
+from sparsek import benchmark_report, flags, measure, measure_train, train_report, transformers_llama
 from sparsek.errors import RunError, UsageError
 
 REFERENCE_LENGTH = 4096
@@ -29,9 +29,10 @@ def run(path):
   """Measures and returns the record, which it writes to `path` after every round."""
   of_train = flag("suite") == "train"
   chosen = jobs() if of_train else problems()
+  limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
+  kinds = names("rivals", (*measure_train.KINDS, *transformers_llama.KINDS)) if of_train and flag("rivals") else measure_train.kinds_here()
+  others = measure_train.measure_transformers(chosen, kinds, flag("max_transformers"), flag("rounds"), say) if of_train else {}
   record = {"suite": flag("suite"), **measure.environment(), "flags": flags.into_string().split(), "errors": None}
-  limits = flag("rounds"), flag("seconds")
-  say = functools.partial(print, flush=True)
 
   def save(**more):
     record.update(more)
@@ -42,7 +43,7 @@ def run(path):
       os.replace(path + ".new", path)
 
   if of_train:
-    measured = measure_train.measure(chosen, names("rivals", measure_train.KINDS) if flag("rivals") else measure_train.KINDS, *limits, say=say)
+    measured = measure_train.measure(chosen, kinds, *limits, others=others, say=say)
   else:
     measured = measure.measure(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:

@@ -133,7 +133,7 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.boolean("tie_embeddings", None, "The output matrix is the embedding. Default: true.")
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes. dots: all but attention and products with "
                 "weights; attention: all but attention. Default: none.")
-  define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster and runs slower. Default: true for tiny and mini where the pattern fits.")
+  define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster, runs slower. Default: true for tiny and mini where the pattern fits.")
 
 
 def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -190,7 +190,8 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("scores", "normal", f"Families of the scores, separated by commas: {', '.join(SCORE_FAMILIES)}. With rising ones every token enters the "
                 "selection, with falling ones none.")
   define.string("rivals", None, "What to time, separated by commas: sparsek, sliding_window, dense, xla, thresholds; of the train suite sparsek, "
-                "sliding_window, full. Default: all; xla only beside another implementation.")
+                "sliding_window, full, and Hugging Face's Llama where installed: transformers (compiled as a whole), transformers_layers (layer by "
+                "layer). Default: all; xla only beside another implementation.")
   define.choice("preset", None, list(config_lib.PRESETS), "Model to train. Default: gpt2_small.")
   define.number("vocab_size", 32768, "Of the model to train.", lower=1)
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass of the model recomputes. Default: none.")
@@ -199,6 +200,7 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("loss_chunk", config_lib.TrainConfig.loss_chunk, "Tokens whose logits exist at once in training.", lower=1)
   define.number("max_dense", None, "Longest length for dense. Default: any with cuDNN, else 4096.", lower=0)
   define.number("max_xla", 32768, "Longest length for xla.", lower=0)
+  define.number("max_transformers", 32768, "Longest length for transformers.", lower=0)
   define.number("rounds", 10, "Most timed rounds over everything, of which medians are taken.", lower=1)
   define.number("seconds", 150.0, "No round is begun that would end later than this after the first began.", lower=0, kind=float)
   define.number("errors_at", None, "Length at which to compare with the float32 reference, which is quadratic; 0: do not. Default: 4096 in the headline, "

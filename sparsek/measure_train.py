@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek import flops
+from sparsek import flops, transformers_llama
 from sparsek.checkpoint import abstract_params
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.measure import Cell, run_rounds
@@ -18,6 +18,7 @@ from sparsek.optimizer import make_optimizer
 from sparsek.train_step import TrainState, abstract_state, make_mesh, make_train_step, put_batch, replicated
 
 KINDS = ("sparsek", "sliding_window", "full")
+TRANSFORMERS_SECONDS = 5.0      # most to sample one of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,21 @@ class Job:
     """Of the documents of a row."""
     cuts = [self.n - (self.n >> i) for i in range(self.documents)] + [self.n]
     return [b - a for a, b in zip(cuts, cuts[1:]) if b > a]
+
+
+def kinds_here() -> tuple[str, ...]:
+  """What can be compared here: all kinds of attention, and transformers' Llama where it is installed beside a GPU."""
+  return KINDS + (tuple(transformers_llama.KINDS) if transformers_llama.available() else ())
+
+
+def measure_transformers(jobs: Sequence[Job], kinds: Sequence[str], max_n: int, rounds: int, say: Callable[[str], None]) -> dict[tuple[int, str], dict]:
+  """{(place of the job, kind): what `transformers_llama.run` found}, for the jobs of at most max_n tokens; to be called before JAX takes the GPU's memory."""
+  found = {}
+  for i, job in enumerate(jobs):
+    for kind in (kind for kind in transformers_llama.KINDS if kind in kinds and job.n <= max_n):
+      found[i, kind] = transformers_llama.run(kind, job.config, job.n, job.batch_size, job.loss_chunk, rounds, TRANSFORMERS_SECONDS)
+      say(f"n={job.n}, {kind}: " + (found[i, kind].get("failed") or f"compiled in {found[i, kind]['compile_seconds']:.0f} s"))
+  return found
 
 
 def under(kind: str, config: TransformerConfig) -> TransformerConfig:
@@ -82,32 +98,37 @@ class StepCell(Cell):
     return time.perf_counter() - begin
 
   def record(self) -> dict:
-    found = super().record()
-    if self.failed is None:
-      lengths, job, peak = self.job.lengths() * self.job.batch_size, self.job, flops.peak(jax.devices()[0])
-      seconds = found["ms"] / 1e3
-      work = flops.training_flops(job.config, abstract_params(job.config), np.array(lengths))
-      found |= {"tokens_per_second": job.n * job.batch_size / seconds, "step_tflop": work / 1e12, "compile_seconds": self.compile_seconds,
-                "mfu": None if peak is None else work / seconds / (peak * jax.device_count())}
+    return rated(self.job, super().record() | {"compile_seconds": self.compile_seconds}, jax.device_count())
+
+
+def rated(job: Job, found: dict, devices: int) -> dict:
+  """`found` with the speed that its milliseconds a step mean for a job; the operations of recomputed parts do not count."""
+  if "failed" in found:
     return found
+  peak, seconds = flops.peak(jax.devices()[0]), found["ms"] / 1e3
+  work = flops.training_flops(job.config, abstract_params(job.config), np.array(job.lengths() * job.batch_size))
+  return found | {"tokens_per_second": job.n * job.batch_size / seconds, "step_tflop": work / 1e12,
+                  "mfu": None if peak is None else work / seconds / (peak * devices)}
 
 
 def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10, seconds: float = math.inf, sample_seconds: float = 0.3,
-            say: Callable[[str], None] = lambda text: None) -> Iterator[tuple[int, list[dict]]]:
+            others: dict[tuple[int, str], dict] | None = None, say: Callable[[str], None] = lambda text: None) -> Iterator[tuple[int, list[dict]]]:
   """Times the jobs one after the other, the kinds of each in turn, round after round.
 
   Args:
-    jobs: what to train; their attention is replaced by each of `kinds`.
+    jobs: what to train; their attention is replaced by each of `kinds` (those in KINDS).
     rounds: most samples of each kind.
     seconds: no round of a job is begun that would end later than this after its first began.
     sample_seconds: a sample takes as many steps as last this long.
+    others: what `measure_transformers` found.
     say: takes lines of progress.
   Yields:
     After each round: how many of the last job are done, and the rows so far: what the job is, and "rivals": {kind: {"ms" or "failed", "mib", ...}}.
   """
   rows = []
-  for job in jobs:
-    cells = {kind: StepCell(dataclasses.replace(job, config=under(kind, job.config))) for kind in kinds}
+  for i, job in enumerate(jobs):
+    other = {kind: rated(dataclasses.replace(job, config=under("full", job.config)), found, 1) for (place, kind), found in (others or {}).items() if place == i}
+    cells = {kind: StepCell(dataclasses.replace(job, config=under(kind, job.config))) for kind in kinds if kind in KINDS}
     for kind, cell in cells.items():
       for action in (cell.compile, cell.start):
         cell.attempt(action)
@@ -117,5 +138,6 @@ def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10,
     fields = {"model": f"{size:.0f}M parameters, {job.config.dtype}", "k": job.config.k, "window": job.config.window, "remat": job.config.remat,
               **{name: getattr(job, name) for name in ("n", "batch_size", "documents", "loss_chunk")}}
     for done in run_rounds(list(cells.values()), rounds, seconds):
-      yield done, [*rows, {**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()}}]
-    rows.append({**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()}})
+      row = {**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()} | other}
+      yield done, [*rows, row]
+    rows.append(row)

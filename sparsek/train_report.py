@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sparsek import plots
 from sparsek.benchmark_report import aligned, number, quotient
 
-LABELS = {"sparsek": "sparsek", "sliding_window": "sliding window", "full": "full attention"}
+LABELS = {"sparsek": "sparsek", "full": "full attention", "transformers": "transformers", "transformers_layers": "transformers by layer"}
 
 
 def figure(row: dict, kind: str, what: str = "tokens_per_second") -> float | None:
@@ -28,7 +28,7 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
     if value is not None:
       lines.append({"what": what, "value": value})
   for row in filter(None, (quarter, longest)):
-    for rival in ("sliding_window", "full"):
+    for rival in ("sliding_window", "full", "transformers", "transformers_layers"):
       add(f"tokens/s over those of {label(row, rival)} at {row['n']}", quotient(figure(row, "sparsek"), figure(row, rival)))
   if quarter:
     add(f"tokens/s at {longest['n']} over tokens/s at {quarter['n']}", quotient(figure(longest, "sparsek"), figure(quarter, "sparsek")))

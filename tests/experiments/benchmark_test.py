@@ -97,4 +97,4 @@ def test_training(tmp_path, capsys):
   assert "full attention" in printed and (tmp_path / "record.png").exists()
   assert run(f"--show={path}") == 0
   assert capsys.readouterr().out == printed[printed.index(record["device"] + ", 1M"):]
-  assert run("--suite=train", "--rivals=dense") == 2 and "'dense' must be one of sparsek, sliding_window, full" in capsys.readouterr().err
+  assert run("--suite=train", "--rivals=dense") == 2 and "'dense' must be one of sparsek, sliding_window, full, transformers" in capsys.readouterr().err
