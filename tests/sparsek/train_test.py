@@ -114,6 +114,19 @@ def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
   assert not options
 
 
+def test_the_loop_moves_nothing_unasked(finished, dataset, tmp_path, monkeypatch):
+  """Batches in by device_put and metrics out by device_get; between them the host must not make the devices wait."""
+  loop = train._Run.loop
+
+  def guarded(*args):
+    with jax.transfer_guard("disallow"):
+      with pytest.raises(Exception, match="Disallowed"):
+        jax.jit(lambda x: x + 1)(np.ones(3))                    # the guard guards
+      return loop(*args)
+  monkeypatch.setattr(train._Run, "loop", guarded)
+  assert train.train(CONFIG, run_config(tmp_path), dataset).loss == finished[1].loss
+
+
 def test_a_trace_ends_with_the_run(dataset, tmp_path):
   train.train(CONFIG, run_config(tmp_path, profile_steps="7:99"), dataset)
   assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
