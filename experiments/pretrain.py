@@ -7,6 +7,7 @@ flags.txt (a --flagfile that reproduces the run), model.json and versions.json. 
 --dry_run says what a step takes, and does nothing.
 """
 
+import dataclasses
 import os
 
 from sparsek import data, flags, plan, run_directory, train
@@ -23,6 +24,8 @@ def main() -> None:
   config = flags.train_config()
   dataset = data.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
   model = flags.model_config(vocab_size=dataset.vocab_size)
+  if flags.FLAGS["remat"].value is None:
+    model = dataclasses.replace(model, remat=plan.remat_that_fits(model, config, plan.memory_limit()))
   if flags.FLAGS["dry_run"].value:
     print("\n".join(plan.make_plan(model, config).lines()))
     return

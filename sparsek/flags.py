@@ -132,7 +132,7 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.boolean("use_bias", None, "Biases on the query, key and value projections. Default: false.")
   define.boolean("tie_embeddings", None, "The output matrix is the embedding. Default: true.")
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes. dots: all but attention and products with "
-                "weights; attention: all but attention. Default: none.")
+                "weights; attention: all but attention. Default: none; to train, attention where memory would not suffice.")
   define.boolean("scan_layers", None, "Scan over stacked layers, which compiles faster, runs slower. Default: true for tiny and mini where the pattern fits.")
 
 

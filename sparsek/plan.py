@@ -64,6 +64,24 @@ class Plan:
     return lines
 
 
+def memory_limit() -> int | None:
+  """Bytes that JAX may take of a device, or None where the backend does not say."""
+  return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | None) -> str:
+  """"none" where what the backward pass needs should fit into `limit` bytes a device (or None: any), else "attention".
+
+  An estimate, within a tenth of what the compiler finds for the presets: per token and layer the block's input and two norms, queries, keys, values and
+  the attention's output, and four arrays of the MLP's width; parameters, gradients and two moments; a chunk of logits.
+  """
+  per_token = 3 * config.embed_dim + 2 * config.head_dim * (config.num_heads + config.num_kv_heads) + 4 * config.mlp_dim
+  tokens = train.data.seq_len * -(-train.data.batch_size // (train.grad_accumulation * jax.device_count()))
+  activations = tokens * config.num_layers * per_token * config.activation_dtype.itemsize
+  state = 16 * count_params(checkpoint.abstract_params(config)) + 6 * min(train.loss_chunk, tokens) * config.vocab_size
+  return "none" if limit is None or activations + state <= 0.9 * limit else "attention"
+
+
 def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   """Compiles the training step and counts.
 
@@ -87,9 +105,9 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
   lengths = np.full(rows, n)
   step_flops, full_flops = (flops.training_flops(c, params, lengths) for c in (config, dataclasses.replace(config, attention="full")))
-  peak, statistics = flops.peak(jax.devices()[0]), jax.devices()[0].memory_stats() or {}
+  peak = flops.peak(jax.devices()[0])
   return Plan(
       parameters=count_params(params), tokens=rows * n, step_flops=step_flops, full_flops=full_flops, compile_seconds=seconds,
-      seconds_at_peak=peak and step_flops / (peak * mesh.size), limit_bytes=statistics.get("bytes_limit"),
+      seconds_at_peak=peak and step_flops / (peak * mesh.size), limit_bytes=memory_limit(),
       state_bytes=memory and memory.argument_size_in_bytes,
       temporary_bytes=memory and memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)

@@ -10,9 +10,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec, Sing
 import numpy as np
 import pytest
 
+from sparsek import plan
 from sparsek.causal import select
+from sparsek.checkpoint import abstract_params
+from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.kernels import mosaic_gpu, mosaic_lanes
 from sparsek.kernels.specs import Spec
+from sparsek.optimizer import make_optimizer
+from sparsek.train_step import BATCH, abstract_state, make_train_step
 
 try:
   import jax_plugins.xla_cuda13  # noqa: F401  registers the compiler
@@ -125,3 +130,22 @@ def test_selection_compiles(n, k):
     threshold, vjp, rest = jax.vjp(thresholds, scores, has_aux=True)
     return threshold, rest, vjp(cotangent)
   compile_for_h100(run, scores, bounds, bounds, scores)
+
+
+@pytest.mark.parametrize("name, n, remat", [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none")])
+def test_training_step_fits(name, n, remat, monkeypatch):
+  """A whole optimizer step with the kernels inside; JAX takes three quarters of the device's 80 GB by default."""
+  monkeypatch.setattr(mosaic_gpu, "refusal", lambda query: None)
+  monkeypatch.setattr(mosaic_lanes, "can_run", lambda: True)
+  config, mesh = preset(name, remat=remat, implementation="mosaic_gpu"), Mesh(np.array([h100()]), (BATCH,))
+  train = TrainConfig(workdir="", data=DataConfig(seq_len=n, batch_size=1, segment_documents=False))
+  optimizer = make_optimizer(train.optimizer)
+  state = abstract_state(abstract_params(config), optimizer, mesh)
+  batch = {name: jax.ShapeDtypeStruct((1, n + 1), jnp.int32, sharding=SingleDeviceSharding(h100())) for name in ("tokens", "segment_ids")}
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
+    memory = make_train_step(config, train, optimizer, mesh).lower(state, batch).compile().memory_analysis()
+  gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
+  print(f"{name}, {n} tokens, remat {remat}: {gigabytes:.1f} GB")
+  assert gigabytes < 0.75 * 80
+  if remat == "none":
+    assert plan.remat_that_fits(config, train, 1.3e9 * gigabytes) == "none" and plan.remat_that_fits(config, train, 0.9e9 * gigabytes) == "attention"

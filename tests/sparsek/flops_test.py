@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsek import checkpoint, flops, plan
-from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, preset
 from sparsek.errors import RunError, UsageError
 
 CONFIG = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12, k=3, window=5,
@@ -58,6 +58,15 @@ def test_plan(monkeypatch):
   tight = dataclasses.replace(found, limit_bytes=found.state_bytes)
   assert tight.fits is False and "it does not fit" in tight.lines()[-1]
   assert "it fits" in dataclasses.replace(found, limit_bytes=10**10).lines()[-1]
+
+
+@pytest.mark.parametrize("seq_len, grad_accumulation, limit, expected", [
+    (131072, 1, 64e9, "none"), (262144, 1, 64e9, "attention"), (131072, 2, 64e9, "none"), (131072, 1, 40e9, "attention"), (262144, 1, None, "none")])
+def test_what_is_recomputed_depends_on_memory(seq_len, grad_accumulation, limit, expected):
+  """Compiled for an H100 with a vocabulary of 32768, 131072 tokens take 44 GB without recomputing."""
+  data = DataConfig(seq_len=seq_len, batch_size=grad_accumulation * jax.device_count())
+  train = TrainConfig(workdir="", data=data, grad_accumulation=grad_accumulation)
+  assert plan.remat_that_fits(preset("gpt2_small", vocab_size=32768), train, limit) == expected
 
 
 def test_plan_refuses_what_cannot_run_here():
