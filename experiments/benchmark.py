@@ -25,14 +25,30 @@ def report_of(record):
   return train_report if record.get("suite") == "train" else benchmark_report
 
 
+def load(path):
+  """A record that an earlier run wrote."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      record = json.load(file)
+  except (OSError, ValueError) as error:
+    raise UsageError(f"{path} cannot be read: {error}") from None
+  if "summary" not in record:
+    raise UsageError(f"{path}: no record of this benchmark")
+  return record
+
+
 def run(path):
   """Measures and returns the record, which it writes to `path` after every round."""
   of_train = flag("suite") == "train"
+  if flag("extend") and not (of_train and path):
+    raise UsageError("--extend: needs --suite=train and --record")
+  old = load(path) if flag("extend") and os.path.exists(path) else None
   chosen = jobs() if of_train else problems()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
   kinds = names("rivals", (*measure_train.KINDS, *transformers_llama.KINDS)) if of_train and flag("rivals") else measure_train.kinds_here()
   others = measure_train.measure_transformers(chosen, kinds, flag("max_transformers"), flag("rounds"), say) if of_train else {}
   record = {"suite": flag("suite"), **measure.environment(), "flags": flags.into_string().split(), "errors": None}
+  kept = train_report.rows_to_keep(old, record) if old else []
 
   def save(**more):
     record.update(more)
@@ -47,7 +63,7 @@ def run(path):
   else:
     measured = measure.measure(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
-    save(rows=rows, rounds=rounds)
+    save(rows=train_report.merge(kept, rows) if of_train else rows, rounds=rounds)
   at = 0 if of_train else flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
   if at:
     problem, = measure.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
@@ -61,13 +77,7 @@ def main() -> None:
   if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
     raise UsageError(f"--{'show' if flag('show') else 'record'}={path}: must be a .json file in a folder that exists")
   if flag("show"):
-    try:
-      with open(path, encoding="utf-8") as file:
-        record = json.load(file)
-    except (OSError, ValueError) as error:
-      raise UsageError(f"--show={path} cannot be read: {error}") from None
-    if "summary" not in record:
-      raise UsageError(f"--show={path}: no record of this benchmark")
+    record = load(path)
   else:
     record = run(path)
   report = report_of(record)

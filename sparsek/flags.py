@@ -206,6 +206,8 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("errors_at", None, "Length at which to compare with the float32 reference, which is quadratic; 0: do not. Default: 4096 in the headline, "
                 "else 0.", lower=0)
   define.string("record", None, "Also write flags, figures, versions and device to this .json file, and a picture beside it.")
+  define.boolean("extend", False, "Of the train suite: keep the rows that --record has of other lengths, documents, remat or batch size, if of this commit and "
+                 "device.")
   define.string("show", None, "Time nothing; print this record and draw its picture again.")
 
 

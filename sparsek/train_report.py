@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sparsek import plots
 from sparsek.benchmark_report import aligned, number, quotient
+from sparsek.errors import UsageError
 
 LABELS = {"sparsek": "sparsek", "full": "full attention", "transformers": "transformers", "transformers_layers": "transformers by layer"}
 
@@ -17,9 +18,30 @@ def label(row: dict, kind: str) -> str:
   return f"sliding window {row['k'] + row['window']}" if kind == "sliding_window" else LABELS[kind]
 
 
+IDENTITY = ("model", "n", "batch_size", "documents", "remat", "k", "window", "loss_chunk")       # fields of a row
+
+
+def rows_to_keep(old: dict, record: dict) -> list[dict]:
+  """The rows of an older record, for one that extends it; raises UsageError unless both are of the same device, commit and packages."""
+  for name, there, here in (("suite", old["suite"], record["suite"]), ("device", old["device"], record["device"]),
+                            *((name, old["versions"].get(name), record["versions"].get(name)) for name in ("commit", "packages"))):
+    if there != here:
+      raise UsageError(f"--extend: the record's {name} is {there}, here it is {here}")
+  return old["rows"]
+
+
+def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
+  """All rows by documents, then length; a new one takes the place of an old one of the same problem."""
+  identity = lambda row: tuple(row.get(name) for name in IDENTITY)
+  made = {identity(row) for row in new}
+  return sorted([*(row for row in old if identity(row) not in made), *new], key=lambda row: (row["documents"], row["n"]))
+
+
 def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
   """[{"what", "value"}]: the ratios that goals are set for, at the longest length and a quarter of it, wherever the rows to compute them exist."""
-  by_length = {row["n"]: row for row in rows}
+  few = min(row["documents"] for row in rows)
+  alike = [row for row in rows if row["documents"] == few and row["remat"] == rows[0]["remat"]]
+  by_length = {row["n"]: row for row in alike}
   longest = by_length[max(by_length)]
   quarter = by_length.get(longest["n"] // 4)
   lines = []
@@ -32,6 +54,10 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
       add(f"tokens/s over those of {label(row, rival)} at {row['n']}", quotient(figure(row, "sparsek"), figure(row, rival)))
   if quarter:
     add(f"tokens/s at {longest['n']} over tokens/s at {quarter['n']}", quotient(figure(longest, "sparsek"), figure(quarter, "sparsek")))
+  for row in rows:
+    if row["documents"] > few and row["n"] in by_length:
+      speeds = figure(row, "sparsek"), figure(by_length[row["n"]], "sparsek")
+      add(f"tokens/s with {row['documents']} documents a row over {few} at {row['n']}", quotient(*speeds))
   return lines
 
 
@@ -42,7 +68,7 @@ def table(rows: Sequence[dict]) -> list[str]:
     for kind, found in row["rivals"].items():
       failed, mfu = found.get("failed"), found.get("mfu")
       lines.append({
-          "n": str(row["n"]), "rows": str(row["batch_size"]), "documents a row": str(row["documents"]), "attention": label(row, kind),
+          "n": str(row["n"]), "rows": str(row["batch_size"]), "documents a row": str(row["documents"]), "remat": row["remat"], "attention": label(row, kind),
           "tokens/s": failed if failed == "out of memory" else "failed" if failed else f"{found['tokens_per_second']:,.0f}",
           "ms a step": number(found.get("ms")), "MFU": "" if mfu is None else f"{mfu:.1%}", "TFLOP a step": number(found.get("step_tflop")),
           "MiB": number(found.get("mib")), "compiled in s": number(found.get("compile_seconds"))})
@@ -57,13 +83,13 @@ def failures(record: dict) -> list[str]:
 
 def title(record: dict) -> str:
   row = record["rows"][0]
-  return f"{record['device']}, {row['model']}, k={row['k']} window={row['window']}, remat {row['remat']}"
+  return f"{record['device']}, {row['model']}, k={row['k']} window={row['window']}"
 
 
 def draw(path: str, record: dict) -> None:
   """Writes the picture: tokens per second against length."""
-  curves = {}
-  for row in record["rows"]:
+  curves, few = {}, min(row["documents"] for row in record["rows"])
+  for row in (row for row in record["rows"] if row["documents"] == few):
     for kind in row["rivals"]:
       if figure(row, kind) is not None:
         curves.setdefault(label(row, kind), []).append((row["n"], figure(row, kind)))

@@ -77,8 +77,9 @@ def test_a_file_that_is_no_record(tmp_path, capsys):
     (["--rivals=dens"], "'dens' must be one of sparsek, sliding_window, dense"),
     (["--record=/nowhere/at/all.json"], "--record=/nowhere/at/all.json: must be a .json file in a folder that exists"),
     (["--record=x.png"], "--record=x.png: must be a .json file"),
-    (["--show=nowhere.json"], "--show=nowhere.json cannot be read"),
+    (["--show=nowhere.json"], "nowhere.json cannot be read"),
     (["--rounds=0"], "--rounds=0"),
+    (["--extend", "--record=x.json"], "--extend: needs --suite=train and --record"),
 ])
 def test_bad_flags(arguments, message, capsys):
   assert run(*arguments) == 2
@@ -97,4 +98,7 @@ def test_training(tmp_path, capsys):
   assert "full attention" in printed and (tmp_path / "record.png").exists()
   assert run(f"--show={path}") == 0
   assert capsys.readouterr().out == printed[printed.index(record["device"] + ", 1M"):]
+  assert run(*arguments, "--documents=2", "--rivals=full", "--lengths=8", "--extend", f"--record={path}") == 0
+  extended = json.loads(path.read_text())["rows"]
+  assert [row["n"] for row in extended] == [8, 16] and extended[1] == row
   assert run("--suite=train", "--rivals=dense") == 2 and "'dense' must be one of sparsek, sliding_window, full, transformers" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import pytest
 
 from sparsek import measure_train, train_report
 from sparsek.config import TransformerConfig
+from sparsek.errors import UsageError
 
 CONFIG = TransformerConfig(vocab_size=17, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=3, window=5,
                            implementation="reference")
@@ -32,6 +33,18 @@ def test_table_and_failures():
   assert "sliding window 8" in lines[1] and "25.0%" in lines[1] and "out of memory" in lines[5]
   assert train_report.failures({"rows": ROWS}) == []
   assert train_report.failures({"rows": [row(4, full="RuntimeError: no")]}) == ["full attention, n=4: RuntimeError: no"]
+
+
+def test_extending_a_record():
+  def record(rows, **versions):
+    return {"suite": "train", "device": "d", "versions": {"commit": "c", "packages": {}, **versions}, "rows": rows}
+  rows = [row(16, sparsek=1.), {**row(16, sparsek=2.), "documents": 4}, row(64, sparsek=3.)]
+  assert train_report.rows_to_keep(record(rows), record([])) == rows
+  with pytest.raises(UsageError, match="the record's commit is c, here it is e"):
+    train_report.rows_to_keep(record(rows), record([], commit="e"))
+  merged = train_report.merge(rows, [row(32, sparsek=5.), row(16, sparsek=4.)])
+  assert [(x["n"], x["documents"], x["rivals"]["sparsek"]["tokens_per_second"]) for x in merged] == [(16, 1, 4.), (32, 1, 5.), (64, 1, 3.), (16, 4, 2.)]
+  assert {line["what"]: line["value"] for line in train_report.summary(merged)}["tokens/s with 4 documents a row over 1 at 16"] == .5
 
 
 def test_jobs():
