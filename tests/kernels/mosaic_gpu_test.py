@@ -59,8 +59,10 @@ class TestMosaicGpu(AttentionTest):
       attend = functools.partial(sparsek.sliding_window_attention, window=window, segment_ids=ids, implementation=implementation)
       out, vjp = jax.vjp(attend, *inputs)
       return out, *vjp(cotangent)
-    for name, x, y in zip(("out", *ARGUMENTS), jax.jit(run, static_argnums=0)("mosaic_gpu"), jax.jit(run, static_argnums=0)("xla")):
-      assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < 1e-2, name
+    expected = jax.jit(run, static_argnums=0)("xla")
+    for implementation in ("mosaic_gpu",) if documents else ("mosaic_gpu", "cudnn"):
+      for name, x, y in zip(("out", *ARGUMENTS), jax.jit(run, static_argnums=0)(implementation), expected):
+        assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < 1e-2, (implementation, name)
 
   def test_is_the_default(self):
     inputs = self.problem(SPECS[0])[0]
@@ -97,6 +99,18 @@ def test_gradients_trace_inside_shard_map():
   inputs = make_inputs(spec)
   traced = jax.jit(jax.shard_map(jax.grad(loss, argnums=(0, 1, 2, 3)), mesh=mesh, in_specs=part, out_specs=part)).trace(*inputs)
   assert [x.shape for x in traced.out_info] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize("dtype, head_dim, ids, words", [
+    ("bfloat16", 64, True, "segment_ids"), ("float32", 64, False, "float32"), ("bfloat16", 20, False, "head_dim 20"), ("bfloat16", 64, False, "NVIDIA GPU")])
+def test_cudnn_says_why_it_cannot_run(dtype, head_dim, ids, words):
+  if words == "NVIDIA GPU" and jax.default_backend() == "gpu":
+    pytest.skip("there is a GPU")
+  x = jnp.zeros((1, 8, 1, head_dim), dtype)
+  segments = jnp.ones((1, 8), jnp.int32) if ids else None
+  with pytest.raises(NotImplementedError, match=f"implementation='cudnn' cannot run here: .*{words}"):
+    sparsek.sliding_window_attention(x, x, x, window=2, segment_ids=segments, implementation="cudnn")
+  assert sparsek.sliding_window_attention(x, x, x, window=2, segment_ids=segments).shape == x.shape
 
 
 @pytest.mark.parametrize("dtype, head_dim, words", [
