@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from sparsek import cached_attention
 from sparsek.cached_attention import NOWHERE, KeysAndValues, SelectionCache
 from sparsek.config import TransformerConfig, check_at_least
-from sparsek.layers import ATTENTION_MODULES, RMSNorm, SwiGLU, scoring_network
+from sparsek.baselines import ATTENTION_MODULES, BASELINES
+from sparsek.layers import RMSNorm, SwiGLU, scoring_network
 from sparsek.model import Params, hidden_to_logits, layer_params, output_matrix
 
 PREFILL_CHUNK = 512
@@ -37,11 +38,14 @@ def init_cache(config: TransformerConfig, batch_size: int, *, max_length: int | 
     support_size: scores kept per head beyond the k slots; default 8 k + 64. Supports that are larger (nearly equal scores) lose their
       lowest members, which makes the threshold slightly low and gates slightly high.
   Raises:
-    ValueError: for sizes below 1 (support_size below 0), or max_length=None where a layer is full.
+    ValueError: for sizes below 1 (support_size below 0), max_length=None where a layer is full, or a layer that is a baseline.
   """
   check_at_least("batch_size", batch_size, 1)
   support_size = 8 * config.k + 64 if support_size is None else support_size
   check_at_least("support_size", support_size, 0)
+  for kind in config.attention:
+    if kind in BASELINES:
+      raise ValueError(f"attention={kind!r}: there is no cache for baselines; sparsek, sliding_window and full layers have one")
   if "full" in config.attention:
     if max_length is None:
       raise ValueError("max_length=None: a model with full attention layers keeps every token, so init_cache needs max_length >= 1")

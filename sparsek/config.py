@@ -4,7 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-ATTENTION_KINDS = ("sparsek", "sliding_window", "full")
+ATTENTION_KINDS = ("sparsek", "sliding_window", "full", "random", "attention_sinks", "strided", "lsh", "block_topk", "linear")
+NEED_WINDOW = ("sliding_window", "block_topk", "linear")
 GATES = ("straight_through", "value", "key_value")
 SCORERS = ("linear", "conv", "random")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
@@ -57,9 +58,10 @@ class TransformerConfig:
     num_kv_heads: key/value heads G; H must be a multiple of G.
     head_dim: width D of a head; even, for the rotary embedding.
     mlp_dim: hidden width of the SwiGLU.
-    attention: attention kind per layer as a pattern that repeats over the layers: "sparsek", "sparsek*5,full" or a tuple.
-    k: selected key/value pairs per query (sparsek layers).
-    window: most recent tokens each query sees, itself included (sparsek and sliding_window layers).
+    attention: attention kind per layer as a pattern that repeats over the layers: "sparsek", "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window,
+      full, and the baselines of `sparsek.baselines`: random, attention_sinks, strided, lsh, block_topk, linear.
+    k: selected key/value pairs per query (all kinds but sliding_window, full and linear).
+    window: most recent tokens each query sees, itself included (all kinds but full; lsh sees k + window of its bucket instead).
     gate: how the selection mask enters; see `sparsek.sparsek_attention`.
     scorer: scoring network: "linear", "conv" (a short convolution), "random" (fixed noise, the control).
     scorer_lookahead: tokens after its own that a conv scorer may see; at most `window`, since a token is judged only after `window` steps.
@@ -122,8 +124,9 @@ class TransformerConfig:
     check_choice("implementation", self.implementation, (None, *IMPLEMENTATIONS))
     if "sparsek" in self.attention and self.scorer == "conv" and self.scorer_lookahead > self.window:
       raise ValueError(f"scorer_lookahead={self.scorer_lookahead} must be at most window={self.window}: a token is judged when it leaves the window")
-    if "sliding_window" in self.attention and self.window < 1:
-      raise ValueError(f"window={self.window} must be at least 1 for sliding_window layers")
+    for kind in NEED_WINDOW:
+      if kind in self.attention and self.window < 1:
+        raise ValueError(f"window={self.window} must be at least 1 for {kind} layers")
     if len(self.attention) > self.num_layers:
       raise ValueError(f"the attention pattern names {len(self.attention)} layers, more than num_layers={self.num_layers}")
     if self.scan_layers and self.num_layers % len(self.attention):

@@ -28,8 +28,11 @@ def document_lengths(segment_ids: np.ndarray) -> np.ndarray:
   return np.diff(places)
 
 
-def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int) -> int:
-  """Pairs of a query and a key that it attends to, in documents of these lengths, under an attention kind."""
+def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim: int) -> int:
+  """Pairs of a query and a key that it attends to, in documents of these lengths, under an attention kind; at most, for those that see fewer keys at times.
+
+  What a linear layer does to its state and with it counts as head_dim keys.
+  """
   def up_to(most, lengths):
     """The sum over i = 1, ..., length of min(i, most), of all documents."""
     short = np.minimum(lengths, most)
@@ -38,7 +41,11 @@ def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int) -> int:
   lengths = np.asarray(lengths, np.int64)
   if kind == "full":
     return up_to(lengths.max(initial=0), lengths)
+  if kind == "lsh":
+    return up_to(k + window, lengths)
   near = up_to(window, lengths)
+  if kind == "linear":
+    return near + head_dim * int(np.sum(lengths))
   return near if kind == "sliding_window" else near + up_to(k, np.maximum(lengths - window, 0))
 
 
@@ -58,5 +65,5 @@ def training_flops(config: TransformerConfig, params, lengths: np.ndarray) -> in
     lengths: of all documents together, [any].
   """
   with_weights = 2 * matrix_parameters(params) * int(np.sum(lengths))
-  pairs = sum(attended_pairs(kind, lengths, config.k, config.window) for kind in config.layer_kinds)
+  pairs = sum(attended_pairs(kind, lengths, config.k, config.window, config.head_dim) for kind in config.layer_kinds)
   return 3 * (with_weights + 4 * config.num_heads * config.head_dim * pairs)

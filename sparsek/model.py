@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from sparsek.config import TransformerConfig
 from sparsek.kernels import cudnn, saved
-from sparsek.layers import ATTENTION_MODULES, RMSNorm, SwiGLU
+from sparsek.baselines import ATTENTION_MODULES
+from sparsek.layers import RMSNorm, SwiGLU
 
 Params = dict[str, Any]
 

@@ -17,13 +17,15 @@ CONFIG = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=8, num_heads=2
 
 @pytest.mark.parametrize("k, window, lengths", [(3, 5, [1, 4, 9, 30]), (1, 0, [7]), (100, 2, [9, 50]), (2, 100, [99, 101, 104])])
 def test_attended_pairs_are_those_of_a_mask(k, window, lengths):
-  want = dict(full=0, sliding_window=0, sparsek=0)
+  want = dict(full=0, sliding_window=0, sparsek=0, lsh=0, linear=0)
   for n in lengths:
     i = np.arange(n)
     want["full"] += np.sum(i + 1)
+    want["lsh"] += np.sum(np.minimum(i + 1, k + window))
+    want["linear"] += np.sum(np.minimum(i + 1, window) + 8)
     want["sliding_window"] += np.sum(np.minimum(i + 1, window))
     want["sparsek"] += np.sum(np.minimum(i + 1, window) + np.clip(i + 1 - window, 0, k))
-  assert {kind: flops.attended_pairs(kind, np.array(lengths), k, window) for kind in want} == want
+  assert {kind: flops.attended_pairs(kind, np.array(lengths), k, window, 8) for kind in want} == want
 
 
 def test_document_lengths():
