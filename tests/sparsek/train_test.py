@@ -237,7 +237,7 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(dataset, tm
   monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save_on_a_full_disk)
   with pytest.raises(RunError, match="the checkpoint of step 8 could not be saved .* newest is of step 4"):
     train.train(CONFIG, run_config(tmp_path), dataset)
-  assert "File too large" in capsys.readouterr().err
+  assert "those before it are kept: " in capsys.readouterr().err         # and why: the file is too large, unless Orbax trips over what it wrote of it
   assert checkpoint.load_params(str(tmp_path), CONFIG)[1] == 4
 
 
