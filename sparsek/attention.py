@@ -105,8 +105,10 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
   _check(query, key, value, scores, k, window, gate, scale, segment_ids)
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  implementation = _resolve(implementation, query)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+  if implementation is None and window >= query.shape[1] and not cudnn.refusal(query, segment_ids):
+    return cudnn.attention(query, key, value, window=int(window), scale=scale)               # no token ever leaves the window: scores do not matter
+  implementation = _resolve(implementation, query)
   if implementation == "reference":
     return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
   scores = scores.astype(jnp.float32)

@@ -13,7 +13,7 @@ import pytest
 
 import sparsek
 from sparsek.causal import select
-from sparsek.kernels import mosaic_backward, mosaic_gpu, mosaic_lanes
+from sparsek.kernels import cudnn, mosaic_backward, mosaic_gpu, mosaic_lanes
 from sparsek.kernels.mosaic_common import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from sparsek.operator import document_bounds
@@ -68,6 +68,23 @@ class TestMosaicGpu(AttentionTest):
     inputs = self.problem(SPECS[0])[0]
     default, named = (sparsek.sparsek_attention(*inputs, k=9, window=9, implementation=name) for name in (None, "mosaic_gpu"))
     np.testing.assert_array_equal(np.asarray(default, np.float32), np.asarray(named, np.float32))
+
+
+def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
+  """Then cuDNN's dense attention runs, where it can; its place is taken by a window under XLA here."""
+  windows = []
+
+  def dense(query, key, value, *, window, scale):
+    windows.append(window)
+    return sparsek.sliding_window_attention(query, key, value, window=window, scale=scale, implementation="xla")
+  monkeypatch.setattr(cudnn, "refusal", lambda query, segment_ids: "documents" if segment_ids is not None else None)
+  monkeypatch.setattr(cudnn, "attention", dense)
+  inputs = make_inputs(Spec("dense", n=20, heads=2, groups=1, head_dim=8, k=3, window=20))
+  attend = lambda *inputs, **options: jnp.sum(sparsek.sparsek_attention(*inputs, k=3, **options) ** 2)
+  gradients = [jax.grad(functools.partial(attend, window=20, implementation=name), argnums=(0, 1, 2, 3))(*inputs) for name in (None, "xla")]
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
+  attend(*inputs, window=19), attend(*inputs, window=20, segment_ids=jnp.ones((2, 20), jnp.int32))
+  assert windows == [20]
 
 
 @pytest.mark.slow
