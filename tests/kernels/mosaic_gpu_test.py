@@ -83,7 +83,7 @@ def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
   attend = lambda *inputs, **options: jnp.sum(sparsek.sparsek_attention(*inputs, k=3, **options) ** 2)
   gradients = [jax.grad(functools.partial(attend, window=20, implementation=name), argnums=(0, 1, 2, 3))(*inputs) for name in (None, "xla")]
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
-  attend(*inputs, window=19), attend(*inputs, window=20, segment_ids=jnp.ones((2, 20), jnp.int32))
+  attend(*inputs, window=19), attend(*inputs, window=20, segment_ids=jnp.ones(inputs[0].shape[:2], jnp.int32))
   assert windows == [20]
 
 
