@@ -54,6 +54,17 @@ def test_loss_is_the_mean_over_counted_targets():
   np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-5)
 
 
+def test_rows_of_one_document_need_no_segment_ids():
+  """Padding comes last and is not counted; only documents that share a row want to be told apart."""
+  mesh, batch, params = make_mesh(), example_batch(), init_params(CONFIG, jax.random.key(0))
+  sums = {packed: make_eval_step(CONFIG, 5, mesh, packed) for packed in (True, False)}
+  one, several = ({name: np.repeat(x[row:row + 1], 4, axis=0) for name, x in batch.items()} for row in (0, 1))
+  apart = {packed: float(step(params, put_batch(mesh, one))[0]) for packed, step in sums.items()}
+  assert apart[True] == pytest.approx(apart[False], rel=1e-6)
+  together = {packed: float(step(params, put_batch(mesh, several))[0]) for packed, step in sums.items()}
+  assert together[True] != pytest.approx(together[False], rel=1e-4)
+
+
 def test_accumulation_equals_one_big_batch():
   state, metrics = one_step()
   accumulated_state, accumulated = one_step(dataclasses.replace(TRAIN, grad_accumulation=4))
