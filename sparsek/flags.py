@@ -211,6 +211,21 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("show", None, "Time nothing; print this record and draw its picture again.")
 
 
+def define_ablation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """A grid of pretraining runs."""
+  define = _Definer(flag_values)
+  define.string("workdir", None, "Folder for the runs of the grid and the report.")
+  define.string("base", None, "Flagfile of experiments.pretrain that all runs share.")
+  define.string("more", None, 'Further flags that all runs share, in one string: --more="--num_steps=500 --seq_len=2048".')
+  define.string("attention", "sparsek,sliding_window", f"Kinds, separated by commas: {', '.join(config_lib.ATTENTION_KINDS)}.")
+  define.string("k", "64", "Selected keys per query, separated by commas; of the kinds that select.")
+  define.string("window", "64", "Latest tokens every query sees, separated by commas.")
+  define.string("gate", "straight_through", f"Of sparsek, separated by commas: {', '.join(config_lib.GATES)}.")
+  define.string("scorer", "linear", f"Of sparsek, separated by commas: {', '.join(config_lib.SCORERS)}.")
+  define.number("seeds", 1, "Runs of each combination, with --seed=0, 1, ...", lower=1)
+  define.string("job", "0/1", "i/N: train only every N-th cell from the i-th on, i from 0, as one of N jobs that share --workdir.")
+
+
 def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """The optimizer and the run."""
   define_workdir_flag(flag_values)

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's and tints of one blue, which the colour-blind can te
 """
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -230,6 +231,54 @@ def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, 
       axes.legend(frameon=False)
   figure.suptitle(title, fontsize=9, x=0.01, ha="left")
   _save(figure, path)
+
+
+def heatmap(values: Mapping[tuple[int, int], float], rows: str, columns: str, title: str) -> bytes:
+  """A PNG of numbers by (row, column), with the numbers in it; darker is lower."""
+  across, down = (sorted({key[axis] for key in values}) for axis in (1, 0))
+  figure = _new_figure(figsize=(2.2 + 0.9 * len(across), 1.6 + 0.6 * len(down)), dpi=110, layout="constrained")
+  axes = figure.add_subplot()
+  grid = np.array([[values.get((row, column), np.nan) for column in across] for row in down])
+  middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+  axes.imshow(grid, cmap="Blues_r", aspect="auto")
+  for (row, column), value in np.ndenumerate(grid):
+    if np.isfinite(value):
+      axes.text(column, row, f"{value:.4f}", ha="center", va="center", color="white" if value < middle else "black")
+  axes.set_xticks(range(len(across)), across)
+  axes.set_yticks(range(len(down)), down)
+  axes.set_xlabel(columns)
+  axes.set_ylabel(rows)
+  axes.set_title(title, fontsize=9)
+  return _png(figure)
+
+
+def budget_curves(curves: Mapping[str, Sequence[tuple[int | None, float, float]]]) -> bytes:
+  """A PNG of held-out loss against keys per query; curves: label -> [(keys, loss, standard error)]; keys None: all of them, a line across."""
+  figure = _new_figure(figsize=(7.5, 4.8), dpi=110, layout="constrained")
+  axes = figure.add_subplot()
+  for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
+    for keys, loss, error in points:
+      if keys is None:
+        axes.axhline(loss, color=colour, linestyle="--", label=label)
+        axes.axhspan(loss - error, loss + error, color=colour, alpha=0.15, linewidth=0)
+    known = [point for point in points if point[0] is not None]
+    if known:
+      keys, losses, errors = zip(*known)
+      axes.errorbar(keys, losses, errors, marker=marker, color=colour, fillstyle="none", linewidth=1.4, capsize=3, label=label)
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter("{x:g}")
+  axes.set_xlabel("keys per query (k + window)")
+  axes.set_ylabel("held-out loss (nats per token)")
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False, fontsize=8)
+  return _png(figure)
+
+
+def _png(figure) -> bytes:
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png")
+  return buffer.getvalue()
 
 
 def _save(figure, path: str) -> None:

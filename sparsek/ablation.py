@@ -1,0 +1,146 @@
+"""A grid of training runs that differ in attention: its cells, what was found in each, the table and the report."""
+
+import base64
+import csv
+import dataclasses
+import html
+import io
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+
+from sparsek import plots
+from sparsek.errors import UsageError
+from sparsek.metrics import read_metrics
+
+USES = {"full": (), "sliding_window": ("window",), "linear": ("window",), "sparsek": ("k", "window", "gate", "scorer")}   # the others: k and window
+COLUMNS = ("attention", "k", "window", "gate", "scorer")
+RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One training run; None where its kind of attention has no such setting."""
+  attention: str
+  k: int | None
+  window: int | None
+  gate: str | None
+  scorer: str | None
+  seed: int
+
+  @property
+  def name(self) -> str:
+    """Of its folder."""
+    parts = [self.attention, self.k and f"k{self.k}", None if self.window is None else f"w{self.window}", self.gate, self.scorer, f"s{self.seed}"]
+    return "-".join(part for part in parts if part)
+
+  @property
+  def budget(self) -> int | None:
+    """Keys and values that a query attends to at most; None: all. The linear kind's state, as large as head_dim keys, is not counted."""
+    return None if self.window is None else self.window + (self.k or 0)
+
+  def flags(self) -> list[str]:
+    """Of experiments.pretrain."""
+    return [f"--{name}={value}" for name, value in dataclasses.asdict(self).items() if value is not None]
+
+
+def grid(attention: Sequence[str], k: Sequence[int], window: Sequence[int], gate: Sequence[str], scorer: Sequence[str], seeds: int) -> list[Cell]:
+  """All combinations, each once: settings that a kind does not have make no difference. Seeds change slowest, so that every kind has a figure early."""
+  cells = []
+  for seed, kind, *values in itertools.product(range(seeds), attention, k, window, gate, scorer):
+    used = USES.get(kind, ("k", "window"))
+    values = {name: value if name in used else None for name, value in zip(COLUMNS[1:], values)}
+    cells.append(Cell(kind, seed=seed, **values))
+  return list(dict.fromkeys(cells))
+
+
+def share(cells: Sequence[Cell], job: str) -> list[Cell]:
+  """The cells of job "i/N" of N that share a grid. Raises UsageError for another text."""
+  i, slash, jobs = job.partition("/")
+  if not (slash and i.isdecimal() and jobs.isdecimal() and int(i) < int(jobs)):
+    raise UsageError(f"--job={job}: must be i/N with i from 0 to N - 1, such as 0/4")
+  return list(cells)[int(i)::int(jobs)]
+
+
+def result_of(workdir: str) -> dict:
+  """{"heldout_loss", "step", "tokens_per_second"} at the end of a finished run. Raises UsageError where it was never evaluated."""
+  records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+  losses = [record for record in records if "heldout_loss" in record]
+  if not losses or losses[-1]["step"] != records[-1]["step"]:
+    raise UsageError(f"{workdir} has no held-out loss at its end: the grid needs --eval_every above 0")
+  speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+  return {"heldout_loss": losses[-1]["heldout_loss"], "step": losses[-1]["step"], "tokens_per_second": statistics.median(speeds)}
+
+
+def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
+  """The finished cells' fields and results."""
+  rows = []
+  for cell in cells:
+    path = os.path.join(folder, cell.name, RESULT)
+    if os.path.exists(path):
+      with open(path, encoding="utf-8") as file:
+        rows.append({**dataclasses.asdict(cell), "budget": cell.budget, **json.load(file)})
+  return rows
+
+
+def summarize(rows: Sequence[dict]) -> list[dict]:
+  """One row for the seeds of a setting, best first: mean held-out loss, its standard error (None for one seed), median speed."""
+  groups = {}
+  for row in rows:
+    groups.setdefault(tuple(row[name] for name in COLUMNS), []).append(row)
+  summary = []
+  for key, group in groups.items():
+    losses = [row["heldout_loss"] for row in group]
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    summary.append({**dict(zip(COLUMNS, key)), "budget": group[0]["budget"], "seeds": len(group), "heldout_loss": statistics.fmean(losses),
+                    "standard_error": error, "tokens_per_second": statistics.median(row["tokens_per_second"] for row in group)})
+  return sorted(summary, key=lambda row: row["heldout_loss"])
+
+
+def markdown(summary: Sequence[dict]) -> str:
+  """The table that people read."""
+  lines = ["| attention | k | window | gate | scorer | keys per query | seeds | held-out loss (nats per token) | tokens/s |", "|" + "---|" * 9]
+  for row in summary:
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+    cells = [*("" if row[name] is None else str(row[name]) for name in COLUMNS), "all" if row["budget"] is None else str(row["budget"]), str(row["seeds"]),
+             f"{row['heldout_loss']:.4f}{error}", f"{row['tokens_per_second']:,.0f}"]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: Sequence[dict]) -> str:
+  """Every run, for other programs."""
+  out = io.StringIO()
+  writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return out.getvalue()
+
+
+def write_report(workdir: str, rows: Sequence[dict], settings: str) -> None:
+  """table.md, table.csv and report.html, which holds its pictures; `settings` are the flags that all runs share. Nothing is written without rows."""
+  if not rows:
+    return
+  summary, pictures = summarize(rows), []
+  for kind in sorted({row["attention"] for row in summary if row["k"] is not None}):
+    values = {(row["k"], row["window"]): row["heldout_loss"] for row in reversed(summary) if row["attention"] == kind}       # of gates and scorers the best
+    pictures.append(plots.heatmap(values, "k", "window", f"{kind}: held-out loss (best of its gates and scorers)"))
+  curves = {}
+  for row in sorted(summary, key=lambda row: row["budget"] or 0):
+    label = " ".join(str(row[name]) for name in ("attention", "gate", "scorer") if row[name] is not None)
+    curves.setdefault(label, []).append((row["budget"], row["heldout_loss"], row["standard_error"] or 0.))
+  pictures.append(plots.budget_curves(curves))
+  table = "".join("<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line.split("|")[1:-1]) + "</tr>\n"
+                  for line in markdown(summary).splitlines() if "---" not in line)
+  images = "".join(f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>\n' for png in pictures)
+  page = (f'<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n<style>body {{ font-family: sans-serif; margin: 2em }} td {{ padding: '
+          f'.2em .8em; border-bottom: 1px solid #ddd }}</style>\n<h1>Ablation of attention</h1>\n{images}<table>\n{table}</table>\n<h2>Shared settings</h2>\n'
+          f"<pre>{html.escape(settings)}</pre>\n")
+  for name, text in (("table.md", markdown(summary)), ("table.csv", as_csv(rows)), ("report.html", page)):
+    path = os.path.join(workdir, name)
+    with open(path + ".new", "w", encoding="utf-8") as file:
+      file.write(text)
+    os.replace(path + ".new", path)
