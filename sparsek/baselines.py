@@ -77,7 +77,7 @@ class LSHAttention(Attention):
       return jnp.take_along_axis(x, order[..., None, None], axis=2).reshape(batch * groups, length, -1, cfg.head_dim)
     names = start_BxN[:, None] * size ** 2 + by_head(bucket_BxNxG)
     names = jnp.take_along_axis(names, order, axis=2).reshape(batch * groups, length)
-    implementation = layers._of_window(cfg)
+    implementation = layers.window_implementation(cfg)
     out = sliding_window_attention(arranged(query), arranged(key), arranged(value), window=reach, segment_ids=names, implementation=implementation)
     back = jnp.argsort(order, axis=-1)
     out = jnp.take_along_axis(out.reshape(batch, groups, length, -1, cfg.head_dim), back[..., None, None], axis=2)
@@ -149,7 +149,7 @@ class LinearAttention(Attention):
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    near = sliding_window_attention(query, key, value, window=cfg.window, segment_ids=segment_ids, implementation=layers._of_window(cfg))
+    near = sliding_window_attention(query, key, value, window=cfg.window, segment_ids=segment_ids, implementation=layers.window_implementation(cfg))
     groups, dim, chunks = cfg.num_kv_heads, cfg.head_dim, -(-length // CHUNK)
     log_decay_BxNxG = jax.nn.log_sigmoid(self.decay(x_BxNxE.astype(jnp.float32))) / SLOWEST
     start_BxN, _ = document_bounds(segment_ids, batch, length)

@@ -125,7 +125,7 @@ class SparseKAttention(Attention):
                              implementation=cfg.implementation)
 
 
-def _of_window(config: TransformerConfig) -> str | None:
+def window_implementation(config: TransformerConfig) -> str | None:
   """What `config.implementation` means for a sliding window, which has no reference and no TPU kernels of its own."""
   return "xla" if config.implementation in ("reference", "mosaic_tpu") else config.implementation
 
@@ -134,14 +134,14 @@ class SlidingWindowAttention(Attention):
   """Attention to the last `window` tokens."""
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
-    return sliding_window_attention(query, key, value, window=self.config.window, segment_ids=segment_ids, implementation=_of_window(self.config))
+    return sliding_window_attention(query, key, value, window=self.config.window, segment_ids=segment_ids, implementation=window_implementation(self.config))
 
 
 class FullAttention(Attention):
   """Causal attention to the whole document."""
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
-    implementation = resolve_window(_of_window(self.config), query, segment_ids)
+    implementation = resolve_window(window_implementation(self.config), query, segment_ids)
     if implementation != "xla":                                # a window that is never full, and no O(n^2) memory
       return sliding_window_attention(query, key, value, window=query.shape[1], segment_ids=segment_ids, implementation=implementation)
     if segment_ids is None:

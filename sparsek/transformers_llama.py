@@ -1,7 +1,6 @@
 """Training steps of transformers' Llama, in PyTorch and a process of its own, to compare with: sdpa, torch.compile, gradient checkpointing, chunked loss.
 
-Weights and AdamW's state are bfloat16. Compiled are the decoder as a whole, as its documentation does, in which case transformers (5.17) builds a mask of
-n x n and sdpa reads it; or its layers one by one, in which case there is no mask and sdpa's causal kernels run.
+Weights and AdamW's state are bfloat16. Compiled are the decoder as a whole, or its layers one by one, which leaves out what it does before them (its mask).
 """
 
 import importlib.util

@@ -1,9 +1,11 @@
 """The training benchmark: what is trained, and what is said of it."""
 
+import sys
+
 import numpy as np
 import pytest
 
-from sparsek import measure_train, train_report
+from sparsek import measure_train, train_report, transformers_llama
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 
@@ -45,6 +47,21 @@ def test_extending_a_record():
   merged = train_report.merge(rows, [row(32, sparsek=5.), row(16, sparsek=4.)])
   assert [(x["n"], x["documents"], x["rivals"]["sparsek"]["tokens_per_second"]) for x in merged] == [(16, 1, 4.), (32, 1, 5.), (64, 1, 3.), (16, 4, 2.)]
   assert {line["what"]: line["value"] for line in train_report.summary(merged)}["tokens/s with 4 documents a row over 1 at 16"] == .5
+
+
+def test_transformers_in_a_process_of_its_own(monkeypatch):
+  """PyTorch's part needs a GPU; what it answers is put beside our own rows."""
+  job = measure_train.Job(CONFIG, 12)
+  answer = lambda text: monkeypatch.setattr(transformers_llama, "COMMAND", (sys.executable, "-c", f"import json, sys; job = json.load(sys.stdin); {text}"))
+  answer("print('noise'); print(json.dumps({'seconds': [.3, .1, .2], 'inner': 1, 'mib': job['model']['hidden_size'], 'compile_seconds': 9, "
+         "'k': job['compile']}))")
+  found = measure_train.measure_transformers([job, measure_train.Job(CONFIG, 99)], ("transformers_layers", "full"), 50, 3, lambda text: None)
+  assert found == {(0, "transformers_layers"): {"ms": 200., "fastest": 100., "slowest": 300., "rounds": 3, "inner": 1, "mib": 8, "compile_seconds": 9,
+                                                "k": "layers"}}
+  (_, rows), = measure_train.measure([job], ("transformers_layers",), rounds=1, others=found)
+  assert rows[0]["rivals"]["transformers_layers"]["tokens_per_second"] == pytest.approx(12 / .2) and list(rows[0]["rivals"]) == ["transformers_layers"]
+  answer("sys.exit('no GPU')")
+  assert transformers_llama.run("transformers", CONFIG, 12, 1, 2048, 1, 1.) == {"failed": "no GPU"}
 
 
 def test_jobs():
