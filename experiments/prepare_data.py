@@ -17,8 +17,8 @@ from sparsek.tokenizer import load_tokenizer, train_bpe
 # Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
 FLAGS = flags.FlagValues()
 flags.DEFINE_list(
-    "sources", [], 'Comma-separated: text files (one document each), .jsonl files (one document a line), folders (recursive), or "stdlib", '
-    "the source text of Python's standard library.", flag_values=FLAGS)
+    "sources", [], 'Comma-separated: text files (one document each), .jsonl files (one document a line), folders (recursive), "stdlib", '
+    "the source text of Python's standard library, or tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes.", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "Folder to make.", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', flag_values=FLAGS)
 flags.DEFINE_integer(

@@ -8,11 +8,13 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 
+from sparsek import tasks
 from sparsek.config import check_choice
 from sparsek.errors import UsageError
 from sparsek.tokenizer import as_valid_unicode
 
 STDLIB = "stdlib"
+TASKS = "tasks:"
 DEFAULT_EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl")
 # Left out of the standard library: what is not its own (site-packages), and its tests, which many distributions do not ship.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -49,7 +51,7 @@ def documents(
 
   Args:
     sources: each a text file (one document), a .jsonl file (one document a line), a folder (recursive; hidden files and folders
-      are skipped) or "stdlib".
+      are skipped), "stdlib", or "tasks:LENGTH:COUNT", documents of `sparsek.tasks` of at most LENGTH bytes.
     heldout_fraction: about this share of the documents is held out.
     extensions: endings of the files taken from folders.
     text_field: the field of a JSON line that holds the text.
@@ -97,6 +99,8 @@ def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, erro
   """Yields (name, text, the key whose hash decides the split)."""
   if source == STDLIB:
     yield from _stdlib_texts()
+  elif source.startswith(TASKS):
+    yield from _task_texts(source)
   elif os.path.isdir(source):
     for path in _files(source, extensions):
       yield from _file_texts(path, text_field, errors)
@@ -104,6 +108,14 @@ def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, erro
     yield from _file_texts(source, text_field, errors)
   else:
     raise UsageError(f"source {source!r}: no such file or folder (relative to {os.getcwd()})")
+
+
+def _task_texts(source: str) -> Iterator[tuple[str, str, str]]:
+  length, colon, count = source.removeprefix(TASKS).partition(":")
+  if not (colon and length.isdecimal() and count.isdecimal()):
+    raise UsageError(f"source {source!r} must be tasks:LENGTH:COUNT, such as tasks:4096:1000")
+  for name, text in tasks.texts(int(length), int(count)):
+    yield name, text, text
 
 
 def _files(folder: str, extensions: tuple[str, ...], skipped: Iterable[str] = ()) -> Iterator[str]:

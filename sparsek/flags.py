@@ -164,6 +164,19 @@ def define_evaluation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("loss_chunk", default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
 
 
+def define_task_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """Which runs to ask, under which attention, which tasks of which lengths."""
+  define_attention_flags(flag_values)
+  define = _Definer(flag_values)
+  define.string("workdir", None, "Folder of a run, or several separated by commas. Required.")
+  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  define.string("tasks", "passkey,needle,recall,variables,copy", "Names, separated by commas.")
+  define.string("lengths", "1024,4096", "Tokens of a document, separated by commas; may be more than in training.")
+  define.number("examples", 100, "Documents per task and length.", lower=1)
+  define.number("batch_size", 1, "Documents at a time.", lower=1)
+  define.number("seed", 0, "Of the documents.", lower=0)
+
+
 def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Which run to generate from, under which attention, and how to draw tokens."""
   define_workdir_flag(flag_values)

@@ -1,0 +1,114 @@
+"""The generated tasks: answers are what the text says, lengths are kept, and right is counted right."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate_tasks
+from sparsek import flags, tasks
+from sparsek.config import TransformerConfig
+from sparsek.corpus import documents
+from sparsek.errors import UsageError
+from sparsek.model import Transformer, init_params
+from sparsek.tokenizer import ByteTokenizer
+from tests.experiments.evaluate_test import write_run
+
+CONFIG = TransformerConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=2, window=3,
+                           implementation="reference")
+TOKENIZER = ByteTokenizer()
+
+
+def example(task, length=1500, seed=0):
+  """Text, its answers, and the places where they begin."""
+  tokens, answers = tasks.make_example(task, TOKENIZER, length, np.random.default_rng(seed))
+  assert length - max(map(len, tasks.FILLER)) < len(tokens) <= length and len(tokens) == answers[-1][-1] + 1
+  return TOKENIZER.decode(tokens), [TOKENIZER.decode(tokens[places]) for places in answers], [places[0] for places in answers]
+
+
+def solved(task, text):
+  """What the text itself says the answers are."""
+  if task == "passkey":
+    return re.findall(r"The pass key is (\d{5})\. Remember", text)
+  if task == "needle":
+    name = re.search(r"What is the code of (\w+)\?", text).group(1)
+    return re.findall(rf"The code of {name} is (\d{{5}})\.\n", text)
+  if task == "recall":
+    pairs = re.findall(r"(\w{4}) -> (\d{5})", text)
+    return [dict(pairs[:tasks.PAIRS])[name] for name, _ in pairs[tasks.PAIRS:]]
+  if task == "variables":
+    values = {}
+    for name, value in re.findall(r"(\w{4}) = (\w+)\n", text):
+      values[name] = values.get(value, value)
+    return [values[re.search(r"The value of (\w{4}) is", text).group(1)]]
+  return [re.search(r"Letters: (.*)\n", text).group(1)]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_answers_are_what_the_text_says(task):
+  distances = []
+  for seed in range(20):
+    text, answers, places = example(task, seed=seed)
+    assert [answer.strip() for answer in answers] == solved(task, text) and all(answer[0] == " " for answer in answers)
+    assert all(text[place:].startswith(answer) for place, answer in zip(places, answers))
+    distances.append(places[0] - text.index(answers[0].strip()) if task != "variables" else 0)
+  assert task == "variables" or max(distances) - min(distances) > 300, "facts stand at many depths"
+  assert example(task, seed=1) == example(task, seed=1) != example(task, seed=2)
+
+
+def test_too_short_a_row_is_refused():
+  with pytest.raises(UsageError, match="the task recall needs at least"):
+    tasks.make_example("recall", TOKENIZER, 100, np.random.default_rng(0))
+
+
+def test_right_answers_are_counted(monkeypatch):
+  """Every answer token must be right; the rows that fill up the last batch do not count."""
+  def oracle(config, params, tokens, places):
+    return np.take_along_axis(tokens, places, axis=1)
+  monkeypatch.setattr(tasks, "predicted", oracle)
+  results = lambda: list(tasks.evaluate(CONFIG, None, TOKENIZER, "recall", 1500, 5, batch_size=2))
+  assert results() == [(8, 8), (16, 16), (20, 20)]
+  monkeypatch.setattr(tasks, "predicted", lambda *args: oracle(*args) + (np.arange(args[3].shape[1]) == 7))      # in the second answer of four
+  assert results()[-1] == (15, 20)
+
+
+def test_predictions_are_the_largest_logits():
+  params = init_params(CONFIG, jax.random.key(0))
+  tokens, places = np.random.default_rng(0).integers(0, 257, (2, 30)).astype(np.int32), np.array([[1, 5, 29], [2, 3, 4]], np.int32)
+  logits = jax.jit(Transformer(CONFIG).apply)({"params": params}, tokens)
+  expected = np.take_along_axis(np.argmax(logits, axis=-1), places - 1, axis=1)
+  np.testing.assert_array_equal(tasks.predicted(CONFIG, params, tokens, places), expected)
+
+
+def test_documents_to_train_on():
+  every = list(documents(["tasks:1500:20"], heldout_fraction=0.2))
+  assert len({document.text for document in every}) == 20 and {document.name.split()[0] for document in every} == set(tasks.TASKS)
+  assert all(700 < len(document.text) <= 1500 for document in every)
+  assert example("passkey", 1500)[0] not in {document.text for document in every}
+  with pytest.raises(UsageError, match="'tasks:many' must be tasks:LENGTH:COUNT"):
+    list(documents(["tasks:many"]))
+
+
+def test_interval():
+  np.testing.assert_allclose(tasks.interval(50, 100), (.4038, .5962), atol=1e-4)
+  assert tasks.interval(0, 10)[0] == 0 and tasks.interval(10, 10)[1] == 1 and tasks.interval(10, 10)[0] == pytest.approx(.7225, abs=1e-3)
+
+
+def run(*arguments):
+  """Runs the command in this process; returns the exit code."""
+  for name in evaluate_tasks.FLAGS:
+    evaluate_tasks.FLAGS[name].unparse()
+  with pytest.raises(SystemExit) as exit_:
+    flags.run(evaluate_tasks.main, evaluate_tasks.FLAGS, ["evaluate_tasks", *arguments])
+  return exit_.value.code
+
+
+def test_command(tmp_path, capsys):
+  folder = write_run(tmp_path / "run", tmp_path, CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
+  assert run(f"--workdir={folder}", "--tasks=passkey,copy", "--lengths=200", "--examples=3", "--batch_size=2") == 0
+  assert f"| {folder} | passkey | 0% (0% to 56%) |" in capsys.readouterr().out
+  assert (folder / "tasks.jsonl").read_text().count('"total": 3') == 2
+  for argument, words in (("--tasks=riddle", "'riddle' must be one of passkey"), ("--lengths=0", "'0' must be a number"),
+                          ("--lengths=50", "the task passkey needs")):
+    assert run(f"--workdir={folder}", argument) == 2 and words in capsys.readouterr().err
