@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -5,17 +6,11 @@ import pytest
 
 from experiments import benchmark, suites
 from sparsek import flags
+from tests.sparsek.helpers import run_command
 
 TINY = ["--lengths=32,16", "--heads=2", "--kv_heads=1", "--head_dim=8", "--k=4", "--window=4", "--rounds=2"]
 
-
-def run(*arguments):
-  """Runs the command in this process; returns the exit code."""
-  for name in suites.FLAGS:
-    suites.FLAGS[name].unparse()
-  with pytest.raises(SystemExit) as exit_:
-    flags.run(benchmark.main, suites.FLAGS, ["benchmark", *arguments])
-  return exit_.value.code
+run = functools.partial(run_command, benchmark.main, suites.FLAGS)
 
 
 def test_record_picture_and_what_is_printed(tmp_path, capsys):

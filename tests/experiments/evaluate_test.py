@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 
@@ -6,12 +7,13 @@ import jax
 import pytest
 
 from experiments import evaluate
-from sparsek import checkpoint, flags, run_directory
+from sparsek import checkpoint, run_directory
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.corpus import Document
 from sparsek.model import init_params
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
+from tests.sparsek.helpers import run_command
 
 CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, k=4, window=4,
                            implementation="reference")
@@ -20,14 +22,7 @@ CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=
 def text(i):
   return f"Document {i}: {i**7} {i**11}.\n" * 4
 
-
-def run(*arguments):
-  """Runs the command in this process; returns the exit code."""
-  for name in evaluate.FLAGS:
-    evaluate.FLAGS[name].unparse()
-  with pytest.raises(SystemExit) as exit_:
-    flags.run(evaluate.main, evaluate.FLAGS, ["evaluate", *arguments])
-  return exit_.value.code
+run = functools.partial(run_command, evaluate.main, evaluate.FLAGS)
 
 
 def write_run(folder, data, config, seq_len, params):

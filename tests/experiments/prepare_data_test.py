@@ -1,19 +1,13 @@
+import functools
 import json
 
 import pytest
 
 from experiments import prepare_data
-from sparsek import flags as flags_lib
 from sparsek.data import open_data
+from tests.sparsek.helpers import run_command
 
-
-def run(*arguments):
-  """Runs the command in this process; returns the exit code."""
-  for name in prepare_data.FLAGS:
-    prepare_data.FLAGS[name].unparse()
-  with pytest.raises(SystemExit) as exit_:
-    flags_lib.run(prepare_data.main, prepare_data.FLAGS, ["prepare_data", *arguments])
-  return exit_.value.code
+run = functools.partial(run_command, prepare_data.main, prepare_data.FLAGS)
 
 
 @pytest.fixture

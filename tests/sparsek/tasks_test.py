@@ -1,5 +1,6 @@
 """The generated tasks: answers are what the text says, lengths are kept, and right is counted right."""
 
+import functools
 import re
 
 import jax
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 
 from experiments import evaluate_tasks
-from sparsek import flags, tasks
+from sparsek import tasks
 from sparsek.config import TransformerConfig
 from sparsek.corpus import documents
 from sparsek.errors import UsageError
 from sparsek.model import Transformer, init_params
 from sparsek.tokenizer import ByteTokenizer
 from tests.experiments.evaluate_test import write_run
+from tests.sparsek.helpers import run_command
 
 CONFIG = TransformerConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=2, window=3,
                            implementation="reference")
@@ -94,14 +96,7 @@ def test_interval():
   np.testing.assert_allclose(tasks.interval(50, 100), (.4038, .5962), atol=1e-4)
   assert tasks.interval(0, 10)[0] == 0 and tasks.interval(10, 10)[1] == 1 and tasks.interval(10, 10)[0] == pytest.approx(.7225, abs=1e-3)
 
-
-def run(*arguments):
-  """Runs the command in this process; returns the exit code."""
-  for name in evaluate_tasks.FLAGS:
-    evaluate_tasks.FLAGS[name].unparse()
-  with pytest.raises(SystemExit) as exit_:
-    flags.run(evaluate_tasks.main, evaluate_tasks.FLAGS, ["evaluate_tasks", *arguments])
-  return exit_.value.code
+run = functools.partial(run_command, evaluate_tasks.main, evaluate_tasks.FLAGS)
 
 
 def test_command(tmp_path, capsys):
