@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 LARGEST_HEAD_DIM = 128
+OLDEST_CAPABILITY = 8.0
 
 
 def on_nvidia_gpu() -> bool:
@@ -22,6 +23,9 @@ def refusal(query: jax.Array, segment_ids: jax.Array | None) -> str | None:
     return f"query has head_dim {query.shape[-1]}; cuDNN takes multiples of 8 up to {LARGEST_HEAD_DIM}"
   if not on_nvidia_gpu():
     return f"it needs an NVIDIA GPU; JAX's first device is {jax.devices()[0].device_kind!r}"
+  capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+  if capability == "unknown" or float(capability) < OLDEST_CAPABILITY:
+    return f"it needs a GPU of compute capability {OLDEST_CAPABILITY} or newer; {jax.devices()[0].device_kind} has {capability}"
   return None
 
 

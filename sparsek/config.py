@@ -156,7 +156,7 @@ QUICK = ("tiny", "mini")         # presets to try things with
 def preset(name: str, **overrides) -> TransformerConfig:
   """The configuration called `name` with some fields replaced.
 
-  The two small ones scan over the layers where their pattern allows it, which compiles faster; the others do not, which runs faster in half the memory.
+  The two small ones scan over the layers where their pattern allows it, which compiles faster; the others do not, which runs faster and in less memory.
 
   Presets: "tiny" (1M parameters, bytes, for a CPU), "mini" (16M), "gpt2_small" (124M), "gpt2_medium" (355M), "1b" (1.0B).
 

@@ -136,7 +136,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
   """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the
   residual stream), embeddings normal with standard deviation 0.02. No shape depends on the sequence length."""
   # The forward pass only tells shapes here and is not computed; the reference is traced fastest. And random numbers for all layers at once
-  # compile in a fraction of the time that they take one by one, a minute for 12 layers on a GPU; the values are those of scan_layers, too.
+  # compile in a fraction of the time that they take one by one; the values are those of scan_layers, too.
   repeats = config.num_layers % len(config.attention) == 0
   stacked = dataclasses.replace(config, implementation="reference", scan_layers=True, attention=config.attention if repeats else config.layer_kinds)
   params = Transformer(stacked).init(key, jnp.zeros((1, 2), jnp.int32))["params"]

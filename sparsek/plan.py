@@ -72,8 +72,8 @@ def memory_limit() -> int | None:
 def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | None) -> str:
   """"none" where what the backward pass needs should fit into `limit` bytes a device (or None: any), else "attention".
 
-  An estimate, within a tenth of what the compiler finds for the presets: per token and layer the block's input and two norms, queries, keys, values and
-  the attention's output, and four arrays of the MLP's width; parameters, gradients and two moments; a chunk of logits.
+  An estimate, which tests/kernels/compile_test.py holds against the compiler's figure: per token and layer the block's input and two norms, queries, keys,
+  values and the attention's output, and four arrays of the MLP's width; parameters, gradients and two moments; a chunk of logits.
   """
   per_token = 3 * config.embed_dim + 2 * config.head_dim * (config.num_heads + config.num_kv_heads) + 4 * config.mlp_dim
   tokens = train.data.seq_len * -(-train.data.batch_size // (train.grad_accumulation * jax.device_count()))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,14 @@ def test_cudnn_says_why_it_cannot_run(dtype, head_dim, ids, words):
   with pytest.raises(NotImplementedError, match=f"implementation='cudnn' cannot run here: .*{words}"):
     sparsek.sliding_window_attention(x, x, x, window=2, segment_ids=segments, implementation="cudnn")
   assert sparsek.sliding_window_attention(x, x, x, window=2, segment_ids=segments).shape == x.shape
+
+
+def test_cudnn_refuses_old_gpus(monkeypatch):
+  old = types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5", client=types.SimpleNamespace(platform_version="cuda 12"))
+  monkeypatch.setattr(jax, "devices", lambda: [old])
+  assert "compute capability 8.0 or newer; Tesla T4 has 7.5" in cudnn.refusal(jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16), None)
+  old.compute_capability = "9.0"
+  assert cudnn.refusal(jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16), None) is None
 
 
 @pytest.mark.parametrize("dtype, head_dim, words", [

@@ -65,7 +65,7 @@ def test_plan(monkeypatch):
 @pytest.mark.parametrize("seq_len, grad_accumulation, limit, expected", [
     (131072, 1, 64e9, "none"), (262144, 1, 64e9, "attention"), (131072, 2, 64e9, "none"), (131072, 1, 40e9, "attention"), (262144, 1, None, "none")])
 def test_what_is_recomputed_depends_on_memory(seq_len, grad_accumulation, limit, expected):
-  """Compiled for an H100 with a vocabulary of 32768, 131072 tokens take 44 GB without recomputing."""
+  """The estimate against the compiler's figure: tests/kernels/compile_test.py."""
   data = DataConfig(seq_len=seq_len, batch_size=grad_accumulation * jax.device_count())
   train = TrainConfig(workdir="", data=data, grad_accumulation=grad_accumulation)
   assert plan.remat_that_fits(preset("gpt2_small", vocab_size=32768), train, limit) == expected
