@@ -4,9 +4,13 @@ A token is selected on one interval of queries, `[j + window, expiry_j)`. At mos
 at most one more, so a chunk of C queries needs k + C places.
 """
 
+from typing import NamedTuple
+
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from .varying import varying_like
 
 
 def chunk_size(n: int, k: int, window: int) -> int:
@@ -42,3 +46,46 @@ def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array
   slot = jnp.arange(slots, dtype=jnp.int32)
   place = (jnp.cumsum(count) - count)[:, None] + slot
   return jnp.where(slot < count[:, None], token.at[place].get(mode="clip"), n + slot)
+
+
+class Live(NamedTuple):
+  """The tokens selected at the first query of each chunk, in their own order.
+
+  Attributes:
+    token: [chunks, slots] int32, n where a place is empty. score: [chunks, slots].
+    expiry: [chunks, slots] int32, 0 where a place is empty. count: [chunks] int32, how many places are not.
+  """
+  token: jax.Array
+  score: jax.Array
+  expiry: jax.Array
+  count: jax.Array
+
+
+def by_entry(x: jax.Array, delay: int) -> jax.Array:
+  """[n]: of each query, x of the token `delay` before it, or 0."""
+  n = x.shape[0]
+  return jnp.pad(x[:max(n - delay, 0)], (min(delay, n), 0))
+
+
+def live_lists(score: jax.Array, expiry: jax.Array, *, window: int, chunk: int, slots: int) -> Live:
+  """Lists, chunk after chunk, who stays of the last list and who has entered since: nothing is gathered, which TPUs do slowly.
+
+  Args:
+    score: [n]. expiry, window, chunk: as of `chunk_lists`; n must be a multiple of `chunk`.
+    slots: places of a list, at least as many as tokens are selected at a time.
+  """
+  n = expiry.shape[0]
+  token = jnp.arange(n, dtype=jnp.int32)
+  since = lambda x: by_entry(x, window + chunk - 1).reshape(-1, chunk)    # those that enter after the last chunk's first query, up to this chunk's
+  empty = varying_like(jnp.zeros(slots, jnp.int32), expiry)
+
+  def step(last_list, entering):
+    begin, *entering = entering
+    new = tuple(jnp.concatenate(pair) for pair in zip(last_list, entering))
+    gone, *new = lax.sort(((new[2] <= begin).astype(jnp.int32), *new), num_keys=1, is_stable=True)
+    live = gone[:slots] == 0
+    token, score, expiry = (x[:slots] for x in new)
+    new_list = jnp.where(live, token, n), score, jnp.where(live, expiry, 0)
+    return new_list, Live(*new_list, jnp.sum(live, dtype=jnp.int32))
+  begin = jnp.arange(0, n, chunk, dtype=jnp.int32)
+  return lax.scan(step, (empty, empty.astype(score.dtype), empty), (begin, since(token), since(score), since(jnp.where(expiry > token + window, expiry, 0))))[1]

@@ -6,10 +6,11 @@ import numpy as np
 
 from sparsek.causal import select
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
-from sparsek.kernels import cudnn, mosaic_gpu, mosaic_lanes, reference, xla
+from sparsek.kernels import cudnn, mosaic_gpu, mosaic_lanes, mosaic_tpu, reference, xla
 from sparsek.operator import causal_sparsek, document_bounds
 
-WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "cudnn")
+WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "cudnn")
+PALLAS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}          # each has a `refusal` and takes [batch, heads, n] scores
 
 
 def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
@@ -47,14 +48,13 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
 
 def _resolve(implementation: str | None, query: jax.Array) -> str:
   """The implementation to run; raises if the one asked for cannot run here."""
-  if implementation == "mosaic_tpu":
-    raise NotImplementedError("implementation='mosaic_tpu' is not part of this version; use 'xla', which runs on every device")
-  if implementation not in (None, "mosaic_gpu"):
-    return implementation
-  reason = mosaic_gpu.refusal(query)
-  if implementation and reason:
-    raise NotImplementedError(f"implementation='mosaic_gpu' cannot run here: {reason}; use 'xla', which runs on every device")
-  return "xla" if reason else "mosaic_gpu"
+  if implementation in PALLAS:
+    reason = PALLAS[implementation].refusal(query)
+    if reason:
+      raise NotImplementedError(f"implementation={implementation!r} cannot run here: {reason}; use 'xla', which runs on every device")
+  if implementation is None:
+    return next((name for name, kernels in PALLAS.items() if not kernels.refusal(query)), "xla")
+  return implementation
 
 
 def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None) -> str:
@@ -114,10 +114,10 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   scores = scores.astype(jnp.float32)
   start, end = document_bounds(segment_ids, *query.shape[:2])
   options = dict(k=int(k), window=int(window), gate=gate, scale=scale)
-  if implementation == "mosaic_gpu":
+  if implementation in PALLAS:
     scores, n = jnp.swapaxes(scores, 1, 2), query.shape[1]
     selection = select(scores, start, end, min(int(k), n), min(int(window), n), segment_ids is not None, mosaic_lanes.can_run())
-    return mosaic_gpu.attention(query, key, value, scores, *selection, start, end, **options)
+    return PALLAS[implementation].attention(query, key, value, scores, *selection, start, end, **options)
   selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   return xla.attention(query, key, value, scores, *selection, start, **options)
 
@@ -126,7 +126,7 @@ def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array,
                              segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
   """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in `sparsek_attention`.
 
-  The implementation is "xla", "mosaic_gpu", "cudnn" (without segment_ids), or None for the fastest that can run here.
+  The implementation is "xla", "mosaic_gpu", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run here.
   """
   check_at_least("window", window, 1)
   check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))
@@ -140,9 +140,9 @@ def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array,
   implementation = resolve_window(implementation, query, segment_ids)
   if implementation == "cudnn":
     return cudnn.attention(query, key, value, window=int(window), scale=scale)
-  if implementation == "mosaic_gpu":
+  if implementation in PALLAS:
     nothing = jnp.zeros((batch, groups, n), jnp.float32)
     never = nothing.astype(jnp.int32)
-    return mosaic_gpu.attention(query, key, value, nothing, nothing, never, never, start, end, **options)
+    return PALLAS[implementation].attention(query, key, value, nothing, nothing, never, never, start, end, **options)
   nothing = jnp.zeros((batch, n, groups), jnp.float32)
   return xla.attention(query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, **options)

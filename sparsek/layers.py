@@ -126,8 +126,8 @@ class SparseKAttention(Attention):
 
 
 def window_implementation(config: TransformerConfig) -> str | None:
-  """What `config.implementation` means for a sliding window, which has no reference and no TPU kernels of its own."""
-  return "xla" if config.implementation in ("reference", "mosaic_tpu") else config.implementation
+  """What `config.implementation` means for a sliding window, which has no reference of its own."""
+  return "xla" if config.implementation == "reference" else config.implementation
 
 
 class SlidingWindowAttention(Attention):

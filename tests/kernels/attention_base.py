@@ -67,7 +67,7 @@ def dense_attention(*args, **kwargs):
 
 
 class AttentionTest:
-  """Subclasses set `implementation`; `specs` to compare on some of them only; `dtype` where it takes one only.
+  """Subclasses set `implementation`; `specs` and `gates` to compare on some of them only; `dtype` where it takes one only.
 
   `tolerance` holds for results of 32 bits and `tolerance_16` for those of 16, beyond their own rounding: matrix units may round softmax weights too.
   """
@@ -76,11 +76,13 @@ class AttentionTest:
   dtype = None
   tolerance = 1e-5
   tolerance_16 = 1e-3
+  gates = specs.ALL_GATES
   specs = tuple(spec.name for spec in specs.SPECS)
 
   def pytest_generate_tests(self, metafunc):
     if {"spec", "gate"} <= set(metafunc.fixturenames):
-      metafunc.parametrize("spec, gate", [pytest.param(s, g, id=f"{s.name}-{g}") for s in specs.SPECS if s.name in self.specs for g in s.gates])
+      metafunc.parametrize("spec, gate", [
+          pytest.param(s, g, id=f"{s.name}-{g}") for s in specs.SPECS if s.name in self.specs for g in s.gates if g in self.gates])
 
   def retype(self, spec):
     return dataclasses.replace(spec, dtype=self.dtype) if self.dtype else spec

@@ -52,9 +52,3 @@ def test_sliding_window_matches_dense_attention_with_a_band():
   for window in (1, 30, 200, 500):
     dense = dense_attention(q, k, v, is_causal=True, local_window_size=(window - 1, 0))
     assert relative_error(sparsek.sliding_window_attention(q, k, v, window=window), dense) < 1e-5
-
-
-@pytest.mark.parametrize("implementation", ("mosaic_tpu",))
-def test_an_implementation_that_cannot_run_says_why(implementation):
-  with pytest.raises(NotImplementedError, match=implementation):
-    sparsek.sparsek_attention(*problem(specs.SPECS[0])[0], k=2, window=2, implementation=implementation)

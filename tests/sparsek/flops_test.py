@@ -72,7 +72,7 @@ def test_what_is_recomputed_depends_on_memory(seq_len, grad_accumulation, limit,
 
 
 def test_plan_refuses_what_cannot_run_here():
-  with pytest.raises(UsageError, match="--implementation=mosaic_tpu: .*not part of this version"):
+  with pytest.raises(UsageError, match="--implementation=mosaic_tpu: .*needs a TPU"):
     plan.make_plan(dataclasses.replace(CONFIG, implementation="mosaic_tpu"), TrainConfig(workdir=""))
 
 
