@@ -115,13 +115,13 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
   return np.array(tokens, np.int32), answers
 
 
-def texts(length: int, count: int) -> Iterator[tuple[str, str]]:
-  """(name, text) of `count` documents to train on, of all tasks in turn, of length / 2 to length bytes; `evaluate` has others."""
+def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
+  """(name, text, (begin, end) of its answers) of `count` documents to train on, of all tasks in turn, of length / 2 to length bytes; `evaluate` has others."""
   tokenizer = ByteTokenizer()
   for i in range(count):
     rng, task = np.random.default_rng([2**62, length, i]), list(TASKS)[i % len(TASKS)]
-    tokens, _ = make_example(task, tokenizer, int(rng.integers(length // 2, length + 1)), rng)
-    yield f"{task} {i}", tokenizer.decode(tokens)
+    tokens, answers = make_example(task, tokenizer, int(rng.integers(length // 2, length + 1)), rng)      # a byte is a character here
+    yield f"{task} {i}", tokenizer.decode(tokens), tuple((int(places[0]), int(places[-1]) + 1) for places in answers)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -108,6 +108,7 @@ def test_rows_reach_beyond_32_bits():
     lengths = np.array([2**32 + 5, 2**31 - 7, 11], np.int64)
     num_documents = 3
     num_tokens = int(lengths.sum())
+    marked = False
 
     def document(self, i):
       return np.broadcast_to(np.int32(i), self.lengths[i])
