@@ -23,7 +23,7 @@ import numpy as np
 
 from sparsek.config import check_choice
 from sparsek.corpus import Document
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
 from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMAT = "sparsek-tokens"
@@ -262,6 +262,21 @@ def verify_token_files(folder: str) -> TokenDataset:
   return dataset
 
 
+def check_same(folder: str, expected_path: str) -> None:
+  """Compares the tokens, the tokenizer and the split of token files with those of other ones, by the meta.json of each.
+
+  Raises:
+    RunError: naming what differs, and the versions that made both.
+    UsageError: if `expected_path` cannot be read or is no meta.json.
+  """
+  found, expected = _read_meta(folder), read_meta(expected_path)
+  flat = lambda meta: {**{key: meta[key] for key in ("num_documents", "num_tokens", "heldout")}, **meta["sha256"], DOCUMENTS_FILE: None}
+  found_values, expected_values = flat(found), flat(expected)
+  differing = [key for key in sorted({*found_values, *expected_values}) if found_values.get(key) != expected_values.get(key)]
+  if differing:
+    raise RunError(f"{folder} differs from {expected_path} in {', '.join(differing)}; made with {found.get('versions')}, there {expected.get('versions')}")
+
+
 def _check_sha256(path: str, expected: str) -> None:
   try:
     found = _sha256(path)
@@ -275,11 +290,16 @@ def _read_meta(folder: str) -> dict:
   path = os.path.join(folder, META_FILE)
   if not os.path.isdir(folder):
     raise UsageError(f"data {folder!r}: no such folder; make it with `python -m experiments.prepare_data`, or use 'stdlib'")
+  return read_meta(path)
+
+
+def read_meta(path: str) -> dict:
+  """What a meta.json holds. Raises UsageError where it cannot be read or is damaged."""
   try:
     with open(path, encoding="utf-8") as file:
       meta = json.load(file)
   except OSError as error:
-    raise UsageError(f"data {folder!r}: {path} cannot be read ({error.strerror}); is this a folder that prepare_data wrote?") from error
+    raise UsageError(f"{path} cannot be read ({error.strerror}); is it of a folder that experiments.prepare_data wrote?") from error
   except ValueError as error:
     raise UsageError(f"file {path} is damaged: expected JSON, found {error}") from error
   found = (meta.get("format"), meta.get("format_version")) if isinstance(meta, dict) else (None, None)

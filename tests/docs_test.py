@@ -99,7 +99,11 @@ def test_links_and_files_exist():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "experiments" / "recipes").glob("*.flags")), ids=lambda path: path.stem)
 def test_recipes_parse(recipe):
   from absl import flags as absl_flags
+  from experiments import prepare_data
   from sparsek import flags
+  if "experiments.prepare_data --flagfile" in recipe.read_text():
+    flags.parse(["prepare_data", f"--flagfile={recipe}"], prepare_data.FLAGS)
+    return
   values = absl_flags.FlagValues()
   for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
     define(values)

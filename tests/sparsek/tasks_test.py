@@ -87,6 +87,10 @@ def test_documents_to_train_on():
   every = list(documents(["tasks:1500:20"], heldout_fraction=0.2))
   assert len({document.text for document in every}) == 20 and {document.name.split()[0] for document in every} == set(tasks.TASKS)
   assert all(700 < len(document.text) <= 1500 for document in every)
+  assert all(document.answers is None for document in every)
+  for document in documents(["tasks:1500:20"], answers_only=True):
+    answers = [document.text[begin:end].strip() for begin, end in document.answers]
+    assert answers == solved(document.name.split()[0], document.text)
   assert example("passkey", 1500)[0] not in {document.text for document in every}
   with pytest.raises(UsageError, match="'tasks:many' must be tasks:LENGTH:COUNT"):
     list(documents(["tasks:many"]))

@@ -63,6 +63,25 @@ def test_round_trip(kind, bpe, tmp_path):
     assert split.num_bytes == sum(len(text.encode()) for text in expected)
 
 
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_the_loss_counts_marked_answers_only(kind, bpe, tmp_path):
+  tokenizer, path = {"byte": ByteTokenizer(), "bpe": bpe}[kind], str(tmp_path / "tokens")
+  text, answers = "Who? 世界. Where? return x", ((4, 7), (15, 24))
+  write_token_files(path, [Document("a", "plain", False), Document("b", text, False, answers), Document("c", "no answer", True, ()), Document("d", "plain", True)],
+                    tokenizer)
+  dataset = verify_token_files(path)
+  train, heldout = dataset.split("train"), dataset.split("heldout")
+  counted = lambda split, i: tokenizer.decode(split.document(i)[~split.uncounted(i)])
+  assert [counted(train, 0), counted(train, 1), counted(heldout, 0), counted(heldout, 1)] == ["plain", " 世界 return x", "", "plain"]
+  assert tokenizer.decode(train.document(1)) == text and train.document(1)[-1] == tokenizer.eos_id and train.uncounted(1)[-1]
+  assert train.num_counted == sum(np.count_nonzero(~train.uncounted(i)) for i in range(2)) and train.num_bytes == len("plain 世界 return x".encode())
+  os.truncate(os.path.join(path, "uncounted.bin"), 3)
+  with pytest.raises(ValueError, match=r"uncounted.bin is damaged: expected \d+ bytes, found 3"):
+    open_token_files(path)
+  with pytest.raises(ValueError, match="must be .begin, end., ascending, within its 5"):
+    Document("e", "plain", False, ((3, 4), (2, 5)))
+
+
 def test_broken_text_does_not_stop_a_prompt(bpe):
   for tokenizer in (ByteTokenizer(), bpe):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"

@@ -13,9 +13,11 @@ import pytest
 
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.evaluate import evaluate, token_losses
 from sparsek.model import Transformer, init_params, unstack_layers
 from sparsek.optimizer import make_optimizer
 from sparsek.train_step import TrainState, check_batch, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated
+from tests.sparsek.helpers import quick_jit
 
 CONFIG = TransformerConfig(vocab_size=19, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
 TRAIN = TrainConfig(workdir="", data=DataConfig(batch_size=4, seq_len=12), loss_chunk=7,
@@ -32,11 +34,11 @@ def example_batch():
   return {"tokens": rng.integers(0, 19, (4, 13)).astype(np.int32), "segment_ids": segment_ids}
 
 
-def one_step(train=TRAIN, config=CONFIG):
+def one_step(train=TRAIN, config=CONFIG, **more):
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
   params = jax.device_put(init_params(config, jax.random.key(0)), replicated(mesh))
   state = TrainState(jnp.int32(0), params, optimizer.init(params))
-  state, metrics = make_train_step(config, train, optimizer, mesh)(state, put_batch(mesh, example_batch()))
+  state, metrics = make_train_step(config, train, optimizer, mesh)(state, put_batch(mesh, {**example_batch(), **more}))
   return state, {key: float(value) for key, value in metrics.items()}
 
 
@@ -52,6 +54,18 @@ def test_loss_is_the_mean_over_counted_targets():
   np.testing.assert_allclose(metrics["learning_rate"], TRAIN.optimizer.learning_rate / 2, rtol=1e-6)
   total, count = make_eval_step(CONFIG, 5, make_mesh())(params, put_batch(make_mesh(), batch))
   np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-5)
+
+
+def test_the_loss_counts_what_a_batch_marks():
+  """In training and in evaluation."""
+  batch, params = example_batch(), init_params(CONFIG, jax.random.key(0))
+  counted = np.zeros((4, 13), bool)
+  counted[3, 9:] = True
+  losses = quick_jit(lambda batch: token_losses(CONFIG, params, batch, 7))(batch)[3, 8:]
+  metrics = one_step(dataclasses.replace(TRAIN, grad_accumulation=2), counted=counted)[1]
+  assert metrics["num_targets"] == 4 and metrics["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+  result = evaluate(CONFIG, params, [{**batch, "counted": counted}], (0, 12))
+  assert result.num_targets == 4 and result.loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 def test_rows_of_one_document_need_no_segment_ids():
