@@ -16,7 +16,7 @@ from sparsek.loss import Batch, chunked_cross_entropy, next_token_targets
 from sparsek.model import Params, Transformer, output_matrix
 from sparsek.scoring import position_in_document
 from sparsek.token_files import TokenSplit
-from sparsek.train_step import BATCH, make_mesh, put_batch
+from sparsek.train_step import BATCH, make_mesh, put_batch, replicated
 
 FIRST_BUCKET = 64           # positions; finer buckets would hold few targets each
 
@@ -105,6 +105,7 @@ def evaluate(config: TransformerConfig, params: Params, batches: Iterable[dict[s
     ValueError: where rows are longer than the last edge, or no target counts at all.
   """
   mesh = make_mesh() if mesh is None else mesh
+  params = jax.device_put(params, replicated(mesh))
   bucket_sums = make_bucket_sums(config, edges, loss_chunk, mesh)
   total, count = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
   for batch in batches:

@@ -22,7 +22,7 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.model import Params, Transformer, hidden_to_logits, output_matrix
 from sparsek.tokenizer import ByteTokenizer, Tokenizer
-from sparsek.train_step import BATCH, make_mesh
+from sparsek.train_step import BATCH, make_mesh, replicated
 
 FILLER = ("The grass is green.\n", "The sky is blue.\n", "The sun is yellow.\n", "Here we go.\n", "There and back again.\n", "Time went by.\n")
 NEEDLES = 16                     # facts of which one is asked for
@@ -151,6 +151,7 @@ def predicted(config: TransformerConfig, params: Params, tokens: jax.Array, plac
 def evaluate(config: TransformerConfig, params: Params, tokenizer: Tokenizer, task: str, length: int, examples: int, batch_size: int = 1,
              seed: int = 0, min_distance: int = 0) -> Iterator[tuple[int, int]]:
   """Yields, after each batch of `batch_size` rows, (answers right, answers so far). The examples are those of (task, length, seed, min_distance)."""
+  params = jax.device_put(params, replicated(make_mesh()))
   right = total = 0
   for first in range(0, examples, batch_size):
     rows = [make_example(task, tokenizer, length, np.random.default_rng([seed, length, i]), min_distance)

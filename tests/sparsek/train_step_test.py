@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek import tasks
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.evaluate import evaluate, token_losses
@@ -93,14 +94,22 @@ def test_batch_must_divide_over_devices_and_accumulation():
     check_batch(make_mesh(), 9, 2)
 
 
+def evaluated():
+  """Held-out loss and an answer per row, of parameters that lie on the first device."""
+  params, batch = jax.device_put(init_params(CONFIG, jax.random.key(0)), jax.devices()[0]), example_batch()
+  places = np.full((4, 1), 5, np.int32)
+  answers = tasks.predicted(CONFIG, jax.device_put(params, replicated(make_mesh())), batch["tokens"][:, :-1], places)
+  return {"heldout_loss": evaluate(CONFIG, params, [batch], (0, 12)).loss, **{f"answer_{i}": int(answer) for i, answer in enumerate(answers[:, 0])}}
+
+
 @pytest.mark.slow
 def test_two_devices_compute_what_one_does(tmp_path):
   script = ("import json, sys; sys.path.insert(0, '.'); import jax; assert jax.device_count() == 2; "
-            "from tests.sparsek import train_step_test; print(json.dumps(train_step_test.one_step()[1]))")
+            "from tests.sparsek import train_step_test as test; print(json.dumps({**test.one_step()[1], **test.evaluated()}))")
   env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stderr
-  expected = one_step()[1]
+  expected = {**one_step()[1], **evaluated()}
   for key, value in json.loads(done.stdout.splitlines()[-1]).items():
     np.testing.assert_allclose(value, expected[key], rtol=1e-5, err_msg=key)
 
