@@ -2,11 +2,11 @@
 
   python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
   python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json --output=data/mine
-  python -m experiments.prepare_data --sources=data/long,tasks:32768:200 --answers_only --output=data/mix
+  python -m experiments.prepare_data --sources=books,tasks:32768:200 --answers_only --output=data/mix
   python -m experiments.prepare_data --verify=data/mine
 
-A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of their tokens, which the report shows. Name a source twice to
-weigh it double.
+A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of their tokens (OUTPUT/documents.jsonl lists them). Name a source
+twice to weigh it double.
 """
 
 from absl import flags
@@ -25,7 +25,9 @@ flags.DEFINE_list(
     "the source text of Python's standard library, or tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes.", flag_values=FLAGS)
 flags.DEFINE_integer("min_document_bytes", 0, "Leave out shorter documents; generated ones stay.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_boolean("deduplicate", False, "Of equal documents keep the first only.", flag_values=FLAGS)
-flags.DEFINE_boolean("answers_only", False, "Of generated documents the loss counts the answers only, in training and held-out evaluation.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "answers_only", False, "Of generated documents the loss counts the answers only, in training and held-out evaluation, each token as much as one of text.",
+    flag_values=FLAGS)
 flags.DEFINE_string("output", None, "Folder to make.", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', flag_values=FLAGS)
 flags.DEFINE_integer(
@@ -62,14 +64,14 @@ def _report(dataset) -> None:
     split = dataset.split(name)
     counted = f"; the loss counts {split.num_counted:,} tokens," if split.marked else ","
     print(f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens{counted} {split.num_bytes:,} bytes")
-  if FLAGS.expect is not None:
+  if FLAGS.expect:
     check_same(dataset.folder, FLAGS.expect)
     print(f"Tokens and split are those of {FLAGS.expect}.")
 
 
 def main() -> None:
   """Makes the token files, or only verifies those there are."""
-  if FLAGS.expect is not None:
+  if FLAGS.expect:
     read_meta(FLAGS.expect)                          # refused before any long work
   if FLAGS.verify is not None:
     if FLAGS.sources or FLAGS.output:

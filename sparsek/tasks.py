@@ -3,8 +3,8 @@
 A document is lines of facts, in their order but with filler of no use between them, and a question whose answers are marked. An answer counts as right where
 every token of it is the most probable one, given all before it: greedy decoding would write it.
 
-A sliding window of w tokens has the fact in sight in about w / length of the documents, more in deep models, where a window hands on to the next layer's what it
-saw: layers * w tokens at most. `min_distance` keeps the facts farther away than that.
+A sliding window of w tokens has the fact in sight in about w / length of the documents; in deep models more, since a window hands on to the next layer's what
+it saw: layers * w tokens at most. `min_distance` keeps the facts farther away than that.
 """
 
 import dataclasses
@@ -172,7 +172,7 @@ def evaluate(config: TransformerConfig, params: Params, tokenizer: Tokenizer, ta
 
 
 def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-  """The 95 % confidence interval of a share (Wilson 1927)."""
+  """The 95 % confidence interval of a share (Wilson 1927) of independent answers, which the four of a document of recall are not quite."""
   share = right / total
   centre, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
   return tuple(max(0., min(1., (centre + sign * spread) / (1 + z * z / total))) for sign in (-1, 1))

@@ -30,7 +30,7 @@ FORMAT = "sparsek-tokens"
 FORMAT_VERSION = 1
 TOKENS_FILE, INDEX_FILE, META_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE = "tokens.bin", "index.npy", "meta.json", "documents.jsonl", "uncounted.bin"
 SPLITS = ("train", "heldout")
-_META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "vocab_size": int, "tokenizer": dict,
+_META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "num_counted": dict, "vocab_size": int, "tokenizer": dict,
                "heldout": list, "sha256": dict}
 _CHARACTERS_AT_ONCE = 1 << 22
 
@@ -233,7 +233,7 @@ def open_token_files(folder: str) -> TokenDataset:
   held_out[meta["heldout"]] = True
   starts, lengths = index[:-1], np.diff(index)
   splits = {
-      name: TokenSplit(name, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], uncounted, meta.get("num_counted", {}).get(name))
+      name: TokenSplit(name, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], uncounted, meta["num_counted"].get(name))
       for name, chosen in (("train", ~held_out), ("heldout", held_out))}
   checksums = (meta["sha256"].get(name, "") for name in (TOKENS_FILE, INDEX_FILE, UNCOUNTED_FILE))
   fingerprint = hashlib.sha256("".join(checksums).encode()).hexdigest()
@@ -305,6 +305,7 @@ def read_meta(path: str) -> dict:
   found = (meta.get("format"), meta.get("format_version")) if isinstance(meta, dict) else (None, None)
   if found != (FORMAT, FORMAT_VERSION):
     raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found format {found[0]} version {found[1]}")
+  meta.setdefault("num_counted", {})                     # not in older files, where all tokens count
   for key, kind in _META_TYPES.items():
     if not isinstance(meta.get(key), kind):
       raise UsageError(f"file {path} is damaged: expected {key!r} of type {kind.__name__}, found {meta.get(key)!r}")

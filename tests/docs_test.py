@@ -86,9 +86,9 @@ def test_python_examples_run(block):
 
 
 def test_links_and_files_exist():
-  for name in ("README.md", "WORKSPACE.md"):
+  for name in ("README.md", "WORKSPACE.md", "docs/attention-map.md"):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
-      assert target.startswith("http") or (ROOT / target).exists(), f"{name}: {target}"
+      assert target.startswith("http") or ((ROOT / name).parent / target).exists(), f"{name}: {target}"
   listed = " ".join(re.findall(r"`([^`]+)`", (ROOT / "WORKSPACE.md").read_text()))
   for folder in ("sparsek", "kernels"):
     for file in (ROOT / folder).glob("*.py"):

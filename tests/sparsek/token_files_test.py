@@ -67,8 +67,8 @@ def test_round_trip(kind, bpe, tmp_path):
 def test_the_loss_counts_marked_answers_only(kind, bpe, tmp_path):
   tokenizer, path = {"byte": ByteTokenizer(), "bpe": bpe}[kind], str(tmp_path / "tokens")
   text, answers = "Who? 世界. Where? return x", ((4, 7), (15, 24))
-  write_token_files(path, [Document("a", "plain", False), Document("b", text, False, answers), Document("c", "no answer", True, ()), Document("d", "plain", True)],
-                    tokenizer)
+  four = [Document("a", "plain", False), Document("b", text, False, answers), Document("c", "no answer", True, ()), Document("d", "plain", True)]
+  write_token_files(path, four, tokenizer)
   dataset = verify_token_files(path)
   train, heldout = dataset.split("train"), dataset.split("heldout")
   counted = lambda split, i: tokenizer.decode(split.document(i)[~split.uncounted(i)])
@@ -80,6 +80,19 @@ def test_the_loss_counts_marked_answers_only(kind, bpe, tmp_path):
     open_token_files(path)
   with pytest.raises(ValueError, match="must be .begin, end., ascending, within its 5"):
     Document("e", "plain", False, ((3, 4), (2, 5)))
+
+
+def test_files_without_what_was_added_later_are_read(folder):
+  with open(os.path.join(folder, "meta.json")) as file:
+    meta = json.load(file)
+  for key in ("num_counted", "versions"):
+    del meta[key]
+  os.remove(os.path.join(folder, "documents.jsonl"))
+  del meta["sha256"]["documents.jsonl"]
+  with open(os.path.join(folder, "meta.json"), "w") as file:
+    json.dump(meta, file)
+  split = verify_token_files(folder).split("train")
+  assert split.num_counted == split.num_tokens and not split.marked
 
 
 def test_broken_text_does_not_stop_a_prompt(bpe):
@@ -194,6 +207,7 @@ def swap_first_documents(index):
     (remove("meta.json"), "meta.json cannot be read .*prepare_data"),
     (lambda folder: edit_meta(folder, format_version=2), "expected format sparsek-tokens version 1, found format sparsek-tokens version 2"),
     (lambda folder: edit_meta(folder, num_tokens="7"), "expected 'num_tokens' of type int, found '7'"),
+    (lambda folder: edit_meta(folder, num_counted=7), "expected 'num_counted' of type dict, found 7"),
     (lambda folder: edit_meta(folder, dtype="int8"), "expected dtype uint16 or uint32, found int8"),
     (lambda folder: edit_meta(folder, heldout=[99]), "held-out documents from 0 to 4, found 99"),
     (lambda folder: edit_meta(folder, tokenizer={}), "expected name, fingerprint in 'tokenizer', found nothing"),
