@@ -6,7 +6,8 @@
   python -m experiments.prepare_data --verify=data/mine
 
 A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of their tokens (OUTPUT/documents.jsonl lists them). Name a source
-twice to weigh it double.
+twice to weigh it double. Training cuts documents where its rows end, which parts questions from facts: generated documents should be much shorter than a row,
+and a batch that holds no answer has, with --answers_only and no text, a loss of 0.
 """
 
 from absl import flags
