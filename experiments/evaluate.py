@@ -20,7 +20,7 @@ from sparsek.config import DataConfig
 from sparsek.data import eval_batches, open_data
 from sparsek.errors import RunError, UsageError
 from sparsek.evaluate import bits_per_byte, bucket_edges, evaluate, format_table
-from sparsek.train_step import check_batch, make_mesh
+from sparsek.train_step import check_batch, make_mesh, replicated
 
 # Apart from the flags of pretraining, whose defaults are no run's own values.
 FLAGS = absl_flags.FlagValues()
@@ -86,7 +86,7 @@ def main() -> None:
   edges = bucket_edges(data.seq_len, trained_lengths)
   results, steps = [], []
   for run in runs:
-    params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step)
+    params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, replicated(make_mesh()))
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:

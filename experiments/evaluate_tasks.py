@@ -1,10 +1,10 @@
 """How often runs find what stands far back: accuracy on generated tasks with known answers, with 95 % confidence intervals.
 
   python -m experiments.evaluate_tasks --workdir=/tmp/run --tasks=passkey,needle --lengths=1024,4096
-  python -m experiments.evaluate_tasks --workdir=/tmp/sparsek,/tmp/sliding_window --examples=200
+  python -m experiments.evaluate_tasks --workdir=/tmp/sparsek,/tmp/sliding_window --lengths=1024,4096,16384,65536 --examples=200 --record=tasks.json
 
 All runs are given the same documents. --k, --window and --gate may differ from those of training. Each run's WORKDIR/tasks.jsonl gets a line with the
-numbers and what they were measured with; earlier lines stay.
+numbers and what they were measured with; earlier lines stay. --record writes those of all runs to one file, and a picture of accuracy against length.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ from absl import flags as absl_flags
 import numpy as np
 from tqdm import tqdm
 
-from sparsek import checkpoint, flags, run_directory, tasks
+from sparsek import checkpoint, flags, plots, run_directory, tasks
 from sparsek.errors import RunError, UsageError
 from sparsek.tokenizer import load_tokenizer
+from sparsek.train_step import check_batch, make_mesh, replicated
 
 FLAGS = absl_flags.FlagValues()
 flags.define_task_flags(FLAGS)
@@ -32,13 +33,33 @@ def listed(name, allowed=None):
   return values if allowed else [int(value) for value in values]
 
 
+def save(path, records, found):
+  """The record of all runs and its picture."""
+  panels = {}
+  for (label, task, length), (right, total) in found.items():
+    panels.setdefault(task, {}).setdefault(label, []).append((length, right / total, *tasks.interval(right, total)))
+  picture = os.path.splitext(path)[0] + ".png"
+  try:
+    with open(path, "w", encoding="utf-8") as file:
+      json.dump({"chance": {task: tasks.CHANCE[task] for task in panels}, "runs": records}, file, indent=1)
+  except OSError as error:
+    raise RunError(f"{path} cannot be written: {error.strerror}") from None
+  plots.save_accuracies(picture, panels, tasks.CHANCE)
+  print(f"{path}, {picture}")
+
+
 def main() -> None:
   """Evaluates every run on every task at every length."""
   chosen, lengths = listed("tasks", tuple(tasks.TASKS)), listed("lengths")
   workdirs = [os.path.expanduser(folder) for folder in (FLAGS.workdir or "").split(",") if folder]
   if not workdirs:
     raise UsageError("--workdir is required: the folder of a pretraining run, or several separated by commas")
-  found = {}
+  if FLAGS.record and not (FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")):
+    raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
+  mesh = make_mesh()
+  batch_size = FLAGS.batch_size or mesh.size
+  check_batch(mesh, batch_size)
+  found, records = {}, {}
   for workdir in workdirs:
     if not os.path.isdir(workdir):
       raise UsageError(f"--workdir={workdir}: there is no such folder")
@@ -46,22 +67,25 @@ def main() -> None:
     config, name = flags.override_config(config, FLAGS), record["tokenizer"]["name"]
     tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
     for task in chosen:                                        # a document too short is refused before any long work
-      tasks.make_example(task, tokenizer, min(lengths), np.random.default_rng(0))
-    params, step = checkpoint.load_params(workdir, config, FLAGS.step)
+      tasks.make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
+    params, step = checkpoint.load_params(workdir, config, FLAGS.step, replicated(mesh))
     for task in chosen:
       for length in lengths:
-        size = -(-FLAGS.examples // FLAGS.batch_size)
-        batches = tasks.evaluate(config, params, tokenizer, task, length, FLAGS.examples, FLAGS.batch_size, FLAGS.seed)
+        size = -(-FLAGS.examples // batch_size)
+        batches = tasks.evaluate(config, params, tokenizer, task, length, FLAGS.examples, batch_size, FLAGS.seed, FLAGS.min_distance)
         *_, found[workdir, task, length] = tqdm(batches, f"{workdir} {task} {length}", size, unit="batch", disable=None)
     results = [{"task": task, "length": length, "right": right, "total": total}
                for (folder, task, length), (right, total) in found.items() if folder == workdir]
+    records[workdir] = {"step": step, "results": results, "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(config),
+                        "trained_seq_len": record["data"]["seq_len"], "versions": run_directory.versions()}
     try:
       with open(os.path.join(workdir, "tasks.jsonl"), "a") as file:
-        file.write(json.dumps({"step": step, "results": results, "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(config),
-                               "trained_seq_len": record["data"]["seq_len"], "versions": run_directory.versions()}) + "\n")
+        file.write(json.dumps(records[workdir]) + "\n")
     except OSError as error:
       raise RunError(f"{workdir}/tasks.jsonl cannot be written: {error.strerror}") from None
   print(tasks.table(workdirs, lengths, found))
+  if FLAGS.record:
+    save(FLAGS.record, records, found)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,12 @@
 
   python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
   python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json --output=data/mine
+  python -m experiments.prepare_data --sources=books,tasks:32768:200 --answers_only --output=data/mix
   python -m experiments.prepare_data --verify=data/mine
+
+A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of their tokens (OUTPUT/documents.jsonl lists them). Name a source
+twice to weigh it double. Training cuts documents where its rows end, which parts questions from facts: generated documents should be much shorter than a row,
+and a batch that holds no answer has, with --answers_only and no text, a loss of 0.
 """
 
 from absl import flags
@@ -11,7 +16,7 @@ from tqdm import tqdm
 from sparsek import flags as flags_lib
 from sparsek.corpus import DEFAULT_EXTENSIONS, documents
 from sparsek.errors import UsageError
-from sparsek.token_files import check_new, open_token_files, verify_token_files, write_token_files
+from sparsek.token_files import check_new, check_same, open_token_files, read_meta, verify_token_files, write_token_files
 from sparsek.tokenizer import load_tokenizer, train_bpe
 
 # Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
@@ -19,6 +24,11 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_list(
     "sources", [], 'Comma-separated: text files (one document each), .jsonl files (one document a line), folders (recursive), "stdlib", '
     "the source text of Python's standard library, or tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes.", flag_values=FLAGS)
+flags.DEFINE_integer("min_document_bytes", 0, "Leave out shorter documents; generated ones stay.", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_boolean("deduplicate", False, "Of equal documents keep the first only.", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "answers_only", False, "Of generated documents the loss counts the answers only, in training and held-out evaluation, each token as much as one of text.",
+    flag_values=FLAGS)
 flags.DEFINE_string("output", None, "Folder to make.", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', flag_values=FLAGS)
 flags.DEFINE_integer(
@@ -31,11 +41,13 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "heldout_fraction", 0.05, "About this share of the documents is held out, by hash.", lower_bound=0, upper_bound=0.99, flag_values=FLAGS)
 flags.DEFINE_string("verify", None, "Only compare the checksums of this folder of token files.", flag_values=FLAGS)
+flags.DEFINE_string("expect", None, "A meta.json or a copy of one: end with an error unless the tokens and the split are the same.", flag_values=FLAGS)
 
 
 def _documents(description: str):
   every = documents(
-      FLAGS.sources, heldout_fraction=FLAGS.heldout_fraction, extensions=FLAGS.extensions, text_field=FLAGS.text_field, errors=FLAGS.errors)
+      FLAGS.sources, extensions=FLAGS.extensions, **{name: FLAGS[name].value for name in (
+          "heldout_fraction", "text_field", "errors", "min_document_bytes", "deduplicate", "answers_only")})
   return tqdm(every, description, unit=" documents", disable=None)
 
 
@@ -51,10 +63,17 @@ def _report(dataset) -> None:
   print(f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids")
   for name in ("train", "heldout"):
     split = dataset.split(name)
-    print(f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes")
+    counted = f"; the loss counts {split.num_counted:,} tokens," if split.marked else ","
+    print(f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens{counted} {split.num_bytes:,} bytes")
+  if FLAGS.expect:
+    check_same(dataset.folder, FLAGS.expect)
+    print(f"Tokens and split are those of {FLAGS.expect}.")
 
 
 def main() -> None:
+  """Makes the token files, or only verifies those there are."""
+  if FLAGS.expect:
+    read_meta(FLAGS.expect)                          # refused before any long work
   if FLAGS.verify is not None:
     if FLAGS.sources or FLAGS.output:
       raise UsageError(f"--verify={FLAGS.verify} takes neither --sources nor --output")

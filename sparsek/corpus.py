@@ -28,10 +28,17 @@ class Document:
     name: file, or file:line.
     text: never empty.
     held_out: not trained on.
+    answers: (begin, end) of characters, ascending: the loss counts only these; None: everything.
   """
   name: str
   text: str
   held_out: bool
+  answers: tuple[tuple[int, int], ...] | None = None
+
+  def __post_init__(self):
+    places = [0, *itertools.chain.from_iterable(self.answers or ()), len(self.text)]
+    if places != sorted(places):
+      raise ValueError(f"answers={self.answers} of document {self.name} must be (begin, end), ascending, within its {len(self.text)} characters")
 
 
 def _is_held_out(key: str, fraction: float) -> bool:
@@ -40,13 +47,13 @@ def _is_held_out(key: str, fraction: float) -> bool:
 
 def documents(
     sources: Sequence[str], *, heldout_fraction: float = 0.05, extensions: Sequence[str] = DEFAULT_EXTENSIONS,
-    text_field: str = "text", errors: str = "strict",
+    text_field: str = "text", errors: str = "strict", min_document_bytes: int = 0, deduplicate: bool = False, answers_only: bool = False,
 ) -> Iterator[Document]:
   """Yields the documents of all sources, in an order that depends on their names only.
 
   Whether a document is held out follows from its text, so that copies of it land on the same side; in the standard library it
   follows from the relative path, so that it is nearly the same for every version of Python.
-  A corpus of a single document is cut in two, at a line break if one is near: the second part is held out.
+  A corpus of a single document is cut in two, at a line break if one is near: the second part is held out (unless it has marked answers).
   Should all of several documents fall on one side, the last one changes sides.
 
   Args:
@@ -56,6 +63,9 @@ def documents(
     extensions: endings of the files taken from folders.
     text_field: the field of a JSON line that holds the text.
     errors: "strict", or "replace" for U+FFFD in place of what is not UTF-8.
+    min_document_bytes: shorter texts are left out, in bytes of UTF-8; generated ones are as long as their source says.
+    deduplicate: of equal texts only the first is kept.
+    answers_only: of generated documents the loss counts only the answers.
 
   Raises:
     UsageError: naming the file, and where in it, for whatever cannot be read; or if there is no document at all.
@@ -63,12 +73,23 @@ def documents(
   if not 0 <= heldout_fraction < 1:
     raise UsageError(f"heldout_fraction={heldout_fraction} must be at least 0 and below 1")
   check_choice("errors", errors, ("strict", "replace"))
-  every = (
-      Document(name, text, _is_held_out(key, heldout_fraction))
-      for source in sources for name, text, key in _named_texts(source, tuple(extensions), text_field, errors) if text)
+
+  def read(source: str) -> Iterator[Document]:
+    if source.startswith(TASKS):
+      for name, text, answers in _task_texts(source):
+        yield Document(name, text, _is_held_out(text, heldout_fraction), answers if answers_only else None)
+    else:
+      for name, text, key in _named_texts(source, tuple(extensions), text_field, errors):
+        if len(text.encode()) >= max(min_document_bytes, 1):
+          yield Document(name, text, _is_held_out(key, heldout_fraction))
+
+  every = itertools.chain.from_iterable(map(read, sources))
+  if deduplicate:
+    every = _different(every)
   first = list(itertools.islice(every, 2))
   if not first:
-    raise UsageError(f"no documents in sources {', '.join(sources) or '(none given)'} (files taken from folders: {' '.join(extensions)})")
+    least = f", of at least {min_document_bytes} bytes" if min_document_bytes else ""
+    raise UsageError(f"no documents in sources {', '.join(sources) or '(none given)'} (files taken from folders: {' '.join(extensions)}{least})")
   if heldout_fraction == 0:
     yield from itertools.chain(first, every)
   elif len(first) == 1:
@@ -77,10 +98,19 @@ def documents(
     yield from _on_both_sides(itertools.chain(first, every))
 
 
+def _different(every: Iterable[Document]) -> Iterator[Document]:
+  seen = set()
+  for document in every:
+    digest = hashlib.sha256(document.text.encode()).digest()
+    if digest not in seen:
+      seen.add(digest)
+      yield document
+
+
 def _cut(document: Document, share: float) -> list[Document]:
   at = int(len(document.text) * share)
   at = document.text.rfind("\n", at * 9 // 10, at) + 1 or at
-  if at == 0:
+  if at == 0 or document.answers is not None:
     return [dataclasses.replace(document, held_out=False)]
   return [Document(document.name, document.text[:at], False), Document(document.name + " (end)", document.text[at:], True)]
 
@@ -99,8 +129,6 @@ def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, erro
   """Yields (name, text, the key whose hash decides the split)."""
   if source == STDLIB:
     yield from _stdlib_texts()
-  elif source.startswith(TASKS):
-    yield from _task_texts(source)
   elif os.path.isdir(source):
     for path in _files(source, extensions):
       yield from _file_texts(path, text_field, errors)
@@ -110,12 +138,11 @@ def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, erro
     raise UsageError(f"source {source!r}: no such file or folder (relative to {os.getcwd()})")
 
 
-def _task_texts(source: str) -> Iterator[tuple[str, str, str]]:
+def _task_texts(source: str) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
   length, colon, count = source.removeprefix(TASKS).partition(":")
   if not (colon and length.isdecimal() and count.isdecimal()):
     raise UsageError(f"source {source!r} must be tasks:LENGTH:COUNT, such as tasks:4096:1000")
-  for name, text in tasks.texts(int(length), int(count)):
-    yield name, text, text
+  return tasks.texts(int(length), int(count))
 
 
 def _files(folder: str, extensions: tuple[str, ...], skipped: Iterable[str] = ()) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 A batch is a dict of int32 arrays {"tokens": [rows, seq_len + 1], "segment_ids": [rows, seq_len + 1]}. Segment ids count the documents
 of a row from 1; 0 is padding. The model reads tokens[:, :-1]; the target of position t is tokens[:, t + 1], and it counts where
-segment_ids[:, t] == segment_ids[:, t + 1] != 0.
+segment_ids[:, t] == segment_ids[:, t + 1] != 0. Where documents have marked answers there is a bool array "counted" of the same shape, and
+the target counts where counted[:, t + 1] too.
 """
 
 import functools
@@ -108,13 +109,14 @@ class PackedRows:
     return order, np.cumsum(self._split.lengths[order]), generator.permutation(self.num_rows)
 
   def example(self, i: int) -> Batch:
-    """Row i >= 0 of the endless stream of epochs: {"tokens": [seq_len + 1], "segment_ids": [seq_len + 1]}, int32."""
+    """Row i >= 0 of the endless stream of epochs: {"tokens": [seq_len + 1], "segment_ids": [seq_len + 1]}, int32; see above for "counted"."""
     epoch, visit = divmod(i, self.num_rows)
     order, ends, rows = self._orders(epoch)
     start = int(rows[visit]) * self._seq_len
     count = min(self._seq_len + 1, self._split.num_tokens - start)
     tokens = np.zeros(self._seq_len + 1, np.int32)
     segment_ids = np.zeros(self._seq_len + 1, np.int32)
+    counted = np.zeros(self._seq_len + 1, bool) if self._split.marked else None
     place = first = int(np.searchsorted(ends, start, side="right"))
     filled = 0
     while filled < count:
@@ -122,10 +124,12 @@ class PackedRows:
       begin = start + filled - (int(ends[place]) - len(document))
       piece = document[begin:begin + count - filled]
       tokens[filled:filled + len(piece)] = piece
+      if counted is not None:
+        counted[filled:filled + len(piece)] = ~self._split.uncounted(int(order[place]))[begin:begin + count - filled]
       segment_ids[filled:filled + len(piece)] = place - first + 1 if self._segment_documents else 1
       filled += len(piece)
       place += 1
-    return {"tokens": tokens, "segment_ids": segment_ids}
+    return {"tokens": tokens, "segment_ids": segment_ids, **({} if counted is None else {"counted": counted})}
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:

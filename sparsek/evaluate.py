@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TransformerConfig
-from sparsek.loss import chunked_cross_entropy, next_token_targets
+from sparsek.loss import Batch, chunked_cross_entropy, next_token_targets
 from sparsek.model import Params, Transformer, output_matrix
 from sparsek.scoring import position_in_document
 from sparsek.token_files import TokenSplit
-from sparsek.train_step import BATCH, make_mesh, put_batch
+from sparsek.train_step import BATCH, make_mesh, put_batch, replicated
 
 FIRST_BUCKET = 64           # positions; finer buckets would hold few targets each
 
@@ -59,15 +59,15 @@ def bucket_edges(seq_len: int, extra: Iterable[int] = ()) -> tuple[int, ...]:
   return (0, *sorted({edge for edge in (*powers, *extra) if 0 < edge < seq_len}), seq_len)
 
 
-def token_losses(config: TransformerConfig, params: Params, tokens: jax.Array, segment_ids: jax.Array, chunk: int) -> jax.Array:
+def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk: int) -> jax.Array:
   """The cross-entropy in nats of every target, 0 where it does not count: float32 [B, n], with at most `chunk` rows of logits at a time.
 
   Args:
     config, params: the model.
-    tokens, segment_ids: [B, n + 1] int32; segment 0 is padding.
+    batch: as in `sparsek.loss.next_token_targets`.
   """
-  targets, counted = next_token_targets(tokens, segment_ids)
-  hidden = Transformer(config).apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids[:, :-1], method="hidden")
+  targets, counted = next_token_targets(batch)
+  hidden = Transformer(config).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=batch["segment_ids"][:, :-1], method="hidden")
   matrix = output_matrix(config, params)
   one = lambda token: chunked_cross_entropy(*(x[None] for x in token[:1]), matrix, *(x[None] for x in token[1:]), 1)
   flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1))
@@ -77,10 +77,9 @@ def token_losses(config: TransformerConfig, params: Params, tokens: jax.Array, s
 def make_bucket_sums(config: TransformerConfig, edges: Sequence[int], loss_chunk: int, mesh: Mesh) -> Callable:
   """Compiles (params, batch) -> per bucket the summed loss (float32) and the number of counted targets (int32), over all devices."""
   def local_sums(params, batch):
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    losses = token_losses(config, params, tokens, segment_ids, loss_chunk)
-    counted = next_token_targets(tokens, segment_ids)[1]
-    positions = position_in_document(segment_ids[:, :-1], *losses.shape)
+    losses = token_losses(config, params, batch, loss_chunk)
+    counted = next_token_targets(batch)[1]
+    positions = position_in_document(batch["segment_ids"][:, :-1], *losses.shape)
     bucket = jnp.searchsorted(jnp.asarray(edges[1:]), positions, side="right")
     sums = functools.partial(jax.ops.segment_sum, segment_ids=bucket.reshape(-1), num_segments=len(edges) - 1)
     return jax.lax.psum((sums(losses.reshape(-1)), sums(counted.reshape(-1).astype(jnp.int32))), BATCH)
@@ -106,6 +105,7 @@ def evaluate(config: TransformerConfig, params: Params, batches: Iterable[dict[s
     ValueError: where rows are longer than the last edge, or no target counts at all.
   """
   mesh = make_mesh() if mesh is None else mesh
+  params = jax.device_put(params, replicated(mesh))
   bucket_sums = make_bucket_sums(config, edges, loss_chunk, mesh)
   total, count = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
   for batch in batches:
@@ -121,8 +121,8 @@ def evaluate(config: TransformerConfig, params: Params, batches: Iterable[dict[s
 
 
 def bits_per_byte(loss: float, split: TokenSplit) -> float:
-  """Nats per token as bits per UTF-8 byte of text, by the tokens and bytes of the whole split; compares models of any tokenizers."""
-  return loss * split.num_tokens / split.num_bytes / math.log(2)
+  """Nats per token as bits per UTF-8 byte of text, by the counted tokens and bytes of the whole split; compares models of any tokenizers."""
+  return loss * split.num_counted / split.num_bytes / math.log(2)
 
 
 def format_table(labels: Sequence[str], evaluations: Sequence[Evaluation], bits: Sequence[float], trained_lengths: Sequence[int],

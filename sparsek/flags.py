@@ -173,8 +173,10 @@ def define_task_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("tasks", "passkey,needle,recall,variables,copy", "Names, separated by commas.")
   define.string("lengths", "1024,4096", "Tokens of a document, separated by commas; may be more than in training.")
   define.number("examples", 100, "Documents per task and length.", lower=1)
-  define.number("batch_size", 1, "Documents at a time.", lower=1)
+  define.number("min_distance", 0, "Tokens at least between the facts and the question. From layers x window on no sliding window reaches the facts.", lower=0)
+  define.number("batch_size", None, "Documents at a time, over all devices. Default: one per device.", lower=1)
   define.number("seed", 0, "Of the documents.", lower=0)
+  define.string("record", None, "Also write flags, figures and versions to this .json file, and a picture beside it.")
 
 
 def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:

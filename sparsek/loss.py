@@ -1,6 +1,7 @@
 """Next-token cross-entropy that never holds all logits."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +9,22 @@ import jax.numpy as jnp
 from sparsek.config import TransformerConfig
 from sparsek.model import Transformer, hidden_to_logits, output_matrix
 
+Batch = Mapping[str, jax.Array]
 
-def next_token_targets(tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+
+def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Targets and which of them count.
 
   Args:
-    tokens, segment_ids: [B, n + 1] int32; segment 0 is padding.
+    batch: "tokens", "segment_ids": [B, n + 1] int32; segment 0 is padding. Perhaps "counted": [B, n + 1] bool, tokens that may count.
   Returns:
-    targets [B, n] int32 and counted [B, n] bool: a target counts where it belongs to the same document as the token before it.
+    targets [B, n] int32 and counted [B, n] bool: a target counts where it may and belongs to the same document as the token before it.
   """
+  segment_ids = batch["segment_ids"]
   counted = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] != 0)
-  return tokens[:, 1:], counted
+  if "counted" in batch:
+    counted &= batch["counted"][:, 1:]
+  return batch["tokens"][:, 1:], counted
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -87,16 +93,17 @@ def _backward(chunk, residuals, d_total):
 chunked_cross_entropy.defvjp(_forward, _backward)
 
 
-def summed_loss(config: TransformerConfig, params, tokens: jax.Array, segment_ids: jax.Array, chunk: int, packed: bool = True) -> jax.Array:
+def summed_loss(config: TransformerConfig, params, batch: Batch, chunk: int, packed: bool = True) -> jax.Array:
   """The cross-entropy in nats summed over the counted targets of a batch.
 
   Args:
     config, params: the model and its parameters.
-    tokens, segment_ids: [B, n + 1] int32.
+    batch: as in `next_token_targets`.
     chunk: rows of logits held at once.
     packed: rows may hold more than one document; else segment_ids only tell padding at their ends, and attention, which is causal, needs none.
   """
-  targets, counted = next_token_targets(tokens, segment_ids)
-  hidden = Transformer(config).apply({"params": params}, tokens[:, :-1], segment_ids=segment_ids[:, :-1] if packed else None, method="hidden")
+  targets, counted = next_token_targets(batch)
+  segment_ids = batch["segment_ids"][:, :-1] if packed else None
+  hidden = Transformer(config).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=segment_ids, method="hidden")
   hidden = hidden.reshape(-1, hidden.shape[-1])
   return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk)

@@ -233,6 +233,39 @@ def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, 
   _save(figure, path)
 
 
+def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]], chance: Mapping[str, float]) -> None:
+  """Writes a PNG with a panel for each task: accuracy against length, a line for each run, with confidence intervals; dots mark chance.
+
+  Args:
+    path: of the file.
+    panels: task -> label of a run -> [(tokens, accuracy, lower bound, upper bound)], shares.
+    chance: task -> share that guessing gets right.
+  Raises:
+    UsageError: where matplotlib is missing or the file cannot be written.
+  """
+  figure = _new_figure(figsize=(max(3 * len(panels), 6), 3.6), dpi=110, layout="constrained")
+  shared = None
+  for place, (task, curves) in enumerate(panels.items()):
+    shared = axes = figure.add_subplot(1, len(panels), place + 1, sharey=shared)
+    axes.set_title(task, loc="left")
+    for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
+      lengths, shares, lower, upper = map(np.array, zip(*points))
+      axes.errorbar(lengths, 100 * shares, 100 * np.array([shares - lower, upper - shares]), marker=marker, color=colour, fillstyle="none", linewidth=1.4,
+                    capsize=3, label=label)
+    axes.axhline(100 * chance[task], color="0.5", linestyle=":", label="chance")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(-4, 104)
+    axes.set_xlabel("tokens")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if place == 0:
+      axes.set_ylabel("answers right (%)")
+      axes.legend(frameon=False, fontsize=8)
+  _save(figure, path)
+
+
 def heatmap(values: Mapping[tuple[int, int], float], rows: str, columns: str, title: str) -> bytes:
   """A PNG of numbers by (row, column), with the numbers in it; darker is lower."""
   across, down = (sorted({key[axis] for key in values}) for axis in (1, 0))

@@ -2,6 +2,9 @@
 
 A document is lines of facts, in their order but with filler of no use between them, and a question whose answers are marked. An answer counts as right where
 every token of it is the most probable one, given all before it: greedy decoding would write it.
+
+A sliding window of w tokens has the fact in sight in about w / length of the documents; in deep models more, since a window hands on to the next layer's what
+it saw: layers * w tokens at most. `min_distance` keeps the facts farther away than that.
 """
 
 import dataclasses
@@ -13,11 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.model import Params, Transformer, hidden_to_logits, output_matrix
 from sparsek.tokenizer import ByteTokenizer, Tokenizer
+from sparsek.train_step import BATCH, make_mesh, replicated
 
 FILLER = ("The grass is green.\n", "The sky is blue.\n", "The sun is yellow.\n", "Here we go.\n", "There and back again.\n", "Time went by.\n")
 NEEDLES = 16                     # facts of which one is asked for
@@ -87,24 +92,32 @@ def copy(rng: np.random.Generator) -> Problem:
 
 TASKS: dict[str, Callable[[np.random.Generator], Problem]] = {"passkey": passkey, "needle": needle, "recall": recall, "variables": variables, "copy": copy}
 
+# The share right for one who knows which numbers a document holds but not whose they are; where there is one number or a row of letters: who knows nothing.
+CHANCE = {"passkey": 1 / 90000, "needle": 1 / NEEDLES, "recall": 1 / PAIRS, "variables": 1 / CHAINS, "copy": len(string.ascii_lowercase)**-COPIED}
 
-def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
+
+def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator, min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
   """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits, facts anywhere in it.
 
+  At least `min_distance` tokens stand between the last fact and the question.
+
   Raises:
-    UsageError: where facts and question alone are longer.
+    UsageError: where facts, distance and question alone are longer.
   """
   problem = TASKS[task](rng)
   facts = [tokenizer.encode(fact) for fact in problem.facts]
   question = [(tokenizer.encode(text), is_answer) for text, is_answer in problem.question]
   room = length - sum(map(len, facts)) - sum(len(tokens) for tokens, _ in question)
-  if room < 0:
-    raise UsageError(f"a document of the task {task} needs at least {length - room} tokens with this tokenizer, got {length}")
   filler, lines = [tokenizer.encode(line) for line in FILLER], []
+  least = min_distance + max(map(len, filler)) if min_distance else 0
+  if room < least:
+    far = f", {min_distance} of them between facts and question" if min_distance else ""
+    raise UsageError(f"a document of the task {task} needs at least {length - room + least} tokens with this tokenizer{far}; got {length}")
   while (line := filler[rng.integers(len(filler))]) and len(line) <= room:
     lines.append(line)
     room -= len(line)
-  places = np.sort(rng.integers(0, len(lines) + 1, len(facts)))
+  tail = np.cumsum([0, *map(len, lines[::-1])])                                    # tokens of the last 0, 1, ... lines of filler
+  places = np.sort(rng.integers(0, len(lines) + 1 - np.searchsorted(tail, min_distance), len(facts)))
   for place, fact in zip(places[::-1], facts[::-1]):
     lines.insert(place, fact)
   tokens, answers = [token for line in lines for token in line], []
@@ -115,29 +128,34 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
   return np.array(tokens, np.int32), answers
 
 
-def texts(length: int, count: int) -> Iterator[tuple[str, str]]:
-  """(name, text) of `count` documents to train on, of all tasks in turn, of length / 2 to length bytes; `evaluate` has others."""
+def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
+  """(name, text, (begin, end) of its answers) of `count` documents to train on, of all tasks in turn, of length / 2 to length bytes; `evaluate` has others."""
   tokenizer = ByteTokenizer()
   for i in range(count):
     rng, task = np.random.default_rng([2**62, length, i]), list(TASKS)[i % len(TASKS)]
-    tokens, _ = make_example(task, tokenizer, int(rng.integers(length // 2, length + 1)), rng)
-    yield f"{task} {i}", tokenizer.decode(tokens)
+    tokens, answers = make_example(task, tokenizer, int(rng.integers(length // 2, length + 1)), rng)      # a byte is a character here
+    yield f"{task} {i}", tokenizer.decode(tokens), tuple((int(places[0]), int(places[-1]) + 1) for places in answers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def predicted(config: TransformerConfig, params: Params, tokens: jax.Array, places: jax.Array) -> jax.Array:
-  """The most probable token at each of the places [B, A] >= 1, given the tokens [B, n] before it."""
-  hidden_BxNxE = Transformer(config).apply({"params": params}, tokens, method="hidden")
-  hidden_BxAxE = jnp.take_along_axis(hidden_BxNxE, places[..., None] - 1, axis=1)
-  return jnp.argmax(hidden_to_logits(hidden_BxAxE, output_matrix(config, params)), axis=-1)
+  """The most probable token at each of the places [B, A] >= 1, given the tokens [B, n] before it; rows are spread over all devices."""
+  def local(params, tokens, places):
+    hidden_BxNxE = Transformer(config).apply({"params": params}, tokens, method="hidden")
+    hidden_BxAxE = jnp.take_along_axis(hidden_BxNxE, places[..., None] - 1, axis=1)
+    return jnp.argmax(hidden_to_logits(hidden_BxAxE, output_matrix(config, params)), axis=-1)
+
+  return jax.shard_map(local, mesh=make_mesh(), in_specs=(P(), P(BATCH), P(BATCH)), out_specs=P(BATCH), check_vma=False)(params, tokens, places)
 
 
 def evaluate(config: TransformerConfig, params: Params, tokenizer: Tokenizer, task: str, length: int, examples: int, batch_size: int = 1,
-             seed: int = 0) -> Iterator[tuple[int, int]]:
-  """Yields, after each batch of `batch_size` rows, (answers right, answers so far). The examples are those of (task, length, seed)."""
+             seed: int = 0, min_distance: int = 0) -> Iterator[tuple[int, int]]:
+  """Yields, after each batch of `batch_size` rows, (answers right, answers so far). The examples are those of (task, length, seed, min_distance)."""
+  params = jax.device_put(params, replicated(make_mesh()))
   right = total = 0
   for first in range(0, examples, batch_size):
-    rows = [make_example(task, tokenizer, length, np.random.default_rng([seed, length, i])) for i in range(first, min(first + batch_size, examples))]
+    rows = [make_example(task, tokenizer, length, np.random.default_rng([seed, length, i]), min_distance)
+            for i in range(first, min(first + batch_size, examples))]
     rows += rows[:1] * (batch_size - len(rows))                                   # the last batch is filled up; its filling is not counted
     tokens = np.zeros((batch_size, length), np.int32)
     width = max(sum(map(len, answers)) for _, answers in rows)
@@ -154,17 +172,17 @@ def evaluate(config: TransformerConfig, params: Params, tokenizer: Tokenizer, ta
 
 
 def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-  """The 95 % confidence interval of a share (Wilson 1927)."""
+  """The 95 % confidence interval of a share (Wilson 1927) of independent answers, which the four of a document of recall are not quite."""
   share = right / total
   centre, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
   return tuple(max(0., min(1., (centre + sign * spread) / (1 + z * z / total))) for sign in (-1, 1))
 
 
 def table(labels: Sequence[str], lengths: Sequence[int], found: dict[tuple[str, str, int], tuple[int, int]]) -> str:
-  """Accuracies in Markdown; found: {(label, task, length): (right, total)}."""
+  """Accuracies in Markdown, with their 95 % confidence intervals; found: {(label, task, length): (right, total)}."""
   cell = lambda right, total: "{:.0%} ({:.0%} to {:.0%})".format(right / total, *interval(right, total))
-  lines = ["| run | task | " + " | ".join(map(str, lengths)) + " |", "|" + "---|" * (2 + len(lengths))]
+  lines = ["| run | task | chance | " + " | ".join(map(str, lengths)) + " |", "|" + "---|" * (3 + len(lengths))]
   for label in labels:
     for task in dict.fromkeys(task for _, task, _ in found):
-      lines.append(f"| {label} | {task} | " + " | ".join(cell(*found[label, task, length]) for length in lengths) + " |")
+      lines.append(f"| {label} | {task} | {CHANCE[task]:.1%} | " + " | ".join(cell(*found[label, task, length]) for length in lengths) + " |")
   return "\n".join(lines)

@@ -4,13 +4,17 @@
   index.npy       int64 [num_documents + 1]: where each document starts in tokens.bin, in tokens
   meta.json       format version, dtype, sizes, tokenizer, which documents are held out, checksums, sources
   tokenizer.json  of a BPE; the byte tokenizer needs no file
+  documents.jsonl name, sha256, UTF-8 bytes and tokens of every document, in order, and whether it is held out; for people
+  uncounted.bin   a byte per token, 1 where the loss does not count it; only where documents have marked answers
 """
 
 import array
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,14 +23,14 @@ import numpy as np
 
 from sparsek.config import check_choice
 from sparsek.corpus import Document
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
 from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMAT = "sparsek-tokens"
 FORMAT_VERSION = 1
-TOKENS_FILE, INDEX_FILE, META_FILE = "tokens.bin", "index.npy", "meta.json"
+TOKENS_FILE, INDEX_FILE, META_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE = "tokens.bin", "index.npy", "meta.json", "documents.jsonl", "uncounted.bin"
 SPLITS = ("train", "heldout")
-_META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "vocab_size": int, "tokenizer": dict,
+_META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "num_counted": dict, "vocab_size": int, "tokenizer": dict,
                "heldout": list, "sha256": dict}
 _CHARACTERS_AT_ONCE = 1 << 22
 
@@ -38,22 +42,32 @@ class TokenSplit:
     name: "train" or "heldout".
     starts, lengths: int64 [num_documents], of each document in tokens.bin; a length counts its eos.
     num_tokens, num_documents: totals.
-    num_bytes: UTF-8 bytes of the texts, so that bits per byte = nats per token * num_tokens / num_bytes / ln 2.
+    num_counted, num_bytes: tokens that the loss counts and the UTF-8 bytes of their text, so that bits per byte = nats per token * num_counted /
+      num_bytes / ln 2. All tokens and texts, but for documents with marked answers.
+    marked: there are such documents.
   """
 
-  def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int):
+  def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int,
+               uncounted: np.ndarray | None = None, num_counted: int | None = None):
     self.name = name
     self.starts = starts
     self.lengths = lengths
     self.num_tokens = int(lengths.sum())
     self.num_documents = len(lengths)
     self.num_bytes = num_bytes
-    self._tokens = tokens
+    self.num_counted = self.num_tokens if num_counted is None else num_counted
+    self.marked = uncounted is not None
+    self._tokens, self._uncounted = tokens, uncounted
 
   def document(self, i: int) -> np.ndarray:
     """The ids of document i, eos last: a view of the file, which reads nothing yet."""
     start = int(self.starts[i])
     return self._tokens[start:start + int(self.lengths[i])]
+
+  def uncounted(self, i: int) -> np.ndarray:
+    """For each id of document i, whether the loss leaves it out; bool; only where the split is `marked`."""
+    start = int(self.starts[i])
+    return self._uncounted[start:start + int(self.lengths[i])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +77,7 @@ class TokenDataset:
   Attributes:
     folder: where they are.
     tokenizer: with which they were made.
-    fingerprint: sha256 of the tokens and the document offsets, in hex.
+    fingerprint: sha256 of the tokens, the document offsets and what the loss leaves out, in hex.
   """
   folder: str
   tokenizer: Tokenizer
@@ -115,37 +129,65 @@ def check_new(folder: str) -> None:
 
 def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str]) -> None:
   dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-  offsets = array.array("q", [0])
-  num_bytes, held_out = array.array("q"), array.array("b")
-  with open(os.path.join(folder, TOKENS_FILE), "wb") as file:
+  offsets, held_out, marked = array.array("q", [0]), array.array("b"), False
+  sums = {name: np.zeros(2, np.int64) for name in SPLITS}                     # of tokens that the loss counts, of bytes of their text
+  tokens_path, documents_path, uncounted_path = (os.path.join(folder, name) for name in (TOKENS_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE))
+  with open(tokens_path, "wb") as file, open(documents_path, "w", encoding="utf-8") as listed, open(uncounted_path, "wb") as marks:
     for group in _groups(documents):
-      for document, ids in zip(group, tokenizer.encode_documents([document.text for document in group])):
+      whole = iter(tokenizer.encode_documents([document.text for document in group if document.answers is None]))
+      for document in group:
+        content = document.text.encode("utf-8")
+        if document.answers is None:
+          ids, counted_bytes = next(whole), len(content)
+          num_counted = len(ids)
+        else:
+          ids, uncounted, counted_bytes = _encode_marked(document, tokenizer)
+          num_counted, marked = len(ids) - np.count_nonzero(uncounted), True
+          marks.seek(offsets[-1])                                              # what is skipped reads as zeros
+          marks.write(uncounted.data)
         file.write(ids.astype(dtype).data)
         offsets.append(offsets[-1] + len(ids))
-        num_bytes.append(len(document.text.encode("utf-8")))
         held_out.append(document.held_out)
+        sums[SPLITS[document.held_out]] += num_counted, counted_bytes
+        listed.write(json.dumps({"name": document.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "tokens": len(ids),
+                                 "held_out": document.held_out}) + "\n")
+    marks.truncate(offsets[-1])
   if not held_out:
     raise UsageError("no documents to write")
+  if not marked:
+    os.remove(uncounted_path)
   np.save(os.path.join(folder, INDEX_FILE), np.array(offsets, np.int64))
   tokenizer.save(folder)
-  held_out = np.array(held_out, bool)
-  num_bytes = np.array(num_bytes, np.int64)
   meta = {
       "format": FORMAT,
       "format_version": FORMAT_VERSION,
       "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
       "num_tokens": offsets[-1],
       "num_documents": len(held_out),
-      "num_bytes": {"train": int(num_bytes[~held_out].sum()), "heldout": int(num_bytes[held_out].sum())},
+      **{name: {split: int(sums[split][i]) for split in SPLITS} for i, name in enumerate(("num_counted", "num_bytes"))},
       "vocab_size": tokenizer.vocab_size,
       "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
       "sources": list(sources),
+      "versions": {"python": platform.python_version(), "tokenizers": importlib.metadata.version("tokenizers")},
       "heldout": np.flatnonzero(held_out).tolist(),
       "sha256": {name: _sha256(os.path.join(folder, name)) for name in sorted(os.listdir(folder))},
   }
   with open(os.path.join(folder, META_FILE), "w", encoding="utf-8") as file:
     json.dump(meta, file, indent=1)
     file.write("\n")
+
+
+def _encode_marked(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
+  """Its ids, which of them the loss leaves out, and the bytes of the others; no token reaches over the border of an answer."""
+  ids, uncounted, counted_bytes, at = [], [], 0, 0
+  for begin, end in document.answers + ((len(document.text),) * 2,):
+    for piece, is_answer in ((document.text[at:begin], False), (document.text[begin:end], True)):
+      found = tokenizer.encode(piece)
+      ids += found
+      uncounted += [not is_answer] * len(found)
+      counted_bytes += is_answer * len(piece.encode("utf-8"))
+    at = end
+  return np.array(ids + [tokenizer.eos_id]), np.array(uncounted + [True]), counted_bytes
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -186,14 +228,26 @@ def open_token_files(folder: str) -> TokenDataset:
     tokens = np.memmap(tokens_path, dtype, mode="r").view(np.ndarray)
   except OSError as error:
     raise UsageError(f"token file {tokens_path} cannot be read: {error.strerror}") from error
+  uncounted = _open_uncounted(folder, meta) if UNCOUNTED_FILE in meta["sha256"] else None
   held_out = np.zeros(meta["num_documents"], bool)
   held_out[meta["heldout"]] = True
   starts, lengths = index[:-1], np.diff(index)
   splits = {
-      name: TokenSplit(name, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name])
+      name: TokenSplit(name, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], uncounted, meta["num_counted"].get(name))
       for name, chosen in (("train", ~held_out), ("heldout", held_out))}
-  fingerprint = hashlib.sha256((meta["sha256"][TOKENS_FILE] + meta["sha256"][INDEX_FILE]).encode()).hexdigest()
+  checksums = (meta["sha256"].get(name, "") for name in (TOKENS_FILE, INDEX_FILE, UNCOUNTED_FILE))
+  fingerprint = hashlib.sha256("".join(checksums).encode()).hexdigest()
   return TokenDataset(folder, _read_tokenizer(folder, meta), fingerprint, splits)
+
+
+def _open_uncounted(folder: str, meta: dict) -> np.ndarray:
+  path = os.path.join(folder, UNCOUNTED_FILE)
+  try:
+    if (size := os.path.getsize(path)) != meta["num_tokens"]:
+      raise UsageError(f"file {path} is damaged: expected {meta['num_tokens']} bytes, found {size}")
+    return np.memmap(path, bool, mode="r").view(np.ndarray)
+  except OSError as error:
+    raise UsageError(f"file {path} cannot be read: {error.strerror}") from error
 
 
 def verify_token_files(folder: str) -> TokenDataset:
@@ -206,6 +260,21 @@ def verify_token_files(folder: str) -> TokenDataset:
   for name, expected in _read_meta(folder)["sha256"].items():
     _check_sha256(os.path.join(folder, name), expected)
   return dataset
+
+
+def check_same(folder: str, expected_path: str) -> None:
+  """Compares the tokens, the tokenizer and the split of token files with those of other ones, by the meta.json of each.
+
+  Raises:
+    RunError: naming what differs, and the versions that made both.
+    UsageError: if `expected_path` cannot be read or is no meta.json.
+  """
+  found, expected = _read_meta(folder), read_meta(expected_path)
+  flat = lambda meta: {**{key: meta[key] for key in ("num_documents", "num_tokens", "heldout")}, **meta["sha256"], DOCUMENTS_FILE: None}
+  found_values, expected_values = flat(found), flat(expected)
+  differing = [key for key in sorted({*found_values, *expected_values}) if found_values.get(key) != expected_values.get(key)]
+  if differing:
+    raise RunError(f"{folder} differs from {expected_path} in {', '.join(differing)}; made with {found.get('versions')}, there {expected.get('versions')}")
 
 
 def _check_sha256(path: str, expected: str) -> None:
@@ -221,16 +290,22 @@ def _read_meta(folder: str) -> dict:
   path = os.path.join(folder, META_FILE)
   if not os.path.isdir(folder):
     raise UsageError(f"data {folder!r}: no such folder; make it with `python -m experiments.prepare_data`, or use 'stdlib'")
+  return read_meta(path)
+
+
+def read_meta(path: str) -> dict:
+  """What a meta.json holds. Raises UsageError where it cannot be read or is damaged."""
   try:
     with open(path, encoding="utf-8") as file:
       meta = json.load(file)
   except OSError as error:
-    raise UsageError(f"data {folder!r}: {path} cannot be read ({error.strerror}); is this a folder that prepare_data wrote?") from error
+    raise UsageError(f"{path} cannot be read ({error.strerror}); is it of a folder that experiments.prepare_data wrote?") from error
   except ValueError as error:
     raise UsageError(f"file {path} is damaged: expected JSON, found {error}") from error
   found = (meta.get("format"), meta.get("format_version")) if isinstance(meta, dict) else (None, None)
   if found != (FORMAT, FORMAT_VERSION):
     raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found format {found[0]} version {found[1]}")
+  meta.setdefault("num_counted", {})                     # not in older files, where all tokens count
   for key, kind in _META_TYPES.items():
     if not isinstance(meta.get(key), kind):
       raise UsageError(f"file {path} is damaged: expected {key!r} of type {kind.__name__}, found {meta.get(key)!r}")

@@ -66,8 +66,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 def _num_targets(batch) -> jax.Array:
   """Counted targets of the whole batch; called on each device's rows."""
-  counted = next_token_targets(batch["tokens"], batch["segment_ids"])[1]
-  return jax.lax.psum(jnp.sum(counted, dtype=jnp.int32), BATCH)
+  return jax.lax.psum(jnp.sum(next_token_targets(batch)[1], dtype=jnp.int32), BATCH)
 
 
 def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable:
@@ -82,14 +81,14 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 
   def local_gradients(params, batch):
     num_targets = _num_targets(batch)
-    mean_loss = lambda params, tokens, segment_ids: (
-        summed_loss(config, params, tokens, segment_ids, train.loss_chunk, train.data.segment_documents) / jnp.maximum(num_targets, 1))
+    mean_loss = lambda params, rows: (
+        summed_loss(config, params, rows, train.loss_chunk, train.data.segment_documents) / jnp.maximum(num_targets, 1))
 
     def micro_batch(sums, rows):
-      return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, rows["tokens"], rows["segment_ids"])), None
+      return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, rows)), None
 
     if train.grad_accumulation == 1:
-      loss, grads = jax.value_and_grad(mean_loss)(params, batch["tokens"], batch["segment_ids"])
+      loss, grads = jax.value_and_grad(mean_loss)(params, batch)
     else:
       rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, x.shape[-1]), batch)
       (loss, grads), _ = jax.lax.scan(micro_batch, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), rows)
@@ -110,7 +109,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh, packed: bool = True) -> Callable:
   """Compiles (params, batch) -> (summed loss in nats, number of counted targets); `packed` as in `summed_loss`."""
   def local_loss(params, batch):
-    return jax.lax.psum(summed_loss(config, params, batch["tokens"], batch["segment_ids"], loss_chunk, packed), BATCH), _num_targets(batch)
+    return jax.lax.psum(summed_loss(config, params, batch, loss_chunk, packed), BATCH), _num_targets(batch)
 
   return jax.jit(jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
 

@@ -86,9 +86,9 @@ def test_python_examples_run(block):
 
 
 def test_links_and_files_exist():
-  for name in ("README.md", "WORKSPACE.md"):
+  for name in ("README.md", "WORKSPACE.md", "docs/attention-map.md"):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
-      assert target.startswith("http") or (ROOT / target).exists(), f"{name}: {target}"
+      assert target.startswith("http") or ((ROOT / name).parent / target).exists(), f"{name}: {target}"
   listed = " ".join(re.findall(r"`([^`]+)`", (ROOT / "WORKSPACE.md").read_text()))
   for folder in ("sparsek", "kernels"):
     for file in (ROOT / folder).glob("*.py"):
@@ -99,7 +99,11 @@ def test_links_and_files_exist():
 @pytest.mark.parametrize("recipe", sorted((ROOT / "experiments" / "recipes").glob("*.flags")), ids=lambda path: path.stem)
 def test_recipes_parse(recipe):
   from absl import flags as absl_flags
+  from experiments import prepare_data
   from sparsek import flags
+  if "experiments.prepare_data --flagfile" in recipe.read_text():
+    flags.parse(["prepare_data", f"--flagfile={recipe}"], prepare_data.FLAGS)
+    return
   values = absl_flags.FlagValues()
   for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
     define(values)

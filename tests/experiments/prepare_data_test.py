@@ -41,6 +41,32 @@ def test_bpe_trained_then_loaded(source, tmp_path, capsys):
   assert open_data(second, first).fingerprint == dataset.fingerprint
 
 
+def test_what_comes_out_is_compared_with_a_record(source, tmp_path, capsys):
+  """Made again it is the same; with another split it is not, and the folder stays."""
+  made = lambda name, *more: run(f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more)
+  record = f"--expect={tmp_path}/first/meta.json"
+  assert made("first") == 0 and made("second", record) == 0
+  assert f"Tokens and split are those of {tmp_path}/first/meta.json" in capsys.readouterr().out
+  assert made("third", record, "--heldout_fraction=0.5") == 1 and open_data(f"{tmp_path}/third")
+  assert "meta.json in heldout; made with {'python': " in capsys.readouterr().err
+  assert run(f"--verify={tmp_path}/third", record) == 1 and run(f"--verify={tmp_path}/second", record) == 0
+
+
+def test_text_and_tasks_mixed(source, tmp_path, capsys):
+  """Text counts in full, tasks in their answers; the least length is for text; documents that are there twice count once."""
+  assert run(f"--sources={source},{source},tasks:1200:10", "--text_field=body", "--min_document_bytes=26", "--deduplicate", "--answers_only",
+             f"--output={tmp_path}/mix") == 0
+  documents = [json.loads(line) for line in (tmp_path / "mix" / "documents.jsonl").read_text().splitlines()]
+  assert [document["name"].rpartition(":")[2] for document in documents[:-10]] == [str(i) for i in range(11, 51)]
+  assert [document["name"] for document in documents[-10:]][::9] == ["passkey 0", "copy 9"]
+  dataset = open_data(str(tmp_path / "mix"))
+  for name in ("train", "heldout"):
+    split = dataset.split(name)
+    found = [split.document(i)[~split.uncounted(i)] for i in range(split.num_documents)]
+    assert sum(map(len, found)) == split.num_counted
+  assert "the loss counts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments,message", [
     (["--output={out}"], "--sources is required"),
     (["--sources={source}"], "--output is required"),
@@ -51,6 +77,8 @@ def test_bpe_trained_then_loaded(source, tmp_path, capsys):
     (["--sources={source}", "--output={source}", "--text_field=body"], "there already"),
     (["--sources={source}", "--output={source}/x", "--text_field=body"], "cannot be written"),
     (["--train_bpe=10"], "--train_bpe=10"),
+    (["--sources={source}", "--output={out}", "--text_field=body", "--min_document_bytes=999"], "of at least 999 bytes"),
+    (["--sources={source}", "--output={out}", "--text_field=body", "--expect=nowhere.json"], "nowhere.json cannot be read"),
     (["--no_such_flag=1"], "no_such_flag"),
     (["--verify=nowhere"], "nowhere"),
     (["--verify=nowhere", "--output={out}"], "neither"),

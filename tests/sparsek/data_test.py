@@ -34,16 +34,42 @@ def make_iterator(dataset, batch_size=4, seq_len=16, **kwargs):
   return data.make_train_iterator(dataset, DataConfig(batch_size=batch_size, seq_len=seq_len, seed=1), **kwargs)
 
 
-def assert_same(first, second):
-  assert first.keys() == second.keys() == {"tokens", "segment_ids"}
+def assert_same(first, second, keys=frozenset({"tokens", "segment_ids"})):
+  assert first.keys() == second.keys() == keys
   for key in first:
-    assert first[key].dtype == second[key].dtype == np.int32
+    assert first[key].dtype == second[key].dtype == (bool if key == "counted" else np.int32)
     np.testing.assert_array_equal(first[key], second[key])
 
 
 def epoch_of(dataset, seq_len, epoch=0, **kwargs):
   rows = data.PackedRows(dataset.split("train"), seq_len, **kwargs)
   return [rows.example(i) for i in range(epoch * rows.num_rows, (epoch + 1) * rows.num_rows)]
+
+
+@pytest.fixture(scope="module")
+def marked_dataset(tmp_path_factory):
+  """Documents of capital and small letters, in some of which only the capitals count."""
+  rng, folder = np.random.default_rng(0), str(tmp_path_factory.mktemp("marked") / "tokens")
+  lengths = rng.integers(5, 60, 12)
+  texts = ["".join(map(chr, np.sort(rng.integers(65, 91, length)))) + "".join(map(chr, rng.integers(97, 123, length))) for length in lengths]
+  write_token_files(folder, [Document(str(i), text, i > 9, ((0, int(lengths[i])),) if i % 3 else None) for i, text in enumerate(texts)], ByteTokenizer())
+  return data.open_data(folder)
+
+
+def test_rows_say_what_the_loss_counts(marked_dataset, dataset):
+  split, marks = marked_dataset.split("train"), collections.Counter()
+  for row in epoch_of(marked_dataset, 16):
+    assert row["counted"].dtype == bool and not np.any(row["counted"] & (row["segment_ids"] == 0))
+    marks.update(zip(row["tokens"][1:].tolist(), row["counted"][1:].tolist()))
+  expected = collections.Counter(pair for i in range(split.num_documents) for pair in zip(split.document(i).tolist(), (~split.uncounted(i)).tolist()))
+  expected[0, False] = marks[0, False]                                                        # padding
+  missing = expected - marks                                                                  # the first token of the stream is no target
+  assert marks - expected == collections.Counter() and sum(missing.values()) == 1
+  assert marks[97, False] and marks[97, True] and "counted" not in epoch_of(dataset, 16)[0]
+  iterator, resumed = (make_iterator(marked_dataset) for _ in range(2))
+  next(iterator)
+  resumed.set_state(iterator.get_state())
+  assert_same(next(iterator), next(resumed), {"tokens", "segment_ids", "counted"})
 
 
 def test_an_example_depends_on_its_number_only(dataset):
@@ -108,6 +134,7 @@ def test_rows_reach_beyond_32_bits():
     lengths = np.array([2**32 + 5, 2**31 - 7, 11], np.int64)
     num_documents = 3
     num_tokens = int(lengths.sum())
+    marked = False
 
     def document(self, i):
       return np.broadcast_to(np.int32(i), self.lengths[i])

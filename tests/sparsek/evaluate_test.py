@@ -68,7 +68,7 @@ def test_loss_by_position_agrees_with_a_count_by_hand(params, batches):
 
 def test_logits_never_exist_at_once(params, batches):
   batch = batches[0]
-  jaxpr = str(jax.make_jaxpr(lambda tokens, ids: token_losses(CONFIG, params, tokens, ids, 48))(batch["tokens"], batch["segment_ids"]))
+  jaxpr = str(jax.make_jaxpr(lambda batch: token_losses(CONFIG, params, batch, 48))(batch))
   assert "f32[48,1,13]" in jaxpr
   assert f"[{ROWS * LENGTH},13]" not in jaxpr and f"[{ROWS},{LENGTH},13]" not in jaxpr and f"[{ROWS * LENGTH},1,13]" not in jaxpr
 
@@ -81,7 +81,7 @@ def test_batches_that_do_not_fit_are_refused(params, batches):
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_text():
-  assert bits_per_byte(3 * math.log(2), types.SimpleNamespace(num_tokens=50, num_bytes=100)) == pytest.approx(1.5)
+  assert bits_per_byte(3 * math.log(2), types.SimpleNamespace(num_counted=50, num_bytes=100)) == pytest.approx(1.5)
 
 
 def test_table_marks_what_is_beyond_each_training_length():

@@ -49,7 +49,9 @@ def test_no_array_holds_all_logits():
 
 
 def test_targets_across_documents_and_padding_do_not_count():
-  tokens = jnp.asarray([[5, 6, 7, 8, 9, 0]])
-  targets, counted = next_token_targets(tokens, jnp.asarray([[1, 1, 2, 2, 0, 0]]))
+  batch = {"tokens": jnp.asarray([[5, 6, 7, 8, 9, 0]]), "segment_ids": jnp.asarray([[1, 1, 2, 2, 0, 0]])}
+  targets, counted = next_token_targets(batch)
   assert targets.tolist() == [[6, 7, 8, 9, 0]]
   assert counted.tolist() == [[True, False, True, False, False]]
+  batch["counted"] = jnp.asarray([[True, False, True, True, True, True]])
+  assert next_token_targets(batch)[1].tolist() == [[False, False, True, False, False]]

@@ -1,6 +1,7 @@
 """The generated tasks: answers are what the text says, lengths are kept, and right is counted right."""
 
 import functools
+import json
 import re
 
 import jax
@@ -59,6 +60,41 @@ def test_answers_are_what_the_text_says(task):
   assert example(task, seed=1) == example(task, seed=1) != example(task, seed=2)
 
 
+def answer_from(task, seen):
+  """What a text that ends before an answer says it is; else a number in sight, or None."""
+  numbers = re.findall(r"\d{5}", seen)
+  if task == "copy":
+    return (re.findall(r"Letters: (.*)\n", seen) or [None])[0]
+  if task == "passkey":
+    return (numbers or [None])[0]
+  name = re.search(r"(\w+) (?:is|->)$", seen).group(1)
+  while name.isalpha() and (line := re.search(rf"\b{name} (?:=|is|->) (\w+)\.?\n", seen)):
+    name = line.group(1)
+  return name if name.isdecimal() else (numbers or [None])[0]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_window_has_no_other_way_to_an_answer(task):
+  """Who sees the last w characters only is right where the facts lie among them, about w / length of the time, and never beyond min_distance."""
+  def share(w, min_distance=0, length=2400, documents=60):
+    right = []
+    for seed in range(documents):
+      tokens, answers = tasks.make_example(task, TOKENIZER, length, np.random.default_rng(seed), min_distance)
+      text = TOKENIZER.decode(tokens)
+      right += [answer_from(task, text[max(0, places[0] - w):places[0]]) == text[places[0] + 1:places[-1] + 1] for places in answers]
+    return sum(right) / len(right)
+
+  assert share(2400) == 1, "the whole text says it"
+  assert share(600) < 600 / 2400 + .1
+  assert share(600, min_distance=600) == 0
+
+
+@pytest.mark.parametrize("task", ["needle", "recall", "variables"])
+def test_chance_is_one_of_the_numbers(task):
+  text, _, places = example(task)
+  assert len(set(re.findall(r"\d{5}", text[:places[0]]))) * tasks.CHANCE[task] == 1
+
+
 def test_too_short_a_row_is_refused():
   with pytest.raises(UsageError, match="the task recall needs at least"):
     tasks.make_example("recall", TOKENIZER, 100, np.random.default_rng(0))
@@ -87,6 +123,10 @@ def test_documents_to_train_on():
   every = list(documents(["tasks:1500:20"], heldout_fraction=0.2))
   assert len({document.text for document in every}) == 20 and {document.name.split()[0] for document in every} == set(tasks.TASKS)
   assert all(700 < len(document.text) <= 1500 for document in every)
+  assert all(document.answers is None for document in every)
+  for document in documents(["tasks:1500:20"], answers_only=True):
+    answers = [document.text[begin:end].strip() for begin, end in document.answers]
+    assert answers == solved(document.name.split()[0], document.text)
   assert example("passkey", 1500)[0] not in {document.text for document in every}
   with pytest.raises(UsageError, match="'tasks:many' must be tasks:LENGTH:COUNT"):
     list(documents(["tasks:many"]))
@@ -101,9 +141,13 @@ run = functools.partial(run_command, evaluate_tasks.main, evaluate_tasks.FLAGS)
 
 def test_command(tmp_path, capsys):
   folder = write_run(tmp_path / "run", tmp_path, CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
-  assert run(f"--workdir={folder}", "--tasks=passkey,copy", "--lengths=200", "--examples=3", "--batch_size=2") == 0
-  assert f"| {folder} | passkey | 0% (0% to 56%) |" in capsys.readouterr().out
+  assert run(f"--workdir={folder}", "--tasks=passkey,copy", "--lengths=200", "--examples=3", "--batch_size=2", f"--record={tmp_path}/found.json") == 0
+  assert f"| {folder} | passkey | 0.0% | 0% (0% to 56%) |" in capsys.readouterr().out
   assert (folder / "tasks.jsonl").read_text().count('"total": 3') == 2
+  record = json.loads((tmp_path / "found.json").read_text())
+  assert record["runs"][str(folder)] == json.loads((folder / "tasks.jsonl").read_text()) and set(record["chance"]) == {"passkey", "copy"}
+  assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
   for argument, words in (("--tasks=riddle", "'riddle' must be one of passkey"), ("--lengths=0", "'0' must be a number"),
-                          ("--lengths=50", "the task passkey needs")):
+                          ("--lengths=50", "the task passkey needs"), ("--min_distance=1020", "1020 of them between facts and question; got 1024"),
+                          ("--record=x.png", "--record=x.png: must be a .json file")):
     assert run(f"--workdir={folder}", argument) == 2 and words in capsys.readouterr().err

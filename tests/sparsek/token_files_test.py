@@ -63,6 +63,38 @@ def test_round_trip(kind, bpe, tmp_path):
     assert split.num_bytes == sum(len(text.encode()) for text in expected)
 
 
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_the_loss_counts_marked_answers_only(kind, bpe, tmp_path):
+  tokenizer, path = {"byte": ByteTokenizer(), "bpe": bpe}[kind], str(tmp_path / "tokens")
+  text, answers = "Who? 世界. Where? return x", ((4, 7), (15, 24))
+  four = [Document("a", "plain", False), Document("b", text, False, answers), Document("c", "no answer", True, ()), Document("d", "plain", True)]
+  write_token_files(path, four, tokenizer)
+  dataset = verify_token_files(path)
+  train, heldout = dataset.split("train"), dataset.split("heldout")
+  counted = lambda split, i: tokenizer.decode(split.document(i)[~split.uncounted(i)])
+  assert [counted(train, 0), counted(train, 1), counted(heldout, 0), counted(heldout, 1)] == ["plain", " 世界 return x", "", "plain"]
+  assert tokenizer.decode(train.document(1)) == text and train.document(1)[-1] == tokenizer.eos_id and train.uncounted(1)[-1]
+  assert train.num_counted == sum(np.count_nonzero(~train.uncounted(i)) for i in range(2)) and train.num_bytes == len("plain 世界 return x".encode())
+  os.truncate(os.path.join(path, "uncounted.bin"), 3)
+  with pytest.raises(ValueError, match=r"uncounted.bin is damaged: expected \d+ bytes, found 3"):
+    open_token_files(path)
+  with pytest.raises(ValueError, match="must be .begin, end., ascending, within its 5"):
+    Document("e", "plain", False, ((3, 4), (2, 5)))
+
+
+def test_files_without_what_was_added_later_are_read(folder):
+  with open(os.path.join(folder, "meta.json")) as file:
+    meta = json.load(file)
+  for key in ("num_counted", "versions"):
+    del meta[key]
+  os.remove(os.path.join(folder, "documents.jsonl"))
+  del meta["sha256"]["documents.jsonl"]
+  with open(os.path.join(folder, "meta.json"), "w") as file:
+    json.dump(meta, file)
+  split = verify_token_files(folder).split("train")
+  assert split.num_counted == split.num_tokens and not split.marked
+
+
 def test_broken_text_does_not_stop_a_prompt(bpe):
   for tokenizer in (ByteTokenizer(), bpe):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
@@ -175,6 +207,7 @@ def swap_first_documents(index):
     (remove("meta.json"), "meta.json cannot be read .*prepare_data"),
     (lambda folder: edit_meta(folder, format_version=2), "expected format sparsek-tokens version 1, found format sparsek-tokens version 2"),
     (lambda folder: edit_meta(folder, num_tokens="7"), "expected 'num_tokens' of type int, found '7'"),
+    (lambda folder: edit_meta(folder, num_counted=7), "expected 'num_counted' of type dict, found 7"),
     (lambda folder: edit_meta(folder, dtype="int8"), "expected dtype uint16 or uint32, found int8"),
     (lambda folder: edit_meta(folder, heldout=[99]), "held-out documents from 0 to 4, found 99"),
     (lambda folder: edit_meta(folder, tokenizer={}), "expected name, fingerprint in 'tokenizer', found nothing"),

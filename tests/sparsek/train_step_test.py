@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek import tasks
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.evaluate import evaluate, token_losses
 from sparsek.model import Transformer, init_params, unstack_layers
 from sparsek.optimizer import make_optimizer
 from sparsek.train_step import TrainState, check_batch, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated
+from tests.sparsek.helpers import quick_jit
 
 CONFIG = TransformerConfig(vocab_size=19, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
 TRAIN = TrainConfig(workdir="", data=DataConfig(batch_size=4, seq_len=12), loss_chunk=7,
@@ -32,11 +35,11 @@ def example_batch():
   return {"tokens": rng.integers(0, 19, (4, 13)).astype(np.int32), "segment_ids": segment_ids}
 
 
-def one_step(train=TRAIN, config=CONFIG):
+def one_step(train=TRAIN, config=CONFIG, **more):
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
   params = jax.device_put(init_params(config, jax.random.key(0)), replicated(mesh))
   state = TrainState(jnp.int32(0), params, optimizer.init(params))
-  state, metrics = make_train_step(config, train, optimizer, mesh)(state, put_batch(mesh, example_batch()))
+  state, metrics = make_train_step(config, train, optimizer, mesh)(state, put_batch(mesh, {**example_batch(), **more}))
   return state, {key: float(value) for key, value in metrics.items()}
 
 
@@ -52,6 +55,18 @@ def test_loss_is_the_mean_over_counted_targets():
   np.testing.assert_allclose(metrics["learning_rate"], TRAIN.optimizer.learning_rate / 2, rtol=1e-6)
   total, count = make_eval_step(CONFIG, 5, make_mesh())(params, put_batch(make_mesh(), batch))
   np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-5)
+
+
+def test_the_loss_counts_what_a_batch_marks():
+  """In training and in evaluation."""
+  batch, params = example_batch(), init_params(CONFIG, jax.random.key(0))
+  counted = np.zeros((4, 13), bool)
+  counted[3, 9:] = True
+  losses = quick_jit(lambda batch: token_losses(CONFIG, params, batch, 7))(batch)[3, 8:]
+  metrics = one_step(dataclasses.replace(TRAIN, grad_accumulation=2), counted=counted)[1]
+  assert metrics["num_targets"] == 4 and metrics["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+  result = evaluate(CONFIG, params, [{**batch, "counted": counted}], (0, 12))
+  assert result.num_targets == 4 and result.loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 def test_rows_of_one_document_need_no_segment_ids():
@@ -79,14 +94,22 @@ def test_batch_must_divide_over_devices_and_accumulation():
     check_batch(make_mesh(), 9, 2)
 
 
+def evaluated():
+  """Held-out loss and an answer per row, of parameters that lie on the first device."""
+  params, batch = jax.device_put(init_params(CONFIG, jax.random.key(0)), jax.devices()[0]), example_batch()
+  places = np.full((4, 1), 5, np.int32)
+  answers = tasks.predicted(CONFIG, jax.device_put(params, replicated(make_mesh())), batch["tokens"][:, :-1], places)
+  return {"heldout_loss": evaluate(CONFIG, params, [batch], (0, 12)).loss, **{f"answer_{i}": int(answer) for i, answer in enumerate(answers[:, 0])}}
+
+
 @pytest.mark.slow
 def test_two_devices_compute_what_one_does(tmp_path):
   script = ("import json, sys; sys.path.insert(0, '.'); import jax; assert jax.device_count() == 2; "
-            "from tests.sparsek import train_step_test; print(json.dumps(train_step_test.one_step()[1]))")
+            "from tests.sparsek import train_step_test as test; print(json.dumps({**test.one_step()[1], **test.evaluated()}))")
   env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stderr
-  expected = one_step()[1]
+  expected = {**one_step()[1], **evaluated()}
   for key, value in json.loads(done.stdout.splitlines()[-1]).items():
     np.testing.assert_allclose(value, expected[key], rtol=1e-5, err_msg=key)
 
