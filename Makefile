@@ -10,16 +10,18 @@ test: $(READY)
 	.venv/bin/python -m flake8 sparsek kernels experiments tests
 	.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-# Compiles the kernels for GPUs that are not here; the compiler comes with JAX's CUDA plugin, of the version of JAX itself, without the CUDA libraries.
+# Compiles the kernels for GPUs and TPUs that are not here. The compilers come with JAX's CUDA plugin, of the version of JAX itself, without the CUDA libraries,
+# and with libtpu.
 test-compile: .venv-compile/ready
-	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 .venv-compile/bin/python -m pytest -q -rP tests/kernels/compile_test.py
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 .venv-compile/bin/python -m pytest -q -rP tests/kernels/compile_test.py tests/kernels/tpu_compile_test.py
 
 .venv-compile/ready: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv .venv-compile
 	.venv-compile/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	version=$$(.venv-compile/bin/python -c 'import jax; print(jax.__version__)'); \
-	  .venv-compile/bin/python -m pip install -q --disable-pip-version-check --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	  .venv-compile/bin/python -m pip install -q --disable-pip-version-check --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version; \
+	  .venv-compile/bin/python -m pip install -q --disable-pip-version-check "jax[tpu]==$$version"
 	@touch $@
 
 $(READY): setup.cfg pyproject.toml

@@ -116,7 +116,7 @@ def _tables(k, static, scores, expiry, start, end):
   if k:
     live = _per_head(functools.partial(live_lists, window=window, chunk=queries, slots=_up(k, listed)))(scores, expiry)
     tiles = -(-live.count // listed)
-  return live, Bounds(tiles, entering, left[:, ::rows], left[:, rows - 1::rows], reach), left
+  return live, Bounds(tiles, entering, left[:, ::rows], reach), left
 
 
 def _operands(static, query, key, value, scores, threshold, expiry, live, bounds, left):

@@ -82,13 +82,12 @@ class Bounds(NamedTuple):
 
   Attributes:
     listed: [B G blocks], tiles of each list that hold tokens. entering: [B G blocks], is a token selected that was not at the block's first query?
-    left, last_left: [B n / rows], `Queries.left` of the first and of the last of so many queries.
+    left: [B n / rows], `Queries.left` of the first of so many queries.
     reach: [B blocks], the last block whose queries may see any of the tokens of this one, except through lists.
   """
   listed: jax.Array
   entering: jax.Array
   left: jax.Array
-  last_left: jax.Array
   reach: jax.Array
 
 
@@ -114,8 +113,8 @@ def as_row(column):
 
 
 class Pairs(NamedTuple):
-  """Which [keys, queries] see each other, None for all; scores [keys, 1], None where gates are 1; which pairs are in the window, None for none."""
-  visible: jax.Array | None = None
+  """Which [keys, queries] see each other; scores [keys, 1], None where gates are 1; which pairs are in the window, None for none."""
+  visible: jax.Array
   score: jax.Array | None = None
   local: jax.Array | None = None
 
@@ -205,7 +204,6 @@ class Grid:
       first = begin + part * self.rows
       at = (b * self.blocks + i) * self.parts + part
       gated = entering & (last_key + window > begin) & (first_key + window < first + self.rows)
-      whole = (last_key <= first) & (first_key >= bounds.last_left[at])
       some = (first_key < first + self.rows) & (last_key >= bounds.left[at])
       query = lambda: first + lax.broadcasted_iota(jnp.int32, (1, self.rows), 1)
       key = lambda: first_key + lax.broadcasted_iota(jnp.int32, (self.keys, 1), 0)
@@ -216,8 +214,7 @@ class Grid:
         entry, in_window = key() + window, local()
         entered = (entry > begin) & (entry <= query()) & (query() < as_column(keys.last[...]))
         run(head, part, Pairs(in_window | entered, as_column(keys.score[...]), in_window))
-      pl.when(whole & jnp.logical_not(gated))(lambda: run(head, part, Pairs()))
-      pl.when(some & jnp.logical_not(whole | gated))(lambda: run(head, part, Pairs(local())))
+      pl.when(some & jnp.logical_not(gated))(lambda: run(head, part, Pairs(local())))
     self.for_each_part(part_of)
 
   def call(self, kernel, steps, bounds, inputs, outputs, scratch, flops, more_bytes):
@@ -287,8 +284,7 @@ def forward(queries, listed, near, bounds, static):
         weights = {}
 
         def probability(logits):
-          if pairs.visible is not None:
-            logits = jnp.where(pairs.visible, logits, -jnp.inf)
+          logits = jnp.where(pairs.visible, logits, -jnp.inf)
           before = top[at]
           after = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
           finite = jnp.where(after == -jnp.inf, 0., after)               # nothing may have been seen yet
@@ -330,9 +326,7 @@ def _gradients(keys, queries, outputs, at, pairs, static):
   s = dot(keys.key[...], query[at], A_BT) * static.scale
   dp = dot(keys.value[...], cotangent[at], A_BT)
 
-  def probability(logits):
-    p = jnp.exp(logits - logsumexp[at])
-    return p if pairs.visible is None else jnp.where(pairs.visible, p, 0.)
+  probability = lambda logits: jnp.where(pairs.visible, jnp.exp(logits - logsumexp[at]), 0.)
   distance = pairs.distance(tau[at[1]])
   p, gates, weights = tile_weights(s, probability, distance, static.gate)
   ds, dgates = tile_gradients(s, p, gates, dp, delta[at], distance, gate=static.gate, scale=1.)

@@ -15,8 +15,8 @@ from sparsek.kernels import compaction, mosaic_tpu
 from sparsek.kernels.specs import SPECS, Spec
 from tests.kernels.attention_base import ARGUMENTS, AttentionTest, output_and_gradients, problem, relative_error
 
-INTERPRETED = ("plain", "grouped_heads", "documents", "one_token", "k_1_window_1", "window_0", "k_beyond_n", "window_beyond_n", "long_window",
-               "documents_window_0", "rising", "ties", "huge", "head_dim_256", "bfloat16")
+INTERPRETED = ("plain", "grouped_heads", "documents", "one_token", "window_0", "k_beyond_n", "window_beyond_n", "long_window", "documents_window_0", "ties",
+               "huge", "head_dim_256", "bfloat16")
 
 
 @pytest.fixture
@@ -35,15 +35,16 @@ def interpreted(monkeypatch):
 class TestMosaicTpu(AttentionTest):
   implementation = "mosaic_tpu"
   specs = INTERPRETED
-  gates = ("straight_through", "key_value")                # which contains "value"
+  gates = ("key_value",)                                   # goes through everything
   tolerance_16 = 1e-2                                      # softmax weights are rounded too
+  tolerance_from_16 = 2e-3
 
   @pytest.mark.parametrize("spec", [
-      Spec("several_blocks", n=1000, heads=2, groups=1, k=140, window=40, documents=(600, 3, 300)),
-      Spec("several_windows", n=1100, k=30, window=400, scores="rising")], ids=lambda spec: spec.name)
+      Spec("several_blocks", n=760, k=140, window=40, documents=(450, 3, 200)),
+      Spec("several_windows", n=500, k=30, window=300, scores="rising")], ids=lambda spec: spec.name)
   def test_long_rows_match_xla(self, spec):
     inputs, cotangent, ids = problem(spec)
-    attend = lambda implementation: functools.partial(sparsek.sparsek_attention, k=spec.k, window=spec.window, gate="value", segment_ids=ids,
+    attend = lambda implementation: functools.partial(sparsek.sparsek_attention, k=spec.k, window=spec.window, gate="straight_through", segment_ids=ids,
                                                       implementation=implementation)
     ours, plain = (output_and_gradients(attend(implementation), inputs, cotangent) for implementation in ("mosaic_tpu", "xla"))
     for name, x, y in zip(("out", *ARGUMENTS), ours, plain):

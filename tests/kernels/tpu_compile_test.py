@@ -1,6 +1,5 @@
 """The Mosaic TPU kernels compiled by the real TPU compiler, without a TPU; `make test-compile` runs this where the compiler is installed."""
 
-import functools
 import importlib.util
 
 import jax
@@ -66,15 +65,14 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
 def test_training_step_compiles(monkeypatch):
   """A whole optimizer step over four chips, with the kernels inside."""
   monkeypatch.setattr(mosaic_tpu, "refusal", lambda query: None)
-  config, mesh = preset("gpt2_small", remat="attention", implementation="mosaic_tpu"), Mesh(np.array(tpu_compiler.devices("v5e")), (BATCH,))
+  config, mesh = preset("gpt2_small", remat="attention", scan_layers=True, implementation="mosaic_tpu"), Mesh(np.array(tpu_compiler.devices("v5e")), (BATCH,))
   train = TrainConfig(workdir="", data=DataConfig(seq_len=32768, batch_size=4, segment_documents=False))
   optimizer = make_optimizer(train.optimizer)
   state = abstract_state(abstract_params(config), optimizer, mesh)
   sharding = NamedSharding(mesh, PartitionSpec(BATCH))
   batch = {name: jax.ShapeDtypeStruct((4, 32769), jnp.int32, sharding=sharding) for name in ("tokens", "segment_ids")}
-  step = functools.partial(make_train_step(config, train, optimizer, mesh).trace, state, batch)
-  compiled = step().lower(lowering_platforms=("tpu",)).compile()
+  compiled = make_train_step(config, train, optimizer, mesh).trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
   memory, text = compiled.memory_analysis(), compiled.as_text()
   gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
   print(f"gpt2_small, 4 x 32768 tokens on v5e:2x2, remat attention: {gigabytes:.1f} GB a chip")
-  assert gigabytes < 16 and text.count("tpu_custom_call") >= 3 * config.num_layers
+  assert gigabytes < 16 and text.count("tpu_custom_call") >= 3
