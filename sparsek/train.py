@@ -19,7 +19,7 @@ from sparsek.model import count_params, init_params
 from sparsek.optimizer import make_optimizer
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
-from sparsek.train_step import (TrainState, check_batch, check_implementation, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch,
+from sparsek.train_step import (TrainState, check_batch, check_implementation, check_length, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch,
                                 replicated)
 
 
@@ -125,6 +125,7 @@ class _Run:
     self.mesh = make_mesh()
     check_batch(self.mesh, train.data.batch_size, train.grad_accumulation)
     self.params_shape = checkpoint.abstract_params(config)
+    check_length(config, train.data.seq_len)
     check_implementation(config, train.data.seq_len, self.params_shape)
     self.optimizer = make_optimizer(train.optimizer)
     self.iterator = make_train_iterator(dataset, train.data)

@@ -50,6 +50,12 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None
     raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {devices}")
 
 
+def check_length(config: TransformerConfig, seq_len: int, flag: str = "seq_len") -> None:
+  """Raises UsageError where rows are longer than a table of learned positions."""
+  if config.positions == "learned" and seq_len > config.max_positions:
+    raise UsageError(f"--{flag}={seq_len} must be at most {config.max_positions}, the model's learned positions")
+
+
 def check_implementation(config: TransformerConfig, seq_len: int, params) -> None:
   """Raises UsageError where the implementation of attention that `config` names cannot run here; `params` may be shapes."""
   if config.implementation is not None:
