@@ -36,6 +36,8 @@ class Run:
 
   def open_data(self):
     name = self.record["tokenizer"]["name"]
+    if not (FLAGS.data or self.record["data"]["data"]):
+      raise UsageError(f"--data is required: {self.workdir} was imported; make data with experiments.prepare_data --tokenizer={self.workdir}/tokenizer")
     return open_data(FLAGS.data or self.record["data"]["data"], name if name == "byte" else os.path.join(self.workdir, "tokenizer"))
 
 

@@ -193,10 +193,20 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define = _Definer(flag_values)
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
   define.string("prompt", "", "Text to continue; empty: a new document.")
+  define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
   define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)
   define.number("sampling_seed", 0, "The same seed gives the same text.", lower=0)
+
+
+def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """What to read or write in Hugging Face's format."""
+  define = _Definer(flag_values)
+  define.string("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
+  define.string("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
+  define.string("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
+  define.number("step", None, "Of the checkpoint to export. Default: the newest.", lower=0)
 
 
 def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:

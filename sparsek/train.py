@@ -143,6 +143,8 @@ class _Run:
     workdir, everywhere = self.train.workdir, replicated(self.mesh)
     checkpoint.remove_half_written(workdir, say)
     if checkpoint.saved_steps(workdir):
+      if not checkpoint.load_run_config(workdir)[1]["data"]["data"]:
+        raise UsageError(f"--workdir={workdir} holds an imported model and no run that could go on: give a new folder, and --init_from={workdir}")
       old = _check_tokenizer(workdir, self.dataset, self.train.data.data)
       opt_state = jax.eval_shape(self.optimizer.init, self.params_shape)
       restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say)
