@@ -134,8 +134,8 @@ ARCHITECTURE = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_he
 SPARSEK_FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig) if field.name not in ARCHITECTURE)
 # Fields that change no logit.
 NO_EFFECT = set("""
-    _name_or_path architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id attention_dropout hidden_dropout
-    classifier_dropout resid_pdrop embd_pdrop attn_pdrop initializer_range pretraining_tp return_dict id2label label2id problem_type summary_type
+    _name_or_path architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id attention_dropout
+    hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop initializer_range pretraining_tp return_dict id2label label2id problem_type summary_type
     summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout task_specific_params n_ctx tokenizer_class is_llama_config
     transformers.js_config reorder_and_upcast_attn num_labels torchscript sparsek""".split())
 

@@ -175,6 +175,8 @@ def _check_tensors(folder: str, config: TransformerConfig, shapes: dict, wanted:
   for name in [name for name in left if config.tie_embeddings and name in ("lm_head.weight", "embed_out.weight")]:      # some write the tied matrix twice
     if not np.array_equal(files[name].view(name), files[embedding].view(embedding)):
       raise UsageError(f"{folder}: tie_word_embeddings is true, and {name} differs from {embedding}")
+    for file in (files[name], files[embedding]):
+      file.release()
     left.remove(name)
   if left:
     raise UsageError(f"{folder} holds {len(left)} tensors that a model of this {CONFIG} has no place for: {', '.join(left[:5])}")

@@ -19,8 +19,8 @@ from sparsek.model import count_params, init_params
 from sparsek.optimizer import make_optimizer
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
-from sparsek.train_step import (TrainState, check_batch, check_implementation, check_length, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch,
-                                replicated)
+from sparsek.train_step import (TrainState, check_batch, check_implementation, check_length, make_diagnose, make_eval_step, make_mesh, make_train_step,
+                                put_batch, replicated)
 
 
 @dataclasses.dataclass(frozen=True)

