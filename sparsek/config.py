@@ -14,6 +14,7 @@ REMAT_POLICIES = ("none", "dots", "attention", "full")
 DTYPES = ("float32", "bfloat16")
 NORMS = ("rms_norm", "layer_norm")
 MLPS = ("swiglu", "gelu", "gelu_tanh")
+TRAINABLE = ("all", "attention", "scorer")
 POSITIONS = ("rope", "learned")
 ROPE_SCALINGS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions")}
 
@@ -261,6 +262,7 @@ class OptimizerConfig:
     weight_decay: decoupled, on matrices only (not on norms, biases, scales, slopes or embeddings).
     grad_clip: largest global gradient norm; 0 turns clipping off.
     b1, b2: decay of the first and second moments.
+    trainable: which parameters change: "all"; "attention": those of the attention modules, scorers included; "scorer": scorers only.
   """
   learning_rate: float = 1e-3
   warmup_steps: int = 100
@@ -270,8 +272,10 @@ class OptimizerConfig:
   grad_clip: float = 1.0
   b1: float = 0.9
   b2: float = 0.95
+  trainable: str = "all"
 
   def __post_init__(self):
+    check_choice("trainable", self.trainable, TRAINABLE)
     check_at_least("num_steps", self.num_steps, 1)
     for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip"):
       check_at_least(name, getattr(self, name), 0)
@@ -292,7 +296,7 @@ class TrainConfig:
     log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
     eval_batches: batches per evaluation.
     keep_checkpoints: newest checkpoints kept.
-    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run.
+    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run; "hf:DIR": from a folder in Hugging Face's format, and draw those it lacks.
     tensorboard: also write TensorBoard events.
     profile_steps: (first, last) step of a trace that goes to WORKDIR/profile; "A:B" is taken too.
   """

@@ -270,6 +270,7 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("grad_clip", default.grad_clip, "Largest global gradient norm; 0 turns clipping off.", lower=0, kind=float)
   define.number("b1", default.b1, "Decay of Adam's first moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
+  define.choice("trainable", default.trainable, config_lib.TRAINABLE, "Which parameters change: all, those of attention with its scorers, or the scorers.")
   define.number("seed", run_default.seed, "Of the initial parameters and the order of the data.", lower=0)
   define.number("grad_accumulation", run_default.grad_accumulation, "Micro-batches per optimizer step; divides --batch_size.", lower=1)
   define.number("loss_chunk", run_default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
@@ -278,7 +279,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("eval_batches", run_default.eval_batches, "Batches per held-out evaluation.", lower=1)
   define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
-  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir.")
+  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir. hf:DIR: from a folder in "
+                "Hugging Face's format, which replaces --preset; give the --attention that it shall have.")
   define.boolean("tensorboard", run_default.tensorboard, "Also write TensorBoard events (needs tensorboardX).")
   define.string("profile_steps", None, "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.")
 
@@ -351,16 +353,22 @@ def model_overrides(flag_values: flags.FlagValues = FLAGS) -> dict[str, object]:
   return {name: value for name, value in given.items() if value is not None}
 
 
-def model_config(flag_values: flags.FlagValues = FLAGS, vocab_size: int | None = None) -> config_lib.TransformerConfig:
+def model_config(flag_values: flags.FlagValues = FLAGS, vocab_size: int | None = None,
+                 pretrained: config_lib.TransformerConfig | None = None) -> config_lib.TransformerConfig:
   """The preset with the given flags applied.
 
   Args:
     flag_values: parsed flags that include those of `define_model_flags`.
     vocab_size: of the data's tokenizer; None leaves the preset's, which is enough to check the other flags before any data is read.
+    pretrained: a model to take instead of the preset, its vocabulary included.
 
   Raises:
     UsageError: for values that do not go together.
   """
+  if pretrained is not None:
+    if flag_values["preset"].present:
+      raise UsageError(f"--preset={flag_values['preset'].value} and a pretrained model's architecture exclude each other: leave it out")
+    return override_config(pretrained, flag_values)
   overrides = model_overrides(flag_values)
   return _build(config_lib.preset, flag_values["preset"].value, **overrides, **({} if vocab_size is None else {"vocab_size": vocab_size}))
 

@@ -19,17 +19,25 @@ from sparsek import safetensors
 from sparsek.checkpoint import abstract_params
 from sparsek.config import TransformerConfig, check_choice
 from sparsek.errors import UsageError
-from sparsek.hf_families import FAMILIES, IGNORED_TENSORS, Layout, describe, layouts, read_config
-from sparsek.model import Params
-from sparsek.parameter_table import Comparison, parameter_shapes
+from sparsek.hf_families import ARCHITECTURE, FAMILIES, IGNORED_TENSORS, Layout, describe, layouts, read_config
+from sparsek.model import Params, init_params
+from sparsek.parameter_table import FREE_FIELDS, Comparison, parameter_shapes
 
 CONFIG = "config.json"
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16", None)
 ALIGNMENT = 64                        # of buffers that JAX takes over on a CPU instead of copying them
+PREFIX = "hf:"                        # of a folder as --init_from
 OURS = "sparsek."                     # before the names of parameters that no family knows
 
 
-def load(folder: str, *, dtype: str | None = "float32", progress=iter) -> tuple[TransformerConfig, Params]:
+def load_config(folder: str) -> TransformerConfig:
+  """The model of a folder, without its parameters. Raises UsageError as `load` does."""
+  path = os.path.join(folder, CONFIG)
+  return read_config(safetensors.read_json(path), path)
+
+
+def load(folder: str, *, dtype: str | None = "float32", config: TransformerConfig | None = None, key: jax.Array | None = None, sharding=None,
+         progress=iter) -> tuple[TransformerConfig, Params]:
   """Reads a model.
 
   Attention is as config.json says: full or of a sliding window, or that of its section "sparsek". Activations (`config.dtype`) are bfloat16 where the
@@ -39,10 +47,14 @@ def load(folder: str, *, dtype: str | None = "float32", progress=iter) -> tuple[
     folder: with config.json and safetensors. Nothing outside it is read, and no code of it is run.
     dtype: of the parameters: "float32" is what training and checkpoints want; None keeps that of each tensor (float64 becomes float32), so that memory is
       the checkpoint's.
+    config: a model of the same architecture to read it as, with SPARSEK attention for example. Parameters that the folder lacks (scorers) are drawn with `key`
+      as `init_params` draws them, and scorers that the model lacks are left out.
+    key: PRNG key, for `config`.
+    sharding: of every parameter; None puts them on the first device.
     progress: wraps the list of parameters that are read, as tqdm does.
   Returns:
-    (config, params) with layers unstacked unless the section "sparsek" says otherwise. Beside the parameters it needs memory for a few blocks of 16 MiB
-    (tests/sparsek/pretrained_test.py holds it to 1.3 times the checkpoint).
+    (config, params), without `config` with layers unstacked unless the section "sparsek" says otherwise. Beside the parameters it needs memory for a few
+    blocks of 16 MiB (tests/sparsek/pretrained_test.py holds it to 1.3 times the checkpoint).
   Raises:
     UsageError (a ValueError): for a folder that is damaged, incomplete or hostile, tensors that are missing, left over, of another shape or not finite,
       and fields of config.json with no counterpart here; names the file and what is wrong with it.
@@ -51,20 +63,33 @@ def load(folder: str, *, dtype: str | None = "float32", progress=iter) -> tuple[
   path = os.path.join(folder, CONFIG)
   files = safetensors.open_folder(folder)
   fields = safetensors.read_json(path)
-  config = read_config(fields, path)
+  there = read_config(fields, path)
+  converted, config = config is not None, there if config is None else config
+  fixed = set(ARCHITECTURE) - set(FREE_FIELDS) - ({"max_positions"} if config.positions != "learned" else set())
+  differ = [f"{field}={getattr(config, field)} here, {getattr(there, field)} there" for field in ARCHITECTURE
+            if field in fixed and getattr(config, field) != getattr(there, field)]
+  if differ:
+    raise UsageError(f"{folder} holds another model than the one asked for: {'; '.join(differ)}")
   tensors = {name: file.tensors[name] for name, file in files.items()}
   _check_sizes(config, tensors, path)
   shapes = parameter_shapes(abstract_params(config))
   wanted = _layouts(config, fields["model_type"], shapes, tensors)
-  _check_tensors(folder, config, shapes, wanted, files)
   leaves = {}
+  if converted:
+    known = {layout.name for layout in wanted.values()}
+    files = {name: file for name, file in files.items() if name in known or not name.startswith(OURS)}
+    names = {leaf: [wanted[ours].name for _, ours in _pieces(config, leaf, shape)] for leaf, shape in shapes.items()}
+    new = [leaf for leaf in shapes if any(name.startswith(OURS) and name not in files for name in names[leaf])]
+    leaves = _new_parameters(config, new, key, dtype, sharding)
+    shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in leaves}
+  _check_tensors(folder, config, shapes, wanted, files)
   for leaf, shape in progress(list(shapes.items())):
     pieces = _pieces(config, leaf, shape)
     stored = tensors[wanted[pieces[0][1]].name].dtype
     array = _aligned_empty(shape, np.dtype(dtype or (stored if stored.itemsize < 8 else "float32")))
     for place, ours in pieces:
       _read(array[place], wanted[ours], _sizes(config), files[wanted[ours].name])
-    leaves[leaf] = jax.device_put(array)
+    leaves[leaf] = jax.device_put(array, sharding)
     del array
   return config, _nested(leaves)
 
@@ -111,6 +136,19 @@ def save(folder: str, config: TransformerConfig, params: Params, *, family: str 
       file.write("\n")
   except OSError as error:
     raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def _new_parameters(config: TransformerConfig, leaves: list[str], key, dtype: str | None, sharding) -> dict[str, jax.Array]:
+  """Those of `init_params` with these paths; the others are never made."""
+  if not leaves:
+    return {}
+  if key is None:
+    raise ValueError(f"key=None: the folder lacks {len(leaves)} parameters ({leaves[0]}, ...), and drawing them needs a PRNG key")
+
+  def draw(key):
+    flat = {"/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(init_params(config, key))}
+    return {leaf: flat[leaf].astype(dtype or "float32") for leaf in leaves}
+  return jax.jit(draw, out_shardings=sharding)(key)
 
 
 def _sizes(config: TransformerConfig) -> dict[str, int]:

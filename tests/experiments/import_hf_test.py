@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import generate, import_hf
+from experiments import generate, import_hf, pretrain
 from sparsek import checkpoint, flags, pretrained
 from sparsek.config import TransformerConfig
+from sparsek.corpus import Document
 from sparsek.model import init_params
-from sparsek.tokenizer import load_tokenizer, train_bpe
+from sparsek.token_files import write_token_files
+from sparsek.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from tests.experiments.evaluate_test import write_run
 from tests.sparsek.helpers import run_command
 
@@ -50,6 +52,41 @@ def test_a_run_comes_back_from_its_export(folder):
 def test_an_imported_model_writes(folder, capsys):
   assert run_command(generate.main, flags.FLAGS, f"--workdir={folder}/imported", "--prompt=some", "--max_new_tokens=1", "--special_tokens") == 0
   assert capsys.readouterr().out.startswith("some")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+  tokenizer = load_tokenizer(str(folder / "model"))
+  documents = [Document(str(i), "some text, more text; " * 9, i % 2 == 0) for i in range(8)]
+  write_token_files(str(folder / "data"), documents, tokenizer)
+  write_token_files(str(folder / "bytes"), documents, ByteTokenizer())
+  return folder / "data"
+
+
+def test_training_of_a_pretrained_models_scorers(folder, data):
+  arguments = [f"--workdir={folder}/converted", f"--init_from=hf:{folder}/model", "--attention=sparsek", "--k=2", "--window=2", "--trainable=scorer",
+               "--num_steps=1", "--warmup_steps=0", "--seq_len=16", "--batch_size=1", "--eval_every=0", "--implementation=reference"]
+  assert run_command(pretrain.main, flags.FLAGS, *arguments, f"--data={data}") == 0
+  config, _ = checkpoint.load_run_config(str(folder / "converted"))
+  assert config == dataclasses.replace(CONFIG, attention="sparsek", k=2, window=2, implementation="reference")
+  got, want = checkpoint.load_params(str(folder / "converted"), config)[0], pretrained.load(str(folder / "model"))[1]
+  scorer = got["layers_0"]["attention"].pop("scorer")
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert np.any(scorer["linear"]["kernel"] != init_params(config, jax.random.key(0))["layers_0"]["attention"]["scorer"]["linear"]["kernel"])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--preset=mini"], "--preset=mini and a pretrained model's architecture exclude each other"),
+    (["--embed_dim=16"], "embed_dim=16 here, 8 there"),
+    (["--trainable=scorer"], "--trainable=scorer: no layer has such parameters"),
+    (["--data={folder}/bytes"], "the tokenizer of --data={folder}/bytes is not that of --init_from=hf:{folder}/model"),
+    (["--init_from=hf:{folder}/nowhere"], "{folder}/nowhere/config.json cannot be read"),
+])
+def test_bad_training_of_a_pretrained_model(folder, data, capsys, arguments, words):
+  arguments = [argument.format(folder=folder) for argument in arguments]
+  base = [f"--workdir={folder}/bad", f"--init_from=hf:{folder}/model", f"--data={data}", "--seq_len=16", "--batch_size=1", "--num_steps=1"]
+  assert run_command(pretrain.main, flags.FLAGS, *base, *arguments) == 2
+  assert words.format(folder=folder) in capsys.readouterr().err
 
 
 def test_tokens_that_end_a_text(folder, tmp_path):

@@ -17,6 +17,7 @@ from sparsek import pretrained, safetensors
 from sparsek.checkpoint import abstract_params
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.model import init_params, unstack_layers
 from sparsek.hf_families import FAMILIES, describe, layouts, read_config
 
 LLAMA = TransformerConfig(vocab_size=19, num_layers=2, embed_dim=8, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=10, attention="full", tie_embeddings=False,
@@ -96,6 +97,32 @@ def test_a_bare_models_names_lack_the_prefix_and_buffers_are_left_out(tmp_path):
   tensors |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.uint8), "lm_head.weight": tensors["wte.weight"]}
   write(tmp_path / "bare", json.loads((tmp_path / "whole" / "config.json").read_text()), tensors)
   assert_bit_equal(pretrained.load(str(tmp_path / "bare"))[1], params)
+
+
+def test_a_dense_model_is_read_as_a_sparsek_one_and_back(tmp_path):
+  dense = dataclasses.replace(LLAMA, num_layers=4)
+  params, folder, key = random_params(dense), str(tmp_path / "dense"), jax.random.key(3)
+  pretrained.save(folder, dense, params)
+  sparse = dataclasses.replace(dense, attention="sparsek,full", k=3, window=4, scan_layers=True, rope_theta=5e5)
+  _, converted = pretrained.load(folder, config=sparse, key=key)
+  fresh = init_params(sparse, key)
+  scorer = converted["layers"]["blocks_0"]["attention"]["scorer"]
+  assert_bit_equal(scorer, fresh["layers"]["blocks_0"]["attention"]["scorer"])
+  plain = unstack_layers(sparse, converted)
+  assert "scorer" not in plain["layers_1"]["attention"]
+  for i in (0, 2):
+    del plain[f"layers_{i}"]["attention"]["scorer"]
+  assert_bit_equal(plain, params)
+  pretrained.save(str(tmp_path / "sparse"), sparse, converted)
+  moved = dataclasses.replace(sparse, attention="sparsek", scan_layers=False)                 # two scorers are there, two are new
+  _, again = pretrained.load(str(tmp_path / "sparse"), config=moved, key=key)
+  assert_bit_equal(again["layers_2"]["attention"]["scorer"], jax.tree.map(lambda leaf: leaf[1], scorer))
+  assert "scorer" in again["layers_1"]["attention"]
+  assert_bit_equal(pretrained.load(str(tmp_path / "sparse"), config=dense)[1], params)
+  with pytest.raises(ValueError, match="key=None: the folder lacks 12 parameters"):
+    pretrained.load(folder, config=dataclasses.replace(moved))
+  with pytest.raises(UsageError, match="another model than the one asked for: embed_dim=16 here, 8 there"):
+    pretrained.load(folder, config=dataclasses.replace(dense, embed_dim=16))
 
 
 def test_parameters_of_another_model_are_not_saved(tmp_path):

@@ -258,7 +258,7 @@ def test_no_run_goes_on_in_the_folder_of_an_imported_model(dataset, finished, tm
   record = json.loads((tmp_path / "model.json").read_text())
   record["data"]["data"] = ""
   (tmp_path / "model.json").write_text(json.dumps(record))
-  with pytest.raises(UsageError, match="holds an imported model .* --init_from="):
+  with pytest.raises(UsageError, match="holds an imported model .* --init_from=hf:FOLDER"):
     train.train(CONFIG, run_config(tmp_path), dataset)
 
 
