@@ -63,18 +63,6 @@ def data(folder):
   return folder / "data"
 
 
-def test_training_of_a_pretrained_models_scorers(folder, data):
-  arguments = [f"--workdir={folder}/converted", f"--init_from=hf:{folder}/model", "--attention=sparsek", "--k=2", "--window=2", "--trainable=scorer",
-               "--num_steps=1", "--warmup_steps=0", "--seq_len=16", "--batch_size=1", "--eval_every=0", "--implementation=reference"]
-  assert run_command(pretrain.main, flags.FLAGS, *arguments, f"--data={data}") == 0
-  config, _ = checkpoint.load_run_config(str(folder / "converted"))
-  assert config == dataclasses.replace(CONFIG, attention="sparsek", k=2, window=2, implementation="reference")
-  got, want = checkpoint.load_params(str(folder / "converted"), config)[0], pretrained.load(str(folder / "model"))[1]
-  scorer = got["layers_0"]["attention"].pop("scorer")
-  jax.tree.map(np.testing.assert_array_equal, got, want)
-  assert np.any(scorer["linear"]["kernel"] != init_params(config, jax.random.key(0))["layers_0"]["attention"]["scorer"]["linear"]["kernel"])
-
-
 @pytest.mark.parametrize("arguments, words", [
     (["--preset=mini"], "--preset=mini and a pretrained model's architecture exclude each other"),
     (["--embed_dim=16"], "embed_dim=16 here, 8 there"),
