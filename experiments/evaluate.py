@@ -20,7 +20,7 @@ from sparsek.config import DataConfig
 from sparsek.data import eval_batches, open_data
 from sparsek.errors import RunError, UsageError
 from sparsek.evaluate import bits_per_byte, bucket_edges, evaluate, format_table
-from sparsek.train_step import check_batch, make_mesh, replicated
+from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
 # Apart from the flags of pretraining, whose defaults are no run's own values.
 FLAGS = absl_flags.FlagValues()
@@ -36,6 +36,8 @@ class Run:
 
   def open_data(self):
     name = self.record["tokenizer"]["name"]
+    if not (FLAGS.data or self.record["data"]["data"]):
+      raise UsageError(f"--data is required: {self.workdir} was imported; make data with experiments.prepare_data --tokenizer={self.workdir}/tokenizer")
     return open_data(FLAGS.data or self.record["data"]["data"], name if name == "byte" else os.path.join(self.workdir, "tokenizer"))
 
 
@@ -65,6 +67,8 @@ def _heldout(runs: list[Run]):
   data = DataConfig(seq_len=seq_len, batch_size=FLAGS.batch_size or max(run.record["data"]["batch_size"] for run in runs),
                     segment_documents=runs[0].record["data"]["segment_documents"])
   check_batch(make_mesh(), data.batch_size)
+  for run in runs:
+    check_length(run.config, seq_len)
   return datasets[0], data, eval_batches(datasets[0], data, FLAGS.eval_batches)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sparsek import checkpoint, flags, plots, run_directory, tasks
 from sparsek.errors import RunError, UsageError
 from sparsek.tokenizer import load_tokenizer
-from sparsek.train_step import check_batch, make_mesh, replicated
+from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
 FLAGS = absl_flags.FlagValues()
 flags.define_task_flags(FLAGS)
@@ -66,6 +66,7 @@ def main() -> None:
     config, record = checkpoint.load_run_config(workdir)
     config, name = flags.override_config(config, FLAGS), record["tokenizer"]["name"]
     tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
+    check_length(config, max(lengths), "lengths")
     for task in chosen:                                        # a document too short is refused before any long work
       tasks.make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
     params, step = checkpoint.load_params(workdir, config, FLAGS.step, replicated(mesh))

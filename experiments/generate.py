@@ -35,11 +35,11 @@ def main() -> None:
   name = run["tokenizer"]["name"]
   tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
   prompt = as_valid_unicode(flag("prompt"))
-  ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]
+  ids = list(tokenizer.encode(prompt, flag("special_tokens"))) or [tokenizer.eos_id]
   params, step = checkpoint.load_params(workdir, config, flag("step"))
   try:
     tokens = generate(config, params, ids, max_new_tokens=flag("max_new_tokens"), temperature=flag("temperature"), top_p=flag("top_p"),
-                      key=jax.random.key(flag("sampling_seed")), eos_id=tokenizer.eos_id)
+                      key=jax.random.key(flag("sampling_seed")), eos_id=run["tokenizer"].get("eos_ids", tokenizer.eos_id))
   except ValueError as error:
     raise UsageError(f"--{error}") from None
 

@@ -10,7 +10,7 @@ flags.txt (a --flagfile that reproduces the run), model.json and versions.json. 
 import dataclasses
 import os
 
-from sparsek import data, flags, plan, run_directory, train
+from sparsek import data, flags, plan, pretrained, run_directory, train
 
 flags.define_model_flags()
 flags.define_data_flags()
@@ -20,10 +20,11 @@ flags.define_dry_run_flag()
 
 def main() -> None:
   """Reads the flags, opens the data, trains, and says where everything is."""
-  flags.model_config()  # refuses bad flags before any data is read
   config = flags.train_config()
+  base = pretrained.load_config(config.init_from.removeprefix(pretrained.PREFIX)) if (config.init_from or "").startswith(pretrained.PREFIX) else None
+  flags.model_config(pretrained=base)  # refuses bad flags before any data is read
   dataset = data.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
-  model = flags.model_config(vocab_size=dataset.vocab_size)
+  model = flags.model_config(vocab_size=dataset.vocab_size, pretrained=base)
   if flags.FLAGS["remat"].value is None:
     model = dataclasses.replace(model, remat=plan.remat_that_fits(model, config, plan.memory_limit()))
   if flags.FLAGS["dry_run"].value:

@@ -16,7 +16,7 @@ from sparsek import cached_attention
 from sparsek.cached_attention import NOWHERE, KeysAndValues, SelectionCache
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.baselines import ATTENTION_MODULES, BASELINES
-from sparsek.layers import RMSNorm, SwiGLU, scoring_network
+from sparsek.layers import MLP, make_norm, scoring_network
 from sparsek.model import Params, hidden_to_logits, layer_params, output_matrix
 
 PREFILL_CHUNK = 512
@@ -139,8 +139,11 @@ def _prefill(config, params, cache, tokens, last_only, chunk_size):
 def _extend(config, params, cache, tokens_BxC):
   """One chunk through all layers: final hidden states and the next cache."""
   length = tokens_BxC.shape[1]
-  x_BxCxE = jnp.take(params["embed"]["embedding"], tokens_BxC, axis=0).astype(config.activation_dtype)
-  norm = lambda params, x: RMSNorm(config.norm_eps).apply({"params": params}, x)
+  x_BxCxE = jnp.take(params["embed"]["embedding"], tokens_BxC, axis=0)
+  if config.positions == "learned":                       # NaN beyond the table: loud, not wrong
+    x_BxCxE += jnp.take(params["positions"]["embedding"], cache.seen + jnp.arange(length), axis=0, mode="fill")
+  x_BxCxE = x_BxCxE.astype(config.activation_dtype)
+  norm = lambda params, x: make_norm(config).apply({"params": params}, x)
   layers = []
   for i, (kind, layer) in enumerate(zip(config.layer_kinds, cache.layers)):
     block = layer_params(config, params, i)
@@ -157,7 +160,7 @@ def _extend(config, params, cache, tokens_BxC):
       scores, state = scorer(h_BxCxE, layer.scorer, cache.seen, i)
       advance = cached_attention.select_token if length == 1 else cached_attention.select_chunk
       mixed, layer = advance(config, layer._replace(scorer=state), cache.seen, query, new, scores)
-    x_BxCxE += attention(mixed, method="output")
-    x_BxCxE += SwiGLU(config).apply({"params": block["mlp"]}, norm(block["mlp_norm"], x_BxCxE))
+    y_BxCxE = x_BxCxE + attention(mixed, method="output")
+    x_BxCxE = y_BxCxE + MLP(config).apply({"params": block["mlp"]}, norm(block["mlp_norm"], x_BxCxE if config.parallel_residual else y_BxCxE))
     layers.append(layer)
   return norm(params["final_norm"], x_BxCxE), Cache(cache.seen + length, tuple(layers))

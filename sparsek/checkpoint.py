@@ -98,7 +98,7 @@ class CheckpointWriter:
     self._checkpointer = self._pending = None
 
   def save(self, step: int, params, opt_state, data_state: dict) -> None:
-    """Starts saving; returns when the arrays are copied, so that they may be donated.
+    """Starts saving; returns when the arrays are copied, so that they may be donated. Without an opt_state (None) no run can go on from the checkpoint.
 
     Raises:
       OSError and others: what went wrong in starting this save. Call `wait` first for the save before it.
@@ -106,7 +106,7 @@ class CheckpointWriter:
     if self._checkpointer is None:
       self._checkpointer = ocp.training.Checkpointer(
           checkpoint_folder(self._workdir), context=_context(), preservation_policy=ocp.training.preservation_policies.LatestN(self._keep))
-    arrays = {"params": params, "optimizer": opt_state}
+    arrays = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
     integrity = {"checksums": {name: checksums(tree) for name, tree in arrays.items()}}
     try:
       items = {**arrays, "data": data_state, "integrity": integrity}

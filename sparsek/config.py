@@ -1,6 +1,7 @@
 """Frozen dataclasses that configure the library, and the presets. Flags are turned into these; nothing here reads a flag."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -11,6 +12,11 @@ SCORERS = ("linear", "conv", "random")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
 DTYPES = ("float32", "bfloat16")
+NORMS = ("rms_norm", "layer_norm")
+MLPS = ("swiglu", "gelu", "gelu_tanh")
+TRAINABLE = ("all", "attention", "scorer")
+POSITIONS = ("rope", "learned")
+ROPE_SCALINGS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions")}
 
 
 def check_choice(name: str, value, choices) -> None:
@@ -36,6 +42,24 @@ def parse_layer_pattern(pattern) -> tuple[str, ...]:
   return tuple(kinds)
 
 
+def parse_rope_scaling(scaling) -> tuple | None:
+  """Turns "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL" (or a sequence of the same) into a tuple of the name and numbers; see
+  `sparsek.layers.rope_frequencies`."""
+  if scaling is None:
+    return None
+  kind, *numbers = scaling.split(":") if isinstance(scaling, str) else scaling
+  names = ROPE_SCALINGS.get(kind, ())
+  try:
+    numbers = tuple(map(float, numbers))
+  except (TypeError, ValueError):
+    numbers = ()
+  fits = kind in ROPE_SCALINGS and len(numbers) == len(names) and all(0 < number < math.inf for number in numbers)
+  if not fits or (kind == "llama3" and numbers[1] >= numbers[2]):
+    forms = " or ".join(":".join((kind, *map(str.upper, names))) for kind, names in ROPE_SCALINGS.items())
+    raise ValueError(f"rope_scaling={scaling} must be {forms}, with positive numbers and LOW_FREQ_FACTOR below HIGH_FREQ_FACTOR")
+  return (kind, *numbers)
+
+
 def parse_profile_steps(steps) -> tuple[int, int] | None:
   """Turns "A:B" into (A, B)."""
   if steps is None:
@@ -57,7 +81,7 @@ class TransformerConfig:
     num_heads: query heads H.
     num_kv_heads: key/value heads G; H must be a multiple of G.
     head_dim: width D of a head; even, for the rotary embedding.
-    mlp_dim: hidden width of the SwiGLU.
+    mlp_dim: hidden width of the MLP.
     attention: attention kind per layer as a pattern that repeats over the layers: "sparsek", "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window,
       full, and the baselines of `sparsek.baselines`: random, attention_sinks, strided, lsh, block_topk, linear.
     k: selected key/value pairs per query (all kinds but sliding_window, full and linear).
@@ -69,10 +93,20 @@ class TransformerConfig:
     scorer_normalize: normalise logits causally over time before the learned scale.
     scorer_init_scale: initial standard deviation of the scores.
     scorer_init_slope: initial growth of the scores per 1024 tokens of position.
+    positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the embedding of the tokens).
+    max_positions: rows of the learned table, and the most tokens of a row; with "rope" a note of the context that a model is meant for, which limits nothing.
     rope_theta: base of the rotary embedding.
-    norm_eps: epsilon of RMSNorm.
+    rope_fraction: share of the head dimension that is rotated; what is left passes through.
+    rope_scaling: how frequencies are stretched for longer contexts: None, "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL"; see
+      `sparsek.layers.rope_frequencies`.
+    norm: "rms_norm" or "layer_norm" (with a bias).
+    norm_eps: epsilon of the norms.
     qk_norm: RMSNorm over the head dimension of queries and keys.
+    mlp: "swiglu": down(silu(gate(x)) * up(x)); "gelu": down(gelu(up(x))); "gelu_tanh": the same with the tanh approximation.
     use_bias: biases on the query, key and value projections.
+    out_bias: a bias on attention's output projection.
+    mlp_bias: biases on the MLP's projections.
+    parallel_residual: x + attention(norm(x)) + mlp(norm'(x)) instead of one after the other.
     tie_embeddings: the output matrix is the embedding.
     dtype: of activations and matrix inputs; parameters, scores, softmax and loss are float32.
     remat: what the backward pass recomputes per block: "none"; "dots": all but attention and products with weights;
@@ -97,10 +131,19 @@ class TransformerConfig:
   scorer_normalize: bool = True
   scorer_init_scale: float = 4.0
   scorer_init_slope: float = 1.0
+  positions: str = "rope"
+  max_positions: int = 2048
   rope_theta: float = 10000.0
+  rope_fraction: float = 1.0
+  rope_scaling: str | tuple | None = None
+  norm: str = "rms_norm"
   norm_eps: float = 1e-6
   qk_norm: bool = False
+  mlp: str = "swiglu"
   use_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  parallel_residual: bool = False
   tie_embeddings: bool = True
   dtype: str = "float32"
   remat: str = "none"
@@ -109,6 +152,7 @@ class TransformerConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
+    object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k"):
       check_at_least(name, getattr(self, name), 1)
     for name in ("window", "scorer_lookahead", "scorer_lookback"):
@@ -117,6 +161,12 @@ class TransformerConfig:
       raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} must be even, for the rotary embedding")
+    check_at_least("max_positions", self.max_positions, 2)
+    if not 0 < self.rope_fraction <= 1 or self.rope_dim < 2 or self.rope_dim % 2:
+      raise ValueError(f"rope_fraction={self.rope_fraction} must be above 0, at most 1, and rotate an even number of head_dim={self.head_dim} features")
+    check_choice("positions", self.positions, POSITIONS)
+    check_choice("norm", self.norm, NORMS)
+    check_choice("mlp", self.mlp, MLPS)
     check_choice("gate", self.gate, GATES)
     check_choice("scorer", self.scorer, SCORERS)
     check_choice("dtype", self.dtype, DTYPES)
@@ -136,6 +186,11 @@ class TransformerConfig:
   def layer_kinds(self) -> tuple[str, ...]:
     """The attention kind of each layer."""
     return tuple(self.attention[i % len(self.attention)] for i in range(self.num_layers))
+
+  @property
+  def rope_dim(self) -> int:
+    """Features of a head that are rotated."""
+    return int(self.head_dim * self.rope_fraction)
 
   @property
   def activation_dtype(self):
@@ -207,6 +262,7 @@ class OptimizerConfig:
     weight_decay: decoupled, on matrices only (not on norms, biases, scales, slopes or embeddings).
     grad_clip: largest global gradient norm; 0 turns clipping off.
     b1, b2: decay of the first and second moments.
+    trainable: which parameters change: "all"; "attention": those of the attention modules, scorers included; "scorer": scorers only.
   """
   learning_rate: float = 1e-3
   warmup_steps: int = 100
@@ -216,8 +272,10 @@ class OptimizerConfig:
   grad_clip: float = 1.0
   b1: float = 0.9
   b2: float = 0.95
+  trainable: str = "all"
 
   def __post_init__(self):
+    check_choice("trainable", self.trainable, TRAINABLE)
     check_at_least("num_steps", self.num_steps, 1)
     for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip"):
       check_at_least(name, getattr(self, name), 0)
@@ -238,7 +296,7 @@ class TrainConfig:
     log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
     eval_batches: batches per evaluation.
     keep_checkpoints: newest checkpoints kept.
-    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run.
+    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run; "hf:DIR": from a folder in Hugging Face's format, and draw those it lacks.
     tensorboard: also write TensorBoard events.
     profile_steps: (first, last) step of a trace that goes to WORKDIR/profile; "A:B" is taken too.
   """

@@ -126,10 +126,19 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("num_heads", None, "Query heads; a multiple of --num_kv_heads. Default: the preset's.", lower=1)
   define.number("num_kv_heads", None, "Key/value heads. Default: the preset's.", lower=1)
   define.number("head_dim", None, "Width of a head; even. Default: the preset's.", lower=2)
-  define.number("mlp_dim", None, "Hidden width of the SwiGLU. Default: the preset's.", lower=1)
+  define.number("mlp_dim", None, "Hidden width of the MLP. Default: the preset's.", lower=1)
+  define.choice("positions", None, config_lib.POSITIONS, "Rotary embedding, or a table that is added to the tokens. Default: rope.")
+  define.number("max_positions", None, "Rows of the learned table: the longest row. Default: 2048.", lower=2)
   define.number("rope_theta", None, "Base of the rotary embedding. Default: 10000.", lower=1, kind=float)
+  define.number("rope_fraction", None, "Share of the head dimension that is rotated; above 0. Default: 1.", lower=0, upper=1, kind=float)
+  define.string("rope_scaling", None, "Stretches the rotary embedding: linear:FACTOR or llama3:FACTOR:LOW:HIGH:ORIGINAL. Default: not.")
+  define.choice("norm", None, config_lib.NORMS, "Of the residual stream. Default: rms_norm.")
   define.boolean("qk_norm", None, "RMSNorm over the head dimension of queries and keys. Default: false.")
+  define.choice("mlp", None, config_lib.MLPS, "Hidden layer of a block. Default: swiglu.")
   define.boolean("use_bias", None, "Biases on the query, key and value projections. Default: false.")
+  define.boolean("out_bias", None, "A bias on attention's output projection. Default: false.")
+  define.boolean("mlp_bias", None, "Biases in the MLP. Default: false.")
+  define.boolean("parallel_residual", None, "Attention and MLP of a block read the same input. Default: false.")
   define.boolean("tie_embeddings", None, "The output matrix is the embedding. Default: true.")
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass recomputes. dots: all but attention and products with "
                 "weights; attention: all but attention. Default: none; to train, attention where memory would not suffice.")
@@ -186,10 +195,20 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define = _Definer(flag_values)
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
   define.string("prompt", "", "Text to continue; empty: a new document.")
+  define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
   define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)
   define.number("sampling_seed", 0, "The same seed gives the same text.", lower=0)
+
+
+def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """What to read or write in Hugging Face's format."""
+  define = _Definer(flag_values)
+  define.string("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
+  define.string("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
+  define.string("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
+  define.number("step", None, "Of the checkpoint to export. Default: the newest.", lower=0)
 
 
 def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -253,6 +272,7 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("grad_clip", default.grad_clip, "Largest global gradient norm; 0 turns clipping off.", lower=0, kind=float)
   define.number("b1", default.b1, "Decay of Adam's first moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
+  define.choice("trainable", default.trainable, config_lib.TRAINABLE, "Which parameters change: all, those of attention with its scorers, or the scorers.")
   define.number("seed", run_default.seed, "Of the initial parameters and the order of the data.", lower=0)
   define.number("grad_accumulation", run_default.grad_accumulation, "Micro-batches per optimizer step; divides --batch_size.", lower=1)
   define.number("loss_chunk", run_default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
@@ -261,7 +281,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("eval_batches", run_default.eval_batches, "Batches per held-out evaluation.", lower=1)
   define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
-  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir.")
+  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir. hf:DIR: from a folder in "
+                "Hugging Face's format, which replaces --preset; give the --attention that it shall have.")
   define.boolean("tensorboard", run_default.tensorboard, "Also write TensorBoard events (needs tensorboardX).")
   define.string("profile_steps", None, "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.")
 
@@ -334,16 +355,22 @@ def model_overrides(flag_values: flags.FlagValues = FLAGS) -> dict[str, object]:
   return {name: value for name, value in given.items() if value is not None}
 
 
-def model_config(flag_values: flags.FlagValues = FLAGS, vocab_size: int | None = None) -> config_lib.TransformerConfig:
+def model_config(flag_values: flags.FlagValues = FLAGS, vocab_size: int | None = None,
+                 pretrained: config_lib.TransformerConfig | None = None) -> config_lib.TransformerConfig:
   """The preset with the given flags applied.
 
   Args:
     flag_values: parsed flags that include those of `define_model_flags`.
     vocab_size: of the data's tokenizer; None leaves the preset's, which is enough to check the other flags before any data is read.
+    pretrained: a model to take instead of the preset, its vocabulary included.
 
   Raises:
     UsageError: for values that do not go together.
   """
+  if pretrained is not None:
+    if flag_values["preset"].present:
+      raise UsageError(f"--preset={flag_values['preset'].value} and a pretrained model's architecture exclude each other: leave it out")
+    return override_config(pretrained, flag_values)
   overrides = model_overrides(flag_values)
   return _build(config_lib.preset, flag_values["preset"].value, **overrides, **({} if vocab_size is None else {"vocab_size": vocab_size}))
 

@@ -42,7 +42,7 @@ def _next_token(config, params, cache, token, key, temperature, top_p):
 
 
 def generate(config: TransformerConfig, params: Params, prompt_tokens: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
-             top_p: float = 1.0, key: jax.Array | None = None, eos_id: int | None = None) -> Iterator[int]:
+             top_p: float = 1.0, key: jax.Array | None = None, eos_id: int | Sequence[int] | None = None) -> Iterator[int]:
   """Continues a prompt.
 
   Args:
@@ -51,14 +51,14 @@ def generate(config: TransformerConfig, params: Params, prompt_tokens: Sequence[
     max_new_tokens: most tokens to draw.
     temperature, top_p: see `sample`; temperature 0 is greedy and needs no key.
     key: PRNG key; the same key gives the same text.
-    eos_id: token that ends the text; it is not yielded.
+    eos_id: token, or tokens, that end the text; they are not yielded.
 
   Returns:
     An iterator of token ids; each is yielded as soon as it is known, while the device already works on the next.
 
   Raises:
-    ValueError: at once, for an empty prompt, ids outside the vocabulary, a negative temperature or max_new_tokens, or top_p
-      outside (0, 1], or where a key is missing.
+    ValueError: at once, for an empty prompt, ids outside the vocabulary, a negative temperature or max_new_tokens, top_p outside (0, 1], more tokens in all
+      than max_positions of learned positions, or where a key is missing.
 
   Example:
     >>> tokens = generate(config, params, tokenizer.encode("def "), max_new_tokens=100, key=jax.random.key(0))
@@ -72,6 +72,8 @@ def generate(config: TransformerConfig, params: Params, prompt_tokens: Sequence[
     raise ValueError(f"prompt_tokens holds {prompt.dtype} values from {prompt.min()} to {prompt.max()}, "
                      f"expected integers from 0 to {config.vocab_size - 1}")
   check_at_least("max_new_tokens", max_new_tokens, 0)
+  if config.positions == "learned" and prompt.size + max_new_tokens > config.max_positions:
+    raise ValueError(f"max_new_tokens={max_new_tokens} after {prompt.size} prompt tokens: the model has max_positions={config.max_positions}")
   check_at_least("temperature", temperature, 0)
   if not 0 < top_p <= 1:
     raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
@@ -79,10 +81,10 @@ def generate(config: TransformerConfig, params: Params, prompt_tokens: Sequence[
     if temperature > 0:
       raise ValueError(f"key=None: temperature={temperature} draws at random and needs a PRNG key")
     key = jax.random.key(0)
-  return _generate(config, params, jnp.asarray(prompt, jnp.int32), max_new_tokens, temperature, top_p, key, eos_id)
+  return _generate(config, params, jnp.asarray(prompt, jnp.int32), max_new_tokens, temperature, top_p, key, np.ravel([] if eos_id is None else eos_id))
 
 
-def _generate(config, params, prompt, max_new_tokens, temperature, top_p, key, eos_id):
+def _generate(config, params, prompt, max_new_tokens, temperature, top_p, key, eos_ids):
   if not max_new_tokens:
     return
   params = unstack_layers(config, params)                 # once, not in every step
@@ -96,7 +98,7 @@ def _generate(config, params, prompt, max_new_tokens, temperature, top_p, key, e
     if left:                                              # dispatched before the token is read: the device does not wait for the host
       token, cache, key = _next_token(config, params, cache, known, key, temperature, top_p)
     known = int(known[0])
-    if known == eos_id:
+    if known in eos_ids:
       return
     yield known
 

@@ -1,4 +1,4 @@
-"""The layers of the decoder: RMSNorm, rotary embedding, SwiGLU and the three attention modules."""
+"""The layers of the decoder: norms, rotary embedding, MLPs and the three attention modules."""
 
 import flax.linen as nn
 import jax
@@ -32,32 +32,74 @@ class RMSNorm(nn.Module):
     return (y * scale).astype(x.dtype)
 
 
-def rotary_embedding(x_BxNxHxD: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-  """Rotates feature pairs (d, d + D/2) by the angle position * theta^(-2d/D), computed in float32.
+class LayerNorm(nn.Module):
+  """(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, computed in float32 and returned in the dtype of x."""
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+    y = x.astype(jnp.float32)
+    y -= jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+  """The norm over the residual stream that `config` describes."""
+  return {"rms_norm": RMSNorm, "layer_norm": LayerNorm}[config.norm](config.norm_eps)
+
+
+def rope_frequencies(dim: int, theta: float, scaling: tuple | None = None) -> jax.Array:
+  """Angles per position of the dim / 2 feature pairs, [dim / 2] float32: f_d = theta^(-2d/dim), and with
+
+    ("linear", s): f_d / s, which squeezes positions (Chen et al. 2023, arXiv 2306.15595);
+    ("llama3", s, low, high, n): m f_d + (1 - m) f_d / s with m = clip((n f_d / 2 pi - low) / (high - low), 0, 1): pairs that turn at least `high` times in
+      the n tokens of the original training stay, those that turn at most `low` times are squeezed (Llama 3.1, arXiv 2407.21783, and its released code).
+  """
+  half = dim // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is None:
+    return frequency
+  kind, factor, *bounds = scaling
+  if kind == "linear":
+    return frequency / factor
+  low, high, original = bounds
+  stay = jnp.clip((original * frequency / (2 * jnp.pi) - low) / (high - low), 0, 1)
+  return stay * frequency + (1 - stay) * frequency / factor
+
+
+def rotary_embedding(x_BxNxHxD: jax.Array, positions: jax.Array, theta: float, dim: int | None = None, scaling: tuple | None = None) -> jax.Array:
+  """Rotates feature pairs (d, d + dim/2) by the angle position * f_d, computed in float32 (Su et al. 2021, RoFormer, arXiv 2104.09864).
 
   Args:
-    x_BxNxHxD: queries or keys; D even.
+    x_BxNxHxD: queries or keys.
     positions: [B, N] or [N] integers.
-    theta: base; longer contexts want a larger one.
+    theta, scaling: say what f_d is; see `rope_frequencies`. Longer contexts want a larger theta.
+    dim: even; the first `dim` features are rotated, the others stay (as in GPT-NeoX, arXiv 2204.06745). Default: D.
   """
-  half = x_BxNxHxD.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency           # [..., N, 1, D/2]
+  dim = x_BxNxHxD.shape[-1] if dim is None else dim
+  angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(dim, theta, scaling)           # [..., N, 1, dim/2]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  a, b = jnp.split(x_BxNxHxD.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxNxHxD.dtype)
+  a, b = jnp.split(x_BxNxHxD[..., :dim].astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxNxHxD.dtype)
+  return rotated if dim == x_BxNxHxD.shape[-1] else jnp.concatenate([rotated, x_BxNxHxD[..., dim:]], axis=-1)
 
 
-class SwiGLU(nn.Module):
-  """down(silu(gate(x)) * up(x)), without biases."""
+class MLP(nn.Module):
+  """down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x))); biases with `mlp_bias`."""
   config: TransformerConfig
 
   @nn.compact
   def __call__(self, x_BxNxE: jax.Array) -> jax.Array:
     cfg = self.config
     dense = lambda features, name, scale=1.0: nn.Dense(
-        features, use_bias=False, dtype=cfg.activation_dtype, kernel_init=fan_in_init(scale), name=name)
-    hidden_BxNxF = nn.silu(dense(cfg.mlp_dim, "gate")(x_BxNxE)) * dense(cfg.mlp_dim, "up")(x_BxNxE)
+        features, use_bias=cfg.mlp_bias, dtype=cfg.activation_dtype, kernel_init=fan_in_init(scale), name=name)
+    if cfg.mlp == "swiglu":
+      hidden_BxNxF = nn.silu(dense(cfg.mlp_dim, "gate")(x_BxNxE)) * dense(cfg.mlp_dim, "up")(x_BxNxE)
+    else:
+      hidden_BxNxF = nn.gelu(dense(cfg.mlp_dim, "up")(x_BxNxE), approximate=cfg.mlp == "gelu_tanh")
     return dense(cfg.embed_dim, "down", residual_scale(cfg))(hidden_BxNxF)
 
 
@@ -65,7 +107,8 @@ class Attention(nn.Module):
   """Projections, rotary embedding and grouped heads; subclasses say which keys a query attends to.
 
   Parameters: query/kernel [E, H, D], key/kernel and value/kernel [E, G, D], out/kernel [H, D, E]; biases [H, D] and [G, D] on the
-  first three with `use_bias`; query_norm/scale and key_norm/scale [D] with `qk_norm`. Query head h reads KV head h // (H / G).
+  first three with `use_bias`, [E] on the last with `out_bias`; query_norm/scale and key_norm/scale [D] with `qk_norm`. Query head h reads KV head
+  h // (H / G).
   """
   config: TransformerConfig
 
@@ -74,7 +117,7 @@ class Attention(nn.Module):
     project = lambda heads: nn.DenseGeneral(
         (heads, cfg.head_dim), use_bias=cfg.use_bias, dtype=cfg.activation_dtype, kernel_init=fan_in_init())
     self.query, self.key, self.value = project(cfg.num_heads), project(cfg.num_kv_heads), project(cfg.num_kv_heads)
-    self.out = nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, dtype=cfg.activation_dtype,
+    self.out = nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=cfg.out_bias, dtype=cfg.activation_dtype,
                                kernel_init=fan_in_init(residual_scale(cfg)))
     if cfg.qk_norm:
       self.query_norm, self.key_norm = RMSNorm(cfg.norm_eps), RMSNorm(cfg.norm_eps)
@@ -85,12 +128,15 @@ class Attention(nn.Module):
     return self.output(self.mix(x_BxNxE, *self.project(x_BxNxE, positions), segment_ids, layer))
 
   def project(self, x_BxNxE: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions ([B, N] or [N])."""
+    """Queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions ([B, N] or [N]) with positions="rope"."""
     query, key, value = self.query(x_BxNxE), self.key(x_BxNxE), self.value(x_BxNxE)
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
-    theta = self.config.rope_theta
-    return rotary_embedding(query, positions, theta), rotary_embedding(key, positions, theta), value
+    cfg = self.config
+    if cfg.positions == "learned":
+      return query, key, value
+    rotate = lambda x: rotary_embedding(x, positions, cfg.rope_theta, cfg.rope_dim, cfg.rope_scaling)
+    return rotate(query), rotate(key), value
 
   def output(self, mixed_BxNxHxD: jax.Array) -> jax.Array:
     """[B, N, H, D] -> [B, N, E]."""

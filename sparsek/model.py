@@ -11,24 +11,25 @@ import jax.numpy as jnp
 from sparsek.config import TransformerConfig
 from sparsek.kernels import cudnn, saved
 from sparsek.baselines import ATTENTION_MODULES
-from sparsek.layers import RMSNorm, SwiGLU
+from sparsek.layers import MLP, make_norm
+from sparsek.scoring import position_in_document
 
 Params = dict[str, Any]
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)), where x is the block's input with `parallel_residual`, else the sum before."""
   config: TransformerConfig
   kind: str
 
   def setup(self):
-    self.attention_norm, self.mlp_norm = RMSNorm(self.config.norm_eps), RMSNorm(self.config.norm_eps)
+    self.attention_norm, self.mlp_norm = make_norm(self.config), make_norm(self.config)
     self.attention = ATTENTION_MODULES[self.kind](self.config)
-    self.mlp = SwiGLU(self.config)
+    self.mlp = MLP(self.config)
 
   def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int) -> jax.Array:
-    x_BxNxE += self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
-    return x_BxNxE + self.mlp(self.mlp_norm(x_BxNxE))
+    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
+    return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
 
 
 def _block_class(config: TransformerConfig):
@@ -69,7 +70,8 @@ class OutputMatrix(nn.Module):
 class Transformer(nn.Module):
   """A decoder language model whose layers attend as `config.attention` says.
 
-  Parameters, all float32: embed/embedding [V, E]; layers_<i>/{attention_norm, attention, mlp_norm, mlp}; final_norm/scale;
+  Parameters, all float32: embed/embedding [V, E]; positions/embedding [max_positions, E] if learned; layers_<i>/{attention_norm, attention, mlp_norm, mlp};
+  final_norm/scale (and the bias of a layer_norm);
   lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the
   attention pattern, with a leading axis of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
 
@@ -83,6 +85,8 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.config
     self.embed = nn.Embed(cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
+    if cfg.positions == "learned":
+      self.positions = nn.Embed(cfg.max_positions, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
     if cfg.scan_layers:
       scanned = nn.scan(Group, variable_axes={"params": 0, "diagnostics": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
                         length=cfg.num_layers // len(cfg.attention))
@@ -90,7 +94,7 @@ class Transformer(nn.Module):
     else:
       block = _block_class(cfg)
       self.layers = [block(cfg, kind) for kind in cfg.layer_kinds]
-    self.final_norm = RMSNorm(cfg.norm_eps)
+    self.final_norm = make_norm(cfg)
     if not cfg.tie_embeddings:
       self.lm_head = OutputMatrix(cfg.embed_dim, cfg.vocab_size)
 
@@ -103,7 +107,7 @@ class Transformer(nn.Module):
     Returns:
       [B, N, vocab_size] float32.
     Raises:
-      ValueError: where a shape is not as above.
+      ValueError: where a shape is not as above, or a row is longer than max_positions of learned positions.
     """
     hidden_BxNxE = self.hidden(tokens, segment_ids)
     return hidden_to_logits(hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head())
@@ -112,7 +116,12 @@ class Transformer(nn.Module):
     """Final normalised hidden states [B, N, E] in the activation dtype; times `output_matrix` they are the logits."""
     if tokens.ndim != 2:
       raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
-    x_BxNxE = self.embed(tokens).astype(self.config.activation_dtype)
+    x_BxNxE = self.embed(tokens)
+    if self.config.positions == "learned":
+      if tokens.shape[1] > self.config.max_positions:
+        raise ValueError(f"tokens has {tokens.shape[1]} tokens a row, more than max_positions={self.config.max_positions} of learned positions")
+      x_BxNxE += self.positions(position_in_document(segment_ids, *tokens.shape))
+    x_BxNxE = x_BxNxE.astype(self.config.activation_dtype)
     if self.config.scan_layers:
       x_BxNxE, _ = self.layers(x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention)))
     else:

@@ -31,6 +31,11 @@ def decay_mask(params):
   return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)
 
 
+def trainable_mask(params, trainable: str):
+  """A tree of bools like `params`: which parameters change, as `OptimizerConfig.trainable` says."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: trainable == "all" or any(getattr(key, "key", None) == trainable for key in path), params)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clipping by global norm, Adam moments in float32, decoupled weight decay on matrices, the schedule.
 

@@ -14,7 +14,7 @@ from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
 from sparsek.model import count_params
 from sparsek.optimizer import make_optimizer
-from sparsek.train_step import BATCH, abstract_state, check_batch, check_implementation, make_mesh, make_train_step
+from sparsek.train_step import BATCH, abstract_state, check_batch, check_implementation, check_length, make_mesh, make_train_step
 
 GB = 1e9
 
@@ -92,6 +92,7 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
   params = checkpoint.abstract_params(config)
+  check_length(config, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)
   rows, n = train.data.batch_size, train.data.seq_len
   batch = {name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH))) for name in ("tokens", "segment_ids")}

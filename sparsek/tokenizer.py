@@ -5,7 +5,8 @@ Both kinds have the same members:
   vocab_size: one more than the largest id.
   eos_id: the id that ends every document.
   fingerprint: sha256 in hex of everything that decides the ids; two tokenizers with one fingerprint are interchangeable.
-  encode(text) -> list[int]: without eos.
+  encode(text, special_tokens=False) -> list[int]: without eos. special_tokens=True takes the names of special tokens in the text as these tokens, and begins
+    with those with which the tokenizer begins a text (such as <s>), as chat prompts want it.
   decode(ids) -> str: drops eos; what is not valid UTF-8 becomes U+FFFD.
   encode_documents(texts) -> list of integer arrays, each ending with eos.
   save(folder): writes what `load_tokenizer(folder)` needs beside meta.json.
@@ -38,7 +39,7 @@ class ByteTokenizer:
   eos_id = 256
   fingerprint = hashlib.sha256(b"bytes of UTF-8, 256 = eos").hexdigest()
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, special_tokens: bool = False) -> list[int]:
     return list(text.encode("utf-8", "replace"))
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -54,7 +55,7 @@ class ByteTokenizer:
 class BPETokenizer:
   """A `tokenizers.Tokenizer`, with an end of document found among its tokens or added to them.
 
-  Text that happens to spell a special token is encoded as text, so no document can contain an eos of its own.
+  Text that happens to spell a special token is encoded as text unless asked otherwise, so no document can contain an eos of its own.
   """
 
   name = "bpe"
@@ -74,8 +75,12 @@ class BPETokenizer:
     content.pop("version", None)
     self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-  def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(as_valid_unicode(text), add_special_tokens=False).ids
+  def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+    self._tokenizer.encode_special_tokens = not special_tokens
+    try:
+      return self._tokenizer.encode(as_valid_unicode(text), add_special_tokens=special_tokens).ids
+    finally:
+      self._tokenizer.encode_special_tokens = True
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

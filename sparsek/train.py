@@ -10,17 +10,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, flops, run_directory
+from sparsek import checkpoint, flops, pretrained, run_directory
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
 from sparsek.metrics import MetricsWriter, Progress, Stopwatch
 from sparsek.model import count_params, init_params
-from sparsek.optimizer import make_optimizer
+from sparsek.optimizer import make_optimizer, trainable_mask
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
-from sparsek.train_step import (TrainState, check_batch, check_implementation, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch,
-                                replicated)
+from sparsek.tokenizer import load_tokenizer
+from sparsek.train_step import (TrainState, check_batch, check_implementation, check_length, make_diagnose, make_eval_step, make_mesh, make_train_step,
+                                put_batch, replicated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,10 @@ class _Run:
     self.mesh = make_mesh()
     check_batch(self.mesh, train.data.batch_size, train.grad_accumulation)
     self.params_shape = checkpoint.abstract_params(config)
+    check_length(config, train.data.seq_len)
     check_implementation(config, train.data.seq_len, self.params_shape)
+    if not any(jax.tree.leaves(trainable_mask(self.params_shape, train.optimizer.trainable))):
+      raise UsageError(f"--trainable={train.optimizer.trainable}: no layer has such parameters")
     self.optimizer = make_optimizer(train.optimizer)
     self.iterator = make_train_iterator(dataset, train.data)
     self.heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()
@@ -142,6 +146,8 @@ class _Run:
     workdir, everywhere = self.train.workdir, replicated(self.mesh)
     checkpoint.remove_half_written(workdir, say)
     if checkpoint.saved_steps(workdir):
+      if not checkpoint.load_run_config(workdir)[1]["data"]["data"]:
+        raise UsageError(f"--workdir={workdir} holds an imported model and no run that could go on: give a new folder, and --init_from=hf:FOLDER")
       old = _check_tokenizer(workdir, self.dataset, self.train.data.data)
       opt_state = jax.eval_shape(self.optimizer.init, self.params_shape)
       restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say)
@@ -151,7 +157,10 @@ class _Run:
       self.step = self.saved_step = restored.step
       params, opt_state = restored.params, restored.opt_state
     else:
-      if self.train.init_from:
+      if self.train.init_from and self.train.init_from.startswith(pretrained.PREFIX):
+        params = self._load_pretrained(self.train.init_from.removeprefix(pretrained.PREFIX), everywhere)
+        say(f"starting from {self.train.init_from}")
+      elif self.train.init_from:
         folder, step = checkpoint.parse_run_reference(self.train.init_from)
         if not os.path.isdir(folder):
           raise UsageError(f"--init_from={self.train.init_from}: there is no folder {folder}")
@@ -164,6 +173,15 @@ class _Run:
       opt_state = jax.jit(self.optimizer.init, out_shardings=everywhere)(params)
     self.data_state = self.iterator.get_state()
     self.state = TrainState(jax.device_put(jnp.int32(self.step), everywhere), params, opt_state)
+
+  def _load_pretrained(self, folder: str, sharding):
+    """The parameters of a folder in Hugging Face's format, and new ones where it has none. Raises UsageError where the data are of another tokenizer."""
+    if load_tokenizer(folder).fingerprint != self.dataset.tokenizer.fingerprint:
+      raise UsageError(f"the tokenizer of --data={self.train.data.data} is not that of --init_from={self.train.init_from}: make the data with "
+                       f"experiments.prepare_data --tokenizer={folder}")
+    if self.dataset.tokenizer.vocab_size > self.config.vocab_size:
+      raise UsageError(f"--init_from={self.train.init_from}: the tokenizer has {self.dataset.tokenizer.vocab_size} ids, the model {self.config.vocab_size}")
+    return pretrained.load(folder, config=self.config, key=jax.random.key(self.train.seed), sharding=sharding)[1]
 
   def evaluation_due(self, step: int) -> bool:
     return bool(self.train.eval_every) and step > 0 and (step % self.train.eval_every == 0 or step == self.num_steps)

@@ -15,7 +15,7 @@ from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
 from sparsek.loss import next_token_targets, summed_loss
 from sparsek.model import Transformer, layer_params
-from sparsek.optimizer import learning_rate_schedule
+from sparsek.optimizer import learning_rate_schedule, trainable_mask
 
 BATCH = "batch"  # the mesh axis
 
@@ -50,6 +50,12 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None
     raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {devices}")
 
 
+def check_length(config: TransformerConfig, seq_len: int, flag: str = "seq_len") -> None:
+  """Raises UsageError where rows are longer than a table of learned positions."""
+  if config.positions == "learned" and seq_len > config.max_positions:
+    raise UsageError(f"--{flag}={seq_len} must be at most {config.max_positions}, the model's learned positions")
+
+
 def check_implementation(config: TransformerConfig, seq_len: int, params) -> None:
   """Raises UsageError where the implementation of attention that `config` names cannot run here; `params` may be shapes."""
   if config.implementation is not None:
@@ -75,14 +81,20 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   The loss is the mean over all counted targets of the whole batch, in nats: each device sums its rows' gradients, micro-batch by
   micro-batch, already divided by the number of targets of all, and one sum over the devices ends it.
 
+  Only the parameters that `train.optimizer.trainable` names change, and only their gradients count.
+
   metrics: float32 scalars "loss", "grad_norm" (before clipping), "learning_rate", and int32 "num_targets".
   """
-  schedule = learning_rate_schedule(train.optimizer)
+  schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
+
+  def freeze(params):
+    """No gradients are computed for parameters that do not change."""
+    return jax.tree.map(lambda leaf, changes: leaf if changes else jax.lax.stop_gradient(leaf), params, trainable_mask(params, trainable))
 
   def local_gradients(params, batch):
     num_targets = _num_targets(batch)
     mean_loss = lambda params, rows: (
-        summed_loss(config, params, rows, train.loss_chunk, train.data.segment_documents) / jnp.maximum(num_targets, 1))
+        summed_loss(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents) / jnp.maximum(num_targets, 1))
 
     def micro_batch(sums, rows):
       return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, rows)), None
@@ -101,7 +113,10 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     loss, grads, num_targets = gradients(state.params, batch)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    # Also where moments of a run that trained more are not 0.
+    params = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(state.params, updates), state.params,
+                          trainable_mask(state.params, trainable))
+    return TrainState(state.step + 1, params, opt_state), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 

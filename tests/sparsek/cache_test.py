@@ -19,6 +19,9 @@ CASES = {
     "straight_through, linear": dict(),
     "value, conv, scanned hybrid": dict(gate="value", scorer="conv", num_layers=2, scan_layers=True, attention="sliding_window,sparsek",
                                         qk_norm=True, use_bias=True),
+    "full, every variant": dict(attention="full", norm="layer_norm", mlp="gelu", parallel_residual=True, rope_fraction=0.5,
+                                rope_scaling="llama3:8:1:4:32", use_bias=True, out_bias=True, mlp_bias=True),
+    "sliding window, learned positions": dict(attention="sliding_window", positions="learned", max_positions=LENGTH, norm="layer_norm", mlp="gelu_tanh"),
     "key_value, conv, lookahead == window": dict(gate="key_value", scorer="conv", scorer_lookahead=6, scorer_normalize=False),
     "value, random, window 0": dict(gate="value", scorer="random", k=8, window=0),
     "straight_through, conv": dict(scorer="conv"),
@@ -39,8 +42,9 @@ def config_of(name):
 @functools.cache
 def params_of(config):
   params = quick_jit(functools.partial(init_params, config))(jax.random.key(0))
-  # Logits that move with every change of the hidden state.
-  return {name: jax.tree.map(lambda x: 30 * x, leaf) if name in ("embed", "lm_head") else leaf for name, leaf in params.items()}
+  # Logits that move with every change of the hidden state, and biases that are not 0.
+  params = jax.tree_util.tree_map_with_path(lambda path, x: x + 0.1 if path[-1].key == "bias" else x, params)
+  return {name: jax.tree.map(lambda x: 30 * x, leaf) if name in ("embed", "positions", "lm_head") else leaf for name, leaf in params.items()}
 
 
 @functools.cache
@@ -128,6 +132,14 @@ def test_bfloat16():
   dense = quick_jit(Transformer(dataclasses.replace(BASE, attention="full")).apply)
   want = dense({"params": params_of(config)}, TOKENS[:, :31])
   assert np.abs(np.concatenate([logits, last[:, None]], 1) - want).max() < 0.1 * want.std()
+
+
+def test_beyond_learned_positions():
+  config = config_of("sliding window, learned positions")
+  _, cache = feed_row(config, (90,))
+  assert np.all(np.isnan(compiled(config)[2](params_of(config), cache, TOKENS[:, 0])[0]))
+  with pytest.raises(ValueError, match="tokens has 151 tokens a row, more than max_positions=150"):
+    jax.eval_shape(Transformer(config).apply, {"params": params_of(config)}, jnp.zeros((1, LENGTH + 1), jnp.int32))
 
 
 def test_last_only():

@@ -36,7 +36,7 @@ def test_greedy_takes_the_largest_logit_of_the_parallel_forward():
 
 def test_stops_at_eos_and_at_nothing():
   tokens = run()
-  assert run(eos_id=tokens[5]) == tokens[:tokens.index(tokens[5])]
+  assert run(eos_id=[tokens[5], CONFIG.vocab_size]) == tokens[:tokens.index(tokens[5])]
   assert run(max_new_tokens=0) == []
   assert run(max_new_tokens=1) == tokens[:1]
 
@@ -82,6 +82,12 @@ def test_bad_arguments_are_refused_at_the_call(arguments, message):
   arguments = dict(prompt_tokens=PROMPT, max_new_tokens=3, temperature=0.0) | arguments
   with pytest.raises(ValueError, match=message):
     generate(CONFIG, None, **arguments)
+
+
+def test_more_tokens_than_learned_positions_are_refused_at_the_call():
+  config = dataclasses.replace(CONFIG, positions="learned", max_positions=10)
+  with pytest.raises(ValueError, match=f"max_new_tokens=9 after {len(PROMPT)} prompt tokens: the model has max_positions=10"):
+    generate(config, None, PROMPT, max_new_tokens=9, temperature=0.0)
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve €5 — 日本語 🙂!", "🙂", ""])

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
-from sparsek.layers import ATTENTION_MODULES, RMSNorm, SwiGLU, rotary_embedding
+from sparsek.layers import ATTENTION_MODULES, MLP, LayerNorm, RMSNorm, rope_frequencies, rotary_embedding
 from tests.sparsek.helpers import quick_jit
 
 CONFIG = TransformerConfig(embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, num_layers=2, k=3, window=4,
@@ -54,7 +55,7 @@ def test_rotary_products_depend_on_distance_only():
 
 
 def test_swiglu():
-  module, x = SwiGLU(CONFIG), inputs()
+  module, x = MLP(CONFIG), inputs()
   params = module.init(jax.random.key(0), x)["params"]
   matrix = {name: np.asarray(params[name]["kernel"], np.float64) for name in params}
   gate = np.asarray(x, np.float64) @ matrix["gate"]
@@ -68,6 +69,40 @@ def test_kernels_start_with_fan_in_scale():
   kernels = quick_jit(ATTENTION_MODULES["sliding_window"](config).init)(jax.random.key(0), x)["params"]
   assert abs(kernels["query"]["kernel"].std() * 16 - 1) < 0.02
   assert abs(kernels["out"]["kernel"].std() * 16 * 4 - 1) < 0.02, "1 / sqrt(2 * 8 layers)"
+
+
+def test_layer_norm():
+  x = np.random.default_rng(0).normal(size=(3, 5)) * 100 + 1000
+  got = LayerNorm(epsilon=1e-3).apply({"params": {"scale": jnp.arange(5.0), "bias": jnp.ones(5)}}, jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(got, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * np.arange(5) + 1, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelu_mlp_with_biases(approximate):
+  config = dataclasses.replace(CONFIG, mlp="gelu_tanh" if approximate else "gelu", mlp_bias=True)
+  module, x = MLP(config), inputs()
+  params = jax.tree.map(lambda leaf: leaf + 0.1, module.init(jax.random.key(0), x)["params"])
+  assert set(params) == {"up", "down"}
+  up = x @ params["up"]["kernel"] + params["up"]["bias"]
+  cdf = (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))) / 2 if approximate else jax.scipy.stats.norm.cdf(up)
+  np.testing.assert_allclose(module.apply({"params": params}, x), up * cdf @ params["down"]["kernel"] + params["down"]["bias"], atol=1e-5)
+
+
+def test_part_of_a_head_is_rotated():
+  x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+  got = rotary_embedding(x, jnp.arange(3), 100.0, dim=4)
+  np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
+  np.testing.assert_array_equal(got[..., :4], rotary_embedding(x[..., :4], jnp.arange(3), 100.0))
+
+
+def test_rope_scaling():
+  plain = np.asarray(rope_frequencies(16, 1e4), np.float64)
+  np.testing.assert_allclose(rope_frequencies(16, 1e4, ("linear", 4.0)), plain / 4, rtol=1e-6)
+  got = rope_frequencies(16, 1e4, ("llama3", 8.0, 1.0, 4.0, 64.0))
+  turns = 64 * plain / (2 * np.pi)                                   # in the original context
+  assert np.any(turns > 4) and np.any((turns > 1) & (turns < 4)) and np.any(turns < 1)
+  for f, t, value in zip(plain, turns, got):
+    np.testing.assert_allclose(value, f if t > 4 else f / 8 if t < 1 else f * (t - 1) / 3 + f / 8 * (4 - t) / 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ATTENTION_MODULES)

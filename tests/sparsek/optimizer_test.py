@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsek.config import OptimizerConfig
-from sparsek.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from sparsek.optimizer import decay_mask, learning_rate_schedule, make_optimizer, trainable_mask
 
 PARAMS = {
     "embedding": {"embedding": jnp.ones((3, 2))},
@@ -54,3 +54,13 @@ def test_clipping_bounds_the_gradient_and_keeps_the_state_structure():
   _, state = clipped.update(grads, clipped.init(PARAMS), PARAMS)
   norm = jnp.sqrt(sum(jnp.sum(mu**2) for mu in jax.tree.leaves(state[1].mu))) / (1 - config.b1)
   np.testing.assert_allclose(norm, 1.0, rtol=1e-5)
+
+
+def test_what_is_trainable():
+  params = {"embed": {"embedding": 0}, "layers_0": {"attention": {"query": {"kernel": 0}, "scorer": {"slope": 0}}, "mlp": {"up": {"kernel": 0}}}}
+  changing = lambda which: [jax.tree_util.keystr(path) for path, changes in jax.tree_util.tree_leaves_with_path(trainable_mask(params, which)) if changes]
+  assert len(changing("all")) == 4
+  assert changing("attention") == ["['layers_0']['attention']['query']['kernel']", "['layers_0']['attention']['scorer']['slope']"]
+  assert changing("scorer") == ["['layers_0']['attention']['scorer']['slope']"]
+  with pytest.raises(ValueError, match="trainable='none' is not one of all, attention, scorer"):
+    OptimizerConfig(trainable="none")

@@ -10,7 +10,7 @@ import pytest
 from sparsek import data
 from sparsek.corpus import Document, documents
 from sparsek.token_files import open_token_files, verify_token_files, write_token_files
-from sparsek.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from sparsek.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
 
 TEXTS = ["def f(x):\n  return x\n" * 5, "Grüße, 世界! 👋🏽\r\n\tÅngström", " spaces around ", "a<|endoftext|>b", "\u0000\u200b\ufeff"]
 
@@ -122,6 +122,19 @@ def test_eos_is_found_or_added(tmp_path, token, added):
   tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
   loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
   assert (loaded.vocab_size, loaded.eos_id) == (3 + added, 3 if added else 1)
+
+
+def test_special_tokens_are_read_where_asked():
+  import tokenizers
+
+  plain = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<": 1, "s": 2, ">": 3, "<s>": 4}, []))
+  plain.add_special_tokens(["<s>"])
+  plain.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 4)])
+  tokenizer = BPETokenizer(plain)
+  for _ in range(2):
+    assert tokenizer.encode("a<s>") == [0, 1, 2, 3]
+    assert tokenizer.encode("a<s>", special_tokens=True) == [4, 0, 4]
+  assert ByteTokenizer().encode("a", special_tokens=True) == [97]
 
 
 def test_bad_tokenizers_are_refused(tmp_path):

@@ -69,6 +69,18 @@ def test_the_loss_counts_what_a_batch_marks():
   assert result.num_targets == 4 and result.loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
+def test_only_the_trainable_parameters_change():
+  train = dataclasses.replace(TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, trainable="attention"))
+  mesh, optimizer, params = make_mesh(), make_optimizer(train.optimizer), init_params(CONFIG, jax.random.key(0))
+  opt_state = jax.tree.map(lambda leaf: leaf + 1, optimizer.init(params))                    # as if a run that trained everything went on
+  before = jax.device_get(params)
+  state, metrics = make_train_step(CONFIG, train, optimizer, mesh)(TrainState(jnp.int32(0), params, opt_state), put_batch(mesh, example_batch()))
+  assert metrics["grad_norm"] > 0
+  for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(before)):
+    path = jax.tree_util.keystr(path)
+    assert np.array_equal(new, old) == ("['attention']" not in path), path
+
+
 def test_rows_of_one_document_need_no_segment_ids():
   """Padding comes last and is not counted; only documents that share a row want to be told apart."""
   mesh, batch, params = make_mesh(), example_batch(), init_params(CONFIG, jax.random.key(0))

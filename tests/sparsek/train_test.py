@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import types
@@ -244,6 +245,21 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(dataset, tm
 def test_an_implementation_that_cannot_run_is_refused(dataset, tmp_path):
   with pytest.raises(UsageError, match="--implementation=mosaic_tpu: "):
     train.train(dataclasses.replace(CONFIG, attention="sparsek", implementation="mosaic_tpu"), run_config(tmp_path), dataset)
+
+
+def test_rows_longer_than_the_learned_positions_are_refused(dataset, tmp_path):
+  learned = dataclasses.replace(CONFIG, positions="learned", max_positions=15)
+  with pytest.raises(UsageError, match="--seq_len=16 must be at most 15"):
+    train.train(learned, run_config(tmp_path), dataset)
+
+
+def test_no_run_goes_on_in_the_folder_of_an_imported_model(dataset, finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  record = json.loads((tmp_path / "model.json").read_text())
+  record["data"]["data"] = ""
+  (tmp_path / "model.json").write_text(json.dumps(record))
+  with pytest.raises(UsageError, match="holds an imported model .* --init_from=hf:FOLDER"):
+    train.train(CONFIG, run_config(tmp_path), dataset)
 
 
 def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):

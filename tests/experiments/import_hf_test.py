@@ -1,0 +1,118 @@
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import generate, import_hf, pretrain
+from sparsek import checkpoint, flags, pretrained
+from sparsek.config import TransformerConfig
+from sparsek.corpus import Document
+from sparsek.model import init_params
+from sparsek.token_files import write_token_files
+from sparsek.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from tests.experiments.evaluate_test import write_run
+from tests.sparsek.helpers import run_command
+
+CONFIG = TransformerConfig(vocab_size=300, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=4, window=4, max_positions=64,
+                           attention="sliding_window")
+run = functools.partial(run_command, import_hf.main, import_hf.FLAGS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """run/, trained here; model/, exported from it; imported/, imported from that."""
+  folder = tmp_path_factory.mktemp("hf")
+  write_run(folder / "run", "data", CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
+  tokenizer = train_bpe(["some text, some more text; " * 9], 280)
+  (folder / "run" / "tokenizer").mkdir()
+  tokenizer.save(str(folder / "run" / "tokenizer"))
+  record = json.loads((folder / "run" / "model.json").read_text())
+  record["tokenizer"] = {"name": "bpe", "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+  (folder / "run" / "model.json").write_text(json.dumps(record))
+  assert run(f"--workdir={folder}/run", f"--export={folder}/model") == 0
+  assert run(f"--workdir={folder}/imported", f"--from={folder}/model") == 0
+  return folder
+
+
+def test_a_run_comes_back_from_its_export(folder):
+  config, record = checkpoint.load_run_config(str(folder / "imported"))
+  assert config == CONFIG
+  eos = load_tokenizer(str(folder / "run" / "tokenizer")).eos_id
+  assert json.loads((folder / "model" / "config.json").read_text())["eos_token_id"] == eos
+  assert record["tokenizer"]["eos_ids"] == [eos] and checkpoint.load_run_tokenizer(str(folder / "imported")).fingerprint == record["tokenizer"]["fingerprint"]
+  want, got = (checkpoint.load_params(str(folder / name), CONFIG)[0] for name in ("run", "imported"))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(folder / "model"))[1], want)
+
+
+def test_an_imported_model_writes(folder, capsys):
+  assert run_command(generate.main, flags.FLAGS, f"--workdir={folder}/imported", "--prompt=some", "--max_new_tokens=1", "--special_tokens") == 0
+  assert capsys.readouterr().out.startswith("some")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+  tokenizer = load_tokenizer(str(folder / "model"))
+  documents = [Document(str(i), "some text, more text; " * 9, i % 2 == 0) for i in range(8)]
+  write_token_files(str(folder / "data"), documents, tokenizer)
+  write_token_files(str(folder / "bytes"), documents, ByteTokenizer())
+  return folder / "data"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--preset=mini"], "--preset=mini and a pretrained model's architecture exclude each other"),
+    (["--embed_dim=16"], "embed_dim=16 here, 8 there"),
+    (["--trainable=scorer"], "--trainable=scorer: no layer has such parameters"),
+    (["--data={folder}/bytes"], "the tokenizer of --data={folder}/bytes is not that of --init_from=hf:{folder}/model"),
+    (["--init_from=hf:{folder}/nowhere"], "{folder}/nowhere/config.json cannot be read"),
+])
+def test_bad_training_of_a_pretrained_model(folder, data, capsys, arguments, words):
+  arguments = [argument.format(folder=folder) for argument in arguments]
+  base = [f"--workdir={folder}/bad", f"--init_from=hf:{folder}/model", f"--data={data}", "--seq_len=16", "--batch_size=1", "--num_steps=1"]
+  assert run_command(pretrain.main, flags.FLAGS, *base, *arguments) == 2
+  assert words.format(folder=folder) in capsys.readouterr().err
+
+
+def test_tokens_that_end_a_text(folder, tmp_path):
+  tokenizer = load_tokenizer(str(folder / "model"))
+  (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+  assert import_hf.end_tokens(str(tmp_path), tokenizer) == sorted({7, tokenizer.eos_id})
+  (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
+  assert import_hf.end_tokens(str(tmp_path), tokenizer) == sorted({8, 9, tokenizer.eos_id})
+  (tmp_path / "generation_config.json").write_text("{}")
+  (tmp_path / "config.json").write_text("{}")
+  assert import_hf.end_tokens(str(tmp_path), tokenizer) == [tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "--workdir is required"),
+    (["--workdir={new}"], "give one of --from=FOLDER"),
+    (["--workdir={new}", "--from={folder}/model", "--export={new}"], "give one of --from=FOLDER"),
+    (["--workdir={new}", "--from={folder}/nowhere"], "--from={folder}/nowhere: there is no such folder"),
+    (["--workdir={new}", "--from={folder}/run"], "found no file {folder}/run/tokenizer.json"),
+    (["--workdir={folder}/run", "--from={folder}/model"], "--workdir={folder}/run holds a run already"),
+    (["--workdir={folder}/run", "--export={folder}/model"], "{folder}/model is not empty"),
+    (["--workdir={folder}/run", "--export={new}", "--step=3"], "no checkpoint of step 3"),
+    (["--workdir={new}", "--export={new}/a"], "{new} holds no run"),
+])
+def test_bad_input_exits_with_2_and_one_sentence(folder, tmp_path, capsys, arguments, words):
+  fill = lambda text: text.format(folder=folder, new=tmp_path / "new")
+  assert run(*map(fill, arguments)) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith("error: ") and fill(words) in error
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(folder, tmp_path, capsys):
+  shutil.copytree(folder / "model", tmp_path / "model")
+  config, params = pretrained.load(str(folder / "model"))
+  cut = {**params, "embed": {"embedding": params["embed"]["embedding"][:200]}}
+  shutil.rmtree(tmp_path / "model")
+  pretrained.save(str(tmp_path / "model"), dataclasses.replace(config, vocab_size=200), cut)
+  shutil.copy(folder / "model" / "tokenizer.json", tmp_path / "model")
+  assert run(f"--workdir={tmp_path}/new", f"--from={tmp_path}/model") == 2
+  assert "and the model a vocab_size=200" in capsys.readouterr().err
