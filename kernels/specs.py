@@ -36,7 +36,7 @@ class Spec:
   gates: tuple[str, ...] = ("key_value",)
 
 
-ALL_GATES = ("straight_through", "value", "key_value")
+ALL_GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "key_value")
 SPECS = (
     Spec("plain", gates=ALL_GATES),
     Spec("grouped_heads", heads=6, groups=2, batch=2, gates=ALL_GATES),
