@@ -69,6 +69,8 @@ class TransformerConfig:
     scorer_normalize: normalise logits causally over time before the learned scale.
     scorer_init_scale: initial standard deviation of the scores.
     scorer_init_slope: initial growth of the scores per 1024 tokens of position.
+    scorer_shared: one score per token for all KV heads of a layer.
+    scorer_noise: standard deviation of normal noise on the scores, in training only, so that tokens are tried which would be dropped.
     rope_theta: base of the rotary embedding.
     norm_eps: epsilon of RMSNorm.
     qk_norm: RMSNorm over the head dimension of queries and keys.
@@ -97,6 +99,8 @@ class TransformerConfig:
   scorer_normalize: bool = True
   scorer_init_scale: float = 4.0
   scorer_init_slope: float = 1.0
+  scorer_shared: bool = False
+  scorer_noise: float = 0.0
   rope_theta: float = 10000.0
   norm_eps: float = 1e-6
   qk_norm: bool = False
@@ -111,7 +115,7 @@ class TransformerConfig:
     object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k"):
       check_at_least(name, getattr(self, name), 1)
-    for name in ("window", "scorer_lookahead", "scorer_lookback"):
+    for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_noise"):
       check_at_least(name, getattr(self, name), 0)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
@@ -207,6 +211,7 @@ class OptimizerConfig:
     weight_decay: decoupled, on matrices only (not on norms, biases, scales, slopes or embeddings).
     grad_clip: largest global gradient norm; 0 turns clipping off.
     b1, b2: decay of the first and second moments.
+    scorer_lr_multiplier: learning rate of the scoring networks over that of everything else.
   """
   learning_rate: float = 1e-3
   warmup_steps: int = 100
@@ -216,10 +221,11 @@ class OptimizerConfig:
   grad_clip: float = 1.0
   b1: float = 0.9
   b2: float = 0.95
+  scorer_lr_multiplier: float = 1.0
 
   def __post_init__(self):
     check_at_least("num_steps", self.num_steps, 1)
-    for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip"):
+    for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip", "scorer_lr_multiplier"):
       check_at_least(name, getattr(self, name), 0)
     if self.warmup_steps > self.num_steps:
       raise ValueError(f"warmup_steps={self.warmup_steps} must be at most num_steps={self.num_steps}")
@@ -232,7 +238,8 @@ class TrainConfig:
   Attributes:
     workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
     data, optimizer: see their classes.
-    seed: of the parameters.
+    seed: of the parameters and the noise on the scores.
+    scorer_loss: weight of the scorers' auxiliary loss, the mean over targets and sparsek layers of what `SparseKAttention` leaves in "scorer_loss".
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.
     log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
@@ -246,6 +253,7 @@ class TrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   seed: int = 0
+  scorer_loss: float = 0.0
   grad_accumulation: int = 1
   loss_chunk: int = 2048
   log_every: int = 10
@@ -261,6 +269,7 @@ class TrainConfig:
     object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
     for name in ("grad_accumulation", "loss_chunk", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
       check_at_least(name, getattr(self, name), 1)
-    check_at_least("eval_every", self.eval_every, 0)
+    for name in ("eval_every", "scorer_loss"):
+      check_at_least(name, getattr(self, name), 0)
     if self.data.batch_size % self.grad_accumulation:
       raise ValueError(f"batch_size={self.data.batch_size} must be a multiple of grad_accumulation={self.grad_accumulation}")

@@ -120,6 +120,7 @@ class ScoringNetwork(nn.Module):
     kind: "linear", "conv" or "random".
     lookback, lookahead: reach of the conv scorer in tokens, unused by the others.
     normalize: normalise logits causally over time.
+    shared: one score per token for all heads.
     init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
 
   Raises:
@@ -132,6 +133,7 @@ class ScoringNetwork(nn.Module):
   normalize: bool = True
   init_scale: float = 4.0
   init_slope: float = 1.0
+  shared: bool = False
 
   def setup(self):
     check_choice("scorer", self.kind, SCORERS)
@@ -140,11 +142,16 @@ class ScoringNetwork(nn.Module):
     if self.kind == "random":
       return
     dense = lambda features: nn.Dense(features, use_bias=False, dtype=jnp.float32, precision=HIGHEST)
-    self.linear = dense(self.num_heads)
+    self.linear = dense(self.num_scores)
     if self.kind == "conv":
-      self.conv_in, self.conv, self.conv_out = dense(CHANNELS), dense(CHANNELS), dense(self.num_heads)
-    self.scale = self.param("scale", nn.initializers.constant(self.init_scale), (self.num_heads,), jnp.float32)
-    self.slope = self.param("slope", nn.initializers.constant(self.init_slope), (self.num_heads,), jnp.float32)
+      self.conv_in, self.conv, self.conv_out = dense(CHANNELS), dense(CHANNELS), dense(self.num_scores)
+    self.scale = self.param("scale", nn.initializers.constant(self.init_scale), (self.num_scores,), jnp.float32)
+    self.slope = self.param("slope", nn.initializers.constant(self.init_slope), (self.num_scores,), jnp.float32)
+
+  @property
+  def num_scores(self) -> int:
+    """Different scores of a token."""
+    return 1 if self.shared else self.num_heads
 
   @property
   def delay(self) -> int:
@@ -209,12 +216,15 @@ class ScoringNetwork(nn.Module):
     """The state before the first token."""
     conv = self.kind == "conv"
     zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
-    return ScorerState(zeros(self.delay, self.num_heads), zeros(self.lookback + self.lookahead if conv else 0, CHANNELS),
-                       zeros(self.num_heads), zeros(self.num_heads))
+    return ScorerState(zeros(self.delay, self.num_scores), zeros(self.lookback + self.lookahead if conv else 0, CHANNELS),
+                       zeros(self.num_scores), zeros(self.num_scores))
 
   def _random_scores(self, layer, position_BxN):
-    noise = fixed_noise(layer, position_BxN, self.num_heads)
-    return self.init_scale * noise + self.init_slope * position_BxN[..., None] / SLOPE_TOKENS
+    noise = fixed_noise(layer, position_BxN, self.num_scores)
+    return self._for_heads(self.init_scale * noise + self.init_slope * position_BxN[..., None] / SLOPE_TOKENS)
+
+  def _for_heads(self, scores):
+    return jnp.broadcast_to(scores, (*scores.shape[:2], self.num_heads))
 
   def _taps(self, padded, length):
     """[B, length + lookback + lookahead, ...] -> [B, length, taps, ...]: what each token sees around itself."""
@@ -227,4 +237,4 @@ class ScoringNetwork(nn.Module):
     if moments is not None:
       variance = (moments.deviation + PRIOR_COUNT) / (moments.count + PRIOR_COUNT)
       logits_BxNxG = (logits_BxNxG - moments.mean) * jax.lax.rsqrt(variance)
-    return self.scale * logits_BxNxG + self.slope * (position_BxN[..., None] / SLOPE_TOKENS)
+    return self._for_heads(self.scale * logits_BxNxG + self.slope * (position_BxN[..., None] / SLOPE_TOKENS))
