@@ -133,7 +133,7 @@ class SparseKAttention(Attention):
       noise_BxNxS = jax.random.normal(self.make_rng("scorer_noise"), (*scores_BxNxG.shape[:2], self.scorer.num_scores))
       scores_BxNxG += cfg.scorer_noise * noise_BxNxS
     attend = functools.partial(sparsek_attention, k=cfg.k, window=cfg.window, segment_ids=segment_ids, implementation=cfg.implementation)
-    if self.is_mutable_collection("scorer_loss"):
+    if self.is_mutable_collection("scorer_loss") and not self.is_initializing():
       fixed_x, fixed_query, fixed_key = map(jax.lax.stop_gradient, (x_BxNxE, query, key))
       kept_BxNxH = attend(fixed_query, fixed_key, jnp.ones_like(value), self.scorer(fixed_x, segment_ids, layer), gate="value")[..., 0].astype(jnp.float32)
       counted_BxN = jnp.ones(x_BxNxE.shape[:2]) if segment_ids is None else segment_ids != 0

@@ -14,6 +14,7 @@ NETWORKS = {
     "linear": ScoringNetwork(HEADS),
     "conv": ScoringNetwork(HEADS, "conv", lookback=2, lookahead=3),
     "conv without lookback or normalisation": ScoringNetwork(HEADS, "conv", lookback=0, lookahead=2, normalize=False),
+    "shared": ScoringNetwork(HEADS, shared=True),
     "random": ScoringNetwork(HEADS, "random"),
 }
 SEGMENTS = jnp.asarray([[1] * 7 + [2] * 1 + [1] * 12, [5] * 10 + [6] * 8 + [0] * 2], jnp.int32)
@@ -156,6 +157,12 @@ def test_default_scale_keeps_most_of_the_gate_mass():
     masses[kind] = float(gates[..., :64].mean())
   print("gate mass on the top 64 of 512:", masses)
   assert all(0.92 < mass < 0.98 for mass in masses.values()), masses
+
+
+def test_shared_scores_are_alike_in_all_heads():
+  scores = scores_of("shared")(variables("shared"), hidden())
+  assert scores.shape == (2, LENGTH, HEADS) and np.ptp(scores[0, :, 0]) > 1
+  np.testing.assert_array_equal(scores[..., 0], scores[..., 1])
 
 
 def test_unknown_kind_and_negative_reach():
