@@ -240,6 +240,7 @@ class TrainConfig:
     data, optimizer: see their classes.
     seed: of the parameters and the noise on the scores.
     scorer_loss: weight of the scorers' auxiliary loss, the mean over targets and sparsek layers of what `SparseKAttention` leaves in "scorer_loss".
+    stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.
     log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
@@ -254,6 +255,7 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   seed: int = 0
   scorer_loss: float = 0.0
+  stop_at: int | None = None
   grad_accumulation: int = 1
   loss_chunk: int = 2048
   log_every: int = 10
@@ -269,6 +271,8 @@ class TrainConfig:
     object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
     for name in ("grad_accumulation", "loss_chunk", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
       check_at_least(name, getattr(self, name), 1)
+    if self.stop_at is not None:
+      check_at_least("stop_at", self.stop_at, 1)
     for name in ("eval_every", "scorer_loss"):
       check_at_least(name, getattr(self, name), 0)
     if self.data.batch_size % self.grad_accumulation:

@@ -246,6 +246,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define_workdir_flag(flag_values)
   define, run_default, default = _Definer(flag_values), config_lib.TrainConfig(workdir=""), config_lib.OptimizerConfig()
   define.number("num_steps", default.num_steps, "Optimizer steps of the whole run, and length of the learning-rate schedule.", lower=1)
+  define.number("stop_at", None, "Stop at this step, before --num_steps; repeated with another --k, --window, --gate or --scorer_noise the command goes on "
+                "under it, as to anneal them. Default: --num_steps.", lower=1)
   define.number("learning_rate", default.learning_rate, "Peak learning rate.", lower=0, kind=float)
   define.number("warmup_steps", None, "Steps of linear warm-up, at most --num_steps. Default: a tenth of them, at most 100.", lower=0)
   define.number("final_lr_ratio", default.final_lr_ratio, "Learning rate at the end over the peak.", lower=0, upper=1, kind=float)
