@@ -85,9 +85,11 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     num_targets = _num_targets(batch)
 
     def objective(params, rows, i):
-      noise_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
+      noise_key = None
+      if config.scorer_noise:
+        noise_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
       losses = summed_losses(config, params, rows["tokens"], rows["segment_ids"], train.loss_chunk, train.data.segment_documents,
-                             scorer_loss=train.scorer_loss > 0, noise_key=noise_key if config.scorer_noise else None)
+                             scorer_loss=train.scorer_loss > 0, noise_key=noise_key)
       loss, scorer_loss = (x / jnp.maximum(num_targets, 1) for x in losses)
       return loss + train.scorer_loss * scorer_loss, (loss, scorer_loss)
 
