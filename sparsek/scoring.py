@@ -114,6 +114,8 @@ class ScoringNetwork(nn.Module):
     variance 1. A constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per head.
     The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 4 starts
     with .95 of the gate mass on the top k (.94 for "random"; n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
+    The slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and k = 512, however long the context, and all of it at slope 0
+    (experiments/results/scorer_reach.json). The first token of a document has z = 0 whatever its hidden state: it cannot be learned to be kept.
 
   Attributes:
     num_heads: KV heads G.
