@@ -1,7 +1,8 @@
-"""Writes documents whose last letter stands at a random place before, for experiments.prepare_data: `python -m experiments.letters LENGTH COUNT FILE`.
+"""Writes documents with one letter worth keeping, for experiments.prepare_data: `python -m experiments.letters LENGTH COUNT FILE`.
 
-A document is a cycle of small letters with one capital in it, and at the end a question mark and that capital. A scorer can tell it by its looks, and only it
-is worth keeping: the smallest test of learning what to keep. FILE is .jsonl.
+A document repeats the letters a to h. Somewhere a capital stands among them, and after every later h a question mark and that capital again, further back than
+a short window reaches. A scorer can tell capitals by their looks, and only they are worth keeping: the smallest test of learning what to keep. Lengths vary
+from LENGTH / 2 to LENGTH, or landmarks that count positions would help. FILE is .jsonl.
 """
 
 import json
@@ -13,10 +14,17 @@ CYCLE = "abcdefgh"
 
 
 def document(rng, length):
-  """`length` letters; the capital is in the first three quarters, so that it has left a short window when it is asked for."""
-  start, place, capital = rng.randrange(len(CYCLE)), rng.randrange(length * 3 // 4), rng.choice(string.ascii_uppercase)
-  cycle = [CYCLE[(start + i) % len(CYCLE)] for i in range(length - 3)]
-  return "".join((*cycle[:place], capital, *cycle[place:], "?", capital))
+  """The capital is in the first half."""
+  length = rng.randrange(length // 2, length + 1)
+  start, place, capital = rng.randrange(len(CYCLE)), rng.randrange(length // 2), rng.choice(string.ascii_uppercase)
+  text = ""
+  for i in range(length):
+    text += CYCLE[(start + i) % len(CYCLE)]
+    if i == place:
+      text += capital
+    elif i > place and text[-1] == CYCLE[-1]:
+      text += "?" + capital
+  return text[:length]
 
 
 def main(length, count, path):

@@ -70,6 +70,7 @@ class TransformerConfig:
     scorer_init_scale: initial standard deviation of the scores.
     scorer_init_slope: initial growth of the scores per 1024 tokens of position.
     scorer_shared: one score per token for all KV heads of a layer.
+    scorer_init_noise: initial amplitude of fixed noise in the scores, which is learned; 0: none. Tokens that look alike are then not kept or dropped together.
     scorer_noise: standard deviation of normal noise on the scores, in training only, so that tokens are tried which would be dropped.
     rope_theta: base of the rotary embedding.
     norm_eps: epsilon of RMSNorm.
@@ -100,6 +101,7 @@ class TransformerConfig:
   scorer_init_scale: float = 4.0
   scorer_init_slope: float = 1.0
   scorer_shared: bool = False
+  scorer_init_noise: float = 0.0
   scorer_noise: float = 0.0
   rope_theta: float = 10000.0
   norm_eps: float = 1e-6
@@ -115,7 +117,7 @@ class TransformerConfig:
     object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k"):
       check_at_least(name, getattr(self, name), 1)
-    for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_noise"):
+    for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_init_noise", "scorer_noise"):
       check_at_least(name, getattr(self, name), 0)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")

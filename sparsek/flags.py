@@ -122,6 +122,7 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("scorer_init_scale", None, "Initial standard deviation of the scores. Default: 4.", lower=0, kind=float)
   define.number("scorer_init_slope", None, "Initial growth of the scores per 1024 tokens of position. Default: 1.", kind=float)
   define.boolean("scorer_shared", None, "One score per token for all KV heads of a layer. Default: false.")
+  define.number("scorer_init_noise", None, "Initial amplitude of fixed noise in the scores, which is learned. Default: 0, none.", lower=0, kind=float)
   define.number("scorer_noise", None, "Standard deviation of normal noise on the scores, in training only. Default: 0.", lower=0, kind=float)
   define.number("num_layers", None, "Number of blocks. Default: the preset's.", lower=1)
   define.number("embed_dim", None, "Width of the residual stream. Default: the preset's.", lower=1)

@@ -102,7 +102,7 @@ class Attention(nn.Module):
 def scoring_network(config: TransformerConfig) -> ScoringNetwork:
   """The scoring network that `config` describes."""
   return ScoringNetwork(config.num_kv_heads, config.scorer, config.scorer_lookback, config.scorer_lookahead, config.scorer_normalize,
-                        config.scorer_init_scale, config.scorer_init_slope, config.scorer_shared)
+                        config.scorer_init_scale, config.scorer_init_slope, config.scorer_shared, config.scorer_init_noise)
 
 
 class SparseKAttention(Attention):
