@@ -35,7 +35,10 @@ def main() -> None:
 
   workdir = config.workdir
   if result.already_complete:
-    print(f"{workdir} is complete: it has all of --num_steps={config.optimizer.num_steps} steps ({result.step} were made)")
+    asked = f"--num_steps={config.optimizer.num_steps}" if config.stop_at is None else f"--stop_at={config.stop_at}"
+    print(f"{workdir} is complete: it has all of {asked} steps ({result.step} were made)")
+  elif result.stopped and result.step == config.stop_at:
+    print(f"stopped at step {result.step} of {config.optimizer.num_steps}, as --stop_at says; the same command without it goes on")
   elif result.stopped:
     print(f"stopped by a signal at step {result.step} of {config.optimizer.num_steps}; the same command resumes")
   losses = {"loss": result.loss, "held-out loss": result.heldout_loss}

@@ -1,8 +1,6 @@
 """Backward pass of SPARSEK attention on Hopper GPUs: one kernel for the queries, one for listed keys, one for the window's keys.
 
-Every kernel recomputes the softmax from the logsumexp and owns what it writes, so there are no atomics and results repeat to the bit. With p_ij the softmax
-of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>, and that of a gate x_ij
-(with "key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). It reaches the scores where 0 < u_j - tau_i < 1.
+Every kernel recomputes the softmax from the logsumexp and owns what it writes, so there are no atomics and results repeat to the bit. What gates do: gates.py.
 """
 
 import functools
@@ -13,45 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from .gates import tile_gradients, tile_weights
 from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work, axes, by_column, by_row, matrix_buffer, phase_of, place,
                             read_bounds)
 
 MOST, MOST_LISTED = 16, 2        # blocks of the window's keys, or of lists, that a program computes one after the other
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
-
-
-def tile_weights(s, probability, distance, gate):
-  """(softmax of the logits, gates or None where the weights do without, weights of the values) of one tile.
-
-  Args:
-    s: products q.k. probability(logits): the softmax of logits.
-    distance: function that loads u_j - tau_i of listed keys, when it is needed, to save registers; None for the window's, whose gate is 1.
-  """
-  if distance is None or gate == "straight_through":
-    p = probability(s)
-    return p, None, p
-  g = jnp.clip(distance(), 0., 1.)
-  p = probability(s * g if gate == "key_value" else s)
-  return p, g, p * g
-
-
-def tile_gradients(s, p, g, dp, delta, distance, *, gate, scale):
-  """(gradient of s, gradient of the gates or None) of one tile.
-
-  Args:
-    s, distance: as of `tile_weights`, p, g: its results. dp: products <dO_i, v_j>. delta: <dO_i, O_i>.
-  """
-  if distance is None:
-    return p * (dp - delta), None
-  x = p * dp
-  distance = distance()
-  fractional = jnp.logical_and(distance > 0., distance < 1.)
-  if gate == "straight_through":
-    return x - p * delta, jnp.where(fractional, x, 0.)
-  ds = x * g - p * delta
-  if gate == "value":
-    return ds, jnp.where(fractional, x, 0.)
-  return ds * g, jnp.where(fractional, x + ds * s * scale, 0.)
 
 
 def joined(a, b):
@@ -145,7 +110,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
         distance = (lambda: by_column(registers.vector(score_smem.at[slot], COLUMN), shape) - by_row(tau, shape)) if is_list else None
 
         def gradients(s, dp):
-          p, g, _ = tile_weights(s, probability, distance, gate)
+          p, g, _ = tile_weights(s, probability, distance, gate=gate, scale=scale)
           product = dp(0)
           plgpu.barrier_arrive(v_free.at[slot])
           ds, new = tile_gradients(s, p, g, product, by_row(delta, shape), distance, gate=gate, scale=scale)
@@ -325,7 +290,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
           delta = lambda: by_column(registers.vector(delta_smem.at[slot], COLUMN), shape)
 
           def gradients(s, dp):
-            p, g, weights = tile_weights(s, probability, distance, gate)
+            p, g, weights = tile_weights(s, probability, distance, gate=gate, scale=scale)
 
             def rest(later):
               ds, new = tile_gradients(s, p, g, dp(later), delta(), distance, gate=gate, scale=scale)

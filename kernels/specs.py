@@ -36,10 +36,10 @@ class Spec:
   gates: tuple[str, ...] = ("key_value",)
 
 
-ALL_GATES = ("straight_through", "value", "key_value")
+ALL_GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "key_value")
 SPECS = (
     Spec("plain", gates=ALL_GATES),
-    Spec("grouped_heads", heads=6, groups=2, batch=2, gates=ALL_GATES),
+    Spec("grouped_heads", heads=6, groups=2, batch=2, gates=("straight_through", "value", "key_value")),
     Spec("odd_length", n=211, k=24, window=33),
     Spec("one_token", n=1, k=1, window=0),
     Spec("one_token_window", n=1, k=3, window=5),

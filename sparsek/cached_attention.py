@@ -50,8 +50,10 @@ def _softmax_values(config, query_BxCxHxD, rows, visible, gate=None):
   logits = product("bcgrd,bgmd->bgrcm", query, rows.key) * head_dim**-0.5
   if gate is not None and config.gate == "key_value":
     logits *= gate[:, :, None]
+  if gate is not None and config.gate == "softmax":
+    logits += jnp.log(gate[:, :, None])
   weights = jax.nn.softmax(jnp.where(visible[:, :, None], logits, -jnp.inf), axis=-1)
-  if gate is not None and config.gate != "straight_through":
+  if gate is not None and config.gate in ("value", "key_value"):
     weights *= jnp.where(visible, gate, 0)[:, :, None]
   # Transposed afterwards: XLA's CPU backend refuses a bfloat16 product that sums in float32 and writes its axes in another order.
   mixed = product("bgrcm,bgmd->bgrcd", weights.astype(rows.value.dtype), rows.value)

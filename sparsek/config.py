@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 ATTENTION_KINDS = ("sparsek", "sliding_window", "full", "random", "attention_sinks", "strided", "lsh", "block_topk", "linear")
 NEED_WINDOW = ("sliding_window", "block_topk", "linear")
-GATES = ("straight_through", "value", "key_value")
+GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "key_value")
 SCORERS = ("linear", "conv", "random")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
@@ -93,6 +93,9 @@ class TransformerConfig:
     scorer_normalize: normalise logits causally over time before the learned scale.
     scorer_init_scale: initial standard deviation of the scores.
     scorer_init_slope: initial growth of the scores per 1024 tokens of position.
+    scorer_shared: one score per token for all KV heads of a layer.
+    scorer_init_noise: initial amplitude of fixed noise in the scores, which is learned; 0: none. Tokens that look alike are then not kept or dropped together.
+    scorer_noise: standard deviation of normal noise on the scores, in training only, so that tokens are tried which would be dropped.
     positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the embedding of the tokens).
     max_positions: rows of the learned table, and the most tokens of a row; with "rope" a note of the context that a model is meant for, which limits nothing.
     rope_theta: base of the rotary embedding.
@@ -131,6 +134,9 @@ class TransformerConfig:
   scorer_normalize: bool = True
   scorer_init_scale: float = 4.0
   scorer_init_slope: float = 1.0
+  scorer_shared: bool = False
+  scorer_init_noise: float = 0.0
+  scorer_noise: float = 0.0
   positions: str = "rope"
   max_positions: int = 2048
   rope_theta: float = 10000.0
@@ -155,7 +161,7 @@ class TransformerConfig:
     object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k"):
       check_at_least(name, getattr(self, name), 1)
-    for name in ("window", "scorer_lookahead", "scorer_lookback"):
+    for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_init_noise", "scorer_noise"):
       check_at_least(name, getattr(self, name), 0)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
@@ -263,6 +269,7 @@ class OptimizerConfig:
     grad_clip: largest global gradient norm; 0 turns clipping off.
     b1, b2: decay of the first and second moments.
     trainable: which parameters change: "all"; "attention": those of the attention modules, scorers included; "scorer": scorers only.
+    scorer_lr_multiplier: learning rate of the scoring networks over that of everything else.
   """
   learning_rate: float = 1e-3
   warmup_steps: int = 100
@@ -273,11 +280,12 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   trainable: str = "all"
+  scorer_lr_multiplier: float = 1.0
 
   def __post_init__(self):
     check_choice("trainable", self.trainable, TRAINABLE)
     check_at_least("num_steps", self.num_steps, 1)
-    for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip"):
+    for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip", "scorer_lr_multiplier"):
       check_at_least(name, getattr(self, name), 0)
     if self.warmup_steps > self.num_steps:
       raise ValueError(f"warmup_steps={self.warmup_steps} must be at most num_steps={self.num_steps}")
@@ -290,7 +298,9 @@ class TrainConfig:
   Attributes:
     workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
     data, optimizer: see their classes.
-    seed: of the parameters.
+    seed: of the parameters and the noise on the scores.
+    scorer_loss: weight of the scorers' auxiliary loss, the mean over targets and sparsek layers of what `SparseKAttention` leaves in "scorer_loss".
+    stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.
     log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
@@ -304,6 +314,8 @@ class TrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   seed: int = 0
+  scorer_loss: float = 0.0
+  stop_at: int | None = None
   grad_accumulation: int = 1
   loss_chunk: int = 2048
   log_every: int = 10
@@ -319,6 +331,9 @@ class TrainConfig:
     object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
     for name in ("grad_accumulation", "loss_chunk", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
       check_at_least(name, getattr(self, name), 1)
-    check_at_least("eval_every", self.eval_every, 0)
+    if self.stop_at is not None:
+      check_at_least("stop_at", self.stop_at, 1)
+    for name in ("eval_every", "scorer_loss"):
+      check_at_least(name, getattr(self, name), 0)
     if self.data.batch_size % self.grad_accumulation:
       raise ValueError(f"batch_size={self.data.batch_size} must be a multiple of grad_accumulation={self.grad_accumulation}")

@@ -93,17 +93,28 @@ def _backward(chunk, residuals, d_total):
 chunked_cross_entropy.defvjp(_forward, _backward)
 
 
-def summed_loss(config: TransformerConfig, params, batch: Batch, chunk: int, packed: bool = True) -> jax.Array:
-  """The cross-entropy in nats summed over the counted targets of a batch.
+def summed_losses(config: TransformerConfig, params, batch: Batch, chunk: int, packed: bool = True, *,
+                  scorer_loss: bool = False, noise_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """The cross-entropy in nats summed over the counted targets of a batch, and the scorers' auxiliary loss summed over tokens, a mean over sparsek layers.
 
   Args:
     config, params: the model and its parameters.
     batch: as in `next_token_targets`.
     chunk: rows of logits held at once.
     packed: rows may hold more than one document; else segment_ids only tell padding at their ends, and attention, which is causal, needs none.
+    scorer_loss: whether to compute the auxiliary loss of `SparseKAttention`; else it is 0.
+    noise_key: of the noise on the scores; None for none.
   """
   targets, counted = next_token_targets(batch)
   segment_ids = batch["segment_ids"][:, :-1] if packed else None
-  hidden = Transformer(config).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=segment_ids, method="hidden")
+  rngs = {} if noise_key is None else {"scorer_noise": noise_key}
+  hidden, left = Transformer(config).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=segment_ids, method="hidden", rngs=rngs,
+                                           mutable=["scorer_loss"] if scorer_loss else [])
   hidden = hidden.reshape(-1, hidden.shape[-1])
-  return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk)
+  unread = sum(map(jnp.sum, jax.tree.leaves(left)), jnp.zeros(())) / max(config.layer_kinds.count("sparsek"), 1)
+  return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk), unread
+
+
+def summed_loss(*args, **kwargs) -> jax.Array:
+  """The first of `summed_losses`."""
+  return summed_losses(*args, **kwargs)[0]

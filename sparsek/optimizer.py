@@ -36,8 +36,14 @@ def trainable_mask(params, trainable: str):
   return jax.tree_util.tree_map_with_path(lambda path, _: trainable == "all" or any(getattr(key, "key", None) == trainable for key in path), params)
 
 
+def scale_scorers(multiplier: float) -> optax.GradientTransformation:
+  """Multiplies the updates of every parameter of a scoring network, which the models call "scorer"."""
+  in_scorer = lambda path: any(getattr(key, "key", None) == "scorer" for key in path)
+  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(lambda path, x: multiplier * x if in_scorer(path) else x, updates))
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clipping by global norm, Adam moments in float32, decoupled weight decay on matrices, the schedule.
+  """Clipping by global norm, Adam moments in float32, decoupled weight decay on matrices, the schedule, the scorers' own rate.
 
   The structure of the state depends on the parameters only, so that a run can be resumed with any other optimizer flag.
   """
@@ -46,4 +52,5 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8, mu_dtype=jnp.float32),
       optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
       optax.scale_by_learning_rate(learning_rate_schedule(config)),
+      scale_scorers(config.scorer_lr_multiplier),              # last: it has no state, and those before it keep their places in checkpoints
   )

@@ -112,15 +112,21 @@ class ScoringNetwork(nn.Module):
   Scores: u_j = scale_g z_j + slope_g position_j / 1024, with position counted within the document and z_j = (r_j - mean_j) / std_j, where
     mean_j is that of r_0..r_j of the document and std_j^2 = (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had
     variance 1. A constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per head.
+    With `init_noise` above 0 the score has one more term, amplitude_g e_j, of fixed normal noise e, that of "random": without it tokens that look alike have
+    the same score, and a new scorer keeps many of a few kinds and none of the others. The amplitude is learned too, and the noise is the same in generation.
     The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 4 starts
     with .95 of the gate mass on the top k (.94 for "random"; n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
+    The slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and k = 512, however long the context, and all of it at slope 0
+    (experiments/results/scorer_reach.json). The first token of a document has z = 0 whatever its hidden state: it cannot be learned to be kept.
 
   Attributes:
     num_heads: KV heads G.
     kind: "linear", "conv" or "random".
     lookback, lookahead: reach of the conv scorer in tokens, unused by the others.
     normalize: normalise logits causally over time.
+    shared: one score per token for all heads.
     init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
+    init_noise: initial amplitude of the fixed noise; 0 for none. Not of "random", which has nothing else.
 
   Raises:
     ValueError: for an unknown kind or a negative reach.
@@ -132,6 +138,8 @@ class ScoringNetwork(nn.Module):
   normalize: bool = True
   init_scale: float = 4.0
   init_slope: float = 1.0
+  shared: bool = False
+  init_noise: float = 0.0
 
   def setup(self):
     check_choice("scorer", self.kind, SCORERS)
@@ -140,11 +148,18 @@ class ScoringNetwork(nn.Module):
     if self.kind == "random":
       return
     dense = lambda features: nn.Dense(features, use_bias=False, dtype=jnp.float32, precision=HIGHEST)
-    self.linear = dense(self.num_heads)
+    self.linear = dense(self.num_scores)
     if self.kind == "conv":
-      self.conv_in, self.conv, self.conv_out = dense(CHANNELS), dense(CHANNELS), dense(self.num_heads)
-    self.scale = self.param("scale", nn.initializers.constant(self.init_scale), (self.num_heads,), jnp.float32)
-    self.slope = self.param("slope", nn.initializers.constant(self.init_slope), (self.num_heads,), jnp.float32)
+      self.conv_in, self.conv, self.conv_out = dense(CHANNELS), dense(CHANNELS), dense(self.num_scores)
+    self.scale = self.param("scale", nn.initializers.constant(self.init_scale), (self.num_scores,), jnp.float32)
+    self.slope = self.param("slope", nn.initializers.constant(self.init_slope), (self.num_scores,), jnp.float32)
+    if self.init_noise:
+      self.amplitude = self.param("amplitude", nn.initializers.constant(self.init_noise), (self.num_scores,), jnp.float32)
+
+  @property
+  def num_scores(self) -> int:
+    """Different scores of a token."""
+    return 1 if self.shared else self.num_heads
 
   @property
   def delay(self) -> int:
@@ -157,7 +172,7 @@ class ScoringNetwork(nn.Module):
     Args:
       x_BxNxE: hidden states of any floating dtype.
       segment_ids: [B, N] or None; everything restarts where the id changes.
-      layer: index of the layer, the salt of the random scorer.
+      layer: index of the layer, the salt of the fixed noise.
     Returns:
       [B, N, G] float32. The last `delay` tokens of a row see zeros ahead; they are no candidates yet where window >= delay.
     """
@@ -174,8 +189,8 @@ class ScoringNetwork(nn.Module):
       same_BxNxT = self._taps(start, length) == start_BxN[..., None]
       logits_BxNxG += self._convolve(self._taps(channels, length) * same_BxNxT[..., None])
     if not self.normalize:
-      return self._scores(logits_BxNxG, position_BxN)
-    return self._scores(logits_BxNxG, position_BxN, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN))
+      return self._scores(logits_BxNxG, position_BxN, layer)
+    return self._scores(logits_BxNxG, position_BxN, layer, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN))
 
   def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0) -> tuple[jax.Array, ScorerState]:
     """Scores that become final with a chunk of C further tokens of one endless document.
@@ -199,22 +214,25 @@ class ScoringNetwork(nn.Module):
       logits_BxCxG += self._convolve(self._taps(channels, length))
       state = state._replace(channels=channels[:, length:])
     if not self.normalize:
-      return self._scores(logits_BxCxG, position_BxC), state
+      return self._scores(logits_BxCxG, position_BxC, layer), state
     before = Moments(jnp.maximum(seen - self.delay, 0).astype(jnp.float32), state.mean[:, None], state.deviation[:, None])
     chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros_like(position_BxC))
     moments = merge_moments(before, chunk)
-    return self._scores(logits_BxCxG, position_BxC, moments), state._replace(mean=moments.mean[:, -1], deviation=moments.deviation[:, -1])
+    return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(mean=moments.mean[:, -1], deviation=moments.deviation[:, -1])
 
   def initial_state(self, batch_size: int) -> ScorerState:
     """The state before the first token."""
     conv = self.kind == "conv"
     zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
-    return ScorerState(zeros(self.delay, self.num_heads), zeros(self.lookback + self.lookahead if conv else 0, CHANNELS),
-                       zeros(self.num_heads), zeros(self.num_heads))
+    return ScorerState(zeros(self.delay, self.num_scores), zeros(self.lookback + self.lookahead if conv else 0, CHANNELS),
+                       zeros(self.num_scores), zeros(self.num_scores))
 
   def _random_scores(self, layer, position_BxN):
-    noise = fixed_noise(layer, position_BxN, self.num_heads)
-    return self.init_scale * noise + self.init_slope * position_BxN[..., None] / SLOPE_TOKENS
+    noise = fixed_noise(layer, position_BxN, self.num_scores)
+    return self._for_heads(self.init_scale * noise + self.init_slope * position_BxN[..., None] / SLOPE_TOKENS)
+
+  def _for_heads(self, scores):
+    return jnp.broadcast_to(scores, (*scores.shape[:2], self.num_heads))
 
   def _taps(self, padded, length):
     """[B, length + lookback + lookahead, ...] -> [B, length, taps, ...]: what each token sees around itself."""
@@ -223,8 +241,11 @@ class ScoringNetwork(nn.Module):
   def _convolve(self, taps_BxNxTxC):
     return self.conv_out(nn.silu(self.conv(taps_BxNxTxC.reshape(*taps_BxNxTxC.shape[:2], -1))))
 
-  def _scores(self, logits_BxNxG, position_BxN, moments: Moments | None = None):
+  def _scores(self, logits_BxNxG, position_BxN, layer, moments: Moments | None = None):
     if moments is not None:
       variance = (moments.deviation + PRIOR_COUNT) / (moments.count + PRIOR_COUNT)
       logits_BxNxG = (logits_BxNxG - moments.mean) * jax.lax.rsqrt(variance)
-    return self.scale * logits_BxNxG + self.slope * (position_BxN[..., None] / SLOPE_TOKENS)
+    scores_BxNxS = self.scale * logits_BxNxG + self.slope * (position_BxN[..., None] / SLOPE_TOKENS)
+    if self.init_noise:
+      scores_BxNxS += self.amplitude * fixed_noise(layer, position_BxN, self.num_scores)
+    return self._for_heads(scores_BxNxS)

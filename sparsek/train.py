@@ -32,7 +32,7 @@ class Result:
     step: updates made.
     loss: of the last step, or None where none was made in this process.
     heldout_loss: of the last evaluation in this process, or None.
-    stopped: a signal asked it to stop before its end.
+    stopped: a signal, or `TrainConfig.stop_at`, asked it to stop before its end.
     already_complete: there was nothing left to do.
   """
   step: int
@@ -123,6 +123,7 @@ class _Run:
   def __init__(self, config: TransformerConfig, train: TrainConfig, dataset: TokenDataset, stop: StopSignal):
     self.config, self.train, self.dataset, self.stop = config, train, dataset, stop
     self.num_steps = train.optimizer.num_steps
+    self.last_step = min(self.num_steps, train.stop_at or self.num_steps)
     self.mesh = make_mesh()
     check_batch(self.mesh, train.data.batch_size, train.grad_accumulation)
     self.params_shape = checkpoint.abstract_params(config)
@@ -228,7 +229,7 @@ class _Run:
         watch.restart(step)  # The first step compiled; it says nothing about the speed.
         work.clear()
 
-    while self.step < self.num_steps and not self.stop.requested:
+    while self.step < self.last_step and not self.stop.requested:
       batch = next(self.iterator)
       self.step += 1
       self.data_state = self.iterator.get_state()
@@ -319,7 +320,7 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
     metrics = stack.enter_context(contextlib.closing(MetricsWriter(workdir, run.step, train_config.tensorboard)))
     evaluated = any("heldout_loss" in record and record["step"] == run.step for record in metrics.records_kept)
     evaluate_first = run.evaluation_due(run.step) and not evaluated
-    if run.step >= run.num_steps and not evaluate_first:
+    if run.step >= run.last_step and not evaluate_first:
       return Result(run.step, already_complete=True)
     run.write_records(flagfile)
     progress = stack.enter_context(contextlib.closing(Progress(run.step, run.num_steps)))
@@ -334,4 +335,4 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
     writer.close()
     if run.saved_step != run.step:
       raise RunError(f"the checkpoint of step {run.step} could not be saved in {workdir}; the newest is of step {run.saved_step}")
-    return Result(run.step, run.result_loss, run.result_heldout, stopped=stop.requested and run.step < run.num_steps)
+    return Result(run.step, run.result_loss, run.result_heldout, stopped=run.step < run.num_steps)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
-from sparsek.loss import next_token_targets, summed_loss
+from sparsek.loss import next_token_targets, summed_loss, summed_losses
 from sparsek.model import Transformer, layer_params
 from sparsek.optimizer import learning_rate_schedule, trainable_mask
 
@@ -83,7 +83,8 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 
   Only the parameters that `train.optimizer.trainable` names change, and only their gradients count.
 
-  metrics: float32 scalars "loss", "grad_norm" (before clipping), "learning_rate", and int32 "num_targets".
+  metrics: float32 scalars "loss" (the cross-entropy alone), "grad_norm" (before clipping), "learning_rate", int32 "num_targets", and "scorer_loss", before
+  its weight, where that is above 0. Noise on the scores derives from (train.seed, step, device, micro-batch), so that a resumed run has the same.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
 
@@ -91,27 +92,38 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     """No gradients are computed for parameters that do not change."""
     return jax.tree.map(lambda leaf, changes: leaf if changes else jax.lax.stop_gradient(leaf), params, trainable_mask(params, trainable))
 
-  def local_gradients(params, batch):
+  def local_gradients(params, batch, step):
     num_targets = _num_targets(batch)
-    mean_loss = lambda params, rows: (
-        summed_loss(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents) / jnp.maximum(num_targets, 1))
+
+    def objective(params, rows, i):
+      noise_key = None
+      if config.scorer_noise:
+        noise_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
+      losses = summed_losses(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents,
+                             scorer_loss=train.scorer_loss > 0, noise_key=noise_key)
+      loss, scorer_loss = (x / jnp.maximum(num_targets, 1) for x in losses)
+      return loss + train.scorer_loss * scorer_loss, (loss, scorer_loss)
 
     def micro_batch(sums, rows):
-      return jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, rows)), None
+      grads, losses = jax.grad(objective, has_aux=True)(params, *rows)
+      return jax.tree.map(jnp.add, sums, (losses, grads)), None
 
     if train.grad_accumulation == 1:
-      loss, grads = jax.value_and_grad(mean_loss)(params, batch)
+      grads, losses = jax.grad(objective, has_aux=True)(params, batch, 0)
     else:
       rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, x.shape[-1]), batch)
-      (loss, grads), _ = jax.lax.scan(micro_batch, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), rows)
-    return *jax.lax.psum((loss, grads), BATCH), num_targets
+      sums = (jnp.zeros(()),) * 2, jax.tree.map(jnp.zeros_like, params)
+      (losses, grads), _ = jax.lax.scan(micro_batch, sums, (rows, jnp.arange(train.grad_accumulation)))
+    return *jax.lax.psum((losses, grads), BATCH), num_targets
 
   # check_vma=False: params come in unvaried and their gradients are summed here, once, and not inside every loop of the backward pass.
-  gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False)
+  gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(BATCH), P()), out_specs=P(), check_vma=False)
 
   def train_step(state: TrainState, batch):
-    loss, grads, num_targets = gradients(state.params, batch)
+    (loss, scorer_loss), grads, num_targets = gradients(state.params, batch, state.step)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
+    if train.scorer_loss:
+      metrics["scorer_loss"] = scorer_loss
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     # Also where moments of a run that trained more are not 0.
     params = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(state.params, updates), state.params,

@@ -14,7 +14,8 @@ import pytest
 
 import sparsek
 from sparsek.causal import select
-from sparsek.kernels import cudnn, mosaic_backward, mosaic_gpu, mosaic_lanes
+from sparsek.config import GATES
+from sparsek.kernels import cudnn, mosaic_backward, mosaic_gpu, mosaic_lanes, reference
 from sparsek.kernels.mosaic_common import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from sparsek.operator import document_bounds
@@ -86,6 +87,32 @@ def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
   attend(*inputs, window=19), attend(*inputs, window=20, segment_ids=jnp.ones(inputs[0].shape[:2], jnp.int32))
   assert windows == [20]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
+  """One query a row, all of its keys in one tile: the formulas of the kernels against autodiff."""
+  shape, scale = (6, 10), .3
+  keys = jax.random.split(jax.random.key(3), 3)
+  s, dp = jax.random.normal(keys[0], shape) * 3, jax.random.normal(keys[1], shape)
+  distance = jax.random.uniform(keys[2], shape, minval=-.2, maxval=1.2).at[:, 0].set(2.)        # u_j - tau_i
+
+  def out(s, distance, values):
+    p = jnp.clip(distance, 0, 1)
+    p = p if gate not in reference.HARD_GATES else 1 + p - jax.lax.stop_gradient(p)
+    inside = gate in reference.SOFTMAX_GATES
+    seen = (p > 0) | (not inside)
+    logits = s * scale * (p if gate == "key_value" else 1) + (jnp.log(jnp.where(seen, p, 1)) if inside else 0)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    return jnp.sum(jax.nn.softmax(logits) * (1 if inside else p) * values, axis=1), jax.nn.logsumexp(logits, axis=1)
+  (delta, lse), vjp = jax.vjp(lambda s, distance: out(s, distance, dp), s, distance)
+  expected_s, expected_gate = vjp((jnp.ones(6), jnp.zeros(6)))
+  probability = lambda logits: jnp.exp(logits * scale - lse[:, None])
+  p, g, weights = mosaic_backward.tile_weights(s, probability, lambda: distance, gate=gate, scale=scale)
+  ds, dgate = mosaic_backward.tile_gradients(s, p, g, dp, delta[:, None], lambda: distance, gate=gate, scale=scale)
+  np.testing.assert_allclose(jnp.sum(weights * dp, axis=1), delta, rtol=1e-5)
+  np.testing.assert_allclose(ds * scale, expected_s, atol=1e-5)
+  np.testing.assert_allclose(dgate, expected_gate, atol=1e-4)
 
 
 @pytest.mark.slow

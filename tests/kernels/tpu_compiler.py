@@ -94,8 +94,8 @@ def _size(types):
 def traffic(compiled) -> dict:
   """Bytes moved and FLOPs, by what moves them, and the VMEM of each kernel, read from the executable.
 
-  A kernel moves what its grid fetches (the estimate it was compiled with); an operation of XLA its operands and results, once each; a gather or scatter the rows
-  that it moves, and not, as in XLA's own estimate, sixteen times that; a loop its body's bytes times its trips.
+  A kernel moves what its grid fetches (the estimate it was compiled with); an operation of XLA its operands and results, once each; a gather or scatter the
+  rows that it moves, and not, as in XLA's own estimate, sixteen times that; a loop its body's bytes times its trips.
   """
   text = compiled.as_text()
   computations, entry = _instructions(text)
@@ -179,8 +179,8 @@ def row_of(chip, spec, gate="straight_through") -> dict:
   """One row of the record."""
   compiled = compile_attention(chip, spec, gate)
   ours, theirs = traffic(compiled), splash_traffic(spec)
-  return {"chip": chip, "n": spec.n, "heads": spec.heads, "key_heads": spec.groups, "head_dim": spec.head_dim, "k": spec.k, "window": spec.window, "gate": gate,
-          "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, **ours, "splash_bytes": theirs["bytes"], "splash_flops": theirs["flops"],
+  return {"chip": chip, "n": spec.n, "heads": spec.heads, "key_heads": spec.groups, "head_dim": spec.head_dim, "k": spec.k, "window": spec.window,
+          "gate": gate, "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, **ours, "splash_bytes": theirs["bytes"], "splash_flops": theirs["flops"],
           "splash_vmem_bytes": splash_vmem(chip, dataclasses.replace(spec, n=8192)),
           "bytes_over_splash": round(ours["bytes"] / theirs["bytes"], 3), "flops_over_splash": round(ours["flops"] / theirs["flops"], 3)}
 

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,8 @@ CASES = {
     "key_value, conv, lookahead == window": dict(gate="key_value", scorer="conv", scorer_lookahead=6, scorer_normalize=False),
     "value, random, window 0": dict(gate="value", scorer="random", k=8, window=0),
     "straight_through, conv": dict(scorer="conv"),
-    "straight_through, random": dict(scorer="random"),
+    "straight_through_softmax, random": dict(gate="straight_through_softmax", scorer="random"),
+    "softmax, conv, shared scores": dict(gate="softmax", scorer="conv", scorer_shared=True, scorer_init_noise=1.),
     "key_value, linear": dict(gate="key_value"),
     "key_value, random": dict(gate="key_value", scorer="random"),
     "value, hybrid, k 1, window 1": dict(gate="value", attention="sparsek,full", num_layers=2, k=1, window=1, tie_embeddings=False),
@@ -71,8 +71,9 @@ def parallel(config):
   return np.asarray(compiled(config)[0]({"params": params_of(config)}, TOKENS))
 
 
-def test_the_cases_are_every_gate_with_every_scorer():
-  assert {(config_of(name).gate, config_of(name).scorer) for name in CASES} == set(itertools.product(GATES, SCORERS))
+def test_the_cases_are_every_gate_and_scorer():
+  configs = [config_of(name) for name in CASES]
+  assert {config.gate for config in configs} == set(GATES) and {config.scorer for config in configs} == set(SCORERS)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
+from sparsek.kernels import reference
 from sparsek.layers import ATTENTION_MODULES, MLP, LayerNorm, RMSNorm, rope_frequencies, rotary_embedding
+from sparsek.scoring import position_in_document
 from tests.sparsek.helpers import quick_jit
 
 CONFIG = TransformerConfig(embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, num_layers=2, k=3, window=4,
@@ -147,6 +149,23 @@ def test_scores_are_left_in_diagnostics():
   (scores,) = left["diagnostics"]["scores"]
   assert scores.shape == (2, 20, 2) and scores.dtype == jnp.float32
   np.testing.assert_allclose(out, apply(variables, inputs()), atol=1e-6)
+
+
+def test_auxiliary_loss_is_the_attention_that_is_not_kept_and_teaches_the_scorer_alone():
+  module, variables, _ = attention("sparsek")
+
+  def unread(params):
+    (loss,) = module.apply({"params": params}, inputs(), SEGMENTS, mutable=["diagnostics", "scorer_loss"])[1]["scorer_loss"]["unread"]
+    return loss
+  loss, grads = quick_jit(jax.value_and_grad(unread))(variables["params"])
+  positions = position_in_document(SEGMENTS, *SEGMENTS.shape)
+  query, key, _ = module.apply(variables, inputs(), positions, method="project")
+  scores = module.apply(variables, inputs(), SEGMENTS, method=lambda module, x, ids: module.scorer(x, ids))
+  gate, selected, local = (np.repeat(x, 2, axis=1) for x in reference.selection(scores, CONFIG.k, CONFIG.window, SEGMENTS))
+  weights = np.where(selected | local, np.exp(np.einsum("bihd,bjhd->bhij", query, np.repeat(key, 2, axis=2)) / 2), 0)
+  missing = (weights * np.where(local, 0, 1 - gate)).sum(-1) / weights.sum(-1)
+  np.testing.assert_allclose(loss, np.where(SEGMENTS[:, None] != 0, missing, 0).mean(1).sum(), rtol=1e-4)
+  assert loss > .1 and np.any(grads.pop("scorer")["linear"]["kernel"]) and not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("kind", ATTENTION_MODULES)

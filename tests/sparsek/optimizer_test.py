@@ -46,6 +46,15 @@ def test_one_update_is_adamw():
   np.testing.assert_allclose(updates["embedding"]["embedding"], -rate, rtol=1e-5)
 
 
+def test_scorers_have_a_rate_of_their_own():
+  grads = jax.tree.map(jnp.ones_like, PARAMS)
+  plain, faster = (make_optimizer(OptimizerConfig(scorer_lr_multiplier=multiplier)) for multiplier in (1., 3.))
+  (one, state), (other, _) = (optimizer.update(grads, optimizer.init(PARAMS), PARAMS) for optimizer in (plain, faster))
+  ratio = jax.tree.map(lambda x, y: float((y / x).max()), one, other)
+  assert ratio["layer"].pop("scorer") == {"slope": pytest.approx(3)} and all(x == 1 for x in jax.tree.leaves(ratio))
+  assert not jax.tree.leaves(state[4])
+
+
 def test_clipping_bounds_the_gradient_and_keeps_the_state_structure():
   config = OptimizerConfig(grad_clip=1.0, num_steps=200)
   clipped, unclipped = make_optimizer(config), make_optimizer(OptimizerConfig(grad_clip=0.0, num_steps=200))

@@ -100,6 +100,30 @@ def test_accumulation_equals_one_big_batch():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), accumulated_state.params, state.params)
 
 
+SELECTING = dataclasses.replace(CONFIG, attention="sparsek", k=2, window=2, implementation="reference")
+
+
+def test_noise_on_the_scores_derives_from_the_step_and_ends_with_training():
+  config = dataclasses.replace(SELECTING, scorer_noise=2.)
+  mesh, optimizer, batch = make_mesh(), make_optimizer(TRAIN.optimizer), example_batch()
+  step, params = make_train_step(config, TRAIN, optimizer, mesh), init_params(config, jax.random.key(0))
+
+  def loss_at(number):
+    copy = jax.device_put(jax.tree.map(jnp.copy, params), replicated(mesh))
+    return float(step(TrainState(jnp.int32(number), copy, optimizer.init(copy)), put_batch(mesh, batch))[1]["loss"])
+  losses = [loss_at(number) for number in (0, 1, 0, 1)]
+  assert losses[:2] == losses[2:] and losses[0] != losses[1]
+  heldout = [make_eval_step(c, 5, mesh)(params, put_batch(mesh, batch)) for c in (config, SELECTING)]
+  assert heldout[0][0] == heldout[1][0]
+
+
+def test_auxiliary_loss_of_scorers_is_a_mean_over_targets_beside_the_loss():
+  (_, plain), (_, with_it), (_, accumulated) = (one_step(dataclasses.replace(TRAIN, **change), SELECTING) for change in (
+      {}, dict(scorer_loss=3.), dict(scorer_loss=3., grad_accumulation=4)))
+  assert plain["loss"] == pytest.approx(with_it["loss"], rel=1e-6) and plain["grad_norm"] < .99 * with_it["grad_norm"] and 0 < with_it["scorer_loss"] < 1
+  assert accumulated == pytest.approx(with_it, rel=1e-5)
+
+
 def test_batch_must_divide_over_devices_and_accumulation():
   check_batch(make_mesh(), 8 * jax.device_count(), 8)
   with pytest.raises(UsageError, match="--batch_size=9 must be a multiple of"):

@@ -176,6 +176,16 @@ def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, 
   assert checkpoint.load_run_config(str(tmp_path))[0] == other
 
 
+def test_a_stage_stops_and_the_next_goes_on(finished, dataset, tmp_path):
+  """Stages that are alike log what one run does."""
+  workdir = str(tmp_path / "stages")
+  first = train.train(CONFIG, run_config(workdir, stop_at=3), dataset)
+  again = train.train(CONFIG, run_config(workdir, stop_at=3), dataset)
+  assert (first.step, first.stopped, again.already_complete) == (3, True, True)
+  assert train.train(CONFIG, run_config(workdir), dataset).step == 8
+  assert [record for record in logged(workdir)] == logged(finished[0])
+
+
 def test_another_architecture_is_refused_and_changes_nothing(finished, dataset):
   before = {name: os.path.getmtime(os.path.join(finished[0], name)) for name in ("model.json", "metrics.jsonl")}
   with pytest.raises(UsageError, match="--mlp_dim=16 here, 8 there"):
