@@ -1,7 +1,7 @@
 """What gates do to one tile of logits and to its gradients: shared by the kernels for GPUs and TPUs.
 
-With p_ij the softmax of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>, and
-that of a gate x_ij (with "key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). With a mask inside the softmax, where the logit is
+With p_ij the softmax of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>,
+and that of a gate x_ij (with "key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). With a mask inside the softmax, where the logit is
 s_ij + log g_ij, the gradient of a logit is `p_ij (<dO_i, v_j> - delta_i)`, and that of a gate 1 / g_ij times as much. It reaches the scores where
 0 < u_j - tau_i < 1.
 """

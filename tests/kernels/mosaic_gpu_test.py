@@ -15,7 +15,7 @@ import pytest
 import sparsek
 from sparsek.causal import select
 from sparsek.config import GATES
-from sparsek.kernels import cudnn, mosaic_backward, mosaic_gpu, mosaic_lanes, reference
+from sparsek.kernels import cudnn, gates, mosaic_backward, mosaic_gpu, mosaic_lanes, reference
 from sparsek.kernels.mosaic_common import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from sparsek.operator import document_bounds
@@ -108,8 +108,8 @@ def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
   (delta, lse), vjp = jax.vjp(lambda s, distance: out(s, distance, dp), s, distance)
   expected_s, expected_gate = vjp((jnp.ones(6), jnp.zeros(6)))
   probability = lambda logits: jnp.exp(logits * scale - lse[:, None])
-  p, g, weights = mosaic_backward.tile_weights(s, probability, lambda: distance, gate=gate, scale=scale)
-  ds, dgate = mosaic_backward.tile_gradients(s, p, g, dp, delta[:, None], lambda: distance, gate=gate, scale=scale)
+  p, g, weights = gates.tile_weights(s, probability, lambda: distance, gate=gate, scale=scale)
+  ds, dgate = gates.tile_gradients(s, p, g, dp, delta[:, None], lambda: distance, gate=gate, scale=scale)
   np.testing.assert_allclose(jnp.sum(weights * dp, axis=1), delta, rtol=1e-5)
   np.testing.assert_allclose(ds * scale, expected_s, atol=1e-5)
   np.testing.assert_allclose(dgate, expected_gate, atol=1e-4)

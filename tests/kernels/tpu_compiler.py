@@ -180,7 +180,8 @@ def row_of(chip, spec, gate="straight_through") -> dict:
   compiled = compile_attention(chip, spec, gate)
   ours, theirs = traffic(compiled), splash_traffic(spec)
   return {"chip": chip, "n": spec.n, "heads": spec.heads, "key_heads": spec.groups, "head_dim": spec.head_dim, "k": spec.k, "window": spec.window,
-          "gate": gate, "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, **ours, "splash_bytes": theirs["bytes"], "splash_flops": theirs["flops"],
+          "gate": gate, "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, **ours,
+          "splash_bytes": theirs["bytes"], "splash_flops": theirs["flops"],
           "splash_vmem_bytes": splash_vmem(chip, dataclasses.replace(spec, n=8192)),
           "bytes_over_splash": round(ours["bytes"] / theirs["bytes"], 3), "flops_over_splash": round(ours["flops"] / theirs["flops"], 3)}
 
@@ -188,7 +189,8 @@ def row_of(chip, spec, gate="straight_through") -> dict:
 def table(rows) -> str:
   return "\n".join(f"{row['chip']} n={row['n']} k={row['k']} window={row['window']}: VMEM {max(row['vmem_bytes']) / 2 ** 20:.1f} MiB (splash "
                    f"{max(row['splash_vmem_bytes']) / 2 ** 20:.1f}), {row['bytes'] / 1e9:.2f} GB = {row['bytes_over_splash']:.2f} splash, "
-                   f"{row['flops'] / 1e12:.2f} TFLOP = {row['flops_over_splash']:.2f} splash, temporary {row['temporary_bytes'] / 2 ** 20:.0f} MiB" for row in rows)
+                   f"{row['flops'] / 1e12:.2f} TFLOP = {row['flops_over_splash']:.2f} splash, temporary {row['temporary_bytes'] / 2 ** 20:.0f} MiB"
+                   for row in rows)
 
 
 def main() -> None:
