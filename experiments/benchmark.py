@@ -13,7 +13,7 @@ import functools
 import json
 import os
 
-from experiments.suites import flag, jobs, names, problems
+from experiments.suites import FLAGS, flag, jobs, names, problems
 from sparsek import benchmark_report, flags, measure, measure_train, train_report, transformers_llama
 from sparsek.errors import RunError, UsageError
 
@@ -47,7 +47,7 @@ def run(path):
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
   kinds = names("rivals", (*measure_train.KINDS, *transformers_llama.KINDS)) if of_train and flag("rivals") else measure_train.kinds_here()
   others = measure_train.measure_transformers(chosen, kinds, flag("max_transformers"), flag("rounds"), say) if of_train else {}
-  record = {"suite": flag("suite"), **measure.environment(), "flags": flags.into_string().split(), "errors": None}
+  record = {"suite": flag("suite"), **measure.environment(), "flags": flags.into_string(FLAGS).split(), "errors": None}
   kept = train_report.rows_to_keep(old, record) if old else []
 
   def save(**more):
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  flags.run(main, FLAGS)

@@ -1,13 +1,15 @@
 """What the flags of experiments.benchmark ask to measure."""
 
+from absl import flags as absl_flags
+
 from sparsek import flags, measure, measure_train
 from sparsek.config import preset
 from sparsek.errors import UsageError
 from sparsek.kernels.cudnn import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 
-flags.define_benchmark_flags()
-FLAGS = flags.FLAGS
+FLAGS = absl_flags.FlagValues()  # apart from those of pretraining, whose defaults are others
+flags.define_benchmark_flags(FLAGS)
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")     # of measure.Problem, named like their flags
 K = WINDOW = 128                 # where --suite=attention is not told
 

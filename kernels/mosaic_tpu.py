@@ -44,7 +44,7 @@ def tiling(n: int, heads: int, dim: int, k: int) -> Tiling:
   rows = min(ROWS, _up(n), max(LANES, MOST // (heads * dim) // LANES * LANES))
   count = -(-n // rows)
   most = max(1, min(QUERIES, MOST // (heads * dim)) // rows)
-  parts = min(most, count) if count >= 8 else max(p for p in range(1, most + 1) if count % p == 0)        # short rows are not padded much
+  parts = max(p for p in range(1, most + 1) if -count % p <= count / 8)     # so that little is padding
   return Tiling(queries=parts * rows, rows=rows, keys=rows, listed=min(LISTED, _up(k)))
 
 

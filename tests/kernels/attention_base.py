@@ -143,17 +143,24 @@ class AttentionTest:
       alone = self.attend(spec, "value")(*(x[:, part] for x in inputs))
       assert self.close(packed[:, part], alone)
 
-  def test_transformations(self):
+  @pytest.fixture
+  def batch_of_two(self):
+    """(inputs, cotangent, attention, loss, its gradients) of two rows."""
     spec = specs.Spec("vmap", n=80, batch=2, k=8, window=8)
     inputs, cotangent, _ = self.problem(spec)
-    loss = lambda *x: jnp.sum(cotangent[:x[0].shape[0]] * self.attend(spec, "value")(*x))
-    grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))
-    plain = grad(loss)(*inputs)
-    for x, y in zip(grad(jax.checkpoint(loss))(*inputs), plain):
+    attention = self.attend(spec, "value")
+    loss = lambda *x: jnp.sum(cotangent * attention(*x))
+    return inputs, cotangent, attention, loss, jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*inputs)
+
+  def test_remat(self, batch_of_two):
+    inputs, _, _, loss, plain = batch_of_two
+    for x, y in zip(jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2, 3)))(*inputs), plain):
       assert self.close(x, y)
-    one = lambda *x: self.attend(spec, "value")(*(y[None] for y in x))[0]
-    mapped = lambda *x: jnp.sum(cotangent * jax.vmap(one)(*x))
-    for x, y in zip(grad(mapped)(*inputs), plain):
+
+  def test_vmap(self, batch_of_two):
+    inputs, cotangent, attention, _, plain = batch_of_two
+    mapped = lambda *x: jnp.sum(cotangent * jax.vmap(lambda *x: attention(*(y[None] for y in x))[0])(*x))
+    for x, y in zip(jax.jit(jax.grad(mapped, argnums=(0, 1, 2, 3)))(*inputs), plain):
       assert self.close(x, y)
 
   def test_shard_map(self):
@@ -167,8 +174,9 @@ class AttentionTest:
       assert self.close(x, y)
 
   def test_repeats_to_the_bit(self):
-    inputs, cotangent, ids = self.problem(PLAIN)
-    first, second = (output_and_gradients(self.attend(PLAIN, "value", ids), inputs, cotangent) for _ in range(2))
+    inputs, cotangent, _ = self.problem(PLAIN)
+    run = jax.jit(lambda *inputs: jax.vjp(self.attend(PLAIN, "value"), *inputs[:-1])[1](inputs[-1]))
+    first, second = (run(*inputs, cotangent) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
   def test_scores_of_minus_infinity(self):

@@ -121,7 +121,7 @@ def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
 @pytest.mark.parametrize("name", mosaic_interpreted.CASES)
 def test_interpreted_kernels_match_the_truth(name):
   """In a process of its own: with fewer devices than threads the interpreter waits for itself."""
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  environment = {**os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.kernels.mosaic_interpreted", name]
   done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
   assert done.returncode == 0, done.stderr

@@ -15,8 +15,7 @@ from sparsek.kernels import compaction, mosaic_tpu
 from sparsek.kernels.specs import SPECS, Spec
 from tests.kernels.attention_base import ARGUMENTS, AttentionTest, output_and_gradients, problem, relative_error
 
-INTERPRETED = ("plain", "grouped_heads", "documents", "one_token", "window_0", "k_beyond_n", "window_beyond_n", "long_window", "documents_window_0", "ties",
-               "huge", "head_dim_256", "bfloat16")
+INTERPRETED = ("grouped_heads", "documents", "one_token", "window_0", "k_beyond_n", "window_beyond_n", "ties", "huge", "head_dim_256", "bfloat16")
 
 
 @pytest.fixture
@@ -38,6 +37,10 @@ class TestMosaicTpu(AttentionTest):
   gates = ("key_value",)                                   # goes through everything
   tolerance_16 = 1e-2                                      # softmax weights are rounded too
   tolerance_from_16 = 2e-3
+
+  @pytest.mark.skip(reason="the interpreter's callbacks cannot be computed again; tpu_compile_test.py compiles a training step with remat")
+  def test_remat(self):
+    pass
 
   @pytest.mark.parametrize("spec", [
       Spec("several_blocks", n=760, k=140, window=40, documents=(450, 3, 200)),

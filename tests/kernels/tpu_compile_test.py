@@ -21,18 +21,11 @@ if importlib.util.find_spec("libtpu") is None:
 
 
 @pytest.mark.parametrize("chip", tpu_compiler.TOPOLOGIES)
-@pytest.mark.parametrize("spec", tpu_compiler.RECORDED[:2], ids=lambda spec: spec.name)
-def test_moves_and_computes_no_more_than_splash_and_a_half(chip, spec):
+@pytest.mark.parametrize("spec", tpu_compiler.RECORDED, ids=lambda spec: spec.name)
+def test_moves_and_computes_at_most_splash_and_a_half(chip, spec):
   row = tpu_compiler.row_of(chip, spec)
   print(tpu_compiler.table([row]))
   assert row["bytes_over_splash"] <= 1.5 and row["flops_over_splash"] <= 1.5 and len(row["vmem_bytes"]) == 3
-
-
-@pytest.mark.parametrize("spec", tpu_compiler.RECORDED[2:], ids=lambda spec: spec.name)
-def test_long_rows_compile(spec):
-  row = tpu_compiler.row_of("v5e", spec)
-  print(tpu_compiler.table([row]))
-  assert row["bytes_over_splash"] <= 1.5 and row["flops_over_splash"] <= 1.5
 
 
 @pytest.mark.parametrize("spec, gate", [pytest.param(spec, gate, id=f"{spec.name}-{gate}") for spec, gate in (

@@ -142,7 +142,7 @@ def evaluated():
 def test_two_devices_compute_what_one_does(tmp_path):
   script = ("import json, sys; sys.path.insert(0, '.'); import jax; assert jax.device_count() == 2; "
             "from tests.sparsek import train_step_test as test; print(json.dumps({**test.one_step()[1], **test.evaluated()}))")
-  env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+  env = {**os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stderr
   expected = {**one_step()[1], **evaluated()}
