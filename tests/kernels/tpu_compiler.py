@@ -33,7 +33,7 @@ SPLASH_BLOCK = 512                       # of queries and of keys, forward and b
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 VMEM = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
 FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "iota", "while", "conditional",
-        "copy-start", "copy-done")       # to VMEM: counted where it is read
+        "copy-start", "copy-done", "slice-start", "slice-done")          # to VMEM: counted where it is read
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def traffic(compiled) -> dict:
         condition = computations[re.search(r"condition=%?([\w.\-]+)", line)[1]]
         trips = max(int(x) for *_, line_of_condition in condition for x in re.findall(r"constant\((\d+)\)", line_of_condition))
         count(re.search(r"body=%?([\w.\-]+)", line)[1], times * trips)
-      if operation in FREE:
+      if operation in FREE or (operation == "custom-call" and "tpu_custom_call" not in line):            # the latter are bitcasts and hints
         continue
       moved = _size(result_type) + sum(_size(types.get(x, "")) for x in operands)
       kind = "other_bytes"
@@ -144,8 +144,12 @@ def splash(n, budget, block=SPLASH_BLOCK):
 def splash_traffic(spec, block=SPLASH_BLOCK) -> dict:
   """Bytes and FLOPs of its kernels, forward and backward: the blocks that its mask visits, each with all products, and what its grids fetch.
 
-  It states no cost to the compiler, so this is counted from the tables it prefetches; the output's product with its gradient is added.
+  It states no cost to the compiler, so this is counted from the tables it prefetches; the output's product with its gradient is added. Every block of queries
+  after the first windows visits as many, so long rows, whose tables take minutes, follow from shorter ones.
   """
+  if spec.n > 16384:
+    short, long = (splash_traffic(dataclasses.replace(spec, n=n), block) for n in (8192, 16384))
+    return {key: short[key] + (long[key] - short[key]) * (spec.n - 8192) // 8192 for key in short}
   kernel = splash(spec.n, spec.k + spec.window, block)
   row = spec.head_dim * jnp.dtype(spec.dtype).itemsize
 
@@ -168,7 +172,7 @@ def splash_vmem(chip, spec) -> list:
     out, vjp = jax.vjp(splash(spec.n, spec.k + spec.window), query, key, value)
     return out, vjp(cotangent)
   text = compile_for(chip, run, *[shape] * 4).as_text()
-  return [int(re.search(VMEM, line)[1]) for line in text.splitlines() if "tpu_custom_call" in line]
+  return [int(size) for size in re.findall('"tpu_custom_call".*?' + VMEM, text, re.DOTALL)]
 
 
 RECORDED = tuple(Spec(f"n={n}, k={k}, window={window}", n=n, heads=8, groups=8, head_dim=128, k=k, window=window, dtype="bfloat16")
