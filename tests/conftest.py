@@ -1,6 +1,7 @@
 """Settings of the whole test suite."""
 
 import importlib.metadata
+import importlib.util
 import os
 
 # Compiling costs far more than running here: optimise little, and compile each function once over all test processes and the commands they start.
@@ -9,8 +10,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")):        # XLA aborts where it does not know a flag; these know it
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"           # which compile twice as long
+# Fusions made by other means compile twice as fast. XLA aborts where it does not know a flag: these versions for CPUs know it, plugins may not.
+plugins = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) and not plugins:
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
