@@ -15,7 +15,7 @@ from .saved import saved
 from .tpu_kernels import LANES, Bounds, Keys, Outputs, Queries, Static, Tiling
 from .varying import over_batch, varying_like
 
-ROWS, KEYS, LISTED = 512, 512, 512       # of the matrices that are multiplied: a square of 512 fills 1 MiB in float32
+ROWS, LISTED = 512, 512                  # of the matrices that are multiplied: a square of 512 fills 1 MiB in float32
 QUERIES = 2048                           # of a block: longer ones gather less and need more memory
 MOST = 2 ** 20                           # numbers of a block's queries, all query heads of a key head together
 MOST_HEAD_DIM = 256

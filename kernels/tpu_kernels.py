@@ -130,7 +130,7 @@ class Grid:
   """Sizes, and which blocks of the arrays a program sees. Programs have the axes (batch row, key head, block of queries, step)."""
 
   def __init__(self, queries: Queries, listed: Keys | None, near: Keys, static: Static):
-    self.static, self.listed = static, listed
+    self.static = static
     self.batch, self.groups, self.heads, _, self.rows, self.dim = queries.query.shape
     self.n, tiling = near.key.shape[2] * near.key.shape[3], static.tiling
     self.queries, self.keys = tiling.queries, tiling.keys
@@ -167,7 +167,7 @@ class Grid:
     return Queries(spec(heads_matrix), spec(row), spec(row, by_group=False)), Outputs(spec(heads_matrix), spec(heads_row), spec(heads_row))
 
   def key_specs(self, size, tile, tiles=None):
-    """Of Keys: tile(b, g, i, t, bounds) of `size` keys, or so many `tiles`, from that many times as many on."""
+    """Of Keys: the tile of `size` keys with the number tile(b, g, i, t, bounds); with `tiles` the group of so many that has this number."""
     index = lambda b, g, i, t, *bounds: (b, g, tile(b, g, i, t, Bounds(*bounds)), 0, 0)
     matrix, row = (pl.BlockSpec((None, None, tiles, *shape), index) for shape in ((size, self.dim), (1, size)))
     return Keys(matrix, matrix, row, row)

@@ -113,8 +113,3 @@ def summed_losses(config: TransformerConfig, params, batch: Batch, chunk: int, p
   hidden = hidden.reshape(-1, hidden.shape[-1])
   unread = sum(map(jnp.sum, jax.tree.leaves(left)), jnp.zeros(())) / max(config.layer_kinds.count("sparsek"), 1)
   return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk), unread
-
-
-def summed_loss(*args, **kwargs) -> jax.Array:
-  """The first of `summed_losses`."""
-  return summed_losses(*args, **kwargs)[0]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
-from sparsek.loss import next_token_targets, summed_loss, summed_losses
+from sparsek.loss import next_token_targets, summed_losses
 from sparsek.model import Transformer, layer_params
 from sparsek.optimizer import learning_rate_schedule, trainable_mask
 
@@ -134,9 +134,9 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 
 
 def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh, packed: bool = True) -> Callable:
-  """Compiles (params, batch) -> (summed loss in nats, number of counted targets); `packed` as in `summed_loss`."""
+  """Compiles (params, batch) -> (summed loss in nats, number of counted targets); `packed` as in `summed_losses`."""
   def local_loss(params, batch):
-    return jax.lax.psum(summed_loss(config, params, batch, loss_chunk, packed), BATCH), _num_targets(batch)
+    return jax.lax.psum(summed_losses(config, params, batch, loss_chunk, packed)[0], BATCH), _num_targets(batch)
 
   return jax.jit(jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
 

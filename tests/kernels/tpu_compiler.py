@@ -133,35 +133,36 @@ def traffic(compiled) -> dict:
 
 
 @functools.cache
-def splash(n, budget, block=SPLASH_BLOCK):
+def splash(n, budget):
   """Splash attention of one head with a window of `budget`."""
+  block = SPLASH_BLOCK
   sizes = splash_attention_kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
                                              block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
   mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.LocalMask((n, n), (budget - 1, 0), 0)])
   return splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
 
 
-def splash_traffic(spec, block=SPLASH_BLOCK) -> dict:
+def splash_traffic(spec) -> dict:
   """Bytes and FLOPs of its kernels, forward and backward: the blocks that its mask visits, each with all products, and what its grids fetch.
 
   It states no cost to the compiler, so this is counted from the tables it prefetches; the output's product with its gradient is added. Every block of queries
   after the first windows visits as many, so long rows, whose tables take minutes, follow from shorter ones.
   """
   if spec.n > 16384:
-    short, long = (splash_traffic(dataclasses.replace(spec, n=n), block) for n in (8192, 16384))
+    short, long = (splash_traffic(dataclasses.replace(spec, n=n)) for n in (8192, 16384))
     return {key: short[key] + (long[key] - short[key]) * (spec.n - 8192) // 8192 for key in short}
-  kernel = splash(spec.n, spec.k + spec.window, block)
+  kernel = splash(spec.n, spec.k + spec.window)
   row = spec.head_dim * jnp.dtype(spec.dtype).itemsize
 
   def visited(info, transpose):
     order, mask = (np.asarray(x)[0].T if transpose else np.asarray(x)[0] for x in (info.data_next, info.block_mask))
     fetched = 1 + int(np.count_nonzero(np.diff(order.reshape(-1).astype(np.int64))))
-    return int(np.count_nonzero(mask)), fetched * block
+    return int(np.count_nonzero(mask)), fetched * SPLASH_BLOCK
   (forward, forward_rows), (dq, dq_rows), (dkv, dkv_rows) = (
       visited(info, transpose) for info, transpose in ((kernel.fwd_mask_info, False), (kernel.dq_mask_info, False), (kernel.dkv_mask_info, True)))
   rows = (2 * spec.n + 2 * forward_rows) + (3 * spec.n + 2 * dq_rows) + (4 * spec.n + 2 * dkv_rows) + 2 * spec.n
   products = 2 * forward + 3 * dq + 4 * dkv
-  return {"bytes": spec.batch * spec.heads * rows * row, "flops": spec.batch * spec.heads * 2 * products * block * block * spec.head_dim}
+  return {"bytes": spec.batch * spec.heads * rows * row, "flops": spec.batch * spec.heads * 2 * products * SPLASH_BLOCK ** 2 * spec.head_dim}
 
 
 def splash_vmem(chip, spec) -> list:
