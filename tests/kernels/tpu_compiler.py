@@ -33,7 +33,9 @@ SPLASH_BLOCK = 512                       # of queries and of keys, forward and b
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 VMEM = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
 FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "iota", "while", "conditional",
-        "copy-start", "copy-done", "slice-start", "slice-done")          # to VMEM: counted where it is read
+        "copy-start", "copy-done", "slice-start", "slice-done",          # to VMEM: counted where it is read
+        "call-done")                                                     # waits for a SparseCore's gather or scatter
+OFFLOADED = ("call-start", "call-update")                                # to a SparseCore, which works beside the TensorCore; from libtpu 0.0.50 on
 
 
 @functools.cache
@@ -121,7 +123,9 @@ def traffic(compiled) -> dict:
         totals["vmem_bytes"].append(int(re.search(VMEM, line)[1]))
       elif "gather" in result and operation == "fusion":
         kind, moved = "gather_bytes", 2 * _size(result_type)
-      elif "scatter" in result and operation == "fusion":
+      elif "gather" in result and operation in OFFLOADED:                # their type lists the operands, then the result
+        kind, moved = "gather_bytes", 2 * (_size(result_type) - sum(_size(types.get(x, "")) for x in operands))
+      elif "scatter" in result and operation in ("fusion", *OFFLOADED) and len(operands) > 2:
         *_, rows, _ = sorted(_size(types.get(x, "")) for x in operands)  # the largest is what they are added to
         kind, moved = "scatter_bytes", 3 * rows
       elif "dynamic-update-slice" in line or "dynamic_update_slice" in line:
