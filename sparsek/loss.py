@@ -35,10 +35,20 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:]) for a in arrays)
 
 
+def _logsumexp(logits_CxV):
+  """In one pass, where `jax.nn.logsumexp` reads all logits twice: pairs of a maximum m and a sum of exp(x - m) are joined into larger ones."""
+  def join(a, b):
+    highest = jnp.maximum(a[0], b[0])
+    part = lambda maximum, total: total * jnp.exp(jnp.where(maximum == highest, 0., maximum - highest))      # also where both are -inf
+    return highest, part(*a) + part(*b)
+  maximum_C, total_C = jax.lax.reduce((logits_CxV, jnp.ones_like(logits_CxV)), (-jnp.inf, 0.), join, (1,))
+  return maximum_C + jnp.log(total_C)
+
+
 def _chunk_loss(hidden_CxE, matrix_ExV, targets_C, counted_C):
   """Summed loss, and the logits and logsumexp it came from."""
   logits_CxV = hidden_to_logits(hidden_CxE, matrix_ExV)
-  logsumexp_C = jax.nn.logsumexp(logits_CxV, axis=-1)
+  logsumexp_C = _logsumexp(logits_CxV)
   target_logit_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
   return jnp.sum(jnp.where(counted_C, logsumexp_C - target_logit_C, 0.0)), logits_CxV, logsumexp_C
 

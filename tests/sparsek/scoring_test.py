@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsek.operator import sparsek
-from sparsek.scoring import ScoringNetwork, fixed_noise, position_in_document, running_moments
+from sparsek.scoring import ScoringNetwork, exact_product, fixed_noise, position_in_document, running_moments
 from tests.sparsek.helpers import quick_jit
 
 LENGTH, WIDTH, HEADS = 20, 8, 2
@@ -136,7 +136,21 @@ def test_scores_are_float32_in_bfloat16():
   scores = scores_of("conv")(variables("conv"), hidden().astype(jnp.bfloat16), None)
   assert scores.dtype == jnp.float32
   exact = scores_of("conv")(variables("conv"), hidden().astype(jnp.bfloat16).astype(jnp.float32), None)
-  np.testing.assert_allclose(scores, exact, atol=1e-6)
+  np.testing.assert_allclose(scores, exact, atol=1e-5)                    # two roundings of float32; bfloat16's would be 1e-2
+
+
+def test_exact_product_is_one_of_float32():
+  keys = jax.random.split(jax.random.key(4), 3)
+  x, kernel, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, ((2, 300, 40), (40, 3), (2, 300, 3))))
+  x = x.astype(jnp.bfloat16)
+  out, vjp = quick_jit(lambda x, kernel: jax.vjp(exact_product, x, kernel))(x, kernel)
+  d_x, d_kernel = vjp(cotangent)
+  wide = lambda *arrays: (np.asarray(a.astype(jnp.float32), np.float64) for a in arrays)
+  error = lambda a, b: np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))
+  x64, kernel64, cotangent64 = wide(x, kernel, cotangent)
+  assert out.dtype == d_kernel.dtype == jnp.float32 and d_x.dtype == jnp.bfloat16
+  assert error(out, x64 @ kernel64) < 1e-6 and error(d_kernel, np.einsum("bne,bnc->ec", x64, cotangent64)) < 1e-6
+  assert error(d_x.astype(jnp.float32), cotangent64 @ kernel64.T) < 2 ** -8
 
 
 def test_random_scores_are_fixed_noise():
