@@ -37,40 +37,66 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
   return Moments(count, a.mean + delta * share, a.deviation + b.deviation + delta**2 * a.count * share)
 
 
-def running_sums(x: jax.Array, start: jax.Array, block: int = 32) -> jax.Array:
-  """Sums over the tokens start_i..i, [..., n]; x is [..., n] and start [..., n] never decreases along a row and broadcasts to x.
+def _prefixes(arrays, start: jax.Array, join, block: int = 32):
+  """What `join`, associative and with zeros as its neutral element, makes of the tokens start_i..i, in order.
 
-  Sums inside blocks, to which each adds what the blocks before it hold of its document: three levels for 32768 tokens, where a scan by doubling would take 15.
+  Joins inside blocks, to which each adds what the blocks before it hold of its document: three levels for 32768 tokens, where a scan by doubling would take 15.
+
+  Args:
+    arrays: tuple of float32 [..., n].
+    start: [..., n], broadcasts to them; never decreases along a row.
+    join: two such tuples, the earlier first -> one.
   """
-  n = x.shape[-1]
-  block, padding = min(block, n), [(0, 0)] * (x.ndim - 1)
+  n = arrays[0].shape[-1]
+  block, padding = min(block, n), [(0, 0)] * (arrays[0].ndim - 1)
   size = -(-n // block)
   blocks = lambda x, **kwargs: jnp.pad(x, (*padding[:x.ndim - 1], (0, size * block - n)), **kwargs).reshape(*x.shape[:-1], size, block)
-  x, start = blocks(x), blocks(start, mode="edge")
+  arrays, start = tuple(map(blocks, arrays)), blocks(start, mode="edge")
   token = jnp.arange(size * block, dtype=jnp.int32).reshape(size, block)
-  summed = (token[:, None, :] <= token[:, :, None]) & (token[:, None, :] >= start[..., None])
-  sums = jnp.sum(jnp.where(summed, x[..., None, :], 0), axis=-1)
+  joined = (token[:, None, :] <= token[:, :, None]) & (token[:, None, :] >= start[..., None])
+  masked = tuple(jnp.where(joined, x[..., None, :], 0) for x in arrays)
+  found = tuple(jax.lax.reduce(masked, (0.,) * len(arrays), join, (masked[0].ndim - 1,)))
   if size > 1:
-    before = running_sums(sums[..., -1], start[..., -1] // block, block)
-    before = jnp.pad(before[..., :-1], (*padding, (1, 0)))
-    sums += jnp.where(start < token[:, :1], before[..., None], 0)
-  return sums.reshape(*sums.shape[:-2], -1)[..., :n]
+    before = _prefixes(tuple(x[..., -1] for x in found), start[..., -1] // block, join, block)
+    before = (jnp.pad(x[..., :-1], (*padding, (1, 0)))[..., None] for x in before)
+    found = join(tuple(jnp.where(start < token[:, :1], x, 0) for x in before), found)
+  return tuple(x.reshape(*x.shape[:-2], -1)[..., :n] for x in found)
 
 
-def running_moments(logits_BxNxG: jax.Array, counted_BxN: jax.Array, start_BxN: jax.Array) -> Moments:
-  """Moments of the counted logits from token `start` up to each token, itself included: [B, N, 1 or G] each.
+@jax.custom_vjp
+def running_moments(logits_BxNxG: jax.Array, counted_BxN: jax.Array, start_BxN: jax.Array, end_BxN: jax.Array) -> Moments:
+  """Moments of the counted logits from the document's first token up to each token, itself included: [B, N, G] each.
 
-  Sums of deviations from the document's first logit, then of squared deviations from the mean so far (Welford 1962): a common offset costs no digits.
+  start, end: as of `document_bounds`. Summed are deviations from the document's first logit, joined by `merge_moments`: a common offset costs no digits.
   """
-  heads_first, start_Bx1xN = lambda x: jnp.swapaxes(x, 1, 2), start_BxN[:, None]
-  counted = heads_first(counted_BxN[..., None].astype(jnp.float32))
-  first = jax.lax.stop_gradient(jnp.take_along_axis(logits_BxNxG, start_BxN[..., None], axis=1))    # moments about it do not depend on it
-  offset = heads_first(logits_BxNxG - first) * counted
-  count = running_sums(counted, start_Bx1xN)
-  mean = running_sums(offset, start_Bx1xN) / jnp.maximum(count, 1)
-  # With m before token j and m' after it, (x - m) (x - m') = (x - m')^2 count / (count - 1): 0 at the first.
-  square = (offset - mean) ** 2 * counted * jnp.where(count > 1, count / jnp.maximum(count - 1, 1), 0)
-  return Moments(*map(heads_first, (count, mean + heads_first(first), running_sums(square, start_Bx1xN))))
+  return _running_moments_fwd(logits_BxNxG, counted_BxN, start_BxN, end_BxN)[0]
+
+
+def _running_moments_fwd(logits_BxNxG, counted_BxN, start_BxN, end_BxN):
+  logits_BxGxN, start_Bx1xN = jnp.swapaxes(logits_BxNxG, 1, 2), start_BxN[:, None]
+  counted_BxGxN = jnp.broadcast_to(counted_BxN[:, None].astype(jnp.float32), logits_BxGxN.shape)
+  first_BxGxN = jnp.take_along_axis(logits_BxGxN, start_Bx1xN, axis=-1)
+  offset_BxGxN = (logits_BxGxN - first_BxGxN) * counted_BxGxN
+  count, mean, deviation = _prefixes((counted_BxGxN, offset_BxGxN, jnp.zeros_like(offset_BxGxN)), start_Bx1xN,
+                                     lambda a, b: tuple(merge_moments(Moments(*a), Moments(*b))))
+  moments = Moments(*(jnp.swapaxes(x, 1, 2) for x in (count, mean + first_BxGxN, deviation)))
+  return moments, (offset_BxGxN, counted_BxGxN, count, mean, end_BxN)
+
+
+def _running_moments_bwd(residuals, cotangent):
+  """With m_i the mean of c_i logits: dm_i / dx_j = 1 / c_i, and the deviation's derivative is 2 (x_j - m_i), for counted j of the document up to i.
+
+  So dx_j = sum over i >= j of (dmean_i / c_i - 2 ddev_i m_i) + x_j sum of 2 ddev_i: two sums from the end on, x and m about the document's first logit.
+  """
+  offset, counted, count, mean, end_BxN = residuals
+  of_mean, of_deviation = (jnp.swapaxes(c, 1, 2) for c in (cotangent.mean, 2 * cotangent.deviation))
+  sums = of_mean / jnp.maximum(count, 1) - of_deviation * mean, of_deviation
+  from_end = (offset.shape[-1] - end_BxN)[:, None, ::-1]
+  constant, slope = (x[..., ::-1] for x in _prefixes(tuple(x[..., ::-1] for x in sums), from_end, lambda a, b: tuple(map(jnp.add, a, b))))
+  return jnp.swapaxes(counted * (constant + offset * slope), 1, 2), None, None, None
+
+
+running_moments.defvjp(_running_moments_fwd, _running_moments_bwd)
 
 
 def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int) -> jax.Array:
@@ -104,7 +130,7 @@ def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """x W in float32, of x [..., E] bfloat16 and W [E, C] float32: as exact as in float32, at the speed of a bfloat16 product.
 
   W is the sum of three bfloat16 matrices; products of two bfloat16 numbers are exact in float32, in which they are summed (Henry, Tang and Heinecke 2019,
-  arXiv 1904.06376). So is the gradient of W; that of x is rounded to bfloat16 anyway, and two parts of each factor suffice.
+  arXiv 1904.06376). So is the gradient of W; that of x is, as in other products, one with W rounded to bfloat16.
   """
   return _sum_of_parts(jnp.matmul(x, jnp.concatenate(_parts(kernel), axis=-1), preferred_element_type=jnp.float32))
 
@@ -115,11 +141,9 @@ def _exact_product_fwd(x, kernel):
 
 def _exact_product_bwd(residuals, d_out):
   x, kernel = residuals
-  outs = _parts(d_out)
-  rows = "...e,...c->ec"
-  d_kernel = _sum_of_parts(jnp.einsum(rows, x, jnp.concatenate(outs, axis=-1), preferred_element_type=jnp.float32))
-  high, low, _ = _parts(kernel)
-  d_x = jnp.matmul(jnp.concatenate([outs[0], outs[1], outs[0]], axis=-1), jnp.concatenate([high, high, low], axis=-1).T, preferred_element_type=jnp.float32)
+  d_parts = jnp.concatenate(_parts(d_out), axis=-1)
+  d_kernel = _sum_of_parts(jnp.einsum("...e,...c->ec", x, d_parts, preferred_element_type=jnp.float32))
+  d_x = jnp.matmul(d_parts, jnp.tile(kernel.astype(x.dtype), 3).T, preferred_element_type=jnp.float32)
   return d_x.astype(x.dtype), d_kernel
 
 
@@ -231,7 +255,7 @@ class ScoringNetwork(nn.Module):
     position_BxN = position_in_document(segment_ids, batch, length)
     if self.kind == "random":
       return self._random_scores(layer, position_BxN)
-    start_BxN = jnp.arange(length, dtype=jnp.int32) - position_BxN
+    start_BxN, end_BxN = document_bounds(segment_ids, batch, length)
     logits_BxNxG = self.linear(x_BxNxE)
     if self.kind == "conv":
       pad = ((0, 0), (self.lookback, self.lookahead))
@@ -241,7 +265,7 @@ class ScoringNetwork(nn.Module):
       logits_BxNxG += self._convolve(self._taps(channels, length) * same_BxNxT[..., None])
     if not self.normalize:
       return self._scores(logits_BxNxG, position_BxN, layer)
-    return self._scores(logits_BxNxG, position_BxN, layer, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN))
+    return self._scores(logits_BxNxG, position_BxN, layer, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN, end_BxN))
 
   def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0) -> tuple[jax.Array, ScorerState]:
     """Scores that become final with a chunk of C further tokens of one endless document.
@@ -266,7 +290,7 @@ class ScoringNetwork(nn.Module):
     if not self.normalize:
       return self._scores(logits_BxCxG, position_BxC, layer), state
     before = Moments(jnp.maximum(seen - self.delay, 0).astype(jnp.float32), state.mean[:, None], state.deviation[:, None])
-    chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros_like(position_BxC))
+    chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros_like(position_BxC), jnp.full_like(position_BxC, length))
     moments = merge_moments(before, chunk)
     return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(mean=moments.mean[:, -1], deviation=moments.deviation[:, -1])
 
