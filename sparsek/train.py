@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, flops, pretrained, run_directory
+from sparsek import checkpoint, flops, pretrained, run_directory, trace
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
@@ -61,7 +61,10 @@ class StopSignal:
 
 
 class Profile:
-  """A trace of some steps for TensorBoard or Perfetto, under WORKDIR/profile. The devices are waited for before its first and after its last step."""
+  """A trace of some steps for TensorBoard or Perfetto, under WORKDIR/profile, and what it says of an accelerator's time.
+
+  The devices are waited for before its first and after its last step.
+  """
 
   def __init__(self, workdir: str, steps: tuple[int, int] | None):
     self.folder, self._running = os.path.join(workdir, "profile"), False
@@ -82,6 +85,8 @@ class Profile:
     if self.ends_at(step):
       self.stop()
       say(f"a trace of steps {self._first} to {self._last} is in {self.folder}")
+      for line in trace.table(trace.kernels(self.folder), self._last - self._first + 1):
+        say(line)
 
   def stop(self) -> None:
     """Also ends a trace whose last step is not reached."""
