@@ -58,6 +58,6 @@ def problems():
 
 def jobs():
   """What the flags ask to train."""
-  overrides = {name: flag(name) for name in ("k", "window", "gate", "dtype", "implementation", "remat") if flag(name) is not None}
+  overrides = {name: flag(name) for name in ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope") if flag(name) is not None}
   config = preset(flag("preset", "gpt2_small"), vocab_size=flag("vocab_size"), **overrides)
   return [measure_train.Job(config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk")) for n in lengths()]

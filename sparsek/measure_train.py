@@ -136,6 +136,7 @@ def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10,
       say(f"n={job.n}, {kind}: " + (cell.failed or f"compiled in {cell.compile_seconds:.0f} s, {cell.inner} steps a sample"))
     size = count_params(abstract_params(dataclasses.replace(job.config, attention="full"))) / 1e6
     fields = {"model": f"{size:.0f}M parameters, {job.config.dtype}", "k": job.config.k, "window": job.config.window, "remat": job.config.remat,
+              "scorer_init_slope": job.config.scorer_init_slope,
               **{name: getattr(job, name) for name in ("n", "batch_size", "documents", "loss_chunk")}}
     for done in run_rounds(list(cells.values()), rounds, seconds):
       row = {**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()} | other}
