@@ -231,8 +231,8 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
                 "layer). Default: all; xla only beside another implementation.")
   define.choice("preset", None, list(config_lib.PRESETS), "Model to train. Default: gpt2_small.")
   define.number("vocab_size", 32768, "Of the model to train.", lower=1)
-  define.number("scorer_init_slope", None, "Of the model to train, which scores as a new one does: more tokens enter the selection at 1 than at 0, as in the recipes "
-                "for long contexts. Default: the preset's.", kind=float)
+  define.number("scorer_init_slope", None, "Of the model to train, a new one: at 1 more tokens enter the selection than at 0, as in the recipes for long "
+                "contexts. Default: the preset's.", kind=float)
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass of the model recomputes. Default: none.")
   define.number("batch_size", None, "Rows per training step. Default: 1.", lower=1)
   define.number("documents", 1, "Documents per row: half of it, a quarter, and so on.", lower=1)
