@@ -86,6 +86,11 @@ def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int
   return jax.scipy.special.ndtri(uniform)
 
 
+def slice_rows(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+  """x [B, N, ...] -> [B, length, ...]: of each row the places start [B] .. start + length - 1."""
+  return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))(x, start)
+
+
 class ScorerState(NamedTuple):
   """What a stream of chunks carries; its size depends on the configuration only.
 
@@ -192,33 +197,40 @@ class ScoringNetwork(nn.Module):
       return self._scores(logits_BxNxG, position_BxN, layer)
     return self._scores(logits_BxNxG, position_BxN, layer, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN))
 
-  def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0) -> tuple[jax.Array, ScorerState]:
+  def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0,
+             count: jax.Array | None = None) -> tuple[jax.Array, ScorerState]:
     """Scores that become final with a chunk of C further tokens of one endless document.
 
     Args:
       x_BxCxE: hidden states of the tokens at positions seen .. seen + C - 1.
       state: what the previous call returned; `initial_state` at first.
-      seen: int32 scalar, tokens before this chunk.
+      seen: int32 [B], or a scalar for all rows, tokens before this chunk.
+      layer: index of the layer, the salt of the fixed noise.
+      count: int32 [B], how many of a row's C tokens there are; what follows them is not read. None: all.
     Returns:
-      [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where negative), and the next state.
+      [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where negative, and beyond `count`), and the next state.
     """
     batch, length, _ = x_BxCxE.shape
-    position_BxC = jnp.broadcast_to(seen - self.delay + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    before_Bx1 = jnp.reshape(seen, (-1, 1)) - self.delay
+    position_BxC = jnp.broadcast_to(before_Bx1 + jnp.arange(length, dtype=jnp.int32), (batch, length))
     if self.kind == "random":
       return self._random_scores(layer, position_BxC), state
+    count = jnp.full(batch, length) if count is None else count
     x_BxCxE = x_BxCxE.astype(jnp.float32)
     linear = jnp.concatenate([state.linear, self.linear(x_BxCxE)], axis=1)
-    logits_BxCxG, state = linear[:, :length], state._replace(linear=linear[:, length:])
+    logits_BxCxG, state = linear[:, :length], state._replace(linear=slice_rows(linear, count, self.delay))
     if self.kind == "conv":
       channels = jnp.concatenate([state.channels, self.conv_in(x_BxCxE)], axis=1)
       logits_BxCxG += self._convolve(self._taps(channels, length))
-      state = state._replace(channels=channels[:, length:])
+      state = state._replace(channels=slice_rows(channels, count, self.lookback + self.lookahead))
     if not self.normalize:
       return self._scores(logits_BxCxG, position_BxC, layer), state
-    before = Moments(jnp.maximum(seen - self.delay, 0).astype(jnp.float32), state.mean[:, None], state.deviation[:, None])
+    before = Moments(jnp.maximum(before_Bx1, 0).astype(jnp.float32)[..., None], state.mean[:, None], state.deviation[:, None])
     chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros_like(position_BxC))
     moments = merge_moments(before, chunk)
-    return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(mean=moments.mean[:, -1], deviation=moments.deviation[:, -1])
+    at_end = lambda old, new: slice_rows(jnp.concatenate([old[:, None], new], axis=1), count, 1)[:, 0]
+    return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(
+        mean=at_end(state.mean, moments.mean), deviation=at_end(state.deviation, moments.deviation))
 
   def initial_state(self, batch_size: int) -> ScorerState:
     """The state before the first token."""
