@@ -92,22 +92,41 @@ def _attend(config, query_BxHxD, rows, visible, gate=None):
   return mixed.reshape(batch, heads, head_dim).astype(query_BxHxD.dtype)
 
 
-def _put(rows, index, new, active):
-  """rows with new [B, G, D] at index [B] of every head, where active; in place where the compiler may."""
-  b = jnp.arange(index.shape[0])
-  index = jnp.where(active, index, rows.key.shape[2])
-  return KeysAndValues(*(x.at[b, :, index].set(y, mode="drop", unique_indices=True) for x, y in zip(rows, new)))
+def _get(rows, index):
+  """rows [B, G, M, D] at index [B, G or 1]: [B, G, D] each."""
+  return _each(lambda x: jnp.take_along_axis(x, index[..., None, None], axis=2, mode="clip")[:, :, 0], rows)
+
+
+def _put(rows, index, new):
+  """rows [B, G, M, D] with new [B, G, I, D] at index [B, G, I], different and in range.
+
+  In place where the rows are donated: places that shall stay as they are get what they hold, since an update that is left out costs copies.
+  """
+  b, g = jnp.ogrid[:index.shape[0], :index.shape[1]]
+  return KeysAndValues(*(x.at[b[..., None], g[..., None], index].set(y, mode="promise_in_bounds", unique_indices=True) for x, y in zip(rows, new)))
+
+
+def _choose(condition, new, old):
+  """new where the condition [B, G or 1] holds, else old; [B, G, D] each."""
+  return KeysAndValues(*(jnp.where(condition[..., None], x, y) for x, y in zip(new, old)))
+
+
+def _append(rows, place, new, active):
+  """rows with new [B, G, D] at place [B] of every head, where active."""
+  place = place[:, None]
+  new = _choose(active[:, None], new, _get(rows, place))
+  return _put(rows, jnp.broadcast_to(place, new.key.shape[:2])[..., None], _each(lambda x: x[:, :, None], new))
 
 
 def full_token(config, rows, seen, active, query, new):
-  rows = _put(rows, seen, new, active)
   capacity = rows.key.shape[2]
+  rows = _append(rows, jnp.minimum(seen, capacity - 1), new, active & (seen < capacity))
   mixed = _attend(config, query, rows, (jnp.arange(capacity) <= seen[:, None])[:, None])
   return jnp.where((seen < capacity)[:, None, None], mixed, jnp.nan), rows            # beyond max_length: loud, not wrong
 
 
 def window_token(config, ring, seen, active, query, new):
-  ring = _put(ring, seen % config.window, new, active)
+  ring = _append(ring, seen % config.window, new, active)
   return _attend(config, query, ring, (jnp.arange(config.window) <= seen[:, None])[:, None]), ring
 
 
@@ -126,24 +145,24 @@ def select_token(config, cache, seen, active, query, new, scores):
   """Sparsek attention of one query: O(k + window + support) work. scores [B, G] have just become final."""
   k, window, delay = config.k, config.window, cache.scorer.linear.shape[1]
   rows, pending, arriving = cache.rows, cache.pending, scores
-  place = k + seen % max(window, 1)
+  place = (k + seen % max(window, 1))[:, None]
   if window:
     if delay < window:                                    # else the score of what leaves has become final just now
       arriving = jnp.take_along_axis(pending, (seen % window)[:, None, None], axis=2)[..., 0]
     final = (jnp.arange(window) == ((seen - delay) % window)[:, None])[:, None] & active[:, None, None]
     pending = jnp.where(final, scores[..., None], pending)
-    leaving = _each(lambda x: jnp.take_along_axis(x, place[:, None, None, None], axis=2)[:, :, 0], rows)
+    leaving = _get(rows, place)
   else:
     leaving = new
   arriving = jnp.where((active & (seen >= window))[:, None], arriving, -jnp.inf)                                    # [B, G]
   worst_score, worst = _worst(cache.score, cache.position)
   enters = arriving > worst_score
-  # What leaves the window goes into its slot and the new token into the ring, or nowhere: one update of the rows, in place.
+  # What leaves the window goes into its slot and the new token into the ring: one update of the rows.
   batch, groups = enters.shape
-  index = jnp.stack([jnp.where(enters, worst, k + window), jnp.broadcast_to(jnp.where(active, place, k + window + 1)[:, None], enters.shape)], axis=2)
-  b, g = jnp.ogrid[:batch, :groups]
-  rows = KeysAndValues(*(x.at[b[..., None], g[..., None], index[:, :, :1 + (window > 0)]].set(
-      jnp.stack([old, y][:1 + (window > 0)], axis=2), mode="drop", unique_indices=True) for x, old, y in zip(rows, leaving, new)))
+  index, written = [worst], [_choose(enters, leaving, _get(rows, worst))]
+  if window:
+    index, written = [worst, jnp.broadcast_to(place, worst.shape)], [*written, _choose(active[:, None], new, leaving)]
+  rows = _put(rows, jnp.stack(index, axis=2), KeysAndValues(*(jnp.stack(pair, axis=2) for pair in zip(*written))))
   taken = (jnp.arange(k) == worst[..., None]) & enters[..., None]
   score = jnp.where(taken, arriving[..., None], cache.score)
   position = jnp.where(taken, (seen - window)[:, None, None], cache.position)
