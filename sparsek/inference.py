@@ -21,8 +21,9 @@ class InferenceParams(NamedTuple):
   Attributes:
     embedding: [V, E].
     positions: [max_positions, E], the learned table, or None.
-    layers: a dict for each layer: qkv [E, (H + 2 G) D], out [H D, E], up [E, F] (of swiglu gate and up, [E, 2 F]) and down [F, E], each a kernel with its
-      bias if it has one; norms; scorer.
+    layers: a dict for each layer: qkv [(H + 2 G) D, E], out [E, H D], up [F, E] (of swiglu gate and up, [2 F, E]) and down [E, F], each a transposed kernel
+      with its bias if it has one; norms; scorer. Transposed, because a product with one row reads whole rows of the matrix then, and XLA's GPU backend
+      makes it one kernel; of some others it would write the elements' products to memory before it sums them.
     final_norm: its parameters.
     output: [E, V], or None where the embedding is used.
   """
@@ -38,17 +39,17 @@ def _convert(config, params):
   cast = lambda x: x.astype(config.activation_dtype)
 
   def join(*parts):
-    """Projections of the same input, side by side; [E, H, D] becomes [E, H D]."""
-    flat = lambda name, axes: cast(jnp.concatenate([part[name].reshape(*part[name].shape[:axes], -1) for part in parts], axis=-1))
-    return {"kernel": flat("kernel", 1)} | ({"bias": flat("bias", 0)} if "bias" in parts[0] else {})
+    """Projections of the same input, side by side; [E, H, D] becomes [H D, E]."""
+    flat = lambda name, axes: jnp.concatenate([part[name].reshape(*part[name].shape[:axes], -1) for part in parts], axis=-1)
+    return {"kernel": cast(flat("kernel", 1).T)} | ({"bias": flat("bias", 0)} if "bias" in parts[0] else {})
 
   def layer(block):
     attention, mlp = block["attention"], block["mlp"]
     out = attention["out"] | {"kernel": attention["out"]["kernel"].reshape(-1, config.embed_dim)}
     small = {name: attention[name] for name in ("query_norm", "key_norm", "scorer") if name in attention}
     return {"attention_norm": block["attention_norm"], "mlp_norm": block["mlp_norm"], **small,
-            "qkv": join(*(attention[name] for name in ("query", "key", "value"))), "out": jax.tree.map(cast, out),
-            "up": join(*(mlp[name] for name in ("gate", "up") if name in mlp)), "down": jax.tree.map(cast, mlp["down"])}
+            "qkv": join(*(attention[name] for name in ("query", "key", "value"))), "out": join(out),
+            "up": join(*(mlp[name] for name in ("gate", "up") if name in mlp)), "down": join(mlp["down"])}
   return InferenceParams(cast(params["embed"]["embedding"]), params["positions"]["embedding"] if config.positions == "learned" else None,
                          tuple(layer(layer_params(config, params, i)) for i in range(config.num_layers)), params["final_norm"],
                          None if config.tie_embeddings else cast(params["lm_head"]["kernel"]))
@@ -63,9 +64,9 @@ def inference_params(config: TransformerConfig, params: Params | InferenceParams
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
-  """x times the kernel, plus the bias if there is one."""
-  y = jnp.matmul(x, params["kernel"])
-  return y + params["bias"] if "bias" in params else y
+  """x times the kernel, plus the bias if there is one, summed in float32."""
+  y = jax.lax.dot_general(x, params["kernel"], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  return (y + params["bias"] if "bias" in params else y).astype(x.dtype)
 
 
 def norm(config: TransformerConfig, params: Params, x: jax.Array) -> jax.Array:
