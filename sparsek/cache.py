@@ -72,6 +72,14 @@ def _empty(config, batch_size, max_length, support_size):
   return Cache(jnp.zeros(batch_size, jnp.int32), tuple(layer(kind) for kind in config.layer_kinds))
 
 
+def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache:
+  """The cache, whose full layers can hold max_length tokens if they could not."""
+  def widen(kind, layer):
+    missing = max_length - layer.key.shape[2] if kind == "full" else 0
+    return layer if missing <= 0 else KeysAndValues(*(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in layer))
+  return cache._replace(layers=tuple(map(widen, config.layer_kinds, cache.layers)))
+
+
 def lost_scores(cache: Cache) -> np.ndarray:
   """[B] integers: scores that were above the threshold when they were dropped, over all layers and heads, because a support outgrew `support_size`.
 

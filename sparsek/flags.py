@@ -89,6 +89,9 @@ class _Definer:
   def string(self, name: str, default: str | None, help_text: str) -> None:
     self._define(name, flags.DEFINE_string, name, default, help_text)
 
+  def strings(self, name: str, help_text: str) -> None:
+    self._define(name, flags.DEFINE_multi_string, name, [], help_text)
+
   def choice(self, name: str, default: str | None, choices: Sequence[str], help_text: str) -> None:
     self._define(name, flags.DEFINE_enum, name, default, list(choices), help_text)
 
@@ -198,11 +201,16 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define = _Definer(flag_values)
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
   define.string("prompt", "", "Text to continue; empty: a new document.")
+  define.string("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
   define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
   define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)
-  define.number("sampling_seed", 0, "The same seed gives the same text.", lower=0)
+  define.number("top_k", 0, "Draw from so many most probable tokens only; 0: from all.", lower=0)
+  define.strings("stop", "Text that ends the text, itself left out, wherever tokens begin and end; may be given several times.")
+  define.number("sampling_seed", 0, "The same seed gives the same text; line i of --prompt_file, from 0, draws with this seed + i.", lower=0)
+  define.string("load_cache", None, "Go on with what --save_cache wrote, without reading its text again; --prompt, or a line a text, is what comes next.")
+  define.string("save_cache", None, "Write what the model keeps of the text to this file, to go on later.")
 
 
 def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
