@@ -226,9 +226,12 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """The attention problems to time."""
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
-  define.choice("suite", "attention", ("attention", "headline", "train"), "attention: the shape that the flags describe. headline: those behind the "
-                "published figures; flags that are given replace theirs. train: whole training steps of a model.")
-  define.string("lengths", "4096,16384", "Sequence lengths, separated by commas.")
+  define.choice("suite", "attention", ("attention", "headline", "train", "decode"), "attention: the shape that the flags describe. headline: those behind "
+                "the published figures; flags that are given replace theirs. train: whole training steps of a model. decode: tokens after contexts of "
+                "--lengths, and prompts.")
+  define.string("lengths", "4096,16384", "Sequence lengths, separated by commas; of the decode suite contexts, by default 1024,8192,65536,524288,1048576.")
+  define.string("batch_sizes", "1,8,64", "Of the decode suite: texts that are written at the same time, separated by commas.")
+  define.string("prompts", "8192,131072", "Of the decode suite: lengths of prompts to read, separated by commas; empty: none.")
   define.number("heads", 2, "Query heads; a multiple of --kv_heads.", lower=1)
   define.number("kv_heads", 1, "Key/value heads.", lower=1)
   define.number("head_dim", 64, "Width of a head.", lower=1)
@@ -236,9 +239,9 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
                 "selection, with falling ones none.")
   define.string("rivals", None, "What to time, separated by commas: sparsek, sliding_window, dense, xla, thresholds; of the train suite sparsek, "
                 "sliding_window, full, and Hugging Face's Llama where installed: transformers (compiled as a whole), transformers_layers (layer by "
-                "layer). Default: all; xla only beside another implementation.")
-  define.choice("preset", None, list(config_lib.PRESETS), "Model to train. Default: gpt2_small.")
-  define.number("vocab_size", 32768, "Of the model to train.", lower=1)
+                "layer); of the decode suite sparsek, full, transformers. Default: all; xla only beside another implementation.")
+  define.choice("preset", None, list(config_lib.PRESETS), "Model of the train and decode suites. Default: gpt2_small; to decode, 1b.")
+  define.number("vocab_size", 32768, "Of the model.", lower=1)
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass of the model recomputes. Default: none.")
   define.number("batch_size", None, "Rows per training step. Default: 1.", lower=1)
   define.number("documents", 1, "Documents per row: half of it, a quarter, and so on.", lower=1)
@@ -251,8 +254,8 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("errors_at", None, "Length at which to compare with the float32 reference, which is quadratic; 0: do not. Default: 4096 in the headline, "
                 "else 0.", lower=0)
   define.string("record", None, "Also write flags, figures, versions and device to this .json file, and a picture beside it.")
-  define.boolean("extend", False, "Of the train suite: keep the rows that --record has of other lengths, documents, remat or batch size, if of this commit and "
-                 "device.")
+  define.boolean("extend", False, "Of the train and decode suites: keep the rows that --record has of other lengths, documents, remat or batch size, if of "
+                 "this commit and device.")
   define.string("show", None, "Time nothing; print this record and draw its picture again.")
 
 

@@ -58,7 +58,7 @@ _first = jax.jit(_draw, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _steps(config, way, steps, params, cache, token, active, number, limit, keys, temperature, top_p, top_k, end_ids):
+def run_steps(config, way, steps, params, cache, token, active, number, limit, keys, temperature, top_p, top_k, end_ids):
   """`steps` times: feeds each active row its token, and draws the next; a row ends with a token of `end_ids` or its `limit`-th.
 
   Returns ((cache, token, active, number), (tokens, which rows drew one), [steps, B] each). What a row drew last has not been fed.
@@ -164,7 +164,7 @@ class Session:
     self._exact = not (ahead and self._stopped)           # what is dispatched after all rows have ended changes nothing
 
   def _advance(self, way, steps, token, active, number, limit, keys, options, end_ids):
-    (self.cache, *state), drawn = _steps(self.config, way, steps, self._params, self.cache, token, active, number, jnp.int32(limit), keys, *options, end_ids)
+    (self.cache, *state), drawn = run_steps(self.config, way, steps, self._params, self.cache, token, active, number, jnp.int32(limit), keys, *options, end_ids)
     return state, drawn
 
   def stop(self, row: int) -> None:

@@ -64,9 +64,11 @@ def inference_params(config: TransformerConfig, params: Params | InferenceParams
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
-  """x times the kernel, plus the bias if there is one, summed in float32."""
-  y = jax.lax.dot_general(x, params["kernel"], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-  return (y + params["bias"] if "bias" in params else y).astype(x.dtype)
+  """x times the kernel, plus the bias if there is one."""
+  # XLA's GPU backend sums the products of a single row itself, in the dtype that it is told; those of more rows are summed in float32 anyway.
+  dtype = jnp.float32 if x.size == x.shape[-1] else x.dtype
+  y = jax.lax.dot_general(x, params["kernel"], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+  return (y + params["bias"].astype(dtype) if "bias" in params else y).astype(x.dtype)
 
 
 def norm(config: TransformerConfig, params: Params, x: jax.Array) -> jax.Array:
