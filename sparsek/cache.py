@@ -67,7 +67,8 @@ def _empty(config, batch_size, max_length, support_size):
     if kind != "sparsek":
       return rows(config.window if kind == "sliding_window" else max_length)
     lost = jnp.zeros(heads if needs_support(config.gate) else (batch_size, 0), jnp.int32)
-    return SelectionCache(rows(config.k + config.window), never(config.k), jnp.full((*heads, config.k), NOWHERE), never(support_size), lost,
+    score = jnp.concatenate([never(config.k), jnp.zeros((*heads, config.window))], axis=-1)
+    return SelectionCache(rows(config.k + config.window), score, jnp.full((*heads, config.k), NOWHERE), never(support_size), lost,
                           jnp.zeros((*heads, config.window)), scoring_network(config).initial_state(batch_size))
   return Cache(jnp.zeros(batch_size, jnp.int32), tuple(layer(kind) for kind in config.layer_kinds))
 
@@ -218,7 +219,7 @@ def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array) -> N
     if kind == "sliding_window":
       got["window"], want["window"] = length, config.window
     if kind == "sparsek":
-      got |= {"k": layer.score.shape[-1], "window": layer.pending.shape[-1], "lookahead": layer.scorer.linear.shape[1],
+      got |= {"k": layer.position.shape[-1], "window": layer.pending.shape[-1], "lookahead": layer.scorer.linear.shape[1],
               "gates with thresholds": layer.lost.shape[-1] > 0}
       want |= {"k": config.k, "window": config.window, "lookahead": delay, "gates with thresholds": soft}
     if got != want:

@@ -38,7 +38,8 @@ class SelectionCache(NamedTuple):
 
   Attributes:
     rows: keys and values [B, G, k + window, D]: k slots, then the ring of the last `window` tokens.
-    score, position: [B, G, k] float32 and int32 of the tokens in the slots; -inf and NOWHERE where empty.
+    score: [B, G, k + window] float32, of the tokens in the slots, -inf where empty; 0 for the ring, so that it says of all rows which there are.
+    position: [B, G, k] int32 of the tokens in the slots; NOWHERE where empty.
     support: [B, G, support_size] float32 scores of the support beyond the slots, -inf where empty.
     lost: [B, G] int32, scores that were dropped for want of room in `support`; [B, 0] with gates that need no thresholds.
     pending: [B, G, window] scores of the tokens in the window, a ring like that of the keys.
@@ -155,7 +156,7 @@ def select_token(config, cache, seen, active, query, new, scores):
   else:
     leaving = new
   arriving = jnp.where((active & (seen >= window))[:, None], arriving, -jnp.inf)                                    # [B, G]
-  worst_score, worst = _worst(cache.score, cache.position)
+  worst_score, worst = _worst(cache.score[..., :k], cache.position)
   enters = arriving > worst_score
   # What leaves the window goes into its slot and the new token into the ring: one update of the rows.
   batch, groups = enters.shape
@@ -163,17 +164,17 @@ def select_token(config, cache, seen, active, query, new, scores):
   if window:
     index, written = [worst, jnp.broadcast_to(place, worst.shape)], [*written, _choose(active[:, None], new, leaving)]
   rows = _put(rows, jnp.stack(index, axis=2), KeysAndValues(*(jnp.stack(pair, axis=2) for pair in zip(*written))))
-  taken = (jnp.arange(k) == worst[..., None]) & enters[..., None]
+  taken = (jnp.arange(k + window) == worst[..., None]) & enters[..., None]
   score = jnp.where(taken, arriving[..., None], cache.score)
-  position = jnp.where(taken, (seen - window)[:, None, None], cache.position)
+  position = jnp.where(taken[..., :k], (seen - window)[:, None, None], cache.position)
   cache = cache._replace(rows=rows, score=score, position=position, pending=pending)
-  visible = jnp.concatenate([score > -jnp.inf, jnp.broadcast_to((jnp.arange(window) <= seen[:, None])[:, None], (batch, groups, window))], axis=-1)
+  visible = (score > -jnp.inf) & (jnp.arange(k + window) <= k + seen[:, None])[:, None]
   if not needs_support(config.gate):
     return _attend(config, query, rows, visible), cache
 
   loser = jnp.where(enters, worst_score, arriving)
   beyond = jnp.concatenate([cache.support, loser[..., None]], axis=-1)
-  gates = sparsek(jnp.concatenate([score, beyond], axis=-1), k)
+  gates = sparsek(jnp.concatenate([score[..., :k], beyond], axis=-1), k)
   beyond = jnp.where(gates[..., k:] > 0, beyond, -jnp.inf)
   support, loser = beyond[..., :-1], beyond[..., -1]
   if support.shape[-1]:
@@ -280,7 +281,7 @@ def select_chunk(config, cache, seen, count, query, new, scores, fresh):
   near = jnp.where((seen[:, None] + place >= window)[..., None], near, -jnp.inf)
 
   order = jnp.argsort(cache.position, axis=-1)
-  slot_score, slot_position = (jnp.take_along_axis(x, order, axis=-1) for x in (cache.score, cache.position))
+  slot_score, slot_position = (jnp.take_along_axis(x, order, axis=-1) for x in (cache.score, cache.position))           # a slot is one of the first k
   slots = _each(lambda x: jnp.take_along_axis(x, order[..., None], axis=2), cache.rows)
   none = jnp.zeros((batch, extra, groups, config.head_dim), query.dtype)
   before = [jnp.concatenate([_tokens_first(x), none, _in_order(y[:, :, k:], seen)], axis=1) for x, y in zip(slots, cache.rows)]
@@ -303,8 +304,8 @@ def select_chunk(config, cache, seen, count, query, new, scores, fresh):
   def keep(before, new):
     every = jnp.concatenate([before, new], axis=1)
     return _tokens_first(jnp.concatenate([jnp.take_along_axis(every, at, axis=1), _take_rows(every, k + extra + ring)], axis=1))
-  cache = cache._replace(rows=KeysAndValues(*map(keep, before, new)), score=score, position=jnp.where(score > -jnp.inf, position, NOWHERE),
-                         pending=_tokens_first(_take_rows(near, ring)))
+  cache = cache._replace(rows=KeysAndValues(*map(keep, before, new)), score=jnp.pad(score, ((0, 0), (0, 0), (0, window))),
+                         position=jnp.where(score > -jnp.inf, position, NOWHERE), pending=_tokens_first(_take_rows(near, ring)))
   if needs_support(config.gate):
     b, g = jnp.ogrid[:batch, :groups]
     beyond = candidates.at[b[..., None], g[..., None], chosen].set(-jnp.inf)             # candidates that have no slot

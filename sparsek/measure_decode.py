@@ -78,8 +78,9 @@ def filled(config: TransformerConfig, batch_size: int, n: int) -> Cache:
       there = jnp.arange(config.k) < left
       position = (jnp.arange(config.k, dtype=jnp.float32) * (left / config.k)).astype(jnp.int32) if left > config.k else jnp.arange(config.k, dtype=jnp.int32)
       slope = config.scorer_init_slope * n / 1024
+      score = jnp.where(there, slope + jax.random.normal(keys[1], old.position.shape), -jnp.inf)
       return old._replace(
-          rows=rows(old.rows, keys[0]), score=jnp.where(there, slope + jax.random.normal(keys[1], old.score.shape), -jnp.inf),
+          rows=rows(old.rows, keys[0]), score=old.score.at[..., :config.k].set(score),
           position=jnp.broadcast_to(jnp.where(there, position, NOWHERE), old.position.shape),
           pending=slope + jax.random.normal(keys[2], old.pending.shape), scorer=old.scorer._replace(deviation=jnp.full_like(old.scorer.deviation, n)))
     return Cache(jnp.full(batch_size, n, jnp.int32), tuple(layer(old, jax.random.fold_in(key, i)) for i, old in enumerate(cache.layers)))

@@ -88,6 +88,8 @@ def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int
 
 def slice_rows(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
   """x [B, N, ...] -> [B, length, ...]: of each row the places start [B] .. start + length - 1."""
+  if x.shape[1] == length + 1:                              # a single token: cheaper to choose than to slice
+    return jnp.where(start.reshape(-1, *[1] * (x.ndim - 1)) > 0, x[:, 1:], x[:, :-1])
   return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))(x, start)
 
 

@@ -167,7 +167,7 @@ def test_of_equal_scores_the_earlier_token_keeps_its_slot():
   params = jax.tree_util.tree_map_with_path(flat, params_of(config))
   for schedule in (MIXED, ()):
     _, cache = feed_rows(config, schedule, params=params)
-    np.testing.assert_array_equal(cache.layers[0].score, np.zeros((BATCH, 2, 5)))
+    np.testing.assert_array_equal(cache.layers[0].score, np.zeros((BATCH, 2, 11)))
     np.testing.assert_array_equal(np.sort(cache.layers[0].position, -1), np.broadcast_to(np.arange(5), (BATCH, 2, 5)))
 
 
