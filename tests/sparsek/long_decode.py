@@ -65,8 +65,8 @@ def main():
   for name, other in (("chunks", np.asarray(in_chunks[0])), ("one by one", np.asarray(decoded))):
     error = np.abs(other - truth).max(axis=-1) / spread
     found[name] = {"median": float(np.median(error)), "99.9 %": float(np.quantile(error, .999)), "largest": float(error.max()),
-                   "largest by eighths": [float(part.max()) for part in np.array_split(error, PARTS)]}
-    print(name, {key: np.round(value, 7).tolist() for key, value in found[name].items()})
+                   "share within 1e-5": float(np.mean(error < 1e-5)), "largest by eighths": [float(part.max()) for part in np.array_split(error, PARTS)]}
+    print(name, {key: np.round(value, 8).tolist() for key, value in found[name].items()})
   record = {"options": vars(options), "versions": run_directory.versions(), "seconds": seconds, "cache_bytes": cache_bytes(cache),
             "lost_scores": int(lost_scores(last)[0] + lost_scores(cache)[0]), "difference over standard deviation of logits": found,
             "same most probable token": {name: float(np.mean(x.argmax(-1) == truth.argmax(-1))) for name, x in
