@@ -177,3 +177,23 @@ def test_unknown_kind_and_negative_reach():
     ScoringNetwork(2, "cubic").init(jax.random.key(0), hidden())
   with pytest.raises(ValueError, match="scorer_lookahead=-1"):
     ScoringNetwork(2, "conv", lookahead=-1).init(jax.random.key(0), hidden())
+
+
+def test_moments_of_a_long_stream_lose_no_digits():
+  """After 2^22 tokens a float32 sum of squares has a spacing of 1/2, which alone would lose much of what every further token adds."""
+  network, x = NETWORKS["linear"], jnp.concatenate([hidden()] * 20, axis=1)
+  count = 2.0**22
+  state = network.initial_state(2)._replace(mean=jnp.full((2, network.num_scores), 0.1), deviation=jnp.full((2, network.num_scores), count))
+
+  @quick_jit
+  def run(x):
+    def step(carry, token):
+      state, seen = carry
+      return (network.apply(variables("linear"), token[:, None], state, seen, method="stream")[1], seen + 1), None
+    return jax.lax.scan(step, (state, jnp.int32(count)), jnp.swapaxes(x, 0, 1))[0][0]
+  end = run(x)
+  logits = np.asarray(x, np.float64) @ np.asarray(variables("linear")["params"]["linear"]["kernel"], np.float64)
+  every, mean = logits.shape[1] + count, (logits.sum(1) + count * np.float32(0.1)) / (logits.shape[1] + count)
+  deviation = count + count * (np.float32(0.1) - mean)**2 + np.sum((logits - mean[:, None])**2, axis=1)
+  assert every > count and np.abs(end.deviation + np.asarray(end.deviation_rest, np.float64) - deviation).max() < 1e-2
+  assert np.abs(end.mean + np.asarray(end.mean_rest, np.float64) - mean).max() < 1e-9
