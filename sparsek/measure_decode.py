@@ -53,10 +53,12 @@ def bandwidth(device: jax.Device) -> float | None:
   return next((rate for name, rate in BANDWIDTH.items() if device.device_kind.startswith(name)), None)
 
 
-def weight_bytes(params: InferenceParams) -> int:
-  """What a step reads of the parameters: all of them, but only a row of an embedding that is not the output matrix too."""
-  unread = 0 if params.output is None else params.embedding.nbytes
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - unread
+def weight_bytes(config: TransformerConfig) -> int:
+  """What a step reads of a model's parameters: all of them, but only a row of an embedding that is not the output matrix too."""
+  params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
+  unread = [] if params.output is None else [params.embedding]
+  size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  return size(params) - size(unread)
 
 
 def filled(config: TransformerConfig, batch_size: int, n: int) -> Cache:
@@ -104,7 +106,7 @@ class DecodeCell(Cell):
     cache = jax.eval_shape(lambda: init_cache(config, batch, max_length=self.job.n + ROOM))
     self.bytes = cache_bytes(cache)
     stats = jax.devices()[0].memory_stats() or {}
-    if self.bytes + weight_bytes(self._params) > stats.get("bytes_limit", math.inf):
+    if self.bytes + weight_bytes(config) > stats.get("bytes_limit", math.inf):
       raise MemoryError
     begin = time.perf_counter()
     self._function = run_steps.lower(config, "greedy", AHEAD, self._params, cache, *self._inputs())
@@ -206,10 +208,9 @@ def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10,
     After each round: how many of the last group are done, and the rows so far: what the job is, and "rivals": {kind: {"ms" or "failed", ...}}.
   """
   config = jobs[0].config
-  params = inference_params(under("sparsek", config), init_params(under("sparsek", config), jax.random.key(0)))
   rate, size = bandwidth(jax.devices()[0]), count_params(abstract_params(under("full", config))) / 1e6
   fields = {"model": f"{size:.0f}M parameters, {config.dtype}", "k": config.k, "window": config.window, "gate": config.gate,
-            "weights_ms": None if rate is None else 1e3 * weight_bytes(params) / rate}
+            "weights_ms": None if rate is None else 1e3 * weight_bytes(under("sparsek", config)) / rate}
   rows = [{**fields, "what": job.what, "n": job.n, "batch_size": job.batch_size, "rivals": {}} for job in jobs]
   for i, found in (others or {}).items():
     rows[i]["rivals"]["transformers"] = found
@@ -219,6 +220,10 @@ def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10,
       if kind in KINDS:
         together = job.what == "decode" and kind == "sparsek"
         groups.setdefault((kind, job.what, job.batch_size, None if together else job.n), []).append((i, dataclasses.replace(job, config=under(kind, config))))
+  if not groups:
+    yield 0, rows
+    return
+  params = inference_params(under("sparsek", config), init_params(under("sparsek", config), jax.random.key(0)))           # of full attention too
   for (kind, what, *_), members in groups.items():
     cells = [(DecodeCell if what == "decode" else PrefillCell)(job, params) for _, job in members]
     for (i, job), cell in zip(members, cells):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsek import cache as cache_module
+from sparsek import cached_attention
 from sparsek.cache import cache_bytes, decode_step, init_cache, lost_scores, prefill
 from sparsek.config import GATES, SCORERS, TransformerConfig
 from sparsek.inference import inference_params
@@ -36,7 +37,7 @@ CASES = {
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # How rows are fed: a tuple is a prefill of so many tokens a row, a number so many decode_steps of the rows that have most left; then single steps to the end.
 # The first prefill is of one chunk; afterwards one row has a full window, one a window with room (but where window is 0 or 1), one nothing.
-MIXED = ((32, 3, 0), 7, (64, 33, 17), 20, (2, 32, 0), 9)
+MIXED = ((32, 3, 0), 2, (64, 33, 17), 20, (2, 32, 0), 9)
 EVEN = ((90,) * BATCH,)
 
 
@@ -99,7 +100,8 @@ def test_the_cases_are_every_gate_and_scorer():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rows_that_advance_by_themselves_equal_the_parallel_forward(name):
+def test_rows_that_advance_by_themselves_equal_the_parallel_forward(name, monkeypatch):
+  monkeypatch.setattr(cached_attention, "LOGITS", 40 * CHUNK)             # so that full layers attend to several blocks of rows
   config = config_of(name)
   want = parallel(config)
   for schedule in [MIXED, EVEN, ()] if name == "softmax, conv, shared scores" else [MIXED]:
@@ -169,6 +171,13 @@ def test_of_equal_scores_the_earlier_token_keeps_its_slot():
     _, cache = feed_rows(config, schedule, params=params)
     np.testing.assert_array_equal(cache.layers[0].score, np.zeros((BATCH, 2, 11)))
     np.testing.assert_array_equal(np.sort(cache.layers[0].position, -1), np.broadcast_to(np.arange(5), (BATCH, 2, 5)))
+
+
+def test_of_equal_scores_the_latest_token_leaves_first():
+  position = jnp.asarray([[[3, 9, 5, 7], [8, 2, 1, 9]]])
+  for scores in ([[1., 0., 0., 2.], [4., 4., 4., 5.]], [[9., -jnp.inf, -jnp.inf, 2.], [0., 5., 5., 5.]]):
+    score, index = cached_attention._worst(jnp.asarray([scores]), position)
+    assert index.tolist() == [[1, 0]] and score.tolist() == [[min(row) for row in scores]]
 
 
 def test_bfloat16():

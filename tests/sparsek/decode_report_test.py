@@ -83,6 +83,7 @@ def test_measuring(monkeypatch):
   others = measure_decode.measure_transformers(jobs, ("transformers", "full"), 500, 3, said.append)
   assert others == {0: {"ms": 200., "fastest": 100., "slowest": 300., "rounds": 3, "inner": 16, "mib": 8, "tokens_per_second": 10., "cache_bytes": 288},
                     1: {"failed": "out of memory", "cache_bytes": 960}}
+  assert list(measure_decode.measure(jobs[:1], ("transformers",), others={0: others[0]}))[0][1][0]["rivals"] == {"transformers": others[0]}
   *_, (done, rows) = measure_decode.measure(jobs, ("sparsek", "full", "transformers"), rounds=1, sample_seconds=0, others=others, say=said.append)
   assert [sorted(row["rivals"]) for row in rows] == [["full", "sparsek", "transformers"]] * 2 + [["full", "sparsek"]]
   ours = [row["rivals"]["sparsek"] for row in rows]
