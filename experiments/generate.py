@@ -63,6 +63,7 @@ def main() -> None:
   else:
     ids = [row or [tokenizer.eos_id] for row in ids]
     session = Session(config, params, len(ids))
+  del params                                              # in float32; the session has its own
   try:
     turn = session.generate(
         ids, max_new_tokens=flag("max_new_tokens"), temperature=flag("temperature"), top_p=flag("top_p"), top_k=flag("top_k"),

@@ -126,6 +126,15 @@ def test_rows_do_not_influence_each_other():
   np.testing.assert_array_equal(feed_rows(config, EVEN)[0][0], feed_rows(config, EVEN, other)[0][0])
 
 
+@pytest.mark.parametrize("name", ["value, conv, scanned hybrid", "value, hybrid, k 1, window 1"])
+def test_rows_that_do_not_advance_stay_as_they_are(name):
+  config = config_of(name)
+  _, cache = feed_rows(config, EVEN)                                        # a full layer's rows are full here
+  _, after = compiled(config)[1](inference_params(config, params_of(config)), cache, TOKENS[:, 0], jnp.asarray([False, True, False]))
+  for old, new in zip(jax.tree.leaves(cache), jax.tree.leaves(after)):
+    np.testing.assert_array_equal(old[::2], new[::2])
+
+
 def test_lost_scores_are_counted():
   """A cache with room for all tells how large supports are; what a small one has no room for is lost, at the end of a chunk or when it first happens."""
   config = config_of("value, random, window 0")
