@@ -48,8 +48,9 @@ def config_of(name):
 @functools.cache
 def params_of(config):
   params = quick_jit(functools.partial(init_params, config))(jax.random.key(0))
-  # Logits that move with every change of the hidden state, and biases that are not 0.
-  params = jax.tree_util.tree_map_with_path(lambda path, x: x + 0.1 if path[-1].key == "bias" else x, params)
+  # Logits that move with every change of the hidden state, and biases and norms' scales that are not 0 and 1.
+  noise = lambda path, x: 0.3 * jax.random.normal(jax.random.key(len(path[-2].key)), x.shape)
+  params = jax.tree_util.tree_map_with_path(lambda path, x: x + noise(path, x) if path[-1].key == "bias" or "norm" in path[-2].key else x, params)
   return {name: jax.tree.map(lambda x: 30 * x, leaf) if name in ("embed", "positions", "lm_head") else leaf for name, leaf in params.items()}
 
 

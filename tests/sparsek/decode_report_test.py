@@ -84,9 +84,10 @@ def test_measuring(monkeypatch):
   assert others == {0: {"ms": 200., "fastest": 100., "slowest": 300., "rounds": 3, "inner": 16, "mib": 8, "tokens_per_second": 10., "cache_bytes": 288},
                     1: {"failed": "out of memory", "cache_bytes": 960}}
   assert list(measure_decode.measure(jobs[:1], ("transformers",), others={0: others[0]}))[0][1][0]["rivals"] == {"transformers": others[0]}
-  *_, (done, rows) = measure_decode.measure(jobs, ("sparsek", "full", "transformers"), rounds=1, sample_seconds=0, others=others, say=said.append)
+  *_, (done, rows) = measure_decode.measure(jobs, ("sparsek", "full", "transformers"), rounds=1, sample_seconds=.05, others=others, say=said.append)
   assert [sorted(row["rivals"]) for row in rows] == [["full", "sparsek", "transformers"]] * 2 + [["full", "sparsek"]]
   ours = [row["rivals"]["sparsek"] for row in rows]
+  assert all(found["inner"] * measure_decode.AHEAD <= measure_decode.ROOM for found in ours[:2]), "a full layer's rows have room for no more"
   assert ours[0]["cache_bytes"] == ours[1]["cache_bytes"] == cache_bytes(init_cache(CONFIG, 2)) < rows[0]["rivals"]["full"]["cache_bytes"] + 9999
   assert all(found["ms"] > 0 and found["tokens_per_second"] > 0 for row in rows for found in row["rivals"].values() if "failed" not in found)
   assert ours[0]["tokens_per_second"] == pytest.approx(2e3 / ours[0]["ms"]) and not decode_report.failures({"rows": rows})
