@@ -37,7 +37,7 @@ CASES = {
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # How rows are fed: a tuple is a prefill of so many tokens a row, a number so many decode_steps of the rows that have most left; then single steps to the end.
 # The first prefill is of one chunk; afterwards one row has a full window, one a window with room (but where window is 0 or 1), one nothing.
-MIXED = ((32, 3, 0), 2, (64, 33, 17), 20, (2, 32, 0), 9)
+MIXED = ((32, 3, 0), 2, (64, 33, 17), 20, (52, 32, 0), 9)
 EVEN = ((90,) * BATCH,)
 
 
