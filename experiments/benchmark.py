@@ -69,7 +69,7 @@ def run(path):
   else:
     measured = measure.measure(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
-    save(rows=report_of(record).merge(kept, rows) if suite in MODELS else rows, rounds=rounds)
+    save(rows=report_of(record).merge(kept, rows) if suite in MODELS else rows, rounds=max(rounds, old["rounds"] if old else 0))
   at = 0 if suite in MODELS else flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
   if at:
     problem, = measure.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
