@@ -3,6 +3,7 @@
   python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 --kv_heads=1 --head_dim=64
   python -m experiments.benchmark --suite=headline --record=experiments/results/attention_h100.json
   python -m experiments.benchmark --suite=train --lengths=8192,32768 --remat=attention
+  python -m experiments.benchmark --suite=decode --k=512 --window=512
 
 Everything that a call needs is included: thresholds, expiry, compaction, and for forward + backward the gradients of all inputs. All functions are timed in
 turn, round after round, and medians are shown; the record is written after every round.
@@ -13,16 +14,19 @@ import functools
 import json
 import os
 
-from experiments.suites import FLAGS, flag, jobs, names, problems
-from sparsek import benchmark_report, flags, measure, measure_train, train_report, transformers_llama
+from experiments.suites import FLAGS, decode_jobs, flag, jobs, names, problems
+from sparsek import benchmark_report, decode_report, flags, measure, measure_decode, measure_train, train_report, transformers_llama
 from sparsek.errors import RunError, UsageError
 
 REFERENCE_LENGTH = 4096
+MODELS = {"train": (measure_train, (*measure_train.KINDS, *transformers_llama.KINDS)),       # suites of whole models: who measures, what there is to compare
+          "decode": (measure_decode, (*measure_decode.KINDS, *measure_decode.OTHERS))}
+MOST_BYTES = 60e9                # of a cache of transformers
 
 
 def report_of(record):
   """What tells of a record."""
-  return train_report if record.get("suite") == "train" else benchmark_report
+  return {"train": train_report, "decode": decode_report}.get(record.get("suite"), benchmark_report)
 
 
 def load(path):
@@ -39,16 +43,18 @@ def load(path):
 
 def run(path):
   """Measures and returns the record, which it writes to `path` after every round."""
-  of_train = flag("suite") == "train"
-  if flag("extend") and not (of_train and path):
-    raise UsageError("--extend: needs --suite=train and --record")
-  old = load(path) if flag("extend") and os.path.exists(path) else None
-  chosen = jobs() if of_train else problems()
+  suite, path_exists = flag("suite"), path and os.path.exists(path)
+  if flag("extend") and not (suite in MODELS and path):
+    raise UsageError("--extend: needs --suite=train or decode, and --record")
+  old = load(path) if flag("extend") and path_exists else None
+  chosen = {"train": jobs, "decode": decode_jobs}.get(suite, problems)()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
-  kinds = names("rivals", (*measure_train.KINDS, *transformers_llama.KINDS)) if of_train and flag("rivals") else measure_train.kinds_here()
-  others = measure_train.measure_transformers(chosen, kinds, flag("max_transformers"), flag("rounds"), say) if of_train else {}
-  record = {"suite": flag("suite"), **measure.environment(), "flags": flags.into_string(FLAGS).split(), "errors": None}
-  kept = train_report.rows_to_keep(old, record) if old else []
+  if suite in MODELS:                                    # PyTorch's first: JAX takes the memory
+    measurer, allowed = MODELS[suite]
+    kinds = names("rivals", allowed) if flag("rivals") else measurer.kinds_here()
+    others = measurer.measure_transformers(chosen, kinds, flag("max_transformers") if suite == "train" else MOST_BYTES, flag("rounds"), say)
+  record = {"suite": suite, **measure.environment(), "flags": flags.into_string(FLAGS).split(), "errors": None}
+  kept = report_of(record).rows_to_keep(old, record) if old else []
 
   def save(**more):
     record.update(more)
@@ -58,13 +64,13 @@ def run(path):
         json.dump(record, file, indent=1)
       os.replace(path + ".new", path)
 
-  if of_train:
-    measured = measure_train.measure(chosen, kinds, *limits, others=others, say=say)
+  if suite in MODELS:
+    measured = measurer.measure(chosen, kinds, *limits, others=others, say=say)
   else:
     measured = measure.measure(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
-    save(rows=train_report.merge(kept, rows) if of_train else rows, rounds=rounds)
-  at = 0 if of_train else flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
+    save(rows=report_of(record).merge(kept, rows) if suite in MODELS else rows, rounds=max(rounds, old["rounds"] if old else 0))
+  at = 0 if suite in MODELS else flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
   if at:
     problem, = measure.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
     save(errors={"problem": dataclasses.asdict(problem), **measure.errors(problem, flag("implementation"))})

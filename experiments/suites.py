@@ -2,7 +2,7 @@
 
 from absl import flags as absl_flags
 
-from sparsek import flags, measure, measure_train
+from sparsek import flags, measure, measure_decode, measure_train
 from sparsek.config import preset
 from sparsek.errors import UsageError
 from sparsek.kernels.cudnn import on_nvidia_gpu
@@ -11,7 +11,9 @@ from sparsek.kernels.specs import SCORE_FAMILIES
 FLAGS = absl_flags.FlagValues()  # apart from those of pretraining, whose defaults are others
 flags.define_benchmark_flags(FLAGS)
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")     # of measure.Problem, named like their flags
+MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")      # of the trained or generating model
 K = WINDOW = 128                 # where --suite=attention is not told
+CONTEXTS = (1024, 8192, 65536, 524288, 1048576)
 
 
 def flag(name, default=None):
@@ -29,11 +31,11 @@ def names(name, allowed):
   return values
 
 
-def lengths():
-  """Those of the flag, rising."""
-  given = flag("lengths").split(",")
-  if not all(n.isdecimal() and 1 <= int(n) <= 2 ** 26 for n in given):
-    raise UsageError(f"--lengths={flag('lengths')}: must be numbers from 1 to 2^26 separated by commas, such as 4096,16384")
+def lengths(name="lengths", most=26):
+  """Numbers of the flag of that name, rising."""
+  given = flag(name).split(",")
+  if not all(n.isdecimal() and 1 <= int(n) <= 2 ** most for n in given):
+    raise UsageError(f"--{name}={flag(name)}: must be numbers from 1 to 2^{most} separated by commas, such as {FLAGS[name].default}")
   return sorted({int(n) for n in given})
 
 
@@ -56,8 +58,20 @@ def problems():
   return measure.choose_rivals(chosen, rivals, flag("implementation"), max_dense=FLAGS["max_dense"].value, max_xla=flag("max_xla"))
 
 
+def model(default):
+  """The model that the flags describe."""
+  overrides = {name: flag(name) for name in MODEL_FIELDS if flag(name) is not None}
+  return preset(flag("preset", default), vocab_size=flag("vocab_size"), **overrides)
+
+
+def decode_jobs():
+  """What the flags ask to generate."""
+  config, contexts = model("1b"), lengths() if FLAGS["lengths"].present else CONTEXTS
+  found = [measure_decode.Job(config, n, batch) for batch in lengths("batch_sizes", 10) for n in contexts]
+  return found + [measure_decode.Job(config, n, 1, "prefill") for n in (lengths("prompts") if flag("prompts") else ())]
+
+
 def jobs():
   """What the flags ask to train."""
-  overrides = {name: flag(name) for name in ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope") if flag(name) is not None}
-  config = preset(flag("preset", "gpt2_small"), vocab_size=flag("vocab_size"), **overrides)
+  config = model("gpt2_small")
   return [measure_train.Job(config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk")) for n in lengths()]

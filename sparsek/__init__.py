@@ -1,9 +1,11 @@
 """SPARSEK attention in JAX: learned top-k sparse attention with linear training and constant-memory generation (arXiv 2406.16747)."""
 
 from sparsek.attention import sliding_window_attention, sparsek_attention
-from sparsek.cache import Cache, decode_step, init_cache, prefill
+from sparsek.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, preset
 from sparsek.diagnostics import selection_statistics
+from sparsek.generate import Session
+from sparsek.inference import inference_params
 from sparsek.layers import SparseKAttention
 from sparsek.model import Transformer, count_params, init_params
 from sparsek.operator import CausalSelection, causal_sparsek, sparsek
@@ -11,7 +13,7 @@ from sparsek.scoring import ScoringNetwork
 
 __version__ = "0.1.0"
 __all__ = [
-    "Cache", "CausalSelection", "DataConfig", "OptimizerConfig", "ScoringNetwork", "SparseKAttention", "TrainConfig", "Transformer", "TransformerConfig",
-    "causal_sparsek", "count_params", "decode_step", "init_cache", "init_params", "prefill", "preset", "selection_statistics",
-    "sliding_window_attention", "sparsek", "sparsek_attention",
+    "Cache", "CausalSelection", "DataConfig", "OptimizerConfig", "ScoringNetwork", "Session", "SparseKAttention", "TrainConfig", "Transformer",
+    "TransformerConfig", "causal_sparsek", "count_params", "decode_step", "inference_params", "init_cache", "init_params", "lost_scores", "prefill", "preset",
+    "selection_statistics", "sliding_window_attention", "sparsek", "sparsek_attention",
 ]

@@ -89,6 +89,9 @@ class _Definer:
   def string(self, name: str, default: str | None, help_text: str) -> None:
     self._define(name, flags.DEFINE_string, name, default, help_text)
 
+  def strings(self, name: str, help_text: str) -> None:
+    self._define(name, flags.DEFINE_multi_string, name, [], help_text)
+
   def choice(self, name: str, default: str | None, choices: Sequence[str], help_text: str) -> None:
     self._define(name, flags.DEFINE_enum, name, default, list(choices), help_text)
 
@@ -198,11 +201,16 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define = _Definer(flag_values)
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
   define.string("prompt", "", "Text to continue; empty: a new document.")
+  define.string("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
   define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
   define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)
-  define.number("sampling_seed", 0, "The same seed gives the same text.", lower=0)
+  define.number("top_k", 0, "Draw from so many most probable tokens only; 0: from all.", lower=0)
+  define.strings("stop", "Text that ends the text, itself left out, wherever tokens begin and end; may be given several times.")
+  define.number("sampling_seed", 0, "The same seed gives the same text; line i of --prompt_file, from 0, draws with this seed + i.", lower=0)
+  define.string("load_cache", None, "Go on with what --save_cache wrote, without reading its text again; --prompt, or a line a text, is what comes next.")
+  define.string("save_cache", None, "Write what the model keeps of the text to this file, to go on later.")
 
 
 def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -218,9 +226,12 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """The attention problems to time."""
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
-  define.choice("suite", "attention", ("attention", "headline", "train"), "attention: the shape that the flags describe. headline: those behind the "
-                "published figures; flags that are given replace theirs. train: whole training steps of a model.")
-  define.string("lengths", "4096,16384", "Sequence lengths, separated by commas.")
+  define.choice("suite", "attention", ("attention", "headline", "train", "decode"), "attention: the shape that the flags describe. headline: those behind "
+                "the published figures; flags that are given replace theirs. train: whole training steps of a model. decode: tokens after contexts of "
+                "--lengths, and prompts.")
+  define.string("lengths", "4096,16384", "Sequence lengths, separated by commas; of the decode suite contexts, by default 1024,8192,65536,524288,1048576.")
+  define.string("batch_sizes", "1,8,64", "Of the decode suite: texts that are written at the same time, separated by commas.")
+  define.string("prompts", "8192,131072", "Of the decode suite: lengths of prompts to read, separated by commas; empty: none.")
   define.number("heads", 2, "Query heads; a multiple of --kv_heads.", lower=1)
   define.number("kv_heads", 1, "Key/value heads.", lower=1)
   define.number("head_dim", 64, "Width of a head.", lower=1)
@@ -228,11 +239,11 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
                 "selection, with falling ones none.")
   define.string("rivals", None, "What to time, separated by commas: sparsek, sliding_window, dense, xla, thresholds; of the train suite sparsek, "
                 "sliding_window, full, and Hugging Face's Llama where installed: transformers (compiled as a whole), transformers_layers (layer by "
-                "layer). Default: all; xla only beside another implementation.")
-  define.choice("preset", None, list(config_lib.PRESETS), "Model to train. Default: gpt2_small.")
-  define.number("vocab_size", 32768, "Of the model to train.", lower=1)
-  define.number("scorer_init_slope", None, "Of the model to train, a new one: at 1 more tokens enter the selection than at 0, as in the recipes for long "
-                "contexts. Default: the preset's.", kind=float)
+                "layer); of the decode suite sparsek, full, transformers. Default: all; xla only beside another implementation.")
+  define.choice("preset", None, list(config_lib.PRESETS), "Model of the train and decode suites. Default: gpt2_small; to decode, 1b.")
+  define.number("vocab_size", 32768, "Of the model.", lower=1)
+  define.number("scorer_init_slope", None, "Of the model, a new one: at 1 more tokens enter the selection than at 0, as in the recipes for long contexts. "
+                "Default: the preset's.", kind=float)
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass of the model recomputes. Default: none.")
   define.number("batch_size", None, "Rows per training step. Default: 1.", lower=1)
   define.number("documents", 1, "Documents per row: half of it, a quarter, and so on.", lower=1)
@@ -245,8 +256,8 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("errors_at", None, "Length at which to compare with the float32 reference, which is quadratic; 0: do not. Default: 4096 in the headline, "
                 "else 0.", lower=0)
   define.string("record", None, "Also write flags, figures, versions and device to this .json file, and a picture beside it.")
-  define.boolean("extend", False, "Of the train suite: keep the rows that --record has of other lengths, documents, remat or batch size, if of this commit and "
-                 "device.")
+  define.boolean("extend", False, "Of the train and decode suites: keep the rows that --record has of other lengths, documents, remat or batch size, if of "
+                 "this commit and device.")
   define.string("show", None, "Time nothing; print this record and draw its picture again.")
 
 

@@ -1,129 +1,327 @@
-"""Sampling text from a model, token by token, with memory and time per token that do not grow."""
+"""Sampling text from a model, several texts at a time, with memory and time per token that do not grow."""
 
-import dataclasses
 import functools
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.cache import decode_step, init_cache, prefill
+from sparsek import cache_file
+from sparsek.cache import decode_step, init_cache, lost_scores, prefill, with_room
 from sparsek.config import TransformerConfig, check_at_least
-from sparsek.model import Params, unstack_layers
+from sparsek.errors import UsageError
+from sparsek.inference import InferenceParams, inference_params
+from sparsek.model import Params
+
+AHEAD = 8                # tokens a dispatch, unless told
 
 
-def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array | float = 1.0, top_p: jax.Array | float = 1.0) -> jax.Array:
+def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array | float = 1.0, top_p: jax.Array | float = 1.0,
+           top_k: jax.Array | int = 0) -> jax.Array:
   """Draws token ids [...] from logits [..., vocab_size].
 
   Args:
     key: PRNG key.
     temperature: divides the logits; 0 takes the largest (the lowest id of equals).
     top_p: draws from the nucleus only: the fewest most probable tokens whose probabilities sum to top_p or more (always at least one).
+    top_k: draws from so many most probable tokens only, of which top_p then takes its share; 0: from all.
 
   Reference: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
   """
   scaled = logits / jnp.where(temperature > 0, temperature, 1)
   order = jnp.argsort(-scaled, axis=-1)
-  probability = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1), axis=-1)
+  rank = jnp.arange(logits.shape[-1])
+  kept = jnp.where((top_k == 0) | (rank < top_k), jnp.take_along_axis(scaled, order, axis=-1), -jnp.inf)
+  probability = jax.nn.softmax(kept, axis=-1)
   before = jnp.cumsum(probability, axis=-1) - probability          # of all more probable tokens
-  nucleus = (before < top_p) | (jnp.arange(logits.shape[-1]) == 0)
+  nucleus = (before < top_p) | (rank == 0)
   drawn = jax.random.categorical(key, jnp.where(nucleus, jnp.log(probability), -jnp.inf), axis=-1)
   drawn = jnp.take_along_axis(order, drawn[..., None], axis=-1)[..., 0]
   return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _next_token(config, params, cache, token, key, temperature, top_p):
-  """Feeds token [1] and draws the one after it."""
-  key, draw = jax.random.split(key)
-  logits, cache = decode_step(config, params, cache, token)
-  return sample(logits, draw, temperature, top_p), cache, key
+def _draw(way, logits, keys, number, temperature, top_p, top_k):
+  """The token that a row draws as its `number`-th, for every row: it depends on the row's key and logits only."""
+  if way == "greedy":                                     # no keys, no sorting
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+  if way == "all":
+    drawn = jax.vmap(jax.random.categorical)(keys, logits / temperature)
+  else:
+    drawn = jax.vmap(sample, (0, 0, None, None, None))(logits, keys, temperature, top_p, top_k)
+  return drawn.astype(jnp.int32)
 
 
-def generate(config: TransformerConfig, params: Params, prompt_tokens: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
-             top_p: float = 1.0, key: jax.Array | None = None, eos_id: int | Sequence[int] | None = None) -> Iterator[int]:
-  """Continues a prompt.
+_first = jax.jit(_draw, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def run_steps(config, way, steps, params, cache, token, active, number, limit, keys, temperature, top_p, top_k, end_ids):
+  """`steps` times: feeds each active row its token, and draws the next; a row ends with a token of `end_ids` or its `limit`-th.
+
+  Returns ((cache, token, active, number), (tokens, which rows drew one), [steps, B] each). What a row drew last has not been fed.
+  """
+  def step(state, _):
+    cache, token, active, number = state
+    logits, cache = decode_step(config, params, cache, token, active)
+    drawn = jnp.where(active, _draw(way, logits, keys, number, temperature, top_p, top_k), token)
+    drew, active = active, active & ~jnp.isin(drawn, end_ids) & (number + 1 < limit)
+    return (cache, drawn, active, number + 1), (drawn, drew)
+  return jax.lax.scan(step, (cache, token, active, number), None, length=steps)
+
+
+class Session:
+  """Texts that grow by turns: prompts are fed, continuations drawn, and what the model keeps of both can be saved and resumed.
+
+  Attributes:
+    config: of the model.
+    cache: what the model keeps. It has not been fed the token that each row drew last, which the next turn begins with.
+
+  Example:
+    >>> session = Session(config, params, batch_size=2)
+    >>> for tokens in session.generate([[1, 2, 3], [4]], max_new_tokens=10, temperature=0.0):
+    ...   print(tokens)                                                   # one of each row; None from where a row has ended
+  """
+
+  def __init__(self, config: TransformerConfig, params: Params | InferenceParams, batch_size: int):
+    self.config = config
+    self.cache = init_cache(config, batch_size, max_length=1)                # full layers get room with every turn
+    self._params = inference_params(config, params)
+    self._unfed: list[list[int]] = [[] for _ in range(batch_size)]
+    self._stopped: set[int] = set()
+    self._exact = True                                    # whether the cache has been fed what was yielded, and nothing else
+
+  @property
+  def lost_scores(self) -> np.ndarray:
+    """[B]; see `sparsek.cache.lost_scores`."""
+    return lost_scores(self.cache)
+
+  def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+               keys: jax.Array | None = None, eos_id: int | Sequence[int] | None = None, ahead: int = AHEAD) -> Iterator[list[int | None]]:
+    """Feeds a prompt a row, and continues each.
+
+    Args:
+      prompts: token ids; a row that has text already may have an empty one, and goes on.
+      max_new_tokens: most tokens to draw, a row.
+      temperature, top_p, top_k: see `sample`; temperature 0 is greedy and needs no keys.
+      keys: [B] PRNG keys. What a row draws depends on its key and its text, not on the rows beside it.
+      eos_id: token, or tokens, that end a row; they are not yielded, but fed before what the next turn brings.
+      ahead: tokens that are computed in one go while those before are read. 0: one at a time, when it is asked for, so that `stop` acts at once.
+
+    Returns:
+      An iterator of lists: the next token of every row, None where it has ended.
+
+    Raises:
+      ValueError: at once, for a row without any text, ids outside the vocabulary, a number out of range, more tokens in all than there are learned
+        positions, where keys are missing, or where an earlier turn was left before its end.
+    """
+    if len(prompts) != len(self._unfed):
+      raise ValueError(f"prompts has {len(prompts)} rows, the session {len(self._unfed)}")
+    if not self._exact:
+      raise ValueError("ahead: an earlier turn was stopped after more had been computed; use ahead=0 where turns are stopped and go on")
+    keys = _check_turn(self.config, prompts, np.asarray(self.cache.seen), self._unfed, max_new_tokens, temperature, top_p, top_k, keys, ahead)
+    rows = [np.asarray([*unfed, *prompt], np.int32) for unfed, prompt in zip(self._unfed, prompts)]
+    way = "greedy" if temperature == 0 else "all" if top_p == 1 and top_k == 0 else "some"
+    return self._generate(rows, max_new_tokens, way, keys, (temperature, top_p, top_k), np.ravel([] if eos_id is None else eos_id).astype(np.int32), ahead)
+
+  def _generate(self, rows, max_new_tokens, way, keys, options, end_ids, ahead):
+    self._stopped = set()
+    if not max_new_tokens:
+      return
+    lengths = np.asarray([len(row) for row in rows])
+    self.cache = with_room(self.config, self.cache, int(np.max(np.asarray(self.cache.seen) + lengths)) + max_new_tokens)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for row, ids in enumerate(rows):
+      tokens[row, :len(ids)] = ids
+    logits, self.cache = prefill(self.config, self._params, self.cache, tokens, lengths, last_only=True, donate=True)
+    self._unfed = [[] for _ in rows]
+    token = _first(way, logits[:, 0], keys, jnp.int32(0), *options)
+    active = ~jnp.isin(token, end_ids) & (max_new_tokens > 1)
+    number, drawn = jnp.int32(1), (token[None], np.ones((1, len(rows)), bool))
+    self._exact = not ahead
+    most = -(-(max_new_tokens - 1) // max(ahead, 1))         # dispatches
+    while True:
+      on = None
+      if ahead and most:                                  # dispatched before its input is read: the device does not wait for the host
+        on, drawn_next = self._advance(way, ahead, token, active, number, max_new_tokens, keys, options, end_ids)
+      going = True
+      for last, drew in zip(np.asarray(drawn[0]), np.asarray(drawn[1])):
+        for row in np.flatnonzero(drew):
+          self._unfed[row] = [int(last[row])]
+        yielded = [int(x) if there and x not in end_ids and row not in self._stopped else None for row, (x, there) in enumerate(zip(last, drew))]
+        if all(x is None for x in yielded):
+          going = False
+          break
+        yield yielded
+      if not going or not most:
+        break
+      if not ahead:
+        active = active & ~np.isin(np.arange(len(rows)), list(self._stopped))
+        on, drawn_next = self._advance(way, 1, token, active, number, max_new_tokens, keys, options, end_ids)
+      (token, active, number), drawn, most = on, drawn_next, most - 1
+    self._exact = not (ahead and self._stopped)           # what is dispatched after all rows have ended changes nothing
+
+  def _advance(self, way, steps, token, active, number, limit, keys, options, end_ids):
+    (self.cache, *state), drawn = run_steps(self.config, way, steps, self._params, self.cache, token, active, number, jnp.int32(limit), keys, *options, end_ids)
+    return state, drawn
+
+  def stop(self, row: int) -> None:
+    """Ends a row of the turn that is going on: it yields None from now on. With ahead=0 nothing more is computed for it."""
+    self._stopped.add(row)
+
+  def save(self, path: str) -> None:
+    """Writes the cache, and what it has not been fed yet, to a file for `load`.
+
+    Raises:
+      ValueError: where a turn was stopped or left while more had been computed (ahead above 0): the cache holds what was never yielded.
+    """
+    if not self._exact:
+      raise ValueError("ahead: the turn was stopped after more had been computed, so that the cache holds what was not yielded; use ahead=0")
+    cache_file.save(path, self.config, self.cache, {"unfed": self._unfed, "model": _fingerprint(self._params)})
+
+  @classmethod
+  def load(cls, path: str, config: TransformerConfig, params: Params | InferenceParams) -> "Session":
+    """The session that `save` wrote. Raises UsageError where it cannot be read or is of another configuration or other parameters."""
+    session = cls.__new__(cls)
+    session.config, session._params = config, inference_params(config, params)
+    session.cache, note = cache_file.load(path, config)
+    if note["model"] != _fingerprint(session._params):
+      raise UsageError(f"{path} was saved with other parameters: what it holds means nothing to these")
+    session._unfed, session._stopped, session._exact = note["unfed"], set(), True
+    return session
+
+
+def _fingerprint(params: InferenceParams) -> int:
+  """A checksum that other parameters hardly share: of the last norm and of some of the last matrix, which all training changes."""
+  parts = jax.tree.leaves(params.final_norm) + [params.layers[-1]["down"]["kernel"][:4], params.layers[0]["qkv"]["kernel"][:4]]
+  return functools.reduce(lambda sum_, x: zlib.crc32(np.asarray(x).tobytes(), sum_), parts, 0)
+
+
+def _check_turn(config, prompts, seen, unfed, max_new_tokens, temperature, top_p, top_k, keys, ahead):
+  """Raises ValueError for arguments of `Session.generate` that cannot be; returns the keys."""
+  longest = 0
+  for prompt, begun, before in zip(prompts, unfed, seen):
+    prompt = np.asarray(prompt) if len(prompt) else np.zeros(0, np.int32)
+    if prompt.ndim != 1 or not (prompt.size or begun):
+      raise ValueError(f"prompt_tokens has shape {prompt.shape}, expected [m] with m >= 1; an empty text starts with eos")
+    if not np.issubdtype(prompt.dtype, np.integer) or (prompt.size and not 0 <= prompt.min() <= prompt.max() < config.vocab_size):
+      raise ValueError(f"prompt_tokens holds {prompt.dtype} values from {prompt.min()} to {prompt.max()}, expected integers from 0 to {config.vocab_size - 1}")
+    longest = max(longest, int(before) + len(begun) + len(prompt))
+  for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature), ("top_k", top_k), ("ahead", ahead)):
+    check_at_least(name, value, 0)
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+  if config.positions == "learned" and longest + max_new_tokens > config.max_positions:
+    raise ValueError(f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: the model has max_positions={config.max_positions}")
+  if keys is None and temperature > 0:
+    raise ValueError(f"key=None: temperature={temperature} draws at random and needs a PRNG key")
+  keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
+  if keys.shape != (len(prompts),):
+    raise ValueError(f"keys has shape {keys.shape}, expected {(len(prompts),)}, a PRNG key for each row")
+  return keys
+
+
+def generate(config: TransformerConfig, params: Params | InferenceParams, prompt_tokens: Sequence[int], *, max_new_tokens: int,
+             temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, key: jax.Array | None = None,
+             eos_id: int | Sequence[int] | None = None) -> Iterator[int]:
+  """Continues one prompt; several at a time, and more turns, are for `Session`.
 
   Args:
     config, params: the model.
     prompt_tokens: at least one token id.
     max_new_tokens: most tokens to draw.
-    temperature, top_p: see `sample`; temperature 0 is greedy and needs no key.
+    temperature, top_p, top_k: see `sample`; temperature 0 is greedy and needs no key.
     key: PRNG key; the same key gives the same text.
     eos_id: token, or tokens, that end the text; they are not yielded.
 
   Returns:
-    An iterator of token ids; each is yielded as soon as it is known, while the device already works on the next.
+    An iterator of token ids, which come in small groups while the device already works on the next.
 
   Raises:
-    ValueError: at once, for an empty prompt, ids outside the vocabulary, a negative temperature or max_new_tokens, top_p outside (0, 1], more tokens in all
-      than max_positions of learned positions, or where a key is missing.
+    ValueError: at once, as `Session.generate`.
 
   Example:
     >>> tokens = generate(config, params, tokenizer.encode("def "), max_new_tokens=100, key=jax.random.key(0))
     >>> for text in stream_text(tokenizer, tokens):
     ...   print(text, end="", flush=True)
   """
-  prompt = np.asarray(prompt_tokens)
-  if prompt.ndim != 1 or not prompt.size:
-    raise ValueError(f"prompt_tokens has shape {prompt.shape}, expected [m] with m >= 1; an empty text starts with eos")
-  if not np.issubdtype(prompt.dtype, np.integer) or prompt.min() < 0 or prompt.max() >= config.vocab_size:
-    raise ValueError(f"prompt_tokens holds {prompt.dtype} values from {prompt.min()} to {prompt.max()}, "
-                     f"expected integers from 0 to {config.vocab_size - 1}")
-  check_at_least("max_new_tokens", max_new_tokens, 0)
-  if config.positions == "learned" and prompt.size + max_new_tokens > config.max_positions:
-    raise ValueError(f"max_new_tokens={max_new_tokens} after {prompt.size} prompt tokens: the model has max_positions={config.max_positions}")
-  check_at_least("temperature", temperature, 0)
-  if not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-  if key is None:
-    if temperature > 0:
-      raise ValueError(f"key=None: temperature={temperature} draws at random and needs a PRNG key")
-    key = jax.random.key(0)
-  return _generate(config, params, jnp.asarray(prompt, jnp.int32), max_new_tokens, temperature, top_p, key, np.ravel([] if eos_id is None else eos_id))
+  options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, keys=None if key is None else key[None])
+  _check_turn(config, [prompt_tokens], [0], [[]], ahead=0, **options)
+
+  def run():
+    session = Session(config, params, 1)
+    for token, in session.generate([prompt_tokens], eos_id=eos_id, **options):
+      yield token
+  return run() if max_new_tokens else iter(())
 
 
-def _generate(config, params, prompt, max_new_tokens, temperature, top_p, key, eos_ids):
-  if not max_new_tokens:
-    return
-  params = unstack_layers(config, params)                 # once, not in every step
-  config = dataclasses.replace(config, scan_layers=False)
-  cache = init_cache(config, 1, max_length=len(prompt) + max_new_tokens)
-  key, draw = jax.random.split(key)
-  logits, cache = prefill(config, params, cache, prompt[None], last_only=True)
-  token = sample(logits[:, 0], draw, temperature, top_p)
-  for left in reversed(range(max_new_tokens)):
-    known = token
-    if left:                                              # dispatched before the token is read: the device does not wait for the host
-      token, cache, key = _next_token(config, params, cache, known, key, temperature, top_p)
-    known = int(known[0])
-    if known in eos_ids:
-      return
-    yield known
-
-
-def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-  """Turns a stream of tokens into pieces of text that end between characters.
+class TextStream:
+  """Turns the tokens of a text into pieces of text that end between characters, up to the first stop string.
 
   Tokens may hold parts of a UTF-8 character, and how a token reads may depend on the one before it. So the tokens since the last piece
-  are decoded together with that piece, and nothing is yielded while the text ends in U+FFFD, an unfinished character; what is left
-  comes with the end of the stream.
+  are decoded together with that piece, and nothing is returned while the text ends in U+FFFD, an unfinished character. Nor is what may be the beginning of
+  a stop string, until it is clear that it is none.
 
   Args:
     tokenizer: an object with decode(ids) -> str that writes U+FFFD for invalid bytes.
+    stop: strings that end the text, wherever tokens begin and end; they are not part of it.
+
+  Attributes:
+    stopped: whether a stop string has come.
   """
-  ids, start, read = [], 0, 0                             # ids[start:read] is the last piece
-  for token in tokens:
-    ids.append(token)
-    text = tokenizer.decode(ids[start:])
+
+  def __init__(self, tokenizer, stop: Sequence[str] = ()):
+    self._tokenizer, self._stop, self.stopped = tokenizer, tuple(filter(None, stop)), False
+    self._ids, self._start, self._read = [], 0, 0         # ids[start:read] is the last piece
+    self._held = ""                                       # text that was not returned yet
+
+  def push(self, token: int) -> str:
+    """The text that is certain after one more token, often empty."""
+    if self.stopped:
+      return ""
+    self._ids.append(token)
+    text = self._tokenizer.decode(self._ids[self._start:])
     if text.endswith("\ufffd"):
-      continue
-    known = len(tokenizer.decode(ids[start:read]))
+      return ""
+    known = len(self._tokenizer.decode(self._ids[self._start:self._read]))
     if text[known:]:
-      yield text[known:]
-      ids = ids[read:]
-      start, read = 0, len(ids)
-  text = tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:read])):]
+      self._ids = self._ids[self._read:]
+      self._start, self._read = 0, len(self._ids)
+    return self._release(text[known:])
+
+  def finish(self) -> str:
+    """What is left at the end."""
+    if self.stopped:
+      return ""
+    text = self._tokenizer.decode(self._ids[self._start:])[len(self._tokenizer.decode(self._ids[self._start:self._read])):]
+    self._start = self._read = len(self._ids)
+    released, held = self._release(text), self._held
+    self._held = ""
+    return released + held
+
+  def _release(self, text):
+    text = self._held + text
+    places = [at for at in map(text.find, self._stop) if at >= 0]
+    self.stopped = bool(places)
+    if places:
+      self._held = ""
+      return text[:min(places)]
+    begun = max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+    self._held = text[len(text) - begun:]
+    return text[:len(text) - begun]
+
+
+def stream_text(tokenizer, tokens: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+  """The pieces of text that a stream of tokens brings, as they come; see `TextStream`. No further token is taken after a stop string."""
+  stream = TextStream(tokenizer, stop)
+  for token in tokens:
+    text = stream.push(token)
+    if text:
+      yield text
+    if stream.stopped:
+      return
+  text = stream.finish()
   if text:
     yield text

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsek.attention import resolve_window, sliding_window_attention, sparsek_attention
 from sparsek.config import TransformerConfig
@@ -53,23 +54,36 @@ def make_norm(config: TransformerConfig) -> nn.Module:
   return {"rms_norm": RMSNorm, "layer_norm": LayerNorm}[config.norm](config.norm_eps)
 
 
-def rope_frequencies(dim: int, theta: float, scaling: tuple | None = None) -> jax.Array:
-  """Angles per position of the dim / 2 feature pairs, [dim / 2] float32: f_d = theta^(-2d/dim), and with
+def rope_frequencies(dim: int, theta: float, scaling: tuple | None = None) -> np.ndarray:
+  """Angles per position of the dim / 2 feature pairs, [dim / 2] float64: f_d = theta^(-2d/dim), and with
 
     ("linear", s): f_d / s, which squeezes positions (Chen et al. 2023, arXiv 2306.15595);
     ("llama3", s, low, high, n): m f_d + (1 - m) f_d / s with m = clip((n f_d / 2 pi - low) / (high - low), 0, 1): pairs that turn at least `high` times in
       the n tokens of the original training stay, those that turn at most `low` times are squeezed (Llama 3.1, arXiv 2407.21783, and its released code).
   """
   half = dim // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  frequency = theta ** (-np.arange(half, dtype=np.float64) / half)
   if scaling is None:
     return frequency
   kind, factor, *bounds = scaling
   if kind == "linear":
     return frequency / factor
   low, high, original = bounds
-  stay = jnp.clip((original * frequency / (2 * jnp.pi) - low) / (high - low), 0, 1)
+  stay = np.clip((original * frequency / (2 * np.pi) - low) / (high - low), 0, 1)
   return stay * frequency + (1 - stay) * frequency / factor
+
+
+def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+  """positions [...] times frequencies [F], modulo a turn: [..., F] float32 from -pi to pi, within 6e-7 of the truth up to 2^31 positions.
+
+  A float32 product would lose the digits that matter: at 2^20 it is off by up to 2^-4. Turns are counted in integers of 2^-32 instead, where whole turns
+  overflow and nothing is lost; what the frequency has beyond 2^-32 of a turn is added as a float.
+  """
+  turns = frequencies / (2 * np.pi) % 1 * 2.0**32
+  whole = np.floor(turns)
+  count = positions[..., None].astype(jnp.uint32) * whole.astype(np.uint32)
+  count += (positions[..., None].astype(jnp.float32) * (turns - whole).astype(np.float32)).astype(jnp.uint32)
+  return jax.lax.bitcast_convert_type(count, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32)
 
 
 def rotary_embedding(x_BxNxHxD: jax.Array, positions: jax.Array, theta: float, dim: int | None = None, scaling: tuple | None = None) -> jax.Array:
@@ -77,12 +91,12 @@ def rotary_embedding(x_BxNxHxD: jax.Array, positions: jax.Array, theta: float, d
 
   Args:
     x_BxNxHxD: queries or keys.
-    positions: [B, N] or [N] integers.
+    positions: [B, N] or [N] integers, 0 and more.
     theta, scaling: say what f_d is; see `rope_frequencies`. Longer contexts want a larger theta.
     dim: even; the first `dim` features are rotated, the others stay (as in GPT-NeoX, arXiv 2204.06745). Default: D.
   """
   dim = x_BxNxHxD.shape[-1] if dim is None else dim
-  angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(dim, theta, scaling)           # [..., N, 1, dim/2]
+  angle = rope_angles(positions, rope_frequencies(dim, theta, scaling))[..., None, :]                        # [..., N, 1, dim/2]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = jnp.split(x_BxNxHxD[..., :dim].astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxNxHxD.dtype)

@@ -29,12 +29,18 @@ class Moments(NamedTuple):
   deviation: jax.Array
 
 
-def merge_moments(a: Moments, b: Moments) -> Moments:
-  """Moments of the union (Chan, Golub and LeVeque 1979): never a difference of large sums, so a common offset costs no digits."""
-  count = a.count + b.count
-  share = b.count / jnp.maximum(count, 1)
+def moments_added(a: Moments, b: Moments) -> Moments:
+  """What to add to the moments a for those of the union with b (Chan, Golub and LeVeque 1979): never a difference of large sums, so that an offset that all
+  logits have costs no digits."""
+  share = b.count / jnp.maximum(a.count + b.count, 1)
   delta = b.mean - a.mean
-  return Moments(count, a.mean + delta * share, a.deviation + b.deviation + delta**2 * a.count * share)
+  return Moments(b.count, delta * share, b.deviation + delta**2 * a.count * share)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+  """Moments of the union."""
+  added = moments_added(a, b)
+  return Moments(*(x + y for x, y in zip(a, added)))
 
 
 def _prefixes(arrays, start: jax.Array, join, block: int = 32):
@@ -162,6 +168,13 @@ class Linear(nn.Module):
     return jnp.matmul(x.astype(jnp.float32), kernel, precision=HIGHEST)
 
 
+def slice_rows(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
+  """x [B, N, ...] -> [B, length, ...]: of each row the places start [B] .. start + length - 1."""
+  if x.shape[1] == length + 1:                              # a single token: cheaper to choose than to slice
+    return jnp.where(start.reshape(-1, *[1] * (x.ndim - 1)) > 0, x[:, 1:], x[:, :-1])
+  return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))(x, start)
+
+
 class ScorerState(NamedTuple):
   """What a stream of chunks carries; its size depends on the configuration only.
 
@@ -169,11 +182,14 @@ class ScorerState(NamedTuple):
     linear: [B, L, G] linear logits of the last L = lookahead tokens, whose scores are not final yet.
     channels: [B, lookback + L, CHANNELS] inputs of the convolution.
     mean, deviation: [B, G] moments of the final logits so far.
+    mean_rest, deviation_rest: [B, G] what rounding has cut off these sums (Kahan 1965); after 10^6 single tokens it would be worth 10^-5 of a score.
   """
   linear: jax.Array
   channels: jax.Array
   mean: jax.Array
   deviation: jax.Array
+  mean_rest: jax.Array
+  deviation_rest: jax.Array
 
 
 class ScoringNetwork(nn.Module):
@@ -267,39 +283,53 @@ class ScoringNetwork(nn.Module):
       return self._scores(logits_BxNxG, position_BxN, layer)
     return self._scores(logits_BxNxG, position_BxN, layer, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN, end_BxN))
 
-  def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0) -> tuple[jax.Array, ScorerState]:
+  def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0,
+             count: jax.Array | None = None) -> tuple[jax.Array, ScorerState]:
     """Scores that become final with a chunk of C further tokens of one endless document.
 
     Args:
       x_BxCxE: hidden states of the tokens at positions seen .. seen + C - 1.
       state: what the previous call returned; `initial_state` at first.
-      seen: int32 scalar, tokens before this chunk.
+      seen: int32 [B], or a scalar for all rows, tokens before this chunk.
+      layer: index of the layer, the salt of the fixed noise.
+      count: int32 [B], how many of a row's C tokens there are; what follows them is not read. None: all.
     Returns:
-      [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where negative), and the next state.
+      [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where negative, and beyond `count`), and the next state.
     """
     batch, length, _ = x_BxCxE.shape
-    position_BxC = jnp.broadcast_to(seen - self.delay + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    before_Bx1 = jnp.reshape(seen, (-1, 1)) - self.delay
+    position_BxC = jnp.broadcast_to(before_Bx1 + jnp.arange(length, dtype=jnp.int32), (batch, length))
     if self.kind == "random":
       return self._random_scores(layer, position_BxC), state
+    count = jnp.full(batch, length) if count is None else count
+    x_BxCxE = x_BxCxE.astype(jnp.float32)
     linear = jnp.concatenate([state.linear, self.linear(x_BxCxE)], axis=1)
-    logits_BxCxG, state = linear[:, :length], state._replace(linear=linear[:, length:])
+    logits_BxCxG, state = linear[:, :length], state._replace(linear=slice_rows(linear, count, self.delay))
     if self.kind == "conv":
       channels = jnp.concatenate([state.channels, self.conv_in(x_BxCxE)], axis=1)
       logits_BxCxG += self._convolve(self._taps(channels, length))
-      state = state._replace(channels=channels[:, length:])
+      state = state._replace(channels=slice_rows(channels, count, self.lookback + self.lookahead))
     if not self.normalize:
       return self._scores(logits_BxCxG, position_BxC, layer), state
-    before = Moments(jnp.maximum(seen - self.delay, 0).astype(jnp.float32), state.mean[:, None], state.deviation[:, None])
+    before = Moments(jnp.maximum(before_Bx1, 0).astype(jnp.float32)[..., None], state.mean[:, None], state.deviation[:, None])
     chunk = running_moments(logits_BxCxG, position_BxC >= 0, jnp.zeros_like(position_BxC), jnp.full_like(position_BxC, length))
-    moments = merge_moments(before, chunk)
-    return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(mean=moments.mean[:, -1], deviation=moments.deviation[:, -1])
+    added = moments_added(before, chunk)
+    moments, ends = Moments(before.count + chunk.count, before.mean, before.deviation), {}
+    for name in ("mean", "deviation"):
+      old, rest = getattr(before, name), getattr(state, name + "_rest")[:, None]
+      step = getattr(added, name) + rest
+      new = old + step
+      moments = moments._replace(**{name: new})
+      for field, start, values in ((name, old, new), (name + "_rest", rest, step - (new - old))):
+        ends[field] = slice_rows(jnp.concatenate([start, values], axis=1), count, 1)[:, 0]
+    return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(**ends)
 
   def initial_state(self, batch_size: int) -> ScorerState:
     """The state before the first token."""
     conv = self.kind == "conv"
     zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
     return ScorerState(zeros(self.delay, self.num_scores), zeros(self.lookback + self.lookahead if conv else 0, CHANNELS),
-                       zeros(self.num_scores), zeros(self.num_scores))
+                       *(zeros(self.num_scores) for _ in range(4)))
 
   def _random_scores(self, layer, position_BxN):
     noise = fixed_noise(layer, position_BxN, self.num_scores)

@@ -74,7 +74,7 @@ def test_a_file_that_is_no_record(tmp_path, capsys):
     (["--record=x.png"], "--record=x.png: must be a .json file"),
     (["--show=nowhere.json"], "nowhere.json cannot be read"),
     (["--rounds=0"], "--rounds=0"),
-    (["--extend", "--record=x.json"], "--extend: needs --suite=train and --record"),
+    (["--extend", "--record=x.json"], "--extend: needs --suite=train or decode, and --record"),
 ])
 def test_bad_flags(arguments, message, capsys):
   assert run(*arguments) == 2

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
-from sparsek.generate import generate, sample, stream_text
+from sparsek.errors import UsageError
+from sparsek.generate import Session, generate, sample, stream_text
 from sparsek.model import Transformer, init_params
 from sparsek.tokenizer import ByteTokenizer
 from tests.sparsek.helpers import quick_jit
@@ -15,6 +16,7 @@ from tests.sparsek.helpers import quick_jit
 CONFIG = TransformerConfig(vocab_size=40, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, k=3, window=4,
                            attention="sparsek,full", scan_layers=True, implementation="reference")
 PROMPT = [3, 1, 4, 1, 5]
+TEXT = "naïve €5 — 日本語 🙂!"
 
 
 @functools.cache
@@ -53,16 +55,97 @@ def test_tokens_stream():
   assert len([next(tokens) for _ in range(3)]) == 3, "a limit of 10^9 tokens must cost nothing"
 
 
+ROWS = [PROMPT, [7], [9, 9, 2, 30, 1, 1, 8, 5, 12, 3, 3]]
+LIGHT = dataclasses.replace(CONFIG, attention="sliding_window", num_layers=1)         # compiles fast; selections are for cache_test
+SOFT = dataclasses.replace(CONFIG, gate="value", attention="sparsek,sliding_window", dtype="bfloat16")
+
+
+@functools.cache
+def light_params():
+  tree = quick_jit(functools.partial(init_params, LIGHT))(jax.random.key(0))
+  return {**tree, "embed": jax.tree.map(lambda x: 30 * x, tree["embed"])}
+
+
+def turn(session, prompts, **more):
+  """Tokens of each row."""
+  steps = list(session.generate(prompts, **{"max_new_tokens": 11, "temperature": 0.0, **more}))
+  assert all(len(tokens) == len(prompts) for tokens in steps)
+  rows = [[token for token in row if token is not None] for row in zip(*steps)]
+  assert [list(row[:len(ended)]) for row, ended in zip(zip(*steps), rows)] == rows, "None only from the end on"
+  return rows
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=5.0), dict(temperature=3.0, top_k=5), dict(temperature=3.0, top_p=0.7, eos_id=range(0, 40, 4))])
+def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(options):
+  keys = jax.random.split(jax.random.key(3), 3)
+  together = turn(Session(LIGHT, light_params(), 3), ROWS, keys=keys, **options)
+  alone = [list(generate(LIGHT, light_params(), row, key=key, **{"max_new_tokens": 11, "temperature": 0.0, **options})) for row, key in zip(ROWS, keys)]
+  assert together == alone and (len(set(map(len, together))) > 1) == ("eos_id" in options)
+
+
+def test_turns_go_on_where_they_ended():
+  """In one session, from a file between turns, and one token at a time: the same, and what a dense cache of all tokens gives."""
+  more = [[11, 12], [], [13]]
+  one = Session(CONFIG, params(), 3)
+  first, second = turn(one, ROWS), turn(one, more)
+  slow = Session(CONFIG, params(), 3)
+  assert turn(slow, ROWS, ahead=0) == first and turn(slow, more, ahead=0) == second
+  for row, (prompt, begun, then) in enumerate(zip(ROWS, first, more)):
+    assert list(generate(CONFIG, params(), prompt + begun + then, max_new_tokens=11, temperature=0.0)) == second[row]
+
+
+def test_a_stopped_row_computes_nothing_more():
+  whole = turn(Session(LIGHT, light_params(), 3), ROWS)
+  session, seen = Session(LIGHT, light_params(), 3), []
+  for tokens in session.generate(ROWS, max_new_tokens=11, temperature=0.0, ahead=0):
+    seen.append(tokens)
+    if len(seen) == 4:
+      session.stop(1)
+  assert [row[1] for row in seen] == whole[1][:4] + [None] * 7 and [row[0] for row in seen] == whole[0]
+  assert session.cache.seen.tolist() == [len(row) + (3 if i == 1 else 10) for i, row in enumerate(ROWS)]
+  assert turn(session, [[], [], []], max_new_tokens=2)[1] == whole[1][4:6]
+
+
+def test_a_session_that_ran_ahead_says_so(tmp_path):
+  session = Session(LIGHT, light_params(), 1)
+  for _ in session.generate([PROMPT], max_new_tokens=11, temperature=0.0):
+    break
+  for action in (lambda: session.save(str(tmp_path / "x")), lambda: session.generate([PROMPT], max_new_tokens=1, temperature=0.0)):
+    with pytest.raises(ValueError, match="use ahead=0"):
+      action()
+
+
+def test_a_session_is_resumed_from_disk(tmp_path):
+  path, model = str(tmp_path / "text.npz"), init_params(SOFT, jax.random.key(2))
+  model["embed"]["embedding"] *= 30
+  session = Session(SOFT, model, 3)
+  turn(session, ROWS)
+  session.save(path)
+  again = Session.load(path, SOFT, model)
+  assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(jax.tree.leaves(session.cache), jax.tree.leaves(again.cache)))
+  assert turn(again, [[], [3], []]) == turn(session, [[], [3], []])
+  with pytest.raises(UsageError, match=r"saved under k=3 \(now 4\), gate=value \(now softmax\)"):
+    Session.load(path, dataclasses.replace(SOFT, k=4, gate="softmax"), model)
+  with pytest.raises(UsageError, match="saved with other parameters"):
+    Session.load(path, SOFT, init_params(SOFT, jax.random.key(4)))
+  (tmp_path / "text.npz").write_bytes((tmp_path / "text.npz").read_bytes()[:-300])
+  for broken in (path, str(tmp_path / "none.npz"), __file__):
+    with pytest.raises(UsageError, match="cannot be read as a cache"):
+      Session.load(broken, SOFT, model)
+
+
 def test_sample_draws_from_the_nucleus():
   probability = np.asarray([0.1, 0.5, 0.3, 0.06, 0.04])
   logits = jnp.log(jnp.asarray(probability)) + 3
-  draw = quick_jit(lambda temperature, top_p: sample(jnp.broadcast_to(logits, (20000, 5)), jax.random.key(0), temperature, top_p))
+  draw = quick_jit(lambda *options: sample(jnp.broadcast_to(logits, (20000, 5)), jax.random.key(0), *options))
   share = lambda *args: np.bincount(draw(*args), minlength=5) / 20000
   np.testing.assert_allclose(share(1.0, 1.0), probability, atol=0.015)
   np.testing.assert_allclose(share(1.0, 0.7), [0, 0.625, 0.375, 0, 0], atol=0.015)
   np.testing.assert_allclose(share(0.5, 1.0), probability**2 / np.sum(probability**2), atol=0.015)
   np.testing.assert_array_equal(share(0.0, 1.0), [0, 1, 0, 0, 0])
   np.testing.assert_array_equal(share(1.0, 0.01), [0, 1, 0, 0, 0])
+  np.testing.assert_allclose(share(1.0, 1.0, 2), [0, 0.625, 0.375, 0, 0], atol=0.015)
+  np.testing.assert_array_equal(share(1.0, 0.6, 2), [0, 1, 0, 0, 0])
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -77,6 +160,7 @@ def test_sample_draws_from_the_nucleus():
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(top_p=1.5), "top_p=1.5"),
     (dict(temperature=1.0), "key=None"),
+    (dict(top_k=-1), "top_k=-1"),
 ])
 def test_bad_arguments_are_refused_at_the_call(arguments, message):
   arguments = dict(prompt_tokens=PROMPT, max_new_tokens=3, temperature=0.0) | arguments
@@ -99,6 +183,14 @@ def test_streamed_text_never_holds_half_a_character(text):
 def test_streamed_text_keeps_what_is_no_text():
   broken = b"a\xff\xfeb\xe2\x82"
   assert "".join(stream_text(ByteTokenizer(), broken)) == broken.decode(errors="replace")
+
+
+@pytest.mark.parametrize("stop, text", [(["€"], "naïve "), (["5 — 日"], "naïve €"), (["x", "e €", " €"], "naïv"), (["—!"], TEXT), (["🙂!?"], TEXT), ([""], TEXT)])
+def test_stop_strings_are_found_across_tokens(stop, text):
+  taken = []
+  pieces = list(stream_text(ByteTokenizer(), (taken.append(token) or token for token in TEXT.encode()), stop))
+  assert "".join(pieces) == text
+  assert text == TEXT or len(taken) <= len((text + max(stop, key=len)).encode())
 
 
 class WordTokenizer:

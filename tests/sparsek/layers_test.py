@@ -8,7 +8,7 @@ import pytest
 
 from sparsek.config import TransformerConfig
 from sparsek.kernels import reference
-from sparsek.layers import ATTENTION_MODULES, MLP, LayerNorm, RMSNorm, rope_frequencies, rotary_embedding
+from sparsek.layers import ATTENTION_MODULES, MLP, LayerNorm, RMSNorm, rope_angles, rope_frequencies, rotary_embedding
 from sparsek.scoring import position_in_document
 from tests.sparsek.helpers import quick_jit
 
@@ -44,15 +44,24 @@ def test_rotary_embedding_rotates_pairs():
   angle = positions[0][:, None, None] * 100.0 ** (-np.arange(3) / 3)
   rotated = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)[None]
   got = rotary_embedding(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 100.0)
-  np.testing.assert_allclose(got, np.concatenate([rotated.real, rotated.imag], -1), atol=2e-4)
+  np.testing.assert_allclose(got, np.concatenate([rotated.real, rotated.imag], -1), atol=2e-6)
   shifted = rotary_embedding(jnp.asarray(x, jnp.float32), jnp.asarray(positions[0]), 100.0)
   np.testing.assert_array_equal(got, shifted)
+
+
+@pytest.mark.parametrize("scaling", [None, ("llama3", 8.0, 1.0, 4.0, 8192.0)])
+def test_angles_are_exact_at_any_position(scaling):
+  frequencies = rope_frequencies(64, 5e5, scaling)
+  positions = np.concatenate([np.arange(1000), *(2**i + np.arange(-500, 500) for i in (17, 20, 24, 27)), 2**31 - 1 - np.arange(1000)])
+  got = quick_jit(lambda positions: rope_angles(positions, frequencies))(jnp.asarray(positions, jnp.int32))
+  error = np.exp(1j * np.asarray(got, np.float64)) - np.exp(1j * (positions[:, None] * frequencies.astype(np.longdouble)))
+  assert got.dtype == jnp.float32 and np.abs(got).max() < 3.1416 and np.abs(error).max() < 6e-7
 
 
 def test_rotary_products_depend_on_distance_only():
   q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 8)) for i in (0, 1))
   product = lambda i, j: float(jnp.sum(rotary_embedding(q, jnp.asarray([i]), 1e4) * rotary_embedding(k, jnp.asarray([j]), 1e4)))
-  assert abs(product(5, 3) - product(105, 103)) < 1e-4
+  assert abs(product(5, 3) - product(105, 103)) < 1e-6 and abs(product(5, 3) - product(2**30 + 5, 2**30 + 3)) < 1e-6
   assert abs(product(5, 3) - product(5, 0)) > 1e-3
 
 

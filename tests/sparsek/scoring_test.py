@@ -96,7 +96,7 @@ def test_gradient_of_moments(offset):
   """Against autodiff of the definition in float64; the rows' offset costs the gradient no digits either."""
   n, starts = 130, [0, 5, 64, 65]
   random = np.random.default_rng(3)
-  logits, d_mean, d_deviation = np.round(random.normal(size=(3, 2, n, 2)) * 1024) / 1024
+  logits, d_mean, d_deviation = (np.round(random.normal(size=(3, 2, n, 2)) * 1024) / 1024).astype(np.float32)
   counted = random.random((2, n)) < 0.9
   start, end = (np.stack([x, x]).astype(np.int32) for x in document(n, starts))
   summed = lambda moments: jnp.sum(moments.mean * d_mean) + jnp.sum(moments.deviation * d_deviation)
@@ -107,7 +107,7 @@ def test_gradient_of_moments(offset):
       count = jnp.sum(seen, axis=2)
       mean = jnp.sum(jnp.where(seen, x[:, None], 0), axis=2) / jnp.maximum(count, 1)
       return Moments(count, mean, jnp.sum(jnp.where(seen, (x[:, None] - mean[:, :, None]) ** 2, 0), axis=2))
-    want = jax.grad(lambda x: summed(definition(x)))(jnp.asarray(logits))
+    want = jax.grad(lambda x: summed(definition(x)))(jnp.asarray(logits, jnp.float64))
   assert np.max(np.abs(got - want)) < (1e-3 if offset else 1e-5) * np.max(np.abs(want))
 
 
@@ -217,3 +217,23 @@ def test_unknown_kind_and_negative_reach():
     ScoringNetwork(2, "cubic").init(jax.random.key(0), hidden())
   with pytest.raises(ValueError, match="scorer_lookahead=-1"):
     ScoringNetwork(2, "conv", lookahead=-1).init(jax.random.key(0), hidden())
+
+
+def test_moments_of_a_long_stream_lose_no_digits():
+  """After 2^22 tokens a float32 sum of squares has a spacing of 1/2, which alone would lose much of what every further token adds."""
+  network, x = NETWORKS["linear"], jnp.concatenate([hidden()] * 20, axis=1)
+  count = 2.0**22
+  state = network.initial_state(2)._replace(mean=jnp.full((2, network.num_scores), 0.1), deviation=jnp.full((2, network.num_scores), count))
+
+  @quick_jit
+  def run(x):
+    def step(carry, token):
+      state, seen = carry
+      return (network.apply(variables("linear"), token[:, None], state, seen, method="stream")[1], seen + 1), None
+    return jax.lax.scan(step, (state, jnp.int32(count)), jnp.swapaxes(x, 0, 1))[0][0]
+  end = run(x)
+  logits = np.asarray(x, np.float64) @ np.asarray(variables("linear")["params"]["linear"]["kernel"], np.float64)
+  every, mean = logits.shape[1] + count, (logits.sum(1) + count * np.float32(0.1)) / (logits.shape[1] + count)
+  deviation = count + count * (np.float32(0.1) - mean)**2 + np.sum((logits - mean[:, None])**2, axis=1)
+  assert every > count and np.abs(end.deviation + np.asarray(end.deviation_rest, np.float64) - deviation).max() < 1e-2
+  assert np.abs(end.mean + np.asarray(end.mean_rest, np.float64) - mean).max() < 1e-9

@@ -1,0 +1,110 @@
+"""The layers of `Transformer` as generation computes them: parameters cast once, products that read the same input made in one.
+
+The values are those of the modules in sparsek/layers.py; only rounding differs.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sparsek.config import TransformerConfig
+from sparsek.layers import RMSNorm, make_norm, rotary_embedding
+from sparsek.model import Params, hidden_to_logits, layer_params
+
+
+class InferenceParams(NamedTuple):
+  """What `inference_params` returns; matrices in the activation dtype, all else float32.
+
+  Attributes:
+    embedding: [V, E].
+    positions: [max_positions, E], the learned table, or None.
+    layers: a dict for each layer: qkv [(H + 2 G) D, E], out [E, H D], up [F, E] (of swiglu gate and up, [2 F, E]) and down [E, F], each a transposed kernel
+      with its bias if it has one; norms; scorer. Transposed, because a product with one row reads whole rows of the matrix then, and XLA's GPU backend
+      makes it one kernel; of some others it would write the elements' products to memory before it sums them.
+    final_norm: its parameters.
+    output: [E, V], or None where the embedding is used.
+  """
+  embedding: jax.Array
+  positions: jax.Array | None
+  layers: tuple[dict[str, Any], ...]
+  final_norm: Params
+  output: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _convert(config, params):
+  cast = lambda x: x.astype(config.activation_dtype)
+
+  def join(*parts):
+    """Projections of the same input, side by side; [E, H, D] becomes [H D, E]."""
+    flat = lambda name, axes: jnp.concatenate([part[name].reshape(*part[name].shape[:axes], -1) for part in parts], axis=-1)
+    return {"kernel": cast(flat("kernel", 1).T)} | ({"bias": flat("bias", 0)} if "bias" in parts[0] else {})
+
+  def layer(block):
+    attention, mlp = block["attention"], block["mlp"]
+    out = attention["out"] | {"kernel": attention["out"]["kernel"].reshape(-1, config.embed_dim)}
+    small = {name: attention[name] for name in ("query_norm", "key_norm", "scorer") if name in attention}
+    return {"attention_norm": block["attention_norm"], "mlp_norm": block["mlp_norm"], **small,
+            "qkv": join(*(attention[name] for name in ("query", "key", "value"))), "out": join(out),
+            "up": join(*(mlp[name] for name in ("gate", "up") if name in mlp)), "down": join(mlp["down"])}
+  return InferenceParams(cast(params["embed"]["embedding"]), params["positions"]["embedding"] if config.positions == "learned" else None,
+                         tuple(layer(layer_params(config, params, i)) for i in range(config.num_layers)), params["final_norm"],
+                         None if config.tie_embeddings else cast(params["lm_head"]["kernel"]))
+
+
+def inference_params(config: TransformerConfig, params: Params | InferenceParams) -> InferenceParams:
+  """Parameters as generation reads them, which `prefill` and `decode_step` take in place of the model's; made once, they save every step the cast.
+
+  Returns `params` itself where they are of that kind already.
+  """
+  return params if isinstance(params, InferenceParams) else _convert(config, params)
+
+
+def dense(params: Params, x: jax.Array) -> jax.Array:
+  """x times the kernel, plus the bias if there is one."""
+  # XLA's GPU backend sums the products of a single row itself, in the dtype that it is told; those of more rows are summed in float32 anyway.
+  dtype = jnp.float32 if x.size == x.shape[-1] else x.dtype
+  y = jax.lax.dot_general(x, params["kernel"], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+  return (y + params["bias"].astype(dtype) if "bias" in params else y).astype(x.dtype)
+
+
+def norm(config: TransformerConfig, params: Params, x: jax.Array) -> jax.Array:
+  return make_norm(config).apply({"params": params}, x)
+
+
+def embed(config: TransformerConfig, params: InferenceParams, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+  """tokens and positions [B, C] -> [B, C, E] in the activation dtype; NaN beyond a learned table: loud, not wrong."""
+  x = jnp.take(params.embedding, tokens, axis=0)
+  if params.positions is None:
+    return x
+  return (x.astype(jnp.float32) + jnp.take(params.positions, positions, axis=0, mode="fill")).astype(x.dtype)
+
+
+def project(config: TransformerConfig, layer: dict, x_BxCxE: jax.Array, positions_BxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """As `sparsek.layers.Attention.project`: query [B, C, H, D], key and value [B, C, G, D]."""
+  heads, groups = config.num_heads, config.num_kv_heads
+  every = dense(layer["qkv"], x_BxCxE).reshape(*x_BxCxE.shape[:2], heads + 2 * groups, config.head_dim)
+  query_and_key, value = every[:, :, :heads + groups], every[:, :, heads + groups:]
+  if config.qk_norm:
+    normed = lambda name, x: RMSNorm(config.norm_eps).apply({"params": layer[name]}, x)
+    query_and_key = jnp.concatenate([normed("query_norm", query_and_key[:, :, :heads]), normed("key_norm", query_and_key[:, :, heads:])], axis=2)
+  if config.positions == "rope":
+    query_and_key = rotary_embedding(query_and_key, positions_BxC, config.rope_theta, config.rope_dim, config.rope_scaling)
+  return query_and_key[:, :, :heads], query_and_key[:, :, heads:], value
+
+
+def mlp(config: TransformerConfig, layer: dict, x: jax.Array) -> jax.Array:
+  """As `sparsek.layers.MLP`."""
+  hidden = dense(layer["up"], x)
+  if config.mlp == "swiglu":
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    return dense(layer["down"], nn.silu(gate) * up)
+  return dense(layer["down"], nn.gelu(hidden, approximate=config.mlp == "gelu_tanh"))
+
+
+def logits(params: InferenceParams, hidden: jax.Array) -> jax.Array:
+  """[..., E] -> [..., V] float32."""
+  return hidden_to_logits(hidden, params.embedding.T if params.output is None else params.output)
