@@ -96,6 +96,7 @@ class TransformerConfig:
     scorer_shared: one score per token for all KV heads of a layer.
     scorer_init_noise: initial amplitude of fixed noise in the scores, which is learned; 0: none. Tokens that look alike are then not kept or dropped together.
     scorer_noise: standard deviation of normal noise on the scores, in training only, so that tokens are tried which would be dropped.
+    scorer_loss_queries: queries per row, spread evenly, whose attention the scorers' auxiliary loss looks at; see `TrainConfig.scorer_loss`.
     positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the embedding of the tokens).
     max_positions: rows of the learned table, and the most tokens of a row; with "rope" a note of the context that a model is meant for, which limits nothing.
     rope_theta: base of the rotary embedding.
@@ -137,6 +138,7 @@ class TransformerConfig:
   scorer_shared: bool = False
   scorer_init_noise: float = 0.0
   scorer_noise: float = 0.0
+  scorer_loss_queries: int = 128
   positions: str = "rope"
   max_positions: int = 2048
   rope_theta: float = 10000.0
@@ -159,7 +161,7 @@ class TransformerConfig:
   def __post_init__(self):
     object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
     object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
-    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k"):
+    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k", "scorer_loss_queries"):
       check_at_least(name, getattr(self, name), 1)
     for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_init_noise", "scorer_noise"):
       check_at_least(name, getattr(self, name), 0)
@@ -298,8 +300,8 @@ class TrainConfig:
   Attributes:
     workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
     data, optimizer: see their classes.
-    seed: of the parameters and the noise on the scores.
-    scorer_loss: weight of the scorers' auxiliary loss, the mean over targets and sparsek layers of what `SparseKAttention` leaves in "scorer_loss".
+    seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
+    scorer_loss: weight of the scorers' auxiliary loss, `sparsek.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers.
     stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.

@@ -124,6 +124,7 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.boolean("scorer_shared", None, "One score per token for all KV heads of a layer. Default: false.")
   define.number("scorer_init_noise", None, "Initial amplitude of fixed noise in the scores, which is learned. Default: 0, none.", lower=0, kind=float)
   define.number("scorer_noise", None, "Standard deviation of normal noise on the scores, in training only. Default: 0.", lower=0, kind=float)
+  define.number("scorer_loss_queries", None, "Queries per row that --scorer_loss looks at. Default: 128.", lower=1)
   define.number("num_layers", None, "Number of blocks. Default: the preset's.", lower=1)
   define.number("embed_dim", None, "Width of the residual stream. Default: the preset's.", lower=1)
   define.number("num_heads", None, "Query heads; a multiple of --num_kv_heads. Default: the preset's.", lower=1)
@@ -279,9 +280,9 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.choice("trainable", default.trainable, config_lib.TRAINABLE, "Which parameters change: all, those of attention with its scorers, or the scorers.")
   define.number("scorer_lr_multiplier", default.scorer_lr_multiplier, "Learning rate of the scoring networks over that of all else.", lower=0, kind=float)
-  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers to keep what attention reads; costs a second pass "
-                "of attention.", lower=0, kind=float)
-  define.number("seed", run_default.seed, "Of the initial parameters, the order of the data and the noise on the scores.", lower=0)
+  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers which tokens full attention reads.", lower=0,
+                kind=float)
+  define.number("seed", run_default.seed, "Of the initial parameters, the order of the data, the noise on the scores, the queries of --scorer_loss.", lower=0)
   define.number("grad_accumulation", run_default.grad_accumulation, "Micro-batches per optimizer step; divides --batch_size.", lower=1)
   define.number("loss_chunk", run_default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
   define.number("log_every", run_default.log_every, "Steps between lines of metrics.jsonl.", lower=1)

@@ -94,8 +94,8 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 def summed_losses(config: TransformerConfig, params, batch: Batch, chunk: int, packed: bool = True, *,
-                  scorer_loss: bool = False, noise_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """The cross-entropy in nats summed over the counted targets of a batch, and the scorers' auxiliary loss summed over tokens, a mean over sparsek layers.
+                  scorer_loss: bool = False, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """The cross-entropy in nats summed over the counted targets of a batch, and the scorers' auxiliary loss summed over rows, a mean over sparsek layers.
 
   Args:
     config, params: the model and its parameters.
@@ -103,13 +103,13 @@ def summed_losses(config: TransformerConfig, params, batch: Batch, chunk: int, p
     chunk: rows of logits held at once.
     packed: rows may hold more than one document; else segment_ids only tell padding at their ends, and attention, which is causal, needs none.
     scorer_loss: whether to compute the auxiliary loss of `SparseKAttention`; else it is 0.
-    noise_key: of the noise on the scores; None for none.
+    key: of the noise on the scores, which there is none of with None, and of the queries of the auxiliary loss, which needs it.
   """
   targets, counted = next_token_targets(batch)
   segment_ids = batch["segment_ids"][:, :-1] if packed else None
-  rngs = {} if noise_key is None else {"scorer_noise": noise_key}
+  rngs = {} if key is None else {"scorer_noise": key, "scorer_loss": jax.random.fold_in(key, 1)}
   hidden, left = Transformer(config).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=segment_ids, method="hidden", rngs=rngs,
                                            mutable=["scorer_loss"] if scorer_loss else [])
   hidden = hidden.reshape(-1, hidden.shape[-1])
-  unread = sum(map(jnp.sum, jax.tree.leaves(left)), jnp.zeros(())) / max(config.layer_kinds.count("sparsek"), 1)
-  return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk), unread
+  scorers = sum(map(jnp.sum, jax.tree.leaves(left)), jnp.zeros(())) / max(config.layer_kinds.count("sparsek"), 1)
+  return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk), scorers

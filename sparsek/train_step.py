@@ -84,7 +84,8 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   Only the parameters that `train.optimizer.trainable` names change, and only their gradients count.
 
   metrics: float32 scalars "loss" (the cross-entropy alone), "grad_norm" (before clipping), "learning_rate", int32 "num_targets", and "scorer_loss", before
-  its weight, where that is above 0. Noise on the scores derives from (train.seed, step, device, micro-batch), so that a resumed run has the same.
+  its weight, where that is above 0. Noise on the scores and the queries of the scorers' loss derive from (train.seed, step, device, micro-batch, layer), so
+  that a resumed run has the same.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
 
@@ -96,12 +97,12 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     num_targets = _num_targets(batch)
 
     def objective(params, rows, i):
-      noise_key = None
-      if config.scorer_noise:
-        noise_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
-      losses = summed_losses(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents,
-                             scorer_loss=train.scorer_loss > 0, noise_key=noise_key)
-      loss, scorer_loss = (x / jnp.maximum(num_targets, 1) for x in losses)
+      key = None
+      if config.scorer_noise or train.scorer_loss:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
+      loss, scorer_loss = summed_losses(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents,
+                                        scorer_loss=train.scorer_loss > 0, key=key)
+      loss, scorer_loss = loss / jnp.maximum(num_targets, 1), scorer_loss / train.data.batch_size
       return loss + train.scorer_loss * scorer_loss, (loss, scorer_loss)
 
     def micro_batch(sums, rows):

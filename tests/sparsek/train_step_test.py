@@ -117,11 +117,23 @@ def test_noise_on_the_scores_derives_from_the_step_and_ends_with_training():
   assert heldout[0][0] == heldout[1][0]
 
 
-def test_auxiliary_loss_of_scorers_is_a_mean_over_targets_beside_the_loss():
+def test_auxiliary_loss_of_scorers_is_a_mean_over_rows_beside_the_loss():
   (_, plain), (_, with_it), (_, accumulated) = (one_step(dataclasses.replace(TRAIN, **change), SELECTING) for change in (
       {}, dict(scorer_loss=3.), dict(scorer_loss=3., grad_accumulation=4)))
   assert plain["loss"] == pytest.approx(with_it["loss"], rel=1e-6) and plain["grad_norm"] < .99 * with_it["grad_norm"] and 0 < with_it["scorer_loss"] < 1
   assert accumulated == pytest.approx(with_it, rel=1e-5)
+
+
+def test_queries_of_the_scorers_loss_derive_from_the_step():
+  train = dataclasses.replace(TRAIN, scorer_loss=1.)
+  mesh, optimizer, config = make_mesh(), make_optimizer(train.optimizer), dataclasses.replace(SELECTING, scorer_loss_queries=3)
+  step, params = make_train_step(config, train, optimizer, mesh), init_params(config, jax.random.key(0))
+
+  def loss_at(number):
+    copy = jax.device_put(jax.tree.map(jnp.copy, params), replicated(mesh))
+    return float(step(TrainState(jnp.int32(number), copy, optimizer.init(copy)), put_batch(mesh, example_batch()))[1]["scorer_loss"])
+  losses = [loss_at(number) for number in (0, 1, 0, 1)]
+  assert losses[:2] == losses[2:] and losses[0] != losses[1]
 
 
 def test_batch_must_divide_over_devices_and_accumulation():
