@@ -161,6 +161,10 @@ def test_the_scorers_loss_is_that_of_its_inputs_and_teaches_the_scorer_alone():
   got, grads = quick_jit(jax.value_and_grad(loss))(variables["params"])
   query, key, _ = module.apply(variables, inputs(), position_in_document(SEGMENTS, *SEGMENTS.shape), method="project")
   scores = module.apply(variables, inputs(), SEGMENTS, method=lambda module, x, ids: module.scorer(x, ids))
+  out, left = module.apply(variables, inputs(), SEGMENTS, mutable=["scorer_warmup"], rngs={"scorer_loss": jax.random.key(2)})
+  np.testing.assert_allclose(left["scorer_warmup"]["attention_mass"][0], got, rtol=1e-5)
+  full = {"params": {name: leaf for name, leaf in variables["params"].items() if name != "scorer"}}
+  np.testing.assert_allclose(out, ATTENTION_MODULES["full"](CONFIG).apply(full, inputs(), SEGMENTS), atol=1e-6)
   want = attention_mass_loss(scores, query, key, jnp.broadcast_to(jnp.arange(20), (2, 20)), window=CONFIG.window, segment_ids=SEGMENTS)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   assert all(np.any(g) for g in jax.tree.leaves(grads.pop("scorer"))) and not any(np.any(g) for g in jax.tree.leaves(grads))
