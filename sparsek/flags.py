@@ -208,7 +208,8 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
 
 
 def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
-  """What to read or write in Hugging Face's format."""
+  """What to read or write in Hugging Face's format, and with attention of which kind it is read."""
+  define_model_flags(flag_values)
   define = _Definer(flag_values)
   define.string("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
   define.string("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
