@@ -85,10 +85,13 @@ def draw(runs: dict[str, dict], path: str) -> None:
     for axes, task in zip(task_axes, ("passkey", "needle")):
       points = [(result["length"], 100 * result["right"] / result["total"]) for result in run["tasks"] if result["task"] == task]
       axes.plot(*zip(*points), marker="o", **style)
-  loss_axes.set(title="held-out loss above the dense model's", xscale="log", xlabel="position in the document", ylabel="nats a token")
+  loss_axes.set(title="held-out loss above the dense model's", xlabel="position in the document", ylabel="nats a token")
   for axes, title in zip(task_axes, ("passkey", "needle among 16")):
-    axes.set(title=title, xscale="log", xlabel="tokens", ylabel="answers right (%)", ylim=(-4, 104))
-  loss_axes.legend(frameon=False, fontsize=7)
+    axes.set(title=title, xlabel="tokens", ylabel="answers right (%)", ylim=(-4, 104))
+  for axes in (loss_axes, *task_axes):
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+  figure.legend(*loss_axes.get_legend_handles_labels(), frameon=False, loc="outside right")
   figure.savefig(path)
 
 
