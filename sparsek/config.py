@@ -306,7 +306,7 @@ class TrainConfig:
     scorer_loss: weight of the scorers' auxiliary loss, `sparsek.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers.
     scorer_warmup: scorers learn from that loss alone while sparsek layers attend to everything: the first stage of converting a dense model. There is no
       cross-entropy and no backward pass but the scorers' own; the "loss" of a step is the scorers'.
-    distill: weight w of a teacher in the objective (1 - w) cross-entropy + w KL(teacher || model), at temperature 1.
+    distill: weight w of a teacher in the objective (1 - w) cross-entropy + w KL(teacher || model), at temperature 1. Its operations do not count in "mfu".
     distill_from: the teacher, with attention of its own: "hf:DIR", "DIR" or "DIR@STEP" as in init_from. Checkpoints do not hold it.
     stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.

@@ -64,7 +64,8 @@ def _loss(scores, asked, key, queries, start, weight, window, scale):
 
 def _forward(scores, asked, key, queries, start, weight, window, scale):
   (batch, n, groups), (number, heads, dim) = scores.shape, asked.shape[1:]
-  block = min(number, max(1, BLOCK_LOGITS // (batch * heads * n)))
+  most = max(1, BLOCK_LOGITS // (batch * heads * n))
+  block = -(-number // -(-number // most))                     # of as many blocks as that needs, alike
   scores_BxGx1xN = jnp.swapaxes(scores, 1, 2)[:, :, None]
   j = jnp.arange(n, dtype=jnp.int32)
 
