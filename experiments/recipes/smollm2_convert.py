@@ -61,11 +61,15 @@ def last_line(path: str) -> dict:
     return json.loads(file.read().splitlines()[-1])
 
 
+def flags_of(folder: str) -> list[str]:
+  with open(os.path.join(folder, "flags.txt"), encoding="utf-8") as file:
+    return file.read().splitlines()
+
+
 def describe(folder: str, minutes: float) -> dict:
   """What a run was trained on, how, and how good it is."""
   _, record = checkpoint.load_run_config(folder)
-  with open(os.path.join(folder, "flags.txt"), encoding="utf-8") as file:
-    flags = [line for line in file.read().splitlines() if line.split("=")[0] not in ("--workdir", "--data", "--from", "--init_from", "--distill_from")]
+  flags = [line for line in flags_of(folder) if line.split("=")[0] not in ("--workdir", "--data", "--from", "--init_from", "--distill_from")]
   loss, asked = last_line(os.path.join(folder, "evaluation.jsonl")), last_line(os.path.join(folder, "tasks.jsonl"))
   return {"trained_tokens": checkpoint.saved_steps(folder)[-1] * record["data"]["batch_size"] * record["data"]["seq_len"], "minutes": round(minutes, 2),
           "loss": loss["loss"], "num_targets": loss["num_targets"], "buckets": loss["buckets"], "tasks": asked["results"], "flags": flags}
@@ -112,6 +116,9 @@ def main(options) -> None:
     begin = time.monotonic()
     if subprocess.run(command, env=environment, check=False).returncode:
       sys.exit(f"{name} failed; the same command goes on from here")
+    folder = os.path.join(options.workdir, name)
+    if module == "pretrain" and f"--num_steps={checkpoint.saved_steps(folder)[-1]}" not in flags_of(folder):
+      sys.exit(f"{name} was stopped by a signal; the same command goes on from here")
     minutes[name] = (time.monotonic() - begin) / 60
     with open(f"{path}.new", "w", encoding="utf-8") as file:
       json.dump(minutes, file)
