@@ -282,8 +282,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.choice("trainable", default.trainable, config_lib.TRAINABLE, "Which parameters change: all, those of attention with its scorers, or the scorers.")
   define.number("scorer_lr_multiplier", default.scorer_lr_multiplier, "Learning rate of the scoring networks over that of all else.", lower=0, kind=float)
-  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers which tokens full attention reads.", lower=0,
-                kind=float)
+  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers which tokens full attention reads; "
+                "begin with --scorer_init_scale=1.", lower=0, kind=float)
   define.boolean("scorer_warmup", run_default.scorer_warmup, "Scorers learn from --scorer_loss alone, sparsek layers attend to everything, and no other "
                  "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.")
   define.number("distill", run_default.distill, "Weight w of the teacher --distill_from: the objective is (1 - w) cross-entropy + w KL(teacher || model).",
