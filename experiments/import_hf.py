@@ -5,14 +5,16 @@
   python -m experiments.import_hf --workdir=RUN --export=NEW_FOLDER
 
 FOLDER holds config.json, model.safetensors (or shards and their index) and tokenizer.json, of the families llama, mistral, qwen2, qwen3, gpt_neox and gpt2.
-RUN gets a checkpoint of step 0 with float32 parameters, model.json and tokenizer/. Any run of a model that a family can hold is exported, a SPARSEK one with
-its fields in the section "sparsek" of config.json; what transformers reads of it is the dense model. See sparsek/pretrained.py.
+RUN gets a checkpoint of step 0 with float32 parameters, model.json and tokenizer/. With --attention=sparsek, or another kind, and flags of its k, window and
+scorers it is the model with that attention before any training, and with new scorers where FOLDER has none. Any run of a model that a family can hold is
+exported, a SPARSEK one with its fields in the section "sparsek" of config.json; what transformers reads of it is the dense model. See sparsek/pretrained.py.
 """
 
 import dataclasses
 import os
 import shutil
 
+import jax
 from absl import flags as absl_flags
 from tqdm import tqdm
 
@@ -43,7 +45,8 @@ def import_folder(folder: str, workdir: str) -> None:
   if os.path.exists(os.path.join(workdir, "model.json")):
     raise UsageError(f"--workdir={workdir} holds a run already: give a new folder")
   tokenizer = load_tokenizer(folder)
-  config, params = pretrained.load(folder, progress=progress)
+  config = flags.model_config(FLAGS, pretrained=pretrained.load_config(folder))
+  config, params = pretrained.load(folder, config=config, key=jax.random.key(0), progress=progress)
   if tokenizer.vocab_size > config.vocab_size:
     raise UsageError(f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1} (an end of document is added where it has none of the usual name), and "
                      f"the model a vocab_size={config.vocab_size}")

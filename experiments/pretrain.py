@@ -10,7 +10,7 @@ flags.txt (a --flagfile that reproduces the run), model.json and versions.json. 
 import dataclasses
 import os
 
-from sparsek import data, flags, plan, pretrained, run_directory, train
+from sparsek import checkpoint, data, flags, plan, pretrained, run_directory, train
 
 flags.define_model_flags()
 flags.define_data_flags()
@@ -21,7 +21,11 @@ flags.define_dry_run_flag()
 def main() -> None:
   """Reads the flags, opens the data, trains, and says where everything is."""
   config = flags.train_config()
-  base = pretrained.load_config(config.init_from.removeprefix(pretrained.PREFIX)) if (config.init_from or "").startswith(pretrained.PREFIX) else None
+  base = None
+  if (config.init_from or "").startswith(pretrained.PREFIX):
+    base = pretrained.load_config(config.init_from.removeprefix(pretrained.PREFIX))
+  elif config.init_from and not flags.FLAGS["preset"].present:
+    base, _ = checkpoint.load_run_config(checkpoint.parse_run_reference(config.init_from)[0])
   flags.model_config(pretrained=base)  # refuses bad flags before any data is read
   dataset = data.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
   model = flags.model_config(vocab_size=dataset.vocab_size, pretrained=base)

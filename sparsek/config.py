@@ -95,7 +95,9 @@ class TransformerConfig:
     scorer_init_slope: initial growth of the scores per 1024 tokens of position.
     scorer_shared: one score per token for all KV heads of a layer.
     scorer_init_noise: initial amplitude of fixed noise in the scores, which is learned; 0: none. Tokens that look alike are then not kept or dropped together.
+    scorer_init_sink: initial extra score of a document's first token, which is learned; 0: none. Pretrained models need that token kept.
     scorer_noise: standard deviation of normal noise on the scores, in training only, so that tokens are tried which would be dropped.
+    scorer_loss_queries: queries per row, spread evenly, whose attention the scorers' auxiliary loss looks at; see `TrainConfig.scorer_loss`.
     positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the embedding of the tokens).
     max_positions: rows of the learned table, and the most tokens of a row; with "rope" a note of the context that a model is meant for, which limits nothing.
     rope_theta: base of the rotary embedding.
@@ -136,7 +138,9 @@ class TransformerConfig:
   scorer_init_slope: float = 1.0
   scorer_shared: bool = False
   scorer_init_noise: float = 0.0
+  scorer_init_sink: float = 0.0
   scorer_noise: float = 0.0
+  scorer_loss_queries: int = 128
   positions: str = "rope"
   max_positions: int = 2048
   rope_theta: float = 10000.0
@@ -159,7 +163,7 @@ class TransformerConfig:
   def __post_init__(self):
     object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
     object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
-    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k"):
+    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k", "scorer_loss_queries"):
       check_at_least(name, getattr(self, name), 1)
     for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_init_noise", "scorer_noise"):
       check_at_least(name, getattr(self, name), 0)
@@ -298,8 +302,12 @@ class TrainConfig:
   Attributes:
     workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
     data, optimizer: see their classes.
-    seed: of the parameters and the noise on the scores.
-    scorer_loss: weight of the scorers' auxiliary loss, the mean over targets and sparsek layers of what `SparseKAttention` leaves in "scorer_loss".
+    seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
+    scorer_loss: weight of the scorers' auxiliary loss, `sparsek.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers.
+    scorer_warmup: scorers learn from that loss alone while sparsek layers attend to everything: the first stage of converting a dense model. There is no
+      cross-entropy and no backward pass but the scorers' own; the "loss" of a step is the scorers'.
+    distill: weight w of a teacher in the objective (1 - w) cross-entropy + w KL(teacher || model), at temperature 1. Its operations do not count in "mfu".
+    distill_from: the teacher, with attention of its own: "hf:DIR", "DIR" or "DIR@STEP" as in init_from. Checkpoints do not hold it.
     stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.
@@ -315,6 +323,9 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   seed: int = 0
   scorer_loss: float = 0.0
+  scorer_warmup: bool = False
+  distill: float = 0.0
+  distill_from: str | None = None
   stop_at: int | None = None
   grad_accumulation: int = 1
   loss_chunk: int = 2048
@@ -333,7 +344,12 @@ class TrainConfig:
       check_at_least(name, getattr(self, name), 1)
     if self.stop_at is not None:
       check_at_least("stop_at", self.stop_at, 1)
-    for name in ("eval_every", "scorer_loss"):
+    for name in ("eval_every", "scorer_loss", "distill"):
       check_at_least(name, getattr(self, name), 0)
+    if self.distill > 1 or (self.distill > 0) != bool(self.distill_from):
+      raise ValueError(f"distill={self.distill} must be at most 1 and go with distill_from, its teacher: both or neither; distill_from={self.distill_from}")
+    if self.scorer_warmup and not (self.scorer_loss and self.optimizer.trainable == "scorer" and not self.distill):
+      raise ValueError(f"scorer_warmup={self.scorer_warmup} needs trainable=scorer, scorer_loss above 0 and no distill; "
+                       f"trainable={self.optimizer.trainable}, scorer_loss={self.scorer_loss}, distill={self.distill}")
     if self.data.batch_size % self.grad_accumulation:
       raise ValueError(f"batch_size={self.data.batch_size} must be a multiple of grad_accumulation={self.grad_accumulation}")

@@ -126,7 +126,9 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("scorer_init_slope", None, "Initial growth of the scores per 1024 tokens of position. Default: 1.", kind=float)
   define.boolean("scorer_shared", None, "One score per token for all KV heads of a layer. Default: false.")
   define.number("scorer_init_noise", None, "Initial amplitude of fixed noise in the scores, which is learned. Default: 0, none.", lower=0, kind=float)
+  define.number("scorer_init_sink", None, "Initial extra score of a document's first token, which is learned. Default: 0, none.", kind=float)
   define.number("scorer_noise", None, "Standard deviation of normal noise on the scores, in training only. Default: 0.", lower=0, kind=float)
+  define.number("scorer_loss_queries", None, "Queries per row that --scorer_loss looks at. Default: 128.", lower=1)
   define.number("num_layers", None, "Number of blocks. Default: the preset's.", lower=1)
   define.number("embed_dim", None, "Width of the residual stream. Default: the preset's.", lower=1)
   define.number("num_heads", None, "Query heads; a multiple of --num_kv_heads. Default: the preset's.", lower=1)
@@ -214,7 +216,8 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
 
 
 def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
-  """What to read or write in Hugging Face's format."""
+  """What to read or write in Hugging Face's format, and with attention of which kind it is read."""
+  define_model_flags(flag_values)
   define = _Definer(flag_values)
   define.string("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
   define.string("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
@@ -292,9 +295,14 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.choice("trainable", default.trainable, config_lib.TRAINABLE, "Which parameters change: all, those of attention with its scorers, or the scorers.")
   define.number("scorer_lr_multiplier", default.scorer_lr_multiplier, "Learning rate of the scoring networks over that of all else.", lower=0, kind=float)
-  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers to keep what attention reads; costs a second pass "
-                "of attention.", lower=0, kind=float)
-  define.number("seed", run_default.seed, "Of the initial parameters, the order of the data and the noise on the scores.", lower=0)
+  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers which tokens full attention reads; "
+                "begin with --scorer_init_scale=1.", lower=0, kind=float)
+  define.boolean("scorer_warmup", run_default.scorer_warmup, "Scorers learn from --scorer_loss alone, sparsek layers attend to everything, and no other "
+                 "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.")
+  define.number("distill", run_default.distill, "Weight w of the teacher --distill_from: the objective is (1 - w) cross-entropy + w KL(teacher || model).",
+                lower=0, upper=1, kind=float)
+  define.string("distill_from", None, "The teacher of --distill, with its own attention: DIR, DIR@STEP or hf:DIR, as in --init_from.")
+  define.number("seed", run_default.seed, "Of the initial parameters, the order of the data, the noise on the scores, the queries of --scorer_loss.", lower=0)
   define.number("grad_accumulation", run_default.grad_accumulation, "Micro-batches per optimizer step; divides --batch_size.", lower=1)
   define.number("loss_chunk", run_default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
   define.number("log_every", run_default.log_every, "Steps between lines of metrics.jsonl.", lower=1)
@@ -302,8 +310,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("eval_batches", run_default.eval_batches, "Batches per held-out evaluation.", lower=1)
   define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
-  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir. hf:DIR: from a folder in "
-                "Hugging Face's format, which replaces --preset; give the --attention that it shall have.")
+  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir, and without --preset its model flags. "
+                "hf:DIR: from a folder in Hugging Face's format, which replaces --preset; give the --attention that it shall have.")
   define.boolean("tensorboard", run_default.tensorboard, "Also write TensorBoard events (needs tensorboardX).")
   define.string("profile_steps", None, "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.")
 

@@ -1,7 +1,5 @@
 """The layers of the decoder: norms, rotary embedding, MLPs and the three attention modules."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import numpy as np
 from sparsek.attention import resolve_window, sliding_window_attention, sparsek_attention
 from sparsek.config import TransformerConfig
 from sparsek.operator import document_bounds
+from sparsek.scorer_loss import attention_mass_loss, sample_queries
 from sparsek.scoring import ScoringNetwork, position_in_document
 
 
@@ -162,7 +161,8 @@ class Attention(nn.Module):
 def scoring_network(config: TransformerConfig) -> ScoringNetwork:
   """The scoring network that `config` describes."""
   return ScoringNetwork(config.num_kv_heads, config.scorer, config.scorer_lookback, config.scorer_lookahead, config.scorer_normalize,
-                        config.scorer_init_scale, config.scorer_init_slope, config.scorer_shared, config.scorer_init_noise)
+                        config.scorer_init_scale, config.scorer_init_slope, config.scorer_shared, config.scorer_init_noise,
+                        config.scorer_init_sink)
 
 
 class SparseKAttention(Attention):
@@ -171,10 +171,9 @@ class SparseKAttention(Attention):
   Applied with mutable=["diagnostics"] it leaves its float32 scores [B, N, G] in that collection as `scores`. Given random numbers, rngs={"scorer_noise": key},
   it adds normal noise of standard deviation `config.scorer_noise` to them, so that tokens are tried which would be dropped.
 
-  Applied with mutable=["scorer_loss"] it leaves there, as `unread`, the sum over tokens of what a scorer should make small: the attention that falls on keys
-  in so far as they are not kept, sum_j softmax_j(q_i . k_j) (1 - p_ij) over the visible keys, averaged over heads. Only the scorer's parameters learn from it:
-  the gradient of gate p_ij is minus the attention that key j receives from query i, which is also that of KL(sparse attention || full attention) = constant -
-  log sum_j p_ij exp(q_i . k_j) at gates of 1, and the threshold takes from all keys of the support what it gives to some. It costs a second pass of attention.
+  Applied with mutable=["scorer_loss"] and rngs={"scorer_loss": key}, which draws `config.scorer_loss_queries` queries a row, it leaves there, as
+  `attention_mass`, the loss of `sparsek.scorer_loss.attention_mass_loss`, from which only the scorer's parameters learn. With mutable=["scorer_warmup"] it
+  leaves the same there and attends to the whole document, as the dense model does that it is to be made from.
 
   Example:
     layer = sparsek.SparseKAttention(sparsek.TransformerConfig(embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64, k=256, window=256))
@@ -192,13 +191,16 @@ class SparseKAttention(Attention):
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
       noise_BxNxS = jax.random.normal(self.make_rng("scorer_noise"), (*scores_BxNxG.shape[:2], self.scorer.num_scores))
       scores_BxNxG += cfg.scorer_noise * noise_BxNxS
-    attend = functools.partial(sparsek_attention, k=cfg.k, window=cfg.window, segment_ids=segment_ids, implementation=cfg.implementation)
-    if self.is_mutable_collection("scorer_loss") and not self.is_initializing():
+    warmup = self.is_mutable_collection("scorer_warmup") and not self.is_initializing()
+    if warmup or (self.is_mutable_collection("scorer_loss") and not self.is_initializing()):
       fixed_x, fixed_query, fixed_key = map(jax.lax.stop_gradient, (x_BxNxE, query, key))
-      kept_BxNxH = attend(fixed_query, fixed_key, jnp.ones_like(value), self.scorer(fixed_x, segment_ids, layer), gate="value")[..., 0].astype(jnp.float32)
-      counted_BxN = jnp.ones(x_BxNxE.shape[:2]) if segment_ids is None else segment_ids != 0
-      self.sow("scorer_loss", "unread", jnp.sum((1 - jnp.mean(kept_BxNxH, axis=-1)) * counted_BxN))
-    return attend(query, key, value, scores_BxNxG, gate=cfg.gate)
+      queries = sample_queries(self.make_rng("scorer_loss"), cfg.scorer_loss_queries, *x_BxNxE.shape[:2])
+      loss = attention_mass_loss(self.scorer(fixed_x, segment_ids, layer), fixed_query, fixed_key, queries, window=cfg.window, segment_ids=segment_ids)
+      self.sow("scorer_warmup" if warmup else "scorer_loss", "attention_mass", loss)
+    if warmup:
+      return full_attention(cfg, query, key, value, segment_ids)
+    return sparsek_attention(query, key, value, scores_BxNxG, k=cfg.k, window=cfg.window, gate=cfg.gate, segment_ids=segment_ids,
+                             implementation=cfg.implementation)
 
 
 def window_implementation(config: TransformerConfig) -> str | None:
@@ -213,18 +215,23 @@ class SlidingWindowAttention(Attention):
     return sliding_window_attention(query, key, value, window=self.config.window, segment_ids=segment_ids, implementation=window_implementation(self.config))
 
 
+def full_attention(config: TransformerConfig, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """Causal attention to the whole document."""
+  implementation = resolve_window(window_implementation(config), query, segment_ids)
+  if implementation != "xla":                                  # a window that is never full, and no O(n^2) memory
+    return sliding_window_attention(query, key, value, window=query.shape[1], segment_ids=segment_ids, implementation=implementation)
+  if segment_ids is None:
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+  # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id apart.
+  start, _ = document_bounds(segment_ids, *segment_ids.shape)
+  return jax.nn.dot_product_attention(query, key, value, mask=(start[:, :, None] == start[:, None, :])[:, None], is_causal=True)
+
+
 class FullAttention(Attention):
   """Causal attention to the whole document."""
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
-    implementation = resolve_window(window_implementation(self.config), query, segment_ids)
-    if implementation != "xla":                                # a window that is never full, and no O(n^2) memory
-      return sliding_window_attention(query, key, value, window=query.shape[1], segment_ids=segment_ids, implementation=implementation)
-    if segment_ids is None:
-      return jax.nn.dot_product_attention(query, key, value, is_causal=True)
-    # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id apart.
-    start, _ = document_bounds(segment_ids, *segment_ids.shape)
-    return jax.nn.dot_product_attention(query, key, value, mask=(start[:, :, None] == start[:, None, :])[:, None], is_causal=True)
+    return full_attention(self.config, query, key, value, segment_ids)
 
 
 ATTENTION_MODULES = {"sparsek": SparseKAttention, "sliding_window": SlidingWindowAttention, "full": FullAttention}

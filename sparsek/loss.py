@@ -1,13 +1,12 @@
 """Next-token cross-entropy that never holds all logits."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from sparsek.config import TransformerConfig
-from sparsek.model import Transformer, hidden_to_logits, output_matrix
+from sparsek.model import hidden_to_logits
 
 Batch = Mapping[str, jax.Array]
 
@@ -27,7 +26,7 @@ def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
   return batch["tokens"][:, 1:], counted
 
 
-def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   """Cuts [N, ...] arrays into [ceil(N / chunk), chunk, ...], filled up with zeros."""
   length = arrays[0].shape[0]
   chunk = min(chunk, length)
@@ -73,26 +72,44 @@ def chunked_cross_entropy(hidden: jax.Array, matrix: jax.Array, targets: jax.Arr
     hidden_CxE, targets_C, counted_C = xs
     return total + _chunk_loss(hidden_CxE, matrix, targets_C, counted_C)[0], None
 
-  return jax.lax.scan(body, jnp.zeros((), jnp.float32), _chunks(chunk, hidden, targets, counted))[0]
+  return jax.lax.scan(body, jnp.zeros((), jnp.float32), cut(chunk, hidden, targets, counted))[0]
 
 
-def _forward(hidden, matrix, targets, counted, chunk):
+def gradients_by_chunk(of_chunk: Callable, num_sums: int, chunk: int, hidden: jax.Array, matrix: jax.Array, *rows: jax.Array):
+  """Sums of losses over all rows, and their gradients, with the logits of one chunk at a time.
+
+  Args:
+    of_chunk: (hidden [C, E], matrix [E, V] in its dtype, chunks of `rows`) -> (sums of losses, gradient in the logits [C, V]).
+    num_sums: how many sums it returns.
+    rows: [N, ...] what else belongs to each row of hidden.
+  Returns:
+    sums, and the gradients of hidden, [N, E] in its dtype, and matrix, [E, V] float32.
+  """
   weights = jax.lax.optimization_barrier(matrix.astype(hidden.dtype))    # else XLA converts the matrix again for every chunk
 
   def body(carry, xs):
-    total, d_matrix = carry
-    hidden_CxE, targets_C, counted_C = xs
+    sums, d_matrix = carry
+    hidden_CxE, *rest = xs
+    more, d_logits_CxV = of_chunk(hidden_CxE, weights, *rest)
+    d_logits_CxV = d_logits_CxV.astype(hidden.dtype)
+    d_hidden_CxE = jnp.matmul(d_logits_CxV, weights.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    d_matrix += jnp.matmul(hidden_CxE.T, d_logits_CxV, preferred_element_type=jnp.float32)
+    return (tuple(map(jnp.add, sums, more)), d_matrix), d_hidden_CxE
+
+  start = ((jnp.zeros((), jnp.float32),) * num_sums, jnp.zeros(matrix.shape, jnp.float32))
+  (sums, d_matrix), d_hidden = jax.lax.scan(body, start, cut(chunk, hidden, *rows))
+  return sums, (d_hidden.reshape(-1, hidden.shape[-1])[:hidden.shape[0]], d_matrix)
+
+
+def _forward(hidden, matrix, targets, counted, chunk):
+  def of_chunk(hidden_CxE, weights, targets_C, counted_C):
     loss, logits_CxV, logsumexp_C = _chunk_loss(hidden_CxE, weights, targets_C, counted_C)
     softmax_CxV = jnp.exp(logits_CxV - logsumexp_C[:, None])
     is_target_CxV = jax.lax.broadcasted_iota(jnp.int32, softmax_CxV.shape, 1) == targets_C[:, None]
-    d_logits_CxV = jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0).astype(hidden.dtype)
-    d_hidden_CxE = jnp.matmul(d_logits_CxV, weights.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
-    d_matrix += jnp.matmul(hidden_CxE.T, d_logits_CxV, preferred_element_type=jnp.float32)
-    return (total + loss, d_matrix), d_hidden_CxE
+    return (loss,), jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0)
 
-  start = (jnp.zeros((), jnp.float32), jnp.zeros(matrix.shape, jnp.float32))
-  (total, d_matrix), d_hidden = jax.lax.scan(body, start, _chunks(chunk, hidden, targets, counted))
-  return total, (d_hidden.reshape(-1, hidden.shape[-1])[:hidden.shape[0]], d_matrix)
+  (total,), gradients = gradients_by_chunk(of_chunk, 1, chunk, hidden, matrix, targets, counted)
+  return total, gradients
 
 
 def _backward(chunk, residuals, d_total):
@@ -101,25 +118,3 @@ def _backward(chunk, residuals, d_total):
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)
-
-
-def summed_losses(config: TransformerConfig, params, batch: Batch, chunk: int, packed: bool = True, *,
-                  scorer_loss: bool = False, noise_key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """The cross-entropy in nats summed over the counted targets of a batch, and the scorers' auxiliary loss summed over tokens, a mean over sparsek layers.
-
-  Args:
-    config, params: the model and its parameters.
-    batch: as in `next_token_targets`.
-    chunk: rows of logits held at once.
-    packed: rows may hold more than one document; else segment_ids only tell padding at their ends, and attention, which is causal, needs none.
-    scorer_loss: whether to compute the auxiliary loss of `SparseKAttention`; else it is 0.
-    noise_key: of the noise on the scores; None for none.
-  """
-  targets, counted = next_token_targets(batch)
-  segment_ids = batch["segment_ids"][:, :-1] if packed else None
-  rngs = {} if noise_key is None else {"scorer_noise": noise_key}
-  hidden, left = Transformer(config).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=segment_ids, method="hidden", rngs=rngs,
-                                           mutable=["scorer_loss"] if scorer_loss else [])
-  hidden = hidden.reshape(-1, hidden.shape[-1])
-  unread = sum(map(jnp.sum, jax.tree.leaves(left)), jnp.zeros(())) / max(config.layer_kinds.count("sparsek"), 1)
-  return chunked_cross_entropy(hidden, output_matrix(config, params), targets.reshape(-1), counted.reshape(-1), chunk), unread

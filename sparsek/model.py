@@ -88,8 +88,9 @@ class Transformer(nn.Module):
     if cfg.positions == "learned":
       self.positions = nn.Embed(cfg.max_positions, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
     if cfg.scan_layers:
-      scanned = nn.scan(Group, variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0},
-                        split_rngs={"params": True, "scorer_noise": True}, in_axes=(nn.broadcast, 0), length=cfg.num_layers // len(cfg.attention))
+      scanned = nn.scan(Group, variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
+                        split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True}, in_axes=(nn.broadcast, 0),
+                        length=cfg.num_layers // len(cfg.attention))
       self.layers = scanned(cfg)
     else:
       block = _block_class(cfg)

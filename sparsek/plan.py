@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek import checkpoint, flops
+from sparsek import checkpoint, distillation, flops
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
 from sparsek.model import count_params
@@ -96,9 +96,12 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   check_implementation(config, train.data.seq_len, params)
   rows, n = train.data.batch_size, train.data.seq_len
   batch = {name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH))) for name in ("tokens", "segment_ids")}
+  teacher = [distillation.teacher_config(train.distill_from)] if train.distill_from else []
+  teacher_params = [distillation.abstract_teacher(train.distill_from)] if train.distill_from else []
   begin = time.perf_counter()
   try:
-    compiled = make_train_step(config, train, optimizer, mesh).lower(abstract_state(params, optimizer, mesh), batch).compile()
+    step = make_train_step(config, train, optimizer, mesh, *teacher)
+    compiled = step.lower(abstract_state(params, optimizer, mesh), batch, *teacher_params).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -206,10 +206,12 @@ class ScoringNetwork(nn.Module):
     variance 1. A constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per head.
     With `init_noise` above 0 the score has one more term, amplitude_g e_j, of fixed normal noise e, that of "random": without it tokens that look alike have
     the same score, and a new scorer keeps many of a few kinds and none of the others. The amplitude is learned too, and the noise is the same in generation.
+    With `init_sink` other than 0 the first token of a document has one more term, sink_g, which is learned: its z is 0 whatever its hidden state, but
+    pretrained models leave much attention there (Xiao et al. 2023, arXiv 2309.17453), and break where it is dropped.
     The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 4 starts
     with .95 of the gate mass on the top k (.94 for "random"; n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
     The slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and k = 512, however long the context, and all of it at slope 0
-    (experiments/results/scorer_reach.json). The first token of a document has z = 0 whatever its hidden state: it cannot be learned to be kept.
+    (experiments/results/scorer_reach.json).
 
   Attributes:
     num_heads: KV heads G.
@@ -219,6 +221,7 @@ class ScoringNetwork(nn.Module):
     shared: one score per token for all heads.
     init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
     init_noise: initial amplitude of the fixed noise; 0 for none. Not of "random", which has nothing else.
+    init_sink: initial extra score of a document's first token; 0 for none. Not of "random".
 
   Raises:
     ValueError: for an unknown kind or a negative reach.
@@ -232,6 +235,7 @@ class ScoringNetwork(nn.Module):
   init_slope: float = 1.0
   shared: bool = False
   init_noise: float = 0.0
+  init_sink: float = 0.0
 
   def setup(self):
     check_choice("scorer", self.kind, SCORERS)
@@ -246,6 +250,8 @@ class ScoringNetwork(nn.Module):
     self.slope = self.param("slope", nn.initializers.constant(self.init_slope), (self.num_scores,), jnp.float32)
     if self.init_noise:
       self.amplitude = self.param("amplitude", nn.initializers.constant(self.init_noise), (self.num_scores,), jnp.float32)
+    if self.init_sink:
+      self.sink = self.param("sink", nn.initializers.constant(self.init_sink), (self.num_scores,), jnp.float32)
 
   @property
   def num_scores(self) -> int:
@@ -352,4 +358,6 @@ class ScoringNetwork(nn.Module):
     scores_BxNxS = self.scale * logits_BxNxG + self.slope * (position_BxN[..., None] / SLOPE_TOKENS)
     if self.init_noise:
       scores_BxNxS += self.amplitude * fixed_noise(layer, position_BxN, self.num_scores)
+    if self.init_sink:
+      scores_BxNxS += self.sink * (position_BxN == 0)[..., None]
     return self._for_heads(scores_BxNxS)

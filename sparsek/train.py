@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, flops, pretrained, run_directory, trace
+from sparsek import checkpoint, distillation, flops, pretrained, run_directory, trace
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
@@ -139,17 +139,23 @@ class _Run:
     self.optimizer = make_optimizer(train.optimizer)
     self.iterator = make_train_iterator(dataset, train.data)
     self.heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()
-    self.train_step = make_train_step(config, train, self.optimizer, self.mesh)
+    teacher = distillation.teacher_config(train.distill_from) if train.distill_from else None
+    self.train_step = make_train_step(config, train, self.optimizer, self.mesh, teacher)
     self.eval_step = make_eval_step(config, train.loss_chunk, self.mesh, train.data.segment_documents)
     self.diagnose = make_diagnose(config)
     self.profile = Profile(train.workdir, train.profile_steps)
-    self.peak_flops = flops.peak(jax.devices()[0])
+    # The warm-up's step is not the forward and backward pass that operations are counted for.
+    self.peak_flops = None if train.scorer_warmup else flops.peak(jax.devices()[0])
     self.result_loss = self.result_heldout = None
     self.saving_step = self.saved_step = None  # of the checkpoint being written, and of the newest that is complete
 
   def restore_or_init(self, say: Callable[[str], None]) -> None:
     """Sets the state: from the newest checkpoint of the workdir, else parameters from init_from, else new ones."""
     workdir, everywhere = self.train.workdir, replicated(self.mesh)
+    self.teacher = ()
+    if self.train.distill_from:
+      tokenizer = self.dataset.tokenizer
+      self.teacher = distillation.load_teacher(self.train.distill_from, tokenizer.fingerprint, self.config.vocab_size, everywhere),
     checkpoint.remove_half_written(workdir, say)
     if checkpoint.saved_steps(workdir):
       if not checkpoint.load_run_config(workdir)[1]["data"]["data"]:
@@ -242,7 +248,7 @@ class _Run:
         report(*pending)
         pending = None
       self.profile.before(self.step)
-      self.state, outputs = self.train_step(self.state, put_batch(self.mesh, batch))
+      self.state, outputs = self.train_step(self.state, put_batch(self.mesh, batch), *self.teacher)
       row = {key: value[:1] for key, value in batch.items()}
       diagnostics = self.diagnose(self.state.params, row) if is_logged(self.step) else {}
       if pending is not None:

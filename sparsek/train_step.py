@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
-from sparsek.loss import next_token_targets, summed_losses
+from sparsek.loss import next_token_targets
 from sparsek.model import Transformer, layer_params
+from sparsek.objective import Teacher, scorer_warmup_loss, summed_losses
 from sparsek.optimizer import learning_rate_schedule, trainable_mask
 
 BATCH = "batch"  # the mesh axis
@@ -75,34 +76,42 @@ def _num_targets(batch) -> jax.Array:
   return jax.lax.psum(jnp.sum(next_token_targets(batch)[1], dtype=jnp.int32), BATCH)
 
 
-def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable:
-  """Compiles (state, batch) -> (state, metrics); the old state is donated.
+def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh,
+                    teacher: TransformerConfig | None = None) -> Callable:
+  """Compiles (state, batch) -> (state, metrics); the old state is donated. With a teacher: (state, batch, its parameters).
 
   The loss is the mean over all counted targets of the whole batch, in nats: each device sums its rows' gradients, micro-batch by
   micro-batch, already divided by the number of targets of all, and one sum over the devices ends it.
 
   Only the parameters that `train.optimizer.trainable` names change, and only their gradients count.
 
-  metrics: float32 scalars "loss" (the cross-entropy alone), "grad_norm" (before clipping), "learning_rate", int32 "num_targets", and "scorer_loss", before
-  its weight, where that is above 0. Noise on the scores derives from (train.seed, step, device, micro-batch), so that a resumed run has the same.
+  metrics: float32 scalars "loss" (the cross-entropy alone; in the scorers' warm-up, where there is none, the scorers' loss), "grad_norm" (before clipping),
+  "learning_rate", int32 "num_targets", and, before their weights, where those are above 0, "scorer_loss" and "divergence" from the teacher. Noise on the
+  scores and the queries of the scorers' loss derive from (train.seed, step, device, micro-batch, layer), so that a resumed run has the same.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
+  logged = ["loss"] + ["scorer_loss"] * (train.scorer_loss > 0) + ["divergence"] * (teacher is not None)
 
   def freeze(params):
     """No gradients are computed for parameters that do not change."""
     return jax.tree.map(lambda leaf, changes: leaf if changes else jax.lax.stop_gradient(leaf), params, trainable_mask(params, trainable))
 
-  def local_gradients(params, batch, step):
+  def local_gradients(params, batch, step, teacher_params):
     num_targets = _num_targets(batch)
+    per_target = lambda x: x / jnp.maximum(num_targets, 1)
 
     def objective(params, rows, i):
-      noise_key = None
-      if config.scorer_noise:
-        noise_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
-      losses = summed_losses(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents,
-                             scorer_loss=train.scorer_loss > 0, noise_key=noise_key)
-      loss, scorer_loss = (x / jnp.maximum(num_targets, 1) for x in losses)
-      return loss + train.scorer_loss * scorer_loss, (loss, scorer_loss)
+      key = None
+      if config.scorer_noise or train.scorer_loss:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
+      if train.scorer_warmup:
+        scorer_loss = scorer_warmup_loss(config, freeze(params), rows, train.data.segment_documents, key) / train.data.batch_size
+        return train.scorer_loss * scorer_loss, {"loss": scorer_loss, "scorer_loss": scorer_loss}
+      losses = summed_losses(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents, scorer_loss=train.scorer_loss > 0, key=key,
+                             teacher=None if teacher is None else Teacher(teacher, teacher_params, train.distill))
+      scorer_loss = losses.scorers / train.data.batch_size
+      metrics = {"loss": per_target(losses.cross_entropy), "scorer_loss": scorer_loss, "divergence": per_target(losses.divergence)}
+      return per_target(losses.objective) + train.scorer_loss * scorer_loss, {name: metrics[name] for name in logged}
 
     def micro_batch(sums, rows):
       grads, losses = jax.grad(objective, has_aux=True)(params, *rows)
@@ -112,18 +121,16 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
       grads, losses = jax.grad(objective, has_aux=True)(params, batch, 0)
     else:
       rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, x.shape[-1]), batch)
-      sums = (jnp.zeros(()),) * 2, jax.tree.map(jnp.zeros_like, params)
+      sums = dict.fromkeys(logged, jnp.zeros(())), jax.tree.map(jnp.zeros_like, params)
       (losses, grads), _ = jax.lax.scan(micro_batch, sums, (rows, jnp.arange(train.grad_accumulation)))
     return *jax.lax.psum((losses, grads), BATCH), num_targets
 
   # check_vma=False: params come in unvaried and their gradients are summed here, once, and not inside every loop of the backward pass.
-  gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(BATCH), P()), out_specs=P(), check_vma=False)
+  gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(BATCH), P(), P()), out_specs=P(), check_vma=False)
 
-  def train_step(state: TrainState, batch):
-    (loss, scorer_loss), grads, num_targets = gradients(state.params, batch, state.step)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
-    if train.scorer_loss:
-      metrics["scorer_loss"] = scorer_loss
+  def train_step(state: TrainState, batch, teacher_params=None):
+    losses, grads, num_targets = gradients(state.params, batch, state.step, teacher_params)
+    metrics = {**losses, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     # Also where moments of a run that trained more are not 0.
     params = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(state.params, updates), state.params,
@@ -136,7 +143,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh, packed: bool = True) -> Callable:
   """Compiles (params, batch) -> (summed loss in nats, number of counted targets); `packed` as in `summed_losses`."""
   def local_loss(params, batch):
-    return jax.lax.psum(summed_losses(config, params, batch, loss_chunk, packed)[0], BATCH), _num_targets(batch)
+    return jax.lax.psum(summed_losses(config, params, batch, loss_chunk, packed).cross_entropy, BATCH), _num_targets(batch)
 
   return jax.jit(jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
 

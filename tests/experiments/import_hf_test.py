@@ -63,10 +63,34 @@ def data(folder):
   return folder / "data"
 
 
+def test_conversion(folder, data):
+  """A dense model is imported with SPARSEK attention, its scorers are warmed up, and it is trained on with a teacher, whatever names it; runs resume."""
+  assert run(f"--workdir={folder}/before", f"--from={folder}/model", "--attention=sparsek", "--k=2", "--window=4", "--scorer_init_sink=3") == 0
+  train = lambda name, *flags_: run_command(pretrain.main, flags.FLAGS, f"--workdir={folder}/{name}", f"--data={data}", "--seq_len=16", "--batch_size=2",
+                                           "--checkpoint_every=1", "--log_every=1", "--eval_every=0", *flags_)
+  config_of = lambda name: checkpoint.load_run_config(str(folder / name))[0]
+  params_of = lambda name: checkpoint.load_params(str(folder / name), config_of(name))[0]
+  warmup = ["--scorer_warmup", "--scorer_loss=1", "--trainable=scorer", f"--init_from={folder}/before", "--num_steps=2"]
+  assert train("warmup", *warmup, "--dry_run") == 0 and train("warmup", *warmup) == 0
+  same = jax.tree.map(np.array_equal, params_of("before"), params_of("warmup"))
+  moved = {jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_leaves_with_path(same) if not same}
+  assert moved == {f"['layers_0']['attention']['scorer']{leaf}" for leaf in ("['linear']['kernel']", "['scale']", "['slope']", "['sink']")}
+  tune = lambda teacher: [f"--init_from={folder}/warmup", "--distill=.5", f"--distill_from={teacher}", "--scorer_loss=.1", "--num_steps=2"]
+  assert train("tuned", *tune(f"hf:{folder}/model"), "--dry_run") == 0 and train("tuned", *tune(f"hf:{folder}/model")) == 0
+  assert train("stopped", *tune(f"{folder}/imported@0"), "--stop_at=1") == 0 and train("stopped", *tune(f"{folder}/imported@0")) == 0
+  jax.tree.map(np.testing.assert_array_equal, params_of("tuned"), params_of("stopped"))
+  assert set(json.loads((folder / "tuned" / "metrics.jsonl").read_text().splitlines()[0])) >= {"loss", "scorer_loss", "divergence"}
+  config = config_of("tuned")
+  assert (config.attention, config.k, config.scorer_init_sink, config.vocab_size) == (("sparsek",), 2, 3., 300)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--preset=mini"], "--preset=mini and a pretrained model's architecture exclude each other"),
     (["--embed_dim=16"], "embed_dim=16 here, 8 there"),
     (["--trainable=scorer"], "--trainable=scorer: no layer has such parameters"),
+    (["--distill=1", "--distill_from={folder}/model"], "{folder}/model holds no run"),
+    (["--distill=1", "--distill_from=hf:{folder}/model", "--data={folder}/bytes", "--init_from={folder}/none", "--preset=tiny"],
+     "--distill_from=hf:{folder}/model: its tokenizer"),
     (["--data={folder}/bytes"], "the tokenizer of --data={folder}/bytes is not that of --init_from=hf:{folder}/model"),
     (["--init_from=hf:{folder}/nowhere"], "{folder}/nowhere/config.json cannot be read"),
 ])

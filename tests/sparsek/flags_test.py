@@ -46,6 +46,12 @@ def configs(*arguments):
     (["--workdir="], ["--workdir", "required"]),
     (["--profile_steps=5:3"], ["--profile_steps=5:3", "A:B"]),
     (["--profile_steps=7"], ["--profile_steps=7", "A:B"]),
+    (["--distill=.5"], ["--distill=0.5", "distill_from=None", "both or neither"]),
+    (["--distill_from=hf:model"], ["--distill=0.0", "distill_from=hf:model"]),
+    (["--distill=1.5"], ["--distill=1.5", "at most 1"]),
+    (["--scorer_warmup", "--scorer_loss=1"], ["--scorer_warmup=True", "trainable=all", "trainable=scorer"]),
+    (["--scorer_warmup", "--trainable=scorer"], ["--scorer_warmup=True", "scorer_loss above 0", "scorer_loss=0.0"]),
+    (["--scorer_loss_queries=0"], ["--scorer_loss_queries=0", "at least 1"]),
 ])
 def test_bad_flags_are_refused_in_one_sentence(arguments, words):
   with pytest.raises(UsageError) as error:

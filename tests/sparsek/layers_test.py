@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
-from sparsek.kernels import reference
 from sparsek.layers import ATTENTION_MODULES, MLP, LayerNorm, RMSNorm, rope_angles, rope_frequencies, rotary_embedding
+from sparsek.scorer_loss import attention_mass_loss
 from sparsek.scoring import position_in_document
 from tests.sparsek.helpers import quick_jit
 
@@ -160,21 +160,23 @@ def test_scores_are_left_in_diagnostics():
   np.testing.assert_allclose(out, apply(variables, inputs()), atol=1e-6)
 
 
-def test_auxiliary_loss_is_the_attention_that_is_not_kept_and_teaches_the_scorer_alone():
+def test_the_scorers_loss_is_that_of_its_inputs_and_teaches_the_scorer_alone():
   module, variables, _ = attention("sparsek")
 
-  def unread(params):
-    (loss,) = module.apply({"params": params}, inputs(), SEGMENTS, mutable=["diagnostics", "scorer_loss"])[1]["scorer_loss"]["unread"]
+  def loss(params):
+    rngs = {"scorer_loss": jax.random.key(2)}
+    (loss,) = module.apply({"params": params}, inputs(), SEGMENTS, mutable=["scorer_loss"], rngs=rngs)[1]["scorer_loss"]["attention_mass"]
     return loss
-  loss, grads = quick_jit(jax.value_and_grad(unread))(variables["params"])
-  positions = position_in_document(SEGMENTS, *SEGMENTS.shape)
-  query, key, _ = module.apply(variables, inputs(), positions, method="project")
+  got, grads = quick_jit(jax.value_and_grad(loss))(variables["params"])
+  query, key, _ = module.apply(variables, inputs(), position_in_document(SEGMENTS, *SEGMENTS.shape), method="project")
   scores = module.apply(variables, inputs(), SEGMENTS, method=lambda module, x, ids: module.scorer(x, ids))
-  gate, selected, local = (np.repeat(x, 2, axis=1) for x in reference.selection(scores, CONFIG.k, CONFIG.window, SEGMENTS))
-  weights = np.where(selected | local, np.exp(np.einsum("bihd,bjhd->bhij", query, np.repeat(key, 2, axis=2)) / 2), 0)
-  missing = (weights * np.where(local, 0, 1 - gate)).sum(-1) / weights.sum(-1)
-  np.testing.assert_allclose(loss, np.where(SEGMENTS[:, None] != 0, missing, 0).mean(1).sum(), rtol=1e-4)
-  assert loss > .1 and np.any(grads.pop("scorer")["linear"]["kernel"]) and not any(np.any(g) for g in jax.tree.leaves(grads))
+  out, left = module.apply(variables, inputs(), SEGMENTS, mutable=["scorer_warmup"], rngs={"scorer_loss": jax.random.key(2)})
+  np.testing.assert_allclose(left["scorer_warmup"]["attention_mass"][0], got, rtol=1e-5)
+  full = {"params": {name: leaf for name, leaf in variables["params"].items() if name != "scorer"}}
+  np.testing.assert_allclose(out, ATTENTION_MODULES["full"](CONFIG).apply(full, inputs(), SEGMENTS), atol=1e-6)
+  want = attention_mass_loss(scores, query, key, jnp.broadcast_to(jnp.arange(20), (2, 20)), window=CONFIG.window, segment_ids=SEGMENTS)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert all(np.any(g) for g in jax.tree.leaves(grads.pop("scorer"))) and not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("kind", ATTENTION_MODULES)

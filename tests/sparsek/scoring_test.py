@@ -14,7 +14,7 @@ NETWORKS = {
     "linear": ScoringNetwork(HEADS),
     "conv": ScoringNetwork(HEADS, "conv", lookback=2, lookahead=3),
     "conv without lookback or normalisation": ScoringNetwork(HEADS, "conv", lookback=0, lookahead=2, normalize=False),
-    "shared, with noise": ScoringNetwork(HEADS, shared=True, init_noise=2.),
+    "shared, with noise and a sink": ScoringNetwork(HEADS, shared=True, init_noise=2., init_sink=5.),
     "random": ScoringNetwork(HEADS, "random"),
 }
 SEGMENTS = jnp.asarray([[1] * 7 + [2] * 1 + [1] * 12, [5] * 10 + [6] * 8 + [0] * 2], jnp.int32)
@@ -200,15 +200,16 @@ def test_default_scale_keeps_most_of_the_gate_mass():
 
 
 def test_shared_scores_are_alike_in_all_heads():
-  scores = scores_of("shared, with noise")(variables("shared, with noise"), hidden())
+  scores = scores_of("shared, with noise and a sink")(variables("shared, with noise and a sink"), hidden())
   assert scores.shape == (2, LENGTH, HEADS) and np.ptp(scores[0, :, 0]) > 1
   np.testing.assert_array_equal(scores[..., 0], scores[..., 1])
 
 
 def test_fixed_noise_tells_tokens_apart_that_look_alike():
-  network, x = NETWORKS["shared, with noise"], jnp.ones((2, LENGTH, WIDTH))
-  scores = network.apply(variables("shared, with noise"), x, None, 3)
+  network, x = NETWORKS["shared, with noise and a sink"], jnp.ones((2, LENGTH, WIDTH))
+  scores = network.apply(variables("shared, with noise and a sink"), x, None, 3)
   want = 2 * fixed_noise(3, jnp.arange(LENGTH)[None], 1) + jnp.arange(LENGTH)[None, :, None] / 1024
+  want += 5 * (jnp.arange(LENGTH) == 0)[:, None]
   np.testing.assert_allclose(scores, jnp.broadcast_to(want, scores.shape), atol=1e-5)
 
 

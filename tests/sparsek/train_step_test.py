@@ -11,13 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek import tasks
+from sparsek import checkpoint, tasks
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.evaluate import evaluate, token_losses
+from sparsek.layers import rotary_embedding, scoring_network
+from sparsek.loss import next_token_targets
 from sparsek.model import Transformer, init_params, unstack_layers
+from sparsek.objective import Teacher, summed_losses
 from sparsek.optimizer import make_optimizer
-from sparsek.train_step import TrainState, check_batch, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated
+from sparsek.scorer_loss import attention_mass_loss
+from sparsek.scoring import position_in_document
+from sparsek.train_step import TrainState, abstract_state, check_batch, make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated
 from tests.sparsek.helpers import quick_jit
 
 CONFIG = TransformerConfig(vocab_size=19, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
@@ -117,11 +122,79 @@ def test_noise_on_the_scores_derives_from_the_step_and_ends_with_training():
   assert heldout[0][0] == heldout[1][0]
 
 
-def test_auxiliary_loss_of_scorers_is_a_mean_over_targets_beside_the_loss():
+def test_auxiliary_loss_of_scorers_is_a_mean_over_rows_beside_the_loss():
   (_, plain), (_, with_it), (_, accumulated) = (one_step(dataclasses.replace(TRAIN, **change), SELECTING) for change in (
       {}, dict(scorer_loss=3.), dict(scorer_loss=3., grad_accumulation=4)))
   assert plain["loss"] == pytest.approx(with_it["loss"], rel=1e-6) and plain["grad_norm"] < .99 * with_it["grad_norm"] and 0 < with_it["scorer_loss"] < 1
   assert accumulated == pytest.approx(with_it, rel=1e-5)
+
+
+def test_queries_of_the_scorers_loss_derive_from_the_step():
+  train = dataclasses.replace(TRAIN, scorer_loss=1.)
+  mesh, optimizer, config = make_mesh(), make_optimizer(train.optimizer), dataclasses.replace(SELECTING, scorer_loss_queries=3)
+  step, params = make_train_step(config, train, optimizer, mesh), init_params(config, jax.random.key(0))
+
+  def loss_at(number):
+    copy = jax.device_put(jax.tree.map(jnp.copy, params), replicated(mesh))
+    return float(step(TrainState(jnp.int32(number), copy, optimizer.init(copy)), put_batch(mesh, example_batch()))[1]["scorer_loss"])
+  losses = [loss_at(number) for number in (0, 1, 0, 1)]
+  assert losses[:2] == losses[2:] and losses[0] != losses[1]
+
+
+def test_warm_up_of_scorers_is_that_of_the_dense_model_and_costs_a_forward_pass():
+  train = dataclasses.replace(TRAIN, scorer_loss=2., scorer_warmup=True, optimizer=dataclasses.replace(TRAIN.optimizer, trainable="scorer"))
+  config, batch = dataclasses.replace(SELECTING, num_layers=2), example_batch()
+  params = init_params(config, jax.random.key(0))
+  mutable = ["intermediates", "diagnostics"]
+  hidden, seen = Transformer(dataclasses.replace(config, attention="full")).apply(
+      {"params": params}, batch["tokens"][:, :-1], batch["segment_ids"][:, :-1], method="hidden", mutable=mutable,
+      capture_intermediates=lambda module, method: module.name in ("attention_norm", "query", "key"))
+  losses = []
+  for i in range(2):
+    layer = seen["intermediates"][f"layers_{i}"]
+    (x,), (query,), (key,) = (layer["attention_norm"]["__call__"], *(layer["attention"][name]["__call__"] for name in ("query", "key")))
+    positions = position_in_document(batch["segment_ids"][:, :-1], *x.shape[:2])
+    query, key = (rotary_embedding(x, positions, config.rope_theta) for x in (query, key))
+    scores = scoring_network(config).apply({"params": params[f"layers_{i}"]["attention"]["scorer"]}, x, batch["segment_ids"][:, :-1])
+    queries = jnp.broadcast_to(jnp.arange(12), (4, 12))
+    losses.append(attention_mass_loss(scores, query, key, queries, window=config.window, segment_ids=batch["segment_ids"][:, :-1]) / 4)
+  state, metrics = one_step(train, config)
+  assert metrics["loss"] == metrics["scorer_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-4)
+  for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params)):
+    assert np.array_equal(new, old) == ("scorer" not in jax.tree_util.keystr(path)), path
+  again = one_step(dataclasses.replace(train, grad_accumulation=4), config)[1]
+  assert again == pytest.approx(metrics, rel=1e-4)
+
+  wide = dataclasses.replace(config, embed_dim=256, mlp_dim=1024, remat="full")
+  mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
+  state = abstract_state(checkpoint.abstract_params(wide), optimizer, mesh)
+  flops = lambda step: step.lower(state, batch).compile().cost_analysis()["flops"]
+  forward = jax.jit(lambda state, batch: Transformer(wide).apply({"params": state.params}, batch["tokens"][:, :-1], method="hidden"))
+  updates = flops(jax.jit(lambda state, batch: optimizer.update(state.params, state.opt_state, state.params)))
+  assert flops(make_train_step(wide, train, optimizer, mesh)) - updates < 1.5 * flops(forward)
+
+
+def test_a_teacher_counts_by_its_weight():
+  teacher, config = dataclasses.replace(CONFIG, embed_dim=16), dataclasses.replace(SELECTING, num_layers=2)
+  their_params, params, batch = init_params(teacher, jax.random.key(1)), init_params(config, jax.random.key(0)), example_batch()
+  losses = jax.device_get([summed_losses(config, params, batch, 7, teacher=Teacher(teacher, their_params, weight)) for weight in (0., .25, 1.)])
+  logits = [Transformer(c).apply({"params": p}, batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]) for c, p in ((teacher, their_params), (config, params))]
+  (p, q), counted = map(jax.nn.softmax, logits), next_token_targets(batch)[1]
+  divergence = float(jnp.sum(jnp.where(counted, jnp.sum(p * jnp.log(p / q), -1), 0)))
+  plain = float(summed_losses(config, params, batch, 7).cross_entropy)
+  for found, weight in zip(losses, (0., .25, 1.)):
+    np.testing.assert_allclose(found, ((1 - weight) * plain + weight * divergence, plain, divergence, 0), rtol=1e-4)
+
+  def step(**change):
+    train = dataclasses.replace(TRAIN, distill=.25, distill_from="somewhere", **change)
+    mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
+    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params))
+    state, metrics = make_train_step(config, train, optimizer, mesh, teacher)(state, put_batch(mesh, batch), their_params)
+    return state.params, {name: float(value) for name, value in metrics.items()}
+  (once, metrics), (accumulated, same) = step(), step(grad_accumulation=4)
+  np.testing.assert_allclose((metrics["loss"], metrics["divergence"]), np.array((plain, divergence)) / counted.sum(), rtol=1e-4)
+  assert same == pytest.approx(metrics, rel=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), once, accumulated)
 
 
 def test_batch_must_divide_over_devices_and_accumulation():

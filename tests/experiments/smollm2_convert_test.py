@@ -1,0 +1,44 @@
+"""The commands of the conversion's recipe are what the scripts take; its picture. What they do: import_hf_test.py."""
+
+import types
+
+from absl import flags as absl_flags
+import pytest
+
+from experiments import evaluate, evaluate_tasks, import_hf
+from experiments.recipes import smollm2_convert
+from sparsek import flags
+from sparsek.config import TransformerConfig
+
+OPTIONS = types.SimpleNamespace(model="model", text="text", tasks="tasks", workdir="runs", dtype="bfloat16", lengths="2048,8192", scorer="--scorer=conv",
+                                more="", k=512, seq_len=8192, examples=100)
+SMOLLM2 = TransformerConfig(vocab_size=49152, num_layers=30, embed_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536, attention="full")
+
+
+def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
+  values = absl_flags.FlagValues()
+  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
+    define(values)
+  known = {"import_hf": import_hf.FLAGS, "evaluate": evaluate.FLAGS, "evaluate_tasks": evaluate_tasks.FLAGS, "pretrain": values}
+  tokens = {}
+  for name, (module, *words) in smollm2_convert.stages(OPTIONS).items():
+    for flag in known[module]:
+      known[module][flag].unparse()
+    flags.parse([module, *words], known[module])
+    config = flags.model_config(known[module], pretrained=SMOLLM2) if module in ("import_hf", "pretrain") else None
+    if name == "sparsek":
+      assert (config.attention, config.k, config.window, config.scorer, config.scan_layers) == (("sparsek",), 512, 512, "conv", True)
+    if module == "pretrain":
+      train = flags.train_config(values)
+      start = train.init_from.removeprefix("runs/")
+      tokens[name] = tokens.get(start, 0) + train.optimizer.num_steps * train.data.batch_size * train.data.seq_len
+  assert 9e6 < max(tokens.values()) < 1e7 and tokens["window_recall"] == tokens["dense_recall"] == tokens["sparsek_recall"] - tokens["sparsek_warm"]
+
+
+def test_picture(tmp_path):
+  pytest.importorskip("matplotlib")
+  buckets = [{"last": 63, "loss": 3., "num_targets": 9}, {"last": 127, "loss": None, "num_targets": 0}]
+  asked = [{"task": task, "length": 2048, "right": 1, "total": 2} for task in ("passkey", "needle")]
+  stages = [stage for stage in smollm2_convert.stages(OPTIONS) if not stage.startswith(("loss", "tasks"))]
+  smollm2_convert.draw({stage: {"buckets": buckets, "tasks": asked} for stage in stages}, str(tmp_path / "picture.png"))
+  assert (tmp_path / "picture.png").stat().st_size > 10_000
