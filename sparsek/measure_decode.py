@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek import transformers_decode
+from sparsek import transformers_decode, transformers_llama
 from sparsek.cache import Cache, cache_bytes, init_cache, prefill
 from sparsek.cached_attention import NOWHERE, KeysAndValues, SelectionCache
 from sparsek.checkpoint import abstract_params
@@ -41,7 +41,7 @@ class Job:
 
 def kinds_here() -> tuple[str, ...]:
   """What can be compared here: our kinds of attention, and transformers' Llama where it is installed beside a GPU."""
-  return KINDS + (OTHERS if transformers_decode.available() else ())
+  return KINDS + (OTHERS if transformers_llama.available() else ())
 
 
 def under(kind: str, config: TransformerConfig) -> TransformerConfig:

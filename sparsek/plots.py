@@ -200,13 +200,15 @@ def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[K
 
 def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
   """Something against tokens, both logarithmic; curves: label -> [(tokens, value)]."""
+  from matplotlib.ticker import LogLocator
   lengths = sorted({n for points in curves.values() for n, _ in points})
   for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
     axes.plot(*zip(*points), marker=marker, color=colour, fillstyle="none", markeredgewidth=1.6, markersize=7, linewidth=1.6, label=label)
   axes.set_xscale("log", base=2)
   axes.set_yscale("log")
   axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
-  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter("{x:,g}")
   axes.minorticks_off()
   axes.set_xlabel("tokens")
   axes.grid(alpha=0.3)

@@ -3,14 +3,11 @@
 The cache is filled with random keys and values of the context; then tokens are fed one by one, greedily, and the cache is cut back before every sample.
 """
 
-import json
-import statistics
-import subprocess
 import sys
 import time
 
 from sparsek.config import TransformerConfig
-from sparsek.transformers_llama import available  # noqa: F401  the same packages and a GPU
+from sparsek.transformers_llama import answer, ask, fields
 
 COMMAND = (sys.executable, "-m", "sparsek.transformers_decode")
 TIMEOUT_SECONDS = 180.0
@@ -23,23 +20,9 @@ def run(config: TransformerConfig, n: int, batch_size: int, rounds: int, device:
 
   Call it before JAX takes the GPU's memory.
   """
-  model = dict(vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim, num_hidden_layers=config.num_layers,
-               num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-               tie_word_embeddings=config.tie_embeddings, max_position_embeddings=n + TOKENS)
-  job = dict(model=model, n=n, batch_size=batch_size, rounds=rounds, seconds=SECONDS, device=device)
-  try:
-    done = subprocess.run(COMMAND, input=json.dumps(job), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-  except subprocess.TimeoutExpired:
-    return {"failed": f"it took more than {TIMEOUT_SECONDS:.0f} s"}
-  if done.returncode:
-    return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-  found = json.loads(done.stdout.splitlines()[-1])
-  if "failed" in found:
-    return found
-  milliseconds = sorted(1e3 * x for x in found["seconds"])
-  middle = statistics.median(milliseconds)
-  return {"ms": middle, "fastest": milliseconds[0], "slowest": milliseconds[-1], "rounds": len(milliseconds), "inner": TOKENS, "mib": found["mib"],
-          "tokens_per_second": 1e3 * batch_size / middle}
+  job = dict(model=fields(config, n + TOKENS), n=n, batch_size=batch_size, rounds=rounds, seconds=SECONDS, device=device)
+  found = ask(COMMAND, job, TIMEOUT_SECONDS)
+  return found if "failed" in found else {**found, "inner": TOKENS, "tokens_per_second": 1e3 * batch_size / found["ms"]}
 
 
 def measure(job):
@@ -82,16 +65,5 @@ def measure(job):
   return {"seconds": found, "mib": torch.cuda.max_memory_allocated() / 2 ** 20 if on_gpu else None}
 
 
-def main():
-  """One job from standard input; what was found, or why not, to standard output."""
-  job = json.load(sys.stdin)
-  try:
-    found = measure(job)
-  except Exception as error:  # of torch, of many kinds; they are told to the process that asked
-    text = str(error).splitlines() or [""]
-    found = {"failed": "out of memory" if "out of memory" in text[0] else f"{type(error).__name__}: {text[0]}"}
-  print(json.dumps(found))
-
-
 if __name__ == "__main__":
-  main()
+  answer(measure)

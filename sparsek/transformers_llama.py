@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 from sparsek.config import TransformerConfig
 
@@ -24,19 +25,19 @@ def available() -> bool:
   return bool(importlib.util.find_spec("torch") and importlib.util.find_spec("transformers") and shutil.which("nvidia-smi"))
 
 
-def run(kind: str, config: TransformerConfig, n: int, batch_size: int, loss_chunk: int, rounds: int, seconds: float, sample_seconds: float = 0.3) -> dict:
-  """{"ms", "fastest", "slowest", "rounds", "inner", "mib", "compile_seconds"} of a step of a model of that shape, or {"failed"}.
+def fields(config: TransformerConfig, max_positions: int) -> dict:
+  """Those of a transformers.LlamaConfig of the same shape."""
+  return dict(vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim, num_hidden_layers=config.num_layers,
+              num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
+              tie_word_embeddings=config.tie_embeddings, max_position_embeddings=max_positions)
 
-  Call it before JAX takes the GPU's memory; `seconds`: most to spend on samples.
-  """
-  model = dict(vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim, num_hidden_layers=config.num_layers,
-               num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-               tie_word_embeddings=config.tie_embeddings, max_position_embeddings=n)
-  job = dict(model=model, n=n, batch_size=batch_size, loss_chunk=loss_chunk, compile=KINDS[kind], rounds=rounds, seconds=seconds, sample_seconds=sample_seconds)
+
+def ask(command: Sequence[str], job: dict, timeout: float) -> dict:
+  """What a process that `answer`s finds of a job: {"ms", "fastest", "slowest", "rounds"} of its "seconds" and whatever else, or {"failed"}."""
   try:
-    done = subprocess.run(COMMAND, input=json.dumps(job), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=timeout, check=False)
   except subprocess.TimeoutExpired:
-    return {"failed": f"it took more than {TIMEOUT_SECONDS:.0f} s"}
+    return {"failed": f"it took more than {timeout:.0f} s"}
   if done.returncode:
     return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
   found = json.loads(done.stdout.splitlines()[-1])
@@ -44,6 +45,26 @@ def run(kind: str, config: TransformerConfig, n: int, batch_size: int, loss_chun
     return found
   milliseconds = sorted(1e3 * x for x in found.pop("seconds"))
   return {"ms": statistics.median(milliseconds), "fastest": milliseconds[0], "slowest": milliseconds[-1], "rounds": len(milliseconds), **found}
+
+
+def answer(measure: Callable[[dict], dict]) -> None:
+  """One job from standard input; what was found, or why not, to standard output."""
+  job = json.load(sys.stdin)
+  try:
+    found = measure(job)
+  except Exception as error:  # of torch, of many kinds; they are told to the process that asked
+    text = str(error).splitlines() or [""]
+    found = {"failed": "out of memory" if "out of memory" in text[0] else f"{type(error).__name__}: {text[0]}"}
+  print(json.dumps(found))
+
+
+def run(kind: str, config: TransformerConfig, n: int, batch_size: int, loss_chunk: int, rounds: int, seconds: float, sample_seconds: float = 0.3) -> dict:
+  """{"ms", "fastest", "slowest", "rounds", "inner", "mib", "compile_seconds"} of a step of a model of that shape, or {"failed"}.
+
+  Call it before JAX takes the GPU's memory; `seconds`: most to spend on samples.
+  """
+  return ask(COMMAND, dict(model=fields(config, n), n=n, batch_size=batch_size, loss_chunk=loss_chunk, compile=KINDS[kind], rounds=rounds, seconds=seconds,
+                           sample_seconds=sample_seconds), TIMEOUT_SECONDS)
 
 
 def make_step(job):
@@ -103,16 +124,5 @@ def measure(job):
   return {"seconds": found, "inner": inner, "mib": torch.cuda.max_memory_allocated() / 2 ** 20, "compile_seconds": compile_seconds}
 
 
-def main():
-  """One job from standard input; what was found, or why not, to standard output."""
-  job = json.load(sys.stdin)
-  try:
-    found = measure(job)
-  except Exception as error:  # of torch, of many kinds; they are told to the process that asked
-    text = str(error).splitlines() or [""]
-    found = {"failed": "out of memory" if "out of memory" in text[0] else f"{type(error).__name__}: {text[0]}"}
-  print(json.dumps(found))
-
-
 if __name__ == "__main__":
-  main()
+  answer(measure)

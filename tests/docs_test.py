@@ -24,6 +24,8 @@ SMALLER = {
     "experiments.ablate": "--attention=full --k=8 --window=8 --seeds=1 '--more=--num_steps=1 --seq_len=64 --batch_size=2 --num_layers=1 --embed_dim=32 "
                           "--num_heads=2 --num_kv_heads=1 --head_dim=16 --mlp_dim=32 --noscan_layers --eval_batches=1 --warmup_steps=1 --data=data/stdlib'",
     "experiments.benchmark": "--lengths=64,128 --heads=2 --kv_heads=1 --head_dim=8 --k=8 --window=8 --rivals=sparsek,dense --rounds=1 --record=benchmark.json",
+    "experiments.benchmark --suite=train": "--preset=tiny --vocab_size=300 --lengths=64 --k=8 --window=8 --rivals=sparsek --rounds=1",
+    "experiments.benchmark --suite=decode": "--vocab_size=300 --lengths=64 --batch_sizes=1 --prompts=64 --k=8 --window=8 --rivals=sparsek --rounds=1",
 }
 
 
@@ -34,6 +36,12 @@ def blocks(language):
 
 def commands():
   return [line for _, block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def smaller(words):
+  """Flags that make a command of these words a small one."""
+  of_suite = [name for name in SMALLER if name.split()[0] == words[2] and set(name.split()[1:]) <= set(words)]
+  return shlex.split(SMALLER[max(of_suite, key=len)])
 
 
 def run(command, folder):
@@ -51,11 +59,12 @@ def test_commands_in_order(tmp_path):
   small.mkdir()
   for name in ("operator.py", "config.py", "attention.py", "data.py", "flags.py", "train.py"):
     (small / name).write_text((ROOT / "sparsek" / name).read_text())
+  (tmp_path / "prompts.txt").write_text("def main\nclass Other(\n")
   ran = 0
   for line in commands():
     words = [word.replace("stdlib", str(small)) if word == "--sources=stdlib" else word for word in shlex.split(line)]
     if words[1:2] == ["-m"] and words[2] in SMALLER:
-      run([sys.executable, *words[1:], *shlex.split(SMALLER[words[2]])], tmp_path)
+      run([sys.executable, *words[1:], *smaller(words)], tmp_path)
       ran += 1
   assert ran >= 8
 
