@@ -108,6 +108,7 @@ def test_gradient_of_moments(offset):
       mean = jnp.sum(jnp.where(seen, x[:, None], 0), axis=2) / jnp.maximum(count, 1)
       return Moments(count, mean, jnp.sum(jnp.where(seen, (x[:, None] - mean[:, :, None]) ** 2, 0), axis=2))
     want = jax.grad(lambda x: summed(definition(x)))(jnp.asarray(logits, jnp.float64))
+  got, want = np.asarray(got, np.float64), np.asarray(want)
   assert np.max(np.abs(got - want)) < (1e-3 if offset else 1e-5) * np.max(np.abs(want))
 
 
