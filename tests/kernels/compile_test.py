@@ -10,10 +10,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec, Sing
 import numpy as np
 import pytest
 
-from sparsek import plan
+from sparsek import cache, plan
 from sparsek.causal import select
 from sparsek.checkpoint import abstract_params
 from sparsek.config import DataConfig, TrainConfig, preset
+from sparsek.inference import inference_params
 from sparsek.kernels import mosaic_gpu, mosaic_lanes
 from sparsek.kernels.specs import Spec
 from sparsek.optimizer import make_optimizer
@@ -152,3 +153,18 @@ def test_training_step_fits(name, n, remat, monkeypatch):
   assert gigabytes < 0.75 * 80
   if remat == "none":
     assert plan.remat_that_fits(config, train, 1.3e9 * gigabytes) == "none" and plan.remat_that_fits(config, train, 0.9e9 * gigabytes) == "attention"
+
+
+def test_a_chunk_of_a_prompt_compiles(monkeypatch):
+  """Generation's cache before it, the kernels inside."""
+  monkeypatch.setattr(mosaic_gpu, "refusal", lambda query: None)
+  monkeypatch.setattr(mosaic_lanes, "can_run", lambda: True)
+  config = preset("1b", num_layers=1, k=512, window=512, implementation="mosaic_gpu")
+  params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
+  empty = jax.eval_shape(lambda: cache.init_cache(config, 1))
+  arguments = params, empty, shape(jnp.int32, 1, 8192), shape(jnp.int32, 1), shape(jnp.float32, 1, config.vocab_size)
+  arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())), arguments)
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
+    compiled = cache._feed.lower(config, False, True, *arguments).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 ** 30
