@@ -203,8 +203,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
     query, cotangent, logsumexp, delta, gate, scale, tiling: as of `query_gradients`.
     keys, values: [B, n, G, D] for the window, [B, G, places, D] for lists.
     first, last: int32, a key is live for queries first <= i < last; [B, n] for the window, [B, G, places] for lists.
-    bounds: int32 of tiles.key_tiles with blocks of tiling.window_queries (list_queries for lists) and 64 keys, those of a warpgroup; [B, n / 64, 4] for the
-      window, [B, G, places / 64, 4] for lists.
+    bounds: int32 of tiles.key_tiles with blocks of tiling.key_queries queries and 64 keys, those of a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
     lists: how many there are in a row; 0 for the window. middle: places of a list that may be live at its first query. Of lists only:
     score, tau: [B, G, places] and [B, G, n] float32.
   """
@@ -212,7 +211,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
   groups, count = keys.shape[1:3] if lists else keys.shape[2:0:-1]
   repeats = heads // groups
   dtype = query.dtype
-  block_q, stages = tiling.list_queries if lists else tiling.window_queries, tiling.key_stages
+  block_q, stages = tiling.key_queries, tiling.key_stages
   early = tiling.early and gate != "key_value"                           # which needs the registers
   shape = (HALF, block_q)                                                # keys by queries: transposed
   to_log2 = scale * LOG2_E

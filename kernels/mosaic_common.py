@@ -35,7 +35,7 @@ class Tiling(NamedTuple):
   """Sizes of the kernels' tiles, and how many tiles their circular buffers hold.
 
   forward_keys, query_keys: keys of a tile of the forward and the query kernel. hold_queries: the latter keeps its queries in registers.
-  window_queries, list_queries: queries of a tile of the key kernels, for the window's keys and for listed ones.
+  key_queries: queries of a tile of the key kernels.
   early: the key kernels begin the product for the values before the gradients of the logits are known, which takes registers.
   """
   forward_keys: int
@@ -43,17 +43,14 @@ class Tiling(NamedTuple):
   query_keys: int
   query_stages: int
   hold_queries: bool
-  window_queries: int
-  list_queries: int
+  key_queries: int
   key_stages: int
   early: bool
 
 
 TILINGS = {                      # by head_dim
-    64: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, hold_queries=True, window_queries=64, list_queries=64, key_stages=2,
-               early=False),
-    128: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, hold_queries=False, window_queries=64, list_queries=64, key_stages=2,
-                early=True),
+    64: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, hold_queries=True, key_queries=64, key_stages=2, early=False),
+    128: Tiling(forward_keys=128, forward_stages=2, query_keys=64, query_stages=3, hold_queries=False, key_queries=64, key_stages=2, early=True),
 }
 
 

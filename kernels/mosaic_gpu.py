@@ -182,14 +182,14 @@ def _backward(static, query, key, value, scores, threshold, end, lists, tiles, l
   if window:
     token = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
     last = jnp.minimum(token + window, end)
-    bounds = key_tiles(window_tiles(end, window), jnp.zeros(batch, jnp.int32), limit=n, block_q=tiling.window_queries)
+    bounds = key_tiles(window_tiles(end, window), jnp.zeros(batch, jnp.int32), limit=n, block_q=tiling.key_queries)
     dkey, dvalue = mosaic_backward.key_gradients(query, key, value, *common, token, last, bounds, **options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   if k == 0:
     return dquery, dkey, dvalue, jnp.zeros_like(scores), dtau
   base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
-  bounds = key_tiles(tiles, base, limit=chunk, block_q=tiling.list_queries).reshape(batch, groups, -1, 4)
+  bounds = key_tiles(tiles, base, limit=chunk, block_q=tiling.key_queries).reshape(batch, groups, -1, 4)
   rows = mosaic_backward.key_gradients(query, *listed[:2], *common, _flat(lists.first), _flat(lists.last), bounds, lists=n // chunk,
                                        middle=k, score=listed[2], tau=threshold, **options)
   dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)

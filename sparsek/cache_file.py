@@ -14,7 +14,8 @@ from sparsek.cache import Cache, init_cache
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 
-FREE_FIELDS = ("implementation", "remat", "scan_layers", "scorer_noise", "scorer_init_scale", "scorer_init_slope")     # change nothing that a model keeps
+FREE_FIELDS = ("implementation", "remat", "scan_layers", "scorer_noise", "scorer_loss_queries", "scorer_init_scale",
+               "scorer_init_slope")       # change nothing that a model keeps
 
 
 def _fields(config: TransformerConfig) -> dict[str, Any]:

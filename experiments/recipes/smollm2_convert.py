@@ -14,6 +14,7 @@ position on held-out documents and asked for what stands at least 2 k tokens bac
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -128,7 +129,7 @@ def main(options) -> None:
   runs = {name: describe(os.path.join(options.workdir, name), minutes[name]) for name in names}
   dense = runs["dense"]["loss"]
   for name, run in runs.items():
-    run["perplexity_over_dense"] = 2.718281828459045 ** (run["loss"] - dense)
+    run["perplexity_over_dense"] = math.exp(run["loss"] - dense)
     right = "  ".join(f"{result['task']} {result['length']}: {result['right'] / result['total']:.0%}" for result in run["tasks"])
     print(f"{name:18} loss {run['loss']:.4f}  perplexity x {run['perplexity_over_dense']:.4f}  {right}")
   record = {"commands": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items()}, "minutes": minutes,

@@ -29,7 +29,7 @@ CASES = {
     "value, random, window 0": dict(gate="value", scorer="random", k=8, window=0),
     "straight_through, conv": dict(scorer="conv"),
     "straight_through_softmax, random": dict(gate="straight_through_softmax", scorer="random"),
-    "softmax, conv, shared scores": dict(gate="softmax", scorer="conv", scorer_shared=True, scorer_init_noise=1.),
+    "softmax, conv, shared scores": dict(gate="softmax", scorer="conv", scorer_shared=True, scorer_init_noise=1., scorer_init_sink=2.),
     "key_value, linear": dict(gate="key_value"),
     "key_value, random": dict(gate="key_value", scorer="random"),
     "value, hybrid, k 1, window 1": dict(gate="value", attention="sparsek,full", num_layers=2, k=1, window=1, tie_embeddings=False),
