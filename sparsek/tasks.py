@@ -29,6 +29,7 @@ NEEDLES = 16                     # facts of which one is asked for
 PAIRS, ASKED = 32, 4             # of recall
 CHAIN, CHAINS = 3, 4             # assignments that an answer hangs on; how many such chains there are
 COPIED = 16                      # letters
+BYTES_PER_TASK = 2048            # of a document to train on: longer ones ask for more than one thing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,22 @@ TASKS: dict[str, Callable[[np.random.Generator], Problem]] = {"passkey": passkey
 CHANCE = {"passkey": 1 / 90000, "needle": 1 / NEEDLES, "recall": 1 / PAIRS, "variables": 1 / CHAINS, "copy": len(string.ascii_lowercase)**-COPIED}
 
 
+def several(names: Sequence[str], rng: np.random.Generator) -> Problem:
+  """One of each of the tasks: their facts shuffled, but each task's in their order, then their questions, a line each."""
+  problems = [TASKS[name](rng) for name in names]
+  facts = [list(problem.facts) for problem in problems]
+  order = rng.permutation(np.repeat(np.arange(len(problems)), [len(left) for left in facts]))
+  question = [piece for problem in problems for piece in (*problem.question, ("\n", False))]
+  return Problem(tuple(facts[i].pop(0) for i in order), tuple(question[:-1]))
+
+
 def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator, min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
+  """`arrange` of a new problem of the task called so."""
+  return arrange(task, TASKS[task](rng), tokenizer, length, rng, min_distance)
+
+
+def arrange(name: str, problem: Problem, tokenizer: Tokenizer, length: int, rng: np.random.Generator,
+            min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
   """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits, facts anywhere in it.
 
   At least `min_distance` tokens stand between the last fact and the question.
@@ -104,7 +120,6 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
   Raises:
     UsageError: where facts, distance and question alone are longer.
   """
-  problem = TASKS[task](rng)
   facts = [tokenizer.encode(fact) for fact in problem.facts]
   question = [(tokenizer.encode(text), is_answer) for text, is_answer in problem.question]
   room = length - sum(map(len, facts)) - sum(len(tokens) for tokens, _ in question)
@@ -112,7 +127,7 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
   least = min_distance + max(map(len, filler)) if min_distance else 0
   if room < least:
     far = f", {min_distance} of them between facts and question" if min_distance else ""
-    raise UsageError(f"a document of the task {task} needs at least {length - room + least} tokens with this tokenizer{far}; got {length}")
+    raise UsageError(f"a document of the task {name} needs at least {length - room + least} tokens with this tokenizer{far}; got {length}")
   while (line := filler[rng.integers(len(filler))]) and len(line) <= room:
     lines.append(line)
     room -= len(line)
@@ -129,12 +144,18 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
 
 
 def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
-  """(name, text, (begin, end) of its answers) of `count` documents to train on, of all tasks in turn, of length / 2 to length bytes; `evaluate` has others."""
-  tokenizer = ByteTokenizer()
+  """(name, text, (begin, end) of its answers) of `count` documents to train on, of length / 2 to length bytes; `evaluate` has others.
+
+  A document asks for one thing per BYTES_PER_TASK bytes, for at least one, and for each task at most once; tasks take turns.
+  """
+  tokenizer, names = ByteTokenizer(), list(TASKS)
   for i in range(count):
-    rng, task = np.random.default_rng([2**62, length, i]), list(TASKS)[i % len(TASKS)]
-    tokens, answers = make_example(task, tokenizer, int(rng.integers(length // 2, length + 1)), rng)      # a byte is a character here
-    yield f"{task} {i}", tokenizer.decode(tokens), tuple((int(places[0]), int(places[-1]) + 1) for places in answers)
+    rng = np.random.default_rng([2**62, length, i])
+    size = int(rng.integers(length // 2, length + 1))
+    asked = rng.permutation([names[(i + j) % len(names)] for j in range(min(max(1, size // BYTES_PER_TASK), len(names)))])
+    name = " ".join((*asked, str(i)))
+    tokens, answers = arrange(name, several(asked, rng), tokenizer, size, rng)                            # a byte is a character here
+    yield name, tokenizer.decode(tokens), tuple((int(places[0]), int(places[-1]) + 1) for places in answers)
 
 
 @functools.partial(jax.jit, static_argnums=0)

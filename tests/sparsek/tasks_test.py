@@ -132,6 +132,16 @@ def test_documents_to_train_on():
     list(documents(["tasks:many"]))
 
 
+def test_long_documents_to_train_on_ask_for_several_things():
+  every = list(documents(["tasks:9000:30"], answers_only=True))
+  asked = [document.name.split()[:-1] for document in every]
+  assert {len(names) for names in asked} == {2, 3, 4} and len(set(map(tuple, asked))) > 10
+  for names, document in zip(asked, every):
+    assert 4500 - max(map(len, tasks.FILLER)) < len(document.text) <= 9000 and len(set(names)) == len(names)
+    answers = [document.text[begin:end].strip() for begin, end in document.answers]
+    assert answers == [answer for task in names for answer in solved(task, document.text)]
+
+
 def test_interval():
   np.testing.assert_allclose(tasks.interval(50, 100), (.4038, .5962), atol=1e-4)
   assert tasks.interval(0, 10)[0] == 0 and tasks.interval(10, 10)[1] == 1 and tasks.interval(10, 10)[0] == pytest.approx(.7225, abs=1e-3)
