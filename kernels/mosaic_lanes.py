@@ -4,6 +4,7 @@ Pallas itself moves tiles only; the loads and stores below are single instructio
 """
 
 import jax
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -175,4 +176,20 @@ def kernel(body, rows, size, *extra, name, **options):
     row, number, block = place("row", "extra", "block")
     body(row, number, block * LANES + numbers(), *refs)
   grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
-  return plgpu.kernel(run, grid=tuple(grid.values()), grid_names=axes(*grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)
+  run = plgpu.kernel(run, grid=tuple(grid.values()), grid_names=axes(*grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)
+  is_array = lambda x: isinstance(jax.typeof(x), jax.core.ShapedArray)                       # not a ref
+  return lambda *args: _apart(run(*(_apart(x) if is_array(x) else x for x in args)))
+
+
+def contents(*refs):
+  """What is in them after the kernels that wrote them; a list."""
+  return _apart([ref[...] for ref in refs])
+
+
+def _apart(arrays):
+  """The same arrays, which XLA must not fuse with their kernel.
+
+  In the body of a scan it makes one of a kernel and the slices that the kernel reads, or the update of the loop's stacked results with what it returns, and
+  forgets of that fusion that the kernel writes in place: what it wrote is lost, and refs that begin alike become one (JAX 0.11.2: dynamic slice fusion).
+  """
+  return lax.optimization_barrier(arrays)

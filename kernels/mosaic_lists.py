@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from .mosaic_common import place
-from .mosaic_lanes import LANES, kernel, reader, scatter, scatter_row
+from .mosaic_lanes import LANES, contents, kernel, reader, scatter, scatter_row
 from .tiles import NEVER, TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
 SEGMENT, SEGMENTS = 128, 1024    # ranks that are counted together, at least; and segments, at most, so that memory stays linear
@@ -47,7 +47,7 @@ def _lists(expiry, order, k, window, chunk):
       scatter(members.at[row], c * segments + rank // segment_size, rank - rank + change, (rank < n) & (begin < end), atomic="add")
   ranked, = kernel(count, rows, n, name="count_members", out_type=[shape(n, 4)])(expiry, order, members)
 
-  by_chunk = jnp.cumsum(members[...].reshape(rows, chunks + 1, segments), axis=1)[:, :chunks]
+  by_chunk = jnp.cumsum(contents(members)[0].reshape(rows, chunks + 1, segments), axis=1)[:, :chunks]
   counts = jnp.concatenate([by_chunk, jnp.sum(by_chunk, axis=1, keepdims=True)], axis=1)
   ends = jnp.cumsum(counts, axis=2)
   old, begins = ends[:, :chunks, -1], (ends - counts).reshape(rows, -1)
@@ -99,10 +99,10 @@ def _lists(expiry, order, k, window, chunk):
   listed = zeros(n)
   new_place, = kernel(list_new, rows, n, name="list_new", out_type=[shape(n)])(expiry, came, entered, tokens, lasts, listed)
 
-  tokens, lasts = (x[...].reshape(rows, chunks, slots) for x in (tokens, lasts))
+  tokens, lasts = (x.reshape(rows, chunks, slots) for x in contents(tokens, lasts))
   old_count = jnp.where(expiry > entry, jnp.maximum(-(-expiry // chunk) - -(-entry // chunk), 0), 0)
   return Lists(tokens, jnp.where(lasts > 0, tokens + window, NEVER), lasts, entered, old, new_place, old_place, old_begin, old_count,
-               listed[...], came[:, -1])
+               contents(listed)[0], came[:, -1])
 
 
 def query_bounds(tiles, left, *, chunk, block_q, block_kv):

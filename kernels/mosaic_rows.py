@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from .mosaic_common import place
-from .mosaic_lanes import LANES, gather_bytes, kernel, narrow, numbers, reader, scatter, scatter_bytes, widen
+from .mosaic_lanes import LANES, contents, gather_bytes, kernel, narrow, numbers, reader, scatter, scatter_bytes, widen
 
 WORD = 8                         # numbers that a lane moves at once
 AT_ONCE = 4                      # moves that it has under way
@@ -100,4 +100,4 @@ def sum_rows(dkey, dvalue, rows, lists):
 
   totals = [jax.new_ref(x) for x in (dkey, dvalue, jnp.zeros((batch, groups, n), jnp.float32))]
   kernel(body, batch * groups, -(-n // tokens) * LANES, name="sum_rows")(*totals, *rows, *arrays)
-  return tuple(total[...] for total in totals)
+  return tuple(contents(*totals))

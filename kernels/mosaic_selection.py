@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from . import staircase
-from .mosaic_lanes import add_row, gather_bytes, gather_row, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
+from .mosaic_lanes import add_row, contents, gather_bytes, gather_row, kernel, reader, scatter, scatter_bytes, scatter_row, sums_of
 from .staircase import COUNT, NEEDS, SEGMENT
 from .varying import over_batch, varying_like
 
@@ -197,7 +197,8 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
       scatter(change.at[row], at, weight, there, atomic="add")
       scatter(changes.at[row], at // SEGMENT, weight, there, atomic="add")
   first, last = kernel(find_intervals, rows, n, name="intervals", out_type=[new(n, jnp.int32)] * 2)(score, threshold, end, change, changes)
-  counts = jnp.cumsum(changes[...], axis=1) - changes[...]                # before every segment
+  changes, = contents(changes)
+  counts = jnp.cumsum(changes, axis=1) - changes                          # before every segment
 
   def share(row, _, segment, cotangent, change, counts, prefix, shares):
     """dtau_i / |S_i| and its sums from the start of each segment on."""

@@ -63,30 +63,31 @@ def weight_bytes(config: TransformerConfig) -> int:
 
 def filled(config: TransformerConfig, batch_size: int, n: int) -> Cache:
   """A cache that has seen n tokens, with random contents."""
-  cache = init_cache(config, batch_size, max_length=n + ROOM)
+  cache, period = init_cache(config, batch_size, max_length=n + ROOM), 1024
+  # The same in every layer, and again and again along it: random numbers of every layer take minutes to compile, those of a long cache twice its memory.
+  keys = jax.random.split(jax.random.key(0), 3)
+  some = jax.random.normal(keys[0], (2, batch_size, config.num_kv_heads, period, config.head_dim), config.activation_dtype)
+  noise = jax.random.normal(keys[1], (batch_size, config.num_kv_heads, period))
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def fill(cache, key):
-    def rows(layer, key):                         # the same again and again: random numbers for a long cache would take its memory twice
-      again = jnp.arange(layer.key.shape[2]) % 1024
-      some = jax.random.normal(key, (2, *layer.key.shape[:2], 1024, layer.key.shape[3]), layer.key.dtype)
-      return KeysAndValues(*(jnp.take(x, again, axis=2) for x in some))
+  def fill(cache, some, noise):
+    again = lambda x, size, axis: jnp.take(x, jnp.arange(size) % period, axis=axis)
+    rows = lambda old: KeysAndValues(*(again(x, old.key.shape[2], 2) for x in some))
 
-    def layer(old, key):
+    def layer(old):
       if not isinstance(old, SelectionCache):
-        return rows(old, key)
-      keys = jax.random.split(key, 3)
+        return rows(old)
       left = max(n - config.window, 0)                                     # tokens that have left the window
       there = jnp.arange(config.k) < left
       position = (jnp.arange(config.k, dtype=jnp.float32) * (left / config.k)).astype(jnp.int32) if left > config.k else jnp.arange(config.k, dtype=jnp.int32)
       slope = config.scorer_init_slope * n / 1024
-      score = jnp.where(there, slope + jax.random.normal(keys[1], old.position.shape), -jnp.inf)
+      score = jnp.where(there, slope + again(noise, config.k, 2), -jnp.inf)
       return old._replace(
-          rows=rows(old.rows, keys[0]), score=old.score.at[..., :config.k].set(score),
+          rows=rows(old.rows), score=old.score.at[..., :config.k].set(score),
           position=jnp.broadcast_to(jnp.where(there, position, NOWHERE), old.position.shape),
-          pending=slope + jax.random.normal(keys[2], old.pending.shape), scorer=old.scorer._replace(deviation=jnp.full_like(old.scorer.deviation, n)))
-    return Cache(jnp.full(batch_size, n, jnp.int32), tuple(layer(old, jax.random.fold_in(key, i)) for i, old in enumerate(cache.layers)))
-  return fill(cache, jax.random.key(0))
+          pending=slope + again(noise, config.window, 2), scorer=old.scorer._replace(deviation=jnp.full_like(old.scorer.deviation, n)))
+    return Cache(jnp.full(batch_size, n, jnp.int32), tuple(map(layer, cache.layers)))
+  return fill(cache, some, noise)
 
 
 class DecodeCell(Cell):

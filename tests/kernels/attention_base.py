@@ -163,6 +163,26 @@ class AttentionTest:
     for x, y in zip(jax.jit(jax.grad(mapped, argnums=(0, 1, 2, 3)))(*inputs), plain):
       assert self.close(x, y)
 
+  def test_scan(self, batch_of_two):
+    """Layers stacked in a scan, whose loops hand slices in and stack results: the same as one after the other."""
+    inputs, cotangent, attention, _, _ = batch_of_two
+    scales = jnp.linspace(.5, 1.5, 3, dtype=jnp.float32)
+
+    def layer(inputs, scale):
+      query, *rest = inputs
+      return (attention(query, *(x * scale.astype(x.dtype) for x in rest)), *rest), None
+
+    def stacked(*inputs):
+      return jnp.sum(cotangent * jax.lax.scan(layer, inputs, scales)[0][0])
+
+    def in_turn(*inputs):
+      for scale in scales:
+        inputs, _ = layer(inputs, scale)
+      return jnp.sum(cotangent * inputs[0])
+    grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*inputs) for f in (stacked, in_turn)]
+    for name, x, y in zip(ARGUMENTS, *grads):
+      assert self.close(x, y), name
+
   def test_shard_map(self):
     """Types only, on a mesh of one device; values over four devices are compared in xla_test."""
     spec = specs.Spec("sharded", n=80, batch=2, heads=4, groups=2, k=8, window=8)

@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels compiled for an H100 by the real compiler, without one; `make test-compile` runs this where the compiler is installed."""
 
 import functools
+import re
 
 import jax
 from jax.experimental import topologies
@@ -10,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec, Sing
 import numpy as np
 import pytest
 
+import sparsek
 from sparsek import cache, plan
 from sparsek.causal import select
 from sparsek.checkpoint import abstract_params
@@ -134,6 +136,21 @@ def test_selection_compiles(n, k):
     threshold, vjp, rest = jax.vjp(thresholds, scores, has_aux=True)
     return threshold, rest, vjp(cotangent)
   compile_for_h100(run, scores, bounds, bounds, scores)
+
+
+def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
+  """XLA may fuse kernels with the slices of a scan's stacks, but not those that write in place, of which such a fusion knows nothing."""
+  monkeypatch.setattr(mosaic_gpu, "refusal", lambda query: None)
+  monkeypatch.setattr(mosaic_lanes, "can_run", lambda: True)
+  queries, keys, _, scores, *_ = arguments(Spec("scanned", n=1024, heads=2, groups=2, head_dim=64, k=64, window=64, dtype="bfloat16"))
+
+  def loss(query, key, scores, scales):
+    attend = lambda x, scale: (sparsek.sparsek_attention(x, key, key * scale, scores * scale, k=64, window=64, implementation="mosaic_gpu"), None)
+    return jnp.sum(jax.lax.scan(attend, query, scales)[0].astype(jnp.float32))
+  by_token = jax.ShapeDtypeStruct((scores.shape[0], scores.shape[2], scores.shape[1]), jnp.float32)
+  compiled = compile_for_h100(jax.grad(loss, argnums=(0, 1, 2, 3)), queries, keys, by_token, jax.ShapeDtypeStruct((3,), jnp.bfloat16)).as_text()
+  inside = re.findall(r"^%dynamic-slice-fusion.*?^}", compiled, re.MULTILINE | re.DOTALL)
+  assert "sparsek_list_old" in compiled and not any("output_to_operand_aliasing" in fusion for fusion in inside)
 
 
 @pytest.mark.parametrize("name, n, remat", [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none")])
