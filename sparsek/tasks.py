@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from sparsek.train_step import BATCH, make_mesh, replicated
 
 FILLER = ("The grass is green.\n", "The sky is blue.\n", "The sun is yellow.\n", "Here we go.\n", "There and back again.\n", "Time went by.\n")
 NEEDLES = 16                     # facts of which one is asked for
-PAIRS, ASKED = 32, 4             # of recall
+PAIRS, ASKED = 32, 4             # of recall, and how many are asked for
 CHAIN, CHAINS = 3, 4             # assignments that an answer hangs on; how many such chains there are
 COPIED = 16                      # letters
 BYTES_PER_TASK = 2048            # of a document to train on: longer ones ask for more than one thing
@@ -34,9 +34,9 @@ BYTES_PER_TASK = 2048            # of a document to train on: longer ones ask fo
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """facts: lines, in order; question: (text, whether it is an answer) one after the other."""
+  """facts: lines, in order; questions: what can be asked, each (how it begins, its answer)."""
   facts: tuple[str, ...]
-  question: tuple[tuple[str, bool], ...]
+  questions: tuple[tuple[str, str], ...]
 
 
 def _numbers(rng: np.random.Generator, count: int) -> list[str]:
@@ -55,23 +55,20 @@ def _names(rng: np.random.Generator, count: int) -> list[str]:
 def passkey(rng: np.random.Generator) -> Problem:
   """One number (Mohtashami and Jaggi 2023)."""
   number, = _numbers(rng, 1)
-  return Problem((f"The pass key is {number}. Remember it.\n",), (("What is the pass key? The pass key is", False), (f" {number}", True)))
+  return Problem((f"The pass key is {number}. Remember it.\n",), (("What is the pass key? The pass key is", f" {number}"),))
 
 
 def needle(rng: np.random.Generator) -> Problem:
   """One of sixteen sentences that differ in name and number only."""
-  names, numbers = _names(rng, NEEDLES), _numbers(rng, NEEDLES)
-  asked = rng.integers(NEEDLES)
-  facts = tuple(f"The code of {name} is {number}.\n" for name, number in zip(names, numbers))
-  return Problem(facts, ((f"What is the code of {names[asked]}? The code of {names[asked]} is", False), (f" {numbers[asked]}", True)))
+  pairs = list(zip(_names(rng, NEEDLES), _numbers(rng, NEEDLES)))
+  return Problem(tuple(f"The code of {name} is {number}.\n" for name, number in pairs),
+                 tuple((f"What is the code of {name}? The code of {name} is", f" {number}") for name, number in pairs))
 
 
 def recall(rng: np.random.Generator) -> Problem:
   """Several of many pairs (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927)."""
-  names, numbers = _names(rng, PAIRS), _numbers(rng, PAIRS)
-  asked = rng.choice(PAIRS, ASKED, replace=False)
-  question = [piece for i in asked for piece in ((f"{names[i]} ->", False), (f" {numbers[i]}", True), ("\n", False))]
-  return Problem(tuple(f"{name} -> {number}\n" for name, number in zip(names, numbers)), tuple(question[:-1]))
+  pairs = list(zip(_names(rng, PAIRS), _numbers(rng, PAIRS)))
+  return Problem(tuple(f"{name} -> {number}\n" for name, number in pairs), tuple((f"{name} ->", f" {number}") for name, number in pairs))
 
 
 def variables(rng: np.random.Generator) -> Problem:
@@ -79,16 +76,19 @@ def variables(rng: np.random.Generator) -> Problem:
   names, numbers = _names(rng, CHAINS * (CHAIN + 1)), _numbers(rng, CHAINS)
   chains = [names[i * (CHAIN + 1):(i + 1) * (CHAIN + 1)] for i in range(CHAINS)]
   assignments = [[f"{chain[0]} = {number}\n", *(f"{new} = {old}\n" for old, new in zip(chain, chain[1:]))] for chain, number in zip(chains, numbers)]
-  order = rng.permutation(np.repeat(np.arange(CHAINS), CHAIN + 1))
-  facts = tuple(assignments[chain].pop(0) for chain in order)
-  asked = rng.integers(CHAINS)
-  return Problem(facts, ((f"The value of {chains[asked][-1]} is", False), (f" {numbers[asked]}", True)))
+  return Problem(_shuffled(assignments, rng), tuple((f"The value of {chain[-1]} is", f" {number}") for chain, number in zip(chains, numbers)))
 
 
 def copy(rng: np.random.Generator) -> Problem:
   """A row of letters."""
   letters = " ".join(rng.choice(list(string.ascii_lowercase), COPIED))
-  return Problem((f"Letters: {letters}\n",), (("The letters again:", False), (f" {letters}", True)))
+  return Problem((f"Letters: {letters}\n",), (("The letters again:", f" {letters}"),))
+
+
+def _shuffled(rows: Iterable[Iterable[str]], rng: np.random.Generator) -> tuple[str, ...]:
+  """What is in the rows, mixed, but each row in its order."""
+  rows = [list(row) for row in rows]
+  return tuple(rows[i].pop(0) for i in rng.permutation(np.repeat(np.arange(len(rows)), list(map(len, rows)))))
 
 
 TASKS: dict[str, Callable[[np.random.Generator], Problem]] = {"passkey": passkey, "needle": needle, "recall": recall, "variables": variables, "copy": copy}
@@ -97,65 +97,80 @@ TASKS: dict[str, Callable[[np.random.Generator], Problem]] = {"passkey": passkey
 CHANCE = {"passkey": 1 / 90000, "needle": 1 / NEEDLES, "recall": 1 / PAIRS, "variables": 1 / CHAINS, "copy": len(string.ascii_lowercase)**-COPIED}
 
 
-def several(names: Sequence[str], rng: np.random.Generator) -> Problem:
-  """One of each of the tasks: their facts shuffled, but each task's in their order, then their questions, a line each."""
-  problems = [TASKS[name](rng) for name in names]
-  facts = [list(problem.facts) for problem in problems]
-  order = rng.permutation(np.repeat(np.arange(len(problems)), [len(left) for left in facts]))
-  question = [piece for problem in problems for piece in (*problem.question, ("\n", False))]
-  return Problem(tuple(facts[i].pop(0) for i in order), tuple(question[:-1]))
-
-
 def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator, min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
-  """`arrange` of a new problem of the task called so."""
-  return arrange(task, TASKS[task](rng), tokenizer, length, rng, min_distance)
+  """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits, facts anywhere in it, and then what is asked.
 
-
-def arrange(name: str, problem: Problem, tokenizer: Tokenizer, length: int, rng: np.random.Generator,
-            min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
-  """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits, facts anywhere in it.
-
-  At least `min_distance` tokens stand between the last fact and the question.
+  At least `min_distance` tokens stand between the last fact and the first question.
 
   Raises:
-    UsageError: where facts, distance and question alone are longer.
+    UsageError: where facts, distance and questions alone are longer.
   """
-  facts = [tokenizer.encode(fact) for fact in problem.facts]
-  question = [(tokenizer.encode(text), is_answer) for text, is_answer in problem.question]
-  room = length - sum(map(len, facts)) - sum(len(tokens) for tokens, _ in question)
-  filler, lines = [tokenizer.encode(line) for line in FILLER], []
-  least = min_distance + max(map(len, filler)) if min_distance else 0
-  if room < least:
+  problem = TASKS[task](rng)
+  asked = rng.choice(len(problem.questions), ASKED if task == "recall" else 1, replace=False)
+  facts = list(map(tokenizer.encode, problem.facts))
+  asked = [tuple(map(tokenizer.encode, problem.questions[i])) for i in asked]
+  newline = tokenizer.encode("\n")
+  size = sum(map(len, facts)) + sum(len(part) for question in asked for part in question) + (len(asked) - 1) * len(newline)
+  least = min_distance + max(len(tokenizer.encode(line)) for line in FILLER) if min_distance else 0
+  if length - size < least:
     far = f", {min_distance} of them between facts and question" if min_distance else ""
-    raise UsageError(f"a document of the task {name} needs at least {length - room + least} tokens with this tokenizer{far}; got {length}")
-  while (line := filler[rng.integers(len(filler))]) and len(line) <= room:
+    raise UsageError(f"a document of the task {task} needs at least {size + least} tokens with this tokenizer{far}; got {length}")
+  lines = _filler(tokenizer, length - size, rng)
+  tail = np.cumsum([0, *map(len, lines[::-1])])                                    # tokens of the last 0, 1, ... lines of filler
+  lines = _among(lines, facts, len(lines) + 1 - np.searchsorted(tail, min_distance), rng)
+  tokens, answers = [token for line in lines for token in line], []
+  for i, (question, answer) in enumerate(asked):
+    tokens += (newline if i else []) + question
+    answers.append(np.arange(len(tokens), len(tokens) + len(answer)))
+    tokens += answer
+  return np.array(tokens, np.int32), answers
+
+
+def _filler(tokenizer, room, rng):
+  """Lines of tokens, as many as fit."""
+  every, lines = list(map(tokenizer.encode, FILLER)), []
+  while (line := every[rng.integers(len(every))]) and len(line) <= room:
     lines.append(line)
     room -= len(line)
-  tail = np.cumsum([0, *map(len, lines[::-1])])                                    # tokens of the last 0, 1, ... lines of filler
-  places = np.sort(rng.integers(0, len(lines) + 1 - np.searchsorted(tail, min_distance), len(facts)))
-  for place, fact in zip(places[::-1], facts[::-1]):
-    lines.insert(place, fact)
-  tokens, answers = [token for line in lines for token in line], []
-  for piece, is_answer in question:
-    if is_answer:
-      answers.append(np.arange(len(tokens), len(tokens) + len(piece)))
-    tokens += piece
-  return np.array(tokens, np.int32), answers
+  return lines
+
+
+def _among(lines, others, places, rng):
+  """The lines, and the others in their order before any of the first so many of them."""
+  before = np.sort(rng.integers(0, places, len(others)))
+  return [x for i in range(len(lines) + 1) for x in (*(other for other, place in zip(others, before) if place == i), *lines[i:i + 1])]
 
 
 def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
   """(name, text, (begin, end) of its answers) of `count` documents to train on, of length / 2 to length bytes; `evaluate` has others.
 
-  A document asks for one thing per BYTES_PER_TASK bytes, for at least one, and for each task at most once; tasks take turns.
+  A document is of as many tasks as it holds BYTES_PER_TASK bytes, at least of one and of each at most once; tasks take turns. All facts come among the first
+  lines, and all that can be asked, as far as there is room, line by line among the later ones: few tokens would teach anything otherwise.
   """
-  tokenizer, names = ByteTokenizer(), list(TASKS)
+  names, tokenizer = list(TASKS), ByteTokenizer()                             # a byte is a character here
   for i in range(count):
     rng = np.random.default_rng([2**62, length, i])
     size = int(rng.integers(length // 2, length + 1))
-    asked = rng.permutation([names[(i + j) % len(names)] for j in range(min(max(1, size // BYTES_PER_TASK), len(names)))])
-    name = " ".join((*asked, str(i)))
-    tokens, answers = arrange(name, several(asked, rng), tokenizer, size, rng)                            # a byte is a character here
-    yield name, tokenizer.decode(tokens), tuple((int(places[0]), int(places[-1]) + 1) for places in answers)
+    chosen = rng.permutation([names[(i + j) % len(names)] for j in range(min(max(1, size // BYTES_PER_TASK), len(names)))])
+    problems = [TASKS[name](rng) for name in chosen]
+    facts = _shuffled([problem.facts for problem in problems], rng)
+    questions = [problem.questions[j] for problem in problems for j in range(len(problem.questions))]
+    questions = [questions[j] for j in rng.permutation(len(questions))]
+    room = size - sum(map(len, facts))
+    sizes = np.cumsum([len(question) + len(answer) + 1 for question, answer in questions])
+    if room + length - size < sizes[0]:
+      raise UsageError(f"a document of the task {' and '.join(chosen)} needs at least {length - room + sizes[0]} bytes; got {length}")
+    questions = questions[:max(1, np.searchsorted(sizes, room, "right"))]
+    lines = [(tokenizer.decode(np.array(line)), "") for line in _filler(tokenizer, room - sizes[len(questions) - 1], rng)]
+    middle = int(rng.integers(len(lines) // 4, 3 * len(lines) // 4 + 1))
+    lines = [*_among(lines[:middle], [(fact, "") for fact in facts], middle + 1, rng), *_among(lines[middle:], questions, len(lines) - middle + 1, rng)]
+    text, answers = "", []
+    for begin, answer in lines:
+      text += begin + answer
+      if answer:
+        answers.append((len(text) - len(answer), len(text)))
+        text += "\n"
+    yield " ".join((*chosen, str(i))), text, tuple(answers)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -124,22 +124,35 @@ def test_documents_to_train_on():
   assert len({document.text for document in every}) == 20 and {document.name.split()[0] for document in every} == set(tasks.TASKS)
   assert all(700 < len(document.text) <= 1500 for document in every)
   assert all(document.answers is None for document in every)
-  for document in documents(["tasks:1500:20"], answers_only=True):
-    answers = [document.text[begin:end].strip() for begin, end in document.answers]
-    assert answers == solved(document.name.split()[0], document.text)
   assert example("passkey", 1500)[0] not in {document.text for document in every}
   with pytest.raises(UsageError, match="'tasks:many' must be tasks:LENGTH:COUNT"):
     list(documents(["tasks:many"]))
+  with pytest.raises(UsageError, match="a document of the task needle needs at least [0-9]+ bytes; got 400"):
+    list(documents(["tasks:400:20"]))
+  for document in documents(["tasks:900:20"], answers_only=True):
+    assert len(document.text) <= 900 and 1 <= len(document.answers) < 32
 
 
-def test_long_documents_to_train_on_ask_for_several_things():
-  every = list(documents(["tasks:9000:30"], answers_only=True))
-  asked = [document.name.split()[:-1] for document in every]
-  assert {len(names) for names in asked} == {2, 3, 4} and len(set(map(tuple, asked))) > 10
-  for names, document in zip(asked, every):
-    assert 4500 - max(map(len, tasks.FILLER)) < len(document.text) <= 9000 and len(set(names)) == len(names)
-    answers = [document.text[begin:end].strip() for begin, end in document.answers]
-    assert answers == [answer for task in names for answer in solved(task, document.text)]
+def test_documents_to_train_on_ask_for_everything():
+  """For all that their tasks know, after all facts; long ones have several tasks."""
+  facts = {"passkey": r"Remember it", "needle": r"^The code", "recall": r"^\w{4} -> (?=\d)", "variables": r" = ", "copy": r"Letters:"}
+  counts, mixes = {"passkey": 1, "needle": 16, "recall": 32, "variables": 4, "copy": 1}, set()
+  for document in [*documents(["tasks:2900:20"], answers_only=True), *documents(["tasks:9000:30"], answers_only=True)]:
+    *names, _ = document.name.split()
+    mixes.add(tuple(names))
+    text, answers = document.text, sorted(document.answers)
+    assert len(answers) == sum(counts[name] for name in names) and len(set(names)) == len(names)
+    for name in names:
+      assert len(re.findall(facts[name], text[:answers[0][0]].rpartition("\n")[0], re.MULTILINE)) == {**counts, "variables": 16}[name]
+    for begin, end in answers:
+      line = text[:begin].rpartition("\n")[2]
+      task = next(name for name, words in (("passkey", "pass key"), ("needle", "code"), ("variables", "value"), ("copy", "letters"), ("recall", ""))
+                  if words in line)
+      before = text[:answers[0][0]].rpartition("\n")[0] + "\n"
+      pairs = dict(re.findall(r"(\w{4}) -> (\d{5})", before))
+      expected = pairs[line[:4]] if task == "recall" else solved(task, before + line)[0]
+      assert task in names and text[begin:end] == f" {expected}" and text[end] == "\n"
+  assert {len(names) for names in mixes} == {1, 2, 3, 4} and len(mixes) > 15
 
 
 def test_interval():
