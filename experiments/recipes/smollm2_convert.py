@@ -7,15 +7,19 @@
   python -m experiments.prepare_data --sources=tasks:16384:600 --answers_only --tokenizer=data/smollm2 --output=data/smollm2_tasks
   python -m experiments.recipes.smollm2_convert --record=experiments/results/smollm2_convert.json
 
-Stages that are done are left out: killed, the same command goes on. The dense model, a sliding window of 2 k tokens and SPARSEK with k + k are imported; the
-scorers of SPARSEK are warmed up; then each of the three is trained on the same documents and on the same documents that need recall. All are evaluated by
-position on held-out documents and asked for what stands at least 2 k tokens back. Seven stages train 9.2 million tokens a model at most.
+Stages that are done are left out: killed, the same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs. The dense model and
+rivals of the same budget of 2 k keys are imported: a sliding window, a window of all but the first 4 tokens (StreamingLLM), k random tokens beside a window of
+k, and SPARSEK with k + k. The scorers of SPARSEK are warmed up; then all are trained on the same documents and on the same documents that need recall. All are
+evaluated by position on held-out documents and asked for what stands at least 2 k tokens back. No model is trained on more than 9.2 million tokens.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,7 +30,7 @@ from matplotlib.figure import Figure
 from sparsek import checkpoint, run_directory, tasks
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
-KINDS = ("dense", "window", "sparsek")
+KINDS = ("sparsek", "dense", "window", "sinks", "random")          # the longest way first
 
 
 def stages(options) -> dict[str, tuple[str, ...]]:
@@ -34,6 +38,7 @@ def stages(options) -> dict[str, tuple[str, ...]]:
   k, model = options.k, f"hf:{options.model}"
   run = lambda name: os.path.join(options.workdir, name)
   attention = {"dense": ["--attention=full"], "window": ["--attention=sliding_window", f"--window={2 * k}"],
+               "sinks": ["--attention=attention_sinks", "--k=4", f"--window={2 * k - 4}"], "random": ["--attention=random", f"--k={k}", f"--window={k}"],
                # Slope 0: no scorer prefers late tokens before it has learned to. Scale 1: scores are logarithms of attention in the warm-up. Sink 10: the first
                # token, to which pretrained models pay much of their attention, is kept from the start.
                "sparsek": ["--attention=sparsek", f"--k={k}", f"--window={k}", "--scorer_init_slope=0", "--scorer_init_scale=1", "--scorer_init_sink=10",
@@ -42,9 +47,8 @@ def stages(options) -> dict[str, tuple[str, ...]]:
       "pretrain", FLAGS.format(stage), f"--data={data}", f"--init_from={run(start)}", *flags, *shlex.split(options.more))
   found = {kind: ("import_hf", f"--from={options.model}", "--scan_layers", f"--dtype={options.dtype}", *attention[kind]) for kind in KINDS}
   found["sparsek_warm"] = pretrain("warmup", options.text, "sparsek")
-  starts = {"dense": "dense", "window": "window", "sparsek": "sparsek_warm"}
   for kind in KINDS:
-    found[f"{kind}_tuned"] = pretrain("tune", options.text, starts[kind])
+    found[f"{kind}_tuned"] = pretrain("tune", options.text, "sparsek_warm" if kind == "sparsek" else kind)
   found["sparsek_distilled"] = pretrain("tune", options.text, "sparsek_warm", "--distill=0.5", f"--distill_from={model}")
   for kind in KINDS:
     found[f"{kind}_recall"] = pretrain("recall", options.tasks, f"{kind}_tuned")
@@ -80,7 +84,7 @@ def draw(runs: dict[str, dict], path: str) -> None:
   """Loss by position above the dense model's before any training, and accuracy by length."""
   figure = Figure(figsize=(15, 4), dpi=110, layout="constrained")
   loss_axes, *task_axes = figure.subplots(1, 3)
-  colours = {"dense": "tab:gray", "window": "tab:orange", "sparsek": "tab:blue"}
+  colours = {"dense": "tab:gray", "window": "tab:orange", "sinks": "tab:green", "random": "tab:red", "sparsek": "tab:blue"}
   styles = {"": ":", "_warm": "-.", "_tuned": "--", "_distilled": (0, (1, 3)), "_recall": "-"}
   for name, run in runs.items():
     kind, _, stage = name.partition("_")
@@ -100,6 +104,28 @@ def draw(runs: dict[str, dict], path: str) -> None:
   figure.savefig(path)
 
 
+def needed(plan: dict[str, tuple[str, ...]], name: str) -> set[str]:
+  """The stages whose folders a stage's command names."""
+  places = {os.path.basename(place) for word in plan[name] for place in re.split("[=,]", word)}
+  return places & set(plan) - {name}
+
+
+def run_stage(options, name: str, words: tuple[str, ...], device: str | None) -> float | None:
+  """Minutes that it took; None where it did not get to its end."""
+  command = [sys.executable, "-m", f"experiments.{words[0]}", *words[1:]]
+  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.path.abspath(os.path.join(options.workdir, "compiled"))}
+  if device is not None:
+    each = -(-options.at_once // len(options.devices.split(",")))
+    environment |= {"CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / each:.3f}"}
+  print(f"== {name} ==\n{shlex.join(command)}", flush=True)
+  begin, folder = time.monotonic(), os.path.join(options.workdir, name)
+  with open(f"{folder}.log", "a", encoding="utf-8") if options.at_once > 1 else contextlib.nullcontext() as log:
+    code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
+  if code or words[0] == "pretrain" and f"--num_steps={checkpoint.saved_steps(folder)[-1]}" not in flags_of(folder):          # or stopped by a signal
+    return None
+  return (time.monotonic() - begin) / 60
+
+
 def main(options) -> None:
   os.makedirs(options.workdir, exist_ok=True)
   path = os.path.join(options.workdir, "minutes.json")
@@ -107,24 +133,29 @@ def main(options) -> None:
   if os.path.exists(path):
     with open(path, encoding="utf-8") as file:
       minutes = json.load(file)
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.path.abspath(os.path.join(options.workdir, "compiled"))}
   plan = stages(options)
-  for name, (module, *arguments) in plan.items():
-    if name in minutes:
-      continue
-    command = [sys.executable, "-m", f"experiments.{module}", *arguments]
-    print(f"\n== {name} ==\n{shlex.join(command)}", flush=True)
-    begin = time.monotonic()
-    if subprocess.run(command, env=environment, check=False).returncode:
-      sys.exit(f"{name} failed; the same command goes on from here")
-    folder = os.path.join(options.workdir, name)
-    if module == "pretrain" and f"--num_steps={checkpoint.saved_steps(folder)[-1]}" not in flags_of(folder):
-      sys.exit(f"{name} was stopped by a signal; the same command goes on from here")
-    minutes[name] = (time.monotonic() - begin) / 60
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-      json.dump(minutes, file)
-    os.replace(f"{path}.new", path)
-    print(f"{name}: {minutes[name]:.2f} minutes", flush=True)
+  left, running, failed = [name for name in plan if name not in minutes], {}, []
+  with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
+    while left or running:
+      for name in [name for name in left if needed(plan, name) <= set(minutes)][:options.at_once - len(running)]:
+        taken = [device for _, device in running.values()]
+        device = min(options.devices.split(","), key=taken.count) if options.devices else None
+        running[pool.submit(run_stage, options, name, plan[name], device)] = name, device
+        left.remove(name)
+      if not running:
+        break                                                                # what is left needs a stage that failed
+      for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+        name, _ = running.pop(future)
+        if future.result() is None:
+          failed.append(name)
+          continue
+        minutes[name] = future.result()
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+          json.dump(minutes, file)
+        os.replace(f"{path}.new", path)
+        print(f"{name}: {minutes[name]:.2f} minutes", flush=True)
+  if failed:
+    sys.exit(f"did not get to their end: {', '.join(failed)}; the same command goes on from here" + f" ({options.workdir}/NAME.log)" * (options.at_once > 1))
   names = [name for name in plan if not name.startswith(("loss", "tasks"))]
   runs = {name: describe(os.path.join(options.workdir, name), minutes[name]) for name in names}
   dense = runs["dense"]["loss"]
@@ -146,8 +177,9 @@ if __name__ == "__main__":
       ("tasks", "data/smollm2_tasks", "token files of documents that need recall"), ("workdir", "runs/smollm2_convert", "folder for all runs"),
       ("record", "smollm2_convert.json", "file for the record; the picture goes beside it"), ("dtype", "bfloat16", "of activations"),
       ("lengths", "2048,4096,8192", "tokens of the tasks"), ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
-      ("more", "", "further flags of all training, as for a rehearsal")):
+      ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
-  for option, default, text in (("k", 512, "selected keys, and the window"), ("seq_len", 8192, "tokens of a held-out row"), ("examples", 100, "of each task")):
+  for option, default, text in (("k", 512, "selected keys, and the window"), ("seq_len", 8192, "tokens of a held-out row"), ("examples", 100, "of each task"),
+                                ("at_once", 1, "stages that run side by side, as far as they need not wait; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
   main(parser.parse_args())

@@ -35,6 +35,13 @@ def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
   assert 9e6 < max(tokens.values()) < 1e7 and tokens["window_recall"] == tokens["dense_recall"] == tokens["sparsek_recall"] - tokens["sparsek_warm"]
 
 
+def test_what_a_stage_waits_for():
+  plan = smollm2_convert.stages(OPTIONS)
+  needs = {name: smollm2_convert.needed(plan, name) for name in plan}
+  assert needs["dense"] == set() and needs["sparsek_warm"] == {"sparsek"} and needs["window_recall"] == {"window_tuned"}
+  assert needs["tasks_sparsek"] == {"sparsek", "sparsek_warm", "sparsek_tuned", "sparsek_distilled", "sparsek_recall"}
+
+
 def test_picture(tmp_path):
   pytest.importorskip("matplotlib")
   buckets = [{"last": 63, "loss": 3., "num_targets": 9}, {"last": 127, "loss": None, "num_targets": 0}]
