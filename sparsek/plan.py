@@ -73,11 +73,12 @@ def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | 
   """"none" where what the backward pass needs should fit into `limit` bytes a device (or None: any), else "attention".
 
   An estimate, which tests/kernels/compile_test.py holds against the compiler's figure: per token and layer the block's input and two norms, queries, keys,
-  values and the attention's output, and four arrays of the MLP's width; parameters, gradients and two moments; a chunk of logits.
+  values and the attention's output, and four arrays of the MLP's width, and of scanned layers the same again; parameters, gradients and two moments; a chunk
+  of logits.
   """
   per_token = 3 * config.embed_dim + 2 * config.head_dim * (config.num_heads + config.num_kv_heads) + 4 * config.mlp_dim
   tokens = train.data.seq_len * -(-train.data.batch_size // (train.grad_accumulation * jax.device_count()))
-  activations = tokens * config.num_layers * per_token * config.activation_dtype.itemsize
+  activations = (2 if config.scan_layers else 1) * tokens * config.num_layers * per_token * config.activation_dtype.itemsize
   state = 16 * count_params(checkpoint.abstract_params(config)) + 6 * min(train.loss_chunk, tokens) * config.vocab_size
   return "none" if limit is None or activations + state <= 0.9 * limit else "attention"
 

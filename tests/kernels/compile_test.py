@@ -153,7 +153,7 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
   assert "sparsek_list_old" in compiled and not any("output_to_operand_aliasing" in fusion for fusion in inside)
 
 
-@pytest.mark.parametrize("name, n, remat", [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none")])
+@pytest.mark.parametrize("name, n, remat", [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none"), ("mini", 65536, "none")])
 def test_training_step_fits(name, n, remat, monkeypatch):
   """A whole optimizer step with the kernels inside; JAX takes three quarters of the device's 80 GB by default."""
   monkeypatch.setattr(mosaic_gpu, "refusal", lambda query: None)
