@@ -8,9 +8,9 @@
   python -m experiments.recipes.smollm2_convert --record=experiments/results/smollm2_convert.json
 
 Stages that are done are left out: killed, the same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs. The dense model and
-rivals of the same budget of 2 k keys are imported: a sliding window, a window of all but the first 4 tokens (StreamingLLM), k random tokens beside a window of
-k, and SPARSEK with k + k. The scorers of SPARSEK are warmed up; then all are trained on the same documents and on the same documents that need recall. All are
-evaluated by position on held-out documents and asked for what stands at least 2 k tokens back. No model is trained on more than 9.2 million tokens.
+rivals of the same budget of k + window keys are imported: a sliding window, one of 4 less and the first 4 tokens (StreamingLLM), k random tokens with a window,
+and SPARSEK. The scorers of SPARSEK are warmed up; then all are trained on the same documents and on the same documents that need recall. All are
+evaluated by position on held-out documents and asked for what stands at least k + window tokens back. No model is trained on more than 9.2 million tokens.
 """
 
 import argparse
@@ -35,14 +35,15 @@ KINDS = ("sparsek", "dense", "window", "sinks", "random")          # the longest
 
 def stages(options) -> dict[str, tuple[str, ...]]:
   """Name of a run or an evaluation -> the words of its command, in order."""
-  k, model = options.k, f"hf:{options.model}"
+  budget, model = options.k + options.window, f"hf:{options.model}"
   run = lambda name: os.path.join(options.workdir, name)
-  attention = {"dense": ["--attention=full"], "window": ["--attention=sliding_window", f"--window={2 * k}"],
-               "sinks": ["--attention=attention_sinks", "--k=4", f"--window={2 * k - 4}"], "random": ["--attention=random", f"--k={k}", f"--window={k}"],
+  attention = {"dense": ["--attention=full"], "window": ["--attention=sliding_window", f"--window={budget}"],
+               "sinks": ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"],
+               "random": ["--attention=random", f"--k={options.k}", f"--window={options.window}"],
                # Slope 0: no scorer prefers late tokens before it has learned to. Scale 1: scores are logarithms of attention in the warm-up. Sink 10: the first
                # token, to which pretrained models pay much of their attention, is kept from the start.
-               "sparsek": ["--attention=sparsek", f"--k={k}", f"--window={k}", "--scorer_init_slope=0", "--scorer_init_scale=1", "--scorer_init_sink=10",
-                           *shlex.split(options.scorer)]}
+               "sparsek": ["--attention=sparsek", f"--k={options.k}", f"--window={options.window}", "--scorer_init_slope=0", "--scorer_init_scale=1",
+                           "--scorer_init_sink=10", *shlex.split(options.scorer)]}
   pretrain = lambda stage, data, start, *flags: (
       "pretrain", FLAGS.format(stage), f"--data={data}", f"--init_from={run(start)}", *flags, *shlex.split(options.more))
   found = {kind: ("import_hf", f"--from={options.model}", "--scan_layers", f"--dtype={options.dtype}", *attention[kind]) for kind in KINDS}
@@ -56,7 +57,7 @@ def stages(options) -> dict[str, tuple[str, ...]]:
   for kind in KINDS:
     runs = ",".join(run(name) for name in found if name.startswith(kind) and not name.startswith(("loss", "tasks")))
     found[f"loss_{kind}"] = ("evaluate", f"--workdir={runs}", f"--data={options.text}", f"--seq_len={options.seq_len}", "--batch_size=2", "--eval_batches=64")
-    found[f"tasks_{kind}"] = ("evaluate_tasks", f"--workdir={runs}", "--tasks=passkey,needle", f"--lengths={options.lengths}", f"--min_distance={2 * k}",
+    found[f"tasks_{kind}"] = ("evaluate_tasks", f"--workdir={runs}", "--tasks=passkey,needle", f"--lengths={options.lengths}", f"--min_distance={budget}",
                               f"--examples={options.examples}", "--batch_size=4")
   return found
 
@@ -179,7 +180,7 @@ if __name__ == "__main__":
       ("lengths", "2048,4096,8192", "tokens of the tasks"), ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
       ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
-  for option, default, text in (("k", 512, "selected keys, and the window"), ("seq_len", 8192, "tokens of a held-out row"), ("examples", 100, "of each task"),
+  for option, default, text in (("k", 256, "selected keys"), ("window", 768, "latest tokens"), ("seq_len", 8192, "tokens of a held-out row"), ("examples", 100, "of each task"),
                                 ("at_once", 1, "stages that run side by side, as far as they need not wait; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
   main(parser.parse_args())

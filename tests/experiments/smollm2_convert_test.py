@@ -11,7 +11,7 @@ from sparsek import flags
 from sparsek.config import TransformerConfig
 
 OPTIONS = types.SimpleNamespace(model="model", text="text", tasks="tasks", workdir="runs", dtype="bfloat16", lengths="2048,8192", scorer="--scorer=conv",
-                                more="", k=512, seq_len=8192, examples=100)
+                                more="", k=256, window=768, seq_len=8192, examples=100)
 SMOLLM2 = TransformerConfig(vocab_size=49152, num_layers=30, embed_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536, attention="full")
 
 
@@ -27,7 +27,7 @@ def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
     flags.parse([module, *words], known[module])
     config = flags.model_config(known[module], pretrained=SMOLLM2) if module in ("import_hf", "pretrain") else None
     if name == "sparsek":
-      assert (config.attention, config.k, config.window, config.scorer, config.scan_layers) == (("sparsek",), 512, 512, "conv", True)
+      assert (config.attention, config.k, config.window, config.scorer, config.scan_layers) == (("sparsek",), 256, 768, "conv", True)
     if module == "pretrain":
       train = flags.train_config(values)
       start = train.init_from.removeprefix("runs/")
