@@ -177,7 +177,7 @@ if __name__ == "__main__":
       ("model", "data/smollm2", "folder in Hugging Face's format"), ("text", "data/smollm2_text", "token files to train and evaluate on"),
       ("tasks", "data/smollm2_tasks", "token files of documents that need recall"), ("workdir", "runs/smollm2_convert", "folder for all runs"),
       ("record", "smollm2_convert.json", "file for the record; the picture goes beside it"), ("dtype", "bfloat16", "of activations"),
-      ("lengths", "2048,4096,8192", "tokens of the tasks"), ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
+      ("lengths", "2048,4096,8192,16384", "tokens of the tasks"), ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
       ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
   for option, default, text in (("k", 256, "selected keys"), ("window", 768, "latest tokens"), ("seq_len", 8192, "tokens of a held-out row"),
