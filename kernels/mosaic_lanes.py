@@ -9,7 +9,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, scf, vector
 
 from .mosaic_common import axes, place
 
@@ -51,6 +51,47 @@ def gather_bytes(ref, index, offset, stride):
     part = lambda c: vector.extract(row, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c]))
     return tuple(index.foreach(lambda *_, c=c: part(c), create_array=True, is_signed=True) for c in range(4))
   return tuple(load(ref, _lanes(index), _lanes(offset)))
+
+
+def stream_bytes(ref, index, offset, stride):
+  """As `gather_bytes`, of what is read once and never written: past the first cache, and all that a program asks for is under way together."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4)
+  def load(_, ref, index, offset):
+    i32 = ir.IntegerType.get_signless(32)
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, _element(index), _element(offset), stride))
+    row = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), [address], "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
+                          "=r,=r,=r,=r,l", has_side_effects=True)          # which keeps them in order, before all that waits for them
+    return tuple(index.foreach(lambda *_, c=c: llvm.extractvalue(i32, row, [c]), create_array=True, is_signed=True) for c in range(4))
+  return tuple(load(ref, _lanes(index), _lanes(offset)))
+
+
+def multiply_add(sums, a, b, dtype):
+  """sums + A B of each warp, A [16, 16] and B [16, 8] of a 16-bit `dtype`: its lane 4 r + c holds of A, in int32, the pairs (r, c), (r + 8, c), (r, c + 4) and
+  (r + 8, c + 4), of B the pairs c and c + 4 in column r, and of the float32 sums [16, 8] what is at (r, 2 c), (r, 2 c + 1), (r + 8, 2 c), (r + 8, 2 c + 1).
+  """
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,) * 10, return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT),) * 4)
+  def multiply(_, *numbers):
+    f32, kind = ir.F32Type.get(), "bf16" if dtype == jnp.bfloat16 else "f16"
+    text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$8, $9, $10, $11}}, {{$12, $13}}, {{$4, $5, $6, $7}};"
+    found = llvm.inline_asm(llvm.StructType.get_literal([f32] * 4), [_element(x) for x in numbers], text, ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 6))
+    return tuple(numbers[0].foreach(lambda *_, c=c: llvm.extractvalue(f32, found, [c]), create_array=True) for c in range(4))
+  return tuple(multiply(*sums, *a, *b))
+
+
+def from_lane(x, distance):
+  """What lane (own number XOR distance) of the warp has as its float32 x."""
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT))
+  def shuffle(_, x):
+    return x.foreach(lambda *_: utils.shfl_bfly(_element(x), distance), create_array=True)
+  return shuffle(_lanes(x))
+
+
+def wait_for_all():
+  """A barrier of all lanes of a program, of every warpgroup; what they wrote to shared memory before can be read after it."""
+  @plgpu.inline_mgpu()
+  def wait(_):
+    gpu.barrier()
+  wait()
 
 
 def scatter(ref, index, value, where, atomic=None):

@@ -1,0 +1,144 @@
+"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on: they take as long as reading the matrix, what surrounds them included.
+
+A program computes 16 columns of the result, by tensor cores, of which the matrix fills the rows and x the columns. Its warps share the sum; every lane asks for all
+that it needs of the matrix at once, before it does anything else. The order in which a warp sums does not matter: a lane takes eight neighbours of its row of the
+matrix and of x for what the tensor cores take for two pairs of one product and two of the next.
+"""
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from .mosaic_common import axes, place
+from .mosaic_lanes import (LANES, PARAMS, can_run, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter, scatter_bytes, stream_bytes, wait_for_all, widen)
+
+ENABLED = True                   # False: XLA multiplies
+ROWS = 8                         # of x, at most: the columns that a tensor core computes at once
+COLUMNS = 16                     # of the result, of a program
+STEP = 32                        # numbers of each row that a warp multiplies at once
+STEPS = 12                       # most of a warp: their registers are those of 16 bytes of x and 32 of the matrix
+
+
+def warpgroups(width: int) -> int | None:
+  """Of a program, that share sums over `width`: the fewest that each have at most STEPS; None where none do."""
+  return next((n for n in (1, 2, 4) if width % (4 * n * STEP) == 0 and width <= 4 * n * STEP * STEPS), None)
+
+
+def takes(x: jax.Array, matrix: jax.Array) -> bool:
+  """Whether x [B, K] and the matrix [N, K] are of sizes and types that `product` multiplies, and this is the device for it."""
+  fits = len(x) <= ROWS and len(matrix) % COLUMNS == 0 and warpgroups(x.shape[1]) is not None
+  return ENABLED and fits and x.dtype == matrix.dtype and x.dtype in (jnp.bfloat16, jnp.float16) and can_run()
+
+
+def product(x: jax.Array, matrix: jax.Array, *more: jax.Array, scale: jax.Array | None = None, epsilon: float = 0., residual: jax.Array | None = None,
+            swiglu: bool = False, dtype=None) -> jax.Array:
+  """x times the transpose of the matrix, summed in float32.
+
+  Args:
+    x: [B, K], at most ROWS rows of a 16-bit type.
+    matrix: [N, K], N a multiple of COLUMNS, K one for which `warpgroups` is something.
+    more: at most one more such matrix, whose products stand behind those of the first.
+    scale: [K] float32, of an RMSNorm that x passes before, with `epsilon`.
+    residual: [B, N], added to the rounded products.
+    swiglu: the matrix holds the rows of gate and up, [2 F, K]; the result is [B, F], silu(gate) * up.
+    dtype: of the result; default: of x.
+
+  Returns:
+    [B, N].
+  """
+  batch, width = x.shape
+  kind, groups = x.dtype, warpgroups(width)
+  dtype, warps = dtype or kind, 4 * groups
+  steps, tiles = width // (warps * STEP), len(matrix) // COLUMNS
+  every = tiles + sum(map(len, more)) // COLUMNS
+  columns = (every * COLUMNS) // (2 if swiglu else 1)
+  each = COLUMNS // (2 if swiglu else 1)                     # columns of the result, of a program
+  stride = width + STEP                                      # of what is kept in shared memory: neighbouring rows in different banks
+  below = len(matrix) // 2 if swiglu else 8                  # from a row that a lane reads to the other one
+
+  def normed(x_ref, scale_ref, normed_ref, squares_ref, warpgroup):
+    """Writes the norm of x, every lane of the program some of it."""
+    lane = numbers()
+    thread, warp = warpgroup * LANES + lane, warpgroup * 4 + (lane >> 5)
+    pieces = [(thread + i * groups * LANES) * 8 for i in range(-(-steps // 8))]
+    there = [k < width for k in pieces]
+    pieces = [jnp.where(inside, k, 0) for k, inside in zip(pieces, there)]
+    words = lambda b: [gather_bytes(x_ref, lane * 0 + b, k, width) for k in pieces]
+    scales = [_floats(scale_ref, k, 8) for k in pieces]
+    for b in range(batch):
+      total = sum(jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.) for piece, inside in zip(words(b), there))
+      for distance in (16, 8, 4, 2, 1):
+        total = total + from_lane(total, distance)
+      scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
+    wait_for_all()
+    for b in range(batch):
+      factor = lax.rsqrt(sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps)) * (1 / width) + epsilon)
+      for piece, k, scale, inside in zip(words(b), pieces, scales, there):
+        values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
+        scatter_bytes(normed_ref, lane * 0 + b, k, stride, values, inside)
+    wait_for_all()
+
+  def body(*refs):
+    x_ref, matrix_ref, *refs = refs
+    more_ref = refs.pop(0) if more else None
+    scale_ref = refs.pop(0) if scale is not None else None
+    residual_ref = refs.pop(0) if residual is not None else None
+    out_ref, sums_ref, squares_ref, normed_ref = refs
+    tile, warpgroup = place("tile", "warpgroup")
+    lane = numbers()
+    warp, row, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
+    first = [(warp * steps + i) * STEP + part * 8 for i in range(steps)]
+    own = jnp.minimum(row, batch - 1)                        # rows of x beyond the last repeat it, and are not written
+
+    def run(ref, tile):
+      at = tile * each + row
+      weights = [(stream_bytes(ref, at, k, width), stream_bytes(ref, at + below, k, width)) for k in first]
+      if scale is None:
+        rows = [gather_bytes(x_ref, own, k, width) for k in first]
+      else:
+        normed(x_ref, scale_ref, normed_ref, squares_ref, warpgroup)
+        rows = [gather_bytes(normed_ref, own, k, stride) for k in first]
+      sums = ((lane * 0).astype(jnp.float32),) * 4
+      for (a, b), c in zip(weights, rows):
+        for i in (0, 2):
+          sums = multiply_add(sums, (a[i], b[i], a[i + 1], b[i + 1]), c[i:i + 2], kind)
+      for i, value in enumerate(sums):
+        scatter(sums_ref, warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8, value, lane >= 0)
+      wait_for_all()
+
+      @pl.when(warpgroup == 0)
+      def _():
+        total = lambda at: sum(gather(sums_ref, w * LANES + at) for w in range(warps))
+        n, column = lane // each, lane % each
+        if swiglu:
+          n = jnp.minimum(n, ROWS - 1)
+          gate, up = (total(n * COLUMNS + column + i).astype(kind).astype(jnp.float32) for i in (0, 8))
+          value = gate / (1 + jnp.exp(-gate)) * up
+        else:
+          value = total(lane)
+        there = lane < batch * each
+        place = jnp.where(there, n * columns + tile_all * each + column, 0)
+        if residual is not None:
+          value = value.astype(kind).astype(jnp.float32) + gather(residual_ref, place).astype(jnp.float32)
+        scatter(out_ref, place, value.astype(dtype), there)
+    tile_all = tile
+    if more:
+      pl.when(tile < tiles)(lambda: run(matrix_ref, tile))
+      pl.when(tile >= tiles)(lambda: run(more_ref, tile - tiles))
+    else:
+      run(matrix_ref, tile)
+
+  arrays = [x, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None]
+  out, = plgpu.kernel(
+      body, out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)], scratch_types=[plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32),
+                                                                                      plgpu.SMEM((batch, stride), kind)],
+      grid=(every,), grid_names=axes("tile"), num_threads=groups, thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_skinny")(*arrays)
+  return out.reshape(batch, columns)
+
+
+def _floats(ref, first, count):
+  """count float32 from ref[first] on, in every lane."""
+  words = [word for i in range(0, count, 4) for word in gather_bytes(ref, first, i, 1)]
+  return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
