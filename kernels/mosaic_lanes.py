@@ -79,10 +79,12 @@ def multiply_add(sums, a, b, dtype):
 
 
 def from_lane(x, distance):
-  """What lane (own number XOR distance) of the warp has as its float32 x."""
-  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT))
+  """What lane (own number XOR distance) of the warp has as its x, float32 or int32."""
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct((LANES,), x.dtype, layout=LAYOUT))
   def shuffle(_, x):
-    return x.foreach(lambda *_: utils.shfl_bfly(_element(x), distance), create_array=True)
+    signed = None if jnp.issubdtype(dtype, jnp.floating) else True
+    return x.foreach(lambda *_: utils.shfl_bfly(_element(x), distance), create_array=True, is_signed=signed)
+  dtype = x.dtype
   return shuffle(_lanes(x))
 
 
@@ -197,6 +199,12 @@ def _address(ref, index, offset, stride):
   wide = lambda x: arith.extsi(i64, x)
   place = arith.addi(arith.muli(wide(index), arith.constant(i64, stride)), wide(offset))
   return utils.getelementptr(utils.memref_ptr(ref), [place], ir.MemRefType(ref.type).element_type)
+
+
+def floats(ref, index, count):
+  """The `count` float32 from ref[index] on, a multiple of four both, in every lane."""
+  words = [word for i in range(0, count, 4) for word in gather_bytes(ref, index, i, 1)]
+  return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
 
 
 def numbers():

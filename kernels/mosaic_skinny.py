@@ -5,6 +5,9 @@ that it needs of the matrix at once, before it does anything else. The order in 
 matrix and of x for what the tensor cores take for two pairs of one product and two of the next.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
@@ -12,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from .mosaic_common import axes, place
-from .mosaic_lanes import (LANES, PARAMS, can_run, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter, scatter_bytes, stream_bytes, wait_for_all, widen)
+from .mosaic_lanes import (LANES, PARAMS, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter, scatter_bytes, stream_bytes, wait_for_all, widen)
 
 ENABLED = True                   # False: XLA multiplies
 ROWS = 8                         # of x, at most: the columns that a tensor core computes at once
@@ -21,23 +24,37 @@ STEP = 32                        # numbers of each row that a warp multiplies at
 STEPS = 12                       # most of a warp: their registers are those of 16 bytes of x and 32 of the matrix
 
 
+class Parts(NamedTuple):
+  """Attention of one token, its keys in S parts: sums [S, B, H D] of values weighted by exp(logit - top), and [S, B, H] the largest logit `top` (LOWEST where
+  there is none) and the sum `total` of these weights, all float32."""
+  sums: jax.Array
+  top: jax.Array
+  total: jax.Array
+
+  def joined(self, dtype):
+    """[B, H D]."""
+    weight = jnp.exp(self.top - jnp.max(self.top, axis=0))
+    share = weight / jnp.sum(weight * self.total, axis=0)
+    return jnp.sum((self.sums.reshape(*self.top.shape, -1) * share[..., None]).reshape(self.sums.shape), axis=0).astype(dtype)
+
+
 def warpgroups(width: int) -> int | None:
   """Of a program, that share sums over `width`: the fewest that each have at most STEPS; None where none do."""
   return next((n for n in (1, 2, 4) if width % (4 * n * STEP) == 0 and width <= 4 * n * STEP * STEPS), None)
 
 
-def takes(x: jax.Array, matrix: jax.Array) -> bool:
-  """Whether x [B, K] and the matrix [N, K] are of sizes and types that `product` multiplies, and this is the device for it."""
-  fits = len(x) <= ROWS and len(matrix) % COLUMNS == 0 and warpgroups(x.shape[1]) is not None
-  return ENABLED and fits and x.dtype == matrix.dtype and x.dtype in (jnp.bfloat16, jnp.float16) and can_run()
+def takes(batch: int, matrix: jax.Array, dtype) -> bool:
+  """Whether x [batch, K] of that dtype and the matrix [N, K] are of sizes and types that `product` multiplies, and this is the device for it."""
+  fits = batch <= ROWS and len(matrix) % COLUMNS == 0 and warpgroups(matrix.shape[1]) is not None
+  return ENABLED and fits and dtype == matrix.dtype and dtype in (jnp.bfloat16, jnp.float16) and can_run()
 
 
-def product(x: jax.Array, matrix: jax.Array, *more: jax.Array, scale: jax.Array | None = None, epsilon: float = 0., residual: jax.Array | None = None,
+def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: jax.Array | None = None, epsilon: float = 0., residual: jax.Array | None = None,
             swiglu: bool = False, dtype=None) -> jax.Array:
   """x times the transpose of the matrix, summed in float32.
 
   Args:
-    x: [B, K], at most ROWS rows of a 16-bit type.
+    x: [B, K], at most ROWS rows of a 16-bit type; or Parts that are to be joined and rounded to the matrix's type.
     matrix: [N, K], N a multiple of COLUMNS, K one for which `warpgroups` is something.
     more: at most one more such matrix, whose products stand behind those of the first.
     scale: [K] float32, of an RMSNorm that x passes before, with `epsilon`.
@@ -48,8 +65,9 @@ def product(x: jax.Array, matrix: jax.Array, *more: jax.Array, scale: jax.Array 
   Returns:
     [B, N].
   """
-  batch, width = x.shape
-  kind, groups = x.dtype, warpgroups(width)
+  parts = isinstance(x, Parts)
+  batch, width = (x.sums if parts else x).shape[-2:]
+  kind, groups = matrix.dtype, warpgroups(width)
   dtype, warps = dtype or kind, 4 * groups
   steps, tiles = width // (warps * STEP), len(matrix) // COLUMNS
   every = tiles + sum(map(len, more)) // COLUMNS
@@ -58,15 +76,33 @@ def product(x: jax.Array, matrix: jax.Array, *more: jax.Array, scale: jax.Array 
   stride = width + STEP                                      # of what is kept in shared memory: neighbouring rows in different banks
   below = len(matrix) // 2 if swiglu else 8                  # from a row that a lane reads to the other one
 
+  xs = [y.reshape(-1) for y in x] if parts else [x]
+
+  def pieces_of(warpgroup):
+    """Which eight neighbours of a row of x a lane is to prepare: [(first, are they there)]."""
+    first = [(warpgroup * LANES + numbers() + i * groups * LANES) * 8 for i in range(-(-steps // 8))]
+    return [(jnp.where(k < width, k, 0), k < width) for k in first]
+
+  def joined(sums_ref, top_ref, total_ref, joined_ref, warpgroup):
+    """Writes the joined parts of x, every lane of the program some of it."""
+    count, heads = x.top.shape[0], x.top.shape[2]
+    for k, there in pieces_of(warpgroup):
+      for b in range(batch):
+        top, total = ([gather(ref, (i * batch + b) * heads + k // (width // heads)) for i in range(count)] for ref in (top_ref, total_ref))
+        values = [floats(sums_ref, (i * batch + b) * width + k, 8) for i in range(count)]
+        highest = functools.reduce(jnp.maximum, top)
+        weight = [jnp.exp(y - highest) for y in top]
+        factor = 1 / sum(w * y for w, y in zip(weight, total))
+        scatter_bytes(joined_ref, k * 0 + b, k, stride, narrow([sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)], kind), there)
+    wait_for_all()
+
   def normed(x_ref, scale_ref, normed_ref, squares_ref, warpgroup):
     """Writes the norm of x, every lane of the program some of it."""
     lane = numbers()
-    thread, warp = warpgroup * LANES + lane, warpgroup * 4 + (lane >> 5)
-    pieces = [(thread + i * groups * LANES) * 8 for i in range(-(-steps // 8))]
-    there = [k < width for k in pieces]
-    pieces = [jnp.where(inside, k, 0) for k, inside in zip(pieces, there)]
+    warp = warpgroup * 4 + (lane >> 5)
+    pieces, there = zip(*pieces_of(warpgroup))
     words = lambda b: [gather_bytes(x_ref, lane * 0 + b, k, width) for k in pieces]
-    scales = [_floats(scale_ref, k, 8) for k in pieces]
+    scales = [floats(scale_ref, k, 8) for k in pieces]
     for b in range(batch):
       total = sum(jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.) for piece, inside in zip(words(b), there))
       for distance in (16, 8, 4, 2, 1):
@@ -81,11 +117,11 @@ def product(x: jax.Array, matrix: jax.Array, *more: jax.Array, scale: jax.Array 
     wait_for_all()
 
   def body(*refs):
-    x_ref, matrix_ref, *refs = refs
+    x_refs, (matrix_ref, *refs) = refs[:len(xs)], refs[len(xs):]
     more_ref = refs.pop(0) if more else None
     scale_ref = refs.pop(0) if scale is not None else None
     residual_ref = refs.pop(0) if residual is not None else None
-    out_ref, sums_ref, squares_ref, normed_ref = refs
+    out_ref, sums_ref, squares_ref, ready_ref = refs
     tile, warpgroup = place("tile", "warpgroup")
     lane = numbers()
     warp, row, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
@@ -95,11 +131,12 @@ def product(x: jax.Array, matrix: jax.Array, *more: jax.Array, scale: jax.Array 
     def run(ref, tile):
       at = tile * each + row
       weights = [(stream_bytes(ref, at, k, width), stream_bytes(ref, at + below, k, width)) for k in first]
-      if scale is None:
-        rows = [gather_bytes(x_ref, own, k, width) for k in first]
-      else:
-        normed(x_ref, scale_ref, normed_ref, squares_ref, warpgroup)
-        rows = [gather_bytes(normed_ref, own, k, stride) for k in first]
+      if parts:
+        joined(*x_refs, ready_ref, warpgroup)
+      elif scale is not None:
+        normed(*x_refs, scale_ref, ready_ref, squares_ref, warpgroup)
+      ready = parts or scale is not None
+      rows = [gather_bytes(ready_ref if ready else x_refs[0], own, k, stride if ready else width) for k in first]
       sums = ((lane * 0).astype(jnp.float32),) * 4
       for (a, b), c in zip(weights, rows):
         for i in (0, 2):
@@ -130,15 +167,10 @@ def product(x: jax.Array, matrix: jax.Array, *more: jax.Array, scale: jax.Array 
     else:
       run(matrix_ref, tile)
 
-  arrays = [x, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None]
+  arrays = [*xs, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None]
   out, = plgpu.kernel(
       body, out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)], scratch_types=[plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32),
                                                                                       plgpu.SMEM((batch, stride), kind)],
       grid=(every,), grid_names=axes("tile"), num_threads=groups, thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_skinny")(*arrays)
   return out.reshape(batch, columns)
 
-
-def _floats(ref, first, count):
-  """count float32 from ref[first] on, in every lane."""
-  words = [word for i in range(0, count, 4) for word in gather_bytes(ref, first, i, 1)]
-  return [lax.bitcast_convert_type(word, jnp.float32) for word in words]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from sparsek.kernels import mosaic_lanes, mosaic_skinny
+from sparsek.kernels.mosaic_common import LOWEST
 from tests.kernels import mosaic_lanes_test as lanes
 
 CASES = {"plain": (1, 32, 256, {}), "residual": (3, 32, 640, {"residual"}), "norm": (8, 16, 2048, {"scale"}), "swiglu": (2, 64, 768, {"scale", "swiglu"}),
-         "more": (1, 32, 1024, {"scale", "more", "float32"})}
+         "more": (1, 32, 1024, {"scale", "more", "float32"}), "parts": (2, 32, 512, {"parts", "residual"})}
 
 
 def problem(case):
@@ -25,7 +26,11 @@ def problem(case):
   options |= dict(residual=residual) if "residual" in kinds else {}
   options |= dict(swiglu="swiglu" in kinds, dtype=jnp.float32 if "float32" in kinds else None)
   matrices = (matrix, more) if "more" in kinds else (matrix,)
-  h = x.astype(jnp.float32)
+  if "parts" in kinds:
+    number, heads = 3, width // 64
+    top = jnp.asarray(rng.normal(size=(number, batch, heads)), jnp.float32).at[1].set(LOWEST)
+    x = mosaic_skinny.Parts(jnp.asarray(rng.normal(size=(number, batch, width)), jnp.float32), top, jnp.ones(top.shape).at[1].set(0))
+  h = (x.joined(jnp.bfloat16) if "parts" in kinds else x).astype(jnp.float32)
   if "scale" in kinds:
     h = (h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6) * scale).astype(jnp.bfloat16).astype(jnp.float32)
   y = jnp.matmul(h, jnp.concatenate(matrices).astype(jnp.float32).T, precision="highest")
@@ -59,10 +64,10 @@ def emulate(monkeypatch, module):
   """Runs the kernels of a module lane by lane, every warpgroup in a thread of its own."""
   here = threading.local()
 
-  def kernel(body, out_type, scratch_types, grid, grid_names, num_threads, thread_name, compiler_params, kernel_name):
+  def kernel(body, *, out_type=(), scratch_types=(), grid, grid_names, num_threads=1, thread_name=None, compiler_params, kernel_name):
     def run(*args):
       out = [lanes.Ref(np.full(x.shape, np.nan, x.dtype)) for x in out_type]
-      args = [lanes.Ref(np.array(x)) for x in args]
+      args = [x if isinstance(x, lanes.Ref) else lanes.Ref(np.array(x)) for x in args]
       for program in np.ndindex(*grid):
         scratch = [lanes.Ref(np.full(x.shape, np.nan, x.dtype)) for x in scratch_types]
         barrier, errors = threading.Barrier(num_threads), []
@@ -87,7 +92,8 @@ def emulate(monkeypatch, module):
   functions |= {"stream_bytes": lanes.gather_bytes, "numbers": lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32),
                 "from_lane": lambda x, distance: x[jnp.arange(mosaic_lanes.LANES) ^ distance], "wait_for_all": lambda: here.barrier.wait()}
   for name, f in functions.items():
-    monkeypatch.setattr(module, name, f, raising=False)
+    for where in (module, mosaic_lanes):
+      monkeypatch.setattr(where, name, f, raising=False)
   monkeypatch.setattr(module.plgpu, "kernel", kernel)
   monkeypatch.setattr(jax.lax, "axis_index", lambda name: here.place[name])
   monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
