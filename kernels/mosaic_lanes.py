@@ -227,15 +227,15 @@ def kernel(body, rows, size, *extra, name, **options):
   grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
   run = plgpu.kernel(run, grid=tuple(grid.values()), grid_names=axes(*grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)
   is_array = lambda x: isinstance(jax.typeof(x), jax.core.ShapedArray)                       # not a ref
-  return lambda *args: _apart(run(*(_apart(x) if is_array(x) else x for x in args)))
+  return lambda *args: apart(run(*(apart(x) if is_array(x) else x for x in args)))
 
 
 def contents(*refs):
   """What is in them after the kernels that wrote them; a list."""
-  return _apart([ref[...] for ref in refs])
+  return apart([ref[...] for ref in refs])
 
 
-def _apart(arrays):
+def apart(arrays):
   """The same arrays, which XLA must not fuse with their kernel.
 
   In the body of a scan it makes one of a kernel and the slices that the kernel reads, or the update of the loop's stacked results with what it returns, and

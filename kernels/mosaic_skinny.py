@@ -1,8 +1,9 @@
-"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on: they take as long as reading the matrix, what surrounds them included.
+"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on: they take as long as reading the matrix, the small things around
+them included.
 
-A program computes 16 columns of the result, by tensor cores, of which the matrix fills the rows and x the columns. Its warps share the sum; every lane asks for all
-that it needs of the matrix at once, before it does anything else. The order in which a warp sums does not matter: a lane takes eight neighbours of its row of the
-matrix and of x for what the tensor cores take for two pairs of one product and two of the next.
+A program computes 16 columns of the result, by tensor cores, whose rows are the matrix's and whose columns are those of x. Its warps share the sum; every lane
+asks for all that it needs of the matrix at once, before it does anything else. In which order a warp sums does not matter: a lane takes eight neighbours of its
+row of the matrix, and of x, for what the tensor cores take for two pairs of one product and two of the next.
 """
 
 import functools
@@ -15,7 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from .mosaic_common import axes, place
-from .mosaic_lanes import (LANES, PARAMS, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter, scatter_bytes, stream_bytes, wait_for_all, widen)
+from .mosaic_lanes import (LANES, PARAMS, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter, scatter_bytes,
+                           stream_bytes, wait_for_all, widen)
 
 ENABLED = True                   # False: XLA multiplies
 ROWS = 8                         # of x, at most: the columns that a tensor core computes at once
@@ -168,9 +170,8 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
       run(matrix_ref, tile)
 
   arrays = [*xs, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None]
+  shared = [plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32), plgpu.SMEM((batch, stride), kind)]
   out, = plgpu.kernel(
-      body, out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)], scratch_types=[plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32),
-                                                                                      plgpu.SMEM((batch, stride), kind)],
-      grid=(every,), grid_names=axes("tile"), num_threads=groups, thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_skinny")(*arrays)
+      body, out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)], scratch_types=shared, grid=(every,), grid_names=axes("tile"), num_threads=groups,
+      thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_skinny")(*arrays)
   return out.reshape(batch, columns)
-

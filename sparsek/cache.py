@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek import cached_attention, inference
+from sparsek import cached_attention, cached_kernels, inference
 from sparsek.baselines import BASELINES
 from sparsek.cached_attention import NOWHERE, KeysAndValues, SelectionCache, needs_support
 from sparsek.config import TransformerConfig, check_at_least
@@ -199,6 +199,9 @@ def decode_step(config: TransformerConfig, params: Params | InferenceParams, cac
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, params, cache, token, active):
+  if cached_kernels.takes(config, params, cache.layers):
+    hidden_BxE, layers = cached_kernels.step(config, params, cache.layers, cache.seen, token, active)
+    return inference.logits(config, params, hidden_BxE), Cache(cache.seen + active, layers)
   hidden_Bx1xE, cache = _forward(config, params, cache, token[:, None], active.astype(jnp.int32), None)
   return inference.logits(config, params, hidden_Bx1xE[:, 0]), cache
 

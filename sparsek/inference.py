@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sparsek.config import TransformerConfig
 from sparsek.kernels import mosaic_skinny
+from sparsek.kernels.mosaic_skinny import Parts
 from sparsek.layers import RMSNorm, make_norm, rotary_embedding
 from sparsek.model import Params, hidden_to_logits, layer_params
 from sparsek.scoring import scorer_logits, scorer_rows
@@ -24,8 +25,9 @@ class InferenceParams(NamedTuple):
     embedding: [V, E].
     positions: [max_positions, E], the learned table, or None.
     layers: a dict for each layer: qkv [(H + 2 G) D, E], out [E, H D], up [F, E] (of swiglu gate and up, [2 F, E]) and down [E, F], each a transposed kernel
-      with its bias if it has one; norms; scorer, and for some scorers the rows of `scorer_rows`. Transposed, because a product with one row reads whole rows of the matrix then, and XLA's GPU backend
-      makes it one kernel; of some others it would write the elements' products to memory before it sums them.
+      with its bias if it has one; norms; scorer, and of a linear one in a bfloat16 model the rows of `scorer_rows`. Transposed, because a product with one row
+      reads whole rows of the matrix then, and XLA's GPU backend makes it one kernel; of some others it would write the elements' products to memory before it
+      sums them.
     final_norm: its parameters.
     output: [E, V], or None where the embedding is used.
   """
@@ -67,8 +69,12 @@ def inference_params(config: TransformerConfig, params: Params | InferenceParams
   return params if isinstance(params, InferenceParams) else _convert(config, params)
 
 
-def dense(params: Params, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-  """x times the kernel, plus the bias if there is one, plus the residual if there is one."""
+def dense(params: Params, x: jax.Array | Parts, residual: jax.Array | None = None) -> jax.Array:
+  """x times the kernel, plus the bias if there is one, plus the residual if there is one, which there must be for Parts."""
+  if isinstance(x, Parts):
+    if "bias" not in params and mosaic_skinny.takes(len(residual), params["kernel"], residual.dtype):
+      return mosaic_skinny.product(x, params["kernel"], residual=residual)
+    x = x.joined(residual.dtype)
   rows = x.reshape(-1, x.shape[-1])
   if _skinny(params, rows):
     residual = None if residual is None else residual.reshape(len(rows), -1)
@@ -97,16 +103,24 @@ def embed(config: TransformerConfig, params: InferenceParams, tokens: jax.Array,
   return (x.astype(jnp.float32) + jnp.take(params.positions, positions, axis=0, mode="fill")).astype(x.dtype)
 
 
+def projected(config: TransformerConfig, layer: dict, x: jax.Array, more: list[jax.Array]) -> jax.Array:
+  """The attention's norm of x [B, E], times the kernel of queries, keys and values, which has no bias, and at most one more: [B, N] float32."""
+  if _skinny(layer["qkv"], x, config):
+    return mosaic_skinny.product(x, layer["qkv"]["kernel"], *more, scale=layer["attention_norm"]["scale"], epsilon=config.norm_eps, dtype=jnp.float32)
+  x = norm(config, layer["attention_norm"], x)
+  return jnp.concatenate([jnp.matmul(x, kernel.T, preferred_element_type=jnp.float32) for kernel in (layer["qkv"]["kernel"], *more)], axis=-1)
+
+
 def project(config: TransformerConfig, layer: dict, x_BxCxE: jax.Array, positions_BxC: jax.Array) -> tuple[jax.Array, ...]:
   """The attention's norm, then as `sparsek.layers.Attention.project`: query [B, C, H, D], key and value [B, C, G, D]; and the input of the scoring network,
   the normed x or, where that is linear and was multiplied too, its logits [B, C, G]: (query, key, value, normed or None, logits or None)."""
   heads, groups = config.num_heads, config.num_kv_heads
   rows, normed, scores = x_BxCxE.reshape(-1, config.embed_dim), None, None
   if _skinny(layer["qkv"], rows, config) and ("scorer" not in layer or "scorer_rows" in layer):
-    more = [layer["scorer_rows"]] if "scorer_rows" in layer else []
-    every = mosaic_skinny.product(rows, layer["qkv"]["kernel"], *more, scale=layer["attention_norm"]["scale"], epsilon=config.norm_eps, dtype=jnp.float32)
+    every = projected(config, layer, rows, [layer["scorer_rows"]] if "scorer_rows" in layer else [])
     every, scores = jnp.split(every.reshape(*x_BxCxE.shape[:2], -1), [len(layer["qkv"]["kernel"])], axis=-1)
-    scores, every = scorer_logits(scores, layer["scorer"]["linear"]["kernel"].shape[1]) if more else None, every.astype(x_BxCxE.dtype)
+    scores = scorer_logits(scores, layer["scorer"]["linear"]["kernel"].shape[1]) if "scorer" in layer else None
+    every = every.astype(x_BxCxE.dtype)
   else:
     normed = norm(config, layer["attention_norm"], x_BxCxE)
     every = dense(layer["qkv"], normed)

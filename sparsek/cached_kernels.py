@@ -1,0 +1,66 @@
+"""One token through all layers by the kernels in kernels/mosaic_decode.py and mosaic_skinny.py: on Hopper GPUs what `sparsek.cache` takes a step with, where a
+model is of the common kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and a hard gate. Five kernels a layer, and one before them all."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsek import inference
+from sparsek.cached_attention import KeysAndValues, SelectionCache, needs_support
+from sparsek.config import TransformerConfig
+from sparsek.inference import InferenceParams
+from sparsek.kernels import mosaic_decode
+from sparsek.kernels.mosaic_lanes import contents
+from sparsek.layers import rope_angles, rope_frequencies
+from sparsek.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
+
+
+def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
+  """Whether `step` does what the other way would, here."""
+  selects = config.scorer == "linear" and config.scorer_normalize and not config.scorer_init_noise and not config.scorer_shared
+  selects = selects and config.window > 0 and not needs_support(config.gate)
+  plain = config.norm == "rms_norm" and config.positions == "rope" and config.rope_dim == config.head_dim and not config.qk_norm
+
+  def fits(kind, block, layer):
+    own = kind == "full" or (kind == "sparsek" and selects and "scorer_rows" in block)
+    return own and "bias" not in block["qkv"] and mosaic_decode.takes((layer if kind == "full" else layer.rows).key, config.num_heads)
+  return plain and all(map(fits, config.layer_kinds, params.layers, layers))
+
+
+def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen: jax.Array, token: jax.Array, active: jax.Array) -> tuple[jax.Array, tuple]:
+  """Hidden states [B, E] before the last norm, and the next layers of the cache; token, seen [B] integers, active [B] bool."""
+  heads, kinds = config.num_heads, config.layer_kinds
+  position, alive = jnp.where(active, seen, 0), active.astype(jnp.int32)
+  x_BxE = inference.embed(config, params, token[:, None], position[:, None])[:, 0]
+  angle = rope_angles(position, rope_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling))
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  refs = [_refs(layer) for layer in layers]
+  selecting = [rows for kind, rows in zip(kinds, refs) if kind == "sparsek"]
+  if selecting:
+    mosaic_decode.evict(selecting, seen, alive)
+  for kind, block, rows in zip(kinds, params.layers, refs):
+    scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
+    projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [])
+    mixed = mosaic_decode.attend(projected, cos, sin, rows, scorer, seen, alive, heads)
+    y_BxE = inference.dense(block["out"], mixed, x_BxE)
+    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE)
+  return x_BxE, tuple(map(_contents, layers, refs))
+
+
+def _scorer(params):
+  return mosaic_decode.Scorer(params["scale"], params["slope"], params.get("sink", jnp.zeros_like(params["scale"])), PRIOR_COUNT, SLOPE_TOKENS)
+
+
+def _refs(layer):
+  new = jax.new_ref
+  if not isinstance(layer, SelectionCache):
+    return mosaic_decode.Rows(*map(new, layer))
+  moments = tuple(map(new, layer.scorer[2:]))
+  return mosaic_decode.Rows(*map(new, layer.rows), new(layer.score), new(layer.position), new(layer.pending), moments)
+
+
+def _contents(layer, refs):
+  key, value, *rest = contents(*jax.tree.leaves(tuple(refs)))
+  if not isinstance(layer, SelectionCache):
+    return KeysAndValues(key, value)
+  score, position, pending, *moments = rest
+  return layer._replace(rows=KeysAndValues(key, value), score=score, position=position, pending=pending, scorer=ScorerState(*layer.scorer[:2], *moments))
