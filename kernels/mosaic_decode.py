@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from .mosaic_common import LOWEST, MULTIPROCESSORS, axes, place
 from .mosaic_lanes import (LANES, PARAMS, apart, can_run, floats, from_lane, gather, gather_bytes, kernel, multiply_add, narrow, numbers, scatter,
                            scatter_bytes, wait_for_all, widen)
-from .mosaic_skinny import Parts
+from .mosaic_skinny import Ahead, Parts
 
 ENABLED = True                   # False: XLA does it
 NOWHERE = jnp.iinfo(jnp.int32).max                         # index or position later than any
@@ -57,7 +57,7 @@ def takes(key: jax.Array, heads: int) -> bool:
 
 
 def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> None:
-  """Moves what leaves each window to the slot of the worst selected token, if it scores higher: as `cached_attention.select_token`, before the new token is put.
+  """Moves what leaves each window to the slot of the worst selected token if it scores higher, as `cached_attention.select_token` does.
 
   seen, active: [B] int32.
   """
@@ -105,7 +105,8 @@ def _worse(a, b):
   return tuple(jnp.where(first, x, y) for x, y in zip(a, b))
 
 
-def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, scorer: Scorer | None, seen: jax.Array, active: jax.Array, heads: int) -> Parts:
+def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, scorer: Scorer | None, seen: jax.Array, active: jax.Array, heads: int,
+           ahead: Ahead | None = None) -> Parts:
   """Puts the new token into the rows, after those that `evict` moved, and attends to them.
 
   Args:
@@ -115,6 +116,7 @@ def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, sco
     scorer: its parameters, None for a layer that selects nothing.
     seen, active: [B] int32; rows that are not active stay as they are.
     heads: H.
+    ahead: what to ask for meanwhile.
 
   Returns:
     Parts of [B, H D].
@@ -129,6 +131,7 @@ def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, sco
 
   def body(*refs):
     every, cos_ref, sin_ref, seen_ref, active_ref, *refs = refs
+    ahead_ref = refs.pop(0) if ahead else None
     key_ref, value_ref, *refs = refs
     if scorer is not None:
       score_ref, pending_ref, *moment_refs = refs[:6]
@@ -152,6 +155,9 @@ def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, sco
     shown = [[row <= slots + seen for row in pair] for pair in key_rows]
     if scorer is not None:
       shown = [[there & (gather(score_ref.at[b, g], row) > -jnp.inf) for there, row in zip(*pairs)] for pairs in zip(shown, key_rows)]
+
+    if ahead:
+      ahead.ask(ahead_ref, (b * groups + g) * split + number, batch * groups * split, (lane == 0) & (lane * 0 + warpgroup == 0))
 
     rounded = lambda x: x.astype(kind).astype(jnp.float32)
     angles = [[floats(ref, b * (dim // 2) + s * 32 + part * 8, 8) for s in range(steps // 2)] for ref in (cos_ref, sin_ref)]
@@ -254,7 +260,7 @@ def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, sco
   run = plgpu.kernel(body, out_type=out, scratch_types=shared, grid=tuple(grid.values()), grid_names=axes(*grid), num_threads=warpgroups,
                      thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_attend")
   inputs = apart([projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active])
-  sums, top, total = apart(run(*inputs, rows.key, rows.value, *state))
+  sums, top, total = apart(run(*inputs, *([ahead.matrix] if ahead else []), rows.key, rows.value, *state))
   return Parts(sums.reshape(split, batch, -1), top.reshape(split, batch, heads), total.reshape(split, batch, heads))
 
 

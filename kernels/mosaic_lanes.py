@@ -53,16 +53,31 @@ def gather_bytes(ref, index, offset, stride):
   return tuple(load(ref, _lanes(index), _lanes(offset)))
 
 
-def stream_bytes(ref, index, offset, stride):
-  """As `gather_bytes`, of what is read once and never written: past the first cache, and all that a program asks for is under way together."""
+def ask_bytes(ref, index, offset, stride, once=False):
+  """As `gather_bytes`, of what the kernel does not write, and in the order in which it is asked for; `once`: nobody wants the same again."""
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4)
   def load(_, ref, index, offset):
-    i32 = ir.IntegerType.get_signless(32)
+    i32, hints = ir.IntegerType.get_signless(32), ".L1::no_allocate.L2::128B" if once else ""
     address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, _element(index), _element(offset), stride))
-    row = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), [address], "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
-                          "=r,=r,=r,=r,l", has_side_effects=True)          # which keeps them in order, before all that waits for them
+    row = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), [address], f"ld.global.nc{hints}.v4.b32 {{$0, $1, $2, $3}}, [$4];", "=r,=r,=r,=r,l",
+                          has_side_effects=True)           # which is what keeps the order
     return tuple(index.foreach(lambda *_, c=c: llvm.extractvalue(i32, row, [c]), create_array=True, is_signed=True) for c in range(4))
   return tuple(load(ref, _lanes(index), _lanes(offset)))
+
+
+def prefetch(ref, row, rows, where):
+  """Asks for so many rows of a matrix, from `row` on, to be brought into the second cache, where one lane's `where` is true; nobody waits for them."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
+  def ask(_, ref, row, where):
+    i32, i64, void = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.Type.parse("!llvm.void")
+    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
+      row = _element(row)
+      address = llvm.ptrtoint(i64, _address(ref, row, arith.constant(row.type, 0), width))
+      llvm.inline_asm(void, [address, arith.constant(i32, size)], "cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", has_side_effects=True)
+      scf.yield_([])
+  width = ref.shape[1]
+  size = rows * width * jnp.dtype(ref.dtype).itemsize
+  ask(ref, _lanes(row), _lanes(where))
 
 
 def multiply_add(sums, a, b, dtype):
@@ -201,9 +216,9 @@ def _address(ref, index, offset, stride):
   return utils.getelementptr(utils.memref_ptr(ref), [place], ir.MemRefType(ref.type).element_type)
 
 
-def floats(ref, index, count):
+def floats(ref, index, count, load=gather_bytes):
   """The `count` float32 from ref[index] on, a multiple of four both, in every lane."""
-  words = [word for i in range(0, count, 4) for word in gather_bytes(ref, index, i, 1)]
+  words = [word for i in range(0, count, 4) for word in load(ref, index, i, 1)]
   return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
 
 

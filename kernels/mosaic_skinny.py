@@ -16,14 +16,31 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from .mosaic_common import axes, place
-from .mosaic_lanes import (LANES, PARAMS, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter, scatter_bytes,
-                           stream_bytes, wait_for_all, widen)
+from .mosaic_lanes import (LANES, PARAMS, ask_bytes, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, prefetch, scatter,
+                           scatter_bytes, wait_for_all, widen)
 
 ENABLED = True                   # False: XLA multiplies
 ROWS = 8                         # of x, at most: the columns that a tensor core computes at once
 COLUMNS = 16                     # of the result, of a program
 STEP = 32                        # numbers of each row that a warp multiplies at once
+AHEAD = 8 * 2**20                # bytes of a matrix that a kernel asks for ahead of the next one: what memory could bring between two kernels, or 0
 STEPS = 12                       # most of a warp: their registers are those of 16 bytes of x and 32 of the matrix
+
+
+class Ahead(NamedTuple):
+  """Rows of a matrix, from `first` on, that a later kernel reads: memory is not to rest while one kernel ends and the next begins."""
+  matrix: jax.Array
+  first: int = 0
+
+  def rows(self, programs: int) -> int:
+    """That each program asks for."""
+    matrix = self.matrix
+    return min(len(matrix) - self.first, AHEAD // (matrix.shape[1] * matrix.dtype.itemsize)) // programs
+
+  def ask(self, ref, program, programs: int, where) -> None:
+    rows = self.rows(programs)
+    if rows:
+      prefetch(ref, numbers() * 0 + (self.first + program * rows), rows, where)
 
 
 class Parts(NamedTuple):
@@ -52,7 +69,7 @@ def takes(batch: int, matrix: jax.Array, dtype) -> bool:
 
 
 def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: jax.Array | None = None, epsilon: float = 0., residual: jax.Array | None = None,
-            swiglu: bool = False, dtype=None) -> jax.Array:
+            swiglu: bool = False, dtype=None, ahead: Ahead | None = None) -> jax.Array:
   """x times the transpose of the matrix, summed in float32.
 
   Args:
@@ -63,6 +80,7 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
     residual: [B, N], added to the rounded products.
     swiglu: the matrix holds the rows of gate and up, [2 F, K]; the result is [B, F], silu(gate) * up.
     dtype: of the result; default: of x.
+    ahead: what to ask for meanwhile.
 
   Returns:
     [B, N].
@@ -77,7 +95,7 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
   each = COLUMNS // (2 if swiglu else 1)                     # columns of the result, of a program
   stride = width + STEP                                      # of what is kept in shared memory: neighbouring rows in different banks
   below = len(matrix) // 2 if swiglu else 8                  # from a row that a lane reads to the other one
-
+  prepared = parts or scale is not None                      # x in shared memory
   xs = [y.reshape(-1) for y in x] if parts else [x]
 
   def pieces_of(warpgroup):
@@ -85,44 +103,57 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
     first = [(warpgroup * LANES + numbers() + i * groups * LANES) * 8 for i in range(-(-steps // 8))]
     return [(jnp.where(k < width, k, 0), k < width) for k in first]
 
-  def joined(sums_ref, top_ref, total_ref, joined_ref, warpgroup):
-    """Writes the joined parts of x, every lane of the program some of it."""
+  # What prepares x asks for all that it needs, and returns what does the rest: it comes from near, and must not wait behind the matrix.
+
+  def join(sums_ref, top_ref, total_ref, ready_ref, warpgroup):
+    """Of joined parts of x every lane of the program writes some."""
     count, heads = x.top.shape[0], x.top.shape[2]
+    asked = []
     for k, there in pieces_of(warpgroup):
       for b in range(batch):
         top, total = ([gather(ref, (i * batch + b) * heads + k // (width // heads)) for i in range(count)] for ref in (top_ref, total_ref))
-        values = [floats(sums_ref, (i * batch + b) * width + k, 8) for i in range(count)]
+        asked.append((b, k, there, top, total, [floats(sums_ref, (i * batch + b) * width + k, 8, ask_bytes) for i in range(count)]))
+
+    def rest():
+      for b, k, there, top, total, values in asked:
         highest = functools.reduce(jnp.maximum, top)
         weight = [jnp.exp(y - highest) for y in top]
         factor = 1 / sum(w * y for w, y in zip(weight, total))
-        scatter_bytes(joined_ref, k * 0 + b, k, stride, narrow([sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)], kind), there)
-    wait_for_all()
+        values = narrow([sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)], kind)
+        scatter_bytes(ready_ref, k * 0 + b, k, stride, values, there)
+      wait_for_all()
+    return rest
 
-  def normed(x_ref, scale_ref, normed_ref, squares_ref, warpgroup):
-    """Writes the norm of x, every lane of the program some of it."""
+  def normalise(x_ref, scale_ref, ready_ref, squares_ref, warpgroup):
+    """Of the norm of x every lane of the program writes some."""
     lane = numbers()
     warp = warpgroup * 4 + (lane >> 5)
     pieces, there = zip(*pieces_of(warpgroup))
-    words = lambda b: [gather_bytes(x_ref, lane * 0 + b, k, width) for k in pieces]
-    scales = [floats(scale_ref, k, 8) for k in pieces]
-    for b in range(batch):
-      total = sum(jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.) for piece, inside in zip(words(b), there))
-      for distance in (16, 8, 4, 2, 1):
-        total = total + from_lane(total, distance)
-      scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
-    wait_for_all()
-    for b in range(batch):
-      factor = lax.rsqrt(sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps)) * (1 / width) + epsilon)
-      for piece, k, scale, inside in zip(words(b), pieces, scales, there):
-        values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
-        scatter_bytes(normed_ref, lane * 0 + b, k, stride, values, inside)
-    wait_for_all()
+    words = [[ask_bytes(x_ref, lane * 0 + b, k, width) for k in pieces] for b in range(batch)]
+    scales = [floats(scale_ref, k, 8, ask_bytes) for k in pieces]
+
+    def rest():
+      for b in range(batch):
+        total = sum(jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.) for piece, inside in zip(words[b], there))
+        for distance in (16, 8, 4, 2, 1):
+          total = total + from_lane(total, distance)
+        scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
+      wait_for_all()
+      for b in range(batch):
+        factor = lax.rsqrt(sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps)) * (1 / width) + epsilon)
+        again = words[b] if batch <= 2 else [gather_bytes(x_ref, lane * 0 + b, k, width) for k in pieces]                  # registers are few
+        for piece, k, scale, inside in zip(again, pieces, scales, there):
+          values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
+          scatter_bytes(ready_ref, lane * 0 + b, k, stride, values, inside)
+      wait_for_all()
+    return rest
 
   def body(*refs):
     x_refs, (matrix_ref, *refs) = refs[:len(xs)], refs[len(xs):]
     more_ref = refs.pop(0) if more else None
     scale_ref = refs.pop(0) if scale is not None else None
     residual_ref = refs.pop(0) if residual is not None else None
+    ahead_ref = refs.pop(0) if ahead else None
     out_ref, sums_ref, squares_ref, ready_ref = refs
     tile, warpgroup = place("tile", "warpgroup")
     lane = numbers()
@@ -132,13 +163,22 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
 
     def run(ref, tile):
       at = tile * each + row
-      weights = [(stream_bytes(ref, at, k, width), stream_bytes(ref, at + below, k, width)) for k in first]
+      n, column = lane // each, lane % each                  # of the result, what the lanes of the first warpgroup write
+      there = lane < batch * each
+      target = jnp.where(there, n * columns + tile_all * each + column, 0)
+      added = None if residual is None else gather(residual_ref, target)
       if parts:
-        joined(*x_refs, ready_ref, warpgroup)
+        rest = join(*x_refs, ready_ref, warpgroup)
       elif scale is not None:
-        normed(*x_refs, scale_ref, ready_ref, squares_ref, warpgroup)
-      ready = parts or scale is not None
-      rows = [gather_bytes(ready_ref if ready else x_refs[0], own, k, stride if ready else width) for k in first]
+        rest = normalise(*x_refs, scale_ref, ready_ref, squares_ref, warpgroup)
+      else:
+        rows = [ask_bytes(x_refs[0], own, k, width) for k in first]
+      weights = [(ask_bytes(ref, at, k, width, once=True), ask_bytes(ref, at + below, k, width, once=True)) for k in first]
+      if ahead:
+        ahead.ask(ahead_ref, tile_all, every, (lane == 0) & (lane * 0 + warpgroup == 0))
+      if prepared:
+        rest()
+        rows = [gather_bytes(ready_ref, own, k, stride) for k in first]
       sums = ((lane * 0).astype(jnp.float32),) * 4
       for (a, b), c in zip(weights, rows):
         for i in (0, 2):
@@ -150,18 +190,15 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
       @pl.when(warpgroup == 0)
       def _():
         total = lambda at: sum(gather(sums_ref, w * LANES + at) for w in range(warps))
-        n, column = lane // each, lane % each
         if swiglu:
-          n = jnp.minimum(n, ROWS - 1)
-          gate, up = (total(n * COLUMNS + column + i).astype(kind).astype(jnp.float32) for i in (0, 8))
+          place = jnp.minimum(n, ROWS - 1) * COLUMNS + column
+          gate, up = (total(place + i).astype(kind).astype(jnp.float32) for i in (0, 8))
           value = gate / (1 + jnp.exp(-gate)) * up
         else:
           value = total(lane)
-        there = lane < batch * each
-        place = jnp.where(there, n * columns + tile_all * each + column, 0)
         if residual is not None:
-          value = value.astype(kind).astype(jnp.float32) + gather(residual_ref, place).astype(jnp.float32)
-        scatter(out_ref, place, value.astype(dtype), there)
+          value = value.astype(kind).astype(jnp.float32) + added.astype(jnp.float32)
+        scatter(out_ref, target, value.astype(dtype), there)
     tile_all = tile
     if more:
       pl.when(tile < tiles)(lambda: run(matrix_ref, tile))
@@ -169,8 +206,8 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
     else:
       run(matrix_ref, tile)
 
-  arrays = [*xs, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None]
-  shared = [plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32), plgpu.SMEM((batch, stride), kind)]
+  arrays = [*xs, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1), ahead and ahead.matrix) if y is not None]
+  shared = [plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32), plgpu.SMEM((batch if prepared else 1, stride), kind)]
   out, = plgpu.kernel(
       body, out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)], scratch_types=shared, grid=(every,), grid_names=axes("tile"), num_threads=groups,
       thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_skinny")(*arrays)

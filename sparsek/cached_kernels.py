@@ -10,6 +10,7 @@ from sparsek.config import TransformerConfig
 from sparsek.inference import InferenceParams
 from sparsek.kernels import mosaic_decode
 from sparsek.kernels.mosaic_lanes import contents
+from sparsek.kernels.mosaic_skinny import Ahead
 from sparsek.layers import rope_angles, rope_frequencies
 from sparsek.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
 
@@ -37,12 +38,15 @@ def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen
   selecting = [rows for kind, rows in zip(kinds, refs) if kind == "sparsek"]
   if selecting:
     mosaic_decode.evict(selecting, seen, alive)
-  for kind, block, rows in zip(kinds, params.layers, refs):
+  following = [*(block["qkv"]["kernel"] for block in params.layers[1:]), params.embedding]
+  for kind, block, rows, after in zip(kinds, params.layers, refs, following):
     scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
-    projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [])
-    mixed = mosaic_decode.attend(projected, cos, sin, rows, scorer, seen, alive, heads)
-    y_BxE = inference.dense(block["out"], mixed, x_BxE)
-    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE)
+    # Each kernel asks for the first rows of what comes after it; of the MLP's matrix two do, for the first programs read its beginning and its middle.
+    out, up = block["out"]["kernel"], block["up"]["kernel"]
+    projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [], Ahead(out))
+    mixed = mosaic_decode.attend(projected, cos, sin, rows, scorer, seen, alive, heads, Ahead(up))
+    y_BxE = inference.dense(block["out"], mixed, x_BxE, Ahead(up, len(up) // 2))
+    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE, Ahead(after))
   return x_BxE, tuple(map(_contents, layers, refs))
 
 

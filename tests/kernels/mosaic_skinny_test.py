@@ -89,10 +89,11 @@ def emulate(monkeypatch, module):
       return [jnp.asarray(x.array) for x in out]
     return run
   functions = {f.__name__: f for f in (lanes.gather, lanes.gather_bytes, lanes.scatter, lanes.scatter_bytes, lanes.widen, lanes.narrow, multiply_add)}
-  functions |= {"stream_bytes": lanes.gather_bytes, "numbers": lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32),
-                "from_lane": lambda x, distance: x[jnp.arange(mosaic_lanes.LANES) ^ distance], "wait_for_all": lambda: here.barrier.wait()}
+  functions |= {"ask_bytes": lambda *args, once=False: lanes.gather_bytes(*args), "numbers": lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32),
+                "from_lane": lambda x, distance: x[jnp.arange(mosaic_lanes.LANES) ^ distance], "prefetch": lambda *args: None,
+                "wait_for_all": lambda: here.barrier.wait()}
   for name, f in functions.items():
-    for where in (module, mosaic_lanes):
+    for where in (module, mosaic_lanes, mosaic_skinny):
       monkeypatch.setattr(where, name, f, raising=False)
   monkeypatch.setattr(module.plgpu, "kernel", kernel)
   monkeypatch.setattr(jax.lax, "axis_index", lambda name: here.place[name])
