@@ -216,9 +216,9 @@ def _address(ref, index, offset, stride):
   return utils.getelementptr(utils.memref_ptr(ref), [place], ir.MemRefType(ref.type).element_type)
 
 
-def floats(ref, index, count, load=gather_bytes):
+def floats(ref, index, count, load=None):
   """The `count` float32 from ref[index] on, a multiple of four both, in every lane."""
-  words = [word for i in range(0, count, 4) for word in load(ref, index, i, 1)]
+  words = [word for i in range(0, count, 4) for word in (load or gather_bytes)(ref, index, i, 1)]
   return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
 
 
