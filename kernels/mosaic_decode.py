@@ -4,6 +4,7 @@ What leaves the windows is known before the token is: one kernel moves it to its
 rotations, the new row, the new score, and attention to the rows in parts, one a program, that the product after it joins.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from .mosaic_common import LOWEST, MULTIPROCESSORS, axes, place
-from .mosaic_lanes import (LANES, PARAMS, apart, can_run, floats, from_lane, gather, gather_bytes, kernel, multiply_add, narrow, numbers, scatter,
+from .mosaic_lanes import (LANES, PARAMS, apart, can_run, contents, floats, from_lane, gather, gather_bytes, kernel, multiply_add, narrow, numbers, scatter,
                            scatter_bytes, wait_for_all, widen)
 from .mosaic_skinny import Ahead, Parts
 
@@ -22,7 +23,7 @@ NOWHERE = jnp.iinfo(jnp.int32).max                         # index or position l
 
 
 class Rows(NamedTuple):
-  """References to a layer's cache: keys and values [B, G, k + window, D]; score [B, G, k + window], position [B, G, k] and pending [B, G, window] of the tokens
+  """A layer's cache: keys and values [B, G, k + window, D]; score [B, G, k + window], position [B, G, k] and pending [B, G, window] of the tokens
   in them, and moments, four of [B, G]: mean, deviation and their rests. These four are None for a layer that selects nothing, where k is 0."""
   key: jax.Array
   value: jax.Array
@@ -56,8 +57,9 @@ def takes(key: jax.Array, heads: int) -> bool:
   return ENABLED and fits and can_run()
 
 
-def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> None:
-  """Moves what leaves each window to the slot of the worst selected token if it scores higher, as `cached_attention.select_token` does.
+@jax.jit
+def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> list[Rows]:
+  """The layers, where what leaves each window has gone to the slot of the worst selected token if it scores higher, as in `cached_attention.select_token`.
 
   seen, active: [B] int32.
   """
@@ -94,9 +96,11 @@ def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> None:
       scatter(position.at[b, g], slot, lane * 0 + (seen - window), enters & (lane == 0))
     for i in range(len(layers)):
       pl.when(number == i)(lambda i=i: move(*refs[5 * i:5 * i + 5]))
-  arrays = [ref for layer in layers for ref in layer[:5]]
+  refs = [jax.new_ref(x) for layer in layers for x in layer[:5]]
   found = [plgpu.SMEM((4,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)]
-  kernel(body, batch * groups, LANES, len(layers), name="evict", scratch_types=found)(seen, active, *arrays)
+  kernel(body, batch * groups, LANES, len(layers), name="evict", scratch_types=found)(seen, active, *refs)
+  arrays = contents(*refs)
+  return [Rows(*arrays[5 * i:5 * i + 5], layer.moments) for i, layer in enumerate(layers)]
 
 
 def _worse(a, b):
@@ -106,21 +110,30 @@ def _worse(a, b):
 
 
 def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, scorer: Scorer | None, seen: jax.Array, active: jax.Array, heads: int,
-           ahead: Ahead | None = None) -> Parts:
+           ahead: Ahead | None = None) -> tuple[Parts, Rows]:
   """Puts the new token into the rows, after those that `evict` moved, and attends to them.
 
   Args:
     projected: [B, (H + 2 G) D + ...] float32: queries, keys and values, not yet rounded, and of a layer that selects the scorer's three products [3 G].
     cos, sin: [B, D / 2] float32 of the angles by which queries and keys are turned.
-    rows: references; see `takes`. Without slots, token t lies at t modulo their number.
+    rows: see `takes`; their memory is used again. Without slots, token t lies at t modulo their number.
     scorer: its parameters, None for a layer that selects nothing.
     seen, active: [B] int32; rows that are not active stay as they are.
     heads: H.
     ahead: what to ask for meanwhile.
 
   Returns:
-    Parts of [B, H D].
+    Parts of [B, H D], and the next rows.
   """
+  arrays, constants = (None, None) if scorer is None else (scorer[:3], scorer[3:])
+  return _attend(projected, cos, sin, rows, arrays, seen, active, ahead and ahead.matrix, heads, constants, ahead and ahead.first)
+
+
+# Compiled by itself, so that it is traced once for all layers.
+@functools.partial(jax.jit, static_argnums=(8, 9, 10))
+def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, constants, first):
+  ahead = None if matrix is None else Ahead(matrix, first)
+  prior, per = constants or (None, None)
   batch, groups, length, dim = rows.key.shape
   kind, count = rows.key.dtype, projected.shape[1]
   slots = 0 if scorer is None else rows.position.shape[2]
@@ -246,22 +259,25 @@ def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, sco
         steps = delta * share + rests[0], delta * delta * before * share + rests[1]
         after = mean + steps[0], deviation + steps[1]
         rests = [step - (x - old) for step, x, old in zip(steps, after, (mean, deviation))]
-        scaled = (logit - after[0]) * lax.rsqrt((after[1] + scorer.prior) / (before + 1 + scorer.prior))
-        score = one(scale_ref, g) * scaled + one(slope_ref, g) * (before / scorer.per) + jnp.where(lane * 0 + seen == 0, one(sink_ref, g), 0.)
+        scaled = (logit - after[0]) * lax.rsqrt((after[1] + prior) / (before + 1 + prior))
+        score = one(scale_ref, g) * scaled + one(slope_ref, g) * (before / per) + jnp.where(lane * 0 + seen == 0, one(sink_ref, g), 0.)
         writes = lives & (lane == 0)
         scatter(pending_ref.at[b, g], lane * 0 + lax.rem(seen, jnp.int32(window)), score, writes)
         for ref, x in zip(moment_refs, (*after, *rests)):
           scatter(ref.at[b], lane * 0 + g, x, writes)
 
-  state = [] if scorer is None else [rows.score, rows.pending, *rows.moments, *scorer[:3]]
+  state = [rows.key, rows.value] + ([] if scorer is None else [rows.score, rows.pending, *rows.moments])
+  refs = list(map(jax.new_ref, state))
   out = [jax.ShapeDtypeStruct((split * batch * n,), jnp.float32) for n in (heads * dim, heads, heads)]
   shared = [plgpu.SMEM((warps * n,), jnp.float32) for n in (ratio * dim, 32 * 8, 8, 8)]
   grid = {"part": split, "head": groups, "row": batch}
   run = plgpu.kernel(body, out_type=out, scratch_types=shared, grid=tuple(grid.values()), grid_names=axes(*grid), num_threads=warpgroups,
                      thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_attend")
-  inputs = apart([projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active])
-  sums, top, total = apart(run(*inputs, *([ahead.matrix] if ahead else []), rows.key, rows.value, *state))
-  return Parts(sums.reshape(split, batch, -1), top.reshape(split, batch, heads), total.reshape(split, batch, heads))
+  inputs = apart([projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active, *([matrix] if ahead else [])])
+  sums, top, total = apart(run(*inputs, *refs, *(scorer or [])))
+  found = Parts(sums.reshape(split, batch, -1), top.reshape(split, batch, heads), total.reshape(split, batch, heads))
+  key, value, *rest = contents(*refs)
+  return found, rows._replace(key=key, value=value) if scorer is None else Rows(key, value, rest[0], rows.position, rest[1], tuple(rest[2:]))
 
 
 def _fold(join, numbers):

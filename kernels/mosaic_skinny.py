@@ -85,6 +85,13 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
   Returns:
     [B, N].
   """
+  return _product(x, matrix, more, scale, residual, ahead and ahead.matrix, epsilon, swiglu, dtype, ahead and ahead.first)
+
+
+# Compiled by itself, so that it is traced once for all layers.
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _product(x, matrix, more, scale, residual, next_matrix, epsilon, swiglu, dtype, next_first):
+  ahead = None if next_matrix is None else Ahead(next_matrix, next_first)
   parts = isinstance(x, Parts)
   batch, width = (x.sums if parts else x).shape[-2:]
   kind, groups = matrix.dtype, warpgroups(width)

@@ -9,7 +9,6 @@ from sparsek.cached_attention import KeysAndValues, SelectionCache, needs_suppor
 from sparsek.config import TransformerConfig
 from sparsek.inference import InferenceParams
 from sparsek.kernels import mosaic_decode
-from sparsek.kernels.mosaic_lanes import contents
 from sparsek.kernels.mosaic_skinny import Ahead
 from sparsek.layers import rope_angles, rope_frequencies
 from sparsek.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
@@ -34,37 +33,34 @@ def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen
   x_BxE = inference.embed(config, params, token[:, None], position[:, None])[:, 0]
   angle = rope_angles(position, rope_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling))
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  refs = [_refs(layer) for layer in layers]
-  selecting = [rows for kind, rows in zip(kinds, refs) if kind == "sparsek"]
-  if selecting:
-    mosaic_decode.evict(selecting, seen, alive)
+  every = [_rows(layer) for layer in layers]
+  moved = [rows for kind, rows in zip(kinds, every) if kind == "sparsek"]
+  moved = iter(mosaic_decode.evict(moved, seen, alive) if moved else [])
+  every = [next(moved) if kind == "sparsek" else rows for kind, rows in zip(kinds, every)]
   following = [*(block["qkv"]["kernel"] for block in params.layers[1:]), params.embedding]
-  for kind, block, rows, after in zip(kinds, params.layers, refs, following):
+  for i, (kind, block, after) in enumerate(zip(kinds, params.layers, following)):
     scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
     # Each kernel asks for the first rows of what comes after it; of the MLP's matrix two do, for the first programs read its beginning and its middle.
     out, up = block["out"]["kernel"], block["up"]["kernel"]
     projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [], Ahead(out))
-    mixed = mosaic_decode.attend(projected, cos, sin, rows, scorer, seen, alive, heads, Ahead(up))
+    mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, Ahead(up))
     y_BxE = inference.dense(block["out"], mixed, x_BxE, Ahead(up, len(up) // 2))
     x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE, Ahead(after))
-  return x_BxE, tuple(map(_contents, layers, refs))
+  return x_BxE, tuple(map(_layer, layers, every))
 
 
 def _scorer(params):
   return mosaic_decode.Scorer(params["scale"], params["slope"], params.get("sink", jnp.zeros_like(params["scale"])), PRIOR_COUNT, SLOPE_TOKENS)
 
 
-def _refs(layer):
-  new = jax.new_ref
+def _rows(layer):
   if not isinstance(layer, SelectionCache):
-    return mosaic_decode.Rows(*map(new, layer))
-  moments = tuple(map(new, layer.scorer[2:]))
-  return mosaic_decode.Rows(*map(new, layer.rows), new(layer.score), new(layer.position), new(layer.pending), moments)
+    return mosaic_decode.Rows(*layer)
+  return mosaic_decode.Rows(*layer.rows, layer.score, layer.position, layer.pending, tuple(layer.scorer[2:]))
 
 
-def _contents(layer, refs):
-  key, value, *rest = contents(*jax.tree.leaves(tuple(refs)))
-  if not isinstance(layer, SelectionCache):
-    return KeysAndValues(key, value)
-  score, position, pending, *moments = rest
-  return layer._replace(rows=KeysAndValues(key, value), score=score, position=position, pending=pending, scorer=ScorerState(*layer.scorer[:2], *moments))
+def _layer(before, rows):
+  kept = KeysAndValues(rows.key, rows.value)
+  if not isinstance(before, SelectionCache):
+    return kept
+  return before._replace(rows=kept, score=rows.score, position=rows.position, pending=rows.pending, scorer=ScorerState(*before.scorer[:2], *rows.moments))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.kernels import mosaic_lanes, mosaic_skinny
+from sparsek.kernels import mosaic_decode, mosaic_lanes, mosaic_skinny
 from sparsek.kernels.mosaic_common import LOWEST
 from tests.kernels import mosaic_lanes_test as lanes
 
@@ -95,6 +95,8 @@ def emulate(monkeypatch, module):
   for name, f in functions.items():
     for where in (module, mosaic_lanes, mosaic_skinny):
       monkeypatch.setattr(where, name, f, raising=False)
+  for where, name in ((mosaic_skinny, "_product"), (mosaic_decode, "_attend"), (mosaic_decode, "evict")):
+    monkeypatch.setattr(where, name, getattr(where, name).__wrapped__)
   monkeypatch.setattr(module.plgpu, "kernel", kernel)
   monkeypatch.setattr(jax.lax, "axis_index", lambda name: here.place[name])
   monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
