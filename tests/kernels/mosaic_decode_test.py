@@ -31,25 +31,28 @@ def start(case):
   tokens = jax.random.randint(jax.random.key(1), (4, 300), 0, config.vocab_size)
   lengths = np.array([0, 100, 256 if case == "full" else 300, 200])
   _, cache = prefill(config, params, init_cache(config, 4, max_length=256), tokens, lengths, last_only=True)
-  return config, params, cache
+  ties = lambda layer: layer if case == "full" else layer._replace(score=jnp.round(layer.score), pending=jnp.round(layer.pending))
+  return config, params, cache._replace(layers=tuple(map(ties, cache.layers)))
 
 
 ACTIVE = jnp.array([True, True, True, False])
 
 
-def close(found, expected):
-  """Numbers within a few roundings, in place of -inf 0; integers equal."""
+def close(found, expected, error):
+  """Equal but for an error relative to each number or to their spread; integers equal."""
   found, expected = (np.asarray(x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.float32)) for x in (found, expected))
   np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
-  there, exact = np.isfinite(expected), expected.dtype == np.int32
-  np.testing.assert_allclose(found[there], expected[there], rtol=0 if exact else 2**-6,
-                             atol=0 if exact or not there.any() else max(4e-2 * np.std(expected[there]), 1e-4))
+  there = np.isfinite(expected)
+  error = 0 if expected.dtype == np.int32 or not there.any() else error
+  np.testing.assert_allclose(found[there], expected[there], rtol=error, atol=error and 2 * error * np.std(expected[there]) + 1e-5)
 
 
 def check(x, layers, expected_x, expected_layers):
-  close(x[:3], expected_x[:3])                                             # the last row is not active
-  for a, b in zip(jax.tree.leaves(layers), jax.tree.leaves(expected_layers)):
-    close(a, b)
+  """Roundings of 16 bits separate the two, but what the first layer knows in float32 depends on none."""
+  close(x[:3], expected_x[:3], 2e-2)                                       # the last row is not active
+  for i, pair in enumerate(zip(layers, expected_layers)):
+    for a, b in zip(*map(jax.tree.leaves, pair)):
+      close(a, b, 1e-4 if i == 0 and b.dtype == jnp.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
