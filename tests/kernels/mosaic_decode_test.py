@@ -47,12 +47,12 @@ def close(found, expected, error):
   np.testing.assert_allclose(found[there], expected[there], rtol=error, atol=error and 2 * error * np.std(expected[there]) + 1e-4)
 
 
-def check(x, layers, expected_x, expected_layers):
-  """Roundings of 16 bits separate the two, but what the first layer knows in float32 depends on none."""
+def check(x, layers, expected_x, expected_layers, exact):
+  """Roundings of 16 bits separate the two; exact: what the first layer knows in float32 depends on none."""
   close(x[:3], expected_x[:3], 2e-2)                                       # the last row is not active
   for i, pair in enumerate(zip(layers, expected_layers)):
     for a, b in zip(*map(jax.tree.leaves, pair)):
-      close(a, b, 1e-4 if i == 0 and b.dtype == jnp.float32 else 2e-2)
+      close(a, b, 1e-4 if exact and i == 0 and b.dtype == jnp.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,7 +71,7 @@ def test_step_lane_by_lane(case, monkeypatch):
   monkeypatch.setattr(jax, "typeof", lambda x: None if isinstance(x, Ref) else typeof(x))
   for i in range(2):
     x, layers = cached_kernels.step(config, params, cache.layers, cache.seen, jnp.arange(4) + i, ACTIVE)
-    check(x, layers, expected[i][0], expected[i][1].layers)
+    check(x, layers, expected[i][0], expected[i][1].layers, exact=True)
     cache = cache._replace(seen=cache.seen + ACTIVE, layers=layers)
 
 
@@ -92,4 +92,4 @@ def test_steps(case, monkeypatch):
     logits, cache = decode_step(config, params, cache, jnp.arange(4) + 1, ACTIVE)
     found.append((logits, cache))
   (logits, cache), (expected, expected_cache) = found
-  check(logits, cache.layers, expected, expected_cache.layers)
+  check(logits, cache.layers, expected, expected_cache.layers, exact=False)
