@@ -9,7 +9,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, scf, vector
 
 from .mosaic_common import axes, place
 
@@ -51,6 +51,64 @@ def gather_bytes(ref, index, offset, stride):
     part = lambda c: vector.extract(row, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c]))
     return tuple(index.foreach(lambda *_, c=c: part(c), create_array=True, is_signed=True) for c in range(4))
   return tuple(load(ref, _lanes(index), _lanes(offset)))
+
+
+def ask_bytes(ref, index, offset, stride, once=False):
+  """As `gather_bytes`, of what the kernel does not write, and in the order in which it is asked for; `once`: nobody wants the same again."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4)
+  def load(_, ref, index, offset):
+    i32, hints = ir.IntegerType.get_signless(32), ".L1::no_allocate.L2::128B" if once else ""
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, _element(index), _element(offset), stride))
+    row = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), [address], f"ld.global.nc{hints}.v4.b32 {{$0, $1, $2, $3}}, [$4];", "=r,=r,=r,=r,l",
+                          has_side_effects=True)           # which is what keeps the order
+    return tuple(index.foreach(lambda *_, c=c: llvm.extractvalue(i32, row, [c]), create_array=True, is_signed=True) for c in range(4))
+  return tuple(load(ref, _lanes(index), _lanes(offset)))
+
+
+def prefetch(ref, row, rows, where):
+  """Asks for so many rows of a matrix, from `row` on, to be brought into the second cache, where one lane's `where` is true; nobody waits for them."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
+  def ask(_, ref, row, where):
+    i32, i64, void = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.Type.parse("!llvm.void")
+    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
+      row = _element(row)
+      address = llvm.ptrtoint(i64, _address(ref, row, arith.constant(row.type, 0), width))
+      llvm.inline_asm(void, [address, arith.constant(i32, size)], "cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", has_side_effects=True)
+      scf.yield_([])
+  width = ref.shape[1]
+  size = rows * width * jnp.dtype(ref.dtype).itemsize
+  ask(ref, _lanes(row), _lanes(where))
+
+
+def multiply_add(sums, a, b, dtype):
+  """sums + A B of each warp, A [16, 16] and B [16, 8] of a 16-bit `dtype`: its lane 4 r + c holds of A, in int32, the pairs (r, c), (r + 8, c), (r, c + 4) and
+  (r + 8, c + 4), of B the pairs c and c + 4 in column r, and of the float32 sums [16, 8] what is at (r, 2 c), (r, 2 c + 1), (r + 8, 2 c), (r + 8, 2 c + 1).
+  """
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,) * 10, return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT),) * 4)
+  def multiply(_, *numbers):
+    f32, kind = ir.F32Type.get(), "bf16" if dtype == jnp.bfloat16 else "f16"
+    text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$8, $9, $10, $11}}, {{$12, $13}}, {{$4, $5, $6, $7}};"
+    found = llvm.inline_asm(llvm.StructType.get_literal([f32] * 4), [_element(x) for x in numbers], text, ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 6))
+    return tuple(numbers[0].foreach(lambda *_, c=c: llvm.extractvalue(f32, found, [c]), create_array=True) for c in range(4))
+  return tuple(multiply(*sums, *a, *b))
+
+
+def from_lane(x, distance):
+  """What lane (own number XOR distance) of the warp has as its x, float32 or int32."""
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct((LANES,), x.dtype, layout=LAYOUT))
+  def shuffle(_, x):
+    signed = None if jnp.issubdtype(dtype, jnp.floating) else True
+    return x.foreach(lambda *_: utils.shfl_bfly(_element(x), distance), create_array=True, is_signed=signed)
+  dtype = x.dtype
+  return shuffle(_lanes(x))
+
+
+def wait_for_all():
+  """A barrier of all lanes of a program, of every warpgroup; what they wrote to shared memory before can be read after it."""
+  @plgpu.inline_mgpu()
+  def wait(_):
+    gpu.barrier()
+  wait()
 
 
 def scatter(ref, index, value, where, atomic=None):
@@ -158,6 +216,12 @@ def _address(ref, index, offset, stride):
   return utils.getelementptr(utils.memref_ptr(ref), [place], ir.MemRefType(ref.type).element_type)
 
 
+def floats(ref, index, count, load=None):
+  """The `count` float32 from ref[index] on, a multiple of four both, in every lane."""
+  words = [word for i in range(0, count, 4) for word in (load or gather_bytes)(ref, index, i, 1)]
+  return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
+
+
 def numbers():
   """0 to LANES - 1."""
   return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LAYOUT)
@@ -178,15 +242,15 @@ def kernel(body, rows, size, *extra, name, **options):
   grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
   run = plgpu.kernel(run, grid=tuple(grid.values()), grid_names=axes(*grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)
   is_array = lambda x: isinstance(jax.typeof(x), jax.core.ShapedArray)                       # not a ref
-  return lambda *args: _apart(run(*(_apart(x) if is_array(x) else x for x in args)))
+  return lambda *args: apart(run(*(apart(x) if is_array(x) else x for x in args)))
 
 
 def contents(*refs):
   """What is in them after the kernels that wrote them; a list."""
-  return _apart([ref[...] for ref in refs])
+  return apart([ref[...] for ref in refs])
 
 
-def _apart(arrays):
+def apart(arrays):
   """The same arrays, which XLA must not fuse with their kernel.
 
   In the body of a scan it makes one of a kernel and the slices that the kernel reads, or the update of the loop's stacked results with what it returns, and

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek import cached_attention, inference
+from sparsek import cached_attention, cached_kernels, inference
 from sparsek.baselines import BASELINES
 from sparsek.cached_attention import NOWHERE, KeysAndValues, SelectionCache, needs_support
 from sparsek.config import TransformerConfig, check_at_least
@@ -160,9 +160,9 @@ def _feed(config, fresh, last_only, params, cache, tokens, count, last):
   """(logits of a chunk or None, logits of each row's last token so far, the next cache)."""
   hidden_BxCxE, cache = _forward(config, params, cache, tokens, count, fresh)
   if last_only:
-    logits, of_last = None, inference.logits(params, _at_end(hidden_BxCxE, count))
+    logits, of_last = None, inference.logits(config, params, _at_end(hidden_BxCxE, count))
   else:
-    logits = inference.logits(params, hidden_BxCxE)
+    logits = inference.logits(config, params, hidden_BxCxE)
     of_last = _at_end(logits, count)
   return logits, jnp.where(count[:, None] > 0, of_last, last), cache
 
@@ -199,8 +199,11 @@ def decode_step(config: TransformerConfig, params: Params | InferenceParams, cac
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, params, cache, token, active):
+  if cached_kernels.takes(config, params, cache.layers):
+    hidden_BxE, layers = cached_kernels.step(config, params, cache.layers, cache.seen, token, active)
+    return inference.logits(config, params, hidden_BxE), Cache(cache.seen + active, layers)
   hidden_Bx1xE, cache = _forward(config, params, cache, token[:, None], active.astype(jnp.int32), None)
-  return inference.logits(params, hidden_Bx1xE[:, 0]), cache
+  return inference.logits(config, params, hidden_Bx1xE[:, 0]), cache
 
 
 def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array) -> None:
@@ -228,7 +231,7 @@ def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array) -> N
 
 
 def _forward(config, params, cache, tokens_BxC, count_B, fresh):
-  """Tokens, of which each row has the first `count`, through all layers: final hidden states and the next cache.
+  """Tokens, of which each row has the first `count`, through all layers: hidden states before the last norm, and the next cache.
 
   `fresh` is None for a single token a row, which takes the shorter way; else whether every row is empty.
   """
@@ -238,10 +241,10 @@ def _forward(config, params, cache, tokens_BxC, count_B, fresh):
   x_BxCxE = inference.embed(config, params, tokens_BxC, position_BxC)
   layers = []
   for i, (kind, block, layer) in enumerate(zip(config.layer_kinds, params.layers, cache.layers)):
-    h_BxCxE = inference.norm(config, block["attention_norm"], x_BxCxE)
-    query, key, value = inference.project(config, block, h_BxCxE, position_BxC)
+    query, key, value, h_BxCxE, logits = inference.project(config, block, x_BxCxE, position_BxC)
     if kind == "sparsek":
-      scores, state = scoring_network(config).apply({"params": block.get("scorer", {})}, h_BxCxE, layer.scorer, seen, i, count_B, method="stream")
+      scores, state = scoring_network(config).apply(
+          {"params": block.get("scorer", {})}, x_BxCxE if h_BxCxE is None else h_BxCxE, layer.scorer, seen, i, count_B, logits, method="stream")
       layer = layer._replace(scorer=state)
     if fresh is None:
       inputs = (config, layer, seen, count_B > 0, query[:, 0], KeysAndValues(key[:, 0], value[:, 0]))
@@ -251,8 +254,7 @@ def _forward(config, params, cache, tokens_BxC, count_B, fresh):
       inputs = (config, layer, seen, count_B, query, KeysAndValues(key, value))
       step = {"full": cached_attention.full_chunk, "sliding_window": cached_attention.window_chunk, "sparsek": cached_attention.select_chunk}[kind]
       mixed, layer = step(*inputs, *([scores] if kind == "sparsek" else []), fresh)
-    y_BxCxE = x_BxCxE + inference.dense(block["out"], mixed.reshape(*x_BxCxE.shape[:2], -1))
-    h_BxCxE = inference.norm(config, block["mlp_norm"], x_BxCxE if config.parallel_residual else y_BxCxE)
-    x_BxCxE = y_BxCxE + inference.mlp(config, block, h_BxCxE)
+    y_BxCxE = inference.dense(block["out"], mixed.reshape(*x_BxCxE.shape[:2], -1), x_BxCxE)
+    x_BxCxE = inference.mlp(config, block, x_BxCxE if config.parallel_residual else y_BxCxE, y_BxCxE)
     layers.append(layer)
-  return inference.norm(config, params.final_norm, x_BxCxE), Cache(seen + count_B, tuple(layers))
+  return x_BxCxE, Cache(seen + count_B, tuple(layers))

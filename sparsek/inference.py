@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.config import TransformerConfig
+from sparsek.kernels import mosaic_skinny
+from sparsek.kernels.mosaic_skinny import Ahead, Parts
 from sparsek.layers import RMSNorm, make_norm, rotary_embedding
 from sparsek.model import Params, hidden_to_logits, layer_params
+from sparsek.scoring import scorer_logits, scorer_rows
 
 
 class InferenceParams(NamedTuple):
@@ -22,8 +25,9 @@ class InferenceParams(NamedTuple):
     embedding: [V, E].
     positions: [max_positions, E], the learned table, or None.
     layers: a dict for each layer: qkv [(H + 2 G) D, E], out [E, H D], up [F, E] (of swiglu gate and up, [2 F, E]) and down [E, F], each a transposed kernel
-      with its bias if it has one; norms; scorer. Transposed, because a product with one row reads whole rows of the matrix then, and XLA's GPU backend
-      makes it one kernel; of some others it would write the elements' products to memory before it sums them.
+      with its bias if it has one; norms; scorer, and of a linear one in a bfloat16 model the rows of `scorer_rows`. Transposed, because a product with one row
+      reads whole rows of the matrix then, and XLA's GPU backend makes it one kernel; of some others it would write the elements' products to memory before it
+      sums them.
     final_norm: its parameters.
     output: [E, V], or None where the embedding is used.
   """
@@ -47,6 +51,8 @@ def _convert(config, params):
     attention, mlp = block["attention"], block["mlp"]
     out = attention["out"] | {"kernel": attention["out"]["kernel"].reshape(-1, config.embed_dim)}
     small = {name: attention[name] for name in ("query_norm", "key_norm", "scorer") if name in attention}
+    if config.scorer == "linear" and "scorer" in attention and config.activation_dtype == jnp.bfloat16:
+      small["scorer_rows"] = scorer_rows(attention["scorer"]["linear"]["kernel"], mosaic_skinny.COLUMNS)
     return {"attention_norm": block["attention_norm"], "mlp_norm": block["mlp_norm"], **small,
             "qkv": join(*(attention[name] for name in ("query", "key", "value"))), "out": join(out),
             "up": join(*(mlp[name] for name in ("gate", "up") if name in mlp)), "down": join(mlp["down"])}
@@ -63,12 +69,26 @@ def inference_params(config: TransformerConfig, params: Params | InferenceParams
   return params if isinstance(params, InferenceParams) else _convert(config, params)
 
 
-def dense(params: Params, x: jax.Array) -> jax.Array:
-  """x times the kernel, plus the bias if there is one."""
+def dense(params: Params, x: jax.Array | Parts, residual: jax.Array | None = None, ahead: Ahead | None = None) -> jax.Array:
+  """x times the kernel, plus the bias if there is one, plus the residual if there is one, which there must be for Parts; `ahead`: see mosaic_skinny."""
+  if isinstance(x, Parts):
+    if "bias" not in params and mosaic_skinny.takes(len(residual), params["kernel"], residual.dtype):
+      return mosaic_skinny.product(x, params["kernel"], residual=residual, ahead=ahead)
+    x = x.joined(residual.dtype)
+  rows = x.reshape(-1, x.shape[-1])
+  if _skinny(params, rows):
+    residual = None if residual is None else residual.reshape(len(rows), -1)
+    return mosaic_skinny.product(rows, params["kernel"], residual=residual, ahead=ahead).reshape(*x.shape[:-1], -1)
   # XLA's GPU backend sums the products of a single row itself, in the dtype that it is told; those of more rows are summed in float32 anyway.
   dtype = jnp.float32 if x.size == x.shape[-1] else x.dtype
   y = jax.lax.dot_general(x, params["kernel"], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
-  return (y + params["bias"].astype(dtype) if "bias" in params else y).astype(x.dtype)
+  y = (y + params["bias"].astype(dtype) if "bias" in params else y).astype(x.dtype)
+  return y if residual is None else residual + y
+
+
+def _skinny(params, rows, config=None):
+  """Whether Mosaic's product is to be taken, with the norm before it where `config` is given."""
+  return (config is None or config.norm == "rms_norm") and "bias" not in params and mosaic_skinny.takes(len(rows), params["kernel"], rows.dtype)
 
 
 def norm(config: TransformerConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -83,28 +103,56 @@ def embed(config: TransformerConfig, params: InferenceParams, tokens: jax.Array,
   return (x.astype(jnp.float32) + jnp.take(params.positions, positions, axis=0, mode="fill")).astype(x.dtype)
 
 
-def project(config: TransformerConfig, layer: dict, x_BxCxE: jax.Array, positions_BxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `sparsek.layers.Attention.project`: query [B, C, H, D], key and value [B, C, G, D]."""
+def projected(config: TransformerConfig, layer: dict, x: jax.Array, more: list[jax.Array], ahead: Ahead | None = None) -> jax.Array:
+  """The attention's norm of x [B, E], times the kernel of queries, keys and values, which has no bias, and at most one more: [B, N] float32."""
+  if _skinny(layer["qkv"], x, config):
+    scale = layer["attention_norm"]["scale"]
+    return mosaic_skinny.product(x, layer["qkv"]["kernel"], *more, scale=scale, epsilon=config.norm_eps, dtype=jnp.float32, ahead=ahead)
+  x = norm(config, layer["attention_norm"], x)
+  return jnp.concatenate([jnp.matmul(x, kernel.T, preferred_element_type=jnp.float32) for kernel in (layer["qkv"]["kernel"], *more)], axis=-1)
+
+
+def project(config: TransformerConfig, layer: dict, x_BxCxE: jax.Array, positions_BxC: jax.Array) -> tuple[jax.Array, ...]:
+  """The attention's norm, then as `sparsek.layers.Attention.project`: query [B, C, H, D], key and value [B, C, G, D]; and the input of the scoring network,
+  the normed x or, where that is linear and was multiplied too, its logits [B, C, G]: (query, key, value, normed or None, logits or None)."""
   heads, groups = config.num_heads, config.num_kv_heads
-  every = dense(layer["qkv"], x_BxCxE).reshape(*x_BxCxE.shape[:2], heads + 2 * groups, config.head_dim)
+  rows, normed, scores = x_BxCxE.reshape(-1, config.embed_dim), None, None
+  if _skinny(layer["qkv"], rows, config) and ("scorer" not in layer or "scorer_rows" in layer):
+    every = projected(config, layer, rows, [layer["scorer_rows"]] if "scorer_rows" in layer else [])
+    every, scores = jnp.split(every.reshape(*x_BxCxE.shape[:2], -1), [len(layer["qkv"]["kernel"])], axis=-1)
+    scores = scorer_logits(scores, layer["scorer"]["linear"]["kernel"].shape[1]) if "scorer" in layer else None
+    every = every.astype(x_BxCxE.dtype)
+  else:
+    normed = norm(config, layer["attention_norm"], x_BxCxE)
+    every = dense(layer["qkv"], normed)
+  every = every.reshape(*x_BxCxE.shape[:2], heads + 2 * groups, config.head_dim)
   query_and_key, value = every[:, :, :heads + groups], every[:, :, heads + groups:]
   if config.qk_norm:
-    normed = lambda name, x: RMSNorm(config.norm_eps).apply({"params": layer[name]}, x)
-    query_and_key = jnp.concatenate([normed("query_norm", query_and_key[:, :, :heads]), normed("key_norm", query_and_key[:, :, heads:])], axis=2)
+    head_norm = lambda name, x: RMSNorm(config.norm_eps).apply({"params": layer[name]}, x)
+    query_and_key = jnp.concatenate([head_norm("query_norm", query_and_key[:, :, :heads]), head_norm("key_norm", query_and_key[:, :, heads:])], axis=2)
   if config.positions == "rope":
     query_and_key = rotary_embedding(query_and_key, positions_BxC, config.rope_theta, config.rope_dim, config.rope_scaling)
-  return query_and_key[:, :, :heads], query_and_key[:, :, heads:], value
+  return query_and_key[:, :, :heads], query_and_key[:, :, heads:], value, normed, scores
 
 
-def mlp(config: TransformerConfig, layer: dict, x: jax.Array) -> jax.Array:
-  """As `sparsek.layers.MLP`."""
-  hidden = dense(layer["up"], x)
+def mlp(config: TransformerConfig, layer: dict, x: jax.Array, residual: jax.Array, ahead: Ahead | None = None) -> jax.Array:
+  """The MLP's norm, then as `sparsek.layers.MLP`, plus the residual."""
+  rows = x.reshape(-1, config.embed_dim)
+  if config.mlp == "swiglu" and _skinny(layer["up"], rows, config):
+    scale, down = layer["mlp_norm"]["scale"], Ahead(layer["down"]["kernel"])
+    hidden = mosaic_skinny.product(rows, layer["up"]["kernel"], scale=scale, epsilon=config.norm_eps, swiglu=True, ahead=down)
+    return dense(layer["down"], hidden.reshape(*x.shape[:-1], -1), residual, ahead)
+  hidden = dense(layer["up"], norm(config, layer["mlp_norm"], x))
   if config.mlp == "swiglu":
     gate, up = jnp.split(hidden, 2, axis=-1)
-    return dense(layer["down"], nn.silu(gate) * up)
-  return dense(layer["down"], nn.gelu(hidden, approximate=config.mlp == "gelu_tanh"))
+    return dense(layer["down"], nn.silu(gate) * up, residual)
+  return dense(layer["down"], nn.gelu(hidden, approximate=config.mlp == "gelu_tanh"), residual)
 
 
-def logits(params: InferenceParams, hidden: jax.Array) -> jax.Array:
-  """[..., E] -> [..., V] float32."""
-  return hidden_to_logits(hidden, params.embedding.T if params.output is None else params.output)
+def logits(config: TransformerConfig, params: InferenceParams, x: jax.Array) -> jax.Array:
+  """The last norm of x [..., E], and the logits of that: [..., V] float32."""
+  rows = x.reshape(-1, config.embed_dim)
+  if params.output is None and _skinny({"kernel": params.embedding}, rows, config):
+    found = mosaic_skinny.product(rows, params.embedding, scale=params.final_norm["scale"], epsilon=config.norm_eps, dtype=jnp.float32)
+    return found.reshape(*x.shape[:-1], -1)
+  return hidden_to_logits(norm(config, params.final_norm, x), params.embedding.T if params.output is None else params.output)

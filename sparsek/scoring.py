@@ -131,6 +131,17 @@ def _sum_of_parts(product: jax.Array) -> jax.Array:
   return jnp.sum(product.reshape(*product.shape[:-1], 3, -1), axis=-2)
 
 
+def scorer_rows(kernel: jax.Array, multiple: int) -> jax.Array:
+  """Bfloat16 rows [M, E] whose products with x `scorer_logits` makes those of W [E, G] as `exact_product` would; M is 3 G, padded to a multiple."""
+  rows = jnp.concatenate(_parts(kernel), axis=-1).T
+  return jnp.pad(rows, ((0, -len(rows) % multiple), (0, 0)))
+
+
+def scorer_logits(products: jax.Array, features: int) -> jax.Array:
+  """[..., M] float32 -> [..., G]."""
+  return _sum_of_parts(products[..., :3 * features])
+
+
 @jax.custom_vjp
 def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """x W in float32, of x [..., E] bfloat16 and W [E, C] float32: as exact as in float32, at the speed of a bfloat16 product.
@@ -290,7 +301,7 @@ class ScoringNetwork(nn.Module):
     return self._scores(logits_BxNxG, position_BxN, layer, running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN, end_BxN))
 
   def stream(self, x_BxCxE: jax.Array, state: ScorerState, seen: jax.Array, layer: jax.Array | int = 0,
-             count: jax.Array | None = None) -> tuple[jax.Array, ScorerState]:
+             count: jax.Array | None = None, linear_BxCxG: jax.Array | None = None) -> tuple[jax.Array, ScorerState]:
     """Scores that become final with a chunk of C further tokens of one endless document.
 
     Args:
@@ -299,6 +310,7 @@ class ScoringNetwork(nn.Module):
       seen: int32 [B], or a scalar for all rows, tokens before this chunk.
       layer: index of the layer, the salt of the fixed noise.
       count: int32 [B], how many of a row's C tokens there are; what follows them is not read. None: all.
+      linear_BxCxG: x W where it is known. A linear scorer does not read x then, of which only the shape counts.
     Returns:
       [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where negative, and beyond `count`), and the next state.
     """
@@ -309,7 +321,7 @@ class ScoringNetwork(nn.Module):
       return self._random_scores(layer, position_BxC), state
     count = jnp.full(batch, length) if count is None else count
     x_BxCxE = x_BxCxE.astype(jnp.float32)
-    linear = jnp.concatenate([state.linear, self.linear(x_BxCxE)], axis=1)
+    linear = jnp.concatenate([state.linear, self.linear(x_BxCxE) if linear_BxCxG is None else linear_BxCxG], axis=1)
     logits_BxCxG, state = linear[:, :length], state._replace(linear=slice_rows(linear, count, self.delay))
     if self.kind == "conv":
       channels = jnp.concatenate([state.channels, self.conv_in(x_BxCxE)], axis=1)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import sparsek
-from sparsek import cache, plan
+from sparsek import cache, generate, plan
 from sparsek.causal import select
 from sparsek.checkpoint import abstract_params
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.inference import inference_params
-from sparsek.kernels import mosaic_gpu, mosaic_lanes
+from sparsek.kernels import mosaic_decode, mosaic_gpu, mosaic_lanes, mosaic_skinny
 from sparsek.kernels.specs import Spec
 from sparsek.optimizer import make_optimizer
 from sparsek.train_step import BATCH, abstract_state, make_train_step
@@ -185,3 +185,23 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
   with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
     compiled = cache._feed.lower(config, False, True, *arguments).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2 ** 30
+
+
+@pytest.mark.parametrize("attention, batch, kernels", [("sparsek", 1, 5), ("sparsek", 8, 5), ("sparsek", 64, 13), ("full", 1, 5)])
+def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
+  """Of a layer there are few kernels, and the caches are written where they are."""
+  for module in (mosaic_lanes, mosaic_skinny, mosaic_decode):
+    monkeypatch.setattr(module, "can_run", lambda: True)
+  config = preset("1b", num_layers=3, k=512, window=512, vocab_size=32768, attention=attention)
+  params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
+  empty = jax.eval_shape(lambda: cache.init_cache(config, batch, max_length=1152))
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  arguments = params, empty, shape(jnp.int32, batch), shape(bool, batch), shape(jnp.int32), shape(jnp.int32), keys
+  arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())), arguments)
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
+    compiled = generate.run_steps.lower(config, "greedy", 8, *arguments, 0., 1., 0, np.zeros(0, np.int32)).compile()
+  step = max(re.findall(r"^%?[\w.\-]+ .*?\{\n(.*?)^\}", compiled.as_text(), re.MULTILINE | re.DOTALL), key=lambda body: body.count("sparsek_attend"))
+  launched = re.findall(r" = (?:\(.*?\)|\S+) (?:fusion|custom-call|copy|fusion-start|copy-start)\(", step)
+  assert step.count("sparsek_attend") >= 3 and len(launched) <= 3 * kernels + 17
+  assert not re.search(rf" = \w+\[{batch},8,\d+(,64)?\]\S* copy", step)

@@ -20,8 +20,8 @@ import numpy as np
 from sparsek import run_directory
 from sparsek.cache import cache_bytes, decode_step, init_cache, lost_scores, prefill
 from sparsek.config import GATES, SCORERS, TransformerConfig
-from sparsek.inference import inference_params, logits
-from sparsek.model import Transformer, init_params
+from sparsek.inference import inference_params
+from sparsek.model import Transformer, hidden_to_logits, init_params
 
 PARTS = 8                    # of the length, told apart: differences must not grow with it
 ALLOWED = 1e-2               # of the standard deviation of the logits, for all but a thousandth of the tokens
@@ -50,7 +50,7 @@ def main():
     print(f"{name}: {seconds[name]} s", flush=True)
     return found
   hidden = timed("parallel", lambda: jax.jit(functools.partial(Transformer(config).apply, method="hidden"))({"params": params}, tokens))
-  truth = np.asarray(logits(fast, hidden)[0])
+  truth = np.asarray(hidden_to_logits(hidden, fast.embedding.T)[0])
   in_chunks, cache = timed("chunks", lambda: prefill(config, fast, init_cache(config, 1), tokens, chunk_size=chunk))
 
   @jax.jit

@@ -1,0 +1,66 @@
+"""One token through all layers by the kernels in kernels/mosaic_decode.py and mosaic_skinny.py: on Hopper GPUs what `sparsek.cache` takes a step with, where a
+model is of the common kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and a hard gate. Five kernels a layer, and one before them all."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsek import inference
+from sparsek.cached_attention import KeysAndValues, SelectionCache, needs_support
+from sparsek.config import TransformerConfig
+from sparsek.inference import InferenceParams
+from sparsek.kernels import mosaic_decode
+from sparsek.kernels.mosaic_skinny import Ahead
+from sparsek.layers import rope_angles, rope_frequencies
+from sparsek.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
+
+
+def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
+  """Whether `step` does what the other way would, here."""
+  selects = config.scorer == "linear" and config.scorer_normalize and not config.scorer_init_noise and not config.scorer_shared
+  selects = selects and config.window > 0 and not needs_support(config.gate)
+  plain = config.norm == "rms_norm" and config.positions == "rope" and config.rope_dim == config.head_dim and not config.qk_norm
+
+  def fits(kind, block, layer):
+    own = kind == "full" or (kind == "sparsek" and selects and "scorer_rows" in block)
+    return own and "bias" not in block["qkv"] and mosaic_decode.takes((layer if kind == "full" else layer.rows).key, config.num_heads)
+  return plain and all(map(fits, config.layer_kinds, params.layers, layers))
+
+
+def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen: jax.Array, token: jax.Array, active: jax.Array) -> tuple[jax.Array, tuple]:
+  """Hidden states [B, E] before the last norm, and the next layers of the cache; token, seen [B] integers, active [B] bool."""
+  heads, kinds = config.num_heads, config.layer_kinds
+  position, alive = jnp.where(active, seen, 0), active.astype(jnp.int32)
+  x_BxE = inference.embed(config, params, token[:, None], position[:, None])[:, 0]
+  angle = rope_angles(position, rope_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling))
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  every = [_rows(layer) for layer in layers]
+  moved = [rows for kind, rows in zip(kinds, every) if kind == "sparsek"]
+  moved = iter(mosaic_decode.evict(moved, seen, alive) if moved else [])
+  every = [next(moved) if kind == "sparsek" else rows for kind, rows in zip(kinds, every)]
+  following = [*(block["qkv"]["kernel"] for block in params.layers[1:]), params.embedding]
+  for i, (kind, block, after) in enumerate(zip(kinds, params.layers, following)):
+    scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
+    # Each kernel asks for the first rows of what comes after it; of the MLP's matrix two do, for the first programs read its beginning and its middle.
+    out, up = block["out"]["kernel"], block["up"]["kernel"]
+    projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [], Ahead(out))
+    mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, Ahead(up))
+    y_BxE = inference.dense(block["out"], mixed, x_BxE, Ahead(up, len(up) // 2))
+    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE, Ahead(after))
+  return x_BxE, tuple(map(_layer, layers, every))
+
+
+def _scorer(params):
+  return mosaic_decode.Scorer(params["scale"], params["slope"], params.get("sink", jnp.zeros_like(params["scale"])), PRIOR_COUNT, SLOPE_TOKENS)
+
+
+def _rows(layer):
+  if not isinstance(layer, SelectionCache):
+    return mosaic_decode.Rows(*layer)
+  return mosaic_decode.Rows(*layer.rows, layer.score, layer.position, layer.pending, tuple(layer.scorer[2:]))
+
+
+def _layer(before, rows):
+  kept = KeysAndValues(rows.key, rows.value)
+  if not isinstance(before, SelectionCache):
+    return kept
+  return before._replace(rows=kept, score=rows.score, position=rows.position, pending=rows.pending, scorer=ScorerState(*before.scorer[:2], *rows.moments))
