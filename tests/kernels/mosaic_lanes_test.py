@@ -75,9 +75,14 @@ def narrow(numbers, dtype):
   return list(jnp.asarray(np.stack(numbers, axis=-1).astype(dtype).view(np.int32)).T)
 
 
+def poisoned(x):
+  """A Ref of that shape and dtype that nobody has written."""
+  return Ref(np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else np.iinfo(x.dtype).min, x.dtype))
+
+
 def kernel(body, rows, size, *extra, name, out_type=()):
   def run(*args):
-    out = [Ref(np.full(x.shape, np.nan, x.dtype)) for x in out_type]
+    out = list(map(poisoned, out_type))
     args = jax.tree.map(lambda x: x if isinstance(x, Ref) else Ref(np.array(x)), args)
     for block in range(-(-size // mosaic_lanes.LANES)):
       for row in range(rows):

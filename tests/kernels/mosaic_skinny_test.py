@@ -66,10 +66,10 @@ def emulate(monkeypatch, module):
 
   def kernel(body, *, out_type=(), scratch_types=(), grid, grid_names, num_threads=1, thread_name=None, compiler_params, kernel_name):
     def run(*args):
-      out = [lanes.Ref(np.full(x.shape, np.nan, x.dtype)) for x in out_type]
+      out = list(map(lanes.poisoned, out_type))
       args = [x if isinstance(x, lanes.Ref) else lanes.Ref(np.array(x)) for x in args]
       for program in np.ndindex(*grid):
-        scratch = [lanes.Ref(np.full(x.shape, np.nan, x.dtype)) for x in scratch_types]
+        scratch = list(map(lanes.poisoned, scratch_types))
         barrier, errors = threading.Barrier(num_threads), []
 
         def work(warpgroup):
