@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence
 
 from sparsek import plots
+from sparsek.config import ATTENTION_KINDS
 from sparsek.errors import UsageError
 from sparsek.metrics import read_metrics
 
@@ -23,7 +24,7 @@ RESULT = "result.json"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One training run; None where its kind of attention has no such setting."""
+  """One training run; None where its kind of attention has no such setting. attention: a kind, or a pattern of layers such as "sparsek*5+full"."""
   attention: str
   k: int | None
   window: int | None
@@ -35,23 +36,31 @@ class Cell:
   def name(self) -> str:
     """Of its folder."""
     parts = [self.attention, self.k and f"k{self.k}", None if self.window is None else f"w{self.window}", self.gate, self.scorer, f"s{self.seed}"]
-    return "-".join(part for part in parts if part)
+    return "-".join(part for part in parts if part).replace("*", "x")
 
   @property
   def budget(self) -> int | None:
     """Keys and values that a query attends to at most; None: all. The linear kind's state, as large as head_dim keys, is not counted."""
-    return None if self.window is None else self.window + (self.k or 0)
+    return None if self.window is None or "full" in kinds_of(self.attention) else self.window + (self.k or 0)
 
   def flags(self) -> list[str]:
     """Of experiments.pretrain."""
-    return [f"--{name}={value}" for name, value in dataclasses.asdict(self).items() if value is not None]
+    values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+    if self.attention not in ATTENTION_KINDS:
+      values["layer_pattern"] = values.pop("attention").replace("+", ",")
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def kinds_of(attention: str) -> set[str]:
+  """The kinds of attention in a pattern."""
+  return {term.partition("*")[0] for term in attention.split("+")}
 
 
 def grid(attention: Sequence[str], k: Sequence[int], window: Sequence[int], gate: Sequence[str], scorer: Sequence[str], seeds: int) -> list[Cell]:
   """All combinations, each once: settings that a kind does not have make no difference. Seeds change slowest, so that every kind has a figure early."""
   cells = []
   for seed, kind, *values in itertools.product(range(seeds), attention, k, window, gate, scorer):
-    used = USES.get(kind, ("k", "window"))
+    used = {name for part in kinds_of(kind) for name in USES.get(part, ("k", "window"))}
     values = {name: value if name in used else None for name, value in zip(COLUMNS[1:], values)}
     cells.append(Cell(kind, seed=seed, **values))
   return list(dict.fromkeys(cells))

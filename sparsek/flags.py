@@ -270,7 +270,8 @@ def define_ablation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("workdir", None, "Folder for the runs of the grid and the report.")
   define.string("base", None, "Flagfile of experiments.pretrain that all runs share.")
   define.string("more", None, 'Further flags that all runs share, in one string: --more="--num_steps=500 --seq_len=2048".')
-  define.string("attention", "sparsek,sliding_window", f"Kinds, separated by commas: {', '.join(config_lib.ATTENTION_KINDS)}.")
+  define.string("attention", "sparsek,sliding_window", f"Kinds, separated by commas: {', '.join(config_lib.ATTENTION_KINDS)}; or patterns of layers, such as "
+                "sparsek*5+full.")
   define.string("k", "64", "Selected keys per query, separated by commas; of the kinds that select.")
   define.string("window", "64", "Latest tokens every query sees, separated by commas.")
   define.string("gate", "straight_through", f"Of sparsek, separated by commas: {', '.join(config_lib.GATES)}.")
