@@ -51,7 +51,7 @@ def logits(config, params):
 
 
 def test_new_adapters_change_nothing():
-  loss = lambda config, params: float(summed_losses(config, params, BATCH, 8).cross_entropy)
+  loss = lambda config, params: float(quick_jit(lambda params: summed_losses(config, params, BATCH, 8).cross_entropy)(params))
   params = init_params(PLAIN, jax.random.key(0))
   assert loss(LORA, new_adapters(LORA)) == loss(PLAIN, params)
   assert loss(LORA, trained_adapters(LORA)) != loss(PLAIN, params)
@@ -70,7 +70,7 @@ def test_merged_weights_compute_the_same(fields):
   assert np.abs(logits(plain, init_params(plain, jax.random.key(0))) - expected).max() > 0.1
   # Generation takes either.
   for some_config, some in ((config, params), (plain, merged)):
-    generated, _ = cache.prefill(some_config, some, cache.init_cache(some_config, 2), TOKENS)
+    generated, _ = cache.prefill(some_config, some, cache.init_cache(some_config, 2, max_length=17), TOKENS)
     np.testing.assert_allclose(generated, expected, atol=1e-5)
 
 
@@ -83,8 +83,7 @@ def test_export_writes_plain_matrices(tmp_path):
   np.testing.assert_allclose(logits(loaded_config, loaded), logits(config, params), atol=1e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("trainable", ["all", "attention"])
+@pytest.mark.parametrize("scan_layers, trainable", [(False, "all"), (True, "all"), (True, "attention")])
 def test_only_adapters_and_scorers_learn(scan_layers, trainable):
   config = dataclasses.replace(LORA, scan_layers=scan_layers)
   train = dataclasses.replace(TRAIN, grad_accumulation=2, distill=0.5, distill_from="x", optimizer=dataclasses.replace(TRAIN.optimizer, trainable=trainable))
@@ -98,7 +97,6 @@ def test_only_adapters_and_scorers_learn(scan_layers, trainable):
     state, metrics = step(state, put_batch(mesh, BATCH), init_params(PLAIN, jax.random.key(5)))
   after = flat(state.params)
   changed = {path for path in before if not np.array_equal(before[path], after[path])}
-  # The gate of the straight-through estimator may leave a scorer's slope or shift alone; its matrix learns.
   expected = {path for path in before if "lora_" in path and (trainable == "all" or "attention" in path)}
   assert expected | {path for path in before if path.endswith("scorer/linear/kernel")} <= changed
   assert all(is_learned(path) for path in changed) and {path for path in changed if "lora_" in path} == expected
