@@ -9,7 +9,6 @@ import numpy as np
 
 from sparsek import lora
 from sparsek.config import TransformerConfig
-from sparsek.optimizer import MATRICES
 
 PEAK = {                                                  # dense bfloat16 operations per second, by what JAX calls the device; the makers' data sheets
     "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12,
@@ -54,7 +53,7 @@ def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim
 def matrix_parameters(params) -> int:
   """Parameters that every token is multiplied with: those of matrices. Tied embeddings count once, as the output; untied ones are only looked up."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key in MATRICES)
+  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key in lora.MATRICES)
   return kernels + ("lm_head" not in params) * params["embed"]["embedding"].size
 
 

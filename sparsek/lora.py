@@ -16,6 +16,7 @@ from sparsek.config import TransformerConfig
 from sparsek.model import Params, init_params
 
 ADAPTERS = ("lora_a", "lora_b")
+MATRICES = ("kernel", *ADAPTERS)      # what the leaves are called that tokens are multiplied with, but for embeddings
 NEW = ("scorer", "decay")             # modules that attention kinds add to a pretrained model's; they learn too
 
 

@@ -7,8 +7,6 @@ import optax
 from sparsek import lora
 from sparsek.config import OptimizerConfig
 
-MATRICES = ("kernel", *lora.ADAPTERS)
-
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
   """The learning rate as a function of the number of updates made so far (0 for the first update).
@@ -31,7 +29,7 @@ def decay_mask(params):
 
   Names decide and not ranks, because scanned layers stack a rank-1 norm scale into rank 2, and embeddings are matrices by rank only.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) in MATRICES, params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) in lora.MATRICES, params)
 
 
 def trainable_mask(params, trainable: str):
