@@ -102,19 +102,17 @@ def rotary_embedding(x_BxNxHxD: jax.Array, positions: jax.Array, theta: float, d
   return rotated if dim == x_BxNxHxD.shape[-1] else jnp.concatenate([rotated, x_BxNxHxD[..., dim:]], axis=-1)
 
 
-class Projection(nn.DenseGeneral):
-  """x W, plus a bias with `use_bias`; with a rank R above 0 plus scale (x A) B, the adapters of `sparsek.lora`, which begin at B = 0.
+class AdaptedProjection(nn.DenseGeneral):
+  """x W + scale (x A) B, and a bias with `use_bias`: a matrix with an adapter of rank R of `sparsek.lora`, which begins at B = 0.
 
   Parameters: kernel [*in, *features], bias [*features]; lora_a [*in, R], lora_b [R, *features].
   """
-  rank: int = 0
+  rank: int = 1
   scale: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     y = super().__call__(x)
-    if not self.rank:
-      return y
     axes, features = (axis if isinstance(axis, tuple) else (axis,) for axis in (self.axis, self.features))
     a = self.param("lora_a", fan_in_init(), (*x.shape[-len(axes):], self.rank), jnp.float32)
     b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, *features), jnp.float32)
@@ -122,10 +120,12 @@ class Projection(nn.DenseGeneral):
     return y + self.scale * jnp.tensordot(low, b.astype(y.dtype), 1)
 
 
-def projection(config: TransformerConfig, features: int | tuple[int, ...], use_bias: bool, init_scale: float = 1.0, **fields) -> Projection:
-  """A matrix product in the activation dtype, of the last axis unless `fields` say otherwise."""
-  return Projection(features, use_bias=use_bias, dtype=config.activation_dtype, kernel_init=fan_in_init(init_scale), rank=config.lora_rank,
-                    scale=config.lora_scale, **fields)
+def projection(config: TransformerConfig, features: int | tuple[int, ...], use_bias: bool, init_scale: float = 1.0, **fields) -> nn.DenseGeneral:
+  """A product with a matrix in the activation dtype, over the last axis unless `fields` say otherwise; with an adapter where `config` has a lora_rank."""
+  fields |= {"use_bias": use_bias, "dtype": config.activation_dtype, "kernel_init": fan_in_init(init_scale)}
+  if not config.lora_rank:
+    return nn.DenseGeneral(features, **fields)
+  return AdaptedProjection(features, rank=config.lora_rank, scale=config.lora_scale, **fields)
 
 
 class MLP(nn.Module):

@@ -1,7 +1,7 @@
 """Low-rank adapters beside the frozen matrices of a pretrained model: LoRA (Hu et al. 2021, arXiv 2106.09685).
 
-With `config.lora_rank` R every projection of attention and MLPs computes x W + alpha / R (x A) B (`sparsek.layers.Projection`), and A and B lie in the tree of
-parameters beside W, as `lora_a` and `lora_b`. Adapters learn, and what no pretrained model has: scorers. Who uses a model instead of training it knows no
+With `config.lora_rank` R every projection of attention and MLPs computes x W + alpha / R (x A) B (`sparsek.layers.AdaptedProjection`), and A and B lie in the
+tree of parameters beside W, as `lora_a` and `lora_b`. Adapters learn, and what no pretrained model has: scorers. What uses a model without training it knows no
 adapters: `merge` makes W + alpha / R A B of them.
 """
 

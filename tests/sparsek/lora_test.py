@@ -14,6 +14,7 @@ from sparsek.errors import UsageError
 from sparsek.model import Transformer, count_params, init_params
 from sparsek.objective import summed_losses
 from sparsek.optimizer import make_optimizer
+from sparsek.parameter_table import parameter_shapes
 from sparsek.train_step import TrainState, abstract_state, check_adapters, make_mesh, make_train_step, put_batch, replicated
 from tests.sparsek.helpers import quick_jit
 
@@ -101,6 +102,12 @@ def test_only_adapters_and_scorers_learn(scan_layers, trainable):
   assert expected | {path for path in before if path.endswith("scorer/linear/kernel")} <= changed
   assert all(is_learned(path) for path in changed) and {path for path in changed if "lora_" in path} == expected
   assert metrics["divergence"] > 0 and metrics["scorer_loss"] > 0
+
+
+def test_what_an_attention_kind_adds_to_a_pretrained_model_learns():
+  learned, frozen = map(parameter_shapes, lora.split(abstract_params(dataclasses.replace(LORA, attention=("linear", "sparsek"), scorer="conv"))))
+  assert {path for path in learned if "lora_" not in path} == {path for path in learned | frozen if "decay" in path or "scorer" in path}
+  assert "layers_0/attention/decay/kernel" in learned and "layers_0/attention/query/bias" in frozen and "final_norm/scale" in frozen
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
