@@ -15,7 +15,7 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 
 FREE_FIELDS = ("implementation", "remat", "scan_layers", "scorer_noise", "scorer_loss_queries", "scorer_init_scale",
-               "scorer_init_slope")       # change nothing that a model keeps
+               "scorer_init_slope", "lora_rank", "lora_alpha")       # change nothing that a model keeps
 
 
 def _fields(config: TransformerConfig) -> dict[str, Any]:

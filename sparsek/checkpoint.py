@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from sparsek import lora
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.model import init_params
@@ -168,7 +169,7 @@ def _check_architecture(workdir: str, path: str, saved, wanted, config: Transfor
   if comparison.fits:
     return
   try:
-    reason = explain_architecture(load_run_config(workdir)[0], config)
+    reason = explain_architecture(load_run_config(workdir, adapters=True)[0], config)
   except UsageError:
     reason = ""
   raise UsageError(f"cannot restore {path}: its parameters do not fit this model{': ' + reason if reason else ''}\n{comparison.table()}")
@@ -240,11 +241,11 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
 
 
 def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None, report: Report = to_stderr):
-  """Parameters of a run, for evaluation, generation and --init_from. Only reads.
+  """Parameters of a run, its adapters merged, for evaluation, generation and --init_from. Only reads.
 
   Args:
     workdir: of the run.
-    config: the model they are for; only its architecture must be the run's.
+    config: the model they are for, as `load_run_config` says it; only its architecture must be the run's.
     step: None for the newest good checkpoint.
     sharding: for every parameter; None puts them on the first device.
     report: takes one line of text about each damaged checkpoint passed over.
@@ -254,14 +255,16 @@ def load_params(workdir: str, config: TransformerConfig, step: int | None = None
     UsageError: where there is no such checkpoint, it cannot be read, or the architecture differs (with a table of the parameters).
   """
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = {"params": _abstract(abstract_params(config), sharding)}
+  saved = _with_adapters(workdir, config)
+  abstract = {"params": _abstract(abstract_params(saved), sharding)}
+  merge = jax.jit(functools.partial(lora.merge, saved), out_shardings=sharding) if saved.lora_rank else lambda params: params
   if step is None:
-    step, loaded, _ = _load_newest(workdir, config, abstract, report)
-    return loaded["params"], step
+    step, loaded, _ = _load_newest(workdir, saved, abstract, report)
+    return merge(loaded["params"]), step
   if step not in saved_steps(workdir):
     raise UsageError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, saved_steps(workdir))) or 'none'}")
   try:
-    return _load(workdir, step, config, abstract)["params"], step
+    return merge(_load(workdir, step, saved, abstract)["params"]), step
   except DamagedCheckpoint as error:
     raise UsageError(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(step))} is damaged: {error}") from error
 
@@ -272,9 +275,21 @@ def parse_run_reference(reference: str) -> tuple[str, int | None]:
   return (folder, int(step)) if at and step.isdecimal() else (reference, None)
 
 
-def load_run_config(workdir: str) -> tuple[TransformerConfig, dict]:
+def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig:
+  """`config` with the adapters of a run, where it says that it has any."""
+  try:
+    run, _ = load_run_config(workdir, adapters=True)
+  except UsageError:
+    return config
+  return dataclasses.replace(config, lora_rank=run.lora_rank, lora_alpha=run.lora_alpha)
+
+
+def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerConfig, dict]:
   """The model of a run, and its model.json: {"model": TransformerConfig fields, "data": DataConfig fields, "tokenizer": {...}}.
 
+  Args:
+    workdir: of the run.
+    adapters: as it is trained, perhaps with adapters; else as `load_params` gives it, with adapters merged.
   Raises:
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
   """
@@ -282,7 +297,8 @@ def load_run_config(workdir: str) -> tuple[TransformerConfig, dict]:
   try:
     with open(path) as file:
       run = json.load(file)
-    return TransformerConfig(**run["model"]), run
+    config = TransformerConfig(**run["model"])
+    return config if adapters else lora.merged_config(config), run
   except FileNotFoundError:
     raise UsageError(f"{workdir} holds no run: there is no {path}") from None
   except (OSError, ValueError, KeyError, TypeError) as error:

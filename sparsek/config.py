@@ -113,6 +113,8 @@ class TransformerConfig:
     mlp_bias: biases on the MLP's projections.
     parallel_residual: x + attention(norm(x)) + mlp(norm'(x)) instead of one after the other.
     tie_embeddings: the output matrix is the embedding.
+    lora_rank: rank R of adapters beside the matrices of attention and MLPs, which are frozen then; 0: none. See `sparsek.lora`.
+    lora_alpha: their products count alpha / R times; None: R.
     dtype: of activations and matrix inputs; parameters, scores, softmax and loss are float32.
     remat: what the backward pass recomputes per block: "none"; "dots": all but attention and products with weights;
       "attention": all but attention; "full": everything.
@@ -155,6 +157,8 @@ class TransformerConfig:
   mlp_bias: bool = False
   parallel_residual: bool = False
   tie_embeddings: bool = True
+  lora_rank: int = 0
+  lora_alpha: float | None = None
   dtype: str = "float32"
   remat: str = "none"
   scan_layers: bool = False
@@ -165,7 +169,7 @@ class TransformerConfig:
     object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
     for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k", "scorer_loss_queries"):
       check_at_least(name, getattr(self, name), 1)
-    for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_init_noise", "scorer_noise"):
+    for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_init_noise", "scorer_noise", "lora_rank"):
       check_at_least(name, getattr(self, name), 0)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
@@ -174,6 +178,8 @@ class TransformerConfig:
     check_at_least("max_positions", self.max_positions, 2)
     if not 0 < self.rope_fraction <= 1 or self.rope_dim < 2 or self.rope_dim % 2:
       raise ValueError(f"rope_fraction={self.rope_fraction} must be above 0, at most 1, and rotate an even number of head_dim={self.head_dim} features")
+    if self.lora_alpha is not None and not (0 < self.lora_alpha < math.inf and self.lora_rank):
+      raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0, finite, and go with a lora_rank above 0; lora_rank={self.lora_rank}")
     check_choice("positions", self.positions, POSITIONS)
     check_choice("norm", self.norm, NORMS)
     check_choice("mlp", self.mlp, MLPS)
@@ -201,6 +207,11 @@ class TransformerConfig:
   def rope_dim(self) -> int:
     """Features of a head that are rotated."""
     return int(self.head_dim * self.rope_fraction)
+
+  @property
+  def lora_scale(self) -> float:
+    """What adapters' products are multiplied with: alpha / R."""
+    return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
 
   @property
   def activation_dtype(self):

@@ -295,6 +295,10 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("b1", default.b1, "Decay of Adam's first moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.choice("trainable", default.trainable, config_lib.TRAINABLE, "Which parameters change: all, those of attention with its scorers, or the scorers.")
+  define.number("lora_rank", config_lib.TransformerConfig.lora_rank, "Rank R of adapters (LoRA) beside the matrices of attention and MLPs. They and scorers "
+                "learn, as far as --trainable says; all else is frozen: matrices, biases, norms, embeddings. Needs --init_from, whose own adapters are merged "
+                "before; so does whatever reads the run. 0: no adapters.", lower=0)
+  define.number("lora_alpha", None, "The adapters' products count alpha / R times. Default: --lora_rank.", lower=0, kind=float)
   define.number("scorer_lr_multiplier", default.scorer_lr_multiplier, "Learning rate of the scoring networks over that of all else.", lower=0, kind=float)
   define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers which tokens full attention reads; "
                 "begin with --scorer_init_scale=1.", lower=0, kind=float)

@@ -7,6 +7,7 @@ pass has twice the forward's; what rematerialisation repeats is no use to the mo
 import jax
 import numpy as np
 
+from sparsek import lora
 from sparsek.config import TransformerConfig
 
 PEAK = {                                                  # dense bfloat16 operations per second, by what JAX calls the device; the makers' data sheets
@@ -52,18 +53,19 @@ def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim
 def matrix_parameters(params) -> int:
   """Parameters that every token is multiplied with: those of matrices. Tied embeddings count once, as the output; untied ones are only looked up."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+  kernels = sum(leaf.size for path, leaf in leaves if path[-1].key in lora.MATRICES)
   return kernels + ("lm_head" not in params) * params["embed"]["embedding"].size
 
 
 def training_flops(config: TransformerConfig, params, lengths: np.ndarray) -> int:
-  """Operations of one forward and backward pass over documents of these lengths.
+  """Operations of one forward and backward pass over documents of these lengths; frozen matrices beside adapters have no gradients.
 
   Args:
     config: the model.
     params: its parameters, or their shapes.
     lengths: of all documents together, [any].
   """
-  with_weights = 2 * matrix_parameters(params) * int(np.sum(lengths))
+  frozen = lora.split(params)[1]
+  with_weights = 2 * (3 * matrix_parameters(params) - (matrix_parameters(frozen) if frozen else 0)) * int(np.sum(lengths))
   pairs = sum(attended_pairs(kind, lengths, config.k, config.window, config.head_dim) for kind in config.layer_kinds)
-  return 3 * (with_weights + 4 * config.num_heads * config.head_dim * pairs)
+  return with_weights + 3 * 4 * config.num_heads * config.head_dim * pairs

@@ -128,10 +128,10 @@ FAMILIES = {
 }
 # Our MLP -> what a config.json may call its function; the first is written.
 ACTIVATIONS = {"swiglu": ("silu", "swish"), "gelu": ("gelu",), "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")}
-# Fields of ours that config.json has words for; all others go into its section "sparsek", but for the attention of dense models.
+# Fields of ours that config.json has words for; all others go into its section "sparsek", but for the attention of dense models and adapters, which are merged.
 ARCHITECTURE = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_positions", "norm", "norm_eps", "positions",
                 "rope_theta", "rope_fraction", "rope_scaling", "qk_norm", "mlp", "use_bias", "out_bias", "mlp_bias", "parallel_residual", "tie_embeddings")
-SPARSEK_FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig) if field.name not in ARCHITECTURE)
+SPARSEK_FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig) if field.name not in (*ARCHITECTURE, "lora_rank", "lora_alpha"))
 # Fields that change no logit.
 NO_EFFECT = set("""
     _name_or_path architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id attention_dropout

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sparsek import lora
 from sparsek.config import TransformerConfig
 from sparsek.kernels import mosaic_skinny
 from sparsek.kernels.mosaic_skinny import Ahead, Parts
@@ -40,6 +41,7 @@ class InferenceParams(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _convert(config, params):
+  params = lora.merge(config, params)
   cast = lambda x: x.astype(config.activation_dtype)
 
   def join(*parts):

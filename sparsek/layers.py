@@ -102,6 +102,32 @@ def rotary_embedding(x_BxNxHxD: jax.Array, positions: jax.Array, theta: float, d
   return rotated if dim == x_BxNxHxD.shape[-1] else jnp.concatenate([rotated, x_BxNxHxD[..., dim:]], axis=-1)
 
 
+class AdaptedProjection(nn.DenseGeneral):
+  """x W + scale (x A) B, and a bias with `use_bias`: a matrix with an adapter of rank R of `sparsek.lora`, which begins at B = 0.
+
+  Parameters: kernel [*in, *features], bias [*features]; lora_a [*in, R], lora_b [R, *features].
+  """
+  rank: int = 1
+  scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = super().__call__(x)
+    axes, features = (axis if isinstance(axis, tuple) else (axis,) for axis in (self.axis, self.features))
+    a = self.param("lora_a", fan_in_init(), (*x.shape[-len(axes):], self.rank), jnp.float32)
+    b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, *features), jnp.float32)
+    low = jnp.tensordot(x.astype(y.dtype), a.astype(y.dtype), len(axes))
+    return y + self.scale * jnp.tensordot(low, b.astype(y.dtype), 1)
+
+
+def projection(config: TransformerConfig, features: int | tuple[int, ...], use_bias: bool, init_scale: float = 1.0, **fields) -> nn.DenseGeneral:
+  """A product with a matrix in the activation dtype, over the last axis unless `fields` say otherwise; with an adapter where `config` has a lora_rank."""
+  fields |= {"use_bias": use_bias, "dtype": config.activation_dtype, "kernel_init": fan_in_init(init_scale)}
+  if not config.lora_rank:
+    return nn.DenseGeneral(features, **fields)
+  return AdaptedProjection(features, rank=config.lora_rank, scale=config.lora_scale, **fields)
+
+
 class MLP(nn.Module):
   """down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x))); biases with `mlp_bias`."""
   config: TransformerConfig
@@ -109,8 +135,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x_BxNxE: jax.Array) -> jax.Array:
     cfg = self.config
-    dense = lambda features, name, scale=1.0: nn.Dense(
-        features, use_bias=cfg.mlp_bias, dtype=cfg.activation_dtype, kernel_init=fan_in_init(scale), name=name)
+    dense = lambda features, name, scale=1.0: projection(cfg, features, cfg.mlp_bias, scale, name=name)
     if cfg.mlp == "swiglu":
       hidden_BxNxF = nn.silu(dense(cfg.mlp_dim, "gate")(x_BxNxE)) * dense(cfg.mlp_dim, "up")(x_BxNxE)
     else:
@@ -122,18 +147,16 @@ class Attention(nn.Module):
   """Projections, rotary embedding and grouped heads; subclasses say which keys a query attends to.
 
   Parameters: query/kernel [E, H, D], key/kernel and value/kernel [E, G, D], out/kernel [H, D, E]; biases [H, D] and [G, D] on the
-  first three with `use_bias`, [E] on the last with `out_bias`; query_norm/scale and key_norm/scale [D] with `qk_norm`. Query head h reads KV head
-  h // (H / G).
+  first three with `use_bias`, [E] on the last with `out_bias`; adapters beside all four with `lora_rank`; query_norm/scale and key_norm/scale
+  [D] with `qk_norm`. Query head h reads KV head h // (H / G).
   """
   config: TransformerConfig
 
   def setup(self):
     cfg = self.config
-    project = lambda heads: nn.DenseGeneral(
-        (heads, cfg.head_dim), use_bias=cfg.use_bias, dtype=cfg.activation_dtype, kernel_init=fan_in_init())
+    project = lambda heads: projection(cfg, (heads, cfg.head_dim), cfg.use_bias)
     self.query, self.key, self.value = project(cfg.num_heads), project(cfg.num_kv_heads), project(cfg.num_kv_heads)
-    self.out = nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=cfg.out_bias, dtype=cfg.activation_dtype,
-                               kernel_init=fan_in_init(residual_scale(cfg)))
+    self.out = projection(cfg, cfg.embed_dim, cfg.out_bias, residual_scale(cfg), axis=(-2, -1))
     if cfg.qk_norm:
       self.query_norm, self.key_norm = RMSNorm(cfg.norm_eps), RMSNorm(cfg.norm_eps)
 

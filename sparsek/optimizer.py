@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsek import lora
 from sparsek.config import OptimizerConfig
 
 
@@ -24,11 +25,11 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def decay_mask(params):
-  """A tree of bools like `params`: True where weight decay applies, which is on matrices: leaves called "kernel".
+  """A tree of bools like `params`: True where weight decay applies, which is on matrices: leaves called "kernel", and adapters.
 
   Names decide and not ranks, because scanned layers stack a rank-1 norm scale into rank 2, and embeddings are matrices by rank only.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) in lora.MATRICES, params)
 
 
 def trainable_mask(params, trainable: str):
@@ -45,12 +46,14 @@ def scale_scorers(multiplier: float) -> optax.GradientTransformation:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Clipping by global norm, Adam moments in float32, decoupled weight decay on matrices, the schedule, the scorers' own rate.
 
-  The structure of the state depends on the parameters only, so that a run can be resumed with any other optimizer flag.
+  The structure of the state depends on the parameters only, so that a run can be resumed with any other optimizer flag. With adapters among them it is that
+  of the learned ones, `sparsek.lora.split`: `init` takes all parameters, `update` the learned ones and their gradients.
   """
-  return optax.chain(
+  chain = optax.chain(
       optax.clip_by_global_norm(config.grad_clip) if config.grad_clip > 0 else optax.identity(),
       optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8, mu_dtype=jnp.float32),
       optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
       optax.scale_by_learning_rate(learning_rate_schedule(config)),
       scale_scorers(config.scorer_lr_multiplier),              # last: it has no state, and those before it keep their places in checkpoints
   )
+  return optax.GradientTransformation(lambda params: chain.init(lora.split(params)[0]), chain.update)

@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # "layers_0/attention/query/kernel" -> s
 # No parameter depends on these: a checkpoint restores under other values of them.
 FREE_FIELDS = (
     "k", "window", "gate", "dtype", "remat", "implementation", "norm_eps", "rope_theta", "rope_fraction", "rope_scaling", "parallel_residual",
-    "scorer_init_scale", "scorer_init_slope", "scorer_normalize", "scorer_noise", "scorer_loss_queries")
+    "scorer_init_scale", "scorer_init_slope", "scorer_normalize", "scorer_noise", "scorer_loss_queries", "lora_alpha")
 
 
 def parameter_shapes(tree) -> dict[str, tuple[int, ...]]:

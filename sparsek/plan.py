@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek import checkpoint, distillation, flops
+from sparsek import checkpoint, distillation, flops, lora
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
 from sparsek.model import count_params
 from sparsek.optimizer import make_optimizer
-from sparsek.train_step import BATCH, abstract_state, check_batch, check_implementation, check_length, make_mesh, make_train_step
+from sparsek.train_step import BATCH, abstract_state, check_adapters, check_batch, check_implementation, check_length, make_mesh, make_train_step
 
 GB = 1e9
 
@@ -25,6 +25,7 @@ class Plan:
 
   Attributes:
     parameters: how many.
+    learned: of them, if those beside adapters are frozen.
     tokens: of a batch.
     step_flops, full_flops: operations of forward and backward passes over documents as long as the rows; the latter with full attention in every layer.
     seconds_at_peak: that step_flops would take at the devices' peak rate, or None where that is not known.
@@ -33,6 +34,7 @@ class Plan:
     limit_bytes: what JAX may take, or None where the backend does not say.
   """
   parameters: int
+  learned: int
   tokens: int
   step_flops: int
   full_flops: int
@@ -52,7 +54,7 @@ class Plan:
     """For people."""
     at_peak = "" if self.seconds_at_peak is None else f", {self.seconds_at_peak:.3g} s at the devices' peak rate"
     lines = [
-        f"{self.parameters:,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"{lora.describe_size(self.parameters, self.learned)}, {jax.device_count()} x {jax.devices()[0].device_kind}",
         f"{self.tokens:,} tokens a step: {self.step_flops / 1e12:,.3g} TFLOP forward and backward{at_peak} (with full attention "
         f"{self.full_flops / 1e12:,.3g})",
         f"compiled in {self.compile_seconds:.0f} s",
@@ -73,13 +75,14 @@ def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | 
   """"none" where what the backward pass needs should fit into `limit` bytes a device (or None: any), else "attention".
 
   An estimate, which tests/kernels/compile_test.py holds against the compiler's figure: per token and layer the block's input and two norms, queries, keys,
-  values and the attention's output, and four arrays of the MLP's width, and of scanned layers the same again; parameters, gradients and two moments; a chunk
-  of logits.
+  values and the attention's output, and four arrays of the MLP's width, and of scanned layers the same again; parameters; gradients and two moments of those
+  that learn; a chunk of logits.
   """
   per_token = 3 * config.embed_dim + 2 * config.head_dim * (config.num_heads + config.num_kv_heads) + 4 * config.mlp_dim
   tokens = train.data.seq_len * -(-train.data.batch_size // (train.grad_accumulation * jax.device_count()))
   activations = (2 if config.scan_layers else 1) * tokens * config.num_layers * per_token * config.activation_dtype.itemsize
-  state = 16 * count_params(checkpoint.abstract_params(config)) + 6 * min(train.loss_chunk, tokens) * config.vocab_size
+  params = checkpoint.abstract_params(config)
+  state = 4 * count_params(params) + 12 * count_params(lora.split(params)[0]) + 6 * min(train.loss_chunk, tokens) * config.vocab_size
   return "none" if limit is None or activations + state <= 0.9 * limit else "attention"
 
 
@@ -92,6 +95,7 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   """
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
+  check_adapters(config, train)
   params = checkpoint.abstract_params(config)
   check_length(config, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)
@@ -112,7 +116,8 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   step_flops, full_flops = (flops.training_flops(c, params, lengths) for c in (config, dataclasses.replace(config, attention="full")))
   peak = flops.peak(jax.devices()[0])
   return Plan(
-      parameters=count_params(params), tokens=rows * n, step_flops=step_flops, full_flops=full_flops, compile_seconds=seconds,
+      parameters=count_params(params), learned=count_params(lora.split(params)[0]), tokens=rows * n,
+      step_flops=step_flops, full_flops=full_flops, compile_seconds=seconds,
       seconds_at_peak=peak and step_flops / (peak * mesh.size), limit_bytes=memory_limit(),
       state_bytes=memory and memory.argument_size_in_bytes,
       temporary_bytes=memory and memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from sparsek import safetensors
+from sparsek import lora, safetensors
 from sparsek.checkpoint import abstract_params
 from sparsek.config import TransformerConfig, check_choice
 from sparsek.errors import UsageError
@@ -100,7 +100,7 @@ def save(folder: str, config: TransformerConfig, params: Params, *, family: str 
 
   Args:
     folder: is made; must be empty.
-    config, params: the model.
+    config, params: the model; adapters are merged.
     family: a key of FAMILIES; None takes the one whose config.json says most.
     fields: further fields of config.json, such as eos_token_id.
     max_shard_bytes: size of a file; larger models are split.
@@ -112,12 +112,14 @@ def save(folder: str, config: TransformerConfig, params: Params, *, family: str 
   comparison = Comparison(parameter_shapes(params), parameter_shapes(abstract_params(config)))
   if not comparison.fits:
     raise UsageError(f"params are not those of this configuration\n{comparison.table()}")
+  params, config = lora.merge(config, params), lora.merged_config(config)
   leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   there, stored = {}, {}
-  for name, shape in comparison.wanted.items():
+  shapes = parameter_shapes(params)
+  for name, shape in shapes.items():
     for place, ours in _pieces(config, name, shape):
       stored[ours] = leaves[name], place
-  for ours, layout in _layouts(config, described["model_type"], comparison.wanted, None).items():
+  for ours, layout in _layouts(config, described["model_type"], shapes, None).items():
     there.setdefault(layout.name, []).append((layout, *stored[ours]))
   sizes = _sizes(config)
   tensors = {}

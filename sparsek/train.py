@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, distillation, flops, pretrained, run_directory, trace
+from sparsek import checkpoint, distillation, flops, lora, pretrained, run_directory, trace
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
@@ -20,8 +20,8 @@ from sparsek.optimizer import make_optimizer, trainable_mask
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
 from sparsek.tokenizer import load_tokenizer
-from sparsek.train_step import (TrainState, check_batch, check_implementation, check_length, make_diagnose, make_eval_step, make_mesh, make_train_step,
-                                put_batch, replicated)
+from sparsek.train_step import (TrainState, check_adapters, check_batch, check_implementation, check_length, make_diagnose, make_eval_step, make_mesh,
+                                make_train_step, put_batch, replicated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _model_record(config: TransformerConfig, train: TrainConfig, dataset: TokenD
 
 def _check_tokenizer(workdir: str, dataset: TokenDataset, data: str) -> TransformerConfig:
   """Returns the configuration of the run in `workdir`. Raises UsageError where it was trained on other tokens."""
-  config, run = checkpoint.load_run_config(workdir)
+  config, run = checkpoint.load_run_config(workdir, adapters=True)
   if run["tokenizer"]["fingerprint"] != dataset.tokenizer.fingerprint:
     here, there = (f"{name}, {fingerprint[:12]}" for name, fingerprint in (
         (dataset.tokenizer.name, dataset.tokenizer.fingerprint), (run["tokenizer"]["name"], run["tokenizer"]["fingerprint"])))
@@ -131,6 +131,7 @@ class _Run:
     self.last_step = min(self.num_steps, train.stop_at or self.num_steps)
     self.mesh = make_mesh()
     check_batch(self.mesh, train.data.batch_size, train.grad_accumulation)
+    check_adapters(config, train)
     self.params_shape = checkpoint.abstract_params(config)
     check_length(config, train.data.seq_len)
     check_implementation(config, train.data.seq_len, self.params_shape)
@@ -161,6 +162,9 @@ class _Run:
       if not checkpoint.load_run_config(workdir)[1]["data"]["data"]:
         raise UsageError(f"--workdir={workdir} holds an imported model and no run that could go on: give a new folder, and --init_from=hf:FOLDER")
       old = _check_tokenizer(workdir, self.dataset, self.train.data.data)
+      if old.lora_rank == self.config.lora_rank and old.lora_scale != self.config.lora_scale:        # else its older checkpoints would be other models
+        here, there = (config.lora_alpha or config.lora_rank for config in (self.config, old))
+        raise UsageError(f"--lora_alpha={here} must be {there}, as in the run in {workdir}; or give a new folder, and --init_from={workdir}")
       opt_state = jax.eval_shape(self.optimizer.init, self.params_shape)
       restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say)
       self.iterator.set_state(restored.data_state)
@@ -169,6 +173,7 @@ class _Run:
       self.step = self.saved_step = restored.step
       params, opt_state = restored.params, restored.opt_state
     else:
+      model = lora.merged_config(self.config)
       if self.train.init_from and self.train.init_from.startswith(pretrained.PREFIX):
         params = self._load_pretrained(self.train.init_from.removeprefix(pretrained.PREFIX), everywhere)
         say(f"starting from {self.train.init_from}")
@@ -177,10 +182,14 @@ class _Run:
         if not os.path.isdir(folder):
           raise UsageError(f"--init_from={self.train.init_from}: there is no folder {folder}")
         _check_tokenizer(folder, self.dataset, self.train.data.data)
-        params, step = checkpoint.load_params(folder, self.config, step, everywhere, say)
+        params, step = checkpoint.load_params(folder, model, step, everywhere, say)
         say(f"starting from the parameters of {folder} at step {step}")
+      elif self.config.lora_rank:
+        raise UsageError(f"--lora_rank={self.config.lora_rank} needs --init_from: adapters learn beside the matrices of a pretrained model")
       else:
         params = jax.jit(lambda key: init_params(self.config, key), out_shardings=everywhere)(jax.random.key(self.train.seed))
+      if self.config.lora_rank:
+        params = lora.extend(self.config, params, jax.random.key(self.train.seed), everywhere)
       self.step = 0
       opt_state = jax.jit(self.optimizer.init, out_shardings=everywhere)(params)
     self.data_state = self.iterator.get_state()
@@ -193,7 +202,7 @@ class _Run:
                        f"experiments.prepare_data --tokenizer={folder}")
     if self.dataset.tokenizer.vocab_size > self.config.vocab_size:
       raise UsageError(f"--init_from={self.train.init_from}: the tokenizer has {self.dataset.tokenizer.vocab_size} ids, the model {self.config.vocab_size}")
-    return pretrained.load(folder, config=self.config, key=jax.random.key(self.train.seed), sharding=sharding)[1]
+    return pretrained.load(folder, config=lora.merged_config(self.config), key=jax.random.key(self.train.seed), sharding=sharding)[1]
 
   def evaluation_due(self, step: int) -> bool:
     return bool(self.train.eval_every) and step > 0 and (step % self.train.eval_every == 0 or step == self.num_steps)
@@ -335,7 +344,8 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
       return Result(run.step, already_complete=True)
     run.write_records(flagfile)
     progress = stack.enter_context(contextlib.closing(Progress(run.step, run.num_steps)))
-    progress.say(f"{count_params(run.state.params):,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}")
+    size = lora.describe_size(*(count_params(params) for params in (run.state.params, lora.split(run.state.params)[0])))
+    progress.say(f"{size}, {jax.device_count()} x {jax.devices()[0].device_kind}")
     writer = checkpoint.CheckpointWriter(workdir, train_config.keep_checkpoints)
     stack.callback(run.finish_save, writer, progress.say)
     if evaluate_first:

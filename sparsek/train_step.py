@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sparsek import lora
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
@@ -66,6 +67,15 @@ def check_implementation(config: TransformerConfig, seq_len: int, params) -> Non
       raise UsageError(f"--implementation={config.implementation}: {error}") from None
 
 
+def check_adapters(config: TransformerConfig, train: TrainConfig) -> None:
+  """Raises UsageError where adapters could not learn, or would be larger than what they stand for."""
+  if config.lora_rank and train.optimizer.trainable == "scorer":
+    why = "--scorer_warmup and --trainable=scorer" if train.scorer_warmup else "--trainable=scorer"
+    raise UsageError(f"--lora_rank={config.lora_rank} and {why} exclude each other: no adapter would learn; warm up scorers before, without adapters")
+  if config.lora_rank > config.embed_dim:
+    raise UsageError(f"--lora_rank={config.lora_rank} must be at most {config.embed_dim}, the model's width")
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Moves a batch to the devices, its rows spread over them."""
   return jax.device_put(batch, NamedSharding(mesh, P(BATCH)))
@@ -83,7 +93,8 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   The loss is the mean over all counted targets of the whole batch, in nats: each device sums its rows' gradients, micro-batch by
   micro-batch, already divided by the number of targets of all, and one sum over the devices ends it.
 
-  Only the parameters that `train.optimizer.trainable` names change, and only their gradients count.
+  Only the parameters that `train.optimizer.trainable` names change, and only their gradients count. With adapters, gradients are formed of the learned ones
+  only, `sparsek.lora.split`.
 
   metrics: float32 scalars "loss" (the cross-entropy alone; in the scorers' warm-up, where there is none, the scorers' loss), "grad_norm" (before clipping),
   "learning_rate", int32 "num_targets", and, before their weights, where those are above 0, "scorer_loss" and "divergence" from the teacher. Noise on the
@@ -96,46 +107,47 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     """No gradients are computed for parameters that do not change."""
     return jax.tree.map(lambda leaf, changes: leaf if changes else jax.lax.stop_gradient(leaf), params, trainable_mask(params, trainable))
 
-  def local_gradients(params, batch, step, teacher_params):
+  def local_gradients(learned, frozen, batch, step, teacher_params):
     num_targets = _num_targets(batch)
     per_target = lambda x: x / jnp.maximum(num_targets, 1)
 
-    def objective(params, rows, i):
-      key = None
+    def objective(learned, rows, i):
+      params, key = lora.join(freeze(learned), frozen), None
       if config.scorer_noise or train.scorer_loss:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
       if train.scorer_warmup:
-        scorer_loss = scorer_warmup_loss(config, freeze(params), rows, train.data.segment_documents, key) / train.data.batch_size
+        scorer_loss = scorer_warmup_loss(config, params, rows, train.data.segment_documents, key) / train.data.batch_size
         return train.scorer_loss * scorer_loss, {"loss": scorer_loss, "scorer_loss": scorer_loss}
-      losses = summed_losses(config, freeze(params), rows, train.loss_chunk, train.data.segment_documents, scorer_loss=train.scorer_loss > 0, key=key,
+      losses = summed_losses(config, params, rows, train.loss_chunk, train.data.segment_documents, scorer_loss=train.scorer_loss > 0, key=key,
                              teacher=None if teacher is None else Teacher(teacher, teacher_params, train.distill))
       scorer_loss = losses.scorers / train.data.batch_size
       metrics = {"loss": per_target(losses.cross_entropy), "scorer_loss": scorer_loss, "divergence": per_target(losses.divergence)}
       return per_target(losses.objective) + train.scorer_loss * scorer_loss, {name: metrics[name] for name in logged}
 
     def micro_batch(sums, rows):
-      grads, losses = jax.grad(objective, has_aux=True)(params, *rows)
+      grads, losses = jax.grad(objective, has_aux=True)(learned, *rows)
       return jax.tree.map(jnp.add, sums, (losses, grads)), None
 
     if train.grad_accumulation == 1:
-      grads, losses = jax.grad(objective, has_aux=True)(params, batch, 0)
+      grads, losses = jax.grad(objective, has_aux=True)(learned, batch, 0)
     else:
       rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, x.shape[-1]), batch)
-      sums = dict.fromkeys(logged, jnp.zeros(())), jax.tree.map(jnp.zeros_like, params)
+      sums = dict.fromkeys(logged, jnp.zeros(())), jax.tree.map(jnp.zeros_like, learned)
       (losses, grads), _ = jax.lax.scan(micro_batch, sums, (rows, jnp.arange(train.grad_accumulation)))
     return *jax.lax.psum((losses, grads), BATCH), num_targets
 
   # check_vma=False: params come in unvaried and their gradients are summed here, once, and not inside every loop of the backward pass.
-  gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(BATCH), P(), P()), out_specs=P(), check_vma=False)
+  gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(), P(BATCH), P(), P()), out_specs=P(), check_vma=False)
 
   def train_step(state: TrainState, batch, teacher_params=None):
-    losses, grads, num_targets = gradients(state.params, batch, state.step, teacher_params)
+    learned, frozen = lora.split(state.params)
+    losses, grads, num_targets = gradients(learned, frozen, batch, state.step, teacher_params)
     metrics = {**losses, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     # Also where moments of a run that trained more are not 0.
-    params = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(state.params, updates), state.params,
-                          trainable_mask(state.params, trainable))
-    return TrainState(state.step + 1, params, opt_state), metrics
+    learned = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(learned, updates), learned,
+                           trainable_mask(learned, trainable))
+    return TrainState(state.step + 1, lora.join(learned, frozen), opt_state), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 

@@ -45,6 +45,7 @@ CASES = [                        # command, what its message must hold; TMP is t
     ("pretrain --workdir=TMP/x --data=TMP/damaged", "tokens.bin"),
     (f"pretrain --workdir=TMP/x {TINY} --seq_len=100000000", "seq_len=100000000"),
     (f"pretrain --workdir=TMP/x {TINY} --init_from=TMP/nowhere", "TMP/nowhere"),
+    (f"pretrain --workdir=TMP/x {TINY} --lora_rank=2", "--lora_rank=2 needs --init_from"),
     (f"pretrain --workdir=TMP/x {TINY} --init_from=TMP/run@99", "99"),
     (f"pretrain --workdir=/proc/x {TINY}", "--workdir=/proc/x"),
     (f"pretrain --workdir=TMP/in_use {TINY}", "in use by another run"),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import generate, import_hf, pretrain
+from experiments import evaluate, generate, import_hf, pretrain
 from sparsek import checkpoint, flags, pretrained
 from sparsek.config import TransformerConfig
 from sparsek.corpus import Document
@@ -84,6 +84,29 @@ def test_conversion(folder, data):
   assert (config.attention, config.k, config.scorer_init_sink, config.vocab_size) == (("sparsek",), 2, 3., 300)
 
 
+def test_conversion_by_adapters(folder, data, tmp_path, capsys):
+  """Adapters and new scorers learn beside a folder's matrices; what is exported, generated and evaluated is the merged model."""
+  train = lambda name, *flags_: run_command(pretrain.main, flags.FLAGS, f"--workdir={tmp_path}/{name}", f"--data={data}", "--seq_len=16", "--batch_size=2",
+                                           "--learning_rate=0.1", "--warmup_steps=0", "--num_steps=2", "--eval_every=2", "--eval_batches=1", *flags_)
+  adapted = [f"--init_from=hf:{folder}/model", "--attention=sparsek", "--lora_rank=2", "--lora_alpha=3", "--scorer_loss=.1"]
+  assert train("lora", *adapted, "--dry_run") == 0 and "of them learn" in capsys.readouterr().out
+  assert train("lora", *adapted) == 0
+  config, _ = checkpoint.load_run_config(str(tmp_path / "lora"))
+  params, _ = checkpoint.load_params(str(tmp_path / "lora"), config)
+  assert run(f"--workdir={tmp_path}/lora", f"--export={tmp_path}/model") == 0
+  exported, back = pretrained.load(str(tmp_path / "model"))
+  assert exported == config and config.lora_rank == 0
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  assert not np.array_equal(params["layers_0"]["mlp"]["up"]["kernel"], pretrained.load(str(folder / "model"))[1]["layers_0"]["mlp"]["up"]["kernel"])
+  heldout = json.loads((tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()[-1])["heldout_loss"]
+  assert run_command(evaluate.main, evaluate.FLAGS, f"--workdir={tmp_path}/lora", "--eval_batches=1") == 0
+  assert json.loads((tmp_path / "lora" / "evaluation.jsonl").read_text())["loss"] == pytest.approx(heldout, abs=1e-5)
+  assert run_command(generate.main, flags.FLAGS, f"--workdir={tmp_path}/lora", "--prompt=some", "--max_new_tokens=1") == 0
+  teacher = ["--distill=.5", f"--distill_from={tmp_path}/lora"]
+  assert train("next", f"--init_from={tmp_path}/lora", *teacher) == 0                            # without --lora_rank: from the merged model
+  assert json.loads((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()[0])["divergence"] < 1e-3
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--preset=mini"], "--preset=mini and a pretrained model's architecture exclude each other"),
     (["--embed_dim=16"], "embed_dim=16 here, 8 there"),
@@ -92,6 +115,12 @@ def test_conversion(folder, data):
     (["--distill=1", "--distill_from=hf:{folder}/model", "--data={folder}/bytes", "--init_from={folder}/none", "--preset=tiny"],
      "--distill_from=hf:{folder}/model: its tokenizer"),
     (["--data={folder}/bytes"], "the tokenizer of --data={folder}/bytes is not that of --init_from=hf:{folder}/model"),
+    (["--lora_rank=-1"], "--lora_rank=-1: must be an integer of at least 0"),
+    (["--lora_rank=9"], "--lora_rank=9 must be at most 8"),
+    (["--lora_alpha=4"], "--lora_alpha=4.0 must be above 0, finite, and go with a lora_rank above 0; lora_rank=0"),
+    (["--lora_rank=2", "--lora_alpha=0"], "--lora_alpha=0.0 must be above 0"),
+    (["--lora_rank=2", "--trainable=scorer"], "--lora_rank=2 and --trainable=scorer exclude each other"),
+    (["--lora_rank=2", "--trainable=scorer", "--scorer_warmup", "--scorer_loss=1"], "--lora_rank=2 and --scorer_warmup and --trainable=scorer exclude each"),
     (["--init_from=hf:{folder}/nowhere"], "{folder}/nowhere/config.json cannot be read"),
 ])
 def test_bad_training_of_a_pretrained_model(folder, data, capsys, arguments, words):

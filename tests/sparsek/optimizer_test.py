@@ -35,6 +35,13 @@ def test_only_matrices_decay():
   assert [jax.tree_util.keystr(path) for path, yes in decayed if yes] == ["['layer']['query']['kernel']"]
 
 
+def test_adapters_decay_and_have_moments_and_what_they_stand_beside_has_none():
+  params = {"layer": {"up": {"kernel": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}, "scorer": {"slope": jnp.ones(1)}}}
+  state = make_optimizer(OptimizerConfig()).init(params)
+  assert jax.tree.map(jnp.shape, state[1].mu) == {"layer": {"up": {"lora_a": (2, 1), "lora_b": (1, 2)}, "scorer": {"slope": (1,)}}}
+  assert decay_mask(params) == {"layer": {"up": {"kernel": True, "lora_a": True, "lora_b": True}, "scorer": {"slope": False}}}
+
+
 def test_one_update_is_adamw():
   config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, num_steps=10, weight_decay=0.5, grad_clip=0.0)
   optimizer = make_optimizer(config)

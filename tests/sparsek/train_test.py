@@ -1,6 +1,7 @@
 """The loop within one process: what a run writes, how it resumes, what it refuses. tests/experiments kills real processes."""
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -16,11 +17,12 @@ import pytest
 from sparsek import checkpoint, run_directory, train
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.corpus import Document
-from sparsek.data import open_data
+from sparsek.data import eval_batches, open_data
 from sparsek.errors import RunError, UsageError
 from sparsek.metrics import read_metrics
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
+from sparsek.train_step import make_eval_step, make_mesh
 
 CONFIG = TransformerConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
 
@@ -203,6 +205,33 @@ def test_init_from_takes_parameters_only(finished, dataset, tmp_path):
     train.train(CONFIG, run_config(tmp_path / "c", init_from="/nowhere"), dataset)
   with pytest.raises(UsageError, match="--embed_dim=16 here, 8 there"):
     train.train(dataclasses.replace(CONFIG, embed_dim=16), run_config(tmp_path / "d", init_from=finished[0]), dataset)
+
+
+def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(finished, dataset, tmp_path, capsys):
+  config = dataclasses.replace(CONFIG, lora_rank=2, lora_alpha=6.)
+  settings = functools.partial(run_config, init_from=finished[0])
+  train.train(config, settings(tmp_path / "whole"), dataset)
+  assert "of them learn" in capsys.readouterr().err
+  train.train(config, settings(tmp_path / "parts", stop_at=3), dataset)
+  train.train(config, settings(tmp_path / "parts"), dataset)
+  assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+  plain, _ = checkpoint.load_run_config(str(tmp_path / "whole"))
+  assert plain == CONFIG and checkpoint.load_run_config(str(tmp_path / "whole"), adapters=True)[0] == config
+  base, params = (checkpoint.load_params(str(folder), CONFIG)[0] for folder in (finished[0], tmp_path / "whole"))
+  same = jax.tree.map(np.array_equal, base, params)
+  assert {path[-1].key for path, same in jax.tree_util.tree_leaves_with_path(same) if not same} == {"kernel"}
+  train.train(CONFIG, run_config(tmp_path / "merged", num_steps=1, init_from=str(tmp_path / "whole")), dataset)
+  train.train(config, run_config(tmp_path / "new", num_steps=1, init_from=str(tmp_path / "whole")), dataset)
+  losses = [logged(tmp_path / name)[0]["loss"] for name in ("merged", "new")]                       # both of the first step: of what they begin at
+  held_out = functools.partial(train.heldout_loss, mesh=make_mesh(), batches=list(eval_batches(dataset, run_config("").data, 2)))
+  assert losses[0] == losses[1]
+  assert held_out(params, make_eval_step(CONFIG, 64, make_mesh())) == pytest.approx(logged(tmp_path / "whole")[-1]["heldout_loss"], abs=1e-5)
+  for other, message in ((dataclasses.replace(config, lora_alpha=2.), "--lora_alpha=2.0 must be 6.0, as in the run"),
+                         (dataclasses.replace(config, lora_rank=3), "--lora_rank=3 here, 2 there"), (CONFIG, "--lora_rank=0 here, 2 there")):
+    with pytest.raises(UsageError, match=message):
+      train.train(other, settings(tmp_path / "whole", num_steps=9), dataset)
+  with pytest.raises(UsageError, match="--lora_rank=2 needs --init_from"):
+    train.train(config, run_config(tmp_path / "none"), dataset)
 
 
 def test_another_tokenizer_is_refused(finished, dataset):
