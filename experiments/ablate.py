@@ -18,7 +18,7 @@ import sys
 from absl import flags as absl_flags
 
 from sparsek import ablation, flags
-from sparsek.config import ATTENTION_KINDS, GATES, SCORERS, parse_layer_pattern
+from sparsek.config import GATES, SCORERS
 from sparsek.errors import RunError, UsageError
 
 FLAGS = absl_flags.FlagValues()
@@ -31,18 +31,6 @@ def choices(name, allowed):
   for value in values:
     if value not in allowed:
       raise UsageError(f"--{name}={FLAGS[name].value}: {value!r} must be one of {', '.join(allowed)}")
-  return values
-
-
-def patterns(name):
-  """Kinds of attention, or patterns of them, such as sparsek*5+full."""
-  values = FLAGS[name].value.split(",")
-  for value in values:
-    try:
-      parse_layer_pattern(value.replace("+", ","))
-    except ValueError:
-      raise UsageError(f"--{name}={FLAGS[name].value}: {value!r} must be one of {', '.join(ATTENTION_KINDS)}, or of these a pattern of layers such as "
-                       "sparsek*5+full") from None
   return values
 
 
@@ -88,7 +76,7 @@ def main() -> None:
   """Trains what is missing, and reports after every cell."""
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
-  cells = ablation.grid(patterns("attention"), numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS),
+  cells = ablation.grid(ablation.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS),
                         FLAGS.seeds)
   mine = ablation.share(cells, FLAGS.job)
   given = shared()

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 
 from sparsek import plots
-from sparsek.config import ATTENTION_KINDS
+from sparsek.config import ATTENTION_KINDS, parse_layer_pattern
 from sparsek.errors import UsageError
 from sparsek.metrics import read_metrics
 
@@ -49,6 +49,18 @@ class Cell:
     if self.attention not in ATTENTION_KINDS:
       values["layer_pattern"] = values.pop("attention").replace("+", ",")
     return [f"--{name}={value}" for name, value in values.items()]
+
+
+def patterns(text: str) -> list[str]:
+  """Of --attention: kinds, or patterns of layers, separated by commas. Raises UsageError for others."""
+  values = text.split(",")
+  for value in values:
+    try:
+      parse_layer_pattern(value.replace("+", ","))
+    except ValueError:
+      raise UsageError(f"--attention={text}: {value!r} must be one of {', '.join(ATTENTION_KINDS)}, or of these a pattern of layers such as "
+                       "sparsek*5+full") from None
+  return values
 
 
 def kinds_of(attention: str) -> set[str]:
