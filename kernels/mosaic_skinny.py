@@ -1,5 +1,4 @@
-"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on: they take as long as reading the matrix, the small things around
-them included.
+"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on, with the small things around them inside.
 
 A program computes 16 columns of the result, by tensor cores, whose rows are the matrix's and whose columns are those of x. Its warps share the sum; every lane
 asks for all that it needs of the matrix at once, before it does anything else. In which order a warp sums does not matter: a lane takes eight neighbours of its

@@ -65,7 +65,7 @@ def filled(config: TransformerConfig, batch_size: int, n: int) -> Cache:
   """A cache that has seen n tokens, with random contents."""
   cache, period = init_cache(config, batch_size, max_length=n + ROOM), 1024
   # The same in every layer, and again and again along it: random numbers of every layer take minutes to compile, those of a long cache twice its memory.
-  keys = jax.random.split(jax.random.key(0), 3)
+  keys = jax.random.split(jax.random.key(0))
   some = jax.random.normal(keys[0], (2, batch_size, config.num_kv_heads, period, config.head_dim), config.activation_dtype)
   noise = jax.random.normal(keys[1], (batch_size, config.num_kv_heads, period))
 
