@@ -170,3 +170,13 @@ def unstack_layers(config: TransformerConfig, params: Params) -> Params:
   """Parameters in the layout of scan_layers=False, whichever they have."""
   return {name: leaf for name, leaf in params.items() if name != "layers"} | {
       f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)}
+
+
+def stack_layers(config: TransformerConfig, params: Params) -> Params:
+  """Parameters with layers unstacked in the layout that `config` has: undoes `unstack_layers`."""
+  if not config.scan_layers:
+    return params
+  period = len(config.attention)
+  groups = lambda place: [params[f"layers_{i}"] for i in range(place, config.num_layers, period)]
+  return {name: leaf for name, leaf in params.items() if not name.startswith("layers_")} | {
+      "layers": {f"blocks_{place}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups(place)) for place in range(period)}}

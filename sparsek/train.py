@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, distillation, flops, lora, pretrained, run_directory, trace
+from sparsek import checkpoint, conversion, distillation, flops, lora, pretrained, run_directory, trace
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
@@ -182,7 +182,7 @@ class _Run:
         if not os.path.isdir(folder):
           raise UsageError(f"--init_from={self.train.init_from}: there is no folder {folder}")
         _check_tokenizer(folder, self.dataset, self.train.data.data)
-        params, step = checkpoint.load_params(folder, model, step, everywhere, say)
+        params, step = conversion.load(folder, model, step, jax.random.key(self.train.seed), everywhere, say)
         say(f"starting from the parameters of {folder} at step {step}")
       elif self.config.lora_rank:
         raise UsageError(f"--lora_rank={self.config.lora_rank} needs --init_from: adapters learn beside the matrices of a pretrained model")

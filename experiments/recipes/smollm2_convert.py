@@ -14,19 +14,14 @@ evaluated by position on held-out documents and asked for what stands at least k
 """
 
 import argparse
-import concurrent.futures
-import contextlib
 import json
 import math
 import os
-import re
 import shlex
-import subprocess
-import sys
-import time
 
 from matplotlib.figure import Figure
 
+from experiments.recipes.stages import flags_of, run_stages
 from sparsek import checkpoint, run_directory, tasks
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
@@ -67,11 +62,6 @@ def last_line(path: str) -> dict:
     return json.loads(file.read().splitlines()[-1])
 
 
-def flags_of(folder: str) -> list[str]:
-  with open(os.path.join(folder, "flags.txt"), encoding="utf-8") as file:
-    return file.read().splitlines()
-
-
 def describe(folder: str, minutes: float) -> dict:
   """What a run was trained on, how, and how good it is."""
   _, record = checkpoint.load_run_config(folder)
@@ -105,58 +95,9 @@ def draw(runs: dict[str, dict], path: str) -> None:
   figure.savefig(path)
 
 
-def needed(plan: dict[str, tuple[str, ...]], name: str) -> set[str]:
-  """The stages whose folders a stage's command names."""
-  places = {os.path.basename(place) for word in plan[name] for place in re.split("[=,]", word)}
-  return places & set(plan) - {name}
-
-
-def run_stage(options, name: str, words: tuple[str, ...], device: str | None) -> float | None:
-  """Minutes that it took; None where it did not get to its end."""
-  command = [sys.executable, "-m", f"experiments.{words[0]}", *words[1:]]
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.path.abspath(os.path.join(options.workdir, "compiled"))}
-  if device is not None:
-    each = -(-options.at_once // len(options.devices.split(",")))
-    environment |= {"CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / each:.3f}"}
-  print(f"== {name} ==\n{shlex.join(command)}", flush=True)
-  begin, folder = time.monotonic(), os.path.join(options.workdir, name)
-  with open(f"{folder}.log", "a", encoding="utf-8") if options.at_once > 1 else contextlib.nullcontext() as log:
-    code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
-  if code or words[0] == "pretrain" and f"--num_steps={checkpoint.saved_steps(folder)[-1]}" not in flags_of(folder):          # or stopped by a signal
-    return None
-  return (time.monotonic() - begin) / 60
-
-
 def main(options) -> None:
-  os.makedirs(options.workdir, exist_ok=True)
-  path = os.path.join(options.workdir, "minutes.json")
-  minutes = {}
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      minutes = json.load(file)
   plan = stages(options)
-  left, running, failed = [name for name in plan if name not in minutes], {}, []
-  with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
-    while left or running:
-      for name in [name for name in left if needed(plan, name) <= set(minutes)][:options.at_once - len(running)]:
-        taken = [device for _, device in running.values()]
-        device = min(options.devices.split(","), key=taken.count) if options.devices else None
-        running[pool.submit(run_stage, options, name, plan[name], device)] = name, device
-        left.remove(name)
-      if not running:
-        break                                                                # what is left needs a stage that failed
-      for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-        name, _ = running.pop(future)
-        if future.result() is None:
-          failed.append(name)
-          continue
-        minutes[name] = future.result()
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
-          json.dump(minutes, file)
-        os.replace(f"{path}.new", path)
-        print(f"{name}: {minutes[name]:.2f} minutes", flush=True)
-  if failed:
-    sys.exit(f"did not get to their end: {', '.join(failed)}; the same command goes on from here" + f" ({options.workdir}/NAME.log)" * (options.at_once > 1))
+  minutes = run_stages(plan, options.workdir, options.devices, options.at_once)
   names = [name for name in plan if not name.startswith(("loss", "tasks"))]
   runs = {name: describe(os.path.join(options.workdir, name), minutes[name]) for name in names}
   dense = runs["dense"]["loss"]

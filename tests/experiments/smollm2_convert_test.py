@@ -6,7 +6,7 @@ from absl import flags as absl_flags
 import pytest
 
 from experiments import evaluate, evaluate_tasks, import_hf
-from experiments.recipes import smollm2_convert
+from experiments.recipes import smollm2_convert, stages
 from sparsek import flags
 from sparsek.config import TransformerConfig
 
@@ -37,7 +37,7 @@ def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
 
 def test_what_a_stage_waits_for():
   plan = smollm2_convert.stages(OPTIONS)
-  needs = {name: smollm2_convert.needed(plan, name) for name in plan}
+  needs = {name: stages.needed(plan, name) for name in plan}
   assert needs["dense"] == set() and needs["sparsek_warm"] == {"sparsek"} and needs["window_recall"] == {"window_tuned"}
   assert needs["tasks_sparsek"] == {"sparsek", "sparsek_warm", "sparsek_tuned", "sparsek_distilled", "sparsek_recall"}
 
@@ -46,6 +46,6 @@ def test_picture(tmp_path):
   pytest.importorskip("matplotlib")
   buckets = [{"last": 63, "loss": 3., "num_targets": 9}, {"last": 127, "loss": None, "num_targets": 0}]
   asked = [{"task": task, "length": 2048, "right": 1, "total": 2} for task in ("passkey", "needle")]
-  stages = [stage for stage in smollm2_convert.stages(OPTIONS) if not stage.startswith(("loss", "tasks"))]
-  smollm2_convert.draw({stage: {"buckets": buckets, "tasks": asked} for stage in stages}, str(tmp_path / "picture.png"))
+  names = [name for name in smollm2_convert.stages(OPTIONS) if not name.startswith(("loss", "tasks"))]
+  smollm2_convert.draw({name: {"buckets": buckets, "tasks": asked} for name in names}, str(tmp_path / "picture.png"))
   assert (tmp_path / "picture.png").stat().st_size > 10_000

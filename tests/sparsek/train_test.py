@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from sparsek import checkpoint, run_directory, train
+from sparsek import checkpoint, conversion, run_directory, train
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.corpus import Document
 from sparsek.data import eval_batches, open_data
 from sparsek.errors import RunError, UsageError
 from sparsek.metrics import read_metrics
+from sparsek.model import init_params, unstack_layers
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
 from sparsek.train_step import make_eval_step, make_mesh
@@ -205,6 +206,33 @@ def test_init_from_takes_parameters_only(finished, dataset, tmp_path):
     train.train(CONFIG, run_config(tmp_path / "c", init_from="/nowhere"), dataset)
   with pytest.raises(UsageError, match="--embed_dim=16 here, 8 there"):
     train.train(dataclasses.replace(CONFIG, embed_dim=16), run_config(tmp_path / "d", init_from=finished[0]), dataset)
+
+
+def test_init_from_takes_another_kind_of_attention_from_its_own_layers(finished, dataset, tmp_path, capsys):
+  """A dense run as a hybrid that scans; its own parameters are those of the run, scorers are new; and back."""
+  hybrid = dataclasses.replace(CONFIG, num_layers=4, attention=("sparsek", "full"), k=3, window=4, scan_layers=True)
+  dense = dataclasses.replace(hybrid, attention=("full",), scan_layers=False)
+  train.train(dense, run_config(tmp_path / "dense", num_steps=4), dataset)
+  start, _ = checkpoint.load_params(str(tmp_path / "dense"), dense)
+  begin = lambda config, name, source: train.train(config, run_config(
+      tmp_path / name, 1, init_from=str(tmp_path / source), seed=3, data=DataConfig("d", 16, 2)), dataset)
+  begin(hybrid, "hybrid", "dense")
+  assert "drawn anew: attention/scorer of 2 layers" in capsys.readouterr().err
+  params, step = conversion.load(str(tmp_path / "dense"), hybrid, None, jax.random.key(3), None, print)
+  assert step == 4
+  drawn = unstack_layers(hybrid, init_params(hybrid, jax.random.key(3)))
+  found = unstack_layers(hybrid, params)
+  for i in range(4):
+    scorer = found[f"layers_{i}"]["attention"].pop("scorer", None)
+    assert (scorer is None) == (i % 2 == 1)
+    jax.tree.map(np.testing.assert_array_equal, scorer, drawn[f"layers_{i}"]["attention"].get("scorer"))
+  jax.tree.map(np.testing.assert_array_equal, found, start)
+  begin(dense, "back", "hybrid")
+  assert "left out: attention/scorer of 2 layers" in capsys.readouterr().err
+  begin(dataclasses.replace(hybrid, scorer="conv"), "conv", "hybrid")                            # of another shape
+  assert "drawn anew: attention/scorer of 2 layers" in capsys.readouterr().err
+  with pytest.raises(UsageError, match="--mlp_dim=16 here, 8 there"):
+    begin(dataclasses.replace(hybrid, mlp_dim=16), "other", "dense")
 
 
 def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(finished, dataset, tmp_path, capsys):
