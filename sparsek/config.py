@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax.numpy as jnp
 
@@ -31,15 +32,26 @@ def check_at_least(name: str, value, minimum) -> None:
     raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
+_TERM = re.compile(r"([a-z_]+)(?::k(\d+))?(?::w(\d+))?(?:\*(\d+))?")
+
+
 def parse_layer_pattern(pattern) -> tuple[str, ...]:
-  """Turns "sparsek*5,full" (or a sequence of such terms) into a tuple of attention kinds; the tuple repeats over the layers."""
-  kinds = []
+  """Turns "sparsek*5,full" or "sliding_window:w256*5,sparsek:k1536:w256" (or a sequence of such terms) into a tuple of terms without *TIMES, each a kind
+  of attention with a k and a window of its own, if given; the tuple repeats over the layers."""
+  terms = []
   for term in pattern.split(",") if isinstance(pattern, str) else pattern:
-    kind, _, times = term.strip().partition("*")
-    if kind not in ATTENTION_KINDS or (times and not times.isdecimal()) or times == "0":
-      raise ValueError(f"attention pattern {pattern!r}: the term {term!r} is not KIND or KIND*TIMES with KIND one of {', '.join(ATTENTION_KINDS)}")
-    kinds += [kind] * int(times or 1)
-  return tuple(kinds)
+    match = _TERM.fullmatch(term.strip())
+    if not match or match[1] not in ATTENTION_KINDS or match[4] and int(match[4]) == 0:
+      raise ValueError(f"attention pattern {pattern!r}: the term {term!r} is not KIND, KIND:kK, KIND:wWINDOW or KIND:kK:wWINDOW, or one of them and *TIMES, "
+                       f"with KIND one of {', '.join(ATTENTION_KINDS)}")
+    terms += [term.strip().partition("*")[0]] * int(match[4] or 1)
+  return tuple(terms)
+
+
+def parse_term(term: str) -> tuple[str, int | None, int | None]:
+  """(kind, k, window) of a term of `parse_layer_pattern`; None where the model's is meant."""
+  kind, k, window, _ = _TERM.fullmatch(term).groups()
+  return kind, k and int(k), window and int(window)
 
 
 def parse_rope_scaling(scaling) -> tuple | None:
@@ -83,7 +95,8 @@ class TransformerConfig:
     head_dim: width D of a head; even, for the rotary embedding.
     mlp_dim: hidden width of the MLP.
     attention: attention kind per layer as a pattern that repeats over the layers: "sparsek", "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window,
-      full, and the baselines of `sparsek.baselines`: random, attention_sinks, strided, lsh, block_topk, linear.
+      full, and the baselines of `sparsek.baselines`: random, attention_sinks, strided, lsh, block_topk, linear. A layer may have a k and a window of its own,
+      "sliding_window:w256*5,sparsek:k1536:w256"; the others have those below.
     k: selected key/value pairs per query (all kinds but sliding_window, full and linear).
     window: most recent tokens each query sees, itself included (all kinds but full; lsh sees k + window of its bucket instead).
     gate: how the selection mask enters; see `sparsek.sparsek_attention`.
@@ -188,20 +201,39 @@ class TransformerConfig:
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("remat", self.remat, REMAT_POLICIES)
     check_choice("implementation", self.implementation, (None, *IMPLEMENTATIONS))
-    if "sparsek" in self.attention and self.scorer == "conv" and self.scorer_lookahead > self.window:
-      raise ValueError(f"scorer_lookahead={self.scorer_lookahead} must be at most window={self.window}: a token is judged when it leaves the window")
-    for kind in NEED_WINDOW:
-      if kind in self.attention and self.window < 1:
-        raise ValueError(f"window={self.window} must be at least 1 for {kind} layers")
+    for kind, k, window in map(parse_term, self.attention):
+      window = self.window if window is None else window
+      check_at_least(f"attention={','.join(self.attention)}: k", 1 if k is None else k, 1)
+      if kind == "sparsek" and self.scorer == "conv" and self.scorer_lookahead > window:
+        raise ValueError(f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token is judged when it leaves the window")
+      if kind in NEED_WINDOW and window < 1:
+        raise ValueError(f"window={window} must be at least 1 for {kind} layers")
     if len(self.attention) > self.num_layers:
       raise ValueError(f"the attention pattern names {len(self.attention)} layers, more than num_layers={self.num_layers}")
     if self.scan_layers and self.num_layers % len(self.attention):
       raise ValueError(f"scan_layers needs num_layers={self.num_layers} to be a multiple of the attention pattern's length {len(self.attention)}")
 
   @property
+  def layer_terms(self) -> tuple[str, ...]:
+    """The term of the attention pattern of each layer."""
+    return tuple(self.attention[i % len(self.attention)] for i in range(self.num_layers))
+
+  @property
   def layer_kinds(self) -> tuple[str, ...]:
     """The attention kind of each layer."""
-    return tuple(self.attention[i % len(self.attention)] for i in range(self.num_layers))
+    return tuple(parse_term(term)[0] for term in self.layer_terms)
+
+  def for_term(self, term: str) -> "TransformerConfig":
+    """The same with the k and window that a layer of this term has."""
+    _, k, window = parse_term(term)
+    if k is None and window is None:
+      return self
+    return dataclasses.replace(self, k=self.k if k is None else k, window=self.window if window is None else window)
+
+  @property
+  def layer_configs(self) -> tuple["TransformerConfig", ...]:
+    """The same for each layer, with its own k and window."""
+    return tuple(map(self.for_term, self.layer_terms))
 
   @property
   def rope_dim(self) -> int:

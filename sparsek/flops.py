@@ -67,5 +67,5 @@ def training_flops(config: TransformerConfig, params, lengths: np.ndarray) -> in
   """
   frozen = lora.split(params)[1]
   with_weights = 2 * (3 * matrix_parameters(params) - (matrix_parameters(frozen) if frozen else 0)) * int(np.sum(lengths))
-  pairs = sum(attended_pairs(kind, lengths, config.k, config.window, config.head_dim) for kind in config.layer_kinds)
+  pairs = sum(attended_pairs(kind, lengths, layer.k, layer.window, config.head_dim) for kind, layer in zip(config.layer_kinds, config.layer_configs))
   return with_weights + 3 * 4 * config.num_heads * config.head_dim * pairs

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.config import TransformerConfig
+from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.baselines import ATTENTION_MODULES
 from sparsek.layers import MLP, make_norm
@@ -20,11 +20,11 @@ Params = dict[str, Any]
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), where x is the block's input with `parallel_residual`, else the sum before."""
   config: TransformerConfig
-  kind: str
+  term: str                      # of the attention pattern
 
   def setup(self):
     self.attention_norm, self.mlp_norm = make_norm(self.config), make_norm(self.config)
-    self.attention = ATTENTION_MODULES[self.kind](self.config)
+    self.attention = ATTENTION_MODULES[parse_term(self.term)[0]](self.config.for_term(self.term))
     self.mlp = MLP(self.config)
 
   def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int) -> jax.Array:
@@ -49,7 +49,7 @@ class Group(nn.Module):
 
   def setup(self):
     block = _block_class(self.config)
-    self.blocks = [block(self.config, kind) for kind in self.config.attention]
+    self.blocks = [block(self.config, term) for term in self.config.attention]
 
   def __call__(self, x_BxNxE, segment_ids, first_layer):
     for i, block in enumerate(self.blocks):
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
       self.layers = scanned(cfg)
     else:
       block = _block_class(cfg)
-      self.layers = [block(cfg, kind) for kind in cfg.layer_kinds]
+      self.layers = [block(cfg, term) for term in cfg.layer_terms]
     self.final_norm = make_norm(cfg)
     if not cfg.tie_embeddings:
       self.lm_head = OutputMatrix(cfg.embed_dim, cfg.vocab_size)
@@ -148,7 +148,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
   # The forward pass only tells shapes here and is not computed; the reference is traced fastest. And random numbers for all layers at once
   # compile in a fraction of the time that they take one by one; the values are those of scan_layers, too.
   repeats = config.num_layers % len(config.attention) == 0
-  stacked = dataclasses.replace(config, implementation="reference", scan_layers=True, attention=config.attention if repeats else config.layer_kinds)
+  stacked = dataclasses.replace(config, implementation="reference", scan_layers=True, attention=config.attention if repeats else config.layer_terms)
   params = Transformer(stacked).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
   return params if config.scan_layers else unstack_layers(stacked, params)
 

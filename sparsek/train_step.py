@@ -169,10 +169,10 @@ def make_diagnose(config: TransformerConfig) -> Callable:
     tokens, segment_ids = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
     _, sown = Transformer(config).apply({"params": params}, tokens, segment_ids=segment_ids, method="hidden", mutable=["diagnostics"])
     statistics = {}
-    for i, kind in enumerate(config.layer_kinds):
+    for i, (kind, layer) in enumerate(zip(config.layer_kinds, config.layer_configs)):
       if kind == "sparsek":
         scores, = layer_params(config, sown["diagnostics"], i)["attention"]["scores"]
-        for name, value in selection_statistics(scores, config.k, config.window, segment_ids).items():
+        for name, value in selection_statistics(scores, layer.k, layer.window, segment_ids).items():
           statistics[f"layer_{i}/{name}"] = value
     return statistics
 
