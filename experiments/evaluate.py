@@ -102,7 +102,7 @@ def main() -> None:
 
   bits = [bits_per_byte(result.loss, dataset.split("heldout")) for result in results]
   settings = [{"step": step, "attention": ",".join(run.config.attention), "training length": length, "window": run.config.window,
-               "k": run.config.k if set(run.config.attention) - {"sliding_window", "full", "linear"} else "-"}
+               "k": run.config.k if set(run.config.layer_kinds) - {"sliding_window", "full", "linear"} else "-"}
               for run, step, length in zip(runs, steps, trained_lengths)]
   print(format_table([run.workdir for run in runs], results, bits, trained_lengths, settings))
   versions = run_directory.versions()

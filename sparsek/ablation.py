@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 
 from sparsek import plots
-from sparsek.config import ATTENTION_KINDS, parse_layer_pattern
+from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term
 from sparsek.errors import UsageError
 from sparsek.metrics import read_metrics
 
@@ -24,7 +24,7 @@ RESULT = "result.json"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One training run; None where its kind of attention has no such setting. attention: a kind, or a pattern of layers such as "sparsek*5+full"."""
+  """One training run; None where its kind of attention has no such setting. attention: a kind, or a pattern such as "sparsek*5+full"."""
   attention: str
   k: int | None
   window: int | None
@@ -36,12 +36,16 @@ class Cell:
   def name(self) -> str:
     """Of its folder."""
     parts = [self.attention, self.k and f"k{self.k}", None if self.window is None else f"w{self.window}", self.gate, self.scorer, f"s{self.seed}"]
-    return "-".join(part for part in parts if part).replace("*", "x")
+    return "-".join(part for part in parts if part).replace("*", "x").replace(":", "_")
 
   @property
   def budget(self) -> int | None:
-    """Keys and values that a query attends to at most; None: all. The linear kind's state, as large as head_dim keys, is not counted."""
-    return None if self.window is None or "full" in kinds_of(self.attention) else self.window + (self.k or 0)
+    """Keys and values that a query attends to at most, the mean over layers; None: all. The linear kind's state, as large as head_dim keys, is not counted."""
+    terms = [parse_term(term) for term in terms_of(self.attention)]
+    if any(kind == "full" for kind, _, _ in terms):
+      return None
+    of_term = lambda kind, k, window: (self.window if window is None else window) + ("k" in _uses(kind) and (k or self.k))
+    return round(sum(of_term(*term) for term in terms) / len(terms))
 
   def flags(self) -> list[str]:
     """Of experiments.pretrain."""
@@ -56,23 +60,33 @@ def patterns(text: str) -> list[str]:
   values = text.split(",")
   for value in values:
     try:
-      parse_layer_pattern(value.replace("+", ","))
+      terms_of(value)
     except ValueError:
       raise UsageError(f"--attention={text}: {value!r} must be one of {', '.join(ATTENTION_KINDS)}, or of these a pattern of layers such as "
                        "sparsek*5+full") from None
   return values
 
 
-def kinds_of(attention: str) -> set[str]:
-  """The kinds of attention in a pattern."""
-  return {term.partition("*")[0] for term in attention.split("+")}
+def terms_of(attention: str) -> tuple[str, ...]:
+  """The layers of a pattern, as `sparsek.config.parse_layer_pattern` has them."""
+  return parse_layer_pattern(attention.replace("+", ","))
+
+
+def _uses(kind: str) -> tuple[str, ...]:
+  return USES.get(kind, ("k", "window"))
+
+
+def _settings(term: str) -> set[str]:
+  """What a layer takes from the cell, having none of its own."""
+  kind, k, window = parse_term(term)
+  return set(_uses(kind)) - {name for name, own in (("k", k), ("window", window)) if own is not None}
 
 
 def grid(attention: Sequence[str], k: Sequence[int], window: Sequence[int], gate: Sequence[str], scorer: Sequence[str], seeds: int) -> list[Cell]:
   """All combinations, each once: settings that a kind does not have make no difference. Seeds change slowest, so that every kind has a figure early."""
   cells = []
   for seed, kind, *values in itertools.product(range(seeds), attention, k, window, gate, scorer):
-    used = {name for part in kinds_of(kind) for name in USES.get(part, ("k", "window"))}
+    used = {name for term in terms_of(kind) for name in _settings(term)}
     values = {name: value if name in used else None for name, value in zip(COLUMNS[1:], values)}
     cells.append(Cell(kind, seed=seed, **values))
   return list(dict.fromkeys(cells))

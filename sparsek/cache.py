@@ -36,7 +36,7 @@ def init_cache(config: TransformerConfig, batch_size: int, *, max_length: int | 
   """The empty cache.
 
   Args:
-    config: of the model; its k and window fix the size.
+    config: of the model; its k and window, of every layer, fix the size.
     batch_size: rows that are fed together.
     max_length: tokens that full layers can hold; needed, and used, by them only. Logits beyond it are NaN.
     support_size: scores kept per head beyond the k slots; default 8 k + 64. Supports that are larger (nearly equal scores) lose their
@@ -45,16 +45,16 @@ def init_cache(config: TransformerConfig, batch_size: int, *, max_length: int | 
     ValueError: for sizes below 1 (support_size below 0), max_length=None where a layer is full, or a layer that is a baseline.
   """
   check_at_least("batch_size", batch_size, 1)
-  support_size = 8 * config.k + 64 if support_size is None else support_size
-  check_at_least("support_size", support_size, 0)
-  for kind in config.attention:
+  if support_size is not None:
+    check_at_least("support_size", support_size, 0)
+  for kind in config.layer_kinds:
     if kind in BASELINES:
       raise ValueError(f"attention={kind!r}: there is no cache for baselines; sparsek, sliding_window and full layers have one")
-  if "full" in config.attention:
+  if "full" in config.layer_kinds:
     if max_length is None:
       raise ValueError("max_length=None: a model with full attention layers keeps every token, so init_cache needs max_length >= 1")
     check_at_least("max_length", max_length, 1)
-  return _empty(config, batch_size, max_length, support_size if needs_support(config.gate) else 0)
+  return _empty(config, batch_size, max_length, support_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -63,14 +63,20 @@ def _empty(config, batch_size, max_length, support_size):
   rows = lambda length: KeysAndValues(*(jnp.zeros((*heads, length, config.head_dim), config.activation_dtype) for _ in range(2)))
   never = lambda size: jnp.full((*heads, size), -jnp.inf)
 
-  def layer(kind):
+  def layer(kind, k, window):
     if kind != "sparsek":
-      return rows(config.window if kind == "sliding_window" else max_length)
+      return rows(window if kind == "sliding_window" else max_length)
     lost = jnp.zeros(heads if needs_support(config.gate) else (batch_size, 0), jnp.int32)
-    score = jnp.concatenate([never(config.k), jnp.zeros((*heads, config.window))], axis=-1)
-    return SelectionCache(rows(config.k + config.window), score, jnp.full((*heads, config.k), NOWHERE), never(support_size), lost,
-                          jnp.zeros((*heads, config.window)), scoring_network(config).initial_state(batch_size))
-  return Cache(jnp.zeros(batch_size, jnp.int32), tuple(layer(kind) for kind in config.layer_kinds))
+    score = jnp.concatenate([never(k), jnp.zeros((*heads, window))], axis=-1)
+    support = never(_support(config.gate, k) if support_size is None or not needs_support(config.gate) else support_size)
+    return SelectionCache(rows(k + window), score, jnp.full((*heads, k), NOWHERE), support, lost, jnp.zeros((*heads, window)),
+                          scoring_network(config).initial_state(batch_size))
+  return Cache(jnp.zeros(batch_size, jnp.int32), tuple(layer(kind, own.k, own.window) for kind, own in zip(config.layer_kinds, config.layer_configs)))
+
+
+def _support(gate, k):
+  """Scores kept per head beyond the k slots, unless told."""
+  return 8 * k + 64 if needs_support(gate) else 0
 
 
 def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache:
@@ -99,8 +105,7 @@ def default_chunk(config: TransformerConfig) -> int:
   """Tokens that `prefill` takes at a time unless told: enough for what precedes a chunk to weigh little, and for a GPU to be busy."""
   if jax.default_backend() != "cpu":
     return 16384
-  support = 8 * config.k + 64 if needs_support(config.gate) else 0
-  return max(512, _padded(2 * (config.k + config.window + support)))
+  return max(512, _padded(2 * max(layer.k + layer.window + _support(config.gate, layer.k) for layer in config.layer_configs)))
 
 
 def _padded(length):
@@ -213,18 +218,18 @@ def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array) -> N
   if len(cache.layers) != config.num_layers:
     raise ValueError(f"cache has {len(cache.layers)} layers, the configuration num_layers={config.num_layers}")
   delay, soft = scoring_network(config).delay, needs_support(config.gate)
-  for i, (kind, layer) in enumerate(zip(config.layer_kinds, cache.layers)):
+  for i, (kind, own, layer) in enumerate(zip(config.layer_kinds, config.layer_configs, cache.layers)):
     if isinstance(layer, SelectionCache) != (kind == "sparsek"):
       raise ValueError(f"cache does not fit the configuration: layer {i} is {kind}")
     got, want = {}, {"batch": tokens.shape[0], "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim, "dtype": config.dtype}
     rows = layer.rows if kind == "sparsek" else layer
     got["batch"], got["num_kv_heads"], length, got["head_dim"], got["dtype"] = *rows.key.shape, str(rows.key.dtype)
     if kind == "sliding_window":
-      got["window"], want["window"] = length, config.window
+      got["window"], want["window"] = length, own.window
     if kind == "sparsek":
       got |= {"k": layer.position.shape[-1], "window": layer.pending.shape[-1], "lookahead": layer.scorer.linear.shape[1],
               "gates with thresholds": layer.lost.shape[-1] > 0}
-      want |= {"k": config.k, "window": config.window, "lookahead": delay, "gates with thresholds": soft}
+      want |= {"k": own.k, "window": own.window, "lookahead": delay, "gates with thresholds": soft}
     if got != want:
       differ = ", ".join(f"{name}={got[name]} (needed: {want[name]})" for name in want if got[name] != want[name])
       raise ValueError(f"cache was made for {differ}")
@@ -240,18 +245,18 @@ def _forward(config, params, cache, tokens_BxC, count_B, fresh):
   position_BxC = jnp.where(jnp.arange(length) < count_B[:, None], seen[:, None] + jnp.arange(length), 0)
   x_BxCxE = inference.embed(config, params, tokens_BxC, position_BxC)
   layers = []
-  for i, (kind, block, layer) in enumerate(zip(config.layer_kinds, params.layers, cache.layers)):
+  for i, (kind, own, block, layer) in enumerate(zip(config.layer_kinds, config.layer_configs, params.layers, cache.layers)):
     query, key, value, h_BxCxE, logits = inference.project(config, block, x_BxCxE, position_BxC)
     if kind == "sparsek":
       scores, state = scoring_network(config).apply(
           {"params": block.get("scorer", {})}, x_BxCxE if h_BxCxE is None else h_BxCxE, layer.scorer, seen, i, count_B, logits, method="stream")
       layer = layer._replace(scorer=state)
     if fresh is None:
-      inputs = (config, layer, seen, count_B > 0, query[:, 0], KeysAndValues(key[:, 0], value[:, 0]))
+      inputs = (own, layer, seen, count_B > 0, query[:, 0], KeysAndValues(key[:, 0], value[:, 0]))
       step = {"full": cached_attention.full_token, "sliding_window": cached_attention.window_token, "sparsek": cached_attention.select_token}[kind]
       mixed, layer = step(*inputs, *([scores[:, 0]] if kind == "sparsek" else []))
     else:
-      inputs = (config, layer, seen, count_B, query, KeysAndValues(key, value))
+      inputs = (own, layer, seen, count_B, query, KeysAndValues(key, value))
       step = {"full": cached_attention.full_chunk, "sliding_window": cached_attention.window_chunk, "sparsek": cached_attention.select_chunk}[kind]
       mixed, layer = step(*inputs, *([scores] if kind == "sparsek" else []), fresh)
     y_BxCxE = inference.dense(block["out"], mixed.reshape(*x_BxCxE.shape[:2], -1), x_BxCxE)

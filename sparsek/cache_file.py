@@ -23,7 +23,7 @@ def _fields(config: TransformerConfig) -> dict[str, Any]:
   fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
   if config.scorer == "random":
     fields |= {name: getattr(config, name) for name in ("scorer_init_scale", "scorer_init_slope")}
-  return json.loads(json.dumps(fields | {"attention": config.layer_kinds}))
+  return json.loads(json.dumps(fields | {"attention": config.layer_terms}))
 
 
 def save(path: str, config: TransformerConfig, cache: Cache, note: dict[str, Any] | None = None) -> None:
@@ -35,7 +35,8 @@ def save(path: str, config: TransformerConfig, cache: Cache, note: dict[str, Any
     note: anything that JSON holds, returned by `load`.
   """
   leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(cache)]
-  sizes = {"max_length": _size(config, cache, "full"), "support_size": _size(config, cache, "sparsek")}
+  sizes = {"max_length": _size(config, cache, "full", lambda layer: layer.key.shape[2]),
+           "support_size": _size(config, cache, "sparsek", lambda layer: layer.support.shape[2])}
   head = {"config": _fields(config), "note": note, "rows": len(cache.seen), **sizes}
   arrays = {f"leaf_{i}": x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for i, x in enumerate(leaves)}
   with open(path + ".new", "wb") as file:
@@ -43,12 +44,10 @@ def save(path: str, config: TransformerConfig, cache: Cache, note: dict[str, Any
   os.replace(path + ".new", path)
 
 
-def _size(config, cache, kind):
-  """Of the first layer of that kind: tokens that a full layer can hold, scores of a support."""
-  for layer, of in zip(cache.layers, config.layer_kinds):
-    if of == kind:
-      return layer.key.shape[2] if kind == "full" else layer.support.shape[2]
-  return None
+def _size(config, cache, kind, size):
+  """Of the layers of that kind; None where there is none, or where they differ, as only supports of the default sizes do."""
+  sizes = {size(layer) for layer, of in zip(cache.layers, config.layer_kinds) if of == kind}
+  return sizes.pop() if len(sizes) == 1 else None
 
 
 def load(path: str, config: TransformerConfig) -> tuple[Cache, dict[str, Any] | None]:

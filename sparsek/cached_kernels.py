@@ -17,7 +17,9 @@ from sparsek.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
 def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
   """Whether `step` does what the other way would, here."""
   selects = config.scorer == "linear" and config.scorer_normalize and not config.scorer_init_noise and not config.scorer_shared
-  selects = selects and config.window > 0 and not needs_support(config.gate)
+  selects = selects and not needs_support(config.gate)
+  kept = {(own.k, own.window) for kind, own in zip(config.layer_kinds, config.layer_configs) if kind == "sparsek"}
+  selects = selects and all(window > 0 for _, window in kept) and len(kept) == 1             # what leaves the windows is moved for all layers at once
   plain = config.norm == "rms_norm" and config.positions == "rope" and config.rope_dim == config.head_dim and not config.qk_norm
 
   def fits(kind, block, layer):

@@ -117,7 +117,8 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define = _Definer(flag_values)
   define.choice("preset", "tiny", list(config_lib.PRESETS), "Model size; the flags below replace single values of it.")
   define.choice("attention", None, config_lib.ATTENTION_KINDS, "Of every layer. Default: sparsek. Not together with --layer_pattern.")
-  define.string("layer_pattern", None, 'Attention per layer, repeated over the layers: KIND or KIND*TIMES, ..., as "sparsek*5,full".')
+  define.string("layer_pattern", None, 'Attention per layer, repeated over the layers: KIND or KIND*TIMES, ..., as "sparsek*5,full"; '
+                "KIND:kK:wWINDOW is a layer with a k or a window of its own: sliding_window:w256*5,sparsek:k1536:w256.")
   define.choice("scorer", None, config_lib.SCORERS, "Scoring network; random is the control. Default: linear.")
   define.number("scorer_lookahead", None, "Tokens after its own that a conv scorer may see; at most --window. Default: 4.", lower=0)
   define.number("scorer_lookback", None, "Tokens before its own that a conv scorer sees. Default: 3.", lower=0)

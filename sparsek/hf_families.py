@@ -194,8 +194,8 @@ def read_config(fields: dict, path: str) -> TransformerConfig:
   for field, value in ours.items():
     if field not in SPARSEK_FIELDS:
       refuse(f"sparsek.{field}", value, f"is not known; expected {', '.join(SPARSEK_FIELDS)}")
-    if field == "attention" and not (isinstance(value, list) and all(kind in ATTENTION_KINDS for kind in value)):
-      refuse("sparsek.attention", value, f"is no list of {', '.join(ATTENTION_KINDS)}")
+    if field == "attention" and not (isinstance(value, list) and all(isinstance(term, str) and "*" not in term for term in value)):
+      refuse("sparsek.attention", value, f"is no list of {', '.join(ATTENTION_KINDS)}, with a k or a window of their own or not")
   try:
     return TransformerConfig(**{**values, **ours})
   except (ValueError, TypeError, AttributeError) as error:
@@ -284,7 +284,7 @@ def write_config(name: str, config: TransformerConfig, dtype: str) -> dict:
     if kind == "llama3":
       fields["rope_scaling"]["original_max_position_embeddings"] = int(numbers[3])
   if name in ("mistral", "qwen2", "qwen3"):
-    slides = "sliding_window" in config.attention
+    slides = "sliding_window" in config.layer_kinds
     fields["sliding_window"] = config.window if slides else None
     kinds = [{"sliding_window": "sliding_attention"}.get(kind, "full_attention") for kind in config.layer_kinds]
     if name != "mistral":

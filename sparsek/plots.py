@@ -101,14 +101,16 @@ def kept_tokens(config: TransformerConfig, params: Params, tokens: Sequence[int]
   def expiries(params, tokens):
     _, sown = Transformer(config).apply({"params": params}, tokens, method="hidden", mutable=["diagnostics"])
     scores = [layer_params(config, sown["diagnostics"], layers[place])["attention"]["scores"][0] for place in places]
-    return causal_sparsek(jnp.concatenate(scores), config.k, delay=config.window).expiry
+    own = [config.layer_configs[layers[place]] for place in places]
+    return [causal_sparsek(scores, layer.k, delay=layer.window).expiry[0] for layer, scores in zip(own, scores)]
 
   tokens = jnp.asarray(tokens, jnp.int32)[None]
   i, j = np.arange(tokens.size)[:, None], np.arange(tokens.size)
   kept = []
-  for place, expiry in zip(places, np.asarray(expiries(params, tokens))):
-    heads = sum(((j + config.window <= i) & (i < expiry_of_head)).astype(int) for expiry_of_head in expiry.T)
-    kept.append(Kept(layers[place], heads, config.num_kv_heads, config.window))
+  for place, expiry in zip(places, jax.device_get(expiries(params, tokens))):
+    window = config.layer_configs[layers[place]].window
+    heads = sum(((j + window <= i) & (i < expiry_of_head)).astype(int) for expiry_of_head in expiry.T)
+    kept.append(Kept(layers[place], heads, config.num_kv_heads, window))
   return kept
 
 

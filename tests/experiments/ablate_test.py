@@ -29,6 +29,10 @@ def test_a_grid_has_no_two_cells_that_mean_the_same():
   assert [(cell.name, cell.budget) for cell in hybrids] == [
       ("sparsekx5+full-k1-w3-value-conv-s0", None), ("sparsekx5+full-k2-w3-value-conv-s0", None), ("sliding_window+linear-w3-s0", 3)]
   assert hybrids[0].flags() == ["--k=1", "--window=3", "--gate=value", "--scorer=conv", "--seed=0", "--layer_pattern=sparsek*5,full"]
+  uneven, half = ablation.grid(["sliding_window:w256*5+sparsek:k1280:w512", "linear:w8+sparsek:k4"], [1, 2], [3], ["value"], ["conv"], 1)
+  assert (uneven.name, uneven.budget) == ("sliding_window_w256x5+sparsek_k1280_w512-value-conv-s0", 512)
+  assert (half.name, half.budget) == ("linear_w8+sparsek_k4-w3-value-conv-s0", round((8 + 4 + 3) / 2))
+  assert "--layer_pattern=sliding_window:w256*5,sparsek:k1280:w512" in uneven.flags()
   with pytest.raises(UsageError, match=r"'sparsek\*0\+full' must be one of sparsek, .*, or of these a pattern"):
     ablation.patterns("full,sparsek*0+full")
   assert sorted(sum((ablation.share(cells, f"{i}/4") for i in range(4)), []), key=cells.index) == cells

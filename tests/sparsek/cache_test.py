@@ -33,6 +33,7 @@ CASES = {
     "key_value, linear": dict(gate="key_value"),
     "key_value, random": dict(gate="key_value", scorer="random"),
     "value, hybrid, k 1, window 1": dict(gate="value", attention="sparsek,full", num_layers=2, k=1, window=1, tie_embeddings=False),
+    "value, layers of their own k and window": dict(gate="value", attention="sliding_window:w4,sparsek:k9:w2,sparsek", num_layers=3),
 }
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # How rows are fed: a tuple is a prefill of so many tokens a row, a number so many decode_steps of the rows that have most left; then single steps to the end.

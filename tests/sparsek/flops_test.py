@@ -40,6 +40,8 @@ def test_training_flops_are_six_per_parameter_and_twelve_per_pair(tied):
   with_weights = 2 * layer + scorer + 8 * 11
   pairs = sum(range(1, 21)) + sum(min(i, 5) + min(max(i - 5, 0), 3) for i in range(1, 21))
   assert flops.training_flops(config, checkpoint.abstract_params(config), np.array([20])) == 6 * 20 * with_weights + 12 * 2 * 4 * pairs
+  own = dataclasses.replace(config, attention="full,sparsek:k3:w5", k=9, window=9)
+  assert flops.training_flops(own, checkpoint.abstract_params(own), np.array([20])) == 6 * 20 * with_weights + 12 * 2 * 4 * pairs
 
 
 def test_peak_rates():

@@ -94,6 +94,26 @@ def test_scanned_layers_equal_a_loop():
   np.testing.assert_allclose(run(config), run(loop, params=unstack_layers(config, params)), atol=1e-5)
 
 
+def test_layers_have_a_k_and_a_window_of_their_own():
+  """As many layers as a pattern names, each as in a model that has its k and window everywhere."""
+  uniform = dataclasses.replace(BASE, k=5, window=2)
+  for pattern in ("sparsek:k5:w2", "sparsek:k5:w2*1"):
+    np.testing.assert_array_equal(run(dataclasses.replace(BASE, attention=pattern)), run(uniform))
+  mixed = dataclasses.replace(BASE, num_layers=4, attention="sliding_window:w2*3, sparsek:k5", window=3)
+  assert mixed.attention == ("sliding_window:w2",) * 3 + ("sparsek:k5",) and mixed.layer_kinds == ("sliding_window",) * 3 + ("sparsek",)
+  assert [(layer.k, layer.window) for layer in mixed.layer_configs] == [(3, 2)] * 3 + [(5, 3)]
+  for other in ("sliding_window:w2*3,sparsek", "sliding_window*3,sparsek:k5"):
+    assert np.max(np.abs(run(mixed) - run(dataclasses.replace(mixed, attention=other), params=params_of(mixed)))) > 1e-3
+  scanned = dataclasses.replace(mixed, scan_layers=True)
+  np.testing.assert_allclose(run(scanned), run(mixed), atol=1e-5)
+  for pattern, message in (("sparsek:k0", "k=0 must be at least 1"), ("sliding_window:w0", "window=0 must be at least 1 for sliding_window"),
+                           ("sparsek:w1:k5", "the term 'sparsek:w1:k5' is not KIND, KIND:kK"), ("sparsek:k", "the term 'sparsek:k' is not KIND")):
+    with pytest.raises(ValueError, match=message):
+      dataclasses.replace(BASE, attention=pattern)
+  with pytest.raises(ValueError, match="scorer_lookahead=4 must be at most window=3"):
+    dataclasses.replace(BASE, scorer="conv", attention="sparsek:w3")
+
+
 def test_remat_and_scan_change_no_gradient():
   plain = dataclasses.replace(BASE, **CASES["conv, lookahead == window"], tie_embeddings=True)
   stacked = dataclasses.replace(plain, scan_layers=True)

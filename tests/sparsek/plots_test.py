@@ -11,7 +11,7 @@ from sparsek.model import Transformer, init_params, layer_params
 from tests.sparsek.helpers import quick_jit
 
 CONFIG = TransformerConfig(vocab_size=13, num_layers=3, embed_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8, k=3, window=2,
-                           attention="sparsek,full,sparsek", implementation="reference")
+                           attention="sparsek,full,sparsek:k5:w4", implementation="reference")
 RECORDS = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 2, "heldout_loss": 4.5, "loss": None}]
 
 
@@ -32,10 +32,11 @@ def test_kept_tokens_are_the_best_candidates_of_every_query(params, tokens):
   _, sown = apply(tokens[None])
   for layer in kept:
     scores = np.asarray(layer_params(CONFIG, sown["diagnostics"], layer.layer)["attention"]["scores"][0][0])
-    expected = np.zeros((40, 40), int)
-    for i in range(CONFIG.window, 40):
+    own, expected = CONFIG.layer_configs[layer.layer], np.zeros((40, 40), int)
+    assert layer.window == own.window == (2 if layer.layer == 0 else 4)
+    for i in range(own.window, 40):
       for head in range(2):
-        expected[i, np.argsort(-scores[:i - CONFIG.window + 1, head], kind="stable")[:CONFIG.k]] += 1
+        expected[i, np.argsort(-scores[:i - own.window + 1, head], kind="stable")[:own.k]] += 1
     np.testing.assert_array_equal(layer.heads, expected)
 
 

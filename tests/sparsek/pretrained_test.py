@@ -33,6 +33,7 @@ CASES = {
     "gpt_neox": ("gpt_neox", NEOX),
     "gpt2": ("gpt2", dataclasses.replace(NEOX, parallel_residual=False, rope_fraction=1.0, positions="learned", mlp="gelu_tanh", tie_embeddings=True)),
     "sparsek": ("llama", dataclasses.replace(LLAMA, attention="sparsek,full", k=3, window=4, scorer="conv", gate="value", tie_embeddings=True)),
+    "sparsek, layers of their own k and window": ("mistral", dataclasses.replace(LLAMA, attention="sliding_window:w3,sparsek:k5:w2", k=3, window=4)),
     "sparsek, fused, scanned": ("gpt_neox", dataclasses.replace(NEOX, num_layers=4, attention="sparsek,linear", k=3, window=4, scan_layers=True,
                                                                 dtype="bfloat16")),
 }

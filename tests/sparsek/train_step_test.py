@@ -232,3 +232,5 @@ def test_selection_diagnostics_name_each_sparsek_layer_scanned_or_not():
   assert set(scanned) == {f"layer_{i}/{name}" for i in (0, 2) for name in names}
   for key, value in unrolled.items():
     np.testing.assert_allclose(scanned[key], value, rtol=1e-4, err_msg=key)
+  own = make_diagnose(dataclasses.replace(config, attention="sparsek:k2:w2,full", k=5, window=1))(params, row)
+  np.testing.assert_allclose([own[key] for key in scanned], list(scanned.values()), rtol=1e-4)
