@@ -357,7 +357,7 @@ class TrainConfig:
     log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
     eval_batches: batches per evaluation.
     keep_checkpoints: newest checkpoints kept.
-    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run; "hf:DIR": from a folder in Hugging Face's format, and draw those it lacks.
+    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run; "hf:DIR": from a folder in Hugging Face's format; and draw the scorers it lacks.
     tensorboard: also write TensorBoard events.
     profile_steps: (first, last) step of a trace that goes to WORKDIR/profile; "A:B" is taken too.
   """

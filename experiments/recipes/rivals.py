@@ -7,7 +7,7 @@
   (cd downloads; for f in *.deb; do dpkg-deb -x $f $(echo ${f%%_*} | sed s/-6.1//); done; find . -xtype l -delete)
   DATA="python -m experiments.prepare_data --flagfile=experiments/recipes"
   $DATA/rivals_text.flags --min_document_bytes=0 --train_bpe=8192 --output=data/rivals_bpe
-  $DATA/rivals_text.flags --tokenizer=data/rivals_bpe --output=data/rivals_text
+  $DATA/rivals_text.flags --tokenizer=data/rivals_bpe --output=data/rivals_text --expect=experiments/results/rivals_text.json
   $DATA/rivals_short.flags --tokenizer=data/rivals_bpe --output=data/rivals_short
   $DATA/rivals_long.flags --tokenizer=data/rivals_bpe --output=data/rivals_long
   python -m experiments.recipes.rivals --record=experiments/results/rivals.json
