@@ -117,7 +117,7 @@ class BlockTopKAttention(Attention):
       left = i[:, None] - window                                                                # the last token before the window
       may = (first <= left) & (first + size - 1 <= i[:, None]) & (first >= start_BxC[:, None, :, None])
       best, block = jax.lax.top_k(jnp.where(may, jax.lax.stop_gradient(score), -jnp.inf), chosen)                     # [B, G, C, chosen]
-      pick = lambda x: jax.vmap(jax.vmap(lambda x, block: x[block]))(x, block).reshape(batch, groups, CHUNK, chosen * size, dim)
+      pick = lambda x: _blocks_of(x, block).reshape(batch, groups, CHUNK, chosen * size, dim)
       far = block[..., None] * size + jnp.arange(size)
       far_seen = ((best > -jnp.inf)[..., None] & (far <= left[..., None])).reshape(batch, groups, CHUNK, chosen * size)
       band = lambda x: jax.lax.dynamic_slice_in_dim(x, c * CHUNK, CHUNK + window, axis=1)
@@ -135,6 +135,25 @@ class BlockTopKAttention(Attention):
     starts = pad(start_BxN, chunks * CHUNK, mode="edge")
     out = jax.lax.map(lambda args: chunk(*args), (jnp.arange(chunks), in_chunks(queries), in_chunks(starts)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, -1, dim)[:, :length].astype(query.dtype)
+
+
+@jax.custom_vjp
+def _blocks_of(x: jax.Array, block: jax.Array) -> jax.Array:
+  """x [B, G, blocks, size, D], block [B, G, C, chosen] -> [B, G, C, chosen, size, D]."""
+  return jax.vmap(jax.vmap(lambda x, block: x[block]))(x, block)
+
+
+def _blocks_of_backward(residuals, d_picked):
+  """Sums by a product with zeros and ones: adding rows of 16 bits one by one in memory takes a GPU several times as long, and rounds each time."""
+  x, block = residuals
+  batch, groups, blocks, size, dim = x.shape
+  taken = jax.nn.one_hot(block.reshape(batch, groups, -1), blocks, dtype=d_picked.dtype)
+  sums = jnp.einsum("bgmk,bgmx->bgkx", taken, d_picked.reshape(batch, groups, taken.shape[2], -1), preferred_element_type=jnp.float32,
+                    precision=jax.lax.Precision.HIGHEST)
+  return sums.astype(x.dtype).reshape(batch, groups, blocks, size, dim), None
+
+
+_blocks_of.defvjp(lambda x, block: (_blocks_of(x, block), (x, block)), _blocks_of_backward)
 
 
 class LinearAttention(Attention):

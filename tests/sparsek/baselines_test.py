@@ -85,6 +85,18 @@ def test_matches_its_definition(kind):
   np.testing.assert_allclose(apply(variables, inputs(), SEGMENTS)[0], np.einsum("nhd,hde->ne", mixed, p["out"]["kernel"]), atol=2e-5)
 
 
+def test_a_block_sums_the_gradients_of_all_that_chose_it():
+  rng = np.random.default_rng(0)
+  x, block = rng.normal(size=(2, 3, 5, 2, 4)).astype(np.float32), rng.integers(0, 4, (2, 3, 7, 2))                    # the last block is never chosen
+  weight = rng.normal(size=(2, 3, 7, 2, 2, 4)).astype(np.float32)
+  found = jax.grad(lambda x: jnp.sum(baselines._blocks_of(x, block) * weight))(x)
+  want = np.zeros(x.shape)
+  for b, g, i, c in np.ndindex(block.shape):
+    want[b, g, block[b, g, i, c]] += weight[b, g, i, c]
+  np.testing.assert_allclose(found, want, atol=1e-6)
+  assert not want[:, :, 4].any() and found.dtype == x.dtype
+
+
 def test_linear_matches_its_recurrence():
   variables, apply = attention("linear")
   query, key, value, _, position, p = projected(variables, inputs(), SEGMENTS)
