@@ -20,6 +20,7 @@ from absl import flags as absl_flags
 from sparsek import ablation, flags
 from sparsek.config import GATES, SCORERS
 from sparsek.errors import RunError, UsageError
+from sparsek.run_directory import COMPILATION_CACHE
 
 FLAGS = absl_flags.FlagValues()
 flags.define_ablation_flags(FLAGS)
@@ -62,9 +63,10 @@ def check(arguments):
 
 
 def train(cell, folder, given):
-  """Runs pretraining to its end; True if it got there. A signal that ends this process ends it too, with a checkpoint."""
+  """Runs pretraining to its end; True if it got there. A signal that ends this process ends it too, with a checkpoint. Seeds compile once for all."""
   command = [sys.executable, "-m", "experiments.pretrain", *given, *cell.flags(), f"--workdir={folder}"]
-  with subprocess.Popen(command) as process:
+  cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
+  with subprocess.Popen(command, env={COMPILATION_CACHE: cache, **os.environ}) as process:
     try:
       return process.wait() == 0
     except BaseException:

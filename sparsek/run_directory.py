@@ -15,16 +15,19 @@ import jax
 
 from sparsek.errors import UsageError
 
+COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"          # variable of the environment
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
 
 
 def use_compilation_cache(workdir: str) -> None:
   """Keeps what is compiled for accelerators in WORKDIR/compilation_cache, so that a resumed run starts at once, unless JAX was told another place already.
 
-  Not what is compiled for a CPU: on another machine's it could crash.
+  Runs that $SPARSEK_COMPILATION_CACHE gives one folder share what they compile, as those of a grid do. Not what is compiled for a CPU: on another machine's it
+  could crash.
   """
   if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
+    folder = os.environ.get(COMPILATION_CACHE) or os.path.join(workdir, "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
 
 
 def lock(workdir: str) -> IO[str]:

@@ -193,7 +193,8 @@ class _Run:
       self.step = 0
       opt_state = jax.jit(self.optimizer.init, out_shardings=everywhere)(params)
     self.data_state = self.iterator.get_state()
-    self.state = TrainState(jax.device_put(jnp.int32(self.step), everywhere), params, opt_state)
+    step, seed = jax.device_put((jnp.int32(self.step), jnp.int32(self.train.seed)), everywhere)
+    self.state = TrainState(step, params, opt_state, seed)
 
   def _load_pretrained(self, folder: str, sharding):
     """The parameters of a folder in Hugging Face's format, and new ones where it has none. Raises UsageError where the data are of another tokenizer."""

@@ -23,10 +23,11 @@ BATCH = "batch"  # the mesh axis
 
 
 class TrainState(NamedTuple):
-  """Everything an update reads and writes: `step` updates were made so far."""
+  """Everything an update reads and writes: `step` updates were made so far. The run's seed is among it and no constant: all seeds share what is compiled."""
   step: jax.Array
   params: Any
   opt_state: Any
+  seed: jax.Array | int = 0
 
 
 def make_mesh() -> Mesh:
@@ -40,7 +41,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def abstract_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """Shapes and placement of the state of a run whose parameters have these shapes."""
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  state = TrainState(number, params, jax.eval_shape(optimizer.init, params), number)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state)
 
 
@@ -98,7 +100,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 
   metrics: float32 scalars "loss" (the cross-entropy alone; in the scorers' warm-up, where there is none, the scorers' loss), "grad_norm" (before clipping),
   "learning_rate", int32 "num_targets", and, before their weights, where those are above 0, "scorer_loss" and "divergence" from the teacher. Noise on the
-  scores and the queries of the scorers' loss derive from (train.seed, step, device, micro-batch, layer), so that a resumed run has the same.
+  scores and the queries of the scorers' loss derive from (state.seed, step, device, micro-batch, layer), so that a resumed run has the same.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
   logged = ["loss"] + ["scorer_loss"] * (train.scorer_loss > 0) + ["divergence"] * (teacher is not None)
@@ -107,14 +109,15 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     """No gradients are computed for parameters that do not change."""
     return jax.tree.map(lambda leaf, changes: leaf if changes else jax.lax.stop_gradient(leaf), params, trainable_mask(params, trainable))
 
-  def local_gradients(learned, frozen, batch, step, teacher_params):
+  def local_gradients(learned, frozen, batch, moment, teacher_params):
     num_targets = _num_targets(batch)
     per_target = lambda x: x / jnp.maximum(num_targets, 1)
 
     def objective(learned, rows, i):
       params, key = lora.join(freeze(learned), frozen), None
       if config.scorer_noise or train.scorer_loss:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(train.seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
+        seed, step = moment
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
       if train.scorer_warmup:
         scorer_loss = scorer_warmup_loss(config, params, rows, train.data.segment_documents, key) / train.data.batch_size
         return train.scorer_loss * scorer_loss, {"loss": scorer_loss, "scorer_loss": scorer_loss}
@@ -141,13 +144,13 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 
   def train_step(state: TrainState, batch, teacher_params=None):
     learned, frozen = lora.split(state.params)
-    losses, grads, num_targets = gradients(learned, frozen, batch, state.step, teacher_params)
+    losses, grads, num_targets = gradients(learned, frozen, batch, (state.seed, state.step), teacher_params)
     metrics = {**losses, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     # Also where moments of a run that trained more are not 0.
     learned = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(learned, updates), learned,
                            trainable_mask(learned, trainable))
-    return TrainState(state.step + 1, lora.join(learned, frozen), opt_state), metrics
+    return TrainState(state.step + 1, lora.join(learned, frozen), opt_state, state.seed), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 

@@ -34,31 +34,34 @@ GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "ke
 
 
 def kinds(sparsek: list[str]) -> dict[str, list[str]]:
-  """Name -> flags of what is compared; a name says the budget, and where SPARSEK is not as `sparsek` says, how it differs."""
-  found = {"full": ["--attention=full"]}
+  """Name -> flags of what is compared; a name says the budget, and where SPARSEK is not as `sparsek` says, how it differs. What matters most comes first."""
+  half = lambda budget: [f"--k={budget // 2}", f"--window={budget // 2}"]
   learned = ["--attention=sparsek", *sparsek]
+  # The same number of keys in the mean over six layers, most of them in the last one.
+  last = lambda budget, term, *flags: [f"--layer_pattern=sliding_window:w{budget // 2}*5,{term}", *flags]
+  found = {"full": ["--attention=full"]}
   for budget in (512, 1024):
-    half = [f"--k={budget // 2}", f"--window={budget // 2}"]
     found[f"window_{budget}"] = ["--attention=sliding_window", f"--window={budget}"]
+    found[f"random_{budget}"] = ["--attention=random", *half(budget)]
+    found[f"sparsek_{budget}"] = [*learned, *half(budget)]
+    found[f"window_{budget}_last"] = last(budget, f"sliding_window:w{budget * 7 // 2}")
+    for k, window in ((budget, budget * 5 // 2), (budget * 5 // 2, budget)):
+      found[f"random_{budget}_last_k{k}"] = last(budget, f"random:k{k}:w{window}")
+      found[f"sparsek_{budget}_last_k{k}"] = last(budget, f"sparsek:k{k}:w{window}", *sparsek)
     found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
-    found |= {f"{kind}_{budget}": [f"--attention={kind}", *half] for kind in ("random", "strided", "lsh", "block_topk")}
     found[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
-    found[f"sparsek_{budget}"] = [*learned, *half]
+    found[f"hybrid_{budget}"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(budget)]
+  found |= {f"sparsek_512_{gate}": [*learned, *half(512), f"--gate={gate}"] for gate in GATES if f"--gate={gate}" not in sparsek}
+  more = {"conv": ["--scorer=conv"], "queries512": ["--scorer_loss_queries=512"], "no_loss": ["--scorer_loss=0", "--scorer_init_scale=4"]}
+  found |= {f"sparsek_512_{name}": [*learned, *half(512), *flags] for name, flags in more.items()}
+  found |= {f"sparsek_512_last_k512_{name}": [*found["sparsek_512_last_k512"], *flags] for name, flags in more.items() if name != "no_loss"}
+  found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512)]
+  found["full_last"] = last(512, "full")
+  found |= {f"{kind}_512": [f"--attention={kind}", *half(512)] for kind in ("strided", "lsh")}
+  for budget in (1024, 512):
     found |= {f"sparsek_{budget}_k{k}": [*learned, f"--k={k}", f"--window={budget - k}"] for k in (budget // 8, budget // 4, budget * 3 // 4)}
-    found[f"hybrid_{budget}"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half]
-    # The same number of keys in the mean over six layers: most of them in the last one.
-    last = lambda term, *flags, window=budget // 2: [f"--layer_pattern=sliding_window:w{window}*5,{term}", *flags]
-    found[f"window_{budget}_last"] = last(f"sliding_window:w{budget * 7 // 2}")
-    for k, window in ((budget * 5 // 2, budget), (budget, budget * 5 // 2)):
-      found[f"random_{budget}_last_k{k}"] = last(f"random:k{k}:w{window}")
-      found[f"sparsek_{budget}_last_k{k}"] = last(f"sparsek:k{k}:w{window}", *sparsek)
-  half = ["--k=256", "--window=256"]
-  found |= {f"sparsek_512_{gate}": [*learned, *half, f"--gate={gate}"] for gate in GATES if f"--gate={gate}" not in sparsek}
-  found["sparsek_512_conv"] = [*learned, *half, "--scorer=conv"]
-  found["sparsek_512_last_k1280_conv"] = [*found["sparsek_512_last_k1280"], "--scorer=conv"]
-  found["sparsek_512_no_loss"] = [*learned, *half, "--scorer_loss=0", "--scorer_init_scale=4"]
-  found["sparsek_512_defaults"] = ["--attention=sparsek", *half]
-  found["full_last"] = ["--layer_pattern=sliding_window:w256*5,full"]
+  found |= {f"{kind}_1024": [f"--attention={kind}", *half(1024)] for kind in ("strided", "lsh")}
+  found |= {f"block_topk_{budget}": ["--attention=block_topk", *half(budget)] for budget in (512, 1024)}
   return found
 
 

@@ -122,6 +122,20 @@ def test_noise_on_the_scores_derives_from_the_step_and_ends_with_training():
   assert heldout[0][0] == heldout[1][0]
 
 
+def test_seeds_share_a_program_and_draw_other_numbers():
+  config, batch = dataclasses.replace(SELECTING, scorer_noise=2.), example_batch()
+  mesh, optimizer = make_mesh(), make_optimizer(TRAIN.optimizer)
+  steps = [make_train_step(config, dataclasses.replace(TRAIN, seed=seed), optimizer, mesh) for seed in (0, 1)]
+  state = abstract_state(init_params(config, jax.random.key(0)), optimizer, mesh)
+  first, second = (step.lower(state, put_batch(mesh, batch)).as_text() for step in steps)
+  assert first == second
+
+  def loss_of(seed):
+    params = init_params(config, jax.random.key(0))
+    return float(steps[0](TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(seed)), put_batch(mesh, batch))[1]["loss"])
+  assert loss_of(0) == loss_of(0) != loss_of(1)
+
+
 def test_auxiliary_loss_of_scorers_is_a_mean_over_rows_beside_the_loss():
   (_, plain), (_, with_it), (_, accumulated) = (one_step(dataclasses.replace(TRAIN, **change), SELECTING) for change in (
       {}, dict(scorer_loss=3.), dict(scorer_loss=3., grad_accumulation=4)))

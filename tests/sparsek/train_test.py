@@ -112,6 +112,9 @@ def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
   monkeypatch.setattr(run_directory.jax, "config", types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__))
   run_directory.use_compilation_cache("/run")
   assert options == {"jax_compilation_cache_dir": "/run/compilation_cache"}
+  monkeypatch.setenv(run_directory.COMPILATION_CACHE, "/grid")
+  run_directory.use_compilation_cache("/run")
+  assert options == {"jax_compilation_cache_dir": "/grid"}
   options.clear()
   run_directory.jax.config.jax_compilation_cache_dir = "/elsewhere"
   run_directory.use_compilation_cache("/run")
