@@ -63,15 +63,14 @@ def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> list[Rows]:
 
   seen, active: [B] int32.
   """
-  batch, groups, slots = layers[0].position.shape
-  window, dim = layers[0].pending.shape[2], layers[0].key.shape[3]
+  batch, groups, _, dim = layers[0].key.shape
 
   def body(row, number, lane, *refs):
     (seen_ref, active_ref, *refs), found_refs = refs[:-3], refs[-3:]
     b, g = row // groups, row % groups
 
     def move(key, value, score, position, pending):
-      seen = seen_ref[b]
+      seen, slots, window = seen_ref[b], position.shape[2], pending.shape[2]
       arriving = gather(pending.at[b, g], lane * 0 + lax.rem(seen, jnp.int32(window)))
       # Of integers that are chosen between, an array comes first: see mosaic_lanes.
       lives = ((lane * 0 + active_ref[b]) > 0) & ((lane * 0 + seen) >= window)
@@ -110,28 +109,29 @@ def _worse(a, b):
 
 
 def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, scorer: Scorer | None, seen: jax.Array, active: jax.Array, heads: int,
-           ahead: Ahead | None = None) -> tuple[Parts, Rows]:
+           ahead: Ahead | None = None, ring: bool = False) -> tuple[Parts, Rows]:
   """Puts the new token into the rows, after those that `evict` moved, and attends to them.
 
   Args:
     projected: [B, (H + 2 G) D + ...] float32: queries, keys and values, not yet rounded, and of a layer that selects the scorer's three products [3 G].
     cos, sin: [B, D / 2] float32 of the angles by which queries and keys are turned.
-    rows: see `takes`; their memory is used again. Without slots, token t lies at t modulo their number.
+    rows: see `takes`; their memory is used again.
     scorer: its parameters, None for a layer that selects nothing.
     seen, active: [B] int32; rows that are not active stay as they are.
     heads: H.
     ahead: what to ask for meanwhile.
+    ring: whether rows without slots are a window's, where token t lies at t modulo their number; else they are all there can be.
 
   Returns:
     Parts of [B, H D], and the next rows.
   """
   arrays, constants = (None, None) if scorer is None else (scorer[:3], scorer[3:])
-  return _attend(projected, cos, sin, rows, arrays, seen, active, ahead and ahead.matrix, heads, constants, ahead and ahead.first)
+  return _attend(projected, cos, sin, rows, arrays, seen, active, ahead and ahead.matrix, heads, constants, ahead and ahead.first, ring)
 
 
 # Compiled by itself, so that it is traced once for all layers.
-@functools.partial(jax.jit, static_argnums=(8, 9, 10))
-def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, constants, first):
+@functools.partial(jax.jit, static_argnums=(8, 9, 10, 11))
+def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, constants, first, ring):
   ahead = None if matrix is None else Ahead(matrix, first)
   prior, per = constants or (None, None)
   batch, groups, length, dim = rows.key.shape
@@ -157,7 +157,7 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, cons
     begin = number * (warps * 32) + warp * 32                # first row of the warp
     seen, key, value = seen_ref[b], key_ref.at[b, g], value_ref.at[b, g]
     new = slots + lax.rem(seen, jnp.int32(window))           # where the new token goes
-    lives = ((lane * 0 + active_ref[b]) > 0) & ((lane * 0 + seen) < (NOWHERE if slots else length))
+    lives = ((lane * 0 + active_ref[b]) > 0) & ((lane * 0 + seen) < (NOWHERE if slots or ring else length))
 
     # Everything that has to come from memory is asked for first.
     key_rows = [[begin + m * 16 + half * 8 + r for half in range(2)] for m in range(2)]
@@ -242,7 +242,7 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, cons
       head = jnp.minimum(lane, ratio - 1)
       at = (number * batch + b) * heads + g * ratio + head
       total = _fold(jnp.add, every_warp(total_smem, head))
-      if scorer is None:
+      if scorer is None and not ring:
         total = jnp.where(lane * 0 + seen < length, total, jnp.nan)                             # beyond the last row: loud, not wrong
       scatter(out_top_ref, at, _fold(jnp.maximum, every_warp(top_smem, head)), lane < ratio)
       scatter(out_total_ref, at, total, lane < ratio)

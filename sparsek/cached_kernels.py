@@ -18,13 +18,12 @@ def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> 
   """Whether `step` does what the other way would, here."""
   selects = config.scorer == "linear" and config.scorer_normalize and not config.scorer_init_noise and not config.scorer_shared
   selects = selects and not needs_support(config.gate)
-  kept = {(own.k, own.window) for kind, own in zip(config.layer_kinds, config.layer_configs) if kind == "sparsek"}
-  selects = selects and all(window > 0 for _, window in kept) and len(kept) == 1             # what leaves the windows is moved for all layers at once
+  selects = selects and all(own.window > 0 for own in config.layer_configs)
   plain = config.norm == "rms_norm" and config.positions == "rope" and config.rope_dim == config.head_dim and not config.qk_norm
 
   def fits(kind, block, layer):
-    own = kind == "full" or (kind == "sparsek" and selects and "scorer_rows" in block)
-    return own and "bias" not in block["qkv"] and mosaic_decode.takes((layer if kind == "full" else layer.rows).key, config.num_heads)
+    own = kind in ("full", "sliding_window") or (kind == "sparsek" and selects and "scorer_rows" in block)
+    return own and "bias" not in block["qkv"] and mosaic_decode.takes(_rows(layer).key, config.num_heads)
   return plain and all(map(fits, config.layer_kinds, params.layers, layers))
 
 
@@ -45,7 +44,7 @@ def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen
     # Each kernel asks for the first rows of what comes after it; of the MLP's matrix two do, for the first programs read its beginning and its middle.
     out, up = block["out"]["kernel"], block["up"]["kernel"]
     projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [], Ahead(out))
-    mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, Ahead(up))
+    mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, Ahead(up), kind == "sliding_window")
     y_BxE = inference.dense(block["out"], mixed, x_BxE, Ahead(up, len(up) // 2))
     x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE, Ahead(after))
   return x_BxE, tuple(map(_layer, layers, every))

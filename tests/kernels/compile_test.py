@@ -187,7 +187,8 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
   assert compiled.memory_analysis().temp_size_in_bytes < 2 ** 30
 
 
-@pytest.mark.parametrize("attention, batch, kernels", [("sparsek", 1, 5), ("sparsek", 8, 5), ("sparsek", 64, 13), ("full", 1, 5)])
+@pytest.mark.parametrize("attention, batch, kernels", [("sparsek", 1, 5), ("sparsek", 8, 5), ("sparsek", 64, 13), ("full", 1, 5),
+                                                       ("sliding_window:w256,sparsek:k256:w128,sparsek:k1280:w512", 1, 5)])
 def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
   """Of a layer there are few kernels, and the caches are written where they are."""
   for module in (mosaic_lanes, mosaic_skinny, mosaic_decode):

@@ -20,6 +20,7 @@ from tests.sparsek.helpers import quick_jit
 
 BASE = dict(vocab_size=48, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=128, k=96, window=160, dtype="bfloat16", implementation="xla")
 CASES = {"two layers": (dict(num_layers=2, scorer_init_sink=1.), 132), "two warpgroups, parallel": (dict(num_layers=1, parallel_residual=True), 1),
+         "layers of their own k and window": (dict(num_layers=3, attention="sliding_window:w128,sparsek,sparsek:k160:w224"), 132),
          "full": (dict(num_layers=1, attention="full"), 132), "wide heads": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 132)}
 
 
@@ -31,7 +32,7 @@ def start(case):
   tokens = jax.random.randint(jax.random.key(1), (4, 300), 0, config.vocab_size)
   lengths = np.array([0, 100, 256 if case == "full" else 300, 200])
   _, cache = prefill(config, params, init_cache(config, 4, max_length=256), tokens, lengths, last_only=True)
-  ties = lambda layer: layer if case == "full" else layer._replace(score=jnp.round(layer.score), pending=jnp.round(layer.pending))
+  ties = lambda layer: layer._replace(score=jnp.round(layer.score), pending=jnp.round(layer.pending)) if hasattr(layer, "score") else layer
   return config, params, cache._replace(layers=tuple(map(ties, cache.layers)))
 
 
