@@ -197,6 +197,23 @@ def define_task_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("record", None, "Also write flags, figures and versions to this .json file, and a picture beside it.")
 
 
+def define_reach_flags(flag_values: flags.FlagValues = FLAGS) -> None:
+  """Which dense run to look into, on which rows, and what its layers may see."""
+  define_workdir_flag(flag_values)
+  define = _Definer(flag_values)
+  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  define.string("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.')
+  define.number("seq_len", 4096, "Tokens per row.", lower=2)
+  define.number("batch_size", 1, "Rows per batch, over all devices.", lower=1)
+  define.number("eval_batches", 8, "Most batches to evaluate on.", lower=1)
+  define.number("window", 256, "Tokens that a layer sees whose reach is cut, and the window of the pattern.", lower=1)
+  define.number("sinks", 4, "Of them the first ones of the document, without which pretrained models fail.", lower=0)
+  define.number("k", 16, "Selected keys in the pattern's layers that need no distance.", lower=1)
+  define.number("budget", 512, "Keys a query in the pattern, the mean over layers.", lower=2)
+  define.number("long_layers", None, "Layers of the pattern with most of the keys. Default: a sixth of all.", lower=1)
+  define.string("record", None, "Also write flags, figures and versions to this .json file.")
+
+
 def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Which run to generate from, under which attention, and how to draw tokens."""
   define_workdir_flag(flag_values)
