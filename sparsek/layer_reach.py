@@ -65,7 +65,7 @@ def losses(config: TransformerConfig, params: Params, batches: Iterable[dict], t
       for j in range(i + 1, config.num_layers):
         x = step(j, x, config.layer_terms[j])
       short[i] += jax.device_get(total(params, x, batch))
-  return dense[0] / dense[1], [loss / count for loss, count in short]
+  return float(dense[0] / dense[1]), [float(loss / count) for loss, count in short]
 
 
 def pattern(rises: Sequence[float], long_layers: int, k: int, window: int, budget: int) -> str:
