@@ -20,7 +20,8 @@ from tests.sparsek.helpers import quick_jit
 
 BASE = dict(vocab_size=48, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=128, k=96, window=160, dtype="bfloat16", implementation="xla")
 CASES = {"two layers": (dict(num_layers=2, scorer_init_sink=1.), 132), "two warpgroups, parallel": (dict(num_layers=1, parallel_residual=True), 1),
-         "layers of their own k and window": (dict(num_layers=3, attention="sliding_window:w128,sparsek,sparsek:k160:w224"), 132),
+         "layers of their own k and window": (dict(num_layers=2, attention="sparsek,sparsek:k160:w224"), 132),
+         "sliding window": (dict(num_layers=2, attention="sliding_window:w128,sparsek"), 132),
          "full": (dict(num_layers=1, attention="full"), 132), "wide heads": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 132)}
 
 
