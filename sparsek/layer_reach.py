@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 from sparsek.config import TransformerConfig
 from sparsek.layers import make_norm
 from sparsek.loss import chunked_cross_entropy, next_token_targets
-from sparsek.model import Block, Params, layer_params, output_matrix
-from sparsek.scoring import position_in_document
+from sparsek.model import Block, Params, Transformer, layer_params, output_matrix
 from sparsek.train_step import BATCH, make_mesh, put_batch, replicated
 
 
@@ -20,7 +19,7 @@ def losses(config: TransformerConfig, params: Params, batches: Iterable[dict], t
            progress: Callable = iter) -> tuple[float, list[float]]:
   """Mean loss in nats a token of the model as it is, and where layer i alone attends as `term` says, for every i.
 
-  Time is that of num_layers / 2 forward passes, memory that of the hidden states of all layers for a batch; three functions are compiled.
+  Time is that of num_layers / 2 forward passes, memory that of the hidden states of all layers for a batch; few functions are compiled.
 
   Args:
     config, params: the model.
@@ -34,12 +33,6 @@ def losses(config: TransformerConfig, params: Params, batches: Iterable[dict], t
   over_rows = lambda function, out: jax.jit(jax.shard_map(
       function, mesh=mesh, in_specs=(P(), P(BATCH), P(BATCH)), out_specs=out, check_vma=False))
 
-  def embedded(params, tokens, segment_ids):
-    x_BxNxE = params["embed"]["embedding"][tokens]
-    if config.positions == "learned":
-      x_BxNxE += params["positions"]["embedding"][position_in_document(segment_ids, *tokens.shape)]
-    return x_BxNxE.astype(config.activation_dtype)
-
   def summed(params, x_BxNxE, batch):
     hidden = make_norm(config).apply({"params": params["final_norm"]}, x_BxNxE).reshape(-1, config.embed_dim)
     targets, counted = (x.reshape(-1) for x in next_token_targets(batch))
@@ -49,7 +42,8 @@ def losses(config: TransformerConfig, params: Params, batches: Iterable[dict], t
   @functools.cache
   def block(term):
     return over_rows(lambda args, x, segment_ids: Block(config, term).apply({"params": args[0]}, x, segment_ids, args[1]), P(BATCH))
-  embed, total = over_rows(embedded, P(BATCH)), over_rows(summed, P())
+  embed = over_rows(lambda params, tokens, segment_ids: Transformer(config).apply({"params": params}, tokens, segment_ids, method="embedded"), P(BATCH))
+  total = over_rows(summed, P())
   layers = [layer_params(config, params, i) for i in range(config.num_layers)]
   dense, short = 0., [0.] * config.num_layers
   for batch in progress(batches):

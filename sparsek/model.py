@@ -115,6 +115,16 @@ class Transformer(nn.Module):
 
   def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Final normalised hidden states [B, N, E] in the activation dtype; times `output_matrix` they are the logits."""
+    x_BxNxE = self.embedded(tokens, segment_ids)
+    if self.config.scan_layers:
+      x_BxNxE, _ = self.layers(x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention)))
+    else:
+      for i, block in enumerate(self.layers):
+        x_BxNxE = block(x_BxNxE, segment_ids, i)
+    return self.final_norm(x_BxNxE)
+
+  def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """What the first block reads, [B, N, E] in the activation dtype."""
     if tokens.ndim != 2:
       raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
     x_BxNxE = self.embed(tokens)
@@ -122,13 +132,7 @@ class Transformer(nn.Module):
       if tokens.shape[1] > self.config.max_positions:
         raise ValueError(f"tokens has {tokens.shape[1]} tokens a row, more than max_positions={self.config.max_positions} of learned positions")
       x_BxNxE += self.positions(position_in_document(segment_ids, *tokens.shape))
-    x_BxNxE = x_BxNxE.astype(self.config.activation_dtype)
-    if self.config.scan_layers:
-      x_BxNxE, _ = self.layers(x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention)))
-    else:
-      for i, block in enumerate(self.layers):
-        x_BxNxE = block(x_BxNxE, segment_ids, i)
-    return self.final_norm(x_BxNxE)
+    return x_BxNxE.astype(self.config.activation_dtype)
 
 
 def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:

@@ -26,11 +26,11 @@ import shlex
 
 from experiments.recipes.stages import run_stages
 from sparsek import rivals_report, run_directory
+from sparsek.config import GATES
 from sparsek.metrics import read_metrics
 
 FLAGS = "--flagfile=experiments/recipes/rivals_{}.flags"
 FAR = ("full", *(f"{kind}_512" for kind in ("window", "random", "sparsek", "sinks", "hybrid", "linear")))     # evaluated at four times the length, too
-GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "key_value")
 
 
 def kinds(sparsek: list[str]) -> dict[str, list[str]]:
