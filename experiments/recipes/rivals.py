@@ -42,26 +42,23 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
   found = {"full": ["--attention=full"]}
   for budget in (512, 1024):
     found[f"window_{budget}"] = ["--attention=sliding_window", f"--window={budget}"]
-    found[f"random_{budget}"] = ["--attention=random", *half(budget)]
     found[f"sparsek_{budget}"] = [*learned, *half(budget)]
+    found[f"random_{budget}"] = ["--attention=random", *half(budget)]
     found[f"window_{budget}_last"] = last(budget, f"sliding_window:w{budget * 7 // 2}")
-    for k, window in ((budget, budget * 5 // 2), (budget * 5 // 2, budget)):
-      found[f"random_{budget}_last_k{k}"] = last(budget, f"random:k{k}:w{window}")
-      found[f"sparsek_{budget}_last_k{k}"] = last(budget, f"sparsek:k{k}:w{window}", *sparsek)
-    found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
+    found[f"sparsek_{budget}_last"] = last(budget, f"sparsek:k{budget}:w{budget * 5 // 2}", *sparsek)
+    found[f"random_{budget}_last"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
     found[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
-    found[f"hybrid_{budget}"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(budget)]
-  found |= {f"sparsek_512_{gate}": [*learned, *half(512), f"--gate={gate}"] for gate in GATES if f"--gate={gate}" not in sparsek}
-  more = {"conv": ["--scorer=conv"], "queries512": ["--scorer_loss_queries=512"], "no_loss": ["--scorer_loss=0", "--scorer_init_scale=4"]}
-  found |= {f"sparsek_512_{name}": [*learned, *half(512), *flags] for name, flags in more.items()}
-  found |= {f"sparsek_512_last_k512_{name}": [*found["sparsek_512_last_k512"], *flags] for name, flags in more.items() if name != "no_loss"}
+    found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
   found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512)]
+  found["hybrid_512"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(512)]
   found["full_last"] = last(512, "full")
-  found |= {f"{kind}_512": [f"--attention={kind}", *half(512)] for kind in ("strided", "lsh")}
+  for name, flags in (("value", ["--gate=value"]), ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"]), ("conv", ["--scorer=conv"]),
+                      *((gate, [f"--gate={gate}"]) for gate in GATES if gate != "value" and f"--gate={gate}" not in sparsek)):
+    found[f"sparsek_512_{name}"] = [*learned, *half(512), *flags]
+  found |= {f"{kind}_512": [f"--attention={kind}", *half(512)] for kind in ("strided", "lsh", "block_topk")}
   for budget in (1024, 512):
     found |= {f"sparsek_{budget}_k{k}": [*learned, f"--k={k}", f"--window={budget - k}"] for k in (budget // 8, budget // 4, budget * 3 // 4)}
-  found |= {f"{kind}_1024": [f"--attention={kind}", *half(1024)] for kind in ("strided", "lsh")}
-  found |= {f"block_topk_{budget}": ["--attention=block_topk", *half(budget)] for budget in (512, 1024)}
+  found |= {f"{kind}_1024": [f"--attention={kind}", *half(1024)] for kind in ("strided", "lsh", "block_topk")}
   return found
 
 

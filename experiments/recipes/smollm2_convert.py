@@ -7,9 +7,11 @@
   python -m experiments.prepare_data --sources=tasks:16384:600 --answers_only --tokenizer=data/smollm2 --output=data/smollm2_tasks
   python -m experiments.recipes.smollm2_convert --record=experiments/results/smollm2_convert.json
 
-Stages that are done are left out: killed, the same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs. The dense model and
-rivals of the same budget of k + window keys are imported: a sliding window, one of 4 less and the first 4 tokens (StreamingLLM), k random tokens with a window,
-and SPARSEK. The scorers of SPARSEK are warmed up; then all are trained on the same documents and on the same documents that need recall. All are
+Stages that are done are left out: killed, the same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins
+only some of them, and the record holds what is finished. The dense model and its rivals, all of k + window keys a query, are imported: SPARSEK, also with most
+keys in six of the layers ("reach": those that experiments.layer_reach found to need what stands far back, experiments/results/smollm2_reach.json) and with full
+attention in every sixth ("hybrid"), a window, one of 4 less and the first 4 tokens (StreamingLLM), k random tokens with a window, and the others. The scorers
+are warmed up; then all are trained on the same documents and on the same documents that need recall, once for each seed, which orders the documents. All are
 evaluated by position on held-out documents and asked for what stands at least k + window tokens back. No model is trained on more than 9.2 million tokens.
 """
 
@@ -17,95 +19,137 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 from experiments.recipes.stages import flags_of, run_stages
 from sparsek import checkpoint, run_directory, tasks
+from sparsek.metrics import read_metrics
+from sparsek.rivals_report import accuracies, mean_and_error
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
-KINDS = ("sparsek", "dense", "window", "sinks", "random")          # the longest way first
+LEARNED = ("sparsek", "reach", "hybrid")                            # with scorers, to be warmed up
+COLOURS = {"dense": "tab:gray", "window": "tab:orange", "sinks": "tab:green", "random": "tab:red", "sparsek": "tab:blue", "reach": "tab:purple",
+           "hybrid": "tab:pink", "linear": "tab:olive"}
+STYLES = {"": ":", "_warm": "-.", "_tuned": "--", "_recall": "-"}
+
+
+def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
+  """Name -> flags of its attention; what matters most comes first, what is alike shares the same number of keys a query, the mean over 30 layers."""
+  # Slope 0: no scorer prefers late tokens before it has learned to. Scale 1: scores are logarithms of attention in the warm-up. Sink 10: the first token, to
+  # which pretrained models pay much of their attention, is kept from the start.
+  scorers = ["--scorer_init_slope=0", "--scorer_init_scale=1", "--scorer_init_sink=10", *scorer]
+  chosen = lambda kind: [f"--attention={kind}", f"--k={k}", f"--window={window}"]
+  budget = k + window
+  near, far = f"sparsek:k16:w{budget // 2}", f"sparsek:k{5 * (budget // 2 - 16) + 16}:w{budget // 2}"
+  pattern = f"{near}*7,{far}*2,{near}*9,{far},{near},{far},{near}*2,{far}*2,{near}*5"
+  return {"sparsek": chosen("sparsek") + scorers, "dense": ["--attention=full"], "window": ["--attention=sliding_window", f"--window={budget}"],
+          "sinks": ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"], "random": chosen("random"),
+          "reach": [f"--layer_pattern={pattern}", *scorers], "linear": ["--attention=linear", f"--window={budget}"],
+          "hybrid": ["--layer_pattern=sparsek*5,full", f"--k={k}", f"--window={window}", *scorers],
+          **{kind: chosen(kind) for kind in ("strided", "lsh", "block_topk")}}
 
 
 def stages(options) -> dict[str, tuple[str, ...]]:
   """Name of a run or an evaluation -> the words of its command, in order."""
-  budget, model = options.k + options.window, f"hf:{options.model}"
+  model = f"hf:{options.model}"
   run = lambda name: os.path.join(options.workdir, name)
-  attention = {"dense": ["--attention=full"], "window": ["--attention=sliding_window", f"--window={budget}"],
-               "sinks": ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"],
-               "random": ["--attention=random", f"--k={options.k}", f"--window={options.window}"],
-               # Slope 0: no scorer prefers late tokens before it has learned to. Scale 1: scores are logarithms of attention in the warm-up. Sink 10: the first
-               # token, to which pretrained models pay much of their attention, is kept from the start.
-               "sparsek": ["--attention=sparsek", f"--k={options.k}", f"--window={options.window}", "--scorer_init_slope=0", "--scorer_init_scale=1",
-                           "--scorer_init_sink=10", *shlex.split(options.scorer)]}
-  pretrain = lambda stage, data, start, *flags: (
-      "pretrain", FLAGS.format(stage), f"--data={data}", f"--init_from={run(start)}", *flags, *shlex.split(options.more))
-  found = {kind: ("import_hf", f"--from={options.model}", "--scan_layers", f"--dtype={options.dtype}", *attention[kind]) for kind in KINDS}
-  found["sparsek_warm"] = pretrain("warmup", options.text, "sparsek")
-  for kind in KINDS:
-    found[f"{kind}_tuned"] = pretrain("tune", options.text, "sparsek_warm" if kind == "sparsek" else kind)
-  found["sparsek_distilled"] = pretrain("tune", options.text, "sparsek_warm", "--distill=0.5", f"--distill_from={model}")
-  for kind in KINDS:
-    found[f"{kind}_recall"] = pretrain("recall", options.tasks, f"{kind}_tuned")
-  found = {name: (*words, f"--workdir={run(name)}") for name, words in found.items()}
-  for kind in KINDS:
-    runs = ",".join(run(name) for name in found if name.startswith(kind) and not name.startswith(("loss", "tasks")))
-    found[f"loss_{kind}"] = ("evaluate", f"--workdir={runs}", f"--data={options.text}", f"--seq_len={options.seq_len}", "--batch_size=2", "--eval_batches=64")
-    found[f"tasks_{kind}"] = ("evaluate_tasks", f"--workdir={runs}", "--tasks=passkey,needle", f"--lengths={options.lengths}", f"--min_distance={budget}",
-                              f"--examples={options.examples}", "--batch_size=4")
+  found = {}
+  for kind, flags in kinds(options.k, options.window, shlex.split(options.scorer)).items():
+    mine = {kind: ("import_hf", f"--from={options.model}", "--scan_layers", f"--dtype={options.dtype}", *flags)}
+    for seed in range(options.seeds):
+      name = lambda stage, seed=seed, kind=kind: f"{kind}_{stage}" + f"_s{seed}" * bool(seed)
+      pretrain = lambda stage, data, start, *more, seed=seed: (
+          "pretrain", FLAGS.format(stage), f"--data={data}", f"--init_from={run(start)}", f"--seed={seed}", *more, *shlex.split(options.more))
+      start = name("warm") if kind in LEARNED else kind
+      if kind in LEARNED:
+        mine[start] = pretrain("warmup", options.text, kind)
+      mine[name("tuned")] = pretrain("tune", options.text, start)
+      if kind == "sparsek" and seed == 0:
+        mine["sparsek_distilled"] = pretrain("tune", options.text, start, "--distill=0.5", f"--distill_from={model}")
+      mine[name("recall")] = pretrain("recall", options.tasks, name("tuned"))
+    found |= {name: (*words, f"--workdir={run(name)}") for name, words in mine.items()}
+    asked = [name for name in mine if "_s" not in name or "_recall" in name]                  # the earlier stages of one seed are enough
+    found[f"loss_{kind}"] = ("evaluate", f"--workdir={','.join(map(run, mine))}", f"--data={options.text}", f"--seq_len={options.seq_len}", "--batch_size=2",
+                             f"--eval_batches={options.eval_batches}")
+    found[f"tasks_{kind}"] = ("evaluate_tasks", f"--workdir={','.join(map(run, asked))}", "--tasks=passkey,needle", f"--lengths={options.lengths}",
+                              f"--min_distance={options.k + options.window}", f"--examples={options.examples}", "--batch_size=4")
   return found
-
-
-def last_line(path: str) -> dict:
-  with open(path, encoding="utf-8") as file:
-    return json.loads(file.read().splitlines()[-1])
 
 
 def describe(folder: str, minutes: float) -> dict:
   """What a run was trained on, how, and how good it is."""
   _, record = checkpoint.load_run_config(folder)
   flags = [line for line in flags_of(folder) if line.split("=")[0] not in ("--workdir", "--data", "--from", "--init_from", "--distill_from")]
-  loss, asked = last_line(os.path.join(folder, "evaluation.jsonl")), last_line(os.path.join(folder, "tasks.jsonl"))
+  loss, asked = (read_metrics(os.path.join(folder, f"{name}.jsonl")) for name in ("evaluation", "tasks"))
   return {"trained_tokens": checkpoint.saved_steps(folder)[-1] * record["data"]["batch_size"] * record["data"]["seq_len"], "minutes": round(minutes, 2),
-          "loss": loss["loss"], "num_targets": loss["num_targets"], "buckets": loss["buckets"], "tasks": asked["results"], "flags": flags}
+          **{key: loss[-1][key] for key in ("loss", "num_targets", "buckets")}, "tasks": asked[-1]["results"] if asked else [], "flags": flags}
 
 
-def draw(runs: dict[str, dict], path: str) -> None:
-  """Loss by position above the dense model's before any training, and accuracy by length."""
+def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
+  """Runs that differ in the seed alone, by the name without it."""
+  found: dict[str, list[Mapping]] = {}
+  for name, run in runs.items():
+    found.setdefault(re.sub(r"_s\d+$", "", name), []).append(run)
+  return found
+
+
+def table(runs: Mapping[str, Mapping]) -> str:
+  """Mean and standard error over seeds of the loss and of its rise above the dense model's of the same stage and seed, and right answers of all seeds."""
+  lines = []
+  for name, group in groups(runs).items():
+    kind, _, stage = name.partition("_")
+    same = groups(runs).get(f"dense_{'tuned' if stage == 'distilled' else stage}".rstrip("_") if stage != "warm" else "dense", [])
+    loss, error = mean_and_error([run["loss"] for run in group])
+    rise, rise_error = mean_and_error([run["loss"] - dense["loss"] for run, dense in zip(group, same)])
+    answers = "  ".join(f"{task} {length}: {share:.0%}" for (task, length), share in accuracies({"seeds": dict(enumerate(group))}).items())
+    lines.append(f"{name:18} {len(group)} runs  loss {loss:.4f} ± {error:.4f}  above dense {rise:+.4f} ± {rise_error:.4f}, "
+                 f"perplexity x {math.exp(rise):.4f}  {answers}")
+  return "\n".join(lines)
+
+
+def draw(runs: Mapping[str, Mapping], path: str) -> None:
+  """Loss by position above the dense model's before any training, and accuracy by length, over all seeds."""
   figure = Figure(figsize=(15, 4), dpi=110, layout="constrained")
   loss_axes, *task_axes = figure.subplots(1, 3)
-  colours = {"dense": "tab:gray", "window": "tab:orange", "sinks": "tab:green", "random": "tab:red", "sparsek": "tab:blue"}
-  styles = {"": ":", "_warm": "-.", "_tuned": "--", "_distilled": (0, (1, 3)), "_recall": "-"}
-  for name, run in runs.items():
+  for name, group in groups(runs).items():
     kind, _, stage = name.partition("_")
-    style = {"color": colours[kind], "linestyle": styles[stage and f"_{stage}"], "label": name.replace("_", ", ")}
-    pairs = [(here, there) for here, there in zip(run["buckets"], runs["dense"]["buckets"]) if here["num_targets"]]
-    loss_axes.plot([here["last"] + 1 for here, _ in pairs], [here["loss"] - there["loss"] for here, there in pairs], **style)
+    stage = stage and f"_{stage}"
+    if kind not in COLOURS or stage not in STYLES:
+      continue
+    style = {"color": COLOURS[kind], "linestyle": STYLES[stage], "label": name.replace("_", ", ")}
+    points = []
+    for index, there in enumerate(runs["dense"]["buckets"]):
+      if there["num_targets"]:
+        points.append((there["last"] + 1, mean_and_error([run["buckets"][index]["loss"] - there["loss"] for run in group])[0]))
+    loss_axes.plot(*zip(*points), **style)
     for axes, task in zip(task_axes, ("passkey", "needle")):
-      points = [(result["length"], 100 * result["right"] / result["total"]) for result in run["tasks"] if result["task"] == task]
-      axes.plot(*zip(*points), marker="o", **style)
+      points = [(length, 100 * share) for (asked, length), share in accuracies({"seeds": dict(enumerate(group))}).items() if asked == task]
+      if points and stage == "_recall":
+        axes.plot(*zip(*points), marker="o", **style)
   loss_axes.set(title="held-out loss above the dense model's", xlabel="position in the document", ylabel="nats a token")
-  for axes, title in zip(task_axes, ("passkey", "needle among 16")):
+  for axes, title in zip(task_axes, ("passkey, trained for recall", "needle among 16, trained for recall")):
     axes.set(title=title, xlabel="tokens", ylabel="answers right (%)", ylim=(-4, 104))
   for axes in (loss_axes, *task_axes):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-  figure.legend(*loss_axes.get_legend_handles_labels(), frameon=False, loc="outside right")
+  figure.legend(*loss_axes.get_legend_handles_labels(), frameon=False, loc="outside right", fontsize=7)
   figure.savefig(path)
 
 
 def main(options) -> None:
   plan = stages(options)
-  minutes = run_stages(plan, options.workdir, options.devices, options.at_once)
-  names = [name for name in plan if not name.startswith(("loss", "tasks"))]
-  runs = {name: describe(os.path.join(options.workdir, name), minutes[name]) for name in names}
-  dense = runs["dense"]["loss"]
-  for name, run in runs.items():
-    run["perplexity_over_dense"] = math.exp(run["loss"] - dense)
-    right = "  ".join(f"{result['task']} {result['length']}: {result['right'] / result['total']:.0%}" for result in run["tasks"])
-    print(f"{name:18} loss {run['loss']:.4f}  perplexity x {run['perplexity_over_dense']:.4f}  {right}")
-  record = {"commands": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items()}, "minutes": minutes,
+  if not options.collect:
+    run_stages(plan, options.workdir, options.devices, options.at_once, options.only)
+  with open(os.path.join(options.workdir, "minutes.json"), encoding="utf-8") as file:
+    minutes = json.load(file)
+  evaluated = lambda name: read_metrics(os.path.join(options.workdir, name, "evaluation.jsonl"))
+  runs = {name: describe(os.path.join(options.workdir, name), minutes[name]) for name in plan if name in minutes and evaluated(name)}
+  print(table(runs))
+  record = {"commands": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items() if name in minutes}, "minutes": minutes,
             "chance": {task: tasks.CHANCE[task] for task in ("passkey", "needle")}, "runs": runs, "versions": run_directory.versions()}
   with open(options.record, "w", encoding="utf-8") as file:
     file.write(json.dumps(record, indent=1) + "\n")
@@ -119,10 +163,12 @@ if __name__ == "__main__":
       ("tasks", "data/smollm2_tasks", "token files of documents that need recall"), ("workdir", "runs/smollm2_convert", "folder for all runs"),
       ("record", "smollm2_convert.json", "file for the record; the picture goes beside it"), ("dtype", "bfloat16", "of activations"),
       ("lengths", "2048,4096,8192,16384", "tokens of the tasks"), ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
-      ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's")):
+      ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
+      ("only", "", "a regular expression: begin only stages whose names it matches")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
   for option, default, text in (("k", 256, "selected keys"), ("window", 768, "latest tokens"), ("seq_len", 8192, "tokens of a held-out row"),
-                                ("examples", 100, "of each task"),
+                                ("eval_batches", 64, "held-out batches"), ("examples", 100, "of each task and length"), ("seeds", 3, "runs of each kind"),
                                 ("at_once", 1, "stages that run side by side, as far as they need not wait; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
+  parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
   main(parser.parse_args())

@@ -11,7 +11,7 @@ from sparsek import flags
 from sparsek.config import TransformerConfig
 
 OPTIONS = types.SimpleNamespace(model="model", text="text", tasks="tasks", workdir="runs", dtype="bfloat16", lengths="2048,8192", scorer="--scorer=conv",
-                                more="", k=256, window=768, seq_len=8192, examples=100)
+                                more="", k=256, window=768, seq_len=8192, eval_batches=64, examples=100, seeds=2)
 SMOLLM2 = TransformerConfig(vocab_size=49152, num_layers=30, embed_dim=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536, attention="full")
 
 
@@ -39,7 +39,8 @@ def test_what_a_stage_waits_for():
   plan = smollm2_convert.stages(OPTIONS)
   needs = {name: stages.needed(plan, name) for name in plan}
   assert needs["dense"] == set() and needs["sparsek_warm"] == {"sparsek"} and needs["window_recall"] == {"window_tuned"}
-  assert needs["tasks_sparsek"] == {"sparsek", "sparsek_warm", "sparsek_tuned", "sparsek_distilled", "sparsek_recall"}
+  assert needs["tasks_sparsek"] == {"sparsek", "sparsek_warm", "sparsek_tuned", "sparsek_distilled", "sparsek_recall", "sparsek_recall_s1"}
+  assert needs["sparsek_recall_s1"] == {"sparsek_tuned_s1"} and needs["sparsek_tuned_s1"] == {"sparsek_warm_s1"}
 
 
 def test_picture(tmp_path):
