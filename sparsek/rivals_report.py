@@ -87,12 +87,13 @@ def _cell(form: str, mean: float, error: float) -> str:
 
 def _style(name: str) -> dict:
   kind = name if name in COLOURS else name.partition("_")[0]
-  return {"color": COLOURS.get(kind, "#56B4E9"), "linestyle": "--" if "1024" in name else "-", "marker": "o" if kind == "sparsek" else None, "markersize": 3}
+  style = {"512": "-", "1024": "--", "512_last": "-.", "1024_last": ":"}.get(name.partition("_")[2], "-")
+  return {"color": COLOURS.get(kind, "#56B4E9"), "linestyle": style, "marker": "o" if kind == "sparsek" else None, "markersize": 3}
 
 
 def _by_position(run: Mapping) -> dict[int, float]:
   """Tokens of a document -> loss of the tokens from half of it on, the mean over seeds."""
-  rows = [result["loss"][min(result["loss"], key=int)]["buckets"] for result in run["seeds"].values()]
+  rows = [result["loss"][min(result["loss"], key=int)]["buckets"] for result in run["seeds"].values() if result["loss"]]
   return {same[0]["last"] + 1: statistics.fmean(bucket["loss"] for bucket in same) for same in zip(*rows) if same[0]["num_targets"]}
 
 
@@ -110,9 +111,10 @@ def draw(runs: Runs, path: str) -> None:
     axes.set(title=title, xlabel="loss above full attention's", yticks=range(len(names)), yticklabels=names if length is None else [])
     axes.grid(axis="y", alpha=0.3)
   baseline = _by_position(full)
-  for name in [name for name in runs if len(name.split("_")) <= 2]:
+  for name in [name for name in runs if len(name.removesuffix("_last").split("_")) <= 2]:
     here = _by_position(runs[name])
-    position.plot(list(here), [loss - baseline[last] for last, loss in here.items()], label=name, **_style(name))
+    if here:
+      position.plot(list(here), [loss - baseline[last] for last, loss in here.items()], label=name, **_style(name))
     shares = accuracies(runs[name])
     lengths = sorted({length for task, length in shares if task in RETRIEVAL})
     shares = [statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares) for length in lengths]

@@ -27,7 +27,6 @@ import shlex
 from experiments.recipes.stages import run_stages
 from sparsek import rivals_report, run_directory
 from sparsek.config import GATES
-from sparsek.metrics import read_metrics
 
 FLAGS = "--flagfile=experiments/recipes/rivals_{}.flags"
 FAR = ("full", *(f"{kind}_512" for kind in ("window", "random", "sparsek", "sinks", "hybrid", "linear")))     # evaluated at four times the length, too
@@ -90,9 +89,11 @@ def main(options) -> None:
   if not options.collect:
     run_stages(plan, options.workdir, options.devices, options.at_once, options.only)
   here, named = lambda name: os.path.join(options.workdir, name), kinds(shlex.split(options.sparsek))
+  with open(here("minutes.json"), encoding="utf-8") as file:
+    minutes = json.load(file)
   runs = {}
   for name, flags in named.items():
-    seeds = [seed for seed in range(options.seeds) if read_metrics(os.path.join(here(f"{name}_s{seed}"), "evaluation.jsonl"))]
+    seeds = [seed for seed in range(options.seeds) if f"{name}_s{seed}" in minutes]
     if seeds:
       runs[name] = {"flags": flags, "seeds": {seed: rivals_report.describe(here(f"{name}_s{seed}")) for seed in seeds}}
   with open(os.path.join(here("full_s0"), "versions.json"), encoding="utf-8") as file:

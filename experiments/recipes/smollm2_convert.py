@@ -33,8 +33,8 @@ from sparsek.rivals_report import accuracies, mean_and_error
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
 LEARNED = ("sparsek", "reach", "hybrid")                            # with scorers, to be warmed up
 COLOURS = {"dense": "tab:gray", "window": "tab:orange", "sinks": "tab:green", "random": "tab:red", "sparsek": "tab:blue", "reach": "tab:purple",
-           "hybrid": "tab:pink", "linear": "tab:olive"}
-STYLES = {"": ":", "_warm": "-.", "_tuned": "--", "_recall": "-"}
+           "hybrid": "tab:pink", "strided": "tab:brown"}             # of what the picture shows
+STYLES = {"": ":", "warm": "-.", "tuned": "-"}
 
 
 def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -112,31 +112,32 @@ def table(runs: Mapping[str, Mapping]) -> str:
 
 
 def draw(runs: Mapping[str, Mapping], path: str) -> None:
-  """Loss by position above the dense model's before any training, and accuracy by length, over all seeds."""
-  figure = Figure(figsize=(15, 4), dpi=110, layout="constrained")
+  """Loss by position above the dense model's of the same stage, and accuracy by length after the stage for recall, over all seeds."""
+  figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
   loss_axes, *task_axes = figure.subplots(1, 3)
-  for name, group in groups(runs).items():
+  every = groups(runs)
+  by_position = lambda group: [mean_and_error([run["buckets"][i]["loss"] for run in group])[0] if bucket["num_targets"] else math.nan
+                               for i, bucket in enumerate(group[0]["buckets"])]
+  for name, group in every.items():
     kind, _, stage = name.partition("_")
-    stage = stage and f"_{stage}"
-    if kind not in COLOURS or stage not in STYLES:
+    if kind not in COLOURS:
       continue
-    style = {"color": COLOURS[kind], "linestyle": STYLES[stage], "label": name.replace("_", ", ")}
-    points = []
-    for index, there in enumerate(runs["dense"]["buckets"]):
-      if there["num_targets"]:
-        points.append((there["last"] + 1, mean_and_error([run["buckets"][index]["loss"] - there["loss"] for run in group])[0]))
-    loss_axes.plot(*zip(*points), **style)
+    if stage in STYLES:
+      same = every["dense_tuned" if stage == "tuned" else "dense"]
+      loss_axes.plot([bucket["last"] + 1 for bucket in group[0]["buckets"]], [here - there for here, there in zip(by_position(group), by_position(same))],
+                     color=COLOURS[kind], linestyle=STYLES[stage], label=kind if stage == "tuned" else None)
     for axes, task in zip(task_axes, ("passkey", "needle")):
       points = [(length, 100 * share) for (asked, length), share in accuracies({"seeds": dict(enumerate(group))}).items() if asked == task]
-      if points and stage == "_recall":
-        axes.plot(*zip(*points), marker="o", **style)
-  loss_axes.set(title="held-out loss above the dense model's", xlabel="position in the document", ylabel="nats a token")
-  for axes, title in zip(task_axes, ("passkey, trained for recall", "needle among 16, trained for recall")):
-    axes.set(title=title, xlabel="tokens", ylabel="answers right (%)", ylim=(-4, 104))
+      if points and stage == "recall":
+        axes.plot(*zip(*points), marker="o", color=COLOURS[kind])
+  loss_axes.set(title="held-out loss above full attention's\n(dotted: untrained, dash-dotted: warmed up)", xlabel="position in the document",
+                ylabel="nats a token", ylim=(-0.02, 0.3))
+  for axes, title in zip(task_axes, ("passkey", "needle among 16")):
+    axes.set(title=f"{title},\nafter training for recall", xlabel="tokens", ylabel="answers right (%)", ylim=(-4, 104))
   for axes in (loss_axes, *task_axes):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-  figure.legend(*loss_axes.get_legend_handles_labels(), frameon=False, loc="outside right", fontsize=7)
+  figure.legend(*loss_axes.get_legend_handles_labels(), frameon=False, loc="outside right")
   figure.savefig(path)
 
 

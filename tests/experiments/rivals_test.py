@@ -57,6 +57,7 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
     (folder / "evaluation.jsonl").write_text(json.dumps({"data": {"seq_len": 128}, "loss": loss, "num_targets": 18, "buckets": buckets}) + "\n")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 4.}) + "\n" + json.dumps({"step": 1, "heldout_loss": loss - 1}) + "\n")
     (folder / "versions.json").write_text("{}")
+  (tmp_path / "minutes.json").write_text(json.dumps({"full_s0": 1., "window_512_s0": 1., "window_512_s1": 1., "loss_full": 1.}))
   options = types.SimpleNamespace(**{**vars(OPTIONS), "workdir": str(tmp_path), "record": str(tmp_path / "record.json"), "collect": True})
   rivals.main(options)
   assert "| window_512 | 2 | 3.2500 ± 0.2500 |" in capsys.readouterr().out
