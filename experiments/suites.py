@@ -74,4 +74,4 @@ def decode_jobs():
 def jobs():
   """What the flags ask to train."""
   config = model("gpt2_small")
-  return [measure_train.Job(config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk")) for n in lengths()]
+  return [measure_train.Job(config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk"), flag("scorer_loss")) for n in lengths()]

@@ -149,8 +149,8 @@ class TransformerConfig:
   scorer_lookahead: int = 4
   scorer_lookback: int = 3
   scorer_normalize: bool = True
-  scorer_init_scale: float = 4.0
-  scorer_init_slope: float = 1.0
+  scorer_init_scale: float = 1.0
+  scorer_init_slope: float = 0.0
   scorer_shared: bool = False
   scorer_init_noise: float = 0.0
   scorer_init_sink: float = 0.0
@@ -222,6 +222,11 @@ class TransformerConfig:
   def layer_kinds(self) -> tuple[str, ...]:
     """The attention kind of each layer."""
     return tuple(parse_term(term)[0] for term in self.layer_terms)
+
+  @property
+  def learns_scores(self) -> bool:
+    """Whether a layer has a scorer with parameters, for `TrainConfig.scorer_loss` to teach."""
+    return "sparsek" in self.layer_kinds and self.scorer != "random"
 
   def for_term(self, term: str) -> "TransformerConfig":
     """The same with the k and window that a layer of this term has."""
@@ -327,7 +332,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   trainable: str = "all"
-  scorer_lr_multiplier: float = 1.0
+  scorer_lr_multiplier: float = 5.0
 
   def __post_init__(self):
     check_choice("trainable", self.trainable, TRAINABLE)
@@ -346,7 +351,8 @@ class TrainConfig:
     workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
     data, optimizer: see their classes.
     seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
-    scorer_loss: weight of the scorers' auxiliary loss, `sparsek.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers.
+    scorer_loss: weight of the scorers' auxiliary loss, `sparsek.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers; nothing where no
+      scorer learns.
     scorer_warmup: scorers learn from that loss alone while sparsek layers attend to everything: the first stage of converting a dense model. There is no
       cross-entropy and no backward pass but the scorers' own; the "loss" of a step is the scorers'.
     distill: weight w of a teacher in the objective (1 - w) cross-entropy + w KL(teacher || model), at temperature 1. Its operations do not count in "mfu".
@@ -365,7 +371,7 @@ class TrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   seed: int = 0
-  scorer_loss: float = 0.0
+  scorer_loss: float = 1.0
   scorer_warmup: bool = False
   distill: float = 0.0
   distill_from: str | None = None

@@ -123,8 +123,8 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("scorer_lookahead", None, "Tokens after its own that a conv scorer may see; at most --window. Default: 4.", lower=0)
   define.number("scorer_lookback", None, "Tokens before its own that a conv scorer sees. Default: 3.", lower=0)
   define.boolean("scorer_normalize", None, "Normalise scores causally over time before the learned scale. Default: true.")
-  define.number("scorer_init_scale", None, "Initial standard deviation of the scores. Default: 4.", lower=0, kind=float)
-  define.number("scorer_init_slope", None, "Initial growth of the scores per 1024 tokens of position. Default: 1.", kind=float)
+  define.number("scorer_init_scale", None, "Initial standard deviation of the scores. Default: 1.", lower=0, kind=float)
+  define.number("scorer_init_slope", None, "Initial growth of the scores per 1024 tokens of position. Default: 0.", kind=float)
   define.boolean("scorer_shared", None, "One score per token for all KV heads of a layer. Default: false.")
   define.number("scorer_init_noise", None, "Initial amplitude of fixed noise in the scores, which is learned. Default: 0, none.", lower=0, kind=float)
   define.number("scorer_init_sink", None, "Initial extra score of a document's first token, which is learned. Default: 0, none.", kind=float)
@@ -263,8 +263,8 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
                 "layer); of the decode suite sparsek, full, transformers. Default: all; xla only beside another implementation.")
   define.choice("preset", None, list(config_lib.PRESETS), "Model of the train and decode suites. Default: gpt2_small; to decode, 1b.")
   define.number("vocab_size", 32768, "Of the model.", lower=1)
-  define.number("scorer_init_slope", None, "Of the model, a new one: at 1 more tokens enter the selection than at 0, as in the recipes for long contexts. "
-                "Default: the preset's.", kind=float)
+  define.number("scorer_init_slope", None, "Of the model, a new one: at 1 more tokens enter the selection than at 0. Default: 0.", kind=float)
+  define.number("scorer_loss", config_lib.TrainConfig.scorer_loss, "Of training: as of experiments.pretrain.", lower=0, kind=float)
   define.choice("remat", None, config_lib.REMAT_POLICIES, "What the backward pass of the model recomputes. Default: none.")
   define.number("batch_size", None, "Rows per training step. Default: 1.", lower=1)
   define.number("documents", 1, "Documents per row: half of it, a quarter, and so on.", lower=1)
@@ -318,8 +318,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
                 "before; so does whatever reads the run. 0: no adapters.", lower=0)
   define.number("lora_alpha", None, "The adapters' products count alpha / R times. Default: --lora_rank.", lower=0, kind=float)
   define.number("scorer_lr_multiplier", default.scorer_lr_multiplier, "Learning rate of the scoring networks over that of all else.", lower=0, kind=float)
-  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers which tokens full attention reads; "
-                "begin with --scorer_init_scale=1.", lower=0, kind=float)
+  define.number("scorer_loss", run_default.scorer_loss, "Weight of the auxiliary loss that teaches scorers which tokens full attention reads; 0: "
+                "they learn by the gates' gradient alone, as in the paper.", lower=0, kind=float)
   define.boolean("scorer_warmup", run_default.scorer_warmup, "Scorers learn from --scorer_loss alone, sparsek layers attend to everything, and no other "
                  "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.")
   define.number("distill", run_default.distill, "Weight w of the teacher --distill_from: the objective is (1 - w) cross-entropy + w KL(teacher || model).",

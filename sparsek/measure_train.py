@@ -29,6 +29,7 @@ class Job:
   batch_size: int = 1
   documents: int = 1
   loss_chunk: int = TrainConfig.loss_chunk
+  scorer_loss: float = TrainConfig.scorer_loss
 
   def lengths(self) -> list[int]:
     """Of the documents of a row."""
@@ -62,7 +63,8 @@ class StepCell(Cell):
 
   def __init__(self, job: Job):
     self.job, self.compile_seconds, self._mesh = job, None, make_mesh()
-    train = TrainConfig(workdir="", loss_chunk=job.loss_chunk, data=DataConfig(seq_len=job.n, batch_size=job.batch_size, segment_documents=job.documents > 1),
+    train = TrainConfig(workdir="", loss_chunk=job.loss_chunk, scorer_loss=job.scorer_loss,
+                        data=DataConfig(seq_len=job.n, batch_size=job.batch_size, segment_documents=job.documents > 1),
                         optimizer=OptimizerConfig(num_steps=1000, warmup_steps=100))
     self._optimizer = make_optimizer(train.optimizer)
     super().__init__(make_train_step(job.config, train, self._optimizer, self._mesh), ())
@@ -137,7 +139,7 @@ def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10,
     size = count_params(abstract_params(dataclasses.replace(job.config, attention="full"))) / 1e6
     fields = {"model": f"{size:.0f}M parameters, {job.config.dtype}", "k": job.config.k, "window": job.config.window, "remat": job.config.remat,
               "scorer_init_slope": job.config.scorer_init_slope,
-              **{name: getattr(job, name) for name in ("n", "batch_size", "documents", "loss_chunk")}}
+              **{name: getattr(job, name) for name in ("n", "batch_size", "documents", "loss_chunk", "scorer_loss")}}
     for done in run_rounds(list(cells.values()), rounds, seconds):
       row = {**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()} | other}
       yield done, [*rows, row]

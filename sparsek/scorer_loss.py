@@ -32,9 +32,8 @@ def attention_mass_loss(scores: jax.Array, query: jax.Array, key: jax.Array, que
   tokens that are not selected, too. In this manner DSA trains its indexer (DeepSeek-AI 2025, arXiv 2512.02556), whose scores depend on the query; here one
   score must do for all later queries, and at the minimum over all of them it is the logarithm of the attention that a token can expect.
 
-  The scores enter as they are, at temperature 1, and the scorer's scale and slope learn too: logarithms of attention have a spread of their own, which is
-  nearer to a scale of 1 than to the default of 4, at which the first thing to learn is to be less sure. Begin with scorer_init_scale=1: in the tiny setups
-  of experiments/recipes/scorer_letters.flags and scorer_text.flags, one seed each, that was better than 4, whether this loss could change the scale or not.
+  The scores enter as they are, at temperature 1, and the scorer's scale and slope learn too: logarithms of attention have a spread of their own, to which a
+  `scorer_init_scale` of 1 is near; at 4 the first thing to learn is to be less sure.
 
   Only scores have a gradient, `M_i softmax_{C_i}(u)_j - A_ij`, which is formed in the forward pass. Time is O(num_queries n), memory O(n) beside BLOCK_LOGITS.
 

@@ -18,7 +18,8 @@ def label(row: dict, kind: str) -> str:
   return f"sliding window {row['k'] + row['window']}" if kind == "sliding_window" else LABELS[kind]
 
 
-IDENTITY = ("model", "n", "batch_size", "documents", "remat", "k", "window", "scorer_init_slope", "loss_chunk")       # fields of a row
+IDENTITY = ("model", "n", "batch_size", "documents", "remat", "k", "window", "scorer_init_slope", "loss_chunk",
+            "scorer_loss")        # fields of a row
 
 
 def rows_to_keep(old: dict, record: dict) -> list[dict]:

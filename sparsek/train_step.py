@@ -99,11 +99,13 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   only, `sparsek.lora.split`.
 
   metrics: float32 scalars "loss" (the cross-entropy alone; in the scorers' warm-up, where there is none, the scorers' loss), "grad_norm" (before clipping),
-  "learning_rate", int32 "num_targets", and, before their weights, where those are above 0, "scorer_loss" and "divergence" from the teacher. Noise on the
-  scores and the queries of the scorers' loss derive from (state.seed, step, device, micro-batch, layer), so that a resumed run has the same.
+  "learning_rate", int32 "num_targets", and, before their weights, "scorer_loss" where its weight is above 0 and a scorer learns, and "divergence" from the
+  teacher. Noise on the scores and the queries of the scorers' loss derive from (state.seed, step, device, micro-batch, layer), so that a resumed run has the
+  same.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
-  logged = ["loss"] + ["scorer_loss"] * (train.scorer_loss > 0) + ["divergence"] * (teacher is not None)
+  scorer_weight = train.scorer_loss if config.learns_scores else 0.
+  logged = ["loss"] + ["scorer_loss"] * (scorer_weight > 0) + ["divergence"] * (teacher is not None)
 
   def freeze(params):
     """No gradients are computed for parameters that do not change."""
@@ -115,17 +117,17 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
 
     def objective(learned, rows, i):
       params, key = lora.join(freeze(learned), frozen), None
-      if config.scorer_noise or train.scorer_loss:
+      if config.scorer_noise or scorer_weight:
         seed, step = moment
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), jax.lax.axis_index(BATCH) * train.grad_accumulation + i)
       if train.scorer_warmup:
         scorer_loss = scorer_warmup_loss(config, params, rows, train.data.segment_documents, key) / train.data.batch_size
-        return train.scorer_loss * scorer_loss, {"loss": scorer_loss, "scorer_loss": scorer_loss}
-      losses = summed_losses(config, params, rows, train.loss_chunk, train.data.segment_documents, scorer_loss=train.scorer_loss > 0, key=key,
+        return scorer_weight * scorer_loss, {"loss": scorer_loss, "scorer_loss": scorer_loss}
+      losses = summed_losses(config, params, rows, train.loss_chunk, train.data.segment_documents, scorer_loss=scorer_weight > 0, key=key,
                              teacher=None if teacher is None else Teacher(teacher, teacher_params, train.distill))
       scorer_loss = losses.scorers / train.data.batch_size
       metrics = {"loss": per_target(losses.cross_entropy), "scorer_loss": scorer_loss, "divergence": per_target(losses.divergence)}
-      return per_target(losses.objective) + train.scorer_loss * scorer_loss, {name: metrics[name] for name in logged}
+      return per_target(losses.objective) + scorer_weight * scorer_loss, {name: metrics[name] for name in logged}
 
     def micro_batch(sums, rows):
       grads, losses = jax.grad(objective, has_aux=True)(learned, *rows)

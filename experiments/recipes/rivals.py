@@ -48,7 +48,9 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
     found[f"random_{budget}_last"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
     found[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
     found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
-  found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512)]
+  # What was the default when the record was made, under that name there.
+  before = ["--scorer_loss=0", "--scorer_lr_multiplier=1", "--scorer_init_scale=4", "--scorer_init_slope=1"]
+  found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512), *before]
   found["hybrid_512"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(512)]
   found["full_last"] = last(512, "full")
   for name, flags in (("value", ["--gate=value"]), ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"]), ("conv", ["--scorer=conv"]),

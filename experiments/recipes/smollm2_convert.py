@@ -39,9 +39,7 @@ STYLES = {"": ":", "warm": "-.", "tuned": "-"}
 
 def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
   """Name -> flags of its attention; what matters most comes first, what is alike shares the same number of keys a query, the mean over 30 layers."""
-  # Slope 0: no scorer prefers late tokens before it has learned to. Scale 1: scores are logarithms of attention in the warm-up. Sink 10: the first token, to
-  # which pretrained models pay much of their attention, is kept from the start.
-  scorers = ["--scorer_init_slope=0", "--scorer_init_scale=1", "--scorer_init_sink=10", *scorer]
+  scorers = ["--scorer_init_sink=10", *scorer]                      # the first token, which pretrained models read so much, is kept from the start
   chosen = lambda kind: [f"--attention={kind}", f"--k={k}", f"--window={window}"]
   budget = k + window
   near, far = f"sparsek:k16:w{budget // 2}", f"sparsek:k{5 * (budget // 2 - 16) + 16}:w{budget // 2}"

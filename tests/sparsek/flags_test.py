@@ -50,7 +50,7 @@ def configs(*arguments):
     (["--distill_from=hf:model"], ["--distill=0.0", "distill_from=hf:model"]),
     (["--distill=1.5"], ["--distill=1.5", "at most 1"]),
     (["--scorer_warmup", "--scorer_loss=1"], ["--scorer_warmup=True", "trainable=all", "trainable=scorer"]),
-    (["--scorer_warmup", "--trainable=scorer"], ["--scorer_warmup=True", "scorer_loss above 0", "scorer_loss=0.0"]),
+    (["--scorer_warmup", "--trainable=scorer", "--scorer_loss=0"], ["--scorer_warmup=True", "scorer_loss above 0", "scorer_loss=0.0"]),
     (["--scorer_loss_queries=0"], ["--scorer_loss_queries=0", "at least 1"]),
 ])
 def test_bad_flags_are_refused_in_one_sentence(arguments, words):

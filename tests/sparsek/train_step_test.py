@@ -138,7 +138,7 @@ def test_seeds_share_a_program_and_draw_other_numbers():
 
 def test_auxiliary_loss_of_scorers_is_a_mean_over_rows_beside_the_loss():
   (_, plain), (_, with_it), (_, accumulated) = (one_step(dataclasses.replace(TRAIN, **change), SELECTING) for change in (
-      {}, dict(scorer_loss=3.), dict(scorer_loss=3., grad_accumulation=4)))
+      dict(scorer_loss=0.), dict(scorer_loss=3.), dict(scorer_loss=3., grad_accumulation=4)))
   assert plain["loss"] == pytest.approx(with_it["loss"], rel=1e-6) and plain["grad_norm"] < .99 * with_it["grad_norm"] and 0 < with_it["scorer_loss"] < 1
   assert accumulated == pytest.approx(with_it, rel=1e-5)
 
