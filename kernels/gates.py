@@ -1,30 +1,23 @@
 """What gates do to one tile of logits and to its gradients: shared by the kernels for GPUs and TPUs.
 
 With p_ij the softmax of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>,
-and that of a gate x_ij (with "key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). With a mask inside the softmax, where the logit is
-s_ij + log g_ij, the gradient of a logit is `p_ij (<dO_i, v_j> - delta_i)`, and that of a gate 1 / g_ij times as much. It reaches the scores where
-0 < u_j - tau_i < 1.
+and that of a gate x_ij (with "key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). It reaches the scores where 0 < u_j - tau_i < 1.
 """
 
 import jax.numpy as jnp
 
-from .reference import HARD_GATES, SOFTMAX_GATES
 
-
-def tile_weights(s, probability, distance, *, gate, scale):
+def tile_weights(s, probability, distance, *, gate):
   """(softmax of the logits, gates or None where the weights do without, weights of the values) of one tile.
 
   Args:
     s: products q.k. probability(logits): the softmax of logits.
     distance: function that loads u_j - tau_i of listed keys, when it is needed, to save registers; None for the window's, whose gate is 1.
   """
-  if distance is None or gate in HARD_GATES:
+  if distance is None or gate == "straight_through":
     p = probability(s)
     return p, None, p
   g = jnp.clip(distance(), 0., 1.)
-  if gate == "softmax":
-    p = probability(s + jnp.log(g) * (1 / scale))
-    return p, None, p
   p = probability(s * g if gate == "key_value" else s)
   return p, g, p * g
 
@@ -37,10 +30,6 @@ def tile_gradients(s, p, g, dp, delta, distance, *, gate, scale):
   """
   if distance is None:
     return p * (dp - delta), None
-  if gate in SOFTMAX_GATES:
-    ds, distance = p * (dp - delta), distance()
-    fractional = jnp.logical_and(distance > 0., distance < 1.)
-    return ds, jnp.where(fractional, ds / distance if gate == "softmax" else ds, 0.)
   x = p * dp
   distance = distance()
   fractional = jnp.logical_and(distance > 0., distance < 1.)

@@ -110,7 +110,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
         distance = (lambda: by_column(registers.vector(score_smem.at[slot], COLUMN), shape) - by_row(tau, shape)) if is_list else None
 
         def gradients(s, dp):
-          p, g, _ = tile_weights(s, probability, distance, gate=gate, scale=scale)
+          p, g, _ = tile_weights(s, probability, distance, gate=gate)
           product = dp(0)
           plgpu.barrier_arrive(v_free.at[slot])
           ds, new = tile_gradients(s, p, g, product, by_row(delta, shape), distance, gate=gate, scale=scale)
@@ -290,7 +290,7 @@ def key_gradients(query, keys, values, cotangent, logsumexp, delta, first, last,
           delta = lambda: by_column(registers.vector(delta_smem.at[slot], COLUMN), shape)
 
           def gradients(s, dp):
-            p, g, weights = tile_weights(s, probability, distance, gate=gate, scale=scale)
+            p, g, weights = tile_weights(s, probability, distance, gate=gate)
 
             def rest(later):
               ds, new = tile_gradients(s, p, g, dp(later), delta(), distance, gate=gate, scale=scale)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, LOWEST, MATRIX, ROW, Registers, axes, by_column, by_row, gate_of, matrix_buffer, phase_of, place,
                             read_bounds)
-from .reference import HARD_GATES
 
 
 def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scale, chunk, tiling, interpret=None):
@@ -34,8 +33,7 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
   groups = key.shape[2]
   dtype = query.dtype
   slots = listed[0].shape[2] // (n // chunk)
-  gated = gate not in HARD_GATES                                         # else there are no scores to load
-  weighted = gated and gate != "softmax"                                 # gates multiply the weights of the values
+  gated = gate != "straight_through"                                     # else there are no scores to load
   block_kv, stages = tiling.forward_keys, tiling.forward_stages
   shape = (HALF, block_kv)
   to_log2 = scale * LOG2_E
@@ -80,8 +78,6 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
         s = registers.matmul(shape, q, k_smem.at[slot], take_turns)
         if gate == "key_value" and listed:
           s *= gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)
-        if gate == "softmax" and listed:
-          s += jnp.log(gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)) * (1 / scale)
         live = None
         if listed and exits:
           live = by_column(registers.vector(last_smem.at[slot], COLUMN), shape) > query_index()
@@ -93,14 +89,14 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
           live = here if live is None else jnp.logical_and(live, here)
         if live is not None:
           s = jnp.where(live, s, -jnp.inf)
-        if not (weighted and listed):
+        if not (gated and listed):
           plgpu.barrier_arrive(k_free.at[slot])
         new_top = jnp.maximum(top, s.max(axis=1) * to_log2)
         decay = jnp.exp2(top - new_top)
         p = jnp.exp2(s * to_log2 - by_row(new_top, shape))
         acc *= by_row(decay, acc.shape)
         total *= decay
-        if weighted and listed:
+        if gated and listed:
           p, total = lax.optimization_barrier((p, total))               # the scores are loaded late (again), to save registers
           weights = (p * gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)).astype(dtype)
           plgpu.barrier_arrive(k_free.at[slot])

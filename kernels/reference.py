@@ -6,8 +6,6 @@ Plain autodiff gives its gradients; it computes in float32, or in float64 where 
 import jax
 import jax.numpy as jnp
 
-HARD_GATES = ("straight_through", "straight_through_softmax")   # selected keys have weight 1 in the forward pass
-SOFTMAX_GATES = ("softmax", "straight_through_softmax")         # the mask is inside the softmax: the logit plus log p
 sg = jax.lax.stop_gradient
 
 
@@ -69,15 +67,12 @@ def attention(query, key, value, scores, *, k, window, gate, scale, segment_ids=
   q, kk, v = (x.astype(dtype) for x in (query, jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)))
   p, selected, local = (jnp.repeat(x, groups, 1) for x in selection(scores, k, window, segment_ids))
   p = jnp.where(local, 1, p)
-  if gate in HARD_GATES:
+  if gate == "straight_through":
     p = jnp.where(selected, 1 + p - sg(p), p)
   visible = selected | local
   logits = jnp.einsum("bihd,bjhd->bhij", q, kk, precision="highest") * scale
   if gate == "key_value":
     logits = logits * p
-  if gate in SOFTMAX_GATES:
-    visible &= p > 0
-    logits, p = logits + jnp.log(jnp.where(visible, p, 1)), jnp.ones_like(p)
   logits = jnp.where(visible, logits, -jnp.inf)
   top = sg(jnp.max(logits, -1, keepdims=True))
   weights = jnp.where(visible, jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top)), 0)

@@ -36,10 +36,10 @@ class Spec:
   gates: tuple[str, ...] = ("key_value",)
 
 
-ALL_GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "key_value")
+ALL_GATES = ("straight_through", "value", "key_value")
 SPECS = (
     Spec("plain", gates=ALL_GATES),
-    Spec("grouped_heads", heads=6, groups=2, batch=2, gates=("straight_through_softmax", "value", "key_value")),
+    Spec("grouped_heads", heads=6, groups=2, batch=2, gates=ALL_GATES),
     Spec("odd_length", n=211, k=24, window=33),
     Spec("one_token", n=1, k=1, window=0),
     Spec("one_token_window", n=1, k=3, window=5),
@@ -50,7 +50,7 @@ SPECS = (
     Spec("window_n", n=70, k=4, window=70),
     Spec("long_window", n=300, k=3, window=140),
     Spec("large_k", n=300, k=120, window=5),
-    Spec("documents", n=300, k=12, window=10, documents=(3, 120, 1, 1, 40), batch=2, groups=2, gates=("straight_through", "softmax", "key_value")),
+    Spec("documents", n=300, k=12, window=10, documents=(3, 120, 1, 1, 40), batch=2, groups=2, gates=ALL_GATES),
     Spec("short_documents", n=150, k=16, window=8, documents=(7,)),
     Spec("documents_window_0", n=150, k=5, window=0, documents=(60, 13)),
     Spec("rising", scores="rising"),

@@ -293,7 +293,7 @@ def forward(queries, listed, near, bounds, static):
           top[at] = after
           total[at] = total[at] * shrink + jnp.sum(p, axis=0, keepdims=True)
           return p
-        *_, w = tile_weights(s, probability, pairs.distance(tau[part]), gate=gate, scale=1.)
+        *_, w = tile_weights(s, probability, pairs.distance(tau[part]), gate=gate)
         acc[at] = acc[at] * weights["shrink"] + dot(keys.value[...], w.astype(keys.value.dtype), AT_B)
       return run
 
@@ -328,7 +328,7 @@ def _gradients(keys, queries, outputs, at, pairs, static):
 
   probability = lambda logits: jnp.where(pairs.visible, jnp.exp(logits - logsumexp[at]), 0.)
   distance = pairs.distance(tau[at[1]])
-  p, gates, weights = tile_weights(s, probability, distance, gate=static.gate, scale=1.)
+  p, gates, weights = tile_weights(s, probability, distance, gate=static.gate)
   ds, dgates = tile_gradients(s, p, gates, dp, delta[at], distance, gate=static.gate, scale=1.)
   return ds, dgates, weights
 

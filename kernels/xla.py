@@ -11,7 +11,6 @@ from jax import lax
 import jax.numpy as jnp
 
 from .compaction import chunk_lists, chunk_size
-from .reference import HARD_GATES, SOFTMAX_GATES
 from .saved import saved
 from .varying import varying_like
 
@@ -125,16 +124,9 @@ def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
 
 def _gated(gate, p, width):
   """Gates [B, G, 1, C, K] over listed and window keys."""
-  if gate in HARD_GATES:
+  if gate == "straight_through":
     p = jnp.ones_like(p)
   return jnp.pad(p, ((0, 0),) * 3 + ((0, width - p.shape[-1]),), constant_values=1)[:, :, None]
-
-
-def _masked(gate, logits, p):
-  """(logits with the mask, factors of the values), given the gates p."""
-  if gate == "softmax":
-    return logits + jnp.log(p), jnp.ones_like(p)
-  return logits * p if gate == "key_value" else logits, p
 
 
 @functools.partial(jax.jit, static_argnums=7)
@@ -145,7 +137,8 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
   def step(_, chunk):
     _, v, logits, visible, p, _ = _step(*chunk, keys, values, scores, expiry, static)
     p = _gated(gate, p, logits.shape[-1])
-    logits, p = _masked(gate, logits, p)
+    if gate == "key_value":
+      logits = logits * p
     logits = jnp.where(visible, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True)
     top = jnp.where(top == -jnp.inf, 0, top)                              # a query may see nothing at all: its output is 0
@@ -179,15 +172,12 @@ def _backward_rule(static, residuals, cotangent):
     k, v, raw, visible, p, fractional = _step(*inputs, keys, values, scores, expiry, static)
     listed = lists.shape[-1]
     p = _gated(gate, p, raw.shape[-1])
-    logits, factor = _masked(gate, raw, p)
+    logits = raw * p if gate == "key_value" else raw
     weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
     inner = _einsum("bgrcd,bgkd->bgrck", do, v)                           # <dO_i, v_j>
-    gated = jnp.where(visible, weights * factor, 0)
+    gated = jnp.where(visible, weights * p, 0)
     dlogits = gated * inner - weights * jnp.sum(gated * inner, axis=-1, keepdims=True)
-    if gate in SOFTMAX_GATES:
-      dgates = dlogits[..., :listed] / p[..., :listed]                    # of log p; used only where 0 < p < 1
-    else:
-      dgates = weights[..., :listed] * inner[..., :listed]
+    dgates = weights[..., :listed] * inner[..., :listed]
     if gate == "key_value":
       dgates += dlogits[..., :listed] * raw[..., :listed]
       dlogits = jnp.where(visible, dlogits * p, 0)

@@ -78,10 +78,6 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
     "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would give them, query, key and value that of what was computed.
     "value": logit `scale q.k`, m = p (the paper's hard-key, soft-value form).
     "key_value": logit `p scale q.k`, m = p (the paper's Select(Diag(p)) form).
-    "softmax": logit `scale q.k + log p`, m = 1: the mask is inside the softmax, so that what is taken from one key goes to the others. The gradient of p_ij is
-      `w_ij / p_ij <dO_i, v_j - o_i>` with the weight w_ij that is proportional to p_ij, which is large where a key of small p would have most of the weight.
-    "straight_through_softmax": as "softmax" with p = 1, m = 1; the scores get `w_ij <dO_i, v_j - o_i>`, the gradient of the logits, which is centred: unlike
-      the `w_ij <dO_i, v_j>` of "straight_through" it does not change with what all values of a query have in common.
 
   With k >= n or window >= n this is dense causal attention.
 

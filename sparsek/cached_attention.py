@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.attention import resolve_window, sliding_window_attention, sparsek_attention
-from sparsek.kernels.reference import HARD_GATES
 from sparsek.layers import window_implementation
 from sparsek.operator import sparsek
 from sparsek.scoring import ScorerState
@@ -56,7 +55,7 @@ class SelectionCache(NamedTuple):
 
 def needs_support(gate: str) -> bool:
   """Whether gates depend on thresholds in the forward pass."""
-  return gate not in HARD_GATES
+  return gate != "straight_through"
 
 
 def _each(function, rows):
@@ -84,10 +83,8 @@ def _attend(config, query_BxHxD, rows, visible, gate=None):
   logits = product("bgrd,bgmd->bgrm", query_BxHxD.reshape(batch, config.num_kv_heads, -1, head_dim), rows.key) * head_dim**-0.5
   if gate is not None and config.gate == "key_value":
     logits *= gate[:, :, None]
-  if gate is not None and config.gate == "softmax":
-    logits += jnp.log(gate[:, :, None])
   weights = jax.nn.softmax(jnp.where(visible[:, :, None], logits, -jnp.inf), axis=-1)
-  if gate is not None and config.gate in ("value", "key_value"):
+  if gate is not None:
     weights *= jnp.where(visible, gate, 0)[:, :, None]
   mixed = product("bgrm,bgmd->bgrd", weights.astype(rows.value.dtype), rows.value)
   return mixed.reshape(batch, heads, head_dim).astype(query_BxHxD.dtype)

@@ -1,5 +1,6 @@
 """One token through all layers by the kernels in kernels/mosaic_decode.py and mosaic_skinny.py: on Hopper GPUs what `sparsek.cache` takes a step with, where a
-model is of the common kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and a hard gate. Five kernels a layer, and one before them all."""
+model is of the common kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and the gate "straight_through". Five kernels a layer, and one before
+them all."""
 
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 ATTENTION_KINDS = ("sparsek", "sliding_window", "full", "random", "attention_sinks", "strided", "lsh", "block_topk", "linear")
 NEED_WINDOW = ("sliding_window", "block_topk", "linear")
-GATES = ("straight_through", "straight_through_softmax", "softmax", "value", "key_value")
+GATES = ("straight_through", "value", "key_value")
 SCORERS = ("linear", "conv", "random")
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 REMAT_POLICIES = ("none", "dots", "attention", "full")

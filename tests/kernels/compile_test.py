@@ -80,9 +80,6 @@ def arguments(spec):
     (Spec("headline", n=32768, heads=16, groups=16, head_dim=128, k=512, window=512, dtype="bfloat16"), "straight_through"),
     (Spec("grouped", n=32768, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="float16"), "value"),
     (Spec("narrow", n=8192, heads=16, groups=16, head_dim=64, k=512, window=512, dtype="bfloat16"), "key_value"),
-    (Spec("grouped", n=32768, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="bfloat16"), "straight_through_softmax"),
-    (Spec("grouped", n=32768, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="bfloat16"), "softmax"),
-    (Spec("narrow", n=8192, heads=16, groups=16, head_dim=64, k=512, window=512, dtype="bfloat16"), "softmax"),
     (Spec("large_budget", n=8192, heads=4, groups=2, head_dim=128, k=4096, window=1000, dtype="bfloat16"), "key_value"),
     (Spec("one_token", n=1, heads=2, groups=1, head_dim=16, k=1, window=1, dtype="bfloat16"), "value"),
     (Spec("window_0", n=5000, heads=4, groups=2, head_dim=40, k=1, window=0, dtype="bfloat16"), "value"))])

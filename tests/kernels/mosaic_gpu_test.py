@@ -15,7 +15,7 @@ import pytest
 import sparsek
 from sparsek.causal import select
 from sparsek.config import GATES
-from sparsek.kernels import cudnn, gates, mosaic_backward, mosaic_gpu, mosaic_lanes, reference
+from sparsek.kernels import cudnn, gates, mosaic_backward, mosaic_gpu, mosaic_lanes
 from sparsek.kernels.mosaic_common import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from sparsek.operator import document_bounds
@@ -99,16 +99,13 @@ def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
 
   def out(s, distance, values):
     p = jnp.clip(distance, 0, 1)
-    p = p if gate not in reference.HARD_GATES else 1 + p - jax.lax.stop_gradient(p)
-    inside = gate in reference.SOFTMAX_GATES
-    seen = (p > 0) | (not inside)
-    logits = s * scale * (p if gate == "key_value" else 1) + (jnp.log(jnp.where(seen, p, 1)) if inside else 0)
-    logits = jnp.where(seen, logits, -jnp.inf)
-    return jnp.sum(jax.nn.softmax(logits) * (1 if inside else p) * values, axis=1), jax.nn.logsumexp(logits, axis=1)
+    p = 1 + p - jax.lax.stop_gradient(p) if gate == "straight_through" else p
+    logits = s * scale * (p if gate == "key_value" else 1)
+    return jnp.sum(jax.nn.softmax(logits) * p * values, axis=1), jax.nn.logsumexp(logits, axis=1)
   (delta, lse), vjp = jax.vjp(lambda s, distance: out(s, distance, dp), s, distance)
   expected_s, expected_gate = vjp((jnp.ones(6), jnp.zeros(6)))
   probability = lambda logits: jnp.exp(logits * scale - lse[:, None])
-  p, g, weights = gates.tile_weights(s, probability, lambda: distance, gate=gate, scale=scale)
+  p, g, weights = gates.tile_weights(s, probability, lambda: distance, gate=gate)
   ds, dgate = gates.tile_gradients(s, p, g, dp, delta[:, None], lambda: distance, gate=gate, scale=scale)
   np.testing.assert_allclose(jnp.sum(weights * dp, axis=1), delta, rtol=1e-5)
   np.testing.assert_allclose(ds * scale, expected_s, atol=1e-5)

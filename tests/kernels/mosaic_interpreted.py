@@ -17,8 +17,6 @@ CASES = {
     "documents": (Spec("interpreted", n=250, heads=2, groups=1, head_dim=64, k=20, window=30, dtype="bfloat16", documents=(100, 60)), "value"),
     "rising": (Spec("interpreted", n=130, heads=1, groups=1, head_dim=128, k=40, window=0, dtype="bfloat16", scores="rising"), "straight_through"),
     "window_only": (Spec("interpreted", n=300, heads=2, groups=1, head_dim=64, k=0, window=90, dtype="bfloat16", documents=(200, 60)), "value"),
-    "softmax": (Spec("interpreted", n=130, heads=2, groups=1, head_dim=64, k=20, window=10, dtype="bfloat16"), "softmax"),
-    "straight_through_softmax": (Spec("interpreted", n=130, heads=2, groups=1, head_dim=64, k=20, window=10, dtype="bfloat16"), "straight_through_softmax"),
     "ties": (Spec("interpreted", n=100, heads=1, groups=1, head_dim=40, k=8, window=5, dtype="float16", scores="ties"), "key_value")}
 
 

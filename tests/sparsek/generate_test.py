@@ -124,8 +124,8 @@ def test_a_session_is_resumed_from_disk(tmp_path):
   again = Session.load(path, SOFT, model)
   assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(jax.tree.leaves(session.cache), jax.tree.leaves(again.cache)))
   assert turn(again, [[], [3], []]) == turn(session, [[], [3], []])
-  with pytest.raises(UsageError, match=r"saved under k=3 \(now 4\), gate=value \(now softmax\)"):
-    Session.load(path, dataclasses.replace(SOFT, k=4, gate="softmax"), model)
+  with pytest.raises(UsageError, match=r"saved under k=3 \(now 4\), gate=value \(now key_value\)"):
+    Session.load(path, dataclasses.replace(SOFT, k=4, gate="key_value"), model)
   with pytest.raises(UsageError, match="saved with other parameters"):
     Session.load(path, SOFT, init_params(SOFT, jax.random.key(4)))
   (tmp_path / "text.npz").write_bytes((tmp_path / "text.npz").read_bytes()[:-300])
