@@ -15,7 +15,12 @@
 For each seed a dense model learns from rows of 2048 tokens; then each kind goes on from it with the same tokens in rows of 8192, and is evaluated by position
 on held-out documents, in rows of 8192 and four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the
 same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is
-finished. The packages were Debian 12's: python3.11 3.11.2-6+deb12u8, perl-doc 5.36.0-7+deb12u3, linux-doc-6.1 6.1.176-1.
+finished. From one of its dense models, the grid over k and window:
+
+  python -m experiments.ablate --base=experiments/recipes/rivals_tune.flags --workdir=runs/rivals_grid --attention=sparsek,random,sliding_window --seeds=3 \
+    --k=64,128,256,512 --window=128,256,512,1024 --more="--data=data/rivals_long --init_from=runs/rivals/dense_s0"
+
+The packages were Debian 12's: python3.11 3.11.2-6+deb12u8, perl-doc 5.36.0-7+deb12u3, linux-doc-6.1 6.1.176-1.
 """
 
 import argparse
@@ -53,13 +58,10 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
   found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512), *before]
   found["hybrid_512"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(512)]
   found["full_last"] = last(512, "full")
-  for name, flags in (("value", ["--gate=value"]), ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"]), ("conv", ["--scorer=conv"]),
-                      *((gate, [f"--gate={gate}"]) for gate in GATES if gate != "value" and f"--gate={gate}" not in sparsek)):
+  for name, flags in (*((gate, [f"--gate={gate}"]) for gate in GATES if f"--gate={gate}" not in sparsek), ("conv", ["--scorer=conv"]),
+                      ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"])):
     found[f"sparsek_512_{name}"] = [*learned, *half(512), *flags]
-  found |= {f"{kind}_512": [f"--attention={kind}", *half(512)] for kind in ("strided", "lsh", "block_topk")}
-  for budget in (1024, 512):
-    found |= {f"sparsek_{budget}_k{k}": [*learned, f"--k={k}", f"--window={budget - k}"] for k in (budget // 8, budget // 4, budget * 3 // 4)}
-  found |= {f"{kind}_1024": [f"--attention={kind}", *half(1024)] for kind in ("strided", "lsh", "block_topk")}
+  found |= {f"{kind}_{budget}": [f"--attention={kind}", *half(budget)] for budget in (512, 1024) for kind in ("strided", "lsh", "block_topk")}
   return found
 
 
@@ -78,9 +80,8 @@ def stages(options) -> dict[str, tuple[str, ...]]:
     runs = ",".join(run(f"{name}_s{seed}") for seed in range(options.seeds))
     loss = ("evaluate", f"--workdir={runs}", f"--data={options.text}")
     found[f"loss_{name}"] = *loss, f"--seq_len={options.seq_len}", "--batch_size=4", f"--eval_batches={options.eval_batches}"
-    if not re.fullmatch(r"sparsek_\d+_k\d+", name):
-      found[f"tasks_{name}"] = ("evaluate_tasks", f"--workdir={runs}", f"--lengths={options.lengths}", f"--examples={options.examples}", "--batch_size=8",
-                                f"--min_distance={options.min_distance}")
+    found[f"tasks_{name}"] = ("evaluate_tasks", f"--workdir={runs}", f"--lengths={options.lengths}", f"--examples={options.examples}", "--batch_size=8",
+                              f"--min_distance={options.min_distance}")
     if name in FAR:
       found[f"far_{name}"] = *loss, f"--seq_len={4 * options.seq_len}", "--batch_size=1", f"--eval_batches={options.eval_batches}"
   return found
