@@ -43,6 +43,15 @@ def test_what_a_stage_waits_for():
   assert needs["sparsek_recall_s1"] == {"sparsek_tuned_s1"} and needs["sparsek_tuned_s1"] == {"sparsek_warm_s1"}
 
 
+def test_table_is_of_means_over_seeds_beside_the_dense_model_of_the_same_stage():
+  run = lambda loss, right=0: {"loss": loss, "tasks": [{"task": "passkey", "length": 2048, "right": right, "total": 4}]}
+  lines = smollm2_convert.table({"dense": run(3.), "dense_tuned": run(2.), "dense_tuned_s1": run(2.2), "sparsek": run(3.1), "sparsek_warm": run(3.05),
+                                 "sparsek_tuned": run(2.1, 4), "sparsek_tuned_s1": run(2.5, 1)}).splitlines()
+  of = {line.split()[0]: line for line in lines}
+  assert "2 runs  loss 2.3000 ± 0.2000  above dense +0.2000 ± 0.1000, perplexity x 1.2214  passkey 2048: 62%" in of["sparsek_tuned"]
+  assert "above dense +0.0500 ± nan" in of["sparsek_warm"] and "above dense +0.1000" in of["sparsek"]
+
+
 def test_picture(tmp_path):
   pytest.importorskip("matplotlib")
   buckets = [{"last": 63, "loss": 3., "num_targets": 9}, {"last": 127, "loss": None, "num_targets": 0}]

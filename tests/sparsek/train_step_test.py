@@ -143,6 +143,12 @@ def test_auxiliary_loss_of_scorers_is_a_mean_over_rows_beside_the_loss():
   assert accumulated == pytest.approx(with_it, rel=1e-5)
 
 
+@pytest.mark.parametrize("change", [dict(attention="sliding_window"), dict(scorer="random")])
+def test_no_auxiliary_loss_where_no_scorer_learns(change):
+  metrics = one_step(TRAIN, dataclasses.replace(SELECTING, **change))[1]
+  assert TRAIN.scorer_loss > 0 and "scorer_loss" not in metrics and "scorer_loss" in one_step(TRAIN, SELECTING)[1]
+
+
 def test_queries_of_the_scorers_loss_derive_from_the_step():
   train = dataclasses.replace(TRAIN, scorer_loss=1.)
   mesh, optimizer, config = make_mesh(), make_optimizer(train.optimizer), dataclasses.replace(SELECTING, scorer_loss_queries=3)
