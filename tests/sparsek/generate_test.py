@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.cache import init_cache, with_room
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.generate import Session, generate, sample, stream_text
@@ -87,11 +88,21 @@ def test_turns_go_on_where_they_ended():
   """In one session, from a file between turns, and one token at a time: the same, and what a dense cache of all tokens gives."""
   more = [[11, 12], [], [13]]
   one = Session(CONFIG, params(), 3)
-  first, second = turn(one, ROWS), turn(one, more)
+  rows = lambda: one.cache.layers[1].key.shape[2]                      # of the full layer: the same for both turns, so nothing is compiled for the second
+  first, before, second = turn(one, ROWS), rows(), turn(one, more)
+  assert before == rows() == 128
   slow = Session(CONFIG, params(), 3)
   assert turn(slow, ROWS, ahead=0) == first and turn(slow, more, ahead=0) == second
   for row, (prompt, begun, then) in enumerate(zip(ROWS, first, more)):
     assert list(generate(CONFIG, params(), prompt + begun + then, max_new_tokens=11, temperature=0.0)) == second[row]
+
+
+def test_full_layers_grow_by_steps_and_keep_what_they_have():
+  cache = init_cache(CONFIG, 1, max_length=128)
+  cache = cache._replace(layers=(cache.layers[0], jax.tree.map(lambda x: x + 1, cache.layers[1])))
+  same, wider = with_room(CONFIG, cache, 128), with_room(CONFIG, cache, 129)
+  assert same.layers[1].key.shape[2] == 128 and wider.layers[1].value.shape[2] == 256
+  assert all((x[:, :, :128] == 1).all() and (x[:, :, 128:] == 0).all() for x in wider.layers[1])
 
 
 def test_a_stopped_row_computes_nothing_more():
