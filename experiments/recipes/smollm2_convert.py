@@ -97,10 +97,11 @@ def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
 
 def table(runs: Mapping[str, Mapping]) -> str:
   """Mean and standard error over seeds of the loss and of its rise above the dense model's of the same stage and seed, and right answers of all seeds."""
-  lines = []
-  for name, group in groups(runs).items():
-    kind, _, stage = name.partition("_")
-    same = groups(runs).get(f"dense_{'tuned' if stage == 'distilled' else stage}".rstrip("_") if stage != "warm" else "dense", [])
+  lines, every = [], groups(runs)
+  for name, group in every.items():
+    stage = name.partition("_")[2]
+    stage = {"warm": "", "distilled": "tuned"}.get(stage, stage)
+    same = every.get("dense_" + stage if stage else "dense", [])
     loss, error = mean_and_error([run["loss"] for run in group])
     rise, rise_error = mean_and_error([run["loss"] - dense["loss"] for run, dense in zip(group, same)])
     answers = "  ".join(f"{task} {length}: {share:.0%}" for (task, length), share in accuracies({"seeds": dict(enumerate(group))}).items())
