@@ -5,7 +5,7 @@
 
 Every combination that makes a difference is a cell, a run of experiments.pretrain in WORKDIR/cells/NAME under the flags of --base. Finished cells are skipped
 and interrupted ones go on: repeat the command. --job=i/N takes every N-th cell, for the array jobs of a cluster. After each cell WORKDIR gets table.md,
-table.csv and report.html, with a heatmap over k and window and loss against keys per query.
+table.csv, report.html and its picture report.png: heatmaps over k and window, and loss against keys per query.
 """
 
 import json

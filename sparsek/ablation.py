@@ -156,26 +156,27 @@ def as_csv(rows: Sequence[dict]) -> str:
 
 
 def write_report(workdir: str, rows: Sequence[dict], settings: str) -> None:
-  """table.md, table.csv and report.html, which holds its pictures; `settings` are the flags that all runs share. Nothing is written without rows."""
+  """table.md, table.csv, report.png, and report.html with the picture inside; `settings` are the flags that all runs share. Without rows nothing is written."""
   if not rows:
     return
-  summary, pictures = summarize(rows), []
+  summary, grids = summarize(rows), {}
   for kind in sorted({row["attention"] for row in summary if row["k"] is not None}):
-    values = {(row["k"], row["window"]): row["heldout_loss"] for row in reversed(summary) if row["attention"] == kind}       # of gates and scorers the best
-    pictures.append(plots.heatmap(values, "k", "window", f"{kind}: held-out loss (best of its gates and scorers)"))
+    # Of gates and scorers the best: it comes last here.
+    grids[kind] = {(row["k"], row["window"]): row["heldout_loss"] for row in reversed(summary) if row["attention"] == kind}
   curves = {}
   for row in sorted(summary, key=lambda row: row["budget"] or 0):
     label = " ".join(str(row[name]) for name in ("attention", "gate", "scorer") if row[name] is not None)
     curves.setdefault(label, []).append((row["budget"], row["heldout_loss"], row["standard_error"] or 0.))
-  pictures.append(plots.budget_curves(curves))
+  picture = plots.ablation_picture(grids, curves)
   table = "".join("<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line.split("|")[1:-1]) + "</tr>\n"
                   for line in markdown(summary).splitlines() if "---" not in line)
-  images = "".join(f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>\n' for png in pictures)
+  image = f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
   page = (f'<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n<style>body {{ font-family: sans-serif; margin: 2em }} td {{ padding: '
-          f'.2em .8em; border-bottom: 1px solid #ddd }}</style>\n<h1>Ablation of attention</h1>\n{images}<table>\n{table}</table>\n<h2>Shared settings</h2>\n'
+          f'.2em .8em; border-bottom: 1px solid #ddd }}</style>\n<h1>Ablation of attention</h1>\n{image}<table>\n{table}</table>\n<h2>Shared settings</h2>\n'
           f"<pre>{html.escape(settings)}</pre>\n")
-  for name, text in (("table.md", markdown(summary)), ("table.csv", as_csv(rows)), ("report.html", page)):
+  texts = {"table.md": markdown(summary), "table.csv": as_csv(rows), "report.html": page}
+  for name, content in ({name: text.encode() for name, text in texts.items()} | {"report.png": picture}).items():
     path = os.path.join(workdir, name)
-    with open(path + ".new", "w", encoding="utf-8") as file:
-      file.write(text)
+    with open(path + ".new", "wb") as file:
+      file.write(content)
     os.replace(path + ".new", path)

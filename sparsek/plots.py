@@ -270,29 +270,37 @@ def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[
   _save(figure, path)
 
 
-def heatmap(values: Mapping[tuple[int, int], float], rows: str, columns: str, title: str) -> bytes:
-  """A PNG of numbers by (row, column), with the numbers in it; darker is lower."""
-  across, down = (sorted({key[axis] for key in values}) for axis in (1, 0))
-  figure = _new_figure(figsize=(2.2 + 0.9 * len(across), 1.6 + 0.6 * len(down)), dpi=110, layout="constrained")
-  axes = figure.add_subplot()
-  grid = np.array([[values.get((row, column), np.nan) for column in across] for row in down])
-  middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-  axes.imshow(grid, cmap="Blues_r", aspect="auto")
-  for (row, column), value in np.ndenumerate(grid):
-    if np.isfinite(value):
-      axes.text(column, row, f"{value:.4f}", ha="center", va="center", color="white" if value < middle else "black")
-  axes.set_xticks(range(len(across)), across)
-  axes.set_yticks(range(len(down)), down)
-  axes.set_xlabel(columns)
-  axes.set_ylabel(rows)
-  axes.set_title(title, fontsize=9)
+def ablation_picture(grids: Mapping[str, Mapping[tuple[int, int], float]], curves: Mapping[str, Sequence[tuple[int | None, float, float]]]) -> bytes:
+  """A PNG of held-out losses: by k and window, a panel for each kind of attention, darker is lower; and against keys per query.
+
+  Args:
+    grids: kind -> {(k, window): loss}.
+    curves: label -> [(keys, loss, standard error)]; keys None: all of them, a line across. The line of a label goes through its best point of each number.
+  """
+  panels = len(grids) + 1
+  across = min(panels, 3)
+  down = -(-panels // across)
+  figure = _new_figure(figsize=(4.6 * across + 1, 3.6 * down), dpi=110, layout="constrained")
+  *maps, last = [figure.add_subplot(down, across, i + 1) for i in range(panels)]
+  losses = [loss for values in grids.values() for loss in values.values()]
+  for axes, (kind, values) in zip(maps, grids.items()):
+    _heatmap(axes, values, min(losses), max(losses))
+    axes.set_title(f"{kind}: held-out loss", fontsize=9)
+  _budget_curves(last, curves)
   return _png(figure)
 
 
-def budget_curves(curves: Mapping[str, Sequence[tuple[int | None, float, float]]]) -> bytes:
-  """A PNG of held-out loss against keys per query; curves: label -> [(keys, loss, standard error)]; keys None: all of them, a line across."""
-  figure = _new_figure(figsize=(7.5, 4.8), dpi=110, layout="constrained")
-  axes = figure.add_subplot()
+def _heatmap(axes, values, low, high):
+  across, down = (sorted({key[axis] for key in values}) for axis in (1, 0))
+  grid = np.array([[values.get((row, column), np.nan) for column in across] for row in down])
+  axes.imshow(grid, cmap="Blues_r", aspect="auto", vmin=low, vmax=max(high, low + 1e-6))
+  for (row, column), value in np.ndenumerate(grid):
+    if np.isfinite(value):
+      axes.text(column, row, f"{value:.4f}", ha="center", va="center", color="white" if value < (low + high) / 2 else "black")
+  axes.set(xticks=range(len(across)), xticklabels=across, yticks=range(len(down)), yticklabels=down, xlabel="window", ylabel="k")
+
+
+def _budget_curves(axes, curves):
   for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
     for keys, loss, error in points:
       if keys is None:
@@ -300,8 +308,10 @@ def budget_curves(curves: Mapping[str, Sequence[tuple[int | None, float, float]]
         axes.axhspan(loss - error, loss + error, color=colour, alpha=0.15, linewidth=0)
     known = [point for point in points if point[0] is not None]
     if known:
+      best = {keys: min(loss for other, loss, _ in known if other == keys) for keys, *_ in known}
+      axes.plot(*zip(*sorted(best.items())), color=colour, linewidth=1.4)
       keys, losses, errors = zip(*known)
-      axes.errorbar(keys, losses, errors, marker=marker, color=colour, fillstyle="none", linewidth=1.4, capsize=3, label=label)
+      axes.errorbar(keys, losses, errors, marker=marker, color=colour, fillstyle="none", linestyle="", capsize=3, label=label)
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter("{x:g}")
   axes.set_xlabel("keys per query (k + window)")
@@ -309,7 +319,6 @@ def budget_curves(curves: Mapping[str, Sequence[tuple[int | None, float, float]]
   axes.grid(alpha=0.3)
   axes.spines[["top", "right"]].set_visible(False)
   axes.legend(frameon=False, fontsize=8)
-  return _png(figure)
 
 
 def _png(figure) -> bytes:

@@ -50,8 +50,9 @@ def test_report(tmp_path):
   ablation.write_report(str(tmp_path), rows, "--a=<1>")
   assert "| random | 2 | 4 |  |  | 6 | 2 | 3.5000 ± 0.5000 | 1,000 |" in (tmp_path / "table.md").read_text()
   assert (tmp_path / "table.csv").read_text().splitlines()[1] == "random,2,4,,,0,6,3.0,9,1000.0"
+  assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
   page = (tmp_path / "report.html").read_text()
-  assert page.count("data:image/png;base64,iVBOR") == 2 and "--a=&lt;1&gt;" in page and "http" not in page and "<td>3.5000 ± 0.5000</td>" in page
+  assert page.count("data:image/png;base64,iVBOR") == 1 and "--a=&lt;1&gt;" in page and "http" not in page and "<td>3.5000 ± 0.5000</td>" in page
 
 
 def command(tmp_path, *arguments):
@@ -75,7 +76,7 @@ def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
   assert done.returncode == 0, done.stderr
   assert "cell 1 of 2: sliding_window-w4-s0, finished before" in done.stdout and "2 of 2 cells" in done.stdout and result.stat().st_mtime_ns == first
   assert "| sparsek | 4 | 4 | straight_through | linear | 8 | 1 |" in (tmp_path / "grid" / "table.md").read_text()
-  assert sorted(os.listdir(tmp_path / "grid")) == ["cells", "report.html", "table.csv", "table.md"]
+  assert sorted(os.listdir(tmp_path / "grid")) == ["cells", "report.html", "report.png", "table.csv", "table.md"]
 
 
 @pytest.mark.slow
