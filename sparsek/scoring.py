@@ -219,10 +219,10 @@ class ScoringNetwork(nn.Module):
     the same score, and a new scorer keeps many of a few kinds and none of the others. The amplitude is learned too, and the noise is the same in generation.
     With `init_sink` other than 0 the first token of a document has one more term, sink_g, which is learned: its z is 0 whatever its hidden state, but
     pretrained models leave much attention there (Xiao et al. 2023, arXiv 2309.17453), and break where it is dropped.
-    The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 4 starts
-    with .95 of the gate mass on the top k (.94 for "random"; n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
-    The slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and k = 512, however long the context, and all of it at slope 0
-    (experiments/results/scorer_reach.json).
+    The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they are 0 or 1. The default scale of 1 starts
+    with .80 of the gate mass on the top k, 4 with .95 (n = 512, k = 64, random hidden states; tests/sparsek/scoring_test.py).
+    A slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and k = 512, however long the context, and all of it at the
+    default of 0 (experiments/results/scorer_reach.json).
 
   Attributes:
     num_heads: KV heads G.
@@ -242,8 +242,8 @@ class ScoringNetwork(nn.Module):
   lookback: int = 3
   lookahead: int = 4
   normalize: bool = True
-  init_scale: float = 4.0
-  init_slope: float = 1.0
+  init_scale: float = 1.0
+  init_slope: float = 0.0
   shared: bool = False
   init_noise: float = 0.0
   init_sink: float = 0.0

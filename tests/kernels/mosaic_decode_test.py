@@ -18,7 +18,8 @@ from tests.kernels.mosaic_lanes_test import Ref
 from tests.kernels.mosaic_skinny_test import emulate
 from tests.sparsek.helpers import quick_jit
 
-BASE = dict(vocab_size=48, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=128, k=96, window=160, dtype="bfloat16", implementation="xla")
+BASE = dict(vocab_size=48, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=128, k=96, window=160, dtype="bfloat16", implementation="xla",
+            scorer_init_scale=4., scorer_init_slope=1.)
 CASES = {"two layers": (dict(num_layers=2, scorer_init_sink=1.), 132), "two warpgroups, parallel": (dict(num_layers=1, parallel_residual=True), 1),
          "layers of their own k and window": (dict(num_layers=2, attention="sparsek,sparsek:k160:w224"), 132),
          "sliding window": (dict(num_layers=2, attention="sliding_window:w128,sparsek"), 132),

@@ -18,7 +18,7 @@ from tests.sparsek.helpers import quick_jit
 
 BATCH, LENGTH, CHUNK = 3, 150, 32          # 150 tokens are more than 10 (k + window) in every case
 BASE = TransformerConfig(vocab_size=31, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16, k=5, window=6,
-                         scorer_init_scale=1.5, implementation="reference")
+                         scorer_init_scale=1.5, scorer_init_slope=1., implementation="reference")
 CASES = {
     "straight_through, linear": dict(),
     "value, conv, scanned hybrid": dict(gate="value", scorer="conv", num_layers=2, scan_layers=True, attention="sliding_window,sparsek",
