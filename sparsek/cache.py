@@ -23,7 +23,7 @@ from sparsek.inference import InferenceParams, inference_params
 from sparsek.layers import scoring_network
 from sparsek.model import Params
 
-ROOM = 128                       # rows of full layers grow by so many at once
+GROWTH = 128                     # rows of full layers grow by so many at once; the decode kernels take multiples of it
 SMALLEST = 16                    # chunks are padded to powers of two from here on, so that few sizes are ever compiled
 
 
@@ -81,10 +81,12 @@ def _support(gate, k):
 
 
 def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache:
-  """The cache, whose full layers can hold max_length tokens if they could not: in steps of ROOM, so that few sizes are compiled for, which kernels take."""
+  """The cache, whose full layers can hold max_length tokens if they could not: in steps of GROWTH, so that few sizes are compiled."""
   def widen(kind, layer):
-    missing = -(-max_length // ROOM) * ROOM - layer.key.shape[2] if kind == "full" and max_length > layer.key.shape[2] else 0
-    return layer if missing <= 0 else KeysAndValues(*(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in layer))
+    if kind != "full" or max_length <= layer.key.shape[2]:
+      return layer
+    missing = -(-max_length // GROWTH) * GROWTH - layer.key.shape[2]
+    return KeysAndValues(*(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in layer))
   return cache._replace(layers=tuple(map(widen, config.layer_kinds, cache.layers)))
 
 

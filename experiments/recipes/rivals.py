@@ -116,7 +116,7 @@ if __name__ == "__main__":
       ("short", "data/rivals_short", "token files of the first stage"), ("long", "data/rivals_long", "token files of the second stage"),
       ("text", "data/rivals_text", "token files to evaluate on"), ("workdir", "runs/rivals", "folder for all runs"),
       ("record", "rivals.json", "file for the record; the picture goes beside it"), ("lengths", "2048,4096,8192", "tokens of the tasks"),
-      ("sparsek", "--gate=straight_through --scorer_init_slope=0 --scorer_init_scale=1 --scorer_loss=1 --scorer_lr_multiplier=5", "flags of SPARSEK's scorers"),
+      ("sparsek", "--gate=straight_through", "flags of SPARSEK's scorers"),
       ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
       ("only", "", "a regular expression: begin only stages whose names it matches")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")

@@ -38,7 +38,7 @@ STYLES = {"": ":", "warm": "-.", "tuned": "-"}
 
 
 def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
-  """Name -> flags of its attention; what matters most comes first, what is alike shares the same number of keys a query, the mean over 30 layers."""
+  """Name -> flags of its attention, what matters most first. A query sees k + window keys, in the mean over layers, but for full layers."""
   scorers = ["--scorer_init_sink=10", *scorer]                      # the first token, which pretrained models read so much, is kept from the start
   chosen = lambda kind: [f"--attention={kind}", f"--k={k}", f"--window={window}"]
   budget = k + window
