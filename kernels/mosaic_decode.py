@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from .mosaic_common import LOWEST, MULTIPROCESSORS, axes, place
 from .mosaic_lanes import (LANES, PARAMS, apart, can_run, contents, floats, from_lane, gather, gather_bytes, kernel, multiply_add, narrow, numbers, scatter,
                            scatter_bytes, wait_for_all, widen)
-from .mosaic_skinny import Ahead, Parts
+from .mosaic_skinny import Parts
 
 ENABLED = True                   # False: XLA does it
 NOWHERE = jnp.iinfo(jnp.int32).max                         # index or position later than any
@@ -109,7 +109,7 @@ def _worse(a, b):
 
 
 def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, scorer: Scorer | None, seen: jax.Array, active: jax.Array, heads: int,
-           ahead: Ahead | None = None, ring: bool = False) -> tuple[Parts, Rows]:
+           ring: bool = False) -> tuple[Parts, Rows]:
   """Puts the new token into the rows, after those that `evict` moved, and attends to them.
 
   Args:
@@ -119,20 +119,18 @@ def attend(projected: jax.Array, cos: jax.Array, sin: jax.Array, rows: Rows, sco
     scorer: its parameters, None for a layer that selects nothing.
     seen, active: [B] int32; rows that are not active stay as they are.
     heads: H.
-    ahead: what to ask for meanwhile.
     ring: whether rows without slots are a window's, where token t lies at t modulo their number; else they are all there can be.
 
   Returns:
     Parts of [B, H D], and the next rows.
   """
   arrays, constants = (None, None) if scorer is None else (scorer[:3], scorer[3:])
-  return _attend(projected, cos, sin, rows, arrays, seen, active, ahead and ahead.matrix, heads, constants, ahead and ahead.first, ring)
+  return _attend(projected, cos, sin, rows, arrays, seen, active, heads, constants, ring)
 
 
 # Compiled by itself, so that it is traced once for all layers.
-@functools.partial(jax.jit, static_argnums=(8, 9, 10, 11))
-def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, constants, first, ring):
-  ahead = None if matrix is None else Ahead(matrix, first)
+@functools.partial(jax.jit, static_argnums=(7, 8, 9))
+def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, ring):
   prior, per = constants or (None, None)
   batch, groups, length, dim = rows.key.shape
   kind, count = rows.key.dtype, projected.shape[1]
@@ -144,7 +142,6 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, cons
 
   def body(*refs):
     every, cos_ref, sin_ref, seen_ref, active_ref, *refs = refs
-    ahead_ref = refs.pop(0) if ahead else None
     key_ref, value_ref, *refs = refs
     if scorer is not None:
       score_ref, pending_ref, *moment_refs = refs[:6]
@@ -168,9 +165,6 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, cons
     shown = [[row <= slots + seen for row in pair] for pair in key_rows]
     if scorer is not None:
       shown = [[there & (gather(score_ref.at[b, g], row) > -jnp.inf) for there, row in zip(*pairs)] for pairs in zip(shown, key_rows)]
-
-    if ahead:
-      ahead.ask(ahead_ref, (b * groups + g) * split + number, batch * groups * split, (lane == 0) & (lane * 0 + warpgroup == 0))
 
     rounded = lambda x: x.astype(kind).astype(jnp.float32)
     angles = [[floats(ref, b * (dim // 2) + s * 32 + part * 8, 8) for s in range(steps // 2)] for ref in (cos_ref, sin_ref)]
@@ -273,7 +267,7 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, matrix, heads, cons
   grid = {"part": split, "head": groups, "row": batch}
   run = plgpu.kernel(body, out_type=out, scratch_types=shared, grid=tuple(grid.values()), grid_names=axes(*grid), num_threads=warpgroups,
                      thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_attend")
-  inputs = apart([projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active, *([matrix] if ahead else [])])
+  inputs = apart([projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active])
   sums, top, total = apart(run(*inputs, *refs, *(scorer or [])))
   found = Parts(sums.reshape(split, batch, -1), top.reshape(split, batch, heads), total.reshape(split, batch, heads))
   key, value, *rest = contents(*refs)

@@ -10,7 +10,6 @@ from sparsek.cached_attention import KeysAndValues, SelectionCache, needs_suppor
 from sparsek.config import TransformerConfig
 from sparsek.inference import InferenceParams
 from sparsek.kernels import mosaic_decode
-from sparsek.kernels.mosaic_skinny import Ahead
 from sparsek.layers import rope_angles, rope_frequencies
 from sparsek.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
 
@@ -42,12 +41,10 @@ def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen
   following = [*(block["qkv"]["kernel"] for block in params.layers[1:]), params.embedding]
   for i, (kind, block, after) in enumerate(zip(kinds, params.layers, following)):
     scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
-    # Each kernel asks for the first rows of what comes after it; of the MLP's matrix two do, for the first programs read its beginning and its middle.
-    out, up = block["out"]["kernel"], block["up"]["kernel"]
-    projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [], Ahead(out))
-    mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, Ahead(up), kind == "sliding_window")
-    y_BxE = inference.dense(block["out"], mixed, x_BxE, Ahead(up, len(up) // 2))
-    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE, Ahead(after))
+    projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [])
+    mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, kind == "sliding_window")
+    y_BxE = inference.dense(block["out"], mixed, x_BxE)
+    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE, after)
   return x_BxE, tuple(map(_layer, layers, every))
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sparsek import lora
 from sparsek.config import TransformerConfig
 from sparsek.kernels import mosaic_skinny
-from sparsek.kernels.mosaic_skinny import Ahead, Parts
+from sparsek.kernels.mosaic_skinny import Parts
 from sparsek.layers import RMSNorm, make_norm, rotary_embedding
 from sparsek.model import Params, hidden_to_logits, layer_params
 from sparsek.scoring import scorer_logits, scorer_rows
@@ -71,7 +71,7 @@ def inference_params(config: TransformerConfig, params: Params | InferenceParams
   return params if isinstance(params, InferenceParams) else _convert(config, params)
 
 
-def dense(params: Params, x: jax.Array | Parts, residual: jax.Array | None = None, ahead: Ahead | None = None) -> jax.Array:
+def dense(params: Params, x: jax.Array | Parts, residual: jax.Array | None = None, ahead: jax.Array | None = None) -> jax.Array:
   """x times the kernel, plus the bias if there is one, plus the residual if there is one, which there must be for Parts; `ahead`: see mosaic_skinny."""
   if isinstance(x, Parts):
     if "bias" not in params and mosaic_skinny.takes(len(residual), params["kernel"], residual.dtype):
@@ -105,11 +105,11 @@ def embed(config: TransformerConfig, params: InferenceParams, tokens: jax.Array,
   return (x.astype(jnp.float32) + jnp.take(params.positions, positions, axis=0, mode="fill")).astype(x.dtype)
 
 
-def projected(config: TransformerConfig, layer: dict, x: jax.Array, more: list[jax.Array], ahead: Ahead | None = None) -> jax.Array:
+def projected(config: TransformerConfig, layer: dict, x: jax.Array, more: list[jax.Array]) -> jax.Array:
   """The attention's norm of x [B, E], times the kernel of queries, keys and values, which has no bias, and at most one more: [B, N] float32."""
   if _skinny(layer["qkv"], x, config):
     scale = layer["attention_norm"]["scale"]
-    return mosaic_skinny.product(x, layer["qkv"]["kernel"], *more, scale=scale, epsilon=config.norm_eps, dtype=jnp.float32, ahead=ahead)
+    return mosaic_skinny.product(x, layer["qkv"]["kernel"], *more, scale=scale, epsilon=config.norm_eps, dtype=jnp.float32)
   x = norm(config, layer["attention_norm"], x)
   return jnp.concatenate([jnp.matmul(x, kernel.T, preferred_element_type=jnp.float32) for kernel in (layer["qkv"]["kernel"], *more)], axis=-1)
 
@@ -137,11 +137,11 @@ def project(config: TransformerConfig, layer: dict, x_BxCxE: jax.Array, position
   return query_and_key[:, :, :heads], query_and_key[:, :, heads:], value, normed, scores
 
 
-def mlp(config: TransformerConfig, layer: dict, x: jax.Array, residual: jax.Array, ahead: Ahead | None = None) -> jax.Array:
+def mlp(config: TransformerConfig, layer: dict, x: jax.Array, residual: jax.Array, ahead: jax.Array | None = None) -> jax.Array:
   """The MLP's norm, then as `sparsek.layers.MLP`, plus the residual."""
   rows = x.reshape(-1, config.embed_dim)
   if config.mlp == "swiglu" and _skinny(layer["up"], rows, config):
-    scale, down = layer["mlp_norm"]["scale"], Ahead(layer["down"]["kernel"])
+    scale, down = layer["mlp_norm"]["scale"], layer["down"]["kernel"]
     hidden = mosaic_skinny.product(rows, layer["up"]["kernel"], scale=scale, epsilon=config.norm_eps, swiglu=True, ahead=down)
     return dense(layer["down"], hidden.reshape(*x.shape[:-1], -1), residual, ahead)
   hidden = dense(layer["up"], norm(config, layer["mlp_norm"], x))
