@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,8 @@ from sparsek.metrics import read_metrics
 Runs = Mapping[str, Mapping]                     # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}
 RETRIEVAL = ("passkey", "needle", "recall")
 COLOURS = {"full": "#000000", "full_last": "#777777", "hybrid": "#777777", "window": "#D55E00", "sparsek": "#0072B2", "random": "#009E73", "sinks": "#E69F00",
-           "linear": "#CC79A7"}
+           "linear": "#CC79A7", "block": "#8172B3", "strided": "#937860"}
+SHOWN = 0.2                                      # losses further above full attention's stand at the edge of the picture, as numbers
 
 
 def describe(folder: str) -> dict:
@@ -107,11 +109,14 @@ def draw(runs: Runs, path: str) -> None:
   for axes, length, title in ((text, None, "text"), (mix, "mixed", "text and answers")):
     for place, name in enumerate(names):
       above, error = difference(runs[name], full, length)
-      axes.errorbar(above, place, xerr=0 if math.isnan(error) else error, fmt="o", color=_style(name)["color"], markersize=4)
-    axes.set(title=title, xlabel="loss above full attention's", yticks=range(len(names)), yticklabels=names if length is None else [])
+      if above > SHOWN:
+        axes.text(SHOWN, place, f"{above:.2f} >", ha="right", va="center", color=_style(name)["color"], fontsize=8)
+      else:
+        axes.errorbar(above, place, xerr=0 if math.isnan(error) else error, fmt="o", color=_style(name)["color"], markersize=4)
+    axes.set(title=title, xlabel="loss above full attention's", xlim=(None, SHOWN), yticks=range(len(names)), yticklabels=names if length is None else [])
     axes.grid(axis="y", alpha=0.3)
   baseline = _by_position(full)
-  for name in [name for name in runs if len(name.removesuffix("_last").split("_")) <= 2]:
+  for name in [name for name in runs if not re.search(r"\d_(?!last)", name)]:                                         # a variant says how it differs
     here = _by_position(runs[name])
     if here:
       position.plot(list(here), [loss - baseline[last] for last, loss in here.items()], label=name, **_style(name))
@@ -120,7 +125,7 @@ def draw(runs: Runs, path: str) -> None:
     shares = [statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares) for length in lengths]
     if lengths:
       right.plot(lengths, [100 * share for share in shares], **_style(name))
-  position.set(title="text, by position", xlabel="tokens of the document so far", ylabel="loss above full attention's")
+  position.set(title="text, by position", xlabel="tokens of the document so far", ylabel="loss above full attention's", ylim=(None, SHOWN))
   right.set(title=", ".join(RETRIEVAL), xlabel="tokens of the document", ylabel="answers right (%)", ylim=(-3, 103))
   for axes in [axes for axes in (position, right) if axes.lines]:
     axes.set_xscale("log", base=2)
