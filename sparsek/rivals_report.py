@@ -10,8 +10,8 @@ from sparsek.metrics import read_metrics
 
 Runs = Mapping[str, Mapping]                     # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}
 RETRIEVAL = ("passkey", "needle", "recall")
-COLOURS = {"full": "#000000", "full_last": "#777777", "hybrid": "#777777", "window": "#D55E00", "sparsek": "#0072B2", "random": "#009E73", "sinks": "#E69F00",
-           "linear": "#CC79A7", "block": "#8172B3", "strided": "#937860"}
+COLOURS = {"full": "#000000", "full_last": "#777777", "full_local": "#777777", "hybrid": "#777777", "window": "#D55E00", "sparsek": "#0072B2",
+           "random": "#009E73", "sinks": "#E69F00", "linear": "#CC79A7", "block": "#8172B3", "strided": "#937860"}
 SHOWN = 0.2                                      # losses further above full attention's stand at the edge of the picture, as numbers
 
 
@@ -89,7 +89,7 @@ def _cell(form: str, mean: float, error: float) -> str:
 
 def _style(name: str) -> dict:
   kind = name if name in COLOURS else name.partition("_")[0]
-  style = {"512": "-", "1024": "--", "512_last": "-.", "1024_last": ":"}.get(name.partition("_")[2], "-")
+  style = {"512": "-", "1024": "--", "512_last": "-.", "1024_last": ":", "512_local": "-.", "1024_local": ":"}.get(name.partition("_")[2], "-")
   return {"color": COLOURS.get(kind, "#56B4E9"), "linestyle": style, "marker": "o" if kind == "sparsek" else None, "markersize": 3}
 
 
@@ -116,7 +116,7 @@ def draw(runs: Runs, path: str) -> None:
     axes.set(title=title, xlabel="loss above full attention's", xlim=(None, SHOWN), yticks=range(len(names)), yticklabels=names if length is None else [])
     axes.grid(axis="y", alpha=0.3)
   baseline = _by_position(full)
-  for name in [name for name in runs if not re.search(r"\d_(?!last)", name)]:                                         # a variant says how it differs
+  for name in [name for name in runs if not re.search(r"\d_(?!last|local)", name)]:                                         # a variant says how it differs
     here = _by_position(runs[name])
     if here:
       position.plot(list(here), [loss - baseline[last] for last, loss in here.items()], label=name, **_style(name))

@@ -12,13 +12,14 @@
   $DATA/rivals_long.flags --tokenizer=data/rivals_bpe --output=data/rivals_long
   python -m experiments.recipes.rivals --record=experiments/results/rivals.json
 
-For each seed a dense model learns from rows of 2048 tokens; then each kind goes on from it with the same tokens in rows of 8192, and is evaluated by position
-on held-out documents, in rows of 8192 and four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the
+For each seed a dense model learns from rows of 2048 tokens, and one that looks back 256 tokens in all layers but the last; then each kind goes on from the
+first (names that end in _local: from the second) with the same tokens in rows of 8192, and is evaluated by position on held-out documents, in rows of 8192 and
+four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the
 same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is
 finished. From one of its dense models, the grid over k and window:
 
   python -m experiments.ablate --base=experiments/recipes/rivals_tune.flags --workdir=runs/rivals_grid --attention=sparsek,random,sliding_window --seeds=3 \
-    --k=64,128,256,512 --window=128,256,512,1024 --more="--data=data/rivals_long --init_from=runs/rivals/dense_s0"
+    --k=128,256,384 --window=128,256,384,512 --more="--data=data/rivals_long --init_from=runs/rivals/dense_s0"
 
 The packages were Debian 12's: python3.11 3.11.2-6+deb12u8, perl-doc 5.36.0-7+deb12u3, linux-doc-6.1 6.1.176-1.
 """
@@ -34,7 +35,9 @@ from sparsek import rivals_report, run_directory
 from sparsek.config import GATES
 
 FLAGS = "--flagfile=experiments/recipes/rivals_{}.flags"
-FAR = ("full", *(f"{kind}_512" for kind in ("window", "random", "sparsek", "sinks", "hybrid", "linear")))     # evaluated at four times the length, too
+FAR = ("full", "full_local", "sparsek_512_local",                                                             # evaluated at four times the length, too
+       *(f"{kind}_512" for kind in ("window", "random", "sparsek", "sinks", "hybrid", "linear")))
+LOCAL = "--layer_pattern=sliding_window:w256*5,full"                        # of the other start, which can look far in its last layer only
 
 
 def kinds(sparsek: list[str]) -> dict[str, list[str]]:
@@ -48,16 +51,17 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
     found[f"window_{budget}"] = ["--attention=sliding_window", f"--window={budget}"]
     found[f"sparsek_{budget}"] = [*learned, *half(budget)]
     found[f"random_{budget}"] = ["--attention=random", *half(budget)]
-    found[f"window_{budget}_last"] = last(budget, f"sliding_window:w{budget * 7 // 2}")
-    found[f"sparsek_{budget}_last"] = last(budget, f"sparsek:k{budget}:w{budget * 5 // 2}", *sparsek)
-    found[f"random_{budget}_last"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
+    for start in ("last", "local"):
+      found[f"window_{budget}_{start}"] = last(budget, f"sliding_window:w{budget * 7 // 2}")
+      found[f"sparsek_{budget}_{start}"] = last(budget, f"sparsek:k{budget}:w{budget * 5 // 2}", *sparsek)
+      found[f"random_{budget}_{start}"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
     found[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
     found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
   # What was the default when the record was made, under that name there.
   before = ["--scorer_loss=0", "--scorer_lr_multiplier=1", "--scorer_init_scale=4", "--scorer_init_slope=1"]
   found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512), *before]
   found["hybrid_512"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(512)]
-  found["full_last"] = last(512, "full")
+  found["full_last"] = found["full_local"] = last(512, "full")
   for name, flags in (*((gate, [f"--gate={gate}"]) for gate in GATES if f"--gate={gate}" not in sparsek), ("conv", ["--scorer=conv"]),
                       ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"])):
     found[f"sparsek_512_{name}"] = [*learned, *half(512), *flags]
@@ -71,10 +75,11 @@ def stages(options) -> dict[str, tuple[str, ...]]:
   found, named = {}, kinds(shlex.split(options.sparsek))
   pretrain = lambda name, seed, *words: ("pretrain", *words, f"--seed={seed}", *shlex.split(options.more), f"--workdir={run(name)}")
   for seed in range(options.seeds):
-    found[f"dense_s{seed}"] = pretrain(f"dense_s{seed}", seed, FLAGS.format("dense"), f"--data={options.short}")
+    for start, attention in (("dense", "--attention=full"), ("local", LOCAL)):
+      found[f"{start}_s{seed}"] = pretrain(f"{start}_s{seed}", seed, FLAGS.format("dense"), f"--data={options.short}", attention)
   for seed in range(options.seeds):
     for name, flags in named.items():
-      start = run(f"dense_s{seed}")
+      start = run(f"local_s{seed}" if name.endswith("_local") else f"dense_s{seed}")
       found[f"{name}_s{seed}"] = pretrain(f"{name}_s{seed}", seed, FLAGS.format("tune"), f"--data={options.long}", f"--init_from={start}", *flags)
   for name in named:
     runs = ",".join(run(f"{name}_s{seed}") for seed in range(options.seeds))
@@ -103,7 +108,7 @@ def main(options) -> None:
     versions = json.load(file)
   record = {"sparsek": options.sparsek, "runs": runs, "versions": {**versions, "command": None},
             "stages": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items()
-                       if name.startswith("dense") or re.sub("^(loss|far|tasks)_|_s[0-9]$", "", name) in runs}}
+                       if name.startswith(("dense", "local")) or re.sub("^(loss|far|tasks)_|_s[0-9]$", "", name) in runs}}
   with open(options.record, "w", encoding="utf-8") as file:
     file.write(run_directory.to_json(record))
   print(rivals_report.table(runs))

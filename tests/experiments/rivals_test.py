@@ -23,7 +23,7 @@ def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
     define(values)
   known = {"evaluate": evaluate.FLAGS, "evaluate_tasks": evaluate_tasks.FLAGS, "pretrain": values}
   plan = rivals.stages(OPTIONS)
-  dense, tokens, seen = None, set(), {}
+  starts, tokens, seen = {}, set(), {}
   for name, (module, *words) in plan.items():
     for flag in known[module]:
       known[module][flag].unparse()
@@ -32,11 +32,12 @@ def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
       continue
     train = flags.train_config(values)
     assert train.loss_chunk == 512 and train.seed == int(name[-1])
-    if name.startswith("dense"):
-      dense = flags.model_config(values)
+    if name.startswith(("dense", "local")):
+      starts[name[:-3]] = flags.model_config(values)
       continue
-    assert train.init_from == f"runs/dense_s{train.seed}"
-    config = flags.model_config(values, pretrained=dense)
+    start = "local" if "_local_" in name else "dense"
+    assert train.init_from == f"runs/{start}_s{train.seed}"
+    config = flags.model_config(values, pretrained=starts[start])
     tokens.add(train.optimizer.num_steps * train.data.batch_size * train.data.seq_len)
     of_layer = lambda kind, layer: sum(getattr(layer, field) for field in ("k", "window") if field in USES.get(kind, ("k", "window")))
     if "full" not in config.layer_kinds:
@@ -63,7 +64,7 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
   assert "| window_512 | 2 | 3.2500 ± 0.2500 |" in capsys.readouterr().out
   record = json.loads((tmp_path / "record.json").read_text())
   assert set(record["runs"]) == {"full", "window_512"} and record["runs"]["full"]["seeds"]["0"]["mixed_loss"] == {"1": 1.}
-  assert set(record["stages"]) == {"dense_s0", "dense_s1", *(f"{name}_s{seed}" for name in record["runs"] for seed in (0, 1)),
+  assert set(record["stages"]) == {"dense_s0", "dense_s1", "local_s0", "local_s1", *(f"{name}_s{seed}" for name in record["runs"] for seed in (0, 1)),
                                    *(f"{what}_{name}" for name in record["runs"] for what in ("loss", "tasks", "far"))}
   assert (tmp_path / "record.png").stat().st_size > 10_000
 
