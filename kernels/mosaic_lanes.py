@@ -65,21 +65,6 @@ def ask_bytes(ref, index, offset, stride, once=False):
   return tuple(load(ref, _lanes(index), _lanes(offset)))
 
 
-def prefetch(ref, row, rows, where):
-  """Asks for so many rows of a matrix, from `row` on, to be brought into the second cache, where one lane's `where` is true; nobody waits for them."""
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
-  def ask(_, ref, row, where):
-    i32, i64, void = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.Type.parse("!llvm.void")
-    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
-      row = _element(row)
-      address = llvm.ptrtoint(i64, _address(ref, row, arith.constant(row.type, 0), width))
-      llvm.inline_asm(void, [address, arith.constant(i32, size)], "cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", has_side_effects=True)
-      scf.yield_([])
-  width = ref.shape[1]
-  size = rows * width * jnp.dtype(ref.dtype).itemsize
-  ask(ref, _lanes(row), _lanes(where))
-
-
 def multiply_add(sums, a, b, dtype):
   """sums + A B of each warp, A [16, 16] and B [16, 8] of a 16-bit `dtype`: its lane 4 r + c holds of A, in int32, the pairs (r, c), (r + 8, c), (r, c + 4) and
   (r + 8, c + 4), of B the pairs c and c + 4 in column r, and of the float32 sums [16, 8] what is at (r, 2 c), (r, 2 c + 1), (r + 8, 2 c), (r + 8, 2 c + 1).

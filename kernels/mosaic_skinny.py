@@ -2,7 +2,8 @@
 
 A program computes 16 columns of the result, by tensor cores, whose rows are the matrix's and whose columns are those of x. Its warps share the sum; every lane
 asks for all that it needs of the matrix at once, before it does anything else. In which order a warp sums does not matter: a lane takes eight neighbours of its
-row of the matrix, and of x, for what the tensor cores take for two pairs of one product and two of the next.
+row of the matrix, and of x, for what the tensor cores take for two pairs of one product and two of the next. To ask for the next kernel's matrix ahead does not
+pay: a kernel ends when all that it asked for is there.
 """
 
 import functools
@@ -15,14 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from .mosaic_common import axes, place
-from .mosaic_lanes import (LANES, PARAMS, ask_bytes, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, prefetch, scatter,
+from .mosaic_lanes import (LANES, PARAMS, ask_bytes, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter,
                            scatter_bytes, wait_for_all, widen)
 
 ENABLED = True                   # False: XLA multiplies
 ROWS = 8                         # of x, at most: the columns that a tensor core computes at once
 COLUMNS = 16                     # of the result, of a program
 STEP = 32                        # numbers of each row that a warp multiplies at once
-AHEAD = 8 * 2**20                # bytes of the next matrix that a kernel asks for: what memory could bring between two kernels
 STEPS = 12                       # most of a warp: their registers are those of 16 bytes of x and 32 of the matrix
 
 
@@ -52,7 +52,7 @@ def takes(batch: int, matrix: jax.Array, dtype) -> bool:
 
 
 def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: jax.Array | None = None, epsilon: float = 0., residual: jax.Array | None = None,
-            swiglu: bool = False, dtype=None, ahead: jax.Array | None = None) -> jax.Array:
+            swiglu: bool = False, dtype=None) -> jax.Array:
   """x times the transpose of the matrix, summed in float32.
 
   Args:
@@ -63,18 +63,16 @@ def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: ja
     residual: [B, N], added to the rounded products.
     swiglu: the matrix holds the rows of gate and up, [2 F, K]; the result is [B, F], silu(gate) * up.
     dtype: of the result; default: of x.
-    ahead: a matrix that a later product reads, whose first AHEAD bytes are to be brought into the second cache: memory is not to rest while one kernel ends
-      and the next begins. Where a kernel waits for other things than memory, that kernel gets slower than the next gets faster.
 
   Returns:
     [B, N].
   """
-  return _product(x, matrix, more, scale, residual, ahead, epsilon, swiglu, dtype)
+  return _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype)
 
 
 # Compiled by itself, so that it is traced once for all layers.
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
-def _product(x, matrix, more, scale, residual, ahead, epsilon, swiglu, dtype):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
   parts = isinstance(x, Parts)
   batch, width = (x.sums if parts else x).shape[-2:]
   kind, groups = matrix.dtype, warpgroups(width)
@@ -87,7 +85,6 @@ def _product(x, matrix, more, scale, residual, ahead, epsilon, swiglu, dtype):
   below = len(matrix) // 2 if swiglu else 8                  # from a row that a lane reads to the other one
   prepared = parts or scale is not None                      # x in shared memory
   xs = [y.reshape(-1) for y in x] if parts else [x]
-  asked = 0 if ahead is None else min(len(ahead), AHEAD // (ahead.shape[1] * ahead.dtype.itemsize)) // every              # rows, of each program
 
   def pieces_of(warpgroup):
     """Which eight neighbours of a row of x a lane is to prepare: [(first, are they there)]."""
@@ -144,7 +141,6 @@ def _product(x, matrix, more, scale, residual, ahead, epsilon, swiglu, dtype):
     more_ref = refs.pop(0) if more else None
     scale_ref = refs.pop(0) if scale is not None else None
     residual_ref = refs.pop(0) if residual is not None else None
-    ahead_ref = refs.pop(0) if ahead is not None else None
     out_ref, sums_ref, squares_ref, ready_ref = refs
     tile, warpgroup = place("tile", "warpgroup")
     lane = numbers()
@@ -165,8 +161,6 @@ def _product(x, matrix, more, scale, residual, ahead, epsilon, swiglu, dtype):
       else:
         rows = [ask_bytes(x_refs[0], own, k, width) for k in first]
       weights = [(ask_bytes(ref, at, k, width, once=True), ask_bytes(ref, at + below, k, width, once=True)) for k in first]
-      if asked:
-        prefetch(ahead_ref, lane * 0 + tile_all * asked, asked, (lane == 0) & (lane * 0 + warpgroup == 0))
       if prepared:
         rest()
         rows = [gather_bytes(ready_ref, own, k, stride) for k in first]
@@ -197,7 +191,7 @@ def _product(x, matrix, more, scale, residual, ahead, epsilon, swiglu, dtype):
     else:
       run(matrix_ref, tile)
 
-  arrays = [*xs, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1), ahead) if y is not None]
+  arrays = [*xs, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None]
   shared = [plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32), plgpu.SMEM((batch if prepared else 1, stride), kind)]
   out, = plgpu.kernel(
       body, out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)], scratch_types=shared, grid=(every,), grid_names=axes("tile"), num_threads=groups,

@@ -38,13 +38,12 @@ def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen
   moved = [rows for kind, rows in zip(kinds, every) if kind == "sparsek"]
   moved = iter(mosaic_decode.evict(moved, seen, alive) if moved else [])
   every = [next(moved) if kind == "sparsek" else rows for kind, rows in zip(kinds, every)]
-  following = [*(block["qkv"]["kernel"] for block in params.layers[1:]), params.embedding]
-  for i, (kind, block, after) in enumerate(zip(kinds, params.layers, following)):
+  for i, (kind, block) in enumerate(zip(kinds, params.layers)):
     scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
     projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [])
     mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, kind == "sliding_window")
     y_BxE = inference.dense(block["out"], mixed, x_BxE)
-    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE, after)
+    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE)
   return x_BxE, tuple(map(_layer, layers, every))
 
 

@@ -71,16 +71,16 @@ def inference_params(config: TransformerConfig, params: Params | InferenceParams
   return params if isinstance(params, InferenceParams) else _convert(config, params)
 
 
-def dense(params: Params, x: jax.Array | Parts, residual: jax.Array | None = None, ahead: jax.Array | None = None) -> jax.Array:
-  """x times the kernel, plus the bias if there is one, plus the residual if there is one, which there must be for Parts; `ahead`: see mosaic_skinny."""
+def dense(params: Params, x: jax.Array | Parts, residual: jax.Array | None = None) -> jax.Array:
+  """x times the kernel, plus the bias if there is one, plus the residual if there is one, which there must be for Parts."""
   if isinstance(x, Parts):
     if "bias" not in params and mosaic_skinny.takes(len(residual), params["kernel"], residual.dtype):
-      return mosaic_skinny.product(x, params["kernel"], residual=residual, ahead=ahead)
+      return mosaic_skinny.product(x, params["kernel"], residual=residual)
     x = x.joined(residual.dtype)
   rows = x.reshape(-1, x.shape[-1])
   if _skinny(params, rows):
     residual = None if residual is None else residual.reshape(len(rows), -1)
-    return mosaic_skinny.product(rows, params["kernel"], residual=residual, ahead=ahead).reshape(*x.shape[:-1], -1)
+    return mosaic_skinny.product(rows, params["kernel"], residual=residual).reshape(*x.shape[:-1], -1)
   # XLA's GPU backend sums the products of a single row itself, in the dtype that it is told; those of more rows are summed in float32 anyway.
   dtype = jnp.float32 if x.size == x.shape[-1] else x.dtype
   y = jax.lax.dot_general(x, params["kernel"], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
@@ -137,13 +137,12 @@ def project(config: TransformerConfig, layer: dict, x_BxCxE: jax.Array, position
   return query_and_key[:, :, :heads], query_and_key[:, :, heads:], value, normed, scores
 
 
-def mlp(config: TransformerConfig, layer: dict, x: jax.Array, residual: jax.Array, ahead: jax.Array | None = None) -> jax.Array:
+def mlp(config: TransformerConfig, layer: dict, x: jax.Array, residual: jax.Array) -> jax.Array:
   """The MLP's norm, then as `sparsek.layers.MLP`, plus the residual."""
   rows = x.reshape(-1, config.embed_dim)
   if config.mlp == "swiglu" and _skinny(layer["up"], rows, config):
-    scale, down = layer["mlp_norm"]["scale"], layer["down"]["kernel"]
-    hidden = mosaic_skinny.product(rows, layer["up"]["kernel"], scale=scale, epsilon=config.norm_eps, swiglu=True, ahead=down)
-    return dense(layer["down"], hidden.reshape(*x.shape[:-1], -1), residual, ahead)
+    hidden = mosaic_skinny.product(rows, layer["up"]["kernel"], scale=layer["mlp_norm"]["scale"], epsilon=config.norm_eps, swiglu=True)
+    return dense(layer["down"], hidden.reshape(*x.shape[:-1], -1), residual)
   hidden = dense(layer["up"], norm(config, layer["mlp_norm"], x))
   if config.mlp == "swiglu":
     gate, up = jnp.split(hidden, 2, axis=-1)

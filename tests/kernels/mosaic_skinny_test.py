@@ -90,7 +90,7 @@ def emulate(monkeypatch, module):
     return run
   functions = {f.__name__: f for f in (lanes.gather, lanes.gather_bytes, lanes.scatter, lanes.scatter_bytes, lanes.widen, lanes.narrow, multiply_add)}
   functions |= {"ask_bytes": lambda *args, once=False: lanes.gather_bytes(*args), "numbers": lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32),
-                "from_lane": lambda x, distance: x[jnp.arange(mosaic_lanes.LANES) ^ distance], "prefetch": lambda *args: None,
+                "from_lane": lambda x, distance: x[jnp.arange(mosaic_lanes.LANES) ^ distance],
                 "wait_for_all": lambda: here.barrier.wait()}
   for name, f in functions.items():
     for where in (module, mosaic_lanes, mosaic_skinny):
