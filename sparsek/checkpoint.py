@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sparsek import lora
 from sparsek.config import TransformerConfig
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
 from sparsek.model import init_params
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -181,6 +181,7 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   Raises:
     DamagedCheckpoint: where it cannot be read or a checksum differs.
     UsageError: where the architecture differs; with the table of parameters.
+    RunError: where memory does not suffice.
   """
   path = os.path.join(checkpoint_folder(workdir), str(step))
   try:
@@ -196,6 +197,8 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   except (UsageError, DamagedCheckpoint):
     raise
   except Exception as error:  # Orbax and tensorstore raise many kinds for unreadable files; whatever it is, this checkpoint cannot be used.
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # but for this, which says nothing of the files
+      raise RunError(f"checkpoint {path} cannot be read for want of memory; it stays where it is: {first_line(error)}") from error
     raise DamagedCheckpoint(first_line(error)) from error
   return loaded
 

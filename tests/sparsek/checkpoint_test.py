@@ -14,7 +14,7 @@ import pytest
 
 from sparsek import checkpoint
 from sparsek.config import OptimizerConfig, TransformerConfig
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
 from sparsek.model import init_params
 from sparsek.optimizer import make_optimizer
 
@@ -174,6 +174,18 @@ def test_all_damaged_is_refused_and_nothing_moved(copy):
   for step in (10, 20):
     truncate(os.path.join(workdir, "checkpoints", str(step), "params", "_METADATA"))
   with pytest.raises(UsageError, match="no checkpoint in .* can be read"):
+    restore(workdir)
+  assert checkpoint.saved_steps(workdir) == [10, 20]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory\nwhere")])
+def test_want_of_memory_is_no_damage(copy, error, monkeypatch):
+  workdir, _ = copy
+
+  def fail(tree):
+    raise error
+  monkeypatch.setattr(checkpoint, "checksums", fail)
+  with pytest.raises(RunError, match="checkpoints/20 cannot be read for want of memory; it stays where it is"):
     restore(workdir)
   assert checkpoint.saved_steps(workdir) == [10, 20]
 
