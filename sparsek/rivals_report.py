@@ -47,6 +47,26 @@ def difference(run: Mapping, other: Mapping, length: str | None = None) -> tuple
   return mean_and_error([here[seed] - there[seed] for seed in sorted(set(here) & set(there))])
 
 
+def pool(rounds: Sequence[Runs]) -> Runs:
+  """The runs of several records as of one: a start of each round has a seed of its own, "round.seed"."""
+  names = dict.fromkeys(name for runs in rounds for name in runs)
+  return {name: {"seeds": {f"{i}.{seed}": result for i, runs in enumerate(rounds) for seed, result in runs.get(name, {"seeds": {}})["seeds"].items()}}
+          for name in names}
+
+
+def differences(runs: Runs, name: str) -> str:
+  """In Markdown: loss of a kind minus that of every other one of its budget, of text and of the mix, over the seeds that both have."""
+  lines = [f"| {name} minus | text | starts | mix | starts |", "|---|---|---|---|---|"]
+  for other in runs:
+    if other != name and budget_of(other) in (budget_of(name), None):
+      cells = [other]
+      for length in (None, "mixed"):
+        shared = set(losses(runs[name], length)) & set(losses(runs[other], length))
+        cells += [_cell("{:+.4f}", *difference(runs[name], runs[other], length)), str(len(shared))]
+      lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
 def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
   """(task, tokens) -> share of right answers, over all seeds."""
   counts: dict[tuple[str, int], list[int]] = {}

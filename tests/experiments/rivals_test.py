@@ -1,6 +1,7 @@
 """The recipe of rivals: its commands are what the scripts take, kinds of a budget see as many keys. How stages are run."""
 
 import json
+import os
 import shlex
 import types
 
@@ -8,7 +9,7 @@ from absl import flags as absl_flags
 import pytest
 
 from experiments import evaluate, evaluate_tasks
-from experiments.recipes import rivals, stages
+from experiments.recipes import rivals, rivals_pairs, stages
 from sparsek import flags, rivals_report
 from sparsek.ablation import USES
 
@@ -67,6 +68,14 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
   assert set(record["stages"]) == {"dense_s0", "dense_s1", "local_s0", "local_s1", *(f"{name}_s{seed}" for name in record["runs"] for seed in (0, 1)),
                                    *(f"{what}_{name}" for name in record["runs"] for what in ("loss", "tasks", "far"))}
   assert (tmp_path / "record.png").stat().st_size > 10_000
+
+
+def test_pairs_over_the_records_of_both_rounds(capsys):
+  """The figures of the README."""
+  results = os.path.join(os.path.dirname(rivals.__file__), "..", "results")
+  rivals_pairs.main([os.path.join(results, name) for name in ("rivals.json", "rivals_first.json")], "sparsek_512_last,absent")
+  found = capsys.readouterr().out
+  assert found.startswith("| sparsek_512_last minus |") and "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in found
 
 
 def test_stages_wait_go_on_and_say_what_failed(tmp_path, monkeypatch):

@@ -30,6 +30,14 @@ def test_differences_are_of_the_seeds_that_both_have():
   assert rivals_report.accuracies(RUNS["sparsek_512"]) == {("passkey", 2048): .95}
 
 
+def test_rounds_are_pooled_and_compared_start_by_start():
+  runs = rivals_report.pool([RUNS, {name: RUNS[name] for name in ("sparsek_512", "window_512")}])
+  assert list(runs["sparsek_512"]["seeds"]) == ["0.0", "0.1", "1.0", "1.1"] and list(runs["full"]["seeds"]) == ["0.0", "0.1"]
+  _, _, *lines = rivals_report.differences(runs, "sparsek_512").splitlines()
+  assert lines == ["| full | +0.5500 ± 0.0500 | 2 | +0.5000 ± 0.0000 | 2 |", "| window_512 | -0.5500 ± 0.0289 | 4 | -0.6000 ± 0.0577 | 4 |",
+                   "| hybrid_512 | +0.4000 | 1 | +0.2000 | 1 |"]
+
+
 def test_table():
   head, _, *lines = rivals_report.table(RUNS).splitlines()
   assert head.endswith("| passkey 2048 |") and [line.split(" | ")[0] for line in lines] == [
