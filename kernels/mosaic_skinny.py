@@ -2,8 +2,7 @@
 
 A program computes 16 columns of the result, by tensor cores, whose rows are the matrix's and whose columns are those of x. Its warps share the sum; every lane
 asks for all that it needs of the matrix at once, before it does anything else. In which order a warp sums does not matter: a lane takes eight neighbours of its
-row of the matrix, and of x, for what the tensor cores take for two pairs of one product and two of the next. To ask for the next kernel's matrix ahead does not
-pay: a kernel ends when all that it asked for is there.
+row of the matrix, and of x, for what the tensor cores take for two pairs of one product and two of the next.
 """
 
 import functools

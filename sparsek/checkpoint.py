@@ -230,6 +230,7 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
     report: takes one line of text.
   Raises:
     UsageError: where the architecture differs, with a table of the parameters, or where no checkpoint can be read.
+    RunError: where memory does not suffice.
   """
   if not saved_steps(workdir):
     return None
@@ -256,6 +257,7 @@ def load_params(workdir: str, config: TransformerConfig, step: int | None = None
     (params, step).
   Raises:
     UsageError: where there is no such checkpoint, it cannot be read, or the architecture differs (with a table of the parameters).
+    RunError: where memory does not suffice.
   """
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   saved = _with_adapters(workdir, config)

@@ -67,6 +67,17 @@ def differences(runs: Runs, name: str) -> str:
   return "\n".join(lines)
 
 
+def by_start(runs: Runs) -> str:
+  """In Markdown: the share of the gap between window and full attention, of the mix, that each kind closes in each start."""
+  full, starts = losses(runs["full"], "mixed"), sorted({seed for run in runs.values() for seed in run["seeds"]})
+  lines = ["| gap closed | " + " | ".join(starts) + " |", "|" + "---|" * (1 + len(starts))]
+  for name, run in runs.items():
+    here, window = losses(run, "mixed"), losses(runs[f"window_{budget_of(name) or 512}"], "mixed")
+    closed = {seed: (window[seed] - here[seed]) / (window[seed] - full[seed]) for seed in here if seed in full and seed in window}
+    lines.append(f"| {name} | " + " | ".join(f"{closed[seed]:.0%}" if seed in closed else "" for seed in starts) + " |")
+  return "\n".join(lines)
+
+
 def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
   """(task, tokens) -> share of right answers, over all seeds."""
   counts: dict[tuple[str, int], list[int]] = {}

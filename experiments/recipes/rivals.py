@@ -14,9 +14,9 @@
 
 For each seed a dense model learns from rows of 2048 tokens, and one that looks back 256 tokens in all layers but the last; then each kind goes on from the
 first (names that end in _local: from the second) with the same tokens in rows of 8192, and is evaluated by position on held-out documents, in rows of 8192 and
-four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the
-same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is
-finished. From one of its dense models, the grid over k and window:
+four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the same command goes on. --at_once runs stages
+side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is finished. From one of its dense models, the grid
+over k and window:
 
   python -m experiments.ablate --base=experiments/recipes/rivals_tune.flags --workdir=runs/rivals_grid --attention=sparsek,random,sliding_window --seeds=3 \
     --k=128,256,384 --window=128,256,384,512 --more="--data=data/rivals_long --init_from=runs/rivals/dense_s0"
@@ -57,7 +57,7 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
       found[f"random_{budget}_{start}"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
     found[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
     found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
-  # What was the default when the record was made, under that name there.
+  # What the defaults were before.
   before = ["--scorer_loss=0", "--scorer_lr_multiplier=1", "--scorer_init_scale=4", "--scorer_init_slope=1"]
   found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512), *before]
   found["hybrid_512"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(512)]

@@ -36,6 +36,9 @@ def test_rounds_are_pooled_and_compared_start_by_start():
   _, _, *lines = rivals_report.differences(runs, "sparsek_512").splitlines()
   assert lines == ["| full | +0.5500 ± 0.0500 | 2 | +0.5000 ± 0.0000 | 2 |", "| window_512 | -0.5500 ± 0.0289 | 4 | -0.6000 ± 0.0577 | 4 |",
                    "| hybrid_512 | +0.4000 | 1 | +0.2000 | 1 |"]
+  runs = {name: runs[name] for name in ("full", "sparsek_512", "window_512")}
+  assert rivals_report.by_start(runs).splitlines()[2:] == ["| full | 100% | 100% |  |  |  |  |",
+                                                           "| sparsek_512 | 50% | 58% |  |  |  |  |", "| window_512 | 0% | 0% |  |  |  |  |"]
 
 
 def test_table():
