@@ -21,10 +21,15 @@ PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 SUPPORTED = jax.__version_info__ >= (0, 11)              # JAX 0.10 cannot write in place from a differentiated function
 
 
+def device_here() -> jax.Device:
+  """The device that kernels are made for."""
+  device = jax.config.jax_default_device or jax.devices()[0]             # a device, or a platform's name
+  return jax.devices(device)[0] if isinstance(device, str) else device
+
+
 def can_run() -> bool:
   """Whether these kernels can run here: on a Hopper GPU."""
-  device = jax.config.jax_default_device or jax.devices()[0]             # a device, or a platform's name
-  device = jax.devices(device)[0] if isinstance(device, str) else device
+  device = device_here()
   return SUPPORTED and device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
 
 
@@ -53,16 +58,105 @@ def gather_bytes(ref, index, offset, stride):
   return tuple(load(ref, _lanes(index), _lanes(offset)))
 
 
-def ask_bytes(ref, index, offset, stride, once=False):
-  """As `gather_bytes`, of what the kernel does not write, and in the order in which it is asked for; `once`: nobody wants the same again."""
+def ask_bytes(ref, index, offset, stride, once=False, fresh=False):
+  """As `gather_bytes`, of what the kernel does not write, and in the order in which it is asked for; `once`: nobody wants the same again; `fresh`: the kernel
+  has written it, in another program, so it must not come from the first cache."""
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT), return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4)
   def load(_, ref, index, offset):
-    i32, hints = ir.IntegerType.get_signless(32), ".L1::no_allocate.L2::128B" if once else ""
+    i32, hints = ir.IntegerType.get_signless(32), ".cg" if fresh else ".nc.L1::no_allocate.L2::128B" if once else ".nc"
     address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, _element(index), _element(offset), stride))
-    row = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), [address], f"ld.global.nc{hints}.v4.b32 {{$0, $1, $2, $3}}, [$4];", "=r,=r,=r,=r,l",
+    row = llvm.inline_asm(llvm.StructType.get_literal([i32] * 4), [address], f"ld.global{hints}.v4.b32 {{$0, $1, $2, $3}}, [$4];", "=r,=r,=r,=r,l",
                           has_side_effects=True)           # which is what keeps the order
     return tuple(index.foreach(lambda *_, c=c: llvm.extractvalue(i32, row, [c]), create_array=True, is_signed=True) for c in range(4))
   return tuple(load(ref, _lanes(index), _lanes(offset)))
+
+
+def ask_number(ref, index):
+  """ref[index] in every lane, of a 16-bit type; in the order in which it is asked for, and fresh, see `ask_bytes`."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=plgpu.ShapeDtypeStruct((LANES,), ref.dtype, layout=LAYOUT))
+  def load(_, ref, index):
+    i = _element(index)
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, i, arith.constant(i.type, 0), 1))
+    word = llvm.inline_asm(ir.IntegerType.get_signless(16), [address], "ld.global.cg.b16 $0, [$1];", "=h,l", has_side_effects=True)
+    return index.foreach(lambda *_: llvm.bitcast(_float(dtype), word), create_array=True)
+  dtype = ref.dtype
+  return load(ref, _lanes(index))
+
+
+def barriers(ref, where, arrivals):
+  """Makes barriers in shared memory, 64 bits each, that open after so many arrivals, and the bytes that these announce; a lane whose `where` is true makes that
+  of its number."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
+  def make(_, ref, lane, where):
+    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
+      _ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", "r", _shared(ref, _element(lane), 2))
+      scf.yield_([])
+    _ptx("fence.mbarrier_init.release.cluster;", "")
+  make(ref, _lanes(numbers()), _lanes(where))
+
+
+def copy_bytes(ref, row, offset, size, into, place, barriers, number, where):
+  """Copies `size` bytes, from `offset` elements behind the beginning of a row of a matrix, to into[place...] in shared memory, in every lane whose `where` is
+  true; nobody waits, but the barrier of that number counts them. All in multiples of 16 bytes."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3 + (LAYOUT,) * 5)
+  def copy(_, ref, into, barriers, row, offset, place, number, where):
+    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
+      source = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, _element(row), _element(offset), width))
+      _ptx(f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];", "r,l,r",
+           _shared(into, _element(place), 1), source, _shared(barriers, _element(number), 2))
+      scf.yield_([])
+  width = ref.shape[1]
+  copy(ref, into, barriers, *map(_lanes, (row, offset, place, number, where)))
+
+
+def announce(barriers, number, size, where):
+  """Arrives at the barrier of that number, which then opens when `size` bytes have come to it; one lane's `where` must be true."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
+  def arrive(_, barriers, number, where):
+    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
+      _ptx(f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};", "r", _shared(barriers, _element(number), 2))
+      scf.yield_([])
+  arrive(barriers, _lanes(number), _lanes(where))
+
+
+def arrive(barriers, number):
+  """At the barrier of that number, every warp once, when all its lanes have come here: what they read before may be overwritten."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
+  def arrive(_, barriers, number, where):
+    _ptx("bar.warp.sync 0xffffffff;", "")
+    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
+      _ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", "r", _shared(barriers, _element(number), 2))
+      scf.yield_([])
+  arrive(barriers, _lanes(number), _lanes((numbers() & 31) == 0))
+
+
+def wait_for(barriers, number, parity):
+  """Waits until the barrier of that number has opened once (parity 0), once more (1), ... ; at a new one does not wait for parity 1. What was copied can be
+  read then."""
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
+  def wait(_, barriers, number, parity):
+    _ptx("{ .reg .pred opened; again: mbarrier.try_wait.parity.shared::cta.b64 opened, [$0], $1; @!opened bra again; }", "r,r",
+         _shared(barriers, _element(number), 2), _element(parity))
+  wait(barriers, _lanes(number), _lanes(parity))
+
+
+def meet(ref, adds, before, where):
+  """Adds a number to ref[0], int32 in global memory, in the one lane whose `where` is true, which then waits until its sign is another one than that of
+  `before`, what was there before the first one came.
+
+  What all programs add must come to 2^31, so that the last to come changes the sign, and the next time finds all as it was but for that. What programs wrote
+  before they came can be read by those that go on.
+  """
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
+  def wait(_, ref, adds, before, where):
+    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
+      adds = _element(adds)
+      zero = arith.constant(adds.type, 0)
+      address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, zero, zero, 1))
+      _ptx("{ .reg .pred same; .reg .b32 now; red.release.gpu.global.add.u32 [$0], $1; again: ld.acquire.gpu.global.b32 now, [$0]; "
+           "xor.b32 now, now, $2; setp.ge.s32 same, now, 0; @same bra again; }", "l,r,r", address, adds, _element(before))
+      scf.yield_([])
+  wait(ref, *map(_lanes, (adds, before, where)))
 
 
 def multiply_add(sums, a, b, dtype):
@@ -88,11 +182,14 @@ def from_lane(x, distance):
   return shuffle(_lanes(x))
 
 
-def wait_for_all():
-  """A barrier of all lanes of a program, of every warpgroup; what they wrote to shared memory before can be read after it."""
+def wait_for_all(warpgroups=None):
+  """A barrier of all lanes of a program, or of its first warpgroups, that many; what they wrote to shared memory before can be read after it."""
   @plgpu.inline_mgpu()
   def wait(_):
-    gpu.barrier()
+    if warpgroups is None:
+      gpu.barrier()
+    else:
+      _ptx(f"bar.sync 1, {warpgroups * LANES};", "")
   wait()
 
 
@@ -167,6 +264,17 @@ def narrow(numbers, dtype):
     word = llvm.bitcast(ir.IntegerType.get_signless(32), arith.truncf(ir.VectorType.get((2,), _float(dtype)), pair))
     return a.foreach(lambda *_: word, create_array=True, is_signed=True)
   return [convert(*numbers[i:i + 2]) for i in range(0, 8, 2)]
+
+
+def _ptx(text, constraints, *arguments):
+  """An instruction that reads or writes memory, and returns nothing."""
+  clobbered = ",".join(filter(None, [constraints, "~{memory}"]))
+  llvm.inline_asm(ir.Type.parse("!llvm.void"), arguments, text, clobbered, has_side_effects=True)
+
+
+def _shared(ref, index, stride):
+  """Of the element index * stride behind where a reference to shared memory begins: what its instructions take for an address."""
+  return llvm.ptrtoint(ir.IntegerType.get_signless(32), _address(ref, index, arith.constant(index.type, 0), stride))
 
 
 def _element(x):

@@ -39,6 +39,86 @@ class Parts(NamedTuple):
     return jnp.sum((self.sums.reshape(*self.top.shape, -1) * share[..., None]).reshape(self.sums.shape), axis=0).astype(dtype)
 
 
+class Share(NamedTuple):
+  """How the warpgroups of a program share what is to be prepared of x, in shared memory: [batch, width] numbers of the type `kind`, rows `stride` apart.
+
+  What does it asks for all that it needs, and returns what does the rest.
+  """
+  batch: int
+  width: int
+  kind: jnp.dtype
+  warpgroups: int
+
+  @property
+  def stride(self):
+    return self.width + STEP                                 # neighbouring rows in different banks
+
+  def pieces(self, warpgroup):
+    """Which eight neighbours of a row of x a lane is to prepare: [(first, are they there)]."""
+    first = [(warpgroup * LANES + numbers() + i * self.warpgroups * LANES) * 8 for i in range(-(-self.width // (8 * self.warpgroups * LANES)))]
+    return [(jnp.where(k < self.width, k, 0), k < self.width) for k in first]
+
+  def join(self, count, heads, sums_ref, top_ref, total_ref, ready_ref, warpgroup):
+    """Of x in `count` parts, see Parts, every lane of the program writes some."""
+    batch, width, asked = self.batch, self.width, []
+    for k, there in self.pieces(warpgroup):
+      for b in range(batch):
+        top, total = ([gather(ref, (i * batch + b) * heads + k // (width // heads)) for i in range(count)] for ref in (top_ref, total_ref))
+        asked.append((b, k, there, top, total, [floats(sums_ref, (i * batch + b) * width + k, 8, ask_bytes) for i in range(count)]))
+
+    def rest():
+      for b, k, there, top, total, values in asked:
+        highest = functools.reduce(jnp.maximum, top)
+        weight = [jnp.exp(y - highest) for y in top]
+        factor = 1 / sum(w * y for w, y in zip(weight, total))
+        values = narrow([sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)], self.kind)
+        scatter_bytes(ready_ref, k * 0 + b, k, self.stride, values, there)
+      wait_for_all(self.warpgroups)
+    return rest
+
+  def normalise(self, x_ref, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, hold, fresh=False):
+    """Of the norm of x every lane of the program writes some; `hold`: in registers, else x is read twice; `fresh`: see `ask_bytes`."""
+    lane, warps, kind = numbers(), 4 * self.warpgroups, self.kind
+    warp = warpgroup * 4 + (lane >> 5)
+    pieces, there = zip(*self.pieces(warpgroup))
+    words = [[ask_bytes(x_ref, lane * 0 + b, k, self.width, fresh=fresh) for k in pieces] for b in range(self.batch)]
+    scales = [floats(scale_ref, k, 8, ask_bytes) for k in pieces]
+
+    def rest():
+      for b in range(self.batch):
+        total = sum(jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.) for piece, inside in zip(words[b], there))
+        for distance in (16, 8, 4, 2, 1):
+          total = total + from_lane(total, distance)
+        scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
+      wait_for_all(self.warpgroups)
+      for b in range(self.batch):
+        factor = lax.rsqrt(sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps)) * (1 / self.width) + epsilon)
+        again = words[b] if hold else [gather_bytes(x_ref, lane * 0 + b, k, self.width) for k in pieces]
+        for piece, k, scale, inside in zip(again, pieces, scales, there):
+          values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
+          scatter_bytes(ready_ref, lane * 0 + b, k, self.stride, values, inside)
+      wait_for_all(self.warpgroups)
+    return rest
+
+
+def put_sums(sums_ref, warp, sums):
+  """Stores what `multiply_add` gave a warp, for `result`."""
+  row, part = (numbers() >> 2) & 7, numbers() & 3
+  for i, value in enumerate(sums):
+    scatter(sums_ref, warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8, value, row >= 0)
+
+
+def result(sums_ref, first, warps, swiglu, kind):
+  """float32 that a tile's sums, of so many warps from the `first` on, come to: COLUMNS numbers of every row of x, one a lane, or with swiglu half as many."""
+  lane = numbers()
+  total = lambda at: sum(gather(sums_ref, (first + w) * LANES + at) for w in range(warps))
+  if not swiglu:
+    return total(lane)
+  place = jnp.minimum(lane // 8, ROWS - 1) * COLUMNS + lane % 8
+  gate, up = (total(place + i).astype(kind).astype(jnp.float32) for i in (0, 8))
+  return gate / (1 + jnp.exp(-gate)) * up
+
+
 def warpgroups(width: int) -> int | None:
   """Of a program, that share sums over `width`: the fewest that each have at most STEPS; None where none do."""
   return next((n for n in (1, 2, 4) if width % (4 * n * STEP) == 0 and width <= 4 * n * STEP * STEPS), None)
@@ -80,60 +160,11 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
   every = tiles + sum(map(len, more)) // COLUMNS
   columns = (every * COLUMNS) // (2 if swiglu else 1)
   each = COLUMNS // (2 if swiglu else 1)                     # columns of the result, of a program
-  stride = width + STEP                                      # of what is kept in shared memory: neighbouring rows in different banks
+  share = Share(batch, width, kind, groups)
+  stride = share.stride
   below = len(matrix) // 2 if swiglu else 8                  # from a row that a lane reads to the other one
   prepared = parts or scale is not None                      # x in shared memory
   xs = [y.reshape(-1) for y in x] if parts else [x]
-
-  def pieces_of(warpgroup):
-    """Which eight neighbours of a row of x a lane is to prepare: [(first, are they there)]."""
-    first = [(warpgroup * LANES + numbers() + i * groups * LANES) * 8 for i in range(-(-steps // 8))]
-    return [(jnp.where(k < width, k, 0), k < width) for k in first]
-
-  # What prepares x asks for all that it needs, and returns what does the rest: it comes from near, and must not wait behind the matrix.
-
-  def join(sums_ref, top_ref, total_ref, ready_ref, warpgroup):
-    """Of joined parts of x every lane of the program writes some."""
-    count, heads = x.top.shape[0], x.top.shape[2]
-    asked = []
-    for k, there in pieces_of(warpgroup):
-      for b in range(batch):
-        top, total = ([gather(ref, (i * batch + b) * heads + k // (width // heads)) for i in range(count)] for ref in (top_ref, total_ref))
-        asked.append((b, k, there, top, total, [floats(sums_ref, (i * batch + b) * width + k, 8, ask_bytes) for i in range(count)]))
-
-    def rest():
-      for b, k, there, top, total, values in asked:
-        highest = functools.reduce(jnp.maximum, top)
-        weight = [jnp.exp(y - highest) for y in top]
-        factor = 1 / sum(w * y for w, y in zip(weight, total))
-        values = narrow([sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)], kind)
-        scatter_bytes(ready_ref, k * 0 + b, k, stride, values, there)
-      wait_for_all()
-    return rest
-
-  def normalise(x_ref, scale_ref, ready_ref, squares_ref, warpgroup):
-    """Of the norm of x every lane of the program writes some."""
-    lane = numbers()
-    warp = warpgroup * 4 + (lane >> 5)
-    pieces, there = zip(*pieces_of(warpgroup))
-    words = [[ask_bytes(x_ref, lane * 0 + b, k, width) for k in pieces] for b in range(batch)]
-    scales = [floats(scale_ref, k, 8, ask_bytes) for k in pieces]
-
-    def rest():
-      for b in range(batch):
-        total = sum(jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.) for piece, inside in zip(words[b], there))
-        for distance in (16, 8, 4, 2, 1):
-          total = total + from_lane(total, distance)
-        scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
-      wait_for_all()
-      for b in range(batch):
-        factor = lax.rsqrt(sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps)) * (1 / width) + epsilon)
-        again = words[b] if batch <= 2 else [gather_bytes(x_ref, lane * 0 + b, k, width) for k in pieces]                  # registers are few
-        for piece, k, scale, inside in zip(again, pieces, scales, there):
-          values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
-          scatter_bytes(ready_ref, lane * 0 + b, k, stride, values, inside)
-      wait_for_all()
-    return rest
 
   def body(*refs):
     x_refs, (matrix_ref, *refs) = refs[:len(xs)], refs[len(xs):]
@@ -153,10 +184,11 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
       there = lane < batch * each
       target = jnp.where(there, n * columns + tile_all * each + column, 0)
       added = None if residual is None else gather(residual_ref, target)
+      # What prepares x comes from near, and must not wait behind the matrix.
       if parts:
-        rest = join(*x_refs, ready_ref, warpgroup)
+        rest = share.join(x.top.shape[0], x.top.shape[2], *x_refs, ready_ref, warpgroup)
       elif scale is not None:
-        rest = normalise(*x_refs, scale_ref, ready_ref, squares_ref, warpgroup)
+        rest = share.normalise(*x_refs, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, batch <= 2)                 # registers are few
       else:
         rows = [ask_bytes(x_refs[0], own, k, width) for k in first]
       weights = [(ask_bytes(ref, at, k, width, once=True), ask_bytes(ref, at + below, k, width, once=True)) for k in first]
@@ -167,19 +199,12 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
       for (a, b), c in zip(weights, rows):
         for i in (0, 2):
           sums = multiply_add(sums, (a[i], b[i], a[i + 1], b[i + 1]), c[i:i + 2], kind)
-      for i, value in enumerate(sums):
-        scatter(sums_ref, warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8, value, lane >= 0)
+      put_sums(sums_ref, warp, sums)
       wait_for_all()
 
       @pl.when(warpgroup == 0)
       def _():
-        total = lambda at: sum(gather(sums_ref, w * LANES + at) for w in range(warps))
-        if swiglu:
-          place = jnp.minimum(n, ROWS - 1) * COLUMNS + column
-          gate, up = (total(place + i).astype(kind).astype(jnp.float32) for i in (0, 8))
-          value = gate / (1 + jnp.exp(-gate)) * up
-        else:
-          value = total(lane)
+        value = result(sums_ref, 0, warps, swiglu, kind)
         if residual is not None:
           value = value.astype(kind).astype(jnp.float32) + added.astype(jnp.float32)
         scatter(out_ref, target, value.astype(dtype), there)

@@ -1,6 +1,6 @@
-"""One token through all layers by the kernels in kernels/mosaic_decode.py and mosaic_skinny.py: on Hopper GPUs what `sparsek.cache` takes a step with, where a
-model is of the common kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and the gate "straight_through". Five kernels a layer, and one before
-them all."""
+"""One token through all layers by the kernels in kernels/mosaic_decode.py and what it imports: on Hopper GPUs what `sparsek.cache` takes a step with, where a
+model is of the common kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and the gate "straight_through". Two kernels a layer, or five where
+mosaic_chain.py does not take it, and two before them all."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from sparsek import inference
 from sparsek.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.config import TransformerConfig
 from sparsek.inference import InferenceParams
-from sparsek.kernels import mosaic_decode
+from sparsek.kernels import mosaic_chain, mosaic_decode
 from sparsek.layers import rope_angles, rope_frequencies
 from sparsek.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
 
@@ -38,13 +38,28 @@ def step(config: TransformerConfig, params: InferenceParams, layers: tuple, seen
   moved = [rows for kind, rows in zip(kinds, every) if kind == "sparsek"]
   moved = iter(mosaic_decode.evict(moved, seen, alive) if moved else [])
   every = [next(moved) if kind == "sparsek" else rows for kind, rows in zip(kinds, every)]
-  for i, (kind, block) in enumerate(zip(kinds, params.layers)):
+  blocks = [(block, [block["scorer_rows"]] if kind == "sparsek" else []) for kind, block in zip(kinds, params.layers)]
+  projected, counter = inference.projected(config, blocks[0][0], x_BxE, blocks[0][1]), jnp.zeros(1, jnp.int32)
+  for i, (kind, (block, _), after) in enumerate(zip(kinds, blocks, [*blocks[1:], None])):
     scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
-    projected = inference.projected(config, block, x_BxE, [block["scorer_rows"]] if scorer else [])
     mixed, every[i] = mosaic_decode.attend(projected, cos, sin, every[i], scorer, seen, alive, heads, kind == "sliding_window")
+    if _chains(config, x_BxE, block, after):
+      scale, following = (after[0]["attention_norm"]["scale"], [after[0]["qkv"]["kernel"], *after[1]]) if after else (None, [])
+      out, up, down = (block[name]["kernel"] for name in ("out", "up", "down"))
+      x_BxE, projected, counter = mosaic_chain.chain(mixed, x_BxE, out, block["mlp_norm"]["scale"], up, down, scale, following, counter, config.norm_eps)
+      continue
     y_BxE = inference.dense(block["out"], mixed, x_BxE)
     x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE)
+    projected = inference.projected(config, after[0], x_BxE, after[1]) if after else None
   return x_BxE, tuple(map(_layer, layers, every))
+
+
+def _chains(config, x, block, after):
+  """Whether one kernel takes what follows a layer's attention, up to the next one's."""
+  own = [block[name] for name in ("out", "up", "down")]
+  plain = config.mlp == "swiglu" and not config.parallel_residual and not any("bias" in params for params in own)
+  following = [after[0]["qkv"]["kernel"], *after[1]] if after else []
+  return plain and mosaic_chain.takes(x, *(params["kernel"] for params in own), *following)
 
 
 def _scorer(params):

@@ -12,7 +12,7 @@ from sparsek import cached_kernels
 from sparsek.cache import decode_step, init_cache, prefill
 from sparsek.config import TransformerConfig
 from sparsek.inference import inference_params
-from sparsek.kernels import mosaic_decode, mosaic_lanes, mosaic_skinny
+from sparsek.kernels import mosaic_chain, mosaic_decode, mosaic_lanes, mosaic_skinny
 from sparsek.model import init_params
 from tests.kernels.mosaic_lanes_test import Ref
 from tests.kernels.mosaic_skinny_test import emulate
@@ -58,8 +58,8 @@ def check(x, layers, expected_x, expected_layers, exact):
       close(a, b, 1e-4 if exact and i == 0 and b.dtype == jnp.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_step_lane_by_lane(case, monkeypatch):
+@pytest.mark.parametrize("case, chained", [*((case, False) for case in CASES), ("sliding window", True)])
+def test_step_lane_by_lane(case, chained, monkeypatch):
   config, params, cache = start(case)
   plain = jax.jit(functools.partial(cache_module._forward, config), static_argnums=4)
   first, expected = cache, []
@@ -67,8 +67,12 @@ def test_step_lane_by_lane(case, monkeypatch):
     x, cache = plain(params, cache, (jnp.arange(4) + i)[:, None], ACTIVE.astype(jnp.int32), None)
     expected.append((x[:, 0], cache))
   cache = first
-  emulate(monkeypatch, mosaic_decode)
+  emulate(monkeypatch, mosaic_decode, mosaic_chain)
   monkeypatch.setattr(mosaic_decode, "MULTIPROCESSORS", CASES[case][1])
+  monkeypatch.setattr(mosaic_chain, "MULTIPROCESSORS", 3)
+  monkeypatch.setattr(mosaic_chain, "can_run", lambda: chained)
+  chain, calls = mosaic_chain.chain, []
+  monkeypatch.setattr(mosaic_chain, "chain", lambda *args: calls.append(args) or chain(*args))
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   typeof = jax.typeof
   monkeypatch.setattr(jax, "typeof", lambda x: None if isinstance(x, Ref) else typeof(x))
@@ -76,6 +80,7 @@ def test_step_lane_by_lane(case, monkeypatch):
     x, layers = cached_kernels.step(config, params, cache.layers, cache.seen, jnp.arange(4) + i, ACTIVE)
     check(x, layers, expected[i][0], expected[i][1].layers, exact=True)
     cache = cache._replace(seen=cache.seen + ACTIVE, layers=layers)
+  assert len(calls) == (2 * config.num_layers if chained else 0)
 
 
 @pytest.mark.gpu
@@ -87,7 +92,7 @@ def test_steps(case, monkeypatch):
   config, params, first = start(case)
   found = []
   for on in (True, False):
-    for module in (mosaic_decode, mosaic_skinny):
+    for module in (mosaic_decode, mosaic_skinny, mosaic_chain):
       monkeypatch.setattr(module, "ENABLED", on)
     jax.clear_caches()
     assert cached_kernels.takes(config, params, first.layers) == on

@@ -1,6 +1,9 @@
 """Products of few rows: the kernel run lane by lane in NumPy, and on a GPU beside XLA's; compile_test.py compiles it."""
 
+import collections
+import functools
 import threading
+import time
 
 import jax
 from jax.experimental import pallas as pl
@@ -8,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.kernels import mosaic_decode, mosaic_lanes, mosaic_skinny
+from sparsek.kernels import mosaic_chain, mosaic_decode, mosaic_lanes, mosaic_skinny
 from sparsek.kernels.mosaic_common import LOWEST
 from tests.kernels import mosaic_lanes_test as lanes
 
 CASES = {"plain": (1, 32, 256, {}), "residual": (3, 32, 640, {"residual"}), "norm": (8, 16, 2048, {"scale"}), "swiglu": (2, 64, 768, {"scale", "swiglu"}),
          "more": (1, 32, 1024, {"scale", "more", "float32"}), "parts": (2, 32, 512, {"parts", "residual"})}
+
+DELAY = .01                      # seconds that every other thread waits after a barrier
 
 
 def problem(case):
@@ -60,45 +65,151 @@ def multiply_add(sums, a, b, dtype):
   return tuple(jnp.asarray(out[:, i // 2 * 8:i // 2 * 8 + 8, i % 2::2].reshape(-1), jnp.float32) for i in range(4))
 
 
-def emulate(monkeypatch, module):
-  """Runs the kernels of a module lane by lane, every warpgroup in a thread of its own."""
+class Barriers:
+  """Of a program: what is copied arrives at the last moment, when somebody waits for it."""
+
+  def __init__(self):
+    self.changed, self.failed = threading.Condition(), False
+    self.arrivals, self.arrived, self.opened, self.announced, self.coming = {}, *(collections.Counter() for _ in range(3)), collections.defaultdict(list)
+
+  def barriers(self, ref, where, arrivals):
+    for number in np.flatnonzero(where):
+      assert 2 * number + 1 < ref.shape[0]
+      self.arrivals[id(ref), int(number)] = arrivals
+
+  def arrive(self, ref, number, times=4):                     # once a warp
+    with self.changed:
+      key = id(ref), int(number)
+      self.arrived[key] += times
+      assert self.arrived[key] <= self.arrivals[key]
+      self._open(key, lazily=True)
+
+  def announce(self, ref, number, size, where):
+    assert np.sum(np.broadcast_to(where, (128,))) == 1
+    self.announced[id(ref), int(number)] += size
+    self.arrive(ref, number, 1)
+
+  def copy_bytes(self, ref, row, offset, size, into, place, barriers, number, where):
+    row, offset, place, where = (np.broadcast_to(x, (128,)) for x in (row, offset, place, where))
+    count = size // ref.dtype.itemsize
+    with self.changed:
+      for lane in np.flatnonzero(where):
+        assert 0 <= row[lane] < ref.shape[0] and offset[lane] + count <= ref.shape[1] and place[lane] + count <= into.array.size
+        source, target = ref.array[row[lane], offset[lane]:offset[lane] + count], into.array[place[lane]:place[lane] + count]
+        target[:] = np.nan                                                      # on its way
+        self.coming[id(barriers), int(number)].append((size, target, source))
+      self.changed.notify_all()
+
+  def _open(self, key, lazily=False):
+    coming = self.coming[key]
+    if self.arrived[key] == self.arrivals[key] and self.announced[key] == sum(size for size, *_ in coming) and not (lazily and coming):
+      for _, into, source in coming:
+        into[:] = source
+      self.opened[key] += 1
+      self.arrived[key] = self.announced[key] = 0
+      coming.clear()
+      self.changed.notify_all()
+
+  def wait_for(self, ref, number, parity):
+    key = id(ref), int(number)
+
+    def opened():
+      if self.opened[key] % 2 == int(parity):
+        self._open(key)
+      return self.failed or self.opened[key] % 2 != int(parity)
+    with self.changed:
+      assert self.changed.wait_for(opened, 120) and not self.failed, "a program would wait forever"
+
+  def abort(self):
+    with self.changed:
+      self.failed = True
+      self.changed.notify_all()
+
+
+class Meeting:
+  """Of the programs of a grid."""
+
+  def __init__(self):
+    self.changed, self.failed = threading.Condition(), False
+
+  def meet(self, ref, adds, before, where):
+    where = np.flatnonzero(np.broadcast_to(where, (128,)))
+    if len(where):
+      assert len(where) == 1 and ref.array.shape == (1,) and ref.dtype == np.int32
+      with self.changed:
+        old = int(np.asarray(before)[where[0]])
+        ref.array[0] = (int(ref.array[0]) + int(np.asarray(adds)[where[0]]) + 2**31) % 2**32 - 2**31
+        self.changed.notify_all()
+        assert self.changed.wait_for(lambda: self.failed or (int(ref.array[0]) ^ old) < 0, 120) and not self.failed, "a program would wait forever"
+
+  def abort(self):
+    with self.changed:
+      self.failed = True
+      self.changed.notify_all()
+
+
+def emulate(monkeypatch, *modules):
+  """Runs the kernels of modules lane by lane, every warpgroup in a thread of its own; all programs of a grid at once where they wait for each other."""
   here = threading.local()
 
   def kernel(body, *, out_type=(), scratch_types=(), grid, grid_names, num_threads=1, thread_name=None, compiler_params, kernel_name):
     def run(*args):
       out = list(map(lanes.poisoned, out_type))
       args = [x if isinstance(x, lanes.Ref) else lanes.Ref(np.array(x)) for x in args]
-      for program in np.ndindex(*grid):
+      errors, meeting = [], Meeting()
+
+      def threads(program):
         scratch = list(map(lanes.poisoned, scratch_types))
-        barrier, errors = threading.Barrier(num_threads), []
+        waits, copies = [threading.Barrier(n + 1) for n in range(num_threads)], Barriers()
 
         def work(warpgroup):
-          here.place, here.barrier = dict(zip(grid_names, program)) | {thread_name: warpgroup}, barrier
+          here.place, here.waits = dict(zip(grid_names, program)) | {"sparsek_warpgroup": 0, thread_name: warpgroup}, 0
+          here.barriers, here.copies, here.meeting = waits, copies, meeting
           try:
             body(*args, *out, *scratch)
           except Exception as error:
             errors.append(error)
-            barrier.abort()
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
-        for thread in threads:
+            for every in (*waits, copies, meeting):
+              every.abort()
+        return [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
+      programs = list(np.ndindex(*grid))
+      for some in [programs] if kernel_name == "sparsek_chain" else [[program] for program in programs]:
+        every = [thread for program in some for thread in threads(program)]
+        for thread in every:
           thread.start()
-        for thread in threads:
+        for thread in every:
           thread.join()
         if errors:
           raise errors[0]
       return [jnp.asarray(x.array) for x in out]
     return run
   functions = {f.__name__: f for f in (lanes.gather, lanes.gather_bytes, lanes.scatter, lanes.scatter_bytes, lanes.widen, lanes.narrow, multiply_add)}
-  functions |= {"ask_bytes": lambda *args, once=False: lanes.gather_bytes(*args), "numbers": lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32),
+
+  def dawdle():                                                                 # who goes on too early is to be seen
+    here.waits += 1
+    if (here.waits + here.place["sparsek_warpgroup"]) % 2:
+      time.sleep(DELAY)
+
+  def wait_for_all(warpgroups=0):
+    here.barriers[warpgroups - 1].wait()
+    dawdle()
+
+  def wait_for(*args):
+    here.copies.wait_for(*args)
+    dawdle()
+  functions |= {"ask_bytes": lambda *args, once=False, fresh=False: lanes.gather_bytes(*args), "ask_number": lanes.gather,
+                "numbers": lambda: jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32),
                 "from_lane": lambda x, distance: x[jnp.arange(mosaic_lanes.LANES) ^ distance],
-                "wait_for_all": lambda: here.barrier.wait()}
+                "wait_for_all": wait_for_all, "wait_for": wait_for, "meet": lambda *args: here.meeting.meet(*args)}
+  functions |= {name: lambda *args, name=name: getattr(here.copies, name)(*args) for name in ("barriers", "arrive", "announce", "copy_bytes")}
   for name, f in functions.items():
-    for where in (module, mosaic_lanes, mosaic_skinny):
+    for where in (*modules, mosaic_lanes, mosaic_skinny):
       monkeypatch.setattr(where, name, f, raising=False)
-  for where, name in ((mosaic_skinny, "_product"), (mosaic_decode, "_attend"), (mosaic_decode, "evict")):
+  for where, name in ((mosaic_skinny, "_product"), (mosaic_chain, "_chain"), (mosaic_decode, "_attend"), (mosaic_decode, "evict")):
     monkeypatch.setattr(where, name, getattr(where, name).__wrapped__)
-  monkeypatch.setattr(module.plgpu, "kernel", kernel)
+  monkeypatch.setattr(mosaic_skinny.plgpu, "kernel", kernel)
   monkeypatch.setattr(jax.lax, "axis_index", lambda name: here.place[name])
+  monkeypatch.setattr(jax.lax, "fori_loop", lambda low, high, f, state: functools.reduce(lambda x, i: f(jnp.int32(i), x), range(low, high), state))
   monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
 
 
