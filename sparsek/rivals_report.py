@@ -12,7 +12,7 @@ Runs = Mapping[str, Mapping]                     # name -> {"flags": [...], "see
 RETRIEVAL = ("passkey", "needle", "recall")
 COLOURS = {"full": "#000000", "full_last": "#777777", "full_local": "#777777", "hybrid": "#777777", "window": "#D55E00", "sparsek": "#0072B2",
            "random": "#009E73", "sinks": "#E69F00", "linear": "#CC79A7", "block": "#8172B3", "strided": "#937860"}
-SHOWN = 0.2                                      # losses further above full attention's stand at the edge of the picture, as numbers
+SHOWN = 0.2                                      # losses further above full attention's, if any, stand at the edge of the picture, as numbers
 
 
 def describe(folder: str) -> dict:
@@ -68,13 +68,14 @@ def differences(runs: Runs, name: str) -> str:
 
 
 def by_start(runs: Runs) -> str:
-  """In Markdown: the share of the gap between window and full attention, of the mix, that each kind closes in each start."""
+  """In Markdown: the share of the gap between window and full attention, of the mix, that each kind closes in each start; of those whose window was run."""
   full, starts = losses(runs["full"], "mixed"), sorted({seed for run in runs.values() for seed in run["seeds"]})
   lines = ["| gap closed | " + " | ".join(starts) + " |", "|" + "---|" * (1 + len(starts))]
   for name, run in runs.items():
-    here, window = losses(run, "mixed"), losses(runs[f"window_{budget_of(name) or 512}"], "mixed")
+    here, window = losses(run, "mixed"), losses(runs.get(f"window_{budget_of(name) or 512}", {"seeds": {}}), "mixed")
     closed = {seed: (window[seed] - here[seed]) / (window[seed] - full[seed]) for seed in here if seed in full and seed in window}
-    lines.append(f"| {name} | " + " | ".join(f"{closed[seed]:.0%}" if seed in closed else "" for seed in starts) + " |")
+    if closed:
+      lines.append(f"| {name} | " + " | ".join(f"{closed[seed]:.0%}" if seed in closed else "" for seed in starts) + " |")
   return "\n".join(lines)
 
 
@@ -137,6 +138,7 @@ def draw(runs: Runs, path: str) -> None:
   text, mix, position, right = figure.subplots(1, 4, width_ratios=(1, 1, 1.2, 1.2))
   full = runs["full"]
   names = sorted(runs, key=lambda name: -difference(runs[name], full, "mixed")[0])
+  edge = SHOWN if any(difference(runs[name], full, length)[0] > SHOWN for name in names for length in (None, "mixed")) else None
   for axes, length, title in ((text, None, "text"), (mix, "mixed", "text and answers")):
     for place, name in enumerate(names):
       above, error = difference(runs[name], full, length)
@@ -144,7 +146,7 @@ def draw(runs: Runs, path: str) -> None:
         axes.text(SHOWN, place, f"{above:.2f} >", ha="right", va="center", color=_style(name)["color"], fontsize=8)
       else:
         axes.errorbar(above, place, xerr=0 if math.isnan(error) else error, fmt="o", color=_style(name)["color"], markersize=4)
-    axes.set(title=title, xlabel="loss above full attention's", xlim=(None, SHOWN), yticks=range(len(names)), yticklabels=names if length is None else [])
+    axes.set(title=title, xlabel="loss above full attention's", xlim=(None, edge), yticks=range(len(names)), yticklabels=names if length is None else [])
     axes.grid(axis="y", alpha=0.3)
   baseline = _by_position(full)
   for name in [name for name in runs if not re.search(r"\d_(?!last|local)", name)]:                                         # a variant says how it differs
@@ -156,7 +158,7 @@ def draw(runs: Runs, path: str) -> None:
     shares = [statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares) for length in lengths]
     if lengths:
       right.plot(lengths, [100 * share for share in shares], **_style(name))
-  position.set(title="text, by position", xlabel="tokens of the document so far", ylabel="loss above full attention's", ylim=(None, SHOWN))
+  position.set(title="text, by position", xlabel="tokens of the document so far", ylabel="loss above full attention's", ylim=(None, edge))
   right.set(title=", ".join(RETRIEVAL), xlabel="tokens of the document", ylabel="answers right (%)", ylim=(-3, 103))
   for axes in [axes for axes in (position, right) if axes.lines]:
     axes.set_xscale("log", base=2)

@@ -15,7 +15,8 @@ def figure(row: dict, kind: str, what: str = "tokens_per_second") -> float | Non
 
 
 def label(row: dict, kind: str) -> str:
-  return f"sliding window {row['k'] + row['window']}" if kind == "sliding_window" else LABELS[kind]
+  loss = ", scorers' loss" if kind == "sparsek" and row.get("scorer_loss") else ""
+  return f"sliding window {row['k'] + row['window']}" if kind == "sliding_window" else LABELS[kind] + loss
 
 
 IDENTITY = ("model", "n", "batch_size", "documents", "remat", "k", "window", "scorer_init_slope", "loss_chunk",
@@ -40,8 +41,8 @@ def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
 
 def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
   """[{"what", "value"}]: the ratios that goals are set for, at the longest length and a quarter of it, wherever the rows to compute them exist."""
-  few = min(row["documents"] for row in rows)
-  alike = [row for row in rows if row["documents"] == few and row["remat"] == rows[0]["remat"]]
+  few, loss_of = min(row["documents"] for row in rows), lambda row: row.get("scorer_loss") or 0
+  alike = [row for row in rows if row["documents"] == few and row["remat"] == rows[0]["remat"] and loss_of(row) == min(map(loss_of, rows))]
   by_length = {row["n"]: row for row in alike}
   longest = by_length[max(by_length)]
   quarter = by_length.get(longest["n"] // 4)
@@ -59,6 +60,8 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
     if row["documents"] > few and row["n"] in by_length:
       speeds = figure(row, "sparsek"), figure(by_length[row["n"]], "sparsek")
       add(f"tokens/s with {row['documents']} documents a row over {few} at {row['n']}", quotient(*speeds))
+    elif loss_of(row) and row["n"] in by_length and not loss_of(by_length[row["n"]]):
+      add(f"tokens/s with the scorers' loss over those without at {row['n']}", quotient(figure(row, "sparsek"), figure(by_length[row["n"]], "sparsek")))
   return lines
 
 

@@ -16,11 +16,14 @@ For each seed a dense model learns from rows of 2048 tokens, and one that looks 
 first (names that end in _local: from the second) with the same tokens in rows of 8192, and is evaluated by position on held-out documents, in rows of 8192 and
 four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the same command goes on. --at_once runs stages
 side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is finished. From one of its dense models, the grid
-over k and window:
+over k and window, and its record:
 
   python -m experiments.ablate --base=experiments/recipes/rivals_tune.flags --workdir=runs/rivals_grid --attention=sparsek,random,sliding_window --seeds=3 \
     --k=128,256,384 --window=128,256,384,512 --more="--data=data/rivals_long --init_from=runs/rivals/dense_s0"
+  python -m experiments.collect_grids experiments/results/rivals_grid.json NOTE runs/rivals_grid
 
+Kinds whose names end in _local, and full attention, are in a record of their own, rivals_local.json: --only="^dense_s|(^|_)full(_s|$)|(^|_)local" in an empty
+--workdir.
 The packages were Debian 12's: python3.11 3.11.2-6+deb12u8, perl-doc 5.36.0-7+deb12u3, linux-doc-6.1 6.1.176-1.
 """
 

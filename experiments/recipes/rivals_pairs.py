@@ -8,7 +8,7 @@ import sys
 
 from sparsek import rivals_report
 
-KINDS = ("sparsek_512_last", "sparsek_512", "sparsek_1024_last", "sparsek_1024")
+KINDS = [f"sparsek_{budget}{layout}" for budget in (512, 1024) for layout in ("_last", "_local", "")]
 
 
 def main(records: list[str]) -> None:
@@ -17,7 +17,7 @@ def main(records: list[str]) -> None:
     with open(path, encoding="utf-8") as file:
       rounds.append(json.load(file)["runs"])
   runs = rivals_report.pool(rounds)
-  print(rivals_report.table(runs), rivals_report.by_start(runs), *(rivals_report.differences(runs, name) for name in KINDS), sep="\n\n")
+  print(rivals_report.table(runs), rivals_report.by_start(runs), *(rivals_report.differences(runs, name) for name in KINDS if name in runs), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -70,13 +70,15 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
   assert (tmp_path / "record.png").stat().st_size > 10_000
 
 
-def test_pairs_over_the_records_of_both_rounds(capsys):
+def test_pairs_over_the_records(capsys):
   """The figures of the README."""
   results = os.path.join(os.path.dirname(rivals.__file__), "..", "results")
   rivals_pairs.main([os.path.join(results, name) for name in ("rivals.json", "rivals_first.json")])
   found = capsys.readouterr().out
   assert "| sparsek_512_last | 6 |" in found and "| 60% |" in found and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in found
   assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in found
+  rivals_pairs.main([os.path.join(results, "rivals_local.json")])
+  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in capsys.readouterr().out
 
 
 def test_stages_wait_go_on_and_say_what_failed(tmp_path, monkeypatch):

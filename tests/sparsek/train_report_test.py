@@ -29,6 +29,15 @@ def test_summary():
       "tokens/s over those of sliding window 8 at 64": .75, "tokens/s at 64 over tokens/s at 16": .9}
 
 
+def test_rows_with_the_loss_of_scorers_are_told_apart():
+  rows = [*ROWS, {**row(64, sparsek=45., sliding_window=1.), "scorer_loss": 1.}]
+  found = {line["what"]: line["value"] for line in train_report.summary(rows)}
+  assert found["tokens/s with the scorers' loss over those without at 64"] == .5 and found["tokens/s over those of sliding window 8 at 64"] == .75
+  assert sum("sparsek, scorers' loss" in line for line in train_report.table(rows)) == 1
+  both = [{**row(64, sparsek=45., full=9.), "scorer_loss": 1.}]
+  assert train_report.summary(both) == [{"what": "tokens/s over those of full attention at 64", "value": 5.}]
+
+
 def test_table_and_failures():
   head, *lines = train_report.table(ROWS)
   assert len(lines) == 6 and len({len(line) for line in [head, *lines]}) == 1
