@@ -8,6 +8,7 @@ those of the next product from where the last one's ended.
 """
 
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -49,7 +50,14 @@ def plan(batch: int, *widths: int) -> Plan | None:
 def takes(x: jax.Array, *matrices: jax.Array) -> bool:
   """Whether `chain` computes with x [B, E] and these matrices, here."""
   same = x.dtype in (jnp.bfloat16, jnp.float16) and all(y.dtype == x.dtype and len(y) % COLUMNS == 0 for y in matrices)
-  return ENABLED and same and len(x) <= MOST_ROWS and plan(len(x), *(y.shape[1] for y in matrices)) is not None and can_run()
+  fits = same and len(x) <= MOST_ROWS and plan(len(x), *(y.shape[1] for y in matrices)) is not None
+  return ENABLED and fits and can_run() and not processes_share_it()
+
+
+def processes_share_it() -> bool:
+  """Whether kernels of several processes run on a device at once here, by CUDA's multi-process service: two such kernels, each on a part of the device, would
+  wait for the rest of it forever."""
+  return os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
 
 
 def programs() -> int:

@@ -79,6 +79,15 @@ def test_plan(batch):
   assert mosaic_chain.plan(batch, 2048, 2000) is None and mosaic_chain.plan(4, 2048, 32768) is None
 
 
+def test_not_where_processes_share_the_device(tmp_path, monkeypatch):
+  monkeypatch.setattr(mosaic_chain, "can_run", lambda: True)
+  x, matrix = jnp.zeros((1, 256), jnp.bfloat16), jnp.zeros((256, 256), jnp.bfloat16)
+  monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
+  assert mosaic_chain.takes(x, matrix) and not mosaic_chain.takes(jnp.zeros((mosaic_chain.MOST_ROWS + 1, 256), jnp.bfloat16), matrix)
+  monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+  assert not mosaic_chain.takes(x, matrix)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(1, 2048, 2048, 5632, 3072, 32), (4, 2048, 2048, 5632, 3072, 0), (3, 2048, 2048, 5632, 0, 0)])
 def test_chain(sizes, monkeypatch):
