@@ -23,8 +23,8 @@ from .mosaic_lanes import (LANES, PARAMS, announce, apart, arrive, ask_bytes, as
 from .mosaic_skinny import COLUMNS, ROWS, STEP, Parts, Share, put_sums, result
 
 ENABLED = True                   # False: a kernel for every product
-MOST_ROWS = 4                    # of x: with more, a kernel for every product is no slower
-DEPTH = 3                        # pieces on their way to a program at most: more would come no sooner, and all else that is asked for later
+MOST_ROWS = 4                    # of x: the more there are of it, the less shared memory is left for pieces
+DEPTH = 3                        # pieces on their way to a program at most: all else that is asked for waits behind them
 SHARED = 216 * 2**10             # bytes of shared memory that a program takes at most
 OUT, UP, DOWN, NEXT = range(4)   # the products
 

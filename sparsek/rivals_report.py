@@ -96,10 +96,12 @@ def budget_of(name: str) -> int | None:
 
 
 def table(runs: Runs) -> str:
-  """In Markdown: loss of text and of the training mix, each also minus the sliding window's of the same budget and as a share of its gap to full attention."""
+  """In Markdown: loss of text and of the training mix, each also minus full attention's, minus the sliding window's of the same budget, and as a share of the
+  gap between these two; right answers."""
   tasks = list(dict.fromkeys(key for run in runs.values() for key in accuracies(run)))
-  lines = ["| attention | runs | text | minus the window's | gap closed | mix | minus the window's | gap closed | "
-           + " | ".join(f"{task} {length}" for task, length in tasks) + " |", "|" + "---|" * (8 + len(tasks))]
+  columns = "minus full attention's | minus the window's | gap closed"
+  lines = [f"| attention | runs | text | {columns} | mix | {columns} | " + " | ".join(f"{task} {length}" for task, length in tasks) + " |",
+           "|" + "---|" * (10 + len(tasks))]
   for name in sorted(runs, key=lambda name: (budget_of(name) or 0, mean_and_error(losses(runs[name], "mixed").values())[0])):
     run = runs[name]
     cells = [name, str(len(run["seeds"]))]
@@ -108,7 +110,9 @@ def table(runs: Runs) -> str:
       less = difference(run, window, length) if window else (math.nan, math.nan)
       gap = difference(runs["full"], window, length)[0] if window else math.nan
       closed = round(less[0] / gap, 2) + 0.                                                                          # -0 becomes 0
-      cells += [_cell("{:.4f}", *mean_and_error(losses(run, length).values())), _cell("{:+.4f}", *less), _cell("{:.0%}", closed, math.nan)]
+      above = difference(run, runs["full"], length) if name != "full" else (math.nan, math.nan)
+      cells += [_cell("{:.4f}", *mean_and_error(losses(run, length).values())), _cell("{:+.4f}", *above), _cell("{:+.4f}", *less),
+                _cell("{:.0%}", closed, math.nan)]
     right = accuracies(run)
     lines.append("| " + " | ".join(cells + [f"{right[key]:.0%}" if key in right else "" for key in tasks]) + " |")
   return "\n".join(lines)

@@ -16,7 +16,7 @@ For each seed a dense model learns from rows of 2048 tokens, and one that looks 
 first (names that end in _local: from the second) with the same tokens in rows of 8192, and is evaluated by position on held-out documents, in rows of 8192 and
 four times that, and asked for what stands at least 1024 tokens back. Stages that are done are left out: killed, the same command goes on. --at_once runs stages
 side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is finished. From one of its dense models, the grid
-over k and window, and its record:
+over k and window, and its record; its picture is the grid's report.png:
 
   python -m experiments.ablate --base=experiments/recipes/rivals_tune.flags --workdir=runs/rivals_grid --attention=sparsek,random,sliding_window --seeds=3 \
     --k=128,256,384 --window=128,256,384,512 --more="--data=data/rivals_long --init_from=runs/rivals/dense_s0"

@@ -78,7 +78,9 @@ def test_pairs_over_the_records(capsys):
   assert "| sparsek_512_last | 6 |" in found and "| 60% |" in found and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in found
   assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in found
   rivals_pairs.main([os.path.join(results, "rivals_local.json")])
-  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in capsys.readouterr().out
+  found = capsys.readouterr().out
+  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in found
+  assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in found
 
 
 def test_stages_wait_go_on_and_say_what_failed(tmp_path, monkeypatch):

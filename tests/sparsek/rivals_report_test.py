@@ -45,8 +45,9 @@ def test_table():
   head, _, *lines = rivals_report.table(RUNS).splitlines()
   assert head.endswith("| passkey 2048 |") and [line.split(" | ")[0] for line in lines] == [
       "| full", "| hybrid_512", "| sparsek_512", "| window_512", "| random_1024_last_k512"]
-  assert lines[2] == ("| sparsek_512 | 2 | 2.6500 ± 0.1500 | -0.5500 ± 0.0500 | 50% | 1.6000 ± 0.1000 | -0.6000 ± 0.1000 | 55% | 95% |")
-  assert lines[4] == "| random_1024_last_k512 | 1 | 2.9000 |  |  | 2.0000 |  |  |  |"
+  assert lines[2] == ("| sparsek_512 | 2 | 2.6500 ± 0.1500 | +0.5500 ± 0.0500 | -0.5500 ± 0.0500 | 50% | "
+                      "1.6000 ± 0.1000 | +0.5000 ± 0.0000 | -0.6000 ± 0.1000 | 55% | 95% |")
+  assert lines[4] == "| random_1024_last_k512 | 1 | 2.9000 | +0.9000 |  |  | 2.0000 | +1.0000 |  |  |  |"
 
 
 def test_picture(tmp_path):
