@@ -1,0 +1,150 @@
+"""Files on disk: atomic replacement, paths that a user gives, files and JSON that may be hostile."""
+
+import contextlib
+import json
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from sparsek.errors import RunError, UsageError
+
+MAX_JSON = 64 * 2**20
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/")
+_TEMPORARY = ".tmp"
+
+
+def local_path(text: str, name: str) -> str:
+  """Returns a path of this machine's file system as the user meant it, with `~` expanded.
+
+  Args:
+    text: what was given; a relative path stays relative to the working directory.
+    name: of the flag, for messages.
+  Raises:
+    UsageError: for an URL such as gs://bucket/run, which would become a local folder of that name,
+      and for a path that no file system can hold (a NUL byte).
+  """
+  if _SCHEME.match(text):
+    scheme = text.partition(":")[0]
+    raise UsageError(f"--{name}={text}: {scheme}: URLs are not supported; give a path of this "
+                     f"machine's file system (a mounted bucket has one)")
+  if "\0" in text:
+    raise UsageError(f"--{name}={text!r}: a path holds no NUL character")
+  return os.path.expanduser(text)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str, mode: str = "wb", **options) -> Iterator[IO]:
+  """Opens a temporary file that replaces `path` when the block ends well, and is removed otherwise.
+
+  The temporary name is unique, so that processes may write the same path at the same time: each
+  result is whole, and the last one stays. All is on disk before the name changes.
+
+  Args:
+    path: of the file to make or to replace.
+    mode: "wb" or "w".
+    options: for `open`; text is UTF-8 by default.
+  Raises:
+    OSError: where it cannot be written; then `path` is what it was.
+  """
+  if "b" not in mode:
+    options.setdefault("encoding", "utf-8")
+  folder, name = os.path.split(os.path.abspath(path))
+  handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_TEMPORARY, dir=folder)
+  try:
+    with open(handle, mode, **options) as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, _permissions(path))
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
+    raise
+
+
+def _permissions(path: str) -> int:
+  """Returns those of an existing file, else what the process's umask gives a new one."""
+  try:
+    return stat.S_IMODE(os.stat(path).st_mode)
+  except OSError:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write_atomically(path: str, content: str | bytes) -> None:
+  """Replaces `path` by `content` (text as UTF-8), or leaves it as it was and raises OSError."""
+  with atomic_file(path) as file:
+    file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def check_regular(path: str, name: str = "file") -> None:
+  """Raises UsageError where `path` is something that could be read for ever.
+
+  Args:
+    path: of a file, or of a link to one.
+    name: what it is, for messages.
+  Raises:
+    UsageError: for a folder, a FIFO, a socket or a device; and where it cannot be looked at.
+  """
+  try:
+    mode = os.stat(path).st_mode
+  except OSError as error:
+    raise UsageError(f"{name} {path} cannot be read: {error.strerror}") from None
+  if not stat.S_ISREG(mode):
+    kinds = {"folder": stat.S_ISDIR, "FIFO": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    kind = next((kind for kind, is_kind in kinds.items() if is_kind(mode)), "device")
+    raise UsageError(f"{name} {path} is a {kind}, expected a regular file")
+
+
+def parse_json(text: str | bytes, where: str):
+  """Returns the JSON value of `text`.
+
+  Raises:
+    UsageError: beginning with `where`, for what is no JSON, nested too deeply for Python, or holds
+      an integer of too many digits.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise UsageError(f"{where}: JSON that is nested too deeply") from None
+  except ValueError as error:
+    reason = str(error)
+    if "integer string conversion" in reason:
+      reason = "an integer of too many digits"
+    raise UsageError(f"{where}: no JSON that can be understood: {reason[:200]}") from None
+
+
+def read_json_object(path: str, max_bytes: int = MAX_JSON) -> dict:
+  """Returns the JSON object that a file holds.
+
+  Raises:
+    UsageError: naming the file, where it is no regular file, cannot be read, is larger than
+      `max_bytes`, is not UTF-8 or is no JSON object that `parse_json` understands.
+  """
+  check_regular(path)
+  try:
+    with open(path, "rb") as file:
+      content = file.read(max_bytes + 1)
+  except OSError as error:
+    raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+  if len(content) > max_bytes:
+    raise UsageError(f"{path} has more than {max_bytes:,} bytes, which is no such file")
+  value = parse_json(content, path)
+  if not isinstance(value, dict):
+    raise UsageError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+  return value
+
+
+def reason_of(error: OSError) -> str:
+  """Returns what went wrong in the system's words, such as "No space left on device"."""
+  return error.strerror or str(error) or type(error).__name__
+
+
+def cannot_write(path: str, error: OSError) -> RunError:
+  """Returns the error that ends a command whose file could not be written."""
+  return RunError(f"{path} cannot be written: {reason_of(error)}")

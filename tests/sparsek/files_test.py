@@ -1,0 +1,80 @@
+"""Files are replaced whole or not at all; paths and JSON that cannot be used are refused by name."""
+
+import multiprocessing
+import os
+import stat
+
+import pytest
+
+from sparsek import files
+from sparsek.errors import UsageError
+
+
+def _rewrite(path, content):
+  for _ in range(50):
+    files.write_atomically(path, content)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://b/run", "file:///tmp/run", "hdfs:/x"])
+def test_urls_are_refused_and_not_made_folders(url):
+  with pytest.raises(UsageError, match=f"--workdir={url}"):
+    files.local_path(url, "workdir")
+
+
+@pytest.mark.parametrize("path", ["runs/a", "/tmp/a:b", "a@4", "C:", "./gs:/x"])
+def test_paths_stay_what_they_are(path):
+  assert files.local_path(path, "workdir") == path
+
+
+def test_home_is_expanded(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/someone")
+  assert files.local_path("~/run", "workdir") == "/home/someone/run"
+
+
+def test_a_failed_write_leaves_the_file_and_nothing_else(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text("old")
+  with pytest.raises(OSError):
+    with files.atomic_file(path) as file:
+      file.write(b"ne")
+      raise OSError("disk full")
+  assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+  path, contents = str(tmp_path / "a"), [c * 100_000 for c in "abc"]
+  context = multiprocessing.get_context("fork")
+  workers = [context.Process(target=_rewrite, args=(path, content)) for content in contents]
+  for worker in workers:
+    worker.start()
+  for worker in workers:
+    worker.join()
+  assert [worker.exitcode for worker in workers] == [0, 0, 0]
+  assert (tmp_path / "a").read_text() in contents and os.listdir(tmp_path) == ["a"]
+
+
+def test_permissions_are_those_of_the_file_before(tmp_path):
+  path = tmp_path / "a"
+  path.write_text("x")
+  path.chmod(0o640)
+  files.write_atomically(path, "y")
+  assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"[1]", "JSON list"), (b"{", "no JSON"), (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+    (b'{"a": ' + b"1" * 10_000 + b"}", "too many digits"), (b"\xff\xfe", "no JSON"),
+])
+def test_json_that_cannot_be_used_is_named(tmp_path, content, words):
+  path = tmp_path / "a.json"
+  path.write_bytes(content)
+  with pytest.raises(UsageError, match=f"{path}.*{words}"):
+    files.read_json_object(str(path))
+
+
+def test_what_could_be_read_for_ever_is_refused(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  for path, kind in ((str(tmp_path / "pipe"), "FIFO"), ("/dev/zero", "device"),
+                     (str(tmp_path), "folder")):
+    with pytest.raises(UsageError, match=f"is a {kind}"):
+      files.check_regular(path)
