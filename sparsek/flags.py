@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from sparsek import config as config_lib
-from sparsek import flagfiles, path_flags
+from sparsek import files, flagfiles, path_flags
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.errors import RunError, UsageError
 
@@ -305,6 +305,7 @@ def define_ablation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("scorer", "linear", f"Of sparsek, separated by commas: {', '.join(config_lib.SCORERS)}.")
   define.number("seeds", 1, "Runs of each combination, with --seed=0, 1, ...", lower=1)
   define.string("job", "0/1", "i/N: train only every N-th cell from the i-th on, i from 0, as one of N jobs that share --workdir.")
+  define.boolean("retrain", False, "Move cells that other flags made aside, to WORKDIR/cells/replaced, and train them again.")
 
 
 def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -385,6 +386,7 @@ def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS, argv:
   keeps its traceback.
   """
   argv = sys.argv if argv is None else argv
+  files.let_stdout_take_any_text()
   if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
     description = (sys.modules[main.__module__].__doc__ or "").strip()
     print(f"{description}\n\n{flag_values.main_module_help()}\n{flag_values.module_help(__name__)}")
@@ -411,6 +413,13 @@ def into_string(flag_values: flags.FlagValues = FLAGS) -> str:
   if any(flag_values[name].value for name in ("init_from", "from") if name in names):
     names = [name for name in names if name != "preset" or flag_values[name].present]
   return "".join(line + "\n" for line in (flag_values[name].serialize() for name in names) if line)
+
+
+def not_default(flag_values: flags.FlagValues) -> str:
+  """Returns the flags that have another value than by default, without --workdir, one a line."""
+  return "".join(flag_values[name].serialize() + "\n" for name in OUR_FLAGS
+                 if name in flag_values and name != "workdir"
+                 and flag_values[name].value != flag_values[name].default)
 
 
 def _build(constructor: Callable, *args, **fields):

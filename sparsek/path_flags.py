@@ -13,7 +13,7 @@ from absl import flags
 
 from sparsek.files import local_path
 
-_HF = "hf:"                    # sparsek.pretrained.PREFIX, from a module that is slow to import
+HF_PREFIX = "hf:"              # sparsek.pretrained.PREFIX, from a module that is slow to import
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -31,7 +31,7 @@ def parse_path(text: str, words: Sequence[str] = (), reference: bool = False,
   """
   if any(text.startswith(word) if word.endswith(":") else text == word for word in words):
     return text
-  prefix = _HF if reference and text.startswith(_HF) else ""
+  prefix = HF_PREFIX if reference and text.startswith(HF_PREFIX) else ""
   text = text.removeprefix(prefix)
   if not text:
     raise ValueError("must be a path, it is empty")
@@ -98,6 +98,10 @@ class _Paths(_Path):
 class _PathsFlag(flags.MultiFlag):
   """A flag of paths that may be given several times."""
 
+  def __init__(self, parser: _Paths, name: str, help_text: str):
+    super().__init__(parser, flags.ArgumentSerializer(), name, [], help_text)
+    self.help = f"{help_text} May be given several times."          # absl's own words break the line
+
   def _parse(self, arguments):
     lists = super()._parse(arguments)
     return lists and [path for paths in lists for path in paths]
@@ -114,7 +118,7 @@ def paths_flag(name: str, help_text: str, **options) -> flags.Flag:
   It may be given several times, each time with one path or several separated by commas. A path that
   has a comma in its name is given alone. `options` are those of `parse_paths`.
   """
-  return _PathsFlag(_Paths(**options), flags.ArgumentSerializer(), name, [], help_text)
+  return _PathsFlag(_Paths(**options), name, help_text)
 
 
 def is_path(flag: flags.Flag) -> bool:
