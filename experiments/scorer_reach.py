@@ -4,13 +4,14 @@ Scores are normal with the standard deviation of `scorer_init_scale` plus `score
 the last one. "fractional" is the share of the selected tokens whose scores get a gradient of their own.
 """
 
+import argparse
 import itertools
-import sys
 
 import numpy as np
 
 import sparsek
-from sparsek import run_directory
+from experiments import script
+from sparsek import files, run_directory
 
 LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4., 1.), (1., 0.)
 
@@ -23,16 +24,23 @@ def reach(n, scale, slope, rng):
           "fractional": round(float((gates[selected] < 1).mean()), 3), "gate_mass": round(float(gates[selected].sum() / K), 3)}
 
 
-def main(path=None):
+def make_parser():
+  """Returns the parser of the script's argument."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("path", nargs="?", type=script.path, metavar="FILE", help="to write, .json")
+  return parser
+
+
+def main(options):
   rng = np.random.default_rng(0)
   rows = [reach(n, scale, slope, rng) for n, scale, slope in itertools.product(LENGTHS, SCALES, SLOPES)]
   print("\t".join(rows[0]))
   for row in rows:
     print("\t".join(map(str, row.values())))
-  if path:
-    with open(path, "w", encoding="utf-8") as file:
-      file.write(run_directory.to_json({"rows": rows, "versions": run_directory.versions()}))
+  if options.path:
+    record = {"rows": rows, "versions": run_directory.versions()}
+    files.save(options.path, run_directory.to_json(record))
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  script.run(main, make_parser())

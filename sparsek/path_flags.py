@@ -4,7 +4,6 @@ A path is absolute from the moment it is parsed: records hold it so, messages sa
 relative one was looked up, and `~` is expanded once. Words such as "stdlib" stay words.
 """
 
-import argparse
 import os
 import re
 from collections.abc import Sequence
@@ -63,14 +62,6 @@ def parse_paths(text: str, words: Sequence[str] = (), absolute: bool = True) -> 
   if "," in text and not os.path.exists(os.path.expanduser(text)):
     parts = text.split(",")
   return [parse_path(part, words, absolute=absolute) for part in parts]
-
-
-def argument(text: str) -> str:
-  """Returns the path of an option of argparse, as its `type`; the default /dev/stdout is one."""
-  try:
-    return parse_path(text)
-  except ValueError as error:
-    raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 class _Path(flags.ArgumentParser):

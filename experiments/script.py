@@ -1,0 +1,36 @@
+"""Scripts whose options argparse reads: how they end, and the types of their options."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+
+from sparsek import files, path_flags
+from sparsek.errors import RunError, UsageError
+
+
+def path(text: str) -> str:
+  """Returns a path, for argparse; a relative one stays so, since records are published."""
+  try:
+    return path_flags.parse_path(text, absolute=False)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def words(text: str) -> str:
+  """Returns flags in one string, for argparse, of which `shlex.split` makes words."""
+  try:
+    shlex.split(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+  return text
+
+
+def run(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentParser) -> None:
+  """Calls `main` with the options; exits with 2 for a UsageError, 1 for a RunError, and a line."""
+  files.let_stdout_take_any_text()
+  try:
+    main(parser.parse_args())
+  except (UsageError, RunError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
