@@ -49,6 +49,8 @@ def run(path):
   if flag("extend") and not (suite in MODELS and path):
     raise UsageError("--extend: needs --suite=train or decode, and --record")
   old = load(path) if flag("extend") and path_exists else None
+  if old and old.get("suite") == suite:                      # else `rows_to_keep` says so
+    check_same_model(old, suite, report_of(old).IDENTITY)
   chosen = {"train": jobs, "decode": decode_jobs}.get(suite, problems)()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
   if suite in MODELS:                                    # PyTorch's first: JAX takes the memory
@@ -57,8 +59,6 @@ def run(path):
     others = measurer.measure_transformers(chosen, kinds, flag("max_transformers") if suite == "train" else MOST_BYTES, flag("rounds"), say)
   record = {"suite": suite, **measure.environment(), "flags": said(), "errors": None}
   kept = report_of(record).rows_to_keep(old, record) if old else []
-  if old:
-    check_same_model(old, suite, report_of(record).IDENTITY)
 
   def save(**more):
     record.update(more)

@@ -82,7 +82,7 @@ def check_same_model(old, suite, varying):
   values = absl_flags.FlagValues()
   flags.define_benchmark_flags(values)
   try:
-    flags.parse(["benchmark", *old["flags"]], values)
+    flags.parse(["benchmark", *old.get("flags", [])], values)
   except UsageError as error:
     raise UsageError(f"--extend: the record is not of this version: {error}") from None
   there, here = (dataclasses.asdict(model(suite, at)) for at in (values, FLAGS))

@@ -28,6 +28,7 @@ NEUTRAL = {                      # flags that a finished run's parameters and lo
     "tensorboard": "a copy of the metrics",
     "profile_steps": "a trace beside the run",
     "stop_at": "a pause: a run has ended at --num_steps only",
+    "restore_step": "goes back in a run, whose course is the same",
     "dry_run": "trains nothing",
     "record": "where results are written, too",
 }
