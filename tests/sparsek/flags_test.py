@@ -1,5 +1,8 @@
 """Bad flags are refused in one sentence; good ones become the dataclasses, also after a trip through a flagfile."""
 
+import io
+import sys
+
 import pytest
 from absl import flags as absl_flags
 
@@ -123,3 +126,34 @@ def test_help_lists_flags_and_exits_0(capsys):
     flags.run(test_defaults_are_the_presets, values, ["script", "--help"])
   assert exit_info.value.code == 0
   assert "--window" in capsys.readouterr().out
+
+
+def test_help_lists_path_flags(capsys):
+  values = absl_flags.FlagValues()
+  flags.define_evaluation_flags(values)
+  with pytest.raises(SystemExit):
+    flags.run(test_defaults_are_the_presets, values, ["script", "--help"])
+  assert {"--workdir", "--data"} <= {word.rstrip(":") for word in capsys.readouterr().out.split()}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_utf8_ends_no_command(encoding, monkeypatch):
+  stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+  monkeypatch.setattr(sys, "stdout", stdout)
+  with pytest.raises(SystemExit) as exit_info:
+    flags.run(lambda: print("1 \u00b1 2 \u2192 \udcff"), absl_flags.FlagValues(), ["script"])
+  stdout.flush()
+  expected = "1 \u00b1 2 \u2192 \udcff\n".encode(encoding, "backslashreplace")
+  assert exit_info.value.code == 0 and stdout.buffer.getvalue() == expected
+
+
+@pytest.mark.parametrize("arguments, written", [
+    ([], True), (["--init_from=a"], False), (["--init_from=a", "--preset=mini"], True)])
+def test_a_flagfile_has_no_preset_that_would_exclude_another_model(arguments, written):
+  text = flags.into_string(parsed("--workdir=w", *arguments))
+  assert ("--preset=" in text) == written
+
+
+def test_what_is_not_default():
+  values = parsed("--workdir=w", "--k=8", "--preset=tiny", "--noqk_norm", "--data=/d")
+  assert flags.not_default(values) == "--k=8\n--noqk_norm\n--data=/d\n"
