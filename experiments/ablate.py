@@ -98,7 +98,7 @@ def main() -> None:
         if not ended and ablation.in_use(folders[cell]):
           busy.append(cell.name)
           continue
-        if not ended or ablation.result_of(folders[cell])["step"] < first["num_steps"].value:   # a signal of its own stopped it
+        if not (ended and ablation.is_complete(folders[cell], first["num_steps"].value)):
           failed.append(cell.name)
           continue
         ablation.save_result(folders[cell], dataset)

@@ -50,7 +50,7 @@ def running(module: str, arguments: Sequence[str], **options) -> Iterator[subpro
 def ending_at_signals(code: int | None = None) -> Iterator[None]:
   """Ends this process and its children at any of SIGNALS, with `code` or 128 + the signal."""
   def end(number, frame):
-    print("stopped by a signal; the same command goes on from here", file=sys.stderr)
+    os.write(2, b"stopped by a signal; the same command goes on from here\n")     # not in a print
     for process in list(_processes):
       process.terminate()
     sys.exit(128 + number if code is None else code)

@@ -112,6 +112,12 @@ def result_of(workdir: str) -> dict:
   return {"heldout_loss": losses[-1]["heldout_loss"], "step": losses[-1]["step"], "tokens_per_second": statistics.median(speeds)}
 
 
+def is_complete(workdir: str, num_steps: int) -> bool:
+  """Returns whether a run has made all its steps, and was not stopped by a signal."""
+  records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+  return bool(records) and records[-1]["step"] >= num_steps
+
+
 def read_result(folder: str) -> dict | None:
   """Returns what `save_result` wrote into a cell's folder; None: the cell is not finished."""
   path = os.path.join(folder, RESULT)
@@ -172,7 +178,7 @@ def clear(folders: Mapping[Cell, str], wanted: Mapping[Cell, Settings], dataset:
   if not retrain:
     settings.refuse({cell.name: lines for cell, lines in found.items()}, workdir)
   for cell in folders:
-    if found[cell]:
+    if found[cell] and stale(folders[cell], wanted[cell], dataset):    # no other job was faster
       settings.move_aside(folders[cell])
 
 

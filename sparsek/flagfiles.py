@@ -16,7 +16,7 @@ from sparsek.errors import UsageError
 from sparsek.files import check_regular, local_path, reason_of
 
 COMMAND_LINE = "the command line"
-MAX_BYTES = 2**20
+MAX_BYTES, MAX_FILES = 2**20, 1000
 _TOGETHER = (None, "undefok")          # names of which all places count
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -60,11 +60,13 @@ class _Reader:
 
   def _read_file(self, text: str, parents: tuple[str, ...]) -> None:
     path = self._find(local_path(text, "flagfile"), parents)
-    real = os.path.realpath(path)
-    if real in map(os.path.realpath, parents):
-      chain = " -> ".join((*parents[list(map(os.path.realpath, parents)).index(real):], path))
+    *above, real = map(os.path.realpath, (*parents, path))
+    if real in above:
+      chain = " -> ".join((*parents[above.index(real):], path))
       raise UsageError(f"--flagfile={text}: a flagfile that includes itself: {chain}")
     self._count += 1
+    if self._count > MAX_FILES:
+      raise UsageError(f"--flagfile={text}: more than {MAX_FILES} flagfiles include each other")
     self.read(_lines(path), path, self._count, (*parents, path))
 
   def _find(self, path: str, parents: tuple[str, ...]) -> str:

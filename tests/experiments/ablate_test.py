@@ -93,7 +93,7 @@ class Trainer:
   """A stand-in for experiments.child that leaves what a finished run leaves."""
 
   def __init__(self):
-    self.begun, self.code = [], 0
+    self.begun, self.code, self.stopped = [], 0, False
 
   @contextlib.contextmanager
   def running(self, module, arguments, **options):
@@ -103,6 +103,8 @@ class Trainer:
     self.begun.append(os.path.basename(folder))
     run_directory.write_record(folder, "flags.txt", flags.into_string(values))
     records = [{"step": last, "loss": 3., "tokens_per_second": 9.}, {"step": last, "heldout_loss": 2.}]
+    if self.stopped:
+      records = [{"step": 1, "loss": 3., "tokens_per_second": 9.}]
     pathlib.Path(folder, "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     yield types.SimpleNamespace(wait=lambda: self.code)
 
@@ -184,6 +186,23 @@ def test_a_cell_that_another_job_trains_is_left_to_it(grid, capsys):
   told = capsys.readouterr()
   assert "left to another job, which trains them: full-s0" in told.err
   assert grid("", "--job=0/2") == 1 and "1 cell(s) did not finish" in capsys.readouterr().err
+
+
+def test_a_cell_that_a_signal_stopped_is_no_finished_one(grid, capsys):
+  grid.trainer.stopped = True
+  assert grid() == 1 and "2 cell(s) did not finish, which repeating" in capsys.readouterr().err
+  grid.trainer.stopped = False
+  assert grid() == 0 and len(grid.begun) == 2
+
+
+def test_a_cell_that_another_job_has_moved_and_made_stays(grid, monkeypatch):
+  assert grid() == 0
+  before, calls = ablation.stale, []
+  # The first look finds other flags, the second what another job has made since.
+  monkeypatch.setattr(ablation, "stale", lambda *a: calls.append(a) or before(*a) or (
+      ["--k: 1 -> 2"] if len(calls) <= 2 else []))
+  assert grid("", "--retrain") == 0 and grid.begun == []
+  assert not (grid.cells / "replaced").exists()
 
 
 @pytest.mark.parametrize("argument, words", [

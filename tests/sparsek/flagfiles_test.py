@@ -117,8 +117,10 @@ def test_encodings_that_are_refused(content, words, tmp_path):
     ("--flagfile={}/nowhere", "there is no file"),
     ("--flagfile={}/a.flags", "includes itself: {0}/a.flags -> {0}/b.flags -> {0}/a.flags"),
     ("--flagfile={}/word.flags", "unexpected argument 'word'"),
+    ("--flagfile={}/d0.flags", "more than 1000 flagfiles"),
 ])
 def test_what_is_no_flagfile(argument, words, tmp_path):
   write(tmp_path, a="--flagfile=b.flags\n", b=f"--flagfile={tmp_path}/a.flags\n", word="word\n")
+  write(tmp_path, **{f"d{i}": f"--flagfile=d{i + 1}.flags\n" * 2 for i in range(20)}, d20="--k=1")
   with pytest.raises(UsageError, match=words.format(tmp_path)):
     parsed(argument.format(tmp_path))
