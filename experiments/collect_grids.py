@@ -33,7 +33,7 @@ def cell(grid, name, first):
 def make_parser():
   """Returns the parser of the script's arguments."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("record", type=script.path, metavar="RECORD", help="to write, .json")
+  parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
   parser.add_argument("note", metavar="NOTE", help="what was run on what")
   parser.add_argument("grids", nargs="+", type=script.path, metavar="GRID", help="--workdir of a grid")
   return parser

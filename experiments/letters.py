@@ -36,7 +36,7 @@ def make_parser():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("length", type=int, help="of the longest document, at least 4")
   parser.add_argument("count", type=int, help="of documents")
-  parser.add_argument("path", type=script.path, metavar="FILE", help="to write, .jsonl")
+  parser.add_argument("path", type=script.output, metavar="FILE", help="to write, .jsonl")
   return parser
 
 

@@ -27,7 +27,7 @@ def reach(n, scale, slope, rng):
 def make_parser():
   """Returns the parser of the script's argument."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("path", nargs="?", type=script.path, metavar="FILE", help="to write, .json")
+  parser.add_argument("path", nargs="?", type=script.output, metavar="FILE", help="to write, .json")
   return parser
 
 

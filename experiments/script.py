@@ -1,6 +1,7 @@
 """Scripts whose options argparse reads: how they end, and the types of their options."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,6 +16,14 @@ def path(text: str) -> str:
     return path_flags.parse_path(text, absolute=False)
   except ValueError as error:
     raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def output(text: str) -> str:
+  """Returns the path of a file to write, for argparse, in a folder that exists."""
+  given = path(text)
+  if not os.path.isdir(os.path.dirname(given) or "."):
+    raise argparse.ArgumentTypeError(f"{text}: there is no folder {os.path.dirname(given)}")
+  return given
 
 
 def words(text: str) -> str:

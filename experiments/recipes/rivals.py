@@ -123,8 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for option, default, text in (
       ("short", "data/rivals_short", "token files of the first stage"), ("long", "data/rivals_long", "token files of the second stage"),
-      ("text", "data/rivals_text", "token files to evaluate on"), ("workdir", "runs/rivals", "folder for all runs"),
-      ("record", "rivals.json", "file for the record; the picture goes beside it")):
+      ("text", "data/rivals_text", "token files to evaluate on"), ("workdir", "runs/rivals", "folder for all runs")):
     parser.add_argument(f"--{option}", default=default, type=script.path, help=f"{text}; default: {default!r}")
   for option, default, text in (
       ("sparsek", "--gate=straight_through", "flags of SPARSEK's scorers"), ("more", "", "further flags of all training, as for a rehearsal")):
@@ -139,6 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
       ("min_distance", 1024, "tokens at least between facts and questions"), ("seeds", 3, "runs of each kind"),
       ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
+  parser.add_argument("--record", default="rivals.json", type=script.output, help="file for the record; the picture goes beside it")
   parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
   parser.add_argument("--retrain", action="store_true", help="move what other flags made to WORKDIR/replaced, and do it again")
   return parser

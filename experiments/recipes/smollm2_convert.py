@@ -161,8 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for option, default, text in (
       ("model", "data/smollm2", "folder in Hugging Face's format"), ("text", "data/smollm2_text", "token files to train and evaluate on"),
-      ("tasks", "data/smollm2_tasks", "token files of documents that need recall"), ("workdir", "runs/smollm2_convert", "folder for all runs"),
-      ("record", "smollm2_convert.json", "file for the record; the picture goes beside it")):
+      ("tasks", "data/smollm2_tasks", "token files of documents that need recall"), ("workdir", "runs/smollm2_convert", "folder for all runs")):
     parser.add_argument(f"--{option}", default=default, type=script.path, help=f"{text}; default: {default!r}")
   for option, default, text in (
       ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"), ("more", "", "further flags of all training, as for a rehearsal")):
@@ -176,6 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
                                 ("eval_batches", 64, "held-out batches"), ("examples", 100, "of each task and length"), ("seeds", 3, "runs of each kind"),
                                 ("at_once", 1, "stages that run side by side, as far as they need not wait; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
+  parser.add_argument("--record", default="smollm2_convert.json", type=script.output, help="file for the record; the picture goes beside it")
   parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
   parser.add_argument("--retrain", action="store_true", help="move what other flags made to WORKDIR/replaced, and do it again")
   return parser

@@ -54,6 +54,8 @@ def test_the_folder_of_the_command_line_is_the_one_that_runs(tmp_path):
     assert values["workdir"].value == f"{tmp_path}/copy" and values["scan_layers"].value is False
     assert sorted(values["stop"].value) == ["c", "d"] and len(said) == 3, said
   assert parsed(f"--flagfile={tmp_path}/flags.flags")[0]["stop"].value == ["a", "b"]
+  write(tmp_path, outer="--flagfile=flags.flags\n--stop=e\n")         # not all of both files
+  assert parsed(f"--flagfile={tmp_path}/outer.flags")[0]["stop"].value == ["e"]
 
 
 def test_nested_files_lie_beside_their_parent_or_where_we_are(tmp_path, monkeypatch):

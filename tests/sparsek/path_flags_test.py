@@ -15,7 +15,6 @@ from sparsek.errors import UsageError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NO_COMMANDS = {"__init__", "child", "script", "suites", "stages"}
 GLOBAL = {"pretrain", "generate", "demo"}                      # their flags are in flags.FLAGS
-NUMBERS = {"time_operator"}                                    # takes numbers only
 NO_PATHS = {                                                   # strings that name no file
     "layer_pattern", "rope_scaling", "profile_steps", "prompt", "stop", "tasks", "lengths", "more",
     "attention", "k", "window", "gate", "scorer", "job", "batch_sizes", "prompts", "scores",
@@ -43,7 +42,7 @@ def flags_of_commands():
     elif hasattr(module, "make_parser"):
       options += [(name, action) for action in module.make_parser()._actions]
     else:
-      assert name in NUMBERS, f"{name}: are its paths read by path_flags?"
+      pytest.fail(f"{name}: make_parser or FLAGS, so that its paths are found here")
   return ours, options
 
 
@@ -67,13 +66,18 @@ def test_every_path_of_every_command():
       pytest.fail(f"{command} --{flag.name}: define.path, or NO_PATHS")
   from experiments import script
   for command, action in options:
-    if action.type is script.path:
-      assert script.path("~/x") == f"{home}/x"
+    if action.type in (script.path, script.output):
+      assert action.type("~/x") == f"{home}/x"
     elif action.type not in (int, float) and not isinstance(action, argparse._HelpAction):
       known = action.nargs == 0 or action.dest in NO_PATHS_OF_SCRIPTS
       assert known, f"{command} {action.dest}: type=script.path, or NO_PATHS_OF_SCRIPTS"
-  with pytest.raises(argparse.ArgumentTypeError, match="gs://x: gs: URLs are not supported"):
-    script.path("gs://x")
+  for read in (script.path, script.output):
+    with pytest.raises(argparse.ArgumentTypeError, match="gs://x: gs: URLs are not supported"):
+      read("gs://x")
+  with pytest.raises(argparse.ArgumentTypeError, match="there is no folder /nowhere"):
+    script.output("/nowhere/x.json")
+  with pytest.raises(argparse.ArgumentTypeError, match="'x: No closing quotation"):
+    script.words("'x")
 
 
 @pytest.mark.parametrize("text, expected", [
