@@ -68,7 +68,8 @@ def train(cell, folder, given):
   """Runs pretraining to its end; True if it got there. A signal that ends this process ends it too, with a checkpoint. Seeds compile once for all."""
   cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
   arguments = [*given, *cell.flags(), f"--workdir={folder}"]
-  with child.running("experiments.pretrain", arguments, env={COMPILATION_CACHE: cache, **os.environ}) as process:
+  environment = {COMPILATION_CACHE: cache, **os.environ}
+  with child.running("experiments.pretrain", arguments, env=environment) as process:
     return process.wait() == 0
 
 
@@ -78,7 +79,8 @@ def main() -> None:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
   cells = ablation.grid(ablation.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS),
                         FLAGS.seeds)
-  mine, given, runs = ablation.share(cells, FLAGS.job), shared(), os.path.join(FLAGS.workdir, "cells")
+  mine, given = ablation.share(cells, FLAGS.job), shared()
+  runs = os.path.join(FLAGS.workdir, "cells")
   folders = {cell: os.path.join(runs, cell.name) for cell in cells}
   values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
@@ -91,8 +93,10 @@ def main() -> None:
   with child.ending_at_signals(0):
     for i, cell in enumerate(mine):
       done = ablation.read_result(folders[cell]) is not None
-      print(f"cell {i + 1} of {len(mine)}: {cell.name}{', finished before' if done else ''}", flush=True)
-      ablation.clear({cell: folders[cell]}, wanted, dataset, FLAGS.workdir)     # another job may have made it
+      before = ", finished before" if done else ""
+      print(f"cell {i + 1} of {len(mine)}: {cell.name}{before}", flush=True)
+      # Another job may have made it meanwhile.
+      ablation.clear({cell: folders[cell]}, wanted, dataset, FLAGS.workdir)
       if not done:
         ended = train(cell, folders[cell], given)
         if not ended and ablation.in_use(folders[cell]):

@@ -4,7 +4,6 @@ For every finished cell: the flags in which it differs from the first one, its h
 record also has the flags of the first cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
 """
 
-import argparse
 import os
 
 from experiments import script
@@ -12,7 +11,8 @@ from sparsek import ablation, files, run_directory
 from sparsek.errors import UsageError
 from sparsek.metrics import read_metrics
 
-MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")   # differ by machine, or stand elsewhere
+# Flags that differ by machine, or stand elsewhere.
+MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")
 
 
 def flags_of(folder):
@@ -32,10 +32,11 @@ def cell(grid, name, first):
 
 def make_parser():
   """Returns the parser of the script's arguments."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = script.parser(__doc__)
   parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
   parser.add_argument("note", metavar="NOTE", help="what was run on what")
-  parser.add_argument("grids", nargs="+", type=script.path, metavar="GRID", help="--workdir of a grid")
+  parser.add_argument("grids", nargs="+", type=script.path, metavar="GRID",
+                      help="--workdir of a grid")
   return parser
 
 
@@ -47,7 +48,8 @@ def main(options):
   first = flags_of(folder)
   versions = files.read_json_object(os.path.join(folder, "versions.json"))
   rows = [cell(grid, name, first) for grid, name in cells]
-  record = {"note": options.note, "flags": first, "versions": {**versions, "command": None}, "cells": rows}
+  record = {"note": options.note, "flags": first, "versions": {**versions, "command": None},
+            "cells": rows}
   files.save(options.record, run_directory.to_json(record))
   for row in rows:
     print(row["grid"], row["cell"], *(f"{step}: {loss:.4f}" for step, loss in row["heldout_loss"].items()))
@@ -57,7 +59,8 @@ def finished(folder):
   """Returns the names of a grid's cells that are at their end."""
   if not os.path.isdir(folder):
     raise UsageError(f"there is no folder {folder}: give the --workdir of a grid")
-  return [name for name in sorted(os.listdir(folder)) if os.path.exists(os.path.join(folder, name, ablation.RESULT))]
+  return [name for name in sorted(os.listdir(folder))
+          if os.path.exists(os.path.join(folder, name, ablation.RESULT))]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ a short window reaches. A scorer can tell capitals by their looks, and only they
 from LENGTH / 2 to LENGTH, or landmarks that count positions would help. FILE is .jsonl.
 """
 
-import argparse
 import json
 import random
 import string
@@ -33,7 +32,7 @@ def document(rng, length):
 
 def make_parser():
   """Returns the parser of the script's arguments."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = script.parser(__doc__)
   parser.add_argument("length", type=int, help="of the longest document, at least 4")
   parser.add_argument("count", type=int, help="of documents")
   parser.add_argument("path", type=script.output, metavar="FILE", help="to write, .jsonl")

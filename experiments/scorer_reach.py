@@ -4,7 +4,6 @@ Scores are normal with the standard deviation of `scorer_init_scale` plus `score
 the last one. "fractional" is the share of the selected tokens whose scores get a gradient of their own.
 """
 
-import argparse
 import itertools
 
 import numpy as np
@@ -26,7 +25,7 @@ def reach(n, scale, slope, rng):
 
 def make_parser():
   """Returns the parser of the script's argument."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = script.parser(__doc__)
   parser.add_argument("path", nargs="?", type=script.output, metavar="FILE", help="to write, .json")
   return parser
 

@@ -10,6 +10,12 @@ from sparsek import files, path_flags
 from sparsek.errors import RunError, UsageError
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+  """Returns an empty parser whose --help begins with a module's docstring."""
+  as_written = argparse.RawDescriptionHelpFormatter
+  return argparse.ArgumentParser(description=description, formatter_class=as_written)
+
+
 def path(text: str) -> str:
   """Returns a path, for argparse; a relative one stays so, since records are published."""
   try:
@@ -35,11 +41,11 @@ def words(text: str) -> str:
   return text
 
 
-def run(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentParser) -> None:
+def run(main: Callable[[argparse.Namespace], object], options: argparse.ArgumentParser) -> None:
   """Calls `main` with the options; exits with 2 for a UsageError, 1 for a RunError, and a line."""
   files.let_stdout_take_any_text()
   try:
-    main(parser.parse_args())
+    main(options.parse_args())
   except (UsageError, RunError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -1,6 +1,5 @@
 """Times thresholds and expiry, and the thresholds' VJP: `python -m experiments.time_operator [heads n k]`."""
 
-import argparse
 import statistics
 import time
 
@@ -43,7 +42,7 @@ def main(options):
 
 def make_parser():
   """Returns the parser of the script's arguments."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = script.parser(__doc__)
   for name, default in (("heads", 16), ("n", 32768), ("k", 512)):
     parser.add_argument(name, nargs="?", type=int, default=default)
   return parser

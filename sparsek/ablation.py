@@ -234,7 +234,15 @@ def as_csv(rows: Sequence[dict]) -> str:
 
 
 def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
-  """table.md, table.csv, report.png, and report.html with the picture inside; `shared` are the flags that all runs share. Without rows nothing is written."""
+  """Writes table.md, table.csv, report.png and report.html, or nothing where there are no rows.
+
+  Args:
+    workdir: of the grid.
+    rows: as `collect` returns them.
+    shared: the flags that all runs share, one a line.
+  Raises:
+    RunError: where a file cannot be written.
+  """
   if not rows:
     return
   summary, grids = summarize(rows), {}

@@ -305,7 +305,8 @@ def define_ablation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("scorer", "linear", f"Of sparsek, separated by commas: {', '.join(config_lib.SCORERS)}.")
   define.number("seeds", 1, "Runs of each combination, with --seed=0, 1, ...", lower=1)
   define.string("job", "0/1", "i/N: train only every N-th cell from the i-th on, i from 0, as one of N jobs that share --workdir.")
-  define.boolean("retrain", False, "Move cells that other flags made aside, to WORKDIR/cells/replaced, and train them again.")
+  define.boolean("retrain", False, "Move cells that other flags made aside, to "
+                 "WORKDIR/cells/replaced, and train them again.")
 
 
 def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:

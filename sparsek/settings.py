@@ -21,7 +21,7 @@ DEFINED = {                      # script -> its flags
     "evaluate": (flags.define_evaluation_flags,),
     "evaluate_tasks": (flags.define_task_flags,),
 }
-NEUTRAL = {                      # flags that a finished run's parameters and losses do not depend on
+NEUTRAL = {                      # flags that change no parameter or loss of a finished run, and why
     "checkpoint_every": "saving changes nothing of what is saved",
     "keep_checkpoints": "only how many older checkpoints stay",
     "log_every": "only which steps are written down",

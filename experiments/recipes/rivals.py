@@ -99,7 +99,8 @@ def stages(options) -> dict[str, tuple[str, ...]]:
 def main(options) -> None:
   plan = stages(options)
   if not options.collect:
-    run_stages(plan, options.workdir, options.devices, options.at_once, options.only, options.retrain)
+    run_stages(plan, options.workdir, options.devices, options.at_once, options.only,
+               options.retrain)
   here, named = lambda name: os.path.join(options.workdir, name), kinds(shlex.split(options.sparsek))
   with open(here("minutes.json"), encoding="utf-8") as file:
     minutes = json.load(file)
@@ -120,14 +121,18 @@ def main(options) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the recipe's options."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = script.parser(__doc__)
   for option, default, text in (
       ("short", "data/rivals_short", "token files of the first stage"), ("long", "data/rivals_long", "token files of the second stage"),
-      ("text", "data/rivals_text", "token files to evaluate on"), ("workdir", "runs/rivals", "folder for all runs")):
-    parser.add_argument(f"--{option}", default=default, type=script.path, help=f"{text}; default: {default!r}")
+      ("text", "data/rivals_text", "token files to evaluate on"),
+      ("workdir", "runs/rivals", "folder for all runs")):
+    parser.add_argument(f"--{option}", default=default, type=script.path,
+                        help=f"{text}; default: {default!r}")
   for option, default, text in (
-      ("sparsek", "--gate=straight_through", "flags of SPARSEK's scorers"), ("more", "", "further flags of all training, as for a rehearsal")):
-    parser.add_argument(f"--{option}", default=default, type=script.words, help=f"{text}; default: {default!r}")
+      ("sparsek", "--gate=straight_through", "flags of SPARSEK's scorers"),
+      ("more", "", "further flags of all training, as for a rehearsal")):
+    parser.add_argument(f"--{option}", default=default, type=script.words,
+                        help=f"{text}; default: {default!r}")
   for option, default, text in (
       ("lengths", "2048,4096,8192", "tokens of the tasks"),
       ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
@@ -138,9 +143,11 @@ def make_parser() -> argparse.ArgumentParser:
       ("min_distance", 1024, "tokens at least between facts and questions"), ("seeds", 3, "runs of each kind"),
       ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
-  parser.add_argument("--record", default="rivals.json", type=script.output, help="file for the record; the picture goes beside it")
+  parser.add_argument("--record", default="rivals.json", type=script.output,
+                      help="file for the record; the picture goes beside it")
   parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
-  parser.add_argument("--retrain", action="store_true", help="move what other flags made to WORKDIR/replaced, and do it again")
+  parser.add_argument("--retrain", action="store_true",
+                      help="move what other flags made to WORKDIR/replaced, and do it again")
   return parser
 
 

