@@ -12,6 +12,7 @@ import array
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -42,14 +43,17 @@ class TokenSplit:
     name: "train" or "heldout".
     starts, lengths: int64 [num_documents], of each document in tokens.bin; a length counts its eos.
     num_tokens, num_documents: totals.
+    vocab_size: ids are below this.
     num_counted, num_bytes: tokens that the loss counts and the UTF-8 bytes of their text, so that bits per byte = nats per token * num_counted /
       num_bytes / ln 2. All tokens and texts, but for documents with marked answers.
     marked: there are such documents.
   """
 
-  def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int,
-               uncounted: np.ndarray | None = None, num_counted: int | None = None):
+  def __init__(self, name: str, folder: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int,
+               vocab_size: int, uncounted: np.ndarray | None = None, num_counted: int | None = None):
     self.name = name
+    self._folder = folder
+    self.vocab_size = vocab_size
     self.starts = starts
     self.lengths = lengths
     self.num_tokens = int(lengths.sum())
@@ -68,6 +72,16 @@ class TokenSplit:
     """For each id of document i, whether the loss leaves it out; bool; only where the split is `marked`."""
     start = int(self.starts[i])
     return self._uncounted[start:start + int(self.lengths[i])]
+
+  def check_ids(self, i: int) -> None:
+    """Raises RunError, naming the file and the place, where document i has an id that the vocabulary has not."""
+    wrong = np.flatnonzero(self.document(i) >= self.vocab_size)
+    if len(wrong):
+      offset = int(self.starts[i]) + int(wrong[0])
+      raise RunError(
+          f"token file {os.path.join(self._folder, TOKENS_FILE)} is damaged: the id {self._tokens[offset]} at token {offset} "
+          f"(token {wrong[0]} of document {i} of the {self.name} split{_name_of(self._folder, int(self.starts[i]))}) is not below the "
+          f"vocabulary's {self.vocab_size}; `python -m experiments.prepare_data --verify={self._folder}` compares all checksums")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +247,22 @@ def open_token_files(folder: str) -> TokenDataset:
   held_out[meta["heldout"]] = True
   starts, lengths = index[:-1], np.diff(index)
   splits = {
-      name: TokenSplit(name, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], uncounted, meta["num_counted"].get(name))
+      name: TokenSplit(name, folder, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], meta["vocab_size"], uncounted,
+                       meta["num_counted"].get(name))
       for name, chosen in (("train", ~held_out), ("heldout", held_out))}
   checksums = (meta["sha256"].get(name, "") for name in (TOKENS_FILE, INDEX_FILE, UNCOUNTED_FILE))
   fingerprint = hashlib.sha256("".join(checksums).encode()).hexdigest()
   return TokenDataset(folder, _read_tokenizer(folder, meta), fingerprint, splits)
+
+
+def _name_of(folder: str, start: int) -> str:
+  """Returns the name of the document that starts there, for a message; nothing where it is not known."""
+  try:
+    number = np.flatnonzero(np.load(os.path.join(folder, INDEX_FILE)) == start)[0]
+    with open(os.path.join(folder, DOCUMENTS_FILE), "rb") as file:
+      return f", {json.loads(next(itertools.islice(file, number, None)))['name']!r}"
+  except (OSError, ValueError, LookupError, StopIteration):  # older folders have no such file
+    return ""
 
 
 def _open_uncounted(folder: str, meta: dict) -> np.ndarray:
