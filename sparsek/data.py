@@ -12,7 +12,6 @@ import numbers
 import os
 import platform
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,7 +21,7 @@ from sparsek.config import DataConfig, check_at_least
 from sparsek.corpus import STDLIB, documents
 from sparsek.epoch_order import EpochOrder, Stage
 from sparsek.errors import UsageError
-from sparsek.token_files import FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files, write_token_files
+from sparsek.token_files import FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files, temporary_name, write_token_files
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -69,7 +68,7 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
         return open_token_files(folder)
       except UsageError as error:
         logging.warning("Making the cached corpus anew: %s", error)
-        damaged = os.path.join(os.path.dirname(folder), f".{name}.{uuid.uuid4().hex}.tmp")
+        damaged = temporary_name(folder)
         os.rename(folder, damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     logging.info("Tokenising Python's standard library into %s", folder)

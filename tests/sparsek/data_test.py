@@ -14,6 +14,7 @@ from sparsek import data, epoch_order
 from sparsek.config import DataConfig
 from sparsek.corpus import Document
 from sparsek.epoch_order import EpochOrder, Stage
+from sparsek.errors import RunError
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
 
@@ -323,6 +324,34 @@ def test_an_error_while_prefetching_reaches_the_reader(dataset, monkeypatch):
   monkeypatch.setattr(data.PackedRows, "example", lambda self, i: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     next(make_iterator(dataset))
+
+
+@pytest.mark.parametrize("wrong", [257, 2**16 - 1])
+def test_ids_above_the_vocabulary_name_the_file_and_the_place(tmp_path, wrong):
+  folder, texts = str(tmp_path / "tokens"), ("abc", "defg", "hij")
+  write_token_files(folder, [Document(str(i), text, i == 2) for i, text in enumerate(texts)], ByteTokenizer())
+  with open(f"{folder}/tokens.bin", "r+b") as file:
+    file.seek(2 * 6)
+    file.write(wrong.to_bytes(2, "little"))
+  opened = data.open_data(folder)
+  with pytest.raises(RunError) as error:
+    next(data.make_train_iterator(opened, DataConfig(batch_size=1, seq_len=8)))
+  assert f"tokens.bin is damaged: the id {wrong} at token 6 (token 2 of document 1 of the train split, '1') is not below the vocabulary's 257" in str(error.value)
+  assert len(data.eval_batches(opened, DataConfig(batch_size=1, seq_len=8), 9)[0]["tokens"]) == 1
+
+
+def test_ids_of_32_bits_do_not_become_negative_ones():
+  class Wrong(Numbered):
+    vocab_size = 10
+
+    def document(self, i):
+      return np.full(self.lengths[i], 2**32 - 1, np.uint32)
+
+    def check_ids(self, i):
+      raise RunError(f"document {i}")
+
+  with pytest.raises(RunError, match="document 0"):
+    data.PackedRows(Wrong([9]), 4).example(0)
 
 
 def test_processes_share_the_rows_of_a_batch(dataset):
