@@ -444,7 +444,8 @@ def _damage_of(meta: dict) -> str:
     if not set(names) <= set(meta[key]):
       return f"{', '.join(names)} in {key!r}, found {', '.join(map(ascii, meta[key])) or 'nothing'}"
   for key, kind in {"num_bytes": int, "num_counted": int, "sha256": str, "tokenizer": str}.items():
-    wrong = next((name for name, value in meta[key].items() if type(value) is not kind), None)
+    names = named["tokenizer"] if key == "tokenizer" else meta[key]
+    wrong = next((name for name in names if type(meta[key][name]) is not kind), None)
     if wrong is not None:
       return f"{kind.__name__} in {key!r}, found {meta[key][wrong]!r:.50} as {wrong!r:.50}"
   numbers = [meta["num_tokens"], meta["num_documents"], *meta["num_bytes"].values(), *meta["num_counted"].values()]

@@ -336,7 +336,8 @@ def test_ids_above_the_vocabulary_name_the_file_and_the_place(tmp_path, wrong):
   opened = data.open_data(folder)
   with pytest.raises(RunError) as error:
     next(data.make_train_iterator(opened, DataConfig(batch_size=1, seq_len=8)))
-  assert f"tokens.bin is damaged: the id {wrong} at token 6 (token 2 of document 1 of the train split, '1') is not below the vocabulary's 257" in str(error.value)
+  place = "token 6 (token 2 of document 1 of the train split, '1')"
+  assert f"tokens.bin is damaged: the id {wrong} at {place} is not below the vocabulary's 257" in str(error.value)
   assert len(data.eval_batches(opened, DataConfig(batch_size=1, seq_len=8), 9)[0]["tokens"]) == 1
 
 

@@ -413,9 +413,9 @@ def test_sources(tmp_path):
 
 
 @pytest.mark.parametrize("line,message", [
-    (b"{", "lines.jsonl:2: not a JSON object"),
+    (b"{", "lines.jsonl:2: no JSON that can be understood"),
     (b'"text"', "lines.jsonl:2: expected a JSON object with the field 'text', found a str"),
-    (b'{"body": "x"}', "lines.jsonl:2: expected text in the field 'text', found the fields body"),
+    (b'{"body": "x"}', "lines.jsonl:2: expected text in the field 'text', found the fields 'body'"),
     (b'{"text": 5}', "lines.jsonl:2: expected text in the field 'text', found a int"),
     (b'{"text": "\xff"}', "lines.jsonl:2: not UTF-8: byte 0xff at offset 10"),
     (b'{"text": "\\ud800"}', "lines.jsonl:2: the text has a lone surrogate"),
