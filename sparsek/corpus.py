@@ -16,7 +16,7 @@ from sparsek.files import check_regular
 STDLIB = "stdlib"
 TASKS = "tasks:"
 DEFAULT_EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet")
-_MAX_TASK_BYTES, _MAX_TASKS = 2**30, 10**9
+_MAX_TASK_BYTES, _MAX_TASKS = 2**24, 10**9
 # Left out of the standard library: what is not its own (site-packages), and its tests, which many distributions do not ship.
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
