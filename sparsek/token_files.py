@@ -358,7 +358,8 @@ def _name_of(folder: str, start: int) -> str:
   """Returns the name of the document that starts there, for a message; nothing where it is not known."""
   try:
     number = np.flatnonzero(np.load(os.path.join(folder, INDEX_FILE)) == start)[0]
-    with open(os.path.join(folder, DOCUMENTS_FILE), "rb") as file:
+    check_regular(path := os.path.join(folder, DOCUMENTS_FILE))
+    with open(path, "rb") as file:
       return f", {json.loads(next(itertools.islice(file, number, None)))['name']!r}"
   except (OSError, ValueError, LookupError, StopIteration):  # older folders have no such file
     return ""
@@ -448,9 +449,10 @@ def _damage_of(meta: dict) -> str:
     wrong = next((name for name in names if type(meta[key][name]) is not kind), None)
     if wrong is not None:
       return f"{kind.__name__} in {key!r}, found {meta[key][wrong]!r:.50} as {wrong!r:.50}"
-  numbers = [meta["num_tokens"], meta["num_documents"], *meta["num_bytes"].values(), *meta["num_counted"].values()]
-  if not all(0 <= number < 2**63 for number in numbers):
-    return f"sizes of 0 to 2^63 - 1, found {min(numbers)} to {max(numbers)}"
+  sizes = [*(meta[key] for key in ("num_tokens", "num_documents", "vocab_size")), *meta["num_bytes"].values(), *meta["num_counted"].values()]
+  wrong = next((size for size in sizes if not 0 <= size < 2**63), None)
+  if wrong is not None:
+    return f"sizes of 0 to 2^63 - 1, found {wrong!r:.50}"
   if meta["dtype"] not in ("uint16", "uint32"):
     return f"dtype uint16 or uint32, found {meta['dtype']!r:.50}"
   is_name = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*").fullmatch

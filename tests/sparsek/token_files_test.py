@@ -314,7 +314,7 @@ def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
 @pytest.mark.parametrize("changes", [
     {"num_bytes": {"train": -1, "heldout": 3}}, {"num_counted": {"train": 1.5}}, {"num_bytes": {"train": True, "heldout": 3}},
     {"heldout": [True]}, {"num_documents": True}, {"sha256": {"tokens.bin": "", "index.npy": "", "../x": ""}},
-    {"sha256": {"tokens.bin": 5, "index.npy": ""}}, {"num_tokens": 10**30}])
+    {"sha256": {"tokens.bin": 5, "index.npy": ""}}, {"num_tokens": 10**30}, {"vocab_size": 10**4000}])
 def test_wrong_values_are_refused_without_a_checksum_too(folder, changes):
   edit_meta(folder, **changes)
   with pytest.raises(UsageError, match="meta.json is damaged: expected"):
