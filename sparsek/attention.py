@@ -86,7 +86,9 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
 
   Args:
     query: [batch, n, H, D] float.
-    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G.
+    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. What is not finite makes the outputs NaN that see it, and no others under
+      "reference" and "xla"; the kernels of GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must not look, and 0 * NaN is NaN: give
+      padding finite numbers there.
     scores: [batch, n, G] float; computed on in float32. NaN and infinities: see `sparsek.causal_sparsek`.
     k: selected keys per query, >= 1.
     window: latest tokens that every query sees, itself included, >= 0.
@@ -96,7 +98,7 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
     implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; None: the fastest that can run here.
 
   Returns:
-    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets 0.
+    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets 0. The batch may be empty.
 
   Raises:
     ValueError: for arguments that do not fit, naming them.
