@@ -1,19 +1,27 @@
 """Saving and restoring runs with Orbax.
 
 WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state), `data` (JSON: the state of the data
-iterator) and `integrity` (JSON: a checksum per array). Orbax writes beside the final name and renames when all is written, so that a killed
-save leaves the checkpoint before it as the newest.
+iterator) and `integrity` (JSON: a checksum per array, the step, a digest of `data`). Orbax writes beside the final name and renames when all
+is written, so that a killed save leaves the checkpoint before it as the newest.
 No other random state exists: everything random derives from (seed, step). WORKDIR/model.json says which model and data the run has.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import hashlib
+import inspect
+import itertools
 import json
+import logging as python_logging
 import os
+import re
 import shutil
+import stat
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,12 +32,15 @@ from orbax.checkpoint import v1 as ocp
 from sparsek import lora
 from sparsek.config import TransformerConfig
 from sparsek.errors import RunError, UsageError
+from sparsek.files import read_json_object, reason_of
 from sparsek.model import init_params
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Report = Callable[[str], None]
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # a file that is not there, or no file
+_REMAINS = re.compile("orbax|tensorstore|ocdbt|zarr|open event loop", re.IGNORECASE)
 
 
 class DamagedCheckpoint(Exception):
@@ -58,6 +69,7 @@ def _context() -> ocp.Context:
 @contextlib.contextmanager
 def quiet_orbax():
   """Keeps Orbax's warnings and tracebacks off stderr: whatever fails is raised too, and said in one line by the caller."""
+  _mute_remains()
   keep = lambda record: "orbax" not in record.pathname
   logger = logging.get_absl_logger()
   logger.addFilter(keep)
@@ -67,14 +79,47 @@ def quiet_orbax():
     logger.removeFilter(keep)
 
 
+@functools.cache
+def _mute_remains() -> None:
+  """Keeps off stderr what a failed load leaves behind, for the rest of the process.
+
+  Orbax gives up at the first error. Reads that are under way then end in threads of tensorstore, and
+  Python finds tasks and coroutines of a closed event loop: each complains, some of them much later.
+  """
+  python_logging.getLogger("asyncio").addFilter(
+      lambda record: not _REMAINS.search(record.getMessage()))
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+  show = sys.unraisablehook
+
+  def show_others(unraisable) -> None:
+    closed = "Event loop is closed" in str(unraisable.exc_value)
+    if not (closed or inspect.iscoroutine(unraisable.object)):
+      show(unraisable)
+  sys.unraisablehook = show_others
+
+
 def checkpoint_folder(workdir: str) -> str:
   return os.path.join(os.path.abspath(workdir), "checkpoints")
 
 
+def _entries(workdir: str) -> list[str]:
+  """Returns the names in a run's folder of checkpoints, none where there is no such folder.
+
+  Raises:
+    RunError: where it cannot be read: then it is not known whether there are checkpoints.
+  """
+  folder = checkpoint_folder(workdir)
+  try:
+    return os.listdir(folder)
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    raise RunError(f"{folder} cannot be read: {reason_of(error)}") from None
+
+
 def saved_steps(workdir: str) -> list[int]:
   """Steps of the finished checkpoints of a run, ascending; [] where there is none."""
-  folder = checkpoint_folder(workdir)
-  return sorted(int(name) for name in os.listdir(folder) if name.isdecimal()) if os.path.isdir(folder) else []
+  return sorted(int(name) for name in _entries(workdir) if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 @jax.jit
@@ -89,6 +134,18 @@ def checksums(tree) -> dict[str, int]:
   """Path -> the sum modulo 2^32 of the bits of each array; it does not depend on the devices and changes with any single bit."""
   sums = jax.device_get(_sums(tree))
   return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+
+
+def _digest(data_state: dict) -> str:
+  """Returns a digest of the JSON that is saved, in which keys are strings and tuples lists."""
+  saved = json.loads(json.dumps(data_state))
+  return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()
+
+
+def _integrity(step: int, arrays: dict[str, Any], data_state: dict) -> dict:
+  """Returns what `_verify` compares a loaded checkpoint with."""
+  sums = {name: checksums(tree) for name, tree in arrays.items()}
+  return {"step": step, "data": _digest(data_state), "checksums": sums}
 
 
 class CheckpointWriter:
@@ -108,7 +165,7 @@ class CheckpointWriter:
       self._checkpointer = ocp.training.Checkpointer(
           checkpoint_folder(self._workdir), context=_context(), preservation_policy=ocp.training.preservation_policies.LatestN(self._keep))
     arrays = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
-    integrity = {"checksums": {name: checksums(tree) for name, tree in arrays.items()}}
+    integrity = _integrity(step, arrays, data_state)
     try:
       items = {**arrays, "data": data_state, "integrity": integrity}
       self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
@@ -140,9 +197,13 @@ class CheckpointWriter:
 def remove_half_written(workdir: str, report: Report = to_stderr) -> None:
   """Removes what saves that were killed left behind, and reports each; the caller holds the run's lock."""
   folder = checkpoint_folder(workdir)
-  for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+  for name in sorted(_entries(workdir)):
     if HALF_WRITTEN in name:
-      shutil.rmtree(os.path.join(folder, name))
+      path = os.path.join(folder, name)
+      try:
+        shutil.rmtree(path)
+      except OSError as error:
+        raise RunError(f"{path}, half-written, cannot be removed: {reason_of(error)}") from None
       report(f"checkpoint {name.split('.')[0]} in {folder} is half-written (the run was stopped while saving): not used, removed")
 
 
@@ -171,7 +232,9 @@ def _check_architecture(workdir: str, path: str, saved, wanted, config: Transfor
   try:
     reason = explain_architecture(load_run_config(workdir, adapters=True)[0], config)
   except UsageError:
-    reason = ""
+    reason = None
+  if reason == "":
+    raise DamagedCheckpoint("its tree of parameters is not that of the run's model.json")
   raise UsageError(f"cannot restore {path}: its parameters do not fit this model{': ' + reason if reason else ''}\n{comparison.table()}")
 
 
@@ -179,42 +242,120 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   """Loads the named checkpointables of one step; `abstract` maps names to trees of jax.ShapeDtypeStruct with shardings, or None for JSON.
 
   Raises:
-    DamagedCheckpoint: where it cannot be read or a checksum differs.
+    DamagedCheckpoint: where a file is missing or cut, or its contents are not what was saved.
     UsageError: where the architecture differs; with the table of parameters.
-    RunError: where memory does not suffice.
+    RunError: where it cannot be read for reasons that say nothing about its contents.
   """
   path = os.path.join(checkpoint_folder(workdir), str(step))
   try:
     with _context(), quiet_orbax():
-      metadata = ocp.checkpointables_metadata(path).metadata
-      if not metadata.get("params"):
-        raise DamagedCheckpoint("the tree of parameters cannot be read")
-      _check_architecture(workdir, path, metadata["params"], abstract["params"], config)
+      params = ocp.checkpointables_metadata(path).metadata.get("params")
+      if params:                                        # else loading says why it cannot be read
+        _check_architecture(workdir, path, params, abstract["params"], config)
       loaded = ocp.load_checkpointables(path, {**abstract, "integrity": None})
-    for name, tree in loaded.items():
-      if abstract.get(name) is not None and checksums(tree) != loaded["integrity"]["checksums"][name]:
-        raise DamagedCheckpoint(f"a checksum of {name} differs")
+    _verify(step, loaded, abstract)
+    return loaded
   except (UsageError, DamagedCheckpoint):
     raise
-  except Exception as error:  # Orbax and tensorstore raise many kinds for unreadable files; whatever it is, this checkpoint cannot be used.
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # but for this, which says nothing of the files
-      raise RunError(f"checkpoint {path} cannot be read for want of memory; it stays where it is: {first_line(error)}") from error
-    raise DamagedCheckpoint(first_line(error)) from error
-  return loaded
+  except Exception as error:           # Orbax and tensorstore raise many kinds for unreadable files
+    reason = _passing_reason(path, error)
+    if reason:
+      raise RunError(f"checkpoint {path} cannot be read; it stays where it is: {reason}") from error
+    raise DamagedCheckpoint(_damage(error)) from error
 
 
-def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, Any], report: Report) -> tuple[int, dict, list[int]]:
-  """Loads the newest good checkpoint: (step, checkpointables, damaged steps that are newer). Each damaged one is reported."""
+def _verify(step: int, loaded: dict[str, Any], abstract: dict[str, Any]) -> None:
+  """Raises DamagedCheckpoint where what was loaded is not what `_integrity` was made of.
+
+  Checkpoints of earlier versions have checksums of arrays only.
+  """
+  integrity = loaded["integrity"] if isinstance(loaded["integrity"], dict) else {}
+  if integrity.get("step", step) != step:
+    raise DamagedCheckpoint(f"its contents are those of step {integrity['step']}")
+  if "data" in integrity and "data" in loaded and integrity["data"] != _digest(loaded["data"]):
+    raise DamagedCheckpoint("the position in the data is not what was saved")
+  sums = integrity.get("checksums")
+  for name, tree in loaded.items():
+    if abstract.get(name) is None:
+      continue
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+      raise DamagedCheckpoint(f"arrays of {name} are missing")
+    if not isinstance(sums, dict) or sums.get(name) != checksums(tree):
+      raise DamagedCheckpoint(f"a checksum of {name} differs")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+  """Yields an exception and what it was raised from, the first cause last."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _damage(error: Exception) -> str:
+  """Returns what is wrong with a checkpoint that Orbax failed to load, and with which part of it."""
+  part = re.search(r"checkpointable: (\w+)", str(error))
+  *_, cause = _causes(error)
+  return f"{part[1]}: {first_line(cause)}" if part else first_line(cause)
+
+
+def _passing_reason(path: str, error: Exception) -> str | None:
+  """Returns why a checkpoint that may be whole cannot be read, or None where it is damaged.
+
+  Permission, failing disks, too many open files, want of memory: none says anything about the
+  contents. Orbax hides most of them, thus every file is read once more.
+  """
+  for cause in _causes(error):
+    if isinstance(cause, OSError) and cause.errno not in (None, *_MISSING):
+      return reason_of(cause)
+    text = str(cause)
+    of_jax = isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError))
+    if of_jax or "RESOURCE_EXHAUSTED" in text:
+      return first_line(cause)
+    code = re.search(r"os_error_code='(\d+)'", text)                            # of tensorstore
+    if code and int(code[1]) not in _MISSING:
+      return os.strerror(int(code[1]))
+  try:
+    _read_every_file(path)
+  except OSError as failed:
+    return f"{failed.filename}: {reason_of(failed)}" if failed.filename else reason_of(failed)
+  return None
+
+
+def _read_every_file(folder: str) -> None:
+  """Reads all that is under a folder; raises OSError for what is there and cannot be read."""
+  def fail(error: OSError) -> None:
+    if error.errno not in _MISSING:
+      raise error
+  for parent, _, names in os.walk(folder, onerror=fail):
+    for name in names:
+      path = os.path.join(parent, name)
+      try:
+        if stat.S_ISREG(os.stat(path).st_mode):                  # a FIFO could be read for ever
+          with open(path, "rb") as file:
+            while file.read(2**20):
+              pass
+      except OSError as error:
+        fail(error)
+
+
+def _load_first_good(workdir: str, steps: Iterable[int], config: TransformerConfig,
+                     abstract: dict[str, Any]) -> tuple[int, dict[str, Any], dict[int, str]]:
+  """Loads the first of some steps that is not damaged.
+
+  Returns:
+    (step, checkpointables, damaged steps before it -> what is wrong with them).
+  Raises:
+    UsageError: where all are damaged.
+    RunError: where one cannot be read, as of `_load`.
+  """
   damaged = {}
-  for step in reversed(saved_steps(workdir)):
+  for step in steps:
     try:
-      return step, _load(workdir, step, config, abstract), list(damaged)
+      return step, _load(workdir, step, config, abstract), damaged
     except DamagedCheckpoint as error:
       damaged[step] = str(error)
-      report(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(step))} is damaged and is not used: {error}")
-  if not damaged:
-    raise UsageError(f"{workdir} holds no checkpoint")
-  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read; move the folder away to start afresh")
+  reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read ({reasons}); move the folder away to start afresh")
 
 
 def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding, report: Report = to_stderr) -> Restored | None:
@@ -229,55 +370,90 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
     sharding: for every array.
     report: takes one line of text.
   Raises:
-    UsageError: where the architecture differs, with a table of the parameters, or where no checkpoint can be read.
-    RunError: where memory does not suffice.
+    UsageError: where the architecture differs, with a table of the parameters, or where all checkpoints are damaged.
+    RunError: where one cannot be read for reasons that say nothing about its contents; nothing is moved.
   """
-  if not saved_steps(workdir):
+  steps = saved_steps(workdir)
+  if not steps:
     return None
   abstract = {"params": _abstract(abstract_params(config), sharding), "optimizer": _abstract(abstract_opt_state, sharding), "data": None}
-  step, loaded, damaged = _load_newest(workdir, config, abstract, report)
-  for bad in damaged:
-    folder = os.path.join(os.path.abspath(workdir), "damaged")
-    os.makedirs(folder, exist_ok=True)
-    number = sum(name.split(".")[0] == str(bad) for name in os.listdir(folder))
-    os.rename(os.path.join(checkpoint_folder(workdir), str(bad)), os.path.join(folder, f"{bad}.{number}"))
+  step, loaded, damaged = _load_first_good(workdir, reversed(steps), config, abstract)
+  for bad, reason in damaged.items():
+    path = os.path.join(checkpoint_folder(workdir), str(bad))
+    report(f"checkpoint {path} is damaged and moved to {_move_damaged(workdir, bad)}: {reason}")
   return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
 
 
-def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None, report: Report = to_stderr):
+def _move_damaged(workdir: str, step: int) -> str:
+  """Moves a checkpoint to WORKDIR/damaged and returns its place there."""
+  folder = os.path.join(os.path.abspath(workdir), "damaged")
+  places = (os.path.join(folder, f"{step}.{number}") for number in itertools.count())
+  path = os.path.join(checkpoint_folder(workdir), str(step))
+  try:
+    os.makedirs(folder, exist_ok=True)
+    place = next(place for place in places if not os.path.lexists(place))
+    os.rename(path, place)
+  except OSError as error:
+    raise RunError(f"checkpoint {path} is damaged and cannot be moved to {folder}: {reason_of(error)}") from None
+  return place
+
+
+def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None, report: Report = to_stderr,
+                allow_older: bool = False):
   """Parameters of a run, its adapters merged, for evaluation, generation and --init_from. Only reads.
 
   Args:
     workdir: of the run.
     config: the model they are for, as `load_run_config` says it; only its architecture must be the run's.
-    step: None for the newest good checkpoint.
+    step: None for the newest checkpoint.
     sharding: for every parameter; None puts them on the first device.
     report: takes one line of text about each damaged checkpoint passed over.
+    allow_older: with no `step`, pass over damaged checkpoints to the newest good one.
   Returns:
     (params, step).
   Raises:
-    UsageError: where there is no such checkpoint, it cannot be read, or the architecture differs (with a table of the parameters).
-    RunError: where memory does not suffice.
+    UsageError: where there is no such checkpoint, it is damaged, or the architecture differs (with a table of the parameters).
+    RunError: where it cannot be read for reasons that say nothing about its contents.
   """
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   saved = _with_adapters(workdir, config)
   abstract = {"params": _abstract(abstract_params(saved), sharding)}
   merge = jax.jit(functools.partial(lora.merge, saved), out_shardings=sharding) if saved.lora_rank else lambda params: params
-  if step is None:
-    step, loaded, _ = _load_newest(workdir, saved, abstract, report)
+  steps = saved_steps(workdir)
+  if not steps:
+    raise UsageError(f"{workdir} holds no checkpoint")
+  if step is None and allow_older:
+    step, loaded, damaged = _load_first_good(workdir, reversed(steps), saved, abstract)
+    for bad, reason in damaged.items():
+      report(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(bad))} is damaged and is not used: {reason}")
     return merge(loaded["params"]), step
-  if step not in saved_steps(workdir):
-    raise UsageError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, saved_steps(workdir))) or 'none'}")
+  if step is not None and step not in steps:
+    raise UsageError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+  wanted = steps[-1] if step is None else step
   try:
-    return merge(_load(workdir, step, saved, abstract)["params"]), step
+    return merge(_load(workdir, wanted, saved, abstract)["params"]), wanted
   except DamagedCheckpoint as error:
-    raise UsageError(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(step))} is damaged: {error}") from error
+    others = [other for other in reversed(steps) if other != wanted]
+    advice = (f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} or --allow_older_step, or DIR@{others[0]} where "
+              f"a flag names the folder") if others else ""
+    raise UsageError(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(wanted))} is damaged: {error}{advice}") from error
 
 
 def parse_run_reference(reference: str) -> tuple[str, int | None]:
-  """Splits "DIR" or "DIR@STEP"."""
-  folder, at, step = reference.rpartition("@")
-  return (folder, int(step)) if at and step.isdecimal() else (reference, None)
+  """Splits "DIR" or "DIR@STEP"; a folder of exactly that name is meant where there is one.
+
+  Raises:
+    UsageError: where there is one, and DIR has a checkpoint of that step too.
+  """
+  parts = re.fullmatch(r"(.+)@(\d{1,18})", reference, re.ASCII | re.DOTALL)
+  if not parts:
+    return reference, None
+  folder, step = parts[1], int(parts[2])
+  if not os.path.isdir(reference):
+    return folder, step
+  if step in saved_steps(folder):
+    raise UsageError(f"{reference} is ambiguous: write {reference}/ for the folder of that name, or {folder}/@{step} for step {step} of {folder}")
+  return reference, None
 
 
 def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig:
@@ -299,15 +475,14 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
   """
   path = os.path.join(workdir, "model.json")
+  if not os.path.lexists(path):
+    raise UsageError(f"{workdir} holds no run: there is no {path}")
+  run = read_json_object(path)
   try:
-    with open(path) as file:
-      run = json.load(file)
     config = TransformerConfig(**run["model"])
-    return config if adapters else lora.merged_config(config), run
-  except FileNotFoundError:
-    raise UsageError(f"{workdir} holds no run: there is no {path}") from None
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise UsageError(f"{path} cannot be understood: {error}") from None
+  return config if adapters else lora.merged_config(config), run
 
 
 def load_run_tokenizer(workdir: str) -> Tokenizer:

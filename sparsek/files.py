@@ -101,6 +101,15 @@ def check_regular(path: str, name: str = "file") -> None:
     raise UsageError(f"{name} {path} is a {kind}, expected a regular file")
 
 
+def check_writable(path: str) -> None:
+  """Raises UsageError where a file cannot be made or changed, before the work whose result it is."""
+  there = os.path.lexists(path)
+  if there:
+    check_regular(path)
+  if not os.access(path if there else os.path.dirname(path) or ".", os.W_OK):
+    raise UsageError(f"{path} cannot be written")
+
+
 def parse_json(text: str | bytes, where: str):
   """Returns the JSON value of `text`.
 

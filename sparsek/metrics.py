@@ -92,15 +92,6 @@ def append_record(path: str, record: dict) -> None:
     raise cannot_write(path, error) from None
 
 
-def check_appendable(path: str) -> None:
-  """Raises UsageError where `append_record` could not write, before the work that makes the record."""
-  there = os.path.lexists(path)
-  if there:
-    check_regular(path)
-  if not os.access(path if there else os.path.dirname(path) or ".", os.W_OK):
-    raise UsageError(f"{path} cannot be written")
-
-
 class MetricsWriter:
   """Appends objects to WORKDIR/metrics.jsonl, and to TensorBoard where asked.
 

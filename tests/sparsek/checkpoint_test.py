@@ -1,6 +1,7 @@
 """Round trips, restoring under other settings, the refusal table, damaged and failing checkpoints."""
 
 import dataclasses
+import errno
 import glob
 import json
 import os
@@ -108,7 +109,20 @@ def test_no_run_is_said(tmp_path):
   with pytest.raises(UsageError, match="holds no checkpoint"):
     checkpoint.load_params(str(tmp_path), CONFIG)
   (tmp_path / "model.json").write_text("{")
-  with pytest.raises(UsageError, match="cannot be understood"):
+  with pytest.raises(UsageError, match="no JSON that can be understood"):
+    checkpoint.load_run_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'{"model": 3}', "cannot be understood"), (b"{}", "cannot be understood: 'model'"),
+    (b"[]", "holds a JSON list"), (b'{"model": ' + b"[" * 100000, "nested too deeply"),
+    (b"\xff\xfe\xff", "no JSON that can be understood"), (None, "is a FIFO")])
+def test_a_model_json_that_cannot_be_read_is_said(content, words, tmp_path):
+  if content is None:
+    os.mkfifo(tmp_path / "model.json")
+  else:
+    (tmp_path / "model.json").write_bytes(content)
+  with pytest.raises(UsageError, match=f"model.json.* {words}"):
     checkpoint.load_run_config(str(tmp_path))
 
 
@@ -137,6 +151,14 @@ def change_integrity(step_folder):
     json.dump(integrity, file)
 
 
+def replace(path, old, new):
+  with open(path, "rb") as file:
+    content = file.read()
+  assert old in content
+  with open(path, "wb") as file:
+    file.write(content.replace(old, new))
+
+
 DAMAGE = {
     "truncated arrays": lambda step: [truncate(path) for path in array_files(step)],
     "flipped bit in the arrays": lambda step: [flip_a_bit(path) for path in array_files(step)],
@@ -146,6 +168,9 @@ DAMAGE = {
     "no optimizer": lambda step: shutil.rmtree(step + "/optimizer"),
     "no data state": lambda step: shutil.rmtree(step + "/data"),
     "empty data state": lambda step: open(step + "/data/data.json", "w").close(),
+    "other position in the data": lambda step: replace(step + "/data/data.json", b"20", b"21"),
+    "other name in the tree": lambda step: replace(step + "/params/_METADATA", b"embedding", b"embeddinh"),
+    "no checksums": lambda step: replace(step + "/integrity/data.json", b'"checksums"', b'"checksumt"'),
     "empty folder": lambda step: (shutil.rmtree(step), os.mkdir(step)),
     "a file": lambda step: (shutil.rmtree(step), open(step, "w").close()),
 }
@@ -178,14 +203,136 @@ def test_all_damaged_is_refused_and_nothing_moved(copy):
   assert checkpoint.saved_steps(workdir) == [10, 20]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory\nwhere")])
-def test_want_of_memory_is_no_damage(copy, error, monkeypatch):
+def test_a_step_under_another_number_is_damaged(copy):
   workdir, _ = copy
+  folder = os.path.join(workdir, "checkpoints")
+  os.rename(os.path.join(folder, "20"), os.path.join(folder, "30"))
+  with pytest.raises(UsageError, match="checkpoints/30 is damaged: its contents are those of step 20"):
+    checkpoint.load_params(workdir, CONFIG)
+  lines = []
+  assert restore(workdir, lines=lines).step == 10
+  assert len(lines) == 1 and "those of step 20" in lines[0]
+  assert os.listdir(os.path.join(workdir, "damaged")) == ["30.0"]
 
+
+def test_checkpoints_of_earlier_versions_load(copy):
+  workdir, saved = copy
+  path = os.path.join(workdir, "checkpoints", "20", "integrity", "data.json")
+  with open(path) as file:
+    integrity = json.load(file)
+  with open(path, "w") as file:
+    json.dump({"checksums": integrity["checksums"]}, file)
+  assert restore(workdir).data_state == {"examples": 20, "note": "any JSON"}
+  assert_equal(checkpoint.load_params(workdir, CONFIG)[0], saved[20])
+
+
+def test_the_digest_is_that_of_the_json_which_is_read_back():
+  state = {10: (1, 2), 9: {"a": 0.1}, "b": None}
+  assert checkpoint._digest(state) == checkpoint._digest(json.loads(json.dumps(state)))
+  assert checkpoint._digest(state) != checkpoint._digest({**state, "b": 0})
+
+
+def test_measuring_never_falls_back_unasked(copy):
+  workdir, saved = copy
+  change_integrity(os.path.join(workdir, "checkpoints", "20"))
+  with pytest.raises(UsageError, match="checkpoints/20 is damaged: a checksum of params differs; the run has others .10.: "
+                                       "give --step=10 or --allow_older_step, or DIR@10"):
+    checkpoint.load_params(workdir, CONFIG)
+  lines = []
+  params, step = checkpoint.load_params(workdir, CONFIG, report=lines.append, allow_older=True)
+  assert step == 10 and checkpoint.saved_steps(workdir) == [10, 20]
+  assert_equal(params, saved[10])
+  assert len(lines) == 1 and "checkpoints/20 is damaged and is not used: a checksum" in lines[0]
+  with pytest.raises(UsageError, match="checkpoints/20 is damaged"):
+    checkpoint.load_params(workdir, CONFIG, 20, allow_older=True)
+
+
+def no_damage(workdir, message):
+  """Checks that a checkpoint which cannot be read ends everything, and stays."""
+  for load in (lambda: restore(workdir), lambda: checkpoint.load_params(workdir, CONFIG, allow_older=True)):
+    with pytest.raises(RunError, match=f"checkpoints/20 cannot be read; it stays where it is: .*{message}"):
+      load()
+  assert checkpoint.saved_steps(workdir) == [10, 20] and not os.path.exists(os.path.join(workdir, "damaged"))
+
+
+@pytest.mark.parametrize("name", ["params/_METADATA", "params/manifest.ocdbt", "params/d/*", "integrity/data.json"])
+@pytest.mark.parametrize("target, message", [("/proc/self/mem", "Input/output error"), (None, "Too many levels of symbolic links")])
+def test_a_file_that_cannot_be_read_is_no_damage(copy, name, target, message):
+  workdir, _ = copy
+  path, = glob.glob(os.path.join(workdir, "checkpoints", "20", name))
+  os.remove(path)
+  os.symlink(target or path, path)
+  no_damage(workdir, message)
+
+
+def raise_from_load(monkeypatch, error):
+  def fail(*_):
+    raise KeyError("Failed to load checkpointable: params due to incompatible handler") from error   # as Orbax does
+  monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fail)
+
+
+@pytest.mark.parametrize("error, message", [
+    (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+    (ValueError("UNKNOWN: Error reading: \"a\": x [os_error_code='5'] [spec]"), "Input/output error"),
+    (ValueError("RESOURCE_EXHAUSTED: out of memory\nwhere"), "RESOURCE_EXHAUSTED: out of memory"),
+    (MemoryError(), "MemoryError"),
+    (jax.errors.JaxRuntimeError("INTERNAL: a device is gone"), "INTERNAL: a device is gone")])
+def test_what_says_nothing_of_the_contents_is_no_damage(copy, error, message, monkeypatch):
+  raise_from_load(monkeypatch, error)
+  no_damage(copy[0], message)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file"), FileNotFoundError("no errno"),
+                                   ValueError("NOT_FOUND: [os_error_code='2']"), ValueError("DATA_LOSS: x"), EOFError()])
+def test_what_is_missing_or_no_checkpoint_is_damage(run, error, monkeypatch):
+  raise_from_load(monkeypatch, error)
+  with pytest.raises(UsageError, match=f"checkpoints/20 is damaged: params: {type(error).__name__}"):
+    checkpoint.load_params(run[0], CONFIG)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+def test_want_of_memory_for_the_checksums_is_no_damage(run, error, monkeypatch):
   def fail(tree):
     raise error
   monkeypatch.setattr(checkpoint, "checksums", fail)
-  with pytest.raises(RunError, match="checkpoints/20 cannot be read for want of memory; it stays where it is"):
+  with pytest.raises(RunError, match="checkpoints/20 cannot be read; it stays where it is"):
+    restore(run[0])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_ends_a_load_and_moves_nothing(run, error, monkeypatch):
+  def interrupt(*_):
+    raise error
+  monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", interrupt)
+  with pytest.raises(error):
+    restore(run[0])
+  assert checkpoint.saved_steps(run[0]) == [10, 20]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
+  (tmp_path / "checkpoints").mkdir()
+
+  def refuse(_):
+    raise PermissionError(errno.EACCES, "Permission denied")
+  monkeypatch.setattr(os, "listdir", refuse)
+  for use in (restore, checkpoint.saved_steps, checkpoint.remove_half_written):
+    with pytest.raises(RunError, match="checkpoints cannot be read: Permission denied"):
+      use(str(tmp_path))
+
+
+def test_names_that_are_no_steps_are_left_alone(tmp_path):
+  for name in ("7", "07", "+8", "\u0663", "8 ", "8.old", "tmp"):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+  assert checkpoint.saved_steps(str(tmp_path)) == [7]
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_said(copy):
+  workdir, _ = copy
+  change_integrity(os.path.join(workdir, "checkpoints", "20"))
+  open(os.path.join(workdir, "damaged"), "w").close()
+  with pytest.raises(RunError, match="checkpoints/20 is damaged and cannot be moved to .*damaged: File exists"):
     restore(workdir)
   assert checkpoint.saved_steps(workdir) == [10, 20]
 
@@ -198,12 +345,39 @@ def test_half_written_remains_are_reported_and_removed(copy):
   checkpoint.remove_half_written(workdir, lines.append)
   assert len(lines) == 1 and "half-written" in lines[0]
   assert not os.path.exists(remains)
-  assert restore(workdir).step == 20
+  assert checkpoint.saved_steps(workdir) == [10, 20]
 
 
-def test_run_reference():
-  assert checkpoint.parse_run_reference("a/b@30") == ("a/b", 30)
-  assert checkpoint.parse_run_reference("a@b/c") == ("a@b/c", None)
+def test_half_written_remains_that_cannot_be_removed_are_said(tmp_path, monkeypatch):
+  os.makedirs(tmp_path / "checkpoints" / f"30{checkpoint.HALF_WRITTEN}")
+
+  def refuse(_):
+    raise PermissionError(errno.EACCES, "Permission denied")
+  monkeypatch.setattr(shutil, "rmtree", refuse)
+  with pytest.raises(RunError, match="half-written, cannot be removed: Permission denied"):
+    checkpoint.remove_half_written(str(tmp_path))
+
+
+@pytest.mark.parametrize("reference, folder, step", [
+    ("a/b@30", "a/b", 30), ("a@b/c", "a@b/c", None), ("a@b/c@0", "a@b/c", 0), ("a@4@5", "a@4", 5), ("@4", "@4", None), ("a@", "a@", None),
+    ("a@-1", "a@-1", None), ("a@\u0663", "a@\u0663", None), ("a@" + "9" * 5000, "a@" + "9" * 5000, None)])
+def test_run_reference(reference, folder, step):
+  assert checkpoint.parse_run_reference(reference) == (folder, step)
+
+
+def test_a_folder_of_exactly_that_name_is_meant(tmp_path):
+  there = str(tmp_path / "run@4")
+  os.mkdir(there)
+  assert checkpoint.parse_run_reference(there) == (there, None)
+  assert checkpoint.parse_run_reference(f"{there}@6") == (there, 6)
+  run = str(tmp_path / "run")
+  os.makedirs(f"{run}/checkpoints/3")
+  assert checkpoint.parse_run_reference(there) == (there, None)
+  os.mkdir(f"{run}/checkpoints/4")
+  with pytest.raises(UsageError, match=f"{there} is ambiguous: write {there}/ for the folder of that name, or {run}/@4 for step 4 of {run}"):
+    checkpoint.parse_run_reference(there)
+  assert checkpoint.parse_run_reference(f"{there}/") == (f"{there}/", None)
+  assert checkpoint.parse_run_reference(f"{run}/@4") == (f"{run}/", 4)
 
 
 def test_checksum_sees_any_bit():

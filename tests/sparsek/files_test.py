@@ -72,6 +72,22 @@ def test_json_that_cannot_be_used_is_named(tmp_path, content, words):
     files.read_json_object(str(path))
 
 
+def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "a").write_text("")
+  for name in ("a", "new"):
+    files.check_writable(str(tmp_path / name))
+  assert not (tmp_path / "new").exists()
+  for path, words in ((tmp_path / "pipe", "is a FIFO"), (tmp_path, "is a folder"),
+                      (tmp_path / "nowhere" / "a", "cannot be written")):
+    with pytest.raises(UsageError, match=f"{path}.* {words}"):
+      files.check_writable(str(path))
+  monkeypatch.setattr(os, "access", lambda path, mode: False)     # permissions do not stop root
+  for name in ("a", "new"):
+    with pytest.raises(UsageError, match=f"{tmp_path / name} cannot be written"):
+      files.check_writable(str(tmp_path / name))
+
+
 def test_what_could_be_read_for_ever_is_refused(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   for path, kind in ((str(tmp_path / "pipe"), "FIFO"), ("/dev/zero", "device"),
