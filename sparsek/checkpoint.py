@@ -232,9 +232,7 @@ def _check_architecture(workdir: str, path: str, saved, wanted, config: Transfor
   try:
     reason = explain_architecture(load_run_config(workdir, adapters=True)[0], config)
   except UsageError:
-    reason = None
-  if reason == "":
-    raise DamagedCheckpoint("its tree of parameters is not that of the run's model.json")
+    reason = ""
   raise UsageError(f"cannot restore {path}: its parameters do not fit this model{': ' + reason if reason else ''}\n{comparison.table()}")
 
 

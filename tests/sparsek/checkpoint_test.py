@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +171,6 @@ DAMAGE = {
     "no data state": lambda step: shutil.rmtree(step + "/data"),
     "empty data state": lambda step: open(step + "/data/data.json", "w").close(),
     "other position in the data": lambda step: replace(step + "/data/data.json", b"20", b"21"),
-    "other name in the tree": lambda step: replace(step + "/params/_METADATA", b"embedding", b"embeddinh"),
     "no checksums": lambda step: replace(step + "/integrity/data.json", b'"checksums"', b'"checksumt"'),
     "empty folder": lambda step: (shutil.rmtree(step), os.mkdir(step)),
     "a file": lambda step: (shutil.rmtree(step), open(step, "w").close()),
@@ -403,3 +404,22 @@ def test_a_failing_save_loses_nothing(copy):
   writer.close()
   assert checkpoint.saved_steps(workdir) == [20, 40]
   assert_equal(restore(workdir).params, saved[5])
+
+
+LOAD = """
+import sys
+from sparsek import checkpoint
+config, _ = checkpoint.load_run_config(sys.argv[1])
+print(checkpoint.load_params(sys.argv[1], config, allow_older=True)[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_meets_damage_says_one_sentence(copy):
+  """Only its own process shows what Orbax's threads and coroutines complain about, until its end."""
+  workdir, _ = copy
+  for path in array_files(os.path.join(workdir, "checkpoints", "20")):
+    truncate(path)
+  done = subprocess.run([sys.executable, "-c", LOAD, workdir], capture_output=True, text=True, timeout=300)
+  assert done.stdout == "10\n"
+  assert len(done.stderr.splitlines()) == 1 and "checkpoints/20 is damaged and is not used: params: " in done.stderr, done.stderr
