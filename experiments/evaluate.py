@@ -81,10 +81,10 @@ def main() -> None:
   edges = bucket_edges(data.seq_len, trained_lengths)
   for run in runs:
     files.check_writable(os.path.join(run.workdir, RECORDS))
-  results, steps, bits = [], [], []
+  results, steps, bits, everywhere = [], [], [], replicated(make_mesh())
   versions = run_directory.versions()
   for run, trained in zip(runs, trained_lengths):
-    params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, replicated(make_mesh()),
+    params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, everywhere,
                                           allow_older=FLAGS.allow_older_step)
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
@@ -99,9 +99,10 @@ def main() -> None:
     # At once: what a later run meets must not cost this one's figures.
     path = os.path.join(run.workdir, RECORDS)
     append_record(path, {
-        "step": step, **dataclasses.asdict(result), "bits_per_byte": bits[-1], "flags": flags.into_string(FLAGS).splitlines(),
-        "model": dataclasses.asdict(run.config),
-        "data": {**dataclasses.asdict(data), "data": dataset.folder, "fingerprint": dataset.fingerprint},
+        "step": step, **dataclasses.asdict(result), "bits_per_byte": bits[-1],
+        "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(run.config),
+        "data": {**dataclasses.asdict(data), "data": dataset.folder,
+                 "fingerprint": dataset.fingerprint},
         "trained_seq_len": trained, "versions": versions})
     print(f"written to {path}", file=sys.stderr)
 

@@ -46,7 +46,8 @@ def main() -> None:
   check_length(config, data.seq_len)
   name = run["tokenizer"]["name"]
   dataset = open_data(FLAGS.data or run["data"]["data"], name if name == "byte" else os.path.join(FLAGS.workdir, "tokenizer"))
-  params, step = checkpoint.load_params(FLAGS.workdir, config, FLAGS.step, allow_older=FLAGS.allow_older_step)
+  params, step = checkpoint.load_params(FLAGS.workdir, config, FLAGS.step,
+                                        allow_older=FLAGS.allow_older_step)
   term = f"attention_sinks:k{FLAGS.sinks}:w{FLAGS.window - FLAGS.sinks}" if FLAGS.sinks else f"sliding_window:w{FLAGS.window}"
   dense, short = layer_reach.losses(config, params, eval_batches(dataset, data, FLAGS.eval_batches), term,
                                     progress=lambda batches: tqdm(batches, unit="batch", disable=None))

@@ -1,27 +1,23 @@
 """Saving and restoring runs with Orbax.
 
 WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state), `data` (JSON: the state of the data
-iterator) and `integrity` (JSON: a checksum per array, the step, a digest of `data`). Orbax writes beside the final name and renames when all
-is written, so that a killed save leaves the checkpoint before it as the newest.
+iterator) and `integrity` (JSON: a checksum per array, the step, a digest of `data`). Orbax writes
+beside the final name and renames when all is written, so that a killed save leaves the checkpoint
+before it as the newest.
 No other random state exists: everything random derives from (seed, step). WORKDIR/model.json says which model and data the run has.
 """
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
-import inspect
 import itertools
 import json
-import logging as python_logging
 import os
 import re
 import shutil
-import stat
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -34,23 +30,17 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.files import read_json_object, reason_of
 from sparsek.model import init_params
+from sparsek.orbax_errors import first_line  # noqa: F401 - others take it from here
+from sparsek.orbax_errors import damage, mute_remains, passing_reason
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Report = Callable[[str], None]
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # a file that is not there, or no file
-_REMAINS = re.compile("orbax|tensorstore|ocdbt|zarr|open event loop", re.IGNORECASE)
 
 
 class DamagedCheckpoint(Exception):
   """A checkpoint that cannot be read in full, or whose contents are not what was saved."""
-
-
-def first_line(error: Exception) -> str:
-  """An error as part of one line: its kind and the start of its message."""
-  lines = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 def to_stderr(line: str) -> None:
@@ -69,7 +59,7 @@ def _context() -> ocp.Context:
 @contextlib.contextmanager
 def quiet_orbax():
   """Keeps Orbax's warnings and tracebacks off stderr: whatever fails is raised too, and said in one line by the caller."""
-  _mute_remains()
+  mute_remains()
   keep = lambda record: "orbax" not in record.pathname
   logger = logging.get_absl_logger()
   logger.addFilter(keep)
@@ -79,27 +69,12 @@ def quiet_orbax():
     logger.removeFilter(keep)
 
 
-@functools.cache
-def _mute_remains() -> None:
-  """Keeps off stderr what a failed load leaves behind, for the rest of the process.
-
-  Orbax gives up at the first error. Reads that are under way then end in threads of tensorstore, and
-  Python finds tasks and coroutines of a closed event loop: each complains, some of them much later.
-  """
-  python_logging.getLogger("asyncio").addFilter(
-      lambda record: not _REMAINS.search(record.getMessage()))
-  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-  show = sys.unraisablehook
-
-  def show_others(unraisable) -> None:
-    closed = "Event loop is closed" in str(unraisable.exc_value)
-    if not (closed or inspect.iscoroutine(unraisable.object)):
-      show(unraisable)
-  sys.unraisablehook = show_others
-
-
 def checkpoint_folder(workdir: str) -> str:
   return os.path.join(os.path.abspath(workdir), "checkpoints")
+
+
+def _step_folder(workdir: str, step: int) -> str:
+  return os.path.join(checkpoint_folder(workdir), str(step))
 
 
 def _entries(workdir: str) -> list[str]:
@@ -244,7 +219,7 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
     UsageError: where the architecture differs; with the table of parameters.
     RunError: where it cannot be read for reasons that say nothing about its contents.
   """
-  path = os.path.join(checkpoint_folder(workdir), str(step))
+  path = _step_folder(workdir, step)
   try:
     with _context(), quiet_orbax():
       params = ocp.checkpointables_metadata(path).metadata.get("params")
@@ -256,10 +231,10 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   except (UsageError, DamagedCheckpoint):
     raise
   except Exception as error:           # Orbax and tensorstore raise many kinds for unreadable files
-    reason = _passing_reason(path, error)
+    reason = passing_reason(path, error)
     if reason:
       raise RunError(f"checkpoint {path} cannot be read; it stays where it is: {reason}") from error
-    raise DamagedCheckpoint(_damage(error)) from error
+    raise DamagedCheckpoint(damage(error)) from error
 
 
 def _verify(step: int, loaded: dict[str, Any], abstract: dict[str, Any]) -> None:
@@ -282,60 +257,6 @@ def _verify(step: int, loaded: dict[str, Any], abstract: dict[str, Any]) -> None
       raise DamagedCheckpoint(f"a checksum of {name} differs")
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-  """Yields an exception and what it was raised from, the first cause last."""
-  while error is not None:
-    yield error
-    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _damage(error: Exception) -> str:
-  """Returns what is wrong with a checkpoint that Orbax failed to load, and with which part of it."""
-  part = re.search(r"checkpointable: (\w+)", str(error))
-  *_, cause = _causes(error)
-  return f"{part[1]}: {first_line(cause)}" if part else first_line(cause)
-
-
-def _passing_reason(path: str, error: Exception) -> str | None:
-  """Returns why a checkpoint that may be whole cannot be read, or None where it is damaged.
-
-  Permission, failing disks, too many open files, want of memory: none says anything about the
-  contents. Orbax hides most of them, thus every file is read once more.
-  """
-  for cause in _causes(error):
-    if isinstance(cause, OSError) and cause.errno not in (None, *_MISSING):
-      return reason_of(cause)
-    text = str(cause)
-    of_jax = isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError))
-    if of_jax or "RESOURCE_EXHAUSTED" in text:
-      return first_line(cause)
-    code = re.search(r"os_error_code='(\d+)'", text)                            # of tensorstore
-    if code and int(code[1]) not in _MISSING:
-      return os.strerror(int(code[1]))
-  try:
-    _read_every_file(path)
-  except OSError as failed:
-    return f"{failed.filename}: {reason_of(failed)}" if failed.filename else reason_of(failed)
-  return None
-
-
-def _read_every_file(folder: str) -> None:
-  """Reads all that is under a folder; raises OSError for what is there and cannot be read."""
-  def fail(error: OSError) -> None:
-    if error.errno not in _MISSING:
-      raise error
-  for parent, _, names in os.walk(folder, onerror=fail):
-    for name in names:
-      path = os.path.join(parent, name)
-      try:
-        if stat.S_ISREG(os.stat(path).st_mode):                  # a FIFO could be read for ever
-          with open(path, "rb") as file:
-            while file.read(2**20):
-              pass
-      except OSError as error:
-        fail(error)
-
-
 def _load_first_good(workdir: str, steps: Iterable[int], config: TransformerConfig,
                      abstract: dict[str, Any]) -> tuple[int, dict[str, Any], dict[int, str]]:
   """Loads the first of some steps that is not damaged.
@@ -353,7 +274,8 @@ def _load_first_good(workdir: str, steps: Iterable[int], config: TransformerConf
     except DamagedCheckpoint as error:
       damaged[step] = str(error)
   reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
-  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read ({reasons}); move the folder away to start afresh")
+  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read ({reasons}); "
+                   f"move the folder away to start afresh")
 
 
 def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding, report: Report = to_stderr) -> Restored | None:
@@ -368,8 +290,10 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
     sharding: for every array.
     report: takes one line of text.
   Raises:
-    UsageError: where the architecture differs, with a table of the parameters, or where all checkpoints are damaged.
-    RunError: where one cannot be read for reasons that say nothing about its contents; nothing is moved.
+    UsageError: where the architecture differs, with a table of the parameters, or where all
+      checkpoints are damaged.
+    RunError: where one cannot be read for reasons that say nothing about its contents; nothing is
+      moved.
   """
   steps = saved_steps(workdir)
   if not steps:
@@ -377,8 +301,8 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
   abstract = {"params": _abstract(abstract_params(config), sharding), "optimizer": _abstract(abstract_opt_state, sharding), "data": None}
   step, loaded, damaged = _load_first_good(workdir, reversed(steps), config, abstract)
   for bad, reason in damaged.items():
-    path = os.path.join(checkpoint_folder(workdir), str(bad))
-    report(f"checkpoint {path} is damaged and moved to {_move_damaged(workdir, bad)}: {reason}")
+    place = _move_damaged(workdir, bad)
+    report(f"checkpoint {_step_folder(workdir, bad)} is damaged and moved to {place}: {reason}")
   return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
 
 
@@ -386,18 +310,19 @@ def _move_damaged(workdir: str, step: int) -> str:
   """Moves a checkpoint to WORKDIR/damaged and returns its place there."""
   folder = os.path.join(os.path.abspath(workdir), "damaged")
   places = (os.path.join(folder, f"{step}.{number}") for number in itertools.count())
-  path = os.path.join(checkpoint_folder(workdir), str(step))
+  path = _step_folder(workdir, step)
   try:
     os.makedirs(folder, exist_ok=True)
     place = next(place for place in places if not os.path.lexists(place))
     os.rename(path, place)
   except OSError as error:
-    raise RunError(f"checkpoint {path} is damaged and cannot be moved to {folder}: {reason_of(error)}") from None
+    raise RunError(f"checkpoint {path} is damaged and cannot be moved to {folder}: "
+                   f"{reason_of(error)}") from None
   return place
 
 
-def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None, report: Report = to_stderr,
-                allow_older: bool = False):
+def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None,
+                report: Report = to_stderr, allow_older: bool = False):
   """Parameters of a run, its adapters merged, for evaluation, generation and --init_from. Only reads.
 
   Args:
@@ -410,7 +335,8 @@ def load_params(workdir: str, config: TransformerConfig, step: int | None = None
   Returns:
     (params, step).
   Raises:
-    UsageError: where there is no such checkpoint, it is damaged, or the architecture differs (with a table of the parameters).
+    UsageError: where there is no such checkpoint, it is damaged, or the architecture differs (with
+      a table of the parameters).
     RunError: where it cannot be read for reasons that say nothing about its contents.
   """
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -423,18 +349,26 @@ def load_params(workdir: str, config: TransformerConfig, step: int | None = None
   if step is None and allow_older:
     step, loaded, damaged = _load_first_good(workdir, reversed(steps), saved, abstract)
     for bad, reason in damaged.items():
-      report(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(bad))} is damaged and is not used: {reason}")
+      folder = _step_folder(workdir, bad)
+      report(f"checkpoint {folder} is damaged and is not used: {reason}")
     return merge(loaded["params"]), step
   if step is not None and step not in steps:
-    raise UsageError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    raise UsageError(f"{workdir} holds no checkpoint of step {step}; "
+                     f"it has {', '.join(map(str, steps))}")
   wanted = steps[-1] if step is None else step
   try:
     return merge(_load(workdir, wanted, saved, abstract)["params"]), wanted
   except DamagedCheckpoint as error:
-    others = [other for other in reversed(steps) if other != wanted]
-    advice = (f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} or --allow_older_step, or DIR@{others[0]} where "
-              f"a flag names the folder") if others else ""
-    raise UsageError(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(wanted))} is damaged: {error}{advice}") from error
+    path = _step_folder(workdir, wanted)
+    raise UsageError(f"checkpoint {path} is damaged: {error}{_advice(steps, wanted)}") from error
+
+
+def _advice(steps: list[int], damaged: int) -> str:
+  others = [step for step in reversed(steps) if step != damaged]
+  if not others:
+    return ""
+  return (f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} or "
+          f"--allow_older_step, or DIR@{others[0]} where a flag names the folder")
 
 
 def parse_run_reference(reference: str) -> tuple[str, int | None]:
@@ -450,7 +384,8 @@ def parse_run_reference(reference: str) -> tuple[str, int | None]:
   if not os.path.isdir(reference):
     return folder, step
   if step in saved_steps(folder):
-    raise UsageError(f"{reference} is ambiguous: write {reference}/ for the folder of that name, or {folder}/@{step} for step {step} of {folder}")
+    raise UsageError(f"{reference} is ambiguous: write {reference}/ for the folder of that name, "
+                     f"or {folder}/@{step} for step {step} of {folder}")
   return reference, None
 
 

@@ -102,7 +102,7 @@ def check_regular(path: str, name: str = "file") -> None:
 
 
 def check_writable(path: str) -> None:
-  """Raises UsageError where a file cannot be made or changed, before the work whose result it is."""
+  """Raises UsageError where a file cannot be made or changed, before the work it is for."""
   there = os.path.lexists(path)
   if there:
     check_regular(path)

@@ -166,7 +166,8 @@ def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
 
 def _define_step(define: _Definer) -> None:
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
-  define.boolean("allow_older_step", False, "Where the newest checkpoint is damaged, take the newest good one. Default: stop.")
+  define.boolean("allow_older_step", False,
+                 "Where the newest checkpoint is damaged, take the newest good one. Default: stop.")
 
 
 def define_workdir_flag(flag_values: flags.FlagValues = FLAGS) -> None:

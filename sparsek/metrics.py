@@ -16,7 +16,7 @@ _told: set[str] = set()  # files whose foreign lines were told
 
 
 def _read(path: str) -> bytes:
-  """Returns a file's content, b"" where there is none. Raises UsageError where it cannot be read."""
+  """Returns a file's content, b"" where there is none; raises UsageError for an unreadable one."""
   try:
     os.stat(path)
   except FileNotFoundError:
@@ -81,7 +81,7 @@ def read_metrics(path: str, last_step: int | None = None) -> list[dict]:
 
 
 def append_record(path: str, record: dict) -> None:
-  """Appends an object to a file of one object a line; raises RunError where it cannot be written."""
+  """Appends an object to a file of one object a line; raises RunError where it cannot."""
   try:
     with open(path, "a+b") as file:
       end = file.seek(0, os.SEEK_END)
@@ -133,7 +133,7 @@ class MetricsWriter:
     return json.dumps(finite).encode() + b"\n"
 
   def write(self, record: dict) -> None:
-    """Writes one object, which has an int "step" and else floats. Raises RunError where it cannot."""
+    """Writes one object, an int "step" and else floats; raises RunError where it cannot."""
     line = self._line(record)
     try:
       while line:

@@ -53,8 +53,9 @@ def folder(tmp_path_factory):
   write_run(folder / "elsewhere", folder / "other_data", CONFIG, 32, params)
   write_run(folder / "empty", folder / "data", CONFIG, 32, params)
   (folder / "empty" / "checkpoints" / "7").rename(folder / "moved")
-  write_run(folder / "damaged", folder / "data", dataclasses.replace(CONFIG, attention="full"), 32,
-            init_params(dataclasses.replace(CONFIG, attention="full"), jax.random.key(0)), steps=(7, 9))
+  full = dataclasses.replace(CONFIG, attention="full")
+  write_run(folder / "damaged", folder / "data", full, 32,
+            init_params(full, jax.random.key(0)), steps=(7, 9))
   (folder / "damaged" / "checkpoints" / "9" / "params" / "_METADATA").unlink()
   write_run(folder / "no_record", folder / "data", CONFIG, 32, params)
   (folder / "no_record" / "evaluation.jsonl").mkdir()
@@ -113,7 +114,8 @@ def test_a_damaged_run_is_refused_and_costs_no_other_its_figures(folder, capsys)
   arguments = (f"--workdir={b},{damaged}", "--eval_batches=1", "--seq_len=32")
   assert run(*arguments) == 2
   error = capsys.readouterr().err.strip().splitlines()[-1]
-  assert "checkpoints/9 is damaged: params: FileNotFoundError" in error and "give --step=7 or --allow_older_step" in error
+  assert "checkpoints/9 is damaged: params: FileNotFoundError" in error
+  assert "give --step=7 or --allow_older_step" in error
   assert len(records(b)) == before + 1 and not (damaged / "evaluation.jsonl").exists()
   assert run(*arguments, "--allow_older_step") == 0
   assert "checkpoints/9 is damaged and is not used" in capsys.readouterr().err
@@ -121,8 +123,10 @@ def test_a_damaged_run_is_refused_and_costs_no_other_its_figures(folder, capsys)
 
 
 COMMANDS = {
-    "evaluate": (evaluate, []), "evaluate_tasks": (evaluate_tasks, ["--tasks=copy", "--lengths=256"]),
-    "generate": (generate, []), "layer_reach": (layer_reach, ["--seq_len=64"]),
+    "evaluate": (evaluate, []),
+    "evaluate_tasks": (evaluate_tasks, ["--tasks=copy", "--lengths=256"]),
+    "generate": (generate, []),
+    "layer_reach": (layer_reach, ["--seq_len=64"]),
     "import_hf": (import_hf, ["--export={folder}/exported"]),
 }
 

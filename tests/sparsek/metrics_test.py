@@ -1,4 +1,4 @@
-"""Files of records: what is kept byte for byte, what is skipped and told, what cannot be read or written."""
+"""Files of records: what is kept byte for byte, skipped and told, refused or cannot be written."""
 
 import errno
 import os

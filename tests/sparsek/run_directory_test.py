@@ -1,4 +1,4 @@
-"""A run's folder: records of any content are kept, and what cannot be written or locked is one sentence."""
+"""A run's folder: records of any content are kept; what fails is one sentence."""
 
 import errno
 import fcntl
@@ -38,7 +38,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_record(tmp_path, monkeypatch)
 
 
 def test_the_lock_says_what_is_wrong(tmp_path, monkeypatch):
-  for name, make in (("fifo", os.mkfifo), ("folder", os.mkdir), ("full", lambda path: os.symlink("/dev/full", path))):
+  full = lambda path: os.symlink("/dev/full", path)
+  for name, make in (("fifo", os.mkfifo), ("folder", os.mkdir), ("full", full)):
     (tmp_path / name).mkdir()
     make(tmp_path / name / "lock")
     with pytest.raises(UsageError, match=f"--workdir=.*{name} cannot be written: [A-Z]"):
