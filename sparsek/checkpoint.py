@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from sparsek import lora
-from sparsek.config import TransformerConfig
+from sparsek.config import DataConfig, TransformerConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.files import read_json_object, reason_of
 from sparsek.model import init_params
@@ -36,6 +37,8 @@ from sparsek.parameter_table import Comparison, explain_architecture, parameter_
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Report = Callable[[str], None]
+RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
+RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
 
 
@@ -398,6 +401,21 @@ def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig
   return dataclasses.replace(config, lora_rank=run.lora_rank, lora_alpha=run.lora_alpha)
 
 
+def _check_record(run: dict) -> None:
+  """Raises KeyError or TypeError for a model.json without what other modules read of it."""
+  scalars = {name: kind for name, kind in typing.get_type_hints(TransformerConfig).items()
+             if kind in (int, float, bool, str) and name in run["model"]}
+  kinds = {"model": scalars, "data": RECORDED_DATA, "tokenizer": RECORDED_TOKENIZER}
+  for section, fields in kinds.items():
+    for name, kind in fields.items():
+      value = run[section][name]
+      if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{name}={value!r} must be of type {kind.__name__}")
+  ends = run["tokenizer"].get("eos_ids", [])
+  if not (isinstance(ends, list) and all(type(end) is int for end in ends)):
+    raise TypeError(f"eos_ids={ends!r} must be a list of token ids")
+
+
 def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerConfig, dict]:
   """The model of a run, and its model.json: {"model": TransformerConfig fields, "data": DataConfig fields, "tokenizer": {...}}.
 
@@ -412,8 +430,12 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     raise UsageError(f"{workdir} holds no run: there is no {path}")
   run = read_json_object(path)
   try:
+    _check_record(run)
+    DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
     config = TransformerConfig(**run["model"])
-  except (ValueError, KeyError, TypeError) as error:
+  except KeyError as error:
+    raise UsageError(f"{path} cannot be understood: it has no {error}") from None
+  except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
     raise UsageError(f"{path} cannot be understood: {error}") from None
   return config if adapters else lora.merged_config(config), run
 

@@ -16,12 +16,17 @@ import numpy as np
 import pytest
 
 from sparsek import checkpoint
-from sparsek.config import OptimizerConfig, TransformerConfig
+from sparsek.config import DataConfig, OptimizerConfig, TransformerConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.model import init_params
 from sparsek.optimizer import make_optimizer
 
 CONFIG = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=3, window=2)
+RECORD = {
+    "model": dataclasses.asdict(CONFIG),
+    "data": dataclasses.asdict(DataConfig(data="")),
+    "tokenizer": {"name": "byte", "fingerprint": "f", "vocab_size": 11},
+}
 OPTIMIZER = make_optimizer(OptimizerConfig(num_steps=200))
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -31,7 +36,7 @@ def run(tmp_path_factory):
   """A run with checkpoints of steps 10 and 20 (of three saved, keeping two); returns (workdir, {step: params})."""
   workdir = str(tmp_path_factory.mktemp("run"))
   with open(os.path.join(workdir, "model.json"), "w") as file:
-    json.dump({"model": dataclasses.asdict(CONFIG), "data": {}, "tokenizer": {}}, file)
+    json.dump(RECORD, file)
   saved = {}
   writer = checkpoint.CheckpointWriter(workdir, keep=2)
   for step in (5, 10, 20):
@@ -116,7 +121,7 @@ def test_no_run_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b'{"model": 3}', "cannot be understood"), (b"{}", "cannot be understood: 'model'"),
+    (b'{"model": 3}', "cannot be understood"), (b"{}", "cannot be understood: it has no 'model'"),
     (b"[]", "holds a JSON list"), (b'{"model": ' + b"[" * 100000, "nested too deeply"),
     (b"\xff\xfe\xff", "no JSON that can be understood"), (None, "is a FIFO")])
 def test_a_model_json_that_cannot_be_read_is_said(content, words, tmp_path):
@@ -159,6 +164,23 @@ def replace(path, old, new):
   assert old in content
   with open(path, "wb") as file:
     file.write(content.replace(old, new))
+
+
+@pytest.mark.parametrize("section", RECORD)
+def test_no_other_value_in_a_model_json_ends_in_a_traceback(section, tmp_path):
+  values = (None, -1, 2**70, 1.5, "x", [], {}, True, [1], {"a": 1})
+  others = [{**RECORD[section], name: value} for name in RECORD[section] for value in values]
+  others += [{key: value for key, value in RECORD[section].items() if key != name}
+             for name in RECORD[section]]
+  refused = 0
+  for other in (*others, None, 3, [], {**RECORD[section], "more": 1}):
+    (tmp_path / "model.json").write_text(json.dumps({**RECORD, section: other}))
+    try:
+      checkpoint.load_run_config(str(tmp_path))
+    except UsageError as error:
+      assert "model.json cannot be understood: " in str(error)
+      refused += 1
+  assert refused > len(others) // 2
 
 
 DAMAGE = {
