@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from sparsek import lora
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.errors import RunError, UsageError
-from sparsek.files import read_json_object, reason_of
+from sparsek.files import exists, read_json_object, reason_of
 from sparsek.model import init_params
 from sparsek.orbax_errors import first_line  # noqa: F401 - others take it from here
 from sparsek.orbax_errors import damage, mute_remains, passing_reason
@@ -89,7 +89,7 @@ def _entries(workdir: str) -> list[str]:
   folder = checkpoint_folder(workdir)
   try:
     return os.listdir(folder)
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return []
   except OSError as error:
     raise RunError(f"{folder} cannot be read: {reason_of(error)}") from None
@@ -426,7 +426,7 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
   """
   path = os.path.join(workdir, "model.json")
-  if not os.path.lexists(path):
+  if not exists(path):
     raise UsageError(f"{workdir} holds no run: there is no {path}")
   run = read_json_object(path)
   try:

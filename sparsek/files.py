@@ -82,6 +82,21 @@ def write_atomically(path: str, content: str | bytes) -> None:
     file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def exists(path: str) -> bool:
+  """Returns whether there is something at `path`, which may be a link that leads nowhere.
+
+  Raises:
+    UsageError: where it cannot be known, as in a folder without permission.
+  """
+  try:
+    os.lstat(path)
+  except FileNotFoundError:
+    return False
+  except OSError as error:
+    raise UsageError(f"{path} cannot be read: {reason_of(error)}") from None
+  return True
+
+
 def check_regular(path: str, name: str = "file") -> None:
   """Raises UsageError where `path` is something that could be read for ever.
 
@@ -103,10 +118,11 @@ def check_regular(path: str, name: str = "file") -> None:
 
 def check_writable(path: str) -> None:
   """Raises UsageError where a file cannot be made or changed, before the work it is for."""
-  there = os.path.lexists(path)
-  if there:
+  place = os.path.dirname(path) or "."
+  if exists(path):
     check_regular(path)
-  if not os.access(path if there else os.path.dirname(path) or ".", os.W_OK):
+    place = path
+  if not os.access(place, os.W_OK):
     raise UsageError(f"{path} cannot be written")
 
 

@@ -10,19 +10,16 @@ import time
 import tqdm
 
 from sparsek.errors import UsageError
-from sparsek.files import cannot_write, check_regular, parse_json, reason_of, write_atomically
+from sparsek.files import (
+    cannot_write, check_regular, exists, parse_json, reason_of, write_atomically)
 
 _told: set[str] = set()  # files whose foreign lines were told
 
 
 def _read(path: str) -> bytes:
   """Returns a file's content, b"" where there is none; raises UsageError for an unreadable one."""
-  try:
-    os.stat(path)
-  except FileNotFoundError:
+  if not exists(path):
     return b""
-  except OSError as error:
-    raise UsageError(f"{path} cannot be read: {reason_of(error)}") from None
   check_regular(path)
   try:
     with open(path, "rb") as file:

@@ -14,7 +14,7 @@ from typing import IO
 import jax
 
 from sparsek.errors import UsageError
-from sparsek.files import cannot_write, check_regular, reason_of, write_atomically
+from sparsek.files import cannot_write, check_regular, exists, reason_of, write_atomically
 
 COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"          # variable of the environment
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
@@ -72,7 +72,7 @@ def write_record(workdir: str, name: str, text: str) -> None:
   path = os.path.join(workdir, name)
   content = text.encode("utf-8")
   try:
-    if os.path.lexists(path):
+    if exists(path):
       check_regular(path)
       with open(path, "rb") as file:
         old = file.read()
