@@ -370,8 +370,8 @@ def _advice(steps: list[int], damaged: int) -> str:
   others = [step for step in reversed(steps) if step != damaged]
   if not others:
     return ""
-  return (f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} or "
-          f"--allow_older_step, or DIR@{others[0]} where a flag names the folder")
+  return (f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} "
+          f"(DIR@{others[0]} in --init_from and --distill_from) or --allow_older_step")
 
 
 def parse_run_reference(reference: str) -> tuple[str, int | None]:

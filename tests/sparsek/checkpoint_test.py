@@ -259,7 +259,7 @@ def test_measuring_never_falls_back_unasked(copy):
   workdir, saved = copy
   change_integrity(os.path.join(workdir, "checkpoints", "20"))
   message = ("checkpoints/20 is damaged: a checksum of params differs; the run has others .10.: "
-             "give --step=10 or --allow_older_step, or DIR@10")
+             "give --step=10 .DIR@10 in --init_from and --distill_from. or --allow_older_step")
   with pytest.raises(UsageError, match=message):
     checkpoint.load_params(workdir, CONFIG)
   lines = []
