@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 import sparsek
-from sparsek import files, run_directory
+from sparsek import run_directory
 
 LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4., 1.), (1., 0.)
 
@@ -30,8 +30,8 @@ def main(path=None):
   for row in rows:
     print("\t".join(map(str, row.values())))
   if path:
-    record = {"rows": rows, "versions": run_directory.versions()}
-    files.write_atomically(path, run_directory.to_json(record))
+    with open(path, "w", encoding="utf-8") as file:
+      file.write(run_directory.to_json({"rows": rows, "versions": run_directory.versions()}))
 
 
 if __name__ == "__main__":
