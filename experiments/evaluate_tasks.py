@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from sparsek import checkpoint, flags, plots, run_directory, tasks
 from sparsek.errors import RunError, UsageError
-from sparsek.tokenizer import load_tokenizer
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
 FLAGS = absl_flags.FlagValues()
@@ -64,8 +63,7 @@ def main() -> None:
     if not os.path.isdir(workdir):
       raise UsageError(f"--workdir={workdir}: there is no such folder")
     config, record = checkpoint.load_run_config(workdir)
-    config, name = flags.override_config(config, FLAGS), record["tokenizer"]["name"]
-    tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
+    config, tokenizer = flags.override_config(config, FLAGS), checkpoint.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
     for task in chosen:                                        # a document too short is refused before any long work
       tasks.make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
