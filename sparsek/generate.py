@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek import cache_file
-from sparsek.cache import cache_bytes, decode_step, init_cache, lost_scores, prefill, with_room
+from sparsek.cache import cache_bytes, clip_sizes, decode_step, init_cache, lost_scores, prefill, resize, with_room
 from sparsek.cached_attention import NOWHERE
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.errors import UsageError
@@ -101,13 +101,19 @@ class Session:
 
   def __init__(self, config: TransformerConfig, params: Params | InferenceParams, batch_size: int):
     self.config = config
-    check_memory(config, batch_size, 1, f"window={config.window} and k={config.k}")
-    self.cache = init_cache(config, batch_size, max_length=1)                # full layers get room with every turn
+    self._set_length(0)
+    check_memory(self._sized, batch_size, 1, f"window={config.window} and k={config.k}")
+    self.cache = init_cache(self._sized, batch_size, max_length=1)           # it gets room with every turn
     self.texts: list[dict] = [{} for _ in range(batch_size)]
     self._params = inference_params(config, params)
     self._unfed: list[list[int]] = [[] for _ in range(batch_size)]
     self._stopped: set[int] = set()
     self._exact = True                                    # whether the cache has been fed what was yielded, and nothing else
+
+  def _set_length(self, length: int | None) -> None:
+    """Sets the tokens that texts have at most, None for any number, and the configuration whose sizes suffice for them."""
+    self._length = length
+    self._sized = self.config if length is None else clip_sizes(self.config, length)
 
   @property
   def lost_scores(self) -> np.ndarray:
@@ -148,11 +154,15 @@ class Session:
     if not max_new_tokens:
       return
     lengths = np.asarray([len(row) for row in rows])
-    self.cache = with_room(self.config, self.cache, int(np.max(np.asarray(self.cache.seen) + lengths)) + max_new_tokens)
+    length = int(np.max(np.asarray(self.cache.seen) + lengths)) + max_new_tokens
+    before = self._sized
+    if self._length is not None:
+      self._set_length(max(self._length, length))
+    self.cache = with_room(self.config, resize(before, self._sized, self.cache), length)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for row, ids in enumerate(rows):
       tokens[row, :len(ids)] = ids
-    logits, self.cache = prefill(self.config, self._params, self.cache, tokens, lengths, last_only=True, donate=True)
+    logits, self.cache = prefill(self._sized, self._params, self.cache, tokens, lengths, last_only=True, donate=True)
     self._unfed = [[] for _ in rows]
     token = _first(way, logits[:, 0], keys, jnp.int32(0), *options)
     active = ~jnp.isin(token, end_ids) & (max_new_tokens > 1)
@@ -181,7 +191,7 @@ class Session:
     self._exact = not (ahead and self._stopped)           # what is dispatched after all rows have ended changes nothing
 
   def _advance(self, way, steps, token, active, number, limit, keys, options, end_ids):
-    (self.cache, *state), drawn = run_steps(self.config, way, steps, self._params, self.cache, token, active, number, jnp.int32(limit), keys, *options, end_ids)
+    (self.cache, *state), drawn = run_steps(self._sized, way, steps, self._params, self.cache, token, active, number, jnp.int32(limit), keys, *options, end_ids)
     return state, drawn
 
   def stop(self, row: int) -> None:
@@ -197,14 +207,15 @@ class Session:
     if not self._exact:
       raise ValueError("ahead: the turn was stopped after more had been computed, so that the cache holds what was not yielded; use ahead=0")
     note = {"unfed": self._unfed, "model": _fingerprint(self._params), "texts": self.texts}
-    cache_file.save(path, self.config, self.cache, note)
+    cache_file.save(path, self.config, self.cache, note, self._length)
 
   @classmethod
   def load(cls, path: str, config: TransformerConfig, params: Params | InferenceParams) -> "Session":
     """The session that `save` wrote. Raises UsageError where it cannot be read or is of another configuration or other parameters."""
     session = cls.__new__(cls)
     session.config, session._params = config, inference_params(config, params)
-    session.cache, note = cache_file.load(path, config)
+    session.cache, note, length = cache_file.load(path, config)
+    session._set_length(length)
     if not isinstance(note, dict) or type(note.get("model")) is not int:
       raise UsageError(f"{path} cannot be read as a cache: it does not say of which model it is")
     if note["model"] != _fingerprint(session._params):
@@ -224,7 +235,7 @@ def _read_unfed(path: str, unfed, config: TransformerConfig, rows: int) -> list[
   valid = isinstance(unfed, list) and len(unfed) == rows
   if not valid or not all(_are_ids(ids, config.vocab_size) and len(ids) <= 1 for ids in unfed):
     raise UsageError(f"{path} cannot be read as a cache: unfed must hold at most one id below {config.vocab_size} "
-                     f"of each of its {rows} texts, found {unfed!r:.100}")
+                     f"of each of its {rows} texts")
   return unfed
 
 
@@ -236,8 +247,7 @@ def _read_texts(path: str, texts, config: TransformerConfig, rows: int) -> list[
   if texts is None:
     return [{} for _ in range(rows)]
   if not isinstance(texts, list) or len(texts) != rows or not all(map(is_state, texts)):
-    raise UsageError(f"{path} cannot be read as a cache: texts must be the last tokens of each of its {rows} texts, "
-                     f"found {texts!r:.100}")
+    raise UsageError(f"{path} cannot be read as a cache: texts must hold the last tokens of each of its {rows} texts")
   return texts
 
 
@@ -249,10 +259,12 @@ def check_memory(config: TransformerConfig, batch_size: int, max_length: int, na
     name: what asks for it, with its value.
   """
   shapes = jax.eval_shape(functools.partial(init_cache, config, batch_size, max_length=max_length))
-  need = cache_bytes(shapes)
+  # What `prefill` does to a ring makes copies of it, a layer at a time.
+  rings = (cache_bytes(layer) for kind, layer in zip(config.layer_kinds, shapes.layers) if kind != "full")
+  need = cache_bytes(shapes) + 4 * max(rings, default=0)
   memory = memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   if need > memory:
-    raise ValueError(f"{name}: what the model would keep of {batch_size} texts at the same time takes {need:,} bytes, "
+    raise ValueError(f"{name}: what the model would keep of {batch_size} texts at the same time takes about {need:,} bytes, "
                      f"more than the {memory:,} bytes of memory here")
 
 
@@ -278,8 +290,8 @@ def _check_turn(config, prompts, seen, unfed, max_new_tokens, temperature, top_p
     raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
   if longest + max_new_tokens > NOWHERE:
     raise ValueError(f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: positions are counted up to {NOWHERE}")
-  if "full" in config.layer_kinds:
-    check_memory(config, len(prompts), longest + max_new_tokens, f"max_new_tokens={max_new_tokens} after {longest} prompt tokens")
+  check_memory(clip_sizes(config, longest + max_new_tokens), len(prompts), longest + max_new_tokens,
+               f"max_new_tokens={max_new_tokens} after {longest} prompt tokens")
   if config.positions == "learned" and longest + max_new_tokens > config.max_positions:
     raise ValueError(f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: the model has max_positions={config.max_positions}")
   if keys is None and temperature > 0:

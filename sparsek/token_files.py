@@ -1,6 +1,7 @@
 """Token files: a folder with tokenised documents, which is all that training needs.
 
-  tokens.bin      the ids of all documents one after the other, each beginning with bos, where the tokenizer has one, and ending with eos; uint16, or uint32 if the vocabulary needs it
+  tokens.bin      the ids of all documents one after the other, each ending with eos, and beginning with bos where meta.json says so; uint16, or uint32 if
+                  the vocabulary needs it
   index.npy       int64 [num_documents + 1]: where each document starts in tokens.bin, in tokens
   meta.json       format version, dtype, sizes, tokenizer, which documents are held out, checksums, sources
   tokenizer.json  of a BPE; the byte tokenizer needs no file

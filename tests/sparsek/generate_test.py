@@ -1,17 +1,20 @@
 import dataclasses
 import functools
+import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from sparsek.cache import init_cache, with_room
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
-from sparsek.generate import Session, generate, sample, stream_text
+from sparsek.generate import Session, TextStream, generate, sample, stream_text
 from sparsek.model import Transformer, init_params
-from sparsek.tokenizer import ByteTokenizer
+from sparsek.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from tests.sparsek.helpers import quick_jit
 
 CONFIG = TransformerConfig(vocab_size=40, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, k=3, window=4,
@@ -183,6 +186,101 @@ def test_more_tokens_than_learned_positions_are_refused_at_the_call():
   config = dataclasses.replace(CONFIG, positions="learned", max_positions=10)
   with pytest.raises(ValueError, match=f"max_new_tokens=9 after {len(PROMPT)} prompt tokens: the model has max_positions=10"):
     generate(config, None, PROMPT, max_new_tokens=9, temperature=0.0)
+
+
+@functools.cache
+def spm():
+  """A tokenizer of SentencePiece's kind: bytes are tokens too, and decoding leaves out the space before the first word."""
+  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "H", "e", "l", "o", "w", "r", "d", "▁w", "or", "€", "日"]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+      {piece: i for i, piece in enumerate(pieces)}, [("▁", "w"), ("o", "r")], unk_token="<unk>", byte_fallback=True))
+  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+  tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+  tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+  tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+  return BPETokenizer(tokenizer)
+
+
+@functools.cache
+def metaspace():
+  """The newer spelling of such tokenizers."""
+  content = json.loads(spm()._tokenizer.to_str()) | {"normalizer": None}
+  content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+  return BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+
+
+@functools.cache
+def bpe():
+  return train_bpe([TEXT * 3, "日本 €🙂🙂 words and words"], 300)
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "bpe": bpe, "spm": spm, "metaspace": metaspace}
+
+
+def some_ids(tokenizer, rng, count):
+  """Ids of text, single bytes that are no text, and ids that write nothing."""
+  text = tokenizer.encode("".join(rng.choice(list(TEXT + "world Hello"), count)))
+  return [int(rng.integers(tokenizer.vocab_size + 9)) if rng.random() < 0.3 else i for i in text][:count]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_pieces_of_all_turns_are_the_text_of_all_tokens(name):
+  """Whatever the tokens, prompts and turns, and however their state travels."""
+  tokenizer, rng = TOKENIZERS[name](), np.random.default_rng(0)
+  for _ in range(60):
+    ids, shown, state = [], "", {}
+    for _ in range(rng.integers(1, 5)):
+      stream = TextStream(tokenizer, **json.loads(json.dumps(state)))
+      prompt, drawn = tokenizer.encode("".join(rng.choice(list(TEXT), rng.integers(4)))), some_ids(tokenizer, rng, rng.integers(12))
+      shown += stream.turn(prompt) + "".join(map(stream.push, drawn)) + stream.end_turn()
+      ids, state = [*ids, *prompt, *drawn], stream.state
+      assert len(state["before"]) <= 8 and shown == tokenizer.decode(ids)[:len(shown)]
+      assert len(tokenizer.decode(ids)) - len(shown) == state["unfinished"]
+    assert shown + stream.finish() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_stream_knows_the_text_before_it(name):
+  tokenizer, rng = TOKENIZERS[name](), np.random.default_rng(1)
+  for _ in range(60):
+    prompt, drawn = some_ids(tokenizer, rng, rng.integers(30)), some_ids(tokenizer, rng, rng.integers(20))
+    before = tokenizer.decode(prompt)
+    text = tokenizer.decode([*prompt, *drawn])[len(before):]
+    assert "".join(stream_text(tokenizer, drawn, before=prompt)) == text
+    if text:
+      begin = int(rng.integers(len(text)))
+      stop = text[begin:begin + int(rng.integers(1, 4))]
+      assert "".join(stream_text(tokenizer, drawn, [stop, "never there"], prompt)) == text[:text.find(stop)]
+
+
+def test_the_space_of_the_first_new_token_is_shown_and_stops():
+  tokenizer = spm()
+  ids = tokenizer.encode("Hello world")
+  prompt, drawn = ids[:-4], ids[-4:]
+  assert list(stream_text(tokenizer, drawn, before=prompt)) == [" w", "or", "l", "d"]
+  assert list(stream_text(tokenizer, drawn, [" world"], prompt)) == []
+  assert tokenizer.encode("lo", continues=True) == tokenizer.encode("Hello", continues=True)[3:]
+
+
+def test_of_several_stop_strings_the_first_complete_one_counts():
+  """However the text is cut into tokens."""
+  for size in range(1, 5):
+    pieces = ["xabcd"[at:at + size] for at in range(0, 5, size)]
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
+    assert "".join(stream_text(tokenizer, range(len(pieces)), ["abcd", "bc", "abc"])) == "x"
+
+
+@pytest.mark.parametrize("name, ids", [("byte", [0xE2]), ("spm", [3 + 0xE2]), ("spm", [3 + 0xE2, 1]), ("bpe", None)])
+def test_unfinished_characters_take_constant_time(name, ids):
+  """Each token is decoded with a few others; nothing but the last one can become a character."""
+  tokenizer, decoded = TOKENIZERS[name](), []
+  ids = ids or tokenizer.encode("Ω")[:1]
+  counting = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
+  stream = TextStream(counting)
+  text = "".join(stream.push(i) for i in ids * 300)
+  assert text + stream.finish() == tokenizer.decode(ids * 300) == "\ufffd" * 300
+  assert max(decoded) <= 9 and len(decoded) <= 3 * 300 * len(ids) + 1 and len(text) == 299
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve €5 — 日本語 🙂!", "🙂", ""])
