@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import zipfile
 import zlib
 from typing import Any
@@ -70,7 +71,8 @@ def load(path: str, config: TransformerConfig) -> tuple[Cache, dict[str, Any] | 
     UsageError: where the file cannot be read or is none of these, or was made under another configuration, with the fields
       that differ.
   """
-  check_regular(path, "cache")
+  if os.path.exists(path):
+    check_regular(path, "cache")
   try:
     with zipfile.ZipFile(path) as archive:
       head = _read_head(archive)
