@@ -48,13 +48,13 @@ def prompts() -> list[str]:
   if len(content) > MAX_PROMPTS:
     raise UsageError(f"--prompt_file={path} has more than {MAX_PROMPTS:,} bytes")
   try:
-    lines = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    text = content.decode("utf-8-sig").replace("\r\n", "\n")
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
     raise UsageError(f"--prompt_file={path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}") from None
-  if lines == [""]:
+  if not text:
     raise UsageError(f"--prompt_file={path} has no lines")
-  return lines
+  return text.removesuffix("\n").split("\n")
 
 
 def cache_paths() -> tuple[str | None, str | None]:
@@ -91,8 +91,6 @@ def main() -> None:
   workdir, texts, (source, target) = local_path(flag("workdir") or "", "workdir"), prompts(), cache_paths()
   if not workdir:
     raise UsageError("--workdir is required: the folder of a pretraining run")
-  if flag("sampling_seed") + len(texts) > 2**32:
-    raise UsageError(f"--sampling_seed={flag('sampling_seed')} must be at most {2**32 - len(texts)}")
   config, run = checkpoint.load_run_config(workdir)
   config = flags.override_config(config)
   tokenizer = checkpoint.load_run_tokenizer(workdir)

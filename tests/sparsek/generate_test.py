@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 from sparsek.cache import init_cache, with_room
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.generate import Session, TextStream, generate, sample, stream_text
 from sparsek.model import Transformer, init_params
-from sparsek.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
-from tests.sparsek.helpers import quick_jit
+from sparsek.tokenizer import ByteTokenizer, train_bpe
+from tests.sparsek.helpers import metaspace, quick_jit, spm
 
 CONFIG = TransformerConfig(vocab_size=40, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, k=3, window=4,
                            attention="sparsek,full", scan_layers=True, implementation="reference")
@@ -310,28 +309,6 @@ def test_more_tokens_than_learned_positions_are_refused_at_the_call():
   config = dataclasses.replace(CONFIG, positions="learned", max_positions=10)
   with pytest.raises(ValueError, match=f"max_new_tokens=9 after {len(PROMPT)} prompt tokens: the model has max_positions=10"):
     generate(config, None, PROMPT, max_new_tokens=9, temperature=0.0)
-
-
-@functools.cache
-def spm():
-  """A tokenizer of SentencePiece's kind: bytes are tokens too, and decoding leaves out the space before the first word."""
-  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "H", "e", "l", "o", "w", "r", "d", "▁w", "or", "€", "日"]
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-      {piece: i for i, piece in enumerate(pieces)}, [("▁", "w"), ("o", "r")], unk_token="<unk>", byte_fallback=True))
-  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-  tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-  tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-  tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-  tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-  return BPETokenizer(tokenizer)
-
-
-@functools.cache
-def metaspace():
-  """The newer spelling of such tokenizers."""
-  content = json.loads(spm()._tokenizer.to_str()) | {"normalizer": None}
-  content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
-  return BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
 
 
 @functools.cache
