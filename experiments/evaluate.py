@@ -20,6 +20,7 @@ from sparsek.config import DataConfig
 from sparsek.data import eval_batches, open_data
 from sparsek.errors import RunError, UsageError
 from sparsek.evaluate import bits_per_byte, bucket_edges, evaluate, format_table
+from sparsek.tokenizer import describe_documents, read_bos
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
 # Apart from the flags of pretraining, whose defaults are no run's own values.
@@ -72,6 +73,16 @@ def _heldout(runs: list[Run]):
   return datasets[0], data, eval_batches(datasets[0], data, FLAGS.eval_batches)
 
 
+def _say_how_documents_begin(run: Run, tokenizer) -> None:
+  """Says what begins and ends the documents, and warns where those of the run began otherwise."""
+  print(f"{run.workdir}: {describe_documents(tokenizer)}", file=sys.stderr)
+  bos_ids = read_bos(run.record["tokenizer"], tokenizer, os.path.join(run.workdir, "model.json"))
+  if bos_ids != tokenizer.bos_ids:
+    trained = " ".join(map(tokenizer.token, bos_ids)) or "nothing"
+    print(f"warning: the documents of {run.workdir} began with {trained}: its loss on these means little; make the data anew "
+          f"with experiments.prepare_data", file=sys.stderr)
+
+
 def _append(workdir: str, record: dict) -> str:
   path = os.path.join(workdir, "evaluation.jsonl")
   try:
@@ -90,6 +101,7 @@ def main() -> None:
   edges = bucket_edges(data.seq_len, trained_lengths)
   results, steps = [], []
   for run in runs:
+    _say_how_documents_begin(run, dataset.tokenizer)
     params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, replicated(make_mesh()))
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)

@@ -10,6 +10,7 @@ numbers and what they were measured with; earlier lines stay. --record writes th
 import dataclasses
 import json
 import os
+import sys
 
 from absl import flags as absl_flags
 import numpy as np
@@ -67,6 +68,8 @@ def main() -> None:
     check_length(config, max(lengths), "lengths")
     for task in chosen:                                        # a document too short is refused before any long work
       tasks.make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
+    begin = " ".join(map(tokenizer.token, tokenizer.bos_ids))
+    print(f"{workdir}: each document begins with {begin or 'its text'}", file=sys.stderr)
     params, step = checkpoint.load_params(workdir, config, FLAGS.step, replicated(mesh))
     for task in chosen:
       for length in lengths:

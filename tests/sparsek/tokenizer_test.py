@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from sparsek import tasks, train
+from sparsek import data, tasks, train
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.corpus import Document
 from sparsek.errors import UsageError
@@ -80,6 +80,15 @@ def test_what_documents_begin_with_is_kept_by_data_and_runs(folder):
     edit(folder / "meta.json", lambda meta: meta["tokenizer"].update(bos_ids=wrong))
     with pytest.raises(UsageError, match="meta.json: bos_ids must be a list of ids from 0 to"):
       open_token_files(str(folder))
+
+
+def test_a_corpus_that_was_cached_without_them_is_made_anew(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(data, "documents", lambda sources: [Document("0", TEXT, False), Document("1", "world", True)])
+  older = copy.copy(spm())
+  older.bos_ids = []
+  found = [data._open_stdlib(tokenizer).split("train").document(0)[0] for tokenizer in (older, spm())]
+  assert found == [spm().encode(TEXT)[0], 1]
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
