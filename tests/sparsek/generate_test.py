@@ -1,6 +1,8 @@
 import dataclasses
 import functools
+import io
 import json
+import zipfile
 from types import SimpleNamespace
 
 import jax
@@ -239,6 +241,10 @@ def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
     refused(name, **others)
   refused("seen", **(members | {"leaf_0": np.full(3, -1, np.int32)}))
   refused("seen", **(members | {"leaf_0": np.full(3, 1, np.int32)}))
+  with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(io.BytesIO(content)) as whole:
+    for name in whole.namelist():
+      archive.writestr(name, whole.read(name) + b"x" * (name == "leaf_1.npy"))
+  refused("more than the array")
   np.savez_compressed(path, **members)
   refused("compressed: a small file could hold any size")
   for i in range(300):                                   # of any byte, but for what nothing reads
@@ -369,7 +375,13 @@ def test_of_several_stop_strings_the_first_complete_one_counts():
   for size in range(1, 5):
     pieces = ["xabcd"[at:at + size] for at in range(0, 5, size)]
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
-    assert "".join(stream_text(tokenizer, range(len(pieces)), ["abcd", "bc", "abc"])) == "x"
+    assert "".join(stream_text(tokenizer, range(len(pieces)), ["abcd", "bc", "c"])) == "xa"
+
+
+def test_tokens_that_write_nothing_part_no_character():
+  stream = TextStream(spm())
+  ids = [3 + 0xE2, *[1, 10**6] * 20, 3 + 0x82, 2, 3 + 0xAC]
+  assert "".join(map(stream.push, ids)) == spm().decode(ids) == "€"
 
 
 @pytest.mark.parametrize("name, ids", [("byte", [0xE2]), ("spm", [3 + 0xE2]), ("spm", [3 + 0xE2, 1]), ("bpe", None)])
