@@ -17,7 +17,6 @@ from sparsek.config import TransformerConfig, check_at_least
 from sparsek.errors import UsageError
 from sparsek.inference import InferenceParams, inference_params
 from sparsek.model import Params
-from sparsek.plan import memory_limit
 
 AHEAD = 8                # tokens a dispatch, unless told
 RECENT = 8               # tokens that decide how the next one reads; four bytes of a character at least
@@ -137,7 +136,7 @@ class Session:
 
     Raises:
       ValueError: at once, for a row without any text, ids outside the vocabulary, a number out of range, more tokens in all than there are learned
-        positions or full layers have memory for, where keys are missing, or where an earlier turn was left before its end.
+        positions, or more than memory could hold, where keys are missing, or where an earlier turn was left before its end.
     """
     if len(prompts) != len(self._unfed):
       raise ValueError(f"prompts has {len(prompts)} rows, the session {len(self._unfed)}")
@@ -211,7 +210,7 @@ class Session:
 
   @classmethod
   def load(cls, path: str, config: TransformerConfig, params: Params | InferenceParams) -> "Session":
-    """The session that `save` wrote. Raises UsageError where it cannot be read or is of another configuration or other parameters."""
+    """Returns the session that `save` wrote. Raises UsageError where it cannot be read or is of another configuration or other parameters."""
     session = cls.__new__(cls)
     session.config, session._params = config, inference_params(config, params)
     session.cache, note, length = cache_file.load(path, config)
@@ -262,7 +261,8 @@ def check_memory(config: TransformerConfig, batch_size: int, max_length: int, na
   # What `prefill` does to a ring makes copies of it, a layer at a time.
   rings = (cache_bytes(layer) for kind, layer in zip(config.layer_kinds, shapes.layers) if kind != "full")
   need = cache_bytes(shapes) + 4 * max(rings, default=0)
-  memory = memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  device = jax.devices()[0].memory_stats() or {}           # a CPU has none
+  memory = device.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   if need > memory:
     raise ValueError(f"{name}: what the model would keep of {batch_size} texts at the same time takes about {need:,} bytes, "
                      f"more than the {memory:,} bytes of memory here")

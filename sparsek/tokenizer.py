@@ -197,7 +197,8 @@ def _library_errors(action: str) -> Iterator[None]:
     ours = isinstance(error, UsageError)
     if ours or not isinstance(error, Exception) and type(error).__name__ != "PanicException":
       raise
-    raise UsageError(f"the tokenizer cannot {action}: {error}") from None
+    reason = " ".join(str(error).split())
+    raise UsageError(f"the tokenizer cannot {action}: {reason:.300}") from None
 
 
 @contextlib.contextmanager
