@@ -373,13 +373,12 @@ class TextStream:
     return {"before": self._recent, "unfinished": self._unfinished}
 
   def turn(self, prompt: Sequence[int]) -> str:
-    """Begins a new turn, with the tokens of a whole text or none; returns the text that they bring."""
-    self.stopped, self._held = False, ""
+    """Begins a new turn, with the tokens of a whole text or none; returns the text that they bring, after what was kept back."""
+    text, self.stopped = self.end_turn(), False
     last = self._last(prompt)
-    if not last:
-      return ""
-    text = self._decode(prompt)[self._shown():]
-    self._recent, self._unfinished = (self._recent + last)[-RECENT:], False
+    if last:
+      text += self._decode(prompt)[self._shown():]
+      self._recent, self._unfinished = (self._recent + last)[-RECENT:], False
     return text
 
   def push(self, token: int) -> str:

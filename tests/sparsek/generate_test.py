@@ -378,6 +378,11 @@ def test_of_several_stop_strings_the_first_complete_one_counts():
     assert "".join(stream_text(tokenizer, range(len(pieces)), ["abcd", "bc", "c"])) == "xa"
 
 
+def test_a_turn_loses_nothing_that_was_kept_back():
+  stream = TextStream(ByteTokenizer(), ["never"])
+  assert "".join(map(stream.push, b"so nev")) == "so " and stream.turn(b" or") == "nev or"
+
+
 def test_tokens_that_write_nothing_part_no_character():
   stream = TextStream(spm())
   ids = [3 + 0xE2, *[1, 10**6] * 20, 3 + 0x82, 2, 3 + 0xAC]
