@@ -58,7 +58,7 @@ def import_folder(folder: str, workdir: str) -> None:
     record = {
         "model": dataclasses.asdict(config), "data": dataclasses.asdict(DataConfig(data="", seq_len=config.max_positions, batch_size=1)),
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
-                      "eos_ids": end_tokens(folder, tokenizer)}}
+                      "bos_ids": tokenizer.bos_ids, "eos_ids": end_tokens(folder, tokenizer)}}
     run_directory.write_record(workdir, "flags.txt", flags.into_string(FLAGS))
     run_directory.write_record(workdir, "versions.json", run_directory.to_json(run_directory.versions()))
     run_directory.write_record(workdir, "model.json", run_directory.to_json(record))

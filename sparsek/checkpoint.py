@@ -34,7 +34,7 @@ from sparsek.model import init_params
 from sparsek.orbax_errors import first_line  # noqa: F401 - others take it from here
 from sparsek.orbax_errors import damage, mute_remains, passing_reason
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
-from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 
 Report = Callable[[str], None]
 RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
@@ -441,6 +441,12 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
 
 
 def load_run_tokenizer(workdir: str) -> Tokenizer:
-  """The tokenizer a run was trained with, which its workdir keeps. Raises UsageError where there is none or it cannot be read."""
+  """The tokenizer a run was trained with, which its workdir keeps, and which begins documents as those of the run begin.
+
+  Raises:
+    UsageError: where there is none or it cannot be read.
+  """
   _, run = load_run_config(workdir)
-  return load_tokenizer(ByteTokenizer.name if run["tokenizer"]["name"] == ByteTokenizer.name else os.path.join(workdir, "tokenizer"))
+  tokenizer = load_tokenizer(ByteTokenizer.name if run["tokenizer"]["name"] == ByteTokenizer.name else os.path.join(workdir, "tokenizer"))
+  tokenizer.bos_ids = read_bos(run["tokenizer"], tokenizer, os.path.join(workdir, "model.json"))
+  return tokenizer

@@ -237,7 +237,7 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   _define_step(define)
   define.string("prompt", "", "Text to continue; empty: a new document.")
   define.path("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
-  define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
+  define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
   define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)

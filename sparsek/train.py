@@ -109,7 +109,8 @@ def heldout_loss(params, eval_step: Callable, mesh, batches, stop: StopSignal | 
 def _model_record(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset) -> dict:
   tokenizer = dataset.tokenizer
   return {"model": dataclasses.asdict(config), "data": dataclasses.asdict(train.data),
-          "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}}
+          "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
+                        "bos_ids": tokenizer.bos_ids}}
 
 
 def _check_tokenizer(workdir: str, dataset: TokenDataset, data: str) -> TransformerConfig:
