@@ -71,9 +71,10 @@ def import_folder(folder: str, workdir: str) -> None:
 def save_checkpoint(unfinished: str, workdir: str, params) -> None:
   """Writes the checkpoint of step 0. Raises RunError where that fails."""
   try:
-    writer = checkpoint.CheckpointWriter(unfinished, keep=1)
-    writer.save(0, params, None, {})
-    writer.close()
+    with checkpoint.quiet_orbax():
+      writer = checkpoint.CheckpointWriter(unfinished, keep=1)
+      writer.save(0, params, None, {})
+      writer.close()
   except Exception as error:                  # Orbax and tensorstore raise many kinds
     reason = files.reason_of(error) if isinstance(error, OSError) else checkpoint.first_line(error)
     raise RunError(f"{workdir} cannot be written: {reason}") from error

@@ -9,6 +9,7 @@ import reprlib
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import IO
 
@@ -190,6 +191,8 @@ def new_folder(path: str) -> Iterator[str]:
   except BlockingIOError:
     raise UsageError(f"{path} is being written by another process") from None
   except OSError as error:
+    with contextlib.suppress(OSError):
+      os.rmdir(unfinished)                                # made, but its lock was not
     raise UsageError(f"{path} cannot be written: {reason_of(error)}") from None
   with lock:
     try:
@@ -199,7 +202,7 @@ def new_folder(path: str) -> Iterator[str]:
       check_new_folder(path)
       os.rename(unfinished, path)                         # over an empty folder, or to a new name
     except BaseException as error:
-      shutil.rmtree(unfinished, ignore_errors=True)
+      _remove(unfinished)
       if isinstance(error, OSError):
         raise cannot_write(path, error) from None
       raise
@@ -219,6 +222,15 @@ def check_new_folder(path: str) -> None:
                      f"give a folder in it")
   if os.listdir(path):
     raise UsageError(f"{path} is not empty: give a new folder")
+
+
+def _remove(folder: str) -> None:
+  """Removes a folder into which threads of a failed save may write for a moment longer."""
+  for _ in range(20):
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.05)
+    if not os.path.lexists(folder):
+      return
 
 
 def _clear(folder: str) -> None:

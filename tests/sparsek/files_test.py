@@ -1,8 +1,11 @@
 """Files are replaced whole or not at all; paths and JSON that cannot be used are refused by name."""
 
+import contextlib
 import multiprocessing
 import os
 import stat
+import threading
+import time
 
 import pytest
 
@@ -114,6 +117,22 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
       file.write("whole")
   assert os.listdir(path.parent) == ["new"] and os.listdir(path) == ["a"]
   assert seen == [folder] * 2
+
+
+def test_a_failed_new_folder_goes_though_a_thread_still_writes(tmp_path):
+  def write(folder):
+    for i in range(30):
+      with contextlib.suppress(OSError):
+        os.makedirs(os.path.join(folder, "sub", str(i)))
+      time.sleep(0.005)
+
+  with pytest.raises(RunError, match="No space"):
+    with files.new_folder(str(tmp_path / "new")) as folder:
+      thread = threading.Thread(target=write, args=(folder,))
+      thread.start()
+      raise OSError(28, "No space left on device")
+  thread.join()
+  assert os.listdir(tmp_path) == []
 
 
 def test_what_a_new_folder_cannot_replace(tmp_path, monkeypatch):
