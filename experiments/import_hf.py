@@ -57,7 +57,7 @@ def import_folder(folder: str, workdir: str) -> None:
       "data": dataclasses.asdict(data),
       "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
                     "vocab_size": tokenizer.vocab_size, "eos_ids": ends}}
-  with files.new_folder(workdir) as unfinished:
+  with checkpoint.quiet_orbax(), files.new_folder(workdir) as unfinished:
     save_checkpoint(unfinished, workdir, params)
     pretrained.copy_tokenizer(folder, os.path.join(unfinished, "tokenizer"))
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
@@ -71,10 +71,9 @@ def import_folder(folder: str, workdir: str) -> None:
 def save_checkpoint(unfinished: str, workdir: str, params) -> None:
   """Writes the checkpoint of step 0. Raises RunError where that fails."""
   try:
-    with checkpoint.quiet_orbax():
-      writer = checkpoint.CheckpointWriter(unfinished, keep=1)
-      writer.save(0, params, None, {})
-      writer.close()
+    writer = checkpoint.CheckpointWriter(unfinished, keep=1)
+    writer.save(0, params, None, {})
+    writer.close()
   except Exception as error:                  # Orbax and tensorstore raise many kinds
     reason = files.reason_of(error) if isinstance(error, OSError) else checkpoint.first_line(error)
     raise RunError(f"{workdir} cannot be written: {reason}") from error

@@ -220,7 +220,11 @@ def check_new_folder(path: str) -> None:
   if os.path.ismount(path) or os.path.samefile(path, os.curdir):
     raise UsageError(f"{path} is a mount point or the working directory, which cannot be replaced: "
                      f"give a folder in it")
-  if os.listdir(path):
+  try:
+    empty = not os.listdir(path)
+  except OSError as error:
+    raise UsageError(f"{path} cannot be read: {reason_of(error)}") from None
+  if not empty:
     raise UsageError(f"{path} is not empty: give a new folder")
 
 

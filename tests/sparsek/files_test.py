@@ -135,6 +135,10 @@ def test_a_failed_new_folder_goes_though_a_thread_still_writes(tmp_path):
   assert os.listdir(tmp_path) == []
 
 
+def _no_permission(path):
+  raise PermissionError(13, "Permission denied")
+
+
 def test_what_a_new_folder_cannot_replace(tmp_path, monkeypatch):
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "note").write_text("mine")
@@ -146,6 +150,9 @@ def test_what_a_new_folder_cannot_replace(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=words):
       with files.new_folder(path):
         pass
+  with monkeypatch.context() as patch, pytest.raises(UsageError, match="full cannot be read: Perm"):
+    patch.setattr(os, "listdir", _no_permission)
+    files.check_new_folder("../full")
   with pytest.raises(UsageError, match="late is not empty"):         # another process made it
     with files.new_folder(str(tmp_path / "late")):
       (tmp_path / "full").rename(tmp_path / "late")
