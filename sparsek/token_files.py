@@ -279,7 +279,8 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
       "num_documents": len(held_out),
       **{name: {split: int(sums[split][i]) for split in SPLITS} for i, name in enumerate(("num_counted", "num_bytes"))},
       "vocab_size": tokenizer.vocab_size,
-      "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "bos_ids": tokenizer.bos_ids},
+      "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
+                    "bos_ids": tokenizer.bos_ids, "eos_id": tokenizer.eos_id},
       "sources": list(sources),
       "versions": {"python": platform.python_version(), "tokenizers": importlib.metadata.version("tokenizers")},
       "heldout": np.flatnonzero(held_out).tolist(),
@@ -502,6 +503,10 @@ def _read_tokenizer(folder: str, meta: dict) -> Tokenizer:
     path = os.path.join(folder, TOKENIZER_FILE)
     _check_sha256(path, meta["sha256"].get(TOKENIZER_FILE, "of meta.json, which has none"))
     tokenizer = load_tokenizer(path)
+  ending = meta["tokenizer"].get("eos_id", tokenizer.eos_id)       # not in older files
+  if tokenizer.eos_id != ending:
+    raise UsageError(f"folder {folder}: its documents end with token {ending}, and the files "
+                     f"beside {TOKENIZER_FILE} name {tokenizer.eos_id}")
   if tokenizer.vocab_size != meta["vocab_size"]:
     raise UsageError(f"folder {folder}: expected a tokenizer with {meta['vocab_size']} ids, found {tokenizer.vocab_size}")
   tokenizer.bos_ids = read_bos(meta["tokenizer"], tokenizer, os.path.join(folder, META_FILE))

@@ -25,12 +25,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from sparsek import document_end
+from sparsek.document_end import EOS_TOKENS
 from sparsek.errors import UsageError
 from sparsek.files import write_atomically
 
 TOKENIZER_FILE = "tokenizer.json"
-# Names under which known vocabularies keep their end of document. The first that is present is taken; if none is, the first is added.
-EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 # Far above every vocabulary in use; the library writes a tokenizer in time and memory that grow with its largest id, and a
 # model has a row for each.
@@ -69,29 +69,36 @@ class ByteTokenizer:
   def save(self, folder: str) -> None:
     """Nothing to write: meta.json names this tokenizer."""
 
+  save_end = save
+
 
 class BPETokenizer:
-  """A `tokenizers.Tokenizer`, with an end of document found among its tokens or added to them.
+  """A `tokenizers.Tokenizer` with the token that ends a document.
 
+  By default that is a token of a known name, and is added where there is none.
   Text that happens to spell a special token is encoded as text unless asked otherwise, so no document can contain an eos of its own.
   """
 
   name = "bpe"
 
-  def __init__(self, tokenizer):
+  def __init__(self, tokenizer, eos: str | None = None):
     self._tokenizer = tokenizer
     _check_ids(tokenizer)
     # Settings that would cut or pad a document silently.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    eos = next((token for token in EOS_TOKENS if tokenizer.token_to_id(token) is not None), EOS_TOKENS[0])
+    default = document_end.known_name(tokenizer) or EOS_TOKENS[0]
+    eos = eos or default
+    self._recorded_eos = None if eos == default else eos
     tokenizer.add_special_tokens([eos])  # Also makes a token that was an ordinary one special; changes nothing otherwise.
     self.eos_id = tokenizer.token_to_id(eos)
     self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     # The library's own format version says nothing about the ids; sorted keys make the text canonical.
     content = json.loads(tokenizer.to_str())
     content.pop("version", None)
+    if self._recorded_eos:
+      content["eos_token"] = self._recorded_eos
     self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     self.bos_ids = _beginning(tokenizer)
     self._byte_of, self._written = _byte_tokens(tokenizer, content)
@@ -145,6 +152,12 @@ class BPETokenizer:
   def save(self, folder: str) -> None:
     # The library's own `save` raises a bare Exception where the disk is full.
     write_atomically(os.path.join(folder, TOKENIZER_FILE), self._tokenizer.to_str(pretty=True))
+    self.save_end(folder)
+
+  def save_end(self, folder: str) -> None:
+    """Names the end of a document beside a tokenizer.json, where that alone would give another."""
+    if self._recorded_eos:
+      document_end.record(folder, self._recorded_eos)
 
 
 Tokenizer = ByteTokenizer | BPETokenizer
@@ -249,6 +262,7 @@ def load_tokenizer(source: str) -> Tokenizer:
 
   Args:
     source: "byte", the path of a tokenizer.json, or a folder: one with a tokenizer.json, or token files of the byte tokenizer.
+      The files beside a tokenizer.json say which token ends a document; see `sparsek.document_end`.
 
   Raises:
     UsageError: if there is no tokenizer there, or it cannot be read.
@@ -264,9 +278,19 @@ def load_tokenizer(source: str) -> Tokenizer:
     raise UsageError(f"tokenizer {source!r}: found no file {path}; give 'byte', a tokenizer.json or a folder that holds one")
   import tokenizers
 
+  with _reading(path):
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+  eos = document_end.find(tokenizer, os.path.dirname(path))
+  with _reading(path):
+    return BPETokenizer(tokenizer, eos)
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+  """Raises UsageError, naming the file, for whatever is wrong with it or the library says of it."""
   try:
     with _silent_panics(), _library_errors("be used"):
-      return BPETokenizer(tokenizers.Tokenizer.from_file(path))
+      yield
   except UsageError as error:
     raise UsageError(f"tokenizer file {path} cannot be read: {error}") from None
 
