@@ -8,6 +8,7 @@ No other random state exists: everything random derives from (seed, step). WORKD
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -24,12 +25,15 @@ from orbax.checkpoint import v1 as ocp
 from sparsek import lora
 from sparsek.config import TransformerConfig
 from sparsek.errors import RunError, UsageError
+from sparsek.files import reason_of
 from sparsek.model import init_params
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Report = Callable[[str], None]
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
+PROBE = ".probe"                                         # beside the checkpoints' steps, while a run starts
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedCheckpoint(Exception):
@@ -97,6 +101,32 @@ class CheckpointWriter:
   def __init__(self, workdir: str, keep: int):
     self._workdir, self._keep = workdir, keep
     self._checkpointer = self._pending = None
+
+  def probe(self) -> None:
+    """Saves a small checkpoint beside the others, reads it back and removes it.
+
+    Raises:
+      RunError: where the disk is full.
+      UsageError: where checkpoints cannot be written for another reason.
+    """
+    folder = os.path.join(checkpoint_folder(self._workdir), PROBE)
+    array = jnp.arange(4.)
+    try:
+      shutil.rmtree(folder, ignore_errors=True)
+      os.makedirs(folder)
+      path = os.path.join(folder, "0")
+      with _context(), quiet_orbax():
+        ocp.save_checkpointables(path, {"params": {"probe": array}, "data": {}})
+        back = ocp.load_checkpointables(path, {"params": {"probe": array}, "data": None})
+      if not jnp.array_equal(back["params"]["probe"], array):
+        raise OSError("what is read is not what was written")
+    except Exception as error:    # Orbax and tensorstore raise many kinds
+      full = isinstance(error, OSError) and error.errno in NO_SPACE
+      kind = RunError if full else UsageError
+      reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
+      raise kind(f"--workdir={self._workdir}: checkpoints cannot be written: {reason}") from error
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
 
   def save(self, step: int, params, opt_state, data_state: dict) -> None:
     """Starts saving; returns when the arrays are copied, so that they may be donated. Without an opt_state (None) no run can go on from the checkpoint.
@@ -203,10 +233,10 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   return loaded
 
 
-def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, Any], report: Report) -> tuple[int, dict, list[int]]:
-  """Loads the newest good checkpoint: (step, checkpointables, damaged steps that are newer). Each damaged one is reported."""
+def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, Any], report: Report, last: int | None = None) -> tuple[int, dict, list[int]]:
+  """Loads the newest good checkpoint up to step `last`: (step, checkpointables, damaged steps that are newer). Each damaged one is reported."""
   damaged = {}
-  for step in reversed(saved_steps(workdir)):
+  for step in reversed([step for step in saved_steps(workdir) if last is None or step <= last]):
     try:
       return step, _load(workdir, step, config, abstract), list(damaged)
     except DamagedCheckpoint as error:
@@ -217,7 +247,8 @@ def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, An
   raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read; move the folder away to start afresh")
 
 
-def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding, report: Report = to_stderr) -> Restored | None:
+def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding,
+                   report: Report = to_stderr, last: int | None = None) -> Restored | None:
   """The newest good checkpoint of a run that goes on, or None where there is none.
 
   Checkpoints that are newer but damaged are reported and moved to WORKDIR/damaged, so that their steps can be saved again.
@@ -228,6 +259,7 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
     abstract_opt_state: tree of shapes and dtypes.
     sharding: for every array.
     report: takes one line of text.
+    last: the step to go back to; later checkpoints are not looked at. None: the newest.
   Raises:
     UsageError: where the architecture differs, with a table of the parameters, or where no checkpoint can be read.
     RunError: where memory does not suffice.
@@ -235,7 +267,7 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
   if not saved_steps(workdir):
     return None
   abstract = {"params": _abstract(abstract_params(config), sharding), "optimizer": _abstract(abstract_opt_state, sharding), "data": None}
-  step, loaded, damaged = _load_newest(workdir, config, abstract, report)
+  step, loaded, damaged = _load_newest(workdir, config, abstract, report, last)
   for bad in damaged:
     folder = os.path.join(os.path.abspath(workdir), "damaged")
     os.makedirs(folder, exist_ok=True)

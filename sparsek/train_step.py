@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek import lora
+from sparsek import lora, spikes
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
@@ -18,16 +18,22 @@ from sparsek.loss import next_token_targets
 from sparsek.model import Transformer, layer_params
 from sparsek.objective import Teacher, scorer_warmup_loss, summed_losses
 from sparsek.optimizer import learning_rate_schedule, trainable_mask
+from sparsek.spikes import Spikes
 
 BATCH = "batch"  # the mesh axis
 
 
 class TrainState(NamedTuple):
-  """Everything an update reads and writes: `step` updates were made so far. The run's seed is among it and no constant: all seeds share what is compiled."""
+  """Everything an update reads and writes: `step` updates were made so far.
+
+  The run's seed is among it and no constant: all seeds share what is compiled. `spikes` is what
+  `sparsek.spikes.start` returns.
+  """
   step: jax.Array
   params: Any
   opt_state: Any
   seed: jax.Array | int = 0
+  spikes: Spikes | tuple[()] = ()
 
 
 def make_mesh() -> Mesh:
@@ -39,10 +45,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def abstract_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(params, optimizer: optax.GradientTransformation, mesh: Mesh,
+                   spike_factor: float = 0.0) -> TrainState:
   """Shapes and placement of the state of a run whose parameters have these shapes."""
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  state = TrainState(number, params, jax.eval_shape(optimizer.init, params), number)
+  state = TrainState(number, params, jax.eval_shape(optimizer.init, params), number,
+                     spikes.start(spike_factor))
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state)
 
 
@@ -101,7 +109,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   metrics: float32 scalars "loss" (the cross-entropy alone; in the scorers' warm-up, where there is none, the scorers' loss), "grad_norm" (before clipping),
   "learning_rate", int32 "num_targets", and, before their weights, "scorer_loss" where its weight is above 0 and a scorer learns, and "divergence" from the
   teacher. Noise on the scores and the queries of the scorers' loss derive from (state.seed, step, device, micro-batch, layer), so that a resumed run has the
-  same.
+  same. With `train.spike_factor` also int32 "skipped": the run's updates so far that were spikes.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
   scorer_weight = train.scorer_loss if config.learns_scores else 0.
@@ -152,7 +160,15 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     # Also where moments of a run that trained more are not 0.
     learned = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(learned, updates), learned,
                            trainable_mask(learned, trainable))
-    return TrainState(state.step + 1, lora.join(learned, frozen), opt_state, state.seed), metrics
+    new = TrainState(state.step + 1, lora.join(learned, frozen), opt_state, state.seed)
+    if train.spike_factor:
+      is_spike, counted = spikes.judge(state.spikes, train.spike_factor, metrics["loss"],
+                                       metrics["grad_norm"])
+      new = new._replace(
+          params=spikes.keep(is_spike, state.params, new.params),
+          opt_state=spikes.keep(is_spike, state.opt_state, new.opt_state), spikes=counted)
+      metrics["skipped"] = counted.skipped
+    return new, metrics
 
   return jax.jit(train_step, donate_argnums=0)
 
@@ -163,6 +179,12 @@ def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh, packe
     return jax.lax.psum(summed_losses(config, params, batch, loss_chunk, packed).cross_entropy, BATCH), _num_targets(batch)
 
   return jax.jit(jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
+
+
+@jax.jit
+def all_finite(tree) -> jax.Array:
+  """Returns a bool scalar: no array of the tree holds a NaN or an infinity."""
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def make_diagnose(config: TransformerConfig) -> Callable:
