@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from sparsek import config as config_lib
-from sparsek import files, terminal
+from sparsek import terminal
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.errors import RunError, UsageError
 
@@ -411,19 +411,11 @@ def _run(main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequen
   try:
     parse(argv, flag_values)
     main()
-    _flush_output()
+    sys.stdout.flush()
   except (UsageError, RunError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
   return 0
-
-
-def _flush_output() -> None:
-  """Raises RunError where what was printed is lost, as on a full disk."""
-  try:
-    sys.stdout.flush()
-  except OSError as error:
-    raise files.cannot_write("standard output", error) from None
 
 
 def into_string(flag_values: flags.FlagValues = FLAGS) -> str:

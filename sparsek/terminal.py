@@ -5,6 +5,8 @@ import sys
 import threading
 from typing import IO
 
+from sparsek import files
+
 END_SECONDS = 10.0          # that the interpreter may take to end once a command has said its last
 
 
@@ -12,10 +14,15 @@ class Lenient:
   """A text stream that goes on as if to the null device where nobody reads it any more.
 
   Attributes that are not here are those of the stream.
+
+  Args:
+    stream: standard output or error.
+    name: of it, for messages.
+    forgiven: what it costs no more than what is printed; another OSError raises RunError.
   """
 
-  def __init__(self, stream: IO[str], forgiven: type[OSError]):
-    self._stream, self._forgiven = stream, forgiven
+  def __init__(self, stream: IO[str], name: str, forgiven: type[OSError]):
+    self._stream, self._name, self._forgiven = stream, name, forgiven
 
   def __getattr__(self, name):
     return getattr(self._stream, name)
@@ -23,15 +30,20 @@ class Lenient:
   def write(self, text: str) -> int:
     try:
       return self._stream.write(text)
-    except self._forgiven:
-      self._silence()
+    except OSError as error:
+      self._fail(error)
       return len(text)
 
   def flush(self) -> None:
     try:
       self._stream.flush()
-    except self._forgiven:
-      self._silence()
+    except OSError as error:
+      self._fail(error)
+
+  def _fail(self, error: OSError) -> None:
+    self._silence()
+    if not isinstance(error, self._forgiven):
+      raise files.cannot_write(self._name, error) from None
 
   def _silence(self) -> None:
     """Points the file descriptor at the null device, where what is still buffered can go too.
@@ -54,8 +66,8 @@ def make_lenient() -> None:
   while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
   os.close(null)
-  sys.stdout = Lenient(sys.stdout or open(os.devnull, "w"), BrokenPipeError)
-  sys.stderr = Lenient(sys.stderr or open(os.devnull, "w"), OSError)
+  sys.stdout = Lenient(sys.stdout or open(os.devnull, "w"), "standard output", BrokenPipeError)
+  sys.stderr = Lenient(sys.stderr or open(os.devnull, "w"), "standard error", OSError)
 
 
 def end_within(seconds: float, code: int) -> None:

@@ -188,7 +188,6 @@ class _Run:
     self.result_loss = self.result_heldout = None
     self.saving_step = self.saved_step = None  # of the checkpoint being written, and of the newest that is complete
     self.batch = None                          # of the last step
-    self.finite_step = None                    # whose parameters a held-out loss has found finite
     self.last_update = ""                      # what led to the parameters, for messages
     self.skipped = self.skipped_in_a_row = 0
 
@@ -242,6 +241,7 @@ class _Run:
       self.step = 0
       opt_state = jax.jit(self.optimizer.init, out_shardings=everywhere)(params)
     self.data_state = self.iterator.get_state()
+    self.yes, self.no = jax.device_put((jnp.bool_(True), jnp.bool_(False)), everywhere)
     numbers = (jnp.int32(self.step), jnp.int32(self.train.seed),
                spikes.start(self.train.spike_factor, spikes_so_far))
     step, seed, so_far = jax.device_put(numbers, everywhere)
@@ -310,7 +310,7 @@ class _Run:
         pending = None
       self.profile.before(self.step)
       self.batch = put_batch(self.mesh, batch)
-      self.state, outputs = self.train_step(self.state, self.batch, *self.teacher)
+      self.state, outputs = self.train_step(self.state, self.batch, *self.teacher, apply=self.yes)
       row = {key: value[:1] for key, value in batch.items()}
       diagnostics = self.diagnose(self.state.params, row) if is_logged(self.step) else {}
       if pending is not None:
@@ -358,18 +358,20 @@ class _Run:
     self.last_update = f", whose update had loss {loss:.4g} and gradient norm {grad_norm:.4g}"
 
   def check_state(self) -> None:
-    """Raises _Ended unless the state of this step is finite, and a loss under its parameters is.
+    """Raises _Ended unless the state is finite, and so are the loss and the gradients under it.
 
     The loss of a step says nothing about the parameters that its update led to: only what a
-    further loss has seen is saved.
+    further step has seen is saved. Here it is the last batch once more, without an update. In a
+    process that has made no step the state is a new one.
     """
     if not all_finite((self.state.params, self.state.opt_state)):
       raise _Ended(f"parameters or moments of step {self.step} are not finite{self.last_update}")
-    if self.batch is not None and self.finite_step != self.step:
-      loss = heldout_loss(self.state.params, self.eval_step, self.mesh, [self.batch])
-      if not math.isfinite(loss):
-        raise _Ended(f"the loss is {loss} under the parameters of step {self.step}{self.last_update}")
-    self.finite_step = self.step
+    if self.batch is not None:
+      self.state, outputs = self.train_step(self.state, self.batch, *self.teacher, apply=self.no)
+      loss, grad_norm = (float(jax.device_get(outputs[name])) for name in ("loss", "grad_norm"))
+      if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise _Ended(f"the loss is {loss} and the gradient norm {grad_norm} under the parameters "
+                     f"of step {self.step}{self.last_update}")
 
   def evaluate(self, metrics: MetricsWriter, progress: Progress) -> None:
     """Writes the held-out loss, unless a signal interrupts it; then the resumed run evaluates again."""
@@ -378,7 +380,6 @@ class _Run:
       return
     if not math.isfinite(loss):
       raise _Ended(f"the held-out loss is {loss} at step {self.step}{self.last_update}")
-    self.finite_step = self.step
     record, line = {"step": self.step, "heldout_loss": loss}, f"step {self.step}/{self.num_steps}  held-out loss {loss:.4f}"
     if self.dataset.tokenizer.name == "byte":
       record["heldout_bits_per_byte"] = loss / math.log(2)

@@ -100,6 +100,9 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
                     teacher: TransformerConfig | None = None) -> Callable:
   """Compiles (state, batch) -> (state, metrics); the old state is donated. With a teacher: (state, batch, its parameters).
 
+  With `apply`, a bool scalar on the devices, the same program can also find out the loss and the
+  gradient norm of a state and leave it as it is: False.
+
   The loss is the mean over all counted targets of the whole batch, in nats: each device sums its rows' gradients, micro-batch by
   micro-batch, already divided by the number of targets of all, and one sum over the devices ends it.
 
@@ -152,7 +155,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   # check_vma=False: params come in unvaried and their gradients are summed here, once, and not inside every loop of the backward pass.
   gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(), P(BATCH), P(), P()), out_specs=P(), check_vma=False)
 
-  def train_step(state: TrainState, batch, teacher_params=None):
+  def train_step(state: TrainState, batch, teacher_params=None, apply=None):
     learned, frozen = lora.split(state.params)
     losses, grads, num_targets = gradients(learned, frozen, batch, (state.seed, state.step), teacher_params)
     metrics = {**losses, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
@@ -168,6 +171,8 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
           params=spikes.keep(is_spike, state.params, new.params),
           opt_state=spikes.keep(is_spike, state.opt_state, new.opt_state), spikes=counted)
       metrics["skipped"] = counted.skipped
+    if apply is not None:
+      new = jax.tree.map(lambda new, old: jnp.where(apply, new, old), new, state)
     return new, metrics
 
   return jax.jit(train_step, donate_argnums=0)
