@@ -24,7 +24,7 @@ from sparsek.errors import RunError, UsageError
 from sparsek.metrics import read_metrics
 from sparsek.model import init_params, unstack_layers
 from sparsek.token_files import write_token_files
-from sparsek.tokenizer import ByteTokenizer
+from sparsek.tokenizer import ByteTokenizer, train_bpe
 from sparsek.train_step import make_eval_step, make_mesh
 
 CONFIG = TransformerConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
@@ -449,6 +449,21 @@ def test_a_full_disk_is_one_sentence_and_the_command_can_be_repeated(what, finis
       train.train(CONFIG, run_config(tmp_path), dataset)
   assert train.train(CONFIG, run_config(tmp_path), dataset).step == 8
   assert logged(tmp_path) == logged(finished[0])
+
+
+def test_a_full_disk_leaves_the_tokenizer_as_it_was(tmp_path):
+  """Its library would cut the file short, and raise a bare Exception."""
+  tokenizer = train_bpe(["some text"], 257)
+  tokenizer.save(str(tmp_path))
+  before, limits = (tmp_path / "tokenizer.json").read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    with pytest.raises(OSError, match="File too large"):
+      tokenizer.save(str(tmp_path))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert (tmp_path / "tokenizer.json").read_text() == before
+  assert os.listdir(tmp_path) == ["tokenizer.json"]
 
 
 def test_metrics_on_a_full_disk_end_the_run(dataset, tmp_path, monkeypatch):
