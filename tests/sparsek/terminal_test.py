@@ -64,7 +64,7 @@ def test_a_command_keeps_ignoring_an_ignored_interrupt():
 
 @pytest.mark.slow
 def test_a_process_ends_whatever_its_threads_wait_for_and_keeps_low_descriptors_free(tmp_path):
-  """A process of its own, without a standard output, which ends by os._exit.
+  """A process of its own, without standard input and output, which ends by os._exit.
 
   What is printed, as by libraries in C, must not land in the first file that a run opens.
   """
@@ -81,7 +81,7 @@ def main():
   raise RunError("the last save failed")
 flags.run(main)
 """
-  done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], cwd=ROOT,
+  done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code], cwd=ROOT,
                         stderr=subprocess.PIPE, text=True, timeout=60)
   assert (done.returncode, done.stderr) == (1, "error: the last save failed\n")
   assert (tmp_path / "file").read_text() == ""
