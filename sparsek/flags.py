@@ -343,7 +343,7 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
   define.number("restore_step", None, "Go on from the checkpoint of this step; later ones, and the "
-                "metrics so far, are moved to WORKDIR/set_aside. The same command again does not go "
+                "metrics so far, are set aside in WORKDIR/set_aside. The same command again does not go "
                 "back again, but on from the newest checkpoint. Default: the newest.", lower=0)
   define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir, and without --preset its model flags; "
                 "under another kind of attention it draws the scorers that run has not. "

@@ -187,7 +187,8 @@ class _Run:
     self.peak_flops = None if train.scorer_warmup else flops.peak(jax.devices()[0])
     self.result_loss = self.result_heldout = None
     self.saving_step = self.saved_step = None  # of the checkpoint being written, and of the newest that is complete
-    self.batch = None                          # of the last step
+    self.batch = None                          # of the last step that was no spike
+    self.presence = None                       # of the run's files, once they are there
     self.last_update = ""                      # what led to the parameters, for messages
     self.skipped = self.skipped_in_a_row = 0
 
@@ -278,14 +279,14 @@ class _Run:
     def is_logged(step):
       return step == 1 or step % train.log_every == 0 or step == self.num_steps
 
-    def report(step, outputs, diagnostics, lengths):
+    def report(step, batch, outputs, diagnostics, lengths):
       """Reads the metrics of a step, which waits for it, and logs them where due."""
       work.append(flops.training_flops(self.config, self.params_shape, lengths))
       outputs = {key: value.item() for key, value in jax.device_get(outputs).items()}
       if not self.is_spike(step, outputs, progress.say):
         # Raised before the parameters it led to are saved, so that the newest checkpoint is a good one.
         self.check_step(step, outputs)
-        self.result_loss = outputs["loss"]
+        self.result_loss, self.batch = outputs["loss"], batch
       progress.step(step)
       if is_logged(step):
         seconds = watch.lap(step)
@@ -309,13 +310,14 @@ class _Run:
         report(*pending)
         pending = None
       self.profile.before(self.step)
-      self.batch = put_batch(self.mesh, batch)
-      self.state, outputs = self.train_step(self.state, self.batch, *self.teacher, apply=self.yes)
+      placed = put_batch(self.mesh, batch)
+      self.state, outputs = self.train_step(self.state, placed, *self.teacher, apply=self.yes)
       row = {key: value[:1] for key, value in batch.items()}
       diagnostics = self.diagnose(self.state.params, row) if is_logged(self.step) else {}
       if pending is not None:
         report(*pending)
-      pending = (self.step, outputs, diagnostics, flops.document_lengths(batch["segment_ids"][:, :-1]))
+      lengths = flops.document_lengths(batch["segment_ids"][:, :-1])
+      pending = (self.step, placed, outputs, diagnostics, lengths)
       save = self.step % train.checkpoint_every == 0 or self.step == self.num_steps
       if save or self.evaluation_due(self.step) or self.profile.ends_at(self.step):
         report(*pending)
@@ -334,7 +336,7 @@ class _Run:
     """Returns whether the update of a step was not applied, and tells so.
 
     Raises:
-      RunError: where --on_spike=stop, or too many follow each other.
+      _Ended: where --on_spike=stop, or too many follow each other.
     """
     skipped = outputs.get("skipped", self.skipped)
     if skipped == self.skipped:
@@ -361,10 +363,10 @@ class _Run:
     """Raises _Ended unless the state is finite, and so are the loss and the gradients under it.
 
     The loss of a step says nothing about the parameters that its update led to: only what a
-    further step has seen is saved. Here it is the last batch once more, without an update. In a
-    process that has made no step the state is a new one.
+    further step has seen is saved. Here it is the last ordinary batch once more, without an
+    update. In a process that has made no step the state is a new one.
     """
-    if not all_finite((self.state.params, self.state.opt_state)):
+    if not jax.device_get(all_finite((self.state.params, self.state.opt_state))):
       raise _Ended(f"parameters or moments of step {self.step} are not finite{self.last_update}")
     if self.batch is not None:
       self.state, outputs = self.train_step(self.state, self.batch, *self.teacher, apply=self.no)

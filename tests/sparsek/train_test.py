@@ -400,6 +400,26 @@ def test_skipped_spikes_are_told_and_resume_to_the_bit(dataset, tmp_path, monkey
     train.train(CONFIG, settings(tmp_path / "row"), dataset)
 
 
+def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(dataset, tmp_path,
+                                                                       monkeypatch):
+  """Its batch has no finite loss under any parameters; the checkpoint's are from before it."""
+  original, batches = train.make_train_step, []
+
+  def spiking(*args):
+    step = original(*args)
+
+    def spike_at_4(state, batch, apply):
+      batches.append(batch)
+      state, outputs = step(state, batch, apply=apply)
+      loss = jnp.nan if len(batches) > 3 and batch is batches[3] else outputs["loss"]
+      return state, {**outputs, "loss": jnp.float32(loss), "skipped": jnp.int32(len(batches) >= 4)}
+    return spike_at_4
+  monkeypatch.setattr(train, "make_train_step", spiking)
+  config = run_config(tmp_path, num_steps=4, eval_every=0, spike_factor=2.0)
+  assert train.train(CONFIG, config, dataset).step == 4
+  assert checkpoint.saved_steps(str(tmp_path)) == [4]
+
+
 @pytest.mark.parametrize("name", ["", "metrics.jsonl"])
 def test_a_folder_that_is_gone_ends_the_run_and_is_not_made_again(name, dataset, run_copy,
                                                                   monkeypatch):
