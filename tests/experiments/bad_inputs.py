@@ -48,6 +48,9 @@ CASES = [                        # command, what its message must hold; TMP is t
     (f"pretrain --workdir=TMP/x {TINY} --lora_rank=2", "--lora_rank=2 needs --init_from"),
     (f"pretrain --workdir=TMP/x {TINY} --init_from=TMP/run@99", "99"),
     (f"pretrain --workdir=/proc/x {TINY}", "--workdir=/proc/x"),
+    (f"pretrain --workdir=TMP/run {TINY} --restore_step=3", "--restore_step=3"),
+    (f"pretrain --workdir=TMP/no_checkpoints {TINY}", "checkpoints cannot be written"),
+    (f"pretrain --workdir=TMP/x {TINY} --spike_factor=1", "--spike_factor=1.0 must be above 1"),
     (f"pretrain --workdir=TMP/in_use {TINY}", "in use by another run"),
     ("pretrain --workdir=TMP/x stray", "'stray'"),
     ("generate --prompt=a", "--workdir is required"),
@@ -91,6 +94,8 @@ def main() -> None:
       print(f"code {code}, {seconds:.1f} s: {command.replace(TINY, 'TINY')}", *(f"  {line}" for line in lines), sep="\n", flush=True)
     write_documents(f"{folder}/tokens")
     os.truncate(pathlib.Path(write_documents(f"{folder}/damaged"), "tokens.bin"), 5)
+    pathlib.Path(folder, "no_checkpoints").mkdir()
+    pathlib.Path(folder, "no_checkpoints", "checkpoints").write_text("a file")
     pathlib.Path(folder, "broken.jsonl").write_text('{"text": "fine"}\n{broken\n')
     assert run(f"pretrain --workdir=TMP/run {TINY}")[0] == 0
     owner = start(f"{folder}/in_use", f"{folder}/tokens", environment, "--num_steps=100000", "--eval_every=0")
