@@ -14,8 +14,12 @@ from .varying import varying_like
 
 
 def chunk_size(n: int, k: int, window: int) -> int:
-  """Queries per chunk: about a quarter of the budget, so that the 2 C keys a chunk reads beyond its k + window stay a fraction of the work."""
-  return min(n, max(64, min(512, (k + window) // 128 * 32)))
+  """Returns the queries per chunk, at least 2.
+
+  That is about a quarter of the budget, so that the 2 C keys that a chunk reads beyond its
+  k + window stay a fraction of the work. XLA fails to compile chunks of one query for GPUs.
+  """
+  return max(2, min(n, max(64, min(512, (k + window) // 128 * 32))))
 
 
 def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array:

@@ -29,4 +29,4 @@ def test_no_budget_no_lists():
 
 @pytest.mark.parametrize("n, k, window", [(1, 1, 0), (50, 8, 8), (10 ** 6, 512, 512), (10 ** 6, 4096, 0)])
 def test_chunk_size_is_within_the_length(n, k, window):
-  assert 1 <= chunk_size(n, k, window) <= n
+  assert 2 <= chunk_size(n, k, window) <= max(n, 2)
