@@ -6,7 +6,8 @@ A command runs undisturbed once, and its operations on files are recorded. Then 
 each of them, from the same folder, with that operation failing: by ENOSPC, which lasts, by EIO, once,
 and by a kill (in a write when half of it is written). Each time
 
-  - it ends with code 0, or with 1 or 2 and one sentence, in 20 seconds;
+  - it ends with code 0, or with 1 or 2 and one sentence, in 20 seconds of a
+    processor, and does not wait for longer;
   - checkpoints that are named as complete load, bit-equal to the undisturbed run's, the metrics of
     their steps are there, and the files of others are what they were;
   - the same command again ends with 0, or says that all is done, and leaves what an undisturbed run
@@ -29,16 +30,26 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tests.experiments import forked, io_faults
 
-MODEL = ["--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8", "--mlp_dim=16", "--k=4", "--window=4"]
-TRAIN = [*MODEL, "--seq_len=32", "--batch_size=2", "--log_every=1", "--eval_every=2", "--eval_batches=1", "--checkpoint_every=1", "--keep_checkpoints=9",
-         "--warmup_steps=1"]
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-               "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TOKENIZERS_PARALLELISM": "false"}
+MODEL = [
+  "--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8",
+  "--mlp_dim=16", "--k=4", "--window=4"
+]
+TRAIN = [
+  *MODEL, "--seq_len=32", "--batch_size=2", "--log_every=1", "--eval_every=2", "--eval_batches=1",
+  "--checkpoint_every=1", "--keep_checkpoints=9", "--warmup_steps=1"
+]
+ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  "TOKENIZERS_PARALLELISM": "false",
+}
 SECONDS = 20.0
 NOTE = "what its user wrote\n"
 # Others' files, which look like what a program might clean up.
@@ -58,6 +69,7 @@ class Scenario:
     product: of that path: what must be the same whatever happened.
     notes: the user has files in that folder too.
   """
+
   name: str
   command: list[str]
   makes: str
@@ -76,9 +88,13 @@ def run_product(workdir: str) -> dict:
   import numpy as np
 
   from sparsek import checkpoint
+
   path = pathlib.Path(workdir, "metrics.jsonl")
   lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-  records = [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+  records = [
+    {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+    for line in lines
+  ]
   found = {}
   for step in checkpoint.saved_steps(workdir):
     config, _ = checkpoint.load_run_config(workdir)
@@ -98,6 +114,7 @@ def files_product(path: str) -> dict:
 def cache_product(path: str) -> dict:
   """Digests of the arrays of a saved cache."""
   import numpy as np
+
   with np.load(path, allow_pickle=False) as file:
     return {name: digest(file[name].tobytes()) for name in file.files}
 
@@ -110,18 +127,92 @@ def losses_product(workdir: str) -> list:
 
 RUN = ["--workdir=POINT/run", "--data=SHARED/tokens", *TRAIN]
 TRAINED = ["pretrain", *RUN, "--num_steps=4", "--stop_at=2"]
-DENSE = ["pretrain", "--workdir=POINT/run", "--data=SHARED/bpe", *TRAIN, "--attention=sliding_window", "--num_steps=1"]
+DENSE = [
+  "pretrain",
+  "--workdir=POINT/run",
+  "--data=SHARED/bpe",
+  *TRAIN,
+  "--attention=sliding_window",
+  "--num_steps=1",
+]
 SCENARIOS = (
-    Scenario("train", ["pretrain", *RUN, "--num_steps=2"], "run", run_product),
-    Scenario("resume", ["pretrain", *RUN, "--num_steps=4"], "run", run_product, (TRAINED,), True),
-    Scenario("import", ["import_hf", "--from=SHARED/model", "--workdir=POINT/imported"], "imported", run_product),
-    Scenario("export", ["import_hf", "--workdir=SHARED/dense", "--export=POINT/model"], "model", files_product),
-    Scenario("prepare", ["prepare_data", "--sources=SHARED/texts,tasks:1024:12", "--answers_only", "--output=POINT/tokens"], "tokens", files_product),
-    Scenario("prepare_bpe", ["prepare_data", "--sources=SHARED/texts", "--train_bpe=280", "--output=POINT/new/tokens"], "new/tokens", files_product),
-    Scenario("generate", ["generate", "--workdir=SHARED/run", "--prompt=a", "--max_new_tokens=2", "--save_cache=POINT/cache.npz"], "cache.npz",
-             cache_product, (["generate", "--workdir=SHARED/run", "--prompt=ab", "--max_new_tokens=2", "--save_cache=POINT/cache.npz"],)),
-    Scenario("evaluate", ["evaluate", "--workdir=POINT/run", "--eval_batches=1"], "run", losses_product, (TRAINED,), True),
+  Scenario("train", ["pretrain", *RUN, "--num_steps=2"], "run", run_product),
+  Scenario("resume", ["pretrain", *RUN, "--num_steps=4"], "run", run_product, (TRAINED,), True),
+  Scenario(
+    "import",
+    ["import_hf", "--from=SHARED/model", "--workdir=POINT/imported"],
+    "imported",
+    run_product,
+  ),
+  Scenario(
+    "export",
+    ["import_hf", "--workdir=SHARED/dense", "--export=POINT/model"],
+    "model",
+    files_product,
+  ),
+  Scenario(
+    "prepare",
+    [
+      "prepare_data",
+      "--sources=SHARED/texts,tasks:1024:12",
+      "--answers_only",
+      "--output=POINT/tokens",
+    ],
+    "tokens",
+    files_product,
+  ),
+  Scenario(
+    "prepare_bpe",
+    ["prepare_data", "--sources=SHARED/texts", "--train_bpe=280", "--output=POINT/new/tokens"],
+    "new/tokens",
+    files_product,
+  ),
+  Scenario(
+    "generate",
+    [
+      "generate",
+      "--workdir=SHARED/run",
+      "--prompt=a",
+      "--max_new_tokens=2",
+      "--save_cache=POINT/cache.npz",
+    ],
+    "cache.npz",
+    cache_product,
+    (
+      [
+        "generate",
+        "--workdir=SHARED/run",
+        "--prompt=ab",
+        "--max_new_tokens=2",
+        "--save_cache=POINT/cache.npz",
+      ],
+    ),
+  ),
+  Scenario(
+    "evaluate",
+    ["evaluate", "--workdir=POINT/run", "--eval_batches=1"],
+    "run",
+    losses_product,
+    (TRAINED,),
+    True,
+  ),
 )
+
+
+# What scenarios only read; the command that makes it.
+_PREPARE = ["prepare_data", "--sources=SHARED/texts", "--heldout_fraction=0.3"]
+SHARED = {
+  "tokens": [*_PREPARE, "--output=SHARED/tokens"],
+  "bpe": [*_PREPARE, "--train_bpe=280", "--output=SHARED/bpe"],
+  "run": [word.replace("POINT/run", "SHARED/run") for word in TRAINED],
+  "dense": [word.replace("POINT/run", "SHARED/dense") for word in DENSE],
+  "model": ["import_hf", "--workdir=SHARED/dense", "--export=SHARED/model"],
+}
+
+
+def read_by(words: Iterable[str]) -> set[str]:
+  """The names of SHARED that a command's words mention."""
+  return set(re.findall(r"SHARED/(\w+)", " ".join(words)))
 
 
 class Bench:
@@ -139,22 +230,25 @@ class Bench:
     return [word.replace("POINT", point).replace("SHARED", self.shared) for word in words]
 
   def must_run(self, words: list[str], point: str) -> None:
-    ended = forked.run(forked.command(*self.words(words, point)), os.path.join(self.folder, "output"), 300)
+    ended = forked.run(
+      forked.command(*self.words(words, point)), os.path.join(self.folder, "output"), 300
+    )
     if ended.code != 0:
       sys.exit(f"without any fault: {' '.join(words)} ended with {ended.code}\n{ended.err}")
 
-  def make_shared(self) -> None:
-    """What commands only read."""
-    texts = pathlib.Path(self.shared, "texts")
-    texts.mkdir(parents=True)
-    for i in range(12):
-      (texts / f"{i}.txt").write_text(f"Document {i}: {i**7} {i**11}.\n" * 9)
-    prepare = ["prepare_data", "--sources=SHARED/texts", "--heldout_fraction=0.3"]
-    self.must_run([*prepare, "--output=SHARED/tokens"], "")
-    self.must_run([*prepare, "--train_bpe=280", "--output=SHARED/bpe"], "")
-    self.must_run([word.replace("POINT/run", "SHARED/run") for word in TRAINED], "")
-    self.must_run([word.replace("POINT/run", "SHARED/dense") for word in DENSE], "")
-    self.must_run(["import_hf", "--workdir=SHARED/dense", "--export=SHARED/model"], "")
+  def make_shared(self, names: Iterable[str] = ("texts", *SHARED)) -> None:
+    """What commands only read: those of these names that are not there yet, and what they are made of."""
+    for name in names:
+      if os.path.exists(os.path.join(self.shared, name)):
+        continue
+      if name == "texts":
+        texts = pathlib.Path(self.shared, "texts")
+        texts.mkdir(parents=True)
+        for i in range(12):
+          (texts / f"{i}.txt").write_text(f"Document {i}: {i**7} {i**11}.\n" * 9)
+      else:
+        self.make_shared(read_by(SHARED[name]) - {name})
+        self.must_run(SHARED[name], "")
 
   def template(self, scenario: Scenario) -> str:
     return os.path.join(self.folder, "templates", scenario.name)
@@ -201,8 +295,14 @@ def look(bench: Bench, scenario: Scenario, point: str) -> dict:
   except Exception as error:
     product = f"{type(error).__name__}: {str(error)[:300]}"
   notes = [point, *([path] if scenario.notes else [])]
-  changed = [os.path.join(parent, name) for parent in notes for name in NOTES
-             if not (os.path.isfile(os.path.join(parent, name)) and pathlib.Path(parent, name).read_text() == NOTE)]
+  changed = [
+    os.path.join(parent, name)
+    for parent in notes
+    for name in NOTES
+    if not (
+      os.path.isfile(os.path.join(parent, name)) and pathlib.Path(parent, name).read_text() == NOTE
+    )
+  ]
   return {"product": product, "listing": listing(point), "changed": changed}
 
 
@@ -224,7 +324,11 @@ def lost(scenario: Scenario, before: Any, found: Any, whole: Any) -> list[str]:
       faults.append(f"checkpoint {step} loads and is not the undisturbed run's")
   last = max(map(int, found["checkpoints"]), default=0)
   # The evaluation of the newest step may still be to come.
-  wanted = [record for record in whole["metrics"] if record["step"] <= last and not ("heldout_loss" in record and record["step"] == last)]
+  wanted = [
+    record
+    for record in whole["metrics"]
+    if record["step"] <= last and not ("heldout_loss" in record and record["step"] == last)
+  ]
   if not all(record in found["metrics"] for record in wanted):
     faults.append(f"metrics of steps up to {last} are gone")
   return faults
@@ -241,6 +345,7 @@ class Result:
     said: its last line on stderr.
     faults: what is wrong.
   """
+
   scenario: str
   key: str
   ordinal: int
@@ -251,9 +356,21 @@ class Result:
   faults: list[str] = dataclasses.field(default_factory=list)
 
 
-def try_point(bench: Bench, scenario: Scenario, number: int, place: tuple[str, int], mode: str, whole: dict, before: Any, limit: float):
+def try_point(
+  bench: Bench,
+  scenario: Scenario,
+  number: int,
+  place: tuple[str, int],
+  mode: str,
+  whole: dict,
+  before: Any,
+  limit: float,
+):
   """A chain of calls: the command with a fault, a look at what it left, the command again, a last look."""
-  point, output = bench.fresh(scenario, number), os.path.join(bench.folder, "outputs", f"{scenario.name}_{number}")
+  point, output = (
+    bench.fresh(scenario, number),
+    os.path.join(bench.folder, "outputs", f"{scenario.name}_{number}"),
+  )
   result = Result(scenario.name, *place, mode)
   run = forked.command(*bench.words(scenario.command, point))
   log = os.path.join(bench.folder, "outputs", f"{scenario.name}_{number}.log")
@@ -266,8 +383,6 @@ def try_point(bench: Bench, scenario: Scenario, number: int, place: tuple[str, i
   ended = yield forked.Call(disturbed, output, limit)
   result.code, result.said = ended.code, (ended.err.strip().splitlines() or [""])[-1]
   result.reached = place in io_faults.recorded(log)
-  if mode != "kill" and "--verbose" in sys.argv:
-    print(ended.err)
   if result.reached and not (mode == "kill" and ended.code == -9):
     result.faults += forked.command_faults(ended)
 
@@ -280,7 +395,11 @@ def try_point(bench: Bench, scenario: Scenario, number: int, place: tuple[str, i
     return look(bench, scenario, point)
 
   again = yield forked.Call(check_and_repeat, os.path.join(output, "again"), 2 * limit)
-  found = json.loads(pathlib.Path(output, "found").read_text()) if os.path.exists(os.path.join(output, "found")) else None
+  found = (
+    json.loads(pathlib.Path(output, "found").read_text())
+    if os.path.exists(os.path.join(output, "found"))
+    else None
+  )
   if found is None:
     result.faults.append(f"what it left cannot be looked at ({again.code}): {again.err[-500:]}")
     return result
@@ -297,10 +416,20 @@ def try_point(bench: Bench, scenario: Scenario, number: int, place: tuple[str, i
     result.faults.append(f"what the repeated command left cannot be looked at: {last.err[-500:]}")
     return result
   if last.value["product"] != whole["product"]:
-    result.faults.append(f"the repeated command's result differs: {difference(last.value['product'], whole['product'])}")
-  more, fewer = (sorted(set(a) - set(b)) for a, b in ((last.value["listing"], whole["listing"]), (whole["listing"], last.value["listing"])))
+    result.faults.append(
+      f"the repeated command's result differs: {difference(last.value['product'], whole['product'])}"
+    )
+  more, fewer = (
+    sorted(set(a) - set(b))
+    for a, b in (
+      (last.value["listing"], whole["listing"]),
+      (whole["listing"], last.value["listing"]),
+    )
+  )
   if more or fewer:
-    result.faults.append(f"left over: {', '.join(more) or 'nothing'}; missing: {', '.join(fewer) or 'nothing'}")
+    result.faults.append(
+      f"left over: {', '.join(more) or 'nothing'}; missing: {', '.join(fewer) or 'nothing'}"
+    )
   result.faults += [f"{path} was changed in the end" for path in last.value["changed"]]
   if not result.faults:
     shutil.rmtree(point)
@@ -312,10 +441,16 @@ def difference(found: Any, wanted: Any) -> str:
   """Where two products differ, in short."""
   if not isinstance(found, dict) or not isinstance(wanted, dict):
     return str(found)[:300]
-  return ", ".join(f"{key}: {str(found.get(key))[:100]} not {str(wanted.get(key))[:100]}" for key in {**found, **wanted} if found.get(key) != wanted.get(key))
+  return ", ".join(
+    f"{key}: {str(found.get(key))[:100]} not {str(wanted.get(key))[:100]}"
+    for key in {**found, **wanted}
+    if found.get(key) != wanted.get(key)
+  )
 
 
-def undisturbed(bench: Bench, scenario: Scenario) -> tuple[dict, dict, list[tuple[str, int]], float]:
+def undisturbed(
+  bench: Bench, scenario: Scenario
+) -> tuple[dict, dict, list[tuple[str, int]], float]:
   """What is there before the command and after it, its operations, and its seconds."""
   bench.make_template(scenario)
   point = bench.fresh(scenario, 0)
@@ -337,7 +472,9 @@ def undisturbed(bench: Bench, scenario: Scenario) -> tuple[dict, dict, list[tupl
   return before, after.value, io_faults.recorded(log), ended.seconds
 
 
-def chosen(operations: list[tuple[str, int]], modes: list[str]) -> list[tuple[tuple[str, int], str]]:
+def chosen(
+  operations: list[tuple[str, int]], modes: list[str]
+) -> list[tuple[tuple[str, int], str]]:
   """(operation, mode): every mode once for each kind of operation, in turn at its first, its last, and one in the middle. A kind is a key without numbers."""
   by_kind = collections.defaultdict(list)
   for operation in operations:
@@ -345,7 +482,12 @@ def chosen(operations: list[tuple[str, int]], modes: list[str]) -> list[tuple[tu
   points = []
   for kind, places in by_kind.items():
     # fsync, renaming and removing need no space.
-    fitting = [mode for mode in modes if mode != "ENOSPC" or not kind.startswith(("fsync", "fdatasync", "rename", "unlink", "rmdir"))]
+    fitting = [
+      mode
+      for mode in modes
+      if mode != "ENOSPC"
+      or not kind.startswith(("fsync", "fdatasync", "rename", "unlink", "rmdir"))
+    ]
     at = (places[0], places[-1], places[len(places) // 2])
     points += [(at[number % 3], mode) for number, mode in enumerate(fitting)]
   return points
@@ -355,63 +497,103 @@ def progress(results: Iterator[Result], total: int) -> Iterator[Result]:
   began = time.monotonic()
   for number, result in enumerate(results, 1):
     if result.faults:
-      print(f"WRONG {result.scenario}: {result.mode} at [{result.ordinal}] {result.key}: code {result.code}: {result.said}",
-            *(f"    {fault}" for fault in result.faults), sep="\n", flush=True)
+      print(
+        f"WRONG {result.scenario}: {result.mode} at [{result.ordinal}] {result.key}: code {result.code}: {result.said}",
+        *(f"    {fault}" for fault in result.faults),
+        sep="\n",
+        flush=True,
+      )
     if number % 25 == 0 or number == total:
       print(f"  {number} of {total}, {time.monotonic() - began:.0f} s", flush=True)
     yield result
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   names = [scenario.name for scenario in SCENARIOS]
   parser.add_argument("--scenarios", default=",".join(names))
   parser.add_argument("--modes", default=",".join(io_faults.ERRORS))
   parser.add_argument("--every", type=int, default=1, help="take every N-th point only")
-  parser.add_argument("--only", default="", help="a regular expression: take the points whose operation it finds")
+  parser.add_argument(
+    "--only", default="", help="a regular expression: take the points whose operation it finds"
+  )
   parser.add_argument("--at_once", type=int, default=2)
-  parser.add_argument("--folder", default=None, help="a new one, which is kept; default: a temporary one")
+  parser.add_argument(
+    "--folder", default=None, help="a new one, which is kept; default: a temporary one"
+  )
   parser.add_argument("--list", action="store_true", help="only list the operations")
   args = parser.parse_args()
   folder = args.folder or os.environ.get("SPARSEK_CRASH_POINTS") or tempfile.mkdtemp()
   os.makedirs(folder, exist_ok=True)
   folder = os.path.realpath(folder)
-  io_faults.restart_with_faults(folder, {**ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "XDG_CACHE_HOME": f"{folder}/cache",
-                                         "SPARSEK_CRASH_POINTS": folder})
+  io_faults.restart_with_faults(
+    folder,
+    {
+      **ENVIRONMENT,
+      "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
+      "XDG_CACHE_HOME": f"{folder}/cache",
+      "SPARSEK_CRASH_POINTS": folder,
+    },
+  )
   import_commands()
   bench, began = Bench(folder), time.monotonic()
-  bench.make_shared()
+  chosen_scenarios = [
+    scenario for scenario in SCENARIOS if scenario.name in args.scenarios.split(",")
+  ]
+  for scenario in chosen_scenarios:
+    bench.make_shared(
+      read_by(word for words in (scenario.command, *scenario.before) for word in words)
+    )
   print(f"prepared in {time.monotonic() - began:.0f} s", flush=True)
   totals, failures, began = [], 0, time.monotonic()
   try:
-    for scenario in SCENARIOS:
-      if scenario.name not in args.scenarios.split(","):
-        continue
+    for scenario in chosen_scenarios:
       before, whole, operations, seconds = undisturbed(bench, scenario)
-      points = [point for point in chosen(operations, args.modes.split(",")) if re.search(args.only, point[0][0])][::args.every]
-      print(f"{scenario.name}: {seconds:.1f} s undisturbed, {len(operations)} operations of {len({key for key, _ in operations})} kinds, {len(points)} points",
-            flush=True)
+      points = [
+        point
+        for point in chosen(operations, args.modes.split(","))
+        if re.search(args.only, point[0][0])
+      ][:: args.every]
+      print(
+        f"{scenario.name}: {seconds:.1f} s undisturbed, {len(operations)} operations of {len({key for key, _ in operations})} kinds, {len(points)} points",
+        flush=True,
+      )
       if args.list:
         print(*(f"  [{ordinal}] {key}" for key, ordinal in operations), sep="\n")
         continue
-      limit = SECONDS + 2 * seconds
-      chains = (try_point(bench, scenario, number, place, mode, whole, before, limit) for number, (place, mode) in enumerate(points, 1))
+      limit = SECONDS
+      chains = (
+        try_point(bench, scenario, number, place, mode, whole, before, limit)
+        for number, (place, mode) in enumerate(points, 1)
+      )
       results = list(progress(forked.run_all(chains, args.at_once), len(points)))
       reached = [result for result in results if result.reached]
       failures += sum(bool(result.faults) for result in results)
-      silent = [result for result in reached if result.code == 0 and not result.faults and key_matters(result.key)]
+      silent = [
+        result
+        for result in reached
+        if result.code == 0 and not result.faults and key_matters(result.key)
+      ]
       totals += reached
       modes = collections.Counter(result.mode for result in reached)
       ends = collections.Counter(str(result.code) for result in reached)
-      print(f"{scenario.name}: {len(reached)} points reached of {len(points)} ({counted(modes)}), codes {counted(ends)}, "
-            f"{sum(bool(result.faults) for result in results)} wrong; {len(silent)} failed with code 0", flush=True)
+      print(
+        f"{scenario.name}: {len(reached)} points reached of {len(points)} ({counted(modes)}), codes {counted(ends)}, "
+        f"{sum(bool(result.faults) for result in results)} wrong; {len(silent)} failed with code 0",
+        flush=True,
+      )
   finally:
     if not args.folder and not failures:
       shutil.rmtree(folder, ignore_errors=True)
-  print(f"{len(totals)} crash points ({counted(collections.Counter(result.mode for result in totals))}; "
-        f"{counted(collections.Counter(result.scenario for result in totals))}) in {time.monotonic() - began:.0f} s: {failures} wrong"
-        + (f"; what they left is in {folder}" if failures else ""))
+  print(
+    f"{len(totals)} crash points ({counted(collections.Counter(result.mode for result in totals))}; "
+    f"{counted(collections.Counter(result.scenario for result in totals))}) in {time.monotonic() - began:.0f} s: {failures} wrong"
+    + (f"; what they left is in {folder}" if failures else "")
+  )
   import jax
+
   print(f"python {platform.python_version()} jax {jax.__version__} cpu")
   sys.exit(failures > 0)
 

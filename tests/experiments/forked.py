@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 TIMED_OUT = "timed out"
+IDLE = 0.02  # of a processor: what waits for ever may look around now and then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Call:
   Attributes:
     job: runs there; what it returns must be JSON.
     folder: for the child's output.
-    seconds: after which the child is killed.
+    seconds: of its processor's time, or without any, after which the child is killed.
   """
+
   job: Callable[[], Any]
   folder: str
   seconds: float = 30.0
@@ -46,6 +48,7 @@ class Ended:
     seconds: wall clock.
     value: what the job returned, or None.
   """
+
   code: int | str
   out: str
   err: str
@@ -55,9 +58,11 @@ class Ended:
 
 def command(name: str, *flags: str) -> Callable[[], None]:
   """Returns a job that runs `python -m experiments.NAME FLAGS` to its end."""
+
   def job():
     sys.argv = [name, *flags]
     runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+
   return job
 
 
@@ -75,7 +80,7 @@ def _child(call: Call) -> None:
       os.dup2(file, number)
       os.close(file)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(call.seconds - 1, .1))
+    faulthandler.register(signal.SIGXCPU)
     value = call.job()
     pathlib.Path(call.folder, "value").write_text(json.dumps(value), encoding="utf-8")
   except SystemExit as exit_:
@@ -116,10 +121,55 @@ def _kill_group(process: int) -> None:
     pass
 
 
+def _dump_and_kill(process: int) -> None:
+  """Kills a child once it has written where all its threads are."""
+  os.kill(process, signal.SIGXCPU)
+  time.sleep(0.2)
+  _kill_group(process)
+  os.waitpid(process, 0)
+
+
+class _Watch:
+  """Tells a child that hangs from one that waits its turn on a busy machine, by processor time."""
+
+  def __init__(self, call: Call):
+    self.began, self._limit = time.monotonic(), call.seconds
+    self._marks = [(self.began, 0.0)]
+
+  def is_over(self, group: int) -> bool:
+    """Returns whether it used more than its limit, or nothing for as long as that."""
+    now = time.monotonic()
+    if now - self._marks[-1][0] < 1:
+      return False
+    used = _processor_seconds(group)
+    self._marks.append((now, used))
+    while now - self._marks[1][0] >= self._limit:
+      del self._marks[0]
+    since, used_then = self._marks[0]
+    idle = now - since >= self._limit and used - used_then < IDLE * (now - since)
+    return used > self._limit or idle
+
+
+def _processor_seconds(group: int) -> float:
+  """Returns those of a process group, with its members' children that have ended."""
+  ticks = 0
+  for entry in os.listdir("/proc"):
+    if entry.isdecimal():
+      try:
+        with open(f"/proc/{entry}/stat", encoding="ascii", errors="replace") as file:
+          fields = file.read().rpartition(")")[2].split()
+      except OSError:
+        continue
+      if int(fields[2]) == group:
+        ticks += sum(map(int, fields[11:15]))
+  return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _ended(call: Call, code: int | str, seconds: float) -> Ended:
   def read(name):
     path = pathlib.Path(call.folder, name)
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
   value = read("value")
   return Ended(code, read("out"), read("err"), seconds, json.loads(value) if value else None)
 
@@ -132,7 +182,7 @@ def run_all(chains: Iterable[Generator[Call, Ended, Any]], at_once: int = 2) -> 
     at_once: children.
   """
   waiting = iter(chains)
-  running: dict[int, tuple[Generator, Call, float]] = {}
+  running: dict[int, tuple[Generator, Call, _Watch]] = {}
   results = []
 
   def advance(chain, ended):
@@ -141,7 +191,7 @@ def run_all(chains: Iterable[Generator[Call, Ended, Any]], at_once: int = 2) -> 
     except StopIteration as stop:
       results.append(stop.value)
       return
-    running[_start(call)] = chain, call, time.monotonic()
+    running[_start(call)] = chain, call, _Watch(call)
 
   try:
     while True:
@@ -158,17 +208,16 @@ def run_all(chains: Iterable[Generator[Call, Ended, Any]], at_once: int = 2) -> 
       now = time.monotonic()
       if process in running:
         _kill_group(process)
-        chain, call, began = running.pop(process)
+        chain, call, watch = running.pop(process)
         code = os.waitstatus_to_exitcode(status)
-        advance(chain, _ended(call, code, now - began))
+        advance(chain, _ended(call, code, now - watch.began))
       elif not process:
-        for number, (chain, call, began) in list(running.items()):
-          if now - began > call.seconds:
-            _kill_group(number)
-            os.waitpid(number, 0)
+        for number, (chain, call, watch) in list(running.items()):
+          if watch.is_over(number):
+            _dump_and_kill(number)
             del running[number]
-            advance(chain, _ended(call, TIMED_OUT, now - began))
-        time.sleep(.005)
+            advance(chain, _ended(call, TIMED_OUT, now - watch.began))
+        time.sleep(0.005)
   finally:
     for number in running:
       _kill_group(number)
@@ -176,8 +225,10 @@ def run_all(chains: Iterable[Generator[Call, Ended, Any]], at_once: int = 2) -> 
 
 def run(job: Callable[[], Any], folder: str, seconds: float = 60.0) -> Ended:
   """Runs one job in a child."""
+
   def chain():
     return (yield Call(job, folder, seconds))
+
   return next(iter(run_all([chain()], 1)))
 
 
@@ -195,7 +246,10 @@ def command_faults(ended: Ended) -> list[str]:
   if ended.code not in (0, 1, 2):
     faults.append(f"code {ended.code}")
   lines = ended.err.strip().splitlines()
-  if ended.code in (1, 2) and not (lines and lines[-1].startswith("error: ")
-                                   and sum(line.startswith("error: ") for line in lines) == 1):
+  if ended.code in (1, 2) and not (
+    lines
+    and lines[-1].startswith("error: ")
+    and sum(line.startswith("error: ") for line in lines) == 1
+  ):
     faults.append(f"code {ended.code} without one sentence at the end")
   return faults

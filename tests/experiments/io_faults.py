@@ -23,12 +23,15 @@ def restart_with_faults(folder: str, environment: dict[str, str]) -> None:
   """
   if _LOADED in os.environ:
     return
-  compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+  compiler = next(
+    filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None
+  )
   if compiler is None:
     sys.exit("no C compiler (cc, gcc or clang) is installed, which io_faults.c needs")
   library = os.path.join(folder, "io_faults.so")
-  subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl", "-lpthread"],
-                 check=True)
+  subprocess.run(
+    [compiler, "-O1", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl", "-lpthread"], check=True
+  )
   preload = {"LD_PRELOAD": library, _LOADED: library}
   arguments = [sys.executable, "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
   os.execve(sys.executable, arguments, {**os.environ, **environment, **preload})
