@@ -35,9 +35,10 @@ from typing import Any
 
 from tests.experiments import forked, io_faults
 
+# Full attention in one layer: what is traced in each child costs more than anything else.
 MODEL = [
   "--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8",
-  "--mlp_dim=16", "--k=4", "--window=4"
+  "--mlp_dim=16", "--k=4", "--window=4", "--attention=full", "--noscan_layers"
 ]
 TRAIN = [
   *MODEL, "--seq_len=32", "--batch_size=2", "--log_every=1", "--eval_every=2", "--eval_batches=1",
@@ -68,6 +69,7 @@ class Scenario:
     makes: the folder or file in POINT that it makes or goes on with.
     product: of that path: what must be the same whatever happened.
     notes: the user has files in that folder too.
+    every: take every N-th of its points, since others take the rest.
   """
 
   name: str
@@ -76,6 +78,7 @@ class Scenario:
   product: Callable[[str], Any]
   before: tuple[list[str], ...] = ()
   notes: bool = False
+  every: int = 1
 
 
 def digest(content: bytes) -> str:
@@ -127,17 +130,10 @@ def losses_product(workdir: str) -> list:
 
 RUN = ["--workdir=POINT/run", "--data=SHARED/tokens", *TRAIN]
 TRAINED = ["pretrain", *RUN, "--num_steps=4", "--stop_at=2"]
-DENSE = [
-  "pretrain",
-  "--workdir=POINT/run",
-  "--data=SHARED/bpe",
-  *TRAIN,
-  "--attention=sliding_window",
-  "--num_steps=1",
-]
+DENSE = ["pretrain", "--workdir=POINT/run", "--data=SHARED/bpe", *TRAIN, "--num_steps=1"]
 SCENARIOS = (
   Scenario("train", ["pretrain", *RUN, "--num_steps=2"], "run", run_product),
-  Scenario("resume", ["pretrain", *RUN, "--num_steps=4"], "run", run_product, (TRAINED,), True),
+  Scenario("resume", ["pretrain", *RUN, "--num_steps=4"], "run", run_product, (TRAINED,), True, 3),
   Scenario(
     "import",
     ["import_hf", "--from=SHARED/model", "--workdir=POINT/imported"],
@@ -555,7 +551,7 @@ def main() -> None:
         point
         for point in chosen(operations, args.modes.split(","))
         if re.search(args.only, point[0][0])
-      ][:: args.every]
+      ][:: args.every * scenario.every]
       print(
         f"{scenario.name}: {seconds:.1f} s undisturbed, {len(operations)} operations of {len({key for key, _ in operations})} kinds, {len(points)} points",
         flush=True,

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import gzip
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -498,7 +497,8 @@ def _source_texts(name: str, content: bytes) -> list[str]:
   if name.endswith(".json"):
     try:
       value = json.loads(text)
-      return [record["text"] for record in (value if isinstance(value, list) else [value])]
+      records = value if isinstance(value, list) else [value]
+      return [record if isinstance(record, str) else record["text"] for record in records]
     except ValueError:
       pass
   return [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
