@@ -4,20 +4,19 @@
     --attention=sparsek,random,sliding_window,full --gate=straight_through,value --seeds=3
 
 Every combination that makes a difference is a cell, a run of experiments.pretrain in WORKDIR/cells/NAME under the flags of --base. Finished cells are skipped
-and interrupted ones go on: repeat the command. --job=i/N takes every N-th cell, for the array jobs of a cluster. After each cell WORKDIR gets table.md,
+and interrupted ones go on: repeat the command. What other flags made is refused, or with --retrain moved to WORKDIR/cells/replaced and trained again.
+--job=i/N takes every N-th cell, for the array jobs of a cluster; a cell that another job trains is left to it. After each cell WORKDIR gets table.md,
 table.csv, report.html and its picture report.png: heatmaps over k and window, and loss against keys per query.
 """
 
-import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 
 from absl import flags as absl_flags
 
-from sparsek import ablation, flags
+from experiments import child
+from sparsek import ablation, data, flags, settings
 from sparsek.config import GATES, SCORERS
 from sparsek.errors import RunError, UsageError
 from sparsek.run_directory import COMPILATION_CACHE
@@ -44,19 +43,22 @@ def numbers(name, minimum):
 
 
 def shared():
-  """The flags that all runs share, those of --base and --more."""
+  """Returns the flags that all runs share, those of --base and --more."""
   if FLAGS.base and not os.path.isfile(FLAGS.base):
     raise UsageError(f"--base={FLAGS.base}: there is no such file")
-  return [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base) + shlex.split(FLAGS.more or "")
+  try:
+    more = shlex.split(FLAGS.more or "")
+  except ValueError as error:
+    raise UsageError(f"--more={FLAGS.more}: {error}") from None
+  return [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base) + more
 
 
 def check(arguments):
-  """The flags of a run, parsed; what pretraining would refuse of them is refused here, before any run begins."""
-  values = absl_flags.FlagValues()
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
-  flags.parse(["ablate", *arguments, "--workdir=w"], values)
+  """Returns a run's parsed flags; what pretraining would refuse is refused before any run."""
+  values = settings.parse("pretrain", arguments)
   flags.model_config(values), flags.train_config(values)
+  if values["dry_run"].value:
+    raise UsageError("--dry_run in --base or --more: trains nothing that could be compared")
   if not values["eval_every"].value:
     raise UsageError("--eval_every=0 in --base or --more: must be above 0, since held-out losses are compared")
   return values
@@ -64,14 +66,11 @@ def check(arguments):
 
 def train(cell, folder, given):
   """Runs pretraining to its end; True if it got there. A signal that ends this process ends it too, with a checkpoint. Seeds compile once for all."""
-  command = [sys.executable, "-m", "experiments.pretrain", *given, *cell.flags(), f"--workdir={folder}"]
   cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
-  with subprocess.Popen(command, env={COMPILATION_CACHE: cache, **os.environ}) as process:
-    try:
-      return process.wait() == 0
-    except BaseException:
-      process.send_signal(signal.SIGTERM)
-      raise
+  arguments = [*given, *cell.flags(), f"--workdir={folder}"]
+  environment = {COMPILATION_CACHE: cache, **os.environ}
+  with child.running("experiments.pretrain", arguments, env=environment) as process:
+    return process.wait() == 0
 
 
 def main() -> None:
@@ -80,32 +79,39 @@ def main() -> None:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
   cells = ablation.grid(ablation.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS),
                         FLAGS.seeds)
-  mine = ablation.share(cells, FLAGS.job)
-  given = shared()
-  num_steps = [check([*given, *cell.flags()])["num_steps"].value for cell in cells][0]
-  workdir = os.path.expanduser(FLAGS.workdir)
-  runs, failed = os.path.join(workdir, "cells"), []
+  mine, given = ablation.share(cells, FLAGS.job), shared()
+  runs = os.path.join(FLAGS.workdir, "cells")
+  folders = {cell: os.path.join(runs, cell.name) for cell in cells}
+  values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
+  wanted = {cell: settings.effective(values[cell]) for cell in cells}
+  first = values[cells[0]]
+  dataset = data.open_data(first["data"].value, first["tokenizer"].value).fingerprint
+  ablation.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
   os.makedirs(runs, exist_ok=True)
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: sys.exit(0))
-  for i, cell in enumerate(mine):
-    folder = os.path.join(runs, cell.name)
-    done = os.path.exists(os.path.join(folder, ablation.RESULT))
-    print(f"cell {i + 1} of {len(mine)}: {cell.name}{', finished before' if done else ''}", flush=True)
-    if not done:
-      if not train(cell, folder, given):
-        failed.append(cell.name)
-        continue
-      if ablation.result_of(folder)["step"] < num_steps:                       # it was stopped by a signal of its own
-        failed.append(cell.name)
-        continue
-      with open(os.path.join(folder, ablation.RESULT + ".new"), "w", encoding="utf-8") as file:
-        json.dump(ablation.result_of(folder), file)
-      os.replace(os.path.join(folder, ablation.RESULT + ".new"), os.path.join(folder, ablation.RESULT))
-    ablation.write_report(workdir, ablation.collect(runs, cells), "\n".join(given))
+  report = flags.not_default(check([*given, f"--workdir={runs}"]))
+  failed, busy = [], []
+  with child.ending_at_signals(0):
+    for i, cell in enumerate(mine):
+      done = ablation.read_result(folders[cell]) is not None
+      before = ", finished before" if done else ""
+      print(f"cell {i + 1} of {len(mine)}: {cell.name}{before}", flush=True)
+      # Another job may have made it meanwhile.
+      ablation.clear({cell: folders[cell]}, wanted, dataset, FLAGS.workdir)
+      if not done:
+        ended = train(cell, folders[cell], given)
+        if not ended and ablation.in_use(folders[cell]):
+          busy.append(cell.name)
+          continue
+        if not (ended and ablation.is_complete(folders[cell], first["num_steps"].value)):
+          failed.append(cell.name)
+          continue
+        ablation.save_result(folders[cell], dataset)
+      ablation.write_report(FLAGS.workdir, ablation.collect(runs, cells), report)
   rows = ablation.collect(runs, cells)
   if rows:
-    print(f"\n{ablation.markdown(ablation.summarize(rows))}\n{len(rows)} of {len(cells)} cells; {os.path.join(workdir, 'report.html')}")
+    print(f"\n{ablation.markdown(ablation.summarize(rows))}\n{len(rows)} of {len(cells)} cells; {os.path.join(FLAGS.workdir, 'report.html')}")
+  if busy:
+    print(f"left to another job, which trains them: {', '.join(busy)}", file=sys.stderr)
   if failed:
     raise RunError(f"{len(failed)} cell(s) did not finish, which repeating the command tries again: {', '.join(failed)}")
 

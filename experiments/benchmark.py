@@ -14,8 +14,8 @@ import functools
 import json
 import os
 
-from experiments.suites import FLAGS, decode_jobs, flag, jobs, names, problems
-from sparsek import benchmark_report, decode_report, flags, measure, measure_decode, measure_train, train_report, transformers_llama
+from experiments.suites import FLAGS, check_same_model, decode_jobs, flag, jobs, names, problems
+from sparsek import benchmark_report, decode_report, files, flags, measure, measure_decode, measure_train, train_report, transformers_llama
 from sparsek.errors import RunError, UsageError
 
 REFERENCE_LENGTH = 4096
@@ -31,14 +31,16 @@ def report_of(record):
 
 def load(path):
   """A record that an earlier run wrote."""
-  try:
-    with open(path, encoding="utf-8") as file:
-      record = json.load(file)
-  except (OSError, ValueError) as error:
-    raise UsageError(f"{path} cannot be read: {error}") from None
+  record = files.read_json_object(path)
   if "summary" not in record:
     raise UsageError(f"{path}: no record of this benchmark")
   return record
+
+
+def said():
+  """Returns the flags of this command but for those that say where the record is."""
+  lines = flags.into_string(FLAGS).splitlines()
+  return [line for line in lines if line.split("=")[0] not in ("--record", "--show", "--extend")]
 
 
 def run(path):
@@ -47,22 +49,22 @@ def run(path):
   if flag("extend") and not (suite in MODELS and path):
     raise UsageError("--extend: needs --suite=train or decode, and --record")
   old = load(path) if flag("extend") and path_exists else None
+  if old and old.get("suite") == suite:                      # else `rows_to_keep` says so
+    check_same_model(old, suite, report_of(old).IDENTITY)
   chosen = {"train": jobs, "decode": decode_jobs}.get(suite, problems)()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
   if suite in MODELS:                                    # PyTorch's first: JAX takes the memory
     measurer, allowed = MODELS[suite]
     kinds = names("rivals", allowed) if flag("rivals") else measurer.kinds_here()
     others = measurer.measure_transformers(chosen, kinds, flag("max_transformers") if suite == "train" else MOST_BYTES, flag("rounds"), say)
-  record = {"suite": suite, **measure.environment(), "flags": flags.into_string(FLAGS).split(), "errors": None}
+  record = {"suite": suite, **measure.environment(), "flags": said(), "errors": None}
   kept = report_of(record).rows_to_keep(old, record) if old else []
 
   def save(**more):
     record.update(more)
     record["summary"] = report_of(record).summary(record["rows"], record["errors"])
     if path:
-      with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-      os.replace(path + ".new", path)
+      files.save(path, json.dumps(record, indent=1))
 
   if suite in MODELS:
     measured = measurer.measure(chosen, kinds, *limits, others=others, say=say)

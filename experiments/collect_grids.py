@@ -4,15 +4,15 @@ For every finished cell: the flags in which it differs from the first one, its h
 record also has the flags of the first cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
 """
 
-import json
 import os
-import sys
 
-from sparsek import ablation, run_directory
+from experiments import script
+from sparsek import ablation, files, run_directory
 from sparsek.errors import UsageError
 from sparsek.metrics import read_metrics
 
-MACHINES = ("--workdir", "--data", "--seed")             # differ by machine, or stand elsewhere
+# Flags that differ by machine, or stand elsewhere.
+MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")
 
 
 def flags_of(folder):
@@ -30,20 +30,38 @@ def cell(grid, name, first):
           "selection": {key: value for key, value in last.items() if key.startswith("layer_")}}
 
 
-def main(record, note, *grids):
-  cells = [(grid, name) for grid in grids for name in sorted(os.listdir(os.path.join(grid, "cells")))]
-  cells = [(grid, name) for grid, name in cells if os.path.exists(os.path.join(grid, "cells", name, ablation.RESULT))]
+def make_parser():
+  """Returns the parser of the script's arguments."""
+  parser = script.parser(__doc__)
+  parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
+  parser.add_argument("note", metavar="NOTE", help="what was run on what")
+  parser.add_argument("grids", nargs="+", type=script.path, metavar="GRID",
+                      help="--workdir of a grid")
+  return parser
+
+
+def main(options):
+  cells = [(grid, name) for grid in options.grids for name in finished(os.path.join(grid, "cells"))]
   if not cells:
-    raise UsageError(f"there is no finished cell in {', '.join(grids)}")
-  first = flags_of(os.path.join(cells[0][0], "cells", cells[0][1]))
-  with open(os.path.join(cells[0][0], "cells", cells[0][1], "versions.json"), encoding="utf-8") as file:
-    versions = json.load(file)
+    raise UsageError(f"there is no finished cell in {', '.join(options.grids)}")
+  folder = os.path.join(cells[0][0], "cells", cells[0][1])
+  first = flags_of(folder)
+  versions = files.read_json_object(os.path.join(folder, "versions.json"))
   rows = [cell(grid, name, first) for grid, name in cells]
-  with open(record, "w", encoding="utf-8") as file:
-    file.write(run_directory.to_json({"note": note, "flags": first, "versions": {**versions, "command": None}, "cells": rows}))
+  record = {"note": options.note, "flags": first, "versions": {**versions, "command": None},
+            "cells": rows}
+  files.save(options.record, run_directory.to_json(record))
   for row in rows:
     print(row["grid"], row["cell"], *(f"{step}: {loss:.4f}" for step, loss in row["heldout_loss"].items()))
 
 
+def finished(folder):
+  """Returns the names of a grid's cells that are at their end."""
+  if not os.path.isdir(folder):
+    raise UsageError(f"there is no folder {folder}: give the --workdir of a grid")
+  return [name for name in sorted(os.listdir(folder))
+          if os.path.exists(os.path.join(folder, name, ablation.RESULT))]
+
+
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  script.run(main, make_parser())

@@ -10,12 +10,12 @@ where it was stopped, and reuses what is there. Each command is printed before i
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
 import jax
 
+from experiments import child
 from sparsek import checkpoint, flags
 from sparsek.data import open_data
 from sparsek.errors import RunError
@@ -48,16 +48,15 @@ def _run(module: str, *arguments: str, stop_when=None) -> None:
   print("$", shlex.join([_python(), "-m", module, *arguments]), flush=True)
   # The processes share compiled programs; compiling takes most of the time of a program as small as these.
   environment = {"JAX_COMPILATION_CACHE_DIR": os.path.abspath(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-  process = subprocess.Popen([sys.executable, "-m", module, *arguments], env={**os.environ, **environment})
   try:
-    while stop_when is not None and process.poll() is None:
-      if stop_when():
-        process.send_signal(signal.SIGTERM)
-        break
-      time.sleep(0.05)
-    code = process.wait()
+    with child.running(module, arguments, env={**os.environ, **environment}) as process:
+      while stop_when is not None and process.poll() is None:
+        if stop_when():
+          process.send_signal(signal.SIGTERM)
+          break
+        time.sleep(0.05)
+      code = process.wait()
   except KeyboardInterrupt:              # Ctrl-C reached it too: pretraining saves a checkpoint before it ends.
-    process.wait()
     raise RunError("stopped; the same command goes on from here") from None
   if code:
     raise RunError(f"{module} ended with exit code {code}; for a fresh start remove the folder {FOLDER}/")

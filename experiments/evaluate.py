@@ -15,7 +15,7 @@ import sys
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek import checkpoint, flags, run_directory
+from sparsek import checkpoint, flags, path_flags, run_directory
 from sparsek.config import DataConfig
 from sparsek.data import eval_batches, open_data
 from sparsek.errors import RunError, UsageError
@@ -42,7 +42,7 @@ class Run:
 
 
 def _runs() -> list[Run]:
-  workdirs = [os.path.expanduser(folder) for folder in (FLAGS.workdir or "").split(",") if folder]
+  workdirs = FLAGS.workdir
   if not workdirs:
     raise UsageError("--workdir is required: the folder of a pretraining run, or several separated by commas")
   for folder in workdirs:
@@ -75,7 +75,7 @@ def _heldout(runs: list[Run]):
 def _append(workdir: str, record: dict) -> str:
   path = os.path.join(workdir, "evaluation.jsonl")
   try:
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
       file.write(json.dumps(record) + "\n")
   except OSError as error:
     raise RunError(f"{path} cannot be written: {error.strerror}") from None
@@ -104,7 +104,7 @@ def main() -> None:
   settings = [{"step": step, "attention": ",".join(run.config.attention), "training length": length, "window": run.config.window,
                "k": run.config.k if set(run.config.layer_kinds) - {"sliding_window", "full", "linear"} else "-"}
               for run, step, length in zip(runs, steps, trained_lengths)]
-  print(format_table([run.workdir for run in runs], results, bits, trained_lengths, settings))
+  print(format_table([path_flags.shown(run.workdir) for run in runs], results, bits, trained_lengths, settings))
   versions = run_directory.versions()
   for run, step, result, value in zip(runs, steps, results, bits):
     path = _append(run.workdir, {

@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 import numpy as np
 from tqdm import tqdm
 
-from sparsek import checkpoint, flags, plots, run_directory, tasks
+from sparsek import checkpoint, flags, path_flags, plots, run_directory, tasks
 from sparsek.errors import RunError, UsageError
 from sparsek.tokenizer import load_tokenizer
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
@@ -51,7 +51,7 @@ def save(path, records, found):
 def main() -> None:
   """Evaluates every run on every task at every length."""
   chosen, lengths = listed("tasks", tuple(tasks.TASKS)), listed("lengths")
-  workdirs = [os.path.expanduser(folder) for folder in (FLAGS.workdir or "").split(",") if folder]
+  workdirs = FLAGS.workdir
   if not workdirs:
     raise UsageError("--workdir is required: the folder of a pretraining run, or several separated by commas")
   if FLAGS.record and not (FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")):
@@ -63,6 +63,7 @@ def main() -> None:
   for workdir in workdirs:
     if not os.path.isdir(workdir):
       raise UsageError(f"--workdir={workdir}: there is no such folder")
+    label = path_flags.shown(workdir)
     config, record = checkpoint.load_run_config(workdir)
     config, name = flags.override_config(config, FLAGS), record["tokenizer"]["name"]
     tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
@@ -74,17 +75,17 @@ def main() -> None:
       for length in lengths:
         size = -(-FLAGS.examples // batch_size)
         batches = tasks.evaluate(config, params, tokenizer, task, length, FLAGS.examples, batch_size, FLAGS.seed, FLAGS.min_distance)
-        *_, found[workdir, task, length] = tqdm(batches, f"{workdir} {task} {length}", size, unit="batch", disable=None)
+        *_, found[label, task, length] = tqdm(batches, f"{label} {task} {length}", size, unit="batch", disable=None)
     results = [{"task": task, "length": length, "right": right, "total": total}
-               for (folder, task, length), (right, total) in found.items() if folder == workdir]
-    records[workdir] = {"step": step, "results": results, "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(config),
+               for (folder, task, length), (right, total) in found.items() if folder == label]
+    records[label] = {"step": step, "results": results, "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(config),
                         "trained_seq_len": record["data"]["seq_len"], "versions": run_directory.versions()}
     try:
-      with open(os.path.join(workdir, "tasks.jsonl"), "a") as file:
-        file.write(json.dumps(records[workdir]) + "\n")
+      with open(os.path.join(workdir, "tasks.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(records[label]) + "\n")
     except OSError as error:
       raise RunError(f"{workdir}/tasks.jsonl cannot be written: {error.strerror}") from None
-  print(tasks.table(workdirs, lengths, found))
+  print(tasks.table(list(records), lengths, found))
   if FLAGS.record:
     save(FLAGS.record, records, found)
 

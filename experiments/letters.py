@@ -8,7 +8,10 @@ from LENGTH / 2 to LENGTH, or landmarks that count positions would help. FILE is
 import json
 import random
 import string
-import sys
+
+from experiments import script
+from sparsek import files
+from sparsek.errors import UsageError
 
 CYCLE = "abcdefgh"
 
@@ -27,12 +30,22 @@ def document(rng, length):
   return text[:length]
 
 
-def main(length, count, path):
+def make_parser():
+  """Returns the parser of the script's arguments."""
+  parser = script.parser(__doc__)
+  parser.add_argument("length", type=int, help="of the longest document, at least 4")
+  parser.add_argument("count", type=int, help="of documents")
+  parser.add_argument("path", type=script.output, metavar="FILE", help="to write, .jsonl")
+  return parser
+
+
+def main(options):
+  if options.length < 4:
+    raise UsageError(f"LENGTH={options.length} must be at least 4")
   rng = random.Random(0)
-  with open(path, "w", encoding="utf-8") as file:
-    for _ in range(int(count)):
-      file.write(json.dumps({"text": document(rng, int(length))}) + "\n")
+  lines = (json.dumps({"text": document(rng, options.length)}) + "\n" for _ in range(options.count))
+  files.save(options.path, "".join(lines))
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  script.run(main, make_parser())

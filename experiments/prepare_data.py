@@ -14,6 +14,7 @@ from absl import flags
 from tqdm import tqdm
 
 from sparsek import flags as flags_lib
+from sparsek import path_flags
 from sparsek.corpus import DEFAULT_EXTENSIONS, documents
 from sparsek.errors import UsageError
 from sparsek.token_files import check_new, check_same, open_token_files, read_meta, verify_token_files, write_token_files
@@ -21,16 +22,19 @@ from sparsek.tokenizer import load_tokenizer, train_bpe
 
 # Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
 FLAGS = flags.FlagValues()
-flags.DEFINE_list(
-    "sources", [], 'Comma-separated: text files (one document each), .jsonl files (one document a line), folders (recursive), "stdlib", '
-    "the source text of Python's standard library, or tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes.", flag_values=FLAGS)
+# Relative paths stay so: they are names of documents, the same wherever a corpus is made.
+flags.DEFINE_flag(path_flags.paths_flag(
+    "sources", 'Comma-separated: text files (one document each), .jsonl files (one document a line), folders (recursive), "stdlib", '
+    "the source text of Python's standard library, or tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes. "
+    "A path with a comma is given alone.", words=("stdlib", "tasks:"), absolute=False), FLAGS)
 flags.DEFINE_integer("min_document_bytes", 0, "Leave out shorter documents; generated ones stay.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_boolean("deduplicate", False, "Of equal documents keep the first only.", flag_values=FLAGS)
 flags.DEFINE_boolean(
     "answers_only", False, "Of generated documents the loss counts the answers only, in training and held-out evaluation, each token as much as one of text.",
     flag_values=FLAGS)
-flags.DEFINE_string("output", None, "Folder to make.", flag_values=FLAGS)
-flags.DEFINE_string("tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', flag_values=FLAGS)
+flags.DEFINE_flag(path_flags.path_flag("output", None, "Folder to make."), FLAGS)
+flags.DEFINE_flag(path_flags.path_flag(
+    "tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', words=("byte",)), FLAGS)
 flags.DEFINE_integer(
     "train_bpe", None, "Train a byte-level BPE with this many ids on the documents that are not held out.", lower_bound=257,
     flag_values=FLAGS)
@@ -40,8 +44,10 @@ flags.DEFINE_enum(
     "errors", "strict", ["strict", "replace"], "What to do about text that is not UTF-8: stop, or put U+FFFD.", flag_values=FLAGS)
 flags.DEFINE_float(
     "heldout_fraction", 0.05, "About this share of the documents is held out, by hash.", lower_bound=0, upper_bound=0.99, flag_values=FLAGS)
-flags.DEFINE_string("verify", None, "Only compare the checksums of this folder of token files.", flag_values=FLAGS)
-flags.DEFINE_string("expect", None, "A meta.json or a copy of one: end with an error unless the tokens and the split are the same.", flag_values=FLAGS)
+flags.DEFINE_flag(path_flags.path_flag(
+    "verify", None, "Only compare the checksums of this folder of token files."), FLAGS)
+flags.DEFINE_flag(path_flags.path_flag(
+    "expect", None, "A meta.json or a copy of one: end with an error unless the tokens and the split are the same."), FLAGS)
 
 
 def _documents(description: str):

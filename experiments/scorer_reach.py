@@ -5,12 +5,12 @@ the last one. "fractional" is the share of the selected tokens whose scores get 
 """
 
 import itertools
-import sys
 
 import numpy as np
 
 import sparsek
-from sparsek import run_directory
+from experiments import script
+from sparsek import files, run_directory
 
 LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4., 1.), (1., 0.)
 
@@ -23,16 +23,23 @@ def reach(n, scale, slope, rng):
           "fractional": round(float((gates[selected] < 1).mean()), 3), "gate_mass": round(float(gates[selected].sum() / K), 3)}
 
 
-def main(path=None):
+def make_parser():
+  """Returns the parser of the script's argument."""
+  parser = script.parser(__doc__)
+  parser.add_argument("path", nargs="?", type=script.output, metavar="FILE", help="to write, .json")
+  return parser
+
+
+def main(options):
   rng = np.random.default_rng(0)
   rows = [reach(n, scale, slope, rng) for n, scale, slope in itertools.product(LENGTHS, SCALES, SLOPES)]
   print("\t".join(rows[0]))
   for row in rows:
     print("\t".join(map(str, row.values())))
-  if path:
-    with open(path, "w", encoding="utf-8") as file:
-      file.write(run_directory.to_json({"rows": rows, "versions": run_directory.versions()}))
+  if options.path:
+    record = {"rows": rows, "versions": run_directory.versions()}
+    files.save(options.path, run_directory.to_json(record))
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  script.run(main, make_parser())

@@ -1,5 +1,7 @@
 """What the flags of experiments.benchmark ask to measure."""
 
+import dataclasses
+
 from absl import flags as absl_flags
 
 from sparsek import flags, measure, measure_decode, measure_train
@@ -7,11 +9,13 @@ from sparsek.config import preset
 from sparsek.errors import UsageError
 from sparsek.kernels.cudnn import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
+from sparsek.settings import differences
 
 FLAGS = absl_flags.FlagValues()  # apart from those of pretraining, whose defaults are others
 flags.define_benchmark_flags(FLAGS)
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")     # of measure.Problem, named like their flags
 MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")      # of the trained or generating model
+PRESET = {"train": "gpt2_small", "decode": "1b"}
 K = WINDOW = 128                 # where --suite=attention is not told
 CONTEXTS = (1024, 8192, 65536, 524288, 1048576)
 
@@ -58,20 +62,43 @@ def problems():
   return measure.choose_rivals(chosen, rivals, flag("implementation"), max_dense=FLAGS["max_dense"].value, max_xla=flag("max_xla"))
 
 
-def model(default):
-  """The model that the flags describe."""
-  overrides = {name: flag(name) for name in MODEL_FIELDS if flag(name) is not None}
-  return preset(flag("preset", default), vocab_size=flag("vocab_size"), **overrides)
+def model(suite, flag_values=FLAGS):
+  """Returns the model that the flags describe."""
+  value = lambda name: flag_values[name].value
+  overrides = {name: value(name) for name in MODEL_FIELDS if value(name) is not None}
+  return preset(value("preset") or PRESET[suite], vocab_size=value("vocab_size"), **overrides)
+
+
+def check_same_model(old, suite, varying):
+  """Refuses to extend a record of another model.
+
+  Args:
+    old: the record that --extend names.
+    suite: "train" or "decode".
+    varying: fields that a row has itself, of which rows may differ.
+  Raises:
+    UsageError: naming the flags that differ.
+  """
+  values = absl_flags.FlagValues()
+  flags.define_benchmark_flags(values)
+  try:
+    flags.parse(["benchmark", *old.get("flags", [])], values)
+  except UsageError as error:
+    raise UsageError(f"--extend: the record is not of this version: {error}") from None
+  there, here = (dataclasses.asdict(model(suite, at)) for at in (values, FLAGS))
+  lines = [line for line in differences(there, here) if line.split(":")[0][2:] not in varying]
+  if lines:
+    raise UsageError(f"--extend: the record is of another model (old -> new): {', '.join(lines)}")
 
 
 def decode_jobs():
   """What the flags ask to generate."""
-  config, contexts = model("1b"), lengths() if FLAGS["lengths"].present else CONTEXTS
+  config, contexts = model("decode"), lengths() if FLAGS["lengths"].present else CONTEXTS
   found = [measure_decode.Job(config, n, batch) for batch in lengths("batch_sizes", 10) for n in contexts]
   return found + [measure_decode.Job(config, n, 1, "prefill") for n in (lengths("prompts") if flag("prompts") else ())]
 
 
 def jobs():
   """What the flags ask to train."""
-  config = model("gpt2_small")
+  config = model("train")
   return [measure_train.Job(config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk"), flag("scorer_loss")) for n in lengths()]

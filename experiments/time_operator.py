@@ -1,12 +1,12 @@
 """Times thresholds and expiry, and the thresholds' VJP: `python -m experiments.time_operator [heads n k]`."""
 
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 
+from experiments import script
 from sparsek import causal
 from sparsek.kernels import mosaic_lanes
 
@@ -24,7 +24,8 @@ def milliseconds(f, *args, repeats=20):
   return statistics.median(times)
 
 
-def main(heads=16, n=32768, k=512):
+def main(options):
+  heads, n, k = options.heads, options.n, options.k
   scores = jax.random.normal(jax.random.key(0), (1, heads, n))
   start, end = jnp.zeros((1, n), jnp.int32), jnp.full((1, n), n, jnp.int32)
   repeats = 20 if jax.default_backend() == "gpu" else 1
@@ -39,5 +40,13 @@ def main(heads=16, n=32768, k=512):
   report("VJP of the thresholds", lambda x: causal.select_backward(k, k, False, kernels, (scores, threshold, end), (x,))[0], jnp.ones_like(threshold))
 
 
+def make_parser():
+  """Returns the parser of the script's arguments."""
+  parser = script.parser(__doc__)
+  for name, default in (("heads", 16), ("n", 32768), ("k", 512)):
+    parser.add_argument(name, nargs="?", type=int, default=default)
+  return parser
+
+
 if __name__ == "__main__":
-  main(*map(int, sys.argv[1:]))
+  script.run(main, make_parser())

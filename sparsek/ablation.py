@@ -10,16 +10,18 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sparsek import plots
+from sparsek import files, plots, run_directory, settings
 from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term
 from sparsek.errors import UsageError
 from sparsek.metrics import read_metrics
+from sparsek.settings import Settings
 
 USES = {"full": (), "sliding_window": ("window",), "linear": ("window",), "sparsek": ("k", "window", "gate", "scorer")}   # the others: k and window
 COLUMNS = ("attention", "k", "window", "gate", "scorer")
 RESULT = "result.json"
+FIELDS = ("heldout_loss", "step", "tokens_per_second")          # of a result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +112,91 @@ def result_of(workdir: str) -> dict:
   return {"heldout_loss": losses[-1]["heldout_loss"], "step": losses[-1]["step"], "tokens_per_second": statistics.median(speeds)}
 
 
+def is_complete(workdir: str, num_steps: int) -> bool:
+  """Returns whether a run has made all its steps, and was not stopped by a signal."""
+  records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+  return bool(records) and records[-1]["step"] >= num_steps
+
+
+def read_result(folder: str) -> dict | None:
+  """Returns what `save_result` wrote into a cell's folder; None: the cell is not finished."""
+  path = os.path.join(folder, RESULT)
+  if not os.path.exists(path):
+    return None
+  result = files.read_json_object(path)
+  if missing := [name for name in FIELDS if not isinstance(result.get(name), (int, float))]:
+    raise UsageError(f"{path} has no number {missing[0]!r}: remove it to read the cell again")
+  return result
+
+
+def save_result(folder: str, dataset: str) -> None:
+  """Marks a cell as finished: `result_of` it, and the fingerprint of the tokens it learnt from."""
+  content = json.dumps({**result_of(folder), "dataset": dataset})
+  files.save(os.path.join(folder, RESULT), content)
+
+
+def stale(folder: str, wanted: Settings, dataset: str) -> list[str]:
+  """Returns how what is in a cell's folder differs from what it should be, a line a flag.
+
+  The tokens of a finished cell are compared where its mark tells them, else the folders of --data;
+  those of an unfinished one when it is resumed.
+
+  Args:
+    folder: of the cell; nothing may be there.
+    wanted: the settings that it should have.
+    dataset: fingerprint of the tokens that it should learn from.
+  """
+  result = read_result(folder)
+  try:
+    made = settings.of_folder(folder)
+  except UsageError as error:
+    return [str(error)]
+  if result and not made:
+    return ["it has no flags.txt that says what made it"]
+  there = (result or {}).get("dataset")
+  if result is None or there:
+    made = [{**one, "data": wanted["data"]} for one in made]
+  lines = [line for one in made for line in settings.differences(one, wanted)]
+  if there and there != dataset:
+    lines.append(f"the tokens of --data: {there[:12]} -> {dataset[:12]}")
+  return list(dict.fromkeys(lines))
+
+
+def clear(folders: Mapping[Cell, str], wanted: Mapping[Cell, Settings], dataset: str, workdir: str,
+          retrain: bool = False) -> None:
+  """Makes sure that no cell holds what other flags made.
+
+  Args:
+    folders: of the cells.
+    wanted, dataset: as in `stale`, for each cell.
+    workdir: of the grid.
+    retrain: move such cells aside.
+  Raises:
+    UsageError: without `retrain`, where there is such a cell; nothing has changed then.
+  """
+  found = {cell: stale(folders[cell], wanted[cell], dataset) for cell in folders}
+  if not retrain:
+    settings.refuse({cell.name: lines for cell, lines in found.items()}, workdir)
+  for cell in folders:
+    if found[cell] and stale(folders[cell], wanted[cell], dataset):    # no other job was faster
+      settings.move_aside(folders[cell])
+
+
+def in_use(folder: str) -> bool:
+  """Returns whether a run goes on in a folder."""
+  try:
+    run_directory.lock(folder).close()
+  except UsageError as error:
+    return "in use" in str(error)
+  return False
+
+
 def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
-  """The finished cells' fields and results."""
-  rows = []
-  for cell in cells:
-    path = os.path.join(folder, cell.name, RESULT)
-    if os.path.exists(path):
-      with open(path, encoding="utf-8") as file:
-        rows.append({**dataclasses.asdict(cell), "budget": cell.budget, **json.load(file)})
-  return rows
+  """Returns the finished cells' fields and results."""
+  results = {cell: read_result(os.path.join(folder, cell.name)) for cell in cells}
+  return [{**dataclasses.asdict(cell), "budget": cell.budget,
+           **{name: result[name] for name in FIELDS}}
+          for cell, result in results.items() if result]
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
@@ -155,8 +233,16 @@ def as_csv(rows: Sequence[dict]) -> str:
   return out.getvalue()
 
 
-def write_report(workdir: str, rows: Sequence[dict], settings: str) -> None:
-  """table.md, table.csv, report.png, and report.html with the picture inside; `settings` are the flags that all runs share. Without rows nothing is written."""
+def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
+  """Writes table.md, table.csv, report.png and report.html, or nothing where there are no rows.
+
+  Args:
+    workdir: of the grid.
+    rows: as `collect` returns them.
+    shared: the flags that all runs share, one a line.
+  Raises:
+    RunError: where a file cannot be written.
+  """
   if not rows:
     return
   summary, grids = summarize(rows), {}
@@ -173,10 +259,7 @@ def write_report(workdir: str, rows: Sequence[dict], settings: str) -> None:
   image = f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
   page = (f'<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n<style>body {{ font-family: sans-serif; margin: 2em }} td {{ padding: '
           f'.2em .8em; border-bottom: 1px solid #ddd }}</style>\n<h1>Ablation of attention</h1>\n{image}<table>\n{table}</table>\n<h2>Shared settings</h2>\n'
-          f"<pre>{html.escape(settings)}</pre>\n")
+          f"<pre>{html.escape(shared)}</pre>\n")
   texts = {"table.md": markdown(summary), "table.csv": as_csv(rows), "report.html": page}
-  for name, content in ({name: text.encode() for name, text in texts.items()} | {"report.png": picture}).items():
-    path = os.path.join(workdir, name)
-    with open(path + ".new", "wb") as file:
-      file.write(content)
-    os.replace(path + ".new", path)
+  for name, content in (texts | {"report.png": picture}).items():
+    files.save(os.path.join(workdir, name), content)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import IO
@@ -82,6 +83,14 @@ def write_atomically(path: str, content: str | bytes) -> None:
     file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def save(path: str, content: str | bytes) -> None:
+  """Replaces `path` by `content` as `write_atomically`; raises RunError where it cannot."""
+  try:
+    write_atomically(path, content)
+  except OSError as error:
+    raise cannot_write(path, error) from None
+
+
 def check_regular(path: str, name: str = "file") -> None:
   """Raises UsageError where `path` is something that could be read for ever.
 
@@ -148,3 +157,9 @@ def reason_of(error: OSError) -> str:
 def cannot_write(path: str, error: OSError) -> RunError:
   """Returns the error that ends a command whose file could not be written."""
   return RunError(f"{path} cannot be written: {reason_of(error)}")
+
+
+def let_stdout_take_any_text() -> None:
+  """Makes `print` write what the terminal's encoding lacks as \\xb1 or \\u2192, not fail."""
+  if hasattr(sys.stdout, "reconfigure"):                  # not where a test has replaced it
+    sys.stdout.reconfigure(errors="backslashreplace")

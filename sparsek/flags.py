@@ -16,13 +16,13 @@ Model flags default to None, which means the preset's value (or, in a script tha
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags
 
 from sparsek import config as config_lib
+from sparsek import files, flagfiles, path_flags
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.errors import RunError, UsageError
 
@@ -88,6 +88,15 @@ class _Definer:
 
   def string(self, name: str, default: str | None, help_text: str) -> None:
     self._define(name, flags.DEFINE_string, name, default, help_text)
+
+  def path(self, name: str, default: str | None, help_text: str, **options) -> None:
+    """Defines a flag that holds a path; `options` are those of `path_flags.parse_path`."""
+    flag = path_flags.path_flag(name, default, help_text, **options)
+    self._define(name, flags.DEFINE_flag, flag)
+
+  def paths(self, name: str, help_text: str) -> None:
+    """Defines a flag that holds a list of paths, empty by default."""
+    self._define(name, flags.DEFINE_flag, path_flags.paths_flag(name, help_text))
 
   def strings(self, name: str, help_text: str) -> None:
     self._define(name, flags.DEFINE_multi_string, name, [], help_text)
@@ -157,8 +166,8 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
 def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Where tokens come from and how they are cut into rows."""
   define, default = _Definer(flag_values), config_lib.DataConfig()
-  define.string("data", default.data, 'Folder that experiments.prepare_data wrote, or "stdlib", the source of Python\'s standard library.')
-  define.string("tokenizer", None, '"byte", a tokenizer.json or its folder; must match the data. Default: the one the data was made with.')
+  define.path("data", default.data, 'Folder that experiments.prepare_data wrote, or "stdlib", the source of Python\'s standard library.', words=("stdlib",))
+  define.path("tokenizer", None, '"byte", a tokenizer.json or its folder; must match the data. Default: the one the data was made with.', words=("byte",))
   define.number("seq_len", default.seq_len, "Tokens per row.", lower=1)
   define.number("batch_size", default.batch_size, "Rows per optimizer step, over all devices and accumulation steps.", lower=1)
   define.boolean("segment_documents", default.segment_documents, "Attention and loss restart at each document of a packed row.")
@@ -166,16 +175,16 @@ def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
 
 def define_workdir_flag(flag_values: flags.FlagValues = FLAGS) -> None:
   """The folder of a run, which pretraining writes and evaluation and generation read."""
-  _Definer(flag_values).string("workdir", None, "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required.")
+  _Definer(flag_values).path("workdir", None, "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required.")
 
 
 def define_evaluation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Which run to evaluate, under which attention, on which held-out rows; None means the run's own value."""
   define_attention_flags(flag_values)
   define, default = _Definer(flag_values), config_lib.TrainConfig(workdir="")
-  define.string("workdir", None, "Folder of a run, or several separated by commas. Required.")
+  define.paths("workdir", "Folder of a run, or several separated by commas. Required.")
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
-  define.string("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.')
+  define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.', words=("stdlib",))
   define.number("seq_len", None, "Tokens per row; may be more than in training. Default: as in training.", lower=1)
   define.number("batch_size", None, "Rows per batch. Default: as in training.", lower=1)
   define.number("eval_batches", 32, "Most batches to evaluate on.", lower=1)
@@ -186,7 +195,7 @@ def define_task_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Which runs to ask, under which attention, which tasks of which lengths."""
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
-  define.string("workdir", None, "Folder of a run, or several separated by commas. Required.")
+  define.paths("workdir", "Folder of a run, or several separated by commas. Required.")
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
   define.string("tasks", "passkey,needle,recall,variables,copy", "Names, separated by commas.")
   define.string("lengths", "1024,4096", "Tokens of a document, separated by commas; may be more than in training.")
@@ -194,7 +203,7 @@ def define_task_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("min_distance", 0, "Tokens at least between the facts and the question. From layers x window on no sliding window reaches the facts.", lower=0)
   define.number("batch_size", None, "Documents at a time, over all devices. Default: one per device.", lower=1)
   define.number("seed", 0, "Of the documents.", lower=0)
-  define.string("record", None, "Also write flags, figures and versions to this .json file, and a picture beside it.")
+  define.path("record", None, "Also write flags, figures and versions to this .json file, and a picture beside it.")
 
 
 def define_reach_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -202,7 +211,7 @@ def define_reach_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define_workdir_flag(flag_values)
   define = _Definer(flag_values)
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
-  define.string("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.')
+  define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.', words=("stdlib",))
   define.number("seq_len", 4096, "Tokens per row.", lower=2)
   define.number("batch_size", 1, "Rows per batch, over all devices.", lower=1)
   define.number("eval_batches", 8, "Most batches to evaluate on.", lower=1)
@@ -211,7 +220,7 @@ def define_reach_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("k", 16, "Selected keys in the pattern's layers that need no distance.", lower=1)
   define.number("budget", 512, "Keys a query in the pattern, the mean over layers.", lower=2)
   define.number("long_layers", None, "Layers of the pattern with most of the keys. Default: a sixth of all.", lower=1)
-  define.string("record", None, "Also write flags, figures and versions to this .json file.")
+  define.path("record", None, "Also write flags, figures and versions to this .json file.")
 
 
 def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -221,7 +230,7 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define = _Definer(flag_values)
   define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
   define.string("prompt", "", "Text to continue; empty: a new document.")
-  define.string("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
+  define.path("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
   define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
@@ -229,17 +238,17 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("top_k", 0, "Draw from so many most probable tokens only; 0: from all.", lower=0)
   define.strings("stop", "Text that ends the text, itself left out, wherever tokens begin and end; may be given several times.")
   define.number("sampling_seed", 0, "The same seed gives the same text; line i of --prompt_file, from 0, draws with this seed + i.", lower=0)
-  define.string("load_cache", None, "Go on with what --save_cache wrote, without reading its text again; --prompt, or a line a text, is what comes next.")
-  define.string("save_cache", None, "Write what the model keeps of the text to this file, to go on later.")
+  define.path("load_cache", None, "Go on with what --save_cache wrote, without reading its text again; --prompt, or a line a text, is what comes next.")
+  define.path("save_cache", None, "Write what the model keeps of the text to this file, to go on later.")
 
 
 def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """What to read or write in Hugging Face's format, and with attention of which kind it is read."""
   define_model_flags(flag_values)
   define = _Definer(flag_values)
-  define.string("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
-  define.string("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
-  define.string("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
+  define.path("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
+  define.path("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
+  define.path("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
   define.number("step", None, "Of the checkpoint to export. Default: the newest.", lower=0)
 
 
@@ -276,17 +285,17 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("seconds", 150.0, "No round is begun that would end later than this after the first began.", lower=0, kind=float)
   define.number("errors_at", None, "Length at which to compare with the float32 reference, which is quadratic; 0: do not. Default: 4096 in the headline, "
                 "else 0.", lower=0)
-  define.string("record", None, "Also write flags, figures, versions and device to this .json file, and a picture beside it.")
+  define.path("record", None, "Also write flags, figures, versions and device to this .json file, and a picture beside it.")
   define.boolean("extend", False, "Of the train and decode suites: keep the rows that --record has of other lengths, documents, remat or batch size, if of "
                  "this commit and device.")
-  define.string("show", None, "Time nothing; print this record and draw its picture again.")
+  define.path("show", None, "Time nothing; print this record and draw its picture again.")
 
 
 def define_ablation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """A grid of pretraining runs."""
   define = _Definer(flag_values)
-  define.string("workdir", None, "Folder for the runs of the grid and the report.")
-  define.string("base", None, "Flagfile of experiments.pretrain that all runs share.")
+  define.path("workdir", None, "Folder for the runs of the grid and the report.")
+  define.path("base", None, "Flagfile of experiments.pretrain that all runs share.")
   define.string("more", None, 'Further flags that all runs share, in one string: --more="--num_steps=500 --seq_len=2048".')
   define.string("attention", "sparsek,sliding_window", f"Kinds, separated by commas: {', '.join(config_lib.ATTENTION_KINDS)}; or patterns of layers, such as "
                 "sparsek*5+full.")
@@ -296,6 +305,8 @@ def define_ablation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.string("scorer", "linear", f"Of sparsek, separated by commas: {', '.join(config_lib.SCORERS)}.")
   define.number("seeds", 1, "Runs of each combination, with --seed=0, 1, ...", lower=1)
   define.string("job", "0/1", "i/N: train only every N-th cell from the i-th on, i from 0, as one of N jobs that share --workdir.")
+  define.boolean("retrain", False, "Move cells that other flags made aside, to "
+                 "WORKDIR/cells/replaced, and train them again.")
 
 
 def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -324,7 +335,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
                  "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.")
   define.number("distill", run_default.distill, "Weight w of the teacher --distill_from: the objective is (1 - w) cross-entropy + w KL(teacher || model).",
                 lower=0, upper=1, kind=float)
-  define.string("distill_from", None, "The teacher of --distill, with its own attention: DIR, DIR@STEP or hf:DIR, as in --init_from.")
+  define.path("distill_from", None, "The teacher of --distill, with its own attention: DIR, DIR@STEP or hf:DIR, as in --init_from.",
+              reference=True)
   define.number("seed", run_default.seed, "Of the initial parameters, the order of the data, the noise on the scores, the queries of --scorer_loss.", lower=0)
   define.number("grad_accumulation", run_default.grad_accumulation, "Micro-batches per optimizer step; divides --batch_size.", lower=1)
   define.number("loss_chunk", run_default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
@@ -333,9 +345,9 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("eval_batches", run_default.eval_batches, "Batches per held-out evaluation.", lower=1)
   define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
-  define.string("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir, and without --preset its model flags; "
+  define.path("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir, and without --preset its model flags; "
                 "under another kind of attention it draws the scorers that run has not. "
-                "hf:DIR: from a folder in Hugging Face's format, which replaces --preset; give the --attention that it shall have.")
+                "hf:DIR: from a folder in Hugging Face's format, which replaces --preset; give the --attention that it shall have.", reference=True)
   define.boolean("tensorboard", run_default.tensorboard, "Also write TensorBoard events (needs tensorboardX).")
   define.string("profile_steps", None, "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.")
 
@@ -345,18 +357,27 @@ def define_dry_run_flag(flag_values: flags.FlagValues = FLAGS) -> None:
   _Definer(flag_values).boolean("dry_run", False, "Only compile, and print parameters, operations and memory of a step; needs no --workdir, writes nothing.")
 
 
-def parse(argv: Sequence[str], flag_values: flags.FlagValues = FLAGS) -> None:
+def parse(argv: Sequence[str], flag_values: flags.FlagValues = FLAGS,
+          say: Callable[[str], object] | None = None) -> None:
   """Parses `argv` (program name first).
 
+  Args:
+    argv: the command line.
+    flag_values: the flags that are defined.
+    say: takes a line for each flag of a flagfile that gives way; prints on stderr by default.
   Raises:
     UsageError: for an unknown flag, a value out of range or an argument that is no flag; names the flag, the value and what is allowed.
   """
   try:
-    rest = flag_values(list(argv))
+    rest = flag_values([argv[0], *flagfiles.expand(argv[1:], flag_values, say or _say)])
   except flags.Error as error:
     raise UsageError(" ".join(str(error).replace("flag --", "--", 1).removeprefix("ERROR:: ").split())) from None
   if rest[1:]:
     raise UsageError(f"unexpected argument {rest[1]!r}: every option is written --name=value")
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr)
 
 
 def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS, argv: Sequence[str] | None = None) -> None:
@@ -366,6 +387,7 @@ def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS, argv:
   keeps its traceback.
   """
   argv = sys.argv if argv is None else argv
+  files.let_stdout_take_any_text()
   if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
     description = (sys.modules[main.__module__].__doc__ or "").strip()
     print(f"{description}\n\n{flag_values.main_module_help()}\n{flag_values.module_help(__name__)}")
@@ -383,9 +405,22 @@ def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS, argv:
 
 
 def into_string(flag_values: flags.FlagValues = FLAGS) -> str:
-  """A flagfile (`--flagfile=`) that reproduces this command line, defaults spelled out, one flag a line."""
-  lines = (flag_values[name].serialize() for name in OUR_FLAGS if name in flag_values)
-  return "".join(line + "\n" for line in lines if line)
+  """Returns a flagfile that reproduces this command line, defaults spelled out, one flag a line.
+
+  A preset that was not given is left out where the model is that of another run or folder: beside
+  --preset it would not be.
+  """
+  names = [name for name in OUR_FLAGS if name in flag_values]
+  if any(flag_values[name].value for name in ("init_from", "from") if name in names):
+    names = [name for name in names if name != "preset" or flag_values[name].present]
+  return "".join(line + "\n" for line in (flag_values[name].serialize() for name in names) if line)
+
+
+def not_default(flag_values: flags.FlagValues) -> str:
+  """Returns the flags that have another value than by default, without --workdir, one a line."""
+  return "".join(flag_values[name].serialize() + "\n" for name in OUR_FLAGS
+                 if name in flag_values and name != "workdir"
+                 and flag_values[name].value != flag_values[name].default)
 
 
 def _build(constructor: Callable, *args, **fields):
@@ -446,7 +481,7 @@ def train_config(flag_values: flags.FlagValues = FLAGS) -> config_lib.TrainConfi
     raise UsageError("--workdir is required: the folder for this run's checkpoints and metrics")
   if value["warmup_steps"] is None:
     value["warmup_steps"] = min(100, value["num_steps"] // 10)
-  value["workdir"] = os.path.expanduser(value["workdir"] or "")
+  value["workdir"] = value["workdir"] or ""
   names = [field.name for field in dataclasses.fields(config_lib.OptimizerConfig)]
   optimizer = _build(config_lib.OptimizerConfig, **{name: value[name] for name in names})
   names = [field.name for field in dataclasses.fields(config_lib.TrainConfig) if field.name not in ("data", "optimizer")]

@@ -222,5 +222,5 @@ def write_folder(folder: str, tensors: Mapping[str, Pending], max_shard_bytes: i
   if len(shards) > 1:
     index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors.values())},
              "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
-    with open(os.path.join(folder, INDEX), "w") as file:
+    with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
       json.dump(index, file, indent=2)

@@ -33,8 +33,9 @@ import os
 import re
 import shlex
 
+from experiments import script
 from experiments.recipes.stages import run_stages
-from sparsek import rivals_report, run_directory
+from sparsek import files, rivals_report, run_directory
 from sparsek.config import GATES
 
 FLAGS = "--flagfile=experiments/recipes/rivals_{}.flags"
@@ -98,7 +99,8 @@ def stages(options) -> dict[str, tuple[str, ...]]:
 def main(options) -> None:
   plan = stages(options)
   if not options.collect:
-    run_stages(plan, options.workdir, options.devices, options.at_once, options.only)
+    run_stages(plan, options.workdir, options.devices, options.at_once, options.only,
+               options.retrain)
   here, named = lambda name: os.path.join(options.workdir, name), kinds(shlex.split(options.sparsek))
   with open(here("minutes.json"), encoding="utf-8") as file:
     minutes = json.load(file)
@@ -112,20 +114,28 @@ def main(options) -> None:
   record = {"sparsek": options.sparsek, "runs": runs, "versions": {**versions, "command": None},
             "stages": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items()
                        if name.startswith(("dense", "local")) or re.sub("^(loss|far|tasks)_|_s[0-9]$", "", name) in runs}}
-  with open(options.record, "w", encoding="utf-8") as file:
-    file.write(run_directory.to_json(record))
+  files.save(options.record, run_directory.to_json(record))
   print(rivals_report.table(runs))
   rivals_report.draw(runs, os.path.splitext(options.record)[0] + ".png")
 
 
-if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the recipe's options."""
+  parser = script.parser(__doc__)
   for option, default, text in (
       ("short", "data/rivals_short", "token files of the first stage"), ("long", "data/rivals_long", "token files of the second stage"),
-      ("text", "data/rivals_text", "token files to evaluate on"), ("workdir", "runs/rivals", "folder for all runs"),
-      ("record", "rivals.json", "file for the record; the picture goes beside it"), ("lengths", "2048,4096,8192", "tokens of the tasks"),
+      ("text", "data/rivals_text", "token files to evaluate on"),
+      ("workdir", "runs/rivals", "folder for all runs")):
+    parser.add_argument(f"--{option}", default=default, type=script.path,
+                        help=f"{text}; default: {default!r}")
+  for option, default, text in (
       ("sparsek", "--gate=straight_through", "flags of SPARSEK's scorers"),
-      ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
+      ("more", "", "further flags of all training, as for a rehearsal")):
+    parser.add_argument(f"--{option}", default=default, type=script.words,
+                        help=f"{text}; default: {default!r}")
+  for option, default, text in (
+      ("lengths", "2048,4096,8192", "tokens of the tasks"),
+      ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
       ("only", "", "a regular expression: begin only stages whose names it matches")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
   for option, default, text in (
@@ -133,5 +143,13 @@ if __name__ == "__main__":
       ("min_distance", 1024, "tokens at least between facts and questions"), ("seeds", 3, "runs of each kind"),
       ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
+  parser.add_argument("--record", default="rivals.json", type=script.output,
+                      help="file for the record; the picture goes beside it")
   parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
-  main(parser.parse_args())
+  parser.add_argument("--retrain", action="store_true",
+                      help="move what other flags made to WORKDIR/replaced, and do it again")
+  return parser
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())

@@ -3,24 +3,26 @@
   python -m experiments.recipes.rivals_pairs experiments/results/rivals.json experiments/results/rivals_first.json
 """
 
-import json
-import sys
+import argparse
 
-from sparsek import rivals_report
+from experiments import script
+from sparsek import files, rivals_report
 
 KINDS = [f"sparsek_{budget}{layout}" for budget in (512, 1024) for layout in ("_last", "_local", "")]
 
 
 def main(records: list[str]) -> None:
-  rounds = []
-  for path in records:
-    with open(path, encoding="utf-8") as file:
-      rounds.append(json.load(file)["runs"])
-  runs = rivals_report.pool(rounds)
+  runs = rivals_report.pool([files.read_json_object(path)["runs"] for path in records])
   print(rivals_report.table(runs), rivals_report.by_start(runs), *(rivals_report.differences(runs, name) for name in KINDS if name in runs), sep="\n\n")
 
 
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the script's arguments."""
+  parser = script.parser(__doc__)
+  parser.add_argument("records", nargs="+", type=script.path,
+                      help="of rivals.py, such as experiments/results/rivals.json")
+  return parser
+
+
 if __name__ == "__main__":
-  if not sys.argv[1:]:
-    sys.exit("records of rivals.py are to be named, such as experiments/results/rivals.json")
-  main(sys.argv[1:])
+  script.run(lambda options: main(options.records), make_parser())

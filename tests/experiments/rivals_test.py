@@ -10,8 +10,9 @@ import pytest
 
 from experiments import evaluate, evaluate_tasks
 from experiments.recipes import rivals, rivals_pairs, stages
-from sparsek import flags, rivals_report
+from sparsek import flags, rivals_report, run_directory, settings
 from sparsek.ablation import USES
+from sparsek.errors import UsageError
 
 SPARSEK = "--gate=straight_through --scorer_loss=1"
 OPTIONS = types.SimpleNamespace(short="short", long="long", text="text", workdir="runs", lengths="2048,8192", sparsek=SPARSEK, more="--loss_chunk=512",
@@ -37,7 +38,7 @@ def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
       starts[name[:-3]] = flags.model_config(values)
       continue
     start = "local" if "_local_" in name else "dense"
-    assert train.init_from == f"runs/{start}_s{train.seed}"
+    assert train.init_from == os.path.abspath(f"runs/{start}_s{train.seed}")
     config = flags.model_config(values, pretrained=starts[start])
     tokens.add(train.optimizer.num_steps * train.data.batch_size * train.data.seq_len)
     of_layer = lambda kind, layer: sum(getattr(layer, field) for field in ("k", "window") if field in USES.get(kind, ("k", "window")))
@@ -83,22 +84,75 @@ def test_pairs_over_the_records(capsys):
   assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in found
 
 
-def test_stages_wait_go_on_and_say_what_failed(tmp_path, monkeypatch):
-  plan = {"c": ("pretrain", "--init_from=w/b"), "a": ("pretrain",), "b": ("pretrain", "--x=w/a"), "d": ("evaluate", "--workdir=w/a,w/c")}
-  begun, broken = [], {"b"}
+PLAN = {"c": ("pretrain", "--workdir=w/c", "--init_from=w/b"), "a": ("pretrain", "--workdir=w/a"),
+        "b": ("pretrain", "--workdir=w/b", "--init_from=w/a"), "d": ("evaluate", "--workdir=w/a,w/c")}
 
-  def run(workdir, name, words, device, share, to_file):
-    begun.append(name)
-    assert (words, device in ("0", "1"), share, to_file) == (plan[name], True, .45, True)
-    return None if name in broken else .5
-  monkeypatch.setattr(stages, "_run", run)
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+  """Runs the stages of a plan that do nothing; those in `broken` fail."""
+  monkeypatch.chdir(tmp_path)
+
+  def stage(workdir, name, words, device, share, to_file):
+    run.begun.append(name)
+    assert (device in ("0", "1"), share, to_file) == (True, .45, True)
+    if words[0] == "pretrain":
+      os.makedirs(os.path.join(workdir, name), exist_ok=True)
+      text = flags.into_string(settings.parse(*words[:1], words[1:]))
+      run_directory.write_record(os.path.join(workdir, name), "flags.txt", text)
+    return None if name in run.broken else .5
+
+  def run(plan=PLAN, **options):
+    run.begun.clear()
+    return stages.run_stages(plan, "w", "0,1", 3, **options)
+  run.begun, run.broken = [], set()
+  monkeypatch.setattr(stages, "_run", stage)
+  return run
+
+
+def test_stages_wait_go_on_and_say_what_failed(run):
+  run.broken.add("b")
   with pytest.raises(SystemExit, match="did not get to their end: b; the same command goes on"):
-    stages.run_stages(plan, str(tmp_path), "0,1", 3)
-  assert begun == ["a", "b"]
-  broken.clear()
-  begun.clear()
-  assert set(stages.run_stages(plan, str(tmp_path), "0,1", 3, only="b|d")) == {"a", "b"} and begun == ["b"]
-  assert stages.run_stages(plan, str(tmp_path), "0,1", 3) == dict.fromkeys("abcd", .5) and begun == ["b", "c", "d"]
+    run()
+  assert run.begun == ["a", "b"]
+  run.broken.clear()
+  assert set(run(only="b|d")) == {"a", "b"} and run.begun == ["b"]
+  assert run() == dict.fromkeys("abcd", .5) and run.begun == ["b", "c", "d"][1:]
+
+
+def changed(name, *words):
+  return {**PLAN, name: (*PLAN[name], *words)}
+
+
+def test_stages_that_other_flags_made_are_refused_or_done_again(run):
+  assert set(run()) == set(PLAN)
+  run(changed("a", "--k=64", "--keep_checkpoints=1"))
+  assert run.begun == []
+  plan = changed("b", "--k=8")
+  with pytest.raises(UsageError, match=r"b \(--k: the default -> 8\); c \(follows from b\); "
+                                       r"d \(follows from c\)\. .*--retrain"):
+    run(plan)
+  assert run.begun == []
+  assert set(run(plan, retrain=True)) == set(PLAN) and run.begun == ["b", "c", "d"]
+  assert sorted(os.listdir("w/replaced")) == ["b", "c"]
+  run(plan)
+  assert run.begun == []
+  with pytest.raises(UsageError, match=r"d \(--eval_batches: 32 -> 9\)"):
+    run({**plan, "d": (*PLAN["d"], "--eval_batches=9")})
+
+
+def test_stages_of_earlier_versions_are_compared_by_their_flags(run, capsys):
+  run()
+  os.remove("w/stages.json")
+  run()
+  assert run.begun == [] and "d: done by an earlier version" in capsys.readouterr().err
+  with pytest.raises(UsageError, match=r"a \(--seed: 0 -> 1\)"):
+    run(changed("a", "--seed=1"))
+  run.broken.add("b")
+  with pytest.raises(SystemExit):
+    run(changed("b", "--seed=2"), retrain=True)
+  with pytest.raises(UsageError, match=r"b \(--seed: 2 -> 0\)"):          # not at its end
+    run()
 
 
 def test_the_flags_of_sparsek_are_no_other_kinds():

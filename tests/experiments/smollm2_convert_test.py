@@ -1,5 +1,6 @@
 """The commands of the conversion's recipe are what the scripts take; its picture. What they do: import_hf_test.py."""
 
+import os
 import types
 
 from absl import flags as absl_flags
@@ -30,7 +31,7 @@ def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
       assert (config.attention, config.k, config.window, config.scorer, config.scan_layers) == (("sparsek",), 256, 768, "conv", True)
     if module == "pretrain":
       train = flags.train_config(values)
-      start = train.init_from.removeprefix("runs/")
+      start = os.path.basename(train.init_from)
       tokens[name] = tokens.get(start, 0) + train.optimizer.num_steps * train.data.batch_size * train.data.seq_len
   assert 9e6 < max(tokens.values()) < 1e7 and tokens["window_recall"] == tokens["dense_recall"] == tokens["sparsek_recall"] - tokens["sparsek_warm"]
 

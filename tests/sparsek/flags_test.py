@@ -1,5 +1,8 @@
 """Bad flags are refused in one sentence; good ones become the dataclasses, also after a trip through a flagfile."""
 
+import io
+import sys
+
 import pytest
 from absl import flags as absl_flags
 
@@ -43,11 +46,11 @@ def configs(*arguments):
     (["--batch_size=9", "--grad_accumulation=2"], ["--batch_size=9", "grad_accumulation=2", "multiple"]),
     (["--warmup_steps=50", "--num_steps=20"], ["--warmup_steps=50", "num_steps=20"]),
     (["--scorer=conv", "--window=2"], ["--scorer_lookahead=4", "window=2"]),
-    (["--workdir="], ["--workdir", "required"]),
+    (["--workdir="], ["--workdir=: must be a path, it is empty"]),
     (["--profile_steps=5:3"], ["--profile_steps=5:3", "A:B"]),
     (["--profile_steps=7"], ["--profile_steps=7", "A:B"]),
     (["--distill=.5"], ["--distill=0.5", "distill_from=None", "both or neither"]),
-    (["--distill_from=hf:model"], ["--distill=0.0", "distill_from=hf:model"]),
+    (["--distill_from=hf:model"], ["--distill=0.0", "distill_from=hf:/", "/model"]),
     (["--distill=1.5"], ["--distill=1.5", "at most 1"]),
     (["--scorer_warmup", "--scorer_loss=1"], ["--scorer_warmup=True", "trainable=all", "trainable=scorer"]),
     (["--scorer_warmup", "--trainable=scorer", "--scorer_loss=0"], ["--scorer_warmup=True", "scorer_loss above 0", "scorer_loss=0.0"]),
@@ -123,3 +126,34 @@ def test_help_lists_flags_and_exits_0(capsys):
     flags.run(test_defaults_are_the_presets, values, ["script", "--help"])
   assert exit_info.value.code == 0
   assert "--window" in capsys.readouterr().out
+
+
+def test_help_lists_path_flags(capsys):
+  values = absl_flags.FlagValues()
+  flags.define_evaluation_flags(values)
+  with pytest.raises(SystemExit):
+    flags.run(test_defaults_are_the_presets, values, ["script", "--help"])
+  assert {"--workdir", "--data"} <= {word.rstrip(":") for word in capsys.readouterr().out.split()}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_utf8_ends_no_command(encoding, monkeypatch):
+  stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+  monkeypatch.setattr(sys, "stdout", stdout)
+  with pytest.raises(SystemExit) as exit_info:
+    flags.run(lambda: print("1 \u00b1 2 \u2192 \udcff"), absl_flags.FlagValues(), ["script"])
+  stdout.flush()
+  expected = "1 \u00b1 2 \u2192 \udcff\n".encode(encoding, "backslashreplace")
+  assert exit_info.value.code == 0 and stdout.buffer.getvalue() == expected
+
+
+@pytest.mark.parametrize("arguments, written", [
+    ([], True), (["--init_from=a"], False), (["--init_from=a", "--preset=mini"], True)])
+def test_a_flagfile_has_no_preset_that_would_exclude_another_model(arguments, written):
+  text = flags.into_string(parsed("--workdir=w", *arguments))
+  assert ("--preset=" in text) == written
+
+
+def test_what_is_not_default():
+  values = parsed("--workdir=w", "--k=8", "--preset=tiny", "--noqk_norm", "--data=/d")
+  assert sorted(flags.not_default(values).splitlines()) == ["--data=/d", "--k=8", "--noqk_norm"]

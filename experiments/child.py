@@ -1,0 +1,81 @@
+"""Child processes that end with their parent, however it ends.
+
+The parent holds one end of a pipe; a thread of the child waits at the other end. When the parent is
+gone, killed or not, the pipe is closed, and the child sends itself SIGTERM: training saves a
+checkpoint and ends. `python -m experiments.child DESCRIPTOR MODULE ARGUMENTS...` is that child.
+"""
+
+import contextlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_processes: set[subprocess.Popen] = set()
+
+
+@contextlib.contextmanager
+def running(module: str, arguments: Sequence[str], **options) -> Iterator[subprocess.Popen]:
+  """Runs `python -m module arguments` during the block, at whose end it has ended.
+
+  An exception in the block sends it SIGTERM.
+
+  Args:
+    module: its name.
+    arguments: of its command line.
+    options: for `subprocess.Popen`.
+  """
+  reader, writer = os.pipe()                              # no other child inherits the writer
+  command = [sys.executable, "-m", "experiments.child", str(reader), module, *arguments]
+  try:
+    with subprocess.Popen(command, pass_fds=(reader,), **options) as process:
+      _processes.add(process)
+      try:
+        yield process
+      except BaseException:
+        process.terminate()
+        raise
+      finally:
+        _processes.discard(process)
+  finally:
+    os.close(reader)
+    os.close(writer)
+
+
+@contextlib.contextmanager
+def ending_at_signals(code: int | None = None) -> Iterator[None]:
+  """Ends this process and its children at any of SIGNALS, with `code` or 128 + the signal."""
+  def end(number, frame):
+    os.write(2, b"stopped by a signal; the same command goes on from here\n")     # not in a print
+    for process in list(_processes):
+      process.terminate()
+    sys.exit(128 + number if code is None else code)
+
+  before = {number: signal.signal(number, end) for number in SIGNALS}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _end_with_parent(descriptor: int) -> None:
+  os.read(descriptor, 1)                                  # nothing is ever written
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+  """Runs the module that the command line names as if it had been started itself."""
+  descriptor, module = int(sys.argv[1]), sys.argv[2]
+  os.set_inheritable(descriptor, False)
+  threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
+  sys.argv[1:] = sys.argv[3:]
+  runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,51 @@
+"""Scripts whose options argparse reads: how they end, and the types of their options."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+
+from sparsek import files, path_flags
+from sparsek.errors import RunError, UsageError
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+  """Returns an empty parser whose --help begins with a module's docstring."""
+  as_written = argparse.RawDescriptionHelpFormatter
+  return argparse.ArgumentParser(description=description, formatter_class=as_written)
+
+
+def path(text: str) -> str:
+  """Returns a path, for argparse; a relative one stays so, since records are published."""
+  try:
+    return path_flags.parse_path(text, absolute=False)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def output(text: str) -> str:
+  """Returns the path of a file to write, for argparse, in a folder that exists."""
+  given = path(text)
+  if not os.path.isdir(os.path.dirname(given) or "."):
+    raise argparse.ArgumentTypeError(f"{text}: there is no folder {os.path.dirname(given)}")
+  return given
+
+
+def words(text: str) -> str:
+  """Returns flags in one string, for argparse, of which `shlex.split` makes words."""
+  try:
+    shlex.split(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+  return text
+
+
+def run(main: Callable[[argparse.Namespace], object], options: argparse.ArgumentParser) -> None:
+  """Calls `main` with the options; exits with 2 for a UsageError, 1 for a RunError, and a line."""
+  files.let_stdout_take_any_text()
+  try:
+    main(options.parse_args())
+  except (UsageError, RunError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
