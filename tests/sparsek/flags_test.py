@@ -157,3 +157,8 @@ def test_a_flagfile_has_no_preset_that_would_exclude_another_model(arguments, wr
 def test_what_is_not_default():
   values = parsed("--workdir=w", "--k=8", "--preset=tiny", "--noqk_norm", "--data=/d")
   assert sorted(flags.not_default(values).splitlines()) == ["--data=/d", "--k=8", "--noqk_norm"]
+
+
+def test_an_unknown_flag_of_a_very_long_name_is_refused():
+  with pytest.raises(UsageError, match="unknown"):
+    parsed("--" + "k" * 2000)
