@@ -12,8 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from .gates import tile_gradients, tile_weights
-from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work, axes, by_column, by_row, matrix_buffer, phase_of, place,
-                            read_bounds)
+from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work, axes,
+                            by_column, by_row, grid_of, matrix_buffer, phase_of, place, place_in, read_bounds)
 
 MOST, MOST_LISTED = 16, 2        # blocks of the window's keys, or of lists, that a program computes one after the other
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups
@@ -53,12 +53,13 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
   shape = (HALF, block_kv)
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
+  sizes = {"batch": batch, "block": n // BLOCK_Q, "head": heads}
 
   def kernel(q_ref, k_ref, v_ref, do_ref, out_ref, lse_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref,
              dq_ref, delta_ref, dtau_ref, q_smem, do_smem, out_smem, k_smem, v_smem, last_smem, score_smem, lse_smem, delta_smem, tau_smem, left_smem,
              entered_smem,
              k_full, v_full, rows_full, k_free, v_free):
-    b, h, block, warpgroup = place("batch", "head", "block", "warpgroup")
+    (b, block, h), warpgroup = place_in(**sizes), place("warpgroup")
     g = lax.div(h, jnp.array(heads // groups, h.dtype))
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
@@ -188,7 +189,7 @@ def query_gradients(query, key, value, cotangent, out, logsumexp, left, entered,
              plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
   return plgpu.kernel(
       kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), *[jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)] * 2], scratch_types=scratch,
-      grid=(batch, n // BLOCK_Q, heads), grid_names=axes("batch", "block", "head"), num_threads=3, thread_name=axes("warpgroup")[0],
+      **grid_of(**sizes), num_threads=3, thread_name=axes("warpgroup")[0],
       compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_query_gradients",
   )(query, key, value, cotangent, out, logsumexp, left, entered, tau, *listed, bounds)
 

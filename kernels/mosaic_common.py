@@ -31,6 +31,24 @@ def place(*names: str):
   return found if len(found) > 1 else found[0]
 
 
+def grid_of(**sizes: int) -> dict:
+  """Returns what `plgpu.kernel` is told of programs along axes of these sizes.
+
+  CUDA takes 2^31 - 1 programs along x, which is Mosaic's last axis, but only 65,535 along y and z:
+  all programs are numbered along x, those of neighbours on the last axis one after the other.
+  """
+  return {"grid": (math.prod(sizes.values()),), "grid_names": axes("program")}
+
+
+def place_in(**sizes: int) -> list:
+  """Returns where a program is along each axis of its `grid_of`."""
+  program, found = place("program"), []
+  for size in reversed(sizes.values()):
+    found.append(lax.rem(program, jnp.int32(size)))
+    program = lax.div(program, jnp.int32(size))
+  return found[::-1]
+
+
 class Tiling(NamedTuple):
   """Sizes of the kernels' tiles, and how many tiles their circular buffers hold.
 

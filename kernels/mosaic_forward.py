@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, LOWEST, MATRIX, ROW, Registers, axes, by_column, by_row, gate_of, matrix_buffer, phase_of, place,
-                            read_bounds)
+from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, LOWEST, MATRIX, ROW, Registers, axes, by_column,
+                            by_row, gate_of, grid_of, matrix_buffer, phase_of, place, place_in, read_bounds)
 
 
 def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scale, chunk, tiling, interpret=None):
@@ -38,11 +38,12 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
   shape = (HALF, block_kv)
   to_log2 = scale * LOG2_E
   registers = Registers(interpret)
+  sizes = {"batch": batch, "block": n // BLOCK_Q, "head": heads}
 
   def kernel(q_ref, k_ref, v_ref, left_ref, entered_ref, tau_ref, lk_ref, lv_ref, score_ref, last_ref, bounds_ref, out_ref, lse_ref,
              q_smem, k_smem, v_smem, last_smem, score_smem, row_smem, left_smem, entered_smem,
              k_full, v_full, q_full, k_free, v_free, turn):
-    b, h, block, warpgroup = place("batch", "head", "block", "warpgroup")
+    (b, block, h), warpgroup = place_in(**sizes), place("warpgroup")
     g = lax.div(h, jnp.array(heads // groups, h.dtype))
     first_row = block * BLOCK_Q
     list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
@@ -174,6 +175,6 @@ def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scal
              plgpu.Barrier(num_arrivals=2, num_barriers=stages), plgpu.Barrier(num_arrivals=2)]
   return plgpu.kernel(
       kernel, out_type=[jax.ShapeDtypeStruct(query.shape, dtype), jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)], scratch_types=scratch,
-      grid=(batch, n // BLOCK_Q, heads), grid_names=axes("batch", "block", "head"), num_threads=3, thread_name=axes("warpgroup")[0],
+      **grid_of(**sizes), num_threads=3, thread_name=axes("warpgroup")[0],
       compiler_params=plgpu.CompilerParams(approx_math=True), interpret=interpret, kernel_name="sparsek_forward",
   )(query, key, value, left, entered, tau, *listed, bounds)

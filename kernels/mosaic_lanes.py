@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, scf, vector
 
-from .mosaic_common import axes, place
+from .mosaic_common import grid_of, place, place_in
 
 LANES = 128                      # threads of a program
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
@@ -329,13 +329,20 @@ def reader(ref, *row):
 
 def kernel(body, rows, size, *extra, name, **options):
   """Runs body(row, extra, lanes, *refs) for every row, every number below `extra` and lanes up to `size` and beyond."""
+  sizes = {"block": -(-size // LANES), "row": rows, "extra": extra[0] if extra else 1}
+
   def run(*refs):
-    row, number, block = place("row", "extra", "block")
+    block, row, number = place_in(**sizes)
     body(row, number, block * LANES + numbers(), *refs)
-  grid = dict(block=-(-size // LANES), row=rows, extra=extra[0] if extra else 1)
-  run = plgpu.kernel(run, grid=tuple(grid.values()), grid_names=axes(*grid), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options)
+  run = plgpu.kernel(run, **grid_of(**sizes), compiler_params=PARAMS,
+                     kernel_name=f"sparsek_{name}", **options)
   is_array = lambda x: isinstance(jax.typeof(x), jax.core.ShapedArray)                       # not a ref
   return lambda *args: apart(run(*(apart(x) if is_array(x) else x for x in args)))
+
+
+def block_of(rows):
+  """Returns the number of a program's lanes, LANES together, in a `kernel` of so many rows."""
+  return lax.div(place("program"), jnp.int32(rows))
 
 
 def contents(*refs):

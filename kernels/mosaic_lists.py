@@ -11,8 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from .mosaic_common import place
-from .mosaic_lanes import LANES, contents, kernel, reader, scatter, scatter_row
+from .mosaic_lanes import LANES, block_of, contents, kernel, reader, scatter, scatter_row
 from .tiles import NEVER, TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
 SEGMENT, SEGMENTS = 128, 1024    # ranks that are counted together, at least; and segments, at most, so that memory stays linear
@@ -54,7 +53,7 @@ def _lists(expiry, order, k, window, chunk):
   tokens, lasts = zeros(places), zeros(places)
 
   def list_old(row, _, lane, ranked, begins, ends, tokens, lasts, old_place, old_begin):
-    first = place("block") * LANES
+    first = block_of(rows) * LANES
     least, most = first // chunks, jnp.minimum((first + (LANES - 1)) // chunks, segments - 1)
 
     @pl.when(ends[row, chunks, most] > begins[row, chunks * segments + least])           # of most segments no token is old anywhere

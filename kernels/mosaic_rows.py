@@ -5,8 +5,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from .mosaic_common import place
-from .mosaic_lanes import LANES, contents, gather_bytes, kernel, narrow, numbers, reader, scatter, scatter_bytes, widen
+from .mosaic_lanes import (LANES, block_of, contents, gather_bytes, kernel, narrow, numbers, reader,
+                           scatter, scatter_bytes, widen)
 
 WORD = 8                         # numbers that a lane moves at once
 AT_ONCE = 4                      # moves that it has under way
@@ -37,7 +37,7 @@ def gather_rows(key, value, scores, lists):
   token, entered = lists.token.reshape(-1, places), lists.entered.reshape(-1, n)
 
   def body(row, _, lane, key, value, scores, token, entered, listed_key, listed_value, listed_score):
-    block, b, g = place("block"), row // groups, row % groups
+    block, b, g = block_of(batch * groups), row // groups, row % groups
 
     @pl.when(block % tiles * TILE < entered[row, (block // tiles + 1) * (n // chunks) - 1])        # as many tokens has the list
     def _():
@@ -76,7 +76,7 @@ def sum_rows(dkey, dvalue, rows, lists):
   arrays = map(flat, (lists.number, lists.listed, lists.new_place, lists.old_place, lists.old_begin, lists.old_count))
 
   def body(row, _, lane, dk_ref, dv_ref, ds_ref, lk_ref, lv_ref, ls_ref, number, listed, new_place, old_place, begin, count):
-    block, b, g = place("block"), row // groups, row % groups
+    block, b, g = block_of(batch * groups), row // groups, row % groups
 
     @pl.when(block * tokens < number[row, 0])              # the gradients of tokens that were never selected stay as they are
     def _():

@@ -60,11 +60,18 @@ def selection(scores, k, window, segment_ids=None):
   return gate.astype(u.dtype), selected, jnp.broadcast_to(local, selected.shape)
 
 
+def without_nan(x):
+  """x [..., D] with 0 for what is not finite, for 0 * NaN would spread it; and which rows had such."""
+  finite = jnp.isfinite(x)
+  return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
+
+
 def attention(query, key, value, scores, *, k, window, gate, scale, segment_ids=None):
   """Shapes and meaning as in `sparsek.sparsek_attention`."""
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   groups = query.shape[2] // key.shape[2]
   q, kk, v = (x.astype(dtype) for x in (query, jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)))
+  (q, bad_query), (kk, bad_key), (v, bad_value) = map(without_nan, (q, kk, v))
   p, selected, local = (jnp.repeat(x, groups, 1) for x in selection(scores, k, window, segment_ids))
   p = jnp.where(local, 1, p)
   if gate == "straight_through":
@@ -77,4 +84,6 @@ def attention(query, key, value, scores, *, k, window, gate, scale, segment_ids=
   top = sg(jnp.max(logits, -1, keepdims=True))
   weights = jnp.where(visible, jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top)), 0)
   weights = weights / jnp.maximum(jnp.sum(weights, -1, keepdims=True), jnp.finfo(dtype).tiny)
-  return jnp.einsum("bhij,bjhd->bihd", weights * jnp.where(visible, p, 0), v, precision="highest").astype(query.dtype)
+  out = jnp.einsum("bhij,bjhd->bihd", weights * jnp.where(visible, p, 0), v, precision="highest")
+  seen = jnp.einsum("bhij,bjh->bih", visible.astype(dtype), (bad_key | bad_value).astype(dtype)) > 0
+  return (out + jnp.where(seen | bad_query, jnp.nan, 0)[..., None]).astype(query.dtype)

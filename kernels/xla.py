@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from .compaction import chunk_lists, chunk_size
+from .reference import without_nan
 from .saved import saved
 from .varying import varying_like
 
@@ -102,13 +103,14 @@ def _rows(x, index, axis=2):
 
 
 def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
-  """One chunk: keys and values [B, G, K, D], logits before the gate and visibility [B, G, (R,) C, K], gates and where fractional [B, G, C, listed]."""
+  """One chunk: queries, keys and values [B, G, K, D], logits before the gate and visibility [B, G, (R,) C, K], gates and where fractional
+  [B, G, C, listed], and which queries see something that is not finite [B, G, R, C], which counts as 0."""
   k, window, gate, scale, chunk = static
   left = max(window - 1, 0)
   near = c * chunk + jnp.arange(_window_length(static)) - left            # token indices of the window's keys
   gather = lambda x: jnp.concatenate([
       _rows(lax.slice_in_dim(x, left, None, axis=2), lists), lax.dynamic_slice_in_dim(x, c * chunk, near.shape[0], axis=2)], axis=2)
-  key, value = gather(keys), gather(values)
+  (q, bad_query), (key, bad_key), (value, bad_value) = map(without_nan, (q, gather(keys), gather(values)))
   i = c * chunk + jnp.arange(chunk)
   u, end = _rows(scores, lists)[:, :, None, :], _rows(expiry, lists)[:, :, None, :]
   selected = (lists[:, :, None, :] + window <= i[:, None]) & (i[:, None] < end)                      # [B, G, C, listed]
@@ -119,7 +121,8 @@ def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
   p = jnp.clip(u - tau, 0, 1)
   fractional = selected & (u - 1 < tau) & (u > tau)
   logits = _einsum("bgrcd,bgkd->bgrck", q, key) * scale
-  return key, value, logits, visible[:, :, None], p, fractional
+  seen = jnp.any(visible & (bad_key | bad_value)[:, :, None], axis=-1)
+  return q, key, value, logits, visible[:, :, None], p, fractional, seen[:, :, None] | bad_query
 
 
 def _gated(gate, p, width):
@@ -135,7 +138,7 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
   keys, values = _padded(key, static), _padded(value, static)
 
   def step(_, chunk):
-    _, v, logits, visible, p, _ = _step(*chunk, keys, values, scores, expiry, static)
+    _, _, v, logits, visible, p, _, spoilt = _step(*chunk, keys, values, scores, expiry, static)
     p = _gated(gate, p, logits.shape[-1])
     if gate == "key_value":
       logits = logits * p
@@ -145,7 +148,7 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
     weights = jnp.exp(logits - top)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     weights = jnp.where(visible, weights * p, 0) / total                  # p may be NaN or 0 * inf where invisible
-    out = _einsum("bgrck,bgkd->bgrcd", weights, v)
+    out = _einsum("bgrck,bgkd->bgrcd", weights, v) + jnp.where(spoilt, jnp.nan, 0)[..., None]
     return None, (out.astype(query.dtype), (top + jnp.log(total))[..., 0])
 
   inputs = _inputs(query, key.shape[2], threshold, start, expiry, static)
@@ -168,8 +171,8 @@ def _backward_rule(static, residuals, cotangent):
   def step(carry, xs):
     dkeys, dvalues, dscores = carry
     inputs, do, lse = xs
-    c, q, _, _, lists = inputs
-    k, v, raw, visible, p, fractional = _step(*inputs, keys, values, scores, expiry, static)
+    c, _, _, _, lists = inputs
+    q, k, v, raw, visible, p, fractional, _ = _step(*inputs, keys, values, scores, expiry, static)
     listed = lists.shape[-1]
     p = _gated(gate, p, raw.shape[-1])
     logits = raw * p if gate == "key_value" else raw

@@ -28,6 +28,8 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
       raise ValueError(f"{name} must have shape {(batch, n, groups, head_dim)} to go with query {query.shape} and key {key.shape}, got {x.shape}")
     if x.dtype != query.dtype:
       raise ValueError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+  if heads < 1 or head_dim < 1:
+    raise ValueError(f"query must have at least one head and head_dim 1, got shape {query.shape}")
   if groups < 1 or heads % groups:
     raise ValueError(f"query's {heads} heads must be a multiple of key's {groups}")
   if scores is not None:
@@ -57,9 +59,10 @@ def _resolve(implementation: str | None, query: jax.Array) -> str:
   return implementation
 
 
-def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None) -> str:
-  """The implementation of a sliding window to run; raises if the one asked for cannot run here."""
-  reason = cudnn.refusal(query, segment_ids) if implementation in (None, "cudnn") else None
+def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None, window: int | None = None) -> str:
+  """The implementation of a sliding window, or of full attention, to run; raises if the one asked for cannot run here."""
+  window = query.shape[1] if window is None else window
+  reason = cudnn.refusal(query, segment_ids, window) if implementation in (None, "cudnn") else None
   if implementation == "cudnn" and reason:
     raise NotImplementedError(f"implementation='cudnn' cannot run here: {reason}; use 'xla', which runs on every device")
   return "cudnn" if implementation in (None, "cudnn") and not reason else _resolve(implementation, query)
@@ -83,7 +86,9 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
 
   Args:
     query: [batch, n, H, D] float.
-    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G.
+    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. What is not finite makes the outputs NaN that see it, and no others under
+      "reference" and "xla"; the kernels of GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must not look, and 0 * NaN is NaN: give
+      padding finite numbers there.
     scores: [batch, n, G] float; computed on in float32. NaN and infinities: see `sparsek.causal_sparsek`.
     k: selected keys per query, >= 1.
     window: latest tokens that every query sees, itself included, >= 0.
@@ -93,7 +98,7 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
     implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; None: the fastest that can run here.
 
   Returns:
-    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets 0.
+    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets 0. The batch may be empty.
 
   Raises:
     ValueError: for arguments that do not fit, naming them.
@@ -106,17 +111,21 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   _check(query, key, value, scores, k, window, gate, scale, segment_ids)
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-  if implementation is None and window >= query.shape[1] and not cudnn.refusal(query, segment_ids):
-    return cudnn.attention(query, key, value, window=int(window), scale=scale)               # no token ever leaves the window: scores do not matter
+  n = query.shape[1]
+  k, window = min(int(k), n), min(int(window), n)          # before any int32 is computed with them
+  if not query.size:                                       # no rows
+    return query
+  if implementation is None and window == n and not cudnn.refusal(query, segment_ids, window):
+    return cudnn.attention(query, key, value, window=window, scale=scale)               # no token ever leaves the window: scores do not matter
   implementation = _resolve(implementation, query)
   if implementation == "reference":
     return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
   scores = scores.astype(jnp.float32)
   start, end = document_bounds(segment_ids, *query.shape[:2])
-  options = dict(k=int(k), window=int(window), gate=gate, scale=scale)
+  options = dict(k=k, window=window, gate=gate, scale=scale)
   if implementation in PALLAS:
-    scores, n = jnp.swapaxes(scores, 1, 2), query.shape[1]
-    selection = select(scores, start, end, min(int(k), n), min(int(window), n), segment_ids is not None, mosaic_lanes.can_run())
+    scores = jnp.swapaxes(scores, 1, 2)
+    selection = select(scores, start, end, k, window, segment_ids is not None, mosaic_lanes.can_run())
     return PALLAS[implementation].attention(query, key, value, scores, *selection, start, end, **options)
   selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   return xla.attention(query, key, value, scores, *selection, start, **options)
@@ -135,11 +144,14 @@ def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array,
   _check(query, key, value, None, 1, window, "straight_through", scale, segment_ids)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
   batch, n, groups = key.shape[:3]
+  window = min(int(window), n)
+  if not query.size:
+    return query
   start, end = document_bounds(segment_ids, batch, n)
-  options = dict(k=0, window=int(window), gate="straight_through", scale=scale)
-  implementation = resolve_window(implementation, query, segment_ids)
+  options = dict(k=0, window=window, gate="straight_through", scale=scale)
+  implementation = resolve_window(implementation, query, segment_ids, window)
   if implementation == "cudnn":
-    return cudnn.attention(query, key, value, window=int(window), scale=scale)
+    return cudnn.attention(query, key, value, window=window, scale=scale)
   if implementation in PALLAS:
     nothing = jnp.zeros((batch, groups, n), jnp.float32)
     never = nothing.astype(jnp.int32)

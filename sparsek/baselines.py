@@ -97,7 +97,7 @@ class BlockTopKAttention(Attention):
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    groups, dim, window = cfg.num_kv_heads, cfg.head_dim, cfg.window
+    groups, dim, window = cfg.num_kv_heads, cfg.head_dim, min(cfg.window, length)
     size = min(BLOCK, cfg.k)
     chunks, blocks = -(-length // CHUNK), -(-length // size)
     start_BxN, _ = document_bounds(segment_ids, batch, length)

@@ -6,12 +6,12 @@ segment_ids[:, t] == segment_ids[:, t + 1] != 0. Where documents have marked ans
 the target counts where counted[:, t + 1] too.
 """
 
+import dataclasses
 import functools
 import numbers
 import os
 import platform
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,8 +19,9 @@ from absl import logging
 
 from sparsek.config import DataConfig, check_at_least
 from sparsek.corpus import STDLIB, documents
+from sparsek.epoch_order import EpochOrder, Stage
 from sparsek.errors import UsageError
-from sparsek.token_files import FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files, write_token_files
+from sparsek.token_files import FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files, temporary_name, write_token_files
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -67,7 +68,7 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
         return open_token_files(folder)
       except UsageError as error:
         logging.warning("Making the cached corpus anew: %s", error)
-        damaged = os.path.join(os.path.dirname(folder), f".{name}.{uuid.uuid4().hex}.tmp")
+        damaged = temporary_name(folder)
         os.rename(folder, damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     logging.info("Tokenising Python's standard library into %s", folder)
@@ -80,55 +81,92 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
 
 
 class PackedRows:
-  """Documents packed in rows of seq_len + 1 tokens; every row is a pure function of (seed, seq_len, its number).
+  """Documents packed in rows of seq_len + 1 tokens; see `sparsek.epoch_order` for their order.
 
-  In each epoch the documents are shuffled and put one after the other, and this stream of N tokens is cut in ceil((N - 1) / seq_len)
-  rows that overlap by one token, so that each token but the first is the target of exactly one row. The last row is padded. The rows
-  are then visited in a shuffled order. Memory: 16 bytes a document and 8 a row, for the two epochs used last.
+  Rows overlap by one token, so that each token but the stream's first is the target of one row. A
+  row is a function of its number, the seed, seq_len and the stages of the epoch that came before.
+  In the rest of an epoch that began under another seq_len, rows are put together from what no row
+  has shown: documents that are cut more often (a span of pairs is a document of its own), and a
+  pair more at each cut where `segment_documents` is off.
+  Memory: 16 bytes a document and 8 a row, for the two epochs used last.
+
+  Attributes:
+    num_rows: of a whole epoch.
+    first: number of the row with which to go on after `stages`.
   """
 
-  def __init__(self, split: TokenSplit, seq_len: int, *, seed: int = 0, segment_documents: bool = True):
-    """Args as in `DataConfig`. Raises ValueError if the split has fewer than two tokens, or for a negative seed."""
+  def __init__(self, split: TokenSplit, seq_len: int, *, seed: int = 0,
+               segment_documents: bool = True, epoch: int = 0, stages: Sequence[Stage] = ()):
+    """Takes fields of `DataConfig`, and where to begin.
+
+    Args:
+      epoch: in which rows begin.
+      stages: what was read of it before; where the last has this seed and seq_len, it goes on.
+    Raises:
+      ValueError: if the split has fewer than two tokens, for a negative seed, and for stages that
+        cannot be of this split.
+    """
     check_at_least("seq_len", seq_len, 1)
     check_at_least("seed", seed, 0)
     if split.num_tokens < 2:
       raise ValueError(f"the {split.name} split has {split.num_tokens} tokens; a row needs at least 2")
     self._split = split
     self._seq_len = seq_len
-    self._seed = seed
     self._segment_documents = segment_documents
+    self._new_stage = Stage.new(seed, seq_len)
+    self._epoch = epoch
+    self._stages = [stage for stage in stages if stage.rows]
+    if not self._stages or (self._stages[-1].seed, self._stages[-1].seq_len) != (seed, seq_len):
+      self._stages.append(self._new_stage)
+    self.first = self._stages[-1].rows
     self.num_rows = -(-(split.num_tokens - 1) // seq_len)
     # Two, since at the end of an epoch prefetching threads ask for both in turn.
-    self._orders = functools.lru_cache(maxsize=2)(self._make_orders)
+    self._order = functools.lru_cache(maxsize=2)(self._make_order)
+    self._rows_of_first_epoch = len(self._order(epoch).rows) if len(self._stages) > 1 else self.num_rows
+    if self.first > self._rows_of_first_epoch:
+      raise ValueError(f"{self.first} rows of an epoch of {self._rows_of_first_epoch} cannot be read")
 
-  def _make_orders(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Document numbers in stream order, where each ends in the stream, and row numbers in the order of visiting."""
-    # The generator is named, since what default_rng returns may change with the version of numpy.
-    generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-    order = generator.permutation(self._split.num_documents)
-    return order, np.cumsum(self._split.lengths[order]), generator.permutation(self.num_rows)
+  def _make_order(self, epoch: int) -> EpochOrder:
+    stages = self._stages if epoch == self._epoch else [self._new_stage]
+    return EpochOrder(self._split.lengths, epoch, stages)
+
+  def _place(self, i: int) -> tuple[int, int]:
+    """Returns the epoch of row i, and how many rows come before it there."""
+    if i < self._rows_of_first_epoch:
+      return self._epoch, i
+    epochs, visit = divmod(i - self._rows_of_first_epoch, self.num_rows)
+    return self._epoch + 1 + epochs, visit
+
+  def stages_before(self, i: int) -> tuple[int, list[Stage]]:
+    """Returns the epoch of row i, and what is read of it before that row."""
+    epoch, visit = self._place(i)
+    stages = self._stages if epoch == self._epoch else [self._new_stage]
+    return epoch, [*stages[:-1], dataclasses.replace(stages[-1], rows=visit)]
 
   def example(self, i: int) -> Batch:
-    """Row i >= 0 of the endless stream of epochs: {"tokens": [seq_len + 1], "segment_ids": [seq_len + 1]}, int32; see above for "counted"."""
-    epoch, visit = divmod(i, self.num_rows)
-    order, ends, rows = self._orders(epoch)
-    start = int(rows[visit]) * self._seq_len
-    count = min(self._seq_len + 1, self._split.num_tokens - start)
+    """Returns row i >= 0 of the endless stream of epochs.
+
+    Returns:
+      {"tokens": [seq_len + 1], "segment_ids": [seq_len + 1]}, int32; see above for "counted".
+    Raises:
+      RunError: where a token is outside of the vocabulary, which the checksums would have shown.
+    """
+    epoch, visit = self._place(i)
+    order = self._order(epoch)
     tokens = np.zeros(self._seq_len + 1, np.int32)
     segment_ids = np.zeros(self._seq_len + 1, np.int32)
     counted = np.zeros(self._seq_len + 1, bool) if self._split.marked else None
-    place = first = int(np.searchsorted(ends, start, side="right"))
     filled = 0
-    while filled < count:
-      document = self._split.document(int(order[place]))
-      begin = start + filled - (int(ends[place]) - len(document))
-      piece = document[begin:begin + count - filled]
-      tokens[filled:filled + len(piece)] = piece
+    for segment, (document, begin, end) in enumerate(order.pieces(visit, self._seq_len), 1):
+      to = slice(filled, filled + end - begin)
+      tokens[to] = self._split.document(document)[begin:end]
       if counted is not None:
-        counted[filled:filled + len(piece)] = ~self._split.uncounted(int(order[place]))[begin:begin + count - filled]
-      segment_ids[filled:filled + len(piece)] = place - first + 1 if self._segment_documents else 1
-      filled += len(piece)
-      place += 1
+        counted[to] = ~self._split.uncounted(document)[begin:end]
+      segment_ids[to] = segment if self._segment_documents else 1
+      filled = to.stop
+    if tokens.view(np.uint32).max() >= self._split.vocab_size:
+      for document, _, _ in order.pieces(visit, self._seq_len):
+        self._split.check_ids(document)
     return {"tokens": tokens, "segment_ids": segment_ids, **({} if counted is None else {"counted": counted})}
 
 
@@ -164,28 +202,33 @@ class _LocalBatches:
 class TrainIterator:
   """An endless iterator over training batches, prefetched by threads of grain, with a state that can be saved.
 
-  The state counts the tokens of the batches that were returned (not of those prefetched), in all processes together. It is the same
-  in every process, and can be set under another seq_len, batch size or number of processes: reading goes on after that many tokens,
-  rounded up to a whole row.
+  The state says what the batches that were returned (not those prefetched) have shown, in all
+  processes together. It is the same in every process, and can be set under another seq_len, seed,
+  batch size or number of processes: the rest of the epoch is what has not been shown.
   """
 
-  def __init__(self, rows: PackedRows, config: DataConfig, local_rows: range, fingerprint: str):
+  def __init__(self, split: TokenSplit, config: DataConfig, local_rows: range, fingerprint: str):
     """See `make_train_iterator`; `local_rows` are the rows of a global batch to read, `fingerprint` is the dataset's."""
-    self._rows = rows
+    self._split = split
     self._config = config
     self._local_rows = local_rows
     self._fingerprint = fingerprint
     self._batches = None
-    self._start(0)
+    self._start(0, 0, ())
 
-  def _start(self, example: int) -> None:
+  def _start(self, tokens: int, epoch: int, stages: Sequence[Stage]) -> None:
+    """Goes on after `stages` of an epoch, with a count of all tokens up to there."""
     try:
       import grain
     except ImportError as error:
       raise ImportError("reading training data needs grain: pip install grain") from error
     self.close()
-    self._next_example = example
-    source = _LocalBatches(self._rows, example, self._config.batch_size, self._local_rows)
+    config = self._config
+    self._rows = PackedRows(self._split, config.seq_len, seed=config.seed,
+                            segment_documents=config.segment_documents, epoch=epoch, stages=stages)
+    self._next_example = self._rows.first
+    self._tokens = tokens
+    source = _LocalBatches(self._rows, self._next_example, config.batch_size, self._local_rows)
     options = grain.ReadOptions(num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
     self._batches = iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
@@ -195,25 +238,64 @@ class TrainIterator:
   def __next__(self) -> Batch:
     batch = next(self._batches)
     self._next_example += self._config.batch_size
+    self._tokens += self._config.batch_size * self._config.seq_len
     return batch
 
   def get_state(self) -> dict:
-    """The position, as a small dict that JSON can hold: tokens returned so far, and the fingerprint of the dataset."""
-    return {"tokens": self._next_example * self._config.seq_len, "dataset": self._fingerprint}
+    """Returns the position, as a small dict that JSON can hold.
+
+    Returns:
+      "tokens": returned so far; "dataset": its fingerprint; "epoch"; "stages": what is read of the
+      epoch, the fields of a `Stage` each.
+    """
+    epoch, stages = self._rows.stages_before(self._next_example)
+    return {"tokens": self._tokens, "dataset": self._fingerprint, "epoch": epoch,
+            "stages": [list(dataclasses.astuple(stage)) for stage in stages]}
 
   def set_state(self, state: dict) -> None:
-    """Goes to a position that `get_state` returned. On another dataset this warns, and goes on after as many tokens there."""
+    """Goes to a position that `get_state` returned.
+
+    On another dataset this warns, and goes on after as many tokens there; so it does with a state
+    of an older version, which holds a count of tokens only.
+
+    Raises:
+      ValueError: for what is no such state.
+    """
     tokens = state.get("tokens") if isinstance(state, dict) else None
-    if not isinstance(tokens, numbers.Integral) or tokens < 0:
+    if not _is_count(tokens):
       raise ValueError(f"the state of a data iterator must hold a number of 'tokens', got {state!r}")
     if state.get("dataset") != self._fingerprint:
       logging.warning("The data is not what this state was saved with; going on after %d tokens of the new data.", tokens)
-    self._start(-(-tokens // self._config.seq_len))
+    elif "stages" in state:
+      self._start(tokens, *_read_stages(state))
+      return
+    else:
+      logging.warning("The position in the data was saved by an older version, without the flags of the order: if --seq_len or "
+                      "--seed changed since, some of this epoch comes twice and some not at all.")
+    seq_len, seed = self._config.seq_len, self._config.seed
+    rows_of_epoch = -(-(self._split.num_tokens - 1) // seq_len)
+    epoch, rows = divmod(-(-tokens // seq_len), rows_of_epoch)
+    # One group: the order of older versions.
+    self._start(tokens, epoch, [Stage(seed, seq_len, rows_of_epoch, rows)])
 
   def close(self) -> None:
     """Stops prefetching. Needs no call at the end of a program."""
     if self._batches is not None:
       self._batches.close()
+
+
+def _is_count(value, minimum: int = 0) -> bool:
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= minimum
+
+
+def _read_stages(state: dict) -> tuple[int, list[Stage]]:
+  """Returns the epoch and the stages of an iterator's state, or raises ValueError."""
+  epoch, stages = state.get("epoch"), state["stages"]
+  is_stage = lambda stage: (isinstance(stage, list) and len(stage) == 4
+                            and all(map(_is_count, stage, (0, 1, 1, 0))))
+  if not (_is_count(epoch) and isinstance(stages, list) and all(map(is_stage, stages))):
+    raise ValueError(f"the state of a data iterator must hold an 'epoch' and its 'stages' of 4 numbers each, got {state!r}")
+  return epoch, [Stage(*stage) for stage in stages]
 
 
 def make_train_iterator(dataset: TokenDataset, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> TrainIterator:
@@ -230,8 +312,8 @@ def make_train_iterator(dataset: TokenDataset, config: DataConfig, *, process_in
   if split.num_tokens < config.seq_len + 1:
     raise UsageError(
         f"seq_len={config.seq_len} needs at least {config.seq_len + 1} tokens to train on; {dataset.folder} has {split.num_tokens}")
-  rows = PackedRows(split, config.seq_len, seed=config.seed, segment_documents=config.segment_documents)
-  return TrainIterator(rows, config, _local_rows(config.batch_size, process_index, process_count), dataset.fingerprint)
+  local_rows = _local_rows(config.batch_size, process_index, process_count)
+  return TrainIterator(split, config, local_rows, dataset.fingerprint)
 
 
 class EvalBatches(Sequence):

@@ -95,8 +95,10 @@ def sparsek(scores: jax.Array, k: int) -> jax.Array:
   """
   scores = jnp.asarray(scores)
   _check("sparsek", scores, k)
+  if not scores.size:
+    return scores
   z = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-  return _sparsek(z, int(k)).astype(scores.dtype)
+  return _sparsek(z, min(int(k), scores.shape[-1])).astype(scores.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

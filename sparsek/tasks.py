@@ -137,8 +137,11 @@ def _filler(tokenizer, room, rng):
 
 def _among(lines, others, places, rng):
   """The lines, and the others in their order before any of the first so many of them."""
-  before = np.sort(rng.integers(0, places, len(others)))
-  return [x for i in range(len(lines) + 1) for x in (*(other for other, place in zip(others, before) if place == i), *lines[i:i + 1])]
+  mixed, begin = [], 0
+  for other, place in zip(others, np.sort(rng.integers(0, places, len(others)))):
+    mixed += [*lines[begin:place], other]
+    begin = place
+  return mixed + lines[begin:]
 
 
 def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:

@@ -9,13 +9,21 @@
 """
 
 import array
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
+import signal
+import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -24,6 +32,7 @@ import numpy as np
 from sparsek.config import check_choice
 from sparsek.corpus import Document
 from sparsek.errors import RunError, UsageError
+from sparsek.files import check_regular, read_json_object, reason_of
 from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMAT = "sparsek-tokens"
@@ -32,6 +41,9 @@ TOKENS_FILE, INDEX_FILE, META_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE = "tokens.bin
 SPLITS = ("train", "heldout")
 _META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "num_counted": dict, "vocab_size": int, "tokenizer": dict,
                "heldout": list, "sha256": dict}
+_META_CHECKSUM = "meta_sha256"
+_TEMPORARY = ".preparing"          # ending of the folder in which token files are made
+_MAX_META_BYTES = 1 << 30          # it lists the held-out documents, up to some 10^8 of them
 _CHARACTERS_AT_ONCE = 1 << 22
 
 
@@ -42,14 +54,17 @@ class TokenSplit:
     name: "train" or "heldout".
     starts, lengths: int64 [num_documents], of each document in tokens.bin; a length counts its eos.
     num_tokens, num_documents: totals.
+    vocab_size: ids are below this.
     num_counted, num_bytes: tokens that the loss counts and the UTF-8 bytes of their text, so that bits per byte = nats per token * num_counted /
       num_bytes / ln 2. All tokens and texts, but for documents with marked answers.
     marked: there are such documents.
   """
 
-  def __init__(self, name: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int,
-               uncounted: np.ndarray | None = None, num_counted: int | None = None):
+  def __init__(self, name: str, folder: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int,
+               vocab_size: int, uncounted: np.ndarray | None = None, num_counted: int | None = None):
     self.name = name
+    self._folder = folder
+    self.vocab_size = vocab_size
     self.starts = starts
     self.lengths = lengths
     self.num_tokens = int(lengths.sum())
@@ -68,6 +83,16 @@ class TokenSplit:
     """For each id of document i, whether the loss leaves it out; bool; only where the split is `marked`."""
     start = int(self.starts[i])
     return self._uncounted[start:start + int(self.lengths[i])]
+
+  def check_ids(self, i: int) -> None:
+    """Raises RunError, naming the file and the place, where document i has an id that the vocabulary has not."""
+    wrong = np.flatnonzero(self.document(i) >= self.vocab_size)
+    if len(wrong):
+      offset = int(self.starts[i]) + int(wrong[0])
+      raise RunError(
+          f"token file {os.path.join(self._folder, TOKENS_FILE)} is damaged: the id {self._tokens[offset]} at token {offset} "
+          f"(token {wrong[0]} of document {i} of the {self.name} split{_name_of(self._folder, int(self.starts[i]))}) is not below the "
+          f"vocabulary's {self.vocab_size}; `python -m experiments.prepare_data --verify={self._folder}` compares all checksums")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +122,9 @@ class TokenDataset:
 def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str] = ()) -> None:
   """Tokenises documents into a new folder, which appears complete or not at all.
 
+  SIGTERM and SIGHUP end the process by an exception meanwhile, so that nothing is left behind; what
+  a process left that was killed at once is removed by the next one that makes the same folder.
+
   Args:
     folder: to be made; its parents too.
     documents: at least one.
@@ -110,21 +138,105 @@ def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tok
   folder = os.path.abspath(folder)
   check_new(folder)
   os.makedirs(os.path.dirname(folder), exist_ok=True)
-  # A sibling, since only within one file system is renaming atomic. Not mkdtemp: others should be able to read the result.
-  temporary = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.{uuid.uuid4().hex}.tmp")
-  os.mkdir(temporary)
-  try:
+  remove_abandoned(folder)
+  with _unwinding_on_signals(), _temporary_sibling(folder) as temporary:
     _write(temporary, documents, tokenizer, sources)
+    for name in os.listdir(temporary):
+      with open(os.path.join(temporary, name), "rb") as file:
+        os.fsync(file.fileno())
     check_new(folder)
     os.rename(temporary, folder)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new(folder: str) -> None:
   """Raises UsageError if there is something at this path."""
   if os.path.lexists(folder):
     raise UsageError(f"folder {folder} is there already; remove it or name another one")
+
+
+def check_can_make(folder: str) -> None:
+  """Raises UsageError unless a new folder can be made at this path; makes nothing that stays."""
+  check_new(folder)
+  parent = os.path.dirname(os.path.abspath(folder))
+  while not os.path.lexists(parent):
+    parent = os.path.dirname(parent)
+  try:
+    with tempfile.TemporaryDirectory(prefix=".", dir=parent):
+      pass
+  except OSError as error:
+    raise UsageError(f"folder {folder} cannot be written: {reason_of(error)} (in {parent})") from None
+
+
+@contextlib.contextmanager
+def _temporary_sibling(folder: str) -> Iterator[str]:
+  """Makes a hidden folder beside `folder`, locked while it is in use, and removed at the end.
+
+  A sibling, since only within one file system is renaming atomic. Not mkdtemp: others should be
+  able to read the result.
+  """
+  with contextlib.ExitStack() as stack:
+    ready = False
+    while not ready:                     # `remove_abandoned` may be faster than the lock
+      temporary = temporary_name(folder)
+      os.mkdir(temporary)
+      stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+      ready = stack.enter_context(_lock(temporary, without_locks=True))
+    yield temporary
+
+
+def temporary_name(folder: str) -> str:
+  """Returns a new name that `remove_abandoned(folder)` recognises."""
+  return os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.{uuid.uuid4().hex}{_TEMPORARY}")
+
+
+def remove_abandoned(folder: str) -> None:
+  """Removes the temporary folders of processes that were killed while they made `folder`."""
+  parent, name = os.path.split(folder)
+  for path in glob.glob(os.path.join(glob.escape(parent), f".{glob.escape(name)}.{'[0-9a-f]' * 32}{_TEMPORARY}")):
+    with _lock(path, without_locks=False) as locked:
+      if locked:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: str, without_locks: bool) -> Iterator[bool]:
+  """Locks a folder as long as the block or this process lasts.
+
+  Args:
+    folder: to lock.
+    without_locks: what to yield on a file system that has no locks.
+  Yields:
+    False where another process holds the lock or has removed the folder.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      handle = os.open(folder, os.O_RDONLY)
+      stack.callback(os.close, handle)
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      locked = os.path.isdir(folder)
+    except (BlockingIOError, FileNotFoundError):
+      locked = False
+    except OSError:
+      locked = without_locks
+    yield locked
+
+
+@contextlib.contextmanager
+def _unwinding_on_signals() -> Iterator[None]:
+  """Makes signals that would end the process at once raise SystemExit instead."""
+  def stop(number, frame):
+    raise SystemExit(128 + number)
+
+  previous = {}
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGTERM, signal.SIGHUP):
+      if signal.getsignal(number) == signal.SIG_DFL:
+        previous[number] = signal.signal(number, stop)
+  try:
+    yield
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
 
 
 def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str]) -> None:
@@ -172,6 +284,7 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
       "heldout": np.flatnonzero(held_out).tolist(),
       "sha256": {name: _sha256(os.path.join(folder, name)) for name in sorted(os.listdir(folder))},
   }
+  meta[_META_CHECKSUM] = _meta_digest(meta)
   with open(os.path.join(folder, META_FILE), "w", encoding="utf-8") as file:
     json.dump(meta, file, indent=1)
     file.write("\n")
@@ -233,11 +346,23 @@ def open_token_files(folder: str) -> TokenDataset:
   held_out[meta["heldout"]] = True
   starts, lengths = index[:-1], np.diff(index)
   splits = {
-      name: TokenSplit(name, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], uncounted, meta["num_counted"].get(name))
+      name: TokenSplit(name, folder, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], meta["vocab_size"], uncounted,
+                       meta["num_counted"].get(name))
       for name, chosen in (("train", ~held_out), ("heldout", held_out))}
   checksums = (meta["sha256"].get(name, "") for name in (TOKENS_FILE, INDEX_FILE, UNCOUNTED_FILE))
   fingerprint = hashlib.sha256("".join(checksums).encode()).hexdigest()
   return TokenDataset(folder, _read_tokenizer(folder, meta), fingerprint, splits)
+
+
+def _name_of(folder: str, start: int) -> str:
+  """Returns the name of the document that starts there, for a message; nothing where it is not known."""
+  try:
+    number = np.flatnonzero(np.load(os.path.join(folder, INDEX_FILE)) == start)[0]
+    check_regular(path := os.path.join(folder, DOCUMENTS_FILE))
+    with open(path, "rb") as file:
+      return f", {json.loads(next(itertools.islice(file, number, None)))['name']!r}"
+  except (OSError, ValueError, LookupError, StopIteration):  # older folders have no such file
+    return ""
 
 
 def _open_uncounted(folder: str, meta: dict) -> np.ndarray:
@@ -278,6 +403,7 @@ def check_same(folder: str, expected_path: str) -> None:
 
 
 def _check_sha256(path: str, expected: str) -> None:
+  check_regular(path)
   try:
     found = _sha256(path)
   except OSError as error:
@@ -294,35 +420,61 @@ def _read_meta(folder: str) -> dict:
 
 
 def read_meta(path: str) -> dict:
-  """What a meta.json holds. Raises UsageError where it cannot be read or is damaged."""
+  """Returns what a meta.json holds. Raises UsageError where it cannot be read or is damaged."""
   try:
-    with open(path, encoding="utf-8") as file:
-      meta = json.load(file)
-  except OSError as error:
-    raise UsageError(f"{path} cannot be read ({error.strerror}); is it of a folder that experiments.prepare_data wrote?") from error
-  except ValueError as error:
-    raise UsageError(f"file {path} is damaged: expected JSON, found {error}") from error
-  found = (meta.get("format"), meta.get("format_version")) if isinstance(meta, dict) else (None, None)
+    meta = read_json_object(path, _MAX_META_BYTES)
+  except UsageError as error:
+    raise UsageError(f"{error}; is it of a folder that experiments.prepare_data wrote?") from None
+  found = (meta.get("format"), meta.get("format_version"))
   if found != (FORMAT, FORMAT_VERSION):
-    raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found format {found[0]} version {found[1]}")
+    raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found format {found[0]!r:.50} version {found[1]!r:.50}")
   meta.setdefault("num_counted", {})                     # not in older files, where all tokens count
+  damage = _damage_of(meta)
+  if damage:
+    raise UsageError(f"file {path} is damaged: expected {damage}")
+  return meta
+
+
+def _damage_of(meta: dict) -> str:
+  """Returns what is expected and what is found where they differ, and nothing in a good meta.json."""
   for key, kind in _META_TYPES.items():
-    if not isinstance(meta.get(key), kind):
-      raise UsageError(f"file {path} is damaged: expected {key!r} of type {kind.__name__}, found {meta.get(key)!r}")
+    if type(meta.get(key)) is not kind:
+      return f"{key!r} of type {kind.__name__}, found {meta.get(key)!r:.50}"
   named = {"num_bytes": SPLITS, "sha256": (TOKENS_FILE, INDEX_FILE), "tokenizer": ("name", "fingerprint")}
   for key, names in named.items():
     if not set(names) <= set(meta[key]):
-      raise UsageError(f"file {path} is damaged: expected {', '.join(names)} in {key!r}, found {', '.join(meta[key]) or 'nothing'}")
-  if meta["dtype"] not in ("uint16", "uint32"):
-    raise UsageError(f"file {path} is damaged: expected dtype uint16 or uint32, found {meta['dtype']}")
-  wrong = next((i for i in meta["heldout"] if not (isinstance(i, int) and 0 <= i < meta["num_documents"])), None)
+      return f"{', '.join(names)} in {key!r}, found {', '.join(map(ascii, meta[key])) or 'nothing'}"
+  for key, kind in {"num_bytes": int, "num_counted": int, "sha256": str, "tokenizer": str}.items():
+    names = named["tokenizer"] if key == "tokenizer" else meta[key]
+    wrong = next((name for name in names if type(meta[key][name]) is not kind), None)
+    if wrong is not None:
+      return f"{kind.__name__} in {key!r}, found {meta[key][wrong]!r:.50} as {wrong!r:.50}"
+  sizes = [*(meta[key] for key in ("num_tokens", "num_documents", "vocab_size")), *meta["num_bytes"].values(), *meta["num_counted"].values()]
+  wrong = next((size for size in sizes if not 0 <= size < 2**63), None)
   if wrong is not None:
-    raise UsageError(f"file {path} is damaged: expected held-out documents from 0 to {meta['num_documents'] - 1}, found {wrong!r}")
-  return meta
+    return f"sizes of 0 to 2^63 - 1, found {wrong!r:.50}"
+  if meta["dtype"] not in ("uint16", "uint32"):
+    return f"dtype uint16 or uint32, found {meta['dtype']!r:.50}"
+  is_name = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*").fullmatch
+  wrong = next((name for name in meta["sha256"] if not is_name(name)), None)
+  if wrong is not None:
+    return f"names of files in this folder in 'sha256', found {wrong!r:.50}"
+  wrong = next((i for i in meta["heldout"] if type(i) is not int or not 0 <= i < meta["num_documents"]), None)
+  if wrong is not None:
+    return f"held-out documents from 0 to {meta['num_documents'] - 1}, found {wrong!r:.50}"
+  expected = meta.get(_META_CHECKSUM, digest := _meta_digest(meta))  # older files have none
+  return "" if expected == digest else f"{_META_CHECKSUM} {expected!r:.70}, found {digest}"
+
+
+def _meta_digest(meta: dict) -> str:
+  """Returns the sha256 of all that a meta.json says, but for this checksum."""
+  content = {key: value for key, value in meta.items() if key != _META_CHECKSUM}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read_index(folder: str, meta: dict) -> np.ndarray:
   path = os.path.join(folder, INDEX_FILE)
+  _check_sha256(path, meta["sha256"][INDEX_FILE])
   try:
     index = np.load(path, allow_pickle=False)
   except OSError as error:
@@ -346,7 +498,7 @@ def _read_tokenizer(folder: str, meta: dict) -> Tokenizer:
   else:
     # The checksum of the file, not the fingerprint, which another version of the tokenizers library could compute differently.
     path = os.path.join(folder, TOKENIZER_FILE)
-    _check_sha256(path, str(meta["sha256"].get(TOKENIZER_FILE)))
+    _check_sha256(path, meta["sha256"].get(TOKENIZER_FILE, "of meta.json, which has none"))
     tokenizer = load_tokenizer(path)
   if tokenizer.vocab_size != meta["vocab_size"]:
     raise UsageError(f"folder {folder}: expected a tokenizer with {meta['vocab_size']} ids, found {tokenizer.vocab_size}")

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from sparsek.errors import UsageError
+from sparsek.files import write_atomically
 
 TOKENIZER_FILE = "tokenizer.json"
 # Names under which known vocabularies keep their end of document. The first that is present is taken; if none is, the first is added.
@@ -90,7 +91,8 @@ class BPETokenizer:
     return [np.array(encoding.ids + [self.eos_id], np.uint32) for encoding in encodings]
 
   def save(self, folder: str) -> None:
-    self._tokenizer.save(os.path.join(folder, TOKENIZER_FILE))
+    # The library's own `save` raises a bare Exception where the disk is full.
+    write_atomically(os.path.join(folder, TOKENIZER_FILE), self._tokenizer.to_str(pretty=True))
 
 
 Tokenizer = ByteTokenizer | BPETokenizer

@@ -118,6 +118,13 @@ class AttentionTest:
     sparse = sparsek.sparsek_attention(q, key, v, u, k=k, window=window, implementation=self.implementation)
     assert self.close(sparse, dense)
 
+  def test_a_batch_may_be_empty(self):
+    inputs = [x[:0] for x in self.problem(PLAIN)[0]]
+    out, *gradients = output_and_gradients(self.attend(PLAIN), inputs, inputs[0])
+    for x, y in zip((out, *gradients), (inputs[0], *inputs)):
+      assert x.shape == y.shape and x.dtype == y.dtype
+    assert sparsek.sliding_window_attention(*inputs[:3], window=3).shape == inputs[0].shape
+
   def test_is_causal(self):
     """The gradient of output i with respect to every later input is exactly zero, and not zero before."""
     (q, key, v, u), _, _ = self.problem(PLAIN)
@@ -214,7 +221,8 @@ class AttentionTest:
       (dict(query=(1, 8, 3, 4)), "3 heads"), (dict(query=(1, 8, 4)), "query must have shape"), (dict(key=(1, 7, 2, 4)), "key|value"),
       (dict(value=(1, 8, 2, 5)), "value"), (dict(scores=(1, 8, 4)), "scores must have shape"),
       (dict(segment_ids=np.zeros((1, 7), int)), "segment_ids"), (dict(segment_ids=np.zeros((1, 8))), "segment_ids"),
-      (dict(query=(1, 0, 4, 4), key=(1, 0, 2, 4), value=(1, 0, 2, 4), scores=(1, 0, 2)), "at least one token")])
+      (dict(query=(1, 0, 4, 4), key=(1, 0, 2, 4), value=(1, 0, 2, 4), scores=(1, 0, 2)), "at least one token"),
+      (dict(query=(1, 8, 4, 0), key=(1, 8, 2, 0), value=(1, 8, 2, 0)), "head_dim 1"), (dict(query=(1, 8, 0, 4)), "one head")])
   def test_bad_arguments(self, change, words):
     shapes = dict(query=(1, 8, 4, 4), key=(1, 8, 2, 4), value=(1, 8, 2, 4), scores=(1, 8, 2))
     arrays = {name: jnp.zeros(change.get(name, shape), self.dtype) for name, shape in shapes.items()}

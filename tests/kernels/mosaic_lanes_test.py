@@ -87,7 +87,7 @@ def kernel(body, rows, size, *extra, name, out_type=()):
     for block in range(-(-size // mosaic_lanes.LANES)):
       for row in range(rows):
         for e in range(extra[0] if extra else 1):
-          current["sparsek_block"] = block
+          current["sparsek_program"] = block * rows + row
           body(row, e, jnp.arange(mosaic_lanes.LANES, dtype=jnp.int32) + block * mosaic_lanes.LANES, *args, *out)
     return [jnp.asarray(x.array) for x in out]
   return run

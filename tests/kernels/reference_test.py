@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sparsek
 from sparsek.kernels import reference, specs
-from tests.kernels.attention_base import AttentionTest, problem
+from tests.kernels.attention_base import AttentionTest, output_and_gradients, problem
 
 
 class TestReference(AttentionTest):
@@ -31,3 +32,38 @@ class TestReference(AttentionTest):
           shifted = lambda step: loss(*(x + step * direction if a == which else x for a, x in enumerate(inputs)))
           difference = (shifted(1e-6) - shifted(-1e-6)) / 2e-6
           np.testing.assert_allclose(jnp.sum(grad * direction), difference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation, gate", [
+    ("reference", "straight_through"), ("xla", "key_value")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_finite_stays_with_those_that_see_it(implementation, gate, which):
+  """NaN and infinity in padding, as in memory that nobody wrote; its outputs have no cotangent."""
+  spec = specs.Spec("padded", n=30, heads=4, groups=2, head_dim=8, k=3, window=3)
+  inputs, cotangent, _ = problem(spec)
+  attend = functools.partial(sparsek.sparsek_attention, k=3, window=3, gate=gate, implementation=implementation,
+                             segment_ids=jnp.where(jnp.arange(30) < 23, 1, 0)[None])
+  cotangent = cotangent.at[:, 23:].set(0)
+
+  def run(value, other):
+    changed = [x.at[0, 25, 0].set(value).at[0, 28, 0, 1].set(other) if i == which else x
+               for i, x in enumerate(inputs)]
+    return output_and_gradients(attend, changed, cotangent)
+  spoilt, plain = run(jnp.nan, jnp.inf), run(1., 1.)
+  rows = np.flatnonzero(np.isnan(spoilt[0]).any(axis=(0, 2, 3)))
+  np.testing.assert_array_equal(rows, [25, 28] if which == 0 else range(25, 30))
+  np.testing.assert_array_equal(spoilt[0][:, :25], plain[0][:, :25])
+  for x, y in zip(spoilt[1:], plain[1:]):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("k, window", [(5, 2 ** 31 - 1), (2 ** 31, 3)])
+def test_k_and_window_beyond_every_integer_are_those_of_the_row(implementation, k, window):
+  spec = specs.Spec("row", n=24, heads=2, groups=1, head_dim=8, k=5, window=3)
+  inputs = problem(spec)[0]
+  attend = functools.partial(sparsek.sparsek_attention, *inputs, implementation=implementation)
+  expected = attend(k=min(k, 24), window=min(window, 24))
+  np.testing.assert_array_equal(attend(k=k, window=window), expected)
+  window_alone = functools.partial(sparsek.sliding_window_attention, *inputs[:3])
+  np.testing.assert_array_equal(window_alone(window=window), window_alone(window=min(window, 24)))

@@ -149,3 +149,11 @@ def test_names_and_what_is_refused():
     dataclasses.replace(CONFIG, attention="block_topk", window=0)
   with pytest.raises(ValueError, match="attention='lsh': there is no cache for baselines"):
     init_cache(dataclasses.replace(CONFIG, attention="lsh"), 1)
+
+
+def test_block_topk_takes_a_window_longer_than_the_row():
+  config = TransformerConfig(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, k=4, window=6, attention="block_topk")
+  x = jax.random.normal(jax.random.key(0), (1, 6, 8))
+  layer = lambda window: baselines.BlockTopKAttention(dataclasses.replace(config, window=window))
+  params = layer(6).init(jax.random.key(1), x)
+  np.testing.assert_array_equal(layer(2 ** 31 - 1).apply(params, x), layer(6).apply(params, x))

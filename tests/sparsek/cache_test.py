@@ -283,22 +283,40 @@ def test_bad_sizes():
     decode_step(BASE, None, init_cache(BASE, BATCH), TOKENS[:, 0], jnp.ones(3, jnp.int32))
 
 
-def generated_matches_parallel(gate, implementation):
-  config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=128, k=64, window=64, gate=gate,
-                             dtype="bfloat16", implementation=implementation)
-  params, tokens = init_params(config, jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 620), 0, 31)
-  want = jax.jit(Transformer(config).apply)({"params": params}, tokens)
-  got, cache = prefill(config, params, init_cache(config, 2), tokens[:, :600], chunk_size=256)
-  step, logits = jax.jit(functools.partial(decode_step, config)), [got]
-  for i in range(600, 620):
-    out, cache = step(params, cache, tokens[:, i])
-    logits.append(out[:, None])
-  error = jnp.linalg.norm(jnp.concatenate(logits, axis=1) - want, axis=-1) / jnp.linalg.norm(want, axis=-1)
-  assert jnp.quantile(error, 0.95) < 0.03, error
+def errors_of_16_bits(gate, first, length):
+  """Relative errors of logits in bfloat16 beside the parallel forward in float32, [2, length] each.
+
+  Returns those of a prefill of `first` tokens and single steps behind it, and those of the parallel
+  forward, by whatever implementations run here by default.
+  """
+  config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=128, num_heads=4, num_kv_heads=2,
+                             head_dim=64, mlp_dim=128, k=64, window=64, gate=gate, dtype="bfloat16")
+  params = init_params(config, jax.random.key(0))
+  tokens = jax.random.randint(jax.random.key(1), (2, length), 0, 31)
+
+  def parallel(dtype):
+    model = Transformer(dataclasses.replace(config, dtype=dtype))
+    return jax.jit(model.apply)({"params": params}, tokens).astype(jnp.float32)
+  with jax.default_matmul_precision("highest"):
+    truth = parallel("float32")
+  logits, cache = prefill(config, params, init_cache(config, 2), tokens[:, :first], chunk_size=256)
+  step, cached = jax.jit(functools.partial(decode_step, config)), [logits]
+  for i in range(first, length):
+    logits, cache = step(params, cache, tokens[:, i])
+    cached.append(logits[:, None])
+  cached = jnp.concatenate(cached, axis=1).astype(jnp.float32)
+  error = lambda x: np.asarray(jnp.linalg.norm(x - truth, axis=-1) / jnp.linalg.norm(truth, axis=-1))
+  return error(cached), error(parallel("bfloat16"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["straight_through", "value"])
 def test_the_default_kernels_generate_what_the_parallel_forward_does(gate):
-  """In bfloat16, on what attention runs there; rounding may swap two tokens of nearly equal score now and then, so that of all tokens but a few is judged."""
-  generated_matches_parallel(gate, None)
+  """Both round to bfloat16, each in its own way, and rounding swaps tokens of nearly equal score now and
+  then: the cache's errors must be of the size of the parallel forward's."""
+  first, length = 600, 640
+  cached, parallel = errors_of_16_bits(gate, first, length)
+  for name, part in (("prefill", slice(0, first)), ("steps", slice(first, length))):
+    ours, theirs = cached[:, part], parallel[:, part]
+    assert np.median(ours) < 1.5 * np.median(theirs), name
+    assert np.mean(ours) < 2 * np.mean(theirs), name

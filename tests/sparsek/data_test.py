@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from sparsek import data
+from sparsek import data, epoch_order
 from sparsek.config import DataConfig
 from sparsek.corpus import Document
+from sparsek.epoch_order import EpochOrder, Stage
+from sparsek.errors import RunError
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
 
@@ -131,6 +133,7 @@ def test_rows_reach_beyond_32_bits():
 
   class Huge:
     name = "train"
+    vocab_size = 3
     lengths = np.array([2**32 + 5, 2**31 - 7, 11], np.int64)
     num_documents = 3
     num_tokens = int(lengths.sum())
@@ -142,12 +145,11 @@ def test_rows_reach_beyond_32_bits():
   seq_len = 2**20
   rows = data.PackedRows(Huge(), seq_len)
   assert rows.num_rows == -(-(Huge.num_tokens - 1) // seq_len)
-  order, ends, visits = rows._orders(0)
-  last = rows.example(int(np.flatnonzero(visits == rows.num_rows - 1)[0]))
+  order = EpochOrder(Huge.lengths, 0, [Stage.new(0, seq_len)])
+  last = rows.example(int(np.flatnonzero(order.rows == rows.num_rows - 1)[0]))
   count = Huge.num_tokens - (rows.num_rows - 1) * seq_len
   assert np.count_nonzero(last["segment_ids"]) == count
-  assert last["tokens"][count - 1] == order[-1]
-  assert ends[-1] == Huge.num_tokens
+  assert last["tokens"][count - 1] == order.documents[-1]
 
 
 def test_batches_follow_the_examples_over_epochs(dataset):
@@ -176,26 +178,131 @@ def test_state_resumes_with_the_following_batch(dataset, steps):
     assert_same(next(iterator), next(resumed))
 
 
-@pytest.mark.parametrize("batch_size,seq_len,process_count", [(6, 16, 1), (3, 16, 3), (4, 32, 2), (2, 7, 1), (2, 200, 1)])
-def test_state_counts_tokens_under_another_shape(dataset, batch_size, seq_len, process_count):
-  iterator = make_iterator(dataset)
-  for _ in range(5):
-    next(iterator)
-  resumed = make_iterator(dataset, batch_size, seq_len, process_count=process_count)
-  resumed.set_state(iterator.get_state())
-  first = -(-5 * 4 * 16 // seq_len)
-  rows = data.PackedRows(dataset.split("train"), seq_len, seed=1)
-  for s in range(3):
-    batch = next(resumed)
-    for row in range(batch_size // process_count):
-      assert_same({key: value[row] for key, value in batch.items()}, rows.example(first + s * batch_size + row))
-  assert resumed.get_state()["tokens"] == (first + 3 * batch_size) * seq_len
+class Numbered:
+  """A split whose ids are the places of its tokens, all different, so that what was read is known."""
+  name, marked, vocab_size = "train", False, 2**31
+
+  def __init__(self, lengths):
+    self.lengths = np.array(lengths)
+    self.num_documents, self.num_tokens = len(lengths), int(sum(lengths))
+    self._starts = np.cumsum(self.lengths) - self.lengths
+
+  def document(self, i):
+    return np.arange(self._starts[i], self._starts[i] + self.lengths[i])
 
 
-@pytest.mark.parametrize("state", [None, {}, {"tokens": -1}, {"tokens": "5"}])
-def test_damaged_states_are_refused(dataset, state):
-  with pytest.raises(ValueError, match="'tokens'"):
-    make_iterator(dataset).set_state(state)
+# Documents shorter and longer than rows: 6000 tokens, of which no first one of a document is a target.
+NUMBERED = Numbered(np.random.default_rng(0).multinomial(5700, np.r_[.5, np.full(299, .5 / 299)]) + 1)
+FIRST = set((np.cumsum(NUMBERED.lengths) - NUMBERED.lengths).tolist())
+
+
+def targets_read(batches):
+  """The targets that the loss counts, one by one."""
+  return [int(token) for batch in batches
+          for token in batch["tokens"][:, 1:][np.logical_and(
+              batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1], batch["segment_ids"][:, 1:])]]
+
+
+def iterators(processes=1, **flags):
+  config = DataConfig(**{"seq_len": 64, "batch_size": 2, "seed": 0, **flags})
+  return [data.TrainIterator(NUMBERED, config, data._local_rows(config.batch_size, process, processes), "")
+          for process in range(processes)]
+
+
+def read_on(state, steps, processes=1, **flags):
+  """What `steps` batches show under these flags, from the state on, and the state after them."""
+  readers = iterators(processes, **flags)
+  for reader in readers:
+    if state:
+      reader.set_state(json.loads(json.dumps(state)))
+  found = [targets_read(next(reader) for _ in range(steps)) for reader in readers]
+  states = [reader.get_state() for reader in readers]
+  assert all(state == states[0] for state in states)
+  return sum(found, []), states[0]
+
+
+def rest_of_epoch(state, seq_len, seed, **options):
+  """The rows that an epoch still has after a state, as batches of one, and the first row of the next."""
+  rows = data.PackedRows(NUMBERED, seq_len, seed=seed, epoch=state["epoch"], stages=[Stage(*stage) for stage in state["stages"]], **options)
+  i, rest = rows.first, []
+  while rows.stages_before(i)[0] == state["epoch"]:
+    rest.append({key: value[None] for key, value in rows.example(i).items()})
+    i += 1
+  return rest, rows.example(i)
+
+
+CHANGES = {
+    "nothing": [{}],
+    "seq_len, longer": [dict(seq_len=128)],
+    "seq_len, longer than what is left": [dict(seq_len=5000, steps=0)],
+    "seq_len, much shorter": [dict(seq_len=7)],
+    "batch_size": [dict(batch_size=6)],
+    "seed": [dict(seed=1)],
+    "seed, back again": [dict(seed=1), {}],
+    "all, several times": [dict(seq_len=48, seed=1, batch_size=3), dict(seq_len=7), dict(seq_len=200, seed=2), {}],
+    "processes": [dict(processes=2), dict(processes=2, batch_size=6, seq_len=128)],
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("group_tokens", [None, 640])
+def test_the_rest_of_an_epoch_is_what_was_not_read(changes, group_tokens, monkeypatch):
+  """Under other flags each target of the epoch still comes once, and the next epoch has them all."""
+  if group_tokens:
+    monkeypatch.setattr(epoch_order, "_GROUP_TOKENS", group_tokens)
+  found, state = read_on(None, 20)
+  for flags in changes:
+    more, state = read_on(state, **{"steps": 3, **flags})
+    found += more
+  rest, following = rest_of_epoch(state, flags.get("seq_len", 64), flags.get("seed", 0))
+  assert sorted(found + targets_read(rest)) == [i for i in range(NUMBERED.num_tokens) if i not in FIRST]
+  new = data.PackedRows(NUMBERED, flags.get("seq_len", 64), seed=flags.get("seed", 0))
+  assert_same(following, new.example(new.num_rows))
+
+
+def test_without_segments_a_change_repeats_one_target_a_cut():
+  found, state = read_on(None, 20, segment_documents=False)
+  rest, _ = rest_of_epoch(state, 128, 0, segment_documents=False)
+  counts = np.bincount(found + targets_read(rest))
+  assert np.count_nonzero(counts) == NUMBERED.num_tokens - 1 and np.sum(counts == 2) < 30 and max(counts) == 2
+
+
+def test_constant_flags_keep_the_order_of_older_versions():
+  """As before stages: documents by one permutation of the generator of (seed, epoch), rows by the next."""
+  generator = np.random.Generator(np.random.PCG64([3, 2]))
+  documents = generator.permutation(NUMBERED.num_documents)
+  stream = np.concatenate([NUMBERED.document(i) for i in documents])
+  rows = data.PackedRows(NUMBERED, 64, seed=3)
+  for visit, row in enumerate(generator.permutation(rows.num_rows)):
+    tokens = stream[64 * row:64 * row + 65]
+    np.testing.assert_array_equal(rows.example(2 * rows.num_rows + visit)["tokens"][:len(tokens)], tokens)
+
+
+def test_states_of_older_versions_are_read(caplog):
+  _, state = read_on(None, 60)
+  assert state["epoch"] == 1
+  old = {key: state[key] for key in ("tokens", "dataset")}
+  assert read_on(old, 3)[0] == read_on(state, 3)[0]
+  assert caplog.text.count("saved by an older version") == 1
+  assert read_on(old, 3)[1]["tokens"] == state["tokens"] + 3 * 2 * 64
+
+
+def test_a_long_document_stays_whole_after_short_rows(monkeypatch):
+  """Rows that were read lie in few groups, so that what is left is nearly all in one span."""
+  monkeypatch.setattr(epoch_order, "_GROUP_TOKENS", 512)
+  order = EpochOrder(np.array([6000]), 0, [Stage(0, 64, 8, 40), Stage.new(0, 1024)])
+  pieces = [list(order.pieces(visit, 1024)) for visit in range(len(order.rows))]
+  assert sorted(end - begin for row in pieces for _, begin, end in row)[-3:] == [1025] * 3
+
+
+@pytest.mark.parametrize("state", [
+    None, {}, {"tokens": -1}, {"tokens": "5"}, {"tokens": True}, {"tokens": 1, "dataset": "", "stages": []},
+    {"tokens": 1, "dataset": "", "epoch": -1, "stages": []},
+    *({"tokens": 1, "dataset": "", "epoch": 0, "stages": stages} for stages in (
+        5, [5], [[0, 64, 9]], [[0, 0, 9, 9]], [[0, 64, 0, 9]], [[0, 64, 9, -1]], [["0", 64, 9, 1]], [[0, 64, 9, 10**9]]))])
+def test_damaged_states_are_refused(state):
+  with pytest.raises(ValueError, match="'tokens'|'stages'|cannot be read"):
+    iterators()[0].set_state(state)
 
 
 def test_state_of_other_data_warns(dataset, tmp_path, caplog):
@@ -217,6 +324,35 @@ def test_an_error_while_prefetching_reaches_the_reader(dataset, monkeypatch):
   monkeypatch.setattr(data.PackedRows, "example", lambda self, i: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     next(make_iterator(dataset))
+
+
+@pytest.mark.parametrize("wrong", [257, 2**16 - 1])
+def test_ids_above_the_vocabulary_name_the_file_and_the_place(tmp_path, wrong):
+  folder, texts = str(tmp_path / "tokens"), ("abc", "defg", "hij")
+  write_token_files(folder, [Document(str(i), text, i == 2) for i, text in enumerate(texts)], ByteTokenizer())
+  with open(f"{folder}/tokens.bin", "r+b") as file:
+    file.seek(2 * 6)
+    file.write(wrong.to_bytes(2, "little"))
+  opened = data.open_data(folder)
+  with pytest.raises(RunError) as error:
+    next(data.make_train_iterator(opened, DataConfig(batch_size=1, seq_len=8)))
+  place = "token 6 (token 2 of document 1 of the train split, '1')"
+  assert f"tokens.bin is damaged: the id {wrong} at {place} is not below the vocabulary's 257" in str(error.value)
+  assert len(data.eval_batches(opened, DataConfig(batch_size=1, seq_len=8), 9)[0]["tokens"]) == 1
+
+
+def test_ids_of_32_bits_do_not_become_negative_ones():
+  class Wrong(Numbered):
+    vocab_size = 10
+
+    def document(self, i):
+      return np.full(self.lengths[i], 2**32 - 1, np.uint32)
+
+    def check_ids(self, i):
+      raise RunError(f"document {i}")
+
+  with pytest.raises(RunError, match="document 0"):
+    data.PackedRows(Wrong([9]), 4).example(0)
 
 
 def test_processes_share_the_rows_of_a_batch(dataset):

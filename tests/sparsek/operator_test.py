@@ -210,3 +210,8 @@ class TestCausalSparsek:
 def brute_force_tail(z, k):
   """Threshold over the 2000 largest scores only: the others are far below."""
   return brute_force.threshold(np.sort(z)[-2000:], k)
+
+
+def test_k_beyond_every_integer_and_rows_without_entries():
+  np.testing.assert_array_equal(sparsek.sparsek(jnp.arange(3.), 2 ** 31), jnp.ones(3))
+  assert sparsek.sparsek(jnp.zeros((3, 0)), 2).shape == (3, 0)

@@ -87,3 +87,8 @@ def test_bfloat16_and_memory():
   long = [jax.ShapeDtypeStruct((1, 2**18, *shape), dtype) for shape, dtype in (((3,), jnp.float32), ((12, 64), jnp.bfloat16), ((3, 64), jnp.bfloat16))]
   compiled = jax.jit(jax.grad(functools.partial(attention_mass_loss, window=512))).lower(*long, jax.ShapeDtypeStruct((1, 128), jnp.int32)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+
+
+def test_a_window_beyond_every_integer_leaves_no_candidates():
+  arrays = example()
+  assert attention_mass_loss(*arrays, jnp.arange(20)[None].repeat(len(arrays[0]), 0), window=2 ** 31 - 1) == 0

@@ -172,5 +172,5 @@ def test_command(tmp_path, capsys):
   assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
   for argument, words in (("--tasks=riddle", "'riddle' must be one of passkey"), ("--lengths=0", "'0' must be a number"),
                           ("--lengths=50", "the task passkey needs"), ("--min_distance=1020", "1020 of them between facts and question; got 1024"),
-                          ("--record=x.png", "--record=x.png: must be a .json file")):
+                          ("--record=x.png", "x.png: must be a .json file")):
     assert run(f"--workdir={folder}", argument) == 2 and words in capsys.readouterr().err

@@ -1,15 +1,21 @@
 """Sources, tokenizers and the folder that they are written to."""
 
+import fcntl
+import hashlib
 import json
 import os
+import pathlib
 import random
+import signal
 
 import numpy as np
 import pytest
 
 from sparsek import data
 from sparsek.corpus import Document, documents
-from sparsek.token_files import open_token_files, verify_token_files, write_token_files
+from sparsek.errors import UsageError
+from sparsek.token_files import (
+    open_token_files, remove_abandoned, temporary_name, verify_token_files, write_token_files)
 from sparsek.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
 
 TEXTS = ["def f(x):\n  return x\n" * 5, "Grüße, 世界! 👋🏽\r\n\tÅngström", " spaces around ", "a<|endoftext|>b", "\u0000\u200b\ufeff"]
@@ -28,9 +34,11 @@ def folder(tmp_path):
 
 
 def edit_meta(folder, **changes):
+  """As of an older version, without the checksum of meta.json itself."""
   path = os.path.join(folder, "meta.json")
   with open(path) as file:
     meta = json.load(file)
+  del meta["meta_sha256"]
   with open(path, "w") as file:
     json.dump({**meta, **changes}, file)
 
@@ -85,7 +93,7 @@ def test_the_loss_counts_marked_answers_only(kind, bpe, tmp_path):
 def test_files_without_what_was_added_later_are_read(folder):
   with open(os.path.join(folder, "meta.json")) as file:
     meta = json.load(file)
-  for key in ("num_counted", "versions"):
+  for key in ("num_counted", "versions", "meta_sha256"):
     del meta[key]
   os.remove(os.path.join(folder, "documents.jsonl"))
   del meta["sha256"]["documents.jsonl"]
@@ -192,10 +200,30 @@ def remove(name):
   return lambda folder: os.remove(os.path.join(folder, name))
 
 
+def flip(name, offset):
+  def damage(folder):
+    path = pathlib.Path(folder, name)
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+  return damage
+
+
+def fifo(name):
+  def damage(folder):
+    remove(name)(folder)
+    os.mkfifo(os.path.join(folder, name))
+  return damage
+
+
 def overwrite_index(change):
   def damage(folder):
     path = os.path.join(folder, "index.npy")
     np.save(path, change(np.load(path)))
+    with open(os.path.join(folder, "meta.json")) as file:
+      sums = json.load(file)["sha256"]
+    with open(path, "rb") as file:
+      edit_meta(folder, sha256={**sums, "index.npy": hashlib.sha256(file.read()).hexdigest()})
   return damage
 
 
@@ -214,14 +242,19 @@ def swap_first_documents(index):
     (overwrite_index(lambda index: index.astype(np.int32)), "index.npy is damaged: expected int64"),
     (overwrite_index(lambda index: index + 1), "index.npy is damaged: expected rising offsets from 0"),
     (overwrite_index(swap_first_documents), "index.npy is damaged: expected rising offsets"),
-    (truncate("meta.json", 20), "meta.json is damaged: expected JSON"),
+    (truncate("meta.json", 20), "meta.json: no JSON that can be understood"),
+    (flip("index.npy", -1), "index.npy is damaged: expected sha256"),
+    (flip("index.npy", 20), "index.npy is damaged: expected sha256"),
+    (fifo("index.npy"), "index.npy is a FIFO"),
+    (fifo("meta.json"), "meta.json is a FIFO"),
+    (fifo("tokens.bin"), "tokens.bin is damaged"),
     (remove("tokens.bin"), "tokens.bin cannot be read: No such file"),
     (remove("index.npy"), "index.npy cannot be read: No such file"),
-    (remove("meta.json"), "meta.json cannot be read .*prepare_data"),
-    (lambda folder: edit_meta(folder, format_version=2), "expected format sparsek-tokens version 1, found format sparsek-tokens version 2"),
+    (remove("meta.json"), "meta.json cannot be read: No such file .*prepare_data"),
+    (lambda folder: edit_meta(folder, format_version=2), "expected format sparsek-tokens version 1, found format 'sparsek-tokens' version 2"),
     (lambda folder: edit_meta(folder, num_tokens="7"), "expected 'num_tokens' of type int, found '7'"),
     (lambda folder: edit_meta(folder, num_counted=7), "expected 'num_counted' of type dict, found 7"),
-    (lambda folder: edit_meta(folder, dtype="int8"), "expected dtype uint16 or uint32, found int8"),
+    (lambda folder: edit_meta(folder, dtype="int8"), "expected dtype uint16 or uint32, found 'int8'"),
     (lambda folder: edit_meta(folder, heldout=[99]), "held-out documents from 0 to 4, found 99"),
     (lambda folder: edit_meta(folder, tokenizer={}), "expected name, fingerprint in 'tokenizer', found nothing"),
     (lambda folder: edit_meta(folder, tokenizer={"name": "byte", "fingerprint": "0"}), "another byte tokenizer"),
@@ -232,6 +265,99 @@ def test_damaged_folders_are_refused(folder, damage, message):
   damage(folder)
   with pytest.raises(ValueError, match=message):
     open_token_files(folder)
+
+
+WRONG_VALUES = (None, True, -1, 0, 7, 10**30, 1.5, float("nan"), "", "x", "\ud800", [], [-1], [[]], {}, {"x": -1}, {"../x": "y"})
+
+
+def mutations(text):
+  """Damaged versions of the text of a meta.json."""
+  meta = json.loads(text)
+  for holder in (meta, *(value for value in meta.values() if isinstance(value, dict))):
+    for key, value in list(holder.items()):
+      for wrong in WRONG_VALUES:
+        holder[key] = wrong
+        yield json.dumps(meta)
+      del holder[key]
+      yield json.dumps(meta)
+      holder[key] = value
+  for key in meta:
+    yield f"{text.rstrip()[:-1]}, {json.dumps(key)}: 7}}"                # the key twice
+  yield from ('"x": ' + "[" * 10**5, '{"num_tokens": ' + "1" * 5000 + "}", "[]", "", "null")
+  rng = random.Random(0)
+  for _ in range(200):
+    at = rng.randrange(len(text))
+    yield text[:at] + chr(rng.randrange(32, 127)) + text[at + 1:]
+
+
+def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
+  """Each one is refused in a sentence, or changes nothing that is read of it."""
+  def read():
+    dataset = open_token_files(folder)
+    return dataset.fingerprint, [(split.num_bytes, split.num_counted, split.starts.tolist(), split.lengths.tolist())
+                                 for split in map(dataset.split, ("train", "heldout"))]
+
+  path, expected, refused = pathlib.Path(folder, "meta.json"), read(), 0
+  text = path.read_text()
+  for mutated in mutations(text):
+    path.write_text(mutated)
+    try:
+      found = read()
+    except UsageError as error:
+      refused += 1
+      assert len(str(error)) < 800 and "\n" not in str(error) and str(error).encode()
+    else:
+      assert found == expected, mutated
+  assert refused > 400
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_bytes": {"train": -1, "heldout": 3}}, {"num_counted": {"train": 1.5}}, {"num_bytes": {"train": True, "heldout": 3}},
+    {"heldout": [True]}, {"num_documents": True}, {"sha256": {"tokens.bin": "", "index.npy": "", "../x": ""}},
+    {"sha256": {"tokens.bin": 5, "index.npy": ""}}, {"num_tokens": 10**30}, {"vocab_size": 10**4000}])
+def test_wrong_values_are_refused_without_a_checksum_too(folder, changes):
+  edit_meta(folder, **changes)
+  with pytest.raises(UsageError, match="meta.json is damaged: expected"):
+    open_token_files(folder)
+
+
+@pytest.mark.parametrize("number,expected", [(signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_signals_leave_nothing(tmp_path, number, expected):
+  def stopped():
+    yield Document("", "a", False)
+    assert len(os.listdir(tmp_path)) == 1
+    os.kill(os.getpid(), number)
+    yield Document("", "b", False)
+
+  handler = signal.getsignal(number)
+  with pytest.raises(expected):
+    write_token_files(str(tmp_path / "new"), stopped(), ByteTokenizer())
+  assert os.listdir(tmp_path) == [] and signal.getsignal(number) == handler
+
+
+def test_what_killed_processes_left_is_removed_and_what_runs_is_kept(tmp_path):
+  folder = str(tmp_path / "new")
+  left, running = temporary_name(folder), temporary_name(folder)
+  others = [temporary_name(str(tmp_path / "new.other")), str(tmp_path / ".new.x.preparing"), str(tmp_path / ".new.tmp")]
+  for path in (left, running, *others):
+    os.mkdir(path)
+  handle = os.open(running, os.O_RDONLY)
+  fcntl.flock(handle, fcntl.LOCK_EX)
+  write_token_files(folder, [Document("", "a", False)], ByteTokenizer())
+  assert sorted(os.listdir(tmp_path)) == sorted(map(os.path.basename, (folder, running, *others)))
+  os.close(handle)
+
+
+def test_a_folder_in_the_making_is_locked(tmp_path):
+  folder = str(tmp_path / "new")
+
+  def texts():
+    remove_abandoned(folder)
+    yield Document("", "a", False)
+
+  write_token_files(folder, texts(), ByteTokenizer())
+  verify_token_files(folder)
+  assert os.listdir(tmp_path) == ["new"]
 
 
 def test_a_damaged_tokenizer_is_refused(bpe, tmp_path):
@@ -287,9 +413,9 @@ def test_sources(tmp_path):
 
 
 @pytest.mark.parametrize("line,message", [
-    (b"{", "lines.jsonl:2: not a JSON object"),
+    (b"{", "lines.jsonl:2: no JSON that can be understood"),
     (b'"text"', "lines.jsonl:2: expected a JSON object with the field 'text', found a str"),
-    (b'{"body": "x"}', "lines.jsonl:2: expected text in the field 'text', found the fields body"),
+    (b'{"body": "x"}', "lines.jsonl:2: expected text in the field 'text', found the fields 'body'"),
     (b'{"text": 5}', "lines.jsonl:2: expected text in the field 'text', found a int"),
     (b'{"text": "\xff"}', "lines.jsonl:2: not UTF-8: byte 0xff at offset 10"),
     (b'{"text": "\\ud800"}', "lines.jsonl:2: the text has a lone surrogate"),
