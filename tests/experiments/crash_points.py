@@ -1,10 +1,12 @@
-"""Fails each write, rename, fsync, ... of training, import, export and preparation in turn; no test, but a measure.
+"""Fails the writes, renames, fsyncs, ... of training, import, export and preparation in turn.
+
+No test, but a measure:
 
   python -m tests.experiments.crash_points
 
 A command runs undisturbed once, and its operations on files are recorded. Then it runs again for
-each of them, from the same folder, with that operation failing: by ENOSPC, which lasts, by EIO, once,
-and by a kill (in a write when half of it is written). Each time
+each kind of them, from the same folder, with one failing: by ENOSPC, which lasts, by EIO, once, and
+by a kill (in a write when half of it is written). Each time
 
   - it ends with code 0, or with 1 or 2 and one sentence, in 20 seconds of a
     processor, and does not wait for longer;
@@ -86,7 +88,8 @@ def digest(content: bytes) -> str:
 
 
 def run_product(workdir: str) -> dict:
-  """What a run holds: its metrics without speeds, and of each checkpoint a digest of all parameters. Raises where one does not load."""
+  """Returns what a run holds: its metrics without speeds, and of each checkpoint a digest of all
+  parameters. Raises where one does not load."""
   import jax
   import numpy as np
 
@@ -233,7 +236,7 @@ class Bench:
       sys.exit(f"without any fault: {' '.join(words)} ended with {ended.code}\n{ended.err}")
 
   def make_shared(self, names: Iterable[str] = ("texts", *SHARED)) -> None:
-    """What commands only read: those of these names that are not there yet, and what they are made of."""
+    """Makes what commands only read, where it is not there yet, and what that is made of."""
     for name in names:
       if os.path.exists(os.path.join(self.shared, name)):
         continue
@@ -250,7 +253,7 @@ class Bench:
     return os.path.join(self.folder, "templates", scenario.name)
 
   def make_template(self, scenario: Scenario) -> None:
-    """What is there before the command, at the path that every point then has."""
+    """Makes what is there before the command."""
     point = self.point(scenario)
     os.makedirs(point)
     for words in scenario.before:
@@ -265,7 +268,7 @@ class Bench:
     return os.path.join(self.folder, "points", f"{scenario.name}_{number}")
 
   def fresh(self, scenario: Scenario, number: int) -> str:
-    """A folder for a point; where the template's own paths are recorded in it, they are replaced."""
+    """Makes a folder for a point, and returns it."""
     point = self.point(scenario, number)
     shutil.copytree(self.template(scenario), point, symlinks=True)
     return point
@@ -284,7 +287,8 @@ def listing(point: str) -> list[str]:
 
 
 def look(bench: Bench, scenario: Scenario, point: str) -> dict:
-  """What a point holds: the product or why there is none, all paths, and the user's files that are not what they were. Runs in a child."""
+  """Returns what a point holds: the product or why there is none, all paths, and the user's files
+  that are not what they were. Runs in a child."""
   path = os.path.join(point, scenario.makes)
   try:
     product = scenario.product(path) if os.path.exists(path) else None
@@ -303,7 +307,7 @@ def look(bench: Bench, scenario: Scenario, point: str) -> dict:
 
 
 def lost(scenario: Scenario, before: Any, found: Any, whole: Any) -> list[str]:
-  """What a fault destroyed, of what was there before it and of what is named as complete."""
+  """Returns what a fault destroyed of what was there before it or is named as complete."""
   if isinstance(found, str):
     return [f"what is there cannot be read: {found}"]
   if scenario.product is not run_product:
@@ -332,7 +336,7 @@ def lost(scenario: Scenario, before: Any, found: Any, whole: Any) -> list[str]:
 
 @dataclasses.dataclass
 class Result:
-  """What came of a point.
+  """Outcome of a point.
 
   Attributes:
     scenario, key, ordinal, mode: which.
@@ -362,7 +366,7 @@ def try_point(
   before: Any,
   limit: float,
 ):
-  """A chain of calls: the command with a fault, a look at what it left, the command again, a last look."""
+  """Chains the command with a fault, a look at what it left, the command again, a last look."""
   point, output = (
     bench.fresh(scenario, number),
     os.path.join(bench.folder, "outputs", f"{scenario.name}_{number}"),
@@ -413,7 +417,8 @@ def try_point(
     return result
   if last.value["product"] != whole["product"]:
     result.faults.append(
-      f"the repeated command's result differs: {difference(last.value['product'], whole['product'])}"
+      "the repeated command's result differs: "
+      + difference(last.value["product"], whole["product"])
     )
   more, fewer = (
     sorted(set(a) - set(b))
@@ -434,7 +439,7 @@ def try_point(
 
 
 def difference(found: Any, wanted: Any) -> str:
-  """Where two products differ, in short."""
+  """Returns where two products differ, in short."""
   if not isinstance(found, dict) or not isinstance(wanted, dict):
     return str(found)[:300]
   return ", ".join(
@@ -447,7 +452,7 @@ def difference(found: Any, wanted: Any) -> str:
 def undisturbed(
   bench: Bench, scenario: Scenario
 ) -> tuple[dict, dict, list[tuple[str, int]], float]:
-  """What is there before the command and after it, its operations, and its seconds."""
+  """Returns what is there before the command and after it, its operations, and its seconds."""
   bench.make_template(scenario)
   point = bench.fresh(scenario, 0)
   log, output = os.path.join(bench.folder, "log"), os.path.join(bench.folder, "output")
@@ -471,7 +476,8 @@ def undisturbed(
 def chosen(
   operations: list[tuple[str, int]], modes: list[str]
 ) -> list[tuple[tuple[str, int], str]]:
-  """(operation, mode): every mode once for each kind of operation, in turn at its first, its last, and one in the middle. A kind is a key without numbers."""
+  """Returns (operation, mode): every mode once for each kind of operation, a key without numbers, in
+  turn at its first, its last, and one in the middle."""
   by_kind = collections.defaultdict(list)
   for operation in operations:
     by_kind[re.sub(r"\d+", "N", operation[0])].append(operation)
@@ -494,7 +500,8 @@ def progress(results: Iterator[Result], total: int) -> Iterator[Result]:
   for number, result in enumerate(results, 1):
     if result.faults:
       print(
-        f"WRONG {result.scenario}: {result.mode} at [{result.ordinal}] {result.key}: code {result.code}: {result.said}",
+        f"WRONG {result.scenario}: {result.mode} at [{result.ordinal}] {result.key}: "
+        f"code {result.code}: {result.said}",
         *(f"    {fault}" for fault in result.faults),
         sep="\n",
         flush=True,
@@ -553,7 +560,8 @@ def main() -> None:
         if re.search(args.only, point[0][0])
       ][:: args.every * scenario.every]
       print(
-        f"{scenario.name}: {seconds:.1f} s undisturbed, {len(operations)} operations of {len({key for key, _ in operations})} kinds, {len(points)} points",
+        f"{scenario.name}: {seconds:.1f} s undisturbed, {len(operations)} operations, "
+        f"{len(points)} points",
         flush=True,
       )
       if args.list:
@@ -576,7 +584,8 @@ def main() -> None:
       modes = collections.Counter(result.mode for result in reached)
       ends = collections.Counter(str(result.code) for result in reached)
       print(
-        f"{scenario.name}: {len(reached)} points reached of {len(points)} ({counted(modes)}), codes {counted(ends)}, "
+        f"{scenario.name}: {len(reached)} points reached of {len(points)} ({counted(modes)}), "
+        f"codes {counted(ends)}, "
         f"{sum(bool(result.faults) for result in results)} wrong; {len(silent)} failed with code 0",
         flush=True,
       )
@@ -584,8 +593,10 @@ def main() -> None:
     if not args.folder and not failures:
       shutil.rmtree(folder, ignore_errors=True)
   print(
-    f"{len(totals)} crash points ({counted(collections.Counter(result.mode for result in totals))}; "
-    f"{counted(collections.Counter(result.scenario for result in totals))}) in {time.monotonic() - began:.0f} s: {failures} wrong"
+    f"{len(totals)} crash points "
+    f"({counted(collections.Counter(result.mode for result in totals))}; "
+    f"{counted(collections.Counter(result.scenario for result in totals))}) "
+    f"in {time.monotonic() - began:.0f} s: {failures} wrong"
     + (f"; what they left is in {folder}" if failures else "")
   )
   import jax

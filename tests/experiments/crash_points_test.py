@@ -1,4 +1,4 @@
-"""A few of the crash points and of the drawn command lines, so that these measures keep working; all of them take minutes."""
+"""A few of the crash points and drawn command lines, so that these measures keep working."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Jobs and whole commands in forked processes: a second each where a new Python with JAX needs several.
+"""Jobs and whole commands in forked processes, which need a second where a new Python needs more.
 
 The process that forks has imported what commands need, and never computed: JAX's devices come up in
 each child. One thread forks; a child is a process group, so that nothing of it outlives its limit.

@@ -2,8 +2,8 @@
 
   python -m tests.experiments.fuzz --formats --flags
 
-Each file format that is read gets 1000 damaged files, each command line flags that are drawn. None may
-end in a traceback, take 20 seconds or give another value than the file says: it is refused in a
+Each file format that is read gets 1000 damaged files, and 500 command lines are drawn. None may end
+in a traceback, take 20 seconds or give another value than the file says: it is refused in a
 sentence, or read as it is. Exits with 1 where anything is otherwise; --case repeats one.
 """
 
@@ -22,7 +22,8 @@ SEED = 24
 
 
 def try_cases(name: str, folder: str, seed: int, first: int, last: int, seconds: float) -> None:
-  """Tries the cases of a format and adds each result to the folder's results.jsonl, its number first to the folder's at. Runs in a child."""
+  """Tries the cases of a format; each result goes to the folder's results.jsonl, and each number
+  before to the folder's at. Runs in a child."""
   import faulthandler
 
   from tests.experiments import fuzz_formats
@@ -43,7 +44,11 @@ def try_cases(name: str, folder: str, seed: int, first: int, last: int, seconds:
 
 
 def fuzz_format(name: str, folder: str, seed: int, first: int, last: int, limit: float):
-  """A chain of calls: children that try cases, a new one after each that a case ended. Returns (name, [(case, kind, why)], seconds)."""
+  """Chains children that try cases, a new one after each that a case ended.
+
+  Returns:
+    (name, [(case, kind, why)], seconds).
+  """
   from tests.experiments import forked
 
   os.makedirs(folder, exist_ok=True)
@@ -77,14 +82,14 @@ def fuzz_format(name: str, folder: str, seed: int, first: int, last: int, limit:
 
 
 def brief(why: str) -> str:
-  """What failures have in common: their text without numbers and names."""
+  """Returns what failures have in common: their text without numbers and names."""
   import re
 
   return re.sub(r"[-+]?\d[\d.e+-]*", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "S", why))[:90]
 
 
 def report(name: str, results: list, seconds: float, shown: int) -> int:
-  """Prints a format's or command's totals and its failures by kind, and returns how many there are."""
+  """Prints totals of a format or command and failures by kind; returns how many there are."""
   kinds = collections.Counter(kind for _, kind, _ in results)
   wrong = [(case, why) for case, kind, why in results if kind == "wrong"]
   rest = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind != "wrong")
@@ -168,7 +173,8 @@ def main() -> None:
     if not args.folder and not failures:
       shutil.rmtree(folder, ignore_errors=True)
   print(
-    f"seed {args.seed}: {failures} wrong in {time.monotonic() - began:.0f} s; python {platform.python_version()} cpu"
+    f"seed {args.seed}: {failures} wrong in {time.monotonic() - began:.0f} s; "
+    f"python {platform.python_version()} cpu"
   )
   sys.exit(failures > 0)
 

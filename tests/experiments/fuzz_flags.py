@@ -161,7 +161,7 @@ def draw(known: dict, seed: int, case: int, commands: list[str]) -> tuple[str, l
 
 
 def make_inputs(bench: crash_points.Bench, commands: list[str]) -> None:
-  """What command lines may name: the inputs of crash_points that these commands need, and bad ones."""
+  """Makes what command lines may name: inputs of crash_points that they need, and bad ones."""
   words = [word for name in commands for word in BASES[name]]
   bench.make_shared(
     ["texts", *(name for name in crash_points.SHARED if f"IN/{name}" in " ".join(words))]

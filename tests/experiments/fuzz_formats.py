@@ -1,4 +1,7 @@
-"""Every file format that is read: a good example, its readers, and what a file now says according to something other than these readers."""
+"""Every file format that is read: a good example, its readers, and what a file now says.
+
+The last is found by other means than these readers.
+"""
 
 import collections
 import dataclasses
@@ -216,7 +219,8 @@ def check_model_json(value, folder, good):
 
 def make_flagfile(folder):
   (folder / "run.flags").write_text(
-    "# a comment\n--k=8\n--window=16\n--learning_rate=0.01\n--num_steps=40\n--gate=value\n--qk_norm\n--nosegment_documents\n"
+    "# a comment\n--k=8\n--window=16\n--learning_rate=0.01\n--num_steps=40\n--gate=value\n"
+    "--qk_norm\n--nosegment_documents\n"
     "--workdir=/tmp/some where\n--layer_pattern=sparsek*2,full\n\n--seed=3\n"
   )
 
@@ -488,7 +492,7 @@ def read_source(folder):
 
 
 def _source_texts(name: str, content: bytes) -> list[str]:
-  """What a file says, as plain as can be."""
+  """Returns what a file says, read as plainly as can be."""
   if name.endswith(".gz"):
     return _source_texts(name.removesuffix(".gz"), gzip.decompress(content))
   text = content.decode("utf-8").removeprefix("\ufeff")
@@ -704,7 +708,7 @@ def check_cache(value, folder, good):
 
 
 def damage_cache(content, rng):
-  """Bytes anywhere, or the head as JSON, or arrays of another shape, dtype or value, with right checksums."""
+  """Damages bytes anywhere, or the head as JSON, or arrays, then with right checksums."""
   if rng.random() < 0.4:
     return mutate_bytes(content, rng)
   import io
@@ -893,7 +897,7 @@ FORMATS = {
 
 
 def make_good(name: str, folder: pathlib.Path) -> Any:
-  """Writes the good files of a format and returns what its readers say of them, which must be right."""
+  """Writes the good files of a format and returns what its readers rightly say of them."""
   form = FORMATS[name]
   form.make(folder / "good")
   shutil.copytree(folder / "good", folder / "case")
@@ -904,7 +908,10 @@ def make_good(name: str, folder: pathlib.Path) -> Any:
 
 
 def try_case(name: str, folder: pathlib.Path, good: Any, seed: int, case: int) -> tuple[str, str]:
-  """("refused" or "read" or "wrong", why): what becomes of one damaged file. The same (seed, case) is the same damage."""
+  """Returns what becomes of one damaged file: ("refused" or "read" or "wrong", why).
+
+  The same (seed, case) is the same damage.
+  """
   form, rng = FORMATS[name], random.Random(f"{seed} {name} {case}")
   shutil.rmtree(folder / "case")
   shutil.copytree(folder / "good", folder / "case")

@@ -1,4 +1,4 @@
-"""A few of the damaged files of tests/experiments/fuzz.py: each is refused in a sentence, or read as it is."""
+"""A few damaged files of tests/experiments/fuzz.py: refused in a sentence, or read as they are."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def json_or_none(content):
 
 
 def test_a_reader_that_guesses_is_found(tmp_path, monkeypatch):
-  """The checks themselves: a reader that ends otherwise than by a refusal, and one that says what the file does not say."""
+  """The checks find a reader that ends by no refusal, and one that makes things up."""
   (tmp_path / "good").mkdir()
   good = fuzz_formats.make_good("source.txt", tmp_path)
   form = fuzz_formats.FORMATS["source.txt"]

@@ -1,8 +1,10 @@
-/* Makes one chosen file operation below one folder fail, or kills the process at it. See io_faults.py, which compiles and arms it.
+/* Makes one chosen file operation below one folder fail, or kills the process at it.
 
-   Loaded by LD_PRELOAD, it stands before libc's functions that change files, for Python and for the C++ and Rust libraries alike. An operation is known by its key,
-   "FUNCTION PATH" with the path relative to the folder and its random parts as '#', and by how often this key came before in the process: threads may change
-   the order of operations on different files, but hardly that on one. */
+   io_faults.py compiles and arms it. Loaded by LD_PRELOAD, it stands before libc's functions that
+   change files, for Python and for the C++ and Rust libraries alike. An operation is known by its
+   key, "FUNCTION PATH" with the path relative to the folder and its random parts as '#', and by how
+   often this key came before in the process: threads may change the order of operations on
+   different files, but hardly that on one. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -31,8 +33,9 @@ static size_t folder_length;
 static long target_ordinal;
 static struct { char *key; long count; } keys[MOST_KEYS];
 
-/* Begins to watch. log: a file descriptor that gets a line per operation, or -1. key, ordinal: of the operation that fails with `error`, or kills where that is -1;
-   lasting: from then on, whatever needs space fails. */
+/* Begins to watch. log: a file descriptor that gets a line per operation, or -1. key, ordinal: of the
+   operation that fails with `error`, or kills where that is -1; lasting: from then on, whatever
+   needs space fails. */
 void faults_arm(const char *root, int log, const char *key, long ordinal, int error, int lasting) {
   snprintf(folder, sizeof folder, "%s/", root);
   folder_length = strlen(folder);
@@ -40,24 +43,19 @@ void faults_arm(const char *root, int log, const char *key, long ordinal, int er
   target_ordinal = ordinal, error_number = error, is_lasting = lasting, log_file = log, armed = 1;
 }
 
-/* Ends it; returns 1 where the chosen operation was reached. */
-int faults_disarm(void) {
-  armed = 0;
-  return has_failed;
-}
-
 static void *next(const char *name) { return dlsym(RTLD_NEXT, name); }
 
 static int is_hex(char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); }
 
-/* Copies a path; digits and a to f in a row, ten or more, become '#', and so do the eight characters that Python's tempfile puts before ".tmp". */
+/* Copies a path; digits and a to f in a row, ten or more, become '#', and so do the eight characters
+   that Python's tempfile puts before ".tmp". */
 static void normalise(char *to, const char *from, size_t size) {
   char *end = to + size - 2;
   while (*from && to < end) {
     size_t run = 0;
     while (is_hex(from[run])) run++;
     size_t part = strcspn(from, "./");
-    if (part == 8 && from[-1] == '.' && !strncmp(from + 8, ".tmp", 4)) run = 8; 
+    if (part == 8 && from[-1] == '.' && !strncmp(from + 8, ".tmp", 4)) run = 8;
     else if (run < 10) { *to++ = *from++; continue; }
     *to++ = '#', from += run;
   }
@@ -77,7 +75,9 @@ static int verdict(const char *function, const char *path, int needs_space) {
   long ordinal = keys[place].count++;
   int result = PASS;
   if (has_failed && is_lasting && needs_space) result = error_number;
-  if (!has_failed && ordinal == target_ordinal && !strcmp(key, target)) has_failed = 1, result = error_number;
+  if (!has_failed && ordinal == target_ordinal && !strcmp(key, target)) {
+    has_failed = 1, result = error_number;
+  }
   if (log_file >= 0) dprintf(log_file, "%s\n", key);
   pthread_mutex_unlock(&mutex);
   return result;
@@ -107,7 +107,10 @@ static void die(void) {
 }
 
 /* Returns with -1 where the operation is to fail. */
-#define FAIL(result) do { if (result == KILL) die(); if (result != PASS) { errno = result; return -1; } } while (0)
+#define FAIL(result) do { \
+    if (result == KILL) die(); \
+    if (result != PASS) { errno = result; return -1; } \
+  } while (0)
 
 #define BY_NAME(function, arguments, names, directory, name, needs_space) \
   int function arguments { \
@@ -117,14 +120,18 @@ static void die(void) {
     return ((int (*) arguments) next(#function)) names; \
   }
 BY_NAME(mkdir, (const char *name, mode_t mode), (name, mode), AT_FDCWD, name, 1)
-BY_NAME(mkdirat, (int directory, const char *name, mode_t mode), (directory, name, mode), directory, name, 1)
+BY_NAME(mkdirat, (int directory, const char *name, mode_t mode), (directory, name, mode),
+        directory, name, 1)
 BY_NAME(rmdir, (const char *name), (name), AT_FDCWD, name, 0)
 BY_NAME(unlink, (const char *name), (name), AT_FDCWD, name, 0)
-BY_NAME(unlinkat, (int directory, const char *name, int flags), (directory, name, flags), directory, name, 0)
+BY_NAME(unlinkat, (int directory, const char *name, int flags), (directory, name, flags),
+        directory, name, 0)
 BY_NAME(rename, (const char *from, const char *to), (from, to), AT_FDCWD, to, 0)
-BY_NAME(renameat, (int from_directory, const char *from, int directory, const char *to), (from_directory, from, directory, to), directory, to, 0)
-BY_NAME(renameat2, (int from_directory, const char *from, int directory, const char *to, unsigned int flags), (from_directory, from, directory, to, flags),
-        directory, to, 0)
+BY_NAME(renameat, (int from_directory, const char *from, int directory, const char *to),
+        (from_directory, from, directory, to), directory, to, 0)
+BY_NAME(renameat2, (int from_directory, const char *from, int directory, const char *to,
+                    unsigned int flags),
+        (from_directory, from, directory, to, flags), directory, to, 0)
 BY_NAME(link, (const char *from, const char *to), (from, to), AT_FDCWD, to, 1)
 BY_NAME(symlink, (const char *from, const char *to), (from, to), AT_FDCWD, to, 1)
 BY_NAME(truncate, (const char *name, off_t size), (name, size), AT_FDCWD, name, 0)
@@ -141,16 +148,24 @@ BY_FILE(int, fsync, (int fd), (fd), fd, 0)
 BY_FILE(int, fdatasync, (int fd), (fd), fd, 0)
 BY_FILE(int, ftruncate, (int fd, off_t size), (fd, size), fd, 0)
 BY_FILE(int, ftruncate64, (int fd, off64_t size), (fd, size), fd, 0)
-BY_FILE(int, fallocate, (int fd, int mode, off_t offset, off_t size), (fd, mode, offset, size), fd, 1)
+BY_FILE(int, fallocate, (int fd, int mode, off_t offset, off_t size), (fd, mode, offset, size),
+        fd, 1)
 BY_FILE(int, posix_fallocate, (int fd, off_t offset, off_t size), (fd, offset, size), fd, 1)
 BY_FILE(int, fchmod, (int fd, mode_t mode), (fd, mode), fd, 0)
 BY_FILE(ssize_t, writev, (int fd, const struct iovec *parts, int count), (fd, parts, count), fd, 1)
-BY_FILE(ssize_t, pwritev, (int fd, const struct iovec *parts, int count, off_t offset), (fd, parts, count, offset), fd, 1)
-BY_FILE(ssize_t, pwritev64, (int fd, const struct iovec *parts, int count, off64_t offset), (fd, parts, count, offset), fd, 1)
-BY_FILE(ssize_t, pwritev2, (int fd, const struct iovec *parts, int count, off_t offset, int flags), (fd, parts, count, offset, flags), fd, 1)
-BY_FILE(ssize_t, sendfile, (int fd, int from, off_t *offset, size_t size), (fd, from, offset, size), fd, 1)
-BY_FILE(ssize_t, sendfile64, (int fd, int from, off64_t *offset, size_t size), (fd, from, offset, size), fd, 1)
-BY_FILE(ssize_t, copy_file_range, (int from, off64_t *from_offset, int fd, off64_t *offset, size_t size, unsigned int flags),
+BY_FILE(ssize_t, pwritev, (int fd, const struct iovec *parts, int count, off_t offset),
+        (fd, parts, count, offset), fd, 1)
+BY_FILE(ssize_t, pwritev64, (int fd, const struct iovec *parts, int count, off64_t offset),
+        (fd, parts, count, offset), fd, 1)
+BY_FILE(ssize_t, pwritev2,
+        (int fd, const struct iovec *parts, int count, off_t offset, int flags),
+        (fd, parts, count, offset, flags), fd, 1)
+BY_FILE(ssize_t, sendfile, (int fd, int from, off_t *offset, size_t size),
+        (fd, from, offset, size), fd, 1)
+BY_FILE(ssize_t, sendfile64, (int fd, int from, off64_t *offset, size_t size),
+        (fd, from, offset, size), fd, 1)
+BY_FILE(ssize_t, copy_file_range, (int from, off64_t *from_offset, int fd, off64_t *offset,
+                                   size_t size, unsigned int flags),
         (from, from_offset, fd, offset, size, flags), fd, 1)
 
 /* A process that is killed in a write leaves half of it. */
@@ -164,8 +179,10 @@ BY_FILE(ssize_t, copy_file_range, (int from, off64_t *from_offset, int fd, off64
     return libc names; \
   }
 WRITES(write, (int fd, const void *bytes, size_t size), (fd, bytes, size), (fd, bytes, size / 2))
-WRITES(pwrite, (int fd, const void *bytes, size_t size, off_t offset), (fd, bytes, size, offset), (fd, bytes, size / 2, offset))
-WRITES(pwrite64, (int fd, const void *bytes, size_t size, off64_t offset), (fd, bytes, size, offset), (fd, bytes, size / 2, offset))
+WRITES(pwrite, (int fd, const void *bytes, size_t size, off_t offset),
+       (fd, bytes, size, offset), (fd, bytes, size / 2, offset))
+WRITES(pwrite64, (int fd, const void *bytes, size_t size, off64_t offset),
+       (fd, bytes, size, offset), (fd, bytes, size / 2, offset))
 
 size_t fwrite(const void *bytes, size_t size, size_t count, FILE *file) {
   char path[PATH_MAX];
@@ -179,7 +196,12 @@ size_t fwrite(const void *bytes, size_t size, size_t count, FILE *file) {
 #define OPENS(function, arguments, names, directory) \
   int function arguments { \
     mode_t mode = 0; \
-    if (flags & (O_CREAT | __O_TMPFILE)) { va_list rest; va_start(rest, flags); mode = va_arg(rest, mode_t); va_end(rest); } \
+    if (flags & (O_CREAT | __O_TMPFILE)) { \
+      va_list rest; \
+      va_start(rest, flags); \
+      mode = va_arg(rest, mode_t); \
+      va_end(rest); \
+    } \
     char path[PATH_MAX]; \
     int writes = (flags & O_ACCMODE) != O_RDONLY || flags & (O_CREAT | O_TRUNC); \
     int result = armed && writes ? verdict("open", path_at(directory, name, path), 1) : PASS; \
@@ -188,13 +210,16 @@ size_t fwrite(const void *bytes, size_t size, size_t count, FILE *file) {
   }
 OPENS(open, (const char *name, int flags, ...), (name, flags, mode), AT_FDCWD)
 OPENS(open64, (const char *name, int flags, ...), (name, flags, mode), AT_FDCWD)
-OPENS(openat, (int directory, const char *name, int flags, ...), (directory, name, flags, mode), directory)
-OPENS(openat64, (int directory, const char *name, int flags, ...), (directory, name, flags, mode), directory)
+OPENS(openat, (int directory, const char *name, int flags, ...), (directory, name, flags, mode),
+      directory)
+OPENS(openat64, (int directory, const char *name, int flags, ...), (directory, name, flags, mode),
+      directory)
 
 #define FILES(function) \
   FILE *function(const char *name, const char *how) { \
     char path[PATH_MAX]; \
-    int result = armed && how[0] != 'r' ? verdict("open", path_at(AT_FDCWD, name, path), 1) : PASS; \
+    int writes = how[0] != 'r' || strchr(how, '+'); \
+    int result = armed && writes ? verdict("open", path_at(AT_FDCWD, name, path), 1) : PASS; \
     if (result == KILL) die(); \
     if (result != PASS) { errno = result; return NULL; } \
     return ((FILE *(*)(const char *, const char *)) next(#function))(name, how); \

@@ -16,7 +16,7 @@ _LOADED = "SPARSEK_IO_FAULTS"  # a variable of the environment: the library that
 
 
 def restart_with_faults(folder: str, environment: dict[str, str]) -> None:
-  """Compiles the library into `folder` and starts this command again with it; returns where that was done.
+  """Compiles the library into `folder` and starts this command again with it, unless that was done.
 
   Raises:
     SystemExit: with a sentence, where there is no compiler.

@@ -1,4 +1,4 @@
-"""Changes of a file's bytes and of JSON, drawn by a `random.Random`, as bad disks, editors and other programs make them."""
+"""Changes of bytes and of JSON, drawn by a `random.Random`, as disks and editors make them."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ RAW = (
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
-  """Returns other bytes: flipped bits, replaced, removed, repeated or inserted pieces, a file cut short or nothing at all."""
+  """Returns other bytes: bits flipped, pieces replaced, removed, repeated or inserted."""
   data = bytearray(content)
   for _ in range(rng.choice((1, 1, 1, 2, 4))):
     at, size = rng.randrange(len(data) + 1), min(rng.choice((1, 1, 2, 4, 8, 32, 200)), 200)
