@@ -96,7 +96,8 @@ def run_product(workdir: str) -> dict:
   from sparsek import checkpoint
 
   path = pathlib.Path(workdir, "metrics.jsonl")
-  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+  # A last line without its end is what a kill leaves.
+  lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
   records = [
     {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
     for line in lines
@@ -476,8 +477,10 @@ def undisturbed(
 def chosen(
   operations: list[tuple[str, int]], modes: list[str]
 ) -> list[tuple[tuple[str, int], str]]:
-  """Returns (operation, mode): every mode once for each kind of operation, a key without numbers, in
-  turn at its first, its last, and one in the middle."""
+  """Returns (operation, mode): every mode once for each kind of operation, a key without numbers.
+
+  In turn at its first, its last, and one in the middle.
+  """
   by_kind = collections.defaultdict(list)
   for operation in operations:
     by_kind[re.sub(r"\d+", "N", operation[0])].append(operation)

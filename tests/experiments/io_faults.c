@@ -33,8 +33,8 @@ static size_t folder_length;
 static long target_ordinal;
 static struct { char *key; long count; } keys[MOST_KEYS];
 
-/* Begins to watch. log: a file descriptor that gets a line per operation, or -1. key, ordinal: of the
-   operation that fails with `error`, or kills where that is -1; lasting: from then on, whatever
+/* Begins to watch. log: a file descriptor that gets a line per operation, or -1. key, ordinal: of
+   the operation that fails with `error`, or kills where that is -1; lasting: from then on, whatever
    needs space fails. */
 void faults_arm(const char *root, int log, const char *key, long ordinal, int error, int lasting) {
   snprintf(folder, sizeof folder, "%s/", root);
@@ -47,8 +47,8 @@ static void *next(const char *name) { return dlsym(RTLD_NEXT, name); }
 
 static int is_hex(char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); }
 
-/* Copies a path; digits and a to f in a row, ten or more, become '#', and so do the eight characters
-   that Python's tempfile puts before ".tmp". */
+/* Copies a path; digits and a to f in a row, ten or more, become '#', and so do the eight
+   characters that Python's tempfile puts before ".tmp". */
 static void normalise(char *to, const char *from, size_t size) {
   char *end = to + size - 2;
   while (*from && to < end) {
