@@ -384,6 +384,8 @@ def try_point(
   ended = yield forked.Call(disturbed, output, limit)
   result.code, result.said = ended.code, (ended.err.strip().splitlines() or [""])[-1]
   result.reached = place in io_faults.recorded(log)
+  lacks = may_lack(ended.err, whole["product"])
+  wanted = without(whole["product"], lacks)
   if result.reached and not (mode == "kill" and ended.code == -9):
     result.faults += forked.command_faults(ended)
 
@@ -406,7 +408,7 @@ def try_point(
     return result
   result.faults += lost(scenario, before["product"], found["product"], whole["product"])
   result.faults += [f"{path} was changed" for path in found["changed"]]
-  complete = found["product"] == whole["product"]
+  complete = without(found["product"], lacks) == wanted
   if ended.code == 0 and not complete:
     result.faults.append("code 0, and the result is not that of an undisturbed run")
   if again.code != 0 and not (complete and again.code == 2):
@@ -416,18 +418,14 @@ def try_point(
   if last.value is None:
     result.faults.append(f"what the repeated command left cannot be looked at: {last.err[-500:]}")
     return result
-  if last.value["product"] != whole["product"]:
+  if without(last.value["product"], lacks) != wanted:
     result.faults.append(
       "the repeated command's result differs: "
-      + difference(last.value["product"], whole["product"])
+      + difference(last.value["product"], wanted)
     )
-  more, fewer = (
-    sorted(set(a) - set(b))
-    for a, b in (
-      (last.value["listing"], whole["listing"]),
-      (whole["listing"], last.value["listing"]),
-    )
-  )
+  names, right = set(last.value["listing"]), set(whole["listing"])
+  more, fewer = names - right, right - names
+  fewer -= {f"{scenario.makes}/checkpoints/{step}" for step in lacks}
   if more or fewer:
     result.faults.append(
       f"left over: {', '.join(more) or 'nothing'}; missing: {', '.join(fewer) or 'nothing'}"
@@ -437,6 +435,22 @@ def try_point(
     shutil.rmtree(point)
     shutil.rmtree(output)
   return result
+
+
+def may_lack(err: str, whole: Any) -> set[str]:
+  """Returns the steps, but for the last, whose checkpoint a run said it could not save."""
+  if not (isinstance(whole, dict) and whole.get("checkpoints")):
+    return set()
+  said = re.findall(r"^the checkpoint of step (\d+) (?:could not|cannot) be saved", err, re.M)
+  return set(said) - {max(whole["checkpoints"], key=int)}
+
+
+def without(product: Any, steps: set[str]) -> Any:
+  """Returns a run's product less the checkpoints of some steps."""
+  if not steps or not isinstance(product, dict):
+    return product
+  kept = {step: sums for step, sums in product["checkpoints"].items() if step not in steps}
+  return {**product, "checkpoints": kept}
 
 
 def difference(found: Any, wanted: Any) -> str:
