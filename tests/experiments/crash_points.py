@@ -428,7 +428,8 @@ def try_point(
   fewer -= {f"{scenario.makes}/checkpoints/{step}" for step in lacks}
   if more or fewer:
     result.faults.append(
-      f"left over: {', '.join(more) or 'nothing'}; missing: {', '.join(fewer) or 'nothing'}"
+      f"left over: {', '.join(sorted(more)) or 'nothing'}; "
+      f"missing: {', '.join(sorted(fewer)) or 'nothing'}"
     )
   result.faults += [f"{path} was changed in the end" for path in last.value["changed"]]
   if not result.faults:
