@@ -524,6 +524,8 @@ def progress(results: Iterator[Result], total: int) -> Iterator[Result]:
         sep="\n",
         flush=True,
       )
+    if not result.reached:
+      print(f"  not reached: {result.mode} at [{result.ordinal}] {result.key}", flush=True)
     if number % 25 == 0 or number == total:
       print(f"  {number} of {total}, {time.monotonic() - began:.0f} s", flush=True)
     yield result

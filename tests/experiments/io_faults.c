@@ -48,14 +48,16 @@ static void *next(const char *name) { return dlsym(RTLD_NEXT, name); }
 static int is_hex(char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); }
 
 /* Copies a path; digits and a to f in a row, ten or more, become '#', and so do the eight
-   characters that Python's tempfile puts before ".tmp". */
+   characters that Python's tempfile puts before ".tmp" or after the dot of a hidden name. */
 static void normalise(char *to, const char *from, size_t size) {
   char *end = to + size - 2;
   while (*from && to < end) {
     size_t run = 0;
     while (is_hex(from[run])) run++;
     size_t part = strcspn(from, "./");
-    if (part == 8 && from[-1] == '.' && !strncmp(from + 8, ".tmp", 4)) run = 8;
+    int is_last = from[part] == 0 || from[part] == '/';
+    int is_random = !strncmp(from + part, ".tmp", 4) || (from[-2] == '/' && is_last);
+    if (part == 8 && from[-1] == '.' && is_random) run = 8;
     else if (run < 10) { *to++ = *from++; continue; }
     *to++ = '#', from += run;
   }
