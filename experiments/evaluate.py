@@ -8,20 +8,21 @@ gets a line with the numbers and what they were measured with; earlier lines sta
 """
 
 import dataclasses
-import json
 import os
 import sys
 
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek import checkpoint, flags, path_flags, run_directory
+from sparsek import checkpoint, files, flags, path_flags, run_directory
 from sparsek.config import DataConfig
 from sparsek.data import eval_batches, open_data
-from sparsek.errors import RunError, UsageError
+from sparsek.errors import UsageError
 from sparsek.evaluate import bits_per_byte, bucket_edges, evaluate, format_table
+from sparsek.metrics import append_record
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
+RECORDS = "evaluation.jsonl"
 # Apart from the flags of pretraining, whose defaults are no run's own values.
 FLAGS = absl_flags.FlagValues()
 flags.define_evaluation_flags(FLAGS)
@@ -72,47 +73,43 @@ def _heldout(runs: list[Run]):
   return datasets[0], data, eval_batches(datasets[0], data, FLAGS.eval_batches)
 
 
-def _append(workdir: str, record: dict) -> str:
-  path = os.path.join(workdir, "evaluation.jsonl")
-  try:
-    with open(path, "a", encoding="utf-8") as file:
-      file.write(json.dumps(record) + "\n")
-  except OSError as error:
-    raise RunError(f"{path} cannot be written: {error.strerror}") from None
-  return path
-
-
 def main() -> None:
   """Evaluates every run, prints the table, and writes the numbers down."""
   runs = _runs()
   dataset, data, batches = _heldout(runs)
   trained_lengths = [run.record["data"]["seq_len"] for run in runs]
   edges = bucket_edges(data.seq_len, trained_lengths)
-  results, steps = [], []
   for run in runs:
-    params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, replicated(make_mesh()))
+    files.check_writable(os.path.join(run.workdir, RECORDS))
+  results, steps, bits, everywhere = [], [], [], replicated(make_mesh())
+  versions = run_directory.versions()
+  for run, trained in zip(runs, trained_lengths):
+    params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, everywhere,
+                                          allow_older=FLAGS.allow_older_step)
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:
       progress = tqdm(batches, unit="batch", disable=None)
-      results.append(evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk))
+      result = evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk)
     except NotImplementedError as error:
       raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
+    results.append(result)
     steps.append(step)
+    bits.append(bits_per_byte(result.loss, dataset.split("heldout")))
+    # At once: what a later run meets must not cost this one's figures.
+    path = os.path.join(run.workdir, RECORDS)
+    append_record(path, {
+        "step": step, **dataclasses.asdict(result), "bits_per_byte": bits[-1],
+        "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(run.config),
+        "data": {**dataclasses.asdict(data), "data": dataset.folder,
+                 "fingerprint": dataset.fingerprint},
+        "trained_seq_len": trained, "versions": versions})
+    print(f"written to {path}", file=sys.stderr)
 
-  bits = [bits_per_byte(result.loss, dataset.split("heldout")) for result in results]
   settings = [{"step": step, "attention": ",".join(run.config.attention), "training length": length, "window": run.config.window,
                "k": run.config.k if set(run.config.layer_kinds) - {"sliding_window", "full", "linear"} else "-"}
               for run, step, length in zip(runs, steps, trained_lengths)]
   print(format_table([path_flags.shown(run.workdir) for run in runs], results, bits, trained_lengths, settings))
-  versions = run_directory.versions()
-  for run, step, result, value in zip(runs, steps, results, bits):
-    path = _append(run.workdir, {
-        "step": step, **dataclasses.asdict(result), "bits_per_byte": value, "flags": flags.into_string(FLAGS).splitlines(),
-        "model": dataclasses.asdict(run.config),
-        "data": {**dataclasses.asdict(data), "data": dataset.folder, "fingerprint": dataset.fingerprint},
-        "trained_seq_len": run.record["data"]["seq_len"], "versions": versions})
-    print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

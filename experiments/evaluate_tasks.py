@@ -15,8 +15,9 @@ from absl import flags as absl_flags
 import numpy as np
 from tqdm import tqdm
 
-from sparsek import checkpoint, flags, path_flags, plots, run_directory, tasks
-from sparsek.errors import RunError, UsageError
+from sparsek import checkpoint, files, flags, path_flags, plots, run_directory, tasks
+from sparsek.errors import UsageError
+from sparsek.metrics import append_record
 from sparsek.tokenizer import load_tokenizer
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
@@ -39,11 +40,8 @@ def save(path, records, found):
   for (label, task, length), (right, total) in found.items():
     panels.setdefault(task, {}).setdefault(label, []).append((length, right / total, *tasks.interval(right, total)))
   picture = os.path.splitext(path)[0] + ".png"
-  try:
-    with open(path, "w", encoding="utf-8") as file:
-      json.dump({"chance": {task: tasks.CHANCE[task] for task in panels}, "runs": records}, file, indent=1)
-  except OSError as error:
-    raise RunError(f"{path} cannot be written: {error.strerror}") from None
+  record = {"chance": {task: tasks.CHANCE[task] for task in panels}, "runs": records}
+  files.save(path, json.dumps(record, indent=1))
   plots.save_accuracies(picture, panels, tasks.CHANCE)
   print(f"{path}, {picture}")
 
@@ -56,21 +54,27 @@ def main() -> None:
     raise UsageError("--workdir is required: the folder of a pretraining run, or several separated by commas")
   if FLAGS.record and not (FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")):
     raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
+  if FLAGS.record:
+    files.check_writable(FLAGS.record)
   mesh = make_mesh()
   batch_size = FLAGS.batch_size or mesh.size
   check_batch(mesh, batch_size)
-  found, records = {}, {}
+  found, records, runs = {}, {}, []
   for workdir in workdirs:
     if not os.path.isdir(workdir):
       raise UsageError(f"--workdir={workdir}: there is no such folder")
-    label = path_flags.shown(workdir)
     config, record = checkpoint.load_run_config(workdir)
     config, name = flags.override_config(config, FLAGS), record["tokenizer"]["name"]
     tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
     check_length(config, max(lengths), "lengths")
     for task in chosen:                                        # a document too short is refused before any long work
       tasks.make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
-    params, step = checkpoint.load_params(workdir, config, FLAGS.step, replicated(mesh))
+    files.check_writable(os.path.join(workdir, "tasks.jsonl"))
+    runs.append((workdir, config, record, tokenizer))
+  for workdir, config, record, tokenizer in runs:
+    label = path_flags.shown(workdir)
+    params, step = checkpoint.load_params(workdir, config, FLAGS.step, replicated(mesh),
+                                          allow_older=FLAGS.allow_older_step)
     for task in chosen:
       for length in lengths:
         size = -(-FLAGS.examples // batch_size)
@@ -80,11 +84,7 @@ def main() -> None:
                for (folder, task, length), (right, total) in found.items() if folder == label]
     records[label] = {"step": step, "results": results, "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(config),
                         "trained_seq_len": record["data"]["seq_len"], "versions": run_directory.versions()}
-    try:
-      with open(os.path.join(workdir, "tasks.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(records[label]) + "\n")
-    except OSError as error:
-      raise RunError(f"{workdir}/tasks.jsonl cannot be written: {error.strerror}") from None
+    append_record(os.path.join(workdir, "tasks.jsonl"), records[label])
   print(tasks.table(list(records), lengths, found))
   if FLAGS.record:
     save(FLAGS.record, records, found)

@@ -57,7 +57,8 @@ def main() -> None:
   name = run["tokenizer"]["name"]
   tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
   ids = [list(tokenizer.encode(text, flag("special_tokens"))) for text in texts]
-  params, step = checkpoint.load_params(workdir, config, flag("step"))
+  params, step = checkpoint.load_params(workdir, config, flag("step"),
+                                        allow_older=flag("allow_older_step"))
   if flag("load_cache"):
     session = Session.load(flag("load_cache"), config, params)
   else:

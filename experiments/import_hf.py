@@ -79,7 +79,7 @@ def end_tokens(folder: str, tokenizer) -> list[int]:
 def export_run(workdir: str, folder: str, step: int | None) -> None:
   """Writes the parameters of a run, and its tokenizer where it is one that others read."""
   config, run = checkpoint.load_run_config(workdir)
-  params, step = checkpoint.load_params(workdir, config, step)
+  params, step = checkpoint.load_params(workdir, config, step, allow_older=FLAGS.allow_older_step)
   if config.positions != "learned":
     config = dataclasses.replace(config, max_positions=max(config.max_positions, run["data"]["seq_len"]))
   ends = run["tokenizer"].get("eos_ids", [checkpoint.load_run_tokenizer(workdir).eos_id])

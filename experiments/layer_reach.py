@@ -13,7 +13,7 @@ import sys
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek import checkpoint, flags, layer_reach, run_directory
+from sparsek import checkpoint, files, flags, layer_reach, run_directory
 from sparsek.config import DataConfig
 from sparsek.data import eval_batches, open_data
 from sparsek.errors import UsageError
@@ -29,6 +29,8 @@ def main() -> None:
     raise UsageError(f"--workdir={FLAGS.workdir}: must be the folder of a run")
   if FLAGS.record and not (FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")):
     raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
+  if FLAGS.record:
+    files.check_writable(FLAGS.record)
   config, run = checkpoint.load_run_config(FLAGS.workdir)
   if set(config.layer_kinds) != {"full"}:
     raise UsageError(f"--workdir={FLAGS.workdir}: all layers must have full attention; it has {','.join(config.attention)}")
@@ -44,7 +46,8 @@ def main() -> None:
   check_length(config, data.seq_len)
   name = run["tokenizer"]["name"]
   dataset = open_data(FLAGS.data or run["data"]["data"], name if name == "byte" else os.path.join(FLAGS.workdir, "tokenizer"))
-  params, step = checkpoint.load_params(FLAGS.workdir, config, FLAGS.step)
+  params, step = checkpoint.load_params(FLAGS.workdir, config, FLAGS.step,
+                                        allow_older=FLAGS.allow_older_step)
   term = f"attention_sinks:k{FLAGS.sinks}:w{FLAGS.window - FLAGS.sinks}" if FLAGS.sinks else f"sliding_window:w{FLAGS.window}"
   dense, short = layer_reach.losses(config, params, eval_batches(dataset, data, FLAGS.eval_batches), term,
                                     progress=lambda batches: tqdm(batches, unit="batch", disable=None))
@@ -57,8 +60,10 @@ def main() -> None:
   if FLAGS.record:
     record = {"loss": dense, "rises": rises, "term": term, "layer_pattern": pattern, "step": step, "flags": flags.into_string(FLAGS).splitlines(),
               "versions": run_directory.versions()}
-    with open(FLAGS.record, "w", encoding="utf-8") as file:
-      json.dump(record, file, indent=1)
+    try:
+      files.write_atomically(FLAGS.record, json.dumps(record, indent=1))
+    except OSError as error:
+      raise files.cannot_write(FLAGS.record, error) from None
     print(FLAGS.record, file=sys.stderr)
 
 

@@ -1,19 +1,24 @@
 """Saving and restoring runs with Orbax.
 
 WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state), `data` (JSON: the state of the data
-iterator) and `integrity` (JSON: a checksum per array). Orbax writes beside the final name and renames when all is written, so that a killed
-save leaves the checkpoint before it as the newest.
+iterator) and `integrity` (JSON: a checksum per array, the step, a digest of `data`). Orbax writes
+beside the final name and renames when all is written, so that a killed save leaves the checkpoint
+before it as the newest.
 No other random state exists: everything random derives from (seed, step). WORKDIR/model.json says which model and data the run has.
 """
 
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,24 +27,23 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from sparsek import lora
-from sparsek.config import TransformerConfig
+from sparsek.config import DataConfig, TransformerConfig
 from sparsek.errors import RunError, UsageError
+from sparsek.files import exists, read_json_object, reason_of
 from sparsek.model import init_params
+from sparsek.orbax_errors import first_line  # noqa: F401 - others take it from here
+from sparsek.orbax_errors import damage, mute_remains, passing_reason
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Report = Callable[[str], None]
+RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
+RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
 
 
 class DamagedCheckpoint(Exception):
   """A checkpoint that cannot be read in full, or whose contents are not what was saved."""
-
-
-def first_line(error: Exception) -> str:
-  """An error as part of one line: its kind and the start of its message."""
-  lines = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 def to_stderr(line: str) -> None:
@@ -58,6 +62,7 @@ def _context() -> ocp.Context:
 @contextlib.contextmanager
 def quiet_orbax():
   """Keeps Orbax's warnings and tracebacks off stderr: whatever fails is raised too, and said in one line by the caller."""
+  mute_remains()
   keep = lambda record: "orbax" not in record.pathname
   logger = logging.get_absl_logger()
   logger.addFilter(keep)
@@ -71,10 +76,28 @@ def checkpoint_folder(workdir: str) -> str:
   return os.path.join(os.path.abspath(workdir), "checkpoints")
 
 
+def _step_folder(workdir: str, step: int) -> str:
+  return os.path.join(checkpoint_folder(workdir), str(step))
+
+
+def _entries(workdir: str) -> list[str]:
+  """Returns the names in a run's folder of checkpoints, none where there is no such folder.
+
+  Raises:
+    RunError: where it cannot be read: then it is not known whether there are checkpoints.
+  """
+  folder = checkpoint_folder(workdir)
+  try:
+    return os.listdir(folder)
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  except OSError as error:
+    raise RunError(f"{folder} cannot be read: {reason_of(error)}") from None
+
+
 def saved_steps(workdir: str) -> list[int]:
   """Steps of the finished checkpoints of a run, ascending; [] where there is none."""
-  folder = checkpoint_folder(workdir)
-  return sorted(int(name) for name in os.listdir(folder) if name.isdecimal()) if os.path.isdir(folder) else []
+  return sorted(int(name) for name in _entries(workdir) if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 @jax.jit
@@ -89,6 +112,18 @@ def checksums(tree) -> dict[str, int]:
   """Path -> the sum modulo 2^32 of the bits of each array; it does not depend on the devices and changes with any single bit."""
   sums = jax.device_get(_sums(tree))
   return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+
+
+def _digest(data_state: dict) -> str:
+  """Returns a digest of the JSON that is saved, in which keys are strings and tuples lists."""
+  saved = json.loads(json.dumps(data_state))
+  return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()
+
+
+def _integrity(step: int, arrays: dict[str, Any], data_state: dict) -> dict:
+  """Returns what `_verify` compares a loaded checkpoint with."""
+  sums = {name: checksums(tree) for name, tree in arrays.items()}
+  return {"step": step, "data": _digest(data_state), "checksums": sums}
 
 
 class CheckpointWriter:
@@ -108,7 +143,7 @@ class CheckpointWriter:
       self._checkpointer = ocp.training.Checkpointer(
           checkpoint_folder(self._workdir), context=_context(), preservation_policy=ocp.training.preservation_policies.LatestN(self._keep))
     arrays = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
-    integrity = {"checksums": {name: checksums(tree) for name, tree in arrays.items()}}
+    integrity = _integrity(step, arrays, data_state)
     try:
       items = {**arrays, "data": data_state, "integrity": integrity}
       self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
@@ -140,9 +175,13 @@ class CheckpointWriter:
 def remove_half_written(workdir: str, report: Report = to_stderr) -> None:
   """Removes what saves that were killed left behind, and reports each; the caller holds the run's lock."""
   folder = checkpoint_folder(workdir)
-  for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+  for name in sorted(_entries(workdir)):
     if HALF_WRITTEN in name:
-      shutil.rmtree(os.path.join(folder, name))
+      path = os.path.join(folder, name)
+      try:
+        shutil.rmtree(path)
+      except OSError as error:
+        raise RunError(f"{path}, half-written, cannot be removed: {reason_of(error)}") from None
       report(f"checkpoint {name.split('.')[0]} in {folder} is half-written (the run was stopped while saving): not used, removed")
 
 
@@ -179,42 +218,67 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   """Loads the named checkpointables of one step; `abstract` maps names to trees of jax.ShapeDtypeStruct with shardings, or None for JSON.
 
   Raises:
-    DamagedCheckpoint: where it cannot be read or a checksum differs.
+    DamagedCheckpoint: where a file is missing or cut, or its contents are not what was saved.
     UsageError: where the architecture differs; with the table of parameters.
-    RunError: where memory does not suffice.
+    RunError: where it cannot be read for reasons that say nothing about its contents.
   """
-  path = os.path.join(checkpoint_folder(workdir), str(step))
+  path = _step_folder(workdir, step)
   try:
     with _context(), quiet_orbax():
-      metadata = ocp.checkpointables_metadata(path).metadata
-      if not metadata.get("params"):
-        raise DamagedCheckpoint("the tree of parameters cannot be read")
-      _check_architecture(workdir, path, metadata["params"], abstract["params"], config)
+      params = ocp.checkpointables_metadata(path).metadata.get("params")
+      if params:                                        # else loading says why it cannot be read
+        _check_architecture(workdir, path, params, abstract["params"], config)
       loaded = ocp.load_checkpointables(path, {**abstract, "integrity": None})
-    for name, tree in loaded.items():
-      if abstract.get(name) is not None and checksums(tree) != loaded["integrity"]["checksums"][name]:
-        raise DamagedCheckpoint(f"a checksum of {name} differs")
+    _verify(step, loaded, abstract)
+    return loaded
   except (UsageError, DamagedCheckpoint):
     raise
-  except Exception as error:  # Orbax and tensorstore raise many kinds for unreadable files; whatever it is, this checkpoint cannot be used.
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # but for this, which says nothing of the files
-      raise RunError(f"checkpoint {path} cannot be read for want of memory; it stays where it is: {first_line(error)}") from error
-    raise DamagedCheckpoint(first_line(error)) from error
-  return loaded
+  except Exception as error:           # Orbax and tensorstore raise many kinds for unreadable files
+    reason = passing_reason(path, error)
+    if reason:
+      raise RunError(f"checkpoint {path} cannot be read; it stays where it is: {reason}") from error
+    raise DamagedCheckpoint(damage(error)) from error
 
 
-def _load_newest(workdir: str, config: TransformerConfig, abstract: dict[str, Any], report: Report) -> tuple[int, dict, list[int]]:
-  """Loads the newest good checkpoint: (step, checkpointables, damaged steps that are newer). Each damaged one is reported."""
+def _verify(step: int, loaded: dict[str, Any], abstract: dict[str, Any]) -> None:
+  """Raises DamagedCheckpoint where what was loaded is not what `_integrity` was made of.
+
+  Checkpoints of earlier versions have checksums of arrays only.
+  """
+  integrity = loaded["integrity"] if isinstance(loaded["integrity"], dict) else {}
+  if integrity.get("step", step) != step:
+    raise DamagedCheckpoint(f"its contents are those of step {integrity['step']}")
+  if "data" in integrity and "data" in loaded and integrity["data"] != _digest(loaded["data"]):
+    raise DamagedCheckpoint("the position in the data is not what was saved")
+  sums = integrity.get("checksums")
+  for name, tree in loaded.items():
+    if abstract.get(name) is None:
+      continue
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)):
+      raise DamagedCheckpoint(f"arrays of {name} are missing")
+    if not isinstance(sums, dict) or sums.get(name) != checksums(tree):
+      raise DamagedCheckpoint(f"a checksum of {name} differs")
+
+
+def _load_first_good(workdir: str, steps: Iterable[int], config: TransformerConfig,
+                     abstract: dict[str, Any]) -> tuple[int, dict[str, Any], dict[int, str]]:
+  """Loads the first of some steps that is not damaged.
+
+  Returns:
+    (step, checkpointables, damaged steps before it -> what is wrong with them).
+  Raises:
+    UsageError: where all are damaged.
+    RunError: where one cannot be read, as of `_load`.
+  """
   damaged = {}
-  for step in reversed(saved_steps(workdir)):
+  for step in steps:
     try:
-      return step, _load(workdir, step, config, abstract), list(damaged)
+      return step, _load(workdir, step, config, abstract), damaged
     except DamagedCheckpoint as error:
       damaged[step] = str(error)
-      report(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(step))} is damaged and is not used: {error}")
-  if not damaged:
-    raise UsageError(f"{workdir} holds no checkpoint")
-  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read; move the folder away to start afresh")
+  reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read ({reasons}); "
+                   f"move the folder away to start afresh")
 
 
 def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding, report: Report = to_stderr) -> Restored | None:
@@ -229,55 +293,103 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
     sharding: for every array.
     report: takes one line of text.
   Raises:
-    UsageError: where the architecture differs, with a table of the parameters, or where no checkpoint can be read.
-    RunError: where memory does not suffice.
+    UsageError: where the architecture differs, with a table of the parameters, or where all
+      checkpoints are damaged.
+    RunError: where one cannot be read for reasons that say nothing about its contents; nothing is
+      moved.
   """
-  if not saved_steps(workdir):
+  steps = saved_steps(workdir)
+  if not steps:
     return None
   abstract = {"params": _abstract(abstract_params(config), sharding), "optimizer": _abstract(abstract_opt_state, sharding), "data": None}
-  step, loaded, damaged = _load_newest(workdir, config, abstract, report)
-  for bad in damaged:
-    folder = os.path.join(os.path.abspath(workdir), "damaged")
-    os.makedirs(folder, exist_ok=True)
-    number = sum(name.split(".")[0] == str(bad) for name in os.listdir(folder))
-    os.rename(os.path.join(checkpoint_folder(workdir), str(bad)), os.path.join(folder, f"{bad}.{number}"))
+  step, loaded, damaged = _load_first_good(workdir, reversed(steps), config, abstract)
+  for bad, reason in damaged.items():
+    place = _move_damaged(workdir, bad)
+    report(f"checkpoint {_step_folder(workdir, bad)} is damaged and moved to {place}: {reason}")
   return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
 
 
-def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None, report: Report = to_stderr):
+def _move_damaged(workdir: str, step: int) -> str:
+  """Moves a checkpoint to WORKDIR/damaged and returns its place there."""
+  folder = os.path.join(os.path.abspath(workdir), "damaged")
+  places = (os.path.join(folder, f"{step}.{number}") for number in itertools.count())
+  path = _step_folder(workdir, step)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    place = next(place for place in places if not os.path.lexists(place))
+    os.rename(path, place)
+  except OSError as error:
+    raise RunError(f"checkpoint {path} is damaged and cannot be moved to {folder}: "
+                   f"{reason_of(error)}") from None
+  return place
+
+
+def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None,
+                report: Report = to_stderr, allow_older: bool = False):
   """Parameters of a run, its adapters merged, for evaluation, generation and --init_from. Only reads.
 
   Args:
     workdir: of the run.
     config: the model they are for, as `load_run_config` says it; only its architecture must be the run's.
-    step: None for the newest good checkpoint.
+    step: None for the newest checkpoint.
     sharding: for every parameter; None puts them on the first device.
     report: takes one line of text about each damaged checkpoint passed over.
+    allow_older: with no `step`, pass over damaged checkpoints to the newest good one.
   Returns:
     (params, step).
   Raises:
-    UsageError: where there is no such checkpoint, it cannot be read, or the architecture differs (with a table of the parameters).
-    RunError: where memory does not suffice.
+    UsageError: where there is no such checkpoint, it is damaged, or the architecture differs (with
+      a table of the parameters).
+    RunError: where it cannot be read for reasons that say nothing about its contents.
   """
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   saved = _with_adapters(workdir, config)
   abstract = {"params": _abstract(abstract_params(saved), sharding)}
   merge = jax.jit(functools.partial(lora.merge, saved), out_shardings=sharding) if saved.lora_rank else lambda params: params
-  if step is None:
-    step, loaded, _ = _load_newest(workdir, saved, abstract, report)
+  steps = saved_steps(workdir)
+  if not steps:
+    raise UsageError(f"{workdir} holds no checkpoint")
+  if step is None and allow_older:
+    step, loaded, damaged = _load_first_good(workdir, reversed(steps), saved, abstract)
+    for bad, reason in damaged.items():
+      folder = _step_folder(workdir, bad)
+      report(f"checkpoint {folder} is damaged and is not used: {reason}")
     return merge(loaded["params"]), step
-  if step not in saved_steps(workdir):
-    raise UsageError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, saved_steps(workdir))) or 'none'}")
+  if step is not None and step not in steps:
+    raise UsageError(f"{workdir} holds no checkpoint of step {step}; "
+                     f"it has {', '.join(map(str, steps))}")
+  wanted = steps[-1] if step is None else step
   try:
-    return merge(_load(workdir, step, saved, abstract)["params"]), step
+    return merge(_load(workdir, wanted, saved, abstract)["params"]), wanted
   except DamagedCheckpoint as error:
-    raise UsageError(f"checkpoint {os.path.join(checkpoint_folder(workdir), str(step))} is damaged: {error}") from error
+    path = _step_folder(workdir, wanted)
+    raise UsageError(f"checkpoint {path} is damaged: {error}{_advice(steps, wanted)}") from error
+
+
+def _advice(steps: list[int], damaged: int) -> str:
+  others = [step for step in reversed(steps) if step != damaged]
+  if not others:
+    return ""
+  return (f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} "
+          f"(DIR@{others[0]} in --init_from and --distill_from) or --allow_older_step")
 
 
 def parse_run_reference(reference: str) -> tuple[str, int | None]:
-  """Splits "DIR" or "DIR@STEP"."""
-  folder, at, step = reference.rpartition("@")
-  return (folder, int(step)) if at and step.isdecimal() else (reference, None)
+  """Splits "DIR" or "DIR@STEP"; a folder of exactly that name is meant where there is one.
+
+  Raises:
+    UsageError: where there is one, and DIR has a checkpoint of that step too.
+  """
+  parts = re.fullmatch(r"(.+)@(\d{1,18})", reference, re.ASCII | re.DOTALL)
+  if not parts:
+    return reference, None
+  folder, step = parts[1], int(parts[2])
+  if not os.path.isdir(reference):
+    return folder, step
+  if step in saved_steps(folder):
+    raise UsageError(f"{reference} is ambiguous: write {reference}/ for the folder of that name, "
+                     f"or {folder}/@{step} for step {step} of {folder}")
+  return reference, None
 
 
 def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig:
@@ -287,6 +399,21 @@ def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig
   except UsageError:
     return config
   return dataclasses.replace(config, lora_rank=run.lora_rank, lora_alpha=run.lora_alpha)
+
+
+def _check_record(run: dict) -> None:
+  """Raises KeyError or TypeError for a model.json without what other modules read of it."""
+  scalars = {name: kind for name, kind in typing.get_type_hints(TransformerConfig).items()
+             if kind in (int, float, bool, str) and name in run["model"]}
+  kinds = {"model": scalars, "data": RECORDED_DATA, "tokenizer": RECORDED_TOKENIZER}
+  for section, fields in kinds.items():
+    for name, kind in fields.items():
+      value = run[section][name]
+      if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{name}={value!r} must be of type {kind.__name__}")
+  ends = run["tokenizer"].get("eos_ids", [])
+  if not (isinstance(ends, list) and all(type(end) is int for end in ends)):
+    raise TypeError(f"eos_ids={ends!r} must be a list of token ids")
 
 
 def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerConfig, dict]:
@@ -299,15 +426,18 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
   """
   path = os.path.join(workdir, "model.json")
+  if not exists(path):
+    raise UsageError(f"{workdir} holds no run: there is no {path}")
+  run = read_json_object(path)
   try:
-    with open(path) as file:
-      run = json.load(file)
+    _check_record(run)
+    DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
     config = TransformerConfig(**run["model"])
-    return config if adapters else lora.merged_config(config), run
-  except FileNotFoundError:
-    raise UsageError(f"{workdir} holds no run: there is no {path}") from None
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except KeyError as error:
+    raise UsageError(f"{path} cannot be understood: it has no {error}") from None
+  except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
     raise UsageError(f"{path} cannot be understood: {error}") from None
+  return config if adapters else lora.merged_config(config), run
 
 
 def load_run_tokenizer(workdir: str) -> Tokenizer:

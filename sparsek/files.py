@@ -91,6 +91,21 @@ def save(path: str, content: str | bytes) -> None:
     raise cannot_write(path, error) from None
 
 
+def exists(path: str) -> bool:
+  """Returns whether there is something at `path`, which may be a link that leads nowhere.
+
+  Raises:
+    UsageError: where it cannot be known, as in a folder without permission.
+  """
+  try:
+    os.lstat(path)
+  except FileNotFoundError:
+    return False
+  except OSError as error:
+    raise UsageError(f"{path} cannot be read: {reason_of(error)}") from None
+  return True
+
+
 def check_regular(path: str, name: str = "file") -> None:
   """Raises UsageError where `path` is something that could be read for ever.
 
@@ -108,6 +123,16 @@ def check_regular(path: str, name: str = "file") -> None:
     kinds = {"folder": stat.S_ISDIR, "FIFO": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
     kind = next((kind for kind, is_kind in kinds.items() if is_kind(mode)), "device")
     raise UsageError(f"{name} {path} is a {kind}, expected a regular file")
+
+
+def check_writable(path: str) -> None:
+  """Raises UsageError where a file cannot be made or changed, before the work it is for."""
+  place = os.path.dirname(path) or "."
+  if exists(path):
+    check_regular(path)
+    place = path
+  if not os.access(place, os.W_OK):
+    raise UsageError(f"{path} cannot be written")
 
 
 def parse_json(text: str | bytes, where: str):

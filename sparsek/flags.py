@@ -173,6 +173,12 @@ def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.boolean("segment_documents", default.segment_documents, "Attention and loss restart at each document of a packed row.")
 
 
+def _define_step(define: _Definer) -> None:
+  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  define.boolean("allow_older_step", False,
+                 "Where the newest checkpoint is damaged, take the newest good one. Default: stop.")
+
+
 def define_workdir_flag(flag_values: flags.FlagValues = FLAGS) -> None:
   """The folder of a run, which pretraining writes and evaluation and generation read."""
   _Definer(flag_values).path("workdir", None, "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required.")
@@ -183,7 +189,7 @@ def define_evaluation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define_attention_flags(flag_values)
   define, default = _Definer(flag_values), config_lib.TrainConfig(workdir="")
   define.paths("workdir", "Folder of a run, or several separated by commas. Required.")
-  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  _define_step(define)
   define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.', words=("stdlib",))
   define.number("seq_len", None, "Tokens per row; may be more than in training. Default: as in training.", lower=1)
   define.number("batch_size", None, "Rows per batch. Default: as in training.", lower=1)
@@ -196,7 +202,7 @@ def define_task_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
   define.paths("workdir", "Folder of a run, or several separated by commas. Required.")
-  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  _define_step(define)
   define.string("tasks", "passkey,needle,recall,variables,copy", "Names, separated by commas.")
   define.string("lengths", "1024,4096", "Tokens of a document, separated by commas; may be more than in training.")
   define.number("examples", 100, "Documents per task and length.", lower=1)
@@ -210,7 +216,7 @@ def define_reach_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Which dense run to look into, on which rows, and what its layers may see."""
   define_workdir_flag(flag_values)
   define = _Definer(flag_values)
-  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  _define_step(define)
   define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.', words=("stdlib",))
   define.number("seq_len", 4096, "Tokens per row.", lower=2)
   define.number("batch_size", 1, "Rows per batch, over all devices.", lower=1)
@@ -228,7 +234,7 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define_workdir_flag(flag_values)
   define_attention_flags(flag_values)
   define = _Definer(flag_values)
-  define.number("step", None, "Of the checkpoint. Default: the newest.", lower=0)
+  _define_step(define)
   define.string("prompt", "", "Text to continue; empty: a new document.")
   define.path("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
   define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
@@ -249,7 +255,7 @@ def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.path("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
   define.path("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
   define.path("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
-  define.number("step", None, "Of the checkpoint to export. Default: the newest.", lower=0)
+  _define_step(define)
 
 
 def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:

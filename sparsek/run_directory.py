@@ -1,10 +1,10 @@
 """A run's folder: its lock, and the records of what is run in it."""
 
 import fcntl
+import itertools
 import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from typing import IO
 import jax
 
 from sparsek.errors import UsageError
+from sparsek.files import cannot_write, check_regular, exists, reason_of, write_atomically
 
 COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"          # variable of the environment
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
@@ -38,9 +39,9 @@ def lock(workdir: str) -> IO[str]:
   """
   try:
     os.makedirs(workdir, exist_ok=True)
-    file = open(os.path.join(workdir, "lock"), "a+")
+    file = open(os.path.join(workdir, "lock"), "a+", errors="replace")
   except OSError as error:
-    raise UsageError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    raise UsageError(f"--workdir={workdir} cannot be written: {reason_of(error)}") from None
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -48,27 +49,46 @@ def lock(workdir: str) -> IO[str]:
     owner = file.read().strip()
     by = f" ({owner})" if owner else ""
     raise UsageError(f"--workdir={workdir} is in use by another run{by}: stop it or take another folder") from None
-  file.truncate(0)
-  file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-  file.flush()
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir} cannot be locked: {reason_of(error)}") from None
+  try:
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir} cannot be written: {reason_of(error)}") from None
   return file
 
 
 def write_record(workdir: str, name: str, text: str) -> None:
-  """Writes WORKDIR/name at one stroke. An existing file with other contents is kept as name.1, name.2, ... before the extension."""
+  """Writes WORKDIR/name atomically.
+
+  An existing file with other contents is kept as name.1, name.2, ... before the extension.
+
+  Raises:
+    UsageError: where there is a folder or a device of that name, or a file that cannot be read.
+    RunError: where it cannot be written.
+  """
   path = os.path.join(workdir, name)
-  if os.path.exists(path):
-    with open(path) as file:
-      if file.read() == text:
+  content = text.encode("utf-8")
+  try:
+    if exists(path):
+      check_regular(path)
+      with open(path, "rb") as file:
+        old = file.read()
+      if old == content:
         return
-    stem, extension = os.path.splitext(path)
-    number = 1
-    while os.path.exists(f"{stem}.{number}{extension}"):
-      number += 1
-    shutil.copyfile(path, f"{stem}.{number}{extension}")  # Not renamed: a kill must not leave the run without its record.
-  with open(path + ".new", "w") as file:
-    file.write(text)
-  os.replace(path + ".new", path)
+      # Not renamed: a kill must not leave the run without its record.
+      write_atomically(_free_name(path), old)
+    write_atomically(path, content)
+  except OSError as error:
+    raise cannot_write(path, error) from None
+
+
+def _free_name(path: str) -> str:
+  stem, extension = os.path.splitext(path)
+  numbered = (f"{stem}.{number}{extension}" for number in itertools.count(1))
+  return next(name for name in numbered if not os.path.lexists(name))
 
 
 def to_json(record: dict) -> str:

@@ -1,15 +1,16 @@
 import dataclasses
 import functools
-import json
 import math
 
 import jax
 import pytest
 
-from experiments import evaluate
-from sparsek import checkpoint, run_directory
+from experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
+from sparsek import checkpoint, flags, run_directory
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.corpus import Document
+from sparsek.errors import UsageError
+from sparsek.metrics import read_metrics
 from sparsek.model import init_params
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
@@ -25,15 +26,16 @@ def text(i):
 run = functools.partial(run_command, evaluate.main, evaluate.FLAGS)
 
 
-def write_run(folder, data, config, seq_len, params):
+def write_run(folder, data, config, seq_len, params, steps=(7,)):
   """What pretraining leaves and evaluation reads."""
   tokenizer = ByteTokenizer()
   folder.mkdir()
   record = {"model": dataclasses.asdict(config), "data": dataclasses.asdict(DataConfig(data=str(data), seq_len=seq_len, batch_size=2)),
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}}
   run_directory.write_record(str(folder), "model.json", run_directory.to_json(record))
-  writer = checkpoint.CheckpointWriter(str(folder), keep=1)
-  writer.save(7, params, params, {})
+  writer = checkpoint.CheckpointWriter(str(folder), keep=len(steps))
+  for step in steps:
+    writer.save(step, params, params, {})
   writer.close()
   return folder
 
@@ -51,11 +53,17 @@ def folder(tmp_path_factory):
   write_run(folder / "elsewhere", folder / "other_data", CONFIG, 32, params)
   write_run(folder / "empty", folder / "data", CONFIG, 32, params)
   (folder / "empty" / "checkpoints" / "7").rename(folder / "moved")
+  full = dataclasses.replace(CONFIG, attention="full")
+  write_run(folder / "damaged", folder / "data", full, 32,
+            init_params(full, jax.random.key(0)), steps=(7, 9))
+  (folder / "damaged" / "checkpoints" / "9" / "params" / "_METADATA").unlink()
+  write_run(folder / "no_record", folder / "data", CONFIG, 32, params)
+  (folder / "no_record" / "evaluation.jsonl").mkdir()
   return folder
 
 
 def records(workdir):
-  return [json.loads(line) for line in (workdir / "evaluation.jsonl").read_text().splitlines()]
+  return read_metrics(str(workdir / "evaluation.jsonl"))
 
 
 def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
@@ -91,9 +99,50 @@ def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
     (["--workdir={folder}/a", "--implementation=mosaic_tpu"], "--implementation=mosaic_tpu: "),
     (["--workdir={folder}/a,{folder}/elsewhere"], "read different tokens"),
     (["--workdir={folder}/a", "--eval_steps=3"], "eval_steps"),
+    (["--workdir={folder}/a,{folder}/no_record"], "no_record/evaluation.jsonl is a folder"),
     (["{folder}/a"], "--name=value"),
 ])
 def test_bad_input_exits_with_2_and_one_sentence(folder, capsys, arguments, words):
   assert run(*(argument.format(folder=folder) for argument in arguments)) == 2
   error = capsys.readouterr().err.strip().splitlines()[-1]
   assert error.startswith("error: ") and words in error
+
+
+def test_a_damaged_run_is_refused_and_costs_no_other_its_figures(folder, capsys):
+  b, damaged = folder / "b", folder / "damaged"
+  before = len(records(b))
+  arguments = (f"--workdir={b},{damaged}", "--eval_batches=1", "--seq_len=32")
+  assert run(*arguments) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "checkpoints/9 is damaged: params: FileNotFoundError" in error
+  assert "give --step=7 " in error and error.endswith(" or --allow_older_step")
+  assert len(records(b)) == before + 1 and not (damaged / "evaluation.jsonl").exists()
+  assert run(*arguments, "--allow_older_step") == 0
+  assert "checkpoints/9 is damaged and is not used" in capsys.readouterr().err
+  assert [record["step"] for record in records(damaged)] == [7]
+
+
+COMMANDS = {
+    "evaluate": (evaluate, []),
+    "evaluate_tasks": (evaluate_tasks, ["--tasks=copy", "--lengths=256"]),
+    "generate": (generate, []),
+    "layer_reach": (layer_reach, ["--seq_len=64"]),
+    "import_hf": (import_hf, ["--export={folder}/exported"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_takes_an_older_step_unasked(name, folder, monkeypatch, capsys):
+  asked = []
+
+  def load(*_, allow_older=False):
+    asked.append(allow_older)
+    raise UsageError("enough")
+  script, arguments = COMMANDS[name]
+  monkeypatch.setattr(checkpoint, "load_params", load)
+  for flag in ((), ("--allow_older_step",)):
+    words = [argument.format(folder=folder) for argument in arguments]
+    values = getattr(script, "FLAGS", flags.FLAGS)
+    assert run_command(script.main, values, f"--workdir={folder}/damaged", *words, *flag) == 2
+    assert capsys.readouterr().err.endswith("error: enough\n")
+  assert asked == [False, True]

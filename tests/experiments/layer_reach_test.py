@@ -24,6 +24,7 @@ run = functools.partial(run_command, layer_reach.main, layer_reach.FLAGS)
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   write_token_files(str(folder / "data"), [Document(str(i), f"{i}: {i**9}\n" * 9, i % 2 == 0) for i in range(20)], ByteTokenizer())
+  (folder / "folder.json").mkdir()
   for name, attention in (("dense", "full"), ("sparse", "sparsek")):
     config = dataclasses.replace(CONFIG, attention=attention)
     write_run(folder / name, folder / "data", config, 32, init_params(config, jax.random.key(0)))
@@ -46,7 +47,8 @@ def test_table_and_record(folder, capsys):
     (["--workdir={}/sparse"], "all layers must have full attention; it has sparsek"),
     (["--workdir={}/dense", "--budget=9", "--window=8", "--k=3"], "--budget=9 must be at least 11"),
     (["--workdir={}/dense", "--sinks=8", "--window=8"], "--sinks=8 must be below --window=8"),
-    (["--workdir={}/dense", "--record={}/nowhere/x.json"], "--record={}/nowhere/x.json: must be a .json file in a folder that exists")])
+    (["--workdir={}/dense", "--record={}/nowhere/x.json"], "--record={}/nowhere/x.json: must be a .json file in a folder that exists"),
+    (["--workdir={}/dense", "--record={}/folder.json"], "{}/folder.json is a folder")])
 def test_refusals(given, message, folder, capsys):
   assert run(*(words.format(folder) for words in given)) == 2
   assert message.format(folder) in capsys.readouterr().err

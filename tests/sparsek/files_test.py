@@ -1,5 +1,6 @@
 """Files are replaced whole or not at all; paths and JSON that cannot be used are refused by name."""
 
+import errno
 import multiprocessing
 import os
 import stat
@@ -70,6 +71,35 @@ def test_json_that_cannot_be_used_is_named(tmp_path, content, words):
   path.write_bytes(content)
   with pytest.raises(UsageError, match=f"{path}.*{words}"):
     files.read_json_object(str(path))
+
+
+def test_what_cannot_be_looked_at_may_exist(tmp_path, monkeypatch):
+  path = str(tmp_path / "a")
+  assert not files.exists(path)
+  os.symlink("nowhere", path)
+  assert files.exists(path)
+
+  def refuse(_):
+    raise PermissionError(errno.EACCES, "Permission denied")
+  monkeypatch.setattr(os, "lstat", refuse)
+  with pytest.raises(UsageError, match=f"{path} cannot be read: Permission denied"):
+    files.exists(path)
+
+
+def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "a").write_text("")
+  for name in ("a", "new"):
+    files.check_writable(str(tmp_path / name))
+  assert not (tmp_path / "new").exists()
+  for path, words in ((tmp_path / "pipe", "is a FIFO"), (tmp_path, "is a folder"),
+                      (tmp_path / "nowhere" / "a", "cannot be written")):
+    with pytest.raises(UsageError, match=f"{path}.* {words}"):
+      files.check_writable(str(path))
+  monkeypatch.setattr(os, "access", lambda path, mode: False)     # permissions do not stop root
+  for name in ("a", "new"):
+    with pytest.raises(UsageError, match=f"{tmp_path / name} cannot be written"):
+      files.check_writable(str(tmp_path / name))
 
 
 def test_what_could_be_read_for_ever_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 
 import jax
@@ -170,7 +171,13 @@ def test_command(tmp_path, capsys):
   record = json.loads((tmp_path / "found.json").read_text())
   assert record["runs"][str(folder)] == json.loads((folder / "tasks.jsonl").read_text()) and set(record["chance"]) == {"passkey", "copy"}
   assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+  os.mkdir(tmp_path / "folder.json")
   for argument, words in (("--tasks=riddle", "'riddle' must be one of passkey"), ("--lengths=0", "'0' must be a number"),
                           ("--lengths=50", "the task passkey needs"), ("--min_distance=1020", "1020 of them between facts and question; got 1024"),
-                          ("--record=x.png", "x.png: must be a .json file")):
+                          ("--record=x.png", "x.png: must be a .json file"),
+                           (f"--record={tmp_path}/folder.json", "folder.json is a folder")):
     assert run(f"--workdir={folder}", argument) == 2 and words in capsys.readouterr().err
+  # All folders are looked at before the first is asked.
+  assert run(f"--workdir={folder},{tmp_path}/nowhere", "--lengths=200", "--tasks=copy") == 2
+  assert "nowhere: there is no such folder" in capsys.readouterr().err
+  assert len((folder / "tasks.jsonl").read_text().splitlines()) == 1
