@@ -128,7 +128,8 @@ def cache_product(path: str) -> dict:
 
 def losses_product(workdir: str) -> list:
   """The losses that evaluations of a run found."""
-  lines = pathlib.Path(workdir, "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
+  path = pathlib.Path(workdir, "evaluation.jsonl")
+  lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
   return sorted({json.loads(line)["loss"] for line in lines})
 
 
