@@ -20,6 +20,7 @@ from sparsek.data import eval_batches, open_data
 from sparsek.errors import UsageError
 from sparsek.evaluate import bits_per_byte, bucket_edges, evaluate, format_table
 from sparsek.metrics import append_record
+from sparsek.tokenizer import describe_documents, read_bos
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
 RECORDS = "evaluation.jsonl"
@@ -73,6 +74,16 @@ def _heldout(runs: list[Run]):
   return datasets[0], data, eval_batches(datasets[0], data, FLAGS.eval_batches)
 
 
+def _say_how_documents_begin(run: Run, tokenizer) -> None:
+  """Says what begins and ends the documents, and warns where those of the run began otherwise."""
+  print(f"{run.workdir}: {describe_documents(tokenizer)}", file=sys.stderr)
+  bos_ids = read_bos(run.record["tokenizer"], tokenizer, os.path.join(run.workdir, "model.json"))
+  if bos_ids != tokenizer.bos_ids:
+    trained = " ".join(map(tokenizer.token, bos_ids)) or "nothing"
+    print(f"warning: the documents of {run.workdir} began with {trained}: its loss on these means "
+          f"little; make the data anew with experiments.prepare_data", file=sys.stderr)
+
+
 def main() -> None:
   """Evaluates every run, prints the table, and writes the numbers down."""
   runs = _runs()
@@ -84,6 +95,7 @@ def main() -> None:
   results, steps, bits, everywhere = [], [], [], replicated(make_mesh())
   versions = run_directory.versions()
   for run, trained in zip(runs, trained_lengths):
+    _say_how_documents_begin(run, dataset.tokenizer)
     params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, everywhere,
                                           allow_older=FLAGS.allow_older_step)
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"

@@ -10,6 +10,7 @@ numbers and what they were measured with; earlier lines stay. --record writes th
 import dataclasses
 import json
 import os
+import sys
 
 from absl import flags as absl_flags
 import numpy as np
@@ -18,7 +19,6 @@ from tqdm import tqdm
 from sparsek import checkpoint, files, flags, path_flags, plots, run_directory, tasks
 from sparsek.errors import UsageError
 from sparsek.metrics import append_record
-from sparsek.tokenizer import load_tokenizer
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
 FLAGS = absl_flags.FlagValues()
@@ -64,8 +64,7 @@ def main() -> None:
     if not os.path.isdir(workdir):
       raise UsageError(f"--workdir={workdir}: there is no such folder")
     config, record = checkpoint.load_run_config(workdir)
-    config, name = flags.override_config(config, FLAGS), record["tokenizer"]["name"]
-    tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
+    config, tokenizer = flags.override_config(config, FLAGS), checkpoint.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
     for task in chosen:                                        # a document too short is refused before any long work
       tasks.make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
@@ -73,6 +72,8 @@ def main() -> None:
     runs.append((workdir, config, record, tokenizer))
   for workdir, config, record, tokenizer in runs:
     label = path_flags.shown(workdir)
+    begin = " ".join(map(tokenizer.token, tokenizer.bos_ids))
+    print(f"{workdir}: each document begins with {begin or 'its text'}", file=sys.stderr)
     params, step = checkpoint.load_params(workdir, config, FLAGS.step, replicated(mesh),
                                           allow_older=FLAGS.allow_older_step)
     for task in chosen:

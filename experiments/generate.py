@@ -17,8 +17,11 @@ import jax.numpy as jnp
 
 from sparsek import checkpoint, flags
 from sparsek.errors import UsageError
+from sparsek.files import cannot_write, check_regular, reason_of
 from sparsek.generate import AHEAD, Session, TextStream
-from sparsek.tokenizer import as_valid_unicode, load_tokenizer
+from sparsek.tokenizer import as_valid_unicode
+
+MAX_PROMPTS = 2**26          # bytes of --prompt_file
 
 flags.define_generation_flags()
 
@@ -35,47 +38,86 @@ def prompts() -> list[str]:
     return [as_valid_unicode(flag("prompt"))]
   if flag("prompt"):
     raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
+  check_regular(path, "--prompt_file")
   try:
-    with open(path, encoding="utf-8", errors="replace") as file:
-      texts = file.read().splitlines()
+    with open(path, "rb") as file:
+      content = file.read(MAX_PROMPTS + 1)
   except OSError as error:
-    raise UsageError(f"--prompt_file={path} cannot be read: {error.strerror}") from None
-  if not texts:
+    raise UsageError(f"--prompt_file={path} cannot be read: {reason_of(error)}") from None
+  if len(content) > MAX_PROMPTS:
+    raise UsageError(f"--prompt_file={path} has more than {MAX_PROMPTS:,} bytes")
+  try:
+    text = content.decode("utf-8-sig").replace("\r\n", "\n")
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise UsageError(f"--prompt_file={path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}") from None
+  if not text:
     raise UsageError(f"--prompt_file={path} has no lines")
-  return texts
+  return text.removesuffix("\n").split("\n")
+
+
+def cache_paths() -> tuple[str | None, str | None]:
+  """The caches to load and to save."""
+  source, target = flag("load_cache"), flag("save_cache")
+  if target:
+    folder = os.path.dirname(target) or "."
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+      raise UsageError(f"--save_cache={target}: must be a file in a folder that exists and can be written")
+    if os.path.lexists(target):
+      check_regular(target, "--save_cache")
+  return source, target
+
+
+def begin(tokenizer, texts: list[str]) -> list[list[int]]:
+  """The tokens of new texts; they begin as documents of the run's data do, once."""
+  rows = []
+  for text in texts:
+    ids, bos = tokenizer.encode(text, flag("special_tokens")), tokenizer.bos_ids
+    rows.append([*(bos if ids[:len(bos)] != bos else []), *ids] or [tokenizer.eos_id])
+  return rows
+
+
+def shown_prompt(stream: TextStream, text: str, ids: list[int]) -> str:
+  """The prompt as it was given, with what its tokens bring before it: the rest of an earlier turn's last character, a space."""
+  brought = stream.turn(ids)
+  if brought.endswith(text):
+    return brought
+  return "\ufffd" * brought.startswith("\ufffd") * (not text.startswith("\ufffd")) + text
 
 
 def main() -> None:
   """Loads the run, then prints the prompts and their continuations."""
-  workdir, texts, target = flag("workdir"), prompts(), flag("save_cache")
+  workdir, texts, (source, target) = flag("workdir"), prompts(), cache_paths()
   if not workdir:
     raise UsageError("--workdir is required: the folder of a pretraining run")
-  if target and not os.path.isdir(os.path.dirname(target) or "."):
-    raise UsageError(f"--save_cache={target}: must be a file in a folder that exists")
   config, run = checkpoint.load_run_config(workdir)
   config = flags.override_config(config)
-  name = run["tokenizer"]["name"]
-  tokenizer = load_tokenizer(name if name == "byte" else os.path.join(workdir, "tokenizer"))
-  ids = [list(tokenizer.encode(text, flag("special_tokens"))) for text in texts]
+  tokenizer = checkpoint.load_run_tokenizer(workdir)
+  if source:
+    ids = [tokenizer.encode(text, flag("special_tokens"), continues=True) for text in texts]
+  else:
+    ids = begin(tokenizer, texts)
   params, step = checkpoint.load_params(workdir, config, flag("step"),
                                         allow_older=flag("allow_older_step"))
-  if flag("load_cache"):
-    session = Session.load(flag("load_cache"), config, params)
-  else:
-    ids = [row or [tokenizer.eos_id] for row in ids]
-    session = Session(config, params, len(ids))
-  del params                                              # in float32; the session has its own
   try:
+    session = Session.load(source, config, params) if source else Session(config, params, len(ids))
+    if len(texts) != len(session.texts):
+      given = f"--prompt_file={flag('prompt_file')} has {len(texts)}" if flag("prompt_file") else "--prompt is 1"
+      raise UsageError(f"--load_cache={source} holds {len(session.texts)} texts, {given}: give a line for each")
+    del params                                            # in float32; the session has its own
     turn = session.generate(
         ids, max_new_tokens=flag("max_new_tokens"), temperature=flag("temperature"), top_p=flag("top_p"), top_k=flag("top_k"),
         keys=jnp.stack([jax.random.key(flag("sampling_seed") + i) for i in range(len(ids))]), eos_id=run["tokenizer"].get("eos_ids", tokenizer.eos_id),
         ahead=0 if flag("stop") and target else AHEAD)
+  except UsageError:
+    raise
   except ValueError as error:
     raise UsageError(f"--{error}") from None
 
-  streams, times, new, written = [TextStream(tokenizer, flag("stop")) for _ in ids], [], 0, list(texts)
+  streams, times, new = [TextStream(tokenizer, flag("stop"), **state) for state in session.texts], [], 0
+  written = list(map(shown_prompt, streams, texts, ids))
   show = (lambda text: print(text, end="", flush=True)) if len(ids) == 1 else lambda text: None
-  show(texts[0])
+  show(written[0])
   for tokens in turn:
     times.append(time.perf_counter())
     for row, token in enumerate(tokens):
@@ -88,12 +130,16 @@ def main() -> None:
       if streams[row].stopped:
         session.stop(row)
   for row, stream in enumerate(streams):
-    text = stream.finish()
+    text = stream.end_turn() if target else stream.finish()
     written[row] += text
     show(text)
   print("" if len(ids) == 1 else "\n".join(f"[{row}] {text}" for row, text in enumerate(written)))
   if target:
-    session.save(target)
+    session.texts = [stream.state for stream in streams]
+    try:
+      session.save(target)
+    except OSError as error:
+      raise cannot_write(target, error) from None
   lost = session.lost_scores
   if lost.any():
     print(f"warning: {lost.sum()} scores above the threshold had no room in the cache (of {(lost > 0).sum()} of {len(ids)} texts): gates are slightly high",

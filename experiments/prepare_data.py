@@ -19,7 +19,7 @@ from sparsek.corpus import DEFAULT_EXTENSIONS, LeftOut, documents
 from sparsek.errors import UsageError
 from sparsek.files import cannot_write
 from sparsek.token_files import check_can_make, check_same, open_token_files, read_meta, verify_token_files, write_token_files
-from sparsek.tokenizer import load_tokenizer, train_bpe
+from sparsek.tokenizer import describe_documents, load_tokenizer, train_bpe
 
 # Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
 FLAGS = flags.FlagValues()
@@ -70,7 +70,7 @@ def _tokenizer():
 
 
 def _report(dataset) -> None:
-  print(f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids")
+  print(f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids, {describe_documents(dataset.tokenizer)}")
   for name in ("train", "heldout"):
     split = dataset.split(name)
     counted = f"; the loss counts {split.num_counted:,} tokens," if split.marked else ","

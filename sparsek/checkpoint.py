@@ -9,6 +9,7 @@ No other random state exists: everything random derives from (seed, step). WORKD
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -31,15 +32,16 @@ from sparsek.config import DataConfig, TransformerConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.files import exists, read_json_object, reason_of
 from sparsek.model import init_params
-from sparsek.orbax_errors import first_line  # noqa: F401 - others take it from here
-from sparsek.orbax_errors import damage, mute_remains, passing_reason
+from sparsek.orbax_errors import damage, first_line, mute_remains, passing_reason
 from sparsek.parameter_table import Comparison, explain_architecture, parameter_shapes
-from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 
 Report = Callable[[str], None]
 RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
 RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
+PROBE = ".probe"                                         # beside the checkpoints' steps, while a run starts
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedCheckpoint(Exception):
@@ -132,6 +134,32 @@ class CheckpointWriter:
   def __init__(self, workdir: str, keep: int):
     self._workdir, self._keep = workdir, keep
     self._checkpointer = self._pending = None
+
+  def probe(self) -> None:
+    """Saves a small checkpoint beside the others, reads it back and removes it.
+
+    Raises:
+      RunError: where the disk is full.
+      UsageError: where checkpoints cannot be written for another reason.
+    """
+    folder = os.path.join(checkpoint_folder(self._workdir), PROBE)
+    array = jnp.arange(4.)
+    try:
+      shutil.rmtree(folder, ignore_errors=True)
+      os.makedirs(folder)
+      path = os.path.join(folder, "0")
+      with _context(), quiet_orbax():
+        ocp.save_checkpointables(path, {"params": {"probe": array}, "data": {}})
+        back = ocp.load_checkpointables(path, {"params": {"probe": array}, "data": None})
+      if not jnp.array_equal(back["params"]["probe"], array):
+        raise OSError("what is read is not what was written")
+    except Exception as error:    # Orbax and tensorstore raise many kinds
+      full = isinstance(error, OSError) and error.errno in NO_SPACE
+      kind = RunError if full else UsageError
+      reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
+      raise kind(f"--workdir={self._workdir}: checkpoints cannot be written: {reason}") from error
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
 
   def save(self, step: int, params, opt_state, data_state: dict) -> None:
     """Starts saving; returns when the arrays are copied, so that they may be donated. Without an opt_state (None) no run can go on from the checkpoint.
@@ -281,7 +309,8 @@ def _load_first_good(workdir: str, steps: Iterable[int], config: TransformerConf
                    f"move the folder away to start afresh")
 
 
-def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding, report: Report = to_stderr) -> Restored | None:
+def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding,
+                   report: Report = to_stderr, last: int | None = None) -> Restored | None:
   """The newest good checkpoint of a run that goes on, or None where there is none.
 
   Checkpoints that are newer but damaged are reported and moved to WORKDIR/damaged, so that their steps can be saved again.
@@ -292,6 +321,7 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
     abstract_opt_state: tree of shapes and dtypes.
     sharding: for every array.
     report: takes one line of text.
+    last: the step to go back to, the only one that is looked at. None: the newest.
   Raises:
     UsageError: where the architecture differs, with a table of the parameters, or where all
       checkpoints are damaged.
@@ -302,10 +332,22 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
   if not steps:
     return None
   abstract = {"params": _abstract(abstract_params(config), sharding), "optimizer": _abstract(abstract_opt_state, sharding), "data": None}
+  if last is not None:
+    return _restore_step(workdir, last, config, abstract)
   step, loaded, damaged = _load_first_good(workdir, reversed(steps), config, abstract)
   for bad, reason in damaged.items():
     place = _move_damaged(workdir, bad)
     report(f"checkpoint {_step_folder(workdir, bad)} is damaged and moved to {place}: {reason}")
+  return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
+
+
+def _restore_step(workdir: str, step: int, config: TransformerConfig, abstract: dict) -> Restored:
+  """Returns the checkpoint of `step`; raises UsageError where it is damaged, and moves nothing."""
+  try:
+    loaded = _load(workdir, step, config, abstract)
+  except DamagedCheckpoint as error:
+    raise UsageError(f"--restore_step={step}: checkpoint {_step_folder(workdir, step)} is damaged: "
+                     f"{error}") from error
   return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
 
 
@@ -441,6 +483,12 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
 
 
 def load_run_tokenizer(workdir: str) -> Tokenizer:
-  """The tokenizer a run was trained with, which its workdir keeps. Raises UsageError where there is none or it cannot be read."""
+  """The tokenizer a run was trained with, which its workdir keeps, and which begins documents as those of the run begin.
+
+  Raises:
+    UsageError: where there is none or it cannot be read.
+  """
   _, run = load_run_config(workdir)
-  return load_tokenizer(ByteTokenizer.name if run["tokenizer"]["name"] == ByteTokenizer.name else os.path.join(workdir, "tokenizer"))
+  tokenizer = load_tokenizer(ByteTokenizer.name if run["tokenizer"]["name"] == ByteTokenizer.name else os.path.join(workdir, "tokenizer"))
+  tokenizer.bos_ids = read_bos(run["tokenizer"], tokenizer, os.path.join(workdir, "model.json"))
+  return tokenizer

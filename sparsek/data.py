@@ -61,6 +61,7 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
   if not os.path.isabs(cache):  # The XDG specification asks to ignore relative paths.
     cache = os.path.join(os.path.expanduser("~"), ".cache")
   name = f"{STDLIB}-python{platform.python_version()}-{tokenizer.name}-{tokenizer.fingerprint[:12]}-v{FORMAT_VERSION}"
+  name += "-bos" if tokenizer.bos_ids else ""            # older folders of this tokenizer have none
   folder = os.path.join(cache, "sparsek", name)
   try:
     if os.path.lexists(folder):

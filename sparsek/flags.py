@@ -16,13 +16,14 @@ Model flags default to None, which means the preset's value (or, in a script tha
 
 import dataclasses
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags
 
 from sparsek import config as config_lib
-from sparsek import files, flagfiles, path_flags
+from sparsek import files, flagfiles, path_flags, terminal
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.errors import RunError, UsageError
 
@@ -237,7 +238,7 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   _define_step(define)
   define.string("prompt", "", "Text to continue; empty: a new document.")
   define.path("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
-  define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens; it begins as the tokenizer says.")
+  define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
   define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)
@@ -327,6 +328,13 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("final_lr_ratio", default.final_lr_ratio, "Learning rate at the end over the peak.", lower=0, upper=1, kind=float)
   define.number("weight_decay", default.weight_decay, "Decoupled weight decay, on matrices only.", lower=0, kind=float)
   define.number("grad_clip", default.grad_clip, "Largest global gradient norm; 0 turns clipping off.", lower=0, kind=float)
+  define.number("spike_factor", run_default.spike_factor,
+                "A step whose loss or gradient norm is more than this many times its running mean, or "
+                "not finite, is a spike, whose update is not applied; above 1. 0: no step is one.",
+                lower=0, kind=float)
+  define.choice("on_spike", run_default.on_spike, config_lib.ON_SPIKE,
+                "skip: go on without its update, but end after 10 spikes in a row; metrics.jsonl "
+                "counts them. stop: end the run.")
   define.number("b1", default.b1, "Decay of Adam's first moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.number("b2", default.b2, "Decay of Adam's second moment.", lower=0, upper=1, upper_is_open=True, kind=float)
   define.choice("trainable", default.trainable, config_lib.TRAINABLE, "Which parameters change: all, those of attention with its scorers, or the scorers.")
@@ -351,6 +359,9 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("eval_batches", run_default.eval_batches, "Batches per held-out evaluation.", lower=1)
   define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
+  define.number("restore_step", None, "Go on from the checkpoint of this step; later ones, and the "
+                "metrics so far, are set aside in WORKDIR/set_aside. The same command again does not go "
+                "back again, but on from the newest checkpoint. Default: the newest.", lower=0)
   define.path("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir, and without --preset its model flags; "
                 "under another kind of attention it draws the scorers that run has not. "
                 "hf:DIR: from a folder in Hugging Face's format, which replaces --preset; give the --attention that it shall have.", reference=True)
@@ -389,28 +400,52 @@ def _say(line: str) -> None:
   print(line, file=sys.stderr)
 
 
-def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS, argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS,
+        argv: Sequence[str] | None = None) -> None:
   """Parses the command line, runs `main()` and exits.
 
-  Exit code 0 when it returns; 2 and one sentence on stderr for a UsageError; 1 and one sentence for a RunError. Anything else is a bug and
-  keeps its traceback.
+  Exit code 0 when it returns; 2 and one sentence on stderr for a UsageError; 1 and one sentence
+  for a RunError; 130 and one word for Ctrl-C. Anything else is a bug and keeps its traceback.
+
+  Args:
+    main: what the command does; its module's docstring describes it in --help.
+    flag_values: where the flags are defined.
+    argv: the command line, program name first. None for that of the process, which then also gets
+      standard streams that may be closed, and ends in time: `sparsek.terminal`.
   """
-  argv = sys.argv if argv is None else argv
+  whole_process, at_interrupt = argv is None, signal.getsignal(signal.SIGINT)
+  code = 1
   files.let_stdout_take_any_text()
+  if whole_process:
+    terminal.make_lenient()
+  try:
+    if at_interrupt != signal.SIG_IGN:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = _run(main, flag_values, sys.argv if whole_process else argv)
+  except KeyboardInterrupt:
+    code = 130
+    print("interrupted", file=sys.stderr)
+  finally:
+    signal.signal(signal.SIGINT, at_interrupt)
+    if whole_process:
+      terminal.end_within(terminal.END_SECONDS, code)
+  sys.exit(code)
+
+
+def _run(main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
+  """Returns the exit code."""
   if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
     description = (sys.modules[main.__module__].__doc__ or "").strip()
     print(f"{description}\n\n{flag_values.main_module_help()}\n{flag_values.module_help(__name__)}")
-    sys.exit(0)
+    return 0
   try:
     parse(argv, flag_values)
     main()
-  except UsageError as error:
+    sys.stdout.flush()
+  except (UsageError, RunError) as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except RunError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
-  sys.exit(0)
+    return 2 if isinstance(error, UsageError) else 1
+  return 0
 
 
 def into_string(flag_values: flags.FlagValues = FLAGS) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+import shutil
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from sparsek import lora, safetensors
 from sparsek.checkpoint import abstract_params
 from sparsek.config import TransformerConfig, check_choice
 from sparsek.errors import UsageError
+from sparsek.files import new_folder, read_json_object
 from sparsek.hf_families import ARCHITECTURE, FAMILIES, IGNORED_TENSORS, Layout, describe, layouts, read_config
 from sparsek.model import Params, init_params
 from sparsek.parameter_table import FREE_FIELDS, Comparison, parameter_shapes
@@ -27,13 +28,15 @@ CONFIG = "config.json"
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16", None)
 ALIGNMENT = 64                        # of buffers that JAX takes over on a CPU instead of copying them
 PREFIX = "hf:"                        # of a folder as --init_from
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja")
 OURS = "sparsek."                     # before the names of parameters that no family knows
 
 
 def load_config(folder: str) -> TransformerConfig:
   """The model of a folder, without its parameters. Raises UsageError as `load` does."""
   path = os.path.join(folder, CONFIG)
-  return read_config(safetensors.read_json(path), path)
+  return read_config(read_json_object(path), path)
 
 
 def load(folder: str, *, dtype: str | None = "float32", config: TransformerConfig | None = None, key: jax.Array | None = None, sharding=None,
@@ -62,7 +65,7 @@ def load(folder: str, *, dtype: str | None = "float32", config: TransformerConfi
   check_choice("dtype", dtype, PARAMETER_DTYPES)
   path = os.path.join(folder, CONFIG)
   files = safetensors.open_folder(folder)
-  fields = safetensors.read_json(path)
+  fields = read_json_object(path)
   there = read_config(fields, path)
   converted, config = config is not None, there if config is None else config
   fixed = set(ARCHITECTURE) - set(FREE_FIELDS) - ({"max_positions"} if config.positions != "learned" else set())
@@ -95,18 +98,21 @@ def load(folder: str, *, dtype: str | None = "float32", config: TransformerConfi
 
 
 def save(folder: str, config: TransformerConfig, params: Params, *, family: str | None = None, fields: dict | None = None,
-         max_shard_bytes: int = 5 * 10**9, progress=iter) -> None:
+         tokenizer: str | None = None, max_shard_bytes: int = 5 * 10**9, progress=iter) -> None:
   """Writes a model, tensor by tensor, in the dtypes of its parameters: `load(folder, dtype=None)` gives them back bit by bit.
 
   Args:
-    folder: is made; must be empty.
+    folder: appears when all is written, or not at all; must not exist or be empty.
     config, params: the model; adapters are merged.
     family: a key of FAMILIES; None takes the one whose config.json says most.
     fields: further fields of config.json, such as eos_token_id.
+    tokenizer: a folder whose tokenizer is copied.
     max_shard_bytes: size of a file; larger models are split.
     progress: wraps the list of tensors of each file that is written.
   Raises:
-    UsageError: where no family holds such a model, the parameters are another model's, or the folder is not empty or cannot be written.
+    UsageError: where no family holds such a model, the parameters are another model's, or the
+      folder is not empty or cannot be made.
+    RunError: where writing fails, as on a full disk.
   """
   described = describe(config, family, str(params["embed"]["embedding"].dtype))
   comparison = Comparison(parameter_shapes(params), parameter_shapes(abstract_params(config)))
@@ -128,16 +134,13 @@ def save(folder: str, config: TransformerConfig, params: Params, *, family: str 
     layout, leaf, place = parts[0]
     shape = _shape(layout, sizes) if layout.there else leaf.shape[0 if place is Ellipsis else 1:]
     tensors[name] = safetensors.Pending(np.dtype(leaf.dtype), shape, functools.partial(_join, parts, shape))
-  try:
-    os.makedirs(folder, exist_ok=True)
-    if os.listdir(folder):
-      raise UsageError(f"{folder} is not empty: give a new folder, so that no file of another model stays in it")
-    safetensors.write_folder(folder, tensors, max_shard_bytes, progress)
-    with open(os.path.join(folder, CONFIG), "w") as file:                     # last: a folder without it is no model
+  with new_folder(folder) as unfinished:
+    safetensors.write_folder(unfinished, tensors, max_shard_bytes, progress)
+    with open(os.path.join(unfinished, CONFIG), "w", encoding="utf-8") as file:
       json.dump({**described, **(fields or {})}, file, indent=2)
       file.write("\n")
-  except OSError as error:
-    raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+    if tokenizer is not None:
+      copy_tokenizer(tokenizer, unfinished)
 
 
 def _new_parameters(config: TransformerConfig, leaves: list[str], key, dtype: str | None, sharding) -> dict[str, jax.Array]:
@@ -185,11 +188,13 @@ def _layouts(config: TransformerConfig, family: str, shapes: dict, tensors) -> d
 def _check_sizes(config: TransformerConfig, tensors, path: str) -> None:
   """Before any shape is made of them: sizes that cannot be those of these tensors."""
   numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
-  sizes = {field: getattr(config, field) for field in ("vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim")}
-  sizes |= {"max_positions": config.max_positions} if config.positions == "learned" else {}
-  for name, size in sizes.items():
-    if size > numbers:
-      raise UsageError(f"{path} says {name}={size}, but the tensors hold {numbers} numbers together")
+  names = ["vocab_size", "mlp_dim", "num_heads", "head_dim"]
+  names += ["max_positions"] if config.positions == "learned" else []
+  for name in names:                                     # each with embed_dim in one matrix
+    size = getattr(config, name)
+    if config.embed_dim * size > numbers:
+      raise UsageError(f"{path} says embed_dim={config.embed_dim}, {name}={size}, but the tensors "
+                       f"hold {numbers} numbers together")
   if config.num_layers > len(tensors):
     raise UsageError(f"{path} says num_layers={config.num_layers}, but there are {len(tensors)} tensors")
 
@@ -219,7 +224,8 @@ def _check_tensors(folder: str, config: TransformerConfig, shapes: dict, wanted:
       file.release()
     left.remove(name)
   if left:
-    raise UsageError(f"{folder} holds {len(left)} tensors that a model of this {CONFIG} has no place for: {', '.join(left[:5])}")
+    raise UsageError(f"{folder} holds {len(left)} tensors that a model of this {CONFIG} has no "
+                     f"place for: {', '.join(left[:5])!r:.400}")
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -278,7 +284,9 @@ def _nested(leaves: dict[str, jax.Array]) -> Params:
   return tree
 
 
-def files_of_tokenizer(folder: str) -> Iterator[str]:
-  """The files of a folder that say how text becomes tokens."""
-  names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-  return (name for name in names if os.path.isfile(os.path.join(folder, name)))
+def copy_tokenizer(source: str, target: str) -> None:
+  """Copies the files of a folder that say how text becomes tokens."""
+  os.makedirs(target, exist_ok=True)
+  for name in TOKENIZER_FILES:
+    if os.path.isfile(os.path.join(source, name)):
+      shutil.copyfile(os.path.join(source, name), os.path.join(target, name))

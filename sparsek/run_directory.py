@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 from importlib import metadata
+from collections.abc import Iterable
 from typing import IO
 
 import jax
 
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
 from sparsek.files import cannot_write, check_regular, exists, reason_of, write_atomically
 
 COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"          # variable of the environment
@@ -57,6 +58,28 @@ def lock(workdir: str) -> IO[str]:
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be written: {reason_of(error)}") from None
   return file
+
+
+class Presence:
+  """What shows that a run's folder is still the one that it was started in.
+
+  Args:
+    paths: files and folders that stay as long as the run does.
+  """
+
+  def __init__(self, paths: Iterable[str]):
+    self._stats = {path: os.stat(path) for path in paths}
+
+  def check(self) -> None:
+    """Raises RunError where one was deleted, moved or unmounted, or another is in its place."""
+    for path, expected in self._stats.items():
+      try:
+        same = os.path.samestat(os.stat(path), expected)
+      except OSError:
+        same = False
+      if not same:
+        raise RunError(f"{path} was deleted, moved or unmounted under the run, which ends here: "
+                       f"nothing more could be saved beside its checkpoints")
 
 
 def write_record(workdir: str, name: str, text: str) -> None:

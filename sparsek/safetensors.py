@@ -15,6 +15,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from sparsek import files
 from sparsek.errors import UsageError
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -24,28 +25,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_HEADER = 100 * 2**20              # of the reference implementation
-MAX_JSON = 64 * 2**20
 BLOCK = 16 * 2**20                    # bytes that are copied at a time
-
-
-def read_json(path: str) -> dict:
-  """A JSON object. Raises UsageError where the file cannot be read, is no JSON object, or names a key twice."""
-  def unique(pairs):
-    if len(dict(pairs)) != len(pairs):
-      raise ValueError("a key twice")
-    return dict(pairs)
-  try:
-    if os.path.getsize(path) > MAX_JSON:
-      raise UsageError(f"{path} has {os.path.getsize(path):,} bytes, expected at most {MAX_JSON:,}")
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file, object_pairs_hook=unique)
-  except OSError as error:
-    raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-  except (ValueError, RecursionError) as error:
-    raise error if isinstance(error, UsageError) else UsageError(f"{path} is no JSON that can be understood: {str(error)[:200]}") from None
-  if not isinstance(value, dict):
-    raise UsageError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-  return value
 
 
 class Tensor(NamedTuple):
@@ -74,27 +54,29 @@ def _parse_header(path: str, raw: bytes, data_start: int, file_size: int) -> dic
     if name == "__metadata__":
       continue
     if name in tensors:
-      refuse(f"its header names tensor {name!r} twice")
+      refuse(f"its header names tensor {name!r:.100} twice")
     fields = dict(entry) if isinstance(entry, list) and all(isinstance(pair, tuple) for pair in entry) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-      refuse(f"tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+      refuse(f"tensor {name!r:.100} has dtype {files.shown(dtype)}, expected one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > 8:
-      refuse(f"tensor {name!r} has shape {str(shape)[:100]}, expected a list of at most 8 sizes")
+      refuse(f"tensor {name!r:.100} has shape {files.shown(shape)}, expected a list of at most 8 sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-      refuse(f"tensor {name!r} has data_offsets {str(offsets)[:100]}, expected [begin, end]")
+      refuse(f"tensor {name!r:.100} has data_offsets {files.shown(offsets)}, expected [begin, end]")
     begin, end = offsets
     if not begin <= end <= file_size - data_start:
-      refuse(f"tensor {name!r} lies at bytes {begin} to {end} of {file_size - data_start}")
+      refuse(f"tensor {name!r:.100} lies at bytes {begin} to {end} of {file_size - data_start}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if needed != end - begin:
-      refuse(f"tensor {name!r} of dtype {dtype} and shape {shape} needs {needed} bytes, and has {end - begin}")
+      refuse(f"tensor {name!r:.100} of dtype {dtype} and shape {shape} needs {needed} bytes, "
+             f"and has {end - begin}")
     tensors[name] = Tensor(DTYPES[dtype], tuple(shape), data_start + begin)
     ranges.append((begin, end, name))
   place = 0
   for begin, end, name in sorted(ranges):
     if begin != place:
-      refuse(f"tensor {name!r} begins at byte {begin}, where the one before it ends at {place}")
+      refuse(f"tensor {name!r:.100} begins at byte {begin}, where the one before it ends at "
+             f"{place}")
     place = end
   if place != file_size - data_start:
     refuse(f"its tensors end at byte {place} of {file_size - data_start}")
@@ -152,22 +134,25 @@ def open_folder(folder: str) -> dict[str, SafetensorsFile]:
       raise UsageError(f"{folder} holds {pickles[0]!r} and no {SINGLE}: a pickle file is not read, since reading it runs whatever code is in it; "
                        f"have its publisher, or a machine you can lose, save it as safetensors")
     raise UsageError(f"{folder} holds neither {SINGLE} nor {INDEX}")
-  weight_map = read_json(path).get("weight_map")
+  weight_map = files.read_json_object(path).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
-    raise UsageError(f"{path}: weight_map is {str(weight_map)[:100]}, expected an object of tensor names and file names")
+    raise UsageError(f"{path}: weight_map is {files.shown(weight_map)}, expected an object of tensor "
+                     f"names and file names")
   for name, shard in weight_map.items():
     if not isinstance(shard, str) or os.path.basename(shard) != shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-      raise UsageError(f"{path}: weight_map puts {name!r} in {str(shard)[:100]!r}, expected a .safetensors file of the folder itself")
+      raise UsageError(f"{path}: weight_map puts {name!r:.100} in {files.shown(shard)}, expected a "
+                       f".safetensors file of the folder itself")
   shards = sorted(set(weight_map.values()))
   missing = [shard for shard in shards if not os.path.isfile(os.path.join(folder, shard))]
   if missing:
-    raise UsageError(f"{folder} lacks {len(missing)} of the {len(shards)} shards that {INDEX} names: {', '.join(missing[:5])}")
-  files = {shard: SafetensorsFile(os.path.join(folder, shard)) for shard in shards}
-  for shard, file in files.items():
+    raise UsageError(f"{folder} lacks {len(missing)} of the {len(shards)} shards that {INDEX} "
+                     f"names: {', '.join(missing[:5])!r:.300}")
+  opened = {shard: SafetensorsFile(os.path.join(folder, shard)) for shard in shards}
+  for shard, file in opened.items():
     differ = {name for name, place in weight_map.items() if place == shard} ^ set(file.tensors)
     if differ:
-      raise UsageError(f"{path} and {shard} disagree on where {min(differ)!r} is")
-  return {name: files[shard] for name, shard in weight_map.items()}
+      raise UsageError(f"{path} and {shard} disagree on where {min(differ)!r:.100} is")
+  return {name: opened[shard] for name, shard in weight_map.items()}
 
 
 class Pending(NamedTuple):

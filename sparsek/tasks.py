@@ -100,25 +100,25 @@ CHANCE = {"passkey": 1 / 90000, "needle": 1 / NEEDLES, "recall": 1 / PAIRS, "var
 def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator, min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
   """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits, facts anywhere in it, and then what is asked.
 
-  At least `min_distance` tokens stand between the last fact and the first question.
+  It begins as the tokenizer begins documents. At least `min_distance` tokens stand between the last fact and the first question.
 
   Raises:
     UsageError: where facts, distance and questions alone are longer.
   """
-  problem = TASKS[task](rng)
+  problem, encode = TASKS[task](rng), functools.partial(tokenizer.encode, continues=True)
   asked = rng.choice(len(problem.questions), ASKED if task == "recall" else 1, replace=False)
-  facts = list(map(tokenizer.encode, problem.facts))
-  asked = [tuple(map(tokenizer.encode, problem.questions[i])) for i in asked]
-  newline = tokenizer.encode("\n")
-  size = sum(map(len, facts)) + sum(len(part) for question in asked for part in question) + (len(asked) - 1) * len(newline)
-  least = min_distance + max(len(tokenizer.encode(line)) for line in FILLER) if min_distance else 0
+  facts = list(map(encode, problem.facts))
+  asked = [tuple(map(encode, problem.questions[i])) for i in asked]
+  newline = encode("\n")
+  size = len(tokenizer.bos_ids) + sum(map(len, facts)) + sum(len(part) for question in asked for part in question) + (len(asked) - 1) * len(newline)
+  least = min_distance + max(len(encode(line)) for line in FILLER) if min_distance else 0
   if length - size < least:
     far = f", {min_distance} of them between facts and question" if min_distance else ""
     raise UsageError(f"a document of the task {task} needs at least {size + least} tokens with this tokenizer{far}; got {length}")
   lines = _filler(tokenizer, length - size, rng)
   tail = np.cumsum([0, *map(len, lines[::-1])])                                    # tokens of the last 0, 1, ... lines of filler
   lines = _among(lines, facts, len(lines) + 1 - np.searchsorted(tail, min_distance), rng)
-  tokens, answers = [token for line in lines for token in line], []
+  tokens, answers = [*tokenizer.bos_ids, *(token for line in lines for token in line)], []
   for i, (question, answer) in enumerate(asked):
     tokens += (newline if i else []) + question
     answers.append(np.arange(len(tokens), len(tokens) + len(answer)))
@@ -128,7 +128,7 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
 
 def _filler(tokenizer, room, rng):
   """Lines of tokens, as many as fit."""
-  every, lines = list(map(tokenizer.encode, FILLER)), []
+  every, lines = [tokenizer.encode(line, continues=True) for line in FILLER], []
   while (line := every[rng.integers(len(every))]) and len(line) <= room:
     lines.append(line)
     room -= len(line)

@@ -1,6 +1,7 @@
 """Token files: a folder with tokenised documents, which is all that training needs.
 
-  tokens.bin      the ids of all documents one after the other, each ending with eos; uint16, or uint32 if the vocabulary needs it
+  tokens.bin      the ids of all documents one after the other, each ending with eos, and beginning with bos where meta.json says so; uint16, or uint32 if
+                  the vocabulary needs it
   index.npy       int64 [num_documents + 1]: where each document starts in tokens.bin, in tokens
   meta.json       format version, dtype, sizes, tokenizer, which documents are held out, checksums, sources
   tokenizer.json  of a BPE; the byte tokenizer needs no file
@@ -33,7 +34,7 @@ from sparsek.config import check_choice
 from sparsek.corpus import Document
 from sparsek.errors import RunError, UsageError
 from sparsek.files import check_regular, read_json_object, reason_of
-from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 
 FORMAT = "sparsek-tokens"
 FORMAT_VERSION = 1
@@ -251,7 +252,7 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
         content = document.text.encode("utf-8")
         if document.answers is None:
           ids, counted_bytes = next(whole), len(content)
-          num_counted = len(ids)
+          num_counted = len(ids) - len(tokenizer.bos_ids)                     # nothing predicts them
         else:
           ids, uncounted, counted_bytes = _encode_marked(document, tokenizer)
           num_counted, marked = len(ids) - np.count_nonzero(uncounted), True
@@ -278,7 +279,8 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
       "num_documents": len(held_out),
       **{name: {split: int(sums[split][i]) for split in SPLITS} for i, name in enumerate(("num_counted", "num_bytes"))},
       "vocab_size": tokenizer.vocab_size,
-      "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+      "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
+                    "bos_ids": tokenizer.bos_ids, "eos_id": tokenizer.eos_id},
       "sources": list(sources),
       "versions": {"python": platform.python_version(), "tokenizers": importlib.metadata.version("tokenizers")},
       "heldout": np.flatnonzero(held_out).tolist(),
@@ -292,10 +294,11 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
 
 def _encode_marked(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
   """Its ids, which of them the loss leaves out, and the bytes of the others; no token reaches over the border of an answer."""
-  ids, uncounted, counted_bytes, at = [], [], 0, 0
+  ids, counted_bytes, at = list(tokenizer.bos_ids), 0, 0
+  uncounted = [True] * len(ids)
   for begin, end in document.answers + ((len(document.text),) * 2,):
     for piece, is_answer in ((document.text[at:begin], False), (document.text[begin:end], True)):
-      found = tokenizer.encode(piece)
+      found = tokenizer.encode(piece, continues=len(ids) > len(tokenizer.bos_ids))
       ids += found
       uncounted += [not is_answer] * len(found)
       counted_bytes += is_answer * len(piece.encode("utf-8"))
@@ -500,6 +503,11 @@ def _read_tokenizer(folder: str, meta: dict) -> Tokenizer:
     path = os.path.join(folder, TOKENIZER_FILE)
     _check_sha256(path, meta["sha256"].get(TOKENIZER_FILE, "of meta.json, which has none"))
     tokenizer = load_tokenizer(path)
+  ending = meta["tokenizer"].get("eos_id", tokenizer.eos_id)       # not in older files
+  if tokenizer.eos_id != ending:
+    raise UsageError(f"folder {folder}: its documents end with token {ending}, and the files "
+                     f"beside {TOKENIZER_FILE} name {tokenizer.eos_id}")
   if tokenizer.vocab_size != meta["vocab_size"]:
     raise UsageError(f"folder {folder}: expected a tokenizer with {meta['vocab_size']} ids, found {tokenizer.vocab_size}")
+  tokenizer.bos_ids = read_bos(meta["tokenizer"], tokenizer, os.path.join(folder, META_FILE))
   return tokenizer

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, conversion, distillation, flops, lora, pretrained, run_directory, trace
+from sparsek import checkpoint, conversion, distillation, files, flops, lora, pretrained, run_directory, set_aside, spikes, trace
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
@@ -20,8 +21,19 @@ from sparsek.optimizer import make_optimizer, trainable_mask
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
 from sparsek.tokenizer import load_tokenizer
-from sparsek.train_step import (TrainState, check_adapters, check_batch, check_implementation, check_length, make_diagnose, make_eval_step, make_mesh,
-                                make_train_step, put_batch, replicated)
+from sparsek.train_step import (
+    TrainState, all_finite, check_adapters, check_batch, check_implementation, check_length,
+    make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated)
+
+
+SPIKES = "spikes"              # beside the state of the data in a checkpoint
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# What a resumed run may have otherwise without a word: where it is, and how it got its state.
+UNTOLD = ("workdir", "init_from", "restore_step", "data", "optimizer")
+
+
+class _Ended(Exception):
+  """A run that goes nowhere, such as one whose loss is not finite; says why, and of which step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +55,16 @@ class Result:
 
 
 class StopSignal:
-  """While entered, SIGTERM and SIGINT set `requested` instead of ending the process; a second SIGINT raises KeyboardInterrupt."""
+  """While entered, STOP_SIGNALS set `requested` instead of ending the process.
+
+  A second SIGINT raises KeyboardInterrupt. SIGHUP stays ignored where it is, as under nohup.
+  """
 
   def __enter__(self):
     self.requested = False
-    self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [number for number in STOP_SIGNALS
+               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    self._old = {number: signal.signal(number, self._handle) for number in numbers}
     return self
 
   def _handle(self, number, frame):
@@ -109,7 +126,29 @@ def heldout_loss(params, eval_step: Callable, mesh, batches, stop: StopSignal | 
 def _model_record(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset) -> dict:
   tokenizer = dataset.tokenizer
   return {"model": dataclasses.asdict(config), "data": dataclasses.asdict(train.data),
-          "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}}
+          "train": _settings(train),
+          "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
+                        "vocab_size": tokenizer.vocab_size, "bos_ids": tokenizer.bos_ids}}
+
+
+def _settings(train: TrainConfig) -> dict:
+  """Returns the flags of a run that are neither the model's nor the data's."""
+  fields = dataclasses.asdict(train)
+  return {name: value for name, value in (fields | fields["optimizer"]).items()
+          if name not in UNTOLD}
+
+
+def _changed_settings(run: dict, train: TrainConfig) -> dict[str, tuple]:
+  """Returns the flags that are not what the run was last started with: name -> (old, new).
+
+  Args:
+    run: its model.json; those of older versions hold the data's flags only.
+    train: of this start.
+  """
+  old = {**run["data"], **run.get("train", {})}
+  new = json.loads(json.dumps({**dataclasses.asdict(train.data), **_settings(train)}))
+  return {name: (old[name], value) for name, value in new.items()
+          if name in old and old[name] != value}
 
 
 def _check_tokenizer(workdir: str, dataset: TokenDataset, data: str) -> TransformerConfig:
@@ -149,6 +188,10 @@ class _Run:
     self.peak_flops = None if train.scorer_warmup else flops.peak(jax.devices()[0])
     self.result_loss = self.result_heldout = None
     self.saving_step = self.saved_step = None  # of the checkpoint being written, and of the newest that is complete
+    self.batch = None                          # of the last step that was no spike
+    self.presence = None                       # of the run's files, once they are there
+    self.last_update = ""                      # what led to the parameters, for messages
+    self.skipped = self.skipped_in_a_row = 0
 
   def restore_or_init(self, say: Callable[[str], None]) -> None:
     """Sets the state: from the newest checkpoint of the workdir, else parameters from init_from, else new ones."""
@@ -158,17 +201,24 @@ class _Run:
       tokenizer = self.dataset.tokenizer
       self.teacher = distillation.load_teacher(self.train.distill_from, tokenizer.fingerprint, self.config.vocab_size, everywhere),
     checkpoint.remove_half_written(workdir, say)
+    back_to = set_aside.step_to_restore(workdir, self.train.restore_step, say)
+    spikes_so_far = None
     if checkpoint.saved_steps(workdir):
-      if not checkpoint.load_run_config(workdir)[1]["data"]["data"]:
+      record = checkpoint.load_run_config(workdir)[1]
+      if not record["data"]["data"]:
         raise UsageError(f"--workdir={workdir} holds an imported model and no run that could go on: give a new folder, and --init_from=hf:FOLDER")
       old = _check_tokenizer(workdir, self.dataset, self.train.data.data)
       if old.lora_rank == self.config.lora_rank and old.lora_scale != self.config.lora_scale:        # else its older checkpoints would be other models
         here, there = (config.lora_alpha or config.lora_rank for config in (self.config, old))
         raise UsageError(f"--lora_alpha={here} must be {there}, as in the run in {workdir}; or give a new folder, and --init_from={workdir}")
       opt_state = jax.eval_shape(self.optimizer.init, self.params_shape)
-      restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say)
+      restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say, back_to)
+      if back_to is not None:
+        set_aside.set_aside(workdir, restored.step, say)
+      spikes_so_far = restored.data_state.pop(SPIKES, None)
       self.iterator.set_state(restored.data_state)
-      changed = "".join(f", {name} {there} -> {here}" for name, (there, here) in differing_fields(old, self.config).items())
+      differing = differing_fields(old, self.config) | _changed_settings(record, self.train)
+      changed = "".join(f", {name} {there} -> {here}" for name, (there, here) in differing.items())
       say(f"resuming {workdir} at step {restored.step}{changed}" + (" (--init_from is not used)" if self.train.init_from else ""))
       self.step = self.saved_step = restored.step
       params, opt_state = restored.params, restored.opt_state
@@ -193,8 +243,12 @@ class _Run:
       self.step = 0
       opt_state = jax.jit(self.optimizer.init, out_shardings=everywhere)(params)
     self.data_state = self.iterator.get_state()
-    step, seed = jax.device_put((jnp.int32(self.step), jnp.int32(self.train.seed)), everywhere)
-    self.state = TrainState(step, params, opt_state, seed)
+    self.yes, self.no = jax.device_put((jnp.bool_(True), jnp.bool_(False)), everywhere)
+    numbers = (jnp.int32(self.step), jnp.int32(self.train.seed),
+               spikes.start(self.train.spike_factor, spikes_so_far))
+    step, seed, so_far = jax.device_put(numbers, everywhere)
+    self.state = TrainState(step, params, opt_state, seed, so_far)
+    self.skipped = spikes_so_far[-1] if so_far and spikes_so_far else 0
 
   def _load_pretrained(self, folder: str, sharding):
     """The parameters of a folder in Hugging Face's format, and new ones where it has none. Raises UsageError where the data are of another tokenizer."""
@@ -226,15 +280,14 @@ class _Run:
     def is_logged(step):
       return step == 1 or step % train.log_every == 0 or step == self.num_steps
 
-    def report(step, outputs, diagnostics, lengths):
+    def report(step, batch, outputs, diagnostics, lengths):
       """Reads the metrics of a step, which waits for it, and logs them where due."""
       work.append(flops.training_flops(self.config, self.params_shape, lengths))
       outputs = {key: value.item() for key, value in jax.device_get(outputs).items()}
-      if not (math.isfinite(outputs["loss"]) and math.isfinite(outputs["grad_norm"])):
+      if not self.is_spike(step, outputs, progress.say):
         # Raised before the parameters it led to are saved, so that the newest checkpoint is a good one.
-        raise RunError(f"the loss is {outputs['loss']} and the gradient norm {outputs['grad_norm']} at step {step}: "
-                       f"lower --learning_rate or raise --warmup_steps")
-      self.result_loss = outputs["loss"]
+        self.check_step(step, outputs)
+        self.result_loss, self.batch = outputs["loss"], batch
       progress.step(step)
       if is_logged(step):
         seconds = watch.lap(step)
@@ -258,12 +311,14 @@ class _Run:
         report(*pending)
         pending = None
       self.profile.before(self.step)
-      self.state, outputs = self.train_step(self.state, put_batch(self.mesh, batch), *self.teacher)
+      placed = put_batch(self.mesh, batch)
+      self.state, outputs = self.train_step(self.state, placed, *self.teacher, apply=self.yes)
       row = {key: value[:1] for key, value in batch.items()}
       diagnostics = self.diagnose(self.state.params, row) if is_logged(self.step) else {}
       if pending is not None:
         report(*pending)
-      pending = (self.step, outputs, diagnostics, flops.document_lengths(batch["segment_ids"][:, :-1]))
+      lengths = flops.document_lengths(batch["segment_ids"][:, :-1])
+      pending = (self.step, placed, outputs, diagnostics, lengths)
       save = self.step % train.checkpoint_every == 0 or self.step == self.num_steps
       if save or self.evaluation_due(self.step) or self.profile.ends_at(self.step):
         report(*pending)
@@ -278,11 +333,56 @@ class _Run:
     if pending is not None:
       report(*pending)
 
+  def is_spike(self, step: int, outputs: dict, say: Callable[[str], None]) -> bool:
+    """Returns whether the update of a step was not applied, and tells so.
+
+    Raises:
+      _Ended: where --on_spike=stop, or too many follow each other.
+    """
+    skipped = outputs.get("skipped", self.skipped)
+    if skipped == self.skipped:
+      self.skipped_in_a_row = 0
+      return False
+    self.skipped, self.skipped_in_a_row = skipped, self.skipped_in_a_row + 1
+    line = (f"step {step}: a spike, by --spike_factor={self.train.spike_factor}: loss "
+            f"{outputs['loss']:.4g}, gradient norm {outputs['grad_norm']:.4g}")
+    if self.train.on_spike == "stop":
+      raise _Ended(f"{line}; the run ends, as --on_spike says")
+    if self.skipped_in_a_row == spikes.MOST_IN_A_ROW:
+      raise _Ended(f"{line}; it is the {self.skipped_in_a_row}th in a row")
+    say(f"{line}; its update is skipped ({skipped} so far)")
+    return True
+
+  def check_step(self, step: int, outputs: dict) -> None:
+    """Raises _Ended where the loss or the gradient norm of a step is not finite."""
+    loss, grad_norm = outputs["loss"], outputs["grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+      raise _Ended(f"the loss is {loss} and the gradient norm {grad_norm} at step {step}")
+    self.last_update = f", whose update had loss {loss:.4g} and gradient norm {grad_norm:.4g}"
+
+  def check_state(self) -> None:
+    """Raises _Ended unless the state is finite, and so are the loss and the gradients under it.
+
+    The loss of a step says nothing about the parameters that its update led to: only what a
+    further step has seen is saved. Here it is the last ordinary batch once more, without an
+    update. In a process that has made no step the state is a new one.
+    """
+    if not jax.device_get(all_finite((self.state.params, self.state.opt_state))):
+      raise _Ended(f"parameters or moments of step {self.step} are not finite{self.last_update}")
+    if self.batch is not None:
+      self.state, outputs = self.train_step(self.state, self.batch, *self.teacher, apply=self.no)
+      loss, grad_norm = (float(jax.device_get(outputs[name])) for name in ("loss", "grad_norm"))
+      if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise _Ended(f"the loss is {loss} and the gradient norm {grad_norm} under the parameters "
+                     f"of step {self.step}{self.last_update}")
+
   def evaluate(self, metrics: MetricsWriter, progress: Progress) -> None:
     """Writes the held-out loss, unless a signal interrupts it; then the resumed run evaluates again."""
     loss = heldout_loss(self.state.params, self.eval_step, self.mesh, self.heldout, self.stop)
     if loss is None:
       return
+    if not math.isfinite(loss):
+      raise _Ended(f"the held-out loss is {loss} at step {self.step}{self.last_update}")
     record, line = {"step": self.step, "heldout_loss": loss}, f"step {self.step}/{self.num_steps}  held-out loss {loss:.4f}"
     if self.dataset.tokenizer.name == "byte":
       record["heldout_bits_per_byte"] = loss / math.log(2)
@@ -292,13 +392,23 @@ class _Run:
     self.result_heldout = loss
 
   def save(self, metrics: MetricsWriter, writer: checkpoint.CheckpointWriter, say: Callable[[str], None]) -> None:
-    """Starts saving this step. A save that fails is reported, and training goes on to the next one."""
+    """Starts saving this step. A save that fails is reported, and training goes on to the next one.
+
+    Raises:
+      _Ended: where the state is not one to go on from.
+      RunError: where the folder of the run is gone.
+    """
     if self.step in (self.saved_step, self.saving_step):
       return
+    self.check_state()
+    self.presence.check()
     metrics.sync()
     self.finish_save(writer, say)
+    data_state = self.data_state
+    if self.state.spikes:
+      data_state = {**data_state, SPIKES: spikes.to_json(self.state.spikes)}
     try:
-      writer.save(self.step, self.state.params, self.state.opt_state, self.data_state)
+      writer.save(self.step, self.state.params, self.state.opt_state, data_state)
       self.saving_step = self.step
     except Exception as error:  # Orbax and tensorstore raise many kinds for a full or failing disk.
       say(f"the checkpoint of step {self.step} cannot be saved, those before it are kept: {checkpoint.first_line(error)}")
@@ -324,11 +434,23 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
     dataset: what `sparsek.data.open_data` returns.
     flagfile: text for WORKDIR/flags.txt.
   Returns:
-    how it ended. SIGTERM and SIGINT end it early with a checkpoint.
+    how it ended. STOP_SIGNALS end it early with a checkpoint.
   Raises:
     UsageError: before anything is changed, where the configuration, the data or the workdir's checkpoints do not go together.
-    RunError: where the loss is not finite or the last checkpoint cannot be written.
+    RunError: where the loss is not finite, the last checkpoint cannot be written, the disk is full
+      or the workdir is gone.
   """
+  try:
+    return _train(config, train_config, dataset, flagfile)
+  except OSError as error:
+    where = f" ({error.filename})" if error.filename else ""
+    raise RunError(f"the run in {train_config.workdir} cannot go on: {files.reason_of(error)}"
+                   f"{where}") from error
+
+
+def _train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDataset,
+           flagfile: str) -> Result:
+  """Does what `train` says; a full disk raises OSError."""
   workdir = train_config.workdir
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoint.quiet_orbax())
@@ -336,6 +458,8 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
     stack.enter_context(contextlib.closing(run_directory.lock(workdir)))
     run = _Run(config, train_config, dataset, stop)
     stack.callback(run.iterator.close)
+    writer = checkpoint.CheckpointWriter(workdir, train_config.keep_checkpoints)
+    writer.probe()
     stack.callback(run.profile.stop)
     run.restore_or_init(checkpoint.to_stderr)
     metrics = stack.enter_context(contextlib.closing(MetricsWriter(workdir, run.step, train_config.tensorboard)))
@@ -344,17 +468,35 @@ def train(config: TransformerConfig, train_config: TrainConfig, dataset: TokenDa
     if run.step >= run.last_step and not evaluate_first:
       return Result(run.step, already_complete=True)
     run.write_records(flagfile)
+    run.presence = run_directory.Presence(
+        os.path.join(workdir, name) for name in ("lock", "metrics.jsonl", "checkpoints"))
     progress = stack.enter_context(contextlib.closing(Progress(run.step, run.num_steps)))
     size = lora.describe_size(*(count_params(params) for params in (run.state.params, lora.split(run.state.params)[0])))
     progress.say(f"{size}, {jax.device_count()} x {jax.devices()[0].device_kind}")
-    writer = checkpoint.CheckpointWriter(workdir, train_config.keep_checkpoints)
     stack.callback(run.finish_save, writer, progress.say)
-    if evaluate_first:
-      run.evaluate(metrics, progress)
-    run.loop(metrics, writer, progress)
-    run.save(metrics, writer, progress.say)
+    try:
+      if evaluate_first:
+        run.evaluate(metrics, progress)
+      run.loop(metrics, writer, progress)
+      run.save(metrics, writer, progress.say)
+    except _Ended as ended:
+      run.finish_save(writer, progress.say)
+      raise RunError(f"{ended}; {_advice(workdir)}") from None
     run.finish_save(writer, progress.say)
     writer.close()
+    run.presence.check()
     if run.saved_step != run.step:
       raise RunError(f"the checkpoint of step {run.step} could not be saved in {workdir}; the newest is of step {run.saved_step}")
     return Result(run.step, run.result_loss, run.result_heldout, stopped=run.step < run.num_steps)
+
+
+def _advice(workdir: str) -> str:
+  """Returns what can be done about a run that goes nowhere."""
+  advice = "lower --learning_rate or raise --warmup_steps"
+  saved = checkpoint.saved_steps(workdir)
+  if not saved:
+    return f"no checkpoint was saved: {advice}"
+  steps = f"step{'s' * (len(saved) > 1)} {', '.join(map(str, saved))}"
+  back = f", --restore_step={saved[-2]} from an earlier one" if len(saved) > 1 else ""
+  return (f"{workdir} has checkpoints of {steps}: {advice}; the same command goes on from step "
+          f"{saved[-1]}{back}")

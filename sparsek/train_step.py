@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek import lora
+from sparsek import lora, spikes
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.diagnostics import selection_statistics
 from sparsek.errors import UsageError
@@ -18,16 +18,22 @@ from sparsek.loss import next_token_targets
 from sparsek.model import Transformer, layer_params
 from sparsek.objective import Teacher, scorer_warmup_loss, summed_losses
 from sparsek.optimizer import learning_rate_schedule, trainable_mask
+from sparsek.spikes import Spikes
 
 BATCH = "batch"  # the mesh axis
 
 
 class TrainState(NamedTuple):
-  """Everything an update reads and writes: `step` updates were made so far. The run's seed is among it and no constant: all seeds share what is compiled."""
+  """Everything an update reads and writes: `step` updates were made so far.
+
+  The run's seed is among it and no constant: all seeds share what is compiled. `spikes` is what
+  `sparsek.spikes.start` returns.
+  """
   step: jax.Array
   params: Any
   opt_state: Any
   seed: jax.Array | int = 0
+  spikes: Spikes | tuple[()] = ()
 
 
 def make_mesh() -> Mesh:
@@ -39,10 +45,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def abstract_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(params, optimizer: optax.GradientTransformation, mesh: Mesh,
+                   spike_factor: float = 0.0) -> TrainState:
   """Shapes and placement of the state of a run whose parameters have these shapes."""
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  state = TrainState(number, params, jax.eval_shape(optimizer.init, params), number)
+  state = TrainState(number, params, jax.eval_shape(optimizer.init, params), number,
+                     spikes.start(spike_factor))
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state)
 
 
@@ -92,6 +100,9 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
                     teacher: TransformerConfig | None = None) -> Callable:
   """Compiles (state, batch) -> (state, metrics); the old state is donated. With a teacher: (state, batch, its parameters).
 
+  With `apply`, a bool scalar on the devices, the same program can also find out the loss and the
+  gradient norm of a state and leave it as it is: False.
+
   The loss is the mean over all counted targets of the whole batch, in nats: each device sums its rows' gradients, micro-batch by
   micro-batch, already divided by the number of targets of all, and one sum over the devices ends it.
 
@@ -101,7 +112,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   metrics: float32 scalars "loss" (the cross-entropy alone; in the scorers' warm-up, where there is none, the scorers' loss), "grad_norm" (before clipping),
   "learning_rate", int32 "num_targets", and, before their weights, "scorer_loss" where its weight is above 0 and a scorer learns, and "divergence" from the
   teacher. Noise on the scores and the queries of the scorers' loss derive from (state.seed, step, device, micro-batch, layer), so that a resumed run has the
-  same.
+  same. With `train.spike_factor` also int32 "skipped": the run's updates so far that were spikes.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
   scorer_weight = train.scorer_loss if config.learns_scores else 0.
@@ -144,7 +155,7 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
   # check_vma=False: params come in unvaried and their gradients are summed here, once, and not inside every loop of the backward pass.
   gradients = jax.shard_map(local_gradients, mesh=mesh, in_specs=(P(), P(), P(BATCH), P(), P()), out_specs=P(), check_vma=False)
 
-  def train_step(state: TrainState, batch, teacher_params=None):
+  def train_step(state: TrainState, batch, teacher_params=None, apply=None):
     learned, frozen = lora.split(state.params)
     losses, grads, num_targets = gradients(learned, frozen, batch, (state.seed, state.step), teacher_params)
     metrics = {**losses, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step), "num_targets": num_targets}
@@ -152,7 +163,17 @@ def make_train_step(config: TransformerConfig, train: TrainConfig, optimizer: op
     # Also where moments of a run that trained more are not 0.
     learned = jax.tree.map(lambda new, old, changes: new if changes else old, optax.apply_updates(learned, updates), learned,
                            trainable_mask(learned, trainable))
-    return TrainState(state.step + 1, lora.join(learned, frozen), opt_state, state.seed), metrics
+    new = TrainState(state.step + 1, lora.join(learned, frozen), opt_state, state.seed)
+    if train.spike_factor:
+      is_spike, counted = spikes.judge(state.spikes, train.spike_factor, metrics["loss"],
+                                       metrics["grad_norm"])
+      new = new._replace(
+          params=spikes.keep(is_spike, state.params, new.params),
+          opt_state=spikes.keep(is_spike, state.opt_state, new.opt_state), spikes=counted)
+      metrics["skipped"] = counted.skipped
+    if apply is not None:
+      new = jax.tree.map(lambda new, old: jnp.where(apply, new, old), new, state)
+    return new, metrics
 
   return jax.jit(train_step, donate_argnums=0)
 
@@ -163,6 +184,12 @@ def make_eval_step(config: TransformerConfig, loss_chunk: int, mesh: Mesh, packe
     return jax.lax.psum(summed_losses(config, params, batch, loss_chunk, packed).cross_entropy, BATCH), _num_targets(batch)
 
   return jax.jit(jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
+
+
+@jax.jit
+def all_finite(tree) -> jax.Array:
+  """Returns a bool scalar: no array of the tree holds a NaN or an infinity."""
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def make_diagnose(config: TransformerConfig) -> Callable:

@@ -55,12 +55,18 @@ CASES = [                        # command, what its message must hold; TMP is t
     (f"pretrain --workdir=TMP/x {TINY} --lora_rank=2", "--lora_rank=2 needs --init_from"),
     (f"pretrain --workdir=TMP/x {TINY} --init_from=TMP/run@99", "99"),
     (f"pretrain --workdir=/proc/x {TINY}", "--workdir=/proc/x"),
+    (f"pretrain --workdir=TMP/run {TINY} --restore_step=3", "--restore_step=3"),
+    (f"pretrain --workdir=TMP/no_checkpoints {TINY}", "checkpoints cannot be written"),
+    (f"pretrain --workdir=TMP/x {TINY} --spike_factor=1", "--spike_factor=1.0 must be above 1"),
     (f"pretrain --workdir=TMP/in_use {TINY}", "in use by another run"),
     ("pretrain --workdir=TMP/x stray", "'stray'"),
     ("generate --prompt=a", "--workdir is required"),
     ("generate --workdir=TMP/nowhere", "TMP/nowhere"),
     ("generate --workdir=TMP/run --temperature=-1", "--temperature=-1"),
     ("generate --workdir=TMP/run --top_p=0", "--top_p=0"),
+    ("generate --workdir=TMP/run --prompt_file=/dev/zero", "/dev/zero is a device"),
+    ("generate --workdir=TMP/run --load_cache=/dev/zero", "/dev/zero is a device"),
+    ("generate --workdir=TMP/run --max_new_tokens=2147483647", "--max_new_tokens=2147483647"),
     ("evaluate --workdir=TMP/nowhere", "TMP/nowhere"),
     ("evaluate --workdir=TMP/run --step=77", "77"),
     ("evaluate --workdir=TMP/run --seq_len=100000000", "--seq_len=100000000"),
@@ -174,6 +180,8 @@ def main() -> None:
     write_bad_files(pathlib.Path(folder))
     write_documents(f"{folder}/tokens")
     os.truncate(pathlib.Path(write_documents(f"{folder}/damaged"), "tokens.bin"), 5)
+    pathlib.Path(folder, "no_checkpoints").mkdir()
+    pathlib.Path(folder, "no_checkpoints", "checkpoints").write_text("a file")
     pathlib.Path(folder, "broken.jsonl").write_text('{"text": "fine"}\n{broken\n')
     assert run(f"pretrain --workdir=TMP/run {TINY}")[0] == 0
     owner = start(f"{folder}/in_use", f"{folder}/tokens", environment, "--num_steps=100000", "--eval_every=0")

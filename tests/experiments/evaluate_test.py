@@ -14,7 +14,7 @@ from sparsek.metrics import read_metrics
 from sparsek.model import init_params
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
-from tests.sparsek.helpers import run_command
+from tests.sparsek.helpers import run_command, spm
 
 CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, k=4, window=4,
                            implementation="reference")
@@ -84,6 +84,13 @@ def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
   third = records(a)[1]
   assert records(a)[0] == first and third["model"]["k"] == 9 and third["data"]["seq_len"] == 32
   assert "beyond" not in capsys.readouterr().out
+
+
+def test_data_that_begin_otherwise_are_told(capsys):
+  say = lambda **record: (evaluate._say_how_documents_begin(evaluate.Run("run", None, {"tokenizer": record}), spm()), capsys.readouterr().err)[1]
+  assert say(bos_ids=[1]) == "run: each document begins with <s> and ends with </s>\n"
+  assert "warning: the documents of run began with nothing" in say()
+  assert "warning: the documents of run began with </s>" in say(bos_ids=[2])
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, import_hf, pretrain
-from sparsek import checkpoint, flags, pretrained
+from sparsek import checkpoint, flags, pretrained, run_directory
 from sparsek.config import TransformerConfig
 from sparsek.corpus import Document
 from sparsek.model import init_params
@@ -133,9 +135,9 @@ def test_bad_training_of_a_pretrained_model(folder, data, capsys, arguments, wor
 def test_tokens_that_end_a_text(folder, tmp_path):
   tokenizer = load_tokenizer(str(folder / "model"))
   (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-  assert import_hf.end_tokens(str(tmp_path), tokenizer) == sorted({7, tokenizer.eos_id})
+  assert import_hf.end_tokens(str(tmp_path), tokenizer) == [tokenizer.eos_id, 7]
   (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
-  assert import_hf.end_tokens(str(tmp_path), tokenizer) == sorted({8, 9, tokenizer.eos_id})
+  assert import_hf.end_tokens(str(tmp_path), tokenizer) == [tokenizer.eos_id, 8, 9]
   (tmp_path / "generation_config.json").write_text("{}")
   (tmp_path / "config.json").write_text("{}")
   assert import_hf.end_tokens(str(tmp_path), tokenizer) == [tokenizer.eos_id]
@@ -158,6 +160,88 @@ def test_bad_input_exits_with_2_and_one_sentence(folder, tmp_path, capsys, argum
   error = capsys.readouterr().err.strip().splitlines()[-1]
   assert error.startswith("error: ") and fill(words) in error
   assert not (tmp_path / "new").exists()
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+NO_SPACE_SAID = "cannot be written: No space left on device"
+RUN_FILES = ["checkpoints", "flags.txt", "model.json", "tokenizer", "versions.json"]
+MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def failing(*_, **__):
+  raise NO_SPACE
+
+
+def assert_fails(capsys, code, words, folder, *arguments):
+  """The command ends in one sentence, and nothing is there that was not."""
+  before = sorted(os.listdir(folder))
+  assert run(*arguments) == code
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith("error: ") and words in error
+  assert sorted(os.listdir(folder)) == before
+
+
+def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsys, monkeypatch):
+  shutil.copytree(folder / "model", tmp_path / "model")
+  arguments = f"--from={tmp_path}/model", f"--workdir={tmp_path}/new"
+  generation = tmp_path / "model" / "generation_config.json"
+  generation.write_text('{"eos_token_id": 2,}')
+  assert_fails(capsys, 2, f"{generation}: no JSON", tmp_path, *arguments)
+  generation.write_text('{"eos_token_id": [2, 7]}')
+  for target, name in ((checkpoint.CheckpointWriter, "save"), (shutil, "copyfile"), (os, "fsync"),
+                       (run_directory, "write_record")):
+    with monkeypatch.context() as patch:
+      patch.setattr(target, name, failing)
+      assert_fails(capsys, 1, f"{tmp_path}/new {NO_SPACE_SAID}", tmp_path, *arguments)
+  leftover = tmp_path / ".new.unfinished" / "checkpoints" / "0"      # of one that was killed
+  leftover.mkdir(parents=True)
+  (leftover / "params").write_text("half")
+  assert run(*arguments) == 0
+  _, record = checkpoint.load_run_config(str(tmp_path / "new"))
+  assert record["tokenizer"]["eos_ids"] == [0, 2, 7]
+  checkpoint.load_params(str(tmp_path / "new"), CONFIG)
+  assert sorted(os.listdir(tmp_path)) == ["model", "new"]
+  assert sorted(os.listdir(tmp_path / "new")) == RUN_FILES
+
+
+def test_an_export_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsys, monkeypatch):
+  arguments = f"--workdir={folder}/run", f"--export={tmp_path}/out"
+  for target, name in ((np, "ascontiguousarray"), (shutil, "copyfile"), (os, "fsync"),
+                       (os, "rename")):
+    with monkeypatch.context() as patch:
+      patch.setattr(target, name, failing)
+      assert_fails(capsys, 1, f"{tmp_path}/out {NO_SPACE_SAID}", tmp_path, *arguments)
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "mine").write_text("")
+  assert_fails(capsys, 2, f"{tmp_path}/out is not empty", tmp_path, *arguments)
+  (tmp_path / "out" / "mine").unlink()
+  assert run(*arguments) == 0
+  assert os.listdir(tmp_path) == ["out"]
+  assert sorted(os.listdir(tmp_path / "out")) == MODEL_FILES
+
+
+@pytest.mark.parametrize("names", [{"tokenizer_config": {"eos_token": "e"}},
+                                   {"config": {"eos_token_id": [3, 0]}}])
+def test_the_end_of_a_document_survives_import_and_export(folder, tmp_path, names):
+  """Runs and what is exported of them end documents as the folder's files say."""
+  shutil.copytree(folder / "model", tmp_path / "model")
+  tokens = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+  special = dict(tokens["added_tokens"][0], id=3, content=next(
+      token for token, i in tokens["model"]["vocab"].items() if i == 3))
+  tokens["added_tokens"].append(special)
+  (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
+  for name, fields in names.items():
+    path = tmp_path / "model" / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | fields))
+  want = load_tokenizer(str(tmp_path / "model"))
+  assert run(f"--from={tmp_path}/model", f"--workdir={tmp_path}/new") == 0
+  assert run(f"--export={tmp_path}/out", f"--workdir={tmp_path}/new") == 0
+  record = checkpoint.load_run_config(str(tmp_path / "new"))[1]["tokenizer"]
+  assert (record["fingerprint"], record["eos_ids"]) == (want.fingerprint, [want.eos_id, 0])
+  run_tokenizer = checkpoint.load_run_tokenizer(str(tmp_path / "new"))
+  for copy in (run_tokenizer, load_tokenizer(str(tmp_path / "out"))):
+    assert (copy.eos_id, copy.fingerprint) == (want.eos_id, want.fingerprint)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(folder, tmp_path, capsys):

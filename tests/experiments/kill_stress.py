@@ -1,9 +1,14 @@
-"""Kills a small experiments.pretrain again and again, resumes it, and compares what it logged with an uninterrupted run, to the bit; no test, but a measure.
+"""Kills and stops a small experiments.pretrain again and again; it must log what an uninterrupted run does, to the bit. No test, but a measure.
 
   python -m tests.experiments.kill_stress --kills=12
 
-Half of the kills fall anywhere in a start (imports, compiling, restoring), half up to --seconds after the first step that the process logs: in steps,
-evaluations and the writing of checkpoints, which goes on beside the steps. What a process was doing is found out after its death, from what it left.
+Half of them are SIGKILL, the others signals that ask a run to save and stop. A third of the starts go
+back to an earlier checkpoint first (--restore_step). Spikes are skipped, by what the checkpoints say
+of the steps before.
+
+Half fall anywhere in a start (imports, compiling, restoring), half up to --seconds after the first
+step that the process logs: in steps, evaluations and the writing of checkpoints, which goes on beside
+the steps. What a process was doing is found out after its death, from what it left.
 """
 
 import argparse
@@ -11,19 +16,21 @@ import collections
 import os
 import platform
 import random
+import signal
 import sys
 import tempfile
 import time
 
 import jax
 
-from sparsek.checkpoint import HALF_WRITTEN, checkpoint_folder
+from sparsek.checkpoint import HALF_WRITTEN, checkpoint_folder, saved_steps
 from sparsek.metrics import read_metrics
 from tests.experiments.pretrain_test import finish, logged, sharing_compiled, start, wait_for_progress, write_documents
 
 EVAL_EVERY = 25
 # Long evaluations, so that kills fall into them.
-FLAGS = ["--num_steps=400", f"--eval_every={EVAL_EVERY}", "--eval_batches=200", "--checkpoint_every=5"]
+FLAGS = ["--num_steps=400", f"--eval_every={EVAL_EVERY}", "--eval_batches=200", "--checkpoint_every=5", "--spike_factor=1.1"]
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
 def activity(workdir: str, err: str, records: list[dict]) -> str:
@@ -34,6 +41,13 @@ def activity(workdir: str, err: str, records: list[dict]) -> str:
   half_written = os.path.isdir(checkpoints) and any(HALF_WRITTEN in name for name in os.listdir(checkpoints))
   evaluating = records[-1]["step"] % EVAL_EVERY == 0 and "heldout_loss" not in records[-1]
   return ("evaluating" if evaluating else "in a step") + (", a checkpoint half-written" if half_written else "")
+
+
+def outcome(how: signal.Signals, code: int, out: str) -> str | None:
+  """Returns how a process ended that was not killed outright, else None."""
+  if "stopped by a signal" in out:
+    return f"saved and stopped on {how.name}"
+  return None if code == -signal.SIGKILL else f"ended with code {code}"
 
 
 def main() -> None:
@@ -49,31 +63,40 @@ def main() -> None:
     whole, killed = os.path.join(folder, "whole"), os.path.join(folder, "killed")
     code, _, err = finish(start(whole, data, environment, *FLAGS))
     assert code == 0, err
-    seconds_to_start, found, in_start = 6.0, collections.Counter(), [bool(i % 2) for i in range(args.kills)]
+    wrong, seconds_to_start, found, in_start = 0, 6.0, collections.Counter(), [bool(i % 2) for i in range(args.kills)]
     rng.shuffle(in_start)
     for kill in range(1, args.kills + 1):
-      began, process = time.monotonic(), start(killed, data, environment, *FLAGS)
+      saved, how = saved_steps(killed), rng.choice((signal.SIGKILL, rng.choice(STOPS)))
+      back = [f"--restore_step={rng.choice(saved)}"] if saved and rng.random() < 1 / 3 else []
+      began, process = time.monotonic(), start(killed, data, environment, *FLAGS, *back)
       if in_start[kill - 1]:
         time.sleep(rng.uniform(0.0, seconds_to_start))
       else:
         wait_for_progress(killed, process)
         seconds_to_start = time.monotonic() - began
         time.sleep(rng.uniform(0.0, args.seconds))
-      process.kill()
+      process.send_signal(how)
       moment = time.monotonic() - began
-      code, _, err = finish(process)
+      code, out, err = finish(process)
       records = read_metrics(os.path.join(killed, "metrics.jsonl"))
-      doing = activity(killed, err, records) if code == -9 else f"ended with {code} before the kill"
+      doing = outcome(how, code, out) or activity(killed, err, records)
       found[doing] += 1
-      print(f"kill {kill:2}: {moment:5.2f} s after its start, {doing}; last step logged {records[-1]['step'] if records else 'none'}", flush=True)
+      after = f"{moment:5.2f} s after its start{''.join(f' with {flag}' for flag in back)}"
+      last = records[-1]["step"] if records else "none"
+      print(f"kill {kill:2}: {how.name} {after}, {doing}; last step logged {last}", flush=True)
+      if "Traceback" in err or code not in (0, 130, -how):
+        wrong += 1
+        print(f"WRONG: code {code}\n{err}", flush=True)
     code, _, err = finish(start(killed, data, environment, *FLAGS))
     assert code == 0, err
     want, got = logged(whole), logged(killed)
   differing = sum(x != y for x, y in zip(want, got)) + abs(len(want) - len(got))
-  print(f"{len(want)} lines of metrics.jsonl ({sum(map(len, want))} values), {len(got)} after the kills: {differing} differ; "
+  skipped = max(record.get("skipped", 0) for record in got)
+  print(f"{len(want)} lines of metrics.jsonl ({sum(map(len, want))} values), {len(got)} after the kills: "
+        f"{differing} differ; {skipped} updates were skipped; {wrong} processes ended wrongly; "
         f"{', '.join(f'{count} {doing}' for doing, count in found.most_common())}")
   print(f"python {platform.python_version()} jax {jax.__version__} cpu")
-  sys.exit(differing > 0)
+  sys.exit(differing + wrong > 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import prepare_data
 from sparsek.data import open_data
-from tests.sparsek.helpers import run_command
+from tests.sparsek.helpers import run_command, spm
 
 run = functools.partial(run_command, prepare_data.main, prepare_data.FLAGS)
 
@@ -31,6 +31,14 @@ def test_bytes_then_verify(source, tmp_path, capsys):
     file.write(b"\x00")
   assert run(f"--verify={output}") == 2
   assert "tokens.bin is damaged" in capsys.readouterr().err
+
+
+def test_what_begins_a_document_is_said(source, tmp_path, capsys):
+  spm().save(str(tmp_path))
+  made = lambda name, *more: run(f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more)
+  assert made("pieces", f"--tokenizer={tmp_path}/tokenizer.json") == 0
+  assert ", each document begins with <s> and ends with </s>\n" in capsys.readouterr().out
+  assert made("bytes") == 0 and " with 257 ids, each document ends with eos\n" in capsys.readouterr().out
 
 
 def test_bpe_trained_then_loaded(source, tmp_path, capsys):

@@ -242,6 +242,18 @@ def test_the_compiled_step_copies_no_rows():
   assert memory.temp_size_in_bytes < cache_bytes(cache) / 2
 
 
+@pytest.mark.parametrize("name", ["value, hybrid, k 1, window 1", "straight_through, linear", "value, layers of their own k and window"])
+def test_an_empty_cache_is_resized_to_an_empty_cache(name, monkeypatch):
+  monkeypatch.setattr(cache_module, "UNCLIPPED", 8)
+  config = dataclasses.replace(config_of(name), k=40, window=70)
+  sizes = [cache_module.clip_sizes(config, length) for length in (5, 20, 33, 100, 10**12)]
+  assert [size.window for size in sizes] == [16, 32, 64, 70, 70] and [size.k for size in sizes] == [16, 32, 40, 40, 40] and sizes[-1] == config
+  cache = init_cache(sizes[0], 2, max_length=9)
+  for before, after in zip(sizes, sizes[1:]):
+    cache = cache_module.resize(before, after, cache)
+    jax.tree.map(np.testing.assert_array_equal, cache, init_cache(after, 2, max_length=9))
+
+
 def test_full_layers_need_and_respect_max_length():
   config = dataclasses.replace(BASE, attention="full")
   with pytest.raises(ValueError, match="max_length"):

@@ -54,6 +54,9 @@ def configs(*arguments):
     (["--distill=1.5"], ["--distill=1.5", "at most 1"]),
     (["--scorer_warmup", "--scorer_loss=1"], ["--scorer_warmup=True", "trainable=all", "trainable=scorer"]),
     (["--scorer_warmup", "--trainable=scorer", "--scorer_loss=0"], ["--scorer_warmup=True", "scorer_loss above 0", "scorer_loss=0.0"]),
+    (["--spike_factor=0.5"], ["--spike_factor=0.5", "above 1"]),
+    (["--on_spike=wait"], ["--on_spike=wait", "skip"]),
+    (["--restore_step=-1"], ["--restore_step=-1", "at least 0"]),
     (["--scorer_loss_queries=0"], ["--scorer_loss_queries=0", "at least 1"]),
 ])
 def test_bad_flags_are_refused_in_one_sentence(arguments, words):

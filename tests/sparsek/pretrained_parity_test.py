@@ -97,6 +97,27 @@ def test_export_read_back_by_transformers_gives_the_same_logits(case, tmp_path):
   assert_bit_equal(again[1], params)
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+NEOX_451 = {"rope_parameters": None, "rope_theta": 500, "rotary_emb_base": 500, "rotary_pct": 0.5,
+            "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llama", {"rope_scaling": LINEAR}),                     # beside rope_parameters, which lose
+    ("llama", {"rope_parameters": None, "rope_scaling": LINEAR, "rope_theta": 500.0}),
+    ("gpt_neox", NEOX_451),
+])
+def test_several_spellings_in_one_file(name, changes, tmp_path):
+  random_model(name).save_pretrained(tmp_path)
+  path = tmp_path / "config.json"
+  fields = json.loads(path.read_text()) | changes
+  del fields["hidden_act"]
+  path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+  ours = our_logits(*pretrained.load(str(tmp_path)))
+  assert np.abs(their_logits(model.eval()) - ours).max() < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, tmp_path):
   model = random_model("qwen2").to(dtype)

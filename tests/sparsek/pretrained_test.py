@@ -222,7 +222,8 @@ HOSTILE = {
     "no folder": (shutil.rmtree, "no such folder"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "no JSON"),
-    "config is nested without end": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "no JSON"),
+    "config is nested without end": (
+        lambda folder: (folder / "config.json").write_text("[" * 200_000), "nested too deeply"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "expected an object"),
     "a key twice": (lambda folder: (folder / "config.json").write_text('{"a": 1, "a": 2}'), "a key twice"),
     "pickle": (only_a_pickle, "'pytorch_model.bin' .* a pickle file is not read"),
@@ -251,12 +252,19 @@ HOSTILE = {
     "infinity": (poison(np.inf), "holds NaN or infinite"),
     "missing tensors": (more_tensors, "lacks 11 of the 12 tensors"),
     "a head left over": (config_with(tie_word_embeddings=True), "tie_word_embeddings is true, and lm_head.weight differs"),
-    "tensors left over": (with_tensors(lambda tensors: {"model.layers.0.gate": np.ones(2)}), "holds 1 tensors that .* no place for: model.layers.0.gate"),
+    "tensors left over": (with_tensors(lambda tensors: {"model.layers.0.gate": np.ones(2)}),
+                          "holds 1 tensors that .* no place for: .model.layers.0.gate"),
     "another shape": (config_with(intermediate_size=11), "has shape .8, 10., and config.json asks for .8, 11."),
     "integers": (change_dtype(np.int32), "has dtype int32, expected float32"),
     "quantised": (change_dtype(ml_dtypes.float8_e4m3fn), "has dtype float8_e4m3fn, expected float32"),
-    "a vocabulary larger than the file": (config_with(vocab_size=10**15), "vocab_size=1000000000000000, but the tensors hold"),
-    "many layers": (config_with(num_hidden_layers=10**9), "num_hidden_layers=1000000000 must be at most 10000"),
+    "a vocabulary larger than the file": (
+        config_with(vocab_size=10**9), "vocab_size=1000000000, but the tensors hold"),
+    "heads larger than the file": (
+        config_with(head_dim=2000), "embed_dim=8, head_dim=2000, but the tensors hold"),
+    "a number beyond 32 bits": (
+        config_with(vocab_size=10**15), "vocab_size=1000000000000000 must be from 1 to 2147483647"),
+    "many layers": (
+        config_with(num_hidden_layers=10**9), "num_hidden_layers=1000000000 must be from 1 to 10"),
     "more layers than tensors": (config_with(num_hidden_layers=500), "num_layers=500, but there are 12 tensors"),
     "a pattern without end": (config_with(sparsek={"attention": ["full*9999999999"]}), "sparsek.attention="),
 }
@@ -271,6 +279,34 @@ def test_hostile_folders_are_refused_with_a_reason(name, good, tmp_path):
   with pytest.raises(UsageError, match=words) as error:
     pretrained.load(str(folder))
   assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_any_damaged_header_is_opened_or_refused_in_one_sentence(good, tmp_path):
+  """1000 mutations: bytes of the header, values of an entry, cuts, bytes at the end."""
+  raw = (good / "model-00001-of-00002.safetensors").read_bytes()
+  length, = struct.unpack("<Q", raw[:8])
+  generator, path, opened = np.random.default_rng(0), tmp_path / "model.safetensors", 0
+  draw = lambda values: values[generator.integers(len(values))]
+  values = [*ODD_VALUES, [0, 0], [-1, 3], [2**63, 2**63], [1.5, 2], "F64", "I8", "BOOL"]
+  for i in range(1000):
+    if i % 2:
+      header = json.loads(raw[8:8 + length])
+      entry = header[draw(list(header))]
+      entry[draw(["dtype", "shape", "data_offsets", "x", "a\nb"])] = draw(values)
+      text = json.dumps(header).encode()
+      content = struct.pack("<Q", len(text)) + text + raw[8 + length:]
+    else:
+      content = bytearray(raw + bytes(draw([0, 0, 0, 3])))
+      for _ in range(draw([1, 2, 8])):
+        content[generator.integers(8 + length)] = generator.integers(256)
+      content = content[:draw([None, None, None, generator.integers(len(raw))])]
+    path.write_bytes(content)
+    try:
+      file = safetensors.SafetensorsFile(str(path))
+      opened += len([file.view(name) for name in file.tensors]) > 0
+    except UsageError as error:
+      assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+  assert 20 < opened < 500
 
 
 LLAMA_JSON = describe(LLAMA)
@@ -289,13 +325,13 @@ QWEN_JSON = describe(CASES["qwen2"][1])
     (LLAMA_JSON | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
     (LLAMA_JSON | {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
     (LLAMA_JSON | {"sliding_window": 8}, "sliding_window=8 is not supported in llama"),
-    (LLAMA_JSON | {"hidden_size": None}, "hidden_size=None is missing"),
+    (LLAMA_JSON | {"hidden_size": None}, "hidden_size=None is no int"),
     (LLAMA_JSON | {"hidden_size": True}, "hidden_size=True is no int"),
-    (LLAMA_JSON | {"rms_norm_eps": float("inf")}, "rms_norm_eps=inf must not be negative, and finite"),
+    (LLAMA_JSON | {"rms_norm_eps": float("inf")}, "rms_norm_eps=inf must be from 0.0 to 1.0"),
     (LLAMA_JSON | {"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
-    (LLAMA_JSON | {"num_attention_heads": 0}, "heads=0"),
+    (LLAMA_JSON | {"num_attention_heads": 0}, "num_attention_heads=0 must be from 1"),
     (LLAMA_JSON | {"sparsek": {"embed_dim": 3}}, "sparsek.embed_dim=3 is not known"),
-    (LLAMA_JSON | {"sparsek": {"k": "x"}}, "describes no model"),
+    (LLAMA_JSON | {"sparsek": {"k": "x"}}, "sparsek.k='x' is no int"),
     (QWEN_JSON | {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types=.*chunked"),
     (QWEN_JSON | {"use_sliding_window": False}, "asks for sliding_attention without"),
     (QWEN_JSON | {"layer_types": None, "max_window_layers": None}, "max_window_layers=None"),
@@ -317,6 +353,109 @@ def test_rope_is_read_as_transformers_4_and_5_write_it():
   neox = describe(NEOX)
   del neox["rotary_pct"], neox["rotary_emb_base"]
   assert read_config(neox | {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}}, "new") == NEOX
+
+
+PLAIN = {"model_type": "llama", "num_hidden_layers": 2}                  # all else by default
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+NEOX_451 = {"model_type": "gpt_neox", "rope_theta": 500, "rotary_emb_base": 500, "rotary_pct": 0.5,
+            "partial_rotary_factor": 0.5, "rope_scaling": None, "attention_bias": True}
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({"model_type": "mistral"},
+     {"attention": ("sliding_window",), "window": 4096, "mlp_dim": 14336}),
+    ({"model_type": "mistral", "sliding_window": None}, {"attention": ("full",)}),
+    ({"model_type": "qwen2", "use_sliding_window": True, "num_hidden_layers": 29},
+     {"attention": ("full",) * 28 + ("sliding_window",), "window": 4096, "max_positions": 32768}),
+    ({"model_type": "qwen3"}, {"head_dim": 128, "qk_norm": True, "attention": ("full",)}),
+    ({"model_type": "gpt2", "n_layer": 1}, {"mlp": "gelu_tanh", "mlp_dim": 3072}),
+    ({"model_type": "gpt2", "num_hidden_layers": 3, "n_inner": None}, {"num_layers": 3}),
+    ({"model_type": "gpt_neox"}, {"mlp": "gelu", "rope_fraction": 0.25, "parallel_residual": True}),
+    (NEOX_451, {"rope_theta": 500.0, "rope_fraction": 0.5}),
+    (PLAIN, {"mlp": "swiglu", "num_kv_heads": 32, "rope_theta": 1e4, "tie_embeddings": False}),
+    (PLAIN | {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 1e4}},
+     {"rope_scaling": ("linear", 4.0)}),
+    (PLAIN | {"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "rope_theta": 7.0},
+              "rope_theta": 7},
+     {"rope_scaling": ("linear", 4.0), "rope_theta": 7.0}),
+    (PLAIN | {"rope_scaling": {}, "rope_parameters": {**LINEAR, "type": "linear", "rope_theta": 7}},
+     {"rope_scaling": ("linear", 4.0), "rope_theta": 7.0}),
+    (PLAIN | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0}},
+     {"rope_scaling": ("llama3", 8.0, 1.0, 4.0, 2048.0)}),
+    (PLAIN | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+    (PLAIN | {"attention_dropout": 0.1, "hidden_dropout_prob": 0.1, "initializer_range": 0.5,
+              "use_cache": True, "output_attentions": True, "is_decoder": True, "temperature": 0.6,
+              "_attn_implementation": "sdpa", "unk_token_id": 3, "max_sequence_length": 2048,
+              "chunk_size_feed_forward": 8, "rope_interleaved": False, "pruned_heads": {}}, {}),
+])
+def test_absent_fields_and_other_spellings_are_read_as_transformers_does(fields, expected):
+  """hf_defaults_parity_test.py compares with transformers itself."""
+  config = read_config(fields, "config.json")
+  assert {field: getattr(config, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize("fields, words", [
+    (NEOX_451 | {"rope_theta": 7}, "rope_theta=7.0 and rotary_emb_base=500.0 disagree"),
+    ({"model_type": "gpt_neox", "rope_theta": 7}, "rope_theta=7.0 and rotary_emb_base=10000.0 dis"),
+    (NEOX_451 | {"partial_rotary_factor": 1.0}, "partial_rotary_factor=1.0 and rotary_pct=0.5 "),
+    ({"model_type": "gpt2", "n_layer": 1, "num_hidden_layers": 2},
+     "num_hidden_layers=2 and n_layer=1 disagree"),
+    (PLAIN | {"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 2.0}},
+     "rope_scaling=.*4.0.* and rope_parameters=.*2.0.* disagree"),
+    (PLAIN | {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 5e5}},
+     "rope_parameters.rope_theta=500000.0 and rope_theta=10000.0 disagree"),
+    (PLAIN | {"rope_theta": 7, "rope_parameters": {"rope_theta": 8}},
+     "rope_parameters.rope_theta=8.0 and rope_theta=7.0 disagree"),
+    (PLAIN | {"rope_scaling": LINEAR | {"type": "dynamic"}}, "'linear' and type='dynamic' dis"),
+    (PLAIN | {"dtype": "float16", "torch_dtype": "bfloat16"}, "dtype='float16' and torch_dtype="),
+    ({"model_type": "mistral", "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+     "layer_types=.* and sliding_window=4096 disagree"),
+    (PLAIN | {"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map=.* is not supported in ll"),
+    (PLAIN | {"hidden_size": -1, "rope_theta": 0, "dtype": 3, "hidden_act": [],
+              "sparsek": {"k": 0}},
+     "hidden_size=-1.*rope_theta=0 .*hidden_act=.*dtype=3.*sparsek.k=0"),
+    (PLAIN | {"soft": 1, "cap": 2}, r"soft=1 is not .*; cap=2 is not .*\(remove what changes no"),
+    (PLAIN | {"num_hidden_layers": 0, "soft": 1}, "num_hidden_layers=0 must be .*; soft=1 is not"),
+    (PLAIN | {"sparsek": 0}, "sparsek=0 is no object"),
+    (PLAIN | {"hidden_size": 30}, "num_attention_heads=32 must divide the width 30"),
+    (PLAIN | {f"x{i}": i + 1 for i in range(30)}, "; and 20 more$"),
+])
+def test_what_disagrees_is_refused_all_in_one_message(fields, words):
+  with pytest.raises(UsageError, match=words) as error:
+    read_config(fields, "config.json")
+  assert "\n" not in str(error.value)
+
+
+ODD_VALUES = [
+    None, True, False, 0, 1, -1, 3, 2**31, 10**18, 10**400, -0.5, 16.0, 1e308, float("inf"),
+    float("nan"), "", "4", "\ud800", "a\nb", [], [1], ["full"], [[[]]], {}, {"a": 1}, "bfloat16",
+    "full*99", ["sparsek:k99999999999"], {"rope_type": "linear", "factor": 2.0}, {"k": -1}]
+
+
+def test_any_value_of_any_field_ends_in_a_model_or_in_one_sentence():
+  """Every field, at the top and in sections, with every odd value."""
+  rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+  more = {"rope_parameters": rope, "dtype": "float32", "eos_token_id": 2, "a\nb": 0}
+  bases = [describe(config) | (more if family == "qwen2" else {})
+           for family, config in CASES.values()]
+  single = [(base, (key,), value) for base in bases for key in base for value in ODD_VALUES]
+  sections = ("sparsek", "rope_parameters")
+  single += [(base, (outer, key), value) for base in bases for outer in sections
+             for key in base.get(outer, ()) for value in ODD_VALUES]
+  models = 0
+  for base, path, value in single:
+    fields = json.loads(json.dumps(base))
+    target = fields if len(path) == 1 else fields[path[0]]
+    target[path[-1]] = value
+    try:
+      assert isinstance(read_config(fields, "config.json"), TransformerConfig)
+      models += 1
+    except UsageError as error:
+      assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000
+  print(f"{models} models of {len(single)}")
+  assert models > 100
 
 
 def test_qwen2_upper_layers_slide():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek import checkpoint, tasks
+from sparsek import checkpoint, spikes, tasks
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.evaluate import evaluate, token_losses
@@ -72,6 +72,24 @@ def test_the_loss_counts_what_a_batch_marks():
   assert metrics["num_targets"] == 4 and metrics["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
   result = evaluate(CONFIG, params, [{**batch, "counted": counted}], (0, 12))
   assert result.num_targets == 4 and result.loss == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("spike_factor", [0.0, 2.0])
+def test_a_step_that_is_not_applied_says_the_loss_and_leaves_the_state(spike_factor):
+  """With the same program as one that is applied."""
+  train = dataclasses.replace(TRAIN, spike_factor=spike_factor)
+  mesh, optimizer = make_mesh(), make_optimizer(TRAIN.optimizer)
+  params, batch = init_params(CONFIG, jax.random.key(0)), put_batch(mesh, example_batch())
+  state = TrainState(jnp.int32(3), params, optimizer.init(params), jnp.int32(0),
+                     spikes.start(spike_factor))
+  state = jax.device_put(state, replicated(mesh))
+  yes, no = jax.device_put((jnp.bool_(True), jnp.bool_(False)), replicated(mesh))
+  before, step = jax.device_get(state), make_train_step(CONFIG, train, optimizer, mesh)
+  state, tried = step(state, batch, apply=no)
+  jax.tree.map(np.testing.assert_array_equal, state, before)
+  state, made = step(state, batch, apply=yes)
+  assert tried == made and int(state.step) == 4 and step._cache_size() == 1
+  assert not np.array_equal(state.params["embed"]["embedding"], before.params["embed"]["embedding"])
 
 
 def test_only_the_trainable_parameters_change():

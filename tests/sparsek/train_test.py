@@ -1,6 +1,7 @@
 """The loop within one process: what a run writes, how it resumes, what it refuses. tests/experiments kills real processes."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ from sparsek.errors import RunError, UsageError
 from sparsek.metrics import read_metrics
 from sparsek.model import init_params, unstack_layers
 from sparsek.token_files import write_token_files
-from sparsek.tokenizer import ByteTokenizer
+from sparsek.tokenizer import ByteTokenizer, train_bpe
 from sparsek.train_step import make_eval_step, make_mesh
 
 CONFIG = TransformerConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
@@ -312,6 +314,221 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(dataset, tm
   assert checkpoint.load_params(str(tmp_path), CONFIG)[1] == 4
 
 
+@pytest.fixture
+def run_copy(finished, tmp_path):
+  """A copy of the finished run, with checkpoints of steps 4 and 8, that a test may spoil."""
+  shutil.copytree(finished[0], tmp_path / "run")
+  return tmp_path / "run"
+
+
+def with_learning_rate(config, learning_rate):
+  optimizer = dataclasses.replace(config.optimizer, learning_rate=learning_rate, grad_clip=0.0)
+  return dataclasses.replace(config, optimizer=optimizer)
+
+
+def test_parameters_that_no_loss_has_seen_are_not_saved(dataset, run_copy):
+  """The loss before the update that ruins them is finite."""
+  config = run_config(run_copy, num_steps=12, checkpoint_every=1, keep_checkpoints=9, eval_every=0)
+  with pytest.raises(RunError) as error:
+    train.train(CONFIG, with_learning_rate(config, 1e30), dataset)
+  message = str(error.value)
+  assert "under the parameters of step 9, whose update had loss 5." in message and "\n" not in message
+  assert "checkpoints of steps 4, 8" in message and "--restore_step=4" in message
+  assert checkpoint.saved_steps(str(run_copy)) == [4, 8]
+
+
+@pytest.mark.parametrize("leaf", ["params", "opt_state"])
+def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkeypatch):
+  original = train.make_train_step
+
+  def ruining(*args):
+    step = original(*args)
+
+    def ruined(state, batch, apply):
+      state, outputs = step(state, batch, apply=apply)
+      tree = getattr(state, leaf)
+      leaves, structure = jax.tree.flatten(tree)
+      leaves = [jnp.full_like(x, jnp.inf) if x.dtype == jnp.float32 else x for x in leaves]
+      return state._replace(**{leaf: jax.tree.unflatten(structure, leaves)}), outputs
+    return ruined
+  monkeypatch.setattr(train, "make_train_step", ruining)
+  with pytest.raises(RunError, match="parameters or moments of step 1 are not finite.*no checkpoint"):
+    train.train(CONFIG, run_config(tmp_path, checkpoint_every=1, eval_every=0), dataset)
+  assert checkpoint.saved_steps(str(tmp_path)) == []
+
+
+def test_a_heldout_loss_that_is_not_finite_ends_the_run(dataset, run_copy, monkeypatch):
+  monkeypatch.setattr(train, "heldout_loss", lambda *args: float("nan"))
+  with pytest.raises(RunError, match="the held-out loss is nan at step 12, .* steps 4, 8"):
+    train.train(CONFIG, run_config(run_copy, num_steps=12), dataset)
+  assert checkpoint.saved_steps(str(run_copy)) == [4, 8]
+  assert all(record.get("heldout_loss", 0) is not None for record in logged(run_copy))
+
+
+def test_a_run_goes_back_to_a_step_and_logs_the_same(finished, dataset, run_copy, capsys):
+  config = run_config(run_copy, restore_step=4)
+  with pytest.raises(UsageError, match="--mlp_dim=16 here"):
+    train.train(dataclasses.replace(CONFIG, mlp_dim=16), config, dataset)
+  assert checkpoint.saved_steps(str(run_copy)) == [4, 8]
+  assert train.train(CONFIG, config, dataset).step == 8
+  assert logged(run_copy) == logged(finished[0])
+  assert sorted(os.listdir(run_copy / "set_aside" / "0")) == ["8", "metrics.jsonl"]
+  assert train.train(CONFIG, config, dataset).already_complete
+  said = capsys.readouterr().err
+  assert "step 4" in said and "--restore_step=4 was done before" in said
+
+
+def test_skipped_spikes_are_told_and_resume_to_the_bit(dataset, tmp_path, monkeypatch, capsys):
+  """Of losses that hardly fall, those above their mean are spikes here."""
+  monkeypatch.setattr(train.spikes, "FIRST", 2)
+
+  def settings(workdir, **fields):
+    config = run_config(workdir, spike_factor=1.001, log_every=1, **fields)
+    return with_learning_rate(config, 1e-5)
+  train.train(CONFIG, settings(tmp_path / "whole"), dataset)
+  said = capsys.readouterr().err
+  whole = logged(tmp_path / "whole")
+  skipped = [record["skipped"] for record in whole if "loss" in record]
+  assert 0 < skipped[-1] < 6 and said.count("its update is skipped") == skipped[-1]
+  train.train(CONFIG, settings(tmp_path / "parts", stop_at=5), dataset)
+  train.train(CONFIG, settings(tmp_path / "parts"), dataset)
+  assert logged(tmp_path / "parts") == whole
+  with pytest.raises(RunError, match="a spike, by --spike_factor=1.001: .*--on_spike"):
+    train.train(CONFIG, settings(tmp_path / "stop", on_spike="stop"), dataset)
+  monkeypatch.setattr(train.spikes, "MOST_IN_A_ROW", 1)
+  with pytest.raises(RunError, match="it is the 1th in a row"):
+    train.train(CONFIG, settings(tmp_path / "row"), dataset)
+
+
+def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(dataset, tmp_path,
+                                                                       monkeypatch):
+  """Its batch has no finite loss under any parameters; the checkpoint's are from before it."""
+  original, batches = train.make_train_step, []
+
+  def spiking(*args):
+    step = original(*args)
+
+    def spike_at_4(state, batch, apply):
+      batches.append(batch)
+      state, outputs = step(state, batch, apply=apply)
+      loss = jnp.nan if len(batches) > 3 and batch is batches[3] else outputs["loss"]
+      return state, {**outputs, "loss": jnp.float32(loss), "skipped": jnp.int32(len(batches) >= 4)}
+    return spike_at_4
+  monkeypatch.setattr(train, "make_train_step", spiking)
+  config = run_config(tmp_path, num_steps=4, eval_every=0, spike_factor=2.0)
+  assert train.train(CONFIG, config, dataset).step == 4
+  assert checkpoint.saved_steps(str(tmp_path)) == [4]
+
+
+@pytest.mark.parametrize("name", ["", "metrics.jsonl"])
+def test_a_folder_that_is_gone_ends_the_run_and_is_not_made_again(name, dataset, run_copy,
+                                                                  monkeypatch):
+  path, original = run_copy / name, train.put_batch
+
+  def move(*args):
+    if path.exists():
+      path.rename(run_copy.parent / "elsewhere")
+    return original(*args)
+  monkeypatch.setattr(train, "put_batch", move)
+  with pytest.raises(RunError, match="was deleted, moved or unmounted under the run"):
+    train.train(CONFIG, run_config(run_copy, num_steps=12), dataset)
+  assert not path.exists()
+
+
+def test_a_changed_flag_is_told_at_resume(dataset, run_copy, capsys):
+  """At once, also where there is nothing left to do."""
+  def resumed(config):
+    assert train.train(CONFIG, config, dataset).already_complete
+    line, = capsys.readouterr().err.splitlines()
+    return line.partition("at step 8")[2]
+  config = run_config(run_copy, seed=3, checkpoint_every=5)
+  assert resumed(with_learning_rate(config, 0.5)) == (
+      ", seed 0 -> 3, checkpoint_every 4 -> 5, learning_rate 0.01 -> 0.5, grad_clip 1.0 -> 0.0")
+  old = json.loads((run_copy / "model.json").read_text())
+  del old["train"]                                  # as of a run of an older version
+  (run_copy / "model.json").write_text(json.dumps(old))
+  config = run_config(run_copy, data=DataConfig("d", 16, 4))
+  assert resumed(config) == ", batch_size 2 -> 4"
+
+
+def full(*args, **kwargs):
+  raise OSError(errno.ENOSPC, "No space left on device")
+
+
+FULL = {"the lock": (run_directory, "lock"), "the records": (run_directory, "write_record"),
+        "the tokenizer": (ByteTokenizer, "save"), "the metrics": (train, "MetricsWriter"),
+        "fsync of the metrics": (train.MetricsWriter, "sync"), "the end": (train.MetricsWriter, "close")}
+
+
+def test_a_full_disk_is_one_sentence_and_the_command_can_be_repeated(finished, dataset, tmp_path,
+                                                                     monkeypatch):
+  for what in FULL.values():
+    with monkeypatch.context() as patch:
+      patch.setattr(*what, full)
+      with pytest.raises(RunError, match="the run in .* cannot go on: No space left on device"):
+        train.train(CONFIG, run_config(tmp_path), dataset)
+  assert train.train(CONFIG, run_config(tmp_path), dataset).step == 8
+  assert logged(tmp_path) == logged(finished[0])
+
+
+def test_a_full_disk_leaves_the_tokenizer_as_it_was(tmp_path):
+  """Its library would cut the file short, and raise a bare Exception."""
+  tokenizer = train_bpe(["some text"], 257)
+  tokenizer.save(str(tmp_path))
+  before, limits = (tmp_path / "tokenizer.json").read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    with pytest.raises(OSError, match="File too large"):
+      tokenizer.save(str(tmp_path))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert (tmp_path / "tokenizer.json").read_text() == before
+  assert os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+def test_metrics_on_a_full_disk_end_the_run(dataset, tmp_path, monkeypatch):
+  """Closing the file fails too, since it writes what is still in the buffer."""
+  class FullMetrics(train.MetricsWriter):
+    def __init__(self, *args):
+      super().__init__(*args)
+      self._file = open("/dev/full", "w")
+  monkeypatch.setattr(train, "MetricsWriter", FullMetrics)
+  with pytest.raises(RunError, match="No space left on device"):
+    train.train(CONFIG, run_config(tmp_path), dataset)
+
+
+def test_that_checkpoints_can_be_written_is_found_out_before_the_first_step(dataset, tmp_path,
+                                                                            monkeypatch):
+  (tmp_path / "checkpoints").write_text("")
+  with pytest.raises(UsageError, match="--workdir=.*: checkpoints cannot be written: "):
+    train.train(CONFIG, run_config(tmp_path), dataset)
+  (tmp_path / "checkpoints").unlink()
+  monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", full)
+  with pytest.raises(RunError, match="checkpoints cannot be written: No space left on device"):
+    train.train(CONFIG, run_config(tmp_path), dataset)
+  assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("number", train.STOP_SIGNALS)
+def test_signals_ask_a_run_to_stop(number):
+  before = signal.getsignal(number)
+  with train.StopSignal() as stop:
+    assert not stop.requested
+    signal.raise_signal(number)
+    assert stop.requested
+  assert signal.getsignal(number) == before
+
+
+def test_a_run_under_nohup_outlives_the_terminal():
+  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with train.StopSignal() as stop:
+      signal.raise_signal(signal.SIGHUP)
+      assert not stop.requested
+  finally:
+    signal.signal(signal.SIGHUP, old)
+
+
 def test_an_implementation_that_cannot_run_is_refused(dataset, tmp_path):
   with pytest.raises(UsageError, match="--implementation=mosaic_tpu: "):
     train.train(dataclasses.replace(CONFIG, attention="sparsek", implementation="mosaic_tpu"), run_config(tmp_path), dataset)
@@ -337,12 +554,13 @@ def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
   with pytest.raises(UsageError, match="--tensorboard needs tensorboardX: pip install"):
     train.MetricsWriter(str(tmp_path), 0, tensorboard=True)
   written = []
-  events = types.SimpleNamespace(add_scalar=lambda *args: written.append(args), close=lambda: None)
-  monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: events))
+  events = types.SimpleNamespace(add_scalar=lambda *args: written.append(args),
+                                 flush=lambda: written.append("flush"), close=lambda: None)
+  monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda folder, **options: events))
   writer = train.MetricsWriter(str(tmp_path), 0, tensorboard=True)
   writer.write({"step": 3, "loss": 2.0})
   writer.close()
-  assert written == [("loss", 2.0, 3)]
+  assert written == [("loss", 2.0, 3), "flush"]
 
 
 def test_records_are_never_overwritten(tmp_path):
