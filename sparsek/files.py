@@ -240,7 +240,7 @@ def new_folder(path: str) -> Iterator[str]:
   try:
     check_new_folder(path)
     os.makedirs(unfinished, exist_ok=True)
-    lock = open(os.path.join(unfinished, _LOCK), "a")
+    lock = open(os.path.join(unfinished, _LOCK), "ab")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     raise UsageError(f"{path} is being written by another process") from None

@@ -39,7 +39,7 @@ def lock(workdir: str) -> IO[str]:
   """
   try:
     os.makedirs(workdir, exist_ok=True)
-    file = open(os.path.join(workdir, "lock"), "a+", errors="replace")
+    file = open(os.path.join(workdir, "lock"), "a+", encoding="utf-8", errors="replace")
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be written: {reason_of(error)}") from None
   try:

@@ -66,8 +66,10 @@ def make_lenient() -> None:
   while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
   os.close(null)
-  sys.stdout = Lenient(sys.stdout or open(os.devnull, "w"), "standard output", BrokenPipeError)
-  sys.stderr = Lenient(sys.stderr or open(os.devnull, "w"), "standard error", OSError)
+  out, err = (stream or open(os.devnull, "w", encoding="utf-8")
+              for stream in (sys.stdout, sys.stderr))
+  sys.stdout = Lenient(out, "standard output", BrokenPipeError)
+  sys.stderr = Lenient(err, "standard error", OSError)
 
 
 def end_within(seconds: float, code: int) -> None:

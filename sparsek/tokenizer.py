@@ -225,7 +225,7 @@ def _silent_panics() -> Iterator[None]:
     yield
     return
   try:
-    with open(os.devnull, "w") as nothing:
+    with open(os.devnull, "wb") as nothing:
       os.dup2(nothing.fileno(), 2)
     yield
   finally:
