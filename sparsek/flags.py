@@ -445,6 +445,9 @@ def _run(main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequen
   except (UsageError, RunError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
+  except NotImplementedError as error:                   # so implementations of attention refuse
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   return 0
 
 

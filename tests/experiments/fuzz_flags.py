@@ -112,6 +112,8 @@ def draw_value(flag: str, kind: str, choices: list[str], rng: random.Random) -> 
     pool = WHOLE if flag in DURATIONS else WHOLE + LARGE
   elif kind == "float":
     pool = REAL
+  elif flag == "suite":                                    # the others take minutes
+    pool = ("attention", "x", "")
   elif kind == "enum":
     pool = (*choices, *choices, "x", "", choices[0].upper())
   else:
@@ -187,6 +189,8 @@ def wrong_value(words: list[str], folder: str) -> list[str]:
   faults = []
   given = dict(word.removeprefix("--").partition("=")[::2] for word in words if "=" in word)
   for name, value in given.items():
+    if name in ("workdir", "data"):                        # records have absolute paths
+      value = os.path.normpath(os.path.join(folder, value))
     try:
       same = float(written[name]) == float(value)
     except (ValueError, KeyError):

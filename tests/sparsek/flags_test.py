@@ -103,7 +103,9 @@ def test_attention_flags_alone_override_a_loaded_configuration():
   assert (config.k, config.window, config.gate, config.vocab_size) == (9, 3, "value", 300)
 
 
-@pytest.mark.parametrize("error, code", [(UsageError("no such thing"), 2), (RunError("disk full"), 1)])
+@pytest.mark.parametrize("error, code", [
+    (UsageError("no such thing"), 2), (RunError("disk full"), 1),
+    (NotImplementedError("implementation='mosaic_gpu' cannot run here"), 2)])
 def test_run_prints_one_line_and_exits(error, code, capsys):
   def main():
     raise error
