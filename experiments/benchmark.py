@@ -30,10 +30,15 @@ def report_of(record):
 
 
 def load(path):
-  """A record that an earlier run wrote."""
+  """A record that an earlier run wrote, all of which can be printed."""
   record = files.read_json_object(path)
   if "summary" not in record:
     raise UsageError(f"{path}: no record of this benchmark")
+  try:
+    report_of(record).lines(record), report_of(record).failures(record)
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    raise UsageError(f"{path}: a record of this benchmark that cannot be understood: "
+                     f"{type(error).__name__}: {str(error)[:200]}") from None
   return record
 
 

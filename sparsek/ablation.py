@@ -124,7 +124,7 @@ def read_result(folder: str) -> dict | None:
   if not os.path.exists(path):
     return None
   result = files.read_json_object(path)
-  if missing := [name for name in FIELDS if not isinstance(result.get(name), (int, float))]:
+  if missing := [name for name in FIELDS if type(result.get(name)) not in (int, float)]:
     raise UsageError(f"{path} has no number {missing[0]!r}: remove it to read the cell again")
   return result
 

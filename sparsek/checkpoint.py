@@ -61,17 +61,20 @@ def _context() -> ocp.Context:
   return context
 
 
+def _is_not_of_orbax(record) -> bool:
+  return "orbax" not in record.pathname
+
+
 @contextlib.contextmanager
 def quiet_orbax():
-  """Keeps Orbax's warnings and tracebacks off stderr: whatever fails is raised too, and said in one line by the caller."""
+  """Keeps Orbax's warnings and tracebacks off stderr, for the rest of the process.
+
+  Whatever fails is raised too, and said in one line by the caller; Orbax's threads may say it
+  again long after.
+  """
   mute_remains()
-  keep = lambda record: "orbax" not in record.pathname
-  logger = logging.get_absl_logger()
-  logger.addFilter(keep)
-  try:
-    yield
-  finally:
-    logger.removeFilter(keep)
+  logging.get_absl_logger().addFilter(_is_not_of_orbax)
+  yield
 
 
 def checkpoint_folder(workdir: str) -> str:

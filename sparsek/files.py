@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -60,18 +61,37 @@ def atomic_file(path: str, mode: str = "wb", **options) -> Iterator[IO]:
   if "b" not in mode:
     options.setdefault("encoding", "utf-8")
   folder, name = os.path.split(os.path.abspath(path))
-  handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_TEMPORARY, dir=folder)
+  handle, temporary = _locked_temporary(folder, name)
   try:
     with open(handle, mode, **options) as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
-    os.chmod(temporary, _permissions(path))
-    os.replace(temporary, path)
+      os.chmod(temporary, _permissions(path))
+      os.replace(temporary, path)            # before it is closed, which ends the lock
   except BaseException:
     with contextlib.suppress(OSError):
       os.unlink(temporary)
     raise
+
+
+def _locked_temporary(folder: str, name: str) -> tuple[int, str]:
+  """Makes a temporary file that is locked, and removes those that killed processes left unlocked.
+
+  Without locks in this file system, what they left stays.
+  """
+  pattern = f".{glob.escape(name)}.{'?' * 8}{_TEMPORARY}"
+  for left in glob.glob(os.path.join(glob.escape(folder), pattern)):
+    with contextlib.suppress(OSError), open(left, "rb") as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      os.unlink(left)
+  while True:
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_TEMPORARY, dir=folder)
+    with contextlib.suppress(OSError):
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    if os.path.lexists(temporary):           # else another process was faster than the lock
+      return handle, temporary
+    os.close(handle)
 
 
 def _permissions(path: str) -> int:

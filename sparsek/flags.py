@@ -387,6 +387,9 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = FLAGS,
   """
   try:
     rest = flag_values([argv[0], *flagfiles.expand(argv[1:], flag_values, say or _say)])
+  except RecursionError:
+    # absl looks for a flag of a similar name, letter by letter.
+    raise UsageError("a flag is unknown, and its name is of hundreds of letters") from None
   except flags.Error as error:
     raise UsageError(" ".join(str(error).replace("flag --", "--", 1).removeprefix("ERROR:: ").split())) from None
   if rest[1:]:
@@ -442,6 +445,9 @@ def _run(main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequen
   except (UsageError, RunError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
+  except NotImplementedError as error:                   # so implementations of attention refuse
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   return 0
 
 

@@ -1,7 +1,6 @@
 """A run's folder: its lock, and the records of what is run in it."""
 
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -102,16 +101,23 @@ def write_record(workdir: str, name: str, text: str) -> None:
       if old == content:
         return
       # Not renamed: a kill must not leave the run without its record.
-      write_atomically(_free_name(path), old)
+      _keep(path, old)
     write_atomically(path, content)
   except OSError as error:
     raise cannot_write(path, error) from None
 
 
-def _free_name(path: str) -> str:
+def _keep(path: str, content: bytes) -> None:
+  """Writes a record's older contents to the next free name, unless an earlier try did so."""
   stem, extension = os.path.splitext(path)
-  numbered = (f"{stem}.{number}{extension}" for number in itertools.count(1))
-  return next(name for name in numbered if not os.path.lexists(name))
+  numbered = [f"{stem}.1{extension}"]
+  while os.path.lexists(numbered[-1]):
+    numbered.append(f"{stem}.{len(numbered) + 1}{extension}")
+  if len(numbered) > 1 and os.path.isfile(numbered[-2]):
+    with open(numbered[-2], "rb") as file:
+      if file.read() == content:
+        return
+  write_atomically(numbered[-1], content)
 
 
 def to_json(record: dict) -> str:

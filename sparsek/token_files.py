@@ -162,7 +162,7 @@ def check_can_make(folder: str) -> None:
   while not os.path.lexists(parent):
     parent = os.path.dirname(parent)
   try:
-    with tempfile.TemporaryDirectory(prefix=".", dir=parent):
+    with tempfile.TemporaryFile(dir=parent):       # without a name, which a kill would leave
       pass
   except OSError as error:
     raise UsageError(f"folder {folder} cannot be written: {reason_of(error)} (in {parent})") from None

@@ -60,6 +60,14 @@ def _read(path: str) -> dict:
   return files.read_json_object(path) if os.path.exists(path) else {}
 
 
+def _read_minutes(path: str) -> dict[str, float]:
+  minutes = _read(path)
+  for name, value in minutes.items():
+    if type(value) not in (int, float):
+      raise UsageError(f"{path} says {name}={str(value)[:50]!r}, expected a number of minutes")
+  return minutes
+
+
 def _stale(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, minutes: Mapping,
            made: Mapping) -> dict[str, list[str]]:
   """Returns how each stage that ran differs from the plan, and those that follow from such a one.
@@ -118,7 +126,7 @@ def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, on
             for name, (script, *words) in plan.items()}
   _clear(plan, wanted, workdir, retrain)
   paths = [os.path.join(workdir, name) for name in (MADE, MINUTES)]
-  made, minutes = map(_read, paths)
+  made, minutes = _read(paths[0]), _read_minutes(paths[1])
   share = 0.9 / -(-at_once // len(devices.split(",")))
   left, running, failed = [name for name in plan if name not in minutes and re.search(only, name)], {}, []
   with child.ending_at_signals(), concurrent.futures.ThreadPoolExecutor(at_once) as pool:

@@ -124,6 +124,19 @@ def test_what_could_be_read_for_ever_is_refused(tmp_path):
       files.check_regular(path)
 
 
+def test_what_a_killed_process_left_goes_with_the_next_write_and_what_one_is_writing_stays(tmp_path):
+  path = tmp_path / "a"
+  (tmp_path / ".a.abcdefgh.tmp").write_text("half")
+  others = [tmp_path / name for name in (".b.abcdefgh.tmp", "a.tmp", ".a.tmp")]
+  for other in others:
+    other.write_text("another's")
+  with files.atomic_file(path) as file:
+    files.write_atomically(path, "second")
+    file.write(b"first")
+  assert path.read_text() == "first"
+  assert sorted(os.listdir(tmp_path)) == sorted(["a", *(other.name for other in others)])
+
+
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
   path, seen = tmp_path / "to" / "new", []
   full = OSError(28, "No space left on device")

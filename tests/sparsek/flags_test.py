@@ -103,7 +103,9 @@ def test_attention_flags_alone_override_a_loaded_configuration():
   assert (config.k, config.window, config.gate, config.vocab_size) == (9, 3, "value", 300)
 
 
-@pytest.mark.parametrize("error, code", [(UsageError("no such thing"), 2), (RunError("disk full"), 1)])
+@pytest.mark.parametrize("error, code", [
+    (UsageError("no such thing"), 2), (RunError("disk full"), 1),
+    (NotImplementedError("implementation='mosaic_gpu' cannot run here"), 2)])
 def test_run_prints_one_line_and_exits(error, code, capsys):
   def main():
     raise error
@@ -160,3 +162,8 @@ def test_a_flagfile_has_no_preset_that_would_exclude_another_model(arguments, wr
 def test_what_is_not_default():
   values = parsed("--workdir=w", "--k=8", "--preset=tiny", "--noqk_norm", "--data=/d")
   assert sorted(flags.not_default(values).splitlines()) == ["--data=/d", "--k=8", "--noqk_norm"]
+
+
+def test_an_unknown_flag_of_a_very_long_name_is_refused():
+  with pytest.raises(UsageError, match="unknown"):
+    parsed("--" + "k" * 2000)

@@ -57,3 +57,20 @@ def test_the_owner_of_a_lock_may_have_left_any_bytes(tmp_path):
     (tmp_path / "lock").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="in use by another run"):
       run_directory.lock(str(tmp_path))
+
+
+def test_a_write_that_failed_after_the_old_record_was_kept_does_not_keep_it_twice(tmp_path, monkeypatch):
+  run_directory.write_record(str(tmp_path), "a.json", "old")
+  real = run_directory.write_atomically
+
+  def full(path, content):
+    if content == b"new":
+      raise OSError(errno.ENOSPC, "No space left on device")
+    real(path, content)
+  monkeypatch.setattr(run_directory, "write_atomically", full)
+  with pytest.raises(RunError, match="No space left on device"):
+    run_directory.write_record(str(tmp_path), "a.json", "new")
+  monkeypatch.undo()
+  run_directory.write_record(str(tmp_path), "a.json", "new")
+  assert sorted(os.listdir(tmp_path)) == ["a.1.json", "a.json"]
+  assert (tmp_path / "a.1.json").read_text() == "old"
