@@ -84,8 +84,10 @@ def test_pairs_over_the_records(capsys):
   assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in found
 
 
-PLAN = {"c": ("pretrain", "--workdir=w/c", "--init_from=w/b"), "a": ("pretrain", "--workdir=w/a"),
-        "b": ("pretrain", "--workdir=w/b", "--init_from=w/a"), "d": ("evaluate", "--workdir=w/a,w/c")}
+PLAN = {"c": ("pretrain", "--workdir=w/c", "--init_from=w/b"),
+        "a": ("pretrain", "--workdir=w/a"),
+        "b": ("pretrain", "--workdir=w/b", "--init_from=w/a"),
+        "d": ("evaluate", "--workdir=w/a,w/c")}
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ def test_what_is_not_finite_stays_with_those_that_see_it(implementation, gate, w
   """NaN and infinity in padding, as in memory that nobody wrote; its outputs have no cotangent."""
   spec = specs.Spec("padded", n=30, heads=4, groups=2, head_dim=8, k=3, window=3)
   inputs, cotangent, _ = problem(spec)
-  attend = functools.partial(sparsek.sparsek_attention, k=3, window=3, gate=gate, implementation=implementation,
+  attend = functools.partial(sparsek.sparsek_attention, k=3, window=3, gate=gate,
+                             implementation=implementation,
                              segment_ids=jnp.where(jnp.arange(30) < 23, 1, 0)[None])
   cotangent = cotangent.at[:, 23:].set(0)
 

@@ -332,7 +332,8 @@ def test_parameters_that_no_loss_has_seen_are_not_saved(dataset, run_copy):
   with pytest.raises(RunError) as error:
     train.train(CONFIG, with_learning_rate(config, 1e30), dataset)
   message = str(error.value)
-  assert "under the parameters of step 9, whose update had loss 5." in message and "\n" not in message
+  assert "under the parameters of step 9, whose update had loss 5." in message
+  assert "\n" not in message
   assert "checkpoints of steps 4, 8" in message and "--restore_step=4" in message
   assert checkpoint.saved_steps(str(run_copy)) == [4, 8]
 
@@ -352,7 +353,8 @@ def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkey
       return state._replace(**{leaf: jax.tree.unflatten(structure, leaves)}), outputs
     return ruined
   monkeypatch.setattr(train, "make_train_step", ruining)
-  with pytest.raises(RunError, match="parameters or moments of step 1 are not finite.*no checkpoint"):
+  with pytest.raises(RunError,
+                     match="parameters or moments of step 1 are not finite.*no checkpoint"):
     train.train(CONFIG, run_config(tmp_path, checkpoint_every=1, eval_every=0), dataset)
   assert checkpoint.saved_steps(str(tmp_path)) == []
 
@@ -379,7 +381,7 @@ def test_a_run_goes_back_to_a_step_and_logs_the_same(finished, dataset, run_copy
 
 
 def test_skipped_spikes_are_told_and_resume_to_the_bit(dataset, tmp_path, monkeypatch, capsys):
-  """Of losses that hardly fall, those above their mean are spikes here."""
+  """Takes losses that hardly fall: those above their mean are spikes here."""
   monkeypatch.setattr(train.spikes, "FIRST", 2)
 
   def settings(workdir, **fields):
@@ -457,7 +459,8 @@ def full(*args, **kwargs):
 
 FULL = {"the lock": (run_directory, "lock"), "the records": (run_directory, "write_record"),
         "the tokenizer": (ByteTokenizer, "save"), "the metrics": (train, "MetricsWriter"),
-        "fsync of the metrics": (train.MetricsWriter, "sync"), "the end": (train.MetricsWriter, "close")}
+        "fsync of the metrics": (train.MetricsWriter, "sync"),
+        "the end": (train.MetricsWriter, "close")}
 
 
 def test_a_full_disk_is_one_sentence_and_the_command_can_be_repeated(finished, dataset, tmp_path,
@@ -475,7 +478,8 @@ def test_a_full_disk_leaves_the_tokenizer_as_it_was(tmp_path):
   """Its library would cut the file short, and raise a bare Exception."""
   tokenizer = train_bpe(["some text"], 257)
   tokenizer.save(str(tmp_path))
-  before, limits = (tmp_path / "tokenizer.json").read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+  before = (tmp_path / "tokenizer.json").read_text()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
     with pytest.raises(OSError, match="File too large"):
@@ -556,7 +560,8 @@ def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
   written = []
   events = types.SimpleNamespace(add_scalar=lambda *args: written.append(args),
                                  flush=lambda: written.append("flush"), close=lambda: None)
-  monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda folder, **options: events))
+  monkeypatch.setitem(sys.modules, "tensorboardX",
+                      types.SimpleNamespace(SummaryWriter=lambda folder, **options: events))
   writer = train.MetricsWriter(str(tmp_path), 0, tensorboard=True)
   writer.write({"step": 3, "loss": 2.0})
   writer.close()
