@@ -17,7 +17,6 @@ from sparsek import flags as flags_lib
 from sparsek import path_flags
 from sparsek.corpus import DEFAULT_EXTENSIONS, LeftOut, documents
 from sparsek.errors import UsageError
-from sparsek.files import cannot_write
 from sparsek.token_files import (check_can_make, check_same, open_token_files, read_meta,
                                  verify_token_files, write_token_files)
 from sparsek.tokenizer import describe_documents, load_tokenizer, train_bpe
@@ -109,10 +108,7 @@ def main() -> None:
       raise UsageError(f"--{name} is required: {FLAGS[name].help}")
   check_can_make(FLAGS.output)                       # before the tokenizer is trained
   tokenizer, left_out = _tokenizer(), LeftOut()
-  try:
-    write_token_files(FLAGS.output, _documents("tokenising", left_out), tokenizer, FLAGS.sources)
-  except OSError as error:
-    raise cannot_write(FLAGS.output, error) from None
+  write_token_files(FLAGS.output, _documents("tokenising", left_out), tokenizer, FLAGS.sources)
   for line in left_out.lines():
     print(line)
   _report(open_token_files(FLAGS.output))

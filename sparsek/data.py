@@ -20,9 +20,10 @@ from absl import logging
 from sparsek.config import DataConfig, check_at_least
 from sparsek.corpus import STDLIB, documents
 from sparsek.epoch_order import EpochOrder, Stage
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
+from sparsek.new_folder import temporary_name
 from sparsek.token_files import (FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files,
-                                 temporary_name, write_token_files)
+                                 write_token_files)
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -75,7 +76,7 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
         shutil.rmtree(damaged, ignore_errors=True)
     logging.info("Tokenising Python's standard library into %s", folder)
     write_token_files(folder, documents([STDLIB]), tokenizer, [STDLIB])
-  except (OSError, UsageError) as error:
+  except (OSError, RunError, UsageError) as error:
     # Another process may have been faster; then its files are as good as ours.
     if not os.path.isdir(folder):
       raise UsageError(f"the corpus {STDLIB!r} could not be prepared in {folder} (XDG_CACHE_HOME sets another place): {error}") from error

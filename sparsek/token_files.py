@@ -10,10 +10,7 @@
 """
 
 import array
-import contextlib
 import dataclasses
-import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -21,11 +18,7 @@ import json
 import os
 import platform
 import re
-import shutil
-import signal
 import tempfile
-import threading
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -34,6 +27,7 @@ from sparsek.config import check_choice
 from sparsek.corpus import Document
 from sparsek.errors import RunError, UsageError
 from sparsek.files import check_regular, read_json_object, reason_of
+from sparsek.new_folder import new_folder
 from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 
 FORMAT = "sparsek-tokens"
@@ -43,7 +37,6 @@ SPLITS = ("train", "heldout")
 _META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "num_counted": dict, "vocab_size": int, "tokenizer": dict,
                "heldout": list, "sha256": dict}
 _META_CHECKSUM = "meta_sha256"
-_TEMPORARY = ".preparing"          # ending of the folder in which token files are made
 _MAX_META_BYTES = 1 << 30          # it lists the held-out documents, up to some 10^8 of them
 _CHARACTERS_AT_ONCE = 1 << 22
 
@@ -126,9 +119,6 @@ class TokenDataset:
 def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str] = ()) -> None:
   """Tokenises documents into a new folder, which appears complete or not at all.
 
-  SIGTERM and SIGHUP end the process by an exception meanwhile, so that nothing is left behind; what
-  a process left that was killed at once is removed by the next one that makes the same folder.
-
   Args:
     folder: to be made; its parents too.
     documents: at least one.
@@ -137,19 +127,11 @@ def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tok
 
   Raises:
     UsageError: if the folder is there already, or there is no document.
-    OSError: if it cannot be written.
+    RunError: if it cannot be written.
   """
-  folder = os.path.abspath(folder)
   check_new(folder)
-  os.makedirs(os.path.dirname(folder), exist_ok=True)
-  remove_abandoned(folder)
-  with _unwinding_on_signals(), _temporary_sibling(folder) as temporary:
-    _write(temporary, documents, tokenizer, sources)
-    for name in os.listdir(temporary):
-      with open(os.path.join(temporary, name), "rb") as file:
-        os.fsync(file.fileno())
-    check_new(folder)
-    os.rename(temporary, folder)
+  with new_folder(folder, alone=False) as unfinished:
+    _write(unfinished, documents, tokenizer, sources)
 
 
 def check_new(folder: str) -> None:
@@ -170,80 +152,6 @@ def check_can_make(folder: str) -> None:
   except OSError as error:
     raise UsageError(f"folder {folder} cannot be written: {reason_of(error)} "
                      f"(in {parent})") from None
-
-
-@contextlib.contextmanager
-def _temporary_sibling(folder: str) -> Iterator[str]:
-  """Makes a hidden folder beside `folder`, locked while it is in use, and removed at the end.
-
-  A sibling, since only within one file system is renaming atomic. Not mkdtemp: others should be
-  able to read the result.
-  """
-  with contextlib.ExitStack() as stack:
-    ready = False
-    while not ready:                     # `remove_abandoned` may be faster than the lock
-      temporary = temporary_name(folder)
-      os.mkdir(temporary)
-      stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-      ready = stack.enter_context(_lock(temporary, without_locks=True))
-    yield temporary
-
-
-def temporary_name(folder: str) -> str:
-  """Returns a new name that `remove_abandoned(folder)` recognises."""
-  parent, name = os.path.split(folder)
-  return os.path.join(parent, f".{name}.{uuid.uuid4().hex}{_TEMPORARY}")
-
-
-def remove_abandoned(folder: str) -> None:
-  """Removes the temporary folders of processes that were killed while they made `folder`."""
-  parent, name = os.path.split(folder)
-  pattern = f".{glob.escape(name)}.{'[0-9a-f]' * 32}{_TEMPORARY}"
-  for path in glob.glob(os.path.join(glob.escape(parent), pattern)):
-    with _lock(path, without_locks=False) as locked:
-      if locked:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(folder: str, without_locks: bool) -> Iterator[bool]:
-  """Locks a folder as long as the block or this process lasts.
-
-  Args:
-    folder: to lock.
-    without_locks: what to yield on a file system that has no locks.
-  Yields:
-    False where another process holds the lock or has removed the folder.
-  """
-  with contextlib.ExitStack() as stack:
-    try:
-      handle = os.open(folder, os.O_RDONLY)
-      stack.callback(os.close, handle)
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      locked = os.path.isdir(folder)
-    except (BlockingIOError, FileNotFoundError):
-      locked = False
-    except OSError:
-      locked = without_locks
-    yield locked
-
-
-@contextlib.contextmanager
-def _unwinding_on_signals() -> Iterator[None]:
-  """Makes signals that would end the process at once raise SystemExit instead."""
-  def stop(number, frame):
-    raise SystemExit(128 + number)
-
-  previous = {}
-  if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGHUP):
-      if signal.getsignal(number) == signal.SIG_DFL:
-        previous[number] = signal.signal(number, stop)
-  try:
-    yield
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str]) -> None:

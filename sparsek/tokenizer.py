@@ -30,7 +30,7 @@ import numpy as np
 from sparsek import document_end
 from sparsek.document_end import EOS_TOKENS
 from sparsek.errors import UsageError
-from sparsek.files import write_atomically
+from sparsek.files import read_json_object, write_atomically
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -334,7 +334,7 @@ def describe_documents(tokenizer: Tokenizer) -> str:
 
 def _is_byte_data(folder: str) -> bool:
   try:
-    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
-      return json.load(file)["tokenizer"]["name"] == ByteTokenizer.name
-  except (OSError, ValueError, KeyError, TypeError):
+    meta = read_json_object(os.path.join(folder, "meta.json"), max_bytes=1 << 30)
+    return meta["tokenizer"]["name"] == ByteTokenizer.name
+  except (UsageError, KeyError, TypeError):
     return False

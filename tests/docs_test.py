@@ -100,7 +100,8 @@ def test_links_and_files_exist():
   for name in ("README.md", "WORKSPACE.md", "docs/attention-map.md"):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
       assert target.startswith("http") or ((ROOT / name).parent / target).exists(), f"{name}: {target}"
-  listed = " ".join(re.findall(r"`([^`]+)`", (ROOT / "WORKSPACE.md").read_text()))
+  quoted = re.findall(r"`([^`]+)`", (ROOT / "WORKSPACE.md").read_text())
+  listed = {name.rpartition("/")[2] for name in quoted}
   for folder in ("sparsek", "kernels"):
     for file in (ROOT / folder).glob("*.py"):
       assert file.name == "__init__.py" or file.name in listed, f"WORKSPACE.md does not mention {folder}/{file.name}"

@@ -14,8 +14,8 @@ import pytest
 from sparsek import data
 from sparsek.corpus import Document, documents
 from sparsek.errors import UsageError
-from sparsek.token_files import (
-    open_token_files, remove_abandoned, temporary_name, verify_token_files, write_token_files)
+from sparsek.new_folder import remove_abandoned, temporary_name
+from sparsek.token_files import open_token_files, verify_token_files, write_token_files
 from sparsek.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
 
 TEXTS = ["def f(x):\n  return x\n" * 5, "Grüße, 世界! 👋🏽\r\n\tÅngström", " spaces around ", "a<|endoftext|>b", "\u0000\u200b\ufeff"]
@@ -353,7 +353,7 @@ def test_signals_leave_nothing(tmp_path, number, expected):
 def test_what_killed_processes_left_is_removed_and_what_runs_is_kept(tmp_path):
   folder = str(tmp_path / "new")
   left, running = temporary_name(folder), temporary_name(folder)
-  others = [temporary_name(str(tmp_path / "new.other")), str(tmp_path / ".new.x.preparing"),
+  others = [temporary_name(str(tmp_path / "new.other")), str(tmp_path / ".new.x.unfinished"),
             str(tmp_path / ".new.tmp")]
   for path in (left, running, *others):
     os.mkdir(path)
