@@ -63,8 +63,10 @@ def folder(tmp_path):
 
 
 def edit(path, change):
+  """Changes a JSON file, and makes a meta.json one of an older version, without its checksum."""
   record = json.loads(path.read_text())
   change(record)
+  record.pop("meta_sha256", None)
   path.write_text(json.dumps(record))
 
 
