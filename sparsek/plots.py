@@ -333,7 +333,7 @@ def _png(figure) -> bytes:
 
 
 def save(figure, path: str) -> None:
-  """Writes a picture, in the format that its name ends in, or raises RunError and leaves nothing."""
+  """Writes a picture, in the format that its name ends in, whole, or raises RunError."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format=os.path.splitext(path)[1][1:])
   files.save(path, buffer.getvalue())

@@ -68,7 +68,8 @@ def spaced(folder):
   spm().save(str(folder / "spaced" / "tokenizer"))
   path = folder / "spaced" / "model.json"
   record = json.loads(path.read_text())
-  path.write_text(json.dumps({**record, "tokenizer": {"name": "bpe", "bos_ids": [1]}}))
+  made = {"name": spm().name, "fingerprint": spm().fingerprint, "bos_ids": [1]}
+  path.write_text(json.dumps({**record, "tokenizer": {**record["tokenizer"], **made}}))
   return f"--workdir={folder}/spaced"
 
 

@@ -213,7 +213,7 @@ def iterators(processes=1, **flags):
 
 
 def read_on(state, steps, processes=1, **flags):
-  """Returns the targets of `steps` batches under these flags, from a state on, and the next state."""
+  """Returns targets of `steps` batches under these flags, from a state on, and the next state."""
   readers = iterators(processes, **flags)
   for reader in readers:
     if state:
