@@ -148,4 +148,4 @@ def test_no_file_is_longer_than_600_lines():
     for file in (ROOT / folder).rglob("*.py"):
       assert len(file.read_text().splitlines()) <= 600, file
   for file in (ROOT / "experiments").glob("*.py"):
-    assert len(file.read_text().splitlines()) <= 120, file
+    assert len(file.read_text().splitlines()) <= 160, file      # of at most 100 columns, now
