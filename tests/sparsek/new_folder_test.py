@@ -1,6 +1,7 @@
 """New folders appear whole or not at all, and nothing of those that failed stays."""
 
 import contextlib
+import fcntl
 import os
 import threading
 import time
@@ -77,3 +78,22 @@ def test_what_a_new_folder_cannot_replace(tmp_path, monkeypatch):
       (tmp_path / "full").rename(tmp_path / "late")
   assert sorted(os.listdir(tmp_path)) == ["file", "here", "late"]
   assert (tmp_path / "late" / "note").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+  def without_locks(*_):
+    raise OSError(37, "No locks available")
+  monkeypatch.setattr(fcntl, "flock", without_locks)
+  left = temporary_name(str(tmp_path / "new"))             # perhaps of a process that goes on
+  os.mkdir(left)
+  with new_folder(str(tmp_path / "new")):
+    pass
+  assert sorted(os.listdir(tmp_path)) == sorted(["new", os.path.basename(left)])
+
+
+def test_of_two_that_need_not_be_alone_the_first_to_end_has_it(tmp_path):
+  with pytest.raises(UsageError, match="new is not empty"):
+    with new_folder(str(tmp_path / "new"), alone=False):
+      with new_folder(str(tmp_path / "new"), alone=False) as faster:
+        os.mkdir(os.path.join(faster, "whole"))
+  assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["whole"]
