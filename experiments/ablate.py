@@ -4,9 +4,11 @@
     --attention=sparsek,random,sliding_window,full --gate=straight_through,value --seeds=3
 
 Every combination that makes a difference is a cell, a run of experiments.pretrain in WORKDIR/cells/NAME under the flags of --base. Finished cells are skipped
-and interrupted ones go on: repeat the command. What other flags made is refused, or with --retrain moved to WORKDIR/cells/replaced and trained again.
---job=i/N takes every N-th cell, for the array jobs of a cluster; a cell that another job trains is left to it. After each cell WORKDIR gets table.md,
-table.csv, report.html and its picture report.png: heatmaps over k and window, and loss against keys per query.
+and interrupted ones go on: repeat the command. What other flags made is refused, or with --retrain
+moved to WORKDIR/cells/replaced and trained again. --job=i/N takes every N-th cell, for the array
+jobs of a cluster; a cell that another job trains is left to it. After each cell WORKDIR gets
+table.md, table.csv, report.html and its picture report.png: heatmaps over k and window, and loss
+against keys per query.
 """
 
 import os
@@ -109,7 +111,8 @@ def main() -> None:
       ablation.write_report(FLAGS.workdir, ablation.collect(runs, cells), report)
   rows = ablation.collect(runs, cells)
   if rows:
-    print(f"\n{ablation.markdown(ablation.summarize(rows))}\n{len(rows)} of {len(cells)} cells; {os.path.join(FLAGS.workdir, 'report.html')}")
+    print(f"\n{ablation.markdown(ablation.summarize(rows))}\n{len(rows)} of {len(cells)} cells; "
+          f"{os.path.join(FLAGS.workdir, 'report.html')}")
   if busy:
     print(f"left to another job, which trains them: {', '.join(busy)}", file=sys.stderr)
   if failed:

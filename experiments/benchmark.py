@@ -15,7 +15,8 @@ import json
 import os
 
 from experiments.suites import FLAGS, check_same_model, decode_jobs, flag, jobs, names, problems
-from sparsek import benchmark_report, decode_report, files, flags, measure, measure_decode, measure_train, train_report, transformers_llama
+from sparsek import benchmark_report, decode_report, files, flags, measure, measure_decode
+from sparsek import measure_train, train_report, transformers_llama
 from sparsek.errors import RunError, UsageError
 
 REFERENCE_LENGTH = 4096

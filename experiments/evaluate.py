@@ -121,7 +121,8 @@ def main() -> None:
   settings = [{"step": step, "attention": ",".join(run.config.attention), "training length": length, "window": run.config.window,
                "k": run.config.k if set(run.config.layer_kinds) - {"sliding_window", "full", "linear"} else "-"}
               for run, step, length in zip(runs, steps, trained_lengths)]
-  print(format_table([path_flags.shown(run.workdir) for run in runs], results, bits, trained_lengths, settings))
+  names = [path_flags.shown(run.workdir) for run in runs]
+  print(format_table(names, results, bits, trained_lengths, settings))
 
 
 if __name__ == "__main__":

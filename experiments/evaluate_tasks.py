@@ -80,11 +80,15 @@ def main() -> None:
       for length in lengths:
         size = -(-FLAGS.examples // batch_size)
         batches = tasks.evaluate(config, params, tokenizer, task, length, FLAGS.examples, batch_size, FLAGS.seed, FLAGS.min_distance)
-        *_, found[label, task, length] = tqdm(batches, f"{label} {task} {length}", size, unit="batch", disable=None)
+        *_, found[label, task, length] = tqdm(
+            batches, f"{label} {task} {length}", size, unit="batch", disable=None)
     results = [{"task": task, "length": length, "right": right, "total": total}
                for (folder, task, length), (right, total) in found.items() if folder == label]
-    records[label] = {"step": step, "results": results, "flags": flags.into_string(FLAGS).splitlines(), "model": dataclasses.asdict(config),
-                        "trained_seq_len": record["data"]["seq_len"], "versions": run_directory.versions()}
+    records[label] = {"step": step, "results": results,
+                      "flags": flags.into_string(FLAGS).splitlines(),
+                      "model": dataclasses.asdict(config),
+                      "trained_seq_len": record["data"]["seq_len"],
+                      "versions": run_directory.versions()}
     append_record(os.path.join(workdir, "tasks.jsonl"), records[label])
   print(tasks.table(list(records), lengths, found))
   if FLAGS.record:

@@ -50,7 +50,8 @@ def prompts() -> list[str]:
     text = content.decode("utf-8-sig").replace("\r\n", "\n")
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
-    raise UsageError(f"--prompt_file={path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}") from None
+    raise UsageError(f"--prompt_file={path} is not UTF-8: byte "
+                     f"0x{content[error.start]:02x} in line {line}") from None
   if not text:
     raise UsageError(f"--prompt_file={path} has no lines")
   return text.removesuffix("\n").split("\n")
@@ -62,7 +63,8 @@ def cache_paths() -> tuple[str | None, str | None]:
   if target:
     folder = os.path.dirname(target) or "."
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-      raise UsageError(f"--save_cache={target}: must be a file in a folder that exists and can be written")
+      raise UsageError(f"--save_cache={target}: must be a file in a folder that exists and can "
+                       f"be written")
     if os.path.lexists(target):
       check_regular(target, "--save_cache")
   return source, target
@@ -78,7 +80,10 @@ def begin(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def shown_prompt(stream: TextStream, text: str, ids: list[int]) -> str:
-  """The prompt as it was given, with what its tokens bring before it: the rest of an earlier turn's last character, a space."""
+  """Returns the prompt as it was given, after what its tokens bring before it.
+
+  That may be the rest of an earlier turn's last character, or a space.
+  """
   brought = stream.turn(ids)
   if brought.endswith(text):
     return brought
@@ -102,8 +107,10 @@ def main() -> None:
   try:
     session = Session.load(source, config, params) if source else Session(config, params, len(ids))
     if len(texts) != len(session.texts):
-      given = f"--prompt_file={flag('prompt_file')} has {len(texts)}" if flag("prompt_file") else "--prompt is 1"
-      raise UsageError(f"--load_cache={source} holds {len(session.texts)} texts, {given}: give a line for each")
+      file = flag("prompt_file")
+      given = f"--prompt_file={file} has {len(texts)}" if file else "--prompt is 1"
+      raise UsageError(f"--load_cache={source} holds {len(session.texts)} texts, {given}: "
+                       f"give a line for each")
     del params                                            # in float32; the session has its own
     turn = session.generate(
         ids, max_new_tokens=flag("max_new_tokens"), temperature=flag("temperature"), top_p=flag("top_p"), top_k=flag("top_k"),
@@ -114,7 +121,8 @@ def main() -> None:
   except ValueError as error:
     raise UsageError(f"--{error}") from None
 
-  streams, times, new = [TextStream(tokenizer, flag("stop"), **state) for state in session.texts], [], 0
+  streams = [TextStream(tokenizer, flag("stop"), **state) for state in session.texts]
+  times, new = [], 0
   written = list(map(shown_prompt, streams, texts, ids))
   show = (lambda text: print(text, end="", flush=True)) if len(ids) == 1 else lambda text: None
   show(written[0])

@@ -26,6 +26,7 @@ from sparsek import checkpoint, document_end, files, flags, pretrained, run_dire
 from sparsek.config import DataConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.model import count_params
+from sparsek.new_folder import check_new_folder, new_folder
 from sparsek.tokenizer import load_tokenizer
 
 FLAGS = absl_flags.FlagValues()       # apart from those of other scripts in the same process
@@ -42,7 +43,7 @@ def import_folder(folder: str, workdir: str) -> None:
     raise UsageError(f"--from={folder}: there is no such folder")
   if os.path.exists(os.path.join(workdir, "model.json")):
     raise UsageError(f"--workdir={workdir} holds a run already: give a new folder")
-  files.check_new_folder(workdir)
+  check_new_folder(workdir)
   tokenizer = load_tokenizer(folder)
   base = pretrained.load_config(folder)
   if tokenizer.vocab_size > base.vocab_size:
@@ -58,7 +59,7 @@ def import_folder(folder: str, workdir: str) -> None:
       "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
                     "vocab_size": tokenizer.vocab_size, "bos_ids": tokenizer.bos_ids,
                     "eos_ids": ends}}
-  with checkpoint.quiet_orbax(), files.new_folder(workdir) as unfinished:
+  with checkpoint.quiet_orbax(), new_folder(workdir) as unfinished:
     save_checkpoint(unfinished, workdir, params)
     pretrained.copy_tokenizer(folder, os.path.join(unfinished, "tokenizer"))
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
@@ -92,7 +93,7 @@ def end_tokens(folder: str, tokenizer) -> list[int]:
 
 def export_run(workdir: str, folder: str, step: int | None) -> None:
   """Writes the parameters of a run, and its tokenizer where it is one that others read."""
-  files.check_new_folder(folder)
+  check_new_folder(folder)
   config, run = checkpoint.load_run_config(workdir)
   end = checkpoint.load_run_tokenizer(workdir).eos_id
   params, step = checkpoint.load_params(workdir, config, step, allow_older=FLAGS.allow_older_step)

@@ -60,10 +60,7 @@ def main() -> None:
   if FLAGS.record:
     record = {"loss": dense, "rises": rises, "term": term, "layer_pattern": pattern, "step": step, "flags": flags.into_string(FLAGS).splitlines(),
               "versions": run_directory.versions()}
-    try:
-      files.write_atomically(FLAGS.record, json.dumps(record, indent=1))
-    except OSError as error:
-      raise files.cannot_write(FLAGS.record, error) from None
+    files.save(FLAGS.record, json.dumps(record, indent=1))
     print(FLAGS.record, file=sys.stderr)
 
 

@@ -17,33 +17,43 @@ from sparsek import flags as flags_lib
 from sparsek import path_flags
 from sparsek.corpus import DEFAULT_EXTENSIONS, LeftOut, documents
 from sparsek.errors import UsageError
-from sparsek.files import cannot_write
-from sparsek.token_files import check_can_make, check_same, open_token_files, read_meta, verify_token_files, write_token_files
+from sparsek.token_files import (check_can_make, check_same, open_token_files, read_meta,
+                                 verify_token_files, write_token_files)
 from sparsek.tokenizer import describe_documents, load_tokenizer, train_bpe
 
 # Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
 FLAGS = flags.FlagValues()
 # Relative paths stay so: they are names of documents, the same wherever a corpus is made.
 flags.DEFINE_flag(path_flags.paths_flag(
-    "sources", 'Comma-separated: text files (one document each), .jsonl files (one document a line), folders (recursive), "stdlib", '
-    "the source text of Python's standard library, or tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes. "
-    "A path with a comma is given alone.", words=("stdlib", "tasks:"), absolute=False), FLAGS)
+    "sources", "Comma-separated: text files (one document each), .jsonl files (one document a "
+    'line), folders (recursive), "stdlib", the source text of Python\'s standard library, or '
+    "tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes. A path "
+    "with a comma is given alone.", words=("stdlib", "tasks:"), absolute=False), FLAGS)
 flags.DEFINE_integer("min_document_bytes", 0, "Leave out shorter documents; generated ones stay.", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_boolean("deduplicate", False, "Of equal documents keep the first only.", flag_values=FLAGS)
 flags.DEFINE_boolean(
-    "skip_bad_lines", False, "Leave out lines of .jsonl, elements of .json and rows of .parquet that have no text, and count them. Default: stop at the first.",
+    "skip_bad_lines", False,
+    "Leave out lines of .jsonl, elements of .json and rows of .parquet that have no text, and "
+    "count them. Default: stop at the first.",
     flag_values=FLAGS)
 flags.DEFINE_boolean(
     "answers_only", False, "Of generated documents the loss counts the answers only, in training and held-out evaluation, each token as much as one of text.",
     flag_values=FLAGS)
 flags.DEFINE_flag(path_flags.path_flag("output", None, "Folder to make."), FLAGS)
 flags.DEFINE_flag(path_flags.path_flag(
-    "tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', words=("byte",)), FLAGS)
+    "tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".',
+    words=("byte",)), FLAGS)
 flags.DEFINE_integer(
-    "train_bpe", None, "Train a byte-level BPE with this many ids on the documents that are not held out.", lower_bound=257, upper_bound=2**20,
+    "train_bpe", None,
+    "Train a byte-level BPE with this many ids on the documents that are not held out.",
+    lower_bound=257, upper_bound=2**20, flag_values=FLAGS)
+flags.DEFINE_list(
+    "extensions", list(DEFAULT_EXTENSIONS),
+    "Endings of the files taken from folders, in any case; .gz and .zst may follow.",
     flag_values=FLAGS)
-flags.DEFINE_list("extensions", list(DEFAULT_EXTENSIONS), "Endings of the files taken from folders, in any case; .gz and .zst may follow.", flag_values=FLAGS)
-flags.DEFINE_string("text_field", "text", "Field of a JSON object, or column of a .parquet file, that holds the text.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "text_field", "text",
+    "Field of a JSON object, or column of a .parquet file, that holds the text.", flag_values=FLAGS)
 flags.DEFINE_enum(
     "errors", "strict", ["strict", "replace"], "What to do about text that is not UTF-8: stop, or put U+FFFD.", flag_values=FLAGS)
 flags.DEFINE_float(
@@ -51,13 +61,15 @@ flags.DEFINE_float(
 flags.DEFINE_flag(path_flags.path_flag(
     "verify", None, "Only compare the checksums of this folder of token files."), FLAGS)
 flags.DEFINE_flag(path_flags.path_flag(
-    "expect", None, "A meta.json or a copy of one: end with an error unless the tokens and the split are the same."), FLAGS)
+    "expect", None, "A meta.json or a copy of one: end with an error unless the tokens and the "
+    "split are the same."), FLAGS)
 
 
 def _documents(description: str, left_out: LeftOut | None = None):
-  every = documents(
-      FLAGS.sources, extensions=FLAGS.extensions, left_out=left_out, **{name: FLAGS[name].value for name in (
-          "heldout_fraction", "text_field", "errors", "min_document_bytes", "deduplicate", "answers_only", "skip_bad_lines")})
+  names = ("heldout_fraction", "text_field", "errors", "min_document_bytes", "deduplicate",
+           "answers_only", "skip_bad_lines")
+  every = documents(FLAGS.sources, extensions=FLAGS.extensions, left_out=left_out,
+                    **{name: FLAGS[name].value for name in names})
   return tqdm(every, description, unit=" documents", disable=None)
 
 
@@ -70,7 +82,8 @@ def _tokenizer():
 
 
 def _report(dataset) -> None:
-  print(f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids, {describe_documents(dataset.tokenizer)}")
+  print(f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids, "
+        f"{describe_documents(dataset.tokenizer)}")
   for name in ("train", "heldout"):
     split = dataset.split(name)
     counted = f"; the loss counts {split.num_counted:,} tokens," if split.marked else ","
@@ -95,10 +108,7 @@ def main() -> None:
       raise UsageError(f"--{name} is required: {FLAGS[name].help}")
   check_can_make(FLAGS.output)                       # before the tokenizer is trained
   tokenizer, left_out = _tokenizer(), LeftOut()
-  try:
-    write_token_files(FLAGS.output, _documents("tokenising", left_out), tokenizer, FLAGS.sources)
-  except OSError as error:
-    raise cannot_write(FLAGS.output, error) from None
+  write_token_files(FLAGS.output, _documents("tokenising", left_out), tokenizer, FLAGS.sources)
   for line in left_out.lines():
     print(line)
   _report(open_token_files(FLAGS.output))

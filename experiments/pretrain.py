@@ -3,9 +3,9 @@
   python -m experiments.pretrain --workdir=/tmp/run --preset=tiny --num_steps=500
 
 The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl (one JSON object per logged step),
-flags.txt (a --flagfile that reproduces the run), model.json and versions.json. SIGTERM, SIGHUP, SIGUSR1
-and Ctrl-C save a checkpoint and exit 0. A checkpoint is saved only where a further step finds the loss
-and the gradients finite; --restore_step=N goes back to an earlier one.
+flags.txt (a --flagfile that reproduces the run), model.json and versions.json. SIGTERM, SIGHUP,
+SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is saved only where a further step
+finds the loss and the gradients finite; --restore_step=N goes back to an earlier one.
 --dry_run says what a step takes, and does nothing.
 """
 

@@ -45,13 +45,14 @@ def _refusal_of_jax(query, window):
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int, scale: float) -> jax.Array:
-  """Causal attention to the `window` latest tokens; shapes as in `sparsek.sliding_window_attention`.
+  """Returns causal attention to the `window` latest tokens.
 
-  JAX takes no gradients of rows of odd length: such a row gets one more token at its end, which none
-  of the others sees.
+  Shapes are as in `sparsek.sliding_window_attention`. JAX takes no gradients of rows of odd length:
+  such a row gets one more token at its end, which none of the others sees.
   """
   n = query.shape[1]
-  before = None if window >= n else (window - 1, 0)        # cuDNN is told the tokens before the query's own
+  # cuDNN is told the tokens before the query's own.
+  before = None if window >= n else (window - 1, 0)
   if n % 2:
     query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
   out = jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=True,

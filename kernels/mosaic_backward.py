@@ -12,8 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from .gates import tile_gradients, tile_weights
-from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work, axes,
-                            by_column, by_row, grid_of, matrix_buffer, phase_of, place, place_in, read_bounds)
+from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, MATRIX, ROW, ListWork, Registers, Work,
+                            axes, by_column, by_row, grid_of, matrix_buffer, phase_of, place,
+                            place_in, read_bounds)
 
 MOST, MOST_LISTED = 16, 2        # blocks of the window's keys, or of lists, that a program computes one after the other
 KEY_BLOCK_KV = 128               # keys of a block: 64 for each of the two computing warpgroups

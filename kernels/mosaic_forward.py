@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, LOWEST, MATRIX, ROW, Registers, axes, by_column,
-                            by_row, gate_of, grid_of, matrix_buffer, phase_of, place, place_in, read_bounds)
+from .mosaic_common import (BLOCK_Q, COLUMN, HALF, LOG2_E, LOWEST, MATRIX, ROW, Registers, axes,
+                            by_column, by_row, gate_of, grid_of, matrix_buffer, phase_of, place,
+                            place_in, read_bounds)
 
 
 def forward(query, key, value, left, entered, tau, listed, bounds, *, gate, scale, chunk, tiling, interpret=None):

@@ -61,7 +61,10 @@ def selection(scores, k, window, segment_ids=None):
 
 
 def without_nan(x):
-  """x [..., D] with 0 for what is not finite, for 0 * NaN would spread it; and which rows had such."""
+  """Returns x [..., D] with 0 for what is not finite, and which rows had such.
+
+  0 * NaN would spread it.
+  """
   finite = jnp.isfinite(x)
   return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
 

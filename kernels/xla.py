@@ -103,14 +103,20 @@ def _rows(x, index, axis=2):
 
 
 def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
-  """One chunk: queries, keys and values [B, G, K, D], logits before the gate and visibility [B, G, (R,) C, K], gates and where fractional
-  [B, G, C, listed], and which queries see something that is not finite [B, G, R, C], which counts as 0."""
+  """Returns one chunk.
+
+  That is queries, keys and values [B, G, K, D], logits before the gate and visibility
+  [B, G, (R,) C, K], gates and where fractional [B, G, C, listed], and which queries see something
+  that is not finite [B, G, R, C], which counts as 0.
+  """
   k, window, gate, scale, chunk = static
   left = max(window - 1, 0)
   near = c * chunk + jnp.arange(_window_length(static)) - left            # token indices of the window's keys
   gather = lambda x: jnp.concatenate([
       _rows(lax.slice_in_dim(x, left, None, axis=2), lists), lax.dynamic_slice_in_dim(x, c * chunk, near.shape[0], axis=2)], axis=2)
-  (q, bad_query), (key, bad_key), (value, bad_value) = map(without_nan, (q, gather(keys), gather(values)))
+  q, bad_query = without_nan(q)
+  key, bad_key = without_nan(gather(keys))
+  value, bad_value = without_nan(gather(values))
   i = c * chunk + jnp.arange(chunk)
   u, end = _rows(scores, lists)[:, :, None, :], _rows(expiry, lists)[:, :, None, :]
   selected = (lists[:, :, None, :] + window <= i[:, None]) & (i[:, None] < end)                      # [B, G, C, listed]

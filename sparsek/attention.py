@@ -59,8 +59,12 @@ def _resolve(implementation: str | None, query: jax.Array) -> str:
   return implementation
 
 
-def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None, window: int | None = None) -> str:
-  """The implementation of a sliding window, or of full attention, to run; raises if the one asked for cannot run here."""
+def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None,
+                   window: int | None = None) -> str:
+  """Returns the implementation of a sliding window, or of full attention, to run.
+
+  Raises if the one asked for cannot run here.
+  """
   window = query.shape[1] if window is None else window
   reason = cudnn.refusal(query, segment_ids, window) if implementation in (None, "cudnn") else None
   if implementation == "cudnn" and reason:
@@ -86,9 +90,10 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
 
   Args:
     query: [batch, n, H, D] float.
-    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. What is not finite makes the outputs NaN that see it, and no others under
-      "reference" and "xla"; the kernels of GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must not look, and 0 * NaN is NaN: give
-      padding finite numbers there.
+    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. What is not finite
+      makes the outputs NaN that see it, and no others under "reference" and "xla"; the kernels of
+      GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must not look, and
+      0 * NaN is NaN: give padding finite numbers there.
     scores: [batch, n, G] float; computed on in float32. NaN and infinities: see `sparsek.causal_sparsek`.
     k: selected keys per query, >= 1.
     window: latest tokens that every query sees, itself included, >= 0.
@@ -98,7 +103,8 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
     implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; None: the fastest that can run here.
 
   Returns:
-    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets 0. The batch may be empty.
+    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets
+    0. The batch may be empty.
 
   Raises:
     ValueError: for arguments that do not fit, naming them.
@@ -116,7 +122,8 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   if not query.size:                                       # no rows
     return query
   if implementation is None and window == n and not cudnn.refusal(query, segment_ids, window):
-    return cudnn.attention(query, key, value, window=window, scale=scale)               # no token ever leaves the window: scores do not matter
+    # No token ever leaves the window: scores do not matter.
+    return cudnn.attention(query, key, value, window=window, scale=scale)
   implementation = _resolve(implementation, query)
   if implementation == "reference":
     return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
@@ -125,7 +132,8 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   options = dict(k=k, window=window, gate=gate, scale=scale)
   if implementation in PALLAS:
     scores = jnp.swapaxes(scores, 1, 2)
-    selection = select(scores, start, end, k, window, segment_ids is not None, mosaic_lanes.can_run())
+    selection = select(scores, start, end, k, window, segment_ids is not None,
+                       mosaic_lanes.can_run())
     return PALLAS[implementation].attention(query, key, value, scores, *selection, start, end, **options)
   selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   return xla.attention(query, key, value, scores, *selection, start, **options)

@@ -93,27 +93,35 @@ def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache
 
 
 def clip_sizes(config: TransformerConfig, length: int) -> TransformerConfig:
-  """Returns a configuration whose cache is no larger than texts of `length` tokens can use; their logits are the same.
+  """Returns a configuration whose cache is no larger than texts of `length` tokens can use.
 
-  No token leaves a window that holds them all, and no more tokens are selected than there are. Sizes up to UNCLIPPED stay,
-  larger ones become powers of two, so that few programs are compiled for texts that grow.
+  Their logits are the same.
+  No token leaves a window that holds them all, and no more tokens are selected than there are.
+  Sizes up to UNCLIPPED stay, larger ones become powers of two, so that few programs are compiled
+  for texts that grow.
   """
   most = max(UNCLIPPED, _padded(length), config.scorer_lookahead)
   terms = []
   for kind, k, window in map(parse_term, config.attention):
-    sizes = (f":{name}{min(size, most)}" for name, size in (("k", k), ("w", window)) if size is not None)
+    sizes = (f":{name}{min(size, most)}"
+             for name, size in (("k", k), ("w", window)) if size is not None)
     terms.append("".join([kind, *sizes]))
-  return dataclasses.replace(config, k=min(config.k, most), window=min(config.window, most), attention=tuple(terms))
+  return dataclasses.replace(config, k=min(config.k, most), window=min(config.window, most),
+                             attention=tuple(terms))
 
 
 def resize(before: TransformerConfig, after: TransformerConfig, cache: Cache) -> Cache:
-  """Returns a cache made for `before` as one of `after`, both from `clip_sizes`, for texts of which the first holds all so far."""
+  """Returns a cache made for `before` as one of `after`, both from `clip_sizes`.
+
+  The cache of `before` must hold all of the texts so far.
+  """
   def last(x, size, fill=0):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size)], constant_values=fill)
 
   def rows_of(x, k, more_k, more_window):
     slots, ring = (jnp.swapaxes(part, 2, 3) for part in (x[:, :, :k], x[:, :, k:]))
-    return jnp.concatenate([jnp.swapaxes(last(part, more), 2, 3) for part, more in ((slots, more_k), (ring, more_window))], axis=2)
+    parts = (last(slots, more_k), last(ring, more_window))
+    return jnp.concatenate([jnp.swapaxes(part, 2, 3) for part in parts], axis=2)
 
   def layer(kind, old, new, kept):
     more_k, more_window = new.k - old.k, new.window - old.window
@@ -122,14 +130,16 @@ def resize(before: TransformerConfig, after: TransformerConfig, cache: Cache) ->
     if kind != "sparsek":
       return kept
     support = _support(new.gate, new.k) - _support(old.gate, old.k)
-    score = jnp.concatenate([last(kept.score[..., :old.k], more_k, -jnp.inf), last(kept.score[..., old.k:], more_window)], axis=-1)
+    score = jnp.concatenate([last(kept.score[..., :old.k], more_k, -jnp.inf),
+                             last(kept.score[..., old.k:], more_window)], axis=-1)
     return kept._replace(
-        rows=KeysAndValues(*(rows_of(x, old.k, more_k, more_window) for x in kept.rows)), score=score,
-        position=last(kept.position, more_k, NOWHERE), support=last(kept.support, support, -jnp.inf),
-        pending=last(kept.pending, more_window))
+        rows=KeysAndValues(*(rows_of(x, old.k, more_k, more_window) for x in kept.rows)),
+        score=score, position=last(kept.position, more_k, NOWHERE),
+        support=last(kept.support, support, -jnp.inf), pending=last(kept.pending, more_window))
   if before == after:
     return cache
-  return cache._replace(layers=tuple(map(layer, before.layer_kinds, before.layer_configs, after.layer_configs, cache.layers)))
+  layers = map(layer, before.layer_kinds, before.layer_configs, after.layer_configs, cache.layers)
+  return cache._replace(layers=tuple(layers))
 
 
 def lost_scores(cache: Cache) -> np.ndarray:

@@ -40,7 +40,7 @@ Report = Callable[[str], None]
 RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
 RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
-PROBE = ".probe"                                         # beside the checkpoints' steps, while a run starts
+PROBE = ".probe"  # beside the checkpoints' steps, while a run starts
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -486,12 +486,15 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
 
 
 def load_run_tokenizer(workdir: str) -> Tokenizer:
-  """The tokenizer a run was trained with, which its workdir keeps, and which begins documents as those of the run begin.
+  """Returns the tokenizer a run was trained with, which its workdir keeps.
+
+  It begins documents as those of the run begin.
 
   Raises:
     UsageError: where there is none or it cannot be read.
   """
   _, run = load_run_config(workdir)
-  tokenizer = load_tokenizer(ByteTokenizer.name if run["tokenizer"]["name"] == ByteTokenizer.name else os.path.join(workdir, "tokenizer"))
+  is_byte = run["tokenizer"]["name"] == ByteTokenizer.name
+  tokenizer = load_tokenizer(ByteTokenizer.name if is_byte else os.path.join(workdir, "tokenizer"))
   tokenizer.bos_ids = read_bos(run["tokenizer"], tokenizer, os.path.join(workdir, "model.json"))
   return tokenizer

@@ -358,9 +358,11 @@ class TrainConfig:
       cross-entropy and no backward pass but the scorers' own; the "loss" of a step is the scorers'.
     distill: weight w of a teacher in the objective (1 - w) cross-entropy + w KL(teacher || model), at temperature 1. Its operations do not count in "mfu".
     distill_from: the teacher, with attention of its own: "hf:DIR", "DIR" or "DIR@STEP" as in init_from. Checkpoints do not hold it.
-    spike_factor: a step whose loss or gradient norm is above this many times its running mean, or not finite, changes nothing; 0: no step is looked at.
+    spike_factor: a step whose loss or gradient norm is above this many times its running mean, or
+      not finite, changes nothing; 0: no step is looked at.
     on_spike: "skip": go on with the next step; "stop": raise RunError.
-    restore_step: go on from the checkpoint of this step, and set later ones aside; as `sparsek.set_aside` says, once. None: from the newest.
+    restore_step: go on from the checkpoint of this step, and set later ones aside; as
+      `sparsek.set_aside` says, once. None: from the newest.
     stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.
@@ -403,7 +405,8 @@ class TrainConfig:
     for name in ("eval_every", "scorer_loss", "distill"):
       check_at_least(name, getattr(self, name), 0)
     if self.spike_factor and not self.spike_factor > 1:
-      raise ValueError(f"spike_factor={self.spike_factor} must be above 1, or 0 to look for no spikes")
+      raise ValueError(
+          f"spike_factor={self.spike_factor} must be above 1, or 0 to look for no spikes")
     check_choice("on_spike", self.on_spike, ON_SPIKE)
     if self.distill > 1 or (self.distill > 0) != bool(self.distill_from):
       raise ValueError(f"distill={self.distill} must be at most 1 and go with distill_from, its teacher: both or neither; distill_from={self.distill_from}")

@@ -57,7 +57,8 @@ class LeftOut:
   def lines(self, most: int = 12) -> list[str]:
     """Returns a line for each reason, the most frequent first, and at most so many."""
     reasons = sorted(self._counts, key=self._counts.get, reverse=True)
-    lines = [f"left out: {self._counts[reason]:,} {reason} (the first: {self._first[reason]})" for reason in reasons[:most]]
+    lines = [f"left out: {self._counts[reason]:,} {reason} (the first: {self._first[reason]})"
+             for reason in reasons[:most]]
     rest = sum(self._counts[reason] for reason in reasons[most:])
     return lines + [f"left out: {rest:,} for {len(reasons) - most} other reasons"] * (rest > 0)
 
@@ -79,8 +80,9 @@ def documents(
   Should all of several documents fall on one side, the last one changes sides.
 
   Args:
-    sources: each a file of those that `sparsek.text_files` reads, a folder (recursive, links too; without hidden files and
-      folders), "stdlib", or "tasks:LENGTH:COUNT", documents of `sparsek.tasks` of at most LENGTH bytes.
+    sources: each a file of those that `sparsek.text_files` reads, a folder (recursive, links too;
+      without hidden files and folders), "stdlib", or "tasks:LENGTH:COUNT", documents of
+      `sparsek.tasks` of at most LENGTH bytes.
     heldout_fraction: about this share of the documents is held out.
     extensions: endings of the files taken from folders, in any case, compressed or not.
     text_field: the field of a JSON object that holds the text, or the column of Parquet.
@@ -117,7 +119,8 @@ def documents(
         if len(text.encode()) >= max(min_document_bytes, 1):
           yield Document(name, text, _is_held_out(key, heldout_fraction))
         else:
-          left_out.add("empty documents" if not text else f"documents below {min_document_bytes} bytes", name)
+          short = f"documents below {min_document_bytes} bytes"
+          left_out.add(short if text else "empty documents", name)
 
   every = itertools.chain.from_iterable(map(read, sources))
   if deduplicate:
@@ -173,7 +176,8 @@ def _check_source(source: str) -> None:
     check_regular(source, "source")
 
 
-def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, errors: str, left_out: LeftOut,
+def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, errors: str,
+                 left_out: LeftOut,
                  bad: Callable[[UsageError], None] | None) -> Iterator[tuple[str, str, str]]:
   """Yields (name, text, the key whose hash decides the split)."""
   if source == STDLIB:
@@ -187,19 +191,21 @@ def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, erro
 def _task_texts(source: str) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
   match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", source.removeprefix(TASKS))
   if not match or int(match[1]) > _MAX_TASK_BYTES or int(match[2]) > _MAX_TASKS:
-    raise UsageError(f"source {source[:80]!r} must be tasks:LENGTH:COUNT, such as tasks:4096:1000, of at most "
-                     f"{_MAX_TASK_BYTES} bytes and {_MAX_TASKS} documents")
+    raise UsageError(f"source {source[:80]!r} must be tasks:LENGTH:COUNT, such as "
+                     f"tasks:4096:1000, of at most {_MAX_TASK_BYTES} bytes and {_MAX_TASKS} "
+                     f"documents")
   return tasks.texts(int(match[1]), int(match[2]))
 
 
 def _files(folder: str, extensions: tuple[str, ...], left_out: LeftOut) -> Iterator[str]:
-  """Yields the files to read of a folder, in the order of their names, those of linked folders last."""
+  """Yields the files to read of a folder, by their names, those of linked folders last."""
   for parent, names in _folders(folder, left_out):
     for name in names:
       path = os.path.join(parent, name)
       if name.startswith("."):
         left_out.add("hidden files", path)
-      elif not (name.lower().endswith(extensions) or text_files.plain_name(name).endswith(extensions)):
+      elif not (name.lower().endswith(extensions) or
+                text_files.plain_name(name).endswith(extensions)):
         ending = os.path.splitext(name)[1].lower()
         left_out.add(f"files ending in {ending}" if ending else "files without an ending", path)
       else:
@@ -207,7 +213,7 @@ def _files(folder: str, extensions: tuple[str, ...], left_out: LeftOut) -> Itera
 
 
 def _folders(folder: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-  """Yields (folder, names of its files) for a folder and all below it, each once; links come last."""
+  """Yields (folder, names of its files) for a folder and all below it, each once, links last."""
   seen, waiting = set(), [folder]
   while waiting:
     for parent, folders, names in os.walk(waiting.pop(0), onerror=_refuse_folder):
@@ -221,7 +227,8 @@ def _folders(folder: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
         left_out.add("hidden folders", os.path.join(parent, name))
         folders.remove(name)
       folders.sort()
-      waiting += [path for path in (os.path.join(parent, name) for name in folders) if os.path.islink(path)]
+      paths = (os.path.join(parent, name) for name in folders)
+      waiting += filter(os.path.islink, paths)
       yield parent, sorted(names)
 
 
@@ -232,7 +239,8 @@ def _refuse_folder(error: OSError):
 def _stdlib_texts() -> Iterator[tuple[str, str, str]]:
   root = sysconfig.get_paths()["stdlib"]
   for parent, folders, names in os.walk(root, onerror=_refuse_folder):
-    folders[:] = sorted(name for name in folders if name not in _STDLIB_SKIPPED and not name.startswith("."))
+    folders[:] = sorted(name for name in folders
+                        if name not in _STDLIB_SKIPPED and not name.startswith("."))
     for path in (os.path.join(parent, name) for name in sorted(names)):
       if path.endswith(".py") and not os.path.basename(path).startswith("."):
         name = os.path.relpath(path, root).replace(os.sep, "/")

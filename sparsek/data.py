@@ -20,8 +20,10 @@ from absl import logging
 from sparsek.config import DataConfig, check_at_least
 from sparsek.corpus import STDLIB, documents
 from sparsek.epoch_order import EpochOrder, Stage
-from sparsek.errors import UsageError
-from sparsek.token_files import FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files, temporary_name, write_token_files
+from sparsek.errors import RunError, UsageError
+from sparsek.new_folder import temporary_name
+from sparsek.token_files import (FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files,
+                                 write_token_files)
 from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -74,7 +76,7 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
         shutil.rmtree(damaged, ignore_errors=True)
     logging.info("Tokenising Python's standard library into %s", folder)
     write_token_files(folder, documents([STDLIB]), tokenizer, [STDLIB])
-  except (OSError, UsageError) as error:
+  except (OSError, RunError, UsageError) as error:
     # Another process may have been faster; then its files are as good as ours.
     if not os.path.isdir(folder):
       raise UsageError(f"the corpus {STDLIB!r} could not be prepared in {folder} (XDG_CACHE_HOME sets another place): {error}") from error
@@ -123,9 +125,11 @@ class PackedRows:
     self.num_rows = -(-(split.num_tokens - 1) // seq_len)
     # Two, since at the end of an epoch prefetching threads ask for both in turn.
     self._order = functools.lru_cache(maxsize=2)(self._make_order)
-    self._rows_of_first_epoch = len(self._order(epoch).rows) if len(self._stages) > 1 else self.num_rows
+    changed = len(self._stages) > 1
+    self._rows_of_first_epoch = len(self._order(epoch).rows) if changed else self.num_rows
     if self.first > self._rows_of_first_epoch:
-      raise ValueError(f"{self.first} rows of an epoch of {self._rows_of_first_epoch} cannot be read")
+      raise ValueError(f"{self.first} rows of an epoch of {self._rows_of_first_epoch} cannot be "
+                       f"read")
 
   def _make_order(self, epoch: int) -> EpochOrder:
     stages = self._stages if epoch == self._epoch else [self._new_stage]
@@ -271,8 +275,9 @@ class TrainIterator:
       self._start(tokens, *_read_stages(state))
       return
     else:
-      logging.warning("The position in the data was saved by an older version, without the flags of the order: if --seq_len or "
-                      "--seed changed since, some of this epoch comes twice and some not at all.")
+      logging.warning("The position in the data was saved by an older version, without the flags "
+                      "of the order: if --seq_len or --seed changed since, some of this epoch "
+                      "comes twice and some not at all.")
     seq_len, seed = self._config.seq_len, self._config.seed
     rows_of_epoch = -(-(self._split.num_tokens - 1) // seq_len)
     epoch, rows = divmod(-(-tokens // seq_len), rows_of_epoch)
@@ -295,7 +300,8 @@ def _read_stages(state: dict) -> tuple[int, list[Stage]]:
   is_stage = lambda stage: (isinstance(stage, list) and len(stage) == 4
                             and all(map(_is_count, stage, (0, 1, 1, 0))))
   if not (_is_count(epoch) and isinstance(stages, list) and all(map(is_stage, stages))):
-    raise ValueError(f"the state of a data iterator must hold an 'epoch' and its 'stages' of 4 numbers each, got {state!r}")
+    raise ValueError(f"the state of a data iterator must hold an 'epoch' and its 'stages' of 4 "
+                     f"numbers each, got {state!r}")
   return epoch, [Stage(*stage) for stage in stages]
 
 

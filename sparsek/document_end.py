@@ -66,7 +66,8 @@ def ids_in(folder: str, name: str) -> list[int]:
   value = _read(path).get("eos_token_id")
   ids = value if isinstance(value, list) else [] if value is None else [value]
   if not all(type(i) is int and i < 2**31 for i in ids):
-    raise UsageError(f"{path}: eos_token_id={files.shown(value)} is no token id and no list of them")
+    raise UsageError(f"{path}: eos_token_id={files.shown(value)} is no token id and no list of "
+                     f"them")
   return [i for i in ids if i >= 0]                       # some write -1 for none
 
 

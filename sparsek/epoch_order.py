@@ -71,10 +71,11 @@ class EpochOrder:
       self.rows = _shuffled(-(-(self._num_tokens - 1) // stage.seq_len), stage.group, generator)
 
   def _set_spans(self, begins: np.ndarray, sizes: np.ndarray) -> None:
-    """Takes where spans of unread pairs begin in the stream, ascending, and how many pairs each has."""
+    """Takes where spans of unread pairs begin in the stream, ascending, and the pairs of each."""
     self._sizes = sizes
     self._ends = np.cumsum(sizes + 1)                 # a span of s pairs has s + 1 tokens
-    self._shifts = begins - (self._ends - sizes - 1)  # from a place among the spans' tokens to the stream
+    # From a place among the spans' tokens to the stream.
+    self._shifts = begins - (self._ends - sizes - 1)
     self._num_tokens = int(self._ends[-1]) if len(sizes) else 1
 
   def _pairs_of(self, rows: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

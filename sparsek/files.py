@@ -7,11 +7,9 @@ import json
 import os
 import re
 import reprlib
-import shutil
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import IO
 
@@ -20,7 +18,6 @@ from sparsek.errors import RunError, UsageError
 MAX_JSON = 64 * 2**20
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:/")
 _TEMPORARY = ".tmp"
-_LOCK = ".lock"
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring = 3, 100
 
@@ -216,105 +213,6 @@ def read_json_object(path: str, max_bytes: int = MAX_JSON) -> dict:
   if not isinstance(value, dict):
     raise UsageError(f"{path} holds a JSON {type(value).__name__}, expected an object")
   return value
-
-
-@contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-  """Makes a folder that appears under its name when the block ends well, and not at all otherwise.
-
-  It is filled under the name .NAME.unfinished beside the final one. Only a process that is killed
-  leaves that folder behind; the next one that makes the same folder begins it anew.
-
-  Args:
-    path: of the folder, which must not exist or be empty. Its parents are made.
-  Yields:
-    the folder to fill.
-  Raises:
-    UsageError: where there is something already, or another process is making it, or nothing can be
-      made there.
-    RunError: where filling it ends in an OSError.
-  """
-  path = os.path.realpath(path)
-  parent, name = os.path.split(path)
-  unfinished = os.path.join(parent, f".{name}.unfinished")
-  try:
-    check_new_folder(path)
-    os.makedirs(unfinished, exist_ok=True)
-    lock = open(os.path.join(unfinished, _LOCK), "ab")
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    raise UsageError(f"{path} is being written by another process") from None
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      os.rmdir(unfinished)                                # made, but its lock was not
-    raise UsageError(f"{path} cannot be written: {reason_of(error)}") from None
-  with lock:
-    try:
-      _clear(unfinished)
-      yield unfinished
-      _sync(unfinished)
-      check_new_folder(path)
-      os.rename(unfinished, path)                         # over an empty folder, or to a new name
-    except BaseException as error:
-      _remove(unfinished)
-      if isinstance(error, OSError):
-        raise cannot_write(path, error) from None
-      raise
-    with contextlib.suppress(OSError):                    # the folder is there and whole
-      os.unlink(os.path.join(path, _LOCK))
-      _sync_folder(parent)
-
-
-def check_new_folder(path: str) -> None:
-  """Raises UsageError unless `new_folder(path)` can put a folder there."""
-  if not os.path.lexists(path):
-    return
-  if not os.path.isdir(path):
-    raise UsageError(f"{path} is there already and is no folder: give a new folder")
-  if os.path.ismount(path) or os.path.samefile(path, os.curdir):
-    raise UsageError(f"{path} is a mount point or the working directory, which cannot be replaced: "
-                     f"give a folder in it")
-  try:
-    empty = not os.listdir(path)
-  except OSError as error:
-    raise UsageError(f"{path} cannot be read: {reason_of(error)}") from None
-  if not empty:
-    raise UsageError(f"{path} is not empty: give a new folder")
-
-
-def _remove(folder: str) -> None:
-  """Removes a folder into which threads of a failed save may write for a moment longer."""
-  for _ in range(20):
-    shutil.rmtree(folder, ignore_errors=True)
-    time.sleep(0.05)
-    if not os.path.lexists(folder):
-      return
-
-
-def _clear(folder: str) -> None:
-  """Removes all but the lock."""
-  for entry in os.scandir(folder):
-    if entry.is_dir(follow_symlinks=False):
-      shutil.rmtree(entry)
-    elif entry.name != _LOCK:
-      os.unlink(entry)
-
-
-def _sync(folder: str) -> None:
-  """Returns when all of a folder is on disk."""
-  for place, _, names in os.walk(folder):
-    for name in names:
-      with open(os.path.join(place, name), "rb") as file:
-        os.fsync(file.fileno())
-    _sync_folder(place)
-
-
-def _sync_folder(folder: str) -> None:
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 def reason_of(error: OSError) -> str:

@@ -167,8 +167,10 @@ def define_model_flags(flag_values: flags.FlagValues = FLAGS) -> None:
 def define_data_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   """Where tokens come from and how they are cut into rows."""
   define, default = _Definer(flag_values), config_lib.DataConfig()
-  define.path("data", default.data, 'Folder that experiments.prepare_data wrote, or "stdlib", the source of Python\'s standard library.', words=("stdlib",))
-  define.path("tokenizer", None, '"byte", a tokenizer.json or its folder; must match the data. Default: the one the data was made with.', words=("byte",))
+  define.path("data", default.data, 'Folder that experiments.prepare_data wrote, or "stdlib", the '
+              "source of Python's standard library.", words=("stdlib",))
+  define.path("tokenizer", None, '"byte", a tokenizer.json or its folder; must match the data. '
+              "Default: the one the data was made with.", words=("byte",))
   define.number("seq_len", default.seq_len, "Tokens per row.", lower=1)
   define.number("batch_size", default.batch_size, "Rows per optimizer step, over all devices and accumulation steps.", lower=1)
   define.boolean("segment_documents", default.segment_documents, "Attention and loss restart at each document of a packed row.")
@@ -182,7 +184,8 @@ def _define_step(define: _Definer) -> None:
 
 def define_workdir_flag(flag_values: flags.FlagValues = FLAGS) -> None:
   """The folder of a run, which pretraining writes and evaluation and generation read."""
-  _Definer(flag_values).path("workdir", None, "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required.")
+  _Definer(flag_values).path("workdir", None,
+                             "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required.")
 
 
 def define_evaluation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -191,7 +194,8 @@ def define_evaluation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define, default = _Definer(flag_values), config_lib.TrainConfig(workdir="")
   define.paths("workdir", "Folder of a run, or several separated by commas. Required.")
   _define_step(define)
-  define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.', words=("stdlib",))
+  define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. '
+              "Default: what it was trained on.", words=("stdlib",))
   define.number("seq_len", None, "Tokens per row; may be more than in training. Default: as in training.", lower=1)
   define.number("batch_size", None, "Rows per batch. Default: as in training.", lower=1)
   define.number("eval_batches", 32, "Most batches to evaluate on.", lower=1)
@@ -210,7 +214,8 @@ def define_task_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("min_distance", 0, "Tokens at least between the facts and the question. From layers x window on no sliding window reaches the facts.", lower=0)
   define.number("batch_size", None, "Documents at a time, over all devices. Default: one per device.", lower=1)
   define.number("seed", 0, "Of the documents.", lower=0)
-  define.path("record", None, "Also write flags, figures and versions to this .json file, and a picture beside it.")
+  define.path("record", None, "Also write flags, figures and versions to this .json file, and a "
+              "picture beside it.")
 
 
 def define_reach_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -218,7 +223,8 @@ def define_reach_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define_workdir_flag(flag_values)
   define = _Definer(flag_values)
   _define_step(define)
-  define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. Default: what it was trained on.', words=("stdlib",))
+  define.path("data", None, 'Token files or "stdlib", made with the run\'s tokenizer. '
+              "Default: what it was trained on.", words=("stdlib",))
   define.number("seq_len", 4096, "Tokens per row.", lower=2)
   define.number("batch_size", 1, "Rows per batch, over all devices.", lower=1)
   define.number("eval_batches", 8, "Most batches to evaluate on.", lower=1)
@@ -237,16 +243,20 @@ def define_generation_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define = _Definer(flag_values)
   _define_step(define)
   define.string("prompt", "", "Text to continue; empty: a new document.")
-  define.path("prompt_file", None, "File with a text to continue on every line; all are continued at the same time. Not together with --prompt.")
-  define.boolean("special_tokens", False, "Names of special tokens in the prompt, such as <|im_start|>, are these tokens.")
+  define.path("prompt_file", None, "File with a text to continue on every line; all are continued "
+              "at the same time. Not together with --prompt.")
+  define.boolean("special_tokens", False,
+                 "Names of special tokens in the prompt, such as <|im_start|>, are these tokens.")
   define.number("max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0)
   define.number("temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0, kind=float)
   define.number("top_p", 0.95, "Draw from the fewest most probable tokens that have this probability together; above 0.", lower=0, upper=1, kind=float)
   define.number("top_k", 0, "Draw from so many most probable tokens only; 0: from all.", lower=0)
   define.strings("stop", "Text that ends the text, itself left out, wherever tokens begin and end; may be given several times.")
   define.number("sampling_seed", 0, "The same seed gives the same text; line i of --prompt_file, from 0, draws with this seed + i.", lower=0)
-  define.path("load_cache", None, "Go on with what --save_cache wrote, without reading its text again; --prompt, or a line a text, is what comes next.")
-  define.path("save_cache", None, "Write what the model keeps of the text to this file, to go on later.")
+  define.path("load_cache", None, "Go on with what --save_cache wrote, without reading its text "
+              "again; --prompt, or a line a text, is what comes next.")
+  define.path("save_cache", None,
+              "Write what the model keeps of the text to this file, to go on later.")
 
 
 def define_import_flags(flag_values: flags.FlagValues = FLAGS) -> None:
@@ -292,7 +302,8 @@ def define_benchmark_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("seconds", 150.0, "No round is begun that would end later than this after the first began.", lower=0, kind=float)
   define.number("errors_at", None, "Length at which to compare with the float32 reference, which is quadratic; 0: do not. Default: 4096 in the headline, "
                 "else 0.", lower=0)
-  define.path("record", None, "Also write flags, figures, versions and device to this .json file, and a picture beside it.")
+  define.path("record", None, "Also write flags, figures, versions and device to this .json file, "
+              "and a picture beside it.")
   define.boolean("extend", False, "Of the train and decode suites: keep the rows that --record has of other lengths, documents, remat or batch size, if of "
                  "this commit and device.")
   define.path("show", None, "Time nothing; print this record and draw its picture again.")
@@ -329,9 +340,9 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("weight_decay", default.weight_decay, "Decoupled weight decay, on matrices only.", lower=0, kind=float)
   define.number("grad_clip", default.grad_clip, "Largest global gradient norm; 0 turns clipping off.", lower=0, kind=float)
   define.number("spike_factor", run_default.spike_factor,
-                "A step whose loss or gradient norm is more than this many times its running mean, or "
-                "not finite, is a spike, whose update is not applied; above 1. 0: no step is one.",
-                lower=0, kind=float)
+                "A step whose loss or gradient norm is more than this many times its running mean, "
+                "or not finite, is a spike, whose update is not applied; above 1. 0: no step is "
+                "one.", lower=0, kind=float)
   define.choice("on_spike", run_default.on_spike, config_lib.ON_SPIKE,
                 "skip: go on without its update, but end after 10 spikes in a row; metrics.jsonl "
                 "counts them. stop: end the run.")
@@ -349,8 +360,8 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
                  "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.")
   define.number("distill", run_default.distill, "Weight w of the teacher --distill_from: the objective is (1 - w) cross-entropy + w KL(teacher || model).",
                 lower=0, upper=1, kind=float)
-  define.path("distill_from", None, "The teacher of --distill, with its own attention: DIR, DIR@STEP or hf:DIR, as in --init_from.",
-              reference=True)
+  define.path("distill_from", None, "The teacher of --distill, with its own attention: DIR, "
+              "DIR@STEP or hf:DIR, as in --init_from.", reference=True)
   define.number("seed", run_default.seed, "Of the initial parameters, the order of the data, the noise on the scores, the queries of --scorer_loss.", lower=0)
   define.number("grad_accumulation", run_default.grad_accumulation, "Micro-batches per optimizer step; divides --batch_size.", lower=1)
   define.number("loss_chunk", run_default.loss_chunk, "Tokens whose logits exist at once in the cross-entropy, per device.", lower=1)
@@ -360,11 +371,14 @@ def define_train_flags(flag_values: flags.FlagValues = FLAGS) -> None:
   define.number("checkpoint_every", run_default.checkpoint_every, "Steps between checkpoints.", lower=1)
   define.number("keep_checkpoints", run_default.keep_checkpoints, "Newest checkpoints kept.", lower=1)
   define.number("restore_step", None, "Go on from the checkpoint of this step; later ones, and the "
-                "metrics so far, are set aside in WORKDIR/set_aside. The same command again does not go "
-                "back again, but on from the newest checkpoint. Default: the newest.", lower=0)
-  define.path("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that run's workdir, and without --preset its model flags; "
-                "under another kind of attention it draws the scorers that run has not. "
-                "hf:DIR: from a folder in Hugging Face's format, which replaces --preset; give the --attention that it shall have.", reference=True)
+                "metrics so far, are set aside in WORKDIR/set_aside. The same command again does "
+                "not go back again, but on from the newest checkpoint. Default: the newest.",
+                lower=0)
+  define.path("init_from", None, "DIR or DIR@STEP: a new run takes its parameters (only) from that "
+              "run's workdir, and without --preset its model flags; under another kind of "
+              "attention it draws the scorers that run has not. hf:DIR: from a folder in Hugging "
+              "Face's format, which replaces --preset; give the --attention that it shall have.",
+              reference=True)
   define.boolean("tensorboard", run_default.tensorboard, "Also write TensorBoard events (needs tensorboardX).")
   define.string("profile_steps", None, "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.")
 

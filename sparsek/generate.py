@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek import cache_file
-from sparsek.cache import cache_bytes, clip_sizes, decode_step, init_cache, lost_scores, prefill, resize, with_room
+from sparsek.cache import (cache_bytes, clip_sizes, decode_step, init_cache, lost_scores, prefill,
+                           resize, with_room)
 from sparsek.cached_attention import NOWHERE
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.errors import UsageError
@@ -19,7 +20,7 @@ from sparsek.inference import InferenceParams, inference_params
 from sparsek.model import Params
 
 AHEAD = 8                # tokens a dispatch, unless told
-RECENT = 8               # tokens that decide how the next one reads; four bytes of a character at least
+RECENT = 8               # tokens that decide how the next one reads; a character has four bytes
 UNFINISHED = "\ufffd"    # how a character reads while bytes of it are missing
 
 
@@ -29,7 +30,8 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array | float = 1
 
   Args:
     key: PRNG key.
-    temperature: divides the logits; 0 takes the largest (the lowest id of equals). Any number, however small or large.
+    temperature: divides the logits; 0 takes the largest (the lowest id of equals). Any number,
+      however small or large.
     top_p: draws from the nucleus only: the fewest most probable tokens whose probabilities sum to top_p or more (always at least one).
     top_k: draws from so many most probable tokens only, of which top_p then takes its share; 0: from all.
 
@@ -48,7 +50,8 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array | float = 1
 
 
 def _divide(logits, temperature):
-  """Returns (logits - their maximum) / temperature: finite or -inf for every temperature, where the logits alone overflow."""
+  """Returns (logits - their maximum) / temperature: finite or -inf for every temperature, where the
+  logits alone overflow."""
   limits = jnp.finfo(jnp.float32)
   temperature = jnp.clip(temperature, limits.tiny, limits.max)
   return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
@@ -90,7 +93,8 @@ class Session:
   Attributes:
     config: of the model.
     cache: what the model keeps. It has not been fed the token that each row drew last, which the next turn begins with.
-    texts: of each row, what a `TextStream` needs to go on with its text: {} or `TextStream.state`. It is saved and loaded with the cache.
+    texts: of each row, what a `TextStream` needs to go on with its text: {} or `TextStream.state`.
+      It is saved and loaded with the cache.
 
   Example:
     >>> session = Session(config, params, batch_size=2)
@@ -102,7 +106,7 @@ class Session:
     self.config = config
     self._set_length(0)
     check_memory(self._sized, batch_size, 1, f"window={config.window} and k={config.k}")
-    self.cache = init_cache(self._sized, batch_size, max_length=1)           # it gets room with every turn
+    self.cache = init_cache(self._sized, batch_size, max_length=1)  # it gets room with every turn
     self.texts: list[dict] = [{} for _ in range(batch_size)]
     self._params = inference_params(config, params)
     self._unfed: list[list[int]] = [[] for _ in range(batch_size)]
@@ -110,7 +114,8 @@ class Session:
     self._exact = True                                    # whether the cache has been fed what was yielded, and nothing else
 
   def _set_length(self, length: int | None) -> None:
-    """Sets the tokens that texts have at most, None for any number, and the configuration whose sizes suffice for them."""
+    """Sets the tokens that texts have at most, None for any number, and the configuration whose
+    sizes suffice for them."""
     self._length = length
     self._sized = self.config if length is None else clip_sizes(self.config, length)
 
@@ -136,7 +141,8 @@ class Session:
 
     Raises:
       ValueError: at once, for a row without any text, ids outside the vocabulary, a number out of range, more tokens in all than there are learned
-        positions, or more than memory could hold, where keys are missing, or where an earlier turn was left before its end.
+        positions, or more than memory could hold, where keys are missing, or where an earlier turn
+        was left before its end.
     """
     if len(prompts) != len(self._unfed):
       raise ValueError(f"prompts has {len(prompts)} rows, the session {len(self._unfed)}")
@@ -161,7 +167,8 @@ class Session:
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for row, ids in enumerate(rows):
       tokens[row, :len(ids)] = ids
-    logits, self.cache = prefill(self._sized, self._params, self.cache, tokens, lengths, last_only=True, donate=True)
+    logits, self.cache = prefill(self._sized, self._params, self.cache, tokens, lengths,
+                                 last_only=True, donate=True)
     self._unfed = [[] for _ in rows]
     token = _first(way, logits[:, 0], keys, jnp.int32(0), *options)
     active = ~jnp.isin(token, end_ids) & (max_new_tokens > 1)
@@ -190,7 +197,9 @@ class Session:
     self._exact = not (ahead and self._stopped)           # what is dispatched after all rows have ended changes nothing
 
   def _advance(self, way, steps, token, active, number, limit, keys, options, end_ids):
-    (self.cache, *state), drawn = run_steps(self._sized, way, steps, self._params, self.cache, token, active, number, jnp.int32(limit), keys, *options, end_ids)
+    (self.cache, *state), drawn = run_steps(
+        self._sized, way, steps, self._params, self.cache, token, active, number, jnp.int32(limit),
+        keys, *options, end_ids)
     return state, drawn
 
   def stop(self, row: int) -> None:
@@ -210,7 +219,8 @@ class Session:
 
   @classmethod
   def load(cls, path: str, config: TransformerConfig, params: Params | InferenceParams) -> "Session":
-    """Returns the session that `save` wrote. Raises UsageError where it cannot be read or is of another configuration or other parameters."""
+    """Returns the session that `save` wrote. Raises UsageError where it cannot be read or is of
+    another configuration or other parameters."""
     session = cls.__new__(cls)
     session.config, session._params = config, inference_params(config, params)
     session.cache, note, length = cache_file.load(path, config)
@@ -230,23 +240,34 @@ def _are_ids(value, vocab_size: int) -> bool:
 
 
 def _read_unfed(path: str, unfed, config: TransformerConfig, rows: int) -> list[list[int]]:
-  """Returns the token that each row of a saved session has not fed yet; raises UsageError where these are none."""
+  """Returns what each row of a saved session has not fed yet: a token, or none.
+
+  Raises:
+    UsageError: where these are none.
+  """
   valid = isinstance(unfed, list) and len(unfed) == rows
   if not valid or not all(_are_ids(ids, config.vocab_size) and len(ids) <= 1 for ids in unfed):
-    raise UsageError(f"{path} cannot be read as a cache: unfed must hold at most one id below {config.vocab_size} "
-                     f"of each of its {rows} texts")
+    raise UsageError(f"{path} cannot be read as a cache: unfed must hold at most one id below "
+                     f"{config.vocab_size} of each of its {rows} texts")
   return unfed
 
 
 def _read_texts(path: str, texts, config: TransformerConfig, rows: int) -> list[dict]:
-  """Returns the states of streams that `Session.save` wrote, {} each where the file is older; raises UsageError otherwise."""
+  """Returns the states of streams that `Session.save` wrote, {} each where the file is older.
+
+  Raises:
+    UsageError: where these are none.
+  """
   def is_state(state):
-    known = isinstance(state, dict) and set(state) in (set(), {"before", "unfinished"})
-    return known and (not state or _are_ids(state["before"], config.vocab_size) and type(state["unfinished"]) is bool)
+    if not isinstance(state, dict) or set(state) not in (set(), {"before", "unfinished"}):
+      return False
+    return not state or (_are_ids(state["before"], config.vocab_size)
+                         and type(state["unfinished"]) is bool)
   if texts is None:
     return [{} for _ in range(rows)]
   if not isinstance(texts, list) or len(texts) != rows or not all(map(is_state, texts)):
-    raise UsageError(f"{path} cannot be read as a cache: texts must hold the last tokens of each of its {rows} texts")
+    raise UsageError(f"{path} cannot be read as a cache: texts must hold the last tokens of each "
+                     f"of its {rows} texts")
   return texts
 
 
@@ -259,13 +280,14 @@ def check_memory(config: TransformerConfig, batch_size: int, max_length: int, na
   """
   shapes = jax.eval_shape(functools.partial(init_cache, config, batch_size, max_length=max_length))
   # What `prefill` does to a ring makes copies of it, a layer at a time.
-  rings = (cache_bytes(layer) for kind, layer in zip(config.layer_kinds, shapes.layers) if kind != "full")
+  rings = (cache_bytes(layer) for kind, layer in zip(config.layer_kinds, shapes.layers)
+           if kind != "full")
   need = cache_bytes(shapes) + 4 * max(rings, default=0)
   device = jax.devices()[0].memory_stats() or {}           # a CPU has none
   memory = device.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   if need > memory:
-    raise ValueError(f"{name}: what the model would keep of {batch_size} texts at the same time takes about {need:,} bytes, "
-                     f"more than the {memory:,} bytes of memory here")
+    raise ValueError(f"{name}: what the model would keep of {batch_size} texts at the same time "
+                     f"takes about {need:,} bytes, more than the {memory:,} bytes of memory here")
 
 
 def _fingerprint(params: InferenceParams) -> int:
@@ -289,7 +311,8 @@ def _check_turn(config, prompts, seen, unfed, max_new_tokens, temperature, top_p
   if not 0 < top_p <= 1:
     raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
   if longest + max_new_tokens > NOWHERE:
-    raise ValueError(f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: positions are counted up to {NOWHERE}")
+    raise ValueError(f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: positions "
+                     f"are counted up to {NOWHERE}")
   check_memory(clip_sizes(config, longest + max_new_tokens), len(prompts), longest + max_new_tokens,
                f"max_new_tokens={max_new_tokens} after {longest} prompt tokens")
   if config.positions == "learned" and longest + max_new_tokens > config.max_positions:
@@ -340,17 +363,20 @@ def generate(config: TransformerConfig, params: Params | InferenceParams, prompt
 class TextStream:
   """Turns the tokens of a text into pieces of text that end between characters, up to the first stop string.
 
-  All pieces together are what decoding all tokens in one go gives. How a token reads may depend on those before it: it may
-  hold a part of a UTF-8 character, and some tokenizers leave out a space at the beginning of what they decode. So tokens are
-  decoded together with the last few before them, which may be those of a prompt or of an earlier turn. A last U+FFFD is kept
-  back, since it may be an unfinished character; and so is what may be the beginning of a stop string, until it is clear that
-  it is none. The time that a token takes does not grow.
+  All pieces together are what decoding all tokens in one go gives. How a token reads may depend on
+  those before it: it may hold a part of a UTF-8 character, and some tokenizers leave out a space at
+  the beginning of what they decode. So tokens are decoded together with the last few before them,
+  which may be those of a prompt or of an earlier turn. A last U+FFFD is kept back, since it may be
+  an unfinished character; and so is what may be the beginning of a stop string, until it is clear
+  that it is none. The time that a token takes does not grow.
 
   Args:
     tokenizer: an object with decode(ids) -> str that writes U+FFFD for invalid bytes.
-    stop: strings that end the text, wherever tokens begin and end; they are not part of it. They are looked for in the new
-      text only. Of several, that counts which is complete first; of those that end at the same place, the longest.
-    before: the token ids that the text continues, or at least the last few; their text is not returned.
+    stop: strings that end the text, wherever tokens begin and end; they are not part of it. They
+      are looked for in the new text only. Of several, that counts which is complete first; of those
+      that end at the same place, the longest.
+    before: the token ids that the text continues, or at least the last few; their text is not
+      returned.
     unfinished: but for its last character, which is returned when it is complete.
 
   Attributes:
@@ -361,11 +387,12 @@ class TextStream:
     >>> text = "".join(map(stream.push, tokens)) + stream.finish()
   """
 
-  def __init__(self, tokenizer, stop: Sequence[str] = (), before: Sequence[int] = (), unfinished: bool = False):
+  def __init__(self, tokenizer, stop: Sequence[str] = (), before: Sequence[int] = (),
+               unfinished: bool = False):
     self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
     self._recent = self._last(before)
     self._unfinished = unfinished and self._decode([]).endswith(UNFINISHED)
-    self.stopped, self._held = False, ""                  # held: certain text that may begin a stop string
+    self.stopped, self._held = False, ""  # held: certain text that may begin a stop string
 
   @property
   def state(self) -> dict:
@@ -373,7 +400,11 @@ class TextStream:
     return {"before": self._recent, "unfinished": self._unfinished}
 
   def turn(self, prompt: Sequence[int]) -> str:
-    """Begins a new turn, with the tokens of a whole text or none; returns the text that they bring, after what was kept back."""
+    """Begins a new turn, with the tokens of a whole text or none.
+
+    Returns:
+      the text that they bring, after what was kept back.
+    """
     text, self.stopped = self.end_turn(), False
     last = self._last(prompt)
     if last:
@@ -391,7 +422,8 @@ class TextStream:
     return self._release(text[shown:certain])
 
   def end_turn(self) -> str:
-    """Returns what was kept back at the end of a turn, but for an unfinished character, which a later turn may complete."""
+    """Returns what was kept back at the end of a turn, but for an unfinished character, which a
+    later turn may complete."""
     text, self._held = self._held, ""
     return text
 
@@ -409,8 +441,8 @@ class TextStream:
     return len(self._decode([])) - self._unfinished
 
   def _last(self, ids) -> list[int]:
-    """Returns the last few ids that write something; special tokens, and ids that no token has, do not."""
-    # Four of them, since a single one may be no more than the space that is left out at the beginning.
+    """Returns the last few ids that write something, unlike special tokens and unknown ids."""
+    # Four of them, since one may be no more than the space that is left out at the beginning.
     writing = (int(i) for i in reversed(ids) if self._tokenizer.decode([i] * 4))
     return list(itertools.islice(writing, RECENT))[::-1]
 
@@ -420,13 +452,19 @@ class TextStream:
     if ends:
       self.stopped, self._held, self._unfinished = True, "", False
       return text[:min(ends)[1]]
-    begun = max((size for stop in self._stop for size in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:size])), default=0)
+    sizes = (size for stop in self._stop for size in range(1, min(len(stop), len(text) + 1))
+             if text.endswith(stop[:size]))
+    begun = max(sizes, default=0)
     self._held = text[len(text) - begun:]
     return text[:len(text) - begun]
 
 
-def stream_text(tokenizer, tokens: Iterable[int], stop: Sequence[str] = (), before: Sequence[int] = ()) -> Iterator[str]:
-  """Yields the pieces of text that a stream of tokens brings, as they come; see `TextStream`. No further token is taken after a stop string."""
+def stream_text(tokenizer, tokens: Iterable[int], stop: Sequence[str] = (),
+                before: Sequence[int] = ()) -> Iterator[str]:
+  """Yields the pieces of text that a stream of tokens brings, as they come; see `TextStream`.
+
+  No further token is taken after a stop string.
+  """
   stream = TextStream(tokenizer, stop, before)
   for token in tokens:
     text = stream.push(token)

@@ -290,7 +290,8 @@ def read_config(fields: dict, path: str) -> TransformerConfig:
   reader.check(path)                                     # what follows builds on these values
   heads, width = values["num_heads"], values["embed_dim"]
   if values.get("head_dim") is None and width % heads:
-    raise UsageError(f"{path}: {family.fields['num_heads'][0]}={heads} must divide the width {width}")
+    raise UsageError(f"{path}: {family.fields['num_heads'][0]}={heads} must divide the width "
+                     f"{width}")
   values["num_kv_heads"] = values.get("num_kv_heads") or heads
   values["head_dim"] = values.get("head_dim") or width // heads
   values["mlp_dim"] = values["mlp_dim"] or 4 * width

@@ -141,7 +141,7 @@ class MetricsWriter:
       for key, value in record.items():
         if key != "step":
           self._tensorboard.add_scalar(key, value, record["step"])
-      self._tensorboard.flush()                                  # else a full disk is seen by its thread only, which ends
+      self._tensorboard.flush()  # else a full disk is seen by its thread only, which ends
 
   def sync(self) -> None:
     """Returns when all is on disk; called before a checkpoint, which must not be newer than its metrics."""
@@ -164,8 +164,10 @@ def open_tensorboard(workdir: str, step: int):
     import tensorboardX
   except ImportError:
     raise UsageError("--tensorboard needs tensorboardX: pip install 'sparsek[tensorboard]'") from None
-  # The queue must hold what is added between two flushes: adding more waits, for a thread that a full disk may have ended.
-  return tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1, max_queue=10_000)
+  # The queue must hold what is added between two flushes: adding more waits, for a thread that a
+  # full disk may have ended.
+  folder = os.path.join(workdir, "tensorboard")
+  return tensorboardX.SummaryWriter(folder, purge_step=step + 1, max_queue=10_000)
 
 
 class Progress:

@@ -91,7 +91,7 @@ class _PathsFlag(flags.MultiFlag):
 
   def __init__(self, parser: _Paths, name: str, help_text: str):
     super().__init__(parser, flags.ArgumentSerializer(), name, [], help_text)
-    self.help = f"{help_text} May be given several times."          # absl's own words break the line
+    self.help = f"{help_text} May be given several times."  # absl's own words break the line
 
   def _parse(self, arguments):
     lists = super()._parse(arguments)

@@ -106,7 +106,8 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   begin = time.perf_counter()
   try:
     step = make_train_step(config, train, optimizer, mesh, *teacher)
-    compiled = step.lower(abstract_state(params, optimizer, mesh, train.spike_factor), batch, *teacher_params).compile()
+    state = abstract_state(params, optimizer, mesh, train.spike_factor)
+    compiled = step.lower(state, batch, *teacher_params).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

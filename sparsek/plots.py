@@ -5,12 +5,14 @@ Colours are Okabe and Ito's and tints of one blue, which the colour-blind can te
 
 import dataclasses
 import io
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsek import files
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.model import Params, Transformer, layer_params
@@ -184,7 +186,8 @@ def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[K
     kept: what `kept_tokens` returned, for the tokens that read as `pieces`.
     pieces: text of each token.
   Raises:
-    UsageError: where matplotlib is missing or the file cannot be written.
+    UsageError: where matplotlib is missing.
+    RunError: where the file cannot be written.
   """
   columns = max(len(kept), 1)
   lines = 1 + sum(piece.count("\n") + len(piece) / TEXT_COLUMNS for piece in pieces)
@@ -197,7 +200,7 @@ def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[K
   for column, layer in enumerate(kept):
     draw_selection(figure.add_subplot(grid[1, column]), layer)
     draw_text(figure.add_subplot(grid[2, column]), pieces, layer)
-  _save(figure, path)
+  save(figure, path)
 
 
 def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
@@ -222,7 +225,8 @@ def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, 
   """Writes a PNG with a panel for each kind of pass, side by side: `panels` maps its title to the curves of `draw_times`, in `unit`.
 
   Raises:
-    UsageError: where matplotlib is missing or the file cannot be written.
+    UsageError: where matplotlib is missing.
+    RunError: where the file cannot be written.
   """
   figure = _new_figure(figsize=(5.4 * len(panels), 4.4), dpi=110, layout="constrained")
   shared = None
@@ -234,7 +238,7 @@ def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, 
       axes.set_ylabel(unit)
       axes.legend(frameon=False)
   figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-  _save(figure, path)
+  save(figure, path)
 
 
 def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]], chance: Mapping[str, float]) -> None:
@@ -245,7 +249,8 @@ def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[
     panels: task -> label of a run -> [(tokens, accuracy, lower bound, upper bound)], shares.
     chance: task -> share that guessing gets right.
   Raises:
-    UsageError: where matplotlib is missing or the file cannot be written.
+    UsageError: where matplotlib is missing.
+    RunError: where the file cannot be written.
   """
   figure = _new_figure(figsize=(max(3 * len(panels), 6), 3.6), dpi=110, layout="constrained")
   shared = None
@@ -267,7 +272,7 @@ def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[
     if place == 0:
       axes.set_ylabel("answers right (%)")
       axes.legend(frameon=False, fontsize=8)
-  _save(figure, path)
+  save(figure, path)
 
 
 def ablation_picture(grids: Mapping[str, Mapping[tuple[int, int], float]], curves: Mapping[str, Sequence[tuple[int | None, float, float]]]) -> bytes:
@@ -327,8 +332,8 @@ def _png(figure) -> bytes:
   return buffer.getvalue()
 
 
-def _save(figure, path: str) -> None:
-  try:
-    figure.savefig(path)
-  except OSError as error:
-    raise UsageError(f"the picture {path} cannot be written: {error.strerror}") from None
+def save(figure, path: str) -> None:
+  """Writes a picture, in the format that its name ends in, whole, or raises RunError."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format=os.path.splitext(path)[1][1:])
+  files.save(path, buffer.getvalue())

@@ -19,7 +19,8 @@ from sparsek import lora, safetensors
 from sparsek.checkpoint import abstract_params
 from sparsek.config import TransformerConfig, check_choice
 from sparsek.errors import UsageError
-from sparsek.files import new_folder, read_json_object
+from sparsek.files import read_json_object
+from sparsek.new_folder import new_folder
 from sparsek.hf_families import ARCHITECTURE, FAMILIES, IGNORED_TENSORS, Layout, describe, layouts, read_config
 from sparsek.model import Params, init_params
 from sparsek.parameter_table import FREE_FIELDS, Comparison, parameter_shapes

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
+from sparsek import plots
 from sparsek.metrics import read_metrics
 
 Runs = Mapping[str, Mapping]                     # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}
@@ -168,4 +169,4 @@ def draw(runs: Runs, path: str) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
   figure.legend(*position.get_legend_handles_labels(), frameon=False, loc="outside right")
-  figure.savefig(path)
+  plots.save(figure, path)

@@ -61,7 +61,7 @@ def lock(workdir: str) -> IO[str]:
 
 
 class Presence:
-  """What shows that a run's folder is still the one that it was started in.
+  """Evidence that a run's folder is still the one that it was started in.
 
   Args:
     paths: files and folders that stay as long as the run does.

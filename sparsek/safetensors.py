@@ -58,9 +58,11 @@ def _parse_header(path: str, raw: bytes, data_start: int, file_size: int) -> dic
     fields = dict(entry) if isinstance(entry, list) and all(isinstance(pair, tuple) for pair in entry) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-      refuse(f"tensor {name!r:.100} has dtype {files.shown(dtype)}, expected one of {', '.join(DTYPES)}")
+      refuse(f"tensor {name!r:.100} has dtype {files.shown(dtype)}, expected one of "
+             f"{', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > 8:
-      refuse(f"tensor {name!r:.100} has shape {files.shown(shape)}, expected a list of at most 8 sizes")
+      refuse(f"tensor {name!r:.100} has shape {files.shown(shape)}, expected a list of at most 8 "
+             f"sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
       refuse(f"tensor {name!r:.100} has data_offsets {files.shown(offsets)}, expected [begin, end]")
     begin, end = offsets
@@ -136,8 +138,8 @@ def open_folder(folder: str) -> dict[str, SafetensorsFile]:
     raise UsageError(f"{folder} holds neither {SINGLE} nor {INDEX}")
   weight_map = files.read_json_object(path).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
-    raise UsageError(f"{path}: weight_map is {files.shown(weight_map)}, expected an object of tensor "
-                     f"names and file names")
+    raise UsageError(f"{path}: weight_map is {files.shown(weight_map)}, expected an object of "
+                     f"tensor names and file names")
   for name, shard in weight_map.items():
     if not isinstance(shard, str) or os.path.basename(shard) != shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
       raise UsageError(f"{path}: weight_map puts {name!r:.100} in {files.shown(shard)}, expected a "

@@ -54,7 +54,8 @@ def attention_mass_loss(scores: jax.Array, query: jax.Array, key: jax.Array, que
   weight = counted / (jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1) * groups)
   asked = jnp.take_along_axis(query, queries[..., None, None], axis=1)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-  return _loss(scores.astype(jnp.float32), asked, key, queries, at(start), weight, min(int(window), n), scale)
+  scores, window = scores.astype(jnp.float32), min(int(window), n)
+  return _loss(scores, asked, key, queries, at(start), weight, window, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

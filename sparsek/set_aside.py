@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint of a run (`--restore_step`), without losing the later ones."""
+"""Going back to an earlier checkpoint of a run (`--restore_step`), while the later ones stay."""
 
 import os
 import shutil

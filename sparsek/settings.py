@@ -135,8 +135,8 @@ def refuse(stale: Mapping[str, Sequence[str]], workdir: str) -> None:
   if lines:
     rest = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
     raise UsageError(f"--workdir={workdir} holds what other flags made (old -> new): "
-                     f"{'; '.join(lines[:3])}{rest}. Take another --workdir, give the old flags, or "
-                     f"--retrain, which moves the old ones to {REPLACED}/ and makes new ones")
+                     f"{'; '.join(lines[:3])}{rest}. Take another --workdir, give the old flags, "
+                     f"or --retrain, which moves the old ones to {REPLACED}/ and makes new ones")
 
 
 def move_aside(folder: str) -> None:

@@ -100,7 +100,8 @@ CHANCE = {"passkey": 1 / 90000, "needle": 1 / NEEDLES, "recall": 1 / PAIRS, "var
 def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator, min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
   """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits, facts anywhere in it, and then what is asked.
 
-  It begins as the tokenizer begins documents. At least `min_distance` tokens stand between the last fact and the first question.
+  It begins as the tokenizer begins documents. At least `min_distance` tokens stand between the last
+  fact and the first question.
 
   Raises:
     UsageError: where facts, distance and questions alone are longer.
@@ -110,7 +111,8 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
   facts = list(map(encode, problem.facts))
   asked = [tuple(map(encode, problem.questions[i])) for i in asked]
   newline = encode("\n")
-  size = len(tokenizer.bos_ids) + sum(map(len, facts)) + sum(len(part) for question in asked for part in question) + (len(asked) - 1) * len(newline)
+  size = len(tokenizer.bos_ids) + sum(map(len, facts)) + (len(asked) - 1) * len(newline)
+  size += sum(len(part) for question in asked for part in question)
   least = min_distance + max(len(encode(line)) for line in FILLER) if min_distance else 0
   if length - size < least:
     far = f", {min_distance} of them between facts and question" if min_distance else ""

@@ -29,16 +29,30 @@ _MAGIC = {
     b"\x1f\x8b": "gzip data (then its name should end in .gz)",
     b"\x28\xb5\x2f\xfd": "zstd data (then its name should end in .zst)",
     b"PAR1": "Parquet (then its name should end in .parquet)",
-    b"BZh91AY&SY": "bzip2 data", b"\xfd7zXZ\x00": "xz data", b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"\x04\x22\x4d\x18": "lz4 data", b"PK\x03\x04": "a zip archive (or a document made of one)",
-    b"Rar!\x1a": "a rar archive", b"%PDF-": "a PDF", b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"RIFF": "a RIFF file",
-    b"OggS": "an Ogg file", b"\x7fELF": "an ELF program", b"\x89HDF": "HDF5",
-    b"\x93NUMPY": "a NumPy array", b"ARROW1": "Arrow data", b"SQLite format 3": "an SQLite database",
-    b"GGUF": "a GGUF model", b"Obj\x01": "Avro data",
+    b"BZh91AY&SY": "bzip2 data",
+    b"\xfd7zXZ\x00": "xz data",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x04\x22\x4d\x18": "lz4 data",
+    b"PK\x03\x04": "a zip archive (or a document made of one)",
+    b"Rar!\x1a": "a rar archive",
+    b"%PDF-": "a PDF",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"GIF8": "a GIF picture",
+    b"RIFF": "a RIFF file",
+    b"OggS": "an Ogg file",
+    b"\x7fELF": "an ELF program",
+    b"\x89HDF": "HDF5",
+    b"\x93NUMPY": "a NumPy array",
+    b"ARROW1": "Arrow data",
+    b"SQLite format 3": "an SQLite database",
+    b"GGUF": "a GGUF model",
+    b"Obj\x01": "Avro data",
     **{bytes([0x80, version]): "a pickle" for version in range(2, 6)},
-    b"\xff\xfe\x00\x00": "text in UTF-32", b"\x00\x00\xfe\xff": "text in UTF-32",
-    b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16",
+    b"\xff\xfe\x00\x00": "text in UTF-32",
+    b"\x00\x00\xfe\xff": "text in UTF-32",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
 }
 _TEXT_TOO = (b"GIF8", b"RIFF", b"OggS", b"GGUF", b"PAR1")  # a text may begin so, but has no NUL
 
@@ -92,7 +106,8 @@ def _text_of_line(name: str, line: bytes, text_field: str, errors: str) -> str:
     raise UsageError(f"{name}: NUL bytes, which no JSON has")
   value = parse_json(_decode(name, line, errors), name)
   if not isinstance(value, dict):
-    raise UsageError(f"{name}: expected a JSON object with the field {text_field!r}, found a {type(value).__name__}")
+    raise UsageError(f"{name}: expected a JSON object with the field {text_field!r}, found a "
+                     f"{type(value).__name__}")
   return _text_of(name, value, text_field, errors)
 
 
@@ -106,7 +121,8 @@ def _text_of(name: str, value, text_field: str, errors: str) -> str:
     raise UsageError(f"{name}: expected text in the field {text_field!r}, found {found}")
   valid = as_valid_unicode(text)
   if valid != text and errors == "strict":
-    raise UsageError(f"{name}: the text has a lone surrogate, which UTF-8 cannot express (--errors=replace would replace it)")
+    raise UsageError(f"{name}: the text has a lone surrogate, which UTF-8 cannot express "
+                     f"(--errors=replace would replace it)")
   return valid
 
 
@@ -126,7 +142,7 @@ def _numbered(path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _json_values(path: str, content: bytes, errors: str) -> list[tuple[str, object]] | None:
-  """Returns (name, value) of the documents of a .json file, or None where it has an object a line."""
+  """Returns (name, value) of a .json file's documents, or None where it has an object a line."""
   try:
     value = parse_json(_decode(path, content, errors), path)
   except UsageError:
@@ -153,13 +169,15 @@ def _parquet_rows(path: str, column: str) -> Iterator[tuple[str, object]]:
     with pyarrow.parquet.ParquetFile(path) as file:
       if column not in file.schema_arrow.names:
         names = ", ".join(map(repr, file.schema_arrow.names))[:200]
-        raise UsageError(f"file {path}: expected text in the column {column!r}, found the columns {names}")
+        raise UsageError(f"file {path}: expected text in the column {column!r}, found the columns "
+                         f"{names}")
       for batch in file.iter_batches(batch_size=1024, columns=[column]):
         for value in batch.column(0).to_pylist():
           number += 1
           yield f"{path}:{number}", value
   except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise UsageError(f"file {path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+    reason = " ".join(str(error).split())[:200]
+    raise UsageError(f"file {path} cannot be read as Parquet: {reason}") from None
 
 
 def _read(path: str) -> bytes:
@@ -169,7 +187,8 @@ def _read(path: str) -> bytes:
   _check_kind(path, content)
   nul = content.find(b"\0")
   if nul >= 0:
-    raise UsageError(f"file {path} holds NUL bytes (the first at offset {nul}), expected text in UTF-8")
+    raise UsageError(f"file {path} holds NUL bytes (the first at offset {nul}), expected text in "
+                     f"UTF-8")
   return content
 
 
@@ -189,7 +208,8 @@ def _opened(path: str) -> Iterator[io.BufferedIOBase]:
       else:
         yield file
   except damage as error:
-    raise UsageError(f"file {path} is damaged, or not compressed as its name says: {error}") from None
+    raise UsageError(f"file {path} is damaged, or not compressed as its name says: "
+                     f"{error}") from None
   except OSError as error:
     raise UsageError(f"file {path} cannot be read: {reason_of(error)}") from None
 
@@ -252,4 +272,5 @@ def _decode(name: str, content: bytes, errors: str) -> str:
     return content.decode("utf-8", errors).removeprefix("\ufeff")
   except UnicodeDecodeError as error:
     raise UsageError(
-        f"{name}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} (--errors=replace would replace it)") from error
+        f"{name}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "
+        f"(--errors=replace would replace it)") from error

@@ -1,7 +1,7 @@
 """Token files: a folder with tokenised documents, which is all that training needs.
 
-  tokens.bin      the ids of all documents one after the other, each ending with eos, and beginning with bos where meta.json says so; uint16, or uint32 if
-                  the vocabulary needs it
+  tokens.bin      the ids of all documents one after the other, each ending with eos, and beginning
+                  with bos where meta.json says so; uint16, or uint32 if the vocabulary needs it
   index.npy       int64 [num_documents + 1]: where each document starts in tokens.bin, in tokens
   meta.json       format version, dtype, sizes, tokenizer, which documents are held out, checksums, sources
   tokenizer.json  of a BPE; the byte tokenizer needs no file
@@ -10,10 +10,7 @@
 """
 
 import array
-import contextlib
 import dataclasses
-import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -21,11 +18,7 @@ import json
 import os
 import platform
 import re
-import shutil
-import signal
 import tempfile
-import threading
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -34,6 +27,7 @@ from sparsek.config import check_choice
 from sparsek.corpus import Document
 from sparsek.errors import RunError, UsageError
 from sparsek.files import check_regular, read_json_object, reason_of
+from sparsek.new_folder import new_folder
 from sparsek.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 
 FORMAT = "sparsek-tokens"
@@ -43,7 +37,6 @@ SPLITS = ("train", "heldout")
 _META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "num_counted": dict, "vocab_size": int, "tokenizer": dict,
                "heldout": list, "sha256": dict}
 _META_CHECKSUM = "meta_sha256"
-_TEMPORARY = ".preparing"          # ending of the folder in which token files are made
 _MAX_META_BYTES = 1 << 30          # it lists the held-out documents, up to some 10^8 of them
 _CHARACTERS_AT_ONCE = 1 << 22
 
@@ -61,8 +54,9 @@ class TokenSplit:
     marked: there are such documents.
   """
 
-  def __init__(self, name: str, folder: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, num_bytes: int,
-               vocab_size: int, uncounted: np.ndarray | None = None, num_counted: int | None = None):
+  def __init__(self, name: str, folder: str, tokens: np.ndarray, starts: np.ndarray,
+               lengths: np.ndarray, num_bytes: int, vocab_size: int,
+               uncounted: np.ndarray | None = None, num_counted: int | None = None):
     self.name = name
     self._folder = folder
     self.vocab_size = vocab_size
@@ -86,14 +80,16 @@ class TokenSplit:
     return self._uncounted[start:start + int(self.lengths[i])]
 
   def check_ids(self, i: int) -> None:
-    """Raises RunError, naming the file and the place, where document i has an id that the vocabulary has not."""
+    """Raises RunError, naming file and place, where document i has an id beyond the vocabulary."""
     wrong = np.flatnonzero(self.document(i) >= self.vocab_size)
     if len(wrong):
       offset = int(self.starts[i]) + int(wrong[0])
-      raise RunError(
-          f"token file {os.path.join(self._folder, TOKENS_FILE)} is damaged: the id {self._tokens[offset]} at token {offset} "
-          f"(token {wrong[0]} of document {i} of the {self.name} split{_name_of(self._folder, int(self.starts[i]))}) is not below the "
-          f"vocabulary's {self.vocab_size}; `python -m experiments.prepare_data --verify={self._folder}` compares all checksums")
+      document = f"document {i} of the {self.name} split"
+      document += _name_of(self._folder, int(self.starts[i]))
+      raise RunError(f"token file {os.path.join(self._folder, TOKENS_FILE)} is damaged: the id "
+                     f"{self._tokens[offset]} at token {offset} (token {wrong[0]} of {document}) "
+                     f"is not below the vocabulary's {self.vocab_size}; `python -m "
+                     f"experiments.prepare_data --verify={self._folder}` compares all checksums")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +119,6 @@ class TokenDataset:
 def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str] = ()) -> None:
   """Tokenises documents into a new folder, which appears complete or not at all.
 
-  SIGTERM and SIGHUP end the process by an exception meanwhile, so that nothing is left behind; what
-  a process left that was killed at once is removed by the next one that makes the same folder.
-
   Args:
     folder: to be made; its parents too.
     documents: at least one.
@@ -134,19 +127,11 @@ def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tok
 
   Raises:
     UsageError: if the folder is there already, or there is no document.
-    OSError: if it cannot be written.
+    RunError: if it cannot be written.
   """
-  folder = os.path.abspath(folder)
   check_new(folder)
-  os.makedirs(os.path.dirname(folder), exist_ok=True)
-  remove_abandoned(folder)
-  with _unwinding_on_signals(), _temporary_sibling(folder) as temporary:
-    _write(temporary, documents, tokenizer, sources)
-    for name in os.listdir(temporary):
-      with open(os.path.join(temporary, name), "rb") as file:
-        os.fsync(file.fileno())
-    check_new(folder)
-    os.rename(temporary, folder)
+  with new_folder(folder, alone=False) as unfinished:
+    _write(unfinished, documents, tokenizer, sources)
 
 
 def check_new(folder: str) -> None:
@@ -165,79 +150,8 @@ def check_can_make(folder: str) -> None:
     with tempfile.TemporaryFile(dir=parent):       # without a name, which a kill would leave
       pass
   except OSError as error:
-    raise UsageError(f"folder {folder} cannot be written: {reason_of(error)} (in {parent})") from None
-
-
-@contextlib.contextmanager
-def _temporary_sibling(folder: str) -> Iterator[str]:
-  """Makes a hidden folder beside `folder`, locked while it is in use, and removed at the end.
-
-  A sibling, since only within one file system is renaming atomic. Not mkdtemp: others should be
-  able to read the result.
-  """
-  with contextlib.ExitStack() as stack:
-    ready = False
-    while not ready:                     # `remove_abandoned` may be faster than the lock
-      temporary = temporary_name(folder)
-      os.mkdir(temporary)
-      stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-      ready = stack.enter_context(_lock(temporary, without_locks=True))
-    yield temporary
-
-
-def temporary_name(folder: str) -> str:
-  """Returns a new name that `remove_abandoned(folder)` recognises."""
-  return os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.{uuid.uuid4().hex}{_TEMPORARY}")
-
-
-def remove_abandoned(folder: str) -> None:
-  """Removes the temporary folders of processes that were killed while they made `folder`."""
-  parent, name = os.path.split(folder)
-  for path in glob.glob(os.path.join(glob.escape(parent), f".{glob.escape(name)}.{'[0-9a-f]' * 32}{_TEMPORARY}")):
-    with _lock(path, without_locks=False) as locked:
-      if locked:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(folder: str, without_locks: bool) -> Iterator[bool]:
-  """Locks a folder as long as the block or this process lasts.
-
-  Args:
-    folder: to lock.
-    without_locks: what to yield on a file system that has no locks.
-  Yields:
-    False where another process holds the lock or has removed the folder.
-  """
-  with contextlib.ExitStack() as stack:
-    try:
-      handle = os.open(folder, os.O_RDONLY)
-      stack.callback(os.close, handle)
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      locked = os.path.isdir(folder)
-    except (BlockingIOError, FileNotFoundError):
-      locked = False
-    except OSError:
-      locked = without_locks
-    yield locked
-
-
-@contextlib.contextmanager
-def _unwinding_on_signals() -> Iterator[None]:
-  """Makes signals that would end the process at once raise SystemExit instead."""
-  def stop(number, frame):
-    raise SystemExit(128 + number)
-
-  previous = {}
-  if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGHUP):
-      if signal.getsignal(number) == signal.SIG_DFL:
-        previous[number] = signal.signal(number, stop)
-  try:
-    yield
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+    raise UsageError(f"folder {folder} cannot be written: {reason_of(error)} "
+                     f"(in {parent})") from None
 
 
 def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str]) -> None:
@@ -252,7 +166,7 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
         content = document.text.encode("utf-8")
         if document.answers is None:
           ids, counted_bytes = next(whole), len(content)
-          num_counted = len(ids) - len(tokenizer.bos_ids)                     # nothing predicts them
+          num_counted = len(ids) - len(tokenizer.bos_ids)  # nothing predicts them
         else:
           ids, uncounted, counted_bytes = _encode_marked(document, tokenizer)
           num_counted, marked = len(ids) - np.count_nonzero(uncounted), True
@@ -349,7 +263,8 @@ def open_token_files(folder: str) -> TokenDataset:
   held_out[meta["heldout"]] = True
   starts, lengths = index[:-1], np.diff(index)
   splits = {
-      name: TokenSplit(name, folder, tokens, starts[chosen], lengths[chosen], meta["num_bytes"][name], meta["vocab_size"], uncounted,
+      name: TokenSplit(name, folder, tokens, starts[chosen], lengths[chosen],
+                       meta["num_bytes"][name], meta["vocab_size"], uncounted,
                        meta["num_counted"].get(name))
       for name, chosen in (("train", ~held_out), ("heldout", held_out))}
   checksums = (meta["sha256"].get(name, "") for name in (TOKENS_FILE, INDEX_FILE, UNCOUNTED_FILE))
@@ -358,7 +273,7 @@ def open_token_files(folder: str) -> TokenDataset:
 
 
 def _name_of(folder: str, start: int) -> str:
-  """Returns the name of the document that starts there, for a message; nothing where it is not known."""
+  """Returns the name of the document that starts there, for a message, or "" if not known."""
   try:
     number = np.flatnonzero(np.load(os.path.join(folder, INDEX_FILE)) == start)[0]
     check_regular(path := os.path.join(folder, DOCUMENTS_FILE))
@@ -430,7 +345,8 @@ def read_meta(path: str) -> dict:
     raise UsageError(f"{error}; is it of a folder that experiments.prepare_data wrote?") from None
   found = (meta.get("format"), meta.get("format_version"))
   if found != (FORMAT, FORMAT_VERSION):
-    raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found format {found[0]!r:.50} version {found[1]!r:.50}")
+    raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found "
+                     f"format {found[0]!r:.50} version {found[1]!r:.50}")
   meta.setdefault("num_counted", {})                     # not in older files, where all tokens count
   damage = _damage_of(meta)
   if damage:
@@ -439,7 +355,7 @@ def read_meta(path: str) -> dict:
 
 
 def _damage_of(meta: dict) -> str:
-  """Returns what is expected and what is found where they differ, and nothing in a good meta.json."""
+  """Returns what is expected and what is found where they differ, and "" of a good meta.json."""
   for key, kind in _META_TYPES.items():
     if type(meta.get(key)) is not kind:
       return f"{key!r} of type {kind.__name__}, found {meta.get(key)!r:.50}"
@@ -452,7 +368,8 @@ def _damage_of(meta: dict) -> str:
     wrong = next((name for name in names if type(meta[key][name]) is not kind), None)
     if wrong is not None:
       return f"{kind.__name__} in {key!r}, found {meta[key][wrong]!r:.50} as {wrong!r:.50}"
-  sizes = [*(meta[key] for key in ("num_tokens", "num_documents", "vocab_size")), *meta["num_bytes"].values(), *meta["num_counted"].values()]
+  sizes = [*(meta[key] for key in ("num_tokens", "num_documents", "vocab_size")),
+           *meta["num_bytes"].values(), *meta["num_counted"].values()]
   wrong = next((size for size in sizes if not 0 <= size < 2**63), None)
   if wrong is not None:
     return f"sizes of 0 to 2^63 - 1, found {wrong!r:.50}"
@@ -462,7 +379,8 @@ def _damage_of(meta: dict) -> str:
   wrong = next((name for name in meta["sha256"] if not is_name(name)), None)
   if wrong is not None:
     return f"names of files in this folder in 'sha256', found {wrong!r:.50}"
-  wrong = next((i for i in meta["heldout"] if type(i) is not int or not 0 <= i < meta["num_documents"]), None)
+  documents = range(meta["num_documents"])
+  wrong = next((i for i in meta["heldout"] if type(i) is not int or i not in documents), None)
   if wrong is not None:
     return f"held-out documents from 0 to {meta['num_documents'] - 1}, found {wrong!r:.50}"
   expected = meta.get(_META_CHECKSUM, digest := _meta_digest(meta))  # older files have none

@@ -4,11 +4,13 @@ Both kinds have the same members:
   name: "byte" or "bpe".
   vocab_size: one more than the largest id.
   eos_id: the id that ends every document.
-  bos_ids: the ids that begin every document, such as that of <s>; often none. A loaded tokenizer says what its file says; that of a run or of token files what
-    their documents were made with.
+  bos_ids: the ids that begin every document, such as that of <s>; often none. A loaded tokenizer
+    says what its file says; that of a run or of token files what their documents were made with.
   fingerprint: sha256 in hex of everything that decides the ids; two tokenizers with one fingerprint are interchangeable.
-  encode(text, special_tokens=False, continues=False) -> list[int]: without bos and eos. special_tokens=True takes the names of special tokens in the text as
-    these tokens; continues=True, for a text that goes on after another, leaves out the space that some tokenizers put before every text.
+  encode(text, special_tokens=False, continues=False) -> list[int]: without bos and eos.
+    special_tokens=True takes the names of special tokens in the text as these tokens;
+    continues=True, for a text that goes on after another, leaves out the space that some tokenizers
+    put before every text.
   token(id) -> str: its name, for people.
   decode(ids) -> str: drops bos and eos; what is not valid UTF-8 becomes U+FFFD.
   encode_documents(texts) -> list of integer arrays, each beginning with bos and ending with eos.
@@ -28,14 +30,14 @@ import numpy as np
 from sparsek import document_end
 from sparsek.document_end import EOS_TOKENS
 from sparsek.errors import UsageError
-from sparsek.files import write_atomically
+from sparsek.files import read_json_object, write_atomically
 
 TOKENIZER_FILE = "tokenizer.json"
 
-# Far above every vocabulary in use; the library writes a tokenizer in time and memory that grow with its largest id, and a
-# model has a row for each.
+# Far above every vocabulary in use; the library writes a tokenizer in time and memory that grow
+# with its largest id, and a model has a row for each.
 MAX_ID = 2**24 - 1
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]           # tokens of SentencePiece's byte fallback
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # tokens of SentencePiece's byte fallback
 
 
 def as_valid_unicode(text: str) -> str:
@@ -134,10 +136,12 @@ class BPETokenizer:
   def _with_valid_bytes(self, ids: list[int]) -> list[int]:
     """Returns ids whose runs of byte tokens are valid UTF-8, with U+FFFD for what was not.
 
-    The library decodes a run as a whole or not at all, so that one wrong byte would undo characters before it.
+    The library decodes a run as a whole or not at all, so that one wrong byte would undo characters
+    before it.
     """
     token_of, valid = {byte: token for token, byte in self._byte_of.items()}, []
-    for are_bytes, run in itertools.groupby(filter(self._written.__contains__, ids), self._byte_of.__contains__):
+    written = filter(self._written.__contains__, ids)
+    for are_bytes, run in itertools.groupby(written, self._byte_of.__contains__):
       if are_bytes:
         text = bytes(map(self._byte_of.__getitem__, run)).decode("utf-8", "replace")
         run = map(token_of.__getitem__, text.encode("utf-8"))
@@ -146,8 +150,10 @@ class BPETokenizer:
 
   def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
     with _library_errors("encode a document"):
-      encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # On all cores.
-    return [np.array([*self.bos_ids, *encoding.ids, self.eos_id], np.uint32) for encoding in encodings]
+      # On all cores.
+      encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array([*self.bos_ids, *encoding.ids, self.eos_id], np.uint32)
+            for encoding in encodings]
 
   def save(self, folder: str) -> None:
     # The library's own `save` raises a bare Exception where the disk is full.
@@ -168,7 +174,8 @@ def _check_ids(tokenizer) -> None:
   vocabulary = tokenizer.get_vocab(with_added_tokens=True)
   token = max(vocabulary, key=vocabulary.get, default="")
   if vocabulary.get(token, 0) > MAX_ID:
-    raise UsageError(f"the token {token!r} has the id {vocabulary[token]}, expected at most {MAX_ID}")
+    raise UsageError(f"the token {token!r} has the id {vocabulary[token]}, expected at most "
+                     f"{MAX_ID}")
 
 
 def _without_prefix(part: dict | None) -> dict | None:
@@ -185,7 +192,8 @@ def _without_prefix(part: dict | None) -> dict | None:
 def _beginning(tokenizer) -> list[int]:
   """Returns the ids that the tokenizer's post-processor puts before a text."""
   try:
-    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids
+                    for special in (False, True))
   except Exception:                                         # a vocabulary without this letter
     return tokenizer.encode("", add_special_tokens=True).ids
   for at in range(len(whole) - len(plain) + 1):
@@ -195,7 +203,10 @@ def _beginning(tokenizer) -> list[int]:
 
 
 def _byte_tokens(tokenizer, content: dict) -> tuple[dict[int, int], frozenset[int]]:
-  """Returns {id: byte} and all ids that decoding writes, where single bytes are tokens of SentencePiece's kind, else nothing."""
+  """Returns {id: byte} and all ids that decoding writes.
+
+  Both are empty unless single bytes are tokens of SentencePiece's kind.
+  """
   byte_of = {tokenizer.token_to_id(token): byte for byte, token in enumerate(_BYTES)}
   if None in byte_of or "ByteFallback" not in json.dumps(content["decoder"]):
     return {}, frozenset()
@@ -299,27 +310,31 @@ def read_bos(record: dict, tokenizer: Tokenizer, path: str) -> list[int]:
   """Returns the ids that documents begin with, as meta.json and model.json record them.
 
   Args:
-    record: the section "tokenizer" of either; older ones name none, and their documents begin with none.
+    record: the section "tokenizer" of either; older ones name none, and their documents begin with
+      none.
     tokenizer: that of the documents.
     path: of the file, for messages.
   Raises:
     UsageError: where these are no ids of the tokenizer.
   """
   ids = record.get("bos_ids", [])
-  if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids):
-    raise UsageError(f"{path}: bos_ids must be a list of ids from 0 to {tokenizer.vocab_size - 1}, found {ids!r:.100}")
+  known = lambda i: type(i) is int and 0 <= i < tokenizer.vocab_size
+  if not isinstance(ids, list) or not all(map(known, ids)):
+    raise UsageError(f"{path}: bos_ids must be a list of ids from 0 to {tokenizer.vocab_size - 1}, "
+                     f"found {ids!r:.100}")
   return ids
 
 
 def describe_documents(tokenizer: Tokenizer) -> str:
   """Returns a sentence for people, such as "each document begins with <s> and ends with </s>"."""
   begin = " ".join(map(tokenizer.token, tokenizer.bos_ids))
-  return f"each document {f'begins with {begin} and ' if begin else ''}ends with {tokenizer.token(tokenizer.eos_id)}"
+  begin = f"begins with {begin} and " if begin else ""
+  return f"each document {begin}ends with {tokenizer.token(tokenizer.eos_id)}"
 
 
 def _is_byte_data(folder: str) -> bool:
   try:
-    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
-      return json.load(file)["tokenizer"]["name"] == ByteTokenizer.name
-  except (OSError, ValueError, KeyError, TypeError):
+    meta = read_json_object(os.path.join(folder, "meta.json"), max_bytes=1 << 30)
+    return meta["tokenizer"]["name"] == ByteTokenizer.name
+  except (UsageError, KeyError, TypeError):
     return False

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, conversion, distillation, files, flops, lora, pretrained, run_directory, set_aside, spikes, trace
+from sparsek import checkpoint, conversion, distillation, files, flops, lora, pretrained
+from sparsek import run_directory, set_aside, spikes, trace
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import eval_batches, make_train_iterator
 from sparsek.errors import RunError, UsageError
@@ -212,7 +213,8 @@ class _Run:
         here, there = (config.lora_alpha or config.lora_rank for config in (self.config, old))
         raise UsageError(f"--lora_alpha={here} must be {there}, as in the run in {workdir}; or give a new folder, and --init_from={workdir}")
       opt_state = jax.eval_shape(self.optimizer.init, self.params_shape)
-      restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say, back_to)
+      restored = checkpoint.restore_newest(workdir, self.config, opt_state, everywhere, say,
+                                           back_to)
       if back_to is not None:
         set_aside.set_aside(workdir, restored.step, say)
       spikes_so_far = restored.data_state.pop(SPIKES, None)

@@ -28,13 +28,12 @@ The packages were Debian 12's: python3.11 3.11.2-6+deb12u8, perl-doc 5.36.0-7+de
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
 
 from experiments import script
-from experiments.recipes.stages import run_stages
+from experiments.recipes.stages import MINUTES, run_stages
 from sparsek import files, rivals_report, run_directory
 from sparsek.config import GATES
 
@@ -102,15 +101,13 @@ def main(options) -> None:
     run_stages(plan, options.workdir, options.devices, options.at_once, options.only,
                options.retrain)
   here, named = lambda name: os.path.join(options.workdir, name), kinds(shlex.split(options.sparsek))
-  with open(here("minutes.json"), encoding="utf-8") as file:
-    minutes = json.load(file)
+  minutes = files.read_json_object(here(MINUTES))
   runs = {}
   for name, flags in named.items():
     seeds = [seed for seed in range(options.seeds) if f"{name}_s{seed}" in minutes]
     if seeds:
       runs[name] = {"flags": flags, "seeds": {seed: rivals_report.describe(here(f"{name}_s{seed}")) for seed in seeds}}
-  with open(os.path.join(here("full_s0"), "versions.json"), encoding="utf-8") as file:
-    versions = json.load(file)
+  versions = files.read_json_object(os.path.join(here("full_s0"), "versions.json"))
   record = {"sparsek": options.sparsek, "runs": runs, "versions": {**versions, "command": None},
             "stages": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items()
                        if name.startswith(("dense", "local")) or re.sub("^(loss|far|tasks)_|_s[0-9]$", "", name) in runs}}

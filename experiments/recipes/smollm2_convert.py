@@ -26,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from experiments import script
-from experiments.recipes.stages import flags_of, run_stages
-from sparsek import checkpoint, files, run_directory, tasks
+from experiments.recipes.stages import MINUTES, flags_of, run_stages
+from sparsek import checkpoint, files, plots, run_directory, tasks
 from sparsek.metrics import read_metrics
 from sparsek.rivals_report import accuracies, mean_and_error
 
@@ -138,7 +138,7 @@ def draw(runs: Mapping[str, Mapping], path: str) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
   figure.legend(*loss_axes.get_legend_handles_labels(), frameon=False, loc="outside right")
-  figure.savefig(path)
+  plots.save(figure, path)
 
 
 def main(options) -> None:
@@ -146,8 +146,7 @@ def main(options) -> None:
   if not options.collect:
     run_stages(plan, options.workdir, options.devices, options.at_once, options.only,
                options.retrain)
-  with open(os.path.join(options.workdir, "minutes.json"), encoding="utf-8") as file:
-    minutes = json.load(file)
+  minutes = files.read_json_object(os.path.join(options.workdir, MINUTES))
   evaluated = lambda name: read_metrics(os.path.join(options.workdir, name, "evaluation.jsonl"))
   runs = {name: describe(os.path.join(options.workdir, name), minutes[name]) for name in plan if name in minutes and evaluated(name)}
   print(table(runs))

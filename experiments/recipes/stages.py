@@ -1,9 +1,9 @@
 """Runs the stages of a recipe, side by side and over several GPUs; what is done is left out when the recipe runs again.
 
 A plan is {name: (script, *flags)}: `python -m experiments.SCRIPT FLAGS`, a stage that writes to the folder WORKDIR/NAME, or evaluates others. A stage waits for
-those whose folders its flags name. WORKDIR/minutes.json has the minutes of the stages that got to their end, WORKDIR/stages.json the
-settings they were done with: what other flags made is refused, or with `retrain` moved to WORKDIR/replaced and done again, with all
-that follows from it.
+those whose folders its flags name. WORKDIR/minutes.json has the minutes of the stages that got to
+their end, WORKDIR/stages.json the settings they were done with: what other flags made is refused,
+or with `retrain` moved to WORKDIR/replaced and done again, with all that follows from it.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ from sparsek import checkpoint, files, run_directory, settings
 from sparsek.errors import UsageError
 
 Plan = Mapping[str, tuple[str, ...]]
-MINUTES, MADE = "minutes.json", "stages.json"          # of WORKDIR: how long stages took, what made them
+MINUTES, MADE = "minutes.json", "stages.json"  # of WORKDIR: how long stages took, what made them
 
 
 def needed(plan: Plan, name: str) -> set[str]:
@@ -88,7 +88,8 @@ def _stale(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, mi
       print(f"{name}: done by an earlier version, which did not say with which settings",
             file=sys.stderr)
   ran = [name for name in plan if name in minutes or os.path.isdir(folder(name))]
-  while following := [name for name in ran if name not in stale and needed(plan, name) & set(stale)]:
+  follows = lambda name: name not in stale and needed(plan, name) & set(stale)
+  while following := list(filter(follows, ran)):
     stale |= {name: [f"follows from {min(needed(plan, name) & set(stale))}"] for name in following}
   return stale
 

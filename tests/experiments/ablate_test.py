@@ -102,7 +102,8 @@ class Trainer:
     os.makedirs(folder, exist_ok=True)
     self.begun.append(os.path.basename(folder))
     run_directory.write_record(folder, "flags.txt", flags.into_string(values))
-    records = [{"step": last, "loss": 3., "tokens_per_second": 9.}, {"step": last, "heldout_loss": 2.}]
+    records = [{"step": last, "loss": 3., "tokens_per_second": 9.},
+               {"step": last, "heldout_loss": 2.}]
     if self.stopped:
       records = [{"step": 1, "loss": 3., "tokens_per_second": 9.}]
     pathlib.Path(folder, "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -224,8 +225,8 @@ def test_bad_grids_are_refused_before_any_run(argument, words, grid, capsys):
 
 def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monkeypatch):
   monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
-  row = {"attention": "full", "k": None, "window": None, "gate": None, "scorer": None, "seed": 0, "budget": None,
-         "heldout_loss": 3., "step": 9, "tokens_per_second": 1.}
+  row = {"attention": "full", "k": None, "window": None, "gate": None, "scorer": None, "seed": 0,
+         "budget": None, "heldout_loss": 3., "step": 9, "tokens_per_second": 1.}
   failed = []
 
   def write():
@@ -239,4 +240,5 @@ def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monk
     job.start()
   for job in jobs:
     job.join()
-  assert not failed and sorted(os.listdir(tmp_path)) == ["report.html", "report.png", "table.csv", "table.md"]
+  assert not failed
+  assert sorted(os.listdir(tmp_path)) == ["report.html", "report.png", "table.csv", "table.md"]

@@ -97,8 +97,10 @@ def test_training(tmp_path, capsys):
   extended = json.loads(path.read_text())["rows"]
   assert [row["n"] for row in extended] == [8, 16] and extended[1] == row
   before = path.read_text()
-  assert run(*arguments, "--rivals=full", "--vocab_size=60", "--gate=value", "--extend", f"--record={path}") == 2
+  assert run(*arguments, "--rivals=full", "--vocab_size=60", "--gate=value", "--extend",
+             f"--record={path}") == 2
   told = capsys.readouterr().err
-  assert "another model (old -> new): --vocab_size: 50 -> 60, --gate: straight_through -> value" in told
+  changes = "--vocab_size: 50 -> 60, --gate: straight_through -> value"
+  assert f"another model (old -> new): {changes}" in told
   assert path.read_text() == before and "--record" not in before
   assert run("--suite=train", "--rivals=dense") == 2 and "'dense' must be one of sparsek, sliding_window, full, transformers" in capsys.readouterr().err

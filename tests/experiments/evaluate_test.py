@@ -87,7 +87,10 @@ def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
 
 
 def test_data_that_begin_otherwise_are_told(capsys):
-  say = lambda **record: (evaluate._say_how_documents_begin(evaluate.Run("run", None, {"tokenizer": record}), spm()), capsys.readouterr().err)[1]
+  def say(**record):
+    run = evaluate.Run("run", None, {"tokenizer": record})
+    evaluate._say_how_documents_begin(run, spm())
+    return capsys.readouterr().err
   assert say(bos_ids=[1]) == "run: each document begins with <s> and ends with </s>\n"
   assert "warning: the documents of run began with nothing" in say()
   assert "warning: the documents of run began with </s>" in say(bos_ids=[2])

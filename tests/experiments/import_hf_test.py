@@ -14,6 +14,7 @@ from sparsek import checkpoint, flags, pretrained, run_directory
 from sparsek.config import TransformerConfig
 from sparsek.corpus import Document
 from sparsek.model import init_params
+from sparsek.new_folder import temporary_name
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from tests.experiments.evaluate_test import write_run
@@ -188,14 +189,13 @@ def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
   generation.write_text('{"eos_token_id": 2,}')
   assert_fails(capsys, 2, f"{generation}: no JSON", tmp_path, *arguments)
   generation.write_text('{"eos_token_id": [2, 7]}')
-  for target, name in ((checkpoint.CheckpointWriter, "save"), (shutil, "copyfile"), (os, "fsync"),
-                       (run_directory, "write_record")):
+  for target, name, file in ((checkpoint.CheckpointWriter, "save", ""), (shutil, "copyfile", ""),
+                             (os, "fsync", "/flags.txt"), (run_directory, "write_record", "")):
     with monkeypatch.context() as patch:
       patch.setattr(target, name, failing)
-      assert_fails(capsys, 1, f"{tmp_path}/new {NO_SPACE_SAID}", tmp_path, *arguments)
-  leftover = tmp_path / ".new.unfinished" / "checkpoints" / "0"      # of one that was killed
-  leftover.mkdir(parents=True)
-  (leftover / "params").write_text("half")
+      assert_fails(capsys, 1, f"{tmp_path}/new{file} {NO_SPACE_SAID}", tmp_path, *arguments)
+  leftover = temporary_name(str(tmp_path / "new"))       # of one that was killed
+  os.makedirs(os.path.join(leftover, "checkpoints", "0"))
   assert run(*arguments) == 0
   _, record = checkpoint.load_run_config(str(tmp_path / "new"))
   assert record["tokenizer"]["eos_ids"] == [0, 2, 7]

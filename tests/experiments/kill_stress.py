@@ -1,14 +1,15 @@
-"""Kills and stops a small experiments.pretrain again and again; it must log what an uninterrupted run does, to the bit. No test, but a measure.
+"""Kills and stops a small experiments.pretrain again and again; it must log what an uninterrupted
+run does, to the bit. No test, but a measure.
 
   python -m tests.experiments.kill_stress --kills=12
 
-Half of them are SIGKILL, the others signals that ask a run to save and stop. A third of the starts go
-back to an earlier checkpoint first (--restore_step). Spikes are skipped, by what the checkpoints say
-of the steps before.
+Half of them are SIGKILL, the others signals that ask a run to save and stop. A third of the starts
+go back to an earlier checkpoint first (--restore_step). Spikes are skipped, by what the checkpoints
+say of the steps before.
 
 Half fall anywhere in a start (imports, compiling, restoring), half up to --seconds after the first
-step that the process logs: in steps, evaluations and the writing of checkpoints, which goes on beside
-the steps. What a process was doing is found out after its death, from what it left.
+step that the process logs: in steps, evaluations and the writing of checkpoints, which goes on
+beside the steps. What a process was doing is found out after its death, from what it left.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from tests.experiments.pretrain_test import finish, logged, sharing_compiled, st
 
 EVAL_EVERY = 25
 # Long evaluations, so that kills fall into them.
-FLAGS = ["--num_steps=400", f"--eval_every={EVAL_EVERY}", "--eval_batches=200", "--checkpoint_every=5", "--spike_factor=1.1"]
+FLAGS = ["--num_steps=400", f"--eval_every={EVAL_EVERY}", "--eval_batches=200",
+         "--checkpoint_every=5", "--spike_factor=1.1"]
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -63,7 +65,8 @@ def main() -> None:
     whole, killed = os.path.join(folder, "whole"), os.path.join(folder, "killed")
     code, _, err = finish(start(whole, data, environment, *FLAGS))
     assert code == 0, err
-    wrong, seconds_to_start, found, in_start = 0, 6.0, collections.Counter(), [bool(i % 2) for i in range(args.kills)]
+    wrong, seconds_to_start, found = 0, 6.0, collections.Counter()
+    in_start = [bool(i % 2) for i in range(args.kills)]
     rng.shuffle(in_start)
     for kill in range(1, args.kills + 1):
       saved, how = saved_steps(killed), rng.choice((signal.SIGKILL, rng.choice(STOPS)))
@@ -92,9 +95,9 @@ def main() -> None:
     want, got = logged(whole), logged(killed)
   differing = sum(x != y for x, y in zip(want, got)) + abs(len(want) - len(got))
   skipped = max(record.get("skipped", 0) for record in got)
-  print(f"{len(want)} lines of metrics.jsonl ({sum(map(len, want))} values), {len(got)} after the kills: "
-        f"{differing} differ; {skipped} updates were skipped; {wrong} processes ended wrongly; "
-        f"{', '.join(f'{count} {doing}' for doing, count in found.most_common())}")
+  print(f"{len(want)} lines of metrics.jsonl ({sum(map(len, want))} values), {len(got)} after the "
+        f"kills: {differing} differ; {skipped} updates were skipped; {wrong} processes ended "
+        f"wrongly; {', '.join(f'{count} {doing}' for doing, count in found.most_common())}")
   print(f"python {platform.python_version()} jax {jax.__version__} cpu")
   sys.exit(differing + wrong > 0)
 

@@ -47,8 +47,10 @@ def test_table_and_record(folder, capsys):
     (["--workdir={}/sparse"], "all layers must have full attention; it has sparsek"),
     (["--workdir={}/dense", "--budget=9", "--window=8", "--k=3"], "--budget=9 must be at least 11"),
     (["--workdir={}/dense", "--sinks=8", "--window=8"], "--sinks=8 must be below --window=8"),
-    (["--workdir={}/dense", "--record={}/nowhere/x.json"], "--record={}/nowhere/x.json: must be a .json file in a folder that exists"),
-    (["--workdir={}/dense", "--record={}/folder.json"], "{}/folder.json is a folder")])
+    (["--workdir={}/dense", "--record={}/nowhere/x.json"],
+     "--record={}/nowhere/x.json: must be a .json file in a folder that exists"),
+    (["--workdir={}/dense", "--record={}/folder.json"], "{}/folder.json is a folder")
+])
 def test_refusals(given, message, folder, capsys):
   assert run(*(words.format(folder) for words in given)) == 2
   assert message.format(folder) in capsys.readouterr().err

@@ -35,10 +35,12 @@ def test_bytes_then_verify(source, tmp_path, capsys):
 
 def test_what_begins_a_document_is_said(source, tmp_path, capsys):
   spm().save(str(tmp_path))
-  made = lambda name, *more: run(f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more)
+  made = lambda name, *more: run(f"--sources={source}", "--text_field=body",
+                                 f"--output={tmp_path}/{name}", *more)
   assert made("pieces", f"--tokenizer={tmp_path}/tokenizer.json") == 0
   assert ", each document begins with <s> and ends with </s>\n" in capsys.readouterr().out
-  assert made("bytes") == 0 and " with 257 ids, each document ends with eos\n" in capsys.readouterr().out
+  assert made("bytes") == 0
+  assert " with 257 ids, each document ends with eos\n" in capsys.readouterr().out
 
 
 def test_bpe_trained_then_loaded(source, tmp_path, capsys):
@@ -80,20 +82,28 @@ def test_text_and_tasks_mixed(source, tmp_path, capsys):
 @pytest.mark.parametrize("arguments,message", [
     (["--output={out}"], "--sources is required"),
     (["--sources={source}"], "--output is required"),
-    (["--sources={source}", "--output={out}"], "texts.jsonl:1: expected text in the field 'text', found the fields 'body'"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--tokenizer=byte", "--train_bpe=300"], "exclude each other"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--tokenizer=nowhere"], "nowhere"),
+    (["--sources={source}", "--output={out}"],
+     "texts.jsonl:1: expected text in the field 'text', found the fields 'body'"),
+    (["--sources={source}", "--output={out}", "--text_field=body", "--tokenizer=byte",
+      "--train_bpe=300"],
+    "exclude each other"),
+    (["--sources={source}", "--output={out}", "--text_field=body", "--tokenizer=nowhere"],
+     "nowhere"),
     (["--sources=nowhere", "--output={out}"], "'nowhere': no such file"),
     (["--sources={source}", "--output={source}", "--text_field=body"], "there already"),
     (["--sources={source}", "--output={source}/x", "--text_field=body"], "cannot be written"),
     (["--train_bpe=10"], "--train_bpe=10"),
     (["--train_bpe=2147483647", "--sources={source}", "--output={out}"], "--train_bpe=2147483647"),
-    (["--sources=tasks:4096:999999999999999999999", "--output={out}"], "must be tasks:LENGTH:COUNT"),
+    (["--sources=tasks:4096:999999999999999999999", "--output={out}"],
+     "must be tasks:LENGTH:COUNT"),
     (["--sources=/dev/zero", "--output={out}"], "source /dev/zero is a device"),
-    (["--sources={source},nowhere", "--train_bpe=300", "--output={out}"], "'nowhere': no such file"),
+    (["--sources={source},nowhere", "--train_bpe=300", "--output={out}"],
+     "'nowhere': no such file"),
     (["--expect=/dev/zero", "--sources={source}", "--output={out}"], "/dev/zero is a device"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--min_document_bytes=999"], "of at least 999 bytes"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--expect=nowhere.json"], "nowhere.json cannot be read"),
+    (["--sources={source}", "--output={out}", "--text_field=body", "--min_document_bytes=999"],
+     "of at least 999 bytes"),
+    (["--sources={source}", "--output={out}", "--text_field=body", "--expect=nowhere.json"],
+     "nowhere.json cannot be read"),
     (["--no_such_flag=1"], "no_such_flag"),
     (["--verify=nowhere"], "nowhere"),
     (["--verify=nowhere", "--output={out}"], "neither"),
@@ -106,34 +116,42 @@ def test_bad_input_exits_with_2_and_one_sentence(source, tmp_path, capsys, argum
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("function,train_bpe", [("os.fsync", False), ("os.rename", False), ("json.dump", False), ("numpy.save", True),
-                                                ("sparsek.tokenizer.write_atomically", True)])
-def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(source, tmp_path, capsys, monkeypatch, function, train_bpe):
+@pytest.mark.parametrize("function,train_bpe", [
+    ("os.fsync", False), ("os.rename", False), ("json.dump", False), ("numpy.save", True),
+    ("sparsek.tokenizer.write_atomically", True)])
+def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(source, tmp_path, capsys, monkeypatch,
+                                                           function, train_bpe):
   def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  arguments = [f"--sources={source}", "--text_field=body", f"--output={tmp_path}/made"] + ["--train_bpe=280"] * train_bpe
+  arguments = [f"--sources={source}", "--text_field=body", f"--output={tmp_path}/made"]
+  arguments += ["--train_bpe=280"] * train_bpe
   with monkeypatch.context() as patch:
     patch.setattr(function, full)
     assert run(*arguments) == 1
-  assert capsys.readouterr().err.strip().splitlines()[-1] == f"error: {tmp_path}/made cannot be written: No space left on device"
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error == f"error: {tmp_path}/made cannot be written: No space left on device"
   assert os.listdir(tmp_path) == ["texts.jsonl"]
   assert run(*arguments) == 0
 
 
-def test_an_output_that_cannot_be_made_is_found_before_the_tokenizer_is_trained(source, capsys, monkeypatch):
+def test_an_output_that_cannot_be_made_is_found_before_the_tokenizer_is_trained(source, capsys,
+                                                                                monkeypatch):
   monkeypatch.setattr(prepare_data, "train_bpe", lambda *_: 1 / 0)
-  assert run(f"--sources={source}", "--text_field=body", "--train_bpe=300", f"--output={source}/a/b") == 2
+  assert run(f"--sources={source}", "--text_field=body", "--train_bpe=300",
+             f"--output={source}/a/b") == 2
   assert "/a/b cannot be written: Not a directory" in capsys.readouterr().err
 
 
 def test_what_was_left_out_is_told(tmp_path, capsys):
   folder = tmp_path / "texts"
   folder.mkdir()
-  for name, text in (("a.txt", "one"), ("b.TXT", "two"), ("c.json", "{}"), ("d.jsonl", '{"text": "three"}\n{"text": 3}\n')):
+  for name, text in (("a.txt", "one"), ("b.TXT", "two"), ("c.json", "{}"),
+                     ("d.jsonl", '{"text": "three"}\n{"text": 3}\n')):
     (folder / name).write_text(text)
   assert run(f"--sources={folder}", "--skip_bad_lines", f"--output={tmp_path}/made") == 0
   dataset, printed = open_data(f"{tmp_path}/made"), capsys.readouterr().out
   assert sum(dataset.split(name).num_documents for name in ("train", "heldout")) == 3
   assert f"left out: 1 files ending in .json (the first: {folder}/c.json)" in printed
-  assert f"left out: 1 lines without a text that could be read (the first: {folder}/d.jsonl:2: expected text" in printed
+  assert (f"left out: 1 lines without a text that could be read (the first: {folder}/d.jsonl:2: "
+          f"expected text") in printed

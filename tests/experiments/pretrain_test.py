@@ -110,15 +110,13 @@ def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, words", [
-    (["--kk=4"], "'kk'"),
-    (["--window=-1"], "--window=-1: must be an integer of at least 0"),
-    (["--data=/nowhere"], "/nowhere"),
-])
-def test_bad_flags_exit_with_2_and_one_sentence_in_under_10_seconds(tmp_path, environment, flags, words):
+def test_bad_flags_exit_with_2_and_one_sentence_in_under_10_seconds(tmp_path, environment):
+  """Takes a flag that is refused late; others are in flags_test, in one process."""
   started = time.monotonic()
-  command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path / 'run'}", *flags]
-  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-  assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+  command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path / 'run'}",
+             "--data=/nowhere"]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 2 and "/nowhere" in done.stderr, done.stderr
+  assert len(done.stderr.splitlines()) == 1, done.stderr
   assert time.monotonic() - started < 10
   assert not os.path.exists(tmp_path / "run")

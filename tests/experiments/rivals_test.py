@@ -57,7 +57,8 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
     folder = tmp_path / name
     folder.mkdir()
     buckets = [{"last": last, "loss": loss, "num_targets": 9} for last in (63, 127)]
-    (folder / "evaluation.jsonl").write_text(json.dumps({"data": {"seq_len": 128}, "loss": loss, "num_targets": 18, "buckets": buckets}) + "\n")
+    evaluation = {"step": 1, "data": {"seq_len": 128}, "loss": loss, "num_targets": 18}
+    (folder / "evaluation.jsonl").write_text(json.dumps({**evaluation, "buckets": buckets}) + "\n")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 4.}) + "\n" + json.dumps({"step": 1, "heldout_loss": loss - 1}) + "\n")
     (folder / "versions.json").write_text("{}")
   (tmp_path / "minutes.json").write_text(json.dumps({"full_s0": 1., "window_512_s0": 1., "window_512_s1": 1., "loss_full": 1.}))
@@ -84,8 +85,10 @@ def test_pairs_over_the_records(capsys):
   assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in found
 
 
-PLAN = {"c": ("pretrain", "--workdir=w/c", "--init_from=w/b"), "a": ("pretrain", "--workdir=w/a"),
-        "b": ("pretrain", "--workdir=w/b", "--init_from=w/a"), "d": ("evaluate", "--workdir=w/a,w/c")}
+PLAN = {"c": ("pretrain", "--workdir=w/c", "--init_from=w/b"),
+        "a": ("pretrain", "--workdir=w/a"),
+        "b": ("pretrain", "--workdir=w/b", "--init_from=w/a"),
+        "d": ("evaluate", "--workdir=w/a,w/c")}
 
 
 @pytest.fixture

@@ -216,13 +216,19 @@ class AttentionTest:
     out, *grads = output_and_gradients(f, (q, key, v, none), jnp.ones_like(q))
     assert not np.any(out) and all(np.all(np.isfinite(g)) for g in grads)
 
-  @pytest.mark.parametrize("change, words", [
-      (dict(k=0), "k=0"), (dict(k=2.5), "k=2.5"), (dict(window=-1), "window=-1"), (dict(gate="soft"), "gate='soft'"), (dict(scale="big"), "scale='big'"),
-      (dict(query=(1, 8, 3, 4)), "3 heads"), (dict(query=(1, 8, 4)), "query must have shape"), (dict(key=(1, 7, 2, 4)), "key|value"),
-      (dict(value=(1, 8, 2, 5)), "value"), (dict(scores=(1, 8, 4)), "scores must have shape"),
-      (dict(segment_ids=np.zeros((1, 7), int)), "segment_ids"), (dict(segment_ids=np.zeros((1, 8))), "segment_ids"),
-      (dict(query=(1, 0, 4, 4), key=(1, 0, 2, 4), value=(1, 0, 2, 4), scores=(1, 0, 2)), "at least one token"),
-      (dict(query=(1, 8, 4, 0), key=(1, 8, 2, 0), value=(1, 8, 2, 0)), "head_dim 1"), (dict(query=(1, 8, 0, 4)), "one head")])
+  @pytest.mark.parametrize(
+      "change, words",
+      [(dict(k=0), "k=0"), (dict(k=2.5), "k=2.5"), (dict(window=-1), "window=-1"),
+       (dict(gate="soft"), "gate='soft'"), (dict(scale="big"), "scale='big'"),
+       (dict(query=(1, 8, 3, 4)), "3 heads"), (dict(query=(1, 8, 4)), "query must have shape"),
+       (dict(key=(1, 7, 2, 4)), "key|value"), (dict(value=(1, 8, 2, 5)), "value"),
+       (dict(scores=(1, 8, 4)), "scores must have shape"),
+       (dict(segment_ids=np.zeros((1, 7), int)), "segment_ids"),
+       (dict(segment_ids=np.zeros((1, 8))), "segment_ids"),
+       (dict(query=(1, 0, 4, 4), key=(1, 0, 2, 4), value=(1, 0, 2, 4),
+             scores=(1, 0, 2)), "at least one token"),
+       (dict(query=(1, 8, 4, 0), key=(1, 8, 2, 0), value=(1, 8, 2, 0)), "head_dim 1"),
+       (dict(query=(1, 8, 0, 4)), "one head")])
   def test_bad_arguments(self, change, words):
     shapes = dict(query=(1, 8, 4, 4), key=(1, 8, 2, 4), value=(1, 8, 2, 4), scores=(1, 8, 2))
     arrays = {name: jnp.zeros(change.get(name, shape), self.dtype) for name, shape in shapes.items()}

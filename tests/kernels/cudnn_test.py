@@ -1,4 +1,5 @@
-"""What cuDNN is asked for, and what not, on GPUs that are not here: JAX's wrapper checks shapes when it is traced."""
+"""Shapes that cuDNN is asked for, on GPUs that are not here: JAX's wrapper checks them in tracing.
+"""
 
 import functools
 import itertools
@@ -15,7 +16,8 @@ from sparsek.config import TransformerConfig
 from sparsek.kernels import cudnn, mosaic_lanes
 from sparsek.layers import full_attention
 
-GPUS = {"Hopper": ("9.0", 91000), "Ampere": ("8.0", 90800), "Blackwell Ultra, old cuDNN": ("10.3", 91000)}
+GPUS = {"Hopper": ("9.0", 91000), "Ampere": ("8.0", 90800),
+        "Blackwell Ultra, old cuDNN": ("10.3", 91000)}
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def refusal_of_the_wrapper(n, head_dim, window, dtype="bfloat16", heads=4, group
   """Why JAX raises when it is asked for gradients of just this, or None."""
   def run(query, key, value):
     before = None if window >= n else (window - 1, 0)
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=before,
-                               implementation="cudnn")
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True,
+                               local_window_size=before, implementation="cudnn")
     out, vjp = jax.vjp(attend, query, key, value)
     return vjp(out)
   query, key = array(2, n, heads, head_dim, dtype=dtype), array(2, n, groups, head_dim, dtype=dtype)
@@ -67,7 +69,7 @@ def test_refuses_what_the_wrapper_refuses(name, gpu):
     theirs = refusal_of_the_wrapper(*case)
     if ours is None:                                       # an odd row is filled up
       assert theirs is None or n % 2 and "sequence length" in theirs, case
-    else:                                                  # wide heads and a window of 1 only we refuse
+    else:  # wide heads and a window of 1 only we refuse
       assert theirs or head_dim > cudnn.LARGEST_HEAD_DIM or window == 1, (case, ours)
 
 
@@ -99,7 +101,8 @@ def test_the_default_never_raises_by_shape(name, n, gpu):
     return out, vjp(out)
   for attend in attentions:
     out, gradients = jax.eval_shape(functools.partial(run, attend), query, key, key, scores)
-    assert [x.shape for x in (out, *gradients)] == [x.shape for x in (query, query, key, key, scores)]
+    shapes = [x.shape for x in (query, query, key, key, scores)]
+    assert [x.shape for x in (out, *gradients)] == shapes
 
 
 def test_an_odd_row_gets_a_token_that_nobody_sees(monkeypatch):
@@ -113,9 +116,12 @@ def test_an_odd_row_gets_a_token_that_nobody_sees(monkeypatch):
                                   for key, heads in zip(keys, (4, 2, 2, 4)))
   monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
   for window in (3, 9):
-    runs = [functools.partial(cudnn.attention, window=window, scale=.3),
-            functools.partial(sparsek.sliding_window_attention, window=window, scale=.3, implementation="xla")]
-    ours, expected = ([out, *vjp(cotangent)] for out, vjp in (jax.vjp(run, query, key, value) for run in runs))
+    def run(attend, **options):
+      attend = functools.partial(attend, window=window, scale=.3, **options)
+      out, vjp = jax.vjp(attend, query, key, value)
+      return [out, *vjp(cotangent)]
+    ours = run(cudnn.attention)
+    expected = run(sparsek.sliding_window_attention, implementation="xla")
     for x, y in zip(ours, expected):
       np.testing.assert_allclose(x, y, atol=1e-5)
   assert lengths == [10, 10]

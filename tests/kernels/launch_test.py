@@ -1,4 +1,4 @@
-"""The grids of the Mosaic GPU kernels at sizes of which no machine here runs one: CUDA must take them all."""
+"""The grids of the Mosaic GPU kernels at sizes that no machine here runs: CUDA must take them."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ LIMITS = 2 ** 31 - 1, 65535, 65535                         # programs along x, y
 
 
 def launched(grid):
-  """Returns the programs along x, y, z that Mosaic makes of a grid: its axes from the last to the first."""
+  """Returns the programs along x, y, z that Mosaic makes of a grid: its axes, last one first."""
   folded = grid if len(grid) <= 3 else (math.prod(grid[:-2]), *grid[-2:])
   return (*folded[::-1], 1, 1)[:3]
 
@@ -60,9 +60,9 @@ def test_attention_and_gradients(batch, n, heads, groups, head_dim, k, grids):
     out, vjp = jax.vjp(attend, query, key, value, scores)
     return vjp(out)
   jax.eval_shape(run, query, key, key, array(batch, n, groups), array(batch, n, dtype="int32"))
-  check(grids, "merge", "enter", "add_rows", "add_columns", "columns", "walk", "finish", "intervals",
-        "shares", "segments", "gradients", "count_members", "list_old", "list_new", "query_bounds",
-        "gather_rows", "forward", "query_gradients", "key_gradients", "sum_rows")
+  check(grids, "merge", "enter", "add_rows", "add_columns", "columns", "walk", "finish",
+        "intervals", "shares", "segments", "gradients", "count_members", "list_old", "list_new",
+        "query_bounds", "gather_rows", "forward", "query_gradients", "key_gradients", "sum_rows")
 
 
 def test_decoding(grids):
@@ -70,8 +70,8 @@ def test_decoding(grids):
   batch, layers, heads, groups, dim, window, k = 2 ** 16 + 1, 300, 64, 8, 128, 2048, 2048
   per_head = functools.partial(array, batch, groups)
   floats, integers = (functools.partial(per_head, dtype=dtype) for dtype in ("float32", "int32"))
-  rows = mosaic_decode.Rows(per_head(k + window, dim), per_head(k + window, dim), floats(k + window),
-                            integers(k), floats(window), (floats(),) * 4)
+  rows = mosaic_decode.Rows(per_head(k + window, dim), per_head(k + window, dim),
+                            floats(k + window), integers(k), floats(window), (floats(),) * 4)
   seen = array(batch, dtype="int32")
   jax.eval_shape(mosaic_decode.evict, [rows] * layers, seen, seen)
   projected = array(batch, (heads + 2 * groups) * dim + 3 * groups, dtype="float32")

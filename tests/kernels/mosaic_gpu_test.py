@@ -51,7 +51,8 @@ class TestMosaicGpu(AttentionTest):
       np.testing.assert_array_equal(np.asarray(x.astype(jnp.float32)), np.asarray(z.astype(jnp.float32)))
 
   @pytest.mark.parametrize("n, window, head_dim, documents", [
-      (4100, 300, 64, (1500, 3, 700)), (2500, 2500, 128, ()), (1023, 1023, 64, ()), (129, 5, 40, ()), (130, 1, 40, ())])
+      (4100, 300, 64, (1500, 3, 700)), (2500, 2500, 128, ()), (1023, 1023, 64, ()),
+      (129, 5, 40, ()), (130, 1, 40, ())])
   def test_sliding_window_matches_xla(self, n, window, head_dim, documents):
     """And full attention, which is a window as long as the row."""
     spec = Spec("window", n=n, heads=4, groups=2, head_dim=head_dim, k=1, window=window, documents=documents, dtype=self.dtype)
@@ -80,7 +81,8 @@ def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
   def dense(query, key, value, *, window, scale):
     windows.append(window)
     return sparsek.sliding_window_attention(query, key, value, window=window, scale=scale, implementation="xla")
-  monkeypatch.setattr(cudnn, "refusal", lambda query, segment_ids, window: "documents" if segment_ids is not None else None)
+  refusal = lambda query, segment_ids, window: None if segment_ids is None else "documents"
+  monkeypatch.setattr(cudnn, "refusal", refusal)
   monkeypatch.setattr(cudnn, "attention", dense)
   inputs = make_inputs(Spec("dense", n=20, heads=2, groups=1, head_dim=8, k=3, window=20))
   attend = lambda *inputs, **options: jnp.sum(sparsek.sparsek_attention(*inputs, k=3, **options) ** 2)

@@ -152,7 +152,8 @@ def test_names_and_what_is_refused():
 
 
 def test_block_topk_takes_a_window_longer_than_the_row():
-  config = TransformerConfig(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, k=4, window=6, attention="block_topk")
+  config = TransformerConfig(embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, k=4, window=6,
+                             attention="block_topk")
   x = jax.random.normal(jax.random.key(0), (1, 6, 8))
   layer = lambda window: baselines.BlockTopKAttention(dataclasses.replace(config, window=window))
   params = layer(6).init(jax.random.key(1), x)

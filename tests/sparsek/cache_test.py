@@ -242,12 +242,15 @@ def test_the_compiled_step_copies_no_rows():
   assert memory.temp_size_in_bytes < cache_bytes(cache) / 2
 
 
-@pytest.mark.parametrize("name", ["value, hybrid, k 1, window 1", "straight_through, linear", "value, layers of their own k and window"])
+@pytest.mark.parametrize("name", [
+    "value, hybrid, k 1, window 1", "straight_through, linear",
+    "value, layers of their own k and window"])
 def test_an_empty_cache_is_resized_to_an_empty_cache(name, monkeypatch):
   monkeypatch.setattr(cache_module, "UNCLIPPED", 8)
   config = dataclasses.replace(config_of(name), k=40, window=70)
   sizes = [cache_module.clip_sizes(config, length) for length in (5, 20, 33, 100, 10**12)]
-  assert [size.window for size in sizes] == [16, 32, 64, 70, 70] and [size.k for size in sizes] == [16, 32, 40, 40, 40] and sizes[-1] == config
+  assert [size.window for size in sizes] == [16, 32, 64, 70, 70]
+  assert [size.k for size in sizes] == [16, 32, 40, 40, 40] and sizes[-1] == config
   cache = init_cache(sizes[0], 2, max_length=9)
   for before, after in zip(sizes, sizes[1:]):
     cache = cache_module.resize(before, after, cache)
@@ -301,8 +304,9 @@ def errors_of_16_bits(gate, first, length):
   Returns those of a prefill of `first` tokens and single steps behind it, and those of the parallel
   forward, by whatever implementations run here by default.
   """
-  config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=128, num_heads=4, num_kv_heads=2,
-                             head_dim=64, mlp_dim=128, k=64, window=64, gate=gate, dtype="bfloat16")
+  config = TransformerConfig(vocab_size=31, num_layers=2, embed_dim=128, num_heads=4,
+                             num_kv_heads=2, head_dim=64, mlp_dim=128, k=64, window=64, gate=gate,
+                             dtype="bfloat16")
   params = init_params(config, jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (2, length), 0, 31)
 
@@ -317,15 +321,19 @@ def errors_of_16_bits(gate, first, length):
     logits, cache = step(params, cache, tokens[:, i])
     cached.append(logits[:, None])
   cached = jnp.concatenate(cached, axis=1).astype(jnp.float32)
-  error = lambda x: np.asarray(jnp.linalg.norm(x - truth, axis=-1) / jnp.linalg.norm(truth, axis=-1))
+  norm = functools.partial(jnp.linalg.norm, axis=-1)
+  error = lambda x: np.asarray(norm(x - truth) / norm(truth))
   return error(cached), error(parallel("bfloat16"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["straight_through", "value"])
 def test_the_default_kernels_generate_what_the_parallel_forward_does(gate):
-  """Both round to bfloat16, each in its own way, and rounding swaps tokens of nearly equal score now and
-  then: the cache's errors must be of the size of the parallel forward's."""
+  """Compares the errors of the cache with those of the parallel forward: they are of one size.
+
+  Both round to bfloat16, each in its own way, and rounding swaps tokens of nearly equal score now
+  and then.
+  """
   first, length = 600, 640
   cached, parallel = errors_of_16_bits(gate, first, length)
   for name, part in (("prefill", slice(0, first)), ("steps", slice(first, length))):

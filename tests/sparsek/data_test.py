@@ -179,7 +179,7 @@ def test_state_resumes_with_the_following_batch(dataset, steps):
 
 
 class Numbered:
-  """A split whose ids are the places of its tokens, all different, so that what was read is known."""
+  """A split whose ids are the places of its tokens, so that it is known what was read."""
   name, marked, vocab_size = "train", False, 2**31
 
   def __init__(self, lengths):
@@ -191,26 +191,29 @@ class Numbered:
     return np.arange(self._starts[i], self._starts[i] + self.lengths[i])
 
 
-# Documents shorter and longer than rows: 6000 tokens, of which no first one of a document is a target.
-NUMBERED = Numbered(np.random.default_rng(0).multinomial(5700, np.r_[.5, np.full(299, .5 / 299)]) + 1)
+# Documents shorter and longer than rows: 6000 tokens; the first one of a document is no target.
+LENGTHS = np.random.default_rng(0).multinomial(5700, np.r_[.5, np.full(299, .5 / 299)]) + 1
+NUMBERED = Numbered(LENGTHS)
 FIRST = set((np.cumsum(NUMBERED.lengths) - NUMBERED.lengths).tolist())
 
 
 def targets_read(batches):
   """The targets that the loss counts, one by one."""
-  return [int(token) for batch in batches
-          for token in batch["tokens"][:, 1:][np.logical_and(
-              batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1], batch["segment_ids"][:, 1:])]]
+  tokens = []
+  for batch in batches:
+    before, segments = batch["segment_ids"][:, :-1], batch["segment_ids"][:, 1:]
+    tokens += batch["tokens"][:, 1:][(segments == before) & (segments != 0)].tolist()
+  return tokens
 
 
 def iterators(processes=1, **flags):
   config = DataConfig(**{"seq_len": 64, "batch_size": 2, "seed": 0, **flags})
-  return [data.TrainIterator(NUMBERED, config, data._local_rows(config.batch_size, process, processes), "")
-          for process in range(processes)]
+  rows = [data._local_rows(config.batch_size, process, processes) for process in range(processes)]
+  return [data.TrainIterator(NUMBERED, config, part, "") for part in rows]
 
 
 def read_on(state, steps, processes=1, **flags):
-  """What `steps` batches show under these flags, from the state on, and the state after them."""
+  """Returns targets of `steps` batches under these flags, from a state on, and the next state."""
   readers = iterators(processes, **flags)
   for reader in readers:
     if state:
@@ -222,8 +225,9 @@ def read_on(state, steps, processes=1, **flags):
 
 
 def rest_of_epoch(state, seq_len, seed, **options):
-  """The rows that an epoch still has after a state, as batches of one, and the first row of the next."""
-  rows = data.PackedRows(NUMBERED, seq_len, seed=seed, epoch=state["epoch"], stages=[Stage(*stage) for stage in state["stages"]], **options)
+  """Returns the rows of an epoch after a state, as batches of one, and the next epoch's first."""
+  rows = data.PackedRows(NUMBERED, seq_len, seed=seed, epoch=state["epoch"],
+                         stages=[Stage(*stage) for stage in state["stages"]], **options)
   i, rest = rows.first, []
   while rows.stages_before(i)[0] == state["epoch"]:
     rest.append({key: value[None] for key, value in rows.example(i).items()})
@@ -239,7 +243,8 @@ CHANGES = {
     "batch_size": [dict(batch_size=6)],
     "seed": [dict(seed=1)],
     "seed, back again": [dict(seed=1), {}],
-    "all, several times": [dict(seq_len=48, seed=1, batch_size=3), dict(seq_len=7), dict(seq_len=200, seed=2), {}],
+    "all, several times": [dict(seq_len=48, seed=1, batch_size=3), dict(seq_len=7),
+                           dict(seq_len=200, seed=2), {}],
     "processes": [dict(processes=2), dict(processes=2, batch_size=6, seq_len=128)],
 }
 
@@ -247,7 +252,7 @@ CHANGES = {
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("group_tokens", [None, 640])
 def test_the_rest_of_an_epoch_is_what_was_not_read(changes, group_tokens, monkeypatch):
-  """Under other flags each target of the epoch still comes once, and the next epoch has them all."""
+  """Shows each target of the epoch once under other flags too, and all in the next epoch."""
   if group_tokens:
     monkeypatch.setattr(epoch_order, "_GROUP_TOKENS", group_tokens)
   found, state = read_on(None, 20)
@@ -255,7 +260,8 @@ def test_the_rest_of_an_epoch_is_what_was_not_read(changes, group_tokens, monkey
     more, state = read_on(state, **{"steps": 3, **flags})
     found += more
   rest, following = rest_of_epoch(state, flags.get("seq_len", 64), flags.get("seed", 0))
-  assert sorted(found + targets_read(rest)) == [i for i in range(NUMBERED.num_tokens) if i not in FIRST]
+  found += targets_read(rest)
+  assert sorted(found) == [i for i in range(NUMBERED.num_tokens) if i not in FIRST]
   new = data.PackedRows(NUMBERED, flags.get("seq_len", 64), seed=flags.get("seed", 0))
   assert_same(following, new.example(new.num_rows))
 
@@ -264,18 +270,20 @@ def test_without_segments_a_change_repeats_one_target_a_cut():
   found, state = read_on(None, 20, segment_documents=False)
   rest, _ = rest_of_epoch(state, 128, 0, segment_documents=False)
   counts = np.bincount(found + targets_read(rest))
-  assert np.count_nonzero(counts) == NUMBERED.num_tokens - 1 and np.sum(counts == 2) < 30 and max(counts) == 2
+  assert np.count_nonzero(counts) == NUMBERED.num_tokens - 1
+  assert np.sum(counts == 2) < 30 and max(counts) == 2
 
 
 def test_constant_flags_keep_the_order_of_older_versions():
-  """As before stages: documents by one permutation of the generator of (seed, epoch), rows by the next."""
+  """Draws documents by one permutation of the generator of (seed, epoch), rows by the next."""
   generator = np.random.Generator(np.random.PCG64([3, 2]))
   documents = generator.permutation(NUMBERED.num_documents)
   stream = np.concatenate([NUMBERED.document(i) for i in documents])
   rows = data.PackedRows(NUMBERED, 64, seed=3)
   for visit, row in enumerate(generator.permutation(rows.num_rows)):
     tokens = stream[64 * row:64 * row + 65]
-    np.testing.assert_array_equal(rows.example(2 * rows.num_rows + visit)["tokens"][:len(tokens)], tokens)
+    example = rows.example(2 * rows.num_rows + visit)
+    np.testing.assert_array_equal(example["tokens"][:len(tokens)], tokens)
 
 
 def test_states_of_older_versions_are_read(caplog):
@@ -296,10 +304,12 @@ def test_a_long_document_stays_whole_after_short_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("state", [
-    None, {}, {"tokens": -1}, {"tokens": "5"}, {"tokens": True}, {"tokens": 1, "dataset": "", "stages": []},
+    None, {}, {"tokens": -1}, {"tokens": "5"}, {"tokens": True},
+    {"tokens": 1, "dataset": "", "stages": []},
     {"tokens": 1, "dataset": "", "epoch": -1, "stages": []},
-    *({"tokens": 1, "dataset": "", "epoch": 0, "stages": stages} for stages in (
-        5, [5], [[0, 64, 9]], [[0, 0, 9, 9]], [[0, 64, 0, 9]], [[0, 64, 9, -1]], [["0", 64, 9, 1]], [[0, 64, 9, 10**9]]))])
+    *({"tokens": 1, "dataset": "", "epoch": 0, "stages": stages}
+      for stages in (5, [5], [[0, 64, 9]], [[0, 0, 9, 9]], [[0, 64, 0, 9]], [[0, 64, 9, -1]],
+                     [["0", 64, 9, 1]], [[0, 64, 9, 10**9]]))])
 def test_damaged_states_are_refused(state):
   with pytest.raises(ValueError, match="'tokens'|'stages'|cannot be read"):
     iterators()[0].set_state(state)
@@ -329,7 +339,8 @@ def test_an_error_while_prefetching_reaches_the_reader(dataset, monkeypatch):
 @pytest.mark.parametrize("wrong", [257, 2**16 - 1])
 def test_ids_above_the_vocabulary_name_the_file_and_the_place(tmp_path, wrong):
   folder, texts = str(tmp_path / "tokens"), ("abc", "defg", "hij")
-  write_token_files(folder, [Document(str(i), text, i == 2) for i, text in enumerate(texts)], ByteTokenizer())
+  documents = [Document(str(i), text, i == 2) for i, text in enumerate(texts)]
+  write_token_files(folder, documents, ByteTokenizer())
   with open(f"{folder}/tokens.bin", "r+b") as file:
     file.seek(2 * 6)
     file.write(wrong.to_bytes(2, "little"))
@@ -337,7 +348,8 @@ def test_ids_above_the_vocabulary_name_the_file_and_the_place(tmp_path, wrong):
   with pytest.raises(RunError) as error:
     next(data.make_train_iterator(opened, DataConfig(batch_size=1, seq_len=8)))
   place = "token 6 (token 2 of document 1 of the train split, '1')"
-  assert f"tokens.bin is damaged: the id {wrong} at {place} is not below the vocabulary's 257" in str(error.value)
+  assert (f"tokens.bin is damaged: the id {wrong} at {place} is not below the vocabulary's 257"
+          in str(error.value))
   assert len(data.eval_batches(opened, DataConfig(batch_size=1, seq_len=8), 9)[0]["tokens"]) == 1
 
 

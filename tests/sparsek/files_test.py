@@ -1,17 +1,14 @@
 """Files are replaced whole or not at all; paths and JSON that cannot be used are refused by name."""
 
-import contextlib
 import errno
 import multiprocessing
 import os
 import stat
-import threading
-import time
 
 import pytest
 
 from sparsek import files
-from sparsek.errors import RunError, UsageError
+from sparsek.errors import UsageError
 
 
 def _rewrite(path, content):
@@ -135,69 +132,3 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_what_one_is_wri
     file.write(b"first")
   assert path.read_text() == "first"
   assert sorted(os.listdir(tmp_path)) == sorted(["a", *(other.name for other in others)])
-
-
-def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
-  path, seen = tmp_path / "to" / "new", []
-  full = OSError(28, "No space left on device")
-  for error, raised, words in ((full, RunError, "to/new cannot be written: No space"),
-                               (KeyboardInterrupt, KeyboardInterrupt, None)):
-    with pytest.raises(raised, match=words):
-      with files.new_folder(str(path)) as folder:
-        (path.parent / ".new.unfinished" / "a").write_text("half")
-        seen.append(folder)
-        raise error
-    assert os.listdir(tmp_path / "to") == []
-  (path.parent / ".new.unfinished" / "sub").mkdir(parents=True)      # of a process that was killed
-  (path.parent / ".new.unfinished" / "sub" / "old").write_text("half")
-  path.mkdir()
-  with files.new_folder(str(path)) as folder:
-    assert os.listdir(folder) == [".lock"] and os.listdir(path) == []
-    with pytest.raises(UsageError, match="to/new is being written by another process"):
-      with files.new_folder(str(path)):
-        pass
-    with open(os.path.join(folder, "a"), "w") as file:
-      file.write("whole")
-  assert os.listdir(path.parent) == ["new"] and os.listdir(path) == ["a"]
-  assert seen == [folder] * 2
-
-
-def test_a_failed_new_folder_goes_though_a_thread_still_writes(tmp_path):
-  def write(folder):
-    for i in range(30):
-      with contextlib.suppress(OSError):
-        os.makedirs(os.path.join(folder, "sub", str(i)))
-      time.sleep(0.005)
-
-  with pytest.raises(RunError, match="No space"):
-    with files.new_folder(str(tmp_path / "new")) as folder:
-      thread = threading.Thread(target=write, args=(folder,))
-      thread.start()
-      raise OSError(28, "No space left on device")
-  thread.join()
-  assert os.listdir(tmp_path) == []
-
-
-def _no_permission(path):
-  raise PermissionError(13, "Permission denied")
-
-
-def test_what_a_new_folder_cannot_replace(tmp_path, monkeypatch):
-  (tmp_path / "full").mkdir()
-  (tmp_path / "full" / "note").write_text("mine")
-  (tmp_path / "file").write_text("mine")
-  (tmp_path / "here").mkdir()
-  monkeypatch.chdir(tmp_path / "here")
-  for path, words in (("../full", "is not empty"), ("../file", "is no folder"), (".", "working"),
-                      ("/proc", "mount point"), ("../file/x", "cannot be written: Not a dir")):
-    with pytest.raises(UsageError, match=words):
-      with files.new_folder(path):
-        pass
-  with monkeypatch.context() as patch, pytest.raises(UsageError, match="full cannot be read: Perm"):
-    patch.setattr(os, "listdir", _no_permission)
-    files.check_new_folder("../full")
-  with pytest.raises(UsageError, match="late is not empty"):         # another process made it
-    with files.new_folder(str(tmp_path / "late")):
-      (tmp_path / "full").rename(tmp_path / "late")
-  assert sorted(os.listdir(tmp_path)) == ["file", "here", "late"]
-  assert (tmp_path / "late" / "note").read_text() == "mine"

@@ -23,20 +23,24 @@ def write(folder, **files):
     (folder / f"{name}.flags").write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-@pytest.mark.parametrize("arguments, k, told", [
-    (["--flagfile=a.flags"], 1, []),
-    (["--flagfile", "a.flags"], 1, []),
-    (["-flagfile=a.flags"], 1, []),
-    (["--flagfile="], None, []),
-    (["--flagfile=a.flags", "--flagfile=b.flags"], 2, []),                  # the later file wins
-    (["--flagfile=b.flags", "--flagfile=a.flags"], 1, []),
-    (["--k=9", "--flagfile=a.flags"], 9, ["--k=1 in a.flags gives way to --k=9 of the command line"]),
-    (["--flagfile=a.flags", "--k=9"], 9, ["--k=1 in a.flags gives way to --k=9 of the command line"]),
-    (["--k", "9", "--flagfile", "a.flags", "--k=1"], 1, []),                # the same value
-    (["--k=9", "--flagfile=a.flags", "--flagfile=b.flags"], 9, ["--k=2 in b.flags"]),
-    (["--flagfile=outer.flags"], 1, []),
-    (["--flagfile=comments.flags"], 3, []),
-])
+@pytest.mark.parametrize(
+    "arguments, k, told",
+    [
+        (["--flagfile=a.flags"], 1, []),
+        (["--flagfile", "a.flags"], 1, []),
+        (["-flagfile=a.flags"], 1, []),
+        (["--flagfile="], None, []),
+        (["--flagfile=a.flags", "--flagfile=b.flags"], 2, []),  # the later file wins
+        (["--flagfile=b.flags", "--flagfile=a.flags"], 1, []),
+        (["--k=9", "--flagfile=a.flags"],
+         9, ["--k=1 in a.flags gives way to --k=9 of the command line"]),
+        (["--flagfile=a.flags", "--k=9"],
+         9, ["--k=1 in a.flags gives way to --k=9 of the command line"]),
+        (["--k", "9", "--flagfile", "a.flags", "--k=1"], 1, []),  # the same value
+        (["--k=9", "--flagfile=a.flags", "--flagfile=b.flags"], 9, ["--k=2 in b.flags"]),
+        (["--flagfile=outer.flags"], 1, []),
+        (["--flagfile=comments.flags"], 3, []),
+    ])
 def test_the_command_line_wins_and_says_so(arguments, k, told, tmp_path, monkeypatch):
   write(tmp_path, a="--k=1\n", b="--k=2\n", outer="--k=5\n--flagfile=a.flags\n",
         comments="# x\n// y\n\n  # z\n --k=3 \r\n")

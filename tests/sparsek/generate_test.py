@@ -156,8 +156,10 @@ def saved(tmp_path, session):
 
 
 def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
-  """The cache grows with its texts, over turns and files, and gives what one of the full size does."""
-  small = dataclasses.replace(SOFT, attention="sparsek:k20:w4,sliding_window", num_layers=2, window=100, dtype="float32", gate="value")
+  """Lets the cache grow with its texts, over turns and files; it gives what one of full size does.
+  """
+  small = dataclasses.replace(SOFT, attention="sparsek:k20:w4,sliding_window", num_layers=2,
+                              window=100, dtype="float32", gate="value")
   model = init_params(small, jax.random.key(2))
   model["embed"]["embedding"] *= 30
   full, more = Session(small, model, 3), [[11, 12], [], [13]]
@@ -165,39 +167,47 @@ def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr("sparsek.cache.UNCLIPPED", 8)
   session = Session(small, model, 3)
   found = [turn(session, ROWS, max_new_tokens=14)]
-  assert session.cache.layers[0].position.shape[2] == 20 and session.cache.layers[1].key.shape[2] == 32
+  assert session.cache.layers[0].position.shape[2] == 20
+  assert session.cache.layers[1].key.shape[2] == 32
   session = Session.load(saved(tmp_path, session), small, model)
   found.append(turn(session, more, max_new_tokens=14))
   assert found == wanted and session.cache.layers[1].key.shape[2] == 64
   huge, large = (dataclasses.replace(LIGHT, window=window, k=2**50) for window in (2**40, 16))
-  first = [turn(Session(config, light_params(), 3), ROWS, max_new_tokens=1) for config in (huge, large)]
-  assert first[0] == first[1]
+  first, second = (turn(Session(config, light_params(), 3), ROWS, max_new_tokens=1)
+                   for config in (huge, large))
+  assert first == second
 
 
 @pytest.mark.parametrize("attention", ["full", "sliding_window", "sparsek"])
 def test_what_no_memory_could_hold_is_refused_at_once(attention):
   config = dataclasses.replace(LIGHT, attention=attention, window=2**40)
-  message = r"max_new_tokens=1000000000 after 5 prompt tokens: .* takes about [0-9,]+ bytes, more than the [0-9,]+ bytes of memory here"
+  message = (r"max_new_tokens=1000000000 after 5 prompt tokens: .* takes about [0-9,]+ bytes, "
+             r"more than the [0-9,]+ bytes of memory here")
   with pytest.raises(ValueError, match=message):
     generate(config, None, PROMPT, max_new_tokens=10**9, temperature=0.0)
   with pytest.raises(ValueError, match="positions are counted up to 2147483647"):
     generate(config, None, PROMPT, max_new_tokens=2**31, temperature=0.0)
   if attention != "full":
-    with pytest.raises(ValueError, match=r"window=\d+ and k=3: what the model would keep of 1000000000 texts"):
+    message = r"window=\d+ and k=3: what the model would keep of 1000000000 texts"
+    with pytest.raises(ValueError, match=message):
       Session(config, light_params(), 10**9)
 
 
 def broken_heads(head):
   """(what is wrong, a head) for every field of every level, of every wrong kind."""
-  wrong = [None, True, -1, 2**31, 10**30, 1.5, "1", [], {}, [1], [[1]], [[-1]] * 3, [[40]] * 3, [[1, 2]] * 3, [[1.0]] * 3, {"a": 1}, [{}], [{}] * 2, [None] * 3]
+  wrong = [None, True, -1, 2**31, 10**30, 1.5, "1", [], {}, [1], [[1]], [[-1]] * 3, [[40]] * 3,
+           [[1, 2]] * 3, [[1.0]] * 3, {"a": 1}, [{}], [{}] * 2, [None] * 3]
   for where in ("", "config", "note"):
     section = head[where] if where else head
     for name in section:
       for value in ("missing", *wrong):
-        changed = {key: part for key, part in section.items() if key != name} | ({} if value == "missing" else {name: value})
+        changed = {key: part for key, part in section.items() if key != name}
+        if value != "missing":
+          changed[name] = value
         yield f"{where} {name}={value}", {**head, where: changed} if where else changed
   state = {"before": [1], "unfinished": False}
-  for state in ({**state, "before": [40]}, {**state, "before": 1}, {**state, "unfinished": 0}, {"before": [1]}, {**state, "more": 1}):
+  for state in ({**state, "before": [40]}, {**state, "before": 1}, {**state, "unfinished": 0},
+                {"before": [1]}, {**state, "more": 1}):
     yield f"texts {state}", {**head, "note": {**head["note"], "texts": [state] * 3}}
 
 
@@ -218,9 +228,11 @@ def test_no_broken_head_of_a_cache_is_a_traceback(tmp_path):
   for what, changed in broken_heads(head):
     if changed != head:                                  # True is 1
       attempt(what, json.dumps(changed).encode())
-  for text in (b"", b"[]", b"{}", b"null", b"1", b"[" * 10**5, b"9" * 5000, b"\xff", json.dumps(head).encode() + b"x"):
+  for text in (b"", b"[]", b"{}", b"null", b"1", b"[" * 10**5, b"9" * 5000, b"\xff",
+               json.dumps(head).encode() + b"x"):
     attempt(text[:9], text)
-  assert opened == {"note texts=None", "note texts=missing", " length=missing", " length=None"}, "older files have none"
+  assert opened == {"note texts=None", "note texts=missing", " length=missing",
+                    " length=None"}, "older files have none"
 
 
 def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
@@ -236,7 +248,8 @@ def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
     assert str(error.value).startswith(path), what
   for name, x in members.items():
     others = {other: y for other, y in members.items() if other != name}
-    for wrong in (np.array([{}], object), x[None], x[..., :-1], x.astype(np.complex64), np.asfortranarray(x[..., None].T), np.array("text"), np.zeros(0)):
+    for wrong in (np.array([{}], object), x[None], x[..., :-1], x.astype(np.complex64),
+                  np.asfortranarray(x[..., None].T), np.array("text"), np.zeros(0)):
       refused(name, **others, **{name: wrong})
     refused(name, **others)
   refused("seen", **(members | {"leaf_0": np.full(3, -1, np.int32)}))
@@ -268,13 +281,16 @@ def test_a_tiny_temperature_is_greedy(temperature, options):
 
 def test_extreme_numbers_mean_what_they_say():
   logits = jnp.log(jnp.asarray([0.1, 0.5, 0.4]))
-  draw = lambda **options: np.bincount(sample(jnp.broadcast_to(logits, (3000, 3)), jax.random.key(0), **options), minlength=3) / 3000
+  def draw(**options):
+    drawn = sample(jnp.broadcast_to(logits, (3000, 3)), jax.random.key(0), **options)
+    return np.bincount(drawn, minlength=3) / 3000
   for temperature in (1e38, 1e300, np.inf):
     np.testing.assert_allclose(draw(temperature=temperature), 1 / 3, atol=0.04)
   assert draw(top_p=1e-45)[1] == 1
   np.testing.assert_allclose(draw(top_p=1 - 1e-9), [0.1, 0.5, 0.4], atol=0.04)
   session = Session(LIGHT, light_params(), 1)
-  assert len(turn(session, [PROMPT], top_k=10**30, temperature=1e-40, keys=jax.random.split(jax.random.key(0), 1))[0]) == 11
+  keys = jax.random.split(jax.random.key(0), 1)
+  assert len(turn(session, [PROMPT], top_k=10**30, temperature=1e-40, keys=keys)[0]) == 11
 
 
 def test_sample_draws_from_the_nucleus():
@@ -328,7 +344,8 @@ TOKENIZERS = {"byte": ByteTokenizer, "bpe": bpe, "spm": spm, "metaspace": metasp
 def some_ids(tokenizer, rng, count):
   """Ids of text, single bytes that are no text, and ids that write nothing."""
   text = tokenizer.encode("".join(rng.choice(list(TEXT + "world Hello"), count)))
-  return [int(rng.integers(tokenizer.vocab_size + 9)) if rng.random() < 0.3 else i for i in text][:count]
+  ids = [int(rng.integers(tokenizer.vocab_size + 9)) if rng.random() < 0.3 else i for i in text]
+  return ids[:count]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -339,7 +356,8 @@ def test_pieces_of_all_turns_are_the_text_of_all_tokens(name):
     ids, shown, state = [], "", {}
     for _ in range(rng.integers(1, 5)):
       stream = TextStream(tokenizer, **json.loads(json.dumps(state)))
-      prompt, drawn = tokenizer.encode("".join(rng.choice(list(TEXT), rng.integers(4)))), some_ids(tokenizer, rng, rng.integers(12))
+      prompt = tokenizer.encode("".join(rng.choice(list(TEXT), rng.integers(4))))
+      drawn = some_ids(tokenizer, rng, rng.integers(12))
       shown += stream.turn(prompt) + "".join(map(stream.push, drawn)) + stream.end_turn()
       ids, state = [*ids, *prompt, *drawn], stream.state
       assert len(state["before"]) <= 8 and shown == tokenizer.decode(ids)[:len(shown)]
@@ -351,14 +369,16 @@ def test_pieces_of_all_turns_are_the_text_of_all_tokens(name):
 def test_a_stream_knows_the_text_before_it(name):
   tokenizer, rng = TOKENIZERS[name](), np.random.default_rng(1)
   for _ in range(60):
-    prompt, drawn = some_ids(tokenizer, rng, rng.integers(30)), some_ids(tokenizer, rng, rng.integers(20))
+    prompt = some_ids(tokenizer, rng, rng.integers(30))
+    drawn = some_ids(tokenizer, rng, rng.integers(20))
     before = tokenizer.decode(prompt)
     text = tokenizer.decode([*prompt, *drawn])[len(before):]
     assert "".join(stream_text(tokenizer, drawn, before=prompt)) == text
     if text:
       begin = int(rng.integers(len(text)))
       stop = text[begin:begin + int(rng.integers(1, 4))]
-      assert "".join(stream_text(tokenizer, drawn, [stop, "never there"], prompt)) == text[:text.find(stop)]
+      pieces = stream_text(tokenizer, drawn, [stop, "never there"], prompt)
+      assert "".join(pieces) == text[:text.find(stop)]
 
 
 def test_the_space_of_the_first_new_token_is_shown_and_stops():
@@ -389,7 +409,8 @@ def test_tokens_that_write_nothing_part_no_character():
   assert "".join(map(stream.push, ids)) == spm().decode(ids) == "€"
 
 
-@pytest.mark.parametrize("name, ids", [("byte", [0xE2]), ("spm", [3 + 0xE2]), ("spm", [3 + 0xE2, 1]), ("bpe", None)])
+@pytest.mark.parametrize("name, ids", [
+    ("byte", [0xE2]), ("spm", [3 + 0xE2]), ("spm", [3 + 0xE2, 1]), ("bpe", None)])
 def test_unfinished_characters_take_constant_time(name, ids):
   """Each token is decoded with a few others; nothing but the last one can become a character."""
   tokenizer, decoded = TOKENIZERS[name](), []

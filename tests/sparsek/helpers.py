@@ -25,15 +25,24 @@ def run_command(main, flag_values, *arguments):
 
 @functools.cache
 def spm():
-  """A tokenizer of SentencePiece's kind: bytes are tokens too, and decoding leaves out the space before the first word."""
-  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "H", "e", "l", "o", "w", "r", "d", "▁w", "or", "€", "日"]
+  """Returns a tokenizer of SentencePiece's kind.
+
+  Bytes are tokens too, and decoding leaves out the space before the first word.
+  """
+  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
+            *"▁Helowrd", "▁w", "or", *"€日"]
+  vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, [("▁", "w"), ("o", "r")]
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-      {piece: i for i, piece in enumerate(pieces)}, [("▁", "w"), ("o", "r")], unk_token="<unk>", byte_fallback=True))
+      vocabulary, merges, unk_token="<unk>", byte_fallback=True))
   normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-  tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-  tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+  tokenizer.normalizer = normalizers.Sequence(
+      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+  tokenizer.decoder = decoders.Sequence([
+      decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+      decoders.Strip(" ", 1, 0)])
   tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-  tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
   return BPETokenizer(tokenizer)
 
 
@@ -41,5 +50,6 @@ def spm():
 def metaspace():
   """The newer spelling of such tokenizers."""
   content = json.loads(spm()._tokenizer.to_str()) | {"normalizer": None}
-  content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+  content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁",
+                              "prepend_scheme": "always", "split": False}
   return BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))

@@ -81,15 +81,16 @@ def test_every_path_of_every_command():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("hf:~/x", "hf:{home}/x"), ("hf:x", "hf:{here}/x"), ("x@4", "{here}/x@4"), ("~/x@4", "{home}/x@4"),
-    ("/a/./b/", "/a/b"), ("./~x", "{here}/~x"), ("a:b", "{here}/a:b")])
+    ("hf:~/x", "hf:{home}/x"), ("hf:x", "hf:{here}/x"), ("x@4", "{here}/x@4"),
+    ("~/x@4", "{home}/x@4"), ("/a/./b/", "/a/b"), ("./~x", "{here}/~x"), ("a:b", "{here}/a:b")])
 def test_references(text, expected):
   places = {"home": os.path.expanduser("~"), "here": os.getcwd()}
   assert path_flags.parse_path(text, reference=True) == expected.format(**places)
 
 
 @pytest.mark.parametrize("text, words", [
-    ("hf:gs://x", "gs: URLs"), ("hf:", "empty"), ("~nobody-here/x", "there is no user ~nobody-here")])
+    ("hf:gs://x", "gs: URLs"), ("hf:", "empty"),
+    ("~nobody-here/x", "there is no user ~nobody-here")])
 def test_references_that_are_none(text, words):
   with pytest.raises(ValueError, match=words):
     path_flags.parse_path(text, reference=True)
@@ -126,7 +127,8 @@ def test_messages_and_records_have_the_whole_path(tmp_path, monkeypatch):
   values = absl_flags.FlagValues()
   for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
     define(values)
-  flags.parse(["x", "--workdir=run", "--data=~/d", "--init_from=other@3", "--tokenizer=byte"], values)
+  arguments = ["--workdir=run", "--data=~/d", "--init_from=other@3", "--tokenizer=byte"]
+  flags.parse(["x", *arguments], values)
   text = flags.into_string(values)
   assert f"--workdir={tmp_path}/run\n" in text and f"--init_from={tmp_path}/other@3\n" in text
   assert f"--data={os.path.expanduser('~')}/d\n" in text and "--tokenizer=byte\n" in text

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import jax
@@ -6,7 +7,7 @@ import pytest
 
 from sparsek import plots
 from sparsek.config import TransformerConfig
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
 from sparsek.model import Transformer, init_params, layer_params
 from tests.sparsek.helpers import quick_jit
 
@@ -58,7 +59,7 @@ def test_picture(tmp_path):
   path = tmp_path / "picture.png"
   plots.save_picture(str(path), {"a": RECORDS, "b $x$": RECORDS}, kept, ["a", "$", "\n", " ", "\x00", "bc", "\n", "d" * 80, "é"])
   assert path.read_bytes().startswith(b"\x89PNG")
-  with pytest.raises(UsageError, match="nowhere"):
+  with pytest.raises(RunError, match="nowhere/[a-z]*.png cannot be written"):
     plots.save_picture(str(tmp_path / "nowhere" / "picture.png"), {"a": RECORDS})
 
 
@@ -72,8 +73,20 @@ def test_times_against_length(tmp_path):
   path = tmp_path / "times.png"
   plots.save_times(str(path), {"Forward": curves, "Backward": {}}, "a device")
   assert path.read_bytes().startswith(b"\x89PNG")
-  with pytest.raises(UsageError, match="nowhere"):
+  with pytest.raises(RunError, match="nowhere/[a-z]*.png cannot be written"):
     plots.save_times(str(tmp_path / "nowhere" / "times.png"), {"Forward": curves})
+
+
+def test_a_picture_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch):
+  path = tmp_path / "times.png"
+  path.write_text("old")
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(RunError, match="times.png cannot be written: No space"):
+    plots.save_times(str(path), {"Forward": {}}, "a device")
+  assert os.listdir(tmp_path) == ["times.png"] and path.read_text() == "old"
 
 
 def test_marks_of_the_text():

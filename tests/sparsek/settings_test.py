@@ -1,4 +1,4 @@
-"""What made a run, compared with what is wanted."""
+"""The settings that made a run, compared with what is wanted."""
 
 import json
 import os
@@ -59,11 +59,13 @@ def test_differences(old, new, lines):
      ["--examples: 100 -> 9"]),
     ("import_hf", ["--from=/a"], ["--from=/a", "--attention=full"],
      ["--attention: the default -> full"]),
-    ("import_hf", ["--from=/a", "--preset=tiny"], ["--from=/a"], []),  # as earlier versions wrote it
+    # As earlier versions wrote it.
+    ("import_hf", ["--from=/a", "--preset=tiny"], ["--from=/a"], []),
 ])
 def test_differences_of_other_commands(script, old, new, lines):
   base = ["--workdir=/a/runs/x"] if script == "import_hf" else []
-  assert settings.differences(*(of(*words, script=script, base=base) for words in (old, new))) == lines
+  made = (of(*words, script=script, base=base) for words in (old, new))
+  assert settings.differences(*made) == lines
 
 
 def test_every_neutral_flag_says_why():
@@ -98,7 +100,8 @@ def test_moving_aside_deletes_nothing(tmp_path):
 
 def test_refusal_names_what_differs():
   settings.refuse({"a": []}, "w")
-  stale = {"a": ["--k: 1 -> 2", "--seed: 0 -> 1"], "b": [], "c": ["--x"], "d": ["--x"], "e": ["--x"]}
-  with pytest.raises(UsageError, match=r"^--workdir=w holds what other flags made \(old -> new\): "
-                     r"a \(--k: 1 -> 2, --seed: 0 -> 1\); c \(--x\); d \(--x\), and 1 more\. .*--retrain"):
+  stale = {"a": ["--k: 1 -> 2", "--seed: 0 -> 1"], "b": [], **{name: ["--x"] for name in "cde"}}
+  message = (r"^--workdir=w holds what other flags made \(old -> new\): "
+             r"a \(--k: 1 -> 2, --seed: 0 -> 1\); c \(--x\); d \(--x\), and 1 more\. .*--retrain")
+  with pytest.raises(UsageError, match=message):
     settings.refuse(stale, "w")

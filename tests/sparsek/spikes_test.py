@@ -1,4 +1,4 @@
-"""Which steps are spikes, and what is kept of them."""
+"""The steps that are spikes, and what is kept of them."""
 
 import json
 

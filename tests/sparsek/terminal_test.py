@@ -52,7 +52,7 @@ def test_an_interrupt_is_one_line_and_code_130(capsys):
 
 
 def test_a_command_keeps_ignoring_an_ignored_interrupt():
-  """As in the background of a shell script."""
+  """Behaves as in the background of a shell script."""
   old = signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     with pytest.raises(SystemExit) as exit_info:

@@ -39,7 +39,8 @@ def read(path, **options):
     ("a.txt.gz", gzip.compress(ONE_TWO), [ONE_TWO.decode()]),
     ("a.txt", b"\xef\xbb\xbfone\n\xef\xbb\xbf", ["one\n\ufeff"]),
     ("a.TXT", b"one\r\n", ["one\r\n"]),
-    ("README", b"GIF89a, RIFF and PAR1 are magic numbers", ["GIF89a, RIFF and PAR1 are magic numbers"]),
+    ("README", b"GIF89a, RIFF and PAR1 are magic numbers",
+     ["GIF89a, RIFF and PAR1 are magic numbers"]),
     ("a.jsonl", b'{"text": "\\u0000"}', ["\0"]),
 ])
 def test_files_are_what_their_names_say(tmp_path, name, content, expected):
@@ -76,7 +77,8 @@ def test_files_are_what_their_names_say(tmp_path, name, content, expected):
     ("a.json", b"", "a.json: no JSON that can be understood"),
     ("a.json", b"5", "a.json: expected an array or objects, found a int"),
     ("a.json", b'["one", 5]', r"a.json\[1\]: expected text in the field 'text', found a int"),
-    ("a.json", b'[{"body": "one"}]', r"a.json\[0\]: expected text in the field 'text', found the fields 'body'"),
+    ("a.json", b'[{"body": "one"}]',
+     r"a.json\[0\]: expected text in the field 'text', found the fields 'body'"),
 ])
 @pytest.mark.parametrize("errors", ["strict", "replace"])
 def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message, errors):
@@ -93,12 +95,14 @@ def no_zstandard(monkeypatch):
 
 @pytest.fixture
 def zstd(monkeypatch):
-  """Frames of zlib behind the interface that Python 3.14 and zstandard share; of zstd where one is installed."""
+  """Offers frames of zstd where it is installed, else of zlib behind the interface of zstandard."""
   with contextlib.suppress(ImportError):
     import zstandard
     return zstandard.compress
   no_zstandard(monkeypatch)
-  fake = types.SimpleNamespace(ZstdError=zlib.error, ZstdDecompressor=lambda: types.SimpleNamespace(decompressobj=zlib.decompressobj))
+  fake = types.SimpleNamespace(
+      ZstdError=zlib.error,
+      ZstdDecompressor=lambda: types.SimpleNamespace(decompressobj=zlib.decompressobj))
   monkeypatch.setitem(sys.modules, "zstandard", fake)
   return zlib.compress
 
@@ -123,7 +127,8 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   for name, package in (("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")):
     (tmp_path / name).write_bytes(b"PAR1")
-    with pytest.raises(UsageError, match=f"{name}: reading .* needs {package}: pip install {package}"):
+    message = f"{name}: reading .* needs {package}: pip install {package}"
+    with pytest.raises(UsageError, match=message):
       read(tmp_path / name)
 
 
@@ -131,11 +136,14 @@ def test_parquet(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   import pyarrow.parquet  # noqa: F811
   path = tmp_path / "a.parquet"
-  pyarrow.parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(3000)] + [None], "id": range(3001)}), path)
+  texts = [f"text {i}" for i in range(3000)] + [None]
+  pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(3001)}), path)
   skipped = []
   assert read(path, bad=skipped.append) == [f"text {i}" for i in range(3000)]
-  assert [str(error) for error in skipped] == [f"{path}:3001: expected text in the field 'text', found a NoneType"]
-  with pytest.raises(UsageError, match="expected text in the column 'body', found the columns 'text', 'id'"):
+  error, = map(str, skipped)
+  assert error == f"{path}:3001: expected text in the field 'text', found a NoneType"
+  message = "expected text in the column 'body', found the columns 'text', 'id'"
+  with pytest.raises(UsageError, match=message):
     read(path, text_field="body")
   with pytest.raises(UsageError, match="a.parquet:1: expected text in the field 'id', found a int"):
     read(path, text_field="id")
@@ -151,7 +159,8 @@ def test_fifos_and_devices_are_refused(tmp_path, monkeypatch):
   with socket.socket(socket.AF_UNIX) as server:
     monkeypatch.chdir(tmp_path)             # such names are short
     server.bind("a.sock")
-    for source, kind in ((str(tmp_path), "FIFO"), ("a.txt", "FIFO"), ("a.sock", "socket"), ("/dev/zero", "device")):
+    for source, kind in ((str(tmp_path), "FIFO"), ("a.txt", "FIFO"), ("a.sock", "socket"),
+                         ("/dev/zero", "device")):
       with pytest.raises(UsageError, match=f"is a {kind}, expected a regular file"):
         list(documents([source], extensions=[".txt"]))
 
@@ -159,12 +168,15 @@ def test_fifos_and_devices_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_bad_lines_are_left_out_where_asked(tmp_path, name):
   path, left_out = tmp_path / name, LeftOut()
-  bad = [b"{", b'{"body": "x"}', b'{"text": 5}', b'"text"', b'{"text": "\\ud800"}', DEEP.strip(), HUGE.strip()]
+  bad = [b"{", b'{"body": "x"}', b'{"text": 5}', b'"text"', b'{"text": "\\ud800"}',
+         DEEP.strip(), HUGE.strip()]
   bad += [b'{"text": "\xff"}'] * (name == "a.jsonl")
   path.write_bytes(b"\n".join([b'{"text": "one"}', *bad, b'{"text": "two"}']))
-  assert [document.text for document in documents([str(path)], skip_bad_lines=True, left_out=left_out)] == ["one", "two"]
+  kept = documents([str(path)], skip_bad_lines=True, left_out=left_out)
+  assert [document.text for document in kept] == ["one", "two"]
   line, = left_out.lines()
-  assert line.startswith(f"left out: {len(bad)} lines without a text that could be read (the first: {path}:2: no JSON")
+  assert line.startswith(f"left out: {len(bad)} lines without a text that could be read (the "
+                         f"first: {path}:2: no JSON")
   with pytest.raises(UsageError, match=f"{name}:2: no JSON"):
     list(documents([str(path)]))
 
@@ -173,19 +185,24 @@ def test_folders_are_walked_once_and_what_is_left_out_is_counted(tmp_path):
   root, other = tmp_path / "with,comma", tmp_path / "other"
   for folder in (root / "sub", root / ".git", other / "deep"):
     folder.mkdir(parents=True)
-  for name in ("A.TXT", "b.txt.gz", "c.bin", "d.Bin", "LICENSE", ".h.txt", "e.txt", "sub/f.NDJSON", "../other/g.md", "../other/deep/h.txt"):
+  for name in ("A.TXT", "b.txt.gz", "c.bin", "d.Bin", "LICENSE", ".h.txt", "e.txt", "sub/f.NDJSON",
+               "../other/g.md", "../other/deep/h.txt"):
     (root / name).write_bytes(b'{"text": "%b"}' % name.encode())
   (root / "b.txt.gz").write_bytes(gzip.compress(b"b"))
   (root / "e.txt").write_bytes(b"")
-  for link, target in (("0", other), ("loop", root), ("up", tmp_path), ("same", other / "deep"), ("sub/file.txt", other / "g.md")):
+  for link, target in (("0", other), ("loop", root), ("up", tmp_path), ("same", other / "deep"),
+                       ("sub/file.txt", other / "g.md")):
     os.symlink(target, root / link)
   left_out = LeftOut()
-  found = [os.path.relpath(document.name, root) for document in documents([str(root)], left_out=left_out)]
+  found = [os.path.relpath(document.name, root)
+           for document in documents([str(root)], left_out=left_out)]
   assert found == ["A.TXT", "b.txt.gz", "sub/f.NDJSON:1", "sub/file.txt", "0/g.md", "0/deep/h.txt"]
   assert sorted(line.partition(" (")[0] for line in left_out.lines()) == [
-      "left out: 1 empty documents", "left out: 1 files without an ending", "left out: 1 hidden files",
-      "left out: 1 hidden folders", "left out: 2 files ending in .bin", "left out: 4 linked folders that are read anyway"]
-  assert "left out: 2 files ending in .bin (the first: " + str(root / "c.bin") in left_out.lines()[1]
+      "left out: 1 empty documents", "left out: 1 files without an ending",
+      "left out: 1 hidden files", "left out: 1 hidden folders", "left out: 2 files ending in .bin",
+      "left out: 4 linked folders that are read anyway"]
+  line = f"left out: 2 files ending in .bin (the first: {root / 'c.bin'}"
+  assert line in left_out.lines()[1]
   assert left_out.lines(most=1)[1:] == ["left out: 6 for 5 other reasons"]
 
 
@@ -194,8 +211,9 @@ def test_a_missing_source_is_found_before_the_others_are_read(tmp_path):
     next(documents(["stdlib", str(tmp_path / "nowhere")]))
 
 
-@pytest.mark.parametrize("source", ["tasks:4096:" + "9" * 21, "tasks:" + "9" * 21 + ":5", "tasks:4096:" + "9" * 5000, "tasks:20000000:1", "tasks:4096:²",
-                                    "tasks:4096", "tasks:4096:-1", "tasks:4096:5:5"])
+@pytest.mark.parametrize("source", [
+    "tasks:4096:" + "9" * 21, "tasks:" + "9" * 21 + ":5", "tasks:4096:" + "9" * 5000,
+    "tasks:20000000:1", "tasks:4096:²", "tasks:4096", "tasks:4096:-1", "tasks:4096:5:5"])
 def test_absurd_numbers_of_tasks_are_refused(source):
   with pytest.raises(UsageError, match="must be tasks:LENGTH:COUNT") as error:
     next(documents([source]))

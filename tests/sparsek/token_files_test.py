@@ -14,8 +14,8 @@ import pytest
 from sparsek import data
 from sparsek.corpus import Document, documents
 from sparsek.errors import UsageError
-from sparsek.token_files import (
-    open_token_files, remove_abandoned, temporary_name, verify_token_files, write_token_files)
+from sparsek.new_folder import remove_abandoned, temporary_name
+from sparsek.token_files import open_token_files, verify_token_files, write_token_files
 from sparsek.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
 
 TEXTS = ["def f(x):\n  return x\n" * 5, "Grüße, 世界! 👋🏽\r\n\tÅngström", " spaces around ", "a<|endoftext|>b", "\u0000\u200b\ufeff"]
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 
 def edit_meta(folder, **changes):
-  """As of an older version, without the checksum of meta.json itself."""
+  """Makes meta.json one of an older version, without the checksum of meta.json itself."""
   path = os.path.join(folder, "meta.json")
   with open(path) as file:
     meta = json.load(file)
@@ -238,9 +238,11 @@ def swap_first_documents(index):
     (truncate("tokens.bin", 5000), "tokens.bin is damaged.* found 5000"),
     (truncate("index.npy", 150), "index.npy is damaged"),
     (truncate("index.npy", 0), "index.npy is damaged"),
-    (overwrite_index(lambda index: index[:-1]), r"index.npy is damaged: expected int64 of shape \(6,\), found int64 of shape \(5,\)"),
+    (overwrite_index(lambda index: index[:-1]),
+     r"index.npy is damaged: expected int64 of shape \(6,\), found int64 of shape \(5,\)"),
     (overwrite_index(lambda index: index.astype(np.int32)), "index.npy is damaged: expected int64"),
-    (overwrite_index(lambda index: index + 1), "index.npy is damaged: expected rising offsets from 0"),
+    (overwrite_index(lambda index: index + 1),
+     "index.npy is damaged: expected rising offsets from 0"),
     (overwrite_index(swap_first_documents), "index.npy is damaged: expected rising offsets"),
     (truncate("meta.json", 20), "meta.json: no JSON that can be understood"),
     (flip("index.npy", -1), "index.npy is damaged: expected sha256"),
@@ -251,15 +253,23 @@ def swap_first_documents(index):
     (remove("tokens.bin"), "tokens.bin cannot be read: No such file"),
     (remove("index.npy"), "index.npy cannot be read: No such file"),
     (remove("meta.json"), "meta.json cannot be read: No such file .*prepare_data"),
-    (lambda folder: edit_meta(folder, format_version=2), "expected format sparsek-tokens version 1, found format 'sparsek-tokens' version 2"),
-    (lambda folder: edit_meta(folder, num_tokens="7"), "expected 'num_tokens' of type int, found '7'"),
-    (lambda folder: edit_meta(folder, num_counted=7), "expected 'num_counted' of type dict, found 7"),
-    (lambda folder: edit_meta(folder, dtype="int8"), "expected dtype uint16 or uint32, found 'int8'"),
+    (lambda folder: edit_meta(folder, format_version=2),
+     "expected format sparsek-tokens version 1, found format 'sparsek-tokens' version 2"),
+    (lambda folder: edit_meta(folder, num_tokens="7"),
+     "expected 'num_tokens' of type int, found '7'"),
+    (lambda folder: edit_meta(folder, num_counted=7),
+     "expected 'num_counted' of type dict, found 7"),
+    (lambda folder: edit_meta(folder, dtype="int8"),
+     "expected dtype uint16 or uint32, found 'int8'"),
     (lambda folder: edit_meta(folder, heldout=[99]), "held-out documents from 0 to 4, found 99"),
-    (lambda folder: edit_meta(folder, tokenizer={}), "expected name, fingerprint in 'tokenizer', found nothing"),
-    (lambda folder: edit_meta(folder, tokenizer={"name": "byte", "fingerprint": "0"}), "another byte tokenizer"),
-    (lambda folder: edit_meta(folder, tokenizer={"name": "bpe", "fingerprint": "0"}), "tokenizer.json cannot be read"),
-    (lambda folder: edit_meta(folder, vocab_size=300), "expected a tokenizer with 300 ids, found 257"),
+    (lambda folder: edit_meta(folder, tokenizer={}),
+     "expected name, fingerprint in 'tokenizer', found nothing"),
+    (lambda folder: edit_meta(folder, tokenizer={"name": "byte", "fingerprint": "0"}),
+     "another byte tokenizer"),
+    (lambda folder: edit_meta(folder, tokenizer={"name": "bpe", "fingerprint": "0"}),
+     "tokenizer.json cannot be read"),
+    (lambda folder: edit_meta(folder, vocab_size=300),
+     "expected a tokenizer with 300 ids, found 257"),
 ])
 def test_damaged_folders_are_refused(folder, damage, message):
   damage(folder)
@@ -267,7 +277,8 @@ def test_damaged_folders_are_refused(folder, damage, message):
     open_token_files(folder)
 
 
-WRONG_VALUES = (None, True, -1, 0, 7, 10**30, 1.5, float("nan"), "", "x", "\ud800", [], [-1], [[]], {}, {"x": -1}, {"../x": "y"})
+WRONG_VALUES = (None, True, -1, 0, 7, 10**30, 1.5, float("nan"), "", "x", "\ud800", [], [-1], [[]],
+                {}, {"x": -1}, {"../x": "y"})
 
 
 def mutations(text):
@@ -294,7 +305,8 @@ def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
   """Each one is refused in a sentence, or changes nothing that is read of it."""
   def read():
     dataset = open_token_files(folder)
-    return dataset.fingerprint, [(split.num_bytes, split.num_counted, split.starts.tolist(), split.lengths.tolist())
+    return dataset.fingerprint, [(split.num_bytes, split.num_counted, split.starts.tolist(),
+                                  split.lengths.tolist())
                                  for split in map(dataset.split, ("train", "heldout"))]
 
   path, expected, refused = pathlib.Path(folder, "meta.json"), read(), 0
@@ -312,16 +324,19 @@ def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
 
 
 @pytest.mark.parametrize("changes", [
-    {"num_bytes": {"train": -1, "heldout": 3}}, {"num_counted": {"train": 1.5}}, {"num_bytes": {"train": True, "heldout": 3}},
-    {"heldout": [True]}, {"num_documents": True}, {"sha256": {"tokens.bin": "", "index.npy": "", "../x": ""}},
-    {"sha256": {"tokens.bin": 5, "index.npy": ""}}, {"num_tokens": 10**30}, {"vocab_size": 10**4000}])
+    {"num_bytes": {"train": -1, "heldout": 3}}, {"num_counted": {"train": 1.5}},
+    {"num_bytes": {"train": True, "heldout": 3}}, {"heldout": [True]}, {"num_documents": True},
+    {"sha256": {"tokens.bin": "", "index.npy": "", "../x": ""}},
+    {"sha256": {"tokens.bin": 5, "index.npy": ""}}, {"num_tokens": 10**30},
+    {"vocab_size": 10**4000}])
 def test_wrong_values_are_refused_without_a_checksum_too(folder, changes):
   edit_meta(folder, **changes)
   with pytest.raises(UsageError, match="meta.json is damaged: expected"):
     open_token_files(folder)
 
 
-@pytest.mark.parametrize("number,expected", [(signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("number,expected", [
+    (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_signals_leave_nothing(tmp_path, number, expected):
   def stopped():
     yield Document("", "a", False)
@@ -338,7 +353,8 @@ def test_signals_leave_nothing(tmp_path, number, expected):
 def test_what_killed_processes_left_is_removed_and_what_runs_is_kept(tmp_path):
   folder = str(tmp_path / "new")
   left, running = temporary_name(folder), temporary_name(folder)
-  others = [temporary_name(str(tmp_path / "new.other")), str(tmp_path / ".new.x.preparing"), str(tmp_path / ".new.tmp")]
+  others = [temporary_name(str(tmp_path / "new.other")), str(tmp_path / ".new.x.unfinished"),
+            str(tmp_path / ".new.tmp")]
   for path in (left, running, *others):
     os.mkdir(path)
   handle = os.open(running, os.O_RDONLY)
