@@ -489,6 +489,9 @@ def load_run_tokenizer(workdir: str) -> Tokenizer:
     UsageError: where there is none or it cannot be read.
   """
   _, run = load_run_config(workdir)
-  tokenizer = load_tokenizer(ByteTokenizer.name if run["tokenizer"]["name"] == ByteTokenizer.name else os.path.join(workdir, "tokenizer"))
-  tokenizer.bos_ids = read_bos(run["tokenizer"], tokenizer, os.path.join(workdir, "model.json"))
+  recorded = run["tokenizer"]
+  source = os.path.join(workdir, "tokenizer")
+  tokenizer = load_tokenizer(ByteTokenizer.name if recorded["name"] == ByteTokenizer.name else source,
+                             recorded["fingerprint"])
+  tokenizer.bos_ids = read_bos(recorded, tokenizer, os.path.join(workdir, "model.json"))
   return tokenizer
