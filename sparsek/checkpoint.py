@@ -490,8 +490,8 @@ def load_run_tokenizer(workdir: str) -> Tokenizer:
   """
   _, run = load_run_config(workdir)
   recorded = run["tokenizer"]
-  source = os.path.join(workdir, "tokenizer")
-  tokenizer = load_tokenizer(ByteTokenizer.name if recorded["name"] == ByteTokenizer.name else source,
-                             recorded["fingerprint"])
+  is_byte = recorded["name"] == ByteTokenizer.name
+  source = ByteTokenizer.name if is_byte else os.path.join(workdir, "tokenizer")
+  tokenizer = load_tokenizer(source, recorded["fingerprint"])
   tokenizer.bos_ids = read_bos(recorded, tokenizer, os.path.join(workdir, "model.json"))
   return tokenizer

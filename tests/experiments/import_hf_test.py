@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, import_hf, pretrain
-from sparsek import checkpoint, flags, pretrained, run_directory
+from sparsek import checkpoint, files, flags, pretrained
 from sparsek.config import TransformerConfig
 from sparsek.corpus import Document
 from sparsek.model import init_params
@@ -189,7 +189,7 @@ def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
   assert_fails(capsys, 2, f"{generation}: no JSON", tmp_path, *arguments)
   generation.write_text('{"eos_token_id": [2, 7]}')
   for target, name in ((checkpoint.CheckpointWriter, "save"), (shutil, "copyfile"), (os, "fsync"),
-                       (run_directory, "write_record")):
+                       (files, "write_atomically")):
     with monkeypatch.context() as patch:
       patch.setattr(target, name, failing)
       assert_fails(capsys, 1, f"{tmp_path}/new {NO_SPACE_SAID}", tmp_path, *arguments)
