@@ -37,10 +37,11 @@ class Run:
   record: dict
 
   def open_data(self):
-    name = self.record["tokenizer"]["name"]
+    name, fingerprint = (self.record["tokenizer"][key] for key in ("name", "fingerprint"))
     if not (FLAGS.data or self.record["data"]["data"]):
       raise UsageError(f"--data is required: {self.workdir} was imported; make data with experiments.prepare_data --tokenizer={self.workdir}/tokenizer")
-    return open_data(FLAGS.data or self.record["data"]["data"], name if name == "byte" else os.path.join(self.workdir, "tokenizer"))
+    source = name if name == "byte" else os.path.join(self.workdir, "tokenizer")
+    return open_data(FLAGS.data or self.record["data"]["data"], source, fingerprint)
 
 
 def _runs() -> list[Run]:

@@ -21,6 +21,8 @@ from sparsek.errors import UsageError
 from sparsek.metrics import append_record
 from sparsek.train_step import check_batch, check_length, make_mesh, replicated
 
+MAX_LENGTH = 2**24            # tokens of a document
+
 FLAGS = absl_flags.FlagValues()
 flags.define_task_flags(FLAGS)
 
@@ -46,9 +48,16 @@ def save(path, records, found):
   print(f"{path}, {picture}")
 
 
+def check_lengths(lengths: list[int]) -> None:
+  """Raises UsageError for documents that would take hours to make."""
+  if max(lengths) > MAX_LENGTH:
+    raise UsageError(f"--lengths={max(lengths)}: must be at most {MAX_LENGTH}")
+
+
 def main() -> None:
   """Evaluates every run on every task at every length."""
   chosen, lengths = listed("tasks", tuple(tasks.TASKS)), listed("lengths")
+  check_lengths(lengths)
   workdirs = FLAGS.workdir
   if not workdirs:
     raise UsageError("--workdir is required: the folder of a pretraining run, or several separated by commas")

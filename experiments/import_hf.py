@@ -64,9 +64,10 @@ def import_folder(folder: str, workdir: str) -> None:
     pretrained.copy_tokenizer(folder, os.path.join(unfinished, "tokenizer"))
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
     to_json = run_directory.to_json
-    run_directory.write_record(unfinished, "flags.txt", flags.into_string(FLAGS))
-    run_directory.write_record(unfinished, "versions.json", to_json(run_directory.versions()))
-    run_directory.write_record(unfinished, "model.json", to_json(record))
+    records = {"flags.txt": flags.into_string(FLAGS), "model.json": to_json(record),
+               "versions.json": to_json(run_directory.versions())}
+    for name, text in records.items():
+      files.write_atomically(os.path.join(unfinished, name), text)
   print(f"{workdir}: {count_params(params):,} parameters, attention {','.join(config.attention)}")
 
 

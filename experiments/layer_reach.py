@@ -45,7 +45,8 @@ def main() -> None:
   check_batch(make_mesh(), data.batch_size)
   check_length(config, data.seq_len)
   name = run["tokenizer"]["name"]
-  dataset = open_data(FLAGS.data or run["data"]["data"], name if name == "byte" else os.path.join(FLAGS.workdir, "tokenizer"))
+  source = name if name == "byte" else os.path.join(FLAGS.workdir, "tokenizer")
+  dataset = open_data(FLAGS.data or run["data"]["data"], source, run["tokenizer"]["fingerprint"])
   params, step = checkpoint.load_params(FLAGS.workdir, config, FLAGS.step,
                                         allow_older=FLAGS.allow_older_step)
   term = f"attention_sinks:k{FLAGS.sinks}:w{FLAGS.window - FLAGS.sinks}" if FLAGS.sinks else f"sliding_window:w{FLAGS.window}"

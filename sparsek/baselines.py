@@ -73,14 +73,17 @@ class LSHAttention(Attention):
 
     def arranged(x_BxNxHxD):
       """[B * G, N, heads of a group, D] in that order."""
-      x = x_BxNxHxD.reshape(batch, length, groups, -1, cfg.head_dim).transpose(0, 2, 1, 3, 4)
-      return jnp.take_along_axis(x, order[..., None, None], axis=2).reshape(batch * groups, length, -1, cfg.head_dim)
+      heads = x_BxNxHxD.shape[2] // groups
+      x = x_BxNxHxD.reshape(batch, length, groups, heads, cfg.head_dim).transpose(0, 2, 1, 3, 4)
+      x = jnp.take_along_axis(x, order[..., None, None], axis=2)
+      return x.reshape(batch * groups, length, heads, cfg.head_dim)
     names = start_BxN[:, None] * size ** 2 + by_head(bucket_BxNxG)
     names = jnp.take_along_axis(names, order, axis=2).reshape(batch * groups, length)
     implementation = layers.window_implementation(cfg)
     out = sliding_window_attention(arranged(query), arranged(key), arranged(value), window=reach, segment_ids=names, implementation=implementation)
     back = jnp.argsort(order, axis=-1)
-    out = jnp.take_along_axis(out.reshape(batch, groups, length, -1, cfg.head_dim), back[..., None, None], axis=2)
+    out = out.reshape(batch, groups, length, cfg.num_heads // groups, cfg.head_dim)
+    out = jnp.take_along_axis(out, back[..., None, None], axis=2)
     return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
 
   def directions(self, length: int) -> int:
@@ -131,10 +134,12 @@ class BlockTopKAttention(Attention):
       return out + jnp.einsum("bgrcj,bjgd->bcgrd", weight[..., chosen * size:], band(near_value))
 
     in_chunks = lambda x: jnp.moveaxis(x.reshape(batch, chunks, CHUNK, *x.shape[2:]), 1, 0)
-    queries = pad(query, chunks * CHUNK).reshape(batch, chunks * CHUNK, groups, -1, dim)
+    queries = pad(query, chunks * CHUNK)
+    queries = queries.reshape(batch, chunks * CHUNK, groups, cfg.num_heads // groups, dim)
     starts = pad(start_BxN, chunks * CHUNK, mode="edge")
     out = jax.lax.map(lambda args: chunk(*args), (jnp.arange(chunks), in_chunks(queries), in_chunks(starts)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, -1, dim)[:, :length].astype(query.dtype)
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, cfg.num_heads, dim)
+    return out[:, :length].astype(query.dtype)
 
 
 @jax.custom_vjp
@@ -147,8 +152,10 @@ def _blocks_of_backward(residuals, d_picked):
   """Sums by a product with zeros and ones: adding rows of 16 bits one by one in memory takes a GPU several times as long, and rounds each time."""
   x, block = residuals
   batch, groups, blocks, size, dim = x.shape
-  taken = jax.nn.one_hot(block.reshape(batch, groups, -1), blocks, dtype=d_picked.dtype)
-  sums = jnp.einsum("bgmk,bgmx->bgkx", taken, d_picked.reshape(batch, groups, taken.shape[2], -1), preferred_element_type=jnp.float32,
+  picks = math.prod(block.shape[2:])
+  taken = jax.nn.one_hot(block.reshape(batch, groups, picks), blocks, dtype=d_picked.dtype)
+  d_picked = d_picked.reshape(batch, groups, picks, size * dim)
+  sums = jnp.einsum("bgmk,bgmx->bgkx", taken, d_picked, preferred_element_type=jnp.float32,
                     precision=jax.lax.Precision.HIGHEST)
   return sums.astype(x.dtype).reshape(batch, groups, blocks, size, dim), None
 
@@ -190,10 +197,10 @@ class LinearAttention(Attention):
       return state_BxGxDxD, out
 
     wide = lambda x: x.astype(jnp.float32)
-    queries = wide(query).reshape(batch, length, groups, -1, dim)
+    queries = wide(query).reshape(batch, length, groups, cfg.num_heads // groups, dim)
     args = (jnp.arange(chunks), in_chunks(queries), in_chunks(wide(key)), in_chunks(wide(value)), in_chunks(log_decay_BxNxG), in_chunks(start_BxN, mode="edge"))
     _, out = jax.lax.scan(chunk, jnp.zeros((batch, groups, dim, dim)), args)
-    far = jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, -1, dim)[:, :length]
+    far = jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, cfg.num_heads, dim)[:, :length]
     far *= jax.lax.rsqrt(jnp.mean(far ** 2, axis=-1, keepdims=True) + cfg.norm_eps)
     return near + far.astype(near.dtype)
 

@@ -494,7 +494,9 @@ def load_run_tokenizer(workdir: str) -> Tokenizer:
     UsageError: where there is none or it cannot be read.
   """
   _, run = load_run_config(workdir)
-  is_byte = run["tokenizer"]["name"] == ByteTokenizer.name
-  tokenizer = load_tokenizer(ByteTokenizer.name if is_byte else os.path.join(workdir, "tokenizer"))
-  tokenizer.bos_ids = read_bos(run["tokenizer"], tokenizer, os.path.join(workdir, "model.json"))
+  recorded = run["tokenizer"]
+  is_byte = recorded["name"] == ByteTokenizer.name
+  source = ByteTokenizer.name if is_byte else os.path.join(workdir, "tokenizer")
+  tokenizer = load_tokenizer(source, recorded["fingerprint"])
+  tokenizer.bos_ids = read_bos(recorded, tokenizer, os.path.join(workdir, "model.json"))
   return tokenizer

@@ -128,7 +128,9 @@ def documents(
   first = list(itertools.islice(every, 2))
   if not first:
     least = f", of at least {min_document_bytes} bytes" if min_document_bytes else ""
-    raise UsageError(f"no documents in sources {', '.join(sources) or '(none given)'} (files taken from folders: {' '.join(extensions)}{least})")
+    raise UsageError("; ".join((
+        f"no documents in sources {', '.join(sources) or '(none given)'} (files taken from "
+        f"folders: {' '.join(extensions)}{least})", *left_out.lines(3))))
   if heldout_fraction == 0:
     yield from itertools.chain(first, every)
   elif len(first) == 1:

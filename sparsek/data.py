@@ -32,22 +32,24 @@ _PREFETCH_THREADS = 2
 _ENDLESS = 2**40  # Batches of a stream that has no end; grain wants a number.
 
 
-def open_data(data: str, tokenizer: str | None = None) -> TokenDataset:
+def open_data(data: str, tokenizer: str | None = None,
+              fingerprint: str | None = None) -> TokenDataset:
   """Opens a dataset.
 
   Args:
     data: a folder of token files, or "stdlib": the source text of Python's standard library, which is tokenised at first use (a
       few seconds) into $XDG_CACHE_HOME/sparsek or ~/.cache/sparsek.
     tokenizer: see `load_tokenizer`. "stdlib" is tokenised with it ("byte" by default); a folder must have been made with it.
+    fingerprint: of that tokenizer as a run recorded it; see `load_tokenizer`.
 
   Raises:
     UsageError: if the data or the tokenizer cannot be read, or they do not belong together.
   """
   if data == STDLIB:
-    return _open_stdlib(load_tokenizer(tokenizer or ByteTokenizer.name))
+    return _open_stdlib(load_tokenizer(tokenizer or ByteTokenizer.name, fingerprint))
   dataset = open_token_files(data)
   if tokenizer is not None:
-    given, own = load_tokenizer(tokenizer), dataset.tokenizer
+    given, own = load_tokenizer(tokenizer, fingerprint), dataset.tokenizer
     if given.fingerprint != own.fingerprint:
       raise UsageError(
           f"tokenizer {tokenizer!r} ({_describe(given)}) does not match data {data!r}, which was made with another ({_describe(own)})")

@@ -66,7 +66,7 @@ def _prefixes(arrays, start: jax.Array, join, block: int = 32):
     before = _prefixes(tuple(x[..., -1] for x in found), start[..., -1] // block, join, block)
     before = (jnp.pad(x[..., :-1], (*padding, (1, 0)))[..., None] for x in before)
     found = join(tuple(jnp.where(start < token[:, :1], x, 0) for x in before), found)
-  return tuple(x.reshape(*x.shape[:-2], -1)[..., :n] for x in found)
+  return tuple(x.reshape(*x.shape[:-2], size * block)[..., :n] for x in found)
 
 
 @jax.custom_vjp
@@ -128,7 +128,7 @@ def _parts(x: jax.Array) -> list[jax.Array]:
 
 
 def _sum_of_parts(product: jax.Array) -> jax.Array:
-  return jnp.sum(product.reshape(*product.shape[:-1], 3, -1), axis=-2)
+  return jnp.sum(product.reshape(*product.shape[:-1], 3, product.shape[-1] // 3), axis=-2)
 
 
 def scorer_rows(kernel: jax.Array, multiple: int) -> jax.Array:
@@ -361,7 +361,8 @@ class ScoringNetwork(nn.Module):
     return jnp.stack([padded[:, t:t + length] for t in range(self.lookback + self.lookahead + 1)], axis=2)
 
   def _convolve(self, taps_BxNxTxC):
-    return self.conv_out(nn.silu(self.conv(taps_BxNxTxC.reshape(*taps_BxNxTxC.shape[:2], -1))))
+    batch, length, taps, channels = taps_BxNxTxC.shape
+    return self.conv_out(nn.silu(self.conv(taps_BxNxTxC.reshape(batch, length, taps * channels))))
 
   def _scores(self, logits_BxNxG, position_BxN, layer, moments: Moments | None = None):
     if moments is not None:

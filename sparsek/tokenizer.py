@@ -268,12 +268,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
   return BPETokenizer(tokenizer)
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(source: str, fingerprint: str | None = None) -> Tokenizer:
   """Loads a tokenizer.
 
   Args:
     source: "byte", the path of a tokenizer.json, or a folder: one with a tokenizer.json, or token files of the byte tokenizer.
       The files beside a tokenizer.json say which token ends a document; see `sparsek.document_end`.
+    fingerprint: where it is that of tokenizer.json alone, the files beside it say nothing: older
+      versions imported models so.
 
   Raises:
     UsageError: if there is no tokenizer there, or it cannot be read.
@@ -291,6 +293,10 @@ def load_tokenizer(source: str) -> Tokenizer:
 
   with _reading(path):
     tokenizer = tokenizers.Tokenizer.from_file(path)
+    if fingerprint is not None:
+      alone = BPETokenizer(tokenizers.Tokenizer.from_file(path))
+      if alone.fingerprint == fingerprint:
+        return alone
   eos = document_end.find(tokenizer, os.path.dirname(path))
   with _reading(path):
     return BPETokenizer(tokenizer, eos)

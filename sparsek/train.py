@@ -21,7 +21,7 @@ from sparsek.model import count_params, init_params
 from sparsek.optimizer import make_optimizer, trainable_mask
 from sparsek.parameter_table import differing_fields
 from sparsek.token_files import TokenDataset
-from sparsek.tokenizer import load_tokenizer
+from sparsek.tokenizer import load_tokenizer, read_bos
 from sparsek.train_step import (
     TrainState, all_finite, check_adapters, check_batch, check_implementation, check_length,
     make_diagnose, make_eval_step, make_mesh, make_train_step, put_batch, replicated)
@@ -152,14 +152,32 @@ def _changed_settings(run: dict, train: TrainConfig) -> dict[str, tuple]:
           if name in old and old[name] != value}
 
 
-def _check_tokenizer(workdir: str, dataset: TokenDataset, data: str) -> TransformerConfig:
-  """Returns the configuration of the run in `workdir`. Raises UsageError where it was trained on other tokens."""
+def _check_tokenizer(workdir: str, dataset: TokenDataset, data: str,
+                     say: Callable[[str], None]) -> TransformerConfig:
+  """Returns the configuration of the run in `workdir`; says where its documents began otherwise.
+
+  Raises:
+    UsageError: where it was trained on other tokens.
+  """
   config, run = checkpoint.load_run_config(workdir, adapters=True)
   if run["tokenizer"]["fingerprint"] != dataset.tokenizer.fingerprint:
     here, there = (f"{name}, {fingerprint[:12]}" for name, fingerprint in (
         (dataset.tokenizer.name, dataset.tokenizer.fingerprint), (run["tokenizer"]["name"], run["tokenizer"]["fingerprint"])))
     raise UsageError(f"the tokenizer of --data={data} ({here}) does not match that of the run in {workdir} ({there})")
+  bos_ids = read_bos(run["tokenizer"], dataset.tokenizer, os.path.join(workdir, "model.json"))
+  _tell_beginning(dataset, data, bos_ids, workdir, say)
   return config
+
+
+def _tell_beginning(dataset: TokenDataset, data: str, bos_ids: list[int], model: str,
+                    say: Callable[[str], None]) -> None:
+  """Says in a line where the documents do not begin as those that a model knows."""
+  tokenizer = dataset.tokenizer
+  if tokenizer.bos_ids != bos_ids:
+    here, there = (" ".join(map(tokenizer.token, ids)) or "their text"
+                   for ids in (tokenizer.bos_ids, bos_ids))
+    say(f"warning: the documents of --data={data} begin with {here}, those of {model} with "
+        f"{there}: make the data anew with experiments.prepare_data")
 
 
 class _Run:
@@ -208,7 +226,7 @@ class _Run:
       record = checkpoint.load_run_config(workdir)[1]
       if not record["data"]["data"]:
         raise UsageError(f"--workdir={workdir} holds an imported model and no run that could go on: give a new folder, and --init_from=hf:FOLDER")
-      old = _check_tokenizer(workdir, self.dataset, self.train.data.data)
+      old = _check_tokenizer(workdir, self.dataset, self.train.data.data, say)
       if old.lora_rank == self.config.lora_rank and old.lora_scale != self.config.lora_scale:        # else its older checkpoints would be other models
         here, there = (config.lora_alpha or config.lora_rank for config in (self.config, old))
         raise UsageError(f"--lora_alpha={here} must be {there}, as in the run in {workdir}; or give a new folder, and --init_from={workdir}")
@@ -227,13 +245,14 @@ class _Run:
     else:
       model = lora.merged_config(self.config)
       if self.train.init_from and self.train.init_from.startswith(pretrained.PREFIX):
-        params = self._load_pretrained(self.train.init_from.removeprefix(pretrained.PREFIX), everywhere)
+        folder = self.train.init_from.removeprefix(pretrained.PREFIX)
+        params = self._load_pretrained(folder, everywhere, say)
         say(f"starting from {self.train.init_from}")
       elif self.train.init_from:
         folder, step = checkpoint.parse_run_reference(self.train.init_from)
         if not os.path.isdir(folder):
           raise UsageError(f"--init_from={self.train.init_from}: there is no folder {folder}")
-        _check_tokenizer(folder, self.dataset, self.train.data.data)
+        _check_tokenizer(folder, self.dataset, self.train.data.data, say)
         params, step = conversion.load(folder, model, step, jax.random.key(self.train.seed), everywhere, say)
         say(f"starting from the parameters of {folder} at step {step}")
       elif self.config.lora_rank:
@@ -252,13 +271,16 @@ class _Run:
     self.state = TrainState(step, params, opt_state, seed, so_far)
     self.skipped = spikes_so_far[-1] if so_far and spikes_so_far else 0
 
-  def _load_pretrained(self, folder: str, sharding):
+  def _load_pretrained(self, folder: str, sharding, say: Callable[[str], None]):
     """The parameters of a folder in Hugging Face's format, and new ones where it has none. Raises UsageError where the data are of another tokenizer."""
-    if load_tokenizer(folder).fingerprint != self.dataset.tokenizer.fingerprint:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != self.dataset.tokenizer.fingerprint:
       raise UsageError(f"the tokenizer of --data={self.train.data.data} is not that of --init_from={self.train.init_from}: make the data with "
                        f"experiments.prepare_data --tokenizer={folder}")
     if self.dataset.tokenizer.vocab_size > self.config.vocab_size:
       raise UsageError(f"--init_from={self.train.init_from}: the tokenizer has {self.dataset.tokenizer.vocab_size} ids, the model {self.config.vocab_size}")
+    _tell_beginning(self.dataset, self.train.data.data, tokenizer.bos_ids, self.train.init_from,
+                    say)
     return pretrained.load(folder, config=lora.merged_config(self.config), key=jax.random.key(self.train.seed), sharding=sharding)[1]
 
   def evaluation_due(self, step: int) -> bool:

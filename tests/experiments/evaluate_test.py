@@ -156,3 +156,8 @@ def test_no_command_takes_an_older_step_unasked(name, folder, monkeypatch, capsy
     assert run_command(script.main, values, f"--workdir={folder}/damaged", *words, *flag) == 2
     assert capsys.readouterr().err.endswith("error: enough\n")
   assert asked == [False, True]
+
+
+def test_documents_that_take_hours_to_make_are_refused():
+  with pytest.raises(UsageError, match="--lengths=2147483648: must be at most 16777216"):
+    evaluate_tasks.check_lengths([128, 2**31])

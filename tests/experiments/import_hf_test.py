@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, import_hf, pretrain
-from sparsek import checkpoint, flags, pretrained, run_directory
+from sparsek import checkpoint, files, flags, pretrained
 from sparsek.config import TransformerConfig
 from sparsek.corpus import Document
 from sparsek.model import init_params
@@ -189,11 +189,11 @@ def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
   generation.write_text('{"eos_token_id": 2,}')
   assert_fails(capsys, 2, f"{generation}: no JSON", tmp_path, *arguments)
   generation.write_text('{"eos_token_id": [2, 7]}')
-  for target, name, file in ((checkpoint.CheckpointWriter, "save", ""), (shutil, "copyfile", ""),
-                             (os, "fsync", "/flags.txt"), (run_directory, "write_record", "")):
+  for target, name in ((checkpoint.CheckpointWriter, "save"), (shutil, "copyfile"), (os, "fsync"),
+                       (files, "write_atomically")):
     with monkeypatch.context() as patch:
       patch.setattr(target, name, failing)
-      assert_fails(capsys, 1, f"{tmp_path}/new{file} {NO_SPACE_SAID}", tmp_path, *arguments)
+      assert_fails(capsys, 1, f"{tmp_path}/new {NO_SPACE_SAID}", tmp_path, *arguments)
   leftover = temporary_name(str(tmp_path / "new"))       # of one that was killed
   os.makedirs(os.path.join(leftover, "checkpoints", "0"))
   assert run(*arguments) == 0

@@ -143,6 +143,21 @@ def test_no_array_is_quadratic_and_gradients_are_finite(kind):
   assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize("kind, scorer", [*((kind, "linear") for kind in ATTENTION_KINDS),
+                                          ("sparsek", "conv"), ("sparsek", "random")])
+def test_a_batch_may_be_empty(kind, scorer):
+  module = baselines.ATTENTION_MODULES[kind](dataclasses.replace(CONFIG, scorer=scorer))
+  nothing, segments = jnp.zeros((0, 20, 16)), jnp.zeros((0, 20), jnp.int32)
+  out, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), nothing, segments)
+  assert out.shape == nothing.shape
+
+
+def test_blocks_of_an_empty_batch_have_a_gradient():
+  x, block = jnp.zeros((0, 2, 3, 6, 4)), jnp.zeros((0, 2, 128, 1), jnp.int32)
+  gradient = jax.eval_shape(jax.grad(lambda x: jnp.sum(baselines._blocks_of(x, block))), x)
+  assert gradient.shape == x.shape
+
+
 def test_names_and_what_is_refused():
   assert set(ATTENTION_KINDS) == set(baselines.ATTENTION_MODULES)
   with pytest.raises(ValueError, match="window=0 must be at least 1 for block_topk"):

@@ -114,3 +114,14 @@ def test_token_files_that_lost_their_end_are_refused(tmp_path):
   with pytest.raises(UsageError, match="its documents end with token 2, and the files beside "
                                        "tokenizer.json name 1"):
     token_files.open_token_files(str(tmp_path / "data"))
+
+
+def test_an_import_of_an_older_version_keeps_its_end(tmp_path):
+  folder = write(tmp_path / "model", tokenizer_config={"eos_token": ODD})
+  (tmp_path / "alone").mkdir()
+  shutil.copy(folder + "/tokenizer.json", tmp_path / "alone")
+  older, now = load_tokenizer(str(tmp_path / "alone")), load_tokenizer(folder)
+  assert (older.eos_id, now.eos_id) == (1, 2)
+  assert load_tokenizer(folder, older.fingerprint).eos_id == 1
+  assert load_tokenizer(folder, now.fingerprint).eos_id == 2
+  assert load_tokenizer(folder, "of another version of the library").eos_id == 2

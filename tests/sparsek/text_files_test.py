@@ -181,6 +181,13 @@ def test_bad_lines_are_left_out_where_asked(tmp_path, name):
     list(documents([str(path)]))
 
 
+def test_where_everything_is_left_out_the_error_says_why(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(b'{"body": "x"}\n' * 3)
+  with pytest.raises(UsageError, match=r"no documents in .*; left out: 3 lines .*a.jsonl:1: .*'body'"):
+    list(documents([str(path)], skip_bad_lines=True))
+
+
 def test_folders_are_walked_once_and_what_is_left_out_is_counted(tmp_path):
   root, other = tmp_path / "with,comma", tmp_path / "other"
   for folder in (root / "sub", root / ".git", other / "deep"):

@@ -89,6 +89,7 @@ def test_what_documents_begin_with_is_kept_by_data_and_runs(folder):
     model = train._model_record(TransformerConfig(), TrainConfig(workdir=""), dataset)
     return model["tokenizer"]["bos_ids"]
   assert record() == [1]
+  edit(folder / "meta.json", lambda meta: meta.pop("meta_sha256"))
   edit(folder / "meta.json", lambda meta: meta["tokenizer"].pop("bos_ids"))
   assert record() == [] and open_token_files(str(folder)).tokenizer.bos_ids == []
   for wrong in (None, 1, [True], [-1], [10**9], ["<s>"], {}):

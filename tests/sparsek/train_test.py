@@ -556,6 +556,30 @@ def test_no_run_goes_on_in_the_folder_of_an_imported_model(dataset, finished, tm
     train.train(CONFIG, run_config(tmp_path), dataset)
 
 
+def test_a_run_says_where_its_documents_begin_otherwise(dataset, finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+  record, said = json.loads((tmp_path / "model.json").read_text()), []
+  check = functools.partial(train._check_tokenizer, str(tmp_path), dataset, "d", said.append)
+  check()
+  assert not said
+  record["tokenizer"]["bos_ids"] = [60, 62]
+  (tmp_path / "model.json").write_text(json.dumps(record))
+  check()
+  assert len(said) == 1 and "documents of --data=d begin with their text" in said[0]
+  assert f"those of {tmp_path} with byte 60 byte 62:" in said[0]
+
+
+def test_a_model_of_hugging_face_says_where_its_documents_begin_otherwise(dataset, monkeypatch):
+  tokenizer, said = ByteTokenizer(), []
+  tokenizer.bos_ids = [60]
+  monkeypatch.setattr(train, "load_tokenizer", lambda folder: tokenizer)
+  monkeypatch.setattr(train.pretrained, "load", lambda *args, **options: (CONFIG, "parameters"))
+  run = types.SimpleNamespace(dataset=dataset, config=CONFIG,
+                              train=run_config("w", init_from="hf:folder"))
+  assert train._Run._load_pretrained(run, "folder", None, said.append) == "parameters"
+  assert len(said) == 1 and "those of hf:folder with byte 60: make the data anew" in said[0]
+
+
 def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   with pytest.raises(UsageError, match="--tensorboard needs tensorboardX: pip install"):
