@@ -96,9 +96,9 @@ def main() -> None:
   results, steps, bits, everywhere = [], [], [], replicated(make_mesh())
   versions = run_directory.versions()
   for run, trained in zip(runs, trained_lengths):
-    _say_how_documents_begin(run, dataset.tokenizer)
     params, step = checkpoint.load_params(run.workdir, run.config, FLAGS.step, everywhere,
                                           allow_older=FLAGS.allow_older_step)
+    _say_how_documents_begin(run, dataset.tokenizer)
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:

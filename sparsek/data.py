@@ -259,12 +259,15 @@ class TrainIterator:
     return {"tokens": self._tokens, "dataset": self._fingerprint, "epoch": epoch,
             "stages": [list(dataclasses.astuple(stage)) for stage in stages]}
 
-  def set_state(self, state: dict) -> None:
+  def set_state(self, state: dict, saved_under: dict | None = None) -> None:
     """Goes to a position that `get_state` returned.
 
-    On another dataset this warns, and goes on after as many tokens there; so it does with a state
-    of an older version, which holds a count of tokens only.
+    On another dataset this warns, and goes on after as many tokens there.
 
+    Args:
+      state: the position; one of an older version holds a count of tokens only.
+      saved_under: "seq_len" and "seed" that such an old state was saved under; it warns where they
+        are not known, and takes those of now.
     Raises:
       ValueError: for what is no such state.
     """
@@ -276,11 +279,15 @@ class TrainIterator:
     elif "stages" in state:
       self._start(tokens, *_read_stages(state))
       return
-    else:
-      logging.warning("The position in the data was saved by an older version, without the flags "
-                      "of the order: if --seq_len or --seed changed since, some of this epoch "
-                      "comes twice and some not at all.")
     seq_len, seed = self._config.seq_len, self._config.seed
+    if state.get("dataset") == self._fingerprint:
+      old = saved_under or {}
+      if _is_count(old.get("seq_len"), 1) and _is_count(old.get("seed")):
+        seq_len, seed = old["seq_len"], old["seed"]
+      else:
+        logging.warning("The position in the data was saved by an older version, without the flags "
+                        "of the order: if --seq_len or --seed changed since, some of this epoch "
+                        "comes twice and some not at all.")
     rows_of_epoch = -(-(self._split.num_tokens - 1) // seq_len)
     epoch, rows = divmod(-(-tokens // seq_len), rows_of_epoch)
     # One group: the order of older versions.

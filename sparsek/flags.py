@@ -425,13 +425,14 @@ def run(main: Callable[[], object], flag_values: flags.FlagValues = FLAGS,
     main: what the command does; its module's docstring describes it in --help.
     flag_values: where the flags are defined.
     argv: the command line, program name first. None for that of the process, which then also gets
-      standard streams that may be closed, and ends in time: `sparsek.terminal`.
+      standard streams that may be closed, loses no Ctrl-C, and ends in time: `sparsek.terminal`.
   """
   whole_process, at_interrupt = argv is None, signal.getsignal(signal.SIGINT)
   code = 1
   files.let_stdout_take_any_text()
   if whole_process:
     terminal.make_lenient()
+    terminal.keep_interrupts()
   try:
     if at_interrupt != signal.SIG_IGN:
       signal.signal(signal.SIGINT, signal.default_int_handler)

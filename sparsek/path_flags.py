@@ -14,6 +14,7 @@ from sparsek.files import local_path
 
 HF_PREFIX = "hf:"              # sparsek.pretrained.PREFIX, from a module that is slow to import
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_FOLDER_LIKE_A_STEP = re.compile(r"@[0-9]+/+$")      # its slash says that DIR@4/ is no step of DIR
 
 
 def parse_path(text: str, words: Sequence[str] = (), reference: bool = False,
@@ -45,7 +46,10 @@ def parse_path(text: str, words: Sequence[str] = (), reference: bool = False,
     raise ValueError(str(error).removeprefix(f"--path={text}: ")) from None
   if path.startswith("~"):
     raise ValueError(f"there is no user {text.split('/')[0]}; ./{text} is a file of this name")
-  return prefix + (_absolute(path) if absolute else path)
+  if absolute:
+    is_folder = reference and _FOLDER_LIKE_A_STEP.search(path)
+    path = _absolute(path) + (os.sep if is_folder else "")
+  return prefix + path
 
 
 def _absolute(path: str) -> str:

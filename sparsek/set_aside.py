@@ -62,8 +62,8 @@ def set_aside(workdir: str, step: int, report: checkpoint.Report) -> None:
     for saved in reversed(later):
       os.rename(os.path.join(checkpoint.checkpoint_folder(workdir), str(saved)),
                 os.path.join(folder, str(saved)))
-    report(f"the checkpoints of steps {', '.join(map(str, later))} and the metrics until now are "
-           f"set aside in {folder}")
+    steps = f"step{'s' * (len(later) > 1)} {', '.join(map(str, later))}"
+    report(f"the checkpoints of {steps} and the metrics until now are set aside in {folder}")
   os.makedirs(os.path.join(workdir, FOLDER), exist_ok=True)
   files.write_atomically(os.path.join(workdir, FOLDER, DONE), f"{step}\n")
 

@@ -1,6 +1,7 @@
 """Standard output and error of a command whose reader may leave, and the command's end."""
 
 import os
+import signal
 import sys
 import threading
 from typing import IO
@@ -70,6 +71,26 @@ def make_lenient() -> None:
               for stream in (sys.stdout, sys.stderr))
   sys.stdout = Lenient(out, "standard output", BrokenPipeError)
   sys.stderr = Lenient(err, "standard error", OSError)
+
+
+def keep_interrupts() -> None:
+  """Makes sure that Ctrl-C counts wherever it falls.
+
+  Python shows and forgets what is raised in destructors and in callbacks of the garbage collector,
+  of which JAX has some. There it is sent once more.
+  """
+  show = sys.unraisablehook
+
+  def show_others(unraisable) -> None:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+      show(unraisable)
+      return
+    # Not at once, which would be in this hook; and to the thread that may wait for something.
+    to_main = [threading.main_thread().ident, signal.SIGINT]
+    again = threading.Timer(0.01, signal.pthread_kill, to_main)
+    again.daemon = True
+    again.start()
+  sys.unraisablehook = show_others
 
 
 def end_within(seconds: float, code: int) -> None:

@@ -236,7 +236,7 @@ class _Run:
       if back_to is not None:
         set_aside.set_aside(workdir, restored.step, say)
       spikes_so_far = restored.data_state.pop(SPIKES, None)
-      self.iterator.set_state(restored.data_state)
+      self.iterator.set_state(restored.data_state, saved_under=record["data"])
       differing = differing_fields(old, self.config) | _changed_settings(record, self.train)
       changed = "".join(f", {name} {there} -> {here}" for name, (there, here) in differing.items())
       say(f"resuming {workdir} at step {restored.step}{changed}" + (" (--init_from is not used)" if self.train.init_from else ""))

@@ -295,6 +295,17 @@ def test_states_of_older_versions_are_read(caplog):
   assert read_on(old, 3)[1]["tokens"] == state["tokens"] + 3 * 2 * 64
 
 
+def test_an_old_state_goes_on_under_other_flags_where_its_own_are_known(caplog):
+  _, state = read_on(None, 60, seed=5)
+  old = {key: state[key] for key in ("tokens", "dataset")}
+  found = []
+  for saved, options in ((state, {}), (old, dict(saved_under={"seq_len": 64, "seed": 5}))):
+    reader, = iterators(seq_len=32, seed=6)
+    reader.set_state(saved, **options)
+    found.append(targets_read(next(reader) for _ in range(3)))
+  assert found[0] == found[1] and not caplog.text
+
+
 def test_a_long_document_stays_whole_after_short_rows(monkeypatch):
   """Rows that were read lie in few groups, so that what is left is nearly all in one span."""
   monkeypatch.setattr(epoch_order, "_GROUP_TOKENS", 512)

@@ -82,7 +82,8 @@ def test_every_path_of_every_command():
 
 @pytest.mark.parametrize("text, expected", [
     ("hf:~/x", "hf:{home}/x"), ("hf:x", "hf:{here}/x"), ("x@4", "{here}/x@4"),
-    ("~/x@4", "{home}/x@4"), ("/a/./b/", "/a/b"), ("./~x", "{here}/~x"), ("a:b", "{here}/a:b")])
+    ("~/x@4", "{home}/x@4"), ("x@4/", "{here}/x@4/"), ("hf:x@4//", "hf:{here}/x@4/"),
+    ("x/@4", "{here}/x/@4"), ("/a/./b/", "/a/b"), ("./~x", "{here}/~x"), ("a:b", "{here}/a:b")])
 def test_references(text, expected):
   places = {"home": os.path.expanduser("~"), "here": os.getcwd()}
   assert path_flags.parse_path(text, reference=True) == expected.format(**places)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags as absl_flags
@@ -98,3 +99,24 @@ def test_an_interrupt_while_a_command_imports_is_one_line_and_code_130():
   rest = process.stderr.read()
   assert process.wait(60) == 130
   assert "interrupted\n" in rest and "Traceback" not in rest
+
+
+class Interrupted:
+  """Ctrl-C falls into its destructor, where Python forgets it."""
+
+  def __del__(self):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_in_a_destructor_counts(monkeypatch, capfd):
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    terminal.keep_interrupts()
+    with pytest.raises(KeyboardInterrupt):
+      thing = Interrupted()
+      del thing
+      time.sleep(5)
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert capfd.readouterr().err == ""
