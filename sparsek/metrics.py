@@ -78,13 +78,17 @@ def read_metrics(path: str, last_step: int | None = None) -> list[dict]:
 
 
 def append_record(path: str, record: dict) -> None:
-  """Appends an object to a file of one object a line; raises RunError where it cannot."""
+  """Appends an object to a file of one object a line; raises RunError where it cannot.
+
+  A last object that was torn by a kill is cut; every other line stays.
+  """
   try:
     with open(path, "a+b") as file:
-      end = file.seek(0, os.SEEK_END)
-      file.seek(max(end - 1, 0))
-      torn = file.read() not in (b"", b"\n")  # by a process that was killed
-      file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+      file.seek(0)
+      kept = b"".join(line for line, _ in _split(file.read()))
+      file.truncate(len(kept))
+      is_ended = not kept or kept.endswith(b"\n")
+      file.write((b"" if is_ended else b"\n") + json.dumps(record).encode() + b"\n")
   except OSError as error:
     raise cannot_write(path, error) from None
 

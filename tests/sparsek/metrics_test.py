@@ -131,7 +131,9 @@ def test_a_failing_sync_is_one_sentence(tmp_path, monkeypatch):
     writer.sync()
 
 
-@pytest.mark.parametrize("before, after", [(b"", b""), (ONE, ONE), (b'{"st', b'{"st\n')])
+@pytest.mark.parametrize("before, after", [
+    (b"", b""), (ONE, ONE), (b'{"st', b""), (ONE + b'{"st', ONE), (b"a note", b"a note\n"),
+    (ONE[:-1], ONE)])
 def test_a_record_is_not_glued_to_a_torn_one(before, after, tmp_path):
   path = write(tmp_path, before)
   append_record(str(path), {"step": 2, "loss": 2.5})
