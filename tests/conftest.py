@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import signal
 
 # Compiling costs far more than running here: optimise little, and compile each function once over all test processes and the commands they start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -17,6 +18,10 @@ if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) and not p
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# A suite in the background of a shell ignores Ctrl-C, and so would the commands that it interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from sparsek.tokenizer import train_bpe
-from tests.experiments.fuzz_formats import make_model
+from tests.experiments.fuzz_model_formats import make_model
 from tests.experiments.pretrain_test import ROOT, finish, start, wait_for_progress, write_documents
 
 TINY = ("--data=TMP/tokens --num_layers=1 --embed_dim=32 --num_heads=2 --num_kv_heads=1 --head_dim=16 --mlp_dim=32 --seq_len=64 --batch_size=2 --num_steps=4 "

@@ -9,7 +9,7 @@ import shutil
 import time
 
 from tests.experiments import crash_points, forked
-from tests.experiments.crash_points import MODEL
+from tests.experiments.crash_scenarios import MODEL
 
 LIMIT = 20.0
 MEMORY = 6 * 2**30

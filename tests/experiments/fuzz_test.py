@@ -1,5 +1,6 @@
 """A few damaged files of tests/experiments/fuzz.py: refused in a sentence, or read as they are."""
 
+import dataclasses
 import json
 import random
 
@@ -55,7 +56,7 @@ def test_a_reader_that_guesses_is_found(tmp_path, monkeypatch):
     monkeypatch.setitem(
       fuzz_formats.FORMATS,
       "source.txt",
-      fuzz_formats.dataclasses.replace(form, read=read, damage=lambda content, rng: content),
+      dataclasses.replace(form, read=read, damage=lambda content, rng: content),
     )
     kind, why = fuzz_formats.try_case("source.txt", tmp_path, good, SEED, 0)
     assert kind == "wrong" and words in why

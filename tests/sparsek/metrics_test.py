@@ -138,3 +138,11 @@ def test_a_record_is_not_glued_to_a_torn_one(before, after, tmp_path):
   path = write(tmp_path, before)
   append_record(str(path), {"step": 2, "loss": 2.5})
   assert path.read_bytes() == after + TWO
+
+
+def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
+  path = write(tmp_path, ONE + TWO + b'{"step": 3, "lo')
+  writer = MetricsWriter(str(tmp_path), 1)
+  writer.write({"step": 2, "loss": float("nan")})
+  writer.close()
+  assert path.read_bytes() == ONE + b'{"step": 2, "loss": null}\n'

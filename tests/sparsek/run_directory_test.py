@@ -74,3 +74,10 @@ def test_a_write_that_failed_after_the_old_record_was_kept_does_not_keep_it_twic
   run_directory.write_record(str(tmp_path), "a.json", "new")
   assert sorted(os.listdir(tmp_path)) == ["a.1.json", "a.json"]
   assert (tmp_path / "a.1.json").read_text() == "old"
+
+
+def test_records_are_never_overwritten(tmp_path):
+  for text in ("a", "a", "b", "c"):
+    run_directory.write_record(str(tmp_path), "flags.txt", text)
+  found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+  assert found == {"flags.txt": "c", "flags.1.txt": "a", "flags.2.txt": "b"}

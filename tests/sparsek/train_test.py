@@ -593,17 +593,3 @@ def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
   writer.write({"step": 3, "loss": 2.0})
   writer.close()
   assert written == [("loss", 2.0, 3), "flush"]
-
-
-def test_records_are_never_overwritten(tmp_path):
-  for text in ("a", "a", "b", "c"):
-    run_directory.write_record(str(tmp_path), "flags.txt", text)
-  assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"flags.txt": "c", "flags.1.txt": "a", "flags.2.txt": "b"}
-
-
-def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-  writer = train.MetricsWriter(str(tmp_path), 1)
-  writer.write({"step": 2, "loss": float("nan")})
-  writer.close()
-  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n'
