@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from sparsek import checkpoint, flags
 from sparsek.errors import UsageError
-from sparsek.files import cannot_write, check_regular, reason_of
+from sparsek.files import cannot_write, check_regular, read_at_most
 from sparsek.generate import AHEAD, Session, TextStream
 from sparsek.tokenizer import as_valid_unicode
 
@@ -38,14 +38,7 @@ def prompts() -> list[str]:
     return [as_valid_unicode(flag("prompt"))]
   if flag("prompt"):
     raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
-  check_regular(path, "--prompt_file")
-  try:
-    with open(path, "rb") as file:
-      content = file.read(MAX_PROMPTS + 1)
-  except OSError as error:
-    raise UsageError(f"--prompt_file={path} cannot be read: {reason_of(error)}") from None
-  if len(content) > MAX_PROMPTS:
-    raise UsageError(f"--prompt_file={path} has more than {MAX_PROMPTS:,} bytes")
+  content = read_at_most(path, MAX_PROMPTS, "--prompt_file")
   try:
     text = content.decode("utf-8-sig").replace("\r\n", "\n")
   except UnicodeDecodeError as error:

@@ -193,6 +193,27 @@ def _unique(pairs: list[tuple]) -> dict:
   return dict(pairs)
 
 
+def read_at_most(path: str, max_bytes: int, name: str = "file") -> bytes:
+  """Returns the content of a regular file.
+
+  Args:
+    path: of the file.
+    max_bytes: that such a file may have.
+    name: what it is, for messages, such as "--prompt_file".
+  Raises:
+    UsageError: naming the file, where it is no regular file, cannot be read or is larger.
+  """
+  check_regular(path, name)
+  try:
+    with open(path, "rb") as file:
+      content = file.read(max_bytes + 1)
+  except OSError as error:
+    raise UsageError(f"{name} {path} cannot be read: {reason_of(error)}") from None
+  if len(content) > max_bytes:
+    raise UsageError(f"{name} {path} has more than {max_bytes:,} bytes")
+  return content
+
+
 def read_json_object(path: str, max_bytes: int = MAX_JSON) -> dict:
   """Returns the JSON object that a file holds.
 
@@ -201,15 +222,7 @@ def read_json_object(path: str, max_bytes: int = MAX_JSON) -> dict:
       `max_bytes`, is not UTF-8 or is no JSON object that `parse_json` understands, or
       names a key twice.
   """
-  check_regular(path)
-  try:
-    with open(path, "rb") as file:
-      content = file.read(max_bytes + 1)
-  except OSError as error:
-    raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-  if len(content) > max_bytes:
-    raise UsageError(f"{path} has more than {max_bytes:,} bytes, which is no such file")
-  value = parse_json(content, path, unique=True)
+  value = parse_json(read_at_most(path, max_bytes), path, unique=True)
   if not isinstance(value, dict):
     raise UsageError(f"{path} holds a JSON {type(value).__name__}, expected an object")
   return value

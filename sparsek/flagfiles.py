@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 from sparsek.errors import UsageError
-from sparsek.files import check_regular, local_path, reason_of
+from sparsek.files import local_path, read_at_most
 
 COMMAND_LINE = "the command line"
 MAX_BYTES, MAX_FILES = 2**20, 1000
@@ -146,15 +146,8 @@ def _lines(path: str) -> list[str]:
   Raises:
     UsageError: naming the file, and the line and the byte that is no text.
   """
-  check_regular(path, "flagfile")
-  try:
-    with open(path, "rb") as file:
-      content = file.read(MAX_BYTES + 1)
-  except OSError as error:
-    raise UsageError(f"--flagfile={path} cannot be read: {reason_of(error)}") from None
-  if len(content) > MAX_BYTES:
-    raise UsageError(f"--flagfile={path} has more than {MAX_BYTES:,} bytes, which is no flagfile")
-  lines = (line.strip() for line in _decode(content, path).replace("\r", "\n").split("\n"))
+  text = _decode(read_at_most(path, MAX_BYTES, "--flagfile"), path)
+  lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
   return [line for line in lines if line and not line.startswith(("#", "//"))]
 
 

@@ -131,7 +131,7 @@ REFUSED = f"pretrain --workdir=TMP/run {TINY} --embed_dim=64 --qk_norm"
 
 
 def write_bad_files(folder: pathlib.Path) -> None:
-  """What the command lines name, beside runs and token files."""
+  """Makes what the command lines name, beside runs and token files."""
   text = "Some text, some more text.\n" * 40
   line = json.dumps({"text": text}) + "\n"
   (folder / "a.txt").write_text(text)

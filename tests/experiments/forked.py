@@ -40,7 +40,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-  """How a child ended.
+  """The end of a child.
 
   Attributes:
     code: the exit code; minus the signal's number; or TIMED_OUT.

@@ -113,7 +113,7 @@ def test_encodings_that_are_refused(content, words, tmp_path):
   write(tmp_path, a=content)
   with pytest.raises(UsageError, match=words) as error:
     parsed(f"--flagfile={tmp_path}/a.flags")
-  assert str(error.value).startswith(f"--flagfile={tmp_path}/a.flags")
+  assert str(error.value).replace(" ", "=").startswith(f"--flagfile={tmp_path}/a.flags")
 
 
 @pytest.mark.parametrize("argument, words", [
