@@ -18,7 +18,7 @@ import sys
 from absl import flags as absl_flags
 
 from experiments import child
-from sparsek import ablation, data, flags, settings
+from sparsek import ablation, data, files, flags, settings
 from sparsek.config import GATES, SCORERS
 from sparsek.errors import RunError, UsageError
 from sparsek.run_directory import COMPILATION_CACHE
@@ -89,7 +89,7 @@ def main() -> None:
   first = values[cells[0]]
   dataset = data.open_data(first["data"].value, first["tokenizer"].value).fingerprint
   ablation.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
-  os.makedirs(runs, exist_ok=True)
+  files.make_folder(runs)
   report = flags.not_default(check([*given, f"--workdir={runs}"]))
   failed, busy = [], []
   with child.ending_at_signals(0):

@@ -28,6 +28,7 @@ from sparsek.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 _PREFETCHED_BATCHES = 4
+_BYTES_A_TOKEN = 8                   # in a batch: its id and its segment
 _PREFETCH_THREADS = 2
 _ENDLESS = 2**40  # Batches of a stream that has no end; grain wants a number.
 
@@ -181,7 +182,7 @@ def _stack(examples: Sequence[Batch]) -> Batch:
   return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> range:
+def _local_rows(batch_size: int, seq_len: int, process_index: int, process_count: int) -> range:
   """The rows of a global batch that a process reads."""
   check_at_least("process_count", process_count, 1)
   if not 0 <= process_index < process_count:
@@ -189,6 +190,11 @@ def _local_rows(batch_size: int, process_index: int, process_count: int) -> rang
   if batch_size % process_count:
     raise UsageError(f"batch_size={batch_size} must be a multiple of the number of processes, {process_count}")
   local = batch_size // process_count
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  needed = local * (seq_len + 1) * _BYTES_A_TOKEN
+  if needed > memory:
+    raise UsageError(f"--batch_size={batch_size} with --seq_len={seq_len}: a batch takes {needed:,} "
+                     f"bytes of this machine's memory, which has {memory:,}")
   return range(process_index * local, (process_index + 1) * local)
 
 
@@ -328,7 +334,7 @@ def make_train_iterator(dataset: TokenDataset, config: DataConfig, *, process_in
   if split.num_tokens < config.seq_len + 1:
     raise UsageError(
         f"seq_len={config.seq_len} needs at least {config.seq_len + 1} tokens to train on; {dataset.folder} has {split.num_tokens}")
-  local_rows = _local_rows(config.batch_size, process_index, process_count)
+  local_rows = _local_rows(config.batch_size, config.seq_len, process_index, process_count)
   return TrainIterator(split, config, local_rows, dataset.fingerprint)
 
 
@@ -368,4 +374,4 @@ def eval_batches(
   if split.num_tokens < 2:
     raise UsageError(f"{dataset.folder} has no held-out documents to evaluate on; prepare the data with a held-out fraction above 0")
   rows = PackedRows(split, config.seq_len, segment_documents=config.segment_documents)
-  return EvalBatches(rows, config.batch_size, num_batches, _local_rows(config.batch_size, process_index, process_count))
+  return EvalBatches(rows, config.batch_size, num_batches, _local_rows(config.batch_size, config.seq_len, process_index, process_count))

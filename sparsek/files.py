@@ -149,6 +149,14 @@ def check_regular(path: str, name: str = "file") -> None:
     raise UsageError(f"{name} {path} is a {kind}, expected a regular file")
 
 
+def make_folder(path: str) -> None:
+  """Makes a folder and its parents; raises UsageError where that cannot be, as under a file."""
+  try:
+    os.makedirs(path, exist_ok=True)
+  except OSError as error:
+    raise UsageError(f"folder {path} cannot be made: {reason_of(error)}") from None
+
+
 def check_writable(path: str) -> None:
   """Raises UsageError where a file cannot be made or changed, before the work it is for."""
   place = os.path.dirname(path) or "."

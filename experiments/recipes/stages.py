@@ -122,7 +122,7 @@ def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, on
   Raises:
     UsageError: without `retrain`, where other flags made something; nothing has begun then.
   """
-  os.makedirs(workdir, exist_ok=True)
+  files.make_folder(workdir)
   wanted = {name: settings.effective(settings.parse(script, words))
             for name, (script, *words) in plan.items()}
   _clear(plan, wanted, workdir, retrain)

@@ -143,7 +143,7 @@ def test_lost_scores_are_told(write):
     (["--prompt_file={folder}"], "--prompt_file {folder} is a folder, expected a regular file"),
     (["--prompt_file=/dev/zero"], "--prompt_file /dev/zero is a device"),
     (["--prompt_file={folder}/fifo"], "--prompt_file {folder}/fifo is a FIFO"),
-    (["--prompt_file {folder}/huge"], "--prompt_file={folder}/huge has more than 67,108,864 bytes"),
+    (["--prompt_file={folder}/huge"], "--prompt_file {folder}/huge has more than 67,108,864 bytes"),
     (["--prompt_file={folder}/latin"],
      "--prompt_file={folder}/latin is not UTF-8: byte 0xe9 in line 2"),
     (["--prompt_file={folder}/empty"], "--prompt_file={folder}/empty has no lines"),

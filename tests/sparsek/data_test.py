@@ -13,6 +13,7 @@ import pytest
 from sparsek import data, epoch_order
 from sparsek.config import DataConfig
 from sparsek.corpus import Document
+from sparsek.errors import UsageError
 from sparsek.epoch_order import EpochOrder, Stage
 from sparsek.errors import RunError
 from sparsek.token_files import write_token_files
@@ -208,7 +209,8 @@ def targets_read(batches):
 
 def iterators(processes=1, **flags):
   config = DataConfig(**{"seq_len": 64, "batch_size": 2, "seed": 0, **flags})
-  rows = [data._local_rows(config.batch_size, process, processes) for process in range(processes)]
+  rows = [data._local_rows(config.batch_size, config.seq_len, process, processes)
+          for process in range(processes)]
   return [data.TrainIterator(NUMBERED, config, part, "") for part in rows]
 
 
@@ -507,3 +509,10 @@ def test_stdlib_is_prepared_by_two_processes_at_once(tmp_path, monkeypatch):
   assert len(os.listdir(tmp_path / "sparsek")) == 1
   train = data.open_data("stdlib").split("train")
   assert train.num_documents > 300 and train.num_tokens > 5_000_000
+
+
+def test_a_batch_that_no_memory_holds_is_refused_at_once(dataset):
+  config = DataConfig(batch_size=2**31 - 1, seq_len=16)
+  for make in (data.make_train_iterator, lambda *x: data.eval_batches(*x, 1)):
+    with pytest.raises(UsageError, match="--batch_size=2147483647 with --seq_len=16: a batch takes"):
+      make(dataset, config)

@@ -113,6 +113,13 @@ def test_values_are_shown_on_one_short_line():
   assert files.shown({"a": [1, "x"]}) == "{'a': [1, 'x']}"
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  files.make_folder(str(tmp_path / "a" / "b"))
+  with pytest.raises(UsageError, match="file/b cannot be made: Not a directory"):
+    files.make_folder(str(tmp_path / "file" / "b"))
+
+
 def test_what_could_be_read_for_ever_is_refused(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   for path, kind in ((str(tmp_path / "pipe"), "FIFO"), ("/dev/zero", "device"),
