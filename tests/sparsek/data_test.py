@@ -13,9 +13,8 @@ import pytest
 from sparsek import data, epoch_order
 from sparsek.config import DataConfig
 from sparsek.corpus import Document
-from sparsek.errors import UsageError
 from sparsek.epoch_order import EpochOrder, Stage
-from sparsek.errors import RunError
+from sparsek.errors import RunError, UsageError
 from sparsek.token_files import write_token_files
 from sparsek.tokenizer import ByteTokenizer
 
