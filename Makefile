@@ -13,7 +13,7 @@ test: $(READY)
 # Compiles the kernels for GPUs and TPUs that are not here. The compilers come with JAX's CUDA plugin, of the version of JAX itself, without the CUDA libraries,
 # and with libtpu.
 test-compile: .venv-compile/ready
-	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 .venv-compile/bin/python -m pytest -q -rP tests/kernels/compile_test.py tests/kernels/tpu_compile_test.py
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 .venv-compile/bin/python -m pytest -q -rP tests/kernels/hopper/compile_test.py tests/kernels/tpu/compile_test.py
 
 .venv-compile/ready: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 2; }

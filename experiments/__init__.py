@@ -12,6 +12,6 @@ def _quit(number, frame) -> None:
 
 
 # A command begins. Its imports take seconds, and in the middle of them Python's KeyboardInterrupt
-# becomes a traceback, or another error. `sparsek.flags.run` raises it while main runs.
+# becomes a traceback, or another error. `sparsek.command_line.flags.run` raises it while main runs.
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
   signal.signal(signal.SIGINT, _quit)

@@ -18,10 +18,14 @@ import sys
 from absl import flags as absl_flags
 
 from experiments import child
-from sparsek import ablation, data, files, flags, settings
+from experiments.reports import grid
+from sparsek.data import batches
+from sparsek.storage import files
+from sparsek.command_line import flags
+from sparsek.runs import settings
 from sparsek.config import GATES, SCORERS
 from sparsek.errors import RunError, UsageError
-from sparsek.run_directory import COMPILATION_CACHE
+from sparsek.runs.run_directory import COMPILATION_CACHE
 
 FLAGS = absl_flags.FlagValues()
 flags.define_ablation_flags(FLAGS)
@@ -79,39 +83,39 @@ def main() -> None:
   """Trains what is missing, and reports after every cell."""
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
-  cells = ablation.grid(ablation.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS),
+  cells = grid.grid(grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS),
                         FLAGS.seeds)
-  mine, given = ablation.share(cells, FLAGS.job), shared()
+  mine, given = grid.share(cells, FLAGS.job), shared()
   runs = os.path.join(FLAGS.workdir, "cells")
   folders = {cell: os.path.join(runs, cell.name) for cell in cells}
   values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
   first = values[cells[0]]
-  dataset = data.open_data(first["data"].value, first["tokenizer"].value).fingerprint
-  ablation.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
+  dataset = batches.open_data(first["data"].value, first["tokenizer"].value).fingerprint
+  grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
   files.make_folder(runs)
   report = flags.not_default(check([*given, f"--workdir={runs}"]))
   failed, busy = [], []
   with child.ending_at_signals(0):
     for i, cell in enumerate(mine):
-      done = ablation.read_result(folders[cell]) is not None
+      done = grid.read_result(folders[cell]) is not None
       before = ", finished before" if done else ""
       print(f"cell {i + 1} of {len(mine)}: {cell.name}{before}", flush=True)
       # Another job may have made it meanwhile.
-      ablation.clear({cell: folders[cell]}, wanted, dataset, FLAGS.workdir)
+      grid.clear({cell: folders[cell]}, wanted, dataset, FLAGS.workdir)
       if not done:
         ended = train(cell, folders[cell], given)
-        if not ended and ablation.in_use(folders[cell]):
+        if not ended and grid.in_use(folders[cell]):
           busy.append(cell.name)
           continue
-        if not (ended and ablation.is_complete(folders[cell], first["num_steps"].value)):
+        if not (ended and grid.is_complete(folders[cell], first["num_steps"].value)):
           failed.append(cell.name)
           continue
-        ablation.save_result(folders[cell], dataset)
-      ablation.write_report(FLAGS.workdir, ablation.collect(runs, cells), report)
-  rows = ablation.collect(runs, cells)
+        grid.save_result(folders[cell], dataset)
+      grid.write_report(FLAGS.workdir, grid.collect(runs, cells), report)
+  rows = grid.collect(runs, cells)
   if rows:
-    print(f"\n{ablation.markdown(ablation.summarize(rows))}\n{len(rows)} of {len(cells)} cells; "
+    print(f"\n{grid.markdown(grid.summarize(rows))}\n{len(rows)} of {len(cells)} cells; "
           f"{os.path.join(FLAGS.workdir, 'report.html')}")
   if busy:
     print(f"left to another job, which trains them: {', '.join(busy)}", file=sys.stderr)

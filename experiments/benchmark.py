@@ -14,20 +14,22 @@ import functools
 import json
 import os
 
-from experiments.suites import FLAGS, check_same_model, decode_jobs, flag, jobs, names, problems
-from sparsek import benchmark_report, decode_report, files, flags, measure, measure_decode
-from sparsek import measure_train, train_report, transformers_llama
+from experiments.bench.suites import FLAGS, check_same_model, decode_jobs, flag, jobs, names, problems
+from experiments.bench import attention_report, decoding_report, attention as attention_bench, decoding as decoding_bench
+from sparsek.storage import files
+from sparsek.command_line import flags
+from experiments.bench import training_step as training_step_bench, training_step_report, transformers_llama
 from sparsek.errors import RunError, UsageError
 
 REFERENCE_LENGTH = 4096
-MODELS = {"train": (measure_train, (*measure_train.KINDS, *transformers_llama.KINDS)),       # suites of whole models: who measures, what there is to compare
-          "decode": (measure_decode, (*measure_decode.KINDS, *measure_decode.OTHERS))}
+MODELS = {"train": (training_step_bench, (*training_step_bench.KINDS, *transformers_llama.KINDS)),       # suites of whole models: who measures, what there is to compare
+          "decode": (decoding_bench, (*decoding_bench.KINDS, *decoding_bench.OTHERS))}
 MOST_BYTES = 60e9                # of a cache of transformers
 
 
 def report_of(record):
   """What tells of a record."""
-  return {"train": train_report, "decode": decode_report}.get(record.get("suite"), benchmark_report)
+  return {"train": training_step_report, "decode": decoding_report}.get(record.get("suite"), attention_report)
 
 
 def load(path):
@@ -63,7 +65,7 @@ def run(path):
     measurer, allowed = MODELS[suite]
     kinds = names("rivals", allowed) if flag("rivals") else measurer.kinds_here()
     others = measurer.measure_transformers(chosen, kinds, flag("max_transformers") if suite == "train" else MOST_BYTES, flag("rounds"), say)
-  record = {"suite": suite, **measure.environment(), "flags": said(), "errors": None}
+  record = {"suite": suite, **attention_bench.environment(), "flags": said(), "errors": None}
   kept = report_of(record).rows_to_keep(old, record) if old else []
 
   def save(**more):
@@ -75,13 +77,13 @@ def run(path):
   if suite in MODELS:
     measured = measurer.measure(chosen, kinds, *limits, others=others, say=say)
   else:
-    measured = measure.measure(chosen, flag("implementation"), *limits, say=say)
+    measured = attention_bench.measure(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
     save(rows=report_of(record).merge(kept, rows) if suite in MODELS else rows, rounds=max(rounds, old["rounds"] if old else 0))
   at = 0 if suite in MODELS else flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
   if at:
-    problem, = measure.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
-    save(errors={"problem": dataclasses.asdict(problem), **measure.errors(problem, flag("implementation"))})
+    problem, = attention_bench.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
+    save(errors={"problem": dataclasses.asdict(problem), **attention_bench.errors(problem, flag("implementation"))})
   return record
 
 

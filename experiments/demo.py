@@ -16,11 +16,12 @@ import time
 import jax
 
 from experiments import child
-from sparsek import checkpoint, flags
-from sparsek.data import open_data
+from sparsek.runs import checkpoint
+from sparsek.command_line import flags
+from sparsek.data.batches import open_data
 from sparsek.errors import RunError
-from sparsek.metrics import read_metrics
-from sparsek.plots import kept_tokens, save_picture
+from sparsek.runs.metrics import read_metrics
+from experiments.reports.plots import kept_tokens, save_picture
 
 FOLDER = "demo"
 SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache"))

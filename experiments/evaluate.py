@@ -14,14 +14,17 @@ import sys
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek import checkpoint, files, flags, path_flags, run_directory
+from sparsek.runs import checkpoint, run_directory
+from sparsek.storage import files
+from sparsek.command_line import flags, path_flags
 from sparsek.config import DataConfig
-from sparsek.data import eval_batches, open_data
+from sparsek.data.batches import eval_batches, open_data
 from sparsek.errors import UsageError
-from sparsek.evaluate import bits_per_byte, bucket_edges, evaluate, format_table
-from sparsek.metrics import append_record
-from sparsek.tokenizer import describe_documents, read_bos
-from sparsek.train_step import check_batch, check_length, make_mesh, replicated
+from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate, format_table
+from sparsek.runs.metrics import append_record
+from sparsek.data.tokenizer import describe_documents, read_bos
+from sparsek.parallel.mesh import make_mesh, replicated
+from sparsek.training.step import check_batch, check_length
 
 RECORDS = "evaluation.jsonl"
 # Apart from the flags of pretraining, whose defaults are no run's own values.

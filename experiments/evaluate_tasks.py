@@ -16,10 +16,15 @@ from absl import flags as absl_flags
 import numpy as np
 from tqdm import tqdm
 
-from sparsek import checkpoint, files, flags, path_flags, plots, run_directory, tasks
+from sparsek.runs import checkpoint, run_directory
+from sparsek.storage import files
+from sparsek.command_line import flags, path_flags
+from experiments.reports import plots
+from sparsek.evaluation import tasks
 from sparsek.errors import UsageError
-from sparsek.metrics import append_record
-from sparsek.train_step import check_batch, check_length, make_mesh, replicated
+from sparsek.runs.metrics import append_record
+from sparsek.parallel.mesh import make_mesh, replicated
+from sparsek.training.step import check_batch, check_length
 
 MAX_LENGTH = 2**24            # tokens of a document
 

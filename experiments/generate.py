@@ -15,11 +15,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sparsek import checkpoint, flags
+from sparsek.runs import checkpoint
+from sparsek.command_line import flags
 from sparsek.errors import UsageError
-from sparsek.files import cannot_write, check_regular, read_at_most
-from sparsek.generate import AHEAD, Session, TextStream
-from sparsek.tokenizer import as_valid_unicode
+from sparsek.storage.files import cannot_write, check_regular, read_at_most
+from sparsek.generation.session import AHEAD, Session, TextStream
+from sparsek.data.tokenizer import as_valid_unicode
 
 MAX_PROMPTS = 2**26          # bytes of --prompt_file
 

@@ -10,7 +10,7 @@ float32 parameters, model.json and tokenizer/. With --attention=sparsek, or anot
 of its k, window and scorers it is the model with that attention before any training, and with new
 scorers where FOLDER has none. Any run of a model that a family can hold is exported, a SPARSEK one
 with its fields in the section "sparsek" of config.json; what transformers reads of it is the dense
-model. See sparsek/pretrained.py.
+model. See sparsek/huggingface/pretrained.py.
 
 RUN and NEW_FOLDER appear when they are complete: a command that failed or was killed is repeated.
 """
@@ -22,12 +22,16 @@ import jax
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek import checkpoint, document_end, files, flags, pretrained, run_directory
+from sparsek.runs import checkpoint, run_directory
+from sparsek.data import document_end
+from sparsek.storage import files
+from sparsek.command_line import flags
+from sparsek.huggingface import pretrained
 from sparsek.config import DataConfig
 from sparsek.errors import RunError, UsageError
-from sparsek.model import count_params
-from sparsek.new_folder import check_new_folder, new_folder
-from sparsek.tokenizer import load_tokenizer
+from sparsek.model.transformer import count_params
+from sparsek.storage.new_folder import check_new_folder, new_folder
+from sparsek.data.tokenizer import load_tokenizer
 
 FLAGS = absl_flags.FlagValues()       # apart from those of other scripts in the same process
 flags.define_import_flags(FLAGS)

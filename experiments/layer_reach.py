@@ -13,11 +13,15 @@ import sys
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek import checkpoint, files, flags, layer_reach, run_directory
+from sparsek.runs import checkpoint, run_directory
+from sparsek.storage import files
+from sparsek.command_line import flags
+from sparsek.evaluation import layer_reach
 from sparsek.config import DataConfig
-from sparsek.data import eval_batches, open_data
+from sparsek.data.batches import eval_batches, open_data
 from sparsek.errors import UsageError
-from sparsek.train_step import check_batch, check_length, make_mesh
+from sparsek.parallel.mesh import make_mesh
+from sparsek.training.step import check_batch, check_length
 
 FLAGS = absl_flags.FlagValues()
 flags.define_reach_flags(FLAGS)

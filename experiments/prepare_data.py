@@ -13,13 +13,12 @@ and a batch that holds no answer has, with --answers_only and no text, a loss of
 from absl import flags
 from tqdm import tqdm
 
-from sparsek import flags as flags_lib
-from sparsek import path_flags
-from sparsek.corpus import DEFAULT_EXTENSIONS, LeftOut, documents
+from sparsek.command_line import flags as flags_lib
+from sparsek.command_line import path_flags
+from sparsek.data.corpus import DEFAULT_EXTENSIONS, LeftOut, documents
 from sparsek.errors import UsageError
-from sparsek.token_files import (check_can_make, check_same, open_token_files, read_meta,
-                                 verify_token_files, write_token_files)
-from sparsek.tokenizer import describe_documents, load_tokenizer, train_bpe
+from sparsek.data.token_files import check_can_make, check_same, open_token_files, read_meta, verify_token_files, write_token_files
+from sparsek.data.tokenizer import describe_documents, load_tokenizer, train_bpe
 
 # Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
 FLAGS = flags.FlagValues()

@@ -12,7 +12,11 @@ finds the loss and the gradients finite; --restore_step=N goes back to an earlie
 import dataclasses
 import os
 
-from sparsek import checkpoint, data, flags, plan, pretrained, run_directory, train
+from sparsek.runs import checkpoint, run_directory
+from sparsek.data import batches
+from sparsek.command_line import flags
+from sparsek.training import plan, loop
+from sparsek.huggingface import pretrained
 
 flags.define_model_flags()
 flags.define_data_flags()
@@ -29,7 +33,7 @@ def main() -> None:
   elif config.init_from and not flags.FLAGS["preset"].present:
     base, _ = checkpoint.load_run_config(checkpoint.parse_run_reference(config.init_from)[0])
   flags.model_config(pretrained=base)  # refuses bad flags before any data is read
-  dataset = data.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
+  dataset = batches.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
   model = flags.model_config(vocab_size=dataset.vocab_size, pretrained=base)
   if flags.FLAGS["remat"].value is None:
     model = dataclasses.replace(model, remat=plan.remat_that_fits(model, config, plan.memory_limit()))
@@ -37,7 +41,7 @@ def main() -> None:
     print("\n".join(plan.make_plan(model, config).lines()))
     return
   run_directory.use_compilation_cache(config.workdir)
-  result = train.train(model, config, dataset, flags.into_string())
+  result = loop.train(model, config, dataset, flags.into_string())
 
   workdir = config.workdir
   if result.already_complete:

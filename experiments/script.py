@@ -6,7 +6,8 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from sparsek import files, path_flags
+from sparsek.storage import files
+from sparsek.command_line import path_flags
 from sparsek.errors import RunError, UsageError
 
 

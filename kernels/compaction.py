@@ -10,7 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from .varying import varying_like
+from sparsek.kernels.varying import varying_like
 
 
 def chunk_size(n: int, k: int, window: int) -> int:

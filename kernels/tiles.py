@@ -10,7 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from .varying import varying_like
+from sparsek.kernels.varying import varying_like
 
 ROWS = 128                       # the places of a list are a multiple of it
 TILE = 64                        # places or keys of the smallest tile
@@ -50,7 +50,7 @@ def list_slots(k: int, chunk: int) -> int:
 
 
 def selection_lists(expiry: jax.Array, order: jax.Array, *, k: int, window: int, chunk: int) -> Lists:
-  """Lists the tokens live anywhere in each chunk of queries: for tests and the interpreter, in O(n^2 / chunk). On GPUs mosaic_lists.py does it.
+  """Lists the tokens live anywhere in each chunk of queries: for tests and the interpreter, in O(n^2 / chunk). On GPUs selection_lists.py does it.
 
   Args:
     expiry: [n] int32, of `sparsek.causal_sparsek` with delay = window; n must be a multiple of `chunk`.
@@ -160,7 +160,7 @@ def near_tiles(left: jax.Array, block: jax.Array, block_q: int, block_kv: int) -
 
 
 def query_bounds(tiles: Tiles, left: jax.Array, *, chunk: int, block_q: int, block_kv: int) -> jax.Array:
-  """What `query_tiles` and `near_tiles` say of every block of queries, under XLA; on GPUs that of mosaic_lists.py does it.
+  """What `query_tiles` and `near_tiles` say of every block of queries, under XLA; on GPUs that of selection_lists.py does it.
 
   Args:
     tiles: [B, G, chunks, slots / TILE] each, of `list_tiles`.

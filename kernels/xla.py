@@ -10,10 +10,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from .compaction import chunk_lists, chunk_size
-from .reference import without_nan
-from .saved import saved
-from .varying import varying_like
+from sparsek.kernels.compaction import chunk_lists, chunk_size
+from sparsek.kernels.reference import without_nan
+from sparsek.kernels.saved import saved
+from sparsek.kernels.varying import varying_like
 
 # Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys (listed, then window), D head dimension. Matrix products
 # have their operands and results in the order (batch, rows, columns), the only one for which every backend takes bfloat16 inputs and float32 sums.

@@ -1,15 +1,15 @@
 """SPARSEK attention in JAX: learned top-k sparse attention with linear training and constant-memory generation (arXiv 2406.16747)."""
 
-from sparsek.attention import sliding_window_attention, sparsek_attention
-from sparsek.cache import Cache, decode_step, init_cache, lost_scores, prefill
+from sparsek.attention.api import sliding_window_attention, sparsek_attention
+from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, preset
-from sparsek.diagnostics import selection_statistics
-from sparsek.generate import Session
-from sparsek.inference import inference_params
-from sparsek.layers import SparseKAttention
-from sparsek.model import Transformer, count_params, init_params
-from sparsek.operator import CausalSelection, causal_sparsek, sparsek
-from sparsek.scoring import ScoringNetwork
+from sparsek.attention.diagnostics import selection_statistics
+from sparsek.generation.session import Session
+from sparsek.generation.inference import inference_params
+from sparsek.model.layers import SparseKAttention
+from sparsek.model.transformer import Transformer, count_params, init_params
+from sparsek.attention.operator import CausalSelection, causal_sparsek, sparsek
+from sparsek.attention.scoring import ScoringNetwork
 
 __version__ = "0.1.0"
 __all__ = [

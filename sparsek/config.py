@@ -57,7 +57,7 @@ def parse_term(term: str) -> tuple[str, int | None, int | None]:
 
 def parse_rope_scaling(scaling) -> tuple | None:
   """Turns "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL" (or a sequence of the same) into a tuple of the name and numbers; see
-  `sparsek.layers.rope_frequencies`."""
+  `sparsek.model.layers.rope_frequencies`."""
   if scaling is None:
     return None
   kind, *numbers = scaling.split(":") if isinstance(scaling, str) else scaling
@@ -96,7 +96,7 @@ class TransformerConfig:
     head_dim: width D of a head; even, for the rotary embedding.
     mlp_dim: hidden width of the MLP.
     attention: attention kind per layer as a pattern that repeats over the layers: "sparsek", "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window,
-      full, and the baselines of `sparsek.baselines`: random, attention_sinks, strided, lsh, block_topk, linear. A layer may have a k and a window of its own,
+      full, and the baselines of `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear. A layer may have a k and a window of its own,
       "sliding_window:w256*5,sparsek:k1536:w256"; the others have those below.
     k: selected key/value pairs per query (all kinds but sliding_window, full and linear).
     window: most recent tokens each query sees, itself included (all kinds but full; lsh sees k + window of its bucket instead).
@@ -117,7 +117,7 @@ class TransformerConfig:
     rope_theta: base of the rotary embedding.
     rope_fraction: share of the head dimension that is rotated; what is left passes through.
     rope_scaling: how frequencies are stretched for longer contexts: None, "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL"; see
-      `sparsek.layers.rope_frequencies`.
+      `sparsek.model.layers.rope_frequencies`.
     norm: "rms_norm" or "layer_norm" (with a bias).
     norm_eps: epsilon of the norms.
     qk_norm: RMSNorm over the head dimension of queries and keys.
@@ -127,7 +127,7 @@ class TransformerConfig:
     mlp_bias: biases on the MLP's projections.
     parallel_residual: x + attention(norm(x)) + mlp(norm'(x)) instead of one after the other.
     tie_embeddings: the output matrix is the embedding.
-    lora_rank: rank R of adapters beside the matrices of attention and MLPs, which are frozen then; 0: none. See `sparsek.lora`.
+    lora_rank: rank R of adapters beside the matrices of attention and MLPs, which are frozen then; 0: none. See `sparsek.model.lora`.
     lora_alpha: their products count alpha / R times; None: R.
     dtype: of activations and matrix inputs; parameters, scores, softmax and loss are float32.
     remat: what the backward pass recomputes per block: "none"; "dots": all but attention and products with weights;
@@ -352,7 +352,7 @@ class TrainConfig:
     workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
     data, optimizer: see their classes.
     seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
-    scorer_loss: weight of the scorers' auxiliary loss, `sparsek.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers; nothing where no
+    scorer_loss: weight of the scorers' auxiliary loss, `sparsek.attention.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers; nothing where no
       scorer learns.
     scorer_warmup: scorers learn from that loss alone while sparsek layers attend to everything: the first stage of converting a dense model. There is no
       cross-entropy and no backward pass but the scorers' own; the "loss" of a step is the scorers'.
@@ -362,7 +362,7 @@ class TrainConfig:
       not finite, changes nothing; 0: no step is looked at.
     on_spike: "skip": go on with the next step; "stop": raise RunError.
     restore_step: go on from the checkpoint of this step, and set later ones aside; as
-      `sparsek.set_aside` says, once. None: from the newest.
+      `sparsek.runs.set_aside` says, once. None: from the newest.
     stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.

@@ -49,7 +49,7 @@ def smaller(words):
 
 # Forks a process a command from one that has imported the most: that is a third of their time.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sparsek.train"])
+FORKS.set_forkserver_preload(["sparsek.training.loop"])
 
 
 def run(words, folder):
@@ -132,7 +132,7 @@ def test_links_and_files_exist():
 def test_recipes_parse(recipe):
   from absl import flags as absl_flags
   from experiments import prepare_data
-  from sparsek import flags
+  from sparsek.command_line import flags
   if "experiments.prepare_data --flagfile" in recipe.read_text():
     flags.parse(["prepare_data", f"--flagfile={recipe}"], prepare_data.FLAGS)
     return

@@ -23,10 +23,12 @@ from importlib import metadata
 import numpy as np
 
 from experiments import script
-from sparsek import files, pretrained, run_directory, safetensors
-from sparsek.generate import generate, stream_text
-from sparsek.model import Transformer
-from sparsek.tokenizer import load_tokenizer
+from sparsek.storage import files
+from sparsek.huggingface import pretrained, safetensors
+from sparsek.runs import run_directory
+from sparsek.generation.session import generate, stream_text
+from sparsek.model.transformer import Transformer
+from sparsek.data.tokenizer import load_tokenizer
 
 PROMPT = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
           "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")

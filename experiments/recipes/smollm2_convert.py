@@ -27,9 +27,12 @@ from matplotlib.figure import Figure
 
 from experiments import script
 from experiments.recipes.stages import MINUTES, flags_of, run_stages
-from sparsek import checkpoint, files, plots, run_directory, tasks
-from sparsek.metrics import read_metrics
-from sparsek.rivals_report import accuracies, mean_and_error
+from sparsek.runs import checkpoint, run_directory
+from sparsek.storage import files
+from experiments.reports import plots
+from sparsek.evaluation import tasks
+from sparsek.runs.metrics import read_metrics
+from experiments.reports.baselines_report import accuracies, mean_and_error
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
 LEARNED = ("sparsek", "reach", "hybrid")                            # with scorers, to be warmed up

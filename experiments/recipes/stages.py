@@ -17,7 +17,8 @@ import time
 from collections.abc import Mapping
 
 from experiments import child
-from sparsek import checkpoint, files, run_directory, settings
+from sparsek.runs import checkpoint, run_directory, settings
+from sparsek.storage import files
 from sparsek.errors import UsageError
 
 Plan = Mapping[str, tuple[str, ...]]

@@ -14,50 +14,52 @@ import types
 import pytest
 
 from experiments import ablate
-from sparsek import ablation, flags, plots, run_directory, settings
-from sparsek.ablation import Cell
-from sparsek.corpus import Document
+from experiments.reports import grid, plots
+from sparsek.command_line import flags
+from sparsek.runs import run_directory, settings
+from experiments.reports.grid import Cell
+from sparsek.data.corpus import Document
 from sparsek.errors import UsageError
-from sparsek.token_files import write_token_files
-from sparsek.tokenizer import ByteTokenizer
+from sparsek.data.token_files import write_token_files
+from sparsek.data.tokenizer import ByteTokenizer
 from tests.experiments.pretrain_test import ROOT, sharing_compiled, write_documents
-from tests.sparsek.helpers import run_command
+from tests.helpers import run_command
 
 SETTINGS = ("--num_layers=1 --embed_dim=16 --num_heads=2 --num_kv_heads=1 --head_dim=8 --mlp_dim=16 --seq_len=32 --batch_size=2 --num_steps=6 --eval_every=3 "
             "--eval_batches=1 --log_every=2 --implementation=reference --noscan_layers")
 
 
 def test_a_grid_has_no_two_cells_that_mean_the_same():
-  cells = ablation.grid(["sparsek", "random", "sliding_window", "full"], [1, 2], [3, 4], ["value", "straight_through"], ["linear"], 2)
+  cells = grid.grid(["sparsek", "random", "sliding_window", "full"], [1, 2], [3, 4], ["value", "straight_through"], ["linear"], 2)
   assert len(cells) == len(set(cells)) == 2 * (8 + 4 + 2 + 1) and [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
   assert {cell.name for cell in cells if cell.seed == 0 and cell.attention != "sparsek"} == {
       "random-k1-w3-s0", "random-k1-w4-s0", "random-k2-w3-s0", "random-k2-w4-s0", "sliding_window-w3-s0", "sliding_window-w4-s0", "full-s0"}
   cell = Cell("sparsek", 1, 0, "value", "conv", 7)
   assert cell.name == "sparsek-k1-w0-value-conv-s7" and cell.budget == 1
   assert cell.flags() == ["--attention=sparsek", "--k=1", "--window=0", "--gate=value", "--scorer=conv", "--seed=7"]
-  hybrids = ablation.grid(["sparsek*5+full", "sliding_window+linear"], [1, 2], [3], ["value"], ["conv"], 1)
+  hybrids = grid.grid(["sparsek*5+full", "sliding_window+linear"], [1, 2], [3], ["value"], ["conv"], 1)
   assert [(cell.name, cell.budget) for cell in hybrids] == [
       ("sparsekx5+full-k1-w3-value-conv-s0", None), ("sparsekx5+full-k2-w3-value-conv-s0", None), ("sliding_window+linear-w3-s0", 3)]
   assert hybrids[0].flags() == ["--k=1", "--window=3", "--gate=value", "--scorer=conv", "--seed=0", "--layer_pattern=sparsek*5,full"]
-  uneven, half = ablation.grid(["sliding_window:w256*5+sparsek:k1280:w512", "linear:w8+sparsek:k4"], [1, 2], [3], ["value"], ["conv"], 1)
+  uneven, half = grid.grid(["sliding_window:w256*5+sparsek:k1280:w512", "linear:w8+sparsek:k4"], [1, 2], [3], ["value"], ["conv"], 1)
   assert (uneven.name, uneven.budget) == ("sliding_window_w256x5+sparsek_k1280_w512-value-conv-s0", 512)
   assert (half.name, half.budget) == ("linear_w8+sparsek_k4-w3-value-conv-s0", round((8 + 4 + 3) / 2))
   assert "--layer_pattern=sliding_window:w256*5,sparsek:k1280:w512" in uneven.flags()
   with pytest.raises(UsageError, match=r"'sparsek\*0\+full' must be one of sparsek, .*, or of these a pattern"):
-    ablation.patterns("full,sparsek*0+full")
-  assert sorted(sum((ablation.share(cells, f"{i}/4") for i in range(4)), []), key=cells.index) == cells
+    grid.patterns("full,sparsek*0+full")
+  assert sorted(sum((grid.share(cells, f"{i}/4") for i in range(4)), []), key=cells.index) == cells
   with pytest.raises(UsageError, match="--job=4/4: must be i/N"):
-    ablation.share(cells, "4/4")
+    grid.share(cells, "4/4")
 
 
 def test_report(tmp_path):
   row = lambda kind, k, window, seed, loss: {"attention": kind, "k": k, "window": window, "gate": None, "scorer": None, "seed": seed,
                                              "budget": window and window + (k or 0), "heldout_loss": loss, "step": 9, "tokens_per_second": 1000.}
   rows = [row("random", 2, 4, 0, 3.), row("random", 2, 4, 1, 4.), row("random", 8, 4, 0, 2.5), row("full", None, None, 0, 2.)]
-  summary = ablation.summarize(rows)
+  summary = grid.summarize(rows)
   assert [(x["attention"], x["k"], x["seeds"], x["heldout_loss"], x["standard_error"]) for x in summary] == [
       ("full", None, 1, 2., None), ("random", 8, 1, 2.5, None), ("random", 2, 2, 3.5, .5)]
-  ablation.write_report(str(tmp_path), rows, "--a=<1>")
+  grid.write_report(str(tmp_path), rows, "--a=<1>")
   assert "| random | 2 | 4 |  |  | 6 | 2 | 3.5000 ± 0.5000 | 1,000 |" in (tmp_path / "table.md").read_text()
   assert (tmp_path / "table.csv").read_text().splitlines()[1] == "random,2,4,,,0,6,3.0,9,1000.0"
   assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -75,7 +77,7 @@ def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
   write_documents(str(tmp_path / "tokens"))
   environment = sharing_compiled(str(tmp_path / "cache"))
   with subprocess.Popen(command(tmp_path), env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-    result = tmp_path / "grid" / "cells" / "sliding_window-w4-s0" / ablation.RESULT
+    result = tmp_path / "grid" / "cells" / "sliding_window-w4-s0" / grid.RESULT
     while not result.exists():
       assert process.poll() is None
       time.sleep(.1)
@@ -111,7 +113,7 @@ class Trainer:
 
 
 @pytest.fixture
-def grid(tmp_path, monkeypatch):
+def run_grid(tmp_path, monkeypatch):
   """Runs experiments.ablate in this process on a grid of two cells; returns the exit code."""
   trainer = Trainer()
   monkeypatch.setattr(ablate.child, "running", trainer.running)
@@ -127,84 +129,84 @@ def grid(tmp_path, monkeypatch):
   return run
 
 
-def test_done_means_done_with_these_flags(grid, tmp_path, capsys):
-  assert grid() == 0 and grid.begun == ["full-s0", "sliding_window-w4-s0"]
+def test_done_means_done_with_these_flags(run_grid, tmp_path, capsys):
+  assert run_grid() == 0 and run_grid.begun == ["full-s0", "sliding_window-w4-s0"]
   page = (tmp_path / "grid" / "report.html").read_text()
   assert "--num_layers=1\n" in page and f"--data={tmp_path}/tokens\n" in page
   assert "--workdir" not in page and "--k=" not in page
-  result = json.loads((grid.cells / "full-s0" / "result.json").read_text())
+  result = json.loads((run_grid.cells / "full-s0" / "result.json").read_text())
   assert (result["heldout_loss"], result["step"]) == (2., 6) and len(result["dataset"]) == 64
-  assert grid("--preset=tiny --seed=5 --keep_checkpoints=9") == 0 and grid.begun == []
+  assert run_grid("--preset=tiny --seed=5 --keep_checkpoints=9") == 0 and run_grid.begun == []
   capsys.readouterr()
-  assert grid("--num_steps=7 --batch_size=3") == 2 and grid.begun == []
+  assert run_grid("--num_steps=7 --batch_size=3") == 2 and run_grid.begun == []
   told = capsys.readouterr().err
   assert "full-s0 (--" in told and "--batch_size: 2 -> 3" in told and "--num_steps: 6 -> 7" in told
   assert "--retrain" in told
-  assert grid("--num_steps=7 --batch_size=3", "--retrain") == 0 and len(grid.begun) == 2
-  old = json.loads((grid.cells / "replaced" / "full-s0" / "result.json").read_text())
-  new = json.loads((grid.cells / "full-s0" / "result.json").read_text())
+  assert run_grid("--num_steps=7 --batch_size=3", "--retrain") == 0 and len(run_grid.begun) == 2
+  old = json.loads((run_grid.cells / "replaced" / "full-s0" / "result.json").read_text())
+  new = json.loads((run_grid.cells / "full-s0" / "result.json").read_text())
   assert (old["step"], new["step"]) == (6, 7)
 
 
-def test_the_tokens_count_and_not_where_they_lie(grid, tmp_path, capsys):
-  assert grid() == 0
+def test_the_tokens_count_and_not_where_they_lie(run_grid, tmp_path, capsys):
+  assert run_grid() == 0
   (tmp_path / "tokens").rename(tmp_path / "moved")
-  assert grid(f"--data={tmp_path}/moved") == 0 and grid.begun == []
+  assert run_grid(f"--data={tmp_path}/moved") == 0 and run_grid.begun == []
   other = [Document(str(i), f"Other {i}.\n" * 9, i % 2 == 0) for i in range(99)]
   write_token_files(str(tmp_path / "tokens"), other, ByteTokenizer())
-  assert grid() == 2 and "the tokens of --data: " in capsys.readouterr().err
+  assert run_grid() == 2 and "the tokens of --data: " in capsys.readouterr().err
 
 
-def test_cells_of_earlier_versions_are_compared_by_their_flags(grid, tmp_path, capsys):
-  assert grid() == 0
-  for cell in grid.cells.iterdir():
+def test_cells_of_earlier_versions_are_compared_by_their_flags(run_grid, tmp_path, capsys):
+  assert run_grid() == 0
+  for cell in run_grid.cells.iterdir():
     result = json.loads((cell / "result.json").read_text())
     del result["dataset"]
     (cell / "result.json").write_text(json.dumps(result))
-  assert grid() == 0 and grid.begun == []
+  assert run_grid() == 0 and run_grid.begun == []
   (tmp_path / "tokens").rename(tmp_path / "moved")
-  assert grid(f"--data={tmp_path}/moved") == 2
+  assert run_grid(f"--data={tmp_path}/moved") == 2
   assert f"--data: {tmp_path}/tokens -> {tmp_path}/moved" in capsys.readouterr().err
-  (grid.cells / "full-s0" / "flags.txt").unlink()
+  (run_grid.cells / "full-s0" / "flags.txt").unlink()
   (tmp_path / "moved").rename(tmp_path / "tokens")
-  assert grid() == 2 and "full-s0 (it has no flags.txt" in capsys.readouterr().err
-  (grid.cells / "full-s0" / "result.json").write_text("[1")
-  assert grid() == 2 and "result.json: no JSON that can be understood" in capsys.readouterr().err
+  assert run_grid() == 2 and "full-s0 (it has no flags.txt" in capsys.readouterr().err
+  (run_grid.cells / "full-s0" / "result.json").write_text("[1")
+  assert run_grid() == 2 and "result.json: no JSON that can be understood" in capsys.readouterr().err
 
 
-def test_an_interrupted_cell_goes_on_only_under_its_flags(grid, tmp_path, capsys):
-  assert grid() == 0
-  (grid.cells / "full-s0" / "result.json").unlink()
-  assert grid("--learning_rate=1") == 2 and grid.begun == []
+def test_an_interrupted_cell_goes_on_only_under_its_flags(run_grid, tmp_path, capsys):
+  assert run_grid() == 0
+  (run_grid.cells / "full-s0" / "result.json").unlink()
+  assert run_grid("--learning_rate=1") == 2 and run_grid.begun == []
   assert "full-s0 (--learning_rate: 0.001 -> 1.0)" in capsys.readouterr().err
-  assert grid() == 0 and grid.begun == ["full-s0"]
+  assert run_grid() == 0 and run_grid.begun == ["full-s0"]
 
 
-def test_a_cell_that_another_job_trains_is_left_to_it(grid, capsys):
-  grid.trainer.code = 2
-  os.makedirs(grid.cells / "full-s0")
-  with run_directory.lock(str(grid.cells / "full-s0")):
-    assert grid("", "--job=0/2") == 0
+def test_a_cell_that_another_job_trains_is_left_to_it(run_grid, capsys):
+  run_grid.trainer.code = 2
+  os.makedirs(run_grid.cells / "full-s0")
+  with run_directory.lock(str(run_grid.cells / "full-s0")):
+    assert run_grid("", "--job=0/2") == 0
   told = capsys.readouterr()
   assert "left to another job, which trains them: full-s0" in told.err
-  assert grid("", "--job=0/2") == 1 and "1 cell(s) did not finish" in capsys.readouterr().err
+  assert run_grid("", "--job=0/2") == 1 and "1 cell(s) did not finish" in capsys.readouterr().err
 
 
-def test_a_cell_that_a_signal_stopped_is_no_finished_one(grid, capsys):
-  grid.trainer.stopped = True
-  assert grid() == 1 and "2 cell(s) did not finish, which repeating" in capsys.readouterr().err
-  grid.trainer.stopped = False
-  assert grid() == 0 and len(grid.begun) == 2
+def test_a_cell_that_a_signal_stopped_is_no_finished_one(run_grid, capsys):
+  run_grid.trainer.stopped = True
+  assert run_grid() == 1 and "2 cell(s) did not finish, which repeating" in capsys.readouterr().err
+  run_grid.trainer.stopped = False
+  assert run_grid() == 0 and len(run_grid.begun) == 2
 
 
-def test_a_cell_that_another_job_has_moved_and_made_stays(grid, monkeypatch):
-  assert grid() == 0
-  before, calls = ablation.stale, []
+def test_a_cell_that_another_job_has_moved_and_made_stays(run_grid, monkeypatch):
+  assert run_grid() == 0
+  before, calls = grid.stale, []
   # The first look finds other flags, the second what another job has made since.
-  monkeypatch.setattr(ablation, "stale", lambda *a: calls.append(a) or before(*a) or (
+  monkeypatch.setattr(grid, "stale", lambda *a: calls.append(a) or before(*a) or (
       ["--k: 1 -> 2"] if len(calls) <= 2 else []))
-  assert grid("", "--retrain") == 0 and grid.begun == []
-  assert not (grid.cells / "replaced").exists()
+  assert run_grid("", "--retrain") == 0 and run_grid.begun == []
+  assert not (run_grid.cells / "replaced").exists()
 
 
 @pytest.mark.parametrize("argument, words", [
@@ -218,9 +220,9 @@ def test_a_cell_that_another_job_has_moved_and_made_stays(grid, monkeypatch):
     ("--base=/nowhere", "--base=/nowhere: there is no such file"),
     ("--base=s3://x/y", "--base=s3://x/y: s3: URLs are not supported"),
 ])
-def test_bad_grids_are_refused_before_any_run(argument, words, grid, capsys):
-  assert grid("", argument) == 2 and grid.begun == []
-  assert words in capsys.readouterr().err and not grid.cells.exists()
+def test_bad_grids_are_refused_before_any_run(argument, words, run_grid, capsys):
+  assert run_grid("", argument) == 2 and run_grid.begun == []
+  assert words in capsys.readouterr().err and not run_grid.cells.exists()
 
 
 def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monkeypatch):
@@ -232,7 +234,7 @@ def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monk
   def write():
     try:
       for _ in range(50):
-        ablation.write_report(str(tmp_path), [row], "")
+        grid.write_report(str(tmp_path), [row], "")
     except Exception as error:
       failed.append(error)
   jobs = [threading.Thread(target=write) for _ in range(4)]

@@ -23,7 +23,7 @@ import time
 import jax
 import numpy as np
 
-from sparsek.tokenizer import train_bpe
+from sparsek.data.tokenizer import train_bpe
 from tests.experiments.fuzz_model_formats import make_model
 from tests.experiments.pretrain_test import ROOT, finish, start, wait_for_progress, write_documents
 

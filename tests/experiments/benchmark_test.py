@@ -4,9 +4,10 @@ import json
 import jax
 import pytest
 
-from experiments import benchmark, suites
-from sparsek import flags
-from tests.sparsek.helpers import run_command
+from experiments import benchmark
+from experiments.bench import suites
+from sparsek.command_line import flags
+from tests.helpers import run_command
 
 TINY = ["--lengths=32,16", "--heads=2", "--kv_heads=1", "--head_dim=8", "--k=4", "--window=4", "--rounds=2"]
 

@@ -475,11 +475,11 @@ def counted(counter: collections.Counter) -> str:
 
 def import_commands() -> None:
   """Imports what the commands need, and computes nothing: children are forked from here."""
-  import sparsek.ablation  # noqa: F401
-  import sparsek.evaluate  # noqa: F401
-  import sparsek.generate  # noqa: F401
-  import sparsek.pretrained  # noqa: F401
-  import sparsek.train  # noqa: F401
+  import experiments.reports.grid  # noqa: F401
+  import sparsek.evaluation.loss_by_position  # noqa: F401
+  import sparsek.generation.session  # noqa: F401
+  import sparsek.huggingface.pretrained  # noqa: F401
+  import sparsek.training.loop  # noqa: F401
   import tokenizers  # noqa: F401
 
 

@@ -52,7 +52,7 @@ def run_product(workdir: str) -> dict:
   import jax
   import numpy as np
 
-  from sparsek import checkpoint
+  from sparsek.runs import checkpoint
 
   path = pathlib.Path(workdir, "metrics.jsonl")
   # A last line without its end is what a kill leaves.

@@ -6,15 +6,16 @@ import jax
 import pytest
 
 from experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
-from sparsek import checkpoint, flags, run_directory
+from sparsek.runs import checkpoint, run_directory
+from sparsek.command_line import flags
 from sparsek.config import DataConfig, TransformerConfig
-from sparsek.corpus import Document
+from sparsek.data.corpus import Document
 from sparsek.errors import UsageError
-from sparsek.metrics import read_metrics
-from sparsek.model import init_params
-from sparsek.token_files import write_token_files
-from sparsek.tokenizer import ByteTokenizer
-from tests.sparsek.helpers import run_command, spm
+from sparsek.runs.metrics import read_metrics
+from sparsek.model.transformer import init_params
+from sparsek.data.token_files import write_token_files
+from sparsek.data.tokenizer import ByteTokenizer
+from tests.helpers import run_command, spm
 
 CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, k=4, window=4,
                            implementation="reference")

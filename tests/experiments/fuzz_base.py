@@ -78,14 +78,14 @@ def small_config(**fields):
 def params_of(config):
   import jax
 
-  from sparsek.model import init_params
+  from sparsek.model.transformer import init_params
 
   return init_params(config, jax.random.key(0))
 
 
 def write_model_json(folder: pathlib.Path, config) -> None:
   from sparsek.config import DataConfig
-  from sparsek.tokenizer import ByteTokenizer
+  from sparsek.data.tokenizer import ByteTokenizer
 
   tokenizer = ByteTokenizer()
   record = {

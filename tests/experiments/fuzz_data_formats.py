@@ -12,9 +12,9 @@ from tests.experiments.fuzz_base import REFUSALS, TEXT, difference, equal
 
 
 def make_tokens(folder):
-  from sparsek.corpus import documents
-  from sparsek.token_files import write_token_files
-  from sparsek.tokenizer import ByteTokenizer
+  from sparsek.data.corpus import documents
+  from sparsek.data.token_files import write_token_files
+  from sparsek.data.tokenizer import ByteTokenizer
 
   (folder / "a.txt").write_text(TEXT * 30)
   write_token_files(
@@ -25,9 +25,9 @@ def make_tokens(folder):
 
 
 def make_bpe_tokens(folder):
-  from sparsek.corpus import Document
-  from sparsek.token_files import write_token_files
-  from sparsek.tokenizer import train_bpe
+  from sparsek.data.corpus import Document
+  from sparsek.data.token_files import write_token_files
+  from sparsek.data.tokenizer import train_bpe
 
   write_token_files(
     str(folder / "tokens"),
@@ -37,7 +37,7 @@ def make_bpe_tokens(folder):
 
 
 def read_tokens(folder):
-  from sparsek.token_files import open_token_files, verify_token_files
+  from sparsek.data.token_files import open_token_files, verify_token_files
 
   dataset = open_token_files(str(folder / "tokens"))
   splits = {}
@@ -126,13 +126,13 @@ def keep_good(make):
 
 
 def make_tokenizer(folder):
-  from sparsek.tokenizer import train_bpe
+  from sparsek.data.tokenizer import train_bpe
 
   train_bpe([TEXT * 9], 280).save(str(folder))
 
 
 def read_tokenizer(folder):
-  from sparsek.tokenizer import load_tokenizer
+  from sparsek.data.tokenizer import load_tokenizer
 
   tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
   ids = tokenizer.encode("some text é")
@@ -174,7 +174,7 @@ def source(name: str, content: bytes):
 
 
 def read_source(folder):
-  from sparsek.corpus import documents
+  from sparsek.data.corpus import documents
 
   (path,) = (path for path in folder.iterdir() if path.name.startswith("data."))
   return [document.text for document in documents([str(path)], heldout_fraction=0.0)]

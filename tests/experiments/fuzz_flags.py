@@ -83,7 +83,7 @@ def describe_flags() -> dict[str, dict[str, list]]:
   """Command -> flag -> [its kind, the values of an enum]. Runs in a child."""
   from absl import flags as absl_flags
 
-  from sparsek import flags
+  from sparsek.command_line import flags
 
   found = {}
   for name in MODULES:

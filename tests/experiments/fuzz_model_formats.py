@@ -15,8 +15,8 @@ from tests.experiments.mutations import mutate_bytes, mutate_json
 
 
 def make_model(folder):
-  from sparsek import pretrained
-  from sparsek.tokenizer import train_bpe
+  from sparsek.huggingface import pretrained
+  from sparsek.data.tokenizer import train_bpe
 
   config = small_config(attention="sliding_window", num_layers=2)
   pretrained.save(str(folder / "model"), config, params_of(config), fields={"eos_token_id": 256})
@@ -30,7 +30,7 @@ def make_model(folder):
 
 
 def make_sharded(folder):
-  from sparsek import pretrained
+  from sparsek.huggingface import pretrained
 
   config = small_config(attention="sliding_window", num_layers=2)
   pretrained.save(str(folder / "model"), config, params_of(config), max_shard_bytes=6000)
@@ -52,7 +52,7 @@ NAMES = {
 def read_model(folder):
   import jax
 
-  from sparsek import pretrained
+  from sparsek.huggingface import pretrained
 
   config, params = pretrained.load(str(folder / "model"))
   leaves = {
@@ -112,7 +112,7 @@ def check_model(value, folder, good):
 
 def read_ends(folder):
   from experiments import import_hf
-  from sparsek.tokenizer import load_tokenizer
+  from sparsek.data.tokenizer import load_tokenizer
 
   tokenizer = load_tokenizer(str(folder / "model"))
   return import_hf.end_tokens(str(folder / "model"), tokenizer), tokenizer.eos_id

@@ -43,7 +43,7 @@ def _records(lines) -> list[dict]:
 
 
 def read_metrics(folder):
-  from sparsek import metrics
+  from sparsek.runs import metrics
 
   before = (folder / "metrics.jsonl").read_bytes()
   records = metrics.read_metrics(str(folder / "metrics.jsonl"))
@@ -84,7 +84,7 @@ def make_model_json(folder):
 
 
 def read_model_json(folder):
-  from sparsek import checkpoint
+  from sparsek.runs import checkpoint
 
   config, run = checkpoint.load_run_config(str(folder))
   checkpoint.load_run_tokenizer(str(folder))
@@ -130,7 +130,7 @@ def make_flagfile(folder):
 def read_flagfile(folder):
   from absl import flags as absl_flags
 
-  from sparsek import flags
+  from sparsek.command_line import flags
 
   values = absl_flags.FlagValues()
   for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
@@ -169,17 +169,17 @@ def check_flagfile(value, folder, good):
 def _abstract_optimizer():
   import jax
 
-  from sparsek.checkpoint import abstract_params
+  from sparsek.runs.checkpoint import abstract_params
   from sparsek.config import OptimizerConfig
-  from sparsek.optimizer import make_optimizer
+  from sparsek.training.optimizer import make_optimizer
 
   return jax.eval_shape(make_optimizer(OptimizerConfig()).init, abstract_params(small_config()))
 
 
 def make_checkpoint(folder):
-  from sparsek import checkpoint
+  from sparsek.runs import checkpoint
   from sparsek.config import OptimizerConfig
-  from sparsek.optimizer import make_optimizer
+  from sparsek.training.optimizer import make_optimizer
 
   params = params_of(small_config())
   write_model_json(folder, small_config())
@@ -193,7 +193,7 @@ def make_checkpoint(folder):
 def read_checkpoint(folder):
   import jax
 
-  from sparsek import checkpoint
+  from sparsek.runs import checkpoint
 
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with checkpoint.quiet_orbax():
@@ -217,7 +217,7 @@ def check_checkpoint(value, folder, good):
 
 
 def make_cache(folder):
-  from sparsek.generate import Session
+  from sparsek.generation.session import Session
 
   config = small_config(vocab_size=257)
   session = Session(config, params_of(config), 1)
@@ -228,8 +228,8 @@ def make_cache(folder):
 def read_cache(folder):
   import jax
 
-  from sparsek import cache_file
-  from sparsek.generate import Session
+  from sparsek.generation import cache_file
+  from sparsek.generation.session import Session
 
   config = small_config(vocab_size=257)
   cache, note, *_ = cache_file.load(str(folder / "cache.npz"), config)
@@ -292,9 +292,9 @@ def damage_cache(content, rng):
 
 
 def _cells():
-  from sparsek import ablation
+  from experiments.reports import grid
 
-  return ablation.grid(["sparsek", "full"], [8], [8], ["straight_through"], ["linear"], 1)
+  return grid.grid(["sparsek", "full"], [8], [8], ["straight_through"], ["linear"], 1)
 
 
 def make_grid(folder):
@@ -306,12 +306,12 @@ def make_grid(folder):
 
 
 def read_grid(folder):
-  from sparsek import ablation
+  from experiments.reports import grid
 
-  rows = ablation.collect(str(folder), _cells())
-  ablation.markdown(ablation.summarize(rows))
+  rows = grid.collect(str(folder), _cells())
+  grid.markdown(grid.summarize(rows))
   if rows:
-    ablation.as_csv(rows)
+    grid.as_csv(rows)
   return rows
 
 

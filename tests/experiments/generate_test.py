@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from experiments import generate
-from sparsek import flags
+from sparsek.command_line import flags
 from sparsek.config import TransformerConfig
-from sparsek.generate import Session, TextStream
-from sparsek.model import init_params
+from sparsek.generation.session import Session, TextStream
+from sparsek.model.transformer import init_params
 from tests.experiments.evaluate_test import write_run
-from tests.sparsek.helpers import run_command, spm
+from tests.helpers import run_command, spm
 
 CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=3, window=4, gate="value",
                            scorer_init_scale=0.01, scorer_init_slope=0., implementation="reference")

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, import_hf, pretrain
-from sparsek import checkpoint, files, flags, pretrained
+from sparsek.runs import checkpoint
+from sparsek.storage import files
+from sparsek.command_line import flags
+from sparsek.huggingface import pretrained
 from sparsek.config import TransformerConfig
-from sparsek.corpus import Document
-from sparsek.model import init_params
-from sparsek.new_folder import temporary_name
-from sparsek.token_files import write_token_files
-from sparsek.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from sparsek.data.corpus import Document
+from sparsek.model.transformer import init_params
+from sparsek.storage.new_folder import temporary_name
+from sparsek.data.token_files import write_token_files
+from sparsek.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from tests.experiments.evaluate_test import write_run
-from tests.sparsek.helpers import run_command
+from tests.helpers import run_command
 
 CONFIG = TransformerConfig(vocab_size=300, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=4, window=4, max_positions=64,
                            attention="sliding_window")

@@ -24,8 +24,8 @@ import time
 
 import jax
 
-from sparsek.checkpoint import HALF_WRITTEN, checkpoint_folder, saved_steps
-from sparsek.metrics import read_metrics
+from sparsek.runs.checkpoint import HALF_WRITTEN, checkpoint_folder, saved_steps
+from sparsek.runs.metrics import read_metrics
 from tests.experiments.pretrain_test import finish, logged, sharing_compiled, start, wait_for_progress, write_documents
 
 EVAL_EVERY = 25

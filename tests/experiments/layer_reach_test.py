@@ -9,12 +9,12 @@ import pytest
 
 from experiments import layer_reach
 from sparsek.config import TransformerConfig, parse_layer_pattern
-from sparsek.corpus import Document
-from sparsek.model import init_params
-from sparsek.token_files import write_token_files
-from sparsek.tokenizer import ByteTokenizer
+from sparsek.data.corpus import Document
+from sparsek.model.transformer import init_params
+from sparsek.data.token_files import write_token_files
+from sparsek.data.tokenizer import ByteTokenizer
 from tests.experiments.evaluate_test import write_run
-from tests.sparsek.helpers import run_command
+from tests.helpers import run_command
 
 CONFIG = TransformerConfig(num_layers=2, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, attention="full")
 run = functools.partial(run_command, layer_reach.main, layer_reach.FLAGS)

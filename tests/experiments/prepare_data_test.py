@@ -6,8 +6,8 @@ import os
 import pytest
 
 from experiments import prepare_data
-from sparsek.data import open_data
-from tests.sparsek.helpers import run_command, spm
+from sparsek.data.batches import open_data
+from tests.helpers import run_command, spm
 
 run = functools.partial(run_command, prepare_data.main, prepare_data.FLAGS)
 

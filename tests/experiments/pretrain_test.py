@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from sparsek.corpus import Document
-from sparsek.token_files import write_token_files
-from sparsek.tokenizer import ByteTokenizer
+from sparsek.data.corpus import Document
+from sparsek.data.token_files import write_token_files
+from sparsek.data.tokenizer import ByteTokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TINY = ["--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8", "--mlp_dim=16", "--k=4", "--window=4",

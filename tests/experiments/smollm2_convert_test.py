@@ -8,7 +8,7 @@ import pytest
 
 from experiments import evaluate, evaluate_tasks, import_hf
 from experiments.recipes import smollm2_convert, stages
-from sparsek import flags
+from sparsek.command_line import flags
 from sparsek.config import TransformerConfig
 
 OPTIONS = types.SimpleNamespace(model="model", text="text", tasks="tasks", workdir="runs", dtype="bfloat16", lengths="2048,8192", scorer="--scorer=conv",

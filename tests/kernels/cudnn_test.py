@@ -13,8 +13,9 @@ import pytest
 
 import sparsek
 from sparsek.config import TransformerConfig
-from sparsek.kernels import cudnn, mosaic_lanes
-from sparsek.layers import full_attention
+from sparsek.kernels import cudnn
+from sparsek.kernels.hopper import thread_ops
+from sparsek.model.layers import full_attention
 
 GPUS = {"Hopper": ("9.0", 91000), "Ampere": ("8.0", 90800),
         "Blackwell Ultra, old cuDNN": ("10.3", 91000)}
@@ -29,7 +30,7 @@ def gpu(monkeypatch):
                                    compute_capability=capability)
     numbers = lambda text: tuple(map(int, text.split(".")))
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
-    monkeypatch.setattr(mosaic_lanes, "can_run", lambda: False)
+    monkeypatch.setattr(thread_ops, "can_run", lambda: False)
     monkeypatch.setattr(wrapper, "check_compute_capability",
                         lambda least: numbers(capability) >= numbers(least))
     monkeypatch.setattr(wrapper, "is_cuda_compute_capability_equal",

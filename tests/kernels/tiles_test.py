@@ -10,7 +10,7 @@ import pytest
 import sparsek
 from sparsek.kernels import specs
 from sparsek.kernels.tiles import key_tiles, larger_tiles, list_tiles, query_bounds, selection_lists, window_tiles
-from sparsek.operator import document_bounds
+from sparsek.attention.operator import document_bounds
 
 CASES = [(256, 7, 5, 64), (256, 60, 0, 128), (128, 200, 3, 64), (64, 1, 1, 64), (192, 4, 500, 64), (512, 40, 33, 256), (512, 130, 64, 512)]
 

@@ -1,0 +1,105 @@
+"""What the flags of experiments.benchmark ask to measure."""
+
+import dataclasses
+
+from absl import flags as absl_flags
+
+from sparsek.command_line import flags
+from experiments.bench import attention as attention_bench, decoding as decoding_bench, training_step as training_step_bench
+from sparsek.config import preset
+from sparsek.errors import UsageError
+from sparsek.kernels.cudnn import on_nvidia_gpu
+from sparsek.kernels.specs import SCORE_FAMILIES
+from sparsek.runs.settings import differences
+
+FLAGS = absl_flags.FlagValues()  # apart from those of pretraining, whose defaults are others
+flags.define_benchmark_flags(FLAGS)
+FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")     # of measure.Problem, named like their flags
+MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")      # of the trained or generating model
+PRESET = {"train": "gpt2_small", "decode": "1b"}
+K = WINDOW = 128                 # where --suite=attention is not told
+CONTEXTS = (1024, 8192, 65536, 524288, 1048576)
+
+
+def flag(name, default=None):
+  """The value of a parsed flag, or `default` where it was not given."""
+  value = FLAGS[name].value
+  return default if value is None else value
+
+
+def names(name, allowed):
+  """The values of a flag that lists some of `allowed`."""
+  values = tuple(dict.fromkeys(flag(name).split(",")))
+  for value in values:
+    if value not in allowed:
+      raise UsageError(f"--{name}={flag(name)}: {value!r} must be one of {', '.join(allowed)}")
+  return values
+
+
+def lengths(name="lengths", most=26):
+  """Numbers of the flag of that name, rising."""
+  given = flag(name).split(",")
+  if not all(n.isdecimal() and 1 <= int(n) <= 2 ** most for n in given):
+    raise UsageError(f"--{name}={flag(name)}: must be numbers from 1 to 2^{most} separated by commas, such as {FLAGS[name].default}")
+  return sorted({int(n) for n in given})
+
+
+def problems():
+  """What the flags ask to time."""
+  families = names("scores", SCORE_FAMILIES)
+  if flag("suite") == "headline":
+    given = {name: flag(name) for name in FIELDS if FLAGS[name].present}
+    chosen = attention_bench.headline(lengths() if FLAGS["lengths"].present else attention_bench.HEADLINE_LENGTHS, **given)
+    if FLAGS["scores"].present:
+      chosen = [problem for problem in chosen if problem.scores in families]
+  else:
+    given = {"k": K, "window": WINDOW, "dtype": "bfloat16" if on_nvidia_gpu() else "float32"}
+    given |= {name: flag(name) for name in FIELDS if flag(name) is not None}
+    chosen = [attention_bench.Problem(n, scores=scores, **given) for scores in families for n in lengths()]
+  for problem in chosen:
+    if problem.heads % problem.kv_heads:
+      raise UsageError(f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}")
+  rivals = names("rivals", attention_bench.RIVALS) if flag("rivals") else None
+  return attention_bench.choose_rivals(chosen, rivals, flag("implementation"), max_dense=FLAGS["max_dense"].value, max_xla=flag("max_xla"))
+
+
+def model(suite, flag_values=FLAGS):
+  """Returns the model that the flags describe."""
+  value = lambda name: flag_values[name].value
+  overrides = {name: value(name) for name in MODEL_FIELDS if value(name) is not None}
+  return preset(value("preset") or PRESET[suite], vocab_size=value("vocab_size"), **overrides)
+
+
+def check_same_model(old, suite, varying):
+  """Refuses to extend a record of another model.
+
+  Args:
+    old: the record that --extend names.
+    suite: "train" or "decode".
+    varying: fields that a row has itself, of which rows may differ.
+  Raises:
+    UsageError: naming the flags that differ.
+  """
+  values = absl_flags.FlagValues()
+  flags.define_benchmark_flags(values)
+  try:
+    flags.parse(["benchmark", *old.get("flags", [])], values)
+  except UsageError as error:
+    raise UsageError(f"--extend: the record is not of this version: {error}") from None
+  there, here = (dataclasses.asdict(model(suite, at)) for at in (values, FLAGS))
+  lines = [line for line in differences(there, here) if line.split(":")[0][2:] not in varying]
+  if lines:
+    raise UsageError(f"--extend: the record is of another model (old -> new): {', '.join(lines)}")
+
+
+def decode_jobs():
+  """What the flags ask to generate."""
+  config, contexts = model("decode"), lengths() if FLAGS["lengths"].present else CONTEXTS
+  found = [decoding_bench.Job(config, n, batch) for batch in lengths("batch_sizes", 10) for n in contexts]
+  return found + [decoding_bench.Job(config, n, 1, "prefill") for n in (lengths("prompts") if flag("prompts") else ())]
+
+
+def jobs():
+  """What the flags ask to train."""
+  config = model("train")
+  return [training_step_bench.Job(config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk"), flag("scorer_loss")) for n in lengths()]

@@ -1,0 +1,51 @@
+"""Writes documents with one letter worth keeping, for experiments.prepare_data: `python -m experiments.recipes.capital_letter_task LENGTH COUNT FILE`.
+
+A document repeats the letters a to h. Somewhere a capital stands among them, and after every later h a question mark and that capital again, further back than
+a short window reaches. A scorer can tell capitals by their looks, and only they are worth keeping: the smallest test of learning what to keep. Lengths vary
+from LENGTH / 2 to LENGTH, or landmarks that count positions would help. FILE is .jsonl.
+"""
+
+import json
+import random
+import string
+
+from experiments import script
+from sparsek.storage import files
+from sparsek.errors import UsageError
+
+CYCLE = "abcdefgh"
+
+
+def document(rng, length):
+  """The capital is in the first half."""
+  length = rng.randrange(length // 2, length + 1)
+  start, place, capital = rng.randrange(len(CYCLE)), rng.randrange(length // 2), rng.choice(string.ascii_uppercase)
+  text = ""
+  for i in range(length):
+    text += CYCLE[(start + i) % len(CYCLE)]
+    if i == place:
+      text += capital
+    elif i > place and text[-1] == CYCLE[-1]:
+      text += "?" + capital
+  return text[:length]
+
+
+def make_parser():
+  """Returns the parser of the script's arguments."""
+  parser = script.parser(__doc__)
+  parser.add_argument("length", type=int, help="of the longest document, at least 4")
+  parser.add_argument("count", type=int, help="of documents")
+  parser.add_argument("path", type=script.output, metavar="FILE", help="to write, .jsonl")
+  return parser
+
+
+def main(options):
+  if options.length < 4:
+    raise UsageError(f"LENGTH={options.length} must be at least 4")
+  rng = random.Random(0)
+  lines = (json.dumps({"text": document(rng, options.length)}) + "\n" for _ in range(options.count))
+  files.save(options.path, "".join(lines))
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())

@@ -1,0 +1,69 @@
+"""One record of several grids of experiments.ablate: `python -m experiments.reports.collect_grids RECORD.json NOTE GRID ...`.
+
+For every finished cell: the flags in which it differs from the first one, its held-out losses by step, and what its sparsek layers select at the end. The
+record also has the flags of the first cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
+"""
+
+import os
+
+from experiments import script
+from experiments.reports import grid
+from sparsek.storage import files
+from sparsek.runs import run_directory
+from sparsek.errors import UsageError
+from sparsek.runs.metrics import read_metrics
+
+# Flags that differ by machine, or stand elsewhere.
+MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")
+
+
+def flags_of(folder):
+  """The flags of a run, without those that name folders."""
+  with open(os.path.join(folder, "flags.txt"), encoding="utf-8") as file:
+    return [line for line in file.read().splitlines() if line.split("=")[0] not in MACHINES]
+
+
+def cell(grid, name, first):
+  folder = os.path.join(grid, "cells", name)
+  records = read_metrics(os.path.join(folder, "metrics.jsonl"))
+  last = [record for record in records if "loss" in record][-1]
+  return {"grid": os.path.basename(os.path.normpath(grid)), "cell": name, "flags": sorted(set(flags_of(folder)) - set(first)),
+          "heldout_loss": {record["step"]: record["heldout_loss"] for record in records if "heldout_loss" in record},
+          "selection": {key: value for key, value in last.items() if key.startswith("layer_")}}
+
+
+def make_parser():
+  """Returns the parser of the script's arguments."""
+  parser = script.parser(__doc__)
+  parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
+  parser.add_argument("note", metavar="NOTE", help="what was run on what")
+  parser.add_argument("grids", nargs="+", type=script.path, metavar="GRID",
+                      help="--workdir of a grid")
+  return parser
+
+
+def main(options):
+  cells = [(grid, name) for grid in options.grids for name in finished(os.path.join(grid, "cells"))]
+  if not cells:
+    raise UsageError(f"there is no finished cell in {', '.join(options.grids)}")
+  folder = os.path.join(cells[0][0], "cells", cells[0][1])
+  first = flags_of(folder)
+  versions = files.read_json_object(os.path.join(folder, "versions.json"))
+  rows = [cell(grid, name, first) for grid, name in cells]
+  record = {"note": options.note, "flags": first, "versions": {**versions, "command": None},
+            "cells": rows}
+  files.save(options.record, run_directory.to_json(record))
+  for row in rows:
+    print(row["grid"], row["cell"], *(f"{step}: {loss:.4f}" for step, loss in row["heldout_loss"].items()))
+
+
+def finished(folder):
+  """Returns the names of a grid's cells that are at their end."""
+  if not os.path.isdir(folder):
+    raise UsageError(f"there is no folder {folder}: give the --workdir of a grid")
+  return [name for name in sorted(os.listdir(folder))
+          if os.path.exists(os.path.join(folder, name, grid.RESULT))]
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())

@@ -1,0 +1,170 @@
+"""SPARSEK attention: one public function over all implementations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsek.attention.prefix_selection import select
+from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
+from sparsek.kernels import cudnn, reference, xla
+from sparsek.kernels.hopper import attention as hopper_attention, thread_ops
+from sparsek.kernels.tpu import attention as tpu_attention
+from sparsek.attention.operator import causal_sparsek, document_bounds
+
+WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "cudnn")
+PALLAS = {"mosaic_gpu": hopper_attention, "mosaic_tpu": tpu_attention}          # each has a `refusal` and takes [batch, heads, n] scores
+
+
+def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    if x.ndim != 4:
+      raise ValueError(f"{name} must have shape [batch, n, heads, head_dim], got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name} must be floating point, got {x.dtype}")
+  batch, n, heads, head_dim = query.shape
+  groups = key.shape[2]
+  if n < 1:
+    raise ValueError(f"query must hold at least one token, got shape {query.shape}")
+  for name, x in (("key", key), ("value", value)):
+    if x.shape != (batch, n, groups, head_dim):
+      raise ValueError(f"{name} must have shape {(batch, n, groups, head_dim)} to go with query {query.shape} and key {key.shape}, got {x.shape}")
+    if x.dtype != query.dtype:
+      raise ValueError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+  if heads < 1 or head_dim < 1:
+    raise ValueError(f"query must have at least one head and head_dim 1, got shape {query.shape}")
+  if groups < 1 or heads % groups:
+    raise ValueError(f"query's {heads} heads must be a multiple of key's {groups}")
+  if scores is not None:
+    if scores.shape != (batch, n, groups):
+      raise ValueError(f"scores must have shape {(batch, n, groups)}, one per token and key head, got {scores.shape}")
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+      raise ValueError(f"scores must be floating point, got {scores.dtype}")
+  for name, x, minimum in (("k", k, 1), ("window", window, 0)):
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+      raise ValueError(f"{name}={x!r} must be a Python integer")
+    check_at_least(name, x, minimum)
+  check_choice("gate", gate, GATES)
+  if scale is not None and not isinstance(scale, (int, float, np.number)):
+    raise ValueError(f"scale={scale!r} must be a Python number or None")
+  if segment_ids is not None and (segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+    raise ValueError(f"segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
+
+
+def _resolve(implementation: str | None, query: jax.Array) -> str:
+  """The implementation to run; raises if the one asked for cannot run here."""
+  if implementation in PALLAS:
+    reason = PALLAS[implementation].refusal(query)
+    if reason:
+      raise NotImplementedError(f"implementation={implementation!r} cannot run here: {reason}; use 'xla', which runs on every device")
+  if implementation is None:
+    return next((name for name, kernels in PALLAS.items() if not kernels.refusal(query)), "xla")
+  return implementation
+
+
+def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None,
+                   window: int | None = None) -> str:
+  """Returns the implementation of a sliding window, or of full attention, to run.
+
+  Raises if the one asked for cannot run here.
+  """
+  window = query.shape[1] if window is None else window
+  reason = cudnn.refusal(query, segment_ids, window) if implementation in (None, "cudnn") else None
+  if implementation == "cudnn" and reason:
+    raise NotImplementedError(f"implementation='cudnn' cannot run here: {reason}; use 'xla', which runs on every device")
+  return "cudnn" if implementation in (None, "cudnn") and not reason else _resolve(implementation, query)
+
+
+def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores: jax.Array, *, k: int, window: int, gate: str = "straight_through",
+                      scale: float | None = None, segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
+  r"""Causal attention of every query to its `window` latest tokens and to the k best-scored tokens before them.
+
+  .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad p_{ij} = \mathrm{clip}(u_j - \tau_i, 0, 1)
+
+  Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left, for `i >= j + window`. The k candidates of highest score
+  (equal scores: the earlier token) and the window share one softmax. tau_i is the causal SPARSEK threshold of all candidates; window keys have gate 1.
+  The gates:
+
+    "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would give them, query, key and value that of what was computed.
+    "value": logit `scale q.k`, m = p (the paper's hard-key, soft-value form).
+    "key_value": logit `p scale q.k`, m = p (the paper's Select(Diag(p)) form).
+
+  With k >= n or window >= n this is dense causal attention.
+
+  Args:
+    query: [batch, n, H, D] float.
+    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. What is not finite
+      makes the outputs NaN that see it, and no others under "reference" and "xla"; the kernels of
+      GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must not look, and
+      0 * NaN is NaN: give padding finite numbers there.
+    scores: [batch, n, G] float; computed on in float32. NaN and infinities: see `sparsek.causal_sparsek`.
+    k: selected keys per query, >= 1.
+    window: latest tokens that every query sees, itself included, >= 0.
+    gate: see above.
+    scale: of the logits; None: 1 / sqrt(D).
+    segment_ids: [batch, n] integers; every run of equal ids is a document, and nothing crosses from one to the next.
+    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; None: the fastest that can run here.
+
+  Returns:
+    [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets
+    0. The batch may be empty.
+
+  Raises:
+    ValueError: for arguments that do not fit, naming them.
+    NotImplementedError: if the implementation asked for by name cannot run here, with the reason.
+
+  Reference: Lou, Jia, Zheng, Tu. Sparser is Faster and Less is More, arXiv 2406.16747.
+  """
+  query, key, value, scores = (jnp.asarray(x) for x in (query, key, value, scores))
+  segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+  _check(query, key, value, scores, k, window, gate, scale, segment_ids)
+  check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+  scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+  n = query.shape[1]
+  k, window = min(int(k), n), min(int(window), n)          # before any int32 is computed with them
+  if not query.size:                                       # no rows
+    return query
+  if implementation is None and window == n and not cudnn.refusal(query, segment_ids, window):
+    # No token ever leaves the window: scores do not matter.
+    return cudnn.attention(query, key, value, window=window, scale=scale)
+  implementation = _resolve(implementation, query)
+  if implementation == "reference":
+    return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
+  scores = scores.astype(jnp.float32)
+  start, end = document_bounds(segment_ids, *query.shape[:2])
+  options = dict(k=k, window=window, gate=gate, scale=scale)
+  if implementation in PALLAS:
+    scores = jnp.swapaxes(scores, 1, 2)
+    selection = select(scores, start, end, k, window, segment_ids is not None,
+                       thread_ops.can_run())
+    return PALLAS[implementation].attention(query, key, value, scores, *selection, start, end, **options)
+  selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
+  return xla.attention(query, key, value, scores, *selection, start, **options)
+
+
+def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int, scale: float | None = None,
+                             segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
+  """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in `sparsek_attention`.
+
+  The implementation is "xla", "mosaic_gpu", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run here.
+  """
+  check_at_least("window", window, 1)
+  check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))
+  query, key, value = (jnp.asarray(x) for x in (query, key, value))
+  segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+  _check(query, key, value, None, 1, window, "straight_through", scale, segment_ids)
+  scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+  batch, n, groups = key.shape[:3]
+  window = min(int(window), n)
+  if not query.size:
+    return query
+  start, end = document_bounds(segment_ids, batch, n)
+  options = dict(k=0, window=window, gate="straight_through", scale=scale)
+  implementation = resolve_window(implementation, query, segment_ids, window)
+  if implementation == "cudnn":
+    return cudnn.attention(query, key, value, window=window, scale=scale)
+  if implementation in PALLAS:
+    nothing = jnp.zeros((batch, groups, n), jnp.float32)
+    never = nothing.astype(jnp.int32)
+    return PALLAS[implementation].attention(query, key, value, nothing, nothing, never, never, start, end, **options)
+  nothing = jnp.zeros((batch, n, groups), jnp.float32)
+  return xla.attention(query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, **options)

@@ -1,0 +1,172 @@
+"""Flagfiles: read before absl parses, so that the command line wins wherever `--flagfile` stands.
+
+A line holds one flag; blank lines and lines that begin with # or // are left out. Among flagfiles
+the later one wins. The values of a flag that may be repeated come from one place: the command
+line, or else the last file that has it.
+"""
+
+import codecs
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+
+from sparsek.errors import UsageError
+from sparsek.storage.files import local_path, read_at_most
+
+COMMAND_LINE = "the command line"
+MAX_BYTES, MAX_FILES = 2**20, 1000
+_TOGETHER = (None, "undefok")          # names of which all places count
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+  """A flag and where it was given.
+
+  Attributes:
+    name: of the flag; None for what is no flag.
+    words: the arguments that say it, one or two.
+    place: COMMAND_LINE, or the flagfile's path.
+    number: of the place, as one file may be read twice; 0 is the command line.
+  """
+  name: str | None
+  words: tuple[str, ...]
+  place: str
+  number: int
+
+  @property
+  def text(self) -> str:
+    """Returns it as one argument, such as "--k=8" or "--noscan_layers"."""
+    return "--" + "=".join(self.words).lstrip("-")
+
+
+class _Reader:
+  """Reads a command line and the flagfiles that it names, in order."""
+
+  def __init__(self, flag_values: flags.FlagValues, say: Callable[[str], object]):
+    self._flag_values, self._say, self._count = flag_values, say, 0
+    self.given: list[_Given] = []
+
+  def read(self, arguments: Sequence[str], place: str = COMMAND_LINE, number: int = 0,
+           parents: tuple[str, ...] = ()) -> None:
+    """Appends what `arguments` give to `given`."""
+    for name, words in _split(arguments, self._flag_values):
+      if name != "flagfile":
+        self.given.append(_Given(name, words, place, number))
+      elif path := "=".join(words).partition("=")[2]:
+        self._read_file(path, parents)
+
+  def _read_file(self, text: str, parents: tuple[str, ...]) -> None:
+    path = self._find(local_path(text, "flagfile"), parents)
+    *above, real = map(os.path.realpath, (*parents, path))
+    if real in above:
+      chain = " -> ".join((*parents[above.index(real):], path))
+      raise UsageError(f"--flagfile={text}: a flagfile that includes itself: {chain}")
+    self._count += 1
+    if self._count > MAX_FILES:
+      raise UsageError(f"--flagfile={text}: more than {MAX_FILES} flagfiles include each other")
+    self.read(_lines(path), path, self._count, (*parents, path))
+
+  def _find(self, path: str, parents: tuple[str, ...]) -> str:
+    """Returns where a flagfile lies: beside the one that names it, or else where we are."""
+    beside = os.path.join(os.path.dirname(parents[-1]), path) if parents else path
+    if beside == path or not os.path.exists(beside):
+      if not os.path.exists(path):
+        tried = " nor ".join(dict.fromkeys(map(os.path.abspath, (beside, path))))
+        named = f", which {parents[-1]} names" if parents else ""
+        raise UsageError(f"--flagfile={path}{named}: there is no file {tried}")
+      return path
+    if os.path.exists(path) and not os.path.samefile(path, beside):
+      self._say(f"--flagfile={path} in {parents[-1]} is {beside}, not "
+                f"{os.path.abspath(path)}")
+    return beside
+
+
+def expand(arguments: Sequence[str], flag_values: flags.FlagValues,
+           say: Callable[[str], object]) -> list[str]:
+  """Returns a command line's arguments with those of its flagfiles in place of `--flagfile`.
+
+  Args:
+    arguments: without the program's name.
+    flag_values: the flags that are defined.
+    say: takes a line for each flag of a file that has another value on the command line.
+  Raises:
+    UsageError: naming the flagfile, where it cannot be read or includes itself.
+  """
+  reader = _Reader(flag_values, say)
+  reader.read(arguments)
+  winners: dict[str | None, int] = {}
+  for given in reader.given:
+    if winners.get(given.name) != 0:
+      winners[given.name] = given.number
+  in_files = {given.name: given for given in reader.given if given.number}
+  for name, here in {given.name: given for given in reader.given if not given.number}.items():
+    there = in_files.get(name)
+    if there and name not in _TOGETHER and there.text != here.text:
+      say(f"{there.text} in {there.place} gives way to {here.text} of {COMMAND_LINE}")
+  kept = [given for given in reader.given
+          if given.name in _TOGETHER or given.number == winners[given.name]]
+  kept.sort(key=lambda given: given.number == 0)            # files first: the sort is stable
+  return [word for given in kept for word in given.words]
+
+
+def _split(arguments: Sequence[str],
+           flag_values: flags.FlagValues) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+  """Yields (name, words) for every flag, as absl reads them; a name of None for all the rest.
+
+  Raises:
+    UsageError: for `--flagfile` without a value.
+  """
+  arguments = list(arguments)
+  while arguments:
+    word = arguments.pop(0)
+    name, equals, _ = word.lstrip("-").partition("=") if word[:1] == "-" else ("", "", "")
+    if not name:                                 # absl takes no flag behind such a word
+      yield None, (word, *arguments)
+      return
+    if name.startswith("no") and name not in flag_values and name[2:] in flag_values:
+      name = name[2:]
+    takes_value = name in ("flagfile", "undefok") or (
+        name in flag_values and not flag_values[name].boolean)
+    if equals or not takes_value:
+      yield name, (word,)
+    elif arguments:
+      yield name, (word, arguments.pop(0))
+    elif name == "flagfile":
+      raise UsageError("--flagfile: the path of the file is missing")
+    else:
+      yield name, (word,)
+
+
+def _lines(path: str) -> list[str]:
+  """Returns the arguments that a flagfile holds.
+
+  Raises:
+    UsageError: naming the file, and the line and the byte that is no text.
+  """
+  text = _decode(read_at_most(path, MAX_BYTES, "--flagfile"), path)
+  lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+  return [line for line in lines if line and not line.startswith(("#", "//"))]
+
+
+def _decode(content: bytes, path: str) -> str:
+  """Returns the text of a flagfile: UTF-8, with or without a mark, or UTF-16 with one."""
+  if content.startswith(_UTF16):
+    try:
+      return content.decode("utf-16")
+    except UnicodeDecodeError as error:
+      raise UsageError(f"--flagfile={path}: not UTF-16 at byte {error.start}, though it begins as "
+                       "such a file") from None
+  start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+  bad = content.find(b"\0")
+  try:
+    text = content[start:].decode("utf-8")
+    if bad < 0:
+      return text
+  except UnicodeDecodeError as error:
+    bad = start + error.start
+  line = content.count(b"\n", 0, bad) + 1
+  raise UsageError(f"--flagfile={path}, line {line}: byte 0x{content[bad]:02x} at offset {bad} is "
+                   "no UTF-8 text; save the file as UTF-8")

@@ -1,0 +1,105 @@
+"""Standard output and error of a command whose reader may leave, and the command's end."""
+
+import os
+import signal
+import sys
+import threading
+from typing import IO
+
+from sparsek.storage import files
+
+END_SECONDS = 10.0          # that the interpreter may take to end once a command has said its last
+
+
+class Lenient:
+  """A text stream that goes on as if to the null device where nobody reads it any more.
+
+  Attributes that are not here are those of the stream.
+
+  Args:
+    stream: standard output or error.
+    name: of it, for messages.
+    forgiven: what it costs no more than what is printed; another OSError raises RunError.
+  """
+
+  def __init__(self, stream: IO[str], name: str, forgiven: type[OSError]):
+    self._stream, self._name, self._forgiven = stream, name, forgiven
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    try:
+      return self._stream.write(text)
+    except OSError as error:
+      self._fail(error)
+      return len(text)
+
+  def flush(self) -> None:
+    try:
+      self._stream.flush()
+    except OSError as error:
+      self._fail(error)
+
+  def _fail(self, error: OSError) -> None:
+    self._silence()
+    if not isinstance(error, self._forgiven):
+      raise files.cannot_write(self._name, error) from None
+
+  def _silence(self) -> None:
+    """Points the file descriptor at the null device, where what is still buffered can go too.
+
+    Otherwise the interpreter fails to flush the stream when it ends, and exits with code 120.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, self._stream.fileno())
+    os.close(null)
+    self._stream.flush()
+
+
+def make_lenient() -> None:
+  """Makes standard output and error such that a closed one costs what is printed, not the run.
+
+  A pipe that nobody reads (`| head`) is forgiven; of standard error everything is, such as a
+  terminal that hung up, or a full disk. Descriptors that the command was started without (`2>&-`)
+  become the null device: a file opened later would get the number, and in it whatever is printed.
+  """
+  while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+    pass
+  os.close(null)
+  out, err = (stream or open(os.devnull, "w", encoding="utf-8")
+              for stream in (sys.stdout, sys.stderr))
+  sys.stdout = Lenient(out, "standard output", BrokenPipeError)
+  sys.stderr = Lenient(err, "standard error", OSError)
+
+
+def keep_interrupts() -> None:
+  """Makes sure that Ctrl-C counts wherever it falls.
+
+  Python shows and forgets what is raised in destructors and in callbacks of the garbage collector,
+  of which JAX has some. There it is sent once more.
+  """
+  show = sys.unraisablehook
+
+  def show_others(unraisable) -> None:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+      show(unraisable)
+      return
+    # Not at once, which would be in this hook; and to the thread that may wait for something.
+    to_main = [threading.main_thread().ident, signal.SIGINT]
+    again = threading.Timer(0.01, signal.pthread_kill, to_main)
+    again.daemon = True
+    again.start()
+  sys.unraisablehook = show_others
+
+
+def end_within(seconds: float, code: int) -> None:
+  """Makes sure that the process ends with `code` in so many seconds, whatever its threads wait for.
+
+  The interpreter joins all threads before it ends, also those of an Orbax save that failed, which
+  can wait for ever. Call it when all work is done and flushed; exit handlers run as long as they
+  are done in time.
+  """
+  watchdog = threading.Timer(seconds, os._exit, [code])
+  watchdog.daemon = True
+  watchdog.start()

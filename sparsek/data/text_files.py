@@ -1,0 +1,276 @@
+"""Texts from files: plain text, JSON lines, JSON and Parquet, as they are or compressed.
+
+The kind follows from the name, in any case of letters; what a file begins with must not contradict:
+
+  .jsonl .ndjson     an object a line, with the text in a field
+  .json              an array of objects or of texts, one object, or an object a line
+  .parquet           a column of texts; needs pyarrow
+  .gz .zst           one of the above but Parquet, compressed; .zst needs Python 3.14 or zstandard
+  anything else      a text in UTF-8, with or without a byte order mark
+"""
+
+import contextlib
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+
+from sparsek.errors import UsageError
+from sparsek.storage.files import check_regular, parse_json, reason_of
+from sparsek.data.tokenizer import as_valid_unicode
+
+_LINES = (".jsonl", ".ndjson")
+_COMPRESSED = (".gz", ".zst")
+_BOM = b"\xef\xbb\xbf"
+_CHUNK = 1 << 16
+# How files begin that are no text in UTF-8.
+_MAGIC = {
+    b"\x1f\x8b": "gzip data (then its name should end in .gz)",
+    b"\x28\xb5\x2f\xfd": "zstd data (then its name should end in .zst)",
+    b"PAR1": "Parquet (then its name should end in .parquet)",
+    b"BZh91AY&SY": "bzip2 data",
+    b"\xfd7zXZ\x00": "xz data",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x04\x22\x4d\x18": "lz4 data",
+    b"PK\x03\x04": "a zip archive (or a document made of one)",
+    b"Rar!\x1a": "a rar archive",
+    b"%PDF-": "a PDF",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"GIF8": "a GIF picture",
+    b"RIFF": "a RIFF file",
+    b"OggS": "an Ogg file",
+    b"\x7fELF": "an ELF program",
+    b"\x89HDF": "HDF5",
+    b"\x93NUMPY": "a NumPy array",
+    b"ARROW1": "Arrow data",
+    b"SQLite format 3": "an SQLite database",
+    b"GGUF": "a GGUF model",
+    b"Obj\x01": "Avro data",
+    **{bytes([0x80, version]): "a pickle" for version in range(2, 6)},
+    b"\xff\xfe\x00\x00": "text in UTF-32",
+    b"\x00\x00\xfe\xff": "text in UTF-32",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+_TEXT_TOO = (b"GIF8", b"RIFF", b"OggS", b"GGUF", b"PAR1")  # a text may begin so, but has no NUL
+
+
+def plain_name(path: str) -> str:
+  """Returns the name in small letters, without the ending of a compression."""
+  name = os.path.basename(path).lower()
+  return name.removesuffix(".gz").removesuffix(".zst")
+
+
+def texts(path: str, text_field: str = "text", errors: str = "strict",
+          bad: Callable[[UsageError], None] | None = None) -> Iterator[tuple[str, str]]:
+  """Yields (name, text) of a file's documents.
+
+  Args:
+    path: of the file.
+    text_field: of a JSON object, or a Parquet column.
+    errors: "strict", or "replace" for U+FFFD in place of what is not UTF-8.
+    bad: takes what is wrong with a line, an element or a row that is then left out; raises by
+      default.
+  Raises:
+    UsageError: naming the file, and where in it, for what cannot be read.
+  """
+  name = plain_name(path)
+  if name.endswith(".parquet"):
+    records, read = _parquet_rows(path, text_field), _text_of
+  elif name.endswith(_LINES):
+    records, read = _lines(path), _text_of_line
+  elif name.endswith(".json"):
+    content = _read(path)
+    values = _json_values(path, content, errors)
+    is_lines = values is None
+    records = _numbered(path, content.split(b"\n")) if is_lines else values
+    read = _text_of_line if is_lines else _text_of
+  else:
+    yield path, _decode(path, _read(path), errors)
+    return
+  for name, record in records:
+    try:
+      text = read(name, record, text_field, errors)
+    except UsageError as error:
+      if bad is None:
+        raise
+      bad(error)
+      continue
+    yield name, text
+
+
+def _text_of_line(name: str, line: bytes, text_field: str, errors: str) -> str:
+  if b"\0" in line:
+    raise UsageError(f"{name}: NUL bytes, which no JSON has")
+  value = parse_json(_decode(name, line, errors), name)
+  if not isinstance(value, dict):
+    raise UsageError(f"{name}: expected a JSON object with the field {text_field!r}, found a "
+                     f"{type(value).__name__}")
+  return _text_of(name, value, text_field, errors)
+
+
+def _text_of(name: str, value, text_field: str, errors: str) -> str:
+  """Returns the text of an object, or of a value that is one itself."""
+  text = value.get(text_field) if isinstance(value, dict) else value
+  if not isinstance(text, str):
+    is_other = isinstance(value, dict) and text_field not in value
+    fields = ", ".join(map(repr, value))[:200] if is_other else ""
+    found = f"the fields {fields or '(none)'}" if is_other else f"a {type(text).__name__}"
+    raise UsageError(f"{name}: expected text in the field {text_field!r}, found {found}")
+  valid = as_valid_unicode(text)
+  if valid != text and errors == "strict":
+    raise UsageError(f"{name}: the text has a lone surrogate, which UTF-8 cannot express "
+                     f"(--errors=replace would replace it)")
+  return valid
+
+
+def _lines(path: str) -> Iterator[tuple[str, bytes]]:
+  with _opened(path) as stream:
+    _check_kind(path, stream.peek(_CHUNK))
+    yield from _numbered(path, stream)
+
+
+def _numbered(path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+  """Yields (name, line) for lines that are not empty."""
+  for number, line in enumerate(lines, 1):
+    if number == 1:
+      line = line.removeprefix(_BOM)
+    if line.strip():
+      yield f"{path}:{number}", line
+
+
+def _json_values(path: str, content: bytes, errors: str) -> list[tuple[str, object]] | None:
+  """Returns (name, value) of a .json file's documents, or None where it has an object a line."""
+  try:
+    value = parse_json(_decode(path, content, errors), path)
+  except UsageError:
+    first = next(_numbered(path, content.split(b"\n")), None)
+    if first and isinstance(parse_json(_decode(*first, errors), path), dict):
+      return None
+    raise
+  if isinstance(value, list):
+    return [(f"{path}[{i}]", element) for i, element in enumerate(value)]
+  if isinstance(value, dict):
+    return [(path, value)]
+  raise UsageError(f"{path}: expected an array or objects, found a {type(value).__name__}")
+
+
+def _parquet_rows(path: str, column: str) -> Iterator[tuple[str, object]]:
+  check_regular(path)
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError:
+    raise UsageError(f"file {path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+  number = 0
+  try:
+    with pyarrow.parquet.ParquetFile(path) as file:
+      if column not in file.schema_arrow.names:
+        names = ", ".join(map(repr, file.schema_arrow.names))[:200]
+        raise UsageError(f"file {path}: expected text in the column {column!r}, found the columns "
+                         f"{names}")
+      for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        for value in batch.column(0).to_pylist():
+          number += 1
+          yield f"{path}:{number}", value
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise UsageError(f"file {path} cannot be read as Parquet: {reason}") from None
+
+
+def _read(path: str) -> bytes:
+  """Returns all of a text file."""
+  with _opened(path) as stream:
+    content = stream.read()
+  _check_kind(path, content)
+  nul = content.find(b"\0")
+  if nul >= 0:
+    raise UsageError(f"file {path} holds NUL bytes (the first at offset {nul}), expected text in "
+                     f"UTF-8")
+  return content
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[io.BufferedIOBase]:
+  """Opens a file to read, decompressed; what goes wrong while it is read becomes a UsageError."""
+  check_regular(path)
+  name, damage = path.lower(), (EOFError, zlib.error, gzip.BadGzipFile)
+  try:
+    with open(path, "rb") as file:
+      if name.endswith(".gz"):
+        yield gzip.GzipFile(fileobj=file)
+      elif name.endswith(".zst"):
+        new_decompressor, zstd_error = _zstd(path)
+        damage += zstd_error,
+        yield io.BufferedReader(_ZstdFrames(file, new_decompressor), _CHUNK)
+      else:
+        yield file
+  except damage as error:
+    raise UsageError(f"file {path} is damaged, or not compressed as its name says: "
+                     f"{error}") from None
+  except OSError as error:
+    raise UsageError(f"file {path} cannot be read: {reason_of(error)}") from None
+
+
+def _zstd(path: str) -> tuple[Callable, type[Exception]]:
+  """Returns what makes a decompressor of one frame, and the error of damaged ones."""
+  with contextlib.suppress(ImportError):
+    from compression import zstd             # from Python 3.14 on
+    return zstd.ZstdDecompressor, zstd.ZstdError
+  with contextlib.suppress(ImportError):
+    import zstandard
+    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+  raise UsageError(f"file {path}: reading .zst needs zstandard: pip install zstandard")
+
+
+class _ZstdFrames(io.RawIOBase):
+  """Frames of zstd, decompressed one after another, since libraries' own streams stop at the first
+  or take a file that is cut for a whole one."""
+
+  def __init__(self, file, new_decompressor: Callable):
+    self._file, self._new_decompressor = file, new_decompressor
+    self._decompressor, self._input, self._output = None, b"", b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    while not self._output:
+      data = self._input or self._file.read(_CHUNK)
+      self._input = b""
+      if not data and self._decompressor:
+        raise EOFError("its last frame is cut")
+      if not data:
+        return 0
+      self._decompressor = self._decompressor or self._new_decompressor()
+      self._output = memoryview(self._decompressor.decompress(data))
+      if self._decompressor.eof:
+        self._input, self._decompressor = self._decompressor.unused_data, None
+    size = min(len(buffer), len(self._output))
+    buffer[:size], self._output = self._output[:size], self._output[size:]
+    return size
+
+
+def _check_kind(path: str, content: bytes) -> None:
+  """Raises UsageError, naming what it is, for what does not begin as a text."""
+  head, has_nul = content[:512], b"\0" in content[:1 << 13]
+  kind = next((kind for magic, kind in _MAGIC.items()
+               if head.startswith(magic) and (has_nul or magic not in _TEXT_TOO)), None)
+  if has_nul and head[257:262] == b"ustar":
+    kind = "a tar archive"
+  if has_nul and head[8:10] == b'{"':
+    kind = "safetensors"
+  if kind:
+    raise UsageError(f"file {path} is {kind}, expected text in UTF-8")
+
+
+def _decode(name: str, content: bytes, errors: str) -> str:
+  """Returns a text without its byte order mark."""
+  try:
+    return content.decode("utf-8", errors).removeprefix("\ufeff")
+  except UnicodeDecodeError as error:
+    raise UsageError(
+        f"{name}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "
+        f"(--errors=replace would replace it)") from error

@@ -1,0 +1,183 @@
+"""Caches on disk: a .npz file without pickles, with the configuration that it was made under."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import zipfile
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsek.generation.cache import Cache, clip_sizes, init_cache
+from sparsek.generation.cached_attention import NOWHERE
+from sparsek.config import TransformerConfig
+from sparsek.errors import UsageError
+from sparsek.storage.files import MAX_JSON, atomic_file, check_regular, parse_json
+
+FREE_FIELDS = ("implementation", "remat", "scan_layers", "scorer_noise", "scorer_loss_queries", "scorer_init_scale",
+               "scorer_init_slope", "lora_rank", "lora_alpha")       # change nothing that a model keeps
+MAX_SIZE = 2**31                     # of a dimension of an array
+# What zipfile, zlib and NumPy raise for files that are damaged or none of these; RuntimeError for
+# an encrypted one.
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
+               NotImplementedError, RuntimeError, MemoryError)
+
+
+def _fields(config: TransformerConfig) -> dict[str, Any]:
+  """What a cache depends on, as JSON knows it."""
+  fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+  if config.scorer == "random":
+    fields |= {name: getattr(config, name) for name in ("scorer_init_scale", "scorer_init_slope")}
+  return json.loads(json.dumps(fields | {"attention": config.layer_terms}))
+
+
+def save(path: str, config: TransformerConfig, cache: Cache, note: dict[str, Any] | None = None,
+         length: int | None = None) -> None:
+  """Writes a cache to `path` atomically.
+
+  Args:
+    path: of the file to make or to replace.
+    config: that the cache was made for.
+    cache: from `init_cache`, `prefill` or `decode_step`.
+    note: anything that JSON holds, returned by `load`.
+    length: that the sizes were clipped to; None: they are those of `config`. See
+      `sparsek.generation.cache.clip_sizes`.
+  Raises:
+    OSError: where it cannot be written; then what was at `path` stays.
+  """
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(cache)]
+  sizes = {"max_length": _size(config, cache, "full", lambda layer: layer.key.shape[2]),
+           "support_size": _size(config, cache, "sparsek", lambda layer: layer.support.shape[2])}
+  head = {"config": _fields(config), "note": note, "rows": len(cache.seen), "length": length,
+          **sizes}
+  arrays = {f"leaf_{i}": x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for i, x in enumerate(leaves)}
+  with atomic_file(path) as file:
+    np.savez(file, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+
+
+def _size(config, cache, kind, size):
+  """Returns that of the layers of a kind, or None where there is none or where they differ.
+
+  Only supports of the default sizes differ.
+  """
+  sizes = {size(layer) for layer, of in zip(cache.layers, config.layer_kinds) if of == kind}
+  return sizes.pop() if len(sizes) == 1 else None
+
+
+def load(path: str, config: TransformerConfig) -> tuple[Cache, dict[str, Any] | None, int | None]:
+  """Returns the cache that `save` wrote, its note, and the length that its sizes are clipped to.
+
+  Nothing is read before its size is known to be what the configuration needs.
+
+  Raises:
+    UsageError: where the file cannot be read or is none of these, or was made under another
+      configuration, with the fields that differ.
+  """
+  if os.path.exists(path):
+    check_regular(path, "cache")
+  try:
+    with zipfile.ZipFile(path) as archive:
+      head = _read_head(archive)
+      _check_config(head["config"], config)
+      wanted, structure = jax.tree.flatten(_shapes(head, config))
+      leaves = [_read_array(archive, f"leaf_{i}.npy", kind.shape, kind.dtype)
+                for i, kind in enumerate(wanted)]
+  except UsageError as error:
+    raise UsageError(f"{path} {error}") from None
+  except _UNREADABLE as error:
+    reason = str(error)[:200] or type(error).__name__
+    raise UsageError(f"{path} cannot be read as a cache: {reason}") from None
+  cache = jax.tree.unflatten(structure, list(map(jnp.asarray, leaves)))
+  _check_seen(path, head, config, np.asarray(cache.seen))
+  return cache, head["note"], head["length"]
+
+
+def _read_head(archive: zipfile.ZipFile) -> dict:
+  """Returns what `save` wrote beside the arrays.
+
+  Raises:
+    UsageError, ValueError: where something is missing or of another kind.
+  """
+  text = _read_array(archive, "head.npy", None, np.dtype(np.uint8)).tobytes()
+  head = parse_json(text, "cannot be read as a cache: its head")
+  needed = {"config", "note", "rows", "max_length", "support_size"}
+  if not isinstance(head, dict) or not needed <= set(head):
+    raise ValueError("its head is not one of a cache")
+  if not isinstance(head["config"], dict):
+    raise ValueError("its head holds no configuration")
+  head.setdefault("length", None)  # not in older files, whose sizes are never clipped
+  least = {"rows": 1, "max_length": 1, "support_size": 0, "length": 0}
+  for name, lowest in least.items():
+    absent = head[name] is None and name != "rows"
+    if not absent and not (type(head[name]) is int and lowest <= head[name] < MAX_SIZE):
+      raise ValueError(f"its head has {name}={head[name]!r:.50}, expected a number of at least "
+                       f"{lowest}")
+  return head
+
+
+def _check_config(had: dict, config: TransformerConfig) -> None:
+  has = _fields(config)
+  if had != has:
+    names = [name for name in has | had if had.get(name) != has.get(name)]
+    differ = ", ".join(f"{name}={had.get(name)!s:.80} (now {has.get(name)})" for name in names)
+    raise UsageError(f"was saved under {differ:.1000}")
+
+
+def _shapes(head: dict, config: TransformerConfig) -> Cache:
+  """Returns the arrays' shapes and dtypes; raises ValueError where the head leaves out a size."""
+  if head["length"] is not None:
+    config = clip_sizes(config, head["length"])
+  if "full" in config.layer_kinds and head["max_length"] is None:
+    raise ValueError("its head has no max_length")
+  sizes = {name: head[name] for name in ("max_length", "support_size")}
+  return jax.eval_shape(functools.partial(init_cache, config, head["rows"], **sizes))
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...] | None,
+                dtype: np.dtype) -> np.ndarray:
+  """Returns a member of the archive.
+
+  Args:
+    archive, name: where it is.
+    shape, dtype: that it must have; bfloat16 is stored as uint16. None: one-dimensional, of at most
+      MAX_JSON elements.
+  Raises:
+    ValueError: where it has not, or there is more than the array.
+  """
+  stored = np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype
+  if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+    raise ValueError(f"{name} is compressed")  # a small file could become an array of any size
+  with archive.open(name) as file:
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+      raise ValueError(f"{name} is of version {version} of NumPy's format, expected (1, 0)")
+    found = np.lib.format.read_array_header_1_0(file)
+    fits = len(found[0]) == 1 and found[0][0] <= MAX_JSON if shape is None else found[0] == shape
+    if not fits or found[1] or found[2] != stored:
+      raise ValueError(f"{name} is {found[2]} {str(found[0]):.100}, expected {stored} "
+                       f"{'[bytes]' if shape is None else shape}")
+    size = math.prod(found[0]) * stored.itemsize
+    content = file.read(size)
+    if len(content) != size or file.read(1):  # the end is where the checksum is compared
+      raise ValueError(f"{name} holds {'more' if len(content) == size else 'fewer'} than {size} "
+                       f"bytes")
+  return np.frombuffer(content, stored).reshape(found[0]).view(dtype)
+
+
+def _check_seen(path: str, head: dict, config: TransformerConfig, seen: np.ndarray) -> None:
+  """Raises UsageError where rows have seen more tokens than the cache, or the model, can hold."""
+  limits = [NOWHERE]
+  if head["length"] is not None:
+    limits.append(head["length"])
+  if "full" in config.layer_kinds:
+    limits.append(head["max_length"])
+  if config.positions == "learned":
+    limits.append(config.max_positions)
+  if not np.all((seen >= 0) & (seen <= min(limits))):
+    raise UsageError(f"{path} cannot be read as a cache: its texts have {seen.tolist()!s:.100} "
+                     f"tokens, expected 0 to {min(limits)}")

@@ -1,0 +1,186 @@
+"""The decoder language model."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sparsek.config import TransformerConfig, parse_term
+from sparsek.kernels import cudnn, saved
+from sparsek.model.baselines import ATTENTION_MODULES
+from sparsek.model.layers import MLP, make_norm
+from sparsek.attention.scoring import position_in_document
+
+Params = dict[str, Any]
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)), where x is the block's input with `parallel_residual`, else the sum before."""
+  config: TransformerConfig
+  term: str                      # of the attention pattern
+
+  def setup(self):
+    self.attention_norm, self.mlp_norm = make_norm(self.config), make_norm(self.config)
+    self.attention = ATTENTION_MODULES[parse_term(self.term)[0]](self.config.for_term(self.term))
+    self.mlp = MLP(self.config)
+
+  def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int) -> jax.Array:
+    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
+    return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
+
+
+def _block_class(config: TransformerConfig):
+  """Block, wrapped so that the backward pass recomputes what `config.remat` says."""
+  if config.remat == "none":
+    return Block
+  policies = jax.checkpoint_policies
+  attention = policies.save_from_both_policies(policies.save_only_these_names(saved.NAME), cudnn.saveable)
+  # Products with weights have no batch dimensions; attention's own do, and would take O(n * keys) memory.
+  policy = {"dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention), "attention": attention, "full": None}
+  return nn.remat(Block, policy=policy[config.remat], prevent_cse=not config.scan_layers)
+
+
+class Group(nn.Module):
+  """One repetition of the attention pattern: the body of the scan over layers."""
+  config: TransformerConfig
+
+  def setup(self):
+    block = _block_class(self.config)
+    self.blocks = [block(self.config, term) for term in self.config.attention]
+
+  def __call__(self, x_BxNxE, segment_ids, first_layer):
+    for i, block in enumerate(self.blocks):
+      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i)
+    return x_BxNxE, None
+
+
+class OutputMatrix(nn.Module):
+  """The [E, V] output matrix of a model with untied embeddings."""
+  embed_dim: int
+  vocab_size: int
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return self.param("kernel", nn.initializers.normal(0.02), (self.embed_dim, self.vocab_size), jnp.float32)
+
+
+class Transformer(nn.Module):
+  """A decoder language model whose layers attend as `config.attention` says.
+
+  Parameters, all float32: embed/embedding [V, E]; positions/embedding [max_positions, E] if learned; layers_<i>/{attention_norm, attention, mlp_norm, mlp};
+  final_norm/scale (and the bias of a layer_norm);
+  lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the
+  attention pattern, with a leading axis of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
+
+  Example:
+    config = sparsek.preset("tiny")
+    params = sparsek.model.init_params(config, jax.random.key(0))
+    logits = sparsek.Transformer(config).apply({"params": params}, tokens)
+  """
+  config: TransformerConfig
+
+  def setup(self):
+    cfg = self.config
+    self.embed = nn.Embed(cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
+    if cfg.positions == "learned":
+      self.positions = nn.Embed(cfg.max_positions, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
+    if cfg.scan_layers:
+      scanned = nn.scan(Group, variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
+                        split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True}, in_axes=(nn.broadcast, 0),
+                        length=cfg.num_layers // len(cfg.attention))
+      self.layers = scanned(cfg)
+    else:
+      block = _block_class(cfg)
+      self.layers = [block(cfg, term) for term in cfg.layer_terms]
+    self.final_norm = make_norm(cfg)
+    if not cfg.tie_embeddings:
+      self.lm_head = OutputMatrix(cfg.embed_dim, cfg.vocab_size)
+
+  def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Logits of the next token.
+
+    Args:
+      tokens: [B, N] integers.
+      segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything (attention, scores, positions) restarts.
+    Returns:
+      [B, N, vocab_size] float32.
+    Raises:
+      ValueError: where a shape is not as above, or a row is longer than max_positions of learned positions.
+    """
+    hidden_BxNxE = self.hidden(tokens, segment_ids)
+    return hidden_to_logits(hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head())
+
+  def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Final normalised hidden states [B, N, E] in the activation dtype; times `output_matrix` they are the logits."""
+    x_BxNxE = self.embedded(tokens, segment_ids)
+    if self.config.scan_layers:
+      x_BxNxE, _ = self.layers(x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention)))
+    else:
+      for i, block in enumerate(self.layers):
+        x_BxNxE = block(x_BxNxE, segment_ids, i)
+    return self.final_norm(x_BxNxE)
+
+  def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """What the first block reads, [B, N, E] in the activation dtype."""
+    if tokens.ndim != 2:
+      raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
+    x_BxNxE = self.embed(tokens)
+    if self.config.positions == "learned":
+      if tokens.shape[1] > self.config.max_positions:
+        raise ValueError(f"tokens has {tokens.shape[1]} tokens a row, more than max_positions={self.config.max_positions} of learned positions")
+      x_BxNxE += self.positions(position_in_document(segment_ids, *tokens.shape))
+    return x_BxNxE.astype(self.config.activation_dtype)
+
+
+def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:
+  """[..., E] times [E, V] in the dtype of `hidden`, summed and returned in float32."""
+  return jnp.matmul(hidden, matrix_ExV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
+  """The float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding, or the head's kernel when untied."""
+  return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(config: TransformerConfig, key: jax.Array) -> Params:
+  """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the
+  residual stream), embeddings normal with standard deviation 0.02. No shape depends on the sequence length."""
+  # The forward pass only tells shapes here and is not computed; the reference is traced fastest. And random numbers for all layers at once
+  # compile in a fraction of the time that they take one by one; the values are those of scan_layers, too.
+  repeats = config.num_layers % len(config.attention) == 0
+  stacked = dataclasses.replace(config, implementation="reference", scan_layers=True, attention=config.attention if repeats else config.layer_terms)
+  params = Transformer(stacked).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+  return params if config.scan_layers else unstack_layers(stacked, params)
+
+
+def count_params(params: Params) -> int:
+  """Number of parameters; also for shapes from `jax.eval_shape`."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def layer_params(config: TransformerConfig, params: Params, index: int) -> Params:
+  """The parameters of one block, stacked or not."""
+  if not config.scan_layers:
+    return params[f"layers_{index}"]
+  group, place = divmod(index, len(config.attention))
+  return jax.tree.map(lambda leaf: leaf[group], params["layers"][f"blocks_{place}"])
+
+
+def unstack_layers(config: TransformerConfig, params: Params) -> Params:
+  """Parameters in the layout of scan_layers=False, whichever they have."""
+  return {name: leaf for name, leaf in params.items() if name != "layers"} | {
+      f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)}
+
+
+def stack_layers(config: TransformerConfig, params: Params) -> Params:
+  """Parameters with layers unstacked in the layout that `config` has: undoes `unstack_layers`."""
+  if not config.scan_layers:
+    return params
+  period = len(config.attention)
+  groups = lambda place: [params[f"layers_{i}"] for i in range(place, config.num_layers, period)]
+  return {name: leaf for name, leaf in params.items() if not name.startswith("layers_")} | {
+      "layers": {f"blocks_{place}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups(place)) for place in range(period)}}

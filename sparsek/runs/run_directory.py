@@ -1,0 +1,148 @@
+"""A run's folder: its lock, and the records of what is run in it."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from collections.abc import Iterable
+from typing import IO
+
+import jax
+
+from sparsek.errors import RunError, UsageError
+from sparsek.storage.files import cannot_write, check_regular, exists, reason_of, write_atomically
+
+COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"          # variable of the environment
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
+
+
+def use_compilation_cache(workdir: str) -> None:
+  """Keeps what is compiled for accelerators in WORKDIR/compilation_cache, so that a resumed run starts at once, unless JAX was told another place already.
+
+  Runs that $SPARSEK_COMPILATION_CACHE gives one folder share what they compile, as those of a grid do. Not what is compiled for a CPU: on another machine's it
+  could crash.
+  """
+  if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+    folder = os.environ.get(COMPILATION_CACHE) or os.path.join(workdir, "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
+
+
+def lock(workdir: str) -> IO[str]:
+  """Makes `workdir` and takes it for this process, until the returned file is closed or the process ends, however it ends.
+
+  Raises:
+    UsageError: where it cannot be made or written, or another run has it.
+  """
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    file = open(os.path.join(workdir, "lock"), "a+", encoding="utf-8", errors="replace")
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir} cannot be written: {reason_of(error)}") from None
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    owner = file.read().strip()
+    by = f" ({owner})" if owner else ""
+    raise UsageError(f"--workdir={workdir} is in use by another run{by}: stop it or take another folder") from None
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir} cannot be locked: {reason_of(error)}") from None
+  try:
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+  except OSError as error:
+    raise UsageError(f"--workdir={workdir} cannot be written: {reason_of(error)}") from None
+  return file
+
+
+class Presence:
+  """Evidence that a run's folder is still the one that it was started in.
+
+  Args:
+    paths: files and folders that stay as long as the run does.
+  """
+
+  def __init__(self, paths: Iterable[str]):
+    self._stats = {path: os.stat(path) for path in paths}
+
+  def check(self) -> None:
+    """Raises RunError where one was deleted, moved or unmounted, or another is in its place."""
+    for path, expected in self._stats.items():
+      try:
+        same = os.path.samestat(os.stat(path), expected)
+      except OSError:
+        same = False
+      if not same:
+        raise RunError(f"{path} was deleted, moved or unmounted under the run, which ends here: "
+                       f"nothing more could be saved beside its checkpoints")
+
+
+def write_record(workdir: str, name: str, text: str) -> None:
+  """Writes WORKDIR/name atomically.
+
+  An existing file with other contents is kept as name.1, name.2, ... before the extension.
+
+  Raises:
+    UsageError: where there is a folder or a device of that name, or a file that cannot be read.
+    RunError: where it cannot be written.
+  """
+  path = os.path.join(workdir, name)
+  content = text.encode("utf-8")
+  try:
+    if exists(path):
+      check_regular(path)
+      with open(path, "rb") as file:
+        old = file.read()
+      if old == content:
+        return
+      # Not renamed: a kill must not leave the run without its record.
+      _keep(path, old)
+    write_atomically(path, content)
+  except OSError as error:
+    raise cannot_write(path, error) from None
+
+
+def _keep(path: str, content: bytes) -> None:
+  """Writes a record's older contents to the next free name, unless an earlier try did so."""
+  stem, extension = os.path.splitext(path)
+  numbered = [f"{stem}.1{extension}"]
+  while os.path.lexists(numbered[-1]):
+    numbered.append(f"{stem}.{len(numbered) + 1}{extension}")
+  if len(numbered) > 1 and os.path.isfile(numbered[-2]):
+    with open(numbered[-2], "rb") as file:
+      if file.read() == content:
+        return
+  write_atomically(numbered[-1], content)
+
+
+def to_json(record: dict) -> str:
+  return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def versions() -> dict[str, object]:
+  """What ran: package versions, Python, devices, the commit of the source tree (None outside git), the command line."""
+  def version(package):
+    try:
+      return metadata.version(package)
+    except metadata.PackageNotFoundError:
+      return None
+
+  source = os.path.dirname(os.path.abspath(__file__))
+  try:
+    # -dirty marks local changes; a checkout that is not this source's (such as one around a virtual environment) does not track this file.
+    subprocess.run(["git", "-C", source, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True, timeout=5)
+    commit = subprocess.run(["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                            check=True, capture_output=True, text=True, timeout=5).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    commit = None
+  device = jax.devices()[0]
+  command = [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]                # records are published: no paths of a machine
+  return {
+      "python": platform.python_version(), "packages": {package: version(package) for package in PACKAGES}, "commit": commit,
+      "devices": f"{jax.device_count()} x {device.device_kind}", "platform": device.platform, "command": command,
+  }

@@ -1,0 +1,160 @@
+"""Settings that made a run, so that done means done with these settings.
+
+Settings are the values of a command's flags as they take effect: a default that is spelled out is
+no difference. They are compared before a finished run counts, or an unfinished one goes on.
+"""
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+
+from absl import flags as absl_flags
+
+from sparsek.command_line import flags, path_flags
+from sparsek.runs import run_directory
+from sparsek.errors import UsageError
+
+Settings = dict[str, object]
+DEFINED = {                      # script -> its flags
+    "pretrain": (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags,
+                 flags.define_dry_run_flag),
+    "import_hf": (flags.define_import_flags,),
+    "evaluate": (flags.define_evaluation_flags,),
+    "evaluate_tasks": (flags.define_task_flags,),
+}
+NEUTRAL = {                      # flags that change no parameter or loss of a finished run, and why
+    "checkpoint_every": "saving changes nothing of what is saved",
+    "keep_checkpoints": "only how many older checkpoints stay",
+    "log_every": "only which steps are written down",
+    "tensorboard": "a copy of the metrics",
+    "profile_steps": "a trace beside the run",
+    "stop_at": "a pause: a run has ended at --num_steps only",
+    "restore_step": "goes back in a run, whose course is the same",
+    "dry_run": "trains nothing",
+    "record": "where results are written, too",
+}
+REPLACED = "replaced"            # folder for what was moved aside
+
+
+def parse(script: str, words: Sequence[str]) -> absl_flags.FlagValues:
+  """Returns the parsed flags of `python -m experiments.SCRIPT WORDS`; raises UsageError."""
+  values = absl_flags.FlagValues()
+  for define in DEFINED[script]:
+    define(values)
+  flags.parse([script, *words], values, say=lambda line: None)
+  return values
+
+
+def effective(values: absl_flags.FlagValues) -> Settings:
+  """Returns what a command's flags set, in types that JSON has.
+
+  Where the model is a preset its fields are the settings, and not the flags that leave them open;
+  where it is that of another run or folder, the flags are. The folder that a command makes is none
+  of its settings. Paths are as `_place` has them.
+  """
+  names = [name for name in flags.OUR_FLAGS if name in values and name not in NEUTRAL]
+  home = values["workdir"].value if isinstance(values["workdir"].value, str) else ""
+  if home:
+    names.remove("workdir")
+  found = {name: values[name].value for name in names}
+  if "warmup_steps" in found:
+    found["warmup_steps"] = flags.train_config(values).optimizer.warmup_steps
+  if "preset" in found and not any(found.get(name) for name in ("init_from", "from")):
+    model = flags.model_config(values)
+    del found["preset"], found["layer_pattern"]
+    found |= {name: getattr(model, name) for name in found if hasattr(model, name)}
+  elif "preset" in found and found["preset"] == values["preset"].default:
+    del found["preset"]                                   # earlier versions spelled it out
+  return {name: _plain(value, home if path_flags.is_path(values[name]) else None)
+          for name, value in found.items()}
+
+
+def _plain(value, home: str | None):
+  if isinstance(value, (list, tuple)):
+    return [_plain(item, home) for item in value]
+  return value if home is None or value is None else _place(value, home)
+
+
+def _place(path: str, home: str) -> str | dict[str, str]:
+  """Returns a path from the root and from a run's folder on, of which one may change.
+
+  So neither a run that is moved alone nor one that is moved with its data has other settings.
+  """
+  prefix = path_flags.HF_PREFIX if path.startswith(path_flags.HF_PREFIX) else ""
+  path = path.removeprefix(prefix)
+  if not os.path.isabs(path):                             # a word such as "stdlib"
+    return path
+  return {"path": prefix + path, "from here": prefix + os.path.relpath(path, home or None)}
+
+
+def of_folder(folder: str, script: str = "pretrain") -> list[Settings]:
+  """Returns the settings that each flags*.txt of a run's folder holds; none: nothing ran there.
+
+  Raises:
+    UsageError: naming the file that this version cannot understand.
+  """
+  found = []
+  for path in sorted(glob.glob(os.path.join(glob.escape(folder), "flags*.txt"))):
+    try:
+      found.append(effective(parse(script, [f"--flagfile={path}"])))
+    except UsageError as error:
+      raise UsageError(f"{path} is not of this version: {error}") from None
+  return found
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+  """Returns a line for each flag whose values differ, as "--k: 8 -> 16"."""
+  names = [*new, *(name for name in old if name not in new)]
+  return [f"--{name}: {_text(old.get(name))} -> {_text(new.get(name))}" for name in names
+          if not _same(old.get(name), new.get(name))]
+
+
+def _same(old, new) -> bool:
+  if isinstance(old, Mapping) and isinstance(new, Mapping):
+    return any(old.get(key) == value for key, value in new.items())
+  if isinstance(old, list) and isinstance(new, list):
+    return len(old) == len(new) and all(map(_same, old, new))
+  return old == new
+
+
+def _text(value) -> str:
+  if isinstance(value, Mapping):
+    return value["path"]
+  if isinstance(value, list):
+    return ",".join(map(_text, value))
+  return "the default" if value is None else str(value)
+
+
+def refuse(stale: Mapping[str, Sequence[str]], workdir: str) -> None:
+  """Raises UsageError where something was made with other settings.
+
+  Args:
+    stale: name -> how its settings differ, empty for those that do not.
+    workdir: of all of them.
+  """
+  lines = [f"{name} ({', '.join(lines)})" for name, lines in stale.items() if lines]
+  if lines:
+    rest = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+    raise UsageError(f"--workdir={workdir} holds what other flags made (old -> new): "
+                     f"{'; '.join(lines[:3])}{rest}. Take another --workdir, give the old flags, "
+                     f"or --retrain, which moves the old ones to {REPLACED}/ and makes new ones")
+
+
+def move_aside(folder: str) -> None:
+  """Moves a run's folder to the folder REPLACED beside its parent's other ones; deletes nothing.
+
+  Raises:
+    UsageError: where a run goes on in it, or it cannot be moved.
+  """
+  if not os.path.isdir(folder):
+    return
+  with run_directory.lock(folder):
+    place = os.path.join(os.path.dirname(folder), REPLACED)
+    target, number = os.path.join(place, os.path.basename(folder)), 0
+    while os.path.lexists(target if not number else f"{target}.{number}"):
+      number += 1
+    try:
+      os.makedirs(place, exist_ok=True)
+      os.rename(folder, target if not number else f"{target}.{number}")
+    except OSError as error:
+      raise UsageError(f"{folder} cannot be moved to {place}: {error.strerror}") from None

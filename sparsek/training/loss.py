@@ -1,0 +1,120 @@
+"""Next-token cross-entropy that never holds all logits."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from sparsek.model.transformer import hidden_to_logits
+
+Batch = Mapping[str, jax.Array]
+
+
+def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Targets and which of them count.
+
+  Args:
+    batch: "tokens", "segment_ids": [B, n + 1] int32; segment 0 is padding. Perhaps "counted": [B, n + 1] bool, tokens that may count.
+  Returns:
+    targets [B, n] int32 and counted [B, n] bool: a target counts where it may and belongs to the same document as the token before it.
+  """
+  segment_ids = batch["segment_ids"]
+  counted = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] != 0)
+  if "counted" in batch:
+    counted &= batch["counted"][:, 1:]
+  return batch["tokens"][:, 1:], counted
+
+
+def cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Cuts [N, ...] arrays into [ceil(N / chunk), chunk, ...], filled up with zeros."""
+  length = arrays[0].shape[0]
+  chunk = min(chunk, length)
+  padding = -length % chunk
+  return tuple(jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+
+
+def _logsumexp(logits_CxV):
+  """In one pass, where `jax.nn.logsumexp` reads all logits twice: pairs of a maximum m and a sum of exp(x - m) are joined into larger ones."""
+  def join(a, b):
+    highest = jnp.maximum(a[0], b[0])
+    part = lambda maximum, total: total * jnp.exp(jnp.where(maximum == highest, 0., maximum - highest))      # also where both are -inf
+    return highest, part(*a) + part(*b)
+  maximum_C, total_C = jax.lax.reduce((logits_CxV, jnp.ones_like(logits_CxV)), (-jnp.inf, 0.), join, (1,))
+  return maximum_C + jnp.log(total_C)
+
+
+def _chunk_loss(hidden_CxE, matrix_ExV, targets_C, counted_C):
+  """Summed loss, and the logits and logsumexp it came from."""
+  logits_CxV = hidden_to_logits(hidden_CxE, matrix_ExV)
+  logsumexp_C = _logsumexp(logits_CxV)
+  target_logit_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
+  return jnp.sum(jnp.where(counted_C, logsumexp_C - target_logit_C, 0.0)), logits_CxV, logsumexp_C
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def chunked_cross_entropy(hidden: jax.Array, matrix: jax.Array, targets: jax.Array, counted: jax.Array, chunk: int) -> jax.Array:
+  """Sum over counted tokens t of logsumexp(h_t W) - (h_t W)[target_t], in float32, with at most `chunk` rows of logits at a time.
+
+  Under differentiation the gradients are formed in the same pass, where the logits of a chunk are at hand, so that no matrix product is
+  done twice: d(logits) = softmax - one_hot. The backward pass only multiplies them by the incoming scalar.
+
+  Args:
+    hidden: [N, E], in the dtype of the matrix products.
+    matrix: [E, V] float32.
+    targets: [N] int32 in [0, V).
+    counted: [N] bool.
+    chunk: rows of logits held at once; need not divide N.
+  Returns:
+    float32 scalar.
+  """
+  def body(total, xs):
+    hidden_CxE, targets_C, counted_C = xs
+    return total + _chunk_loss(hidden_CxE, matrix, targets_C, counted_C)[0], None
+
+  return jax.lax.scan(body, jnp.zeros((), jnp.float32), cut(chunk, hidden, targets, counted))[0]
+
+
+def gradients_by_chunk(of_chunk: Callable, num_sums: int, chunk: int, hidden: jax.Array, matrix: jax.Array, *rows: jax.Array):
+  """Sums of losses over all rows, and their gradients, with the logits of one chunk at a time.
+
+  Args:
+    of_chunk: (hidden [C, E], matrix [E, V] in its dtype, chunks of `rows`) -> (sums of losses, gradient in the logits [C, V]).
+    num_sums: how many sums it returns.
+    rows: [N, ...] what else belongs to each row of hidden.
+  Returns:
+    sums, and the gradients of hidden, [N, E] in its dtype, and matrix, [E, V] float32.
+  """
+  weights = jax.lax.optimization_barrier(matrix.astype(hidden.dtype))    # else XLA converts the matrix again for every chunk
+
+  def body(carry, xs):
+    sums, d_matrix = carry
+    hidden_CxE, *rest = xs
+    more, d_logits_CxV = of_chunk(hidden_CxE, weights, *rest)
+    d_logits_CxV = d_logits_CxV.astype(hidden.dtype)
+    d_hidden_CxE = jnp.matmul(d_logits_CxV, weights.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    d_matrix += jnp.matmul(hidden_CxE.T, d_logits_CxV, preferred_element_type=jnp.float32)
+    return (tuple(map(jnp.add, sums, more)), d_matrix), d_hidden_CxE
+
+  start = ((jnp.zeros((), jnp.float32),) * num_sums, jnp.zeros(matrix.shape, jnp.float32))
+  (sums, d_matrix), d_hidden = jax.lax.scan(body, start, cut(chunk, hidden, *rows))
+  return sums, (d_hidden.reshape(-1, hidden.shape[-1])[:hidden.shape[0]], d_matrix)
+
+
+def _forward(hidden, matrix, targets, counted, chunk):
+  def of_chunk(hidden_CxE, weights, targets_C, counted_C):
+    loss, logits_CxV, logsumexp_C = _chunk_loss(hidden_CxE, weights, targets_C, counted_C)
+    softmax_CxV = jnp.exp(logits_CxV - logsumexp_C[:, None])
+    is_target_CxV = jax.lax.broadcasted_iota(jnp.int32, softmax_CxV.shape, 1) == targets_C[:, None]
+    return (loss,), jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0)
+
+  (total,), gradients = gradients_by_chunk(of_chunk, 1, chunk, hidden, matrix, targets, counted)
+  return total, gradients
+
+
+def _backward(chunk, residuals, d_total):
+  d_hidden, d_matrix = residuals
+  return (d_total * d_hidden).astype(d_hidden.dtype), d_total * d_matrix, None, None
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,55 @@
+"""Shared by several tests."""
+
+import functools
+import json
+
+import jax
+import pytest
+import tokenizers
+
+from sparsek.command_line import flags
+from sparsek.data.tokenizer import BPETokenizer
+
+# Compiles twice as fast; the programs of these tests run for milliseconds.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+
+
+def run_command(main, flag_values, *arguments):
+  """Runs a script's main in this process, under its flags; returns the exit code."""
+  for name in flag_values:
+    flag_values[name].unparse()
+  with pytest.raises(SystemExit) as exit_:
+    flags.run(main, flag_values, [main.__module__, *arguments])
+  return exit_.value.code
+
+
+@functools.cache
+def spm():
+  """Returns a tokenizer of SentencePiece's kind.
+
+  Bytes are tokens too, and decoding leaves out the space before the first word.
+  """
+  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
+            *"▁Helowrd", "▁w", "or", *"€日"]
+  vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, [("▁", "w"), ("o", "r")]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+      vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+  tokenizer.normalizer = normalizers.Sequence(
+      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+  tokenizer.decoder = decoders.Sequence([
+      decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+      decoders.Strip(" ", 1, 0)])
+  tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+  return BPETokenizer(tokenizer)
+
+
+@functools.cache
+def metaspace():
+  """The newer spelling of such tokenizers."""
+  content = json.loads(spm()._tokenizer.to_str()) | {"normalizer": None}
+  content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁",
+                              "prepend_scheme": "always", "split": False}
+  return BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
