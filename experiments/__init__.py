@@ -8,7 +8,7 @@ import sys
 def _quit(number, frame) -> None:
   """Ends the process at once, with one line: there is nothing to be saved yet, or any more."""
   os.write(2, b"interrupted\n")
-  os._exit(130)                # as a shell says it: 128 + SIGINT
+  os._exit(130)  # as a shell says it: 128 + SIGINT
 
 
 # A command begins. Its imports take seconds, and in the middle of them Python's KeyboardInterrupt

@@ -1,14 +1,17 @@
-"""Trains a grid of models that differ in attention, one after the other, and compares their held-out losses.
+"""Trains a grid of models that differ in attention, one after the other, and compares their
+held-out losses.
 
-  python -m experiments.ablate --workdir=runs/ablation --base=experiments/recipes/tiny_stdlib.flags --k=32,64 --window=32,64 \\
+  python -m experiments.ablate --workdir=runs/ablation --base=experiments/recipes/tiny_stdlib.flags
+  --k=32,64 --window=32,64 \\
     --attention=sparsek,random,sliding_window,full --gate=straight_through,value --seeds=3
 
-Every combination that makes a difference is a cell, a run of experiments.pretrain in WORKDIR/cells/NAME under the flags of --base. Finished cells are skipped
-and interrupted ones go on: repeat the command. What other flags made is refused, or with --retrain
-moved to WORKDIR/cells/replaced and trained again. --job=i/N takes every N-th cell, for the array
-jobs of a cluster; a cell that another job trains is left to it. After each cell WORKDIR gets
-table.md, table.csv, report.html and its picture report.png: heatmaps over k and window, and loss
-against keys per query.
+Every combination that makes a difference is a cell, a run of experiments.pretrain in
+WORKDIR/cells/NAME under the flags of --base. Finished cells are skipped and interrupted ones go on:
+repeat the command. What other flags made is refused, or with --retrain moved to
+WORKDIR/cells/replaced and trained again. --job=i/N takes every N-th cell, for the array jobs of a
+cluster; a cell that another job trains is left to it. After each cell WORKDIR gets table.md,
+table.csv, report.html and its picture report.png: heatmaps over k and window, and loss against keys
+per query.
 """
 
 import os
@@ -19,13 +22,13 @@ from absl import flags as absl_flags
 
 from experiments import child
 from experiments.reports import grid
-from sparsek.data import batches
-from sparsek.storage import files
 from sparsek.command_line import flags
-from sparsek.runs import settings
 from sparsek.config import GATES, SCORERS
+from sparsek.data import batches
 from sparsek.errors import RunError, UsageError
+from sparsek.runs import settings
 from sparsek.runs.run_directory import COMPILATION_CACHE
+from sparsek.storage import files
 
 FLAGS = absl_flags.FlagValues()
 flags.define_ablation_flags(FLAGS)
@@ -36,7 +39,9 @@ def choices(name, allowed):
   values = FLAGS[name].value.split(",")
   for value in values:
     if value not in allowed:
-      raise UsageError(f"--{name}={FLAGS[name].value}: {value!r} must be one of {', '.join(allowed)}")
+      raise UsageError(
+        f"--{name}={FLAGS[name].value}: {value!r} must be one of {', '.join(allowed)}"
+      )
   return values
 
 
@@ -44,7 +49,10 @@ def numbers(name, minimum):
   """Those of a flag."""
   values = FLAGS[name].value.split(",")
   if not all(value.isdecimal() and int(value) >= minimum for value in values):
-    raise UsageError(f"--{name}={FLAGS[name].value}: must be numbers of at least {minimum} separated by commas, such as 64,128")
+    raise UsageError(
+      f"--{name}={FLAGS[name].value}: must be numbers of at least {minimum} separated "
+      "by commas, such as 64,128"
+    )
   return [int(value) for value in values]
 
 
@@ -66,12 +74,16 @@ def check(arguments):
   if values["dry_run"].value:
     raise UsageError("--dry_run in --base or --more: trains nothing that could be compared")
   if not values["eval_every"].value:
-    raise UsageError("--eval_every=0 in --base or --more: must be above 0, since held-out losses are compared")
+    raise UsageError(
+      "--eval_every=0 in --base or --more: must be above 0, since held-out losses are compared"
+    )
   return values
 
 
 def train(cell, folder, given):
-  """Runs pretraining to its end; True if it got there. A signal that ends this process ends it too, with a checkpoint. Seeds compile once for all."""
+  """Runs pretraining to its end; True if it got there. A signal that ends this process ends it too,
+  with a checkpoint. Seeds compile once for all.
+  """
   cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
   arguments = [*given, *cell.flags(), f"--workdir={folder}"]
   environment = {COMPILATION_CACHE: cache, **os.environ}
@@ -83,8 +95,14 @@ def main() -> None:
   """Trains what is missing, and reports after every cell."""
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
-  cells = grid.grid(grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS),
-                        FLAGS.seeds)
+  cells = grid.grid(
+    grid.patterns(FLAGS.attention),
+    numbers("k", 1),
+    numbers("window", 0),
+    choices("gate", GATES),
+    choices("scorer", SCORERS),
+    FLAGS.seeds,
+  )
   mine, given = grid.share(cells, FLAGS.job), shared()
   runs = os.path.join(FLAGS.workdir, "cells")
   folders = {cell: os.path.join(runs, cell.name) for cell in cells}
@@ -115,12 +133,17 @@ def main() -> None:
       grid.write_report(FLAGS.workdir, grid.collect(runs, cells), report)
   rows = grid.collect(runs, cells)
   if rows:
-    print(f"\n{grid.markdown(grid.summarize(rows))}\n{len(rows)} of {len(cells)} cells; "
-          f"{os.path.join(FLAGS.workdir, 'report.html')}")
+    print(
+      f"\n{grid.markdown(grid.summarize(rows))}\n{len(rows)} of {len(cells)} cells; "
+      f"{os.path.join(FLAGS.workdir, 'report.html')}"
+    )
   if busy:
     print(f"left to another job, which trains them: {', '.join(busy)}", file=sys.stderr)
   if failed:
-    raise RunError(f"{len(failed)} cell(s) did not finish, which repeating the command tries again: {', '.join(failed)}")
+    raise RunError(
+      f"{len(failed)} cell(s) did not finish, which repeating the command tries "
+      f"again: {', '.join(failed)}"
+    )
 
 
 if __name__ == "__main__":

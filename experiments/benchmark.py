@@ -1,12 +1,15 @@
-"""Time and memory of SPARSEK attention beside dense attention and a sliding window of the same budget: cuDNN's on an NVIDIA GPU, XLA's elsewhere.
+"""Time and memory of SPARSEK attention beside dense attention and a sliding window of the same
+budget: cuDNN's on an NVIDIA GPU, XLA's elsewhere.
 
-  python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 --kv_heads=1 --head_dim=64
-  python -m experiments.benchmark --suite=headline --record=experiments/results/attention_h100.json
-  python -m experiments.benchmark --suite=train --lengths=8192,32768 --remat=attention
-  python -m experiments.benchmark --suite=decode --k=512 --window=512
+  python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 --kv_heads=1
+  --head_dim=64 python -m experiments.benchmark --suite=headline
+  --record=experiments/results/attention_h100.json python -m experiments.benchmark --suite=train
+  --lengths=8192,32768 --remat=attention python -m experiments.benchmark --suite=decode --k=512
+  --window=512
 
-Everything that a call needs is included: thresholds, expiry, compaction, and for forward + backward the gradients of all inputs. All functions are timed in
-turn, round after round, and medians are shown; the record is written after every round.
+Everything that a call needs is included: thresholds, expiry, compaction, and for forward + backward
+the gradients of all inputs. All functions are timed in turn, round after round, and medians are
+shown; the record is written after every round.
 """
 
 import dataclasses
@@ -14,22 +17,42 @@ import functools
 import json
 import os
 
-from experiments.bench.suites import FLAGS, check_same_model, decode_jobs, flag, jobs, names, problems
-from experiments.bench import attention_report, decoding_report, attention as attention_bench, decoding as decoding_bench
-from sparsek.storage import files
+from experiments.bench import attention as attention_bench
+from experiments.bench import (
+  attention_report,
+  decoding_report,
+  training_step_report,
+  transformers_llama,
+)
+from experiments.bench import decoding as decoding_bench
+from experiments.bench import training_step as training_step_bench
+from experiments.bench.suites import (
+  FLAGS,
+  check_same_model,
+  decode_jobs,
+  flag,
+  jobs,
+  names,
+  problems,
+)
 from sparsek.command_line import flags
-from experiments.bench import training_step as training_step_bench, training_step_report, transformers_llama
 from sparsek.errors import RunError, UsageError
+from sparsek.storage import files
 
 REFERENCE_LENGTH = 4096
-MODELS = {"train": (training_step_bench, (*training_step_bench.KINDS, *transformers_llama.KINDS)),       # suites of whole models: who measures, what there is to compare
-          "decode": (decoding_bench, (*decoding_bench.KINDS, *decoding_bench.OTHERS))}
-MOST_BYTES = 60e9                # of a cache of transformers
+# suites of whole models: who measures, what there is to compare
+MODELS = {
+  "train": (training_step_bench, (*training_step_bench.KINDS, *transformers_llama.KINDS)),
+  "decode": (decoding_bench, (*decoding_bench.KINDS, *decoding_bench.OTHERS)),
+}
+MOST_BYTES = 60e9  # of a cache of transformers
 
 
 def report_of(record):
   """What tells of a record."""
-  return {"train": training_step_report, "decode": decoding_report}.get(record.get("suite"), attention_report)
+  return {"train": training_step_report, "decode": decoding_report}.get(
+    record.get("suite"), attention_report
+  )
 
 
 def load(path):
@@ -40,8 +63,10 @@ def load(path):
   try:
     report_of(record).lines(record), report_of(record).failures(record)
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    raise UsageError(f"{path}: a record of this benchmark that cannot be understood: "
-                     f"{type(error).__name__}: {str(error)[:200]}") from None
+    raise UsageError(
+      f"{path}: a record of this benchmark that cannot be understood: "
+      f"{type(error).__name__}: {str(error)[:200]}"
+    ) from None
   return record
 
 
@@ -57,14 +82,20 @@ def run(path):
   if flag("extend") and not (suite in MODELS and path):
     raise UsageError("--extend: needs --suite=train or decode, and --record")
   old = load(path) if flag("extend") and path_exists else None
-  if old and old.get("suite") == suite:                      # else `rows_to_keep` says so
+  if old and old.get("suite") == suite:  # else `rows_to_keep` says so
     check_same_model(old, suite, report_of(old).IDENTITY)
   chosen = {"train": jobs, "decode": decode_jobs}.get(suite, problems)()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
-  if suite in MODELS:                                    # PyTorch's first: JAX takes the memory
+  if suite in MODELS:  # PyTorch's first: JAX takes the memory
     measurer, allowed = MODELS[suite]
     kinds = names("rivals", allowed) if flag("rivals") else measurer.kinds_here()
-    others = measurer.measure_transformers(chosen, kinds, flag("max_transformers") if suite == "train" else MOST_BYTES, flag("rounds"), say)
+    others = measurer.measure_transformers(
+      chosen,
+      kinds,
+      flag("max_transformers") if suite == "train" else MOST_BYTES,
+      flag("rounds"),
+      say,
+    )
   record = {"suite": suite, **attention_bench.environment(), "flags": said(), "errors": None}
   kept = report_of(record).rows_to_keep(old, record) if old else []
 
@@ -79,11 +110,32 @@ def run(path):
   else:
     measured = attention_bench.measure(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
-    save(rows=report_of(record).merge(kept, rows) if suite in MODELS else rows, rounds=max(rounds, old["rounds"] if old else 0))
-  at = 0 if suite in MODELS else flag("errors_at", min(REFERENCE_LENGTH, max(problem.n for problem in chosen)) if flag("suite") == "headline" else 0)
+    save(
+      rows=report_of(record).merge(kept, rows) if suite in MODELS else rows,
+      rounds=max(rounds, old["rounds"] if old else 0),
+    )
+  at = (
+    0
+    if suite in MODELS
+    else flag(
+      "errors_at",
+      min(REFERENCE_LENGTH, max(problem.n for problem in chosen))
+      if flag("suite") == "headline"
+      else 0,
+    )
+  )
   if at:
-    problem, = attention_bench.choose_rivals([dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))], None, flag("implementation"))
-    save(errors={"problem": dataclasses.asdict(problem), **attention_bench.errors(problem, flag("implementation"))})
+    (problem,) = attention_bench.choose_rivals(
+      [dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))],
+      None,
+      flag("implementation"),
+    )
+    save(
+      errors={
+        "problem": dataclasses.asdict(problem),
+        **attention_bench.errors(problem, flag("implementation")),
+      }
+    )
   return record
 
 
@@ -91,7 +143,10 @@ def main() -> None:
   """Measures or loads, prints, draws."""
   path = flag("show", flag("record"))
   if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
-    raise UsageError(f"--{'show' if flag('show') else 'record'}={path}: must be a .json file in a folder that exists")
+    raise UsageError(
+      f"--{'show' if flag('show') else 'record'}={path}: must be a .json file in "
+      "a folder that exists"
+    )
   if flag("show"):
     record = load(path)
   else:

@@ -29,7 +29,7 @@ def running(module: str, arguments: Sequence[str], **options) -> Iterator[subpro
     arguments: of its command line.
     options: for `subprocess.Popen`.
   """
-  reader, writer = os.pipe()                              # no other child inherits the writer
+  reader, writer = os.pipe()  # no other child inherits the writer
   command = [sys.executable, "-m", "experiments.child", str(reader), module, *arguments]
   try:
     with subprocess.Popen(command, pass_fds=(reader,), **options) as process:
@@ -49,8 +49,9 @@ def running(module: str, arguments: Sequence[str], **options) -> Iterator[subpro
 @contextlib.contextmanager
 def ending_at_signals(code: int | None = None) -> Iterator[None]:
   """Ends this process and its children at any of SIGNALS, with `code` or 128 + the signal."""
+
   def end(number, frame):
-    os.write(2, b"stopped by a signal; the same command goes on from here\n")     # not in a print
+    os.write(2, b"stopped by a signal; the same command goes on from here\n")  # not in a print
     for process in list(_processes):
       process.terminate()
     sys.exit(128 + number if code is None else code)
@@ -64,7 +65,7 @@ def ending_at_signals(code: int | None = None) -> Iterator[None]:
 
 
 def _end_with_parent(descriptor: int) -> None:
-  os.read(descriptor, 1)                                  # nothing is ever written
+  os.read(descriptor, 1)  # nothing is ever written
   os.kill(os.getpid(), signal.SIGTERM)
 
 

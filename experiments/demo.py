@@ -1,10 +1,13 @@
-"""What `make demo` runs: a tiny SPARSEK model from corpus to text in a few minutes on two CPU cores.
+"""What `make demo` runs: a tiny SPARSEK model from corpus to text in a few minutes on two CPU
+cores.
 
   python -m experiments.demo
 
-Pretrains it, stops it half-way and resumes it in a new process, does the same work with a sliding window that sees as many keys, evaluates
-both side by side, generates text and draws a picture, all in demo/ (the corpus, tokenised once, in ~/.cache/sparsek). Run again, it goes on
-where it was stopped, and reuses what is there. Each command is printed before it runs: copy them to go on by hand.
+Pretrains it, stops it half-way and resumes it in a new process, does the same work with a sliding
+window that sees as many keys, evaluates both side by side, generates text and draws a picture, all
+in demo/ (the corpus, tokenised once, in ~/.cache/sparsek). Run again, it goes on where it was
+stopped, and reuses what is there. Each command is printed before it runs: copy them to go on by
+hand.
 """
 
 import os
@@ -16,22 +19,39 @@ import time
 import jax
 
 from experiments import child
-from sparsek.runs import checkpoint
+from experiments.reports.plots import kept_tokens, save_picture
 from sparsek.command_line import flags
 from sparsek.data.batches import open_data
 from sparsek.errors import RunError
+from sparsek.runs import checkpoint
 from sparsek.runs.metrics import read_metrics
-from experiments.reports.plots import kept_tokens, save_picture
 
 FOLDER = "demo"
-SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache"))
+SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (
+  os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache")
+)
 SEQ_LEN, NUM_STEPS = 256, 240
-PRETRAIN = ("experiments.pretrain", "--data=stdlib", "--preset=tiny", "--num_layers=2", "--scan_layers", f"--seq_len={SEQ_LEN}",
-            "--batch_size=8", f"--num_steps={NUM_STEPS}", "--learning_rate=3e-3", "--log_every=5", "--eval_every=40", "--eval_batches=4",
-            f"--checkpoint_every={NUM_STEPS // 2}")
+PRETRAIN = (
+  "experiments.pretrain",
+  "--data=stdlib",
+  "--preset=tiny",
+  "--num_layers=2",
+  "--scan_layers",
+  f"--seq_len={SEQ_LEN}",
+  "--batch_size=8",
+  f"--num_steps={NUM_STEPS}",
+  "--learning_rate=3e-3",
+  "--log_every=5",
+  "--eval_every=40",
+  "--eval_batches=4",
+  f"--checkpoint_every={NUM_STEPS // 2}",
+)
 # Both see 64 keys a query: SPARSEK the latest 32 and the 32 it selects from all before.
-VARIANTS = {SPARSEK: ("--attention=sparsek", "--k=32", "--window=32"), SLIDING_WINDOW: ("--attention=sliding_window", "--window=64")}
-TEXT_TOKENS = 2 * SEQ_LEN                # of the picture
+VARIANTS = {
+  SPARSEK: ("--attention=sparsek", "--k=32", "--window=32"),
+  SLIDING_WINDOW: ("--attention=sliding_window", "--window=64"),
+}
+TEXT_TOKENS = 2 * SEQ_LEN  # of the picture
 
 
 def _python() -> str:
@@ -45,10 +65,16 @@ def _title(text: str) -> None:
 
 
 def _run(module: str, *arguments: str, stop_when=None) -> None:
-  """Prints a command and runs it; once `stop_when()` is true it gets SIGTERM, after which it must still end well."""
+  """Prints a command and runs it; once `stop_when()` is true it gets SIGTERM, after which it must
+  still end well.
+  """
   print("$", shlex.join([_python(), "-m", module, *arguments]), flush=True)
-  # The processes share compiled programs; compiling takes most of the time of a program as small as these.
-  environment = {"JAX_COMPILATION_CACHE_DIR": os.path.abspath(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+  # The processes share compiled programs; compiling takes most of the time of a program as small as
+  # these.
+  environment = {
+    "JAX_COMPILATION_CACHE_DIR": os.path.abspath(CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+  }
   try:
     with child.running(module, arguments, env={**os.environ, **environment}) as process:
       while stop_when is not None and process.poll() is None:
@@ -57,17 +83,22 @@ def _run(module: str, *arguments: str, stop_when=None) -> None:
           break
         time.sleep(0.05)
       code = process.wait()
-  except KeyboardInterrupt:              # Ctrl-C reached it too: pretraining saves a checkpoint before it ends.
+  except KeyboardInterrupt:  # Ctrl-C reached it too: pretraining saves a checkpoint before it ends.
     raise RunError("stopped; the same command goes on from here") from None
   if code:
-    raise RunError(f"{module} ended with exit code {code}; for a fresh start remove the folder {FOLDER}/")
+    raise RunError(
+      f"{module} ended with exit code {code}; for a fresh start remove the folder {FOLDER}/"
+    )
 
 
 def _pretrain(workdir: str) -> None:
   command = (*PRETRAIN, f"--workdir={workdir}", *VARIANTS[workdir])
   if not checkpoint.saved_steps(workdir):
     _run(*command, stop_when=lambda: bool(checkpoint.saved_steps(workdir)))
-    print("\nStopped after the checkpoint half-way. The same command, in a new process, resumes:", flush=True)
+    print(
+      "\nStopped after the checkpoint half-way. The same command, in a new process, resumes:",
+      flush=True,
+    )
   _run(*command)
 
 
@@ -75,11 +106,20 @@ def _draw(dataset) -> None:
   config, _ = checkpoint.load_run_config(SPARSEK)
   params, _ = checkpoint.load_params(SPARSEK, config)
   split = dataset.split("heldout")
-  document = next(split.document(i) for i in range(split.num_documents) if split.lengths[i] > TEXT_TOKENS)
+  document = next(
+    split.document(i) for i in range(split.num_documents) if split.lengths[i] > TEXT_TOKENS
+  )
   tokens = document[:TEXT_TOKENS].tolist()
   runs = {"SPARSEK (k=32, window=32)": SPARSEK, "sliding window of 64": SLIDING_WINDOW}
-  metrics = {label: read_metrics(os.path.join(workdir, "metrics.jsonl")) for label, workdir in runs.items()}
-  save_picture(PICTURE, metrics, kept_tokens(config, params, tokens), [dataset.tokenizer.decode([token]) for token in tokens])
+  metrics = {
+    label: read_metrics(os.path.join(workdir, "metrics.jsonl")) for label, workdir in runs.items()
+  }
+  save_picture(
+    PICTURE,
+    metrics,
+    kept_tokens(config, params, tokens),
+    [dataset.tokenizer.decode([token]) for token in tokens],
+  )
 
 
 def main() -> None:
@@ -90,30 +130,46 @@ def main() -> None:
   _title("1. The corpus: the source text of Python's own standard library, as bytes")
   dataset = open_data("stdlib")
   for name in ("train", "heldout"):
-    print(f"{name}: {dataset.split(name).num_documents:,} documents, {dataset.split(name).num_tokens:,} tokens")
+    print(
+      f"{name}: {dataset.split(name).num_documents:,} documents, "
+      f"{dataset.split(name).num_tokens:,} tokens"
+    )
 
   _title("2. Pretrain SPARSEK: every token sees the latest 32 and 32 selected ones")
   _pretrain(SPARSEK)
   _title("3. Pretrain a sliding window of the same budget: every token sees the latest 64")
   _run(*PRETRAIN, f"--workdir={SLIDING_WINDOW}", *VARIANTS[SLIDING_WINDOW])
-  _title(f"4. Evaluate both on held-out text, in rows of {4 * SEQ_LEN} tokens (trained on {SEQ_LEN})")
-  _run("experiments.evaluate", f"--workdir={SPARSEK},{SLIDING_WINDOW}", f"--seq_len={4 * SEQ_LEN}", "--eval_batches=8")
+  _title(
+    f"4. Evaluate both on held-out text, in rows of {4 * SEQ_LEN} tokens (trained on {SEQ_LEN})"
+  )
+  _run(
+    "experiments.evaluate",
+    f"--workdir={SPARSEK},{SLIDING_WINDOW}",
+    f"--seq_len={4 * SEQ_LEN}",
+    "--eval_batches=8",
+  )
   _title("5. Generate text with SPARSEK, in constant memory")
-  _run("experiments.generate", f"--workdir={SPARSEK}", "--prompt=def __init__(self", "--max_new_tokens=300")
+  _run(
+    "experiments.generate",
+    f"--workdir={SPARSEK}",
+    "--prompt=def __init__(self",
+    "--max_new_tokens=300",
+  )
   _title("6. Draw a picture: the loss, and which tokens each layer keeps")
   _draw(dataset)
 
-  python = _python()
+  run = f"{_python()} -m experiments"
   print(f"""{PICTURE}
 
-Done in {time.monotonic() - started:.0f} s. Checkpoints, metrics.jsonl, flags.txt and evaluation.jsonl: {SPARSEK}/, {SLIDING_WINDOW}/
+Done in {time.monotonic() - started:.0f} s. \
+Checkpoints, metrics.jsonl, flags.txt and evaluation.jsonl: {SPARSEK}/, {SLIDING_WINDOW}/
 To go on:
-  other text          {python} -m experiments.generate --workdir={SPARSEK} --prompt="import " --temperature=0.5
-  another budget      {python} -m experiments.evaluate --workdir={SPARSEK} --k=64 --window=64 --seq_len=2048
-  train for longer    {python} -m experiments.pretrain --flagfile={SPARSEK}/flags.txt --num_steps={4 * NUM_STEPS}
-  your own text       {python} -m experiments.prepare_data --sources=FOLDER --output=data/mine
-                      {python} -m experiments.pretrain --data=data/mine --workdir=runs/mine
-  all flags           {python} -m experiments.pretrain --help""")
+  other text          {run}.generate --workdir={SPARSEK} --prompt="import " --temperature=0.5
+  another budget      {run}.evaluate --workdir={SPARSEK} --k=64 --window=64 --seq_len=2048
+  train for longer    {run}.pretrain --flagfile={SPARSEK}/flags.txt --num_steps={4 * NUM_STEPS}
+  your own text       {run}.prepare_data --sources=FOLDER --output=data/mine
+                      {run}.pretrain --data=data/mine --workdir=runs/mine
+  all flags           {run}.pretrain --help""")
 
 
 if __name__ == "__main__":

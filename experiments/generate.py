@@ -4,8 +4,9 @@
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --save_cache=/tmp/text.npz
   python -m experiments.generate --workdir=/tmp/run --load_cache=/tmp/text.npz --prompt=" # and"
 
-Memory and time per token do not depend on how much was written before (but for models with full attention layers). --k and --window
-may differ from those of training. The text goes to stdout; a last line on stderr says how fast it came.
+Memory and time per token do not depend on how much was written before (but for models with full
+attention layers). --k and --window may differ from those of training. The text goes to stdout; a
+last line on stderr says how fast it came.
 """
 
 import os
@@ -15,14 +16,14 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sparsek.runs import checkpoint
 from sparsek.command_line import flags
-from sparsek.errors import UsageError
-from sparsek.storage.files import cannot_write, check_regular, read_at_most
-from sparsek.generation.session import AHEAD, Session, TextStream
 from sparsek.data.tokenizer import as_valid_unicode
+from sparsek.errors import UsageError
+from sparsek.generation.session import AHEAD, Session, TextStream
+from sparsek.runs import checkpoint
+from sparsek.storage.files import cannot_write, check_regular, read_at_most
 
-MAX_PROMPTS = 2**26          # bytes of --prompt_file
+MAX_PROMPTS = 2**26  # bytes of --prompt_file
 
 flags.define_generation_flags()
 
@@ -44,8 +45,9 @@ def prompts() -> list[str]:
     text = content.decode("utf-8-sig").replace("\r\n", "\n")
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
-    raise UsageError(f"--prompt_file={path} is not UTF-8: byte "
-                     f"0x{content[error.start]:02x} in line {line}") from None
+    raise UsageError(
+      f"--prompt_file={path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}"
+    ) from None
   if not text:
     raise UsageError(f"--prompt_file={path} has no lines")
   return text.removesuffix("\n").split("\n")
@@ -57,8 +59,9 @@ def cache_paths() -> tuple[str | None, str | None]:
   if target:
     folder = os.path.dirname(target) or "."
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-      raise UsageError(f"--save_cache={target}: must be a file in a folder that exists and can "
-                       f"be written")
+      raise UsageError(
+        f"--save_cache={target}: must be a file in a folder that exists and can be written"
+      )
     if os.path.lexists(target):
       check_regular(target, "--save_cache")
   return source, target
@@ -69,7 +72,7 @@ def begin(tokenizer, texts: list[str]) -> list[list[int]]:
   rows = []
   for text in texts:
     ids, bos = tokenizer.encode(text, flag("special_tokens")), tokenizer.bos_ids
-    rows.append([*(bos if ids[:len(bos)] != bos else []), *ids] or [tokenizer.eos_id])
+    rows.append([*(bos if ids[: len(bos)] != bos else []), *ids] or [tokenizer.eos_id])
   return rows
 
 
@@ -96,20 +99,28 @@ def main() -> None:
     ids = [tokenizer.encode(text, flag("special_tokens"), continues=True) for text in texts]
   else:
     ids = begin(tokenizer, texts)
-  params, step = checkpoint.load_params(workdir, config, flag("step"),
-                                        allow_older=flag("allow_older_step"))
+  params, step = checkpoint.load_params(
+    workdir, config, flag("step"), allow_older=flag("allow_older_step")
+  )
   try:
     session = Session.load(source, config, params) if source else Session(config, params, len(ids))
     if len(texts) != len(session.texts):
       file = flag("prompt_file")
       given = f"--prompt_file={file} has {len(texts)}" if file else "--prompt is 1"
-      raise UsageError(f"--load_cache={source} holds {len(session.texts)} texts, {given}: "
-                       f"give a line for each")
-    del params                                            # in float32; the session has its own
+      raise UsageError(
+        f"--load_cache={source} holds {len(session.texts)} texts, {given}: give a line for each"
+      )
+    del params  # in float32; the session has its own
     turn = session.generate(
-        ids, max_new_tokens=flag("max_new_tokens"), temperature=flag("temperature"), top_p=flag("top_p"), top_k=flag("top_k"),
-        keys=jnp.stack([jax.random.key(flag("sampling_seed") + i) for i in range(len(ids))]), eos_id=run["tokenizer"].get("eos_ids", tokenizer.eos_id),
-        ahead=0 if flag("stop") and target else AHEAD)
+      ids,
+      max_new_tokens=flag("max_new_tokens"),
+      temperature=flag("temperature"),
+      top_p=flag("top_p"),
+      top_k=flag("top_k"),
+      keys=jnp.stack([jax.random.key(flag("sampling_seed") + i) for i in range(len(ids))]),
+      eos_id=run["tokenizer"].get("eos_ids", tokenizer.eos_id),
+      ahead=0 if flag("stop") and target else AHEAD,
+    )
   except UsageError:
     raise
   except ValueError as error:
@@ -144,10 +155,21 @@ def main() -> None:
       raise cannot_write(target, error) from None
   lost = session.lost_scores
   if lost.any():
-    print(f"warning: {lost.sum()} scores above the threshold had no room in the cache (of {(lost > 0).sum()} of {len(ids)} texts): gates are slightly high",
-          file=sys.stderr)
-  speed = f", {(new - len(ids)) / (times[-1] - times[0]):.0f} tokens/s" if len(times) > 1 and new > len(ids) else ""
-  print(f"[step {step}: {sum(map(len, ids))} prompt tokens, {new} new ones{speed}]", file=sys.stderr)
+    print(
+      (
+        f"warning: {lost.sum()} scores above the threshold had no room in the cache (of "
+        f"{(lost > 0).sum()} of {len(ids)} texts): gates are slightly high"
+      ),
+      file=sys.stderr,
+    )
+  speed = (
+    f", {(new - len(ids)) / (times[-1] - times[0]):.0f} tokens/s"
+    if len(times) > 1 and new > len(ids)
+    else ""
+  )
+  print(
+    f"[step {step}: {sum(map(len, ids))} prompt tokens, {new} new ones{speed}]", file=sys.stderr
+  )
 
 
 if __name__ == "__main__":

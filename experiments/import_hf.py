@@ -1,4 +1,5 @@
-"""Imports a model from a folder in Hugging Face's format as a run, and exports a run as such a folder.
+"""Imports a model from a folder in Hugging Face's format as a run, and exports a run as such a
+folder.
 
   python -m experiments.import_hf --from=FOLDER --workdir=RUN
   python -m experiments.generate --workdir=RUN --prompt="The capital of France is"
@@ -22,18 +23,18 @@ import jax
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek.runs import checkpoint, run_directory
-from sparsek.data import document_end
-from sparsek.storage import files
 from sparsek.command_line import flags
-from sparsek.huggingface import pretrained
 from sparsek.config import DataConfig
-from sparsek.errors import RunError, UsageError
-from sparsek.model.transformer import count_params
-from sparsek.storage.new_folder import check_new_folder, new_folder
+from sparsek.data import document_end
 from sparsek.data.tokenizer import load_tokenizer
+from sparsek.errors import RunError, UsageError
+from sparsek.huggingface import pretrained
+from sparsek.model.transformer import count_params
+from sparsek.runs import checkpoint, run_directory
+from sparsek.storage import files
+from sparsek.storage.new_folder import check_new_folder, new_folder
 
-FLAGS = absl_flags.FlagValues()       # apart from those of other scripts in the same process
+FLAGS = absl_flags.FlagValues()  # apart from those of other scripts in the same process
 flags.define_import_flags(FLAGS)
 
 
@@ -51,25 +52,35 @@ def import_folder(folder: str, workdir: str) -> None:
   tokenizer = load_tokenizer(folder)
   base = pretrained.load_config(folder)
   if tokenizer.vocab_size > base.vocab_size:
-    raise UsageError(f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}, and the "
-                     f"model a vocab_size={base.vocab_size}")
+    raise UsageError(
+      f"{folder}/tokenizer.json has ids up to {tokenizer.vocab_size - 1}, and the "
+      f"model a vocab_size={base.vocab_size}"
+    )
   ends = end_tokens(folder, tokenizer)
   config = flags.model_config(FLAGS, pretrained=base)
   config, params = pretrained.load(folder, config=config, key=jax.random.key(0), progress=progress)
   data = DataConfig(data="", seq_len=config.max_positions, batch_size=1)
   record = {
-      "model": dataclasses.asdict(config),
-      "data": dataclasses.asdict(data),
-      "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
-                    "vocab_size": tokenizer.vocab_size, "bos_ids": tokenizer.bos_ids,
-                    "eos_ids": ends}}
+    "model": dataclasses.asdict(config),
+    "data": dataclasses.asdict(data),
+    "tokenizer": {
+      "name": tokenizer.name,
+      "fingerprint": tokenizer.fingerprint,
+      "vocab_size": tokenizer.vocab_size,
+      "bos_ids": tokenizer.bos_ids,
+      "eos_ids": ends,
+    },
+  }
   with checkpoint.quiet_orbax(), new_folder(workdir) as unfinished:
     save_checkpoint(unfinished, workdir, params)
     pretrained.copy_tokenizer(folder, os.path.join(unfinished, "tokenizer"))
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
     to_json = run_directory.to_json
-    records = {"flags.txt": flags.into_string(FLAGS), "model.json": to_json(record),
-               "versions.json": to_json(run_directory.versions())}
+    records = {
+      "flags.txt": flags.into_string(FLAGS),
+      "model.json": to_json(record),
+      "versions.json": to_json(run_directory.versions()),
+    }
     for name, text in records.items():
       files.write_atomically(os.path.join(unfinished, name), text)
   print(f"{workdir}: {count_params(params):,} parameters, attention {','.join(config.attention)}")
@@ -81,7 +92,7 @@ def save_checkpoint(unfinished: str, workdir: str, params) -> None:
     writer = checkpoint.CheckpointWriter(unfinished, keep=1)
     writer.save(0, params, None, {})
     writer.close()
-  except Exception as error:                  # Orbax and tensorstore raise many kinds
+  except Exception as error:  # Orbax and tensorstore raise many kinds
     reason = files.reason_of(error) if isinstance(error, OSError) else checkpoint.first_line(error)
     raise RunError(f"{workdir} cannot be written: {reason}") from error
 
@@ -91,8 +102,9 @@ def end_tokens(folder: str, tokenizer) -> list[int]:
 
   The others are those of generation_config.json, or else config.json, as in transformers.
   """
-  ids = (document_end.ids_in(folder, document_end.GENERATION_CONFIG)
-         or document_end.ids_in(folder, document_end.CONFIG))
+  ids = document_end.ids_in(folder, document_end.GENERATION_CONFIG) or document_end.ids_in(
+    folder, document_end.CONFIG
+  )
   return [tokenizer.eos_id, *sorted({*ids} - {tokenizer.eos_id})]
 
 
@@ -107,15 +119,22 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
     config = dataclasses.replace(config, max_positions=longest)
   others = [i for i in run["tokenizer"].get("eos_ids", ()) if i != end]
   ends = [end, *others] if others else end
-  pretrained.save(folder, config, params, fields={"eos_token_id": ends},
-                  tokenizer=os.path.join(workdir, "tokenizer"), progress=progress)
+  pretrained.save(
+    folder,
+    config,
+    params,
+    fields={"eos_token_id": ends},
+    tokenizer=os.path.join(workdir, "tokenizer"),
+    progress=progress,
+  )
   print(f"{folder}: step {step} of {workdir}, {count_params(params):,} parameters")
 
 
 def main() -> None:
   """Imports or exports."""
-  workdir, source, target = (files.local_path(FLAGS[name].value or "", name)
-                             for name in ("workdir", "from", "export"))
+  workdir, source, target = (
+    files.local_path(FLAGS[name].value or "", name) for name in ("workdir", "from", "export")
+  )
   if not workdir:
     raise UsageError("--workdir is required: the folder of the run to make or to export")
   if bool(source) == bool(target):

@@ -1,13 +1,15 @@
 """Makes token files, which `python -m experiments.pretrain --data=FOLDER` trains on.
 
   python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
-  python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json --output=data/mine
-  python -m experiments.prepare_data --sources=books,tasks:32768:200 --answers_only --output=data/mix
-  python -m experiments.prepare_data --verify=data/mine
+  python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json
+  --output=data/mine python -m experiments.prepare_data --sources=books,tasks:32768:200
+  --answers_only --output=data/mix python -m experiments.prepare_data --verify=data/mine
 
-A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of their tokens (OUTPUT/documents.jsonl lists them). Name a source
-twice to weigh it double. Training cuts documents where its rows end, which parts questions from facts: generated documents should be much shorter than a row,
-and a batch that holds no answer has, with --answers_only and no text, a loss of 0.
+A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of
+their tokens (OUTPUT/documents.jsonl lists them). Name a source twice to weigh it double. Training
+cuts documents where its rows end, which parts questions from facts: generated documents should be
+much shorter than a row, and a batch that holds no answer has, with --answers_only and no text, a
+loss of 0.
 """
 
 from absl import flags
@@ -16,59 +18,130 @@ from tqdm import tqdm
 from sparsek.command_line import flags as flags_lib
 from sparsek.command_line import path_flags
 from sparsek.data.corpus import DEFAULT_EXTENSIONS, LeftOut, documents
-from sparsek.errors import UsageError
-from sparsek.data.token_files import check_can_make, check_same, open_token_files, read_meta, verify_token_files, write_token_files
+from sparsek.data.token_files import (
+  check_can_make,
+  check_same,
+  open_token_files,
+  read_meta,
+  verify_token_files,
+  write_token_files,
+)
 from sparsek.data.tokenizer import describe_documents, load_tokenizer, train_bpe
+from sparsek.errors import UsageError
 
 # Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
 FLAGS = flags.FlagValues()
 # Relative paths stay so: they are names of documents, the same wherever a corpus is made.
-flags.DEFINE_flag(path_flags.paths_flag(
-    "sources", "Comma-separated: text files (one document each), .jsonl files (one document a "
+flags.DEFINE_flag(
+  path_flags.paths_flag(
+    "sources",
+    "Comma-separated: text files (one document each), .jsonl files (one document a "
     'line), folders (recursive), "stdlib", the source text of Python\'s standard library, or '
     "tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes. A path "
-    "with a comma is given alone.", words=("stdlib", "tasks:"), absolute=False), FLAGS)
-flags.DEFINE_integer("min_document_bytes", 0, "Leave out shorter documents; generated ones stay.", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_boolean("deduplicate", False, "Of equal documents keep the first only.", flag_values=FLAGS)
-flags.DEFINE_boolean(
-    "skip_bad_lines", False,
-    "Leave out lines of .jsonl, elements of .json and rows of .parquet that have no text, and "
-    "count them. Default: stop at the first.",
-    flag_values=FLAGS)
-flags.DEFINE_boolean(
-    "answers_only", False, "Of generated documents the loss counts the answers only, in training and held-out evaluation, each token as much as one of text.",
-    flag_values=FLAGS)
-flags.DEFINE_flag(path_flags.path_flag("output", None, "Folder to make."), FLAGS)
-flags.DEFINE_flag(path_flags.path_flag(
-    "tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".',
-    words=("byte",)), FLAGS)
+    "with a comma is given alone.",
+    words=("stdlib", "tasks:"),
+    absolute=False,
+  ),
+  FLAGS,
+)
 flags.DEFINE_integer(
-    "train_bpe", None,
-    "Train a byte-level BPE with this many ids on the documents that are not held out.",
-    lower_bound=257, upper_bound=2**20, flag_values=FLAGS)
+  "min_document_bytes",
+  0,
+  "Leave out shorter documents; generated ones stay.",
+  lower_bound=0,
+  flag_values=FLAGS,
+)
+flags.DEFINE_boolean(
+  "deduplicate", False, "Of equal documents keep the first only.", flag_values=FLAGS
+)
+flags.DEFINE_boolean(
+  "skip_bad_lines",
+  False,
+  "Leave out lines of .jsonl, elements of .json and rows of .parquet that have no text, and "
+  "count them. Default: stop at the first.",
+  flag_values=FLAGS,
+)
+flags.DEFINE_boolean(
+  "answers_only",
+  False,
+  (
+    "Of generated documents the loss counts the answers only, in training and held-out "
+    "evaluation, each token as much as one of text."
+  ),
+  flag_values=FLAGS,
+)
+flags.DEFINE_flag(path_flags.path_flag("output", None, "Folder to make."), FLAGS)
+flags.DEFINE_flag(
+  path_flags.path_flag(
+    "tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', words=("byte",)
+  ),
+  FLAGS,
+)
+flags.DEFINE_integer(
+  "train_bpe",
+  None,
+  "Train a byte-level BPE with this many ids on the documents that are not held out.",
+  lower_bound=257,
+  upper_bound=2**20,
+  flag_values=FLAGS,
+)
 flags.DEFINE_list(
-    "extensions", list(DEFAULT_EXTENSIONS),
-    "Endings of the files taken from folders, in any case; .gz and .zst may follow.",
-    flag_values=FLAGS)
+  "extensions",
+  list(DEFAULT_EXTENSIONS),
+  "Endings of the files taken from folders, in any case; .gz and .zst may follow.",
+  flag_values=FLAGS,
+)
 flags.DEFINE_string(
-    "text_field", "text",
-    "Field of a JSON object, or column of a .parquet file, that holds the text.", flag_values=FLAGS)
+  "text_field",
+  "text",
+  "Field of a JSON object, or column of a .parquet file, that holds the text.",
+  flag_values=FLAGS,
+)
 flags.DEFINE_enum(
-    "errors", "strict", ["strict", "replace"], "What to do about text that is not UTF-8: stop, or put U+FFFD.", flag_values=FLAGS)
+  "errors",
+  "strict",
+  ["strict", "replace"],
+  "What to do about text that is not UTF-8: stop, or put U+FFFD.",
+  flag_values=FLAGS,
+)
 flags.DEFINE_float(
-    "heldout_fraction", 0.05, "About this share of the documents is held out, by hash.", lower_bound=0, upper_bound=0.99, flag_values=FLAGS)
-flags.DEFINE_flag(path_flags.path_flag(
-    "verify", None, "Only compare the checksums of this folder of token files."), FLAGS)
-flags.DEFINE_flag(path_flags.path_flag(
-    "expect", None, "A meta.json or a copy of one: end with an error unless the tokens and the "
-    "split are the same."), FLAGS)
+  "heldout_fraction",
+  0.05,
+  "About this share of the documents is held out, by hash.",
+  lower_bound=0,
+  upper_bound=0.99,
+  flag_values=FLAGS,
+)
+flags.DEFINE_flag(
+  path_flags.path_flag("verify", None, "Only compare the checksums of this folder of token files."),
+  FLAGS,
+)
+flags.DEFINE_flag(
+  path_flags.path_flag(
+    "expect",
+    None,
+    "A meta.json or a copy of one: end with an error unless the tokens and the split are the same.",
+  ),
+  FLAGS,
+)
 
 
 def _documents(description: str, left_out: LeftOut | None = None):
-  names = ("heldout_fraction", "text_field", "errors", "min_document_bytes", "deduplicate",
-           "answers_only", "skip_bad_lines")
-  every = documents(FLAGS.sources, extensions=FLAGS.extensions, left_out=left_out,
-                    **{name: FLAGS[name].value for name in names})
+  names = (
+    "heldout_fraction",
+    "text_field",
+    "errors",
+    "min_document_bytes",
+    "deduplicate",
+    "answers_only",
+    "skip_bad_lines",
+  )
+  every = documents(
+    FLAGS.sources,
+    extensions=FLAGS.extensions,
+    left_out=left_out,
+    **{name: FLAGS[name].value for name in names},
+  )
   return tqdm(every, description, unit=" documents", disable=None)
 
 
@@ -76,17 +149,27 @@ def _tokenizer():
   if FLAGS.train_bpe is None:
     return load_tokenizer(FLAGS.tokenizer or "byte")
   if FLAGS.tokenizer is not None:
-    raise UsageError(f"--tokenizer={FLAGS.tokenizer} and --train_bpe={FLAGS.train_bpe} exclude each other")
-  return train_bpe((document.text for document in _documents("training the tokenizer") if not document.held_out), FLAGS.train_bpe)
+    raise UsageError(
+      f"--tokenizer={FLAGS.tokenizer} and --train_bpe={FLAGS.train_bpe} exclude each other"
+    )
+  return train_bpe(
+    (document.text for document in _documents("training the tokenizer") if not document.held_out),
+    FLAGS.train_bpe,
+  )
 
 
 def _report(dataset) -> None:
-  print(f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids, "
-        f"{describe_documents(dataset.tokenizer)}")
+  print(
+    f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids, "
+    f"{describe_documents(dataset.tokenizer)}"
+  )
   for name in ("train", "heldout"):
     split = dataset.split(name)
     counted = f"; the loss counts {split.num_counted:,} tokens," if split.marked else ","
-    print(f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens{counted} {split.num_bytes:,} bytes")
+    print(
+      f"  {name}: {split.num_documents:,} documents, {split.num_tokens:,} "
+      f"tokens{counted} {split.num_bytes:,} bytes"
+    )
   if FLAGS.expect:
     check_same(dataset.folder, FLAGS.expect)
     print(f"Tokens and split are those of {FLAGS.expect}.")
@@ -95,7 +178,7 @@ def _report(dataset) -> None:
 def main() -> None:
   """Makes the token files, or only verifies those there are."""
   if FLAGS.expect:
-    read_meta(FLAGS.expect)                          # refused before any long work
+    read_meta(FLAGS.expect)  # refused before any long work
   if FLAGS.verify is not None:
     if FLAGS.sources or FLAGS.output:
       raise UsageError(f"--verify={FLAGS.verify} takes neither --sources nor --output")
@@ -105,7 +188,7 @@ def main() -> None:
   for name in ("sources", "output"):
     if not FLAGS[name].value:
       raise UsageError(f"--{name} is required: {FLAGS[name].help}")
-  check_can_make(FLAGS.output)                       # before the tokenizer is trained
+  check_can_make(FLAGS.output)  # before the tokenizer is trained
   tokenizer, left_out = _tokenizer(), LeftOut()
   write_token_files(FLAGS.output, _documents("tokenising", left_out), tokenizer, FLAGS.sources)
   for line in left_out.lines():

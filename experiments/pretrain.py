@@ -2,21 +2,21 @@
 
   python -m experiments.pretrain --workdir=/tmp/run --preset=tiny --num_steps=500
 
-The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl (one JSON object per logged step),
-flags.txt (a --flagfile that reproduces the run), model.json and versions.json. SIGTERM, SIGHUP,
-SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is saved only where a further step
-finds the loss and the gradients finite; --restore_step=N goes back to an earlier one.
---dry_run says what a step takes, and does nothing.
+The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl
+(one JSON object per logged step), flags.txt (a --flagfile that reproduces the run), model.json and
+versions.json. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is
+saved only where a further step finds the loss and the gradients finite; --restore_step=N goes back
+to an earlier one. --dry_run says what a step takes, and does nothing.
 """
 
 import dataclasses
 import os
 
-from sparsek.runs import checkpoint, run_directory
-from sparsek.data import batches
 from sparsek.command_line import flags
-from sparsek.training import plan, loop
+from sparsek.data import batches
 from sparsek.huggingface import pretrained
+from sparsek.runs import checkpoint, run_directory
+from sparsek.training import loop, plan
 
 flags.define_model_flags()
 flags.define_data_flags()
@@ -36,7 +36,9 @@ def main() -> None:
   dataset = batches.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
   model = flags.model_config(vocab_size=dataset.vocab_size, pretrained=base)
   if flags.FLAGS["remat"].value is None:
-    model = dataclasses.replace(model, remat=plan.remat_that_fits(model, config, plan.memory_limit()))
+    model = dataclasses.replace(
+      model, remat=plan.remat_that_fits(model, config, plan.memory_limit())
+    )
   if flags.FLAGS["dry_run"].value:
     print("\n".join(plan.make_plan(model, config).lines()))
     return
@@ -45,17 +47,30 @@ def main() -> None:
 
   workdir = config.workdir
   if result.already_complete:
-    asked = f"--num_steps={config.optimizer.num_steps}" if config.stop_at is None else f"--stop_at={config.stop_at}"
+    asked = (
+      f"--num_steps={config.optimizer.num_steps}"
+      if config.stop_at is None
+      else f"--stop_at={config.stop_at}"
+    )
     print(f"{workdir} is complete: it has all of {asked} steps ({result.step} were made)")
   elif result.stopped and result.step == config.stop_at:
-    print(f"stopped at step {result.step} of {config.optimizer.num_steps}, as --stop_at says; the same command without it goes on")
+    print(
+      f"stopped at step {result.step} of {config.optimizer.num_steps}, as --stop_at says; "
+      "the same command without it goes on"
+    )
   elif result.stopped:
-    print(f"stopped by a signal at step {result.step} of {config.optimizer.num_steps}; the same command resumes")
+    print(
+      f"stopped by a signal at step {result.step} of {config.optimizer.num_steps}; "
+      "the same command resumes"
+    )
   losses = {"loss": result.loss, "held-out loss": result.heldout_loss}
   known = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
   if known:
     print(f"step {result.step}: {known} (nats per token)")
-  print(f"checkpoints in {os.path.join(workdir, 'checkpoints')}, metrics in {os.path.join(workdir, 'metrics.jsonl')}")
+  print(
+    f"checkpoints in {os.path.join(workdir, 'checkpoints')}, metrics in "
+    f"{os.path.join(workdir, 'metrics.jsonl')}"
+  )
 
 
 if __name__ == "__main__":

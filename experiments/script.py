@@ -6,9 +6,9 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from sparsek.storage import files
 from sparsek.command_line import path_flags
 from sparsek.errors import RunError, UsageError
+from sparsek.storage import files
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -1,14 +1,17 @@
-"""Compaction: the tokens selected anywhere in a chunk of queries, listed per chunk, so that attention reads short contiguous buffers.
+"""Compaction: the tokens selected anywhere in a chunk of queries, listed per chunk, so that
+attention
+  reads short contiguous buffers.
 
-A token is selected on one interval of queries, `[j + window, expiry_j)`. At most k tokens are selected at a chunk's first query and each query admits
-at most one more, so a chunk of C queries needs k + C places.
+A token is selected on one interval of queries, `[j + window, expiry_j)`. At most k tokens are
+selected at a chunk's first query and each query admits at most one more, so a chunk of C queries
+needs k + C places.
 """
 
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 from sparsek.kernels.varying import varying_like
 
@@ -32,14 +35,14 @@ def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array
     chunk: queries per chunk; n need not be a multiple.
 
   Returns:
-    [chunks, min(k + chunk, n)] int32 token indices, or [chunks, 0] for k = 0. Unused places hold distinct values from n on, for scatters to drop and
-    gathers to fill.
+    [chunks, min(k + chunk, n)] int32 token indices, or [chunks, 0] for k = 0. Unused places hold
+    distinct values from n on, for scatters to drop and gathers to fill.
   """
   n = expiry.shape[0]
   chunks, slots = -(-n // chunk), min(k + chunk, n) if k else 0
   entry = jnp.arange(n, dtype=jnp.int32) + window
   first, last = entry // chunk, (expiry - 1) // chunk
-  lives = jnp.where(expiry > entry, last - first + 1, 0)                  # chunks that each token is listed in
+  lives = jnp.where(expiry > entry, last - first + 1, 0)  # chunks that each token is listed in
   total = chunks * slots
   token = jnp.repeat(jnp.arange(n, dtype=jnp.int32), lives, total_repeat_length=total)
   before = jnp.cumsum(lives) - lives
@@ -57,8 +60,10 @@ class Live(NamedTuple):
 
   Attributes:
     token: [chunks, slots] int32, n where a place is empty. score: [chunks, slots].
-    expiry: [chunks, slots] int32, 0 where a place is empty. count: [chunks] int32, how many places are not.
+    expiry: [chunks, slots] int32, 0 where a place is empty. count: [chunks] int32, how many places
+      are not.
   """
+
   token: jax.Array
   score: jax.Array
   expiry: jax.Array
@@ -68,11 +73,12 @@ class Live(NamedTuple):
 def by_entry(x: jax.Array, delay: int) -> jax.Array:
   """[n]: of each query, x of the token `delay` before it, or 0."""
   n = x.shape[0]
-  return jnp.pad(x[:max(n - delay, 0)], (min(delay, n), 0))
+  return jnp.pad(x[: max(n - delay, 0)], (min(delay, n), 0))
 
 
 def live_lists(score: jax.Array, expiry: jax.Array, *, window: int, chunk: int, slots: int) -> Live:
-  """Lists, chunk after chunk, who stays of the last list and who has entered since: nothing is gathered, which TPUs do slowly.
+  """Lists, chunk after chunk, who stays of the last list and who has entered since: nothing is
+  gathered, which TPUs do slowly.
 
   Args:
     score: [n]. expiry, window, chunk: as of `chunk_lists`; n must be a multiple of `chunk`.
@@ -80,7 +86,8 @@ def live_lists(score: jax.Array, expiry: jax.Array, *, window: int, chunk: int, 
   """
   n = expiry.shape[0]
   token = jnp.arange(n, dtype=jnp.int32)
-  since = lambda x: by_entry(x, window + chunk - 1).reshape(-1, chunk)    # those that enter after the last chunk's first query, up to this chunk's
+  # those that enter after the last chunk's first query, up to this chunk's
+  since = lambda x: by_entry(x, window + chunk - 1).reshape(-1, chunk)
   empty = varying_like(jnp.zeros(slots, jnp.int32), expiry)
 
   def step(last_list, entering):
@@ -91,5 +98,10 @@ def live_lists(score: jax.Array, expiry: jax.Array, *, window: int, chunk: int, 
     token, score, expiry = (x[:slots] for x in new)
     new_list = jnp.where(live, token, n), score, jnp.where(live, expiry, 0)
     return new_list, Live(*new_list, jnp.sum(live, dtype=jnp.int32))
+
   begin = jnp.arange(0, n, chunk, dtype=jnp.int32)
-  return lax.scan(step, (empty, empty.astype(score.dtype), empty), (begin, since(token), since(score), since(jnp.where(expiry > token + window, expiry, 0))))[1]
+  return lax.scan(
+    step,
+    (empty, empty.astype(score.dtype), empty),
+    (begin, since(token), since(score), since(jnp.where(expiry > token + window, expiry, 0))),
+  )[1]

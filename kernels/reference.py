@@ -1,6 +1,7 @@
 """The O(n^2) truth of SPARSEK attention: every other implementation is compared with it.
 
-Plain autodiff gives its gradients; it computes in float32, or in float64 where inputs are float64 (and jax_enable_x64 is on).
+Plain autodiff gives its gradients; it computes in float32, or in float64 where inputs are float64
+(and jax_enable_x64 is on).
 """
 
 import jax
@@ -23,36 +24,42 @@ def selection(scores, k, window, segment_ids=None):
   Args:
     scores: [batch, n, G].
   Returns:
-    gate [batch, G, n, n] (p_ij; 1 for the first k candidates), selected and local [batch, G, n, n] masks: the top k candidates
-    (equal scores: the earlier token) and the sliding window.
+    gate [batch, G, n, n] (p_ij; 1 for the first k candidates), selected and local [batch, G, n, n]
+    masks: the top k candidates (equal scores: the earlier token) and the sliding window.
   """
   batch, n, _ = scores.shape
   document = document_index(segment_ids, (batch, n))
   same = (document[:, :, None] == document[:, None, :])[:, None]
   i, j = jnp.arange(n)[:, None], jnp.arange(n)[None, :]
-  u = jnp.swapaxes(scores, 1, 2)[:, :, None, :]                            # [batch, G, 1, n]
+  u = jnp.swapaxes(scores, 1, 2)[:, :, None, :]  # [batch, G, 1, n]
   u = jnp.where(u == jnp.inf, jnp.finfo(u.dtype).max, u)
   candidate = same & (j + window <= i) & (u > -jnp.inf)
-  z = jnp.where(candidate, u, -jnp.inf)                                    # [batch, G, n, n]
+  z = jnp.where(candidate, u, -jnp.inf)  # [batch, G, n, n]
   rank = jnp.argsort(jnp.argsort(-z, axis=-1, stable=True), axis=-1)
   selected = candidate & (rank < k)
   total = lambda t: jnp.sum(jnp.clip(z - t, 0, 1), axis=-1, keepdims=True)
-  # Bisection for sum_j clip(z_j - tau, 0, 1) = k, then the exact solution on the piece found, through which the gradient flows.
+  # Bisection for sum_j clip(z_j - tau, 0, 1) = k, then the exact solution on the piece found,
+  # through which the gradient flows.
   safe = sg(jnp.where(candidate, u, 0))
-  low = jnp.min(safe, -1, keepdims=True) / 2 - 1                           # halved: the sum of the two ends must not overflow
+  # halved: the sum of the two ends must not overflow
+  low = jnp.min(safe, -1, keepdims=True) / 2 - 1
   high = jnp.max(safe, -1, keepdims=True) / 2 + 1
   low, high = 2 * low, jnp.minimum(2 * high, jnp.finfo(u.dtype).max)
+
   def halve(_, ends):
     low, high = ends
     middle = low / 2 + high / 2
     more = total(middle) >= k
     return jnp.where(more, middle, low), jnp.where(more, high, middle)
+
   low, high = jax.lax.fori_loop(0, 160, halve, (low, high))
   tau = sg(low)
   fractional = candidate & (z - 1 < tau) & (z > tau)
   ones = jnp.sum(candidate & (z - 1 >= tau), -1, keepdims=True)
   count = jnp.sum(fractional, -1, keepdims=True)
-  exact = (jnp.sum(jnp.where(fractional, u, 0), -1, keepdims=True) + ones - k) / jnp.maximum(count, 1)
+  exact = (jnp.sum(jnp.where(fractional, u, 0), -1, keepdims=True) + ones - k) / jnp.maximum(
+    count, 1
+  )
   fractional &= (u - exact > 0) & (u - exact < 1)
   gate = jnp.where(fractional, u - exact, candidate & (z > tau))
   gate = jnp.where(jnp.sum(candidate, -1, keepdims=True) <= k, candidate, gate)
@@ -73,7 +80,9 @@ def attention(query, key, value, scores, *, k, window, gate, scale, segment_ids=
   """Shapes and meaning as in `sparsek.sparsek_attention`."""
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   groups = query.shape[2] // key.shape[2]
-  q, kk, v = (x.astype(dtype) for x in (query, jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)))
+  q, kk, v = (
+    x.astype(dtype) for x in (query, jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2))
+  )
   (q, bad_query), (kk, bad_key), (v, bad_value) = map(without_nan, (q, kk, v))
   p, selected, local = (jnp.repeat(x, groups, 1) for x in selection(scores, k, window, segment_ids))
   p = jnp.where(local, 1, p)

@@ -1,9 +1,11 @@
-"""What attention gives a name, so that a block that is otherwise computed again in its backward pass may keep it."""
+"""What attention gives a name, so that a block that is otherwise computed again in its backward
+pass may keep it.
+"""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-NAME = "sparsek_attention"               # for `jax.checkpoint_policies.save_only_these_names`
+NAME = "sparsek_attention"  # for `jax.checkpoint_policies.save_only_these_names`
 
 
 def saved(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,22 +1,25 @@
 """SPARSEK attention in plain XLA, linear in the sequence length in time and memory, on any device.
 
-A scan over chunks of queries. Each step gathers the keys listed for its chunk (see compaction.py), slices the window's keys, and takes one softmax over
-both. The backward pass is a second scan that gathers again, so only the logsumexp is saved.
+A scan over chunks of queries. Each step gathers the keys listed for its chunk (see compaction.py),
+slices the window's keys, and takes one softmax over both. The backward pass is a second scan that
+gathers again, so only the logsumexp is saved.
 """
 
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 from sparsek.kernels.compaction import chunk_lists, chunk_size
 from sparsek.kernels.reference import without_nan
 from sparsek.kernels.saved import saved
 from sparsek.kernels.varying import varying_like
 
-# Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys (listed, then window), D head dimension. Matrix products
-# have their operands and results in the order (batch, rows, columns), the only one for which every backend takes bfloat16 inputs and float32 sums.
+# Axes: B batch, G key/value heads, R query heads per key/value head, C queries of a chunk, K keys
+# (listed, then window), D head dimension. Matrix products have their operands and results in the
+# order (batch, rows, columns), the only one for which every backend takes bfloat16 inputs and
+# float32 sums.
 
 
 def attention(query, key, value, scores, threshold, expiry, start, *, k, window, gate, scale):
@@ -31,13 +34,16 @@ def attention(query, key, value, scores, threshold, expiry, start, *, k, window,
     window, gate, scale: as in `sparsek.sparsek_attention`.
 
   Returns:
-    [batch, n, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and threshold.
+    [batch, n, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and
+    threshold.
   """
   n = query.shape[1]
   k, window = min(k, n), min(window, n)
   static = (k, window, gate, float(scale), chunk_size(n, k, window))
   by_head = lambda x: jnp.swapaxes(x, 1, 2)
-  return _attention(query, key, value, by_head(scores), by_head(threshold), by_head(expiry), start, static)
+  return _attention(
+    query, key, value, by_head(scores), by_head(threshold), by_head(expiry), start, static
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -48,12 +54,18 @@ def _attention(query, key, value, scores, threshold, expiry, start, static):
 def _einsum(equation, a, b):
   """Products in the wider dtype summed in float32.
 
-  Softmax weights stay float32 beside bfloat16 values, so that the result is as exact as its own rounding; a GPU takes such a product in TF32, but not one
-  of float32 inputs.
+  Softmax weights stay float32 beside bfloat16 values, so that the result is as exact as its own
+  rounding; a GPU takes such a product in TF32, but not one of float32 inputs.
   """
   dtype = jnp.promote_types(a.dtype, b.dtype)
   precision = lax.Precision.HIGHEST if a.dtype == b.dtype == jnp.float32 else lax.Precision.DEFAULT
-  return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+  return jnp.einsum(
+    equation,
+    a.astype(dtype),
+    b.astype(dtype),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _chunks(x, axis, chunk):
@@ -61,13 +73,13 @@ def _chunks(x, axis, chunk):
   padding = [(0, 0)] * x.ndim
   padding[axis] = (0, -x.shape[axis] % chunk)
   x = jnp.pad(x, padding)
-  return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1:]), axis, 0)
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :]), axis, 0)
 
 
 def _unchunk(x, axis, n):
   """Undoes `_chunks`."""
   x = jnp.moveaxis(x, 0, axis)
-  x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:])
+  x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
   return lax.slice_in_dim(x, 0, n, axis=axis)
 
 
@@ -81,14 +93,23 @@ def _inputs(query, groups, threshold, start, expiry, static):
   k, window, _, _, chunk = static
   n = query.shape[1]
   lists = jax.vmap(jax.vmap(lambda e: chunk_lists(e, k, window, chunk)))(expiry)
-  return (jnp.arange(-(-n // chunk)), _chunks(_by_group(query, groups), 3, chunk), _chunks(threshold, 2, chunk), _chunks(start, 1, chunk),
-          jnp.moveaxis(lists, 2, 0))
+  return (
+    jnp.arange(-(-n // chunk)),
+    _chunks(_by_group(query, groups), 3, chunk),
+    _chunks(threshold, 2, chunk),
+    _chunks(start, 1, chunk),
+    jnp.moveaxis(lists, 2, 0),
+  )
 
 
 def _padded(x, static):
-  """[batch, n, G, D] -> [batch, G, window - 1 + n + rest, D], so that every chunk's window is a plain slice."""
+  """[batch, n, G, D] -> [batch, G, window - 1 + n + rest, D], so that every chunk's window is a
+  plain slice.
+  """
   _, window, _, _, chunk = static
-  return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (max(window - 1, 0), -x.shape[1] % chunk), (0, 0)))
+  return jnp.pad(
+    jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (max(window - 1, 0), -x.shape[1] % chunk), (0, 0))
+  )
 
 
 def _window_length(static):
@@ -111,16 +132,22 @@ def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
   """
   k, window, gate, scale, chunk = static
   left = max(window - 1, 0)
-  near = c * chunk + jnp.arange(_window_length(static)) - left            # token indices of the window's keys
-  gather = lambda x: jnp.concatenate([
-      _rows(lax.slice_in_dim(x, left, None, axis=2), lists), lax.dynamic_slice_in_dim(x, c * chunk, near.shape[0], axis=2)], axis=2)
+  near = c * chunk + jnp.arange(_window_length(static)) - left  # token indices of the window's keys
+  gather = lambda x: jnp.concatenate(
+    [
+      _rows(lax.slice_in_dim(x, left, None, axis=2), lists),
+      lax.dynamic_slice_in_dim(x, c * chunk, near.shape[0], axis=2),
+    ],
+    axis=2,
+  )
   q, bad_query = without_nan(q)
   key, bad_key = without_nan(gather(keys))
   value, bad_value = without_nan(gather(values))
   i = c * chunk + jnp.arange(chunk)
   u, end = _rows(scores, lists)[:, :, None, :], _rows(expiry, lists)[:, :, None, :]
-  selected = (lists[:, :, None, :] + window <= i[:, None]) & (i[:, None] < end)                      # [B, G, C, listed]
-  local = (near <= i[:, None]) & (near > i[:, None] - window) & (near >= start[:, :, None])           # [B, C, window]
+  selected = (lists[:, :, None, :] + window <= i[:, None]) & (i[:, None] < end)  # [B, G, C, listed]
+  # [B, C, window]
+  local = (near <= i[:, None]) & (near > i[:, None] - window) & (near >= start[:, :, None])
   local = jnp.broadcast_to(local[:, None], (*selected.shape[:3], near.shape[0]))
   visible = jnp.concatenate([selected, local], axis=-1)
   tau = tau[..., None]
@@ -150,10 +177,10 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
       logits = logits * p
     logits = jnp.where(visible, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True)
-    top = jnp.where(top == -jnp.inf, 0, top)                              # a query may see nothing at all: its output is 0
+    top = jnp.where(top == -jnp.inf, 0, top)  # a query may see nothing at all: its output is 0
     weights = jnp.exp(logits - top)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    weights = jnp.where(visible, weights * p, 0) / total                  # p may be NaN or 0 * inf where invisible
+    weights = jnp.where(visible, weights * p, 0) / total  # p may be NaN or 0 * inf where invisible
     out = _einsum("bgrck,bgkd->bgrcd", weights, v) + jnp.where(spoilt, jnp.nan, 0)[..., None]
     return None, (out.astype(query.dtype), (top + jnp.log(total))[..., 0])
 
@@ -183,38 +210,59 @@ def _backward_rule(static, residuals, cotangent):
     p = _gated(gate, p, raw.shape[-1])
     logits = raw * p if gate == "key_value" else raw
     weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
-    inner = _einsum("bgrcd,bgkd->bgrck", do, v)                           # <dO_i, v_j>
+    inner = _einsum("bgrcd,bgkd->bgrck", do, v)  # <dO_i, v_j>
     gated = jnp.where(visible, weights * p, 0)
     dlogits = gated * inner - weights * jnp.sum(gated * inner, axis=-1, keepdims=True)
     dgates = weights[..., :listed] * inner[..., :listed]
     if gate == "key_value":
       dgates += dlogits[..., :listed] * raw[..., :listed]
       dlogits = jnp.where(visible, dlogits * p, 0)
-    dgates = jnp.where(fractional, jnp.sum(dgates, axis=2), 0)            # over the query heads of the group: [B, G, C, listed]
+    # over the query heads of the group: [B, G, C, listed]
+    dgates = jnp.where(fractional, jnp.sum(dgates, axis=2), 0)
     dlogits = dlogits * scale
     dq = _einsum("bgrck,bgkd->bgrcd", dlogits, k).astype(query.dtype)
     dk = _einsum("bgrck,bgrcd->bgkd", dlogits, q)
     dv = _einsum("bgrck,bgrcd->bgkd", gated, do)
-    carry = (_scatter(dkeys, dk, lists + left, c * chunk, n + left), _scatter(dvalues, dv, lists + left, c * chunk, n + left),
-             _add_rows(dscores, jnp.sum(dgates, axis=2), lists))
+    carry = (
+      _scatter(dkeys, dk, lists + left, c * chunk, n + left),
+      _scatter(dvalues, dv, lists + left, c * chunk, n + left),
+      _add_rows(dscores, jnp.sum(dgates, axis=2), lists),
+    )
     return carry, (dq, -jnp.sum(dgates, axis=-1))
 
   inputs = _inputs(query, groups, threshold, start, expiry, static)
-  zeros = tuple(varying_like(jnp.zeros(x.shape, jnp.float32), query) for x in (keys, values, scores))
-  (dkeys, dvalues, dscores), (dq, dtau) = lax.scan(step, zeros, (inputs, _chunks(_by_group(cotangent, groups), 3, chunk), _chunks(logsumexp, 3, chunk)))
-  rows = lambda x: jnp.swapaxes(x[:, :, left:left + n], 1, 2)
-  return (jnp.moveaxis(_unchunk(dq, 3, n), 3, 1).reshape(query.shape), rows(dkeys).astype(key.dtype), rows(dvalues).astype(value.dtype),
-          dscores, _unchunk(dtau, 2, n), None, None)
+  zeros = tuple(
+    varying_like(jnp.zeros(x.shape, jnp.float32), query) for x in (keys, values, scores)
+  )
+  (dkeys, dvalues, dscores), (dq, dtau) = lax.scan(
+    step,
+    zeros,
+    (inputs, _chunks(_by_group(cotangent, groups), 3, chunk), _chunks(logsumexp, 3, chunk)),
+  )
+  rows = lambda x: jnp.swapaxes(x[:, :, left : left + n], 1, 2)
+  return (
+    jnp.moveaxis(_unchunk(dq, 3, n), 3, 1).reshape(query.shape),
+    rows(dkeys).astype(key.dtype),
+    rows(dvalues).astype(value.dtype),
+    dscores,
+    _unchunk(dtau, 2, n),
+    None,
+    None,
+  )
 
 
 def _add_rows(x, rows, index):
-  """x [B, G, n, ...] plus rows at index [B, G, S]; no index occurs twice, so the sum does not depend on an order of atomics."""
+  """x [B, G, n, ...] plus rows at index [B, G, S]; no index occurs twice, so the sum does not
+  depend on an order of atomics.
+  """
   add = lambda x, i, rows: x.at[i].add(rows, mode="drop", unique_indices=True)
   return jax.vmap(jax.vmap(add))(x, index, rows)
 
 
 def _scatter(x, rows, index, first, limit):
-  """Adds a chunk's listed rows at their tokens and its window rows at the slice they were read from."""
+  """Adds a chunk's listed rows at their tokens and its window rows at the slice they were read
+  from.
+  """
   listed = index.shape[-1]
   x = _add_rows(x, rows[:, :, :listed], jnp.where(index < limit, index, x.shape[2] + index))
   near = rows[:, :, listed:]

@@ -1,4 +1,6 @@
-"""Frozen dataclasses that configure the library, and the presets. Flags are turned into these; nothing here reads a flag."""
+"""Frozen dataclasses that configure the library, and the presets. Flags are turned into these;
+nothing here reads a flag.
+"""
 
 import dataclasses
 import math
@@ -6,7 +8,17 @@ import re
 
 import jax.numpy as jnp
 
-ATTENTION_KINDS = ("sparsek", "sliding_window", "full", "random", "attention_sinks", "strided", "lsh", "block_topk", "linear")
+ATTENTION_KINDS = (
+  "sparsek",
+  "sliding_window",
+  "full",
+  "random",
+  "attention_sinks",
+  "strided",
+  "lsh",
+  "block_topk",
+  "linear",
+)
 NEED_WINDOW = ("sliding_window", "block_topk", "linear")
 GATES = ("straight_through", "value", "key_value")
 SCORERS = ("linear", "conv", "random")
@@ -18,7 +30,10 @@ MLPS = ("swiglu", "gelu", "gelu_tanh")
 TRAINABLE = ("all", "attention", "scorer")
 ON_SPIKE = ("skip", "stop")
 POSITIONS = ("rope", "learned")
-ROPE_SCALINGS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions")}
+ROPE_SCALINGS = {
+  "linear": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"),
+}
 
 
 def check_choice(name: str, value, choices) -> None:
@@ -37,14 +52,19 @@ _TERM = re.compile(r"([a-z_]+)(?::k(\d+))?(?::w(\d+))?(?:\*(\d+))?")
 
 
 def parse_layer_pattern(pattern) -> tuple[str, ...]:
-  """Turns "sparsek*5,full" or "sliding_window:w256*5,sparsek:k1536:w256" (or a sequence of such terms) into a tuple of terms without *TIMES, each a kind
-  of attention with a k and a window of its own, if given; the tuple repeats over the layers."""
+  """Turns "sparsek*5,full" or "sliding_window:w256*5,sparsek:k1536:w256" (or a sequence of such
+  terms) into a tuple of terms without *TIMES, each a kind of attention with a k and a window of its
+  own, if given; the tuple repeats over the layers.
+  """
   terms = []
   for term in pattern.split(",") if isinstance(pattern, str) else pattern:
     match = _TERM.fullmatch(term.strip())
     if not match or match[1] not in ATTENTION_KINDS or match[4] and int(match[4]) == 0:
-      raise ValueError(f"attention pattern {pattern!r}: the term {term!r} is not KIND, KIND:kK, KIND:wWINDOW or KIND:kK:wWINDOW, or one of them and *TIMES, "
-                       f"with KIND one of {', '.join(ATTENTION_KINDS)}")
+      raise ValueError(
+        f"attention pattern {pattern!r}: the term {term!r} is not KIND, KIND:kK, KIND:wWINDOW "
+        "or KIND:kK:wWINDOW, or one of them and *TIMES, "
+        f"with KIND one of {', '.join(ATTENTION_KINDS)}"
+      )
     terms += [term.strip().partition("*")[0]] * int(match[4] or 1)
   return tuple(terms)
 
@@ -56,8 +76,9 @@ def parse_term(term: str) -> tuple[str, int | None, int | None]:
 
 
 def parse_rope_scaling(scaling) -> tuple | None:
-  """Turns "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL" (or a sequence of the same) into a tuple of the name and numbers; see
-  `sparsek.model.layers.rope_frequencies`."""
+  """Turns "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL" (or a sequence of the same) into a
+  tuple of the name and numbers; see `sparsek.model.layers.rope_frequencies`.
+  """
   if scaling is None:
     return None
   kind, *numbers = scaling.split(":") if isinstance(scaling, str) else scaling
@@ -66,10 +87,19 @@ def parse_rope_scaling(scaling) -> tuple | None:
     numbers = tuple(map(float, numbers))
   except (TypeError, ValueError):
     numbers = ()
-  fits = kind in ROPE_SCALINGS and len(numbers) == len(names) and all(0 < number < math.inf for number in numbers)
+  fits = (
+    kind in ROPE_SCALINGS
+    and len(numbers) == len(names)
+    and all(0 < number < math.inf for number in numbers)
+  )
   if not fits or (kind == "llama3" and numbers[1] >= numbers[2]):
-    forms = " or ".join(":".join((kind, *map(str.upper, names))) for kind, names in ROPE_SCALINGS.items())
-    raise ValueError(f"rope_scaling={scaling} must be {forms}, with positive numbers and LOW_FREQ_FACTOR below HIGH_FREQ_FACTOR")
+    forms = " or ".join(
+      ":".join((kind, *map(str.upper, names))) for kind, names in ROPE_SCALINGS.items()
+    )
+    raise ValueError(
+      f"rope_scaling={scaling} must be {forms}, with positive numbers and "
+      "LOW_FREQ_FACTOR below HIGH_FREQ_FACTOR"
+    )
   return (kind, *numbers)
 
 
@@ -77,15 +107,20 @@ def parse_profile_steps(steps) -> tuple[int, int] | None:
   """Turns "A:B" into (A, B)."""
   if steps is None:
     return None
-  first, colon, last = steps.partition(":") if isinstance(steps, str) else (str(steps[0]), ":", str(steps[1]))
+  first, colon, last = (
+    steps.partition(":") if isinstance(steps, str) else (str(steps[0]), ":", str(steps[1]))
+  )
   if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-    raise ValueError(f"profile_steps={steps} must be A:B, the first and the last step to trace, 1 <= A <= B")
+    raise ValueError(
+      f"profile_steps={steps} must be A:B, the first and the last step to trace, 1 <= A <= B"
+    )
   return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """A decoder language model. No parameter depends on `k`, `window` or `gate`, so a checkpoint restores under other values of them.
+  """A decoder language model. No parameter depends on `k`, `window` or `gate`, so a checkpoint
+  restores under other values of them.
 
   Attributes:
     vocab_size: number of token ids.
@@ -95,46 +130,61 @@ class TransformerConfig:
     num_kv_heads: key/value heads G; H must be a multiple of G.
     head_dim: width D of a head; even, for the rotary embedding.
     mlp_dim: hidden width of the MLP.
-    attention: attention kind per layer as a pattern that repeats over the layers: "sparsek", "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window,
-      full, and the baselines of `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear. A layer may have a k and a window of its own,
-      "sliding_window:w256*5,sparsek:k1536:w256"; the others have those below.
+    attention: attention kind per layer as a pattern that repeats over the layers: "sparsek",
+      "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window, full, and the baselines of
+      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear. A layer
+      may have a k and a window of its own, "sliding_window:w256*5,sparsek:k1536:w256"; the others
+      have those below.
     k: selected key/value pairs per query (all kinds but sliding_window, full and linear).
-    window: most recent tokens each query sees, itself included (all kinds but full; lsh sees k + window of its bucket instead).
+    window: most recent tokens each query sees, itself included (all kinds but full; lsh sees k +
+      window of its bucket instead).
     gate: how the selection mask enters; see `sparsek.sparsek_attention`.
-    scorer: scoring network: "linear", "conv" (a short convolution), "random" (fixed noise, the control).
-    scorer_lookahead: tokens after its own that a conv scorer may see; at most `window`, since a token is judged only after `window` steps.
+    scorer: scoring network: "linear", "conv" (a short convolution), "random" (fixed noise, the
+      control).
+    scorer_lookahead: tokens after its own that a conv scorer may see; at most `window`, since a
+      token is judged only after `window` steps.
     scorer_lookback: tokens before its own that a conv scorer sees.
     scorer_normalize: normalise logits causally over time before the learned scale.
     scorer_init_scale: initial standard deviation of the scores.
     scorer_init_slope: initial growth of the scores per 1024 tokens of position.
     scorer_shared: one score per token for all KV heads of a layer.
-    scorer_init_noise: initial amplitude of fixed noise in the scores, which is learned; 0: none. Tokens that look alike are then not kept or dropped together.
-    scorer_init_sink: initial extra score of a document's first token, which is learned; 0: none. Pretrained models need that token kept.
-    scorer_noise: standard deviation of normal noise on the scores, in training only, so that tokens are tried which would be dropped.
-    scorer_loss_queries: queries per row, spread evenly, whose attention the scorers' auxiliary loss looks at; see `TrainConfig.scorer_loss`.
-    positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the embedding of the tokens).
-    max_positions: rows of the learned table, and the most tokens of a row; with "rope" a note of the context that a model is meant for, which limits nothing.
+    scorer_init_noise: initial amplitude of fixed noise in the scores, which is learned; 0: none.
+      Tokens that look alike are then not kept or dropped together.
+    scorer_init_sink: initial extra score of a document's first token, which is learned; 0: none.
+      Pretrained models need that token kept.
+    scorer_noise: standard deviation of normal noise on the scores, in training only, so that tokens
+      are tried which would be dropped.
+    scorer_loss_queries: queries per row, spread evenly, whose attention the scorers' auxiliary loss
+      looks at; see `TrainConfig.scorer_loss`.
+    positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the
+      embedding of the tokens).
+    max_positions: rows of the learned table, and the most tokens of a row; with "rope" a note of
+      the context that a model is meant for, which limits nothing.
     rope_theta: base of the rotary embedding.
     rope_fraction: share of the head dimension that is rotated; what is left passes through.
-    rope_scaling: how frequencies are stretched for longer contexts: None, "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL"; see
-      `sparsek.model.layers.rope_frequencies`.
+    rope_scaling: how frequencies are stretched for longer contexts: None, "linear:FACTOR" or
+      "llama3:FACTOR:LOW:HIGH:ORIGINAL"; see `sparsek.model.layers.rope_frequencies`.
     norm: "rms_norm" or "layer_norm" (with a bias).
     norm_eps: epsilon of the norms.
     qk_norm: RMSNorm over the head dimension of queries and keys.
-    mlp: "swiglu": down(silu(gate(x)) * up(x)); "gelu": down(gelu(up(x))); "gelu_tanh": the same with the tanh approximation.
+    mlp: "swiglu": down(silu(gate(x)) * up(x)); "gelu": down(gelu(up(x))); "gelu_tanh": the same
+      with the tanh approximation.
     use_bias: biases on the query, key and value projections.
     out_bias: a bias on attention's output projection.
     mlp_bias: biases on the MLP's projections.
     parallel_residual: x + attention(norm(x)) + mlp(norm'(x)) instead of one after the other.
     tie_embeddings: the output matrix is the embedding.
-    lora_rank: rank R of adapters beside the matrices of attention and MLPs, which are frozen then; 0: none. See `sparsek.model.lora`.
+    lora_rank: rank R of adapters beside the matrices of attention and MLPs, which are frozen then;
+      0: none. See `sparsek.model.lora`.
     lora_alpha: their products count alpha / R times; None: R.
     dtype: of activations and matrix inputs; parameters, scores, softmax and loss are float32.
-    remat: what the backward pass recomputes per block: "none"; "dots": all but attention and products with weights;
-      "attention": all but attention; "full": everything.
-    scan_layers: stack the layers' parameters and scan over them; compiles faster, runs slower and in more memory.
+    remat: what the backward pass recomputes per block: "none"; "dots": all but attention and
+      products with weights; "attention": all but attention; "full": everything.
+    scan_layers: stack the layers' parameters and scan over them; compiles faster, runs slower and
+      in more memory.
     implementation: of attention; None takes the fastest that can run.
   """
+
   vocab_size: int = 257
   num_layers: int = 4
   embed_dim: int = 128
@@ -181,19 +231,44 @@ class TransformerConfig:
   def __post_init__(self):
     object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
     object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
-    for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "k", "scorer_loss_queries"):
+    for name in (
+      "vocab_size",
+      "num_layers",
+      "embed_dim",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "mlp_dim",
+      "k",
+      "scorer_loss_queries",
+    ):
       check_at_least(name, getattr(self, name), 1)
-    for name in ("window", "scorer_lookahead", "scorer_lookback", "scorer_init_noise", "scorer_noise", "lora_rank"):
+    for name in (
+      "window",
+      "scorer_lookahead",
+      "scorer_lookback",
+      "scorer_init_noise",
+      "scorer_noise",
+      "lora_rank",
+    ):
       check_at_least(name, getattr(self, name), 0)
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+      raise ValueError(
+        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+      )
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} must be even, for the rotary embedding")
     check_at_least("max_positions", self.max_positions, 2)
     if not 0 < self.rope_fraction <= 1 or self.rope_dim < 2 or self.rope_dim % 2:
-      raise ValueError(f"rope_fraction={self.rope_fraction} must be above 0, at most 1, and rotate an even number of head_dim={self.head_dim} features")
+      raise ValueError(
+        f"rope_fraction={self.rope_fraction} must be above 0, at most 1, and rotate an even "
+        f"number of head_dim={self.head_dim} features"
+      )
     if self.lora_alpha is not None and not (0 < self.lora_alpha < math.inf and self.lora_rank):
-      raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0, finite, and go with a lora_rank above 0; lora_rank={self.lora_rank}")
+      raise ValueError(
+        f"lora_alpha={self.lora_alpha} must be above 0, finite, and go with a lora_rank "
+        f"above 0; lora_rank={self.lora_rank}"
+      )
     check_choice("positions", self.positions, POSITIONS)
     check_choice("norm", self.norm, NORMS)
     check_choice("mlp", self.mlp, MLPS)
@@ -206,13 +281,22 @@ class TransformerConfig:
       window = self.window if window is None else window
       check_at_least(f"attention={','.join(self.attention)}: k", 1 if k is None else k, 1)
       if kind == "sparsek" and self.scorer == "conv" and self.scorer_lookahead > window:
-        raise ValueError(f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token is judged when it leaves the window")
+        raise ValueError(
+          f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token "
+          "is judged when it leaves the window"
+        )
       if kind in NEED_WINDOW and window < 1:
         raise ValueError(f"window={window} must be at least 1 for {kind} layers")
     if len(self.attention) > self.num_layers:
-      raise ValueError(f"the attention pattern names {len(self.attention)} layers, more than num_layers={self.num_layers}")
+      raise ValueError(
+        f"the attention pattern names {len(self.attention)} layers, more than "
+        f"num_layers={self.num_layers}"
+      )
     if self.scan_layers and self.num_layers % len(self.attention):
-      raise ValueError(f"scan_layers needs num_layers={self.num_layers} to be a multiple of the attention pattern's length {len(self.attention)}")
+      raise ValueError(
+        f"scan_layers needs num_layers={self.num_layers} to be a multiple of the attention "
+        f"pattern's length {len(self.attention)}"
+      )
 
   @property
   def layer_terms(self) -> tuple[str, ...]:
@@ -234,7 +318,9 @@ class TransformerConfig:
     _, k, window = parse_term(term)
     if k is None and window is None:
       return self
-    return dataclasses.replace(self, k=self.k if k is None else k, window=self.window if window is None else window)
+    return dataclasses.replace(
+      self, k=self.k if k is None else k, window=self.window if window is None else window
+    )
 
   @property
   def layer_configs(self) -> tuple["TransformerConfig", ...]:
@@ -257,34 +343,52 @@ class TransformerConfig:
 
 
 PRESETS = {
-    # name: (layers, width, heads, kv heads, head_dim, mlp, vocabulary, k, window)
-    "tiny": (4, 128, 4, 2, 32, 384, 257, 64, 64),
-    "mini": (8, 384, 6, 2, 64, 1024, 8192, 256, 256),
-    "gpt2_small": (12, 768, 12, 12, 64, 2048, 50257, 512, 512),
-    "gpt2_medium": (24, 1024, 16, 16, 64, 2736, 50257, 512, 512),
-    "1b": (20, 2048, 32, 8, 64, 5632, 50257, 1024, 1024),
+  # name: (layers, width, heads, kv heads, head_dim, mlp, vocabulary, k, window)
+  "tiny": (4, 128, 4, 2, 32, 384, 257, 64, 64),
+  "mini": (8, 384, 6, 2, 64, 1024, 8192, 256, 256),
+  "gpt2_small": (12, 768, 12, 12, 64, 2048, 50257, 512, 512),
+  "gpt2_medium": (24, 1024, 16, 16, 64, 2736, 50257, 512, 512),
+  "1b": (20, 2048, 32, 8, 64, 5632, 50257, 1024, 1024),
 }
-QUICK = ("tiny", "mini")         # presets to try things with
+QUICK = ("tiny", "mini")  # presets to try things with
 
 
 def preset(name: str, **overrides) -> TransformerConfig:
   """The configuration called `name` with some fields replaced.
 
-  The two small ones scan over the layers where their pattern allows it, which compiles faster; the others do not, which runs faster and in less memory.
+  The two small ones scan over the layers where their pattern allows it, which compiles faster; the
+  others do not, which runs faster and in less memory.
 
-  Presets: "tiny" (1M parameters, bytes, for a CPU), "mini" (16M), "gpt2_small" (124M), "gpt2_medium" (355M), "1b" (1.0B).
+  Presets: "tiny" (1M parameters, bytes, for a CPU), "mini" (16M), "gpt2_small" (124M),
+    "gpt2_medium" (355M), "1b" (1.0B).
 
   Raises:
     ValueError: for an unknown preset, an unknown field or a value out of range.
   """
   check_choice("preset", name, PRESETS)
-  fields = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "k", "window")
+  fields = (
+    "num_layers",
+    "embed_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+    "vocab_size",
+    "k",
+    "window",
+  )
   known = [f.name for f in dataclasses.fields(TransformerConfig)]
   for field in overrides:
     check_choice("configuration field", field, known)
-  values = {**dict(zip(fields, PRESETS[name])), "dtype": "float32" if name == "tiny" else "bfloat16", **overrides}
+  values = {
+    **dict(zip(fields, PRESETS[name])),
+    "dtype": "float32" if name == "tiny" else "bfloat16",
+    **overrides,
+  }
   pattern = parse_layer_pattern(values.get("attention", TransformerConfig.attention))
-  return TransformerConfig(**{"scan_layers": name in QUICK and values["num_layers"] % len(pattern) == 0, **values})
+  return TransformerConfig(
+    **{"scan_layers": name in QUICK and values["num_layers"] % len(pattern) == 0, **values}
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,12 +396,15 @@ class DataConfig:
   """Where tokens come from and how they are cut into rows.
 
   Attributes:
-    data: "stdlib" (the source of Python's standard library, byte tokens) or the folder that `experiments.prepare_data` wrote.
+    data: "stdlib" (the source of Python's standard library, byte tokens) or the folder that
+      `experiments.prepare_data` wrote.
     seq_len: tokens per row that the model sees (a row stores one more, the last target).
     batch_size: rows per optimizer step, over all processes and accumulation steps.
     seed: of the shuffle.
-    segment_documents: give packed documents segment ids of their own, so that attention and loss restart at each.
+    segment_documents: give packed documents segment ids of their own, so that attention and loss
+      restart at each.
   """
+
   data: str = "stdlib"
   seq_len: int = 512
   batch_size: int = 8
@@ -321,9 +428,11 @@ class OptimizerConfig:
     weight_decay: decoupled, on matrices only (not on norms, biases, scales, slopes or embeddings).
     grad_clip: largest global gradient norm; 0 turns clipping off.
     b1, b2: decay of the first and second moments.
-    trainable: which parameters change: "all"; "attention": those of the attention modules, scorers included; "scorer": scorers only.
+    trainable: which parameters change: "all"; "attention": those of the attention modules, scorers
+      included; "scorer": scorers only.
     scorer_lr_multiplier: learning rate of the scoring networks over that of everything else.
   """
+
   learning_rate: float = 1e-3
   warmup_steps: int = 100
   num_steps: int = 1000
@@ -338,10 +447,19 @@ class OptimizerConfig:
   def __post_init__(self):
     check_choice("trainable", self.trainable, TRAINABLE)
     check_at_least("num_steps", self.num_steps, 1)
-    for name in ("learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip", "scorer_lr_multiplier"):
+    for name in (
+      "learning_rate",
+      "warmup_steps",
+      "final_lr_ratio",
+      "weight_decay",
+      "grad_clip",
+      "scorer_lr_multiplier",
+    ):
       check_at_least(name, getattr(self, name), 0)
     if self.warmup_steps > self.num_steps:
-      raise ValueError(f"warmup_steps={self.warmup_steps} must be at most num_steps={self.num_steps}")
+      raise ValueError(
+        f"warmup_steps={self.warmup_steps} must be at most num_steps={self.num_steps}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,27 +470,35 @@ class TrainConfig:
     workdir: where checkpoints, metrics.jsonl, flags.txt and versions.json go.
     data, optimizer: see their classes.
     seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
-    scorer_loss: weight of the scorers' auxiliary loss, `sparsek.attention.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers; nothing where no
-      scorer learns.
-    scorer_warmup: scorers learn from that loss alone while sparsek layers attend to everything: the first stage of converting a dense model. There is no
-      cross-entropy and no backward pass but the scorers' own; the "loss" of a step is the scorers'.
-    distill: weight w of a teacher in the objective (1 - w) cross-entropy + w KL(teacher || model), at temperature 1. Its operations do not count in "mfu".
-    distill_from: the teacher, with attention of its own: "hf:DIR", "DIR" or "DIR@STEP" as in init_from. Checkpoints do not hold it.
+    scorer_loss: weight of the scorers' auxiliary loss,
+      `sparsek.attention.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers;
+      nothing where no scorer learns.
+    scorer_warmup: scorers learn from that loss alone while sparsek layers attend to everything: the
+      first stage of converting a dense model. There is no cross-entropy and no backward pass but
+      the scorers' own; the "loss" of a step is the scorers'.
+    distill: weight w of a teacher in the objective (1 - w) cross-entropy + w KL(teacher || model),
+      at temperature 1. Its operations do not count in "mfu".
+    distill_from: the teacher, with attention of its own: "hf:DIR", "DIR" or "DIR@STEP" as in
+      init_from. Checkpoints do not hold it.
     spike_factor: a step whose loss or gradient norm is above this many times its running mean, or
       not finite, changes nothing; 0: no step is looked at.
     on_spike: "skip": go on with the next step; "stop": raise RunError.
     restore_step: go on from the checkpoint of this step, and set later ones aside; as
       `sparsek.runs.set_aside` says, once. None: from the newest.
-    stop_at: step at which to stop, before the end of the schedule; the run may then go on under another k, window, gate or noise. None: at its end.
+    stop_at: step at which to stop, before the end of the schedule; the run may then go on under
+      another k, window, gate or noise. None: at its end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: tokens whose logits exist at once in the cross-entropy.
-    log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and checkpoints; 0 turns evaluation off.
+    log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and
+      checkpoints; 0 turns evaluation off.
     eval_batches: batches per evaluation.
     keep_checkpoints: newest checkpoints kept.
-    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run; "hf:DIR": from a folder in Hugging Face's format; and draw the scorers it lacks.
+    init_from: "DIR" or "DIR@STEP": take parameters (only) from that run; "hf:DIR": from a folder in
+      Hugging Face's format; and draw the scorers it lacks.
     tensorboard: also write TensorBoard events.
     profile_steps: (first, last) step of a trace that goes to WORKDIR/profile; "A:B" is taken too.
   """
+
   workdir: str
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -398,7 +524,14 @@ class TrainConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
-    for name in ("grad_accumulation", "loss_chunk", "log_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+    for name in (
+      "grad_accumulation",
+      "loss_chunk",
+      "log_every",
+      "eval_batches",
+      "checkpoint_every",
+      "keep_checkpoints",
+    ):
       check_at_least(name, getattr(self, name), 1)
     if self.stop_at is not None:
       check_at_least("stop_at", self.stop_at, 1)
@@ -406,12 +539,25 @@ class TrainConfig:
       check_at_least(name, getattr(self, name), 0)
     if self.spike_factor and not self.spike_factor > 1:
       raise ValueError(
-          f"spike_factor={self.spike_factor} must be above 1, or 0 to look for no spikes")
+        f"spike_factor={self.spike_factor} must be above 1, or 0 to look for no spikes"
+      )
     check_choice("on_spike", self.on_spike, ON_SPIKE)
     if self.distill > 1 or (self.distill > 0) != bool(self.distill_from):
-      raise ValueError(f"distill={self.distill} must be at most 1 and go with distill_from, its teacher: both or neither; distill_from={self.distill_from}")
-    if self.scorer_warmup and not (self.scorer_loss and self.optimizer.trainable == "scorer" and not self.distill):
-      raise ValueError(f"scorer_warmup={self.scorer_warmup} needs trainable=scorer, scorer_loss above 0 and no distill; "
-                       f"trainable={self.optimizer.trainable}, scorer_loss={self.scorer_loss}, distill={self.distill}")
+      raise ValueError(
+        f"distill={self.distill} must be at most 1 and go with distill_from, its teacher: both "
+        f"or neither; distill_from={self.distill_from}"
+      )
+    if self.scorer_warmup and not (
+      self.scorer_loss and self.optimizer.trainable == "scorer" and not self.distill
+    ):
+      raise ValueError(
+        f"scorer_warmup={self.scorer_warmup} needs trainable=scorer, scorer_loss "
+        "above 0 and no distill; "
+        f"trainable={self.optimizer.trainable}, scorer_loss={self.scorer_loss}, "
+        f"distill={self.distill}"
+      )
     if self.data.batch_size % self.grad_accumulation:
-      raise ValueError(f"batch_size={self.data.batch_size} must be a multiple of grad_accumulation={self.grad_accumulation}")
+      raise ValueError(
+        f"batch_size={self.data.batch_size} must be a multiple of "
+        f"grad_accumulation={self.grad_accumulation}"
+      )

@@ -5,13 +5,18 @@ import importlib.util
 import os
 import signal
 
-# Compiling costs far more than running here: optimise little, and compile each function once over all test processes and the commands they start.
+# Compiling costs far more than running here: optimise little, and compile each function once over
+# all test processes and the commands they start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".pytest_cache", "jax"))
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".pytest_cache", "jax"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-# Fusions made by other means compile twice as fast. XLA aborts where it does not know a flag: these versions for CPUs know it, plugins may not.
+# Fusions made by other means compile twice as fast. XLA aborts where it does not know a flag: these
+# versions for CPUs know it, plugins may not.
 plugins = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) and not plugins:
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"

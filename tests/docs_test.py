@@ -15,26 +15,43 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Appended to the shown command: absl takes the last value of a flag.
 SMALLER = {
-    "experiments.prepare_data": "--train_bpe=300",
-    "experiments.pretrain": "--num_steps=2 --warmup_steps=1 --seq_len=64 --batch_size=2 --grad_accumulation=1 --num_layers=1 --embed_dim=32 --num_heads=2 "
-                            "--num_kv_heads=1 --head_dim=16 --mlp_dim=32 --scan_layers=false --remat=none --eval_every=0 --checkpoint_every=2 "
-                            "--dtype=float32 --k=8 --window=8 --learning_rate=1e-3 --implementation=reference",   # all alike: compiled once, and fast
-    "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
-    "experiments.evaluate_tasks": "--lengths=256 --examples=1 --tasks=passkey",
-    "experiments.generate": "--max_new_tokens=3",
-    "experiments.import_hf": "",
-    "experiments.layer_reach": "--seq_len=64 --eval_batches=1 --window=8 --k=4 --budget=32",
-    "experiments.ablate": "--attention=full --k=8 --window=8 --seeds=1 '--more=--num_steps=1 --seq_len=64 --batch_size=2 --num_layers=1 --embed_dim=32 "
-                          "--num_heads=2 --num_kv_heads=1 --head_dim=16 --mlp_dim=32 --noscan_layers --eval_batches=1 --warmup_steps=1 --data=data/stdlib'",
-    "experiments.benchmark": "--lengths=64,128 --heads=2 --kv_heads=1 --head_dim=8 --k=8 --window=8 --rivals=sparsek,dense --rounds=1 --record=benchmark.json",
-    "experiments.benchmark --suite=train": "--preset=tiny --vocab_size=300 --lengths=64 --k=8 --window=8 --rivals=sparsek --rounds=1",
-    "experiments.benchmark --suite=decode": "--vocab_size=300 --lengths=64 --batch_sizes=1 --prompts=64 --k=8 --window=8 --rivals=sparsek --rounds=1",
+  "experiments.prepare_data": "--train_bpe=300",
+  "experiments.pretrain": "--num_steps=2 --warmup_steps=1 --seq_len=64 --batch_size=2 "
+  "--grad_accumulation=1 --num_layers=1 --embed_dim=32 --num_heads=2 "
+  "--num_kv_heads=1 --head_dim=16 --mlp_dim=32 --scan_layers=false --remat=none "
+  "--eval_every=0 --checkpoint_every=2 "
+  # all alike: compiled once, and fast
+  "--dtype=float32 --k=8 --window=8 --learning_rate=1e-3 --implementation=reference",
+  "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
+  "experiments.evaluate_tasks": "--lengths=256 --examples=1 --tasks=passkey",
+  "experiments.generate": "--max_new_tokens=3",
+  "experiments.import_hf": "",
+  "experiments.layer_reach": "--seq_len=64 --eval_batches=1 --window=8 --k=4 --budget=32",
+  "experiments.ablate": "--attention=full --k=8 --window=8 --seeds=1 '--more=--num_steps=1 "
+  "--seq_len=64 --batch_size=2 --num_layers=1 --embed_dim=32 "
+  "--num_heads=2 --num_kv_heads=1 --head_dim=16 --mlp_dim=32 --noscan_layers "
+  "--eval_batches=1 --warmup_steps=1 --data=data/stdlib'",
+  "experiments.benchmark": (
+    "--lengths=64,128 --heads=2 --kv_heads=1 --head_dim=8 --k=8 "
+    "--window=8 --rivals=sparsek,dense --rounds=1 --record=benchmark.json"
+  ),
+  "experiments.benchmark --suite=train": (
+    "--preset=tiny --vocab_size=300 --lengths=64 --k=8 --window=8 --rivals=sparsek --rounds=1"
+  ),
+  "experiments.benchmark --suite=decode": (
+    "--vocab_size=300 --lengths=64 --batch_sizes=1 "
+    "--prompts=64 --k=8 --window=8 --rivals=sparsek --rounds=1"
+  ),
 }
 
 
 def blocks(language):
   """[(file, block)] of the fenced blocks in a language."""
-  return [(name, block) for name in ("README.md", "WORKSPACE.md") for block in re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.S)]
+  return [
+    (name, block)
+    for name in ("README.md", "WORKSPACE.md")
+    for block in re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.S)
+  ]
 
 
 def commands():
@@ -43,7 +60,9 @@ def commands():
 
 def smaller(words):
   """Flags that make a command of these words a small one."""
-  of_suite = [name for name in SMALLER if name.split()[0] == words[2] and set(name.split()[1:]) <= set(words)]
+  of_suite = [
+    name for name in SMALLER if name.split()[0] == words[2] and set(name.split()[1:]) <= set(words)
+  ]
   return shlex.split(SMALLER[max(of_suite, key=len)])
 
 
@@ -83,7 +102,10 @@ def test_commands_in_order(tmp_path):
   (tmp_path / "prompts.txt").write_text("def main\nclass Other(\n")
   ran = 0
   for line in commands():
-    words = [word.replace("stdlib", str(small)) if word == "--sources=stdlib" else word for word in shlex.split(line)]
+    words = [
+      word.replace("stdlib", str(small)) if word == "--sources=stdlib" else word
+      for word in shlex.split(line)
+    ]
     if words[1:2] == ["-m"] and words[2] in SMALLER:
       run([*words, *smaller(words)], tmp_path)
       ran += 1
@@ -99,11 +121,15 @@ def test_every_command_is_of_a_known_kind(line):
   elif words[:3] == ["pip", "install", "-e"]:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert all(extra in setup["options.extras_require"] for extra in re.findall(r"\[(\w+)\]", words[3]))
+    assert all(
+      extra in setup["options.extras_require"] for extra in re.findall(r"\[(\w+)\]", words[3])
+    )
   elif words[1:3] == ["-m", "pytest"]:
     assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
   elif words[1:3] == ["-m", "flake8"]:
-    assert subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+    assert (
+      subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+    )
   else:
     assert words[:2] == ["python", "-m"] and words[2] in SMALLER, line
 
@@ -119,20 +145,28 @@ def test_python_examples_run(block):
 def test_links_and_files_exist():
   for name in ("README.md", "WORKSPACE.md", "docs/attention-map.md"):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
-      assert target.startswith("http") or ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+      assert target.startswith("http") or ((ROOT / name).parent / target).exists(), (
+        f"{name}: {target}"
+      )
   quoted = re.findall(r"`([^`]+)`", (ROOT / "WORKSPACE.md").read_text())
   listed = {name.rpartition("/")[2] for name in quoted}
   for folder in ("sparsek", "kernels"):
     for file in (ROOT / folder).glob("*.py"):
-      assert file.name == "__init__.py" or file.name in listed, f"WORKSPACE.md does not mention {folder}/{file.name}"
+      assert file.name == "__init__.py" or file.name in listed, (
+        f"WORKSPACE.md does not mention {folder}/{file.name}"
+      )
   assert len((ROOT / "WORKSPACE.md").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "experiments" / "recipes").glob("*.flags")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "recipe", sorted((ROOT / "experiments" / "recipes").glob("*.flags")), ids=lambda path: path.stem
+)
 def test_recipes_parse(recipe):
   from absl import flags as absl_flags
+
   from experiments import prepare_data
   from sparsek.command_line import flags
+
   if "experiments.prepare_data --flagfile" in recipe.read_text():
     flags.parse(["prepare_data", f"--flagfile={recipe}"], prepare_data.FLAGS)
     return
@@ -140,7 +174,9 @@ def test_recipes_parse(recipe):
   for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
     define(values)
   flags.parse(["pretrain", f"--flagfile={recipe}", "--workdir=w"], values)
-  assert flags.model_config(values).num_layers > 0 and flags.train_config(values).optimizer.num_steps > 0
+  assert (
+    flags.model_config(values).num_layers > 0 and flags.train_config(values).optimizer.num_steps > 0
+  )
 
 
 def test_no_file_is_longer_than_600_lines():
@@ -148,4 +184,4 @@ def test_no_file_is_longer_than_600_lines():
     for file in (ROOT / folder).rglob("*.py"):
       assert len(file.read_text().splitlines()) <= 600, file
   for file in (ROOT / "experiments").glob("*.py"):
-    assert len(file.read_text().splitlines()) <= 160, file      # of at most 100 columns, now
+    assert len(file.read_text().splitlines()) <= 160, file  # of at most 100 columns, now

@@ -11,7 +11,10 @@ from sparsek.command_line import flags
 from sparsek.data.tokenizer import BPETokenizer
 
 # Compiles twice as fast; the programs of these tests run for milliseconds.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+quick_jit = functools.partial(
+  jax.jit,
+  compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
 
 
 def run_command(main, flag_values, *arguments):
@@ -29,20 +32,36 @@ def spm():
 
   Bytes are tokens too, and decoding leaves out the space before the first word.
   """
-  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
-            *"▁Helowrd", "▁w", "or", *"€日"]
+  pieces = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    *"▁Helowrd",
+    "▁w",
+    "or",
+    *"€日",
+  ]
   vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, [("▁", "w"), ("o", "r")]
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-      vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
+  )
   normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
   tokenizer.normalizer = normalizers.Sequence(
-      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-  tokenizer.decoder = decoders.Sequence([
-      decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-      decoders.Strip(" ", 1, 0)])
+    [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+  )
+  tokenizer.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
   tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
   tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-      "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+  )
   return BPETokenizer(tokenizer)
 
 
@@ -50,6 +69,10 @@ def spm():
 def metaspace():
   """The newer spelling of such tokenizers."""
   content = json.loads(spm()._tokenizer.to_str()) | {"normalizer": None}
-  content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁",
-                              "prepend_scheme": "always", "split": False}
+  content["pre_tokenizer"] = {
+    "type": "Metaspace",
+    "replacement": "▁",
+    "prepend_scheme": "always",
+    "split": False,
+  }
   return BPETokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))

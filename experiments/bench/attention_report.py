@@ -1,10 +1,12 @@
-"""The table, the summary and the curves of a record of `experiments.benchmark`: pure functions of what `experiments.bench.attention` found."""
+"""The table, the summary and the curves of a record of `experiments.benchmark`: pure functions of
+what `experiments.bench.attention` found.
+"""
 
 import math
 from collections.abc import Sequence
 
-from experiments.reports import plots
 from experiments.bench.attention import BOTH, FORWARD, RIVALS
+from experiments.reports import plots
 
 SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 CURVES = ("sparsek", "sliding_window", "dense")
@@ -42,8 +44,9 @@ def break_even(points: Sequence[tuple[int, float, float]]) -> tuple[int, float |
   Args:
     points: (n, our time, theirs), by rising n.
   Returns:
-    (smallest measured n from which on ours is faster, n of equal times between it and the length before, both taken for powers of n), the latter None
-    where ours is faster at the shortest already; None where it is slower at the longest.
+    (smallest measured n from which on ours is faster, n of equal times between it and the length
+    before, both taken for powers of n), the latter None where ours is faster at the shortest
+    already; None where it is slower at the longest.
   """
   first = len(points)
   while first and points[first - 1][1] < points[first - 1][2]:
@@ -52,13 +55,16 @@ def break_even(points: Sequence[tuple[int, float, float]]) -> tuple[int, float |
     return None
   if first == 0:
     return points[0][0], None
-  (n0, ours0, theirs0), (n1, ours1, theirs1) = points[first - 1:first + 1]
+  (n0, ours0, theirs0), (n1, ours1, theirs1) = points[first - 1 : first + 1]
   behind, ahead = math.log(ours0 / theirs0), math.log(theirs1 / ours1)
-  return points[first][0], math.exp(math.log(n0) + (math.log(n1) - math.log(n0)) * behind / (behind + ahead))
+  return points[first][0], math.exp(
+    math.log(n0) + (math.log(n1) - math.log(n0)) * behind / (behind + ahead)
+  )
 
 
 def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
-  """[{"shape", "what", "value"}]: the figures that goals are set for, forward + backward, wherever the rows to compute them exist.
+  """[{"shape", "what", "value"}]: the figures that goals are set for, forward + backward, wherever
+  the rows to compute them exist.
 
   The lengths that matter are the longest of a shape and a quarter of it.
   """
@@ -76,27 +82,49 @@ def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
       of = "" if scores == "normal" else f"{scores} scores: "
       for row in filter(None, (quarter, longest)):
         n, ours = row["n"], figure(row, "sparsek")
-        add(row, f"{of}time over a sliding window of {row['k'] + row['window']} at {n}", quotient(ours, figure(row, "sliding_window")))
+        add(
+          row,
+          f"{of}time over a sliding window of {row['k'] + row['window']} at {n}",
+          quotient(ours, figure(row, "sliding_window")),
+        )
         add(row, f"{of}speed over dense at {n}", quotient(figure(row, "dense"), ours))
         add(row, f"{of}speed over xla at {n}", quotient(figure(row, "xla"), ours))
-        add(row, f"{of}share of thresholds, expiry and compaction at {n}", quotient(figure(row, "thresholds"), ours))
+        add(
+          row,
+          f"{of}share of thresholds, expiry and compaction at {n}",
+          quotient(figure(row, "thresholds"), ours),
+        )
         if scores == "normal":
-          add(row, f"peak memory over the sliding window's at {n}", quotient(figure(row, "sparsek", what="mib"), figure(row, "sliding_window", what="mib")))
+          add(
+            row,
+            f"peak memory over the sliding window's at {n}",
+            quotient(figure(row, "sparsek", what="mib"), figure(row, "sliding_window", what="mib")),
+          )
         for other in of_shape:
           if scores != "normal" and (other["scores"], other["n"]) == ("normal", n):
-            add(row, f"time with {scores} scores over time with normal ones at {n}", quotient(ours, figure(other, "sparsek")))
+            add(
+              row,
+              f"time with {scores} scores over time with normal ones at {n}",
+              quotient(ours, figure(other, "sparsek")),
+            )
       if quarter:
         for what, unit in (("time", "ms"), ("peak memory", "mib")):
-          ratio = quotient(figure(longest, "sparsek", what=unit), figure(quarter, "sparsek", what=unit))
+          ratio = quotient(
+            figure(longest, "sparsek", what=unit), figure(quarter, "sparsek", what=unit)
+          )
           add(longest, f"{of}{what} at {longest['n']} over {what} at {quarter['n']}", ratio)
       points = [(n, figure(row, "sparsek"), figure(row, "dense")) for n, row in family.items()]
       found = break_even([point for point in points if None not in point])
       if found:
-        add(longest, f"{of}smallest length measured from which on it is faster than dense", found[0])
+        add(
+          longest, f"{of}smallest length measured from which on it is faster than dense", found[0]
+        )
         add(longest, f"{of}length of equal time with dense, interpolated", found[1])
   for name, distances in (errors or {}).get("relative", {}).items():
     for what, distance in distances.items():
-      add(errors["problem"], f"relative error of {what} at {errors['problem']['n']}, {name}", distance)
+      add(
+        errors["problem"], f"relative error of {what} at {errors['problem']['n']}, {name}", distance
+      )
   return lines
 
 
@@ -104,7 +132,7 @@ def number(value: float | None, unit: str = "") -> str:
   """Three digits, or all before the point."""
   if value is None:
     return ""
-  digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= .1 else 3
+  digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
   return f"{value:.{digits}f}{unit}"
 
 
@@ -115,21 +143,33 @@ def _pair(values: Sequence[str]) -> str:
 
 def _time(row: dict, rival: str, direction: str) -> str:
   failed = figure(row, rival, direction, "failed")
-  return number(figure(row, rival, direction)) if failed is None else failed if failed == "out of memory" else "failed"
+  return (
+    number(figure(row, rival, direction))
+    if failed is None
+    else failed
+    if failed == "out of memory"
+    else "failed"
+  )
 
 
 def table(rows: Sequence[dict]) -> list[str]:
-  """Lines: one a row for every shape, score family and length; pairs are forward / forward + backward."""
+  """Lines: one a row for every shape, score family and length; pairs are forward / forward +
+  backward.
+  """
   names = [name for name in RIVALS if any(name in row["rivals"] for row in rows)]
   labels = {name: label for row in rows for name, label in row["labels"].items()}
   lines = []
   for row in rows:
     cells = {"shape": shape_text(row), "scores": row["scores"], "n": str(row["n"])}
     for name in names:
-      cells[f"{labels[name]} ms"] = _pair([_time(row, name, direction) for direction in (FORWARD, BOTH)])
+      cells[f"{labels[name]} ms"] = _pair(
+        [_time(row, name, direction) for direction in (FORWARD, BOTH)]
+      )
     ours = [figure(row, "sparsek", direction) for direction in (FORWARD, BOTH)]
     theirs = lambda name: [figure(row, name, direction) for direction in (FORWARD, BOTH)]
-    cells["time / window"] = _pair([number(quotient(x, y)) for x, y in zip(ours, theirs("sliding_window"))])
+    cells["time / window"] = _pair(
+      [number(quotient(x, y)) for x, y in zip(ours, theirs("sliding_window"))]
+    )
     cells["speed / dense"] = _pair([number(quotient(y, x)) for x, y in zip(ours, theirs("dense"))])
     memory = figure(row, "sparsek", what="mib")
     cells["MiB"] = number(memory)
@@ -153,39 +193,76 @@ def failures(record: dict) -> list[str]:
       for direction in (FORWARD, BOTH):
         failed = figure(row, name, direction, "failed")
         if failed not in (None, "out of memory"):
-          found.append(f"{row['labels'][name]}, {direction}, {shape_text(row)}, {row['scores']} scores, n={row['n']}: {failed}")
-  return found + [f"{name}, errors: {failed}" for name, failed in ((record["errors"] or {}).get("failed") or {}).items()]
+          found.append(
+            f"{row['labels'][name]}, {direction}, {shape_text(row)}, {row['scores']} "
+            f"scores, n={row['n']}: {failed}"
+          )
+  return found + [
+    f"{name}, errors: {failed}"
+    for name, failed in ((record["errors"] or {}).get("failed") or {}).items()
+  ]
 
 
 def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-  """{"Forward" or "Forward + backward": {label: [(n, ms)]}} of the shape and family of the first row."""
-  of_shape = next(iter(by_shape([row for row in rows if all(row[field] == rows[0][field] for field in (*SHAPE_FIELDS, "scores"))]).values()))
+  """{"Forward" or "Forward + backward": {label: [(n, ms)]}} of the shape and family of the first
+  row.
+  """
+  of_shape = next(
+    iter(
+      by_shape(
+        [
+          row
+          for row in rows
+          if all(row[field] == rows[0][field] for field in (*SHAPE_FIELDS, "scores"))
+        ]
+      ).values()
+    )
+  )
   panels = {}
   for title, direction in (("Forward", FORWARD), ("Forward + backward", BOTH)):
     panels[title] = {}
     for name in CURVES:
-      points = [(row["n"], figure(row, name, direction)) for row in of_shape if figure(row, name, direction) is not None]
+      points = [
+        (row["n"], figure(row, name, direction))
+        for row in of_shape
+        if figure(row, name, direction) is not None
+      ]
       if points:
-        panels[title][next(row["labels"][name] for row in of_shape if name in row["labels"])] = points
+        panels[title][next(row["labels"][name] for row in of_shape if name in row["labels"])] = (
+          points
+        )
   return panels
 
 
 def draw(path: str, record: dict) -> None:
   """Writes the picture: time against length."""
   row = record["rows"][0]
-  plots.save_times(path, curves(record["rows"]), f"{record['device']}, {shape_text(row)} {budget_text(row)}")
+  plots.save_times(
+    path, curves(record["rows"]), f"{record['device']}, {shape_text(row)} {budget_text(row)}"
+  )
 
 
 def lines(record: dict) -> list[str]:
   """The whole record as text, the summary last."""
-  text = [f"{record['device']}, JAX {record['versions']['packages']['jax']}, {budget_text(record['rows'][0])}: medians of {record['rounds']} rounds, "
-          "forward / forward + backward; MiB: arguments, outputs and temporaries, forward + backward", *table(record["rows"]), ""]
+  text = [
+    f"{record['device']}, JAX {record['versions']['packages']['jax']}, "
+    f"{budget_text(record['rows'][0])}: medians of {record['rounds']} rounds, "
+    "forward / forward + backward; MiB: arguments, outputs and temporaries, forward + backward",
+    *table(record["rows"]),
+    "",
+  ]
   shape = None
   for line in record["summary"]:
     if line["shape"] != shape:
       shape = line["shape"]
       text.append(f"{shape}, forward + backward:")
     value = line["value"]
-    shown = str(value) if isinstance(value, int) else f"{value:.2e}" if "error" in line["what"] else number(value)
+    shown = (
+      str(value)
+      if isinstance(value, int)
+      else f"{value:.2e}"
+      if "error" in line["what"]
+      else number(value)
+    )
     text.append(f"  {line['what']}: {shown}")
   return text

@@ -4,8 +4,10 @@ import dataclasses
 
 from absl import flags as absl_flags
 
+from experiments.bench import attention as attention_bench
+from experiments.bench import decoding as decoding_bench
+from experiments.bench import training_step as training_step_bench
 from sparsek.command_line import flags
-from experiments.bench import attention as attention_bench, decoding as decoding_bench, training_step as training_step_bench
 from sparsek.config import preset
 from sparsek.errors import UsageError
 from sparsek.kernels.cudnn import on_nvidia_gpu
@@ -14,10 +16,12 @@ from sparsek.runs.settings import differences
 
 FLAGS = absl_flags.FlagValues()  # apart from those of pretraining, whose defaults are others
 flags.define_benchmark_flags(FLAGS)
-FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")     # of measure.Problem, named like their flags
-MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")      # of the trained or generating model
+# of measure.Problem, named like their flags
+FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
+# of the trained or generating model
+MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")
 PRESET = {"train": "gpt2_small", "decode": "1b"}
-K = WINDOW = 128                 # where --suite=attention is not told
+K = WINDOW = 128  # where --suite=attention is not told
 CONTEXTS = (1024, 8192, 65536, 524288, 1048576)
 
 
@@ -39,8 +43,11 @@ def names(name, allowed):
 def lengths(name="lengths", most=26):
   """Numbers of the flag of that name, rising."""
   given = flag(name).split(",")
-  if not all(n.isdecimal() and 1 <= int(n) <= 2 ** most for n in given):
-    raise UsageError(f"--{name}={flag(name)}: must be numbers from 1 to 2^{most} separated by commas, such as {FLAGS[name].default}")
+  if not all(n.isdecimal() and 1 <= int(n) <= 2**most for n in given):
+    raise UsageError(
+      f"--{name}={flag(name)}: must be numbers from 1 to 2^{most} separated by commas, "
+      f"such as {FLAGS[name].default}"
+    )
   return sorted({int(n) for n in given})
 
 
@@ -49,18 +56,30 @@ def problems():
   families = names("scores", SCORE_FAMILIES)
   if flag("suite") == "headline":
     given = {name: flag(name) for name in FIELDS if FLAGS[name].present}
-    chosen = attention_bench.headline(lengths() if FLAGS["lengths"].present else attention_bench.HEADLINE_LENGTHS, **given)
+    chosen = attention_bench.headline(
+      lengths() if FLAGS["lengths"].present else attention_bench.HEADLINE_LENGTHS, **given
+    )
     if FLAGS["scores"].present:
       chosen = [problem for problem in chosen if problem.scores in families]
   else:
     given = {"k": K, "window": WINDOW, "dtype": "bfloat16" if on_nvidia_gpu() else "float32"}
     given |= {name: flag(name) for name in FIELDS if flag(name) is not None}
-    chosen = [attention_bench.Problem(n, scores=scores, **given) for scores in families for n in lengths()]
+    chosen = [
+      attention_bench.Problem(n, scores=scores, **given) for scores in families for n in lengths()
+    ]
   for problem in chosen:
     if problem.heads % problem.kv_heads:
-      raise UsageError(f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}")
+      raise UsageError(
+        f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}"
+      )
   rivals = names("rivals", attention_bench.RIVALS) if flag("rivals") else None
-  return attention_bench.choose_rivals(chosen, rivals, flag("implementation"), max_dense=FLAGS["max_dense"].value, max_xla=flag("max_xla"))
+  return attention_bench.choose_rivals(
+    chosen,
+    rivals,
+    flag("implementation"),
+    max_dense=FLAGS["max_dense"].value,
+    max_xla=flag("max_xla"),
+  )
 
 
 def model(suite, flag_values=FLAGS):
@@ -95,11 +114,21 @@ def check_same_model(old, suite, varying):
 def decode_jobs():
   """What the flags ask to generate."""
   config, contexts = model("decode"), lengths() if FLAGS["lengths"].present else CONTEXTS
-  found = [decoding_bench.Job(config, n, batch) for batch in lengths("batch_sizes", 10) for n in contexts]
-  return found + [decoding_bench.Job(config, n, 1, "prefill") for n in (lengths("prompts") if flag("prompts") else ())]
+  found = [
+    decoding_bench.Job(config, n, batch) for batch in lengths("batch_sizes", 10) for n in contexts
+  ]
+  return found + [
+    decoding_bench.Job(config, n, 1, "prefill")
+    for n in (lengths("prompts") if flag("prompts") else ())
+  ]
 
 
 def jobs():
   """What the flags ask to train."""
   config = model("train")
-  return [training_step_bench.Job(config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk"), flag("scorer_loss")) for n in lengths()]
+  return [
+    training_step_bench.Job(
+      config, n, flag("batch_size", 1), flag("documents"), flag("loss_chunk"), flag("scorer_loss")
+    )
+    for n in lengths()
+  ]

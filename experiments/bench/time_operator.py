@@ -1,4 +1,6 @@
-"""Times thresholds and expiry, and the thresholds' VJP: `python -m experiments.bench.time_operator [heads n k]`."""
+"""Times thresholds and expiry, and the thresholds' VJP: `python -m experiments.bench.time_operator
+[heads n k]`.
+"""
 
 import statistics
 import time
@@ -29,15 +31,25 @@ def main(options):
   scores = jax.random.normal(jax.random.key(0), (1, heads, n))
   start, end = jnp.zeros((1, n), jnp.int32), jnp.full((1, n), n, jnp.int32)
   repeats = 20 if jax.default_backend() == "gpu" else 1
-  report = lambda name, f, *args: print(f"{name:40s} {milliseconds(f, *args, repeats=repeats):9.3f} ms", flush=True)
+  report = lambda name, f, *args: print(
+    f"{name:40s} {milliseconds(f, *args, repeats=repeats):9.3f} ms", flush=True
+  )
   print(f"{heads} heads x {n} tokens, k = delay = {k}, {jax.devices()[0].device_kind}")
 
   kernels = thread_ops.can_run()
   for packed in (False, True):
-    select = lambda scores, start, end: prefix_selection.select(scores, start, end, k, k, packed, kernels)
+    select = lambda scores, start, end: prefix_selection.select(
+      scores, start, end, k, k, packed, kernels
+    )
     report(f"thresholds and expiry{', packed' * packed}", select, scores, start, end)
   threshold = jax.jit(select)(scores, start, end)[0]
-  report("VJP of the thresholds", lambda x: prefix_selection.select_backward(k, k, False, kernels, (scores, threshold, end), (x,))[0], jnp.ones_like(threshold))
+  report(
+    "VJP of the thresholds",
+    lambda x: prefix_selection.select_backward(
+      k, k, False, kernels, (scores, threshold, end), (x,)
+    )[0],
+    jnp.ones_like(threshold),
+  )
 
 
 def make_parser():

@@ -1,4 +1,6 @@
-"""Times whole training steps of one model under several kinds of attention; `experiments.benchmark --suite=train` is the command."""
+"""Times whole training steps of one model under several kinds of attention; `experiments.benchmark
+--suite=train` is the command.
+"""
 
 import dataclasses
 import math
@@ -9,23 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.model import flops
 from experiments.bench import transformers_llama
-from sparsek.runs.checkpoint import abstract_params
-from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from experiments.bench.attention import Cell, run_rounds
+from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.model import flops
 from sparsek.model.transformer import count_params, init_params
-from sparsek.training.optimizer import make_optimizer
 from sparsek.parallel.mesh import make_mesh, put_batch, replicated
+from sparsek.runs.checkpoint import abstract_params
+from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
 
 KINDS = ("sparsek", "sliding_window", "full")
-TRANSFORMERS_SECONDS = 5.0      # most to sample one of them
+TRANSFORMERS_SECONDS = 5.0  # most to sample one of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Training on batches of `batch_size` rows of n tokens, which hold `documents` documents each, the first half of a row, the second a quarter, and so on."""
+  """Training on batches of `batch_size` rows of n tokens, which hold `documents` documents each,
+  the first half of a row, the second a quarter, and so on.
+  """
+
   config: TransformerConfig
   n: int
   batch_size: int = 1
@@ -40,22 +45,35 @@ class Job:
 
 
 def kinds_here() -> tuple[str, ...]:
-  """What can be compared here: all kinds of attention, and transformers' Llama where it is installed beside a GPU."""
+  """What can be compared here: all kinds of attention, and transformers' Llama where it is
+  installed beside a GPU.
+  """
   return KINDS + (tuple(transformers_llama.KINDS) if transformers_llama.available() else ())
 
 
-def measure_transformers(jobs: Sequence[Job], kinds: Sequence[str], max_n: int, rounds: int, say: Callable[[str], None]) -> dict[tuple[int, str], dict]:
-  """{(place of the job, kind): what `transformers_llama.run` found}, for the jobs of at most max_n tokens; to be called before JAX takes the GPU's memory."""
+def measure_transformers(
+  jobs: Sequence[Job], kinds: Sequence[str], max_n: int, rounds: int, say: Callable[[str], None]
+) -> dict[tuple[int, str], dict]:
+  """{(place of the job, kind): what `transformers_llama.run` found}, for the jobs of at most max_n
+  tokens; to be called before JAX takes the GPU's memory.
+  """
   found = {}
   for i, job in enumerate(jobs):
     for kind in (kind for kind in transformers_llama.KINDS if kind in kinds and job.n <= max_n):
-      found[i, kind] = transformers_llama.run(kind, job.config, job.n, job.batch_size, job.loss_chunk, rounds, TRANSFORMERS_SECONDS)
-      say(f"n={job.n}, {kind}: " + (found[i, kind].get("failed") or f"compiled in {found[i, kind]['compile_seconds']:.0f} s"))
+      found[i, kind] = transformers_llama.run(
+        kind, job.config, job.n, job.batch_size, job.loss_chunk, rounds, TRANSFORMERS_SECONDS
+      )
+      say(
+        f"n={job.n}, {kind}: "
+        + (found[i, kind].get("failed") or f"compiled in {found[i, kind]['compile_seconds']:.0f} s")
+      )
   return found
 
 
 def under(kind: str, config: TransformerConfig) -> TransformerConfig:
-  """The same model under another kind of attention in every layer; a sliding window has SPARSEK's whole budget."""
+  """The same model under another kind of attention in every layer; a sliding window has SPARSEK's
+  whole budget.
+  """
   window = config.k + config.window if kind == "sliding_window" else config.window
   return dataclasses.replace(config, attention=kind, window=window)
 
@@ -65,9 +83,15 @@ class StepCell(Cell):
 
   def __init__(self, job: Job):
     self.job, self.compile_seconds, self._mesh = job, None, make_mesh()
-    train = TrainConfig(workdir="", loss_chunk=job.loss_chunk, scorer_loss=job.scorer_loss,
-                        data=DataConfig(seq_len=job.n, batch_size=job.batch_size, segment_documents=job.documents > 1),
-                        optimizer=OptimizerConfig(num_steps=1000, warmup_steps=100))
+    train = TrainConfig(
+      workdir="",
+      loss_chunk=job.loss_chunk,
+      scorer_loss=job.scorer_loss,
+      data=DataConfig(
+        seq_len=job.n, batch_size=job.batch_size, segment_documents=job.documents > 1
+      ),
+      optimizer=OptimizerConfig(num_steps=1000, warmup_steps=100),
+    )
     self._optimizer = make_optimizer(train.optimizer)
     super().__init__(make_train_step(job.config, train, self._optimizer, self._mesh), ())
 
@@ -81,15 +105,24 @@ class StepCell(Cell):
   def _batch(self):
     lengths = self.job.lengths()
     segments = np.repeat(np.arange(len(lengths), dtype=np.int32) + 1, lengths)
-    segments = np.append(segments, segments[-1])                         # a row stores its last target too
-    tokens = np.random.default_rng(0).integers(0, self.job.config.vocab_size, (self.job.batch_size, self.job.n + 1), dtype=np.int32)
-    return put_batch(self._mesh, {"tokens": tokens, "segment_ids": np.tile(segments, (self.job.batch_size, 1))})
+    segments = np.append(segments, segments[-1])  # a row stores its last target too
+    tokens = np.random.default_rng(0).integers(
+      0, self.job.config.vocab_size, (self.job.batch_size, self.job.n + 1), dtype=np.int32
+    )
+    return put_batch(
+      self._mesh, {"tokens": tokens, "segment_ids": np.tile(segments, (self.job.batch_size, 1))}
+    )
 
   def start(self) -> None:
     everywhere = replicated(self._mesh)
-    params = jax.jit(lambda key: init_params(self.job.config, key), out_shardings=everywhere)(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(self.job.config, key), out_shardings=everywhere)(
+      jax.random.key(0)
+    )
     opt_state = jax.jit(self._optimizer.init, out_shardings=everywhere)(params)
-    self._args = TrainState(jax.device_put(jnp.int32(0), everywhere), params, opt_state), self._batch()
+    self._args = (
+      TrainState(jax.device_put(jnp.int32(0), everywhere), params, opt_state),
+      self._batch(),
+    )
 
   def time(self) -> float:
     """Seconds of `inner` steps, each from the state that the one before left."""
@@ -102,21 +135,37 @@ class StepCell(Cell):
     return time.perf_counter() - begin
 
   def record(self) -> dict:
-    return rated(self.job, super().record() | {"compile_seconds": self.compile_seconds}, jax.device_count())
+    return rated(
+      self.job, super().record() | {"compile_seconds": self.compile_seconds}, jax.device_count()
+    )
 
 
 def rated(job: Job, found: dict, devices: int) -> dict:
-  """`found` with the speed that its milliseconds a step mean for a job; the operations of recomputed parts do not count."""
+  """`found` with the speed that its milliseconds a step mean for a job; the operations of
+  recomputed parts do not count.
+  """
   if "failed" in found:
     return found
   peak, seconds = flops.peak(jax.devices()[0]), found["ms"] / 1e3
-  work = flops.training_flops(job.config, abstract_params(job.config), np.array(job.lengths() * job.batch_size))
-  return found | {"tokens_per_second": job.n * job.batch_size / seconds, "step_tflop": work / 1e12,
-                  "mfu": None if peak is None else work / seconds / (peak * devices)}
+  work = flops.training_flops(
+    job.config, abstract_params(job.config), np.array(job.lengths() * job.batch_size)
+  )
+  return found | {
+    "tokens_per_second": job.n * job.batch_size / seconds,
+    "step_tflop": work / 1e12,
+    "mfu": None if peak is None else work / seconds / (peak * devices),
+  }
 
 
-def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10, seconds: float = math.inf, sample_seconds: float = 0.3,
-            others: dict[tuple[int, str], dict] | None = None, say: Callable[[str], None] = lambda text: None) -> Iterator[tuple[int, list[dict]]]:
+def measure(
+  jobs: Sequence[Job],
+  kinds: Sequence[str] = KINDS,
+  rounds: int = 10,
+  seconds: float = math.inf,
+  sample_seconds: float = 0.3,
+  others: dict[tuple[int, str], dict] | None = None,
+  say: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[int, list[dict]]]:
   """Times the jobs one after the other, the kinds of each in turn, round after round.
 
   Args:
@@ -127,21 +176,41 @@ def measure(jobs: Sequence[Job], kinds: Sequence[str] = KINDS, rounds: int = 10,
     others: what `measure_transformers` found.
     say: takes lines of progress.
   Yields:
-    After each round: how many of the last job are done, and the rows so far: what the job is, and "rivals": {kind: {"ms" or "failed", "mib", ...}}.
+    After each round: how many of the last job are done, and the rows so far: what the job is, and
+    "rivals": {kind: {"ms" or "failed", "mib", ...}}.
   """
   rows = []
   for i, job in enumerate(jobs):
-    other = {kind: rated(dataclasses.replace(job, config=under("full", job.config)), found, 1) for (place, kind), found in (others or {}).items() if place == i}
-    cells = {kind: StepCell(dataclasses.replace(job, config=under(kind, job.config))) for kind in kinds if kind in KINDS}
+    other = {
+      kind: rated(dataclasses.replace(job, config=under("full", job.config)), found, 1)
+      for (place, kind), found in (others or {}).items()
+      if place == i
+    }
+    cells = {
+      kind: StepCell(dataclasses.replace(job, config=under(kind, job.config)))
+      for kind in kinds
+      if kind in KINDS
+    }
     for kind, cell in cells.items():
       for action in (cell.compile, cell.start):
         cell.attempt(action)
       cell.attempt(cell.calibrate, sample_seconds)
-      say(f"n={job.n}, {kind}: " + (cell.failed or f"compiled in {cell.compile_seconds:.0f} s, {cell.inner} steps a sample"))
+      say(
+        f"n={job.n}, {kind}: "
+        + (cell.failed or f"compiled in {cell.compile_seconds:.0f} s, {cell.inner} steps a sample")
+      )
     size = count_params(abstract_params(dataclasses.replace(job.config, attention="full"))) / 1e6
-    fields = {"model": f"{size:.0f}M parameters, {job.config.dtype}", "k": job.config.k, "window": job.config.window, "remat": job.config.remat,
-              "scorer_init_slope": job.config.scorer_init_slope,
-              **{name: getattr(job, name) for name in ("n", "batch_size", "documents", "loss_chunk", "scorer_loss")}}
+    fields = {
+      "model": f"{size:.0f}M parameters, {job.config.dtype}",
+      "k": job.config.k,
+      "window": job.config.window,
+      "remat": job.config.remat,
+      "scorer_init_slope": job.config.scorer_init_slope,
+      **{
+        name: getattr(job, name)
+        for name in ("n", "batch_size", "documents", "loss_chunk", "scorer_loss")
+      },
+    }
     for done in run_rounds(list(cells.values()), rounds, seconds):
       row = {**fields, "rivals": {kind: cell.record() for kind, cell in cells.items()} | other}
       yield done, [*rows, row]

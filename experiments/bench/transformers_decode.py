@@ -1,28 +1,44 @@
-"""Decoding with transformers' Llama and its default cache, in PyTorch and a process of its own, to compare with.
+"""Decoding with transformers' Llama and its default cache, in PyTorch and a process of its own, to
+compare with.
 
-The cache is filled with random keys and values of the context; then tokens are fed one by one, greedily, and the cache is cut back before every sample.
+The cache is filled with random keys and values of the context; then tokens are fed one by one,
+greedily, and the cache is cut back before every sample.
 """
 
 import sys
 import time
 
-from sparsek.config import TransformerConfig
 from experiments.bench.transformers_llama import answer, ask, fields
+from sparsek.config import TransformerConfig
 
 COMMAND = (sys.executable, "-m", "experiments.bench.transformers_decode")
 TIMEOUT_SECONDS = 180.0
-SECONDS = 5.0                    # most to spend on samples
-TOKENS = 16                      # a sample
+SECONDS = 5.0  # most to spend on samples
+TOKENS = 16  # a sample
 
 
-def run(config: TransformerConfig, n: int, batch_size: int, rounds: int, device: str = "cuda") -> dict:
-  """{"ms", "fastest", "slowest", "rounds", "tokens_per_second", "mib"} of a token after n others in each of batch_size rows, or {"failed"}.
+def run(
+  config: TransformerConfig, n: int, batch_size: int, rounds: int, device: str = "cuda"
+) -> dict:
+  """{"ms", "fastest", "slowest", "rounds", "tokens_per_second", "mib"} of a token after n others in
+  each of batch_size rows, or {"failed"}.
 
   Call it before JAX takes the GPU's memory.
   """
-  job = dict(model=fields(config, n + TOKENS), n=n, batch_size=batch_size, rounds=rounds, seconds=SECONDS, device=device)
+  job = dict(
+    model=fields(config, n + TOKENS),
+    n=n,
+    batch_size=batch_size,
+    rounds=rounds,
+    seconds=SECONDS,
+    device=device,
+  )
   found = ask(COMMAND, job, TIMEOUT_SECONDS)
-  return found if "failed" in found else {**found, "inner": TOKENS, "tokens_per_second": 1e3 * batch_size / found["ms"]}
+  return (
+    found
+    if "failed" in found
+    else {**found, "inner": TOKENS, "tokens_per_second": 1e3 * batch_size / found["ms"]}
+  )
 
 
 def measure(job):
@@ -39,19 +55,23 @@ def measure(job):
   cache = transformers.DynamicCache(config=config)
   shape = (job["batch_size"], config.num_key_value_heads, job["n"], config.head_dim)
   for layer in range(config.num_hidden_layers):
-    cache.update(*(torch.randn(shape, device=job["device"], dtype=torch.bfloat16) for _ in range(2)), layer)
+    cache.update(
+      *(torch.randn(shape, device=job["device"], dtype=torch.bfloat16) for _ in range(2)), layer
+    )
   token = torch.zeros((job["batch_size"], 1), dtype=torch.long, device=job["device"])
 
   @torch.inference_mode()
   def sample():
     nonlocal token
     if cache.get_seq_length() > job["n"]:
-      cache.crop(-TOKENS)                                 # negative: to be removed, which all versions understand
+      cache.crop(-TOKENS)  # negative: to be removed, which all versions understand
     if on_gpu:
       torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(TOKENS):
-      token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+      token = (
+        model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+      )
     if on_gpu:
       torch.cuda.synchronize()
     assert cache.get_seq_length() == job["n"] + TOKENS, "the cache did not grow"
@@ -60,9 +80,11 @@ def measure(job):
   sample()
   sample()
   found, begin = [], time.perf_counter()
-  while len(found) < job["rounds"] and (not found or time.perf_counter() - begin + found[-1] * TOKENS < job["seconds"]):
+  while len(found) < job["rounds"] and (
+    not found or time.perf_counter() - begin + found[-1] * TOKENS < job["seconds"]
+  ):
     found.append(sample())
-  return {"seconds": found, "mib": torch.cuda.max_memory_allocated() / 2 ** 20 if on_gpu else None}
+  return {"seconds": found, "mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Training steps of transformers' Llama, in PyTorch and a process of its own, to compare with: sdpa, torch.compile, gradient checkpointing, chunked loss.
+"""Training steps of transformers' Llama, in PyTorch and a process of its own, to compare with:
+sdpa, torch.compile, gradient checkpointing, chunked loss.
 
-Weights and AdamW's state are bfloat16. Compiled are the decoder as a whole, or its layers one by one, which leaves out what it does before them (its mask).
+Weights and AdamW's state are bfloat16. Compiled are the decoder as a whole, or its layers one by
+one, which leaves out what it does before them (its mask).
 """
 
 import importlib.util
@@ -15,27 +17,44 @@ from collections.abc import Callable, Sequence
 
 from sparsek.config import TransformerConfig
 
-KINDS = {"transformers": "model", "transformers_layers": "layers"}          # what is compiled
+KINDS = {"transformers": "model", "transformers_layers": "layers"}  # what is compiled
 COMMAND = (sys.executable, "-m", "experiments.bench.transformers_llama")
 TIMEOUT_SECONDS = 240.0
 
 
 def available() -> bool:
   """Whether there is something to compare with."""
-  return bool(importlib.util.find_spec("torch") and importlib.util.find_spec("transformers") and shutil.which("nvidia-smi"))
+  return bool(
+    importlib.util.find_spec("torch")
+    and importlib.util.find_spec("transformers")
+    and shutil.which("nvidia-smi")
+  )
 
 
 def fields(config: TransformerConfig, max_positions: int) -> dict:
   """Those of a transformers.LlamaConfig of the same shape."""
-  return dict(vocab_size=config.vocab_size, hidden_size=config.embed_dim, intermediate_size=config.mlp_dim, num_hidden_layers=config.num_layers,
-              num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-              tie_word_embeddings=config.tie_embeddings, max_position_embeddings=max_positions)
+  return dict(
+    vocab_size=config.vocab_size,
+    hidden_size=config.embed_dim,
+    intermediate_size=config.mlp_dim,
+    num_hidden_layers=config.num_layers,
+    num_attention_heads=config.num_heads,
+    num_key_value_heads=config.num_kv_heads,
+    head_dim=config.head_dim,
+    rms_norm_eps=config.norm_eps,
+    tie_word_embeddings=config.tie_embeddings,
+    max_position_embeddings=max_positions,
+  )
 
 
 def ask(command: Sequence[str], job: dict, timeout: float) -> dict:
-  """What a process that `answer`s finds of a job: {"ms", "fastest", "slowest", "rounds"} of its "seconds" and whatever else, or {"failed"}."""
+  """What a process that `answer`s finds of a job: {"ms", "fastest", "slowest", "rounds"} of its
+  "seconds" and whatever else, or {"failed"}.
+  """
   try:
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(
+      command, input=json.dumps(job), capture_output=True, text=True, timeout=timeout, check=False
+    )
   except subprocess.TimeoutExpired:
     return {"failed": f"it took more than {timeout:.0f} s"}
   if done.returncode:
@@ -44,7 +63,13 @@ def ask(command: Sequence[str], job: dict, timeout: float) -> dict:
   if "failed" in found:
     return found
   milliseconds = sorted(1e3 * x for x in found.pop("seconds"))
-  return {"ms": statistics.median(milliseconds), "fastest": milliseconds[0], "slowest": milliseconds[-1], "rounds": len(milliseconds), **found}
+  return {
+    "ms": statistics.median(milliseconds),
+    "fastest": milliseconds[0],
+    "slowest": milliseconds[-1],
+    "rounds": len(milliseconds),
+    **found,
+  }
 
 
 def answer(measure: Callable[[dict], dict]) -> None:
@@ -54,24 +79,52 @@ def answer(measure: Callable[[dict], dict]) -> None:
     found = measure(job)
   except Exception as error:  # of torch, of many kinds; they are told to the process that asked
     text = str(error).splitlines() or [""]
-    found = {"failed": "out of memory" if "out of memory" in text[0] else f"{type(error).__name__}: {text[0]}"}
+    found = {
+      "failed": "out of memory"
+      if "out of memory" in text[0]
+      else f"{type(error).__name__}: {text[0]}"
+    }
   print(json.dumps(found))
 
 
-def run(kind: str, config: TransformerConfig, n: int, batch_size: int, loss_chunk: int, rounds: int, seconds: float, sample_seconds: float = 0.3) -> dict:
-  """{"ms", "fastest", "slowest", "rounds", "inner", "mib", "compile_seconds"} of a step of a model of that shape, or {"failed"}.
+def run(
+  kind: str,
+  config: TransformerConfig,
+  n: int,
+  batch_size: int,
+  loss_chunk: int,
+  rounds: int,
+  seconds: float,
+  sample_seconds: float = 0.3,
+) -> dict:
+  """{"ms", "fastest", "slowest", "rounds", "inner", "mib", "compile_seconds"} of a step of a model
+  of that shape, or {"failed"}.
 
   Call it before JAX takes the GPU's memory; `seconds`: most to spend on samples.
   """
-  return ask(COMMAND, dict(model=fields(config, n), n=n, batch_size=batch_size, loss_chunk=loss_chunk, compile=KINDS[kind], rounds=rounds, seconds=seconds,
-                           sample_seconds=sample_seconds), TIMEOUT_SECONDS)
+  return ask(
+    COMMAND,
+    dict(
+      model=fields(config, n),
+      n=n,
+      batch_size=batch_size,
+      loss_chunk=loss_chunk,
+      compile=KINDS[kind],
+      rounds=rounds,
+      seconds=seconds,
+      sample_seconds=sample_seconds,
+    ),
+    TIMEOUT_SECONDS,
+  )
 
 
 def make_step(job):
-  """A function that makes one optimizer step, of which the logits of `loss_chunk` tokens exist at once."""
+  """A function that makes one optimizer step, of which the logits of `loss_chunk` tokens exist at
+  once.
+  """
   import torch
-  from torch.utils.checkpoint import checkpoint
   import transformers
+  from torch.utils.checkpoint import checkpoint
 
   torch.manual_seed(0)
   torch.set_float32_matmul_precision("high")
@@ -85,17 +138,23 @@ def make_step(job):
 
   @torch.compile
   def loss_of(hidden, targets):
-    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, model.lm_head.weight).float(), targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(
+      torch.nn.functional.linear(hidden, model.lm_head.weight).float(), targets, reduction="sum"
+    )
 
   def step():
     hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state.flatten(0, 1)
     chunks = zip(hidden.split(job["loss_chunk"]), tokens[:, 1:].flatten().split(job["loss_chunk"]))
-    loss = sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks) / tokens[:, 1:].numel()
+    loss = (
+      sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
+      / tokens[:, 1:].numel()
+    )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
+
   return step
 
 
@@ -119,9 +178,16 @@ def measure(job):
   torch.cuda.reset_peak_memory_stats()
   inner = max(1, math.ceil(job["sample_seconds"] / sample(1)))
   found, begin = [], time.perf_counter()
-  while len(found) < job["rounds"] and (not found or time.perf_counter() - begin + found[-1] * inner < job["seconds"]):
+  while len(found) < job["rounds"] and (
+    not found or time.perf_counter() - begin + found[-1] * inner < job["seconds"]
+  ):
     found.append(sample(inner) / inner)
-  return {"seconds": found, "inner": inner, "mib": torch.cuda.max_memory_allocated() / 2 ** 20, "compile_seconds": compile_seconds}
+  return {
+    "seconds": found,
+    "inner": inner,
+    "mib": torch.cuda.max_memory_allocated() / 2**20,
+    "compile_seconds": compile_seconds,
+  }
 
 
 if __name__ == "__main__":

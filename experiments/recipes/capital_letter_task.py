@@ -1,8 +1,11 @@
-"""Writes documents with one letter worth keeping, for experiments.prepare_data: `python -m experiments.recipes.capital_letter_task LENGTH COUNT FILE`.
+"""Writes documents with one letter worth keeping, for experiments.prepare_data: `python -m
+experiments.recipes.capital_letter_task LENGTH COUNT FILE`.
 
-A document repeats the letters a to h. Somewhere a capital stands among them, and after every later h a question mark and that capital again, further back than
-a short window reaches. A scorer can tell capitals by their looks, and only they are worth keeping: the smallest test of learning what to keep. Lengths vary
-from LENGTH / 2 to LENGTH, or landmarks that count positions would help. FILE is .jsonl.
+A document repeats the letters a to h. Somewhere a capital stands among them, and after every later
+h a question mark and that capital again, further back than a short window reaches. A scorer can
+tell capitals by their looks, and only they are worth keeping: the smallest test of learning what to
+keep. Lengths vary from LENGTH / 2 to LENGTH, or landmarks that count positions would help. FILE is
+.jsonl.
 """
 
 import json
@@ -10,8 +13,8 @@ import random
 import string
 
 from experiments import script
-from sparsek.storage import files
 from sparsek.errors import UsageError
+from sparsek.storage import files
 
 CYCLE = "abcdefgh"
 
@@ -19,7 +22,11 @@ CYCLE = "abcdefgh"
 def document(rng, length):
   """The capital is in the first half."""
   length = rng.randrange(length // 2, length + 1)
-  start, place, capital = rng.randrange(len(CYCLE)), rng.randrange(length // 2), rng.choice(string.ascii_uppercase)
+  start, place, capital = (
+    rng.randrange(len(CYCLE)),
+    rng.randrange(length // 2),
+    rng.choice(string.ascii_uppercase),
+  )
   text = ""
   for i in range(length):
     text += CYCLE[(start + i) % len(CYCLE)]

@@ -1,7 +1,9 @@
-"""How far back a new scorer's selection reaches: `python -m experiments.recipes.scorer_reach [FILE]` prints a table, and writes it to FILE (.json) too.
+"""How far back a new scorer's selection reaches: `python -m experiments.recipes.scorer_reach
+[FILE]` prints a table, and writes it to FILE (.json) too.
 
-Scores are normal with the standard deviation of `scorer_init_scale` plus `scorer_init_slope` per 1024 tokens, as of an untrained scoring network; the query is
-the last one. "fractional" is the share of the selected tokens whose scores get a gradient of their own.
+Scores are normal with the standard deviation of `scorer_init_scale` plus `scorer_init_slope` per
+1024 tokens, as of an untrained scoring network; the query is the last one. "fractional" is the
+share of the selected tokens whose scores get a gradient of their own.
 """
 
 import itertools
@@ -10,18 +12,26 @@ import numpy as np
 
 import sparsek
 from experiments import script
-from sparsek.storage import files
 from sparsek.runs import run_directory
+from sparsek.storage import files
 
-LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4., 1.), (1., 0.)
+LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4.0, 1.0), (1.0, 0.0)
 
 
 def reach(n, scale, slope, rng):
   scores = (scale * rng.normal(size=n) + slope * np.arange(n) / 1024).astype(np.float32)
   selected = np.argsort(-scores)[:K]
   gates, age = np.asarray(sparsek.sparsek(scores, K)), n - 1 - selected
-  return {"n": n, "k": K, "scale": scale, "slope": slope, "mean_age": round(float(age.mean())), "oldest": int(age.max()),
-          "fractional": round(float((gates[selected] < 1).mean()), 3), "gate_mass": round(float(gates[selected].sum() / K), 3)}
+  return {
+    "n": n,
+    "k": K,
+    "scale": scale,
+    "slope": slope,
+    "mean_age": round(float(age.mean())),
+    "oldest": int(age.max()),
+    "fractional": round(float((gates[selected] < 1).mean()), 3),
+    "gate_mass": round(float(gates[selected].sum() / K), 3),
+  }
 
 
 def make_parser():
@@ -33,7 +43,9 @@ def make_parser():
 
 def main(options):
   rng = np.random.default_rng(0)
-  rows = [reach(n, scale, slope, rng) for n, scale, slope in itertools.product(LENGTHS, SCALES, SLOPES)]
+  rows = [
+    reach(n, scale, slope, rng) for n, scale, slope in itertools.product(LENGTHS, SCALES, SLOPES)
+  ]
   print("\t".join(rows[0]))
   for row in rows:
     print("\t".join(map(str, row.values())))

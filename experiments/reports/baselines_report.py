@@ -1,4 +1,6 @@
-"""The record of experiments/recipes/baselines.py as a table and a picture: kinds of attention at the same budget of keys per query."""
+"""The record of experiments/recipes/baselines.py as a table and a picture: kinds of attention at
+the same budget of keys per query.
+"""
 
 import math
 import os
@@ -9,30 +11,70 @@ from collections.abc import Mapping, Sequence
 from experiments.reports import plots
 from sparsek.runs.metrics import read_metrics
 
-Runs = Mapping[str, Mapping]                     # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}
+Runs = Mapping[str, Mapping]  # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}
 RETRIEVAL = ("passkey", "needle", "recall")
-COLOURS = {"full": "#000000", "full_last": "#777777", "full_local": "#777777", "hybrid": "#777777", "window": "#D55E00", "sparsek": "#0072B2",
-           "random": "#009E73", "sinks": "#E69F00", "linear": "#CC79A7", "block": "#8172B3", "strided": "#937860"}
-SHOWN = 0.2                                      # losses further above full attention's, if any, stand at the edge of the picture, as numbers
+COLOURS = {
+  "full": "#000000",
+  "full_last": "#777777",
+  "full_local": "#777777",
+  "hybrid": "#777777",
+  "window": "#D55E00",
+  "sparsek": "#0072B2",
+  "random": "#009E73",
+  "sinks": "#E69F00",
+  "linear": "#CC79A7",
+  "block": "#8172B3",
+  "strided": "#937860",
+}
+SHOWN = (
+  0.2  # losses further above full attention's, if any, stand at the edge of the picture, as numbers
+)
 
 
 def describe(folder: str) -> dict:
-  """What a run found: held-out loss of the data it was trained on by step, of text by position in rows of each length, and its answers."""
+  """What a run found: held-out loss of the data it was trained on by step, of text by position in
+  rows of each length, and its answers.
+  """
   lines = lambda name: read_metrics(os.path.join(folder, name))
   evaluated = {str(line["data"]["seq_len"]): line for line in lines("evaluation.jsonl")}
   asked, steps = lines("tasks.jsonl"), lines("metrics.jsonl")
-  return {"mixed_loss": {str(line["step"]): line["heldout_loss"] for line in steps if "heldout_loss" in line},
-          "loss": {length: {key: line[key] for key in ("loss", "num_targets", "buckets")} for length, line in evaluated.items()},
-          "tasks": [{key: row[key] for key in ("task", "length", "right", "total")} for row in asked[-1]["results"]] if asked else [],
-          "selection": {key: value for key, value in [line for line in steps if "loss" in line][-1].items() if key.startswith("layer_")}}
+  return {
+    "mixed_loss": {
+      str(line["step"]): line["heldout_loss"] for line in steps if "heldout_loss" in line
+    },
+    "loss": {
+      length: {key: line[key] for key in ("loss", "num_targets", "buckets")}
+      for length, line in evaluated.items()
+    },
+    "tasks": [
+      {key: row[key] for key in ("task", "length", "right", "total")}
+      for row in asked[-1]["results"]
+    ]
+    if asked
+    else [],
+    "selection": {
+      key: value
+      for key, value in [line for line in steps if "loss" in line][-1].items()
+      if key.startswith("layer_")
+    },
+  }
 
 
 def losses(run: Mapping, length: str | None = None) -> dict[str, float]:
-  """Seed -> held-out loss of text in rows of `length` tokens, None: of the shortest rows; "mixed": of the data it was trained on, answers among them."""
+  """Seed -> held-out loss of text in rows of `length` tokens, None: of the shortest rows; "mixed":
+  of the data it was trained on, answers among them.
+  """
   if length == "mixed":
-    return {str(seed): list(result["mixed_loss"].values())[-1] for seed, result in run["seeds"].items() if result["mixed_loss"]}
-  return {str(seed): result["loss"][length or min(result["loss"], key=int)]["loss"] for seed, result in run["seeds"].items()
-          if result["loss"] and (length is None or length in result["loss"])}
+    return {
+      str(seed): list(result["mixed_loss"].values())[-1]
+      for seed, result in run["seeds"].items()
+      if result["mixed_loss"]
+    }
+  return {
+    str(seed): result["loss"][length or min(result["loss"], key=int)]["loss"]
+    for seed, result in run["seeds"].items()
+    if result["loss"] and (length is None or length in result["loss"])
+  }
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -43,20 +85,34 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(run: Mapping, other: Mapping, length: str | None = None) -> tuple[float, float]:
-  """Mean of loss(run) - loss(other) over the seeds that both have, and its standard error: runs of a seed share their start and the order of their data."""
+  """Mean of loss(run) - loss(other) over the seeds that both have, and its standard error: runs of
+  a seed share their start and the order of their data.
+  """
   here, there = losses(run, length), losses(other, length)
   return mean_and_error([here[seed] - there[seed] for seed in sorted(set(here) & set(there))])
 
 
 def pool(rounds: Sequence[Runs]) -> Runs:
-  """The runs of several records as of one: a start of each round has a seed of its own, "round.seed"."""
+  """The runs of several records as of one: a start of each round has a seed of its own,
+  "round.seed".
+  """
   names = dict.fromkeys(name for runs in rounds for name in runs)
-  return {name: {"seeds": {f"{i}.{seed}": result for i, runs in enumerate(rounds) for seed, result in runs.get(name, {"seeds": {}})["seeds"].items()}}
-          for name in names}
+  return {
+    name: {
+      "seeds": {
+        f"{i}.{seed}": result
+        for i, runs in enumerate(rounds)
+        for seed, result in runs.get(name, {"seeds": {}})["seeds"].items()
+      }
+    }
+    for name in names
+  }
 
 
 def differences(runs: Runs, name: str) -> str:
-  """In Markdown: loss of a kind minus that of every other one of its budget, of text and of the mix, over the seeds that both have."""
+  """In Markdown: loss of a kind minus that of every other one of its budget, of text and of the
+  mix, over the seeds that both have.
+  """
   lines = [f"| {name} minus | text | starts | mix | starts |", "|---|---|---|---|---|"]
   for other in runs:
     if other != name and budget_of(other) in (budget_of(name), None):
@@ -69,14 +125,30 @@ def differences(runs: Runs, name: str) -> str:
 
 
 def by_start(runs: Runs) -> str:
-  """In Markdown: the share of the gap between window and full attention, of the mix, that each kind closes in each start; of those whose window was run."""
-  full, starts = losses(runs["full"], "mixed"), sorted({seed for run in runs.values() for seed in run["seeds"]})
+  """In Markdown: the share of the gap between window and full attention, of the mix, that each kind
+  closes in each start; of those whose window was run.
+  """
+  full, starts = (
+    losses(runs["full"], "mixed"),
+    sorted({seed for run in runs.values() for seed in run["seeds"]}),
+  )
   lines = ["| gap closed | " + " | ".join(starts) + " |", "|" + "---|" * (1 + len(starts))]
   for name, run in runs.items():
-    here, window = losses(run, "mixed"), losses(runs.get(f"window_{budget_of(name) or 512}", {"seeds": {}}), "mixed")
-    closed = {seed: (window[seed] - here[seed]) / (window[seed] - full[seed]) for seed in here if seed in full and seed in window}
+    here, window = (
+      losses(run, "mixed"),
+      losses(runs.get(f"window_{budget_of(name) or 512}", {"seeds": {}}), "mixed"),
+    )
+    closed = {
+      seed: (window[seed] - here[seed]) / (window[seed] - full[seed])
+      for seed in here
+      if seed in full and seed in window
+    }
     if closed:
-      lines.append(f"| {name} | " + " | ".join(f"{closed[seed]:.0%}" if seed in closed else "" for seed in starts) + " |")
+      lines.append(
+        f"| {name} | "
+        + " | ".join(f"{closed[seed]:.0%}" if seed in closed else "" for seed in starts)
+        + " |"
+      )
   return "\n".join(lines)
 
 
@@ -93,78 +165,174 @@ def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
 
 def budget_of(name: str) -> int | None:
   """Keys a query, the mean over layers, from a run's name; None: all, in all layers or in one."""
-  return None if name.startswith(("full", "hybrid")) else next(int(part) for part in name.split("_") if part.isdecimal())
+  return (
+    None
+    if name.startswith(("full", "hybrid"))
+    else next(int(part) for part in name.split("_") if part.isdecimal())
+  )
 
 
 def table(runs: Runs) -> str:
-  """In Markdown: loss of text and of the training mix, each also minus full attention's, minus the sliding window's of the same budget, and as a share of the
-  gap between these two; right answers."""
+  """In Markdown: loss of text and of the training mix, each also minus full attention's, minus the
+  sliding window's of the same budget, and as a share of the gap between these two; right answers.
+  """
   tasks = list(dict.fromkeys(key for run in runs.values() for key in accuracies(run)))
   columns = "minus full attention's | minus the window's | gap closed"
-  lines = [f"| attention | runs | text | {columns} | mix | {columns} | " + " | ".join(f"{task} {length}" for task, length in tasks) + " |",
-           "|" + "---|" * (10 + len(tasks))]
-  for name in sorted(runs, key=lambda name: (budget_of(name) or 0, mean_and_error(losses(runs[name], "mixed").values())[0])):
+  lines = [
+    f"| attention | runs | text | {columns} | mix | {columns} | "
+    + " | ".join(f"{task} {length}" for task, length in tasks)
+    + " |",
+    "|" + "---|" * (10 + len(tasks)),
+  ]
+  for name in sorted(
+    runs,
+    key=lambda name: (
+      budget_of(name) or 0,
+      mean_and_error(losses(runs[name], "mixed").values())[0],
+    ),
+  ):
     run = runs[name]
     cells = [name, str(len(run["seeds"]))]
     window = runs.get(f"window_{budget_of(name) or 512}")
     for length in (None, "mixed"):
       less = difference(run, window, length) if window else (math.nan, math.nan)
       gap = difference(runs["full"], window, length)[0] if window else math.nan
-      closed = round(less[0] / gap, 2) + 0.                                                                          # -0 becomes 0
+      closed = round(less[0] / gap, 2) + 0.0  # -0 becomes 0
       above = difference(run, runs["full"], length) if name != "full" else (math.nan, math.nan)
-      cells += [_cell("{:.4f}", *mean_and_error(losses(run, length).values())), _cell("{:+.4f}", *above), _cell("{:+.4f}", *less),
-                _cell("{:.0%}", closed, math.nan)]
+      cells += [
+        _cell("{:.4f}", *mean_and_error(losses(run, length).values())),
+        _cell("{:+.4f}", *above),
+        _cell("{:+.4f}", *less),
+        _cell("{:.0%}", closed, math.nan),
+      ]
     right = accuracies(run)
-    lines.append("| " + " | ".join(cells + [f"{right[key]:.0%}" if key in right else "" for key in tasks]) + " |")
+    lines.append(
+      "| "
+      + " | ".join(cells + [f"{right[key]:.0%}" if key in right else "" for key in tasks])
+      + " |"
+    )
   return "\n".join(lines)
 
 
 def _cell(form: str, mean: float, error: float) -> str:
   """Nothing of what is not known."""
-  return "" if math.isnan(mean) else form.format(mean) + ("" if math.isnan(error) else f" ± {error:.4f}")
+  return (
+    "" if math.isnan(mean) else form.format(mean) + ("" if math.isnan(error) else f" ± {error:.4f}")
+  )
 
 
 def _style(name: str) -> dict:
   kind = name if name in COLOURS else name.partition("_")[0]
-  style = {"512": "-", "1024": "--", "512_last": "-.", "1024_last": ":", "512_local": "-.", "1024_local": ":"}.get(name.partition("_")[2], "-")
-  return {"color": COLOURS.get(kind, "#56B4E9"), "linestyle": style, "marker": "o" if kind == "sparsek" else None, "markersize": 3}
+  style = {
+    "512": "-",
+    "1024": "--",
+    "512_last": "-.",
+    "1024_last": ":",
+    "512_local": "-.",
+    "1024_local": ":",
+  }.get(name.partition("_")[2], "-")
+  return {
+    "color": COLOURS.get(kind, "#56B4E9"),
+    "linestyle": style,
+    "marker": "o" if kind == "sparsek" else None,
+    "markersize": 3,
+  }
 
 
 def _by_position(run: Mapping) -> dict[int, float]:
   """Tokens of a document -> loss of the tokens from half of it on, the mean over seeds."""
-  rows = [result["loss"][min(result["loss"], key=int)]["buckets"] for result in run["seeds"].values() if result["loss"]]
-  return {same[0]["last"] + 1: statistics.fmean(bucket["loss"] for bucket in same) for same in zip(*rows) if same[0]["num_targets"]}
+  rows = [
+    result["loss"][min(result["loss"], key=int)]["buckets"]
+    for result in run["seeds"].values()
+    if result["loss"]
+  ]
+  return {
+    same[0]["last"] + 1: statistics.fmean(bucket["loss"] for bucket in same)
+    for same in zip(*rows)
+    if same[0]["num_targets"]
+  }
 
 
 def draw(runs: Runs, path: str) -> None:
-  """Loss of text and of the mix for each kind, and of text by position, above full attention's; right answers by length. Needs matplotlib."""
+  """Loss of text and of the mix for each kind, and of text by position, above full attention's;
+  right answers by length. Needs matplotlib.
+  """
   from matplotlib.figure import Figure
+
   figure = Figure(figsize=(16, 1.5 + 0.28 * max(len(runs), 12)), dpi=110, layout="constrained")
   text, mix, position, right = figure.subplots(1, 4, width_ratios=(1, 1, 1.2, 1.2))
   full = runs["full"]
   names = sorted(runs, key=lambda name: -difference(runs[name], full, "mixed")[0])
-  edge = SHOWN if any(difference(runs[name], full, length)[0] > SHOWN for name in names for length in (None, "mixed")) else None
+  edge = (
+    SHOWN
+    if any(
+      difference(runs[name], full, length)[0] > SHOWN
+      for name in names
+      for length in (None, "mixed")
+    )
+    else None
+  )
   for axes, length, title in ((text, None, "text"), (mix, "mixed", "text and answers")):
     for place, name in enumerate(names):
       above, error = difference(runs[name], full, length)
       if above > SHOWN:
-        axes.text(SHOWN, place, f"{above:.2f} >", ha="right", va="center", color=_style(name)["color"], fontsize=8)
+        axes.text(
+          SHOWN,
+          place,
+          f"{above:.2f} >",
+          ha="right",
+          va="center",
+          color=_style(name)["color"],
+          fontsize=8,
+        )
       else:
-        axes.errorbar(above, place, xerr=0 if math.isnan(error) else error, fmt="o", color=_style(name)["color"], markersize=4)
-    axes.set(title=title, xlabel="loss above full attention's", xlim=(None, edge), yticks=range(len(names)), yticklabels=names if length is None else [])
+        axes.errorbar(
+          above,
+          place,
+          xerr=0 if math.isnan(error) else error,
+          fmt="o",
+          color=_style(name)["color"],
+          markersize=4,
+        )
+    axes.set(
+      title=title,
+      xlabel="loss above full attention's",
+      xlim=(None, edge),
+      yticks=range(len(names)),
+      yticklabels=names if length is None else [],
+    )
     axes.grid(axis="y", alpha=0.3)
   baseline = _by_position(full)
-  for name in [name for name in runs if not re.search(r"\d_(?!last|local)", name)]:                                         # a variant says how it differs
+  # a variant says how it differs
+  for name in [name for name in runs if not re.search(r"\d_(?!last|local)", name)]:
     here = _by_position(runs[name])
     if here:
-      position.plot(list(here), [loss - baseline[last] for last, loss in here.items()], label=name, **_style(name))
+      position.plot(
+        list(here),
+        [loss - baseline[last] for last, loss in here.items()],
+        label=name,
+        **_style(name),
+      )
     shares = accuracies(runs[name])
     lengths = sorted({length for task, length in shares if task in RETRIEVAL})
-    shares = [statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares) for length in lengths]
+    shares = [
+      statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares)
+      for length in lengths
+    ]
     if lengths:
       right.plot(lengths, [100 * share for share in shares], **_style(name))
-  position.set(title="text, by position", xlabel="tokens of the document so far", ylabel="loss above full attention's", ylim=(None, edge))
-  right.set(title=", ".join(RETRIEVAL), xlabel="tokens of the document", ylabel="answers right (%)", ylim=(-3, 103))
+  position.set(
+    title="text, by position",
+    xlabel="tokens of the document so far",
+    ylabel="loss above full attention's",
+    ylim=(None, edge),
+  )
+  right.set(
+    title=", ".join(RETRIEVAL),
+    xlabel="tokens of the document",
+    ylabel="answers right (%)",
+    ylim=(-3, 103),
+  )
   for axes in [axes for axes in (position, right) if axes.lines]:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")

@@ -1,17 +1,19 @@
-"""One record of several grids of experiments.ablate: `python -m experiments.reports.collect_grids RECORD.json NOTE GRID ...`.
+"""One record of several grids of experiments.ablate: `python -m experiments.reports.collect_grids
+RECORD.json NOTE GRID ...`.
 
-For every finished cell: the flags in which it differs from the first one, its held-out losses by step, and what its sparsek layers select at the end. The
-record also has the flags of the first cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
+For every finished cell: the flags in which it differs from the first one, its held-out losses by
+step, and what its sparsek layers select at the end. The record also has the flags of the first
+cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
 """
 
 import os
 
 from experiments import script
 from experiments.reports import grid
-from sparsek.storage import files
-from sparsek.runs import run_directory
 from sparsek.errors import UsageError
+from sparsek.runs import run_directory
 from sparsek.runs.metrics import read_metrics
+from sparsek.storage import files
 
 # Flags that differ by machine, or stand elsewhere.
 MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")
@@ -27,9 +29,15 @@ def cell(grid, name, first):
   folder = os.path.join(grid, "cells", name)
   records = read_metrics(os.path.join(folder, "metrics.jsonl"))
   last = [record for record in records if "loss" in record][-1]
-  return {"grid": os.path.basename(os.path.normpath(grid)), "cell": name, "flags": sorted(set(flags_of(folder)) - set(first)),
-          "heldout_loss": {record["step"]: record["heldout_loss"] for record in records if "heldout_loss" in record},
-          "selection": {key: value for key, value in last.items() if key.startswith("layer_")}}
+  return {
+    "grid": os.path.basename(os.path.normpath(grid)),
+    "cell": name,
+    "flags": sorted(set(flags_of(folder)) - set(first)),
+    "heldout_loss": {
+      record["step"]: record["heldout_loss"] for record in records if "heldout_loss" in record
+    },
+    "selection": {key: value for key, value in last.items() if key.startswith("layer_")},
+  }
 
 
 def make_parser():
@@ -37,8 +45,9 @@ def make_parser():
   parser = script.parser(__doc__)
   parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
   parser.add_argument("note", metavar="NOTE", help="what was run on what")
-  parser.add_argument("grids", nargs="+", type=script.path, metavar="GRID",
-                      help="--workdir of a grid")
+  parser.add_argument(
+    "grids", nargs="+", type=script.path, metavar="GRID", help="--workdir of a grid"
+  )
   return parser
 
 
@@ -50,19 +59,30 @@ def main(options):
   first = flags_of(folder)
   versions = files.read_json_object(os.path.join(folder, "versions.json"))
   rows = [cell(grid, name, first) for grid, name in cells]
-  record = {"note": options.note, "flags": first, "versions": {**versions, "command": None},
-            "cells": rows}
+  record = {
+    "note": options.note,
+    "flags": first,
+    "versions": {**versions, "command": None},
+    "cells": rows,
+  }
   files.save(options.record, run_directory.to_json(record))
   for row in rows:
-    print(row["grid"], row["cell"], *(f"{step}: {loss:.4f}" for step, loss in row["heldout_loss"].items()))
+    print(
+      row["grid"],
+      row["cell"],
+      *(f"{step}: {loss:.4f}" for step, loss in row["heldout_loss"].items()),
+    )
 
 
 def finished(folder):
   """Returns the names of a grid's cells that are at their end."""
   if not os.path.isdir(folder):
     raise UsageError(f"there is no folder {folder}: give the --workdir of a grid")
-  return [name for name in sorted(os.listdir(folder))
-          if os.path.exists(os.path.join(folder, name, grid.RESULT))]
+  return [
+    name
+    for name in sorted(os.listdir(folder))
+    if os.path.exists(os.path.join(folder, name, grid.RESULT))
+  ]
 
 
 if __name__ == "__main__":

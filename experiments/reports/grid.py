@@ -1,4 +1,6 @@
-"""A grid of training runs that differ in attention: its cells, what was found in each, the table and the report."""
+"""A grid of training runs that differ in attention: its cells, what was found in each, the table
+and the report.
+"""
 
 import base64
 import csv
@@ -12,23 +14,32 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 
-from sparsek.storage import files
 from experiments.reports import plots
-from sparsek.runs import run_directory, settings
 from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term
 from sparsek.errors import UsageError
+from sparsek.runs import run_directory, settings
 from sparsek.runs.metrics import read_metrics
 from sparsek.runs.settings import Settings
+from sparsek.storage import files
 
-USES = {"full": (), "sliding_window": ("window",), "linear": ("window",), "sparsek": ("k", "window", "gate", "scorer")}   # the others: k and window
+# the others: k and window
+USES = {
+  "full": (),
+  "sliding_window": ("window",),
+  "linear": ("window",),
+  "sparsek": ("k", "window", "gate", "scorer"),
+}
 COLUMNS = ("attention", "k", "window", "gate", "scorer")
 RESULT = "result.json"
-FIELDS = ("heldout_loss", "step", "tokens_per_second")          # of a result
+FIELDS = ("heldout_loss", "step", "tokens_per_second")  # of a result
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One training run; None where its kind of attention has no such setting. attention: a kind, or a pattern such as "sparsek*5+full"."""
+  """One training run; None where its kind of attention has no such setting. attention: a kind, or a
+  pattern such as "sparsek*5+full".
+  """
+
   attention: str
   k: int | None
   window: int | None
@@ -39,16 +50,27 @@ class Cell:
   @property
   def name(self) -> str:
     """Of its folder."""
-    parts = [self.attention, self.k and f"k{self.k}", None if self.window is None else f"w{self.window}", self.gate, self.scorer, f"s{self.seed}"]
+    parts = [
+      self.attention,
+      self.k and f"k{self.k}",
+      None if self.window is None else f"w{self.window}",
+      self.gate,
+      self.scorer,
+      f"s{self.seed}",
+    ]
     return "-".join(part for part in parts if part).replace("*", "x").replace(":", "_")
 
   @property
   def budget(self) -> int | None:
-    """Keys and values that a query attends to at most, the mean over layers; None: all. The linear kind's state, as large as head_dim keys, is not counted."""
+    """Keys and values that a query attends to at most, the mean over layers; None: all. The linear
+    kind's state, as large as head_dim keys, is not counted.
+    """
     terms = [parse_term(term) for term in terms_of(self.attention)]
     if any(kind == "full" for kind, _, _ in terms):
       return None
-    of_term = lambda kind, k, window: (self.window if window is None else window) + ("k" in _uses(kind) and (k or self.k))
+    of_term = lambda kind, k, window: (
+      (self.window if window is None else window) + ("k" in _uses(kind) and (k or self.k))
+    )
     return round(sum(of_term(*term) for term in terms) / len(terms))
 
   def flags(self) -> list[str]:
@@ -60,14 +82,19 @@ class Cell:
 
 
 def patterns(text: str) -> list[str]:
-  """Of --attention: kinds, or patterns of layers, separated by commas. Raises UsageError for others."""
+  """Of --attention: kinds, or patterns of layers, separated by commas. Raises UsageError for
+  others.
+  """
   values = text.split(",")
   for value in values:
     try:
       terms_of(value)
     except ValueError:
-      raise UsageError(f"--attention={text}: {value!r} must be one of {', '.join(ATTENTION_KINDS)}, or of these a pattern of layers such as "
-                       "sparsek*5+full") from None
+      raise UsageError(
+        f"--attention={text}: {value!r} must be one of {', '.join(ATTENTION_KINDS)}, or of "
+        "these a pattern of layers such as "
+        "sparsek*5+full"
+      ) from None
   return values
 
 
@@ -83,11 +110,22 @@ def _uses(kind: str) -> tuple[str, ...]:
 def _settings(term: str) -> set[str]:
   """What a layer takes from the cell, having none of its own."""
   kind, k, window = parse_term(term)
-  return set(_uses(kind)) - {name for name, own in (("k", k), ("window", window)) if own is not None}
+  return set(_uses(kind)) - {
+    name for name, own in (("k", k), ("window", window)) if own is not None
+  }
 
 
-def grid(attention: Sequence[str], k: Sequence[int], window: Sequence[int], gate: Sequence[str], scorer: Sequence[str], seeds: int) -> list[Cell]:
-  """All combinations, each once: settings that a kind does not have make no difference. Seeds change slowest, so that every kind has a figure early."""
+def grid(
+  attention: Sequence[str],
+  k: Sequence[int],
+  window: Sequence[int],
+  gate: Sequence[str],
+  scorer: Sequence[str],
+  seeds: int,
+) -> list[Cell]:
+  """All combinations, each once: settings that a kind does not have make no difference. Seeds
+  change slowest, so that every kind has a figure early.
+  """
   cells = []
   for seed, kind, *values in itertools.product(range(seeds), attention, k, window, gate, scorer):
     used = {name for term in terms_of(kind) for name in _settings(term)}
@@ -101,17 +139,25 @@ def share(cells: Sequence[Cell], job: str) -> list[Cell]:
   i, slash, jobs = job.partition("/")
   if not (slash and i.isdecimal() and jobs.isdecimal() and int(i) < int(jobs)):
     raise UsageError(f"--job={job}: must be i/N with i from 0 to N - 1, such as 0/4")
-  return list(cells)[int(i)::int(jobs)]
+  return list(cells)[int(i) :: int(jobs)]
 
 
 def result_of(workdir: str) -> dict:
-  """{"heldout_loss", "step", "tokens_per_second"} at the end of a finished run. Raises UsageError where it was never evaluated."""
+  """{"heldout_loss", "step", "tokens_per_second"} at the end of a finished run. Raises UsageError
+  where it was never evaluated.
+  """
   records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
   losses = [record for record in records if "heldout_loss" in record]
   if not losses or losses[-1]["step"] != records[-1]["step"]:
-    raise UsageError(f"{workdir} has no held-out loss at its end: the grid needs --eval_every above 0")
+    raise UsageError(
+      f"{workdir} has no held-out loss at its end: the grid needs --eval_every above 0"
+    )
   speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-  return {"heldout_loss": losses[-1]["heldout_loss"], "step": losses[-1]["step"], "tokens_per_second": statistics.median(speeds)}
+  return {
+    "heldout_loss": losses[-1]["heldout_loss"],
+    "step": losses[-1]["step"],
+    "tokens_per_second": statistics.median(speeds),
+  }
 
 
 def is_complete(workdir: str, num_steps: int) -> bool:
@@ -164,8 +210,13 @@ def stale(folder: str, wanted: Settings, dataset: str) -> list[str]:
   return list(dict.fromkeys(lines))
 
 
-def clear(folders: Mapping[Cell, str], wanted: Mapping[Cell, Settings], dataset: str, workdir: str,
-          retrain: bool = False) -> None:
+def clear(
+  folders: Mapping[Cell, str],
+  wanted: Mapping[Cell, Settings],
+  dataset: str,
+  workdir: str,
+  retrain: bool = False,
+) -> None:
   """Makes sure that no cell holds what other flags made.
 
   Args:
@@ -180,7 +231,7 @@ def clear(folders: Mapping[Cell, str], wanted: Mapping[Cell, Settings], dataset:
   if not retrain:
     settings.refuse({cell.name: lines for cell, lines in found.items()}, workdir)
   for cell in folders:
-    if found[cell] and stale(folders[cell], wanted[cell], dataset):    # no other job was faster
+    if found[cell] and stale(folders[cell], wanted[cell], dataset):  # no other job was faster
       settings.move_aside(folders[cell])
 
 
@@ -196,13 +247,17 @@ def in_use(folder: str) -> bool:
 def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
   """Returns the finished cells' fields and results."""
   results = {cell: read_result(os.path.join(folder, cell.name)) for cell in cells}
-  return [{**dataclasses.asdict(cell), "budget": cell.budget,
-           **{name: result[name] for name in FIELDS}}
-          for cell, result in results.items() if result]
+  return [
+    {**dataclasses.asdict(cell), "budget": cell.budget, **{name: result[name] for name in FIELDS}}
+    for cell, result in results.items()
+    if result
+  ]
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-  """One row for the seeds of a setting, best first: mean held-out loss, its standard error (None for one seed), median speed."""
+  """One row for the seeds of a setting, best first: mean held-out loss, its standard error (None
+  for one seed), median speed.
+  """
   groups = {}
   for row in rows:
     groups.setdefault(tuple(row[name] for name in COLUMNS), []).append(row)
@@ -210,18 +265,37 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
   for key, group in groups.items():
     losses = [row["heldout_loss"] for row in group]
     error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
-    summary.append({**dict(zip(COLUMNS, key)), "budget": group[0]["budget"], "seeds": len(group), "heldout_loss": statistics.fmean(losses),
-                    "standard_error": error, "tokens_per_second": statistics.median(row["tokens_per_second"] for row in group)})
+    summary.append(
+      {
+        **dict(zip(COLUMNS, key)),
+        "budget": group[0]["budget"],
+        "seeds": len(group),
+        "heldout_loss": statistics.fmean(losses),
+        "standard_error": error,
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in group),
+      }
+    )
   return sorted(summary, key=lambda row: row["heldout_loss"])
 
 
 def markdown(summary: Sequence[dict]) -> str:
   """The table that people read."""
-  lines = ["| attention | k | window | gate | scorer | keys per query | seeds | held-out loss (nats per token) | tokens/s |", "|" + "---|" * 9]
+  lines = [
+    (
+      "| attention | k | window | gate | scorer | keys per query | seeds | held-out "
+      "loss (nats per token) | tokens/s |"
+    ),
+    "|" + "---|" * 9,
+  ]
   for row in summary:
     error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
-    cells = [*("" if row[name] is None else str(row[name]) for name in COLUMNS), "all" if row["budget"] is None else str(row["budget"]), str(row["seeds"]),
-             f"{row['heldout_loss']:.4f}{error}", f"{row['tokens_per_second']:,.0f}"]
+    cells = [
+      *("" if row[name] is None else str(row[name]) for name in COLUMNS),
+      "all" if row["budget"] is None else str(row["budget"]),
+      str(row["seeds"]),
+      f"{row['heldout_loss']:.4f}{error}",
+      f"{row['tokens_per_second']:,.0f}",
+    ]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines) + "\n"
 
@@ -250,18 +324,35 @@ def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
   summary, grids = summarize(rows), {}
   for kind in sorted({row["attention"] for row in summary if row["k"] is not None}):
     # Of gates and scorers the best: it comes last here.
-    grids[kind] = {(row["k"], row["window"]): row["heldout_loss"] for row in reversed(summary) if row["attention"] == kind}
+    grids[kind] = {
+      (row["k"], row["window"]): row["heldout_loss"]
+      for row in reversed(summary)
+      if row["attention"] == kind
+    }
   curves = {}
   for row in sorted(summary, key=lambda row: row["budget"] or 0):
-    label = " ".join(str(row[name]) for name in ("attention", "gate", "scorer") if row[name] is not None)
-    curves.setdefault(label, []).append((row["budget"], row["heldout_loss"], row["standard_error"] or 0.))
+    label = " ".join(
+      str(row[name]) for name in ("attention", "gate", "scorer") if row[name] is not None
+    )
+    curves.setdefault(label, []).append(
+      (row["budget"], row["heldout_loss"], row["standard_error"] or 0.0)
+    )
   picture = plots.ablation_picture(grids, curves)
-  table = "".join("<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line.split("|")[1:-1]) + "</tr>\n"
-                  for line in markdown(summary).splitlines() if "---" not in line)
+  table = "".join(
+    "<tr>"
+    + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line.split("|")[1:-1])
+    + "</tr>\n"
+    for line in markdown(summary).splitlines()
+    if "---" not in line
+  )
   image = f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
-  page = (f'<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n<style>body {{ font-family: sans-serif; margin: 2em }} td {{ padding: '
-          f'.2em .8em; border-bottom: 1px solid #ddd }}</style>\n<h1>Ablation of attention</h1>\n{image}<table>\n{table}</table>\n<h2>Shared settings</h2>\n'
-          f"<pre>{html.escape(shared)}</pre>\n")
+  page = (
+    f'<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n<style>body {{ '
+    f"font-family: sans-serif; margin: 2em }} td {{ padding: "
+    ".2em .8em; border-bottom: 1px solid #ddd }</style>\n<h1>Ablation of "
+    f"attention</h1>\n{image}<table>\n{table}</table>\n<h2>Shared settings</h2>\n"
+    f"<pre>{html.escape(shared)}</pre>\n"
+  )
   texts = {"table.md": markdown(summary), "table.csv": as_csv(rows), "report.html": page}
   for name, content in (texts | {"report.png": picture}).items():
     files.save(os.path.join(workdir, name), content)

@@ -1,4 +1,5 @@
-"""Pictures of runs: loss curves, and which tokens each layer keeps; of benchmarks: time against length. Needs matplotlib: pip install 'sparsek[plots]'.
+"""Pictures of runs: loss curves, and which tokens each layer keeps; of benchmarks: time against
+length. Needs matplotlib: pip install 'sparsek[plots]'.
 
 Colours are Okabe and Ito's and tints of one blue, which the colour-blind can tell apart too.
 """
@@ -12,22 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.storage import files
+from sparsek.attention.operator import causal_sparsek
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.model.transformer import Params, Transformer, layer_params
-from sparsek.attention.operator import causal_sparsek
+from sparsek.storage import files
 
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")     # hollow, so that runs close together stay apart
+MARKERS = ("o", "s", "^", "D", "v", "P")  # hollow, so that runs close together stay apart
 WINDOW_COLOUR = "#CFCFCF"
 LIGHTEST_KEPT, DARKEST_KEPT = np.array([0.62, 0.79, 0.93]), np.array([0.0, 0.27, 0.53])
-MAX_LAYERS = 4              # maps side by side that are still readable
+MAX_LAYERS = 4  # maps side by side that are still readable
 TEXT_COLUMNS = 72
 
 
 def _new_figure(**kwargs):
-  """A figure that is drawn to a file only, and leaves pyplot and its backend alone. Raises UsageError without matplotlib."""
+  """A figure that is drawn to a file only, and leaves pyplot and its backend alone. Raises
+  UsageError without matplotlib.
+  """
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,7 +42,9 @@ def _new_figure(**kwargs):
 
 
 def smooth(values: Sequence[float], memory: float = 2.0) -> np.ndarray:
-  """Average over earlier values with weights exp(-distance / memory), normalised from the first on."""
+  """Average over earlier values with weights exp(-distance / memory), normalised from the
+  first on.
+  """
   decay, total, weight, averages = np.exp(-1 / memory), 0.0, 0.0, []
   for value in values:
     total, weight = decay * total + value, decay * weight + 1
@@ -54,7 +59,9 @@ def draw_loss_curves(axes, runs: Mapping[str, Sequence[dict]]) -> None:
     axes: matplotlib Axes.
     runs: label -> the records of a metrics.jsonl (`sparsek.runs.metrics.read_metrics`).
   """
-  for colour, marker, (label, records) in zip(LINE_COLOURS * len(runs), MARKERS * len(runs), runs.items()):
+  for colour, marker, (label, records) in zip(
+    LINE_COLOURS * len(runs), MARKERS * len(runs), runs.items()
+  ):
     for key in ("loss", "heldout_loss"):
       points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
       if not points:
@@ -64,7 +71,16 @@ def draw_loss_curves(axes, runs: Mapping[str, Sequence[dict]]) -> None:
         axes.plot(steps, smooth(losses), color=colour, linewidth=1.6, label=f"{label}, training")
       else:
         label = f"{label}, held-out: {losses[-1]:.3f} at the end"
-        axes.plot(steps, losses, marker, color=colour, fillstyle="none", markeredgewidth=1.6, markersize=8, label=label)
+        axes.plot(
+          steps,
+          losses,
+          marker,
+          color=colour,
+          fillstyle="none",
+          markeredgewidth=1.6,
+          markersize=8,
+          label=label,
+        )
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats per token)")
   axes.grid(alpha=0.3)
@@ -78,10 +94,12 @@ class Kept:
 
   Attributes:
     layer: index of the layer, from 0.
-    heads: [queries, keys] int, the number of KV heads in which the query's selection holds the key; 0 in its window.
+    heads: [queries, keys] int, the number of KV heads in which the query's selection holds the key;
+      0 in its window.
     num_heads: KV heads.
     window: most recent tokens that every query sees besides.
   """
+
   layer: int
   heads: np.ndarray
   num_heads: int
@@ -89,43 +107,63 @@ class Kept:
 
 
 def kept_tokens(config: TransformerConfig, params: Params, tokens: Sequence[int]) -> list[Kept]:
-  """What the sparsek layers select in one document; at most 4 of them, evenly spaced from the first to the last.
+  """What the sparsek layers select in one document; at most 4 of them, evenly spaced from the first
+  to the last.
 
   Raises:
     ValueError: where the model has no sparsek layer.
   """
   layers = [i for i, kind in enumerate(config.layer_kinds) if kind == "sparsek"]
   if not layers:
-    raise ValueError(f"attention={','.join(config.attention)}: no layer selects tokens; one must be sparsek")
+    raise ValueError(
+      f"attention={','.join(config.attention)}: no layer selects tokens; one must be sparsek"
+    )
   places = np.linspace(0, len(layers) - 1, min(MAX_LAYERS, len(layers))).round().astype(int)
 
   @jax.jit
   def expiries(params, tokens):
-    _, sown = Transformer(config).apply({"params": params}, tokens, method="hidden", mutable=["diagnostics"])
-    scores = [layer_params(config, sown["diagnostics"], layers[place])["attention"]["scores"][0] for place in places]
+    _, sown = Transformer(config).apply(
+      {"params": params}, tokens, method="hidden", mutable=["diagnostics"]
+    )
+    scores = [
+      layer_params(config, sown["diagnostics"], layers[place])["attention"]["scores"][0]
+      for place in places
+    ]
     own = [config.layer_configs[layers[place]] for place in places]
-    return [causal_sparsek(scores, layer.k, delay=layer.window).expiry[0] for layer, scores in zip(own, scores)]
+    return [
+      causal_sparsek(scores, layer.k, delay=layer.window).expiry[0]
+      for layer, scores in zip(own, scores)
+    ]
 
   tokens = jnp.asarray(tokens, jnp.int32)[None]
   i, j = np.arange(tokens.size)[:, None], np.arange(tokens.size)
   kept = []
   for place, expiry in zip(places, jax.device_get(expiries(params, tokens))):
     window = config.layer_configs[layers[place]].window
-    heads = sum(((j + window <= i) & (i < expiry_of_head)).astype(int) for expiry_of_head in expiry.T)
+    heads = sum(
+      ((j + window <= i) & (i < expiry_of_head)).astype(int) for expiry_of_head in expiry.T
+    )
     kept.append(Kept(layers[place], heads, config.num_kv_heads, window))
   return kept
 
 
 def kept_colours(num_heads: int) -> list[tuple[float, ...]]:
   """Colours for keys kept by 1 to num_heads heads, light to dark."""
-  return [tuple(LIGHTEST_KEPT + (DARKEST_KEPT - LIGHTEST_KEPT) * share) for share in np.linspace(1 if num_heads == 1 else 0, 1, num_heads)]
+  return [
+    tuple(LIGHTEST_KEPT + (DARKEST_KEPT - LIGHTEST_KEPT) * share)
+    for share in np.linspace(1 if num_heads == 1 else 0, 1, num_heads)
+  ]
 
 
 def _legend_entries(num_heads: int) -> list[tuple[str, object]]:
-  """(label, colour): the window, then kept by 1 to all heads, the middle ones left out if there are many."""
+  """(label, colour): the window, then kept by 1 to all heads, the middle ones left out if there are
+  many.
+  """
   numbers = range(1, num_heads + 1) if num_heads <= 4 else (1, num_heads // 2, num_heads)
   colours = kept_colours(num_heads)
-  words = lambda number: "selected" if num_heads == 1 else f"selected in {number} of {num_heads} KV heads"
+  words = lambda number: (
+    "selected" if num_heads == 1 else f"selected in {number} of {num_heads} KV heads"
+  )
   return [("window", WINDOW_COLOUR)] + [(words(number), colours[number - 1]) for number in numbers]
 
 
@@ -133,12 +171,23 @@ def draw_selection(axes, kept: Kept) -> None:
   """A map of query (x) against key (y): the window, and what the query's selection holds."""
   from matplotlib.colors import ListedColormap
   from matplotlib.patches import Patch
+
   n = len(kept.heads)
   i, j = np.arange(n)[:, None], np.arange(n)
-  values = np.where((j <= i) & (j > i - kept.window), 1, np.where(kept.heads > 0, kept.heads + 1, 0))
+  values = np.where(
+    (j <= i) & (j > i - kept.window), 1, np.where(kept.heads > 0, kept.heads + 1, 0)
+  )
   colours = ["white", WINDOW_COLOUR, *kept_colours(kept.num_heads)]
-  axes.imshow(values.T, origin="lower", cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, interpolation="nearest",
-              extent=(-0.5, n - 0.5, -0.5, n - 0.5), aspect="auto")
+  axes.imshow(
+    values.T,
+    origin="lower",
+    cmap=ListedColormap(colours),
+    vmin=-0.5,
+    vmax=len(colours) - 0.5,
+    interpolation="nearest",
+    extent=(-0.5, n - 0.5, -0.5, n - 0.5),
+    aspect="auto",
+  )
   patches = [Patch(color=colour, label=label) for label, colour in _legend_entries(kept.num_heads)]
   axes.legend(handles=patches, loc="upper left", frameon=False)
   axes.set_title(f"Layer {kept.layer}: which keys each query sees", loc="left")
@@ -147,7 +196,8 @@ def draw_selection(axes, kept: Kept) -> None:
 
 
 def draw_text(axes, pieces: Sequence[str], kept: Kept) -> None:
-  """The text with the tokens marked that its last token sees: those of the window, and the selected ones.
+  """The text with the tokens marked that its last token sees: those of the window, and the selected
+  ones.
 
   Args:
     axes: matplotlib Axes.
@@ -155,11 +205,14 @@ def draw_text(axes, pieces: Sequence[str], kept: Kept) -> None:
     kept: of the same tokens.
   """
   from matplotlib.patches import Rectangle
+
   colours, n = kept_colours(kept.num_heads), len(pieces)
   row = column = 0
   for position, piece in enumerate(pieces):
     number = kept.heads[-1, position]
-    colour = WINDOW_COLOUR if position > n - 1 - kept.window else colours[number - 1] if number else None
+    colour = (
+      WINDOW_COLOUR if position > n - 1 - kept.window else colours[number - 1] if number else None
+    )
     ink = "white" if number and number == kept.num_heads else "black"
     for character in piece:
       if column == TEXT_COLUMNS:
@@ -168,8 +221,17 @@ def draw_text(axes, pieces: Sequence[str], kept: Kept) -> None:
         axes.add_patch(Rectangle((column, row), 1, 1, color=colour, linewidth=0))
       shown = "\u00ac" if character == "\n" else character if character.isprintable() else "\u00b7"
       if shown != " ":
-        axes.text(column + 0.5, row + 0.52, shown, color="0.6" if character == "\n" and ink == "black" else ink, family="monospace",
-                  fontsize=8, ha="center", va="center", parse_math=False)
+        axes.text(
+          column + 0.5,
+          row + 0.52,
+          shown,
+          color="0.6" if character == "\n" and ink == "black" else ink,
+          family="monospace",
+          fontsize=8,
+          ha="center",
+          va="center",
+          parse_math=False,
+        )
       row, column = (row + 1, 0) if character == "\n" else (row, column + 1)
   axes.set_xlim(0, TEXT_COLUMNS)
   axes.set_ylim(row + 1, 0)
@@ -177,8 +239,14 @@ def draw_text(axes, pieces: Sequence[str], kept: Kept) -> None:
   axes.set_title(f"Layer {kept.layer}: what the last of these {n} tokens still sees", loc="left")
 
 
-def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[Kept] = (), pieces: Sequence[str] = ()) -> None:
-  """Writes a PNG: loss curves on top, below them for each layer the map of what it keeps and the text with the kept tokens marked.
+def save_picture(
+  path: str,
+  runs: Mapping[str, Sequence[dict]],
+  kept: Sequence[Kept] = (),
+  pieces: Sequence[str] = (),
+) -> None:
+  """Writes a PNG: loss curves on top, below them for each layer the map of what it keeps and the
+  text with the kept tokens marked.
 
   Args:
     path: of the file.
@@ -192,7 +260,9 @@ def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[K
   columns = max(len(kept), 1)
   lines = 1 + sum(piece.count("\n") + len(piece) / TEXT_COLUMNS for piece in pieces)
   heights = [3.2, 4.6, max(1.0, 0.155 * lines)] if kept else [3.6]
-  figure = _new_figure(figsize=(max(6.2 * columns, 8), sum(heights) + 1.2), dpi=110, layout="constrained")
+  figure = _new_figure(
+    figsize=(max(6.2 * columns, 8), sum(heights) + 1.2), dpi=110, layout="constrained"
+  )
   grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
   axes = figure.add_subplot(grid[0, :])
   axes.set_title("Loss", loc="left")
@@ -206,9 +276,21 @@ def save_picture(path: str, runs: Mapping[str, Sequence[dict]], kept: Sequence[K
 def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
   """Something against tokens, both logarithmic; curves: label -> [(tokens, value)]."""
   from matplotlib.ticker import LogLocator
+
   lengths = sorted({n for points in curves.values() for n, _ in points})
-  for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
-    axes.plot(*zip(*points), marker=marker, color=colour, fillstyle="none", markeredgewidth=1.6, markersize=7, linewidth=1.6, label=label)
+  for colour, marker, (label, points) in zip(
+    LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()
+  ):
+    axes.plot(
+      *zip(*points),
+      marker=marker,
+      color=colour,
+      fillstyle="none",
+      markeredgewidth=1.6,
+      markersize=7,
+      linewidth=1.6,
+      label=label,
+    )
   axes.set_xscale("log", base=2)
   axes.set_yscale("log")
   axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
@@ -220,9 +302,14 @@ def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
   axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], title: str = "",
-               unit: str = "milliseconds") -> None:
-  """Writes a PNG with a panel for each kind of pass, side by side: `panels` maps its title to the curves of `draw_times`, in `unit`.
+def save_times(
+  path: str,
+  panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+  title: str = "",
+  unit: str = "milliseconds",
+) -> None:
+  """Writes a PNG with a panel for each kind of pass, side by side: `panels` maps its title to the
+  curves of `draw_times`, in `unit`.
 
   Raises:
     UsageError: where matplotlib is missing.
@@ -241,8 +328,13 @@ def save_times(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, 
   save(figure, path)
 
 
-def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]], chance: Mapping[str, float]) -> None:
-  """Writes a PNG with a panel for each task: accuracy against length, a line for each run, with confidence intervals; dots mark chance.
+def save_accuracies(
+  path: str,
+  panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]],
+  chance: Mapping[str, float],
+) -> None:
+  """Writes a PNG with a panel for each task: accuracy against length, a line for each run, with
+  confidence intervals; dots mark chance.
 
   Args:
     path: of the file.
@@ -257,10 +349,21 @@ def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[
   for place, (task, curves) in enumerate(panels.items()):
     shared = axes = figure.add_subplot(1, len(panels), place + 1, sharey=shared)
     axes.set_title(task, loc="left")
-    for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
+    for colour, marker, (label, points) in zip(
+      LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()
+    ):
       lengths, shares, lower, upper = map(np.array, zip(*points))
-      axes.errorbar(lengths, 100 * shares, 100 * np.array([shares - lower, upper - shares]), marker=marker, color=colour, fillstyle="none", linewidth=1.4,
-                    capsize=3, label=label)
+      axes.errorbar(
+        lengths,
+        100 * shares,
+        100 * np.array([shares - lower, upper - shares]),
+        marker=marker,
+        color=colour,
+        fillstyle="none",
+        linewidth=1.4,
+        capsize=3,
+        label=label,
+      )
     axes.axhline(100 * chance[task], color="0.5", linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
@@ -275,12 +378,17 @@ def save_accuracies(path: str, panels: Mapping[str, Mapping[str, Sequence[tuple[
   save(figure, path)
 
 
-def ablation_picture(grids: Mapping[str, Mapping[tuple[int, int], float]], curves: Mapping[str, Sequence[tuple[int | None, float, float]]]) -> bytes:
-  """A PNG of held-out losses: by k and window, a panel for each kind of attention, darker is lower; and against keys per query.
+def ablation_picture(
+  grids: Mapping[str, Mapping[tuple[int, int], float]],
+  curves: Mapping[str, Sequence[tuple[int | None, float, float]]],
+) -> bytes:
+  """A PNG of held-out losses: by k and window, a panel for each kind of attention, darker is lower;
+  and against keys per query.
 
   Args:
     grids: kind -> {(k, window): loss}.
-    curves: label -> [(keys, loss, standard error)]; keys None: all of them, a line across. The line of a label goes through its best point of each number.
+    curves: label -> [(keys, loss, standard error)]; keys None: all of them, a line across. The line
+      of a label goes through its best point of each number.
   """
   panels = len(grids) + 1
   across = min(panels, 3)
@@ -301,12 +409,28 @@ def _heatmap(axes, values, low, high):
   axes.imshow(grid, cmap="Blues_r", aspect="auto", vmin=low, vmax=max(high, low + 1e-6))
   for (row, column), value in np.ndenumerate(grid):
     if np.isfinite(value):
-      axes.text(column, row, f"{value:.4f}", ha="center", va="center", color="white" if value < (low + high) / 2 else "black")
-  axes.set(xticks=range(len(across)), xticklabels=across, yticks=range(len(down)), yticklabels=down, xlabel="window", ylabel="k")
+      axes.text(
+        column,
+        row,
+        f"{value:.4f}",
+        ha="center",
+        va="center",
+        color="white" if value < (low + high) / 2 else "black",
+      )
+  axes.set(
+    xticks=range(len(across)),
+    xticklabels=across,
+    yticks=range(len(down)),
+    yticklabels=down,
+    xlabel="window",
+    ylabel="k",
+  )
 
 
 def _budget_curves(axes, curves):
-  for colour, marker, (label, points) in zip(LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()):
+  for colour, marker, (label, points) in zip(
+    LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()
+  ):
     for keys, loss, error in points:
       if keys is None:
         axes.axhline(loss, color=colour, linestyle="--", label=label)
@@ -316,7 +440,17 @@ def _budget_curves(axes, curves):
       best = {keys: min(loss for other, loss, _ in known if other == keys) for keys, *_ in known}
       axes.plot(*zip(*sorted(best.items())), color=colour, linewidth=1.4)
       keys, losses, errors = zip(*known)
-      axes.errorbar(keys, losses, errors, marker=marker, color=colour, fillstyle="none", linestyle="", capsize=3, label=label)
+      axes.errorbar(
+        keys,
+        losses,
+        errors,
+        marker=marker,
+        color=colour,
+        fillstyle="none",
+        linestyle="",
+        capsize=3,
+        label=label,
+      )
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter("{x:g}")
   axes.set_xlabel("keys per query (k + window)")

@@ -1,33 +1,54 @@
-"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on, with the small things around them inside.
+"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on, with
+the small things around them inside.
 
-A program computes 16 columns of the result, by tensor cores, whose rows are the matrix's and whose columns are those of x. Its warps share the sum; every lane
-asks for all that it needs of the matrix at once, before it does anything else. In which order a warp sums does not matter: a lane takes eight neighbours of its
-row of the matrix, and of x, for what the tensor cores take for two pairs of one product and two of the next.
+A program computes 16 columns of the result, by tensor cores, whose rows are the matrix's and whose
+columns are those of x. Its warps share the sum; every lane asks for all that it needs of the matrix
+at once, before it does anything else. In which order a warp sums does not matter: a lane takes
+eight neighbours of its row of the matrix, and of x, for what the tensor cores take for two pairs of
+one product and two of the next.
 """
 
 import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-import jax.numpy as jnp
 
 from sparsek.kernels.hopper.common import axes, place
-from sparsek.kernels.hopper.thread_ops import (LANES, PARAMS, ask_bytes, can_run, floats, from_lane, gather, gather_bytes, multiply_add, narrow, numbers, scatter,
-                           scatter_bytes, wait_for_all, widen)
+from sparsek.kernels.hopper.thread_ops import (
+  LANES,
+  PARAMS,
+  ask_bytes,
+  can_run,
+  floats,
+  from_lane,
+  gather,
+  gather_bytes,
+  multiply_add,
+  narrow,
+  numbers,
+  scatter,
+  scatter_bytes,
+  wait_for_all,
+  widen,
+)
 
-ENABLED = True                   # False: XLA multiplies
-ROWS = 8                         # of x, at most: the columns that a tensor core computes at once
-COLUMNS = 16                     # of the result, of a program
-STEP = 32                        # numbers of each row that a warp multiplies at once
-STEPS = 12                       # most of a warp: their registers are those of 16 bytes of x and 32 of the matrix
+ENABLED = True  # False: XLA multiplies
+ROWS = 8  # of x, at most: the columns that a tensor core computes at once
+COLUMNS = 16  # of the result, of a program
+STEP = 32  # numbers of each row that a warp multiplies at once
+STEPS = 12  # most of a warp: their registers are those of 16 bytes of x and 32 of the matrix
 
 
 class Parts(NamedTuple):
-  """Attention of one token, its keys in S parts: sums [S, B, H D] of values weighted by exp(logit - top), and [S, B, H] the largest logit `top` (LOWEST where
-  there is none) and the sum `total` of these weights, all float32."""
+  """Attention of one token, its keys in S parts: sums [S, B, H D] of values weighted by exp(logit -
+  top), and [S, B, H] the largest logit `top` (LOWEST where there is none) and the sum `total` of
+  these weights, all float32.
+  """
+
   sums: jax.Array
   top: jax.Array
   total: jax.Array
@@ -36,14 +57,18 @@ class Parts(NamedTuple):
     """[B, H D]."""
     weight = jnp.exp(self.top - jnp.max(self.top, axis=0))
     share = weight / jnp.sum(weight * self.total, axis=0)
-    return jnp.sum((self.sums.reshape(*self.top.shape, -1) * share[..., None]).reshape(self.sums.shape), axis=0).astype(dtype)
+    return jnp.sum(
+      (self.sums.reshape(*self.top.shape, -1) * share[..., None]).reshape(self.sums.shape), axis=0
+    ).astype(dtype)
 
 
 class Share(NamedTuple):
-  """How the warpgroups of a program share what is to be prepared of x, in shared memory: [batch, width] numbers of the type `kind`, rows `stride` apart.
+  """How the warpgroups of a program share what is to be prepared of x, in shared memory: [batch,
+  width] numbers of the type `kind`, rows `stride` apart.
 
   What does it asks for all that it needs, and returns what does the rest.
   """
+
   batch: int
   width: int
   kind: jnp.dtype
@@ -51,11 +76,14 @@ class Share(NamedTuple):
 
   @property
   def stride(self):
-    return self.width + STEP                                 # neighbouring rows in different banks
+    return self.width + STEP  # neighbouring rows in different banks
 
   def pieces(self, warpgroup):
     """Which eight neighbours of a row of x a lane is to prepare: [(first, are they there)]."""
-    first = [(warpgroup * LANES + numbers() + i * self.warpgroups * LANES) * 8 for i in range(-(-self.width // (8 * self.warpgroups * LANES)))]
+    first = [
+      (warpgroup * LANES + numbers() + i * self.warpgroups * LANES) * 8
+      for i in range(-(-self.width // (8 * self.warpgroups * LANES)))
+    ]
     return [(jnp.where(k < self.width, k, 0), k < self.width) for k in first]
 
   def join(self, count, heads, sums_ref, top_ref, total_ref, ready_ref, warpgroup):
@@ -63,41 +91,74 @@ class Share(NamedTuple):
     batch, width, asked = self.batch, self.width, []
     for k, there in self.pieces(warpgroup):
       for b in range(batch):
-        top, total = ([gather(ref, (i * batch + b) * heads + k // (width // heads)) for i in range(count)] for ref in (top_ref, total_ref))
-        asked.append((b, k, there, top, total, [floats(sums_ref, (i * batch + b) * width + k, 8, ask_bytes) for i in range(count)]))
+        top, total = (
+          [gather(ref, (i * batch + b) * heads + k // (width // heads)) for i in range(count)]
+          for ref in (top_ref, total_ref)
+        )
+        asked.append(
+          (
+            b,
+            k,
+            there,
+            top,
+            total,
+            [floats(sums_ref, (i * batch + b) * width + k, 8, ask_bytes) for i in range(count)],
+          )
+        )
 
     def rest():
       for b, k, there, top, total, values in asked:
         highest = functools.reduce(jnp.maximum, top)
         weight = [jnp.exp(y - highest) for y in top]
         factor = 1 / sum(w * y for w, y in zip(weight, total))
-        values = narrow([sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)], self.kind)
+        values = narrow(
+          [sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)],
+          self.kind,
+        )
         scatter_bytes(ready_ref, k * 0 + b, k, self.stride, values, there)
       wait_for_all(self.warpgroups)
+
     return rest
 
-  def normalise(self, x_ref, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, hold, fresh=False):
-    """Of the norm of x every lane of the program writes some; `hold`: in registers, else x is read twice; `fresh`: see `ask_bytes`."""
+  def normalise(
+    self, x_ref, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, hold, fresh=False
+  ):
+    """Of the norm of x every lane of the program writes some; `hold`: in registers, else x is read
+    twice; `fresh`: see `ask_bytes`.
+    """
     lane, warps, kind = numbers(), 4 * self.warpgroups, self.kind
     warp = warpgroup * 4 + (lane >> 5)
     pieces, there = zip(*self.pieces(warpgroup))
-    words = [[ask_bytes(x_ref, lane * 0 + b, k, self.width, fresh=fresh) for k in pieces] for b in range(self.batch)]
+    words = [
+      [ask_bytes(x_ref, lane * 0 + b, k, self.width, fresh=fresh) for k in pieces]
+      for b in range(self.batch)
+    ]
     scales = [floats(scale_ref, k, 8, ask_bytes) for k in pieces]
 
     def rest():
       for b in range(self.batch):
-        total = sum(jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.) for piece, inside in zip(words[b], there))
+        total = sum(
+          jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.0)
+          for piece, inside in zip(words[b], there)
+        )
         for distance in (16, 8, 4, 2, 1):
           total = total + from_lane(total, distance)
         scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
       wait_for_all(self.warpgroups)
       for b in range(self.batch):
-        factor = lax.rsqrt(sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps)) * (1 / self.width) + epsilon)
-        again = words[b] if hold else [gather_bytes(x_ref, lane * 0 + b, k, self.width) for k in pieces]
+        factor = lax.rsqrt(
+          sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps))
+          * (1 / self.width)
+          + epsilon
+        )
+        again = (
+          words[b] if hold else [gather_bytes(x_ref, lane * 0 + b, k, self.width) for k in pieces]
+        )
         for piece, k, scale, inside in zip(again, pieces, scales, there):
           values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
           scatter_bytes(ready_ref, lane * 0 + b, k, self.stride, values, inside)
       wait_for_all(self.warpgroups)
+
     return rest
 
 
@@ -105,11 +166,15 @@ def put_sums(sums_ref, warp, sums):
   """Stores what `multiply_add` gave a warp, for `result`."""
   row, part = (numbers() >> 2) & 7, numbers() & 3
   for i, value in enumerate(sums):
-    scatter(sums_ref, warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8, value, row >= 0)
+    scatter(
+      sums_ref, warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8, value, row >= 0
+    )
 
 
 def result(sums_ref, first, warps, swiglu, kind):
-  """float32 that a tile's sums, of so many warps from the `first` on, come to: COLUMNS numbers of every row of x, one a lane, or with swiglu half as many."""
+  """float32 that a tile's sums, of so many warps from the `first` on, come to: COLUMNS numbers of
+  every row of x, one a lane, or with swiglu half as many.
+  """
   lane = numbers()
   total = lambda at: sum(gather(sums_ref, (first + w) * LANES + at) for w in range(warps))
   if not swiglu:
@@ -120,27 +185,49 @@ def result(sums_ref, first, warps, swiglu, kind):
 
 
 def warpgroups(width: int) -> int | None:
-  """Of a program, that share sums over `width`: the fewest that each have at most STEPS; None where none do."""
-  return next((n for n in (1, 2, 4) if width % (4 * n * STEP) == 0 and width <= 4 * n * STEP * STEPS), None)
+  """Of a program, that share sums over `width`: the fewest that each have at most STEPS; None where
+  none do.
+  """
+  return next(
+    (n for n in (1, 2, 4) if width % (4 * n * STEP) == 0 and width <= 4 * n * STEP * STEPS), None
+  )
 
 
 def takes(batch: int, matrix: jax.Array, dtype) -> bool:
-  """Whether x [batch, K] of that dtype and the matrix [N, K] are of sizes and types that `product` multiplies, and this is the device for it."""
+  """Whether x [batch, K] of that dtype and the matrix [N, K] are of sizes and types that `product`
+  multiplies, and this is the device for it.
+  """
   fits = batch <= ROWS and len(matrix) % COLUMNS == 0 and warpgroups(matrix.shape[1]) is not None
-  return ENABLED and fits and dtype == matrix.dtype and dtype in (jnp.bfloat16, jnp.float16) and can_run()
+  return (
+    ENABLED
+    and fits
+    and dtype == matrix.dtype
+    and dtype in (jnp.bfloat16, jnp.float16)
+    and can_run()
+  )
 
 
-def product(x: jax.Array | Parts, matrix: jax.Array, *more: jax.Array, scale: jax.Array | None = None, epsilon: float = 0., residual: jax.Array | None = None,
-            swiglu: bool = False, dtype=None) -> jax.Array:
+def product(
+  x: jax.Array | Parts,
+  matrix: jax.Array,
+  *more: jax.Array,
+  scale: jax.Array | None = None,
+  epsilon: float = 0.0,
+  residual: jax.Array | None = None,
+  swiglu: bool = False,
+  dtype=None,
+) -> jax.Array:
   """x times the transpose of the matrix, summed in float32.
 
   Args:
-    x: [B, K], at most ROWS rows of a 16-bit type; or Parts that are to be joined and rounded to the matrix's type.
+    x: [B, K], at most ROWS rows of a 16-bit type; or Parts that are to be joined and rounded to the
+      matrix's type.
     matrix: [N, K], N a multiple of COLUMNS, K one for which `warpgroups` is something.
     more: at most one more such matrix, whose products stand behind those of the first.
     scale: [K] float32, of an RMSNorm that x passes before, with `epsilon`.
     residual: [B, N], added to the rounded products.
-    swiglu: the matrix holds the rows of gate and up, [2 F, K]; the result is [B, F], silu(gate) * up.
+    swiglu: the matrix holds the rows of gate and up, [2 F, K]; the result is [B, F], silu(gate) *
+      up.
     dtype: of the result; default: of x.
 
   Returns:
@@ -159,15 +246,15 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
   steps, tiles = width // (warps * STEP), len(matrix) // COLUMNS
   every = tiles + sum(map(len, more)) // COLUMNS
   columns = (every * COLUMNS) // (2 if swiglu else 1)
-  each = COLUMNS // (2 if swiglu else 1)                     # columns of the result, of a program
+  each = COLUMNS // (2 if swiglu else 1)  # columns of the result, of a program
   share = Share(batch, width, kind, groups)
   stride = share.stride
-  below = len(matrix) // 2 if swiglu else 8                  # from a row that a lane reads to the other one
-  prepared = parts or scale is not None                      # x in shared memory
+  below = len(matrix) // 2 if swiglu else 8  # from a row that a lane reads to the other one
+  prepared = parts or scale is not None  # x in shared memory
   xs = [y.reshape(-1) for y in x] if parts else [x]
 
   def body(*refs):
-    x_refs, (matrix_ref, *refs) = refs[:len(xs)], refs[len(xs):]
+    x_refs, (matrix_ref, *refs) = refs[: len(xs)], refs[len(xs) :]
     more_ref = refs.pop(0) if more else None
     scale_ref = refs.pop(0) if scale is not None else None
     residual_ref = refs.pop(0) if residual is not None else None
@@ -176,11 +263,12 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
     lane = numbers()
     warp, row, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
     first = [(warp * steps + i) * STEP + part * 8 for i in range(steps)]
-    own = jnp.minimum(row, batch - 1)                        # rows of x beyond the last repeat it, and are not written
+    own = jnp.minimum(row, batch - 1)  # rows of x beyond the last repeat it, and are not written
 
     def run(ref, tile):
       at = tile * each + row
-      n, column = lane // each, lane % each                  # of the result, what the lanes of the first warpgroup write
+      # of the result, what the lanes of the first warpgroup write
+      n, column = (lane // each, lane % each)
       there = lane < batch * each
       target = jnp.where(there, n * columns + tile_all * each + column, 0)
       added = None if residual is None else gather(residual_ref, target)
@@ -188,17 +276,23 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
       if parts:
         rest = share.join(x.top.shape[0], x.top.shape[2], *x_refs, ready_ref, warpgroup)
       elif scale is not None:
-        rest = share.normalise(*x_refs, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, batch <= 2)                 # registers are few
+        # registers are few
+        rest = share.normalise(
+          *x_refs, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, batch <= 2
+        )
       else:
         rows = [ask_bytes(x_refs[0], own, k, width) for k in first]
-      weights = [(ask_bytes(ref, at, k, width, once=True), ask_bytes(ref, at + below, k, width, once=True)) for k in first]
+      weights = [
+        (ask_bytes(ref, at, k, width, once=True), ask_bytes(ref, at + below, k, width, once=True))
+        for k in first
+      ]
       if prepared:
         rest()
         rows = [gather_bytes(ready_ref, own, k, stride) for k in first]
       sums = ((lane * 0).astype(jnp.float32),) * 4
       for (a, b), c in zip(weights, rows):
         for i in (0, 2):
-          sums = multiply_add(sums, (a[i], b[i], a[i + 1], b[i + 1]), c[i:i + 2], kind)
+          sums = multiply_add(sums, (a[i], b[i], a[i + 1], b[i + 1]), c[i : i + 2], kind)
       put_sums(sums_ref, warp, sums)
       wait_for_all()
 
@@ -208,6 +302,7 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
         if residual is not None:
           value = value.astype(kind).astype(jnp.float32) + added.astype(jnp.float32)
         scatter(out_ref, target, value.astype(dtype), there)
+
     tile_all = tile
     if more:
       pl.when(tile < tiles)(lambda: run(matrix_ref, tile))
@@ -215,9 +310,23 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
     else:
       run(matrix_ref, tile)
 
-  arrays = [*xs, matrix, *more] + [y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None]
-  shared = [plgpu.SMEM((warps * LANES,), jnp.float32), plgpu.SMEM((warps * ROWS,), jnp.float32), plgpu.SMEM((batch if prepared else 1, stride), kind)]
-  out, = plgpu.kernel(
-      body, out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)], scratch_types=shared, grid=(every,), grid_names=axes("tile"), num_threads=groups,
-      thread_name=axes("warpgroup")[0], compiler_params=PARAMS, kernel_name="sparsek_skinny")(*arrays)
+  arrays = [*xs, matrix, *more] + [
+    y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None
+  ]
+  shared = [
+    plgpu.SMEM((warps * LANES,), jnp.float32),
+    plgpu.SMEM((warps * ROWS,), jnp.float32),
+    plgpu.SMEM((batch if prepared else 1, stride), kind),
+  ]
+  (out,) = plgpu.kernel(
+    body,
+    out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)],
+    scratch_types=shared,
+    grid=(every,),
+    grid_names=axes("tile"),
+    num_threads=groups,
+    thread_name=axes("warpgroup")[0],
+    compiler_params=PARAMS,
+    kernel_name="sparsek_skinny",
+  )(*arrays)
   return out.reshape(batch, columns)

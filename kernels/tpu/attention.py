@@ -1,23 +1,34 @@
-"""SPARSEK attention on TPUs (v5e, v5p, v6e) with Pallas kernels (attention_kernels.py): what they refuse, padding, lists, gathers, the custom_vjp around them.
+"""SPARSEK attention on TPUs (v5e, v5p, v6e) with Pallas kernels (attention_kernels.py): what they
+refuse, padding, lists, gathers, the custom_vjp around them.
 
-XLA gathers the keys and values of every list into contiguous buffers, again for the backward pass, and adds the gradients of listed rows to their tokens.
+XLA gathers the keys and values of every list into contiguous buffers, again for the backward pass,
+and adds the gradients of listed rows to their tokens.
 """
 
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
-from sparsek.kernels.tpu import attention_kernels
 from sparsek.kernels.compaction import by_entry, live_lists
 from sparsek.kernels.saved import saved
-from sparsek.kernels.tpu.attention_kernels import LANES, Bounds, Keys, Outputs, Queries, Static, Tiling
+from sparsek.kernels.tpu import attention_kernels
+from sparsek.kernels.tpu.attention_kernels import (
+  LANES,
+  Bounds,
+  Keys,
+  Outputs,
+  Queries,
+  Static,
+  Tiling,
+)
 from sparsek.kernels.varying import over_batch, varying_like
 
-ROWS, LISTED = 512, 512                  # of the matrices that are multiplied: a square of 512 fills 1 MiB in float32
-QUERIES = 2048                           # of a block: longer ones gather less and need more memory
-MOST = 2 ** 20                           # numbers of a block's queries, all query heads of a key head together
+# of the matrices that are multiplied: a square of 512 fills 1 MiB in float32
+ROWS, LISTED = (512, 512)
+QUERIES = 2048  # of a block: longer ones gather less and need more memory
+MOST = 2**20  # numbers of a block's queries, all query heads of a key head together
 MOST_HEAD_DIM = 256
 
 
@@ -44,35 +55,49 @@ def tiling(n: int, heads: int, dim: int, k: int) -> Tiling:
   rows = min(ROWS, _up(n), max(LANES, MOST // (heads * dim) // LANES * LANES))
   count = -(-n // rows)
   most = max(1, min(QUERIES, MOST // (heads * dim)) // rows)
-  parts = max(p for p in range(1, most + 1) if -count % p <= count / 8)     # so that little is padding
+  parts = max(p for p in range(1, most + 1) if -count % p <= count / 8)  # so that little is padding
   return Tiling(queries=parts * rows, rows=rows, keys=rows, listed=min(LISTED, _up(k)))
 
 
-def attention(query, key, value, scores, threshold, expiry, order, start, end, *, k, window, gate, scale):
+def attention(
+  query, key, value, scores, threshold, expiry, order, start, end, *, k, window, gate, scale
+):
   """SPARSEK attention, given the selection.
 
   Args:
     query: [batch, n, H, D] bfloat16 or float32, D <= 256.
     key, value: [batch, n, G, D].
-    scores, threshold, expiry, order: [batch, G, n]; the latter three of `causal.select` with delay = window, of which the last is not needed.
+    scores, threshold, expiry, order: [batch, G, n]; the latter three of `causal.select` with delay
+      = window, of which the last is not needed.
     start, end: [batch, n] int32, first token of each token's document, and one past its last.
     k: budget; 0 leaves the sliding window alone.
     window, gate, scale: as in `sparsek.sparsek_attention`.
 
   Returns:
-    [batch, n, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and threshold.
+    [batch, n, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and
+    threshold.
   """
   del order
   _, n, heads, dim = query.shape
   k, window, wide = min(k, n), min(window, n), 64 if dim <= 64 else _up(dim)
   sizes = tiling(n, heads // key.shape[2], wide, k)
   rest = -n % sizes.queries
-  query, key, value = (jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, rest), (0, wide - dim))) for x in (query, key, value))
-  scores, threshold, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold, expiry))
-  if rest:                                                               # a padded token is a document of its own
+  query, key, value = (
+    jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, rest), (0, wide - dim)))
+    for x in (query, key, value)
+  )
+  scores, threshold, expiry = (
+    jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold, expiry)
+  )
+  if rest:  # a padded token is a document of its own
     padding = jnp.broadcast_to(jnp.arange(n, n + rest, dtype=jnp.int32), (start.shape[0], rest))
-    start, end = jnp.concatenate([start, padding], axis=1), jnp.concatenate([end, padding + 1], axis=1)
-  out = _attention(query, key, value, scores, threshold, expiry, start, end, k, Static(window, gate, scale, sizes))
+    start, end = (
+      jnp.concatenate([start, padding], axis=1),
+      jnp.concatenate([end, padding + 1], axis=1),
+    )
+  out = _attention(
+    query, key, value, scores, threshold, expiry, start, end, k, Static(window, gate, scale, sizes)
+  )
   return jnp.swapaxes(out[:, :, :n, :dim], 1, 2)
 
 
@@ -83,13 +108,25 @@ def _attention(query, key, value, scores, threshold, expiry, start, end, k, stat
 
 def _forward_rule(query, key, value, scores, threshold, expiry, start, end, k, static):
   live, bounds, left = over_batch(functools.partial(_tables, k, static), scores, expiry, start, end)
-  out, logsumexp = over_batch(functools.partial(_forward, static), query, key, value, scores, threshold, expiry, live, bounds, left)
+  out, logsumexp = over_batch(
+    functools.partial(_forward, static),
+    query,
+    key,
+    value,
+    scores,
+    threshold,
+    expiry,
+    live,
+    bounds,
+    left,
+  )
   out, logsumexp = saved(varying_like(out, query), varying_like(logsumexp, query))
   return out, (query, key, value, scores, threshold, expiry, live, bounds, left, out, logsumexp)
 
 
 def _backward_rule(k, static, residuals, cotangent):
-  residuals = lax.optimization_barrier(residuals)                        # or XLA would keep the gathered buffers from the forward pass
+  # or XLA would keep the gathered buffers from the forward pass
+  residuals = lax.optimization_barrier(residuals)
   grads = over_batch(functools.partial(_backward, static), *residuals, cotangent)
   return *(varying_like(grad, residuals[0]) for grad in grads), None, None, None
 
@@ -103,18 +140,28 @@ def _per_head(f):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _tables(k, static, scores, expiry, start, end):
-  """(Live of [B, G] or None, Bounds with a batch axis, first token of each query's window [B, n])."""
-  (batch, groups, n), (queries, rows, _, listed), window = expiry.shape, static.tiling, static.window
+  """(Live of [B, G] or None, Bounds with a batch axis, first token of each query's window
+  [B, n]).
+  """
+  (batch, groups, n), (queries, rows, _, listed), window = (
+    expiry.shape,
+    static.tiling,
+    static.window,
+  )
   start, end = varying_like(start, scores), varying_like(end, scores)
   number = jnp.arange(n, dtype=jnp.int32)
   left = jnp.maximum(number - window + 1, start)
-  enters = _per_head(functools.partial(by_entry, delay=window))((expiry > number + window).astype(jnp.int32))
+  enters = _per_head(functools.partial(by_entry, delay=window))(
+    (expiry > number + window).astype(jnp.int32)
+  )
   entering = jnp.max(enters.reshape(batch, groups, -1, queries)[..., 1:], axis=-1)
   last = slice(queries - 1, None, queries)
   reach = jnp.minimum(number[last] + max(window - 1, 0), end[:, last] - 1) // queries
   live, tiles = None, jnp.zeros_like(entering)
   if k:
-    live = _per_head(functools.partial(live_lists, window=window, chunk=queries, slots=_up(k, listed)))(scores, expiry)
+    live = _per_head(
+      functools.partial(live_lists, window=window, chunk=queries, slots=_up(k, listed))
+    )(scores, expiry)
     tiles = -(-live.count // listed)
   return live, Bounds(tiles, entering, left[:, ::rows], reach), left
 
@@ -122,8 +169,11 @@ def _tables(k, static, scores, expiry, start, end):
 def _operands(static, query, key, value, scores, threshold, expiry, live, bounds, left):
   """What the kernels read: Queries, listed Keys or None, near Keys, Bounds."""
   (batch, groups, n, dim), rows = key.shape, static.tiling.rows
-  queries = Queries(query.reshape(batch, groups, -1, n // rows, rows, dim), threshold.reshape(batch, groups, n // rows, 1, rows),
-                    left.reshape(batch, n // rows, 1, rows))
+  queries = Queries(
+    query.reshape(batch, groups, -1, n // rows, rows, dim),
+    threshold.reshape(batch, groups, n // rows, 1, rows),
+    left.reshape(batch, n // rows, 1, rows),
+  )
   tiled = lambda x, size: x.reshape(batch, groups, -1, size, dim)
   row = lambda x, size: x.reshape(batch, groups, -1, 1, size)
   size, listed = static.tiling.keys, None
@@ -132,27 +182,60 @@ def _operands(static, query, key, value, scores, threshold, expiry, live, bounds
     place = jnp.where(live.token < n, live.token, 0)
     gather = lambda x: _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, place)
     size = static.tiling.listed
-    listed = Keys(tiled(gather(key), size), tiled(gather(value), size), row(live.score, size), row(live.expiry, size))
+    listed = Keys(
+      tiled(gather(key), size),
+      tiled(gather(value), size),
+      row(live.score, size),
+      row(live.expiry, size),
+    )
   return queries, listed, near, Bounds(*(x.reshape(-1) for x in bounds))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, query, key, value, scores, threshold, expiry, live, bounds, left):
-  out, logsumexp = attention_kernels.forward(*_operands(static, query, key, value, scores, threshold, expiry, live, bounds, left), static)
+  out, logsumexp = attention_kernels.forward(
+    *_operands(static, query, key, value, scores, threshold, expiry, live, bounds, left), static
+  )
   return out.reshape(query.shape), logsumexp.reshape(query.shape[:3])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(static, query, key, value, scores, threshold, expiry, live, bounds, left, out, logsumexp, cotangent):
-  queries, listed, near, bounds = _operands(static, query, key, value, scores, threshold, expiry, live, bounds, left)
+def _backward(
+  static,
+  query,
+  key,
+  value,
+  scores,
+  threshold,
+  expiry,
+  live,
+  bounds,
+  left,
+  out,
+  logsumexp,
+  cotangent,
+):
+  queries, listed, near, bounds = _operands(
+    static, query, key, value, scores, threshold, expiry, live, bounds, left
+  )
   delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
   row = lambda x: x.reshape(*queries.query.shape[:4], 1, static.tiling.rows)
   outputs = Outputs(cotangent.reshape(queries.query.shape), row(logsumexp), row(delta))
-  dquery, dtau, dlisted = attention_kernels.query_gradients(queries, outputs, listed, near, bounds, static)
+  dquery, dtau, dlisted = attention_kernels.query_gradients(
+    queries, outputs, listed, near, bounds, static
+  )
   of_near = attention_kernels.near_gradients(queries, outputs, near, bounds, static)
   totals = [x.reshape(like.shape) for x, like in zip(of_near, (key, value, scores))]
   if live is not None:
-    add = _per_head(lambda total, i, rows: total.at[i].add(rows.reshape(*i.shape, *total.shape[1:]), mode="drop"))
+    add = _per_head(
+      lambda total, i, rows: total.at[i].add(rows.reshape(*i.shape, *total.shape[1:]), mode="drop")
+    )
     totals = [add(total, live.token, rows) for total, rows in zip(totals, dlisted)]
   dkey, dvalue, dscores = totals
-  return dquery.reshape(query.shape), dkey.astype(key.dtype), dvalue.astype(value.dtype), dscores, dtau.reshape(threshold.shape)
+  return (
+    dquery.reshape(query.shape),
+    dkey.astype(key.dtype),
+    dvalue.astype(value.dtype),
+    dscores,
+    dtau.reshape(threshold.shape),
+  )

@@ -4,15 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsek.attention.operator import causal_sparsek, document_bounds
 from sparsek.attention.prefix_selection import select
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
 from sparsek.kernels import cudnn, reference, xla
-from sparsek.kernels.hopper import attention as hopper_attention, thread_ops
+from sparsek.kernels.hopper import attention as hopper_attention
+from sparsek.kernels.hopper import thread_ops
 from sparsek.kernels.tpu import attention as tpu_attention
-from sparsek.attention.operator import causal_sparsek, document_bounds
 
 WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "cudnn")
-PALLAS = {"mosaic_gpu": hopper_attention, "mosaic_tpu": tpu_attention}          # each has a `refusal` and takes [batch, heads, n] scores
+# each has a `refusal` and takes [batch, heads, n] scores
+PALLAS = {"mosaic_gpu": hopper_attention, "mosaic_tpu": tpu_attention}
 
 
 def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
@@ -27,7 +29,10 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
     raise ValueError(f"query must hold at least one token, got shape {query.shape}")
   for name, x in (("key", key), ("value", value)):
     if x.shape != (batch, n, groups, head_dim):
-      raise ValueError(f"{name} must have shape {(batch, n, groups, head_dim)} to go with query {query.shape} and key {key.shape}, got {x.shape}")
+      raise ValueError(
+        f"{name} must have shape {(batch, n, groups, head_dim)} to go with query {query.shape} "
+        f"and key {key.shape}, got {x.shape}"
+      )
     if x.dtype != query.dtype:
       raise ValueError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
   if heads < 1 or head_dim < 1:
@@ -36,7 +41,10 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
     raise ValueError(f"query's {heads} heads must be a multiple of key's {groups}")
   if scores is not None:
     if scores.shape != (batch, n, groups):
-      raise ValueError(f"scores must have shape {(batch, n, groups)}, one per token and key head, got {scores.shape}")
+      raise ValueError(
+        f"scores must have shape {(batch, n, groups)}, one per token and key "
+        f"head, got {scores.shape}"
+      )
     if not jnp.issubdtype(scores.dtype, jnp.floating):
       raise ValueError(f"scores must be floating point, got {scores.dtype}")
   for name, x, minimum in (("k", k, 1), ("window", window, 0)):
@@ -46,8 +54,13 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
   check_choice("gate", gate, GATES)
   if scale is not None and not isinstance(scale, (int, float, np.number)):
     raise ValueError(f"scale={scale!r} must be a Python number or None")
-  if segment_ids is not None and (segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
-    raise ValueError(f"segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
+  if segment_ids is not None and (
+    segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
+  ):
+    raise ValueError(
+      f"segment_ids must be integers of shape {(batch, n)}, got "
+      f"{segment_ids.dtype} {segment_ids.shape}"
+    )
 
 
 def _resolve(implementation: str | None, query: jax.Array) -> str:
@@ -55,14 +68,21 @@ def _resolve(implementation: str | None, query: jax.Array) -> str:
   if implementation in PALLAS:
     reason = PALLAS[implementation].refusal(query)
     if reason:
-      raise NotImplementedError(f"implementation={implementation!r} cannot run here: {reason}; use 'xla', which runs on every device")
+      raise NotImplementedError(
+        f"implementation={implementation!r} cannot run here: {reason}; use 'xla', "
+        "which runs on every device"
+      )
   if implementation is None:
     return next((name for name, kernels in PALLAS.items() if not kernels.refusal(query)), "xla")
   return implementation
 
 
-def resolve_window(implementation: str | None, query: jax.Array, segment_ids: jax.Array | None,
-                   window: int | None = None) -> str:
+def resolve_window(
+  implementation: str | None,
+  query: jax.Array,
+  segment_ids: jax.Array | None,
+  window: int | None = None,
+) -> str:
   """Returns the implementation of a sliding window, or of full attention, to run.
 
   Raises if the one asked for cannot run here.
@@ -70,23 +90,42 @@ def resolve_window(implementation: str | None, query: jax.Array, segment_ids: ja
   window = query.shape[1] if window is None else window
   reason = cudnn.refusal(query, segment_ids, window) if implementation in (None, "cudnn") else None
   if implementation == "cudnn" and reason:
-    raise NotImplementedError(f"implementation='cudnn' cannot run here: {reason}; use 'xla', which runs on every device")
-  return "cudnn" if implementation in (None, "cudnn") and not reason else _resolve(implementation, query)
+    raise NotImplementedError(
+      f"implementation='cudnn' cannot run here: {reason}; use 'xla', which runs on every device"
+    )
+  return (
+    "cudnn" if implementation in (None, "cudnn") and not reason else _resolve(implementation, query)
+  )
 
 
-def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores: jax.Array, *, k: int, window: int, gate: str = "straight_through",
-                      scale: float | None = None, segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
-  r"""Causal attention of every query to its `window` latest tokens and to the k best-scored tokens before them.
+def sparsek_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array,
+  *,
+  k: int,
+  window: int,
+  gate: str = "straight_through",
+  scale: float | None = None,
+  segment_ids: jax.Array | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  r"""Causal attention of every query to its `window` latest tokens and to the k best-scored tokens
+  before them.
 
-  .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad p_{ij} = \mathrm{clip}(u_j - \tau_i, 0, 1)
+  .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad p_{ij} =
+  \mathrm{clip}(u_j - \tau_i, 0, 1)
 
-  Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left, for `i >= j + window`. The k candidates of highest score
-  (equal scores: the earlier token) and the window share one softmax. tau_i is the causal SPARSEK threshold of all candidates; window keys have gate 1.
-  The gates:
+  Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left,
+  for `i >= j + window`. The k candidates of highest score (equal scores: the earlier token) and the
+  window share one softmax. tau_i is the causal SPARSEK threshold of all candidates; window keys
+  have gate 1. The gates:
 
-    "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would give them, query, key and value that of what was computed.
-    "value": logit `scale q.k`, m = p (the paper's hard-key, soft-value form).
-    "key_value": logit `p scale q.k`, m = p (the paper's Select(Diag(p)) form).
+    "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would
+    give them, query, key and value that of what was computed. "value": logit `scale q.k`, m = p
+    (the paper's hard-key, soft-value form). "key_value": logit `p scale q.k`, m = p (the paper's
+    Select(Diag(p)) form).
 
   With k >= n or window >= n this is dense causal attention.
 
@@ -96,13 +135,16 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
       makes the outputs NaN that see it, and no others under "reference" and "xla"; the kernels of
       GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must not look, and
       0 * NaN is NaN: give padding finite numbers there.
-    scores: [batch, n, G] float; computed on in float32. NaN and infinities: see `sparsek.causal_sparsek`.
+    scores: [batch, n, G] float; computed on in float32. NaN and infinities: see
+      `sparsek.causal_sparsek`.
     k: selected keys per query, >= 1.
     window: latest tokens that every query sees, itself included, >= 0.
     gate: see above.
     scale: of the logits; None: 1 / sqrt(D).
-    segment_ids: [batch, n] integers; every run of equal ids is a document, and nothing crosses from one to the next.
-    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; None: the fastest that can run here.
+    segment_ids: [batch, n] integers; every run of equal ids is a document, and nothing crosses from
+      one to the next.
+    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu";
+      None: the fastest that can run here.
 
   Returns:
     [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets
@@ -120,32 +162,45 @@ def sparsek_attention(query: jax.Array, key: jax.Array, value: jax.Array, scores
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
   n = query.shape[1]
-  k, window = min(int(k), n), min(int(window), n)          # before any int32 is computed with them
-  if not query.size:                                       # no rows
+  k, window = min(int(k), n), min(int(window), n)  # before any int32 is computed with them
+  if not query.size:  # no rows
     return query
   if implementation is None and window == n and not cudnn.refusal(query, segment_ids, window):
     # No token ever leaves the window: scores do not matter.
     return cudnn.attention(query, key, value, window=window, scale=scale)
   implementation = _resolve(implementation, query)
   if implementation == "reference":
-    return reference.attention(query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids)
+    return reference.attention(
+      query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids
+    )
   scores = scores.astype(jnp.float32)
   start, end = document_bounds(segment_ids, *query.shape[:2])
   options = dict(k=k, window=window, gate=gate, scale=scale)
   if implementation in PALLAS:
     scores = jnp.swapaxes(scores, 1, 2)
-    selection = select(scores, start, end, k, window, segment_ids is not None,
-                       thread_ops.can_run())
-    return PALLAS[implementation].attention(query, key, value, scores, *selection, start, end, **options)
+    selection = select(scores, start, end, k, window, segment_ids is not None, thread_ops.can_run())
+    return PALLAS[implementation].attention(
+      query, key, value, scores, *selection, start, end, **options
+    )
   selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
   return xla.attention(query, key, value, scores, *selection, start, **options)
 
 
-def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, window: int, scale: float | None = None,
-                             segment_ids: jax.Array | None = None, implementation: str | None = None) -> jax.Array:
-  """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in `sparsek_attention`.
+def sliding_window_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  window: int,
+  scale: float | None = None,
+  segment_ids: jax.Array | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in
+  `sparsek_attention`.
 
-  The implementation is "xla", "mosaic_gpu", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run here.
+  The implementation is "xla", "mosaic_gpu", "mosaic_tpu", "cudnn" (without segment_ids), or None
+  for the fastest that can run here.
   """
   check_at_least("window", window, 1)
   check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))
@@ -165,6 +220,10 @@ def sliding_window_attention(query: jax.Array, key: jax.Array, value: jax.Array,
   if implementation in PALLAS:
     nothing = jnp.zeros((batch, groups, n), jnp.float32)
     never = nothing.astype(jnp.int32)
-    return PALLAS[implementation].attention(query, key, value, nothing, nothing, never, never, start, end, **options)
+    return PALLAS[implementation].attention(
+      query, key, value, nothing, nothing, never, never, start, end, **options
+    )
   nothing = jnp.zeros((batch, n, groups), jnp.float32)
-  return xla.attention(query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, **options)
+  return xla.attention(
+    query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, **options
+  )

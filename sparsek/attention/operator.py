@@ -1,8 +1,11 @@
-"""The SPARSEK operator (arXiv 2406.16747, section 3), over a whole axis and causally for every prefix at once.
+"""The SPARSEK operator (arXiv 2406.16747, section 3), over a whole axis and causally for every
+prefix at once.
 
-`sparsek(z, k) = argmin ||p - z||^2  subject to  0 <= p <= 1, sum p = k` has the solution `p = clip(z - tau, 0, 1)`. The threshold tau is piecewise
-linear between the breakpoints `z_j - 1` and `z_j`; both functions find the piece that holds it, then solve on it: `sparsek` by bisection over the sorted
-breakpoints, `causal_sparsek` for all prefixes together, with no loop over tokens (kernels/prefix_thresholds.py).
+`sparsek(z, k) = argmin ||p - z||^2  subject to  0 <= p <= 1, sum p = k` has the solution `p =
+clip(z - tau, 0, 1)`. The threshold tau is piecewise linear between the breakpoints `z_j - 1` and
+`z_j`; both functions find the piece that holds it, then solve on it: `sparsek` by bisection over
+the sorted breakpoints, `causal_sparsek` for all prefixes together, with no loop over tokens
+(kernels/prefix_thresholds.py).
 """
 
 import functools
@@ -10,9 +13,9 @@ import math
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sparsek.attention.prefix_selection import finite, select
 from sparsek.kernels.hopper import thread_ops
@@ -23,9 +26,12 @@ class CausalSelection(NamedTuple):
   """What `causal_sparsek` returns.
 
   Attributes:
-    threshold: [batch, n, heads] float32, tau_i of query i, never decreasing within a document; -inf while at most k candidates exist.
-    expiry: [batch, n, heads] int32; token j is among the top k of query i  iff  j + delay <= i < expiry_j (and i is in its document).
+    threshold: [batch, n, heads] float32, tau_i of query i, never decreasing within a document; -inf
+      while at most k candidates exist.
+    expiry: [batch, n, heads] int32; token j is among the top k of query i  iff  j + delay <= i <
+      expiry_j (and i is in its document).
   """
+
   threshold: jax.Array
   expiry: jax.Array
 
@@ -44,27 +50,39 @@ def _check(name, scores, k, ndim=None):
 
 
 def _minus_one(u):
-  """u - 1, the threshold at which an entry leaves 1; u itself where the floats are too coarse to hold u - 1."""
+  """u - 1, the threshold at which an entry leaves 1; u itself where the floats are too coarse to
+  hold u - 1.
+  """
   return jnp.where(jnp.abs(u) >= 2.0 ** (jnp.finfo(u.dtype).nmant + 1), u, u - 1)
 
 
 def _below(tau, kth_best):
-  """tau, which lies strictly below the k-th best score, where rounding or floats wider than 1 put it no lower: all of the top k have a gate above 0."""
+  """tau, which lies strictly below the k-th best score, where rounding or floats wider than 1 put
+  it no lower: all of the top k have a gate above 0.
+  """
   return jnp.minimum(tau, jnp.nextafter(kth_best, jnp.full_like(kth_best, -jnp.inf)))
 
 
 def _bisect(low, high, test, size):
-  """(smallest integer in (low, high] that passes, what the test found there), elementwise; `high` is taken to pass; high - low <= size + 1.
+  """(smallest integer in (low, high] that passes, what the test found there), elementwise; `high`
+  is taken to pass; high - low <= size + 1.
 
-  test: integers -> (passes, tuple of arrays like it). What it found is kept only where a tested integer passed, zero otherwise.
+  test: integers -> (passes, tuple of arrays like it). What it found is kept only where a tested
+    integer passed, zero otherwise.
   """
   kinds = jax.eval_shape(test, high)[1]
+
   def halve(_, state):
     low, high, found = state
-    middle = (low + high + 1) // 2                       # == high once high - low == 1: the ends then stay
+    middle = (low + high + 1) // 2  # == high once high - low == 1: the ends then stay
     passes, new = test(middle)
     keep = passes & (middle < high)
-    return jnp.where(passes | (middle == high), low, middle), jnp.where(keep, middle, high), tuple(jnp.where(keep, x, y) for x, y in zip(new, found))
+    return (
+      jnp.where(passes | (middle == high), low, middle),
+      jnp.where(keep, middle, high),
+      tuple(jnp.where(keep, x, y) for x, y in zip(new, found)),
+    )
+
   found = tuple(varying_like(jnp.zeros(kind.shape, kind.dtype), high) for kind in kinds)
   _, high, found = lax.fori_loop(0, math.ceil(math.log2(size + 1)), halve, (low, high, found))
   return high, found
@@ -73,12 +91,15 @@ def _bisect(low, high, test, size):
 def sparsek(scores: jax.Array, k: int) -> jax.Array:
   r"""Differentiable top-k mask over the last axis.
 
-  .. math:: p^* = \arg\min_p \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1,\ \textstyle\sum_j p_j = k, \qquad p^*_j = \min(\max(z_j - \tau, 0), 1)
+  .. math:: p^* = \arg\min_p \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1,\ \textstyle\sum_j
+  p_j = k, \qquad p^*_j = \min(\max(z_j - \tau, 0), 1)
 
-  The Jacobian is `diag(s) - s s^T / |s|` with `s = 1[0 < p < 1]`; zero where no entry is fractional.
+  The Jacobian is `diag(s) - s s^T / |s|` with `s = 1[0 < p < 1]`; zero where no entry is
+  fractional.
 
   Args:
-    scores: [..., n] floating point. -inf leaves an entry out (gate 0, not counted); +inf counts as the largest finite number; a NaN makes its row NaN.
+    scores: [..., n] floating point. -inf leaves an entry out (gate 0, not counted); +inf counts as
+      the largest finite number; a NaN makes its row NaN.
     k: sum of the gates, a Python integer >= 1. With k or fewer entries every gate is 1.
 
   Returns:
@@ -112,12 +133,14 @@ def _sparsek(z, k):
 
   def evaluate(rank):
     b = jnp.take_along_axis(breakpoints, rank, axis=-1)
-    fractional = present & (minus < b) & (u >= b)         # on the piece left of b
+    fractional = present & (minus < b) & (u >= b)  # on the piece left of b
     total = jnp.sum(jnp.where(fractional, u - b, 0), -1, keepdims=True)
-    missing = k - jnp.sum(present & (minus >= b), -1, keepdims=True) - total      # exact where nothing is fractional
+    # exact where nothing is fractional
+    missing = k - jnp.sum(present & (minus >= b), -1, keepdims=True) - total
     return missing >= 0, (b, jnp.sum(fractional, -1, keepdims=True), missing)
 
-  ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n))     # the last breakpoint passes, so one below 2 n does
+  # the last breakpoint passes, so one below 2 n does
+  ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n))
   _, (b, count, missing) = _bisect(*ends, evaluate, 2 * n)
   kth_best = lax.slice_in_dim(jnp.sort(u, axis=-1), max(n - k, 0), max(n - k, 0) + 1, axis=-1)
   tau = _below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)
@@ -133,7 +156,9 @@ def _sparsek_forward(z, k):
 
 def _sparsek_backward(k, gate, cotangent):
   fractional = (gate > 0) & (gate < 1)
-  mean = jnp.sum(jnp.where(fractional, cotangent, 0), -1, keepdims=True) / jnp.maximum(jnp.sum(fractional, -1, keepdims=True), 1)
+  mean = jnp.sum(jnp.where(fractional, cotangent, 0), -1, keepdims=True) / jnp.maximum(
+    jnp.sum(fractional, -1, keepdims=True), 1
+  )
   gradient = jnp.where(fractional, cotangent - mean, 0)
   return (jnp.where(jnp.isnan(gate), gate, gradient),)
 
@@ -141,35 +166,50 @@ def _sparsek_backward(k, gate, cotangent):
 _sparsek.defvjp(_sparsek_forward, _sparsek_backward)
 
 
-def document_bounds(segment_ids: jax.Array | None, batch: int, n: int) -> tuple[jax.Array, jax.Array]:
-  """[batch, n] int32 index of the first token of each token's document, and one past its last; a document is a run of equal ids."""
+def document_bounds(
+  segment_ids: jax.Array | None, batch: int, n: int
+) -> tuple[jax.Array, jax.Array]:
+  """[batch, n] int32 index of the first token of each token's document, and one past its last; a
+  document is a run of equal ids.
+  """
   if segment_ids is None:
     return jnp.zeros((batch, n), jnp.int32), jnp.full((batch, n), n, jnp.int32)
   index = jnp.arange(n, dtype=jnp.int32)
-  changed = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+  changed = jnp.concatenate(
+    [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+  )
   start = lax.cummax(jnp.where(changed, index, 0), axis=1)
   last = jnp.concatenate([changed[:, 1:], jnp.ones((batch, 1), bool)], axis=1)
   end = lax.cummin(jnp.where(last, index + 1, n), axis=1, reverse=True)
   return start, end
 
 
-def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: jax.Array | None = None) -> CausalSelection:
+def causal_sparsek(
+  scores: jax.Array, k: int, *, delay: int = 0, segment_ids: jax.Array | None = None
+) -> CausalSelection:
   r"""SPARSEK and the top k of every causal prefix, exactly and in parallel.
 
-  Query i has the candidates j <= i - delay of its own document. Its gates are `p_ij = clip(u_j - tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is
-  the k best candidates, equal scores going to the earlier token. Both are monotone: tau_i never decreases and a token that has dropped out never returns.
+  Query i has the candidates j <= i - delay of its own document. Its gates are `p_ij = clip(u_j -
+  tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is the k best candidates, equal scores going to
+  the earlier token. Both are monotone: tau_i never decreases and a token that has dropped out never
+  returns.
 
-  The gradient of the thresholds is `dtau_i / du_j = 1[j in S_i] / |S_i|` with S_i the fractional entries of query i, zero where none is; `expiry` has none.
+  The gradient of the thresholds is `dtau_i / du_j = 1[j in S_i] / |S_i|` with S_i the fractional
+  entries of query i, zero where none is; `expiry` has none.
 
   Args:
-    scores: [batch, n, heads] float. -inf: never a candidate, not counted; +inf: the largest finite number; NaN: never selected, and the threshold is NaN
-      for every query of the document from the one that admits it, so that it shows.
+    scores: [batch, n, heads] float. -inf: never a candidate, not counted; +inf: the largest finite
+      number; NaN: never selected, and the threshold is NaN for every query of the document from the
+      one that admits it, so that it shows.
     k: budget, a Python integer >= 1.
-    delay: a token becomes a candidate this many steps after its own; the sliding window's length in SPARSEK attention.
-    segment_ids: [batch, n] integers; every run of equal ids is a document of its own. None: one document.
+    delay: a token becomes a candidate this many steps after its own; the sliding window's length in
+      SPARSEK attention.
+    segment_ids: [batch, n] integers; every run of equal ids is a document of its own. None: one
+      document.
 
   Returns:
-    CausalSelection(threshold, expiry). Thresholds are exact to 2^-24 in a gate up to n = 2^18, to 2^(2 floor(log2 n) - 60) beyond.
+    CausalSelection(threshold, expiry). Thresholds are exact to 2^-24 in a gate up to n = 2^18, to
+    2^(2 floor(log2 n) - 60) beyond.
 
   Raises:
     ValueError: for bad shapes, dtypes, k < 1 or delay < 0.
@@ -181,11 +221,24 @@ def causal_sparsek(scores: jax.Array, k: int, *, delay: int = 0, segment_ids: ja
   if delay < 0:
     raise ValueError(f"causal_sparsek: delay={delay} must be at least 0")
   batch, n, _ = scores.shape
-  if not 1 <= n <= 2 ** 26:
+  if not 1 <= n <= 2**26:
     raise ValueError(f"causal_sparsek: n={n} must be from 1 to 2^26 tokens")
-  if segment_ids is not None and (segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
-    raise ValueError(f"causal_sparsek: segment_ids must be integers of shape {(batch, n)}, got {segment_ids.dtype} {segment_ids.shape}")
+  if segment_ids is not None and (
+    segment_ids.shape != (batch, n) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
+  ):
+    raise ValueError(
+      f"causal_sparsek: segment_ids must be integers of shape {(batch, n)}, got "
+      f"{segment_ids.dtype} {segment_ids.shape}"
+    )
   start, end = document_bounds(segment_ids, batch, n)
   by_head = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
-  threshold, expiry, _ = select(by_head, start, end, min(int(k), n), min(int(delay), n), segment_ids is not None, thread_ops.can_run())
+  threshold, expiry, _ = select(
+    by_head,
+    start,
+    end,
+    min(int(k), n),
+    min(int(delay), n),
+    segment_ids is not None,
+    thread_ops.can_run(),
+  )
   return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))

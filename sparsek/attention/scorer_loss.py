@@ -1,4 +1,6 @@
-"""What teaches scorers directly: which tokens full attention reads after they have left the window."""
+"""What teaches scorers directly: which tokens full attention reads after they have left the
+window.
+"""
 
 import functools
 
@@ -6,51 +8,78 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.kernels import saved
 from sparsek.attention.operator import document_bounds
+from sparsek.kernels import saved
 
-BLOCK_LOGITS = 2**25               # float32 logits held at once: 128 MiB, and a few arrays like them
-NOWHERE = -1e30                    # instead of -inf, whose softmax over nothing is NaN
+BLOCK_LOGITS = 2**25  # float32 logits held at once: 128 MiB, and a few arrays like them
+NOWHERE = -1e30  # instead of -inf, whose softmax over nothing is NaN
 
 
 def sample_queries(key: jax.Array, num_queries: int, batch: int, length: int) -> jax.Array:
-  """[batch, min(num_queries, length)] int32 ascending places, one drawn from each of so many parts of the row of equal length; all where they suffice."""
+  """[batch, min(num_queries, length)] int32 ascending places, one drawn from each of so many parts
+  of the row of equal length; all where they suffice.
+  """
   number = min(num_queries, length)
   edges = np.arange(number + 1) * length // number
-  return jax.random.randint(key, (batch, number), jnp.asarray(edges[:-1], jnp.int32), jnp.asarray(edges[1:], jnp.int32))
+  return jax.random.randint(
+    key, (batch, number), jnp.asarray(edges[:-1], jnp.int32), jnp.asarray(edges[1:], jnp.int32)
+  )
 
 
-def attention_mass_loss(scores: jax.Array, query: jax.Array, key: jax.Array, queries: jax.Array, *, window: int, scale: float | None = None,
-                        segment_ids: jax.Array | None = None) -> jax.Array:
-  r"""How badly the scores explain which candidates full attention reads: the loss of a scorer, in nats.
+def attention_mass_loss(
+  scores: jax.Array,
+  query: jax.Array,
+  key: jax.Array,
+  queries: jax.Array,
+  *,
+  window: int,
+  scale: float | None = None,
+  segment_ids: jax.Array | None = None,
+) -> jax.Array:
+  r"""How badly the scores explain which candidates full attention reads: the loss of a scorer, in
+  nats.
 
   .. math:: L_i = M_i \, KL(A_{i \cdot} / M_i \,\|\, \mathrm{softmax}_{C_i}(u))
-     = \sum_{j \in C_i} A_{ij} \log \frac{A_{ij}}{M_i} + M_i \log \sum_{j \in C_i} e^{u_j} - \sum_{j \in C_i} A_{ij} u_j
+     = \sum_{j \in C_i} A_{ij} \log \frac{A_{ij}}{M_i} + M_i \log \sum_{j \in C_i} e^{u_j} - \sum_{j
+     \in C_i} A_{ij} u_j
 
-  A_ij is the softmax of `scale q_i . k_j` over all earlier tokens j <= i of the document, averaged over the query heads of a KV head; C_i are the candidates,
-  `j + window <= i`; M_i is their share of the attention. L_i >= 0, and 0 where the scores are the logarithm of that attention up to a constant. It reaches
-  tokens that are not selected, too. In this manner DSA trains its indexer (DeepSeek-AI 2025, arXiv 2512.02556), whose scores depend on the query; here one
-  score must do for all later queries, and at the minimum over all of them it is the logarithm of the attention that a token can expect.
+  A_ij is the softmax of `scale q_i . k_j` over all earlier tokens j <= i of the document, averaged
+  over the query heads of a KV head; C_i are the candidates, `j + window <= i`; M_i is their share
+  of the attention. L_i >= 0, and 0 where the scores are the logarithm of that attention up to a
+  constant. It reaches tokens that are not selected, too. In this manner DSA trains its indexer
+  (DeepSeek-AI 2025, arXiv 2512.02556), whose scores depend on the query; here one score must do for
+  all later queries, and at the minimum over all of them it is the logarithm of the attention that a
+  token can expect.
 
-  The scores enter as they are, at temperature 1, and the scorer's scale and slope learn too: logarithms of attention have a spread of their own, to which a
-  `scorer_init_scale` of 1 is near; at 4 the first thing to learn is to be less sure.
+  The scores enter as they are, at temperature 1, and the scorer's scale and slope learn too:
+  logarithms of attention have a spread of their own, to which a `scorer_init_scale` of 1 is near;
+  at 4 the first thing to learn is to be less sure.
 
-  Only scores have a gradient, `M_i softmax_{C_i}(u)_j - A_ij`, which is formed in the forward pass. Time is O(num_queries n), memory O(n) beside BLOCK_LOGITS.
+  Only scores have a gradient, `M_i softmax_{C_i}(u)_j - A_ij`, which is formed in the forward pass.
+  Time is O(num_queries n), memory O(n) beside BLOCK_LOGITS.
 
   Args:
     scores: [batch, n, G] float32, without exploration noise.
-    query, key: [batch, n, H, D] and [batch, n, G, D]; products are in their dtype, summed in float32.
-    queries: [batch, num_queries] int32 places of the queries that are asked, as from `sample_queries`.
+    query, key: [batch, n, H, D] and [batch, n, G, D]; products are in their dtype, summed in
+      float32.
+    queries: [batch, num_queries] int32 places of the queries that are asked, as from
+      `sample_queries`.
     window: as in `sparsek.sparsek_attention`.
     scale: of the logits; None: 1 / sqrt(D).
-    segment_ids: [batch, n] integers or None; every run of equal ids is a document. Queries in padding, which has the id 0, do not count.
+    segment_ids: [batch, n] integers or None; every run of equal ids is a document. Queries in
+      padding, which has the id 0, do not count.
   Returns:
-    float32 scalar, summed over rows: the mean of L_i over the queries of a row that count and over KV heads.
+    float32 scalar, summed over rows: the mean of L_i over the queries of a row that count and over
+    KV heads.
   """
   batch, n, groups = scores.shape
   start, _ = document_bounds(segment_ids, batch, n)
   at = lambda x: jnp.take_along_axis(x, queries, axis=1)
-  counted = jnp.ones(queries.shape, jnp.float32) if segment_ids is None else at(segment_ids != 0).astype(jnp.float32)
+  counted = (
+    jnp.ones(queries.shape, jnp.float32)
+    if segment_ids is None
+    else at(segment_ids != 0).astype(jnp.float32)
+  )
   weight = counted / (jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1) * groups)
   asked = jnp.take_along_axis(query, queries[..., None, None], axis=1)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -66,32 +95,57 @@ def _loss(scores, asked, key, queries, start, weight, window, scale):
 def _forward(scores, asked, key, queries, start, weight, window, scale):
   (batch, n, groups), (number, heads, dim) = scores.shape, asked.shape[1:]
   most = max(1, BLOCK_LOGITS // (batch * heads * n))
-  block = -(-number // -(-number // most))                     # of as many blocks as that needs, alike
+  block = -(-number // -(-number // most))  # of as many blocks as that needs, alike
   scores_BxGx1xN = jnp.swapaxes(scores, 1, 2)[:, :, None]
   j = jnp.arange(n, dtype=jnp.int32)
 
   def body(carry, xs):
     total, d_scores_BxGxN = carry
     asked_BxCxGxRxD, i_BxCx1, start_BxCx1, weight_BxC = xs
-    logits_BxGxRxCxN = jnp.einsum("bcgrd,bjgd->bgrcj", asked_BxCxGxRxD, key, preferred_element_type=jnp.float32) * scale
+    logits_BxGxRxCxN = (
+      jnp.einsum("bcgrd,bjgd->bgrcj", asked_BxCxGxRxD, key, preferred_element_type=jnp.float32)
+      * scale
+    )
     seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
     candidate_Bx1xCxN = (seen_BxCxN & (j + window <= i_BxCx1))[:, None]
-    attention_BxGxCxN = jnp.mean(jax.nn.softmax(jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, NOWHERE), axis=-1), axis=2)
+    attention_BxGxCxN = jnp.mean(
+      jax.nn.softmax(jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, NOWHERE), axis=-1),
+      axis=2,
+    )
     attention_BxGxCxN = jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0)
     mass_BxGxC = jnp.sum(attention_BxGxCxN, axis=-1)
     lse_BxGxC = jax.nn.logsumexp(jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, NOWHERE), axis=-1)
-    information_BxGxC = jnp.sum(jax.scipy.special.xlogy(attention_BxGxCxN, attention_BxGxCxN) - attention_BxGxCxN * scores_BxGx1xN, axis=-1)
-    loss_BxGxC = information_BxGxC - jax.scipy.special.xlogy(mass_BxGxC, mass_BxGxC) + mass_BxGxC * lse_BxGxC
-    expected_BxGxCxN = jnp.where(candidate_Bx1xCxN, mass_BxGxC[..., None] * jnp.exp(scores_BxGx1xN - lse_BxGxC[..., None]), 0)
-    d_scores_BxGxN += jnp.einsum("bgcj,bc->bgj", expected_BxGxCxN - attention_BxGxCxN, weight_BxC, precision=jax.lax.Precision.HIGHEST)
+    information_BxGxC = jnp.sum(
+      jax.scipy.special.xlogy(attention_BxGxCxN, attention_BxGxCxN)
+      - attention_BxGxCxN * scores_BxGx1xN,
+      axis=-1,
+    )
+    loss_BxGxC = (
+      information_BxGxC - jax.scipy.special.xlogy(mass_BxGxC, mass_BxGxC) + mass_BxGxC * lse_BxGxC
+    )
+    expected_BxGxCxN = jnp.where(
+      candidate_Bx1xCxN, mass_BxGxC[..., None] * jnp.exp(scores_BxGx1xN - lse_BxGxC[..., None]), 0
+    )
+    d_scores_BxGxN += jnp.einsum(
+      "bgcj,bc->bgj",
+      expected_BxGxCxN - attention_BxGxCxN,
+      weight_BxC,
+      precision=jax.lax.Precision.HIGHEST,
+    )
     return (total + jnp.sum(loss_BxGxC * weight_BxC[:, None]), d_scores_BxGxN), None
 
   def blocks(x):
     """[B, queries, ...] -> [blocks, B, block, ...], filled up with zeros: queries of weight 0."""
     x = jnp.pad(x, ((0, 0), (0, -number % block), *[(0, 0)] * (x.ndim - 2)))
     return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
+
   zero = jnp.zeros((), jnp.float32), jnp.zeros((batch, groups, n), jnp.float32)
-  xs = (blocks(asked.reshape(batch, number, groups, -1, dim)), blocks(queries[..., None]), blocks(start[..., None]), blocks(weight))
+  xs = (
+    blocks(asked.reshape(batch, number, groups, -1, dim)),
+    blocks(queries[..., None]),
+    blocks(start[..., None]),
+    blocks(weight),
+  )
   (total, d_scores), _ = jax.lax.scan(body, zero, xs)
   return total, saved.saved(jnp.swapaxes(d_scores, 1, 2))
 

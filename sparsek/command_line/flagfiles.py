@@ -17,7 +17,7 @@ from sparsek.storage.files import local_path, read_at_most
 
 COMMAND_LINE = "the command line"
 MAX_BYTES, MAX_FILES = 2**20, 1000
-_TOGETHER = (None, "undefok")          # names of which all places count
+_TOGETHER = (None, "undefok")  # names of which all places count
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -31,6 +31,7 @@ class _Given:
     place: COMMAND_LINE, or the flagfile's path.
     number: of the place, as one file may be read twice; 0 is the command line.
   """
+
   name: str | None
   words: tuple[str, ...]
   place: str
@@ -49,8 +50,13 @@ class _Reader:
     self._flag_values, self._say, self._count = flag_values, say, 0
     self.given: list[_Given] = []
 
-  def read(self, arguments: Sequence[str], place: str = COMMAND_LINE, number: int = 0,
-           parents: tuple[str, ...] = ()) -> None:
+  def read(
+    self,
+    arguments: Sequence[str],
+    place: str = COMMAND_LINE,
+    number: int = 0,
+    parents: tuple[str, ...] = (),
+  ) -> None:
     """Appends what `arguments` give to `given`."""
     for name, words in _split(arguments, self._flag_values):
       if name != "flagfile":
@@ -62,7 +68,7 @@ class _Reader:
     path = self._find(local_path(text, "flagfile"), parents)
     *above, real = map(os.path.realpath, (*parents, path))
     if real in above:
-      chain = " -> ".join((*parents[above.index(real):], path))
+      chain = " -> ".join((*parents[above.index(real) :], path))
       raise UsageError(f"--flagfile={text}: a flagfile that includes itself: {chain}")
     self._count += 1
     if self._count > MAX_FILES:
@@ -79,13 +85,13 @@ class _Reader:
         raise UsageError(f"--flagfile={path}{named}: there is no file {tried}")
       return path
     if os.path.exists(path) and not os.path.samefile(path, beside):
-      self._say(f"--flagfile={path} in {parents[-1]} is {beside}, not "
-                f"{os.path.abspath(path)}")
+      self._say(f"--flagfile={path} in {parents[-1]} is {beside}, not {os.path.abspath(path)}")
     return beside
 
 
-def expand(arguments: Sequence[str], flag_values: flags.FlagValues,
-           say: Callable[[str], object]) -> list[str]:
+def expand(
+  arguments: Sequence[str], flag_values: flags.FlagValues, say: Callable[[str], object]
+) -> list[str]:
   """Returns a command line's arguments with those of its flagfiles in place of `--flagfile`.
 
   Args:
@@ -106,14 +112,18 @@ def expand(arguments: Sequence[str], flag_values: flags.FlagValues,
     there = in_files.get(name)
     if there and name not in _TOGETHER and there.text != here.text:
       say(f"{there.text} in {there.place} gives way to {here.text} of {COMMAND_LINE}")
-  kept = [given for given in reader.given
-          if given.name in _TOGETHER or given.number == winners[given.name]]
-  kept.sort(key=lambda given: given.number == 0)            # files first: the sort is stable
+  kept = [
+    given
+    for given in reader.given
+    if given.name in _TOGETHER or given.number == winners[given.name]
+  ]
+  kept.sort(key=lambda given: given.number == 0)  # files first: the sort is stable
   return [word for given in kept for word in given.words]
 
 
-def _split(arguments: Sequence[str],
-           flag_values: flags.FlagValues) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+def _split(
+  arguments: Sequence[str], flag_values: flags.FlagValues
+) -> Iterator[tuple[str | None, tuple[str, ...]]]:
   """Yields (name, words) for every flag, as absl reads them; a name of None for all the rest.
 
   Raises:
@@ -123,13 +133,14 @@ def _split(arguments: Sequence[str],
   while arguments:
     word = arguments.pop(0)
     name, equals, _ = word.lstrip("-").partition("=") if word[:1] == "-" else ("", "", "")
-    if not name:                                 # absl takes no flag behind such a word
+    if not name:  # absl takes no flag behind such a word
       yield None, (word, *arguments)
       return
     if name.startswith("no") and name not in flag_values and name[2:] in flag_values:
       name = name[2:]
     takes_value = name in ("flagfile", "undefok") or (
-        name in flag_values and not flag_values[name].boolean)
+      name in flag_values and not flag_values[name].boolean
+    )
     if equals or not takes_value:
       yield name, (word,)
     elif arguments:
@@ -157,8 +168,9 @@ def _decode(content: bytes, path: str) -> str:
     try:
       return content.decode("utf-16")
     except UnicodeDecodeError as error:
-      raise UsageError(f"--flagfile={path}: not UTF-16 at byte {error.start}, though it begins as "
-                       "such a file") from None
+      raise UsageError(
+        f"--flagfile={path}: not UTF-16 at byte {error.start}, though it begins as such a file"
+      ) from None
   start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
   bad = content.find(b"\0")
   try:
@@ -168,5 +180,7 @@ def _decode(content: bytes, path: str) -> str:
   except UnicodeDecodeError as error:
     bad = start + error.start
   line = content.count(b"\n", 0, bad) + 1
-  raise UsageError(f"--flagfile={path}, line {line}: byte 0x{content[bad]:02x} at offset {bad} is "
-                   "no UTF-8 text; save the file as UTF-8")
+  raise UsageError(
+    f"--flagfile={path}, line {line}: byte 0x{content[bad]:02x} at offset {bad} is "
+    "no UTF-8 text; save the file as UTF-8"
+  )

@@ -12,13 +12,14 @@ from absl import flags
 
 from sparsek.storage.files import local_path
 
-HF_PREFIX = "hf:"              # sparsek.pretrained.PREFIX, from a module that is slow to import
+HF_PREFIX = "hf:"  # sparsek.pretrained.PREFIX, from a module that is slow to import
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_FOLDER_LIKE_A_STEP = re.compile(r"@[0-9]+/+$")      # its slash says that DIR@4/ is no step of DIR
+_FOLDER_LIKE_A_STEP = re.compile(r"@[0-9]+/+$")  # its slash says that DIR@4/ is no step of DIR
 
 
-def parse_path(text: str, words: Sequence[str] = (), reference: bool = False,
-               absolute: bool = True) -> str:
+def parse_path(
+  text: str, words: Sequence[str] = (), reference: bool = False, absolute: bool = True
+) -> str:
   """Returns the path that a user means.
 
   Args:
@@ -36,8 +37,9 @@ def parse_path(text: str, words: Sequence[str] = (), reference: bool = False,
   if not text:
     raise ValueError("must be a path, it is empty")
   if _UNPRINTABLE.search(text):
-    raise ValueError("a path must be UTF-8 without control characters, or flags.txt could not hold "
-                     f"it: {text!r}")
+    raise ValueError(
+      f"a path must be UTF-8 without control characters, or flags.txt could not hold it: {text!r}"
+    )
   if text != text.strip():
     raise ValueError("a path must not begin or end with a space, which flags.txt could not hold")
   try:
@@ -70,6 +72,7 @@ def parse_paths(text: str, words: Sequence[str] = (), absolute: bool = True) -> 
 
 class _Path(flags.ArgumentParser):
   """Parses one path, as `parse_path`."""
+
   syntactic_help = "a path of this machine's file system"
 
   def __init__(self, **options):
@@ -84,6 +87,7 @@ class _Path(flags.ArgumentParser):
 
 class _Paths(_Path):
   """Parses some paths, as `parse_paths`."""
+
   syntactic_help = "paths of this machine's file system, separated by commas"
 
   def parse(self, argument):

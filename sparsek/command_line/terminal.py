@@ -8,7 +8,7 @@ from typing import IO
 
 from sparsek.storage import files
 
-END_SECONDS = 10.0          # that the interpreter may take to end once a command has said its last
+END_SECONDS = 10.0  # that the interpreter may take to end once a command has said its last
 
 
 class Lenient:
@@ -67,8 +67,9 @@ def make_lenient() -> None:
   while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
   os.close(null)
-  out, err = (stream or open(os.devnull, "w", encoding="utf-8")
-              for stream in (sys.stdout, sys.stderr))
+  out, err = (
+    stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr)
+  )
   sys.stdout = Lenient(out, "standard output", BrokenPipeError)
   sys.stderr = Lenient(err, "standard error", OSError)
 
@@ -90,6 +91,7 @@ def keep_interrupts() -> None:
     again = threading.Timer(0.01, signal.pthread_kill, to_main)
     again.daemon = True
     again.start()
+
   sys.unraisablehook = show_others
 
 

@@ -1,9 +1,11 @@
-"""From token files to batches: packed rows, a resumable iterator over training batches, and fixed held-out batches.
+"""From token files to batches: packed rows, a resumable iterator over training batches, and fixed
+held-out batches.
 
-A batch is a dict of int32 arrays {"tokens": [rows, seq_len + 1], "segment_ids": [rows, seq_len + 1]}. Segment ids count the documents
-of a row from 1; 0 is padding. The model reads tokens[:, :-1]; the target of position t is tokens[:, t + 1], and it counts where
-segment_ids[:, t] == segment_ids[:, t + 1] != 0. Where documents have marked answers there is a bool array "counted" of the same shape, and
-the target counts where counted[:, t + 1] too.
+A batch is a dict of int32 arrays {"tokens": [rows, seq_len + 1], "segment_ids": [rows, seq_len +
+1]}. Segment ids count the documents of a row from 1; 0 is padding. The model reads tokens[:, :-1];
+the target of position t is tokens[:, t + 1], and it counts where segment_ids[:, t] ==
+segment_ids[:, t + 1] != 0. Where documents have marked answers there is a bool array "counted" of
+the same shape, and the target counts where counted[:, t + 1] too.
 """
 
 import dataclasses
@@ -20,26 +22,34 @@ from absl import logging
 from sparsek.config import DataConfig, check_at_least
 from sparsek.data.corpus import STDLIB, documents
 from sparsek.data.epoch_order import EpochOrder, Stage
+from sparsek.data.token_files import (
+  FORMAT_VERSION,
+  TokenDataset,
+  TokenSplit,
+  open_token_files,
+  write_token_files,
+)
+from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sparsek.errors import RunError, UsageError
 from sparsek.storage.new_folder import temporary_name
-from sparsek.data.token_files import FORMAT_VERSION, TokenDataset, TokenSplit, open_token_files, write_token_files
-from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 _PREFETCHED_BATCHES = 4
-_BYTES_A_TOKEN = 8                   # in a batch: its id and its segment
+_BYTES_A_TOKEN = 8  # in a batch: its id and its segment
 _PREFETCH_THREADS = 2
 _ENDLESS = 2**40  # Batches of a stream that has no end; grain wants a number.
 
 
-def open_data(data: str, tokenizer: str | None = None,
-              fingerprint: str | None = None) -> TokenDataset:
+def open_data(
+  data: str, tokenizer: str | None = None, fingerprint: str | None = None
+) -> TokenDataset:
   """Opens a dataset.
 
   Args:
-    data: a folder of token files, or "stdlib": the source text of Python's standard library, which is tokenised at first use (a
-      few seconds) into $XDG_CACHE_HOME/sparsek or ~/.cache/sparsek.
-    tokenizer: see `load_tokenizer`. "stdlib" is tokenised with it ("byte" by default); a folder must have been made with it.
+    data: a folder of token files, or "stdlib": the source text of Python's standard library, which
+      is tokenised at first use (a few seconds) into $XDG_CACHE_HOME/sparsek or ~/.cache/sparsek.
+    tokenizer: see `load_tokenizer`. "stdlib" is tokenised with it ("byte" by default); a folder
+      must have been made with it.
     fingerprint: of that tokenizer as a run recorded it; see `load_tokenizer`.
 
   Raises:
@@ -52,7 +62,9 @@ def open_data(data: str, tokenizer: str | None = None,
     given, own = load_tokenizer(tokenizer, fingerprint), dataset.tokenizer
     if given.fingerprint != own.fingerprint:
       raise UsageError(
-          f"tokenizer {tokenizer!r} ({_describe(given)}) does not match data {data!r}, which was made with another ({_describe(own)})")
+        f"tokenizer {tokenizer!r} ({_describe(given)}) does not match data {data!r}, which was "
+        f"made with another ({_describe(own)})"
+      )
   return dataset
 
 
@@ -64,8 +76,9 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
   cache = os.environ.get("XDG_CACHE_HOME", "")
   if not os.path.isabs(cache):  # The XDG specification asks to ignore relative paths.
     cache = os.path.join(os.path.expanduser("~"), ".cache")
-  name = f"{STDLIB}-python{platform.python_version()}-{tokenizer.name}-{tokenizer.fingerprint[:12]}-v{FORMAT_VERSION}"
-  name += "-bos" if tokenizer.bos_ids else ""            # older folders of this tokenizer have none
+  made_by = f"{tokenizer.name}-{tokenizer.fingerprint[:12]}"
+  name = f"{STDLIB}-python{platform.python_version()}-{made_by}-v{FORMAT_VERSION}"
+  name += "-bos" if tokenizer.bos_ids else ""  # older folders of this tokenizer have none
   folder = os.path.join(cache, "sparsek", name)
   try:
     if os.path.lexists(folder):
@@ -81,7 +94,10 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
   except (OSError, RunError, UsageError) as error:
     # Another process may have been faster; then its files are as good as ours.
     if not os.path.isdir(folder):
-      raise UsageError(f"the corpus {STDLIB!r} could not be prepared in {folder} (XDG_CACHE_HOME sets another place): {error}") from error
+      raise UsageError(
+        f"the corpus {STDLIB!r} could not be prepared in {folder} (XDG_CACHE_HOME "
+        f"sets another place): {error}"
+      ) from error
   return open_token_files(folder)
 
 
@@ -100,8 +116,16 @@ class PackedRows:
     first: number of the row with which to go on after `stages`.
   """
 
-  def __init__(self, split: TokenSplit, seq_len: int, *, seed: int = 0,
-               segment_documents: bool = True, epoch: int = 0, stages: Sequence[Stage] = ()):
+  def __init__(
+    self,
+    split: TokenSplit,
+    seq_len: int,
+    *,
+    seed: int = 0,
+    segment_documents: bool = True,
+    epoch: int = 0,
+    stages: Sequence[Stage] = (),
+  ):
     """Takes fields of `DataConfig`, and where to begin.
 
     Args:
@@ -114,7 +138,9 @@ class PackedRows:
     check_at_least("seq_len", seq_len, 1)
     check_at_least("seed", seed, 0)
     if split.num_tokens < 2:
-      raise ValueError(f"the {split.name} split has {split.num_tokens} tokens; a row needs at least 2")
+      raise ValueError(
+        f"the {split.name} split has {split.num_tokens} tokens; a row needs at least 2"
+      )
     self._split = split
     self._seq_len = seq_len
     self._segment_documents = segment_documents
@@ -130,8 +156,9 @@ class PackedRows:
     changed = len(self._stages) > 1
     self._rows_of_first_epoch = len(self._order(epoch).rows) if changed else self.num_rows
     if self.first > self._rows_of_first_epoch:
-      raise ValueError(f"{self.first} rows of an epoch of {self._rows_of_first_epoch} cannot be "
-                       f"read")
+      raise ValueError(
+        f"{self.first} rows of an epoch of {self._rows_of_first_epoch} cannot be read"
+      )
 
   def _make_order(self, epoch: int) -> EpochOrder:
     stages = self._stages if epoch == self._epoch else [self._new_stage]
@@ -174,7 +201,11 @@ class PackedRows:
     if tokens.view(np.uint32).max() >= self._split.vocab_size:
       for document, _, _ in order.pieces(visit, self._seq_len):
         self._split.check_ids(document)
-    return {"tokens": tokens, "segment_ids": segment_ids, **({} if counted is None else {"counted": counted})}
+    return {
+      "tokens": tokens,
+      "segment_ids": segment_ids,
+      **({} if counted is None else {"counted": counted}),
+    }
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:
@@ -185,23 +216,36 @@ def _local_rows(batch_size: int, seq_len: int, process_index: int, process_count
   """The rows of a global batch that a process reads."""
   check_at_least("process_count", process_count, 1)
   if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index={process_index} must be at least 0 and below process_count={process_count}")
+    raise ValueError(
+      f"process_index={process_index} must be at least 0 and below process_count={process_count}"
+    )
   if batch_size % process_count:
-    raise UsageError(f"batch_size={batch_size} must be a multiple of the number of processes, {process_count}")
+    raise UsageError(
+      f"batch_size={batch_size} must be a multiple of the number of processes, {process_count}"
+    )
   local = batch_size // process_count
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   needed = local * (seq_len + 1) * _BYTES_A_TOKEN
   if needed > memory:
-    raise UsageError(f"--batch_size={batch_size} with --seq_len={seq_len}: a batch takes {needed:,} "
-                     f"bytes of this machine's memory, which has {memory:,}")
+    raise UsageError(
+      f"--batch_size={batch_size} with --seq_len={seq_len}: a batch takes {needed:,} "
+      f"bytes of this machine's memory, which has {memory:,}"
+    )
   return range(process_index * local, (process_index + 1) * local)
 
 
 class _LocalBatches:
-  """What grain reads: batch s holds the examples first + s * batch_size + row, for the rows of this process."""
+  """What grain reads: batch s holds the examples first + s * batch_size + row, for the rows of this
+  process.
+  """
 
   def __init__(self, rows: PackedRows, first: int, batch_size: int, local_rows: range):
-    self._rows, self._first, self._batch_size, self._local_rows = rows, first, batch_size, local_rows
+    self._rows, self._first, self._batch_size, self._local_rows = (
+      rows,
+      first,
+      batch_size,
+      local_rows,
+    )
 
   def __len__(self) -> int:
     return _ENDLESS
@@ -212,7 +256,8 @@ class _LocalBatches:
 
 
 class TrainIterator:
-  """An endless iterator over training batches, prefetched by threads of grain, with a state that can be saved.
+  """An endless iterator over training batches, prefetched by threads of grain, with a state that
+  can be saved.
 
   The state says what the batches that were returned (not those prefetched) have shown, in all
   processes together. It is the same in every process, and can be set under another seq_len, seed,
@@ -220,7 +265,9 @@ class TrainIterator:
   """
 
   def __init__(self, split: TokenSplit, config: DataConfig, local_rows: range, fingerprint: str):
-    """See `make_train_iterator`; `local_rows` are the rows of a global batch to read, `fingerprint` is the dataset's."""
+    """See `make_train_iterator`; `local_rows` are the rows of a global batch to read, `fingerprint`
+    is the dataset's.
+    """
     self._split = split
     self._config = config
     self._local_rows = local_rows
@@ -236,12 +283,20 @@ class TrainIterator:
       raise ImportError("reading training data needs grain: pip install grain") from error
     self.close()
     config = self._config
-    self._rows = PackedRows(self._split, config.seq_len, seed=config.seed,
-                            segment_documents=config.segment_documents, epoch=epoch, stages=stages)
+    self._rows = PackedRows(
+      self._split,
+      config.seq_len,
+      seed=config.seed,
+      segment_documents=config.segment_documents,
+      epoch=epoch,
+      stages=stages,
+    )
     self._next_example = self._rows.first
     self._tokens = tokens
     source = _LocalBatches(self._rows, self._next_example, config.batch_size, self._local_rows)
-    options = grain.ReadOptions(num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    options = grain.ReadOptions(
+      num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES
+    )
     self._batches = iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
   def __iter__(self) -> Iterator[Batch]:
@@ -261,8 +316,12 @@ class TrainIterator:
       epoch, the fields of a `Stage` each.
     """
     epoch, stages = self._rows.stages_before(self._next_example)
-    return {"tokens": self._tokens, "dataset": self._fingerprint, "epoch": epoch,
-            "stages": [list(dataclasses.astuple(stage)) for stage in stages]}
+    return {
+      "tokens": self._tokens,
+      "dataset": self._fingerprint,
+      "epoch": epoch,
+      "stages": [list(dataclasses.astuple(stage)) for stage in stages],
+    }
 
   def set_state(self, state: dict, saved_under: dict | None = None) -> None:
     """Goes to a position that `get_state` returned.
@@ -278,9 +337,14 @@ class TrainIterator:
     """
     tokens = state.get("tokens") if isinstance(state, dict) else None
     if not _is_count(tokens):
-      raise ValueError(f"the state of a data iterator must hold a number of 'tokens', got {state!r}")
+      raise ValueError(
+        f"the state of a data iterator must hold a number of 'tokens', got {state!r}"
+      )
     if state.get("dataset") != self._fingerprint:
-      logging.warning("The data is not what this state was saved with; going on after %d tokens of the new data.", tokens)
+      logging.warning(
+        "The data is not what this state was saved with; going on after %d tokens of the new data.",
+        tokens,
+      )
     elif "stages" in state:
       self._start(tokens, *_read_stages(state))
       return
@@ -290,9 +354,11 @@ class TrainIterator:
       if _is_count(old.get("seq_len"), 1) and _is_count(old.get("seed")):
         seq_len, seed = old["seq_len"], old["seed"]
       else:
-        logging.warning("The position in the data was saved by an older version, without the flags "
-                        "of the order: if --seq_len or --seed changed since, some of this epoch "
-                        "comes twice and some not at all.")
+        logging.warning(
+          "The position in the data was saved by an older version, without the flags "
+          "of the order: if --seq_len or --seed changed since, some of this epoch "
+          "comes twice and some not at all."
+        )
     rows_of_epoch = -(-(self._split.num_tokens - 1) // seq_len)
     epoch, rows = divmod(-(-tokens // seq_len), rows_of_epoch)
     # One group: the order of older versions.
@@ -311,28 +377,36 @@ def _is_count(value, minimum: int = 0) -> bool:
 def _read_stages(state: dict) -> tuple[int, list[Stage]]:
   """Returns the epoch and the stages of an iterator's state, or raises ValueError."""
   epoch, stages = state.get("epoch"), state["stages"]
-  is_stage = lambda stage: (isinstance(stage, list) and len(stage) == 4
-                            and all(map(_is_count, stage, (0, 1, 1, 0))))
+  is_stage = lambda stage: (
+    isinstance(stage, list) and len(stage) == 4 and all(map(_is_count, stage, (0, 1, 1, 0)))
+  )
   if not (_is_count(epoch) and isinstance(stages, list) and all(map(is_stage, stages))):
-    raise ValueError(f"the state of a data iterator must hold an 'epoch' and its 'stages' of 4 "
-                     f"numbers each, got {state!r}")
+    raise ValueError(
+      f"the state of a data iterator must hold an 'epoch' and its 'stages' of 4 "
+      f"numbers each, got {state!r}"
+    )
   return epoch, [Stage(*stage) for stage in stages]
 
 
-def make_train_iterator(dataset: TokenDataset, config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> TrainIterator:
+def make_train_iterator(
+  dataset: TokenDataset, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+) -> TrainIterator:
   """Batches of the training split, shuffled, without end.
 
-  Process p of P reads rows p * B / P to (p + 1) * B / P - 1 of every global batch of B = config.batch_size rows, so that the batches
-  of all processes together do not depend on P.
+  Process p of P reads rows p * B / P to (p + 1) * B / P - 1 of every global batch of B =
+  config.batch_size rows, so that the batches of all processes together do not depend on P.
 
   Raises:
-    UsageError: if batch_size is not a multiple of process_count, or the split has fewer than seq_len + 1 tokens.
+    UsageError: if batch_size is not a multiple of process_count, or the split has fewer than
+      seq_len + 1 tokens.
     ImportError: if grain is not installed.
   """
   split = dataset.split("train")
   if split.num_tokens < config.seq_len + 1:
     raise UsageError(
-        f"seq_len={config.seq_len} needs at least {config.seq_len + 1} tokens to train on; {dataset.folder} has {split.num_tokens}")
+      f"seq_len={config.seq_len} needs at least {config.seq_len + 1} tokens to train on; "
+      f"{dataset.folder} has {split.num_tokens}"
+    )
   local_rows = _local_rows(config.batch_size, config.seq_len, process_index, process_count)
   return TrainIterator(split, config, local_rows, dataset.fingerprint)
 
@@ -350,7 +424,10 @@ class EvalBatches(Sequence):
   def __getitem__(self, s: int) -> Batch:
     if not 0 <= s < self._num_batches:
       raise IndexError(s)
-    examples = [self._rows.example((s * self._batch_size + row) % self._rows.num_rows) for row in self._local_rows]
+    examples = [
+      self._rows.example((s * self._batch_size + row) % self._rows.num_rows)
+      for row in self._local_rows
+    ]
     for row, example in zip(self._local_rows, examples):
       if s * self._batch_size + row >= self._rows.num_rows:
         example["segment_ids"][:] = 0  # Padding: this row was read already.
@@ -358,12 +435,19 @@ class EvalBatches(Sequence):
 
 
 def eval_batches(
-    dataset: TokenDataset, config: DataConfig, num_batches: int, *, process_index: int = 0, process_count: int = 1,
+  dataset: TokenDataset,
+  config: DataConfig,
+  num_batches: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> EvalBatches:
-  """The first `num_batches` batches of the held-out split, packed like training rows, in an order that is fixed once and for all.
+  """The first `num_batches` batches of the held-out split, packed like training rows, in an order
+  that is fixed once and for all.
 
-  There are fewer batches if the split is smaller; the last one then ends with rows of padding. Processes share the rows of a batch
-  as in `make_train_iterator`. Iterating again gives the same batches.
+  There are fewer batches if the split is smaller; the last one then ends with rows of padding.
+  Processes share the rows of a batch as in `make_train_iterator`. Iterating again gives the same
+  batches.
 
   Raises:
     UsageError: if nothing is held out, or batch_size is not a multiple of process_count.
@@ -371,6 +455,14 @@ def eval_batches(
   check_at_least("num_batches", num_batches, 1)
   split = dataset.split("heldout")
   if split.num_tokens < 2:
-    raise UsageError(f"{dataset.folder} has no held-out documents to evaluate on; prepare the data with a held-out fraction above 0")
+    raise UsageError(
+      f"{dataset.folder} has no held-out documents to evaluate on; prepare the data "
+      "with a held-out fraction above 0"
+    )
   rows = PackedRows(split, config.seq_len, segment_documents=config.segment_documents)
-  return EvalBatches(rows, config.batch_size, num_batches, _local_rows(config.batch_size, config.seq_len, process_index, process_count))
+  return EvalBatches(
+    rows,
+    config.batch_size,
+    num_batches,
+    _local_rows(config.batch_size, config.seq_len, process_index, process_count),
+  )

@@ -8,18 +8,21 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from sparsek.evaluation import tasks
-from sparsek.data import text_files
 from sparsek.config import check_choice
+from sparsek.data import text_files
 from sparsek.errors import UsageError
+from sparsek.evaluation import tasks
 from sparsek.storage.files import check_regular
 
 STDLIB = "stdlib"
 TASKS = "tasks:"
 DEFAULT_EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet")
 _MAX_TASK_BYTES, _MAX_TASKS = 2**24, 10**9
-# Left out of the standard library: what is not its own (site-packages), and its tests, which many distributions do not ship.
-_STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+# Left out of the standard library: what is not its own (site-packages), and its tests, which many
+# distributions do not ship.
+_STDLIB_SKIPPED = frozenset(
+  {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Document:
     held_out: not trained on.
     answers: (begin, end) of characters, ascending: the loss counts only these; None: everything.
   """
+
   name: str
   text: str
   held_out: bool
@@ -40,7 +44,10 @@ class Document:
   def __post_init__(self):
     places = [0, *itertools.chain.from_iterable(self.answers or ()), len(self.text)]
     if places != sorted(places):
-      raise ValueError(f"answers={self.answers} of document {self.name} must be (begin, end), ascending, within its {len(self.text)} characters")
+      raise ValueError(
+        f"answers={self.answers} of document {self.name} must be (begin, end), ascending, "
+        f"within its {len(self.text)} characters"
+      )
 
 
 class LeftOut:
@@ -58,8 +65,10 @@ class LeftOut:
   def lines(self, most: int = 12) -> list[str]:
     """Returns a line for each reason, the most frequent first, and at most so many."""
     reasons = sorted(self._counts, key=self._counts.get, reverse=True)
-    lines = [f"left out: {self._counts[reason]:,} {reason} (the first: {self._first[reason]})"
-             for reason in reasons[:most]]
+    lines = [
+      f"left out: {self._counts[reason]:,} {reason} (the first: {self._first[reason]})"
+      for reason in reasons[:most]
+    ]
     rest = sum(self._counts[reason] for reason in reasons[most:])
     return lines + [f"left out: {rest:,} for {len(reasons) - most} other reasons"] * (rest > 0)
 
@@ -69,40 +78,51 @@ def _is_held_out(key: str, fraction: float) -> bool:
 
 
 def documents(
-    sources: Sequence[str], *, heldout_fraction: float = 0.05, extensions: Sequence[str] = DEFAULT_EXTENSIONS,
-    text_field: str = "text", errors: str = "strict", min_document_bytes: int = 0, deduplicate: bool = False, answers_only: bool = False,
-    skip_bad_lines: bool = False, left_out: LeftOut | None = None,
+  sources: Sequence[str],
+  *,
+  heldout_fraction: float = 0.05,
+  extensions: Sequence[str] = DEFAULT_EXTENSIONS,
+  text_field: str = "text",
+  errors: str = "strict",
+  min_document_bytes: int = 0,
+  deduplicate: bool = False,
+  answers_only: bool = False,
+  skip_bad_lines: bool = False,
+  left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
   """Yields the documents of all sources, in an order that depends on their names only.
 
-  Whether a document is held out follows from its text, so that copies of it land on the same side; in the standard library it
-  follows from the relative path, so that it is nearly the same for every version of Python.
-  A corpus of a single document is cut in two, at a line break if one is near: the second part is held out (unless it has marked answers).
-  Should all of several documents fall on one side, the last one changes sides.
+  Whether a document is held out follows from its text, so that copies of it land on the same side;
+  in the standard library it follows from the relative path, so that it is nearly the same for every
+  version of Python. A corpus of a single document is cut in two, at a line break if one is near:
+  the second part is held out (unless it has marked answers). Should all of several documents fall
+  on one side, the last one changes sides.
 
   Args:
-    sources: each a file of those that `sparsek.data.text_files` reads, a folder (recursive, links too;
-      without hidden files and folders), "stdlib", or "tasks:LENGTH:COUNT", documents of
+    sources: each a file of those that `sparsek.data.text_files` reads, a folder (recursive, links
+      too; without hidden files and folders), "stdlib", or "tasks:LENGTH:COUNT", documents of
       `sparsek.evaluation.tasks` of at most LENGTH bytes.
     heldout_fraction: about this share of the documents is held out.
     extensions: endings of the files taken from folders, in any case, compressed or not.
     text_field: the field of a JSON object that holds the text, or the column of Parquet.
     errors: "strict", or "replace" for U+FFFD in place of what is not UTF-8.
-    min_document_bytes: shorter texts are left out, in bytes of UTF-8; generated ones are as long as their source says.
+    min_document_bytes: shorter texts are left out, in bytes of UTF-8; generated ones are as long as
+      their source says.
     deduplicate: of equal texts only the first is kept.
     answers_only: of generated documents the loss counts only the answers.
     skip_bad_lines: leave out lines, elements and rows that have no text, instead of stopping there.
     left_out: counts what was not read.
 
   Raises:
-    UsageError: naming the file, and where in it, for whatever cannot be read; or if there is no document at all.
+    UsageError: naming the file, and where in it, for whatever cannot be read; or if there is no
+      document at all.
   """
   if not 0 <= heldout_fraction < 1:
     raise UsageError(f"heldout_fraction={heldout_fraction} must be at least 0 and below 1")
   check_choice("errors", errors, ("strict", "replace"))
 
   for source in sources:
-    _check_source(source)                    # before what comes first is read for hours
+    _check_source(source)  # before what comes first is read for hours
   left_out = left_out or LeftOut()
   extensions = tuple(extension.lower() for extension in extensions)
 
@@ -114,7 +134,9 @@ def documents(
   def read(source: str) -> Iterator[Document]:
     if source.startswith(TASKS):
       for name, text, answers in _task_texts(source):
-        yield Document(name, text, _is_held_out(text, heldout_fraction), answers if answers_only else None)
+        yield Document(
+          name, text, _is_held_out(text, heldout_fraction), answers if answers_only else None
+        )
     else:
       for name, text, key in _named_texts(source, extensions, text_field, errors, left_out, bad):
         if len(text.encode()) >= max(min_document_bytes, 1):
@@ -129,9 +151,15 @@ def documents(
   first = list(itertools.islice(every, 2))
   if not first:
     least = f", of at least {min_document_bytes} bytes" if min_document_bytes else ""
-    raise UsageError("; ".join((
-        f"no documents in sources {', '.join(sources) or '(none given)'} (files taken from "
-        f"folders: {' '.join(extensions)}{least})", *left_out.lines(3))))
+    raise UsageError(
+      "; ".join(
+        (
+          f"no documents in sources {', '.join(sources) or '(none given)'} (files taken from "
+          f"folders: {' '.join(extensions)}{least})",
+          *left_out.lines(3),
+        )
+      )
+    )
   if heldout_fraction == 0:
     yield from itertools.chain(first, every)
   elif len(first) == 1:
@@ -156,7 +184,10 @@ def _cut(document: Document, share: float) -> list[Document]:
   at = document.text.rfind("\n", at * 9 // 10, at) + 1 or at
   if at == 0 or document.answers is not None:
     return [dataclasses.replace(document, held_out=False)]
-  return [Document(document.name, document.text[:at], False), Document(document.name + " (end)", document.text[at:], True)]
+  return [
+    Document(document.name, document.text[:at], False),
+    Document(document.name + " (end)", document.text[at:], True),
+  ]
 
 
 def _on_both_sides(every: Iterable[Document]) -> Iterator[Document]:
@@ -179,9 +210,14 @@ def _check_source(source: str) -> None:
     check_regular(source, "source")
 
 
-def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, errors: str,
-                 left_out: LeftOut,
-                 bad: Callable[[UsageError], None] | None) -> Iterator[tuple[str, str, str]]:
+def _named_texts(
+  source: str,
+  extensions: tuple[str, ...],
+  text_field: str,
+  errors: str,
+  left_out: LeftOut,
+  bad: Callable[[UsageError], None] | None,
+) -> Iterator[tuple[str, str, str]]:
   """Yields (name, text, the key whose hash decides the split)."""
   if source == STDLIB:
     yield from _stdlib_texts()
@@ -194,9 +230,11 @@ def _named_texts(source: str, extensions: tuple[str, ...], text_field: str, erro
 def _task_texts(source: str) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
   match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", source.removeprefix(TASKS))
   if not match or int(match[1]) > _MAX_TASK_BYTES or int(match[2]) > _MAX_TASKS:
-    raise UsageError(f"source {source[:80]!r} must be tasks:LENGTH:COUNT, such as "
-                     f"tasks:4096:1000, of at most {_MAX_TASK_BYTES} bytes and {_MAX_TASKS} "
-                     f"documents")
+    raise UsageError(
+      f"source {source[:80]!r} must be tasks:LENGTH:COUNT, such as "
+      f"tasks:4096:1000, of at most {_MAX_TASK_BYTES} bytes and {_MAX_TASKS} "
+      f"documents"
+    )
   return tasks.texts(int(match[1]), int(match[2]))
 
 
@@ -207,8 +245,9 @@ def _files(folder: str, extensions: tuple[str, ...], left_out: LeftOut) -> Itera
       path = os.path.join(parent, name)
       if name.startswith("."):
         left_out.add("hidden files", path)
-      elif not (name.lower().endswith(extensions) or
-                text_files.plain_name(name).endswith(extensions)):
+      elif not (
+        name.lower().endswith(extensions) or text_files.plain_name(name).endswith(extensions)
+      ):
         ending = os.path.splitext(name)[1].lower()
         left_out.add(f"files ending in {ending}" if ending else "files without an ending", path)
       else:
@@ -242,8 +281,9 @@ def _refuse_folder(error: OSError):
 def _stdlib_texts() -> Iterator[tuple[str, str, str]]:
   root = sysconfig.get_paths()["stdlib"]
   for parent, folders, names in os.walk(root, onerror=_refuse_folder):
-    folders[:] = sorted(name for name in folders
-                        if name not in _STDLIB_SKIPPED and not name.startswith("."))
+    folders[:] = sorted(
+      name for name in folders if name not in _STDLIB_SKIPPED and not name.startswith(".")
+    )
     for path in (os.path.join(parent, name) for name in sorted(names)):
       if path.endswith(".py") and not os.path.basename(path).startswith("."):
         name = os.path.relpath(path, root).replace(os.sep, "/")

@@ -8,8 +8,8 @@ it looked for among known names.
 import json
 import os
 
-from sparsek.storage import files
 from sparsek.errors import UsageError
+from sparsek.storage import files
 
 # Names under which known vocabularies keep their end of document; the first that is present counts.
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
@@ -51,8 +51,10 @@ def find(tokenizer, folder: str) -> str | None:
   # An id of ordinary text is that of another tokenizer, or a default which nobody set.
   token = next((special[i].content for i in ids if i in special), None) or known_name(tokenizer)
   if token is None and "model_type" in _read(os.path.join(folder, CONFIG)):
-    raise UsageError(f"{folder} does not name the token that ends a document: give its "
-                     f'{TOKENIZER_CONFIG} an "eos_token" of tokenizer.json')
+    raise UsageError(
+      f"{folder} does not name the token that ends a document: give its "
+      f'{TOKENIZER_CONFIG} an "eos_token" of tokenizer.json'
+    )
   return token
 
 
@@ -66,9 +68,10 @@ def ids_in(folder: str, name: str) -> list[int]:
   value = _read(path).get("eos_token_id")
   ids = value if isinstance(value, list) else [] if value is None else [value]
   if not all(type(i) is int and i < 2**31 for i in ids):
-    raise UsageError(f"{path}: eos_token_id={files.shown(value)} is no token id and no list of "
-                     f"them")
-  return [i for i in ids if i >= 0]                       # some write -1 for none
+    raise UsageError(
+      f"{path}: eos_token_id={files.shown(value)} is no token id and no list of them"
+    )
+  return [i for i in ids if i >= 0]  # some write -1 for none
 
 
 def record(folder: str, token: str) -> None:

@@ -33,6 +33,7 @@ class Stage:
     group: rows among which the order is shuffled.
     rows: how many were read.
   """
+
   seed: int
   seq_len: int
   group: int
@@ -62,7 +63,7 @@ class EpochOrder:
       seeds = [stage.seed, epoch, i] if i else [stage.seed, epoch]
       generator = np.random.Generator(np.random.PCG64(seeds))
       if i:
-        unread = np.sort(self.rows[stages[i - 1].rows:])
+        unread = np.sort(self.rows[stages[i - 1].rows :])
         self._set_spans(*self._pairs_of(unread, stages[i - 1].seq_len))
       else:
         self.documents = generator.permutation(len(lengths))
@@ -73,7 +74,7 @@ class EpochOrder:
   def _set_spans(self, begins: np.ndarray, sizes: np.ndarray) -> None:
     """Takes where spans of unread pairs begin in the stream, ascending, and the pairs of each."""
     self._sizes = sizes
-    self._ends = np.cumsum(sizes + 1)                 # a span of s pairs has s + 1 tokens
+    self._ends = np.cumsum(sizes + 1)  # a span of s pairs has s + 1 tokens
     # From a place among the spans' tokens to the stream.
     self._shifts = begins - (self._ends - sizes - 1)
     self._num_tokens = int(self._ends[-1]) if len(sizes) else 1
@@ -87,7 +88,7 @@ class EpochOrder:
     first = np.searchsorted(self._ends, begins, side="right")
     counts = np.searchsorted(self._ends, ends, side="left") - first + 1
     spans = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-    inside = spans < len(self._ends)                  # the last row may reach over the last span
+    inside = spans < len(self._ends)  # the last row may reach over the last span
     runs, spans = np.repeat(np.arange(len(counts)), counts)[inside], spans[inside]
     begins = np.maximum(begins[runs], self._ends[spans] - self._sizes[spans] - 1)
     sizes = np.minimum(ends[runs], self._ends[spans] - 1) - begins
@@ -116,6 +117,8 @@ class EpochOrder:
 
 def _shuffled(num_rows: int, group: int, generator: np.random.Generator) -> np.ndarray:
   """Returns 0 to num_rows - 1, shuffled within groups that follow one another."""
-  groups = [begin + generator.permutation(min(group, num_rows - begin))
-            for begin in range(0, num_rows, group)]
+  groups = [
+    begin + generator.permutation(min(group, num_rows - begin))
+    for begin in range(0, num_rows, group)
+  ]
   return np.concatenate(groups) if groups else np.zeros(0, np.int64)

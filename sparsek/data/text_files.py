@@ -16,9 +16,9 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 
+from sparsek.data.tokenizer import as_valid_unicode
 from sparsek.errors import UsageError
 from sparsek.storage.files import check_regular, parse_json, reason_of
-from sparsek.data.tokenizer import as_valid_unicode
 
 _LINES = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
@@ -26,33 +26,33 @@ _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 16
 # How files begin that are no text in UTF-8.
 _MAGIC = {
-    b"\x1f\x8b": "gzip data (then its name should end in .gz)",
-    b"\x28\xb5\x2f\xfd": "zstd data (then its name should end in .zst)",
-    b"PAR1": "Parquet (then its name should end in .parquet)",
-    b"BZh91AY&SY": "bzip2 data",
-    b"\xfd7zXZ\x00": "xz data",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"\x04\x22\x4d\x18": "lz4 data",
-    b"PK\x03\x04": "a zip archive (or a document made of one)",
-    b"Rar!\x1a": "a rar archive",
-    b"%PDF-": "a PDF",
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"GIF8": "a GIF picture",
-    b"RIFF": "a RIFF file",
-    b"OggS": "an Ogg file",
-    b"\x7fELF": "an ELF program",
-    b"\x89HDF": "HDF5",
-    b"\x93NUMPY": "a NumPy array",
-    b"ARROW1": "Arrow data",
-    b"SQLite format 3": "an SQLite database",
-    b"GGUF": "a GGUF model",
-    b"Obj\x01": "Avro data",
-    **{bytes([0x80, version]): "a pickle" for version in range(2, 6)},
-    b"\xff\xfe\x00\x00": "text in UTF-32",
-    b"\x00\x00\xfe\xff": "text in UTF-32",
-    b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
+  b"\x1f\x8b": "gzip data (then its name should end in .gz)",
+  b"\x28\xb5\x2f\xfd": "zstd data (then its name should end in .zst)",
+  b"PAR1": "Parquet (then its name should end in .parquet)",
+  b"BZh91AY&SY": "bzip2 data",
+  b"\xfd7zXZ\x00": "xz data",
+  b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+  b"\x04\x22\x4d\x18": "lz4 data",
+  b"PK\x03\x04": "a zip archive (or a document made of one)",
+  b"Rar!\x1a": "a rar archive",
+  b"%PDF-": "a PDF",
+  b"\x89PNG": "a PNG picture",
+  b"\xff\xd8\xff": "a JPEG picture",
+  b"GIF8": "a GIF picture",
+  b"RIFF": "a RIFF file",
+  b"OggS": "an Ogg file",
+  b"\x7fELF": "an ELF program",
+  b"\x89HDF": "HDF5",
+  b"\x93NUMPY": "a NumPy array",
+  b"ARROW1": "Arrow data",
+  b"SQLite format 3": "an SQLite database",
+  b"GGUF": "a GGUF model",
+  b"Obj\x01": "Avro data",
+  **{bytes([0x80, version]): "a pickle" for version in range(2, 6)},
+  b"\xff\xfe\x00\x00": "text in UTF-32",
+  b"\x00\x00\xfe\xff": "text in UTF-32",
+  b"\xff\xfe": "text in UTF-16",
+  b"\xfe\xff": "text in UTF-16",
 }
 _TEXT_TOO = (b"GIF8", b"RIFF", b"OggS", b"GGUF", b"PAR1")  # a text may begin so, but has no NUL
 
@@ -63,8 +63,12 @@ def plain_name(path: str) -> str:
   return name.removesuffix(".gz").removesuffix(".zst")
 
 
-def texts(path: str, text_field: str = "text", errors: str = "strict",
-          bad: Callable[[UsageError], None] | None = None) -> Iterator[tuple[str, str]]:
+def texts(
+  path: str,
+  text_field: str = "text",
+  errors: str = "strict",
+  bad: Callable[[UsageError], None] | None = None,
+) -> Iterator[tuple[str, str]]:
   """Yields (name, text) of a file's documents.
 
   Args:
@@ -106,8 +110,10 @@ def _text_of_line(name: str, line: bytes, text_field: str, errors: str) -> str:
     raise UsageError(f"{name}: NUL bytes, which no JSON has")
   value = parse_json(_decode(name, line, errors), name)
   if not isinstance(value, dict):
-    raise UsageError(f"{name}: expected a JSON object with the field {text_field!r}, found a "
-                     f"{type(value).__name__}")
+    raise UsageError(
+      f"{name}: expected a JSON object with the field {text_field!r}, found a "
+      f"{type(value).__name__}"
+    )
   return _text_of(name, value, text_field, errors)
 
 
@@ -121,8 +127,10 @@ def _text_of(name: str, value, text_field: str, errors: str) -> str:
     raise UsageError(f"{name}: expected text in the field {text_field!r}, found {found}")
   valid = as_valid_unicode(text)
   if valid != text and errors == "strict":
-    raise UsageError(f"{name}: the text has a lone surrogate, which UTF-8 cannot express "
-                     f"(--errors=replace would replace it)")
+    raise UsageError(
+      f"{name}: the text has a lone surrogate, which UTF-8 cannot express "
+      f"(--errors=replace would replace it)"
+    )
   return valid
 
 
@@ -169,8 +177,9 @@ def _parquet_rows(path: str, column: str) -> Iterator[tuple[str, object]]:
     with pyarrow.parquet.ParquetFile(path) as file:
       if column not in file.schema_arrow.names:
         names = ", ".join(map(repr, file.schema_arrow.names))[:200]
-        raise UsageError(f"file {path}: expected text in the column {column!r}, found the columns "
-                         f"{names}")
+        raise UsageError(
+          f"file {path}: expected text in the column {column!r}, found the columns {names}"
+        )
       for batch in file.iter_batches(batch_size=1024, columns=[column]):
         for value in batch.column(0).to_pylist():
           number += 1
@@ -187,8 +196,9 @@ def _read(path: str) -> bytes:
   _check_kind(path, content)
   nul = content.find(b"\0")
   if nul >= 0:
-    raise UsageError(f"file {path} holds NUL bytes (the first at offset {nul}), expected text in "
-                     f"UTF-8")
+    raise UsageError(
+      f"file {path} holds NUL bytes (the first at offset {nul}), expected text in UTF-8"
+    )
   return content
 
 
@@ -203,13 +213,14 @@ def _opened(path: str) -> Iterator[io.BufferedIOBase]:
         yield gzip.GzipFile(fileobj=file)
       elif name.endswith(".zst"):
         new_decompressor, zstd_error = _zstd(path)
-        damage += zstd_error,
+        damage += (zstd_error,)
         yield io.BufferedReader(_ZstdFrames(file, new_decompressor), _CHUNK)
       else:
         yield file
   except damage as error:
-    raise UsageError(f"file {path} is damaged, or not compressed as its name says: "
-                     f"{error}") from None
+    raise UsageError(
+      f"file {path} is damaged, or not compressed as its name says: {error}"
+    ) from None
   except OSError as error:
     raise UsageError(f"file {path} cannot be read: {reason_of(error)}") from None
 
@@ -217,10 +228,12 @@ def _opened(path: str) -> Iterator[io.BufferedIOBase]:
 def _zstd(path: str) -> tuple[Callable, type[Exception]]:
   """Returns what makes a decompressor of one frame, and the error of damaged ones."""
   with contextlib.suppress(ImportError):
-    from compression import zstd             # from Python 3.14 on
+    from compression import zstd  # from Python 3.14 on
+
     return zstd.ZstdDecompressor, zstd.ZstdError
   with contextlib.suppress(ImportError):
     import zstandard
+
     return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
   raise UsageError(f"file {path}: reading .zst needs zstandard: pip install zstandard")
 
@@ -255,9 +268,15 @@ class _ZstdFrames(io.RawIOBase):
 
 def _check_kind(path: str, content: bytes) -> None:
   """Raises UsageError, naming what it is, for what does not begin as a text."""
-  head, has_nul = content[:512], b"\0" in content[:1 << 13]
-  kind = next((kind for magic, kind in _MAGIC.items()
-               if head.startswith(magic) and (has_nul or magic not in _TEXT_TOO)), None)
+  head, has_nul = content[:512], b"\0" in content[: 1 << 13]
+  kind = next(
+    (
+      kind
+      for magic, kind in _MAGIC.items()
+      if head.startswith(magic) and (has_nul or magic not in _TEXT_TOO)
+    ),
+    None,
+  )
   if has_nul and head[257:262] == b"ustar":
     kind = "a tar archive"
   if has_nul and head[8:10] == b'{"':
@@ -272,5 +291,6 @@ def _decode(name: str, content: bytes, errors: str) -> str:
     return content.decode("utf-8", errors).removeprefix("\ufeff")
   except UnicodeDecodeError as error:
     raise UsageError(
-        f"{name}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "
-        f"(--errors=replace would replace it)") from error
+      f"{name}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "
+      f"(--errors=replace would replace it)"
+    ) from error

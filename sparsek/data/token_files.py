@@ -1,12 +1,15 @@
 """Token files: a folder with tokenised documents, which is all that training needs.
 
-  tokens.bin      the ids of all documents one after the other, each ending with eos, and beginning
-                  with bos where meta.json says so; uint16, or uint32 if the vocabulary needs it
-  index.npy       int64 [num_documents + 1]: where each document starts in tokens.bin, in tokens
-  meta.json       format version, dtype, sizes, tokenizer, which documents are held out, checksums, sources
-  tokenizer.json  of a BPE; the byte tokenizer needs no file
-  documents.jsonl name, sha256, UTF-8 bytes and tokens of every document, in order, and whether it is held out; for people
-  uncounted.bin   a byte per token, 1 where the loss does not count it; only where documents have marked answers
+tokens.bin      the ids of all documents one after the other, each ending with eos, and beginning
+                with bos where meta.json says so; uint16, or uint32 if the vocabulary needs it
+index.npy       int64 [num_documents + 1]: where each document starts in tokens.bin, in tokens
+meta.json       format version, dtype, sizes, tokenizer, which documents are held out, checksums,
+                sources
+tokenizer.json  of a BPE; the byte tokenizer needs no file
+documents.jsonl name, sha256, UTF-8 bytes and tokens of every document, in order, and whether it is
+                held out; for people
+uncounted.bin   a byte per token, 1 where the loss does not count it; only where documents have
+                marked answers
 """
 
 import array
@@ -25,19 +28,40 @@ import numpy as np
 
 from sparsek.config import check_choice
 from sparsek.data.corpus import Document
+from sparsek.data.tokenizer import (
+  TOKENIZER_FILE,
+  ByteTokenizer,
+  Tokenizer,
+  load_tokenizer,
+  read_bos,
+)
 from sparsek.errors import RunError, UsageError
 from sparsek.storage.files import check_regular, read_json_object, reason_of
 from sparsek.storage.new_folder import new_folder
-from sparsek.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 
 FORMAT = "sparsek-tokens"
 FORMAT_VERSION = 1
-TOKENS_FILE, INDEX_FILE, META_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE = "tokens.bin", "index.npy", "meta.json", "documents.jsonl", "uncounted.bin"
+TOKENS_FILE, INDEX_FILE, META_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE = (
+  "tokens.bin",
+  "index.npy",
+  "meta.json",
+  "documents.jsonl",
+  "uncounted.bin",
+)
 SPLITS = ("train", "heldout")
-_META_TYPES = {"dtype": str, "num_tokens": int, "num_documents": int, "num_bytes": dict, "num_counted": dict, "vocab_size": int, "tokenizer": dict,
-               "heldout": list, "sha256": dict}
+_META_TYPES = {
+  "dtype": str,
+  "num_tokens": int,
+  "num_documents": int,
+  "num_bytes": dict,
+  "num_counted": dict,
+  "vocab_size": int,
+  "tokenizer": dict,
+  "heldout": list,
+  "sha256": dict,
+}
 _META_CHECKSUM = "meta_sha256"
-_MAX_META_BYTES = 1 << 30          # it lists the held-out documents, up to some 10^8 of them
+_MAX_META_BYTES = 1 << 30  # it lists the held-out documents, up to some 10^8 of them
 _CHARACTERS_AT_ONCE = 1 << 22
 
 
@@ -49,14 +73,24 @@ class TokenSplit:
     starts, lengths: int64 [num_documents], of each document in tokens.bin; a length counts its eos.
     num_tokens, num_documents: totals.
     vocab_size: ids are below this.
-    num_counted, num_bytes: tokens that the loss counts and the UTF-8 bytes of their text, so that bits per byte = nats per token * num_counted /
-      num_bytes / ln 2. All tokens and texts, but for documents with marked answers.
+    num_counted, num_bytes: tokens that the loss counts and the UTF-8 bytes of their text, so that
+      bits per byte = nats per token * num_counted / num_bytes / ln 2. All tokens and texts, but for
+      documents with marked answers.
     marked: there are such documents.
   """
 
-  def __init__(self, name: str, folder: str, tokens: np.ndarray, starts: np.ndarray,
-               lengths: np.ndarray, num_bytes: int, vocab_size: int,
-               uncounted: np.ndarray | None = None, num_counted: int | None = None):
+  def __init__(
+    self,
+    name: str,
+    folder: str,
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    num_bytes: int,
+    vocab_size: int,
+    uncounted: np.ndarray | None = None,
+    num_counted: int | None = None,
+  ):
     self.name = name
     self._folder = folder
     self.vocab_size = vocab_size
@@ -72,12 +106,14 @@ class TokenSplit:
   def document(self, i: int) -> np.ndarray:
     """The ids of document i, eos last: a view of the file, which reads nothing yet."""
     start = int(self.starts[i])
-    return self._tokens[start:start + int(self.lengths[i])]
+    return self._tokens[start : start + int(self.lengths[i])]
 
   def uncounted(self, i: int) -> np.ndarray:
-    """For each id of document i, whether the loss leaves it out; bool; only where the split is `marked`."""
+    """For each id of document i, whether the loss leaves it out; bool; only where the split is
+    `marked`.
+    """
     start = int(self.starts[i])
-    return self._uncounted[start:start + int(self.lengths[i])]
+    return self._uncounted[start : start + int(self.lengths[i])]
 
   def check_ids(self, i: int) -> None:
     """Raises RunError, naming file and place, where document i has an id beyond the vocabulary."""
@@ -86,10 +122,12 @@ class TokenSplit:
       offset = int(self.starts[i]) + int(wrong[0])
       document = f"document {i} of the {self.name} split"
       document += _name_of(self._folder, int(self.starts[i]))
-      raise RunError(f"token file {os.path.join(self._folder, TOKENS_FILE)} is damaged: the id "
-                     f"{self._tokens[offset]} at token {offset} (token {wrong[0]} of {document}) "
-                     f"is not below the vocabulary's {self.vocab_size}; `python -m "
-                     f"experiments.prepare_data --verify={self._folder}` compares all checksums")
+      raise RunError(
+        f"token file {os.path.join(self._folder, TOKENS_FILE)} is damaged: the id "
+        f"{self._tokens[offset]} at token {offset} (token {wrong[0]} of {document}) "
+        f"is not below the vocabulary's {self.vocab_size}; `python -m "
+        f"experiments.prepare_data --verify={self._folder}` compares all checksums"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +139,7 @@ class TokenDataset:
     tokenizer: with which they were made.
     fingerprint: sha256 of the tokens, the document offsets and what the loss leaves out, in hex.
   """
+
   folder: str
   tokenizer: Tokenizer
   fingerprint: str
@@ -116,7 +155,9 @@ class TokenDataset:
     return self._splits[name]
 
 
-def write_token_files(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str] = ()) -> None:
+def write_token_files(
+  folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str] = ()
+) -> None:
   """Tokenises documents into a new folder, which appears complete or not at all.
 
   Args:
@@ -147,21 +188,35 @@ def check_can_make(folder: str) -> None:
   while not os.path.lexists(parent):
     parent = os.path.dirname(parent)
   try:
-    with tempfile.TemporaryFile(dir=parent):       # without a name, which a kill would leave
+    with tempfile.TemporaryFile(dir=parent):  # without a name, which a kill would leave
       pass
   except OSError as error:
-    raise UsageError(f"folder {folder} cannot be written: {reason_of(error)} "
-                     f"(in {parent})") from None
+    raise UsageError(
+      f"folder {folder} cannot be written: {reason_of(error)} (in {parent})"
+    ) from None
 
 
-def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str]) -> None:
+def _write(
+  folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sources: Sequence[str]
+) -> None:
   dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
   offsets, held_out, marked = array.array("q", [0]), array.array("b"), False
-  sums = {name: np.zeros(2, np.int64) for name in SPLITS}                     # of tokens that the loss counts, of bytes of their text
-  tokens_path, documents_path, uncounted_path = (os.path.join(folder, name) for name in (TOKENS_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE))
-  with open(tokens_path, "wb") as file, open(documents_path, "w", encoding="utf-8") as listed, open(uncounted_path, "wb") as marks:
+  # of tokens that the loss counts, of bytes of their text
+  sums = {name: np.zeros(2, np.int64) for name in SPLITS}
+  tokens_path, documents_path, uncounted_path = (
+    os.path.join(folder, name) for name in (TOKENS_FILE, DOCUMENTS_FILE, UNCOUNTED_FILE)
+  )
+  with (
+    open(tokens_path, "wb") as file,
+    open(documents_path, "w", encoding="utf-8") as listed,
+    open(uncounted_path, "wb") as marks,
+  ):
     for group in _groups(documents):
-      whole = iter(tokenizer.encode_documents([document.text for document in group if document.answers is None]))
+      whole = iter(
+        tokenizer.encode_documents(
+          [document.text for document in group if document.answers is None]
+        )
+      )
       for document in group:
         content = document.text.encode("utf-8")
         if document.answers is None:
@@ -170,14 +225,24 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
         else:
           ids, uncounted, counted_bytes = _encode_marked(document, tokenizer)
           num_counted, marked = len(ids) - np.count_nonzero(uncounted), True
-          marks.seek(offsets[-1])                                              # what is skipped reads as zeros
+          marks.seek(offsets[-1])  # what is skipped reads as zeros
           marks.write(uncounted.data)
         file.write(ids.astype(dtype).data)
         offsets.append(offsets[-1] + len(ids))
         held_out.append(document.held_out)
         sums[SPLITS[document.held_out]] += num_counted, counted_bytes
-        listed.write(json.dumps({"name": document.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "tokens": len(ids),
-                                 "held_out": document.held_out}) + "\n")
+        listed.write(
+          json.dumps(
+            {
+              "name": document.name,
+              "sha256": hashlib.sha256(content).hexdigest(),
+              "bytes": len(content),
+              "tokens": len(ids),
+              "held_out": document.held_out,
+            }
+          )
+          + "\n"
+        )
     marks.truncate(offsets[-1])
   if not held_out:
     raise UsageError("no documents to write")
@@ -186,19 +251,29 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
   np.save(os.path.join(folder, INDEX_FILE), np.array(offsets, np.int64))
   tokenizer.save(folder)
   meta = {
-      "format": FORMAT,
-      "format_version": FORMAT_VERSION,
-      "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
-      "num_tokens": offsets[-1],
-      "num_documents": len(held_out),
-      **{name: {split: int(sums[split][i]) for split in SPLITS} for i, name in enumerate(("num_counted", "num_bytes"))},
-      "vocab_size": tokenizer.vocab_size,
-      "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
-                    "bos_ids": tokenizer.bos_ids, "eos_id": tokenizer.eos_id},
-      "sources": list(sources),
-      "versions": {"python": platform.python_version(), "tokenizers": importlib.metadata.version("tokenizers")},
-      "heldout": np.flatnonzero(held_out).tolist(),
-      "sha256": {name: _sha256(os.path.join(folder, name)) for name in sorted(os.listdir(folder))},
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
+    "num_tokens": offsets[-1],
+    "num_documents": len(held_out),
+    **{
+      name: {split: int(sums[split][i]) for split in SPLITS}
+      for i, name in enumerate(("num_counted", "num_bytes"))
+    },
+    "vocab_size": tokenizer.vocab_size,
+    "tokenizer": {
+      "name": tokenizer.name,
+      "fingerprint": tokenizer.fingerprint,
+      "bos_ids": tokenizer.bos_ids,
+      "eos_id": tokenizer.eos_id,
+    },
+    "sources": list(sources),
+    "versions": {
+      "python": platform.python_version(),
+      "tokenizers": importlib.metadata.version("tokenizers"),
+    },
+    "heldout": np.flatnonzero(held_out).tolist(),
+    "sha256": {name: _sha256(os.path.join(folder, name)) for name in sorted(os.listdir(folder))},
   }
   meta[_META_CHECKSUM] = _meta_digest(meta)
   with open(os.path.join(folder, META_FILE), "w", encoding="utf-8") as file:
@@ -207,7 +282,9 @@ def _write(folder: str, documents: Iterable[Document], tokenizer: Tokenizer, sou
 
 
 def _encode_marked(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:
-  """Its ids, which of them the loss leaves out, and the bytes of the others; no token reaches over the border of an answer."""
+  """Its ids, which of them the loss leaves out, and the bytes of the others; no token reaches over
+  the border of an answer.
+  """
   ids, counted_bytes, at = list(tokenizer.bos_ids), 0, 0
   uncounted = [True] * len(ids)
   for begin, end in document.answers + ((len(document.text),) * 2,):
@@ -239,7 +316,8 @@ def _sha256(path: str) -> str:
 
 
 def open_token_files(folder: str) -> TokenDataset:
-  """Opens a folder of token files; checks sizes and everything small, but not the checksum of the tokens (see `verify_token_files`).
+  """Opens a folder of token files; checks sizes and everything small, but not the checksum of the
+  tokens (see `verify_token_files`).
 
   Raises:
     UsageError: naming the file, what was expected and what was found.
@@ -252,8 +330,10 @@ def open_token_files(folder: str) -> TokenDataset:
     size = os.path.getsize(tokens_path)
     if size != meta["num_tokens"] * dtype.itemsize:
       raise UsageError(
-          f"token file {tokens_path} is damaged: expected {meta['num_tokens'] * dtype.itemsize} bytes "
-          f"({meta['num_tokens']} tokens of {meta['dtype']}), found {size}")
+        f"token file {tokens_path} is damaged: expected "
+        f"{meta['num_tokens'] * dtype.itemsize} bytes "
+        f"({meta['num_tokens']} tokens of {meta['dtype']}), found {size}"
+      )
     # As a plain array, since slicing a memmap is several times slower.
     tokens = np.memmap(tokens_path, dtype, mode="r").view(np.ndarray)
   except OSError as error:
@@ -263,10 +343,19 @@ def open_token_files(folder: str) -> TokenDataset:
   held_out[meta["heldout"]] = True
   starts, lengths = index[:-1], np.diff(index)
   splits = {
-      name: TokenSplit(name, folder, tokens, starts[chosen], lengths[chosen],
-                       meta["num_bytes"][name], meta["vocab_size"], uncounted,
-                       meta["num_counted"].get(name))
-      for name, chosen in (("train", ~held_out), ("heldout", held_out))}
+    name: TokenSplit(
+      name,
+      folder,
+      tokens,
+      starts[chosen],
+      lengths[chosen],
+      meta["num_bytes"][name],
+      meta["vocab_size"],
+      uncounted,
+      meta["num_counted"].get(name),
+    )
+    for name, chosen in (("train", ~held_out), ("heldout", held_out))
+  }
   checksums = (meta["sha256"].get(name, "") for name in (TOKENS_FILE, INDEX_FILE, UNCOUNTED_FILE))
   fingerprint = hashlib.sha256("".join(checksums).encode()).hexdigest()
   return TokenDataset(folder, _read_tokenizer(folder, meta), fingerprint, splits)
@@ -306,18 +395,30 @@ def verify_token_files(folder: str) -> TokenDataset:
 
 
 def check_same(folder: str, expected_path: str) -> None:
-  """Compares the tokens, the tokenizer and the split of token files with those of other ones, by the meta.json of each.
+  """Compares the tokens, the tokenizer and the split of token files with those of other ones, by
+  the meta.json of each.
 
   Raises:
     RunError: naming what differs, and the versions that made both.
     UsageError: if `expected_path` cannot be read or is no meta.json.
   """
   found, expected = _read_meta(folder), read_meta(expected_path)
-  flat = lambda meta: {**{key: meta[key] for key in ("num_documents", "num_tokens", "heldout")}, **meta["sha256"], DOCUMENTS_FILE: None}
+  flat = lambda meta: {
+    **{key: meta[key] for key in ("num_documents", "num_tokens", "heldout")},
+    **meta["sha256"],
+    DOCUMENTS_FILE: None,
+  }
   found_values, expected_values = flat(found), flat(expected)
-  differing = [key for key in sorted({*found_values, *expected_values}) if found_values.get(key) != expected_values.get(key)]
+  differing = [
+    key
+    for key in sorted({*found_values, *expected_values})
+    if found_values.get(key) != expected_values.get(key)
+  ]
   if differing:
-    raise RunError(f"{folder} differs from {expected_path} in {', '.join(differing)}; made with {found.get('versions')}, there {expected.get('versions')}")
+    raise RunError(
+      f"{folder} differs from {expected_path} in {', '.join(differing)}; made with "
+      f"{found.get('versions')}, there {expected.get('versions')}"
+    )
 
 
 def _check_sha256(path: str, expected: str) -> None:
@@ -333,7 +434,10 @@ def _check_sha256(path: str, expected: str) -> None:
 def _read_meta(folder: str) -> dict:
   path = os.path.join(folder, META_FILE)
   if not os.path.isdir(folder):
-    raise UsageError(f"data {folder!r}: no such folder; make it with `python -m experiments.prepare_data`, or use 'stdlib'")
+    raise UsageError(
+      f"data {folder!r}: no such folder; make it with `python -m "
+      "experiments.prepare_data`, or use 'stdlib'"
+    )
   return read_meta(path)
 
 
@@ -345,9 +449,11 @@ def read_meta(path: str) -> dict:
     raise UsageError(f"{error}; is it of a folder that experiments.prepare_data wrote?") from None
   found = (meta.get("format"), meta.get("format_version"))
   if found != (FORMAT, FORMAT_VERSION):
-    raise UsageError(f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found "
-                     f"format {found[0]!r:.50} version {found[1]!r:.50}")
-  meta.setdefault("num_counted", {})                     # not in older files, where all tokens count
+    raise UsageError(
+      f"file {path}: expected format {FORMAT} version {FORMAT_VERSION}, found "
+      f"format {found[0]!r:.50} version {found[1]!r:.50}"
+    )
+  meta.setdefault("num_counted", {})  # not in older files, where all tokens count
   damage = _damage_of(meta)
   if damage:
     raise UsageError(f"file {path} is damaged: expected {damage}")
@@ -359,7 +465,11 @@ def _damage_of(meta: dict) -> str:
   for key, kind in _META_TYPES.items():
     if type(meta.get(key)) is not kind:
       return f"{key!r} of type {kind.__name__}, found {meta.get(key)!r:.50}"
-  named = {"num_bytes": SPLITS, "sha256": (TOKENS_FILE, INDEX_FILE), "tokenizer": ("name", "fingerprint")}
+  named = {
+    "num_bytes": SPLITS,
+    "sha256": (TOKENS_FILE, INDEX_FILE),
+    "tokenizer": ("name", "fingerprint"),
+  }
   for key, names in named.items():
     if not set(names) <= set(meta[key]):
       return f"{', '.join(names)} in {key!r}, found {', '.join(map(ascii, meta[key])) or 'nothing'}"
@@ -368,8 +478,11 @@ def _damage_of(meta: dict) -> str:
     wrong = next((name for name in names if type(meta[key][name]) is not kind), None)
     if wrong is not None:
       return f"{kind.__name__} in {key!r}, found {meta[key][wrong]!r:.50} as {wrong!r:.50}"
-  sizes = [*(meta[key] for key in ("num_tokens", "num_documents", "vocab_size")),
-           *meta["num_bytes"].values(), *meta["num_counted"].values()]
+  sizes = [
+    *(meta[key] for key in ("num_tokens", "num_documents", "vocab_size")),
+    *meta["num_bytes"].values(),
+    *meta["num_counted"].values(),
+  ]
   wrong = next((size for size in sizes if not 0 <= size < 2**63), None)
   if wrong is not None:
     return f"sizes of 0 to 2^63 - 1, found {wrong!r:.50}"
@@ -404,9 +517,20 @@ def _read_index(folder: str, meta: dict) -> np.ndarray:
     raise UsageError(f"file {path} is damaged: expected an array, found: {error}") from error
   expected = (meta["num_documents"] + 1,)
   if index.dtype != np.int64 or index.shape != expected:
-    raise UsageError(f"file {path} is damaged: expected int64 of shape {expected}, found {index.dtype} of shape {index.shape}")
-  if len(index) < 2 or index[0] != 0 or index[-1] != meta["num_tokens"] or not np.all(np.diff(index) > 0):
-    raise UsageError(f"file {path} is damaged: expected rising offsets from 0 to {meta['num_tokens']}, found {index[0]} to {index[-1]}")
+    raise UsageError(
+      f"file {path} is damaged: expected int64 of shape {expected}, found "
+      f"{index.dtype} of shape {index.shape}"
+    )
+  if (
+    len(index) < 2
+    or index[0] != 0
+    or index[-1] != meta["num_tokens"]
+    or not np.all(np.diff(index) > 0)
+  ):
+    raise UsageError(
+      f"file {path} is damaged: expected rising offsets from 0 to {meta['num_tokens']}, "
+      f"found {index[0]} to {index[-1]}"
+    )
   return index
 
 
@@ -414,18 +538,26 @@ def _read_tokenizer(folder: str, meta: dict) -> Tokenizer:
   if meta["tokenizer"]["name"] == ByteTokenizer.name:
     tokenizer = ByteTokenizer()
     if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-      raise UsageError(f"file {os.path.join(folder, META_FILE)}: made with another byte tokenizer (fingerprint "
-                       f"{meta['tokenizer']['fingerprint']}) than this version's ({tokenizer.fingerprint})")
+      raise UsageError(
+        f"file {os.path.join(folder, META_FILE)}: made with another byte tokenizer (fingerprint "
+        f"{meta['tokenizer']['fingerprint']}) than this version's ({tokenizer.fingerprint})"
+      )
   else:
-    # The checksum of the file, not the fingerprint, which another version of the tokenizers library could compute differently.
+    # The checksum of the file, not the fingerprint, which another version of the tokenizers library
+    # could compute differently.
     path = os.path.join(folder, TOKENIZER_FILE)
     _check_sha256(path, meta["sha256"].get(TOKENIZER_FILE, "of meta.json, which has none"))
     tokenizer = load_tokenizer(path)
-  ending = meta["tokenizer"].get("eos_id", tokenizer.eos_id)       # not in older files
+  ending = meta["tokenizer"].get("eos_id", tokenizer.eos_id)  # not in older files
   if tokenizer.eos_id != ending:
-    raise UsageError(f"folder {folder}: its documents end with token {ending}, and the files "
-                     f"beside {TOKENIZER_FILE} name {tokenizer.eos_id}")
+    raise UsageError(
+      f"folder {folder}: its documents end with token {ending}, and the files "
+      f"beside {TOKENIZER_FILE} name {tokenizer.eos_id}"
+    )
   if tokenizer.vocab_size != meta["vocab_size"]:
-    raise UsageError(f"folder {folder}: expected a tokenizer with {meta['vocab_size']} ids, found {tokenizer.vocab_size}")
+    raise UsageError(
+      f"folder {folder}: expected a tokenizer with {meta['vocab_size']} ids, found "
+      f"{tokenizer.vocab_size}"
+    )
   tokenizer.bos_ids = read_bos(meta["tokenizer"], tokenizer, os.path.join(folder, META_FILE))
   return tokenizer

@@ -6,8 +6,9 @@ Both kinds have the same members:
   eos_id: the id that ends every document.
   bos_ids: the ids that begin every document, such as that of <s>; often none. A loaded tokenizer
     says what its file says; that of a run or of token files what their documents were made with.
-  fingerprint: sha256 in hex of everything that decides the ids; two tokenizers with one fingerprint are interchangeable.
-  encode(text, special_tokens=False, continues=False) -> list[int]: without bos and eos.
+  fingerprint: sha256 in hex of everything that decides the ids; two tokenizers with one fingerprint
+  are interchangeable. encode(text, special_tokens=False, continues=False) -> list[int]: without bos
+  and eos.
     special_tokens=True takes the names of special tokens in the text as these tokens;
     continues=True, for a text that goes on after another, leaves out the space that some tokenizers
     put before every text.
@@ -41,7 +42,9 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # tokens of SentencePiece's
 
 
 def as_valid_unicode(text: str) -> str:
-  """Replaces lone surrogates (which a shell argument or JSON may carry, and UTF-8 cannot) by "?"."""
+  """Replaces lone surrogates (which a shell argument or JSON may carry, and UTF-8 cannot)
+  by "?".
+  """
   return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -77,8 +80,9 @@ class ByteTokenizer:
 class BPETokenizer:
   """A `tokenizers.Tokenizer` with the token that ends a document.
 
-  By default that is a token of a known name, and is added where there is none.
-  Text that happens to spell a special token is encoded as text unless asked otherwise, so no document can contain an eos of its own.
+  By default that is a token of a known name, and is added where there is none. Text that happens to
+  spell a special token is encoded as text unless asked otherwise, so no document can contain an eos
+  of its own.
   """
 
   name = "bpe"
@@ -93,10 +97,12 @@ class BPETokenizer:
     default = document_end.known_name(tokenizer) or EOS_TOKENS[0]
     eos = eos or default
     self._recorded_eos = None if eos == default else eos
-    tokenizer.add_special_tokens([eos])  # Also makes a token that was an ordinary one special; changes nothing otherwise.
+    # Also makes a token that was an ordinary one special; changes nothing otherwise.
+    tokenizer.add_special_tokens([eos])
     self.eos_id = tokenizer.token_to_id(eos)
     self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    # The library's own format version says nothing about the ids; sorted keys make the text canonical.
+    # The library's own format version says nothing about the ids; sorted keys make the text
+    # canonical.
     content = json.loads(tokenizer.to_str())
     content.pop("version", None)
     if self._recorded_eos:
@@ -152,8 +158,9 @@ class BPETokenizer:
     with _library_errors("encode a document"):
       # On all cores.
       encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array([*self.bos_ids, *encoding.ids, self.eos_id], np.uint32)
-            for encoding in encodings]
+    return [
+      np.array([*self.bos_ids, *encoding.ids, self.eos_id], np.uint32) for encoding in encodings
+    ]
 
   def save(self, folder: str) -> None:
     # The library's own `save` raises a bare Exception where the disk is full.
@@ -174,8 +181,9 @@ def _check_ids(tokenizer) -> None:
   vocabulary = tokenizer.get_vocab(with_added_tokens=True)
   token = max(vocabulary, key=vocabulary.get, default="")
   if vocabulary.get(token, 0) > MAX_ID:
-    raise UsageError(f"the token {token!r} has the id {vocabulary[token]}, expected at most "
-                     f"{MAX_ID}")
+    raise UsageError(
+      f"the token {token!r} has the id {vocabulary[token]}, expected at most {MAX_ID}"
+    )
 
 
 def _without_prefix(part: dict | None) -> dict | None:
@@ -192,12 +200,13 @@ def _without_prefix(part: dict | None) -> dict | None:
 def _beginning(tokenizer) -> list[int]:
   """Returns the ids that the tokenizer's post-processor puts before a text."""
   try:
-    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids
-                    for special in (False, True))
-  except Exception:                                         # a vocabulary without this letter
+    plain, whole = (
+      tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True)
+    )
+  except Exception:  # a vocabulary without this letter
     return tokenizer.encode("", add_special_tokens=True).ids
   for at in range(len(whole) - len(plain) + 1):
-    if whole[at:at + len(plain)] == plain:
+    if whole[at : at + len(plain)] == plain:
       return whole[:at]
   return []
 
@@ -232,7 +241,7 @@ def _silent_panics() -> Iterator[None]:
   """Hides what the library writes to the process's stderr, where a panic would show a backtrace."""
   try:
     stderr = os.dup(2)
-  except OSError:                                           # closed
+  except OSError:  # closed
     yield
     return
   try:
@@ -255,15 +264,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     UsageError: if vocab_size is below 257.
   """
   if vocab_size < 257:
-    raise UsageError(f"vocab_size={vocab_size} of a trained BPE must be at least 257: the 256 bytes and the end of document")
+    raise UsageError(
+      f"vocab_size={vocab_size} of a trained BPE must be at least 257: the 256 "
+      "bytes and the end of document"
+    )
   import tokenizers
 
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size, special_tokens=[EOS_TOKENS[0]], show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab_size=vocab_size,
+    special_tokens=[EOS_TOKENS[0]],
+    show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
   tokenizer.train_from_iterator(texts, trainer)
   return BPETokenizer(tokenizer)
 
@@ -272,8 +287,9 @@ def load_tokenizer(source: str, fingerprint: str | None = None) -> Tokenizer:
   """Loads a tokenizer.
 
   Args:
-    source: "byte", the path of a tokenizer.json, or a folder: one with a tokenizer.json, or token files of the byte tokenizer.
-      The files beside a tokenizer.json say which token ends a document; see `sparsek.data.document_end`.
+    source: "byte", the path of a tokenizer.json, or a folder: one with a tokenizer.json, or token
+      files of the byte tokenizer. The files beside a tokenizer.json say which token ends a
+      document; see `sparsek.data.document_end`.
     fingerprint: where it is that of tokenizer.json alone, the files beside it say nothing: older
       versions imported models so.
 
@@ -288,7 +304,10 @@ def load_tokenizer(source: str, fingerprint: str | None = None) -> Tokenizer:
     if not os.path.exists(path) and _is_byte_data(source):
       return ByteTokenizer()
   if not os.path.isfile(path):
-    raise UsageError(f"tokenizer {source!r}: found no file {path}; give 'byte', a tokenizer.json or a folder that holds one")
+    raise UsageError(
+      f"tokenizer {source!r}: found no file {path}; give 'byte', a tokenizer.json "
+      "or a folder that holds one"
+    )
   import tokenizers
 
   with _reading(path):
@@ -326,8 +345,10 @@ def read_bos(record: dict, tokenizer: Tokenizer, path: str) -> list[int]:
   ids = record.get("bos_ids", [])
   known = lambda i: type(i) is int and 0 <= i < tokenizer.vocab_size
   if not isinstance(ids, list) or not all(map(known, ids)):
-    raise UsageError(f"{path}: bos_ids must be a list of ids from 0 to {tokenizer.vocab_size - 1}, "
-                     f"found {ids!r:.100}")
+    raise UsageError(
+      f"{path}: bos_ids must be a list of ids from 0 to {tokenizer.vocab_size - 1}, "
+      f"found {ids!r:.100}"
+    )
   return ids
 
 

@@ -11,24 +11,26 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sparsek.config import TransformerConfig
-from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targets
-from sparsek.model.transformer import Params, Transformer, output_matrix
 from sparsek.attention.scoring import position_in_document
+from sparsek.config import TransformerConfig
 from sparsek.data.token_files import TokenSplit
+from sparsek.model.transformer import Params, Transformer, output_matrix
 from sparsek.parallel.mesh import BATCH, make_mesh, put_batch, replicated
+from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targets
 
-FIRST_BUCKET = 64           # positions; finer buckets would hold few targets each
+FIRST_BUCKET = 64  # positions; finer buckets would hold few targets each
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-  """The targets predicted at positions first to last of their document, that is from first + 1 to last + 1 tokens of context.
+  """The targets predicted at positions first to last of their document, that is from first + 1 to
+  last + 1 tokens of context.
 
   Attributes:
     loss: mean in nats per token, or None where there is no target.
     num_targets: how many there are.
   """
+
   first: int
   last: int
   loss: float | None
@@ -44,13 +46,15 @@ class Evaluation:
     num_targets: how many there are.
     buckets: by position, ascending; together they hold all targets.
   """
+
   loss: float
   num_targets: int
   buckets: tuple[Bucket, ...]
 
 
 def bucket_edges(seq_len: int, extra: Iterable[int] = ()) -> tuple[int, ...]:
-  """Where buckets begin and end: 0, 64, 128, 256, ... and seq_len, and those of `extra` in between (training lengths).
+  """Where buckets begin and end: 0, 64, 128, 256, ... and seq_len, and those of `extra` in between
+  (training lengths).
 
   >>> bucket_edges(512, extra=[384])
   (0, 64, 128, 256, 384, 512)
@@ -60,40 +64,67 @@ def bucket_edges(seq_len: int, extra: Iterable[int] = ()) -> tuple[int, ...]:
 
 
 def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk: int) -> jax.Array:
-  """The cross-entropy in nats of every target, 0 where it does not count: float32 [B, n], with at most `chunk` rows of logits at a time.
+  """The cross-entropy in nats of every target, 0 where it does not count: float32 [B, n], with at
+  most `chunk` rows of logits at a time.
 
   Args:
     config, params: the model.
     batch: as in `sparsek.training.loss.next_token_targets`.
   """
   targets, counted = next_token_targets(batch)
-  hidden = Transformer(config).apply({"params": params}, batch["tokens"][:, :-1], segment_ids=batch["segment_ids"][:, :-1], method="hidden")
+  hidden = Transformer(config).apply(
+    {"params": params},
+    batch["tokens"][:, :-1],
+    segment_ids=batch["segment_ids"][:, :-1],
+    method="hidden",
+  )
   matrix = output_matrix(config, params)
-  one = lambda token: chunked_cross_entropy(*(x[None] for x in token[:1]), matrix, *(x[None] for x in token[1:]), 1)
+  one = lambda token: chunked_cross_entropy(
+    *(x[None] for x in token[:1]), matrix, *(x[None] for x in token[1:]), 1
+  )
   flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1))
   return jax.lax.map(one, flat, batch_size=min(chunk, targets.size)).reshape(targets.shape)
 
 
-def make_bucket_sums(config: TransformerConfig, edges: Sequence[int], loss_chunk: int, mesh: Mesh) -> Callable:
-  """Compiles (params, batch) -> per bucket the summed loss (float32) and the number of counted targets (int32), over all devices."""
+def make_bucket_sums(
+  config: TransformerConfig, edges: Sequence[int], loss_chunk: int, mesh: Mesh
+) -> Callable:
+  """Compiles (params, batch) -> per bucket the summed loss (float32) and the number of counted
+  targets (int32), over all devices.
+  """
+
   def local_sums(params, batch):
     losses = token_losses(config, params, batch, loss_chunk)
     counted = next_token_targets(batch)[1]
     positions = position_in_document(batch["segment_ids"][:, :-1], *losses.shape)
     bucket = jnp.searchsorted(jnp.asarray(edges[1:]), positions, side="right")
-    sums = functools.partial(jax.ops.segment_sum, segment_ids=bucket.reshape(-1), num_segments=len(edges) - 1)
-    return jax.lax.psum((sums(losses.reshape(-1)), sums(counted.reshape(-1).astype(jnp.int32))), BATCH)
+    sums = functools.partial(
+      jax.ops.segment_sum, segment_ids=bucket.reshape(-1), num_segments=len(edges) - 1
+    )
+    return jax.lax.psum(
+      (sums(losses.reshape(-1)), sums(counted.reshape(-1).astype(jnp.int32))), BATCH
+    )
 
-  return jax.jit(jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False))
+  return jax.jit(
+    jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False)
+  )
 
 
-def evaluate(config: TransformerConfig, params: Params, batches: Iterable[dict[str, np.ndarray]], edges: Sequence[int], *,
-             loss_chunk: int = 2048, mesh: Mesh | None = None) -> Evaluation:
+def evaluate(
+  config: TransformerConfig,
+  params: Params,
+  batches: Iterable[dict[str, np.ndarray]],
+  edges: Sequence[int],
+  *,
+  loss_chunk: int = 2048,
+  mesh: Mesh | None = None,
+) -> Evaluation:
   """Mean loss over held-out batches, and by position in the document.
 
-  The position is that of the predicting token in its document as the row holds it: attention restarts at each document of a row, so a
-  bucket says how well tokens are predicted from about that much context. Buckets hold different text, so compare models in a bucket
-  rather than buckets of a model.
+  The position is that of the predicting token in its document as the row holds it: attention
+  restarts at each document of a row, so a bucket says how well tokens are predicted from about that
+  much context. Buckets hold different text, so compare models in a bucket rather than buckets of a
+  model.
 
   Args:
     config, params: the model.
@@ -110,24 +141,36 @@ def evaluate(config: TransformerConfig, params: Params, batches: Iterable[dict[s
   total, count = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
   for batch in batches:
     if batch["tokens"].shape[1] - 1 > edges[-1]:
-      raise ValueError(f"edges={tuple(edges)} must reach the rows' length {batch['tokens'].shape[1] - 1}")
+      raise ValueError(
+        f"edges={tuple(edges)} must reach the rows' length {batch['tokens'].shape[1] - 1}"
+      )
     loss, number = jax.device_get(bucket_sums(params, put_batch(mesh, batch)))
     total, count = total + loss, count + number
   if not count.sum():
     raise ValueError("batches hold no target: every document is shorter than two tokens")
-  buckets = tuple(Bucket(first, end - 1, float(loss / number) if number else None, int(number))
-                  for first, end, loss, number in zip(edges[:-1], edges[1:], total, count))
+  buckets = tuple(
+    Bucket(first, end - 1, float(loss / number) if number else None, int(number))
+    for first, end, loss, number in zip(edges[:-1], edges[1:], total, count)
+  )
   return Evaluation(float(total.sum() / count.sum()), int(count.sum()), buckets)
 
 
 def bits_per_byte(loss: float, split: TokenSplit) -> float:
-  """Nats per token as bits per UTF-8 byte of text, by the counted tokens and bytes of the whole split; compares models of any tokenizers."""
+  """Nats per token as bits per UTF-8 byte of text, by the counted tokens and bytes of the whole
+  split; compares models of any tokenizers.
+  """
   return loss * split.num_counted / split.num_bytes / math.log(2)
 
 
-def format_table(labels: Sequence[str], evaluations: Sequence[Evaluation], bits: Sequence[float], trained_lengths: Sequence[int],
-                 settings: Sequence[dict[str, object]]) -> str:
-  """Evaluations of the same batches side by side, a column each; * marks positions beyond a model's training length.
+def format_table(
+  labels: Sequence[str],
+  evaluations: Sequence[Evaluation],
+  bits: Sequence[float],
+  trained_lengths: Sequence[int],
+  settings: Sequence[dict[str, object]],
+) -> str:
+  """Evaluations of the same batches side by side, a column each; * marks positions beyond a model's
+  training length.
 
   Args:
     labels: column headings.
@@ -136,14 +179,28 @@ def format_table(labels: Sequence[str], evaluations: Sequence[Evaluation], bits:
     settings: further rows on top, the same keys for every column.
   """
   # Numbers end one place before the *.
-  rows = [["", *(f"{label} " for label in labels)]] + [[name, *(f"{setting[name]} " for setting in settings)] for name in settings[0]]
-  rows += [["held-out loss (nats per token)", *(f"{evaluation.loss:.4f} " for evaluation in evaluations)],
-           ["bits per byte", *(f"{value:.4f} " for value in bits)]]
+  rows = [["", *(f"{label} " for label in labels)]] + [
+    [name, *(f"{setting[name]} " for setting in settings)] for name in settings[0]
+  ]
+  rows += [
+    ["held-out loss (nats per token)", *(f"{evaluation.loss:.4f} " for evaluation in evaluations)],
+    ["bits per byte", *(f"{value:.4f} " for value in bits)],
+  ]
   for same in zip(*(evaluation.buckets for evaluation in evaluations)):
     if same[0].num_targets:
-      cells = (f"{bucket.loss:.4f}{'*' if bucket.first >= length else ' '}" for bucket, length in zip(same, trained_lengths))
-      rows.append([f"  at positions {same[0].first} to {same[0].last} ({same[0].num_targets:,} tokens)", *cells])
+      cells = (
+        f"{bucket.loss:.4f}{'*' if bucket.first >= length else ' '}"
+        for bucket, length in zip(same, trained_lengths)
+      )
+      rows.append(
+        [
+          f"  at positions {same[0].first} to {same[0].last} ({same[0].num_targets:,} tokens)",
+          *cells,
+        ]
+      )
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  join = lambda row: "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+  join = lambda row: "  ".join(
+    [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+  ).rstrip()
   beyond = any(cell.endswith("*") for row in rows for cell in row[1:])
   return "\n".join([join(row) for row in rows] + ["* beyond the training length"] * beyond)

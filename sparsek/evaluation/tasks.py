@@ -1,10 +1,13 @@
-"""Generated documents with known answers that stand far before the question: passkey, needles, recall, variables, copy.
+"""Generated documents with known answers that stand far before the question: passkey, needles,
+recall, variables, copy.
 
-A document is lines of facts, in their order but with filler of no use between them, and a question whose answers are marked. An answer counts as right where
-every token of it is the most probable one, given all before it: greedy decoding would write it.
+A document is lines of facts, in their order but with filler of no use between them, and a question
+whose answers are marked. An answer counts as right where every token of it is the most probable
+one, given all before it: greedy decoding would write it.
 
-A sliding window of w tokens has the fact in sight in about w / length of the documents; in deep models more, since a window hands on to the next layer's what
-it saw: layers * w tokens at most. `min_distance` keeps the facts farther away than that.
+A sliding window of w tokens has the fact in sight in about w / length of the documents; in deep
+models more, since a window hands on to the next layer's what it saw: layers * w tokens at most.
+`min_distance` keeps the facts farther away than that.
 """
 
 import dataclasses
@@ -19,22 +22,30 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TransformerConfig
+from sparsek.data.tokenizer import ByteTokenizer, Tokenizer
 from sparsek.errors import UsageError
 from sparsek.model.transformer import Params, Transformer, hidden_to_logits, output_matrix
-from sparsek.data.tokenizer import ByteTokenizer, Tokenizer
 from sparsek.parallel.mesh import BATCH, make_mesh, replicated
 
-FILLER = ("The grass is green.\n", "The sky is blue.\n", "The sun is yellow.\n", "Here we go.\n", "There and back again.\n", "Time went by.\n")
-NEEDLES = 16                     # facts of which one is asked for
-PAIRS, ASKED = 32, 4             # of recall, and how many are asked for
-CHAIN, CHAINS = 3, 4             # assignments that an answer hangs on; how many such chains there are
-COPIED = 16                      # letters
-BYTES_PER_TASK = 2048            # of a document to train on: longer ones ask for more than one thing
+FILLER = (
+  "The grass is green.\n",
+  "The sky is blue.\n",
+  "The sun is yellow.\n",
+  "Here we go.\n",
+  "There and back again.\n",
+  "Time went by.\n",
+)
+NEEDLES = 16  # facts of which one is asked for
+PAIRS, ASKED = 32, 4  # of recall, and how many are asked for
+CHAIN, CHAINS = 3, 4  # assignments that an answer hangs on; how many such chains there are
+COPIED = 16  # letters
+BYTES_PER_TASK = 2048  # of a document to train on: longer ones ask for more than one thing
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
   """facts: lines, in order; questions: what can be asked, each (how it begins, its answer)."""
+
   facts: tuple[str, ...]
   questions: tuple[tuple[str, str], ...]
 
@@ -54,29 +65,47 @@ def _names(rng: np.random.Generator, count: int) -> list[str]:
 
 def passkey(rng: np.random.Generator) -> Problem:
   """One number (Mohtashami and Jaggi 2023)."""
-  number, = _numbers(rng, 1)
-  return Problem((f"The pass key is {number}. Remember it.\n",), (("What is the pass key? The pass key is", f" {number}"),))
+  (number,) = _numbers(rng, 1)
+  return Problem(
+    (f"The pass key is {number}. Remember it.\n",),
+    (("What is the pass key? The pass key is", f" {number}"),),
+  )
 
 
 def needle(rng: np.random.Generator) -> Problem:
   """One of sixteen sentences that differ in name and number only."""
   pairs = list(zip(_names(rng, NEEDLES), _numbers(rng, NEEDLES)))
-  return Problem(tuple(f"The code of {name} is {number}.\n" for name, number in pairs),
-                 tuple((f"What is the code of {name}? The code of {name} is", f" {number}") for name, number in pairs))
+  return Problem(
+    tuple(f"The code of {name} is {number}.\n" for name, number in pairs),
+    tuple(
+      (f"What is the code of {name}? The code of {name} is", f" {number}") for name, number in pairs
+    ),
+  )
 
 
 def recall(rng: np.random.Generator) -> Problem:
   """Several of many pairs (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927)."""
   pairs = list(zip(_names(rng, PAIRS), _numbers(rng, PAIRS)))
-  return Problem(tuple(f"{name} -> {number}\n" for name, number in pairs), tuple((f"{name} ->", f" {number}") for name, number in pairs))
+  return Problem(
+    tuple(f"{name} -> {number}\n" for name, number in pairs),
+    tuple((f"{name} ->", f" {number}") for name, number in pairs),
+  )
 
 
 def variables(rng: np.random.Generator) -> Problem:
-  """The value of a variable that was assigned from another, and that from another (RULER, Hsieh et al. 2024, arXiv 2404.06654)."""
+  """The value of a variable that was assigned from another, and that from another (RULER, Hsieh et
+  al. 2024, arXiv 2404.06654).
+  """
   names, numbers = _names(rng, CHAINS * (CHAIN + 1)), _numbers(rng, CHAINS)
-  chains = [names[i * (CHAIN + 1):(i + 1) * (CHAIN + 1)] for i in range(CHAINS)]
-  assignments = [[f"{chain[0]} = {number}\n", *(f"{new} = {old}\n" for old, new in zip(chain, chain[1:]))] for chain, number in zip(chains, numbers)]
-  return Problem(_shuffled(assignments, rng), tuple((f"The value of {chain[-1]} is", f" {number}") for chain, number in zip(chains, numbers)))
+  chains = [names[i * (CHAIN + 1) : (i + 1) * (CHAIN + 1)] for i in range(CHAINS)]
+  assignments = [
+    [f"{chain[0]} = {number}\n", *(f"{new} = {old}\n" for old, new in zip(chain, chain[1:]))]
+    for chain, number in zip(chains, numbers)
+  ]
+  return Problem(
+    _shuffled(assignments, rng),
+    tuple((f"The value of {chain[-1]} is", f" {number}") for chain, number in zip(chains, numbers)),
+  )
 
 
 def copy(rng: np.random.Generator) -> Problem:
@@ -88,17 +117,35 @@ def copy(rng: np.random.Generator) -> Problem:
 def _shuffled(rows: Iterable[Iterable[str]], rng: np.random.Generator) -> tuple[str, ...]:
   """What is in the rows, mixed, but each row in its order."""
   rows = [list(row) for row in rows]
-  return tuple(rows[i].pop(0) for i in rng.permutation(np.repeat(np.arange(len(rows)), list(map(len, rows)))))
+  return tuple(
+    rows[i].pop(0) for i in rng.permutation(np.repeat(np.arange(len(rows)), list(map(len, rows))))
+  )
 
 
-TASKS: dict[str, Callable[[np.random.Generator], Problem]] = {"passkey": passkey, "needle": needle, "recall": recall, "variables": variables, "copy": copy}
+TASKS: dict[str, Callable[[np.random.Generator], Problem]] = {
+  "passkey": passkey,
+  "needle": needle,
+  "recall": recall,
+  "variables": variables,
+  "copy": copy,
+}
 
-# The share right for one who knows which numbers a document holds but not whose they are; where there is one number or a row of letters: who knows nothing.
-CHANCE = {"passkey": 1 / 90000, "needle": 1 / NEEDLES, "recall": 1 / PAIRS, "variables": 1 / CHAINS, "copy": len(string.ascii_lowercase)**-COPIED}
+# The share right for one who knows which numbers a document holds but not whose they are; where
+# there is one number or a row of letters: who knows nothing.
+CHANCE = {
+  "passkey": 1 / 90000,
+  "needle": 1 / NEEDLES,
+  "recall": 1 / PAIRS,
+  "variables": 1 / CHAINS,
+  "copy": len(string.ascii_lowercase) ** -COPIED,
+}
 
 
-def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator, min_distance: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
-  """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits, facts anywhere in it, and then what is asked.
+def make_example(
+  task: str, tokenizer: Tokenizer, length: int, rng: np.random.Generator, min_distance: int = 0
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """(tokens [at most length] int32, the places of every answer's tokens): as much filler as fits,
+  facts anywhere in it, and then what is asked.
 
   It begins as the tokenizer begins documents. At least `min_distance` tokens stand between the last
   fact and the first question.
@@ -116,9 +163,12 @@ def make_example(task: str, tokenizer: Tokenizer, length: int, rng: np.random.Ge
   least = min_distance + max(len(encode(line)) for line in FILLER) if min_distance else 0
   if length - size < least:
     far = f", {min_distance} of them between facts and question" if min_distance else ""
-    raise UsageError(f"a document of the task {task} needs at least {size + least} tokens with this tokenizer{far}; got {length}")
+    raise UsageError(
+      f"a document of the task {task} needs at least {size + least} tokens with this "
+      f"tokenizer{far}; got {length}"
+    )
   lines = _filler(tokenizer, length - size, rng)
-  tail = np.cumsum([0, *map(len, lines[::-1])])                                    # tokens of the last 0, 1, ... lines of filler
+  tail = np.cumsum([0, *map(len, lines[::-1])])  # tokens of the last 0, 1, ... lines of filler
   lines = _among(lines, facts, len(lines) + 1 - np.searchsorted(tail, min_distance), rng)
   tokens, answers = [*tokenizer.bos_ids, *(token for line in lines for token in line)], []
   for i, (question, answer) in enumerate(asked):
@@ -147,28 +197,44 @@ def _among(lines, others, places, rng):
 
 
 def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
-  """(name, text, (begin, end) of its answers) of `count` documents to train on, of length / 2 to length bytes; `evaluate` has others.
+  """(name, text, (begin, end) of its answers) of `count` documents to train on, of length / 2 to
+  length bytes; `evaluate` has others.
 
-  A document is of as many tasks as it holds BYTES_PER_TASK bytes, at least of one and of each at most once; tasks take turns. All facts come among the first
-  lines, and all that can be asked, as far as there is room, line by line among the later ones: few tokens would teach anything otherwise.
+  A document is of as many tasks as it holds BYTES_PER_TASK bytes, at least of one and of each at
+  most once; tasks take turns. All facts come among the first lines, and all that can be asked, as
+  far as there is room, line by line among the later ones: few tokens would teach anything
+  otherwise.
   """
-  names, tokenizer = list(TASKS), ByteTokenizer()                             # a byte is a character here
+  names, tokenizer = list(TASKS), ByteTokenizer()  # a byte is a character here
   for i in range(count):
     rng = np.random.default_rng([2**62, length, i])
     size = int(rng.integers(length // 2, length + 1))
-    chosen = rng.permutation([names[(i + j) % len(names)] for j in range(min(max(1, size // BYTES_PER_TASK), len(names)))])
+    chosen = rng.permutation(
+      [names[(i + j) % len(names)] for j in range(min(max(1, size // BYTES_PER_TASK), len(names)))]
+    )
     problems = [TASKS[name](rng) for name in chosen]
     facts = _shuffled([problem.facts for problem in problems], rng)
-    questions = [problem.questions[j] for problem in problems for j in range(len(problem.questions))]
+    questions = [
+      problem.questions[j] for problem in problems for j in range(len(problem.questions))
+    ]
     questions = [questions[j] for j in rng.permutation(len(questions))]
     room = size - sum(map(len, facts))
     sizes = np.cumsum([len(question) + len(answer) + 1 for question, answer in questions])
     if room + length - size < sizes[0]:
-      raise UsageError(f"a document of the task {' and '.join(chosen)} needs at least {length - room + sizes[0]} bytes; got {length}")
-    questions = questions[:max(1, np.searchsorted(sizes, room, "right"))]
-    lines = [(tokenizer.decode(np.array(line)), "") for line in _filler(tokenizer, room - sizes[len(questions) - 1], rng)]
+      raise UsageError(
+        f"a document of the task {' and '.join(chosen)} needs at least "
+        f"{length - room + sizes[0]} bytes; got {length}"
+      )
+    questions = questions[: max(1, np.searchsorted(sizes, room, "right"))]
+    lines = [
+      (tokenizer.decode(np.array(line)), "")
+      for line in _filler(tokenizer, room - sizes[len(questions) - 1], rng)
+    ]
     middle = int(rng.integers(len(lines) // 4, 3 * len(lines) // 4 + 1))
-    lines = [*_among(lines[:middle], [(fact, "") for fact in facts], middle + 1, rng), *_among(lines[middle:], questions, len(lines) - middle + 1, rng)]
+    lines = [
+      *_among(lines[:middle], [(fact, "") for fact in facts], middle + 1, rng),
+      *_among(lines[middle:], questions, len(lines) - middle + 1, rng),
+    ]
     text, answers = "", []
     for begin, answer in lines:
       text += begin + answer
@@ -179,51 +245,95 @@ def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def predicted(config: TransformerConfig, params: Params, tokens: jax.Array, places: jax.Array) -> jax.Array:
-  """The most probable token at each of the places [B, A] >= 1, given the tokens [B, n] before it; rows are spread over all devices."""
+def predicted(
+  config: TransformerConfig, params: Params, tokens: jax.Array, places: jax.Array
+) -> jax.Array:
+  """The most probable token at each of the places [B, A] >= 1, given the tokens [B, n] before it;
+  rows are spread over all devices.
+  """
+
   def local(params, tokens, places):
     hidden_BxNxE = Transformer(config).apply({"params": params}, tokens, method="hidden")
     hidden_BxAxE = jnp.take_along_axis(hidden_BxNxE, places[..., None] - 1, axis=1)
     return jnp.argmax(hidden_to_logits(hidden_BxAxE, output_matrix(config, params)), axis=-1)
 
-  return jax.shard_map(local, mesh=make_mesh(), in_specs=(P(), P(BATCH), P(BATCH)), out_specs=P(BATCH), check_vma=False)(params, tokens, places)
+  return jax.shard_map(
+    local, mesh=make_mesh(), in_specs=(P(), P(BATCH), P(BATCH)), out_specs=P(BATCH), check_vma=False
+  )(params, tokens, places)
 
 
-def evaluate(config: TransformerConfig, params: Params, tokenizer: Tokenizer, task: str, length: int, examples: int, batch_size: int = 1,
-             seed: int = 0, min_distance: int = 0) -> Iterator[tuple[int, int]]:
-  """Yields, after each batch of `batch_size` rows, (answers right, answers so far). The examples are those of (task, length, seed, min_distance)."""
+def evaluate(
+  config: TransformerConfig,
+  params: Params,
+  tokenizer: Tokenizer,
+  task: str,
+  length: int,
+  examples: int,
+  batch_size: int = 1,
+  seed: int = 0,
+  min_distance: int = 0,
+) -> Iterator[tuple[int, int]]:
+  """Yields, after each batch of `batch_size` rows, (answers right, answers so far). The examples
+  are those of (task, length, seed, min_distance).
+  """
   params = jax.device_put(params, replicated(make_mesh()))
   right = total = 0
   for first in range(0, examples, batch_size):
-    rows = [make_example(task, tokenizer, length, np.random.default_rng([seed, length, i]), min_distance)
-            for i in range(first, min(first + batch_size, examples))]
-    rows += rows[:1] * (batch_size - len(rows))                                   # the last batch is filled up; its filling is not counted
+    rows = [
+      make_example(task, tokenizer, length, np.random.default_rng([seed, length, i]), min_distance)
+      for i in range(first, min(first + batch_size, examples))
+    ]
+    # the last batch is filled up; its filling is not counted
+    rows += rows[:1] * (batch_size - len(rows))
     tokens = np.zeros((batch_size, length), np.int32)
     width = max(sum(map(len, answers)) for _, answers in rows)
-    places = np.ones((batch_size, -(-width // 32) * 32), np.int32)               # few widths: each compiles
+    places = np.ones((batch_size, -(-width // 32) * 32), np.int32)  # few widths: each compiles
     for i, (row, answers) in enumerate(rows):
-      tokens[i, :len(row)] = row
-      places[i, :sum(map(len, answers))] = np.concatenate(answers)
+      tokens[i, : len(row)] = row
+      places[i, : sum(map(len, answers))] = np.concatenate(answers)
     found = np.asarray(jax.device_get(predicted(config, params, tokens, places)))
-    for i, (row, answers) in enumerate(rows[:min(batch_size, examples - first)]):
-      hit = found[i, :sum(map(len, answers))] == row[np.concatenate(answers)]
-      right += sum(bool(np.all(part)) for part in np.split(hit, np.cumsum([len(answer) for answer in answers])[:-1]))
+    for i, (row, answers) in enumerate(rows[: min(batch_size, examples - first)]):
+      hit = found[i, : sum(map(len, answers))] == row[np.concatenate(answers)]
+      right += sum(
+        bool(np.all(part))
+        for part in np.split(hit, np.cumsum([len(answer) for answer in answers])[:-1])
+      )
       total += len(answers)
     yield right, total
 
 
 def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-  """The 95 % confidence interval of a share (Wilson 1927) of independent answers, which the four of a document of recall are not quite."""
+  """The 95 % confidence interval of a share (Wilson 1927) of independent answers, which the four of
+  a document of recall are not quite.
+  """
   share = right / total
-  centre, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-  return tuple(max(0., min(1., (centre + sign * spread) / (1 + z * z / total))) for sign in (-1, 1))
+  centre, spread = (
+    share + z * z / (2 * total),
+    z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)),
+  )
+  return tuple(
+    max(0.0, min(1.0, (centre + sign * spread) / (1 + z * z / total))) for sign in (-1, 1)
+  )
 
 
-def table(labels: Sequence[str], lengths: Sequence[int], found: dict[tuple[str, str, int], tuple[int, int]]) -> str:
-  """Accuracies in Markdown, with their 95 % confidence intervals; found: {(label, task, length): (right, total)}."""
-  cell = lambda right, total: "{:.0%} ({:.0%} to {:.0%})".format(right / total, *interval(right, total))
-  lines = ["| run | task | chance | " + " | ".join(map(str, lengths)) + " |", "|" + "---|" * (3 + len(lengths))]
+def table(
+  labels: Sequence[str], lengths: Sequence[int], found: dict[tuple[str, str, int], tuple[int, int]]
+) -> str:
+  """Accuracies in Markdown, with their 95 % confidence intervals; found: {(label, task, length):
+  (right, total)}.
+  """
+  cell = lambda right, total: "{:.0%} ({:.0%} to {:.0%})".format(
+    right / total, *interval(right, total)
+  )
+  lines = [
+    "| run | task | chance | " + " | ".join(map(str, lengths)) + " |",
+    "|" + "---|" * (3 + len(lengths)),
+  ]
   for label in labels:
     for task in dict.fromkeys(task for _, task, _ in found):
-      lines.append(f"| {label} | {task} | {CHANCE[task]:.1%} | " + " | ".join(cell(*found[label, task, length]) for length in lengths) + " |")
+      lines.append(
+        f"| {label} | {task} | {CHANCE[task]:.1%} | "
+        + " | ".join(cell(*found[label, task, length]) for length in lengths)
+        + " |"
+      )
   return "\n".join(lines)

@@ -13,31 +13,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.generation.cache import Cache, clip_sizes, init_cache
-from sparsek.generation.cached_attention import NOWHERE
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.generation.cache import Cache, clip_sizes, init_cache
+from sparsek.generation.cached_attention import NOWHERE
 from sparsek.storage.files import MAX_JSON, atomic_file, check_regular, parse_json
 
-FREE_FIELDS = ("implementation", "remat", "scan_layers", "scorer_noise", "scorer_loss_queries", "scorer_init_scale",
-               "scorer_init_slope", "lora_rank", "lora_alpha")       # change nothing that a model keeps
-MAX_SIZE = 2**31                     # of a dimension of an array
+# change nothing that a model keeps
+FREE_FIELDS = (
+  "implementation",
+  "remat",
+  "scan_layers",
+  "scorer_noise",
+  "scorer_loss_queries",
+  "scorer_init_scale",
+  "scorer_init_slope",
+  "lora_rank",
+  "lora_alpha",
+)
+MAX_SIZE = 2**31  # of a dimension of an array
 # What zipfile, zlib and NumPy raise for files that are damaged or none of these; RuntimeError for
 # an encrypted one.
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error,
-               NotImplementedError, RuntimeError, MemoryError)
+_UNREADABLE = (
+  OSError,
+  ValueError,
+  KeyError,
+  EOFError,
+  zipfile.BadZipFile,
+  zlib.error,
+  NotImplementedError,
+  RuntimeError,
+  MemoryError,
+)
 
 
 def _fields(config: TransformerConfig) -> dict[str, Any]:
   """What a cache depends on, as JSON knows it."""
-  fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+  fields = {
+    name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
+  }
   if config.scorer == "random":
     fields |= {name: getattr(config, name) for name in ("scorer_init_scale", "scorer_init_slope")}
   return json.loads(json.dumps(fields | {"attention": config.layer_terms}))
 
 
-def save(path: str, config: TransformerConfig, cache: Cache, note: dict[str, Any] | None = None,
-         length: int | None = None) -> None:
+def save(
+  path: str,
+  config: TransformerConfig,
+  cache: Cache,
+  note: dict[str, Any] | None = None,
+  length: int | None = None,
+) -> None:
   """Writes a cache to `path` atomically.
 
   Args:
@@ -51,11 +77,20 @@ def save(path: str, config: TransformerConfig, cache: Cache, note: dict[str, Any
     OSError: where it cannot be written; then what was at `path` stays.
   """
   leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(cache)]
-  sizes = {"max_length": _size(config, cache, "full", lambda layer: layer.key.shape[2]),
-           "support_size": _size(config, cache, "sparsek", lambda layer: layer.support.shape[2])}
-  head = {"config": _fields(config), "note": note, "rows": len(cache.seen), "length": length,
-          **sizes}
-  arrays = {f"leaf_{i}": x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for i, x in enumerate(leaves)}
+  sizes = {
+    "max_length": _size(config, cache, "full", lambda layer: layer.key.shape[2]),
+    "support_size": _size(config, cache, "sparsek", lambda layer: layer.support.shape[2]),
+  }
+  head = {
+    "config": _fields(config),
+    "note": note,
+    "rows": len(cache.seen),
+    "length": length,
+    **sizes,
+  }
+  arrays = {
+    f"leaf_{i}": x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for i, x in enumerate(leaves)
+  }
   with atomic_file(path) as file:
     np.savez(file, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
 
@@ -85,8 +120,10 @@ def load(path: str, config: TransformerConfig) -> tuple[Cache, dict[str, Any] | 
       head = _read_head(archive)
       _check_config(head["config"], config)
       wanted, structure = jax.tree.flatten(_shapes(head, config))
-      leaves = [_read_array(archive, f"leaf_{i}.npy", kind.shape, kind.dtype)
-                for i, kind in enumerate(wanted)]
+      leaves = [
+        _read_array(archive, f"leaf_{i}.npy", kind.shape, kind.dtype)
+        for i, kind in enumerate(wanted)
+      ]
   except UsageError as error:
     raise UsageError(f"{path} {error}") from None
   except _UNREADABLE as error:
@@ -115,8 +152,9 @@ def _read_head(archive: zipfile.ZipFile) -> dict:
   for name, lowest in least.items():
     absent = head[name] is None and name != "rows"
     if not absent and not (type(head[name]) is int and lowest <= head[name] < MAX_SIZE):
-      raise ValueError(f"its head has {name}={head[name]!r:.50}, expected a number of at least "
-                       f"{lowest}")
+      raise ValueError(
+        f"its head has {name}={head[name]!r:.50}, expected a number of at least {lowest}"
+      )
   return head
 
 
@@ -138,8 +176,9 @@ def _shapes(head: dict, config: TransformerConfig) -> Cache:
   return jax.eval_shape(functools.partial(init_cache, config, head["rows"], **sizes))
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...] | None,
-                dtype: np.dtype) -> np.ndarray:
+def _read_array(
+  archive: zipfile.ZipFile, name: str, shape: tuple[int, ...] | None, dtype: np.dtype
+) -> np.ndarray:
   """Returns a member of the archive.
 
   Args:
@@ -159,13 +198,16 @@ def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...] | No
     found = np.lib.format.read_array_header_1_0(file)
     fits = len(found[0]) == 1 and found[0][0] <= MAX_JSON if shape is None else found[0] == shape
     if not fits or found[1] or found[2] != stored:
-      raise ValueError(f"{name} is {found[2]} {str(found[0]):.100}, expected {stored} "
-                       f"{'[bytes]' if shape is None else shape}")
+      raise ValueError(
+        f"{name} is {found[2]} {str(found[0]):.100}, expected {stored} "
+        f"{'[bytes]' if shape is None else shape}"
+      )
     size = math.prod(found[0]) * stored.itemsize
     content = file.read(size)
     if len(content) != size or file.read(1):  # the end is where the checksum is compared
-      raise ValueError(f"{name} holds {'more' if len(content) == size else 'fewer'} than {size} "
-                       f"bytes")
+      raise ValueError(
+        f"{name} holds {'more' if len(content) == size else 'fewer'} than {size} bytes"
+      )
   return np.frombuffer(content, stored).reshape(found[0]).view(dtype)
 
 
@@ -179,5 +221,7 @@ def _check_seen(path: str, head: dict, config: TransformerConfig, seen: np.ndarr
   if config.positions == "learned":
     limits.append(config.max_positions)
   if not np.all((seen >= 0) & (seen <= min(limits))):
-    raise UsageError(f"{path} cannot be read as a cache: its texts have {seen.tolist()!s:.100} "
-                     f"tokens, expected 0 to {min(limits)}")
+    raise UsageError(
+      f"{path} cannot be read as a cache: its texts have {seen.tolist()!s:.100} "
+      f"tokens, expected 0 to {min(limits)}"
+    )

@@ -1,8 +1,11 @@
-"""How Hugging Face's model families are written down: their tensors and the fields of config.json, one table a family, read in both directions.
+"""How Hugging Face's model families are written down: their tensors and the fields of config.json,
+one table a family, read in both directions.
 
-A tensor's row is (its name, our parameter, layout). The layout names axes by letters: "HD E -> EHD" is a matrix [H * D, E] there and an array [E, H, D] here.
-V vocabulary, P positions, E width, H heads, G key/value heads, D head dimension, F width of the MLP; "3" holds query, key and value of a fused projection.
-`*` is the layer's number; rows whose parameter the configuration does not have (a bias, the head of tied embeddings) are left out.
+A tensor's row is (its name, our parameter, layout). The layout names axes by letters: "HD E -> EHD"
+is a matrix [H * D, E] there and an array [E, H, D] here. V vocabulary, P positions, E width, H
+heads, G key/value heads, D head dimension, F width of the MLP; "3" holds query, key and value of a
+fused projection. `*` is the layer's number; rows whose parameter the configuration does not have (a
+bias, the head of tied embeddings) are left out.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ from sparsek.storage.files import shown
 
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**31 - 1
-MAX_NAMED = 10                        # fields that one message names
+MAX_NAMED = 10  # fields that one message names
 
 
 class Family(NamedTuple):
@@ -32,6 +35,7 @@ class Family(NamedTuple):
       one that it does not read must agree with what it reads.
     attention: fields of the sliding window and their values where they are absent.
   """
+
   architecture: str
   prefix: str
   tensors: tuple[tuple[str, str, str], ...]
@@ -43,150 +47,260 @@ class Family(NamedTuple):
 
 
 _LLAMA_TENSORS = (
-    ("model.embed_tokens.weight", "embed/embedding", "V E -> VE"),
-    ("model.layers.*.input_layernorm.weight", "layers_*/attention_norm/scale", "E -> E"),
-    ("model.layers.*.self_attn.q_proj.weight", "layers_*/attention/query/kernel", "HD E -> EHD"),
-    ("model.layers.*.self_attn.q_proj.bias", "layers_*/attention/query/bias", "HD -> HD"),
-    ("model.layers.*.self_attn.k_proj.weight", "layers_*/attention/key/kernel", "GD E -> EGD"),
-    ("model.layers.*.self_attn.k_proj.bias", "layers_*/attention/key/bias", "GD -> GD"),
-    ("model.layers.*.self_attn.v_proj.weight", "layers_*/attention/value/kernel", "GD E -> EGD"),
-    ("model.layers.*.self_attn.v_proj.bias", "layers_*/attention/value/bias", "GD -> GD"),
-    ("model.layers.*.self_attn.q_norm.weight", "layers_*/attention/query_norm/scale", "D -> D"),
-    ("model.layers.*.self_attn.k_norm.weight", "layers_*/attention/key_norm/scale", "D -> D"),
-    ("model.layers.*.self_attn.o_proj.weight", "layers_*/attention/out/kernel", "E HD -> HDE"),
-    ("model.layers.*.self_attn.o_proj.bias", "layers_*/attention/out/bias", "E -> E"),
-    ("model.layers.*.post_attention_layernorm.weight", "layers_*/mlp_norm/scale", "E -> E"),
-    ("model.layers.*.mlp.gate_proj.weight", "layers_*/mlp/gate/kernel", "F E -> EF"),
-    ("model.layers.*.mlp.gate_proj.bias", "layers_*/mlp/gate/bias", "F -> F"),
-    ("model.layers.*.mlp.up_proj.weight", "layers_*/mlp/up/kernel", "F E -> EF"),
-    ("model.layers.*.mlp.up_proj.bias", "layers_*/mlp/up/bias", "F -> F"),
-    ("model.layers.*.mlp.down_proj.weight", "layers_*/mlp/down/kernel", "E F -> FE"),
-    ("model.layers.*.mlp.down_proj.bias", "layers_*/mlp/down/bias", "E -> E"),
-    ("model.norm.weight", "final_norm/scale", "E -> E"),
-    ("lm_head.weight", "lm_head/kernel", "V E -> EV"),
+  ("model.embed_tokens.weight", "embed/embedding", "V E -> VE"),
+  ("model.layers.*.input_layernorm.weight", "layers_*/attention_norm/scale", "E -> E"),
+  ("model.layers.*.self_attn.q_proj.weight", "layers_*/attention/query/kernel", "HD E -> EHD"),
+  ("model.layers.*.self_attn.q_proj.bias", "layers_*/attention/query/bias", "HD -> HD"),
+  ("model.layers.*.self_attn.k_proj.weight", "layers_*/attention/key/kernel", "GD E -> EGD"),
+  ("model.layers.*.self_attn.k_proj.bias", "layers_*/attention/key/bias", "GD -> GD"),
+  ("model.layers.*.self_attn.v_proj.weight", "layers_*/attention/value/kernel", "GD E -> EGD"),
+  ("model.layers.*.self_attn.v_proj.bias", "layers_*/attention/value/bias", "GD -> GD"),
+  ("model.layers.*.self_attn.q_norm.weight", "layers_*/attention/query_norm/scale", "D -> D"),
+  ("model.layers.*.self_attn.k_norm.weight", "layers_*/attention/key_norm/scale", "D -> D"),
+  ("model.layers.*.self_attn.o_proj.weight", "layers_*/attention/out/kernel", "E HD -> HDE"),
+  ("model.layers.*.self_attn.o_proj.bias", "layers_*/attention/out/bias", "E -> E"),
+  ("model.layers.*.post_attention_layernorm.weight", "layers_*/mlp_norm/scale", "E -> E"),
+  ("model.layers.*.mlp.gate_proj.weight", "layers_*/mlp/gate/kernel", "F E -> EF"),
+  ("model.layers.*.mlp.gate_proj.bias", "layers_*/mlp/gate/bias", "F -> F"),
+  ("model.layers.*.mlp.up_proj.weight", "layers_*/mlp/up/kernel", "F E -> EF"),
+  ("model.layers.*.mlp.up_proj.bias", "layers_*/mlp/up/bias", "F -> F"),
+  ("model.layers.*.mlp.down_proj.weight", "layers_*/mlp/down/kernel", "E F -> FE"),
+  ("model.layers.*.mlp.down_proj.bias", "layers_*/mlp/down/bias", "E -> E"),
+  ("model.norm.weight", "final_norm/scale", "E -> E"),
+  ("lm_head.weight", "lm_head/kernel", "V E -> EV"),
 )
 _NEOX_TENSORS = (
-    ("gpt_neox.embed_in.weight", "embed/embedding", "V E -> VE"),
-    ("gpt_neox.layers.*.input_layernorm.weight", "layers_*/attention_norm/scale", "E -> E"),
-    ("gpt_neox.layers.*.input_layernorm.bias", "layers_*/attention_norm/bias", "E -> E"),
-    ("gpt_neox.layers.*.attention.query_key_value.weight", "layers_*/attention/query|key|value/kernel", "H3D E -> EHD"),
-    ("gpt_neox.layers.*.attention.query_key_value.bias", "layers_*/attention/query|key|value/bias", "H3D -> HD"),
-    ("gpt_neox.layers.*.attention.dense.weight", "layers_*/attention/out/kernel", "E HD -> HDE"),
-    ("gpt_neox.layers.*.attention.dense.bias", "layers_*/attention/out/bias", "E -> E"),
-    ("gpt_neox.layers.*.post_attention_layernorm.weight", "layers_*/mlp_norm/scale", "E -> E"),
-    ("gpt_neox.layers.*.post_attention_layernorm.bias", "layers_*/mlp_norm/bias", "E -> E"),
-    ("gpt_neox.layers.*.mlp.dense_h_to_4h.weight", "layers_*/mlp/up/kernel", "F E -> EF"),
-    ("gpt_neox.layers.*.mlp.dense_h_to_4h.bias", "layers_*/mlp/up/bias", "F -> F"),
-    ("gpt_neox.layers.*.mlp.dense_4h_to_h.weight", "layers_*/mlp/down/kernel", "E F -> FE"),
-    ("gpt_neox.layers.*.mlp.dense_4h_to_h.bias", "layers_*/mlp/down/bias", "E -> E"),
-    ("gpt_neox.final_layer_norm.weight", "final_norm/scale", "E -> E"),
-    ("gpt_neox.final_layer_norm.bias", "final_norm/bias", "E -> E"),
-    ("embed_out.weight", "lm_head/kernel", "V E -> EV"),
+  ("gpt_neox.embed_in.weight", "embed/embedding", "V E -> VE"),
+  ("gpt_neox.layers.*.input_layernorm.weight", "layers_*/attention_norm/scale", "E -> E"),
+  ("gpt_neox.layers.*.input_layernorm.bias", "layers_*/attention_norm/bias", "E -> E"),
+  (
+    "gpt_neox.layers.*.attention.query_key_value.weight",
+    "layers_*/attention/query|key|value/kernel",
+    "H3D E -> EHD",
+  ),
+  (
+    "gpt_neox.layers.*.attention.query_key_value.bias",
+    "layers_*/attention/query|key|value/bias",
+    "H3D -> HD",
+  ),
+  ("gpt_neox.layers.*.attention.dense.weight", "layers_*/attention/out/kernel", "E HD -> HDE"),
+  ("gpt_neox.layers.*.attention.dense.bias", "layers_*/attention/out/bias", "E -> E"),
+  ("gpt_neox.layers.*.post_attention_layernorm.weight", "layers_*/mlp_norm/scale", "E -> E"),
+  ("gpt_neox.layers.*.post_attention_layernorm.bias", "layers_*/mlp_norm/bias", "E -> E"),
+  ("gpt_neox.layers.*.mlp.dense_h_to_4h.weight", "layers_*/mlp/up/kernel", "F E -> EF"),
+  ("gpt_neox.layers.*.mlp.dense_h_to_4h.bias", "layers_*/mlp/up/bias", "F -> F"),
+  ("gpt_neox.layers.*.mlp.dense_4h_to_h.weight", "layers_*/mlp/down/kernel", "E F -> FE"),
+  ("gpt_neox.layers.*.mlp.dense_4h_to_h.bias", "layers_*/mlp/down/bias", "E -> E"),
+  ("gpt_neox.final_layer_norm.weight", "final_norm/scale", "E -> E"),
+  ("gpt_neox.final_layer_norm.bias", "final_norm/bias", "E -> E"),
+  ("embed_out.weight", "lm_head/kernel", "V E -> EV"),
 )
 _GPT2_TENSORS = (
-    ("transformer.wte.weight", "embed/embedding", "V E -> VE"),
-    ("transformer.wpe.weight", "positions/embedding", "P E -> PE"),
-    ("transformer.h.*.ln_1.weight", "layers_*/attention_norm/scale", "E -> E"),
-    ("transformer.h.*.ln_1.bias", "layers_*/attention_norm/bias", "E -> E"),
-    ("transformer.h.*.attn.c_attn.weight", "layers_*/attention/query|key|value/kernel", "E 3HD -> EHD"),
-    ("transformer.h.*.attn.c_attn.bias", "layers_*/attention/query|key|value/bias", "3HD -> HD"),
-    ("transformer.h.*.attn.c_proj.weight", "layers_*/attention/out/kernel", "HD E -> HDE"),
-    ("transformer.h.*.attn.c_proj.bias", "layers_*/attention/out/bias", "E -> E"),
-    ("transformer.h.*.ln_2.weight", "layers_*/mlp_norm/scale", "E -> E"),
-    ("transformer.h.*.ln_2.bias", "layers_*/mlp_norm/bias", "E -> E"),
-    ("transformer.h.*.mlp.c_fc.weight", "layers_*/mlp/up/kernel", "E F -> EF"),
-    ("transformer.h.*.mlp.c_fc.bias", "layers_*/mlp/up/bias", "F -> F"),
-    ("transformer.h.*.mlp.c_proj.weight", "layers_*/mlp/down/kernel", "F E -> FE"),
-    ("transformer.h.*.mlp.c_proj.bias", "layers_*/mlp/down/bias", "E -> E"),
-    ("transformer.ln_f.weight", "final_norm/scale", "E -> E"),
-    ("transformer.ln_f.bias", "final_norm/bias", "E -> E"),
-    ("lm_head.weight", "lm_head/kernel", "V E -> EV"),
+  ("transformer.wte.weight", "embed/embedding", "V E -> VE"),
+  ("transformer.wpe.weight", "positions/embedding", "P E -> PE"),
+  ("transformer.h.*.ln_1.weight", "layers_*/attention_norm/scale", "E -> E"),
+  ("transformer.h.*.ln_1.bias", "layers_*/attention_norm/bias", "E -> E"),
+  (
+    "transformer.h.*.attn.c_attn.weight",
+    "layers_*/attention/query|key|value/kernel",
+    "E 3HD -> EHD",
+  ),
+  ("transformer.h.*.attn.c_attn.bias", "layers_*/attention/query|key|value/bias", "3HD -> HD"),
+  ("transformer.h.*.attn.c_proj.weight", "layers_*/attention/out/kernel", "HD E -> HDE"),
+  ("transformer.h.*.attn.c_proj.bias", "layers_*/attention/out/bias", "E -> E"),
+  ("transformer.h.*.ln_2.weight", "layers_*/mlp_norm/scale", "E -> E"),
+  ("transformer.h.*.ln_2.bias", "layers_*/mlp_norm/bias", "E -> E"),
+  ("transformer.h.*.mlp.c_fc.weight", "layers_*/mlp/up/kernel", "E F -> EF"),
+  ("transformer.h.*.mlp.c_fc.bias", "layers_*/mlp/up/bias", "F -> F"),
+  ("transformer.h.*.mlp.c_proj.weight", "layers_*/mlp/down/kernel", "F E -> FE"),
+  ("transformer.h.*.mlp.c_proj.bias", "layers_*/mlp/down/bias", "E -> E"),
+  ("transformer.ln_f.weight", "final_norm/scale", "E -> E"),
+  ("transformer.ln_f.bias", "final_norm/bias", "E -> E"),
+  ("lm_head.weight", "lm_head/kernel", "V E -> EV"),
 )
 # Buffers that old checkpoints hold and no model needs.
-IGNORED_TENSORS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+IGNORED_TENSORS = (
+  ".rotary_emb.inv_freq",
+  ".attention.bias",
+  ".attention.masked_bias",
+  ".attn.bias",
+  ".attn.masked_bias",
+)
+
 
 def _fields(vocab: int, width: int, layers: int, heads: int, mlp: int, positions: int, **more):
   """The fields that most families call alike, with the defaults of a family, and its own."""
   return {
-      "vocab_size": ("vocab_size", vocab),
-      "embed_dim": ("hidden_size", width),
-      "num_layers": ("num_hidden_layers", layers),
-      "num_heads": ("num_attention_heads", heads),
-      "mlp_dim": ("intermediate_size", mlp),
-      "max_positions": ("max_position_embeddings", positions),
-      "tie_embeddings": ("tie_word_embeddings", False),
-      **more,
+    "vocab_size": ("vocab_size", vocab),
+    "embed_dim": ("hidden_size", width),
+    "num_layers": ("num_hidden_layers", layers),
+    "num_heads": ("num_attention_heads", heads),
+    "mlp_dim": ("intermediate_size", mlp),
+    "max_positions": ("max_position_embeddings", positions),
+    "tie_embeddings": ("tie_word_embeddings", False),
+    **more,
   }
 
 
 def _llama_fields(kv_heads: int | None, head_dim: int | None, *sizes: int, **more):
-  return _fields(*sizes, num_kv_heads=("num_key_value_heads", kv_heads),
-                 head_dim=("head_dim", head_dim), norm_eps=("rms_norm_eps", 1e-6),
-                 rope_theta=("rope_theta", 10000.0), **more)
+  return _fields(
+    *sizes,
+    num_kv_heads=("num_key_value_heads", kv_heads),
+    head_dim=("head_dim", head_dim),
+    norm_eps=("rms_norm_eps", 1e-6),
+    rope_theta=("rope_theta", 10000.0),
+    **more,
+  )
 
 
 def _biases(default: bool):
   return {"use_bias": ("attention_bias", default), "out_bias": ("attention_bias", default)}
 
 
-_LLAMA_FIXED = dict(norm="rms_norm", positions="rope", rope_fraction=1.0, parallel_residual=False,
-                    mlp="swiglu")
-_GPT2_FIXED = dict(norm="layer_norm", positions="learned", parallel_residual=False, qk_norm=False,
-                   use_bias=True, out_bias=True, mlp_bias=True, rope_theta=10000.0,
-                   rope_fraction=1.0, rope_scaling=None)
+_LLAMA_FIXED = dict(
+  norm="rms_norm", positions="rope", rope_fraction=1.0, parallel_residual=False, mlp="swiglu"
+)
+_GPT2_FIXED = dict(
+  norm="layer_norm",
+  positions="learned",
+  parallel_residual=False,
+  qk_norm=False,
+  use_bias=True,
+  out_bias=True,
+  mlp_bias=True,
+  rope_theta=10000.0,
+  rope_fraction=1.0,
+  rope_scaling=None,
+)
 _GPT2_FIELDS = {
-    "vocab_size": ("vocab_size", 50257), "embed_dim": ("n_embd", 768),
-    "num_layers": ("n_layer", 12), "num_heads": ("n_head", 12), "mlp_dim": ("n_inner", None),
-    "max_positions": ("n_positions", 1024), "norm_eps": ("layer_norm_epsilon", 1e-5),
-    "tie_embeddings": ("tie_word_embeddings", True)}
+  "vocab_size": ("vocab_size", 50257),
+  "embed_dim": ("n_embd", 768),
+  "num_layers": ("n_layer", 12),
+  "num_heads": ("n_head", 12),
+  "mlp_dim": ("n_inner", None),
+  "max_positions": ("n_positions", 1024),
+  "norm_eps": ("layer_norm_epsilon", 1e-5),
+  "tie_embeddings": ("tie_word_embeddings", True),
+}
 # transformers' attribute_map.
-_GPT2_OTHERS = {"embed_dim": (("hidden_size", True),), "num_layers": (("num_hidden_layers", True),),
-                "num_heads": (("num_attention_heads", True),),
-                "max_positions": (("max_position_embeddings", True),)}
+_GPT2_OTHERS = {
+  "embed_dim": (("hidden_size", True),),
+  "num_layers": (("num_hidden_layers", True),),
+  "num_heads": (("num_attention_heads", True),),
+  "max_positions": (("max_position_embeddings", True),),
+}
 _NEOX_FIELDS = _fields(
-    50432, 6144, 44, 64, 24576, 2048, norm_eps=("layer_norm_eps", 1e-5),
-    rope_theta=("rotary_emb_base", 10000.0), rope_fraction=("rotary_pct", 0.25),
-    parallel_residual=("use_parallel_residual", True), **_biases(True))
+  50432,
+  6144,
+  44,
+  64,
+  24576,
+  2048,
+  norm_eps=("layer_norm_eps", 1e-5),
+  rope_theta=("rotary_emb_base", 10000.0),
+  rope_fraction=("rotary_pct", 0.25),
+  parallel_residual=("use_parallel_residual", True),
+  **_biases(True),
+)
 # transformers 4 writes these beside the names that it reads.
-_NEOX_OTHERS = {"rope_theta": (("rope_theta", False),),
-                "rope_fraction": (("partial_rotary_factor", False),)}
+_NEOX_OTHERS = {
+  "rope_theta": (("rope_theta", False),),
+  "rope_fraction": (("partial_rotary_factor", False),),
+}
 _QWEN_SIZES = (151936, 4096, 32, 32, 22016, 32768)
 _QWEN_ATTENTION = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
-    "llama": Family(
-        "LlamaForCausalLM", "model.", _LLAMA_TENSORS,
-        _llama_fields(None, None, 32000, 4096, 32, 32, 11008, 2048, **_biases(False),
-                      mlp_bias=("mlp_bias", False)),
-        {**_LLAMA_FIXED, "qk_norm": False}),
-    "mistral": Family(
-        "MistralForCausalLM", "model.", _LLAMA_TENSORS,
-        _llama_fields(8, None, 32000, 4096, 32, 32, 14336, 131072),
-        {**_LLAMA_FIXED, "qk_norm": False, "use_bias": False, "out_bias": False,
-         "mlp_bias": False}, attention={"sliding_window": 4096}),
-    "qwen2": Family(
-        "Qwen2ForCausalLM", "model.", _LLAMA_TENSORS, _llama_fields(32, None, *_QWEN_SIZES),
-        {**_LLAMA_FIXED, "qk_norm": False, "use_bias": True, "out_bias": False,
-         "mlp_bias": False}, attention=_QWEN_ATTENTION),
-    "qwen3": Family(
-        "Qwen3ForCausalLM", "model.", _LLAMA_TENSORS,
-        _llama_fields(32, 128, *_QWEN_SIZES, **_biases(False)),
-        {**_LLAMA_FIXED, "qk_norm": True, "mlp_bias": False}, attention=_QWEN_ATTENTION),
-    "gpt_neox": Family(
-        "GPTNeoXForCausalLM", "gpt_neox.", _NEOX_TENSORS, _NEOX_FIELDS,
-        dict(norm="layer_norm", positions="rope", qk_norm=False, mlp_bias=True),
-        ("hidden_act", "gelu"), _NEOX_OTHERS),
-    "gpt2": Family(
-        "GPT2LMHeadModel", "transformer.", _GPT2_TENSORS, _GPT2_FIELDS, _GPT2_FIXED,
-        ("activation_function", "gelu_new"), _GPT2_OTHERS),
+  "llama": Family(
+    "LlamaForCausalLM",
+    "model.",
+    _LLAMA_TENSORS,
+    _llama_fields(
+      None, None, 32000, 4096, 32, 32, 11008, 2048, **_biases(False), mlp_bias=("mlp_bias", False)
+    ),
+    {**_LLAMA_FIXED, "qk_norm": False},
+  ),
+  "mistral": Family(
+    "MistralForCausalLM",
+    "model.",
+    _LLAMA_TENSORS,
+    _llama_fields(8, None, 32000, 4096, 32, 32, 14336, 131072),
+    {**_LLAMA_FIXED, "qk_norm": False, "use_bias": False, "out_bias": False, "mlp_bias": False},
+    attention={"sliding_window": 4096},
+  ),
+  "qwen2": Family(
+    "Qwen2ForCausalLM",
+    "model.",
+    _LLAMA_TENSORS,
+    _llama_fields(32, None, *_QWEN_SIZES),
+    {**_LLAMA_FIXED, "qk_norm": False, "use_bias": True, "out_bias": False, "mlp_bias": False},
+    attention=_QWEN_ATTENTION,
+  ),
+  "qwen3": Family(
+    "Qwen3ForCausalLM",
+    "model.",
+    _LLAMA_TENSORS,
+    _llama_fields(32, 128, *_QWEN_SIZES, **_biases(False)),
+    {**_LLAMA_FIXED, "qk_norm": True, "mlp_bias": False},
+    attention=_QWEN_ATTENTION,
+  ),
+  "gpt_neox": Family(
+    "GPTNeoXForCausalLM",
+    "gpt_neox.",
+    _NEOX_TENSORS,
+    _NEOX_FIELDS,
+    dict(norm="layer_norm", positions="rope", qk_norm=False, mlp_bias=True),
+    ("hidden_act", "gelu"),
+    _NEOX_OTHERS,
+  ),
+  "gpt2": Family(
+    "GPT2LMHeadModel",
+    "transformer.",
+    _GPT2_TENSORS,
+    _GPT2_FIELDS,
+    _GPT2_FIXED,
+    ("activation_function", "gelu_new"),
+    _GPT2_OTHERS,
+  ),
 }
 # Our MLP -> what a config.json may call its function; the first is written.
-ACTIVATIONS = {"swiglu": ("silu", "swish"), "gelu": ("gelu",), "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")}
-# Fields of ours that config.json has words for; all others go into its section "sparsek", but for the attention of dense models and adapters, which are merged.
-ARCHITECTURE = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_positions", "norm", "norm_eps", "positions",
-                "rope_theta", "rope_fraction", "rope_scaling", "qk_norm", "mlp", "use_bias", "out_bias", "mlp_bias", "parallel_residual", "tie_embeddings")
-SPARSEK_FIELDS = tuple(field.name for field in dataclasses.fields(TransformerConfig) if field.name not in (*ARCHITECTURE, "lora_rank", "lora_alpha"))
+ACTIVATIONS = {
+  "swiglu": ("silu", "swish"),
+  "gelu": ("gelu",),
+  "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+}
+# Fields of ours that config.json has words for; all others go into its section "sparsek", but for
+# the attention of dense models and adapters, which are merged.
+ARCHITECTURE = (
+  "vocab_size",
+  "embed_dim",
+  "num_layers",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "mlp_dim",
+  "max_positions",
+  "norm",
+  "norm_eps",
+  "positions",
+  "rope_theta",
+  "rope_fraction",
+  "rope_scaling",
+  "qk_norm",
+  "mlp",
+  "use_bias",
+  "out_bias",
+  "mlp_bias",
+  "parallel_residual",
+  "tie_embeddings",
+)
+SPARSEK_FIELDS = tuple(
+  field.name
+  for field in dataclasses.fields(TransformerConfig)
+  if field.name not in (*ARCHITECTURE, "lora_rank", "lora_alpha")
+)
 # Fields that change no logit, most of them of transformers' base class.
-NO_EFFECT = set("""
+NO_EFFECT = set(
+  """
     _name_or_path name_or_path _commit_hash _attn_implementation attn_implementation
     _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled
     architectures model_type transformers_version use_bfloat16 torchscript
@@ -200,20 +314,30 @@ NO_EFFECT = set("""
     diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
     return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens""".split())
+    suppress_tokens begin_suppress_tokens""".split()
+)
 _NO_EFFECT_NAMES = re.compile(
-    r".*dropout.*|.*_pdrop|initializer_.*|output_(attentions|hidden_states|scores|logits)"
-    r"|.*_token_ids?|summary_.*")
+  r".*dropout.*|.*_pdrop|initializer_.*|output_(attentions|hidden_states|scores|logits)"
+  r"|.*_token_ids?|summary_.*"
+)
 # null stands for "work it out"; elsewhere it is no value.
 _NULLABLE = ("num_key_value_heads", "head_dim", "n_inner")
 # Our fields -> smallest and largest value. What lies outside overflows or means nothing.
-_BOUNDS = {"num_layers": (1, MAX_LAYERS), "norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e30),
-           "scorer_lookback": (0, 4096), "scorer_lookahead": (0, 4096), "window": (0, MAX_SIZE)}
+_BOUNDS = {
+  "num_layers": (1, MAX_LAYERS),
+  "norm_eps": (0.0, 1.0),
+  "rope_theta": (1.0, 1e30),
+  "scorer_lookback": (0, 4096),
+  "scorer_lookahead": (0, 4096),
+  "window": (0, MAX_SIZE),
+}
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto", None)
 _ROPE_KEYS = {"rope_theta": "rope_theta", "rope_fraction": "partial_rotary_factor"}
-_SCALINGS = {"default": (), "linear": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                        "original_max_position_embeddings")}
+_SCALINGS = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class _Reader:
@@ -224,7 +348,7 @@ class _Reader:
 
   def refuse(self, name: str, value, why: str) -> None:
     problem = f"{_printable(name)}={shown(value)} {why}"
-    if problem not in self.problems:                     # one name may stand for two of our fields
+    if problem not in self.problems:  # one name may stand for two of our fields
       self.problems.append(problem)
 
   def typed(self, name: str, value, kind: type, low=1, high=MAX_SIZE):
@@ -245,9 +369,14 @@ class _Reader:
       spelled: (name, value, counts); one that does not count must agree all the same.
       kind, bounds: see `typed`.
     """
-    spelled = [(name, None if value is None and key in _NULLABLE
-                else self.typed(name, value, kind, *bounds), counts)
-               for name, value, counts in spelled]
+    spelled = [
+      (
+        name,
+        None if value is None and key in _NULLABLE else self.typed(name, value, kind, *bounds),
+        counts,
+      )
+      for name, value, counts in spelled
+    ]
     first = next(((name, value) for name, value, counts in spelled if counts), (key, default))
     for name, value, _ in spelled:
       if None not in (value, first[1]) and value != first[1]:
@@ -287,11 +416,12 @@ def read_config(fields: dict, path: str) -> TransformerConfig:
   values |= _read_attention(name, values["num_layers"], reader)
   ours = _read_ours(reader)
   _refuse_unknown(name, reader)
-  reader.check(path)                                     # what follows builds on these values
+  reader.check(path)  # what follows builds on these values
   heads, width = values["num_heads"], values["embed_dim"]
   if values.get("head_dim") is None and width % heads:
-    raise UsageError(f"{path}: {family.fields['num_heads'][0]}={heads} must divide the width "
-                     f"{width}")
+    raise UsageError(
+      f"{path}: {family.fields['num_heads'][0]}={heads} must divide the width {width}"
+    )
   values["num_kv_heads"] = values.get("num_kv_heads") or heads
   values["head_dim"] = values.get("head_dim") or width // heads
   values["mlp_dim"] = values["mlp_dim"] or 4 * width
@@ -311,10 +441,16 @@ def _read_fields(family: Family, reader: _Reader) -> dict:
   values, taken = {}, {}
   for field, (key, default) in fields.items():
     names = ((key, True), *family.others.get(field, ()))
-    spelled = [(name, taken.setdefault(name, reader.left.pop(name, None)), counts)
-               for name, counts in names if name in reader.left or name in taken]
-    spelled += [(f"{where}.{_ROPE_KEYS[field]}", section.pop(_ROPE_KEYS[field]), wins)
-                for where, section, wins in sections if _ROPE_KEYS.get(field) in section]
+    spelled = [
+      (name, taken.setdefault(name, reader.left.pop(name, None)), counts)
+      for name, counts in names
+      if name in reader.left or name in taken
+    ]
+    spelled += [
+      (f"{where}.{_ROPE_KEYS[field]}", section.pop(_ROPE_KEYS[field]), wins)
+      for where, section, wins in sections
+      if _ROPE_KEYS.get(field) in section
+    ]
     fixed = family.fixed.get(field)
     kind = type(getattr(TransformerConfig, field))
     bounds = (0.0, 1.0) if field == "rope_fraction" else _BOUNDS.get(field, (1, MAX_SIZE))
@@ -342,8 +478,9 @@ def _read_scaling(sections, max_positions: int, reader: _Reader) -> tuple | None
 
   theta and fraction are taken out of the sections already.
   """
-  scalings = [_parse_scaling(where, section, max_positions, reader)
-              for where, section, _ in sections]
+  scalings = [
+    _parse_scaling(where, section, max_positions, reader) for where, section, _ in sections
+  ]
   if len(scalings) == 2 and scalings[1] not in (None, scalings[0]):
     (one, first, _), (other, second, _) = sections
     reader.refuse(one, first, f"and {other}={shown(second)} disagree: remove one of them")
@@ -363,7 +500,7 @@ def _parse_scaling(where: str, section: dict, max_positions: int, reader: _Reade
       reader.refuse(f"{where}.{key}", section[key], f"is not supported with rope_type {kind}")
   numbers = []
   for key in _SCALINGS[kind]:
-    if key == "original_max_position_embeddings":        # transformers' class, where it is absent
+    if key == "original_max_position_embeddings":  # transformers' class, where it is absent
       default, *bounds = max_positions or 1, int
     else:
       default, *bounds = None, float, 1e-6, 1e6
@@ -393,8 +530,11 @@ def _read_dtype(reader: _Reader) -> str:
       reader.refuse(key, value, f"is not one of {', '.join(filter(None, _DTYPES))}")
   given = {value for value in spelled.values() if isinstance(value, str)}
   if len(given) > 1:
-    reader.refuse("dtype", spelled["dtype"],
-                  f"and torch_dtype={shown(spelled['torch_dtype'])} disagree: remove one of them")
+    reader.refuse(
+      "dtype",
+      spelled["dtype"],
+      f"and torch_dtype={shown(spelled['torch_dtype'])} disagree: remove one of them",
+    )
   return "bfloat16" if given == {"bfloat16"} else "float32"
 
 
@@ -414,8 +554,11 @@ def _read_ours(reader: _Reader) -> dict:
     kind = type(getattr(TransformerConfig, field))
     if field == "attention":
       if not isinstance(value, list) or not value or not all(map(_is_term, value)):
-        reader.refuse(name, value, f"is no list of {', '.join(ATTENTION_KINDS)}, with a k or a "
-                                   f"window of their own or not")
+        reader.refuse(
+          name,
+          value,
+          f"is no list of {', '.join(ATTENTION_KINDS)}, with a k or a window of their own or not",
+        )
     elif kind in (int, float):
       bounds = (-1e6, 1e6) if kind is float else (1, MAX_SIZE)
       values[field] = reader.typed(name, value, kind, *_BOUNDS.get(field, bounds))
@@ -434,9 +577,13 @@ def _is_term(term) -> bool:
 def _refuse_unknown(name: str, reader: _Reader) -> None:
   if (scaled := reader.left.pop("scale_attn_weights", True)) is not True:
     reader.refuse("scale_attn_weights", scaled, "is not supported")
-  unknown = [(field, value) for field, value in reader.left.items()
-             if field not in NO_EFFECT and not _NO_EFFECT_NAMES.fullmatch(field)
-             and value not in (None, False, [], {}, "")]
+  unknown = [
+    (field, value)
+    for field, value in reader.left.items()
+    if field not in NO_EFFECT
+    and not _NO_EFFECT_NAMES.fullmatch(field)
+    and value not in (None, False, [], {}, "")
+  ]
   why = ": this library does not know what it does (remove what changes no logit)"
   for i, (field, value) in enumerate(unknown):
     reader.refuse(field, value, f"is not supported in {name}{why if i == len(unknown) - 1 else ''}")
@@ -460,21 +607,32 @@ def _read_attention(name: str, num_layers: int | None, reader: _Reader) -> dict:
     first = reader.typed("max_window_layers", fields["max_window_layers"], int, 0) or 0
   if num_layers is None:
     return {}
-  expected = ["sliding_attention" if slides and i >= first else "full_attention"
-              for i in range(num_layers)]
+  expected = [
+    "sliding_attention" if slides and i >= first else "full_attention" for i in range(num_layers)
+  ]
   kinds = expected if kinds is None else kinds
   known = {"full_attention": "full", "sliding_attention": "sliding_window"}
-  if (not isinstance(kinds, list) or len(kinds) != num_layers
-      or not all(isinstance(kind, str) and kind in known for kind in kinds)):
-    reader.refuse("layer_types", kinds, "must name full_attention or sliding_attention for each "
-                                        f"of {num_layers} layers")
+  if (
+    not isinstance(kinds, list)
+    or len(kinds) != num_layers
+    or not all(isinstance(kind, str) and kind in known for kind in kinds)
+  ):
+    reader.refuse(
+      "layer_types",
+      kinds,
+      f"must name full_attention or sliding_attention for each of {num_layers} layers",
+    )
     return {}
   if "sliding_attention" in kinds and not slides:
-    reader.refuse("layer_types", kinds, "asks for sliding_attention without a sliding_window "
-                                        "in use")
+    reader.refuse(
+      "layer_types", kinds, "asks for sliding_attention without a sliding_window in use"
+    )
   if name == "mistral" and kinds != expected:
-    reader.refuse("layer_types", kinds, f"and sliding_window={shown(window)} disagree: in mistral "
-                                        "all layers have it")
+    reader.refuse(
+      "layer_types",
+      kinds,
+      f"and sliding_window={shown(window)} disagree: in mistral all layers have it",
+    )
   kinds = tuple(known[kind] for kind in kinds)
   attention = kinds if len(set(kinds)) > 1 else kinds[0]
   return {"attention": attention, **({"window": window} if "sliding_window" in kinds else {})}
@@ -484,8 +642,12 @@ def write_config(name: str, config: TransformerConfig, dtype: str) -> dict:
   """The config.json of a model in the family `name`, as far as the family has words for it."""
   family = FAMILIES[name]
   fields = {key: getattr(config, field) for field, (key, _) in family.fields.items()}
-  fields |= {"model_type": name, "architectures": [family.architecture], "torch_dtype": dtype,
-             family.activation[0]: ACTIVATIONS[config.mlp][0]}
+  fields |= {
+    "model_type": name,
+    "architectures": [family.architecture],
+    "torch_dtype": dtype,
+    family.activation[0]: ACTIVATIONS[config.mlp][0],
+  }
   if config.rope_scaling is not None and "rope_theta" in family.fields:
     kind, *numbers = config.rope_scaling
     keys = ("factor", "low_freq_factor", "high_freq_factor")
@@ -495,7 +657,10 @@ def write_config(name: str, config: TransformerConfig, dtype: str) -> dict:
   if name in ("mistral", "qwen2", "qwen3"):
     slides = "sliding_window" in config.layer_kinds
     fields["sliding_window"] = config.window if slides else None
-    kinds = [{"sliding_window": "sliding_attention"}.get(kind, "full_attention") for kind in config.layer_kinds]
+    kinds = [
+      {"sliding_window": "sliding_attention"}.get(kind, "full_attention")
+      for kind in config.layer_kinds
+    ]
     if name != "mistral":
       first = kinds.index("sliding_attention") if slides else config.num_layers
       fields |= {"use_sliding_window": slides, "layer_types": kinds, "max_window_layers": first}
@@ -509,7 +674,8 @@ def describe(config: TransformerConfig, family: str | None = None, dtype: str = 
     family: a key of FAMILIES; None takes the one with words for most.
     dtype: of the parameters.
   Raises:
-    UsageError: where no family (or not this one) can hold such a model; names the fields that stand in the way.
+    UsageError: where no family (or not this one) can hold such a model; names the fields that stand
+      in the way.
   """
   if family is not None and family not in FAMILIES:
     raise UsageError(f"family={family!r} is not one of {', '.join(FAMILIES)}")
@@ -521,9 +687,15 @@ def describe(config: TransformerConfig, family: str | None = None, dtype: str = 
     except UsageError as error:
       reasons.append(str(error))
       continue
-    differ = [field for field in ARCHITECTURE if getattr(back, field) != getattr(config, field) and not _unused(config, field)]
+    differ = [
+      field
+      for field in ARCHITECTURE
+      if getattr(back, field) != getattr(config, field) and not _unused(config, field)
+    ]
     if differ:
-      reasons.append(f"{name} has no " + ", ".join(f"{field}={getattr(config, field)}" for field in differ))
+      reasons.append(
+        f"{name} has no " + ", ".join(f"{field}={getattr(config, field)}" for field in differ)
+      )
       continue
     ours = [field for field in SPARSEK_FIELDS if getattr(config, field) != getattr(back, field)]
     if ours:
@@ -540,7 +712,10 @@ def _unused(config: TransformerConfig, field: str) -> bool:
 
 
 class Layout(NamedTuple):
-  """Where one of our parameters lies in a tensor: its name, the letters of its axes there, here, and its place on the axis "3"."""
+  """Where one of our parameters lies in a tensor: its name, the letters of its axes there, here,
+  and its place on the axis "3".
+  """
+
   name: str
   there: tuple[str, ...]
   here: str
@@ -548,12 +723,16 @@ class Layout(NamedTuple):
 
 
 def layouts(family: Family, num_layers: int) -> dict[str, Layout]:
-  """Our parameter (layers unstacked) -> where it lies, for every parameter a model of this family may have."""
+  """Our parameter (layers unstacked) -> where it lies, for every parameter a model of this family
+  may have.
+  """
   found = {}
   for name, path, layout in family.tensors:
     there, here = layout.split(" -> ")
     for i in range(num_layers if "*" in name else 1):
-      for part, kind in enumerate(("query", "key", "value")) if "|" in path else ((None, "query|key|value"),):
+      for part, kind in (
+        enumerate(("query", "key", "value")) if "|" in path else ((None, "query|key|value"),)
+      ):
         ours = path.replace("query|key|value", kind).replace("*", str(i))
         found[ours] = Layout(name.replace("*", str(i)), tuple(there.split()), here, part)
   return found

@@ -1,7 +1,10 @@
-"""Safetensors files: headers that are checked before they are trusted, tensors that are mapped and not read, writing one tensor after the other.
+"""Safetensors files: headers that are checked before they are trusted, tensors that are mapped and
+not read, writing one tensor after the other.
 
-A file is the header's length (8 bytes, little endian), the header (JSON: name -> dtype, shape, data_offsets) and the tensors' bytes. A checkpoint is one
-model.safetensors, or shards beside a model.safetensors.index.json that says which tensor lies where. Format: https://github.com/huggingface/safetensors
+A file is the header's length (8 bytes, little endian), the header (JSON: name -> dtype, shape,
+data_offsets) and the tensors' bytes. A checkpoint is one model.safetensors, or shards beside a
+model.safetensors.index.json that says which tensor lies where. Format:
+https://github.com/huggingface/safetensors
 """
 
 import json
@@ -15,21 +18,36 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sparsek.storage import files
 from sparsek.errors import UsageError
+from sparsek.storage import files
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
-          "F8_E5M2": ml_dtypes.float8_e5m2, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32,
-          "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
 DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-MAX_HEADER = 100 * 2**20              # of the reference implementation
-BLOCK = 16 * 2**20                    # bytes that are copied at a time
+MAX_HEADER = 100 * 2**20  # of the reference implementation
+BLOCK = 16 * 2**20  # bytes that are copied at a time
 
 
 class Tensor(NamedTuple):
   """Where a tensor lies: bytes offset .. offset + size of the file."""
+
   dtype: np.dtype
   shape: tuple[int, ...]
   offset: int
@@ -40,9 +58,13 @@ def _is_size(value) -> bool:
 
 
 def _parse_header(path: str, raw: bytes, data_start: int, file_size: int) -> dict[str, Tensor]:
-  """Raises UsageError unless the tensors fill the rest of the file exactly, each with as many bytes as its dtype and shape say."""
+  """Raises UsageError unless the tensors fill the rest of the file exactly, each with as many bytes
+  as its dtype and shape say.
+  """
+
   def refuse(what):
     raise UsageError(f"{path} is damaged: {what}")
+
   try:
     pairs = json.loads(raw.decode("utf-8"), object_pairs_hook=list)
   except (ValueError, RecursionError) as error:
@@ -55,14 +77,20 @@ def _parse_header(path: str, raw: bytes, data_start: int, file_size: int) -> dic
       continue
     if name in tensors:
       refuse(f"its header names tensor {name!r:.100} twice")
-    fields = dict(entry) if isinstance(entry, list) and all(isinstance(pair, tuple) for pair in entry) else {}
+    fields = (
+      dict(entry)
+      if isinstance(entry, list) and all(isinstance(pair, tuple) for pair in entry)
+      else {}
+    )
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-      refuse(f"tensor {name!r:.100} has dtype {files.shown(dtype)}, expected one of "
-             f"{', '.join(DTYPES)}")
+      refuse(
+        f"tensor {name!r:.100} has dtype {files.shown(dtype)}, expected one of {', '.join(DTYPES)}"
+      )
     if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > 8:
-      refuse(f"tensor {name!r:.100} has shape {files.shown(shape)}, expected a list of at most 8 "
-             f"sizes")
+      refuse(
+        f"tensor {name!r:.100} has shape {files.shown(shape)}, expected a list of at most 8 sizes"
+      )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
       refuse(f"tensor {name!r:.100} has data_offsets {files.shown(offsets)}, expected [begin, end]")
     begin, end = offsets
@@ -70,15 +98,18 @@ def _parse_header(path: str, raw: bytes, data_start: int, file_size: int) -> dic
       refuse(f"tensor {name!r:.100} lies at bytes {begin} to {end} of {file_size - data_start}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if needed != end - begin:
-      refuse(f"tensor {name!r:.100} of dtype {dtype} and shape {shape} needs {needed} bytes, "
-             f"and has {end - begin}")
+      refuse(
+        f"tensor {name!r:.100} of dtype {dtype} and shape {shape} needs {needed} bytes, "
+        f"and has {end - begin}"
+      )
     tensors[name] = Tensor(DTYPES[dtype], tuple(shape), data_start + begin)
     ranges.append((begin, end, name))
   place = 0
   for begin, end, name in sorted(ranges):
     if begin != place:
-      refuse(f"tensor {name!r:.100} begins at byte {begin}, where the one before it ends at "
-             f"{place}")
+      refuse(
+        f"tensor {name!r:.100} begins at byte {begin}, where the one before it ends at {place}"
+      )
     place = end
   if place != file_size - data_start:
     refuse(f"its tensors end at byte {place} of {file_size - data_start}")
@@ -99,9 +130,12 @@ class SafetensorsFile:
       if not os.path.isfile(path) or size < 8:
         raise UsageError(f"{path} is no safetensors file: it has {size} bytes")
       with open(path, "rb") as file:
-        length, = struct.unpack("<Q", file.read(8))
+        (length,) = struct.unpack("<Q", file.read(8))
         if length > min(size - 8, MAX_HEADER):
-          raise UsageError(f"{path} is damaged: it announces a header of {length:,} bytes; the file has {size:,}, and a header at most {MAX_HEADER:,}")
+          raise UsageError(
+            f"{path} is damaged: it announces a header of {length:,} bytes; the file has "
+            f"{size:,}, and a header at most {MAX_HEADER:,}"
+          )
         self.tensors = _parse_header(path, file.read(length), 8 + length, size)
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
@@ -122,7 +156,8 @@ def open_folder(folder: str) -> dict[str, SafetensorsFile]:
   """Tensor's name -> its file, of a checkpoint of one file or of shards.
 
   Raises:
-    UsageError: where there is none (a pickle file is refused: reading one runs its code), a shard is missing or outside the folder, or a file is damaged.
+    UsageError: where there is none (a pickle file is refused: reading one runs its code), a shard
+      is missing or outside the folder, or a file is damaged.
   """
   if not os.path.isdir(folder):
     raise UsageError(f"{folder}: there is no such folder")
@@ -133,22 +168,37 @@ def open_folder(folder: str) -> dict[str, SafetensorsFile]:
   if not os.path.isfile(path):
     pickles = sorted(name for name in os.listdir(folder) if name.endswith(PICKLES))
     if pickles:
-      raise UsageError(f"{folder} holds {pickles[0]!r} and no {SINGLE}: a pickle file is not read, since reading it runs whatever code is in it; "
-                       f"have its publisher, or a machine you can lose, save it as safetensors")
+      raise UsageError(
+        f"{folder} holds {pickles[0]!r} and no {SINGLE}: a pickle file is not read, since "
+        "reading it runs whatever code is in it; "
+        f"have its publisher, or a machine you can lose, save it as safetensors"
+      )
     raise UsageError(f"{folder} holds neither {SINGLE} nor {INDEX}")
   weight_map = files.read_json_object(path).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
-    raise UsageError(f"{path}: weight_map is {files.shown(weight_map)}, expected an object of "
-                     f"tensor names and file names")
+    raise UsageError(
+      f"{path}: weight_map is {files.shown(weight_map)}, expected an object of "
+      f"tensor names and file names"
+    )
   for name, shard in weight_map.items():
-    if not isinstance(shard, str) or os.path.basename(shard) != shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-      raise UsageError(f"{path}: weight_map puts {name!r:.100} in {files.shown(shard)}, expected a "
-                       f".safetensors file of the folder itself")
+    if (
+      not isinstance(shard, str)
+      or os.path.basename(shard) != shard
+      or "\\" in shard
+      or "\0" in shard
+      or not shard.endswith(".safetensors")
+    ):
+      raise UsageError(
+        f"{path}: weight_map puts {name!r:.100} in {files.shown(shard)}, expected a "
+        f".safetensors file of the folder itself"
+      )
   shards = sorted(set(weight_map.values()))
   missing = [shard for shard in shards if not os.path.isfile(os.path.join(folder, shard))]
   if missing:
-    raise UsageError(f"{folder} lacks {len(missing)} of the {len(shards)} shards that {INDEX} "
-                     f"names: {', '.join(missing[:5])!r:.300}")
+    raise UsageError(
+      f"{folder} lacks {len(missing)} of the {len(shards)} shards that {INDEX} "
+      f"names: {', '.join(missing[:5])!r:.300}"
+    )
   opened = {shard: SafetensorsFile(os.path.join(folder, shard)) for shard in shards}
   for shard, file in opened.items():
     differ = {name for name, place in weight_map.items() if place == shard} ^ set(file.tensors)
@@ -159,6 +209,7 @@ def open_folder(folder: str) -> dict[str, SafetensorsFile]:
 
 class Pending(NamedTuple):
   """A tensor to write; `read` makes it when it is written."""
+
   dtype: np.dtype
   shape: tuple[int, ...]
   read: Callable[[], np.ndarray]
@@ -176,12 +227,17 @@ def blocks(array: np.ndarray, size: int = BLOCK) -> Iterator[slice]:
 
 def _write_file(path: str, tensors: Mapping[str, Pending], progress) -> None:
   names = {dtype: name for name, dtype in DTYPES.items()}
-  header, place = {"__metadata__": {"format": "pt"}}, 0             # transformers refuses files without this note
+  # transformers refuses files without this note
+  header, place = ({"__metadata__": {"format": "pt"}}, 0)
   for name, tensor in tensors.items():
-    header[name] = {"dtype": names[tensor.dtype], "shape": tensor.shape, "data_offsets": [place, place + tensor.size]}
+    header[name] = {
+      "dtype": names[tensor.dtype],
+      "shape": tensor.shape,
+      "data_offsets": [place, place + tensor.size],
+    }
     place += tensor.size
   raw = json.dumps(header).encode()
-  raw += b" " * (-len(raw) % 8)                                     # tensors begin at a multiple of 8 bytes
+  raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of 8 bytes
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(raw)) + raw)
     for tensor in progress(list(tensors.values())):
@@ -190,8 +246,11 @@ def _write_file(path: str, tensors: Mapping[str, Pending], progress) -> None:
         file.write(np.ascontiguousarray(array[rows]).view(np.uint8).data)
 
 
-def write_folder(folder: str, tensors: Mapping[str, Pending], max_shard_bytes: int, progress=iter) -> None:
-  """Writes one file, or shards of at most `max_shard_bytes` (but for tensors that are larger) and their index.
+def write_folder(
+  folder: str, tensors: Mapping[str, Pending], max_shard_bytes: int, progress=iter
+) -> None:
+  """Writes one file, or shards of at most `max_shard_bytes` (but for tensors that are larger) and
+  their index.
 
   Args:
     folder: exists.
@@ -203,11 +262,17 @@ def write_folder(folder: str, tensors: Mapping[str, Pending], max_shard_bytes: i
     if shards[-1] and sum(t.size for t in shards[-1].values()) + tensor.size > max_shard_bytes:
       shards.append({})
     shards[-1][name] = tensor
-  names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+  names = (
+    [SINGLE]
+    if len(shards) == 1
+    else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+  )
   for name, shard in zip(names, shards):
     _write_file(os.path.join(folder, name), shard, progress)
   if len(shards) > 1:
-    index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors.values())},
-             "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
+    index = {
+      "metadata": {"total_size": sum(tensor.size for tensor in tensors.values())},
+      "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard},
+    }
     with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
       json.dump(index, file, indent=2)

@@ -1,4 +1,5 @@
-"""Earlier sparse and linear attention under the signature of SPARSEK's: what it has to beat at the same budget of k + window keys per query.
+"""Earlier sparse and linear attention under the signature of SPARSEK's: what it has to beat at the
+same budget of k + window keys per query.
 
 No parameter is added but the linear kind's decay, which has the size of a linear scorer.
 """
@@ -9,53 +10,75 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.model import layers
 from sparsek.attention.api import sliding_window_attention, sparsek_attention
-from sparsek.model.layers import Attention, document_bounds
 from sparsek.attention.scoring import fixed_noise, position_in_document
+from sparsek.model import layers
+from sparsek.model.layers import Attention, document_bounds
 
-CHUNK = 128                      # queries at a time
-BLOCK = 64                       # keys of a block of block_topk
-SLOWEST = 16.0                   # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWEST)
+CHUNK = 128  # queries at a time
+BLOCK = 64  # keys of a block of block_topk
+SLOWEST = 16.0  # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWEST)
 NOWHERE = -1e30
 
 
 class FixedSelection(Attention):
-  """The window and k earlier tokens whose choice is not learned: SPARSEK attention with given scores, by the same kernels."""
+  """The window and k earlier tokens whose choice is not learned: SPARSEK attention with given
+  scores, by the same kernels.
+  """
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    scores = jnp.broadcast_to(self.scores(position_in_document(segment_ids, batch, length), layer), (batch, length, cfg.num_kv_heads))
-    return sparsek_attention(query, key, value, scores, k=cfg.k, window=cfg.window, segment_ids=segment_ids, implementation=cfg.implementation)
+    scores = jnp.broadcast_to(
+      self.scores(position_in_document(segment_ids, batch, length), layer),
+      (batch, length, cfg.num_kv_heads),
+    )
+    return sparsek_attention(
+      query,
+      key,
+      value,
+      scores,
+      k=cfg.k,
+      window=cfg.window,
+      segment_ids=segment_ids,
+      implementation=cfg.implementation,
+    )
 
 
 class RandomAttention(FixedSelection):
-  """k of the tokens before the window, uniformly at random, others for every head: SPARSEK with the scorer "random" and no slope."""
+  """k of the tokens before the window, uniformly at random, others for every head: SPARSEK with the
+  scorer "random" and no slope.
+  """
 
   def scores(self, positions, layer):
     return fixed_noise(layer, positions, self.config.num_kv_heads)
 
 
 class AttentionSinks(FixedSelection):
-  """The window and the first k tokens of the document (Xiao et al. 2023, arXiv 2309.17453, with k sinks)."""
+  """The window and the first k tokens of the document (Xiao et al. 2023, arXiv 2309.17453, with k
+  sinks).
+  """
 
   def scores(self, positions, layer):
     return -positions[..., None].astype(jnp.float32)
 
 
 class StridedAttention(FixedSelection):
-  """The window and every stride-th token (Child et al. 2019, arXiv 1904.10509, the fixed pattern); the stride leaves at most k of a row's tokens."""
+  """The window and every stride-th token (Child et al. 2019, arXiv 1904.10509, the fixed pattern);
+  the stride leaves at most k of a row's tokens.
+  """
 
   def scores(self, positions, layer):
     stride = -(-positions.shape[1] // self.config.k)
-    return jnp.where(positions[..., None] % stride == stride - 1, 0., -jnp.inf)
+    return jnp.where(positions[..., None] % stride == stride - 1, 0.0, -jnp.inf)
 
 
 class LSHAttention(Attention):
-  """The k + window latest tokens whose keys have the query's token's hash (Kitaev et al. 2020, Reformer, arXiv 2001.04451).
+  """The k + window latest tokens whose keys have the query's token's hash (Kitaev et al. 2020,
+  Reformer, arXiv 2001.04451).
 
-  A hash is two numbers: which of some random directions are nearest to the key before its rotation, for two sets of them of a size that lets a bucket of
-  average size be in reach. Unlike in Reformer, queries have a projection of their own, and a query's reach does not depend on later tokens.
+  A hash is two numbers: which of some random directions are nearest to the key before its rotation,
+  for two sets of them of a size that lets a bucket of average size be in reach. Unlike in Reformer,
+  queries have a projection of their own, and a query's reach does not depend on later tokens.
   """
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
@@ -63,13 +86,18 @@ class LSHAttention(Attention):
     reach, groups = cfg.k + cfg.window, cfg.num_kv_heads
     content_BxNxGxD = self.key_norm(self.key(x_BxNxE)) if cfg.qk_norm else self.key(x_BxNxE)
     size = self.directions(length)
-    directions = jax.random.normal(jax.random.fold_in(jax.random.key(0), layer), (2, groups, cfg.head_dim, size // 2))
+    directions = jax.random.normal(
+      jax.random.fold_in(jax.random.key(0), layer), (2, groups, cfg.head_dim, size // 2)
+    )
     nearness = jnp.einsum("bngd,sgdr->sbngr", content_BxNxGxD.astype(jnp.float32), directions)
     major, minor = jnp.argmax(jnp.concatenate([nearness, -nearness], axis=-1), axis=-1)
     bucket_BxNxG = major * size + minor
     start_BxN, _ = document_bounds(segment_ids, batch, length)
     by_head = lambda x: jnp.swapaxes(x, 1, 2)
-    order = jax.vmap(jax.vmap(lambda bucket, start: jnp.lexsort((bucket, start)), (0, None)))(by_head(bucket_BxNxG), start_BxN)       # [B, G, N], stable
+    # [B, G, N], stable
+    order = jax.vmap(jax.vmap(lambda bucket, start: jnp.lexsort((bucket, start)), (0, None)))(
+      by_head(bucket_BxNxG), start_BxN
+    )
 
     def arranged(x_BxNxHxD):
       """[B * G, N, heads of a group, D] in that order."""
@@ -77,10 +105,18 @@ class LSHAttention(Attention):
       x = x_BxNxHxD.reshape(batch, length, groups, heads, cfg.head_dim).transpose(0, 2, 1, 3, 4)
       x = jnp.take_along_axis(x, order[..., None, None], axis=2)
       return x.reshape(batch * groups, length, heads, cfg.head_dim)
-    names = start_BxN[:, None] * size ** 2 + by_head(bucket_BxNxG)
+
+    names = start_BxN[:, None] * size**2 + by_head(bucket_BxNxG)
     names = jnp.take_along_axis(names, order, axis=2).reshape(batch * groups, length)
     implementation = layers.window_implementation(cfg)
-    out = sliding_window_attention(arranged(query), arranged(key), arranged(value), window=reach, segment_ids=names, implementation=implementation)
+    out = sliding_window_attention(
+      arranged(query),
+      arranged(key),
+      arranged(value),
+      window=reach,
+      segment_ids=names,
+      implementation=implementation,
+    )
     back = jnp.argsort(order, axis=-1)
     out = out.reshape(batch, groups, length, cfg.num_heads // groups, cfg.head_dim)
     out = jnp.take_along_axis(out, back[..., None, None], axis=2)
@@ -92,10 +128,12 @@ class LSHAttention(Attention):
 
 
 class BlockTopKAttention(Attention):
-  """The window and those k / 64 blocks of 64 tokens whose mean key has the largest products with the query (MoBA, arXiv 2502.13189; NSA, arXiv 2502.11089).
+  """The window and those k / 64 blocks of 64 tokens whose mean key has the largest products with
+  the query (MoBA, arXiv 2502.13189; NSA, arXiv 2502.11089).
 
-  The heads of a group choose together. Blocks are cut at multiples of 64 (or k) of the row, and those that hold the start of a document are left out.
-  Memory is O(n); choosing takes O(n^2 / 64) operations.
+  The heads of a group choose together. Blocks are cut at multiples of 64 (or k) of the row, and
+  those that hold the start of a document are left out. Memory is O(n); choosing takes O(n^2 / 64)
+  operations.
   """
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
@@ -104,8 +142,13 @@ class BlockTopKAttention(Attention):
     size = min(BLOCK, cfg.k)
     chunks, blocks = -(-length // CHUNK), -(-length // size)
     start_BxN, _ = document_bounds(segment_ids, batch, length)
-    pad = lambda x, to, **kwargs: jnp.pad(x, ((0, 0), (0, to - length), *[(0, 0)] * (x.ndim - 2)), **kwargs)
-    cut = lambda x: jnp.moveaxis(pad(x, blocks * size).reshape(batch, blocks, size, groups, dim), 3, 1)                 # [B, G, blocks, size, D]
+    pad = lambda x, to, **kwargs: jnp.pad(
+      x, ((0, 0), (0, to - length), *[(0, 0)] * (x.ndim - 2)), **kwargs
+    )
+    # [B, G, blocks, size, D]
+    cut = lambda x: jnp.moveaxis(
+      pad(x, blocks * size).reshape(batch, blocks, size, groups, dim), 3, 1
+    )
     key_blocks, value_blocks = cut(key), cut(value)
     mean_BxGxKxD = jnp.mean(key_blocks.astype(jnp.float32), axis=3)
     first = jnp.arange(blocks) * size
@@ -117,27 +160,42 @@ class BlockTopKAttention(Attention):
     def chunk(c, query_BxCxGxRxD, start_BxC):
       i = c * CHUNK + jnp.arange(CHUNK)
       score = jnp.einsum("bcgrd,bgkd->bgck", query_BxCxGxRxD.astype(jnp.float32), mean_BxGxKxD)
-      left = i[:, None] - window                                                                # the last token before the window
-      may = (first <= left) & (first + size - 1 <= i[:, None]) & (first >= start_BxC[:, None, :, None])
-      best, block = jax.lax.top_k(jnp.where(may, jax.lax.stop_gradient(score), -jnp.inf), chosen)                     # [B, G, C, chosen]
+      left = i[:, None] - window  # the last token before the window
+      may = (
+        (first <= left) & (first + size - 1 <= i[:, None]) & (first >= start_BxC[:, None, :, None])
+      )
+      # [B, G, C, chosen]
+      best, block = jax.lax.top_k(jnp.where(may, jax.lax.stop_gradient(score), -jnp.inf), chosen)
       pick = lambda x: _blocks_of(x, block).reshape(batch, groups, CHUNK, chosen * size, dim)
       far = block[..., None] * size + jnp.arange(size)
-      far_seen = ((best > -jnp.inf)[..., None] & (far <= left[..., None])).reshape(batch, groups, CHUNK, chosen * size)
+      far_seen = ((best > -jnp.inf)[..., None] & (far <= left[..., None])).reshape(
+        batch, groups, CHUNK, chosen * size
+      )
       band = lambda x: jax.lax.dynamic_slice_in_dim(x, c * CHUNK, CHUNK + window, axis=1)
       j = c * CHUNK - window + jnp.arange(CHUNK + window)
-      band_seen = (j <= i[:, None]) & (j > left) & (j >= start_BxC[..., None])                                        # [B, C, window + C]
-      logits = lambda keys, what: jnp.einsum(what, query_BxCxGxRxD, keys, preferred_element_type=jnp.float32) * dim ** -0.5
-      far_logits = jnp.where(far_seen[:, :, None], logits(pick(key_blocks), "bcgrd,bgcjd->bgrcj"), NOWHERE)
-      band_logits = jnp.where(band_seen[:, None, None], logits(band(near_key), "bcgrd,bjgd->bgrcj"), NOWHERE)
-      weight = jax.nn.softmax(jnp.concatenate([far_logits, band_logits], axis=-1), axis=-1).astype(value.dtype)
-      out = jnp.einsum("bgrcj,bgcjd->bcgrd", weight[..., :chosen * size], pick(value_blocks))
-      return out + jnp.einsum("bgrcj,bjgd->bcgrd", weight[..., chosen * size:], band(near_value))
+      band_seen = (j <= i[:, None]) & (j > left) & (j >= start_BxC[..., None])  # [B, C, window + C]
+      logits = lambda keys, what: (
+        jnp.einsum(what, query_BxCxGxRxD, keys, preferred_element_type=jnp.float32) * dim**-0.5
+      )
+      far_logits = jnp.where(
+        far_seen[:, :, None], logits(pick(key_blocks), "bcgrd,bgcjd->bgrcj"), NOWHERE
+      )
+      band_logits = jnp.where(
+        band_seen[:, None, None], logits(band(near_key), "bcgrd,bjgd->bgrcj"), NOWHERE
+      )
+      weight = jax.nn.softmax(jnp.concatenate([far_logits, band_logits], axis=-1), axis=-1).astype(
+        value.dtype
+      )
+      out = jnp.einsum("bgrcj,bgcjd->bcgrd", weight[..., : chosen * size], pick(value_blocks))
+      return out + jnp.einsum("bgrcj,bjgd->bcgrd", weight[..., chosen * size :], band(near_value))
 
     in_chunks = lambda x: jnp.moveaxis(x.reshape(batch, chunks, CHUNK, *x.shape[2:]), 1, 0)
     queries = pad(query, chunks * CHUNK)
     queries = queries.reshape(batch, chunks * CHUNK, groups, cfg.num_heads // groups, dim)
     starts = pad(start_BxN, chunks * CHUNK, mode="edge")
-    out = jax.lax.map(lambda args: chunk(*args), (jnp.arange(chunks), in_chunks(queries), in_chunks(starts)))
+    out = jax.lax.map(
+      lambda args: chunk(*args), (jnp.arange(chunks), in_chunks(queries), in_chunks(starts))
+    )
     out = jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, cfg.num_heads, dim)
     return out[:, :length].astype(query.dtype)
 
@@ -149,14 +207,21 @@ def _blocks_of(x: jax.Array, block: jax.Array) -> jax.Array:
 
 
 def _blocks_of_backward(residuals, d_picked):
-  """Sums by a product with zeros and ones: adding rows of 16 bits one by one in memory takes a GPU several times as long, and rounds each time."""
+  """Sums by a product with zeros and ones: adding rows of 16 bits one by one in memory takes a GPU
+  several times as long, and rounds each time.
+  """
   x, block = residuals
   batch, groups, blocks, size, dim = x.shape
   picks = math.prod(block.shape[2:])
   taken = jax.nn.one_hot(block.reshape(batch, groups, picks), blocks, dtype=d_picked.dtype)
   d_picked = d_picked.reshape(batch, groups, picks, size * dim)
-  sums = jnp.einsum("bgmk,bgmx->bgkx", taken, d_picked, preferred_element_type=jnp.float32,
-                    precision=jax.lax.Precision.HIGHEST)
+  sums = jnp.einsum(
+    "bgmk,bgmx->bgkx",
+    taken,
+    d_picked,
+    preferred_element_type=jnp.float32,
+    precision=jax.lax.Precision.HIGHEST,
+  )
   return sums.astype(x.dtype).reshape(batch, groups, blocks, size, dim), None
 
 
@@ -164,47 +229,87 @@ _blocks_of.defvjp(lambda x, block: (_blocks_of(x, block), (x, block)), _blocks_o
 
 
 class LinearAttention(Attention):
-  """Gated linear attention over the whole past (Yang et al. 2023, arXiv 2312.06635, one decay per head), normalised, plus attention to the window.
+  """Gated linear attention over the whole past (Yang et al. 2023, arXiv 2312.06635, one decay per
+  head), normalised, plus attention to the window.
 
-  S_i = a_i S_(i-1) + k_i v_i^T per document, a_i = sigmoid(w x_i + 4)^(1/16), out_i = rms_norm(S_i^T q_i) + window_i. The state holds head_dim keys.
+  S_i = a_i S_(i-1) + k_i v_i^T per document, a_i = sigmoid(w x_i + 4)^(1/16), out_i =
+  rms_norm(S_i^T q_i) + window_i. The state holds head_dim keys.
   """
 
   def setup(self):
     super().setup()
-    self.decay = nn.Dense(self.config.num_kv_heads, dtype=jnp.float32, bias_init=nn.initializers.constant(4.0))
+    self.decay = nn.Dense(
+      self.config.num_kv_heads, dtype=jnp.float32, bias_init=nn.initializers.constant(4.0)
+    )
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    near = sliding_window_attention(query, key, value, window=cfg.window, segment_ids=segment_ids, implementation=layers.window_implementation(cfg))
+    near = sliding_window_attention(
+      query,
+      key,
+      value,
+      window=cfg.window,
+      segment_ids=segment_ids,
+      implementation=layers.window_implementation(cfg),
+    )
     groups, dim, chunks = cfg.num_kv_heads, cfg.head_dim, -(-length // CHUNK)
     log_decay_BxNxG = jax.nn.log_sigmoid(self.decay(x_BxNxE.astype(jnp.float32))) / SLOWEST
     start_BxN, _ = document_bounds(segment_ids, batch, length)
-    in_chunks = lambda x, **kwargs: jnp.moveaxis(jnp.pad(x, ((0, 0), (0, chunks * CHUNK - length), *[(0, 0)] * (x.ndim - 2)), **kwargs).reshape(
-        batch, chunks, CHUNK, *x.shape[2:]), 1, 0)
+    in_chunks = lambda x, **kwargs: jnp.moveaxis(
+      jnp.pad(
+        x, ((0, 0), (0, chunks * CHUNK - length), *[(0, 0)] * (x.ndim - 2)), **kwargs
+      ).reshape(batch, chunks, CHUNK, *x.shape[2:]),
+      1,
+      0,
+    )
 
     @jax.checkpoint
     def chunk(state_BxGxDxD, args):
       c, query_BxCxGxRxD, key_BxCxGxD, value_BxCxGxD, log_decay_BxCxG, start_BxC = args
       i = c * CHUNK + jnp.arange(CHUNK)
       total_BxCxG = jnp.cumsum(log_decay_BxCxG, axis=1)
-      old_BxCx1 = (start_BxC < c * CHUNK)[..., None]                                # the state is of the query's document
+      old_BxCx1 = (start_BxC < c * CHUNK)[..., None]  # the state is of the query's document
       since = jnp.where(old_BxCx1, jnp.exp(total_BxCxG), 0)
       out = jnp.einsum("bcgrd,bgde,bcg->bcgre", query_BxCxGxRxD, state_BxGxDxD, since)
-      seen = (i <= i[:, None]) & (i >= start_BxC[..., None])                        # [B, C, C]
-      fade = jnp.exp(jnp.where(seen[..., None], total_BxCxG[:, :, None] - total_BxCxG[:, None], -jnp.inf))
-      out += jnp.einsum("bcgrd,bjgd,bcjg,bjge->bcgre", query_BxCxGxRxD, key_BxCxGxD, fade, value_BxCxGxD, optimize="optimal")
-      state_BxGxDxD = jnp.einsum("bg,bgde->bgde", since[:, -1], state_BxGxDxD) + jnp.einsum("bjg,bjgd,bjge->bgde", fade[:, -1], key_BxCxGxD, value_BxCxGxD)
+      seen = (i <= i[:, None]) & (i >= start_BxC[..., None])  # [B, C, C]
+      fade = jnp.exp(
+        jnp.where(seen[..., None], total_BxCxG[:, :, None] - total_BxCxG[:, None], -jnp.inf)
+      )
+      out += jnp.einsum(
+        "bcgrd,bjgd,bcjg,bjge->bcgre",
+        query_BxCxGxRxD,
+        key_BxCxGxD,
+        fade,
+        value_BxCxGxD,
+        optimize="optimal",
+      )
+      state_BxGxDxD = jnp.einsum("bg,bgde->bgde", since[:, -1], state_BxGxDxD) + jnp.einsum(
+        "bjg,bjgd,bjge->bgde", fade[:, -1], key_BxCxGxD, value_BxCxGxD
+      )
       return state_BxGxDxD, out
 
     wide = lambda x: x.astype(jnp.float32)
     queries = wide(query).reshape(batch, length, groups, cfg.num_heads // groups, dim)
-    args = (jnp.arange(chunks), in_chunks(queries), in_chunks(wide(key)), in_chunks(wide(value)), in_chunks(log_decay_BxNxG), in_chunks(start_BxN, mode="edge"))
+    args = (
+      jnp.arange(chunks),
+      in_chunks(queries),
+      in_chunks(wide(key)),
+      in_chunks(wide(value)),
+      in_chunks(log_decay_BxNxG),
+      in_chunks(start_BxN, mode="edge"),
+    )
     _, out = jax.lax.scan(chunk, jnp.zeros((batch, groups, dim, dim)), args)
     far = jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, cfg.num_heads, dim)[:, :length]
-    far *= jax.lax.rsqrt(jnp.mean(far ** 2, axis=-1, keepdims=True) + cfg.norm_eps)
+    far *= jax.lax.rsqrt(jnp.mean(far**2, axis=-1, keepdims=True) + cfg.norm_eps)
     return near + far.astype(near.dtype)
 
 
-BASELINES = {"random": RandomAttention, "attention_sinks": AttentionSinks, "strided": StridedAttention, "lsh": LSHAttention,
-             "block_topk": BlockTopKAttention, "linear": LinearAttention}
+BASELINES = {
+  "random": RandomAttention,
+  "attention_sinks": AttentionSinks,
+  "strided": StridedAttention,
+  "lsh": LSHAttention,
+  "block_topk": BlockTopKAttention,
+  "linear": LinearAttention,
+}
 ATTENTION_MODULES = {**layers.ATTENTION_MODULES, **BASELINES}

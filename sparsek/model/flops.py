@@ -1,18 +1,31 @@
-"""Floating-point operations of a model, counted for the attention that its kinds ask for, and what accelerators can do.
+"""Floating-point operations of a model, counted for the attention that its kinds ask for, and what
+accelerators can do.
 
-A multiplication and an addition are two operations. Only matrix products count, as is usual: those with weights, and attention's own q.k and p.v. The backward
-pass has twice the forward's; what rematerialisation repeats is no use to the model and is left out (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B).
+A multiplication and an addition are two operations. Only matrix products count, as is usual: those
+with weights, and attention's own q.k and p.v. The backward pass has twice the forward's; what
+rematerialisation repeats is no use to the model and is left out (Chowdhery et al., PaLM, arXiv
+2204.02311, appendix B).
 """
 
 import jax
 import numpy as np
 
-from sparsek.model import lora
 from sparsek.config import TransformerConfig
+from sparsek.model import lora
 
-PEAK = {                                                  # dense bfloat16 operations per second, by what JAX calls the device; the makers' data sheets
-    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+# dense bfloat16 operations per second, by what JAX calls the device; the makers' data sheets
+PEAK = {
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA A100": 312e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
 }
 
 
@@ -22,7 +35,9 @@ def peak(device: jax.Device) -> float | None:
 
 
 def document_lengths(segment_ids: np.ndarray) -> np.ndarray:
-  """Lengths of all documents, which are runs of equal ids, in rows [batch, n]; padding is a document."""
+  """Lengths of all documents, which are runs of equal ids, in rows [batch, n]; padding is a
+  document.
+  """
   starts = np.ones(segment_ids.shape, bool)
   starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
   places = np.append(np.flatnonzero(starts), segment_ids.size)
@@ -30,10 +45,12 @@ def document_lengths(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim: int) -> int:
-  """Pairs of a query and a key that it attends to, in documents of these lengths, under an attention kind; at most, for those that see fewer keys at times.
+  """Pairs of a query and a key that it attends to, in documents of these lengths, under an
+  attention kind; at most, for those that see fewer keys at times.
 
   What a linear layer does to its state and with it counts as head_dim keys.
   """
+
   def up_to(most, lengths):
     """The sum over i = 1, ..., length of min(i, most), of all documents."""
     short = np.minimum(lengths, most)
@@ -51,14 +68,17 @@ def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim
 
 
 def matrix_parameters(params) -> int:
-  """Parameters that every token is multiplied with: those of matrices. Tied embeddings count once, as the output; untied ones are only looked up."""
+  """Parameters that every token is multiplied with: those of matrices. Tied embeddings count once,
+  as the output; untied ones are only looked up.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(params)
   kernels = sum(leaf.size for path, leaf in leaves if path[-1].key in lora.MATRICES)
   return kernels + ("lm_head" not in params) * params["embed"]["embedding"].size
 
 
 def training_flops(config: TransformerConfig, params, lengths: np.ndarray) -> int:
-  """Operations of one forward and backward pass over documents of these lengths; frozen matrices beside adapters have no gradients.
+  """Operations of one forward and backward pass over documents of these lengths; frozen matrices
+  beside adapters have no gradients.
 
   Args:
     config: the model.
@@ -66,6 +86,13 @@ def training_flops(config: TransformerConfig, params, lengths: np.ndarray) -> in
     lengths: of all documents together, [any].
   """
   frozen = lora.split(params)[1]
-  with_weights = 2 * (3 * matrix_parameters(params) - (matrix_parameters(frozen) if frozen else 0)) * int(np.sum(lengths))
-  pairs = sum(attended_pairs(kind, lengths, layer.k, layer.window, config.head_dim) for kind, layer in zip(config.layer_kinds, config.layer_configs))
+  with_weights = (
+    2
+    * (3 * matrix_parameters(params) - (matrix_parameters(frozen) if frozen else 0))
+    * int(np.sum(lengths))
+  )
+  pairs = sum(
+    attended_pairs(kind, lengths, layer.k, layer.window, config.head_dim)
+    for kind, layer in zip(config.layer_kinds, config.layer_configs)
+  )
   return with_weights + 3 * 4 * config.num_heads * config.head_dim * pairs

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.attention.api import resolve_window, sliding_window_attention, sparsek_attention
-from sparsek.config import TransformerConfig
 from sparsek.attention.operator import document_bounds
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
 from sparsek.attention.scoring import ScoringNetwork, position_in_document
+from sparsek.config import TransformerConfig
 
 
 def fan_in_init(scale: float = 1.0):
@@ -18,12 +18,17 @@ def fan_in_init(scale: float = 1.0):
 
 
 def residual_scale(config: TransformerConfig) -> float:
-  """Factor on kernels that write to the residual stream, so that its variance at the end does not grow with depth."""
+  """Factor on kernels that write to the residual stream, so that its variance at the end does not
+  grow with depth.
+  """
   return (2 * config.num_layers) ** -0.5
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32 and returned in the dtype of x."""
+  """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32 and returned in
+  the dtype of x.
+  """
+
   epsilon: float = 1e-6
 
   @nn.compact
@@ -35,7 +40,10 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, computed in float32 and returned in the dtype of x."""
+  """(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, computed in float32
+  and returned in the dtype of x.
+  """
+
   epsilon: float = 1e-6
 
   @nn.compact
@@ -54,11 +62,14 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 
 
 def rope_frequencies(dim: int, theta: float, scaling: tuple | None = None) -> np.ndarray:
-  """Angles per position of the dim / 2 feature pairs, [dim / 2] float64: f_d = theta^(-2d/dim), and with
+  """Angles per position of the dim / 2 feature pairs, [dim / 2] float64: f_d = theta^(-2d/dim), and
+  with
 
-    ("linear", s): f_d / s, which squeezes positions (Chen et al. 2023, arXiv 2306.15595);
-    ("llama3", s, low, high, n): m f_d + (1 - m) f_d / s with m = clip((n f_d / 2 pi - low) / (high - low), 0, 1): pairs that turn at least `high` times in
-      the n tokens of the original training stay, those that turn at most `low` times are squeezed (Llama 3.1, arXiv 2407.21783, and its released code).
+  ("linear", s): f_d / s, which squeezes positions (Chen et al. 2023, arXiv 2306.15595); ("llama3",
+  s, low, high, n): m f_d + (1 - m) f_d / s with m = clip((n f_d / 2 pi - low) / (high - low), 0,
+  1): pairs that turn at least `high` times in
+    the n tokens of the original training stay, those that turn at most `low` times are squeezed
+    (Llama 3.1, arXiv 2407.21783, and its released code).
   """
   half = dim // 2
   frequency = theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -73,71 +84,113 @@ def rope_frequencies(dim: int, theta: float, scaling: tuple | None = None) -> np
 
 
 def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-  """positions [...] times frequencies [F], modulo a turn: [..., F] float32 from -pi to pi, within 6e-7 of the truth up to 2^31 positions.
+  """positions [...] times frequencies [F], modulo a turn: [..., F] float32 from -pi to pi, within
+  6e-7 of the truth up to 2^31 positions.
 
-  A float32 product would lose the digits that matter: at 2^20 it is off by up to 2^-4. Turns are counted in integers of 2^-32 instead, where whole turns
-  overflow and nothing is lost; what the frequency has beyond 2^-32 of a turn is added as a float.
+  A float32 product would lose the digits that matter: at 2^20 it is off by up to 2^-4. Turns are
+  counted in integers of 2^-32 instead, where whole turns overflow and nothing is lost; what the
+  frequency has beyond 2^-32 of a turn is added as a float.
   """
   turns = frequencies / (2 * np.pi) % 1 * 2.0**32
   whole = np.floor(turns)
   count = positions[..., None].astype(jnp.uint32) * whole.astype(np.uint32)
-  count += (positions[..., None].astype(jnp.float32) * (turns - whole).astype(np.float32)).astype(jnp.uint32)
-  return jax.lax.bitcast_convert_type(count, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32)
+  count += (positions[..., None].astype(jnp.float32) * (turns - whole).astype(np.float32)).astype(
+    jnp.uint32
+  )
+  return jax.lax.bitcast_convert_type(count, jnp.int32).astype(jnp.float32) * np.float32(
+    2 * np.pi / 2.0**32
+  )
 
 
-def rotary_embedding(x_BxNxHxD: jax.Array, positions: jax.Array, theta: float, dim: int | None = None, scaling: tuple | None = None) -> jax.Array:
-  """Rotates feature pairs (d, d + dim/2) by the angle position * f_d, computed in float32 (Su et al. 2021, RoFormer, arXiv 2104.09864).
+def rotary_embedding(
+  x_BxNxHxD: jax.Array,
+  positions: jax.Array,
+  theta: float,
+  dim: int | None = None,
+  scaling: tuple | None = None,
+) -> jax.Array:
+  """Rotates feature pairs (d, d + dim/2) by the angle position * f_d, computed in float32 (Su et
+  al. 2021, RoFormer, arXiv 2104.09864).
 
   Args:
     x_BxNxHxD: queries or keys.
     positions: [B, N] or [N] integers, 0 and more.
     theta, scaling: say what f_d is; see `rope_frequencies`. Longer contexts want a larger theta.
-    dim: even; the first `dim` features are rotated, the others stay (as in GPT-NeoX, arXiv 2204.06745). Default: D.
+    dim: even; the first `dim` features are rotated, the others stay (as in GPT-NeoX, arXiv
+      2204.06745). Default: D.
   """
   dim = x_BxNxHxD.shape[-1] if dim is None else dim
-  angle = rope_angles(positions, rope_frequencies(dim, theta, scaling))[..., None, :]                        # [..., N, 1, dim/2]
+  # [..., N, 1, dim/2]
+  angle = rope_angles(positions, rope_frequencies(dim, theta, scaling))[..., None, :]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = jnp.split(x_BxNxHxD[..., :dim].astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxNxHxD.dtype)
-  return rotated if dim == x_BxNxHxD.shape[-1] else jnp.concatenate([rotated, x_BxNxHxD[..., dim:]], axis=-1)
+  return (
+    rotated
+    if dim == x_BxNxHxD.shape[-1]
+    else jnp.concatenate([rotated, x_BxNxHxD[..., dim:]], axis=-1)
+  )
 
 
 class AdaptedProjection(nn.DenseGeneral):
-  """x W + scale (x A) B, and a bias with `use_bias`: a matrix with an adapter of rank R of `sparsek.model.lora`, which begins at B = 0.
+  """x W + scale (x A) B, and a bias with `use_bias`: a matrix with an adapter of rank R of
+  `sparsek.model.lora`, which begins at B = 0.
 
   Parameters: kernel [*in, *features], bias [*features]; lora_a [*in, R], lora_b [R, *features].
   """
+
   rank: int = 1
   scale: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     y = super().__call__(x)
-    axes, features = (axis if isinstance(axis, tuple) else (axis,) for axis in (self.axis, self.features))
-    a = self.param("lora_a", fan_in_init(), (*x.shape[-len(axes):], self.rank), jnp.float32)
+    axes, features = (
+      axis if isinstance(axis, tuple) else (axis,) for axis in (self.axis, self.features)
+    )
+    a = self.param("lora_a", fan_in_init(), (*x.shape[-len(axes) :], self.rank), jnp.float32)
     b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, *features), jnp.float32)
     low = jnp.tensordot(x.astype(y.dtype), a.astype(y.dtype), len(axes))
     return y + self.scale * jnp.tensordot(low, b.astype(y.dtype), 1)
 
 
-def projection(config: TransformerConfig, features: int | tuple[int, ...], use_bias: bool, init_scale: float = 1.0, **fields) -> nn.DenseGeneral:
-  """A product with a matrix in the activation dtype, over the last axis unless `fields` say otherwise; with an adapter where `config` has a lora_rank."""
-  fields |= {"use_bias": use_bias, "dtype": config.activation_dtype, "kernel_init": fan_in_init(init_scale)}
+def projection(
+  config: TransformerConfig,
+  features: int | tuple[int, ...],
+  use_bias: bool,
+  init_scale: float = 1.0,
+  **fields,
+) -> nn.DenseGeneral:
+  """A product with a matrix in the activation dtype, over the last axis unless `fields` say
+  otherwise; with an adapter where `config` has a lora_rank.
+  """
+  fields |= {
+    "use_bias": use_bias,
+    "dtype": config.activation_dtype,
+    "kernel_init": fan_in_init(init_scale),
+  }
   if not config.lora_rank:
     return nn.DenseGeneral(features, **fields)
   return AdaptedProjection(features, rank=config.lora_rank, scale=config.lora_scale, **fields)
 
 
 class MLP(nn.Module):
-  """down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x))); biases with `mlp_bias`."""
+  """down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x))); biases with
+  `mlp_bias`.
+  """
+
   config: TransformerConfig
 
   @nn.compact
   def __call__(self, x_BxNxE: jax.Array) -> jax.Array:
     cfg = self.config
-    dense = lambda features, name, scale=1.0: projection(cfg, features, cfg.mlp_bias, scale, name=name)
+    dense = lambda features, name, scale=1.0: projection(
+      cfg, features, cfg.mlp_bias, scale, name=name
+    )
     if cfg.mlp == "swiglu":
-      hidden_BxNxF = nn.silu(dense(cfg.mlp_dim, "gate")(x_BxNxE)) * dense(cfg.mlp_dim, "up")(x_BxNxE)
+      hidden_BxNxF = nn.silu(dense(cfg.mlp_dim, "gate")(x_BxNxE)) * dense(cfg.mlp_dim, "up")(
+        x_BxNxE
+      )
     else:
       hidden_BxNxF = nn.gelu(dense(cfg.mlp_dim, "up")(x_BxNxE), approximate=cfg.mlp == "gelu_tanh")
     return dense(cfg.embed_dim, "down", residual_scale(cfg))(hidden_BxNxF)
@@ -146,34 +199,50 @@ class MLP(nn.Module):
 class Attention(nn.Module):
   """Projections, rotary embedding and grouped heads; subclasses say which keys a query attends to.
 
-  Parameters: query/kernel [E, H, D], key/kernel and value/kernel [E, G, D], out/kernel [H, D, E]; biases [H, D] and [G, D] on the
-  first three with `use_bias`, [E] on the last with `out_bias`; adapters beside all four with `lora_rank`; query_norm/scale and key_norm/scale
-  [D] with `qk_norm`. Query head h reads KV head h // (H / G).
+  Parameters: query/kernel [E, H, D], key/kernel and value/kernel [E, G, D], out/kernel [H, D, E];
+  biases [H, D] and [G, D] on the first three with `use_bias`, [E] on the last with `out_bias`;
+  adapters beside all four with `lora_rank`; query_norm/scale and key_norm/scale [D] with `qk_norm`.
+  Query head h reads KV head h // (H / G).
   """
+
   config: TransformerConfig
 
   def setup(self):
     cfg = self.config
     project = lambda heads: projection(cfg, (heads, cfg.head_dim), cfg.use_bias)
-    self.query, self.key, self.value = project(cfg.num_heads), project(cfg.num_kv_heads), project(cfg.num_kv_heads)
+    self.query, self.key, self.value = (
+      project(cfg.num_heads),
+      project(cfg.num_kv_heads),
+      project(cfg.num_kv_heads),
+    )
     self.out = projection(cfg, cfg.embed_dim, cfg.out_bias, residual_scale(cfg), axis=(-2, -1))
     if cfg.qk_norm:
       self.query_norm, self.key_norm = RMSNorm(cfg.norm_eps), RMSNorm(cfg.norm_eps)
 
-  def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0) -> jax.Array:
-    """[B, N, E] normalised hidden states -> [B, N, E]; segment_ids [B, N] or None; `layer`, its index, salts the random scorer."""
+  def __call__(
+    self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0
+  ) -> jax.Array:
+    """[B, N, E] normalised hidden states -> [B, N, E]; segment_ids [B, N] or None; `layer`, its
+    index, salts the random scorer.
+    """
     positions = position_in_document(segment_ids, *x_BxNxE.shape[:2])
     return self.output(self.mix(x_BxNxE, *self.project(x_BxNxE, positions), segment_ids, layer))
 
-  def project(self, x_BxNxE: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions ([B, N] or [N]) with positions="rope"."""
+  def project(
+    self, x_BxNxE: jax.Array, positions: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions ([B, N] or
+    [N]) with positions="rope".
+    """
     query, key, value = self.query(x_BxNxE), self.key(x_BxNxE), self.value(x_BxNxE)
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     cfg = self.config
     if cfg.positions == "learned":
       return query, key, value
-    rotate = lambda x: rotary_embedding(x, positions, cfg.rope_theta, cfg.rope_dim, cfg.rope_scaling)
+    rotate = lambda x: rotary_embedding(
+      x, positions, cfg.rope_theta, cfg.rope_dim, cfg.rope_scaling
+    )
     return rotate(query), rotate(key), value
 
   def output(self, mixed_BxNxHxD: jax.Array) -> jax.Array:
@@ -183,24 +252,38 @@ class Attention(nn.Module):
 
 def scoring_network(config: TransformerConfig) -> ScoringNetwork:
   """The scoring network that `config` describes."""
-  return ScoringNetwork(config.num_kv_heads, config.scorer, config.scorer_lookback, config.scorer_lookahead, config.scorer_normalize,
-                        config.scorer_init_scale, config.scorer_init_slope, config.scorer_shared, config.scorer_init_noise,
-                        config.scorer_init_sink)
+  return ScoringNetwork(
+    config.num_kv_heads,
+    config.scorer,
+    config.scorer_lookback,
+    config.scorer_lookahead,
+    config.scorer_normalize,
+    config.scorer_init_scale,
+    config.scorer_init_slope,
+    config.scorer_shared,
+    config.scorer_init_noise,
+    config.scorer_init_sink,
+  )
 
 
 class SparseKAttention(Attention):
-  """Attention to the window and to the k best-scored tokens before it; its scoring network reads the same input as the projections.
+  """Attention to the window and to the k best-scored tokens before it; its scoring network reads
+  the same input as the projections.
 
-  Applied with mutable=["diagnostics"] it leaves its float32 scores [B, N, G] in that collection as `scores`. Given random numbers, rngs={"scorer_noise": key},
-  it adds normal noise of standard deviation `config.scorer_noise` to them, so that tokens are tried which would be dropped.
+  Applied with mutable=["diagnostics"] it leaves its float32 scores [B, N, G] in that collection as
+  `scores`. Given random numbers, rngs={"scorer_noise": key}, it adds normal noise of standard
+  deviation `config.scorer_noise` to them, so that tokens are tried which would be dropped.
 
-  Applied with mutable=["scorer_loss"] and rngs={"scorer_loss": key}, which draws `config.scorer_loss_queries` queries a row, it leaves there, as
-  `attention_mass`, the loss of `sparsek.attention.scorer_loss.attention_mass_loss`, from which only the scorer's parameters learn. With mutable=["scorer_warmup"] it
-  leaves the same there and attends to the whole document, as the dense model does that it is to be made from.
+  Applied with mutable=["scorer_loss"] and rngs={"scorer_loss": key}, which draws
+  `config.scorer_loss_queries` queries a row, it leaves there, as `attention_mass`, the loss of
+  `sparsek.attention.scorer_loss.attention_mass_loss`, from which only the scorer's parameters
+  learn. With mutable=["scorer_warmup"] it leaves the same there and attends to the whole document,
+  as the dense model does that it is to be made from.
 
   Example:
-    layer = sparsek.SparseKAttention(sparsek.TransformerConfig(embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64, k=256, window=256))
-    y = layer.apply(layer.init(key, x), x)                  # x [batch, n, 512]
+    config = sparsek.TransformerConfig(embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64)
+    layer = sparsek.SparseKAttention(dataclasses.replace(config, k=256, window=256))
+    y = layer.apply(layer.init(key, x), x)  # x [batch, n, 512]
   """
 
   def setup(self):
@@ -212,18 +295,38 @@ class SparseKAttention(Attention):
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer)
     self.sow("diagnostics", "scores", scores_BxNxG)
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
-      noise_BxNxS = jax.random.normal(self.make_rng("scorer_noise"), (*scores_BxNxG.shape[:2], self.scorer.num_scores))
+      noise_BxNxS = jax.random.normal(
+        self.make_rng("scorer_noise"), (*scores_BxNxG.shape[:2], self.scorer.num_scores)
+      )
       scores_BxNxG += cfg.scorer_noise * noise_BxNxS
     warmup = self.is_mutable_collection("scorer_warmup") and not self.is_initializing()
     if warmup or (self.is_mutable_collection("scorer_loss") and not self.is_initializing()):
       fixed_x, fixed_query, fixed_key = map(jax.lax.stop_gradient, (x_BxNxE, query, key))
-      queries = sample_queries(self.make_rng("scorer_loss"), cfg.scorer_loss_queries, *x_BxNxE.shape[:2])
-      loss = attention_mass_loss(self.scorer(fixed_x, segment_ids, layer), fixed_query, fixed_key, queries, window=cfg.window, segment_ids=segment_ids)
+      queries = sample_queries(
+        self.make_rng("scorer_loss"), cfg.scorer_loss_queries, *x_BxNxE.shape[:2]
+      )
+      loss = attention_mass_loss(
+        self.scorer(fixed_x, segment_ids, layer),
+        fixed_query,
+        fixed_key,
+        queries,
+        window=cfg.window,
+        segment_ids=segment_ids,
+      )
       self.sow("scorer_warmup" if warmup else "scorer_loss", "attention_mass", loss)
     if warmup:
       return full_attention(cfg, query, key, value, segment_ids)
-    return sparsek_attention(query, key, value, scores_BxNxG, k=cfg.k, window=cfg.window, gate=cfg.gate, segment_ids=segment_ids,
-                             implementation=cfg.implementation)
+    return sparsek_attention(
+      query,
+      key,
+      value,
+      scores_BxNxG,
+      k=cfg.k,
+      window=cfg.window,
+      gate=cfg.gate,
+      segment_ids=segment_ids,
+      implementation=cfg.implementation,
+    )
 
 
 def window_implementation(config: TransformerConfig) -> str | None:
@@ -235,19 +338,42 @@ class SlidingWindowAttention(Attention):
   """Attention to the last `window` tokens."""
 
   def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
-    return sliding_window_attention(query, key, value, window=self.config.window, segment_ids=segment_ids, implementation=window_implementation(self.config))
+    return sliding_window_attention(
+      query,
+      key,
+      value,
+      window=self.config.window,
+      segment_ids=segment_ids,
+      implementation=window_implementation(self.config),
+    )
 
 
-def full_attention(config: TransformerConfig, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+def full_attention(
+  config: TransformerConfig,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None,
+) -> jax.Array:
   """Causal attention to the whole document."""
   implementation = resolve_window(window_implementation(config), query, segment_ids)
-  if implementation != "xla":                                  # a window that is never full, and no O(n^2) memory
-    return sliding_window_attention(query, key, value, window=query.shape[1], segment_ids=segment_ids, implementation=implementation)
+  if implementation != "xla":  # a window that is never full, and no O(n^2) memory
+    return sliding_window_attention(
+      query,
+      key,
+      value,
+      window=query.shape[1],
+      segment_ids=segment_ids,
+      implementation=implementation,
+    )
   if segment_ids is None:
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
-  # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id apart.
+  # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id
+  # apart.
   start, _ = document_bounds(segment_ids, *segment_ids.shape)
-  return jax.nn.dot_product_attention(query, key, value, mask=(start[:, :, None] == start[:, None, :])[:, None], is_causal=True)
+  return jax.nn.dot_product_attention(
+    query, key, value, mask=(start[:, :, None] == start[:, None, :])[:, None], is_causal=True
+  )
 
 
 class FullAttention(Attention):
@@ -257,4 +383,8 @@ class FullAttention(Attention):
     return full_attention(self.config, query, key, value, segment_ids)
 
 
-ATTENTION_MODULES = {"sparsek": SparseKAttention, "sliding_window": SlidingWindowAttention, "full": FullAttention}
+ATTENTION_MODULES = {
+  "sparsek": SparseKAttention,
+  "sliding_window": SlidingWindowAttention,
+  "full": FullAttention,
+}

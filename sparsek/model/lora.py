@@ -1,7 +1,10 @@
-"""Low-rank adapters beside the frozen matrices of a pretrained model: LoRA (Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank adapters beside the frozen matrices of a pretrained model: LoRA (Hu et al. 2021, arXiv
+2106.09685).
 
-With `config.lora_rank` R every projection of attention and MLPs computes x W + alpha / R (x A) B (`sparsek.model.layers.AdaptedProjection`), and A and B lie in the
-tree of parameters beside W, as `lora_a` and `lora_b`. Adapters learn, and what no pretrained model has: scorers. What uses a model without training it knows no
+With `config.lora_rank` R every projection of attention and MLPs computes x W + alpha / R (x A) B
+(`sparsek.model.layers.AdaptedProjection`), and A and B lie in the tree of parameters beside W, as
+`lora_a` and `lora_b`. Adapters learn, and what no pretrained model has: scorers. What uses a model
+without training it knows no
 adapters: `merge` makes W + alpha / R A B of them.
 """
 
@@ -16,8 +19,10 @@ from sparsek.config import TransformerConfig
 from sparsek.model.transformer import Params, init_params
 
 ADAPTERS = ("lora_a", "lora_b")
-MATRICES = ("kernel", *ADAPTERS)      # what the leaves are called that tokens are multiplied with, but for embeddings
-NEW = ("scorer", "decay")             # modules that attention kinds add to a pretrained model's; they learn too
+# what the leaves are called that tokens are multiplied with, but for embeddings
+MATRICES = ("kernel", *ADAPTERS)
+# modules that attention kinds add to a pretrained model's; they learn too
+NEW = ("scorer", "decay")
 
 
 def merged_config(config: TransformerConfig) -> TransformerConfig:
@@ -26,20 +31,27 @@ def merged_config(config: TransformerConfig) -> TransformerConfig:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """(learned, frozen): adapters, scorers and linear attention's decay, and all else. Without adapters among them all parameters learn.
+  """(learned, frozen): adapters, scorers and linear attention's decay, and all else. Without
+  adapters among them all parameters learn.
 
-  Moments and gradients exist for those that learn; norms, biases and embeddings are frozen like the matrices, as PEFT does unless told otherwise.
+  Moments and gradients exist for those that learn; norms, biases and embeddings are frozen like the
+  matrices, as PEFT does unless told otherwise.
   """
   flat = flatten_dict(params)
   if not any(path[-1] in ADAPTERS for path in flat):
     return params, {}
   learned = {path for path in flat if path[-1] in ADAPTERS or set(NEW) & set(path)}
-  return tuple(unflatten_dict({path: leaf for path, leaf in flat.items() if (path in learned) == wanted}) for wanted in (True, False))
+  return tuple(
+    unflatten_dict({path: leaf for path, leaf in flat.items() if (path in learned) == wanted})
+    for wanted in (True, False)
+  )
 
 
 def describe_size(parameters: int, learned: int) -> str:
   """For people."""
-  return f"{parameters:,} parameters" + (f", {learned:,} of them learn" if learned < parameters else "")
+  return f"{parameters:,} parameters" + (
+    f", {learned:,} of them learn" if learned < parameters else ""
+  )
 
 
 def join(learned: Params, frozen: Params) -> Params:
@@ -48,7 +60,8 @@ def join(learned: Params, frozen: Params) -> Params:
 
 
 def extend(config: TransformerConfig, params: Params, key: jax.Array, sharding=None) -> Params:
-  """A pretrained model's parameters and new adapters, which change nothing yet: A normal with variance 1 / fan-in, B 0.
+  """A pretrained model's parameters and new adapters, which change nothing yet: A normal with
+  variance 1 / fan-in, B 0.
 
   Args:
     config: with a lora_rank.
@@ -56,17 +69,30 @@ def extend(config: TransformerConfig, params: Params, key: jax.Array, sharding=N
     key: PRNG key.
     sharding: of the adapters; None puts them on the first device.
   """
-  draw = lambda key: {path: leaf for path, leaf in flatten_dict(init_params(config, key)).items() if path[-1] in ADAPTERS}
+  draw = lambda key: {
+    path: leaf
+    for path, leaf in flatten_dict(init_params(config, key)).items()
+    if path[-1] in ADAPTERS
+  }
   return unflatten_dict(flatten_dict(params) | jax.jit(draw, out_shardings=sharding)(key))
 
 
 def merge(config: TransformerConfig, params: Params) -> Params:
-  """The parameters of `merged_config(config)` that compute the same: W + alpha / R A B, in the dtype of W, for each W with adapters."""
+  """The parameters of `merged_config(config)` that compute the same: W + alpha / R A B, in the
+  dtype of W, for each W with adapters.
+  """
   flat = flatten_dict(params)
   product = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
   product = jax.vmap(product) if config.scan_layers else product
 
   def merged(path, leaf):
     a, b = (flat.get((*path[:-1], name)) for name in ADAPTERS)
-    return leaf if path[-1] != "kernel" or a is None else leaf + (config.lora_scale * product(a, b)).astype(leaf.dtype)
-  return unflatten_dict({path: merged(path, leaf) for path, leaf in flat.items() if path[-1] not in ADAPTERS})
+    return (
+      leaf
+      if path[-1] != "kernel" or a is None
+      else leaf + (config.lora_scale * product(a, b)).astype(leaf.dtype)
+    )
+
+  return unflatten_dict(
+    {path: merged(path, leaf) for path, leaf in flat.items() if path[-1] not in ADAPTERS}
+  )

@@ -8,26 +8,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sparsek.attention.scoring import position_in_document
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
-from sparsek.attention.scoring import position_in_document
 
 Params = dict[str, Any]
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)), where x is the block's input with `parallel_residual`, else the sum before."""
+  """x + attention(norm(x)), then x + mlp(norm(x)), where x is the block's input with
+  `parallel_residual`, else the sum before.
+  """
+
   config: TransformerConfig
-  term: str                      # of the attention pattern
+  term: str  # of the attention pattern
 
   def setup(self):
     self.attention_norm, self.mlp_norm = make_norm(self.config), make_norm(self.config)
     self.attention = ATTENTION_MODULES[parse_term(self.term)[0]](self.config.for_term(self.term))
     self.mlp = MLP(self.config)
 
-  def __call__(self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int) -> jax.Array:
+  def __call__(
+    self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int
+  ) -> jax.Array:
     y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
     return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
 
@@ -37,14 +42,22 @@ def _block_class(config: TransformerConfig):
   if config.remat == "none":
     return Block
   policies = jax.checkpoint_policies
-  attention = policies.save_from_both_policies(policies.save_only_these_names(saved.NAME), cudnn.saveable)
-  # Products with weights have no batch dimensions; attention's own do, and would take O(n * keys) memory.
-  policy = {"dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention), "attention": attention, "full": None}
+  attention = policies.save_from_both_policies(
+    policies.save_only_these_names(saved.NAME), cudnn.saveable
+  )
+  # Products with weights have no batch dimensions; attention's own do, and would take O(n * keys)
+  # memory.
+  policy = {
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+    "attention": attention,
+    "full": None,
+  }
   return nn.remat(Block, policy=policy[config.remat], prevent_cse=not config.scan_layers)
 
 
 class Group(nn.Module):
   """One repetition of the attention pattern: the body of the scan over layers."""
+
   config: TransformerConfig
 
   def setup(self):
@@ -59,38 +72,51 @@ class Group(nn.Module):
 
 class OutputMatrix(nn.Module):
   """The [E, V] output matrix of a model with untied embeddings."""
+
   embed_dim: int
   vocab_size: int
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    return self.param("kernel", nn.initializers.normal(0.02), (self.embed_dim, self.vocab_size), jnp.float32)
+    return self.param(
+      "kernel", nn.initializers.normal(0.02), (self.embed_dim, self.vocab_size), jnp.float32
+    )
 
 
 class Transformer(nn.Module):
   """A decoder language model whose layers attend as `config.attention` says.
 
-  Parameters, all float32: embed/embedding [V, E]; positions/embedding [max_positions, E] if learned; layers_<i>/{attention_norm, attention, mlp_norm, mlp};
-  final_norm/scale (and the bias of a layer_norm);
-  lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked instead: layers/blocks_<p>/..., p the place in the
-  attention pattern, with a leading axis of num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
+  Parameters, all float32: embed/embedding [V, E]; positions/embedding [max_positions, E] if
+  learned; layers_<i>/{attention_norm, attention, mlp_norm, mlp}; final_norm/scale (and the bias of
+  a layer_norm); lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked
+  instead: layers/blocks_<p>/..., p the place in the attention pattern, with a leading axis of
+  num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
 
   Example:
     config = sparsek.preset("tiny")
     params = sparsek.model.init_params(config, jax.random.key(0))
     logits = sparsek.Transformer(config).apply({"params": params}, tokens)
   """
+
   config: TransformerConfig
 
   def setup(self):
     cfg = self.config
-    self.embed = nn.Embed(cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
+    self.embed = nn.Embed(
+      cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02)
+    )
     if cfg.positions == "learned":
-      self.positions = nn.Embed(cfg.max_positions, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02))
+      self.positions = nn.Embed(
+        cfg.max_positions, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02)
+      )
     if cfg.scan_layers:
-      scanned = nn.scan(Group, variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
-                        split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True}, in_axes=(nn.broadcast, 0),
-                        length=cfg.num_layers // len(cfg.attention))
+      scanned = nn.scan(
+        Group,
+        variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
+        split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True},
+        in_axes=(nn.broadcast, 0),
+        length=cfg.num_layers // len(cfg.attention),
+      )
       self.layers = scanned(cfg)
     else:
       block = _block_class(cfg)
@@ -104,20 +130,28 @@ class Transformer(nn.Module):
 
     Args:
       tokens: [B, N] integers.
-      segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything (attention, scores, positions) restarts.
+      segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything
+        (attention, scores, positions) restarts.
     Returns:
       [B, N, vocab_size] float32.
     Raises:
-      ValueError: where a shape is not as above, or a row is longer than max_positions of learned positions.
+      ValueError: where a shape is not as above, or a row is longer than max_positions of learned
+        positions.
     """
     hidden_BxNxE = self.hidden(tokens, segment_ids)
-    return hidden_to_logits(hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head())
+    return hidden_to_logits(
+      hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head()
+    )
 
   def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Final normalised hidden states [B, N, E] in the activation dtype; times `output_matrix` they are the logits."""
+    """Final normalised hidden states [B, N, E] in the activation dtype; times `output_matrix` they
+    are the logits.
+    """
     x_BxNxE = self.embedded(tokens, segment_ids)
     if self.config.scan_layers:
-      x_BxNxE, _ = self.layers(x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention)))
+      x_BxNxE, _ = self.layers(
+        x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention))
+      )
     else:
       for i, block in enumerate(self.layers):
         x_BxNxE = block(x_BxNxE, segment_ids, i)
@@ -130,7 +164,10 @@ class Transformer(nn.Module):
     x_BxNxE = self.embed(tokens)
     if self.config.positions == "learned":
       if tokens.shape[1] > self.config.max_positions:
-        raise ValueError(f"tokens has {tokens.shape[1]} tokens a row, more than max_positions={self.config.max_positions} of learned positions")
+        raise ValueError(
+          f"tokens has {tokens.shape[1]} tokens a row, more than "
+          f"max_positions={self.config.max_positions} of learned positions"
+        )
       x_BxNxE += self.positions(position_in_document(segment_ids, *tokens.shape))
     return x_BxNxE.astype(self.config.activation_dtype)
 
@@ -141,18 +178,28 @@ def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:
 
 
 def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
-  """The float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding, or the head's kernel when untied."""
+  """The float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding, or the
+  head's kernel when untied.
+  """
   return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
-  """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the
-  residual stream), embeddings normal with standard deviation 0.02. No shape depends on the sequence length."""
-  # The forward pass only tells shapes here and is not computed; the reference is traced fastest. And random numbers for all layers at once
-  # compile in a fraction of the time that they take one by one; the values are those of scan_layers, too.
+  """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers
+  fan-in) where they write to the residual stream), embeddings normal with standard deviation 0.02.
+  No shape depends on the sequence length.
+  """
+  # The forward pass only tells shapes here and is not computed; the reference is traced fastest.
+  # And random numbers for all layers at once compile in a fraction of the time that they take one
+  # by one; the values are those of scan_layers, too.
   repeats = config.num_layers % len(config.attention) == 0
-  stacked = dataclasses.replace(config, implementation="reference", scan_layers=True, attention=config.attention if repeats else config.layer_terms)
+  stacked = dataclasses.replace(
+    config,
+    implementation="reference",
+    scan_layers=True,
+    attention=config.attention if repeats else config.layer_terms,
+  )
   params = Transformer(stacked).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
   return params if config.scan_layers else unstack_layers(stacked, params)
 
@@ -173,7 +220,8 @@ def layer_params(config: TransformerConfig, params: Params, index: int) -> Param
 def unstack_layers(config: TransformerConfig, params: Params) -> Params:
   """Parameters in the layout of scan_layers=False, whichever they have."""
   return {name: leaf for name, leaf in params.items() if name != "layers"} | {
-      f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)}
+    f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)
+  }
 
 
 def stack_layers(config: TransformerConfig, params: Params) -> Params:
@@ -183,4 +231,8 @@ def stack_layers(config: TransformerConfig, params: Params) -> Params:
   period = len(config.attention)
   groups = lambda place: [params[f"layers_{i}"] for i in range(place, config.num_layers, period)]
   return {name: leaf for name, leaf in params.items() if not name.startswith("layers_")} | {
-      "layers": {f"blocks_{place}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups(place)) for place in range(period)}}
+    "layers": {
+      f"blocks_{place}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups(place))
+      for place in range(period)
+    }
+  }

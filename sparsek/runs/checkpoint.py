@@ -1,10 +1,10 @@
 """Saving and restoring runs with Orbax.
 
-WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state), `data` (JSON: the state of the data
-iterator) and `integrity` (JSON: a checksum per array, the step, a digest of `data`). Orbax writes
-beside the final name and renames when all is written, so that a killed save leaves the checkpoint
-before it as the newest.
-No other random state exists: everything random derives from (seed, step). WORKDIR/model.json says which model and data the run has.
+WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state),
+`data` (JSON: the state of the data iterator) and `integrity` (JSON: a checksum per array, the step,
+a digest of `data`). Orbax writes beside the final name and renames when all is written, so that a
+killed save leaves the checkpoint before it as the newest. No other random state exists: everything
+random derives from (seed, step). WORKDIR/model.json says which model and data the run has.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ import jax.numpy as jnp
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from sparsek.model import lora
 from sparsek.config import DataConfig, TransformerConfig
+from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 from sparsek.errors import RunError, UsageError
-from sparsek.storage.files import exists, read_json_object, reason_of
+from sparsek.model import lora
 from sparsek.model.transformer import init_params
 from sparsek.runs.orbax_errors import damage, first_line, mute_remains, passing_reason
 from sparsek.runs.parameter_table import Comparison, explain_architecture, parameter_shapes
-from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_bos
+from sparsek.storage.files import exists, read_json_object, reason_of
 
 Report = Callable[[str], None]
 RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
@@ -110,13 +110,19 @@ def _sums(tree):
   def bits_sum(x):
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
   return jax.tree.map(bits_sum, tree)
 
 
 def checksums(tree) -> dict[str, int]:
-  """Path -> the sum modulo 2^32 of the bits of each array; it does not depend on the devices and changes with any single bit."""
+  """Path -> the sum modulo 2^32 of the bits of each array; it does not depend on the devices and
+  changes with any single bit.
+  """
   sums = jax.device_get(_sums(tree))
-  return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+  return {
+    jax.tree_util.keystr(path): int(value)
+    for path, value in jax.tree_util.tree_leaves_with_path(sums)
+  }
 
 
 def _digest(data_state: dict) -> str:
@@ -132,7 +138,9 @@ def _integrity(step: int, arrays: dict[str, Any], data_state: dict) -> dict:
 
 
 class CheckpointWriter:
-  """Saves a run's checkpoints in the background and keeps the newest `keep`; older ones go only when a newer one is complete."""
+  """Saves a run's checkpoints in the background and keeps the newest `keep`; older ones go only
+  when a newer one is complete.
+  """
 
   def __init__(self, workdir: str, keep: int):
     self._workdir, self._keep = workdir, keep
@@ -146,7 +154,7 @@ class CheckpointWriter:
       UsageError: where checkpoints cannot be written for another reason.
     """
     folder = os.path.join(checkpoint_folder(self._workdir), PROBE)
-    array = jnp.arange(4.)
+    array = jnp.arange(4.0)
     try:
       shutil.rmtree(folder, ignore_errors=True)
       os.makedirs(folder)
@@ -156,7 +164,7 @@ class CheckpointWriter:
         back = ocp.load_checkpointables(path, {"params": {"probe": array}, "data": None})
       if not jnp.array_equal(back["params"]["probe"], array):
         raise OSError("what is read is not what was written")
-    except Exception as error:    # Orbax and tensorstore raise many kinds
+    except Exception as error:  # Orbax and tensorstore raise many kinds
       full = isinstance(error, OSError) and error.errno in NO_SPACE
       kind = RunError if full else UsageError
       reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
@@ -165,14 +173,19 @@ class CheckpointWriter:
       shutil.rmtree(folder, ignore_errors=True)
 
   def save(self, step: int, params, opt_state, data_state: dict) -> None:
-    """Starts saving; returns when the arrays are copied, so that they may be donated. Without an opt_state (None) no run can go on from the checkpoint.
+    """Starts saving; returns when the arrays are copied, so that they may be donated. Without an
+    opt_state (None) no run can go on from the checkpoint.
 
     Raises:
-      OSError and others: what went wrong in starting this save. Call `wait` first for the save before it.
+      OSError and others: what went wrong in starting this save. Call `wait` first for the save
+      before it.
     """
     if self._checkpointer is None:
       self._checkpointer = ocp.training.Checkpointer(
-          checkpoint_folder(self._workdir), context=_context(), preservation_policy=ocp.training.preservation_policies.LatestN(self._keep))
+        checkpoint_folder(self._workdir),
+        context=_context(),
+        preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+      )
     arrays = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
     integrity = _integrity(step, arrays, data_state)
     try:
@@ -183,7 +196,9 @@ class CheckpointWriter:
       raise
 
   def wait(self) -> None:
-    """Returns when the save is on disk; raises what went wrong in it. Then those before it are untouched, and later saves can be tried."""
+    """Returns when the save is on disk; raises what went wrong in it. Then those before it are
+    untouched, and later saves can be tried.
+    """
     pending, self._pending = self._pending, None
     if pending is not None:
       try:
@@ -193,7 +208,9 @@ class CheckpointWriter:
         raise
 
   def _forget(self) -> None:
-    """Drops an Orbax checkpointer that failed, which would raise the same error for ever, and what it left half-written."""
+    """Drops an Orbax checkpointer that failed, which would raise the same error for ever, and what
+    it left half-written.
+    """
     self._checkpointer = None
     remove_half_written(self._workdir, report=lambda line: None)
 
@@ -204,7 +221,9 @@ class CheckpointWriter:
 
 
 def remove_half_written(workdir: str, report: Report = to_stderr) -> None:
-  """Removes what saves that were killed left behind, and reports each; the caller holds the run's lock."""
+  """Removes what saves that were killed left behind, and reports each; the caller holds the run's
+  lock.
+  """
   folder = checkpoint_folder(workdir)
   for name in sorted(_entries(workdir)):
     if HALF_WRITTEN in name:
@@ -213,12 +232,16 @@ def remove_half_written(workdir: str, report: Report = to_stderr) -> None:
         shutil.rmtree(path)
       except OSError as error:
         raise RunError(f"{path}, half-written, cannot be removed: {reason_of(error)}") from None
-      report(f"checkpoint {name.split('.')[0]} in {folder} is half-written (the run was stopped while saving): not used, removed")
+      report(
+        f"checkpoint {name.split('.')[0]} in {folder} is half-written (the run was stopped "
+        "while saving): not used, removed"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
   """What a checkpoint holds."""
+
   step: int
   params: Any
   opt_state: Any
@@ -242,11 +265,17 @@ def _check_architecture(workdir: str, path: str, saved, wanted, config: Transfor
     reason = explain_architecture(load_run_config(workdir, adapters=True)[0], config)
   except UsageError:
     reason = ""
-  raise UsageError(f"cannot restore {path}: its parameters do not fit this model{': ' + reason if reason else ''}\n{comparison.table()}")
+  raise UsageError(
+    f"cannot restore {path}: its parameters do not fit this "
+    f"model{': ' + reason if reason else ''}\n{comparison.table()}"
+  )
 
 
-def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str, Any]) -> dict[str, Any]:
-  """Loads the named checkpointables of one step; `abstract` maps names to trees of jax.ShapeDtypeStruct with shardings, or None for JSON.
+def _load(
+  workdir: str, step: int, config: TransformerConfig, abstract: dict[str, Any]
+) -> dict[str, Any]:
+  """Loads the named checkpointables of one step; `abstract` maps names to trees of
+  jax.ShapeDtypeStruct with shardings, or None for JSON.
 
   Raises:
     DamagedCheckpoint: where a file is missing or cut, or its contents are not what was saved.
@@ -257,14 +286,14 @@ def _load(workdir: str, step: int, config: TransformerConfig, abstract: dict[str
   try:
     with _context(), quiet_orbax():
       params = ocp.checkpointables_metadata(path).metadata.get("params")
-      if params:                                        # else loading says why it cannot be read
+      if params:  # else loading says why it cannot be read
         _check_architecture(workdir, path, params, abstract["params"], config)
       loaded = ocp.load_checkpointables(path, {**abstract, "integrity": None})
     _verify(step, loaded, abstract)
     return loaded
   except (UsageError, DamagedCheckpoint):
     raise
-  except Exception as error:           # Orbax and tensorstore raise many kinds for unreadable files
+  except Exception as error:  # Orbax and tensorstore raise many kinds for unreadable files
     reason = passing_reason(path, error)
     if reason:
       raise RunError(f"checkpoint {path} cannot be read; it stays where it is: {reason}") from error
@@ -291,8 +320,9 @@ def _verify(step: int, loaded: dict[str, Any], abstract: dict[str, Any]) -> None
       raise DamagedCheckpoint(f"a checksum of {name} differs")
 
 
-def _load_first_good(workdir: str, steps: Iterable[int], config: TransformerConfig,
-                     abstract: dict[str, Any]) -> tuple[int, dict[str, Any], dict[int, str]]:
+def _load_first_good(
+  workdir: str, steps: Iterable[int], config: TransformerConfig, abstract: dict[str, Any]
+) -> tuple[int, dict[str, Any], dict[int, str]]:
   """Loads the first of some steps that is not damaged.
 
   Returns:
@@ -308,15 +338,24 @@ def _load_first_good(workdir: str, steps: Iterable[int], config: TransformerConf
     except DamagedCheckpoint as error:
       damaged[step] = str(error)
   reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
-  raise UsageError(f"no checkpoint in {checkpoint_folder(workdir)} can be read ({reasons}); "
-                   f"move the folder away to start afresh")
+  raise UsageError(
+    f"no checkpoint in {checkpoint_folder(workdir)} can be read ({reasons}); "
+    f"move the folder away to start afresh"
+  )
 
 
-def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, sharding,
-                   report: Report = to_stderr, last: int | None = None) -> Restored | None:
+def restore_newest(
+  workdir: str,
+  config: TransformerConfig,
+  abstract_opt_state,
+  sharding,
+  report: Report = to_stderr,
+  last: int | None = None,
+) -> Restored | None:
   """The newest good checkpoint of a run that goes on, or None where there is none.
 
-  Checkpoints that are newer but damaged are reported and moved to WORKDIR/damaged, so that their steps can be saved again.
+  Checkpoints that are newer but damaged are reported and moved to WORKDIR/damaged, so that their
+  steps can be saved again.
 
   Args:
     workdir: of the run; the caller holds its lock.
@@ -334,7 +373,11 @@ def restore_newest(workdir: str, config: TransformerConfig, abstract_opt_state, 
   steps = saved_steps(workdir)
   if not steps:
     return None
-  abstract = {"params": _abstract(abstract_params(config), sharding), "optimizer": _abstract(abstract_opt_state, sharding), "data": None}
+  abstract = {
+    "params": _abstract(abstract_params(config), sharding),
+    "optimizer": _abstract(abstract_opt_state, sharding),
+    "data": None,
+  }
   if last is not None:
     return _restore_step(workdir, last, config, abstract)
   step, loaded, damaged = _load_first_good(workdir, reversed(steps), config, abstract)
@@ -349,8 +392,9 @@ def _restore_step(workdir: str, step: int, config: TransformerConfig, abstract: 
   try:
     loaded = _load(workdir, step, config, abstract)
   except DamagedCheckpoint as error:
-    raise UsageError(f"--restore_step={step}: checkpoint {_step_folder(workdir, step)} is damaged: "
-                     f"{error}") from error
+    raise UsageError(
+      f"--restore_step={step}: checkpoint {_step_folder(workdir, step)} is damaged: {error}"
+    ) from error
   return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
 
 
@@ -364,18 +408,27 @@ def _move_damaged(workdir: str, step: int) -> str:
     place = next(place for place in places if not os.path.lexists(place))
     os.rename(path, place)
   except OSError as error:
-    raise RunError(f"checkpoint {path} is damaged and cannot be moved to {folder}: "
-                   f"{reason_of(error)}") from None
+    raise RunError(
+      f"checkpoint {path} is damaged and cannot be moved to {folder}: {reason_of(error)}"
+    ) from None
   return place
 
 
-def load_params(workdir: str, config: TransformerConfig, step: int | None = None, sharding=None,
-                report: Report = to_stderr, allow_older: bool = False):
-  """Parameters of a run, its adapters merged, for evaluation, generation and --init_from. Only reads.
+def load_params(
+  workdir: str,
+  config: TransformerConfig,
+  step: int | None = None,
+  sharding=None,
+  report: Report = to_stderr,
+  allow_older: bool = False,
+):
+  """Parameters of a run, its adapters merged, for evaluation, generation and --init_from. Only
+  reads.
 
   Args:
     workdir: of the run.
-    config: the model they are for, as `load_run_config` says it; only its architecture must be the run's.
+    config: the model they are for, as `load_run_config` says it; only its architecture must be the
+      run's.
     step: None for the newest checkpoint.
     sharding: for every parameter; None puts them on the first device.
     report: takes one line of text about each damaged checkpoint passed over.
@@ -390,7 +443,11 @@ def load_params(workdir: str, config: TransformerConfig, step: int | None = None
   sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   saved = _with_adapters(workdir, config)
   abstract = {"params": _abstract(abstract_params(saved), sharding)}
-  merge = jax.jit(functools.partial(lora.merge, saved), out_shardings=sharding) if saved.lora_rank else lambda params: params
+  merge = (
+    jax.jit(functools.partial(lora.merge, saved), out_shardings=sharding)
+    if saved.lora_rank
+    else lambda params: params
+  )
   steps = saved_steps(workdir)
   if not steps:
     raise UsageError(f"{workdir} holds no checkpoint")
@@ -401,8 +458,9 @@ def load_params(workdir: str, config: TransformerConfig, step: int | None = None
       report(f"checkpoint {folder} is damaged and is not used: {reason}")
     return merge(loaded["params"]), step
   if step is not None and step not in steps:
-    raise UsageError(f"{workdir} holds no checkpoint of step {step}; "
-                     f"it has {', '.join(map(str, steps))}")
+    raise UsageError(
+      f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+    )
   wanted = steps[-1] if step is None else step
   try:
     return merge(_load(workdir, wanted, saved, abstract)["params"]), wanted
@@ -415,8 +473,10 @@ def _advice(steps: list[int], damaged: int) -> str:
   others = [step for step in reversed(steps) if step != damaged]
   if not others:
     return ""
-  return (f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} "
-          f"(DIR@{others[0]} in --init_from and --distill_from) or --allow_older_step")
+  return (
+    f"; the run has others ({', '.join(map(str, others))}): give --step={others[0]} "
+    f"(DIR@{others[0]} in --init_from and --distill_from) or --allow_older_step"
+  )
 
 
 def parse_run_reference(reference: str) -> tuple[str, int | None]:
@@ -432,8 +492,10 @@ def parse_run_reference(reference: str) -> tuple[str, int | None]:
   if not os.path.isdir(reference):
     return folder, step
   if step in saved_steps(folder):
-    raise UsageError(f"{reference} is ambiguous: write {reference}/ for the folder of that name, "
-                     f"or {folder}/@{step} for step {step} of {folder}")
+    raise UsageError(
+      f"{reference} is ambiguous: write {reference}/ for the folder of that name, "
+      f"or {folder}/@{step} for step {step} of {folder}"
+    )
   return reference, None
 
 
@@ -448,8 +510,11 @@ def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig
 
 def _check_record(run: dict) -> None:
   """Raises KeyError or TypeError for a model.json without what other modules read of it."""
-  scalars = {name: kind for name, kind in typing.get_type_hints(TransformerConfig).items()
-             if kind in (int, float, bool, str) and name in run["model"]}
+  scalars = {
+    name: kind
+    for name, kind in typing.get_type_hints(TransformerConfig).items()
+    if kind in (int, float, bool, str) and name in run["model"]
+  }
   kinds = {"model": scalars, "data": RECORDED_DATA, "tokenizer": RECORDED_TOKENIZER}
   for section, fields in kinds.items():
     for name, kind in fields.items():
@@ -462,11 +527,13 @@ def _check_record(run: dict) -> None:
 
 
 def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerConfig, dict]:
-  """The model of a run, and its model.json: {"model": TransformerConfig fields, "data": DataConfig fields, "tokenizer": {...}}.
+  """The model of a run, and its model.json: {"model": TransformerConfig fields, "data": DataConfig
+  fields, "tokenizer": {...}}.
 
   Args:
     workdir: of the run.
-    adapters: as it is trained, perhaps with adapters; else as `load_params` gives it, with adapters merged.
+    adapters: as it is trained, perhaps with adapters; else as `load_params` gives it, with adapters
+      merged.
   Raises:
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
   """

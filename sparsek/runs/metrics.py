@@ -1,4 +1,6 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard events, and the progress on the terminal."""
+"""What a run says about itself: metrics.jsonl, TensorBoard events, and the progress on the
+terminal.
+"""
 
 import io
 import json
@@ -10,7 +12,14 @@ import time
 import tqdm
 
 from sparsek.errors import UsageError
-from sparsek.storage.files import cannot_write, check_regular, exists, parse_json, reason_of, write_atomically
+from sparsek.storage.files import (
+  cannot_write,
+  check_regular,
+  exists,
+  parse_json,
+  reason_of,
+  write_atomically,
+)
 
 _told: set[str] = set()  # files whose foreign lines were told
 
@@ -55,8 +64,11 @@ def _tell_foreign(path: str, lines: list[tuple[bytes, dict | None]]) -> None:
   if foreign and (name := os.path.realpath(path)) not in _told:
     _told.add(name)
     are = "1 line is no record" if len(foreign) == 1 else f"{len(foreign)} lines are no records"
-    print(f"warning: {path}: {are} (line {foreign[0]} is the first): skipped and kept",
-          file=sys.stderr, flush=True)
+    print(
+      f"warning: {path}: {are} (line {foreign[0]} is the first): skipped and kept",
+      file=sys.stderr,
+      flush=True,
+    )
 
 
 def read_metrics(path: str, last_step: int | None = None) -> list[dict]:
@@ -129,7 +141,10 @@ class MetricsWriter:
   @staticmethod
   def _line(record: dict) -> bytes:
     # JSON has no nan: a statistic that does not exist (the mean age of no keys) is null.
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    finite = {
+      key: None if isinstance(value, float) and not math.isfinite(value) else value
+      for key, value in record.items()
+    }
     return json.dumps(finite).encode() + b"\n"
 
   def write(self, record: dict) -> None:
@@ -137,7 +152,7 @@ class MetricsWriter:
     line = self._line(record)
     try:
       while line:
-        line = line[self._file.write(line):]
+        line = line[self._file.write(line) :]
     except OSError as error:
       raise cannot_write(self._path, error) from error
     if self._tensorboard is not None:
@@ -147,7 +162,9 @@ class MetricsWriter:
       self._tensorboard.flush()  # else a full disk is seen by its thread only, which ends
 
   def sync(self) -> None:
-    """Returns when all is on disk; called before a checkpoint, which must not be newer than its metrics."""
+    """Returns when all is on disk; called before a checkpoint, which must not be newer than its
+    metrics.
+    """
     try:
       os.fsync(self._file.fileno())
     except OSError as error:
@@ -162,11 +179,15 @@ class MetricsWriter:
 
 
 def open_tensorboard(workdir: str, step: int):
-  """A tensorboardX writer that hides events after `step`. Raises UsageError where tensorboardX is not installed."""
+  """A tensorboardX writer that hides events after `step`. Raises UsageError where tensorboardX is
+  not installed.
+  """
   try:
     import tensorboardX
   except ImportError:
-    raise UsageError("--tensorboard needs tensorboardX: pip install 'sparsek[tensorboard]'") from None
+    raise UsageError(
+      "--tensorboard needs tensorboardX: pip install 'sparsek[tensorboard]'"
+    ) from None
   # The queue must hold what is added between two flushes: adding more waits, for a thread that a
   # full disk may have ended.
   folder = os.path.join(workdir, "tensorboard")
@@ -174,26 +195,47 @@ def open_tensorboard(workdir: str, step: int):
 
 
 class Progress:
-  """A bar on a terminal, else one line per logged step. Shows the loss, tokens per second and the time left."""
+  """A bar on a terminal, else one line per logged step. Shows the loss, tokens per second and the
+  time left.
+  """
 
   def __init__(self, step: int, num_steps: int, stream=None):
     self._stream = stream or sys.stderr
     self._num_steps = num_steps
     self._bar = None
     if self._stream.isatty():
-      self._bar = tqdm.tqdm(total=num_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True)
+      self._bar = tqdm.tqdm(
+        total=num_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True
+      )
 
   def step(self, step: int) -> None:
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
-  def log(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float | None, mfu: float | None = None) -> None:
-    """Shows a logged step; `seconds_per_step` is None for the first, whose time went to compiling; `mfu` where the devices' peak rate is not known."""
-    speed = f"{tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", {mfu:.1%} MFU") if seconds_per_step is not None else "compiled"
+  def log(
+    self,
+    step: int,
+    loss: float,
+    tokens_per_second: float,
+    seconds_per_step: float | None,
+    mfu: float | None = None,
+  ) -> None:
+    """Shows a logged step; `seconds_per_step` is None for the first, whose time went to compiling;
+    `mfu` where the devices' peak rate is not known.
+    """
+    speed = (
+      f"{tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", {mfu:.1%} MFU")
+      if seconds_per_step is not None
+      else "compiled"
+    )
     if self._bar is not None:
       self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
     else:
-      left = "" if seconds_per_step is None else f"  {tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))} left"
+      left = (
+        ""
+        if seconds_per_step is None
+        else f"  {tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))} left"
+      )
       self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {speed}{left}")
 
   def say(self, line: str) -> None:
@@ -209,7 +251,9 @@ class Progress:
 
 
 class Stopwatch:
-  """Seconds of training since the last reading, without those spent paused (evaluating, saving, compiling)."""
+  """Seconds of training since the last reading, without those spent paused (evaluating, saving,
+  compiling).
+  """
 
   def __init__(self):
     self.restart()

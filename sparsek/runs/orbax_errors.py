@@ -38,7 +38,7 @@ def passing_reason(path: str, error: Exception) -> str | None:
     of_jax = isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError))
     if of_jax or "RESOURCE_EXHAUSTED" in text:
       return first_line(cause)
-    code = re.search(r"os_error_code='(\d+)'", text)                # of tensorstore
+    code = re.search(r"os_error_code='(\d+)'", text)  # of tensorstore
     if code and int(code[1]) not in _MISSING:
       return os.strerror(int(code[1]))
   try:
@@ -64,14 +64,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _read_every_file(folder: str) -> None:
   """Reads all that is under a folder; raises OSError for what is there and cannot be read."""
+
   def fail(error: OSError) -> None:
     if error.errno not in _MISSING:
       raise error
+
   for parent, _, names in os.walk(folder, onerror=fail):
     for name in names:
       path = os.path.join(parent, name)
       try:
-        if stat.S_ISREG(os.stat(path).st_mode):                  # a FIFO could be read for ever
+        if stat.S_ISREG(os.stat(path).st_mode):  # a FIFO could be read for ever
           with open(path, "rb") as file:
             while file.read(2**20):
               pass
@@ -86,8 +88,7 @@ def mute_remains() -> None:
   Orbax gives up at the first error. Reads that are under way then end in threads of tensorstore,
   and Python finds tasks and coroutines of a closed event loop: each complains, some much later.
   """
-  logging.getLogger("asyncio").addFilter(
-      lambda record: not _REMAINS.search(record.getMessage()))
+  logging.getLogger("asyncio").addFilter(lambda record: not _REMAINS.search(record.getMessage()))
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   show = sys.unraisablehook
 
@@ -95,4 +96,5 @@ def mute_remains() -> None:
     closed = "Event loop is closed" in str(unraisable.exc_value)
     if not (closed or inspect.iscoroutine(unraisable.object)):
       show(unraisable)
+
   sys.unraisablehook = show_others

@@ -1,4 +1,6 @@
-"""Compares the parameters in a checkpoint with those a model needs, and says in a table what does not fit."""
+"""Compares the parameters in a checkpoint with those a model needs, and says in a table what does
+not fit.
+"""
 
 import dataclasses
 import re
@@ -12,14 +14,35 @@ Shapes = Mapping[str, tuple[int, ...]]  # "layers_0/attention/query/kernel" -> s
 
 # No parameter depends on these: a checkpoint restores under other values of them.
 FREE_FIELDS = (
-    "k", "window", "gate", "dtype", "remat", "implementation", "norm_eps", "rope_theta", "rope_fraction", "rope_scaling", "parallel_residual",
-    "scorer_init_scale", "scorer_init_slope", "scorer_normalize", "scorer_noise", "scorer_loss_queries", "lora_alpha")
+  "k",
+  "window",
+  "gate",
+  "dtype",
+  "remat",
+  "implementation",
+  "norm_eps",
+  "rope_theta",
+  "rope_fraction",
+  "rope_scaling",
+  "parallel_residual",
+  "scorer_init_scale",
+  "scorer_init_slope",
+  "scorer_normalize",
+  "scorer_noise",
+  "scorer_loss_queries",
+  "lora_alpha",
+)
 
 
 def parameter_shapes(tree) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of every leaf of a tree of arrays, of jax.ShapeDtypeStruct or of checkpoint metadata."""
+  """Path -> shape of every leaf of a tree of arrays, of jax.ShapeDtypeStruct or of checkpoint
+  metadata.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-  return {"/".join(str(getattr(key, "key", key)) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+  return {
+    "/".join(str(getattr(key, "key", key)) for key in path): tuple(leaf.shape)
+    for path, leaf in leaves
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +51,20 @@ class Comparison:
 
   Attributes:
     saved, wanted: shapes in the checkpoint and in the model.
-    status: path -> "loaded", "missing" (not in the checkpoint), "unused" (not in the model) or "other shape".
+    status: path -> "loaded", "missing" (not in the checkpoint), "unused" (not in the model) or
+      "other shape".
   """
+
   saved: Shapes
   wanted: Shapes
 
   @property
   def status(self) -> dict[str, str]:
-    both = {path: "loaded" if shape == self.saved[path] else "other shape" for path, shape in self.wanted.items() if path in self.saved}
+    both = {
+      path: "loaded" if shape == self.saved[path] else "other shape"
+      for path, shape in self.wanted.items()
+      if path in self.saved
+    }
     missing = {path: "missing" for path in self.wanted if path not in self.saved}
     return {**both, **missing, **{path: "unused" for path in self.saved if path not in self.wanted}}
 
@@ -44,28 +73,58 @@ class Comparison:
     return set(self.status.values()) <= {"loaded"}
 
   def table(self) -> str:
-    """One line per parameter, parameters that differ only in the layer's number joined; what does not fit first."""
+    """One line per parameter, parameters that differ only in the layer's number joined; what does
+    not fit first.
+    """
     groups: dict[tuple, list[str]] = {}
     for path, status in self.status.items():
       there, here = self.saved.get(path), self.wanted.get(path)
       groups.setdefault((status, re.sub(r"(?<=_)\d+", "*", path), there, here), []).append(path)
     order = ("other shape", "missing", "unused", "loaded")
     rows = [("status", "parameter", "checkpoint", "this model")]
-    for (status, pattern, there, here), paths in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+    for (status, pattern, there, here), paths in sorted(
+      groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
+    ):
       name = paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)} layers)"
-      rows.append((status, name, *("-" if shape is None else "x".join(map(str, shape)) or "scalar" for shape in (there, here))))
+      rows.append(
+        (
+          status,
+          name,
+          *(
+            "-" if shape is None else "x".join(map(str, shape)) or "scalar"
+            for shape in (there, here)
+          ),
+        )
+      )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+      "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+      for row in rows
+    )
 
 
-def differing_fields(saved: TransformerConfig, wanted: TransformerConfig) -> dict[str, tuple[object, object]]:
+def differing_fields(
+  saved: TransformerConfig, wanted: TransformerConfig
+) -> dict[str, tuple[object, object]]:
   """Configuration fields with other values: name -> (saved, wanted)."""
   names = [field.name for field in dataclasses.fields(TransformerConfig)]
-  return {name: (getattr(saved, name), getattr(wanted, name)) for name in names if getattr(saved, name) != getattr(wanted, name)}
+  return {
+    name: (getattr(saved, name), getattr(wanted, name))
+    for name in names
+    if getattr(saved, name) != getattr(wanted, name)
+  }
 
 
 def explain_architecture(saved: TransformerConfig, wanted: TransformerConfig) -> str:
-  """The flags to blame when parameters do not fit, as "--embed_dim=32 here, 16 there"; fields no parameter depends on are left out."""
+  """The flags to blame when parameters do not fit, as "--embed_dim=32 here, 16 there"; fields no
+  parameter depends on are left out.
+  """
   show = lambda value: ",".join(value) if isinstance(value, tuple) else value
-  differing = {name: values for name, values in differing_fields(saved, wanted).items() if name not in FREE_FIELDS}
-  return "; ".join(f"--{name}={show(here)} here, {show(there)} there" for name, (there, here) in differing.items())
+  differing = {
+    name: values
+    for name, values in differing_fields(saved, wanted).items()
+    if name not in FREE_FIELDS
+  }
+  return "; ".join(
+    f"--{name}={show(here)} here, {show(there)} there" for name, (there, here) in differing.items()
+  )

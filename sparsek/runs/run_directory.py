@@ -7,8 +7,8 @@ import platform
 import socket
 import subprocess
 import sys
-from importlib import metadata
 from collections.abc import Iterable
+from importlib import metadata
 from typing import IO
 
 import jax
@@ -16,15 +16,16 @@ import jax
 from sparsek.errors import RunError, UsageError
 from sparsek.storage.files import cannot_write, check_regular, exists, reason_of, write_atomically
 
-COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"          # variable of the environment
+COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"  # variable of the environment
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
 
 
 def use_compilation_cache(workdir: str) -> None:
-  """Keeps what is compiled for accelerators in WORKDIR/compilation_cache, so that a resumed run starts at once, unless JAX was told another place already.
+  """Keeps what is compiled for accelerators in WORKDIR/compilation_cache, so that a resumed run
+  starts at once, unless JAX was told another place already.
 
-  Runs that $SPARSEK_COMPILATION_CACHE gives one folder share what they compile, as those of a grid do. Not what is compiled for a CPU: on another machine's it
-  could crash.
+  Runs that $SPARSEK_COMPILATION_CACHE gives one folder share what they compile, as those of a grid
+  do. Not what is compiled for a CPU: on another machine's it could crash.
   """
   if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
     folder = os.environ.get(COMPILATION_CACHE) or os.path.join(workdir, "compilation_cache")
@@ -32,7 +33,8 @@ def use_compilation_cache(workdir: str) -> None:
 
 
 def lock(workdir: str) -> IO[str]:
-  """Makes `workdir` and takes it for this process, until the returned file is closed or the process ends, however it ends.
+  """Makes `workdir` and takes it for this process, until the returned file is closed or the process
+  ends, however it ends.
 
   Raises:
     UsageError: where it cannot be made or written, or another run has it.
@@ -48,7 +50,9 @@ def lock(workdir: str) -> IO[str]:
     file.seek(0)
     owner = file.read().strip()
     by = f" ({owner})" if owner else ""
-    raise UsageError(f"--workdir={workdir} is in use by another run{by}: stop it or take another folder") from None
+    raise UsageError(
+      f"--workdir={workdir} is in use by another run{by}: stop it or take another folder"
+    ) from None
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be locked: {reason_of(error)}") from None
   try:
@@ -78,8 +82,10 @@ class Presence:
       except OSError:
         same = False
       if not same:
-        raise RunError(f"{path} was deleted, moved or unmounted under the run, which ends here: "
-                       f"nothing more could be saved beside its checkpoints")
+        raise RunError(
+          f"{path} was deleted, moved or unmounted under the run, which ends here: "
+          f"nothing more could be saved beside its checkpoints"
+        )
 
 
 def write_record(workdir: str, name: str, text: str) -> None:
@@ -125,7 +131,10 @@ def to_json(record: dict) -> str:
 
 
 def versions() -> dict[str, object]:
-  """What ran: package versions, Python, devices, the commit of the source tree (None outside git), the command line."""
+  """What ran: package versions, Python, devices, the commit of the source tree (None outside git),
+  the command line.
+  """
+
   def version(package):
     try:
       return metadata.version(package)
@@ -134,15 +143,31 @@ def versions() -> dict[str, object]:
 
   source = os.path.dirname(os.path.abspath(__file__))
   try:
-    # -dirty marks local changes; a checkout that is not this source's (such as one around a virtual environment) does not track this file.
-    subprocess.run(["git", "-C", source, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True, timeout=5)
-    commit = subprocess.run(["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                            check=True, capture_output=True, text=True, timeout=5).stdout.strip()
+    # -dirty marks local changes; a checkout that is not this source's (such as one around a virtual
+    # environment) does not track this file.
+    subprocess.run(
+      ["git", "-C", source, "ls-files", "--error-unmatch", __file__],
+      check=True,
+      capture_output=True,
+      timeout=5,
+    )
+    commit = subprocess.run(
+      ["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+      check=True,
+      capture_output=True,
+      text=True,
+      timeout=5,
+    ).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     commit = None
   device = jax.devices()[0]
-  command = [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]                # records are published: no paths of a machine
+  # records are published: no paths of a machine
+  command = [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]
   return {
-      "python": platform.python_version(), "packages": {package: version(package) for package in PACKAGES}, "commit": commit,
-      "devices": f"{jax.device_count()} x {device.device_kind}", "platform": device.platform, "command": command,
+    "python": platform.python_version(),
+    "packages": {package: version(package) for package in PACKAGES},
+    "commit": commit,
+    "devices": f"{jax.device_count()} x {device.device_kind}",
+    "platform": device.platform,
+    "command": command,
   }

@@ -3,12 +3,12 @@
 import os
 import shutil
 
+from sparsek.errors import UsageError
 from sparsek.runs import checkpoint
 from sparsek.storage import files
-from sparsek.errors import UsageError
 
 FOLDER = "set_aside"
-DONE = "restored_step"         # in FOLDER: the step that the run last went back to
+DONE = "restored_step"  # in FOLDER: the step that the run last went back to
 
 
 def step_to_restore(workdir: str, step: int | None, report: checkpoint.Report) -> int | None:
@@ -29,12 +29,16 @@ def step_to_restore(workdir: str, step: int | None, report: checkpoint.Report) -
   saved = checkpoint.saved_steps(workdir)
   done = os.path.join(workdir, FOLDER, DONE)
   if _step_in(done) == step:
-    report(f"--restore_step={step} was done before: going on from the newest checkpoint "
-           f"(remove {done} to go back again)")
+    report(
+      f"--restore_step={step} was done before: going on from the newest checkpoint "
+      f"(remove {done} to go back again)"
+    )
     return None
   if step not in saved:
-    raise UsageError(f"--restore_step={step}: {workdir} holds no checkpoint of that step; it has "
-                     f"{', '.join(map(str, saved)) or 'none'}")
+    raise UsageError(
+      f"--restore_step={step}: {workdir} holds no checkpoint of that step; it has "
+      f"{', '.join(map(str, saved)) or 'none'}"
+    )
   return step
 
 
@@ -61,8 +65,10 @@ def set_aside(workdir: str, step: int, report: checkpoint.Report) -> None:
     if os.path.exists(metrics):
       shutil.copyfile(metrics, os.path.join(folder, "metrics.jsonl"))
     for saved in reversed(later):
-      os.rename(os.path.join(checkpoint.checkpoint_folder(workdir), str(saved)),
-                os.path.join(folder, str(saved)))
+      os.rename(
+        os.path.join(checkpoint.checkpoint_folder(workdir), str(saved)),
+        os.path.join(folder, str(saved)),
+      )
     steps = f"step{'s' * (len(later) > 1)} {', '.join(map(str, later))}"
     report(f"the checkpoints of {steps} and the metrics until now are set aside in {folder}")
   os.makedirs(os.path.join(workdir, FOLDER), exist_ok=True)

@@ -11,29 +11,33 @@ from collections.abc import Mapping, Sequence
 from absl import flags as absl_flags
 
 from sparsek.command_line import flags, path_flags
-from sparsek.runs import run_directory
 from sparsek.errors import UsageError
+from sparsek.runs import run_directory
 
 Settings = dict[str, object]
-DEFINED = {                      # script -> its flags
-    "pretrain": (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags,
-                 flags.define_dry_run_flag),
-    "import_hf": (flags.define_import_flags,),
-    "evaluate": (flags.define_evaluation_flags,),
-    "evaluate_tasks": (flags.define_task_flags,),
+DEFINED = {  # script -> its flags
+  "pretrain": (
+    flags.define_model_flags,
+    flags.define_data_flags,
+    flags.define_train_flags,
+    flags.define_dry_run_flag,
+  ),
+  "import_hf": (flags.define_import_flags,),
+  "evaluate": (flags.define_evaluation_flags,),
+  "evaluate_tasks": (flags.define_task_flags,),
 }
-NEUTRAL = {                      # flags that change no parameter or loss of a finished run, and why
-    "checkpoint_every": "saving changes nothing of what is saved",
-    "keep_checkpoints": "only how many older checkpoints stay",
-    "log_every": "only which steps are written down",
-    "tensorboard": "a copy of the metrics",
-    "profile_steps": "a trace beside the run",
-    "stop_at": "a pause: a run has ended at --num_steps only",
-    "restore_step": "goes back in a run, whose course is the same",
-    "dry_run": "trains nothing",
-    "record": "where results are written, too",
+NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
+  "checkpoint_every": "saving changes nothing of what is saved",
+  "keep_checkpoints": "only how many older checkpoints stay",
+  "log_every": "only which steps are written down",
+  "tensorboard": "a copy of the metrics",
+  "profile_steps": "a trace beside the run",
+  "stop_at": "a pause: a run has ended at --num_steps only",
+  "restore_step": "goes back in a run, whose course is the same",
+  "dry_run": "trains nothing",
+  "record": "where results are written, too",
 }
-REPLACED = "replaced"            # folder for what was moved aside
+REPLACED = "replaced"  # folder for what was moved aside
 
 
 def parse(script: str, words: Sequence[str]) -> absl_flags.FlagValues:
@@ -64,9 +68,11 @@ def effective(values: absl_flags.FlagValues) -> Settings:
     del found["preset"], found["layer_pattern"]
     found |= {name: getattr(model, name) for name in found if hasattr(model, name)}
   elif "preset" in found and found["preset"] == values["preset"].default:
-    del found["preset"]                                   # earlier versions spelled it out
-  return {name: _plain(value, home if path_flags.is_path(values[name]) else None)
-          for name, value in found.items()}
+    del found["preset"]  # earlier versions spelled it out
+  return {
+    name: _plain(value, home if path_flags.is_path(values[name]) else None)
+    for name, value in found.items()
+  }
 
 
 def _plain(value, home: str | None):
@@ -82,7 +88,7 @@ def _place(path: str, home: str) -> str | dict[str, str]:
   """
   prefix = path_flags.HF_PREFIX if path.startswith(path_flags.HF_PREFIX) else ""
   path = path.removeprefix(prefix)
-  if not os.path.isabs(path):                             # a word such as "stdlib"
+  if not os.path.isabs(path):  # a word such as "stdlib"
     return path
   return {"path": prefix + path, "from here": prefix + os.path.relpath(path, home or None)}
 
@@ -105,8 +111,11 @@ def of_folder(folder: str, script: str = "pretrain") -> list[Settings]:
 def differences(old: Mapping, new: Mapping) -> list[str]:
   """Returns a line for each flag whose values differ, as "--k: 8 -> 16"."""
   names = [*new, *(name for name in old if name not in new)]
-  return [f"--{name}: {_text(old.get(name))} -> {_text(new.get(name))}" for name in names
-          if not _same(old.get(name), new.get(name))]
+  return [
+    f"--{name}: {_text(old.get(name))} -> {_text(new.get(name))}"
+    for name in names
+    if not _same(old.get(name), new.get(name))
+  ]
 
 
 def _same(old, new) -> bool:
@@ -135,9 +144,11 @@ def refuse(stale: Mapping[str, Sequence[str]], workdir: str) -> None:
   lines = [f"{name} ({', '.join(lines)})" for name, lines in stale.items() if lines]
   if lines:
     rest = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
-    raise UsageError(f"--workdir={workdir} holds what other flags made (old -> new): "
-                     f"{'; '.join(lines[:3])}{rest}. Take another --workdir, give the old flags, "
-                     f"or --retrain, which moves the old ones to {REPLACED}/ and makes new ones")
+    raise UsageError(
+      f"--workdir={workdir} holds what other flags made (old -> new): "
+      f"{'; '.join(lines[:3])}{rest}. Take another --workdir, give the old flags, "
+      f"or --retrain, which moves the old ones to {REPLACED}/ and makes new ones"
+    )
 
 
 def move_aside(folder: str) -> None:

@@ -1,4 +1,6 @@
-"""Files on disk: atomic replacement, paths that a user gives, files and JSON that may be hostile."""
+"""Files on disk: atomic replacement, paths that a user gives, files and JSON that may be
+hostile.
+"""
 
 import contextlib
 import fcntl
@@ -34,8 +36,10 @@ def local_path(text: str, name: str) -> str:
   """
   if _SCHEME.match(text):
     scheme = text.partition(":")[0]
-    raise UsageError(f"--{name}={text}: {scheme}: URLs are not supported; give a path of this "
-                     f"machine's file system (a mounted bucket has one)")
+    raise UsageError(
+      f"--{name}={text}: {scheme}: URLs are not supported; give a path of this "
+      f"machine's file system (a mounted bucket has one)"
+    )
   if "\0" in text:
     raise UsageError(f"--{name}={text!r}: a path holds no NUL character")
   return os.path.expanduser(text)
@@ -65,7 +69,7 @@ def atomic_file(path: str, mode: str = "wb", **options) -> Iterator[IO]:
       file.flush()
       os.fsync(file.fileno())
       os.chmod(temporary, _permissions(path))
-      os.replace(temporary, path)            # before it is closed, which ends the lock
+      os.replace(temporary, path)  # before it is closed, which ends the lock
   except BaseException:
     with contextlib.suppress(OSError):
       os.unlink(temporary)
@@ -86,7 +90,7 @@ def _locked_temporary(folder: str, name: str) -> tuple[int, str]:
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_TEMPORARY, dir=folder)
     with contextlib.suppress(OSError):
       fcntl.flock(handle, fcntl.LOCK_EX)
-    if os.path.lexists(temporary):           # else another process was faster than the lock
+    if os.path.lexists(temporary):  # else another process was faster than the lock
       return handle, temporary
     os.close(handle)
 
@@ -248,5 +252,5 @@ def cannot_write(path: str, error: OSError) -> RunError:
 
 def let_stdout_take_any_text() -> None:
   """Makes `print` write what the terminal's encoding lacks as \\xb1 or \\u2192, not fail."""
-  if hasattr(sys.stdout, "reconfigure"):                  # not where a test has replaced it
+  if hasattr(sys.stdout, "reconfigure"):  # not where a test has replaced it
     sys.stdout.reconfigure(errors="backslashreplace")

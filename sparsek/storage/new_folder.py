@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from sparsek.errors import RunError, UsageError
 from sparsek.storage.files import cannot_write, reason_of
 
-_TEMPORARY = ".unfinished"         # ending of the folder that is filled
+_TEMPORARY = ".unfinished"  # ending of the folder that is filled
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def new_folder(path: str, alone: bool = True) -> Iterator[str]:
   with contextlib.ExitStack() as stack:
     try:
       check_new_folder(path)
-      with contextlib.suppress(FileExistsError):          # a file, as mkdir will say
+      with contextlib.suppress(FileExistsError):  # a file, as mkdir will say
         os.makedirs(parent, exist_ok=True)
       if remove_abandoned(path) and alone:
         raise UsageError(f"{path} is being written by another process")
@@ -52,12 +52,12 @@ def new_folder(path: str, alone: bool = True) -> Iterator[str]:
       yield unfinished
       _sync(unfinished)
       check_new_folder(path)
-      os.rename(unfinished, path)                         # over an empty folder, or to a new name
+      os.rename(unfinished, path)  # over an empty folder, or to a new name
     except OSError as error:
       raise cannot_write(path, error) from None
-    except RunError as error:                             # nobody knows the hidden name
+    except RunError as error:  # nobody knows the hidden name
       raise RunError(str(error).replace(unfinished, path)) from None
-    with contextlib.suppress(OSError):                    # the folder is there and whole
+    with contextlib.suppress(OSError):  # the folder is there and whole
       _sync_folder(parent)
 
 
@@ -68,8 +68,10 @@ def check_new_folder(path: str) -> None:
   if not os.path.isdir(path):
     raise UsageError(f"{path} is there already and is no folder: give a new folder")
   if os.path.ismount(path) or os.path.samefile(path, os.curdir):
-    raise UsageError(f"{path} is a mount point or the working directory, which cannot be replaced: "
-                     f"give a folder in it")
+    raise UsageError(
+      f"{path} is a mount point or the working directory, which cannot be replaced: "
+      f"give a folder in it"
+    )
   try:
     empty = not os.listdir(path)
   except OSError as error:
@@ -87,7 +89,7 @@ def _temporary_sibling(folder: str) -> Iterator[str]:
   """
   with contextlib.ExitStack() as stack:
     ready = False
-    while not ready:                     # `remove_abandoned` may be faster than the lock
+    while not ready:  # `remove_abandoned` may be faster than the lock
       temporary = temporary_name(folder)
       os.mkdir(temporary)
       stack.callback(_remove, temporary)
@@ -141,6 +143,7 @@ def _lock(folder: str) -> Iterator[bool | None]:
 @contextlib.contextmanager
 def _unwinding_on_signals() -> Iterator[None]:
   """Makes signals that would end the process at once raise SystemExit instead."""
+
   def stop(number, frame):
     raise SystemExit(128 + number)
 

@@ -15,9 +15,11 @@ def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Targets and which of them count.
 
   Args:
-    batch: "tokens", "segment_ids": [B, n + 1] int32; segment 0 is padding. Perhaps "counted": [B, n + 1] bool, tokens that may count.
+    batch: "tokens", "segment_ids": [B, n + 1] int32; segment 0 is padding. Perhaps "counted": [B, n
+      + 1] bool, tokens that may count.
   Returns:
-    targets [B, n] int32 and counted [B, n] bool: a target counts where it may and belongs to the same document as the token before it.
+    targets [B, n] int32 and counted [B, n] bool: a target counts where it may and belongs to the
+    same document as the token before it.
   """
   segment_ids = batch["segment_ids"]
   counted = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] != 0)
@@ -31,16 +33,28 @@ def cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   length = arrays[0].shape[0]
   chunk = min(chunk, length)
   padding = -length % chunk
-  return tuple(jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+  return tuple(
+    jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:])
+    for a in arrays
+  )
 
 
 def _logsumexp(logits_CxV):
-  """In one pass, where `jax.nn.logsumexp` reads all logits twice: pairs of a maximum m and a sum of exp(x - m) are joined into larger ones."""
+  """In one pass, where `jax.nn.logsumexp` reads all logits twice: pairs of a maximum m and a sum of
+  exp(x - m) are joined into larger ones.
+  """
+
   def join(a, b):
     highest = jnp.maximum(a[0], b[0])
-    part = lambda maximum, total: total * jnp.exp(jnp.where(maximum == highest, 0., maximum - highest))      # also where both are -inf
+    # also where both are -inf
+    part = lambda maximum, total: (
+      total * jnp.exp(jnp.where(maximum == highest, 0.0, maximum - highest))
+    )
     return highest, part(*a) + part(*b)
-  maximum_C, total_C = jax.lax.reduce((logits_CxV, jnp.ones_like(logits_CxV)), (-jnp.inf, 0.), join, (1,))
+
+  maximum_C, total_C = jax.lax.reduce(
+    (logits_CxV, jnp.ones_like(logits_CxV)), (-jnp.inf, 0.0), join, (1,)
+  )
   return maximum_C + jnp.log(total_C)
 
 
@@ -53,11 +67,15 @@ def _chunk_loss(hidden_CxE, matrix_ExV, targets_C, counted_C):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def chunked_cross_entropy(hidden: jax.Array, matrix: jax.Array, targets: jax.Array, counted: jax.Array, chunk: int) -> jax.Array:
-  """Sum over counted tokens t of logsumexp(h_t W) - (h_t W)[target_t], in float32, with at most `chunk` rows of logits at a time.
+def chunked_cross_entropy(
+  hidden: jax.Array, matrix: jax.Array, targets: jax.Array, counted: jax.Array, chunk: int
+) -> jax.Array:
+  """Sum over counted tokens t of logsumexp(h_t W) - (h_t W)[target_t], in float32, with at most
+  `chunk` rows of logits at a time.
 
-  Under differentiation the gradients are formed in the same pass, where the logits of a chunk are at hand, so that no matrix product is
-  done twice: d(logits) = softmax - one_hot. The backward pass only multiplies them by the incoming scalar.
+  Under differentiation the gradients are formed in the same pass, where the logits of a chunk are
+  at hand, so that no matrix product is done twice: d(logits) = softmax - one_hot. The backward pass
+  only multiplies them by the incoming scalar.
 
   Args:
     hidden: [N, E], in the dtype of the matrix products.
@@ -68,6 +86,7 @@ def chunked_cross_entropy(hidden: jax.Array, matrix: jax.Array, targets: jax.Arr
   Returns:
     float32 scalar.
   """
+
   def body(total, xs):
     hidden_CxE, targets_C, counted_C = xs
     return total + _chunk_loss(hidden_CxE, matrix, targets_C, counted_C)[0], None
@@ -75,30 +94,41 @@ def chunked_cross_entropy(hidden: jax.Array, matrix: jax.Array, targets: jax.Arr
   return jax.lax.scan(body, jnp.zeros((), jnp.float32), cut(chunk, hidden, targets, counted))[0]
 
 
-def gradients_by_chunk(of_chunk: Callable, num_sums: int, chunk: int, hidden: jax.Array, matrix: jax.Array, *rows: jax.Array):
+def gradients_by_chunk(
+  of_chunk: Callable,
+  num_sums: int,
+  chunk: int,
+  hidden: jax.Array,
+  matrix: jax.Array,
+  *rows: jax.Array,
+):
   """Sums of losses over all rows, and their gradients, with the logits of one chunk at a time.
 
   Args:
-    of_chunk: (hidden [C, E], matrix [E, V] in its dtype, chunks of `rows`) -> (sums of losses, gradient in the logits [C, V]).
+    of_chunk: (hidden [C, E], matrix [E, V] in its dtype, chunks of `rows`) -> (sums of losses,
+      gradient in the logits [C, V]).
     num_sums: how many sums it returns.
     rows: [N, ...] what else belongs to each row of hidden.
   Returns:
     sums, and the gradients of hidden, [N, E] in its dtype, and matrix, [E, V] float32.
   """
-  weights = jax.lax.optimization_barrier(matrix.astype(hidden.dtype))    # else XLA converts the matrix again for every chunk
+  # else XLA converts the matrix again for every chunk
+  weights = jax.lax.optimization_barrier(matrix.astype(hidden.dtype))
 
   def body(carry, xs):
     sums, d_matrix = carry
     hidden_CxE, *rest = xs
     more, d_logits_CxV = of_chunk(hidden_CxE, weights, *rest)
     d_logits_CxV = d_logits_CxV.astype(hidden.dtype)
-    d_hidden_CxE = jnp.matmul(d_logits_CxV, weights.T, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    d_hidden_CxE = jnp.matmul(d_logits_CxV, weights.T, preferred_element_type=jnp.float32).astype(
+      hidden.dtype
+    )
     d_matrix += jnp.matmul(hidden_CxE.T, d_logits_CxV, preferred_element_type=jnp.float32)
     return (tuple(map(jnp.add, sums, more)), d_matrix), d_hidden_CxE
 
   start = ((jnp.zeros((), jnp.float32),) * num_sums, jnp.zeros(matrix.shape, jnp.float32))
   (sums, d_matrix), d_hidden = jax.lax.scan(body, start, cut(chunk, hidden, *rows))
-  return sums, (d_hidden.reshape(-1, hidden.shape[-1])[:hidden.shape[0]], d_matrix)
+  return sums, (d_hidden.reshape(-1, hidden.shape[-1])[: hidden.shape[0]], d_matrix)
 
 
 def _forward(hidden, matrix, targets, counted, chunk):

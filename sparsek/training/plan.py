@@ -1,4 +1,6 @@
-"""What a training run will take, without training: parameters, operations, memory of the compiled step."""
+"""What a training run will take, without training: parameters, operations, memory of the compiled
+step.
+"""
 
 import dataclasses
 import time
@@ -9,15 +11,22 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek.runs import checkpoint
-from sparsek.training import distillation
-from sparsek.model import flops, lora
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
+from sparsek.model import flops, lora
 from sparsek.model.transformer import count_params
-from sparsek.training.optimizer import make_optimizer
 from sparsek.parallel.mesh import BATCH, make_mesh
-from sparsek.training.step import abstract_state, check_adapters, check_batch, check_implementation, check_length, make_train_step
+from sparsek.runs import checkpoint
+from sparsek.training import distillation
+from sparsek.training.optimizer import make_optimizer
+from sparsek.training.step import (
+  abstract_state,
+  check_adapters,
+  check_batch,
+  check_implementation,
+  check_length,
+  make_train_step,
+)
 
 GB = 1e9
 
@@ -30,12 +39,16 @@ class Plan:
     parameters: how many.
     learned: of them, if those beside adapters are frozen.
     tokens: of a batch.
-    step_flops, full_flops: operations of forward and backward passes over documents as long as the rows; the latter with full attention in every layer.
-    seconds_at_peak: that step_flops would take at the devices' peak rate, or None where that is not known.
+    step_flops, full_flops: operations of forward and backward passes over documents as long as the
+      rows; the latter with full attention in every layer.
+    seconds_at_peak: that step_flops would take at the devices' peak rate, or None where that is not
+      known.
     compile_seconds: of the step.
-    state_bytes: parameters, optimizer state and batch. temporary_bytes: all else. None where the backend does not say.
+    state_bytes: parameters, optimizer state and batch. temporary_bytes: all else. None where the
+      backend does not say.
     limit_bytes: what JAX may take, or None where the backend does not say.
   """
+
   parameters: int
   learned: int
   tokens: int
@@ -55,17 +68,32 @@ class Plan:
 
   def lines(self) -> list[str]:
     """For people."""
-    at_peak = "" if self.seconds_at_peak is None else f", {self.seconds_at_peak:.3g} s at the devices' peak rate"
+    at_peak = (
+      ""
+      if self.seconds_at_peak is None
+      else f", {self.seconds_at_peak:.3g} s at the devices' peak rate"
+    )
     lines = [
-        f"{lora.describe_size(self.parameters, self.learned)}, {jax.device_count()} x {jax.devices()[0].device_kind}",
-        f"{self.tokens:,} tokens a step: {self.step_flops / 1e12:,.3g} TFLOP forward and backward{at_peak} (with full attention "
-        f"{self.full_flops / 1e12:,.3g})",
-        f"compiled in {self.compile_seconds:.0f} s",
+      (
+        f"{lora.describe_size(self.parameters, self.learned)}, {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}"
+      ),
+      f"{self.tokens:,} tokens a step: {self.step_flops / 1e12:,.3g} TFLOP forward and "
+      f"backward{at_peak} (with full attention "
+      f"{self.full_flops / 1e12:,.3g})",
+      f"compiled in {self.compile_seconds:.0f} s",
     ]
     if self.state_bytes is not None:
-      of = "" if self.limit_bytes is None else f" of {self.limit_bytes / GB:.3g}: {'it fits' if self.fits else 'it does not fit'}"
-      lines.append(f"memory per device in GB: {self.state_bytes / GB:.3g} parameters, optimizer and batch + {self.temporary_bytes / GB:.3g} temporaries = "
-                   f"{(self.state_bytes + self.temporary_bytes) / GB:.3g}{of}")
+      of = (
+        ""
+        if self.limit_bytes is None
+        else f" of {self.limit_bytes / GB:.3g}: {'it fits' if self.fits else 'it does not fit'}"
+      )
+      lines.append(
+        f"memory per device in GB: {self.state_bytes / GB:.3g} parameters, optimizer and batch "
+        f"+ {self.temporary_bytes / GB:.3g} temporaries = "
+        f"{(self.state_bytes + self.temporary_bytes) / GB:.3g}{of}"
+      )
     return lines
 
 
@@ -75,17 +103,36 @@ def memory_limit() -> int | None:
 
 
 def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | None) -> str:
-  """"none" where what the backward pass needs should fit into `limit` bytes a device (or None: any), else "attention".
+  """ "none" where what the backward pass needs should fit into `limit` bytes a device (or None:
+  any),
+   else "attention".
 
-  An estimate, which tests/kernels/hopper/compile_test.py holds against the compiler's figure: per token and layer the block's input and two norms, queries, keys,
-  values and the attention's output, and four arrays of the MLP's width, and of scanned layers the same again; parameters; gradients and two moments of those
-  that learn; a chunk of logits.
+  An estimate, which tests/kernels/hopper/compile_test.py holds against the compiler's figure: per
+  token and layer the block's input and two norms, queries, keys, values and the attention's output,
+  and four arrays of the MLP's width, and of scanned layers the same again; parameters; gradients
+  and two moments of those that learn; a chunk of logits.
   """
-  per_token = 3 * config.embed_dim + 2 * config.head_dim * (config.num_heads + config.num_kv_heads) + 4 * config.mlp_dim
-  tokens = train.data.seq_len * -(-train.data.batch_size // (train.grad_accumulation * jax.device_count()))
-  activations = (2 if config.scan_layers else 1) * tokens * config.num_layers * per_token * config.activation_dtype.itemsize
+  per_token = (
+    3 * config.embed_dim
+    + 2 * config.head_dim * (config.num_heads + config.num_kv_heads)
+    + 4 * config.mlp_dim
+  )
+  tokens = train.data.seq_len * -(
+    -train.data.batch_size // (train.grad_accumulation * jax.device_count())
+  )
+  activations = (
+    (2 if config.scan_layers else 1)
+    * tokens
+    * config.num_layers
+    * per_token
+    * config.activation_dtype.itemsize
+  )
   params = checkpoint.abstract_params(config)
-  state = 4 * count_params(params) + 12 * count_params(lora.split(params)[0]) + 6 * min(train.loss_chunk, tokens) * config.vocab_size
+  state = (
+    4 * count_params(params)
+    + 12 * count_params(lora.split(params)[0])
+    + 6 * min(train.loss_chunk, tokens) * config.vocab_size
+  )
   return "none" if limit is None or activations + state <= 0.9 * limit else "attention"
 
 
@@ -93,7 +140,8 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   """Compiles the training step and counts.
 
   Raises:
-    UsageError: where the batch cannot be spread over the devices, or the implementation of attention asked for cannot run here.
+    UsageError: where the batch cannot be spread over the devices, or the implementation of
+      attention asked for cannot run here.
     RunError: where the compiler finds that memory does not suffice.
   """
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
@@ -103,7 +151,10 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   check_length(config, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)
   rows, n = train.data.batch_size, train.data.seq_len
-  batch = {name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH))) for name in ("tokens", "segment_ids")}
+  batch = {
+    name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
+    for name in ("tokens", "segment_ids")
+  }
   teacher = [distillation.teacher_config(train.distill_from)] if train.distill_from else []
   teacher_params = [distillation.abstract_teacher(train.distill_from)] if train.distill_from else []
   begin = time.perf_counter()
@@ -117,11 +168,21 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
     raise RunError(f"the step does not fit into memory: {checkpoint.first_line(error)}") from None
   seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
   lengths = np.full(rows, n)
-  step_flops, full_flops = (flops.training_flops(c, params, lengths) for c in (config, dataclasses.replace(config, attention="full")))
+  step_flops, full_flops = (
+    flops.training_flops(c, params, lengths)
+    for c in (config, dataclasses.replace(config, attention="full"))
+  )
   peak = flops.peak(jax.devices()[0])
   return Plan(
-      parameters=count_params(params), learned=count_params(lora.split(params)[0]), tokens=rows * n,
-      step_flops=step_flops, full_flops=full_flops, compile_seconds=seconds,
-      seconds_at_peak=peak and step_flops / (peak * mesh.size), limit_bytes=memory_limit(),
-      state_bytes=memory and memory.argument_size_in_bytes,
-      temporary_bytes=memory and memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    parameters=count_params(params),
+    learned=count_params(lora.split(params)[0]),
+    tokens=rows * n,
+    step_flops=step_flops,
+    full_flops=full_flops,
+    compile_seconds=seconds,
+    seconds_at_peak=peak and step_flops / (peak * mesh.size),
+    limit_bytes=memory_limit(),
+    state_bytes=memory and memory.argument_size_in_bytes,
+    temporary_bytes=memory
+    and memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  )

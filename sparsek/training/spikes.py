@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-FIRST = 20          # ordinary steps before one can be a spike, unless it is not finite
-MEMORY = 100        # ordinary steps that the running means reach back
+FIRST = 20  # ordinary steps before one can be a spike, unless it is not finite
+MEMORY = 100  # ordinary steps that the running means reach back
 MOST_IN_A_ROW = 10  # then they are no spikes but what the run is like
 
 
 class Spikes(NamedTuple):
   """Float32 running means over the ordinary steps, and int32 counts of both kinds."""
+
   loss: jax.Array
   grad_norm: jax.Array
   ordinary: jax.Array
@@ -41,8 +42,9 @@ def to_json(spikes: Spikes | tuple[()]) -> list:
   return [value.item() for value in jax.device_get(spikes)]
 
 
-def judge(spikes: Spikes, factor: float, loss: jax.Array,
-          grad_norm: jax.Array) -> tuple[jax.Array, Spikes]:
+def judge(
+  spikes: Spikes, factor: float, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[jax.Array, Spikes]:
   """Returns a bool scalar, whether a step is a spike, and what the next one is judged by."""
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   leaps = (loss > factor * spikes.loss) | (grad_norm > factor * spikes.grad_norm)
@@ -52,15 +54,20 @@ def judge(spikes: Spikes, factor: float, loss: jax.Array,
 
   def running_mean(old, value):
     return jnp.where(is_spike, old, old + weight * (value - old))
-  return is_spike, Spikes(running_mean(spikes.loss, loss),
-                          running_mean(spikes.grad_norm, grad_norm),
-                          ordinary, spikes.skipped + is_spike)
+
+  return is_spike, Spikes(
+    running_mean(spikes.loss, loss),
+    running_mean(spikes.grad_norm, grad_norm),
+    ordinary,
+    spikes.skipped + is_spike,
+  )
 
 
 def keep(is_spike: jax.Array, old: Any, new: Any) -> Any:
   """Returns `old` after a spike, else `new`; the schedule's count of steps always goes on."""
+
   def choose(new, old):
     is_count = isinstance(new, optax.ScaleByScheduleState)
     return new if is_count else jnp.where(is_spike, old, new)
-  return jax.tree.map(choose, new, old,
-                      is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+
+  return jax.tree.map(choose, new, old, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))

@@ -4,13 +4,15 @@ import numpy as np
 
 
 def threshold(z, k):
-  """tau with sum clip(z - tau, 0, 1) = k; -inf for k or fewer entries; the lower end where a whole interval solves it."""
+  """tau with sum clip(z - tau, 0, 1) = k; -inf for k or fewer entries; the lower end where a whole
+  interval solves it.
+  """
   z = np.asarray(z, np.float64)
   if len(z) <= k:
     return -np.inf
   points = np.sort(np.concatenate([z - 1, z]))
   total = np.array([np.clip(z - t, 0, 1).sum() for t in points])
-  right = int(np.argmax(total <= k + 1e-12 * k))             # first breakpoint whose gates sum to at most k
+  right = int(np.argmax(total <= k + 1e-12 * k))  # first breakpoint whose gates sum to at most k
   fractional = (z - 1 < points[right]) & (z >= points[right])
   return points[right] - (k - total[right]) / max(fractional.sum(), 1)
 

@@ -10,14 +10,14 @@ from tests.attention import brute_force
 
 def test_falling_scores_keep_the_first_tokens():
   n, k = 3000, 10
-  stats = selection_statistics(-3. * jnp.arange(n, dtype=jnp.float32)[None, :, None], k, 5)
+  stats = selection_statistics(-3.0 * jnp.arange(n, dtype=jnp.float32)[None, :, None], k, 5)
   assert stats["gate_mass"] == 1
-  assert stats["share_older_than_1k"] > .6 and stats["mean_age"] > 1400
+  assert stats["share_older_than_1k"] > 0.6 and stats["mean_age"] > 1400
 
 
 def test_rising_scores_keep_the_last_tokens():
   n, k, window = 3000, 10, 5
-  stats = selection_statistics(3. * jnp.arange(n, dtype=jnp.float32)[None, :, None], k, window)
+  stats = selection_statistics(3.0 * jnp.arange(n, dtype=jnp.float32)[None, :, None], k, window)
   assert stats["share_older_than_1k"] == 0
   np.testing.assert_allclose(stats["mean_age"], window + (k - 1) / 2, rtol=1e-2)
 
@@ -36,7 +36,9 @@ def test_matches_brute_force_with_documents():
   n, k, window = 120, 6, 4
   u = np.asarray(jax.random.normal(jax.random.key(0), (n,))) * 1.5
   ids = np.repeat([1, 2], [50, 70])
-  stats = selection_statistics(jnp.asarray(u)[None, :, None], k, window, jnp.asarray(ids)[None], num_queries=n)
+  stats = selection_statistics(
+    jnp.asarray(u)[None, :, None], k, window, jnp.asarray(ids)[None], num_queries=n
+  )
   gates, selected = brute_force.causal_gates(u, k, window, ids)
   np.testing.assert_allclose(stats["support_size"], (gates > 0).sum(1).mean(), rtol=1e-5)
   ages = [i - j for i in range(n) for j in selected[i]]

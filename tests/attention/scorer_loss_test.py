@@ -16,7 +16,11 @@ SEGMENTS = np.asarray([[1] * 9 + [2] * 11, [3] * 5 + [4] * 10 + [0] * 5], np.int
 
 def example(heads=4, groups=2, n=20):
   rng = np.random.default_rng(0)
-  scores, query, key = rng.normal(size=(2, n, groups)) * 2, rng.normal(size=(2, n, heads, 8)) * 2, rng.normal(size=(2, n, groups, 8))
+  scores, query, key = (
+    rng.normal(size=(2, n, groups)) * 2,
+    rng.normal(size=(2, n, heads, 8)) * 2,
+    rng.normal(size=(2, n, groups, 8)),
+  )
   return tuple(jnp.asarray(x, jnp.float32) for x in (scores, query, key))
 
 
@@ -24,11 +28,13 @@ def written_out(scores, query, key, window, segment_ids, scale):
   """The loss and its gradient in the scores, query by query."""
   scores, query, key = (np.asarray(x, np.float64) for x in (scores, query, key))
   (batch, n, groups), heads = scores.shape, query.shape[2]
-  total, gradient = 0., np.zeros(scores.shape)
+  total, gradient = 0.0, np.zeros(scores.shape)
   for b in range(batch):
     counted = [i for i in range(n) if segment_ids is None or segment_ids[b, i]]
     for i in counted:
-      seen = [j for j in range(i + 1) if segment_ids is None or segment_ids[b, j] == segment_ids[b, i]]
+      seen = [
+        j for j in range(i + 1) if segment_ids is None or segment_ids[b, j] == segment_ids[b, i]
+      ]
       for g in range(groups):
         attention = np.zeros(n)
         for h in range(g * heads // groups, (g + 1) * heads // groups):
@@ -36,31 +42,49 @@ def written_out(scores, query, key, window, segment_ids, scale):
           attention[seen] += weights / weights.sum() * groups / heads
         candidates = [j for j in seen if j + window <= i]
         if candidates:
-          mass, expected = attention[candidates].sum(), np.exp(scores[b, candidates, g]) / np.exp(scores[b, candidates, g]).sum()
+          mass, expected = (
+            attention[candidates].sum(),
+            np.exp(scores[b, candidates, g]) / np.exp(scores[b, candidates, g]).sum(),
+          )
           share = attention[candidates] / mass
           total += mass * np.sum(share * np.log(share / expected)) / len(counted) / groups
-          gradient[b, candidates, g] += (mass * expected - attention[candidates]) / len(counted) / groups
+          gradient[b, candidates, g] += (
+            (mass * expected - attention[candidates]) / len(counted) / groups
+          )
   return total, gradient
 
 
-@pytest.mark.parametrize("heads, groups, window, segment_ids, scale", [
-    (4, 2, 4, SEGMENTS, None), (3, 1, 0, SEGMENTS, 0.2), (2, 2, 1, None, None), (2, 1, 30, SEGMENTS, None)])
+@pytest.mark.parametrize(
+  "heads, groups, window, segment_ids, scale",
+  [
+    (4, 2, 4, SEGMENTS, None),
+    (3, 1, 0, SEGMENTS, 0.2),
+    (2, 2, 1, None, None),
+    (2, 1, 30, SEGMENTS, None),
+  ],
+)
 def test_value_and_gradient(monkeypatch, heads, groups, window, segment_ids, scale):
-  monkeypatch.setattr(scorer_loss, "BLOCK_LOGITS", 2 * heads * 20 * 7)                         # blocks of 7, the last one filled up
+  # blocks of 7, the last one filled up
+  monkeypatch.setattr(scorer_loss, "BLOCK_LOGITS", 2 * heads * 20 * 7)
   arrays = example(heads, groups)
   queries = jnp.broadcast_to(jnp.arange(20), (2, 20))
-  loss = functools.partial(attention_mass_loss, queries=queries, window=window, scale=scale, segment_ids=segment_ids)
-  got, gradients = quick_jit(jax.value_and_grad(lambda *args: 3 * loss(*args), argnums=(0, 1, 2)))(*arrays)
-  want, gradient = written_out(*arrays, window, segment_ids, scale or 8 ** -.5)
+  loss = functools.partial(
+    attention_mass_loss, queries=queries, window=window, scale=scale, segment_ids=segment_ids
+  )
+  got, gradients = quick_jit(jax.value_and_grad(lambda *args: 3 * loss(*args), argnums=(0, 1, 2)))(
+    *arrays
+  )
+  want, gradient = written_out(*arrays, window, segment_ids, scale or 8**-0.5)
   np.testing.assert_allclose(got, 3 * want, rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(gradients[0], 3 * gradient, rtol=1e-3, atol=1e-6)
-  assert (want > .1) == (window < 20) and not np.any(gradients[1]) and not np.any(gradients[2])
+  assert (want > 0.1) == (window < 20) and not np.any(gradients[1]) and not np.any(gradients[2])
 
 
 def test_scores_that_explain_the_attention_have_no_loss():
   scores, query, key = example(1, 1)
-  query = jnp.broadcast_to(query[:, :1], query.shape)                                           # every query asks the same, and one score can do for all
-  scores = jnp.einsum("bhd,bjhd->bjh", query[:, 0], key) / 8 ** .5 + 100
+  # every query asks the same, and one score can do for all
+  query = jnp.broadcast_to(query[:, :1], query.shape)
+  scores = jnp.einsum("bhd,bjhd->bjh", query[:, 0], key) / 8**0.5 + 100
   queries = sample_queries(jax.random.key(0), 20, 2, 20)
   np.testing.assert_array_equal(queries, np.tile(np.arange(20), (2, 1)))
   loss, gradient = jax.value_and_grad(attention_mass_loss)(scores, query, key, queries, window=3)
@@ -76,16 +100,26 @@ def test_queries_are_spread_evenly_and_their_mean_is_that_of_all():
   arrays = [jnp.repeat(x[:1], 500, axis=0) for x in example()]
   some = attention_mass_loss(*arrays, queries, window=2) / 500
   every = attention_mass_loss(*(x[:1] for x in arrays), jnp.arange(20)[None], window=2)
-  np.testing.assert_allclose(some, every, rtol=.05)
+  np.testing.assert_allclose(some, every, rtol=0.05)
 
 
 def test_bfloat16_and_memory():
   scores, query, key = example()
   queries = sample_queries(jax.random.key(1), 8, 2, 20)
-  exact, close = (float(attention_mass_loss(scores, query.astype(dtype), key.astype(dtype), queries, window=2)) for dtype in (jnp.float32, jnp.bfloat16))
-  assert close == pytest.approx(exact, rel=.02) and close != exact
-  long = [jax.ShapeDtypeStruct((1, 2**18, *shape), dtype) for shape, dtype in (((3,), jnp.float32), ((12, 64), jnp.bfloat16), ((3, 64), jnp.bfloat16))]
-  compiled = jax.jit(jax.grad(functools.partial(attention_mass_loss, window=512))).lower(*long, jax.ShapeDtypeStruct((1, 128), jnp.int32)).compile()
+  exact, close = (
+    float(attention_mass_loss(scores, query.astype(dtype), key.astype(dtype), queries, window=2))
+    for dtype in (jnp.float32, jnp.bfloat16)
+  )
+  assert close == pytest.approx(exact, rel=0.02) and close != exact
+  long = [
+    jax.ShapeDtypeStruct((1, 2**18, *shape), dtype)
+    for shape, dtype in (((3,), jnp.float32), ((12, 64), jnp.bfloat16), ((3, 64), jnp.bfloat16))
+  ]
+  compiled = (
+    jax.jit(jax.grad(functools.partial(attention_mass_loss, window=512)))
+    .lower(*long, jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    .compile()
+  )
   assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
 

@@ -24,26 +24,38 @@ def write(folder, **files):
 
 
 @pytest.mark.parametrize(
-    "arguments, k, told",
-    [
-        (["--flagfile=a.flags"], 1, []),
-        (["--flagfile", "a.flags"], 1, []),
-        (["-flagfile=a.flags"], 1, []),
-        (["--flagfile="], None, []),
-        (["--flagfile=a.flags", "--flagfile=b.flags"], 2, []),  # the later file wins
-        (["--flagfile=b.flags", "--flagfile=a.flags"], 1, []),
-        (["--k=9", "--flagfile=a.flags"],
-         9, ["--k=1 in a.flags gives way to --k=9 of the command line"]),
-        (["--flagfile=a.flags", "--k=9"],
-         9, ["--k=1 in a.flags gives way to --k=9 of the command line"]),
-        (["--k", "9", "--flagfile", "a.flags", "--k=1"], 1, []),  # the same value
-        (["--k=9", "--flagfile=a.flags", "--flagfile=b.flags"], 9, ["--k=2 in b.flags"]),
-        (["--flagfile=outer.flags"], 1, []),
-        (["--flagfile=comments.flags"], 3, []),
-    ])
+  "arguments, k, told",
+  [
+    (["--flagfile=a.flags"], 1, []),
+    (["--flagfile", "a.flags"], 1, []),
+    (["-flagfile=a.flags"], 1, []),
+    (["--flagfile="], None, []),
+    (["--flagfile=a.flags", "--flagfile=b.flags"], 2, []),  # the later file wins
+    (["--flagfile=b.flags", "--flagfile=a.flags"], 1, []),
+    (
+      ["--k=9", "--flagfile=a.flags"],
+      9,
+      ["--k=1 in a.flags gives way to --k=9 of the command line"],
+    ),
+    (
+      ["--flagfile=a.flags", "--k=9"],
+      9,
+      ["--k=1 in a.flags gives way to --k=9 of the command line"],
+    ),
+    (["--k", "9", "--flagfile", "a.flags", "--k=1"], 1, []),  # the same value
+    (["--k=9", "--flagfile=a.flags", "--flagfile=b.flags"], 9, ["--k=2 in b.flags"]),
+    (["--flagfile=outer.flags"], 1, []),
+    (["--flagfile=comments.flags"], 3, []),
+  ],
+)
 def test_the_command_line_wins_and_says_so(arguments, k, told, tmp_path, monkeypatch):
-  write(tmp_path, a="--k=1\n", b="--k=2\n", outer="--k=5\n--flagfile=a.flags\n",
-        comments="# x\n// y\n\n  # z\n --k=3 \r\n")
+  write(
+    tmp_path,
+    a="--k=1\n",
+    b="--k=2\n",
+    outer="--k=5\n--flagfile=a.flags\n",
+    comments="# x\n// y\n\n  # z\n --k=3 \r\n",
+  )
   monkeypatch.chdir(tmp_path)
   values, said = parsed(*arguments)
   assert values["k"].value == k
@@ -58,30 +70,40 @@ def test_the_folder_of_the_command_line_is_the_one_that_runs(tmp_path):
     assert values["workdir"].value == f"{tmp_path}/copy" and values["scan_layers"].value is False
     assert sorted(values["stop"].value) == ["c", "d"] and len(said) == 3, said
   assert parsed(f"--flagfile={tmp_path}/flags.flags")[0]["stop"].value == ["a", "b"]
-  write(tmp_path, outer="--flagfile=flags.flags\n--stop=e\n")         # not all of both files
+  write(tmp_path, outer="--flagfile=flags.flags\n--stop=e\n")  # not all of both files
   assert parsed(f"--flagfile={tmp_path}/outer.flags")[0]["stop"].value == ["e"]
 
 
 def test_nested_files_lie_beside_their_parent_or_where_we_are(tmp_path, monkeypatch):
-  write(tmp_path / "deep", outer="--flagfile=inner.flags\n", inner="--k=1\n",
-        other="--flagfile=here.flags\n", none="--flagfile=no.flags\n")
+  write(
+    tmp_path / "deep",
+    outer="--flagfile=inner.flags\n",
+    inner="--k=1\n",
+    other="--flagfile=here.flags\n",
+    none="--flagfile=no.flags\n",
+  )
   write(tmp_path, here="--k=2\n")
   monkeypatch.chdir(tmp_path)
   values, said = parsed("--flagfile=deep/outer.flags")
   assert values["k"].value == 1 and not said
   assert parsed("--flagfile=deep/other.flags")[0]["k"].value == 2
-  with pytest.raises(UsageError, match="--flagfile=no.flags, which deep/none.flags names: there is "
-                                       f"no file {tmp_path}/deep/no.flags nor {tmp_path}/no.flags"):
+  with pytest.raises(
+    UsageError,
+    match="--flagfile=no.flags, which deep/none.flags names: there is "
+    f"no file {tmp_path}/deep/no.flags nor {tmp_path}/no.flags",
+  ):
     parsed("--flagfile=deep/none.flags")
   write(tmp_path, inner="--k=3\n")
   values, said = parsed("--flagfile=deep/outer.flags")
   assert values["k"].value == 1
-  assert said == [f"--flagfile=inner.flags in deep/outer.flags is deep/inner.flags, not "
-                  f"{tmp_path}/inner.flags"]
+  assert said == [
+    f"--flagfile=inner.flags in deep/outer.flags is deep/inner.flags, not {tmp_path}/inner.flags"
+  ]
 
 
-@pytest.mark.parametrize("content", [
-    "--k=7 # no comment", "--k=7\n--undefok=b\n--b=3"], ids=["comment", "undefok"])
+@pytest.mark.parametrize(
+  "content", ["--k=7 # no comment", "--k=7\n--undefok=b\n--b=3"], ids=["comment", "undefok"]
+)
 def test_the_rest_is_as_in_absl(content, tmp_path):
   write(tmp_path, a=content)
   if "undefok" in content:
@@ -95,20 +117,24 @@ def test_the_rest_is_as_in_absl(content, tmp_path):
 def test_encodings_that_are_read(encoding, tmp_path):
   text = "# größe\n--k=7\n--data=größe\n"
   content = {"utf-16-le-bom": "\ufeff" + text}.get(encoding, text).replace(
-      "\n", "\r" if encoding == "mac" else "\n")
+    "\n", "\r" if encoding == "mac" else "\n"
+  )
   codec = {"utf-16-le-bom": "utf-16-le", "mac": "utf-8"}.get(encoding, encoding)
   write(tmp_path, a=content.encode(codec))
   values, _ = parsed(f"--flagfile={tmp_path}/a.flags")
   assert values["k"].value == 7 and values["data"].value.endswith("/größe")
 
 
-@pytest.mark.parametrize("content, words", [
+@pytest.mark.parametrize(
+  "content, words",
+  [
     ("--k=7\n# größe".encode("latin-1"), "line 2: byte 0xf6 at offset 10 is no UTF-8 text"),
     (b"\xef\xbb\xbf--k=7\n# gr\xf6\xdfe", "line 2: byte 0xf6 at offset 13 is no UTF-8 text"),
     ("--k=7\n".encode("utf-16-le"), "line 1: byte 0x00 at offset 1"),
     (b"\xff\xfe-\x00\x00\xd8", "not UTF-16 at byte"),
     (b"#" * (2**20 + 1), "more than 1,048,576 bytes"),
-])
+  ],
+)
 def test_encodings_that_are_refused(content, words, tmp_path):
   write(tmp_path, a=content)
   with pytest.raises(UsageError, match=words) as error:
@@ -116,7 +142,9 @@ def test_encodings_that_are_refused(content, words, tmp_path):
   assert str(error.value).replace(" ", "=").startswith(f"--flagfile={tmp_path}/a.flags")
 
 
-@pytest.mark.parametrize("argument, words", [
+@pytest.mark.parametrize(
+  "argument, words",
+  [
     ("--flagfile", "--flagfile: the path of the file is missing"),
     ("--flagfile=gs://x/y", "gs: URLs are not supported"),
     ("--flagfile={}", "is a folder, expected a regular file"),
@@ -124,7 +152,8 @@ def test_encodings_that_are_refused(content, words, tmp_path):
     ("--flagfile={}/a.flags", "includes itself: {0}/a.flags -> {0}/b.flags -> {0}/a.flags"),
     ("--flagfile={}/word.flags", "unexpected argument 'word'"),
     ("--flagfile={}/d0.flags", "more than 1000 flagfiles"),
-])
+  ],
+)
 def test_what_is_no_flagfile(argument, words, tmp_path):
   write(tmp_path, a="--flagfile=b.flags\n", b=f"--flagfile={tmp_path}/a.flags\n", word="word\n")
   write(tmp_path, **{f"d{i}": f"--flagfile=d{i + 1}.flags\n" * 2 for i in range(20)}, d20="--k=1")

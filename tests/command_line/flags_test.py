@@ -1,4 +1,6 @@
-"""Bad flags are refused in one sentence; good ones become the dataclasses, also after a trip through a flagfile."""
+"""Bad flags are refused in one sentence; good ones become the dataclasses, also after a trip
+through a flagfile.
+"""
 
 import io
 import sys
@@ -25,7 +27,9 @@ def configs(*arguments):
   return flags.model_config(values, vocab_size=300), flags.train_config(values)
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     (["--kk=2"], ["kk", "nknown"]),
     (["--wrokdir=2"], ["wrokdir", "workdir"]),
     (["--k=0"], ["--k=0", "at least 1"]),
@@ -41,9 +45,15 @@ def configs(*arguments):
     (["stray"], ["stray", "--name=value"]),
     (["--flagfile=/nowhere/x.flags"], ["/nowhere/x.flags"]),
     (["--num_heads=5"], ["num_heads=5", "num_kv_heads=2"]),
-    (["--attention=full", "--layer_pattern=full"], ["--attention=full", "--layer_pattern=full", "exclude"]),
+    (
+      ["--attention=full", "--layer_pattern=full"],
+      ["--attention=full", "--layer_pattern=full", "exclude"],
+    ),
     (["--layer_pattern=sparse*2"], ["sparse*2", "sliding_window"]),
-    (["--batch_size=9", "--grad_accumulation=2"], ["--batch_size=9", "grad_accumulation=2", "multiple"]),
+    (
+      ["--batch_size=9", "--grad_accumulation=2"],
+      ["--batch_size=9", "grad_accumulation=2", "multiple"],
+    ),
     (["--warmup_steps=50", "--num_steps=20"], ["--warmup_steps=50", "num_steps=20"]),
     (["--scorer=conv", "--window=2"], ["--scorer_lookahead=4", "window=2"]),
     (["--workdir="], ["--workdir=: must be a path, it is empty"]),
@@ -52,13 +62,20 @@ def configs(*arguments):
     (["--distill=.5"], ["--distill=0.5", "distill_from=None", "both or neither"]),
     (["--distill_from=hf:model"], ["--distill=0.0", "distill_from=hf:/", "/model"]),
     (["--distill=1.5"], ["--distill=1.5", "at most 1"]),
-    (["--scorer_warmup", "--scorer_loss=1"], ["--scorer_warmup=True", "trainable=all", "trainable=scorer"]),
-    (["--scorer_warmup", "--trainable=scorer", "--scorer_loss=0"], ["--scorer_warmup=True", "scorer_loss above 0", "scorer_loss=0.0"]),
+    (
+      ["--scorer_warmup", "--scorer_loss=1"],
+      ["--scorer_warmup=True", "trainable=all", "trainable=scorer"],
+    ),
+    (
+      ["--scorer_warmup", "--trainable=scorer", "--scorer_loss=0"],
+      ["--scorer_warmup=True", "scorer_loss above 0", "scorer_loss=0.0"],
+    ),
     (["--spike_factor=0.5"], ["--spike_factor=0.5", "above 1"]),
     (["--on_spike=wait"], ["--on_spike=wait", "skip"]),
     (["--restore_step=-1"], ["--restore_step=-1", "at least 0"]),
     (["--scorer_loss_queries=0"], ["--scorer_loss_queries=0", "at least 1"]),
-])
+  ],
+)
 def test_bad_flags_are_refused_in_one_sentence(arguments, words):
   with pytest.raises(UsageError) as error:
     configs("--workdir=w", *arguments)
@@ -74,21 +91,48 @@ def test_defaults_are_the_presets():
 
 
 def test_flags_replace_fields():
-  model, run = configs("--workdir=w", "--layer_pattern=sparsek*3,full", "--k=7", "--qk_norm", "--notie_embeddings", "--num_steps=40",
-                       "--seed=3", "--nosegment_documents")
+  model, run = configs(
+    "--workdir=w",
+    "--layer_pattern=sparsek*3,full",
+    "--k=7",
+    "--qk_norm",
+    "--notie_embeddings",
+    "--num_steps=40",
+    "--seed=3",
+    "--nosegment_documents",
+  )
   assert model.attention == ("sparsek", "sparsek", "sparsek", "full")
   assert (model.k, model.qk_norm, model.tie_embeddings) == (7, True, False)
-  assert (run.optimizer.num_steps, run.optimizer.warmup_steps, run.seed, run.data.seed, run.data.segment_documents) == (40, 4, 3, 3, False)
+  assert (
+    run.optimizer.num_steps,
+    run.optimizer.warmup_steps,
+    run.seed,
+    run.data.seed,
+    run.data.segment_documents,
+  ) == (40, 4, 3, 3, False)
 
 
 def test_small_presets_scan_over_layers_where_the_pattern_fits():
   scans = lambda *arguments: configs("--workdir=w", *arguments)[0].scan_layers
-  assert scans("--preset=mini") and not scans("--preset=mini", "--noscan_layers") and not scans("--preset=gpt2_small")
-  assert scans("--preset=mini", "--layer_pattern=sparsek*3,full") and not scans("--preset=mini", "--layer_pattern=sparsek*2,full")
+  assert (
+    scans("--preset=mini")
+    and not scans("--preset=mini", "--noscan_layers")
+    and not scans("--preset=gpt2_small")
+  )
+  assert scans("--preset=mini", "--layer_pattern=sparsek*3,full") and not scans(
+    "--preset=mini", "--layer_pattern=sparsek*2,full"
+  )
 
 
 def test_flagfile_reproduces_the_run(tmp_path):
-  arguments = ["--workdir=a b", "--gate=value", "--num_layers=2", "--learning_rate=3e-4", "--nosegment_documents", "--rope_theta=5e5"]
+  arguments = [
+    "--workdir=a b",
+    "--gate=value",
+    "--num_layers=2",
+    "--learning_rate=3e-4",
+    "--nosegment_documents",
+    "--rope_theta=5e5",
+  ]
   flagfile = tmp_path / "flags.txt"
   flagfile.write_text(flags.into_string(parsed(*arguments)))
   assert configs(f"--flagfile={flagfile}") == configs(*arguments)
@@ -103,9 +147,14 @@ def test_attention_flags_alone_override_a_loaded_configuration():
   assert (config.k, config.window, config.gate, config.vocab_size) == (9, 3, "value", 300)
 
 
-@pytest.mark.parametrize("error, code", [
-    (UsageError("no such thing"), 2), (RunError("disk full"), 1),
-    (NotImplementedError("implementation='mosaic_gpu' cannot run here"), 2)])
+@pytest.mark.parametrize(
+  "error, code",
+  [
+    (UsageError("no such thing"), 2),
+    (RunError("disk full"), 1),
+    (NotImplementedError("implementation='mosaic_gpu' cannot run here"), 2),
+  ],
+)
 def test_run_prints_one_line_and_exits(error, code, capsys):
   def main():
     raise error
@@ -152,8 +201,10 @@ def test_a_terminal_without_utf8_ends_no_command(encoding, monkeypatch):
   assert exit_info.value.code == 0 and stdout.buffer.getvalue() == expected
 
 
-@pytest.mark.parametrize("arguments, written", [
-    ([], True), (["--init_from=a"], False), (["--init_from=a", "--preset=mini"], True)])
+@pytest.mark.parametrize(
+  "arguments, written",
+  [([], True), (["--init_from=a"], False), (["--init_from=a", "--preset=mini"], True)],
+)
 def test_a_flagfile_has_no_preset_that_would_exclude_another_model(arguments, written):
   text = flags.into_string(parsed("--workdir=w", *arguments))
   assert ("--preset=" in text) == written

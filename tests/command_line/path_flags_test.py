@@ -10,16 +10,34 @@ import pytest
 from absl import flags as absl_flags
 
 from sparsek.command_line import flags, path_flags
-from sparsek.huggingface import pretrained
 from sparsek.errors import UsageError
+from sparsek.huggingface import pretrained
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NO_COMMANDS = {"__init__", "child", "script", "suites", "stages"}
-GLOBAL = {"pretrain", "generate", "demo"}                      # their flags are in flags.FLAGS
-NO_PATHS = {                                                   # strings that name no file
-    "layer_pattern", "rope_scaling", "profile_steps", "prompt", "stop", "tasks", "lengths", "more",
-    "attention", "k", "window", "gate", "scorer", "job", "batch_sizes", "prompts", "scores",
-    "rivals", "extensions", "text_field"}
+GLOBAL = {"pretrain", "generate", "demo"}  # their flags are in flags.FLAGS
+NO_PATHS = {  # strings that name no file
+  "layer_pattern",
+  "rope_scaling",
+  "profile_steps",
+  "prompt",
+  "stop",
+  "tasks",
+  "lengths",
+  "more",
+  "attention",
+  "k",
+  "window",
+  "gate",
+  "scorer",
+  "job",
+  "batch_sizes",
+  "prompts",
+  "scores",
+  "rivals",
+  "extensions",
+  "text_field",
+}
 NO_PATHS_OF_SCRIPTS = {"lengths", "sparsek", "more", "scorer", "devices", "only", "dtype", "note"}
 PLAIN = (absl_flags.ArgumentParser, absl_flags.ListParser, absl_flags.WhitespaceSeparatedListParser)
 
@@ -28,8 +46,11 @@ def commands():
   """Returns name -> module of everything in experiments/ and its recipes that can be run."""
   paths = [*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/recipes/*.py")]
   names = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
-  return {name: importlib.import_module(module) for name, module in sorted(names.items())
-          if name not in NO_COMMANDS}
+  return {
+    name: importlib.import_module(module)
+    for name, module in sorted(names.items())
+    if name not in NO_COMMANDS
+  }
 
 
 def flags_of_commands():
@@ -51,7 +72,8 @@ def test_every_path_of_every_command():
   home, (ours, options) = os.path.expanduser("~"), flags_of_commands()
   paths = [(command, flag) for command, flag in ours if path_flags.is_path(flag)]
   assert {"workdir", "data", "init_from", "record", "sources", "base", "from", "load_cache"} <= {
-      flag.name for _, flag in paths}
+    flag.name for _, flag in paths
+  }
   for command, flag in paths:
     for url in ("gs://bucket/x", "s3://bucket/x", "file:///tmp/x", "https://host/x"):
       with pytest.raises(ValueError, match="URLs are not supported"):
@@ -66,6 +88,7 @@ def test_every_path_of_every_command():
     if type(flag.parser) in PLAIN and flag.name not in NO_PATHS:
       pytest.fail(f"{command} --{flag.name}: define.path, or NO_PATHS")
   from experiments import script
+
   for command, action in options:
     if action.type in (script.path, script.output):
       assert action.type("~/x") == f"{home}/x"
@@ -81,18 +104,34 @@ def test_every_path_of_every_command():
     script.words("'x")
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("hf:~/x", "hf:{home}/x"), ("hf:x", "hf:{here}/x"), ("x@4", "{here}/x@4"),
-    ("~/x@4", "{home}/x@4"), ("x@4/", "{here}/x@4/"), ("hf:x@4//", "hf:{here}/x@4/"),
-    ("x/@4", "{here}/x/@4"), ("/a/./b/", "/a/b"), ("./~x", "{here}/~x"), ("a:b", "{here}/a:b")])
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("hf:~/x", "hf:{home}/x"),
+    ("hf:x", "hf:{here}/x"),
+    ("x@4", "{here}/x@4"),
+    ("~/x@4", "{home}/x@4"),
+    ("x@4/", "{here}/x@4/"),
+    ("hf:x@4//", "hf:{here}/x@4/"),
+    ("x/@4", "{here}/x/@4"),
+    ("/a/./b/", "/a/b"),
+    ("./~x", "{here}/~x"),
+    ("a:b", "{here}/a:b"),
+  ],
+)
 def test_references(text, expected):
   places = {"home": os.path.expanduser("~"), "here": os.getcwd()}
   assert path_flags.parse_path(text, reference=True) == expected.format(**places)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("hf:gs://x", "gs: URLs"), ("hf:", "empty"),
-    ("~nobody-here/x", "there is no user ~nobody-here")])
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("hf:gs://x", "gs: URLs"),
+    ("hf:", "empty"),
+    ("~nobody-here/x", "there is no user ~nobody-here"),
+  ],
+)
 def test_references_that_are_none(text, words):
   with pytest.raises(ValueError, match=words):
     path_flags.parse_path(text, reference=True)
@@ -143,7 +182,7 @@ def is_text_of_no_encoding(call):
   name = getattr(call.func, "id", getattr(call.func, "attr", None))
   owner = getattr(getattr(call.func, "value", None), "id", None)
   if name not in ("open", "fdopen", "read_text", "write_text") or owner in ("os", "archive"):
-    return False                                                   # descriptors; a zip file's bytes
+    return False  # descriptors; a zip file's bytes
   if any(keyword.arg in (None, "encoding") for keyword in call.keywords):
     return False
   mode = call.args[1] if name in ("open", "fdopen") and call.args[1:] else ast.Constant("r")
@@ -155,6 +194,9 @@ def test_text_is_read_and_written_as_utf8():
   found = []
   for path in (*ROOT.glob("sparsek/*.py"), *ROOT.glob("experiments/**/*.py")):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found += [f"{path.name}:{node.lineno}" for node in ast.walk(tree)
-              if isinstance(node, ast.Call) and is_text_of_no_encoding(node)]
+    found += [
+      f"{path.name}:{node.lineno}"
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Call) and is_text_of_no_encoding(node)
+    ]
   assert not found, found

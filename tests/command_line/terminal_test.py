@@ -82,18 +82,27 @@ def main():
   raise RunError("the last save failed")
 flags.run(main)
 """
-  done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code], cwd=ROOT,
-                        stderr=subprocess.PIPE, text=True, timeout=60)
+  done = subprocess.run(
+    ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+    timeout=60,
+  )
   assert (done.returncode, done.stderr) == (1, "error: the last save failed\n")
   assert (tmp_path / "file").read_text() == ""
 
 
 @pytest.mark.slow
 def test_an_interrupt_while_a_command_imports_is_one_line_and_code_130():
-  process = subprocess.Popen([sys.executable, "-X", "importtime", "-m", "experiments.pretrain"],
-                             cwd=ROOT, text=True, stderr=subprocess.PIPE)
+  process = subprocess.Popen(
+    [sys.executable, "-X", "importtime", "-m", "experiments.pretrain"],
+    cwd=ROOT,
+    text=True,
+    stderr=subprocess.PIPE,
+  )
   for line in process.stderr:
-    if line.split()[-1] == "experiments":      # imported; now the command's own imports begin
+    if line.split()[-1] == "experiments":  # imported; now the command's own imports begin
       break
   process.send_signal(signal.SIGINT)
   rest = process.stderr.read()

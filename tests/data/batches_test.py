@@ -1,4 +1,6 @@
-"""Packed rows, iterators and the built-in corpus. Token files, sources and tokenizers are tested in token_files_test.py."""
+"""Packed rows, iterators and the built-in corpus. Token files, sources and tokenizers are tested in
+token_files_test.py.
+"""
 
 import collections
 import json
@@ -10,30 +12,38 @@ import sys
 import numpy as np
 import pytest
 
-from sparsek.data import batches, epoch_order
 from sparsek.config import DataConfig
+from sparsek.data import batches, epoch_order
 from sparsek.data.corpus import Document
 from sparsek.data.epoch_order import EpochOrder, Stage
-from sparsek.errors import RunError, UsageError
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.errors import RunError, UsageError
 
 
 def make_dataset(folder, lengths, heldout=2):
   """Documents of the given numbers of tokens; the last `heldout` ones are held out."""
   rng = np.random.default_rng(0)
   texts = ["".join(map(chr, rng.integers(32, 127, length - 1))) for length in lengths]
-  write_token_files(str(folder), [Document(str(i), text, i >= len(texts) - heldout) for i, text in enumerate(texts)], ByteTokenizer())
+  write_token_files(
+    str(folder),
+    [Document(str(i), text, i >= len(texts) - heldout) for i, text in enumerate(texts)],
+    ByteTokenizer(),
+  )
   return batches.open_data(str(folder))
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-  return make_dataset(tmp_path_factory.mktemp("data") / "tokens", [5, 40, 2, 17, 100, 3, 1 + 64, 9, 23, 50, 30])
+  return make_dataset(
+    tmp_path_factory.mktemp("data") / "tokens", [5, 40, 2, 17, 100, 3, 1 + 64, 9, 23, 50, 30]
+  )
 
 
 def make_iterator(dataset, batch_size=4, seq_len=16, **kwargs):
-  return batches.make_train_iterator(dataset, DataConfig(batch_size=batch_size, seq_len=seq_len, seed=1), **kwargs)
+  return batches.make_train_iterator(
+    dataset, DataConfig(batch_size=batch_size, seq_len=seq_len, seed=1), **kwargs
+  )
 
 
 def assert_same(first, second, keys=frozenset({"tokens", "segment_ids"})):
@@ -53,8 +63,19 @@ def marked_dataset(tmp_path_factory):
   """Documents of capital and small letters, in some of which only the capitals count."""
   rng, folder = np.random.default_rng(0), str(tmp_path_factory.mktemp("marked") / "tokens")
   lengths = rng.integers(5, 60, 12)
-  texts = ["".join(map(chr, np.sort(rng.integers(65, 91, length)))) + "".join(map(chr, rng.integers(97, 123, length))) for length in lengths]
-  write_token_files(folder, [Document(str(i), text, i > 9, ((0, int(lengths[i])),) if i % 3 else None) for i, text in enumerate(texts)], ByteTokenizer())
+  texts = [
+    "".join(map(chr, np.sort(rng.integers(65, 91, length))))
+    + "".join(map(chr, rng.integers(97, 123, length)))
+    for length in lengths
+  ]
+  write_token_files(
+    folder,
+    [
+      Document(str(i), text, i > 9, ((0, int(lengths[i])),) if i % 3 else None)
+      for i, text in enumerate(texts)
+    ],
+    ByteTokenizer(),
+  )
   return batches.open_data(folder)
 
 
@@ -63,9 +84,13 @@ def test_rows_say_what_the_loss_counts(marked_dataset, dataset):
   for row in epoch_of(marked_dataset, 16):
     assert row["counted"].dtype == bool and not np.any(row["counted"] & (row["segment_ids"] == 0))
     marks.update(zip(row["tokens"][1:].tolist(), row["counted"][1:].tolist()))
-  expected = collections.Counter(pair for i in range(split.num_documents) for pair in zip(split.document(i).tolist(), (~split.uncounted(i)).tolist()))
-  expected[0, False] = marks[0, False]                                                        # padding
-  missing = expected - marks                                                                  # the first token of the stream is no target
+  expected = collections.Counter(
+    pair
+    for i in range(split.num_documents)
+    for pair in zip(split.document(i).tolist(), (~split.uncounted(i)).tolist())
+  )
+  expected[0, False] = marks[0, False]  # padding
+  missing = expected - marks  # the first token of the stream is no target
   assert marks - expected == collections.Counter() and sum(missing.values()) == 1
   assert marks[97, False] and marks[97, True] and "counted" not in epoch_of(dataset, 16)[0]
   iterator, resumed = (make_iterator(marked_dataset) for _ in range(2))
@@ -95,10 +120,15 @@ def test_seed_and_epoch_change_the_order(dataset):
 @pytest.mark.parametrize("seq_len", [1, 7, 16, 200])
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_every_token_of_an_epoch_is_a_target_once(dataset, seq_len, epoch):
-  """Within documents: each pair of neighbours is seen once. Across them: each token but the stream's first is a target once."""
+  """Within documents: each pair of neighbours is seen once. Across them: each token but the
+  stream's first is a target once.
+  """
   split = dataset.split("train")
   pairs = collections.Counter(
-      pair for i in range(split.num_documents) for pair in zip(split.document(i)[:-1].tolist(), split.document(i)[1:].tolist()))
+    pair
+    for i in range(split.num_documents)
+    for pair in zip(split.document(i)[:-1].tolist(), split.document(i)[1:].tolist())
+  )
   seen = collections.Counter()
   num_targets = 0
   for row in epoch_of(dataset, seq_len, epoch):
@@ -110,7 +140,9 @@ def test_every_token_of_an_epoch_is_a_target_once(dataset, seq_len, epoch):
   assert num_targets == split.num_tokens - 1
 
 
-@pytest.mark.parametrize("seq_len", [1, 5, 64])  # Short rows start at the beginning of a document, too.
+@pytest.mark.parametrize(
+  "seq_len", [1, 5, 64]
+)  # Short rows start at the beginning of a document, too.
 def test_segment_ids_count_the_documents_of_a_row(dataset, seq_len):
   for row in epoch_of(dataset, seq_len):
     segments, tokens = row["segment_ids"], row["tokens"]
@@ -123,7 +155,9 @@ def test_segment_ids_count_the_documents_of_a_row(dataset, seq_len):
 
 
 def test_without_segments_all_documents_are_one(dataset):
-  for with_segments, without in zip(epoch_of(dataset, 64), epoch_of(dataset, 64, segment_documents=False)):
+  for with_segments, without in zip(
+    epoch_of(dataset, 64), epoch_of(dataset, 64, segment_documents=False)
+  ):
     np.testing.assert_array_equal(without["tokens"], with_segments["tokens"])
     np.testing.assert_array_equal(without["segment_ids"], with_segments["segment_ids"] > 0)
 
@@ -180,6 +214,7 @@ def test_state_resumes_with_the_following_batch(dataset, steps):
 
 class Numbered:
   """A split whose ids are the places of its tokens, so that it is known what was read."""
+
   name, marked, vocab_size = "train", False, 2**31
 
   def __init__(self, lengths):
@@ -192,7 +227,7 @@ class Numbered:
 
 
 # Documents shorter and longer than rows: 6000 tokens; the first one of a document is no target.
-LENGTHS = np.random.default_rng(0).multinomial(5700, np.r_[.5, np.full(299, .5 / 299)]) + 1
+LENGTHS = np.random.default_rng(0).multinomial(5700, np.r_[0.5, np.full(299, 0.5 / 299)]) + 1
 NUMBERED = Numbered(LENGTHS)
 FIRST = set((np.cumsum(NUMBERED.lengths) - NUMBERED.lengths).tolist())
 
@@ -208,8 +243,10 @@ def targets_read(batches):
 
 def iterators(processes=1, **flags):
   config = DataConfig(**{"seq_len": 64, "batch_size": 2, "seed": 0, **flags})
-  rows = [batches._local_rows(config.batch_size, config.seq_len, process, processes)
-          for process in range(processes)]
+  rows = [
+    batches._local_rows(config.batch_size, config.seq_len, process, processes)
+    for process in range(processes)
+  ]
   return [batches.TrainIterator(NUMBERED, config, part, "") for part in rows]
 
 
@@ -227,8 +264,14 @@ def read_on(state, steps, processes=1, **flags):
 
 def rest_of_epoch(state, seq_len, seed, **options):
   """Returns the rows of an epoch after a state, as batches of one, and the next epoch's first."""
-  rows = batches.PackedRows(NUMBERED, seq_len, seed=seed, epoch=state["epoch"],
-                         stages=[Stage(*stage) for stage in state["stages"]], **options)
+  rows = batches.PackedRows(
+    NUMBERED,
+    seq_len,
+    seed=seed,
+    epoch=state["epoch"],
+    stages=[Stage(*stage) for stage in state["stages"]],
+    **options,
+  )
   i, rest = rows.first, []
   while rows.stages_before(i)[0] == state["epoch"]:
     rest.append({key: value[None] for key, value in rows.example(i).items()})
@@ -237,16 +280,20 @@ def rest_of_epoch(state, seq_len, seed, **options):
 
 
 CHANGES = {
-    "nothing": [{}],
-    "seq_len, longer": [dict(seq_len=128)],
-    "seq_len, longer than what is left": [dict(seq_len=5000, steps=0)],
-    "seq_len, much shorter": [dict(seq_len=7)],
-    "batch_size": [dict(batch_size=6)],
-    "seed": [dict(seed=1)],
-    "seed, back again": [dict(seed=1), {}],
-    "all, several times": [dict(seq_len=48, seed=1, batch_size=3), dict(seq_len=7),
-                           dict(seq_len=200, seed=2), {}],
-    "processes": [dict(processes=2), dict(processes=2, batch_size=6, seq_len=128)],
+  "nothing": [{}],
+  "seq_len, longer": [dict(seq_len=128)],
+  "seq_len, longer than what is left": [dict(seq_len=5000, steps=0)],
+  "seq_len, much shorter": [dict(seq_len=7)],
+  "batch_size": [dict(batch_size=6)],
+  "seed": [dict(seed=1)],
+  "seed, back again": [dict(seed=1), {}],
+  "all, several times": [
+    dict(seq_len=48, seed=1, batch_size=3),
+    dict(seq_len=7),
+    dict(seq_len=200, seed=2),
+    {},
+  ],
+  "processes": [dict(processes=2), dict(processes=2, batch_size=6, seq_len=128)],
 }
 
 
@@ -282,9 +329,9 @@ def test_constant_flags_keep_the_order_of_older_versions():
   stream = np.concatenate([NUMBERED.document(i) for i in documents])
   rows = batches.PackedRows(NUMBERED, 64, seed=3)
   for visit, row in enumerate(generator.permutation(rows.num_rows)):
-    tokens = stream[64 * row:64 * row + 65]
+    tokens = stream[64 * row : 64 * row + 65]
     example = rows.example(2 * rows.num_rows + visit)
-    np.testing.assert_array_equal(example["tokens"][:len(tokens)], tokens)
+    np.testing.assert_array_equal(example["tokens"][: len(tokens)], tokens)
 
 
 def test_states_of_older_versions_are_read(caplog):
@@ -301,7 +348,7 @@ def test_an_old_state_goes_on_under_other_flags_where_its_own_are_known(caplog):
   old = {key: state[key] for key in ("tokens", "dataset")}
   found = []
   for saved, options in ((state, {}), (old, dict(saved_under={"seq_len": 64, "seed": 5}))):
-    reader, = iterators(seq_len=32, seed=6)
+    (reader,) = iterators(seq_len=32, seed=6)
     reader.set_state(saved, **options)
     found.append(targets_read(next(reader) for _ in range(3)))
   assert found[0] == found[1] and not caplog.text
@@ -315,13 +362,31 @@ def test_a_long_document_stays_whole_after_short_rows(monkeypatch):
   assert sorted(end - begin for row in pieces for _, begin, end in row)[-3:] == [1025] * 3
 
 
-@pytest.mark.parametrize("state", [
-    None, {}, {"tokens": -1}, {"tokens": "5"}, {"tokens": True},
+@pytest.mark.parametrize(
+  "state",
+  [
+    None,
+    {},
+    {"tokens": -1},
+    {"tokens": "5"},
+    {"tokens": True},
     {"tokens": 1, "dataset": "", "stages": []},
     {"tokens": 1, "dataset": "", "epoch": -1, "stages": []},
-    *({"tokens": 1, "dataset": "", "epoch": 0, "stages": stages}
-      for stages in (5, [5], [[0, 64, 9]], [[0, 0, 9, 9]], [[0, 64, 0, 9]], [[0, 64, 9, -1]],
-                     [["0", 64, 9, 1]], [[0, 64, 9, 10**9]]))])
+    *(
+      {"tokens": 1, "dataset": "", "epoch": 0, "stages": stages}
+      for stages in (
+        5,
+        [5],
+        [[0, 64, 9]],
+        [[0, 0, 9, 9]],
+        [[0, 64, 0, 9]],
+        [[0, 64, 9, -1]],
+        [["0", 64, 9, 1]],
+        [[0, 64, 9, 10**9]],
+      )
+    ),
+  ],
+)
 def test_damaged_states_are_refused(state):
   with pytest.raises(ValueError, match="'tokens'|'stages'|cannot be read"):
     iterators()[0].set_state(state)
@@ -360,8 +425,10 @@ def test_ids_above_the_vocabulary_name_the_file_and_the_place(tmp_path, wrong):
   with pytest.raises(RunError) as error:
     next(batches.make_train_iterator(opened, DataConfig(batch_size=1, seq_len=8)))
   place = "token 6 (token 2 of document 1 of the train split, '1')"
-  assert (f"tokens.bin is damaged: the id {wrong} at {place} is not below the vocabulary's 257"
-          in str(error.value))
+  assert (
+    f"tokens.bin is damaged: the id {wrong} at {place} is not below the vocabulary's 257"
+    in str(error.value)
+  )
   assert len(batches.eval_batches(opened, DataConfig(batch_size=1, seq_len=8), 9)[0]["tokens"]) == 1
 
 
@@ -381,21 +448,32 @@ def test_ids_of_32_bits_do_not_become_negative_ones():
 
 def test_processes_share_the_rows_of_a_batch(dataset):
   whole = make_iterator(dataset, batch_size=6)
-  shards = [make_iterator(dataset, batch_size=6, process_index=p, process_count=3) for p in range(3)]
+  shards = [
+    make_iterator(dataset, batch_size=6, process_index=p, process_count=3) for p in range(3)
+  ]
   for _ in range(4):
     parts = [next(shard) for shard in shards]
     assert all(part["tokens"].shape == (2, 17) for part in parts)
-    assert_same({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, next(whole))
-  assert len({json.dumps(shard.get_state()) for shard in shards} | {json.dumps(whole.get_state())}) == 1
+    assert_same(
+      {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, next(whole)
+    )
+  assert (
+    len({json.dumps(shard.get_state()) for shard in shards} | {json.dumps(whole.get_state())}) == 1
+  )
 
 
 def test_bad_shapes_are_refused(dataset):
-  with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the number of processes, 3"):
+  with pytest.raises(
+    ValueError, match="batch_size=4 must be a multiple of the number of processes, 3"
+  ):
     make_iterator(dataset, process_count=3)
   with pytest.raises(ValueError, match="process_index=2"):
     make_iterator(dataset, process_index=2, process_count=2)
   num_tokens = dataset.split("train").num_tokens
-  with pytest.raises(ValueError, match=f"seq_len={num_tokens} needs at least {num_tokens + 1} tokens.* has {num_tokens}"):
+  with pytest.raises(
+    ValueError,
+    match=f"seq_len={num_tokens} needs at least {num_tokens + 1} tokens.* has {num_tokens}",
+  ):
     make_iterator(dataset, seq_len=num_tokens)
   next(make_iterator(dataset, seq_len=num_tokens - 1))
   with pytest.raises(ValueError, match="seed=-1"):
@@ -410,16 +488,25 @@ def test_without_grain_the_message_says_what_to_install(dataset, monkeypatch):
 
 @pytest.mark.slow
 def test_importing_needs_no_grain():
-  subprocess.run([sys.executable, "-c", "import sys; sys.modules['grain'] = None; import sparsek.data.batches"], check=True)
+  subprocess.run(
+    [sys.executable, "-c", "import sys; sys.modules['grain'] = None; import sparsek.data.batches"],
+    check=True,
+  )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
 def test_eval_batches_are_fixed_and_held_out(dataset, batch_size):
   config = DataConfig(batch_size=batch_size, seq_len=16)
   rows = batches.eval_batches(dataset, config, 1000)
-  for first, second in zip(rows, batches.eval_batches(dataset, DataConfig(batch_size=batch_size, seq_len=16, seed=5), 1000), strict=True):
+  for first, second in zip(
+    rows,
+    batches.eval_batches(dataset, DataConfig(batch_size=batch_size, seq_len=16, seed=5), 1000),
+    strict=True,
+  ):
     assert_same(first, second)
-  real = np.concatenate([batch["tokens"][:, 1:][batch["segment_ids"][:, 1:] != 0] for batch in rows])
+  real = np.concatenate(
+    [batch["tokens"][:, 1:][batch["segment_ids"][:, 1:] != 0] for batch in rows]
+  )
   split = dataset.split("heldout")
   assert len(real) == split.num_tokens - 1 == 79
   assert all(batch["tokens"].shape == (batch_size, 17) for batch in rows)
@@ -431,14 +518,18 @@ def test_eval_batches_are_fixed_and_held_out(dataset, batch_size):
 
 def test_eval_batches_are_shared_by_processes(dataset):
   config = DataConfig(batch_size=4, seq_len=16)
-  parts = [batches.eval_batches(dataset, config, 9, process_index=p, process_count=2) for p in range(2)]
+  parts = [
+    batches.eval_batches(dataset, config, 9, process_index=p, process_count=2) for p in range(2)
+  ]
   for whole, *halves in zip(batches.eval_batches(dataset, config, 9), *parts, strict=True):
     assert_same(whole, {key: np.concatenate([half[key] for half in halves]) for key in whole})
 
 
 def test_eval_without_held_out_documents_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no held-out documents"):
-    batches.eval_batches(make_dataset(tmp_path / "tokens", [10, 10], heldout=0), DataConfig(seq_len=4), 1)
+    batches.eval_batches(
+      make_dataset(tmp_path / "tokens", [10, 10], heldout=0), DataConfig(seq_len=4), 1
+    )
 
 
 @pytest.fixture
@@ -513,5 +604,7 @@ def test_stdlib_is_prepared_by_two_processes_at_once(tmp_path, monkeypatch):
 def test_a_batch_that_no_memory_holds_is_refused_at_once(dataset):
   config = DataConfig(batch_size=2**31 - 1, seq_len=16)
   for make in (batches.make_train_iterator, lambda *x: batches.eval_batches(*x, 1)):
-    with pytest.raises(UsageError, match="--batch_size=2147483647 with --seq_len=16: a batch takes"):
+    with pytest.raises(
+      UsageError, match="--batch_size=2147483647 with --seq_len=16: a batch takes"
+    ):
       make(dataset, config)

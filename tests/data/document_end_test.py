@@ -9,8 +9,8 @@ import tokenizers
 
 from sparsek.data import document_end, token_files
 from sparsek.data.corpus import Document
-from sparsek.errors import UsageError
 from sparsek.data.tokenizer import load_tokenizer
+from sparsek.errors import UsageError
 
 ODD = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 MODEL = {"model_type": "llama"}
@@ -31,21 +31,24 @@ def write(folder, special=("<unk>", "</s>", ODD, "<|im_end|>"), **contents):
   return str(folder)
 
 
-@pytest.mark.parametrize("contents, end", [
-    ({}, 1),                                                    # </s>, a known name
+@pytest.mark.parametrize(
+  "contents, end",
+  [
+    ({}, 1),  # </s>, a known name
     ({"tokenizer_config": {"eos_token": ODD}, "config": MODEL | {"eos_token_id": 1}}, 2),
     ({"tokenizer_config": {"eos_token": {"__type": "AddedToken", "content": ODD}}}, 2),
     ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": ODD}}, 2),
     ({"special_tokens_map": {"eos_token": {"content": "<|im_end|>"}}}, 3),
-    ({"tokenizer_config": {"eos_token": "b"}}, 5),            # an ordinary token, named
+    ({"tokenizer_config": {"eos_token": "b"}}, 5),  # an ordinary token, named
     ({"config": MODEL | {"eos_token_id": 2}}, 2),
     ({"config": MODEL | {"eos_token_id": [3, 2]}}, 3),
     ({"config": MODEL, "generation_config": {"eos_token_id": [2, 3]}}, 2),
-    ({"config": MODEL | {"eos_token_id": 5}}, 1),        # "b": of nobody's choice
+    ({"config": MODEL | {"eos_token_id": 5}}, 1),  # "b": of nobody's choice
     ({"config": MODEL | {"eos_token_id": 10**9}}, 1),
     ({"config": MODEL | {"eos_token_id": -1}}, 1),
     ({"config": MODEL | {"eos_token_id": None}}, 1),
-])
+  ],
+)
 def test_the_files_name_the_end(tmp_path, contents, end):
   folder = write(tmp_path / "model", **contents)
   tokenizer = load_tokenizer(folder)
@@ -53,7 +56,9 @@ def test_the_files_name_the_end(tmp_path, contents, end):
   assert load_tokenizer(folder + "/tokenizer.json").fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("contents, words", [
+@pytest.mark.parametrize(
+  "contents, words",
+  [
     ({"tokenizer_config": {"eos_token": "<eos>"}}, "tokenizer_config.json: eos_token='<eos>' is"),
     ({"tokenizer_config": {"eos_token": "\ud800"}}, "tokenizer_config.json: eos_token="),
     ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token=3 is no token"),
@@ -66,7 +71,8 @@ def test_the_files_name_the_end(tmp_path, contents, end):
     ({"config": MODEL | {"eos_token_id": [2, None]}}, "config.json: eos_token_id="),
     ({"config": MODEL | {"eos_token_id": 10**30}}, "config.json: eos_token_id=1000"),
     ({"generation_config": '{"eos_token_id": 2,}'}, "generation_config.json: no JSON"),
-])
+  ],
+)
 def test_names_that_are_none_are_refused(tmp_path, contents, words):
   with pytest.raises(UsageError, match=words) as error:
     load_tokenizer(write(tmp_path / "model", **contents))
@@ -80,9 +86,15 @@ def test_a_token_is_added_to_a_tokenizer_but_not_to_a_model(tmp_path):
     load_tokenizer(write(tmp_path / "model", ("<unk>",), config=MODEL | {"eos_token_id": 3}))
 
 
-@pytest.mark.parametrize("contents", [
-    {}, {"tokenizer_config": {"eos_token": ODD, "model_max_length": 7}},
-    {"config": MODEL | {"eos_token_id": 3}}, {"special_tokens_map": {"eos_token": ODD}}])
+@pytest.mark.parametrize(
+  "contents",
+  [
+    {},
+    {"tokenizer_config": {"eos_token": ODD, "model_max_length": 7}},
+    {"config": MODEL | {"eos_token_id": 3}},
+    {"special_tokens_map": {"eos_token": ODD}},
+  ],
+)
 def test_copies_have_the_same_end(tmp_path, contents):
   """A tokenizer that is saved, and token files, which are opened without the model's folder."""
   tokenizer = load_tokenizer(write(tmp_path / "model", **contents))
@@ -111,8 +123,9 @@ def test_token_files_that_lost_their_end_are_refused(tmp_path):
   tokenizer = load_tokenizer(write(tmp_path / "model", tokenizer_config={"eos_token": ODD}))
   token_files.write_token_files(str(tmp_path / "data"), [Document("", "ab c", False)], tokenizer)
   (tmp_path / "data" / document_end.TOKENIZER_CONFIG).unlink()
-  with pytest.raises(UsageError, match="its documents end with token 2, and the files beside "
-                                       "tokenizer.json name 1"):
+  with pytest.raises(
+    UsageError, match="its documents end with token 2, and the files beside tokenizer.json name 1"
+  ):
     token_files.open_token_files(str(tmp_path / "data"))
 
 

@@ -13,8 +13,8 @@ import zlib
 import pytest
 
 from sparsek.data.corpus import LeftOut, documents
-from sparsek.errors import UsageError
 from sparsek.data.text_files import texts
+from sparsek.errors import UsageError
 
 ONE_TWO = b'{"text": "one"}\n{"text": "two"}\n'
 DEEP = b'{"text": "ok", "meta": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n"
@@ -25,7 +25,9 @@ def read(path, **options):
   return [text for _, text in texts(str(path), **options)]
 
 
-@pytest.mark.parametrize("name,content,expected", [
+@pytest.mark.parametrize(
+  "name,content,expected",
+  [
     ("a.jsonl", ONE_TWO, ["one", "two"]),
     ("a.JSONL", ONE_TWO, ["one", "two"]),
     ("a.ndjson", b"\xef\xbb\xbf" + ONE_TWO, ["one", "two"]),
@@ -39,16 +41,22 @@ def read(path, **options):
     ("a.txt.gz", gzip.compress(ONE_TWO), [ONE_TWO.decode()]),
     ("a.txt", b"\xef\xbb\xbfone\n\xef\xbb\xbf", ["one\n\ufeff"]),
     ("a.TXT", b"one\r\n", ["one\r\n"]),
-    ("README", b"GIF89a, RIFF and PAR1 are magic numbers",
-     ["GIF89a, RIFF and PAR1 are magic numbers"]),
+    (
+      "README",
+      b"GIF89a, RIFF and PAR1 are magic numbers",
+      ["GIF89a, RIFF and PAR1 are magic numbers"],
+    ),
     ("a.jsonl", b'{"text": "\\u0000"}', ["\0"]),
-])
+  ],
+)
 def test_files_are_what_their_names_say(tmp_path, name, content, expected):
   (tmp_path / name).write_bytes(content)
   assert read(tmp_path / name) == expected
 
 
-@pytest.mark.parametrize("name,content,message", [
+@pytest.mark.parametrize(
+  "name,content,message",
+  [
     ("a.txt", gzip.compress(b"one"), "is gzip data .then its name should end in .gz"),
     ("a.jsonl", gzip.compress(b"one"), "is gzip data"),
     ("a.txt", b"\x28\xb5\x2f\xfd1234", "is zstd data"),
@@ -77,9 +85,13 @@ def test_files_are_what_their_names_say(tmp_path, name, content, expected):
     ("a.json", b"", "a.json: no JSON that can be understood"),
     ("a.json", b"5", "a.json: expected an array or objects, found a int"),
     ("a.json", b'["one", 5]', r"a.json\[1\]: expected text in the field 'text', found a int"),
-    ("a.json", b'[{"body": "one"}]',
-     r"a.json\[0\]: expected text in the field 'text', found the fields 'body'"),
-])
+    (
+      "a.json",
+      b'[{"body": "one"}]',
+      r"a.json\[0\]: expected text in the field 'text', found the fields 'body'",
+    ),
+  ],
+)
 @pytest.mark.parametrize("errors", ["strict", "replace"])
 def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message, errors):
   (tmp_path / name).write_bytes(content)
@@ -98,11 +110,13 @@ def zstd(monkeypatch):
   """Offers frames of zstd where it is installed, else of zlib behind the interface of zstandard."""
   with contextlib.suppress(ImportError):
     import zstandard
+
     return zstandard.compress
   no_zstandard(monkeypatch)
   fake = types.SimpleNamespace(
-      ZstdError=zlib.error,
-      ZstdDecompressor=lambda: types.SimpleNamespace(decompressobj=zlib.decompressobj))
+    ZstdError=zlib.error,
+    ZstdDecompressor=lambda: types.SimpleNamespace(decompressobj=zlib.decompressobj),
+  )
   monkeypatch.setitem(sys.modules, "zstandard", fake)
   return zlib.compress
 
@@ -116,7 +130,7 @@ def test_zstd_frames_are_read_to_the_end(tmp_path, zstd):
   (tmp_path / "a.txt.zst").write_bytes(zstd(long.encode()))
   assert read(tmp_path / "a.txt.zst") == [long]
   whole = path.read_bytes()
-  for damaged in (whole[:-3], whole + zstd(b"more")[:5], b"\x77" + whole, whole[:len(whole) // 2]):
+  for damaged in (whole[:-3], whole + zstd(b"more")[:5], b"\x77" + whole, whole[: len(whole) // 2]):
     path.write_bytes(damaged)
     with pytest.raises(UsageError, match="a.jsonl.zst is damaged"):
       read(path)
@@ -135,12 +149,13 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
 def test_parquet(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   import pyarrow.parquet  # noqa: F811
+
   path = tmp_path / "a.parquet"
   texts = [f"text {i}" for i in range(3000)] + [None]
   pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(3001)}), path)
   skipped = []
   assert read(path, bad=skipped.append) == [f"text {i}" for i in range(3000)]
-  error, = map(str, skipped)
+  (error,) = map(str, skipped)
   assert error == f"{path}:3001: expected text in the field 'text', found a NoneType"
   message = "expected text in the column 'body', found the columns 'text', 'id'"
   with pytest.raises(UsageError, match=message):
@@ -157,10 +172,14 @@ def test_parquet(tmp_path):
 def test_fifos_and_devices_are_refused(tmp_path, monkeypatch):
   os.mkfifo(tmp_path / "a.txt")
   with socket.socket(socket.AF_UNIX) as server:
-    monkeypatch.chdir(tmp_path)             # such names are short
+    monkeypatch.chdir(tmp_path)  # such names are short
     server.bind("a.sock")
-    for source, kind in ((str(tmp_path), "FIFO"), ("a.txt", "FIFO"), ("a.sock", "socket"),
-                         ("/dev/zero", "device")):
+    for source, kind in (
+      (str(tmp_path), "FIFO"),
+      ("a.txt", "FIFO"),
+      ("a.sock", "socket"),
+      ("/dev/zero", "device"),
+    ):
       with pytest.raises(UsageError, match=f"is a {kind}, expected a regular file"):
         list(documents([source], extensions=[".txt"]))
 
@@ -168,15 +187,23 @@ def test_fifos_and_devices_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_bad_lines_are_left_out_where_asked(tmp_path, name):
   path, left_out = tmp_path / name, LeftOut()
-  bad = [b"{", b'{"body": "x"}', b'{"text": 5}', b'"text"', b'{"text": "\\ud800"}',
-         DEEP.strip(), HUGE.strip()]
+  bad = [
+    b"{",
+    b'{"body": "x"}',
+    b'{"text": 5}',
+    b'"text"',
+    b'{"text": "\\ud800"}',
+    DEEP.strip(),
+    HUGE.strip(),
+  ]
   bad += [b'{"text": "\xff"}'] * (name == "a.jsonl")
   path.write_bytes(b"\n".join([b'{"text": "one"}', *bad, b'{"text": "two"}']))
   kept = documents([str(path)], skip_bad_lines=True, left_out=left_out)
   assert [document.text for document in kept] == ["one", "two"]
-  line, = left_out.lines()
-  assert line.startswith(f"left out: {len(bad)} lines without a text that could be read (the "
-                         f"first: {path}:2: no JSON")
+  (line,) = left_out.lines()
+  assert line.startswith(
+    f"left out: {len(bad)} lines without a text that could be read (the first: {path}:2: no JSON"
+  )
   with pytest.raises(UsageError, match=f"{name}:2: no JSON"):
     list(documents([str(path)]))
 
@@ -184,7 +211,9 @@ def test_bad_lines_are_left_out_where_asked(tmp_path, name):
 def test_where_everything_is_left_out_the_error_says_why(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_bytes(b'{"body": "x"}\n' * 3)
-  with pytest.raises(UsageError, match=r"no documents in .*; left out: 3 lines .*a.jsonl:1: .*'body'"):
+  with pytest.raises(
+    UsageError, match=r"no documents in .*; left out: 3 lines .*a.jsonl:1: .*'body'"
+  ):
     list(documents([str(path)], skip_bad_lines=True))
 
 
@@ -192,22 +221,42 @@ def test_folders_are_walked_once_and_what_is_left_out_is_counted(tmp_path):
   root, other = tmp_path / "with,comma", tmp_path / "other"
   for folder in (root / "sub", root / ".git", other / "deep"):
     folder.mkdir(parents=True)
-  for name in ("A.TXT", "b.txt.gz", "c.bin", "d.Bin", "LICENSE", ".h.txt", "e.txt", "sub/f.NDJSON",
-               "../other/g.md", "../other/deep/h.txt"):
+  for name in (
+    "A.TXT",
+    "b.txt.gz",
+    "c.bin",
+    "d.Bin",
+    "LICENSE",
+    ".h.txt",
+    "e.txt",
+    "sub/f.NDJSON",
+    "../other/g.md",
+    "../other/deep/h.txt",
+  ):
     (root / name).write_bytes(b'{"text": "%b"}' % name.encode())
   (root / "b.txt.gz").write_bytes(gzip.compress(b"b"))
   (root / "e.txt").write_bytes(b"")
-  for link, target in (("0", other), ("loop", root), ("up", tmp_path), ("same", other / "deep"),
-                       ("sub/file.txt", other / "g.md")):
+  for link, target in (
+    ("0", other),
+    ("loop", root),
+    ("up", tmp_path),
+    ("same", other / "deep"),
+    ("sub/file.txt", other / "g.md"),
+  ):
     os.symlink(target, root / link)
   left_out = LeftOut()
-  found = [os.path.relpath(document.name, root)
-           for document in documents([str(root)], left_out=left_out)]
+  found = [
+    os.path.relpath(document.name, root) for document in documents([str(root)], left_out=left_out)
+  ]
   assert found == ["A.TXT", "b.txt.gz", "sub/f.NDJSON:1", "sub/file.txt", "0/g.md", "0/deep/h.txt"]
   assert sorted(line.partition(" (")[0] for line in left_out.lines()) == [
-      "left out: 1 empty documents", "left out: 1 files without an ending",
-      "left out: 1 hidden files", "left out: 1 hidden folders", "left out: 2 files ending in .bin",
-      "left out: 4 linked folders that are read anyway"]
+    "left out: 1 empty documents",
+    "left out: 1 files without an ending",
+    "left out: 1 hidden files",
+    "left out: 1 hidden folders",
+    "left out: 2 files ending in .bin",
+    "left out: 4 linked folders that are read anyway",
+  ]
   line = f"left out: 2 files ending in .bin (the first: {root / 'c.bin'}"
   assert line in left_out.lines()[1]
   assert left_out.lines(most=1)[1:] == ["left out: 6 for 5 other reasons"]
@@ -218,9 +267,19 @@ def test_a_missing_source_is_found_before_the_others_are_read(tmp_path):
     next(documents(["stdlib", str(tmp_path / "nowhere")]))
 
 
-@pytest.mark.parametrize("source", [
-    "tasks:4096:" + "9" * 21, "tasks:" + "9" * 21 + ":5", "tasks:4096:" + "9" * 5000,
-    "tasks:20000000:1", "tasks:4096:²", "tasks:4096", "tasks:4096:-1", "tasks:4096:5:5"])
+@pytest.mark.parametrize(
+  "source",
+  [
+    "tasks:4096:" + "9" * 21,
+    "tasks:" + "9" * 21 + ":5",
+    "tasks:4096:" + "9" * 5000,
+    "tasks:20000000:1",
+    "tasks:4096:²",
+    "tasks:4096",
+    "tasks:4096:-1",
+    "tasks:4096:5:5",
+  ],
+)
 def test_absurd_numbers_of_tasks_are_refused(source):
   with pytest.raises(UsageError, match="must be tasks:LENGTH:COUNT") as error:
     next(documents([source]))

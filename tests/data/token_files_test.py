@@ -13,12 +13,18 @@ import pytest
 
 from sparsek.data import batches
 from sparsek.data.corpus import Document, documents
-from sparsek.errors import UsageError
-from sparsek.storage.new_folder import remove_abandoned, temporary_name
 from sparsek.data.token_files import open_token_files, verify_token_files, write_token_files
 from sparsek.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from sparsek.errors import UsageError
+from sparsek.storage.new_folder import remove_abandoned, temporary_name
 
-TEXTS = ["def f(x):\n  return x\n" * 5, "Grüße, 世界! 👋🏽\r\n\tÅngström", " spaces around ", "a<|endoftext|>b", "\u0000\u200b\ufeff"]
+TEXTS = [
+  "def f(x):\n  return x\n" * 5,
+  "Grüße, 世界! 👋🏽\r\n\tÅngström",
+  " spaces around ",
+  "a<|endoftext|>b",
+  "\u0000\u200b\ufeff",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,12 @@ def bpe():
 @pytest.fixture
 def folder(tmp_path):
   path = str(tmp_path / "tokens")
-  write_token_files(path, [Document(str(i), text, i == 2) for i, text in enumerate(TEXTS)], ByteTokenizer(), ["here"])
+  write_token_files(
+    path,
+    [Document(str(i), text, i == 2) for i, text in enumerate(TEXTS)],
+    ByteTokenizer(),
+    ["here"],
+  )
   return path
 
 
@@ -47,7 +58,12 @@ def edit_meta(folder, **changes):
 def test_round_trip(kind, bpe, tmp_path):
   tokenizer = {"byte": ByteTokenizer(), "bpe": bpe}[kind]
   rng = random.Random(0)
-  texts = TEXTS + ["".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xE000, 0x10FFFF)])) for _ in range(50)) for _ in range(20)]
+  texts = TEXTS + [
+    "".join(
+      chr(rng.choice([rng.randrange(128), rng.randrange(0xE000, 0x10FFFF)])) for _ in range(50)
+    )
+    for _ in range(20)
+  ]
   for text, with_eos in zip(texts, tokenizer.encode_documents(texts)):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -58,11 +74,16 @@ def test_round_trip(kind, bpe, tmp_path):
   assert tokenizer.decode([]) == "" and tokenizer.encode("") == []
 
   path = str(tmp_path / "tokens")
-  write_token_files(path, [Document("", text, i % 5 == 0) for i, text in enumerate(texts)], tokenizer)
+  write_token_files(
+    path, [Document("", text, i % 5 == 0) for i, text in enumerate(texts)], tokenizer
+  )
   dataset = verify_token_files(path)
   assert dataset.vocab_size == tokenizer.vocab_size
   assert dataset.tokenizer.fingerprint == load_tokenizer(path).fingerprint == tokenizer.fingerprint
-  for name, expected in (("train", [t for i, t in enumerate(texts) if i % 5]), ("heldout", texts[::5])):
+  for name, expected in (
+    ("train", [t for i, t in enumerate(texts) if i % 5]),
+    ("heldout", texts[::5]),
+  ):
     split = dataset.split(name)
     found = [split.document(i) for i in range(split.num_documents)]
     assert [dataset.tokenizer.decode(ids) for ids in found] == expected
@@ -75,14 +96,30 @@ def test_round_trip(kind, bpe, tmp_path):
 def test_the_loss_counts_marked_answers_only(kind, bpe, tmp_path):
   tokenizer, path = {"byte": ByteTokenizer(), "bpe": bpe}[kind], str(tmp_path / "tokens")
   text, answers = "Who? 世界. Where? return x", ((4, 7), (15, 24))
-  four = [Document("a", "plain", False), Document("b", text, False, answers), Document("c", "no answer", True, ()), Document("d", "plain", True)]
+  four = [
+    Document("a", "plain", False),
+    Document("b", text, False, answers),
+    Document("c", "no answer", True, ()),
+    Document("d", "plain", True),
+  ]
   write_token_files(path, four, tokenizer)
   dataset = verify_token_files(path)
   train, heldout = dataset.split("train"), dataset.split("heldout")
   counted = lambda split, i: tokenizer.decode(split.document(i)[~split.uncounted(i)])
-  assert [counted(train, 0), counted(train, 1), counted(heldout, 0), counted(heldout, 1)] == ["plain", " 世界 return x", "", "plain"]
-  assert tokenizer.decode(train.document(1)) == text and train.document(1)[-1] == tokenizer.eos_id and train.uncounted(1)[-1]
-  assert train.num_counted == sum(np.count_nonzero(~train.uncounted(i)) for i in range(2)) and train.num_bytes == len("plain 世界 return x".encode())
+  assert [counted(train, 0), counted(train, 1), counted(heldout, 0), counted(heldout, 1)] == [
+    "plain",
+    " 世界 return x",
+    "",
+    "plain",
+  ]
+  assert (
+    tokenizer.decode(train.document(1)) == text
+    and train.document(1)[-1] == tokenizer.eos_id
+    and train.uncounted(1)[-1]
+  )
+  assert train.num_counted == sum(
+    np.count_nonzero(~train.uncounted(i)) for i in range(2)
+  ) and train.num_bytes == len("plain 世界 return x".encode())
   os.truncate(os.path.join(path, "uncounted.bin"), 3)
   with pytest.raises(ValueError, match=r"uncounted.bin is damaged: expected \d+ bytes, found 3"):
     open_token_files(path)
@@ -135,9 +172,13 @@ def test_eos_is_found_or_added(tmp_path, token, added):
 def test_special_tokens_are_read_where_asked():
   import tokenizers
 
-  plain = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<": 1, "s": 2, ">": 3, "<s>": 4}, []))
+  plain = tokenizers.Tokenizer(
+    tokenizers.models.BPE({"a": 0, "<": 1, "s": 2, ">": 3, "<s>": 4}, [])
+  )
   plain.add_special_tokens(["<s>"])
-  plain.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 4)])
+  plain.post_processor = tokenizers.processors.TemplateProcessing(
+    "<s> $A", special_tokens=[("<s>", 4)]
+  )
   tokenizer = BPETokenizer(plain)
   for _ in range(2):
     assert tokenizer.encode("a<s>") == [0, 1, 2, 3]
@@ -160,7 +201,9 @@ def test_bad_tokenizers_are_refused(tmp_path):
 def test_a_tokenizer_of_other_data_is_refused(folder, bpe, tmp_path):
   bpe.save(str(tmp_path))
   assert batches.open_data(folder, "byte").vocab_size == batches.open_data(folder).vocab_size == 257
-  with pytest.raises(ValueError, match=rf"{bpe.fingerprint[:12]}.*{ByteTokenizer.fingerprint[:12]}"):
+  with pytest.raises(
+    ValueError, match=rf"{bpe.fingerprint[:12]}.*{ByteTokenizer.fingerprint[:12]}"
+  ):
     batches.open_data(folder, str(tmp_path))
 
 
@@ -173,7 +216,8 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
   path = str(tmp_path / "tokens")
   write_token_files(path, [Document("", "a", False), Document("", "b", True)], Large())
-  edit_meta(path, vocab_size=257)  # What the byte tokenizer has, with which the folder will be opened.
+  # What the byte tokenizer has, with which the folder will be opened.
+  edit_meta(path, vocab_size=257)
   assert open_token_files(path).split("train").document(0).tolist() == [2**16, 5]
 
 
@@ -206,6 +250,7 @@ def flip(name, offset):
     content = bytearray(path.read_bytes())
     content[offset] ^= 1
     path.write_bytes(content)
+
   return damage
 
 
@@ -213,6 +258,7 @@ def fifo(name):
   def damage(folder):
     remove(name)(folder)
     os.mkfifo(os.path.join(folder, name))
+
   return damage
 
 
@@ -224,6 +270,7 @@ def overwrite_index(change):
       sums = json.load(file)["sha256"]
     with open(path, "rb") as file:
       edit_meta(folder, sha256={**sums, "index.npy": hashlib.sha256(file.read()).hexdigest()})
+
   return damage
 
 
@@ -232,17 +279,23 @@ def swap_first_documents(index):
   return index
 
 
-@pytest.mark.parametrize("damage,message", [
+@pytest.mark.parametrize(
+  "damage,message",
+  [
     (truncate("tokens.bin", 11), r"tokens.bin is damaged: expected \d+ bytes .* found 11"),
     (truncate("tokens.bin", 0), "tokens.bin is damaged"),
     (truncate("tokens.bin", 5000), "tokens.bin is damaged.* found 5000"),
     (truncate("index.npy", 150), "index.npy is damaged"),
     (truncate("index.npy", 0), "index.npy is damaged"),
-    (overwrite_index(lambda index: index[:-1]),
-     r"index.npy is damaged: expected int64 of shape \(6,\), found int64 of shape \(5,\)"),
+    (
+      overwrite_index(lambda index: index[:-1]),
+      r"index.npy is damaged: expected int64 of shape \(6,\), found int64 of shape \(5,\)",
+    ),
     (overwrite_index(lambda index: index.astype(np.int32)), "index.npy is damaged: expected int64"),
-    (overwrite_index(lambda index: index + 1),
-     "index.npy is damaged: expected rising offsets from 0"),
+    (
+      overwrite_index(lambda index: index + 1),
+      "index.npy is damaged: expected rising offsets from 0",
+    ),
     (overwrite_index(swap_first_documents), "index.npy is damaged: expected rising offsets"),
     (truncate("meta.json", 20), "meta.json: no JSON that can be understood"),
     (flip("index.npy", -1), "index.npy is damaged: expected sha256"),
@@ -253,32 +306,66 @@ def swap_first_documents(index):
     (remove("tokens.bin"), "tokens.bin cannot be read: No such file"),
     (remove("index.npy"), "index.npy cannot be read: No such file"),
     (remove("meta.json"), "meta.json cannot be read: No such file .*prepare_data"),
-    (lambda folder: edit_meta(folder, format_version=2),
-     "expected format sparsek-tokens version 1, found format 'sparsek-tokens' version 2"),
-    (lambda folder: edit_meta(folder, num_tokens="7"),
-     "expected 'num_tokens' of type int, found '7'"),
-    (lambda folder: edit_meta(folder, num_counted=7),
-     "expected 'num_counted' of type dict, found 7"),
-    (lambda folder: edit_meta(folder, dtype="int8"),
-     "expected dtype uint16 or uint32, found 'int8'"),
+    (
+      lambda folder: edit_meta(folder, format_version=2),
+      "expected format sparsek-tokens version 1, found format 'sparsek-tokens' version 2",
+    ),
+    (
+      lambda folder: edit_meta(folder, num_tokens="7"),
+      "expected 'num_tokens' of type int, found '7'",
+    ),
+    (
+      lambda folder: edit_meta(folder, num_counted=7),
+      "expected 'num_counted' of type dict, found 7",
+    ),
+    (
+      lambda folder: edit_meta(folder, dtype="int8"),
+      "expected dtype uint16 or uint32, found 'int8'",
+    ),
     (lambda folder: edit_meta(folder, heldout=[99]), "held-out documents from 0 to 4, found 99"),
-    (lambda folder: edit_meta(folder, tokenizer={}),
-     "expected name, fingerprint in 'tokenizer', found nothing"),
-    (lambda folder: edit_meta(folder, tokenizer={"name": "byte", "fingerprint": "0"}),
-     "another byte tokenizer"),
-    (lambda folder: edit_meta(folder, tokenizer={"name": "bpe", "fingerprint": "0"}),
-     "tokenizer.json cannot be read"),
-    (lambda folder: edit_meta(folder, vocab_size=300),
-     "expected a tokenizer with 300 ids, found 257"),
-])
+    (
+      lambda folder: edit_meta(folder, tokenizer={}),
+      "expected name, fingerprint in 'tokenizer', found nothing",
+    ),
+    (
+      lambda folder: edit_meta(folder, tokenizer={"name": "byte", "fingerprint": "0"}),
+      "another byte tokenizer",
+    ),
+    (
+      lambda folder: edit_meta(folder, tokenizer={"name": "bpe", "fingerprint": "0"}),
+      "tokenizer.json cannot be read",
+    ),
+    (
+      lambda folder: edit_meta(folder, vocab_size=300),
+      "expected a tokenizer with 300 ids, found 257",
+    ),
+  ],
+)
 def test_damaged_folders_are_refused(folder, damage, message):
   damage(folder)
   with pytest.raises(ValueError, match=message):
     open_token_files(folder)
 
 
-WRONG_VALUES = (None, True, -1, 0, 7, 10**30, 1.5, float("nan"), "", "x", "\ud800", [], [-1], [[]],
-                {}, {"x": -1}, {"../x": "y"})
+WRONG_VALUES = (
+  None,
+  True,
+  -1,
+  0,
+  7,
+  10**30,
+  1.5,
+  float("nan"),
+  "",
+  "x",
+  "\ud800",
+  [],
+  [-1],
+  [[]],
+  {},
+  {"x": -1},
+  {"../x": "y"},
+)
 
 
 def mutations(text):
@@ -293,21 +380,23 @@ def mutations(text):
       yield json.dumps(meta)
       holder[key] = value
   for key in meta:
-    yield f"{text.rstrip()[:-1]}, {json.dumps(key)}: 7}}"                # the key twice
+    yield f"{text.rstrip()[:-1]}, {json.dumps(key)}: 7}}"  # the key twice
   yield from ('"x": ' + "[" * 10**5, '{"num_tokens": ' + "1" * 5000 + "}", "[]", "", "null")
   rng = random.Random(0)
   for _ in range(200):
     at = rng.randrange(len(text))
-    yield text[:at] + chr(rng.randrange(32, 127)) + text[at + 1:]
+    yield text[:at] + chr(rng.randrange(32, 127)) + text[at + 1 :]
 
 
 def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
   """Each one is refused in a sentence, or changes nothing that is read of it."""
+
   def read():
     dataset = open_token_files(folder)
-    return dataset.fingerprint, [(split.num_bytes, split.num_counted, split.starts.tolist(),
-                                  split.lengths.tolist())
-                                 for split in map(dataset.split, ("train", "heldout"))]
+    return dataset.fingerprint, [
+      (split.num_bytes, split.num_counted, split.starts.tolist(), split.lengths.tolist())
+      for split in map(dataset.split, ("train", "heldout"))
+    ]
 
   path, expected, refused = pathlib.Path(folder, "meta.json"), read(), 0
   text = path.read_text()
@@ -323,20 +412,30 @@ def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
   assert refused > 400
 
 
-@pytest.mark.parametrize("changes", [
-    {"num_bytes": {"train": -1, "heldout": 3}}, {"num_counted": {"train": 1.5}},
-    {"num_bytes": {"train": True, "heldout": 3}}, {"heldout": [True]}, {"num_documents": True},
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"num_bytes": {"train": -1, "heldout": 3}},
+    {"num_counted": {"train": 1.5}},
+    {"num_bytes": {"train": True, "heldout": 3}},
+    {"heldout": [True]},
+    {"num_documents": True},
     {"sha256": {"tokens.bin": "", "index.npy": "", "../x": ""}},
-    {"sha256": {"tokens.bin": 5, "index.npy": ""}}, {"num_tokens": 10**30},
-    {"vocab_size": 10**4000}])
+    {"sha256": {"tokens.bin": 5, "index.npy": ""}},
+    {"num_tokens": 10**30},
+    {"vocab_size": 10**4000},
+  ],
+)
 def test_wrong_values_are_refused_without_a_checksum_too(folder, changes):
   edit_meta(folder, **changes)
   with pytest.raises(UsageError, match="meta.json is damaged: expected"):
     open_token_files(folder)
 
 
-@pytest.mark.parametrize("number,expected", [
-    (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+  "number,expected",
+  [(signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit), (signal.SIGINT, KeyboardInterrupt)],
+)
 def test_signals_leave_nothing(tmp_path, number, expected):
   def stopped():
     yield Document("", "a", False)
@@ -353,8 +452,11 @@ def test_signals_leave_nothing(tmp_path, number, expected):
 def test_what_killed_processes_left_is_removed_and_what_runs_is_kept(tmp_path):
   folder = str(tmp_path / "new")
   left, running = temporary_name(folder), temporary_name(folder)
-  others = [temporary_name(str(tmp_path / "new.other")), str(tmp_path / ".new.x.unfinished"),
-            str(tmp_path / ".new.tmp")]
+  others = [
+    temporary_name(str(tmp_path / "new.other")),
+    str(tmp_path / ".new.x.unfinished"),
+    str(tmp_path / ".new.tmp"),
+  ]
   for path in (left, running, *others):
     os.mkdir(path)
   handle = os.open(running, os.O_RDONLY)
@@ -409,7 +511,9 @@ def test_sources(tmp_path):
   for name in ("b/x.txt", "a.md", "c.bin", ".hidden/h.txt", ".h.txt"):
     (tmp_path / name).write_text(name)
   (tmp_path / "empty.txt").touch()
-  (tmp_path / "d.jsonl").write_text('{"text": "one"}\n\n{"text": "two\\u00e9", "id": 3}\n{"text": ""}\n')
+  (tmp_path / "d.jsonl").write_text(
+    '{"text": "one"}\n\n{"text": "two\\u00e9", "id": 3}\n{"text": ""}\n'
+  )
   folder = str(tmp_path)
 
   def texts(*sources, **options):
@@ -420,7 +524,9 @@ def test_sources(tmp_path):
   assert texts(str(tmp_path / "c.bin"), str(tmp_path / "d.jsonl")) == ["c.bin", "one", "twoé"]
   names = [document.name for document in documents([folder])]
   assert names[1:3] == [f"{folder}/d.jsonl:1", f"{folder}/d.jsonl:3"]
-  assert "".join(texts(str(tmp_path / ".hidden"))) == ".hidden/h.txt", "what is named outright is read"
+  assert "".join(texts(str(tmp_path / ".hidden"))) == ".hidden/h.txt", (
+    "what is named outright is read"
+  )
   for sources in ([str(tmp_path / "empty.txt")], []):
     with pytest.raises(ValueError, match="no documents"):
       list(documents(sources))
@@ -428,14 +534,17 @@ def test_sources(tmp_path):
     list(documents([str(tmp_path / "missing")]))
 
 
-@pytest.mark.parametrize("line,message", [
+@pytest.mark.parametrize(
+  "line,message",
+  [
     (b"{", "lines.jsonl:2: no JSON that can be understood"),
     (b'"text"', "lines.jsonl:2: expected a JSON object with the field 'text', found a str"),
     (b'{"body": "x"}', "lines.jsonl:2: expected text in the field 'text', found the fields 'body'"),
     (b'{"text": 5}', "lines.jsonl:2: expected text in the field 'text', found a int"),
     (b'{"text": "\xff"}', "lines.jsonl:2: not UTF-8: byte 0xff at offset 10"),
     (b'{"text": "\\ud800"}', "lines.jsonl:2: the text has a lone surrogate"),
-])
+  ],
+)
 def test_bad_json_lines_are_named(tmp_path, line, message):
   path = tmp_path / "lines.jsonl"
   path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
@@ -448,9 +557,14 @@ def test_what_is_not_utf8_is_named_or_replaced(tmp_path):
   path.write_bytes("café au lait".encode("latin1"))
   with pytest.raises(ValueError, match="latin1.txt: not UTF-8: byte 0xe9 at offset 3"):
     list(documents([str(path)]))
-  assert "".join(document.text for document in documents([str(path)], errors="replace")) == "caf\ufffd au lait"
+  assert (
+    "".join(document.text for document in documents([str(path)], errors="replace"))
+    == "caf\ufffd au lait"
+  )
   (tmp_path / "x.jsonl").write_bytes(b'{"text": "a\xff"}\n{"text": "\\udc00"}')
-  assert [document.text for document in documents([str(tmp_path / "x.jsonl")], errors="replace")] == ["a\ufffd", "?"]
+  assert [
+    document.text for document in documents([str(tmp_path / "x.jsonl")], errors="replace")
+  ] == ["a\ufffd", "?"]
   with pytest.raises(ValueError, match="errors='ignore'"):
     list(documents([str(path)], errors="ignore"))
 
@@ -459,7 +573,10 @@ def test_split_follows_the_text(tmp_path):
   lines = [json.dumps({"text": f"document {i}"}) for i in range(400)]
   (tmp_path / "a.jsonl").write_text("\n".join(lines))
   (tmp_path / "b.jsonl").write_text("\n".join(reversed(lines)))
-  a, b = ({d.text for d in documents([str(tmp_path / name)]) if d.held_out} for name in ("a.jsonl", "b.jsonl"))
+  a, b = (
+    {d.text for d in documents([str(tmp_path / name)]) if d.held_out}
+    for name in ("a.jsonl", "b.jsonl")
+  )
   assert a == b and 8 <= len(a) <= 35
   assert not any(d.held_out for d in documents([str(tmp_path / "a.jsonl")], heldout_fraction=0))
   more = {d.text for d in documents([str(tmp_path / "a.jsonl")], heldout_fraction=0.3)}
@@ -474,7 +591,11 @@ def test_few_documents_still_have_two_sides(tmp_path):
   path.write_text(text)
   first, second = documents([str(path)])
   assert (first.held_out, second.held_out) == (False, True)
-  assert first.text + second.text == text and first.text.endswith("\n") and 0.04 < len(second.text) / len(text) < 0.06
+  assert (
+    first.text + second.text == text
+    and first.text.endswith("\n")
+    and 0.04 < len(second.text) / len(text) < 0.06
+  )
   assert [d.text for d in documents([str(path)], heldout_fraction=0)] == [text]
   path.write_text("x")
   assert [(d.text, d.held_out) for d in documents([str(path)])] == [("x", False)]

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from sparsek.data import batches
-from sparsek.evaluation import tasks
-from sparsek.training import loop
 from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.data import batches
 from sparsek.data.corpus import Document
-from sparsek.errors import UsageError
 from sparsek.data.token_files import open_token_files, verify_token_files, write_token_files
 from sparsek.data.tokenizer import ByteTokenizer, describe_documents, load_tokenizer, train_bpe
+from sparsek.errors import UsageError
+from sparsek.evaluation import tasks
+from sparsek.training import loop
 from tests.helpers import metaspace, spm
 
 TEXT = "Hello world"
@@ -36,8 +36,9 @@ def test_what_is_no_character_leaves_its_neighbours_alone():
   assert spm().decode(byte_ids(*content)) == content.decode(errors="replace").removeprefix(" ")
 
 
-@pytest.mark.parametrize("tokenizer", [
-    spm, metaspace, lambda: train_bpe([TEXT], 260), ByteTokenizer])
+@pytest.mark.parametrize(
+  "tokenizer", [spm, metaspace, lambda: train_bpe([TEXT], 260), ByteTokenizer]
+)
 def test_a_text_that_continues_gets_no_space(tokenizer):
   tokenizer = tokenizer()
   for cut in range(len(TEXT)):
@@ -58,8 +59,11 @@ def test_special_tokens_at_both_ends_are_told_apart():
 
 @pytest.fixture
 def folder(tmp_path):
-  documents = [Document("0", TEXT, False), Document("1", "world", True),
-               Document("2", "Hello 12", False, ((5, 8),))]
+  documents = [
+    Document("0", TEXT, False),
+    Document("1", "world", True),
+    Document("2", "Hello 12", False, ((5, 8),)),
+  ]
   write_token_files(str(tmp_path / "data"), documents, spm())
   return tmp_path / "data"
 
@@ -86,10 +90,12 @@ def test_documents_begin_as_the_tokenizer_says(folder):
 
 def test_what_documents_begin_with_is_kept_by_data_and_runs(folder):
   """Also of token files from before, whose documents begin with nothing."""
+
   def record():
     dataset = open_token_files(str(folder))
     model = loop._model_record(TransformerConfig(), TrainConfig(workdir=""), dataset)
     return model["tokenizer"]["bos_ids"]
+
   assert record() == [1]
   edit(folder / "meta.json", lambda meta: meta.pop("meta_sha256"))
   edit(folder / "meta.json", lambda meta: meta["tokenizer"].pop("bos_ids"))
@@ -106,8 +112,9 @@ def test_a_corpus_that_was_cached_without_them_is_made_anew(tmp_path, monkeypatc
   monkeypatch.setattr(batches, "documents", lambda sources: documents)
   older = copy.copy(spm())
   older.bos_ids = []
-  found = [batches._open_stdlib(tokenizer).split("train").document(0)[0]
-           for tokenizer in (older, spm())]
+  found = [
+    batches._open_stdlib(tokenizer).split("train").document(0)[0] for tokenizer in (older, spm())
+  ]
   assert found == [spm().encode(TEXT)[0], 1]
 
 
@@ -125,14 +132,13 @@ def test_asked_documents_begin_as_those_of_the_data(task):
 
 
 BROKEN = {
-    "a key that its template lacks": (["post_processor", "special_tokens"], {}),
-    "a prefix longer than tokens": (["model", "continuing_subword_prefix"], "ééééé"),
-    "a table that is none": (["normalizer"],
-                             {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-    "chunks of nothing": (["pre_tokenizer"], {"type": "FixedLength", "length": 0}),
-    "an id of 4e9": (["model", "vocab", "zzz"], 4 * 10**9),
-    "an id beyond int64": (["model", "vocab", "zzz"], 10**30),
-    "no model": (["model"], None),
+  "a key that its template lacks": (["post_processor", "special_tokens"], {}),
+  "a prefix longer than tokens": (["model", "continuing_subword_prefix"], "ééééé"),
+  "a table that is none": (["normalizer"], {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+  "chunks of nothing": (["pre_tokenizer"], {"type": "FixedLength", "length": 0}),
+  "an id of 4e9": (["model", "vocab", "zzz"], 4 * 10**9),
+  "an id beyond int64": (["model", "vocab", "zzz"], 10**30),
+  "no model": (["model"], None),
 }
 
 

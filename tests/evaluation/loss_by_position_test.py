@@ -7,11 +7,29 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
-from sparsek.evaluation.loss_by_position import Bucket, Evaluation, bits_per_byte, bucket_edges, evaluate, format_table, token_losses
+from sparsek.evaluation.loss_by_position import (
+  Bucket,
+  Evaluation,
+  bits_per_byte,
+  bucket_edges,
+  evaluate,
+  format_table,
+  token_losses,
+)
 from sparsek.model.transformer import Transformer, init_params
 
-CONFIG = TransformerConfig(vocab_size=13, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=3, window=2,
-                           implementation="reference")
+CONFIG = TransformerConfig(
+  vocab_size=13,
+  num_layers=1,
+  embed_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=8,
+  k=3,
+  window=2,
+  implementation="reference",
+)
 ROWS, LENGTH = jax.device_count(), 130
 
 
@@ -24,19 +42,30 @@ def params():
 @pytest.fixture(scope="module")
 def batches():
   random = np.random.default_rng(0)
+
   def batch(*lengths):
     ids = np.repeat(np.arange(len(lengths)), lengths)
-    return {"tokens": random.integers(0, 13, (ROWS, LENGTH + 1), dtype=np.int32), "segment_ids": np.tile(ids, (ROWS, 1)).astype(np.int32)}
+    return {
+      "tokens": random.integers(0, 13, (ROWS, LENGTH + 1), dtype=np.int32),
+      "segment_ids": np.tile(ids, (ROWS, 1)).astype(np.int32),
+    }
+
   packed, padded = batch(0, 100, 31), batch(0, 40, 30, 61)
   padded["segment_ids"][padded["segment_ids"] == 3] = 0
   return [packed, padded]
 
 
-@pytest.mark.parametrize("seq_len, extra, edges", [
-    (1, (), (0, 1)), (64, (), (0, 64)), (65, (), (0, 64, 65)), (512, (), (0, 64, 128, 256, 512)),
+@pytest.mark.parametrize(
+  "seq_len, extra, edges",
+  [
+    (1, (), (0, 1)),
+    (64, (), (0, 64)),
+    (65, (), (0, 64, 65)),
+    (512, (), (0, 64, 128, 256, 512)),
     (1000, (384,), (0, 64, 128, 256, 384, 512, 1000)),
     (256, (256, 4096), (0, 64, 128, 256)),
-])
+  ],
+)
 def test_bucket_edges(seq_len, extra, edges):
   assert bucket_edges(seq_len, extra) == edges
 
@@ -47,7 +76,10 @@ def test_loss_by_position_agrees_with_a_count_by_hand(params, batches):
   forward = jax.jit(Transformer(CONFIG).apply)
   for batch in batches:
     tokens, ids = batch["tokens"], batch["segment_ids"]
-    log_probs = np.asarray(jax.nn.log_softmax(forward({"params": params}, tokens[:, :-1], segment_ids=ids[:, :-1])), np.float64)
+    log_probs = np.asarray(
+      jax.nn.log_softmax(forward({"params": params}, tokens[:, :-1], segment_ids=ids[:, :-1])),
+      np.float64,
+    )
     for row in range(ROWS):
       position = 0
       for t in range(LENGTH):
@@ -56,11 +88,18 @@ def test_loss_by_position_agrees_with_a_count_by_hand(params, batches):
           bucket = np.searchsorted(edges, position, side="right") - 1
           total[bucket] -= log_probs[row, t, tokens[row, t + 1]]
           count[bucket] += 1
-  assert count[3] == 0                                     # the longest document has 100 tokens, the last of which predicts nothing
+  assert count[3] == 0  # the longest document has 100 tokens, the last of which predicts nothing
   result = evaluate(CONFIG, params, batches, edges, loss_chunk=48)
   assert [bucket.num_targets for bucket in result.buckets] == count.tolist()
-  assert [(bucket.first, bucket.last) for bucket in result.buckets] == [(0, 19), (20, 63), (64, 98), (99, LENGTH - 1)]
-  np.testing.assert_allclose([bucket.loss for bucket in result.buckets[:3]], total[:3] / count[:3], rtol=1e-5)
+  assert [(bucket.first, bucket.last) for bucket in result.buckets] == [
+    (0, 19),
+    (20, 63),
+    (64, 98),
+    (99, LENGTH - 1),
+  ]
+  np.testing.assert_allclose(
+    [bucket.loss for bucket in result.buckets[:3]], total[:3] / count[:3], rtol=1e-5
+  )
   assert result.buckets[3].loss is None
   assert result.num_targets == count.sum()
   assert result.loss == pytest.approx(total.sum() / count.sum(), rel=1e-5)
@@ -70,7 +109,11 @@ def test_logits_never_exist_at_once(params, batches):
   batch = batches[0]
   jaxpr = str(jax.make_jaxpr(lambda batch: token_losses(CONFIG, params, batch, 48))(batch))
   assert "f32[48,1,13]" in jaxpr
-  assert f"[{ROWS * LENGTH},13]" not in jaxpr and f"[{ROWS},{LENGTH},13]" not in jaxpr and f"[{ROWS * LENGTH},1,13]" not in jaxpr
+  assert (
+    f"[{ROWS * LENGTH},13]" not in jaxpr
+    and f"[{ROWS},{LENGTH},13]" not in jaxpr
+    and f"[{ROWS * LENGTH},1,13]" not in jaxpr
+  )
 
 
 def test_batches_that_do_not_fit_are_refused(params, batches):
@@ -81,14 +124,28 @@ def test_batches_that_do_not_fit_are_refused(params, batches):
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_text():
-  assert bits_per_byte(3 * math.log(2), types.SimpleNamespace(num_counted=50, num_bytes=100)) == pytest.approx(1.5)
+  assert bits_per_byte(
+    3 * math.log(2), types.SimpleNamespace(num_counted=50, num_bytes=100)
+  ) == pytest.approx(1.5)
 
 
 def test_table_marks_what_is_beyond_each_training_length():
-  first = Evaluation(2.5, 12, (Bucket(0, 63, 2.75, 10), Bucket(64, 127, 1.25, 2), Bucket(128, 255, None, 0)))
-  second = dataclasses.replace(first, buckets=(Bucket(0, 63, 3.75, 10), Bucket(64, 127, 3.25, 2), Bucket(128, 255, None, 0)))
-  lines = format_table(["a", "b"], [first, second], [1.0, 2.0], [64, 100], [{"k": 3}, {"k": 4}]).splitlines()
+  first = Evaluation(
+    2.5, 12, (Bucket(0, 63, 2.75, 10), Bucket(64, 127, 1.25, 2), Bucket(128, 255, None, 0))
+  )
+  second = dataclasses.replace(
+    first, buckets=(Bucket(0, 63, 3.75, 10), Bucket(64, 127, 3.25, 2), Bucket(128, 255, None, 0))
+  )
+  lines = format_table(
+    ["a", "b"], [first, second], [1.0, 2.0], [64, 100], [{"k": 3}, {"k": 4}]
+  ).splitlines()
   assert [line.split()[-2:] for line in lines[:-1]] == [
-      ["a", "b"], ["3", "4"], ["2.5000", "2.5000"], ["1.0000", "2.0000"], ["2.7500", "3.7500"], ["1.2500*", "3.2500"]]
+    ["a", "b"],
+    ["3", "4"],
+    ["2.5000", "2.5000"],
+    ["1.0000", "2.0000"],
+    ["2.7500", "3.7500"],
+    ["1.2500*", "3.2500"],
+  ]
   assert lines[-1] == "* beyond the training length"
   assert "beyond" not in format_table(["b"], [second], [2.0], [128], [{"k": 4}])

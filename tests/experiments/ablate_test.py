@@ -15,37 +15,90 @@ import pytest
 
 from experiments import ablate
 from experiments.reports import grid, plots
-from sparsek.command_line import flags
-from sparsek.runs import run_directory, settings
 from experiments.reports.grid import Cell
+from sparsek.command_line import flags
 from sparsek.data.corpus import Document
-from sparsek.errors import UsageError
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.errors import UsageError
+from sparsek.runs import run_directory, settings
 from tests.experiments.pretrain_test import ROOT, sharing_compiled, write_documents
 from tests.helpers import run_command
 
-SETTINGS = ("--num_layers=1 --embed_dim=16 --num_heads=2 --num_kv_heads=1 --head_dim=8 --mlp_dim=16 --seq_len=32 --batch_size=2 --num_steps=6 --eval_every=3 "
-            "--eval_batches=1 --log_every=2 --implementation=reference --noscan_layers")
+SETTINGS = (
+  "--num_layers=1 --embed_dim=16 --num_heads=2 --num_kv_heads=1 --head_dim=8 --mlp_dim=16 "
+  "--seq_len=32 --batch_size=2 --num_steps=6 --eval_every=3 "
+  "--eval_batches=1 --log_every=2 --implementation=reference --noscan_layers"
+)
 
 
 def test_a_grid_has_no_two_cells_that_mean_the_same():
-  cells = grid.grid(["sparsek", "random", "sliding_window", "full"], [1, 2], [3, 4], ["value", "straight_through"], ["linear"], 2)
-  assert len(cells) == len(set(cells)) == 2 * (8 + 4 + 2 + 1) and [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+  cells = grid.grid(
+    ["sparsek", "random", "sliding_window", "full"],
+    [1, 2],
+    [3, 4],
+    ["value", "straight_through"],
+    ["linear"],
+    2,
+  )
+  assert len(cells) == len(set(cells)) == 2 * (8 + 4 + 2 + 1) and [
+    cell.seed for cell in cells
+  ] == sorted(cell.seed for cell in cells)
   assert {cell.name for cell in cells if cell.seed == 0 and cell.attention != "sparsek"} == {
-      "random-k1-w3-s0", "random-k1-w4-s0", "random-k2-w3-s0", "random-k2-w4-s0", "sliding_window-w3-s0", "sliding_window-w4-s0", "full-s0"}
+    "random-k1-w3-s0",
+    "random-k1-w4-s0",
+    "random-k2-w3-s0",
+    "random-k2-w4-s0",
+    "sliding_window-w3-s0",
+    "sliding_window-w4-s0",
+    "full-s0",
+  }
   cell = Cell("sparsek", 1, 0, "value", "conv", 7)
   assert cell.name == "sparsek-k1-w0-value-conv-s7" and cell.budget == 1
-  assert cell.flags() == ["--attention=sparsek", "--k=1", "--window=0", "--gate=value", "--scorer=conv", "--seed=7"]
-  hybrids = grid.grid(["sparsek*5+full", "sliding_window+linear"], [1, 2], [3], ["value"], ["conv"], 1)
+  assert cell.flags() == [
+    "--attention=sparsek",
+    "--k=1",
+    "--window=0",
+    "--gate=value",
+    "--scorer=conv",
+    "--seed=7",
+  ]
+  hybrids = grid.grid(
+    ["sparsek*5+full", "sliding_window+linear"], [1, 2], [3], ["value"], ["conv"], 1
+  )
   assert [(cell.name, cell.budget) for cell in hybrids] == [
-      ("sparsekx5+full-k1-w3-value-conv-s0", None), ("sparsekx5+full-k2-w3-value-conv-s0", None), ("sliding_window+linear-w3-s0", 3)]
-  assert hybrids[0].flags() == ["--k=1", "--window=3", "--gate=value", "--scorer=conv", "--seed=0", "--layer_pattern=sparsek*5,full"]
-  uneven, half = grid.grid(["sliding_window:w256*5+sparsek:k1280:w512", "linear:w8+sparsek:k4"], [1, 2], [3], ["value"], ["conv"], 1)
-  assert (uneven.name, uneven.budget) == ("sliding_window_w256x5+sparsek_k1280_w512-value-conv-s0", 512)
-  assert (half.name, half.budget) == ("linear_w8+sparsek_k4-w3-value-conv-s0", round((8 + 4 + 3) / 2))
+    ("sparsekx5+full-k1-w3-value-conv-s0", None),
+    ("sparsekx5+full-k2-w3-value-conv-s0", None),
+    ("sliding_window+linear-w3-s0", 3),
+  ]
+  assert hybrids[0].flags() == [
+    "--k=1",
+    "--window=3",
+    "--gate=value",
+    "--scorer=conv",
+    "--seed=0",
+    "--layer_pattern=sparsek*5,full",
+  ]
+  uneven, half = grid.grid(
+    ["sliding_window:w256*5+sparsek:k1280:w512", "linear:w8+sparsek:k4"],
+    [1, 2],
+    [3],
+    ["value"],
+    ["conv"],
+    1,
+  )
+  assert (uneven.name, uneven.budget) == (
+    "sliding_window_w256x5+sparsek_k1280_w512-value-conv-s0",
+    512,
+  )
+  assert (half.name, half.budget) == (
+    "linear_w8+sparsek_k4-w3-value-conv-s0",
+    round((8 + 4 + 3) / 2),
+  )
   assert "--layer_pattern=sliding_window:w256*5,sparsek:k1280:w512" in uneven.flags()
-  with pytest.raises(UsageError, match=r"'sparsek\*0\+full' must be one of sparsek, .*, or of these a pattern"):
+  with pytest.raises(
+    UsageError, match=r"'sparsek\*0\+full' must be one of sparsek, .*, or of these a pattern"
+  ):
     grid.patterns("full,sparsek*0+full")
   assert sorted(sum((grid.share(cells, f"{i}/4") for i in range(4)), []), key=cells.index) == cells
   with pytest.raises(UsageError, match="--job=4/4: must be i/N"):
@@ -53,42 +106,97 @@ def test_a_grid_has_no_two_cells_that_mean_the_same():
 
 
 def test_report(tmp_path):
-  row = lambda kind, k, window, seed, loss: {"attention": kind, "k": k, "window": window, "gate": None, "scorer": None, "seed": seed,
-                                             "budget": window and window + (k or 0), "heldout_loss": loss, "step": 9, "tokens_per_second": 1000.}
-  rows = [row("random", 2, 4, 0, 3.), row("random", 2, 4, 1, 4.), row("random", 8, 4, 0, 2.5), row("full", None, None, 0, 2.)]
+  row = lambda kind, k, window, seed, loss: {
+    "attention": kind,
+    "k": k,
+    "window": window,
+    "gate": None,
+    "scorer": None,
+    "seed": seed,
+    "budget": window and window + (k or 0),
+    "heldout_loss": loss,
+    "step": 9,
+    "tokens_per_second": 1000.0,
+  }
+  rows = [
+    row("random", 2, 4, 0, 3.0),
+    row("random", 2, 4, 1, 4.0),
+    row("random", 8, 4, 0, 2.5),
+    row("full", None, None, 0, 2.0),
+  ]
   summary = grid.summarize(rows)
-  assert [(x["attention"], x["k"], x["seeds"], x["heldout_loss"], x["standard_error"]) for x in summary] == [
-      ("full", None, 1, 2., None), ("random", 8, 1, 2.5, None), ("random", 2, 2, 3.5, .5)]
+  assert [
+    (x["attention"], x["k"], x["seeds"], x["heldout_loss"], x["standard_error"]) for x in summary
+  ] == [("full", None, 1, 2.0, None), ("random", 8, 1, 2.5, None), ("random", 2, 2, 3.5, 0.5)]
   grid.write_report(str(tmp_path), rows, "--a=<1>")
-  assert "| random | 2 | 4 |  |  | 6 | 2 | 3.5000 ± 0.5000 | 1,000 |" in (tmp_path / "table.md").read_text()
+  assert (
+    "| random | 2 | 4 |  |  | 6 | 2 | 3.5000 ± 0.5000 | 1,000 |"
+    in (tmp_path / "table.md").read_text()
+  )
   assert (tmp_path / "table.csv").read_text().splitlines()[1] == "random,2,4,,,0,6,3.0,9,1000.0"
   assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
   page = (tmp_path / "report.html").read_text()
-  assert page.count("data:image/png;base64,iVBOR") == 1 and "--a=&lt;1&gt;" in page and "http" not in page and "<td>3.5000 ± 0.5000</td>" in page
+  assert (
+    page.count("data:image/png;base64,iVBOR") == 1
+    and "--a=&lt;1&gt;" in page
+    and "http" not in page
+    and "<td>3.5000 ± 0.5000</td>" in page
+  )
 
 
 def command(tmp_path, *arguments):
-  return [sys.executable, "-m", "experiments.ablate", f"--workdir={tmp_path}/grid", f"--more={SETTINGS} --data={tmp_path}/tokens", "--k=4", "--window=4",
-          "--attention=sliding_window,sparsek", *arguments]
+  return [
+    sys.executable,
+    "-m",
+    "experiments.ablate",
+    f"--workdir={tmp_path}/grid",
+    f"--more={SETTINGS} --data={tmp_path}/tokens",
+    "--k=4",
+    "--window=4",
+    "--attention=sliding_window,sparsek",
+    *arguments,
+  ]
 
 
 @pytest.mark.slow
 def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
   write_documents(str(tmp_path / "tokens"))
   environment = sharing_compiled(str(tmp_path / "cache"))
-  with subprocess.Popen(command(tmp_path), env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+  with subprocess.Popen(
+    command(tmp_path),
+    env=environment,
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+  ) as process:
     result = tmp_path / "grid" / "cells" / "sliding_window-w4-s0" / grid.RESULT
     while not result.exists():
       assert process.poll() is None
-      time.sleep(.1)
+      time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
   first = result.stat().st_mtime_ns
-  done = subprocess.run(command(tmp_path), env=environment, cwd=ROOT, text=True, capture_output=True, check=False)
+  done = subprocess.run(
+    command(tmp_path), env=environment, cwd=ROOT, text=True, capture_output=True, check=False
+  )
   assert done.returncode == 0, done.stderr
-  assert "cell 1 of 2: sliding_window-w4-s0, finished before" in done.stdout and "2 of 2 cells" in done.stdout and result.stat().st_mtime_ns == first
-  assert "| sparsek | 4 | 4 | straight_through | linear | 8 | 1 |" in (tmp_path / "grid" / "table.md").read_text()
-  assert sorted(os.listdir(tmp_path / "grid")) == ["cells", "report.html", "report.png", "table.csv", "table.md"]
+  assert (
+    "cell 1 of 2: sliding_window-w4-s0, finished before" in done.stdout
+    and "2 of 2 cells" in done.stdout
+    and result.stat().st_mtime_ns == first
+  )
+  assert (
+    "| sparsek | 4 | 4 | straight_through | linear | 8 | 1 |"
+    in (tmp_path / "grid" / "table.md").read_text()
+  )
+  assert sorted(os.listdir(tmp_path / "grid")) == [
+    "cells",
+    "report.html",
+    "report.png",
+    "table.csv",
+    "table.md",
+  ]
 
 
 class Trainer:
@@ -104,10 +212,12 @@ class Trainer:
     os.makedirs(folder, exist_ok=True)
     self.begun.append(os.path.basename(folder))
     run_directory.write_record(folder, "flags.txt", flags.into_string(values))
-    records = [{"step": last, "loss": 3., "tokens_per_second": 9.},
-               {"step": last, "heldout_loss": 2.}]
+    records = [
+      {"step": last, "loss": 3.0, "tokens_per_second": 9.0},
+      {"step": last, "heldout_loss": 2.0},
+    ]
     if self.stopped:
-      records = [{"step": 1, "loss": 3., "tokens_per_second": 9.}]
+      records = [{"step": 1, "loss": 3.0, "tokens_per_second": 9.0}]
     pathlib.Path(folder, "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     yield types.SimpleNamespace(wait=lambda: self.code)
 
@@ -123,8 +233,17 @@ def run_grid(tmp_path, monkeypatch):
   def run(more="", *arguments):
     trainer.begun.clear()
     more = f"--more={SETTINGS} --data={tmp_path}/tokens {more}"
-    return run_command(ablate.main, ablate.FLAGS, f"--workdir={tmp_path}/grid", more, "--k=4",
-                       "--window=4", "--attention=full,sliding_window", *arguments)
+    return run_command(
+      ablate.main,
+      ablate.FLAGS,
+      f"--workdir={tmp_path}/grid",
+      more,
+      "--k=4",
+      "--window=4",
+      "--attention=full,sliding_window",
+      *arguments,
+    )
+
   run.begun, run.trainer, run.cells = trainer.begun, trainer, tmp_path / "grid" / "cells"
   return run
 
@@ -135,7 +254,7 @@ def test_done_means_done_with_these_flags(run_grid, tmp_path, capsys):
   assert "--num_layers=1\n" in page and f"--data={tmp_path}/tokens\n" in page
   assert "--workdir" not in page and "--k=" not in page
   result = json.loads((run_grid.cells / "full-s0" / "result.json").read_text())
-  assert (result["heldout_loss"], result["step"]) == (2., 6) and len(result["dataset"]) == 64
+  assert (result["heldout_loss"], result["step"]) == (2.0, 6) and len(result["dataset"]) == 64
   assert run_grid("--preset=tiny --seed=5 --keep_checkpoints=9") == 0 and run_grid.begun == []
   capsys.readouterr()
   assert run_grid("--num_steps=7 --batch_size=3") == 2 and run_grid.begun == []
@@ -171,7 +290,9 @@ def test_cells_of_earlier_versions_are_compared_by_their_flags(run_grid, tmp_pat
   (tmp_path / "moved").rename(tmp_path / "tokens")
   assert run_grid() == 2 and "full-s0 (it has no flags.txt" in capsys.readouterr().err
   (run_grid.cells / "full-s0" / "result.json").write_text("[1")
-  assert run_grid() == 2 and "result.json: no JSON that can be understood" in capsys.readouterr().err
+  assert (
+    run_grid() == 2 and "result.json: no JSON that can be understood" in capsys.readouterr().err
+  )
 
 
 def test_an_interrupted_cell_goes_on_only_under_its_flags(run_grid, tmp_path, capsys):
@@ -203,13 +324,18 @@ def test_a_cell_that_another_job_has_moved_and_made_stays(run_grid, monkeypatch)
   assert run_grid() == 0
   before, calls = grid.stale, []
   # The first look finds other flags, the second what another job has made since.
-  monkeypatch.setattr(grid, "stale", lambda *a: calls.append(a) or before(*a) or (
-      ["--k: 1 -> 2"] if len(calls) <= 2 else []))
+  monkeypatch.setattr(
+    grid,
+    "stale",
+    lambda *a: calls.append(a) or before(*a) or (["--k: 1 -> 2"] if len(calls) <= 2 else []),
+  )
   assert run_grid("", "--retrain") == 0 and run_grid.begun == []
   assert not (run_grid.cells / "replaced").exists()
 
 
-@pytest.mark.parametrize("argument, words", [
+@pytest.mark.parametrize(
+  "argument, words",
+  [
     ("--attention=sparse", "--attention=sparse: 'sparse' must be one of sparsek"),
     ("--k=0", "--k=0: must be numbers of at least 1"),
     ("--more=--eval_every=0", "--eval_every=0 in --base or --more: must be above 0"),
@@ -219,7 +345,8 @@ def test_a_cell_that_another_job_has_moved_and_made_stays(run_grid, monkeypatch)
     ("--more=--data=/nowhere", "/nowhere"),
     ("--base=/nowhere", "--base=/nowhere: there is no such file"),
     ("--base=s3://x/y", "--base=s3://x/y: s3: URLs are not supported"),
-])
+  ],
+)
 def test_bad_grids_are_refused_before_any_run(argument, words, run_grid, capsys):
   assert run_grid("", argument) == 2 and run_grid.begun == []
   assert words in capsys.readouterr().err and not run_grid.cells.exists()
@@ -227,8 +354,18 @@ def test_bad_grids_are_refused_before_any_run(argument, words, run_grid, capsys)
 
 def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monkeypatch):
   monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
-  row = {"attention": "full", "k": None, "window": None, "gate": None, "scorer": None, "seed": 0,
-         "budget": None, "heldout_loss": 3., "step": 9, "tokens_per_second": 1.}
+  row = {
+    "attention": "full",
+    "k": None,
+    "window": None,
+    "gate": None,
+    "scorer": None,
+    "seed": 0,
+    "budget": None,
+    "heldout_loss": 3.0,
+    "step": 9,
+    "tokens_per_second": 1.0,
+  }
   failed = []
 
   def write():
@@ -237,6 +374,7 @@ def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monk
         grid.write_report(str(tmp_path), [row], "")
     except Exception as error:
       failed.append(error)
+
   jobs = [threading.Thread(target=write) for _ in range(4)]
   for job in jobs:
     job.start()

@@ -1,24 +1,38 @@
-"""The recipe of rivals: its commands are what the scripts take, kinds of a budget see as many keys. How stages are run."""
+"""The recipe of rivals: its commands are what the scripts take, kinds of a budget see as many keys.
+How stages are run.
+"""
 
 import json
 import os
 import shlex
 import types
 
-from absl import flags as absl_flags
 import pytest
+from absl import flags as absl_flags
 
 from experiments import evaluate, evaluate_tasks
 from experiments.recipes import baselines, baselines_pairs, stages
-from sparsek.command_line import flags
 from experiments.reports import baselines_report
-from sparsek.runs import run_directory, settings
 from experiments.reports.grid import USES
+from sparsek.command_line import flags
 from sparsek.errors import UsageError
+from sparsek.runs import run_directory, settings
 
 SPARSEK = "--gate=straight_through --scorer_loss=1"
-OPTIONS = types.SimpleNamespace(short="short", long="long", text="text", workdir="runs", lengths="2048,8192", sparsek=SPARSEK, more="--loss_chunk=512",
-                                seq_len=8192, examples=50, min_distance=1024, seeds=2, eval_batches=24)
+OPTIONS = types.SimpleNamespace(
+  short="short",
+  long="long",
+  text="text",
+  workdir="runs",
+  lengths="2048,8192",
+  sparsek=SPARSEK,
+  more="--loss_chunk=512",
+  seq_len=8192,
+  examples=50,
+  min_distance=1024,
+  seeds=2,
+  eval_batches=24,
+)
 
 
 def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
@@ -43,43 +57,77 @@ def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
     assert train.init_from == os.path.abspath(f"runs/{start}_s{train.seed}")
     config = flags.model_config(values, pretrained=starts[start])
     tokens.add(train.optimizer.num_steps * train.data.batch_size * train.data.seq_len)
-    of_layer = lambda kind, layer: sum(getattr(layer, field) for field in ("k", "window") if field in USES.get(kind, ("k", "window")))
+    of_layer = lambda kind, layer: sum(
+      getattr(layer, field) for field in ("k", "window") if field in USES.get(kind, ("k", "window"))
+    )
     if "full" not in config.layer_kinds:
-      keys = [of_layer(kind, layer) for kind, layer in zip(config.layer_kinds, config.layer_configs)]
+      keys = [
+        of_layer(kind, layer) for kind, layer in zip(config.layer_kinds, config.layer_configs)
+      ]
       seen.setdefault(baselines_report.budget_of(name[:-3]), set()).add(sum(keys) / len(keys))
     else:
       assert baselines_report.budget_of(name[:-3]) is None
-  assert seen == {512: {512.}, 1024: {1024.}} and tokens == {500 * 4 * 8192}
-  assert stages.needed(plan, "window_512_s1") == {"dense_s1"} and stages.needed(plan, "loss_window_512") == {"window_512_s0", "window_512_s1"}
+  assert seen == {512: {512.0}, 1024: {1024.0}} and tokens == {500 * 4 * 8192}
+  assert stages.needed(plan, "window_512_s1") == {"dense_s1"} and stages.needed(
+    plan, "loss_window_512"
+  ) == {"window_512_s0", "window_512_s1"}
 
 
 def test_the_record_is_of_what_is_finished(tmp_path, capsys):
   pytest.importorskip("matplotlib")
-  for name, loss in (("full_s0", 2.), ("window_512_s0", 3.), ("window_512_s1", 3.5)):
+  for name, loss in (("full_s0", 2.0), ("window_512_s0", 3.0), ("window_512_s1", 3.5)):
     folder = tmp_path / name
     folder.mkdir()
     buckets = [{"last": last, "loss": loss, "num_targets": 9} for last in (63, 127)]
     evaluation = {"step": 1, "data": {"seq_len": 128}, "loss": loss, "num_targets": 18}
     (folder / "evaluation.jsonl").write_text(json.dumps({**evaluation, "buckets": buckets}) + "\n")
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 4.}) + "\n" + json.dumps({"step": 1, "heldout_loss": loss - 1}) + "\n")
+    (folder / "metrics.jsonl").write_text(
+      json.dumps({"step": 1, "loss": 4.0})
+      + "\n"
+      + json.dumps({"step": 1, "heldout_loss": loss - 1})
+      + "\n"
+    )
     (folder / "versions.json").write_text("{}")
-  (tmp_path / "minutes.json").write_text(json.dumps({"full_s0": 1., "window_512_s0": 1., "window_512_s1": 1., "loss_full": 1.}))
-  options = types.SimpleNamespace(**{**vars(OPTIONS), "workdir": str(tmp_path), "record": str(tmp_path / "record.json"), "collect": True})
+  (tmp_path / "minutes.json").write_text(
+    json.dumps({"full_s0": 1.0, "window_512_s0": 1.0, "window_512_s1": 1.0, "loss_full": 1.0})
+  )
+  options = types.SimpleNamespace(
+    **{
+      **vars(OPTIONS),
+      "workdir": str(tmp_path),
+      "record": str(tmp_path / "record.json"),
+      "collect": True,
+    }
+  )
   baselines.main(options)
   assert "| window_512 | 2 | 3.2500 ± 0.2500 |" in capsys.readouterr().out
   record = json.loads((tmp_path / "record.json").read_text())
-  assert set(record["runs"]) == {"full", "window_512"} and record["runs"]["full"]["seeds"]["0"]["mixed_loss"] == {"1": 1.}
-  assert set(record["stages"]) == {"dense_s0", "dense_s1", "local_s0", "local_s1", *(f"{name}_s{seed}" for name in record["runs"] for seed in (0, 1)),
-                                   *(f"{what}_{name}" for name in record["runs"] for what in ("loss", "tasks", "far"))}
+  assert set(record["runs"]) == {"full", "window_512"} and record["runs"]["full"]["seeds"]["0"][
+    "mixed_loss"
+  ] == {"1": 1.0}
+  assert set(record["stages"]) == {
+    "dense_s0",
+    "dense_s1",
+    "local_s0",
+    "local_s1",
+    *(f"{name}_s{seed}" for name in record["runs"] for seed in (0, 1)),
+    *(f"{what}_{name}" for name in record["runs"] for what in ("loss", "tasks", "far")),
+  }
   assert (tmp_path / "record.png").stat().st_size > 10_000
 
 
 def test_pairs_over_the_records(capsys):
   """The figures of the README."""
   results = os.path.join(os.path.dirname(baselines.__file__), "..", "results")
-  baselines_pairs.main([os.path.join(results, name) for name in ("baselines.json", "baselines_first.json")])
+  baselines_pairs.main(
+    [os.path.join(results, name) for name in ("baselines.json", "baselines_first.json")]
+  )
   found = capsys.readouterr().out
-  assert "| sparsek_512_last | 6 |" in found and "| 60% |" in found and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in found
+  assert (
+    "| sparsek_512_last | 6 |" in found
+    and "| 60% |" in found
+    and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in found
+  )
   assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in found
   baselines_pairs.main([os.path.join(results, "baselines_local.json")])
   found = capsys.readouterr().out
@@ -87,10 +135,12 @@ def test_pairs_over_the_records(capsys):
   assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in found
 
 
-PLAN = {"c": ("pretrain", "--workdir=w/c", "--init_from=w/b"),
-        "a": ("pretrain", "--workdir=w/a"),
-        "b": ("pretrain", "--workdir=w/b", "--init_from=w/a"),
-        "d": ("evaluate", "--workdir=w/a,w/c")}
+PLAN = {
+  "c": ("pretrain", "--workdir=w/c", "--init_from=w/b"),
+  "a": ("pretrain", "--workdir=w/a"),
+  "b": ("pretrain", "--workdir=w/b", "--init_from=w/a"),
+  "d": ("evaluate", "--workdir=w/a,w/c"),
+}
 
 
 @pytest.fixture
@@ -100,16 +150,17 @@ def run(tmp_path, monkeypatch):
 
   def stage(workdir, name, words, device, share, to_file):
     run.begun.append(name)
-    assert (device in ("0", "1"), share, to_file) == (True, .45, True)
+    assert (device in ("0", "1"), share, to_file) == (True, 0.45, True)
     if words[0] == "pretrain":
       os.makedirs(os.path.join(workdir, name), exist_ok=True)
       text = flags.into_string(settings.parse(*words[:1], words[1:]))
       run_directory.write_record(os.path.join(workdir, name), "flags.txt", text)
-    return None if name in run.broken else .5
+    return None if name in run.broken else 0.5
 
   def run(plan=PLAN, **options):
     run.begun.clear()
     return stages.run_stages(plan, "w", "0,1", 3, **options)
+
   run.begun, run.broken = [], set()
   monkeypatch.setattr(stages, "_run", stage)
   return run
@@ -122,7 +173,7 @@ def test_stages_wait_go_on_and_say_what_failed(run):
   assert run.begun == ["a", "b"]
   run.broken.clear()
   assert set(run(only="b|d")) == {"a", "b"} and run.begun == ["b"]
-  assert run() == dict.fromkeys("abcd", .5) and run.begun == ["b", "c", "d"][1:]
+  assert run() == dict.fromkeys("abcd", 0.5) and run.begun == ["b", "c", "d"][1:]
 
 
 def changed(name, *words):
@@ -134,8 +185,11 @@ def test_stages_that_other_flags_made_are_refused_or_done_again(run):
   run(changed("a", "--k=64", "--keep_checkpoints=1"))
   assert run.begun == []
   plan = changed("b", "--k=8")
-  with pytest.raises(UsageError, match=r"b \(--k: the default -> 8\); c \(follows from b\); "
-                                       r"d \(follows from c\)\. .*--retrain"):
+  with pytest.raises(
+    UsageError,
+    match=r"b \(--k: the default -> 8\); c \(follows from b\); "
+    r"d \(follows from c\)\. .*--retrain",
+  ):
     run(plan)
   assert run.begun == []
   assert set(run(plan, retrain=True)) == set(PLAN) and run.begun == ["b", "c", "d"]
@@ -156,11 +210,15 @@ def test_stages_of_earlier_versions_are_compared_by_their_flags(run, capsys):
   run.broken.add("b")
   with pytest.raises(SystemExit):
     run(changed("b", "--seed=2"), retrain=True)
-  with pytest.raises(UsageError, match=r"b \(--seed: 2 -> 0\)"):          # not at its end
+  with pytest.raises(UsageError, match=r"b \(--seed: 2 -> 0\)"):  # not at its end
     run()
 
 
 def test_the_flags_of_sparsek_are_no_other_kinds():
   named = baselines.kinds(shlex.split(SPARSEK))
-  assert all(("--scorer_loss=1" in words) == (name.startswith(("sparsek", "hybrid")) and name != "sparsek_512_defaults") for name, words in named.items())
+  assert all(
+    ("--scorer_loss=1" in words)
+    == (name.startswith(("sparsek", "hybrid")) and name != "sparsek_512_defaults")
+    for name, words in named.items()
+  )
   assert "sparsek_512_value" in named and "sparsek_512_straight_through" not in named

@@ -34,12 +34,14 @@ def wait_for(path):
   deadline = time.monotonic() + 60
   while not path.exists():
     assert time.monotonic() < deadline
-    time.sleep(.02)
+    time.sleep(0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [
-    (signal.SIGKILL, -9), (signal.SIGTERM, 7), (signal.SIGHUP, 7), (signal.SIGUSR1, 7)])
+@pytest.mark.parametrize(
+  "number, code",
+  [(signal.SIGKILL, -9), (signal.SIGTERM, 7), (signal.SIGHUP, 7), (signal.SIGUSR1, 7)],
+)
 def test_a_child_ends_with_its_parent(number, code, tmp_path):
   (tmp_path / "waits.py").write_text(CHILD)
   environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}

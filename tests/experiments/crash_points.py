@@ -260,8 +260,7 @@ def try_point(
     return result
   if without(last.value["product"], lacks) != wanted:
     result.faults.append(
-      "the repeated command's result differs: "
-      + difference(last.value["product"], wanted)
+      "the repeated command's result differs: " + difference(last.value["product"], wanted)
     )
   names, right = set(last.value["listing"]), set(whole["listing"])
   more, fewer = names - right, right - names
@@ -475,12 +474,13 @@ def counted(counter: collections.Counter) -> str:
 
 def import_commands() -> None:
   """Imports what the commands need, and computes nothing: children are forked from here."""
+  import tokenizers  # noqa: F401
+
   import experiments.reports.grid  # noqa: F401
   import sparsek.evaluation.loss_by_position  # noqa: F401
   import sparsek.generation.session  # noqa: F401
   import sparsek.huggingface.pretrained  # noqa: F401
   import sparsek.training.loop  # noqa: F401
-  import tokenizers  # noqa: F401
 
 
 if __name__ == "__main__":

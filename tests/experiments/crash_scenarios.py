@@ -9,12 +9,27 @@ from typing import Any
 
 # Full attention in one layer: what is traced in each child costs more than anything else.
 MODEL = [
-  "--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8",
-  "--mlp_dim=16", "--k=4", "--window=4", "--attention=full", "--noscan_layers"
+  "--num_layers=1",
+  "--embed_dim=16",
+  "--num_heads=2",
+  "--num_kv_heads=1",
+  "--head_dim=8",
+  "--mlp_dim=16",
+  "--k=4",
+  "--window=4",
+  "--attention=full",
+  "--noscan_layers",
 ]
 TRAIN = [
-  *MODEL, "--seq_len=32", "--batch_size=2", "--log_every=1", "--eval_every=2", "--eval_batches=1",
-  "--checkpoint_every=1", "--keep_checkpoints=9", "--warmup_steps=1"
+  *MODEL,
+  "--seq_len=32",
+  "--batch_size=2",
+  "--log_every=1",
+  "--eval_every=2",
+  "--eval_batches=1",
+  "--checkpoint_every=1",
+  "--keep_checkpoints=9",
+  "--warmup_steps=1",
 ]
 
 

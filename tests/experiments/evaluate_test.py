@@ -6,23 +6,33 @@ import jax
 import pytest
 
 from experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
-from sparsek.runs import checkpoint, run_directory
 from sparsek.command_line import flags
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.data.corpus import Document
-from sparsek.errors import UsageError
-from sparsek.runs.metrics import read_metrics
-from sparsek.model.transformer import init_params
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.errors import UsageError
+from sparsek.model.transformer import init_params
+from sparsek.runs import checkpoint, run_directory
+from sparsek.runs.metrics import read_metrics
 from tests.helpers import run_command, spm
 
-CONFIG = TransformerConfig(num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, k=4, window=4,
-                           implementation="reference")
+CONFIG = TransformerConfig(
+  num_layers=1,
+  embed_dim=8,
+  num_heads=1,
+  num_kv_heads=1,
+  head_dim=8,
+  mlp_dim=8,
+  k=4,
+  window=4,
+  implementation="reference",
+)
 
 
 def text(i):
   return f"Document {i}: {i**7} {i**11}.\n" * 4
+
 
 run = functools.partial(run_command, evaluate.main, evaluate.FLAGS)
 
@@ -31,8 +41,15 @@ def write_run(folder, data, config, seq_len, params, steps=(7,)):
   """What pretraining leaves and evaluation reads."""
   tokenizer = ByteTokenizer()
   folder.mkdir()
-  record = {"model": dataclasses.asdict(config), "data": dataclasses.asdict(DataConfig(data=str(data), seq_len=seq_len, batch_size=2)),
-            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}}
+  record = {
+    "model": dataclasses.asdict(config),
+    "data": dataclasses.asdict(DataConfig(data=str(data), seq_len=seq_len, batch_size=2)),
+    "tokenizer": {
+      "name": tokenizer.name,
+      "fingerprint": tokenizer.fingerprint,
+      "vocab_size": tokenizer.vocab_size,
+    },
+  }
   run_directory.write_record(str(folder), "model.json", run_directory.to_json(record))
   writer = checkpoint.CheckpointWriter(str(folder), keep=len(steps))
   for step in steps:
@@ -43,7 +60,9 @@ def write_run(folder, data, config, seq_len, params, steps=(7,)):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no checkpoint)."""
+  """data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no
+  checkpoint).
+  """
   folder = tmp_path_factory.mktemp("runs")
   for name, number in (("data", 40), ("other_data", 30)):
     documents = [Document(str(i), text(i), i % 2 == 0) for i in range(number)]
@@ -55,8 +74,14 @@ def folder(tmp_path_factory):
   write_run(folder / "empty", folder / "data", CONFIG, 32, params)
   (folder / "empty" / "checkpoints" / "7").rename(folder / "moved")
   full = dataclasses.replace(CONFIG, attention="full")
-  write_run(folder / "damaged", folder / "data", full, 32,
-            init_params(full, jax.random.key(0)), steps=(7, 9))
+  write_run(
+    folder / "damaged",
+    folder / "data",
+    full,
+    32,
+    init_params(full, jax.random.key(0)),
+    steps=(7, 9),
+  )
   (folder / "damaged" / "checkpoints" / "9" / "params" / "_METADATA").unlink()
   write_run(folder / "no_record", folder / "data", CONFIG, 32, params)
   (folder / "no_record" / "evaluation.jsonl").mkdir()
@@ -73,11 +98,21 @@ def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
   out = capsys.readouterr().out
   assert "at positions 32 to 47" in out and "* beyond the training length" in out
   row = next(line for line in out.splitlines() if "at positions 32 to 47" in line)
-  assert row.split()[-2].endswith("*") and not row.endswith("*")     # beyond a's training length, not beyond b's
+  # beyond a's training length, not beyond b's
+  assert row.split()[-2].endswith("*") and not row.endswith("*")
   (first,), (second,) = records(a), records(b)
-  assert first["step"] == 7 and first["model"]["k"] == 4 and "--seq_len=96" in first["flags"] and first["versions"]["packages"]["jax"]
+  assert (
+    first["step"] == 7
+    and first["model"]["k"] == 4
+    and "--seq_len=96" in first["flags"]
+    and first["versions"]["packages"]["jax"]
+  )
   assert first["loss"] == pytest.approx(math.log(257), rel=0.2)
-  assert first["num_targets"] == sum(bucket["num_targets"] for bucket in first["buckets"]) == second["num_targets"]
+  assert (
+    first["num_targets"]
+    == sum(bucket["num_targets"] for bucket in first["buckets"])
+    == second["num_targets"]
+  )
   bytes_per_token = 1 - 20 / sum(len(text(i)) + 1 for i in range(0, 40, 2))
   assert first["bits_per_byte"] == pytest.approx(first["loss"] / math.log(2) / bytes_per_token)
   assert f"{first['loss']:.4f}" in out and f"{second['loss']:.4f}" in out
@@ -92,12 +127,15 @@ def test_data_that_begin_otherwise_are_told(capsys):
     run = evaluate.Run("run", None, {"tokenizer": record})
     evaluate._say_how_documents_begin(run, spm())
     return capsys.readouterr().err
+
   assert say(bos_ids=[1]) == "run: each document begins with <s> and ends with </s>\n"
   assert "warning: the documents of run began with nothing" in say()
   assert "warning: the documents of run began with </s>" in say(bos_ids=[2])
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     ([], "--workdir is required"),
     (["--workdir={folder}/nowhere"], "nowhere: there is no such folder"),
     (["--workdir={folder}/a,{folder}/data"], "data holds no run"),
@@ -112,7 +150,8 @@ def test_data_that_begin_otherwise_are_told(capsys):
     (["--workdir={folder}/a", "--eval_steps=3"], "eval_steps"),
     (["--workdir={folder}/a,{folder}/no_record"], "no_record/evaluation.jsonl is a folder"),
     (["{folder}/a"], "--name=value"),
-])
+  ],
+)
 def test_bad_input_exits_with_2_and_one_sentence(folder, capsys, arguments, words):
   assert run(*(argument.format(folder=folder) for argument in arguments)) == 2
   error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -134,11 +173,11 @@ def test_a_damaged_run_is_refused_and_costs_no_other_its_figures(folder, capsys)
 
 
 COMMANDS = {
-    "evaluate": (evaluate, []),
-    "evaluate_tasks": (evaluate_tasks, ["--tasks=copy", "--lengths=256"]),
-    "generate": (generate, []),
-    "layer_reach": (layer_reach, ["--seq_len=64"]),
-    "import_hf": (import_hf, ["--export={folder}/exported"]),
+  "evaluate": (evaluate, []),
+  "evaluate_tasks": (evaluate_tasks, ["--tasks=copy", "--lengths=256"]),
+  "generate": (generate, []),
+  "layer_reach": (layer_reach, ["--seq_len=64"]),
+  "import_hf": (import_hf, ["--export={folder}/exported"]),
 }
 
 
@@ -149,6 +188,7 @@ def test_no_command_takes_an_older_step_unasked(name, folder, monkeypatch, capsy
   def load(*_, allow_older=False):
     asked.append(allow_older)
     raise UsageError("enough")
+
   script, arguments = COMMANDS[name]
   monkeypatch.setattr(checkpoint, "load_params", load)
   for flag in ((), ("--allow_older_step",)):

@@ -14,20 +14,52 @@ from tests.experiments.crash_scenarios import MODEL
 LIMIT = 20.0
 MEMORY = 6 * 2**30
 MODULES = (
-  "prepare_data", "pretrain", "evaluate", "evaluate_tasks", "ablate", "generate", "import_hf",
-  "layer_reach", "benchmark"
+  "prepare_data",
+  "pretrain",
+  "evaluate",
+  "evaluate_tasks",
+  "ablate",
+  "generate",
+  "import_hf",
+  "layer_reach",
+  "benchmark",
 )
 ALSO = ("pretrain",) * 4  # it has the most flags
 # Flags whose large values are a long time's work, as asked for.
 DURATIONS = {
-  "num_steps", "stop_at", "max_new_tokens", "eval_batches", "examples", "rounds", "seconds",
-  "seeds", "rows", "batches", "lengths", "prompts", "contexts", "batch_sizes", "errors_at",
-  "documents", "max_dense", "max_xla", "train_bpe", "grad_accumulation", "num_layers",
-  "max_transformers"
+  "num_steps",
+  "stop_at",
+  "max_new_tokens",
+  "eval_batches",
+  "examples",
+  "rounds",
+  "seconds",
+  "seeds",
+  "rows",
+  "batches",
+  "lengths",
+  "prompts",
+  "contexts",
+  "batch_sizes",
+  "errors_at",
+  "documents",
+  "max_dense",
+  "max_xla",
+  "train_bpe",
+  "grad_accumulation",
+  "num_layers",
+  "max_transformers",
 }
 TINY = [
-  *MODEL, "--seq_len=32", "--batch_size=2", "--num_steps=1", "--log_every=1", "--eval_every=1",
-  "--eval_batches=1", "--checkpoint_every=1", "--warmup_steps=0"
+  *MODEL,
+  "--seq_len=32",
+  "--batch_size=2",
+  "--num_steps=1",
+  "--log_every=1",
+  "--eval_every=1",
+  "--eval_batches=1",
+  "--checkpoint_every=1",
+  "--warmup_steps=0",
 ]
 BASES = {
   "prepare_data": ["--sources=IN/texts", "--output=out"],
@@ -56,26 +88,115 @@ BASES = {
   ],
 }
 WHOLE = (
-  "-1", "0", "1", "2", "3", "5", "8", "33", "", " 4", "1.5", "nan", "0x10", "1e3", "a", "\u0661",
-  "1" * 21, "-0", "+2"
+  "-1",
+  "0",
+  "1",
+  "2",
+  "3",
+  "5",
+  "8",
+  "33",
+  "",
+  " 4",
+  "1.5",
+  "nan",
+  "0x10",
+  "1e3",
+  "a",
+  "\u0661",
+  "1" * 21,
+  "-0",
+  "+2",
 )
 LARGE = ("2147483647", "2147483648", "100000000", "65536")
 REAL = (
-  "-1", "0", "1e-38", "1e-320", "0.5", "1", "2", "1e30", "1e308", "1e309", "nan", "inf", "-inf",
-  "", "a", "1_0", "0,5"
+  "-1",
+  "0",
+  "1e-38",
+  "1e-320",
+  "0.5",
+  "1",
+  "2",
+  "1e30",
+  "1e308",
+  "1e309",
+  "nan",
+  "inf",
+  "-inf",
+  "",
+  "a",
+  "1_0",
+  "0,5",
 )
 TEXTS = (
-  "", " ", "a", "byte", "stdlib ", ",", "a,b", "..", "é", "x" * 300, "'", '"', "@", "IN/run@1",
-  "IN/run@99", "sparsek*2,full", "sparsek:k0", "full*0", "1:2", "2:1", "linear:2", "linear:nan",
-  "llama3:8:1:4:32", "8,16", "8,", "-8", "9" * 21, "tasks:4096:" + "1" * 21, "tasks:1024:2",
-  "tasks:1:1", "tasks:a:b", "hf:IN/model", "hf:", "hf:nowhere", "0/1", "1/2", "2/1", "a/b",
-  "text", "xla", "sparsek,full", "passkey"
+  "",
+  " ",
+  "a",
+  "byte",
+  "stdlib ",
+  ",",
+  "a,b",
+  "..",
+  "é",
+  "x" * 300,
+  "'",
+  '"',
+  "@",
+  "IN/run@1",
+  "IN/run@99",
+  "sparsek*2,full",
+  "sparsek:k0",
+  "full*0",
+  "1:2",
+  "2:1",
+  "linear:2",
+  "linear:nan",
+  "llama3:8:1:4:32",
+  "8,16",
+  "8,",
+  "-8",
+  "9" * 21,
+  "tasks:4096:" + "1" * 21,
+  "tasks:1024:2",
+  "tasks:1:1",
+  "tasks:a:b",
+  "hf:IN/model",
+  "hf:",
+  "hf:nowhere",
+  "0/1",
+  "1/2",
+  "2/1",
+  "a/b",
+  "text",
+  "xla",
+  "sparsek,full",
+  "passkey",
 )
 PATHS = (
-  "IN", "IN/run", "IN/tokens", "IN/texts", "IN/texts/0.txt", "IN/model", "IN/empty", "IN/fifo",
-  "IN/latin.txt", "IN/bom.flags", "/dev/null", "/dev/zero", "/proc/x", "nowhere", "nowhere/deep",
-  "~nobody/x", "gs://bucket/x", "s3://bucket/x", "file:///tmp/x", "IN/texts/0.txt/x", "new.json",
-  "IN/run/model.json", "IN/tokens/meta.json", "IN/run/metrics.jsonl"
+  "IN",
+  "IN/run",
+  "IN/tokens",
+  "IN/texts",
+  "IN/texts/0.txt",
+  "IN/model",
+  "IN/empty",
+  "IN/fifo",
+  "IN/latin.txt",
+  "IN/bom.flags",
+  "/dev/null",
+  "/dev/zero",
+  "/proc/x",
+  "nowhere",
+  "nowhere/deep",
+  "~nobody/x",
+  "gs://bucket/x",
+  "s3://bucket/x",
+  "file:///tmp/x",
+  "IN/texts/0.txt/x",
+  "new.json",
+  "IN/run/model.json",
+  "IN/tokens/meta.json",
+  "IN/run/metrics.jsonl",
 )
 
 
@@ -112,7 +233,7 @@ def draw_value(flag: str, kind: str, choices: list[str], rng: random.Random) -> 
     pool = WHOLE if flag in DURATIONS else WHOLE + LARGE
   elif kind == "float":
     pool = REAL
-  elif flag == "suite":                                    # the others take minutes
+  elif flag == "suite":  # the others take minutes
     pool = ("attention", "x", "")
   elif kind == "enum":
     pool = (*choices, *choices, "x", "", choices[0].upper())
@@ -189,7 +310,7 @@ def wrong_value(words: list[str], folder: str) -> list[str]:
   faults = []
   given = dict(word.removeprefix("--").partition("=")[::2] for word in words if "=" in word)
   for name, value in given.items():
-    if name in ("workdir", "data"):                        # records have absolute paths
+    if name in ("workdir", "data"):  # records have absolute paths
       value = os.path.normpath(os.path.join(folder, value))
     try:
       same = float(written[name]) == float(value)
@@ -225,8 +346,11 @@ def try_line(case: int, name: str, words: list[str], bench: crash_points.Bench, 
 
   ended = yield forked.Call(job, os.path.join(here, "output"), LIMIT)
   faults = forked.command_faults(ended)
-  faults += [f"made the folder {entry}" for entry in os.listdir(here)
-             if entry in ("gs:", "s3:", "file:", "hf:")]
+  faults += [
+    f"made the folder {entry}"
+    for entry in os.listdir(here)
+    if entry in ("gs:", "s3:", "file:", "hf:")
+  ]
   if name == "pretrain" and ended.code == 0:
     faults += wrong_value(words, here)
   last = (ended.err.strip().splitlines() or [""])[-1]

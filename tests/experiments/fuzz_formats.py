@@ -11,22 +11,65 @@ from typing import Any
 
 from tests.experiments.fuzz_base import REFUSALS, TEXT, Format, damage_any
 from tests.experiments.fuzz_data_formats import (
-  LINES, RECORDS, check_source, check_tokenizer, check_tokens, keep_good, make_bpe_tokens,
-  make_tokenizer, make_tokens, read_source, read_tokenizer, read_tokens, source)
+  LINES,
+  RECORDS,
+  check_source,
+  check_tokenizer,
+  check_tokens,
+  keep_good,
+  make_bpe_tokens,
+  make_tokenizer,
+  make_tokens,
+  read_source,
+  read_tokenizer,
+  read_tokens,
+  source,
+)
 from tests.experiments.fuzz_model_formats import (
-  check_ends, check_model, damage_model, damage_safetensors, make_model, make_sharded, read_ends,
-  read_model)
+  check_ends,
+  check_model,
+  damage_model,
+  damage_safetensors,
+  make_model,
+  make_sharded,
+  read_ends,
+  read_model,
+)
 from tests.experiments.fuzz_run_formats import (
-  check_cache, check_checkpoint, check_flagfile, check_grid, check_metrics, check_minutes,
-  check_model_json, check_record, copy_record, damage_cache, make_cache, make_checkpoint,
-  make_flagfile, make_grid, make_metrics, make_minutes, make_model_json, read_cache,
-  read_checkpoint, read_flagfile, read_grid, read_metrics, read_minutes, read_model_json,
-  read_record)
+  check_cache,
+  check_checkpoint,
+  check_flagfile,
+  check_grid,
+  check_metrics,
+  check_minutes,
+  check_model_json,
+  check_record,
+  copy_record,
+  damage_cache,
+  make_cache,
+  make_checkpoint,
+  make_flagfile,
+  make_grid,
+  make_metrics,
+  make_minutes,
+  make_model_json,
+  read_cache,
+  read_checkpoint,
+  read_flagfile,
+  read_grid,
+  read_metrics,
+  read_minutes,
+  read_model_json,
+  read_record,
+)
 from tests.experiments.mutations import mutate_bytes, mutate_json, mutate_lines
 
 MODEL = (
-  "model/config.json", "model/model.safetensors", "model/tokenizer.json",
-  "model/tokenizer_config.json", "model/generation_config.json"
+  "model/config.json",
+  "model/model.safetensors",
+  "model/tokenizer.json",
+  "model/tokenizer_config.json",
+  "model/generation_config.json",
 )
 FORMATS = {
   "metrics.jsonl": Format(

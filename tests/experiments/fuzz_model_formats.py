@@ -7,16 +7,15 @@ import struct
 
 import numpy as np
 
-from tests.experiments.fuzz_base import (
-  TEXT, damage_any, difference, equal, params_of, small_config)
+from tests.experiments.fuzz_base import TEXT, damage_any, difference, equal, params_of, small_config
 from tests.experiments.mutations import mutate_bytes, mutate_json
 
 # models of others
 
 
 def make_model(folder):
-  from sparsek.huggingface import pretrained
   from sparsek.data.tokenizer import train_bpe
+  from sparsek.huggingface import pretrained
 
   config = small_config(attention="sliding_window", num_layers=2)
   pretrained.save(str(folder / "model"), config, params_of(config), fields={"eos_token_id": 256})

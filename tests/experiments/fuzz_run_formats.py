@@ -8,8 +8,7 @@ import shutil
 
 import numpy as np
 
-from tests.experiments.fuzz_base import (
-  difference, equal, params_of, small_config, write_model_json)
+from tests.experiments.fuzz_base import difference, equal, params_of, small_config, write_model_json
 from tests.experiments.mutations import mutate_bytes, mutate_value
 
 # metrics.jsonl
@@ -169,16 +168,16 @@ def check_flagfile(value, folder, good):
 def _abstract_optimizer():
   import jax
 
-  from sparsek.runs.checkpoint import abstract_params
   from sparsek.config import OptimizerConfig
+  from sparsek.runs.checkpoint import abstract_params
   from sparsek.training.optimizer import make_optimizer
 
   return jax.eval_shape(make_optimizer(OptimizerConfig()).init, abstract_params(small_config()))
 
 
 def make_checkpoint(folder):
-  from sparsek.runs import checkpoint
   from sparsek.config import OptimizerConfig
+  from sparsek.runs import checkpoint
   from sparsek.training.optimizer import make_optimizer
 
   params = params_of(small_config())

@@ -9,13 +9,8 @@ import pytest
 from tests.experiments import fuzz_formats, mutations
 from tests.experiments.fuzz import SEED
 
-COMPUTES = (
-  "checkpoint",
-  "config.json",
-  "safetensors",
-  "shards",
-  "cache.npz",
-)  # a tenth of a second each, or more
+# a tenth of a second each, or more
+COMPUTES = ("checkpoint", "config.json", "safetensors", "shards", "cache.npz")
 
 
 @pytest.mark.parametrize("name", fuzz_formats.FORMATS)

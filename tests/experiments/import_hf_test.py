@@ -10,21 +10,32 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, import_hf, pretrain
-from sparsek.runs import checkpoint
-from sparsek.storage import files
 from sparsek.command_line import flags
-from sparsek.huggingface import pretrained
 from sparsek.config import TransformerConfig
 from sparsek.data.corpus import Document
-from sparsek.model.transformer import init_params
-from sparsek.storage.new_folder import temporary_name
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from sparsek.huggingface import pretrained
+from sparsek.model.transformer import init_params
+from sparsek.runs import checkpoint
+from sparsek.storage import files
+from sparsek.storage.new_folder import temporary_name
 from tests.experiments.evaluate_test import write_run
 from tests.helpers import run_command
 
-CONFIG = TransformerConfig(vocab_size=300, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=4, window=4, max_positions=64,
-                           attention="sliding_window")
+CONFIG = TransformerConfig(
+  vocab_size=300,
+  num_layers=1,
+  embed_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=8,
+  k=4,
+  window=4,
+  max_positions=64,
+  attention="sliding_window",
+)
 run = functools.partial(run_command, import_hf.main, import_hf.FLAGS)
 
 
@@ -37,7 +48,11 @@ def folder(tmp_path_factory):
   (folder / "run" / "tokenizer").mkdir()
   tokenizer.save(str(folder / "run" / "tokenizer"))
   record = json.loads((folder / "run" / "model.json").read_text())
-  record["tokenizer"] = {"name": "bpe", "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+  record["tokenizer"] = {
+    "name": "bpe",
+    "fingerprint": tokenizer.fingerprint,
+    "vocab_size": tokenizer.vocab_size,
+  }
   (folder / "run" / "model.json").write_text(json.dumps(record))
   assert run(f"--workdir={folder}/run", f"--export={folder}/model") == 0
   assert run(f"--workdir={folder}/imported", f"--from={folder}/model") == 0
@@ -49,14 +64,30 @@ def test_a_run_comes_back_from_its_export(folder):
   assert config == CONFIG
   eos = load_tokenizer(str(folder / "run" / "tokenizer")).eos_id
   assert json.loads((folder / "model" / "config.json").read_text())["eos_token_id"] == eos
-  assert record["tokenizer"]["eos_ids"] == [eos] and checkpoint.load_run_tokenizer(str(folder / "imported")).fingerprint == record["tokenizer"]["fingerprint"]
-  want, got = (checkpoint.load_params(str(folder / name), CONFIG)[0] for name in ("run", "imported"))
+  assert (
+    record["tokenizer"]["eos_ids"] == [eos]
+    and checkpoint.load_run_tokenizer(str(folder / "imported")).fingerprint
+    == record["tokenizer"]["fingerprint"]
+  )
+  want, got = (
+    checkpoint.load_params(str(folder / name), CONFIG)[0] for name in ("run", "imported")
+  )
   jax.tree.map(np.testing.assert_array_equal, got, want)
   jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(folder / "model"))[1], want)
 
 
 def test_an_imported_model_writes(folder, capsys):
-  assert run_command(generate.main, flags.FLAGS, f"--workdir={folder}/imported", "--prompt=some", "--max_new_tokens=1", "--special_tokens") == 0
+  assert (
+    run_command(
+      generate.main,
+      flags.FLAGS,
+      f"--workdir={folder}/imported",
+      "--prompt=some",
+      "--max_new_tokens=1",
+      "--special_tokens",
+    )
+    == 0
+  )
   assert capsys.readouterr().out.startswith("some")
 
 
@@ -70,31 +101,107 @@ def data(folder):
 
 
 def test_conversion(folder, data):
-  """A dense model is imported with SPARSEK attention, its scorers are warmed up, and it is trained on with a teacher, whatever names it; runs resume."""
-  assert run(f"--workdir={folder}/before", f"--from={folder}/model", "--attention=sparsek", "--k=2", "--window=4", "--scorer_init_sink=3") == 0
-  train = lambda name, *flags_: run_command(pretrain.main, flags.FLAGS, f"--workdir={folder}/{name}", f"--data={data}", "--seq_len=16", "--batch_size=2",
-                                           "--checkpoint_every=1", "--log_every=1", "--eval_every=0", *flags_)
+  """A dense model is imported with SPARSEK attention, its scorers are warmed up, and it is trained
+  on with a teacher, whatever names it; runs resume.
+  """
+  assert (
+    run(
+      f"--workdir={folder}/before",
+      f"--from={folder}/model",
+      "--attention=sparsek",
+      "--k=2",
+      "--window=4",
+      "--scorer_init_sink=3",
+    )
+    == 0
+  )
+  train = lambda name, *flags_: run_command(
+    pretrain.main,
+    flags.FLAGS,
+    f"--workdir={folder}/{name}",
+    f"--data={data}",
+    "--seq_len=16",
+    "--batch_size=2",
+    "--checkpoint_every=1",
+    "--log_every=1",
+    "--eval_every=0",
+    *flags_,
+  )
   config_of = lambda name: checkpoint.load_run_config(str(folder / name))[0]
   params_of = lambda name: checkpoint.load_params(str(folder / name), config_of(name))[0]
-  warmup = ["--scorer_warmup", "--scorer_loss=1", "--trainable=scorer", f"--init_from={folder}/before", "--num_steps=2"]
+  warmup = [
+    "--scorer_warmup",
+    "--scorer_loss=1",
+    "--trainable=scorer",
+    f"--init_from={folder}/before",
+    "--num_steps=2",
+  ]
   assert train("warmup", *warmup, "--dry_run") == 0 and train("warmup", *warmup) == 0
   same = jax.tree.map(np.array_equal, params_of("before"), params_of("warmup"))
-  moved = {jax.tree_util.keystr(path) for path, same in jax.tree_util.tree_leaves_with_path(same) if not same}
-  assert moved == {f"['layers_0']['attention']['scorer']{leaf}" for leaf in ("['linear']['kernel']", "['scale']", "['slope']", "['sink']")}
-  tune = lambda teacher: [f"--init_from={folder}/warmup", "--distill=.5", f"--distill_from={teacher}", "--scorer_loss=.1", "--num_steps=2"]
-  assert train("tuned", *tune(f"hf:{folder}/model"), "--dry_run") == 0 and train("tuned", *tune(f"hf:{folder}/model")) == 0
-  assert train("stopped", *tune(f"{folder}/imported@0"), "--stop_at=1") == 0 and train("stopped", *tune(f"{folder}/imported@0")) == 0
+  moved = {
+    jax.tree_util.keystr(path)
+    for path, same in jax.tree_util.tree_leaves_with_path(same)
+    if not same
+  }
+  assert moved == {
+    f"['layers_0']['attention']['scorer']{leaf}"
+    for leaf in ("['linear']['kernel']", "['scale']", "['slope']", "['sink']")
+  }
+  tune = lambda teacher: [
+    f"--init_from={folder}/warmup",
+    "--distill=.5",
+    f"--distill_from={teacher}",
+    "--scorer_loss=.1",
+    "--num_steps=2",
+  ]
+  assert (
+    train("tuned", *tune(f"hf:{folder}/model"), "--dry_run") == 0
+    and train("tuned", *tune(f"hf:{folder}/model")) == 0
+  )
+  assert (
+    train("stopped", *tune(f"{folder}/imported@0"), "--stop_at=1") == 0
+    and train("stopped", *tune(f"{folder}/imported@0")) == 0
+  )
   jax.tree.map(np.testing.assert_array_equal, params_of("tuned"), params_of("stopped"))
-  assert set(json.loads((folder / "tuned" / "metrics.jsonl").read_text().splitlines()[0])) >= {"loss", "scorer_loss", "divergence"}
+  assert set(json.loads((folder / "tuned" / "metrics.jsonl").read_text().splitlines()[0])) >= {
+    "loss",
+    "scorer_loss",
+    "divergence",
+  }
   config = config_of("tuned")
-  assert (config.attention, config.k, config.scorer_init_sink, config.vocab_size) == (("sparsek",), 2, 3., 300)
+  assert (config.attention, config.k, config.scorer_init_sink, config.vocab_size) == (
+    ("sparsek",),
+    2,
+    3.0,
+    300,
+  )
 
 
 def test_conversion_by_adapters(folder, data, tmp_path, capsys):
-  """Adapters and new scorers learn beside a folder's matrices; what is exported, generated and evaluated is the merged model."""
-  train = lambda name, *flags_: run_command(pretrain.main, flags.FLAGS, f"--workdir={tmp_path}/{name}", f"--data={data}", "--seq_len=16", "--batch_size=2",
-                                           "--learning_rate=0.1", "--warmup_steps=0", "--num_steps=2", "--eval_every=2", "--eval_batches=1", *flags_)
-  adapted = [f"--init_from=hf:{folder}/model", "--attention=sparsek", "--lora_rank=2", "--lora_alpha=3", "--scorer_loss=.1"]
+  """Adapters and new scorers learn beside a folder's matrices; what is exported, generated and
+  evaluated is the merged model.
+  """
+  train = lambda name, *flags_: run_command(
+    pretrain.main,
+    flags.FLAGS,
+    f"--workdir={tmp_path}/{name}",
+    f"--data={data}",
+    "--seq_len=16",
+    "--batch_size=2",
+    "--learning_rate=0.1",
+    "--warmup_steps=0",
+    "--num_steps=2",
+    "--eval_every=2",
+    "--eval_batches=1",
+    *flags_,
+  )
+  adapted = [
+    f"--init_from=hf:{folder}/model",
+    "--attention=sparsek",
+    "--lora_rank=2",
+    "--lora_alpha=3",
+    "--scorer_loss=.1",
+  ]
   assert train("lora", *adapted, "--dry_run") == 0 and "of them learn" in capsys.readouterr().out
   assert train("lora", *adapted) == 0
   config, _ = checkpoint.load_run_config(str(tmp_path / "lora"))
@@ -103,35 +210,88 @@ def test_conversion_by_adapters(folder, data, tmp_path, capsys):
   exported, back = pretrained.load(str(tmp_path / "model"))
   assert exported == config and config.lora_rank == 0
   jax.tree.map(np.testing.assert_array_equal, back, params)
-  assert not np.array_equal(params["layers_0"]["mlp"]["up"]["kernel"], pretrained.load(str(folder / "model"))[1]["layers_0"]["mlp"]["up"]["kernel"])
-  heldout = json.loads((tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()[-1])["heldout_loss"]
-  assert run_command(evaluate.main, evaluate.FLAGS, f"--workdir={tmp_path}/lora", "--eval_batches=1") == 0
-  assert json.loads((tmp_path / "lora" / "evaluation.jsonl").read_text())["loss"] == pytest.approx(heldout, abs=1e-5)
-  assert run_command(generate.main, flags.FLAGS, f"--workdir={tmp_path}/lora", "--prompt=some", "--max_new_tokens=1") == 0
+  assert not np.array_equal(
+    params["layers_0"]["mlp"]["up"]["kernel"],
+    pretrained.load(str(folder / "model"))[1]["layers_0"]["mlp"]["up"]["kernel"],
+  )
+  heldout = json.loads((tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()[-1])[
+    "heldout_loss"
+  ]
+  assert (
+    run_command(evaluate.main, evaluate.FLAGS, f"--workdir={tmp_path}/lora", "--eval_batches=1")
+    == 0
+  )
+  assert json.loads((tmp_path / "lora" / "evaluation.jsonl").read_text())["loss"] == pytest.approx(
+    heldout, abs=1e-5
+  )
+  assert (
+    run_command(
+      generate.main,
+      flags.FLAGS,
+      f"--workdir={tmp_path}/lora",
+      "--prompt=some",
+      "--max_new_tokens=1",
+    )
+    == 0
+  )
   teacher = ["--distill=.5", f"--distill_from={tmp_path}/lora"]
-  assert train("next", f"--init_from={tmp_path}/lora", *teacher) == 0                            # without --lora_rank: from the merged model
-  assert json.loads((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()[0])["divergence"] < 1e-3
+  # without --lora_rank: from the merged model
+  assert train("next", f"--init_from={tmp_path}/lora", *teacher) == 0
+  assert (
+    json.loads((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()[0])["divergence"]
+    < 1e-3
+  )
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     (["--preset=mini"], "--preset=mini and a pretrained model's architecture exclude each other"),
     (["--embed_dim=16"], "embed_dim=16 here, 8 there"),
     (["--trainable=scorer"], "--trainable=scorer: no layer has such parameters"),
     (["--distill=1", "--distill_from={folder}/model"], "{folder}/model holds no run"),
-    (["--distill=1", "--distill_from=hf:{folder}/model", "--data={folder}/bytes", "--init_from={folder}/none", "--preset=tiny"],
-     "--distill_from=hf:{folder}/model: its tokenizer"),
-    (["--data={folder}/bytes"], "the tokenizer of --data={folder}/bytes is not that of --init_from=hf:{folder}/model"),
+    (
+      [
+        "--distill=1",
+        "--distill_from=hf:{folder}/model",
+        "--data={folder}/bytes",
+        "--init_from={folder}/none",
+        "--preset=tiny",
+      ],
+      "--distill_from=hf:{folder}/model: its tokenizer",
+    ),
+    (
+      ["--data={folder}/bytes"],
+      "the tokenizer of --data={folder}/bytes is not that of --init_from=hf:{folder}/model",
+    ),
     (["--lora_rank=-1"], "--lora_rank=-1: must be an integer of at least 0"),
     (["--lora_rank=9"], "--lora_rank=9 must be at most 8"),
-    (["--lora_alpha=4"], "--lora_alpha=4.0 must be above 0, finite, and go with a lora_rank above 0; lora_rank=0"),
+    (
+      ["--lora_alpha=4"],
+      "--lora_alpha=4.0 must be above 0, finite, and go with a lora_rank above 0; lora_rank=0",
+    ),
     (["--lora_rank=2", "--lora_alpha=0"], "--lora_alpha=0.0 must be above 0"),
-    (["--lora_rank=2", "--trainable=scorer"], "--lora_rank=2 and --trainable=scorer exclude each other"),
-    (["--lora_rank=2", "--trainable=scorer", "--scorer_warmup", "--scorer_loss=1"], "--lora_rank=2 and --scorer_warmup and --trainable=scorer exclude each"),
+    (
+      ["--lora_rank=2", "--trainable=scorer"],
+      "--lora_rank=2 and --trainable=scorer exclude each other",
+    ),
+    (
+      ["--lora_rank=2", "--trainable=scorer", "--scorer_warmup", "--scorer_loss=1"],
+      "--lora_rank=2 and --scorer_warmup and --trainable=scorer exclude each",
+    ),
     (["--init_from=hf:{folder}/nowhere"], "{folder}/nowhere/config.json cannot be read"),
-])
+  ],
+)
 def test_bad_training_of_a_pretrained_model(folder, data, capsys, arguments, words):
   arguments = [argument.format(folder=folder) for argument in arguments]
-  base = [f"--workdir={folder}/bad", f"--init_from=hf:{folder}/model", f"--data={data}", "--seq_len=16", "--batch_size=1", "--num_steps=1"]
+  base = [
+    f"--workdir={folder}/bad",
+    f"--init_from=hf:{folder}/model",
+    f"--data={data}",
+    "--seq_len=16",
+    "--batch_size=1",
+    "--num_steps=1",
+  ]
   assert run_command(pretrain.main, flags.FLAGS, *base, *arguments) == 2
   assert words.format(folder=folder) in capsys.readouterr().err
 
@@ -147,17 +307,26 @@ def test_tokens_that_end_a_text(folder, tmp_path):
   assert import_hf.end_tokens(str(tmp_path), tokenizer) == [tokenizer.eos_id]
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     ([], "--workdir is required"),
     (["--workdir={new}"], "give one of --from=FOLDER"),
     (["--workdir={new}", "--from={folder}/model", "--export={new}"], "give one of --from=FOLDER"),
-    (["--workdir={new}", "--from={folder}/nowhere"], "--from={folder}/nowhere: there is no such folder"),
+    (
+      ["--workdir={new}", "--from={folder}/nowhere"],
+      "--from={folder}/nowhere: there is no such folder",
+    ),
     (["--workdir={new}", "--from={folder}/run"], "found no file {folder}/run/tokenizer.json"),
-    (["--workdir={folder}/run", "--from={folder}/model"], "--workdir={folder}/run holds a run already"),
+    (
+      ["--workdir={folder}/run", "--from={folder}/model"],
+      "--workdir={folder}/run holds a run already",
+    ),
     (["--workdir={folder}/run", "--export={folder}/model"], "{folder}/model is not empty"),
     (["--workdir={folder}/run", "--export={new}", "--step=3"], "no checkpoint of step 3"),
     (["--workdir={new}", "--export={new}/a"], "{new} holds no run"),
-])
+  ],
+)
 def test_bad_input_exits_with_2_and_one_sentence(folder, tmp_path, capsys, arguments, words):
   fill = lambda text: text.format(folder=folder, new=tmp_path / "new")
   assert run(*map(fill, arguments)) == 2
@@ -192,12 +361,16 @@ def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
   generation.write_text('{"eos_token_id": 2,}')
   assert_fails(capsys, 2, f"{generation}: no JSON", tmp_path, *arguments)
   generation.write_text('{"eos_token_id": [2, 7]}')
-  for target, name in ((checkpoint.CheckpointWriter, "save"), (shutil, "copyfile"), (os, "fsync"),
-                       (files, "write_atomically")):
+  for target, name in (
+    (checkpoint.CheckpointWriter, "save"),
+    (shutil, "copyfile"),
+    (os, "fsync"),
+    (files, "write_atomically"),
+  ):
     with monkeypatch.context() as patch:
       patch.setattr(target, name, failing)
       assert_fails(capsys, 1, f"{tmp_path}/new {NO_SPACE_SAID}", tmp_path, *arguments)
-  leftover = temporary_name(str(tmp_path / "new"))       # of one that was killed
+  leftover = temporary_name(str(tmp_path / "new"))  # of one that was killed
   os.makedirs(os.path.join(leftover, "checkpoints", "0"))
   assert run(*arguments) == 0
   _, record = checkpoint.load_run_config(str(tmp_path / "new"))
@@ -209,8 +382,12 @@ def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
 
 def test_an_export_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsys, monkeypatch):
   arguments = f"--workdir={folder}/run", f"--export={tmp_path}/out"
-  for target, name in ((np, "ascontiguousarray"), (shutil, "copyfile"), (os, "fsync"),
-                       (os, "rename")):
+  for target, name in (
+    (np, "ascontiguousarray"),
+    (shutil, "copyfile"),
+    (os, "fsync"),
+    (os, "rename"),
+  ):
     with monkeypatch.context() as patch:
       patch.setattr(target, name, failing)
       assert_fails(capsys, 1, f"{tmp_path}/out {NO_SPACE_SAID}", tmp_path, *arguments)
@@ -223,14 +400,18 @@ def test_an_export_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
   assert sorted(os.listdir(tmp_path / "out")) == MODEL_FILES
 
 
-@pytest.mark.parametrize("names", [{"tokenizer_config": {"eos_token": "e"}},
-                                   {"config": {"eos_token_id": [3, 0]}}])
+@pytest.mark.parametrize(
+  "names", [{"tokenizer_config": {"eos_token": "e"}}, {"config": {"eos_token_id": [3, 0]}}]
+)
 def test_the_end_of_a_document_survives_import_and_export(folder, tmp_path, names):
   """Runs and what is exported of them end documents as the folder's files say."""
   shutil.copytree(folder / "model", tmp_path / "model")
   tokens = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
-  special = dict(tokens["added_tokens"][0], id=3, content=next(
-      token for token, i in tokens["model"]["vocab"].items() if i == 3))
+  special = dict(
+    tokens["added_tokens"][0],
+    id=3,
+    content=next(token for token, i in tokens["model"]["vocab"].items() if i == 3),
+  )
   tokens["added_tokens"].append(special)
   (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
   for name, fields in names.items():

@@ -26,12 +26,24 @@ import jax
 
 from sparsek.runs.checkpoint import HALF_WRITTEN, checkpoint_folder, saved_steps
 from sparsek.runs.metrics import read_metrics
-from tests.experiments.pretrain_test import finish, logged, sharing_compiled, start, wait_for_progress, write_documents
+from tests.experiments.pretrain_test import (
+  finish,
+  logged,
+  sharing_compiled,
+  start,
+  wait_for_progress,
+  write_documents,
+)
 
 EVAL_EVERY = 25
 # Long evaluations, so that kills fall into them.
-FLAGS = ["--num_steps=400", f"--eval_every={EVAL_EVERY}", "--eval_batches=200",
-         "--checkpoint_every=5", "--spike_factor=1.1"]
+FLAGS = [
+  "--num_steps=400",
+  f"--eval_every={EVAL_EVERY}",
+  "--eval_batches=200",
+  "--checkpoint_every=5",
+  "--spike_factor=1.1",
+]
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -40,9 +52,13 @@ def activity(workdir: str, err: str, records: list[dict]) -> str:
   if "  loss " not in err:
     return "between restore and first step" if "resuming" in err else "starting"
   checkpoints = checkpoint_folder(workdir)
-  half_written = os.path.isdir(checkpoints) and any(HALF_WRITTEN in name for name in os.listdir(checkpoints))
+  half_written = os.path.isdir(checkpoints) and any(
+    HALF_WRITTEN in name for name in os.listdir(checkpoints)
+  )
   evaluating = records[-1]["step"] % EVAL_EVERY == 0 and "heldout_loss" not in records[-1]
-  return ("evaluating" if evaluating else "in a step") + (", a checkpoint half-written" if half_written else "")
+  return ("evaluating" if evaluating else "in a step") + (
+    ", a checkpoint half-written" if half_written else ""
+  )
 
 
 def outcome(how: signal.Signals, code: int, out: str) -> str | None:
@@ -53,15 +69,25 @@ def outcome(how: signal.Signals, code: int, out: str) -> str | None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--kills", type=int, default=12)
-  parser.add_argument("--seconds", type=float, default=4.0, help="of a process that are killed in, from its first logged step on")
+  parser.add_argument(
+    "--seconds",
+    type=float,
+    default=4.0,
+    help="of a process that are killed in, from its first logged step on",
+  )
   parser.add_argument("--seed", type=int, default=random.randrange(10**6))
   args = parser.parse_args()
   print(f"seed {args.seed}, {args.kills} kills, experiments.pretrain {' '.join(FLAGS)}", flush=True)
   rng = random.Random(args.seed)
   with tempfile.TemporaryDirectory() as folder:
-    data, environment = write_documents(os.path.join(folder, "tokens")), sharing_compiled(os.path.join(folder, "cache"))
+    data, environment = (
+      write_documents(os.path.join(folder, "tokens")),
+      sharing_compiled(os.path.join(folder, "cache")),
+    )
     whole, killed = os.path.join(folder, "whole"), os.path.join(folder, "killed")
     code, _, err = finish(start(whole, data, environment, *FLAGS))
     assert code == 0, err
@@ -95,9 +121,11 @@ def main() -> None:
     want, got = logged(whole), logged(killed)
   differing = sum(x != y for x, y in zip(want, got)) + abs(len(want) - len(got))
   skipped = max(record.get("skipped", 0) for record in got)
-  print(f"{len(want)} lines of metrics.jsonl ({sum(map(len, want))} values), {len(got)} after the "
-        f"kills: {differing} differ; {skipped} updates were skipped; {wrong} processes ended "
-        f"wrongly; {', '.join(f'{count} {doing}' for doing, count in found.most_common())}")
+  print(
+    f"{len(want)} lines of metrics.jsonl ({sum(map(len, want))} values), {len(got)} after the "
+    f"kills: {differing} differ; {skipped} updates were skipped; {wrong} processes ended "
+    f"wrongly; {', '.join(f'{count} {doing}' for doing, count in found.most_common())}"
+  )
   print(f"python {platform.python_version()} jax {jax.__version__} cpu")
   sys.exit(differing + wrong > 0)
 

@@ -10,20 +10,26 @@ import pytest
 from experiments import layer_reach
 from sparsek.config import TransformerConfig, parse_layer_pattern
 from sparsek.data.corpus import Document
-from sparsek.model.transformer import init_params
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.model.transformer import init_params
 from tests.experiments.evaluate_test import write_run
 from tests.helpers import run_command
 
-CONFIG = TransformerConfig(num_layers=2, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, attention="full")
+CONFIG = TransformerConfig(
+  num_layers=2, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, attention="full"
+)
 run = functools.partial(run_command, layer_reach.main, layer_reach.FLAGS)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
-  write_token_files(str(folder / "data"), [Document(str(i), f"{i}: {i**9}\n" * 9, i % 2 == 0) for i in range(20)], ByteTokenizer())
+  write_token_files(
+    str(folder / "data"),
+    [Document(str(i), f"{i}: {i**9}\n" * 9, i % 2 == 0) for i in range(20)],
+    ByteTokenizer(),
+  )
   (folder / "folder.json").mkdir()
   for name, attention in (("dense", "full"), ("sparse", "sparsek")):
     config = dataclasses.replace(CONFIG, attention=attention)
@@ -32,25 +38,50 @@ def folder(tmp_path_factory):
 
 
 def test_table_and_record(folder, capsys):
-  assert run(f"--workdir={folder}/dense", "--seq_len=64", "--batch_size=1", "--eval_batches=2", "--window=8", "--sinks=2", "--k=3", "--budget=20",
-             f"--record={folder}/reach.json") == 0
+  assert (
+    run(
+      f"--workdir={folder}/dense",
+      "--seq_len=64",
+      "--batch_size=1",
+      "--eval_batches=2",
+      "--window=8",
+      "--sinks=2",
+      "--k=3",
+      "--budget=20",
+      f"--record={folder}/reach.json",
+    )
+    == 0
+  )
   out = capsys.readouterr().out
   record = json.loads((folder / "reach.json").read_text())
-  assert record["term"] == "attention_sinks:k2:w6" and len(record["rises"]) == 2 and record["step"] == 7
-  assert record["layer_pattern"] in out and f"loss {record['loss']:.4f}" in out and all(f"{rise:+.4f}" in out for rise in record["rises"])
+  assert (
+    record["term"] == "attention_sinks:k2:w6" and len(record["rises"]) == 2 and record["step"] == 7
+  )
+  assert (
+    record["layer_pattern"] in out
+    and f"loss {record['loss']:.4f}" in out
+    and all(f"{rise:+.4f}" in out for rise in record["rises"])
+  )
   first = record["rises"][0] >= record["rises"][1]
-  assert parse_layer_pattern(record["layer_pattern"]) == (("sparsek:k21:w8", "sparsek:k3:w8") if first else ("sparsek:k3:w8", "sparsek:k21:w8"))
+  assert parse_layer_pattern(record["layer_pattern"]) == (
+    ("sparsek:k21:w8", "sparsek:k3:w8") if first else ("sparsek:k3:w8", "sparsek:k21:w8")
+  )
 
 
-@pytest.mark.parametrize("given, message", [
+@pytest.mark.parametrize(
+  "given, message",
+  [
     (["--workdir={}/nowhere"], "--workdir={}/nowhere: must be the folder of a run"),
     (["--workdir={}/sparse"], "all layers must have full attention; it has sparsek"),
     (["--workdir={}/dense", "--budget=9", "--window=8", "--k=3"], "--budget=9 must be at least 11"),
     (["--workdir={}/dense", "--sinks=8", "--window=8"], "--sinks=8 must be below --window=8"),
-    (["--workdir={}/dense", "--record={}/nowhere/x.json"],
-     "--record={}/nowhere/x.json: must be a .json file in a folder that exists"),
-    (["--workdir={}/dense", "--record={}/folder.json"], "{}/folder.json is a folder")
-])
+    (
+      ["--workdir={}/dense", "--record={}/nowhere/x.json"],
+      "--record={}/nowhere/x.json: must be a .json file in a folder that exists",
+    ),
+    (["--workdir={}/dense", "--record={}/folder.json"], "{}/folder.json is a folder"),
+  ],
+)
 def test_refusals(given, message, folder, capsys):
   assert run(*(words.format(folder) for words in given)) == 2
   assert message.format(folder) in capsys.readouterr().err

@@ -15,7 +15,9 @@ run = functools.partial(run_command, prepare_data.main, prepare_data.FLAGS)
 @pytest.fixture
 def source(tmp_path):
   path = tmp_path / "texts.jsonl"
-  path.write_text("".join(json.dumps({"body": f"the quick brown fox no. {i}"}) + "\n" for i in range(50)))
+  path.write_text(
+    "".join(json.dumps({"body": f"the quick brown fox no. {i}"}) + "\n" for i in range(50))
+  )
   return str(path)
 
 
@@ -35,8 +37,9 @@ def test_bytes_then_verify(source, tmp_path, capsys):
 
 def test_what_begins_a_document_is_said(source, tmp_path, capsys):
   spm().save(str(tmp_path))
-  made = lambda name, *more: run(f"--sources={source}", "--text_field=body",
-                                 f"--output={tmp_path}/{name}", *more)
+  made = lambda name, *more: run(
+    f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more
+  )
   assert made("pieces", f"--tokenizer={tmp_path}/tokenizer.json") == 0
   assert ", each document begins with <s> and ends with </s>\n" in capsys.readouterr().out
   assert made("bytes") == 0
@@ -45,31 +48,71 @@ def test_what_begins_a_document_is_said(source, tmp_path, capsys):
 
 def test_bpe_trained_then_loaded(source, tmp_path, capsys):
   first, second = str(tmp_path / "first"), str(tmp_path / "second")
-  assert run(f"--sources={source}", "--text_field=body", "--train_bpe=280", "--heldout_fraction=0.2", f"--output={first}") == 0
+  assert (
+    run(
+      f"--sources={source}",
+      "--text_field=body",
+      "--train_bpe=280",
+      "--heldout_fraction=0.2",
+      f"--output={first}",
+    )
+    == 0
+  )
   dataset = open_data(first)
   assert dataset.vocab_size == 280
-  assert dataset.tokenizer.decode(dataset.split("heldout").document(0)).startswith("the quick brown fox no. ")
-  assert run(f"--sources={source}", "--text_field=body", f"--tokenizer={first}", "--heldout_fraction=0.2", f"--output={second}") == 0
+  assert dataset.tokenizer.decode(dataset.split("heldout").document(0)).startswith(
+    "the quick brown fox no. "
+  )
+  assert (
+    run(
+      f"--sources={source}",
+      "--text_field=body",
+      f"--tokenizer={first}",
+      "--heldout_fraction=0.2",
+      f"--output={second}",
+    )
+    == 0
+  )
   assert open_data(second, first).fingerprint == dataset.fingerprint
 
 
 def test_what_comes_out_is_compared_with_a_record(source, tmp_path, capsys):
   """Made again it is the same; with another split it is not, and the folder stays."""
-  made = lambda name, *more: run(f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more)
+  made = lambda name, *more: run(
+    f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more
+  )
   record = f"--expect={tmp_path}/first/meta.json"
   assert made("first") == 0 and made("second", record) == 0
   assert f"Tokens and split are those of {tmp_path}/first/meta.json" in capsys.readouterr().out
   assert made("third", record, "--heldout_fraction=0.5") == 1 and open_data(f"{tmp_path}/third")
   assert "meta.json in heldout; made with {'python': " in capsys.readouterr().err
-  assert run(f"--verify={tmp_path}/third", record) == 1 and run(f"--verify={tmp_path}/second", record) == 0
+  assert (
+    run(f"--verify={tmp_path}/third", record) == 1
+    and run(f"--verify={tmp_path}/second", record) == 0
+  )
 
 
 def test_text_and_tasks_mixed(source, tmp_path, capsys):
-  """Text counts in full, tasks in their answers; the least length is for text; documents that are there twice count once."""
-  assert run(f"--sources={source},{source},tasks:1200:10", "--text_field=body", "--min_document_bytes=26", "--deduplicate", "--answers_only",
-             f"--output={tmp_path}/mix") == 0
-  documents = [json.loads(line) for line in (tmp_path / "mix" / "documents.jsonl").read_text().splitlines()]
-  assert [document["name"].rpartition(":")[2] for document in documents[:-10]] == [str(i) for i in range(11, 51)]
+  """Text counts in full, tasks in their answers; the least length is for text; documents that are
+  there twice count once.
+  """
+  assert (
+    run(
+      f"--sources={source},{source},tasks:1200:10",
+      "--text_field=body",
+      "--min_document_bytes=26",
+      "--deduplicate",
+      "--answers_only",
+      f"--output={tmp_path}/mix",
+    )
+    == 0
+  )
+  documents = [
+    json.loads(line) for line in (tmp_path / "mix" / "documents.jsonl").read_text().splitlines()
+  ]
+  assert [document["name"].rpartition(":")[2] for document in documents[:-10]] == [
+    str(i) for i in range(11, 51)
+  ]
   assert [document["name"] for document in documents[-10:]][::9] == ["passkey 0", "copy 9"]
   dataset = open_data(str(tmp_path / "mix"))
   for name in ("train", "heldout"):
@@ -79,35 +122,57 @@ def test_text_and_tasks_mixed(source, tmp_path, capsys):
   assert "the loss counts" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments,message", [
+@pytest.mark.parametrize(
+  "arguments,message",
+  [
     (["--output={out}"], "--sources is required"),
     (["--sources={source}"], "--output is required"),
-    (["--sources={source}", "--output={out}"],
-     "texts.jsonl:1: expected text in the field 'text', found the fields 'body'"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--tokenizer=byte",
-      "--train_bpe=300"],
-    "exclude each other"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--tokenizer=nowhere"],
-     "nowhere"),
+    (
+      ["--sources={source}", "--output={out}"],
+      "texts.jsonl:1: expected text in the field 'text', found the fields 'body'",
+    ),
+    (
+      [
+        "--sources={source}",
+        "--output={out}",
+        "--text_field=body",
+        "--tokenizer=byte",
+        "--train_bpe=300",
+      ],
+      "exclude each other",
+    ),
+    (
+      ["--sources={source}", "--output={out}", "--text_field=body", "--tokenizer=nowhere"],
+      "nowhere",
+    ),
     (["--sources=nowhere", "--output={out}"], "'nowhere': no such file"),
     (["--sources={source}", "--output={source}", "--text_field=body"], "there already"),
     (["--sources={source}", "--output={source}/x", "--text_field=body"], "cannot be written"),
     (["--train_bpe=10"], "--train_bpe=10"),
     (["--train_bpe=2147483647", "--sources={source}", "--output={out}"], "--train_bpe=2147483647"),
-    (["--sources=tasks:4096:999999999999999999999", "--output={out}"],
-     "must be tasks:LENGTH:COUNT"),
+    (
+      ["--sources=tasks:4096:999999999999999999999", "--output={out}"],
+      "must be tasks:LENGTH:COUNT",
+    ),
     (["--sources=/dev/zero", "--output={out}"], "source /dev/zero is a device"),
-    (["--sources={source},nowhere", "--train_bpe=300", "--output={out}"],
-     "'nowhere': no such file"),
+    (
+      ["--sources={source},nowhere", "--train_bpe=300", "--output={out}"],
+      "'nowhere': no such file",
+    ),
     (["--expect=/dev/zero", "--sources={source}", "--output={out}"], "/dev/zero is a device"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--min_document_bytes=999"],
-     "of at least 999 bytes"),
-    (["--sources={source}", "--output={out}", "--text_field=body", "--expect=nowhere.json"],
-     "nowhere.json cannot be read"),
+    (
+      ["--sources={source}", "--output={out}", "--text_field=body", "--min_document_bytes=999"],
+      "of at least 999 bytes",
+    ),
+    (
+      ["--sources={source}", "--output={out}", "--text_field=body", "--expect=nowhere.json"],
+      "nowhere.json cannot be read",
+    ),
     (["--no_such_flag=1"], "no_such_flag"),
     (["--verify=nowhere"], "nowhere"),
     (["--verify=nowhere", "--output={out}"], "neither"),
-])
+  ],
+)
 def test_bad_input_exits_with_2_and_one_sentence(source, tmp_path, capsys, arguments, message):
   out = str(tmp_path / "out")
   assert run(*(argument.format(out=out, source=source) for argument in arguments)) == 2
@@ -116,11 +181,19 @@ def test_bad_input_exits_with_2_and_one_sentence(source, tmp_path, capsys, argum
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("function,train_bpe", [
-    ("os.fsync", False), ("os.rename", False), ("json.dump", False), ("numpy.save", True),
-    ("sparsek.tokenizer.write_atomically", True)])
-def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(source, tmp_path, capsys, monkeypatch,
-                                                           function, train_bpe):
+@pytest.mark.parametrize(
+  "function,train_bpe",
+  [
+    ("os.fsync", False),
+    ("os.rename", False),
+    ("json.dump", False),
+    ("numpy.save", True),
+    ("sparsek.tokenizer.write_atomically", True),
+  ],
+)
+def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(
+  source, tmp_path, capsys, monkeypatch, function, train_bpe
+):
   def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -135,23 +208,32 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(source, tmp_path, cap
   assert run(*arguments) == 0
 
 
-def test_an_output_that_cannot_be_made_is_found_before_the_tokenizer_is_trained(source, capsys,
-                                                                                monkeypatch):
+def test_an_output_that_cannot_be_made_is_found_before_the_tokenizer_is_trained(
+  source, capsys, monkeypatch
+):
   monkeypatch.setattr(prepare_data, "train_bpe", lambda *_: 1 / 0)
-  assert run(f"--sources={source}", "--text_field=body", "--train_bpe=300",
-             f"--output={source}/a/b") == 2
+  assert (
+    run(f"--sources={source}", "--text_field=body", "--train_bpe=300", f"--output={source}/a/b")
+    == 2
+  )
   assert "/a/b cannot be written: Not a directory" in capsys.readouterr().err
 
 
 def test_what_was_left_out_is_told(tmp_path, capsys):
   folder = tmp_path / "texts"
   folder.mkdir()
-  for name, text in (("a.txt", "one"), ("b.TXT", "two"), ("c.json", "{}"),
-                     ("d.jsonl", '{"text": "three"}\n{"text": 3}\n')):
+  for name, text in (
+    ("a.txt", "one"),
+    ("b.TXT", "two"),
+    ("c.json", "{}"),
+    ("d.jsonl", '{"text": "three"}\n{"text": 3}\n'),
+  ):
     (folder / name).write_text(text)
   assert run(f"--sources={folder}", "--skip_bad_lines", f"--output={tmp_path}/made") == 0
   dataset, printed = open_data(f"{tmp_path}/made"), capsys.readouterr().out
   assert sum(dataset.split(name).num_documents for name in ("train", "heldout")) == 3
   assert f"left out: 1 files ending in .json (the first: {folder}/c.json)" in printed
-  assert (f"left out: 1 lines without a text that could be read (the first: {folder}/d.jsonl:2: "
-          f"expected text") in printed
+  assert (
+    f"left out: 1 lines without a text that could be read (the first: {folder}/d.jsonl:2: "
+    f"expected text"
+  ) in printed

@@ -1,4 +1,6 @@
-"""experiments.pretrain as real processes: killed at a random moment, stopped by signals, started with bad flags."""
+"""experiments.pretrain as real processes: killed at a random moment, stopped by signals, started
+with bad flags.
+"""
 
 import json
 import os
@@ -15,19 +17,43 @@ from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-TINY = ["--num_layers=1", "--embed_dim=16", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8", "--mlp_dim=16", "--k=4", "--window=4",
-        "--seq_len=32", "--batch_size=2", "--num_steps=120", "--log_every=1", "--eval_every=25", "--eval_batches=2", "--checkpoint_every=5"]
+TINY = [
+  "--num_layers=1",
+  "--embed_dim=16",
+  "--num_heads=2",
+  "--num_kv_heads=1",
+  "--head_dim=8",
+  "--mlp_dim=16",
+  "--k=4",
+  "--window=4",
+  "--seq_len=32",
+  "--batch_size=2",
+  "--num_steps=120",
+  "--log_every=1",
+  "--eval_every=25",
+  "--eval_batches=2",
+  "--checkpoint_every=5",
+]
 
 
 def write_documents(folder):
   """Returns `folder`, with token files of 256 documents in it."""
-  write_token_files(folder, [Document(str(i), f"Document {i}: {i**7} {i**11}.\n" * 4, i % 2 == 0) for i in range(256)], ByteTokenizer())
+  write_token_files(
+    folder,
+    [Document(str(i), f"Document {i}: {i**7} {i**11}.\n" * 4, i % 2 == 0) for i in range(256)],
+    ByteTokenizer(),
+  )
   return folder
 
 
 def sharing_compiled(folder):
   """The environment of processes that share compiled programs, which cost most of their time."""
-  return {**os.environ, "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+  return {
+    **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": folder,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PLATFORMS": "cpu",
+  }
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +67,18 @@ def environment(tmp_path_factory):
 
 
 def start(workdir, data_folder, environment, *flags):
-  command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", f"--data={data_folder}", *TINY, *flags]
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.pretrain",
+    f"--workdir={workdir}",
+    f"--data={data_folder}",
+    *TINY,
+    *flags,
+  ]
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def finish(process):
@@ -51,7 +87,9 @@ def finish(process):
 
 
 def wait_for_progress(workdir, process):
-  """Returns when a process has added a line to the metrics, which is after all compiling but that of the evaluation."""
+  """Returns when a process has added a line to the metrics, which is after all compiling but that
+  of the evaluation.
+  """
   metrics = os.path.join(workdir, "metrics.jsonl")
   size = lambda: os.path.getsize(metrics) if os.path.exists(metrics) else 0
   smallest = size()
@@ -63,7 +101,10 @@ def wait_for_progress(workdir, process):
 def logged(workdir):
   with open(os.path.join(workdir, "metrics.jsonl")) as file:
     records = [json.loads(line) for line in file]
-  return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+  return [
+    {key: value for key, value in record.items() if key != "tokens_per_second"}
+    for record in records
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +117,9 @@ def uninterrupted(tmp_path_factory, data_folder, environment):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_logs_bit_equal_losses(tmp_path, data_folder, environment, uninterrupted):
+def test_killed_and_resumed_logs_bit_equal_losses(
+  tmp_path, data_folder, environment, uninterrupted
+):
   process = start(tmp_path, data_folder, environment)
   wait_for_progress(tmp_path, process)
   time.sleep(random.uniform(0.0, 0.7))
@@ -89,12 +132,18 @@ def test_killed_and_resumed_logs_bit_equal_losses(tmp_path, data_folder, environ
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(tmp_path, data_folder, environment, uninterrupted):
+def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(
+  tmp_path, data_folder, environment, uninterrupted
+):
   # Long evaluations make the run last, and the signal arrive in one.
   process = start(tmp_path, data_folder, environment, "--eval_every=1", "--eval_batches=1000")
   wait_for_progress(tmp_path, process)
   code, _, err = finish(start(tmp_path, data_folder, environment))
-  assert code == 2 and len(err.splitlines()) == 1 and f"in use by another run (process {process.pid}" in err, err
+  assert (
+    code == 2
+    and len(err.splitlines()) == 1
+    and f"in use by another run (process {process.pid}" in err
+  ), err
   process.send_signal(signal.SIGTERM)
   code, out, err = finish(process)
   assert code == 0, err
@@ -102,8 +151,16 @@ def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(tmp_path
   assert f"stopped by a signal at step {step} of 120" in out
   assert str(step) in os.listdir(tmp_path / "checkpoints")
   # flags.txt reproduces the run; flags after it win.
-  command = [sys.executable, "-m", "experiments.pretrain", f"--flagfile={tmp_path / 'flags.txt'}", "--eval_every=0"]
-  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.pretrain",
+    f"--flagfile={tmp_path / 'flags.txt'}",
+    "--eval_every=0",
+  ]
+  done = subprocess.run(
+    command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+  )
   assert done.returncode == 0 and f"resuming {tmp_path} at step {step}" in done.stderr, done.stderr
   losses = lambda records: [record["loss"] for record in records if "loss" in record]
   assert losses(logged(tmp_path)) == losses(uninterrupted)
@@ -113,8 +170,13 @@ def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(tmp_path
 def test_bad_flags_exit_with_2_and_one_sentence_in_under_10_seconds(tmp_path, environment):
   """Takes a flag that is refused late; others are in flags_test, in one process."""
   started = time.monotonic()
-  command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path / 'run'}",
-             "--data=/nowhere"]
+  command = [
+    sys.executable,
+    "-m",
+    "experiments.pretrain",
+    f"--workdir={tmp_path / 'run'}",
+    "--data=/nowhere",
+  ]
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == 2 and "/nowhere" in done.stderr, done.stderr
   assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -10,16 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.generation.cache import init_cache, with_room
 from sparsek.config import TransformerConfig
+from sparsek.data.tokenizer import ByteTokenizer, train_bpe
 from sparsek.errors import UsageError
+from sparsek.generation.cache import init_cache, with_room
 from sparsek.generation.session import Session, TextStream, generate, sample, stream_text
 from sparsek.model.transformer import Transformer, init_params
-from sparsek.data.tokenizer import ByteTokenizer, train_bpe
 from tests.helpers import metaspace, quick_jit, spm
 
-CONFIG = TransformerConfig(vocab_size=40, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, k=3, window=4,
-                           attention="sparsek,full", scan_layers=True, implementation="reference")
+CONFIG = TransformerConfig(
+  vocab_size=40,
+  num_layers=2,
+  embed_dim=16,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  mlp_dim=16,
+  k=3,
+  window=4,
+  attention="sparsek,full",
+  scan_layers=True,
+  implementation="reference",
+)
 PROMPT = [3, 1, 4, 1, 5]
 TEXT = "naïve €5 — 日本語 🙂!"
 
@@ -31,19 +43,23 @@ def params():
 
 
 def run(**more):
-  return list(generate(CONFIG, params(), PROMPT, **{"max_new_tokens": 12, "temperature": 0.0, **more}))
+  return list(
+    generate(CONFIG, params(), PROMPT, **{"max_new_tokens": 12, "temperature": 0.0, **more})
+  )
 
 
 def test_greedy_takes_the_largest_logit_of_the_parallel_forward():
   tokens = run()
   assert len(tokens) == 12 and tokens == run(key=jax.random.key(7))
-  logits = quick_jit(Transformer(CONFIG).apply)({"params": params()}, jnp.asarray([PROMPT + tokens]))[0]
-  assert tokens == np.argmax(logits[len(PROMPT) - 1:-1], -1).tolist()
+  logits = quick_jit(Transformer(CONFIG).apply)(
+    {"params": params()}, jnp.asarray([PROMPT + tokens])
+  )[0]
+  assert tokens == np.argmax(logits[len(PROMPT) - 1 : -1], -1).tolist()
 
 
 def test_stops_at_eos_and_at_nothing():
   tokens = run()
-  assert run(eos_id=[tokens[5], CONFIG.vocab_size]) == tokens[:tokens.index(tokens[5])]
+  assert run(eos_id=[tokens[5], CONFIG.vocab_size]) == tokens[: tokens.index(tokens[5])]
   assert run(max_new_tokens=0) == []
   assert run(max_new_tokens=1) == tokens[:1]
 
@@ -51,18 +67,25 @@ def test_stops_at_eos_and_at_nothing():
 def test_keys_decide_the_text():
   draw = lambda seed: run(temperature=5.0, key=jax.random.key(seed))
   assert draw(0) == draw(0) != draw(1)
-  assert run(temperature=5.0, top_p=1e-6, key=jax.random.key(0)) == run(), "a tiny nucleus is greedy"
+  assert run(temperature=5.0, top_p=1e-6, key=jax.random.key(0)) == run(), (
+    "a tiny nucleus is greedy"
+  )
 
 
 def test_tokens_stream():
   config = dataclasses.replace(CONFIG, attention="sliding_window")
-  tokens = generate(config, init_params(config, jax.random.key(0)), PROMPT, max_new_tokens=10**9, temperature=0.0)
+  tokens = generate(
+    config, init_params(config, jax.random.key(0)), PROMPT, max_new_tokens=10**9, temperature=0.0
+  )
   assert len([next(tokens) for _ in range(3)]) == 3, "a limit of 10^9 tokens must cost nothing"
 
 
 ROWS = [PROMPT, [7], [9, 9, 2, 30, 1, 1, 8, 5, 12, 3, 3]]
-LIGHT = dataclasses.replace(CONFIG, attention="sliding_window", num_layers=1)         # compiles fast; selections are for cache_test
-SOFT = dataclasses.replace(CONFIG, gate="value", attention="sparsek,sliding_window", dtype="bfloat16")
+# compiles fast; selections are for cache_test
+LIGHT = dataclasses.replace(CONFIG, attention="sliding_window", num_layers=1)
+SOFT = dataclasses.replace(
+  CONFIG, gate="value", attention="sparsek,sliding_window", dtype="bfloat16"
+)
 
 
 @functools.cache
@@ -76,29 +99,52 @@ def turn(session, prompts, **more):
   steps = list(session.generate(prompts, **{"max_new_tokens": 11, "temperature": 0.0, **more}))
   assert all(len(tokens) == len(prompts) for tokens in steps)
   rows = [[token for token in row if token is not None] for row in zip(*steps)]
-  assert [list(row[:len(ended)]) for row, ended in zip(zip(*steps), rows)] == rows, "None only from the end on"
+  assert [list(row[: len(ended)]) for row, ended in zip(zip(*steps), rows)] == rows, (
+    "None only from the end on"
+  )
   return rows
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=5.0), dict(temperature=3.0, top_k=5), dict(temperature=3.0, top_p=0.7, eos_id=range(0, 40, 4))])
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(),
+    dict(temperature=5.0),
+    dict(temperature=3.0, top_k=5),
+    dict(temperature=3.0, top_p=0.7, eos_id=range(0, 40, 4)),
+  ],
+)
 def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(options):
   keys = jax.random.split(jax.random.key(3), 3)
   together = turn(Session(LIGHT, light_params(), 3), ROWS, keys=keys, **options)
-  alone = [list(generate(LIGHT, light_params(), row, key=key, **{"max_new_tokens": 11, "temperature": 0.0, **options})) for row, key in zip(ROWS, keys)]
+  alone = [
+    list(
+      generate(
+        LIGHT, light_params(), row, key=key, **{"max_new_tokens": 11, "temperature": 0.0, **options}
+      )
+    )
+    for row, key in zip(ROWS, keys)
+  ]
   assert together == alone and (len(set(map(len, together))) > 1) == ("eos_id" in options)
 
 
 def test_turns_go_on_where_they_ended():
-  """In one session, from a file between turns, and one token at a time: the same, and what a dense cache of all tokens gives."""
+  """In one session, from a file between turns, and one token at a time: the same, and what a dense
+  cache of all tokens gives.
+  """
   more = [[11, 12], [], [13]]
   one = Session(CONFIG, params(), 3)
-  rows = lambda: one.cache.layers[1].key.shape[2]                      # of the full layer: the same for both turns, so nothing is compiled for the second
+  # of the full layer: the same for both turns, so nothing is compiled for the second
+  rows = lambda: one.cache.layers[1].key.shape[2]
   first, before, second = turn(one, ROWS), rows(), turn(one, more)
   assert before == rows() == 128
   slow = Session(CONFIG, params(), 3)
   assert turn(slow, ROWS, ahead=0) == first and turn(slow, more, ahead=0) == second
   for row, (prompt, begun, then) in enumerate(zip(ROWS, first, more)):
-    assert list(generate(CONFIG, params(), prompt + begun + then, max_new_tokens=11, temperature=0.0)) == second[row]
+    assert (
+      list(generate(CONFIG, params(), prompt + begun + then, max_new_tokens=11, temperature=0.0))
+      == second[row]
+    )
 
 
 def test_full_layers_grow_by_steps_and_keep_what_they_have():
@@ -116,8 +162,12 @@ def test_a_stopped_row_computes_nothing_more():
     seen.append(tokens)
     if len(seen) == 4:
       session.stop(1)
-  assert [row[1] for row in seen] == whole[1][:4] + [None] * 7 and [row[0] for row in seen] == whole[0]
-  assert session.cache.seen.tolist() == [len(row) + (3 if i == 1 else 10) for i, row in enumerate(ROWS)]
+  assert [row[1] for row in seen] == whole[1][:4] + [None] * 7 and [
+    row[0] for row in seen
+  ] == whole[0]
+  assert session.cache.seen.tolist() == [
+    len(row) + (3 if i == 1 else 10) for i, row in enumerate(ROWS)
+  ]
   assert turn(session, [[], [], []], max_new_tokens=2)[1] == whole[1][4:6]
 
 
@@ -125,7 +175,10 @@ def test_a_session_that_ran_ahead_says_so(tmp_path):
   session = Session(LIGHT, light_params(), 1)
   for _ in session.generate([PROMPT], max_new_tokens=11, temperature=0.0):
     break
-  for action in (lambda: session.save(str(tmp_path / "x")), lambda: session.generate([PROMPT], max_new_tokens=1, temperature=0.0)):
+  for action in (
+    lambda: session.save(str(tmp_path / "x")),
+    lambda: session.generate([PROMPT], max_new_tokens=1, temperature=0.0),
+  ):
     with pytest.raises(ValueError, match="use ahead=0"):
       action()
 
@@ -137,7 +190,10 @@ def test_a_session_is_resumed_from_disk(tmp_path):
   turn(session, ROWS)
   session.save(path)
   again = Session.load(path, SOFT, model)
-  assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(jax.tree.leaves(session.cache), jax.tree.leaves(again.cache)))
+  assert all(
+    np.array_equal(x, y) and x.dtype == y.dtype
+    for x, y in zip(jax.tree.leaves(session.cache), jax.tree.leaves(again.cache))
+  )
   assert turn(again, [[], [3], []]) == turn(session, [[], [3], []])
   with pytest.raises(UsageError, match=r"saved under k=3 \(now 4\), gate=value \(now key_value\)"):
     Session.load(path, dataclasses.replace(SOFT, k=4, gate="key_value"), model)
@@ -156,10 +212,17 @@ def saved(tmp_path, session):
 
 
 def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
-  """Lets the cache grow with its texts, over turns and files; it gives what one of full size does.
+  """Lets the cache grow with its texts, over turns and files; it gives what one of full
+  size does.
   """
-  small = dataclasses.replace(SOFT, attention="sparsek:k20:w4,sliding_window", num_layers=2,
-                              window=100, dtype="float32", gate="value")
+  small = dataclasses.replace(
+    SOFT,
+    attention="sparsek:k20:w4,sliding_window",
+    num_layers=2,
+    window=100,
+    dtype="float32",
+    gate="value",
+  )
   model = init_params(small, jax.random.key(2))
   model["embed"]["embedding"] *= 30
   full, more = Session(small, model, 3), [[11, 12], [], [13]]
@@ -173,16 +236,19 @@ def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
   found.append(turn(session, more, max_new_tokens=14))
   assert found == wanted and session.cache.layers[1].key.shape[2] == 64
   huge, large = (dataclasses.replace(LIGHT, window=window, k=2**50) for window in (2**40, 16))
-  first, second = (turn(Session(config, light_params(), 3), ROWS, max_new_tokens=1)
-                   for config in (huge, large))
+  first, second = (
+    turn(Session(config, light_params(), 3), ROWS, max_new_tokens=1) for config in (huge, large)
+  )
   assert first == second
 
 
 @pytest.mark.parametrize("attention", ["full", "sliding_window", "sparsek"])
 def test_what_no_memory_could_hold_is_refused_at_once(attention):
   config = dataclasses.replace(LIGHT, attention=attention, window=2**40)
-  message = (r"max_new_tokens=1000000000 after 5 prompt tokens: .* takes about [0-9,]+ bytes, "
-             r"more than the [0-9,]+ bytes of memory here")
+  message = (
+    r"max_new_tokens=1000000000 after 5 prompt tokens: .* takes about [0-9,]+ bytes, "
+    r"more than the [0-9,]+ bytes of memory here"
+  )
   with pytest.raises(ValueError, match=message):
     generate(config, None, PROMPT, max_new_tokens=10**9, temperature=0.0)
   with pytest.raises(ValueError, match="positions are counted up to 2147483647"):
@@ -195,8 +261,27 @@ def test_what_no_memory_could_hold_is_refused_at_once(attention):
 
 def broken_heads(head):
   """(what is wrong, a head) for every field of every level, of every wrong kind."""
-  wrong = [None, True, -1, 2**31, 10**30, 1.5, "1", [], {}, [1], [[1]], [[-1]] * 3, [[40]] * 3,
-           [[1, 2]] * 3, [[1.0]] * 3, {"a": 1}, [{}], [{}] * 2, [None] * 3]
+  wrong = [
+    None,
+    True,
+    -1,
+    2**31,
+    10**30,
+    1.5,
+    "1",
+    [],
+    {},
+    [1],
+    [[1]],
+    [[-1]] * 3,
+    [[40]] * 3,
+    [[1, 2]] * 3,
+    [[1.0]] * 3,
+    {"a": 1},
+    [{}],
+    [{}] * 2,
+    [None] * 3,
+  ]
   for where in ("", "config", "note"):
     section = head[where] if where else head
     for name in section:
@@ -206,8 +291,13 @@ def broken_heads(head):
           changed[name] = value
         yield f"{where} {name}={value}", {**head, where: changed} if where else changed
   state = {"before": [1], "unfinished": False}
-  for state in ({**state, "before": [40]}, {**state, "before": 1}, {**state, "unfinished": 0},
-                {"before": [1]}, {**state, "more": 1}):
+  for state in (
+    {**state, "before": [40]},
+    {**state, "before": 1},
+    {**state, "unfinished": 0},
+    {"before": [1]},
+    {**state, "more": 1},
+  ):
     yield f"texts {state}", {**head, "note": {**head["note"], "texts": [state] * 3}}
 
 
@@ -225,14 +315,25 @@ def test_no_broken_head_of_a_cache_is_a_traceback(tmp_path):
       opened.add(what)
     except UsageError as error:
       assert str(error).startswith(path) and len(str(error)) < 1500 and "\n" not in str(error), what
+
   for what, changed in broken_heads(head):
-    if changed != head:                                  # True is 1
+    if changed != head:  # True is 1
       attempt(what, json.dumps(changed).encode())
-  for text in (b"", b"[]", b"{}", b"null", b"1", b"[" * 10**5, b"9" * 5000, b"\xff",
-               json.dumps(head).encode() + b"x"):
+  for text in (
+    b"",
+    b"[]",
+    b"{}",
+    b"null",
+    b"1",
+    b"[" * 10**5,
+    b"9" * 5000,
+    b"\xff",
+    json.dumps(head).encode() + b"x",
+  ):
     attempt(text[:9], text)
-  assert opened == {"note texts=None", "note texts=missing", " length=missing",
-                    " length=None"}, "older files have none"
+  assert opened == {"note texts=None", "note texts=missing", " length=missing", " length=None"}, (
+    "older files have none"
+  )
 
 
 def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
@@ -246,10 +347,18 @@ def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
     with pytest.raises(UsageError, match="cannot be read as a cache") as error:
       Session.load(path, LIGHT, light_params())
     assert str(error.value).startswith(path), what
+
   for name, x in members.items():
     others = {other: y for other, y in members.items() if other != name}
-    for wrong in (np.array([{}], object), x[None], x[..., :-1], x.astype(np.complex64),
-                  np.asfortranarray(x[..., None].T), np.array("text"), np.zeros(0)):
+    for wrong in (
+      np.array([{}], object),
+      x[None],
+      x[..., :-1],
+      x.astype(np.complex64),
+      np.asfortranarray(x[..., None].T),
+      np.array("text"),
+      np.zeros(0),
+    ):
       refused(name, **others, **{name: wrong})
     refused(name, **others)
   refused("seen", **(members | {"leaf_0": np.full(3, -1, np.int32)}))
@@ -260,11 +369,11 @@ def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
   refused("more than the array")
   np.savez_compressed(path, **members)
   refused("compressed: a small file could hold any size")
-  for i in range(300):                                   # of any byte, but for what nothing reads
+  for i in range(300):  # of any byte, but for what nothing reads
     damaged = bytearray(content)
     for at in rng.integers(len(content), size=rng.integers(1, 4)):
       damaged[at] ^= 1 << rng.integers(8)
-    open(path, "wb").write(bytes(damaged[:rng.integers(len(content))] if i % 3 == 0 else damaged))
+    open(path, "wb").write(bytes(damaged[: rng.integers(len(content))] if i % 3 == 0 else damaged))
     try:
       Session.load(path, LIGHT, light_params())
     except UsageError as error:
@@ -274,16 +383,18 @@ def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
 @pytest.mark.parametrize("options", [dict(), dict(top_p=0.9), dict(top_k=3)])
 @pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-38, 1e-37, 1e-3])
 def test_a_tiny_temperature_is_greedy(temperature, options):
-  logits = jnp.asarray([20., 60., 40., -20., -jnp.inf])
+  logits = jnp.asarray([20.0, 60.0, 40.0, -20.0, -jnp.inf])
   assert sample(logits, jax.random.key(0), temperature, **options) == 1
   assert sample(logits[::-1], jax.random.key(1), temperature, **options) == 3
 
 
 def test_extreme_numbers_mean_what_they_say():
   logits = jnp.log(jnp.asarray([0.1, 0.5, 0.4]))
+
   def draw(**options):
     drawn = sample(jnp.broadcast_to(logits, (3000, 3)), jax.random.key(0), **options)
     return np.bincount(drawn, minlength=3) / 3000
+
   for temperature in (1e38, 1e300, np.inf):
     np.testing.assert_allclose(draw(temperature=temperature), 1 / 3, atol=0.04)
   assert draw(top_p=1e-45)[1] == 1
@@ -296,7 +407,9 @@ def test_extreme_numbers_mean_what_they_say():
 def test_sample_draws_from_the_nucleus():
   probability = np.asarray([0.1, 0.5, 0.3, 0.06, 0.04])
   logits = jnp.log(jnp.asarray(probability)) + 3
-  draw = quick_jit(lambda *options: sample(jnp.broadcast_to(logits, (20000, 5)), jax.random.key(0), *options))
+  draw = quick_jit(
+    lambda *options: sample(jnp.broadcast_to(logits, (20000, 5)), jax.random.key(0), *options)
+  )
   share = lambda *args: np.bincount(draw(*args), minlength=5) / 20000
   np.testing.assert_allclose(share(1.0, 1.0), probability, atol=0.015)
   np.testing.assert_allclose(share(1.0, 0.7), [0, 0.625, 0.375, 0, 0], atol=0.015)
@@ -307,7 +420,9 @@ def test_sample_draws_from_the_nucleus():
   np.testing.assert_array_equal(share(1.0, 0.6, 2), [0, 1, 0, 0, 0])
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     (dict(prompt_tokens=[]), "prompt_tokens has shape"),
     (dict(prompt_tokens=[[1]]), "prompt_tokens has shape"),
     (dict(prompt_tokens=[1, 40]), "from 0 to 39"),
@@ -320,7 +435,8 @@ def test_sample_draws_from_the_nucleus():
     (dict(top_p=1.5), "top_p=1.5"),
     (dict(temperature=1.0), "key=None"),
     (dict(top_k=-1), "top_k=-1"),
-])
+  ],
+)
 def test_bad_arguments_are_refused_at_the_call(arguments, message):
   arguments = dict(prompt_tokens=PROMPT, max_new_tokens=3, temperature=0.0) | arguments
   with pytest.raises(ValueError, match=message):
@@ -329,7 +445,10 @@ def test_bad_arguments_are_refused_at_the_call(arguments, message):
 
 def test_more_tokens_than_learned_positions_are_refused_at_the_call():
   config = dataclasses.replace(CONFIG, positions="learned", max_positions=10)
-  with pytest.raises(ValueError, match=f"max_new_tokens=9 after {len(PROMPT)} prompt tokens: the model has max_positions=10"):
+  with pytest.raises(
+    ValueError,
+    match=f"max_new_tokens=9 after {len(PROMPT)} prompt tokens: the model has max_positions=10",
+  ):
     generate(config, None, PROMPT, max_new_tokens=9, temperature=0.0)
 
 
@@ -360,7 +479,7 @@ def test_pieces_of_all_turns_are_the_text_of_all_tokens(name):
       drawn = some_ids(tokenizer, rng, rng.integers(12))
       shown += stream.turn(prompt) + "".join(map(stream.push, drawn)) + stream.end_turn()
       ids, state = [*ids, *prompt, *drawn], stream.state
-      assert len(state["before"]) <= 8 and shown == tokenizer.decode(ids)[:len(shown)]
+      assert len(state["before"]) <= 8 and shown == tokenizer.decode(ids)[: len(shown)]
       assert len(tokenizer.decode(ids)) - len(shown) == state["unfinished"]
     assert shown + stream.finish() == tokenizer.decode(ids)
 
@@ -372,13 +491,13 @@ def test_a_stream_knows_the_text_before_it(name):
     prompt = some_ids(tokenizer, rng, rng.integers(30))
     drawn = some_ids(tokenizer, rng, rng.integers(20))
     before = tokenizer.decode(prompt)
-    text = tokenizer.decode([*prompt, *drawn])[len(before):]
+    text = tokenizer.decode([*prompt, *drawn])[len(before) :]
     assert "".join(stream_text(tokenizer, drawn, before=prompt)) == text
     if text:
       begin = int(rng.integers(len(text)))
-      stop = text[begin:begin + int(rng.integers(1, 4))]
+      stop = text[begin : begin + int(rng.integers(1, 4))]
       pieces = stream_text(tokenizer, drawn, [stop, "never there"], prompt)
-      assert "".join(pieces) == text[:text.find(stop)]
+      assert "".join(pieces) == text[: text.find(stop)]
 
 
 def test_the_space_of_the_first_new_token_is_shown_and_stops():
@@ -393,7 +512,7 @@ def test_the_space_of_the_first_new_token_is_shown_and_stops():
 def test_of_several_stop_strings_the_first_complete_one_counts():
   """However the text is cut into tokens."""
   for size in range(1, 5):
-    pieces = ["xabcd"[at:at + size] for at in range(0, 5, size)]
+    pieces = ["xabcd"[at : at + size] for at in range(0, 5, size)]
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
     assert "".join(stream_text(tokenizer, range(len(pieces)), ["abcd", "bc", "c"])) == "xa"
 
@@ -409,8 +528,9 @@ def test_tokens_that_write_nothing_part_no_character():
   assert "".join(map(stream.push, ids)) == spm().decode(ids) == "€"
 
 
-@pytest.mark.parametrize("name, ids", [
-    ("byte", [0xE2]), ("spm", [3 + 0xE2]), ("spm", [3 + 0xE2, 1]), ("bpe", None)])
+@pytest.mark.parametrize(
+  "name, ids", [("byte", [0xE2]), ("spm", [3 + 0xE2]), ("spm", [3 + 0xE2, 1]), ("bpe", None)]
+)
 def test_unfinished_characters_take_constant_time(name, ids):
   """Each token is decoded with a few others; nothing but the last one can become a character."""
   tokenizer, decoded = TOKENIZERS[name](), []
@@ -433,10 +553,22 @@ def test_streamed_text_keeps_what_is_no_text():
   assert "".join(stream_text(ByteTokenizer(), broken)) == broken.decode(errors="replace")
 
 
-@pytest.mark.parametrize("stop, text", [(["€"], "naïve "), (["5 — 日"], "naïve €"), (["x", "e €", " €"], "naïv"), (["—!"], TEXT), (["🙂!?"], TEXT), ([""], TEXT)])
+@pytest.mark.parametrize(
+  "stop, text",
+  [
+    (["€"], "naïve "),
+    (["5 — 日"], "naïve €"),
+    (["x", "e €", " €"], "naïv"),
+    (["—!"], TEXT),
+    (["🙂!?"], TEXT),
+    ([""], TEXT),
+  ],
+)
 def test_stop_strings_are_found_across_tokens(stop, text):
   taken = []
-  pieces = list(stream_text(ByteTokenizer(), (taken.append(token) or token for token in TEXT.encode()), stop))
+  pieces = list(
+    stream_text(ByteTokenizer(), (taken.append(token) or token for token in TEXT.encode()), stop)
+  )
   assert "".join(pieces) == text
   assert text == TEXT or len(taken) <= len((text + max(stop, key=len)).encode())
 

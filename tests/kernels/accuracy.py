@@ -1,15 +1,25 @@
-"""Prints how far attention is from the float64 truth over every problem of kernels/specs.py; no test, but the measure that the tests assert.
+"""Prints how far attention is from the float64 truth over every problem of kernels/specs.py; no
+test, but the measure that the tests assert.
 
   python -m tests.kernels.accuracy
 
-For results stored in bfloat16 the first column compares with the truth rounded to bfloat16, in norm; the second is how far that rounding alone is from the
+For results stored in bfloat16 the first column compares with the truth rounded to bfloat16, in
+norm; the second is how far that rounding alone is from the
 truth: no implementation can be closer.
 """
 
 import jax.numpy as jnp
 
 from sparsek.kernels import specs
-from tests.kernels.attention_base import ARGUMENTS, AttentionTest, error_beyond_rounding, output_and_gradients, problem, relative_error, truth
+from tests.kernels.attention_base import (
+  ARGUMENTS,
+  AttentionTest,
+  error_beyond_rounding,
+  output_and_gradients,
+  problem,
+  relative_error,
+  truth,
+)
 
 
 class Xla(AttentionTest):
@@ -22,7 +32,9 @@ def main() -> None:
     for gate in spec.gates:
       inputs, cotangent, ids = problem(spec)
       found = output_and_gradients(Xla().attend(spec, gate, ids), inputs, cotangent)
-      for name, x, y in zip(("out", *(f"d{argument}" for argument in ARGUMENTS)), found, truth(spec, gate)):
+      for name, x, y in zip(
+        ("out", *(f"d{argument}" for argument in ARGUMENTS)), found, truth(spec, gate)
+      ):
         rounded = jnp.asarray(y, jnp.float32).astype(x.dtype).astype(jnp.float32)
         entry = error_beyond_rounding(x, y), relative_error(rounded, y), f"{spec.name}-{gate}"
         key = f"{spec.dtype} inputs, {name} in {x.dtype}"

@@ -1,4 +1,6 @@
-"""What every implementation of SPARSEK attention must do; an implementation's test is a subclass that names it."""
+"""What every implementation of SPARSEK attention must do; an implementation's test is a subclass
+that names it.
+"""
 
 import dataclasses
 import functools
@@ -26,9 +28,11 @@ def problem(spec):
 
 def output_and_gradients(attention, inputs, cotangent):
   """(out, dquery, dkey, dvalue, dscores) in one compiled function."""
+
   def run(*inputs):
     out, vjp = jax.vjp(attention, *inputs)
     return out, *vjp(cotangent.astype(out.dtype))
+
   return jax.jit(run)(*inputs)
 
 
@@ -39,13 +43,20 @@ def truth(spec, gate):
   cotangent = np.asarray(cotangent.astype(jnp.float32))
   with jax.enable_x64(True):
     inputs = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in inputs]
-    scale = spec.head_dim ** -.5 if spec.scale is None else spec.scale
-    attention = functools.partial(reference.attention, k=spec.k, window=spec.window, gate=gate, scale=scale, segment_ids=ids)
-    return [np.asarray(x) for x in output_and_gradients(attention, inputs, jnp.asarray(cotangent, jnp.float64))]
+    scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+    attention = functools.partial(
+      reference.attention, k=spec.k, window=spec.window, gate=gate, scale=scale, segment_ids=ids
+    )
+    return [
+      np.asarray(x)
+      for x in output_and_gradients(attention, inputs, jnp.asarray(cotangent, jnp.float64))
+    ]
 
 
 def relative_error(x, y):
-  """|x - y| / |y| over the whole array and for its largest element; |x - y| where y is 0 throughout."""
+  """|x - y| / |y| over the whole array and for its largest element; |x - y| where y is 0
+  throughout.
+  """
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   if np.max(np.abs(y), initial=0) < 1e-12:
     return np.max(np.abs(x - y), initial=0)
@@ -53,8 +64,11 @@ def relative_error(x, y):
 
 
 def error_beyond_rounding(x, y):
-  """Relative error of x, stored in a dtype, against the truth y: for a 16-bit dtype against y rounded to it, in norm (one element is off by a whole step)."""
-  if x.dtype.itemsize > 2 or np.max(np.abs(y), initial=0) < 1e-12:      # float64 noise where the truth is 0, as for the only token
+  """Relative error of x, stored in a dtype, against the truth y: for a 16-bit dtype against y
+  rounded to it, in norm (one element is off by a whole step).
+  """
+  # float64 noise where the truth is 0, as for the only token
+  if x.dtype.itemsize > 2 or np.max(np.abs(y), initial=0) < 1e-12:
     return relative_error(x.astype(jnp.float32), y)
   stored = np.asarray(jnp.asarray(y, jnp.float32).astype(x.dtype), np.float64)
   return np.linalg.norm(np.asarray(x, np.float64) - stored) / np.linalg.norm(stored)
@@ -67,10 +81,12 @@ def dense_attention(*args, **kwargs):
 
 
 class AttentionTest:
-  """Subclasses set `implementation`; `specs` and `gates` to compare on some of them only; `dtype` where it takes one only.
+  """Subclasses set `implementation`; `specs` and `gates` to compare on some of them only; `dtype`
+  where it takes one only.
 
-  `tolerance` holds for results of 32 bits and `tolerance_16` for those of 16, beyond their own rounding: matrix units may round softmax weights too.
-  `tolerance_from_16`, if there is one, is that of results of 32 bits from inputs of 16, where the backward pass reads the rounded output.
+  `tolerance` holds for results of 32 bits and `tolerance_16` for those of 16, beyond their own
+  rounding: matrix units may round softmax weights too. `tolerance_from_16`, if there is one, is
+  that of results of 32 bits from inputs of 16, where the backward pass reads the rounded output.
   """
 
   implementation: str
@@ -83,8 +99,16 @@ class AttentionTest:
 
   def pytest_generate_tests(self, metafunc):
     if {"spec", "gate"} <= set(metafunc.fixturenames):
-      metafunc.parametrize("spec, gate", [
-          pytest.param(s, g, id=f"{s.name}-{g}") for s in specs.SPECS if s.name in self.specs for g in s.gates if g in self.gates])
+      metafunc.parametrize(
+        "spec, gate",
+        [
+          pytest.param(s, g, id=f"{s.name}-{g}")
+          for s in specs.SPECS
+          if s.name in self.specs
+          for g in s.gates
+          if g in self.gates
+        ],
+      )
 
   def retype(self, spec):
     return dataclasses.replace(spec, dtype=self.dtype) if self.dtype else spec
@@ -98,15 +122,28 @@ class AttentionTest:
     return relative_error(x, y) < looser * (1e-2 if self.dtype else self.tolerance)
 
   def attend(self, spec, gate="straight_through", segment_ids=None):
-    return functools.partial(sparsek.sparsek_attention, k=spec.k, window=spec.window, gate=gate, scale=spec.scale, segment_ids=segment_ids,
-                             implementation=self.implementation)
+    return functools.partial(
+      sparsek.sparsek_attention,
+      k=spec.k,
+      window=spec.window,
+      gate=gate,
+      scale=spec.scale,
+      segment_ids=segment_ids,
+      implementation=self.implementation,
+    )
 
   def test_matches_truth(self, spec, gate):
     inputs, cotangent, ids = self.problem(spec)
     found = output_and_gradients(self.attend(spec, gate, ids), inputs, cotangent)
-    for name, x, y, like in zip(("out", *ARGUMENTS), found, truth(self.retype(spec), gate), (inputs[0], *inputs)):
+    for name, x, y, like in zip(
+      ("out", *ARGUMENTS), found, truth(self.retype(spec), gate), (inputs[0], *inputs)
+    ):
       assert x.dtype == like.dtype and x.shape == like.shape, name
-      of_32 = self.tolerance_from_16 if self.tolerance_from_16 and inputs[0].dtype.itemsize == 2 else self.tolerance
+      of_32 = (
+        self.tolerance_from_16
+        if self.tolerance_from_16 and inputs[0].dtype.itemsize == 2
+        else self.tolerance
+      )
       tolerance = of_32 if x.dtype.itemsize > 2 else self.tolerance_16
       error = error_beyond_rounding(x, y)
       assert error < tolerance, f"{name}: relative error {error:.2e}"
@@ -115,7 +152,9 @@ class AttentionTest:
   def test_is_dense_when_the_budget_covers_everything(self, k, window):
     (q, key, v, u), _, _ = self.problem(PLAIN)
     dense = dense_attention(q, key, v, is_causal=True)
-    sparse = sparsek.sparsek_attention(q, key, v, u, k=k, window=window, implementation=self.implementation)
+    sparse = sparsek.sparsek_attention(
+      q, key, v, u, k=k, window=window, implementation=self.implementation
+    )
     assert self.close(sparse, dense)
 
   def test_a_batch_may_be_empty(self):
@@ -126,20 +165,30 @@ class AttentionTest:
     assert sparsek.sliding_window_attention(*inputs[:3], window=3).shape == inputs[0].shape
 
   def test_is_causal(self):
-    """The gradient of output i with respect to every later input is exactly zero, and not zero before."""
+    """The gradient of output i with respect to every later input is exactly zero, and not zero
+    before.
+    """
     (q, key, v, u), _, _ = self.problem(PLAIN)
     i = 70
-    grads = jax.jit(jax.grad(lambda *x: jnp.sum(self.attend(PLAIN, "key_value")(*x)[:, i] ** 2), argnums=(0, 1, 2, 3)))(q, key, v, u)
+    grads = jax.jit(
+      jax.grad(
+        lambda *x: jnp.sum(self.attend(PLAIN, "key_value")(*x)[:, i] ** 2), argnums=(0, 1, 2, 3)
+      )
+    )(q, key, v, u)
     for name, g in zip(ARGUMENTS, grads):
-      assert not np.any(g[:, i + 1:]), name
-      assert np.any(g[:, :i + 1]), name
-    assert not np.any(grads[3][:, i - PLAIN.window + 1:])               # a token is judged only once it has left the window
+      assert not np.any(g[:, i + 1 :]), name
+      assert np.any(g[:, : i + 1]), name
+    # a token is judged only once it has left the window
+    assert not np.any(grads[3][:, i - PLAIN.window + 1 :])
 
   def test_scores_gradient_of_straight_through_is_that_of_value(self):
     """With gates all but hard both forwards agree, so the score gradients must too."""
     (q, key, v, u), cotangent, _ = self.problem(PLAIN)
-    grads = [jax.grad(lambda u: jnp.sum(cotangent * self.attend(PLAIN, gate)(q, key, v, u)))(u) for gate in ("straight_through", "value")]
-    assert relative_error(*grads) < .5 and np.any(grads[0])
+    grads = [
+      jax.grad(lambda u: jnp.sum(cotangent * self.attend(PLAIN, gate)(q, key, v, u)))(u)
+      for gate in ("straight_through", "value")
+    ]
+    assert relative_error(*grads) < 0.5 and np.any(grads[0])
 
   def test_documents_do_not_mix(self):
     spec = specs.Spec("two", n=150, k=8, window=8)
@@ -157,7 +206,13 @@ class AttentionTest:
     inputs, cotangent, _ = self.problem(spec)
     attention = self.attend(spec, "value")
     loss = lambda *x: jnp.sum(cotangent * attention(*x))
-    return inputs, cotangent, attention, loss, jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*inputs)
+    return (
+      inputs,
+      cotangent,
+      attention,
+      loss,
+      jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*inputs),
+    )
 
   def test_remat(self, batch_of_two):
     inputs, _, _, loss, plain = batch_of_two
@@ -166,14 +221,18 @@ class AttentionTest:
 
   def test_vmap(self, batch_of_two):
     inputs, cotangent, attention, _, plain = batch_of_two
-    mapped = lambda *x: jnp.sum(cotangent * jax.vmap(lambda *x: attention(*(y[None] for y in x))[0])(*x))
+    mapped = lambda *x: jnp.sum(
+      cotangent * jax.vmap(lambda *x: attention(*(y[None] for y in x))[0])(*x)
+    )
     for x, y in zip(jax.jit(jax.grad(mapped, argnums=(0, 1, 2, 3)))(*inputs), plain):
       assert self.close(x, y)
 
   def test_scan(self, batch_of_two):
-    """Layers stacked in a scan, whose loops hand slices in and stack results: the same as one after the other."""
+    """Layers stacked in a scan, whose loops hand slices in and stack results: the same as one after
+    the other.
+    """
     inputs, cotangent, attention, _, _ = batch_of_two
-    scales = jnp.linspace(.5, 1.5, 3, dtype=jnp.float32)
+    scales = jnp.linspace(0.5, 1.5, 3, dtype=jnp.float32)
 
     def layer(inputs, scale):
       query, *rest = inputs
@@ -186,6 +245,7 @@ class AttentionTest:
       for scale in scales:
         inputs, _ = layer(inputs, scale)
       return jnp.sum(cotangent * inputs[0])
+
     grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*inputs) for f in (stacked, in_turn)]
     for name, x, y in zip(ARGUMENTS, *grads):
       assert self.close(x, y), name
@@ -197,7 +257,10 @@ class AttentionTest:
     mesh = jax.make_mesh((1, 1), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     part = jax.sharding.PartitionSpec("data", None, "heads")
     f = jax.grad(lambda *x: jnp.sum(self.attend(spec, "value")(*x) ** 2), argnums=(0, 1, 2, 3))
-    for x, y in zip(jax.jit(jax.shard_map(f, mesh=mesh, in_specs=part, out_specs=part))(*inputs), jax.jit(f)(*inputs)):
+    for x, y in zip(
+      jax.jit(jax.shard_map(f, mesh=mesh, in_specs=part, out_specs=part))(*inputs),
+      jax.jit(f)(*inputs),
+    ):
       assert self.close(x, y)
 
   def test_repeats_to_the_bit(self):
@@ -210,34 +273,59 @@ class AttentionTest:
     """No candidates: the window alone, and zeros where there is none."""
     (q, key, v, u), _, _ = self.problem(PLAIN)
     none = jnp.full_like(u, -jnp.inf)
-    window = sparsek.sparsek_attention(q, key, v, none, k=5, window=9, implementation=self.implementation)
+    window = sparsek.sparsek_attention(
+      q, key, v, none, k=5, window=9, implementation=self.implementation
+    )
     assert self.close(window, sparsek.sliding_window_attention(q, key, v, window=9))
     f = lambda *x: sparsek.sparsek_attention(*x, k=5, window=0, implementation=self.implementation)
     out, *grads = output_and_gradients(f, (q, key, v, none), jnp.ones_like(q))
     assert not np.any(out) and all(np.all(np.isfinite(g)) for g in grads)
 
   @pytest.mark.parametrize(
-      "change, words",
-      [(dict(k=0), "k=0"), (dict(k=2.5), "k=2.5"), (dict(window=-1), "window=-1"),
-       (dict(gate="soft"), "gate='soft'"), (dict(scale="big"), "scale='big'"),
-       (dict(query=(1, 8, 3, 4)), "3 heads"), (dict(query=(1, 8, 4)), "query must have shape"),
-       (dict(key=(1, 7, 2, 4)), "key|value"), (dict(value=(1, 8, 2, 5)), "value"),
-       (dict(scores=(1, 8, 4)), "scores must have shape"),
-       (dict(segment_ids=np.zeros((1, 7), int)), "segment_ids"),
-       (dict(segment_ids=np.zeros((1, 8))), "segment_ids"),
-       (dict(query=(1, 0, 4, 4), key=(1, 0, 2, 4), value=(1, 0, 2, 4),
-             scores=(1, 0, 2)), "at least one token"),
-       (dict(query=(1, 8, 4, 0), key=(1, 8, 2, 0), value=(1, 8, 2, 0)), "head_dim 1"),
-       (dict(query=(1, 8, 0, 4)), "one head")])
+    "change, words",
+    [
+      (dict(k=0), "k=0"),
+      (dict(k=2.5), "k=2.5"),
+      (dict(window=-1), "window=-1"),
+      (dict(gate="soft"), "gate='soft'"),
+      (dict(scale="big"), "scale='big'"),
+      (dict(query=(1, 8, 3, 4)), "3 heads"),
+      (dict(query=(1, 8, 4)), "query must have shape"),
+      (dict(key=(1, 7, 2, 4)), "key|value"),
+      (dict(value=(1, 8, 2, 5)), "value"),
+      (dict(scores=(1, 8, 4)), "scores must have shape"),
+      (dict(segment_ids=np.zeros((1, 7), int)), "segment_ids"),
+      (dict(segment_ids=np.zeros((1, 8))), "segment_ids"),
+      (
+        dict(query=(1, 0, 4, 4), key=(1, 0, 2, 4), value=(1, 0, 2, 4), scores=(1, 0, 2)),
+        "at least one token",
+      ),
+      (dict(query=(1, 8, 4, 0), key=(1, 8, 2, 0), value=(1, 8, 2, 0)), "head_dim 1"),
+      (dict(query=(1, 8, 0, 4)), "one head"),
+    ],
+  )
   def test_bad_arguments(self, change, words):
     shapes = dict(query=(1, 8, 4, 4), key=(1, 8, 2, 4), value=(1, 8, 2, 4), scores=(1, 8, 2))
-    arrays = {name: jnp.zeros(change.get(name, shape), self.dtype) for name, shape in shapes.items()}
-    options = {"k": 2, "window": 2, "implementation": self.implementation, **{key: x for key, x in change.items() if key not in shapes}}
+    arrays = {
+      name: jnp.zeros(change.get(name, shape), self.dtype) for name, shape in shapes.items()
+    }
+    options = {
+      "k": 2,
+      "window": 2,
+      "implementation": self.implementation,
+      **{key: x for key, x in change.items() if key not in shapes},
+    }
     with pytest.raises(ValueError, match=words):
       sparsek.sparsek_attention(**arrays, **options)
 
-  @pytest.mark.parametrize("name, dtype, words", [
-      ("query", "int32", "query must be floating"), ("key", "float16", "dtype"), ("scores", "int32", "scores must be floating")])
+  @pytest.mark.parametrize(
+    "name, dtype, words",
+    [
+      ("query", "int32", "query must be floating"),
+      ("key", "float16", "dtype"),
+      ("scores", "int32", "scores must be floating"),
+    ],
+  )
   def test_bad_dtypes(self, name, dtype, words):
     shapes = dict(query=(1, 8, 4, 4), key=(1, 8, 2, 4), value=(1, 8, 2, 4), scores=(1, 8, 2))
     arrays = {name: jnp.zeros(shape, self.dtype) for name, shape in shapes.items()}

@@ -8,23 +8,42 @@ import pytest
 
 from sparsek.attention import api as attention_api
 from sparsek.config import PRESETS, TransformerConfig, preset
-from sparsek.model.transformer import Transformer, count_params, hidden_to_logits, init_params, output_matrix, unstack_layers
+from sparsek.model.transformer import (
+  Transformer,
+  count_params,
+  hidden_to_logits,
+  init_params,
+  output_matrix,
+  unstack_layers,
+)
 from tests.helpers import quick_jit
 
 N = 24
-BASE = TransformerConfig(vocab_size=N, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24, k=3, window=4,
-                         tie_embeddings=False, implementation="reference")
+BASE = TransformerConfig(
+  vocab_size=N,
+  num_layers=1,
+  embed_dim=16,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  mlp_dim=24,
+  k=3,
+  window=4,
+  tie_embeddings=False,
+  implementation="reference",
+)
 FULL = dataclasses.replace(BASE, attention="full")
 SEGMENTS = jnp.asarray([[1] * 15 + [2] * 9], jnp.int32)
-TOKENS = jax.random.permutation(jax.random.key(9), N)[None]          # each token once: row v of the embedding belongs to one position
+# each token once: row v of the embedding belongs to one position
+TOKENS = jax.random.permutation(jax.random.key(9), N)[None]
 # Every scorer; lookahead as far as the window; no window at all.
 CASES = {
-    "linear": dict(),
-    "conv, lookahead == window": dict(scorer="conv", scorer_lookahead=4, gate="value"),
-    "conv, window 1": dict(scorer="conv", scorer_lookahead=1, window=1, gate="key_value"),
-    "conv, window 0": dict(scorer="conv", scorer_lookahead=0, window=0, gate="value"),
-    "random": dict(scorer="random", gate="value"),
-    "hybrid": dict(attention="full,sparsek", num_layers=2, scorer="conv", scorer_normalize=False),
+  "linear": dict(),
+  "conv, lookahead == window": dict(scorer="conv", scorer_lookahead=4, gate="value"),
+  "conv, window 1": dict(scorer="conv", scorer_lookahead=1, window=1, gate="key_value"),
+  "conv, window 0": dict(scorer="conv", scorer_lookahead=0, window=0, gate="value"),
+  "random": dict(scorer="random", gate="value"),
+  "hybrid": dict(attention="full,sparsek", num_layers=2, scorer="conv", scorer_normalize=False),
 }
 
 
@@ -39,7 +58,9 @@ def compiled(config):
 
 
 def run(config, tokens=TOKENS, segment_ids=SEGMENTS, params=None):
-  return compiled(config)({"params": params_of(config) if params is None else params}, tokens, segment_ids)
+  return compiled(config)(
+    {"params": params_of(config) if params is None else params}, tokens, segment_ids
+  )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -49,16 +70,24 @@ def test_no_logit_depends_on_a_later_token(name):
   weight = jax.random.normal(jax.random.key(3), (N,))
 
   def summary(embedding, tokens, query):
-    logits = Transformer(config).apply({"params": {**params, "embed": {"embedding": embedding}}}, tokens, SEGMENTS)[0]
+    logits = Transformer(config).apply(
+      {"params": {**params, "embed": {"embedding": embedding}}}, tokens, SEGMENTS
+    )[0]
     return logits[query] @ weight, logits
+
   gradient_and_logits = quick_jit(jax.grad(summary, has_aux=True))
   embedding = params["embed"]["embedding"]
-  size = np.stack([np.abs(gradient_and_logits(embedding, TOKENS, query)[0]).max(-1)[TOKENS[0]] for query in range(N)])
+  size = np.stack(
+    [
+      np.abs(gradient_and_logits(embedding, TOKENS, query)[0]).max(-1)[TOKENS[0]]
+      for query in range(N)
+    ]
+  )
   i, j = np.arange(N)[:, None], np.arange(N)[None]
   past = (np.asarray(SEGMENTS[0])[:, None] == np.asarray(SEGMENTS[0])[None]) & (j <= i)
   assert not np.any(size[~past]), "a logit depends on a later token or another document"
   assert np.all(np.diag(size) > 0)
-  assert np.mean(size[past] > 0) > 0.3                              # the past is seen
+  assert np.mean(size[past] > 0) > 0.3  # the past is seen
   # Selection is not differentiable, so also change the tokens from 10 on: nothing before may move.
   changed = TOKENS.at[0, 10:].set(TOKENS[0, 10:][::-1])
   before, after = (gradient_and_logits(embedding, tokens, 0)[1] for tokens in (TOKENS, changed))
@@ -78,20 +107,28 @@ def test_packed_documents_give_the_logits_of_each_alone():
 def test_hidden_times_output_matrix_is_the_logits(tied):
   config = dataclasses.replace(FULL, tie_embeddings=tied)
   params = params_of(config)
-  hidden = quick_jit(functools.partial(Transformer(config).apply, method="hidden"))({"params": params}, TOKENS, segment_ids=SEGMENTS)
+  hidden = quick_jit(functools.partial(Transformer(config).apply, method="hidden"))(
+    {"params": params}, TOKENS, segment_ids=SEGMENTS
+  )
   matrix = output_matrix(config, params)
   assert matrix.shape == (16, N) and ("lm_head" in params) != tied
   np.testing.assert_allclose(hidden_to_logits(hidden, matrix), run(config), atol=1e-5)
 
 
 def test_scanned_layers_equal_a_loop():
-  config = dataclasses.replace(BASE, num_layers=4, scan_layers=True, scorer="random", attention="sparsek,full")
+  config = dataclasses.replace(
+    BASE, num_layers=4, scan_layers=True, scorer="random", attention="sparsek,full"
+  )
   params = params_of(config)
   assert params["layers"]["blocks_1"]["mlp"]["up"]["kernel"].shape == (2, 16, 24)
   loop = dataclasses.replace(config, scan_layers=False)
-  assert jax.tree.map(jnp.shape, unstack_layers(config, params)) == jax.tree.map(jnp.shape, params_of(loop))
+  assert jax.tree.map(jnp.shape, unstack_layers(config, params)) == jax.tree.map(
+    jnp.shape, params_of(loop)
+  )
   # The random scorer's salt is the layer's index: it must reach the scanned layers.
-  np.testing.assert_allclose(run(config), run(loop, params=unstack_layers(config, params)), atol=1e-5)
+  np.testing.assert_allclose(
+    run(config), run(loop, params=unstack_layers(config, params)), atol=1e-5
+  )
 
 
 def test_layers_have_a_k_and_a_window_of_their_own():
@@ -99,15 +136,30 @@ def test_layers_have_a_k_and_a_window_of_their_own():
   uniform = dataclasses.replace(BASE, k=5, window=2)
   for pattern in ("sparsek:k5:w2", "sparsek:k5:w2*1"):
     np.testing.assert_array_equal(run(dataclasses.replace(BASE, attention=pattern)), run(uniform))
-  mixed = dataclasses.replace(BASE, num_layers=4, attention="sliding_window:w2*3, sparsek:k5", window=3)
-  assert mixed.attention == ("sliding_window:w2",) * 3 + ("sparsek:k5",) and mixed.layer_kinds == ("sliding_window",) * 3 + ("sparsek",)
+  mixed = dataclasses.replace(
+    BASE, num_layers=4, attention="sliding_window:w2*3, sparsek:k5", window=3
+  )
+  assert mixed.attention == ("sliding_window:w2",) * 3 + ("sparsek:k5",) and mixed.layer_kinds == (
+    "sliding_window",
+  ) * 3 + ("sparsek",)
   assert [(layer.k, layer.window) for layer in mixed.layer_configs] == [(3, 2)] * 3 + [(5, 3)]
   for other in ("sliding_window:w2*3,sparsek", "sliding_window*3,sparsek:k5"):
-    assert np.max(np.abs(run(mixed) - run(dataclasses.replace(mixed, attention=other), params=params_of(mixed)))) > 1e-3
+    assert (
+      np.max(
+        np.abs(
+          run(mixed) - run(dataclasses.replace(mixed, attention=other), params=params_of(mixed))
+        )
+      )
+      > 1e-3
+    )
   scanned = dataclasses.replace(mixed, scan_layers=True)
   np.testing.assert_allclose(run(scanned), run(mixed), atol=1e-5)
-  for pattern, message in (("sparsek:k0", "k=0 must be at least 1"), ("sliding_window:w0", "window=0 must be at least 1 for sliding_window"),
-                           ("sparsek:w1:k5", "the term 'sparsek:w1:k5' is not KIND, KIND:kK"), ("sparsek:k", "the term 'sparsek:k' is not KIND")):
+  for pattern, message in (
+    ("sparsek:k0", "k=0 must be at least 1"),
+    ("sliding_window:w0", "window=0 must be at least 1 for sliding_window"),
+    ("sparsek:w1:k5", "the term 'sparsek:w1:k5' is not KIND, KIND:kK"),
+    ("sparsek:k", "the term 'sparsek:k' is not KIND"),
+  ):
     with pytest.raises(ValueError, match=message):
       dataclasses.replace(BASE, attention=pattern)
   with pytest.raises(ValueError, match="scorer_lookahead=4 must be at most window=3"):
@@ -122,9 +174,12 @@ def test_remat_and_scan_change_no_gradient():
   def loss_and_gradient(config, remat):
     config = dataclasses.replace(config, remat=remat)
     used = params if config.scan_layers else unstack_layers(stacked, params)
-    loss = lambda params: jnp.mean(Transformer(config).apply({"params": params}, TOKENS, SEGMENTS) ** 2)
+    loss = lambda params: jnp.mean(
+      Transformer(config).apply({"params": params}, TOKENS, SEGMENTS) ** 2
+    )
     loss, gradient = quick_jit(jax.value_and_grad(loss))(used)
     return loss, unstack_layers(config, gradient)
+
   loss, gradient = loss_and_gradient(plain, "none")
   for config, remat in ((plain, "dots"), (stacked, "attention")):
     other, other_gradient = loss_and_gradient(config, remat)
@@ -136,19 +191,43 @@ def test_remat_and_scan_change_no_gradient():
   assert not unused, f"parameters without a gradient: {unused}"
 
 
-@pytest.mark.parametrize("remat, times, implementation", [
-    ("attention", 1, "xla"), ("full", 2, "xla"), ("attention", 1, "mosaic_gpu"), ("dots", 1, "mosaic_gpu")])
-def test_attention_is_computed_again_under_full_remat_only(remat, times, implementation, monkeypatch):
+@pytest.mark.parametrize(
+  "remat, times, implementation",
+  [
+    ("attention", 1, "xla"),
+    ("full", 2, "xla"),
+    ("attention", 1, "mosaic_gpu"),
+    ("dots", 1, "mosaic_gpu"),
+  ],
+)
+def test_attention_is_computed_again_under_full_remat_only(
+  remat, times, implementation, monkeypatch
+):
   """Traced only: no GPU is needed."""
   monkeypatch.setattr(attention_api, "_resolve", lambda *_: implementation)
-  config = dataclasses.replace(FULL, num_layers=2, attention="sparsek", dtype="bfloat16", remat=remat)
+  config = dataclasses.replace(
+    FULL, num_layers=2, attention="sparsek", dtype="bfloat16", remat=remat
+  )
   params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-  gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(Transformer(config).apply({"params": params}, TOKENS))))(params)
+  gradient = jax.make_jaxpr(
+    jax.grad(lambda params: jnp.sum(Transformer(config).apply({"params": params}, TOKENS)))
+  )(params)
 
   def count(jaxpr, name):
-    inside = (part for eqn in jaxpr.eqns for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")) if hasattr(part, "eqns"))
-    return sum(eqn.params.get("name") == name for eqn in jaxpr.eqns) + sum(count(part, name) for part in inside)
-  assert {name: count(gradient.jaxpr, name) for name in ("_forward", "select")} == {"_forward": 2 * times, "select": 2 * times}
+    inside = (
+      part
+      for eqn in jaxpr.eqns
+      for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+      if hasattr(part, "eqns")
+    )
+    return sum(eqn.params.get("name") == name for eqn in jaxpr.eqns) + sum(
+      count(part, name) for part in inside
+    )
+
+  assert {name: count(gradient.jaxpr, name) for name in ("_forward", "select")} == {
+    "_forward": 2 * times,
+    "select": 2 * times,
+  }
 
 
 def test_bfloat16_activations_float32_parameters():
@@ -179,7 +258,8 @@ def test_presets_have_the_sizes_their_names_promise():
   assert set(want) == set(PRESETS)
   for name, millions in want.items():
     config = preset(name)
-    count = count_params(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))   # pylint: disable=cell-var-from-loop
+    # pylint: disable=cell-var-from-loop
+    count = count_params(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))
     print(name, count)
     assert abs(count / 1e6 / millions - 1) < 0.03, (name, count)
 

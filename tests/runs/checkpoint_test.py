@@ -1,4 +1,6 @@
-"""Round trips, restoring under other settings, the refusal table, damaged and failing checkpoints."""
+"""Round trips, restoring under other settings, the refusal table, damaged and failing
+checkpoints.
+"""
 
 import dataclasses
 import errno
@@ -15,17 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.runs import checkpoint
 from sparsek.config import DataConfig, OptimizerConfig, TransformerConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.model.transformer import init_params
+from sparsek.runs import checkpoint
 from sparsek.training.optimizer import make_optimizer
 
-CONFIG = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=3, window=2)
+CONFIG = TransformerConfig(
+  vocab_size=11,
+  num_layers=2,
+  embed_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=8,
+  k=3,
+  window=2,
+)
 RECORD = {
-    "model": dataclasses.asdict(CONFIG),
-    "data": dataclasses.asdict(DataConfig(data="")),
-    "tokenizer": {"name": "byte", "fingerprint": "f", "vocab_size": 11},
+  "model": dataclasses.asdict(CONFIG),
+  "data": dataclasses.asdict(DataConfig(data="")),
+  "tokenizer": {"name": "byte", "fingerprint": "f", "vocab_size": 11},
 }
 OPTIMIZER = make_optimizer(OptimizerConfig(num_steps=200))
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -33,7 +45,9 @@ SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run with checkpoints of steps 10 and 20 (of three saved, keeping two); returns (workdir, {step: params})."""
+  """A run with checkpoints of steps 10 and 20 (of three saved, keeping two); returns (workdir,
+  {step: params}).
+  """
   workdir = str(tmp_path_factory.mktemp("run"))
   with open(os.path.join(workdir, "model.json"), "w") as file:
     json.dump(RECORD, file)
@@ -41,7 +55,9 @@ def run(tmp_path_factory):
   writer = checkpoint.CheckpointWriter(workdir, keep=2)
   for step in (5, 10, 20):
     saved[step] = init_params(CONFIG, jax.random.key(step))
-    writer.save(step, saved[step], OPTIMIZER.init(saved[step]), {"examples": step, "note": "any JSON"})
+    writer.save(
+      step, saved[step], OPTIMIZER.init(saved[step]), {"examples": step, "note": "any JSON"}
+    )
   writer.wait()
   writer.close()
   return workdir, saved
@@ -57,7 +73,9 @@ def copy(run, tmp_path):
 
 def restore(workdir, config=CONFIG, lines=None):
   opt_state = jax.eval_shape(OPTIMIZER.init, checkpoint.abstract_params(config))
-  return checkpoint.restore_newest(workdir, config, opt_state, SHARDING, (lines if lines is not None else []).append)
+  return checkpoint.restore_newest(
+    workdir, config, opt_state, SHARDING, (lines if lines is not None else []).append
+  )
 
 
 def assert_equal(actual, expected):
@@ -84,12 +102,23 @@ def test_restores_under_other_k_window_gate_and_dtype(run):
 
 
 def test_another_architecture_is_refused_with_a_table(run):
-  other = dataclasses.replace(CONFIG, num_layers=3, mlp_dim=16, k=9, qk_norm=True, attention=("sparsek", "sparsek", "full"))
+  other = dataclasses.replace(
+    CONFIG, num_layers=3, mlp_dim=16, k=9, qk_norm=True, attention=("sparsek", "sparsek", "full")
+  )
   with pytest.raises(UsageError) as error:
     restore(run[0], other)
   message = str(error.value)
-  for words in ("--num_layers=3 here, 2 there", "--mlp_dim=16 here, 8 there", "--qk_norm=True here, False there", "other shape", "missing",
-                "loaded", "layers_*/mlp/up/kernel (2 layers)", "8x8", "8x16"):
+  for words in (
+    "--num_layers=3 here, 2 there",
+    "--mlp_dim=16 here, 8 there",
+    "--qk_norm=True here, False there",
+    "other shape",
+    "missing",
+    "loaded",
+    "layers_*/mlp/up/kernel (2 layers)",
+    "8x8",
+    "8x16",
+  ):
     assert words in message, message
   assert "--k" not in message
   with pytest.raises(UsageError, match="unused"):
@@ -120,10 +149,17 @@ def test_no_run_is_said(tmp_path):
     checkpoint.load_run_config(str(tmp_path))
 
 
-@pytest.mark.parametrize("content, words", [
-    (b'{"model": 3}', "cannot be understood"), (b"{}", "cannot be understood: it has no 'model'"),
-    (b"[]", "holds a JSON list"), (b'{"model": ' + b"[" * 100000, "nested too deeply"),
-    (b"\xff\xfe\xff", "no JSON that can be understood"), (None, "is a FIFO")])
+@pytest.mark.parametrize(
+  "content, words",
+  [
+    (b'{"model": 3}', "cannot be understood"),
+    (b"{}", "cannot be understood: it has no 'model'"),
+    (b"[]", "holds a JSON list"),
+    (b'{"model": ' + b"[" * 100000, "nested too deeply"),
+    (b"\xff\xfe\xff", "no JSON that can be understood"),
+    (None, "is a FIFO"),
+  ],
+)
 def test_a_model_json_that_cannot_be_read_is_said(content, words, tmp_path):
   if content is None:
     os.mkfifo(tmp_path / "model.json")
@@ -146,7 +182,11 @@ def flip_a_bit(path):
 
 
 def array_files(step_folder):
-  return [path for path in glob.glob(step_folder + "/params/**", recursive=True) if "/d/" in path and os.path.isfile(path)]
+  return [
+    path
+    for path in glob.glob(step_folder + "/params/**", recursive=True)
+    if "/d/" in path and os.path.isfile(path)
+  ]
 
 
 def change_integrity(step_folder):
@@ -170,8 +210,10 @@ def replace(path, old, new):
 def test_no_other_value_in_a_model_json_ends_in_a_traceback(section, tmp_path):
   values = (None, -1, 2**70, 1.5, "x", [], {}, True, [1], {"a": 1})
   others = [{**RECORD[section], name: value} for name in RECORD[section] for value in values]
-  others += [{key: value for key, value in RECORD[section].items() if key != name}
-             for name in RECORD[section]]
+  others += [
+    {key: value for key, value in RECORD[section].items() if key != name}
+    for name in RECORD[section]
+  ]
   refused = 0
   for other in (*others, None, 3, [], {**RECORD[section], "more": 1}):
     (tmp_path / "model.json").write_text(json.dumps({**RECORD, section: other}))
@@ -184,18 +226,18 @@ def test_no_other_value_in_a_model_json_ends_in_a_traceback(section, tmp_path):
 
 
 DAMAGE = {
-    "truncated arrays": lambda step: [truncate(path) for path in array_files(step)],
-    "flipped bit in the arrays": lambda step: [flip_a_bit(path) for path in array_files(step)],
-    "other checksum": change_integrity,
-    "truncated tree": lambda step: truncate(step + "/params/_METADATA"),
-    "no tree": lambda step: os.remove(step + "/optimizer/_METADATA"),
-    "no optimizer": lambda step: shutil.rmtree(step + "/optimizer"),
-    "no data state": lambda step: shutil.rmtree(step + "/data"),
-    "empty data state": lambda step: open(step + "/data/data.json", "w").close(),
-    "other position in the data": lambda step: replace(step + "/data/data.json", b"20", b"21"),
-    "no checksums": lambda step: replace(step + "/integrity/data.json", b"checksums", b"checksumt"),
-    "empty folder": lambda step: (shutil.rmtree(step), os.mkdir(step)),
-    "a file": lambda step: (shutil.rmtree(step), open(step, "w").close()),
+  "truncated arrays": lambda step: [truncate(path) for path in array_files(step)],
+  "flipped bit in the arrays": lambda step: [flip_a_bit(path) for path in array_files(step)],
+  "other checksum": change_integrity,
+  "truncated tree": lambda step: truncate(step + "/params/_METADATA"),
+  "no tree": lambda step: os.remove(step + "/optimizer/_METADATA"),
+  "no optimizer": lambda step: shutil.rmtree(step + "/optimizer"),
+  "no data state": lambda step: shutil.rmtree(step + "/data"),
+  "empty data state": lambda step: open(step + "/data/data.json", "w").close(),
+  "other position in the data": lambda step: replace(step + "/data/data.json", b"20", b"21"),
+  "no checksums": lambda step: replace(step + "/integrity/data.json", b"checksums", b"checksumt"),
+  "empty folder": lambda step: (shutil.rmtree(step), os.mkdir(step)),
+  "a file": lambda step: (shutil.rmtree(step), open(step, "w").close()),
 }
 
 
@@ -258,8 +300,10 @@ def test_the_digest_is_that_of_the_json_which_is_read_back():
 def test_measuring_never_falls_back_unasked(copy):
   workdir, saved = copy
   change_integrity(os.path.join(workdir, "checkpoints", "20"))
-  message = ("checkpoints/20 is damaged: a checksum of params differs; the run has others .10.: "
-             "give --step=10 .DIR@10 in --init_from and --distill_from. or --allow_older_step")
+  message = (
+    "checkpoints/20 is damaged: a checksum of params differs; the run has others .10.: "
+    "give --step=10 .DIR@10 in --init_from and --distill_from. or --allow_older_step"
+  )
   with pytest.raises(UsageError, match=message):
     checkpoint.load_params(workdir, CONFIG)
   lines = []
@@ -282,40 +326,55 @@ def no_damage(workdir, message):
   assert not os.path.exists(os.path.join(workdir, "damaged"))
 
 
-@pytest.mark.parametrize("name", [
-    "params/_METADATA", "params/manifest.ocdbt", "params/d/*", "integrity/data.json"])
-@pytest.mark.parametrize("target, message", [
-    ("/proc/self/mem", "Input/output error"), (None, "Too many levels of symbolic links")])
+@pytest.mark.parametrize(
+  "name", ["params/_METADATA", "params/manifest.ocdbt", "params/d/*", "integrity/data.json"]
+)
+@pytest.mark.parametrize(
+  "target, message",
+  [("/proc/self/mem", "Input/output error"), (None, "Too many levels of symbolic links")],
+)
 def test_a_file_that_cannot_be_read_is_no_damage(copy, name, target, message):
   workdir, _ = copy
-  path, = glob.glob(os.path.join(workdir, "checkpoints", "20", name))
+  (path,) = glob.glob(os.path.join(workdir, "checkpoints", "20", name))
   os.remove(path)
   os.symlink(target or path, path)
   no_damage(workdir, message)
 
 
 def raise_from_load(monkeypatch, error):
-  def fail(*_):                                                   # as Orbax does
+  def fail(*_):  # as Orbax does
     raise KeyError("Failed to load checkpointable: params due to incompatible handler") from error
+
   monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fail)
 
 
-@pytest.mark.parametrize("error, message", [
+@pytest.mark.parametrize(
+  "error, message",
+  [
     (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
     (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
     (ValueError("UNKNOWN: Error reading [os_error_code='5'] [spec]"), "Input/output error"),
     (ValueError("RESOURCE_EXHAUSTED: out of memory\nwhere"), "RESOURCE_EXHAUSTED: out of memory"),
     (MemoryError(), "MemoryError"),
-    (jax.errors.JaxRuntimeError("INTERNAL: a device is gone"), "INTERNAL: a device is gone")])
+    (jax.errors.JaxRuntimeError("INTERNAL: a device is gone"), "INTERNAL: a device is gone"),
+  ],
+)
 def test_what_says_nothing_of_the_contents_is_no_damage(copy, error, message, monkeypatch):
   raise_from_load(monkeypatch, error)
   no_damage(copy[0], message)
 
 
-@pytest.mark.parametrize("error", [
-    FileNotFoundError(errno.ENOENT, "No such file"), FileNotFoundError("no errno"),
-    ValueError("NOT_FOUND: [os_error_code='2']"), ValueError("DATA_LOSS: x"), EOFError()])
+@pytest.mark.parametrize(
+  "error",
+  [
+    FileNotFoundError(errno.ENOENT, "No such file"),
+    FileNotFoundError("no errno"),
+    ValueError("NOT_FOUND: [os_error_code='2']"),
+    ValueError("DATA_LOSS: x"),
+    EOFError(),
+  ],
+)
 def test_what_is_missing_or_no_checkpoint_is_damage(run, error, monkeypatch):
   raise_from_load(monkeypatch, error)
   message = f"checkpoints/20 is damaged: params: {type(error).__name__}"
@@ -323,11 +382,13 @@ def test_what_is_missing_or_no_checkpoint_is_damage(run, error, monkeypatch):
     checkpoint.load_params(run[0], CONFIG)
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")])
+@pytest.mark.parametrize(
+  "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")]
+)
 def test_want_of_memory_for_the_checksums_is_no_damage(run, error, monkeypatch):
   def fail(tree):
     raise error
+
   monkeypatch.setattr(checkpoint, "checksums", fail)
   with pytest.raises(RunError, match="checkpoints/20 cannot be read; it stays where it is"):
     restore(run[0])
@@ -337,6 +398,7 @@ def test_want_of_memory_for_the_checksums_is_no_damage(run, error, monkeypatch):
 def test_an_interrupt_ends_a_load_and_moves_nothing(run, error, monkeypatch):
   def interrupt(*_):
     raise error
+
   monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", interrupt)
   with pytest.raises(error):
     restore(run[0])
@@ -348,6 +410,7 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
 
   def refuse(_):
     raise PermissionError(errno.EACCES, "Permission denied")
+
   monkeypatch.setattr(os, "listdir", refuse)
   for use in (restore, checkpoint.saved_steps, checkpoint.remove_half_written):
     with pytest.raises(RunError, match="checkpoints cannot be read: Permission denied"):
@@ -385,15 +448,26 @@ def test_half_written_remains_that_cannot_be_removed_are_said(tmp_path, monkeypa
 
   def refuse(_):
     raise PermissionError(errno.EACCES, "Permission denied")
+
   monkeypatch.setattr(shutil, "rmtree", refuse)
   with pytest.raises(RunError, match="half-written, cannot be removed: Permission denied"):
     checkpoint.remove_half_written(str(tmp_path))
 
 
-@pytest.mark.parametrize("reference, folder, step", [
-    ("a/b@30", "a/b", 30), ("a@b/c", "a@b/c", None), ("a@b/c@0", "a@b/c", 0),
-    ("a@4@5", "a@4", 5), ("@4", "@4", None), ("a@", "a@", None), ("a@-1", "a@-1", None),
-    ("a@\u0663", "a@\u0663", None), ("a@" + "9" * 5000, "a@" + "9" * 5000, None)])
+@pytest.mark.parametrize(
+  "reference, folder, step",
+  [
+    ("a/b@30", "a/b", 30),
+    ("a@b/c", "a@b/c", None),
+    ("a@b/c@0", "a@b/c", 0),
+    ("a@4@5", "a@4", 5),
+    ("@4", "@4", None),
+    ("a@", "a@", None),
+    ("a@-1", "a@-1", None),
+    ("a@\u0663", "a@\u0663", None),
+    ("a@" + "9" * 5000, "a@" + "9" * 5000, None),
+  ],
+)
 def test_run_reference(reference, folder, step):
   assert checkpoint.parse_run_reference(reference) == (folder, step)
 
@@ -410,8 +484,10 @@ def test_a_folder_of_exactly_that_name_is_meant(tmp_path):
   os.makedirs(f"{run}/checkpoints/3")
   assert checkpoint.parse_run_reference(there) == (there, None)
   os.mkdir(f"{run}/checkpoints/4")
-  message = (f"{there} is ambiguous: write {there}/ for the folder of that name, "
-             f"or {run}/@4 for step 4 of {run}")
+  message = (
+    f"{there} is ambiguous: write {there}/ for the folder of that name, "
+    f"or {run}/@4 for step 4 of {run}"
+  )
   with pytest.raises(UsageError, match=message):
     checkpoint.parse_run_reference(there)
   assert checkpoint.parse_run_reference(f"{there}/") == (f"{there}/", None)

@@ -5,25 +5,25 @@ import os
 
 import pytest
 
-from sparsek.runs import metrics
 from sparsek.errors import RunError, UsageError
+from sparsek.runs import metrics
 from sparsek.runs.metrics import MetricsWriter, append_record, read_metrics
 
 ONE, TWO, THREE = (b'{"step": %d, "loss": 2.5}\n' % step for step in (1, 2, 3))
 FOREIGN = {
-    "object": b'{"comment": "moved to node 7"}\n',
-    "string": b'"note: changed node"\n',
-    "text": b"node 7 from here on\n",
-    "no UTF-8": b"caf\xe9 \xff\xfe\n",
-    "binary": b"\0\1\2\0\n",
-    "other step": b'{"step": "three"}\n',
-    "step true": b'{"step": true}\n',
-    "step of a fraction": b'{"step": 2.5}\n',
-    "list": b"[1, 2]\n",
-    "null": b"null\n",
-    "nested": b"[" * 100000 + b"\n",
-    "huge integer": b'{"step": 1, "x": ' + b"1" * 5000 + b"}\n",
-    "carriage return inside": b'{"note": 1}\r{"step": 1}\n',
+  "object": b'{"comment": "moved to node 7"}\n',
+  "string": b'"note: changed node"\n',
+  "text": b"node 7 from here on\n",
+  "no UTF-8": b"caf\xe9 \xff\xfe\n",
+  "binary": b"\0\1\2\0\n",
+  "other step": b'{"step": "three"}\n',
+  "step true": b'{"step": true}\n',
+  "step of a fraction": b'{"step": 2.5}\n',
+  "list": b"[1, 2]\n",
+  "null": b"null\n",
+  "nested": b"[" * 100000 + b"\n",
+  "huge integer": b'{"step": 1, "x": ' + b"1" * 5000 + b"}\n",
+  "carriage return inside": b'{"note": 1}\r{"step": 1}\n',
 }
 
 
@@ -55,14 +55,18 @@ def test_foreign_lines_behind_records_that_are_removed_stay(tmp_path, capsys):
   assert "2 lines are no records (line 2 is the first)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("end, kept", [
-    (b'{"step": 2, "lo', b""),                                    # torn: the only thing that is cut
+@pytest.mark.parametrize(
+  "end, kept",
+  [
+    (b'{"step": 2, "lo', b""),  # torn: the only thing that is cut
     (b"{", b""),
-    (b'{"step": 2}', b'{"step": 2}\n'),                           # whole but for its end
+    (b'{"step": 2}', b'{"step": 2}\n'),  # whole but for its end
     (b'{"comment": "moved"}', b'{"comment": "moved"}\n'),
     (b"a note", b"a note\n"),
     (b"\0\0\0", b"\0\0\0\n"),
-    (b"\n\n", b"\n\n")])
+    (b"\n\n", b"\n\n"),
+  ],
+)
 def test_only_a_torn_last_line_is_cut(end, kept, tmp_path):
   path = write(tmp_path, ONE + end)
   writer = MetricsWriter(str(tmp_path), 2)
@@ -87,11 +91,15 @@ def test_no_file_is_no_records(tmp_path):
   assert read_metrics(str(tmp_path / "none" / "metrics.jsonl")) == []
 
 
-@pytest.mark.parametrize("make, message", [
+@pytest.mark.parametrize(
+  "make, message",
+  [
     (os.mkdir, "is a folder, expected a regular file"),
     (os.mkfifo, "is a FIFO, expected a regular file"),
     (lambda path: os.symlink("/dev/zero", path), "is a device, expected a regular file"),
-    (lambda path: os.symlink(path, path), "cannot be read: Too many levels of symbolic links")])
+    (lambda path: os.symlink(path, path), "cannot be read: Too many levels of symbolic links"),
+  ],
+)
 def test_what_is_no_file_is_refused(make, message, tmp_path):
   path = str(tmp_path / "metrics.jsonl")
   make(path)
@@ -105,6 +113,7 @@ def test_a_file_without_permission_is_refused_and_stays(tmp_path, monkeypatch):
 
   def refuse(*_, **__):
     raise PermissionError(errno.EACCES, "Permission denied")
+
   monkeypatch.setattr("builtins.open", refuse)
   with pytest.raises(UsageError, match="metrics.jsonl cannot be read: Permission denied"):
     MetricsWriter(str(tmp_path), 0)
@@ -119,21 +128,30 @@ def test_a_full_disk_is_one_sentence(tmp_path):
   os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
   with pytest.raises(RunError, match="metrics.jsonl cannot be written: No space left on device"):
     writer.write({"step": 1})
-  writer.close()                                                  # raises nothing more
+  writer.close()  # raises nothing more
 
 
 def test_a_failing_sync_is_one_sentence(tmp_path, monkeypatch):
   def fail(_):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
   writer = MetricsWriter(str(tmp_path), 0)
   monkeypatch.setattr(os, "fsync", fail)
   with pytest.raises(RunError, match="metrics.jsonl cannot be written: Input/output error"):
     writer.sync()
 
 
-@pytest.mark.parametrize("before, after", [
-    (b"", b""), (ONE, ONE), (b'{"st', b""), (ONE + b'{"st', ONE), (b"a note", b"a note\n"),
-    (ONE[:-1], ONE)])
+@pytest.mark.parametrize(
+  "before, after",
+  [
+    (b"", b""),
+    (ONE, ONE),
+    (b'{"st', b""),
+    (ONE + b'{"st', ONE),
+    (b"a note", b"a note\n"),
+    (ONE[:-1], ONE),
+  ],
+)
 def test_a_record_is_not_glued_to_a_torn_one(before, after, tmp_path):
   path = write(tmp_path, before)
   append_record(str(path), {"step": 2, "loss": 2.5})

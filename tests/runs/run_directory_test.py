@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from sparsek.runs import run_directory
 from sparsek.errors import RunError, UsageError
+from sparsek.runs import run_directory
 
 
 @pytest.mark.parametrize("old", [b"--notes=caf\xe9\n", b"\0\xff", b"line\r\n", b""])
@@ -30,6 +30,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 def test_a_full_disk_is_one_sentence_and_keeps_the_record(tmp_path, monkeypatch):
   def fail(_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
   (tmp_path / "flags.txt").write_text("a")
   monkeypatch.setattr(os, "fsync", fail)
   with pytest.raises(RunError, match="flags.txt cannot be written: No space left on device"):
@@ -47,6 +48,7 @@ def test_the_lock_says_what_is_wrong(tmp_path, monkeypatch):
 
   def fail(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
   monkeypatch.setattr(fcntl, "flock", fail)
   with pytest.raises(UsageError, match="cannot be locked: No locks available"):
     run_directory.lock(str(tmp_path))
@@ -59,7 +61,9 @@ def test_the_owner_of_a_lock_may_have_left_any_bytes(tmp_path):
       run_directory.lock(str(tmp_path))
 
 
-def test_a_write_that_failed_after_the_old_record_was_kept_does_not_keep_it_twice(tmp_path, monkeypatch):
+def test_a_write_that_failed_after_the_old_record_was_kept_does_not_keep_it_twice(
+  tmp_path, monkeypatch
+):
   run_directory.write_record(str(tmp_path), "a.json", "old")
   real = run_directory.write_atomically
 
@@ -67,6 +71,7 @@ def test_a_write_that_failed_after_the_old_record_was_kept_does_not_keep_it_twic
     if content == b"new":
       raise OSError(errno.ENOSPC, "No space left on device")
     real(path, content)
+
   monkeypatch.setattr(run_directory, "write_atomically", full)
   with pytest.raises(RunError, match="No space left on device"):
     run_directory.write_record(str(tmp_path), "a.json", "new")

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from sparsek.runs import checkpoint, set_aside
 from sparsek.errors import UsageError
+from sparsek.runs import checkpoint, set_aside
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_later_checkpoints_and_the_metrics_are_set_aside(workdir):
 def test_a_repeated_command_goes_on(workdir):
   go_back(workdir, 4)
   (workdir / "checkpoints" / "6").mkdir()
-  (workdir / "checkpoints" / "4").rename(workdir / "gone")      # as only the newest are kept
+  (workdir / "checkpoints" / "4").rename(workdir / "gone")  # as only the newest are kept
   wanted, lines = go_back(workdir, 4)
   assert wanted is None and "was done before" in lines[0]
   assert checkpoint.saved_steps(str(workdir)) == [6]

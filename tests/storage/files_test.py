@@ -1,4 +1,6 @@
-"""Files are replaced whole or not at all; paths and JSON that cannot be used are refused by name."""
+"""Files are replaced whole or not at all; paths and JSON that cannot be used are refused by
+name.
+"""
 
 import errno
 import multiprocessing
@@ -7,8 +9,8 @@ import stat
 
 import pytest
 
-from sparsek.storage import files
 from sparsek.errors import UsageError
+from sparsek.storage import files
 
 
 def _rewrite(path, content):
@@ -62,11 +64,17 @@ def test_permissions_are_those_of_the_file_before(tmp_path):
   assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"[1]", "JSON list"), (b"{", "no JSON"), (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
-    (b'{"a": ' + b"1" * 10_000 + b"}", "too many digits"), (b"\xff\xfe", "no JSON"),
+@pytest.mark.parametrize(
+  "content, words",
+  [
+    (b"[1]", "JSON list"),
+    (b"{", "no JSON"),
+    (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+    (b'{"a": ' + b"1" * 10_000 + b"}", "too many digits"),
+    (b"\xff\xfe", "no JSON"),
     (b'{"a": {"b": 1, "b": 1}}', "a key twice"),
-])
+  ],
+)
 def test_json_that_cannot_be_used_is_named(tmp_path, content, words):
   path = tmp_path / "a.json"
   path.write_bytes(content)
@@ -82,6 +90,7 @@ def test_what_cannot_be_looked_at_may_exist(tmp_path, monkeypatch):
 
   def refuse(_):
     raise PermissionError(errno.EACCES, "Permission denied")
+
   monkeypatch.setattr(os, "lstat", refuse)
   with pytest.raises(UsageError, match=f"{path} cannot be read: Permission denied"):
     files.exists(path)
@@ -93,11 +102,14 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
   for name in ("a", "new"):
     files.check_writable(str(tmp_path / name))
   assert not (tmp_path / "new").exists()
-  for path, words in ((tmp_path / "pipe", "is a FIFO"), (tmp_path, "is a folder"),
-                      (tmp_path / "nowhere" / "a", "cannot be written")):
+  for path, words in (
+    (tmp_path / "pipe", "is a FIFO"),
+    (tmp_path, "is a folder"),
+    (tmp_path / "nowhere" / "a", "cannot be written"),
+  ):
     with pytest.raises(UsageError, match=f"{path}.* {words}"):
       files.check_writable(str(path))
-  monkeypatch.setattr(os, "access", lambda path, mode: False)     # permissions do not stop root
+  monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
   for name in ("a", "new"):
     with pytest.raises(UsageError, match=f"{tmp_path / name} cannot be written"):
       files.check_writable(str(tmp_path / name))
@@ -122,13 +134,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_what_could_be_read_for_ever_is_refused(tmp_path):
   os.mkfifo(tmp_path / "pipe")
-  for path, kind in ((str(tmp_path / "pipe"), "FIFO"), ("/dev/zero", "device"),
-                     (str(tmp_path), "folder")):
+  for path, kind in (
+    (str(tmp_path / "pipe"), "FIFO"),
+    ("/dev/zero", "device"),
+    (str(tmp_path), "folder"),
+  ):
     with pytest.raises(UsageError, match=f"is a {kind}"):
       files.check_regular(path)
 
 
-def test_what_a_killed_process_left_goes_with_the_next_write_and_what_one_is_writing_stays(tmp_path):
+def test_what_a_killed_process_left_goes_with_the_next_write_and_what_one_is_writing_stays(
+  tmp_path,
+):
   path = tmp_path / "a"
   (tmp_path / ".a.abcdefgh.tmp").write_text("half")
   others = [tmp_path / name for name in (".b.abcdefgh.tmp", "a.tmp", ".a.tmp")]

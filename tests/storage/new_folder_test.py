@@ -15,8 +15,10 @@ from sparsek.storage.new_folder import check_new_folder, new_folder, temporary_n
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
   path = tmp_path / "to" / "new"
   full = OSError(28, "No space left on device")
-  for error, raised, words in ((full, RunError, "to/new cannot be written: No space"),
-                               (KeyboardInterrupt, KeyboardInterrupt, None)):
+  for error, raised, words in (
+    (full, RunError, "to/new cannot be written: No space"),
+    (KeyboardInterrupt, KeyboardInterrupt, None),
+  ):
     with pytest.raises(raised, match=words):
       with new_folder(str(path)) as folder:
         with open(os.path.join(folder, "a"), "w") as file:
@@ -27,7 +29,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
   with pytest.raises(RunError, match=f"^{path}/a cannot be written$"):
     with new_folder(str(path)) as folder:
       raise RunError(f"{folder}/a cannot be written")
-  os.makedirs(os.path.join(temporary_name(str(path)), "sub"))        # of a process that was killed
+  os.makedirs(os.path.join(temporary_name(str(path)), "sub"))  # of a process that was killed
   path.mkdir()
   with new_folder(str(path)) as folder:
     assert os.listdir(folder) == os.listdir(path) == [] and len(os.listdir(path.parent)) == 2
@@ -65,15 +67,20 @@ def test_what_a_new_folder_cannot_replace(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("mine")
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
-  for path, words in (("../full", "is not empty"), ("../file", "is no folder"), (".", "working"),
-                      ("/proc", "mount point"), ("../file/x", "cannot be written: Not a dir")):
+  for path, words in (
+    ("../full", "is not empty"),
+    ("../file", "is no folder"),
+    (".", "working"),
+    ("/proc", "mount point"),
+    ("../file/x", "cannot be written: Not a dir"),
+  ):
     with pytest.raises(UsageError, match=words):
       with new_folder(path):
         pass
   with monkeypatch.context() as patch, pytest.raises(UsageError, match="full cannot be read: Perm"):
     patch.setattr(os, "listdir", _no_permission)
     check_new_folder("../full")
-  with pytest.raises(UsageError, match="late is not empty"):         # another process made it
+  with pytest.raises(UsageError, match="late is not empty"):  # another process made it
     with new_folder(str(tmp_path / "late")):
       (tmp_path / "full").rename(tmp_path / "late")
   assert sorted(os.listdir(tmp_path)) == ["file", "here", "late"]
@@ -83,8 +90,9 @@ def test_what_a_new_folder_cannot_replace(tmp_path, monkeypatch):
 def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
   def without_locks(*_):
     raise OSError(37, "No locks available")
+
   monkeypatch.setattr(fcntl, "flock", without_locks)
-  left = temporary_name(str(tmp_path / "new"))             # perhaps of a process that goes on
+  left = temporary_name(str(tmp_path / "new"))  # perhaps of a process that goes on
   os.mkdir(left)
   with new_folder(str(tmp_path / "new")):
     pass

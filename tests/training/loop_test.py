@@ -1,4 +1,6 @@
-"""The loop within one process: what a run writes, how it resumes, what it refuses. tests/experiments kills real processes."""
+"""The loop within one process: what a run writes, how it resumes, what it refuses.
+tests/experiments kills real processes.
+"""
 
 import dataclasses
 import errno
@@ -16,26 +18,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.runs import checkpoint, run_directory
-from sparsek.training import start as start_lib, loop
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
-from sparsek.data.corpus import Document
 from sparsek.data.batches import eval_batches, open_data
-from sparsek.errors import RunError, UsageError
-from sparsek.runs.metrics import read_metrics
-from sparsek.model.transformer import init_params, unstack_layers
+from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer, train_bpe
+from sparsek.errors import RunError, UsageError
+from sparsek.model.transformer import init_params, unstack_layers
 from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_directory
+from sparsek.runs.metrics import read_metrics
+from sparsek.training import loop
+from sparsek.training import start as start_lib
 from sparsek.training.step import make_eval_step
 
-CONFIG = TransformerConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, attention="full")
+CONFIG = TransformerConfig(
+  vocab_size=257,
+  num_layers=1,
+  embed_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=8,
+  attention="full",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory):
   """Every call of train() compiles anew; the tests share the result."""
-  options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")), "jax_persistent_cache_min_compile_time_secs": 0.0}
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
   old = {name: getattr(jax.config, name) for name in options}
   for name, value in options.items():
     jax.config.update(name, value)
@@ -49,20 +64,34 @@ def dataset(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("data") / "tokens")
   rng = np.random.default_rng(0)
   texts = ["".join(rng.choice(list("abcd "), 60)) for _ in range(20)]
-  write_token_files(folder, [Document(str(i), text, i >= 16) for i, text in enumerate(texts)], ByteTokenizer())
+  write_token_files(
+    folder, [Document(str(i), text, i >= 16) for i, text in enumerate(texts)], ByteTokenizer()
+  )
   return open_data(folder)
 
 
 def run_config(workdir, num_steps=8, **fields):
-  optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=min(2, num_steps), num_steps=num_steps)
-  fields = {"data": DataConfig(data="d", seq_len=16, batch_size=2), "log_every": 2, "eval_every": 4, "eval_batches": 2,
-            "checkpoint_every": 4, "keep_checkpoints": 2, **fields}
+  optimizer = OptimizerConfig(
+    learning_rate=0.01, warmup_steps=min(2, num_steps), num_steps=num_steps
+  )
+  fields = {
+    "data": DataConfig(data="d", seq_len=16, batch_size=2),
+    "log_every": 2,
+    "eval_every": 4,
+    "eval_batches": 2,
+    "checkpoint_every": 4,
+    "keep_checkpoints": 2,
+    **fields,
+  }
   return TrainConfig(workdir=str(workdir), optimizer=optimizer, **fields)
 
 
 def logged(workdir):
   records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
-  return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+  return [
+    {key: value for key, value in record.items() if key != "tokens_per_second"}
+    for record in records
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +106,22 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
   records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
   assert [record["step"] for record in records] == [1, 2, 4, 4, 6, 8, 8]
   steps = [record for record in records if "loss" in record]
-  assert all(record["tokens_per_second"] > 0 and record["grad_norm"] > 0 and record["num_targets"] > 0 for record in steps)
+  assert all(
+    record["tokens_per_second"] > 0 and record["grad_norm"] > 0 and record["num_targets"] > 0
+    for record in steps
+  )
   assert steps[-1]["loss"] < steps[0]["loss"]
   evaluations = [record for record in records if "heldout_loss" in record]
   assert [record["step"] for record in evaluations] == [4, 8]
-  np.testing.assert_allclose(evaluations[0]["heldout_bits_per_byte"], evaluations[0]["heldout_loss"] / np.log(2))
+  np.testing.assert_allclose(
+    evaluations[0]["heldout_bits_per_byte"], evaluations[0]["heldout_loss"] / np.log(2)
+  )
   assert checkpoint.saved_steps(workdir) == [4, 8]
-  assert (result.step, result.loss, result.heldout_loss) == (8, steps[-1]["loss"], evaluations[-1]["heldout_loss"])
+  assert (result.step, result.loss, result.heldout_loss) == (
+    8,
+    steps[-1]["loss"],
+    evaluations[-1]["heldout_loss"],
+  )
   assert checkpoint.load_run_config(workdir)[0] == CONFIG
   assert checkpoint.load_params(workdir, CONFIG)[1] == 8
   assert checkpoint.load_run_tokenizer(workdir).fingerprint == ByteTokenizer.fingerprint
@@ -101,9 +139,15 @@ def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkey
   for record in records:
     if "loss" in record:
       batch_flops.append(record.pop("mfu") * 1e6 * 32 / record["tokens_per_second"])
-  smallest, largest = (loop.flops.training_flops(CONFIG, checkpoint.abstract_params(CONFIG), np.array(lengths)) for lengths in ([1] * 32, [16, 16]))
+  smallest, largest = (
+    loop.flops.training_flops(CONFIG, checkpoint.abstract_params(CONFIG), np.array(lengths))
+    for lengths in ([1] * 32, [16, 16])
+  )
   assert all(smallest < x <= 1.001 * largest for x in batch_flops)
-  assert [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records] == logged(finished[0])
+  assert [
+    {key: value for key, value in record.items() if key != "tokens_per_second"}
+    for record in records
+  ] == logged(finished[0])
   traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
   assert len(traces) == 1 and os.path.getsize(traces[0]) > 0
   said = capsys.readouterr().err
@@ -113,7 +157,11 @@ def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkey
 def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
   options = {}
   monkeypatch.setattr(run_directory.jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(run_directory.jax, "config", types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__))
+  monkeypatch.setattr(
+    run_directory.jax,
+    "config",
+    types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__),
+  )
   run_directory.use_compilation_cache("/run")
   assert options == {"jax_compilation_cache_dir": "/run/compilation_cache"}
   monkeypatch.setenv(run_directory.COMPILATION_CACHE, "/grid")
@@ -126,14 +174,17 @@ def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
 
 
 def test_the_loop_moves_nothing_unasked(finished, dataset, tmp_path, monkeypatch):
-  """Batches in by device_put and metrics out by device_get; between them the host must not make the devices wait."""
+  """Batches in by device_put and metrics out by device_get; between them the host must not make the
+  devices wait.
+  """
   original = loop._Run.loop
 
   def guarded(*args):
     with jax.transfer_guard("disallow"):
       with pytest.raises(Exception, match="Disallowed"):
-        jax.jit(lambda x: x + 1)(np.ones(3))                    # the guard guards
+        jax.jit(lambda x: x + 1)(np.ones(3))  # the guard guards
       return original(*args)
+
   monkeypatch.setattr(loop._Run, "loop", guarded)
   assert loop.train(CONFIG, run_config(tmp_path), dataset).loss == finished[1].loss
 
@@ -163,8 +214,13 @@ def stop_at(monkeypatch, call, name):
   monkeypatch.setattr(loop, name, interrupted)
 
 
-@pytest.mark.parametrize("name, call, step", [("put_batch", 3, 3), ("heldout_loss", 1, 4), ("heldout_loss", 2, 8), ("init_params", 1, 0)])
-def test_sigterm_saves_and_the_resumed_run_logs_the_same(finished, dataset, tmp_path, monkeypatch, name, call, step):
+@pytest.mark.parametrize(
+  "name, call, step",
+  [("put_batch", 3, 3), ("heldout_loss", 1, 4), ("heldout_loss", 2, 8), ("init_params", 1, 0)],
+)
+def test_sigterm_saves_and_the_resumed_run_logs_the_same(
+  finished, dataset, tmp_path, monkeypatch, name, call, step
+):
   with monkeypatch.context() as patch:
     stop_at(patch, call, name)
     result = loop.train(CONFIG, run_config(tmp_path), dataset)
@@ -177,7 +233,9 @@ def test_sigterm_saves_and_the_resumed_run_logs_the_same(finished, dataset, tmp_
 def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, capsys):
   loop.train(CONFIG, run_config(tmp_path, num_steps=4), dataset, "--num_steps=4\n")
   other = dataclasses.replace(CONFIG, k=3, window=5, gate="value")
-  config = run_config(tmp_path, data=DataConfig(data="d", seq_len=8, batch_size=4), grad_accumulation=2)
+  config = run_config(
+    tmp_path, data=DataConfig(data="d", seq_len=8, batch_size=4), grad_accumulation=2
+  )
   result = loop.train(other, config, dataset, "--num_steps=8\n")
   assert result.step == 8
   assert "resuming" in (said := capsys.readouterr().err) and "k 64 -> 3" in said
@@ -197,56 +255,88 @@ def test_a_stage_stops_and_the_next_goes_on(finished, dataset, tmp_path):
 
 
 def test_another_architecture_is_refused_and_changes_nothing(finished, dataset):
-  before = {name: os.path.getmtime(os.path.join(finished[0], name)) for name in ("model.json", "metrics.jsonl")}
+  before = {
+    name: os.path.getmtime(os.path.join(finished[0], name))
+    for name in ("model.json", "metrics.jsonl")
+  }
   with pytest.raises(UsageError, match="--mlp_dim=16 here, 8 there"):
-    loop.train(dataclasses.replace(CONFIG, mlp_dim=16), run_config(finished[0], num_steps=20), dataset)
+    loop.train(
+      dataclasses.replace(CONFIG, mlp_dim=16), run_config(finished[0], num_steps=20), dataset
+    )
   assert before == {name: os.path.getmtime(os.path.join(finished[0], name)) for name in before}
 
 
 def test_init_from_takes_parameters_only(finished, dataset, tmp_path):
-  loop.train(CONFIG, run_config(tmp_path, num_steps=1, init_from=f"{finished[0]}@4", seed=5), dataset)
-  first, at_4 = logged(tmp_path)[0], next(record for record in logged(finished[0]) if record["step"] == 4)
+  loop.train(
+    CONFIG, run_config(tmp_path, num_steps=1, init_from=f"{finished[0]}@4", seed=5), dataset
+  )
+  first, at_4 = (
+    logged(tmp_path)[0],
+    next(record for record in logged(finished[0]) if record["step"] == 4),
+  )
   assert first["step"] == 1 and abs(first["loss"] - at_4["loss"]) < 0.3
   with pytest.raises(UsageError, match="no checkpoint of step 5; it has 4, 8"):
     loop.train(CONFIG, run_config(tmp_path / "b", init_from=f"{finished[0]}@5"), dataset)
   with pytest.raises(UsageError, match="there is no folder"):
     loop.train(CONFIG, run_config(tmp_path / "c", init_from="/nowhere"), dataset)
   with pytest.raises(UsageError, match="--embed_dim=16 here, 8 there"):
-    loop.train(dataclasses.replace(CONFIG, embed_dim=16), run_config(tmp_path / "d", init_from=finished[0]), dataset)
+    loop.train(
+      dataclasses.replace(CONFIG, embed_dim=16),
+      run_config(tmp_path / "d", init_from=finished[0]),
+      dataset,
+    )
 
 
-def test_init_from_takes_another_kind_of_attention_from_its_own_layers(finished, dataset, tmp_path, capsys):
-  """A dense run as a hybrid that scans; its own parameters are those of the run, scorers are new; and back."""
-  hybrid = dataclasses.replace(CONFIG, num_layers=4, attention=("sparsek", "full"), k=3, window=4,
-                               scan_layers=True, implementation="reference")
+def test_init_from_takes_another_kind_of_attention_from_its_own_layers(
+  finished, dataset, tmp_path, capsys
+):
+  """A dense run as a hybrid that scans; its own parameters are those of the run, scorers are new;
+  and back.
+  """
+  hybrid = dataclasses.replace(
+    CONFIG,
+    num_layers=4,
+    attention=("sparsek", "full"),
+    k=3,
+    window=4,
+    scan_layers=True,
+    implementation="reference",
+  )
   dense = dataclasses.replace(hybrid, attention=("full",), scan_layers=False)
   settings = functools.partial(run_config, seed=3, data=DataConfig("d", 16, 2))
   loop.train(dense, settings(tmp_path / "dense", num_steps=4), dataset)
   start, _ = checkpoint.load_params(str(tmp_path / "dense"), dense)
   begin = lambda config, name, source: loop.train(
-      config, settings(tmp_path / name, 1, init_from=str(tmp_path / source)), dataset)
+    config, settings(tmp_path / name, 1, init_from=str(tmp_path / source)), dataset
+  )
   begin(hybrid, "hybrid", "dense")
   assert "drawn anew: attention/scorer of 2 layers" in capsys.readouterr().err
-  params, step = start_lib.load(str(tmp_path / "dense"), hybrid, None, jax.random.key(3), None, print)
+  params, step = start_lib.load(
+    str(tmp_path / "dense"), hybrid, None, jax.random.key(3), None, print
+  )
   assert step == 4
   drawn = unstack_layers(hybrid, init_params(hybrid, jax.random.key(3)))
   found = unstack_layers(hybrid, params)
   for i in range(4):
     scorer = found[f"layers_{i}"]["attention"].pop("scorer", None)
     assert (scorer is None) == (i % 2 == 1)
-    jax.tree.map(np.testing.assert_array_equal, scorer, drawn[f"layers_{i}"]["attention"].get("scorer"))
+    jax.tree.map(
+      np.testing.assert_array_equal, scorer, drawn[f"layers_{i}"]["attention"].get("scorer")
+    )
   jax.tree.map(np.testing.assert_array_equal, found, start)
   begin(dense, "back", "hybrid")
   assert "left out: attention/scorer of 2 layers" in capsys.readouterr().err
-  conv, told = dataclasses.replace(hybrid, scorer="conv"), []          # of another shape
+  conv, told = dataclasses.replace(hybrid, scorer="conv"), []  # of another shape
   start_lib.load(str(tmp_path / "hybrid"), conv, None, jax.random.key(3), None, told.append)
   assert "drawn anew: attention/scorer of 2 layers" in "".join(told)
   with pytest.raises(UsageError, match="--mlp_dim=16 here, 8 there"):
     begin(dataclasses.replace(hybrid, mlp_dim=16), "other", "dense")
 
 
-def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(finished, dataset, tmp_path, capsys):
-  config = dataclasses.replace(CONFIG, lora_rank=2, lora_alpha=6.)
+def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(
+  finished, dataset, tmp_path, capsys
+):
+  config = dataclasses.replace(CONFIG, lora_rank=2, lora_alpha=6.0)
   settings = functools.partial(run_config, init_from=finished[0])
   loop.train(config, settings(tmp_path / "whole"), dataset)
   assert "of them learn" in capsys.readouterr().err
@@ -254,18 +344,37 @@ def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(finished, 
   loop.train(config, settings(tmp_path / "parts"), dataset)
   assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
   plain, _ = checkpoint.load_run_config(str(tmp_path / "whole"))
-  assert plain == CONFIG and checkpoint.load_run_config(str(tmp_path / "whole"), adapters=True)[0] == config
-  base, params = (checkpoint.load_params(str(folder), CONFIG)[0] for folder in (finished[0], tmp_path / "whole"))
+  assert (
+    plain == CONFIG
+    and checkpoint.load_run_config(str(tmp_path / "whole"), adapters=True)[0] == config
+  )
+  base, params = (
+    checkpoint.load_params(str(folder), CONFIG)[0] for folder in (finished[0], tmp_path / "whole")
+  )
   same = jax.tree.map(np.array_equal, base, params)
-  assert {path[-1].key for path, same in jax.tree_util.tree_leaves_with_path(same) if not same} == {"kernel"}
-  loop.train(CONFIG, run_config(tmp_path / "merged", num_steps=1, init_from=str(tmp_path / "whole")), dataset)
-  loop.train(config, run_config(tmp_path / "new", num_steps=1, init_from=str(tmp_path / "whole")), dataset)
-  losses = [logged(tmp_path / name)[0]["loss"] for name in ("merged", "new")]                       # both of the first step: of what they begin at
-  held_out = functools.partial(loop.heldout_loss, mesh=make_mesh(), batches=list(eval_batches(dataset, run_config("").data, 2)))
+  assert {path[-1].key for path, same in jax.tree_util.tree_leaves_with_path(same) if not same} == {
+    "kernel"
+  }
+  loop.train(
+    CONFIG, run_config(tmp_path / "merged", num_steps=1, init_from=str(tmp_path / "whole")), dataset
+  )
+  loop.train(
+    config, run_config(tmp_path / "new", num_steps=1, init_from=str(tmp_path / "whole")), dataset
+  )
+  # both of the first step: of what they begin at
+  losses = [logged(tmp_path / name)[0]["loss"] for name in ("merged", "new")]
+  held_out = functools.partial(
+    loop.heldout_loss, mesh=make_mesh(), batches=list(eval_batches(dataset, run_config("").data, 2))
+  )
   assert losses[0] == losses[1]
-  assert held_out(params, make_eval_step(CONFIG, 64, make_mesh())) == pytest.approx(logged(tmp_path / "whole")[-1]["heldout_loss"], abs=1e-5)
-  for other, message in ((dataclasses.replace(config, lora_alpha=2.), "--lora_alpha=2.0 must be 6.0, as in the run"),
-                         (dataclasses.replace(config, lora_rank=3), "--lora_rank=3 here, 2 there"), (CONFIG, "--lora_rank=0 here, 2 there")):
+  assert held_out(params, make_eval_step(CONFIG, 64, make_mesh())) == pytest.approx(
+    logged(tmp_path / "whole")[-1]["heldout_loss"], abs=1e-5
+  )
+  for other, message in (
+    (dataclasses.replace(config, lora_alpha=2.0), "--lora_alpha=2.0 must be 6.0, as in the run"),
+    (dataclasses.replace(config, lora_rank=3), "--lora_rank=3 here, 2 there"),
+    (CONFIG, "--lora_rank=0 here, 2 there"),
+  ):
     with pytest.raises(UsageError, match=message):
       loop.train(other, settings(tmp_path / "whole", num_steps=9), dataset)
   with pytest.raises(UsageError, match="--lora_rank=2 needs --init_from"):
@@ -293,13 +402,17 @@ def test_a_workdir_in_use_or_not_writable_is_refused(dataset, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(dataset, tmp_path):
   config = run_config(tmp_path)
-  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, grad_clip=0.0))
+  config = dataclasses.replace(
+    config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30, grad_clip=0.0)
+  )
   with pytest.raises(RunError, match="lower --learning_rate"):
     loop.train(CONFIG, config, dataset)
   assert checkpoint.saved_steps(str(tmp_path)) == []
 
 
-def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(dataset, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(
+  dataset, tmp_path, monkeypatch, capsys
+):
   loop.train(CONFIG, run_config(tmp_path, num_steps=4), dataset)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   original = checkpoint.CheckpointWriter.save
@@ -313,9 +426,12 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(dataset, tm
       resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
   monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save_on_a_full_disk)
-  with pytest.raises(RunError, match="the checkpoint of step 8 could not be saved .* newest is of step 4"):
+  with pytest.raises(
+    RunError, match="the checkpoint of step 8 could not be saved .* newest is of step 4"
+  ):
     loop.train(CONFIG, run_config(tmp_path), dataset)
-  assert "those before it are kept: " in capsys.readouterr().err         # and why: the file is too large, unless Orbax trips over what it wrote of it
+  # and why: the file is too large, unless Orbax trips over what it wrote of it
+  assert "those before it are kept: " in capsys.readouterr().err
   assert checkpoint.load_params(str(tmp_path), CONFIG)[1] == 4
 
 
@@ -356,10 +472,13 @@ def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkey
       leaves, structure = jax.tree.flatten(tree)
       leaves = [jnp.full_like(x, jnp.inf) if x.dtype == jnp.float32 else x for x in leaves]
       return state._replace(**{leaf: jax.tree.unflatten(structure, leaves)}), outputs
+
     return ruined
+
   monkeypatch.setattr(loop, "make_train_step", ruining)
-  with pytest.raises(RunError,
-                     match="parameters or moments of step 1 are not finite.*no checkpoint"):
+  with pytest.raises(
+    RunError, match="parameters or moments of step 1 are not finite.*no checkpoint"
+  ):
     loop.train(CONFIG, run_config(tmp_path, checkpoint_every=1, eval_every=0), dataset)
   assert checkpoint.saved_steps(str(tmp_path)) == []
 
@@ -392,6 +511,7 @@ def test_skipped_spikes_are_told_and_resume_to_the_bit(dataset, tmp_path, monkey
   def settings(workdir, **fields):
     config = run_config(workdir, spike_factor=1.001, log_every=1, **fields)
     return with_learning_rate(config, 1e-5)
+
   loop.train(CONFIG, settings(tmp_path / "whole"), dataset)
   said = capsys.readouterr().err
   whole = logged(tmp_path / "whole")
@@ -407,8 +527,9 @@ def test_skipped_spikes_are_told_and_resume_to_the_bit(dataset, tmp_path, monkey
     loop.train(CONFIG, settings(tmp_path / "row"), dataset)
 
 
-def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(dataset, tmp_path,
-                                                                       monkeypatch):
+def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(
+  dataset, tmp_path, monkeypatch
+):
   """Its batch has no finite loss under any parameters; the checkpoint's are from before it."""
   original, batches = loop.make_train_step, []
 
@@ -420,7 +541,9 @@ def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(dataset, 
       state, outputs = step(state, batch, apply=apply)
       loss = jnp.nan if len(batches) > 3 and batch is batches[3] else outputs["loss"]
       return state, {**outputs, "loss": jnp.float32(loss), "skipped": jnp.int32(len(batches) >= 4)}
+
     return spike_at_4
+
   monkeypatch.setattr(loop, "make_train_step", spiking)
   config = run_config(tmp_path, num_steps=4, eval_every=0, spike_factor=2.0)
   assert loop.train(CONFIG, config, dataset).step == 4
@@ -428,14 +551,16 @@ def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(dataset, 
 
 
 @pytest.mark.parametrize("name", ["", "metrics.jsonl"])
-def test_a_folder_that_is_gone_ends_the_run_and_is_not_made_again(name, dataset, run_copy,
-                                                                  monkeypatch):
+def test_a_folder_that_is_gone_ends_the_run_and_is_not_made_again(
+  name, dataset, run_copy, monkeypatch
+):
   path, original = run_copy / name, loop.put_batch
 
   def move(*args):
     if path.exists():
       path.rename(run_copy.parent / "elsewhere")
     return original(*args)
+
   monkeypatch.setattr(loop, "put_batch", move)
   with pytest.raises(RunError, match="was deleted, moved or unmounted under the run"):
     loop.train(CONFIG, run_config(run_copy, num_steps=12), dataset)
@@ -444,15 +569,18 @@ def test_a_folder_that_is_gone_ends_the_run_and_is_not_made_again(name, dataset,
 
 def test_a_changed_flag_is_told_at_resume(dataset, run_copy, capsys):
   """At once, also where there is nothing left to do."""
+
   def resumed(config):
     assert loop.train(CONFIG, config, dataset).already_complete
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     return line.partition("at step 8")[2]
+
   config = run_config(run_copy, seed=3, checkpoint_every=5)
   assert resumed(with_learning_rate(config, 0.5)) == (
-      ", seed 0 -> 3, checkpoint_every 4 -> 5, learning_rate 0.01 -> 0.5, grad_clip 1.0 -> 0.0")
+    ", seed 0 -> 3, checkpoint_every 4 -> 5, learning_rate 0.01 -> 0.5, grad_clip 1.0 -> 0.0"
+  )
   old = json.loads((run_copy / "model.json").read_text())
-  del old["train"]                                  # as of a run of an older version
+  del old["train"]  # as of a run of an older version
   (run_copy / "model.json").write_text(json.dumps(old))
   config = run_config(run_copy, data=DataConfig("d", 16, 4))
   assert resumed(config) == ", batch_size 2 -> 4"
@@ -462,14 +590,19 @@ def full(*args, **kwargs):
   raise OSError(errno.ENOSPC, "No space left on device")
 
 
-FULL = {"the lock": (run_directory, "lock"), "the records": (run_directory, "write_record"),
-        "the tokenizer": (ByteTokenizer, "save"), "the metrics": (loop, "MetricsWriter"),
-        "fsync of the metrics": (loop.MetricsWriter, "sync"),
-        "the end": (loop.MetricsWriter, "close")}
+FULL = {
+  "the lock": (run_directory, "lock"),
+  "the records": (run_directory, "write_record"),
+  "the tokenizer": (ByteTokenizer, "save"),
+  "the metrics": (loop, "MetricsWriter"),
+  "fsync of the metrics": (loop.MetricsWriter, "sync"),
+  "the end": (loop.MetricsWriter, "close"),
+}
 
 
-def test_a_full_disk_is_one_sentence_and_the_command_can_be_repeated(finished, dataset, tmp_path,
-                                                                     monkeypatch):
+def test_a_full_disk_is_one_sentence_and_the_command_can_be_repeated(
+  finished, dataset, tmp_path, monkeypatch
+):
   for what in FULL.values():
     with monkeypatch.context() as patch:
       patch.setattr(*what, full)
@@ -497,17 +630,20 @@ def test_a_full_disk_leaves_the_tokenizer_as_it_was(tmp_path):
 
 def test_metrics_on_a_full_disk_end_the_run(dataset, tmp_path, monkeypatch):
   """Closing the file fails too, since it writes what is still in the buffer."""
+
   class FullMetrics(loop.MetricsWriter):
     def __init__(self, *args):
       super().__init__(*args)
       self._file = open("/dev/full", "wb")
+
   monkeypatch.setattr(loop, "MetricsWriter", FullMetrics)
   with pytest.raises(RunError, match="No space left on device"):
     loop.train(CONFIG, run_config(tmp_path), dataset)
 
 
-def test_that_checkpoints_can_be_written_is_found_out_before_the_first_step(dataset, tmp_path,
-                                                                            monkeypatch):
+def test_that_checkpoints_can_be_written_is_found_out_before_the_first_step(
+  dataset, tmp_path, monkeypatch
+):
   (tmp_path / "checkpoints").write_text("")
   with pytest.raises(UsageError, match="--workdir=.*: checkpoints cannot be written: "):
     loop.train(CONFIG, run_config(tmp_path), dataset)
@@ -540,7 +676,11 @@ def test_a_run_under_nohup_outlives_the_terminal():
 
 def test_an_implementation_that_cannot_run_is_refused(dataset, tmp_path):
   with pytest.raises(UsageError, match="--implementation=mosaic_tpu: "):
-    loop.train(dataclasses.replace(CONFIG, attention="sparsek", implementation="mosaic_tpu"), run_config(tmp_path), dataset)
+    loop.train(
+      dataclasses.replace(CONFIG, attention="sparsek", implementation="mosaic_tpu"),
+      run_config(tmp_path),
+      dataset,
+    )
 
 
 def test_rows_longer_than_the_learned_positions_are_refused(dataset, tmp_path):
@@ -576,8 +716,9 @@ def test_a_model_of_hugging_face_says_where_its_documents_begin_otherwise(datase
   tokenizer.bos_ids = [60]
   monkeypatch.setattr(loop, "load_tokenizer", lambda folder: tokenizer)
   monkeypatch.setattr(loop.pretrained, "load", lambda *args, **options: (CONFIG, "parameters"))
-  run = types.SimpleNamespace(dataset=dataset, config=CONFIG,
-                              train=run_config("w", init_from="hf:folder"))
+  run = types.SimpleNamespace(
+    dataset=dataset, config=CONFIG, train=run_config("w", init_from="hf:folder")
+  )
   assert loop._Run._load_pretrained(run, "folder", None, said.append) == "parameters"
   assert len(said) == 1 and "those of hf:folder with byte 60: make the data anew" in said[0]
 
@@ -587,10 +728,16 @@ def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
   with pytest.raises(UsageError, match="--tensorboard needs tensorboardX: pip install"):
     loop.MetricsWriter(str(tmp_path), 0, tensorboard=True)
   written = []
-  events = types.SimpleNamespace(add_scalar=lambda *args: written.append(args),
-                                 flush=lambda: written.append("flush"), close=lambda: None)
-  monkeypatch.setitem(sys.modules, "tensorboardX",
-                      types.SimpleNamespace(SummaryWriter=lambda folder, **options: events))
+  events = types.SimpleNamespace(
+    add_scalar=lambda *args: written.append(args),
+    flush=lambda: written.append("flush"),
+    close=lambda: None,
+  )
+  monkeypatch.setitem(
+    sys.modules,
+    "tensorboardX",
+    types.SimpleNamespace(SummaryWriter=lambda folder, **options: events),
+  )
   writer = loop.MetricsWriter(str(tmp_path), 0, tensorboard=True)
   writer.write({"step": 3, "loss": 2.0})
   writer.close()

@@ -22,9 +22,17 @@ def judged(values, factor=2.0):
   return found, state
 
 
-@pytest.mark.parametrize("step, spike", [
-    ((3.9, 1.9), False), ((4.1, 1.0), True), ((2.0, 2.1), True), ((0.1, 0.1), False),
-    ((float("nan"), 1.0), True), ((2.0, float("inf")), True)])
+@pytest.mark.parametrize(
+  "step, spike",
+  [
+    ((3.9, 1.9), False),
+    ((4.1, 1.0), True),
+    ((2.0, 2.1), True),
+    ((0.1, 0.1), False),
+    ((float("nan"), 1.0), True),
+    ((2.0, float("inf")), True),
+  ],
+)
 def test_a_step_beyond_the_factor_of_a_running_mean_is_a_spike(step, spike):
   found, state = judged([(2.0, 1.0)] * spikes.FIRST + [step])
   assert found == [False] * spikes.FIRST + [spike]

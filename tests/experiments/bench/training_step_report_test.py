@@ -5,37 +5,79 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.bench import training_step as training_step_bench, training_step_report, transformers_llama
+from experiments.bench import training_step as training_step_bench
+from experiments.bench import training_step_report, transformers_llama
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 
-CONFIG = TransformerConfig(vocab_size=17, num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8, k=3, window=5,
-                           implementation="reference")
+CONFIG = TransformerConfig(
+  vocab_size=17,
+  num_layers=1,
+  embed_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=8,
+  k=3,
+  window=5,
+  implementation="reference",
+)
 
 
 def row(n, **speeds):
-  found = lambda speed: {"failed": speed} if isinstance(speed, str) else {
-      "tokens_per_second": speed, "ms": 1e3 * n / speed, "mib": 3.5, "mfu": .25, "step_tflop": 2., "compile_seconds": 7.}
-  return {"n": n, "batch_size": 1, "documents": 1, "model": "1M parameters, float32", "k": 3, "window": 5, "remat": "none",
-          "rivals": {kind: found(speed) for kind, speed in speeds.items()}}
+  found = lambda speed: (
+    {"failed": speed}
+    if isinstance(speed, str)
+    else {
+      "tokens_per_second": speed,
+      "ms": 1e3 * n / speed,
+      "mib": 3.5,
+      "mfu": 0.25,
+      "step_tflop": 2.0,
+      "compile_seconds": 7.0,
+    }
+  )
+  return {
+    "n": n,
+    "batch_size": 1,
+    "documents": 1,
+    "model": "1M parameters, float32",
+    "k": 3,
+    "window": 5,
+    "remat": "none",
+    "rivals": {kind: found(speed) for kind, speed in speeds.items()},
+  }
 
 
-ROWS = [row(16, sparsek=100., sliding_window=125., full=50.), row(64, sparsek=90., sliding_window=120., full="out of memory")]
+ROWS = [
+  row(16, sparsek=100.0, sliding_window=125.0, full=50.0),
+  row(64, sparsek=90.0, sliding_window=120.0, full="out of memory"),
+]
 
 
 def test_summary():
-  assert {line["what"]: pytest.approx(line["value"]) for line in training_step_report.summary(ROWS)} == {
-      "tokens/s over those of sliding window 8 at 16": .8, "tokens/s over those of full attention at 16": 2.,
-      "tokens/s over those of sliding window 8 at 64": .75, "tokens/s at 64 over tokens/s at 16": .9}
+  assert {
+    line["what"]: pytest.approx(line["value"]) for line in training_step_report.summary(ROWS)
+  } == {
+    "tokens/s over those of sliding window 8 at 16": 0.8,
+    "tokens/s over those of full attention at 16": 2.0,
+    "tokens/s over those of sliding window 8 at 64": 0.75,
+    "tokens/s at 64 over tokens/s at 16": 0.9,
+  }
 
 
 def test_rows_with_the_loss_of_scorers_are_told_apart():
-  rows = [*ROWS, {**row(64, sparsek=45., sliding_window=1.), "scorer_loss": 1.}]
+  rows = [*ROWS, {**row(64, sparsek=45.0, sliding_window=1.0), "scorer_loss": 1.0}]
   found = {line["what"]: line["value"] for line in training_step_report.summary(rows)}
-  assert found["tokens/s with the scorers' loss over those without at 64"] == .5 and found["tokens/s over those of sliding window 8 at 64"] == .75
+  assert (
+    found["tokens/s with the scorers' loss over those without at 64"] == 0.5
+    and found["tokens/s over those of sliding window 8 at 64"] == 0.75
+  )
   assert sum("sparsek, scorers' loss" in line for line in training_step_report.table(rows)) == 1
-  both = [{**row(64, sparsek=45., full=9.), "scorer_loss": 1.}]
-  assert training_step_report.summary(both) == [{"what": "tokens/s over those of full attention at 64", "value": 5.}]
+  both = [{**row(64, sparsek=45.0, full=9.0), "scorer_loss": 1.0}]
+  assert training_step_report.summary(both) == [
+    {"what": "tokens/s over those of full attention at 64", "value": 5.0}
+  ]
 
 
 def test_table_and_failures():
@@ -43,40 +85,81 @@ def test_table_and_failures():
   assert len(lines) == 6 and len({len(line) for line in [head, *lines]}) == 1
   assert "sliding window 8" in lines[1] and "25.0%" in lines[1] and "out of memory" in lines[5]
   assert training_step_report.failures({"rows": ROWS}) == []
-  assert training_step_report.failures({"rows": [row(4, full="RuntimeError: no")]}) == ["full attention, n=4: RuntimeError: no"]
+  assert training_step_report.failures({"rows": [row(4, full="RuntimeError: no")]}) == [
+    "full attention, n=4: RuntimeError: no"
+  ]
 
 
 def test_extending_a_record():
   def record(rows, **versions):
-    return {"suite": "train", "device": "d", "versions": {"commit": "c", "packages": {}, **versions}, "rows": rows}
-  rows = [row(16, sparsek=1.), {**row(16, sparsek=2.), "documents": 4}, row(64, sparsek=3.)]
+    return {
+      "suite": "train",
+      "device": "d",
+      "versions": {"commit": "c", "packages": {}, **versions},
+      "rows": rows,
+    }
+
+  rows = [row(16, sparsek=1.0), {**row(16, sparsek=2.0), "documents": 4}, row(64, sparsek=3.0)]
   assert training_step_report.rows_to_keep(record(rows), record([])) == rows
   with pytest.raises(UsageError, match="the record's commit is c, here it is e"):
     training_step_report.rows_to_keep(record(rows), record([], commit="e"))
-  merged = training_step_report.merge(rows, [row(32, sparsek=5.), row(16, sparsek=4.)])
-  assert [(x["n"], x["documents"], x["rivals"]["sparsek"]["tokens_per_second"]) for x in merged] == [(16, 1, 4.), (32, 1, 5.), (64, 1, 3.), (16, 4, 2.)]
-  assert {line["what"]: line["value"] for line in training_step_report.summary(merged)}["tokens/s with 4 documents a row over 1 at 16"] == .5
+  merged = training_step_report.merge(rows, [row(32, sparsek=5.0), row(16, sparsek=4.0)])
+  assert [
+    (x["n"], x["documents"], x["rivals"]["sparsek"]["tokens_per_second"]) for x in merged
+  ] == [(16, 1, 4.0), (32, 1, 5.0), (64, 1, 3.0), (16, 4, 2.0)]
+  assert {line["what"]: line["value"] for line in training_step_report.summary(merged)}[
+    "tokens/s with 4 documents a row over 1 at 16"
+  ] == 0.5
 
 
 def test_transformers_in_a_process_of_its_own(monkeypatch):
   """PyTorch's part needs a GPU; what it answers is put beside our own rows."""
   job = training_step_bench.Job(CONFIG, 12)
-  answer = lambda text: monkeypatch.setattr(transformers_llama, "COMMAND", (sys.executable, "-c", f"import json, sys; job = json.load(sys.stdin); {text}"))
-  answer("print('noise'); print(json.dumps({'seconds': [.3, .1, .2], 'inner': 1, 'mib': job['model']['hidden_size'], 'compile_seconds': 9, "
-         "'k': job['compile']}))")
-  found = training_step_bench.measure_transformers([job, training_step_bench.Job(CONFIG, 99)], ("transformers_layers", "full"), 50, 3, lambda text: None)
-  assert found == {(0, "transformers_layers"): {"ms": 200., "fastest": 100., "slowest": 300., "rounds": 3, "inner": 1, "mib": 8, "compile_seconds": 9,
-                                                "k": "layers"}}
-  (_, rows), = training_step_bench.measure([job], ("transformers_layers",), rounds=1, others=found)
-  assert rows[0]["rivals"]["transformers_layers"]["tokens_per_second"] == pytest.approx(12 / .2) and list(rows[0]["rivals"]) == ["transformers_layers"]
+  answer = lambda text: monkeypatch.setattr(
+    transformers_llama,
+    "COMMAND",
+    (sys.executable, "-c", f"import json, sys; job = json.load(sys.stdin); {text}"),
+  )
+  answer(
+    "print('noise'); print(json.dumps({'seconds': [.3, .1, .2], 'inner': 1, 'mib': "
+    "job['model']['hidden_size'], 'compile_seconds': 9, "
+    "'k': job['compile']}))"
+  )
+  found = training_step_bench.measure_transformers(
+    [job, training_step_bench.Job(CONFIG, 99)],
+    ("transformers_layers", "full"),
+    50,
+    3,
+    lambda text: None,
+  )
+  assert found == {
+    (0, "transformers_layers"): {
+      "ms": 200.0,
+      "fastest": 100.0,
+      "slowest": 300.0,
+      "rounds": 3,
+      "inner": 1,
+      "mib": 8,
+      "compile_seconds": 9,
+      "k": "layers",
+    }
+  }
+  ((_, rows),) = training_step_bench.measure(
+    [job], ("transformers_layers",), rounds=1, others=found
+  )
+  assert rows[0]["rivals"]["transformers_layers"]["tokens_per_second"] == pytest.approx(
+    12 / 0.2
+  ) and list(rows[0]["rivals"]) == ["transformers_layers"]
   answer("sys.exit('no GPU')")
-  assert transformers_llama.run("transformers", CONFIG, 12, 1, 2048, 1, 1.) == {"failed": "no GPU"}
+  assert transformers_llama.run("transformers", CONFIG, 12, 1, 2048, 1, 1.0) == {"failed": "no GPU"}
 
 
 def test_jobs():
   assert training_step_bench.Job(CONFIG, 100, documents=3).lengths() == [50, 25, 25]
   assert training_step_bench.Job(CONFIG, 3, documents=9).lengths() == [2, 1]
-  assert training_step_bench.under("sliding_window", CONFIG).window == 8 and training_step_bench.under("full", CONFIG).attention == ("full",)
+  assert training_step_bench.under(
+    "sliding_window", CONFIG
+  ).window == 8 and training_step_bench.under("full", CONFIG).attention == ("full",)
 
 
 def test_a_kind_that_cannot_run_leaves_the_others_alone(monkeypatch):
@@ -89,13 +172,25 @@ def test_a_kind_that_cannot_run_leaves_the_others_alone(monkeypatch):
       state, metrics = cell._function(state, batch)
       cell._args = state, batch
       losses.append(float(metrics["loss"]))
-    return 1.
+    return 1.0
+
   monkeypatch.setattr(training_step_bench.StepCell, "time", steps)
   compile_ = training_step_bench.StepCell.compile
-  monkeypatch.setattr(training_step_bench.StepCell, "compile", lambda cell: compile_(cell) if cell.job.config.attention == ("full",) else fail())
+  monkeypatch.setattr(
+    training_step_bench.StepCell,
+    "compile",
+    lambda cell: compile_(cell) if cell.job.config.attention == ("full",) else fail(),
+  )
 
   def fail():
     raise RuntimeError("no such kernel")
-  (done, rows), = training_step_bench.measure([training_step_bench.Job(CONFIG, 12, documents=2)], ("sparsek", "full"), rounds=1)
-  assert done == 1 and rows[0]["rivals"]["sparsek"]["failed"] == "RuntimeError: no such kernel" and rows[0]["rivals"]["full"]["ms"] > 0
+
+  ((done, rows),) = training_step_bench.measure(
+    [training_step_bench.Job(CONFIG, 12, documents=2)], ("sparsek", "full"), rounds=1
+  )
+  assert (
+    done == 1
+    and rows[0]["rivals"]["sparsek"]["failed"] == "RuntimeError: no such kernel"
+    and rows[0]["rivals"]["full"]["ms"] > 0
+  )
   assert len(losses) >= 6 and np.all(np.diff(losses) < 0)

@@ -8,46 +8,80 @@ from experiments.reports import baselines_report
 
 
 def result(text, mixed, right=None):
-  buckets = [{"last": 63, "loss": text + 1, "num_targets": 5}, {"last": 127, "loss": text, "num_targets": 9}, {"last": 255, "loss": None, "num_targets": 0}]
-  asked = [] if right is None else [{"task": "passkey", "length": 2048, "right": right, "total": 10}]
-  found = {"256": {"loss": text, "buckets": buckets}, "1024": {"loss": text + 2, "buckets": buckets}}
-  return {"loss": found, "mixed_loss": {"5": 9., "10": mixed}, "tasks": asked}
+  buckets = [
+    {"last": 63, "loss": text + 1, "num_targets": 5},
+    {"last": 127, "loss": text, "num_targets": 9},
+    {"last": 255, "loss": None, "num_targets": 0},
+  ]
+  asked = (
+    [] if right is None else [{"task": "passkey", "length": 2048, "right": right, "total": 10}]
+  )
+  found = {
+    "256": {"loss": text, "buckets": buckets},
+    "1024": {"loss": text + 2, "buckets": buckets},
+  }
+  return {"loss": found, "mixed_loss": {"5": 9.0, "10": mixed}, "tasks": asked}
 
 
-RUNS = {"sparsek_512": {"seeds": {"0": result(2.5, 1.5, 9), "1": result(2.8, 1.7, 10)}},
-        "full": {"seeds": {"0": result(2., 1., 10), "1": result(2.2, 1.2)}},
-        "window_512": {"seeds": {"0": result(3., 2., 0), "1": result(3.4, 2.4), "2": result(9., 9.)}},
-        "hybrid_512": {"seeds": {"1": result(2.4, 1.5)}},
-        "random_1024_last_k512": {"seeds": {"0": result(2.9, 2.)}}}
+RUNS = {
+  "sparsek_512": {"seeds": {"0": result(2.5, 1.5, 9), "1": result(2.8, 1.7, 10)}},
+  "full": {"seeds": {"0": result(2.0, 1.0, 10), "1": result(2.2, 1.2)}},
+  "window_512": {"seeds": {"0": result(3.0, 2.0, 0), "1": result(3.4, 2.4), "2": result(9.0, 9.0)}},
+  "hybrid_512": {"seeds": {"1": result(2.4, 1.5)}},
+  "random_1024_last_k512": {"seeds": {"0": result(2.9, 2.0)}},
+}
 
 
 def test_differences_are_of_the_seeds_that_both_have():
-  assert baselines_report.difference(RUNS["sparsek_512"], RUNS["window_512"]) == (pytest.approx(-.55), pytest.approx(.05))
-  assert baselines_report.difference(RUNS["sparsek_512"], RUNS["window_512"], "mixed") == (pytest.approx(-.6), pytest.approx(.1))
-  assert baselines_report.losses(RUNS["full"], "1024") == {"0": 4., "1": 4.2}
+  assert baselines_report.difference(RUNS["sparsek_512"], RUNS["window_512"]) == (
+    pytest.approx(-0.55),
+    pytest.approx(0.05),
+  )
+  assert baselines_report.difference(RUNS["sparsek_512"], RUNS["window_512"], "mixed") == (
+    pytest.approx(-0.6),
+    pytest.approx(0.1),
+  )
+  assert baselines_report.losses(RUNS["full"], "1024") == {"0": 4.0, "1": 4.2}
   mean, error = baselines_report.difference(RUNS["hybrid_512"], RUNS["full"])
-  assert mean == pytest.approx(.2) and math.isnan(error)
-  assert baselines_report.accuracies(RUNS["sparsek_512"]) == {("passkey", 2048): .95}
+  assert mean == pytest.approx(0.2) and math.isnan(error)
+  assert baselines_report.accuracies(RUNS["sparsek_512"]) == {("passkey", 2048): 0.95}
 
 
 def test_rounds_are_pooled_and_compared_start_by_start():
   runs = baselines_report.pool([RUNS, {name: RUNS[name] for name in ("sparsek_512", "window_512")}])
-  assert list(runs["sparsek_512"]["seeds"]) == ["0.0", "0.1", "1.0", "1.1"] and list(runs["full"]["seeds"]) == ["0.0", "0.1"]
+  assert list(runs["sparsek_512"]["seeds"]) == ["0.0", "0.1", "1.0", "1.1"] and list(
+    runs["full"]["seeds"]
+  ) == ["0.0", "0.1"]
   _, _, *lines = baselines_report.differences(runs, "sparsek_512").splitlines()
-  assert lines == ["| full | +0.5500 ± 0.0500 | 2 | +0.5000 ± 0.0000 | 2 |", "| window_512 | -0.5500 ± 0.0289 | 4 | -0.6000 ± 0.0577 | 4 |",
-                   "| hybrid_512 | +0.4000 | 1 | +0.2000 | 1 |"]
+  assert lines == [
+    "| full | +0.5500 ± 0.0500 | 2 | +0.5000 ± 0.0000 | 2 |",
+    "| window_512 | -0.5500 ± 0.0289 | 4 | -0.6000 ± 0.0577 | 4 |",
+    "| hybrid_512 | +0.4000 | 1 | +0.2000 | 1 |",
+  ]
   runs = {name: runs[name] for name in ("full", "sparsek_512", "window_512")}
-  assert baselines_report.by_start(runs).splitlines()[2:] == ["| full | 100% | 100% |  |  |  |  |",
-                                                           "| sparsek_512 | 50% | 58% |  |  |  |  |", "| window_512 | 0% | 0% |  |  |  |  |"]
+  assert baselines_report.by_start(runs).splitlines()[2:] == [
+    "| full | 100% | 100% |  |  |  |  |",
+    "| sparsek_512 | 50% | 58% |  |  |  |  |",
+    "| window_512 | 0% | 0% |  |  |  |  |",
+  ]
 
 
 def test_table():
   head, _, *lines = baselines_report.table(RUNS).splitlines()
   assert head.endswith("| passkey 2048 |") and [line.split(" | ")[0] for line in lines] == [
-      "| full", "| hybrid_512", "| sparsek_512", "| window_512", "| random_1024_last_k512"]
-  assert lines[2] == ("| sparsek_512 | 2 | 2.6500 ± 0.1500 | +0.5500 ± 0.0500 | -0.5500 ± 0.0500 | 50% | "
-                      "1.6000 ± 0.1000 | +0.5000 ± 0.0000 | -0.6000 ± 0.1000 | 55% | 95% |")
-  assert lines[4] == "| random_1024_last_k512 | 1 | 2.9000 | +0.9000 |  |  | 2.0000 | +1.0000 |  |  |  |"
+    "| full",
+    "| hybrid_512",
+    "| sparsek_512",
+    "| window_512",
+    "| random_1024_last_k512",
+  ]
+  assert lines[2] == (
+    "| sparsek_512 | 2 | 2.6500 ± 0.1500 | +0.5500 ± 0.0500 | -0.5500 ± 0.0500 | 50% | "
+    "1.6000 ± 0.1000 | +0.5000 ± 0.0000 | -0.6000 ± 0.1000 | 55% | 95% |"
+  )
+  assert (
+    lines[4] == "| random_1024_last_k512 | 1 | 2.9000 | +0.9000 |  |  | 2.0000 | +1.0000 |  |  |  |"
+  )
 
 
 def test_picture(tmp_path):

@@ -11,9 +11,24 @@ from sparsek.errors import RunError, UsageError
 from sparsek.model.transformer import Transformer, init_params, layer_params
 from tests.helpers import quick_jit
 
-CONFIG = TransformerConfig(vocab_size=13, num_layers=3, embed_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8, k=3, window=2,
-                           attention="sparsek,full,sparsek:k5:w4", implementation="reference")
-RECORDS = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 2, "heldout_loss": 4.5, "loss": None}]
+CONFIG = TransformerConfig(
+  vocab_size=13,
+  num_layers=3,
+  embed_dim=8,
+  num_heads=2,
+  num_kv_heads=2,
+  head_dim=4,
+  mlp_dim=8,
+  k=3,
+  window=2,
+  attention="sparsek,full,sparsek:k5:w4",
+  implementation="reference",
+)
+RECORDS = [
+  {"step": 1, "loss": 5.0},
+  {"step": 2, "loss": 4.0},
+  {"step": 2, "heldout_loss": 4.5, "loss": None},
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +44,21 @@ def tokens():
 def test_kept_tokens_are_the_best_candidates_of_every_query(params, tokens):
   kept = plots.kept_tokens(CONFIG, params, tokens)
   assert [layer.layer for layer in kept] == [0, 2]
-  apply = quick_jit(lambda tokens: Transformer(CONFIG).apply({"params": params}, tokens, method="hidden", mutable=["diagnostics"]))
+  apply = quick_jit(
+    lambda tokens: Transformer(CONFIG).apply(
+      {"params": params}, tokens, method="hidden", mutable=["diagnostics"]
+    )
+  )
   _, sown = apply(tokens[None])
   for layer in kept:
-    scores = np.asarray(layer_params(CONFIG, sown["diagnostics"], layer.layer)["attention"]["scores"][0][0])
+    scores = np.asarray(
+      layer_params(CONFIG, sown["diagnostics"], layer.layer)["attention"]["scores"][0][0]
+    )
     own, expected = CONFIG.layer_configs[layer.layer], np.zeros((40, 40), int)
     assert layer.window == own.window == (2 if layer.layer == 0 else 4)
     for i in range(own.window, 40):
       for head in range(2):
-        expected[i, np.argsort(-scores[:i - own.window + 1, head], kind="stable")[:own.k]] += 1
+        expected[i, np.argsort(-scores[: i - own.window + 1, head], kind="stable")[: own.k]] += 1
     np.testing.assert_array_equal(layer.heads, expected)
 
 
@@ -57,18 +78,25 @@ def test_picture(tmp_path):
   heads[5:, 0], heads[6:, 2] = 1, 2
   kept = [plots.Kept(layer, heads, 2, 2) for layer in range(2)]
   path = tmp_path / "picture.png"
-  plots.save_picture(str(path), {"a": RECORDS, "b $x$": RECORDS}, kept, ["a", "$", "\n", " ", "\x00", "bc", "\n", "d" * 80, "é"])
+  plots.save_picture(
+    str(path),
+    {"a": RECORDS, "b $x$": RECORDS},
+    kept,
+    ["a", "$", "\n", " ", "\x00", "bc", "\n", "d" * 80, "é"],
+  )
   assert path.read_bytes().startswith(b"\x89PNG")
   with pytest.raises(RunError, match="nowhere/[a-z]*.png cannot be written"):
     plots.save_picture(str(tmp_path / "nowhere" / "picture.png"), {"a": RECORDS})
 
 
 def test_times_against_length(tmp_path):
-  curves = {"sparsek": [(1000, .5), (2048, 1.0)], "dense": [(2048, 3.0)]}
+  curves = {"sparsek": [(1000, 0.5), (2048, 1.0)], "dense": [(2048, 3.0)]}
   axes = plots._new_figure().add_subplot()
   plots.draw_times(axes, curves)
   assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-  assert [line.get_label() for line in axes.lines] == list(curves) and [label.get_text() for label in axes.get_xticklabels()] == ["1000", "2k"]
+  assert [line.get_label() for line in axes.lines] == list(curves) and [
+    label.get_text() for label in axes.get_xticklabels()
+  ] == ["1000", "2k"]
   np.testing.assert_array_equal(axes.lines[0].get_xydata(), curves["sparsek"])
   path = tmp_path / "times.png"
   plots.save_times(str(path), {"Forward": curves, "Backward": {}}, "a device")
@@ -83,6 +111,7 @@ def test_a_picture_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatc
 
   def full(*_):
     raise OSError(28, "No space left on device")
+
   monkeypatch.setattr(os, "fsync", full)
   with pytest.raises(RunError, match="times.png cannot be written: No space"):
     plots.save_times(str(path), {"Forward": {}}, "a device")
@@ -90,15 +119,22 @@ def test_a_picture_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatc
 
 
 def test_marks_of_the_text():
-  """Selected tokens have the colour of their number of heads, the window is grey, the rest is not marked."""
+  """Selected tokens have the colour of their number of heads, the window is grey, the rest is not
+  marked.
+  """
   heads = np.zeros((6, 6), int)
   heads[5, 1], heads[5, 2] = 1, 2
   axes = plots._new_figure().add_subplot()
   plots.draw_text(axes, list("abcdef"), plots.Kept(0, heads, 2, 2))
   light, dark = plots.kept_colours(2)
   marks = {patch.get_x(): patch.get_facecolor()[:3] for patch in axes.patches}
-  grey = tuple(int(plots.WINDOW_COLOUR[i:i + 2], 16) / 255 for i in (1, 3, 5))
-  assert marks == {1: pytest.approx(light), 2: pytest.approx(dark), 4: pytest.approx(grey), 5: pytest.approx(grey)}
+  grey = tuple(int(plots.WINDOW_COLOUR[i : i + 2], 16) / 255 for i in (1, 3, 5))
+  assert marks == {
+    1: pytest.approx(light),
+    2: pytest.approx(dark),
+    4: pytest.approx(grey),
+    5: pytest.approx(grey),
+  }
 
 
 def test_missing_matplotlib_is_said_with_its_remedy(monkeypatch, tmp_path):

@@ -1,51 +1,77 @@
-"""The Mosaic GPU kernels compiled for an H100 by the real compiler, without one; `make test-compile` runs this where the compiler is installed."""
+"""The Mosaic GPU kernels compiled for an H100 by the real compiler, without one; `make
+test-compile` runs this where the compiler is installed.
+"""
 
 import functools
 import re
 
 import jax
-from jax.experimental import topologies
-from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec, SingleDeviceSharding, use_abstract_mesh
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  Mesh,
+  PartitionSpec,
+  SingleDeviceSharding,
+  use_abstract_mesh,
+)
 
 import sparsek
-from sparsek.generation import cache, session
-from sparsek.training import plan
 from sparsek.attention.prefix_selection import select
-from sparsek.runs.checkpoint import abstract_params
 from sparsek.config import DataConfig, TrainConfig, preset
+from sparsek.generation import cache, session
 from sparsek.generation.inference import inference_params
-from sparsek.kernels.hopper import fused_decode_layer, decode_attention, attention as hopper_attention, thread_ops, small_batch_matmul
+from sparsek.kernels.hopper import attention as hopper_attention
+from sparsek.kernels.hopper import (
+  decode_attention,
+  fused_decode_layer,
+  small_batch_matmul,
+  thread_ops,
+)
 from sparsek.kernels.specs import Spec
-from sparsek.training.optimizer import make_optimizer
 from sparsek.parallel.mesh import BATCH
+from sparsek.runs.checkpoint import abstract_params
+from sparsek.training import plan
+from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import abstract_state, make_train_step
 
 try:
   import jax_plugins.xla_cuda13  # noqa: F401  registers the compiler
 except ImportError:
-  pytestmark = pytest.mark.skip(reason="needs the CUDA compiler of JAX: make test-compile installs it")
+  pytestmark = pytest.mark.skip(
+    reason="needs the CUDA compiler of JAX: make test-compile installs it"
+  )
 
 NAME = "NVIDIA H100 80GB HBM3"
-H100 = f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 }} device_description_str: "{NAME}\""""
+H100 = f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
+shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
+core_count: 132 fpus_per_core:
+128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size:
+84942979072 shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 minor: 0
+feature_extension: ACCELERATED_FEATURES }} registers_per_core_limit: 65536
+registers_per_block_limit: 65536 }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10
+}} runtime_version {{ major: 13 }} device_description_str: "{NAME}\""""
 
 
 @pytest.fixture(autouse=True)
 def signs_kept(monkeypatch):
-  """JAX 0.11 and 0.12 take the sign of `where` from its condition, which has none, if what comes first is one number for all lanes: comparisons go wrong."""
+  """JAX 0.11 and 0.12 take the sign of `where` from its condition, which has none, if what comes
+  first is one number for all lanes: comparisons go wrong.
+  """
   select = FragmentedArray.select
 
   def checked(self, on_true, on_false):
     out = select(self, on_true, on_false)
-    assert out.is_signed == on_true.is_signed, "an integer `where` chooses a number before an array: write it the other way round"
+    assert out.is_signed == on_true.is_signed, (
+      "an integer `where` chooses a number before an array: write it the other way round"
+    )
     return out
+
   monkeypatch.setattr(FragmentedArray, "select", checked)
 
 
@@ -57,15 +83,35 @@ def h100():
 
 def compile_for_h100(function, *shapes):
   """The compiled executable; overflow of shared memory and layouts that cannot be are errors."""
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())) for x in shapes]
+  shapes = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())) for x in shapes
+  ]
   with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
     return jax.jit(function).lower(*shapes).compile()
 
 
-def attention_and_gradients(query, key, value, scores, threshold, expiry, order, start, end, cotangent, *, spec, gate):
-  attend = functools.partial(hopper_attention.attention, expiry=expiry, order=order, start=start, end=end, k=spec.k, window=spec.window, gate=gate,
-                             scale=spec.head_dim ** -.5)
-  out, vjp = jax.vjp(lambda query, key, value, scores, threshold: attend(query, key, value, scores, threshold), query, key, value, scores, threshold)
+def attention_and_gradients(
+  query, key, value, scores, threshold, expiry, order, start, end, cotangent, *, spec, gate
+):
+  attend = functools.partial(
+    hopper_attention.attention,
+    expiry=expiry,
+    order=order,
+    start=start,
+    end=end,
+    k=spec.k,
+    window=spec.window,
+    gate=gate,
+    scale=spec.head_dim**-0.5,
+  )
+  out, vjp = jax.vjp(
+    lambda query, key, value, scores, threshold: attend(query, key, value, scores, threshold),
+    query,
+    key,
+    value,
+    scores,
+    threshold,
+  )
   return out, vjp(cotangent)
 
 
@@ -73,41 +119,112 @@ def arguments(spec):
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct((spec.batch, *dims), dtype)
   queries = shape(spec.dtype, spec.n, spec.heads, spec.head_dim)
   keys = shape(spec.dtype, spec.n, spec.groups, spec.head_dim)
-  floats, integers, bounds = (shape(dtype, *dims) for dtype, dims in (
-      (jnp.float32, (spec.groups, spec.n)), (jnp.int32, (spec.groups, spec.n)), (jnp.int32, (spec.n,))))
+  floats, integers, bounds = (
+    shape(dtype, *dims)
+    for dtype, dims in (
+      (jnp.float32, (spec.groups, spec.n)),
+      (jnp.int32, (spec.groups, spec.n)),
+      (jnp.int32, (spec.n,)),
+    )
+  )
   return queries, keys, keys, floats, floats, integers, integers, bounds, bounds, queries
 
 
-@pytest.mark.parametrize("spec, gate", [pytest.param(spec, gate, id=f"{spec.name}-{gate}") for spec, gate in (
-    (Spec("headline", n=32768, heads=16, groups=16, head_dim=128, k=512, window=512, dtype="bfloat16"), "straight_through"),
-    (Spec("grouped", n=32768, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="float16"), "value"),
-    (Spec("narrow", n=8192, heads=16, groups=16, head_dim=64, k=512, window=512, dtype="bfloat16"), "key_value"),
-    (Spec("large_budget", n=8192, heads=4, groups=2, head_dim=128, k=4096, window=1000, dtype="bfloat16"), "key_value"),
-    (Spec("one_token", n=1, heads=2, groups=1, head_dim=16, k=1, window=1, dtype="bfloat16"), "value"),
-    (Spec("window_0", n=5000, heads=4, groups=2, head_dim=40, k=1, window=0, dtype="bfloat16"), "value"))])
+@pytest.mark.parametrize(
+  "spec, gate",
+  [
+    pytest.param(spec, gate, id=f"{spec.name}-{gate}")
+    for spec, gate in (
+      (
+        Spec(
+          "headline",
+          n=32768,
+          heads=16,
+          groups=16,
+          head_dim=128,
+          k=512,
+          window=512,
+          dtype="bfloat16",
+        ),
+        "straight_through",
+      ),
+      (
+        Spec(
+          "grouped", n=32768, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="float16"
+        ),
+        "value",
+      ),
+      (
+        Spec(
+          "narrow", n=8192, heads=16, groups=16, head_dim=64, k=512, window=512, dtype="bfloat16"
+        ),
+        "key_value",
+      ),
+      (
+        Spec(
+          "large_budget",
+          n=8192,
+          heads=4,
+          groups=2,
+          head_dim=128,
+          k=4096,
+          window=1000,
+          dtype="bfloat16",
+        ),
+        "key_value",
+      ),
+      (
+        Spec("one_token", n=1, heads=2, groups=1, head_dim=16, k=1, window=1, dtype="bfloat16"),
+        "value",
+      ),
+      (
+        Spec("window_0", n=5000, heads=4, groups=2, head_dim=40, k=1, window=0, dtype="bfloat16"),
+        "value",
+      ),
+    )
+  ],
+)
 def test_compiles(spec, gate):
-  compiled = compile_for_h100(functools.partial(attention_and_gradients, spec=spec, gate=gate), *arguments(spec))
-  print(f"{spec.name} {gate}: {compiled.memory_analysis().temp_size_in_bytes / 2 ** 20:.0f} MiB of temporary memory")
+  compiled = compile_for_h100(
+    functools.partial(attention_and_gradients, spec=spec, gate=gate), *arguments(spec)
+  )
+  print(
+    f"{spec.name} {gate}: "
+    f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB of temporary memory"
+  )
 
 
 def test_more_than_2_to_the_31_elements_and_linear_memory():
-  spec = lambda n: Spec("long", n=n, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="bfloat16")
+  spec = lambda n: Spec(
+    "long", n=n, heads=32, groups=8, head_dim=128, k=512, window=512, dtype="bfloat16"
+  )
+
   def temporary(n):
-    compiled = compile_for_h100(functools.partial(attention_and_gradients, spec=spec(n), gate="straight_through"), *arguments(spec(n)))
+    compiled = compile_for_h100(
+      functools.partial(attention_and_gradients, spec=spec(n), gate="straight_through"),
+      *arguments(spec(n)),
+    )
     return compiled.memory_analysis().temp_size_in_bytes
-  assert 2 ** 20 * 32 * 128 > 2 ** 31
-  assert temporary(2 ** 20) < 4.5 * temporary(2 ** 18)
+
+  assert 2**20 * 32 * 128 > 2**31
+  assert temporary(2**20) < 4.5 * temporary(2**18)
 
 
 @pytest.mark.parametrize("n, window, head_dim", [(5000, 1024, 64), (32768, 32768, 128)])
 def test_sliding_window_compiles(n, window, head_dim):
   """Full attention too, as a window as long as the row."""
-  spec = Spec("window", n=n, heads=12, groups=12, head_dim=head_dim, k=0, window=window, dtype="bfloat16")
-  compile_for_h100(functools.partial(attention_and_gradients, spec=spec, gate="straight_through"), *arguments(spec))
+  spec = Spec(
+    "window", n=n, heads=12, groups=12, head_dim=head_dim, k=0, window=window, dtype="bfloat16"
+  )
+  compile_for_h100(
+    functools.partial(attention_and_gradients, spec=spec, gate="straight_through"), *arguments(spec)
+  )
 
 
 def test_axes_of_a_mesh_may_be_called_anything():
-  """They come before those of kernels of the same name; a kernel that asked for its device would not compile."""
+  """They come before those of kernels of the same name; a kernel that asked for its device would
+  not compile.
+  """
   spec = Spec("sharded", n=200, heads=2, groups=1, head_dim=64, k=3, window=9, dtype="bfloat16")
   names = ("batch", "head", "block", "program", "row", "extra", "warpgroup")
   mesh = Mesh(np.reshape(h100(), (1,) * len(names)), names)
@@ -115,60 +232,126 @@ def test_axes_of_a_mesh_may_be_called_anything():
   def run(query, key, value, scores, bounds, cotangent):
     def attend(query, key, value, scores):
       selection = select(scores, bounds, bounds, spec.k, spec.window, True, thread_ops.SUPPORTED)
-      return hopper_attention.attention(query, key, value, scores, *selection, bounds, bounds, k=spec.k, window=spec.window, gate="value", scale=1.)
+      return hopper_attention.attention(
+        query,
+        key,
+        value,
+        scores,
+        *selection,
+        bounds,
+        bounds,
+        k=spec.k,
+        window=spec.window,
+        gate="value",
+        scale=1.0,
+      )
+
     out, vjp = jax.vjp(attend, query, key, value, scores)
     return out, vjp(cotangent)
+
   query, key, value, scores, *_, bounds, cotangent = arguments(spec)
   part = PartitionSpec("batch")
-  compile_for_h100(jax.shard_map(run, mesh=mesh, in_specs=part, out_specs=part, check_vma=False), query, key, value, scores, bounds, cotangent)
+  compile_for_h100(
+    jax.shard_map(run, mesh=mesh, in_specs=part, out_specs=part, check_vma=False),
+    query,
+    key,
+    value,
+    scores,
+    bounds,
+    cotangent,
+  )
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (200, 3), (131072, 512)])
 def test_selection_compiles(n, k):
-  """Thresholds, expiry and their VJP, by the kernels of single threads; for a single token much is constant, which the compiler has to stand."""
-  scores, bounds = jax.ShapeDtypeStruct((2, 8, n), jnp.float32), jax.ShapeDtypeStruct((2, n), jnp.int32)
+  """Thresholds, expiry and their VJP, by the kernels of single threads; for a single token much is
+  constant, which the compiler has to stand.
+  """
+  scores, bounds = (
+    jax.ShapeDtypeStruct((2, 8, n), jnp.float32),
+    jax.ShapeDtypeStruct((2, n), jnp.int32),
+  )
 
   def run(scores, start, end, cotangent):
     def thresholds(scores):
       threshold, expiry, order = select(scores, start, end, k, k, True, thread_ops.SUPPORTED)
       return threshold, (expiry, order)
+
     threshold, vjp, rest = jax.vjp(thresholds, scores, has_aux=True)
     return threshold, rest, vjp(cotangent)
+
   compile_for_h100(run, scores, bounds, bounds, scores)
 
 
 def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
-  """XLA may fuse kernels with the slices of a scan's stacks, but not those that write in place, of which such a fusion knows nothing."""
+  """XLA may fuse kernels with the slices of a scan's stacks, but not those that write in place, of
+  which such a fusion knows nothing.
+  """
   monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
   monkeypatch.setattr(thread_ops, "can_run", lambda: True)
-  queries, keys, _, scores, *_ = arguments(Spec("scanned", n=1024, heads=2, groups=2, head_dim=64, k=64, window=64, dtype="bfloat16"))
+  queries, keys, _, scores, *_ = arguments(
+    Spec("scanned", n=1024, heads=2, groups=2, head_dim=64, k=64, window=64, dtype="bfloat16")
+  )
 
   def loss(query, key, scores, scales):
-    attend = lambda x, scale: (sparsek.sparsek_attention(x, key, key * scale, scores * scale, k=64, window=64, implementation="mosaic_gpu"), None)
+    attend = lambda x, scale: (
+      sparsek.sparsek_attention(
+        x, key, key * scale, scores * scale, k=64, window=64, implementation="mosaic_gpu"
+      ),
+      None,
+    )
     return jnp.sum(jax.lax.scan(attend, query, scales)[0].astype(jnp.float32))
+
   by_token = jax.ShapeDtypeStruct((scores.shape[0], scores.shape[2], scores.shape[1]), jnp.float32)
-  compiled = compile_for_h100(jax.grad(loss, argnums=(0, 1, 2, 3)), queries, keys, by_token, jax.ShapeDtypeStruct((3,), jnp.bfloat16)).as_text()
+  compiled = compile_for_h100(
+    jax.grad(loss, argnums=(0, 1, 2, 3)),
+    queries,
+    keys,
+    by_token,
+    jax.ShapeDtypeStruct((3,), jnp.bfloat16),
+  ).as_text()
   inside = re.findall(r"^%dynamic-slice-fusion.*?^}", compiled, re.MULTILINE | re.DOTALL)
-  assert "sparsek_list_old" in compiled and not any("output_to_operand_aliasing" in fusion for fusion in inside)
+  assert "sparsek_list_old" in compiled and not any(
+    "output_to_operand_aliasing" in fusion for fusion in inside
+  )
 
 
-@pytest.mark.parametrize("name, n, remat", [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none"), ("mini", 65536, "none")])
+@pytest.mark.parametrize(
+  "name, n, remat",
+  [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none"), ("mini", 65536, "none")],
+)
 def test_training_step_fits(name, n, remat, monkeypatch):
-  """A whole optimizer step with the kernels inside; JAX takes three quarters of the device's 80 GB by default."""
+  """A whole optimizer step with the kernels inside; JAX takes three quarters of the device's 80 GB
+  by default.
+  """
   monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
   monkeypatch.setattr(thread_ops, "can_run", lambda: True)
-  config, mesh = preset(name, remat=remat, implementation="mosaic_gpu"), Mesh(np.array([h100()]), (BATCH,))
+  config, mesh = (
+    preset(name, remat=remat, implementation="mosaic_gpu"),
+    Mesh(np.array([h100()]), (BATCH,)),
+  )
   train = TrainConfig(workdir="", data=DataConfig(seq_len=n, batch_size=1, segment_documents=False))
   optimizer = make_optimizer(train.optimizer)
   state = abstract_state(abstract_params(config), optimizer, mesh)
-  batch = {name: jax.ShapeDtypeStruct((1, n + 1), jnp.int32, sharding=SingleDeviceSharding(h100())) for name in ("tokens", "segment_ids")}
+  batch = {
+    name: jax.ShapeDtypeStruct((1, n + 1), jnp.int32, sharding=SingleDeviceSharding(h100()))
+    for name in ("tokens", "segment_ids")
+  }
   with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
-    memory = make_train_step(config, train, optimizer, mesh).lower(state, batch).compile().memory_analysis()
+    memory = (
+      make_train_step(config, train, optimizer, mesh)
+      .lower(state, batch)
+      .compile()
+      .memory_analysis()
+    )
   gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
   print(f"{name}, {n} tokens, remat {remat}: {gigabytes:.1f} GB")
   assert gigabytes < 0.75 * 80
   if remat == "none":
-    assert plan.remat_that_fits(config, train, 1.3e9 * gigabytes) == "none" and plan.remat_that_fits(config, train, 0.9e9 * gigabytes) == "attention"
+    assert (
+      plan.remat_that_fits(config, train, 1.3e9 * gigabytes) == "none"
+      and plan.remat_that_fits(config, train, 0.9e9 * gigabytes) == "attention"
+    )
 
 
 def test_a_chunk_of_a_prompt_compiles(monkeypatch):
@@ -179,15 +362,33 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
   empty = jax.eval_shape(lambda: cache.init_cache(config, 1))
-  arguments = params, empty, shape(jnp.int32, 1, 8192), shape(jnp.int32, 1), shape(jnp.float32, 1, config.vocab_size)
-  arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())), arguments)
+  arguments = (
+    params,
+    empty,
+    shape(jnp.int32, 1, 8192),
+    shape(jnp.int32, 1),
+    shape(jnp.float32, 1, config.vocab_size),
+  )
+  arguments = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())),
+    arguments,
+  )
   with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
     compiled = cache._feed.lower(config, False, True, *arguments).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 2 ** 30
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
 
-@pytest.mark.parametrize("attention, batch, kernels", [("sparsek", 1, 2), ("sparsek", 4, 2), ("sparsek", 8, 5), ("sparsek", 64, 13), ("full", 1, 2),
-                                                       ("sliding_window:w256,sparsek:k256:w128,sparsek:k1280:w512", 1, 2)])
+@pytest.mark.parametrize(
+  "attention, batch, kernels",
+  [
+    ("sparsek", 1, 2),
+    ("sparsek", 4, 2),
+    ("sparsek", 8, 5),
+    ("sparsek", 64, 13),
+    ("full", 1, 2),
+    ("sliding_window:w256,sparsek:k256:w128,sparsek:k1280:w512", 1, 2),
+  ],
+)
 def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
   """Of a layer there are few kernels, and the caches are written where they are."""
   for module in (thread_ops, small_batch_matmul, fused_decode_layer, decode_attention):
@@ -197,11 +398,29 @@ def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
   empty = jax.eval_shape(lambda: cache.init_cache(config, batch, max_length=1152))
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-  arguments = params, empty, shape(jnp.int32, batch), shape(bool, batch), shape(jnp.int32), shape(jnp.int32), keys
-  arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())), arguments)
+  arguments = (
+    params,
+    empty,
+    shape(jnp.int32, batch),
+    shape(bool, batch),
+    shape(jnp.int32),
+    shape(jnp.int32),
+    keys,
+  )
+  arguments = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())),
+    arguments,
+  )
   with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
-    compiled = session.run_steps.lower(config, "greedy", 8, *arguments, 0., 1., 0, np.zeros(0, np.int32)).compile()
-  step = max(re.findall(r"^%?[\w.\-]+ .*?\{\n(.*?)^\}", compiled.as_text(), re.MULTILINE | re.DOTALL), key=lambda body: body.count("sparsek_attend"))
-  launched = re.findall(r" = (?:\(.*?\)|\S+) (?:fusion|custom-call|copy|fusion-start|copy-start)\(", step)
+    compiled = session.run_steps.lower(
+      config, "greedy", 8, *arguments, 0.0, 1.0, 0, np.zeros(0, np.int32)
+    ).compile()
+  step = max(
+    re.findall(r"^%?[\w.\-]+ .*?\{\n(.*?)^\}", compiled.as_text(), re.MULTILINE | re.DOTALL),
+    key=lambda body: body.count("sparsek_attend"),
+  )
+  launched = re.findall(
+    r" = (?:\(.*?\)|\S+) (?:fusion|custom-call|copy|fusion-start|copy-start)\(", step
+  )
   assert step.count("sparsek_attend") >= 3 and len(launched) <= 3 * kernels + 17
   assert not re.search(rf" = \w+\[{batch},8,\d+(,64)?\]\S* copy", step)

@@ -1,4 +1,6 @@
-"""One token by the decode kernels, run lane by lane in NumPy, and on a GPU, beside XLA's; compile_test.py compiles them."""
+"""One token by the decode kernels, run lane by lane in NumPy, and on a GPU, beside XLA's;
+compile_test.py compiles them.
+"""
 
 import functools
 
@@ -7,34 +9,68 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.config import TransformerConfig
 from sparsek.generation import cache as cache_module
 from sparsek.generation import cached_kernels
 from sparsek.generation.cache import decode_step, init_cache, prefill
-from sparsek.config import TransformerConfig
 from sparsek.generation.inference import inference_params
-from sparsek.kernels.hopper import fused_decode_layer, decode_attention, thread_ops, small_batch_matmul
+from sparsek.kernels.hopper import (
+  decode_attention,
+  fused_decode_layer,
+  small_batch_matmul,
+  thread_ops,
+)
 from sparsek.model.transformer import init_params
-from tests.kernels.hopper.thread_ops_test import Ref
-from tests.kernels.hopper.small_batch_matmul_test import emulate
 from tests.helpers import quick_jit
+from tests.kernels.hopper.small_batch_matmul_test import emulate
+from tests.kernels.hopper.thread_ops_test import Ref
 
-BASE = dict(vocab_size=48, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=128, k=96, window=160, dtype="bfloat16", implementation="xla",
-            scorer_init_scale=4., scorer_init_slope=1.)
-CASES = {"two layers": (dict(num_layers=2, scorer_init_sink=1.), 132), "two warpgroups, parallel": (dict(num_layers=1, parallel_residual=True), 1),
-         "layers of their own k and window": (dict(num_layers=2, attention="sparsek,sparsek:k160:w224"), 132),
-         "sliding window": (dict(num_layers=2, attention="sliding_window:w128,sparsek"), 132),
-         "full": (dict(num_layers=1, attention="full"), 132), "wide heads": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 132)}
+BASE = dict(
+  vocab_size=48,
+  embed_dim=128,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=64,
+  mlp_dim=128,
+  k=96,
+  window=160,
+  dtype="bfloat16",
+  implementation="xla",
+  scorer_init_scale=4.0,
+  scorer_init_slope=1.0,
+)
+CASES = {
+  "two layers": (dict(num_layers=2, scorer_init_sink=1.0), 132),
+  "two warpgroups, parallel": (dict(num_layers=1, parallel_residual=True), 1),
+  "layers of their own k and window": (
+    dict(num_layers=2, attention="sparsek,sparsek:k160:w224"),
+    132,
+  ),
+  "sliding window": (dict(num_layers=2, attention="sliding_window:w128,sparsek"), 132),
+  "full": (dict(num_layers=1, attention="full"), 132),
+  "wide heads": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 132),
+}
 
 
 @functools.cache
 def start(case):
-  """(configuration, parameters, cache): of the rows one has seen nothing, one less than a window, one more than the cache holds, as far as it can."""
+  """(configuration, parameters, cache): of the rows one has seen nothing, one less than a window,
+  one more than the cache holds, as far as it can.
+  """
   config = TransformerConfig(**(BASE | CASES[case][0]))
-  params = inference_params(config, quick_jit(functools.partial(init_params, config))(jax.random.key(0)))
+  params = inference_params(
+    config, quick_jit(functools.partial(init_params, config))(jax.random.key(0))
+  )
   tokens = jax.random.randint(jax.random.key(1), (4, 300), 0, config.vocab_size)
   lengths = np.array([0, 100, 256 if case == "full" else 300, 200])
-  _, cache = prefill(config, params, init_cache(config, 4, max_length=256), tokens, lengths, last_only=True)
-  ties = lambda layer: layer._replace(score=jnp.round(layer.score), pending=jnp.round(layer.pending)) if hasattr(layer, "score") else layer
+  _, cache = prefill(
+    config, params, init_cache(config, 4, max_length=256), tokens, lengths, last_only=True
+  )
+  ties = lambda layer: (
+    layer._replace(score=jnp.round(layer.score), pending=jnp.round(layer.pending))
+    if hasattr(layer, "score")
+    else layer
+  )
   return config, params, cache._replace(layers=tuple(map(ties, cache.layers)))
 
 
@@ -43,22 +79,34 @@ ACTIVE = jnp.array([True, True, True, False])
 
 def close(found, expected, error):
   """Equal but for an error relative to each number or to their spread; integers equal."""
-  found, expected = (np.asarray(x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.float32)) for x in (found, expected))
+  found, expected = (
+    np.asarray(x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.float32))
+    for x in (found, expected)
+  )
   np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
   there = np.isfinite(expected)
   error = 0 if expected.dtype == np.int32 or not there.any() else error
-  np.testing.assert_allclose(found[there], expected[there], rtol=error, atol=error and 2 * error * np.std(expected[there]) + 1e-4)
+  np.testing.assert_allclose(
+    found[there],
+    expected[there],
+    rtol=error,
+    atol=error and 2 * error * np.std(expected[there]) + 1e-4,
+  )
 
 
 def check(x, layers, expected_x, expected_layers, exact):
-  """Roundings of 16 bits separate the two; exact: what the first layer knows in float32 depends on none."""
-  close(x[:3], expected_x[:3], 2e-2)                                       # the last row is not active
+  """Roundings of 16 bits separate the two; exact: what the first layer knows in float32 depends on
+  none.
+  """
+  close(x[:3], expected_x[:3], 2e-2)  # the last row is not active
   for i, pair in enumerate(zip(layers, expected_layers)):
     for a, b in zip(*map(jax.tree.leaves, pair)):
       close(a, b, 1e-4 if exact and i == 0 and b.dtype == jnp.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("case, chained", [*((case, False) for case in CASES), ("sliding window", True)])
+@pytest.mark.parametrize(
+  "case, chained", [*((case, False) for case in CASES), ("sliding window", True)]
+)
 def test_step_lane_by_lane(case, chained, monkeypatch):
   config, params, cache = start(case)
   plain = jax.jit(functools.partial(cache_module._forward, config), static_argnums=4)
@@ -77,7 +125,9 @@ def test_step_lane_by_lane(case, chained, monkeypatch):
   typeof = jax.typeof
   monkeypatch.setattr(jax, "typeof", lambda x: None if isinstance(x, Ref) else typeof(x))
   for i in range(2):
-    x, layers = cached_kernels.step(config, params, cache.layers, cache.seen, jnp.arange(4) + i, ACTIVE)
+    x, layers = cached_kernels.step(
+      config, params, cache.layers, cache.seen, jnp.arange(4) + i, ACTIVE
+    )
     check(x, layers, expected[i][0], expected[i][1].layers, exact=True)
     cache = cache._replace(seen=cache.seen + ACTIVE, layers=layers)
   assert len(calls) == (2 * config.num_layers if chained else 0)

@@ -1,42 +1,67 @@
-"""What lies between two layers' attention: the kernel run lane by lane in NumPy, all programs at once, and on a GPU beside the separate products."""
+"""What lies between two layers' attention: the kernel run lane by lane in NumPy, all programs at
+once, and on a GPU beside the separate products.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.kernels.hopper import fused_decode_layer, thread_ops, small_batch_matmul
+from sparsek.kernels.hopper import fused_decode_layer, small_batch_matmul, thread_ops
 from sparsek.kernels.hopper.common import LOWEST
 from tests.kernels.hopper import thread_ops_test as lanes
 from tests.kernels.hopper.small_batch_matmul_test import emulate
 
 EPSILON = 1e-6
-# Rows, width of the heads, E, F, columns of the next product and more of them; programs and bytes of shared memory where these are emulated.
-CASES = {"one_row": (1, 256, 256, 512, 144, 16, 3, 2**16), "three_rows": (3, 512, 256, 768, 96, 0, 5, 2**16),
-         "four_rows": (4, 256, 512, 256, 32, 16, 5, 2**17), "last": (3, 256, 256, 256, 0, 0, 4, 2**16), "narrow": (2, 128, 384, 640, 48, 32, 2, 2**15),
-         "alone": (1, 256, 256, 256, 48, 0, 1, 2**16), "few_tiles": (2, 128, 128, 256, 48, 0, 9, 2**15)}
+# Rows, width of the heads, E, F, columns of the next product and more of them; programs and bytes
+# of shared memory where these are emulated.
+CASES = {
+  "one_row": (1, 256, 256, 512, 144, 16, 3, 2**16),
+  "three_rows": (3, 512, 256, 768, 96, 0, 5, 2**16),
+  "four_rows": (4, 256, 512, 256, 32, 16, 5, 2**17),
+  "last": (3, 256, 256, 256, 0, 0, 4, 2**16),
+  "narrow": (2, 128, 384, 640, 48, 32, 2, 2**15),
+  "alone": (1, 256, 256, 256, 48, 0, 1, 2**16),
+  "few_tiles": (2, 128, 128, 256, 48, 0, 9, 2**15),
+}
 
 
 def problem(case):
   """Arguments of `chain` but for the counter and epsilon."""
   batch, width, embed, hidden, columns, more, *_ = CASES[case]
   rng = np.random.default_rng(0)
-  make = lambda *shape: jnp.asarray(rng.normal(size=shape) * shape[-1]**-.5, jnp.bfloat16)
+  make = lambda *shape: jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.bfloat16)
   scale = lambda: jnp.asarray(rng.normal(size=embed), jnp.float32)
   number, heads = 3, width // 64
   top = jnp.asarray(rng.normal(size=(number, batch, heads)), jnp.float32).at[1].set(LOWEST)
-  mixed = small_batch_matmul.Parts(jnp.asarray(rng.normal(size=(number, batch, width)), jnp.float32), top, jnp.ones(top.shape).at[1].set(0))
-  x = make(batch, embed) * embed**.5
-  return mixed, x, make(embed, width), scale(), make(2 * hidden, embed), make(embed, hidden), scale() if columns else None, [
-      make(n, embed) for n in (columns, more) if n]
+  mixed = small_batch_matmul.Parts(
+    jnp.asarray(rng.normal(size=(number, batch, width)), jnp.float32),
+    top,
+    jnp.ones(top.shape).at[1].set(0),
+  )
+  x = make(batch, embed) * embed**0.5
+  return (
+    mixed,
+    x,
+    make(embed, width),
+    scale(),
+    make(2 * hidden, embed),
+    make(embed, hidden),
+    scale() if columns else None,
+    [make(n, embed) for n in (columns, more) if n],
+  )
 
 
 def separately(mixed, x, out, mlp_scale, up, down, next_scale, following):
   """The same as four products, in float64 where these sum in float32."""
   rounded = lambda y: np.asarray(jnp.asarray(y, x.dtype), np.float64)
   times = lambda y, matrix: y @ np.asarray(matrix, np.float64).T
-  norm = lambda y, scale: rounded(y / np.sqrt(np.mean(y * y, axis=-1, keepdims=True) + EPSILON) * np.asarray(scale, np.float64))
-  y = rounded(rounded(times(np.asarray(mixed.joined(x.dtype), np.float64), out)) + np.asarray(x, np.float64))
+  norm = lambda y, scale: rounded(
+    y / np.sqrt(np.mean(y * y, axis=-1, keepdims=True) + EPSILON) * np.asarray(scale, np.float64)
+  )
+  y = rounded(
+    rounded(times(np.asarray(mixed.joined(x.dtype), np.float64), out)) + np.asarray(x, np.float64)
+  )
   gate, value = np.split(rounded(times(norm(y, mlp_scale), up)), 2, axis=-1)
   y = rounded(rounded(times(rounded(gate / (1 + np.exp(-gate)) * value), down)) + y)
   return y, times(norm(y, next_scale), jnp.concatenate(following)) if following else None
@@ -47,7 +72,11 @@ def check(found, expected):
     assert (x is None) == (y is None)
     if y is not None:
       x = np.asarray(x, np.float64)
-      assert x.shape == y.shape and np.max(np.abs(x - y)) <= 2**-6 * np.max(np.abs(y)) and np.sqrt(np.mean((x - y)**2)) <= 2**-9 * np.std(y)
+      assert (
+        x.shape == y.shape
+        and np.max(np.abs(x - y)) <= 2**-6 * np.max(np.abs(y))
+        and np.sqrt(np.mean((x - y) ** 2)) <= 2**-9 * np.std(y)
+      )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,20 +105,28 @@ def test_plan(batch):
   """Of the model that is measured, and of widths that have none."""
   groups, piece, stages = fused_decode_layer.plan(batch, 2048, 2048, 5632, 2048)
   assert (groups, piece) == (2, 512) and stages >= 7
-  assert fused_decode_layer.plan(batch, 2048, 2000) is None and fused_decode_layer.plan(4, 2048, 32768) is None
+  assert (
+    fused_decode_layer.plan(batch, 2048, 2000) is None
+    and fused_decode_layer.plan(4, 2048, 32768) is None
+  )
 
 
 def test_not_where_processes_share_the_device(tmp_path, monkeypatch):
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: True)
   x, matrix = jnp.zeros((1, 256), jnp.bfloat16), jnp.zeros((256, 256), jnp.bfloat16)
   monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
-  assert fused_decode_layer.takes(x, matrix) and not fused_decode_layer.takes(jnp.zeros((fused_decode_layer.MOST_ROWS + 1, 256), jnp.bfloat16), matrix)
+  assert fused_decode_layer.takes(x, matrix) and not fused_decode_layer.takes(
+    jnp.zeros((fused_decode_layer.MOST_ROWS + 1, 256), jnp.bfloat16), matrix
+  )
   monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
   assert not fused_decode_layer.takes(x, matrix)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [(1, 2048, 2048, 5632, 3072, 32), (4, 2048, 2048, 5632, 3072, 0), (3, 2048, 2048, 5632, 0, 0)])
+@pytest.mark.parametrize(
+  "sizes",
+  [(1, 2048, 2048, 5632, 3072, 32), (4, 2048, 2048, 5632, 3072, 0), (3, 2048, 2048, 5632, 0, 0)],
+)
 def test_chain(sizes, monkeypatch):
   """Twenty in a row, each of which uses the counter of the one before."""
   if not thread_ops.can_run():

@@ -1,28 +1,83 @@
-"""Runs the Mosaic GPU kernels by interpretation on a small problem and prints their errors as JSON: python -m tests.kernels.hopper.interpreted CASE."""
+"""Runs the Mosaic GPU kernels by interpretation on a small problem and prints their errors as JSON:
+python -m tests.kernels.hopper.interpreted CASE.
+"""
 
 import json
 import sys
 
 import jax
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 import jax.numpy as jnp
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from sparsek.attention.operator import document_bounds
 from sparsek.attention.prefix_selection import select
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.specs import Spec
-from sparsek.attention.operator import document_bounds
 from tests.kernels.attention_base import ARGUMENTS, problem, relative_error, truth
 
 CASES = {
-    "documents": (Spec("interpreted", n=250, heads=2, groups=1, head_dim=64, k=20, window=30, dtype="bfloat16", documents=(100, 60)), "value"),
-    "rising": (Spec("interpreted", n=130, heads=1, groups=1, head_dim=128, k=40, window=0, dtype="bfloat16", scores="rising"), "straight_through"),
-    "window_only": (Spec("interpreted", n=300, heads=2, groups=1, head_dim=64, k=0, window=90, dtype="bfloat16", documents=(200, 60)), "value"),
-    "ties": (Spec("interpreted", n=100, heads=1, groups=1, head_dim=40, k=8, window=5, dtype="float16", scores="ties"), "key_value")}
+  "documents": (
+    Spec(
+      "interpreted",
+      n=250,
+      heads=2,
+      groups=1,
+      head_dim=64,
+      k=20,
+      window=30,
+      dtype="bfloat16",
+      documents=(100, 60),
+    ),
+    "value",
+  ),
+  "rising": (
+    Spec(
+      "interpreted",
+      n=130,
+      heads=1,
+      groups=1,
+      head_dim=128,
+      k=40,
+      window=0,
+      dtype="bfloat16",
+      scores="rising",
+    ),
+    "straight_through",
+  ),
+  "window_only": (
+    Spec(
+      "interpreted",
+      n=300,
+      heads=2,
+      groups=1,
+      head_dim=64,
+      k=0,
+      window=90,
+      dtype="bfloat16",
+      documents=(200, 60),
+    ),
+    "value",
+  ),
+  "ties": (
+    Spec(
+      "interpreted",
+      n=100,
+      heads=1,
+      groups=1,
+      head_dim=40,
+      k=8,
+      window=5,
+      dtype="float16",
+      scores="ties",
+    ),
+    "key_value",
+  ),
+}
 
 
 def main(name: str) -> None:
   """Prints the relative error of the output and of every gradient."""
-  hopper_attention.CHUNK = 128                 # so that there are several chunks
+  hopper_attention.CHUNK = 128  # so that there are several chunks
   spec, gate = CASES[name]
   inputs, cotangent, ids = problem(spec)
   start, end = document_bounds(ids, 1, spec.n)
@@ -30,12 +85,36 @@ def main(name: str) -> None:
   def attend(query, key, value, scores):
     scores = jnp.swapaxes(scores, 1, 2)
     nothing = jnp.zeros(scores.shape, jnp.int32)
-    selection = select(scores, start, end, spec.k, spec.window, bool(spec.documents)) if spec.k else (nothing * 0., nothing, nothing)
-    return hopper_attention.attention(query, key, value, scores, *selection, start, end, k=spec.k, window=spec.window, gate=gate, scale=spec.head_dim ** -.5,
-                                interpret=InterpretGPUParams())
+    selection = (
+      select(scores, start, end, spec.k, spec.window, bool(spec.documents))
+      if spec.k
+      else (nothing * 0.0, nothing, nothing)
+    )
+    return hopper_attention.attention(
+      query,
+      key,
+      value,
+      scores,
+      *selection,
+      start,
+      end,
+      k=spec.k,
+      window=spec.window,
+      gate=gate,
+      scale=spec.head_dim**-0.5,
+      interpret=InterpretGPUParams(),
+    )
+
   out, vjp = jax.vjp(attend, *inputs)
   error = lambda x, y: float(relative_error(x.astype(jnp.float32), y))
-  print(json.dumps({what: error(x, y) for what, x, y in zip(("out", *ARGUMENTS), (out, *vjp(cotangent)), truth(spec, gate))}))
+  print(
+    json.dumps(
+      {
+        what: error(x, y)
+        for what, x, y in zip(("out", *ARGUMENTS), (out, *vjp(cotangent)), truth(spec, gate))
+      }
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Products of few rows: the kernel run lane by lane in NumPy, and on a GPU beside XLA's; compile_test.py compiles it."""
+"""Products of few rows: the kernel run lane by lane in NumPy, and on a GPU beside XLA's;
+compile_test.py compiles it.
+"""
 
 import collections
 import functools
@@ -6,19 +8,30 @@ import threading
 import time
 
 import jax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
-from sparsek.kernels.hopper import fused_decode_layer, decode_attention, thread_ops, small_batch_matmul
+from sparsek.kernels.hopper import (
+  decode_attention,
+  fused_decode_layer,
+  small_batch_matmul,
+  thread_ops,
+)
 from sparsek.kernels.hopper.common import LOWEST
 from tests.kernels.hopper import thread_ops_test as lanes
 
-CASES = {"plain": (1, 32, 256, {}), "residual": (3, 32, 640, {"residual"}), "norm": (8, 16, 2048, {"scale"}), "swiglu": (2, 64, 768, {"scale", "swiglu"}),
-         "more": (1, 32, 1024, {"scale", "more", "float32"}), "parts": (2, 32, 512, {"parts", "residual"})}
+CASES = {
+  "plain": (1, 32, 256, {}),
+  "residual": (3, 32, 640, {"residual"}),
+  "norm": (8, 16, 2048, {"scale"}),
+  "swiglu": (2, 64, 768, {"scale", "swiglu"}),
+  "more": (1, 32, 1024, {"scale", "more", "float32"}),
+  "parts": (2, 32, 512, {"parts", "residual"}),
+}
 
-DELAY = .01                      # seconds that every other thread waits after a barrier
+DELAY = 0.01  # seconds that every other thread waits after a barrier
 
 
 def problem(case):
@@ -26,7 +39,13 @@ def problem(case):
   batch, columns, width, kinds = CASES[case]
   rng = np.random.default_rng(0)
   make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-  x, matrix, more, scale, residual = make(batch, width), make(columns, width), make(16, width), make(width).astype(jnp.float32), make(batch, columns)
+  x, matrix, more, scale, residual = (
+    make(batch, width),
+    make(columns, width),
+    make(16, width),
+    make(width).astype(jnp.float32),
+    make(batch, columns),
+  )
   options = dict(scale=scale, epsilon=1e-6) if "scale" in kinds else {}
   options |= dict(residual=residual) if "residual" in kinds else {}
   options |= dict(swiglu="swiglu" in kinds, dtype=jnp.float32 if "float32" in kinds else None)
@@ -34,10 +53,18 @@ def problem(case):
   if "parts" in kinds:
     number, heads = 3, width // 64
     top = jnp.asarray(rng.normal(size=(number, batch, heads)), jnp.float32).at[1].set(LOWEST)
-    x = small_batch_matmul.Parts(jnp.asarray(rng.normal(size=(number, batch, width)), jnp.float32), top, jnp.ones(top.shape).at[1].set(0))
+    x = small_batch_matmul.Parts(
+      jnp.asarray(rng.normal(size=(number, batch, width)), jnp.float32),
+      top,
+      jnp.ones(top.shape).at[1].set(0),
+    )
   h = (x.joined(jnp.bfloat16) if "parts" in kinds else x).astype(jnp.float32)
   if "scale" in kinds:
-    h = (h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6) * scale).astype(jnp.bfloat16).astype(jnp.float32)
+    h = (
+      (h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6) * scale)
+      .astype(jnp.bfloat16)
+      .astype(jnp.float32)
+    )
   y = jnp.matmul(h, jnp.concatenate(matrices).astype(jnp.float32).T, precision="highest")
   if "swiglu" in kinds:
     gate, up = jnp.split(y.astype(jnp.bfloat16).astype(jnp.float32), 2, axis=-1)
@@ -50,19 +77,29 @@ def problem(case):
 def multiply_add(sums, a, b, dtype):
   """By the layouts of PTX's mma.m16n8k16."""
   row, column = np.arange(lanes.thread_ops.LANES).reshape(-1, 8, 4) // 4 % 8, np.arange(4)
-  pairs = lambda words: np.stack([np.asarray(w).view(dtype).astype(np.float32).reshape(-1, 8, 4, 2) for w in words])          # [word, warp, r, c, 2]
+  # [word, warp, r, c, 2]
+  pairs = lambda words: np.stack(
+    [np.asarray(w).view(dtype).astype(np.float32).reshape(-1, 8, 4, 2) for w in words]
+  )
   (a, b), warps = map(pairs, (a, b)), row.shape[0]
-  whole_a, whole_b, out = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8)), np.zeros((warps, 16, 8))
+  whole_a, whole_b, out = (
+    np.zeros((warps, 16, 16)),
+    np.zeros((warps, 16, 8)),
+    np.zeros((warps, 16, 8)),
+  )
   for word in range(4):
     for c in column:
       k = 2 * c + word // 2 * 8
-      whole_a[:, word % 2 * 8:word % 2 * 8 + 8, k:k + 2] = a[word, :, :, c]
+      whole_a[:, word % 2 * 8 : word % 2 * 8 + 8, k : k + 2] = a[word, :, :, c]
       if word < 2:
-        whole_b[:, 2 * c + 8 * word:2 * c + 8 * word + 2] = np.swapaxes(b[word, :, :, c], 1, 2)
+        whole_b[:, 2 * c + 8 * word : 2 * c + 8 * word + 2] = np.swapaxes(b[word, :, :, c], 1, 2)
   for i, x in enumerate(sums):
-    out[:, i // 2 * 8:i // 2 * 8 + 8, i % 2::2] = np.asarray(x).reshape(-1, 8, 4)
+    out[:, i // 2 * 8 : i // 2 * 8 + 8, i % 2 :: 2] = np.asarray(x).reshape(-1, 8, 4)
   out += whole_a @ whole_b
-  return tuple(jnp.asarray(out[:, i // 2 * 8:i // 2 * 8 + 8, i % 2::2].reshape(-1), jnp.float32) for i in range(4))
+  return tuple(
+    jnp.asarray(out[:, i // 2 * 8 : i // 2 * 8 + 8, i % 2 :: 2].reshape(-1), jnp.float32)
+    for i in range(4)
+  )
 
 
 class Barriers:
@@ -70,14 +107,18 @@ class Barriers:
 
   def __init__(self):
     self.changed, self.failed = threading.Condition(), False
-    self.arrivals, self.arrived, self.opened, self.announced, self.coming = {}, *(collections.Counter() for _ in range(3)), collections.defaultdict(list)
+    self.arrivals, self.arrived, self.opened, self.announced, self.coming = (
+      {},
+      *(collections.Counter() for _ in range(3)),
+      collections.defaultdict(list),
+    )
 
   def barriers(self, ref, where, arrivals):
     for number in np.flatnonzero(where):
       assert 2 * number + 1 < ref.shape[0]
       self.arrivals[id(ref), int(number)] = arrivals
 
-  def arrive(self, ref, number, times=4):                     # once a warp
+  def arrive(self, ref, number, times=4):  # once a warp
     with self.changed:
       key = id(ref), int(number)
       self.arrived[key] += times
@@ -94,15 +135,26 @@ class Barriers:
     count = size // ref.dtype.itemsize
     with self.changed:
       for lane in np.flatnonzero(where):
-        assert 0 <= row[lane] < ref.shape[0] and offset[lane] + count <= ref.shape[1] and place[lane] + count <= into.array.size
-        source, target = ref.array[row[lane], offset[lane]:offset[lane] + count], into.array[place[lane]:place[lane] + count]
-        target[:] = np.nan                                                      # on its way
+        assert (
+          0 <= row[lane] < ref.shape[0]
+          and offset[lane] + count <= ref.shape[1]
+          and place[lane] + count <= into.array.size
+        )
+        source, target = (
+          ref.array[row[lane], offset[lane] : offset[lane] + count],
+          into.array[place[lane] : place[lane] + count],
+        )
+        target[:] = np.nan  # on its way
         self.coming[id(barriers), int(number)].append((size, target, source))
       self.changed.notify_all()
 
   def _open(self, key, lazily=False):
     coming = self.coming[key]
-    if self.arrived[key] == self.arrivals[key] and self.announced[key] == sum(size for size, *_ in coming) and not (lazily and coming):
+    if (
+      self.arrived[key] == self.arrivals[key]
+      and self.announced[key] == sum(size for size, *_ in coming)
+      and not (lazily and coming)
+    ):
       for _, into, source in coming:
         into[:] = source
       self.opened[key] += 1
@@ -117,6 +169,7 @@ class Barriers:
       if self.opened[key] % 2 == int(parity):
         self._open(key)
       return self.failed or self.opened[key] % 2 != int(parity)
+
     with self.changed:
       assert self.changed.wait_for(opened, 120) and not self.failed, "a program would wait forever"
 
@@ -140,7 +193,10 @@ class Meeting:
         old = int(np.asarray(before)[where[0]])
         ref.array[0] = (int(ref.array[0]) + int(np.asarray(adds)[where[0]]) + 2**31) % 2**32 - 2**31
         self.changed.notify_all()
-        assert self.changed.wait_for(lambda: self.failed or (int(ref.array[0]) ^ old) < 0, 120) and not self.failed, "a program would wait forever"
+        assert (
+          self.changed.wait_for(lambda: self.failed or (int(ref.array[0]) ^ old) < 0, 120)
+          and not self.failed
+        ), "a program would wait forever"
 
   def abort(self):
     with self.changed:
@@ -149,10 +205,23 @@ class Meeting:
 
 
 def emulate(monkeypatch, *modules):
-  """Runs the kernels of modules lane by lane, every warpgroup in a thread of its own; all programs of a grid at once where they wait for each other."""
+  """Runs the kernels of modules lane by lane, every warpgroup in a thread of its own; all programs
+  of a grid at once where they wait for each other.
+  """
   here = threading.local()
 
-  def kernel(body, *, out_type=(), scratch_types=(), grid, grid_names, num_threads=1, thread_name=None, compiler_params, kernel_name):
+  def kernel(
+    body,
+    *,
+    out_type=(),
+    scratch_types=(),
+    grid,
+    grid_names,
+    num_threads=1,
+    thread_name=None,
+    compiler_params,
+    kernel_name,
+  ):
     def run(*args):
       out = list(map(lanes.poisoned, out_type))
       args = [x if isinstance(x, lanes.Ref) else lanes.Ref(np.array(x)) for x in args]
@@ -163,7 +232,10 @@ def emulate(monkeypatch, *modules):
         waits, copies = [threading.Barrier(n + 1) for n in range(num_threads)], Barriers()
 
         def work(warpgroup):
-          here.place, here.waits = dict(zip(grid_names, program)) | {"sparsek_warpgroup": 0, thread_name: warpgroup}, 0
+          here.place, here.waits = (
+            dict(zip(grid_names, program)) | {"sparsek_warpgroup": 0, thread_name: warpgroup},
+            0,
+          )
           here.barriers, here.copies, here.meeting = waits, copies, meeting
           try:
             body(*args, *out, *scratch)
@@ -171,9 +243,13 @@ def emulate(monkeypatch, *modules):
             errors.append(error)
             for every in (*waits, copies, meeting):
               every.abort()
+
         return [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
+
       programs = list(np.ndindex(*grid))
-      for some in [programs] if kernel_name == "sparsek_chain" else [[program] for program in programs]:
+      for some in (
+        [programs] if kernel_name == "sparsek_chain" else [[program] for program in programs]
+      ):
         every = [thread for program in some for thread in threads(program)]
         for thread in every:
           thread.start()
@@ -182,10 +258,23 @@ def emulate(monkeypatch, *modules):
         if errors:
           raise errors[0]
       return [jnp.asarray(x.array) for x in out]
-    return run
-  functions = {f.__name__: f for f in (lanes.gather, lanes.gather_bytes, lanes.scatter, lanes.scatter_bytes, lanes.widen, lanes.narrow, multiply_add)}
 
-  def dawdle():                                                                 # who goes on too early is to be seen
+    return run
+
+  functions = {
+    f.__name__: f
+    for f in (
+      lanes.gather,
+      lanes.gather_bytes,
+      lanes.scatter,
+      lanes.scatter_bytes,
+      lanes.widen,
+      lanes.narrow,
+      multiply_add,
+    )
+  }
+
+  def dawdle():  # who goes on too early is to be seen
     here.waits += 1
     if (here.waits + here.place["sparsek_warpgroup"]) % 2:
       time.sleep(DELAY)
@@ -197,19 +286,39 @@ def emulate(monkeypatch, *modules):
   def wait_for(*args):
     here.copies.wait_for(*args)
     dawdle()
-  functions |= {"ask_bytes": lambda *args, once=False, fresh=False: lanes.gather_bytes(*args), "ask_number": lanes.gather,
-                "numbers": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
-                "from_lane": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
-                "wait_for_all": wait_for_all, "wait_for": wait_for, "meet": lambda *args: here.meeting.meet(*args)}
-  functions |= {name: lambda *args, name=name: getattr(here.copies, name)(*args) for name in ("barriers", "arrive", "announce", "copy_bytes")}
+
+  functions |= {
+    "ask_bytes": lambda *args, once=False, fresh=False: lanes.gather_bytes(*args),
+    "ask_number": lanes.gather,
+    "numbers": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
+    "from_lane": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
+    "wait_for_all": wait_for_all,
+    "wait_for": wait_for,
+    "meet": lambda *args: here.meeting.meet(*args),
+  }
+  functions |= {
+    name: lambda *args, name=name: getattr(here.copies, name)(*args)
+    for name in ("barriers", "arrive", "announce", "copy_bytes")
+  }
   for name, f in functions.items():
     for where in (*modules, thread_ops, small_batch_matmul):
       monkeypatch.setattr(where, name, f, raising=False)
-  for where, name in ((small_batch_matmul, "_product"), (fused_decode_layer, "_chain"), (decode_attention, "_attend"), (decode_attention, "evict")):
+  for where, name in (
+    (small_batch_matmul, "_product"),
+    (fused_decode_layer, "_chain"),
+    (decode_attention, "_attend"),
+    (decode_attention, "evict"),
+  ):
     monkeypatch.setattr(where, name, getattr(where, name).__wrapped__)
   monkeypatch.setattr(small_batch_matmul.plgpu, "kernel", kernel)
   monkeypatch.setattr(jax.lax, "axis_index", lambda name: here.place[name])
-  monkeypatch.setattr(jax.lax, "fori_loop", lambda low, high, f, state: functools.reduce(lambda x, i: f(jnp.int32(i), x), range(low, high), state))
+  monkeypatch.setattr(
+    jax.lax,
+    "fori_loop",
+    lambda low, high, f, state: functools.reduce(
+      lambda x, i: f(jnp.int32(i), x), range(low, high), state
+    ),
+  )
   monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
 
 
@@ -219,7 +328,9 @@ def test_product_lane_by_lane(case, monkeypatch):
   emulate(monkeypatch, small_batch_matmul)
   found = small_batch_matmul.product(x, *matrices, **options)
   error = jnp.abs(found.astype(jnp.float32) - expected)
-  assert jnp.max(error) <= (2e-5 if found.dtype == jnp.float32 else 2**-7) * jnp.max(jnp.abs(expected))
+  assert jnp.max(error) <= (2e-5 if found.dtype == jnp.float32 else 2**-7) * jnp.max(
+    jnp.abs(expected)
+  )
 
 
 @pytest.mark.gpu
@@ -229,4 +340,6 @@ def test_product(case):
     pytest.skip("needs a Hopper GPU")
   x, matrices, options, expected = problem(case)
   found = small_batch_matmul.product(x, *matrices, **options)
-  assert jnp.max(jnp.abs(found.astype(jnp.float32) - expected)) <= 2**-7 * jnp.max(jnp.abs(expected))
+  assert jnp.max(jnp.abs(found.astype(jnp.float32) - expected)) <= 2**-7 * jnp.max(
+    jnp.abs(expected)
+  )

@@ -1,18 +1,21 @@
-"""The logic of the kernels of single threads, run lane by lane in NumPy: their loads and stores are inlined instructions, which no interpreter knows."""
+"""The logic of the kernels of single threads, run lane by lane in NumPy: their loads and stores are
+inlined instructions, which no interpreter knows.
+"""
 
 import functools
 
 import jax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from sparsek.attention import prefix_selection
-from sparsek.kernels.hopper import thread_ops, selection_lists, gather_rows, prefix_thresholds as hopper_thresholds
-from sparsek.kernels import tiles
-from sparsek.kernels.specs import make_scores
 from sparsek.attention.operator import document_bounds
+from sparsek.kernels import tiles
+from sparsek.kernels.hopper import gather_rows, selection_lists, thread_ops
+from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+from sparsek.kernels.specs import make_scores
 
 
 class Ref:
@@ -33,7 +36,9 @@ class Ref:
 
   def numbers(self, index, offset, stride):
     """Of the elements in 16 bytes."""
-    place = (np.asarray(index, np.int64) * stride + np.asarray(offset))[:, None] + np.arange(16 // self.dtype.itemsize)
+    place = (np.asarray(index, np.int64) * stride + np.asarray(offset))[:, None] + np.arange(
+      16 // self.dtype.itemsize
+    )
     assert place.min() >= 0 and place.max() < self.array.size
     return place
 
@@ -52,20 +57,35 @@ def scatter(ref, index, value, where, atomic=None):
   where = np.broadcast_to(where, np.shape(index))
   index, value = np.asarray(index)[where], np.broadcast_to(value, where.shape)[where]
   assert np.all((index >= 0) & (index < ref.shape[0])) and (atomic or len(set(index)) == len(index))
-  {None: lambda *args: ref.array.__setitem__(*args[1:]), "add": np.add.at, "min": np.minimum.at}[atomic](ref.array, index, value)
+  {None: lambda *args: ref.array.__setitem__(*args[1:]), "add": np.add.at, "min": np.minimum.at}[
+    atomic
+  ](ref.array, index, value)
 
 
 def scatter_bytes(ref, index, offset, stride, values, where):
   where = np.asarray(where)
   place = ref.numbers(np.where(where, index, 0), np.where(where, offset, 0), stride)[where]
   assert len(set(place.ravel())) == place.size
-  ref.array.reshape(-1)[place] = np.stack([np.broadcast_to(x, where.shape) for x in values], axis=-1).astype(np.int32)[where].view(ref.dtype)
+  ref.array.reshape(-1)[place] = (
+    np.stack([np.broadcast_to(x, where.shape) for x in values], axis=-1)
+    .astype(np.int32)[where]
+    .view(ref.dtype)
+  )
 
 
 def add_row(ref, index, values, where):
   where = np.asarray(where)
-  low, high = (np.stack([np.broadcast_to(x, where.shape) for x in values[i::2]], axis=-1).astype(np.int64)[where] for i in range(2))
-  np.add.at(ref.array.reshape(-1).view(np.int64).reshape(-1, 2), np.asarray(index)[where], (high << 32) + low)
+  low, high = (
+    np.stack([np.broadcast_to(x, where.shape) for x in values[i::2]], axis=-1).astype(np.int64)[
+      where
+    ]
+    for i in range(2)
+  )
+  np.add.at(
+    ref.array.reshape(-1).view(np.int64).reshape(-1, 2),
+    np.asarray(index)[where],
+    (high << 32) + low,
+  )
 
 
 def widen(words, dtype):
@@ -78,7 +98,11 @@ def narrow(numbers, dtype):
 
 def poisoned(x):
   """A Ref of that shape and dtype that nobody has written."""
-  return Ref(np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else np.iinfo(x.dtype).min, x.dtype))
+  return Ref(
+    np.full(
+      x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else np.iinfo(x.dtype).min, x.dtype
+    )
+  )
 
 
 def kernel(body, rows, size, *extra, name, out_type=()):
@@ -89,8 +113,15 @@ def kernel(body, rows, size, *extra, name, out_type=()):
       for row in range(rows):
         for e in range(extra[0] if extra else 1):
           current["sparsek_program"] = block * rows + row
-          body(row, e, jnp.arange(thread_ops.LANES, dtype=jnp.int32) + block * thread_ops.LANES, *args, *out)
+          body(
+            row,
+            e,
+            jnp.arange(thread_ops.LANES, dtype=jnp.int32) + block * thread_ops.LANES,
+            *args,
+            *out,
+          )
     return [jnp.asarray(x.array) for x in out]
+
   return run
 
 
@@ -105,8 +136,16 @@ def emulated(monkeypatch):
   monkeypatch.setattr(gather_rows, "numbers", lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32))
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
-  monkeypatch.setattr(jax.lax, "fori_loop", lambda low, high, body, state: functools.reduce(lambda state, i: body(i, state), range(low, int(high)), state))
-  monkeypatch.setattr(pl, "loop", lambda low, high: lambda body: [body(i) for i in range(low, high)])
+  monkeypatch.setattr(
+    jax.lax,
+    "fori_loop",
+    lambda low, high, body, state: functools.reduce(
+      lambda state, i: body(i, state), range(low, int(high)), state
+    ),
+  )
+  monkeypatch.setattr(
+    pl, "loop", lambda low, high: lambda body: [body(i) for i in range(low, high)]
+  )
   monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
 
 
@@ -119,19 +158,34 @@ def make(n, packed, kind):
     scores[1, 1, ::5] = -np.inf
   ids = np.sort(rng.integers(0, 5, (2, n)), axis=1) if packed else np.zeros((2, n), int)
   start, end = document_bounds(jnp.asarray(ids), 2, n)
-  return jnp.asarray(scores), start, end, jnp.asarray(rng.normal(size=scores.shape).astype(np.float32))
+  return (
+    jnp.asarray(scores),
+    start,
+    end,
+    jnp.asarray(rng.normal(size=scores.shape).astype(np.float32)),
+  )
 
 
-@pytest.mark.parametrize("n, k, delay, packed, kind", [(1, 1, 0, False, "normal"), (133, 5, 9, False, "normal"), (150, 4, 3, True, "ties")])
+@pytest.mark.parametrize(
+  "n, k, delay, packed, kind",
+  [(1, 1, 0, False, "normal"), (133, 5, 9, False, "normal"), (150, 4, 3, True, "ties")],
+)
 def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   scores, start, end, cotangent = make(n, packed, kind)
-  expected, vjp = jax.vjp(lambda scores: prefix_selection.select(scores, start, end, k, delay, packed)[0], scores)
-  (_, expected_expiry, expected_order), gradient = prefix_selection.select(scores, start, end, k, delay, packed), vjp(cotangent)[0]
+  expected, vjp = jax.vjp(
+    lambda scores: prefix_selection.select(scores, start, end, k, delay, packed)[0], scores
+  )
+  (_, expected_expiry, expected_order), gradient = (
+    prefix_selection.select(scores, start, end, k, delay, packed),
+    vjp(cotangent)[0],
+  )
   request.getfixturevalue("emulated")
   monkeypatch.setattr(hopper_thresholds, "over_batch", lambda f, *args: f(*args))
   for f in ("_sort", "_solve", "_scores_gradient"):
     monkeypatch.setattr(hopper_thresholds, f, getattr(hopper_thresholds, f).__wrapped__)
-  threshold, expiry, order = prefix_selection.select.fun.__wrapped__(scores, start, end, k, delay, packed, True)
+  threshold, expiry, order = prefix_selection.select.fun.__wrapped__(
+    scores, start, end, k, delay, packed, True
+  )
   np.testing.assert_array_equal(threshold, expected)
   np.testing.assert_array_equal(expiry, expected_expiry)
   np.testing.assert_array_equal(order, expected_order)
@@ -140,18 +194,34 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n, k, delay, packed, family", [
-    (4096, 100, 100, False, "normal"), (20000, 512, 500, True, "ties"), (33000, 512, 0, False, "rising"), (5000, 300, 77, True, "huge"),
-    (70, 500, 9, True, "tiny")])
+@pytest.mark.parametrize(
+  "n, k, delay, packed, family",
+  [
+    (4096, 100, 100, False, "normal"),
+    (20000, 512, 500, True, "ties"),
+    (33000, 512, 0, False, "rising"),
+    (5000, 300, 77, True, "huge"),
+    (70, 500, 9, True, "tiny"),
+  ],
+)
 def test_kernels_match_plain_selection(n, k, delay, packed, family):
-  """Attention tests cannot find errors of long rows: all implementations there take the thresholds from these kernels."""
+  """Attention tests cannot find errors of long rows: all implementations there take the thresholds
+  from these kernels.
+  """
   scores = make_scores(family, jax.random.key(n), (2, n, 3)).swapaxes(1, 2)
-  start, end = document_bounds(jnp.sort(jax.random.randint(jax.random.key(1), (2, n), 0, 5), axis=1) if packed else None, 2, n)
+  start, end = document_bounds(
+    jnp.sort(jax.random.randint(jax.random.key(1), (2, n), 0, 5), axis=1) if packed else None, 2, n
+  )
   cotangent = jax.random.normal(jax.random.key(2), scores.shape)
 
   def run(kernels):
-    selection, vjp = jax.vjp(lambda scores: prefix_selection.select(scores, start, end, k, delay, packed, kernels), scores)
-    return *selection, *vjp((cotangent, *(np.zeros(x.shape, jax.dtypes.float0) for x in selection[1:])))
+    selection, vjp = jax.vjp(
+      lambda scores: prefix_selection.select(scores, start, end, k, delay, packed, kernels), scores
+    )
+    return *selection, *vjp(
+      (cotangent, *(np.zeros(x.shape, jax.dtypes.float0) for x in selection[1:]))
+    )
+
   *found, gradient = run(True)
   *expected, expected_gradient = run(False)
   for x, y in zip(found, expected):
@@ -159,15 +229,20 @@ def test_kernels_match_plain_selection(n, k, delay, packed, family):
   np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n, k, window, chunk, rise", [(128, 1, 0, 128, 0.), (512, 20, 30, 256, .004), (768, 300, 1, 128, .1)])
+@pytest.mark.parametrize(
+  "n, k, window, chunk, rise",
+  [(128, 1, 0, 128, 0.0), (512, 20, 30, 256, 0.004), (768, 300, 1, 128, 0.1)],
+)
 def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   batch, groups = (2, 2) if n < 500 else (1, 2)
-  monkeypatch.setattr(selection_lists, "SEGMENT", 32)            # short ones take less time here
-  monkeypatch.setattr(selection_lists, "SEGMENTS", 4)            # the last of longer segments is not full
+  monkeypatch.setattr(selection_lists, "SEGMENT", 32)  # short ones take less time here
+  monkeypatch.setattr(selection_lists, "SEGMENTS", 4)  # the last of longer segments is not full
   scores = jax.random.normal(jax.random.key(n), (batch, groups, n)) + rise * jnp.arange(n)
   start, end = document_bounds(jnp.arange(batch * n).reshape(batch, n) // (n // 3 + 1), batch, n)
   _, expiry, order = prefix_selection.select(scores, start, end, k, window, True)
-  expected = jax.vmap(jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk)))(expiry, order)
+  expected = jax.vmap(
+    jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk))
+  )(expiry, order)
   left = jnp.maximum(jnp.arange(n) - window + 1, start)
   sizes = dict(chunk=chunk, block_q=64, block_kv=128)
   bounds = tiles.query_bounds(tiles.list_tiles(expected), left, **sizes)
@@ -178,40 +253,59 @@ def test_lists(n, k, window, chunk, rise, request, monkeypatch):
     assert x.shape == y.shape and x.dtype == y.dtype, name
     if name == "old_begin":
       x, y = x[held], y[held]
-    elif name == "old_place":                                 # of the copies that there are
+    elif name == "old_place":  # of the copies that there are
       there = jnp.arange(x.shape[-1]) < jnp.sum(expected.old_count, axis=-1, keepdims=True)
       x, y = x[there], y[there]
     np.testing.assert_array_equal(x, y, err_msg=name)
-  np.testing.assert_array_equal(selection_lists.query_bounds(tiles.list_tiles(expected), left, **sizes), bounds)
+  np.testing.assert_array_equal(
+    selection_lists.query_bounds(tiles.list_tiles(expected), left, **sizes), bounds
+  )
 
 
 @pytest.mark.parametrize("dim, dtype", [(64, jnp.bfloat16), (128, jnp.float16)])
 def test_rows(dim, dtype, request):
   n, k, window, chunk, groups = 512, 20, 30, 256, 2
   keys = jax.random.split(jax.random.key(dim), 8)
-  scores = jax.random.normal(keys[0], (1, groups, n)) + .004 * jnp.arange(n)
+  scores = jax.random.normal(keys[0], (1, groups, n)) + 0.004 * jnp.arange(n)
   start, end = document_bounds(None, 1, n)
   _, expiry, order = prefix_selection.select(scores, start, end, k, window, False)
-  lists = jax.vmap(jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk)))(expiry, order)
+  lists = jax.vmap(
+    jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk))
+  )(expiry, order)
   request.getfixturevalue("emulated")
-  key, value, dkey, dvalue = (jax.random.normal(x, (1, n, groups, dim)).astype(dtype) for x in keys[1:5])
+  key, value, dkey, dvalue = (
+    jax.random.normal(x, (1, n, groups, dim)).astype(dtype) for x in keys[1:5]
+  )
   listed_key, listed_value, listed_score = gather_rows.gather_rows(key, value, scores, lists)
   places = listed_score.shape[-1]
   used = (lists.first < tiles.NEVER).reshape(1, groups, -1)
   token = lists.token.reshape(1, groups, -1)
   for g in range(groups):
     at = np.flatnonzero(used[0, g])
-    for listed, x in ((listed_key, key[0, :, g]), (listed_value, value[0, :, g]), (listed_score, scores[0, g])):
+    for listed, x in (
+      (listed_key, key[0, :, g]),
+      (listed_value, value[0, :, g]),
+      (listed_score, scores[0, g]),
+    ):
       np.testing.assert_array_equal(listed[0, g][at], x[token[0, g][at]])
   # Gradients of places without a token may hold anything.
-  rows = [jnp.where(used.reshape(1, groups, places, *[1] * (x.ndim - 3)), x, jnp.nan) for x in (
-      jax.random.normal(keys[5], (1, groups, places, dim)).astype(dtype), jax.random.normal(keys[6], (1, groups, places, dim)).astype(dtype),
-      jax.random.normal(keys[7], (1, groups, places)))]
+  rows = [
+    jnp.where(used.reshape(1, groups, places, *[1] * (x.ndim - 3)), x, jnp.nan)
+    for x in (
+      jax.random.normal(keys[5], (1, groups, places, dim)).astype(dtype),
+      jax.random.normal(keys[6], (1, groups, places, dim)).astype(dtype),
+      jax.random.normal(keys[7], (1, groups, places)),
+    )
+  ]
   found = gather_rows.sum_rows(dkey, dvalue, rows, lists)
   for g in range(groups):
     at = np.flatnonzero(used[0, g])
-    for result, window_part, row in zip(found, (dkey[0, :, g], dvalue[0, :, g], jnp.zeros(n)), rows):
+    for result, window_part, row in zip(
+      found, (dkey[0, :, g], dvalue[0, :, g], jnp.zeros(n)), rows
+    ):
       expected = np.array(window_part, np.float64)
       np.add.at(expected, np.asarray(token[0, g][at]), np.asarray(row[0, g][at], np.float64))
       result = result[0, g] if result.ndim == 3 else result[0, :, g]
-      np.testing.assert_allclose(np.asarray(result, np.float64), expected, atol=.04 if dtype == jnp.bfloat16 else .006)
+      np.testing.assert_allclose(
+        np.asarray(result, np.float64), expected, atol=0.04 if dtype == jnp.bfloat16 else 0.006
+      )
