@@ -10,7 +10,7 @@ from experiments.bench import training_step as training_step_bench
 from sparsek.command_line import flags
 from sparsek.config import preset
 from sparsek.errors import UsageError
-from sparsek.kernels.cudnn import on_nvidia_gpu
+from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.runs.settings import differences
 

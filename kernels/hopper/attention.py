@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsek.kernels.hopper import attention_backward, attention_forward, gather_rows, thread_ops
+from sparsek.kernels import devices
+from sparsek.kernels.hopper import attention_backward, attention_forward, gather_rows
 from sparsek.kernels.hopper import selection_lists as list_kernels
 from sparsek.kernels.hopper.common import BLOCK_Q, HALF, TILINGS, Tiling
 from sparsek.kernels.saved import saved
@@ -44,28 +45,6 @@ class Static(NamedTuple):
   chunk: int
   tiling: Tiling
   interpret: object = None
-
-
-def refusal(query: jax.Array) -> str | None:
-  """Why these kernels cannot run on `query` here, or None."""
-  if query.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"query has dtype {query.dtype}; the tensor cores' kernels take bfloat16 and float16"
-  if query.shape[-1] > HEAD_DIMS[-1]:
-    return f"query has head_dim {query.shape[-1]}; at most {HEAD_DIMS[-1]} is supported"
-  device = jax.devices()[0]
-  if jax.default_backend() != "gpu" or not device.device_kind.startswith("NVIDIA"):
-    return (
-      f"it needs an NVIDIA Hopper GPU (H100, H200); JAX's default device is {device.device_kind!r}"
-    )
-  if not thread_ops.SUPPORTED:
-    return f"it needs JAX 0.11 or newer; this is {jax.__version__}"
-  capability = str(getattr(device, "compute_capability", "unknown"))
-  if capability != "9.0":
-    return (
-      "it needs a GPU of compute capability 9.0 (H100, H200); "
-      f"{device.device_kind} has {capability}"
-    )
-  return None
 
 
 def chunk_size(n: int) -> int:
@@ -174,7 +153,7 @@ def _gather(key, value, scores, lists, interpret):
 
 def _kernels(interpret):
   """Whether the kernels of single threads are used."""
-  return thread_ops.SUPPORTED and interpret is None
+  return devices.SUPPORTED and interpret is None
 
 
 def _append_tokens(x, rest, offset=0):

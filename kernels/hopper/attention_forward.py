@@ -17,7 +17,6 @@ from sparsek.kernels.hopper.common import (
   COLUMN,
   HALF,
   LOG2_E,
-  LOWEST,
   MATRIX,
   ROW,
   Registers,
@@ -32,6 +31,7 @@ from sparsek.kernels.hopper.common import (
   place_in,
   read_bounds,
 )
+from sparsek.kernels.sentinels import LOWEST
 
 
 def forward(

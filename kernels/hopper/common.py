@@ -13,7 +13,6 @@ BLOCK_Q = 128  # queries of a block: 64 for each of the two computing warpgroups
 HALF = BLOCK_Q // 2
 MULTIPROCESSORS = 132  # of an H100 or H200
 LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # below every logit, and finite: differences with -inf stay defined
 MATRIX = plgpu.Layout.WGMMA  # of matrices in registers; vectors along their rows and columns:
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")

@@ -15,13 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.hopper.common import LOWEST, MULTIPROCESSORS, axes, place
+from sparsek.kernels.devices import can_run
+from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes, place
 from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.kernels.hopper.thread_ops import (
   LANES,
   PARAMS,
   apart,
-  can_run,
   contents,
   floats,
   from_lane,
@@ -36,9 +36,9 @@ from sparsek.kernels.hopper.thread_ops import (
   wait_for_all,
   widen,
 )
+from sparsek.kernels.sentinels import LOWEST, NOWHERE
 
 ENABLED = True  # False: XLA does it
-NOWHERE = jnp.iinfo(jnp.int32).max  # index or position later than any
 
 
 class Rows(NamedTuple):

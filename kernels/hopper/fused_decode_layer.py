@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsek.kernels.devices import can_run, device_here
 from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes, place
 from sparsek.kernels.hopper.small_batch_matmul import (
   COLUMNS,
@@ -39,10 +40,8 @@ from sparsek.kernels.hopper.thread_ops import (
   ask_bytes,
   ask_number,
   barriers,
-  can_run,
   contents,
   copy_bytes,
-  device_here,
   gather,
   gather_bytes,
   meet,

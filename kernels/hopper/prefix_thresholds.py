@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from sparsek.kernels import prefix_thresholds
+from sparsek.kernels import prefix_thresholds, threshold_gradients
 from sparsek.kernels.hopper.thread_ops import (
   add_row,
   contents,
@@ -22,7 +22,8 @@ from sparsek.kernels.hopper.thread_ops import (
   scatter_row,
   sums_of,
 )
-from sparsek.kernels.prefix_thresholds import COUNT, NEEDS, SEGMENT
+from sparsek.kernels.prefix_thresholds import COUNT, NEEDS
+from sparsek.kernels.threshold_gradients import SEGMENT
 from sparsek.kernels.varying import over_batch, varying_like
 
 AT_ONCE = 16  # loads that a scan has under way
@@ -59,7 +60,7 @@ def solve(problem, score, entry, order, start, scores):
 
 
 def scores_gradient(cotangent, score, threshold, end, delay):
-  """As `prefix_thresholds.scores_gradient`, of [batch, heads, n] arrays and end [batch, n]."""
+  """As `threshold_gradients.scores_gradient`, of [batch, heads, n] arrays and end [batch, n]."""
   return _over_rows(functools.partial(_scores_gradient, delay), cotangent, score, threshold, end)
 
 
@@ -123,7 +124,7 @@ def _solve(problem, score, entry, order, start, scores):
     value, first = reader(scores, row)(lane), reader(start, row // heads)(lane)
     scatter(first_nan.at[row], first, lane, inside & (value != value), atomic="min")
     entry, token = (reader(ref, row)(lane) for ref in (entry, order))
-    placed = prefix_thresholds.place(
+    placed = prefix_thresholds.locate_events(
       problem, prefix_thresholds.Read(reader(score, row), reader(start, row // heads)), lane, entry
     )
     scatter_row(tokens.at[row], token, placed.token, inside)
@@ -185,7 +186,7 @@ def _solve(problem, score, entry, order, start, scores):
         def not_over(column):
           sums = corner_reader(corners, row)(corner(line, column))
           position = column * problem.width
-          return prefix_thresholds.no(
+          return prefix_thresholds.logical_not(
             over(problem, sums, reader(events, row)(position)) & (position < 2 * n)
           )
 
@@ -260,7 +261,7 @@ def _solve(problem, score, entry, order, start, scores):
       start=reader(start, row // heads),
       token=reader(tokens, row),
       event=reader(events, row),
-      found=reader(found, row),
+      cut=reader(found, row),
     )
     value = prefix_thresholds.threshold(problem, own, query)
     spoilt = query - problem.delay >= reader(first_nan, row)(own.start(query))
@@ -288,7 +289,7 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
     own = prefix_thresholds.Read(
       reader(score, row), end=reader(end, row // heads), threshold=reader(threshold, row)
     )
-    ends = prefix_thresholds.interval(own, token, delay, n)
+    ends = threshold_gradients.interval(own, token, delay, n)
     for ref, at, weight in zip((first, last), ends, (1, -1)):
       scatter(ref.at[row], token, at, token < n)
       there = (token < n) & (ends[0] < ends[1])
@@ -344,7 +345,9 @@ def _scores_gradient(delay, cotangent, score, threshold, end):
       for place, value in zip(
         places, [shares[row, jnp.minimum(place, segments - 1)] for place in places]
       ):
-        state = prefix_thresholds.add_exactly(state, (jnp.where(place < segment, value, 0.0), 0.0))
+        state = threshold_gradients.add_exactly(
+          state, (jnp.where(place < segment, value, 0.0), 0.0)
+        )
       return state
 
     sums = lax.fori_loop(

@@ -23,7 +23,8 @@ from sparsek.kernels.hopper.thread_ops import (
   scatter,
   scatter_row,
 )
-from sparsek.kernels.tiles import NEVER, TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
+from sparsek.kernels.sentinels import NEVER
+from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
 # ranks that are counted together, at least; and segments, at most, so that memory stays linear
 SEGMENT, SEGMENTS = (128, 1024)

@@ -17,12 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsek.kernels.devices import can_run
 from sparsek.kernels.hopper.common import axes, place
 from sparsek.kernels.hopper.thread_ops import (
   LANES,
   PARAMS,
   ask_bytes,
-  can_run,
   floats,
   from_lane,
   gather,

@@ -21,24 +21,6 @@ LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 # these, `where` of integers forgets the sign if what it chooses first is one number for all lanes
 # (see compile_test.py): write booleans `.astype(int32)` and keep an array first.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-# JAX 0.10 cannot write in place from a differentiated function
-SUPPORTED = jax.__version_info__ >= (0, 11)
-
-
-def device_here() -> jax.Device:
-  """The device that kernels are made for."""
-  device = jax.config.jax_default_device or jax.devices()[0]  # a device, or a platform's name
-  return jax.devices(device)[0] if isinstance(device, str) else device
-
-
-def can_run() -> bool:
-  """Whether these kernels can run here: on a Hopper GPU."""
-  device = device_here()
-  return (
-    SUPPORTED
-    and device.platform == "gpu"
-    and str(getattr(device, "compute_capability", "")) == "9.0"
-  )
 
 
 def gather(ref, index):

@@ -29,21 +29,6 @@ from sparsek.kernels.varying import over_batch, varying_like
 ROWS, LISTED = (512, 512)
 QUERIES = 2048  # of a block: longer ones gather less and need more memory
 MOST = 2**20  # numbers of a block's queries, all query heads of a key head together
-MOST_HEAD_DIM = 256
-
-
-def refusal(query: jax.Array) -> str | None:
-  """Why these kernels cannot run on `query` here, or None."""
-  if query.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"query has dtype {query.dtype}; the TPU's kernels take bfloat16 and float32"
-  if query.shape[-1] > MOST_HEAD_DIM:
-    return f"query has head_dim {query.shape[-1]}; at most {MOST_HEAD_DIM} is supported"
-  device = jax.devices()[0]
-  if jax.default_backend() != "tpu":
-    return f"it needs a TPU (v5e, v5p, v6e); JAX's default device is {device.device_kind!r}"
-  if device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
-    return f"it needs a TPU v5e, v5p or v6e, for their memory; this is a {device.device_kind}"
-  return None
 
 
 def _up(x: int, multiple: int = LANES) -> int:

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.operator import causal_sparsek, document_bounds
+from sparsek.attention.documents import document_bounds
+from sparsek.attention.operator import causal_sparsek
 
 OLD = 1024  # tokens; a key older than this counts as long-range
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.kernels import saved
 
 BLOCK_LOGITS = 2**25  # float32 logits held at once: 128 MiB, and a few arrays like them

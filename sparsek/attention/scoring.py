@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds, position_in_document
+from sparsek.attention.exact_product import exact_product
+from sparsek.attention.running_moments import Moments, moments_added, running_moments
 from sparsek.config import SCORERS, check_at_least, check_choice
 
 CHANNELS = (
@@ -17,122 +19,6 @@ CHANNELS = (
 PRIOR_COUNT = 8.0  # pseudo-tokens of variance 1: they keep the first tokens of a document tame
 SLOPE_TOKENS = 1024  # the slope is a score per this many tokens
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def position_in_document(segment_ids: jax.Array | None, batch: int, length: int) -> jax.Array:
-  """[batch, length] int32: how many tokens of its own document (a run of equal ids) precede each
-  token.
-  """
-  if segment_ids is not None and segment_ids.shape != (batch, length):
-    raise ValueError(
-      f"segment_ids has shape {segment_ids.shape}, expected {(batch, length)} like the tokens"
-    )
-  return jnp.arange(length, dtype=jnp.int32) - document_bounds(segment_ids, batch, length)[0]
-
-
-class Moments(NamedTuple):
-  """Statistics of a set of logits: how many, their mean, and the sum of squared deviations
-  from it.
-  """
-
-  count: jax.Array
-  mean: jax.Array
-  deviation: jax.Array
-
-
-def moments_added(a: Moments, b: Moments) -> Moments:
-  """What to add to the moments a for those of the union with b (Chan, Golub and LeVeque 1979):
-  never a difference of large sums, so that an offset that all logits have costs no digits.
-  """
-  share = b.count / jnp.maximum(a.count + b.count, 1)
-  delta = b.mean - a.mean
-  return Moments(b.count, delta * share, b.deviation + delta**2 * a.count * share)
-
-
-def merge_moments(a: Moments, b: Moments) -> Moments:
-  """Moments of the union."""
-  added = moments_added(a, b)
-  return Moments(*(x + y for x, y in zip(a, added)))
-
-
-def _prefixes(arrays, start: jax.Array, join, block: int = 32):
-  """What `join`, associative and with zeros as its neutral element, makes of the tokens start_i..i,
-  in order.
-
-  Joins inside blocks, to which each adds what the blocks before it hold of its document: three
-  levels for 32768 tokens, where a scan by doubling would take 15.
-
-  Args:
-    arrays: tuple of float32 [..., n].
-    start: [..., n], broadcasts to them; never decreases along a row.
-    join: two such tuples, the earlier first -> one.
-  """
-  n = arrays[0].shape[-1]
-  block, padding = min(block, n), [(0, 0)] * (arrays[0].ndim - 1)
-  size = -(-n // block)
-  blocks = lambda x, **kwargs: jnp.pad(
-    x, (*padding[: x.ndim - 1], (0, size * block - n)), **kwargs
-  ).reshape(*x.shape[:-1], size, block)
-  arrays, start = tuple(map(blocks, arrays)), blocks(start, mode="edge")
-  token = jnp.arange(size * block, dtype=jnp.int32).reshape(size, block)
-  joined = (token[:, None, :] <= token[:, :, None]) & (token[:, None, :] >= start[..., None])
-  masked = tuple(jnp.where(joined, x[..., None, :], 0) for x in arrays)
-  found = tuple(jax.lax.reduce(masked, (0.0,) * len(arrays), join, (masked[0].ndim - 1,)))
-  if size > 1:
-    before = _prefixes(tuple(x[..., -1] for x in found), start[..., -1] // block, join, block)
-    before = (jnp.pad(x[..., :-1], (*padding, (1, 0)))[..., None] for x in before)
-    found = join(tuple(jnp.where(start < token[:, :1], x, 0) for x in before), found)
-  return tuple(x.reshape(*x.shape[:-2], size * block)[..., :n] for x in found)
-
-
-@jax.custom_vjp
-def running_moments(
-  logits_BxNxG: jax.Array, counted_BxN: jax.Array, start_BxN: jax.Array, end_BxN: jax.Array
-) -> Moments:
-  """Moments of the counted logits from the document's first token up to each token, itself
-  included: [B, N, G] each.
-
-  start, end: as of `document_bounds`. Summed are deviations from the document's first logit, joined
-    by `merge_moments`: a common offset costs no digits.
-  """
-  return _running_moments_fwd(logits_BxNxG, counted_BxN, start_BxN, end_BxN)[0]
-
-
-def _running_moments_fwd(logits_BxNxG, counted_BxN, start_BxN, end_BxN):
-  logits_BxGxN, start_Bx1xN = jnp.swapaxes(logits_BxNxG, 1, 2), start_BxN[:, None]
-  counted_BxGxN = jnp.broadcast_to(counted_BxN[:, None].astype(jnp.float32), logits_BxGxN.shape)
-  first_BxGxN = jnp.take_along_axis(logits_BxGxN, start_Bx1xN, axis=-1)
-  offset_BxGxN = (logits_BxGxN - first_BxGxN) * counted_BxGxN
-  count, mean, deviation = _prefixes(
-    (counted_BxGxN, offset_BxGxN, jnp.zeros_like(offset_BxGxN)),
-    start_Bx1xN,
-    lambda a, b: tuple(merge_moments(Moments(*a), Moments(*b))),
-  )
-  moments = Moments(*(jnp.swapaxes(x, 1, 2) for x in (count, mean + first_BxGxN, deviation)))
-  return moments, (offset_BxGxN, counted_BxGxN, count, mean, end_BxN)
-
-
-def _running_moments_bwd(residuals, cotangent):
-  """With m_i the mean of c_i logits: dm_i / dx_j = 1 / c_i, and the deviation's derivative is 2
-  (x_j - m_i), for counted j of the document up to i.
-
-  So dx_j = sum over i >= j of (dmean_i / c_i - 2 ddev_i m_i) + x_j sum of 2 ddev_i: two sums from
-  the end on, x and m about the document's first logit.
-  """
-  offset, counted, count, mean, end_BxN = residuals
-  of_mean, of_deviation = (jnp.swapaxes(c, 1, 2) for c in (cotangent.mean, 2 * cotangent.deviation))
-  sums = of_mean / jnp.maximum(count, 1) - of_deviation * mean, of_deviation
-  from_end = (offset.shape[-1] - end_BxN)[:, None, ::-1]
-  constant, slope = (
-    x[..., ::-1]
-    for x in _prefixes(
-      tuple(x[..., ::-1] for x in sums), from_end, lambda a, b: tuple(map(jnp.add, a, b))
-    )
-  )
-  return jnp.swapaxes(counted * (constant + offset * slope), 1, 2), None, None, None
-
-
-running_moments.defvjp(_running_moments_fwd, _running_moments_bwd)
 
 
 def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int) -> jax.Array:
@@ -152,67 +38,6 @@ def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int
     (bits >> 9).astype(jnp.float32) + 0.5
   ) / 2**23  # 24 significant bits: exact, and never 0 or 1
   return jax.scipy.special.ndtri(uniform)
-
-
-def _parts(x: jax.Array) -> list[jax.Array]:
-  """Three bfloat16 arrays that sum to a float32 one, but for 2^-24 of it; what else would round to
-  bfloat16 here could be optimised away.
-  """
-  parts = []
-  for _ in range(3):
-    parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16))
-    x = x - parts[-1].astype(jnp.float32)
-  return parts
-
-
-def _sum_of_parts(product: jax.Array) -> jax.Array:
-  return jnp.sum(product.reshape(*product.shape[:-1], 3, product.shape[-1] // 3), axis=-2)
-
-
-def scorer_rows(kernel: jax.Array, multiple: int) -> jax.Array:
-  """Bfloat16 rows [M, E] whose products with x `scorer_logits` makes those of W [E, G] as
-  `exact_product` would; M is 3 G, padded to a multiple.
-  """
-  rows = jnp.concatenate(_parts(kernel), axis=-1).T
-  return jnp.pad(rows, ((0, -len(rows) % multiple), (0, 0)))
-
-
-def scorer_logits(products: jax.Array, features: int) -> jax.Array:
-  """[..., M] float32 -> [..., G]."""
-  return _sum_of_parts(products[..., : 3 * features])
-
-
-@jax.custom_vjp
-def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x W in float32, of x [..., E] bfloat16 and W [E, C] float32: as exact as in float32, at the
-  speed of a bfloat16 product.
-
-  W is the sum of three bfloat16 matrices; products of two bfloat16 numbers are exact in float32, in
-  which they are summed (Henry, Tang and Heinecke 2019, arXiv 1904.06376). So is the gradient of W;
-  that of x is, as in other products, one with W rounded to bfloat16.
-  """
-  return _sum_of_parts(
-    jnp.matmul(x, jnp.concatenate(_parts(kernel), axis=-1), preferred_element_type=jnp.float32)
-  )
-
-
-def _exact_product_fwd(x, kernel):
-  return exact_product(x, kernel), (x, kernel)
-
-
-def _exact_product_bwd(residuals, d_out):
-  x, kernel = residuals
-  d_parts = jnp.concatenate(_parts(d_out), axis=-1)
-  d_kernel = _sum_of_parts(
-    jnp.einsum("...e,...c->ec", x, d_parts, preferred_element_type=jnp.float32)
-  )
-  d_x = jnp.matmul(
-    d_parts, jnp.tile(kernel.astype(x.dtype), 3).T, preferred_element_type=jnp.float32
-  )
-  return d_x.astype(x.dtype), d_kernel
-
-
-exact_product.defvjp(_exact_product_fwd, _exact_product_bwd)
 
 
 class Linear(nn.Module):

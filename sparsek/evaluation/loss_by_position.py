@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sparsek.attention.scoring import position_in_document
+from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig
 from sparsek.data.token_files import TokenSplit
 from sparsek.model.transformer import Params, Transformer, output_matrix

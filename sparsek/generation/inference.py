@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.scoring import scorer_logits, scorer_rows
+from sparsek.attention.exact_product import scorer_logits, scorer_rows
 from sparsek.config import TransformerConfig
 from sparsek.kernels.hopper import small_batch_matmul
 from sparsek.kernels.hopper.small_batch_matmul import Parts

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.attention.api import sliding_window_attention, sparsek_attention
-from sparsek.attention.scoring import fixed_noise, position_in_document
+from sparsek.attention.documents import document_bounds, position_in_document
+from sparsek.attention.scoring import fixed_noise
 from sparsek.model import layers
-from sparsek.model.layers import Attention, document_bounds
+from sparsek.model.layers import Attention
 
 CHUNK = 128  # queries at a time
 BLOCK = 64  # keys of a block of block_topk

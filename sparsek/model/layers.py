@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.attention.api import resolve_window, sliding_window_attention, sparsek_attention
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds, position_in_document
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
-from sparsek.attention.scoring import ScoringNetwork, position_in_document
+from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import TransformerConfig
 
 

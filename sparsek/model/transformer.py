@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.scoring import position_in_document
+from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES

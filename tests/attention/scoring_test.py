@@ -5,15 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.attention.documents import position_in_document
+from sparsek.attention.exact_product import exact_product
 from sparsek.attention.operator import sparsek
-from sparsek.attention.scoring import (
-  Moments,
-  ScoringNetwork,
-  exact_product,
-  fixed_noise,
-  position_in_document,
-  running_moments,
-)
+from sparsek.attention.running_moments import Moments, running_moments
+from sparsek.attention.scoring import ScoringNetwork, fixed_noise
 from tests.helpers import quick_jit
 
 LENGTH, WIDTH, HEADS = 20, 8, 2

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import sparsek
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import select
 from sparsek.config import GATES
-from sparsek.kernels import cudnn, gates
+from sparsek.kernels import cudnn, devices, gates
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import attention_backward, thread_ops
+from sparsek.kernels.hopper import attention_backward
 from sparsek.kernels.hopper.common import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from tests.kernels.attention_base import (
@@ -248,7 +248,7 @@ def test_gradients_trace_inside_shard_map():
   def loss(query, key, value, scores):
     scores = jnp.swapaxes(scores, 1, 2)
     start, end = document_bounds(None, 2, spec.n)
-    selection = select(scores, start, end, spec.k, spec.window, False, thread_ops.SUPPORTED)
+    selection = select(scores, start, end, spec.k, spec.window, False, devices.SUPPORTED)
     out = hopper_attention.attention(
       query,
       key,

@@ -25,13 +25,9 @@ from sparsek.attention.prefix_selection import select
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.generation import cache, session
 from sparsek.generation.inference import inference_params
+from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import (
-  decode_attention,
-  fused_decode_layer,
-  small_batch_matmul,
-  thread_ops,
-)
+from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 from sparsek.kernels.specs import Spec
 from sparsek.parallel.mesh import BATCH
 from sparsek.runs.checkpoint import abstract_params
@@ -231,7 +227,7 @@ def test_axes_of_a_mesh_may_be_called_anything():
 
   def run(query, key, value, scores, bounds, cotangent):
     def attend(query, key, value, scores):
-      selection = select(scores, bounds, bounds, spec.k, spec.window, True, thread_ops.SUPPORTED)
+      selection = select(scores, bounds, bounds, spec.k, spec.window, True, devices.SUPPORTED)
       return hopper_attention.attention(
         query,
         key,
@@ -274,7 +270,7 @@ def test_selection_compiles(n, k):
 
   def run(scores, start, end, cotangent):
     def thresholds(scores):
-      threshold, expiry, order = select(scores, start, end, k, k, True, thread_ops.SUPPORTED)
+      threshold, expiry, order = select(scores, start, end, k, k, True, devices.SUPPORTED)
       return threshold, (expiry, order)
 
     threshold, vjp, rest = jax.vjp(thresholds, scores, has_aux=True)
@@ -287,8 +283,8 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
   """XLA may fuse kernels with the slices of a scan's stacks, but not those that write in place, of
   which such a fusion knows nothing.
   """
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
-  monkeypatch.setattr(thread_ops, "can_run", lambda: True)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
+  monkeypatch.setattr(devices, "can_run", lambda: True)
   queries, keys, _, scores, *_ = arguments(
     Spec("scanned", n=1024, heads=2, groups=2, head_dim=64, k=64, window=64, dtype="bfloat16")
   )
@@ -324,8 +320,8 @@ def test_training_step_fits(name, n, remat, monkeypatch):
   """A whole optimizer step with the kernels inside; JAX takes three quarters of the device's 80 GB
   by default.
   """
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
-  monkeypatch.setattr(thread_ops, "can_run", lambda: True)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
+  monkeypatch.setattr(devices, "can_run", lambda: True)
   config, mesh = (
     preset(name, remat=remat, implementation="mosaic_gpu"),
     Mesh(np.array([h100()]), (BATCH,)),
@@ -356,8 +352,8 @@ def test_training_step_fits(name, n, remat, monkeypatch):
 
 def test_a_chunk_of_a_prompt_compiles(monkeypatch):
   """Generation's cache before it, the kernels inside."""
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
-  monkeypatch.setattr(thread_ops, "can_run", lambda: True)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
+  monkeypatch.setattr(devices, "can_run", lambda: True)
   config = preset("1b", num_layers=1, k=512, window=512, implementation="mosaic_gpu")
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
@@ -391,7 +387,7 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
 )
 def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
   """Of a layer there are few kernels, and the caches are written where they are."""
-  for module in (thread_ops, small_batch_matmul, fused_decode_layer, decode_attention):
+  for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
   config = preset("1b", num_layers=3, k=512, window=512, vocab_size=32768, attention=attention)
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))

@@ -14,12 +14,8 @@ from sparsek.generation import cache as cache_module
 from sparsek.generation import cached_kernels
 from sparsek.generation.cache import decode_step, init_cache, prefill
 from sparsek.generation.inference import inference_params
-from sparsek.kernels.hopper import (
-  decode_attention,
-  fused_decode_layer,
-  small_batch_matmul,
-  thread_ops,
-)
+from sparsek.kernels import devices
+from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 from sparsek.model.transformer import init_params
 from tests.helpers import quick_jit
 from tests.kernels.hopper.small_batch_matmul_test import emulate
@@ -137,7 +133,7 @@ def test_step_lane_by_lane(case, chained, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_steps(case, monkeypatch):
   """On a card: two steps, of which the kernels are known to take part."""
-  if not thread_ops.can_run():
+  if not devices.can_run():
     pytest.skip("needs a Hopper GPU")
   config, params, first = start(case)
   found = []

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.kernels.hopper import fused_decode_layer, small_batch_matmul, thread_ops
-from sparsek.kernels.hopper.common import LOWEST
+from sparsek.kernels import devices
+from sparsek.kernels.hopper import fused_decode_layer, small_batch_matmul
+from sparsek.kernels.sentinels import LOWEST
 from tests.kernels.hopper import thread_ops_test as lanes
 from tests.kernels.hopper.small_batch_matmul_test import emulate
 
@@ -129,7 +130,7 @@ def test_not_where_processes_share_the_device(tmp_path, monkeypatch):
 )
 def test_chain(sizes, monkeypatch):
   """Twenty in a row, each of which uses the counter of the one before."""
-  if not thread_ops.can_run():
+  if not devices.can_run():
     pytest.skip("needs a Hopper GPU")
   monkeypatch.setitem(CASES, "card", sizes)
   arguments = problem("card")

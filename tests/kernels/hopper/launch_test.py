@@ -10,13 +10,8 @@ from jax.experimental.mosaic.gpu import core
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import sparsek
-from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import (
-  decode_attention,
-  fused_decode_layer,
-  small_batch_matmul,
-  thread_ops,
-)
+from sparsek.kernels import devices
+from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 
 LIMITS = 2**31 - 1, 65535, 65535  # programs along x, y, z
 
@@ -37,10 +32,10 @@ def grids(monkeypatch):
     return lambda *_: [jnp.zeros(x.shape, x.dtype) for x in out_type]
 
   monkeypatch.setattr(plgpu, "kernel", kernel)
-  monkeypatch.setattr(thread_ops, "SUPPORTED", True)
-  for module in (thread_ops, small_batch_matmul, fused_decode_layer, decode_attention):
+  monkeypatch.setattr(devices, "SUPPORTED", True)
+  for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
   return found
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from sparsek.kernels import devices
 from sparsek.kernels.hopper import (
   decode_attention,
   fused_decode_layer,
   small_batch_matmul,
   thread_ops,
 )
-from sparsek.kernels.hopper.common import LOWEST
+from sparsek.kernels.sentinels import LOWEST
 from tests.kernels.hopper import thread_ops_test as lanes
 
 CASES = {
@@ -336,7 +337,7 @@ def test_product_lane_by_lane(case, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_product(case):
-  if not thread_ops.can_run():
+  if not devices.can_run():
     pytest.skip("needs a Hopper GPU")
   x, matrices, options, expected = problem(case)
   found = small_batch_matmul.product(x, *matrices, **options)

@@ -11,10 +11,11 @@ import pytest
 from jax.experimental import pallas as pl
 
 from sparsek.attention import prefix_selection
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.kernels import tiles
 from sparsek.kernels.hopper import gather_rows, selection_lists, thread_ops
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.specs import make_scores
 
 
@@ -278,7 +279,7 @@ def test_rows(dim, dtype, request):
   )
   listed_key, listed_value, listed_score = gather_rows.gather_rows(key, value, scores, lists)
   places = listed_score.shape[-1]
-  used = (lists.first < tiles.NEVER).reshape(1, groups, -1)
+  used = (lists.first < NEVER).reshape(1, groups, -1)
   token = lists.token.reshape(1, groups, -1)
   for g in range(groups):
     at = np.flatnonzero(used[0, g])

@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import sparsek
-from sparsek.kernels import compaction
+from sparsek.kernels import compaction, devices
 from sparsek.kernels.specs import SPECS, Spec
 from sparsek.kernels.tpu import attention as tpu_attention
 from tests.kernels.attention_base import (
@@ -127,7 +127,7 @@ def test_says_why_it_cannot_run(kind, dtype, head_dim, words, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if kind == "cpu" else "tpu")
   x = jnp.zeros((1, 8, 1, head_dim), dtype)
   if words is None:
-    assert tpu_attention.refusal(x) is None
+    assert devices.tpu_refusal(x) is None
     return
   with pytest.raises(
     NotImplementedError, match=f"implementation='mosaic_tpu' cannot run here: .*{words}"
