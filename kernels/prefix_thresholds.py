@@ -54,7 +54,7 @@ SUMS = 4
 
 Row = tuple[jax.Array, ...]  # four int32 of each index
 Sums = dict[int, jax.Array]  # by COUNT, UPPER, LOW, HIGH
-Over = Callable[["Problem", Sums, Row], jax.Array]
+Over = Callable[..., jax.Array]  # (Problem, Sums, Row) -> booleans
 
 
 class Problem(NamedTuple):
@@ -423,8 +423,8 @@ def solve(
 
   sums = jnp.zeros((SUMS, blocks + 1, blocks + 1), jnp.int32)
   for row, column, weights in enter(problem, located, entry):
-    for which, weight in weights.items():
-      sums = sums.at[which, row, column].add(weight, mode="drop")
+    for index, weight in weights.items():
+      sums = sums.at[index, row, column].add(weight, mode="drop")
   sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
 
   # Both staircases in one loop, a cell after the other: what is compiled is half as long.
@@ -435,10 +435,8 @@ def solve(
     counting, number_over(problem, sums, event), gates_over(problem, sums, event)
   )
   position = numbers(blocks + 1) * problem.width
-  is_over = [
-    over(problem, sums, read.event(position)) & (position < 2 * n)
-    for over in (gates_over, number_over)
-  ]
+  overs: tuple[Over, ...] = (gates_over, number_over)
+  is_over = [over(problem, sums, read.event(position)) & (position < 2 * n) for over in overs]
   columns = jnp.sum(jnp.stack(is_over), axis=-1, dtype=jnp.int32)
   tile = tile_of(
     problem,

@@ -25,7 +25,7 @@ from sparsek.kernels.varying import varying_like
 
 
 class Static(NamedTuple):
-  """What the compiled functions depend on besides shapes."""
+  """Settings that the compiled functions depend on besides shapes."""
 
   k: int
   window: int

@@ -153,7 +153,7 @@ def sparsek_attention(
 
 
 class _Options(NamedTuple):
-  """What attention depends on besides arrays, checked; k and window are at most the length."""
+  """Settings of attention, checked; k and window are at most the length."""
 
   k: int
   window: int

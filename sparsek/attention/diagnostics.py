@@ -1,4 +1,4 @@
-"""Numbers that tell whether a scoring network selects, and what."""
+"""Statistics that tell whether a scoring network selects, and what it selects."""
 
 import jax
 import jax.numpy as jnp

@@ -102,8 +102,8 @@ def _sparsek(z, k):
   breakpoints = jnp.sort(jnp.concatenate([lower, u], axis=-1), axis=-1)
 
   def evaluate(rank):
-    """On the piece that ends at a breakpoint: where that is, the number of fractional entries, and
-    k less the sum of the gates at it.
+    """Returns, for the piece that ends at a breakpoint, its value, the number of fractional
+    entries, and k less the sum of the gates at it.
     """
     b = jnp.take_along_axis(breakpoints, rank, axis=-1)
     fractional = present & (lower < b) & (u >= b)
@@ -113,8 +113,8 @@ def _sparsek(z, k):
     return b, jnp.sum(fractional, -1, keepdims=True), missing
 
   # the last breakpoint passes: no gate is above 0 there, but where floats are wider than 1
-  ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (0, 2 * n - 1))
-  (rank,) = bisect(2 * n, (*ends, lambda rank: evaluate(rank)[2] >= 0))
+  low, high = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (0, 2 * n - 1))
+  (rank,) = bisect(2 * n, (low, high, lambda rank: evaluate(rank)[2] >= 0))
   b, count, missing = evaluate(rank)
   kth_best = lax.slice_in_dim(jnp.sort(u, axis=-1), max(n - k, 0), max(n - k, 0) + 1, axis=-1)
   tau = _below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)

@@ -13,20 +13,20 @@ from sparsek.attention.exact_product import exact_product
 from sparsek.attention.running_moments import Moments, moments_added, running_moments
 from sparsek.config import SCORERS, check_at_least, check_choice
 
-CHANNELS = (
-  32  # width of the conv scorer: a few directions of the hidden state are enough to judge a token
-)
+# width of the conv scorer: a few directions of the hidden state are enough to judge a token
+CHANNELS = 32
 PRIOR_COUNT = 8.0  # pseudo-tokens of variance 1: they keep the first tokens of a document tame
 SLOPE_TOKENS = 1024  # the slope is a score per this many tokens
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int) -> jax.Array:
-  """[B, N, G] standard normal noise, a hash of layer, head and position: the same in every run,
-  batch and process.
+  """Returns [B, N, G] standard normal noise, a hash of layer, head and position: the same in every
+  run, batch and process.
   """
 
-  def mix(bits):  # the finaliser of MurmurHash3
+  def mix(bits):
+    """Applies the finaliser of MurmurHash3."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)
@@ -34,14 +34,13 @@ def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int
   salt = mix(jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32(1))
   salt_G = mix(salt + jnp.arange(num_heads, dtype=jnp.uint32) * jnp.uint32(0x7F4A7C15))
   bits = mix(mix(positions_BxN.astype(jnp.uint32))[..., None] ^ salt_G)
-  uniform = (
-    (bits >> 9).astype(jnp.float32) + 0.5
-  ) / 2**23  # 24 significant bits: exact, and never 0 or 1
+  # 24 significant bits: exact, and never 0 or 1
+  uniform = ((bits >> 9).astype(jnp.float32) + 0.5) / 2**23
   return jax.scipy.special.ndtri(uniform)
 
 
 class Linear(nn.Module):
-  """x W in float32; W [E, features]."""
+  """A product x W in float32, of W [E, features]."""
 
   features: int
 
@@ -56,22 +55,22 @@ class Linear(nn.Module):
 
 
 def slice_rows(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-  """x [B, N, ...] -> [B, length, ...]: of each row the places start [B] .. start + length - 1."""
+  """Slices x [B, N, ...] to [B, length, ...]: of each row start [B] .. start + length - 1."""
   if x.shape[1] == length + 1:  # a single token: cheaper to choose than to slice
     return jnp.where(start.reshape(-1, *[1] * (x.ndim - 1)) > 0, x[:, 1:], x[:, :-1])
   return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))(x, start)
 
 
 class ScorerState(NamedTuple):
-  """What a stream of chunks carries; its size depends on the configuration only.
+  """The state of a stream of chunks; its size depends on the configuration only.
 
   Attributes:
     linear: [B, L, G] linear logits of the last L = lookahead tokens, whose scores are not final
       yet.
     channels: [B, lookback + L, CHANNELS] inputs of the convolution.
     mean, deviation: [B, G] moments of the final logits so far.
-    mean_rest, deviation_rest: [B, G] what rounding has cut off these sums (Kahan 1965); after 10^6
-      single tokens it would be worth 10^-5 of a score.
+    mean_rest, deviation_rest: [B, G] rounding errors of these sums (Kahan 1965), which are added
+      back; after 10^6 single tokens they would be worth 10^-5 of a score.
   """
 
   linear: jax.Array
@@ -83,29 +82,37 @@ class ScorerState(NamedTuple):
 
 
 class ScoringNetwork(nn.Module):
-  """Scores u[b, j, g] of tokens from their hidden states, in float32.
+  """A network that scores tokens, u[b, j, g], from their hidden states, in float32.
 
   Logits r_j:
-    "linear": r = x W, as in the paper. "conv": r = x W + silu(conv(x P)) V; the convolution sees
-    `lookback` tokens before and `lookahead` tokens after its own, within the
-      document. Lookahead keeps the model causal as long as it is at most the attention window,
-      because a token is judged only when it leaves the window.
+    "linear": r = x W, as in the paper.
+    "conv": r = x W + silu(conv(x P)) V; the convolution sees `lookback` tokens before and
+      `lookahead` tokens after its own, within the document. Lookahead keeps the model causal as
+      long as it is at most the attention window, because a token is judged only when it leaves the
+      window.
     "random": fixed noise, no parameters: the control that a learned scorer has to beat.
-  Scores: u_j = scale_g z_j + slope_g position_j / 1024, with position counted within the document
-    and z_j = (r_j - mean_j) / std_j, where mean_j is that of r_0..r_j of the document and std_j^2 =
-    (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had variance 1. A constant
-    added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per
-    head. With `init_noise` above 0 the score has one more term, amplitude_g e_j, of fixed normal
-    noise e, that of "random": without it tokens that look alike have the same score, and a new
-    scorer keeps many of a few kinds and none of the others. The amplitude is learned too, and the
-    noise is the same in generation. With `init_sink` other than 0 the first token of a document has
-    one more term, sink_g, which is learned: its z is 0 whatever its hidden state, but pretrained
-    models leave much attention there (Xiao et al. 2023, arXiv 2309.17453), and break where it is
-    dropped. The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they
-    are 0 or 1. The default scale of 1 starts with .80 of the gate mass on the top k, 4 with .95 (n
-    = 512, k = 64, random hidden states; tests/attention/scoring_test.py). A slope bounds how far
-    back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and k = 512, however long the
-    context, and all of it at the default of 0 (experiments/results/scorer_reach.json).
+
+  Scores: u_j = scale_g z_j + slope_g position_j / 1024, with the position counted within the
+  document and z_j = (r_j - mean_j) / std_j, where mean_j is that of r_0..r_j of the document and
+  std_j^2 = (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had variance 1. A
+  constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are
+  learned per head.
+
+  With `init_noise` above 0 the score has one more term, amplitude_g e_j, of fixed normal noise e,
+  that of "random": without it tokens that look alike have the same score, and a new scorer keeps
+  many of a few kinds and none of the others. The amplitude is learned too, and the noise is the
+  same in generation.
+
+  With `init_sink` other than 0 the first token of a document has one more term, sink_g, which is
+  learned: its z is 0 whatever its hidden state, but pretrained models leave much attention there
+  (Xiao et al. 2023, arXiv 2309.17453), and break where it is dropped.
+
+  The spread acts as a temperature: at a standard deviation of .1 nearly all gates of SPARSEK are
+  fractional, at 10 they are 0 or 1. The default scale of 1 starts with .80 of the gate mass on the
+  top k, 4 with .95 (n = 512, k = 64, random hidden states; tests/attention/scoring_test.py). A
+  slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and
+  k = 512, however long the context, and all of it at the default of 0
+  (experiments/results/scorer_reach.json).
 
   Attributes:
     num_heads: KV heads G.
@@ -114,9 +121,9 @@ class ScoringNetwork(nn.Module):
     normalize: normalise logits causally over time.
     shared: one score per token for all heads.
     init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
-    init_noise: initial amplitude of the fixed noise; 0 for none. Not of "random", which has nothing
-      else.
-    init_sink: initial extra score of a document's first token; 0 for none. Not of "random".
+    init_noise: initial amplitude of the fixed noise; 0 for none. Unused by "random", which is that
+      noise alone.
+    init_sink: initial extra score of a document's first token; 0 for none. Unused by "random".
 
   Raises:
     ValueError: for an unknown kind or a negative reach.
@@ -133,7 +140,7 @@ class ScoringNetwork(nn.Module):
   init_noise: float = 0.0
   init_sink: float = 0.0
 
-  def setup(self):
+  def setup(self) -> None:
     check_choice("scorer", self.kind, SCORERS)
     check_at_least("scorer_lookback", self.lookback, 0)
     check_at_least("scorer_lookahead", self.lookahead, 0)
@@ -163,23 +170,24 @@ class ScoringNetwork(nn.Module):
 
   @property
   def num_scores(self) -> int:
-    """Different scores of a token."""
+    """Number of different scores of a token."""
     return 1 if self.shared else self.num_heads
 
   @property
   def delay(self) -> int:
-    """Tokens that must follow a token before its score is final."""
+    """Number of tokens that must follow a token before its score is final."""
     return self.lookahead if self.kind == "conv" else 0
 
   def __call__(
     self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0
   ) -> jax.Array:
-    """Scores of whole rows.
+    """Scores whole rows.
 
     Args:
       x_BxNxE: hidden states of any floating dtype.
       segment_ids: [B, N] or None; everything restarts where the id changes.
       layer: index of the layer, the salt of the fixed noise.
+
     Returns:
       [B, N, G] float32. The last `delay` tokens of a row see zeros ahead; they are no candidates
       yet where window >= delay.
@@ -214,17 +222,19 @@ class ScoringNetwork(nn.Module):
     count: jax.Array | None = None,
     linear_BxCxG: jax.Array | None = None,
   ) -> tuple[jax.Array, ScorerState]:
-    """Scores that become final with a chunk of C further tokens of one endless document.
+    """Scores the tokens whose scores become final with a chunk of C further tokens of one endless
+    document.
 
     Args:
       x_BxCxE: hidden states of the tokens at positions seen .. seen + C - 1.
       state: what the previous call returned; `initial_state` at first.
       seen: int32 [B], or a scalar for all rows, tokens before this chunk.
       layer: index of the layer, the salt of the fixed noise.
-      count: int32 [B], how many of a row's C tokens there are; what follows them is not read. None:
-        all.
+      count: int32 [B], how many of a row's C tokens are real; those that follow them are not read.
+        None: all.
       linear_BxCxG: x W where it is known. A linear scorer does not read x then, of which only the
         shape counts.
+
     Returns:
       [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where
       negative, and beyond `count`), and the next state.
@@ -274,7 +284,7 @@ class ScoringNetwork(nn.Module):
     return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(**ends)
 
   def initial_state(self, batch_size: int) -> ScorerState:
-    """The state before the first token."""
+    """Returns the state before the first token."""
     conv = self.kind == "conv"
     zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
     return ScorerState(
@@ -293,8 +303,8 @@ class ScoringNetwork(nn.Module):
     return jnp.broadcast_to(scores, (*scores.shape[:2], self.num_heads))
 
   def _taps(self, padded, length):
-    """[B, length + lookback + lookahead, ...] -> [B, length, taps, ...]: what each token sees
-    around itself.
+    """Collects what each token sees around itself: [B, length + lookback + lookahead, ...] ->
+    [B, length, taps, ...].
     """
     return jnp.stack(
       [padded[:, t : t + length] for t in range(self.lookback + self.lookahead + 1)], axis=2
