@@ -69,8 +69,9 @@ def select(
     tau, expiry = _per_head(functools.partial(prefix_thresholds.solve, problem))(
       score, entry, order, start
     )
-    admits_nan = token - delay >= _per_head(_first_nan)(scores, start)
-    tau = jnp.where(admits_nan, jnp.nan, tau)
+    admitted = token - delay  # by each query
+    first_nan = _per_head(functools.partial(_first_nan, token))(scores, start)
+    tau = jnp.where(admitted >= first_nan, jnp.nan, tau)
   return tau, jnp.where(scores > -jnp.inf, jnp.minimum(expiry, end[:, None]), 0), order
 
 
@@ -83,10 +84,9 @@ def _sort(key: jax.Array, token: jax.Array, kernels: bool) -> tuple[jax.Array, j
   return _per_head(lambda key: lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True))(key)
 
 
-def _first_nan(scores: jax.Array, start: jax.Array) -> jax.Array:
-  """Returns the first NaN of each token's document, [n]; n where there is none."""
+def _first_nan(token: jax.Array, scores: jax.Array, start: jax.Array) -> jax.Array:
+  """Returns the first token of each token's document with a NaN, [n]; n where there is none."""
   n = scores.shape[0]
-  token = jnp.arange(n, dtype=jnp.int32)
   return (
     jnp.full(n, n, jnp.int32)
     .at[jnp.where(jnp.isnan(scores), start, n)]
