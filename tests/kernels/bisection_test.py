@@ -14,9 +14,8 @@ def test_bisect_is_searchsorted(n):
   array = jnp.asarray(x)
   at = lambda i: array[jnp.clip(i, 0, n - 1)]
   ends = jnp.zeros_like(values), jnp.full_like(values, n)
-  first, last = jax.jit(
-    lambda: bisect(n, (*ends, lambda i: at(i) >= values), (*ends, lambda i: at(i) > values))
-  )()
+  searches = (*ends, lambda i: at(i) >= values), (*ends, lambda i: at(i) > values)
+  first, last = jax.jit(lambda: bisect(n, *searches))()
   np.testing.assert_array_equal(first, np.searchsorted(x, values, "left"))
   np.testing.assert_array_equal(last, np.searchsorted(x, values, "right"))
 
