@@ -218,8 +218,8 @@ def _pairs(inputs: Chunk, keys, values, scores, expiry, static) -> Pairs:
   fractional = selected & (u - 1 < tau) & (u > tau)
   products = _einsum("bgrcd,bgkd->bgrck", q, key) * scale
   seen = jnp.any(visible & (bad_key | bad_value)[:, :, None], axis=-1)
-  spoilt = seen[:, :, None] | bad_query
-  return Pairs(q, key, value, products, visible[:, :, None], p, fractional, spoilt)
+  visible, spoilt = visible[:, :, None], seen[:, :, None] | bad_query
+  return Pairs(q, key, value, products, visible, p, fractional, spoilt)
 
 
 def _gates_of(pairs: Pairs, gate: str) -> jax.Array:
@@ -268,7 +268,7 @@ def _backward_rule(static, residuals, cotangent):
   def step(carry, xs):
     dkeys, dvalues, dscores = carry
     inputs, do, lse = xs
-    first, lists = inputs.number * chunk, inputs.lists
+    c, lists = inputs.number, inputs.lists
     pairs = _pairs(inputs, keys, values, scores, expiry, static)
     dlogits, dgates, gated = _gradients(pairs, do, lse, gate)
     # over the query heads of the group: [B, G, C, listed]
@@ -278,8 +278,8 @@ def _backward_rule(static, residuals, cotangent):
     dk = _einsum("bgrck,bgrcd->bgkd", dlogits, pairs.query)
     dv = _einsum("bgrck,bgrcd->bgkd", gated, do)
     carry = (
-      _scatter(dkeys, dk, lists + pad, first, n + pad),
-      _scatter(dvalues, dv, lists + pad, first, n + pad),
+      _scatter(dkeys, dk, lists + pad, c * chunk, n + pad),
+      _scatter(dvalues, dv, lists + pad, c * chunk, n + pad),
       _add_rows(dscores, jnp.sum(dgates, axis=2), lists),
     )
     return carry, (dq, -jnp.sum(dgates, axis=-1))
