@@ -41,7 +41,7 @@ INTERPRETED = (
 @pytest.fixture
 def interpreted(monkeypatch):
   """Small tiles, so that short rows have several; fails where a kernel races."""
-  monkeypatch.setattr(tpu_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   monkeypatch.setattr(tpu_attention, "ROWS", 128)
   monkeypatch.setattr(tpu_attention, "QUERIES", 256)
   monkeypatch.setattr(tpu_attention, "LISTED", 128)
@@ -139,7 +139,7 @@ def test_says_why_it_cannot_run(kind, dtype, head_dim, words, monkeypatch):
 
 def test_is_the_default_on_a_tpu(monkeypatch):
   calls = []
-  monkeypatch.setattr(tpu_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   monkeypatch.setattr(
     tpu_attention, "attention", lambda query, *_, **options: calls.append(options["k"]) or query
   )

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsek.config import DataConfig, TrainConfig, preset
+from sparsek.kernels import devices
 from sparsek.kernels.specs import Spec
 from sparsek.kernels.tpu import attention as tpu_attention
 from sparsek.parallel.mesh import BATCH
@@ -106,7 +107,7 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
 
 def test_training_step_compiles(monkeypatch):
   """A whole optimizer step over four chips, with the kernels inside."""
-  monkeypatch.setattr(tpu_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   config, mesh = (
     preset("gpt2_small", remat="attention", scan_layers=True, implementation="mosaic_tpu"),
     Mesh(np.array(compiler.devices("v5e")), (BATCH,)),
