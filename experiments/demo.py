@@ -23,7 +23,7 @@ from experiments.reports.plots import kept_tokens, save_picture
 from sparsek.command_line import flags
 from sparsek.data.batches import open_data
 from sparsek.errors import RunError
-from sparsek.runs import checkpoint
+from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
 
 FOLDER = "demo"
@@ -103,7 +103,7 @@ def _pretrain(workdir: str) -> None:
 
 
 def _draw(dataset) -> None:
-  config, _ = checkpoint.load_run_config(SPARSEK)
+  config, _ = run_record.load_run_config(SPARSEK)
   params, _ = checkpoint.load_params(SPARSEK, config)
   split = dataset.split("heldout")
   document = next(

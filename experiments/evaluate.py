@@ -23,10 +23,10 @@ from sparsek.data.tokenizer import describe_documents, read_bos
 from sparsek.errors import UsageError
 from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate, format_table
 from sparsek.parallel.mesh import make_mesh, replicated
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
-from sparsek.training.step import check_batch, check_length
+from sparsek.training.checks import check_batch, check_length
 
 RECORDS = "evaluation.jsonl"
 # Apart from the flags of pretraining, whose defaults are no run's own values.
@@ -62,7 +62,7 @@ def _runs() -> list[Run]:
   for folder in workdirs:
     if not os.path.isdir(folder):
       raise UsageError(f"--workdir={folder}: there is no such folder")
-  loaded = [(folder, *checkpoint.load_run_config(folder)) for folder in workdirs]
+  loaded = [(folder, *run_record.load_run_config(folder)) for folder in workdirs]
   return [
     Run(folder, flags.override_config(config, FLAGS), record) for folder, config, record in loaded
   ]

@@ -25,10 +25,10 @@ from sparsek.command_line import flags, path_flags
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
 from sparsek.parallel.mesh import make_mesh, replicated
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
-from sparsek.training.step import check_batch, check_length
+from sparsek.training.checks import check_batch, check_length
 
 MAX_LENGTH = 2**24  # tokens of a document
 
@@ -90,8 +90,8 @@ def main() -> None:
   for workdir in workdirs:
     if not os.path.isdir(workdir):
       raise UsageError(f"--workdir={workdir}: there is no such folder")
-    config, record = checkpoint.load_run_config(workdir)
-    config, tokenizer = flags.override_config(config, FLAGS), checkpoint.load_run_tokenizer(workdir)
+    config, record = run_record.load_run_config(workdir)
+    config, tokenizer = flags.override_config(config, FLAGS), run_record.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
     for task in chosen:  # a document too short is refused before any long work
       tasks.make_example(

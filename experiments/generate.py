@@ -20,7 +20,7 @@ from sparsek.command_line import flags
 from sparsek.data.tokenizer import as_valid_unicode
 from sparsek.errors import UsageError
 from sparsek.generation.session import AHEAD, Session, TextStream
-from sparsek.runs import checkpoint
+from sparsek.runs import checkpoint, run_record
 from sparsek.storage.files import cannot_write, check_regular, read_at_most
 
 MAX_PROMPTS = 2**26  # bytes of --prompt_file
@@ -92,9 +92,9 @@ def main() -> None:
   workdir, texts, (source, target) = flag("workdir"), prompts(), cache_paths()
   if not workdir:
     raise UsageError("--workdir is required: the folder of a pretraining run")
-  config, run = checkpoint.load_run_config(workdir)
+  config, run = run_record.load_run_config(workdir)
   config = flags.override_config(config)
-  tokenizer = checkpoint.load_run_tokenizer(workdir)
+  tokenizer = run_record.load_run_tokenizer(workdir)
   if source:
     ids = [tokenizer.encode(text, flag("special_tokens"), continues=True) for text in texts]
   else:

@@ -30,7 +30,7 @@ from sparsek.data.tokenizer import load_tokenizer
 from sparsek.errors import RunError, UsageError
 from sparsek.huggingface import pretrained
 from sparsek.model.transformer import count_params
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, checkpoint_writer, orbax_errors, run_directory, run_record
 from sparsek.storage import files
 from sparsek.storage.new_folder import check_new_folder, new_folder
 
@@ -89,11 +89,13 @@ def import_folder(folder: str, workdir: str) -> None:
 def save_checkpoint(unfinished: str, workdir: str, params) -> None:
   """Writes the checkpoint of step 0. Raises RunError where that fails."""
   try:
-    writer = checkpoint.CheckpointWriter(unfinished, keep=1)
+    writer = checkpoint_writer.CheckpointWriter(unfinished, keep=1)
     writer.save(0, params, None, {})
     writer.close()
   except Exception as error:  # Orbax and tensorstore raise many kinds
-    reason = files.reason_of(error) if isinstance(error, OSError) else checkpoint.first_line(error)
+    reason = (
+      files.reason_of(error) if isinstance(error, OSError) else orbax_errors.first_line(error)
+    )
     raise RunError(f"{workdir} cannot be written: {reason}") from error
 
 
@@ -111,8 +113,8 @@ def end_tokens(folder: str, tokenizer) -> list[int]:
 def export_run(workdir: str, folder: str, step: int | None) -> None:
   """Writes the parameters of a run, and its tokenizer where it is one that others read."""
   check_new_folder(folder)
-  config, run = checkpoint.load_run_config(workdir)
-  end = checkpoint.load_run_tokenizer(workdir).eos_id
+  config, run = run_record.load_run_config(workdir)
+  end = run_record.load_run_tokenizer(workdir).eos_id
   params, step = checkpoint.load_params(workdir, config, step, allow_older=FLAGS.allow_older_step)
   if config.positions != "learned":
     longest = max(config.max_positions, run["data"]["seq_len"])

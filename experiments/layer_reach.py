@@ -22,9 +22,9 @@ from sparsek.data.batches import eval_batches, open_data
 from sparsek.errors import UsageError
 from sparsek.evaluation import layer_reach
 from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.storage import files
-from sparsek.training.step import check_batch, check_length
+from sparsek.training.checks import check_batch, check_length
 
 FLAGS = absl_flags.FlagValues()
 flags.define_reach_flags(FLAGS)
@@ -40,7 +40,7 @@ def main() -> None:
     raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
   if FLAGS.record:
     files.check_writable(FLAGS.record)
-  config, run = checkpoint.load_run_config(FLAGS.workdir)
+  config, run = run_record.load_run_config(FLAGS.workdir)
   if set(config.layer_kinds) != {"full"}:
     raise UsageError(
       f"--workdir={FLAGS.workdir}: all layers must have full attention; it has "

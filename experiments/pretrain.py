@@ -15,7 +15,7 @@ import os
 from sparsek.command_line import flags
 from sparsek.data import batches
 from sparsek.huggingface import pretrained
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
 
 flags.define_model_flags()
@@ -31,7 +31,7 @@ def main() -> None:
   if (config.init_from or "").startswith(pretrained.PREFIX):
     base = pretrained.load_config(config.init_from.removeprefix(pretrained.PREFIX))
   elif config.init_from and not flags.FLAGS["preset"].present:
-    base, _ = checkpoint.load_run_config(checkpoint.parse_run_reference(config.init_from)[0])
+    base, _ = run_record.load_run_config(checkpoint.parse_run_reference(config.init_from)[0])
   flags.model_config(pretrained=base)  # refuses bad flags before any data is read
   dataset = batches.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
   model = flags.model_config(vocab_size=dataset.vocab_size, pretrained=base)

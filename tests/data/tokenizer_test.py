@@ -14,7 +14,7 @@ from sparsek.data.token_files import open_token_files, verify_token_files, write
 from sparsek.data.tokenizer import ByteTokenizer, describe_documents, load_tokenizer, train_bpe
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
-from sparsek.training import loop
+from sparsek.runs import run_record
 from tests.helpers import metaspace, spm
 
 TEXT = "Hello world"
@@ -93,7 +93,7 @@ def test_what_documents_begin_with_is_kept_by_data_and_runs(folder):
 
   def record():
     dataset = open_token_files(str(folder))
-    model = loop._model_record(TransformerConfig(), TrainConfig(workdir=""), dataset)
+    model = run_record.model_record(TransformerConfig(), TrainConfig(workdir=""), dataset)
     return model["tokenizer"]["bos_ids"]
 
   assert record() == [1]

@@ -67,7 +67,7 @@ def run_product(workdir: str) -> dict:
   import jax
   import numpy as np
 
-  from sparsek.runs import checkpoint
+  from sparsek.runs import checkpoint, run_record
 
   path = pathlib.Path(workdir, "metrics.jsonl")
   # A last line without its end is what a kill leaves.
@@ -78,7 +78,7 @@ def run_product(workdir: str) -> dict:
   ]
   found = {}
   for step in checkpoint.saved_steps(workdir):
-    config, _ = checkpoint.load_run_config(workdir)
+    config, _ = run_record.load_run_config(workdir)
     params, _ = checkpoint.load_params(workdir, config, step)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
     found[str(step)] = digest(b"".join(leaves))

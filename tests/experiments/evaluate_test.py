@@ -13,7 +13,7 @@ from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
 from sparsek.model.transformer import init_params
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, checkpoint_writer, run_directory
 from sparsek.runs.metrics import read_metrics
 from tests.helpers import run_command, spm
 
@@ -51,7 +51,7 @@ def write_run(folder, data, config, seq_len, params, steps=(7,)):
     },
   }
   run_directory.write_record(str(folder), "model.json", run_directory.to_json(record))
-  writer = checkpoint.CheckpointWriter(str(folder), keep=len(steps))
+  writer = checkpoint_writer.CheckpointWriter(str(folder), keep=len(steps))
   for step in steps:
     writer.save(step, params, params, {})
   writer.close()

@@ -83,10 +83,10 @@ def make_model_json(folder):
 
 
 def read_model_json(folder):
-  from sparsek.runs import checkpoint
+  from sparsek.runs import run_record
 
-  config, run = checkpoint.load_run_config(str(folder))
-  checkpoint.load_run_tokenizer(str(folder))
+  config, run = run_record.load_run_config(str(folder))
+  run_record.load_run_tokenizer(str(folder))
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -177,12 +177,12 @@ def _abstract_optimizer():
 
 def make_checkpoint(folder):
   from sparsek.config import OptimizerConfig
-  from sparsek.runs import checkpoint
+  from sparsek.runs import checkpoint_writer
   from sparsek.training.optimizer import make_optimizer
 
   params = params_of(small_config())
   write_model_json(folder, small_config())
-  writer = checkpoint.CheckpointWriter(str(folder), keep=3)
+  writer = checkpoint_writer.CheckpointWriter(str(folder), keep=3)
   writer.save(
     7, params, make_optimizer(OptimizerConfig()).init(params), {"next_index": 12, "seed": 0}
   )

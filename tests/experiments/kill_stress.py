@@ -24,7 +24,8 @@ import time
 
 import jax
 
-from sparsek.runs.checkpoint import HALF_WRITTEN, checkpoint_folder, saved_steps
+from sparsek.runs.checkpoint import checkpoint_folder, saved_steps
+from sparsek.runs.checkpoint_writer import HALF_WRITTEN
 from sparsek.runs.metrics import read_metrics
 from tests.experiments.pretrain_test import (
   finish,

@@ -1,4 +1,4 @@
-"""The settings that made a run, compared with what is wanted."""
+"""Settings of a run, compared with those that a command asks for."""
 
 import json
 import os
