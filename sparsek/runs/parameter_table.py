@@ -119,16 +119,12 @@ def explain_architecture(saved: TransformerConfig, wanted: TransformerConfig) ->
 
   Fields that no parameter's shape depends on are left out.
   """
+  show = lambda value: ",".join(value) if isinstance(value, tuple) else value
   differing = {
     name: values
     for name, values in differing_fields(saved, wanted).items()
     if name not in FREE_FIELDS
   }
   return "; ".join(
-    f"--{name}={_flag_text(here)} here, {_flag_text(there)} there"
-    for name, (there, here) in differing.items()
+    f"--{name}={show(here)} here, {show(there)} there" for name, (there, here) in differing.items()
   )
-
-
-def _flag_text(value: object) -> object:
-  return ",".join(value) if isinstance(value, tuple) else value

@@ -6,7 +6,7 @@ no difference. They are compared before a finished run counts as done, or an unf
 
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags as absl_flags
 
@@ -15,7 +15,7 @@ from sparsek.errors import UsageError
 from sparsek.runs import run_directory
 
 Settings = dict[str, object]
-DEFINED: dict[str, Sequence[Callable]] = {  # script -> functions that define its flags
+DEFINED = {  # script -> its flags
   "pretrain": (
     flags.define_model_flags,
     flags.define_data_flags,
@@ -60,22 +60,18 @@ def effective(values: absl_flags.FlagValues) -> Settings:
   home = values["workdir"].value if isinstance(values["workdir"].value, str) else ""
   if home:
     names.remove("workdir")
-  result = {name: values[name].value for name in names}
-  if "warmup_steps" in result:
-    result["warmup_steps"] = flags.train_config(values).optimizer.warmup_steps
-  if "preset" in result and not any(
-    result.get(name) for name in ("init_from", "from")
-  ):
+  found = {name: values[name].value for name in names}
+  if "warmup_steps" in found:
+    found["warmup_steps"] = flags.train_config(values).optimizer.warmup_steps
+  if "preset" in found and not any(found.get(name) for name in ("init_from", "from")):
     model = flags.model_config(values)
-    del result["preset"], result["layer_pattern"]
-    result |= {
-      name: getattr(model, name) for name in result if hasattr(model, name)
-    }
-  elif "preset" in result and result["preset"] == values["preset"].default:
-    del result["preset"]  # earlier versions spelled it out
+    del found["preset"], found["layer_pattern"]
+    found |= {name: getattr(model, name) for name in found if hasattr(model, name)}
+  elif "preset" in found and found["preset"] == values["preset"].default:
+    del found["preset"]  # earlier versions spelled it out
   return {
     name: _plain(value, home if path_flags.is_path(values[name]) else None)
-    for name, value in result.items()
+    for name, value in found.items()
   }
 
 
@@ -104,13 +100,13 @@ def of_folder(folder: str, script: str = "pretrain") -> list[Settings]:
   Raises:
     UsageError: naming the file that this version cannot understand.
   """
-  settings = []
+  found = []
   for path in sorted(glob.glob(os.path.join(glob.escape(folder), "flags*.txt"))):
     try:
-      settings.append(effective(parse(script, [f"--flagfile={path}"])))
+      found.append(effective(parse(script, [f"--flagfile={path}"])))
     except UsageError as error:
       raise UsageError(f"{path} is not of this version: {error}") from None
-  return settings
+  return found
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
