@@ -4,8 +4,7 @@ WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the 
 `data` (JSON: the state of the data iterator) and `integrity` (JSON: a checksum per array, the step,
 a digest of `data`). Orbax writes to a temporary name and renames the folder when all is written, so
 that a killed save leaves the checkpoint before it as the newest. No other random state exists:
-everything random derives from (seed, step). WORKDIR/model.json records which model and data the
-run has (`sparsek.runs.run_record`).
+everything random derives from (seed, step). `sparsek.runs.run_record` reads WORKDIR/model.json.
 """
 
 import contextlib
