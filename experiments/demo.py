@@ -17,15 +17,17 @@ import sys
 import time
 
 import jax
+from absl import flags as absl_flags
 
 from experiments import child
 from experiments.reports.plots import kept_tokens, save_picture
-from sparsek.command_line import flags
+from sparsek.command_line.main import run
 from sparsek.data.batches import open_data
 from sparsek.errors import RunError
 from sparsek.runs import checkpoint
 from sparsek.runs.metrics import read_metrics
 
+FLAGS = absl_flags.FlagValues()  # it takes none
 FOLDER = "demo"
 SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (
   os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache")
@@ -158,19 +160,19 @@ def main() -> None:
   _title("6. Draw a picture: the loss, and which tokens each layer keeps")
   _draw(dataset)
 
-  run = f"{_python()} -m experiments"
+  command = f"{_python()} -m experiments"
   print(f"""{PICTURE}
 
 Done in {time.monotonic() - started:.0f} s. \
 Checkpoints, metrics.jsonl, flags.txt and evaluation.jsonl: {SPARSEK}/, {SLIDING_WINDOW}/
 To go on:
-  other text          {run}.generate --workdir={SPARSEK} --prompt="import " --temperature=0.5
-  another budget      {run}.evaluate --workdir={SPARSEK} --k=64 --window=64 --seq_len=2048
-  train for longer    {run}.pretrain --flagfile={SPARSEK}/flags.txt --num_steps={4 * NUM_STEPS}
-  your own text       {run}.prepare_data --sources=FOLDER --output=data/mine
-                      {run}.pretrain --data=data/mine --workdir=runs/mine
-  all flags           {run}.pretrain --help""")
+  other text          {command}.generate --workdir={SPARSEK} --prompt="import " --temperature=0.5
+  another budget      {command}.evaluate --workdir={SPARSEK} --k=64 --window=64 --seq_len=2048
+  train for longer    {command}.pretrain --flagfile={SPARSEK}/flags.txt --num_steps={4 * NUM_STEPS}
+  your own text       {command}.prepare_data --sources=FOLDER --output=data/mine
+                      {command}.pretrain --data=data/mine --workdir=runs/mine
+  all flags           {command}.pretrain --help""")
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  run(main, FLAGS)

@@ -18,27 +18,45 @@ RUN and NEW_FOLDER appear when they are complete: a command that failed or was k
 
 import dataclasses
 import os
+from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek.command_line import flags
+from sparsek.command_line.configs import model_config
+from sparsek.command_line.definer import Definer, into_string
+from sparsek.command_line.flags import define_model_flags, define_step_flags
+from sparsek.command_line.main import run
 from sparsek.config import DataConfig
 from sparsek.data import document_end
-from sparsek.data.tokenizer import load_tokenizer
+from sparsek.data.tokenizer import Tokenizer, load_tokenizer
 from sparsek.errors import RunError, UsageError
 from sparsek.huggingface import pretrained
-from sparsek.model.transformer import count_params
+from sparsek.model.transformer import Params, count_params
 from sparsek.runs import checkpoint, run_directory
 from sparsek.storage import files
 from sparsek.storage.new_folder import check_new_folder, new_folder
 
-FLAGS = absl_flags.FlagValues()  # apart from those of other scripts in the same process
-flags.define_import_flags(FLAGS)
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  define_model_flags(flag_values)
+  define = Definer(flag_values)
+  define.path("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
+  define.path("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
+  define.path("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
+  define_step_flags(flag_values)
 
 
-def progress(items):
+FLAGS = absl_flags.FlagValues()
+define_flags(FLAGS)
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T]) -> Iterable[T]:
+  """Shows a bar while tensors are read or written."""
   return tqdm(items, unit="tensor", disable=None)
 
 
@@ -57,7 +75,7 @@ def import_folder(folder: str, workdir: str) -> None:
       f"model a vocab_size={base.vocab_size}"
     )
   ends = end_tokens(folder, tokenizer)
-  config = flags.model_config(FLAGS, pretrained=base)
+  config = model_config(FLAGS, pretrained=base)
   config, params = pretrained.load(folder, config=config, key=jax.random.key(0), progress=progress)
   data = DataConfig(data="", seq_len=config.max_positions, batch_size=1)
   record = {
@@ -77,7 +95,7 @@ def import_folder(folder: str, workdir: str) -> None:
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
     to_json = run_directory.to_json
     records = {
-      "flags.txt": flags.into_string(FLAGS),
+      "flags.txt": into_string(FLAGS),
       "model.json": to_json(record),
       "versions.json": to_json(run_directory.versions()),
     }
@@ -86,7 +104,7 @@ def import_folder(folder: str, workdir: str) -> None:
   print(f"{workdir}: {count_params(params):,} parameters, attention {','.join(config.attention)}")
 
 
-def save_checkpoint(unfinished: str, workdir: str, params) -> None:
+def save_checkpoint(unfinished: str, workdir: str, params: Params) -> None:
   """Writes the checkpoint of step 0. Raises RunError where that fails."""
   try:
     writer = checkpoint.CheckpointWriter(unfinished, keep=1)
@@ -97,7 +115,7 @@ def save_checkpoint(unfinished: str, workdir: str, params) -> None:
     raise RunError(f"{workdir} cannot be written: {reason}") from error
 
 
-def end_tokens(folder: str, tokenizer) -> list[int]:
+def end_tokens(folder: str, tokenizer: Tokenizer) -> list[int]:
   """Returns the tokens that end a text, the end of a document first.
 
   The others are those of generation_config.json, or else config.json, as in transformers.
@@ -146,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main, FLAGS)
+  run(main, FLAGS)

@@ -33,14 +33,14 @@ SMALLER = {
   "--eval_batches=1 --warmup_steps=1 --data=data/stdlib'",
   "experiments.benchmark": (
     "--lengths=64,128 --heads=2 --kv_heads=1 --head_dim=8 --k=8 "
-    "--window=8 --rivals=sparsek,dense --rounds=1 --record=benchmark.json"
+    "--window=8 --baselines=sparsek,dense --rounds=1 --record=benchmark.json"
   ),
   "experiments.benchmark --suite=train": (
-    "--preset=tiny --vocab_size=300 --lengths=64 --k=8 --window=8 --rivals=sparsek --rounds=1"
+    "--preset=tiny --vocab_size=300 --lengths=64 --k=8 --window=8 --baselines=sparsek --rounds=1"
   ),
   "experiments.benchmark --suite=decode": (
     "--vocab_size=300 --lengths=64 --batch_sizes=1 "
-    "--prompts=64 --k=8 --window=8 --rivals=sparsek --rounds=1"
+    "--prompts=64 --k=8 --window=8 --baselines=sparsek --rounds=1"
   ),
 }
 
@@ -165,18 +165,17 @@ def test_recipes_parse(recipe):
   from absl import flags as absl_flags
 
   from experiments import prepare_data
-  from sparsek.command_line import flags
+  from sparsek.command_line.configs import model_config, train_config
+  from sparsek.command_line.main import parse
+  from sparsek.command_line.training_flags import define_pretrain_flags
 
   if "experiments.prepare_data --flagfile" in recipe.read_text():
-    flags.parse(["prepare_data", f"--flagfile={recipe}"], prepare_data.FLAGS)
+    parse(["prepare_data", f"--flagfile={recipe}"], prepare_data.FLAGS)
     return
   values = absl_flags.FlagValues()
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
-  flags.parse(["pretrain", f"--flagfile={recipe}", "--workdir=w"], values)
-  assert (
-    flags.model_config(values).num_layers > 0 and flags.train_config(values).optimizer.num_steps > 0
-  )
+  define_pretrain_flags(values)
+  parse(["pretrain", f"--flagfile={recipe}", "--workdir=w"], values)
+  assert model_config(values).num_layers > 0 and train_config(values).optimizer.num_steps > 0
 
 
 def test_no_file_is_longer_than_600_lines():

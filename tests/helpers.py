@@ -7,7 +7,7 @@ import jax
 import pytest
 import tokenizers
 
-from sparsek.command_line import flags
+from sparsek.command_line.main import run
 from sparsek.data.tokenizer import BPETokenizer
 
 # Compiles twice as fast; the programs of these tests run for milliseconds.
@@ -22,7 +22,7 @@ def run_command(main, flag_values, *arguments):
   for name in flag_values:
     flag_values[name].unparse()
   with pytest.raises(SystemExit) as exit_:
-    flags.run(main, flag_values, [main.__module__, *arguments])
+    run(main, flag_values, [main.__module__, *arguments])
   return exit_.value.code
 
 

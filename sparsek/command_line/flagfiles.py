@@ -2,22 +2,45 @@
 
 A line holds one flag; blank lines and lines that begin with # or // are left out. Among flagfiles
 the later one wins. The values of a flag that may be repeated come from one place: the command
-line, or else the last file that has it.
+line, or else the last file that has it. Each field of --model counts as a flag of its own.
+
+Flags of earlier versions are read, in files and on the command line, as what replaced them.
 """
 
 import codecs
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
+from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.storage.files import local_path, read_at_most
 
 COMMAND_LINE = "the command line"
 MAX_BYTES, MAX_FILES = 2**20, 1000
 _TOGETHER = (None, "undefok")  # names of which all places count
+# Flags of version 0.1 that were renamed, and those that became fields of --model.
+RENAMED = {"rivals": "baselines"}
+TO_MODEL = (
+  "positions",
+  "max_positions",
+  "rope_fraction",
+  "rope_scaling",
+  "norm",
+  "qk_norm",
+  "mlp",
+  "use_bias",
+  "out_bias",
+  "mlp_bias",
+  "parallel_residual",
+  "tie_embeddings",
+)
+_MODEL_FIELDS = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+_FLAG_OF_FIELD = {"attention": "layer_pattern"}  # the flag of a field that is called otherwise
+_NEXT_FIELD = re.compile(r",(?=\w+=)")  # a pattern of layers holds commas too
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -136,19 +159,64 @@ def _split(
     if not name:  # absl takes no flag behind such a word
       yield None, (word, *arguments)
       return
-    if name.startswith("no") and name not in flag_values and name[2:] in flag_values:
-      name = name[2:]
-    takes_value = name in ("flagfile", "undefok") or (
-      name in flag_values and not flag_values[name].boolean
-    )
-    if equals or not takes_value:
-      yield name, (word,)
+    if name.startswith("no") and not _is_known(name, flag_values):
+      name = name[2:] if _is_known(name[2:], flag_values) else name
+    if equals or not _takes_value(name, flag_values):
+      yield from _current(name, (word,), flag_values)
     elif arguments:
-      yield name, (word, arguments.pop(0))
+      yield from _current(name, (word, arguments.pop(0)), flag_values)
     elif name == "flagfile":
       raise UsageError("--flagfile: the path of the file is missing")
     else:
-      yield name, (word,)
+      yield from _current(name, (word,), flag_values)
+
+
+def _replacement(name: str, flag_values: flags.FlagValues) -> str | None:
+  """Returns the flag that replaced one of an earlier version, where it is defined."""
+  flag = "model" if name in TO_MODEL else RENAMED.get(name, "")
+  return flag if flag in flag_values and name not in flag_values else None
+
+
+def _is_known(name: str, flag_values: flags.FlagValues) -> bool:
+  return name in flag_values or _replacement(name, flag_values) is not None
+
+
+def _takes_value(name: str, flag_values: flags.FlagValues) -> bool:
+  """Returns whether the value of a flag may be the next word."""
+  if _replacement(name, flag_values):
+    return not isinstance(_MODEL_FIELDS.get(name), bool)
+  is_value = name in flag_values and not flag_values[name].boolean
+  return is_value or name in ("flagfile", "undefok")
+
+
+def _current(
+  name: str, words: tuple[str, ...], flag_values: flags.FlagValues
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Yields a flag as this version has it; the fields of --model one by one."""
+  text, replacement = "=".join(words).lstrip("-"), _replacement(name, flag_values)
+  if replacement == "model":
+    if text == f"no{name}" and isinstance(_MODEL_FIELDS[name], bool):
+      text = f"{name}=false"
+    elif text == name and isinstance(_MODEL_FIELDS[name], bool):
+      text = f"{name}=true"
+    yield from _fields(text, flag_values)
+  elif replacement:
+    yield replacement, (f"--{replacement}{text.removeprefix(name)}",)
+  elif name == "model" and name in flag_values and "=" in text:
+    yield from _fields(text.partition("=")[2], flag_values)
+  else:
+    yield name, words
+
+
+def _fields(text: str, flag_values: flags.FlagValues) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Yields "FIELD=VALUE,FIELD=VALUE" one by one; a field that has a flag of its own as that."""
+  for part in _NEXT_FIELD.split(text):
+    field, equals, value = part.partition("=")
+    flag = _FLAG_OF_FIELD.get(field, field)
+    if equals and field in _MODEL_FIELDS and flag in flag_values:
+      yield flag, (f"--{flag}={value}",)
+    else:
+      yield f"model={field}", (f"--model={part}",)
 
 
 def _lines(path: str) -> list[str]:

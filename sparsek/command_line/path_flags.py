@@ -7,6 +7,7 @@ relative one was looked up, and `~` is expanded once. Words such as "stdlib" sta
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -78,7 +79,7 @@ class _Path(flags.ArgumentParser):
   def __init__(self, **options):
     self._options = options
 
-  def parse(self, argument):
+  def parse(self, argument: str) -> Any:
     return parse_path(argument, **self._options)
 
   def flag_type(self) -> str:
@@ -90,7 +91,7 @@ class _Paths(_Path):
 
   syntactic_help = "paths of this machine's file system, separated by commas"
 
-  def parse(self, argument):
+  def parse(self, argument: str) -> list[str]:
     return parse_paths(argument, **self._options)
 
 

@@ -53,7 +53,7 @@ CASES = [  # command, what its message must hold; TMP is the folder of this scri
   ),
   ("pretrain --workdir=TMP/x --learning_rate=nan", "--learning_rate=nan"),
   ("pretrain --workdir=TMP/x --dtype=float64", "--dtype=float64"),
-  ("pretrain --workdir=TMP/x --qk_norm=perhaps", "--qk_norm=perhaps"),
+  ("pretrain --workdir=TMP/x --model=qk_norm=perhaps", "--model=qk_norm=perhaps"),
   ("pretrain --workdir=TMP/x --flagfile=TMP/nowhere.flags", "TMP/nowhere.flags"),
   ("pretrain --workdir=TMP/x --data=TMP/nowhere", "TMP/nowhere"),
   ("pretrain --workdir=TMP/x --data=TMP/tokens --tokenizer=TMP/none.json", "TMP/none.json"),
@@ -144,7 +144,7 @@ RESTORED = (
   f"pretrain --workdir=TMP/run {TINY} --k=3 --window=20 --gate=value "
   "--batch_size=4 --seq_len=32 --num_steps=8"
 )
-REFUSED = f"pretrain --workdir=TMP/run {TINY} --embed_dim=64 --qk_norm"
+REFUSED = f"pretrain --workdir=TMP/run {TINY} --embed_dim=64 --model=qk_norm=true"
 
 
 def write_bad_files(folder: pathlib.Path) -> None:

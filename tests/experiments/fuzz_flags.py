@@ -84,7 +84,7 @@ BASES = {
     "--head_dim=8",
     "--rounds=1",
     "--seconds=0.01",
-    "--rivals=sparsek",
+    "--baselines=sparsek",
   ],
 }
 WHOLE = (
@@ -161,6 +161,9 @@ TEXTS = (
   "tasks:1:1",
   "tasks:a:b",
   "hf:IN/model",
+  "rope_fraction=0.5,norm=layer_norm",
+  "use_bias=perhaps",
+  "k=0",
   "hf:",
   "hf:nowhere",
   "0/1",
@@ -204,23 +207,19 @@ def describe_flags() -> dict[str, dict[str, list]]:
   """Command -> flag -> [its kind, the values of an enum]. Runs in a child."""
   from absl import flags as absl_flags
 
-  from sparsek.command_line import flags
+  from sparsek.command_line.definer import names_of
 
-  found = {}
+  result: dict[str, dict[str, list]] = {}
   for name in MODULES:
     module = importlib.import_module(f"experiments.{name}")
-    values = getattr(module, "FLAGS", flags.FLAGS)
-    mine = values.flags_by_module_dict() if values is flags.FLAGS else None
-    names = flags.OUR_FLAGS if mine is not None else list(values)
-    found[name] = {}
-    for flag in names:
-      if flag not in values or flag.startswith(("help", "?", "flagfile", "undefok")):
-        continue
+    values = module.FLAGS
+    result[name] = {}
+    for flag in names_of(values):
       parser = values[flag].parser
       kind = parser.flag_type()
       choices = list(getattr(parser, "enum_values", None) or [])
-      found[name][flag] = ["enum" if isinstance(parser, absl_flags.EnumParser) else kind, choices]
-  return found
+      result[name][flag] = ["enum" if isinstance(parser, absl_flags.EnumParser) else kind, choices]
+  return result
 
 
 def draw_value(flag: str, kind: str, choices: list[str], rng: random.Random) -> str:

@@ -121,7 +121,7 @@ def check_model_json(value, folder, good):
 def make_flagfile(folder):
   (folder / "run.flags").write_text(
     "# a comment\n--k=8\n--window=16\n--learning_rate=0.01\n--num_steps=40\n--gate=value\n"
-    "--qk_norm\n--nosegment_documents\n"
+    "--model=qk_norm=true\n--nosegment_documents\n"
     "--workdir=/tmp/some where\n--layer_pattern=sparsek*2,full\n\n--seed=3\n"
   )
 
@@ -129,15 +129,14 @@ def make_flagfile(folder):
 def read_flagfile(folder):
   from absl import flags as absl_flags
 
-  from sparsek.command_line import flags
+  from sparsek.command_line.definer import names_of
+  from sparsek.command_line.main import parse
+  from sparsek.command_line.training_flags import define_pretrain_flags
 
   values = absl_flags.FlagValues()
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
-  flags.parse(["fuzz", f"--flagfile={folder}/run.flags"], values)
-  return {
-    name: values[name].value for name in flags.OUR_FLAGS if name in values and values[name].present
-  }
+  define_pretrain_flags(values)
+  parse(["fuzz", f"--flagfile={folder}/run.flags"], values)
+  return {name: values[name].value for name in names_of(values) if values[name].present}
 
 
 def check_flagfile(value, folder, good):

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from experiments import generate
-from sparsek.command_line import flags
 from sparsek.config import TransformerConfig
 from sparsek.generation.session import Session, TextStream
 from sparsek.model.transformer import init_params
@@ -48,7 +47,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def write(folder, capsys):
   def write(*arguments, code=0):
-    assert run_command(generate.main, flags.FLAGS, f"--workdir={folder}/run", *arguments) == code
+    assert run_command(generate.main, generate.FLAGS, f"--workdir={folder}/run", *arguments) == code
     return capsys.readouterr()
 
   return write
