@@ -86,7 +86,7 @@ define_flags(FLAGS)
 
 def choices(name: str, allowed: Sequence[str]) -> list[str]:
   """Returns the values of a flag, each of which must be allowed."""
-  text = FLAGS[name].value
+  text = getattr(FLAGS, name)
   values = text.split(",")
   for value in values:
     if value not in allowed:
@@ -96,7 +96,7 @@ def choices(name: str, allowed: Sequence[str]) -> list[str]:
 
 def numbers(name: str, minimum: int) -> list[int]:
   """Returns the numbers of a flag."""
-  text = FLAGS[name].value
+  text = getattr(FLAGS, name)
   values = text.split(",")
   if not all(value.isdecimal() and int(value) >= minimum for value in values):
     raise UsageError(
@@ -124,9 +124,9 @@ def check(arguments: Sequence[str]) -> absl_flags.FlagValues:
   """
   values = settings.parse(arguments)
   model_config(values), train_config(values)
-  if values["dry_run"].value:
+  if values.dry_run:
     raise UsageError("--dry_run in --base or --more: trains nothing that could be compared")
-  if not values["eval_every"].value:
+  if not values.eval_every:
     raise UsageError(
       "--eval_every=0 in --base or --more: must be above 0, since held-out losses are compared"
     )
@@ -149,21 +149,16 @@ def main() -> None:
   """Trains what is missing, and reports after every cell."""
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
-  cells = grid.grid(
-    grid.patterns(FLAGS.attention),
-    numbers("k", 1),
-    numbers("window", 0),
-    choices("gate", GATES),
-    choices("scorer", SCORERS),
-    FLAGS.seeds,
-  )
+  kinds, ks, windows = grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0)
+  gates, scorers = choices("gate", GATES), choices("scorer", SCORERS)
+  cells = grid.grid(kinds, ks, windows, gates, scorers, FLAGS.seeds)
   mine, given = grid.share(cells, FLAGS.job), shared()
   runs = os.path.join(FLAGS.workdir, "cells")
   folders = {cell: os.path.join(runs, cell.name) for cell in cells}
   values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
   first = values[cells[0]]
-  dataset = batches.open_data(first["data"].value, first["tokenizer"].value).fingerprint
+  dataset = batches.open_data(first.data, first.tokenizer).fingerprint
   grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
   files.make_folder(runs)
   report = not_default(check([*given, f"--workdir={runs}"]))
@@ -180,7 +175,7 @@ def main() -> None:
         if not ended and grid.in_use(folders[cell]):
           busy.append(cell.name)
           continue
-        if not (ended and grid.is_complete(folders[cell], first["num_steps"].value)):
+        if not (ended and grid.is_complete(folders[cell], first.num_steps)):
           failed.append(cell.name)
           continue
         grid.save_result(folders[cell], dataset)

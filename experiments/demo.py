@@ -1,5 +1,5 @@
-"""What `make demo` runs: a tiny SPARSEK model from corpus to text in a few minutes on two CPU
-cores.
+"""The demonstration of `make demo`: a tiny SPARSEK model from corpus to text, in a few minutes on
+two CPU cores.
 
   python -m experiments.demo
 
@@ -57,7 +57,7 @@ TEXT_TOKENS = 2 * SEQ_LEN  # of the picture
 
 
 def _python() -> str:
-  """The interpreter as one would type it from here."""
+  """Returns the interpreter as one would type it from here."""
   relative = os.path.relpath(sys.executable)
   return sys.executable if relative.startswith("..") else relative
 

@@ -190,12 +190,12 @@ def is_text_of_no_encoding(call):
 
 def test_text_is_read_and_written_as_utf8():
   """Else a locale without UTF-8 ends a command, or makes files that others cannot read."""
-  found = []
+  bare = []
   for path in (*ROOT.glob("sparsek/*.py"), *ROOT.glob("experiments/**/*.py")):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found += [
+    bare += [
       f"{path.name}:{node.lineno}"
       for node in ast.walk(tree)
       if isinstance(node, ast.Call) and is_text_of_no_encoding(node)
     ]
-  assert not found, found
+  assert not bare, bare

@@ -230,14 +230,14 @@ def run_grid(tmp_path, monkeypatch):
   monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
   write_documents(str(tmp_path / "tokens"))
 
-  def run(more="", *arguments):
+  def run(extra="", *arguments):
     trainer.begun.clear()
-    more = f"--more={SETTINGS} --data={tmp_path}/tokens {more}"
+    shared = f"--more={SETTINGS} --data={tmp_path}/tokens {extra}"
     return run_command(
       ablate.main,
       ablate.FLAGS,
       f"--workdir={tmp_path}/grid",
-      more,
+      shared,
       "--k=4",
       "--window=4",
       "--attention=full,sliding_window",

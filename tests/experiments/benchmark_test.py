@@ -5,8 +5,9 @@ import jax
 import pytest
 
 from experiments import benchmark
-from experiments.bench import suites
+from experiments.bench import suites, training_step
 from sparsek.command_line.main import parse
+from sparsek.errors import UsageError
 from tests.helpers import run_command
 
 TINY = [
@@ -112,6 +113,25 @@ def test_problems_of_the_suites():
     (16, 3, 32, "normal"),
     (16, 3, 16, "normal"),
   ]
+
+
+def test_longest_lengths_of_what_is_slow(monkeypatch, capsys):
+  for name in suites.FLAGS:
+    suites.FLAGS[name].unparse()
+  words = ["--lengths=16,32", "--implementation=reference", "--max_dense=16", "--max_xla=16"]
+  parse(["benchmark", *words], suites.FLAGS)
+  short, long = (set(problem.rivals) for problem in suites.problems())
+  assert short - long == {"dense", "xla"}
+  asked = []
+
+  def measure_transformers(jobs, kinds, longest, rounds, say):
+    asked.append(longest)
+    raise UsageError("enough")
+
+  monkeypatch.setattr(training_step, "measure_transformers", measure_transformers)
+  for words, longest in (([], 32768), (["--max_transformers=16"], 16)):
+    assert run("--suite=train", "--preset=tiny", "--lengths=16", *words) == 2
+    assert asked.pop() == longest and "enough" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_record(tmp_path, capsys):

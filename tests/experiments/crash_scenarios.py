@@ -45,7 +45,7 @@ class Scenario:
     makes: the folder or file in POINT that it makes or goes on with.
     product: of that path: what must be the same whatever happened.
     notes: the user has files in that folder too.
-    every: take every N-th of its points, since others take the rest.
+    stride: take every N-th of its points, since other scenarios take the rest.
   """
 
   name: str
@@ -54,7 +54,7 @@ class Scenario:
   product: Callable[[str], Any]
   before: tuple[list[str], ...] = ()
   notes: bool = False
-  every: int = 1
+  stride: int = 1
 
 
 def digest(content: bytes) -> str:
@@ -76,13 +76,13 @@ def run_product(workdir: str) -> dict:
     {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
     for line in lines
   ]
-  found = {}
+  digests = {}
   for step in checkpoint.saved_steps(workdir):
     config, _ = checkpoint.load_run_config(workdir)
     params, _ = checkpoint.load_params(workdir, config, step)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
-    found[str(step)] = digest(b"".join(leaves))
-  return {"metrics": records, "checkpoints": found}
+    digests[str(step)] = digest(b"".join(leaves))
+  return {"metrics": records, "checkpoints": digests}
 
 
 def files_product(path: str) -> dict:
@@ -101,7 +101,7 @@ def cache_product(path: str) -> dict:
 
 
 def losses_product(workdir: str) -> list:
-  """The losses that evaluations of a run found."""
+  """Returns the losses that evaluations of a run wrote down."""
   path = pathlib.Path(workdir, "evaluation.jsonl")
   lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
   return sorted({json.loads(line)["loss"] for line in lines})

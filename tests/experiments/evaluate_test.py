@@ -37,7 +37,7 @@ run = functools.partial(run_command, evaluate.main, evaluate.FLAGS)
 
 
 def write_run(folder, data, config, seq_len, params, steps=(7,)):
-  """What pretraining leaves and evaluation reads."""
+  """Writes a run as pretraining leaves it and evaluation reads it."""
   tokenizer = ByteTokenizer()
   folder.mkdir()
   record = {

@@ -151,13 +151,13 @@ def check_flagfile(value, folder, good):
     if line.startswith("--") and equals and name in value:
       said[name] = argument
   for name, argument in said.items():
-    found = value[name]
+    parsed = value[name]
     if name == "workdir":
       argument = os.path.normpath(argument)
-    if type(found) in (int, float):
-      argument = type(found)(argument)
-    if not isinstance(found, bool) and found != argument:
-      return difference(found, argument, f"--{name}")
+    if type(parsed) in (int, float):
+      argument = type(parsed)(argument)
+    if not isinstance(parsed, bool) and parsed != argument:
+      return difference(parsed, argument, f"--{name}")
   return None
 
 
@@ -195,11 +195,13 @@ def read_checkpoint(folder):
 
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with checkpoint.quiet_orbax():
-    found = checkpoint.restore_newest(
+    restored = checkpoint.restore_newest(
       str(folder), small_config(), _abstract_optimizer(), sharding, lambda line: None
     )
-  arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((found.params, found.opt_state))]
-  return found.step, arrays, found.data_state
+  arrays = [
+    np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((restored.params, restored.opt_state))
+  ]
+  return restored.step, arrays, restored.data_state
 
 
 def check_checkpoint(value, folder, good):
