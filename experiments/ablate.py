@@ -1,17 +1,16 @@
-"""Trains a grid of models that differ in attention, one after the other, and compares their
-held-out losses.
+"""Trains a grid of models that differ in attention, and compares their held-out losses.
 
   python -m experiments.ablate --workdir=runs/ablation \\
     --base=experiments/recipes/tiny_stdlib.flags --k=32,64 --window=32,64 \\
     --attention=sparsek,random,sliding_window,full --gate=straight_through,value --seeds=3
 
-Every combination that makes a difference is a cell, a run of experiments.pretrain in
-WORKDIR/cells/NAME under the flags of --base. Finished cells are skipped and interrupted ones go on:
-repeat the command. What other flags made is refused, or with --retrain moved to
-WORKDIR/cells/replaced and trained again. --job=i/N takes every N-th cell, for the array jobs of a
-cluster; a cell that another job trains is left to it. After each cell WORKDIR gets table.md,
-table.csv, report.html and its picture report.png: heatmaps over k and window, and loss against keys
-per query.
+Each combination that makes a difference is a cell, a run of experiments.pretrain in
+WORKDIR/cells/NAME with the flags of --base. The same command again skips finished cells and goes on
+with interrupted ones. A cell that was trained with other flags is refused, or with --retrain moved
+to WORKDIR/cells/replaced and trained again. --job=i/N takes one cell in N, for the array jobs of a
+cluster, and leaves cells that another job trains to that job. After each cell WORKDIR gets
+table.md, table.csv, report.html and its picture report.png: heatmaps over k and window, and loss
+against keys per query.
 """
 
 import os

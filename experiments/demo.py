@@ -3,11 +3,11 @@ two CPU cores.
 
   python -m experiments.demo
 
-Pretrains it, stops it half-way and resumes it in a new process, does the same work with a sliding
-window that sees as many keys, evaluates both side by side, generates text and draws a picture, all
-in demo/ (the corpus, tokenised once, in ~/.cache/sparsek). Run again, it goes on where it was
-stopped, and reuses what is there. Each command is printed before it runs: copy them to go on by
-hand.
+Pretrains it, stops it half-way and resumes it in a new process, trains a sliding window that sees
+as many keys, evaluates both side by side, generates text and draws a picture. Everything goes to
+demo/, except the corpus, which is tokenised once and kept in ~/.cache/sparsek. The same command
+again goes on where it was stopped, and reuses what is there. Each command is printed before it
+runs: copy them to go on by hand.
 """
 
 import os
@@ -67,8 +67,9 @@ def _title(text: str) -> None:
 
 
 def _run(module: str, *arguments: str, stop_when=None) -> None:
-  """Prints a command and runs it; once `stop_when()` is true it gets SIGTERM, after which it must
-  still end well.
+  """Prints a command and runs it; raises RunError unless it ends with code 0.
+
+  Once `stop_when()` is true the command gets SIGTERM, after which it must still end with code 0.
   """
   print("$", shlex.join([_python(), "-m", module, *arguments]), flush=True)
   # The processes share compiled programs; compiling takes most of the time of a program as small as

@@ -1,5 +1,7 @@
-"""Held-out loss of one or several runs side by side: nats per token, bits per byte, and by
-position, also beyond the training length.
+"""Held-out loss of one or several runs side by side.
+
+The loss is shown in nats per token, in bits per byte, and by position, also beyond the training
+length.
 
   python -m experiments.evaluate --workdir=/tmp/run
   python -m experiments.evaluate --workdir=/tmp/sparsek,/tmp/sliding_window --seq_len=4096
@@ -77,7 +79,7 @@ def _runs() -> list[Run]:
 
 
 def _say_how_documents_begin(run: Run, tokenizer) -> None:
-  """Says what begins and ends the documents, and warns where those of the run began otherwise."""
+  """Prints what begins and ends the documents; warns where those of the run began otherwise."""
   print(f"{run.workdir}: {describe_documents(tokenizer)}", file=sys.stderr)
   bos_ids = read_bos(run.record["tokenizer"], tokenizer, os.path.join(run.workdir, "model.json"))
   if bos_ids != tokenizer.bos_ids:

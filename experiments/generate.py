@@ -4,9 +4,9 @@
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --save_cache=/tmp/text.npz
   python -m experiments.generate --workdir=/tmp/run --load_cache=/tmp/text.npz --prompt=" # and"
 
-Memory and time per token do not depend on how much was written before (but for models with full
-attention layers). --k and --window may differ from those of training. The text goes to stdout; a
-last line on stderr says how fast it came.
+Memory and time per token do not depend on how much was written before, except in models with full
+attention layers. --k and --window may differ from those of training. The text goes to stdout; the
+last line on stderr tells the speed.
 """
 
 import sys

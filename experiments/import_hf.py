@@ -1,5 +1,4 @@
-"""Imports a model from a folder in Hugging Face's format as a run, and exports a run as such a
-folder.
+"""Imports a folder in Hugging Face's format as a run, and exports a run as such a folder.
 
   python -m experiments.import_hf --from=FOLDER --workdir=RUN
   python -m experiments.generate --workdir=RUN --prompt="The capital of France is"
@@ -7,13 +6,13 @@ folder.
 
 FOLDER holds config.json, model.safetensors (or shards and their index) and tokenizer.json, of the
 families llama, mistral, qwen2, qwen3, gpt_neox and gpt2. RUN gets a checkpoint of step 0 with
-float32 parameters, model.json and tokenizer/. With --attention=sparsek, or another kind, and flags
-of its k, window and scorers it is the model with that attention before any training, and with new
-scorers where FOLDER has none. Any run of a model that a family can hold is exported, a SPARSEK one
-with its fields in the section "sparsek" of config.json; what transformers reads of it is the dense
-model. See sparsek/huggingface/pretrained.py.
+float32 parameters, model.json and tokenizer/. With --attention=sparsek or another kind, and flags
+for k, window and scorers, the run is the model under that attention before any training, with new
+scorers where FOLDER has none. Any run whose model fits a family can be exported. A SPARSEK model
+has its fields in the section "sparsek" of config.json; transformers reads the dense model from it.
+See sparsek/huggingface/pretrained.py.
 
-RUN and NEW_FOLDER appear when they are complete: a command that failed or was killed is repeated.
+RUN and NEW_FOLDER appear when they are complete: repeat a command that failed or was killed.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ The same command again resumes from the newest checkpoint. WORKDIR gets checkpoi
 (one JSON object per logged step), flags.txt (a --flagfile that reproduces the run), model.json and
 versions.json. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is
 saved only where a further step finds the loss and the gradients finite; --restore_step=N goes back
-to an earlier one. --dry_run says what a step takes, and does nothing.
+to an earlier one. --dry_run prints what a step would take, and trains nothing.
 """
 
 import dataclasses

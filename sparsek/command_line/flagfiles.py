@@ -1,8 +1,8 @@
 """Flagfiles: read before absl parses, so that the command line wins wherever `--flagfile` stands.
 
-A line holds one flag; blank lines and lines that begin with # or // are left out. Among flagfiles
-the later one wins. The values of a flag that may be repeated come from one place: the command
-line, or else the last file that has it. Each field of --model counts as a flag of its own.
+A line holds one flag; blank lines and lines that begin with # or // are skipped. Among flagfiles
+the later one wins. The values of a flag that may be repeated come from one source: the command
+line, or else the last file that has the flag. Each field of --model counts as a flag of its own.
 
 Flags of earlier versions are read, in files and on the command line, as what replaced them.
 """
@@ -21,7 +21,7 @@ from sparsek.storage.files import local_path, read_at_most
 
 COMMAND_LINE = "the command line"
 MAX_BYTES, MAX_FILES = 2**20, 1000
-_TOGETHER = (None, "undefok")  # names of which all places count
+_ADDED_UP = (None, "undefok")  # names whose values come from all sources
 # Flags of version 0.1 that were renamed, and those that became fields of --model.
 RENAMED = {"rivals": "baselines"}
 TO_MODEL = (
@@ -49,25 +49,25 @@ class _Given:
   """A flag and where it was given.
 
   Attributes:
-    name: of the flag; None for what is no flag.
-    words: the arguments that say it, one or two.
-    place: COMMAND_LINE, or the flagfile's path.
-    number: of the place, as one file may be read twice; 0 is the command line.
+    name: the flag's name; None for an argument that is no flag.
+    words: the arguments that give it, one or two.
+    source: COMMAND_LINE, or the flagfile's path.
+    number: of the source, as one file may be read twice; 0 is the command line.
   """
 
   name: str | None
   words: tuple[str, ...]
-  place: str
+  source: str
   number: int
 
   @property
   def text(self) -> str:
-    """Returns it as one argument, such as "--k=8" or "--noscan_layers"."""
+    """The flag as one argument, such as "--k=8" or "--noscan_layers"."""
     return "--" + "=".join(self.words).lstrip("-")
 
 
 class _Reader:
-  """Reads a command line and the flagfiles that it names, in order."""
+  """A reader of a command line and of the flagfiles that it names, in order."""
 
   def __init__(self, flag_values: flags.FlagValues, say: Callable[[str], object]):
     self._flag_values, self._say, self._count = flag_values, say, 0
@@ -76,14 +76,14 @@ class _Reader:
   def read(
     self,
     arguments: Sequence[str],
-    place: str = COMMAND_LINE,
+    source: str = COMMAND_LINE,
     number: int = 0,
     parents: tuple[str, ...] = (),
   ) -> None:
     """Appends what `arguments` give to `given`."""
     for name, words in _split(arguments, self._flag_values):
       if name != "flagfile":
-        self.given.append(_Given(name, words, place, number))
+        self.given.append(_Given(name, words, source, number))
       elif path := "=".join(words).partition("=")[2]:
         self._read_file(path, parents)
 
@@ -99,7 +99,7 @@ class _Reader:
     self.read(_lines(path), path, self._count, (*parents, path))
 
   def _find(self, path: str, parents: tuple[str, ...]) -> str:
-    """Returns where a flagfile lies: beside the one that names it, or else where we are."""
+    """Returns the path of a flagfile: beside the one that names it, or in the working directory."""
     beside = os.path.join(os.path.dirname(parents[-1]), path) if parents else path
     if beside == path or not os.path.exists(beside):
       if not os.path.exists(path):
@@ -133,12 +133,12 @@ def expand(
   in_files = {given.name: given for given in reader.given if given.number}
   for name, here in {given.name: given for given in reader.given if not given.number}.items():
     there = in_files.get(name)
-    if there and name not in _TOGETHER and there.text != here.text:
-      say(f"{there.text} in {there.place} gives way to {here.text} of {COMMAND_LINE}")
+    if there and name not in _ADDED_UP and there.text != here.text:
+      say(f"{there.text} in {there.source} gives way to {here.text} of {COMMAND_LINE}")
   kept = [
     given
     for given in reader.given
-    if given.name in _TOGETHER or given.number == winners[given.name]
+    if given.name in _ADDED_UP or given.number == winners[given.name]
   ]
   kept.sort(key=lambda given: given.number == 0)  # files first: the sort is stable
   return [word for given in kept for word in given.words]
@@ -231,7 +231,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _decode(content: bytes, path: str) -> str:
-  """Returns the text of a flagfile: UTF-8, with or without a mark, or UTF-16 with one."""
+  """Returns the text of a flagfile: UTF-8, or UTF-16 that begins with a byte order mark."""
   if content.startswith(_UTF16):
     try:
       return content.decode("utf-16")

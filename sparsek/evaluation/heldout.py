@@ -59,7 +59,7 @@ def heldout_rows(
     data: token files; None for those that the runs were trained on.
     seq_len, batch_size: None for the largest of the runs' own.
   Raises:
-    UsageError: where the runs read different tokens, or a row is too long for the data or a model.
+    UsageError: where the runs read different tokens, or rows are too long for the data or a model.
   """
   datasets = [run.open_data(data) for run in runs]
   for run, dataset in zip(runs, datasets):
