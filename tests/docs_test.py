@@ -48,7 +48,7 @@ SMALLER = {
 
 
 def blocks(language):
-  """[(file, block)] of the fenced blocks in a language."""
+  """Returns [(file, block)] for the fenced blocks in a language."""
   return [
     (name, block)
     for name in ("README.md", "WORKSPACE.md")
@@ -61,14 +61,15 @@ def commands():
 
 
 def smaller(words):
-  """Flags that make a command of these words a small one."""
+  """Returns flags that make a command small enough for a test."""
   of_suite = [
     name for name in SMALLER if name.split()[0] == words[2] and set(name.split()[1:]) <= set(words)
   ]
   return shlex.split(SMALLER[max(of_suite, key=len)])
 
 
-# Forks a process a command from one that has imported the most: that is a third of their time.
+# Each command is forked from a process that has imported most modules, which saves a third of the
+# time.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["sparsek.training.loop"])
 
@@ -82,7 +83,7 @@ def run(words, folder):
 
 
 def run_module(words, folder):
-  """Becomes `python -m` of these words, in a process of its own."""
+  """Does what `python -m` does with these words, in a process of its own."""
   os.environ.update(XDG_CACHE_HOME=f"{folder}/cache", PYTHONPATH=str(ROOT))
   os.chdir(folder)
   with open("output", "wb") as output:
@@ -95,7 +96,7 @@ def run_module(words, folder):
 
 @pytest.mark.slow
 def test_commands_in_order(tmp_path):
-  """In one folder, one after the other, as a reader would type them."""
+  """Runs them in one folder, one after the other, as a reader would type them."""
   (tmp_path / "experiments").symlink_to(ROOT / "experiments")
   small = tmp_path / "text"
   small.mkdir()

@@ -1,4 +1,4 @@
-"""Shared by several tests."""
+"""Helpers that several tests share."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ def run_command(main, flag_values, *arguments):
 
 @functools.cache
 def spm():
-  """Returns a tokenizer of SentencePiece's kind.
+  """Returns a tokenizer as SentencePiece makes them.
 
   Bytes are tokens too, and decoding leaves out the space before the first word.
   """
@@ -67,7 +67,7 @@ def spm():
 
 @functools.cache
 def metaspace():
-  """The newer spelling of such tokenizers."""
+  """Returns the same tokenizer in the newer form of tokenizer.json."""
   content = json.loads(spm()._tokenizer.to_str()) | {"normalizer": None}
   content["pre_tokenizer"] = {
     "type": "Metaspace",

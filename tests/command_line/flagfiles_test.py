@@ -1,4 +1,4 @@
-"""Flagfiles: who wins, what is told, where nested ones lie, which bytes are text."""
+"""Flagfiles: precedence, messages, nested files, encodings."""
 
 import pytest
 from absl import flags as absl_flags
@@ -10,7 +10,7 @@ from sparsek.errors import UsageError
 
 
 def parsed(*arguments):
-  """Returns the flags, and the lines that were said."""
+  """Returns the flags, and the messages."""
   values, said = absl_flags.FlagValues(), []
   define_pretrain_flags(values)
   Definer(values).strings("stop", "Texts.")

@@ -1,5 +1,5 @@
-"""Bad flags are refused in one sentence; good ones become the dataclasses, also after a trip
-through a flagfile.
+"""Bad flags are refused in one sentence; good ones become the dataclasses, also through a
+flagfile.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Every path of every command is read alike: a new flag that names a file is found here."""
+"""All commands read paths alike; a new flag that names a file fails here until it does."""
 
 import argparse
 import ast

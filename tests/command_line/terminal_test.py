@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 @pytest.fixture
 def unread():
-  """A text stream into a pipe that nobody reads."""
+  """Returns a text stream into a pipe that nobody reads."""
   reader, writer = os.pipe()
   os.close(reader)
   with open(writer, "w") as stream:
@@ -114,7 +114,7 @@ def test_an_interrupt_while_a_command_imports_is_one_line_and_code_130():
 
 
 class Interrupted:
-  """Ctrl-C falls into its destructor, where Python forgets it."""
+  """An object in whose destructor Ctrl-C arrives, where Python drops the exception."""
 
   def __del__(self):
     raise KeyboardInterrupt

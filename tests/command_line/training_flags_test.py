@@ -1,4 +1,4 @@
-"""The flags of pretraining: what those do that nothing else shows."""
+"""Flags of pretraining that no other test covers: what they change."""
 
 import functools
 

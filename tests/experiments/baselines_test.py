@@ -1,5 +1,5 @@
-"""The recipe of rivals: its commands are what the scripts take, kinds of a budget see as many keys.
-How stages are run.
+"""The recipe of the baselines: its commands parse, kinds of one budget see as many keys. The order
+in which stages run.
 """
 
 import json
@@ -119,7 +119,7 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
 
 
 def test_pairs_over_the_records(capsys):
-  """The figures of the README."""
+  """Compares with the figures of the README."""
   results = os.path.join(os.path.dirname(baselines.__file__), "..", "results")
   baselines_pairs.main(
     [os.path.join(results, name) for name in ("baselines.json", "baselines_first.json")]

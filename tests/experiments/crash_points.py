@@ -1,6 +1,6 @@
 """Fails the writes, renames, fsyncs, ... of training, import, export and preparation in turn.
 
-No test, but a measure:
+This is no test of the suite, but is run by hand:
 
   python -m tests.experiments.crash_points
 
@@ -51,7 +51,7 @@ NOTES = ("notes.txt", "draft.tmp", "model.json.new", ".mine")
 
 
 def read_by(words: Iterable[str]) -> set[str]:
-  """The names of SHARED that a command's words mention."""
+  """Returns the names of SHARED that a command's words mention."""
   return set(re.findall(r"SHARED/(\w+)", " ".join(words)))
 
 
@@ -59,7 +59,7 @@ class Bench:
   """The folders of a measurement, and what an undisturbed run of each scenario leaves.
 
   Attributes:
-    folder: of everything.
+    folder: holds everything.
   """
 
   def __init__(self, folder: str):
@@ -116,7 +116,7 @@ class Bench:
 
 
 def listing(point: str) -> list[str]:
-  """All paths of a point; random names and what lies in checkpoints left out."""
+  """Returns all paths of a point, without random names and the contents of checkpoints."""
   names = []
   for parent, folders, files in os.walk(point):
     relative = os.path.relpath(parent, point)
@@ -180,7 +180,7 @@ class Result:
   """Outcome of a point.
 
   Attributes:
-    scenario, key, ordinal, mode: which.
+    scenario, key, ordinal, mode: the point.
     reached: the command came to that operation.
     code: of the command with the fault.
     said: its last line on stderr.

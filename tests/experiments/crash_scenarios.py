@@ -38,12 +38,12 @@ class Scenario:
   """A command whose operations fail.
 
   Attributes:
-    name: of it.
+    name: the scenario's name.
     command: the experiment and its flags; POINT is the folder that it works in, SHARED that of what
       it only reads.
     before: commands that make what is there before it, likewise.
     makes: the folder or file in POINT that it makes or goes on with.
-    product: of that path: what must be the same whatever happened.
+    product: returns, for that path, what must be the same whatever happened.
     notes: the user has files in that folder too.
     stride: take every N-th of its points, since other scenarios take the rest.
   """
@@ -70,7 +70,7 @@ def run_product(workdir: str) -> dict:
   from sparsek.runs import checkpoint
 
   path = pathlib.Path(workdir, "metrics.jsonl")
-  # A last line without its end is what a kill leaves.
+  # A kill may leave a last line without its end.
   lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
   records = [
     {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
@@ -86,14 +86,14 @@ def run_product(workdir: str) -> dict:
 
 
 def files_product(path: str) -> dict:
-  """Digests of the bytes of a file, or of all files of a folder."""
+  """Returns digests of the bytes of a file, or of all files of a folder."""
   root = pathlib.Path(path)
   files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
   return {str(file.relative_to(root)): digest(file.read_bytes()) for file in files}
 
 
 def cache_product(path: str) -> dict:
-  """Digests of the arrays of a saved cache."""
+  """Returns digests of the arrays of a saved cache."""
   import numpy as np
 
   with np.load(path, allow_pickle=False) as file:
@@ -174,7 +174,7 @@ SCENARIOS = (
 )
 
 
-# What scenarios only read; the command that makes it.
+# Name of what scenarios only read -> the command that makes it.
 _PREPARE = ["prepare_data", "--sources=SHARED/texts", "--heldout_fraction=0.3"]
 SHARED = {
   "tokens": [*_PREPARE, "--output=SHARED/tokens"],

@@ -59,7 +59,7 @@ def write_run(folder, data, config, seq_len, params, steps=(7,)):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no
+  """Makes data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no
   checkpoint).
   """
   folder = tmp_path_factory.mktemp("runs")

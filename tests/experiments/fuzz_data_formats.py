@@ -113,7 +113,7 @@ def check_tokens(value, folder, good):
 
 
 def keep_good(make):
-  """Also keeps a copy of what is made, to compare with."""
+  """Keeps a copy of what is made, to compare with."""
 
   def made(folder):
     make(folder)

@@ -25,7 +25,7 @@ MODULES = (
   "benchmark",
 )
 ALSO = ("pretrain",) * 4  # it has the most flags
-# Flags whose large values are a long time's work, as asked for.
+# Flags whose large values rightly take a long time.
 DURATIONS = {
   "num_steps",
   "stop_at",
@@ -204,7 +204,7 @@ PATHS = (
 
 
 def describe_flags() -> dict[str, dict[str, list]]:
-  """Command -> flag -> [its kind, the values of an enum]. Runs in a child."""
+  """Returns command -> flag -> [its kind, the values of an enum]. Runs in a child."""
   from absl import flags as absl_flags
 
   from sparsek.command_line.definer import names_of
@@ -298,7 +298,7 @@ def make_inputs(bench: crash_points.Bench, commands: list[str]) -> None:
 
 
 def wrong_value(words: list[str], folder: str) -> list[str]:
-  """Flags of a pretraining that succeeded which its flags.txt says otherwise."""
+  """Returns the flags of a successful pretraining that have another value in its flags.txt."""
   path = pathlib.Path(folder, "new", "flags.txt")
   if not path.exists():
     return []
@@ -325,7 +325,7 @@ def wrong_value(words: list[str], folder: str) -> list[str]:
 
 
 def try_line(case: int, name: str, words: list[str], bench: crash_points.Bench, folder: str):
-  """A chain: one command line. Returns (case, kind, why)."""
+  """Chains a single command line; returns (case, kind, why)."""
   here = os.path.join(folder, f"case_{case}")
   inputs = os.path.join(here, "in")
   shutil.rmtree(here, ignore_errors=True)

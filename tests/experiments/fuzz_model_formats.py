@@ -138,7 +138,7 @@ def check_ends(value, folder, good):
 
 
 def damage_safetensors(content, rng):
-  """Bytes anywhere, or the header as JSON, with the right length before it."""
+  """Damages bytes anywhere, or the header as JSON, with the right length before it."""
   if rng.random() < 0.4:
     return mutate_bytes(content, rng)
   (length,) = struct.unpack("<Q", content[:8])

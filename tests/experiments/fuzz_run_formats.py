@@ -136,7 +136,9 @@ def read_flagfile(folder):
   values = absl_flags.FlagValues()
   define_pretrain_flags(values)
   parse(["fuzz", f"--flagfile={folder}/run.flags"], values)
-  return {name: values[name].value for name in names_of(values) if values[name].present}
+  texts = {"model": values["model"].serialize().partition("=")[2]}
+  names = [name for name in names_of(values) if values[name].present]
+  return {name: texts.get(name, values[name].value) for name in names}
 
 
 def check_flagfile(value, folder, good):
@@ -152,6 +154,8 @@ def check_flagfile(value, folder, good):
       said[name] = argument
   for name, argument in said.items():
     parsed = value[name]
+    if name == "model":  # one of many spellings of true and false
+      continue
     if name == "workdir":
       argument = os.path.normpath(argument)
     if type(parsed) in (int, float):

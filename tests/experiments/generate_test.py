@@ -79,7 +79,7 @@ def test_several_texts_and_stop_strings(folder, write):
 
 @pytest.fixture(scope="module")
 def spaced(folder):
-  """A run whose tokenizer decodes without the first space, and which writes any of its tokens."""
+  """Makes a run whose tokenizer decodes without the first space, and which writes any token."""
   config = dataclasses.replace(CONFIG, vocab_size=spm().vocab_size, attention="sliding_window")
   write_run(folder / "spaced", "data", config, 32, init_params(config, jax.random.key(0)))
   (folder / "spaced" / "tokenizer").mkdir()

@@ -40,7 +40,7 @@ run = functools.partial(run_command, import_hf.main, import_hf.FLAGS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """run/, trained here; model/, exported from it; imported/, imported from that."""
+  """Makes run/, trained here; model/, exported from it; imported/, imported from that."""
   folder = tmp_path_factory.mktemp("hf")
   write_run(folder / "run", "data", CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
   tokenizer = train_bpe(["some text, some more text; " * 9], 280)
@@ -345,7 +345,7 @@ def failing(*_, **__):
 
 
 def assert_fails(capsys, code, words, folder, *arguments):
-  """The command ends in one sentence, and nothing is there that was not."""
+  """Checks that the command ends in one sentence and makes nothing."""
   before = sorted(os.listdir(folder))
   assert run(*arguments) == code
   error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,5 +1,7 @@
 """Kills and stops a small experiments.pretrain again and again; it must log what an uninterrupted
-run does, to the bit. No test, but a measure.
+run does, to the bit.
+
+This is no test of the suite, but is run by hand:
 
   python -m tests.experiments.kill_stress --kills=12
 
@@ -9,7 +11,7 @@ say of the steps before.
 
 Half fall anywhere in a start (imports, compiling, restoring), half up to --seconds after the first
 step that the process logs: in steps, evaluations and the writing of checkpoints, which goes on
-beside the steps. What a process was doing is found out after its death, from what it left.
+beside the steps. What a process was doing is read from the files that it left.
 """
 
 import argparse

@@ -1,5 +1,6 @@
-"""The commands of the conversion's recipe are what the scripts take; its picture. What they do:
-import_hf_test.py.
+"""The recipe of the conversion: its commands parse, its picture is drawn.
+
+import_hf_test.py runs such commands.
 """
 
 import os
