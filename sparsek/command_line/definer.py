@@ -146,7 +146,7 @@ def names_of(flag_values: flags.FlagValues) -> list[str]:
 
 def help_of(flag_values: flags.FlagValues) -> str:
   """Returns the part of --help that lists the flags."""
-  return flag_values.module_help(__name__)
+  return flag_values.module_help(__name__).replace(f"{__name__}:", "Flags:", 1)
 
 
 def into_string(flag_values: flags.FlagValues) -> str:

@@ -11,40 +11,43 @@ from absl import flags
 
 from sparsek import config as config_lib
 
-FIELDS = (
-  "positions",
-  "max_positions",
-  "rope_fraction",
-  "rope_scaling",
-  "norm",
-  "norm_eps",
-  "qk_norm",
-  "mlp",
-  "use_bias",
-  "out_bias",
-  "mlp_bias",
-  "parallel_residual",
-  "tie_embeddings",
-)
+FIELDS = {  # field -> its description in --help
+  "positions": "rope, a rotary embedding, or learned, a table that is added to the tokens",
+  "max_positions": "rows of the learned table, which is the longest row of tokens",
+  "rope_fraction": "share of the head dimension that is rotated, above 0 and at most 1",
+  "rope_scaling": "stretches the embedding: linear:FACTOR or llama3:FACTOR:LOW:HIGH:ORIGINAL",
+  "norm": "rms_norm or layer_norm",
+  "norm_eps": "epsilon of the norms",
+  "qk_norm": "RMSNorm over the head dimension of queries and keys",
+  "mlp": "hidden layer of a block: swiglu, gelu or gelu_tanh",
+  "use_bias": "biases on the query, key and value projections",
+  "out_bias": "a bias on attention's output projection",
+  "mlp_bias": "biases in the MLP",
+  "parallel_residual": "attention and MLP of a block read the same input",
+  "tie_embeddings": "the output matrix is the embedding",
+}
 CHOICES = {"positions": config_lib.POSITIONS, "norm": config_lib.NORMS, "mlp": config_lib.MLPS}
 MAX_NUMBER = 2**31 - 1
-HELP = (
-  "Fields of the model, separated by commas, that have no flag of their own: "
-  "--model=norm=layer_norm,use_bias=true. "
-  "positions: rope, a rotary embedding, or learned, a table that is added to the tokens. "
-  "max_positions: rows of that table, which is the longest row of tokens. "
-  "rope_fraction: share of the head dimension that is rotated, above 0 and at most 1. "
-  "rope_scaling: stretches the rotary embedding, linear:FACTOR or llama3:FACTOR:LOW:HIGH:ORIGINAL. "
-  "norm: rms_norm or layer_norm. norm_eps: its epsilon. "
-  "qk_norm: RMSNorm over the head dimension of queries and keys. "
-  "mlp: swiglu, gelu or gelu_tanh. "
-  "use_bias, out_bias, mlp_bias: biases on the query, key and value projections, on attention's "
-  "output projection, in the MLP. "
-  "parallel_residual: attention and MLP of a block read the same input. "
-  "tie_embeddings: the output matrix is the embedding. "
-  "A field that has a flag may be given here too, and is then the same as that flag. May be given "
-  "several times; the values of different fields add up."
-)
+
+
+def _help() -> str:
+  """Returns the help of --model, a line for each field."""
+  return "\n".join(
+    (
+      "Fields of the model that have no flag of their own, separated by commas, as in "
+      "--model=norm=layer_norm,use_bias=true. May be given several times: a later value of a "
+      "field wins. A field that has a flag is the same here as that flag. By default the value of "
+      "the preset or run. The fields, and their values in presets:",
+      *(
+        f"{name} ({_text(getattr(config_lib.TransformerConfig, name))}): {text}"
+        for name, text in FIELDS.items()
+      ),
+    )
+  )
+
+
+def _text(value: object) -> str:
+  return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_field(text: str) -> tuple[str, Any]:
@@ -97,18 +100,14 @@ class _Serializer(flags.ArgumentSerializer):
   """The text of given fields, in the order of FIELDS, whatever the order in which they came."""
 
   def serialize(self, value: Mapping[str, Any]) -> str:
-    texts = {
-      name: str(given).lower() if isinstance(given, bool) else str(given)
-      for name, given in value.items()
-    }
-    return ",".join(f"{name}={texts[name]}" for name in FIELDS if name in texts)
+    return ",".join(f"{name}={_text(value[name])}" for name in FIELDS if name in value)
 
 
 class ModelFlag(flags.Flag[dict[str, Any]]):
   """The flag --model, which collects the fields of all its occurrences; a later value wins."""
 
   def __init__(self) -> None:
-    super().__init__(_Parser(), _Serializer(), "model", None, HELP)
+    super().__init__(_Parser(), _Serializer(), "model", None, _help())
 
   def parse(self, argument: str | dict[str, Any]) -> None:
     self.value = {**(self.value or {}), **(self._parse(argument) or {})}
