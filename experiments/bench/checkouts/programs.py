@@ -146,10 +146,13 @@ def take_kernels(text: str) -> tuple[str, list[str]]:
   def byte(match):
     return b"\\" if match[1] == b"\\" else bytes([int(match[1], 16)])
 
+  from jax.experimental.mosaic import gpu as mosaic  # only where there are kernels
+
   kernels = []
   for bytecode in _KERNEL.findall(text):
     with mlir.make_ir_context() as context:
       context.allow_unregistered_dialects = True
+      mosaic.dialect.register_dialect(context)
       kernels.append(str(ir.Module.parse(_ESCAPED.sub(byte, bytecode.encode()))))
   return _KERNEL.sub("kernel", text), kernels
 
