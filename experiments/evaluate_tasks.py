@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from experiments.reports import plots
 from sparsek.command_line import flags, path_flags
+from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
 from sparsek.parallel.mesh import make_mesh, replicated
@@ -56,9 +57,9 @@ def save(path, records, found):
       (length, right / total, *tasks.interval(right, total))
     )
   picture = os.path.splitext(path)[0] + ".png"
-  record = {"chance": {task: tasks.CHANCE[task] for task in panels}, "runs": records}
+  record = {"chance": {task: CHANCE[task] for task in panels}, "runs": records}
   files.save(path, json.dumps(record, indent=1))
-  plots.save_accuracies(picture, panels, tasks.CHANCE)
+  plots.save_accuracies(picture, panels, CHANCE)
   print(f"{path}, {picture}")
 
 
@@ -70,7 +71,7 @@ def check_lengths(lengths: list[int]) -> None:
 
 def main() -> None:
   """Evaluates every run on every task at every length."""
-  chosen, lengths = listed("tasks", tuple(tasks.TASKS)), listed("lengths")
+  chosen, lengths = listed("tasks", tuple(TASKS)), listed("lengths")
   check_lengths(lengths)
   workdirs = FLAGS.workdir
   if not workdirs:
@@ -94,7 +95,7 @@ def main() -> None:
     config, tokenizer = flags.override_config(config, FLAGS), checkpoint.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
     for task in chosen:  # a document too short is refused before any long work
-      tasks.make_example(
+      make_example(
         task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance
       )
     files.check_writable(os.path.join(workdir, "tasks.jsonl"))

@@ -14,6 +14,7 @@ import pytest
 
 from sparsek.config import DataConfig
 from sparsek.data import batches, epoch_order
+from sparsek.data.batches import packing
 from sparsek.data.corpus import Document
 from sparsek.data.epoch_order import EpochOrder, Stage
 from sparsek.data.token_files import write_token_files
@@ -244,7 +245,7 @@ def targets_read(batches):
 def iterators(processes=1, **flags):
   config = DataConfig(**{"seq_len": 64, "batch_size": 2, "seed": 0, **flags})
   rows = [
-    batches._local_rows(config.batch_size, config.seq_len, process, processes)
+    packing.local_rows(config.batch_size, config.seq_len, process, processes)
     for process in range(processes)
   ]
   return [batches.TrainIterator(NUMBERED, config, part, "") for part in rows]

@@ -261,7 +261,7 @@ def test_folders_are_walked_once_and_what_is_left_out_is_counted(tmp_path):
   ]
   line = f"left out: 2 files ending in .bin (the first: {root / 'c.bin'}"
   assert line in left_out.lines()[1]
-  assert left_out.lines(most=1)[1:] == ["left out: 6 for 5 other reasons"]
+  assert left_out.lines(max_reasons=1)[1:] == ["left out: 6 for 5 other reasons"]
 
 
 def test_a_missing_source_is_found_before_the_others_are_read(tmp_path):

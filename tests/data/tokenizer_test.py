@@ -8,12 +8,12 @@ import pytest
 import tokenizers
 
 from sparsek.config import TrainConfig, TransformerConfig
-from sparsek.data import batches
+from sparsek.data import task_documents
+from sparsek.data.batches import opening
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import open_token_files, verify_token_files, write_token_files
 from sparsek.data.tokenizer import ByteTokenizer, describe_documents, load_tokenizer, train_bpe
 from sparsek.errors import UsageError
-from sparsek.evaluation import tasks
 from sparsek.training import loop
 from tests.helpers import metaspace, spm
 
@@ -109,19 +109,19 @@ def test_what_documents_begin_with_is_kept_by_data_and_runs(folder):
 def test_a_corpus_that_was_cached_without_them_is_made_anew(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   documents = [Document("0", TEXT, False), Document("1", "world", True)]
-  monkeypatch.setattr(batches, "documents", lambda sources: documents)
+  monkeypatch.setattr(opening, "documents", lambda sources: documents)
   older = copy.copy(spm())
   older.bos_ids = []
   found = [
-    batches._open_stdlib(tokenizer).split("train").document(0)[0] for tokenizer in (older, spm())
+    opening._open_stdlib(tokenizer).split("train").document(0)[0] for tokenizer in (older, spm())
   ]
   assert found == [spm().encode(TEXT)[0], 1]
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", task_documents.TASKS)
 def test_asked_documents_begin_as_those_of_the_data(task):
   tokenizer = copy.copy(spm())
-  example = lambda: tasks.make_example(task, tokenizer, 1000, np.random.default_rng(0))
+  example = lambda: task_documents.make_example(task, tokenizer, 1000, np.random.default_rng(0))
   tokens, answers = example()
   assert tokens[0] == 1 and len(tokens) <= 1000 and not np.any(tokens[1:] == 1)
   answered = [tokenizer.decode(tokens[places]) for places in answers]
