@@ -7,7 +7,9 @@ import json
 
 import pytest
 
-from sparsek.huggingface.families import ACTIVATIONS, FAMILIES, read_config
+from sparsek.huggingface.config_fields import ACTIVATIONS
+from sparsek.huggingface.config_reading import read_config
+from sparsek.huggingface.families import FAMILIES
 
 reason = "compares with transformers, which is not installed here: pip install -e '.[parity]'"
 transformers = pytest.importorskip("transformers", reason=reason)
