@@ -14,7 +14,7 @@ TOKENIZER = ByteTokenizer()
 
 
 def example(task, length=1500, seed=0):
-  """Text, its answers, and the places where they begin."""
+  """Returns a text, its answers, and the positions where they begin."""
   tokens, answers = task_documents.make_example(
     task, TOKENIZER, length, np.random.default_rng(seed)
   )
@@ -24,13 +24,13 @@ def example(task, length=1500, seed=0):
   )
   return (
     TOKENIZER.decode(tokens),
-    [TOKENIZER.decode(tokens[places]) for places in answers],
-    [places[0] for places in answers],
+    [TOKENIZER.decode(tokens[positions]) for positions in answers],
+    [positions[0] for positions in answers],
   )
 
 
 def solved(task, text):
-  """What the text itself says the answers are."""
+  """Returns the answers that follow from the text."""
   if task == "passkey":
     return re.findall(r"The pass key is (\d{5})\. Remember", text)
   if task == "needle":
@@ -51,18 +51,18 @@ def solved(task, text):
 def test_answers_are_what_the_text_says(task):
   distances = []
   for seed in range(20):
-    text, answers, places = example(task, seed=seed)
+    text, answers, positions = example(task, seed=seed)
     assert [answer.strip() for answer in answers] == solved(task, text) and all(
       answer[0] == " " for answer in answers
     )
-    assert all(text[place:].startswith(answer) for place, answer in zip(places, answers))
-    distances.append(places[0] - text.index(answers[0].strip()) if task != "variables" else 0)
+    assert all(text[position:].startswith(answer) for position, answer in zip(positions, answers))
+    distances.append(positions[0] - text.index(answers[0].strip()) if task != "variables" else 0)
   assert task == "variables" or max(distances) - min(distances) > 300, "facts stand at many depths"
   assert example(task, seed=1) == example(task, seed=1) != example(task, seed=2)
 
 
 def answer_from(task, seen):
-  """What a text that ends before an answer says it is; else a number in sight, or None."""
+  """Returns the answer that follows from a text that ends before it, or some number in it."""
   numbers = re.findall(r"\d{5}", seen)
   if task == "copy":
     return (re.findall(r"Letters: (.*)\n", seen) or [None])[0]
@@ -76,8 +76,8 @@ def answer_from(task, seen):
 
 @pytest.mark.parametrize("task", task_documents.TASKS)
 def test_a_window_has_no_other_way_to_an_answer(task):
-  """Who sees the last w characters only is right where the facts lie among them, about w / length
-  of the time, and never beyond min_distance.
+  """The last w characters are enough if the facts are among them, in about w / length of the
+  documents, and never with a min_distance above w.
   """
 
   def share(w, min_distance=0, length=2400, documents=60):
@@ -88,9 +88,9 @@ def test_a_window_has_no_other_way_to_an_answer(task):
       )
       text = TOKENIZER.decode(tokens)
       right += [
-        answer_from(task, text[max(0, places[0] - w) : places[0]])
-        == text[places[0] + 1 : places[-1] + 1]
-        for places in answers
+        answer_from(task, text[max(0, positions[0] - w) : positions[0]])
+        == text[positions[0] + 1 : positions[-1] + 1]
+        for positions in answers
       ]
     return sum(right) / len(right)
 
@@ -101,8 +101,8 @@ def test_a_window_has_no_other_way_to_an_answer(task):
 
 @pytest.mark.parametrize("task", ["needle", "recall", "variables"])
 def test_chance_is_one_of_the_numbers(task):
-  text, _, places = example(task)
-  assert len(set(re.findall(r"\d{5}", text[: places[0]]))) * task_documents.CHANCE[task] == 1
+  text, _, positions = example(task)
+  assert len(set(re.findall(r"\d{5}", text[: positions[0]]))) * task_documents.CHANCE[task] == 1
 
 
 def test_too_short_a_row_is_refused():
@@ -111,13 +111,13 @@ def test_too_short_a_row_is_refused():
 
 
 def test_documents_to_train_on():
-  every = list(documents(["tasks:1500:20"], heldout_fraction=0.2))
-  assert len({document.text for document in every}) == 20 and {
-    document.name.split()[0] for document in every
+  all_documents = list(documents(["tasks:1500:20"], heldout_fraction=0.2))
+  assert len({document.text for document in all_documents}) == 20 and {
+    document.name.split()[0] for document in all_documents
   } == set(task_documents.TASKS)
-  assert all(700 < len(document.text) <= 1500 for document in every)
-  assert all(document.answers is None for document in every)
-  assert example("passkey", 1500)[0] not in {document.text for document in every}
+  assert all(700 < len(document.text) <= 1500 for document in all_documents)
+  assert all(document.answers is None for document in all_documents)
+  assert example("passkey", 1500)[0] not in {document.text for document in all_documents}
   with pytest.raises(UsageError, match="'tasks:many' must be tasks:LENGTH:COUNT"):
     list(documents(["tasks:many"]))
   with pytest.raises(
@@ -129,7 +129,7 @@ def test_documents_to_train_on():
 
 
 def test_documents_to_train_on_ask_for_everything():
-  """For all that their tasks know, after all facts; long ones have several task_documents."""
+  """They ask for all facts, after all of them; long ones hold several tasks."""
   facts = {
     "passkey": r"Remember it",
     "needle": r"^The code",

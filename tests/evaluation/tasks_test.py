@@ -34,13 +34,13 @@ TOKENIZER = ByteTokenizer()
 def test_right_answers_are_counted(monkeypatch):
   """Every answer token must be right; the rows that fill up the last batch do not count."""
 
-  def oracle(config, params, tokens, places):
-    return np.take_along_axis(tokens, places, axis=1)
+  def oracle(config, params, tokens, positions):
+    return np.take_along_axis(tokens, positions, axis=1)
 
   monkeypatch.setattr(tasks, "predicted", oracle)
   results = lambda: list(tasks.evaluate(CONFIG, None, TOKENIZER, "recall", 1500, 5, batch_size=2))
   assert results() == [(8, 8), (16, 16), (20, 20)]
-  # in the second answer of four
+  # a wrong token in the second of four answers
   monkeypatch.setattr(
     tasks, "predicted", lambda *args: oracle(*args) + (np.arange(args[3].shape[1]) == 7)
   )
@@ -49,13 +49,13 @@ def test_right_answers_are_counted(monkeypatch):
 
 def test_predictions_are_the_largest_logits():
   params = init_params(CONFIG, jax.random.key(0))
-  tokens, places = (
+  tokens, positions = (
     np.random.default_rng(0).integers(0, 257, (2, 30)).astype(np.int32),
     np.array([[1, 5, 29], [2, 3, 4]], np.int32),
   )
   logits = jax.jit(Transformer(CONFIG).apply)({"params": params}, tokens)
-  expected = np.take_along_axis(np.argmax(logits, axis=-1), places - 1, axis=1)
-  np.testing.assert_array_equal(tasks.predicted(CONFIG, params, tokens, places), expected)
+  expected = np.take_along_axis(np.argmax(logits, axis=-1), positions - 1, axis=1)
+  np.testing.assert_array_equal(tasks.predicted(CONFIG, params, tokens, positions), expected)
 
 
 def test_interval():
@@ -102,7 +102,7 @@ def test_command(tmp_path, capsys):
     (f"--record={tmp_path}/folder.json", "folder.json is a folder"),
   ):
     assert run(f"--workdir={folder}", argument) == 2 and words in capsys.readouterr().err
-  # All folders are looked at before the first is asked.
+  # All folders are checked before the first model is asked.
   assert run(f"--workdir={folder},{tmp_path}/nowhere", "--lengths=200", "--tasks=copy") == 2
   assert "nowhere: there is no such folder" in capsys.readouterr().err
   assert len((folder / "tasks.jsonl").read_text().splitlines()) == 1

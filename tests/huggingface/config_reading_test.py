@@ -92,7 +92,7 @@ def test_rope_is_read_as_transformers_4_and_5_write_it():
   )
 
 
-PLAIN = {"model_type": "llama", "num_hidden_layers": 2}  # all else by default
+PLAIN = {"model_type": "llama", "num_hidden_layers": 2}  # the rest by default
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 NEOX_451 = {
   "model_type": "gpt_neox",
@@ -225,7 +225,7 @@ def test_what_disagrees_is_refused_all_in_one_message(fields, words):
 
 
 def test_any_value_of_any_field_ends_in_a_model_or_in_one_sentence():
-  """Every field, at the top and in sections, with every odd value."""
+  """Tries all odd values of all fields, also of those in sections."""
   rope = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

@@ -128,7 +128,7 @@ def test_a_dense_model_is_read_as_a_sparsek_one_and_back(tmp_path):
     del plain[f"layers_{i}"]["attention"]["scorer"]
   assert_bit_equal(plain, params)
   pretrained.save(str(tmp_path / "sparse"), sparse, converted)
-  # two scorers are there, two are new
+  # two scorers are in the folder, two are new
   moved = dataclasses.replace(sparse, attention="sparsek", scan_layers=False)
   _, again = pretrained.load(str(tmp_path / "sparse"), config=moved, key=key)
   assert_bit_equal(
@@ -155,7 +155,7 @@ def test_parameters_of_another_model_are_not_saved(tmp_path):
 
 
 def write(folder, config, tensors):
-  """A folder of one file; `tensors` are arrays."""
+  """Writes a folder of one file; `tensors` are arrays."""
   os.makedirs(folder)
   pending = {
     name: safetensors.Pending(array.dtype, array.shape, lambda array=array: array)
@@ -167,7 +167,7 @@ def write(folder, config, tensors):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-  """A folder of two shards."""
+  """Returns a folder of two shards."""
   folder = tmp_path_factory.mktemp("good") / "model"
   config = dataclasses.replace(LLAMA, num_layers=1)
   params = random_params(config)
@@ -184,7 +184,7 @@ def edit_json(folder, name, change):
 
 
 def edit_header(folder, change, extra=b""):
-  """Changes the header of the first shard; the data stay as they are."""
+  """Changes the header of the first shard, but not its data."""
   path = folder / "model-00001-of-00002.safetensors"
   raw = path.read_bytes()
   (length,) = struct.unpack("<Q", raw[:8])
@@ -394,7 +394,7 @@ def test_hostile_folders_are_refused_with_a_reason(name, good, tmp_path):
 
 
 def test_any_damaged_header_is_opened_or_refused_in_one_sentence(good, tmp_path):
-  """1000 mutations: bytes of the header, values of an entry, cuts, bytes at the end."""
+  """Tries 1000 mutations: bytes of the header, values of an entry, cuts, bytes at the end."""
   raw = (good / "model-00001-of-00002.safetensors").read_bytes()
   (length,) = struct.unpack("<Q", raw[:8])
   generator, path, opened = np.random.default_rng(0), tmp_path / "model.safetensors", 0
@@ -427,8 +427,9 @@ def memory(key):
 
 
 def test_memory_is_at_most_a_third_more_than_the_checkpoint(tmp_path):
-  """The peak of what is resident, mapped files included; the embedding is the larger part, as in
-  small models.
+  """Measures the peak of resident memory, with mapped files.
+
+  The embedding is the larger part of the model, as in small models.
   """
   if not os.access("/proc/self/clear_refs", os.W_OK):
     pytest.skip("measures the peak of resident memory with /proc, which is not here")
