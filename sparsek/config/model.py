@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -44,7 +43,7 @@ _AT_LEAST_0 = (
 )
 
 
-def parse_rope_scaling(scaling: str | Sequence | None) -> tuple | None:
+def parse_rope_scaling(scaling: str | tuple | list | None) -> tuple | None:
   """Returns (name, *numbers) of "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL".
 
   Args:
@@ -55,7 +54,7 @@ def parse_rope_scaling(scaling: str | Sequence | None) -> tuple | None:
   """
   if scaling is None:
     return None
-  kind, *parts = scaling.split(":") if isinstance(scaling, str) else list(scaling)
+  kind, *parts = scaling.split(":") if isinstance(scaling, str) else scaling
   names = ROPE_SCALINGS.get(kind, ())
   try:
     numbers = tuple(map(float, parts))
