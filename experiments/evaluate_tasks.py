@@ -95,9 +95,7 @@ def main() -> None:
     config, tokenizer = flags.override_config(config, FLAGS), checkpoint.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
     for task in chosen:  # a document too short is refused before any long work
-      make_example(
-        task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance
-      )
+      make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
     files.check_writable(os.path.join(workdir, "tasks.jsonl"))
     runs.append((workdir, config, record, tokenizer))
   for workdir, config, record, tokenizer in runs:
