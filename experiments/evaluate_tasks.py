@@ -26,6 +26,7 @@ from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_evaluation_flags
 from sparsek.command_line.main import run
+from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
 from sparsek.parallel.mesh import make_mesh, replicated
@@ -81,8 +82,8 @@ def task_names() -> list[str]:
   """Returns the tasks of --tasks."""
   names = FLAGS.tasks.split(",")
   for name in names:
-    if name not in tasks.TASKS:
-      allowed = ", ".join(tasks.TASKS)
+    if name not in TASKS:
+      allowed = ", ".join(TASKS)
       raise UsageError(f"--tasks={FLAGS.tasks}: {name!r} must be one of {allowed}")
   return names
 
@@ -106,9 +107,9 @@ def save(
       (length, right / total, *tasks.interval(right, total))
     )
   picture = os.path.splitext(path)[0] + ".png"
-  record = {"chance": {task: tasks.CHANCE[task] for task in panels}, "runs": records}
+  record = {"chance": {task: CHANCE[task] for task in panels}, "runs": records}
   files.save(path, json.dumps(record, indent=1))
-  plots.save_accuracies(picture, panels, tasks.CHANCE)
+  plots.save_accuracies(picture, panels, CHANCE)
   print(f"{path}, {picture}")
 
 
@@ -145,9 +146,7 @@ def main() -> None:
     config, tokenizer = override_config(config, FLAGS), checkpoint.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
     for task in chosen:  # a document too short is refused before any long work
-      tasks.make_example(
-        task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance
-      )
+      make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
     files.check_writable(os.path.join(workdir, "tasks.jsonl"))
     runs.append((workdir, config, record, tokenizer))
   for workdir, config, record, tokenizer in runs:
