@@ -35,7 +35,7 @@ from experiments import script
 from experiments.recipes.stages import MINUTES, flags_of, run_stages
 from experiments.reports import plots
 from experiments.reports.baselines_report import accuracies, mean_and_error
-from sparsek.evaluation import tasks
+from sparsek.data.task_documents import CHANCE
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
@@ -270,7 +270,7 @@ def main(options) -> None:
       if name in minutes
     },
     "minutes": minutes,
-    "chance": {task: tasks.CHANCE[task] for task in ("passkey", "needle")},
+    "chance": {task: CHANCE[task] for task in ("passkey", "needle")},
     "runs": runs,
     "versions": run_directory.versions(),
   }

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from sparsek.command_line.model_fields import as_flag
 from sparsek.config import TransformerConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # "layers_0/attention/query/kernel" -> shape
@@ -126,5 +127,6 @@ def explain_architecture(saved: TransformerConfig, wanted: TransformerConfig) ->
     if name not in FREE_FIELDS
   }
   return "; ".join(
-    f"--{name}={show(here)} here, {show(there)} there" for name, (there, here) in differing.items()
+    f"{as_flag(name)}={show(here)} here, {show(there)} there"
+    for name, (there, here) in differing.items()
   )

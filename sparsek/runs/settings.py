@@ -6,26 +6,19 @@ no difference. They are compared before a finished run counts as done, or an unf
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import flags, path_flags
+from sparsek.command_line import configs, flagfiles, model_fields, path_flags
+from sparsek.command_line.definer import names_of
+from sparsek.command_line.main import parse as parse_flags
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 from sparsek.runs import run_directory
 
 Settings = dict[str, object]
-DEFINED = {  # script -> its flags
-  "pretrain": (
-    flags.define_model_flags,
-    flags.define_data_flags,
-    flags.define_train_flags,
-    flags.define_dry_run_flag,
-  ),
-  "import_hf": (flags.define_import_flags,),
-  "evaluate": (flags.define_evaluation_flags,),
-  "evaluate_tasks": (flags.define_task_flags,),
-}
+Define = Callable[[absl_flags.FlagValues], None]  # defines the flags of a command
 NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "checkpoint_every": "saving changes nothing of what is saved",
   "keep_checkpoints": "only how many older checkpoints stay",
@@ -40,12 +33,16 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
 REPLACED = "replaced"  # folder for runs that were moved aside
 
 
-def parse(script: str, words: Sequence[str]) -> absl_flags.FlagValues:
-  """Returns the parsed flags of `python -m experiments.SCRIPT WORDS`; raises UsageError."""
+def parse(words: Sequence[str], define: Define = define_pretrain_flags) -> absl_flags.FlagValues:
+  """Returns the parsed flags of a command line without the program's name; raises UsageError.
+
+  Args:
+    words: the command line.
+    define: defines the flags of the command, by default those of experiments.pretrain.
+  """
   values = absl_flags.FlagValues()
-  for define in DEFINED[script]:
-    define(values)
-  flags.parse([script, *words], values, say=lambda line: None)
+  define(values)
+  parse_flags(["", *words], values, say=lambda line: None)
   return values
 
 
@@ -56,22 +53,25 @@ def effective(values: absl_flags.FlagValues) -> Settings:
   to the preset; where it is the model of another run or folder, the flags are. The folder that a
   command makes is none of its settings. Paths are given as `_locate` returns them.
   """
-  names = [name for name in flags.OUR_FLAGS if name in values and name not in NEUTRAL]
+  names = [name for name in names_of(values) if name not in (*NEUTRAL, "model")]
   home = values["workdir"].value if isinstance(values["workdir"].value, str) else ""
   if home:
     names.remove("workdir")
-  found = {name: values[name].value for name in names}
-  if "warmup_steps" in found:
-    found["warmup_steps"] = flags.train_config(values).optimizer.warmup_steps
-  if "preset" in found and not any(found.get(name) for name in ("init_from", "from")):
-    model = flags.model_config(values)
-    del found["preset"], found["layer_pattern"]
-    found |= {name: getattr(model, name) for name in found if hasattr(model, name)}
-  elif "preset" in found and found["preset"] == values["preset"].default:
-    del found["preset"]  # earlier versions spelled it out
+  # Fields of --model are settings of their own, as they were when each had a flag.
+  given = model_fields.given_fields(values)
+  result = {name: values[name].value for name in names} | given
+  if "warmup_steps" in result:
+    result["warmup_steps"] = configs.train_config(values).optimizer.warmup_steps
+  if "preset" in result and not any(result.get(name) for name in ("init_from", "from")):
+    model = configs.model_config(values)
+    del result["preset"], result["layer_pattern"]
+    fields = [*result, *flagfiles.TO_MODEL]
+    result |= {name: getattr(model, name) for name in fields if hasattr(model, name)}
+  elif "preset" in result and result["preset"] == values["preset"].default:
+    del result["preset"]  # earlier versions spelled it out
   return {
-    name: _plain(value, home if path_flags.is_path(values[name]) else None)
-    for name, value in found.items()
+    name: _plain(value, home if name in values and path_flags.is_path(values[name]) else None)
+    for name, value in result.items()
   }
 
 
@@ -94,26 +94,29 @@ def _locate(path: str, home: str) -> str | dict[str, str]:
   return {"path": prefix + path, "from here": prefix + os.path.relpath(path, home or None)}
 
 
-def of_folder(folder: str, script: str = "pretrain") -> list[Settings]:
-  """Returns the settings in each flags*.txt of a run's folder; none where nothing ran there.
+def of_folder(folder: str, define: Define = define_pretrain_flags) -> list[Settings]:
+  """Returns the settings that each flags*.txt of a run's folder holds, none where nothing ran.
 
+  Args:
+    folder: of the run.
+    define: defines the flags of the command that made it.
   Raises:
     UsageError: naming the file that this version cannot understand.
   """
-  found = []
+  result = []
   for path in sorted(glob.glob(os.path.join(glob.escape(folder), "flags*.txt"))):
     try:
-      found.append(effective(parse(script, [f"--flagfile={path}"])))
+      result.append(effective(parse([f"--flagfile={path}"], define)))
     except UsageError as error:
       raise UsageError(f"{path} is not of this version: {error}") from None
-  return found
+  return result
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
   """Returns a line for each flag whose values differ, as "--k: 8 -> 16"."""
   names = [*new, *(name for name in old if name not in new)]
   return [
-    f"--{name}: {_text(old.get(name))} -> {_text(new.get(name))}"
+    f"{model_fields.as_flag(name)}: {_text(old.get(name))} -> {_text(new.get(name))}"
     for name in names
     if not _same(old.get(name), new.get(name))
   ]

@@ -1,7 +1,7 @@
 """Start of a run: its fixed parts, its first state, and the records it writes."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ class Setup(NamedTuple):
   params_shape: Params
   optimizer: optax.GradientTransformation
   iterator: TrainIterator
-  heldout: Sequence[HostBatch]
+  heldout: Iterable[HostBatch]
   train_step: Callable
   eval_step: Callable
   diagnose: Callable

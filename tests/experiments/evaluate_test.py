@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
-from sparsek.command_line import flags
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
@@ -38,7 +37,7 @@ run = functools.partial(run_command, evaluate.main, evaluate.FLAGS)
 
 
 def write_run(folder, data, config, seq_len, params, steps=(7,)):
-  """What pretraining leaves and evaluation reads."""
+  """Writes a run as pretraining leaves it and evaluation reads it."""
   tokenizer = ByteTokenizer()
   folder.mkdir()
   record = {
@@ -60,7 +59,7 @@ def write_run(folder, data, config, seq_len, params, steps=(7,)):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no
+  """Makes data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no
   checkpoint).
   """
   folder = tmp_path_factory.mktemp("runs")
@@ -193,7 +192,7 @@ def test_no_command_takes_an_older_step_unasked(name, folder, monkeypatch, capsy
   monkeypatch.setattr(checkpoint, "load_params", load)
   for flag in ((), ("--allow_older_step",)):
     words = [argument.format(folder=folder) for argument in arguments]
-    values = getattr(script, "FLAGS", flags.FLAGS)
+    values = script.FLAGS
     assert run_command(script.main, values, f"--workdir={folder}/damaged", *words, *flag) == 2
     assert capsys.readouterr().err.endswith("error: enough\n")
   assert asked == [False, True]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, import_hf, pretrain
-from sparsek.command_line import flags
 from sparsek.config import TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
@@ -41,7 +40,7 @@ run = functools.partial(run_command, import_hf.main, import_hf.FLAGS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """run/, trained here; model/, exported from it; imported/, imported from that."""
+  """Makes run/, trained here; model/, exported from it; imported/, imported from that."""
   folder = tmp_path_factory.mktemp("hf")
   write_run(folder / "run", "data", CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
   tokenizer = train_bpe(["some text, some more text; " * 9], 280)
@@ -80,7 +79,7 @@ def test_an_imported_model_writes(folder, capsys):
   assert (
     run_command(
       generate.main,
-      flags.FLAGS,
+      generate.FLAGS,
       f"--workdir={folder}/imported",
       "--prompt=some",
       "--max_new_tokens=1",
@@ -117,7 +116,7 @@ def test_conversion(folder, data):
   )
   train = lambda name, *flags_: run_command(
     pretrain.main,
-    flags.FLAGS,
+    pretrain.FLAGS,
     f"--workdir={folder}/{name}",
     f"--data={data}",
     "--seq_len=16",
@@ -183,7 +182,7 @@ def test_conversion_by_adapters(folder, data, tmp_path, capsys):
   """
   train = lambda name, *flags_: run_command(
     pretrain.main,
-    flags.FLAGS,
+    pretrain.FLAGS,
     f"--workdir={tmp_path}/{name}",
     f"--data={data}",
     "--seq_len=16",
@@ -227,7 +226,7 @@ def test_conversion_by_adapters(folder, data, tmp_path, capsys):
   assert (
     run_command(
       generate.main,
-      flags.FLAGS,
+      generate.FLAGS,
       f"--workdir={tmp_path}/lora",
       "--prompt=some",
       "--max_new_tokens=1",
@@ -292,7 +291,7 @@ def test_bad_training_of_a_pretrained_model(folder, data, capsys, arguments, wor
     "--batch_size=1",
     "--num_steps=1",
   ]
-  assert run_command(pretrain.main, flags.FLAGS, *base, *arguments) == 2
+  assert run_command(pretrain.main, pretrain.FLAGS, *base, *arguments) == 2
   assert words.format(folder=folder) in capsys.readouterr().err
 
 
@@ -346,7 +345,7 @@ def failing(*_, **__):
 
 
 def assert_fails(capsys, code, words, folder, *arguments):
-  """The command ends in one sentence, and nothing is there that was not."""
+  """Checks that the command ends in one sentence and makes nothing."""
   before = sorted(os.listdir(folder))
   assert run(*arguments) == code
   error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -94,7 +94,7 @@ def test_another_architecture_is_refused_with_a_table(run):
   for words in (
     "--num_layers=3 here, 2 there",
     "--mlp_dim=16 here, 8 there",
-    "--qk_norm=True here, False there",
+    "--model=qk_norm=True here, False there",
     "other shape",
     "missing",
     "loaded",
