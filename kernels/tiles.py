@@ -6,6 +6,7 @@ tokens already selected at its first query, by increasing last, so that tiles di
 other, and then those selected later, by increasing first, so that tiles start one after the other.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -214,7 +215,7 @@ def query_tiles(read, begin: jax.Array, block_q: int, tiles: int) -> tuple:
   return t0, *(jnp.where(t1 < tiles, t, t0) for t in (t1, t2)), t3
 
 
-def near_tiles(left: jax.Array, block: jax.Array, block_q: int, block_kv: int) -> tuple:
+def near_tiles(left: Callable, block: jax.Array, block_q: int, block_kv: int) -> tuple:
   """Which tiles of tokens every block of queries visits before its own.
 
   Args:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsek.kernels import prefix_thresholds
+from sparsek.kernels.hopper import prefix_gradients as hopper_gradients
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 from sparsek.kernels.saved import saved
 from sparsek.kernels.varying import varying_like
@@ -118,7 +119,7 @@ def select_backward(k, delay, packed, kernels, residuals, cotangents):
   scores, threshold, end = residuals
   if kernels:
     return (
-      hopper_thresholds.scores_gradient(cotangents[0], scores, threshold, end, delay),
+      hopper_gradients.scores_gradient(cotangents[0], scores, threshold, end, delay),
       None,
       None,
     )

@@ -5,6 +5,7 @@ and what they refuse.
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -20,8 +21,9 @@ from sparsek.attention.prefix_selection import select
 from sparsek.config import GATES
 from sparsek.kernels import cudnn, gates
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import attention_backward, thread_ops
-from sparsek.kernels.hopper.common import ListWork, Work
+from sparsek.kernels.hopper import thread_ops
+from sparsek.kernels.hopper.common import joined
+from sparsek.kernels.hopper.work import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from tests.kernels.attention_base import (
   ARGUMENTS,
@@ -31,7 +33,7 @@ from tests.kernels.attention_base import (
 )
 from tests.kernels.hopper import interpreted
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.gpu
@@ -228,7 +230,7 @@ def test_interpreted_kernels_match_the_truth(name):
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
     "JAX_PLATFORMS": "cpu",
   }
-  command = [sys.executable, "-m", "tests.kernels.mosaic_interpreted", name]
+  command = [sys.executable, "-m", "tests.kernels.hopper.interpreted", name]
   done = subprocess.run(
     command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False
   )
@@ -345,18 +347,14 @@ def test_padding_to_whole_chunks_is_small(n):
   ],
 )
 def test_programs_compute_every_block_once(work):
-  programs, found = jnp.arange(work.programs), []
+  programs, items = jnp.arange(work.programs), []
   for i in range(work.each):
-    found += [
-      item
-      for item, there in zip(
-        zip(*(np.asarray(x) for x in work.item(programs, jnp.int32(i)))), work.count(programs) > i
-      )
-      if there
-    ]
+    computed = work.blocks_of(programs) > i
+    all_items = zip(*(np.asarray(x) for x in work.item(programs, jnp.int32(i))))
+    items += [item for item, there in zip(all_items, computed) if there]
   blocks = work.blocks * getattr(work, "chunks", 1)
-  assert len(found) == work.batch * blocks * work.heads
-  assert set(found) == {
+  assert len(items) == work.batch * blocks * work.heads
+  assert set(items) == {
     (b, block, head)
     for b in range(work.batch)
     for block in range(blocks)
@@ -370,7 +368,7 @@ def test_long_blocks_of_lists_come_first():
     [int(work.item(jnp.int32(program), jnp.int32(i))[1]) for program in range(work.programs)]
     for i in range(work.each)
   ]
-  assert order == [[4, 3, 5, 2, 6], [8, 8, 0, 7, 1]] and work.count(jnp.int32(0)) == 1
+  assert order == [[4, 3, 5, 2, 6], [8, 8, 0, 7, 1]] and work.blocks_of(jnp.int32(0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -383,4 +381,4 @@ def test_long_blocks_of_lists_come_first():
   ],
 )
 def test_ranges_are_joined(ranges, expected):
-  assert tuple(map(int, attention_backward.joined(*ranges))) == expected
+  assert tuple(map(int, joined(*ranges))) == expected

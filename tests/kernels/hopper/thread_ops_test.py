@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from sparsek.attention import prefix_selection
 from sparsek.attention.operator import document_bounds
 from sparsek.kernels import tiles
-from sparsek.kernels.hopper import gather_rows, selection_lists, thread_ops
+from sparsek.kernels.hopper import gather_rows, prefix_gradients, selection_lists, thread_ops
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 from sparsek.kernels.specs import make_scores
 
@@ -107,7 +107,7 @@ def poisoned(x):
 
 def kernel(body, rows, size, *extra, name, out_type=()):
   def run(*args):
-    out = list(map(poisoned, out_type))
+    out = jax.tree.map(poisoned, list(out_type))
     args = jax.tree.map(lambda x: x if isinstance(x, Ref) else Ref(np.array(x)), args)
     for block in range(-(-size // thread_ops.LANES)):
       for row in range(rows):
@@ -120,7 +120,7 @@ def kernel(body, rows, size, *extra, name, out_type=()):
             *args,
             *out,
           )
-    return [jnp.asarray(x.array) for x in out]
+    return jax.tree.map(lambda x: jnp.asarray(x.array), out)
 
   return run
 
@@ -130,10 +130,12 @@ current = {}
 
 @pytest.fixture
 def emulated(monkeypatch):
-  for module in (thread_ops, selection_lists, gather_rows, hopper_thresholds):
+  for module in (thread_ops, selection_lists, gather_rows, hopper_thresholds, prefix_gradients):
     for f in (gather, gather_bytes, scatter, scatter_bytes, add_row, widen, narrow, kernel):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
-  monkeypatch.setattr(gather_rows, "numbers", lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32))
+  monkeypatch.setattr(
+    gather_rows, "lane_index", lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32)
+  )
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
   monkeypatch.setattr(
@@ -181,15 +183,19 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   )
   request.getfixturevalue("emulated")
   monkeypatch.setattr(hopper_thresholds, "over_batch", lambda f, *args: f(*args))
-  for f in ("_sort", "_solve", "_scores_gradient"):
-    monkeypatch.setattr(hopper_thresholds, f, getattr(hopper_thresholds, f).__wrapped__)
+  for module, f in (
+    (hopper_thresholds, "_sort"),
+    (hopper_thresholds, "_solve"),
+    (prefix_gradients, "_scores_gradient"),
+  ):
+    monkeypatch.setattr(module, f, getattr(module, f).__wrapped__)
   threshold, expiry, order = prefix_selection.select.fun.__wrapped__(
     scores, start, end, k, delay, packed, True
   )
   np.testing.assert_array_equal(threshold, expected)
   np.testing.assert_array_equal(expiry, expected_expiry)
   np.testing.assert_array_equal(order, expected_order)
-  found = hopper_thresholds.scores_gradient(cotangent, scores, threshold, end, delay)
+  found = prefix_gradients.scores_gradient(cotangent, scores, threshold, end, delay)
   np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
 
 
