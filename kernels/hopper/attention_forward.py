@@ -19,7 +19,7 @@ memory only: the listed keys and values were gathered before. Logits are to base
                                                  store out and logsumexp
 
 At `turn` the computing warpgroups meet, two times a tile. The second one is half a tile behind: it
-passes `turn` once more before its first tile, the other one once more after its last. So while one
+passes `turn` once before its first tile, the first one once after its last tile. So while one
 computes its softmax, the other one's products keep the tensor cores busy, as in FlashAttention-3.
 
   barrier (how many)      opens after
@@ -119,7 +119,7 @@ class Scratch(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What the roles of a program need."""
+  """Everything that the roles of a program need."""
 
   options: Options
   inputs: Inputs
@@ -131,7 +131,7 @@ class Program(NamedTuple):
 
   @property
   def gated(self) -> bool:
-    """Whether the output depends on the gates, and so on the scores."""
+    """True if the output depends on the gates, and so on the scores."""
     return self.options.gate != "straight_through"
 
 
@@ -249,7 +249,7 @@ def _load(program: Program) -> None:
     inputs.key,
     inputs.value,
     inputs.listed,
-    own=1,
+    own_tiles=1,
     scores=program.gated,
   )
 

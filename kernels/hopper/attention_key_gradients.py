@@ -137,18 +137,7 @@ def key_gradients(
   like_key = jax.ShapeDtypeStruct(key.shape, query.dtype)
   return run_kernel(
     lambda *refs: _kernel(options, *refs),
-    Inputs(
-      query,
-      key,
-      value,
-      cotangent,
-      logsumexp,
-      delta,
-      first,
-      last,
-      bounds,
-      *((score, tau) if lists else (None, None)),
-    ),
+    Inputs(query, key, value, cotangent, logsumexp, delta, first, last, bounds, score, tau),
     Outputs(like_key, like_key, dscore),
     _scratch(options),
     grid=(options.work.programs,),
@@ -207,12 +196,12 @@ def _scratch(options: Options) -> Scratch:
 
 def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
   index, warpgroup = axis_index("program", "warpgroup")
-  number = options.work.blocks_of(index)
-  program = Program(options, inputs, outputs, scratch, index, warpgroup, number)
+  blocks = options.work.blocks_of(index)
+  program = Program(options, inputs, outputs, scratch, index, warpgroup, blocks)
   busy: Any = True
   if options.is_list:  # many blocks hold no token
-    blocks = [block_of(program, jnp.int32(i)) for i in range(options.work.each)]
-    busy = functools.reduce(jnp.logical_or, [block.end > block.begin for block in blocks])
+    all_blocks = [block_of(program, jnp.int32(i)) for i in range(options.work.each)]
+    busy = functools.reduce(jnp.logical_or, [block.end > block.begin for block in all_blocks])
   pl.when(jnp.logical_and(busy, warpgroup < COMPUTING))(lambda: _compute(program))
   pl.when(jnp.logical_and(busy, warpgroup == COMPUTING))(lambda: load_queries(program))
 
@@ -222,7 +211,7 @@ def _compute(program: Program) -> None:
   plgpu.set_max_registers(232, action="increase")
   load_keys(program, jnp.int32(0))
   compute_block = functools.partial(_compute_block, program)
-  lax.fori_loop(0, program.number, compute_block, jnp.int32(0))
+  lax.fori_loop(0, program.blocks, compute_block, jnp.int32(0))
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -239,11 +228,15 @@ def _compute_block(program: Program, i: Any, done: Any) -> Any:
   """
   options, scratch, registers = program.options, program.scratch, program.options.registers
   block = block_of(program, i)
-  tiles, own = block.end - block.begin, keys_slot(program, i)
-  pl.when(tiles > 0)(lambda: plgpu.barrier_wait(scratch.keys_full.at[own]))
-  score = registers.vector(scratch.score.at[own], ROW) if options.is_list else None
+  tiles, slot = block.end - block.begin, keys_slot(program, i)
+  pl.when(tiles > 0)(lambda: plgpu.barrier_wait(scratch.keys_full.at[slot]))
+  score = registers.vector(scratch.score.at[slot], ROW) if options.is_list else None
   keys = Keys(
-    scratch.key.at[own], scratch.value.at[own], scratch.first.at[own], scratch.last.at[own], score
+    scratch.key.at[slot],
+    scratch.value.at[slot],
+    scratch.first.at[slot],
+    scratch.last.at[slot],
+    score,
   )
   bounds = [
     jnp.clip(x, block.begin, block.end)
@@ -262,7 +255,7 @@ def _compute_block(program: Program, i: Any, done: Any) -> Any:
     carry = lax.fori_loop(0, options.repeats, add_head, carry)
   else:
     carry = add_head(0, carry)
-  pl.when(tiles > 0)(lambda: _store(program, block, own, *carry))
+  pl.when(tiles > 0)(lambda: _store(program, block, slot, *carry))
   return done + options.repeats * tiles
 
 
@@ -301,7 +294,7 @@ def _add_head(
   carry = lax.fori_loop(b0, b1, sweep(True), carry)
   if options.depth > 1:
 
-    @pl.when(jnp.logical_and(r == 0, i + 1 < program.number))
+    @pl.when(jnp.logical_and(r == 0, i + 1 < program.blocks))
     def _load_next_keys():
       # Their slot must be free: the gradients of the block before have been stored from there.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -389,13 +382,13 @@ def _tile(program: Program, keys: Keys, carry: tuple, step: Any, t: Any, masked:
 
 
 def _store(
-  program: Program, block: Block, own: Any, dkey: jax.Array, dvalue: jax.Array, dscore: jax.Array
+  program: Program, block: Block, slot: Any, dkey: jax.Array, dvalue: jax.Array, dscore: jax.Array
 ) -> None:
   """Stores the gradients of this warpgroup's keys, through the shared memory that held the keys;
   does not wait.
   """
   options, scratch, outputs = program.options, program.scratch, program.outputs
-  key, value, score = (x.at[own] for x in (scratch.key, scratch.value, scratch.score))
+  key, value, score = (x.at[slot] for x in (scratch.key, scratch.value, scratch.score))
   key[...] = (dkey * options.scale).astype(options.dtype)
   value[...] = dvalue.astype(options.dtype)
   if options.is_list:

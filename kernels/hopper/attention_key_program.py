@@ -100,15 +100,15 @@ class Options(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What the roles of a program need."""
+  """Everything that the roles of a program need."""
 
   options: Options
   inputs: Inputs
   outputs: Outputs
   scratch: Scratch
-  program: Any
+  index: Any  # of the program
   warpgroup: Any
-  number: Any  # of its blocks
+  blocks: Any  # number of its blocks of keys
 
 
 class Block(NamedTuple):
@@ -139,7 +139,7 @@ def bounds_of(program: Program, b: Any, block: Any, g: Any, warpgroup: Any) -> t
 
 def block_of(program: Program, i: Any) -> Block:
   """Returns the program's i-th block of keys."""
-  b, block, g = program.options.work.item(program.program, i)
+  b, block, g = program.options.work.item(program.index, i)
   ranges = (
     (b0, b3) for b0, _, _, b3 in (bounds_of(program, b, block, g, w) for w in range(COMPUTING))
   )
@@ -169,7 +169,7 @@ def load_queries(program: Program) -> None:
       load_head(0, None)
     return done + options.repeats * tiles
 
-  steps = lax.fori_loop(0, program.number, load_for_block, jnp.int32(0))
+  steps = lax.fori_loop(0, program.blocks, load_for_block, jnp.int32(0))
   observe_last(options.interpret, steps, options.stages, scratch.query_free, scratch.cotangent_free)
 
 

@@ -127,7 +127,7 @@ class Scratch(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What the roles of a program need."""
+  """Everything that the roles of a program need."""
 
   options: Options
   inputs: Inputs
@@ -264,7 +264,7 @@ def _load(program: Program) -> None:
     inputs.key,
     inputs.value,
     inputs.listed,
-    own=BLOCK_Q // options.block_kv,
+    own_tiles=BLOCK_Q // options.block_kv,
     scores=True,
   )
 

@@ -162,7 +162,7 @@ def load_tiles(
   value: Ref,
   listed: Listed,
   *,
-  own: int,
+  own_tiles: int,
   scores: bool,
 ) -> None:
   """Loads all tiles, each as soon as the computing warpgroups have read what lay in its slot.
@@ -170,7 +170,8 @@ def load_tiles(
   Args:
     options, at, tiles, buffers: see above.
     key, value: [B, n, G, D], of all tokens. listed: of the lists.
-    own: number of the block's own tiles, which need not wait until the bounds have been read.
+    own_tiles: number of the tiles of the block's own tokens: their loads need not wait for the
+      bounds.
     scores: load the scores too.
   """
 
@@ -201,9 +202,9 @@ def load_tiles(
     pl.when(reused)(lambda: plgpu.barrier_wait(buffers.value_free.at[slot]))
     load_rows(value, listed.value, buffers.value, buffers.value_full)
 
-  for step in range(own):
+  for step in range(own_tiles):
     load(step, is_own=True)
-  pl.loop(own, tiles.steps)(load)
+  pl.loop(own_tiles, tiles.steps)(load)
   observe_last(options.interpret, tiles.steps, options.stages, buffers.key_free, buffers.value_free)
 
 

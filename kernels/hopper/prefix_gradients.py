@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 
 
 class Changes(NamedTuple):
-  """How the number of fractional gates changes: at each query, and in each segment."""
+  """Changes of the number of fractional gates: at each query, and in each segment."""
 
   change: Any
   changes: Any

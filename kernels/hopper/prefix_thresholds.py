@@ -160,22 +160,24 @@ def _sort(key):
   parts, from_end = lax.sort((parts, from_end), num_keys=2, is_stable=False)
 
   def merge(row, _, lane, parts, from_end, ranked, order):
-    value, own = reader(parts, row)(lane), lane // size
+    value, own_part = reader(parts, row)(lane), lane // size
 
     def before(step):
       """Returns the search for how many elements of another part come before."""
-      part = (own + step) % PARTS
+      part = (own_part + step) % PARTS
 
       def after(index):
         other = reader(parts, row)(part * size + index)
-        return (other > value) | ((other == value) & (own > part))
+        return (other > value) | ((other == value) & (own_part > part))
 
       return lane - lane, lane - lane + size, after
 
-    rank = sum(prefix_thresholds.bisect(size, *map(before, range(1, PARTS))), lane - own * size)
+    rank = sum(
+      prefix_thresholds.bisect(size, *map(before, range(1, PARTS))), lane - own_part * size
+    )
     inside = (lane < PARTS * size) & (rank < n)
     scatter(ranked.at[row], rank, value, inside)
-    scatter(order.at[row], rank, own * size + size - 1 - reader(from_end, row)(lane), inside)
+    scatter(order.at[row], rank, own_part * size + size - 1 - reader(from_end, row)(lane), inside)
 
   shape = jax.ShapeDtypeStruct((rows, n), jnp.int32)
   ranked, order = kernel(merge, rows, PARTS * size, name="merge", out_type=[shape] * 2)(

@@ -109,7 +109,7 @@ class TestMosaicGpu(AttentionTest):
     ],
   )
   def test_sliding_window_matches_xla(self, n, window, head_dim, documents):
-    """And full attention, which is a window as long as the row."""
+    """Full attention is a window as long as the row."""
     spec = Spec(
       "window",
       n=n,
@@ -157,9 +157,7 @@ class TestMosaicGpu(AttentionTest):
 
 
 def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
-  """Then cuDNN's dense attention runs, where it can; its place is taken by a window under
-  XLA here.
-  """
+  """cuDNN's dense attention runs then, where it can; here a window under XLA takes its place."""
   windows = []
 
   def dense(query, key, value, *, window, scale):
@@ -191,7 +189,9 @@ def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
-  """One query a row, all of its keys in one tile: the formulas of the kernels against autodiff."""
+  """Compares the formulas of the kernels with autodiff: one query a row, all of its keys in one
+  tile.
+  """
   shape, scale = (6, 10), 0.3
   keys = jax.random.split(jax.random.key(3), 3)
   s, dp = jax.random.normal(keys[0], shape) * 3, jax.random.normal(keys[1], shape)
@@ -224,7 +224,7 @@ def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels themselves run on this GPU")
 @pytest.mark.parametrize("name", interpreted.CASES)
 def test_interpreted_kernels_match_the_truth(name):
-  """In a process of its own: with fewer devices than threads the interpreter waits for itself."""
+  """Runs in a new process: with fewer devices than threads the interpreter waits for itself."""
   environment = {
     **os.environ,
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
@@ -240,7 +240,7 @@ def test_interpreted_kernels_match_the_truth(name):
 
 
 def test_gradients_trace_inside_shard_map():
-  """Types only: no GPU is needed."""
+  """Checks types only: no GPU is needed."""
   spec = Spec(
     "sharded", n=80, batch=2, heads=4, groups=2, head_dim=128, k=8, window=8, dtype="bfloat16"
   )
