@@ -7,12 +7,12 @@ memory only: the listed keys and values were gathered before. Logits are to base
   warpgroup 2, loads (40 registers a thread)     warpgroups 0 and 1, compute 64 queries each (232)
   ------------------------------------------     ---------------------------------------------------
                                                  load query, window_start, entered, tau
-                                                 wait query_full
+                                                 wait query_full, key_full of the first tile
   for each tile:                                 for each tile:
-    wait key_free                                  wait key_full (of the first tile; see below)
-    load key, last, score -> key_full              issue S = query key^T; arrive turn, wait turn
+    wait key_free                                  issue S = query key^T; arrive turn, wait turn
+    load key, last, score -> key_full              wait for S
                                                    softmax of S, sums of P
-                                                   arrive key_free
+                                                   arrive key_free (before it, without gates)
     wait value_free                                arrive turn, wait value_full, wait turn
     load value            -> value_full            acc += P value; wait key_full of the next tile
                                                    arrive value_free
@@ -30,13 +30,13 @@ computes its softmax, the other one's products keep the tensor cores busy, as in
   value_free (stages)     both have read value of the slot
   turn (1)                both have arrived
 
-  shared memory           shape                    type     bytes for D = 128, 2 stages of 128 keys
-  query, later out        2, 64, D                 16 bit    32 KiB
-  key, value              stages, block_kv, D      16 bit    64 KiB each
-  last                    stages, block_kv         int32      1 KiB
-  score                   stages, block_kv         float32    1 KiB
-  row: tau, then logsumexp  2, 64                  float32  512 B
-  window_start, entered   2, 64                    int32    512 B each
+  shared memory              shape                type     bytes for D = 128, 2 stages of 128 keys
+  query, later out           2, 64, D             16 bit   32 KiB
+  key, value                 stages, block_kv, D  16 bit   64 KiB each
+  last                       stages, block_kv     int32    1 KiB
+  score                      stages, block_kv     float32  1 KiB
+  row: tau, later logsumexp  2, 64                float32  512 B
+  window_start, entered      2, 64                int32    512 B each
 """
 
 from typing import Any, NamedTuple
