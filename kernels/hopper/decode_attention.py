@@ -15,30 +15,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.devices import can_run
-from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes, place
+from sparsek.kernels.hopper.common import LOWEST, MULTIPROCESSORS, axes, axis_index
 from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.kernels.hopper.thread_ops import (
-  LANES,
   PARAMS,
-  apart,
+  can_run,
   contents,
   floats,
-  from_lane,
   gather,
   gather_bytes,
   kernel,
-  multiply_add,
-  narrow,
-  numbers,
   scatter,
   scatter_bytes,
-  wait_for_all,
+  unfused,
+)
+from sparsek.kernels.hopper.thread_registers import (
+  LANES,
+  lane_index,
+  multiply_add,
+  narrow,
+  shuffle_xor,
   widen,
 )
-from sparsek.kernels.sentinels import LOWEST, NOWHERE
+from sparsek.kernels.hopper.thread_sync import sync_threads
 
 ENABLED = True  # False: XLA does it
+NOWHERE = jnp.iinfo(jnp.int32).max  # index or position later than any
 
 
 class Rows(NamedTuple):
@@ -119,10 +121,10 @@ def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> list[Rows]:
         own = gather(score.at[b, g], index), gather(position.at[b, g], index), index
         worst = own if worst is None else _worse(worst, own)
       for distance in (16, 8, 4, 2, 1):
-        worst = _worse(worst, tuple(from_lane(x, distance) for x in worst))
+        worst = _worse(worst, tuple(shuffle_xor(x, distance) for x in worst))
       for ref, x in zip(found_refs, worst):
         scatter(ref, lane >> 5, x, (lane & 31) == 0)
-      wait_for_all()
+      sync_threads()
       found = [tuple(gather(ref, lane * 0 + warp) for ref in found_refs) for warp in range(4)]
       least, _, slot = _worse(_worse(*found[:2]), _worse(*found[2:]))
       enters, part = arriving > least, (lane & (dim // 8 - 1)) * 8
@@ -204,8 +206,8 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
       score_ref, pending_ref, *moment_refs = refs[:6]
       scale_ref, slope_ref, sink_ref, *refs = refs[6:]
     out_ref, out_top_ref, out_total_ref, sums_smem, weights_smem, top_smem, total_smem = refs
-    b, g, number, warpgroup = place("row", "head", "part", "warpgroup")
-    lane = numbers()
+    b, g, number, warpgroup = axis_index("row", "head", "part", "warpgroup")
+    lane = lane_index()
     in_warp = lane & 31
     warp, r, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
     begin = number * (warps * 32) + warp * 32  # first row of the warp
@@ -283,7 +285,7 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
 
     def over_rows(numbers, join):
       for distance in (4, 8, 16):
-        numbers = join(numbers, from_lane(numbers, distance))
+        numbers = join(numbers, shuffle_xor(numbers, distance))
       return numbers
 
     every_warp = lambda ref, head: [gather(ref, lane * 0 + w * 8 + head) for w in range(warps)]
@@ -293,7 +295,7 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
         *(jnp.maximum(*(logits[m][half][j] for half in range(2))) for m in range(2))
       )
       scatter(top_smem, warp * 8 + part * 2 + j, over_rows(top, jnp.maximum), r == 0)
-    wait_for_all()
+    sync_threads()
     for j in range(2):
       tops.append(_fold(jnp.maximum, every_warp(top_smem, part * 2 + j)))
       total = (lane * 0).astype(jnp.float32)
@@ -305,7 +307,7 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
             weights_smem, (warp * 32 + m * 16 + half * 8 + r) * 8 + part * 2 + j, weight, lane >= 0
           )
       scatter(total_smem, warp * 8 + part * 2 + j, over_rows(total, jnp.add), r == 0)
-    wait_for_all()
+    sync_threads()
 
     sums = [[(lane * 0).astype(jnp.float32)] * 8 for _ in range(ratio)]
     for row, words in zip(value_rows, values):
@@ -322,9 +324,9 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
       for i in range(8):
         total, distance = sums[h][i], wide
         while distance < 32:
-          total, distance = total + from_lane(total, distance), 2 * distance
+          total, distance = total + shuffle_xor(total, distance), 2 * distance
         scatter(sums_smem, (warp * ratio + h) * dim + column + i, total, in_warp < wide)
-    wait_for_all()
+    sync_threads()
 
     # Of what the warps found, the first warpgroup makes one.
     @pl.when(warpgroup == 0)
@@ -395,8 +397,8 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
     compiler_params=PARAMS,
     kernel_name="sparsek_attend",
   )
-  inputs = apart([projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active])
-  sums, top, total = apart(run(*inputs, *refs, *(scorer or [])))
+  inputs = unfused([projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active])
+  sums, top, total = unfused(run(*inputs, *refs, *(scorer or [])))
   found = Parts(
     sums.reshape(split, batch, -1),
     top.reshape(split, batch, heads),

@@ -20,8 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.devices import can_run, device_here
-from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes, place
+from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes, axis_index
 from sparsek.kernels.hopper.small_batch_matmul import (
   COLUMNS,
   ROWS,
@@ -32,25 +31,27 @@ from sparsek.kernels.hopper.small_batch_matmul import (
   result,
 )
 from sparsek.kernels.hopper.thread_ops import (
-  LANES,
   PARAMS,
-  announce,
-  apart,
-  arrive,
-  ask_bytes,
-  ask_number,
-  barriers,
+  can_run,
   contents,
-  copy_bytes,
+  device_here,
   gather,
   gather_bytes,
-  meet,
-  multiply_add,
-  numbers,
+  load_in_order,
+  load_number_in_order,
   scatter,
   scatter_bytes,
-  wait_for,
-  wait_for_all,
+  unfused,
+)
+from sparsek.kernels.hopper.thread_registers import LANES, lane_index, multiply_add
+from sparsek.kernels.hopper.thread_sync import (
+  arrive,
+  arrive_expecting,
+  copy_bytes,
+  grid_barrier,
+  init_barriers,
+  sync_threads,
+  wait_barrier,
 )
 
 ENABLED = True  # False: a kernel for every product
@@ -178,8 +179,8 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
       refs[: len(matrices)],
       refs[len(matrices) :],
     )
-    program, warpgroup = place("program", "warpgroup")
-    lane = numbers()
+    program, warpgroup = axis_index("program", "warpgroup")
+    lane = lane_index()
     warp, row, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
     own = jnp.minimum(row, batch - 1)  # rows of x beyond the last repeat it, and are not written
     # Tiles and pieces of this program have numbers, which count through all products: of the first
@@ -214,11 +215,11 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
         (lane >> 5) * (COLUMNS // 4) + (lane & (COLUMNS // 4 - 1)),
       )
       tile, k = where(p, number)
-      wait_for(empty_ref, stage, 1 - turn(number))
+      wait_barrier(empty_ref, stage, 1 - turn(number))
       # of the piece that must have come, two turns on: before the first turn nobody waits
       arrived = number + (2 * stages - DEPTH)
-      wait_for(full_ref, lax.rem(arrived, jnp.int32(stages)), turn(arrived))
-      announce(full_ref, stage, COLUMNS * piece * kind.itemsize, lane == 0)
+      wait_barrier(full_ref, lax.rem(arrived, jnp.int32(stages)), turn(arrived))
+      arrive_expecting(full_ref, stage, COLUMNS * piece * kind.itemsize, lane == 0)
       # Where a product is of two halves, a tile has eight rows of each.
       begin, of_tile = (
         (tile * 8, (row & 7) + (row >> 3) * (lengths[p] // 2)) if p == UP else (tile * COLUMNS, row)
@@ -244,13 +245,13 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
 
     def copy(x_ref, share):
       every = [
-        (b, k, there, ask_bytes(x_ref, k * 0 + b, k, share.width, fresh=True))
+        (b, k, there, load_in_order(x_ref, k * 0 + b, k, share.width, fresh=True))
         for k, there in share.pieces(warpgroup)
         for b in range(batch)
       ]
       for b, k, there, words in every:
         scatter_bytes(ready_ref, k * 0 + b, k, share.stride, words, there)
-      wait_for_all(groups)
+      sync_threads(groups)
 
     def prepare(p):
       """The input of a product, in shared memory."""
@@ -277,7 +278,7 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
       place_of = lambda tile: jnp.where(there, n * columns[p] + tile * each + column, 0)
       residual = {
         OUT: lambda at: gather(x_ref, at),
-        DOWN: lambda at: ask_number(out_refs[OUT], at),
+        DOWN: lambda at: load_number_in_order(out_refs[OUT], at),
       }.get(p)
       early = None
       # a program has one tile, or none: what is added to it need not be waited for
@@ -287,7 +288,7 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
       def multiply(number, sums):
         stage, (tile, k) = lax.rem(number, jnp.int32(stages)), where(p, number)
         sums = [[jnp.where(lane * 0 + k == 0, 0.0, x) for x in half] for half in sums]
-        wait_for(full_ref, stage, turn(number))
+        wait_barrier(full_ref, stage, turn(number))
         for i in range(steps):
           at = (warp * steps + i) * STEP + part * 8
           a, b = (
@@ -306,7 +307,7 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
           # warps need not wait.
           which = lax.rem(lax.div(tile, jnp.int32(programs)), jnp.int32(2))
           put_sums(sums_ref, which * warps + warp, [x + y for x, y in zip(*sums)])
-          wait_for_all(groups)
+          sync_threads(groups)
 
           @pl.when(warpgroup == lax.rem(which, jnp.int32(groups)))
           def _():
@@ -324,10 +325,10 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
 
     @pl.when(warpgroup == 0)
     def _():
-      barriers(full_ref, lane < stages, 1)
-      barriers(empty_ref, lane < stages, warps)
+      init_barriers(full_ref, lane < stages, 1)
+      init_barriers(empty_ref, lane < stages, warps)
 
-    wait_for_all()
+    sync_threads()
 
     @pl.when(warpgroup == groups)
     def _():
@@ -341,14 +342,14 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
       adds = 1 + (lane * 0 + program == 0).astype(jnp.int32) * (2**31 - programs)
       for p in range(len(matrices)):
         if p != OUT:
-          wait_for_all(groups)
-          meet(
+          sync_threads(groups)
+          grid_barrier(
             counter_ref,
             adds,
             before if p % 2 else ~before,
             (lane == 0) & (lane * 0 + warpgroup == 0),
           )
-          wait_for_all(groups)
+          sync_threads(groups)
         prepare(p)
         product(p)
 
@@ -377,9 +378,9 @@ def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
     kernel_name="sparsek_chain",
   )
   counter = jax.new_ref(counter)
-  _, _, x, *projected = apart(
+  _, _, x, *projected = unfused(
     run(
-      *apart([*(y.reshape(-1) for y in mixed), x.reshape(-1)]), *matrices, *more, *scales, counter
+      *unfused([*(y.reshape(-1) for y in mixed), x.reshape(-1)]), *matrices, *more, *scales, counter
     )
   )
   return x.reshape(batch, embed), *(y.reshape(batch, -1) for y in projected), *contents(counter)

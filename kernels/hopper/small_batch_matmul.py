@@ -17,24 +17,26 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.devices import can_run
-from sparsek.kernels.hopper.common import axes, place
+from sparsek.kernels.hopper.common import axes, axis_index
 from sparsek.kernels.hopper.thread_ops import (
-  LANES,
   PARAMS,
-  ask_bytes,
+  can_run,
   floats,
-  from_lane,
   gather,
   gather_bytes,
-  multiply_add,
-  narrow,
-  numbers,
+  load_in_order,
   scatter,
   scatter_bytes,
-  wait_for_all,
+)
+from sparsek.kernels.hopper.thread_registers import (
+  LANES,
+  lane_index,
+  multiply_add,
+  narrow,
+  shuffle_xor,
   widen,
 )
+from sparsek.kernels.hopper.thread_sync import sync_threads
 
 ENABLED = True  # False: XLA multiplies
 ROWS = 8  # of x, at most: the columns that a tensor core computes at once
@@ -81,7 +83,7 @@ class Share(NamedTuple):
   def pieces(self, warpgroup):
     """Which eight neighbours of a row of x a lane is to prepare: [(first, are they there)]."""
     first = [
-      (warpgroup * LANES + numbers() + i * self.warpgroups * LANES) * 8
+      (warpgroup * LANES + lane_index() + i * self.warpgroups * LANES) * 8
       for i in range(-(-self.width // (8 * self.warpgroups * LANES)))
     ]
     return [(jnp.where(k < self.width, k, 0), k < self.width) for k in first]
@@ -102,7 +104,7 @@ class Share(NamedTuple):
             there,
             top,
             total,
-            [floats(sums_ref, (i * batch + b) * width + k, 8, ask_bytes) for i in range(count)],
+            [floats(sums_ref, (i * batch + b) * width + k, 8, load_in_order) for i in range(count)],
           )
         )
 
@@ -116,7 +118,7 @@ class Share(NamedTuple):
           self.kind,
         )
         scatter_bytes(ready_ref, k * 0 + b, k, self.stride, values, there)
-      wait_for_all(self.warpgroups)
+      sync_threads(self.warpgroups)
 
     return rest
 
@@ -124,16 +126,16 @@ class Share(NamedTuple):
     self, x_ref, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, hold, fresh=False
   ):
     """Of the norm of x every lane of the program writes some; `hold`: in registers, else x is read
-    twice; `fresh`: see `ask_bytes`.
+    twice; `fresh`: see `load_in_order`.
     """
-    lane, warps, kind = numbers(), 4 * self.warpgroups, self.kind
+    lane, warps, kind = lane_index(), 4 * self.warpgroups, self.kind
     warp = warpgroup * 4 + (lane >> 5)
     pieces, there = zip(*self.pieces(warpgroup))
     words = [
-      [ask_bytes(x_ref, lane * 0 + b, k, self.width, fresh=fresh) for k in pieces]
+      [load_in_order(x_ref, lane * 0 + b, k, self.width, fresh=fresh) for k in pieces]
       for b in range(self.batch)
     ]
-    scales = [floats(scale_ref, k, 8, ask_bytes) for k in pieces]
+    scales = [floats(scale_ref, k, 8, load_in_order) for k in pieces]
 
     def rest():
       for b in range(self.batch):
@@ -142,9 +144,9 @@ class Share(NamedTuple):
           for piece, inside in zip(words[b], there)
         )
         for distance in (16, 8, 4, 2, 1):
-          total = total + from_lane(total, distance)
+          total = total + shuffle_xor(total, distance)
         scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
-      wait_for_all(self.warpgroups)
+      sync_threads(self.warpgroups)
       for b in range(self.batch):
         factor = lax.rsqrt(
           sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps))
@@ -157,14 +159,14 @@ class Share(NamedTuple):
         for piece, k, scale, inside in zip(again, pieces, scales, there):
           values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
           scatter_bytes(ready_ref, lane * 0 + b, k, self.stride, values, inside)
-      wait_for_all(self.warpgroups)
+      sync_threads(self.warpgroups)
 
     return rest
 
 
 def put_sums(sums_ref, warp, sums):
   """Stores what `multiply_add` gave a warp, for `result`."""
-  row, part = (numbers() >> 2) & 7, numbers() & 3
+  row, part = (lane_index() >> 2) & 7, lane_index() & 3
   for i, value in enumerate(sums):
     scatter(
       sums_ref, warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8, value, row >= 0
@@ -175,7 +177,7 @@ def result(sums_ref, first, warps, swiglu, kind):
   """float32 that a tile's sums, of so many warps from the `first` on, come to: COLUMNS numbers of
   every row of x, one a lane, or with swiglu half as many.
   """
-  lane = numbers()
+  lane = lane_index()
   total = lambda at: sum(gather(sums_ref, (first + w) * LANES + at) for w in range(warps))
   if not swiglu:
     return total(lane)
@@ -259,8 +261,8 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
     scale_ref = refs.pop(0) if scale is not None else None
     residual_ref = refs.pop(0) if residual is not None else None
     out_ref, sums_ref, squares_ref, ready_ref = refs
-    tile, warpgroup = place("tile", "warpgroup")
-    lane = numbers()
+    tile, warpgroup = axis_index("tile", "warpgroup")
+    lane = lane_index()
     warp, row, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
     first = [(warp * steps + i) * STEP + part * 8 for i in range(steps)]
     own = jnp.minimum(row, batch - 1)  # rows of x beyond the last repeat it, and are not written
@@ -281,9 +283,12 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
           *x_refs, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, batch <= 2
         )
       else:
-        rows = [ask_bytes(x_refs[0], own, k, width) for k in first]
+        rows = [load_in_order(x_refs[0], own, k, width) for k in first]
       weights = [
-        (ask_bytes(ref, at, k, width, once=True), ask_bytes(ref, at + below, k, width, once=True))
+        (
+          load_in_order(ref, at, k, width, once=True),
+          load_in_order(ref, at + below, k, width, once=True),
+        )
         for k in first
       ]
       if prepared:
@@ -294,7 +299,7 @@ def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
         for i in (0, 2):
           sums = multiply_add(sums, (a[i], b[i], a[i + 1], b[i + 1]), c[i : i + 2], kind)
       put_sums(sums_ref, warp, sums)
-      wait_for_all()
+      sync_threads()
 
       @pl.when(warpgroup == 0)
       def _():

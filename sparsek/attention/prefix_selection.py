@@ -152,9 +152,9 @@ def select_backward(
   """Returns the gradient of the scores, given that of the thresholds: cotangents[0]."""
   scores, threshold, end = residuals
   if kernels:
-    from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+    from sparsek.kernels.hopper import prefix_gradients
 
-    gradient = hopper_thresholds.scores_gradient(cotangents[0], scores, threshold, end, delay)
+    gradient = prefix_gradients.scores_gradient(cotangents[0], scores, threshold, end, delay)
   else:
     gradient = _per_head(functools.partial(threshold_gradients.scores_gradient, delay=delay))(
       cotangents[0], scores, threshold, end

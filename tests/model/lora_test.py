@@ -20,9 +20,10 @@ from sparsek.parallel.mesh import make_mesh, put_batch, replicated
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.runs.parameter_table import parameter_shapes
 from sparsek.training import plan
+from sparsek.training.checks import check_adapters
 from sparsek.training.objective import summed_losses
 from sparsek.training.optimizer import make_optimizer
-from sparsek.training.step import TrainState, abstract_state, check_adapters, make_train_step
+from sparsek.training.step import TrainState, abstract_state, make_train_step
 from tests.helpers import quick_jit
 
 PLAIN = TransformerConfig(

@@ -110,8 +110,8 @@ def main(name: str) -> None:
   print(
     json.dumps(
       {
-        what: error(x, y)
-        for what, x, y in zip(("out", *ARGUMENTS), (out, *vjp(cotangent)), truth(spec, gate))
+        name: error(x, y)
+        for name, x, y in zip(("out", *ARGUMENTS), (out, *vjp(cotangent)), truth(spec, gate))
       }
     )
   )

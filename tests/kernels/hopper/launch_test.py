@@ -24,11 +24,11 @@ def launched(grid):
 
 @pytest.fixture
 def grids(monkeypatch):
-  """The grid of each kernel that is traced, by its name; none is lowered."""
-  found = {}
+  """Returns the grid of each kernel that is traced, by its name; none is lowered."""
+  grids_by_name = {}
 
   def kernel(body, *, grid, kernel_name, out_type=(), **_):
-    found[kernel_name] = grid
+    grids_by_name[kernel_name] = grid
     return lambda *_: [jnp.zeros(x.shape, x.dtype) for x in out_type]
 
   monkeypatch.setattr(plgpu, "kernel", kernel)
@@ -36,7 +36,7 @@ def grids(monkeypatch):
   for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
   monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
-  return found
+  return grids_by_name
 
 
 def array(*shape, dtype="bfloat16"):
@@ -105,7 +105,7 @@ def test_attention_and_gradients(batch, n, heads, groups, head_dim, k, grids):
 
 
 def test_decoding(grids):
-  """At the largest batches, most layers and longest caches that have kernels."""
+  """Takes the largest batches, most layers and longest caches that have kernels."""
   batch, layers, heads, groups, dim, window, k = 2**16 + 1, 300, 64, 8, 128, 2048, 2048
   per_head = functools.partial(array, batch, groups)
   floats, integers = (functools.partial(per_head, dtype=dtype) for dtype in ("float32", "int32"))

@@ -114,7 +114,7 @@ class Barriers:
       collections.defaultdict(list),
     )
 
-  def barriers(self, ref, where, arrivals):
+  def init_barriers(self, ref, where, arrivals):
     for number in np.flatnonzero(where):
       assert 2 * number + 1 < ref.shape[0]
       self.arrivals[id(ref), int(number)] = arrivals
@@ -126,7 +126,7 @@ class Barriers:
       assert self.arrived[key] <= self.arrivals[key]
       self._open(key, lazily=True)
 
-  def announce(self, ref, number, size, where):
+  def arrive_expecting(self, ref, number, size, where):
     assert np.sum(np.broadcast_to(where, (128,))) == 1
     self.announced[id(ref), int(number)] += size
     self.arrive(ref, number, 1)
@@ -289,17 +289,17 @@ def emulate(monkeypatch, *modules):
     dawdle()
 
   functions |= {
-    "ask_bytes": lambda *args, once=False, fresh=False: lanes.gather_bytes(*args),
-    "ask_number": lanes.gather,
-    "numbers": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
-    "from_lane": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
-    "wait_for_all": wait_for_all,
-    "wait_for": wait_for,
-    "meet": lambda *args: here.meeting.meet(*args),
+    "load_in_order": lambda *args, once=False, fresh=False: lanes.gather_bytes(*args),
+    "load_number_in_order": lanes.gather,
+    "lane_index": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
+    "shuffle_xor": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
+    "sync_threads": wait_for_all,
+    "wait_barrier": wait_for,
+    "grid_barrier": lambda *args: here.meeting.meet(*args),
   }
   functions |= {
     name: lambda *args, name=name: getattr(here.copies, name)(*args)
-    for name in ("barriers", "arrive", "announce", "copy_bytes")
+    for name in ("init_barriers", "arrive", "arrive_expecting", "copy_bytes")
   }
   for name, f in functions.items():
     for where in (*modules, thread_ops, small_batch_matmul):

@@ -1,0 +1,69 @@
+"""What an installation and a checkout hold: one checkout uses one set of kernels."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KERNELS = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
+REPORT = """
+import os, sparsek, sparsek.kernels.specs as specs
+for module in (sparsek, specs):
+  print(os.path.realpath(module.__file__))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+  """Makes copies of this checkout; a link stays a link."""
+
+  def copy(name: str) -> pathlib.Path:
+    folder = tmp_path / name
+    folder.mkdir()
+    for part in ("sparsek", "kernels"):
+      ignored = shutil.ignore_patterns("__pycache__")
+      shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignored)
+    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+      shutil.copy(ROOT / file, folder / file)
+    return folder
+
+  return copy
+
+
+def in_folder(folder: pathlib.Path, *arguments: str) -> str:
+  """Runs python in a folder, which comes first on its path, as in a checkout."""
+  variables = os.environ | {"PYTHONPATH": str(folder)}
+  command = [sys.executable, *arguments]
+  return subprocess.run(
+    command, cwd=folder, env=variables, check=True, text=True, capture_output=True
+  ).stdout
+
+
+@pytest.mark.slow
+def test_two_checkouts_in_one_environment_use_their_own_kernels(checkout):
+  for folder in (checkout("one"), checkout("two")):
+    files = in_folder(folder, "-c", REPORT).split()
+    assert files == [f"{folder}/sparsek/__init__.py", f"{folder}/kernels/specs.py"]
+
+
+@pytest.mark.slow
+def test_packages_hold_the_kernels_as_plain_files(checkout):
+  """The two steps of setuptools from which a wheel and an sdist are made."""
+  folder = checkout("source")
+  make = ("-c", "import setuptools; setuptools.setup()", "-q")
+  in_folder(folder, *make, "build", "--build-lib=built", "sdist", "--formats=gztar")
+  kernels = folder / "built" / "sparsek" / "kernels"
+  assert {str(path.relative_to(kernels)) for path in kernels.rglob("*.py")} == KERNELS
+  assert not any(path.is_symlink() for path in (folder / "built").rglob("*"))
+  assert (folder / "built" / "sparsek" / "py.typed").exists()
+  assert os.listdir(folder / "built") == ["sparsek"]
+  (archive,) = (folder / "dist").glob("*.tar.gz")
+  with tarfile.open(archive) as sdist:
+    members = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
+  assert {f"sparsek/kernels/{name}" for name in KERNELS} <= set(members)
+  assert all(member.isfile() or member.isdir() for member in members.values())
