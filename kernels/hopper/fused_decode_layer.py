@@ -1,18 +1,54 @@
-"""What lies between a layer's attention and the next one's, for a few rows on Hopper GPUs, in one
-kernel: the product that joins the heads, the MLP's two and the next layer's for queries, keys and
-values, with the norms and residuals around them.
+"""Everything between the attention of one layer and that of the next, for a few rows on Hopper GPUs,
+in one kernel: four products with the norms and residuals around them.
 
-Every product needs all of the one before it, so the programs meet three times. Memory does not rest
-meanwhile: one warpgroup of a program does nothing but ask for pieces of the matrices, which nobody
-changes, into shared memory, as many as it holds, also those of products whose other input is not
-there yet. The others compute tiles of 16 columns of a result, one after the other, as
-small_batch_matmul does: their warps share the sums. Tiles of all products are dealt out in turn,
-those of the next product from where the last one's ended.
+  OUT   y         = x + attention out^T           attention joined from its parts
+  UP    hidden    = silu(gate) * up               of norm(y), matrix [2 F, E]
+  DOWN  x         = y + hidden down^T
+  NEXT  projected = norm(x) next^T                queries, keys, values of the next layer
+
+There is one program for each multiprocessor, and all of them run at the same time. The tiles of 16
+columns of all products are numbered one after the other; program i computes the tiles i, i +
+programs, i + 2 programs, ... A tile is computed in pieces along the sum, see `Plan`.
+
+  warpgroups 0 to groups - 1, compute          warpgroup `groups`, loads
+  -------------------------------------------  -----------------------------------------------------
+  for each product:                            for each product, for each piece of each tile:
+    if it is not the first:                      wait piece_empty[s]     (s: the piece's stage)
+      wait grid barrier                          wait piece_full of the piece DEPTH before
+    prepared = its input                         announce the bytes      -> piece_full[s]
+    wait `warpgroups` barrier                    copy 16 rows of a matrix (TMA bulk copies, one a
+    for each piece of each tile:                   row)                  -> piece_full[s]
+      wait piece_full[s]
+      multiply by tensor cores                 It never waits for the grid barrier: nobody changes
+      arrive piece_empty[s]                    the matrices, so pieces of the next product arrive
+      after the tile's last piece:             while its input is not there yet.
+        partial_sums[turn][w] = products
+        wait `warpgroups` barrier
+        warpgroup `turn`: add them, SwiGLU,
+          + residual -> global memory
+
+  barrier                   where           opens when
+  piece_full[stages]        shared memory   the loading warpgroup has announced a piece, and its bytes
+                                            have come; guards reading of the piece
+  piece_empty[stages]       shared memory   every computing warp has arrived: all have read the piece;
+                                            guards overwriting it
+  grid barrier              counter,        every program has arrived, one lane each: all results of
+                            global memory   the product before can be read
+  warpgroups                bar.sync 1      all lanes of the computing warpgroups have arrived
+  program                   bar.sync 0      all lanes have arrived; once, after the barriers are made
+
+  shared memory    shape                    type      bytes for 1 row, E = 2048, F = 5632
+  partial_sums     2, warps, 8, 16          float32     8 KiB   two: tiles take turns
+  squares          warps, 8                 float32   256 B
+  prepared         B, longest row + 32      16 bit     11 KiB
+  pieces           stages, 16, piece + 32   16 bit    187 KiB   11 stages of 512 numbers a row
+  piece_full       stages, 2                int32      88 B
+  piece_empty      stages, 2                int32      88 B
 """
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +56,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes, place
+from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes
+from sparsek.kernels.hopper.common import place as axis_index
 from sparsek.kernels.hopper.small_batch_matmul import (
   COLUMNS,
   ROWS,
   STEP,
+  Lanes,
   Parts,
-  Share,
-  put_sums,
-  result,
+  Preparation,
+  Ref,
+  add_partial_sums,
+  lanes_of,
+  store_partial_sums,
 )
 from sparsek.kernels.hopper.thread_ops import (
   LANES,
@@ -36,7 +76,6 @@ from sparsek.kernels.hopper.thread_ops import (
   announce,
   apart,
   arrive,
-  ask_bytes,
   ask_number,
   barriers,
   can_run,
@@ -47,23 +86,25 @@ from sparsek.kernels.hopper.thread_ops import (
   gather_bytes,
   meet,
   multiply_add,
-  numbers,
   scatter,
-  scatter_bytes,
   wait_for,
   wait_for_all,
 )
 
 ENABLED = True  # False: a kernel for every product
-MOST_ROWS = 4  # of x: the more there are of it, the less shared memory is left for pieces
-DEPTH = 3  # pieces on their way to a program at most: all else that is asked for waits behind them
+MOST_ROWS = 4  # of x: the more rows, the less shared memory is there for pieces
+DEPTH = 3  # pieces on their way to a program at most: all other loads wait behind them
 SHARED = 216 * 2**10  # bytes of shared memory that a program takes at most
 OUT, UP, DOWN, NEXT = range(4)  # the products
 
 
 class Plan(NamedTuple):
-  """Warpgroups of a program that compute; numbers of each row in a piece of a tile, and pieces in
-  shared memory.
+  """Division of the work in a program.
+
+  Attributes:
+    warpgroups: that compute.
+    piece: numbers of each row in a piece of a tile.
+    stages: pieces in shared memory.
   """
 
   warpgroups: int
@@ -72,45 +113,47 @@ class Plan(NamedTuple):
 
 
 def plan(batch: int, *widths: int) -> Plan | None:
-  """For products of rows of these widths; None where there is none."""
+  """Returns the plan for products of rows of these widths; None if there is none."""
   groups = next((n for n in (2, 1) if all(width % (4 * n * STEP) == 0 for width in widths)), None)
   if groups is None:
     return None
-  least, own = (
-    4 * groups * STEP,
-    2 * batch * (max(widths) + STEP) + 4 * 4 * groups * (2 * LANES + ROWS),
-  )
+  smallest = 4 * groups * STEP
+  other_bytes = 2 * batch * (max(widths) + STEP) + 4 * 4 * groups * (2 * LANES + ROWS)
   pieces = [
-    n for n in range(least, min(widths) + 1, least) if all(width % n == 0 for width in widths)
+    n for n in range(smallest, min(widths) + 1, smallest) if all(width % n == 0 for width in widths)
   ]
-  stages = {n: min((SHARED - own) // (2 * COLUMNS * (n + STEP) + 16), LANES) for n in pieces}
-  return next((Plan(groups, n, stages[n]) for n in reversed(pieces) if stages[n] > DEPTH), None)
+  for piece in reversed(pieces):
+    stages = min((SHARED - other_bytes) // (2 * COLUMNS * (piece + STEP) + 16), LANES)
+    if stages > DEPTH:
+      return Plan(groups, piece, stages)
+  return None
 
 
-def takes(x: jax.Array, *matrices: jax.Array) -> bool:
-  """Whether `chain` computes with x [B, E] and these matrices, here."""
+def supports(x: jax.Array, *matrices: jax.Array) -> bool:
+  """Returns whether `fused_layer` can compute with x [B, E] and these matrices, on this device."""
   same = x.dtype in (jnp.bfloat16, jnp.float16) and all(
     y.dtype == x.dtype and len(y) % COLUMNS == 0 for y in matrices
   )
   fits = same and len(x) <= MOST_ROWS and plan(len(x), *(y.shape[1] for y in matrices)) is not None
-  return ENABLED and fits and can_run() and not processes_share_it()
+  return ENABLED and fits and can_run() and not processes_share_device()
 
 
-def processes_share_it() -> bool:
-  """Whether kernels of several processes run on a device at once here, by CUDA's multi-process
-  service: two such kernels, each on a part of the device, would wait for the rest of it forever.
+def processes_share_device() -> bool:
+  """Returns whether kernels of several processes may run on a device at the same time, by CUDA's
+  multi-process service: two such kernels, each on a part of the multiprocessors, would wait for
+  the rest of them forever.
   """
   return os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
 
 
 def programs() -> int:
-  """As many as the device runs at once. A program that waits for another one that cannot begin
-  before it ends would wait forever.
+  """Returns how many programs the device runs at the same time: a program that waits for one that
+  cannot begin before it ends would wait forever.
   """
   return min(getattr(device_here(), "core_count", MULTIPROCESSORS), MULTIPROCESSORS)
 
 
-def chain(
+def fused_layer(
   mixed: Parts,
   x: jax.Array,
   out: jax.Array,
@@ -118,269 +161,463 @@ def chain(
   up: jax.Array,
   down: jax.Array,
   next_scale: jax.Array | None,
-  following: list[jax.Array],
+  next_matrices: list[jax.Array],
   counter: jax.Array,
   epsilon: float,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-  """From one layer's attention to the next one's. Rounds where `small_batch_matmul.product` does,
-  one call for each product.
+  """Computes all from one layer's attention to the next one's, with the roundings of
+  `small_batch_matmul.product`, called for each product.
 
   Args:
-    mixed: of [B, H D], at most MOST_ROWS rows.
-    x: [B, E], what the layer began with, of the matrices' type, 16 bits.
+    mixed: attention [B, H D], at most MOST_ROWS rows.
+    x: [B, E], the layer's input, of the matrices' type, 16 bits.
     out: [E, H D], whose product with the joined parts is added to x: y.
-    mlp_scale: [E] float32, of the RMSNorm that y passes before `up`, with `epsilon`.
+    mlp_scale: [E] float32, of the RMSNorm that is applied to y before `up`, with `epsilon`.
     up: [2 F, E], the rows of gate and up.
-    down: [E, F], whose product is added to y: the next x.
-    next_scale: [E] float32, of the norm that this passes; or None, if there is no next layer.
-    following: what is multiplied with that: no matrix, one [N, E], or two, of which the second
-      one's products stand behind those of the first.
-    counter: [1] int32, zero for the first kernel; for others what the one before returned. No two
-      kernels must use it at once.
+    down: [E, F], whose product is added to y: the next layer's input.
+    next_scale: [E] float32, of the norm that is applied to this; None if there is no next layer.
+    next_matrices: multiplied with that: no matrix, one [N, E], or two, of which the second one's
+      products follow those of the first.
+    counter: [1] int32, zero for the first kernel, for others what the one before returned. Two
+      kernels must not use it at the same time.
 
   Returns:
-    The next x, products [B, N] float32 or None, the counter for the next kernel.
+    The next layer's input, the products [B, N] float32 or None, the counter for the next kernel.
   """
   scales = (mlp_scale,) if next_scale is None else (mlp_scale, next_scale)
-  x, *projected, counter = _chain(
+  x, *projected, counter = _fused_layer(
     mixed,
     x,
-    (out, up, down, *following[:1]),
-    tuple(following[1:]),
+    (out, up, down, *next_matrices[:1]),
+    tuple(next_matrices[1:]),
     scales,
     counter,
     programs(),
     epsilon,
   )
-  return x, *(projected or [None]), counter
+  return x, projected[0] if projected else None, counter
+
+
+class Inputs(NamedTuple):
+  """Arrays in global memory, see `fused_layer`; x and the parts are flat.
+
+  Attributes:
+    matrices: one for each product.
+    extra: second matrix of NEXT, or none.
+    scales: of the norms before UP and NEXT.
+    counter: of the grid barrier; written too.
+  """
+
+  mixed: Parts
+  x: Ref
+  matrices: tuple[Ref, ...]
+  extra: tuple[Ref, ...]
+  scales: tuple[Ref, ...]
+  counter: Ref
+
+
+class Outputs(NamedTuple):
+  """Results of the products in global memory, flat."""
+
+  products: tuple[Ref, ...]
+
+
+class Scratch(NamedTuple):
+  """Shared memory, see the drawing above."""
+
+  partial_sums: Ref
+  squares: Ref
+  prepared: Ref
+  pieces: Ref
+  piece_full: Ref
+  piece_empty: Ref
+
+
+class Options(NamedTuple):
+  """Constants of the kernel; a tuple has an entry for each product.
+
+  Attributes:
+    parts: number of parts and heads of the attention.
+    rows: of the matrices, both together for NEXT.
+    first_rows: of the first matrix alone.
+  """
+
+  plan: Plan
+  programs: int
+  epsilon: float
+  dtype: Any
+  parts: tuple[int, int]
+  preparations: tuple[Preparation, ...]
+  rows: tuple[int, ...]
+  first_rows: tuple[int, ...]
+
+  @property
+  def batch(self) -> int:
+    return self.preparations[OUT].batch
+
+  @property
+  def warps(self) -> int:
+    """Warps that compute."""
+    return 4 * self.plan.warpgroups
+
+  @property
+  def piece_stride(self) -> int:
+    """Elements between the rows of a piece, so that they begin in different banks."""
+    return self.plan.piece + STEP
+
+  @property
+  def tiles(self) -> list[int]:
+    return [rows // COLUMNS for rows in self.rows]
+
+  @property
+  def pieces(self) -> list[int]:
+    """Pieces of a tile."""
+    return [preparation.width // self.plan.piece for preparation in self.preparations]
+
+  @property
+  def columns(self) -> list[int]:
+    """Columns of the results."""
+    return [rows // (2 if p == UP else 1) for p, rows in enumerate(self.rows)]
+
+
+def _options(mixed, x, matrices, extra, programs, epsilon) -> Options:
+  widths = [matrix.shape[1] for matrix in matrices]
+  of_program = plan(len(x), *widths)
+  assert of_program is not None, widths
+  first_rows = tuple(map(len, matrices))
+  return Options(
+    of_program,
+    programs,
+    epsilon,
+    x.dtype,
+    (mixed.top.shape[0], mixed.top.shape[2]),
+    tuple(Preparation(len(x), width, x.dtype, of_program.warpgroups) for width in widths),
+    rows=(*first_rows[:-1], first_rows[-1] + sum(map(len, extra))),
+    first_rows=first_rows,
+  )
+
+
+def _scratch(options: Options) -> Scratch:
+  """Returns the shared memory of a program. It takes so much of it that a multiprocessor runs one
+  program, and there are no more programs than multiprocessors: all run at the same time, and can
+  wait for each other.
+  """
+  stages = options.plan.stages
+  return Scratch(
+    partial_sums=plgpu.SMEM((2 * options.warps * LANES,), jnp.float32),
+    squares=plgpu.SMEM((options.warps * ROWS,), jnp.float32),
+    prepared=plgpu.SMEM(
+      (options.batch * max(y.stride for y in options.preparations),), options.dtype
+    ),
+    pieces=plgpu.SMEM((stages * COLUMNS * options.piece_stride,), options.dtype),
+    piece_full=plgpu.SMEM((2 * stages,), jnp.int32),
+    piece_empty=plgpu.SMEM((2 * stages,), jnp.int32),
+  )
 
 
 # Compiled by itself, so that it is traced once for all layers.
 @functools.partial(jax.jit, static_argnums=(6, 7))
-def _chain(mixed, x, matrices, more, scales, counter, programs, epsilon):
+def _fused_layer(mixed, x, matrices, extra, scales, counter, programs, epsilon):
+  options = _options(mixed, x, matrices, extra, programs, epsilon)
   batch, embed = x.shape
-  kind, widths = x.dtype, [matrix.shape[1] for matrix in matrices]
-  groups, piece, stages = plan(batch, *widths)
-  warps, steps, piece_stride = 4 * groups, piece // (4 * groups * STEP), piece + STEP
-  shares = [Share(batch, width, kind, groups) for width in widths]
-  pieces = [width // piece for width in widths]  # of a tile
-  lengths = [len(matrix) for matrix in matrices]
-  lengths[-1] += sum(map(len, more))
-  tiles = [length // COLUMNS for length in lengths]
-  begins = [sum(tiles[:p]) for p in range(len(tiles) + 1)]  # first tiles of the products, of all
-  columns = [length // (2 if p == UP else 1) for p, length in enumerate(lengths)]
-
-  def body(*refs):
-    parts_refs, (x_ref, *refs) = refs[:3], refs[3:]
-    matrix_refs, refs = refs[: len(matrices)], refs[len(matrices) :]
-    more_refs, refs = refs[: len(more)], refs[len(more) :]
-    scale_refs, (counter_ref, *refs) = refs[: len(scales)], refs[len(scales) :]
-    out_refs, (sums_ref, squares_ref, ready_ref, pieces_ref, full_ref, empty_ref) = (
-      refs[: len(matrices)],
-      refs[len(matrices) :],
-    )
-    program, warpgroup = place("program", "warpgroup")
-    lane = numbers()
-    warp, row, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
-    own = jnp.minimum(row, batch - 1)  # rows of x beyond the last repeat it, and are not written
-    # Tiles and pieces of this program have numbers, which count through all products: of the first
-    # tile, and first piece, of each.
-    first_tile = [
-      lax.div(jnp.int32(begin + programs - 1) - program, jnp.int32(programs)) for begin in begins
-    ]
-    first = [jnp.int32(0)]
-    for p in range(len(matrices)):
-      first.append(first[p] + (first_tile[p + 1] - first_tile[p]) * pieces[p])
-
-    def turn(number):
-      """Of the stage that holds the piece of that number: how often it has been used before, the
-      last bit of it.
-      """
-      return lax.rem(lax.div(number, jnp.int32(stages)), jnp.int32(2))
-
-    def where(p, number):
-      """(tile, piece) of a product that a number means; selects nothing: see thread_ops about
-      integers.
-      """
-      number = number - first[p]
-      return (first_tile[p] + lax.div(number, jnp.int32(pieces[p]))) * programs + program - begins[
-        p
-      ], lax.rem(number, jnp.int32(pieces[p]))
-
-    def ask(p, number, state):
-      """For the piece of that number, once its stage is free; a warp copies row after row."""
-      stage, rows, row = (
-        lax.rem(number, jnp.int32(stages)),
-        (lane & 31) < COLUMNS // 4,
-        (lane >> 5) * (COLUMNS // 4) + (lane & (COLUMNS // 4 - 1)),
-      )
-      tile, k = where(p, number)
-      wait_for(empty_ref, stage, 1 - turn(number))
-      # of the piece that must have come, two turns on: before the first turn nobody waits
-      arrived = number + (2 * stages - DEPTH)
-      wait_for(full_ref, lax.rem(arrived, jnp.int32(stages)), turn(arrived))
-      announce(full_ref, stage, COLUMNS * piece * kind.itemsize, lane == 0)
-      # Where a product is of two halves, a tile has eight rows of each.
-      begin, of_tile = (
-        (tile * 8, (row & 7) + (row >> 3) * (lengths[p] // 2)) if p == UP else (tile * COLUMNS, row)
-      )
-      take = lambda ref, begin: copy_bytes(
-        ref,
-        begin + of_tile,
-        k * piece,
-        piece * kind.itemsize,
-        pieces_ref,
-        (stage * COLUMNS + row) * piece_stride,
-        full_ref,
-        stage,
-        rows,
-      )
-      if p == NEXT and more:
-        its = len(matrices[p])
-        pl.when(begin < its)(lambda: take(matrix_refs[p], begin))
-        pl.when(begin >= its)(lambda: take(more_refs[0], begin - its))
-      else:
-        take(matrix_refs[p], begin)
-      return state
-
-    def copy(x_ref, share):
-      every = [
-        (b, k, there, ask_bytes(x_ref, k * 0 + b, k, share.width, fresh=True))
-        for k, there in share.pieces(warpgroup)
-        for b in range(batch)
-      ]
-      for b, k, there, words in every:
-        scatter_bytes(ready_ref, k * 0 + b, k, share.stride, words, there)
-      wait_for_all(groups)
-
-    def prepare(p):
-      """The input of a product, in shared memory."""
-      if p == OUT:
-        shares[p].join(*mixed.top.shape[::2], *parts_refs, ready_ref, warpgroup)()
-      elif p == DOWN:
-        copy(out_refs[UP], shares[p])
-      else:
-        shares[p].normalise(
-          out_refs[p - 1],
-          scale_refs[p // 2],
-          epsilon,
-          ready_ref,
-          squares_ref,
-          warpgroup,
-          hold=True,
-          fresh=True,
-        )()
-
-    def product(p):
-      each, stride = COLUMNS // (2 if p == UP else 1), shares[p].stride
-      # of a tile's result, what the lanes of one warpgroup write
-      n, column, there = (lane // each, lane % each, lane < batch * each)
-      place_of = lambda tile: jnp.where(there, n * columns[p] + tile * each + column, 0)
-      residual = {
-        OUT: lambda at: gather(x_ref, at),
-        DOWN: lambda at: ask_number(out_refs[OUT], at),
-      }.get(p)
-      early = None
-      # a program has one tile, or none: what is added to it need not be waited for
-      if residual and tiles[p] <= programs:
-        early = residual(jnp.minimum(place_of(where(p, first[p])[0]), batch * columns[p] - 1))
-
-      def multiply(number, sums):
-        stage, (tile, k) = lax.rem(number, jnp.int32(stages)), where(p, number)
-        sums = [[jnp.where(lane * 0 + k == 0, 0.0, x) for x in half] for half in sums]
-        wait_for(full_ref, stage, turn(number))
-        for i in range(steps):
-          at = (warp * steps + i) * STEP + part * 8
-          a, b = (
-            gather_bytes(pieces_ref, stage * COLUMNS + row + m, at, piece_stride) for m in (0, 8)
-          )
-          c = gather_bytes(ready_ref, own, k * piece + at, stride)
-          for j in (0, 2):
-            sums[i % 2] = multiply_add(
-              sums[i % 2], (a[j], b[j], a[j + 1], b[j + 1]), c[j : j + 2], kind
-            )
-        arrive(empty_ref, stage)
-
-        @pl.when(k == pieces[p] - 1)
-        def _():
-          # Tiles take turns, in where their sums are kept and in who adds these: the next one's
-          # warps need not wait.
-          which = lax.rem(lax.div(tile, jnp.int32(programs)), jnp.int32(2))
-          put_sums(sums_ref, which * warps + warp, [x + y for x, y in zip(*sums)])
-          wait_for_all(groups)
-
-          @pl.when(warpgroup == lax.rem(which, jnp.int32(groups)))
-          def _():
-            value, at = result(sums_ref, which * warps, warps, p == UP, kind), place_of(tile)
-            if residual:
-              value = value.astype(kind).astype(jnp.float32) + (
-                residual(at) if early is None else early
-              ).astype(jnp.float32)
-            scatter(out_refs[p], at, value.astype(out_refs[p].dtype), there)
-
-        return tuple(map(tuple, sums))
-
-      # two that need not wait for each other
-      lax.fori_loop(first[p], first[p + 1], multiply, (((lane * 0).astype(jnp.float32),) * 4,) * 2)
-
-    @pl.when(warpgroup == 0)
-    def _():
-      barriers(full_ref, lane < stages, 1)
-      barriers(empty_ref, lane < stages, warps)
-
-    wait_for_all()
-
-    @pl.when(warpgroup == groups)
-    def _():
-      for p in range(len(matrices)):
-        lax.fori_loop(first[p], first[p + 1], functools.partial(ask, p), ())
-
-    @pl.when(warpgroup < groups)
-    def _():
-      before = gather(counter_ref, lane * 0)
-      # all of them together: 2^31
-      adds = 1 + (lane * 0 + program == 0).astype(jnp.int32) * (2**31 - programs)
-      for p in range(len(matrices)):
-        if p != OUT:
-          wait_for_all(groups)
-          meet(
-            counter_ref,
-            adds,
-            before if p % 2 else ~before,
-            (lane == 0) & (lane * 0 + warpgroup == 0),
-          )
-          wait_for_all(groups)
-        prepare(p)
-        product(p)
-
-  out = [
-    jax.ShapeDtypeStruct((batch * count,), jnp.float32 if p == NEXT else kind)
-    for p, count in enumerate(columns)
-  ]
-  # With so much of it a multiprocessor runs one program, and there are no more programs than
-  # multiprocessors: all of them run at once, and can wait for others.
-  shared = [
-    plgpu.SMEM((2 * warps * LANES,), jnp.float32),
-    plgpu.SMEM((warps * ROWS,), jnp.float32),
-    plgpu.SMEM((batch * max(s.stride for s in shares),), kind),
-    plgpu.SMEM((stages * COLUMNS * piece_stride,), kind),
-    *[plgpu.SMEM((2 * stages,), jnp.int32)] * 2,
-  ]
+  products = tuple(
+    jax.ShapeDtypeStruct((batch * count,), jnp.float32 if p == NEXT else x.dtype)
+    for p, count in enumerate(options.columns)
+  )
   run = plgpu.kernel(
-    body,
-    out_type=out,
-    scratch_types=shared,
+    functools.partial(_kernel, options),
+    out_type=[Outputs(products)],
+    scratch_types=[_scratch(options)],
     grid=(programs,),
     grid_names=axes("program"),
-    num_threads=groups + 1,
+    num_threads=options.plan.warpgroups + 1,
     thread_name=axes("warpgroup")[0],
     compiler_params=PARAMS,
     kernel_name="sparsek_chain",
   )
   counter = jax.new_ref(counter)
-  _, _, x, *projected = apart(
-    run(
-      *apart([*(y.reshape(-1) for y in mixed), x.reshape(-1)]), *matrices, *more, *scales, counter
-    )
-  )
+  mixed, x = apart((jax.tree.map(lambda y: y.reshape(-1), mixed), x.reshape(-1)))
+  (outputs,) = apart(run(Inputs(mixed, x, matrices, extra, scales, counter)))
+  _, _, x, *projected = outputs.products
   return x.reshape(batch, embed), *(y.reshape(batch, -1) for y in projected), *contents(counter)
+
+
+class Program(NamedTuple):
+  """References and coordinates that the roles of a program share.
+
+  Attributes:
+    number: of the program.
+    first_tile: how many tiles of earlier products this program computes, for each product and in
+      all.
+    first_piece: how many pieces of earlier products; pieces of a program are numbered through all
+      products.
+  """
+
+  options: Options
+  inputs: Inputs
+  outputs: Outputs
+  scratch: Scratch
+  number: jax.Array
+  lanes: Lanes
+  x_row: jax.Array
+  first_tile: list[jax.Array]
+  first_piece: list[jax.Array]
+
+  def stage(self, piece: jax.Array) -> jax.Array:
+    """Returns the stage that holds a piece."""
+    return lax.rem(piece, jnp.int32(self.options.plan.stages))
+
+  def parity(self, piece: jax.Array) -> jax.Array:
+    """Returns the parity of the mbarrier phase of a piece: how often its stage has been used
+    before, modulo 2.
+    """
+    return lax.rem(lax.div(piece, jnp.int32(self.options.plan.stages)), jnp.int32(2))
+
+  def tile_and_part(self, p: int, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the tile of product p that a piece belongs to, and which part of the sum it is. No
+    integers are chosen between: see thread_ops about `where`.
+    """
+    options, piece = self.options, piece - self.first_piece[p]
+    count = jnp.int32(options.pieces[p])
+    tile = (self.first_tile[p] + lax.div(piece, count)) * options.programs + self.number
+    return tile - sum(options.tiles[:p]), lax.rem(piece, count)
+
+
+def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+  number, warpgroup = axis_index("program", "warpgroup")
+  lanes = lanes_of(warpgroup)
+  # Rows of x beyond the last repeat it, and are not written.
+  x_row = jnp.minimum(lanes.row, options.batch - 1)
+  count = len(options.rows)
+  first_tile = [
+    lax.div(
+      jnp.int32(sum(options.tiles[:p]) + options.programs - 1) - number, jnp.int32(options.programs)
+    )
+    for p in range(count + 1)
+  ]
+  first_piece = [jnp.int32(0)]
+  for p in range(count):
+    first_piece.append(first_piece[p] + (first_tile[p + 1] - first_tile[p]) * options.pieces[p])
+  program = Program(
+    options, inputs, outputs, scratch, number, lanes, x_row, first_tile, first_piece
+  )
+
+  @pl.when(warpgroup == 0)
+  def make_barriers():
+    barriers(scratch.piece_full, lanes.lane < options.plan.stages, 1)
+    barriers(scratch.piece_empty, lanes.lane < options.plan.stages, options.warps)
+
+  wait_for_all()
+  pl.when(warpgroup == options.plan.warpgroups)(lambda: _load(program))
+  pl.when(warpgroup < options.plan.warpgroups)(lambda: _compute(program))
+
+
+def _load(program: Program) -> None:
+  """Copies all pieces to shared memory: the role of the last warpgroup."""
+  for p in range(len(program.options.rows)):
+    lax.fori_loop(
+      program.first_piece[p],
+      program.first_piece[p + 1],
+      functools.partial(_load_piece, program, p),
+      (),
+    )
+
+
+def _load_piece(program: Program, p: int, piece: jax.Array, state: tuple) -> tuple:
+  """Copies a piece once its stage is free; a warp copies a quarter of its rows, one a lane."""
+  options, inputs, scratch = program.options, program.inputs, program.scratch
+  (_, size, stages), lane = options.plan, program.lanes.lane
+  rows_of_warp = COLUMNS // 4
+  stage = program.stage(piece)
+  copies = (lane & 31) < rows_of_warp
+  row = (lane >> 5) * rows_of_warp + (lane & (rows_of_warp - 1))
+  tile, part = program.tile_and_part(p, piece)
+  wait_for(scratch.piece_empty, stage, 1 - program.parity(piece))
+  # A piece DEPTH before this one, counted two uses of the stages later: before the first use nobody
+  # waits.
+  arrived = piece + (2 * stages - DEPTH)
+  wait_for(scratch.piece_full, program.stage(arrived), program.parity(arrived))
+  announce(scratch.piece_full, stage, COLUMNS * size * options.dtype.itemsize, lane == 0)
+  if p == UP:  # eight rows of gate and eight of up
+    begin, row_of_tile = tile * 8, (row & 7) + (row >> 3) * (options.rows[p] // 2)
+  else:
+    begin, row_of_tile = tile * COLUMNS, row
+
+  def copy(matrix, begin):
+    copy_bytes(
+      matrix,
+      begin + row_of_tile,
+      part * size,
+      size * options.dtype.itemsize,
+      scratch.pieces,
+      (stage * COLUMNS + row) * options.piece_stride,
+      scratch.piece_full,
+      stage,
+      copies,
+    )
+
+  if p == NEXT and inputs.extra:
+    first_rows = options.first_rows[p]
+    pl.when(begin < first_rows)(lambda: copy(inputs.matrices[p], begin))
+    pl.when(begin >= first_rows)(lambda: copy(inputs.extra[0], begin - first_rows))
+  else:
+    copy(inputs.matrices[p], begin)
+  return state
+
+
+def _compute(program: Program) -> None:
+  """Computes the products one after the other: the role of all warpgroups but the last."""
+  options, lane = program.options, program.lanes.lane
+  before = gather(program.inputs.counter, lane * 0)
+  # What all programs add comes to 2^31.
+  is_first = (lane * 0 + program.number == 0).astype(jnp.int32)
+  adds = 1 + is_first * (2**31 - options.programs)
+  for p in range(len(options.rows)):
+    if p != OUT:
+      _wait_for_all_programs(program, p, adds, before)
+    _prepare(program, p)
+    _multiply(program, p)
+
+
+def _wait_for_all_programs(program: Program, p: int, adds: jax.Array, before: jax.Array) -> None:
+  """Waits at the grid barrier before product p, see `meet`; before and after that the warpgroups
+  of the program wait for each other. The sign of the counter changes every time.
+  """
+  warpgroups, lane = program.options.plan.warpgroups, program.lanes.lane
+  wait_for_all(warpgroups)
+  last = before if p % 2 else ~before
+  is_first_lane = (lane == 0) & (lane * 0 + program.lanes.warpgroup == 0)
+  meet(program.inputs.counter, adds, last, is_first_lane)
+  wait_for_all(warpgroups)
+
+
+def _prepare(program: Program, p: int) -> None:
+  """Prepares the input of product p in shared memory."""
+  options, inputs, scratch = program.options, program.inputs, program.scratch
+  preparation, warpgroup = options.preparations[p], program.lanes.warpgroup
+  results = program.outputs.products
+  if p == OUT:
+    finish = preparation.start_join(*options.parts, inputs.mixed, scratch.prepared, warpgroup)
+  elif p == DOWN:
+    finish = preparation.start_copy(results[UP], scratch.prepared, warpgroup)
+  else:
+    finish = preparation.start_norm(
+      results[p - 1],
+      inputs.scales[p // 2],
+      options.epsilon,
+      scratch.prepared,
+      scratch.squares,
+      warpgroup,
+      hold=True,
+      fresh=True,
+    )
+  finish()
+
+
+class Target(NamedTuple):
+  """Elements of a product's result that the lanes of one warpgroup write, and their residual.
+
+  Attributes:
+    n, column: row of the result, column in the tile.
+    inside: whether the lane writes any.
+    early: the residual, where a program has one tile at most, so that it need not be waited for.
+  """
+
+  program: Program
+  p: int
+  n: jax.Array
+  column: jax.Array
+  inside: jax.Array
+  early: jax.Array | None = None
+
+  @property
+  def columns_of_tile(self) -> int:
+    return COLUMNS // (2 if self.p == UP else 1)
+
+  def index(self, tile: jax.Array) -> jax.Array:
+    """Returns the element of each lane."""
+    columns = self.program.options.columns[self.p]
+    return jnp.where(self.inside, self.n * columns + tile * self.columns_of_tile + self.column, 0)
+
+  def residual(self, index: jax.Array) -> jax.Array | None:
+    """Loads what is added to the elements; None if nothing is."""
+    if self.early is not None:
+      return self.early
+    if self.p == OUT:
+      return gather(self.program.inputs.x, index)
+    if self.p == DOWN:
+      return ask_number(self.program.outputs.products[OUT], index)
+    return None
+
+
+def _target(program: Program, p: int) -> Target:
+  options, lane = program.options, program.lanes.lane
+  columns = COLUMNS // (2 if p == UP else 1)
+  target = Target(program, p, lane // columns, lane % columns, lane < options.batch * columns)
+  if p in (OUT, DOWN) and options.tiles[p] <= options.programs:
+    tile, _ = program.tile_and_part(p, program.first_piece[p])
+    # A program without a tile loads something that is there.
+    index = jnp.minimum(target.index(tile), options.batch * options.columns[p] - 1)
+    return target._replace(early=target.residual(index))
+  return target
+
+
+def _multiply(program: Program, p: int) -> None:
+  """Multiplies the pieces of product p that belong to this program, and stores its tiles."""
+  target = _target(program, p)
+  zeros = ((program.lanes.lane * 0).astype(jnp.float32),) * 4
+  lax.fori_loop(
+    program.first_piece[p],
+    program.first_piece[p + 1],
+    functools.partial(_multiply_piece, program, p, target),
+    (zeros,) * 2,  # two sums that need not wait for each other
+  )
+
+
+def _multiply_piece(
+  program: Program, p: int, target: Target, piece: jax.Array, sums: tuple
+) -> tuple:
+  """Adds the products of a piece to the sums, and stores the tile after its last piece."""
+  options, scratch, lanes = program.options, program.scratch, program.lanes
+  steps, preparation = options.plan.piece // (options.warps * STEP), options.preparations[p]
+  stage = program.stage(piece)
+  tile, part = program.tile_and_part(p, piece)
+  new_sums = [[jnp.where(lanes.lane * 0 + part == 0, 0.0, x) for x in half] for half in sums]
+  wait_for(scratch.piece_full, stage, program.parity(piece))
+  for i in range(steps):
+    k = (lanes.warp * steps + i) * STEP + lanes.part * 8
+    a, b = (
+      gather_bytes(scratch.pieces, stage * COLUMNS + lanes.row + m, k, options.piece_stride)
+      for m in (0, 8)
+    )
+    c = gather_bytes(
+      scratch.prepared, program.x_row, part * options.plan.piece + k, preparation.stride
+    )
+    for j in (0, 2):
+      new_sums[i % 2] = multiply_add(
+        new_sums[i % 2], (a[j], b[j], a[j + 1], b[j + 1]), c[j : j + 2], options.dtype
+      )
+  arrive(scratch.piece_empty, stage)
+  pl.when(part == options.pieces[p] - 1)(lambda: _store_tile(program, p, target, tile, new_sums))
+  return tuple(map(tuple, new_sums))
+
+
+def _store_tile(program: Program, p: int, target: Target, tile: jax.Array, sums: list) -> None:
+  """Adds the sums of all warps and stores a tile. Tiles take turns in which partial sums they use
+  and which warpgroup adds these: the warps need not wait before the next tile.
+  """
+  options, scratch, warps = program.options, program.scratch, program.options.warps
+  turn = lax.rem(lax.div(tile, jnp.int32(options.programs)), jnp.int32(2))
+  store_partial_sums(
+    scratch.partial_sums, turn * warps + program.lanes.warp, [x + y for x, y in zip(*sums)]
+  )
+  wait_for_all(options.plan.warpgroups)
+
+  @pl.when(program.lanes.warpgroup == lax.rem(turn, jnp.int32(options.plan.warpgroups)))
+  def store():
+    value = add_partial_sums(scratch.partial_sums, turn * warps, warps, p == UP, options.dtype)
+    index, result = target.index(tile), program.outputs.products[p]
+    residual = target.residual(index)
+    if residual is not None:
+      value = value.astype(options.dtype).astype(jnp.float32) + residual.astype(jnp.float32)
+    scatter(result, index, value.astype(result.dtype), target.inside)

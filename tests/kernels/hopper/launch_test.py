@@ -34,7 +34,7 @@ def grids(monkeypatch):
 
   def kernel(body, *, grid, kernel_name, out_type=(), **_):
     found[kernel_name] = grid
-    return lambda *_: [jnp.zeros(x.shape, x.dtype) for x in out_type]
+    return lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
   monkeypatch.setattr(plgpu, "kernel", kernel)
   monkeypatch.setattr(thread_ops, "SUPPORTED", True)

@@ -1,5 +1,5 @@
-"""Products of few rows: the kernel run lane by lane in NumPy, and on a GPU beside XLA's;
-compile_test.py compiles it.
+"""Tests of products of a few rows: the kernel run lane by lane in NumPy, and on a GPU compared with
+XLA; compile_test.py compiles it.
 """
 
 import collections
@@ -20,14 +20,14 @@ from sparsek.kernels.hopper import (
   thread_ops,
 )
 from sparsek.kernels.hopper.common import LOWEST
-from tests.kernels.hopper import thread_ops_test as lanes
+from tests.kernels.hopper import thread_ops_test
 
 CASES = {
   "plain": (1, 32, 256, {}),
   "residual": (3, 32, 640, {"residual"}),
   "norm": (8, 16, 2048, {"scale"}),
   "swiglu": (2, 64, 768, {"scale", "swiglu"}),
-  "more": (1, 32, 1024, {"scale", "more", "float32"}),
+  "extra matrix": (1, 32, 1024, {"scale", "extra", "float32"}),
   "parts": (2, 32, 512, {"parts", "residual"}),
 }
 
@@ -35,11 +35,11 @@ DELAY = 0.01  # seconds that every other thread waits after a barrier
 
 
 def problem(case):
-  """(arguments of `product`, the same by jnp)."""
+  """Returns x, matrices and options of `product`, and its result by jnp."""
   batch, columns, width, kinds = CASES[case]
   rng = np.random.default_rng(0)
   make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-  x, matrix, more, scale, residual = (
+  x, matrix, extra, scale, residual = (
     make(batch, width),
     make(columns, width),
     make(16, width),
@@ -49,7 +49,7 @@ def problem(case):
   options = dict(scale=scale, epsilon=1e-6) if "scale" in kinds else {}
   options |= dict(residual=residual) if "residual" in kinds else {}
   options |= dict(swiglu="swiglu" in kinds, dtype=jnp.float32 if "float32" in kinds else None)
-  matrices = (matrix, more) if "more" in kinds else (matrix,)
+  matrices = (matrix, extra) if "extra" in kinds else (matrix,)
   if "parts" in kinds:
     number, heads = 3, width // 64
     top = jnp.asarray(rng.normal(size=(number, batch, heads)), jnp.float32).at[1].set(LOWEST)
@@ -75,8 +75,8 @@ def problem(case):
 
 
 def multiply_add(sums, a, b, dtype):
-  """By the layouts of PTX's mma.m16n8k16."""
-  row, column = np.arange(lanes.thread_ops.LANES).reshape(-1, 8, 4) // 4 % 8, np.arange(4)
+  """Computes what `thread_ops.multiply_add` does, by the layouts of PTX's mma.m16n8k16."""
+  row, column = np.arange(thread_ops_test.thread_ops.LANES).reshape(-1, 8, 4) // 4 % 8, np.arange(4)
   # [word, warp, r, c, 2]
   pairs = lambda words: np.stack(
     [np.asarray(w).view(dtype).astype(np.float32).reshape(-1, 8, 4, 2) for w in words]
@@ -103,7 +103,9 @@ def multiply_add(sums, a, b, dtype):
 
 
 class Barriers:
-  """Of a program: what is copied arrives at the last moment, when somebody waits for it."""
+  """The mbarriers of a program; what is copied arrives at the last moment, when somebody waits for
+  it.
+  """
 
   def __init__(self):
     self.changed, self.failed = threading.Condition(), False
@@ -180,7 +182,7 @@ class Barriers:
 
 
 class Meeting:
-  """Of the programs of a grid."""
+  """The grid barrier of all programs."""
 
   def __init__(self):
     self.changed, self.failed = threading.Condition(), False
@@ -205,8 +207,8 @@ class Meeting:
 
 
 def emulate(monkeypatch, *modules):
-  """Runs the kernels of modules lane by lane, every warpgroup in a thread of its own; all programs
-  of a grid at once where they wait for each other.
+  """Runs the kernels of modules lane by lane, each warpgroup in a thread; all programs of a grid at
+  the same time where they wait for each other.
   """
   here = threading.local()
 
@@ -223,12 +225,15 @@ def emulate(monkeypatch, *modules):
     kernel_name,
   ):
     def run(*args):
-      out = list(map(lanes.poisoned, out_type))
-      args = [x if isinstance(x, lanes.Ref) else lanes.Ref(np.array(x)) for x in args]
+      out = jax.tree.map(thread_ops_test.poisoned, out_type)
+      args = jax.tree.map(
+        lambda x: x if isinstance(x, thread_ops_test.Ref) else thread_ops_test.Ref(np.array(x)),
+        args,
+      )
       errors, meeting = [], Meeting()
 
       def threads(program):
-        scratch = list(map(lanes.poisoned, scratch_types))
+        scratch = jax.tree.map(thread_ops_test.poisoned, scratch_types)
         waits, copies = [threading.Barrier(n + 1) for n in range(num_threads)], Barriers()
 
         def work(warpgroup):
@@ -241,8 +246,8 @@ def emulate(monkeypatch, *modules):
             body(*args, *out, *scratch)
           except Exception as error:
             errors.append(error)
-            for every in (*waits, copies, meeting):
-              every.abort()
+            for barrier in (*waits, copies, meeting):
+              barrier.abort()
 
         return [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
 
@@ -250,31 +255,31 @@ def emulate(monkeypatch, *modules):
       for some in (
         [programs] if kernel_name == "sparsek_chain" else [[program] for program in programs]
       ):
-        every = [thread for program in some for thread in threads(program)]
-        for thread in every:
+        running = [thread for program in some for thread in threads(program)]
+        for thread in running:
           thread.start()
-        for thread in every:
+        for thread in running:
           thread.join()
         if errors:
           raise errors[0]
-      return [jnp.asarray(x.array) for x in out]
+      return jax.tree.map(lambda x: jnp.asarray(x.array), out)
 
     return run
 
   functions = {
     f.__name__: f
     for f in (
-      lanes.gather,
-      lanes.gather_bytes,
-      lanes.scatter,
-      lanes.scatter_bytes,
-      lanes.widen,
-      lanes.narrow,
+      thread_ops_test.gather,
+      thread_ops_test.gather_bytes,
+      thread_ops_test.scatter,
+      thread_ops_test.scatter_bytes,
+      thread_ops_test.widen,
+      thread_ops_test.narrow,
       multiply_add,
     )
   }
 
-  def dawdle():  # who goes on too early is to be seen
+  def dawdle():  # so that a thread that does not wait as it should reads what is not there yet
     here.waits += 1
     if (here.waits + here.place["sparsek_warpgroup"]) % 2:
       time.sleep(DELAY)
@@ -288,8 +293,8 @@ def emulate(monkeypatch, *modules):
     dawdle()
 
   functions |= {
-    "ask_bytes": lambda *args, once=False, fresh=False: lanes.gather_bytes(*args),
-    "ask_number": lanes.gather,
+    "ask_bytes": lambda *args, once=False, fresh=False: thread_ops_test.gather_bytes(*args),
+    "ask_number": thread_ops_test.gather,
     "numbers": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
     "from_lane": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
     "wait_for_all": wait_for_all,
@@ -305,7 +310,7 @@ def emulate(monkeypatch, *modules):
       monkeypatch.setattr(where, name, f, raising=False)
   for where, name in (
     (small_batch_matmul, "_product"),
-    (fused_decode_layer, "_chain"),
+    (fused_decode_layer, "_fused_layer"),
     (decode_attention, "_attend"),
     (decode_attention, "evict"),
   ):
@@ -326,9 +331,9 @@ def emulate(monkeypatch, *modules):
 def test_product_lane_by_lane(case, monkeypatch):
   x, matrices, options, expected = problem(case)
   emulate(monkeypatch, small_batch_matmul)
-  found = small_batch_matmul.product(x, *matrices, **options)
-  error = jnp.abs(found.astype(jnp.float32) - expected)
-  assert jnp.max(error) <= (2e-5 if found.dtype == jnp.float32 else 2**-7) * jnp.max(
+  result = small_batch_matmul.product(x, *matrices, **options)
+  error = jnp.abs(result.astype(jnp.float32) - expected)
+  assert jnp.max(error) <= (2e-5 if result.dtype == jnp.float32 else 2**-7) * jnp.max(
     jnp.abs(expected)
   )
 
@@ -339,7 +344,7 @@ def test_product(case):
   if not thread_ops.can_run():
     pytest.skip("needs a Hopper GPU")
   x, matrices, options, expected = problem(case)
-  found = small_batch_matmul.product(x, *matrices, **options)
-  assert jnp.max(jnp.abs(found.astype(jnp.float32) - expected)) <= 2**-7 * jnp.max(
+  result = small_batch_matmul.product(x, *matrices, **options)
+  assert jnp.max(jnp.abs(result.astype(jnp.float32) - expected)) <= 2**-7 * jnp.max(
     jnp.abs(expected)
   )
