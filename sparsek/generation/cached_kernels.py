@@ -16,7 +16,7 @@ from sparsek.config import TransformerConfig
 from sparsek.generation import inference
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams
-from sparsek.kernels.hopper import decode_attention, fused_decode_layer
+from sparsek.kernels.hopper import decode_attention, decode_eviction, fused_decode_layer
 from sparsek.model.layers import rope_angles, rope_frequencies
 
 
@@ -117,7 +117,7 @@ def _evict(
   """Returns the rows of all layers, where those that select have made room for the new token."""
   selecting = [i for i, kind in enumerate(kinds) if kind == "sparsek"]
   if selecting:
-    moved = decode_attention.evict([rows[i] for i in selecting], seen, active)
+    moved = decode_eviction.evict([rows[i] for i in selecting], seen, active)
     for i, new in zip(selecting, moved):
       rows[i] = new
   return rows
@@ -190,6 +190,8 @@ def _layer(
   keys_and_values = KeysAndValues(rows.key, rows.value)
   if not isinstance(before, SelectionCache):
     return keys_and_values
+  assert rows.score is not None and rows.position is not None
+  assert rows.pending is not None and rows.moments is not None
   return before._replace(
     rows=keys_and_values,
     score=rows.score,

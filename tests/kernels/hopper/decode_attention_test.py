@@ -117,7 +117,7 @@ def test_step_lane_by_lane(case, fused, monkeypatch):
     x, cache = plain(params, cache, (jnp.arange(4) + i)[:, None], ACTIVE.astype(jnp.int32), None)
     expected.append((x[:, 0], cache))
   cache = first
-  emulate(monkeypatch, decode_attention, fused_decode_layer)
+  emulate(monkeypatch)
   monkeypatch.setattr(decode_attention, "MULTIPROCESSORS", CASES[case][1])
   monkeypatch.setattr(fused_decode_layer, "MULTIPROCESSORS", 3)
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: fused)

@@ -85,7 +85,7 @@ def test_fused_layer_lane_by_lane(case, monkeypatch):
   arguments = problem(case)
   expected = separately(*arguments)
   programs, shared = CASES[case][-2:]
-  emulate(monkeypatch, fused_decode_layer)
+  emulate(monkeypatch)
   monkeypatch.setattr(fused_decode_layer, "MULTIPROCESSORS", programs)
   monkeypatch.setattr(fused_decode_layer, "SHARED", shared)
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: True)

@@ -13,6 +13,7 @@ import sparsek
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.hopper import (
   decode_attention,
+  decode_eviction,
   fused_decode_layer,
   small_batch_matmul,
   thread_ops,
@@ -123,7 +124,7 @@ def test_decoding(grids):
     (floats(),) * 4,
   )
   seen = array(batch, dtype="int32")
-  jax.eval_shape(decode_attention.evict, [rows] * layers, seen, seen)
+  jax.eval_shape(decode_eviction.evict, [rows] * layers, seen, seen)
   projected = array(batch, (heads + 2 * groups) * dim + 3 * groups, dtype="float32")
   angles, of_scorer = array(batch, dim // 2, dtype="float32"), array(groups, dtype="float32")
 

@@ -15,7 +15,11 @@ from jax.experimental import pallas as pl
 
 from sparsek.kernels.hopper import (
   decode_attention,
+  decode_attention_kernel,
+  decode_eviction,
+  fused_decode_kernel,
   fused_decode_layer,
+  row_preparation,
   small_batch_matmul,
   thread_ops,
 )
@@ -31,6 +35,14 @@ CASES = {
   "parts": (2, 32, 512, {"parts", "residual"}),
 }
 
+KERNELS = (
+  decode_attention_kernel,
+  decode_eviction,
+  fused_decode_kernel,
+  row_preparation,
+  small_batch_matmul,
+  thread_ops,
+)
 DELAY = 0.01  # seconds that every other thread waits after a barrier
 
 
@@ -206,9 +218,9 @@ class Meeting:
       self.changed.notify_all()
 
 
-def emulate(monkeypatch, *modules):
-  """Runs the kernels of modules lane by lane, each warpgroup in a thread; all programs of a grid at
-  the same time where they wait for each other.
+def emulate(monkeypatch):
+  """Runs the kernels of a decoding step lane by lane, each warpgroup in a thread; all programs of a
+  grid at the same time where they wait for each other.
   """
   here = threading.local()
 
@@ -306,13 +318,13 @@ def emulate(monkeypatch, *modules):
     for name in ("barriers", "arrive", "announce", "copy_bytes")
   }
   for name, f in functions.items():
-    for where in (*modules, thread_ops, small_batch_matmul):
+    for where in KERNELS:
       monkeypatch.setattr(where, name, f, raising=False)
   for where, name in (
     (small_batch_matmul, "_product"),
     (fused_decode_layer, "_fused_layer"),
     (decode_attention, "_attend"),
-    (decode_attention, "evict"),
+    (decode_eviction, "evict"),
   ):
     monkeypatch.setattr(where, name, getattr(where, name).__wrapped__)
   monkeypatch.setattr(small_batch_matmul.plgpu, "kernel", kernel)
@@ -330,7 +342,7 @@ def emulate(monkeypatch, *modules):
 @pytest.mark.parametrize("case", CASES)
 def test_product_lane_by_lane(case, monkeypatch):
   x, matrices, options, expected = problem(case)
-  emulate(monkeypatch, small_batch_matmul)
+  emulate(monkeypatch)
   result = small_batch_matmul.product(x, *matrices, **options)
   error = jnp.abs(result.astype(jnp.float32) - expected)
   assert jnp.max(error) <= (2e-5 if result.dtype == jnp.float32 else 2**-7) * jnp.max(
