@@ -113,9 +113,8 @@ def _attention(query, key, value, scores, threshold, expiry, start, end, k, stat
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, start, end, k, static):
-  live, bounds, window_start = over_batch(
-    functools.partial(_tables, k, static), scores, expiry, start, end
-  )
+  tables = functools.partial(_tables, k, static)
+  live, bounds, window_start = over_batch(tables, scores, expiry, start, end)
   out, logsumexp = over_batch(
     functools.partial(_forward, static),
     query,
@@ -241,6 +240,7 @@ def _backward(
   of_near = attention_backward.near_gradients(queries, outputs, near, bounds, static)
   totals = [x.reshape(like.shape) for x, like in zip(of_near, (key, value, scores))]
   if live is not None:
+    assert dlisted is not None
     add = _per_head(
       lambda total, i, rows: total.at[i].add(rows.reshape(*i.shape, *total.shape[1:]), mode="drop")
     )

@@ -9,8 +9,8 @@ same tiles as those of the forward pass.
   t = 0: clear query, tau                     query   R, parts, D, rows   float32
   t < list_tiles: if the tile holds tokens,   tau     parts, 1, rows      float32
     clear listed; visit it; write listed      listed  as a tile of Keys   float32
-  else: if not beyond the block's last tile,  For 1 head, 2048 queries, D = 128, tiles of 512: 1 MiB,
-    visit it                                  8 KiB, 514 KiB.
+  else: if not beyond the block's last tile,  For 1 head, 2048 queries, D = 128 and tiles of 512:
+    visit it                                  1 MiB, 8 KiB, 514 KiB.
   last t: write query, tau
 
 `near_gradients`: gradients of the near tokens; programs count blocks of keys, and their steps the
@@ -129,14 +129,15 @@ def _query_kernel(
 
   visit = functools.partial(_visit, grid.static, inputs, sums)
   if listed is not None:
-    assert results.listed is not None and sums.listed is not None
+    list_results, list_sums = results.listed, sums.listed
+    assert list_results is not None and list_sums is not None
 
     @pl.when(t < bounds.listed[grid.flat(b, g, i)])
     def add_listed():
-      for x in sums.listed:
+      for x in list_sums:
         x[...] = jnp.zeros_like(x)
-      grid.for_listed_pairs(i, listed, visit(listed, sums.listed))
-      _store_key_gradients(results.listed, sums.listed, grid.static.scale)
+      grid.for_listed_pairs(i, listed, visit(listed, list_sums))
+      _store_key_gradients(list_results, list_sums, grid.static.scale)
 
   tile = grid.near_tile(b, i, t, bounds)
   window_start = inputs.queries.window_start

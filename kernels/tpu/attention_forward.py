@@ -123,7 +123,7 @@ def _visit(static: Static, queries: Queries, scratch: Scratch, keys: Keys) -> Ca
   def run(head, part, pairs: Pairs):
     at = head, part
     s = dot(keys.key[...], queries.query[at], A_BT) * static.scale
-    shrink = jnp.ones(())
+    shrink: jax.Array | None = None
 
     def probability(logits):
       nonlocal shrink
@@ -138,8 +138,10 @@ def _visit(static: Static, queries: Queries, scratch: Scratch, keys: Keys) -> Ca
       return p
 
     *_, w = tile_weights(s, probability, pairs.distance(queries.tau[part]), gate=static.gate)
-    value = keys.value[...]
-    scratch.acc[at] = scratch.acc[at] * shrink + dot(value, w.astype(keys.value.dtype), AT_B)
+    assert shrink is not None  # `probability` has been called
+    scratch.acc[at] = scratch.acc[at] * shrink + dot(
+      keys.value[...], w.astype(keys.value.dtype), AT_B
+    )
 
   return run
 

@@ -3,7 +3,6 @@ XLA; compile_test.py compiles it.
 """
 
 import collections
-import functools
 import threading
 import time
 
@@ -218,13 +217,16 @@ class Meeting:
       self.changed.notify_all()
 
 
-def emulate(monkeypatch):
-  """Runs the kernels of a decoding step lane by lane, each warpgroup in a thread; all programs of a
-  grid at the same time where they wait for each other.
+class Emulation:
+  """Kernels run lane by lane, each warpgroup in a thread; all programs of a grid at the same time
+  where they wait for each other.
   """
-  here = threading.local()
+
+  def __init__(self):
+    self.here = threading.local()  # of a thread: its place in the grid and its program's barriers
 
   def kernel(
+    self,
     body,
     *,
     out_type=(),
@@ -236,6 +238,8 @@ def emulate(monkeypatch):
     compiler_params,
     kernel_name,
   ):
+    """Stands for `plgpu.kernel`."""
+
     def run(*args):
       out = jax.tree.map(thread_ops_test.poisoned, out_type)
       args = jax.tree.map(
@@ -249,11 +253,10 @@ def emulate(monkeypatch):
         waits, copies = [threading.Barrier(n + 1) for n in range(num_threads)], Barriers()
 
         def work(warpgroup):
-          here.place, here.waits = (
-            dict(zip(grid_names, program)) | {"sparsek_warpgroup": 0, thread_name: warpgroup},
-            0,
-          )
-          here.barriers, here.copies, here.meeting = waits, copies, meeting
+          here = self.here
+          here.place = dict(zip(grid_names, program))
+          here.place |= {"sparsek_warpgroup": 0, thread_name: warpgroup}
+          here.barriers, here.copies, here.meeting, here.waits = waits, copies, meeting, 0
           try:
             body(*args, *out, *scratch)
           except Exception as error:
@@ -264,10 +267,9 @@ def emulate(monkeypatch):
         return [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
 
       programs = list(np.ndindex(*grid))
-      for some in (
-        [programs] if kernel_name == "sparsek_chain" else [[program] for program in programs]
-      ):
-        running = [thread for program in some for thread in threads(program)]
+      meets = kernel_name == "sparsek_chain"
+      for together in [programs] if meets else [[program] for program in programs]:
+        running = [thread for program in together for thread in threads(program)]
         for thread in running:
           thread.start()
         for thread in running:
@@ -278,46 +280,66 @@ def emulate(monkeypatch):
 
     return run
 
-  functions = {
-    f.__name__: f
-    for f in (
-      thread_ops_test.gather,
-      thread_ops_test.gather_bytes,
-      thread_ops_test.scatter,
-      thread_ops_test.scatter_bytes,
-      thread_ops_test.widen,
-      thread_ops_test.narrow,
-      multiply_add,
-    )
-  }
-
-  def dawdle():  # so that a thread that does not wait as it should reads what is not there yet
-    here.waits += 1
-    if (here.waits + here.place["sparsek_warpgroup"]) % 2:
+  def dawdle(self):
+    """Lets every other thread sleep: one that does not wait as it should reads what is not there."""
+    self.here.waits += 1
+    if (self.here.waits + self.here.place["sparsek_warpgroup"]) % 2:
       time.sleep(DELAY)
 
-  def wait_for_all(warpgroups=0):
-    here.barriers[warpgroups - 1].wait()
-    dawdle()
+  def wait_for_all(self, warpgroups=0):
+    self.here.barriers[warpgroups - 1].wait()
+    self.dawdle()
 
-  def wait_for(*args):
-    here.copies.wait_for(*args)
-    dawdle()
+  def wait_for(self, *args):
+    self.here.copies.wait_for(*args)
+    self.dawdle()
 
-  functions |= {
-    "ask_bytes": lambda *args, once=False, fresh=False: thread_ops_test.gather_bytes(*args),
-    "ask_number": thread_ops_test.gather,
-    "numbers": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
-    "from_lane": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
-    "wait_for_all": wait_for_all,
-    "wait_for": wait_for,
-    "meet": lambda *args: here.meeting.meet(*args),
-  }
-  functions |= {
-    name: lambda *args, name=name: getattr(here.copies, name)(*args)
-    for name in ("barriers", "arrive", "announce", "copy_bytes")
-  }
-  for name, f in functions.items():
+  def functions(self):
+    """Returns what stands for the functions of thread_ops."""
+    here = self.here
+    functions = {
+      f.__name__: f
+      for f in (
+        thread_ops_test.gather,
+        thread_ops_test.gather_bytes,
+        thread_ops_test.scatter,
+        thread_ops_test.scatter_bytes,
+        thread_ops_test.widen,
+        thread_ops_test.narrow,
+        multiply_add,
+        self.wait_for_all,
+        self.wait_for,
+      )
+    }
+    functions |= {
+      "ask_bytes": lambda *args, once=False, fresh=False: thread_ops_test.gather_bytes(*args),
+      "ask_number": thread_ops_test.gather,
+      "numbers": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
+      "from_lane": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
+      "meet": lambda *args: here.meeting.meet(*args),
+    }
+    return functions | {
+      name: lambda *args, name=name: getattr(here.copies, name)(*args)
+      for name in ("barriers", "arrive", "announce", "copy_bytes")
+    }
+
+
+def run_loop(low, high, f, state):
+  """Stands for `jax.lax.fori_loop`."""
+  for i in range(low, high):
+    state = f(jnp.int32(i), state)
+  return state
+
+
+def run_when(condition):
+  """Stands for `pl.when`."""
+  return lambda f: f() if condition else None
+
+
+def emulate(monkeypatch):
+  """Makes the kernels of a decoding step run lane by lane."""
+  emulation = Emulation()
+  for name, f in emulation.functions().items():
     for where in KERNELS:
       monkeypatch.setattr(where, name, f, raising=False)
   for where, name in (
@@ -327,16 +349,10 @@ def emulate(monkeypatch):
     (decode_eviction, "evict"),
   ):
     monkeypatch.setattr(where, name, getattr(where, name).__wrapped__)
-  monkeypatch.setattr(small_batch_matmul.plgpu, "kernel", kernel)
-  monkeypatch.setattr(jax.lax, "axis_index", lambda name: here.place[name])
-  monkeypatch.setattr(
-    jax.lax,
-    "fori_loop",
-    lambda low, high, f, state: functools.reduce(
-      lambda x, i: f(jnp.int32(i), x), range(low, high), state
-    ),
-  )
-  monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
+  monkeypatch.setattr(small_batch_matmul.plgpu, "kernel", emulation.kernel)
+  monkeypatch.setattr(jax.lax, "axis_index", lambda name: emulation.here.place[name])
+  monkeypatch.setattr(jax.lax, "fori_loop", run_loop)
+  monkeypatch.setattr(pl, "when", run_when)
 
 
 @pytest.mark.parametrize("case", CASES)
