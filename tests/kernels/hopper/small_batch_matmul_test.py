@@ -217,6 +217,10 @@ class Meeting:
       self.changed.notify_all()
 
 
+def as_ref(x):
+  return x if isinstance(x, thread_ops_test.Ref) else thread_ops_test.Ref(np.array(x))
+
+
 class Emulation:
   """Kernels run lane by lane, each warpgroup in a thread; all programs of a grid at the same time
   where they wait for each other.
@@ -281,7 +285,9 @@ class Emulation:
     return run
 
   def dawdle(self):
-    """Lets every other thread sleep: one that does not wait as it should reads what is not there."""
+    """Lets every other thread sleep, so that one that does not wait as it should reads what is not
+    there yet.
+    """
     self.here.waits += 1
     if (self.here.waits + self.here.place["sparsek_warpgroup"]) % 2:
       time.sleep(DELAY)
