@@ -18,8 +18,8 @@ programs, i + 2 programs, ... A tile is computed in pieces along the sum, see `P
       after the tile's last piece:             while its input is not there yet.
         partial_sums[turn][w] = products
         wait `warpgroups` barrier
-        warpgroup `turn`: add them, SwiGLU,
-          + residual -> global memory
+        warpgroup turn % groups: add them,
+          SwiGLU, + residual -> global memory
 
   barrier                   where           opens when
   piece_full[stages]        shared memory   the loading warpgroup has announced a piece, and its

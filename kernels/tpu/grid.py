@@ -6,9 +6,8 @@ Queries are cut into blocks. A block has a list of the tokens that are selected 
 A token that is selected later in the block has only just left the window, so it lies in the tiles
 of tokens that the window needs anyway, the *near* ones: nothing else has to be gathered.
 
-  row of tokens   |.........|.........|.........|.........|
-                            [ near tiles          ]
-                              window    [ block i ]           + list of block i, gathered
+  row of tokens   ........[ near tiles                  ]........
+                             window       [   block i   ]           + list of block i, gathered
 
 Products are transposed, [keys, queries]: what belongs to a query is then a row, as it lies in
 memory, maxima and sums over keys need no shuffling of lanes, and only narrow matrices are
@@ -18,7 +17,15 @@ A grid has the axes (batch row, key head, block, step). The first three are para
 block run one after the other on one core and add to scratch memory in VMEM, which the first step
 sets to zero and the last one writes out. A program owns what it writes: results repeat to the bit.
 Pallas copies the blocks of the next step to VMEM while a step computes, so inputs and outputs take
-their size twice there; these copies are all that a step waits for.
+their size twice there; these copies are all that a step waits for. Bounds lie in SMEM.
+
+  VMEM, twice            shape               type      bytes for 1 head, 2048 queries, D = 128
+  query, cotangent       R, parts, rows, D   as query  512 KiB each, bfloat16
+  logsumexp, delta       R, parts, 1, rows   float32     8 KiB each
+  tau                    parts, 1, rows      float32     8 KiB
+  window_start           parts, 1, rows      int32       8 KiB
+  key, value of a tile   keys or listed, D   as query  128 KiB each, tiles of 512
+  score, last of a tile  1, keys or listed   float32     2 KiB each; last int32
 """
 
 from collections.abc import Callable
