@@ -55,7 +55,7 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
   for name, x, minimum in (("k", k, 1), ("window", window, 0)):
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
       raise ValueError(f"{name}={x!r} must be a Python integer")
-    check_at_least(name, x, minimum)
+    check_at_least(name, int(x), minimum)
   check_choice("gate", gate, GATES)
   if scale is not None and not isinstance(scale, (int, float, np.number)):
     raise ValueError(f"scale={scale!r} must be a Python number or None")

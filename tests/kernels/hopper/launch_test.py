@@ -11,7 +11,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import sparsek
 from sparsek.kernels import devices
-from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
+from sparsek.kernels.hopper import (
+  decode_attention,
+  decode_eviction,
+  fused_decode_layer,
+  small_batch_matmul,
+)
 
 LIMITS = 2**31 - 1, 65535, 65535  # programs along x, y, z
 
@@ -24,19 +29,19 @@ def launched(grid):
 
 @pytest.fixture
 def grids(monkeypatch):
-  """Returns the grid of each kernel that is traced, by its name; none is lowered."""
-  grids_by_name = {}
+  """The grid of each kernel that is traced, by its name; none is lowered."""
+  found = {}
 
   def kernel(body, *, grid, kernel_name, out_type=(), **_):
-    grids_by_name[kernel_name] = grid
-    return lambda *_: [jnp.zeros(x.shape, x.dtype) for x in out_type]
+    found[kernel_name] = grid
+    return lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
   monkeypatch.setattr(plgpu, "kernel", kernel)
   monkeypatch.setattr(devices, "SUPPORTED", True)
   for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
   monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
-  return grids_by_name
+  return found
 
 
 def array(*shape, dtype="bfloat16"):
@@ -105,7 +110,7 @@ def test_attention_and_gradients(batch, n, heads, groups, head_dim, k, grids):
 
 
 def test_decoding(grids):
-  """Takes the largest batches, most layers and longest caches that have kernels."""
+  """At the largest batches, most layers and longest caches that have kernels."""
   batch, layers, heads, groups, dim, window, k = 2**16 + 1, 300, 64, 8, 128, 2048, 2048
   per_head = functools.partial(array, batch, groups)
   floats, integers = (functools.partial(per_head, dtype=dtype) for dtype in ("float32", "int32"))
@@ -118,7 +123,7 @@ def test_decoding(grids):
     (floats(),) * 4,
   )
   seen = array(batch, dtype="int32")
-  jax.eval_shape(decode_attention.evict, [rows] * layers, seen, seen)
+  jax.eval_shape(decode_eviction.evict, [rows] * layers, seen, seen)
   projected = array(batch, (heads + 2 * groups) * dim + 3 * groups, dtype="float32")
   angles, of_scorer = array(batch, dim // 2, dtype="float32"), array(groups, dtype="float32")
 

@@ -1,5 +1,5 @@
-"""The Mosaic TPU kernels interpreted on the CPU: memory starts as NaN and races are looked for.
-tpu_compile_test.py has the real compiler's word.
+"""Tests of the Mosaic TPU kernels, interpreted on the CPU: memory starts as NaN, and races are
+detected. compile_test.py compiles them with the real compiler.
 """
 
 import functools
@@ -40,7 +40,7 @@ INTERPRETED = (
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """Small tiles, so that short rows have several; fails where a kernel races."""
+  """Makes tiles small, so that short rows have several; fails where a kernel races."""
   monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   monkeypatch.setattr(tpu_attention, "ROWS", 128)
   monkeypatch.setattr(tpu_attention, "QUERIES", 256)
@@ -62,8 +62,8 @@ class TestMosaicTpu(AttentionTest):
 
   @pytest.mark.skip(
     reason=(
-      "the interpreter's callbacks cannot be computed again; tpu_compile_test.py "
-      "compiles a training step with remat"
+      "the interpreter's callbacks cannot be computed again; compile_test.py compiles a training "
+      "step with remat"
     )
   )
   def test_remat(self):
