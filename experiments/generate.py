@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from sparsek.command_line import flags
 from sparsek.data.tokenizer import as_valid_unicode
 from sparsek.errors import UsageError
-from sparsek.generation.session import AHEAD, Session, TextStream
+from sparsek.generation.session import AHEAD, Session
+from sparsek.generation.text_stream import TextStream
 from sparsek.runs import checkpoint
 from sparsek.storage.files import cannot_write, check_regular, read_at_most
 

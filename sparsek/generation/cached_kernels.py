@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from sparsek.attention.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
 from sparsek.config import TransformerConfig
 from sparsek.generation import inference
+from sparsek.generation.block import Blocks
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams
-from sparsek.kernels.hopper import decode_attention, fused_decode_layer
+from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
+from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.model.layers import rope_angles, rope_frequencies
 
 
@@ -54,69 +56,129 @@ def step(
   token: jax.Array,
   active: jax.Array,
 ) -> tuple[jax.Array, tuple]:
-  """Hidden states [B, E] before the last norm, and the next layers of the cache; token, seen [B]
-  integers, active [B] bool.
+  """Computes a step.
+
+  Args:
+    config, params: of the model.
+    layers: of the cache.
+    seen, token: [B] integers.
+    active: [B] bool.
+  Returns:
+    Hidden states [B, E] before the last norm, and the next layers of the cache.
   """
-  heads, kinds = config.num_heads, config.layer_kinds
-  position, alive = jnp.where(active, seen, 0), active.astype(jnp.int32)
+  position = jnp.where(active, seen, 0)
+  alive = active.astype(jnp.int32)
   x_BxE = inference.embed(config, params, token[:, None], position[:, None])[:, 0]
-  angle = rope_angles(
-    position, rope_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling)
-  )
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  every = [_rows(layer) for layer in layers]
-  moved = [rows for kind, rows in zip(kinds, every) if kind == "sparsek"]
-  moved = iter(decode_attention.evict(moved, seen, alive) if moved else [])
-  every = [next(moved) if kind == "sparsek" else rows for kind, rows in zip(kinds, every)]
-  blocks = [
-    (block, [block["scorer_rows"]] if kind == "sparsek" else [])
-    for kind, block in zip(kinds, params.layers)
-  ]
-  projected, counter = (
-    inference.projected(config, blocks[0][0], x_BxE, blocks[0][1]),
-    jnp.zeros(1, jnp.int32),
-  )
-  for i, (kind, (block, _), after) in enumerate(zip(kinds, blocks, [*blocks[1:], None])):
-    scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
-    mixed, every[i] = decode_attention.attend(
-      projected, cos, sin, every[i], scorer, seen, alive, heads, kind == "sliding_window"
+  blocks = KernelBlocks(config, params, layers, seen, position, alive)
+  return blocks.run(x_BxE)
+
+
+class KernelBlocks(Blocks[jax.Array, Parts]):
+  """The blocks for one token, by the decoding kernels.
+
+  The input of attention is the product with the kernel of queries, keys and values, and with the
+  scorer's rows; the kernel of attention does the rest of the projections.
+
+  Args:
+    config, params: as in `Blocks`.
+    layers: of the cache.
+    seen: [B] tokens before this one.
+    position: [B], of the token.
+    alive: [B] int32, 1 in active rows.
+  """
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    params: InferenceParams,
+    layers: tuple,
+    seen: jax.Array,
+    position: jax.Array,
+    alive: jax.Array,
+  ):
+    super().__init__(config, params)
+    scaling = config.rope_scaling
+    assert not isinstance(scaling, str)  # parsed
+    angle = rope_angles(position, rope_frequencies(config.rope_dim, config.rope_theta, scaling))
+    self._cos, self._sin = jnp.cos(angle), jnp.sin(angle)
+    self._layers, self._seen, self._alive = layers, seen, alive
+    self._rows = _evict(self.kinds, list(map(_rows, layers)), seen, alive)
+    self._counter = jnp.zeros(1, jnp.int32)  # of the fused kernels' grid barriers
+
+  def _scorer_rows(self, i):
+    return [self.params.layers[i]["scorer_rows"]] if self.kinds[i] == "sparsek" else []
+
+  def project(self, i: int, x: jax.Array) -> jax.Array:
+    """Returns the products of block i, [B, N] float32."""
+    return inference.project_rows(self.config, self.params.layers[i], x, self._scorer_rows(i))
+
+  def attend(self, i: int, projected: jax.Array) -> tuple[Parts, KeysAndValues | SelectionCache]:
+    """Returns attention in block i."""
+    is_sparsek = self.kinds[i] == "sparsek"
+    mixed, rows = decode_attention.attend(
+      projected,
+      self._cos,
+      self._sin,
+      self._rows[i],
+      _scorer(self.params.layers[i]["scorer"]) if is_sparsek else None,
+      self._seen,
+      self._alive,
+      self.config.num_heads,
+      self.kinds[i] == "sliding_window",
     )
-    if _chains(config, x_BxE, block, after):
-      scale, following = (
-        (after[0]["attention_norm"]["scale"], [after[0]["qkv"]["kernel"], *after[1]])
-        if after
-        else (None, [])
-      )
-      out, up, down = (block[name]["kernel"] for name in ("out", "up", "down"))
-      x_BxE, projected, counter = fused_decode_layer.chain(
-        mixed,
-        x_BxE,
-        out,
-        block["mlp_norm"]["scale"],
-        up,
-        down,
-        scale,
-        following,
-        counter,
-        config.norm_eps,
-      )
-      continue
-    y_BxE = inference.dense(block["out"], mixed, x_BxE)
-    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE)
-    projected = inference.projected(config, after[0], x_BxE, after[1]) if after else None
-  return x_BxE, tuple(map(_layer, layers, every))
+    return mixed, _layer(self._layers[i], rows)
+
+  def project_output(self, i: int, mixed: Parts, x: jax.Array) -> jax.Array:
+    """Returns x plus the output projection of attention in block i."""
+    params = self.params.layers[i]["out"]
+    if "bias" not in params and small_batch_matmul.takes(len(x), params["kernel"], x.dtype):
+      return small_batch_matmul.product(mixed, params["kernel"], residual=x)
+    return inference.dense(params, mixed.joined(x.dtype), x)
+
+  def finish(self, i: int, x: jax.Array, mixed: Parts) -> tuple[jax.Array, jax.Array | None]:
+    """Computes block i from its attention on, in one kernel where there is one for its sizes."""
+    block, scale, following = self.params.layers[i], None, []
+    if i + 1 < self.config.num_layers:
+      after = self.params.layers[i + 1]
+      scale = after["attention_norm"]["scale"]
+      following = [after["qkv"]["kernel"], *self._scorer_rows(i + 1)]
+    if not _fuses(self.config, x, block, following):
+      return super().finish(i, x, mixed)
+    x, projected, self._counter = fused_decode_layer.chain(
+      mixed,
+      x,
+      block["out"]["kernel"],
+      block["mlp_norm"]["scale"],
+      block["up"]["kernel"],
+      block["down"]["kernel"],
+      scale,
+      following,
+      self._counter,
+      self.config.norm_eps,
+    )
+    return x, projected
 
 
-def _chains(config, x, block, after):
-  """Whether one kernel takes what follows a layer's attention, up to the next one's."""
-  own = [block[name] for name in ("out", "up", "down")]
-  plain = (
+def _evict(kinds, rows, seen, alive):
+  """Returns the rows of all layers, after tokens that leave windows have taken their slots."""
+  selecting = [i for i, kind in enumerate(kinds) if kind == "sparsek"]
+  if selecting:
+    evicted = decode_attention.evict([rows[i] for i in selecting], seen, alive)
+    for i, rows_of_layer in zip(selecting, evicted):
+      rows[i] = rows_of_layer
+  return rows
+
+
+def _fuses(config, x, block, following):
+  """Tells whether one kernel computes a block from its attention up to the next block's."""
+  parts = [block[name] for name in ("out", "up", "down")]
+  is_plain = (
     config.mlp == "swiglu"
     and not config.parallel_residual
-    and not any("bias" in params for params in own)
+    and not any("bias" in params for params in parts)
   )
-  following = [after[0]["qkv"]["kernel"], *after[1]] if after else []
-  return plain and fused_decode_layer.takes(x, *(params["kernel"] for params in own), *following)
+  matrices = [params["kernel"] for params in parts]
+  return is_plain and fused_decode_layer.takes(x, *matrices, *following)
 
 
 def _scorer(params):

@@ -23,7 +23,7 @@ from jax.sharding import (
 import sparsek
 from sparsek.attention.prefix_selection import select
 from sparsek.config import DataConfig, TrainConfig, preset
-from sparsek.generation import cache, session
+from sparsek.generation import cache, inference, session
 from sparsek.generation.inference import inference_params
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.hopper import (
@@ -391,7 +391,7 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
 )
 def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
   """Of a layer there are few kernels, and the caches are written where they are."""
-  for module in (thread_ops, small_batch_matmul, fused_decode_layer, decode_attention):
+  for module in (inference, thread_ops, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
   config = preset("1b", num_layers=3, k=512, window=512, vocab_size=32768, attention=attention)
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
