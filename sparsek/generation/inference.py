@@ -193,8 +193,8 @@ def embed(
   x = jnp.take(params.embedding, tokens, axis=0)
   if params.positions is None:
     return x
-  table = jnp.take(params.positions, positions, axis=0, mode="fill")
-  return (x.astype(jnp.float32) + table).astype(x.dtype)
+  sum_ = x.astype(jnp.float32) + jnp.take(params.positions, positions, axis=0, mode="fill")
+  return sum_.astype(x.dtype)
 
 
 def project_rows(
