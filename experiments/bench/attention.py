@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.attention import api as attention_api
-from sparsek.attention import operator, prefix_selection
-from sparsek.kernels import compaction, reference, specs
-from sparsek.kernels.cudnn import on_nvidia_gpu
+from sparsek.attention import documents, prefix_selection
+from sparsek.attention.backends import choose_implementation
+from sparsek.kernels import compaction, devices, reference, specs
+from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import thread_ops
 from sparsek.runs import run_directory
 
 RIVALS = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
@@ -88,7 +88,7 @@ def uses_cudnn(dtype: str) -> bool:
 def what_runs(problem: Problem, implementation: str | None) -> str:
   """The implementation that "sparsek" is on this device."""
   query = jax.ShapeDtypeStruct((1, problem.n, problem.heads, problem.head_dim), problem.dtype)
-  return implementation or attention_api._resolve(None, query)
+  return implementation or choose_implementation(None, query, None, 0).implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,9 @@ def make_rival(name: str, problem: Problem, implementation: str | None = None) -
 
   def thresholds(query, key, value, scores):
     by_head = jnp.swapaxes(scores, 1, 2)
-    bounds = operator.document_bounds(None, *scores.shape[:2])
+    bounds = documents.document_bounds(None, *scores.shape[:2])
     threshold, expiry, order = prefix_selection.select(
-      by_head, *bounds, min(k, n), min(window, n), False, thread_ops.can_run()
+      by_head, *bounds, min(k, n), min(window, n), False, devices.can_run()
     )
     return jnp.swapaxes(threshold, 1, 2), (expiry, order)
 
@@ -192,7 +192,7 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
       k=k,
       window=window,
       chunk=hopper_attention.chunk_size(n),
-      kernels=thread_ops.can_run(),
+      kernels=devices.can_run(),
     )
   return jax.vmap(
     jax.vmap(lambda e: compaction.chunk_lists(e, k, window, compaction.chunk_size(n, k, window)))

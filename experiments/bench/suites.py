@@ -7,15 +7,14 @@ from absl import flags as absl_flags
 from experiments.bench import attention as attention_bench
 from experiments.bench import decoding as decoding_bench
 from experiments.bench import training_step as training_step_bench
-from sparsek.command_line import flags
+from experiments.bench.flags import FLAGS, define_flags
+from sparsek.command_line.main import parse
 from sparsek.config import preset
 from sparsek.errors import UsageError
-from sparsek.kernels.cudnn import on_nvidia_gpu
+from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.runs.settings import differences
 
-FLAGS = absl_flags.FlagValues()  # apart from those of pretraining, whose defaults are others
-flags.define_benchmark_flags(FLAGS)
 # of measure.Problem, named like their flags
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 # of the trained or generating model
@@ -72,7 +71,7 @@ def problems():
       raise UsageError(
         f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}"
       )
-  rivals = names("rivals", attention_bench.RIVALS) if flag("rivals") else None
+  rivals = names("baselines", attention_bench.RIVALS) if flag("baselines") else None
   return attention_bench.choose_rivals(
     chosen,
     rivals,
@@ -100,9 +99,9 @@ def check_same_model(old, suite, varying):
     UsageError: naming the flags that differ.
   """
   values = absl_flags.FlagValues()
-  flags.define_benchmark_flags(values)
+  define_flags(values)
   try:
-    flags.parse(["benchmark", *old.get("flags", [])], values)
+    parse(["benchmark", *old.get("flags", [])], values)
   except UsageError as error:
     raise UsageError(f"--extend: the record is not of this version: {error}") from None
   there, here = (dataclasses.asdict(model(suite, at)) for at in (values, FLAGS))

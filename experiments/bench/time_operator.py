@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from experiments import script
 from sparsek.attention import prefix_selection
-from sparsek.kernels.hopper import thread_ops
+from sparsek.kernels import devices
 
 
 def milliseconds(f, *args, repeats=20):
@@ -36,7 +36,7 @@ def main(options):
   )
   print(f"{heads} heads x {n} tokens, k = delay = {k}, {jax.devices()[0].device_kind}")
 
-  kernels = thread_ops.can_run()
+  kernels = devices.can_run()
   for packed in (False, True):
     select = lambda scores, start, end: prefix_selection.select(
       scores, start, end, k, k, packed, kernels

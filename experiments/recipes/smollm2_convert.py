@@ -35,8 +35,8 @@ from experiments import script
 from experiments.recipes.stages import MINUTES, flags_of, run_stages
 from experiments.reports import plots
 from experiments.reports.baselines_report import accuracies, mean_and_error
-from sparsek.evaluation import tasks
-from sparsek.runs import checkpoint, run_directory
+from sparsek.data.task_documents import CHANCE
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
 
@@ -142,7 +142,7 @@ def stages(options) -> dict[str, tuple[str, ...]]:
 
 def describe(folder: str, minutes: float) -> dict:
   """What a run was trained on, how, and how good it is."""
-  _, record = checkpoint.load_run_config(folder)
+  _, record = run_record.load_run_config(folder)
   flags = [
     line
     for line in flags_of(folder)
@@ -270,7 +270,7 @@ def main(options) -> None:
       if name in minutes
     },
     "minutes": minutes,
-    "chance": {task: tasks.CHANCE[task] for task in ("passkey", "needle")},
+    "chance": {task: CHANCE[task] for task in ("passkey", "needle")},
     "runs": runs,
     "versions": run_directory.versions(),
   }

@@ -21,13 +21,10 @@ import numpy as np
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
-from sparsek.generation.cached_attention import (
-  NOWHERE,
-  KeysAndValues,
-  SelectionCache,
-  needs_support,
-)
+from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams, inference_params
+from sparsek.kernels import devices
+from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.baselines import BASELINES
 from sparsek.model.layers import scoring_network
 from sparsek.model.transformer import Params
@@ -290,10 +287,10 @@ def decode_step(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, params, cache, token, active):
-  if inference.can_run():
+  if devices.can_run():
     from sparsek.generation import cached_kernels  # needs private names of JAX
 
-    if cached_kernels.takes(config, params, cache.layers):
+    if cached_kernels.supports(config, params, cache.layers):
       hidden_BxE, layers = cached_kernels.step(
         config, params, cache.layers, cache.seen, token, active
       )

@@ -17,7 +17,7 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.generation.cache import Cache, init_cache
 from sparsek.generation.cache_sizes import clip_sizes
-from sparsek.generation.cached_attention import NOWHERE
+from sparsek.kernels.sentinels import NOWHERE
 from sparsek.storage.files import MAX_JSON, atomic_file, check_regular, parse_json
 
 # fields that do not change a cache

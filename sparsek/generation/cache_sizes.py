@@ -15,7 +15,8 @@ from sparsek.generation.cache import (
   init_cache,
   pad_length,
 )
-from sparsek.generation.cached_attention import NOWHERE, KeysAndValues, SelectionCache, map_rows
+from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, map_rows
+from sparsek.kernels.sentinels import NOWHERE
 
 GROWTH = 128  # rows that full layers grow by; the decoding kernels take multiples of it
 UNCLIPPED = 2**14  # k and windows up to here are never clipped to the length of texts

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from sparsek.attention.operator import sparsek
 from sparsek.attention.scoring import ScorerState
 from sparsek.config import TransformerConfig
-
-NOWHERE = jnp.iinfo(jnp.int32).max  # position of an empty slot: later than any token
+from sparsek.kernels.sentinels import NOWHERE
 
 
 class KeysAndValues(NamedTuple):

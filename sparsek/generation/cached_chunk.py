@@ -24,13 +24,13 @@ from sparsek.attention.api import resolve_window, sliding_window_attention, spar
 from sparsek.attention.operator import sparsek
 from sparsek.config import TransformerConfig
 from sparsek.generation.cached_attention import (
-  NOWHERE,
   KeysAndValues,
   SelectionCache,
   float32_product,
   map_rows,
   needs_support,
 )
+from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.layers import window_implementation
 
 MAX_LOGITS = 2**22  # of a head that a full layer computes at once for a chunk

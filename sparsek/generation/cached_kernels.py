@@ -1,8 +1,12 @@
-"""One token through all layers by the kernels in kernels/decode_attention.py and what it imports:
-on Hopper GPUs what `sparsek.generation.cache` takes a step with, where a model is of the common
-kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and the gate "straight_through".
-Two kernels a layer, or five where fused_decode_layer.py does not take it, and two before them all.
+"""One token through all layers by the decode kernels of Hopper GPUs (kernels/hopper), with which
+`sparsek.generation.cache` makes a step where a model is of the common kind: RMSNorm, rotations of
+whole heads, no biases, a linear scorer and the gate "straight_through".
+
+A layer takes two kernels, or five where fused_decode_layer.py does not support it; two more come
+before the first layer.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +17,26 @@ from sparsek.generation import inference
 from sparsek.generation.block import Blocks
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams
-from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
+from sparsek.kernels.hopper import (
+  decode_attention,
+  decode_eviction,
+  fused_decode_layer,
+  small_batch_matmul,
+)
 from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.model.layers import rope_angles, rope_frequencies
 
 
-def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
-  """Whether `step` does what the other way would, here."""
+def supports(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
+  """Returns whether `step` can compute a step of this model, on this device."""
   selects = (
     config.scorer == "linear"
     and config.scorer_normalize
     and not config.scorer_init_noise
     and not config.scorer_shared
+    and not needs_support(config.gate)
+    and all(layer_config.window > 0 for layer_config in config.layer_configs)
   )
-  selects = selects and not needs_support(config.gate)
-  selects = selects and all(own.window > 0 for own in config.layer_configs)
   plain = (
     config.norm == "rms_norm"
     and config.positions == "rope"
@@ -35,14 +44,14 @@ def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> 
     and not config.qk_norm
   )
 
-  def fits(kind, block, layer):
-    own = kind in ("full", "sliding_window") or (
-      kind == "sparsek" and selects and "scorer_rows" in block
+  def fits(kind, params_of_layer, layer):
+    has_kernel = kind in ("full", "sliding_window") or (
+      kind == "sparsek" and selects and "scorer_rows" in params_of_layer
     )
     return (
-      own
-      and "bias" not in block["qkv"]
-      and decode_attention.takes(_rows(layer).key, config.num_heads)
+      has_kernel
+      and "bias" not in params_of_layer["qkv"]
+      and decode_attention.supports(_rows(layer).key, config.num_heads)
     )
 
   return plain and all(map(fits, config.layer_kinds, params.layers, layers))
@@ -131,7 +140,7 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
   def project_output(self, i: int, mixed: Parts, x: jax.Array) -> jax.Array:
     """Returns x plus the output projection of attention in block i."""
     params = self.params.layers[i]["out"]
-    if "bias" not in params and small_batch_matmul.takes(len(x), params["kernel"], x.dtype):
+    if "bias" not in params and small_batch_matmul.supports(len(x), params["kernel"], x.dtype):
       return small_batch_matmul.product(mixed, params["kernel"], residual=x)
     return inference.dense(params, mixed.joined(x.dtype), x)
 
@@ -142,9 +151,9 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
       after = self.params.layers[i + 1]
       scale = after["attention_norm"]["scale"]
       following = [after["qkv"]["kernel"], *self._scorer_rows(i + 1)]
-    if not _fuses(self.config, x, block, following):
+    if not _is_fused(self.config, x, block, following):
       return super().finish(i, x, mixed)
-    x, projected, self._counter = fused_decode_layer.chain(
+    x, projected, self._counter = fused_decode_layer.fused_layer(
       mixed,
       x,
       block["out"]["kernel"],
@@ -159,29 +168,38 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
     return x, projected
 
 
-def _evict(kinds, rows, seen, alive):
-  """Returns the rows of all layers, after tokens that leave windows have taken their slots."""
+def _evict(
+  kinds: tuple[str, ...], rows: list[decode_attention.Rows], seen: jax.Array, active: jax.Array
+) -> list[decode_attention.Rows]:
+  """Returns the rows of all layers, where those that select have made room for the new token."""
   selecting = [i for i, kind in enumerate(kinds) if kind == "sparsek"]
   if selecting:
-    evicted = decode_attention.evict([rows[i] for i in selecting], seen, alive)
-    for i, rows_of_layer in zip(selecting, evicted):
-      rows[i] = rows_of_layer
+    moved = decode_eviction.evict([rows[i] for i in selecting], seen, active)
+    for i, new in zip(selecting, moved):
+      rows[i] = new
   return rows
 
 
-def _fuses(config, x, block, following):
-  """Tells whether one kernel computes a block from its attention up to the next block's."""
+def _is_fused(
+  config: TransformerConfig, x: jax.Array, block: dict[str, Any], following: list[jax.Array]
+) -> bool:
+  """Returns whether one kernel can compute all from a block's attention to the next one's.
+
+  Args:
+    block: parameters of the block.
+    following: the matrices of the next block's projection.
+  """
   parts = [block[name] for name in ("out", "up", "down")]
-  is_plain = (
+  plain = (
     config.mlp == "swiglu"
     and not config.parallel_residual
     and not any("bias" in params for params in parts)
   )
   matrices = [params["kernel"] for params in parts]
-  return is_plain and fused_decode_layer.takes(x, *matrices, *following)
+  return plain and fused_decode_layer.supports(x, *matrices, *following)
 
 
-def _scorer(params):
+def _scorer(params: dict[str, jax.Array]) -> decode_attention.Scorer:
   return decode_attention.Scorer(
     params["scale"],
     params["slope"],
@@ -191,7 +209,7 @@ def _scorer(params):
   )
 
 
-def _rows(layer):
+def _rows(layer: SelectionCache | KeysAndValues) -> decode_attention.Rows:
   if not isinstance(layer, SelectionCache):
     return decode_attention.Rows(*layer)
   return decode_attention.Rows(
@@ -199,12 +217,17 @@ def _rows(layer):
   )
 
 
-def _layer(before, rows):
-  kept = KeysAndValues(rows.key, rows.value)
+def _layer(
+  before: SelectionCache | KeysAndValues, rows: decode_attention.Rows
+) -> SelectionCache | KeysAndValues:
+  """Returns a layer of the cache with new rows."""
+  keys_and_values = KeysAndValues(rows.key, rows.value)
   if not isinstance(before, SelectionCache):
-    return kept
+    return keys_and_values
+  assert rows.score is not None and rows.position is not None
+  assert rows.pending is not None and rows.moments is not None
   return before._replace(
-    rows=kept,
+    rows=keys_and_values,
     score=rows.score,
     position=rows.position,
     pending=rows.pending,

@@ -5,7 +5,6 @@ The values are those of the modules in sparsek/model/layers.py; only rounding di
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.scoring import scorer_logits, scorer_rows
+from sparsek.attention.exact_product import scorer_logits, scorer_rows
 from sparsek.config import TransformerConfig
+from sparsek.kernels import devices
 from sparsek.model import lora
 from sparsek.model.layers import RMSNorm, make_norm, rotary_embedding
 from sparsek.model.transformer import Params, hidden_to_logits, layer_params
@@ -64,24 +64,6 @@ class Projections(NamedTuple):
   scorer_logits: jax.Array | None
 
 
-def can_run() -> bool:
-  """Tells whether the kernels in kernels/hopper that a decoding step uses can run here.
-
-  They need private names of JAX, and are imported on their device only. Where JAX has moved such a
-  name, XLA does their work.
-  """
-  device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-  device = jax.devices(device)[0] if isinstance(device, str) else device
-  is_hopper = device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
-  if not is_hopper or jax.__version_info__ < (0, 11):
-    return False
-  try:
-    importlib.import_module("sparsek.kernels.hopper.thread_ops")
-  except (ImportError, AttributeError):
-    return False
-  return True
-
-
 def small_batch_product(
   params: Params, rows: jax.Array, config: TransformerConfig | None = None
 ) -> Callable[..., jax.Array] | None:
@@ -93,11 +75,11 @@ def small_batch_product(
     rows: [B, K], the input.
     config: of the model if the norm before the product is to be computed too.
   """
-  if not can_run() or "bias" in params or config is not None and config.norm != "rms_norm":
+  if not devices.can_run() or "bias" in params or config is not None and config.norm != "rms_norm":
     return None
-  from sparsek.kernels.hopper import small_batch_matmul
+  from sparsek.kernels.hopper import small_batch_matmul  # needs private names of JAX
 
-  if not small_batch_matmul.takes(len(rows), params["kernel"], rows.dtype):
+  if not small_batch_matmul.supports(len(rows), params["kernel"], rows.dtype):
     return None
   return small_batch_matmul.product
 

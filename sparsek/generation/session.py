@@ -14,10 +14,10 @@ from sparsek.config import TransformerConfig, check_at_least
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.generation.cache_sizes import check_memory, clip_sizes, resize, with_room
-from sparsek.generation.cached_attention import NOWHERE
 from sparsek.generation.inference import InferenceParams, inference_params
 from sparsek.generation.sampling import draw, method_of
 from sparsek.generation.saved_session import SavedSession
+from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.transformer import Params
 
 AHEAD = 8  # tokens that are computed together by default

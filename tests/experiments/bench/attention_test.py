@@ -73,7 +73,7 @@ def test_rivals_are_chosen_by_device_length_and_wish(monkeypatch):
     attention_bench.choose_rivals([problem], *args, **kwargs)[0].rivals
   )
   monkeypatch.setattr(attention_bench, "on_nvidia_gpu", lambda: False)
-  monkeypatch.setattr(attention_bench.hopper_attention, "refusal", lambda query: "there is no GPU")
+  monkeypatch.setattr(attention_bench.devices, "hopper_refusal", lambda query: "there is no GPU")
   # sparsek is xla here, and dense would not fit
   assert chosen() == ("sparsek", "sliding_window", "thresholds")
   assert chosen(implementation="reference", max_dense=8192) == attention_bench.RIVALS
@@ -84,7 +84,7 @@ def test_rivals_are_chosen_by_device_length_and_wish(monkeypatch):
     "sparsek, reference",
   ]
   monkeypatch.setattr(attention_bench, "on_nvidia_gpu", lambda: True)
-  monkeypatch.setattr(attention_bench.hopper_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(attention_bench.devices, "hopper_refusal", lambda query: None)
   assert attention_bench.make_rival("sparsek", problem).label == "sparsek, mosaic_gpu"
   assert chosen() == attention_bench.RIVALS
   assert chosen(implementation="xla", max_dense=8191) == ("sparsek", "sliding_window", "thresholds")
