@@ -174,7 +174,7 @@ def _attend_to_all(config, query, rows, position):
 
 
 class _Ordered(NamedTuple):
-  """What a sparsek layer knows before and in a chunk, in the order of attention's keys.
+  """Rows and scores of a sparsek layer before and in a chunk, in the order of attention's keys.
 
   Attributes:
     rows: keys and values [B, k + support_size + window, G, D], zeros for the support.
