@@ -34,7 +34,8 @@ from sparsek.generation.prompts import (
   shown_prompt,
   write_texts,
 )
-from sparsek.generation.session import AHEAD, Session, TextStream
+from sparsek.generation.session import AHEAD, Session
+from sparsek.generation.text_stream import TextStream
 from sparsek.runs import checkpoint, run_record
 
 

@@ -26,7 +26,8 @@ import numpy as np
 
 from experiments import script
 from sparsek.data.tokenizer import load_tokenizer
-from sparsek.generation.session import generate, stream_text
+from sparsek.generation.session import generate
+from sparsek.generation.text_stream import stream_text
 from sparsek.huggingface import pretrained, safetensors
 from sparsek.model.transformer import Transformer
 from sparsek.runs import run_directory

@@ -7,41 +7,37 @@ the worst selected token if it scores strictly higher; a score at or below the t
 forgotten, since thresholds never decrease. Logits equal those of `Transformer` at every position.
 Keys are kept after their rotation.
 
-Rows advance by themselves: each has seen its own number of tokens, and what a row gets does not
-depend on the others.
+Each row of the batch has seen its own number of tokens, and its results do not depend on the other
+rows.
 """
 
-import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.config import TransformerConfig, check_at_least, parse_term
-from sparsek.generation import cached_attention, cached_kernels, inference
-from sparsek.generation.cached_attention import (
-  NOWHERE,
-  KeysAndValues,
-  SelectionCache,
-  needs_support,
-)
+from sparsek.config import TransformerConfig, check_at_least
+from sparsek.generation import inference
+from sparsek.generation.block import CachedBlocks
+from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams, inference_params
+from sparsek.kernels import devices
+from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.baselines import BASELINES
 from sparsek.model.layers import scoring_network
 from sparsek.model.transformer import Params
 
-GROWTH = 128  # rows of full layers grow by so many at once; the decode kernels take multiples of it
-UNCLIPPED = 2**14  # k and windows up to here are never clipped to the length of texts
-SMALLEST = (
-  16  # chunks are padded to powers of two from here on, so that few sizes are ever compiled
-)
+MIN_CHUNK = 16  # chunks are padded to a power of two of at least this size
 
 
 class Cache(NamedTuple):
-  """seen: [B] int32, tokens so far; layers: per layer a SelectionCache (sparsek) or KeysAndValues
-  (sliding_window, full).
+  """State of generation for the rows of a batch.
+
+  Attributes:
+    seen: [B] int32, tokens so far.
+    layers: for each layer a SelectionCache (sparsek) or KeysAndValues (sliding_window, full).
   """
 
   seen: jax.Array
@@ -55,13 +51,13 @@ def init_cache(
   max_length: int | None = None,
   support_size: int | None = None,
 ) -> Cache:
-  """The empty cache.
+  """Returns an empty cache.
 
   Args:
-    config: of the model; its k and window, of every layer, fix the size.
+    config: of the model; the k and window of its layers determine the size.
     batch_size: rows that are fed together.
-    max_length: tokens that full layers can hold; needed, and used, by them only. Logits beyond it
-      are NaN.
+    max_length: tokens that full layers can hold; only they need and use it. Logits beyond it are
+      NaN.
     support_size: scores kept per head beyond the k slots; default 8 k + 64. Supports that are
       larger (nearly equal scores) lose their lowest members, which makes the threshold slightly low
       and gates slightly high; `lost_scores` counts them. Gates that need no thresholds keep none.
@@ -91,9 +87,8 @@ def init_cache(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty(config, batch_size, max_length, support_size):
   heads = (batch_size, config.num_kv_heads)
-  rows = lambda length: KeysAndValues(
-    *(jnp.zeros((*heads, length, config.head_dim), config.activation_dtype) for _ in range(2))
-  )
+  zeros = lambda length: jnp.zeros((*heads, length, config.head_dim), config.activation_dtype)
+  rows = lambda length: KeysAndValues(zeros(length), zeros(length))
   never = lambda size: jnp.full((*heads, size), -jnp.inf)
 
   def layer(kind, k, window):
@@ -101,11 +96,8 @@ def _empty(config, batch_size, max_length, support_size):
       return rows(window if kind == "sliding_window" else max_length)
     lost = jnp.zeros(heads if needs_support(config.gate) else (batch_size, 0), jnp.int32)
     score = jnp.concatenate([never(k), jnp.zeros((*heads, window))], axis=-1)
-    support = never(
-      _support(config.gate, k)
-      if support_size is None or not needs_support(config.gate)
-      else support_size
-    )
+    is_default = support_size is None or not needs_support(config.gate)
+    support = never(default_support_size(config.gate, k) if is_default else support_size)
     return SelectionCache(
       rows(k + window),
       score,
@@ -116,100 +108,22 @@ def _empty(config, batch_size, max_length, support_size):
       scoring_network(config).initial_state(batch_size),
     )
 
+  layers = zip(config.layer_kinds, config.layer_configs)
   return Cache(
-    jnp.zeros(batch_size, jnp.int32),
-    tuple(
-      layer(kind, own.k, own.window) for kind, own in zip(config.layer_kinds, config.layer_configs)
-    ),
+    jnp.zeros(batch_size, jnp.int32), tuple(layer(kind, of.k, of.window) for kind, of in layers)
   )
 
 
-def _support(gate, k):
-  """Scores kept per head beyond the k slots, unless told."""
+def default_support_size(gate: str, k: int) -> int:
+  """Returns how many scores are kept per head beyond the k slots by default."""
   return 8 * k + 64 if needs_support(gate) else 0
 
 
-def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache:
-  """The cache, whose full layers can hold max_length tokens if they could not: in steps of GROWTH,
-  so that few sizes are compiled.
-  """
-
-  def widen(kind, layer):
-    if kind != "full" or max_length <= layer.key.shape[2]:
-      return layer
-    missing = -(-max_length // GROWTH) * GROWTH - layer.key.shape[2]
-    return KeysAndValues(*(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in layer))
-
-  return cache._replace(layers=tuple(map(widen, config.layer_kinds, cache.layers)))
-
-
-def clip_sizes(config: TransformerConfig, length: int) -> TransformerConfig:
-  """Returns a configuration whose cache is no larger than texts of `length` tokens can use.
-
-  Their logits are the same.
-  No token leaves a window that holds them all, and no more tokens are selected than there are.
-  Sizes up to UNCLIPPED stay, larger ones become powers of two, so that few programs are compiled
-  for texts that grow.
-  """
-  most = max(UNCLIPPED, _padded(length), config.scorer_lookahead)
-  terms = []
-  for kind, k, window in map(parse_term, config.attention):
-    sizes = (
-      f":{name}{min(size, most)}" for name, size in (("k", k), ("w", window)) if size is not None
-    )
-    terms.append("".join([kind, *sizes]))
-  return dataclasses.replace(
-    config, k=min(config.k, most), window=min(config.window, most), attention=tuple(terms)
-  )
-
-
-def resize(before: TransformerConfig, after: TransformerConfig, cache: Cache) -> Cache:
-  """Returns a cache made for `before` as one of `after`, both from `clip_sizes`.
-
-  The cache of `before` must hold all of the texts so far.
-  """
-
-  def last(x, size, fill=0):
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size)], constant_values=fill)
-
-  def rows_of(x, k, more_k, more_window):
-    slots, ring = (jnp.swapaxes(part, 2, 3) for part in (x[:, :, :k], x[:, :, k:]))
-    parts = (last(slots, more_k), last(ring, more_window))
-    return jnp.concatenate([jnp.swapaxes(part, 2, 3) for part in parts], axis=2)
-
-  def layer(kind, old, new, kept):
-    more_k, more_window = new.k - old.k, new.window - old.window
-    if kind == "sliding_window":
-      return KeysAndValues(*(rows_of(x, 0, 0, more_window) for x in kept))
-    if kind != "sparsek":
-      return kept
-    support = _support(new.gate, new.k) - _support(old.gate, old.k)
-    score = jnp.concatenate(
-      [
-        last(kept.score[..., : old.k], more_k, -jnp.inf),
-        last(kept.score[..., old.k :], more_window),
-      ],
-      axis=-1,
-    )
-    return kept._replace(
-      rows=KeysAndValues(*(rows_of(x, old.k, more_k, more_window) for x in kept.rows)),
-      score=score,
-      position=last(kept.position, more_k, NOWHERE),
-      support=last(kept.support, support, -jnp.inf),
-      pending=last(kept.pending, more_window),
-    )
-
-  if before == after:
-    return cache
-  layers = map(layer, before.layer_kinds, before.layer_configs, after.layer_configs, cache.layers)
-  return cache._replace(layers=tuple(layers))
-
-
 def lost_scores(cache: Cache) -> np.ndarray:
-  """[B] integers: scores that were above the threshold when they were dropped, over all layers and
-  heads, because a support outgrew `support_size`.
+  """Returns [B] integers: how many scores above the threshold were dropped because a support
+  outgrew `support_size`, over all layers and heads.
 
-  Where it is 0 all gates are exact. It stays 0 with gates that need no thresholds.
+  All gates are exact where it is 0. It stays 0 with gates that need no thresholds.
   """
   lost = [
     np.asarray(layer.lost, np.int64).sum(axis=1)
@@ -219,38 +133,35 @@ def lost_scores(cache: Cache) -> np.ndarray:
   return np.sum(lost, axis=0) if lost else np.zeros(cache.seen.shape, np.int64)
 
 
-def cache_bytes(cache: Cache) -> int:
-  """Memory of a cache, real or of `jax.eval_shape`."""
+def cache_bytes(cache: Cache | SelectionCache | KeysAndValues) -> int:
+  """Returns the memory of a cache, or of a part of it, real or from `jax.eval_shape`."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def default_chunk(config: TransformerConfig) -> int:
-  """Tokens that `prefill` takes at a time unless told: enough for what precedes a chunk to weigh
-  little, and for a GPU to be busy.
+  """Returns the tokens that `prefill` takes at a time by default: enough that the work for the
+  cached rows before a chunk is small beside that for the chunk, and that a GPU is busy.
   """
   if jax.default_backend() != "cpu":
     return 16384
-  return max(
-    512,
-    _padded(
-      2
-      * max(
-        layer.k + layer.window + _support(config.gate, layer.k) for layer in config.layer_configs
-      )
-    ),
+  rows = (
+    layer.k + layer.window + default_support_size(config.gate, layer.k)
+    for layer in config.layer_configs
   )
+  return max(512, pad_length(2 * max(rows)))
 
 
-def _padded(length):
-  return max(SMALLEST, 1 << (length - 1).bit_length())
+def pad_length(length: int) -> int:
+  """Returns the next power of two, so that few sizes are ever compiled."""
+  return max(MIN_CHUNK, 1 << (length - 1).bit_length())
 
 
 def prefill(
   config: TransformerConfig,
   params: Params | InferenceParams,
   cache: Cache,
-  tokens: jax.Array,
-  lengths: jax.Array | None = None,
+  tokens: jax.Array | np.ndarray,
+  lengths: jax.Array | np.ndarray | None = None,
   *,
   last_only: bool = False,
   chunk_size: int | None = None,
@@ -260,16 +171,16 @@ def prefill(
 
   Args:
     config: of the model.
-    params: the model's, or what `inference_params` made of them, which saves the cast.
+    params: the model's, or those of `inference_params`, which saves the cast.
     cache: from `init_cache`, `prefill` or `decode_step`.
-    tokens: [B, m] integers, m >= 1; the rows are one document each. Chunks are padded to powers of
-      two: few sizes are ever compiled.
-    lengths: [B] integers from 0 to m: row b has only the first lengths[b] of its tokens; what
-      follows them is not read. None: all have m.
+    tokens: [B, m] integers, m >= 1; each row is one document. Chunks are padded to powers of two,
+      so that few sizes are ever compiled.
+    lengths: [B] integers from 0 to m: only the first lengths[b] tokens of row b are fed. None: all
+      m tokens of every row.
     last_only: return the logits of each row's last token only; those of a long prompt are large.
-    chunk_size: tokens processed at a time; default: `default_chunk`. A cache that has seen nothing
-      is cheapest filled in one chunk.
-    donate: the cache given is used up, and its memory used again.
+    chunk_size: tokens processed at a time; default: `default_chunk`. An empty cache is filled
+      fastest in one chunk.
+    donate: reuse the memory of the given cache, which cannot be used afterwards.
   Returns:
     Logits [B, m, vocab_size] float32 ([B, 1, vocab_size] with last_only; NaN in rows without
     tokens), meaningless beyond `lengths`, and the cache after these tokens.
@@ -283,45 +194,49 @@ def prefill(
     check_at_least("chunk_size", chunk_size, 1)
   check_cache(config, cache, tokens)
   batch, length = tokens.shape
-  traced = isinstance(lengths, jax.core.Tracer)
-  lengths = (
-    np.full(batch, length) if lengths is None else lengths if traced else np.asarray(lengths)
-  )
+  lengths = _check_lengths(lengths, batch, length)
+  params, chunk_size = inference_params(config, params), chunk_size or default_chunk(config)
+  fresh = not isinstance(cache.seen, jax.core.Tracer) and not np.any(cache.seen)
+  if not isinstance(tokens, jax.core.Tracer):
+    tokens = np.asarray(tokens, np.int32)  # sliced and padded by NumPy: nothing to compile
+  pad = jnp.pad if isinstance(tokens, jax.core.Tracer) else np.pad
+  clip = jnp.clip if isinstance(lengths, jax.core.Tracer) else np.clip
+  if not donate:
+    cache = jax.tree.map(jnp.copy, cache)
+  all_logits, last = [], jnp.full((batch, config.vocab_size), jnp.nan)
+  for start in range(0, length, chunk_size):
+    part = tokens[:, start : start + chunk_size]
+    size = min(chunk_size, pad_length(part.shape[1]))
+    count = clip(lengths - start, 0, part.shape[1]).astype(np.int32)
+    part = pad(part, ((0, 0), (0, size - part.shape[1])))
+    logits, last, cache = _feed(
+      config, fresh and start == 0, last_only, params, cache, part, count, last
+    )
+    all_logits.append(logits)
+  return (last[:, None] if last_only else jnp.concatenate(all_logits, axis=1)[:, :length]), cache
+
+
+def _check_lengths(
+  lengths: jax.Array | np.ndarray | None, batch: int, length: int
+) -> jax.Array | np.ndarray:
+  """Returns the lengths of rows, of NumPy unless traced; raises ValueError for bad ones."""
+  if lengths is None:
+    return np.full(batch, length)
+  if not isinstance(lengths, jax.core.Tracer):
+    lengths = np.asarray(lengths)
   if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
     raise ValueError(
       f"lengths must be integers of shape {(batch,)}, got {lengths.dtype} {lengths.shape}"
     )
-  if not traced and not np.all((lengths >= 0) & (lengths <= length)):
+  is_known = isinstance(lengths, np.ndarray)
+  if is_known and not np.all((lengths >= 0) & (lengths <= length)):
     raise ValueError(f"lengths={lengths.tolist()} must be from 0 to {length}, the tokens given")
-  params, chunk_size = inference_params(config, params), chunk_size or default_chunk(config)
-  fresh = not isinstance(cache.seen, jax.core.Tracer) and not np.any(cache.seen)
-  if not isinstance(tokens, jax.core.Tracer):
-    tokens = np.asarray(tokens, np.int32)  # cut and padded by NumPy: nothing to compile
-  pad = jnp.pad if isinstance(tokens, jax.core.Tracer) else np.pad
-  if not donate:
-    cache = jax.tree.map(jnp.copy, cache)
-  every, last = [], jnp.full((batch, config.vocab_size), jnp.nan)
-  for start in range(0, length, chunk_size):
-    part = tokens[:, start : start + chunk_size]
-    size = min(chunk_size, _padded(part.shape[1]))
-    count = (jnp if traced else np).clip(lengths - start, 0, part.shape[1]).astype(np.int32)
-    logits, last, cache = _feed(
-      config,
-      fresh and start == 0,
-      last_only,
-      params,
-      cache,
-      pad(part, ((0, 0), (0, size - part.shape[1]))),
-      count,
-      last,
-    )
-    every.append(logits)
-  return (last[:, None] if last_only else jnp.concatenate(every, axis=1)[:, :length]), cache
+  return lengths
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _feed(config, fresh, last_only, params, cache, tokens, count, last):
-  """(logits of a chunk or None, logits of each row's last token so far, the next cache)."""
+  """Returns logits of a chunk or None, logits of each row's last token so far, the next cache."""
   hidden_BxCxE, cache = _forward(config, params, cache, tokens, count, fresh)
   if last_only:
     logits, of_last = None, inference.logits(config, params, _at_end(hidden_BxCxE, count))
@@ -342,9 +257,9 @@ def decode_step(
   token: jax.Array,
   active: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-  """Feeds one token a row, in a time that does not depend on how many came before.
+  """Feeds one token a row, in time that does not depend on the number of tokens before it.
 
-  In a loop, compile it with the cache donated, so that the cache is updated in place, and give it
+  In a loop, compile it with the cache donated, so that the cache is updated in place, and pass
   `inference_params`:
 
     step = jax.jit(functools.partial(sparsek.decode_step, config), donate_argnums=1)
@@ -355,7 +270,7 @@ def decode_step(
     active: [B] bool; rows where it is False stay as they are, and their logits mean nothing. None:
       all advance.
   Returns:
-    Logits [B, vocab_size] float32 of the token after it, and the next cache.
+    Logits [B, vocab_size] float32 of the next token, and the next cache.
   Raises:
     ValueError: as `prefill`.
   """
@@ -372,18 +287,21 @@ def decode_step(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, params, cache, token, active):
-  if cached_kernels.supports(config, params, cache.layers):
-    hidden_BxE, layers = cached_kernels.step(
-      config, params, cache.layers, cache.seen, token, active
-    )
-    return inference.logits(config, params, hidden_BxE), Cache(cache.seen + active, layers)
+  if devices.can_run():
+    from sparsek.generation import cached_kernels  # needs private names of JAX
+
+    if cached_kernels.supports(config, params, cache.layers):
+      hidden_BxE, layers = cached_kernels.step(
+        config, params, cache.layers, cache.seen, token, active
+      )
+      return inference.logits(config, params, hidden_BxE), Cache(cache.seen + active, layers)
   hidden_Bx1xE, cache = _forward(
     config, params, cache, token[:, None], active.astype(jnp.int32), None
   )
   return inference.logits(config, params, hidden_Bx1xE[:, 0]), cache
 
 
-def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array) -> None:
+def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array | np.ndarray) -> None:
   """Raises ValueError unless the cache was made for `config` and as many rows as `tokens`, which
   must be integers.
   """
@@ -393,49 +311,68 @@ def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array) -> N
     raise ValueError(
       f"cache has {len(cache.layers)} layers, the configuration num_layers={config.num_layers}"
     )
-  delay, soft = scoring_network(config).delay, needs_support(config.gate)
-  for i, (kind, own, layer) in enumerate(
+  for i, (kind, layer_config, layer) in enumerate(
     zip(config.layer_kinds, config.layer_configs, cache.layers)
   ):
     if isinstance(layer, SelectionCache) != (kind == "sparsek"):
       raise ValueError(f"cache does not fit the configuration: layer {i} is {kind}")
-    got, want = (
-      {},
-      {
-        "batch": tokens.shape[0],
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "dtype": config.dtype,
-      },
-    )
-    rows = layer.rows if kind == "sparsek" else layer
-    got["batch"], got["num_kv_heads"], length, got["head_dim"], got["dtype"] = (
-      *rows.key.shape,
-      str(rows.key.dtype),
-    )
-    if kind == "sliding_window":
-      got["window"], want["window"] = length, own.window
-    if kind == "sparsek":
-      got |= {
-        "k": layer.position.shape[-1],
-        "window": layer.pending.shape[-1],
-        "lookahead": layer.scorer.linear.shape[1],
-        "gates with thresholds": layer.lost.shape[-1] > 0,
-      }
-      want |= {"k": own.k, "window": own.window, "lookahead": delay, "gates with thresholds": soft}
-    if got != want:
+    got = _sizes_of(layer, kind)
+    needed = _sizes_needed(layer_config, kind, tokens.shape[0])
+    if got != needed:
       differ = ", ".join(
-        f"{name}={got[name]} (needed: {want[name]})" for name in want if got[name] != want[name]
+        f"{name}={got[name]} (needed: {needed[name]})"
+        for name in needed
+        if got[name] != needed[name]
       )
       raise ValueError(f"cache was made for {differ}")
 
 
-def _forward(config, params, cache, tokens_BxC, count_B, fresh):
-  """Tokens, of which each row has the first `count`, through all layers: hidden states before the
-  last norm, and the next cache.
+def _sizes_of(layer: SelectionCache | KeysAndValues, kind: str) -> dict[str, Any]:
+  """Returns the sizes that a layer's cache was made for, by name."""
+  key = layer.rows.key if isinstance(layer, SelectionCache) else layer.key
+  batch, num_kv_heads, length, head_dim = key.shape
+  sizes: dict[str, Any] = {
+    "batch": batch,
+    "num_kv_heads": num_kv_heads,
+    "head_dim": head_dim,
+    "dtype": str(key.dtype),
+  }
+  if kind == "sliding_window":
+    sizes["window"] = length
+  if isinstance(layer, SelectionCache):
+    sizes |= {
+      "k": layer.position.shape[-1],
+      "window": layer.pending.shape[-1],
+      "lookahead": layer.scorer.linear.shape[1],
+      "gates with thresholds": layer.lost.shape[-1] > 0,
+    }
+  return sizes
 
-  `fresh` is None for a single token a row, which takes the shorter way; else whether every row is
-  empty.
+
+def _sizes_needed(config: TransformerConfig, kind: str, batch: int) -> dict[str, Any]:
+  """Returns the sizes that a layer's cache must be made for; the configuration is the layer's."""
+  sizes: dict[str, Any] = {
+    "batch": batch,
+    "num_kv_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "dtype": config.dtype,
+  }
+  if kind == "sliding_window":
+    sizes["window"] = config.window
+  if kind == "sparsek":
+    sizes |= {
+      "k": config.k,
+      "window": config.window,
+      "lookahead": scoring_network(config).delay,
+      "gates with thresholds": needs_support(config.gate),
+    }
+  return sizes
+
+
+def _forward(config, params, cache, tokens_BxC, count_B, fresh):
+  """Feeds tokens, of which each row has the first `count`, through all blocks.
+
+  Returns hidden states before the last norm, and the next cache; `fresh` as in `CachedBlocks`.
   """
   seen, length = cache.seen, tokens_BxC.shape[1]
   # Tokens that do not exist are fed as if at position 0: what is computed for them is never read,
@@ -444,42 +381,6 @@ def _forward(config, params, cache, tokens_BxC, count_B, fresh):
     jnp.arange(length) < count_B[:, None], seen[:, None] + jnp.arange(length), 0
   )
   x_BxCxE = inference.embed(config, params, tokens_BxC, position_BxC)
-  layers = []
-  for i, (kind, own, block, layer) in enumerate(
-    zip(config.layer_kinds, config.layer_configs, params.layers, cache.layers)
-  ):
-    query, key, value, h_BxCxE, logits = inference.project(config, block, x_BxCxE, position_BxC)
-    if kind == "sparsek":
-      scores, state = scoring_network(config).apply(
-        {"params": block.get("scorer", {})},
-        x_BxCxE if h_BxCxE is None else h_BxCxE,
-        layer.scorer,
-        seen,
-        i,
-        count_B,
-        logits,
-        method="stream",
-      )
-      layer = layer._replace(scorer=state)
-    if fresh is None:
-      inputs = (own, layer, seen, count_B > 0, query[:, 0], KeysAndValues(key[:, 0], value[:, 0]))
-      step = {
-        "full": cached_attention.full_token,
-        "sliding_window": cached_attention.window_token,
-        "sparsek": cached_attention.select_token,
-      }[kind]
-      mixed, layer = step(*inputs, *([scores[:, 0]] if kind == "sparsek" else []))
-    else:
-      inputs = (own, layer, seen, count_B, query, KeysAndValues(key, value))
-      step = {
-        "full": cached_attention.full_chunk,
-        "sliding_window": cached_attention.window_chunk,
-        "sparsek": cached_attention.select_chunk,
-      }[kind]
-      mixed, layer = step(*inputs, *([scores] if kind == "sparsek" else []), fresh)
-    y_BxCxE = inference.dense(block["out"], mixed.reshape(*x_BxCxE.shape[:2], -1), x_BxCxE)
-    x_BxCxE = inference.mlp(
-      config, block, x_BxCxE if config.parallel_residual else y_BxCxE, y_BxCxE
-    )
-    layers.append(layer)
-  return x_BxCxE, Cache(seen + count_B, tuple(layers))
+  blocks = CachedBlocks(config, params, cache.layers, seen, position_BxC, count_B, fresh)
+  x_BxCxE, layers = blocks.run(x_BxCxE)
+  return x_BxCxE, Cache(seen + count_B, layers)

@@ -1,4 +1,4 @@
-"""Caches on disk: a .npz file without pickles, with the configuration that it was made under."""
+"""Caches on disk: a .npz file without pickles, which holds the configuration of the cache."""
 
 import dataclasses
 import functools
@@ -15,11 +15,12 @@ import numpy as np
 
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
-from sparsek.generation.cache import Cache, clip_sizes, init_cache
-from sparsek.generation.cached_attention import NOWHERE
+from sparsek.generation.cache import Cache, init_cache
+from sparsek.generation.cache_sizes import clip_sizes
+from sparsek.kernels.sentinels import NOWHERE
 from sparsek.storage.files import MAX_JSON, atomic_file, check_regular, parse_json
 
-# change nothing that a model keeps
+# fields that do not change a cache
 FREE_FIELDS = (
   "implementation",
   "remat",
@@ -32,7 +33,7 @@ FREE_FIELDS = (
   "lora_alpha",
 )
 MAX_SIZE = 2**31  # of a dimension of an array
-# What zipfile, zlib and NumPy raise for files that are damaged or none of these; RuntimeError for
+# Errors of zipfile, zlib and NumPy for files that are damaged or of another kind; RuntimeError for
 # an encrypted one.
 _UNREADABLE = (
   OSError,
@@ -48,7 +49,7 @@ _UNREADABLE = (
 
 
 def _fields(config: TransformerConfig) -> dict[str, Any]:
-  """What a cache depends on, as JSON knows it."""
+  """Returns the fields that a cache depends on, as JSON values."""
   fields = {
     name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS
   }
@@ -70,11 +71,11 @@ def save(
     path: of the file to make or to replace.
     config: that the cache was made for.
     cache: from `init_cache`, `prefill` or `decode_step`.
-    note: anything that JSON holds, returned by `load`.
+    note: JSON values, returned by `load`.
     length: that the sizes were clipped to; None: they are those of `config`. See
-      `sparsek.generation.cache.clip_sizes`.
+      `sparsek.generation.cache_sizes.clip_sizes`.
   Raises:
-    OSError: where it cannot be written; then what was at `path` stays.
+    OSError: where it cannot be written; then the file that was at `path` stays.
   """
   leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(cache)]
   sizes = {
@@ -88,7 +89,7 @@ def save(
     "length": length,
     **sizes,
   }
-  arrays = {
+  arrays: dict[str, Any] = {
     f"leaf_{i}": x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for i, x in enumerate(leaves)
   }
   with atomic_file(path) as file:
@@ -96,9 +97,8 @@ def save(
 
 
 def _size(config, cache, kind, size):
-  """Returns that of the layers of a kind, or None where there is none or where they differ.
-
-  Only supports of the default sizes differ.
+  """Returns a size of the layers of a kind, or None where there is none or where they differ; only
+  supports of the default sizes differ.
   """
   sizes = {size(layer) for layer, of in zip(cache.layers, config.layer_kinds) if of == kind}
   return sizes.pop() if len(sizes) == 1 else None
@@ -107,10 +107,10 @@ def _size(config, cache, kind, size):
 def load(path: str, config: TransformerConfig) -> tuple[Cache, dict[str, Any] | None, int | None]:
   """Returns the cache that `save` wrote, its note, and the length that its sizes are clipped to.
 
-  Nothing is read before its size is known to be what the configuration needs.
+  Every array is checked to have the size that the configuration needs before it is read.
 
   Raises:
-    UsageError: where the file cannot be read or is none of these, or was made under another
+    UsageError: where the file cannot be read or is not a saved cache, or was saved under another
       configuration, with the fields that differ.
   """
   if os.path.exists(path):
@@ -135,10 +135,10 @@ def load(path: str, config: TransformerConfig) -> tuple[Cache, dict[str, Any] | 
 
 
 def _read_head(archive: zipfile.ZipFile) -> dict:
-  """Returns what `save` wrote beside the arrays.
+  """Returns the description that `save` wrote beside the arrays.
 
   Raises:
-    UsageError, ValueError: where something is missing or of another kind.
+    UsageError, ValueError: where a value is missing or of a wrong type.
   """
   text = _read_array(archive, "head.npy", None, np.dtype(np.uint8)).tobytes()
   head = parse_json(text, "cannot be read as a cache: its head")
@@ -147,7 +147,7 @@ def _read_head(archive: zipfile.ZipFile) -> dict:
     raise ValueError("its head is not one of a cache")
   if not isinstance(head["config"], dict):
     raise ValueError("its head holds no configuration")
-  head.setdefault("length", None)  # not in older files, whose sizes are never clipped
+  head.setdefault("length", None)  # missing in older files, whose sizes are never clipped
   least = {"rows": 1, "max_length": 1, "support_size": 0, "length": 0}
   for name, lowest in least.items():
     absent = head[name] is None and name != "rows"
@@ -158,16 +158,16 @@ def _read_head(archive: zipfile.ZipFile) -> dict:
   return head
 
 
-def _check_config(had: dict, config: TransformerConfig) -> None:
-  has = _fields(config)
-  if had != has:
-    names = [name for name in has | had if had.get(name) != has.get(name)]
-    differ = ", ".join(f"{name}={had.get(name)!s:.80} (now {has.get(name)})" for name in names)
+def _check_config(saved: dict, config: TransformerConfig) -> None:
+  now = _fields(config)
+  if saved != now:
+    names = [name for name in now | saved if saved.get(name) != now.get(name)]
+    differ = ", ".join(f"{name}={saved.get(name)!s:.80} (now {now.get(name)})" for name in names)
     raise UsageError(f"was saved under {differ:.1000}")
 
 
 def _shapes(head: dict, config: TransformerConfig) -> Cache:
-  """Returns the arrays' shapes and dtypes; raises ValueError where the head leaves out a size."""
+  """Returns the arrays' shapes and dtypes; raises ValueError where the head lacks a size."""
   if head["length"] is not None:
     config = clip_sizes(config, head["length"])
   if "full" in config.layer_kinds and head["max_length"] is None:
@@ -182,11 +182,12 @@ def _read_array(
   """Returns a member of the archive.
 
   Args:
-    archive, name: where it is.
-    shape, dtype: that it must have; bfloat16 is stored as uint16. None: one-dimensional, of at most
-      MAX_JSON elements.
+    archive: that holds it.
+    name: of the member.
+    shape: that the array must have; None: one dimension of at most MAX_JSON elements.
+    dtype: that it must have; bfloat16 is stored as uint16.
   Raises:
-    ValueError: where it has not, or there is more than the array.
+    ValueError: where shape or dtype differ, or the member holds more than the array.
   """
   stored = np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype
   if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
@@ -195,24 +196,24 @@ def _read_array(
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
       raise ValueError(f"{name} is of version {version} of NumPy's format, expected (1, 0)")
-    found = np.lib.format.read_array_header_1_0(file)
-    fits = len(found[0]) == 1 and found[0][0] <= MAX_JSON if shape is None else found[0] == shape
-    if not fits or found[1] or found[2] != stored:
+    actual, is_fortran, kind = np.lib.format.read_array_header_1_0(file)
+    fits = len(actual) == 1 and actual[0] <= MAX_JSON if shape is None else actual == shape
+    if not fits or is_fortran or kind != stored:
       raise ValueError(
-        f"{name} is {found[2]} {str(found[0]):.100}, expected {stored} "
+        f"{name} is {kind} {str(actual):.100}, expected {stored} "
         f"{'[bytes]' if shape is None else shape}"
       )
-    size = math.prod(found[0]) * stored.itemsize
+    size = math.prod(actual) * stored.itemsize
     content = file.read(size)
-    if len(content) != size or file.read(1):  # the end is where the checksum is compared
+    if len(content) != size or file.read(1):  # the checksum is compared at the end
       raise ValueError(
         f"{name} holds {'more' if len(content) == size else 'fewer'} than {size} bytes"
       )
-  return np.frombuffer(content, stored).reshape(found[0]).view(dtype)
+  return np.frombuffer(content, stored).reshape(actual).view(dtype)
 
 
 def _check_seen(path: str, head: dict, config: TransformerConfig, seen: np.ndarray) -> None:
-  """Raises UsageError where rows have seen more tokens than the cache, or the model, can hold."""
+  """Raises UsageError where rows have seen more tokens than the cache or the model can hold."""
   limits = [NOWHERE]
   if head["length"] is not None:
     limits.append(head["length"])

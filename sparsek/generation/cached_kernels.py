@@ -6,7 +6,7 @@ A layer takes two kernels, or five where fused_decode_layer.py does not support 
 before the first layer.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,16 @@ import jax.numpy as jnp
 from sparsek.attention.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
 from sparsek.config import TransformerConfig
 from sparsek.generation import inference
+from sparsek.generation.block import Blocks
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams
-from sparsek.kernels.hopper import decode_attention, decode_eviction, fused_decode_layer
+from sparsek.kernels.hopper import (
+  decode_attention,
+  decode_eviction,
+  fused_decode_layer,
+  small_batch_matmul,
+)
+from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.model.layers import rope_angles, rope_frequencies
 
 
@@ -50,15 +57,6 @@ def supports(config: TransformerConfig, params: InferenceParams, layers: tuple) 
   return plain and all(map(fits, config.layer_kinds, params.layers, layers))
 
 
-class Layer(NamedTuple):
-  """Parameters of a layer, and the rows of the scorer that are multiplied with its queries' and
-  keys' kernel: one matrix, or none.
-  """
-
-  params: dict[str, Any]
-  scorer_rows: list[jax.Array]
-
-
 def step(
   config: TransformerConfig,
   params: InferenceParams,
@@ -70,45 +68,104 @@ def step(
   """Computes a step.
 
   Args:
+    config, params: of the model.
     layers: of the cache.
     seen, token: [B] integers.
     active: [B] bool.
-
   Returns:
     Hidden states [B, E] before the last norm, and the next layers of the cache.
   """
-  kinds = config.layer_kinds
-  position, alive = jnp.where(active, seen, 0), active.astype(jnp.int32)
+  position = jnp.where(active, seen, 0)
+  alive = active.astype(jnp.int32)
   x_BxE = inference.embed(config, params, token[:, None], position[:, None])[:, 0]
-  scaling = config.rope_scaling
-  assert not isinstance(scaling, str)
-  angle = rope_angles(position, rope_frequencies(config.rope_dim, config.rope_theta, scaling))
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  rows = _evict(kinds, list(map(_rows, layers)), seen, alive)
-  blocks = [
-    Layer(block, [block["scorer_rows"]] if kind == "sparsek" else [])
-    for kind, block in zip(kinds, params.layers)
-  ]
-  projected: jax.Array | None = inference.projected(
-    config, blocks[0].params, x_BxE, blocks[0].scorer_rows
-  )
-  counter = jnp.zeros(1, jnp.int32)
-  for i, (kind, block, following) in enumerate(zip(kinds, blocks, [*blocks[1:], None])):
-    scorer = _scorer(block.params["scorer"]) if kind == "sparsek" else None
-    assert projected is not None  # it is None after the last layer
-    mixed, rows[i] = decode_attention.attend(
-      projected, cos, sin, rows[i], scorer, seen, alive, config.num_heads, kind == "sliding_window"
+  blocks = KernelBlocks(config, params, layers, seen, position, alive)
+  return blocks.run(x_BxE)
+
+
+class KernelBlocks(Blocks[jax.Array, Parts]):
+  """The blocks for one token, by the decoding kernels.
+
+  The input of attention is the product with the kernel of queries, keys and values, and with the
+  scorer's rows; the kernel of attention does the rest of the projections.
+
+  Args:
+    config, params: as in `Blocks`.
+    layers: of the cache.
+    seen: [B] tokens before this one.
+    position: [B], of the token.
+    alive: [B] int32, 1 in active rows.
+  """
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    params: InferenceParams,
+    layers: tuple,
+    seen: jax.Array,
+    position: jax.Array,
+    alive: jax.Array,
+  ):
+    super().__init__(config, params)
+    scaling = config.rope_scaling
+    assert not isinstance(scaling, str)  # parsed
+    angle = rope_angles(position, rope_frequencies(config.rope_dim, config.rope_theta, scaling))
+    self._cos, self._sin = jnp.cos(angle), jnp.sin(angle)
+    self._layers, self._seen, self._alive = layers, seen, alive
+    self._rows = _evict(self.kinds, list(map(_rows, layers)), seen, alive)
+    self._counter = jnp.zeros(1, jnp.int32)  # of the fused kernels' grid barriers
+
+  def _scorer_rows(self, i):
+    return [self.params.layers[i]["scorer_rows"]] if self.kinds[i] == "sparsek" else []
+
+  def project(self, i: int, x: jax.Array) -> jax.Array:
+    """Returns the products of block i, [B, N] float32."""
+    return inference.project_rows(self.config, self.params.layers[i], x, self._scorer_rows(i))
+
+  def attend(self, i: int, projected: jax.Array) -> tuple[Parts, KeysAndValues | SelectionCache]:
+    """Returns attention in block i."""
+    is_sparsek = self.kinds[i] == "sparsek"
+    mixed, rows = decode_attention.attend(
+      projected,
+      self._cos,
+      self._sin,
+      self._rows[i],
+      _scorer(self.params.layers[i]["scorer"]) if is_sparsek else None,
+      self._seen,
+      self._alive,
+      self.config.num_heads,
+      self.kinds[i] == "sliding_window",
     )
-    if _is_fused(config, x_BxE, block, following):
-      x_BxE, projected, counter = _fused_layer(config, mixed, x_BxE, block, following, counter)
-      continue
-    y_BxE = inference.dense(block.params["out"], mixed, x_BxE)
-    mlp_input = x_BxE if config.parallel_residual else y_BxE
-    x_BxE = inference.mlp(config, block.params, mlp_input, y_BxE)
-    projected = following and inference.projected(
-      config, following.params, x_BxE, following.scorer_rows
+    return mixed, _layer(self._layers[i], rows)
+
+  def project_output(self, i: int, mixed: Parts, x: jax.Array) -> jax.Array:
+    """Returns x plus the output projection of attention in block i."""
+    params = self.params.layers[i]["out"]
+    if "bias" not in params and small_batch_matmul.supports(len(x), params["kernel"], x.dtype):
+      return small_batch_matmul.product(mixed, params["kernel"], residual=x)
+    return inference.dense(params, mixed.joined(x.dtype), x)
+
+  def finish(self, i: int, x: jax.Array, mixed: Parts) -> tuple[jax.Array, jax.Array | None]:
+    """Computes block i from its attention on, in one kernel where there is one for its sizes."""
+    block, scale, following = self.params.layers[i], None, []
+    if i + 1 < self.config.num_layers:
+      after = self.params.layers[i + 1]
+      scale = after["attention_norm"]["scale"]
+      following = [after["qkv"]["kernel"], *self._scorer_rows(i + 1)]
+    if not _is_fused(self.config, x, block, following):
+      return super().finish(i, x, mixed)
+    x, projected, self._counter = fused_decode_layer.fused_layer(
+      mixed,
+      x,
+      block["out"]["kernel"],
+      block["mlp_norm"]["scale"],
+      block["up"]["kernel"],
+      block["down"]["kernel"],
+      scale,
+      following,
+      self._counter,
+      self.config.norm_eps,
     )
-  return x_BxE, tuple(map(_layer, layers, rows))
+    return x, projected
 
 
 def _evict(
@@ -123,46 +180,23 @@ def _evict(
   return rows
 
 
-def _matrices(block: Layer, following: Layer | None) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Returns the matrices out, up and down of a layer, and those of the next one's projection."""
-  after = [following.params["qkv"]["kernel"], *following.scorer_rows] if following else []
-  return [block.params[name]["kernel"] for name in ("out", "up", "down")], after
-
-
 def _is_fused(
-  config: TransformerConfig, x: jax.Array, block: Layer, following: Layer | None
+  config: TransformerConfig, x: jax.Array, block: dict[str, Any], following: list[jax.Array]
 ) -> bool:
-  """Returns whether one kernel can compute all from a layer's attention to the next one's."""
+  """Returns whether one kernel can compute all from a block's attention to the next one's.
+
+  Args:
+    block: parameters of the block.
+    following: the matrices of the next block's projection.
+  """
+  parts = [block[name] for name in ("out", "up", "down")]
   plain = (
     config.mlp == "swiglu"
     and not config.parallel_residual
-    and not any("bias" in block.params[name] for name in ("out", "up", "down"))
+    and not any("bias" in params for params in parts)
   )
-  matrices, after = _matrices(block, following)
-  return plain and fused_decode_layer.supports(x, *matrices, *after)
-
-
-def _fused_layer(
-  config: TransformerConfig,
-  mixed: fused_decode_layer.Parts,
-  x: jax.Array,
-  block: Layer,
-  following: Layer | None,
-  counter: jax.Array,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-  (out, up, down), after = _matrices(block, following)
-  return fused_decode_layer.fused_layer(
-    mixed,
-    x,
-    out,
-    block.params["mlp_norm"]["scale"],
-    up,
-    down,
-    following.params["attention_norm"]["scale"] if following else None,
-    after,
-    counter,
-    config.norm_eps,
-  )
+  matrices = [params["kernel"] for params in parts]
+  return plain and fused_decode_layer.supports(x, *matrices, *following)
 
 
 def _scorer(params: dict[str, jax.Array]) -> decode_attention.Scorer:

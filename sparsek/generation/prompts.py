@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.errors import UsageError
-from sparsek.generation.session import Session, TextStream
+from sparsek.generation.session import Session
+from sparsek.generation.text_stream import TextStream
 from sparsek.storage.files import cannot_write, check_regular, read_at_most
 
 MAX_BYTES = 2**26  # of a file of prompts

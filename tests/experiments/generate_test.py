@@ -7,7 +7,8 @@ import pytest
 
 from experiments import generate
 from sparsek.config import TransformerConfig
-from sparsek.generation.session import Session, TextStream
+from sparsek.generation.session import Session
+from sparsek.generation.text_stream import TextStream
 from sparsek.model.transformer import init_params
 from tests.experiments.evaluate_test import write_run
 from tests.helpers import run_command, spm

@@ -10,7 +10,7 @@ import pytest
 
 from sparsek.config import GATES, SCORERS, TransformerConfig
 from sparsek.generation import cache as cache_module
-from sparsek.generation import cached_attention
+from sparsek.generation import cached_attention, cached_chunk
 from sparsek.generation.cache import cache_bytes, decode_step, init_cache, lost_scores, prefill
 from sparsek.generation.inference import inference_params
 from sparsek.model.transformer import Transformer, init_params
@@ -174,7 +174,7 @@ def test_the_cases_are_every_gate_with_every_scorer():
 @pytest.mark.parametrize("name", CASES)
 def test_rows_that_advance_by_themselves_equal_the_parallel_forward(name, monkeypatch):
   # so that full layers attend to several blocks of rows
-  monkeypatch.setattr(cached_attention, "LOGITS", 40 * CHUNK)
+  monkeypatch.setattr(cached_chunk, "MAX_LOGITS", 40 * CHUNK)
   config = config_of(name)
   want = parallel(config)
   for schedule in [MIXED, EVEN, ()] if name == "key_value, conv, shared scores" else [MIXED]:
@@ -361,26 +361,6 @@ def test_the_compiled_step_copies_no_rows():
   ]
   assert "f32[1,2,90,4]" in program and not made, made
   assert memory.temp_size_in_bytes < cache_bytes(cache) / 2
-
-
-@pytest.mark.parametrize(
-  "name",
-  [
-    "value, hybrid, k 1, window 1",
-    "straight_through, linear",
-    "value, layers of their own k and window",
-  ],
-)
-def test_an_empty_cache_is_resized_to_an_empty_cache(name, monkeypatch):
-  monkeypatch.setattr(cache_module, "UNCLIPPED", 8)
-  config = dataclasses.replace(config_of(name), k=40, window=70)
-  sizes = [cache_module.clip_sizes(config, length) for length in (5, 20, 33, 100, 10**12)]
-  assert [size.window for size in sizes] == [16, 32, 64, 70, 70]
-  assert [size.k for size in sizes] == [16, 32, 40, 40, 40] and sizes[-1] == config
-  cache = init_cache(sizes[0], 2, max_length=9)
-  for before, after in zip(sizes, sizes[1:]):
-    cache = cache_module.resize(before, after, cache)
-    jax.tree.map(np.testing.assert_array_equal, cache, init_cache(after, 2, max_length=9))
 
 
 def test_full_layers_need_and_respect_max_length():

@@ -3,7 +3,6 @@ import functools
 import io
 import json
 import zipfile
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
-from sparsek.data.tokenizer import ByteTokenizer, train_bpe
 from sparsek.errors import UsageError
-from sparsek.generation.cache import init_cache, with_room
-from sparsek.generation.session import Session, TextStream, generate, sample, stream_text
+from sparsek.generation.session import Session, generate
 from sparsek.model.transformer import Transformer, init_params
-from tests.helpers import metaspace, quick_jit, spm
+from tests.helpers import quick_jit
 
 CONFIG = TransformerConfig(
   vocab_size=40,
@@ -33,7 +30,6 @@ CONFIG = TransformerConfig(
   implementation="reference",
 )
 PROMPT = [3, 1, 4, 1, 5]
-TEXT = "naïve €5 — 日本語 🙂!"
 
 
 @functools.cache
@@ -147,14 +143,6 @@ def test_turns_go_on_where_they_ended():
     )
 
 
-def test_full_layers_grow_by_steps_and_keep_what_they_have():
-  cache = init_cache(CONFIG, 1, max_length=128)
-  cache = cache._replace(layers=(cache.layers[0], jax.tree.map(lambda x: x + 1, cache.layers[1])))
-  same, wider = with_room(CONFIG, cache, 128), with_room(CONFIG, cache, 129)
-  assert same.layers[1].key.shape[2] == 128 and wider.layers[1].value.shape[2] == 256
-  assert all((x[:, :, :128] == 1).all() and (x[:, :, 128:] == 0).all() for x in wider.layers[1])
-
-
 def test_a_stopped_row_computes_nothing_more():
   whole = turn(Session(LIGHT, light_params(), 3), ROWS)
   session, seen = Session(LIGHT, light_params(), 3), []
@@ -227,7 +215,7 @@ def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
   model["embed"]["embedding"] *= 30
   full, more = Session(small, model, 3), [[11, 12], [], [13]]
   wanted = [turn(full, rows, max_new_tokens=14) for rows in (ROWS, more)]
-  monkeypatch.setattr("sparsek.generation.cache.UNCLIPPED", 8)
+  monkeypatch.setattr("sparsek.generation.cache_sizes.UNCLIPPED", 8)
   session = Session(small, model, 3)
   found = [turn(session, ROWS, max_new_tokens=14)]
   assert session.cache.layers[0].position.shape[2] == 20
@@ -380,44 +368,10 @@ def test_no_broken_member_of_a_cache_is_a_traceback(tmp_path):
       assert str(error).startswith(path)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(top_p=0.9), dict(top_k=3)])
-@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-38, 1e-37, 1e-3])
-def test_a_tiny_temperature_is_greedy(temperature, options):
-  logits = jnp.asarray([20.0, 60.0, 40.0, -20.0, -jnp.inf])
-  assert sample(logits, jax.random.key(0), temperature, **options) == 1
-  assert sample(logits[::-1], jax.random.key(1), temperature, **options) == 3
-
-
-def test_extreme_numbers_mean_what_they_say():
-  logits = jnp.log(jnp.asarray([0.1, 0.5, 0.4]))
-
-  def draw(**options):
-    drawn = sample(jnp.broadcast_to(logits, (3000, 3)), jax.random.key(0), **options)
-    return np.bincount(drawn, minlength=3) / 3000
-
-  for temperature in (1e38, 1e300, np.inf):
-    np.testing.assert_allclose(draw(temperature=temperature), 1 / 3, atol=0.04)
-  assert draw(top_p=1e-45)[1] == 1
-  np.testing.assert_allclose(draw(top_p=1 - 1e-9), [0.1, 0.5, 0.4], atol=0.04)
+def test_a_session_takes_extreme_numbers():
   session = Session(LIGHT, light_params(), 1)
   keys = jax.random.split(jax.random.key(0), 1)
   assert len(turn(session, [PROMPT], top_k=10**30, temperature=1e-40, keys=keys)[0]) == 11
-
-
-def test_sample_draws_from_the_nucleus():
-  probability = np.asarray([0.1, 0.5, 0.3, 0.06, 0.04])
-  logits = jnp.log(jnp.asarray(probability)) + 3
-  draw = quick_jit(
-    lambda *options: sample(jnp.broadcast_to(logits, (20000, 5)), jax.random.key(0), *options)
-  )
-  share = lambda *args: np.bincount(draw(*args), minlength=5) / 20000
-  np.testing.assert_allclose(share(1.0, 1.0), probability, atol=0.015)
-  np.testing.assert_allclose(share(1.0, 0.7), [0, 0.625, 0.375, 0, 0], atol=0.015)
-  np.testing.assert_allclose(share(0.5, 1.0), probability**2 / np.sum(probability**2), atol=0.015)
-  np.testing.assert_array_equal(share(0.0, 1.0), [0, 1, 0, 0, 0])
-  np.testing.assert_array_equal(share(1.0, 0.01), [0, 1, 0, 0, 0])
-  np.testing.assert_allclose(share(1.0, 1.0, 2), [0, 0.625, 0.375, 0, 0], atol=0.015)
-  np.testing.assert_array_equal(share(1.0, 0.6, 2), [0, 1, 0, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -450,135 +404,3 @@ def test_more_tokens_than_learned_positions_are_refused_at_the_call():
     match=f"max_new_tokens=9 after {len(PROMPT)} prompt tokens: the model has max_positions=10",
   ):
     generate(config, None, PROMPT, max_new_tokens=9, temperature=0.0)
-
-
-@functools.cache
-def bpe():
-  return train_bpe([TEXT * 3, "日本 €🙂🙂 words and words"], 300)
-
-
-TOKENIZERS = {"byte": ByteTokenizer, "bpe": bpe, "spm": spm, "metaspace": metaspace}
-
-
-def some_ids(tokenizer, rng, count):
-  """Ids of text, single bytes that are no text, and ids that write nothing."""
-  text = tokenizer.encode("".join(rng.choice(list(TEXT + "world Hello"), count)))
-  ids = [int(rng.integers(tokenizer.vocab_size + 9)) if rng.random() < 0.3 else i for i in text]
-  return ids[:count]
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_pieces_of_all_turns_are_the_text_of_all_tokens(name):
-  """Whatever the tokens, prompts and turns, and however their state travels."""
-  tokenizer, rng = TOKENIZERS[name](), np.random.default_rng(0)
-  for _ in range(60):
-    ids, shown, state = [], "", {}
-    for _ in range(rng.integers(1, 5)):
-      stream = TextStream(tokenizer, **json.loads(json.dumps(state)))
-      prompt = tokenizer.encode("".join(rng.choice(list(TEXT), rng.integers(4))))
-      drawn = some_ids(tokenizer, rng, rng.integers(12))
-      shown += stream.turn(prompt) + "".join(map(stream.push, drawn)) + stream.end_turn()
-      ids, state = [*ids, *prompt, *drawn], stream.state
-      assert len(state["before"]) <= 8 and shown == tokenizer.decode(ids)[: len(shown)]
-      assert len(tokenizer.decode(ids)) - len(shown) == state["unfinished"]
-    assert shown + stream.finish() == tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_stream_knows_the_text_before_it(name):
-  tokenizer, rng = TOKENIZERS[name](), np.random.default_rng(1)
-  for _ in range(60):
-    prompt = some_ids(tokenizer, rng, rng.integers(30))
-    drawn = some_ids(tokenizer, rng, rng.integers(20))
-    before = tokenizer.decode(prompt)
-    text = tokenizer.decode([*prompt, *drawn])[len(before) :]
-    assert "".join(stream_text(tokenizer, drawn, before=prompt)) == text
-    if text:
-      begin = int(rng.integers(len(text)))
-      stop = text[begin : begin + int(rng.integers(1, 4))]
-      pieces = stream_text(tokenizer, drawn, [stop, "never there"], prompt)
-      assert "".join(pieces) == text[: text.find(stop)]
-
-
-def test_the_space_of_the_first_new_token_is_shown_and_stops():
-  tokenizer = spm()
-  ids = tokenizer.encode("Hello world")
-  prompt, drawn = ids[:-4], ids[-4:]
-  assert list(stream_text(tokenizer, drawn, before=prompt)) == [" w", "or", "l", "d"]
-  assert list(stream_text(tokenizer, drawn, [" world"], prompt)) == []
-  assert tokenizer.encode("lo", continues=True) == tokenizer.encode("Hello", continues=True)[3:]
-
-
-def test_of_several_stop_strings_the_first_complete_one_counts():
-  """However the text is cut into tokens."""
-  for size in range(1, 5):
-    pieces = ["xabcd"[at : at + size] for at in range(0, 5, size)]
-    tokenizer = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
-    assert "".join(stream_text(tokenizer, range(len(pieces)), ["abcd", "bc", "c"])) == "xa"
-
-
-def test_a_turn_loses_nothing_that_was_kept_back():
-  stream = TextStream(ByteTokenizer(), ["never"])
-  assert "".join(map(stream.push, b"so nev")) == "so " and stream.turn(b" or") == "nev or"
-
-
-def test_tokens_that_write_nothing_part_no_character():
-  stream = TextStream(spm())
-  ids = [3 + 0xE2, *[1, 10**6] * 20, 3 + 0x82, 2, 3 + 0xAC]
-  assert "".join(map(stream.push, ids)) == spm().decode(ids) == "€"
-
-
-@pytest.mark.parametrize(
-  "name, ids", [("byte", [0xE2]), ("spm", [3 + 0xE2]), ("spm", [3 + 0xE2, 1]), ("bpe", None)]
-)
-def test_unfinished_characters_take_constant_time(name, ids):
-  """Each token is decoded with a few others; nothing but the last one can become a character."""
-  tokenizer, decoded = TOKENIZERS[name](), []
-  ids = ids or tokenizer.encode("Ω")[:1]
-  counting = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
-  stream = TextStream(counting)
-  text = "".join(stream.push(i) for i in ids * 300)
-  assert text + stream.finish() == tokenizer.decode(ids * 300) == "\ufffd" * 300
-  assert max(decoded) <= 9 and len(decoded) <= 3 * 300 * len(ids) + 1 and len(text) == 299
-
-
-@pytest.mark.parametrize("text", ["plain", "naïve €5 — 日本語 🙂!", "🙂", ""])
-def test_streamed_text_never_holds_half_a_character(text):
-  pieces = list(stream_text(ByteTokenizer(), text.encode()))
-  assert pieces == list(text)
-
-
-def test_streamed_text_keeps_what_is_no_text():
-  broken = b"a\xff\xfeb\xe2\x82"
-  assert "".join(stream_text(ByteTokenizer(), broken)) == broken.decode(errors="replace")
-
-
-@pytest.mark.parametrize(
-  "stop, text",
-  [
-    (["€"], "naïve "),
-    (["5 — 日"], "naïve €"),
-    (["x", "e €", " €"], "naïv"),
-    (["—!"], TEXT),
-    (["🙂!?"], TEXT),
-    ([""], TEXT),
-  ],
-)
-def test_stop_strings_are_found_across_tokens(stop, text):
-  taken = []
-  pieces = list(
-    stream_text(ByteTokenizer(), (taken.append(token) or token for token in TEXT.encode()), stop)
-  )
-  assert "".join(pieces) == text
-  assert text == TEXT or len(taken) <= len((text + max(stop, key=len)).encode())
-
-
-class WordTokenizer:
-  """Writes a space between words, so that a token reads differently after another."""
-
-  def decode(self, ids):
-    return " ".join("word" + str(i) for i in ids)
-
-
-def test_streamed_text_of_tokens_that_join():
-  assert list(stream_text(WordTokenizer(), [1, 2, 3])) == ["word1", " word2", " word3"]

@@ -1,0 +1,138 @@
+"""The transformer's blocks as generation computes them, composed once for all ways of decoding.
+
+x -> project -> attend -> output projection, + x -> MLP, + its residual -> project of the next block
+"""
+
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from sparsek.config import TransformerConfig
+from sparsek.generation import inference
+from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
+from sparsek.generation.cached_chunk import attend_chunk
+from sparsek.generation.inference import InferenceParams, Projections
+from sparsek.model.layers import scoring_network
+
+Projected = TypeVar("Projected")  # the input of attention
+Mixed = TypeVar("Mixed")  # its output, before the output projection
+
+
+class Blocks(Generic[Projected, Mixed]):
+  """All blocks of a transformer, for new tokens behind a cache.
+
+  A subclass defines what comes before the output projection, and may replace the other pieces.
+
+  Args:
+    config: of the model.
+    params: its parameters.
+  """
+
+  def __init__(self, config: TransformerConfig, params: InferenceParams):
+    self.config, self.params = config, params
+    self.kinds, self.configs = config.layer_kinds, config.layer_configs
+
+  def project(self, i: int, x: jax.Array) -> Projected:
+    """Returns the input of attention in block i for hidden states x."""
+    raise NotImplementedError
+
+  def attend(self, i: int, projected: Projected) -> tuple[Mixed, Any]:
+    """Returns the output of attention in block i, and the layer's next cache."""
+    raise NotImplementedError
+
+  def project_output(self, i: int, mixed: Mixed, x: jax.Array) -> jax.Array:
+    """Returns x plus the output projection of attention in block i."""
+    raise NotImplementedError
+
+  def finish(self, i: int, x: jax.Array, mixed: Mixed) -> tuple[jax.Array, Projected | None]:
+    """Computes block i from its attention on.
+
+    Args:
+      x: hidden states before the block.
+      mixed: output of its attention.
+    Returns:
+      The hidden states after the block, and what `project` of the next block makes of them; None
+      after the last block.
+    """
+    y = self.project_output(i, mixed, x)
+    x = inference.mlp(
+      self.config, self.params.layers[i], x if self.config.parallel_residual else y, y
+    )
+    return x, self.project(i + 1, x) if i + 1 < self.config.num_layers else None
+
+  def run(self, x: jax.Array) -> tuple[jax.Array, tuple]:
+    """Returns the hidden states after the last block, and the next cache of every layer."""
+    projected: Projected | None = self.project(0, x)
+    layers = []
+    for i in range(self.config.num_layers):
+      assert projected is not None
+      mixed, layer = self.attend(i, projected)
+      x, projected = self.finish(i, x, mixed)
+      layers.append(layer)
+    return x, tuple(layers)
+
+
+class CachedBlocks(Blocks[Projections, jax.Array]):
+  """The blocks for new tokens by XLA, on any device.
+
+  Args:
+    config, params: as in `Blocks`.
+    layers: of the cache.
+    seen_B: tokens before these, of each row.
+    position_BxC: positions of these tokens.
+    count_B: how many of a row's tokens exist.
+    fresh: whether no row has seen a token before; None for a single token a row, which attends to
+      the cache directly.
+  """
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    params: InferenceParams,
+    layers: tuple[SelectionCache | KeysAndValues, ...],
+    seen_B: jax.Array,
+    position_BxC: jax.Array,
+    count_B: jax.Array,
+    fresh: bool | None,
+  ):
+    super().__init__(config, params)
+    self._layers, self._seen_B, self._position_BxC = layers, seen_B, position_BxC
+    self._count_B, self._fresh = count_B, fresh
+
+  def project(self, i: int, x: jax.Array) -> Projections:
+    """Returns queries, keys and values of block i."""
+    return inference.project(self.config, self.params.layers[i], x, self._position_BxC)
+
+  def attend(
+    self, i: int, projected: Projections
+  ) -> tuple[jax.Array, SelectionCache | KeysAndValues]:
+    """Returns attention in block i, [B, C, H, D] or of one token [B, H, D]."""
+    layer, scores = self._layers[i], None
+    if isinstance(layer, SelectionCache):
+      scores, scorer = self._score(i, projected, layer)
+      layer = layer._replace(scorer=scorer)
+    kind, config, seen, count = self.kinds[i], self.configs[i], self._seen_B, self._count_B
+    query, key, value, *_ = projected
+    if self._fresh is not None:
+      new = KeysAndValues(key, value)
+      return attend_chunk(kind, config, layer, seen, count, query, new, scores, self._fresh)
+    active, query, new = count > 0, query[:, 0], KeysAndValues(key[:, 0], value[:, 0])
+    scores = None if scores is None else scores[:, 0]
+    return attend_token(kind, config, layer, seen, active, query, new, scores)
+
+  def _score(self, i, projected, layer):
+    """Returns the scores that become final in block i, and the next state of its scorer."""
+    return scoring_network(self.config).apply(
+      {"params": self.params.layers[i].get("scorer", {})},
+      projected.scorer_input,
+      layer.scorer,
+      self._seen_B,
+      i,
+      self._count_B,
+      projected.scorer_logits,
+      method="stream",
+    )
+
+  def project_output(self, i: int, mixed: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x plus the output projection of attention in block i."""
+    return inference.dense(self.params.layers[i]["out"], mixed.reshape(*x.shape[:2], -1), x)
