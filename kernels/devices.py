@@ -6,6 +6,7 @@ device is one of theirs, and a kernel module that cannot be imported is a reason
 
 import functools
 import importlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,18 @@ import jax.numpy as jnp
 SUPPORTED = jax.__version_info__ >= (0, 11)
 HOPPER = "9.0"  # compute capability of H100 and H200
 HOPPER_MAX_HEAD_DIM = 128
+THREAD_KERNELS = tuple(
+  f"hopper.{name}"
+  for name in (
+    "thread_ops",
+    "prefix_thresholds",
+    "prefix_gradients",
+    "small_batch_matmul",
+    "fused_decode_layer",
+    "decode_attention",
+    "decode_eviction",
+  )
+)
 TPU_MAX_HEAD_DIM = 256
 
 
@@ -36,14 +49,18 @@ def compute_capability(device: jax.Device) -> str:
 
 
 def can_run() -> bool:
-  """Tells whether the Hopper kernels of single threads (hopper/thread_ops.py) can run here."""
+  """Tells whether the Hopper kernels of single threads (THREAD_KERNELS) can run here.
+
+  Warns where only their import fails: XLA then computes what they would, more slowly.
+  """
   device = device_here()
-  return (
-    SUPPORTED
-    and device.platform == "gpu"
-    and compute_capability(device) == HOPPER
-    and import_refusal("hopper.thread_ops") is None
-  )
+  on_hopper = device.platform == "gpu" and compute_capability(device) == HOPPER
+  if not (SUPPORTED and on_hopper):
+    return False
+  refusals = [reason for reason in map(import_refusal, THREAD_KERNELS) if reason]
+  for reason in refusals:
+    warnings.warn(f"{reason}; XLA computes instead", stacklevel=2)
+  return not refusals
 
 
 @functools.cache

@@ -78,7 +78,7 @@ class Refs(NamedTuple):
 @jax.jit
 def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> list[Rows]:
   """Moves the token that leaves each window to the slot of the worst selected token if it scores
-  higher, as in `cached_attention.select_token`.
+  higher, as in `cached_attention.attend_token`.
 
   Args:
     layers: that select.

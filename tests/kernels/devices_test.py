@@ -50,7 +50,8 @@ def test_a_module_that_cannot_be_imported_is_a_reason(monkeypatch):
   monkeypatch.setattr(devices, "SUPPORTED", True)
   monkeypatch.setattr(devices, "import_refusal", lambda module: f"{module} is broken")
   assert devices.hopper_refusal(QUERY) == "hopper.attention is broken"
-  assert not devices.can_run()
+  with pytest.warns(UserWarning, match="hopper.thread_ops is broken; XLA computes instead"):
+    assert not devices.can_run()
   device(monkeypatch, "tpu", "TPU v5 lite")
   assert devices.tpu_refusal(QUERY) == "tpu.attention is broken"
 
