@@ -26,6 +26,7 @@ from experiments.bench import (
 )
 from experiments.bench import decoding as decoding_bench
 from experiments.bench import training_step as training_step_bench
+from experiments.bench.cells import environment
 from experiments.bench.suites import (
   FLAGS,
   check_same_model,
@@ -89,14 +90,14 @@ def run(path):
   if suite in MODELS:  # PyTorch's first: JAX takes the memory
     measurer, allowed = MODELS[suite]
     kinds = names("rivals", allowed) if flag("rivals") else measurer.kinds_here()
-    others = measurer.measure_transformers(
+    others = measurer.time_transformers(
       chosen,
       kinds,
       flag("max_transformers") if suite == "train" else MOST_BYTES,
       flag("rounds"),
       say,
     )
-  record = {"suite": suite, **attention_bench.environment(), "flags": said(), "errors": None}
+  record = {"suite": suite, **environment(), "flags": said(), "errors": None}
   kept = report_of(record).rows_to_keep(old, record) if old else []
 
   def save(**more):
@@ -106,9 +107,9 @@ def run(path):
       files.save(path, json.dumps(record, indent=1))
 
   if suite in MODELS:
-    measured = measurer.measure(chosen, kinds, *limits, others=others, say=say)
+    measured = measurer.time_jobs(chosen, kinds, *limits, others=others, say=say)
   else:
-    measured = attention_bench.measure(chosen, flag("implementation"), *limits, say=say)
+    measured = attention_bench.time_problems(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
     save(
       rows=report_of(record).merge(kept, rows) if suite in MODELS else rows,
@@ -125,17 +126,12 @@ def run(path):
     )
   )
   if at:
-    (problem,) = attention_bench.choose_rivals(
-      [dataclasses.replace(chosen[0], n=at, rivals=("sparsek", "xla"))],
+    (problem,) = attention_bench.choose_baselines(
+      [dataclasses.replace(chosen[0], n=at, baselines=("sparsek", "xla"))],
       None,
       flag("implementation"),
     )
-    save(
-      errors={
-        "problem": dataclasses.asdict(problem),
-        **attention_bench.errors(problem, flag("implementation")),
-      }
-    )
+    save(errors=attention_bench.errors(problem, flag("implementation")))
   return record
 
 
