@@ -14,7 +14,6 @@ shown; the record is written after every round.
 
 import dataclasses
 import functools
-import json
 import os
 
 from experiments.bench import attention as attention_bench
@@ -36,6 +35,7 @@ from experiments.bench.suites import (
   names,
   problems,
 )
+from experiments.reports import records
 from sparsek.command_line import flags
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
@@ -104,7 +104,7 @@ def run(path):
     record.update(more)
     record["summary"] = report_of(record).summary(record["rows"], record["errors"])
     if path:
-      files.save(path, json.dumps(record, indent=1))
+      files.save(path, records.dumps(record) + "\n")
 
   if suite in MODELS:
     measured = measurer.time_jobs(chosen, kinds, *limits, others=others, say=say)

@@ -43,9 +43,8 @@ import shlex
 
 from experiments import script
 from experiments.recipes.stages import MINUTES, run_stages
-from experiments.reports import baselines_report
+from experiments.reports import baselines_report, records
 from sparsek.config import GATES
-from sparsek.runs import run_directory
 from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/baselines_{}.flags"
@@ -192,7 +191,7 @@ def main(options) -> None:
       or re.sub("^(loss|far|tasks)_|_s[0-9]$", "", name) in runs
     },
   }
-  files.save(options.record, run_directory.to_json(record))
+  files.save(options.record, records.dumps(record, 4) + "\n")
   print(baselines_report.table(runs))
   baselines_report.draw(runs, os.path.splitext(options.record)[0] + ".png")
 

@@ -12,6 +12,7 @@ import numpy as np
 
 import sparsek
 from experiments import script
+from experiments.reports import records
 from sparsek.runs import run_directory
 from sparsek.storage import files
 
@@ -51,7 +52,7 @@ def main(options):
     print("\t".join(map(str, row.values())))
   if options.path:
     record = {"rows": rows, "versions": run_directory.versions()}
-    files.save(options.path, run_directory.to_json(record))
+    files.save(options.path, records.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

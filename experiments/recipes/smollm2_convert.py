@@ -22,7 +22,6 @@ documents. All are evaluated by position on held-out documents and asked for wha
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -33,7 +32,7 @@ from matplotlib.figure import Figure
 
 from experiments import script
 from experiments.recipes.stages import MINUTES, flags_of, run_stages
-from experiments.reports import plots
+from experiments.reports import plots, records
 from experiments.reports.baselines_report import accuracies, mean_and_error
 from sparsek.evaluation import tasks
 from sparsek.runs import checkpoint, run_directory
@@ -274,7 +273,7 @@ def main(options) -> None:
     "runs": runs,
     "versions": run_directory.versions(),
   }
-  files.save(options.record, json.dumps(record, indent=1) + "\n")
+  files.save(options.record, records.dumps(record) + "\n")
   draw(runs, os.path.splitext(options.record)[0] + ".png")
 
 
