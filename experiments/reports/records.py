@@ -8,9 +8,9 @@ FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 
 
 def load(name: str) -> Any:
-  """Reads a record of experiments/results."""
+  """Reads a record of experiments/results; a .jsonl one is a list of its lines."""
   with open(os.path.join(FOLDER, name), encoding="utf-8") as file:
-    return json.load(file)
+    return [json.loads(line) for line in file] if name.endswith(".jsonl") else json.load(file)
 
 
 def dumps(value: Any, depth: int = 2, indent: int = 0) -> str:
