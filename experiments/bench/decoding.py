@@ -304,7 +304,7 @@ def time_jobs(
   """Times the jobs.
 
   All contexts of sparsek with the same number of rows are timed in turn, round after round, because
-  their caches are small and their times are to be compared; then every job of full attention alone,
+  their caches are small and their times are to be compared; then each job of full attention alone,
   for its memory.
 
   Args:

@@ -2,7 +2,7 @@
 compare with.
 
 The cache is filled with random keys and values of the context; then tokens are fed one by one,
-greedily, and the cache is cut back before every sample.
+greedily, and the cache is cut back before each sample.
 """
 
 import sys

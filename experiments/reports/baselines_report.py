@@ -88,6 +88,14 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
   return (statistics.fmean(values) if values else math.nan), error
 
 
+def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
+  """Groups runs that differ in the seed alone, by the name without it."""
+  result: dict[str, list[Mapping]] = {}
+  for name, run in runs.items():
+    result.setdefault(re.sub(r"_s\d+$", "", name), []).append(run)
+  return result
+
+
 def difference(run: Mapping, other: Mapping, length: str | None = None) -> tuple[float, float]:
   """Returns the mean of loss(run) - loss(other) over the seeds that both have, and its error.
 

@@ -1,7 +1,7 @@
 """One record of several grids of experiments.ablate:
 `python -m experiments.reports.collect_grids RECORD.json NOTE GRID ...`.
 
-For every finished cell: the flags in which it differs from the first one, its held-out losses by
+For each finished cell: the flags in which it differs from the first one, its held-out losses by
 step, and what its sparsek layers select at the end. The record also has the flags of the first
 cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
 """

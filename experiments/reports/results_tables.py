@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from experiments.bench.attention_report import figure, number
-from experiments.recipes.smollm2_convert import groups
-from experiments.reports.baselines_report import accuracies, difference, mean_and_error
+from experiments.reports.baselines_report import accuracies, difference, groups, mean_and_error
 
 ANSWERS = tuple((task, 4096) for task in ("passkey", "needle", "recall"))
 SPEED_LABELS = {
@@ -245,18 +244,24 @@ def quality_short(
 def conversion_rise(record: Mapping, kind: str, stage: str) -> tuple[float, float]:
   """Returns the mean and the error of a stage's loss above the dense model's of the same seed."""
   runs = groups(record["runs"])
-  own, dense = (f"{name}_{stage}" if stage else name for name in (kind, "dense"))
-  if own == "sparsek":
-    own = "sparsek_warm"
-  pairs = zip(runs[own], runs[dense] if stage else [runs[dense][0]] * len(runs[own]))
+  group = runs[_stage_name(kind, stage)]
+  # the dense model before any training is the same for all seeds
+  dense = runs[f"dense_{stage}"] if stage else runs["dense"] * len(group)
+  pairs = zip(group, dense)
   return mean_and_error([run["loss"] - other["loss"] for run, other in pairs])
 
 
 def conversion_loss(record: Mapping, kind: str, stage: str) -> tuple[float, float]:
   """Returns the mean and the error of a stage's loss."""
-  runs = groups(record["runs"])
-  name = f"{kind}_{stage}" if stage else "sparsek_warm" if kind == "sparsek" else kind
-  return mean_and_error([run["loss"] for run in runs[name]])
+  group = groups(record["runs"])[_stage_name(kind, stage)]
+  return mean_and_error([run["loss"] for run in group])
+
+
+def _stage_name(kind: str, stage: str) -> str:
+  """Returns the name of a stage's runs; before any training SPARSEK's scorers are warmed up."""
+  if stage:
+    return f"{kind}_{stage}"
+  return "sparsek_warm" if kind == "sparsek" else kind
 
 
 def conversion_answers(record: Mapping, kind: str, task: str, length: int) -> float | None:
