@@ -9,6 +9,7 @@ demo: $(READY)
 test: $(READY)
 	.venv/bin/python -m ruff check --quiet .
 	.venv/bin/python -m ruff format --check --quiet .
+	.venv/bin/python -m mypy --no-error-summary
 	.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
 # Compiles the kernels for GPUs and TPUs that are not here. The compilers come with JAX's CUDA plugin, of the version of JAX itself, without the CUDA libraries,

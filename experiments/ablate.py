@@ -1,88 +1,141 @@
-"""Trains a grid of models that differ in attention, one after the other, and compares their
-held-out losses.
+"""Trains a grid of models that differ in attention, and compares their held-out losses.
 
-  python -m experiments.ablate --workdir=runs/ablation --base=experiments/recipes/tiny_stdlib.flags
-  --k=32,64 --window=32,64 \\
+  python -m experiments.ablate --workdir=runs/ablation \\
+    --base=experiments/recipes/tiny_stdlib.flags --k=32,64 --window=32,64 \\
     --attention=sparsek,random,sliding_window,full --gate=straight_through,value --seeds=3
 
-Every combination that makes a difference is a cell, a run of experiments.pretrain in
-WORKDIR/cells/NAME under the flags of --base. Finished cells are skipped and interrupted ones go on:
-repeat the command. What other flags made is refused, or with --retrain moved to
-WORKDIR/cells/replaced and trained again. --job=i/N takes every N-th cell, for the array jobs of a
-cluster; a cell that another job trains is left to it. After each cell WORKDIR gets table.md,
-table.csv, report.html and its picture report.png: heatmaps over k and window, and loss against keys
-per query.
+Each combination that makes a difference is a cell, a run of experiments.pretrain in
+WORKDIR/cells/NAME with the flags of --base. The same command again skips finished cells and goes on
+with interrupted ones. A cell that was trained with other flags is refused, or with --retrain moved
+to WORKDIR/cells/replaced and trained again. --job=i/N takes one cell in N, for the array jobs of a
+cluster, and leaves cells that another job trains to that job. After each cell WORKDIR gets
+table.md, table.csv, report.html and its picture report.png: heatmaps over k and window, and loss
+against keys per query.
 """
 
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
 from experiments import child
 from experiments.reports import grid
-from sparsek.command_line import flags
-from sparsek.config import GATES, SCORERS
+from sparsek.command_line.configs import model_config, train_config
+from sparsek.command_line.definer import Definer, not_default
+from sparsek.command_line.main import run
+from sparsek.config import ATTENTION_KINDS, GATES, SCORERS
 from sparsek.data import batches
 from sparsek.errors import RunError, UsageError
 from sparsek.runs import settings
 from sparsek.runs.run_directory import COMPILATION_CACHE
 from sparsek.storage import files
 
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  define = Definer(flag_values)
+  define.path("workdir", None, "Folder for the runs of the grid and the report. Required.")
+  define.path("base", None, "Flagfile of experiments.pretrain that all runs share.")
+  define.string(
+    "more",
+    None,
+    'Further flags that all runs share, in one string: --more="--num_steps=500 --seq_len=2048".',
+  )
+  define.string(
+    "attention",
+    "sparsek,sliding_window",
+    f"Kinds of attention, separated by commas: {', '.join(ATTENTION_KINDS)}; or patterns of "
+    "layers, such as sparsek*5+full.",
+  )
+  define.string(
+    "k",
+    "64",
+    "Numbers of selected keys per query, separated by commas, for the kinds that select keys.",
+  )
+  define.string(
+    "window", "64", "Numbers of latest tokens that each query sees, separated by commas."
+  )
+  define.string(
+    "gate",
+    "straight_through",
+    f"Gates of sparsek attention, separated by commas: {', '.join(GATES)}.",
+  )
+  define.string(
+    "scorer", "linear", f"Scorers of sparsek attention, separated by commas: {', '.join(SCORERS)}."
+  )
+  define.integer("seeds", 1, "Runs of each combination, with --seed=0, 1, ...", lower=1)
+  define.string(
+    "job",
+    "0/1",
+    "i/N: train only every N-th cell from the i-th on, i from 0, as one of N jobs that share "
+    "--workdir.",
+  )
+  define.boolean(
+    "retrain",
+    False,
+    "Move cells that other flags made to WORKDIR/cells/replaced, and train them again.",
+  )
+
+
 FLAGS = absl_flags.FlagValues()
-flags.define_ablation_flags(FLAGS)
+define_flags(FLAGS)
 
 
-def choices(name, allowed):
-  """The values of a flag, of which each must be allowed."""
-  values = FLAGS[name].value.split(",")
+def choices(name: str, allowed: Sequence[str]) -> list[str]:
+  """Returns the values of a flag, each of which must be allowed."""
+  text = getattr(FLAGS, name)
+  values = text.split(",")
   for value in values:
     if value not in allowed:
-      raise UsageError(
-        f"--{name}={FLAGS[name].value}: {value!r} must be one of {', '.join(allowed)}"
-      )
+      raise UsageError(f"--{name}={text}: {value!r} must be one of {', '.join(allowed)}")
   return values
 
 
-def numbers(name, minimum):
-  """Those of a flag."""
-  values = FLAGS[name].value.split(",")
+def numbers(name: str, minimum: int) -> list[int]:
+  """Returns the numbers of a flag."""
+  text = getattr(FLAGS, name)
+  values = text.split(",")
   if not all(value.isdecimal() and int(value) >= minimum for value in values):
     raise UsageError(
-      f"--{name}={FLAGS[name].value}: must be numbers of at least {minimum} separated "
-      "by commas, such as 64,128"
+      f"--{name}={text}: must be numbers of at least {minimum} separated by commas, such as 64,128"
     )
   return [int(value) for value in values]
 
 
-def shared():
+def shared() -> list[str]:
   """Returns the flags that all runs share, those of --base and --more."""
   if FLAGS.base and not os.path.isfile(FLAGS.base):
     raise UsageError(f"--base={FLAGS.base}: there is no such file")
   try:
-    more = shlex.split(FLAGS.more or "")
+    extra_flags = shlex.split(FLAGS.more or "")
   except ValueError as error:
     raise UsageError(f"--more={FLAGS.more}: {error}") from None
-  return [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base) + more
+  return [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base) + extra_flags
 
 
-def check(arguments):
-  """Returns a run's parsed flags; what pretraining would refuse is refused before any run."""
-  values = settings.parse("pretrain", arguments)
-  flags.model_config(values), flags.train_config(values)
-  if values["dry_run"].value:
+def check(arguments: Sequence[str]) -> absl_flags.FlagValues:
+  """Returns a run's parsed flags.
+
+  Raises:
+    UsageError: for what pretraining would refuse, so that it is refused before any run.
+  """
+  values = settings.parse(arguments)
+  model_config(values), train_config(values)
+  if values.dry_run:
     raise UsageError("--dry_run in --base or --more: trains nothing that could be compared")
-  if not values["eval_every"].value:
+  if not values.eval_every:
     raise UsageError(
       "--eval_every=0 in --base or --more: must be above 0, since held-out losses are compared"
     )
   return values
 
 
-def train(cell, folder, given):
-  """Runs pretraining to its end; True if it got there. A signal that ends this process ends it too,
-  with a checkpoint. Seeds compile once for all.
+def train(cell: grid.Cell, folder: str, given: Sequence[str]) -> bool:
+  """Runs pretraining of a cell; returns whether it got to its end.
+
+  A signal that ends this process ends it too, with a checkpoint. Seeds share one compilation.
   """
   cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
   arguments = [*given, *cell.flags(), f"--workdir={folder}"]
@@ -95,24 +148,19 @@ def main() -> None:
   """Trains what is missing, and reports after every cell."""
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
-  cells = grid.grid(
-    grid.patterns(FLAGS.attention),
-    numbers("k", 1),
-    numbers("window", 0),
-    choices("gate", GATES),
-    choices("scorer", SCORERS),
-    FLAGS.seeds,
-  )
+  kinds, ks, windows = grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0)
+  gates, scorers = choices("gate", GATES), choices("scorer", SCORERS)
+  cells = grid.grid(kinds, ks, windows, gates, scorers, FLAGS.seeds)
   mine, given = grid.share(cells, FLAGS.job), shared()
   runs = os.path.join(FLAGS.workdir, "cells")
   folders = {cell: os.path.join(runs, cell.name) for cell in cells}
   values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
   first = values[cells[0]]
-  dataset = batches.open_data(first["data"].value, first["tokenizer"].value).fingerprint
+  dataset = batches.open_data(first.data, first.tokenizer).fingerprint
   grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
   files.make_folder(runs)
-  report = flags.not_default(check([*given, f"--workdir={runs}"]))
+  report = not_default(check([*given, f"--workdir={runs}"]))
   failed, busy = [], []
   with child.ending_at_signals(0):
     for i, cell in enumerate(mine):
@@ -126,7 +174,7 @@ def main() -> None:
         if not ended and grid.in_use(folders[cell]):
           busy.append(cell.name)
           continue
-        if not (ended and grid.is_complete(folders[cell], first["num_steps"].value)):
+        if not (ended and grid.is_complete(folders[cell], first.num_steps)):
           failed.append(cell.name)
           continue
         grid.save_result(folders[cell], dataset)
@@ -147,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main, FLAGS)
+  run(main, FLAGS)

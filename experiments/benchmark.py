@@ -1,11 +1,12 @@
 """Time and memory of SPARSEK attention beside dense attention and a sliding window of the same
 budget: cuDNN's on an NVIDIA GPU, XLA's elsewhere.
 
-  python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 --kv_heads=1
-  --head_dim=64 python -m experiments.benchmark --suite=headline
-  --record=experiments/results/attention_h100.json python -m experiments.benchmark --suite=train
-  --lengths=8192,32768 --remat=attention python -m experiments.benchmark --suite=decode --k=512
-  --window=512
+  python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 \\
+    --kv_heads=1 --head_dim=64
+  python -m experiments.benchmark --suite=headline \\
+    --record=experiments/results/attention_h100.json
+  python -m experiments.benchmark --suite=train --lengths=8192,32768 --remat=attention
+  python -m experiments.benchmark --suite=decode --k=512 --window=512
 
 Everything that a call needs is included: thresholds, expiry, compaction, and for forward + backward
 the gradients of all inputs. All functions are timed in turn, round after round, and medians are
@@ -15,6 +16,9 @@ shown; the record is written after every round.
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 from experiments.bench import attention as attention_bench
 from experiments.bench import (
@@ -26,22 +30,17 @@ from experiments.bench import (
 from experiments.bench import decoding as decoding_bench
 from experiments.bench import training_step as training_step_bench
 from experiments.bench.cells import environment
-from experiments.bench.suites import (
-  FLAGS,
-  check_same_model,
-  decode_jobs,
-  flag,
-  jobs,
-  names,
-  problems,
-)
+from experiments.bench.flags import FLAGS
+from experiments.bench.suites import check_same_model, decode_jobs, flag, jobs, names, problems
 from experiments.reports import records
-from sparsek.command_line import flags
+from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import run as run_command
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 
+Record = dict[str, Any]
 REFERENCE_LENGTH = 4096
-# suites of whole models: who measures, what there is to compare
+# suites of whole models: the module that times them, what there is to compare
 MODELS = {
   "train": (training_step_bench, (*training_step_bench.KINDS, *transformers_llama.KINDS)),
   "decode": (decoding_bench, (*decoding_bench.KINDS, *decoding_bench.OTHERS)),
@@ -49,15 +48,14 @@ MODELS = {
 MOST_BYTES = 60e9  # of a cache of transformers
 
 
-def report_of(record):
-  """What tells of a record."""
-  return {"train": training_step_report, "decode": decoding_report}.get(
-    record.get("suite"), attention_report
-  )
+def report_of(record: Record) -> ModuleType:
+  """Returns the module that prints and draws a record."""
+  of_suite = {"train": training_step_report, "decode": decoding_report}
+  return of_suite.get(record.get("suite", ""), attention_report)
 
 
-def load(path):
-  """A record that an earlier run wrote, all of which can be printed."""
+def load(path: str) -> Record:
+  """Returns a record that an earlier run wrote, all of which can be printed."""
   record = files.read_json_object(path)
   if "summary" not in record:
     raise UsageError(f"{path}: no record of this benchmark")
@@ -71,37 +69,41 @@ def load(path):
   return record
 
 
-def said():
+def given_flags() -> list[str]:
   """Returns the flags of this command but for those that say where the record is."""
-  lines = flags.into_string(FLAGS).splitlines()
+  lines = into_string(FLAGS).splitlines()
   return [line for line in lines if line.split("=")[0] not in ("--record", "--show", "--extend")]
 
 
-def run(path):
-  """Measures and returns the record, which it writes to `path` after every round."""
-  suite, path_exists = flag("suite"), path and os.path.exists(path)
+def load_to_extend(path: str | None) -> Record | None:
+  """Returns the record that --extend continues, if there is one."""
+  suite = flag("suite")
   if flag("extend") and not (suite in MODELS and path):
     raise UsageError("--extend: needs --suite=train or decode, and --record")
-  old = load(path) if flag("extend") and path_exists else None
-  if old and old.get("suite") == suite:  # else `rows_to_keep` says so
+  if not (flag("extend") and path and os.path.exists(path)):
+    return None
+  old = load(path)
+  if old.get("suite") == suite:  # else `rows_to_keep` says so
     check_same_model(old, suite, report_of(old).IDENTITY)
-  chosen = {"train": jobs, "decode": decode_jobs}.get(suite, problems)()
+  return old
+
+
+def run(path: str | None) -> Record:
+  """Times what the flags ask for; returns the record, which it writes to `path` each round."""
+  suite, old = flag("suite"), load_to_extend(path)
+  of_suite: dict[str, Callable[[], list]] = {"train": jobs, "decode": decode_jobs}
+  chosen = of_suite.get(suite, problems)()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
   if suite in MODELS:  # PyTorch's first: JAX takes the memory
     measurer, allowed = MODELS[suite]
-    kinds = names("rivals", allowed) if flag("rivals") else measurer.kinds_here()
-    others = measurer.time_transformers(
-      chosen,
-      kinds,
-      flag("max_transformers") if suite == "train" else MOST_BYTES,
-      flag("rounds"),
-      say,
-    )
-  record = {"suite": suite, **environment(), "flags": said(), "errors": None}
+    kinds = names("baselines", allowed) if flag("baselines") else measurer.kinds_here()
+    most = flag("max_transformers") if suite == "train" else MOST_BYTES
+    others = measurer.time_transformers(chosen, kinds, most, flag("rounds"), say)
+  record = {"suite": suite, **environment(), "flags": given_flags(), "errors": None}
   kept = report_of(record).rows_to_keep(old, record) if old else []
 
-  def save(**more):
-    record.update(more)
+  def save(**figures: Any) -> None:
+    record.update(figures)
     record["summary"] = report_of(record).summary(record["rows"], record["errors"])
     if path:
       files.save(path, records.dumps(record) + "\n")
@@ -115,24 +117,22 @@ def run(path):
       rows=report_of(record).merge(kept, rows) if suite in MODELS else rows,
       rounds=max(rounds, old["rounds"] if old else 0),
     )
-  at = (
-    0
-    if suite in MODELS
-    else flag(
-      "errors_at",
-      min(REFERENCE_LENGTH, max(problem.n for problem in chosen))
-      if flag("suite") == "headline"
-      else 0,
-    )
-  )
-  if at:
-    (problem,) = attention_bench.choose_baselines(
-      [dataclasses.replace(chosen[0], n=at, baselines=("sparsek", "xla"))],
-      None,
-      flag("implementation"),
-    )
-    save(errors=attention_bench.errors(problem, flag("implementation")))
+  if suite not in MODELS and (n := reference_length(chosen)):
+    save(errors=errors_at(n, chosen[0]))
   return record
+
+
+def reference_length(chosen: list[attention_bench.Problem]) -> int:
+  """Returns the length at which to compare with the float32 reference; 0: do not."""
+  longest = max(problem.n for problem in chosen)
+  return flag("errors_at", min(REFERENCE_LENGTH, longest) if flag("suite") == "headline" else 0)
+
+
+def errors_at(n: int, problem: attention_bench.Problem) -> Record:
+  """Returns the errors of a problem of this length, beside the float32 reference."""
+  problem = dataclasses.replace(problem, n=n, baselines=("sparsek", "xla"))
+  (problem,) = attention_bench.choose_baselines([problem], None, flag("implementation"))
+  return attention_bench.errors(problem, flag("implementation"))
 
 
 def main() -> None:
@@ -159,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main, FLAGS)
+  run_command(main, FLAGS)

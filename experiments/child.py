@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, however it ends.
+"""Child processes that end with their parent, in whatever way it ends.
 
 The parent holds one end of a pipe; a thread of the child waits at the other end. When the parent is
 gone, killed or not, the pipe is closed, and the child sends itself SIGTERM: training saves a
@@ -13,21 +13,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _processes: set[subprocess.Popen] = set()
 
 
 @contextlib.contextmanager
-def running(module: str, arguments: Sequence[str], **options) -> Iterator[subprocess.Popen]:
-  """Runs `python -m module arguments` during the block, at whose end it has ended.
+def running(module: str, arguments: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+  """Runs `python -m module arguments` during the block, and waits for its end after the block.
 
   An exception in the block sends it SIGTERM.
 
   Args:
-    module: its name.
-    arguments: of its command line.
-    options: for `subprocess.Popen`.
+    module: name of the module.
+    arguments: its command line.
+    options: those of `subprocess.Popen`.
   """
   reader, writer = os.pipe()  # no other child inherits the writer
   command = [sys.executable, "-m", "experiments.child", str(reader), module, *arguments]

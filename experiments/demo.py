@@ -1,13 +1,13 @@
-"""What `make demo` runs: a tiny SPARSEK model from corpus to text in a few minutes on two CPU
-cores.
+"""The demonstration of `make demo`: a tiny SPARSEK model from corpus to text, in a few minutes on
+two CPU cores.
 
   python -m experiments.demo
 
-Pretrains it, stops it half-way and resumes it in a new process, does the same work with a sliding
-window that sees as many keys, evaluates both side by side, generates text and draws a picture, all
-in demo/ (the corpus, tokenised once, in ~/.cache/sparsek). Run again, it goes on where it was
-stopped, and reuses what is there. Each command is printed before it runs: copy them to go on by
-hand.
+Pretrains it, stops it half-way and resumes it in a new process, trains a sliding window that sees
+as many keys, evaluates both side by side, generates text and draws a picture. Everything goes to
+demo/, except the corpus, which is tokenised once and kept in ~/.cache/sparsek. The same command
+again goes on where it was stopped, and reuses what is there. Each command is printed before it
+runs: copy them to go on by hand.
 """
 
 import os
@@ -17,15 +17,17 @@ import sys
 import time
 
 import jax
+from absl import flags as absl_flags
 
 from experiments import child
 from experiments.reports.plots import kept_tokens, save_picture
-from sparsek.command_line import flags
+from sparsek.command_line.main import run
 from sparsek.data.batches import open_data
 from sparsek.errors import RunError
-from sparsek.runs import checkpoint
+from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
 
+FLAGS = absl_flags.FlagValues()  # it takes none
 FOLDER = "demo"
 SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (
   os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache")
@@ -55,7 +57,7 @@ TEXT_TOKENS = 2 * SEQ_LEN  # of the picture
 
 
 def _python() -> str:
-  """The interpreter as one would type it from here."""
+  """Returns the interpreter as one would type it from here."""
   relative = os.path.relpath(sys.executable)
   return sys.executable if relative.startswith("..") else relative
 
@@ -65,8 +67,9 @@ def _title(text: str) -> None:
 
 
 def _run(module: str, *arguments: str, stop_when=None) -> None:
-  """Prints a command and runs it; once `stop_when()` is true it gets SIGTERM, after which it must
-  still end well.
+  """Prints a command and runs it; raises RunError unless it ends with code 0.
+
+  Once `stop_when()` is true the command gets SIGTERM, after which it must still end with code 0.
   """
   print("$", shlex.join([_python(), "-m", module, *arguments]), flush=True)
   # The processes share compiled programs; compiling takes most of the time of a program as small as
@@ -103,7 +106,7 @@ def _pretrain(workdir: str) -> None:
 
 
 def _draw(dataset) -> None:
-  config, _ = checkpoint.load_run_config(SPARSEK)
+  config, _ = run_record.load_run_config(SPARSEK)
   params, _ = checkpoint.load_params(SPARSEK, config)
   split = dataset.split("heldout")
   document = next(
@@ -158,19 +161,19 @@ def main() -> None:
   _title("6. Draw a picture: the loss, and which tokens each layer keeps")
   _draw(dataset)
 
-  run = f"{_python()} -m experiments"
+  command = f"{_python()} -m experiments"
   print(f"""{PICTURE}
 
 Done in {time.monotonic() - started:.0f} s. \
 Checkpoints, metrics.jsonl, flags.txt and evaluation.jsonl: {SPARSEK}/, {SLIDING_WINDOW}/
 To go on:
-  other text          {run}.generate --workdir={SPARSEK} --prompt="import " --temperature=0.5
-  another budget      {run}.evaluate --workdir={SPARSEK} --k=64 --window=64 --seq_len=2048
-  train for longer    {run}.pretrain --flagfile={SPARSEK}/flags.txt --num_steps={4 * NUM_STEPS}
-  your own text       {run}.prepare_data --sources=FOLDER --output=data/mine
-                      {run}.pretrain --data=data/mine --workdir=runs/mine
-  all flags           {run}.pretrain --help""")
+  other text          {command}.generate --workdir={SPARSEK} --prompt="import " --temperature=0.5
+  another budget      {command}.evaluate --workdir={SPARSEK} --k=64 --window=64 --seq_len=2048
+  train for longer    {command}.pretrain --flagfile={SPARSEK}/flags.txt --num_steps={4 * NUM_STEPS}
+  your own text       {command}.prepare_data --sources=FOLDER --output=data/mine
+                      {command}.pretrain --data=data/mine --workdir=runs/mine
+  all flags           {command}.pretrain --help""")
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  run(main, FLAGS)

@@ -1,5 +1,7 @@
-"""Held-out loss of one or several runs side by side: nats per token, bits per byte, and by
-position, also beyond the training length.
+"""Held-out loss of one or several runs side by side.
+
+The loss is shown in nats per token, in bits per byte, and by position, also beyond the training
+length.
 
   python -m experiments.evaluate --workdir=/tmp/run
   python -m experiments.evaluate --workdir=/tmp/sparsek,/tmp/sliding_window --seq_len=4096
@@ -16,44 +18,54 @@ import sys
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek.command_line import flags, path_flags
+from sparsek.command_line import path_flags
+from sparsek.command_line.configs import override_config
+from sparsek.command_line.definer import Definer, into_string
+from sparsek.command_line.flags import define_data_of_runs_flag, define_evaluation_flags
+from sparsek.command_line.main import run as run_command
+from sparsek.command_line.training_flags import define_loss_chunk_flag
 from sparsek.config import DataConfig
-from sparsek.data.batches import eval_batches, open_data
+from sparsek.data.token_files import TokenDataset
 from sparsek.data.tokenizer import describe_documents, read_bos
 from sparsek.errors import UsageError
-from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate, format_table
+from sparsek.evaluation.heldout import Run, heldout_rows
+from sparsek.evaluation.loss_by_position import (
+  Evaluation,
+  bits_per_byte,
+  bucket_edges,
+  evaluate,
+  format_table,
+)
 from sparsek.parallel.mesh import make_mesh, replicated
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
-from sparsek.training.step import check_batch, check_length
 
 RECORDS = "evaluation.jsonl"
-# Apart from the flags of pretraining, whose defaults are no run's own values.
+
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command; None means the value of the run itself."""
+  define_evaluation_flags(flag_values)
+  define_data_of_runs_flag(flag_values)
+  define = Definer(flag_values)
+  define.integer(
+    "seq_len",
+    None,
+    "Tokens per row; may be more than in training. By default as in training.",
+    lower=1,
+  )
+  define.integer("batch_size", None, "Rows per batch. By default as in training.", lower=1)
+  define.integer("eval_batches", 32, "Evaluate on at most this many batches.", lower=1)
+  define_loss_chunk_flag(flag_values)
+
+
 FLAGS = absl_flags.FlagValues()
-flags.define_evaluation_flags(FLAGS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A folder to evaluate, its model with the flags applied, and its model.json."""
-
-  workdir: str
-  config: object
-  record: dict
-
-  def open_data(self):
-    name, fingerprint = (self.record["tokenizer"][key] for key in ("name", "fingerprint"))
-    if not (FLAGS.data or self.record["data"]["data"]):
-      raise UsageError(
-        f"--data is required: {self.workdir} was imported; make data with "
-        f"experiments.prepare_data --tokenizer={self.workdir}/tokenizer"
-      )
-    source = name if name == "byte" else os.path.join(self.workdir, "tokenizer")
-    return open_data(FLAGS.data or self.record["data"]["data"], source, fingerprint)
+define_flags(FLAGS)
 
 
 def _runs() -> list[Run]:
+  """Returns the runs of --workdir, with the flags of attention applied to their models."""
   workdirs = FLAGS.workdir
   if not workdirs:
     raise UsageError(
@@ -62,42 +74,12 @@ def _runs() -> list[Run]:
   for folder in workdirs:
     if not os.path.isdir(folder):
       raise UsageError(f"--workdir={folder}: there is no such folder")
-  loaded = [(folder, *checkpoint.load_run_config(folder)) for folder in workdirs]
-  return [
-    Run(folder, flags.override_config(config, FLAGS), record) for folder, config, record in loaded
-  ]
-
-
-def _heldout(runs: list[Run]):
-  """The dataset and its batches, the same for every run."""
-  datasets = [run.open_data() for run in runs]
-  for run, dataset in zip(runs, datasets):
-    if dataset.fingerprint != datasets[0].fingerprint:
-      raise UsageError(
-        f"{runs[0].workdir} and {run.workdir} read different tokens "
-        f"({datasets[0].folder} and {dataset.folder}): "
-        f"evaluate them one by one, or give --data"
-      )
-  seq_len = FLAGS.seq_len or max(run.record["data"]["seq_len"] for run in runs)
-  available = datasets[0].split("heldout").num_tokens - 1
-  if seq_len > max(available, 1):
-    raise UsageError(
-      f"--seq_len={seq_len} must be at most {available}: "
-      f"the held-out split of {datasets[0].folder} has {available + 1:,} tokens"
-    )
-  data = DataConfig(
-    seq_len=seq_len,
-    batch_size=FLAGS.batch_size or max(run.record["data"]["batch_size"] for run in runs),
-    segment_documents=runs[0].record["data"]["segment_documents"],
-  )
-  check_batch(make_mesh(), data.batch_size)
-  for run in runs:
-    check_length(run.config, seq_len)
-  return datasets[0], data, eval_batches(datasets[0], data, FLAGS.eval_batches)
+  loaded = [(folder, *run_record.load_run_config(folder)) for folder in workdirs]
+  return [Run(folder, override_config(config, FLAGS), record) for folder, config, record in loaded]
 
 
 def _say_how_documents_begin(run: Run, tokenizer) -> None:
-  """Says what begins and ends the documents, and warns where those of the run began otherwise."""
+  """Prints what begins and ends the documents; warns where those of the run began otherwise."""
   print(f"{run.workdir}: {describe_documents(tokenizer)}", file=sys.stderr)
   bos_ids = read_bos(run.record["tokenizer"], tokenizer, os.path.join(run.workdir, "model.json"))
   if bos_ids != tokenizer.bos_ids:
@@ -109,17 +91,55 @@ def _say_how_documents_begin(run: Run, tokenizer) -> None:
     )
 
 
+def _append_record(
+  run: Run, step: int, result: Evaluation, bits: float, data: DataConfig, dataset: TokenDataset
+) -> None:
+  """Appends the figures of a run to its WORKDIR/evaluation.jsonl, with what they depend on."""
+  path = os.path.join(run.workdir, RECORDS)
+  append_record(
+    path,
+    {
+      "step": step,
+      **dataclasses.asdict(result),
+      "bits_per_byte": bits,
+      "flags": into_string(FLAGS).splitlines(),
+      "model": dataclasses.asdict(run.config),
+      "data": {
+        **dataclasses.asdict(data),
+        "data": dataset.folder,
+        "fingerprint": dataset.fingerprint,
+      },
+      "trained_seq_len": run.record["data"]["seq_len"],
+      "versions": run_directory.versions(),
+    },
+  )
+  print(f"written to {path}", file=sys.stderr)
+
+
+def _settings(run: Run, step: int) -> dict[str, object]:
+  """Returns what the table says of a run beside its figures."""
+  selects = set(run.config.layer_kinds) - {"sliding_window", "full", "linear"}
+  return {
+    "step": step,
+    "attention": ",".join(run.config.attention),
+    "training length": run.record["data"]["seq_len"],
+    "window": run.config.window,
+    "k": run.config.k if selects else "-",
+  }
+
+
 def main() -> None:
-  """Evaluates every run, prints the table, and writes the numbers down."""
+  """Evaluates all runs, prints the table, and writes the numbers down."""
   runs = _runs()
-  dataset, data, batches = _heldout(runs)
+  dataset, data, batches = heldout_rows(
+    runs, FLAGS.eval_batches, FLAGS.data, FLAGS.seq_len, FLAGS.batch_size
+  )
   trained_lengths = [run.record["data"]["seq_len"] for run in runs]
   edges = bucket_edges(data.seq_len, trained_lengths)
   for run in runs:
     files.check_writable(os.path.join(run.workdir, RECORDS))
-  results, steps, bits, everywhere = [], [], [], replicated(make_mesh())
-  versions = run_directory.versions()
-  for run, trained in zip(runs, trained_lengths):
+  results, settings, bits, everywhere = [], [], [], replicated(make_mesh())
+  for run in runs:
     params, step = checkpoint.load_params(
       run.workdir, run.config, FLAGS.step, everywhere, allow_older=FLAGS.allow_older_step
     )
@@ -132,44 +152,13 @@ def main() -> None:
     except NotImplementedError as error:
       raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
     results.append(result)
-    steps.append(step)
+    settings.append(_settings(run, step))
     bits.append(bits_per_byte(result.loss, dataset.split("heldout")))
-    # At once: what a later run meets must not cost this one's figures.
-    path = os.path.join(run.workdir, RECORDS)
-    append_record(
-      path,
-      {
-        "step": step,
-        **dataclasses.asdict(result),
-        "bits_per_byte": bits[-1],
-        "flags": flags.into_string(FLAGS).splitlines(),
-        "model": dataclasses.asdict(run.config),
-        "data": {
-          **dataclasses.asdict(data),
-          "data": dataset.folder,
-          "fingerprint": dataset.fingerprint,
-        },
-        "trained_seq_len": trained,
-        "versions": versions,
-      },
-    )
-    print(f"written to {path}", file=sys.stderr)
-
-  settings = [
-    {
-      "step": step,
-      "attention": ",".join(run.config.attention),
-      "training length": length,
-      "window": run.config.window,
-      "k": run.config.k
-      if set(run.config.layer_kinds) - {"sliding_window", "full", "linear"}
-      else "-",
-    }
-    for run, step, length in zip(runs, steps, trained_lengths)
-  ]
+    # Now, not at the end: a failure of a later run must not lose the figures of this one.
+    _append_record(run, step, result, bits[-1], data, dataset)
   names = [path_flags.shown(run.workdir) for run in runs]
   print(format_table(names, results, bits, trained_lengths, settings))
 
 
 if __name__ == "__main__":
-  flags.run(main, FLAGS)
+  run_command(main, FLAGS)

@@ -1,9 +1,8 @@
-"""How often runs find what stands far back: accuracy on generated tasks with known answers, with 95
-% confidence intervals.
+"""Accuracy of runs on generated tasks that ask for facts far back, with 95 % confidence intervals.
 
   python -m experiments.evaluate_tasks --workdir=/tmp/run --tasks=passkey,needle --lengths=1024,4096
-  python -m experiments.evaluate_tasks --workdir=/tmp/sparsek,/tmp/sliding_window
-  --lengths=1024,4096,16384,65536 --examples=200 --record=tasks.json
+  python -m experiments.evaluate_tasks --workdir=/tmp/sparsek,/tmp/sliding_window \\
+    --lengths=1024,4096,16384,65536 --examples=200 --record=tasks.json
 
 All runs are given the same documents. --k, --window and --gate may differ from those of training.
 Each run's WORKDIR/tasks.jsonl gets a line with the numbers and what they were measured with;
@@ -15,50 +14,102 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 from absl import flags as absl_flags
 from tqdm import tqdm
 
 from experiments.reports import plots
-from sparsek.command_line import flags, path_flags
+from sparsek.command_line import path_flags
+from sparsek.command_line.configs import override_config
+from sparsek.command_line.definer import Definer, into_string
+from sparsek.command_line.flags import define_evaluation_flags
+from sparsek.command_line.main import run
+from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
 from sparsek.parallel.mesh import make_mesh, replicated
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
-from sparsek.training.step import check_batch, check_length
+from sparsek.training.checks import check_batch, check_length
 
 MAX_LENGTH = 2**24  # tokens of a document
 
+Counts = tuple[int, int]  # right answers, all answers
+
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  define_evaluation_flags(flag_values)
+  define = Definer(flag_values)
+  define.string(
+    "tasks", "passkey,needle,recall,variables,copy", "Names of tasks, separated by commas."
+  )
+  define.string(
+    "lengths",
+    "1024,4096",
+    "Tokens of a document, separated by commas; may be more than in training.",
+  )
+  define.integer("examples", 100, "Documents per task and length.", lower=1)
+  define.integer(
+    "min_distance",
+    0,
+    "Least number of tokens between the facts and the question. From layers x window on, no "
+    "sliding window reaches the facts.",
+    lower=0,
+  )
+  define.integer(
+    "batch_size",
+    None,
+    "Documents at the same time, over all devices. By default one per device.",
+    lower=1,
+  )
+  define.integer("seed", 0, "Seed of the documents.", lower=0)
+  define.path(
+    "record",
+    None,
+    "Also write flags, figures and versions to this .json file, and a picture beside it.",
+  )
+
+
 FLAGS = absl_flags.FlagValues()
-flags.define_task_flags(FLAGS)
+define_flags(FLAGS)
 
 
-def listed(name, allowed=None):
-  """The values of a flag; numbers unless it says what is allowed."""
-  values = FLAGS[name].value.split(",")
-  for value in values:
-    if value not in allowed if allowed else not (value.isdecimal() and int(value)):
-      raise UsageError(
-        f"--{name}={FLAGS[name].value}: {value!r} must be "
-        + (f"one of {', '.join(allowed)}" if allowed else "a number of at least 1")
-      )
-  return values if allowed else [int(value) for value in values]
+def task_names() -> list[str]:
+  """Returns the tasks of --tasks."""
+  names = FLAGS.tasks.split(",")
+  for name in names:
+    if name not in TASKS:
+      allowed = ", ".join(TASKS)
+      raise UsageError(f"--tasks={FLAGS.tasks}: {name!r} must be one of {allowed}")
+  return names
 
 
-def save(path, records, found):
-  """The record of all runs and its picture."""
-  panels = {}
-  for (label, task, length), (right, total) in found.items():
+def document_lengths() -> list[int]:
+  """Returns the lengths of --lengths."""
+  texts = FLAGS.lengths.split(",")
+  for text in texts:
+    if not (text.isdecimal() and int(text)):
+      raise UsageError(f"--lengths={FLAGS.lengths}: {text!r} must be a number of at least 1")
+  return [int(text) for text in texts]
+
+
+def save(
+  path: str, records: Mapping[str, dict], counts: Mapping[tuple[str, str, int], Counts]
+) -> None:
+  """Writes the record of all runs and its picture."""
+  panels: dict[str, dict[str, list]] = {}
+  for (label, task, length), (right, total) in counts.items():
     panels.setdefault(task, {}).setdefault(label, []).append(
       (length, right / total, *tasks.interval(right, total))
     )
   picture = os.path.splitext(path)[0] + ".png"
-  record = {"chance": {task: tasks.CHANCE[task] for task in panels}, "runs": records}
+  record = {"chance": {task: CHANCE[task] for task in panels}, "runs": records}
   files.save(path, json.dumps(record, indent=1))
-  plots.save_accuracies(picture, panels, tasks.CHANCE)
+  plots.save_accuracies(picture, panels, CHANCE)
   print(f"{path}, {picture}")
 
 
@@ -69,8 +120,8 @@ def check_lengths(lengths: list[int]) -> None:
 
 
 def main() -> None:
-  """Evaluates every run on every task at every length."""
-  chosen, lengths = listed("tasks", tuple(tasks.TASKS)), listed("lengths")
+  """Evaluates all runs on all tasks at all lengths."""
+  chosen, lengths = task_names(), document_lengths()
   check_lengths(lengths)
   workdirs = FLAGS.workdir
   if not workdirs:
@@ -86,17 +137,16 @@ def main() -> None:
   mesh = make_mesh()
   batch_size = FLAGS.batch_size or mesh.size
   check_batch(mesh, batch_size)
-  found, records, runs = {}, {}, []
+  counts: dict[tuple[str, str, int], Counts] = {}
+  records, runs = {}, []
   for workdir in workdirs:
     if not os.path.isdir(workdir):
       raise UsageError(f"--workdir={workdir}: there is no such folder")
-    config, record = checkpoint.load_run_config(workdir)
-    config, tokenizer = flags.override_config(config, FLAGS), checkpoint.load_run_tokenizer(workdir)
+    config, record = run_record.load_run_config(workdir)
+    config, tokenizer = override_config(config, FLAGS), run_record.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
     for task in chosen:  # a document too short is refused before any long work
-      tasks.make_example(
-        task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance
-      )
+      make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
     files.check_writable(os.path.join(workdir, "tasks.jsonl"))
     runs.append((workdir, config, record, tokenizer))
   for workdir, config, record, tokenizer in runs:
@@ -120,27 +170,27 @@ def main() -> None:
           FLAGS.seed,
           FLAGS.min_distance,
         )
-        *_, found[label, task, length] = tqdm(
+        *_, counts[label, task, length] = tqdm(
           batches, f"{label} {task} {length}", size, unit="batch", disable=None
         )
     results = [
       {"task": task, "length": length, "right": right, "total": total}
-      for (folder, task, length), (right, total) in found.items()
+      for (folder, task, length), (right, total) in counts.items()
       if folder == label
     ]
     records[label] = {
       "step": step,
       "results": results,
-      "flags": flags.into_string(FLAGS).splitlines(),
+      "flags": into_string(FLAGS).splitlines(),
       "model": dataclasses.asdict(config),
       "trained_seq_len": record["data"]["seq_len"],
       "versions": run_directory.versions(),
     }
     append_record(os.path.join(workdir, "tasks.jsonl"), records[label])
-  print(tasks.table(list(records), lengths, found))
+  print(tasks.table(list(records), lengths, counts))
   if FLAGS.record:
-    save(FLAGS.record, records, found)
+    save(FLAGS.record, records, counts)
 
 
 if __name__ == "__main__":
-  flags.run(main, FLAGS)
+  run(main, FLAGS)

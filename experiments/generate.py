@@ -4,173 +4,189 @@
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --save_cache=/tmp/text.npz
   python -m experiments.generate --workdir=/tmp/run --load_cache=/tmp/text.npz --prompt=" # and"
 
-Memory and time per token do not depend on how much was written before (but for models with full
-attention layers). --k and --window may differ from those of training. The text goes to stdout; a
-last line on stderr says how fast it came.
+Memory and time per token do not depend on how much was written before, except in models with full
+attention layers. --k and --window may differ from those of training. The text goes to stdout; the
+last line on stderr tells the speed.
 """
 
-import os
 import sys
-import time
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+from absl import flags as absl_flags
 
-from sparsek.command_line import flags
-from sparsek.data.tokenizer import as_valid_unicode
+from sparsek.command_line.configs import override_config
+from sparsek.command_line.definer import Definer
+from sparsek.command_line.flags import (
+  define_attention_flags,
+  define_step_flags,
+  define_workdir_flag,
+)
+from sparsek.command_line.main import run
+from sparsek.data.tokenizer import Tokenizer, as_valid_unicode
 from sparsek.errors import UsageError
+from sparsek.generation.prompts import (
+  check_can_save,
+  new_texts,
+  read_prompts,
+  save,
+  shown_prompt,
+  write_texts,
+)
 from sparsek.generation.session import AHEAD, Session, TextStream
-from sparsek.runs import checkpoint
-from sparsek.storage.files import cannot_write, check_regular, read_at_most
-
-MAX_PROMPTS = 2**26  # bytes of --prompt_file
-
-flags.define_generation_flags()
+from sparsek.runs import checkpoint, run_record
 
 
-def flag(name: str):
-  """The value of a parsed flag."""
-  return flags.FLAGS[name].value
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  define_workdir_flag(flag_values)
+  define_attention_flags(flag_values)
+  define_step_flags(flag_values)
+  define = Definer(flag_values)
+  define.string("prompt", "", "Text to continue; empty for a new document.")
+  define.path(
+    "prompt_file",
+    None,
+    "File with a text to continue on each line; all are continued at the same time. Not together "
+    "with --prompt.",
+  )
+  define.boolean(
+    "special_tokens",
+    False,
+    "Names of special tokens in the prompt, such as <|im_start|>, become these tokens.",
+  )
+  _define_sampling(define)
+  define.path(
+    "load_cache",
+    None,
+    "Go on with the text that --save_cache wrote to this file, without reading it again; --prompt, "
+    "or a line of --prompt_file for each text, is what comes next.",
+  )
+  define.path(
+    "save_cache", None, "Write what the model keeps of the text to this file, to go on later."
+  )
+
+
+def _define_sampling(define: Definer) -> None:
+  define.integer(
+    "max_new_tokens", 200, "Most tokens to write; the end of the document stops earlier.", lower=0
+  )
+  define.real(
+    "temperature", 0.8, "Divides the logits; 0 always takes the most probable token.", lower=0
+  )
+  define.real(
+    "top_p",
+    0.95,
+    "Draw from the fewest most probable tokens that have this probability together; above 0.",
+    lower=0,
+    upper=1,
+  )
+  define.integer(
+    "top_k", 0, "Draw from this many most probable tokens only; 0 means from all.", lower=0
+  )
+  define.strings(
+    "stop",
+    "Text that ends the output, itself left out, wherever tokens begin and end; may be given "
+    "several times.",
+  )
+  define.integer(
+    "sampling_seed",
+    0,
+    "The same seed gives the same text; line i of --prompt_file, from 0, draws with this seed + i.",
+    lower=0,
+  )
+
+
+FLAGS = absl_flags.FlagValues()
+define_flags(FLAGS)
 
 
 def prompts() -> list[str]:
-  """The texts to continue."""
-  path = flag("prompt_file")
-  if path is None:
-    return [as_valid_unicode(flag("prompt"))]
-  if flag("prompt"):
+  """Returns the texts to continue."""
+  if FLAGS.prompt_file is None:
+    return [as_valid_unicode(FLAGS.prompt)]
+  if FLAGS.prompt:
     raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
-  content = read_at_most(path, MAX_PROMPTS, "--prompt_file")
-  try:
-    text = content.decode("utf-8-sig").replace("\r\n", "\n")
-  except UnicodeDecodeError as error:
-    line = content.count(b"\n", 0, error.start) + 1
-    raise UsageError(
-      f"--prompt_file={path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}"
-    ) from None
-  if not text:
-    raise UsageError(f"--prompt_file={path} has no lines")
-  return text.removesuffix("\n").split("\n")
+  return read_prompts(FLAGS.prompt_file)
 
 
-def cache_paths() -> tuple[str | None, str | None]:
-  """The caches to load and to save."""
-  source, target = flag("load_cache"), flag("save_cache")
-  if target:
-    folder = os.path.dirname(target) or "."
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-      raise UsageError(
-        f"--save_cache={target}: must be a file in a folder that exists and can be written"
-      )
-    if os.path.lexists(target):
-      check_regular(target, "--save_cache")
-  return source, target
+def open_session(texts: Sequence[str]) -> tuple[Session, Tokenizer, dict, int]:
+  """Returns a session with the texts of a saved cache, or new ones, and what the run holds.
 
-
-def begin(tokenizer, texts: list[str]) -> list[list[int]]:
-  """The tokens of new texts; they begin as documents of the run's data do, once."""
-  rows = []
-  for text in texts:
-    ids, bos = tokenizer.encode(text, flag("special_tokens")), tokenizer.bos_ids
-    rows.append([*(bos if ids[: len(bos)] != bos else []), *ids] or [tokenizer.eos_id])
-  return rows
-
-
-def shown_prompt(stream: TextStream, text: str, ids: list[int]) -> str:
-  """Returns the prompt as it was given, after what its tokens bring before it.
-
-  That may be the rest of an earlier turn's last character, or a space.
+  Returns:
+    (session, tokenizer, model.json, step of the checkpoint).
   """
-  brought = stream.turn(ids)
-  if brought.endswith(text):
-    return brought
-  return "\ufffd" * brought.startswith("\ufffd") * (not text.startswith("\ufffd")) + text
-
-
-def main() -> None:
-  """Loads the run, then prints the prompts and their continuations."""
-  workdir, texts, (source, target) = flag("workdir"), prompts(), cache_paths()
-  if not workdir:
+  source = FLAGS.load_cache
+  if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder of a pretraining run")
-  config, run = checkpoint.load_run_config(workdir)
-  config = flags.override_config(config)
-  tokenizer = checkpoint.load_run_tokenizer(workdir)
-  if source:
-    ids = [tokenizer.encode(text, flag("special_tokens"), continues=True) for text in texts]
-  else:
-    ids = begin(tokenizer, texts)
+  config, record = run_record.load_run_config(FLAGS.workdir)
+  config = override_config(config, FLAGS)
+  tokenizer = run_record.load_run_tokenizer(FLAGS.workdir)
   params, step = checkpoint.load_params(
-    workdir, config, flag("step"), allow_older=flag("allow_older_step")
+    FLAGS.workdir, config, FLAGS.step, allow_older=FLAGS.allow_older_step
   )
   try:
-    session = Session.load(source, config, params) if source else Session(config, params, len(ids))
-    if len(texts) != len(session.texts):
-      file = flag("prompt_file")
-      given = f"--prompt_file={file} has {len(texts)}" if file else "--prompt is 1"
-      raise UsageError(
-        f"--load_cache={source} holds {len(session.texts)} texts, {given}: give a line for each"
-      )
-    del params  # in float32; the session has its own
-    turn = session.generate(
+    session = (
+      Session.load(source, config, params) if source else Session(config, params, len(texts))
+    )
+  except UsageError:
+    raise
+  except ValueError as error:
+    raise UsageError(f"--{error}") from None
+  if len(texts) != len(session.texts):
+    path = FLAGS.prompt_file
+    given = f"--prompt_file={path} has {len(texts)}" if path else "--prompt is 1"
+    raise UsageError(
+      f"--load_cache={source} holds {len(session.texts)} texts, {given}: give a line for each"
+    )
+  return session, tokenizer, record, step
+
+
+def start_turn(session: Session, ids: Sequence[Sequence[int]], eos_id: int | list[int]) -> Iterable:
+  """Reads the prompts and returns an iterator over the tokens that are written."""
+  try:
+    return session.generate(
       ids,
-      max_new_tokens=flag("max_new_tokens"),
-      temperature=flag("temperature"),
-      top_p=flag("top_p"),
-      top_k=flag("top_k"),
-      keys=jnp.stack([jax.random.key(flag("sampling_seed") + i) for i in range(len(ids))]),
-      eos_id=run["tokenizer"].get("eos_ids", tokenizer.eos_id),
-      ahead=0 if flag("stop") and target else AHEAD,
+      max_new_tokens=FLAGS.max_new_tokens,
+      temperature=FLAGS.temperature,
+      top_p=FLAGS.top_p,
+      top_k=FLAGS.top_k,
+      keys=jnp.stack([jax.random.key(FLAGS.sampling_seed + i) for i in range(len(ids))]),
+      eos_id=eos_id,
+      ahead=0 if FLAGS.stop and FLAGS.save_cache else AHEAD,
     )
   except UsageError:
     raise
   except ValueError as error:
     raise UsageError(f"--{error}") from None
 
-  streams = [TextStream(tokenizer, flag("stop"), **state) for state in session.texts]
-  times, new = [], 0
-  written = list(map(shown_prompt, streams, texts, ids))
-  show = (lambda text: print(text, end="", flush=True)) if len(ids) == 1 else lambda text: None
-  show(written[0])
-  for tokens in turn:
-    times.append(time.perf_counter())
-    for row, token in enumerate(tokens):
-      if token is None or streams[row].stopped:
-        continue
-      new += 1
-      text = streams[row].push(token)
-      written[row] += text
-      show(text)
-      if streams[row].stopped:
-        session.stop(row)
-  for row, stream in enumerate(streams):
-    text = stream.end_turn() if target else stream.finish()
-    written[row] += text
-    show(text)
-  print("" if len(ids) == 1 else "\n".join(f"[{row}] {text}" for row, text in enumerate(written)))
+
+def main() -> None:
+  """Loads the run, then prints the prompts and their continuations."""
+  texts, target = prompts(), FLAGS.save_cache
   if target:
-    session.texts = [stream.state for stream in streams]
-    try:
-      session.save(target)
-    except OSError as error:
-      raise cannot_write(target, error) from None
+    check_can_save(target)
+  session, tokenizer, record, step = open_session(texts)
+  if FLAGS.load_cache:
+    ids = [tokenizer.encode(text, FLAGS.special_tokens, continues=True) for text in texts]
+  else:
+    ids = new_texts(tokenizer, texts, FLAGS.special_tokens)
+  turn = start_turn(session, ids, record["tokenizer"].get("eos_ids", tokenizer.eos_id))
+  streams = [TextStream(tokenizer, FLAGS.stop, **state) for state in session.texts]
+  written = list(map(shown_prompt, streams, texts, ids))
+  speed = write_texts(session, turn, streams, written, goes_on=bool(target))
+  if target:
+    save(session, streams, target)
   lost = session.lost_scores
   if lost.any():
     print(
-      (
-        f"warning: {lost.sum()} scores above the threshold had no room in the cache (of "
-        f"{(lost > 0).sum()} of {len(ids)} texts): gates are slightly high"
-      ),
+      f"warning: {lost.sum()} scores above the threshold had no room in the cache (of "
+      f"{(lost > 0).sum()} of {len(ids)} texts): gates are slightly high",
       file=sys.stderr,
     )
-  speed = (
-    f", {(new - len(ids)) / (times[-1] - times[0]):.0f} tokens/s"
-    if len(times) > 1 and new > len(ids)
-    else ""
-  )
-  print(
-    f"[step {step}: {sum(map(len, ids))} prompt tokens, {new} new ones{speed}]", file=sys.stderr
-  )
+  print(f"[step {step}: {sum(map(len, ids))} prompt tokens, {speed}]", file=sys.stderr)
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  run(main, FLAGS)

@@ -1,5 +1,4 @@
-"""Imports a model from a folder in Hugging Face's format as a run, and exports a run as such a
-folder.
+"""Imports a folder in Hugging Face's format as a run, and exports a run as such a folder.
 
   python -m experiments.import_hf --from=FOLDER --workdir=RUN
   python -m experiments.generate --workdir=RUN --prompt="The capital of France is"
@@ -7,38 +6,56 @@ folder.
 
 FOLDER holds config.json, model.safetensors (or shards and their index) and tokenizer.json, of the
 families llama, mistral, qwen2, qwen3, gpt_neox and gpt2. RUN gets a checkpoint of step 0 with
-float32 parameters, model.json and tokenizer/. With --attention=sparsek, or another kind, and flags
-of its k, window and scorers it is the model with that attention before any training, and with new
-scorers where FOLDER has none. Any run of a model that a family can hold is exported, a SPARSEK one
-with its fields in the section "sparsek" of config.json; what transformers reads of it is the dense
-model. See sparsek/huggingface/pretrained.py.
+float32 parameters, model.json and tokenizer/. With --attention=sparsek or another kind, and flags
+for k, window and scorers, the run is the model under that attention before any training, with new
+scorers where FOLDER has none. Any run whose model fits a family can be exported. A SPARSEK model
+has its fields in the section "sparsek" of config.json; transformers reads the dense model from it.
+See sparsek/huggingface/pretrained.py.
 
-RUN and NEW_FOLDER appear when they are complete: a command that failed or was killed is repeated.
+RUN and NEW_FOLDER appear when they are complete: repeat a command that failed or was killed.
 """
 
 import dataclasses
 import os
+from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek.command_line import flags
+from sparsek.command_line.configs import model_config
+from sparsek.command_line.definer import Definer, into_string
+from sparsek.command_line.flags import define_model_flags, define_step_flags
+from sparsek.command_line.main import run
 from sparsek.config import DataConfig
 from sparsek.data import document_end
-from sparsek.data.tokenizer import load_tokenizer
+from sparsek.data.tokenizer import Tokenizer, load_tokenizer
 from sparsek.errors import RunError, UsageError
 from sparsek.huggingface import pretrained
-from sparsek.model.transformer import count_params
-from sparsek.runs import checkpoint, run_directory
+from sparsek.model.transformer import Params, count_params
+from sparsek.runs import checkpoint, checkpoint_writer, orbax_errors, run_directory, run_record
 from sparsek.storage import files
 from sparsek.storage.new_folder import check_new_folder, new_folder
 
-FLAGS = absl_flags.FlagValues()  # apart from those of other scripts in the same process
-flags.define_import_flags(FLAGS)
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  define_model_flags(flag_values)
+  define = Definer(flag_values)
+  define.path("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
+  define.path("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
+  define.path("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
+  define_step_flags(flag_values)
 
 
-def progress(items):
+FLAGS = absl_flags.FlagValues()
+define_flags(FLAGS)
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T]) -> Iterable[T]:
+  """Shows a bar while tensors are read or written."""
   return tqdm(items, unit="tensor", disable=None)
 
 
@@ -57,7 +74,7 @@ def import_folder(folder: str, workdir: str) -> None:
       f"model a vocab_size={base.vocab_size}"
     )
   ends = end_tokens(folder, tokenizer)
-  config = flags.model_config(FLAGS, pretrained=base)
+  config = model_config(FLAGS, pretrained=base)
   config, params = pretrained.load(folder, config=config, key=jax.random.key(0), progress=progress)
   data = DataConfig(data="", seq_len=config.max_positions, batch_size=1)
   record = {
@@ -77,7 +94,7 @@ def import_folder(folder: str, workdir: str) -> None:
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
     to_json = run_directory.to_json
     records = {
-      "flags.txt": flags.into_string(FLAGS),
+      "flags.txt": into_string(FLAGS),
       "model.json": to_json(record),
       "versions.json": to_json(run_directory.versions()),
     }
@@ -86,18 +103,20 @@ def import_folder(folder: str, workdir: str) -> None:
   print(f"{workdir}: {count_params(params):,} parameters, attention {','.join(config.attention)}")
 
 
-def save_checkpoint(unfinished: str, workdir: str, params) -> None:
+def save_checkpoint(unfinished: str, workdir: str, params: Params) -> None:
   """Writes the checkpoint of step 0. Raises RunError where that fails."""
   try:
-    writer = checkpoint.CheckpointWriter(unfinished, keep=1)
+    writer = checkpoint_writer.CheckpointWriter(unfinished, keep=1)
     writer.save(0, params, None, {})
     writer.close()
   except Exception as error:  # Orbax and tensorstore raise many kinds
-    reason = files.reason_of(error) if isinstance(error, OSError) else checkpoint.first_line(error)
+    reason = (
+      files.reason_of(error) if isinstance(error, OSError) else orbax_errors.first_line(error)
+    )
     raise RunError(f"{workdir} cannot be written: {reason}") from error
 
 
-def end_tokens(folder: str, tokenizer) -> list[int]:
+def end_tokens(folder: str, tokenizer: Tokenizer) -> list[int]:
   """Returns the tokens that end a text, the end of a document first.
 
   The others are those of generation_config.json, or else config.json, as in transformers.
@@ -111,8 +130,8 @@ def end_tokens(folder: str, tokenizer) -> list[int]:
 def export_run(workdir: str, folder: str, step: int | None) -> None:
   """Writes the parameters of a run, and its tokenizer where it is one that others read."""
   check_new_folder(folder)
-  config, run = checkpoint.load_run_config(workdir)
-  end = checkpoint.load_run_tokenizer(workdir).eos_id
+  config, run = run_record.load_run_config(workdir)
+  end = run_record.load_run_tokenizer(workdir).eos_id
   params, step = checkpoint.load_params(workdir, config, step, allow_older=FLAGS.allow_older_step)
   if config.positions != "learned":
     longest = max(config.max_positions, run["data"]["seq_len"])
@@ -146,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.run(main, FLAGS)
+  run(main, FLAGS)

@@ -1,12 +1,12 @@
-"""Which layers of a dense model need what stands far back, and a --layer_pattern that gives these
-layers most of the keys.
+"""The layers of a dense model that need what stands far back, and a --layer_pattern that gives
+them most of the keys.
 
-  python -m experiments.layer_reach --workdir=runs/imported --data=data/long --seq_len=8192
-  --window=512 --budget=1024 --record=reach.json
+  python -m experiments.layer_reach --workdir=runs/imported --data=data/long --seq_len=8192 \\
+    --window=512 --budget=1024 --record=reach.json
 
-Each layer in turn sees the first --sinks and the latest tokens only, --window together, all others
-everything; what the loss of held-out rows rises by is what distance is worth to it. The pattern has
---budget keys a query in the mean over layers.
+Each layer in turn sees only the first --sinks and the latest tokens of a document, --window in
+all, while the other layers see everything. The rise of the held-out loss says what distance is
+worth to this layer. The pattern has --budget keys per query in the mean over layers.
 """
 
 import json
@@ -16,22 +16,62 @@ import sys
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek.command_line import flags
+from sparsek.command_line.definer import Definer, into_string
+from sparsek.command_line.flags import (
+  define_data_of_runs_flag,
+  define_step_flags,
+  define_workdir_flag,
+)
+from sparsek.command_line.main import run
 from sparsek.config import DataConfig
-from sparsek.data.batches import eval_batches, open_data
+from sparsek.data.batches import eval_batches
 from sparsek.errors import UsageError
 from sparsek.evaluation import layer_reach
+from sparsek.evaluation.heldout import Run
 from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.storage import files
-from sparsek.training.step import check_batch, check_length
+from sparsek.training.checks import check_batch, check_length
+
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  define_workdir_flag(flag_values)
+  define_step_flags(flag_values)
+  define_data_of_runs_flag(flag_values)
+  define = Definer(flag_values)
+  define.integer("seq_len", 4096, "Tokens per row.", lower=2)
+  define.integer("batch_size", 1, "Rows per batch, over all devices.", lower=1)
+  define.integer("eval_batches", 8, "Evaluate on at most this many batches.", lower=1)
+  define.integer(
+    "window", 256, "Tokens that the layer under test sees, and the window of the pattern.", lower=1
+  )
+  define.integer(
+    "sinks",
+    4,
+    "How many of these tokens are the first ones of the document, without which pretrained models "
+    "fail.",
+    lower=0,
+  )
+  define.integer(
+    "k", 16, "Selected keys in those layers of the pattern that need no distance.", lower=1
+  )
+  define.integer("budget", 512, "Keys per query in the pattern, the mean over layers.", lower=2)
+  define.integer(
+    "long_layers",
+    None,
+    "Layers of the pattern that get most of the keys. By default a sixth of all.",
+    lower=1,
+  )
+  define.path("record", None, "Also write flags, figures and versions to this .json file.")
+
 
 FLAGS = absl_flags.FlagValues()
-flags.define_reach_flags(FLAGS)
+define_flags(FLAGS)
 
 
-def main() -> None:
-  """Prints the table and the pattern."""
+def check_flags() -> None:
+  """Raises UsageError for a run or a record that cannot be."""
   if not os.path.isdir(FLAGS.workdir or ""):
     raise UsageError(f"--workdir={FLAGS.workdir}: must be the folder of a run")
   if FLAGS.record and not (
@@ -40,7 +80,12 @@ def main() -> None:
     raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
   if FLAGS.record:
     files.check_writable(FLAGS.record)
-  config, run = checkpoint.load_run_config(FLAGS.workdir)
+
+
+def main() -> None:
+  """Prints the table and the pattern."""
+  check_flags()
+  config, record = run_record.load_run_config(FLAGS.workdir)
   if set(config.layer_kinds) != {"full"}:
     raise UsageError(
       f"--workdir={FLAGS.workdir}: all layers must have full attention; it has "
@@ -56,9 +101,7 @@ def main() -> None:
   data = DataConfig(seq_len=FLAGS.seq_len, batch_size=FLAGS.batch_size)
   check_batch(make_mesh(), data.batch_size)
   check_length(config, data.seq_len)
-  name = run["tokenizer"]["name"]
-  source = name if name == "byte" else os.path.join(FLAGS.workdir, "tokenizer")
-  dataset = open_data(FLAGS.data or run["data"]["data"], source, run["tokenizer"]["fingerprint"])
+  dataset = Run(FLAGS.workdir, config, record).open_data(FLAGS.data)
   params, step = checkpoint.load_params(
     FLAGS.workdir, config, FLAGS.step, allow_older=FLAGS.allow_older_step
   )
@@ -81,18 +124,18 @@ def main() -> None:
     print(f"{i:4} {rise:+.4f} {'#' * max(0, round(40 * rise / max(max(rises), 1e-9)))}")
   print(f"--layer_pattern={pattern}")
   if FLAGS.record:
-    record = {
+    content = {
       "loss": dense,
       "rises": rises,
       "term": term,
       "layer_pattern": pattern,
       "step": step,
-      "flags": flags.into_string(FLAGS).splitlines(),
+      "flags": into_string(FLAGS).splitlines(),
       "versions": run_directory.versions(),
     }
-    files.save(FLAGS.record, json.dumps(record, indent=1))
+    files.save(FLAGS.record, json.dumps(content, indent=1))
     print(FLAGS.record, file=sys.stderr)
 
 
 if __name__ == "__main__":
-  flags.run(main, FLAGS)
+  run(main, FLAGS)

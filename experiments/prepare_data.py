@@ -1,9 +1,11 @@
 """Makes token files, which `python -m experiments.pretrain --data=FOLDER` trains on.
 
   python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
-  python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json
-  --output=data/mine python -m experiments.prepare_data --sources=books,tasks:32768:200
-  --answers_only --output=data/mix python -m experiments.prepare_data --verify=data/mine
+  python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json \\
+    --output=data/mine
+  python -m experiments.prepare_data --sources=books,tasks:32768:200 --answers_only \\
+    --output=data/mix
+  python -m experiments.prepare_data --verify=data/mine
 
 A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of
 their tokens (OUTPUT/documents.jsonl lists them). Name a source twice to weigh it double. Training
@@ -12,13 +14,16 @@ much shorter than a row, and a batch that holds no answer has, with --answers_on
 loss of 0.
 """
 
-from absl import flags
+from collections.abc import Iterable
+
+from absl import flags as absl_flags
 from tqdm import tqdm
 
-from sparsek.command_line import flags as flags_lib
-from sparsek.command_line import path_flags
-from sparsek.data.corpus import DEFAULT_EXTENSIONS, LeftOut, documents
+from sparsek.command_line.definer import Definer
+from sparsek.command_line.main import run
+from sparsek.data.corpus import DEFAULT_EXTENSIONS, Document, LeftOut, documents
 from sparsek.data.token_files import (
+  TokenDataset,
   check_can_make,
   check_same,
   open_token_files,
@@ -26,126 +31,107 @@ from sparsek.data.token_files import (
   verify_token_files,
   write_token_files,
 )
-from sparsek.data.tokenizer import describe_documents, load_tokenizer, train_bpe
+from sparsek.data.tokenizer import Tokenizer, describe_documents, load_tokenizer, train_bpe
 from sparsek.errors import UsageError
 
-# Apart from the flags of the other scripts, which have a --tokenizer of another meaning.
-FLAGS = flags.FlagValues()
-# Relative paths stay so: they are names of documents, the same wherever a corpus is made.
-flags.DEFINE_flag(
-  path_flags.paths_flag(
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  define = Definer(flag_values)
+  # Relative paths stay so: they are names of documents, the same wherever a corpus is made.
+  define.paths(
     "sources",
-    "Comma-separated: text files (one document each), .jsonl files (one document a "
-    'line), folders (recursive), "stdlib", the source text of Python\'s standard library, or '
-    "tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH bytes. A path "
-    "with a comma is given alone.",
+    "Comma-separated: text files (one document each), .jsonl files (one document a line), folders "
+    '(recursive), "stdlib", the source text of Python\'s standard library, or tasks:LENGTH:COUNT, '
+    "generated documents that need recall, of at most LENGTH bytes. A path with a comma is given "
+    "alone.",
     words=("stdlib", "tasks:"),
     absolute=False,
-  ),
-  FLAGS,
-)
-flags.DEFINE_integer(
-  "min_document_bytes",
-  0,
-  "Leave out shorter documents; generated ones stay.",
-  lower_bound=0,
-  flag_values=FLAGS,
-)
-flags.DEFINE_boolean(
-  "deduplicate", False, "Of equal documents keep the first only.", flag_values=FLAGS
-)
-flags.DEFINE_boolean(
-  "skip_bad_lines",
-  False,
-  "Leave out lines of .jsonl, elements of .json and rows of .parquet that have no text, and "
-  "count them. Default: stop at the first.",
-  flag_values=FLAGS,
-)
-flags.DEFINE_boolean(
-  "answers_only",
-  False,
-  (
-    "Of generated documents the loss counts the answers only, in training and held-out "
-    "evaluation, each token as much as one of text."
-  ),
-  flag_values=FLAGS,
-)
-flags.DEFINE_flag(path_flags.path_flag("output", None, "Folder to make."), FLAGS)
-flags.DEFINE_flag(
-  path_flags.path_flag(
-    "tokenizer", None, '"byte", a tokenizer.json or its folder. Default: "byte".', words=("byte",)
-  ),
-  FLAGS,
-)
-flags.DEFINE_integer(
-  "train_bpe",
-  None,
-  "Train a byte-level BPE with this many ids on the documents that are not held out.",
-  lower_bound=257,
-  upper_bound=2**20,
-  flag_values=FLAGS,
-)
-flags.DEFINE_list(
-  "extensions",
-  list(DEFAULT_EXTENSIONS),
-  "Endings of the files taken from folders, in any case; .gz and .zst may follow.",
-  flag_values=FLAGS,
-)
-flags.DEFINE_string(
-  "text_field",
-  "text",
-  "Field of a JSON object, or column of a .parquet file, that holds the text.",
-  flag_values=FLAGS,
-)
-flags.DEFINE_enum(
-  "errors",
-  "strict",
-  ["strict", "replace"],
-  "What to do about text that is not UTF-8: stop, or put U+FFFD.",
-  flag_values=FLAGS,
-)
-flags.DEFINE_float(
-  "heldout_fraction",
-  0.05,
-  "About this share of the documents is held out, by hash.",
-  lower_bound=0,
-  upper_bound=0.99,
-  flag_values=FLAGS,
-)
-flags.DEFINE_flag(
-  path_flags.path_flag("verify", None, "Only compare the checksums of this folder of token files."),
-  FLAGS,
-)
-flags.DEFINE_flag(
-  path_flags.path_flag(
+  )
+  _define_choice_of_documents(define)
+  define.path("output", None, "Folder to make.")
+  define.path(
+    "tokenizer", None, '"byte", a tokenizer.json or its folder. By default "byte".', words=("byte",)
+  )
+  define.integer(
+    "train_bpe",
+    None,
+    "Train a byte-level BPE with this many ids on the documents that are not held out.",
+    lower=257,
+    upper=2**20,
+  )
+  define.real(
+    "heldout_fraction",
+    0.05,
+    "About this share of the documents is held out; a hash of the text decides which.",
+    lower=0,
+    upper=0.99,
+  )
+  define.path("verify", None, "Only compare the checksums of this folder of token files.")
+  define.path(
     "expect",
     None,
     "A meta.json or a copy of one: end with an error unless the tokens and the split are the same.",
-  ),
-  FLAGS,
-)
-
-
-def _documents(description: str, left_out: LeftOut | None = None):
-  names = (
-    "heldout_fraction",
-    "text_field",
-    "errors",
-    "min_document_bytes",
-    "deduplicate",
-    "answers_only",
-    "skip_bad_lines",
   )
-  every = documents(
+
+
+def _define_choice_of_documents(define: Definer) -> None:
+  define.integer(
+    "min_document_bytes", 0, "Leave out shorter documents; generated ones stay.", lower=0
+  )
+  define.boolean("deduplicate", False, "Of equal documents keep only the first.")
+  define.boolean(
+    "skip_bad_lines",
+    False,
+    "Leave out lines of .jsonl, elements of .json and rows of .parquet that have no text, and "
+    "count them. By default the command stops at the first.",
+  )
+  define.boolean(
+    "answers_only",
+    False,
+    "In generated documents the loss counts only the answers, in training and held-out "
+    "evaluation, each token as much as one of text.",
+  )
+  define.words(
+    "extensions",
+    DEFAULT_EXTENSIONS,
+    "Endings of the files taken from folders, in any case; .gz and .zst may follow.",
+  )
+  define.string(
+    "text_field",
+    "text",
+    "Field of a JSON object, or column of a .parquet file, that holds the text.",
+  )
+  define.choice(
+    "errors",
+    "strict",
+    ("strict", "replace"),
+    "What to do about text that is not UTF-8. strict: stop. replace: put U+FFFD.",
+  )
+
+
+FLAGS = absl_flags.FlagValues()
+define_flags(FLAGS)
+
+
+def _documents(description: str, left_out: LeftOut | None = None) -> Iterable[Document]:
+  """Reads the documents of --sources behind a bar that counts them."""
+  all_documents = documents(
     FLAGS.sources,
     extensions=FLAGS.extensions,
     left_out=left_out,
-    **{name: FLAGS[name].value for name in names},
+    heldout_fraction=FLAGS.heldout_fraction,
+    text_field=FLAGS.text_field,
+    errors=FLAGS.errors,
+    min_document_bytes=FLAGS.min_document_bytes,
+    deduplicate=FLAGS.deduplicate,
+    answers_only=FLAGS.answers_only,
+    skip_bad_lines=FLAGS.skip_bad_lines,
   )
-  return tqdm(every, description, unit=" documents", disable=None)
+  return tqdm(all_documents, description, unit=" documents", disable=None)
 
 
-def _tokenizer():
+def _tokenizer() -> Tokenizer:
   if FLAGS.train_bpe is None:
     return load_tokenizer(FLAGS.tokenizer or "byte")
   if FLAGS.tokenizer is not None:
@@ -158,7 +144,7 @@ def _tokenizer():
   )
 
 
-def _report(dataset) -> None:
+def _report(dataset: TokenDataset) -> None:
   print(
     f"{dataset.folder}: tokenizer {dataset.tokenizer.name} with {dataset.vocab_size} ids, "
     f"{describe_documents(dataset.tokenizer)}"
@@ -197,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags_lib.run(main, FLAGS)
+  run(main, FLAGS)

@@ -6,63 +6,51 @@ The same command again resumes from the newest checkpoint. WORKDIR gets checkpoi
 (one JSON object per logged step), flags.txt (a --flagfile that reproduces the run), model.json and
 versions.json. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is
 saved only where a further step finds the loss and the gradients finite; --restore_step=N goes back
-to an earlier one. --dry_run says what a step takes, and does nothing.
+to an earlier one. --dry_run prints what a step would take, and trains nothing.
 """
 
 import dataclasses
 import os
 
-from sparsek.command_line import flags
+from absl import flags as absl_flags
+
+from sparsek.command_line.configs import model_config, train_config
+from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import run
+from sparsek.command_line.training_flags import define_pretrain_flags
+from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import batches
 from sparsek.huggingface import pretrained
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
 
-flags.define_model_flags()
-flags.define_data_flags()
-flags.define_train_flags()
-flags.define_dry_run_flag()
+FLAGS = absl_flags.FlagValues()
+define_pretrain_flags(FLAGS)
 
 
-def main() -> None:
-  """Reads the flags, opens the data, trains, and says where everything is."""
-  config = flags.train_config()
-  base = None
-  if (config.init_from or "").startswith(pretrained.PREFIX):
-    base = pretrained.load_config(config.init_from.removeprefix(pretrained.PREFIX))
-  elif config.init_from and not flags.FLAGS["preset"].present:
-    base, _ = checkpoint.load_run_config(checkpoint.parse_run_reference(config.init_from)[0])
-  flags.model_config(pretrained=base)  # refuses bad flags before any data is read
-  dataset = batches.open_data(config.data.data, flags.FLAGS["tokenizer"].value)
-  model = flags.model_config(vocab_size=dataset.vocab_size, pretrained=base)
-  if flags.FLAGS["remat"].value is None:
-    model = dataclasses.replace(
-      model, remat=plan.remat_that_fits(model, config, plan.memory_limit())
-    )
-  if flags.FLAGS["dry_run"].value:
-    print("\n".join(plan.make_plan(model, config).lines()))
-    return
-  run_directory.use_compilation_cache(config.workdir)
-  result = loop.train(model, config, dataset, flags.into_string())
+def base_model(config: TrainConfig) -> TransformerConfig | None:
+  """Returns the model that --init_from names; None where a preset is trained."""
+  source = config.init_from or ""
+  if source.startswith(pretrained.PREFIX):
+    return pretrained.load_config(source.removeprefix(pretrained.PREFIX))
+  if source and not FLAGS["preset"].present:
+    return run_record.load_run_config(checkpoint.parse_run_reference(source)[0])[0]
+  return None
 
-  workdir = config.workdir
+
+def report(result: loop.Result, config: TrainConfig) -> None:
+  """Prints how far training came, its losses, and where everything is."""
+  workdir, num_steps = config.workdir, config.optimizer.num_steps
   if result.already_complete:
-    asked = (
-      f"--num_steps={config.optimizer.num_steps}"
-      if config.stop_at is None
-      else f"--stop_at={config.stop_at}"
-    )
+    asked = f"--num_steps={num_steps}" if config.stop_at is None else f"--stop_at={config.stop_at}"
     print(f"{workdir} is complete: it has all of {asked} steps ({result.step} were made)")
   elif result.stopped and result.step == config.stop_at:
     print(
-      f"stopped at step {result.step} of {config.optimizer.num_steps}, as --stop_at says; "
+      f"stopped at step {result.step} of {num_steps}, as --stop_at says; "
       "the same command without it goes on"
     )
   elif result.stopped:
-    print(
-      f"stopped by a signal at step {result.step} of {config.optimizer.num_steps}; "
-      "the same command resumes"
-    )
+    print(f"stopped by a signal at step {result.step} of {num_steps}; the same command resumes")
   losses = {"loss": result.loss, "held-out loss": result.heldout_loss}
   known = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
   if known:
@@ -73,5 +61,23 @@ def main() -> None:
   )
 
 
+def main() -> None:
+  """Reads the flags, opens the data, trains, and says where everything is."""
+  config = train_config(FLAGS)
+  base = base_model(config)
+  model_config(FLAGS, pretrained=base)  # refuses bad flags before any data is read
+  dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
+  model = model_config(FLAGS, vocab_size=dataset.vocab_size, pretrained=base)
+  if FLAGS.remat is None:
+    model = dataclasses.replace(
+      model, remat=plan.remat_that_fits(model, config, plan.memory_limit())
+    )
+  if FLAGS.dry_run:
+    print("\n".join(plan.make_plan(model, config).lines()))
+    return
+  run_directory.use_compilation_cache(config.workdir)
+  report(loop.train(model, config, dataset, into_string(FLAGS)), config)
+
+
 if __name__ == "__main__":
-  flags.run(main)
+  run(main, FLAGS)

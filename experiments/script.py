@@ -1,4 +1,4 @@
-"""Scripts whose options argparse reads: how they end, and the types of their options."""
+"""The frame of scripts whose options argparse reads: types of options, and the exit code."""
 
 import argparse
 import os
@@ -34,7 +34,7 @@ def output(text: str) -> str:
 
 
 def words(text: str) -> str:
-  """Returns flags in one string, for argparse, of which `shlex.split` makes words."""
+  """Returns flags in one string, for argparse, which `shlex.split` can split into words."""
   try:
     shlex.split(text)
   except ValueError as error:
@@ -43,7 +43,7 @@ def words(text: str) -> str:
 
 
 def run(main: Callable[[argparse.Namespace], object], options: argparse.ArgumentParser) -> None:
-  """Calls `main` with the options; exits with 2 for a UsageError, 1 for a RunError, and a line."""
+  """Calls `main` with the options; exits with 2 for a UsageError and 1 for a RunError."""
   files.let_stdout_take_any_text()
   try:
     main(options.parse_args())

@@ -1,10 +1,9 @@
-"""Compaction: the tokens selected anywhere in a chunk of queries, listed per chunk, so that
-attention
-  reads short contiguous buffers.
+"""Compaction: the tokens selected anywhere in a chunk of queries are listed per chunk, so that
+attention reads short contiguous buffers.
 
 A token is selected on one interval of queries, `[j + window, expiry_j)`. At most k tokens are
 selected at a chunk's first query and each query admits at most one more, so a chunk of C queries
-needs k + C places.
+needs k + C slots.
 """
 
 from typing import NamedTuple
@@ -35,7 +34,7 @@ def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array
     chunk: queries per chunk; n need not be a multiple.
 
   Returns:
-    [chunks, min(k + chunk, n)] int32 token indices, or [chunks, 0] for k = 0. Unused places hold
+    [chunks, min(k + chunk, n)] int32 token indices, or [chunks, 0] for k = 0. Unused slots hold
     distinct values from n on, for scatters to drop and gathers to fill.
   """
   n = expiry.shape[0]
@@ -46,56 +45,59 @@ def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array
   total = chunks * slots
   token = jnp.repeat(jnp.arange(n, dtype=jnp.int32), lives, total_repeat_length=total)
   before = jnp.cumsum(lives) - lives
-  place = jnp.arange(total, dtype=jnp.int32)
-  member = jnp.where(place < jnp.sum(lives), first[token] + place - before[token], chunks)
+  pair = jnp.arange(total, dtype=jnp.int32)
+  member = jnp.where(pair < jnp.sum(lives), first[token] + pair - before[token], chunks)
   member, token = lax.sort((member, token), num_keys=2)
   count = jnp.zeros(chunks, jnp.int32).at[member].add(1, mode="drop")
   slot = jnp.arange(slots, dtype=jnp.int32)
-  place = (jnp.cumsum(count) - count)[:, None] + slot
-  return jnp.where(slot < count[:, None], token.at[place].get(mode="clip"), n + slot)
+  index = (jnp.cumsum(count) - count)[:, None] + slot
+  return jnp.where(slot < count[:, None], token.at[index].get(mode="clip"), n + slot)
 
 
 class Live(NamedTuple):
   """The tokens selected at the first query of each chunk, in their own order.
 
   Attributes:
-    token: [chunks, slots] int32, n where a place is empty. score: [chunks, slots].
-    expiry: [chunks, slots] int32, 0 where a place is empty. count: [chunks] int32, how many places
-      are not.
+    token: [chunks, slots] int32, n where a slot is empty.
+    score: [chunks, slots].
+    expiry: [chunks, slots] int32, 0 where a slot is empty.
+    count: [chunks] int32, how many slots are filled.
   """
 
   token: jax.Array
   score: jax.Array
   expiry: jax.Array
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # tuple.count is not used
 
 
 def by_entry(x: jax.Array, delay: int) -> jax.Array:
-  """[n]: of each query, x of the token `delay` before it, or 0."""
+  """Returns [n]: for each query, x of the token `delay` before it, or 0."""
   n = x.shape[0]
   return jnp.pad(x[: max(n - delay, 0)], (min(delay, n), 0))
 
 
 def live_lists(score: jax.Array, expiry: jax.Array, *, window: int, chunk: int, slots: int) -> Live:
-  """Lists, chunk after chunk, who stays of the last list and who has entered since: nothing is
-  gathered, which TPUs do slowly.
+  """Lists, chunk after chunk, the tokens that stay of the last list and those that have entered
+  since; nothing is gathered, which TPUs do slowly.
 
   Args:
-    score: [n]. expiry, window, chunk: as of `chunk_lists`; n must be a multiple of `chunk`.
-    slots: places of a list, at least as many as tokens are selected at a time.
+    score: [n].
+    expiry, window, chunk: as of `chunk_lists`; n must be a multiple of `chunk`.
+    slots: of a list, at least as many as tokens are selected at a time.
   """
   n = expiry.shape[0]
   token = jnp.arange(n, dtype=jnp.int32)
-  # those that enter after the last chunk's first query, up to this chunk's
+  # tokens that enter after the last chunk's first query, up to this chunk's
   since = lambda x: by_entry(x, window + chunk - 1).reshape(-1, chunk)
   empty = varying_like(jnp.zeros(slots, jnp.int32), expiry)
 
   def step(last_list, entering):
     begin, *entering = entering
-    new = tuple(jnp.concatenate(pair) for pair in zip(last_list, entering))
-    gone, *new = lax.sort(((new[2] <= begin).astype(jnp.int32), *new), num_keys=1, is_stable=True)
-    live = gone[:slots] == 0
-    token, score, expiry = (x[:slots] for x in new)
+    joined = tuple(jnp.concatenate(pair) for pair in zip(last_list, entering))
+    expired = (joined[2] <= begin).astype(jnp.int32)
+    expired, *live_first = lax.sort((expired, *joined), num_keys=1, is_stable=True)
+    live = expired[:slots] == 0
+    token, score, expiry = (x[:slots] for x in live_first)
     new_list = jnp.where(live, token, n), score, jnp.where(live, expiry, 0)
     return new_list, Live(*new_list, jnp.sum(live, dtype=jnp.int32))
 

@@ -1,22 +1,23 @@
 """cuDNN's attention to a sliding window or to everything before, for rows of one document."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from sparsek.kernels.devices import compute_capability, on_nvidia_gpu
 
 LARGEST_HEAD_DIM = 128
 OLDEST_CAPABILITY = 8.0
 
 
-def on_nvidia_gpu() -> bool:
-  """Whether that is JAX's first device."""
-  device = jax.devices()[0]
-  return device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-
-
-def refusal(query: jax.Array, segment_ids: jax.Array | None, window: int) -> str | None:
-  """Why cuDNN cannot attend for `query` here, forward and backward, or None."""
+def refusal(
+  query: jax.Array | jax.ShapeDtypeStruct,
+  segment_ids: jax.Array | jax.ShapeDtypeStruct | None,
+  window: int,
+) -> str | None:
+  """Returns why cuDNN cannot attend for `query` here, forward and backward, or None."""
   if segment_ids is not None:
     return "rows hold several documents (segment_ids); cuDNN takes rows of one"
   if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -27,19 +28,20 @@ def refusal(query: jax.Array, segment_ids: jax.Array | None, window: int) -> str
     )
   if window < 2:
     return f"window={window}; cuDNN takes 2 or more"
+  device = jax.devices()[0]
   if not on_nvidia_gpu():
-    return f"it needs an NVIDIA GPU; JAX's first device is {jax.devices()[0].device_kind!r}"
-  capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    return f"it needs an NVIDIA GPU; JAX's first device is {device.device_kind!r}"
+  capability = compute_capability(device)
   if capability == "unknown" or float(capability) < OLDEST_CAPABILITY:
     return (
       f"it needs a GPU of compute capability {OLDEST_CAPABILITY} or newer; "
-      f"{jax.devices()[0].device_kind} has {capability}"
+      f"{device.device_kind} has {capability}"
     )
   return _refusal_of_jax(query, window)
 
 
 def _refusal_of_jax(query, window):
-  """Why JAX's wrapper refuses such queries, or None; it knows the version of cuDNN."""
+  """Returns why JAX's wrapper refuses such queries, or None; it knows the version of cuDNN."""
   row = jax.ShapeDtypeStruct(query.shape, query.dtype)
   attend = functools.partial(attention, window=window, scale=1.0)
   try:
@@ -52,7 +54,7 @@ def _refusal_of_jax(query, window):
 def attention(
   query: jax.Array, key: jax.Array, value: jax.Array, *, window: int, scale: float
 ) -> jax.Array:
-  """Returns causal attention to the `window` latest tokens.
+  """Attends, causally, to the `window` latest tokens.
 
   Shapes are as in `sparsek.sliding_window_attention`. JAX takes no gradients of rows of odd length:
   such a row gets one more token at its end, which none of the others sees.
@@ -68,6 +70,6 @@ def attention(
   return out[:, :n]
 
 
-def saveable(primitive, *_, **__) -> bool:
-  """A policy for `jax.checkpoint` that keeps what its backward pass needs."""
+def saveable(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Tells `jax.checkpoint`, as a policy, to keep what cuDNN's backward pass needs."""
   return primitive.name.startswith("dot_product_attention_fwd")

@@ -1,5 +1,4 @@
-"""What gates do to one tile of logits and to its gradients: shared by the kernels for GPUs and
-TPUs.
+"""Gates of logits and values, and their gradients: shared by XLA and the kernels for GPUs and TPUs.
 
 With p_ij the softmax of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a
 logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>, and that of a gate x_ij (with
@@ -7,41 +6,86 @@ logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>, and that of a gate x
 scores where 0 < u_j - tau_i < 1.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
+Load = Callable[[], jax.Array]
 
-def tile_weights(s, probability, distance, *, gate):
-  """(softmax of the logits, gates or None where the weights do without, weights of the values) of
-  one tile.
+
+def gated_logits(s: jax.Array, g: jax.Array, *, gate: str) -> jax.Array:
+  """Returns the logits whose softmax is taken, of products s = q.k and gates g."""
+  return s * g if gate == "key_value" else s
+
+
+def through_gate(
+  s: jax.Array, g: jax.Array | None, ds: jax.Array, *, gate: str, scale: float | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+  """Passes the gradient of logits back through their gates.
 
   Args:
-    s: products q.k. probability(logits): the softmax of logits.
-    distance: function that loads u_j - tau_i of listed keys, when it is needed, to save registers;
-      None for the window's, whose gate is 1.
+    s: products q.k.
+    g: gates; None where the weights do without.
+    ds: gradient of the logits after the gates, x g - p delta.
+    gate: kind of gate.
+    scale: of s in the logits; None if s holds it already.
+
+  Returns:
+    The gradient of s, and what the logits add to that of the gates, or None.
+  """
+  if gate != "key_value" or g is None:
+    return ds, None
+  of_product = ds * g
+  return of_product, ds * s if scale is None else ds * s * scale
+
+
+def tile_weights(
+  s: jax.Array, probability: Callable[[jax.Array], jax.Array], distance: Load | None, *, gate: str
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+  """Returns of one tile the softmax of the logits, the gates (None where the weights do without),
+  and the weights of the values.
+
+  Args:
+    s: products q.k.
+    probability: makes the softmax of logits.
+    distance: loads u_j - tau_i of listed keys, when it is needed, to save registers; None for the
+      window's, whose gate is 1.
+    gate: kind of gate.
   """
   if distance is None or gate == "straight_through":
     p = probability(s)
     return p, None, p
   g = jnp.clip(distance(), 0.0, 1.0)
-  p = probability(s * g if gate == "key_value" else s)
+  p = probability(gated_logits(s, g, gate=gate))
   return p, g, p * g
 
 
-def tile_gradients(s, p, g, dp, delta, distance, *, gate, scale):
-  """(gradient of s, gradient of the gates or None) of one tile.
+def tile_gradients(
+  s: jax.Array,
+  p: jax.Array,
+  g: jax.Array | None,
+  dp: jax.Array,
+  delta: jax.Array,
+  distance: Load | None,
+  *,
+  gate: str,
+  scale: float,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns of one tile the gradient of s, and that of the gates or None.
 
   Args:
-    s, distance: as of `tile_weights`, p, g: its results. dp: products <dO_i, v_j>. delta: <dO_i,
-      O_i>.
+    s, distance: as of `tile_weights`.
+    p, g: its results.
+    dp: products <dO_i, v_j>.
+    delta: <dO_i, O_i>.
+    gate, scale: of the attention.
   """
   if distance is None:
     return p * (dp - delta), None
   x = p * dp
-  distance = distance()
-  fractional = jnp.logical_and(distance > 0.0, distance < 1.0)
-  if gate == "straight_through":
-    return x - p * delta, jnp.where(fractional, x, 0.0)
-  ds = x * g - p * delta
-  if gate == "value":
-    return ds, jnp.where(fractional, x, 0.0)
-  return ds * g, jnp.where(fractional, x + ds * s * scale, 0.0)
+  u_less_tau = distance()
+  fractional = jnp.logical_and(u_less_tau > 0.0, u_less_tau < 1.0)
+  gated = x if g is None or gate == "straight_through" else x * g
+  ds, dg = through_gate(s, g, gated - p * delta, gate=gate, scale=scale)
+  return ds, jnp.where(fractional, x if dg is None else x + dg, 0.0)

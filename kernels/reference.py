@@ -10,19 +10,23 @@ import jax.numpy as jnp
 sg = jax.lax.stop_gradient
 
 
-def document_index(segment_ids, shape):
-  """[batch, n] index of each token's document; a document is a run of equal ids."""
+def document_index(segment_ids: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+  """Returns the [batch, n] index of each token's document; a document is a run of equal ids."""
   if segment_ids is None:
     return jnp.zeros(shape, jnp.int32)
   changed = segment_ids[:, 1:] != segment_ids[:, :-1]
   return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
-def selection(scores, k, window, segment_ids=None):
-  """Brute-force causal SPARSEK.
+def selection(
+  scores: jax.Array, k: int, window: int, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Computes causal SPARSEK by brute force.
 
   Args:
     scores: [batch, n, G].
+    k, window, segment_ids: as in `sparsek.sparsek_attention`.
+
   Returns:
     gate [batch, G, n, n] (p_ij; 1 for the first k candidates), selected and local [batch, G, n, n]
     masks: the top k candidates (equal scores: the earlier token) and the sliding window.
@@ -49,8 +53,8 @@ def selection(scores, k, window, segment_ids=None):
   def halve(_, ends):
     low, high = ends
     middle = low / 2 + high / 2
-    more = total(middle) >= k
-    return jnp.where(more, middle, low), jnp.where(more, high, middle)
+    too_low = total(middle) >= k
+    return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
 
   low, high = jax.lax.fori_loop(0, 160, halve, (low, high))
   tau = sg(low)
@@ -67,8 +71,8 @@ def selection(scores, k, window, segment_ids=None):
   return gate.astype(u.dtype), selected, jnp.broadcast_to(local, selected.shape)
 
 
-def without_nan(x):
-  """Returns x [..., D] with 0 for what is not finite, and which rows had such.
+def without_nan(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns x [..., D] with 0 for numbers that are not finite, and which rows had any.
 
   0 * NaN would spread it.
   """
@@ -76,8 +80,19 @@ def without_nan(x):
   return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
 
 
-def attention(query, key, value, scores, *, k, window, gate, scale, segment_ids=None):
-  """Shapes and meaning as in `sparsek.sparsek_attention`."""
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array,
+  *,
+  k: int,
+  window: int,
+  gate: str,
+  scale: float,
+  segment_ids: jax.Array | None = None,
+) -> jax.Array:
+  """Computes SPARSEK attention; shapes and meaning as in `sparsek.sparsek_attention`."""
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   groups = query.shape[2] // key.shape[2]
   q, kk, v = (

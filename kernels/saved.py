@@ -1,5 +1,5 @@
-"""What attention gives a name, so that a block that is otherwise computed again in its backward
-pass may keep it.
+"""The name of attention's outputs: a block that is otherwise computed again in its backward pass
+may keep what has it.
 """
 
 import jax
@@ -9,5 +9,5 @@ NAME = "sparsek_attention"  # for `jax.checkpoint_policies.save_only_these_names
 
 
 def saved(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """The same arrays, named."""
+  """Returns the same arrays, named."""
   return tuple(checkpoint_name(x, NAME) for x in arrays)

@@ -78,7 +78,9 @@ SPECS = (
 
 
 def segment_ids(spec: Spec) -> jax.Array | None:
-  """[batch, n] int32; every row but the first is shifted by some tokens, so that rows differ."""
+  """Returns [batch, n] int32 ids, or None; every row but the first is shifted by some tokens, so
+  that rows differ.
+  """
   if not spec.documents:
     return None
   lengths = list(spec.documents)
@@ -91,7 +93,7 @@ def segment_ids(spec: Spec) -> jax.Array | None:
 def make_scores(
   family: str, key: jax.Array, shape: tuple[int, int, int], spread: float = 2.0
 ) -> jax.Array:
-  """[batch, n, groups] float32 scores of a family."""
+  """Draws [batch, n, groups] float32 scores of a family."""
   noise = jax.random.normal(key, shape)
   time = jnp.arange(shape[1], dtype=jnp.float32)[None, :, None]
   return {
@@ -106,7 +108,7 @@ def make_scores(
 
 
 def make_inputs(spec: Spec, seed: int = 0) -> tuple[jax.Array, ...]:
-  """(query, key, value, scores), random."""
+  """Draws query, key, value and scores."""
   keys = jax.random.split(jax.random.key(seed), 4)
   normal = lambda key, heads: jax.random.normal(
     key, (spec.batch, spec.n, heads, spec.head_dim)

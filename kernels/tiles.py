@@ -1,40 +1,51 @@
-"""What the Pallas kernels read: lists of selected tokens per chunk of queries, and which tiles of
-pairs are dead, partly live or wholly live.
+"""Tables that the Pallas kernels read: lists of selected tokens per chunk of queries, and which
+tiles of pairs are dead, partly live or wholly live.
 
 A selected token is live on one interval of queries, `first <= i < last`. A chunk's list holds the
 tokens already selected at its first query, by increasing last, so that tiles die one after the
-other, and then those selected later, by increasing first, so that tiles start one after the other.
+other, and then those selected later, by increasing first, so that tiles start one after the other:
+
+                     slots of a list ->
+      first query   | live live live |  -    -    -   |
+           |        |  -   live live | live  -    -   |
+           v        |  -    -   live | live live  -   |
+      last query    |  -    -    -   |  -   live live |
+                     selected at the   selected later
+                     first query
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.varying import varying_like
 
-ROWS = 128  # the places of a list are a multiple of it
-TILE = 64  # places or keys of the smallest tile
-NEVER = 2**30  # first query of a place that holds no token
+ROWS = 128  # the slots of a list are a multiple of it
+TILE = 64  # slots or keys of the smallest tile
 
 
 class Lists(NamedTuple):
   """The lists of one row of tokens; under vmap [batch, heads] come in front.
 
   Attributes:
-    token: [chunks, slots] int32; 0 where a place is empty.
-    first, last: [chunks, slots] int32; NEVER and 0 where a place is empty.
-    entered: [n] int32, how many places of its chunk's list hold tokens with first <= i: they are
-      the foremost.
+    token: [chunks, slots] int32; 0 where a slot is empty.
+    first, last: [chunks, slots] int32; NEVER and 0 where a slot is empty.
+    entered: [n] int32, how many slots of its chunk's list hold tokens with first <= i; they are the
+      foremost.
     old: [chunks] int32, how many of them are live at the chunk's first query.
-    new_place: [n] int32, the place (over all chunks) where a token is listed as selected later;
-      chunks * slots where it is not.
-    old_place: [k * chunks] int32, the places where tokens are listed as live at the chunk's first
+
+  Sums of gradients need the others, which are None in lists without tokens:
+    new_place: [n] int32, the slot (numbered over all chunks) where a token is listed as selected
+      later; chunks * slots where it is not.
+    old_place: [k * chunks] int32, the slots where tokens are listed as live at the chunk's first
       query: those of token j from old_begin_j on, old_count_j many, chunk after chunk.
     old_begin, old_count: [n] int32; the former is arbitrary where the latter is 0.
-    listed: [n] int32, the tokens of all lists, each once, in their order; 0 behind them. number: []
-      int32, how many they are.
+    listed: [n] int32, the tokens of all lists, each once, in their order; 0 behind them.
+    number: [] int32, how many they are.
   """
 
   token: jax.Array
@@ -42,17 +53,17 @@ class Lists(NamedTuple):
   last: jax.Array
   entered: jax.Array
   old: jax.Array
-  new_place: jax.Array
-  old_place: jax.Array
-  old_begin: jax.Array
-  old_count: jax.Array
-  listed: jax.Array
-  number: jax.Array
+  new_place: jax.Array | None
+  old_place: jax.Array | None
+  old_begin: jax.Array | None
+  old_count: jax.Array | None
+  listed: jax.Array | None
+  number: jax.Array | None
 
 
 def list_slots(k: int, chunk: int) -> int:
-  """Places of a list: at most k tokens are live at a chunk's first query, and every later query
-  admits one.
+  """Returns the slots of a list: at most k tokens are live at a chunk's first query, and each later
+  query admits one.
   """
   return -(-(k + chunk - 1) // ROWS) * ROWS
 
@@ -60,8 +71,8 @@ def list_slots(k: int, chunk: int) -> int:
 def selection_lists(
   expiry: jax.Array, order: jax.Array, *, k: int, window: int, chunk: int
 ) -> Lists:
-  """Lists the tokens live anywhere in each chunk of queries: for tests and the interpreter, in
-  O(n^2 / chunk). On GPUs selection_lists.py does it.
+  """Lists the tokens live anywhere in each chunk of queries, in O(n^2 / chunk): for tests and the
+  interpreter. GPUs use hopper/selection_lists.py.
 
   Args:
     expiry: [n] int32, of `sparsek.causal_sparsek` with delay = window; n must be a multiple of
@@ -81,15 +92,15 @@ def selection_lists(
   count = lambda x, axis: jnp.sum(x, axis=axis, dtype=jnp.int32)
   before = lambda x: jnp.cumsum(x, axis=1, dtype=jnp.int32) - x
   old = count(is_old, 1)
-  place_if_old = c * slots + jnp.zeros_like(is_old, jnp.int32).at[:, order].set(
+  slot_if_old = c * slots + jnp.zeros_like(is_old, jnp.int32).at[:, order].set(
     before(is_old[:, order])
   )
-  place_if_new = c * slots + old[:, None] + before(is_new)
-  place = jnp.where(is_old, place_if_old, jnp.where(is_new, place_if_new, chunks * slots))
+  slot_if_new = c * slots + old[:, None] + before(is_new)
+  slot = jnp.where(is_old, slot_if_old, jnp.where(is_new, slot_if_new, chunks * slots))
   listed = lambda x: (
     jnp.zeros(chunks * slots, jnp.int32)
-    .at[place]
-    .set(jnp.broadcast_to(x, place.shape), mode="drop")
+    .at[slot]
+    .set(jnp.broadcast_to(x, slot.shape), mode="drop")
     .reshape(chunks, slots)
   )
   tokens, last = listed(token), listed(expiry)
@@ -103,10 +114,10 @@ def selection_lists(
   old_count = count(is_old, 0)
   old_begin = jnp.zeros(n, jnp.int32).at[order].set(jnp.cumsum(old_count[order]) - old_count[order])
   copy = jnp.where(is_old, old_begin + before(is_old.T).T, k * chunks)
-  old_place = jnp.zeros(k * chunks, jnp.int32).at[copy].set(place, mode="drop")
-  new_place = jnp.min(jnp.where(is_new, place, chunks * slots), axis=0)
+  old_place = jnp.zeros(k * chunks, jnp.int32).at[copy].set(slot, mode="drop")
+  new_place = jnp.min(jnp.where(is_new, slot, chunks * slots), axis=0)
   selected = expiry > entry
-  everyone = (
+  all_listed = (
     jnp.zeros(n, jnp.int32)
     .at[jnp.where(selected, jnp.cumsum(selected) - 1, n)]
     .set(token, mode="drop")
@@ -121,14 +132,14 @@ def selection_lists(
     old_place,
     old_begin,
     old_count,
-    everyone,
+    all_listed,
     jnp.sum(selected, dtype=jnp.int32),
   )
 
 
 class Tiles(NamedTuple):
-  """Of the tokens or places of each tile: the earliest and latest first query, the earliest and
-  latest last one; [..., tiles] int32 each.
+  """The lifetimes of the tokens or slots of each tile: their earliest and latest first query, and
+  their earliest and latest last one; [..., tiles] int32 each.
   """
 
   first_min: jax.Array
@@ -138,15 +149,15 @@ class Tiles(NamedTuple):
 
 
 def no_lists(batch: int, groups: int, n: int, chunk: int) -> Lists:
-  """[batch, groups, ...] lists that hold no token, for a sliding window alone; what sums of
-  gradients need is left out.
+  """Returns [batch, groups, ...] lists that hold no token, for a sliding window alone; the arrays
+  that sums of gradients need are left out.
   """
   fill = lambda value, *shape: jnp.full((batch, groups, *shape), value, jnp.int32)
-  places = n // chunk, ROWS
+  slots = n // chunk, ROWS
   return Lists(
-    token=fill(0, *places),
-    first=fill(NEVER, *places),
-    last=fill(0, *places),
+    token=fill(0, *slots),
+    first=fill(NEVER, *slots),
+    last=fill(0, *slots),
     entered=fill(0, n),
     old=fill(0, n // chunk),
     new_place=None,
@@ -159,7 +170,7 @@ def no_lists(batch: int, groups: int, n: int, chunk: int) -> Lists:
 
 
 def list_tiles(lists: Lists) -> Tiles:
-  """[..., chunks, slots / TILE]."""
+  """Returns the tiles of lists, [..., chunks, slots / TILE]."""
   tiled = lambda x, f: f(x.reshape(*x.shape[:-1], -1, TILE), axis=-1)
   return Tiles(
     tiled(lists.first, jnp.min),
@@ -170,8 +181,11 @@ def list_tiles(lists: Lists) -> Tiles:
 
 
 def window_tiles(end: jax.Array, window: int) -> Tiles:
-  """[..., n / TILE]; end: [..., n], one past the last token of each token's document, never
-  decreasing.
+  """Returns the tiles of the tokens of a row as keys of the window, [..., n / TILE].
+
+  Args:
+    end: [..., n], one past the last token of each token's document, never decreasing.
+    window: tokens that a query sees, itself included.
   """
   token = jnp.broadcast_to(jnp.arange(end.shape[-1], dtype=jnp.int32), end.shape)
   last = jnp.minimum(token + window, end)
@@ -179,17 +193,21 @@ def window_tiles(end: jax.Array, window: int) -> Tiles:
 
 
 def larger_tiles(tiles: Tiles, times: int) -> Tiles:
-  """Tiles of so many neighbours each."""
+  """Joins every `times` neighbouring tiles."""
   joined = lambda x, f: f(x.reshape(*x.shape[:-1], -1, times), axis=-1)
   return Tiles(*(joined(x, f) for x, f in zip(tiles, (jnp.min, jnp.max) * 2)))
 
 
-def query_tiles(read, begin: jax.Array, block_q: int, tiles: int) -> tuple:
-  """Which tiles of its chunk's list every block of queries visits.
+def query_tiles(
+  read: Callable[[jax.Array], Tiles], begin: jax.Array, block_q: int, tiles: int
+) -> tuple[jax.Array, ...]:
+  """Finds the tiles of its chunk's list that each block of queries visits.
 
   Args:
-    read: t -> Tiles, of the t-th tile of every block's list.
-    begin: first query of every block. block_q: queries per block. tiles: of a list.
+    read: t -> Tiles, of the t-th tile of each block's list.
+    begin: first query of each block.
+    block_q: queries per block.
+    tiles: how many a list has.
 
   Returns:
     t0, t1, t2, t3: of the tiles [t0, t1) all tokens have entered, [t1, t2) are live for every
@@ -214,31 +232,36 @@ def query_tiles(read, begin: jax.Array, block_q: int, tiles: int) -> tuple:
   return t0, *(jnp.where(t1 < tiles, t, t0) for t in (t1, t2)), t3
 
 
-def near_tiles(left: jax.Array, block: jax.Array, block_q: int, block_kv: int) -> tuple:
-  """Which tiles of tokens every block of queries visits before its own.
+def near_tiles(
+  window_start: Callable[[jax.Array], jax.Array], block: jax.Array, block_q: int, block_kv: int
+) -> tuple[jax.Array, jax.Array]:
+  """Finds the tiles of tokens that each block of queries visits before the tiles of the block
+  itself.
 
   Args:
-    left: function query -> first token of its window, never decreasing.
-    block: numbers of the blocks. block_q, block_kv: queries per block, tokens per tile.
+    window_start: query -> first token of its window, never decreasing.
+    block: numbers of the blocks.
+    block_q, block_kv: queries per block, tokens per tile.
 
   Returns:
     t4, t5: tiles [t4, t5) may enter or leave the window, [t5, first tile of the block) are inside
-      every query's window; the block's own tiles follow.
+      every query's window; the tiles of the block itself follow.
   """
-  begin, own = block * block_q, block * block_q // block_kv
-  t4 = jnp.minimum(left(begin) // block_kv, own)
-  return t4, jnp.clip((left(begin + (block_q - 1)) + (block_kv - 1)) // block_kv, t4, own)
+  begin, block_tile = block * block_q, block * block_q // block_kv
+  t4 = jnp.minimum(window_start(begin) // block_kv, block_tile)
+  end = window_start(begin + (block_q - 1))
+  return t4, jnp.clip((end + (block_kv - 1)) // block_kv, t4, block_tile)
 
 
 def query_bounds(
-  tiles: Tiles, left: jax.Array, *, chunk: int, block_q: int, block_kv: int
+  tiles: Tiles, window_start: jax.Array, *, chunk: int, block_q: int, block_kv: int
 ) -> jax.Array:
-  """What `query_tiles` and `near_tiles` say of every block of queries, under XLA; on GPUs that of
-  selection_lists.py does it.
+  """Applies `query_tiles` and `near_tiles` to each block of queries, under XLA; GPUs use
+  `query_bounds` of hopper/selection_lists.py.
 
   Args:
     tiles: [B, G, chunks, slots / TILE] each, of `list_tiles`.
-    left: [B, n] int32, first token of each query's window.
+    window_start: [B, n] int32, first token of each query's window.
     chunk, block_q, block_kv: queries per chunk and per block, keys per tile.
 
   Returns:
@@ -259,7 +282,7 @@ def query_bounds(
     block_q,
     count,
   )
-  near = near_tiles(lambda query: left[:, None, query], block, block_q, block_kv)
+  near = near_tiles(lambda query: window_start[:, None, query], block, block_q, block_kv)
   shape = batch, groups, chunks * chunk // block_q
   return jnp.stack(
     [*(t.reshape(shape) for t in listed), *(jnp.broadcast_to(t, shape) for t in near)], axis=-1
@@ -267,12 +290,12 @@ def query_bounds(
 
 
 def key_tiles(tiles: Tiles, base: jax.Array, *, limit: int, block_q: int) -> jax.Array:
-  """Which blocks of queries every tile of keys visits.
+  """Finds the blocks of queries that each tile of keys visits.
 
   Args:
     tiles: [..., tiles] each.
-    base: [...] int32, first query that may be visited, and `limit` how many there are; a multiple
-      of block_q.
+    base: [...] int32, first query that may be visited.
+    limit: how many may be visited, a multiple of block_q.
     block_q: queries per block.
 
   Returns:

@@ -1,32 +1,36 @@
-"""What loops and kernels need inside `jax.shard_map` and `jax.vmap`."""
+"""Helpers for loops and kernels inside `jax.shard_map` and `jax.vmap`."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
 def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
-  """`x`, typed as varying over the manual mesh axes that `like` varies over: a loop's first carry
-  must have the type of the later ones.
+  """Returns `x`, typed as varying over the manual mesh axes that `like` varies over.
 
-  A selection between two equal branches says so under every JAX version, and compilers drop it.
+  A loop's first carry must have the type of the later ones. A selection between two equal branches
+  has that type under every JAX version, and compilers drop it.
   """
   return jnp.where(jnp.any(like == like), x, x)
 
 
-def over_batch(f, *args):
-  """f(*args), every array of which has a leading batch axis, with a vmap that merges its axis into
-  that one.
+def over_batch(f: Callable[..., Any], *args: Any) -> Any:
+  """Returns f(*args), where every array has a leading batch axis, into which `jax.vmap` merges its
+  axis.
   """
-  f = jax.custom_batching.custom_vmap(f)
+  batched_f = jax.custom_batching.custom_vmap(f)
 
-  @f.def_vmap
+  @batched_f.def_vmap
   def _(size, batched, *args):
     merge = lambda is_batched, x: (
       x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
     ).reshape(-1, *x.shape[1 + is_batched :])
-    outs = over_batch(f.fun, *jax.tree.map(merge, tuple(batched), args))
-    return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outs), jax.tree.map(
-      lambda _: True, outs
+    outs = over_batch(f, *jax.tree.map(merge, tuple(batched), args))
+    return (
+      jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outs),
+      jax.tree.map(lambda _: True, outs),
     )
 
-  return f(*args)
+  return batched_f(*args)

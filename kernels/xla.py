@@ -6,11 +6,13 @@ gathers again, so only the logsumexp is saved.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sparsek.kernels import gates
 from sparsek.kernels.compaction import chunk_lists, chunk_size
 from sparsek.kernels.reference import without_nan
 from sparsek.kernels.saved import saved
@@ -22,8 +24,31 @@ from sparsek.kernels.varying import varying_like
 # float32 sums.
 
 
-def attention(query, key, value, scores, threshold, expiry, start, *, k, window, gate, scale):
-  """SPARSEK attention, given the selection.
+class Static(NamedTuple):
+  """Settings that the compiled functions depend on besides shapes."""
+
+  k: int
+  window: int
+  gate: str
+  scale: float
+  chunk: int
+
+
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array,
+  threshold: jax.Array,
+  expiry: jax.Array,
+  start: jax.Array,
+  *,
+  k: int,
+  window: int,
+  gate: str,
+  scale: float,
+) -> jax.Array:
+  """Computes SPARSEK attention, given the selection.
 
   Args:
     query: [batch, n, H, D].
@@ -39,7 +64,7 @@ def attention(query, key, value, scores, threshold, expiry, start, *, k, window,
   """
   n = query.shape[1]
   k, window = min(k, n), min(window, n)
-  static = (k, window, gate, float(scale), chunk_size(n, k, window))
+  static = Static(k, window, gate, float(scale), chunk_size(n, k, window))
   by_head = lambda x: jnp.swapaxes(x, 1, 2)
   return _attention(
     query, key, value, by_head(scores), by_head(threshold), by_head(expiry), start, static
@@ -52,7 +77,7 @@ def _attention(query, key, value, scores, threshold, expiry, start, static):
 
 
 def _einsum(equation, a, b):
-  """Products in the wider dtype summed in float32.
+  """Multiplies in the wider dtype and sums in float32.
 
   Softmax weights stay float32 beside bfloat16 values, so that the result is as exact as its own
   rounding; a GPU takes such a product in TF32, but not one of float32 inputs.
@@ -84,16 +109,34 @@ def _unchunk(x, axis, n):
 
 
 def _by_group(x, groups):
-  """[B, n, H, ...] -> [B, G, R, n, ...]."""
+  """Turns [B, n, H, ...] into [B, G, R, n, ...]."""
   return jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), 1, 3)
 
 
-def _inputs(query, groups, threshold, start, expiry, static):
-  """What the scans read chunk by chunk."""
+class Chunk(NamedTuple):
+  """The part of the inputs that a step reads; the scans have the chunks along a leading axis.
+
+  Attributes:
+    number: [], of the chunk.
+    query: [B, G, R, C, D].
+    tau: [B, G, C].
+    start: [B, C].
+    lists: [B, G, listed] tokens of the chunk's list.
+  """
+
+  number: jax.Array
+  query: jax.Array
+  tau: jax.Array
+  start: jax.Array
+  lists: jax.Array
+
+
+def _inputs(query, groups, threshold, start, expiry, static) -> Chunk:
+  """Returns the chunks that the scans read."""
   k, window, _, _, chunk = static
   n = query.shape[1]
   lists = jax.vmap(jax.vmap(lambda e: chunk_lists(e, k, window, chunk)))(expiry)
-  return (
+  return Chunk(
     jnp.arange(-(-n // chunk)),
     _chunks(_by_group(query, groups), 3, chunk),
     _chunks(threshold, 2, chunk),
@@ -103,8 +146,8 @@ def _inputs(query, groups, threshold, start, expiry, static):
 
 
 def _padded(x, static):
-  """[batch, n, G, D] -> [batch, G, window - 1 + n + rest, D], so that every chunk's window is a
-  plain slice.
+  """Pads [batch, n, G, D] to [batch, G, window - 1 + n + rest, D], so that every chunk's window is
+  a plain slice.
   """
   _, window, _, _, chunk = static
   return jnp.pad(
@@ -123,19 +166,38 @@ def _rows(x, index, axis=2):
   return jax.vmap(jax.vmap(take))(x, index)
 
 
-def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
-  """Returns one chunk.
+class Pairs(NamedTuple):
+  """The pairs of a chunk's queries with its keys, listed ones first and then the window's.
 
-  That is queries, keys and values [B, G, K, D], logits before the gate and visibility
-  [B, G, (R,) C, K], gates and where fractional [B, G, C, listed], and which queries see something
-  that is not finite [B, G, R, C], which counts as 0.
+  Attributes:
+    query: [B, G, R, C, D]; what is not finite counts as 0, here and in keys and values.
+    key, value: [B, G, K, D].
+    products: [B, G, R, C, K] scaled products of query and key: the logits before the gate.
+    visible: [B, G, 1, C, K].
+    gate: [B, G, C, listed] clip(u - tau, 0, 1).
+    fractional: [B, G, C, listed] where the gate is between 0 and 1.
+    spoilt: [B, G, R, C] which queries see a number that is not finite.
   """
+
+  query: jax.Array
+  key: jax.Array
+  value: jax.Array
+  products: jax.Array
+  visible: jax.Array
+  gate: jax.Array
+  fractional: jax.Array
+  spoilt: jax.Array
+
+
+def _pairs(inputs: Chunk, keys, values, scores, expiry, static) -> Pairs:
+  """Gathers the keys of one chunk and multiplies them with its queries."""
+  c, q, tau, start, lists = inputs
   k, window, gate, scale, chunk = static
-  left = max(window - 1, 0)
-  near = c * chunk + jnp.arange(_window_length(static)) - left  # token indices of the window's keys
+  pad = max(window - 1, 0)
+  near = c * chunk + jnp.arange(_window_length(static)) - pad  # token indices of the window's keys
   gather = lambda x: jnp.concatenate(
     [
-      _rows(lax.slice_in_dim(x, left, None, axis=2), lists),
+      _rows(lax.slice_in_dim(x, pad, None, axis=2), lists),
       lax.dynamic_slice_in_dim(x, c * chunk, near.shape[0], axis=2),
     ],
     axis=2,
@@ -152,36 +214,38 @@ def _step(c, q, tau, start, lists, keys, values, scores, expiry, static):
   visible = jnp.concatenate([selected, local], axis=-1)
   tau = tau[..., None]
   p = jnp.clip(u - tau, 0, 1)
+  # exact, where u - tau would round to 1
   fractional = selected & (u - 1 < tau) & (u > tau)
-  logits = _einsum("bgrcd,bgkd->bgrck", q, key) * scale
+  products = _einsum("bgrcd,bgkd->bgrck", q, key) * scale
   seen = jnp.any(visible & (bad_key | bad_value)[:, :, None], axis=-1)
-  return q, key, value, logits, visible[:, :, None], p, fractional, seen[:, :, None] | bad_query
+  visible, spoilt = visible[:, :, None], seen[:, :, None] | bad_query
+  return Pairs(q, key, value, products, visible, p, fractional, spoilt)
 
 
-def _gated(gate, p, width):
-  """Gates [B, G, 1, C, K] over listed and window keys."""
-  if gate == "straight_through":
-    p = jnp.ones_like(p)
-  return jnp.pad(p, ((0, 0),) * 3 + ((0, width - p.shape[-1]),), constant_values=1)[:, :, None]
+def _gates_of(pairs: Pairs, gate: str) -> jax.Array:
+  """Returns the gates of listed and window keys, [B, G, 1, C, K]; all 1 for "straight_through"."""
+  p = jnp.ones_like(pairs.gate) if gate == "straight_through" else pairs.gate
+  rest = pairs.products.shape[-1] - p.shape[-1]
+  return jnp.pad(p, ((0, 0),) * 3 + ((0, rest),), constant_values=1)[:, :, None]
 
 
 @functools.partial(jax.jit, static_argnums=7)
 def _forward(query, key, value, scores, threshold, expiry, start, static):
-  gate, n = static[2], query.shape[1]
+  gate, n = static.gate, query.shape[1]
   keys, values = _padded(key, static), _padded(value, static)
 
-  def step(_, chunk):
-    _, _, v, logits, visible, p, _, spoilt = _step(*chunk, keys, values, scores, expiry, static)
-    p = _gated(gate, p, logits.shape[-1])
-    if gate == "key_value":
-      logits = logits * p
+  def step(_, inputs):
+    pairs = _pairs(inputs, keys, values, scores, expiry, static)
+    visible, p = pairs.visible, _gates_of(pairs, gate)
+    logits = gates.gated_logits(pairs.products, p, gate=gate)
     logits = jnp.where(visible, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True)
     top = jnp.where(top == -jnp.inf, 0, top)  # a query may see nothing at all: its output is 0
     weights = jnp.exp(logits - top)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     weights = jnp.where(visible, weights * p, 0) / total  # p may be NaN or 0 * inf where invisible
-    out = _einsum("bgrck,bgkd->bgrcd", weights, v) + jnp.where(spoilt, jnp.nan, 0)[..., None]
+    out = _einsum("bgrck,bgkd->bgrcd", weights, pairs.value)
+    out = out + jnp.where(pairs.spoilt, jnp.nan, 0)[..., None]
     return None, (out.astype(query.dtype), (top + jnp.log(total))[..., 0])
 
   inputs = _inputs(query, key.shape[2], threshold, start, expiry, static)
@@ -198,34 +262,24 @@ def _forward_rule(query, key, value, scores, threshold, expiry, start, static):
 def _backward_rule(static, residuals, cotangent):
   query, key, value, scores, threshold, expiry, start, logsumexp = residuals
   _, window, gate, scale, chunk = static
-  n, groups, left = query.shape[1], key.shape[2], max(window - 1, 0)
+  n, groups, pad = query.shape[1], key.shape[2], max(window - 1, 0)
   keys, values = _padded(key, static), _padded(value, static)
 
   def step(carry, xs):
     dkeys, dvalues, dscores = carry
     inputs, do, lse = xs
-    c, _, _, _, lists = inputs
-    q, k, v, raw, visible, p, fractional, _ = _step(*inputs, keys, values, scores, expiry, static)
-    listed = lists.shape[-1]
-    p = _gated(gate, p, raw.shape[-1])
-    logits = raw * p if gate == "key_value" else raw
-    weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
-    inner = _einsum("bgrcd,bgkd->bgrck", do, v)  # <dO_i, v_j>
-    gated = jnp.where(visible, weights * p, 0)
-    dlogits = gated * inner - weights * jnp.sum(gated * inner, axis=-1, keepdims=True)
-    dgates = weights[..., :listed] * inner[..., :listed]
-    if gate == "key_value":
-      dgates += dlogits[..., :listed] * raw[..., :listed]
-      dlogits = jnp.where(visible, dlogits * p, 0)
+    c, lists = inputs.number, inputs.lists
+    pairs = _pairs(inputs, keys, values, scores, expiry, static)
+    dlogits, dgates, gated = _gradients(pairs, do, lse, gate)
     # over the query heads of the group: [B, G, C, listed]
-    dgates = jnp.where(fractional, jnp.sum(dgates, axis=2), 0)
+    dgates = jnp.where(pairs.fractional, jnp.sum(dgates, axis=2), 0)
     dlogits = dlogits * scale
-    dq = _einsum("bgrck,bgkd->bgrcd", dlogits, k).astype(query.dtype)
-    dk = _einsum("bgrck,bgrcd->bgkd", dlogits, q)
+    dq = _einsum("bgrck,bgkd->bgrcd", dlogits, pairs.key).astype(query.dtype)
+    dk = _einsum("bgrck,bgrcd->bgkd", dlogits, pairs.query)
     dv = _einsum("bgrck,bgrcd->bgkd", gated, do)
     carry = (
-      _scatter(dkeys, dk, lists + left, c * chunk, n + left),
-      _scatter(dvalues, dv, lists + left, c * chunk, n + left),
+      _scatter(dkeys, dk, lists + pad, c * chunk, n + pad),
+      _scatter(dvalues, dv, lists + pad, c * chunk, n + pad),
       _add_rows(dscores, jnp.sum(dgates, axis=2), lists),
     )
     return carry, (dq, -jnp.sum(dgates, axis=-1))
@@ -239,7 +293,7 @@ def _backward_rule(static, residuals, cotangent):
     zeros,
     (inputs, _chunks(_by_group(cotangent, groups), 3, chunk), _chunks(logsumexp, 3, chunk)),
   )
-  rows = lambda x: jnp.swapaxes(x[:, :, left : left + n], 1, 2)
+  rows = lambda x: jnp.swapaxes(x[:, :, pad : pad + n], 1, 2)
   return (
     jnp.moveaxis(_unchunk(dq, 3, n), 3, 1).reshape(query.shape),
     rows(dkeys).astype(key.dtype),
@@ -251,8 +305,27 @@ def _backward_rule(static, residuals, cotangent):
   )
 
 
+def _gradients(pairs: Pairs, do, lse, gate: str):
+  """Returns the gradients of the products [B, G, R, C, K] and of the listed keys' gates
+  [B, G, R, C, listed], not yet masked, and the weights of the values.
+  """
+  visible, products, listed = pairs.visible, pairs.products, pairs.gate.shape[-1]
+  p = _gates_of(pairs, gate)
+  logits = gates.gated_logits(products, p, gate=gate)
+  weights = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0)
+  inner = _einsum("bgrcd,bgkd->bgrck", do, pairs.value)  # <dO_i, v_j>
+  gated = jnp.where(visible, weights * p, 0)
+  dlogits = gated * inner - weights * jnp.sum(gated * inner, axis=-1, keepdims=True)
+  dgates = weights[..., :listed] * inner[..., :listed]
+  dproducts, of_logits = gates.through_gate(products, p, dlogits, gate=gate)
+  if of_logits is not None:
+    dgates += of_logits[..., :listed]
+    dproducts = jnp.where(visible, dproducts, 0)  # the gate may be NaN where it is invisible
+  return dproducts, dgates, gated
+
+
 def _add_rows(x, rows, index):
-  """x [B, G, n, ...] plus rows at index [B, G, S]; no index occurs twice, so the sum does not
+  """Adds rows to x [B, G, n, ...] at index [B, G, S]; no index occurs twice, so the sum does not
   depend on an order of atomics.
   """
   add = lambda x, i, rows: x.at[i].add(rows, mode="drop", unique_indices=True)

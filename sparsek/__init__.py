@@ -1,17 +1,24 @@
 """SPARSEK attention in JAX: learned top-k sparse attention with linear training and constant-memory
 generation (arXiv 2406.16747).
+
+Generation is imported when one of its names is used, so that `import sparsek` is fast.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from sparsek.attention.api import sliding_window_attention, sparsek_attention
 from sparsek.attention.diagnostics import selection_statistics
 from sparsek.attention.operator import CausalSelection, causal_sparsek, sparsek
 from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, preset
-from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
-from sparsek.generation.inference import inference_params
-from sparsek.generation.session import Session
 from sparsek.model.layers import SparseKAttention
 from sparsek.model.transformer import Transformer, count_params, init_params
+
+if TYPE_CHECKING:
+  from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
+  from sparsek.generation.inference import inference_params
+  from sparsek.generation.session import Session
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,3 +46,25 @@ __all__ = [
   "sparsek",
   "sparsek_attention",
 ]
+
+_HOMES = {
+  "Cache": "sparsek.generation.cache",
+  "Session": "sparsek.generation.session",
+  "decode_step": "sparsek.generation.cache",
+  "inference_params": "sparsek.generation.inference",
+  "init_cache": "sparsek.generation.cache",
+  "lost_scores": "sparsek.generation.cache",
+  "prefill": "sparsek.generation.cache",
+}
+
+if not TYPE_CHECKING:  # with it in sight, a type checker would accept any name
+
+  def __getattr__(name):
+    if name not in _HOMES:
+      raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

@@ -1,15 +1,9 @@
-"""Exceptions that a command line turns into one sentence and an exit code, instead of a
-traceback.
-"""
+"""Exceptions that a command reports as one sentence and an exit code, without a traceback."""
 
 
 class UsageError(ValueError):
-  """What the user asked for cannot be done (a flag, a file, a checkpoint that does not fit): exit
-  code 2.
-  """
+  """A request that cannot be carried out: a flag, file or checkpoint does not fit. Exit code 2."""
 
 
 class RunError(RuntimeError):
-  """A run that started well cannot go on (the disk is full, the loss is not finite): exit
-  code 1.
-  """
+  """A failure after a good start: the disk is full, the loss is not finite. Exit code 1."""

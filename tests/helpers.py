@@ -1,4 +1,4 @@
-"""Shared by several tests."""
+"""Helpers that several tests share."""
 
 import functools
 import json
@@ -7,7 +7,7 @@ import jax
 import pytest
 import tokenizers
 
-from sparsek.command_line import flags
+from sparsek.command_line.main import run
 from sparsek.data.tokenizer import BPETokenizer
 
 # Compiles twice as fast; the programs of these tests run for milliseconds.
@@ -22,13 +22,13 @@ def run_command(main, flag_values, *arguments):
   for name in flag_values:
     flag_values[name].unparse()
   with pytest.raises(SystemExit) as exit_:
-    flags.run(main, flag_values, [main.__module__, *arguments])
+    run(main, flag_values, [main.__module__, *arguments])
   return exit_.value.code
 
 
 @functools.cache
 def spm():
-  """Returns a tokenizer of SentencePiece's kind.
+  """Returns a tokenizer as SentencePiece makes them.
 
   Bytes are tokens too, and decoding leaves out the space before the first word.
   """
@@ -67,7 +67,7 @@ def spm():
 
 @functools.cache
 def metaspace():
-  """The newer spelling of such tokenizers."""
+  """Returns the same tokenizer in the newer form of tokenizer.json."""
   content = json.loads(spm()._tokenizer.to_str()) | {"normalizer": None}
   content["pre_tokenizer"] = {
     "type": "Metaspace",

@@ -18,11 +18,11 @@ import numpy as np
 
 from experiments.bench.cells import ERRORS, Cell, reason, run_rounds
 from sparsek.attention import api as attention_api
-from sparsek.attention import operator, prefix_selection
-from sparsek.kernels import compaction, reference, specs
-from sparsek.kernels.cudnn import on_nvidia_gpu
+from sparsek.attention import documents, prefix_selection
+from sparsek.attention.backends import choose_implementation
+from sparsek.kernels import compaction, devices, reference, specs
+from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import thread_ops
 
 BASELINES = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 # heads, kv_heads, head_dim of the headline; the first is the main one
@@ -93,7 +93,7 @@ def uses_cudnn(dtype: str) -> bool:
 def what_runs(problem: Problem, implementation: str | None) -> str:
   """Returns the implementation that "sparsek" is on this device."""
   query = jax.ShapeDtypeStruct((1, problem.n, problem.heads, problem.head_dim), problem.dtype)
-  return implementation or attention_api._resolve(None, query)  # type: ignore[arg-type]
+  return implementation or choose_implementation(None, query, None, 0).implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +164,9 @@ def _window(budget, query, key, value, scores):
 
 def _thresholds(k, window, query, key, value, scores):
   by_head = jnp.swapaxes(scores, 1, 2)
-  bounds = operator.document_bounds(None, *scores.shape[:2])
+  bounds = documents.document_bounds(None, *scores.shape[:2])
   threshold, expiry, order = prefix_selection.select(
-    by_head, *bounds, k, window, False, thread_ops.can_run()
+    by_head, *bounds, k, window, False, devices.can_run()
   )
   return jnp.swapaxes(threshold, 1, 2), (expiry, order)
 
@@ -193,7 +193,7 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
       k=k,
       window=window,
       chunk=hopper_attention.chunk_size(n),
-      kernels=thread_ops.can_run(),
+      kernels=devices.can_run(),
     )
   chunk = compaction.chunk_size(n, k, window)
   make = functools.partial(compaction.chunk_lists, k=k, window=window, chunk=chunk)

@@ -9,15 +9,14 @@ from absl import flags as absl_flags
 from experiments.bench import attention as attention_bench
 from experiments.bench import decoding as decoding_bench
 from experiments.bench import training_step as training_step_bench
-from sparsek.command_line import flags
+from experiments.bench.flags import FLAGS, define_flags
+from sparsek.command_line.main import parse
 from sparsek.config import TransformerConfig, preset
 from sparsek.errors import UsageError
-from sparsek.kernels.cudnn import on_nvidia_gpu
+from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.runs.settings import differences
 
-FLAGS = absl_flags.FlagValues()  # apart from those of pretraining, whose defaults are others
-flags.define_benchmark_flags(FLAGS)
 # of attention_bench.Problem, named like their flags
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 # of the trained or generating model
@@ -74,7 +73,7 @@ def problems() -> list[attention_bench.Problem]:
       raise UsageError(
         f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}"
       )
-  baselines = names("rivals", attention_bench.BASELINES) if flag("rivals") else None
+  baselines = names("baselines", attention_bench.BASELINES) if flag("baselines") else None
   return attention_bench.choose_baselines(
     chosen,
     baselines,
@@ -102,9 +101,9 @@ def check_same_model(old: Mapping[str, Any], suite: str, varying: Sequence[str])
     UsageError: naming the flags that differ.
   """
   values = absl_flags.FlagValues()
-  flags.define_benchmark_flags(values)
+  define_flags(values)
   try:
-    flags.parse(["benchmark", *old.get("flags", [])], values)
+    parse(["benchmark", *old.get("flags", [])], values)
   except UsageError as error:
     raise UsageError(f"--extend: the record is not of this version: {error}") from None
   there, here = (dataclasses.asdict(model(suite, at)) for at in (values, FLAGS))

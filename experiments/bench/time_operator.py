@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from experiments import script
 from sparsek.attention import prefix_selection
-from sparsek.kernels.hopper import thread_ops
+from sparsek.kernels import devices
 
 
 def milliseconds(f: Callable, *args: jax.Array, repeats: int = 20) -> float:
@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> None:
 
   print(f"{heads} heads x {n} tokens, k = delay = {k}, {jax.devices()[0].device_kind}")
 
-  kernels = thread_ops.can_run()
+  kernels = devices.can_run()
 
   def select(packed, scores, start, end):
     return prefix_selection.select(scores, start, end, k, k, packed, kernels)

@@ -1,4 +1,4 @@
-"""How far back a new scorer's selection reaches.
+"""The distance that a new scorer's selection reaches back.
 
 `python -m experiments.recipes.scorer_reach [FILE]` prints a table, and writes it to FILE (.json).
 

@@ -35,8 +35,8 @@ from experiments import script
 from experiments.recipes.stages import MINUTES, flags_of, run_stages
 from experiments.reports import plots, records
 from experiments.reports.baselines_report import accuracies, groups, mean_and_error
-from sparsek.evaluation import tasks
-from sparsek.runs import checkpoint, run_directory
+from sparsek.data.task_documents import CHANCE
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
 
@@ -144,7 +144,7 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
 
 def describe(folder: str, minutes: float) -> dict:
   """Returns the tokens and flags that a run was trained with, its losses and its answers."""
-  _, record = checkpoint.load_run_config(folder)
+  _, record = run_record.load_run_config(folder)
   flags = [
     line
     for line in flags_of(folder)
@@ -276,7 +276,7 @@ def main(options: argparse.Namespace) -> None:
       if name in minutes
     },
     "minutes": minutes,
-    "chance": {task: tasks.CHANCE[task] for task in ("passkey", "needle")},
+    "chance": {task: CHANCE[task] for task in ("passkey", "needle")},
     "runs": runs,
     "versions": run_directory.versions(),
   }

@@ -18,12 +18,19 @@ import sys
 import time
 from collections.abc import Mapping
 
-from experiments import child
+from experiments import child, evaluate, evaluate_tasks, import_hf
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 from sparsek.runs import checkpoint, run_directory, settings
 from sparsek.storage import files
 
 Plan = Mapping[str, tuple[str, ...]]
+DEFINE: Mapping[str, settings.Define] = {  # command of a stage -> defines its flags
+  "pretrain": define_pretrain_flags,
+  "import_hf": import_hf.define_flags,
+  "evaluate": evaluate.define_flags,
+  "evaluate_tasks": evaluate_tasks.define_flags,
+}
 MINUTES, MADE = "minutes.json", "stages.json"  # of WORKDIR: how long stages took, what made them
 
 
@@ -91,7 +98,9 @@ def _stale(
   folder = lambda name: os.path.join(workdir, name)
   for name in plan:
     try:
-      before = [made[name]] if name in made else settings.of_folder(folder(name), plan[name][0])
+      before = (
+        [made[name]] if name in made else settings.of_folder(folder(name), DEFINE[plan[name][0]])
+      )
     except UsageError as error:
       stale[name] = [str(error)]
       continue
@@ -149,7 +158,7 @@ def run_stages(
   """
   files.make_folder(workdir)
   wanted = {
-    name: settings.effective(settings.parse(script, words))
+    name: settings.effective(settings.parse(words, DEFINE[script]))
     for name, (script, *words) in plan.items()
   }
   _clear(plan, wanted, workdir, retrain)

@@ -1,4 +1,4 @@
-"""How records of experiments/results are written and read: JSON with one line a run or row."""
+"""Writes and reads the records of experiments/results: JSON with one line a run or row."""
 
 import json
 import os

@@ -1,9 +1,13 @@
 """SPARSEK attention on Hopper GPUs (H100, H200) with Pallas Mosaic kernels.
 
-Kernels of single threads list the selected tokens per chunk of queries (selection_lists.py) and
+Kernels of single threads list the selected tokens of each chunk of queries (selection_lists.py) and
 gather their keys and values into contiguous buffers (gather_rows.py); the attention kernels read
 contiguous tiles. The buffers are gathered again for the backward pass. Rows of gradients are summed
 per token in a fixed order: results repeat to the bit.
+
+  forward    _tables: lists, bounds of tiles -> gather_rows -> attention_forward
+  backward   gather_rows -> attention_query_gradients
+                         -> attention_key_gradients of the window, and of the lists -> sum_rows
 """
 
 import functools
@@ -13,11 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsek.kernels.hopper import attention_backward, attention_forward, gather_rows, thread_ops
+from sparsek.kernels import devices
+from sparsek.kernels.hopper import attention_forward, gather_rows
 from sparsek.kernels.hopper import selection_lists as list_kernels
+from sparsek.kernels.hopper.attention_key_gradients import key_gradients
+from sparsek.kernels.hopper.attention_query_gradients import query_gradients
+from sparsek.kernels.hopper.attention_tiles import Listed
 from sparsek.kernels.hopper.common import BLOCK_Q, HALF, TILINGS, Tiling
 from sparsek.kernels.saved import saved
 from sparsek.kernels.tiles import (
+  Lists,
   key_tiles,
   list_tiles,
   no_lists,
@@ -30,12 +39,12 @@ from sparsek.kernels.varying import over_batch, varying_like
 # Queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens and
 # occupy more multiprocessors.
 CHUNK, SHORT = 2048, 512
-LISTS = 4  # of a row, at least, unless they would be shorter than SHORT
+LISTS = 4  # lists of a row, at least, unless they would be shorter than SHORT
 HEAD_DIMS = tuple(TILINGS)  # smaller head dimensions are padded with zeros
 
 
 class Static(NamedTuple):
-  """What the compiled functions depend on besides shapes."""
+  """Options of the compiled functions, besides the shapes of their arguments."""
 
   k: int
   window: int
@@ -46,58 +55,50 @@ class Static(NamedTuple):
   interpret: object = None
 
 
-def refusal(query: jax.Array) -> str | None:
-  """Why these kernels cannot run on `query` here, or None."""
-  if query.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"query has dtype {query.dtype}; the tensor cores' kernels take bfloat16 and float16"
-  if query.shape[-1] > HEAD_DIMS[-1]:
-    return f"query has head_dim {query.shape[-1]}; at most {HEAD_DIMS[-1]} is supported"
-  device = jax.devices()[0]
-  if jax.default_backend() != "gpu" or not device.device_kind.startswith("NVIDIA"):
-    return (
-      f"it needs an NVIDIA Hopper GPU (H100, H200); JAX's default device is {device.device_kind!r}"
-    )
-  if not thread_ops.SUPPORTED:
-    return f"it needs JAX 0.11 or newer; this is {jax.__version__}"
-  capability = str(getattr(device, "compute_capability", "unknown"))
-  if capability != "9.0":
-    return (
-      "it needs a GPU of compute capability 9.0 (H100, H200); "
-      f"{device.device_kind} has {capability}"
-    )
-  return None
+class Softmax(NamedTuple):
+  """Arrays from which a tile's softmax and its gradient are computed again.
+
+  Attributes:
+    cotangent: [B, n, H, D] gradient of the output.
+    logsumexp: [B, H, n] float32 of the logits, to base 2.
+    delta: [B, H, n] float32, products of output and cotangent.
+  """
+
+  cotangent: jax.Array
+  logsumexp: jax.Array
+  delta: jax.Array
 
 
 def chunk_size(n: int) -> int:
-  """Queries per list, such that padding n to whole chunks adds less than 128 tokens a chunk."""
+  """Returns the queries of a list, so many that padding n adds less than 128 tokens a chunk."""
   chunks = max(-(-n // CHUNK), min(LISTS, -(-n // SHORT)))
   return -(-n // (chunks * BLOCK_Q)) * BLOCK_Q
 
 
 def attention(
-  query,
-  key,
-  value,
-  scores,
-  threshold,
-  expiry,
-  order,
-  start,
-  end,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array,
+  threshold: jax.Array,
+  expiry: jax.Array,
+  order: jax.Array,
+  start: jax.Array,
+  end: jax.Array,
   *,
-  k,
-  window,
-  gate,
-  scale,
-  interpret=None,
-):
-  """SPARSEK attention, given the selection.
+  k: int,
+  window: int,
+  gate: str,
+  scale: float,
+  interpret: object = None,
+) -> jax.Array:
+  """Computes SPARSEK attention, given the selection.
 
   Args:
     query: [batch, n, H, D] bfloat16 or float16, D <= 128.
     key, value: [batch, n, G, D].
-    scores, threshold, expiry, order: [batch, G, n]; the latter three of `causal.select` with delay
-      = window.
+    scores, threshold, expiry, order: [batch, G, n]; the latter three of `prefix_selection.select`
+      with delay = window.
     start, end: [batch, n] int32, first token of each token's document, and one past its last.
     k: budget; 0 leaves the sliding window alone.
     window, gate, scale: as in `sparsek.sparsek_attention`.
@@ -130,55 +131,79 @@ def _attention(query, key, value, scores, threshold, expiry, order, start, end, 
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
-  lists, tiles, left, bounds = over_batch(functools.partial(_tables, static), expiry, order, start)
-  out, logsumexp = over_batch(
-    functools.partial(_forward, static), query, key, value, scores, threshold, lists, left, bounds
+  lists, tiles, window_start, bounds = over_batch(
+    functools.partial(_tables, static), expiry, order, start
   )
-  # kernels forget it
+  out, logsumexp = over_batch(
+    functools.partial(_forward, static),
+    query,
+    key,
+    value,
+    scores,
+    threshold,
+    lists,
+    window_start,
+    bounds,
+  )
+  # Results of kernels are not typed as varying over a mesh's axes.
   out, logsumexp = saved(varying_like(out, query), varying_like(logsumexp, query))
-  return out, (query, key, value, scores, threshold, end, lists, tiles, left, out, logsumexp)
+  return out, (
+    query,
+    key,
+    value,
+    scores,
+    threshold,
+    end,
+    lists,
+    tiles,
+    window_start,
+    out,
+    logsumexp,
+  )
 
 
 def _backward_rule(static, residuals, cotangent):
-  # or XLA would keep the gathered buffers from the forward pass
+  # Without it XLA would keep the gathered buffers from the forward pass.
   residuals = lax.optimization_barrier(residuals)
   grads = over_batch(functools.partial(_backward, static), *residuals, cotangent)
-  return *(varying_like(grad, residuals[0]) for grad in grads), None, None, None, None
+  dquery, dkey, dvalue, dscores, dthreshold = (varying_like(x, residuals[0]) for x in grads)
+  return dquery, dkey, dvalue, dscores, dthreshold, None, None, None, None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _per_head(f):
+  """Returns f, of arrays without batch and heads, for [B, G, ...] arrays."""
   return jax.vmap(jax.vmap(f))
 
 
 def _flat(x):
-  """[B, G, chunks, slots] -> [B, G, places]."""
+  """Reshapes [B, G, chunks, slots] to [B, G, places]."""
   return x.reshape(*x.shape[:2], -1)
 
 
 def _gather(key, value, scores, lists, interpret):
-  """Listed keys, values [B, G, places, D], scores and last queries [B, G, places]."""
+  """Gathers the rows of the lists' tokens."""
   token = _flat(lists.token)
-  if _kernels(interpret):
-    return *gather_rows.gather_rows(key, value, scores, lists), _flat(lists.last)
-  rows = lambda x: _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, token)
-  return (
-    rows(jnp.swapaxes(key, 1, 2)),
-    rows(jnp.swapaxes(value, 1, 2)),
-    rows(scores),
-    _flat(lists.last),
+  if _thread_kernels(interpret):
+    return Listed(*gather_rows.gather_rows(key, value, scores, lists), _flat(lists.last))
+
+  def rows(x):
+    return _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, token)
+
+  return Listed(
+    rows(jnp.swapaxes(key, 1, 2)), rows(jnp.swapaxes(value, 1, 2)), rows(scores), _flat(lists.last)
   )
 
 
-def _kernels(interpret):
-  """Whether the kernels of single threads are used."""
-  return thread_ops.SUPPORTED and interpret is None
+def _thread_kernels(interpret):
+  """Returns whether the kernels of single threads are used: the interpreter cannot run them."""
+  return devices.SUPPORTED and interpret is None
 
 
 def _append_tokens(x, rest, offset=0):
-  """x [..., n] and behind it the numbers n + offset, n + offset + 1, ..., `rest` many."""
+  """Returns x [..., n] with the numbers n + offset, n + offset + 1, ... behind it, `rest` many."""
   n = x.shape[-1]
   return jnp.concatenate(
     [x, jnp.broadcast_to(jnp.arange(n, n + rest, dtype=x.dtype) + offset, (*x.shape[:-1], rest))],
@@ -186,15 +211,19 @@ def _append_tokens(x, rest, offset=0):
   )
 
 
-def make_lists(expiry, order, *, k, window, chunk, kernels):
-  """`tiles.selection_lists` of [B, G, n] arrays, by kernels or under XLA; n is padded to whole
-  chunks with unselected tokens; k = 0: empty ones.
+def make_lists(
+  expiry: jax.Array, order: jax.Array, *, k: int, window: int, chunk: int, kernels: bool
+) -> Lists:
+  """Makes `tiles.selection_lists` of [B, G, n] arrays, by kernels or under XLA.
+
+  n is padded to whole chunks with tokens that are not selected. With k = 0 the lists are empty.
   """
   rest = -expiry.shape[-1] % chunk
   if rest:
     expiry, order = jnp.pad(expiry, ((0, 0), (0, 0), (0, rest))), _append_tokens(order, rest)
   if k == 0:
-    return no_lists(*expiry.shape, chunk)
+    batch, groups, n = expiry.shape
+    return no_lists(batch, groups, n, chunk)
   if kernels:
     return list_kernels.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
   return _per_head(functools.partial(selection_lists, k=k, window=window, chunk=chunk))(
@@ -204,27 +233,31 @@ def make_lists(expiry, order, *, k, window, chunk, kernels):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _tables(static, expiry, order, start):
-  """(lists, their tiles, first token of each query's window, bounds of each block of queries)."""
+  """Returns lists, their tiles, first token of each query's window, bounds of each block of
+  queries.
+  """
   k, window, _, _, chunk, tiling, interpret = static
-  lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=_kernels(interpret))
-  left = jnp.maximum(jnp.arange(start.shape[-1], dtype=jnp.int32) - window + 1, start)
-  bounds_of = list_kernels.query_bounds if _kernels(interpret) else query_bounds
+  kernels = _thread_kernels(interpret)
+  lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=kernels)
+  window_start = jnp.maximum(jnp.arange(start.shape[-1], dtype=jnp.int32) - window + 1, start)
   tiles = list_tiles(lists)
-  return (
-    lists,
-    tiles,
-    left,
-    bounds_of(tiles, left, chunk=chunk, block_q=BLOCK_Q, block_kv=tiling.forward_keys),
-  )
+  bounds = _query_bounds(static, tiles, window_start, BLOCK_Q, tiling.forward_keys)
+  return lists, tiles, window_start, bounds
+
+
+def _query_bounds(static, tiles, window_start, block_q, block_kv):
+  """Returns which tiles each block of queries visits, by a kernel or under XLA."""
+  bounds_of = list_kernels.query_bounds if _thread_kernels(static.interpret) else query_bounds
+  return bounds_of(tiles, window_start, chunk=static.chunk, block_q=block_q, block_kv=block_kv)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(static, query, key, value, scores, threshold, lists, left, bounds):
+def _forward(static, query, key, value, scores, threshold, lists, window_start, bounds):
   return attention_forward.forward(
     query,
     key,
     value,
-    left,
+    window_start,
     lists.entered,
     threshold,
     _gather(key, value, scores, lists, static.interpret),
@@ -239,71 +272,106 @@ def _forward(static, query, key, value, scores, threshold, lists, left, bounds):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(
-  static, query, key, value, scores, threshold, end, lists, tiles, left, out, logsumexp, cotangent
+  static,
+  query,
+  key,
+  value,
+  scores,
+  threshold,
+  end,
+  lists,
+  tiles,
+  window_start,
+  out,
+  logsumexp,
+  cotangent,
 ):
-  k, window, gate, scale, chunk, tiling, interpret = static
+  _, window, gate, scale, chunk, tiling, interpret = static
   batch, n, heads, _ = query.shape
   groups = key.shape[2]
   options = dict(gate=gate, scale=scale, tiling=tiling, interpret=interpret)
   listed = _gather(key, value, scores, lists, interpret)
-  bounds_of = list_kernels.query_bounds if _kernels(interpret) else query_bounds
-  bounds = bounds_of(tiles, left, chunk=chunk, block_q=HALF, block_kv=tiling.query_keys)
-  dquery, delta, dtau = attention_backward.query_gradients(
+  dquery, delta, dtau = query_gradients(
     query,
     key,
     value,
     cotangent,
     out,
     logsumexp,
-    left,
+    window_start,
     lists.entered,
     threshold,
     listed,
-    bounds,
+    _query_bounds(static, tiles, window_start, HALF, tiling.query_keys),
     chunk=chunk,
     **options,
   )
   dtau = jnp.sum(dtau.reshape(batch, groups, heads // groups, n), axis=2)
-  common = cotangent, logsumexp, delta
+  softmax = Softmax(cotangent, logsumexp, delta)
   if window:
-    token = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
-    last = jnp.minimum(token + window, end)
-    bounds = key_tiles(
-      window_tiles(end, window), jnp.zeros(batch, jnp.int32), limit=n, block_q=tiling.key_queries
-    )
-    dkey, dvalue = attention_backward.key_gradients(
-      query, key, value, *common, token, last, bounds, **options
-    )
+    dkey, dvalue = _window_gradients(static, query, key, value, softmax, end, options)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
-  if k == 0:
+  if static.k == 0:
     return dquery, dkey, dvalue, jnp.zeros_like(scores), dtau
-  base = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
-  bounds = key_tiles(tiles, base, limit=chunk, block_q=tiling.key_queries).reshape(
-    batch, groups, -1, 4
-  )
-  rows = attention_backward.key_gradients(
-    query,
-    *listed[:2],
-    *common,
-    _flat(lists.first),
-    _flat(lists.last),
-    bounds,
-    lists=n // chunk,
-    middle=k,
-    score=listed[2],
-    tau=threshold,
-    **options,
-  )
+  rows = _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, options)
   dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)
   return dquery, dkey, dvalue, dscores, dtau
 
 
+def _window_gradients(static, query, key, value, softmax, end, options):
+  """Returns the gradients of keys and values from the queries whose windows they are in."""
+  batch, n = query.shape[:2]
+  token = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+  last = jnp.minimum(token + static.window, end)
+  tiles = window_tiles(end, static.window)
+  first_query = jnp.zeros(batch, jnp.int32)
+  bounds = key_tiles(tiles, first_query, limit=n, block_q=static.tiling.key_queries)
+  return key_gradients(
+    query,
+    key,
+    value,
+    softmax.cotangent,
+    softmax.logsumexp,
+    softmax.delta,
+    token,
+    last,
+    bounds,
+    **options,
+  )
+
+
+def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, options):
+  """Returns the gradients of the keys, values and scores in all places of the lists."""
+  n, chunk = query.shape[1], static.chunk
+  first_query = jnp.broadcast_to(
+    jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3]
+  )
+  bounds = key_tiles(tiles, first_query, limit=chunk, block_q=static.tiling.key_queries)
+  bounds = bounds.reshape(*lists.token.shape[:2], -1, 4)
+  return key_gradients(
+    query,
+    listed.key,
+    listed.value,
+    softmax.cotangent,
+    softmax.logsumexp,
+    softmax.delta,
+    _flat(lists.first),
+    _flat(lists.last),
+    bounds,
+    lists=n // chunk,
+    middle=static.k,
+    score=listed.score,
+    tau=threshold,
+    **options,
+  )
+
+
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
-  """Gradients of the window plus those of listed tokens, in the order of their chunks; a row is
-  read only where its place holds a token.
+  """Adds the gradients of listed tokens to those of the window, in the order of their chunks; a row
+  is read only where its place holds a token.
   """
-  if _kernels(interpret):
+  if _thread_kernels(interpret):
     return gather_rows.sum_rows(dkey, dvalue, rows, lists)
   totals = (
     jnp.swapaxes(dkey, 1, 2),
@@ -319,7 +387,7 @@ def _sum_rows(dkey, dvalue, rows, lists, interpret):
 
 
 def _add_rows(totals, rows, lists):
-  """totals [n, ...] plus the rows [places, ...] of listed tokens."""
+  """Returns totals [n, ...] plus the rows [places, ...] of listed tokens."""
   chunks, slots = lists.token.shape
   n, most = lists.new_place.shape[0], lists.old_place.shape[0] // chunks
   totals = tuple(
@@ -330,10 +398,11 @@ def _add_rows(totals, rows, lists):
 
   def add(c, totals):
     token = jnp.where(slot < lists.old[c], lists.token[c, :most], n + slot)
-    chunk = lambda row: lax.dynamic_slice_in_dim(row, c * slots, most)
-    return tuple(
-      total.at[token].add(chunk(row).astype(jnp.float32), mode="drop", unique_indices=True)
-      for total, row in zip(totals, rows)
-    )
+
+    def add_chunk(total, row):
+      new = lax.dynamic_slice_in_dim(row, c * slots, most).astype(jnp.float32)
+      return total.at[token].add(new, mode="drop", unique_indices=True)
+
+    return tuple(map(add_chunk, totals, rows))
 
   return lax.fori_loop(0, chunks, add, totals)

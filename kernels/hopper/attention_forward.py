@@ -1,10 +1,45 @@
-"""Forward pass of SPARSEK attention on Hopper GPUs: one online softmax over tiles of the window,
-latest first, then over tiles of listed tokens.
+"""Forward pass of SPARSEK attention on Hopper GPUs: one online softmax over the tiles of the
+window, latest first, then over the tiles of listed tokens.
 
-Two warpgroups compute on 64 queries each and a third loads tiles by TMA. While one computes its
-softmax the other multiplies (FlashAttention-3's ping-pong). Tiles are loaded from contiguous memory
-only: the listed keys and values were gathered before. Scores of the softmax are powers of 2.
+A program computes 128 queries of one head with three warpgroups. Tiles are loaded from contiguous
+memory only: the listed keys and values were gathered before. Logits are to base 2.
+
+  warpgroup 2, loads (40 registers a thread)     warpgroups 0 and 1, compute 64 queries each (232)
+  ------------------------------------------     ---------------------------------------------------
+                                                 load query, window_start, entered, tau
+                                                 wait query_full, key_full of the first tile
+  for each tile:                                 for each tile:
+    wait key_free                                  issue S = query key^T; arrive turn, wait turn
+    load key, last, score -> key_full              wait for S
+                                                   softmax of S, sums of P
+                                                   arrive key_free (before it, without gates)
+    wait value_free                                arrive turn, wait value_full, wait turn
+    load value            -> value_full            acc += P value; wait key_full of the next tile
+                                                   arrive value_free
+                                                 store out and logsumexp
+
+At `turn` the computing warpgroups meet, two times a tile. The second one is half a tile behind: it
+passes `turn` once before its first tile, the first one once after its last tile. So while one
+computes its softmax, the other one's products keep the tensor cores busy, as in FlashAttention-3.
+
+  barrier (how many)      opens after
+  key_full (stages)       the bulk copies (TMA) of key, last and, if the gate needs it, score
+  value_full (stages)     the bulk copy of value
+  query_full (2)          the four copies of a warpgroup's queries
+  key_free (stages)       both computing warpgroups have read key, last, score of the slot
+  value_free (stages)     both have read value of the slot
+  turn (1)                both have arrived
+
+  shared memory              shape                type     bytes for D = 128, 2 stages of 128 keys
+  query, later out           2, 64, D             16 bit   32 KiB
+  key, value                 stages, block_kv, D  16 bit   64 KiB each
+  last                       stages, block_kv     int32    1 KiB
+  score                      stages, block_kv     float32  1 KiB
+  row: tau, later logsumexp  2, 64                float32  512 B
+  window_start, entered      2, 64                int32    512 B each
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,286 +47,365 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsek.kernels.hopper.attention_tiles import (
+  Listed,
+  Options,
+  Position,
+  Steps,
+  buffers_of,
+  live_pairs,
+  load_tiles,
+  options_of,
+  position,
+)
 from sparsek.kernels.hopper.common import (
-  BLOCK_Q,
   COLUMN,
+  COMPUTING,
   HALF,
   LOG2_E,
-  LOWEST,
   MATRIX,
   ROW,
-  Registers,
-  axes,
-  by_column,
+  Ref,
+  Tiling,
   by_row,
   gate_of,
   grid_of,
   matrix_buffer,
-  phase_of,
-  place,
-  place_in,
   read_bounds,
+  run_kernel,
+  slot_of,
+  vector_buffer,
 )
+from sparsek.kernels.sentinels import LOWEST
+
+
+class Inputs(NamedTuple):
+  """Arrays in global memory, see `forward`."""
+
+  query: Any
+  key: Any
+  value: Any
+  window_start: Any
+  entered: Any
+  tau: Any
+  listed: Listed
+  bounds: Any
+
+
+class Outputs(NamedTuple):
+  """Results in global memory."""
+
+  out: Any
+  logsumexp: Any
+
+
+class Scratch(NamedTuple):
+  """Shared memory and barriers, see the drawing above."""
+
+  query: Any
+  key: Any
+  value: Any
+  last: Any
+  score: Any
+  row: Any
+  window_start: Any
+  entered: Any
+  key_full: Any
+  value_full: Any
+  query_full: Any
+  key_free: Any
+  value_free: Any
+  turn: Any
+
+
+class Program(NamedTuple):
+  """Everything that the roles of a program need."""
+
+  options: Options
+  inputs: Inputs
+  outputs: Outputs
+  scratch: Scratch
+  at: Position
+  bounds: tuple  # t0, ..., t5: see tiles.query_bounds
+  tiles: Steps
+
+  @property
+  def gated(self) -> bool:
+    """True if the output depends on the gates, and so on the scores."""
+    return self.options.gate != "straight_through"
+
+
+class Rows(NamedTuple):
+  """The 64 queries of a computing warpgroup."""
+
+  first: Any  # the first one
+  tokens: Any  # slice of their tokens
+  tau: Any  # None where the gate does not need it
 
 
 def forward(
-  query,
-  key,
-  value,
-  left,
-  entered,
-  tau,
-  listed,
-  bounds,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  window_start: jax.Array,
+  entered: jax.Array,
+  tau: jax.Array,
+  listed: Listed,
+  bounds: jax.Array,
   *,
-  gate,
-  scale,
-  chunk,
-  tiling,
-  interpret=None,
-):
-  """Attention output and logsumexp.
+  gate: str,
+  scale: float,
+  chunk: int,
+  tiling: Tiling,
+  interpret: object = None,
+) -> list[jax.Array]:
+  """Computes attention and the logsumexp of its logits.
 
   Args:
     query: [B, n, H, D] bfloat16 or float16, n a multiple of 128, D 64 or 128.
     key, value: [B, n, G, D].
-    left: [B, n] int32, first token of each query's window.
+    window_start: [B, n] int32, first token of each query's window.
     entered: [B, G, n] int32, and `bounds` [B, G, n / 128, 6] int32: see tiles.Lists and
       tiles.query_bounds.
     tau: [B, G, n] float32 thresholds.
-    listed: (key, value [B, G, places, D], score [B, G, places] float32, last [B, G, places] int32)
-      of the lists of all chunks.
-    gate: as in `sparsek.sparsek_attention`. scale: of the logits, not negative. chunk: queries per
-      chunk. tiling: see Tiling.
+    listed: rows of the lists of all chunks.
+    gate: as in `sparsek.sparsek_attention`.
+    scale: of the logits, not negative.
+    chunk: queries per chunk.
+    tiling: sizes of the tiles.
+    interpret: parameters of the interpreter, or None.
 
   Returns:
     out [B, n, H, D] in query's dtype; logsumexp [B, H, n] float32 to base 2 (0 for queries that see
     nothing).
   """
-  batch, n, heads, dim = query.shape
-  groups = key.shape[2]
-  dtype = query.dtype
-  slots = listed[0].shape[2] // (n // chunk)
-  gated = gate != "straight_through"  # else there are no scores to load
-  block_kv, stages = tiling.forward_keys, tiling.forward_stages
-  shape = (HALF, block_kv)
-  to_log2 = scale * LOG2_E
-  registers = Registers(interpret)
-  sizes = {"batch": batch, "block": n // BLOCK_Q, "head": heads}
-
-  def kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    left_ref,
-    entered_ref,
-    tau_ref,
-    lk_ref,
-    lv_ref,
-    score_ref,
-    last_ref,
-    bounds_ref,
-    out_ref,
-    lse_ref,
-    q_smem,
-    k_smem,
-    v_smem,
-    last_smem,
-    score_smem,
-    row_smem,
-    left_smem,
-    entered_smem,
-    k_full,
-    v_full,
-    q_full,
-    k_free,
-    v_free,
-    turn,
-  ):
-    (b, block, h), warpgroup = place_in(**sizes), place("warpgroup")
-    g = lax.div(h, jnp.array(heads // groups, h.dtype))
-    first_row = block * BLOCK_Q
-    list_start = lax.div(first_row, jnp.array(chunk, first_row.dtype)) * slots
-    t0, t1, t2, t3, t4, t5 = read_bounds(bounds_ref, b, g, block)
-    in_window = block - t4 + 1  # so many tiles
-    steps = in_window + t3 - t0
-
-    def take_turns():
-      plgpu.barrier_arrive(turn)
-      plgpu.barrier_wait(turn)
-
-    @pl.when(warpgroup < 2)
-    def _compute():
-      plgpu.set_max_registers(232, action="increase")
-      base = first_row + warpgroup * HALF
-      rows = pl.ds(base, HALF)
-      q, loaded = q_smem.at[warpgroup], q_full.at[warpgroup]
-      plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q, loaded)
-      plgpu.copy_gmem_to_smem(left_ref.at[b, rows], left_smem.at[warpgroup], loaded)
-      plgpu.copy_gmem_to_smem(entered_ref.at[b, g, rows], entered_smem.at[warpgroup], loaded)
-      plgpu.copy_gmem_to_smem(tau_ref.at[b, g, rows], row_smem.at[warpgroup], loaded)
-      plgpu.barrier_wait(loaded)
-      tau = registers.vector(row_smem.at[warpgroup], ROW) if gated else None
-      plgpu.barrier_wait(k_full.at[0])
-      pl.when(warpgroup == 1)(take_turns)
-      column = lambda: registers.index(shape, 1)
-      query_index = lambda: registers.index(shape, 0) + base
-
-      def tile(step, t, carry, *, listed, exits=False, enters=False):
-        """One tile; exits, enters: some of its pairs may be dead because the token left, or has not
-        come yet.
-        """
-        acc, top, total = carry
-        slot, _ = phase_of(step, stages)
-        s = registers.matmul(shape, q, k_smem.at[slot], take_turns)
-        if gate == "key_value" and listed:
-          s *= gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)
-        live = None
-        if listed and exits:
-          live = by_column(registers.vector(last_smem.at[slot], COLUMN), shape) > query_index()
-        elif exits:
-          live = column() >= by_row(
-            registers.vector(left_smem.at[warpgroup], ROW) - t * block_kv, shape
-          )
-        if enters:
-          here = (
-            column()
-            < by_row(registers.vector(entered_smem.at[warpgroup], ROW) - t * block_kv, shape)
-            if listed
-            else column() + t * block_kv <= query_index()
-          )
-          live = here if live is None else jnp.logical_and(live, here)
-        if live is not None:
-          s = jnp.where(live, s, -jnp.inf)
-        if not (gated and listed):
-          plgpu.barrier_arrive(k_free.at[slot])
-        new_top = jnp.maximum(top, s.max(axis=1) * to_log2)
-        decay = jnp.exp2(top - new_top)
-        p = jnp.exp2(s * to_log2 - by_row(new_top, shape))
-        acc *= by_row(decay, acc.shape)
-        total *= decay
-        if gated and listed:
-          # the scores are loaded late (again), to save registers
-          p, total = lax.optimization_barrier((p, total))
-          weights = (p * gate_of(registers.vector(score_smem.at[slot], COLUMN), tau, shape)).astype(
-            dtype
-          )
-          plgpu.barrier_arrive(k_free.at[slot])
-        else:
-          weights = p.astype(dtype)
-        total += p.sum(axis=1)
-        acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_full.at[slot])
-        plgpu.barrier_wait(turn)
-
-        def wait_for_next_keys():
-          following, _ = phase_of(step + 1, stages)
-          pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(k_full.at[following]))
-
-        (acc,) = registers.matmul_add((acc,), ((weights, v_smem.at[slot]),), wait_for_next_keys)
-        plgpu.barrier_arrive(v_free.at[slot])
-        return acc, new_top, total
-
-      carry = (
-        registers.full((HALF, dim), 0, MATRIX),
-        registers.full((HALF,), LOWEST, ROW),
-        registers.full((HALF,), 0, ROW),
-      )
-      near = lambda **kind: (
-        lambda step, carry: tile(step, block - step, carry, listed=False, **kind)
-      )
-      far = lambda **kind: lambda t, carry: tile(in_window + t - t0, t, carry, listed=True, **kind)
-      carry = lax.fori_loop(0, 1, near(exits=True, enters=True), carry)
-      carry = lax.fori_loop(1, block - t5 + 1, near(), carry)
-      carry = lax.fori_loop(block - t5 + 1, in_window, near(exits=True), carry)
-      carry = lax.fori_loop(t0, t1, far(exits=True), carry)
-      carry = lax.fori_loop(t1, t2, far(), carry)
-      acc, top, total = lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
-      pl.when(warpgroup == 0)(take_turns)
-      seen = total > 0
-      total = jnp.where(seen, total, 1.0)
-      # a threshold of NaN shows
-      factor = jnp.where(tau == tau, 1 / total, jnp.nan) if gated else 1 / total
-      q[...] = (acc * by_row(factor, acc.shape)).astype(dtype)
-      row_smem.at[warpgroup][...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, 0.0)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q, out_ref.at[b, rows, h])
-      plgpu.copy_smem_to_gmem(row_smem.at[warpgroup], lse_ref.at[b, h, rows])
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    @pl.when(warpgroup == 2)
-    def _load():
-      plgpu.set_max_registers(40, action="decrease")
-
-      def load(step, own=False):
-        """One tile; the block's own waits for no bounds."""
-        slot, reused = phase_of(step, stages)
-        near, far = own or step < in_window, not own and step >= in_window
-        tokens = pl.ds((block if own else jnp.maximum(block - step, 0)) * block_kv, block_kv)
-        places = pl.ds(
-          list_start + (0 if own else jnp.where(far, t0 + step - in_window, 0)) * block_kv, block_kv
-        )
-
-        def load_rows(token_ref, list_ref, buffer, full):
-          pl.when(near)(
-            lambda: plgpu.copy_gmem_to_smem(
-              token_ref.at[b, tokens, g], buffer.at[slot], full.at[slot]
-            )
-          )
-          pl.when(far)(
-            lambda: plgpu.copy_gmem_to_smem(
-              list_ref.at[b, g, places], buffer.at[slot], full.at[slot]
-            )
-          )
-
-        pl.when(reused)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-        load_rows(k_ref, lk_ref, k_smem, k_full)
-        plgpu.copy_gmem_to_smem(last_ref.at[b, g, places], last_smem.at[slot], k_full.at[slot])
-        if gated:
-          plgpu.copy_gmem_to_smem(score_ref.at[b, g, places], score_smem.at[slot], k_full.at[slot])
-        pl.when(reused)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        load_rows(v_ref, lv_ref, v_smem, v_full)
-
-      load(0, own=True)
-      pl.loop(1, steps)(load)
-
-      if interpret is not None:  # the interpreter insists that every phase be observed
-
-        @pl.loop(jnp.maximum(steps - stages, 0), steps)
-        def _(step):
-          slot, _ = phase_of(step, stages)
-          plgpu.barrier_wait(k_free.at[slot])
-          plgpu.barrier_wait(v_free.at[slot])
-
-  vector = lambda rows, length, kind=jnp.float32: plgpu.SMEM((rows, length), kind)
-  scratch = [
-    matrix_buffer(2, HALF, dim, dtype),
-    matrix_buffer(stages, block_kv, dim, dtype),
-    matrix_buffer(stages, block_kv, dim, dtype),
-    vector(stages, block_kv, jnp.int32),
-    vector(stages, block_kv),
-    vector(2, HALF),
-    vector(2, HALF, jnp.int32),
-    vector(2, HALF, jnp.int32),
-    plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=4, num_barriers=2),
-    plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=2),
-  ]
-  return plgpu.kernel(
-    kernel,
-    out_type=[
-      jax.ShapeDtypeStruct(query.shape, dtype),
-      jax.ShapeDtypeStruct((batch, heads, n), jnp.float32),
-    ],
-    scratch_types=scratch,
-    **grid_of(**sizes),
-    num_threads=3,
-    thread_name=axes("warpgroup")[0],
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+  batch, n, heads, _ = query.shape
+  listed = Listed(*listed)
+  options = options_of(
+    query,
+    key,
+    listed,
+    chunk=chunk,
+    gate=gate,
+    scale=scale,
+    block_kv=tiling.forward_keys,
+    stages=tiling.forward_stages,
+    interpret=interpret,
+  )
+  return run_kernel(
+    lambda *refs: _kernel(options, *refs),
+    Inputs(query, key, value, window_start, entered, tau, listed, bounds),
+    Outputs(
+      out=jax.ShapeDtypeStruct(query.shape, query.dtype),
+      logsumexp=jax.ShapeDtypeStruct((batch, heads, n), jnp.float32),
+    ),
+    _scratch(options, gate != "straight_through"),
+    **grid_of(**options.grid),
     interpret=interpret,
     kernel_name="sparsek_forward",
-  )(query, key, value, left, entered, tau, *listed, bounds)
+  )
+
+
+def _scratch(options: Options, gated: bool) -> Scratch:
+  block_kv, stages = options.block_kv, options.stages
+  return Scratch(
+    query=matrix_buffer(COMPUTING, HALF, options.dim, options.dtype),
+    key=matrix_buffer(stages, block_kv, options.dim, options.dtype),
+    value=matrix_buffer(stages, block_kv, options.dim, options.dtype),
+    last=vector_buffer(stages, block_kv, jnp.int32),
+    score=vector_buffer(stages, block_kv),
+    row=vector_buffer(COMPUTING, HALF),
+    window_start=vector_buffer(COMPUTING, HALF, jnp.int32),
+    entered=vector_buffer(COMPUTING, HALF, jnp.int32),
+    key_full=plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=stages),
+    value_full=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+    query_full=plgpu.Barrier(num_arrivals=4, num_barriers=COMPUTING),
+    key_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+    value_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+    turn=plgpu.Barrier(num_arrivals=COMPUTING),
+  )
+
+
+def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+  at = position(options)
+  bounds = read_bounds(inputs.bounds, at.b, at.g, at.block)
+  t0, _, _, t3, t4, _ = bounds
+  in_window = at.block - t4 + 1
+  tiles = Steps(at.block, in_window, t0, in_window + t3 - t0)
+  program = Program(options, inputs, outputs, scratch, at, bounds, tiles)
+  pl.when(at.warpgroup < COMPUTING)(lambda: _compute(program))
+  pl.when(at.warpgroup == COMPUTING)(lambda: _load(program))
+
+
+def _load(program: Program) -> None:
+  """Loads the tiles of keys and values: the part of the last warpgroup."""
+  plgpu.set_max_registers(40, action="decrease")
+  options, inputs = program.options, program.inputs
+  load_tiles(
+    options,
+    program.at,
+    program.tiles,
+    buffers_of(program.scratch),
+    inputs.key,
+    inputs.value,
+    inputs.listed,
+    own_tiles=1,
+    scores=program.gated,
+  )
+
+
+def _compute(program: Program) -> None:
+  """Computes attention of 64 queries: the part of the first two warpgroups."""
+  plgpu.set_max_registers(232, action="increase")
+  registers, scratch = program.options.registers, program.scratch
+  rows = _load_rows(program)
+  plgpu.barrier_wait(scratch.key_full.at[0])
+  pl.when(program.at.warpgroup == 1)(lambda: _take_turns(scratch.turn))
+  carry = (
+    registers.full((HALF, program.options.dim), 0, MATRIX),
+    registers.full((HALF,), LOWEST, ROW),
+    registers.full((HALF,), 0, ROW),
+  )
+  tiles = program.tiles
+
+  def near(**kind):
+    return lambda step, carry: _tile(
+      program, rows, carry, step, tiles.newest - step, is_list=False, **kind
+    )
+
+  def far(**kind):
+    return lambda t, carry: _tile(
+      program, rows, carry, tiles.in_window + t - tiles.begin, t, is_list=True, **kind
+    )
+
+  t0, t1, t2, t3, _, t5 = program.bounds
+  carry = lax.fori_loop(0, 1, near(exits=True, enters=True), carry)
+  carry = lax.fori_loop(1, tiles.newest - t5 + 1, near(), carry)
+  carry = lax.fori_loop(tiles.newest - t5 + 1, tiles.in_window, near(exits=True), carry)
+  carry = lax.fori_loop(t0, t1, far(exits=True), carry)
+  carry = lax.fori_loop(t1, t2, far(), carry)
+  carry = lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
+  pl.when(program.at.warpgroup == 0)(lambda: _take_turns(scratch.turn))
+  _store(program, rows, *carry)
+
+
+def _take_turns(turn: Ref) -> None:
+  """Lets the other computing warpgroup multiply, and waits until it lets this one."""
+  plgpu.barrier_arrive(turn)
+  plgpu.barrier_wait(turn)
+
+
+def _load_rows(program: Program) -> Rows:
+  """Loads what belongs to the warpgroup's queries, and waits for it."""
+  inputs, scratch, at = program.inputs, program.scratch, program.at
+  first = at.first_row + at.warpgroup * HALF
+  tokens = pl.ds(first, HALF)
+  full = scratch.query_full.at[at.warpgroup]
+  for source, buffer in (
+    (inputs.query.at[at.b, tokens, at.h], scratch.query),
+    (inputs.window_start.at[at.b, tokens], scratch.window_start),
+    (inputs.entered.at[at.b, at.g, tokens], scratch.entered),
+    (inputs.tau.at[at.b, at.g, tokens], scratch.row),
+  ):
+    plgpu.copy_gmem_to_smem(source, buffer.at[at.warpgroup], full)
+  plgpu.barrier_wait(full)
+  tau = None
+  if program.gated:
+    tau = program.options.registers.vector(scratch.row.at[at.warpgroup], ROW)
+  return Rows(first, tokens, tau)
+
+
+def _tile(
+  program: Program,
+  rows: Rows,
+  carry: tuple,
+  step: Any,
+  t: Any,
+  *,
+  is_list: bool,
+  exits: bool = False,
+  enters: bool = False,
+) -> tuple:
+  """Adds one tile to the online softmax.
+
+  Args:
+    program, rows: see there.
+    carry: (acc [64, D], top [64], total [64]): sums of weighted values, the largest logit so far,
+      and the sum of exp2(logit - top).
+    step: of the circular buffers.
+    t: the tile's number among those of the window or the list.
+    is_list, exits, enters: see `live_pairs`.
+
+  Returns:
+    The next carry.
+  """
+  options, scratch = program.options, program.scratch
+  registers, shape, warpgroup = options.registers, options.shape, program.at.warpgroup
+  acc, top, total = carry
+  slot, _ = slot_of(step, options.stages)
+  query, score = scratch.query.at[warpgroup], scratch.score.at[slot]
+  has_gate = program.gated and is_list
+
+  s = registers.matmul(shape, query, scratch.key.at[slot], lambda: _take_turns(scratch.turn))
+  if options.gate == "key_value" and is_list:
+    s *= gate_of(registers.vector(score, COLUMN), rows.tau, shape)
+  live = live_pairs(
+    options,
+    rows.first,
+    t,
+    is_list=is_list,
+    exits=exits,
+    enters=enters,
+    last=scratch.last.at[slot],
+    window_start=scratch.window_start.at[warpgroup],
+    entered=scratch.entered.at[warpgroup],
+  )
+  if live is not None:
+    s = jnp.where(live, s, -jnp.inf)
+  if not has_gate:
+    plgpu.barrier_arrive(scratch.key_free.at[slot])
+
+  new_top = jnp.maximum(top, s.max(axis=1) * options.to_log2)
+  decay = jnp.exp2(top - new_top)
+  p = jnp.exp2(s * options.to_log2 - by_row(new_top, shape))
+  acc *= by_row(decay, acc.shape)
+  total *= decay
+  if has_gate:
+    # The scores are loaded late (again), to save registers.
+    p, total = lax.optimization_barrier((p, total))
+    gates = gate_of(registers.vector(score, COLUMN), rows.tau, shape)
+    weights = (p * gates).astype(options.dtype)
+    plgpu.barrier_arrive(scratch.key_free.at[slot])
+  else:
+    weights = p.astype(options.dtype)
+  total += p.sum(axis=1)
+  acc, total, new_top, weights = lax.optimization_barrier((acc, total, new_top, weights))
+  plgpu.barrier_arrive(scratch.turn)
+  plgpu.barrier_wait(scratch.value_full.at[slot])
+  plgpu.barrier_wait(scratch.turn)
+
+  def wait_for_next_keys():
+    following, _ = slot_of(step + 1, options.stages)
+    pl.when(step + 1 < program.tiles.steps)(
+      lambda: plgpu.barrier_wait(scratch.key_full.at[following])
+    )
+
+  (acc,) = registers.matmul_add((acc,), ((weights, scratch.value.at[slot]),), wait_for_next_keys)
+  plgpu.barrier_arrive(scratch.value_free.at[slot])
+  return acc, new_top, total
+
+
+def _store(program: Program, rows: Rows, acc: jax.Array, top: jax.Array, total: jax.Array) -> None:
+  """Stores the output and the logsumexp of the warpgroup's queries, through shared memory."""
+  at, scratch, outputs = program.at, program.scratch, program.outputs
+  query, row = scratch.query.at[at.warpgroup], scratch.row.at[at.warpgroup]
+  seen = total > 0
+  total = jnp.where(seen, total, 1.0)
+  # A threshold that is NaN must show in the output.
+  factor = 1 / total if rows.tau is None else jnp.where(rows.tau == rows.tau, 1 / total, jnp.nan)
+  query[...] = (acc * by_row(factor, acc.shape)).astype(program.options.dtype)
+  row[...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, 0.0)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(query, outputs.out.at[at.b, rows.tokens, at.h])
+  plgpu.copy_smem_to_gmem(row, outputs.logsumexp.at[at.b, at.h, rows.tokens])
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)

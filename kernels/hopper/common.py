@@ -1,41 +1,50 @@
-"""Small pieces that the Mosaic GPU kernels share."""
+"""Pieces that the Mosaic GPU kernels share: grids, tilings, operations on registers."""
 
+import functools
 import inspect
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# A reference to global or shared memory inside a kernel, or to its barriers; JAX has no public type
+# for them.
+Ref = Any
+
 BLOCK_Q = 128  # queries of a block: 64 for each of the two computing warpgroups
 HALF = BLOCK_Q // 2
+COMPUTING = 2  # warpgroups of a program that compute; the one after them loads
 MULTIPROCESSORS = 132  # of an H100 or H200
 LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # below every logit, and finite: differences with -inf stay defined
 MATRIX = plgpu.Layout.WGMMA  # of matrices in registers; vectors along their rows and columns:
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
-# JAX 0.10 wants one, 0.12 takes none
+# plgpu.load of JAX 0.10 requires an index, that of 0.12 has none
 LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
 
 
 def axes(*names: str) -> tuple[str, ...]:
-  """Names for the axes of a kernel's grid. A mesh around the kernel must have none of them: JAX
-  would take the place on the mesh for that in the grid.
+  """Returns names for the axes of a kernel's grid.
+
+  A mesh around the kernel must have no axis of the same name, or JAX would take the index of the
+  device for that of the program; hence the prefix.
   """
   return tuple(f"sparsek_{name}" for name in names)
 
 
-def place(*names: str):
-  """Where a thread is along the axes of that name."""
-  found = tuple(lax.axis_index(name) for name in axes(*names))
-  return found if len(found) > 1 else found[0]
+def axis_index(*names: str) -> Any:
+  """Returns the index of the program or warpgroup along the axes of these names, one for each."""
+  indices = tuple(lax.axis_index(name) for name in axes(*names))
+  return indices if len(indices) > 1 else indices[0]
 
 
-def grid_of(**sizes: int) -> dict:
-  """Returns what `plgpu.kernel` is told of programs along axes of these sizes.
+def grid_of(**sizes: int) -> dict[str, Any]:
+  """Returns the options of `plgpu.kernel` for programs along axes of these sizes.
 
   CUDA takes 2^31 - 1 programs along x, which is Mosaic's last axis, but only 65,535 along y and z:
   all programs are numbered along x, those of neighbours on the last axis one after the other.
@@ -43,23 +52,61 @@ def grid_of(**sizes: int) -> dict:
   return {"grid": (math.prod(sizes.values()),), "grid_names": axes("program")}
 
 
-def place_in(**sizes: int) -> list:
-  """Returns where a program is along each axis of its `grid_of`."""
-  program, found = place("program"), []
+def grid_position(**sizes: int) -> list[jax.Array]:
+  """Returns the index of the program along each axis of its `grid_of`."""
+  program, indices = axis_index("program"), []
   for size in reversed(sizes.values()):
-    found.append(lax.rem(program, jnp.int32(size)))
+    indices.append(lax.rem(program, jnp.int32(size)))
     program = lax.div(program, jnp.int32(size))
-  return found[::-1]
+  return indices[::-1]
+
+
+def run_kernel(
+  body: Callable, inputs: NamedTuple, outputs: NamedTuple, scratch: NamedTuple, **options: Any
+) -> list[jax.Array]:
+  """Runs a kernel of two computing warpgroups and a loading one.
+
+  Args:
+    body: called with three NamedTuples of references, like `inputs`, `outputs` and `scratch`.
+    inputs: NamedTuple of arrays; a field that is None stays None.
+    outputs: NamedTuple of jax.ShapeDtypeStruct.
+    scratch: NamedTuple of shared memory and barriers.
+    options: of `plgpu.kernel`: grid, kernel_name, interpret.
+
+  Returns:
+    The outputs, in order.
+  """
+  parts = [jax.tree.flatten(part) for part in (inputs, outputs, scratch)]
+
+  def with_names(*refs):
+    named = []
+    for leaves, structure in parts:
+      named.append(jax.tree.unflatten(structure, refs[: len(leaves)]))
+      refs = refs[len(leaves) :]
+    body(*named)
+
+  kernel = plgpu.kernel(
+    with_names,
+    out_type=jax.tree.leaves(outputs),
+    scratch_types=jax.tree.leaves(scratch),
+    num_threads=COMPUTING + 1,
+    thread_name=axes("warpgroup")[0],
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    **options,
+  )
+  return kernel(*jax.tree.leaves(inputs))
 
 
 class Tiling(NamedTuple):
-  """Sizes of the kernels' tiles, and how many tiles their circular buffers hold.
+  """Sizes of the kernels' tiles, and the number of tiles (stages) in their circular buffers.
 
-  forward_keys, query_keys: keys of a tile of the forward and the query kernel. hold_queries: the
-    latter keeps its queries in registers.
-  key_queries: queries of a tile of the key kernels.
-  early: the key kernels begin the product for the values before the gradients of the logits are
-    known, which takes registers.
+  Attributes:
+    forward_keys, forward_stages: keys of a tile of the forward kernel, and its stages.
+    query_keys, query_stages: the same of the kernel for the gradients of queries.
+    hold_queries: that kernel keeps its queries in registers.
+    key_queries, key_stages: queries of a tile of the kernels for the gradients of keys, and stages.
+    early: these kernels begin the product for the values' gradients before the gradients of the
+      logits are known, which takes registers.
   """
 
   forward_keys: int
@@ -96,148 +143,60 @@ TILINGS = {  # by head_dim
 }
 
 
-class Work(NamedTuple):
-  """What the programs of a kernel compute: blocks of every head and row of the batch, heads
-  innermost, for theirs lie side by side in memory.
-
-  A program computes a few neighbours one after the other, at most `most`, and loads the next one's
-  rows while it computes, so that starts and ends cost less.
-  """
-
-  batch: int
-  blocks: int
-  heads: int
-  most: int
-
-  @property
-  def number(self):
-    return self.batch * self.blocks * self.heads
-
-  @property
-  def each(self):
-    """Of a program: such that the multiprocessors end together."""
-    rounds = -(-self.number // (self.most * MULTIPROCESSORS))
-    return -(-self.number // (rounds * MULTIPROCESSORS))
-
-  @property
-  def programs(self):
-    return -(-self.number // self.each)
-
-  def count(self, program):
-    """How many a program computes."""
-    return jnp.minimum(self.each, self.number - program * self.each)
-
-  def item(self, program, i):
-    """(row of the batch, block, head) of its i-th."""
-    place = program * self.each + i
-    rest, head = lax.div(place, jnp.int32(self.heads)), lax.rem(place, jnp.int32(self.heads))
-    return lax.div(rest, jnp.int32(self.blocks)), lax.rem(rest, jnp.int32(self.blocks)), head
-
-
-class ListWork(NamedTuple):
-  """What the programs of a kernel compute of lists: blocks of each, heads innermost.
-
-  The blocks in the middle of a list, between the tokens by increasing last query and those by
-  increasing first one, are live longest, and most of the last ones hold no token: programs begin in
-  the middle, and each then takes blocks from further outside, turning at the ends.
-  """
-
-  batch: int
-  chunks: int
-  heads: int
-  blocks: int  # of a list
-  middle: int
-  most: int
-
-  @property
-  def each(self):
-    return min(self.most, self.blocks)
-
-  @property
-  def of_list(self):
-    """Programs of a list."""
-    return -(-self.blocks // self.each)
-
-  @property
-  def programs(self):
-    return self.batch * self.chunks * self.of_list * self.heads
-
-  def rank(self, program, i):
-    """How many blocks of the list come before a program's i-th."""
-    place = lax.rem(lax.div(program, jnp.int32(self.heads)), jnp.int32(self.of_list))
-    return i * self.of_list + jnp.where(i % 2 == 0, place, self.of_list - 1 - place)
-
-  def count(self, program):
-    """How many a program computes."""
-    return self.each - jnp.where(self.rank(program, self.each - 1) < self.blocks, 0, 1)
-
-  def item(self, program, i):
-    """(row of the batch, block, head) of its i-th; blocks are numbered through all lists."""
-    low, high = min(self.middle, self.blocks), max(self.blocks - self.middle, 0)
-    pairs, rank = min(low, high), jnp.minimum(self.rank(program, i), self.blocks - 1)
-    in_turn = jnp.where(rank % 2 == 0, low + rank // 2, low - 1 - rank // 2)
-    block = jnp.where(
-      rank < 2 * pairs, in_turn, low + rank - pairs if high > low else low - 1 - rank + pairs
-    )
-    rest, head = lax.div(program, jnp.int32(self.heads)), lax.rem(program, jnp.int32(self.heads))
-    place = lax.div(rest, jnp.int32(self.of_list))
-    return (
-      lax.div(place, jnp.int32(self.chunks)),
-      lax.rem(place, jnp.int32(self.chunks)) * self.blocks + block,
-      head,
-    )
-
-
-def by_row(vector, shape):
+def by_row(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Broadcasts one value per row."""
   return lax.broadcast_in_dim(vector, shape, [0])
 
 
-def by_column(vector, shape):
+def by_column(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Broadcasts one value per column."""
   return lax.broadcast_in_dim(vector, shape, [1])
 
 
-def read_bounds(ref, *row):
-  """All entries of ref[row], scalars. The sum is for `jax.shard_map`: what is read varies over its
-  axes, but inside a kernel what is computed does not.
+def read_bounds(ref: Ref, *row: jax.Array) -> tuple[jax.Array, ...]:
+  """Reads all entries of ref[row], scalars.
+
+  Adding 0 is for `jax.shard_map`: a value that is read has a type that varies over the mesh's axes,
+  a value that is computed inside a kernel has not.
   """
   return tuple(ref[(*row, i)] + 0 for i in range(ref.shape[-1]))
 
 
 class Registers:
-  """Operations on registers that the interpreter lacks or does without: it knows no layouts, and
-  multiplies matrices in shared memory only.
+  """Operations on registers, also for the interpreter: it knows no layouts, and multiplies matrices
+  in shared memory only.
   """
 
-  def __init__(self, interpret):
+  def __init__(self, interpret: object) -> None:
     self.interpreted = interpret is not None
 
-  def vector(self, ref, layout):
-    """A vector from shared memory, along a matrix's rows or columns."""
-    return (
-      ref[...] if self.interpreted else plgpu.load(ref, *LOAD_INDEX, layout=layout, optimized=False)
-    )
+  def vector(self, ref: Ref, layout: Any) -> jax.Array:
+    """Loads a vector from shared memory, along a matrix's rows or columns."""
+    if self.interpreted:
+      return ref[...]
+    return plgpu.load(ref, *LOAD_INDEX, layout=layout, optimized=False)
 
-  def matrix(self, ref):
-    """A matrix from shared memory."""
+  def matrix(self, ref: Ref) -> jax.Array:
+    """Loads a matrix from shared memory."""
     return ref[...] if self.interpreted else plgpu.load(ref, *LOAD_INDEX, layout=MATRIX)
 
-  def full(self, shape, value, layout):
-    """A float32 array of one value."""
+  def full(self, shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+    """Returns a float32 array of one value."""
     x = jnp.full(shape, value, jnp.float32)
     return x if self.interpreted else plgpu.layout_cast(x, layout)
 
-  def index(self, shape, axis):
-    """Row or column numbers of a matrix."""
-    return (
-      lax.broadcasted_iota(jnp.int32, shape, axis)
-      if self.interpreted
-      else plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
-    )
+  def index(self, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Returns the row (axis 0) or column (axis 1) numbers of a matrix."""
+    if self.interpreted:
+      return lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
-  def matmul(self, shape, a, b, meanwhile=lambda: None):
-    """a @ b.T in float32, both in shared memory; `meanwhile()` runs while the tensor cores work."""
+  def matmul(
+    self, shape: tuple[int, int], a: Ref, b: Ref, meanwhile: Callable = lambda: None
+  ) -> jax.Array:
+    """Returns a @ b.T in float32, both in shared memory; `meanwhile()` runs while the tensor cores
+    work.
+    """
     if self.interpreted:
       product = lax.dot_general(
         a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
@@ -252,11 +211,19 @@ class Registers:
 
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
-  def two_matmuls(self, shape, first, second, use):
-    """use(a @ b.T, get) for first = a, b and second = c, d in shared memory; get(later) is c @ d.T,
-    which is multiplied while the first is used.
+  def two_matmuls(
+    self, shape: tuple[int, int], first: tuple, second: tuple, use: Callable
+  ) -> tuple:
+    """Multiplies twice, the second time while the first product is used.
 
-    later: how many matmuls were begun since and may go on.
+    Args:
+      shape: of both products.
+      first, second: (a, b) and (c, d), matrices in shared memory (a may be in registers).
+      use: called with a @ b.T and a function that waits for c @ d.T and returns it. That function's
+        argument is the number of matmuls that were begun since and need not have ended.
+
+    Returns:
+      The result of `use`.
     """
     if self.interpreted:
       return use(self.matmul(shape, *first), lambda later: self.matmul(shape, *second))
@@ -264,16 +231,19 @@ class Registers:
     def run(*accumulators):
       for accumulator, (a, b) in zip(accumulators, (first, second)):
         plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
-      wait = lambda accumulator, later: lax.optimization_barrier(
-        plgpu.wgmma_accumulator_load(accumulator, wait_n=later)
-      )
-      return use(wait(accumulators[0], 1), lambda later: wait(accumulators[1], later))
+
+      def wait(accumulator, later):
+        return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=later))
+
+      return use(wait(accumulators[0], 1), functools.partial(wait, accumulators[1]))
 
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * 2)
 
-  def matmul_add_in_turn(self, accs, a, b, make, d):
-    """(acc + a @ b, acc + c @ d, rest) with c, rest = make(), which runs while the first is
-    multiplied; a, c in registers, b, d in shared memory.
+  def matmul_add_in_turn(
+    self, accs: tuple[jax.Array, jax.Array], a: jax.Array, b: Ref, make: Callable, d: Ref
+  ) -> tuple:
+    """Returns (acc_0 + a @ b, acc_1 + c @ d, rest) with c, rest = make(), which runs while a @ b is
+    computed; a and c are in registers, b and d in shared memory.
     """
     if self.interpreted:
       c, rest = make()
@@ -287,10 +257,13 @@ class Registers:
       plgpu.wgmma(accumulators[1], c, d)
       return *(x[...] for x in accumulators), rest
 
-    return pl.run_scoped(run, *(plgpu.ACC(acc.shape, jnp.float32) for acc in accs))
+    shapes = [(acc.shape[0], acc.shape[1]) for acc in accs]
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
-  def matmul_add(self, accs, factors, meanwhile=lambda: None):
-    """acc + a @ b for every acc and (a in registers, b in shared memory), issued together;
+  def matmul_add(
+    self, accs: tuple[jax.Array, ...], factors: tuple, meanwhile: Callable = lambda: None
+  ) -> tuple[jax.Array, ...]:
+    """Returns acc + a @ b for each acc and (a in registers, b in shared memory), issued together;
     `meanwhile()` runs while the tensor cores work.
     """
     if self.interpreted:
@@ -309,13 +282,13 @@ class Registers:
     return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc in accs))
 
 
-def gate_of(scores, tau, shape):
-  """clip(u_j - tau_i, 0, 1), scores along the columns and thresholds along the rows."""
+def gate_of(scores: jax.Array, tau: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Returns clip(u_j - tau_i, 0, 1), scores along the columns and thresholds along the rows."""
   return jnp.clip(by_column(scores, shape) - by_row(tau, shape), 0.0, 1.0)
 
 
-def matrix_buffer(count, rows, columns, dtype):
-  """Shared memory for `count` matrices, tiled and swizzled as the tensor cores want it."""
+def matrix_buffer(count: int, rows: int, columns: int, dtype: Any) -> Any:
+  """Returns shared memory for `count` matrices, tiled and swizzled for the tensor cores."""
   return plgpu.SMEM(
     (count, rows, columns),
     dtype,
@@ -323,8 +296,52 @@ def matrix_buffer(count, rows, columns, dtype):
   )
 
 
-def phase_of(step, stages):
-  """(slot of a circular buffer, was it used before) at this step."""
-  return (
-    step % stages if isinstance(step, int) else lax.rem(step, jnp.array(stages, step.dtype))
-  ), step >= stages
+def vector_buffer(count: int, length: int, dtype: Any = jnp.float32) -> Any:
+  """Returns shared memory for `count` vectors."""
+  return plgpu.SMEM((count, length), dtype)
+
+
+def slot_of(step: Any, stages: int) -> tuple[Any, Any]:
+  """Returns the slot of a circular buffer at this step, and whether it was used before."""
+  slot = step % stages if isinstance(step, int) else lax.rem(step, jnp.array(stages, step.dtype))
+  return slot, step >= stages
+
+
+def pass_by(first: Any, last: Any, *, stages: int, full: tuple[Ref, ...], free: tuple) -> None:
+  """Passes the steps [first, last) of a circular buffer, whose tiles only the other computing
+  warpgroup uses: waits until each tile is full, and says that this warpgroup has read it.
+  """
+
+  @pl.loop(first, last)
+  def _(step):
+    slot, _ = slot_of(step, stages)
+    for barrier in full:
+      plgpu.barrier_wait(barrier.at[slot])
+    for barrier in free:
+      plgpu.barrier_arrive(barrier.at[slot])
+
+
+def observe_last(interpret: object, steps: Any, stages: int, *free: Ref) -> None:
+  """Waits for the last tiles to be read, when interpreted: the interpreter insists that each phase
+  of a barrier be observed.
+  """
+  if interpret is None:
+    return
+
+  @pl.loop(jnp.maximum(steps - stages, 0), steps)
+  def _(step):
+    slot, _ = slot_of(step, stages)
+    for barrier in free:
+      plgpu.barrier_wait(barrier.at[slot])
+
+
+def joined(a: tuple, b: tuple) -> tuple:
+  """Returns the smallest range [first, end) that holds both; an empty one may begin anywhere."""
+
+  def is_empty(range):
+    return range[0] >= range[1]
+
+  def either(f, x, y):
+    return jnp.where(is_empty(a), y, jnp.where(is_empty(b), x, f(x, y)))
+
+  return either(jnp.minimum, a[0], b[0]), either(jnp.maximum, a[1], b[1])

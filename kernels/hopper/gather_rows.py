@@ -1,6 +1,17 @@
 """Rows of keys and values on Hopper GPUs: gathered into the lists of selected tokens, and the
 gradients of listed rows summed per token in a fixed order.
+
+Both kernels are of single threads (thread_ops.py). Lanes share rows: a lane moves 16 bytes, WORD
+numbers, of each, so of D = 128 numbers 16 lanes move a row and a program 8 rows at once:
+
+  lane    0    1   ...  15 | 16   17  ...  31 | ...
+  row     0                | 1                | ...
+  numbers 0-7  8-15 ... 127 | 0-7  8-15 ...    | ...
+
+No barriers, no shared memory: no lane reads what another one writes.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,35 +19,80 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from sparsek.kernels.hopper.thread_ops import (
-  LANES,
   block_of,
   contents,
   gather_bytes,
   kernel,
-  narrow,
-  numbers,
   reader,
   scatter,
   scatter_bytes,
-  widen,
 )
+from sparsek.kernels.hopper.thread_registers import LANES, lane_index, narrow, widen
+from sparsek.kernels.tiles import Lists
 
 WORD = 8  # numbers that a lane moves at once
-AT_ONCE = 4  # moves that it has under way
+AT_ONCE = 4  # moves that a lane has under way
 TILE = 128  # places of a list that are gathered together, or not at all
 
 
+class GatherInputs(NamedTuple):
+  """Arrays of the kernel gather_rows."""
+
+  key: Any
+  value: Any
+  scores: Any
+  token: Any
+  entered: Any
+
+
+class GatherOutputs(NamedTuple):
+  """Results of the kernel gather_rows."""
+
+  key: Any
+  value: Any
+  score: Any
+
+
+class Totals(NamedTuple):
+  """Gradients of all tokens, to which the kernel sum_rows adds in place."""
+
+  dkey: Any
+  dvalue: Any
+  dscore: Any
+
+
+class Rows(NamedTuple):
+  """Gradients in the places of the lists."""
+
+  dkey: Any
+  dvalue: Any
+  dscore: Any
+
+
+class Places(NamedTuple):
+  """The places where each token is listed, see tiles.Lists; [B G, ...]."""
+
+  number: Any
+  listed: Any
+  new_place: Any
+  old_place: Any
+  old_begin: Any
+  old_count: Any
+
+
 def _lane_parts(dim):
-  """(rows that a program moves at once, which of them is each lane's, first number of each lane's
-  part).
+  """Returns the rows that a program moves at once, which of them is each lane's, and the first
+  number of each lane's part of it.
   """
-  lane = numbers()
+  lane = lane_index()
   per_row = (dim // WORD).bit_length() - 1
   return LANES >> per_row, lane >> per_row, (lane & (dim // WORD - 1)) * WORD
 
 
-def gather_rows(key, value, scores, lists):
-  """What the lists hold.
+def gather_rows(
+  key: jax.Array, value: jax.Array, scores: jax.Array, lists: Lists
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gathers the rows of the lists' tokens: one program for a tile of 128 places.
 
   Args:
     key, value: [B, n, G, D], 16 bits a number, D a power of two from 8.
@@ -50,44 +106,49 @@ def gather_rows(key, value, scores, lists):
   batch, n, groups, dim = key.shape
   chunks, slots = lists.token.shape[2:]
   places, tiles = chunks * slots, slots // TILE
-  token, entered = lists.token.reshape(-1, places), lists.entered.reshape(-1, n)
 
-  def body(
-    row, _, lane, key, value, scores, token, entered, listed_key, listed_value, listed_score
-  ):
+  def body(row, _, lane, inputs, outputs):
     block, b, g = block_of(batch * groups), row // groups, row % groups
+    first_slot = block % tiles * TILE
+    last_query = (block // tiles + 1) * (n // chunks) - 1  # of the list's chunk
 
-    @pl.when(
-      block % tiles * TILE < entered[row, (block // tiles + 1) * (n // chunks) - 1]
-    )  # as many tokens has the list
-    def _():
+    @pl.when(first_slot < inputs.entered[row, last_query])
+    def _gather_tile():
       at_once, own_row, part = _lane_parts(dim)
-      own = reader(token, row)
-      score = reader(scores, b, g)(own(lane))
-      scatter(listed_score.at[b, g], lane, score, lane >= 0)
+      token_at = reader(inputs.token, row)
+      score = reader(inputs.scores, b, g)(token_at(lane))
+      scatter(outputs.score.at[b, g], lane, score, lane >= 0)
 
       @pl.loop(0, TILE // (at_once * AT_ONCE))
       def _(step):
-        place = [block * TILE + (step * AT_ONCE + i) * at_once + own_row for i in range(AT_ONCE)]
+        places = [block * TILE + (step * AT_ONCE + i) * at_once + own_row for i in range(AT_ONCE)]
         rows = [
-          [gather_bytes(ref.at[b], j, g * dim + part, groups * dim) for ref in (key, value)]
-          for j in map(own, place)
+          [
+            gather_bytes(ref.at[b], token, g * dim + part, groups * dim)
+            for ref in (inputs.key, inputs.value)
+          ]
+          for token in map(token_at, places)
         ]
-        for at, pair in zip(place, rows):
-          for ref, words in zip((listed_key, listed_value), pair):
-            scatter_bytes(ref.at[b, g], at, part, dim, words, at >= 0)
+        for place, pair in zip(places, rows):
+          for ref, words in zip((outputs.key, outputs.value), pair):
+            scatter_bytes(ref.at[b, g], place, part, dim, words, place >= 0)
 
   shape = batch, groups, places
-  out = [jax.ShapeDtypeStruct((*shape, dim), key.dtype)] * 2 + [
-    jax.ShapeDtypeStruct(shape, jnp.float32)
-  ]
-  return kernel(body, batch * groups, places, name="gather_rows", out_type=out)(
-    key, value, scores, token, entered
-  )
+  listed = jax.ShapeDtypeStruct((*shape, dim), key.dtype)
+  out = GatherOutputs(listed, listed, jax.ShapeDtypeStruct(shape, jnp.float32))
+  token, entered = lists.token.reshape(-1, places), lists.entered.reshape(-1, n)
+  run = kernel(body, batch * groups, places, name="gather_rows", out_type=[out])
+  (rows,) = run(GatherInputs(key, value, scores, token, entered))
+  return rows
 
 
-def sum_rows(dkey, dvalue, rows, lists):
+def sum_rows(
+  dkey: jax.Array, dvalue: jax.Array, rows: list[jax.Array], lists: Lists
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Adds the rows of listed tokens to those of the window.
+
+  A program adds up a few tokens of those that were ever selected, each from its places in the order
+  of their chunks; the gradients of other tokens stay as they are.
 
   Args:
     dkey, dvalue: [B, n, G, D] 16-bit gradients of the window's keys and values; D a power of two
@@ -102,78 +163,48 @@ def sum_rows(dkey, dvalue, rows, lists):
   batch, n, groups, dim = dkey.shape
   dtype, places = dkey.dtype, rows[0].shape[2]
   tokens = LANES * WORD // dim  # of a program
-  flat = lambda x: x.reshape(batch * groups, -1)
-  arrays = map(
-    flat,
-    (
-      lists.number,
-      lists.listed,
-      lists.new_place,
-      lists.old_place,
-      lists.old_begin,
-      lists.old_count,
-    ),
-  )
 
-  def body(
-    row,
-    _,
-    lane,
-    dk_ref,
-    dv_ref,
-    ds_ref,
-    lk_ref,
-    lv_ref,
-    ls_ref,
-    number,
-    listed,
-    new_place,
-    old_place,
-    begin,
-    count,
-  ):
+  def body(row, _, lane, totals, rows, lists):
     block, b, g = block_of(batch * groups), row // groups, row % groups
 
-    @pl.when(
-      block * tokens < number[row, 0]
-    )  # the gradients of tokens that were never selected stay as they are
-    def _():
+    @pl.when(block * tokens < lists.number[row, 0])
+    def _sum_tokens():
       _, own_row, part = _lane_parts(dim)
-      inside = block * tokens + own_row < number[row, 0]
-      token = reader(listed, row)(block * tokens + own_row)
-      new, first, times = (reader(ref, row)(token) for ref in (new_place, begin, count))
+      inside = block * tokens + own_row < lists.number[row, 0]
+      token = reader(lists.listed, row)(block * tokens + own_row)
+      new, first, times = (
+        reader(ref, row)(token) for ref in (lists.new_place, lists.old_begin, lists.old_count)
+      )
+      old_place = reader(lists.old_place, row)
 
       def add(place, there, sums):
-        """Rows that are not there are read too, and may hold anything."""
+        """Adds the row of a place in the lanes where `there`. In the others a row is read too, and
+        may hold anything.
+        """
         place = jnp.where(there, place, 0)
         numbers = [
           x
-          for ref in (lk_ref, lv_ref)
+          for ref in (rows.dkey, rows.dvalue)
           for x in widen(gather_bytes(ref.at[b, g], place, part, dim), dtype)
         ]
-        return tuple(
-          total + jnp.where(there, x, 0.0)
-          for total, x in zip(sums, [*numbers, reader(ls_ref, b, g)(place)])
-        )
+        numbers.append(reader(rows.dscore, b, g)(place))
+        return tuple(total + jnp.where(there, x, 0.0) for total, x in zip(sums, numbers))
 
       sums = add(new, new < places, ((token - token).astype(jnp.float32),) * (2 * WORD + 1))
       sums = lax.fori_loop(
-        0,
-        jnp.max(times),
-        lambda e, sums: add(reader(old_place, row)(first + e), e < times, sums),
-        sums,
+        0, jnp.max(times), lambda e, sums: add(old_place(first + e), e < times, sums), sums
       )
-      for i, ref in enumerate((dk_ref, dv_ref)):
+      for i, ref in enumerate((totals.dkey, totals.dvalue)):
         where = ref.at[b], token, g * dim + part, groups * dim
-        scatter_bytes(
-          *where,
-          narrow(
-            [x + y for x, y in zip(widen(gather_bytes(*where), dtype), sums[i * WORD :])], dtype
-          ),
-          inside,
-        )
-      scatter(ds_ref.at[b, g], token, sums[-1], inside & (part == 0))
+        window_part = widen(gather_bytes(*where), dtype)
+        total = [x + y for x, y in zip(window_part, sums[i * WORD :])]
+        scatter_bytes(*where, narrow(total, dtype), inside)
+      scatter(totals.dscore.at[b, g], token, sums[-1], inside & (part == 0))
 
-  totals = [jax.new_ref(x) for x in (dkey, dvalue, jnp.zeros((batch, groups, n), jnp.float32))]
-  kernel(body, batch * groups, -(-n // tokens) * LANES, name="sum_rows")(*totals, *rows, *arrays)
-  return tuple(contents(*totals))
+  dscore = jnp.zeros((batch, groups, n), jnp.float32)
+  totals = Totals(*(jax.new_ref(x) for x in (dkey, dvalue, dscore)))
+  flat = Places(*(getattr(lists, name).reshape(batch * groups, -1) for name in Places._fields))
+  run = kernel(body, batch * groups, -(-n // tokens) * LANES, name="sum_rows")
+  run(totals, Rows(*rows), flat)
+  dkey, dvalue, dscore = contents(*totals)
+  return dkey, dvalue, dscore

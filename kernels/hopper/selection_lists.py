@@ -1,13 +1,20 @@
 """Lists of selected tokens and bounds of tiles on GPUs (see tiles.py), in Pallas Mosaic kernels of
 single threads.
 
-Tokens come by rank (order), so those of a list that are live at its chunk's first query come by
-increasing last query. A segment of ranks counts its members of every chunk; sums over the segments
-before tell where in each list a segment begins, and one thread for a segment and chunk writes its
-part of the list.
+Tokens come by rank (order), so those of a list that are live at its chunk's first query (the old
+ones) come by increasing last query. Ranks are cut into segments:
+
+  count_members   a lane for a rank: counts it in its segment, for each chunk where it is old
+  (prefix sums)   where the part of each segment begins in each list
+  list_old        a lane for a segment and chunk: writes its part of the list
+  list_new        a lane for a token: writes it in the list of the chunk where it is selected first
+
+Kernels follow each other on the stream; there are no barriers and no shared memory. Counts are
+added atomically, and each place is written by one lane.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +22,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from sparsek.kernels.hopper.thread_ops import (
-  LANES,
   block_of,
   contents,
   kernel,
@@ -23,15 +29,81 @@ from sparsek.kernels.hopper.thread_ops import (
   scatter,
   scatter_row,
 )
-from sparsek.kernels.tiles import NEVER, TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
+from sparsek.kernels.hopper.thread_registers import LANES
+from sparsek.kernels.sentinels import NEVER
+from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
-# ranks that are counted together, at least; and segments, at most, so that memory stays linear
-SEGMENT, SEGMENTS = (128, 1024)
-AT_ONCE = 8  # loads that a thread has under way
+# ranks in a segment, at least; and segments, at most, so that memory stays linear
+SEGMENT, SEGMENTS = 128, 1024
+AT_ONCE = 8  # loads that a lane has under way
 
 
-def selection_lists(expiry, order, *, k, window, chunk):
-  """As `tiles.selection_lists`, of [B, G, n] arrays."""
+class Sizes(NamedTuple):
+  """Sizes of the lists of all rows."""
+
+  rows: int
+  n: int
+  window: int
+  chunk: int
+  chunks: int
+  slots: int  # places of a list
+  segment: int  # ranks of a segment
+  segments: int
+
+  @property
+  def places(self) -> int:
+    """The places of all lists of a row."""
+    return self.chunks * self.slots
+
+
+class Places(NamedTuple):
+  """The lists, [rows, places], which the kernels write in place."""
+
+  token: Any
+  last: Any
+
+
+class OldInputs(NamedTuple):
+  """Arrays of the kernel list_old.
+
+  Attributes:
+    ranked: [rows, n, 4]: token, chunks [begin, end) where it is old, and its last query, by rank.
+    begins, ends: [rows, (chunks + 1) * segments] and [rows, chunks + 1, segments]: the slot in each
+      list where the part of a segment begins and ends, and behind the chunks the same of copies,
+      which are numbered through all chunks.
+  """
+
+  ranked: Any
+  begins: Any
+  ends: Any
+
+
+class OldOutputs(NamedTuple):
+  """Results of the kernel list_old, see tiles.Lists."""
+
+  old_place: Any
+  old_begin: Any
+
+
+class NewInputs(NamedTuple):
+  """Arrays of the kernel list_new; came: tokens of the row selected until each query."""
+
+  expiry: Any
+  came: Any
+  entered: Any
+
+
+class BoundsInputs(NamedTuple):
+  """Arrays of the kernel query_bounds."""
+
+  tiles: Tiles
+  window_start: Any
+
+
+def selection_lists(
+  expiry: jax.Array, order: jax.Array, *, k: int, window: int, chunk: int
+) -> Lists:
+  """Makes the same as `tiles.selection_lists`, of [B, G, n] arrays."""
   batch, groups, n = expiry.shape
   rows = batch * groups
   lists = _lists(expiry.reshape(rows, n), order.reshape(rows, n), k, window, chunk)
@@ -41,99 +113,27 @@ def selection_lists(expiry, order, *, k, window, chunk):
 def _lists(expiry, order, k, window, chunk):
   rows, n = expiry.shape
   chunks, slots = n // chunk, list_slots(k, chunk)
-  segment_size = max(SEGMENT, 1 << (-(-n // SEGMENTS) - 1).bit_length())
-  segments, places = -(-n // segment_size), chunks * slots
-  zeros = lambda *shape: jax.new_ref(jnp.zeros((rows, *shape), jnp.int32))
-  shape = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), jnp.int32)
+  segment = max(SEGMENT, 1 << (-(-n // SEGMENTS) - 1).bit_length())
+  sizes = Sizes(rows, n, window, chunk, chunks, slots, segment, -(-n // segment))
 
-  members = zeros((chunks + 1) * segments)
-
-  def count(row, _, rank, expiry, order, members, ranked):
-    token = reader(order, row)(rank)
-    last, entry = reader(expiry, row)(token), token + window
-    begin = (entry + (chunk - 1)) // chunk
-    # listed as old in chunks [begin, end)
-    end = jnp.where(last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin)
-    scatter_row(ranked.at[row], rank, (token, begin, end, last), rank < n)
-    for c, change in ((begin, 1), (end, -1)):
-      scatter(
-        members.at[row],
-        c * segments + rank // segment_size,
-        rank - rank + change,
-        (rank < n) & (begin < end),
-        atomic="add",
-      )
-
-  (ranked,) = kernel(count, rows, n, name="count_members", out_type=[shape(n, 4)])(
-    expiry, order, members
-  )
-
-  by_chunk = jnp.cumsum(contents(members)[0].reshape(rows, chunks + 1, segments), axis=1)[
-    :, :chunks
-  ]
+  ranked, members = _count_members(sizes, expiry, order)
+  by_chunk = jnp.cumsum(members.reshape(rows, chunks + 1, sizes.segments), axis=1)[:, :chunks]
   counts = jnp.concatenate([by_chunk, jnp.sum(by_chunk, axis=1, keepdims=True)], axis=1)
   ends = jnp.cumsum(counts, axis=2)
   old, begins = ends[:, :chunks, -1], (ends - counts).reshape(rows, -1)
-  tokens, lasts = zeros(places), zeros(places)
-
-  def list_old(row, _, lane, ranked, begins, ends, tokens, lasts, old_place, old_begin):
-    first = block_of(rows) * LANES
-    least, most = first // chunks, jnp.minimum((first + (LANES - 1)) // chunks, segments - 1)
-
-    @pl.when(
-      ends[row, chunks, most] > begins[row, chunks * segments + least]
-    )  # of most segments no token is old anywhere
-    def _():
-      segment = lane // chunks
-      c = lane - segment * chunks
-      own = reader(begins, row)
-      place, copy = c * slots + own(c * segments + segment), own(chunks * segments + segment)
-
-      def go(i, state):
-        place, copy = state
-        ranks = [segment * segment_size + (i * AT_ONCE + j) for j in range(AT_ONCE)]
-        for rank, (token, begin, end, last) in zip(
-          ranks, [reader(ranked, row)(rank) for rank in ranks]
-        ):
-          inside = rank < n
-          here = (begin <= c) & (c < end) & inside
-          scatter(tokens.at[row], place, token, here)
-          scatter(lasts.at[row], place, last, here)
-          scatter(old_place.at[row], copy + (c - begin), place, here)
-          scatter(old_begin.at[row], token, copy, (begin < end) & (c == 0) & inside)
-          place, copy = place + here.astype(jnp.int32), copy + jnp.where(inside, end - begin, 0)
-        return place, copy
-
-      lax.fori_loop(0, segment_size // AT_ONCE, go, (place, copy))
-
-  old_place, old_begin = kernel(
-    list_old, rows, chunks * segments, name="list_old", out_type=[shape(k * chunks), shape(n)]
-  )(ranked, begins, ends, tokens, lasts)
+  lists = Places(_zeros(sizes, sizes.places), _zeros(sizes, sizes.places))
+  old_places = _list_old(sizes, k, OldInputs(ranked, begins, ends), lists)
 
   # Tokens selected at a later query of a chunk are in their own order already.
   token = jnp.arange(n, dtype=jnp.int32)
   entry = token + window
-  # with entry <= i
-  came = jnp.pad(jnp.cumsum(expiry > entry, axis=1, dtype=jnp.int32), ((0, 0), (window, 0)))[:, :n]
+  came = jnp.cumsum(expiry > entry, axis=1, dtype=jnp.int32)  # with entry <= i
+  came = jnp.pad(came, ((0, 0), (window, 0)))[:, :n]
   entered = jnp.repeat(old - came[:, ::chunk], chunk, axis=1) + came
+  listed = _zeros(sizes, n)
+  new_place = _list_new(sizes, NewInputs(expiry, came, entered), lists, listed)
 
-  def list_new(row, _, token, expiry, came, entered, tokens, lasts, listed, new_place):
-    last, entry = reader(expiry, row)(token), token + window
-    c = entry // chunk
-    selected = (last > entry) & (token < n)
-    scatter(listed.at[row], reader(came, row)(entry) - 1, token, selected)
-    there = selected & (entry != c * chunk)
-    place = jnp.where(there, c * slots + reader(entered, row)(entry) - 1, places)
-    scatter(tokens.at[row], place, token, there)
-    scatter(lasts.at[row], place, last, there)
-    scatter(new_place.at[row], token, place, token < n)
-
-  listed = zeros(n)
-  (new_place,) = kernel(list_new, rows, n, name="list_new", out_type=[shape(n)])(
-    expiry, came, entered, tokens, lasts, listed
-  )
-
-  tokens, lasts = (x.reshape(rows, chunks, slots) for x in contents(tokens, lasts))
+  tokens, lasts = (x.reshape(rows, chunks, slots) for x in contents(*lists))
   old_count = jnp.where(expiry > entry, jnp.maximum(-(-expiry // chunk) - -(-entry // chunk), 0), 0)
   return Lists(
     tokens,
@@ -142,37 +142,139 @@ def _lists(expiry, order, k, window, chunk):
     entered,
     old,
     new_place,
-    old_place,
-    old_begin,
+    old_places.old_place,
+    old_places.old_begin,
     old_count,
     contents(listed)[0],
     came[:, -1],
   )
 
 
-def query_bounds(tiles, left, *, chunk, block_q, block_kv):
-  """As `tiles.query_bounds`."""
+def _zeros(sizes, *shape):
+  """Returns a reference to zeros that kernels write in place."""
+  return jax.new_ref(jnp.zeros((sizes.rows, *shape), jnp.int32))
+
+
+def _shape(sizes, *shape):
+  return jax.ShapeDtypeStruct((sizes.rows, *shape), jnp.int32)
+
+
+def _count_members(sizes, expiry, order):
+  """Returns each rank's (token, chunks [begin, end) where it is old, last query), and for each
+  chunk and segment how many ranks become old there less how many cease to be.
+  """
+  chunk, n = sizes.chunk, sizes.n
+  members = _zeros(sizes, (sizes.chunks + 1) * sizes.segments)
+
+  def body(row, _, rank, expiry, order, members, ranked):
+    token = reader(order, row)(rank)
+    last, entry = reader(expiry, row)(token), token + sizes.window
+    begin = (entry + (chunk - 1)) // chunk
+    # old in chunks [begin, end)
+    end = jnp.where(last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin)
+    scatter_row(ranked.at[row], rank, (token, begin, end, last), rank < n)
+    for c, change in ((begin, 1), (end, -1)):
+      scatter(
+        members.at[row],
+        c * sizes.segments + rank // sizes.segment,
+        rank - rank + change,
+        (rank < n) & (begin < end),
+        atomic="add",
+      )
+
+  run = kernel(body, sizes.rows, n, name="count_members", out_type=[_shape(sizes, n, 4)])
+  (ranked,) = run(expiry, order, members)
+  return ranked, contents(members)[0]
+
+
+def _list_old(sizes, k, inputs, lists):
+  """Writes the part of each segment in each list, and where the copies of each token are."""
+  n, chunks, segments = sizes.n, sizes.chunks, sizes.segments
+
+  def body(row, _, lane, inputs, lists, outputs):
+    first = block_of(sizes.rows) * LANES
+    least, most = first // chunks, jnp.minimum((first + (LANES - 1)) // chunks, segments - 1)
+
+    # No token of most segments is old anywhere.
+    @pl.when(inputs.ends[row, chunks, most] > inputs.begins[row, chunks * segments + least])
+    def _write():
+      segment = lane // chunks
+      c = lane - segment * chunks
+      begin_of = reader(inputs.begins, row)
+      place = c * sizes.slots + begin_of(c * segments + segment)
+      copy = begin_of(chunks * segments + segment)
+
+      def write(i, state):
+        place, copy = state
+        ranks = [segment * sizes.segment + (i * AT_ONCE + j) for j in range(AT_ONCE)]
+        loaded = [reader(inputs.ranked, row)(rank) for rank in ranks]
+        for rank, (token, begin, end, last) in zip(ranks, loaded):
+          inside = rank < n
+          here = (begin <= c) & (c < end) & inside
+          scatter(lists.token.at[row], place, token, here)
+          scatter(lists.last.at[row], place, last, here)
+          scatter(outputs.old_place.at[row], copy + (c - begin), place, here)
+          scatter(outputs.old_begin.at[row], token, copy, (begin < end) & (c == 0) & inside)
+          place, copy = place + here.astype(jnp.int32), copy + jnp.where(inside, end - begin, 0)
+        return place, copy
+
+      lax.fori_loop(0, sizes.segment // AT_ONCE, write, (place, copy))
+
+  out = OldOutputs(_shape(sizes, k * chunks), _shape(sizes, n))
+  run = kernel(body, sizes.rows, chunks * segments, name="list_old", out_type=[out])
+  (outputs,) = run(inputs, lists)
+  return outputs
+
+
+def _list_new(sizes, inputs, lists, listed):
+  """Writes the tokens that are selected first at a later query of a chunk, and those of all lists
+  into `listed`; returns the place of each of the former.
+  """
+  n, chunk = sizes.n, sizes.chunk
+
+  def body(row, _, token, inputs, lists, listed, new_place):
+    last, entry = reader(inputs.expiry, row)(token), token + sizes.window
+    c = entry // chunk
+    selected = (last > entry) & (token < n)
+    scatter(listed.at[row], reader(inputs.came, row)(entry) - 1, token, selected)
+    is_new = selected & (entry != c * chunk)
+    place = c * sizes.slots + reader(inputs.entered, row)(entry) - 1
+    place = jnp.where(is_new, place, sizes.places)
+    scatter(lists.token.at[row], place, token, is_new)
+    scatter(lists.last.at[row], place, last, is_new)
+    scatter(new_place.at[row], token, place, token < n)
+
+  run = kernel(body, sizes.rows, n, name="list_new", out_type=[_shape(sizes, n)])
+  (new_place,) = run(inputs, lists, listed)
+  return new_place
+
+
+def query_bounds(
+  tiles: Tiles, window_start: jax.Array, *, chunk: int, block_q: int, block_kv: int
+) -> jax.Array:
+  """Returns the same as `tiles.query_bounds`: a lane for a block of queries."""
   batch, groups, chunks, smallest = tiles.last_max.shape
   blocks, times = chunks * chunk // block_q, block_kv // TILE
-  flat = [x.reshape(batch * groups, chunks * smallest) for x in tiles]
+  flat = Tiles(*(x.reshape(batch * groups, chunks * smallest) for x in tiles))
 
-  def body(row, _, block, *refs):
-    *tiles, left, bounds = refs
+  def body(row, _, block, inputs, bounds):
     begin = block * block_q
     first = begin // chunk * smallest
 
     def read(t):
-      of = [[reader(ref, row)(first + t * times + i) for i in range(times)] for ref in tiles]
-      return Tiles(
-        *(functools.reduce(f, values) for f, values in zip((jnp.minimum, jnp.maximum) * 2, of))
-      )
+      parts = [
+        [reader(ref, row)(first + t * times + i) for i in range(times)] for ref in inputs.tiles
+      ]
+      joins = (jnp.minimum, jnp.maximum) * 2
+      return Tiles(*(functools.reduce(f, values) for f, values in zip(joins, parts)))
 
-    found = query_tiles(read, begin, block_q, smallest // times)
-    for i, t in enumerate(
-      (*found, *near_tiles(reader(left, row // groups), block, block_q, block_kv))
-    ):
+    in_list = query_tiles(read, begin, block_q, smallest // times)
+    start_of = reader(inputs.window_start, row // groups)
+    in_window = near_tiles(start_of, block, block_q, block_kv)
+    for i, t in enumerate((*in_list, *in_window)):
       scatter(bounds.at[row], block * 6 + i, t, block < blocks)
 
   out = jax.ShapeDtypeStruct((batch * groups, blocks * 6), jnp.int32)
-  (bounds,) = kernel(body, batch * groups, blocks, name="query_bounds", out_type=[out])(*flat, left)
+  run = kernel(body, batch * groups, blocks, name="query_bounds", out_type=[out])
+  (bounds,) = run(BoundsInputs(flat, window_start))
   return bounds.reshape(batch, groups, blocks, 6)

@@ -1,203 +1,158 @@
-"""Products of a few rows with a matrix on Hopper GPUs, which generation spends its time on, with
-the small things around them inside.
+"""Products of a few rows with a matrix on Hopper GPUs (GEMV), where generation spends its time;
+what surrounds a product in a decoder layer (RMSNorm, SwiGLU, residual, the join of attention that
+was computed in parts) is fused into it.
 
-A program computes 16 columns of the result, by tensor cores, whose rows are the matrix's and whose
-columns are those of x. Its warps share the sum; every lane asks for all that it needs of the matrix
-at once, before it does anything else. In which order a warp sums does not matter: a lane takes
-eight neighbours of its row of the matrix, and of x, for what the tensor cores take for two pairs of
-one product and two of the next.
+A program computes a tile of 16 columns of the result, which are 16 rows of the matrix. It has 1, 2
+or 4 warpgroups, all with the same role: their warps split the sum over K (split-K).
+
+  every warp w of the program
+  ---------------------------------------------------------------------------
+  issue the loads of what prepares x: x and scale, or the parts of attention
+  issue the loads of K / warps numbers of each of the 16 rows of the matrix
+  if x is normalised:
+    squares[w] = sum of squares
+    wait for `warpgroups` barrier
+  if x is normalised or joined:
+    prepared = x, rounded
+    wait for `warpgroups` barrier
+    read prepared
+  multiply by tensor cores, 16 x 8 x 16 at a time
+  partial_sums[w] = products
+  wait for `program` barrier
+  ---------------------------------------------------------------------------
+  warpgroup 0: add the partial sums of all warps, SwiGLU, + residual -> out
+
+  barrier       hardware barrier    opens when all these have arrived
+  warpgroups    bar.sync 1          all lanes of the warpgroups that compute
+  program       bar.sync 0          all lanes of the program
+
+  shared memory    shape              type       bytes for 2 rows of 2048, 2 warpgroups
+  partial_sums     warps, 8, 16       float32     4 KiB
+  squares          warps, 8           float32   256 B
+  prepared         B, K + 32          16 bit    8320 B; one row, unused, if x needs no preparation
+
+The loads of the matrix are issued before anything is waited for: all of it is on its way while x is
+prepared. A warp may add its products in any order, so a lane loads eight neighbours of a row, 16
+bytes, and gives them to the tensor cores as two pairs of one product and two of the next; of x it
+takes the same ones.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.hopper.common import axes, place
-from sparsek.kernels.hopper.thread_ops import (
-  LANES,
-  PARAMS,
-  ask_bytes,
-  can_run,
-  floats,
-  from_lane,
-  gather,
-  gather_bytes,
-  multiply_add,
-  narrow,
-  numbers,
-  scatter,
-  scatter_bytes,
-  wait_for_all,
-  widen,
-)
+from sparsek.kernels.devices import can_run
+from sparsek.kernels.hopper.common import axes, axis_index
+from sparsek.kernels.hopper.row_preparation import STEP, Preparation, Ref
+from sparsek.kernels.hopper.thread_ops import PARAMS, gather, gather_bytes, load_in_order, scatter
+from sparsek.kernels.hopper.thread_registers import LANES, lane_index, multiply_add
+from sparsek.kernels.hopper.thread_sync import sync_threads
 
 ENABLED = True  # False: XLA multiplies
-ROWS = 8  # of x, at most: the columns that a tensor core computes at once
-COLUMNS = 16  # of the result, of a program
-STEP = 32  # numbers of each row that a warp multiplies at once
-STEPS = 12  # most of a warp: their registers are those of 16 bytes of x and 32 of the matrix
+ROWS = 8  # of x at most: columns of a tensor core's product
+COLUMNS = 16  # of the result that a program computes: rows of a tensor core's product
+MAX_STEPS = 12  # of a warp: each takes registers for 16 bytes of x and 32 of the matrix a lane
 
 
 class Parts(NamedTuple):
-  """Attention of one token, its keys in S parts: sums [S, B, H D] of values weighted by exp(logit -
-  top), and [S, B, H] the largest logit `top` (LOWEST where there is none) and the sum `total` of
-  these weights, all float32.
+  """Attention of one token, its keys in S parts, all float32.
+
+  Attributes:
+    sums: [S, B, H D], values weighted by exp(logit - top).
+    top: [S, B, H], the largest logit of a part; LOWEST where it has none.
+    total: [S, B, H], sum of the weights.
   """
 
   sums: jax.Array
   top: jax.Array
   total: jax.Array
 
-  def joined(self, dtype):
-    """[B, H D]."""
+  def joined(self, dtype: Any) -> jax.Array:
+    """Returns the attention over all parts, [B, H D]."""
     weight = jnp.exp(self.top - jnp.max(self.top, axis=0))
-    share = weight / jnp.sum(weight * self.total, axis=0)
+    factor = weight / jnp.sum(weight * self.total, axis=0)
     return jnp.sum(
-      (self.sums.reshape(*self.top.shape, -1) * share[..., None]).reshape(self.sums.shape), axis=0
+      (self.sums.reshape(*self.top.shape, -1) * factor[..., None]).reshape(self.sums.shape), axis=0
     ).astype(dtype)
 
 
-class Share(NamedTuple):
-  """How the warpgroups of a program share what is to be prepared of x, in shared memory: [batch,
-  width] numbers of the type `kind`, rows `stride` apart.
+class Lanes(NamedTuple):
+  """Coordinates of the lanes of a warpgroup.
 
-  What does it asks for all that it needs, and returns what does the rest.
+  Attributes:
+    warpgroup: number in the program.
+    lane: number in the warpgroup.
+    warp: number in the program.
+    row: of the tensor cores' operands, 0 to 7; the matrix's operand has row + 8 too.
+    part: which eight numbers of a STEP the lane holds, 0 to 3.
   """
 
-  batch: int
-  width: int
-  kind: jnp.dtype
-  warpgroups: int
-
-  @property
-  def stride(self):
-    return self.width + STEP  # neighbouring rows in different banks
-
-  def pieces(self, warpgroup):
-    """Which eight neighbours of a row of x a lane is to prepare: [(first, are they there)]."""
-    first = [
-      (warpgroup * LANES + numbers() + i * self.warpgroups * LANES) * 8
-      for i in range(-(-self.width // (8 * self.warpgroups * LANES)))
-    ]
-    return [(jnp.where(k < self.width, k, 0), k < self.width) for k in first]
-
-  def join(self, count, heads, sums_ref, top_ref, total_ref, ready_ref, warpgroup):
-    """Of x in `count` parts, see Parts, every lane of the program writes some."""
-    batch, width, asked = self.batch, self.width, []
-    for k, there in self.pieces(warpgroup):
-      for b in range(batch):
-        top, total = (
-          [gather(ref, (i * batch + b) * heads + k // (width // heads)) for i in range(count)]
-          for ref in (top_ref, total_ref)
-        )
-        asked.append(
-          (
-            b,
-            k,
-            there,
-            top,
-            total,
-            [floats(sums_ref, (i * batch + b) * width + k, 8, ask_bytes) for i in range(count)],
-          )
-        )
-
-    def rest():
-      for b, k, there, top, total, values in asked:
-        highest = functools.reduce(jnp.maximum, top)
-        weight = [jnp.exp(y - highest) for y in top]
-        factor = 1 / sum(w * y for w, y in zip(weight, total))
-        values = narrow(
-          [sum(w * y for w, y in zip(weight, column)) * factor for column in zip(*values)],
-          self.kind,
-        )
-        scatter_bytes(ready_ref, k * 0 + b, k, self.stride, values, there)
-      wait_for_all(self.warpgroups)
-
-    return rest
-
-  def normalise(
-    self, x_ref, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, hold, fresh=False
-  ):
-    """Of the norm of x every lane of the program writes some; `hold`: in registers, else x is read
-    twice; `fresh`: see `ask_bytes`.
-    """
-    lane, warps, kind = numbers(), 4 * self.warpgroups, self.kind
-    warp = warpgroup * 4 + (lane >> 5)
-    pieces, there = zip(*self.pieces(warpgroup))
-    words = [
-      [ask_bytes(x_ref, lane * 0 + b, k, self.width, fresh=fresh) for k in pieces]
-      for b in range(self.batch)
-    ]
-    scales = [floats(scale_ref, k, 8, ask_bytes) for k in pieces]
-
-    def rest():
-      for b in range(self.batch):
-        total = sum(
-          jnp.where(inside, sum(y * y for y in widen(piece, kind)), 0.0)
-          for piece, inside in zip(words[b], there)
-        )
-        for distance in (16, 8, 4, 2, 1):
-          total = total + from_lane(total, distance)
-        scatter(squares_ref, b * warps + warp, total, (lane & 31) == 0)
-      wait_for_all(self.warpgroups)
-      for b in range(self.batch):
-        factor = lax.rsqrt(
-          sum(gather(squares_ref, lane * 0 + b * warps + w) for w in range(warps))
-          * (1 / self.width)
-          + epsilon
-        )
-        again = (
-          words[b] if hold else [gather_bytes(x_ref, lane * 0 + b, k, self.width) for k in pieces]
-        )
-        for piece, k, scale, inside in zip(again, pieces, scales, there):
-          values = narrow([y * factor * s for y, s in zip(widen(piece, kind), scale)], kind)
-          scatter_bytes(ready_ref, lane * 0 + b, k, self.stride, values, inside)
-      wait_for_all(self.warpgroups)
-
-    return rest
+  warpgroup: jax.Array
+  lane: jax.Array
+  warp: jax.Array
+  row: jax.Array
+  part: jax.Array
 
 
-def put_sums(sums_ref, warp, sums):
-  """Stores what `multiply_add` gave a warp, for `result`."""
-  row, part = (numbers() >> 2) & 7, numbers() & 3
+def lanes_of(warpgroup: jax.Array) -> Lanes:
+  """Returns the coordinates of a warpgroup's lanes."""
+  lane = lane_index()
+  return Lanes(warpgroup, lane, warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3)
+
+
+def store_partial_sums(partial_sums: Ref, warp: jax.Array, sums: Sequence[jax.Array]) -> None:
+  """Stores the products of a warp, as `multiply_add` returns them, for `add_partial_sums`."""
+  row, part = (lane_index() >> 2) & 7, lane_index() & 3
   for i, value in enumerate(sums):
-    scatter(
-      sums_ref, warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8, value, row >= 0
-    )
+    index = warp * LANES + (part * 2 + i % 2) * COLUMNS + row + i // 2 * 8
+    scatter(partial_sums, index, value, row >= 0)
 
 
-def result(sums_ref, first, warps, swiglu, kind):
-  """float32 that a tile's sums, of so many warps from the `first` on, come to: COLUMNS numbers of
-  every row of x, one a lane, or with swiglu half as many.
+def add_partial_sums(
+  partial_sums: Ref, first: jax.Array | int, warps: int, swiglu: bool, dtype: Any
+) -> jax.Array:
+  """Returns a tile of the result, float32: COLUMNS numbers of every row of x, one a lane, or half
+  as many with swiglu.
+
+  Args:
+    first: the first warp whose sums belong to the tile.
+    warps: number of these warps.
+    swiglu: the columns are eight of gate and eight of up, which are rounded to `dtype`.
   """
-  lane = numbers()
-  total = lambda at: sum(gather(sums_ref, (first + w) * LANES + at) for w in range(warps))
+  lane = lane_index()
+
+  def total(index):
+    return sum(gather(partial_sums, (first + w) * LANES + index) for w in range(warps))
+
   if not swiglu:
     return total(lane)
-  place = jnp.minimum(lane // 8, ROWS - 1) * COLUMNS + lane % 8
-  gate, up = (total(place + i).astype(kind).astype(jnp.float32) for i in (0, 8))
+  index = jnp.minimum(lane // 8, ROWS - 1) * COLUMNS + lane % 8
+  gate, up = (total(index + i).astype(dtype).astype(jnp.float32) for i in (0, 8))
   return gate / (1 + jnp.exp(-gate)) * up
 
 
-def warpgroups(width: int) -> int | None:
-  """Of a program, that share sums over `width`: the fewest that each have at most STEPS; None where
-  none do.
+def warpgroups_for(width: int) -> int | None:
+  """Returns the warpgroups of a program that share sums over `width`: the fewest that each have at
+  most MAX_STEPS; None if no number of them fits.
   """
-  return next(
-    (n for n in (1, 2, 4) if width % (4 * n * STEP) == 0 and width <= 4 * n * STEP * STEPS), None
+  for count in (1, 2, 4):
+    if width % (4 * count * STEP) == 0 and width <= 4 * count * STEP * MAX_STEPS:
+      return count
+  return None
+
+
+def supports(batch: int, matrix: jax.Array, dtype: Any) -> bool:
+  """Returns whether `product` can multiply x [batch, K] of that dtype with the matrix [N, K], on
+  this device.
+  """
+  fits = (
+    batch <= ROWS and len(matrix) % COLUMNS == 0 and warpgroups_for(matrix.shape[1]) is not None
   )
-
-
-def takes(batch: int, matrix: jax.Array, dtype) -> bool:
-  """Whether x [batch, K] of that dtype and the matrix [N, K] are of sizes and types that `product`
-  multiplies, and this is the device for it.
-  """
-  fits = batch <= ROWS and len(matrix) % COLUMNS == 0 and warpgroups(matrix.shape[1]) is not None
   return (
     ENABLED
     and fits
@@ -210,123 +165,226 @@ def takes(batch: int, matrix: jax.Array, dtype) -> bool:
 def product(
   x: jax.Array | Parts,
   matrix: jax.Array,
-  *more: jax.Array,
+  *extra: jax.Array,
   scale: jax.Array | None = None,
   epsilon: float = 0.0,
   residual: jax.Array | None = None,
   swiglu: bool = False,
-  dtype=None,
+  dtype: Any = None,
 ) -> jax.Array:
-  """x times the transpose of the matrix, summed in float32.
+  """Multiplies x with the transpose of the matrix, summing in float32.
 
   Args:
-    x: [B, K], at most ROWS rows of a 16-bit type; or Parts that are to be joined and rounded to the
+    x: [B, K], at most ROWS rows of a 16-bit type; or Parts, which are joined and rounded to the
       matrix's type.
-    matrix: [N, K], N a multiple of COLUMNS, K one for which `warpgroups` is something.
-    more: at most one more such matrix, whose products stand behind those of the first.
-    scale: [K] float32, of an RMSNorm that x passes before, with `epsilon`.
+    matrix: [N, K], N a multiple of COLUMNS, K one that `warpgroups_for` accepts.
+    extra: at most one more such matrix, whose products follow those of the first.
+    scale: [K] float32, of an RMSNorm that is applied to x first, with `epsilon`.
     residual: [B, N], added to the rounded products.
     swiglu: the matrix holds the rows of gate and up, [2 F, K]; the result is [B, F], silu(gate) *
       up.
-    dtype: of the result; default: of x.
+    dtype: of the result; x's by default.
 
   Returns:
     [B, N].
   """
-  return _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype)
+  return _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype)
+
+
+class Inputs(NamedTuple):
+  """Arrays in global memory, see `product`; Parts and residual are flat."""
+
+  x: Ref  # or Parts
+  matrix: Ref
+  extra: Ref | None
+  scale: Ref | None
+  residual: Ref | None
+
+
+class Outputs(NamedTuple):
+  """The result in global memory, flat."""
+
+  out: Ref
+
+
+class Scratch(NamedTuple):
+  """Shared memory, see the drawing above."""
+
+  partial_sums: Ref
+  squares: Ref
+  prepared: Ref
+
+
+class Options(NamedTuple):
+  """Constants of a product's kernel.
+
+  Attributes:
+    preparation: of x.
+    parts: number of parts and heads, if x is Parts.
+    tiles: of the first matrix.
+    columns: of the result.
+    columns_of_tile: of the result that a program computes.
+    row_distance: from a row of the matrix that a lane reads to the other one.
+  """
+
+  preparation: Preparation
+  parts: tuple[int, int] | None
+  epsilon: float
+  swiglu: bool
+  dtype: Any
+  tiles: int
+  columns: int
+  columns_of_tile: int
+  row_distance: int
+
+  @property
+  def warps(self) -> int:
+    return 4 * self.preparation.warpgroups
 
 
 # Compiled by itself, so that it is traced once for all layers.
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _product(x, matrix, more, scale, residual, epsilon, swiglu, dtype):
-  parts = isinstance(x, Parts)
-  batch, width = (x.sums if parts else x).shape[-2:]
-  kind, groups = matrix.dtype, warpgroups(width)
-  dtype, warps = dtype or kind, 4 * groups
-  steps, tiles = width // (warps * STEP), len(matrix) // COLUMNS
-  every = tiles + sum(map(len, more)) // COLUMNS
-  columns = (every * COLUMNS) // (2 if swiglu else 1)
-  each = COLUMNS // (2 if swiglu else 1)  # columns of the result, of a program
-  share = Share(batch, width, kind, groups)
-  stride = share.stride
-  below = len(matrix) // 2 if swiglu else 8  # from a row that a lane reads to the other one
-  prepared = parts or scale is not None  # x in shared memory
-  xs = [y.reshape(-1) for y in x] if parts else [x]
-
-  def body(*refs):
-    x_refs, (matrix_ref, *refs) = refs[: len(xs)], refs[len(xs) :]
-    more_ref = refs.pop(0) if more else None
-    scale_ref = refs.pop(0) if scale is not None else None
-    residual_ref = refs.pop(0) if residual is not None else None
-    out_ref, sums_ref, squares_ref, ready_ref = refs
-    tile, warpgroup = place("tile", "warpgroup")
-    lane = numbers()
-    warp, row, part = warpgroup * 4 + (lane >> 5), (lane >> 2) & 7, lane & 3
-    first = [(warp * steps + i) * STEP + part * 8 for i in range(steps)]
-    own = jnp.minimum(row, batch - 1)  # rows of x beyond the last repeat it, and are not written
-
-    def run(ref, tile):
-      at = tile * each + row
-      # of the result, what the lanes of the first warpgroup write
-      n, column = (lane // each, lane % each)
-      there = lane < batch * each
-      target = jnp.where(there, n * columns + tile_all * each + column, 0)
-      added = None if residual is None else gather(residual_ref, target)
-      # What prepares x comes from near, and must not wait behind the matrix.
-      if parts:
-        rest = share.join(x.top.shape[0], x.top.shape[2], *x_refs, ready_ref, warpgroup)
-      elif scale is not None:
-        # registers are few
-        rest = share.normalise(
-          *x_refs, scale_ref, epsilon, ready_ref, squares_ref, warpgroup, batch <= 2
-        )
-      else:
-        rows = [ask_bytes(x_refs[0], own, k, width) for k in first]
-      weights = [
-        (ask_bytes(ref, at, k, width, once=True), ask_bytes(ref, at + below, k, width, once=True))
-        for k in first
-      ]
-      if prepared:
-        rest()
-        rows = [gather_bytes(ready_ref, own, k, stride) for k in first]
-      sums = ((lane * 0).astype(jnp.float32),) * 4
-      for (a, b), c in zip(weights, rows):
-        for i in (0, 2):
-          sums = multiply_add(sums, (a[i], b[i], a[i + 1], b[i + 1]), c[i : i + 2], kind)
-      put_sums(sums_ref, warp, sums)
-      wait_for_all()
-
-      @pl.when(warpgroup == 0)
-      def _():
-        value = result(sums_ref, 0, warps, swiglu, kind)
-        if residual is not None:
-          value = value.astype(kind).astype(jnp.float32) + added.astype(jnp.float32)
-        scatter(out_ref, target, value.astype(dtype), there)
-
-    tile_all = tile
-    if more:
-      pl.when(tile < tiles)(lambda: run(matrix_ref, tile))
-      pl.when(tile >= tiles)(lambda: run(more_ref, tile - tiles))
-    else:
-      run(matrix_ref, tile)
-
-  arrays = [*xs, matrix, *more] + [
-    y for y in (scale, None if residual is None else residual.reshape(-1)) if y is not None
-  ]
-  shared = [
-    plgpu.SMEM((warps * LANES,), jnp.float32),
-    plgpu.SMEM((warps * ROWS,), jnp.float32),
-    plgpu.SMEM((batch if prepared else 1, stride), kind),
-  ]
-  (out,) = plgpu.kernel(
-    body,
-    out_type=[jax.ShapeDtypeStruct((batch * columns,), dtype)],
-    scratch_types=shared,
-    grid=(every,),
+def _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype):
+  in_parts = isinstance(x, Parts)
+  batch, width = (x.sums if in_parts else x).shape[-2:]
+  warpgroups = warpgroups_for(width)
+  assert warpgroups is not None, width
+  preparation = Preparation(batch, width, matrix.dtype, warpgroups)
+  tiles = len(matrix) // COLUMNS
+  all_tiles = tiles + sum(map(len, extra)) // COLUMNS
+  halves = 2 if swiglu else 1
+  options = Options(
+    preparation,
+    (x.top.shape[0], x.top.shape[2]) if in_parts else None,
+    epsilon,
+    swiglu,
+    dtype or matrix.dtype,
+    tiles,
+    columns=all_tiles * COLUMNS // halves,
+    columns_of_tile=COLUMNS // halves,
+    row_distance=len(matrix) // 2 if swiglu else 8,
+  )
+  is_prepared = in_parts or scale is not None
+  scratch = Scratch(
+    partial_sums=plgpu.SMEM((options.warps * LANES,), jnp.float32),
+    squares=plgpu.SMEM((options.warps * ROWS,), jnp.float32),
+    prepared=plgpu.SMEM((batch if is_prepared else 1, preparation.stride), matrix.dtype),
+  )
+  (outputs,) = plgpu.kernel(
+    functools.partial(_kernel, options),
+    out_type=[Outputs(jax.ShapeDtypeStruct((batch * options.columns,), options.dtype))],
+    scratch_types=[scratch],
+    grid=(all_tiles,),
     grid_names=axes("tile"),
-    num_threads=groups,
+    num_threads=warpgroups,
     thread_name=axes("warpgroup")[0],
     compiler_params=PARAMS,
     kernel_name="sparsek_skinny",
-  )(*arrays)
-  return out.reshape(batch, columns)
+  )(
+    Inputs(
+      Parts(*(y.reshape(-1) for y in x)) if in_parts else x,
+      matrix,
+      extra[0] if extra else None,
+      scale,
+      None if residual is None else residual.reshape(-1),
+    )
+  )
+  return outputs.out.reshape(batch, options.columns)
+
+
+def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+  tile, warpgroup = axis_index("tile", "warpgroup")
+  lanes, (batch, width, _, warpgroups) = lanes_of(warpgroup), options.preparation
+  steps = width // (4 * warpgroups * STEP)
+  first = [(lanes.warp * steps + i) * STEP + lanes.part * 8 for i in range(steps)]
+  # Rows of x beyond the last repeat it, and are not written.
+  x_row = jnp.minimum(lanes.row, batch - 1)
+
+  def compute(matrix, tile_of_matrix):
+    _compute(options, inputs, outputs, scratch, lanes, first, x_row, tile, matrix, tile_of_matrix)
+
+  if inputs.extra is None:
+    compute(inputs.matrix, tile)
+  else:
+    pl.when(tile < options.tiles)(lambda: compute(inputs.matrix, tile))
+    pl.when(tile >= options.tiles)(lambda: compute(inputs.extra, tile - options.tiles))
+
+
+def _compute(
+  options: Options,
+  inputs: Inputs,
+  outputs: Outputs,
+  scratch: Scratch,
+  lanes: Lanes,
+  first: list[jax.Array],
+  x_row: jax.Array,
+  tile: jax.Array,
+  matrix: Ref,
+  tile_of_matrix: jax.Array,
+) -> None:
+  """Computes one tile of the result.
+
+  Args:
+    first: the first of eight neighbours that a lane multiplies, for each step of the sum.
+    x_row: row of x of each lane.
+    tile: number of the tile in the result.
+    tile_of_matrix: its number in `matrix`.
+  """
+  preparation, lane, columns = options.preparation, lanes.lane, options.columns_of_tile
+  matrix_row = tile_of_matrix * columns + lanes.row
+  # Elements of the result that the lanes of the first warpgroup write.
+  n, column = lane // columns, lane % columns
+  inside = lane < preparation.batch * columns
+  target = jnp.where(inside, n * options.columns + tile * columns + column, 0)
+  residual = None if inputs.residual is None else gather(inputs.residual, target)
+  # These loads are short; they must not wait behind those of the matrix.
+  finish_preparation = _start_preparation(options, inputs, scratch, lanes.warpgroup)
+  x_words = []
+  if finish_preparation is None:
+    x_words = [load_in_order(inputs.x, x_row, k, preparation.width) for k in first]
+  matrix_words = [
+    (
+      load_in_order(matrix, matrix_row, k, preparation.width, once=True),
+      load_in_order(matrix, matrix_row + options.row_distance, k, preparation.width, once=True),
+    )
+    for k in first
+  ]
+  if finish_preparation is not None:
+    finish_preparation()
+    x_words = [gather_bytes(scratch.prepared, x_row, k, preparation.stride) for k in first]
+  sums: tuple[jax.Array, ...] = ((lane * 0).astype(jnp.float32),) * 4
+  for (a, b), c in zip(matrix_words, x_words):
+    for i in (0, 2):
+      operand = a[i], b[i], a[i + 1], b[i + 1]
+      sums = multiply_add(sums, operand, c[i : i + 2], preparation.dtype)
+  store_partial_sums(scratch.partial_sums, lanes.warp, sums)
+  sync_threads()
+
+  @pl.when(lanes.warpgroup == 0)
+  def store():
+    value = add_partial_sums(
+      scratch.partial_sums, 0, options.warps, options.swiglu, preparation.dtype
+    )
+    if residual is not None:
+      value = value.astype(preparation.dtype).astype(jnp.float32) + residual.astype(jnp.float32)
+    scatter(outputs.out, target, value.astype(options.dtype), inside)
+
+
+def _start_preparation(
+  options: Options, inputs: Inputs, scratch: Scratch, warpgroup: jax.Array
+) -> Callable[[], None] | None:
+  """Starts the preparation of x in shared memory; None if it is multiplied as it is."""
+  preparation = options.preparation
+  if options.parts is not None:
+    return preparation.start_join(*options.parts, inputs.x, scratch.prepared, warpgroup)
+  if inputs.scale is None:
+    return None
+  return preparation.start_norm(
+    inputs.x,
+    inputs.scale,
+    options.epsilon,
+    scratch.prepared,
+    scratch.squares,
+    warpgroup,
+    hold=preparation.batch <= 2,  # registers are few
+  )

@@ -1,9 +1,12 @@
-"""Mosaic GPU kernels of single threads: each of a program's 128 lanes reads and writes where it
-likes.
+"""Mosaic GPU kernels of single threads (lanes): each loads and stores at an address of its own.
 
 Pallas itself moves tiles only; the loads and stores below are single instructions inlined into its
-kernels. The interpreter has no counterpart for them.
+kernels. The interpreter has no counterpart for them. See also thread_registers.py (arithmetic that
+Pallas lacks) and thread_sync.py (barriers).
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,550 +14,293 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, memref, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from sparsek.kernels.hopper.common import grid_of, place, place_in
+from sparsek.kernels.hopper.common import Ref, axis_index, grid_of, grid_position
+from sparsek.kernels.hopper.thread_registers import (
+  LANES,
+  LAYOUT,
+  address_of,
+  array_of,
+  constant,
+  element,
+  extract,
+  float_type,
+  four_words,
+  global_address,
+  lane_index,
+  only_where,
+  per_lane,
+  split_struct,
+)
 
-LANES = 128  # threads of a program
-LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 # The other semantics infer layouts, which takes ten times as long and finds the one there is. With
 # these, `where` of integers forgets the sign if what it chooses first is one number for all lanes
 # (see compile_test.py): write booleans `.astype(int32)` and keep an array first.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-# JAX 0.10 cannot write in place from a differentiated function
-SUPPORTED = jax.__version_info__ >= (0, 11)
 
 
-def device_here() -> jax.Device:
-  """The device that kernels are made for."""
-  device = jax.config.jax_default_device or jax.devices()[0]  # a device, or a platform's name
-  return jax.devices(device)[0] if isinstance(device, str) else device
+def gather(ref: Ref, index: Any) -> jax.Array:
+  """Returns ref[index] in each lane; `ref` has one axis."""
 
-
-def can_run() -> bool:
-  """Whether these kernels can run here: on a Hopper GPU."""
-  device = device_here()
-  return (
-    SUPPORTED
-    and device.platform == "gpu"
-    and str(getattr(device, "compute_capability", "")) == "9.0"
-  )
-
-
-def gather(ref, index):
-  """ref[index] in every lane; `ref` has one axis."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), LAYOUT),
-    return_type=plgpu.ShapeDtypeStruct((LANES,), ref.dtype, layout=LAYOUT),
-  )
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=array_of(ref.dtype))
   def load(_, ref, index):
     signed = None if jnp.issubdtype(dtype, jnp.floating) else True
     return index.foreach(
-      lambda i, _: memref.load(ref, [_index(i)]), create_array=True, is_signed=signed
+      lambda i, _: memref.load(ref, [_memref_index(i)]), create_array=True, is_signed=signed
     )
 
   dtype = ref.dtype
-  return load(ref, _lanes(index))
+  return load(ref, per_lane(index))
 
 
-def gather_row(ref, index):
-  """The four int32 of ref[index] in every lane, tuple of arrays."""
+def gather_row(ref: Ref, index: Any) -> tuple[jax.Array, ...]:
+  """Returns the four int32 of ref[index] in each lane."""
   return gather_bytes(ref, index, 0, 4)
 
 
-def gather_bytes(ref, index, offset, stride):
-  """16 bytes in every lane, as four int32, from `offset` + index * stride elements behind where
-  `ref` begins; a multiple of 16 bytes.
+def gather_bytes(ref: Ref, index: Any, offset: Any, stride: int) -> tuple[jax.Array, ...]:
+  """Returns 16 bytes in each lane, as four int32.
+
+  They begin `offset` + index * stride elements behind the beginning of `ref`, a multiple of 16
+  bytes.
   """
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), LAYOUT, LAYOUT),
-    return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4,
+    arg_types=(plgpu.RefType(), LAYOUT, LAYOUT), return_type=(array_of(jnp.int32),) * 4
   )
   def load(_, ref, index, offset):
-    row = llvm.load(
-      _bytes(), _address(ref, _element(index), _element(offset), stride), alignment=16
-    )
-    part = lambda c: vector.extract(
-      row, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c])
-    )
+    address = address_of(ref, element(index), element(offset), stride)
+    row = llvm.load(four_words(), address, alignment=16)
     return tuple(
-      index.foreach(lambda *_, c=c: part(c), create_array=True, is_signed=True) for c in range(4)
+      index.foreach(lambda *_, c=c: extract(row, c), create_array=True, is_signed=True)
+      for c in range(4)
     )
 
-  return tuple(load(ref, _lanes(index), _lanes(offset)))
+  return tuple(load(ref, per_lane(index), per_lane(offset)))
 
 
-def ask_bytes(ref, index, offset, stride, once=False, fresh=False):
-  """As `gather_bytes`, of what the kernel does not write, and in the order in which it is asked
-  for; `once`: nobody wants the same again; `fresh`: the kernel has written it, in another program,
-  so it must not come from the first cache.
+def load_in_order(
+  ref: Ref, index: Any, offset: Any, stride: int, once: bool = False, fresh: bool = False
+) -> tuple[jax.Array, ...]:
+  """Returns the same as `gather_bytes`, by loads that the compiler keeps in this order.
+
+  Args:
+    ref, index, offset, stride: as of `gather_bytes`. The kernel must not write there, unless
+      `fresh`.
+    once: these bytes are not needed again, and need not stay in the caches.
+    fresh: another program of this kernel has written them: they must not come from the first cache.
   """
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), LAYOUT, LAYOUT),
-    return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),) * 4,
+    arg_types=(plgpu.RefType(), LAYOUT, LAYOUT), return_type=(array_of(jnp.int32),) * 4
   )
   def load(_, ref, index, offset):
-    i32, hints = (
-      ir.IntegerType.get_signless(32),
-      ".cg" if fresh else ".nc.L1::no_allocate.L2::128B" if once else ".nc",
-    )
-    address = llvm.ptrtoint(
-      ir.IntegerType.get_signless(64), _address(ref, _element(index), _element(offset), stride)
-    )
-    # which is what keeps the order
+    i32 = ir.IntegerType.get_signless(32)
+    hints = ".cg" if fresh else ".nc.L1::no_allocate.L2::128B" if once else ".nc"
+    address = global_address(ref, element(index), element(offset), stride)
     row = llvm.inline_asm(
       llvm.StructType.get_literal([i32] * 4),
       [address],
       f"ld.global{hints}.v4.b32 {{$0, $1, $2, $3}}, [$4];",
       "=r,=r,=r,=r,l",
-      has_side_effects=True,
+      has_side_effects=True,  # this keeps the order
     )
-    return tuple(
-      index.foreach(
-        lambda *_, c=c: llvm.extractvalue(i32, row, [c]), create_array=True, is_signed=True
-      )
-      for c in range(4)
-    )
+    return split_struct(index, row, i32, 4)
 
-  return tuple(load(ref, _lanes(index), _lanes(offset)))
+  return tuple(load(ref, per_lane(index), per_lane(offset)))
 
 
-def ask_number(ref, index):
-  """ref[index] in every lane, of a 16-bit type; in the order in which it is asked for, and fresh,
-  see `ask_bytes`.
-  """
+def load_number_in_order(ref: Ref, index: Any) -> jax.Array:
+  """Returns ref[index] in each lane, of a 16-bit type; in order and fresh, see `load_in_order`."""
 
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), LAYOUT),
-    return_type=plgpu.ShapeDtypeStruct((LANES,), ref.dtype, layout=LAYOUT),
-  )
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=array_of(ref.dtype))
   def load(_, ref, index):
-    i = _element(index)
-    address = llvm.ptrtoint(
-      ir.IntegerType.get_signless(64), _address(ref, i, arith.constant(i.type, 0), 1)
-    )
-    word = llvm.inline_asm(
+    i = element(index)
+    address = global_address(ref, i, constant(i.type, 0), 1)
+    word: Any = llvm.inline_asm(
       ir.IntegerType.get_signless(16),
       [address],
       "ld.global.cg.b16 $0, [$1];",
       "=h,l",
       has_side_effects=True,
     )
-    return index.foreach(lambda *_: llvm.bitcast(_float(dtype), word), create_array=True)
+    return index.foreach(lambda *_: llvm.bitcast(float_type(dtype), word), create_array=True)
 
   dtype = ref.dtype
-  return load(ref, _lanes(index))
+  return load(ref, per_lane(index))
 
 
-def barriers(ref, where, arrivals):
-  """Makes barriers in shared memory, 64 bits each, that open after so many arrivals, and the bytes
-  that these announce; a lane whose `where` is true makes that of its number.
-  """
+def scatter(ref: Ref, index: Any, value: Any, where: Any, atomic: str | None = None) -> None:
+  """Stores ref[index] = value in the lanes where `where`; `ref` has one axis.
 
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
-  def make(_, ref, lane, where):
-    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
-      _ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", "r", _shared(ref, _element(lane), 2))
-      scf.yield_([])
-    _ptx("fence.mbarrier_init.release.cluster;", "")
-
-  make(ref, _lanes(numbers()), _lanes(where))
-
-
-def copy_bytes(ref, row, offset, size, into, place, barriers, number, where):
-  """Copies `size` bytes, from `offset` elements behind the beginning of a row of a matrix, to
-  into[place...] in shared memory, in every lane whose `where` is true; nobody waits, but the
-  barrier of that number counts them. All in multiples of 16 bytes.
-  """
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3 + (LAYOUT,) * 5)
-  def copy(_, ref, into, barriers, row, offset, place, number, where):
-    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
-      source = llvm.ptrtoint(
-        ir.IntegerType.get_signless(64), _address(ref, _element(row), _element(offset), width)
-      )
-      _ptx(
-        (
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], "
-          f"[$1], {size}, [$2];"
-        ),
-        "r,l,r",
-        _shared(into, _element(place), 1),
-        source,
-        _shared(barriers, _element(number), 2),
-      )
-      scf.yield_([])
-
-  width = ref.shape[1]
-  copy(ref, into, barriers, *map(_lanes, (row, offset, place, number, where)))
-
-
-def announce(barriers, number, size, where):
-  """Arrives at the barrier of that number, which then opens when `size` bytes have come to it; one
-  lane's `where` must be true.
-  """
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
-  def arrive(_, barriers, number, where):
-    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
-      _ptx(
-        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};",
-        "r",
-        _shared(barriers, _element(number), 2),
-      )
-      scf.yield_([])
-
-  arrive(barriers, _lanes(number), _lanes(where))
-
-
-def arrive(barriers, number):
-  """At the barrier of that number, every warp once, when all its lanes have come here: what they
-  read before may be overwritten.
-  """
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
-  def arrive(_, barriers, number, where):
-    _ptx("bar.warp.sync 0xffffffff;", "")
-    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
-      _ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", "r", _shared(barriers, _element(number), 2))
-      scf.yield_([])
-
-  arrive(barriers, _lanes(number), _lanes((numbers() & 31) == 0))
-
-
-def wait_for(barriers, number, parity):
-  """Waits until the barrier of that number has opened once (parity 0), once more (1), ... ; at a
-  new one does not wait for parity 1. What was copied can be read then.
-  """
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
-  def wait(_, barriers, number, parity):
-    _ptx(
-      (
-        "{ .reg .pred opened; again: mbarrier.try_wait.parity.shared::cta.b64 opened, "
-        "[$0], $1; @!opened bra again; }"
-      ),
-      "r,r",
-      _shared(barriers, _element(number), 2),
-      _element(parity),
-    )
-
-  wait(barriers, _lanes(number), _lanes(parity))
-
-
-def meet(ref, adds, before, where):
-  """Adds a number to ref[0], int32 in global memory, in the one lane whose `where` is true, which
-  then waits until its sign is another one than that of `before`, what was there before the first
-  one came.
-
-  What all programs add must come to 2^31, so that the last to come changes the sign, and the next
-  time finds all as it was but for that. What programs wrote before they came can be read by those
-  that go on.
-  """
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
-  def wait(_, ref, adds, before, where):
-    with ir.InsertionPoint(scf.IfOp(_element(where)).then_block):
-      adds = _element(adds)
-      zero = arith.constant(adds.type, 0)
-      address = llvm.ptrtoint(ir.IntegerType.get_signless(64), _address(ref, zero, zero, 1))
-      _ptx(
-        "{ .reg .pred same; .reg .b32 now; red.release.gpu.global.add.u32 [$0], $1; again: "
-        "ld.acquire.gpu.global.b32 now, [$0]; "
-        "xor.b32 now, now, $2; setp.ge.s32 same, now, 0; @same bra again; }",
-        "l,r,r",
-        address,
-        adds,
-        _element(before),
-      )
-      scf.yield_([])
-
-  wait(ref, *map(_lanes, (adds, before, where)))
-
-
-def multiply_add(sums, a, b, dtype):
-  """sums + A B of each warp, A [16, 16] and B [16, 8] of a 16-bit `dtype`: its lane 4 r + c holds
-  of A, in int32, the pairs (r, c), (r + 8, c), (r, c + 4) and (r + 8, c + 4), of B the pairs c and
-  c + 4 in column r, and of the float32 sums [16, 8] what is at (r, 2 c), (r, 2 c + 1), (r + 8, 2
-  c), (r + 8, 2 c + 1).
-  """
-
-  @plgpu.inline_mgpu(
-    arg_types=(LAYOUT,) * 10,
-    return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT),) * 4,
-  )
-  def multiply(_, *numbers):
-    f32, kind = ir.F32Type.get(), "bf16" if dtype == jnp.bfloat16 else "f16"
-    text = (
-      f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$8, "
-      f"$9, $10, $11}}, {{$12, $13}}, {{$4, $5, $6, $7}};"
-    )
-    found = llvm.inline_asm(
-      llvm.StructType.get_literal([f32] * 4),
-      [_element(x) for x in numbers],
-      text,
-      ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 6),
-    )
-    return tuple(
-      numbers[0].foreach(lambda *_, c=c: llvm.extractvalue(f32, found, [c]), create_array=True)
-      for c in range(4)
-    )
-
-  return tuple(multiply(*sums, *a, *b))
-
-
-def from_lane(x, distance):
-  """What lane (own number XOR distance) of the warp has as its x, float32 or int32."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(LAYOUT,), return_type=plgpu.ShapeDtypeStruct((LANES,), x.dtype, layout=LAYOUT)
-  )
-  def shuffle(_, x):
-    signed = None if jnp.issubdtype(dtype, jnp.floating) else True
-    return x.foreach(
-      lambda *_: utils.shfl_bfly(_element(x), distance), create_array=True, is_signed=signed
-    )
-
-  dtype = x.dtype
-  return shuffle(_lanes(x))
-
-
-def wait_for_all(warpgroups=None):
-  """A barrier of all lanes of a program, or of its first warpgroups, that many; what they wrote to
-  shared memory before can be read after it.
-  """
-
-  @plgpu.inline_mgpu()
-  def wait(_):
-    if warpgroups is None:
-      gpu.barrier()
-    else:
-      _ptx(f"bar.sync 1, {warpgroups * LANES};", "")
-
-  wait()
-
-
-def scatter(ref, index, value, where, atomic=None):
-  """ref[index] = value in the lanes where `where`, or atomically "add" it or take the "min" of
-  both; `ref` has one axis.
+  With `atomic` "add" or "min" it adds the value to ref[index], or takes the smaller one of both,
+  atomically.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT, LAYOUT))
   def store(_, ref, index, value, where):
-    index, value, where = map(_element, (index, value, where))
-    with ir.InsertionPoint(scf.IfOp(where).then_block):
+    index, value, where = map(element, (index, value, where))
+    with only_where(where):
       if atomic:
-        address = utils.getelementptr(
-          utils.memref_ptr(ref), [arith.extsi(ir.IntegerType.get_signless(64), index)], value.type
-        )
-        llvm.atomicrmw(
-          getattr(llvm.AtomicBinOp, atomic),
-          address,
-          value,
-          llvm.AtomicOrdering.monotonic,
-          syncscope="device",
-        )
+        begin, i64 = utils.memref_ptr(ref), ir.IntegerType.get_signless(64)
+        address = utils.getelementptr(begin, [arith.extsi(i64, index)], value.type)
+        _atomic(getattr(llvm.AtomicBinOp, atomic), address, value)
       else:
-        memref.store(value, ref, [_index(index)])
-      scf.yield_([])
+        memref.store(value, ref, [_memref_index(index)])
 
-  store(ref, _lanes(index), _lanes(jnp.asarray(value, ref.dtype)), _lanes(where))
+  store(ref, per_lane(index), per_lane(jnp.asarray(value, ref.dtype)), per_lane(where))
 
 
-def scatter_row(ref, index, values, where):
-  """ref[index] = values, four int32, in the lanes where `where`."""
+def scatter_row(ref: Ref, index: Any, values: Sequence, where: Any) -> None:
+  """Stores ref[index] = values, four int32, in the lanes where `where`."""
   scatter_bytes(ref, index, 0, 4, values, where)
 
 
-def scatter_bytes(ref, index, offset, stride, values, where):
+def scatter_bytes(
+  ref: Ref, index: Any, offset: Any, stride: int, values: Sequence, where: Any
+) -> None:
   """Stores 16 bytes, four int32, where `gather_bytes` would read them, in the lanes where
   `where`.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[LAYOUT] * 7))
   def store(_, ref, index, offset, where, *values):
-    index, offset, where, *values = map(_element, (index, offset, where, *values))
-    with ir.InsertionPoint(scf.IfOp(where).then_block):
-      llvm.store(
-        vector.from_elements(_bytes(), values), _address(ref, index, offset, stride), alignment=16
-      )
-      scf.yield_([])
+    index, offset, where, *words = map(element, (index, offset, where, *values))
+    with only_where(where):
+      row = vector.from_elements(four_words(), words)
+      llvm.store(row, address_of(ref, index, offset, stride), alignment=16)
 
-  store(ref, _lanes(index), _lanes(offset), _lanes(where), *map(_lanes, values))
+  store(ref, per_lane(index), per_lane(offset), per_lane(where), *map(per_lane, values))
 
 
-def add_row(ref, index, values, where):
+def add_row(ref: Ref, index: Any, values: Sequence, where: Any) -> None:
   """Adds four int32 to ref[index], atomically, in the lanes where `where`: as two numbers of 64
   bits, see `sums_of`.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[LAYOUT] * 6))
   def add(_, ref, index, where, *values):
-    index, where, *values = map(_element, (index, where, *values))
+    index, where, *words = map(element, (index, where, *values))
     i64 = ir.IntegerType.get_signless(64)
-    with ir.InsertionPoint(scf.IfOp(where).then_block):
+    with only_where(where):
       for part in (0, 2):
-        low, high = (arith.extsi(i64, x) for x in values[part : part + 2])
-        value = arith.addi(arith.shli(high, arith.constant(i64, 32)), low)
-        address = _address(ref, index, arith.constant(index.type, part), 4)
-        llvm.atomicrmw(
-          llvm.AtomicBinOp.add, address, value, llvm.AtomicOrdering.monotonic, syncscope="device"
-        )
-      scf.yield_([])
+        low, high = (arith.extsi(i64, x) for x in words[part : part + 2])
+        value = arith.addi(arith.shli(high, constant(i64, 32)), low)
+        address = address_of(ref, index, constant(index.type, part), 4)
+        _atomic(llvm.AtomicBinOp.add, address, value)
 
-  add(ref, _lanes(index), _lanes(where), *map(_lanes, values))
+  add(ref, per_lane(index), per_lane(where), *map(per_lane, values))
 
 
-def sums_of(row):
-  """The four sums in a row that `add_row` added to; the first and the third must fit 32 bits, the
-  others may wrap.
+def sums_of(row: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+  """Returns the four sums in a row that `add_row` added to; the first and the third must fit 32
+  bits, the others may wrap.
   """
-  carried = lambda low, high: (low, high + (low < 0).astype(jnp.int32))
+
+  def carried(low, high):
+    return low, high + (low < 0).astype(jnp.int32)
+
   return *carried(*row[:2]), *carried(*row[2:])
 
 
-def widen(words, dtype):
-  """The eight numbers in 16 bytes of a 16-bit `dtype`, float32."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(LAYOUT,),
-    return_type=(plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=LAYOUT),) * 2,
-  )
-  def convert(_, word):
-    pair = arith.extf(
-      ir.VectorType.get((2,), ir.F32Type.get()),
-      llvm.bitcast(ir.VectorType.get((2,), _float(dtype)), _element(word)),
-    )
-    part = lambda c: vector.extract(
-      pair, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([c])
-    )
-    return tuple(word.foreach(lambda *_, c=c: part(c), create_array=True) for c in range(2))
-
-  return [number for word in words for number in convert(word)]
-
-
-def narrow(numbers, dtype):
-  """The reverse of `widen`, rounding."""
-
-  @plgpu.inline_mgpu(
-    arg_types=(LAYOUT, LAYOUT),
-    return_type=plgpu.ShapeDtypeStruct((LANES,), jnp.int32, layout=LAYOUT),
-  )
-  def convert(_, a, b):
-    pair = vector.from_elements(
-      ir.VectorType.get((2,), ir.F32Type.get()), [_element(a), _element(b)]
-    )
-    word = llvm.bitcast(
-      ir.IntegerType.get_signless(32), arith.truncf(ir.VectorType.get((2,), _float(dtype)), pair)
-    )
-    return a.foreach(lambda *_: word, create_array=True, is_signed=True)
-
-  return [convert(*numbers[i : i + 2]) for i in range(0, 8, 2)]
-
-
-def _ptx(text, constraints, *arguments):
-  """An instruction that reads or writes memory, and returns nothing."""
-  clobbered = ",".join(filter(None, [constraints, "~{memory}"]))
-  llvm.inline_asm(ir.Type.parse("!llvm.void"), arguments, text, clobbered, has_side_effects=True)
-
-
-def _shared(ref, index, stride):
-  """Of the element index * stride behind where a reference to shared memory begins: what its
-  instructions take for an address.
-  """
-  return llvm.ptrtoint(
-    ir.IntegerType.get_signless(32), _address(ref, index, arith.constant(index.type, 0), stride)
-  )
-
-
-def _element(x):
-  register = x.registers.flat[0]
-  if not isinstance(register.type, ir.VectorType):
-    return register
-  return vector.extract(
-    register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0])
-  )
-
-
-def _index(i):
-  return arith.index_cast(ir.IndexType.get(), i)
-
-
-def _lanes(x):
-  """x, one element a lane, also where all are equal."""
-  return plgpu.layout_cast(jnp.broadcast_to(x, (LANES,)), LAYOUT)
-
-
-def _float(dtype):
-  return ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
-
-
-def _bytes():
-  return ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
-
-
-def _address(ref, index, offset, stride):
-  """Of the element that many behind where `ref` begins, in 64 bits."""
-  i64 = ir.IntegerType.get_signless(64)
-  wide = lambda x: arith.extsi(i64, x)
-  place = arith.addi(arith.muli(wide(index), arith.constant(i64, stride)), wide(offset))
-  return utils.getelementptr(utils.memref_ptr(ref), [place], ir.MemRefType(ref.type).element_type)
-
-
-def floats(ref, index, count, load=None):
-  """The `count` float32 from ref[index] on, a multiple of four both, in every lane."""
+def floats(ref: Ref, index: Any, count: int, load: Callable | None = None) -> list[jax.Array]:
+  """Returns the `count` float32 from ref[index] on, a multiple of four both, in each lane."""
   words = [word for i in range(0, count, 4) for word in (load or gather_bytes)(ref, index, i, 1)]
   return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
 
 
-def numbers():
-  """0 to LANES - 1."""
-  return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=LAYOUT)
-
-
-def reader(ref, *row):
-  """index -> ref[row, index], or the four elements of that row."""
+def reader(ref: Ref, *row: Any) -> Callable:
+  """Returns a function of an index that reads ref[row, index], or the four elements of that row;
+  an index outside reads the first or last one.
+  """
   if ref.ndim == len(row) + 1:
     return lambda index: gather(ref.at[row], jnp.clip(index, 0, ref.shape[-1] - 1))
   return lambda index: gather_row(ref.at[row], jnp.clip(index, 0, ref.shape[-2] - 1))
 
 
-def kernel(body, rows, size, *extra, name, **options):
-  """Runs body(row, extra, lanes, *refs) for every row, every number below `extra` and lanes up to
-  `size` and beyond.
+def kernel(
+  body: Callable, rows: int, size: int, *extra: int, name: str, out_type: Any = (), **options: Any
+) -> Callable:
+  """Returns a function that runs a kernel of single threads.
+
+  A program has LANES lanes. For each of `rows` rows, and of `extra` numbers, there are so many
+  programs that they have `size` lanes or a few more.
+
+  Args:
+    body: called with (row, extra, lane, *inputs, *outputs, *scratch): two numbers, the array of the
+      lanes' numbers in the row, and references. An input or output that is a NamedTuple of arrays
+      is one argument, a NamedTuple of references.
+    rows, size, extra: see above.
+    name: for traces.
+    out_type: list of outputs, jax.ShapeDtypeStruct or NamedTuples of them.
+    options: of `plgpu.kernel`.
+
+  Returns:
+    Function of the inputs, arrays and references (jax.Ref), whose result is like `out_type`.
   """
   sizes = {"block": -(-size // LANES), "row": rows, "extra": extra[0] if extra else 1}
+  out_leaves, out_structure = jax.tree.flatten(list(out_type))
 
-  def run(*refs):
-    block, row, number = place_in(**sizes)
-    body(row, number, block * LANES + numbers(), *refs)
+  def run(*args):
+    leaves, structure = jax.tree.flatten(args)
 
-  run = plgpu.kernel(
-    run, **grid_of(**sizes), compiler_params=PARAMS, kernel_name=f"sparsek_{name}", **options
-  )
-  is_array = lambda x: isinstance(jax.typeof(x), jax.core.ShapedArray)  # not a ref
-  return lambda *args: apart(run(*(apart(x) if is_array(x) else x for x in args)))
+    def with_names(*refs):
+      block, row, number = grid_position(**sizes)
+      outputs_end = len(leaves) + len(out_leaves)
+      body(
+        row,
+        number,
+        block * LANES + lane_index(),
+        *jax.tree.unflatten(structure, refs[: len(leaves)]),
+        *jax.tree.unflatten(out_structure, refs[len(leaves) : outputs_end]),
+        *refs[outputs_end:],
+      )
+
+    run = plgpu.kernel(
+      with_names,
+      out_type=out_leaves,
+      **grid_of(**sizes),
+      compiler_params=PARAMS,
+      kernel_name=f"sparsek_{name}",
+      **options,
+    )
+    results = unfused(run(*(unfused(x) if _is_array(x) else x for x in leaves)))
+    return jax.tree.unflatten(out_structure, results)
+
+  return run
 
 
-def block_of(rows):
+def block_of(rows: int) -> jax.Array:
   """Returns the number of a program's lanes, LANES together, in a `kernel` of so many rows."""
-  return lax.div(place("program"), jnp.int32(rows))
+  return lax.div(axis_index("program"), jnp.int32(rows))
 
 
-def contents(*refs):
-  """What is in them after the kernels that wrote them; a list."""
-  return apart([ref[...] for ref in refs])
+def contents(*refs: Ref) -> list[jax.Array]:
+  """Returns what is in the references after the kernels that wrote them."""
+  return unfused([ref[...] for ref in refs])
 
 
-def apart(arrays):
-  """The same arrays, which XLA must not fuse with their kernel.
+def unfused(arrays: Any) -> Any:
+  """Returns the same arrays, which XLA must not fuse with their kernel.
 
-  In the body of a scan it makes one of a kernel and the slices that the kernel reads, or the update
-  of the loop's stacked results with what it returns, and forgets of that fusion that the kernel
-  writes in place: what it wrote is lost, and refs that begin alike become one (JAX 0.11.2: dynamic
-  slice fusion).
+  In the body of a scan XLA fuses a kernel with the slices that the kernel reads, or with the update
+  of the loop's stacked results by what it returns (dynamic slice fusion). Such a fusion forgets
+  that the kernel writes in place: what it wrote is lost, and references that begin alike become one
+  (JAX 0.11.2).
   """
   return lax.optimization_barrier(arrays)
+
+
+def _is_array(x: Any) -> bool:
+  """Returns whether x is an array, not a reference."""
+  return isinstance(jax.typeof(x), jax.core.ShapedArray)
+
+
+def _memref_index(i: ir.Value) -> ir.Value:
+  return arith.index_cast(ir.IndexType.get(), i)
+
+
+def _atomic(operation: Any, address: ir.Value, value: ir.Value) -> None:
+  order = llvm.AtomicOrdering.monotonic
+  llvm.atomicrmw(operation, address, value, order, syncscope="device")

@@ -1,7 +1,7 @@
-"""SPARSEK attention on TPUs (v5e, v5p, v6e) with Pallas kernels (attention_kernels.py): what they
-refuse, padding, lists, gathers, the custom_vjp around them.
+"""SPARSEK attention on TPUs (v5e, v5p, v6e) with Pallas kernels (attention_forward.py,
+attention_backward.py): refusals, padding, lists, gathers, and the custom_vjp around them.
 
-XLA gathers the keys and values of every list into contiguous buffers, again for the backward pass,
+XLA gathers the keys and values of all lists into contiguous buffers, again for the backward pass,
 and adds the gradients of listed rows to their tokens.
 """
 
@@ -13,37 +13,14 @@ from jax import lax
 
 from sparsek.kernels.compaction import by_entry, live_lists
 from sparsek.kernels.saved import saved
-from sparsek.kernels.tpu import attention_kernels
-from sparsek.kernels.tpu.attention_kernels import (
-  LANES,
-  Bounds,
-  Keys,
-  Outputs,
-  Queries,
-  Static,
-  Tiling,
-)
+from sparsek.kernels.tpu import attention_backward, attention_forward
+from sparsek.kernels.tpu.grid import LANES, Bounds, Keys, Outputs, Queries, Static, Tiling
 from sparsek.kernels.varying import over_batch, varying_like
 
-# of the matrices that are multiplied: a square of 512 fills 1 MiB in float32
+# Sizes of the matrices that are multiplied: a square of 512 fills 1 MiB in float32.
 ROWS, LISTED = (512, 512)
 QUERIES = 2048  # of a block: longer ones gather less and need more memory
-MOST = 2**20  # numbers of a block's queries, all query heads of a key head together
-MOST_HEAD_DIM = 256
-
-
-def refusal(query: jax.Array) -> str | None:
-  """Why these kernels cannot run on `query` here, or None."""
-  if query.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"query has dtype {query.dtype}; the TPU's kernels take bfloat16 and float32"
-  if query.shape[-1] > MOST_HEAD_DIM:
-    return f"query has head_dim {query.shape[-1]}; at most {MOST_HEAD_DIM} is supported"
-  device = jax.devices()[0]
-  if jax.default_backend() != "tpu":
-    return f"it needs a TPU (v5e, v5p, v6e); JAX's default device is {device.device_kind!r}"
-  if device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
-    return f"it needs a TPU v5e, v5p or v6e, for their memory; this is a {device.device_kind}"
-  return None
+MOST = 2**20  # numbers in a block's queries, all query heads of a key head together
 
 
 def _up(x: int, multiple: int = LANES) -> int:
@@ -51,24 +28,38 @@ def _up(x: int, multiple: int = LANES) -> int:
 
 
 def tiling(n: int, heads: int, dim: int, k: int) -> Tiling:
-  """Sizes for n tokens and so many query heads of `dim` a key head."""
+  """Returns the sizes for n tokens and `heads` query heads of `dim` for each key head."""
   rows = min(ROWS, _up(n), max(LANES, MOST // (heads * dim) // LANES * LANES))
   count = -(-n // rows)
   most = max(1, min(QUERIES, MOST // (heads * dim)) // rows)
-  parts = max(p for p in range(1, most + 1) if -count % p <= count / 8)  # so that little is padding
+  # As many parts as leave little padding.
+  parts = max(p for p in range(1, most + 1) if -count % p <= count / 8)
   return Tiling(queries=parts * rows, rows=rows, keys=rows, listed=min(LISTED, _up(k)))
 
 
 def attention(
-  query, key, value, scores, threshold, expiry, order, start, end, *, k, window, gate, scale
-):
-  """SPARSEK attention, given the selection.
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array,
+  threshold: jax.Array,
+  expiry: jax.Array,
+  order: jax.Array | None,
+  start: jax.Array,
+  end: jax.Array,
+  *,
+  k: int,
+  window: int,
+  gate: str,
+  scale: float,
+) -> jax.Array:
+  """Computes SPARSEK attention, given the selection.
 
   Args:
     query: [batch, n, H, D] bfloat16 or float32, D <= 256.
     key, value: [batch, n, G, D].
-    scores, threshold, expiry, order: [batch, G, n]; the latter three of `causal.select` with delay
-      = window, of which the last is not needed.
+    scores, threshold, expiry, order: [batch, G, n]; the latter three of `prefix_selection.select`,
+      of which the last is not needed.
     start, end: [batch, n] int32, first token of each token's document, and one past its last.
     k: budget; 0 leaves the sliding window alone.
     window, gate, scale: as in `sparsek.sparsek_attention`.
@@ -107,7 +98,8 @@ def _attention(query, key, value, scores, threshold, expiry, start, end, k, stat
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, start, end, k, static):
-  live, bounds, left = over_batch(functools.partial(_tables, k, static), scores, expiry, start, end)
+  tables = functools.partial(_tables, k, static)
+  live, bounds, window_start = over_batch(tables, scores, expiry, start, end)
   out, logsumexp = over_batch(
     functools.partial(_forward, static),
     query,
@@ -118,14 +110,15 @@ def _forward_rule(query, key, value, scores, threshold, expiry, start, end, k, s
     expiry,
     live,
     bounds,
-    left,
+    window_start,
   )
   out, logsumexp = saved(varying_like(out, query), varying_like(logsumexp, query))
-  return out, (query, key, value, scores, threshold, expiry, live, bounds, left, out, logsumexp)
+  saved_arrays = query, key, value, scores, threshold, expiry, live, bounds, window_start
+  return out, (*saved_arrays, out, logsumexp)
 
 
 def _backward_rule(k, static, residuals, cotangent):
-  # or XLA would keep the gathered buffers from the forward pass
+  # Otherwise XLA would keep the gathered buffers from the forward pass.
   residuals = lax.optimization_barrier(residuals)
   grads = over_batch(functools.partial(_backward, static), *residuals, cotangent)
   return *(varying_like(grad, residuals[0]) for grad in grads), None, None, None
@@ -140,8 +133,8 @@ def _per_head(f):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _tables(k, static, scores, expiry, start, end):
-  """(Live of [B, G] or None, Bounds with a batch axis, first token of each query's window
-  [B, n]).
+  """Returns Live of [B, G] or None, Bounds with a batch axis, and the first token of each query's
+  window [B, n].
   """
   (batch, groups, n), (queries, rows, _, listed), window = (
     expiry.shape,
@@ -150,7 +143,7 @@ def _tables(k, static, scores, expiry, start, end):
   )
   start, end = varying_like(start, scores), varying_like(end, scores)
   number = jnp.arange(n, dtype=jnp.int32)
-  left = jnp.maximum(number - window + 1, start)
+  window_start = jnp.maximum(number - window + 1, start)
   enters = _per_head(functools.partial(by_entry, delay=window))(
     (expiry > number + window).astype(jnp.int32)
   )
@@ -163,24 +156,24 @@ def _tables(k, static, scores, expiry, start, end):
       functools.partial(live_lists, window=window, chunk=queries, slots=_up(k, listed))
     )(scores, expiry)
     tiles = -(-live.count // listed)
-  return live, Bounds(tiles, entering, left[:, ::rows], reach), left
+  return live, Bounds(tiles, entering, window_start[:, ::rows], reach), window_start
 
 
-def _operands(static, query, key, value, scores, threshold, expiry, live, bounds, left):
-  """What the kernels read: Queries, listed Keys or None, near Keys, Bounds."""
+def _operands(static, query, key, value, scores, threshold, expiry, live, bounds, window_start):
+  """Returns what the kernels read: Queries, listed Keys or None, near Keys, Bounds."""
   (batch, groups, n, dim), rows = key.shape, static.tiling.rows
   queries = Queries(
     query.reshape(batch, groups, -1, n // rows, rows, dim),
     threshold.reshape(batch, groups, n // rows, 1, rows),
-    left.reshape(batch, n // rows, 1, rows),
+    window_start.reshape(batch, n // rows, 1, rows),
   )
   tiled = lambda x, size: x.reshape(batch, groups, -1, size, dim)
   row = lambda x, size: x.reshape(batch, groups, -1, 1, size)
   size, listed = static.tiling.keys, None
   near = Keys(tiled(key, size), tiled(value, size), row(scores, size), row(expiry, size))
   if live is not None:
-    place = jnp.where(live.token < n, live.token, 0)
-    gather = lambda x: _per_head(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, place)
+    token = jnp.where(live.token < n, live.token, 0)
+    gather = lambda x: _per_head(_rows_at)(x, token)
     size = static.tiling.listed
     listed = Keys(
       tiled(gather(key), size),
@@ -191,11 +184,16 @@ def _operands(static, query, key, value, scores, threshold, expiry, live, bounds
   return queries, listed, near, Bounds(*(x.reshape(-1) for x in bounds))
 
 
+def _rows_at(x, index):
+  return x.at[index].get(mode="promise_in_bounds")
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(static, query, key, value, scores, threshold, expiry, live, bounds, left):
-  out, logsumexp = attention_kernels.forward(
-    *_operands(static, query, key, value, scores, threshold, expiry, live, bounds, left), static
+def _forward(static, query, key, value, scores, threshold, expiry, live, bounds, window_start):
+  queries, listed, near, bounds = _operands(
+    static, query, key, value, scores, threshold, expiry, live, bounds, window_start
   )
+  out, logsumexp = attention_forward.forward(queries, listed, near, bounds, static)
   return out.reshape(query.shape), logsumexp.reshape(query.shape[:3])
 
 
@@ -210,23 +208,24 @@ def _backward(
   expiry,
   live,
   bounds,
-  left,
+  window_start,
   out,
   logsumexp,
   cotangent,
 ):
   queries, listed, near, bounds = _operands(
-    static, query, key, value, scores, threshold, expiry, live, bounds, left
+    static, query, key, value, scores, threshold, expiry, live, bounds, window_start
   )
   delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
   row = lambda x: x.reshape(*queries.query.shape[:4], 1, static.tiling.rows)
   outputs = Outputs(cotangent.reshape(queries.query.shape), row(logsumexp), row(delta))
-  dquery, dtau, dlisted = attention_kernels.query_gradients(
+  dquery, dtau, dlisted = attention_backward.query_gradients(
     queries, outputs, listed, near, bounds, static
   )
-  of_near = attention_kernels.near_gradients(queries, outputs, near, bounds, static)
+  of_near = attention_backward.near_gradients(queries, outputs, near, bounds, static)
   totals = [x.reshape(like.shape) for x, like in zip(of_near, (key, value, scores))]
   if live is not None:
+    assert dlisted is not None
     add = _per_head(
       lambda total, i, rows: total.at[i].add(rows.reshape(*i.shape, *total.shape[1:]), mode="drop")
     )

@@ -1,23 +1,28 @@
 """SPARSEK attention: one public function over all implementations."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.attention.operator import causal_sparsek, document_bounds
+from sparsek.attention.backends import (
+  PALLAS,
+  choose_implementation,
+  choose_window_implementation,
+  pallas_attention,
+)
+from sparsek.attention.documents import document_bounds
+from sparsek.attention.operator import causal_sparsek
 from sparsek.attention.prefix_selection import select
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
-from sparsek.kernels import cudnn, reference, xla
-from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import thread_ops
-from sparsek.kernels.tpu import attention as tpu_attention
+from sparsek.kernels import cudnn, devices, reference, xla
 
 WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "cudnn")
-# each has a `refusal` and takes [batch, heads, n] scores
-PALLAS = {"mosaic_gpu": hopper_attention, "mosaic_tpu": tpu_attention}
 
 
 def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
+  """Raises ValueError for arguments that do not fit, naming them."""
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 4:
       raise ValueError(f"{name} must have shape [batch, n, heads, head_dim], got {x.shape}")
@@ -50,7 +55,7 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
   for name, x, minimum in (("k", k, 1), ("window", window, 0)):
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
       raise ValueError(f"{name}={x!r} must be a Python integer")
-    check_at_least(name, x, minimum)
+    check_at_least(name, int(x), minimum)
   check_choice("gate", gate, GATES)
   if scale is not None and not isinstance(scale, (int, float, np.number)):
     raise ValueError(f"scale={scale!r} must be a Python number or None")
@@ -63,20 +68,6 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
     )
 
 
-def _resolve(implementation: str | None, query: jax.Array) -> str:
-  """The implementation to run; raises if the one asked for cannot run here."""
-  if implementation in PALLAS:
-    reason = PALLAS[implementation].refusal(query)
-    if reason:
-      raise NotImplementedError(
-        f"implementation={implementation!r} cannot run here: {reason}; use 'xla', "
-        "which runs on every device"
-      )
-  if implementation is None:
-    return next((name for name, kernels in PALLAS.items() if not kernels.refusal(query)), "xla")
-  return implementation
-
-
 def resolve_window(
   implementation: str | None,
   query: jax.Array,
@@ -87,15 +78,7 @@ def resolve_window(
 
   Raises if the one asked for cannot run here.
   """
-  window = query.shape[1] if window is None else window
-  reason = cudnn.refusal(query, segment_ids, window) if implementation in (None, "cudnn") else None
-  if implementation == "cudnn" and reason:
-    raise NotImplementedError(
-      f"implementation='cudnn' cannot run here: {reason}; use 'xla', which runs on every device"
-    )
-  return (
-    "cudnn" if implementation in (None, "cudnn") and not reason else _resolve(implementation, query)
-  )
+  return choose_window_implementation(implementation, query, segment_ids, window).implementation
 
 
 def sparsek_attention(
@@ -111,11 +94,11 @@ def sparsek_attention(
   segment_ids: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
-  r"""Causal attention of every query to its `window` latest tokens and to the k best-scored tokens
-  before them.
+  r"""Attends, causally, from every query to its `window` latest tokens and to the k best-scored
+  tokens before them.
 
   .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad p_{ij} =
-  \mathrm{clip}(u_j - \tau_i, 0, 1)
+     \mathrm{clip}(u_j - \tau_i, 0, 1)
 
   Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left,
   for `i >= j + window`. The k candidates of highest score (equal scores: the earlier token) and the
@@ -123,18 +106,18 @@ def sparsek_attention(
   have gate 1. The gates:
 
     "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would
-    give them, query, key and value that of what was computed. "value": logit `scale q.k`, m = p
-    (the paper's hard-key, soft-value form). "key_value": logit `p scale q.k`, m = p (the paper's
-    Select(Diag(p)) form).
+      give them; query, key and value that of what was computed.
+    "value": logit `scale q.k`, m = p (the paper's hard-key, soft-value form).
+    "key_value": logit `p scale q.k`, m = p (the paper's Select(Diag(p)) form).
 
   With k >= n or window >= n this is dense causal attention.
 
   Args:
     query: [batch, n, H, D] float.
-    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. What is not finite
-      makes the outputs NaN that see it, and no others under "reference" and "xla"; the kernels of
-      GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must not look, and
-      0 * NaN is NaN: give padding finite numbers there.
+    key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. A key or value that
+      is not finite makes the outputs NaN that see it, and no others under "reference" and "xla".
+      The kernels of GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must
+      not look, and 0 * NaN is NaN: give padding finite numbers there.
     scores: [batch, n, G] float; computed on in float32. NaN and infinities: see
       `sparsek.causal_sparsek`.
     k: selected keys per query, >= 1.
@@ -160,30 +143,50 @@ def sparsek_attention(
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
   _check(query, key, value, scores, k, window, gate, scale, segment_ids)
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
-  scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
   n = query.shape[1]
   k, window = min(int(k), n), min(int(window), n)  # before any int32 is computed with them
   if not query.size:  # no rows
     return query
-  if implementation is None and window == n and not cudnn.refusal(query, segment_ids, window):
-    # No token ever leaves the window: scores do not matter.
+  options = _Options(k, window, gate, query.shape[-1] ** -0.5 if scale is None else float(scale))
+  chosen = choose_implementation(implementation, query, segment_ids, window).implementation
+  return _sparsek_attention(chosen, query, key, value, scores, segment_ids, options)
+
+
+class _Options(NamedTuple):
+  """Settings of attention, checked; k and window are at most the length."""
+
+  k: int
+  window: int
+  gate: str
+  scale: float
+
+
+def _sparsek_attention(
+  chosen: str,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array,
+  segment_ids: jax.Array | None,
+  options: _Options,
+) -> jax.Array:
+  """Runs the chosen implementation."""
+  k, window, _, scale = options
+  if chosen == "cudnn":
     return cudnn.attention(query, key, value, window=window, scale=scale)
-  implementation = _resolve(implementation, query)
-  if implementation == "reference":
+  if chosen == "reference":
     return reference.attention(
-      query, key, value, scores, k=k, window=window, gate=gate, scale=scale, segment_ids=segment_ids
+      query, key, value, scores, segment_ids=segment_ids, **options._asdict()
     )
   scores = scores.astype(jnp.float32)
   start, end = document_bounds(segment_ids, *query.shape[:2])
-  options = dict(k=k, window=window, gate=gate, scale=scale)
-  if implementation in PALLAS:
-    scores = jnp.swapaxes(scores, 1, 2)
-    selection = select(scores, start, end, k, window, segment_ids is not None, thread_ops.can_run())
-    return PALLAS[implementation].attention(
-      query, key, value, scores, *selection, start, end, **options
-    )
-  selection = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
-  return xla.attention(query, key, value, scores, *selection, start, **options)
+  if chosen in PALLAS:
+    by_head = jnp.swapaxes(scores, 1, 2)
+    selection = select(by_head, start, end, k, window, segment_ids is not None, devices.can_run())
+    attention = pallas_attention(chosen)
+    return attention(query, key, value, by_head, *selection, start, end, **options._asdict())
+  threshold, expiry = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
+  return xla.attention(query, key, value, scores, threshold, expiry, start, **options._asdict())
 
 
 def sliding_window_attention(
@@ -196,11 +199,10 @@ def sliding_window_attention(
   segment_ids: jax.Array | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
-  """Causal attention of every query to its `window` latest tokens, linear in n; arguments as in
-  `sparsek_attention`.
+  """Attends, causally, from every query to its `window` latest tokens, in time linear in n.
 
-  The implementation is "xla", "mosaic_gpu", "mosaic_tpu", "cudnn" (without segment_ids), or None
-  for the fastest that can run here.
+  Arguments are as in `sparsek_attention`, but for the implementation: "xla", "mosaic_gpu",
+  "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run here.
   """
   check_at_least("window", window, 1)
   check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))
@@ -213,17 +215,14 @@ def sliding_window_attention(
   if not query.size:
     return query
   start, end = document_bounds(segment_ids, batch, n)
-  options = dict(k=0, window=window, gate="straight_through", scale=scale)
-  implementation = resolve_window(implementation, query, segment_ids, window)
-  if implementation == "cudnn":
+  chosen = resolve_window(implementation, query, segment_ids, window)
+  if chosen == "cudnn":
     return cudnn.attention(query, key, value, window=window, scale=scale)
-  if implementation in PALLAS:
-    nothing = jnp.zeros((batch, groups, n), jnp.float32)
-    never = nothing.astype(jnp.int32)
-    return PALLAS[implementation].attention(
-      query, key, value, nothing, nothing, never, never, start, end, **options
-    )
-  nothing = jnp.zeros((batch, n, groups), jnp.float32)
-  return xla.attention(
-    query, key, value, nothing, nothing, nothing.astype(jnp.int32), start, **options
-  )
+  options = _Options(0, window, "straight_through", scale)._asdict()
+  if chosen in PALLAS:
+    zeros = jnp.zeros((batch, groups, n), jnp.float32)
+    never = zeros.astype(jnp.int32)
+    attention = pallas_attention(chosen)
+    return attention(query, key, value, zeros, zeros, never, never, start, end, **options)
+  zeros = jnp.zeros((batch, n, groups), jnp.float32)
+  return xla.attention(query, key, value, zeros, zeros, zeros.astype(jnp.int32), start, **options)

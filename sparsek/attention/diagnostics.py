@@ -1,9 +1,10 @@
-"""Numbers that tell whether a scoring network selects, and what."""
+"""Statistics that tell whether a scoring network selects, and what it selects."""
 
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.operator import causal_sparsek, document_bounds
+from sparsek.attention.documents import document_bounds
+from sparsek.attention.operator import causal_sparsek
 
 OLD = 1024  # tokens; a key older than this counts as long-range
 

@@ -1,15 +1,14 @@
 """The SPARSEK operator (arXiv 2406.16747, section 3), over a whole axis and causally for every
 prefix at once.
 
-`sparsek(z, k) = argmin ||p - z||^2  subject to  0 <= p <= 1, sum p = k` has the solution `p =
-clip(z - tau, 0, 1)`. The threshold tau is piecewise linear between the breakpoints `z_j - 1` and
-`z_j`; both functions find the piece that holds it, then solve on it: `sparsek` by bisection over
-the sorted breakpoints, `causal_sparsek` for all prefixes together, with no loop over tokens
+`sparsek(z, k) = argmin ||p - z||^2  subject to  0 <= p <= 1, sum p = k` has the solution
+`p = clip(z - tau, 0, 1)`. The threshold tau is piecewise linear between the breakpoints `z_j - 1`
+and `z_j`; both functions find the piece that holds it, then solve on it: `sparsek` by bisection
+over the sorted breakpoints, `causal_sparsek` for all prefixes together, with no loop over tokens
 (kernels/prefix_thresholds.py).
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -17,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import finite, select
-from sparsek.kernels.hopper import thread_ops
+from sparsek.kernels import devices
+from sparsek.kernels.bisection import bisect
+from sparsek.kernels.fixed_point import lower_breakpoint
 from sparsek.kernels.varying import varying_like
 
 
 class CausalSelection(NamedTuple):
-  """What `causal_sparsek` returns.
+  """Thresholds of all causal prefixes and the lifetimes of their selected tokens.
 
   Attributes:
     threshold: [batch, n, heads] float32, tau_i of query i, never decreasing within a document; -inf
@@ -36,7 +38,7 @@ class CausalSelection(NamedTuple):
   expiry: jax.Array
 
 
-def _check(name, scores, k, ndim=None):
+def _check(name: str, scores: jax.Array, k: int, ndim: int | None = None) -> None:
   if not jnp.issubdtype(scores.dtype, jnp.floating):
     raise ValueError(f"{name}: scores must be floating point, got {scores.dtype}")
   if ndim is not None and scores.ndim != ndim:
@@ -49,47 +51,15 @@ def _check(name, scores, k, ndim=None):
     raise ValueError(f"{name}: k={k} must be at least 1")
 
 
-def _minus_one(u):
-  """u - 1, the threshold at which an entry leaves 1; u itself where the floats are too coarse to
-  hold u - 1.
-  """
-  return jnp.where(jnp.abs(u) >= 2.0 ** (jnp.finfo(u.dtype).nmant + 1), u, u - 1)
-
-
-def _below(tau, kth_best):
-  """tau, which lies strictly below the k-th best score, where rounding or floats wider than 1 put
-  it no lower: all of the top k have a gate above 0.
+def _below(tau: jax.Array, kth_best: jax.Array) -> jax.Array:
+  """Lowers tau to strictly below the k-th best score, where rounding, or floats wider than 1, left
+  it higher: all of the top k have a gate above 0.
   """
   return jnp.minimum(tau, jnp.nextafter(kth_best, jnp.full_like(kth_best, -jnp.inf)))
 
 
-def _bisect(low, high, test, size):
-  """(smallest integer in (low, high] that passes, what the test found there), elementwise; `high`
-  is taken to pass; high - low <= size + 1.
-
-  test: integers -> (passes, tuple of arrays like it). What it found is kept only where a tested
-    integer passed, zero otherwise.
-  """
-  kinds = jax.eval_shape(test, high)[1]
-
-  def halve(_, state):
-    low, high, found = state
-    middle = (low + high + 1) // 2  # == high once high - low == 1: the ends then stay
-    passes, new = test(middle)
-    keep = passes & (middle < high)
-    return (
-      jnp.where(passes | (middle == high), low, middle),
-      jnp.where(keep, middle, high),
-      tuple(jnp.where(keep, x, y) for x, y in zip(new, found)),
-    )
-
-  found = tuple(varying_like(jnp.zeros(kind.shape, kind.dtype), high) for kind in kinds)
-  _, high, found = lax.fori_loop(0, math.ceil(math.log2(size + 1)), halve, (low, high, found))
-  return high, found
-
-
 def sparsek(scores: jax.Array, k: int) -> jax.Array:
-  r"""Differentiable top-k mask over the last axis.
+  r"""Computes a differentiable top-k mask over the last axis.
 
   .. math:: p^* = \arg\min_p \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1,\ \textstyle\sum_j
   p_j = k, \qquad p^*_j = \min(\max(z_j - \tau, 0), 1)
@@ -128,20 +98,24 @@ def _sparsek(z, k):
   n = z.shape[-1]
   present = z > -jnp.inf
   u = finite(z)
-  minus = _minus_one(u)
-  breakpoints = jnp.sort(jnp.concatenate([minus, u], axis=-1), axis=-1)
+  lower = lower_breakpoint(u)
+  breakpoints = jnp.sort(jnp.concatenate([lower, u], axis=-1), axis=-1)
 
   def evaluate(rank):
+    """Returns, for the piece that ends at a breakpoint, its value, the number of fractional
+    entries, and k less the sum of the gates at it.
+    """
     b = jnp.take_along_axis(breakpoints, rank, axis=-1)
-    fractional = present & (minus < b) & (u >= b)  # on the piece left of b
+    fractional = present & (lower < b) & (u >= b)
     total = jnp.sum(jnp.where(fractional, u - b, 0), -1, keepdims=True)
     # exact where nothing is fractional
-    missing = k - jnp.sum(present & (minus >= b), -1, keepdims=True) - total
-    return missing >= 0, (b, jnp.sum(fractional, -1, keepdims=True), missing)
+    missing = k - jnp.sum(present & (lower >= b), -1, keepdims=True) - total
+    return b, jnp.sum(fractional, -1, keepdims=True), missing
 
-  # the last breakpoint passes, so one below 2 n does
-  ends = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (-1, 2 * n))
-  _, (b, count, missing) = _bisect(*ends, evaluate, 2 * n)
+  # the last breakpoint passes: no gate is above 0 there, but where floats are wider than 1
+  low, high = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (0, 2 * n - 1))
+  (rank,) = bisect(2 * n, (low, high, lambda rank: evaluate(rank)[2] >= 0))
+  b, count, missing = evaluate(rank)
   kth_best = lax.slice_in_dim(jnp.sort(u, axis=-1), max(n - k, 0), max(n - k, 0) + 1, axis=-1)
   tau = _below(b - jnp.where(count > 0, missing / jnp.maximum(count, 1), 0), kth_best)
   gate = jnp.clip(u - tau, 0, 1) * present
@@ -166,28 +140,10 @@ def _sparsek_backward(k, gate, cotangent):
 _sparsek.defvjp(_sparsek_forward, _sparsek_backward)
 
 
-def document_bounds(
-  segment_ids: jax.Array | None, batch: int, n: int
-) -> tuple[jax.Array, jax.Array]:
-  """[batch, n] int32 index of the first token of each token's document, and one past its last; a
-  document is a run of equal ids.
-  """
-  if segment_ids is None:
-    return jnp.zeros((batch, n), jnp.int32), jnp.full((batch, n), n, jnp.int32)
-  index = jnp.arange(n, dtype=jnp.int32)
-  changed = jnp.concatenate(
-    [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-  )
-  start = lax.cummax(jnp.where(changed, index, 0), axis=1)
-  last = jnp.concatenate([changed[:, 1:], jnp.ones((batch, 1), bool)], axis=1)
-  end = lax.cummin(jnp.where(last, index + 1, n), axis=1, reverse=True)
-  return start, end
-
-
 def causal_sparsek(
   scores: jax.Array, k: int, *, delay: int = 0, segment_ids: jax.Array | None = None
 ) -> CausalSelection:
-  r"""SPARSEK and the top k of every causal prefix, exactly and in parallel.
+  r"""Computes SPARSEK and the top k of every causal prefix, exactly and in parallel.
 
   Query i has the candidates j <= i - delay of its own document. Its gates are `p_ij = clip(u_j -
   tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is the k best candidates, equal scores going to
@@ -239,6 +195,6 @@ def causal_sparsek(
     min(int(k), n),
     min(int(delay), n),
     segment_ids is not None,
-    thread_ops.can_run(),
+    devices.can_run(),
   )
   return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))

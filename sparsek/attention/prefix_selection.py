@@ -1,20 +1,25 @@
-"""Thresholds, expiry and rank order of every causal prefix: the inside of `causal_sparsek`."""
+"""Thresholds, expiry and rank order of every causal prefix: the computation of `causal_sparsek`.
+
+Array shapes are [batch, heads, n]; the work on a single row is in kernels/prefix_thresholds.py, or,
+on Hopper GPUs, in kernels/hopper/prefix_thresholds.py, which is imported only there.
+"""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsek.kernels import prefix_thresholds
-from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+from sparsek.kernels import prefix_thresholds, threshold_gradients
 from sparsek.kernels.saved import saved
+from sparsek.kernels.sentinels import NEVER_ENTERS
 from sparsek.kernels.varying import varying_like
 
 
-def finite(scores):
-  """NaN and -inf (both "not a candidate" here) and +inf become finite, so that arithmetic on them
-  stays defined.
+def finite(scores: jax.Array) -> jax.Array:
+  """Replaces NaN and -inf (both "not a candidate" here) and +inf by finite numbers, so that
+  arithmetic on them stays defined.
   """
   largest = float(jnp.finfo(scores.dtype).max)
   return jnp.nan_to_num(scores, nan=-largest, neginf=-largest, posinf=largest)
@@ -22,29 +27,33 @@ def finite(scores):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def select(scores, start, end, k, delay, packed, kernels=False):
-  """(threshold, expiry, order), [batch, heads, n] each: those of `causal_sparsek`, and the tokens
-  by (document, score, later first).
+def select(
+  scores: jax.Array,
+  start: jax.Array,
+  end: jax.Array,
+  k: int,
+  delay: int,
+  packed: bool,
+  kernels: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns threshold, expiry and order, [batch, heads, n] each.
 
-  Along `order` the expiry of tokens that were ever selected never decreases. Only the thresholds
-  have a gradient.
+  The former two are those of `causal_sparsek`; order lists the tokens by (document, score, later
+  first). Along `order` the expiry of tokens that were ever selected never decreases. Only the
+  thresholds have a gradient.
 
   Args:
     scores: [batch, heads, n] float32.
     start, end: [batch, n], from `document_bounds`.
     k, delay: as in `causal_sparsek`.
     packed: there may be more than one document.
-    kernels: use those for GPUs; `thread_ops.can_run()` says whether they can run.
+    kernels: use those for Hopper GPUs; `devices.can_run()` tells whether they can run.
   """
   n = scores.shape[-1]
   token = jnp.arange(n, dtype=jnp.int32)
   start, end = varying_like(start, scores), varying_like(end, scores)
   key = _key(scores)
-  ranked, order = (
-    hopper_thresholds.sort(key)
-    if kernels
-    else _per_head(lambda key: lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True))(key)
-  )
+  ranked, order = _sort(key, token, kernels)
   if packed:
     ranked, order = _per_head(_by_document)(key, order, start)
   score, entry = _per_head(functools.partial(_entering, delay=delay, packed=packed))(
@@ -53,23 +62,41 @@ def select(scores, start, end, k, delay, packed, kernels=False):
   problem = prefix_thresholds.Problem(n, k, delay, packed)
   # A document's ranks are its tokens: `start` holds for both.
   if kernels:
+    from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+
     tau, expiry = hopper_thresholds.solve(problem, score, entry, order, start, scores)
   else:
     tau, expiry = _per_head(functools.partial(prefix_thresholds.solve, problem))(
       score, entry, order, start
     )
-    first_nan = lambda scores, start: (
-      jnp.full(n, n, jnp.int32)
-      .at[jnp.where(jnp.isnan(scores), start, n)]
-      .min(token, mode="drop")[start]
-    )
-    tau = jnp.where(token - delay >= _per_head(first_nan)(scores, start), jnp.nan, tau)
+    admitted = token - delay  # by each query
+    first_nan = _per_head(functools.partial(_first_nan, token))(scores, start)
+    tau = jnp.where(admitted >= first_nan, jnp.nan, tau)
   return tau, jnp.where(scores > -jnp.inf, jnp.minimum(expiry, end[:, None]), 0), order
 
 
-def _per_head(f):
-  """f over [batch, heads, ...] arrays, and [batch, ...] ones, which have an axis less than the
-  first.
+def _sort(key: jax.Array, token: jax.Array, kernels: bool) -> tuple[jax.Array, jax.Array]:
+  """Returns the keys in order and their tokens; of equal keys the later token comes first."""
+  if kernels:
+    from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+
+    return hopper_thresholds.sort(key)
+  return _per_head(lambda key: lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True))(key)
+
+
+def _first_nan(token: jax.Array, scores: jax.Array, start: jax.Array) -> jax.Array:
+  """Returns the first token of each token's document with a NaN, [n]; n where there is none."""
+  n = scores.shape[0]
+  return (
+    jnp.full(n, n, jnp.int32)
+    .at[jnp.where(jnp.isnan(scores), start, n)]
+    .min(token, mode="drop")[start]
+  )
+
+
+def _per_head(f: Callable) -> Callable:
+  """Maps f over [batch, heads, ...] arrays, and [batch, ...] ones, which have one axis less than
+  the first argument.
   """
 
   def over_batch(*args):
@@ -78,8 +105,8 @@ def _per_head(f):
   return jax.vmap(over_batch)
 
 
-def _key(scores):
-  """Integers ordered like the scores, 0 for NaN and -inf."""
+def _key(scores: jax.Array) -> jax.Array:
+  """Returns integers ordered like the scores, 0 for NaN and -inf."""
   # -0 and 0 are equal
   bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0, finite(scores)), jnp.int32)
   key = jnp.where(bits < 0, ~bits, bits | jnp.int32(-(2**31))).astype(jnp.uint32)
@@ -87,48 +114,52 @@ def _key(scores):
 
 
 def _by_document(key, order, start):
-  """(keys in order, tokens) by document, inside each as they were: two sorts by one key beat one by
-  two.
+  """Returns the keys in order and their tokens by document, in the given order inside each.
+
+  Two sorts by one key are faster than one by two.
   """
   order = lax.sort((start[order], order), num_keys=1, is_stable=True)[1]
   return key[order], order
 
 
 def _entering(key, order, end, *, delay, packed):
-  """By rank: score, query at which its token enters."""
+  """Returns, by rank, the score, and the query at which its token becomes a candidate."""
   last = end[order] if packed else order.shape[0]
-  return _score(key), jnp.where(
-    (key > 0) & (order + delay < last), order + delay, prefix_thresholds.NEVER
-  )
+  return _score(key), jnp.where((key > 0) & (order + delay < last), order + delay, NEVER_ENTERS)
 
 
-def _score(key):
+def _score(key: jax.Array) -> jax.Array:
+  """Undoes `_key`."""
   bits = lax.bitcast_convert_type(key, jnp.int32)
   return finite(
     lax.bitcast_convert_type(jnp.where(bits < 0, bits & jnp.int32(2**31 - 1), ~bits), jnp.float32)
   )
 
 
-def select_forward(scores, start, end, k, delay, packed, kernels):
+def _select_forward(scores, start, end, k, delay, packed, kernels):
   threshold, expiry, order = saved(*select(scores, start, end, k, delay, packed, kernels))
   return (threshold, expiry, order), (scores, threshold, varying_like(end, scores))
 
 
-def select_backward(k, delay, packed, kernels, residuals, cotangents):
+def select_backward(
+  k: int,
+  delay: int,
+  packed: bool,
+  kernels: bool,
+  residuals: tuple[jax.Array, jax.Array, jax.Array],
+  cotangents: tuple[jax.Array, ...],
+) -> tuple[jax.Array, None, None]:
+  """Returns the gradient of the scores, given that of the thresholds: cotangents[0]."""
   scores, threshold, end = residuals
   if kernels:
-    return (
-      hopper_thresholds.scores_gradient(cotangents[0], scores, threshold, end, delay),
-      None,
-      None,
-    )
-  return (
-    _per_head(functools.partial(prefix_thresholds.scores_gradient, delay=delay))(
+    from sparsek.kernels.hopper import prefix_gradients
+
+    gradient = prefix_gradients.scores_gradient(cotangents[0], scores, threshold, end, delay)
+  else:
+    gradient = _per_head(functools.partial(threshold_gradients.scores_gradient, delay=delay))(
       cotangents[0], scores, threshold, end
-    ),
-    None,
-    None,
-  )
+    )
+  return gradient, None, None
 
 
-select.defvjp(select_forward, select_backward)
+select.defvjp(_select_forward, select_backward)

@@ -1,5 +1,5 @@
-"""What teaches scorers directly: which tokens full attention reads after they have left the
-window.
+"""The loss that teaches scorers directly which tokens full attention reads after they have left
+the window.
 """
 
 import functools
@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.kernels import saved
+from sparsek.kernels.sentinels import LOWEST
 
 BLOCK_LOGITS = 2**25  # float32 logits held at once: 128 MiB, and a few arrays like them
-NOWHERE = -1e30  # instead of -inf, whose softmax over nothing is NaN
 
 
 def sample_queries(key: jax.Array, num_queries: int, batch: int, length: int) -> jax.Array:
-  """[batch, min(num_queries, length)] int32 ascending places, one drawn from each of so many parts
-  of the row of equal length; all where they suffice.
+  """Draws the positions of queries: one from each of `num_queries` parts of the row, of equal
+  length, in ascending order; all positions where there are no more.
+
+  Returns:
+    [batch, min(num_queries, length)] int32.
   """
   number = min(num_queries, length)
   edges = np.arange(number + 1) * length // number
@@ -36,17 +39,17 @@ def attention_mass_loss(
   scale: float | None = None,
   segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-  r"""How badly the scores explain which candidates full attention reads: the loss of a scorer, in
-  nats.
+  r"""Computes the loss of a scorer, in nats: how badly its scores explain which candidates full
+  attention reads.
 
   .. math:: L_i = M_i \, KL(A_{i \cdot} / M_i \,\|\, \mathrm{softmax}_{C_i}(u))
-     = \sum_{j \in C_i} A_{ij} \log \frac{A_{ij}}{M_i} + M_i \log \sum_{j \in C_i} e^{u_j} - \sum_{j
-     \in C_i} A_{ij} u_j
+     = \sum_{j \in C_i} A_{ij} \log \frac{A_{ij}}{M_i} + M_i \log \sum_{j \in C_i} e^{u_j}
+     - \sum_{j \in C_i} A_{ij} u_j
 
   A_ij is the softmax of `scale q_i . k_j` over all earlier tokens j <= i of the document, averaged
   over the query heads of a KV head; C_i are the candidates, `j + window <= i`; M_i is their share
   of the attention. L_i >= 0, and 0 where the scores are the logarithm of that attention up to a
-  constant. It reaches tokens that are not selected, too. In this manner DSA trains its indexer
+  constant. It reaches tokens that are not selected, too. DSA trains its indexer in the same way
   (DeepSeek-AI 2025, arXiv 2512.02556), whose scores depend on the query; here one score must do for
   all later queries, and at the minimum over all of them it is the logarithm of the attention that a
   token can expect.
@@ -62,7 +65,7 @@ def attention_mass_loss(
     scores: [batch, n, G] float32, without exploration noise.
     query, key: [batch, n, H, D] and [batch, n, G, D]; products are in their dtype, summed in
       float32.
-    queries: [batch, num_queries] int32 places of the queries that are asked, as from
+    queries: [batch, num_queries] int32 positions of the queries that are asked, as from
       `sample_queries`.
     window: as in `sparsek.sparsek_attention`.
     scale: of the logits; None: 1 / sqrt(D).
@@ -95,7 +98,7 @@ def _loss(scores, asked, key, queries, start, weight, window, scale):
 def _forward(scores, asked, key, queries, start, weight, window, scale):
   (batch, n, groups), (number, heads, dim) = scores.shape, asked.shape[1:]
   most = max(1, BLOCK_LOGITS // (batch * heads * n))
-  block = -(-number // -(-number // most))  # of as many blocks as that needs, alike
+  block = -(-number // -(-number // most))  # as many blocks as that needs, of equal size
   scores_BxGx1xN = jnp.swapaxes(scores, 1, 2)[:, :, None]
   j = jnp.arange(n, dtype=jnp.int32)
 
@@ -109,12 +112,12 @@ def _forward(scores, asked, key, queries, start, weight, window, scale):
     seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
     candidate_Bx1xCxN = (seen_BxCxN & (j + window <= i_BxCx1))[:, None]
     attention_BxGxCxN = jnp.mean(
-      jax.nn.softmax(jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, NOWHERE), axis=-1),
+      jax.nn.softmax(jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST), axis=-1),
       axis=2,
     )
     attention_BxGxCxN = jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0)
     mass_BxGxC = jnp.sum(attention_BxGxCxN, axis=-1)
-    lse_BxGxC = jax.nn.logsumexp(jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, NOWHERE), axis=-1)
+    lse_BxGxC = jax.nn.logsumexp(jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, LOWEST), axis=-1)
     information_BxGxC = jnp.sum(
       jax.scipy.special.xlogy(attention_BxGxCxN, attention_BxGxCxN)
       - attention_BxGxCxN * scores_BxGx1xN,
@@ -135,7 +138,9 @@ def _forward(scores, asked, key, queries, start, weight, window, scale):
     return (total + jnp.sum(loss_BxGxC * weight_BxC[:, None]), d_scores_BxGxN), None
 
   def blocks(x):
-    """[B, queries, ...] -> [blocks, B, block, ...], filled up with zeros: queries of weight 0."""
+    """Cuts [B, queries, ...] into [blocks, B, block, ...], padded with zeros: queries of
+    weight 0.
+    """
     x = jnp.pad(x, ((0, 0), (0, -number % block), *[(0, 0)] * (x.ndim - 2)))
     return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
 

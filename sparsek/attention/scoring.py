@@ -8,139 +8,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds, position_in_document
+from sparsek.attention.exact_product import exact_product
+from sparsek.attention.running_moments import Moments, moments_added, running_moments
 from sparsek.config import SCORERS, check_at_least, check_choice
 
-CHANNELS = (
-  32  # width of the conv scorer: a few directions of the hidden state are enough to judge a token
-)
+# width of the conv scorer: a few directions of the hidden state are enough to judge a token
+CHANNELS = 32
 PRIOR_COUNT = 8.0  # pseudo-tokens of variance 1: they keep the first tokens of a document tame
 SLOPE_TOKENS = 1024  # the slope is a score per this many tokens
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def position_in_document(segment_ids: jax.Array | None, batch: int, length: int) -> jax.Array:
-  """[batch, length] int32: how many tokens of its own document (a run of equal ids) precede each
-  token.
-  """
-  if segment_ids is not None and segment_ids.shape != (batch, length):
-    raise ValueError(
-      f"segment_ids has shape {segment_ids.shape}, expected {(batch, length)} like the tokens"
-    )
-  return jnp.arange(length, dtype=jnp.int32) - document_bounds(segment_ids, batch, length)[0]
-
-
-class Moments(NamedTuple):
-  """Statistics of a set of logits: how many, their mean, and the sum of squared deviations
-  from it.
-  """
-
-  count: jax.Array
-  mean: jax.Array
-  deviation: jax.Array
-
-
-def moments_added(a: Moments, b: Moments) -> Moments:
-  """What to add to the moments a for those of the union with b (Chan, Golub and LeVeque 1979):
-  never a difference of large sums, so that an offset that all logits have costs no digits.
-  """
-  share = b.count / jnp.maximum(a.count + b.count, 1)
-  delta = b.mean - a.mean
-  return Moments(b.count, delta * share, b.deviation + delta**2 * a.count * share)
-
-
-def merge_moments(a: Moments, b: Moments) -> Moments:
-  """Moments of the union."""
-  added = moments_added(a, b)
-  return Moments(*(x + y for x, y in zip(a, added)))
-
-
-def _prefixes(arrays, start: jax.Array, join, block: int = 32):
-  """What `join`, associative and with zeros as its neutral element, makes of the tokens start_i..i,
-  in order.
-
-  Joins inside blocks, to which each adds what the blocks before it hold of its document: three
-  levels for 32768 tokens, where a scan by doubling would take 15.
-
-  Args:
-    arrays: tuple of float32 [..., n].
-    start: [..., n], broadcasts to them; never decreases along a row.
-    join: two such tuples, the earlier first -> one.
-  """
-  n = arrays[0].shape[-1]
-  block, padding = min(block, n), [(0, 0)] * (arrays[0].ndim - 1)
-  size = -(-n // block)
-  blocks = lambda x, **kwargs: jnp.pad(
-    x, (*padding[: x.ndim - 1], (0, size * block - n)), **kwargs
-  ).reshape(*x.shape[:-1], size, block)
-  arrays, start = tuple(map(blocks, arrays)), blocks(start, mode="edge")
-  token = jnp.arange(size * block, dtype=jnp.int32).reshape(size, block)
-  joined = (token[:, None, :] <= token[:, :, None]) & (token[:, None, :] >= start[..., None])
-  masked = tuple(jnp.where(joined, x[..., None, :], 0) for x in arrays)
-  found = tuple(jax.lax.reduce(masked, (0.0,) * len(arrays), join, (masked[0].ndim - 1,)))
-  if size > 1:
-    before = _prefixes(tuple(x[..., -1] for x in found), start[..., -1] // block, join, block)
-    before = (jnp.pad(x[..., :-1], (*padding, (1, 0)))[..., None] for x in before)
-    found = join(tuple(jnp.where(start < token[:, :1], x, 0) for x in before), found)
-  return tuple(x.reshape(*x.shape[:-2], size * block)[..., :n] for x in found)
-
-
-@jax.custom_vjp
-def running_moments(
-  logits_BxNxG: jax.Array, counted_BxN: jax.Array, start_BxN: jax.Array, end_BxN: jax.Array
-) -> Moments:
-  """Moments of the counted logits from the document's first token up to each token, itself
-  included: [B, N, G] each.
-
-  start, end: as of `document_bounds`. Summed are deviations from the document's first logit, joined
-    by `merge_moments`: a common offset costs no digits.
-  """
-  return _running_moments_fwd(logits_BxNxG, counted_BxN, start_BxN, end_BxN)[0]
-
-
-def _running_moments_fwd(logits_BxNxG, counted_BxN, start_BxN, end_BxN):
-  logits_BxGxN, start_Bx1xN = jnp.swapaxes(logits_BxNxG, 1, 2), start_BxN[:, None]
-  counted_BxGxN = jnp.broadcast_to(counted_BxN[:, None].astype(jnp.float32), logits_BxGxN.shape)
-  first_BxGxN = jnp.take_along_axis(logits_BxGxN, start_Bx1xN, axis=-1)
-  offset_BxGxN = (logits_BxGxN - first_BxGxN) * counted_BxGxN
-  count, mean, deviation = _prefixes(
-    (counted_BxGxN, offset_BxGxN, jnp.zeros_like(offset_BxGxN)),
-    start_Bx1xN,
-    lambda a, b: tuple(merge_moments(Moments(*a), Moments(*b))),
-  )
-  moments = Moments(*(jnp.swapaxes(x, 1, 2) for x in (count, mean + first_BxGxN, deviation)))
-  return moments, (offset_BxGxN, counted_BxGxN, count, mean, end_BxN)
-
-
-def _running_moments_bwd(residuals, cotangent):
-  """With m_i the mean of c_i logits: dm_i / dx_j = 1 / c_i, and the deviation's derivative is 2
-  (x_j - m_i), for counted j of the document up to i.
-
-  So dx_j = sum over i >= j of (dmean_i / c_i - 2 ddev_i m_i) + x_j sum of 2 ddev_i: two sums from
-  the end on, x and m about the document's first logit.
-  """
-  offset, counted, count, mean, end_BxN = residuals
-  of_mean, of_deviation = (jnp.swapaxes(c, 1, 2) for c in (cotangent.mean, 2 * cotangent.deviation))
-  sums = of_mean / jnp.maximum(count, 1) - of_deviation * mean, of_deviation
-  from_end = (offset.shape[-1] - end_BxN)[:, None, ::-1]
-  constant, slope = (
-    x[..., ::-1]
-    for x in _prefixes(
-      tuple(x[..., ::-1] for x in sums), from_end, lambda a, b: tuple(map(jnp.add, a, b))
-    )
-  )
-  return jnp.swapaxes(counted * (constant + offset * slope), 1, 2), None, None, None
-
-
-running_moments.defvjp(_running_moments_fwd, _running_moments_bwd)
-
-
 def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int) -> jax.Array:
-  """[B, N, G] standard normal noise, a hash of layer, head and position: the same in every run,
-  batch and process.
+  """Returns [B, N, G] standard normal noise, a hash of layer, head and position: the same in every
+  run, batch and process.
   """
 
-  def mix(bits):  # the finaliser of MurmurHash3
+  def mix(bits):
+    """Applies the finaliser of MurmurHash3."""
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
     bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
     return bits ^ (bits >> 16)
@@ -148,75 +34,13 @@ def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int
   salt = mix(jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32(1))
   salt_G = mix(salt + jnp.arange(num_heads, dtype=jnp.uint32) * jnp.uint32(0x7F4A7C15))
   bits = mix(mix(positions_BxN.astype(jnp.uint32))[..., None] ^ salt_G)
-  uniform = (
-    (bits >> 9).astype(jnp.float32) + 0.5
-  ) / 2**23  # 24 significant bits: exact, and never 0 or 1
+  # 24 significant bits: exact, and never 0 or 1
+  uniform = ((bits >> 9).astype(jnp.float32) + 0.5) / 2**23
   return jax.scipy.special.ndtri(uniform)
 
 
-def _parts(x: jax.Array) -> list[jax.Array]:
-  """Three bfloat16 arrays that sum to a float32 one, but for 2^-24 of it; what else would round to
-  bfloat16 here could be optimised away.
-  """
-  parts = []
-  for _ in range(3):
-    parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16))
-    x = x - parts[-1].astype(jnp.float32)
-  return parts
-
-
-def _sum_of_parts(product: jax.Array) -> jax.Array:
-  return jnp.sum(product.reshape(*product.shape[:-1], 3, product.shape[-1] // 3), axis=-2)
-
-
-def scorer_rows(kernel: jax.Array, multiple: int) -> jax.Array:
-  """Bfloat16 rows [M, E] whose products with x `scorer_logits` makes those of W [E, G] as
-  `exact_product` would; M is 3 G, padded to a multiple.
-  """
-  rows = jnp.concatenate(_parts(kernel), axis=-1).T
-  return jnp.pad(rows, ((0, -len(rows) % multiple), (0, 0)))
-
-
-def scorer_logits(products: jax.Array, features: int) -> jax.Array:
-  """[..., M] float32 -> [..., G]."""
-  return _sum_of_parts(products[..., : 3 * features])
-
-
-@jax.custom_vjp
-def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x W in float32, of x [..., E] bfloat16 and W [E, C] float32: as exact as in float32, at the
-  speed of a bfloat16 product.
-
-  W is the sum of three bfloat16 matrices; products of two bfloat16 numbers are exact in float32, in
-  which they are summed (Henry, Tang and Heinecke 2019, arXiv 1904.06376). So is the gradient of W;
-  that of x is, as in other products, one with W rounded to bfloat16.
-  """
-  return _sum_of_parts(
-    jnp.matmul(x, jnp.concatenate(_parts(kernel), axis=-1), preferred_element_type=jnp.float32)
-  )
-
-
-def _exact_product_fwd(x, kernel):
-  return exact_product(x, kernel), (x, kernel)
-
-
-def _exact_product_bwd(residuals, d_out):
-  x, kernel = residuals
-  d_parts = jnp.concatenate(_parts(d_out), axis=-1)
-  d_kernel = _sum_of_parts(
-    jnp.einsum("...e,...c->ec", x, d_parts, preferred_element_type=jnp.float32)
-  )
-  d_x = jnp.matmul(
-    d_parts, jnp.tile(kernel.astype(x.dtype), 3).T, preferred_element_type=jnp.float32
-  )
-  return d_x.astype(x.dtype), d_kernel
-
-
-exact_product.defvjp(_exact_product_fwd, _exact_product_bwd)
-
-
 class Linear(nn.Module):
-  """x W in float32; W [E, features]."""
+  """A product x W in float32, of W [E, features]."""
 
   features: int
 
@@ -231,22 +55,22 @@ class Linear(nn.Module):
 
 
 def slice_rows(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-  """x [B, N, ...] -> [B, length, ...]: of each row the places start [B] .. start + length - 1."""
+  """Slices x [B, N, ...] to [B, length, ...]: of each row start [B] .. start + length - 1."""
   if x.shape[1] == length + 1:  # a single token: cheaper to choose than to slice
     return jnp.where(start.reshape(-1, *[1] * (x.ndim - 1)) > 0, x[:, 1:], x[:, :-1])
   return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, length))(x, start)
 
 
 class ScorerState(NamedTuple):
-  """What a stream of chunks carries; its size depends on the configuration only.
+  """The state of a stream of chunks; its size depends on the configuration only.
 
   Attributes:
     linear: [B, L, G] linear logits of the last L = lookahead tokens, whose scores are not final
       yet.
     channels: [B, lookback + L, CHANNELS] inputs of the convolution.
     mean, deviation: [B, G] moments of the final logits so far.
-    mean_rest, deviation_rest: [B, G] what rounding has cut off these sums (Kahan 1965); after 10^6
-      single tokens it would be worth 10^-5 of a score.
+    mean_rest, deviation_rest: [B, G] rounding errors of these sums (Kahan 1965), which are added
+      back; after 10^6 single tokens they would be worth 10^-5 of a score.
   """
 
   linear: jax.Array
@@ -258,29 +82,37 @@ class ScorerState(NamedTuple):
 
 
 class ScoringNetwork(nn.Module):
-  """Scores u[b, j, g] of tokens from their hidden states, in float32.
+  """A network that scores tokens, u[b, j, g], from their hidden states, in float32.
 
   Logits r_j:
-    "linear": r = x W, as in the paper. "conv": r = x W + silu(conv(x P)) V; the convolution sees
-    `lookback` tokens before and `lookahead` tokens after its own, within the
-      document. Lookahead keeps the model causal as long as it is at most the attention window,
-      because a token is judged only when it leaves the window.
+    "linear": r = x W, as in the paper.
+    "conv": r = x W + silu(conv(x P)) V; the convolution sees `lookback` tokens before and
+      `lookahead` tokens after its own, within the document. Lookahead keeps the model causal as
+      long as it is at most the attention window, because a token is judged only when it leaves the
+      window.
     "random": fixed noise, no parameters: the control that a learned scorer has to beat.
-  Scores: u_j = scale_g z_j + slope_g position_j / 1024, with position counted within the document
-    and z_j = (r_j - mean_j) / std_j, where mean_j is that of r_0..r_j of the document and std_j^2 =
-    (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had variance 1. A constant
-    added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are learned per
-    head. With `init_noise` above 0 the score has one more term, amplitude_g e_j, of fixed normal
-    noise e, that of "random": without it tokens that look alike have the same score, and a new
-    scorer keeps many of a few kinds and none of the others. The amplitude is learned too, and the
-    noise is the same in generation. With `init_sink` other than 0 the first token of a document has
-    one more term, sink_g, which is learned: its z is 0 whatever its hidden state, but pretrained
-    models leave much attention there (Xiao et al. 2023, arXiv 2309.17453), and break where it is
-    dropped. The spread acts as a temperature: at std .1 all gates of SPARSEK are mush, at 10 they
-    are 0 or 1. The default scale of 1 starts with .80 of the gate mass on the top k, 4 with .95 (n
-    = 512, k = 64, random hidden states; tests/attention/scoring_test.py). A slope bounds how far
-    back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and k = 512, however long the
-    context, and all of it at the default of 0 (experiments/results/scorer_reach.json).
+
+  Scores: u_j = scale_g z_j + slope_g position_j / 1024, with the position counted within the
+  document and z_j = (r_j - mean_j) / std_j, where mean_j is that of r_0..r_j of the document and
+  std_j^2 = (sum of squared deviations + 8) / (j + 1 + 8), as if 8 more tokens had variance 1. A
+  constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are
+  learned per head.
+
+  With `init_noise` above 0 the score has one more term, amplitude_g e_j, of fixed normal noise e,
+  that of "random": without it tokens that look alike have the same score, and a new scorer keeps
+  many of a few kinds and none of the others. The amplitude is learned too, and the noise is the
+  same in generation.
+
+  With `init_sink` other than 0 the first token of a document has one more term, sink_g, which is
+  learned: its z is 0 whatever its hidden state, but pretrained models leave much attention there
+  (Xiao et al. 2023, arXiv 2309.17453), and break where it is dropped.
+
+  The spread acts as a temperature: at a standard deviation of .1 nearly all gates of SPARSEK are
+  fractional, at 10 they are 0 or 1. The default scale of 1 starts with .80 of the gate mass on the
+  top k, 4 with .95 (n = 512, k = 64, random hidden states; tests/attention/scoring_test.py). A
+  slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and
+  k = 512, however long the context, and all of it at the default of 0
+  (experiments/results/scorer_reach.json).
 
   Attributes:
     num_heads: KV heads G.
@@ -289,9 +121,9 @@ class ScoringNetwork(nn.Module):
     normalize: normalise logits causally over time.
     shared: one score per token for all heads.
     init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
-    init_noise: initial amplitude of the fixed noise; 0 for none. Not of "random", which has nothing
-      else.
-    init_sink: initial extra score of a document's first token; 0 for none. Not of "random".
+    init_noise: initial amplitude of the fixed noise; 0 for none. Unused by "random", which is that
+      noise alone.
+    init_sink: initial extra score of a document's first token; 0 for none. Unused by "random".
 
   Raises:
     ValueError: for an unknown kind or a negative reach.
@@ -308,7 +140,7 @@ class ScoringNetwork(nn.Module):
   init_noise: float = 0.0
   init_sink: float = 0.0
 
-  def setup(self):
+  def setup(self) -> None:
     check_choice("scorer", self.kind, SCORERS)
     check_at_least("scorer_lookback", self.lookback, 0)
     check_at_least("scorer_lookahead", self.lookahead, 0)
@@ -338,23 +170,24 @@ class ScoringNetwork(nn.Module):
 
   @property
   def num_scores(self) -> int:
-    """Different scores of a token."""
+    """Number of different scores of a token."""
     return 1 if self.shared else self.num_heads
 
   @property
   def delay(self) -> int:
-    """Tokens that must follow a token before its score is final."""
+    """Number of tokens that must follow a token before its score is final."""
     return self.lookahead if self.kind == "conv" else 0
 
   def __call__(
     self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0
   ) -> jax.Array:
-    """Scores of whole rows.
+    """Scores whole rows.
 
     Args:
       x_BxNxE: hidden states of any floating dtype.
       segment_ids: [B, N] or None; everything restarts where the id changes.
       layer: index of the layer, the salt of the fixed noise.
+
     Returns:
       [B, N, G] float32. The last `delay` tokens of a row see zeros ahead; they are no candidates
       yet where window >= delay.
@@ -389,17 +222,19 @@ class ScoringNetwork(nn.Module):
     count: jax.Array | None = None,
     linear_BxCxG: jax.Array | None = None,
   ) -> tuple[jax.Array, ScorerState]:
-    """Scores that become final with a chunk of C further tokens of one endless document.
+    """Scores the tokens whose scores become final with a chunk of C further tokens of one endless
+    document.
 
     Args:
       x_BxCxE: hidden states of the tokens at positions seen .. seen + C - 1.
       state: what the previous call returned; `initial_state` at first.
       seen: int32 [B], or a scalar for all rows, tokens before this chunk.
       layer: index of the layer, the salt of the fixed noise.
-      count: int32 [B], how many of a row's C tokens there are; what follows them is not read. None:
-        all.
+      count: int32 [B], how many of a row's C tokens are real; those that follow them are not read.
+        None: all.
       linear_BxCxG: x W where it is known. A linear scorer does not read x then, of which only the
         shape counts.
+
     Returns:
       [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where
       negative, and beyond `count`), and the next state.
@@ -449,7 +284,7 @@ class ScoringNetwork(nn.Module):
     return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(**ends)
 
   def initial_state(self, batch_size: int) -> ScorerState:
-    """The state before the first token."""
+    """Returns the state before the first token."""
     conv = self.kind == "conv"
     zeros = lambda *shape: jnp.zeros((batch_size, *shape), jnp.float32)
     return ScorerState(
@@ -468,8 +303,8 @@ class ScoringNetwork(nn.Module):
     return jnp.broadcast_to(scores, (*scores.shape[:2], self.num_heads))
 
   def _taps(self, padded, length):
-    """[B, length + lookback + lookahead, ...] -> [B, length, taps, ...]: what each token sees
-    around itself.
+    """Collects what each token sees around itself: [B, length + lookback + lookahead, ...] ->
+    [B, length, taps, ...].
     """
     return jnp.stack(
       [padded[:, t : t + length] for t in range(self.lookback + self.lookahead + 1)], axis=2

@@ -1,23 +1,46 @@
 """Flagfiles: read before absl parses, so that the command line wins wherever `--flagfile` stands.
 
-A line holds one flag; blank lines and lines that begin with # or // are left out. Among flagfiles
-the later one wins. The values of a flag that may be repeated come from one place: the command
-line, or else the last file that has it.
+A line holds one flag; blank lines and lines that begin with # or // are skipped. Among flagfiles
+the later one wins. The values of a flag that may be repeated come from one source: the command
+line, or else the last file that has the flag. Each field of --model counts as a flag of its own.
+
+Flags of earlier versions are read, in files and on the command line, as what replaced them.
 """
 
 import codecs
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
+from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.storage.files import local_path, read_at_most
 
 COMMAND_LINE = "the command line"
 MAX_BYTES, MAX_FILES = 2**20, 1000
-_TOGETHER = (None, "undefok")  # names of which all places count
+_ADDED_UP = (None, "undefok")  # names whose values come from all sources
+# Flags of version 0.1 that were renamed, and those that became fields of --model.
+RENAMED = {"rivals": "baselines"}
+TO_MODEL = (
+  "positions",
+  "max_positions",
+  "rope_fraction",
+  "rope_scaling",
+  "norm",
+  "qk_norm",
+  "mlp",
+  "use_bias",
+  "out_bias",
+  "mlp_bias",
+  "parallel_residual",
+  "tie_embeddings",
+)
+_MODEL_FIELDS = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+_FLAG_OF_FIELD = {"attention": "layer_pattern"}  # the flag of a field that is called otherwise
+_NEXT_FIELD = re.compile(r",(?=\w+=)")  # a pattern of layers holds commas too
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -26,25 +49,25 @@ class _Given:
   """A flag and where it was given.
 
   Attributes:
-    name: of the flag; None for what is no flag.
-    words: the arguments that say it, one or two.
-    place: COMMAND_LINE, or the flagfile's path.
-    number: of the place, as one file may be read twice; 0 is the command line.
+    name: the flag's name; None for an argument that is no flag.
+    words: the arguments that give it, one or two.
+    source: COMMAND_LINE, or the flagfile's path.
+    number: of the source, as one file may be read twice; 0 is the command line.
   """
 
   name: str | None
   words: tuple[str, ...]
-  place: str
+  source: str
   number: int
 
   @property
   def text(self) -> str:
-    """Returns it as one argument, such as "--k=8" or "--noscan_layers"."""
+    """The flag as one argument, such as "--k=8" or "--noscan_layers"."""
     return "--" + "=".join(self.words).lstrip("-")
 
 
 class _Reader:
-  """Reads a command line and the flagfiles that it names, in order."""
+  """A reader of a command line and of the flagfiles that it names, in order."""
 
   def __init__(self, flag_values: flags.FlagValues, say: Callable[[str], object]):
     self._flag_values, self._say, self._count = flag_values, say, 0
@@ -53,14 +76,14 @@ class _Reader:
   def read(
     self,
     arguments: Sequence[str],
-    place: str = COMMAND_LINE,
+    source: str = COMMAND_LINE,
     number: int = 0,
     parents: tuple[str, ...] = (),
   ) -> None:
     """Appends what `arguments` give to `given`."""
     for name, words in _split(arguments, self._flag_values):
       if name != "flagfile":
-        self.given.append(_Given(name, words, place, number))
+        self.given.append(_Given(name, words, source, number))
       elif path := "=".join(words).partition("=")[2]:
         self._read_file(path, parents)
 
@@ -76,7 +99,7 @@ class _Reader:
     self.read(_lines(path), path, self._count, (*parents, path))
 
   def _find(self, path: str, parents: tuple[str, ...]) -> str:
-    """Returns where a flagfile lies: beside the one that names it, or else where we are."""
+    """Returns the path of a flagfile: beside the one that names it, or in the working directory."""
     beside = os.path.join(os.path.dirname(parents[-1]), path) if parents else path
     if beside == path or not os.path.exists(beside):
       if not os.path.exists(path):
@@ -110,12 +133,12 @@ def expand(
   in_files = {given.name: given for given in reader.given if given.number}
   for name, here in {given.name: given for given in reader.given if not given.number}.items():
     there = in_files.get(name)
-    if there and name not in _TOGETHER and there.text != here.text:
-      say(f"{there.text} in {there.place} gives way to {here.text} of {COMMAND_LINE}")
+    if there and name not in _ADDED_UP and there.text != here.text:
+      say(f"{there.text} in {there.source} gives way to {here.text} of {COMMAND_LINE}")
   kept = [
     given
     for given in reader.given
-    if given.name in _TOGETHER or given.number == winners[given.name]
+    if given.name in _ADDED_UP or given.number == winners[given.name]
   ]
   kept.sort(key=lambda given: given.number == 0)  # files first: the sort is stable
   return [word for given in kept for word in given.words]
@@ -136,19 +159,64 @@ def _split(
     if not name:  # absl takes no flag behind such a word
       yield None, (word, *arguments)
       return
-    if name.startswith("no") and name not in flag_values and name[2:] in flag_values:
-      name = name[2:]
-    takes_value = name in ("flagfile", "undefok") or (
-      name in flag_values and not flag_values[name].boolean
-    )
-    if equals or not takes_value:
-      yield name, (word,)
+    if name.startswith("no") and not _is_known(name, flag_values):
+      name = name[2:] if _is_known(name[2:], flag_values) else name
+    if equals or not _takes_value(name, flag_values):
+      yield from _current(name, (word,), flag_values)
     elif arguments:
-      yield name, (word, arguments.pop(0))
+      yield from _current(name, (word, arguments.pop(0)), flag_values)
     elif name == "flagfile":
       raise UsageError("--flagfile: the path of the file is missing")
     else:
-      yield name, (word,)
+      yield from _current(name, (word,), flag_values)
+
+
+def _replacement(name: str, flag_values: flags.FlagValues) -> str | None:
+  """Returns the flag that replaced one of an earlier version, where it is defined."""
+  flag = "model" if name in TO_MODEL else RENAMED.get(name, "")
+  return flag if flag in flag_values and name not in flag_values else None
+
+
+def _is_known(name: str, flag_values: flags.FlagValues) -> bool:
+  return name in flag_values or _replacement(name, flag_values) is not None
+
+
+def _takes_value(name: str, flag_values: flags.FlagValues) -> bool:
+  """Returns whether the value of a flag may be the next word."""
+  if _replacement(name, flag_values):
+    return not isinstance(_MODEL_FIELDS.get(name), bool)
+  is_value = name in flag_values and not flag_values[name].boolean
+  return is_value or name in ("flagfile", "undefok")
+
+
+def _current(
+  name: str, words: tuple[str, ...], flag_values: flags.FlagValues
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Yields a flag as this version has it; the fields of --model one by one."""
+  text, replacement = "=".join(words).lstrip("-"), _replacement(name, flag_values)
+  if replacement == "model":
+    if text == f"no{name}" and isinstance(_MODEL_FIELDS[name], bool):
+      text = f"{name}=false"
+    elif text == name and isinstance(_MODEL_FIELDS[name], bool):
+      text = f"{name}=true"
+    yield from _fields(text, flag_values)
+  elif replacement:
+    yield replacement, (f"--{replacement}{text.removeprefix(name)}",)
+  elif name == "model" and name in flag_values and "=" in text:
+    yield from _fields(text.partition("=")[2], flag_values)
+  else:
+    yield name, words
+
+
+def _fields(text: str, flag_values: flags.FlagValues) -> Iterator[tuple[str, tuple[str, ...]]]:
+  """Yields "FIELD=VALUE,FIELD=VALUE" one by one; a field that has a flag of its own as that."""
+  for part in _NEXT_FIELD.split(text):
+    field, equals, value = part.partition("=")
+    flag = _FLAG_OF_FIELD.get(field, field)
+    if equals and field in _MODEL_FIELDS and flag in flag_values:
+      yield flag, (f"--{flag}={value}",)
+    else:
+      yield f"model={field}", (f"--model={part}",)
 
 
 def _lines(path: str) -> list[str]:
@@ -163,7 +231,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _decode(content: bytes, path: str) -> str:
-  """Returns the text of a flagfile: UTF-8, with or without a mark, or UTF-16 with one."""
+  """Returns the text of a flagfile: UTF-8, or UTF-16 that begins with a byte order mark."""
   if content.startswith(_UTF16):
     try:
       return content.decode("utf-16")

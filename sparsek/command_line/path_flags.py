@@ -1,4 +1,4 @@
-"""Flags that name files and folders, which every command reads alike.
+"""Flags that name files and folders, which all commands read alike.
 
 A path is absolute from the moment it is parsed: records hold it so, messages say from where a
 relative one was looked up, and `~` is expanded once. Words such as "stdlib" stay words.
@@ -7,28 +7,30 @@ relative one was looked up, and `~` is expanded once. Words such as "stdlib" sta
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from sparsek.storage.files import local_path
 
-HF_PREFIX = "hf:"  # sparsek.pretrained.PREFIX, from a module that is slow to import
+HF_PREFIX = "hf:"  # as huggingface.pretrained.PREFIX, which is slow to import
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_FOLDER_LIKE_A_STEP = re.compile(r"@[0-9]+/+$")  # its slash says that DIR@4/ is no step of DIR
+_FOLDER_LIKE_A_STEP = re.compile(r"@[0-9]+/+$")  # the slash says that DIR@4/ is no step of DIR
 
 
 def parse_path(
   text: str, words: Sequence[str] = (), reference: bool = False, absolute: bool = True
 ) -> str:
-  """Returns the path that a user means.
+  """Returns the path that the text of a flag means.
 
   Args:
-    text: what was given.
-    words: values that are no paths; one that ends in a colon stands for all that begin with it.
+    text: the value of the flag.
+    words: values that are not paths; a word that ends in a colon stands for all values that begin
+      with it.
     reference: "hf:DIR" and "DIR@STEP" name models; prefix and step stay as they are.
     absolute: False leaves a relative path as it is.
   Raises:
-    ValueError: with the reason, for what names no place that a run can keep in its records.
+    ValueError: with the reason, for a path that a run could not keep in its records.
   """
   if any(text.startswith(word) if word.endswith(":") else text == word for word in words):
     return text
@@ -55,7 +57,7 @@ def parse_path(
 
 
 def _absolute(path: str) -> str:
-  """Returns it from the root on; behind a link ".." is the folder above the link's target."""
+  """Returns an absolute path; ".." behind a link is the folder above the link's target."""
   try:
     return os.path.realpath(path) if ".." in path.split(os.sep) else os.path.abspath(path)
   except FileNotFoundError:
@@ -63,7 +65,7 @@ def _absolute(path: str) -> str:
 
 
 def parse_paths(text: str, words: Sequence[str] = (), absolute: bool = True) -> list[str]:
-  """Returns the paths of a list separated by commas, or the one that exists with its commas."""
+  """Returns the paths of a list separated by commas, or one existing path that has commas."""
   parts = [text]
   if "," in text and not os.path.exists(os.path.expanduser(text)):
     parts = text.split(",")
@@ -71,14 +73,14 @@ def parse_paths(text: str, words: Sequence[str] = (), absolute: bool = True) -> 
 
 
 class _Path(flags.ArgumentParser):
-  """Parses one path, as `parse_path`."""
+  """A parser of one path: `parse_path`."""
 
   syntactic_help = "a path of this machine's file system"
 
   def __init__(self, **options):
     self._options = options
 
-  def parse(self, argument):
+  def parse(self, argument: str) -> Any:
     return parse_path(argument, **self._options)
 
   def flag_type(self) -> str:
@@ -86,11 +88,11 @@ class _Path(flags.ArgumentParser):
 
 
 class _Paths(_Path):
-  """Parses some paths, as `parse_paths`."""
+  """A parser of several paths: `parse_paths`."""
 
   syntactic_help = "paths of this machine's file system, separated by commas"
 
-  def parse(self, argument):
+  def parse(self, argument: str) -> list[str]:
     return parse_paths(argument, **self._options)
 
 
@@ -126,6 +128,6 @@ def is_path(flag: flags.Flag) -> bool:
 
 
 def shown(path: str) -> str:
-  """Returns it as a label of a table: relative where it lies below the working directory."""
+  """Returns a path as a label: relative where it lies below the working directory."""
   relative = os.path.relpath(path)
   return path if relative.startswith("..") else relative

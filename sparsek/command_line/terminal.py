@@ -8,7 +8,7 @@ from typing import IO
 
 from sparsek.storage import files
 
-END_SECONDS = 10.0  # that the interpreter may take to end once a command has said its last
+END_SECONDS = 10.0  # for the interpreter to end once a command has printed its last line
 
 
 class Lenient:
@@ -18,8 +18,9 @@ class Lenient:
 
   Args:
     stream: standard output or error.
-    name: of it, for messages.
-    forgiven: what it costs no more than what is printed; another OSError raises RunError.
+    name: what messages call the stream.
+    forgiven: the kind of error after which the rest of the output is dropped; another OSError
+      raises RunError.
   """
 
   def __init__(self, stream: IO[str], name: str, forgiven: type[OSError]):
@@ -58,11 +59,12 @@ class Lenient:
 
 
 def make_lenient() -> None:
-  """Makes standard output and error such that a closed one costs what is printed, not the run.
+  """Makes a closed standard output or error lose what is printed, but not the run.
 
-  A pipe that nobody reads (`| head`) is forgiven; of standard error everything is, such as a
-  terminal that hung up, or a full disk. Descriptors that the command was started without (`2>&-`)
-  become the null device: a file opened later would get the number, and in it whatever is printed.
+  On standard output a pipe that nobody reads (`| head`) is forgiven; on standard error any failure
+  is, such as a terminal that hung up or a full disk. Descriptors that the command was started
+  without (`2>&-`) become the null device: a file opened later would get their number, and
+  whatever is printed would land in it.
   """
   while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
@@ -75,10 +77,10 @@ def make_lenient() -> None:
 
 
 def keep_interrupts() -> None:
-  """Makes sure that Ctrl-C counts wherever it falls.
+  """Makes sure that Ctrl-C takes effect at any moment.
 
-  Python shows and forgets what is raised in destructors and in callbacks of the garbage collector,
-  of which JAX has some. There it is sent once more.
+  Python shows and drops exceptions of destructors and of callbacks of the garbage collector, which
+  JAX has. A KeyboardInterrupt that is raised there is sent once more.
   """
   show = sys.unraisablehook
 
@@ -86,7 +88,7 @@ def keep_interrupts() -> None:
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
       show(unraisable)
       return
-    # Not at once, which would be in this hook; and to the thread that may wait for something.
+    # Later, as this hook must have returned; to the main thread, which may wait for something.
     to_main = [threading.main_thread().ident, signal.SIGINT]
     again = threading.Timer(0.01, signal.pthread_kill, to_main)
     again.daemon = True
@@ -96,7 +98,7 @@ def keep_interrupts() -> None:
 
 
 def end_within(seconds: float, code: int) -> None:
-  """Makes sure that the process ends with `code` in so many seconds, whatever its threads wait for.
+  """Makes sure that the process ends with `code` in this time, whatever its threads wait for.
 
   The interpreter joins all threads before it ends, also those of an Orbax save that failed, which
   can wait for ever. Call it when all work is done and flushed; exit handlers run as long as they

@@ -1,4 +1,6 @@
-"""Documents from files, folders and Python's standard library, and the split of them."""
+"""Documents from files, folders and Python's standard library, split into training and held-out
+documents.
+"""
 
 import dataclasses
 import hashlib
@@ -9,16 +11,15 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sparsek.config import check_choice
-from sparsek.data import text_files
+from sparsek.data import task_documents, text_files
 from sparsek.errors import UsageError
-from sparsek.evaluation import tasks
 from sparsek.storage.files import check_regular
 
 STDLIB = "stdlib"
 TASKS = "tasks:"
 DEFAULT_EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet")
 _MAX_TASK_BYTES, _MAX_TASKS = 2**24, 10**9
-# Left out of the standard library: what is not its own (site-packages), and its tests, which many
+# Folders of the standard library that are not read: installed packages, and tests, which many
 # distributions do not ship.
 _STDLIB_SKIPPED = frozenset(
   {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -27,13 +28,13 @@ _STDLIB_SKIPPED = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text with its place in the split.
+  """A text, and on which side of the split it is.
 
   Attributes:
     name: file, or file:line.
     text: never empty.
     held_out: not trained on.
-    answers: (begin, end) of characters, ascending: the loss counts only these; None: everything.
+    answers: (begin, end) of the characters that the loss counts, ascending; None: all of them.
   """
 
   name: str
@@ -42,8 +43,8 @@ class Document:
   answers: tuple[tuple[int, int], ...] | None = None
 
   def __post_init__(self):
-    places = [0, *itertools.chain.from_iterable(self.answers or ()), len(self.text)]
-    if places != sorted(places):
+    borders = [0, *itertools.chain.from_iterable(self.answers or ()), len(self.text)]
+    if borders != sorted(borders):
       raise ValueError(
         f"answers={self.answers} of document {self.name} must be (begin, end), ascending, "
         f"within its {len(self.text)} characters"
@@ -51,26 +52,33 @@ class Document:
 
 
 class LeftOut:
-  """Counts of what was not read, by reason, with the first place of each."""
+  """Counts of what was not read, by reason, with the first example of each."""
 
   def __init__(self):
     self._counts: dict[str, int] = {}
     self._first: dict[str, str] = {}
 
-  def add(self, reason: str, place: str) -> None:
-    """Counts one more; `reason` is a plural, such as "hidden files"."""
-    self._counts[reason] = self._counts.get(reason, 0) + 1
-    self._first.setdefault(reason, place)
+  def add(self, reason: str, example: str) -> None:
+    """Counts one more.
 
-  def lines(self, most: int = 12) -> list[str]:
-    """Returns a line for each reason, the most frequent first, and at most so many."""
-    reasons = sorted(self._counts, key=self._counts.get, reverse=True)
+    Args:
+      reason: a plural, such as "hidden files".
+      example: what was not read, such as the name of a file.
+    """
+    self._counts[reason] = self._counts.get(reason, 0) + 1
+    self._first.setdefault(reason, example)
+
+  def lines(self, max_reasons: int = 12) -> list[str]:
+    """Returns a line for each of the most frequent reasons, and one for all others."""
+    reasons = sorted(self._counts, key=lambda reason: self._counts[reason], reverse=True)
     lines = [
       f"left out: {self._counts[reason]:,} {reason} (the first: {self._first[reason]})"
-      for reason in reasons[:most]
+      for reason in reasons[:max_reasons]
     ]
-    rest = sum(self._counts[reason] for reason in reasons[most:])
-    return lines + [f"left out: {rest:,} for {len(reasons) - most} other reasons"] * (rest > 0)
+    rest = sum(self._counts[reason] for reason in reasons[max_reasons:])
+    return lines + [f"left out: {rest:,} for {len(reasons) - max_reasons} other reasons"] * (
+      rest > 0
+    )
 
 
 def _is_held_out(key: str, fraction: float) -> bool:
@@ -92,39 +100,37 @@ def documents(
 ) -> Iterator[Document]:
   """Yields the documents of all sources, in an order that depends on their names only.
 
-  Whether a document is held out follows from its text, so that copies of it land on the same side;
-  in the standard library it follows from the relative path, so that it is nearly the same for every
-  version of Python. A corpus of a single document is cut in two, at a line break if one is near:
-  the second part is held out (unless it has marked answers). Should all of several documents fall
-  on one side, the last one changes sides.
+  Whether a document is held out depends on the hash of its text, so that copies of it are on the
+  same side of the split; in the standard library it depends on the relative path, so that the split
+  is nearly the same for every version of Python. A corpus of a single document is cut in two, at a
+  line break if one is near, and the second part is held out (unless it has marked answers). If all
+  of several documents fall on one side, the last one changes sides.
 
   Args:
-    sources: each a file of those that `sparsek.data.text_files` reads, a folder (recursive, links
-      too; without hidden files and folders), "stdlib", or "tasks:LENGTH:COUNT", documents of
-      `sparsek.evaluation.tasks` of at most LENGTH bytes.
-    heldout_fraction: about this share of the documents is held out.
-    extensions: endings of the files taken from folders, in any case, compressed or not.
+    sources: each a file of a kind that `sparsek.data.text_files` reads, a folder (read recursively,
+      links too, without hidden files and folders), "stdlib", or "tasks:LENGTH:COUNT", documents of
+      `sparsek.data.task_documents` of at most LENGTH bytes.
+    heldout_fraction: share of the documents that is held out, approximately.
+    extensions: endings of the files that are read in folders, in any case, compressed or not.
     text_field: the field of a JSON object that holds the text, or the column of Parquet.
     errors: "strict", or "replace" for U+FFFD in place of what is not UTF-8.
-    min_document_bytes: shorter texts are left out, in bytes of UTF-8; generated ones are as long as
-      their source says.
-    deduplicate: of equal texts only the first is kept.
-    answers_only: of generated documents the loss counts only the answers.
+    min_document_bytes: shorter texts (in bytes of UTF-8) are left out, except generated ones, whose
+      source says how long they are.
+    deduplicate: keep only the first of equal texts.
+    answers_only: in generated documents the loss counts only the answers.
     skip_bad_lines: leave out lines, elements and rows that have no text, instead of stopping there.
     left_out: counts what was not read.
-
   Raises:
-    UsageError: naming the file, and where in it, for whatever cannot be read; or if there is no
-      document at all.
+    UsageError: naming the file, and where in it, for anything that cannot be read; or if there is
+      no document at all.
   """
   if not 0 <= heldout_fraction < 1:
     raise UsageError(f"heldout_fraction={heldout_fraction} must be at least 0 and below 1")
   check_choice("errors", errors, ("strict", "replace"))
-
   for source in sources:
-    _check_source(source)  # before what comes first is read for hours
+    _check_source(source)  # now, and not after hours of reading the sources before it
   left_out = left_out or LeftOut()
-  extensions = tuple(extension.lower() for extension in extensions)
+  endings = tuple(extension.lower() for extension in extensions)
 
   def skip(error: UsageError) -> None:
     left_out.add("lines without a text that could be read", str(error))
@@ -138,39 +144,40 @@ def documents(
           name, text, _is_held_out(text, heldout_fraction), answers if answers_only else None
         )
     else:
-      for name, text, key in _named_texts(source, extensions, text_field, errors, left_out, bad):
+      for name, text, key in _named_texts(source, endings, text_field, errors, left_out, bad):
         if len(text.encode()) >= max(min_document_bytes, 1):
           yield Document(name, text, _is_held_out(key, heldout_fraction))
         else:
           short = f"documents below {min_document_bytes} bytes"
           left_out.add(short if text else "empty documents", name)
 
-  every = itertools.chain.from_iterable(map(read, sources))
+  all_documents: Iterator[Document] = itertools.chain.from_iterable(map(read, sources))
   if deduplicate:
-    every = _different(every, left_out)
-  first = list(itertools.islice(every, 2))
+    all_documents = _different(all_documents, left_out)
+  first = list(itertools.islice(all_documents, 2))
   if not first:
     least = f", of at least {min_document_bytes} bytes" if min_document_bytes else ""
     raise UsageError(
       "; ".join(
         (
           f"no documents in sources {', '.join(sources) or '(none given)'} (files taken from "
-          f"folders: {' '.join(extensions)}{least})",
+          f"folders: {' '.join(endings)}{least})",
           *left_out.lines(3),
         )
       )
     )
   if heldout_fraction == 0:
-    yield from itertools.chain(first, every)
+    yield from itertools.chain(first, all_documents)
   elif len(first) == 1:
     yield from _cut(first[0], 1 - heldout_fraction)
   else:
-    yield from _on_both_sides(itertools.chain(first, every))
+    yield from _on_both_sides(itertools.chain(first, all_documents))
 
 
-def _different(every: Iterable[Document], left_out: LeftOut) -> Iterator[Document]:
+def _different(corpus: Iterable[Document], left_out: LeftOut) -> Iterator[Document]:
+  """Yields the first of equal documents."""
   seen = set()
-  for document in every:
+  for document in corpus:
     digest = hashlib.sha256(document.text.encode()).digest()
     if digest not in seen:
       seen.add(digest)
@@ -180,6 +187,7 @@ def _different(every: Iterable[Document], left_out: LeftOut) -> Iterator[Documen
 
 
 def _cut(document: Document, share: float) -> list[Document]:
+  """Returns a training document of about this share of a text, and the rest as a held-out one."""
   at = int(len(document.text) * share)
   at = document.text.rfind("\n", at * 9 // 10, at) + 1 or at
   if at == 0 or document.answers is not None:
@@ -190,18 +198,19 @@ def _cut(document: Document, share: float) -> list[Document]:
   ]
 
 
-def _on_both_sides(every: Iterable[Document]) -> Iterator[Document]:
-  last, sides = None, set()
-  for document in every:
-    if last is not None:
-      yield last
+def _on_both_sides(corpus: Iterator[Document]) -> Iterator[Document]:
+  """Yields at least two documents, of which the last changes sides if all are on one side."""
+  last = next(corpus)
+  sides = {last.held_out}
+  for document in corpus:
+    yield last
     last = document
     sides.add(document.held_out)
   yield last if len(sides) == 2 else dataclasses.replace(last, held_out=not last.held_out)
 
 
 def _check_source(source: str) -> None:
-  """Raises UsageError where a source is nothing that could be read."""
+  """Raises UsageError if a source cannot be read."""
   if source.startswith(TASKS):
     _task_texts(source)
   elif source != STDLIB and not os.path.exists(source):
@@ -228,6 +237,7 @@ def _named_texts(
 
 
 def _task_texts(source: str) -> Iterator[tuple[str, str, tuple[tuple[int, int], ...]]]:
+  """Returns the (name, text, answers) of a source "tasks:LENGTH:COUNT"."""
   match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", source.removeprefix(TASKS))
   if not match or int(match[1]) > _MAX_TASK_BYTES or int(match[2]) > _MAX_TASKS:
     raise UsageError(
@@ -235,11 +245,11 @@ def _task_texts(source: str) -> Iterator[tuple[str, str, tuple[tuple[int, int], 
       f"tasks:4096:1000, of at most {_MAX_TASK_BYTES} bytes and {_MAX_TASKS} "
       f"documents"
     )
-  return tasks.texts(int(match[1]), int(match[2]))
+  return task_documents.texts(int(match[1]), int(match[2]))
 
 
 def _files(folder: str, extensions: tuple[str, ...], left_out: LeftOut) -> Iterator[str]:
-  """Yields the files to read of a folder, by their names, those of linked folders last."""
+  """Yields the files of a folder that are read, sorted by name, those of linked folders last."""
   for parent, names in _folders(folder, left_out):
     for name in names:
       path = os.path.join(parent, name)
@@ -274,11 +284,12 @@ def _folders(folder: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
       yield parent, sorted(names)
 
 
-def _refuse_folder(error: OSError):
+def _refuse_folder(error: OSError) -> None:
   raise UsageError(f"folder {error.filename} cannot be read: {error.strerror}")
 
 
 def _stdlib_texts() -> Iterator[tuple[str, str, str]]:
+  """Yields (name, text, name) of the modules of Python's standard library."""
   root = sysconfig.get_paths()["stdlib"]
   for parent, folders, names in os.walk(root, onerror=_refuse_folder):
     folders[:] = sorted(

@@ -1,39 +1,46 @@
 """The token that ends a document, as the files beside a tokenizer.json name it.
 
 tokenizer_config.json and special_tokens_map.json name a token; config.json and
-generation_config.json, of a model's folder, give its id. Only where none of them says anything is
-it looked for among known names.
+generation_config.json, of a model's folder, give its id. If none of them does, the first of some
+well-known names that is in the vocabulary is used.
 """
+
+from __future__ import annotations
 
 import json
 import os
+from typing import TYPE_CHECKING
 
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
-# Names under which known vocabularies keep their end of document; the first that is present counts.
+if TYPE_CHECKING:
+  import tokenizers
+
+# Names of the end of a document in well-known vocabularies; the first that is present is used.
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 NAMED_IN = (TOKENIZER_CONFIG, "special_tokens_map.json")
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
-def known_name(tokenizer) -> str | None:
+def known_name(tokenizer: tokenizers.Tokenizer) -> str | None:
   """Returns the first of EOS_TOKENS that a `tokenizers.Tokenizer` has."""
   return next((name for name in EOS_TOKENS if tokenizer.token_to_id(name) is not None), None)
 
 
-def find(tokenizer, folder: str) -> str | None:
+def find(tokenizer: tokenizers.Tokenizer, folder: str) -> str | None:
   """Returns the token that ends a document according to the files of a folder.
 
   Args:
     tokenizer: a `tokenizers.Tokenizer`, of the folder's tokenizer.json.
     folder: of a model or of a tokenizer.
   Returns:
-    the token; None where the files name none and the folder is no model's: one may be added then.
+    the token; None if the files name none and the folder is not a model's, so that a token may be
+    added.
   Raises:
     UsageError: for a file that cannot be understood, a token that the tokenizer does not have, and
-      a model's folder that names none: no embedding was trained for one that would be added.
+      a model's folder that names none, since the model has no trained embedding for an added token.
   """
   for name in NAMED_IN:
     path = os.path.join(folder, name)
@@ -48,7 +55,7 @@ def find(tokenizer, folder: str) -> str | None:
     return token
   special = tokenizer.get_added_tokens_decoder()
   ids = [i for name in (CONFIG, GENERATION_CONFIG) for i in ids_in(folder, name)]
-  # An id of ordinary text is that of another tokenizer, or a default which nobody set.
+  # An id of ordinary text belongs to another tokenizer, or is a default value.
   token = next((special[i].content for i in ids if i in special), None) or known_name(tokenizer)
   if token is None and "model_type" in _read(os.path.join(folder, CONFIG)):
     raise UsageError(
@@ -62,7 +69,7 @@ def ids_in(folder: str, name: str) -> list[int]:
   """Returns the eos_token_id of config.json or generation_config.json as a list; [] without one.
 
   Raises:
-    UsageError: where the file cannot be understood, or eos_token_id is no id and no list of ids.
+    UsageError: if the file cannot be understood, or eos_token_id is not an id or a list of ids.
   """
   path = os.path.join(folder, name)
   value = _read(path).get("eos_token_id")
@@ -75,7 +82,7 @@ def ids_in(folder: str, name: str) -> list[int]:
 
 
 def record(folder: str, token: str) -> None:
-  """Names the token in the tokenizer_config.json of a folder, which is made or completed."""
+  """Writes the token's name to the tokenizer_config.json of a folder, which may exist."""
   path = os.path.join(folder, TOKENIZER_CONFIG)
   files.write_atomically(path, json.dumps({**_read(path), "eos_token": token}, indent=2) + "\n")
 

@@ -1,11 +1,12 @@
-"""Texts from files: plain text, JSON lines, JSON and Parquet, as they are or compressed.
+"""Texts from files: plain text, JSON lines, JSON and Parquet, plain or compressed.
 
-The kind follows from the name, in any case of letters; what a file begins with must not contradict:
+The kind follows from the ending of the name, in any case; the first bytes must not contradict it:
 
-  .jsonl .ndjson     an object a line, with the text in a field
-  .json              an array of objects or of texts, one object, or an object a line
+  .jsonl .ndjson     an object per line, with the text in a field
+  .json              an array of objects or of texts, one object, or an object per line
   .parquet           a column of texts; needs pyarrow
-  .gz .zst           one of the above but Parquet, compressed; .zst needs Python 3.14 or zstandard
+  .gz .zst           one of the above, compressed, but no Parquet; .zst needs Python 3.14 or
+                     zstandard
   anything else      a text in UTF-8, with or without a byte order mark
 """
 
@@ -15,6 +16,7 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any
 
 from sparsek.data.tokenizer import as_valid_unicode
 from sparsek.errors import UsageError
@@ -24,7 +26,7 @@ _LINES = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 16
-# How files begin that are no text in UTF-8.
+# First bytes of files that are no text in UTF-8.
 _MAGIC = {
   b"\x1f\x8b": "gzip data (then its name should end in .gz)",
   b"\x28\xb5\x2f\xfd": "zstd data (then its name should end in .zst)",
@@ -54,11 +56,12 @@ _MAGIC = {
   b"\xff\xfe": "text in UTF-16",
   b"\xfe\xff": "text in UTF-16",
 }
-_TEXT_TOO = (b"GIF8", b"RIFF", b"OggS", b"GGUF", b"PAR1")  # a text may begin so, but has no NUL
+# A text may begin with these too, but has no NUL bytes.
+_TEXT_TOO = (b"GIF8", b"RIFF", b"OggS", b"GGUF", b"PAR1")
 
 
 def plain_name(path: str) -> str:
-  """Returns the name in small letters, without the ending of a compression."""
+  """Returns the name of a file in lower case, without .gz or .zst."""
   name = os.path.basename(path).lower()
   return name.removesuffix(".gz").removesuffix(".zst")
 
@@ -75,25 +78,26 @@ def texts(
     path: of the file.
     text_field: of a JSON object, or a Parquet column.
     errors: "strict", or "replace" for U+FFFD in place of what is not UTF-8.
-    bad: takes what is wrong with a line, an element or a row that is then left out; raises by
-      default.
+    bad: is called with the error of a line, an element or a row that is then left out; by default
+      the error is raised.
   Raises:
-    UsageError: naming the file, and where in it, for what cannot be read.
+    UsageError: naming the file, and where in it, for anything that cannot be read.
   """
   name = plain_name(path)
+  records: Iterable[tuple[str, object]]
   if name.endswith(".parquet"):
-    records, read = _parquet_rows(path, text_field), _text_of
+    records, are_lines = _parquet_rows(path, text_field), False
   elif name.endswith(_LINES):
-    records, read = _lines(path), _text_of_line
+    records, are_lines = _lines(path), True
   elif name.endswith(".json"):
     content = _read(path)
     values = _json_values(path, content, errors)
-    is_lines = values is None
-    records = _numbered(path, content.split(b"\n")) if is_lines else values
-    read = _text_of_line if is_lines else _text_of
+    are_lines = values is None
+    records = _numbered(path, content.split(b"\n")) if values is None else values
   else:
     yield path, _decode(path, _read(path), errors)
     return
+  read = _text_of_line if are_lines else _text_of
   for name, record in records:
     try:
       text = read(name, record, text_field, errors)
@@ -105,7 +109,9 @@ def texts(
     yield name, text
 
 
-def _text_of_line(name: str, line: bytes, text_field: str, errors: str) -> str:
+def _text_of_line(name: str, line: object, text_field: str, errors: str) -> str:
+  """Returns the text of a line, bytes, of a file of JSON lines."""
+  assert isinstance(line, bytes)
   if b"\0" in line:
     raise UsageError(f"{name}: NUL bytes, which no JSON has")
   value = parse_json(_decode(name, line, errors), name)
@@ -117,14 +123,16 @@ def _text_of_line(name: str, line: bytes, text_field: str, errors: str) -> str:
   return _text_of(name, value, text_field, errors)
 
 
-def _text_of(name: str, value, text_field: str, errors: str) -> str:
-  """Returns the text of an object, or of a value that is one itself."""
+def _text_of(name: str, value: object, text_field: str, errors: str) -> str:
+  """Returns the text of a JSON object, or a value that is a text itself."""
   text = value.get(text_field) if isinstance(value, dict) else value
   if not isinstance(text, str):
-    is_other = isinstance(value, dict) and text_field not in value
-    fields = ", ".join(map(repr, value))[:200] if is_other else ""
-    found = f"the fields {fields or '(none)'}" if is_other else f"a {type(text).__name__}"
-    raise UsageError(f"{name}: expected text in the field {text_field!r}, found {found}")
+    if isinstance(value, dict) and text_field not in value:
+      fields = ", ".join(map(repr, value))[:200]
+      actual = f"the fields {fields or '(none)'}"
+    else:
+      actual = f"a {type(text).__name__}"
+    raise UsageError(f"{name}: expected text in the field {text_field!r}, found {actual}")
   valid = as_valid_unicode(text)
   if valid != text and errors == "strict":
     raise UsageError(
@@ -150,7 +158,7 @@ def _numbered(path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _json_values(path: str, content: bytes, errors: str) -> list[tuple[str, object]] | None:
-  """Returns (name, value) of a .json file's documents, or None where it has an object a line."""
+  """Returns (name, value) of a .json file's documents, or None if it has an object per line."""
   try:
     value = parse_json(_decode(path, content, errors), path)
   except UsageError:
@@ -203,10 +211,11 @@ def _read(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[io.BufferedIOBase]:
-  """Opens a file to read, decompressed; what goes wrong while it is read becomes a UsageError."""
+def _opened(path: str) -> Iterator[io.BufferedReader | gzip.GzipFile]:
+  """Opens a file for reading, decompressed; errors while it is read become UsageErrors."""
   check_regular(path)
-  name, damage = path.lower(), (EOFError, zlib.error, gzip.BadGzipFile)
+  name = path.lower()
+  damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
   try:
     with open(path, "rb") as file:
       if name.endswith(".gz"):
@@ -226,7 +235,7 @@ def _opened(path: str) -> Iterator[io.BufferedIOBase]:
 
 
 def _zstd(path: str) -> tuple[Callable, type[Exception]]:
-  """Returns what makes a decompressor of one frame, and the error of damaged ones."""
+  """Returns a function that makes a decompressor of one frame, and the error for damaged frames."""
   with contextlib.suppress(ImportError):
     from compression import zstd  # from Python 3.14 on
 
@@ -239,12 +248,15 @@ def _zstd(path: str) -> tuple[Callable, type[Exception]]:
 
 
 class _ZstdFrames(io.RawIOBase):
-  """Frames of zstd, decompressed one after another, since libraries' own streams stop at the first
-  or take a file that is cut for a whole one."""
+  """A stream of zstd frames that are decompressed one after another.
 
-  def __init__(self, file, new_decompressor: Callable):
+  The streams of the libraries stop after the first frame, or accept a truncated file.
+  """
+
+  def __init__(self, file: IO[bytes], new_decompressor: Callable):
     self._file, self._new_decompressor = file, new_decompressor
-    self._decompressor, self._input, self._output = None, b"", b""
+    self._decompressor: Any = None  # of one of two libraries
+    self._input, self._output = b"", memoryview(b"")
 
   def readable(self) -> bool:
     return True
@@ -267,7 +279,7 @@ class _ZstdFrames(io.RawIOBase):
 
 
 def _check_kind(path: str, content: bytes) -> None:
-  """Raises UsageError, naming what it is, for what does not begin as a text."""
+  """Raises UsageError if a file does not begin like a text, naming what it is."""
   head, has_nul = content[:512], b"\0" in content[: 1 << 13]
   kind = next(
     (
@@ -286,7 +298,7 @@ def _check_kind(path: str, content: bytes) -> None:
 
 
 def _decode(name: str, content: bytes, errors: str) -> str:
-  """Returns a text without its byte order mark."""
+  """Returns the text of some bytes without its byte order mark."""
   try:
     return content.decode("utf-8", errors).removeprefix("\ufeff")
   except UnicodeDecodeError as error:

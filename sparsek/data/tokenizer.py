@@ -5,18 +5,20 @@ Both kinds have the same members:
   vocab_size: one more than the largest id.
   eos_id: the id that ends every document.
   bos_ids: the ids that begin every document, such as that of <s>; often none. A loaded tokenizer
-    says what its file says; that of a run or of token files what their documents were made with.
-  fingerprint: sha256 in hex of everything that decides the ids; two tokenizers with one fingerprint
-  are interchangeable. encode(text, special_tokens=False, continues=False) -> list[int]: without bos
-  and eos.
-    special_tokens=True takes the names of special tokens in the text as these tokens;
-    continues=True, for a text that goes on after another, leaves out the space that some tokenizers
+    has those of its file; the tokenizer of a run or of token files has those of their documents.
+  fingerprint: sha256 in hex of everything that determines the ids; two tokenizers with the same
+    fingerprint are interchangeable.
+  encode(text, special_tokens=False, continues=False) -> list[int]: without bos and eos.
+    special_tokens=True encodes the names of special tokens in the text as these tokens;
+    continues=True, for a text that continues another one, leaves out the space that some tokenizers
     put before every text.
   token(id) -> str: its name, for people.
   decode(ids) -> str: drops bos and eos; what is not valid UTF-8 becomes U+FFFD.
   encode_documents(texts) -> list of integer arrays, each beginning with bos and ending with eos.
   save(folder): writes what `load_tokenizer(folder)` needs beside meta.json.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -25,6 +27,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,18 +36,19 @@ from sparsek.data.document_end import EOS_TOKENS
 from sparsek.errors import UsageError
 from sparsek.storage.files import read_json_object, write_atomically
 
+if TYPE_CHECKING:
+  import tokenizers
+
 TOKENIZER_FILE = "tokenizer.json"
 
-# Far above every vocabulary in use; the library writes a tokenizer in time and memory that grow
-# with its largest id, and a model has a row for each.
+# Far above every vocabulary in use. The time and memory to save a tokenizer grow with its largest
+# id, and a model has an embedding for each id.
 MAX_ID = 2**24 - 1
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # tokens of SentencePiece's byte fallback
 
 
 def as_valid_unicode(text: str) -> str:
-  """Replaces lone surrogates (which a shell argument or JSON may carry, and UTF-8 cannot)
-  by "?".
-  """
+  """Replaces lone surrogates, which a shell argument or JSON may hold but UTF-8 may not, by "?"."""
   return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -72,7 +76,7 @@ class ByteTokenizer:
     return [np.concatenate([ends[0], ids, ends[1]]) for ids in content]
 
   def save(self, folder: str) -> None:
-    """Nothing to write: meta.json names this tokenizer."""
+    """Writes nothing, since meta.json names this tokenizer."""
 
   save_end = save
 
@@ -80,29 +84,30 @@ class ByteTokenizer:
 class BPETokenizer:
   """A `tokenizers.Tokenizer` with the token that ends a document.
 
-  By default that is a token of a known name, and is added where there is none. Text that happens to
-  spell a special token is encoded as text unless asked otherwise, so no document can contain an eos
-  of its own.
+  By default that is the first token of a well-known name, which is added if there is none. Text
+  that happens to spell a special token is encoded as ordinary text by default, so that no document
+  can contain eos.
   """
 
   name = "bpe"
 
-  def __init__(self, tokenizer, eos: str | None = None):
+  def __init__(self, tokenizer: tokenizers.Tokenizer, eos: str | None = None):
     self._tokenizer = tokenizer
     _check_ids(tokenizer)
-    # Settings that would cut or pad a document silently.
+    # Turns off settings that would cut or pad documents silently.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     default = document_end.known_name(tokenizer) or EOS_TOKENS[0]
     eos = eos or default
     self._recorded_eos = None if eos == default else eos
-    # Also makes a token that was an ordinary one special; changes nothing otherwise.
+    # Makes an ordinary token of this name special, or adds it; otherwise changes nothing.
     tokenizer.add_special_tokens([eos])
-    self.eos_id = tokenizer.token_to_id(eos)
+    eos_id = tokenizer.token_to_id(eos)
+    assert eos_id is not None
+    self.eos_id = eos_id
     self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    # The library's own format version says nothing about the ids; sorted keys make the text
-    # canonical.
+    # The library's format version does not determine the ids; sorted keys make the text canonical.
     content = json.loads(tokenizer.to_str())
     content.pop("version", None)
     if self._recorded_eos:
@@ -121,7 +126,7 @@ class BPETokenizer:
       tokenizer.encode_special_tokens = True
 
   @functools.cached_property
-  def _continuing(self):
+  def _continuing(self) -> tokenizers.Tokenizer:
     """The tokenizer without the space that it may put before every text."""
     content = json.loads(self._tokenizer.to_str())
     without = {name: _without_prefix(content[name]) for name in ("normalizer", "pre_tokenizer")}
@@ -140,23 +145,25 @@ class BPETokenizer:
       return self._tokenizer.decode(ids, skip_special_tokens=True)
 
   def _with_valid_bytes(self, ids: list[int]) -> list[int]:
-    """Returns ids whose runs of byte tokens are valid UTF-8, with U+FFFD for what was not.
+    """Returns ids whose runs of byte tokens are valid UTF-8, with U+FFFD for invalid bytes.
 
-    The library decodes a run as a whole or not at all, so that one wrong byte would undo characters
-    before it.
+    The library decodes a run as a whole or not at all, so that one invalid byte would also lose the
+    characters before it.
     """
-    token_of, valid = {byte: token for token, byte in self._byte_of.items()}, []
-    written = filter(self._written.__contains__, ids)
+    token_of = {byte: token for token, byte in self._byte_of.items()}
+    valid: list[int] = []
+    written = (i for i in ids if i in self._written)
     for are_bytes, run in itertools.groupby(written, self._byte_of.__contains__):
       if are_bytes:
-        text = bytes(map(self._byte_of.__getitem__, run)).decode("utf-8", "replace")
-        run = map(token_of.__getitem__, text.encode("utf-8"))
-      valid += run
+        text = bytes(self._byte_of[i] for i in run).decode("utf-8", "replace")
+        valid += (token_of[byte] for byte in text.encode("utf-8"))
+      else:
+        valid += run
     return valid
 
   def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
     with _library_errors("encode a document"):
-      # On all cores.
+      # This uses all cores.
       encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [
       np.array([*self.bos_ids, *encoding.ids, self.eos_id], np.uint32) for encoding in encodings
@@ -168,7 +175,7 @@ class BPETokenizer:
     self.save_end(folder)
 
   def save_end(self, folder: str) -> None:
-    """Names the end of a document beside a tokenizer.json, where that alone would give another."""
+    """Records the token that ends a document beside tokenizer.json, unless it is the default."""
     if self._recorded_eos:
       document_end.record(folder, self._recorded_eos)
 
@@ -176,10 +183,10 @@ class BPETokenizer:
 Tokenizer = ByteTokenizer | BPETokenizer
 
 
-def _check_ids(tokenizer) -> None:
-  """Raises UsageError for an id so large that no model could have it."""
+def _check_ids(tokenizer: tokenizers.Tokenizer) -> None:
+  """Raises UsageError if an id is too large for any model."""
   vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-  token = max(vocabulary, key=vocabulary.get, default="")
+  token = max(vocabulary, key=lambda token: vocabulary[token], default="")
   if vocabulary.get(token, 0) > MAX_ID:
     raise UsageError(
       f"the token {token!r} has the id {vocabulary[token]}, expected at most {MAX_ID}"
@@ -197,7 +204,7 @@ def _without_prefix(part: dict | None) -> dict | None:
   return part | {name: value for name, value in changes.items() if name in part}
 
 
-def _beginning(tokenizer) -> list[int]:
+def _beginning(tokenizer: tokenizers.Tokenizer) -> list[int]:
   """Returns the ids that the tokenizer's post-processor puts before a text."""
   try:
     plain, whole = (
@@ -205,19 +212,26 @@ def _beginning(tokenizer) -> list[int]:
     )
   except Exception:  # a vocabulary without this letter
     return tokenizer.encode("", add_special_tokens=True).ids
-  for at in range(len(whole) - len(plain) + 1):
-    if whole[at : at + len(plain)] == plain:
-      return whole[:at]
+  for i in range(len(whole) - len(plain) + 1):
+    if whole[i : i + len(plain)] == plain:
+      return whole[:i]
   return []
 
 
-def _byte_tokens(tokenizer, content: dict) -> tuple[dict[int, int], frozenset[int]]:
-  """Returns {id: byte} and all ids that decoding writes.
+def _byte_tokens(
+  tokenizer: tokenizers.Tokenizer, content: dict
+) -> tuple[dict[int, int], frozenset[int]]:
+  """Returns {id: byte} of the tokens of single bytes, and all ids that decoding writes.
 
-  Both are empty unless single bytes are tokens of SentencePiece's kind.
+  Both are empty unless the tokenizer has SentencePiece's byte fallback.
   """
-  byte_of = {tokenizer.token_to_id(token): byte for byte, token in enumerate(_BYTES)}
-  if None in byte_of or "ByteFallback" not in json.dumps(content["decoder"]):
+  byte_of: dict[int, int] = {}
+  for byte, token in enumerate(_BYTES):
+    id_ = tokenizer.token_to_id(token)
+    if id_ is None:
+      return {}, frozenset()
+    byte_of[id_] = byte
+  if "ByteFallback" not in json.dumps(content["decoder"]):
     return {}, frozenset()
   special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
   return byte_of, frozenset(tokenizer.get_vocab(with_added_tokens=True).values()) - special
@@ -225,12 +239,12 @@ def _byte_tokens(tokenizer, content: dict) -> tuple[dict[int, int], frozenset[in
 
 @contextlib.contextmanager
 def _library_errors(action: str) -> Iterator[None]:
-  """Turns what the library raises, and its panics, which are no Exceptions, into a UsageError."""
+  """Turns errors of the library, and its panics, which are no Exceptions, into a UsageError."""
   try:
     yield
   except BaseException as error:
-    ours = isinstance(error, UsageError)
-    if ours or not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    is_library_error = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    if isinstance(error, UsageError) or not is_library_error:
       raise
     reason = " ".join(str(error).split())
     raise UsageError(f"the tokenizer cannot {action}: {reason:.300}") from None
@@ -238,7 +252,7 @@ def _library_errors(action: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent_panics() -> Iterator[None]:
-  """Hides what the library writes to the process's stderr, where a panic would show a backtrace."""
+  """Hides the process's stderr, to which the library would write the backtrace of a panic."""
   try:
     stderr = os.dup(2)
   except OSError:  # closed
@@ -259,7 +273,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
   Args:
     texts: the training documents.
     vocab_size: number of ids, the 256 bytes and eos included; a small corpus may yield fewer.
-
   Raises:
     UsageError: if vocab_size is below 257.
   """
@@ -290,9 +303,8 @@ def load_tokenizer(source: str, fingerprint: str | None = None) -> Tokenizer:
     source: "byte", the path of a tokenizer.json, or a folder: one with a tokenizer.json, or token
       files of the byte tokenizer. The files beside a tokenizer.json say which token ends a
       document; see `sparsek.data.document_end`.
-    fingerprint: where it is that of tokenizer.json alone, the files beside it say nothing: older
-      versions imported models so.
-
+    fingerprint: if it is that of tokenizer.json alone, the files beside it are ignored, as older
+      versions did when they imported models.
   Raises:
     UsageError: if there is no tokenizer there, or it cannot be read.
   """
@@ -323,7 +335,7 @@ def load_tokenizer(source: str, fingerprint: str | None = None) -> Tokenizer:
 
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
-  """Raises UsageError, naming the file, for whatever is wrong with it or the library says of it."""
+  """Turns all errors of reading a tokenizer file into UsageErrors that name it."""
   try:
     with _silent_panics(), _library_errors("be used"):
       yield
@@ -335,16 +347,16 @@ def read_bos(record: dict, tokenizer: Tokenizer, path: str) -> list[int]:
   """Returns the ids that documents begin with, as meta.json and model.json record them.
 
   Args:
-    record: the section "tokenizer" of either; older ones name none, and their documents begin with
-      none.
-    tokenizer: that of the documents.
+    record: the section "tokenizer" of either; in older files it has no "bos_ids", and documents
+      begin with none.
+    tokenizer: of the documents.
     path: of the file, for messages.
   Raises:
-    UsageError: where these are no ids of the tokenizer.
+    UsageError: if these are no ids of the tokenizer.
   """
   ids = record.get("bos_ids", [])
-  known = lambda i: type(i) is int and 0 <= i < tokenizer.vocab_size
-  if not isinstance(ids, list) or not all(map(known, ids)):
+  is_id = lambda i: type(i) is int and 0 <= i < tokenizer.vocab_size
+  if not isinstance(ids, list) or not all(map(is_id, ids)):
     raise UsageError(
       f"{path}: bos_ids must be a list of ids from 0 to {tokenizer.vocab_size - 1}, "
       f"found {ids!r:.100}"

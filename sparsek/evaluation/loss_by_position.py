@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sparsek.attention.scoring import position_in_document
+from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig
 from sparsek.data.token_files import TokenSplit
 from sparsek.model.transformer import Params, Transformer, output_matrix
@@ -23,12 +23,12 @@ FIRST_BUCKET = 64  # positions; finer buckets would hold few targets each
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-  """The targets predicted at positions first to last of their document, that is from first + 1 to
-  last + 1 tokens of context.
+  """The targets that are predicted with first + 1 to last + 1 tokens of context.
 
   Attributes:
-    loss: mean in nats per token, or None where there is no target.
-    num_targets: how many there are.
+    first, last: positions of the predicting tokens in their document.
+    loss: mean in nats per token, or None if there is no target.
+    num_targets: number of targets.
   """
 
   first: int
@@ -39,11 +39,11 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What `evaluate` returns.
+  """The result of `evaluate`.
 
   Attributes:
     loss: mean over all targets in nats per token.
-    num_targets: how many there are.
+    num_targets: number of targets.
     buckets: by position, ascending; together they hold all targets.
   """
 
@@ -53,8 +53,11 @@ class Evaluation:
 
 
 def bucket_edges(seq_len: int, extra: Iterable[int] = ()) -> tuple[int, ...]:
-  """Where buckets begin and end: 0, 64, 128, 256, ... and seq_len, and those of `extra` in between
-  (training lengths).
+  """Returns the borders of buckets: 0, 64, 128, 256, ..., seq_len, and those of `extra` in between.
+
+  Args:
+    seq_len: the last border.
+    extra: further borders, such as training lengths.
 
   >>> bucket_edges(512, extra=[384])
   (0, 64, 128, 256, 384, 512)
@@ -64,12 +67,12 @@ def bucket_edges(seq_len: int, extra: Iterable[int] = ()) -> tuple[int, ...]:
 
 
 def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk: int) -> jax.Array:
-  """The cross-entropy in nats of every target, 0 where it does not count: float32 [B, n], with at
-  most `chunk` rows of logits at a time.
+  """Returns the cross-entropy in nats of each target, float32 [B, n]; 0 where it does not count.
 
   Args:
     config, params: the model.
     batch: as in `sparsek.training.loss.next_token_targets`.
+    chunk: largest number of tokens whose logits exist at the same time.
   """
   targets, counted = next_token_targets(batch)
   hidden = Transformer(config).apply(
@@ -78,19 +81,24 @@ def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk:
     segment_ids=batch["segment_ids"][:, :-1],
     method="hidden",
   )
+  assert isinstance(hidden, jax.Array)
   matrix = output_matrix(config, params)
-  one = lambda token: chunked_cross_entropy(
-    *(x[None] for x in token[:1]), matrix, *(x[None] for x in token[1:]), 1
-  )
+
+  def token_loss(token: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    hidden_E, target, is_counted = token
+    return chunked_cross_entropy(hidden_E[None], matrix, target[None], is_counted[None], 1)
+
   flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1))
-  return jax.lax.map(one, flat, batch_size=min(chunk, targets.size)).reshape(targets.shape)
+  return jax.lax.map(token_loss, flat, batch_size=min(chunk, targets.size)).reshape(targets.shape)
 
 
 def make_bucket_sums(
   config: TransformerConfig, edges: Sequence[int], loss_chunk: int, mesh: Mesh
 ) -> Callable:
-  """Compiles (params, batch) -> per bucket the summed loss (float32) and the number of counted
-  targets (int32), over all devices.
+  """Returns a compiled function of (params, batch).
+
+  It returns the summed loss (float32) and the number of counted targets (int32) of each bucket,
+  over all devices.
   """
 
   def local_sums(params, batch):
@@ -119,21 +127,21 @@ def evaluate(
   loss_chunk: int = 2048,
   mesh: Mesh | None = None,
 ) -> Evaluation:
-  """Mean loss over held-out batches, and by position in the document.
+  """Returns the mean loss over held-out batches, and that by position in the document.
 
-  The position is that of the predicting token in its document as the row holds it: attention
-  restarts at each document of a row, so a bucket says how well tokens are predicted from about that
-  much context. Buckets hold different text, so compare models in a bucket rather than buckets of a
-  model.
+  The position is that of the predicting token in the part of its document that the row holds.
+  Attention restarts at each document of a row, so a bucket shows how well tokens are predicted with
+  about that much context. Buckets hold different text: compare models within a bucket, not the
+  buckets of a model with each other.
 
   Args:
     config, params: the model.
     batches: as from `sparsek.data.batches.eval_batches`; wrap them to show progress.
     edges: ascending, from 0 to the rows' length, as from `bucket_edges`.
-    loss_chunk: tokens whose logits exist at once, per device.
+    loss_chunk: number of tokens whose logits exist at the same time, per device.
     mesh: devices over which the rows of a batch are spread; None: all.
   Raises:
-    ValueError: where rows are longer than the last edge, or no target counts at all.
+    ValueError: if rows are longer than the last edge, or no target counts at all.
   """
   mesh = make_mesh() if mesh is None else mesh
   params = jax.device_put(params, replicated(mesh))
@@ -156,8 +164,10 @@ def evaluate(
 
 
 def bits_per_byte(loss: float, split: TokenSplit) -> float:
-  """Nats per token as bits per UTF-8 byte of text, by the counted tokens and bytes of the whole
-  split; compares models of any tokenizers.
+  """Returns a loss in nats per token as bits per UTF-8 byte of text.
+
+  It uses the numbers of counted tokens and bytes of the whole split, and compares models with
+  different tokenizers.
   """
   return loss * split.num_counted / split.num_bytes / math.log(2)
 
@@ -169,16 +179,17 @@ def format_table(
   trained_lengths: Sequence[int],
   settings: Sequence[dict[str, object]],
 ) -> str:
-  """Evaluations of the same batches side by side, a column each; * marks positions beyond a model's
-  training length.
+  """Returns a table of evaluations of the same batches, a column each.
+
+  A * marks positions beyond a model's training length.
 
   Args:
     labels: column headings.
-    evaluations, bits: what `evaluate` and `bits_per_byte` returned; the buckets must be the same.
+    evaluations, bits: results of `evaluate` and `bits_per_byte`; the buckets must be the same.
     trained_lengths: tokens per row in training.
-    settings: further rows on top, the same keys for every column.
+    settings: further rows on top, with the same keys for each column.
   """
-  # Numbers end one place before the *.
+  # The space after a number is where others have the *.
   rows = [["", *(f"{label} " for label in labels)]] + [
     [name, *(f"{setting[name]} " for setting in settings)] for name in settings[0]
   ]
@@ -199,8 +210,10 @@ def format_table(
         ]
       )
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  join = lambda row: "  ".join(
-    [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-  ).rstrip()
+
+  def aligned(row: list[str]) -> str:
+    cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))
+    return "  ".join([row[0].ljust(widths[0]), *cells]).rstrip()
+
   beyond = any(cell.endswith("*") for row in rows for cell in row[1:])
-  return "\n".join([join(row) for row in rows] + ["* beyond the training length"] * beyond)
+  return "\n".join([*map(aligned, rows), *["* beyond the training length"] * beyond])

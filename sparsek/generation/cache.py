@@ -372,7 +372,7 @@ def decode_step(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, params, cache, token, active):
-  if cached_kernels.takes(config, params, cache.layers):
+  if cached_kernels.supports(config, params, cache.layers):
     hidden_BxE, layers = cached_kernels.step(
       config, params, cache.layers, cache.seen, token, active
     )

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from sparsek.attention.api import resolve_window, sliding_window_attention, sparsek_attention
 from sparsek.attention.operator import sparsek
 from sparsek.attention.scoring import ScorerState
+from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.layers import window_implementation
 
-NOWHERE = jnp.iinfo(jnp.int32).max  # position of an empty slot: later than any token
 LOGITS = 2**22  # of a head, at once, of a chunk in a full layer
 
 

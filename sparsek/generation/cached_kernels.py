@@ -1,8 +1,12 @@
-"""One token through all layers by the kernels in kernels/decode_attention.py and what it imports:
-on Hopper GPUs what `sparsek.generation.cache` takes a step with, where a model is of the common
-kind: RMSNorm, rotations of whole heads, no biases, a linear scorer and the gate "straight_through".
-Two kernels a layer, or five where fused_decode_layer.py does not take it, and two before them all.
+"""One token through all layers by the decode kernels of Hopper GPUs (kernels/hopper), with which
+`sparsek.generation.cache` makes a step where a model is of the common kind: RMSNorm, rotations of
+whole heads, no biases, a linear scorer and the gate "straight_through".
+
+A layer takes two kernels, or five where fused_decode_layer.py does not support it; two more come
+before the first layer.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +16,20 @@ from sparsek.config import TransformerConfig
 from sparsek.generation import inference
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams
-from sparsek.kernels.hopper import decode_attention, fused_decode_layer
+from sparsek.kernels.hopper import decode_attention, decode_eviction, fused_decode_layer
 from sparsek.model.layers import rope_angles, rope_frequencies
 
 
-def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
-  """Whether `step` does what the other way would, here."""
+def supports(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
+  """Returns whether `step` can compute a step of this model, on this device."""
   selects = (
     config.scorer == "linear"
     and config.scorer_normalize
     and not config.scorer_init_noise
     and not config.scorer_shared
+    and not needs_support(config.gate)
+    and all(layer_config.window > 0 for layer_config in config.layer_configs)
   )
-  selects = selects and not needs_support(config.gate)
-  selects = selects and all(own.window > 0 for own in config.layer_configs)
   plain = (
     config.norm == "rms_norm"
     and config.positions == "rope"
@@ -33,17 +37,26 @@ def takes(config: TransformerConfig, params: InferenceParams, layers: tuple) -> 
     and not config.qk_norm
   )
 
-  def fits(kind, block, layer):
-    own = kind in ("full", "sliding_window") or (
-      kind == "sparsek" and selects and "scorer_rows" in block
+  def fits(kind, params_of_layer, layer):
+    has_kernel = kind in ("full", "sliding_window") or (
+      kind == "sparsek" and selects and "scorer_rows" in params_of_layer
     )
     return (
-      own
-      and "bias" not in block["qkv"]
-      and decode_attention.takes(_rows(layer).key, config.num_heads)
+      has_kernel
+      and "bias" not in params_of_layer["qkv"]
+      and decode_attention.supports(_rows(layer).key, config.num_heads)
     )
 
   return plain and all(map(fits, config.layer_kinds, params.layers, layers))
+
+
+class Layer(NamedTuple):
+  """Parameters of a layer, and the rows of the scorer that are multiplied with its queries' and
+  keys' kernel: one matrix, or none.
+  """
+
+  params: dict[str, Any]
+  scorer_rows: list[jax.Array]
 
 
 def step(
@@ -54,72 +67,105 @@ def step(
   token: jax.Array,
   active: jax.Array,
 ) -> tuple[jax.Array, tuple]:
-  """Hidden states [B, E] before the last norm, and the next layers of the cache; token, seen [B]
-  integers, active [B] bool.
+  """Computes a step.
+
+  Args:
+    layers: of the cache.
+    seen, token: [B] integers.
+    active: [B] bool.
+
+  Returns:
+    Hidden states [B, E] before the last norm, and the next layers of the cache.
   """
-  heads, kinds = config.num_heads, config.layer_kinds
+  kinds = config.layer_kinds
   position, alive = jnp.where(active, seen, 0), active.astype(jnp.int32)
   x_BxE = inference.embed(config, params, token[:, None], position[:, None])[:, 0]
-  angle = rope_angles(
-    position, rope_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling)
-  )
+  scaling = config.rope_scaling
+  assert not isinstance(scaling, str)
+  angle = rope_angles(position, rope_frequencies(config.rope_dim, config.rope_theta, scaling))
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  every = [_rows(layer) for layer in layers]
-  moved = [rows for kind, rows in zip(kinds, every) if kind == "sparsek"]
-  moved = iter(decode_attention.evict(moved, seen, alive) if moved else [])
-  every = [next(moved) if kind == "sparsek" else rows for kind, rows in zip(kinds, every)]
+  rows = _evict(kinds, list(map(_rows, layers)), seen, alive)
   blocks = [
-    (block, [block["scorer_rows"]] if kind == "sparsek" else [])
+    Layer(block, [block["scorer_rows"]] if kind == "sparsek" else [])
     for kind, block in zip(kinds, params.layers)
   ]
-  projected, counter = (
-    inference.projected(config, blocks[0][0], x_BxE, blocks[0][1]),
-    jnp.zeros(1, jnp.int32),
+  projected: jax.Array | None = inference.projected(
+    config, blocks[0].params, x_BxE, blocks[0].scorer_rows
   )
-  for i, (kind, (block, _), after) in enumerate(zip(kinds, blocks, [*blocks[1:], None])):
-    scorer = _scorer(block["scorer"]) if kind == "sparsek" else None
-    mixed, every[i] = decode_attention.attend(
-      projected, cos, sin, every[i], scorer, seen, alive, heads, kind == "sliding_window"
+  counter = jnp.zeros(1, jnp.int32)
+  for i, (kind, block, following) in enumerate(zip(kinds, blocks, [*blocks[1:], None])):
+    scorer = _scorer(block.params["scorer"]) if kind == "sparsek" else None
+    assert projected is not None  # it is None after the last layer
+    mixed, rows[i] = decode_attention.attend(
+      projected, cos, sin, rows[i], scorer, seen, alive, config.num_heads, kind == "sliding_window"
     )
-    if _chains(config, x_BxE, block, after):
-      scale, following = (
-        (after[0]["attention_norm"]["scale"], [after[0]["qkv"]["kernel"], *after[1]])
-        if after
-        else (None, [])
-      )
-      out, up, down = (block[name]["kernel"] for name in ("out", "up", "down"))
-      x_BxE, projected, counter = fused_decode_layer.chain(
-        mixed,
-        x_BxE,
-        out,
-        block["mlp_norm"]["scale"],
-        up,
-        down,
-        scale,
-        following,
-        counter,
-        config.norm_eps,
-      )
+    if _is_fused(config, x_BxE, block, following):
+      x_BxE, projected, counter = _fused_layer(config, mixed, x_BxE, block, following, counter)
       continue
-    y_BxE = inference.dense(block["out"], mixed, x_BxE)
-    x_BxE = inference.mlp(config, block, x_BxE if config.parallel_residual else y_BxE, y_BxE)
-    projected = inference.projected(config, after[0], x_BxE, after[1]) if after else None
-  return x_BxE, tuple(map(_layer, layers, every))
+    y_BxE = inference.dense(block.params["out"], mixed, x_BxE)
+    mlp_input = x_BxE if config.parallel_residual else y_BxE
+    x_BxE = inference.mlp(config, block.params, mlp_input, y_BxE)
+    projected = following and inference.projected(
+      config, following.params, x_BxE, following.scorer_rows
+    )
+  return x_BxE, tuple(map(_layer, layers, rows))
 
 
-def _chains(config, x, block, after):
-  """Whether one kernel takes what follows a layer's attention, up to the next one's."""
-  own = [block[name] for name in ("out", "up", "down")]
+def _evict(
+  kinds: tuple[str, ...], rows: list[decode_attention.Rows], seen: jax.Array, active: jax.Array
+) -> list[decode_attention.Rows]:
+  """Returns the rows of all layers, where those that select have made room for the new token."""
+  selecting = [i for i, kind in enumerate(kinds) if kind == "sparsek"]
+  if selecting:
+    moved = decode_eviction.evict([rows[i] for i in selecting], seen, active)
+    for i, new in zip(selecting, moved):
+      rows[i] = new
+  return rows
+
+
+def _matrices(block: Layer, following: Layer | None) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Returns the matrices out, up and down of a layer, and those of the next one's projection."""
+  after = [following.params["qkv"]["kernel"], *following.scorer_rows] if following else []
+  return [block.params[name]["kernel"] for name in ("out", "up", "down")], after
+
+
+def _is_fused(
+  config: TransformerConfig, x: jax.Array, block: Layer, following: Layer | None
+) -> bool:
+  """Returns whether one kernel can compute all from a layer's attention to the next one's."""
   plain = (
     config.mlp == "swiglu"
     and not config.parallel_residual
-    and not any("bias" in params for params in own)
+    and not any("bias" in block.params[name] for name in ("out", "up", "down"))
   )
-  following = [after[0]["qkv"]["kernel"], *after[1]] if after else []
-  return plain and fused_decode_layer.takes(x, *(params["kernel"] for params in own), *following)
+  matrices, after = _matrices(block, following)
+  return plain and fused_decode_layer.supports(x, *matrices, *after)
 
 
-def _scorer(params):
+def _fused_layer(
+  config: TransformerConfig,
+  mixed: fused_decode_layer.Parts,
+  x: jax.Array,
+  block: Layer,
+  following: Layer | None,
+  counter: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+  (out, up, down), after = _matrices(block, following)
+  return fused_decode_layer.fused_layer(
+    mixed,
+    x,
+    out,
+    block.params["mlp_norm"]["scale"],
+    up,
+    down,
+    following.params["attention_norm"]["scale"] if following else None,
+    after,
+    counter,
+    config.norm_eps,
+  )
+
+
+def _scorer(params: dict[str, jax.Array]) -> decode_attention.Scorer:
   return decode_attention.Scorer(
     params["scale"],
     params["slope"],
@@ -129,7 +175,7 @@ def _scorer(params):
   )
 
 
-def _rows(layer):
+def _rows(layer: SelectionCache | KeysAndValues) -> decode_attention.Rows:
   if not isinstance(layer, SelectionCache):
     return decode_attention.Rows(*layer)
   return decode_attention.Rows(
@@ -137,12 +183,17 @@ def _rows(layer):
   )
 
 
-def _layer(before, rows):
-  kept = KeysAndValues(rows.key, rows.value)
+def _layer(
+  before: SelectionCache | KeysAndValues, rows: decode_attention.Rows
+) -> SelectionCache | KeysAndValues:
+  """Returns a layer of the cache with new rows."""
+  keys_and_values = KeysAndValues(rows.key, rows.value)
   if not isinstance(before, SelectionCache):
-    return kept
+    return keys_and_values
+  assert rows.score is not None and rows.position is not None
+  assert rows.pending is not None and rows.moments is not None
   return before._replace(
-    rows=kept,
+    rows=keys_and_values,
     score=rows.score,
     position=rows.position,
     pending=rows.pending,

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.scoring import scorer_logits, scorer_rows
+from sparsek.attention.exact_product import scorer_logits, scorer_rows
 from sparsek.config import TransformerConfig
 from sparsek.kernels.hopper import small_batch_matmul
 from sparsek.kernels.hopper.small_batch_matmul import Parts
@@ -105,7 +105,7 @@ def dense(params: Params, x: jax.Array | Parts, residual: jax.Array | None = Non
   there must be for Parts.
   """
   if isinstance(x, Parts):
-    if "bias" not in params and small_batch_matmul.takes(
+    if "bias" not in params and small_batch_matmul.supports(
       len(residual), params["kernel"], residual.dtype
     ):
       return small_batch_matmul.product(x, params["kernel"], residual=residual)
@@ -131,7 +131,7 @@ def _skinny(params, rows, config=None):
   return (
     (config is None or config.norm == "rms_norm")
     and "bias" not in params
-    and small_batch_matmul.takes(len(rows), params["kernel"], rows.dtype)
+    and small_batch_matmul.supports(len(rows), params["kernel"], rows.dtype)
   )
 
 

@@ -1,9 +1,8 @@
-"""Safetensors files: headers that are checked before they are trusted, tensors that are mapped and
-not read, writing one tensor after the other.
+"""Safetensors files: checks of their headers, reading by memory maps, writing tensor by tensor.
 
 A file is the header's length (8 bytes, little endian), the header (JSON: name -> dtype, shape,
 data_offsets) and the tensors' bytes. A checkpoint is one model.safetensors, or shards beside a
-model.safetensors.index.json that says which tensor lies where. Format:
+model.safetensors.index.json, which says in which shard each tensor is. Format:
 https://github.com/huggingface/safetensors
 """
 
@@ -13,7 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
-DTYPES = {
+_TYPES: dict[str, type] = {
   "F64": np.float64,
   "F32": np.float32,
   "F16": np.float16,
@@ -38,92 +37,109 @@ DTYPES = {
   "U8": np.uint8,
   "BOOL": np.bool_,
 }
-DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
+DTYPES = {name: np.dtype(dtype) for name, dtype in _TYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-MAX_HEADER = 100 * 2**20  # of the reference implementation
+MAX_HEADER = 100 * 2**20  # as in the reference implementation
 BLOCK = 16 * 2**20  # bytes that are copied at a time
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies: bytes offset .. offset + size of the file."""
+  """The location of a tensor: it begins at byte `offset` of the file."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
   offset: int
 
 
-def _is_size(value) -> bool:
+def _is_size(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _parse_header(path: str, raw: bytes, data_start: int, file_size: int) -> dict[str, Tensor]:
-  """Raises UsageError unless the tensors fill the rest of the file exactly, each with as many bytes
-  as its dtype and shape say.
+  """Returns the tensors that a header describes.
+
+  Raises:
+    UsageError: unless the tensors fill the rest of the file exactly, each with as many bytes as its
+      dtype and shape need.
   """
-
-  def refuse(what):
-    raise UsageError(f"{path} is damaged: {what}")
-
-  try:
-    pairs = json.loads(raw.decode("utf-8"), object_pairs_hook=list)
-  except (ValueError, RecursionError) as error:
-    refuse(f"its header is no JSON ({str(error)[:100]})")
-  if raw[:1] != b"{":
-    refuse("its header is no JSON object")
-  tensors, ranges = {}, []
-  for name, entry in pairs:
+  data_size = file_size - data_start
+  tensors: dict[str, Tensor] = {}
+  ranges = []
+  for name, entry in _header_entries(path, raw):
     if name == "__metadata__":
       continue
     if name in tensors:
-      refuse(f"its header names tensor {name!r:.100} twice")
-    fields = (
-      dict(entry)
-      if isinstance(entry, list) and all(isinstance(pair, tuple) for pair in entry)
-      else {}
-    )
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-      refuse(
-        f"tensor {name!r:.100} has dtype {files.shown(dtype)}, expected one of {', '.join(DTYPES)}"
-      )
-    if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > 8:
-      refuse(
-        f"tensor {name!r:.100} has shape {files.shown(shape)}, expected a list of at most 8 sizes"
-      )
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-      refuse(f"tensor {name!r:.100} has data_offsets {files.shown(offsets)}, expected [begin, end]")
-    begin, end = offsets
-    if not begin <= end <= file_size - data_start:
-      refuse(f"tensor {name!r:.100} lies at bytes {begin} to {end} of {file_size - data_start}")
+      raise _damaged(path, f"its header names tensor {name!r:.100} twice")
+    dtype, shape, begin, end = _parse_entry(path, name, entry)
+    if not begin <= end <= data_size:
+      raise _damaged(path, f"tensor {name!r:.100} lies at bytes {begin} to {end} of {data_size}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if needed != end - begin:
-      refuse(
+      raise _damaged(
+        path,
         f"tensor {name!r:.100} of dtype {dtype} and shape {shape} needs {needed} bytes, "
-        f"and has {end - begin}"
+        f"and has {end - begin}",
       )
     tensors[name] = Tensor(DTYPES[dtype], tuple(shape), data_start + begin)
     ranges.append((begin, end, name))
-  place = 0
+  offset = 0
   for begin, end, name in sorted(ranges):
-    if begin != place:
-      refuse(
-        f"tensor {name!r:.100} begins at byte {begin}, where the one before it ends at {place}"
+    if begin != offset:
+      raise _damaged(
+        path,
+        f"tensor {name!r:.100} begins at byte {begin}, where the one before it ends at {offset}",
       )
-    place = end
-  if place != file_size - data_start:
-    refuse(f"its tensors end at byte {place} of {file_size - data_start}")
+    offset = end
+  if offset != data_size:
+    raise _damaged(path, f"its tensors end at byte {offset} of {data_size}")
   return tensors
 
 
-class SafetensorsFile:
-  """One file, mapped read-only. `tensors`: name -> Tensor.
+def _damaged(path: str, reason: str) -> UsageError:
+  return UsageError(f"{path} is damaged: {reason}")
 
-  Raises:
-    UsageError: where it cannot be read, or its header does not fit the file.
+
+def _header_entries(path: str, raw: bytes) -> list[tuple[str, Any]]:
+  """Returns the (name, value) pairs of a header; objects in them are lists of pairs too."""
+  try:
+    pairs = json.loads(raw.decode("utf-8"), object_pairs_hook=list)
+  except (ValueError, RecursionError) as error:
+    raise _damaged(path, f"its header is no JSON ({str(error)[:100]})") from None
+  if raw[:1] != b"{":
+    raise _damaged(path, "its header is no JSON object")
+  return pairs
+
+
+def _parse_entry(path: str, name: str, entry: Any) -> tuple[str, list[int], int, int]:
+  """Returns the dtype, the shape and the range of bytes of a tensor."""
+  is_object = isinstance(entry, list) and all(isinstance(pair, tuple) for pair in entry)
+  fields: dict[str, Any] = dict(entry) if is_object else {}
+  dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+  tensor = f"tensor {name!r:.100}"
+  if not isinstance(dtype, str) or dtype not in DTYPES:
+    raise _damaged(
+      path, f"{tensor} has dtype {files.shown(dtype)}, expected one of {', '.join(DTYPES)}"
+    )
+  if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > 8:
+    raise _damaged(
+      path, f"{tensor} has shape {files.shown(shape)}, expected a list of at most 8 sizes"
+    )
+  if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    raise _damaged(path, f"{tensor} has data_offsets {files.shown(offsets)}, expected [begin, end]")
+  return dtype, shape, offsets[0], offsets[1]
+
+
+class SafetensorsFile:
+  """One file, mapped read-only.
+
+  Attributes:
+    path: of the file.
+    tensors: by name.
   """
 
   def __init__(self, path: str):
+    """Opens a file; raises UsageError if it cannot be read or its header does not fit it."""
     self.path = path
     try:
       size = os.path.getsize(path)
@@ -142,22 +158,22 @@ class SafetensorsFile:
       raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
 
   def view(self, name: str) -> np.ndarray:
-    """The tensor, read-only, straight from the file."""
+    """Returns a tensor, read-only, as a view of the file."""
     dtype, shape, offset = self.tensors[name]
     return np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
 
   def release(self) -> None:
-    """Gives back the memory of what was looked at; it is read again when it is looked at again."""
+    """Releases the memory of pages that were read; they are read again when needed."""
     if hasattr(mmap, "MADV_DONTNEED"):
       self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def open_folder(folder: str) -> dict[str, SafetensorsFile]:
-  """Tensor's name -> its file, of a checkpoint of one file or of shards.
+  """Returns {name of a tensor: its file} of a checkpoint of one file or of shards.
 
   Raises:
-    UsageError: where there is none (a pickle file is refused: reading one runs its code), a shard
-      is missing or outside the folder, or a file is damaged.
+    UsageError: if there is no checkpoint, a shard is missing or outside the folder, or a file is
+      damaged. Pickle files are refused, since reading one runs the code in it.
   """
   if not os.path.isdir(folder):
     raise UsageError(f"{folder}: there is no such folder")
@@ -201,14 +217,15 @@ def open_folder(folder: str) -> dict[str, SafetensorsFile]:
     )
   opened = {shard: SafetensorsFile(os.path.join(folder, shard)) for shard in shards}
   for shard, file in opened.items():
-    differ = {name for name, place in weight_map.items() if place == shard} ^ set(file.tensors)
+    named = {name for name, other in weight_map.items() if other == shard}
+    differ = named ^ set(file.tensors)
     if differ:
       raise UsageError(f"{path} and {shard} disagree on where {min(differ)!r:.100} is")
   return {name: opened[shard] for name, shard in weight_map.items()}
 
 
 class Pending(NamedTuple):
-  """A tensor to write; `read` makes it when it is written."""
+  """A tensor to write; `read` is called when it is written."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
@@ -220,22 +237,23 @@ class Pending(NamedTuple):
 
 
 def blocks(array: np.ndarray, size: int = BLOCK) -> Iterator[slice]:
-  """Slices of the first axis that hold about `size` bytes each."""
+  """Yields slices of the first axis that hold about `size` bytes each."""
   rows = max(1, size // max(1, array.nbytes // max(1, len(array))))
   return (slice(start, start + rows) for start in range(0, len(array), rows))
 
 
-def _write_file(path: str, tensors: Mapping[str, Pending], progress) -> None:
+def _write_file(path: str, tensors: Mapping[str, Pending], progress: Callable) -> None:
   names = {dtype: name for name, dtype in DTYPES.items()}
-  # transformers refuses files without this note
-  header, place = ({"__metadata__": {"format": "pt"}}, 0)
+  # transformers refuses files without this entry
+  header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+  offset = 0
   for name, tensor in tensors.items():
     header[name] = {
       "dtype": names[tensor.dtype],
       "shape": tensor.shape,
-      "data_offsets": [place, place + tensor.size],
+      "data_offsets": [offset, offset + tensor.size],
     }
-    place += tensor.size
+    offset += tensor.size
   raw = json.dumps(header).encode()
   raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of 8 bytes
   with open(path, "wb") as file:
@@ -247,17 +265,17 @@ def _write_file(path: str, tensors: Mapping[str, Pending], progress) -> None:
 
 
 def write_folder(
-  folder: str, tensors: Mapping[str, Pending], max_shard_bytes: int, progress=iter
+  folder: str, tensors: Mapping[str, Pending], max_shard_bytes: int, progress: Callable = iter
 ) -> None:
-  """Writes one file, or shards of at most `max_shard_bytes` (but for tensors that are larger) and
-  their index.
+  """Writes one file, or shards and their index.
 
   Args:
-    folder: exists.
+    folder: must exist.
     tensors: in the order of the file.
+    max_shard_bytes: largest size of a shard, except for a single larger tensor.
     progress: wraps the list of tensors of each file.
   """
-  shards = [{}]
+  shards: list[dict[str, Pending]] = [{}]
   for name, tensor in tensors.items():
     if shards[-1] and sum(t.size for t in shards[-1].values()) + tensor.size > max_shard_bytes:
       shards.append({})

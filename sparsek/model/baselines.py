@@ -1,5 +1,5 @@
-"""Earlier sparse and linear attention under the signature of SPARSEK's: what it has to beat at the
-same budget of k + window keys per query.
+"""Earlier sparse and linear attention with the signature of SPARSEK's: the baselines that it has to
+beat at the same budget of k + window keys per query.
 
 No parameter is added but the linear kind's decay, which has the size of a linear scorer.
 """
@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.attention.api import sliding_window_attention, sparsek_attention
-from sparsek.attention.scoring import fixed_noise, position_in_document
+from sparsek.attention.documents import document_bounds, position_in_document
+from sparsek.attention.scoring import fixed_noise
+from sparsek.kernels.sentinels import LOWEST
 from sparsek.model import layers
-from sparsek.model.layers import Attention, document_bounds
+from sparsek.model.layers import Attention
 
 CHUNK = 128  # queries at a time
 BLOCK = 64  # keys of a block of block_topk
 SLOWEST = 16.0  # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWEST)
-NOWHERE = -1e30
 
 
 class FixedSelection(Attention):
@@ -26,7 +27,15 @@ class FixedSelection(Attention):
   scores, by the same kernels.
   """
 
-  def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     scores = jnp.broadcast_to(
       self.scores(position_in_document(segment_ids, batch, length), layer),
@@ -43,13 +52,17 @@ class FixedSelection(Attention):
       implementation=cfg.implementation,
     )
 
+  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """Returns the scores of tokens at positions [B, N]: [B, N, G], or [B, N, 1] for all heads."""
+    raise NotImplementedError
+
 
 class RandomAttention(FixedSelection):
-  """k of the tokens before the window, uniformly at random, others for every head: SPARSEK with the
+  """The window and k tokens before it, drawn uniformly at random for each head: SPARSEK with the
   scorer "random" and no slope.
   """
 
-  def scores(self, positions, layer):
+  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
     return fixed_noise(layer, positions, self.config.num_kv_heads)
 
 
@@ -58,16 +71,16 @@ class AttentionSinks(FixedSelection):
   sinks).
   """
 
-  def scores(self, positions, layer):
+  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
     return -positions[..., None].astype(jnp.float32)
 
 
 class StridedAttention(FixedSelection):
-  """The window and every stride-th token (Child et al. 2019, arXiv 1904.10509, the fixed pattern);
-  the stride leaves at most k of a row's tokens.
+  """The window and the last of every `stride` tokens (Child et al. 2019, arXiv 1904.10509, the
+  fixed pattern); the stride leaves at most k of a row's tokens.
   """
 
-  def scores(self, positions, layer):
+  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
     stride = -(-positions.shape[1] // self.config.k)
     return jnp.where(positions[..., None] % stride == stride - 1, 0.0, -jnp.inf)
 
@@ -76,12 +89,21 @@ class LSHAttention(Attention):
   """The k + window latest tokens whose keys have the query's token's hash (Kitaev et al. 2020,
   Reformer, arXiv 2001.04451).
 
-  A hash is two numbers: which of some random directions are nearest to the key before its rotation,
-  for two sets of them of a size that lets a bucket of average size be in reach. Unlike in Reformer,
-  queries have a projection of their own, and a query's reach does not depend on later tokens.
+  A hash is two numbers: the indices of the random directions nearest to the key before its
+  rotation, in two sets of directions, as many as let a query reach a whole bucket of average size.
+  Unlike in Reformer, queries have a projection of their own, and a query's reach does not depend on
+  later tokens.
   """
 
-  def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     reach, groups = cfg.k + cfg.window, cfg.num_kv_heads
     content_BxNxGxD = self.key_norm(self.key(x_BxNxE)) if cfg.qk_norm else self.key(x_BxNxE)
@@ -100,7 +122,7 @@ class LSHAttention(Attention):
     )
 
     def arranged(x_BxNxHxD):
-      """[B * G, N, heads of a group, D] in that order."""
+      """Returns the rows of [B, N, H, D] in that order: [B * G, N, heads of a group, D]."""
       heads = x_BxNxHxD.shape[2] // groups
       x = x_BxNxHxD.reshape(batch, length, groups, heads, cfg.head_dim).transpose(0, 2, 1, 3, 4)
       x = jnp.take_along_axis(x, order[..., None, None], axis=2)
@@ -123,7 +145,7 @@ class LSHAttention(Attention):
     return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
 
   def directions(self, length: int) -> int:
-    """How many are in a set, with their opposites."""
+    """Counts the directions of a set, with their opposites."""
     return 2 * max(1, math.ceil(math.sqrt(length / (self.config.k + self.config.window)) / 2))
 
 
@@ -136,7 +158,15 @@ class BlockTopKAttention(Attention):
   operations.
   """
 
-  def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     groups, dim, window = cfg.num_kv_heads, cfg.head_dim, min(cfg.window, length)
     size = min(BLOCK, cfg.k)
@@ -160,28 +190,32 @@ class BlockTopKAttention(Attention):
     def chunk(c, query_BxCxGxRxD, start_BxC):
       i = c * CHUNK + jnp.arange(CHUNK)
       score = jnp.einsum("bcgrd,bgkd->bgck", query_BxCxGxRxD.astype(jnp.float32), mean_BxGxKxD)
-      left = i[:, None] - window  # the last token before the window
+      last_far = i[:, None] - window  # the last token before the window
       may = (
-        (first <= left) & (first + size - 1 <= i[:, None]) & (first >= start_BxC[:, None, :, None])
+        (first <= last_far)
+        & (first + size - 1 <= i[:, None])
+        & (first >= start_BxC[:, None, :, None])
       )
       # [B, G, C, chosen]
       best, block = jax.lax.top_k(jnp.where(may, jax.lax.stop_gradient(score), -jnp.inf), chosen)
       pick = lambda x: _blocks_of(x, block).reshape(batch, groups, CHUNK, chosen * size, dim)
       far = block[..., None] * size + jnp.arange(size)
-      far_seen = ((best > -jnp.inf)[..., None] & (far <= left[..., None])).reshape(
+      far_seen = ((best > -jnp.inf)[..., None] & (far <= last_far[..., None])).reshape(
         batch, groups, CHUNK, chosen * size
       )
       band = lambda x: jax.lax.dynamic_slice_in_dim(x, c * CHUNK, CHUNK + window, axis=1)
       j = c * CHUNK - window + jnp.arange(CHUNK + window)
-      band_seen = (j <= i[:, None]) & (j > left) & (j >= start_BxC[..., None])  # [B, C, window + C]
+      band_seen = (
+        (j <= i[:, None]) & (j > last_far) & (j >= start_BxC[..., None])
+      )  # [B, C, window + C]
       logits = lambda keys, what: (
         jnp.einsum(what, query_BxCxGxRxD, keys, preferred_element_type=jnp.float32) * dim**-0.5
       )
       far_logits = jnp.where(
-        far_seen[:, :, None], logits(pick(key_blocks), "bcgrd,bgcjd->bgrcj"), NOWHERE
+        far_seen[:, :, None], logits(pick(key_blocks), "bcgrd,bgcjd->bgrcj"), LOWEST
       )
       band_logits = jnp.where(
-        band_seen[:, None, None], logits(band(near_key), "bcgrd,bjgd->bgrcj"), NOWHERE
+        band_seen[:, None, None], logits(band(near_key), "bcgrd,bjgd->bgrcj"), LOWEST
       )
       weight = jax.nn.softmax(jnp.concatenate([far_logits, band_logits], axis=-1), axis=-1).astype(
         value.dtype
@@ -202,13 +236,19 @@ class BlockTopKAttention(Attention):
 
 @jax.custom_vjp
 def _blocks_of(x: jax.Array, block: jax.Array) -> jax.Array:
-  """x [B, G, blocks, size, D], block [B, G, C, chosen] -> [B, G, C, chosen, size, D]."""
+  """Gathers blocks of x [B, G, blocks, size, D] by block [B, G, C, chosen].
+
+  Returns:
+    [B, G, C, chosen, size, D].
+  """
   return jax.vmap(jax.vmap(lambda x, block: x[block]))(x, block)
 
 
 def _blocks_of_backward(residuals, d_picked):
-  """Sums by a product with zeros and ones: adding rows of 16 bits one by one in memory takes a GPU
-  several times as long, and rounds each time.
+  """Sums gradients by a product with zeros and ones.
+
+  Adding rows of 16 bits one by one in memory takes a GPU several times as long, and rounds each
+  time.
   """
   x, block = residuals
   batch, groups, blocks, size, dim = x.shape
@@ -236,13 +276,21 @@ class LinearAttention(Attention):
   rms_norm(S_i^T q_i) + window_i. The state holds head_dim keys.
   """
 
-  def setup(self):
+  def setup(self) -> None:
     super().setup()
     self.decay = nn.Dense(
       self.config.num_kv_heads, dtype=jnp.float32, bias_init=nn.initializers.constant(4.0)
     )
 
-  def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     near = sliding_window_attention(
       query,

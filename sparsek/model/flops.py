@@ -2,9 +2,9 @@
 accelerators can do.
 
 A multiplication and an addition are two operations. Only matrix products count, as is usual: those
-with weights, and attention's own q.k and p.v. The backward pass has twice the forward's; what
-rematerialisation repeats is no use to the model and is left out (Chowdhery et al., PaLM, arXiv
-2204.02311, appendix B).
+with weights, and attention's q.k and p.v. The backward pass has twice the forward's; operations
+that rematerialisation repeats are left out (Chowdhery et al., PaLM, arXiv 2204.02311, appendix
+B).
 """
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from sparsek.config import TransformerConfig
 from sparsek.model import lora
+from sparsek.model.transformer import Params
 
 # dense bfloat16 operations per second, by what JAX calls the device; the makers' data sheets
 PEAK = {
@@ -30,29 +31,29 @@ PEAK = {
 
 
 def peak(device: jax.Device) -> float | None:
-  """Dense bfloat16 operations per second of a device; None where it is not known."""
+  """Returns the dense bfloat16 operations per second of a device; None where it is not known."""
   return next((rate for name, rate in PEAK.items() if device.device_kind.startswith(name)), None)
 
 
 def document_lengths(segment_ids: np.ndarray) -> np.ndarray:
-  """Lengths of all documents, which are runs of equal ids, in rows [batch, n]; padding is a
-  document.
+  """Returns the lengths of all documents, which are runs of equal ids, in rows [batch, n]; padding
+  is a document.
   """
   starts = np.ones(segment_ids.shape, bool)
   starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-  places = np.append(np.flatnonzero(starts), segment_ids.size)
-  return np.diff(places)
+  edges = np.append(np.flatnonzero(starts), segment_ids.size)
+  return np.diff(edges)
 
 
 def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim: int) -> int:
-  """Pairs of a query and a key that it attends to, in documents of these lengths, under an
-  attention kind; at most, for those that see fewer keys at times.
+  """Counts the pairs of a query and a key that it attends to, in documents of these lengths, under
+  an attention kind; at most, for those that see fewer keys at times.
 
-  What a linear layer does to its state and with it counts as head_dim keys.
+  The work of a linear layer on its state counts as head_dim keys.
   """
 
   def up_to(most, lengths):
-    """The sum over i = 1, ..., length of min(i, most), of all documents."""
+    """Sums min(i, most) over i = 1, ..., length, of all documents."""
     short = np.minimum(lengths, most)
     return int(np.sum(short * (short + 1) // 2 + (lengths - short) * most))
 
@@ -67,18 +68,18 @@ def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim
   return near if kind == "sliding_window" else near + up_to(k, np.maximum(lengths - window, 0))
 
 
-def matrix_parameters(params) -> int:
-  """Parameters that every token is multiplied with: those of matrices. Tied embeddings count once,
-  as the output; untied ones are only looked up.
+def matrix_parameters(params: Params) -> int:
+  """Counts the parameters that every token is multiplied with: those of matrices. Tied embeddings
+  count once, as the output; untied ones are only looked up.
   """
   leaves = jax.tree_util.tree_leaves_with_path(params)
   kernels = sum(leaf.size for path, leaf in leaves if path[-1].key in lora.MATRICES)
   return kernels + ("lm_head" not in params) * params["embed"]["embedding"].size
 
 
-def training_flops(config: TransformerConfig, params, lengths: np.ndarray) -> int:
-  """Operations of one forward and backward pass over documents of these lengths; frozen matrices
-  beside adapters have no gradients.
+def training_flops(config: TransformerConfig, params: Params, lengths: np.ndarray) -> int:
+  """Counts the operations of one forward and backward pass over documents of these lengths; frozen
+  matrices beside adapters have no gradients.
 
   Args:
     config: the model.

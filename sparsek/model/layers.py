@@ -6,27 +6,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.attention.api import resolve_window, sliding_window_attention, sparsek_attention
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds, position_in_document
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
-from sparsek.attention.scoring import ScoringNetwork, position_in_document
+from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import TransformerConfig
 
 
-def fan_in_init(scale: float = 1.0):
-  """Normal with standard deviation scale / sqrt(fan-in)."""
+def fan_in_init(scale: float = 1.0) -> nn.initializers.Initializer:
+  """Returns an initializer: normal with standard deviation scale / sqrt(fan-in)."""
   return nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
 
 
 def residual_scale(config: TransformerConfig) -> float:
-  """Factor on kernels that write to the residual stream, so that its variance at the end does not
-  grow with depth.
+  """Returns the factor on kernels that write to the residual stream, so that its variance at the
+  end does not grow with depth.
   """
   return (2 * config.num_layers) ** -0.5
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32 and returned in
-  the dtype of x.
+  """RMS norm: x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32 and
+  returned in the dtype of x.
   """
 
   epsilon: float = 1e-6
@@ -40,8 +40,8 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, computed in float32
-  and returned in the dtype of x.
+  """Layer norm: (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, computed
+  in float32 and returned in the dtype of x.
   """
 
   epsilon: float = 1e-6
@@ -57,19 +57,20 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
-  """The norm over the residual stream that `config` describes."""
+  """Makes the norm over the residual stream that `config` describes."""
   return {"rms_norm": RMSNorm, "layer_norm": LayerNorm}[config.norm](config.norm_eps)
 
 
 def rope_frequencies(dim: int, theta: float, scaling: tuple | None = None) -> np.ndarray:
-  """Angles per position of the dim / 2 feature pairs, [dim / 2] float64: f_d = theta^(-2d/dim), and
-  with
+  """Returns the angles per position of the dim / 2 feature pairs, [dim / 2] float64.
 
-  ("linear", s): f_d / s, which squeezes positions (Chen et al. 2023, arXiv 2306.15595); ("llama3",
-  s, low, high, n): m f_d + (1 - m) f_d / s with m = clip((n f_d / 2 pi - low) / (high - low), 0,
-  1): pairs that turn at least `high` times in
-    the n tokens of the original training stay, those that turn at most `low` times are squeezed
-    (Llama 3.1, arXiv 2407.21783, and its released code).
+  Without scaling they are f_d = theta^(-2d/dim), and with
+
+    ("linear", s): f_d / s, which squeezes positions (Chen et al. 2023, arXiv 2306.15595);
+    ("llama3", s, low, high, n): m f_d + (1 - m) f_d / s with m = clip((n f_d / 2 pi - low) /
+      (high - low), 0, 1): pairs that turn at least `high` times in the n tokens of the original
+      training stay, those that turn at most `low` times are squeezed (Llama 3.1, arXiv 2407.21783,
+      and its released code).
   """
   half = dim // 2
   frequency = theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -84,12 +85,12 @@ def rope_frequencies(dim: int, theta: float, scaling: tuple | None = None) -> np
 
 
 def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
-  """positions [...] times frequencies [F], modulo a turn: [..., F] float32 from -pi to pi, within
-  6e-7 of the truth up to 2^31 positions.
+  """Multiplies positions [...] by frequencies [F], modulo a turn: [..., F] float32 from -pi to pi,
+  with an error below 6e-7 up to 2^31 positions.
 
   A float32 product would lose the digits that matter: at 2^20 it is off by up to 2^-4. Turns are
-  counted in integers of 2^-32 instead, where whole turns overflow and nothing is lost; what the
-  frequency has beyond 2^-32 of a turn is added as a float.
+  counted in integers of 2^-32 instead, where whole turns overflow and nothing is lost; the part of
+  the frequency below 2^-32 of a turn is added as a float.
   """
   turns = frequencies / (2 * np.pi) % 1 * 2.0**32
   whole = np.floor(turns)
@@ -117,7 +118,7 @@ def rotary_embedding(
     positions: [B, N] or [N] integers, 0 and more.
     theta, scaling: say what f_d is; see `rope_frequencies`. Longer contexts want a larger theta.
     dim: even; the first `dim` features are rotated, the others stay (as in GPT-NeoX, arXiv
-      2204.06745). Default: D.
+      2204.06745). None: D.
   """
   dim = x_BxNxHxD.shape[-1] if dim is None else dim
   # [..., N, 1, dim/2]
@@ -133,8 +134,8 @@ def rotary_embedding(
 
 
 class AdaptedProjection(nn.DenseGeneral):
-  """x W + scale (x A) B, and a bias with `use_bias`: a matrix with an adapter of rank R of
-  `sparsek.model.lora`, which begins at B = 0.
+  """A matrix with an adapter of rank R of `sparsek.model.lora`, which begins at B = 0:
+  x W + scale (x A) B, and a bias with `use_bias`.
 
   Parameters: kernel [*in, *features], bias [*features]; lora_a [*in, R], lora_b [R, *features].
   """
@@ -161,8 +162,8 @@ def projection(
   init_scale: float = 1.0,
   **fields,
 ) -> nn.DenseGeneral:
-  """A product with a matrix in the activation dtype, over the last axis unless `fields` say
-  otherwise; with an adapter where `config` has a lora_rank.
+  """Makes a product with a matrix in the activation dtype, over the last axis by default; with an
+  adapter where `config` has a lora_rank.
   """
   fields |= {
     "use_bias": use_bias,
@@ -175,8 +176,8 @@ def projection(
 
 
 class MLP(nn.Module):
-  """down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x))); biases with
-  `mlp_bias`.
+  """Two-layer perceptron: down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x)));
+  biases with `mlp_bias`.
   """
 
   config: TransformerConfig
@@ -197,7 +198,8 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-  """Projections, rotary embedding and grouped heads; subclasses say which keys a query attends to.
+  """Projections, rotary embedding and grouped heads; the `mix` of a subclass lets every query
+  attend to the keys of its kind.
 
   Parameters: query/kernel [E, H, D], key/kernel and value/kernel [E, G, D], out/kernel [H, D, E];
   biases [H, D] and [G, D] on the first three with `use_bias`, [E] on the last with `out_bias`;
@@ -207,7 +209,7 @@ class Attention(nn.Module):
 
   config: TransformerConfig
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.config
     project = lambda heads: projection(cfg, (heads, cfg.head_dim), cfg.use_bias)
     self.query, self.key, self.value = (
@@ -222,8 +224,12 @@ class Attention(nn.Module):
   def __call__(
     self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0
   ) -> jax.Array:
-    """[B, N, E] normalised hidden states -> [B, N, E]; segment_ids [B, N] or None; `layer`, its
-    index, salts the random scorer.
+    """Attends from normalised hidden states [B, N, E] to each other, [B, N, E].
+
+    Args:
+      x_BxNxE: hidden states.
+      segment_ids: [B, N] or None.
+      layer: its index, which salts the random scorer.
     """
     positions = position_in_document(segment_ids, *x_BxNxE.shape[:2])
     return self.output(self.mix(x_BxNxE, *self.project(x_BxNxE, positions), segment_ids, layer))
@@ -231,8 +237,8 @@ class Attention(nn.Module):
   def project(
     self, x_BxNxE: jax.Array, positions: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions ([B, N] or
-    [N]) with positions="rope".
+    """Returns queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions
+    ([B, N] or [N]) with positions="rope".
     """
     query, key, value = self.query(x_BxNxE), self.key(x_BxNxE), self.value(x_BxNxE)
     if self.config.qk_norm:
@@ -240,18 +246,30 @@ class Attention(nn.Module):
     cfg = self.config
     if cfg.positions == "learned":
       return query, key, value
-    rotate = lambda x: rotary_embedding(
-      x, positions, cfg.rope_theta, cfg.rope_dim, cfg.rope_scaling
-    )
+    scaling = cfg.rope_scaling
+    assert not isinstance(scaling, str)  # TransformerConfig has parsed it
+    rotate = lambda x: rotary_embedding(x, positions, cfg.rope_theta, cfg.rope_dim, scaling)
     return rotate(query), rotate(key), value
 
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
+    """Returns the values that each query attends to, averaged: [B, N, H, D]."""
+    raise NotImplementedError
+
   def output(self, mixed_BxNxHxD: jax.Array) -> jax.Array:
-    """[B, N, H, D] -> [B, N, E]."""
+    """Projects [B, N, H, D] to [B, N, E]."""
     return self.out(mixed_BxNxHxD)
 
 
 def scoring_network(config: TransformerConfig) -> ScoringNetwork:
-  """The scoring network that `config` describes."""
+  """Makes the scoring network that `config` describes."""
   return ScoringNetwork(
     config.num_kv_heads,
     config.scorer,
@@ -278,7 +296,7 @@ class SparseKAttention(Attention):
   `config.scorer_loss_queries` queries a row, it leaves there, as `attention_mass`, the loss of
   `sparsek.attention.scorer_loss.attention_mass_loss`, from which only the scorer's parameters
   learn. With mutable=["scorer_warmup"] it leaves the same there and attends to the whole document,
-  as the dense model does that it is to be made from.
+  as the dense model does whose scorers are being trained.
 
   Example:
     config = sparsek.TransformerConfig(embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64)
@@ -286,11 +304,19 @@ class SparseKAttention(Attention):
     y = layer.apply(layer.init(key, x), x)  # x [batch, n, 512]
   """
 
-  def setup(self):
+  def setup(self) -> None:
     super().setup()
     self.scorer = scoring_network(self.config)
 
-  def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
     cfg = self.config
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer)
     self.sow("diagnostics", "scores", scores_BxNxG)
@@ -330,14 +356,22 @@ class SparseKAttention(Attention):
 
 
 def window_implementation(config: TransformerConfig) -> str | None:
-  """What `config.implementation` means for a sliding window, which has no reference of its own."""
+  """Returns the implementation that `config` asks for, of a sliding window: it has no reference."""
   return "xla" if config.implementation == "reference" else config.implementation
 
 
 class SlidingWindowAttention(Attention):
   """Attention to the last `window` tokens."""
 
-  def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
     return sliding_window_attention(
       query,
       key,
@@ -355,7 +389,7 @@ def full_attention(
   value: jax.Array,
   segment_ids: jax.Array | None,
 ) -> jax.Array:
-  """Causal attention to the whole document."""
+  """Attends, causally, to the whole document."""
   implementation = resolve_window(window_implementation(config), query, segment_ids)
   if implementation != "xla":  # a window that is never full, and no O(n^2) memory
     return sliding_window_attention(
@@ -368,8 +402,7 @@ def full_attention(
     )
   if segment_ids is None:
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
-  # A document starts at a place of its own; comparing starts (not ids) keeps runs of the same id
-  # apart.
+  # Comparing starts, not ids, keeps two documents of the same id apart.
   start, _ = document_bounds(segment_ids, *segment_ids.shape)
   return jax.nn.dot_product_attention(
     query, key, value, mask=(start[:, :, None] == start[:, None, :])[:, None], is_causal=True
@@ -379,7 +412,15 @@ def full_attention(
 class FullAttention(Attention):
   """Causal attention to the whole document."""
 
-  def mix(self, x_BxNxE, query, key, value, segment_ids, layer):
+  def mix(
+    self,
+    x_BxNxE: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+  ) -> jax.Array:
     return full_attention(self.config, query, key, value, segment_ids)
 
 

@@ -3,9 +3,9 @@
 
 With `config.lora_rank` R every projection of attention and MLPs computes x W + alpha / R (x A) B
 (`sparsek.model.layers.AdaptedProjection`), and A and B lie in the tree of parameters beside W, as
-`lora_a` and `lora_b`. Adapters learn, and what no pretrained model has: scorers. What uses a model
-without training it knows no
-adapters: `merge` makes W + alpha / R A B of them.
+`lora_a` and `lora_b`. Adapters learn, and so do the modules that no pretrained model has: scorers.
+Code that uses a model without training it knows no adapters: `merge` adds them to the matrices,
+W + alpha / R A B.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ from sparsek.config import TransformerConfig
 from sparsek.model.transformer import Params, init_params
 
 ADAPTERS = ("lora_a", "lora_b")
-# what the leaves are called that tokens are multiplied with, but for embeddings
+# names of the leaves that tokens are multiplied with, except embeddings
 MATRICES = ("kernel", *ADAPTERS)
 # modules that attention kinds add to a pretrained model's; they learn too
 NEW = ("scorer", "decay")
 
 
 def merged_config(config: TransformerConfig) -> TransformerConfig:
-  """The model whose parameters `merge` returns."""
+  """Returns the configuration of the model whose parameters `merge` returns."""
   return dataclasses.replace(config, lora_rank=0, lora_alpha=None)
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """(learned, frozen): adapters, scorers and linear attention's decay, and all else. Without
-  adapters among them all parameters learn.
+  """Splits parameters into (learned, frozen).
 
-  Moments and gradients exist for those that learn; norms, biases and embeddings are frozen like the
-  matrices, as PEFT does unless told otherwise.
+  Adapters, scorers and linear attention's decay learn; without adapters all parameters do. Moments
+  and gradients exist for those that learn; norms, biases and embeddings are frozen like the
+  matrices, as PEFT does by default.
   """
   flat = flatten_dict(params)
   if not any(path[-1] in ADAPTERS for path in flat):
@@ -48,20 +48,25 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def describe_size(parameters: int, learned: int) -> str:
-  """For people."""
+  """Describes the size of a model in words."""
   return f"{parameters:,} parameters" + (
     f", {learned:,} of them learn" if learned < parameters else ""
   )
 
 
 def join(learned: Params, frozen: Params) -> Params:
-  """What `split` took apart."""
+  """Undoes `split`."""
   return unflatten_dict(flatten_dict(learned) | flatten_dict(frozen)) if frozen else learned
 
 
-def extend(config: TransformerConfig, params: Params, key: jax.Array, sharding=None) -> Params:
-  """A pretrained model's parameters and new adapters, which change nothing yet: A normal with
-  variance 1 / fan-in, B 0.
+def extend(
+  config: TransformerConfig,
+  params: Params,
+  key: jax.Array,
+  sharding: jax.sharding.Sharding | None = None,
+) -> Params:
+  """Adds new adapters to a pretrained model's parameters, which change nothing yet: A is normal
+  with variance 1 / fan-in, B is 0.
 
   Args:
     config: with a lora_rank.
@@ -78,8 +83,8 @@ def extend(config: TransformerConfig, params: Params, key: jax.Array, sharding=N
 
 
 def merge(config: TransformerConfig, params: Params) -> Params:
-  """The parameters of `merged_config(config)` that compute the same: W + alpha / R A B, in the
-  dtype of W, for each W with adapters.
+  """Returns the parameters of `merged_config(config)` that compute the same: W + alpha / R A B, in
+  the dtype of W, for each W with adapters.
   """
   flat = flatten_dict(params)
   product = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.scoring import position_in_document
+from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
@@ -18,14 +18,14 @@ Params = dict[str, Any]
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)), where x is the block's input with
-  `parallel_residual`, else the sum before.
+  """A layer: y = x + attention(norm(x)), then y + mlp(norm(y)), or y + mlp(norm(x)) with
+  `parallel_residual`.
   """
 
   config: TransformerConfig
   term: str  # of the attention pattern
 
-  def setup(self):
+  def setup(self) -> None:
     self.attention_norm, self.mlp_norm = make_norm(self.config), make_norm(self.config)
     self.attention = ATTENTION_MODULES[parse_term(self.term)[0]](self.config.for_term(self.term))
     self.mlp = MLP(self.config)
@@ -37,8 +37,8 @@ class Block(nn.Module):
     return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
 
 
-def _block_class(config: TransformerConfig):
-  """Block, wrapped so that the backward pass recomputes what `config.remat` says."""
+def _block_class(config: TransformerConfig) -> type[Block]:
+  """Returns Block, wrapped so that the backward pass recomputes what `config.remat` says."""
   if config.remat == "none":
     return Block
   policies = jax.checkpoint_policies
@@ -60,7 +60,7 @@ class Group(nn.Module):
 
   config: TransformerConfig
 
-  def setup(self):
+  def setup(self) -> None:
     block = _block_class(self.config)
     self.blocks = [block(self.config, term) for term in self.config.attention]
 
@@ -89,18 +89,18 @@ class Transformer(nn.Module):
   Parameters, all float32: embed/embedding [V, E]; positions/embedding [max_positions, E] if
   learned; layers_<i>/{attention_norm, attention, mlp_norm, mlp}; final_norm/scale (and the bias of
   a layer_norm); lm_head/kernel [E, V] unless tied. With `scan_layers` the layers are stacked
-  instead: layers/blocks_<p>/..., p the place in the attention pattern, with a leading axis of
-  num_layers / len(pattern). Every matrix is called `kernel` (or `embedding`).
+  instead: layers/blocks_<p>/..., p the index in the attention pattern, with a leading axis of
+  num_layers / len(pattern). All matrices are called `kernel` (or `embedding`).
 
   Example:
     config = sparsek.preset("tiny")
-    params = sparsek.model.init_params(config, jax.random.key(0))
+    params = sparsek.init_params(config, jax.random.key(0))
     logits = sparsek.Transformer(config).apply({"params": params}, tokens)
   """
 
   config: TransformerConfig
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.config
     self.embed = nn.Embed(
       cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02)
@@ -120,13 +120,13 @@ class Transformer(nn.Module):
       self.layers = scanned(cfg)
     else:
       block = _block_class(cfg)
-      self.layers = [block(cfg, term) for term in cfg.layer_terms]
+      self.layers = [block(cfg, term) for term in cfg.layer_terms]  # type: ignore[assignment]
     self.final_norm = make_norm(cfg)
     if not cfg.tie_embeddings:
       self.lm_head = OutputMatrix(cfg.embed_dim, cfg.vocab_size)
 
   def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Logits of the next token.
+    """Computes the logits of the next token.
 
     Args:
       tokens: [B, N] integers.
@@ -144,8 +144,8 @@ class Transformer(nn.Module):
     )
 
   def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Final normalised hidden states [B, N, E] in the activation dtype; times `output_matrix` they
-    are the logits.
+    """Returns the final normalised hidden states [B, N, E] in the activation dtype; times
+    `output_matrix` they are the logits.
     """
     x_BxNxE = self.embedded(tokens, segment_ids)
     if self.config.scan_layers:
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
     return self.final_norm(x_BxNxE)
 
   def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """What the first block reads, [B, N, E] in the activation dtype."""
+    """Returns the input of the first block, [B, N, E] in the activation dtype."""
     if tokens.ndim != 2:
       raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
     x_BxNxE = self.embed(tokens)
@@ -173,26 +173,28 @@ class Transformer(nn.Module):
 
 
 def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:
-  """[..., E] times [E, V] in the dtype of `hidden`, summed and returned in float32."""
+  """Multiplies [..., E] by [E, V] in the dtype of `hidden`, summed and returned in float32."""
   return jnp.matmul(hidden, matrix_ExV.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
-  """The float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding, or the
-  head's kernel when untied.
+  """Returns the float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding,
+  or the head's kernel when untied.
   """
   return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
-  """Initial float32 parameters. Kernels are normal with variance 1 / fan-in (1 / (2 num_layers
-  fan-in) where they write to the residual stream), embeddings normal with standard deviation 0.02.
-  No shape depends on the sequence length.
+  """Draws initial float32 parameters.
+
+  Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the
+  residual stream), embeddings normal with standard deviation 0.02. No shape depends on the sequence
+  length.
   """
-  # The forward pass only tells shapes here and is not computed; the reference is traced fastest.
-  # And random numbers for all layers at once compile in a fraction of the time that they take one
-  # by one; the values are those of scan_layers, too.
+  # The forward pass gives the shapes only and is not computed; the reference is traced fastest.
+  # Random numbers for all layers at once compile in a fraction of the time that they take layer by
+  # layer. The values are the same as with scan_layers.
   repeats = config.num_layers % len(config.attention) == 0
   stacked = dataclasses.replace(
     config,
@@ -205,34 +207,34 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def count_params(params: Params) -> int:
-  """Number of parameters; also for shapes from `jax.eval_shape`."""
+  """Counts parameters; also those of shapes from `jax.eval_shape`."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def layer_params(config: TransformerConfig, params: Params, index: int) -> Params:
-  """The parameters of one block, stacked or not."""
+  """Returns the parameters of one block, stacked or not."""
   if not config.scan_layers:
     return params[f"layers_{index}"]
-  group, place = divmod(index, len(config.attention))
-  return jax.tree.map(lambda leaf: leaf[group], params["layers"][f"blocks_{place}"])
+  group, index = divmod(index, len(config.attention))
+  return jax.tree.map(lambda leaf: leaf[group], params["layers"][f"blocks_{index}"])
 
 
 def unstack_layers(config: TransformerConfig, params: Params) -> Params:
-  """Parameters in the layout of scan_layers=False, whichever they have."""
+  """Returns parameters in the layout of scan_layers=False, whichever they have."""
   return {name: leaf for name, leaf in params.items() if name != "layers"} | {
     f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)
   }
 
 
 def stack_layers(config: TransformerConfig, params: Params) -> Params:
-  """Parameters with layers unstacked in the layout that `config` has: undoes `unstack_layers`."""
+  """Returns unstacked parameters in the layout that `config` has: undoes `unstack_layers`."""
   if not config.scan_layers:
     return params
   period = len(config.attention)
-  groups = lambda place: [params[f"layers_{i}"] for i in range(place, config.num_layers, period)]
+  groups = lambda index: [params[f"layers_{i}"] for i in range(index, config.num_layers, period)]
   return {name: leaf for name, leaf in params.items() if not name.startswith("layers_")} | {
     "layers": {
-      f"blocks_{place}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups(place))
-      for place in range(period)
+      f"blocks_{index}": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups(index))
+      for index in range(period)
     }
   }

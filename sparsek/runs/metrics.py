@@ -1,6 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard events, and the progress on the
-terminal.
-"""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and the progress on the terminal."""
 
 import io
 import json
@@ -8,6 +6,7 @@ import math
 import os
 import sys
 import time
+from typing import Any, TextIO
 
 import tqdm
 
@@ -21,7 +20,7 @@ from sparsek.storage.files import (
   write_atomically,
 )
 
-_told: set[str] = set()  # files whose foreign lines were told
+_reported: set[str] = set()  # files whose foreign lines were reported
 
 
 def _read(path: str) -> bytes:
@@ -37,7 +36,7 @@ def _read(path: str) -> bytes:
 
 
 def _parse(line: bytes):
-  """Returns the JSON value of a line, None for a line that has none."""
+  """Returns the JSON value of a line, None for a line that is no JSON."""
   try:
     return parse_json(line.decode("utf-8"), "")
   except ValueError:
@@ -51,18 +50,18 @@ def _record(line: bytes) -> dict | None:
 
 
 def _split(content: bytes) -> list[tuple[bytes, dict | None]]:
-  """Returns the lines and what they hold, without a last one that was torn while it was written."""
+  """Returns (line, record or None) of each line, without a last one that was only half written."""
   lines = io.BytesIO(content).readlines()
   if lines and lines[-1].startswith(b"{") and lines[-1][-1:] != b"\n" and _parse(lines[-1]) is None:
     lines.pop()
   return [(line, _record(line)) for line in lines]
 
 
-def _tell_foreign(path: str, lines: list[tuple[bytes, dict | None]]) -> None:
-  """Says once per file and process which lines are no records."""
+def _report_foreign(path: str, lines: list[tuple[bytes, dict | None]]) -> None:
+  """Reports once per file and process which lines are no records."""
   foreign = [i for i, (line, record) in enumerate(lines, 1) if record is None and line.strip()]
-  if foreign and (name := os.path.realpath(path)) not in _told:
-    _told.add(name)
+  if foreign and (name := os.path.realpath(path)) not in _reported:
+    _reported.add(name)
     are = "1 line is no record" if len(foreign) == 1 else f"{len(foreign)} lines are no records"
     print(
       f"warning: {path}: {are} (line {foreign[0]} is the first): skipped and kept",
@@ -74,16 +73,17 @@ def _tell_foreign(path: str, lines: list[tuple[bytes, dict | None]]) -> None:
 def read_metrics(path: str, last_step: int | None = None) -> list[dict]:
   """Returns the records of a metrics.jsonl, or of another file of objects that have an int "step".
 
-  Lines that are no records are skipped, which is told once; a last one torn by a kill is left out.
+  Lines that are no records are skipped, which is reported once; a last line that a kill left half
+  written is skipped too.
 
   Args:
     path: of the file; where there is none, there are no records.
-    last_step: of the last records to return; None for all.
+    last_step: records of later steps are left out; None for all.
   Raises:
     UsageError: where the file cannot be read or is no regular file.
   """
   lines = _split(_read(path))
-  _tell_foreign(path, lines)
+  _report_foreign(path, lines)
   records = [record for _, record in lines if record is not None]
   return [record for record in records if last_step is None or record["step"] <= last_step]
 
@@ -91,7 +91,7 @@ def read_metrics(path: str, last_step: int | None = None) -> list[dict]:
 def append_record(path: str, record: dict) -> None:
   """Appends an object to a file of one object a line; raises RunError where it cannot.
 
-  A last object that was torn by a kill is cut; every other line stays.
+  A last object that a kill left half written is cut; every other line stays.
   """
   try:
     with open(path, "a+b") as file:
@@ -105,10 +105,13 @@ def append_record(path: str, record: dict) -> None:
 
 
 class MetricsWriter:
-  """Appends objects to WORKDIR/metrics.jsonl, and to TensorBoard where asked.
+  """Writer of WORKDIR/metrics.jsonl and, optionally, TensorBoard events.
 
-  Opening it at step s removes the records of later steps, so that after a resume it continues as if
-  nothing had happened. Lines that are no records stay, byte for byte.
+  Opening it at step s removes the records of later steps, so that a resumed run continues the file
+  as if it had never stopped. Lines that are no records stay, byte for byte.
+
+  Attributes:
+    records_kept: the records of the file up to step s.
 
   Raises:
     UsageError: where metrics.jsonl cannot be read or is no regular file.
@@ -120,7 +123,7 @@ class MetricsWriter:
     self._path = os.path.join(workdir, "metrics.jsonl")
     content = _read(self._path)
     lines = _split(content)
-    _tell_foreign(self._path, lines)
+    _report_foreign(self._path, lines)
     kept = [(line, record) for line, record in lines if record is None or record["step"] <= step]
     self.records_kept = [record for _, record in kept if record is not None]
     try:
@@ -134,13 +137,13 @@ class MetricsWriter:
     if kept and kept[-1:] != b"\n":
       kept += b"\n"
     if kept != content and content.startswith(kept):
-      os.truncate(self._path, len(kept))  # which needs no room on the disk
+      os.truncate(self._path, len(kept))  # needs no space on the disk
     elif kept != content:
       write_atomically(self._path, kept)
 
   @staticmethod
   def _line(record: dict) -> bytes:
-    # JSON has no nan: a statistic that does not exist (the mean age of no keys) is null.
+    # JSON has no NaN: a statistic that does not exist (the mean age of no keys) is null.
     finite = {
       key: None if isinstance(value, float) and not math.isfinite(value) else value
       for key, value in record.items()
@@ -148,7 +151,7 @@ class MetricsWriter:
     return json.dumps(finite).encode() + b"\n"
 
   def write(self, record: dict) -> None:
-    """Writes one object, an int "step" and else floats; raises RunError where it cannot."""
+    """Writes an object with an int "step" and floats; raises RunError where it cannot."""
     line = self._line(record)
     try:
       while line:
@@ -159,11 +162,12 @@ class MetricsWriter:
       for key, value in record.items():
         if key != "step":
           self._tensorboard.add_scalar(key, value, record["step"])
-      self._tensorboard.flush()  # else a full disk is seen by its thread only, which ends
+      self._tensorboard.flush()  # otherwise only its thread notices a full disk, and ends
 
   def sync(self) -> None:
-    """Returns when all is on disk; called before a checkpoint, which must not be newer than its
-    metrics.
+    """Returns when all is on disk.
+
+    It is called before a checkpoint is saved, which must not be newer than its metrics.
     """
     try:
       os.fsync(self._file.fileno())
@@ -173,14 +177,17 @@ class MetricsWriter:
       self._tensorboard.flush()
 
   def close(self) -> None:
+    """Closes the files."""
     self._file.close()
     if self._tensorboard is not None:
       self._tensorboard.close()
 
 
-def open_tensorboard(workdir: str, step: int):
-  """A tensorboardX writer that hides events after `step`. Raises UsageError where tensorboardX is
-  not installed.
+def open_tensorboard(workdir: str, step: int) -> Any:
+  """Returns a tensorboardX writer, with events after `step` hidden.
+
+  Raises:
+    UsageError: where tensorboardX is not installed.
   """
   try:
     import tensorboardX
@@ -188,27 +195,26 @@ def open_tensorboard(workdir: str, step: int):
     raise UsageError(
       "--tensorboard needs tensorboardX: pip install 'sparsek[tensorboard]'"
     ) from None
-  # The queue must hold what is added between two flushes: adding more waits, for a thread that a
-  # full disk may have ended.
+  # The queue must hold all events between two flushes: adding to a full queue waits for a thread
+  # that a full disk may have ended.
   folder = os.path.join(workdir, "tensorboard")
   return tensorboardX.SummaryWriter(folder, purge_step=step + 1, max_queue=10_000)
 
 
 class Progress:
-  """A bar on a terminal, else one line per logged step. Shows the loss, tokens per second and the
-  time left.
-  """
+  """A bar on a terminal, elsewhere one line per logged step: loss, tokens per second, time left."""
 
-  def __init__(self, step: int, num_steps: int, stream=None):
+  def __init__(self, step: int, num_steps: int, stream: TextIO | None = None):
     self._stream = stream or sys.stderr
     self._num_steps = num_steps
-    self._bar = None
+    self._bar: tqdm.tqdm | None = None
     if self._stream.isatty():
       self._bar = tqdm.tqdm(
         total=num_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True
       )
 
   def step(self, step: int) -> None:
+    """Moves the bar, if any, to a step."""
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
@@ -220,8 +226,12 @@ class Progress:
     seconds_per_step: float | None,
     mfu: float | None = None,
   ) -> None:
-    """Shows a logged step; `seconds_per_step` is None for the first, whose time went to compiling;
-    `mfu` where the devices' peak rate is not known.
+    """Shows a logged step.
+
+    Args:
+      step, loss, tokens_per_second: of the step.
+      seconds_per_step: None for the first step of a process, whose time went to compiling.
+      mfu: None where the devices' peak rate is not known.
     """
     speed = (
       f"{tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", {mfu:.1%} MFU")
@@ -231,44 +241,46 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
     else:
-      left = (
+      time_left = (
         ""
         if seconds_per_step is None
         else f"  {tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))} left"
       )
-      self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {speed}{left}")
+      self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {speed}{time_left}")
 
   def say(self, line: str) -> None:
-    """One line of text, above the bar."""
+    """Prints a line of text, above the bar."""
     if self._bar is not None:
       self._bar.write(line, file=self._stream)
     else:
       print(line, file=self._stream, flush=True)
 
   def close(self) -> None:
+    """Ends the bar, if any."""
     if self._bar is not None:
       self._bar.close()
 
 
 class Stopwatch:
-  """Seconds of training since the last reading, without those spent paused (evaluating, saving,
-  compiling).
-  """
+  """Time of training since the last lap, without pauses (evaluating, saving, compiling)."""
 
   def __init__(self):
     self.restart()
 
-  def restart(self, steps: int = 0) -> None:
-    self._start, self._seconds, self._last_step = time.perf_counter(), 0.0, steps
+  def restart(self, step: int = 0) -> None:
+    """Starts a lap at a step, from zero."""
+    self._start, self._seconds, self._last_step = time.perf_counter(), 0.0, step
 
   def pause(self) -> None:
+    """Stops the time."""
     self._seconds += time.perf_counter() - self._start
 
   def resume(self) -> None:
+    """Continues after a pause."""
     self._start = time.perf_counter()
 
   def lap(self, step: int) -> float:
-    """Seconds per step since the last lap."""
+    """Returns the seconds per step since the last lap, and starts another."""
     self.pause()
     seconds = self._seconds / max(step - self._last_step, 1)
     self.restart(step)

@@ -1,4 +1,4 @@
-"""Failures of Orbax to read a checkpoint: damage or not, and what they leave behind on stderr."""
+"""Failures of Orbax to read a checkpoint: damage or not, and their remains on stderr."""
 
 import errno
 import functools
@@ -19,7 +19,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # a file that is not the
 _REMAINS = re.compile("orbax|tensorstore|ocdbt|zarr|open event loop", re.IGNORECASE)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
   """Returns an error as part of one line: its kind and the start of its message."""
   lines = str(error).strip().splitlines()
   return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
@@ -28,8 +28,8 @@ def first_line(error: Exception) -> str:
 def passing_reason(path: str, error: Exception) -> str | None:
   """Returns why a checkpoint that may be whole cannot be read, or None where it is damaged.
 
-  Permission, failing disks, too many open files, want of memory: none says anything about the
-  contents. Orbax hides most of them, thus every file is read once more.
+  Missing permission, failing disks, too many open files and too little memory do not concern its
+  contents. Orbax hides most of these errors, so every file is read once more.
   """
   for cause in _causes(error):
     if isinstance(cause, OSError) and cause.errno not in (None, *_MISSING):
@@ -49,21 +49,21 @@ def passing_reason(path: str, error: Exception) -> str | None:
 
 
 def damage(error: Exception) -> str:
-  """Returns what is wrong with a checkpoint that Orbax failed to load, and with which part."""
+  """Describes the damage of a checkpoint that Orbax failed to load, and the part that has it."""
   part = re.search(r"checkpointable: (\w+)", str(error))
   *_, cause = _causes(error)
   return f"{part[1]}: {first_line(cause)}" if part else first_line(cause)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-  """Yields an exception and what it was raised from, the first cause last."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  """Yields an exception and those it was raised from, the first cause last."""
   while error is not None:
     yield error
     error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _read_every_file(folder: str) -> None:
-  """Reads all that is under a folder; raises OSError for what is there and cannot be read."""
+  """Reads all files in a folder; raises OSError where one exists and cannot be read."""
 
   def fail(error: OSError) -> None:
     if error.errno not in _MISSING:
@@ -73,7 +73,7 @@ def _read_every_file(folder: str) -> None:
     for name in names:
       path = os.path.join(parent, name)
       try:
-        if stat.S_ISREG(os.stat(path).st_mode):  # a FIFO could be read for ever
+        if stat.S_ISREG(os.stat(path).st_mode):  # reading a FIFO might never end
           with open(path, "rb") as file:
             while file.read(2**20):
               pass
@@ -83,10 +83,11 @@ def _read_every_file(folder: str) -> None:
 
 @functools.cache
 def mute_remains() -> None:
-  """Keeps off stderr what a failed load leaves behind, for the rest of the process.
+  """Keeps messages that follow a failed load off stderr, for the rest of the process.
 
-  Orbax gives up at the first error. Reads that are under way then end in threads of tensorstore,
-  and Python finds tasks and coroutines of a closed event loop: each complains, some much later.
+  Orbax gives up at the first error. Reads that are in progress then end in threads of tensorstore,
+  and Python finds tasks and coroutines of a closed event loop: each prints a complaint, some much
+  later.
   """
   logging.getLogger("asyncio").addFilter(lambda record: not _REMAINS.search(record.getMessage()))
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -1,18 +1,18 @@
-"""Compares the parameters in a checkpoint with those a model needs, and says in a table what does
-not fit.
-"""
+"""Comparison of the parameters in a checkpoint with those that a model needs, as a table."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
+from sparsek.command_line.model_fields import as_flag
 from sparsek.config import TransformerConfig
 
 Shapes = Mapping[str, tuple[int, ...]]  # "layers_0/attention/query/kernel" -> shape
 
-# No parameter depends on these: a checkpoint restores under other values of them.
+# No parameter's shape depends on these: a checkpoint can be restored with other values of them.
 FREE_FIELDS = (
   "k",
   "window",
@@ -34,9 +34,10 @@ FREE_FIELDS = (
 )
 
 
-def parameter_shapes(tree) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of every leaf of a tree of arrays, of jax.ShapeDtypeStruct or of checkpoint
-  metadata.
+def parameter_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns path -> shape of the leaves of a tree.
+
+  The leaves may be arrays, jax.ShapeDtypeStruct or metadata of a checkpoint.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
   return {
@@ -47,12 +48,10 @@ def parameter_shapes(tree) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Which parameters a checkpoint and a model share.
+  """Parameters of a checkpoint beside those of a model.
 
   Attributes:
     saved, wanted: shapes in the checkpoint and in the model.
-    status: path -> "loaded", "missing" (not in the checkpoint), "unused" (not in the model) or
-      "other shape".
   """
 
   saved: Shapes
@@ -60,6 +59,10 @@ class Comparison:
 
   @property
   def status(self) -> dict[str, str]:
+    """Path -> status.
+
+    It is "loaded", "missing" (not in the checkpoint), "unused" (not in the model) or "other shape".
+    """
     both = {
       path: "loaded" if shape == self.saved[path] else "other shape"
       for path, shape in self.wanted.items()
@@ -70,11 +73,13 @@ class Comparison:
 
   @property
   def fits(self) -> bool:
+    """True where the checkpoint has exactly the parameters of the model."""
     return set(self.status.values()) <= {"loaded"}
 
   def table(self) -> str:
-    """One line per parameter, parameters that differ only in the layer's number joined; what does
-    not fit first.
+    """Returns a table with a line per parameter; those that do not fit come first.
+
+    Parameters that differ only in the number of their layer share a line.
     """
     groups: dict[tuple, list[str]] = {}
     for path, status in self.status.items():
@@ -86,16 +91,7 @@ class Comparison:
       groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
     ):
       name = paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)} layers)"
-      rows.append(
-        (
-          status,
-          name,
-          *(
-            "-" if shape is None else "x".join(map(str, shape)) or "scalar"
-            for shape in (there, here)
-          ),
-        )
-      )
+      rows.append((status, name, _shape_text(there), _shape_text(here)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
       "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
@@ -103,10 +99,14 @@ class Comparison:
     )
 
 
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+  return "-" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
 def differing_fields(
   saved: TransformerConfig, wanted: TransformerConfig
 ) -> dict[str, tuple[object, object]]:
-  """Configuration fields with other values: name -> (saved, wanted)."""
+  """Returns the configuration fields whose values differ: name -> (saved, wanted)."""
   names = [field.name for field in dataclasses.fields(TransformerConfig)]
   return {
     name: (getattr(saved, name), getattr(wanted, name))
@@ -116,8 +116,9 @@ def differing_fields(
 
 
 def explain_architecture(saved: TransformerConfig, wanted: TransformerConfig) -> str:
-  """The flags to blame when parameters do not fit, as "--embed_dim=32 here, 16 there"; fields no
-  parameter depends on are left out.
+  """Returns the flags that explain why parameters do not fit: "--embed_dim=32 here, 16 there".
+
+  Fields that no parameter's shape depends on are left out.
   """
   show = lambda value: ",".join(value) if isinstance(value, tuple) else value
   differing = {
@@ -126,5 +127,6 @@ def explain_architecture(saved: TransformerConfig, wanted: TransformerConfig) ->
     if name not in FREE_FIELDS
   }
   return "; ".join(
-    f"--{name}={show(here)} here, {show(there)} there" for name, (there, here) in differing.items()
+    f"{as_flag(name)}={show(here)} here, {show(there)} there"
+    for name, (there, here) in differing.items()
   )

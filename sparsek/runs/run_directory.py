@@ -1,4 +1,4 @@
-"""A run's folder: its lock, and the records of what is run in it."""
+"""A run's folder: its lock, and the records of the commands that ran in it."""
 
 import fcntl
 import json
@@ -21,23 +21,22 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def use_compilation_cache(workdir: str) -> None:
-  """Keeps what is compiled for accelerators in WORKDIR/compilation_cache, so that a resumed run
-  starts at once, unless JAX was told another place already.
+  """Keeps programs compiled for accelerators in WORKDIR/compilation_cache.
 
-  Runs that $SPARSEK_COMPILATION_CACHE gives one folder share what they compile, as those of a grid
-  do. Not what is compiled for a CPU: on another machine's it could crash.
+  A resumed run then starts at once. A cache that JAX is configured with already has precedence. The
+  runs of a grid share a folder, named by $SPARSEK_COMPILATION_CACHE. Programs for a CPU are not
+  kept: on another model of CPU they could crash.
   """
-  if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+  if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
     folder = os.environ.get(COMPILATION_CACHE) or os.path.join(workdir, "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
 
 
 def lock(workdir: str) -> IO[str]:
-  """Makes `workdir` and takes it for this process, until the returned file is closed or the process
-  ends, however it ends.
+  """Makes `workdir` and locks it, until the returned file is closed or the process ends in any way.
 
   Raises:
-    UsageError: where it cannot be made or written, or another run has it.
+    UsageError: where it cannot be made or written, or another run holds the lock.
   """
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -65,7 +64,7 @@ def lock(workdir: str) -> IO[str]:
 
 
 class Presence:
-  """Evidence that a run's folder is still the one that it was started in.
+  """Identity of a run's folder, to notice that it was moved or replaced.
 
   Args:
     paths: files and folders that stay as long as the run does.
@@ -75,7 +74,7 @@ class Presence:
     self._stats = {path: os.stat(path) for path in paths}
 
   def check(self) -> None:
-    """Raises RunError where one was deleted, moved or unmounted, or another is in its place."""
+    """Raises RunError where one of them was deleted, moved, unmounted or replaced."""
     for path, expected in self._stats.items():
       try:
         same = os.path.samestat(os.stat(path), expected)
@@ -114,7 +113,7 @@ def write_record(workdir: str, name: str, text: str) -> None:
 
 
 def _keep(path: str, content: bytes) -> None:
-  """Writes a record's older contents to the next free name, unless an earlier try did so."""
+  """Writes a record's older contents to the next free name, unless an earlier attempt did so."""
   stem, extension = os.path.splitext(path)
   numbered = [f"{stem}.1{extension}"]
   while os.path.lexists(numbered[-1]):
@@ -127,31 +126,44 @@ def _keep(path: str, content: bytes) -> None:
 
 
 def to_json(record: dict) -> str:
+  """Returns a record as indented JSON with sorted keys."""
   return json.dumps(record, indent=2, sort_keys=True) + "\n"
 
 
 def versions() -> dict[str, object]:
-  """What ran: package versions, Python, devices, the commit of the source tree (None outside git),
-  the command line.
-  """
+  """Returns a record of the program: package versions, Python, devices, commit, command line."""
+  device = jax.devices()[0]
+  # Records are published: they hold no absolute path of a machine.
+  command = [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]
+  return {
+    "python": platform.python_version(),
+    "packages": {package: _version(package) for package in PACKAGES},
+    "commit": _commit(),
+    "devices": f"{jax.device_count()} x {device.device_kind}",
+    "platform": device.platform,
+    "command": command,
+  }
 
-  def version(package):
-    try:
-      return metadata.version(package)
-    except metadata.PackageNotFoundError:
-      return None
 
+def _version(package: str) -> str | None:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
+
+
+def _commit() -> str | None:
+  """Returns the commit of the source tree, with "-dirty" for local changes; None outside git."""
   source = os.path.dirname(os.path.abspath(__file__))
   try:
-    # -dirty marks local changes; a checkout that is not this source's (such as one around a virtual
-    # environment) does not track this file.
+    # Another checkout, such as one around a virtual environment, does not track this file.
     subprocess.run(
       ["git", "-C", source, "ls-files", "--error-unmatch", __file__],
       check=True,
       capture_output=True,
       timeout=5,
     )
-    commit = subprocess.run(
+    return subprocess.run(
       ["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
       check=True,
       capture_output=True,
@@ -159,15 +171,4 @@ def versions() -> dict[str, object]:
       timeout=5,
     ).stdout.strip()
   except (OSError, subprocess.SubprocessError):
-    commit = None
-  device = jax.devices()[0]
-  # records are published: no paths of a machine
-  command = [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-  return {
-    "python": platform.python_version(),
-    "packages": {package: version(package) for package in PACKAGES},
-    "commit": commit,
-    "devices": f"{jax.device_count()} x {device.device_kind}",
-    "platform": device.platform,
-    "command": command,
-  }
+    return None

@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint of a run (`--restore_step`), while the later ones stay."""
+"""Return of a run to an earlier checkpoint (`--restore_step`); later ones are kept aside."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ DONE = "restored_step"  # in FOLDER: the step that the run last went back to
 def step_to_restore(workdir: str, step: int | None, report: checkpoint.Report) -> int | None:
   """Returns the step to go back to, or None for the newest.
 
-  A command that is repeated, as by a queue of jobs, must not throw away what it has trained: a run
-  goes back to a step once.
+  A run goes back to a step only once: a command that is repeated, as by a queue of jobs, must not
+  discard the steps it has trained since.
 
   Args:
     workdir: of the run.
@@ -43,6 +43,7 @@ def step_to_restore(workdir: str, step: int | None, report: checkpoint.Report) -
 
 
 def _step_in(path: str) -> int | None:
+  """Returns the step that a file names, None where there is no file."""
   try:
     with open(path, encoding="utf-8") as file:
       return int(file.read())
@@ -55,8 +56,8 @@ def _step_in(path: str) -> int | None:
 def set_aside(workdir: str, step: int, report: checkpoint.Report) -> None:
   """Moves the checkpoints after `step`, and copies the metrics, to WORKDIR/set_aside/NUMBER.
 
-  The newest goes first and the note that all is done comes last, so that a command that is killed
-  in between can be repeated. The caller holds the run's lock.
+  The newest is moved first, and the note that all is done is written last, so that a command that
+  is killed in between can be repeated. The caller holds the run's lock.
   """
   later = [saved for saved in checkpoint.saved_steps(workdir) if saved > step]
   if later:

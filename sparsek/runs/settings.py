@@ -1,35 +1,28 @@
-"""Settings that made a run, so that done means done with these settings.
+"""Settings that a run was made with, compared with those that a command asks for.
 
 Settings are the values of a command's flags as they take effect: a default that is spelled out is
-no difference. They are compared before a finished run counts, or an unfinished one goes on.
+no difference. They are compared before a finished run counts as done, or an unfinished one resumes.
 """
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import flags, path_flags
+from sparsek.command_line import configs, flagfiles, model_fields, path_flags
+from sparsek.command_line.definer import names_of
+from sparsek.command_line.main import parse as parse_flags
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 from sparsek.runs import run_directory
 
 Settings = dict[str, object]
-DEFINED = {  # script -> its flags
-  "pretrain": (
-    flags.define_model_flags,
-    flags.define_data_flags,
-    flags.define_train_flags,
-    flags.define_dry_run_flag,
-  ),
-  "import_hf": (flags.define_import_flags,),
-  "evaluate": (flags.define_evaluation_flags,),
-  "evaluate_tasks": (flags.define_task_flags,),
-}
+Define = Callable[[absl_flags.FlagValues], None]  # defines the flags of a command
 NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "checkpoint_every": "saving changes nothing of what is saved",
   "keep_checkpoints": "only how many older checkpoints stay",
-  "log_every": "only which steps are written down",
+  "log_every": "only which steps are logged",
   "tensorboard": "a copy of the metrics",
   "profile_steps": "a trace beside the run",
   "stop_at": "a pause: a run has ended at --num_steps only",
@@ -37,54 +30,62 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "dry_run": "trains nothing",
   "record": "where results are written, too",
 }
-REPLACED = "replaced"  # folder for what was moved aside
+REPLACED = "replaced"  # folder for runs that were moved aside
 
 
-def parse(script: str, words: Sequence[str]) -> absl_flags.FlagValues:
-  """Returns the parsed flags of `python -m experiments.SCRIPT WORDS`; raises UsageError."""
+def parse(words: Sequence[str], define: Define = define_pretrain_flags) -> absl_flags.FlagValues:
+  """Returns the parsed flags of a command line without the program's name; raises UsageError.
+
+  Args:
+    words: the command line.
+    define: defines the flags of the command, by default those of experiments.pretrain.
+  """
   values = absl_flags.FlagValues()
-  for define in DEFINED[script]:
-    define(values)
-  flags.parse([script, *words], values, say=lambda line: None)
+  define(values)
+  parse_flags(["", *words], values, say=lambda line: None)
   return values
 
 
 def effective(values: absl_flags.FlagValues) -> Settings:
-  """Returns what a command's flags set, in types that JSON has.
+  """Returns the settings that a command's flags make, in types that JSON has.
 
-  Where the model is a preset its fields are the settings, and not the flags that leave them open;
-  where it is that of another run or folder, the flags are. The folder that a command makes is none
-  of its settings. Paths are as `_place` has them.
+  Where the model is a preset, the fields of the model are the settings, since flags may leave them
+  to the preset; where it is the model of another run or folder, the flags are. The folder that a
+  command makes is none of its settings. Paths are given as `_locate` returns them.
   """
-  names = [name for name in flags.OUR_FLAGS if name in values and name not in NEUTRAL]
+  names = [name for name in names_of(values) if name not in (*NEUTRAL, "model")]
   home = values["workdir"].value if isinstance(values["workdir"].value, str) else ""
   if home:
     names.remove("workdir")
-  found = {name: values[name].value for name in names}
-  if "warmup_steps" in found:
-    found["warmup_steps"] = flags.train_config(values).optimizer.warmup_steps
-  if "preset" in found and not any(found.get(name) for name in ("init_from", "from")):
-    model = flags.model_config(values)
-    del found["preset"], found["layer_pattern"]
-    found |= {name: getattr(model, name) for name in found if hasattr(model, name)}
-  elif "preset" in found and found["preset"] == values["preset"].default:
-    del found["preset"]  # earlier versions spelled it out
+  # Fields of --model are settings of their own, as they were when each had a flag.
+  given = model_fields.given_fields(values)
+  result = {name: values[name].value for name in names} | given
+  if "warmup_steps" in result:
+    result["warmup_steps"] = configs.train_config(values).optimizer.warmup_steps
+  if "preset" in result and not any(result.get(name) for name in ("init_from", "from")):
+    model = configs.model_config(values)
+    del result["preset"], result["layer_pattern"]
+    fields = [*result, *flagfiles.TO_MODEL]
+    result |= {name: getattr(model, name) for name in fields if hasattr(model, name)}
+  elif "preset" in result and result["preset"] == values["preset"].default:
+    del result["preset"]  # earlier versions spelled it out
   return {
-    name: _plain(value, home if path_flags.is_path(values[name]) else None)
-    for name, value in found.items()
+    name: _plain(value, home if name in values and path_flags.is_path(values[name]) else None)
+    for name, value in result.items()
   }
 
 
 def _plain(value, home: str | None):
+  """Returns a value in types that JSON has; with a `home` it is a path."""
   if isinstance(value, (list, tuple)):
     return [_plain(item, home) for item in value]
-  return value if home is None or value is None else _place(value, home)
+  return value if home is None or value is None else _locate(value, home)
 
 
-def _place(path: str, home: str) -> str | dict[str, str]:
-  """Returns a path from the root and from a run's folder on, of which one may change.
+def _locate(path: str, home: str) -> str | dict[str, str]:
+  """Returns a path both absolute and relative to a run's folder; one of the two may change.
 
-  So neither a run that is moved alone nor one that is moved with its data has other settings.
+  So the settings stay the same for a run that is moved alone, and for one moved with its data.
   """
   prefix = path_flags.HF_PREFIX if path.startswith(path_flags.HF_PREFIX) else ""
   path = path.removeprefix(prefix)
@@ -93,26 +94,29 @@ def _place(path: str, home: str) -> str | dict[str, str]:
   return {"path": prefix + path, "from here": prefix + os.path.relpath(path, home or None)}
 
 
-def of_folder(folder: str, script: str = "pretrain") -> list[Settings]:
-  """Returns the settings that each flags*.txt of a run's folder holds; none: nothing ran there.
+def of_folder(folder: str, define: Define = define_pretrain_flags) -> list[Settings]:
+  """Returns the settings that each flags*.txt of a run's folder holds, none where nothing ran.
 
+  Args:
+    folder: of the run.
+    define: defines the flags of the command that made it.
   Raises:
     UsageError: naming the file that this version cannot understand.
   """
-  found = []
+  result = []
   for path in sorted(glob.glob(os.path.join(glob.escape(folder), "flags*.txt"))):
     try:
-      found.append(effective(parse(script, [f"--flagfile={path}"])))
+      result.append(effective(parse([f"--flagfile={path}"], define)))
     except UsageError as error:
       raise UsageError(f"{path} is not of this version: {error}") from None
-  return found
+  return result
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
   """Returns a line for each flag whose values differ, as "--k: 8 -> 16"."""
   names = [*new, *(name for name in old if name not in new)]
   return [
-    f"--{name}: {_text(old.get(name))} -> {_text(new.get(name))}"
+    f"{model_fields.as_flag(name)}: {_text(old.get(name))} -> {_text(new.get(name))}"
     for name in names
     if not _same(old.get(name), new.get(name))
   ]
@@ -135,11 +139,11 @@ def _text(value) -> str:
 
 
 def refuse(stale: Mapping[str, Sequence[str]], workdir: str) -> None:
-  """Raises UsageError where something was made with other settings.
+  """Raises UsageError where a run was made with other settings.
 
   Args:
-    stale: name -> how its settings differ, empty for those that do not.
-    workdir: of all of them.
+    stale: name of a run -> lines of `differences`, none where the settings are the same.
+    workdir: of all runs.
   """
   lines = [f"{name} ({', '.join(lines)})" for name, lines in stale.items() if lines]
   if lines:
@@ -152,20 +156,20 @@ def refuse(stale: Mapping[str, Sequence[str]], workdir: str) -> None:
 
 
 def move_aside(folder: str) -> None:
-  """Moves a run's folder to the folder REPLACED beside its parent's other ones; deletes nothing.
+  """Moves a run's folder to the folder REPLACED beside it, and deletes nothing.
 
   Raises:
-    UsageError: where a run goes on in it, or it cannot be moved.
+    UsageError: where a run is in progress in it, or it cannot be moved.
   """
   if not os.path.isdir(folder):
     return
   with run_directory.lock(folder):
-    place = os.path.join(os.path.dirname(folder), REPLACED)
-    target, number = os.path.join(place, os.path.basename(folder)), 0
+    replaced = os.path.join(os.path.dirname(folder), REPLACED)
+    target, number = os.path.join(replaced, os.path.basename(folder)), 0
     while os.path.lexists(target if not number else f"{target}.{number}"):
       number += 1
     try:
-      os.makedirs(place, exist_ok=True)
+      os.makedirs(replaced, exist_ok=True)
       os.rename(folder, target if not number else f"{target}.{number}")
     except OSError as error:
-      raise UsageError(f"{folder} cannot be moved to {place}: {error.strerror}") from None
+      raise UsageError(f"{folder} cannot be moved to {replaced}: {error.strerror}") from None

@@ -1,10 +1,11 @@
-"""Files on disk: atomic replacement, paths that a user gives, files and JSON that may be
-hostile.
+"""Files on disk: atomic replacement, paths that a user gives, and files and JSON that cannot be
+trusted.
 """
 
 import contextlib
 import fcntl
 import glob
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from sparsek.errors import RunError, UsageError
 
@@ -46,18 +47,18 @@ def local_path(text: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str, mode: str = "wb", **options) -> Iterator[IO]:
+def atomic_file(path: str, mode: str = "wb", **options: Any) -> Iterator[IO]:
   """Opens a temporary file that replaces `path` when the block ends well, and is removed otherwise.
 
   The temporary name is unique, so that processes may write the same path at the same time: each
-  result is whole, and the last one stays. All is on disk before the name changes.
+  result is complete, and the last one stays. Everything is on disk before the name changes.
 
   Args:
     path: of the file to make or to replace.
     mode: "wb" or "w".
     options: for `open`; text is UTF-8 by default.
   Raises:
-    OSError: where it cannot be written; then `path` is what it was.
+    OSError: if it cannot be written; then `path` is unchanged.
   """
   if "b" not in mode:
     options.setdefault("encoding", "utf-8")
@@ -77,26 +78,26 @@ def atomic_file(path: str, mode: str = "wb", **options) -> Iterator[IO]:
 
 
 def _locked_temporary(folder: str, name: str) -> tuple[int, str]:
-  """Makes a temporary file that is locked, and removes those that killed processes left unlocked.
+  """Makes a temporary file that is locked, and removes unlocked ones of processes that were killed.
 
-  Without locks in this file system, what they left stays.
+  On a file system without locks none are removed.
   """
   pattern = f".{glob.escape(name)}.{'?' * 8}{_TEMPORARY}"
-  for left in glob.glob(os.path.join(glob.escape(folder), pattern)):
-    with contextlib.suppress(OSError), open(left, "rb") as file:
+  for abandoned in glob.glob(os.path.join(glob.escape(folder), pattern)):
+    with contextlib.suppress(OSError), open(abandoned, "rb") as file:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      os.unlink(left)
+      os.unlink(abandoned)
   while True:
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_TEMPORARY, dir=folder)
     with contextlib.suppress(OSError):
       fcntl.flock(handle, fcntl.LOCK_EX)
-    if os.path.lexists(temporary):  # else another process was faster than the lock
+    if os.path.lexists(temporary):  # or another process removed it before it was locked
       return handle, temporary
     os.close(handle)
 
 
 def _permissions(path: str) -> int:
-  """Returns those of an existing file, else what the process's umask gives a new one."""
+  """Returns the permissions of an existing file, or those of a new one under this umask."""
   try:
     return stat.S_IMODE(os.stat(path).st_mode)
   except OSError:
@@ -106,13 +107,13 @@ def _permissions(path: str) -> int:
 
 
 def write_atomically(path: str, content: str | bytes) -> None:
-  """Replaces `path` by `content` (text as UTF-8), or leaves it as it was and raises OSError."""
+  """Replaces `path` by `content` (text as UTF-8), or raises OSError and leaves it unchanged."""
   with atomic_file(path) as file:
     file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def save(path: str, content: str | bytes) -> None:
-  """Replaces `path` by `content` as `write_atomically`; raises RunError where it cannot."""
+  """Replaces `path` by `content` like `write_atomically`, but raises RunError if that fails."""
   try:
     write_atomically(path, content)
   except OSError as error:
@@ -120,10 +121,10 @@ def save(path: str, content: str | bytes) -> None:
 
 
 def exists(path: str) -> bool:
-  """Returns whether there is something at `path`, which may be a link that leads nowhere.
+  """Returns whether there is something at `path`, which may be a broken link.
 
   Raises:
-    UsageError: where it cannot be known, as in a folder without permission.
+    UsageError: if it cannot be known, as in a folder without permission.
   """
   try:
     os.lstat(path)
@@ -135,13 +136,13 @@ def exists(path: str) -> bool:
 
 
 def check_regular(path: str, name: str = "file") -> None:
-  """Raises UsageError where `path` is something that could be read for ever.
+  """Raises UsageError unless `path` is a regular file, since others could be read without end.
 
   Args:
     path: of a file, or of a link to one.
     name: what it is, for messages.
   Raises:
-    UsageError: for a folder, a FIFO, a socket or a device; and where it cannot be looked at.
+    UsageError: for a folder, a FIFO, a socket or a device, or if it cannot be inspected.
   """
   try:
     mode = os.stat(path).st_mode
@@ -154,7 +155,7 @@ def check_regular(path: str, name: str = "file") -> None:
 
 
 def make_folder(path: str) -> None:
-  """Makes a folder and its parents; raises UsageError where that cannot be, as under a file."""
+  """Makes a folder and its parents; raises UsageError if that is impossible, as under a file."""
   try:
     os.makedirs(path, exist_ok=True)
   except OSError as error:
@@ -162,25 +163,25 @@ def make_folder(path: str) -> None:
 
 
 def check_writable(path: str) -> None:
-  """Raises UsageError where a file cannot be made or changed, before the work it is for."""
-  place = os.path.dirname(path) or "."
+  """Raises UsageError if a file cannot be made or changed; called before long work."""
+  target = os.path.dirname(path) or "."
   if exists(path):
     check_regular(path)
-    place = path
-  if not os.access(place, os.W_OK):
+    target = path
+  if not os.access(target, os.W_OK):
     raise UsageError(f"{path} cannot be written")
 
 
-def parse_json(text: str | bytes, where: str, unique: bool = False):
+def parse_json(text: str | bytes, where: str, unique: bool = False) -> Any:
   """Returns the JSON value of `text`.
 
   Args:
     text: JSON.
-    where: it comes from, for messages.
-    unique: refuse an object that names a key twice.
+    where: the origin of the text, for messages.
+    unique: refuse an object that has a key twice.
   Raises:
-    UsageError: beginning with `where`, for what is no JSON, nested too deeply for Python, or holds
-      an integer of too many digits.
+    UsageError: beginning with `where`, for text that is no JSON, is nested too deeply for Python,
+      or holds an integer of too many digits.
   """
   try:
     return json.loads(text, object_pairs_hook=_unique if unique else None)
@@ -193,8 +194,8 @@ def parse_json(text: str | bytes, where: str, unique: bool = False):
     raise UsageError(f"{where}: no JSON that can be understood: {reason[:200]}") from None
 
 
-def shown(value, length: int = 80) -> str:
-  """Returns a value of JSON for a message: on one line, short, however deeply it is nested."""
+def shown(value: object, length: int = 80) -> str:
+  """Returns a JSON value as text for a message: short and on one line, however deeply nested."""
   text = _REPR.repr(value)
   return text if len(text) <= length else text[:length] + "..."
 
@@ -213,7 +214,7 @@ def read_at_most(path: str, max_bytes: int, name: str = "file") -> bytes:
     max_bytes: that such a file may have.
     name: what it is, for messages, such as "--prompt_file".
   Raises:
-    UsageError: naming the file, where it is no regular file, cannot be read or is larger.
+    UsageError: naming the file, if it is no regular file, cannot be read or is larger.
   """
   check_regular(path, name)
   try:
@@ -230,9 +231,8 @@ def read_json_object(path: str, max_bytes: int = MAX_JSON) -> dict:
   """Returns the JSON object that a file holds.
 
   Raises:
-    UsageError: naming the file, where it is no regular file, cannot be read, is larger than
-      `max_bytes`, is not UTF-8 or is no JSON object that `parse_json` understands, or
-      names a key twice.
+    UsageError: naming the file, if it is no regular file, cannot be read, is larger than
+      `max_bytes`, is not UTF-8, is no JSON object that `parse_json` accepts, or has a key twice.
   """
   value = parse_json(read_at_most(path, max_bytes), path, unique=True)
   if not isinstance(value, dict):
@@ -241,7 +241,7 @@ def read_json_object(path: str, max_bytes: int = MAX_JSON) -> dict:
 
 
 def reason_of(error: OSError) -> str:
-  """Returns what went wrong in the system's words, such as "No space left on device"."""
+  """Returns the system's description of an error, such as "No space left on device"."""
   return error.strerror or str(error) or type(error).__name__
 
 
@@ -251,6 +251,6 @@ def cannot_write(path: str, error: OSError) -> RunError:
 
 
 def let_stdout_take_any_text() -> None:
-  """Makes `print` write what the terminal's encoding lacks as \\xb1 or \\u2192, not fail."""
-  if hasattr(sys.stdout, "reconfigure"):  # not where a test has replaced it
+  """Makes `print` write characters outside the terminal's encoding as \\xb1 or \\u2192."""
+  if isinstance(sys.stdout, io.TextIOWrapper):  # a test may have replaced it
     sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Folders that appear under their names whole or not at all, whatever ends their making."""
+"""Folders that appear under their names complete or not at all, however the process ends."""
 
 import contextlib
 import fcntl
@@ -21,26 +21,27 @@ _TEMPORARY = ".unfinished"  # ending of the folder that is filled
 def new_folder(path: str, alone: bool = True) -> Iterator[str]:
   """Makes a folder that appears under its name when the block ends well, and not at all otherwise.
 
-  It is filled under a hidden name beside the final one, where it is locked. SIGTERM and SIGHUP end
-  the process by an exception meanwhile, so that nothing is left behind; what a process left that
-  was killed at once is removed by the next one that makes the same folder.
+  It is filled under a hidden name beside the final one, where it is locked. During the block
+  SIGTERM and SIGHUP end the process by an exception, so that nothing stays behind. A folder that
+  stays after SIGKILL is removed by the next process that makes the same folder.
 
   Args:
     path: of the folder, which must not exist or be empty. Its parents are made.
-    alone: refuse at once where another process is making it; else the one that ends first has it.
+    alone: refuse at once if another process is making the folder; otherwise the process that ends
+      first makes it.
   Yields:
     the folder to fill.
   Raises:
-    UsageError: where there is something already, or another process is making it, or nothing can be
-      made there.
-    RunError: where filling it ends in an OSError.
+    UsageError: if there is something already, another process is making it, or nothing can be made
+      there.
+    RunError: if filling it ends in an OSError.
   """
   path = os.path.realpath(path)
   parent = os.path.dirname(path)
   with contextlib.ExitStack() as stack:
     try:
       check_new_folder(path)
-      with contextlib.suppress(FileExistsError):  # a file, as mkdir will say
+      with contextlib.suppress(FileExistsError):  # the parent is a file: mkdir below fails too
         os.makedirs(parent, exist_ok=True)
       if remove_abandoned(path) and alone:
         raise UsageError(f"{path} is being written by another process")
@@ -55,9 +56,9 @@ def new_folder(path: str, alone: bool = True) -> Iterator[str]:
       os.rename(unfinished, path)  # over an empty folder, or to a new name
     except OSError as error:
       raise cannot_write(path, error) from None
-    except RunError as error:  # nobody knows the hidden name
+    except RunError as error:  # messages should not show the hidden name
       raise RunError(str(error).replace(unfinished, path)) from None
-    with contextlib.suppress(OSError):  # the folder is there and whole
+    with contextlib.suppress(OSError):  # the folder is complete in any case
       _sync_folder(parent)
 
 
@@ -84,12 +85,12 @@ def check_new_folder(path: str) -> None:
 def _temporary_sibling(folder: str) -> Iterator[str]:
   """Makes a hidden folder beside `folder`, locked while it is in use, and removed at the end.
 
-  A sibling, since only within one file system is renaming atomic. Not mkdtemp: others should be
-  able to read the result.
+  It is a sibling, since a folder can be renamed atomically only within a file system. It is not
+  made by mkdtemp, which would keep other users from reading it.
   """
   with contextlib.ExitStack() as stack:
     ready = False
-    while not ready:  # `remove_abandoned` may be faster than the lock
+    while not ready:  # another process may remove it before it is locked
       temporary = temporary_name(folder)
       os.mkdir(temporary)
       stack.callback(_remove, temporary)
@@ -107,7 +108,7 @@ def remove_abandoned(folder: str) -> bool:
   """Removes the temporary folders of processes that were killed while they made `folder`.
 
   Returns:
-    whether there are others, of processes that are making it.
+    whether there are others, of processes that are still making it.
   """
   parent, name = os.path.split(folder)
   pattern, others = f".{glob.escape(name)}.{'[0-9a-f]' * 32}{_TEMPORARY}", False
@@ -121,11 +122,11 @@ def remove_abandoned(folder: str) -> bool:
 
 @contextlib.contextmanager
 def _lock(folder: str) -> Iterator[bool | None]:
-  """Locks a folder as long as the block or this process lasts.
+  """Locks a folder until the end of the block or of this process.
 
   Yields:
-    whether it is locked: False where another process holds the lock or has removed the folder, None
-    on a file system that has no locks.
+    whether it is locked: False if another process holds the lock or has removed the folder, None on
+    a file system without locks.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -160,7 +161,7 @@ def _unwinding_on_signals() -> Iterator[None]:
 
 
 def _remove(folder: str) -> None:
-  """Removes a folder into which threads of a failed save may write for a moment longer."""
+  """Removes a folder into which threads of a failed save may still be writing."""
   for _ in range(20):
     if not os.path.lexists(folder):
       return
@@ -169,12 +170,12 @@ def _remove(folder: str) -> None:
 
 
 def _sync(folder: str) -> None:
-  """Returns when all of a folder is on disk."""
-  for place, _, names in os.walk(folder):
+  """Returns when a folder with all its contents is on disk."""
+  for parent, _, names in os.walk(folder):
     for name in names:
-      with open(os.path.join(place, name), "rb") as file:
+      with open(os.path.join(parent, name), "rb") as file:
         os.fsync(file.fileno())
-    _sync_folder(place)
+    _sync_folder(parent)
 
 
 def _sync_folder(folder: str) -> None:

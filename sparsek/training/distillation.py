@@ -1,71 +1,15 @@
-"""Learning from the predictions of a teacher, such as the dense model that a SPARSEK one was made
-from.
-"""
+"""Loss of learning from the predictions of a teacher, without ever holding all logits."""
 
-import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 
-from sparsek.config import TransformerConfig
-from sparsek.data.tokenizer import load_tokenizer
-from sparsek.errors import UsageError
-from sparsek.huggingface import pretrained
-from sparsek.model.transformer import Params, hidden_to_logits
-from sparsek.runs import checkpoint
+from sparsek.model.transformer import hidden_to_logits
 from sparsek.training.loss import cut, gradients_by_chunk
 
-DTYPE = "bfloat16"  # of the teacher's parameters and activations; its logits are float32
 
-
-def teacher_config(reference: str) -> TransformerConfig:
-  """The model that `TrainConfig.distill_from` names, with its own attention. Raises UsageError
-  where there is none.
-  """
-  if reference.startswith(pretrained.PREFIX):
-    config = pretrained.load_config(reference.removeprefix(pretrained.PREFIX))
-  else:
-    config, _ = checkpoint.load_run_config(checkpoint.parse_run_reference(reference)[0])
-  return dataclasses.replace(config, dtype=DTYPE, remat="none", implementation=None)
-
-
-def load_teacher(reference: str, fingerprint: str, vocab_size: int, sharding=None) -> Params:
-  """The bfloat16 parameters of that model.
-
-  Raises:
-    UsageError: where it cannot be read, has another tokenizer than that of `fingerprint`, or not
-      `vocab_size` tokens.
-  """
-  folder, step = checkpoint.parse_run_reference(reference.removeprefix(pretrained.PREFIX))
-  config, hf = teacher_config(reference), reference.startswith(pretrained.PREFIX)
-  tokenizer = (
-    load_tokenizer(folder) if hf else checkpoint.load_run_tokenizer(os.path.expanduser(folder))
-  )
-  if tokenizer.fingerprint != fingerprint or config.vocab_size != vocab_size:
-    raise UsageError(
-      f"--distill_from={reference}: its tokenizer ({tokenizer.name}, "
-      f"{tokenizer.fingerprint[:12]}) and vocab_size={config.vocab_size} must be "
-      f"those of the data ({fingerprint[:12]}) and the model ({vocab_size})"
-    )
-  if hf:
-    return pretrained.load(folder, dtype=DTYPE, sharding=sharding)[1]
-  params, _ = checkpoint.load_params(folder, config, step, sharding)
-  return jax.jit(
-    lambda tree: jax.tree.map(lambda leaf: leaf.astype(DTYPE), tree), out_shardings=sharding
-  )(params)
-
-
-def abstract_teacher(reference: str) -> Params:
-  """Shapes and dtypes of what `load_teacher` returns."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(DTYPE)),
-    checkpoint.abstract_params(teacher_config(reference)),
-  )
-
-
-def _of_chunk(
+def _chunk_losses(
   weight,
   differentiate,
   hidden_CxE,
@@ -75,8 +19,9 @@ def _of_chunk(
   targets_C,
   counted_C,
 ):
-  """Summed cross-entropy and divergence, and the gradient of (1 - weight) and weight times them in
-  the logits.
+  """Returns the summed (cross-entropy, divergence) of a chunk and, if asked for, a gradient.
+
+  It is that of (1 - weight) cross-entropy + weight divergence in the logits.
   """
   log_p_CxV, log_q_CxV = (
     jax.nn.log_softmax(hidden_to_logits(x, m))
@@ -84,10 +29,13 @@ def _of_chunk(
   )
   p_CxV = jnp.exp(log_p_CxV)
   is_target_CxV = jax.lax.broadcasted_iota(jnp.int32, p_CxV.shape, 1) == targets_C[:, None]
-  over_counted = lambda losses_CxV: jnp.sum(jnp.where(counted_C, jnp.sum(losses_CxV, axis=-1), 0.0))
+
+  def sum_over_counted(losses_CxV):
+    return jnp.sum(jnp.where(counted_C, jnp.sum(losses_CxV, axis=-1), 0.0))
+
   sums = (
-    over_counted(jnp.where(is_target_CxV, -log_q_CxV, 0.0)),
-    over_counted(p_CxV * (log_p_CxV - log_q_CxV)),
+    sum_over_counted(jnp.where(is_target_CxV, -log_q_CxV, 0.0)),
+    sum_over_counted(p_CxV * (log_p_CxV - log_q_CxV)),
   )
   if not differentiate:
     return sums, None
@@ -107,13 +55,14 @@ def chunked_distillation(
   weight: float,
   chunk: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sums over counted tokens of (1 - weight) CE + weight KL, CE and KL, with at most `chunk` rows
-  of logits at a time, as in `chunked_cross_entropy`.
+  """Returns the sums over counted tokens of (1 - weight) CE + weight KL, of CE and of KL.
 
-  CE is the cross-entropy of the targets under q, KL = sum_v p_v log(p_v / q_v), p and q are the
-  softmax of the teacher's and the model's logits: temperature 1. Only the first sum has a gradient,
-  softmax(logits) - (1 - weight) one_hot - weight p in the model's logits, and only in `hidden` and
-  `matrix`.
+  CE is the cross-entropy of the targets under q, KL = sum_v p_v log(p_v / q_v), where p and q are
+  the softmax of the teacher's and the model's logits, at temperature 1. At most `chunk` rows of
+  logits exist at a time, as in `chunked_cross_entropy`.
+
+  Only the first sum has a gradient, and only in `hidden` and `matrix`; in the model's logits it is
+  softmax(logits) - (1 - weight) one_hot - weight p.
 
   Args:
     hidden, matrix, targets, counted, chunk: as in `chunked_cross_entropy`.
@@ -125,10 +74,10 @@ def chunked_distillation(
 
   def body(sums, xs):
     hidden_CxE, teacher_CxE, targets_C, counted_C = xs
-    more, _ = _of_chunk(
+    chunk_sums, _ = _chunk_losses(
       weight, False, hidden_CxE, matrix, teacher_CxE, teacher_matrix, targets_C, counted_C
     )
-    return tuple(map(jnp.add, sums, more)), None
+    return tuple(map(jnp.add, sums, chunk_sums)), None
 
   sums, _ = jax.lax.scan(
     body, (jnp.zeros((), jnp.float32),) * 2, cut(chunk, hidden, teacher_hidden, targets, counted)
@@ -141,11 +90,13 @@ def _objective(weight, cross_entropy, divergence):
 
 
 def _forward(hidden, matrix, teacher_hidden, teacher_matrix, targets, counted, weight, chunk):
-  of_chunk = lambda hidden_CxE, weights, teacher_CxE, *rest: _of_chunk(
-    weight, True, hidden_CxE, weights, teacher_CxE, teacher_matrix, *rest
-  )
+  def chunk_losses(hidden_CxE, weights, teacher_CxE, targets_C, counted_C):
+    return _chunk_losses(
+      weight, True, hidden_CxE, weights, teacher_CxE, teacher_matrix, targets_C, counted_C
+    )
+
   sums, gradients = gradients_by_chunk(
-    of_chunk, 2, chunk, hidden, matrix, teacher_hidden, targets, counted
+    chunk_losses, 2, chunk, hidden, matrix, teacher_hidden, targets, counted
   )
   return _objective(weight, *sums), gradients
 

@@ -12,11 +12,11 @@ Batch = Mapping[str, jax.Array]
 
 
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Targets and which of them count.
+  """Returns the targets of a batch, and the mask of those that count.
 
   Args:
-    batch: "tokens", "segment_ids": [B, n + 1] int32; segment 0 is padding. Perhaps "counted": [B, n
-      + 1] bool, tokens that may count.
+    batch: "tokens", "segment_ids": [B, n + 1] int32; segment 0 is padding. Optionally "counted":
+      [B, n + 1] bool, tokens that may count.
   Returns:
     targets [B, n] int32 and counted [B, n] bool: a target counts where it may and belongs to the
     same document as the token before it.
@@ -29,7 +29,7 @@ def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Cuts [N, ...] arrays into [ceil(N / chunk), chunk, ...], filled up with zeros."""
+  """Cuts [N, ...] arrays into [ceil(N / chunk), chunk, ...], padded with zeros."""
   length = arrays[0].shape[0]
   chunk = min(chunk, length)
   padding = -length % chunk
@@ -40,17 +40,19 @@ def cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _logsumexp(logits_CxV):
-  """In one pass, where `jax.nn.logsumexp` reads all logits twice: pairs of a maximum m and a sum of
-  exp(x - m) are joined into larger ones.
+  """Returns the logsumexp of each row in one pass; `jax.nn.logsumexp` reads all logits twice.
+
+  It is a reduction of pairs: a maximum m, and the sum of exp(x - m).
   """
 
   def join(a, b):
     highest = jnp.maximum(a[0], b[0])
-    # also where both are -inf
-    part = lambda maximum, total: (
-      total * jnp.exp(jnp.where(maximum == highest, 0.0, maximum - highest))
-    )
-    return highest, part(*a) + part(*b)
+
+    def rescaled(maximum, total):
+      # Equal maxima are a case of their own, as both may be -inf.
+      return total * jnp.exp(jnp.where(maximum == highest, 0.0, maximum - highest))
+
+    return highest, rescaled(*a) + rescaled(*b)
 
   maximum_C, total_C = jax.lax.reduce(
     (logits_CxV, jnp.ones_like(logits_CxV)), (-jnp.inf, 0.0), join, (1,)
@@ -59,7 +61,7 @@ def _logsumexp(logits_CxV):
 
 
 def _chunk_loss(hidden_CxE, matrix_ExV, targets_C, counted_C):
-  """Summed loss, and the logits and logsumexp it came from."""
+  """Returns the summed loss of a chunk, and the logits and logsumexp it was computed from."""
   logits_CxV = hidden_to_logits(hidden_CxE, matrix_ExV)
   logsumexp_C = _logsumexp(logits_CxV)
   target_logit_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
@@ -70,12 +72,11 @@ def _chunk_loss(hidden_CxE, matrix_ExV, targets_C, counted_C):
 def chunked_cross_entropy(
   hidden: jax.Array, matrix: jax.Array, targets: jax.Array, counted: jax.Array, chunk: int
 ) -> jax.Array:
-  """Sum over counted tokens t of logsumexp(h_t W) - (h_t W)[target_t], in float32, with at most
-  `chunk` rows of logits at a time.
+  """Returns the sum over counted tokens t of logsumexp(h_t W) - (h_t W)[target_t], in float32.
 
-  Under differentiation the gradients are formed in the same pass, where the logits of a chunk are
-  at hand, so that no matrix product is done twice: d(logits) = softmax - one_hot. The backward pass
-  only multiplies them by the incoming scalar.
+  At most `chunk` rows of logits exist at a time. Under differentiation the gradients are computed
+  in the same pass, from the logits of each chunk, so that no matrix product is done twice:
+  d(logits) = softmax - one_hot. The backward pass only multiplies them by the incoming scalar.
 
   Args:
     hidden: [N, E], in the dtype of the matrix products.
@@ -95,36 +96,38 @@ def chunked_cross_entropy(
 
 
 def gradients_by_chunk(
-  of_chunk: Callable,
+  chunk_losses: Callable,
   num_sums: int,
   chunk: int,
   hidden: jax.Array,
   matrix: jax.Array,
   *rows: jax.Array,
-):
-  """Sums of losses over all rows, and their gradients, with the logits of one chunk at a time.
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
+  """Returns sums of losses over all rows, and their gradients, from the logits of chunks.
 
   Args:
-    of_chunk: (hidden [C, E], matrix [E, V] in its dtype, chunks of `rows`) -> (sums of losses,
-      gradient in the logits [C, V]).
+    chunk_losses: (hidden [C, E], matrix [E, V] in the dtype of hidden, chunks of `rows`) -> (sums
+      of losses, gradient in the logits [C, V]).
     num_sums: how many sums it returns.
-    rows: [N, ...] what else belongs to each row of hidden.
+    chunk: rows of logits held at once.
+    hidden, matrix: as in `chunked_cross_entropy`.
+    rows: [N, ...] arrays that are cut along with hidden.
   Returns:
-    sums, and the gradients of hidden, [N, E] in its dtype, and matrix, [E, V] float32.
+    sums, and the gradients (hidden's, [N, E] in its dtype; the matrix's, [E, V] float32).
   """
-  # else XLA converts the matrix again for every chunk
+  # Without the barrier XLA converts the matrix again for every chunk.
   weights = jax.lax.optimization_barrier(matrix.astype(hidden.dtype))
 
   def body(carry, xs):
     sums, d_matrix = carry
     hidden_CxE, *rest = xs
-    more, d_logits_CxV = of_chunk(hidden_CxE, weights, *rest)
+    chunk_sums, d_logits_CxV = chunk_losses(hidden_CxE, weights, *rest)
     d_logits_CxV = d_logits_CxV.astype(hidden.dtype)
     d_hidden_CxE = jnp.matmul(d_logits_CxV, weights.T, preferred_element_type=jnp.float32).astype(
       hidden.dtype
     )
     d_matrix += jnp.matmul(hidden_CxE.T, d_logits_CxV, preferred_element_type=jnp.float32)
-    return (tuple(map(jnp.add, sums, more)), d_matrix), d_hidden_CxE
+    return (tuple(map(jnp.add, sums, chunk_sums)), d_matrix), d_hidden_CxE
 
   start = ((jnp.zeros((), jnp.float32),) * num_sums, jnp.zeros(matrix.shape, jnp.float32))
   (sums, d_matrix), d_hidden = jax.lax.scan(body, start, cut(chunk, hidden, *rows))
@@ -132,13 +135,13 @@ def gradients_by_chunk(
 
 
 def _forward(hidden, matrix, targets, counted, chunk):
-  def of_chunk(hidden_CxE, weights, targets_C, counted_C):
+  def chunk_losses(hidden_CxE, weights, targets_C, counted_C):
     loss, logits_CxV, logsumexp_C = _chunk_loss(hidden_CxE, weights, targets_C, counted_C)
     softmax_CxV = jnp.exp(logits_CxV - logsumexp_C[:, None])
     is_target_CxV = jax.lax.broadcasted_iota(jnp.int32, softmax_CxV.shape, 1) == targets_C[:, None]
     return (loss,), jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0)
 
-  (total,), gradients = gradients_by_chunk(of_chunk, 1, chunk, hidden, matrix, targets, counted)
+  (total,), gradients = gradients_by_chunk(chunk_losses, 1, chunk, hidden, matrix, targets, counted)
   return total, gradients
 
 

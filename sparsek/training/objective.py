@@ -1,6 +1,4 @@
-"""What a step of training makes small: cross-entropy, a teacher's predictions, the scorers' own
-loss.
-"""
+"""Training objective: cross-entropy, divergence from a teacher, the scorers' auxiliary loss."""
 
 from typing import NamedTuple
 
@@ -14,7 +12,7 @@ from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targe
 
 
 class Teacher(NamedTuple):
-  """A model to learn from, and its weight in [0, 1]."""
+  """A model to learn from, and the weight in [0, 1] of the divergence from it."""
 
   config: TransformerConfig
   params: Params
@@ -25,12 +23,12 @@ class Losses(NamedTuple):
   """Sums over a batch, float32 scalars.
 
   Attributes:
-    objective: (1 - weight) cross_entropy + weight divergence, the one that has a gradient with a
-      teacher; without one the cross-entropy.
+    objective: with a teacher (1 - weight) cross_entropy + weight divergence, and then the only one
+      with a gradient; without a teacher the cross-entropy.
     cross_entropy: in nats, over the counted targets.
     divergence: KL(teacher || model) in nats over the same targets; 0 without a teacher.
-    scorers: the auxiliary loss of `SparseKAttention` over rows, a mean over sparsek layers; 0
-      unless it is asked for.
+    scorers: the auxiliary loss of `SparseKAttention` over rows, a mean over sparsek layers; by
+      default not computed, and 0.
   """
 
   objective: jax.Array
@@ -40,12 +38,13 @@ class Losses(NamedTuple):
 
 
 def _hidden(config, params, batch, packed, key=None, mutable=()):
-  """Final hidden states [B * n, E], and the mean over sparsek layers of what they leave in the
-  collections `mutable`.
+  """Returns the final hidden states [B * n, E], and the mean auxiliary loss of sparsek layers.
+
+  Each layer writes its loss to a collection; `mutable` names that collection.
   """
   segment_ids = batch["segment_ids"][:, :-1] if packed else None
   rngs = {} if key is None else {"scorer_noise": key, "scorer_loss": jax.random.fold_in(key, 1)}
-  hidden, left = Transformer(config).apply(
+  hidden, collections = Transformer(config).apply(
     {"params": params},
     batch["tokens"][:, :-1],
     segment_ids=segment_ids,
@@ -53,7 +52,7 @@ def _hidden(config, params, batch, packed, key=None, mutable=()):
     rngs=rngs,
     mutable=list(mutable),
   )
-  scorers = sum(map(jnp.sum, jax.tree.leaves(left)), jnp.zeros(())) / max(
+  scorers = sum(map(jnp.sum, jax.tree.leaves(collections)), jnp.zeros(())) / max(
     config.layer_kinds.count("sparsek"), 1
   )
   return hidden.reshape(-1, hidden.shape[-1]), scorers
@@ -70,18 +69,18 @@ def summed_losses(
   key: jax.Array | None = None,
   teacher: Teacher | None = None,
 ) -> Losses:
-  """The losses of a batch.
+  """Returns the losses of a batch.
 
   Args:
     config, params: the model and its parameters.
     batch: as in `next_token_targets`.
     chunk: rows of logits held at once.
-    packed: rows may hold more than one document; else segment_ids only tell padding at their ends,
+    packed: rows may hold more than one document; else segment_ids only mark padding at their ends,
       and attention, which is causal, needs none.
-    scorer_loss: whether to compute the auxiliary loss of `SparseKAttention`.
-    key: of the noise on the scores, which there is none of with None, and of the queries of the
-      auxiliary loss, which needs it.
-    teacher: costs a forward pass of it; no gradient reaches it.
+    scorer_loss: compute the auxiliary loss of `SparseKAttention` too.
+    key: random key of the noise on the scores and of the queries of the auxiliary loss, which needs
+      it. None: no noise.
+    teacher: a forward pass of it is added; no gradient reaches it.
   """
   targets, counted = (x.reshape(-1) for x in next_token_targets(batch))
   hidden, scorers = _hidden(
@@ -91,11 +90,11 @@ def summed_losses(
   if teacher is None:
     loss = chunked_cross_entropy(hidden, matrix, targets, counted, chunk)
     return Losses(loss, loss, jnp.zeros(()), scorers)
-  theirs, _ = _hidden(teacher.config, teacher.params, batch, packed)
+  teacher_hidden, _ = _hidden(teacher.config, teacher.params, batch, packed)
   sums = chunked_distillation(
     hidden,
     matrix,
-    theirs,
+    teacher_hidden,
     output_matrix(teacher.config, teacher.params),
     targets,
     counted,
@@ -106,9 +105,10 @@ def summed_losses(
 
 
 def scorer_warmup_loss(
-  config: TransformerConfig, params: Params, batch: Batch, packed: bool, key: jax.Array
+  config: TransformerConfig, params: Params, batch: Batch, packed: bool, key: jax.Array | None
 ) -> jax.Array:
-  """`Losses.scorers` of a forward pass in which sparsek layers attend to everything: no logits, and
-  no gradient but that of the scorers' parameters.
+  """Returns `Losses.scorers` of a forward pass in which sparsek layers attend to everything.
+
+  It computes no logits, and only the scorers' parameters have a gradient.
   """
   return _hidden(config, params, batch, packed, key, ["scorer_warmup"])[1]

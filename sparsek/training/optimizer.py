@@ -1,5 +1,7 @@
 """AdamW with linear warm-up and cosine decay."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,7 +11,7 @@ from sparsek.model import lora
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-  """The learning rate as a function of the number of updates made so far (0 for the first update).
+  """Returns the learning rate as a function of the number of updates made so far.
 
   Update number s = 1, ..., num_steps uses `learning_rate * s / warmup_steps` up to s =
   warmup_steps, then falls along half a cosine to `learning_rate * final_lr_ratio` at s = num_steps.
@@ -30,50 +32,55 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
   return schedule
 
 
-def decay_mask(params):
-  """A tree of bools like `params`: True where weight decay applies, which is on matrices: leaves
-  called "kernel", and adapters.
+def decay_mask(params: Any) -> Any:
+  """Returns a tree of bools like `params`: True where weight decay applies.
 
-  Names decide and not ranks, because scanned layers stack a rank-1 norm scale into rank 2, and
-  embeddings are matrices by rank only.
+  It applies to matrices: leaves called "kernel", and adapters. Names decide and not ranks, because
+  scanned layers stack a rank-1 norm scale into rank 2, and embeddings are matrices by rank only.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: getattr(path[-1], "key", None) in lora.MATRICES, params
   )
 
 
-def trainable_mask(params, trainable: str):
-  """A tree of bools like `params`: which parameters change, as `OptimizerConfig.trainable` says."""
+def _is_within(path: tuple, name: str) -> bool:
+  """Returns whether a module or parameter of that name is on a path."""
+  return any(getattr(key, "key", None) == name for key in path)
+
+
+def trainable_mask(params: Any, trainable: str) -> Any:
+  """Returns a tree of bools like `params`: True where a parameter changes.
+
+  Args:
+    params: of a model.
+    trainable: `OptimizerConfig.trainable`.
+  """
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: (
-      trainable == "all" or any(getattr(key, "key", None) == trainable for key in path)
-    ),
-    params,
+    lambda path, _: trainable == "all" or _is_within(path, trainable), params
   )
 
 
 def scale_scorers(multiplier: float) -> optax.GradientTransformation:
-  """Multiplies the updates of every parameter of a scoring network, which the models call
-  "scorer".
-  """
-  in_scorer = lambda path: any(getattr(key, "key", None) == "scorer" for key in path)
-  return optax.stateless(
-    lambda updates, _: jax.tree_util.tree_map_with_path(
-      lambda path, x: multiplier * x if in_scorer(path) else x, updates
-    )
-  )
+  """Multiplies the updates of the scoring networks' parameters, in modules called "scorer"."""
+
+  def scale(path, update):
+    return multiplier * update if _is_within(path, "scorer") else update
+
+  return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Clipping by global norm, Adam moments in float32, decoupled weight decay on matrices, the
-  schedule, the scorers' own rate.
+  """Returns AdamW: clipping, Adam moments, weight decay, the schedule, the scorers' own rate.
+
+  Clipping is by global norm, the moments are float32, weight decay is decoupled and applies to
+  matrices.
 
   The structure of the state depends on the parameters only, so that a run can be resumed with any
-  other optimizer flag. With adapters among them it is that of the learned ones,
+  other optimizer flag. With adapters it is that of the learned parameters,
   `sparsek.model.lora.split`: `init` takes all parameters, `update` the learned ones and their
   gradients.
   """
-  # last: it has no state, and those before it keep their places in checkpoints
+  # scale_scorers comes last: it has no state, so those before it keep their index in checkpoints.
   chain = optax.chain(
     optax.clip_by_global_norm(config.grad_clip) if config.grad_clip > 0 else optax.identity(),
     optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=1e-8, mu_dtype=jnp.float32),

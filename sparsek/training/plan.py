@@ -1,6 +1,4 @@
-"""What a training run will take, without training: parameters, operations, memory of the compiled
-step.
-"""
+"""Plan of a training run: parameters, operations and memory of the compiled step."""
 
 import dataclasses
 import time
@@ -17,36 +15,30 @@ from sparsek.model import flops, lora
 from sparsek.model.transformer import count_params
 from sparsek.parallel.mesh import BATCH, make_mesh
 from sparsek.runs import checkpoint
-from sparsek.training import distillation
+from sparsek.runs.orbax_errors import first_line
+from sparsek.training import teacher
+from sparsek.training.checks import check_run
 from sparsek.training.optimizer import make_optimizer
-from sparsek.training.step import (
-  abstract_state,
-  check_adapters,
-  check_batch,
-  check_implementation,
-  check_length,
-  make_train_step,
-)
+from sparsek.training.step import abstract_state, make_train_step
 
 GB = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Of one optimizer step; memory is per device, in bytes.
+  """Costs of one optimizer step; memory is per device, in bytes.
 
   Attributes:
-    parameters: how many.
-    learned: of them, if those beside adapters are frozen.
+    parameters: their number.
+    learned: the number of those that learn, beside frozen ones of a model with adapters.
     tokens: of a batch.
     step_flops, full_flops: operations of forward and backward passes over documents as long as the
       rows; the latter with full attention in every layer.
-    seconds_at_peak: that step_flops would take at the devices' peak rate, or None where that is not
-      known.
+    seconds_at_peak: time for step_flops at the devices' peak rate, or None where that is not known.
     compile_seconds: of the step.
     state_bytes: parameters, optimizer state and batch. temporary_bytes: all else. None where the
       backend does not say.
-    limit_bytes: what JAX may take, or None where the backend does not say.
+    limit_bytes: memory that JAX may take, or None where the backend does not say.
   """
 
   parameters: int
@@ -61,29 +53,36 @@ class Plan:
   limit_bytes: int | None
 
   @property
+  def total_bytes(self) -> int | None:
+    """State and temporaries, or None where the backend does not say."""
+    if self.state_bytes is None or self.temporary_bytes is None:
+      return None
+    return self.state_bytes + self.temporary_bytes
+
+  @property
   def fits(self) -> bool | None:
-    """Whether it should fit into memory; None where that is not known."""
-    known = self.state_bytes is not None and self.limit_bytes is not None
-    return self.state_bytes + self.temporary_bytes <= self.limit_bytes if known else None
+    """True where it should fit into memory, None where that is not known."""
+    if self.total_bytes is None or self.limit_bytes is None:
+      return None
+    return self.total_bytes <= self.limit_bytes
 
   def lines(self) -> list[str]:
-    """For people."""
+    """Returns the plan as lines of text."""
     at_peak = (
       ""
       if self.seconds_at_peak is None
       else f", {self.seconds_at_peak:.3g} s at the devices' peak rate"
     )
     lines = [
-      (
-        f"{lora.describe_size(self.parameters, self.learned)}, {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}"
-      ),
+      f"{lora.describe_size(self.parameters, self.learned)}, {jax.device_count()} x "
+      f"{jax.devices()[0].device_kind}",
       f"{self.tokens:,} tokens a step: {self.step_flops / 1e12:,.3g} TFLOP forward and "
       f"backward{at_peak} (with full attention "
       f"{self.full_flops / 1e12:,.3g})",
       f"compiled in {self.compile_seconds:.0f} s",
     ]
-    if self.state_bytes is not None:
+    if self.total_bytes is not None:
+      assert self.state_bytes is not None and self.temporary_bytes is not None
       of = (
         ""
         if self.limit_bytes is None
@@ -91,26 +90,25 @@ class Plan:
       )
       lines.append(
         f"memory per device in GB: {self.state_bytes / GB:.3g} parameters, optimizer and batch "
-        f"+ {self.temporary_bytes / GB:.3g} temporaries = "
-        f"{(self.state_bytes + self.temporary_bytes) / GB:.3g}{of}"
+        f"+ {self.temporary_bytes / GB:.3g} temporaries = {self.total_bytes / GB:.3g}{of}"
       )
     return lines
 
 
 def memory_limit() -> int | None:
-  """Bytes that JAX may take of a device, or None where the backend does not say."""
+  """Returns the bytes that JAX may take of a device, or None where the backend does not say."""
   return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | None) -> str:
-  """ "none" where what the backward pass needs should fit into `limit` bytes a device (or None:
-  any),
-   else "attention".
+  """Returns the rematerialisation for a memory of `limit` bytes a device: "none" or "attention".
 
-  An estimate, which tests/kernels/hopper/compile_test.py holds against the compiler's figure: per
-  token and layer the block's input and two norms, queries, keys, values and the attention's output,
-  and four arrays of the MLP's width, and of scanned layers the same again; parameters; gradients
-  and two moments of those that learn; a chunk of logits.
+  It is "none" where everything that the backward pass needs should fit, or `limit` is None.
+
+  It is an estimate, which tests/kernels/hopper/compile_test.py compares with the compiler's figure.
+  Per token and layer it counts the block's input and two norms, queries, keys, values and the
+  attention's output, and four arrays of the MLP's width, all twice for scanned layers; beside them
+  the parameters, the gradients and two moments of those that learn, and a chunk of logits.
   """
   per_token = (
     3 * config.embed_dim
@@ -137,35 +135,31 @@ def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | 
 
 
 def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
-  """Compiles the training step and counts.
+  """Compiles the training step and returns its costs.
 
   Raises:
-    UsageError: where the batch cannot be spread over the devices, or the implementation of
-      attention asked for cannot run here.
-    RunError: where the compiler finds that memory does not suffice.
+    UsageError: as `sparsek.training.checks.check_run`.
+    RunError: where the compiler finds that the memory does not suffice.
   """
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
-  check_batch(mesh, train.data.batch_size, train.grad_accumulation)
-  check_adapters(config, train)
   params = checkpoint.abstract_params(config)
-  check_length(config, train.data.seq_len)
-  check_implementation(config, train.data.seq_len, params)
+  check_run(config, train, mesh, params)
   rows, n = train.data.batch_size, train.data.seq_len
   batch = {
     name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
     for name in ("tokens", "segment_ids")
   }
-  teacher = [distillation.teacher_config(train.distill_from)] if train.distill_from else []
-  teacher_params = [distillation.abstract_teacher(train.distill_from)] if train.distill_from else []
+  teacher_model = teacher.teacher_config(train.distill_from) if train.distill_from else None
+  teacher_params = [teacher.abstract_teacher(train.distill_from)] if train.distill_from else []
   begin = time.perf_counter()
   try:
-    step = make_train_step(config, train, optimizer, mesh, *teacher)
+    step = make_train_step(config, train, optimizer, mesh, teacher_model)
     state = abstract_state(params, optimizer, mesh, train.spike_factor)
     compiled = step.lower(state, batch, *teacher_params).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise RunError(f"the step does not fit into memory: {checkpoint.first_line(error)}") from None
+    raise RunError(f"the step does not fit into memory: {first_line(error)}") from None
   seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
   lengths = np.full(rows, n)
   step_flops, full_flops = (

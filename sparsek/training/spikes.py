@@ -1,4 +1,4 @@
-"""Steps of training whose loss or gradient norm leaps, and whose update is therefore not applied.
+"""Spikes: training steps whose loss or gradient norm leaps, so that their update is skipped.
 
 The decision is made on the device, so that nothing waits for it, and from running means that are
 saved with each checkpoint, so that a resumed run decides the same.
@@ -12,7 +12,7 @@ import optax
 
 FIRST = 20  # ordinary steps before one can be a spike, unless it is not finite
 MEMORY = 100  # ordinary steps that the running means reach back
-MOST_IN_A_ROW = 10  # then they are no spikes but what the run is like
+MOST_IN_A_ROW = 10  # so many are no longer spikes: the run itself has gone wrong
 
 
 class Spikes(NamedTuple):
@@ -25,11 +25,11 @@ class Spikes(NamedTuple):
 
 
 def start(factor: float, saved: list | None = None) -> Spikes | tuple[()]:
-  """Returns what a run begins with, or () where `factor` is 0: no step is looked at.
+  """Returns the running means that a run begins with, or () where `factor` is 0.
 
   Args:
-    factor: `TrainConfig.spike_factor`.
-    saved: what `to_json` returned, to go on with.
+    factor: `TrainConfig.spike_factor`; with 0 no step is a spike.
+    saved: as `to_json` returned it, for a run that resumes.
   """
   if not factor:
     return ()
@@ -45,7 +45,7 @@ def to_json(spikes: Spikes | tuple[()]) -> list:
 def judge(
   spikes: Spikes, factor: float, loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[jax.Array, Spikes]:
-  """Returns a bool scalar, whether a step is a spike, and what the next one is judged by."""
+  """Returns a bool scalar, whether a step is a spike, and the means for the next step."""
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   leaps = (loss > factor * spikes.loss) | (grad_norm > factor * spikes.grad_norm)
   is_spike = ~finite | (leaps & (spikes.ordinary >= FIRST))
@@ -64,7 +64,7 @@ def judge(
 
 
 def keep(is_spike: jax.Array, old: Any, new: Any) -> Any:
-  """Returns `old` after a spike, else `new`; the schedule's count of steps always goes on."""
+  """Returns `old` after a spike, else `new`; the schedule's count of steps is always new."""
 
   def choose(new, old):
     is_count = isinstance(new, optax.ScaleByScheduleState)

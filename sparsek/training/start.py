@@ -1,107 +1,206 @@
-"""Parameters of one run as the start of another whose layers attend otherwise: what
-`--init_from=DIR` takes, draws and leaves out.
-"""
+"""Start of a run: its fixed parts, its first state, and the records it writes."""
 
-import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, Sharding
 
-from sparsek.config import TransformerConfig
-from sparsek.model.lora import NEW
-from sparsek.model.transformer import Params, init_params, stack_layers, unstack_layers
-from sparsek.runs import checkpoint
-from sparsek.runs.parameter_table import Comparison, explain_architecture, parameter_shapes
-
-Report = Callable[[str], None]
-
-
-def _own_module(path: str) -> str | None:
-  """The module, of those that an attention kind has of its own, which a parameter belongs to:
-  "layers_0/attention/scorer".
-  """
-  parts = path.split("/")
-  return next(("/".join(parts[: i + 1]) for i, part in enumerate(parts) if part in NEW), None)
-
-
-def differing_modules(
-  there: TransformerConfig, here: TransformerConfig
-) -> tuple[set[str], set[str]] | None:
-  """(modules that a model `here` has to draw, modules of `there` that it has no use for), layers
-  unstacked; None where more than these differ.
-  """
-  unstacked = lambda config: parameter_shapes(
-    jax.eval_shape(functools.partial(unstack_layers, config), checkpoint.abstract_params(config))
-  )
-  comparison = Comparison(unstacked(there), unstacked(here))
-  unlike = {path for path, status in comparison.status.items() if status != "loaded"}
-  if not all(map(_own_module, unlike)):
-    return None
-  modules = set(map(_own_module, unlike))  # a module is taken as a whole or not at all
-  within = lambda shapes: {
-    module for module in modules if any(_own_module(path) == module for path in shapes)
-  }
-  return within(comparison.wanted), within(comparison.saved)
+from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.data.batches import TrainIterator, eval_batches, make_train_iterator
+from sparsek.data.token_files import TokenDataset
+from sparsek.errors import UsageError
+from sparsek.model.transformer import Params
+from sparsek.parallel.mesh import HostBatch, make_mesh, replicated
+from sparsek.runs import checkpoint, run_directory, run_record, set_aside
+from sparsek.runs.checkpoint_writer import remove_half_written
+from sparsek.runs.parameter_table import differing_fields
+from sparsek.training import spikes, teacher
+from sparsek.training.checks import check_run
+from sparsek.training.init_from import Say, check_tokenizer, initial_params
+from sparsek.training.optimizer import make_optimizer
+from sparsek.training.saver import SPIKES
+from sparsek.training.step import TrainState, make_diagnose, make_eval_step, make_train_step
+from sparsek.training.trace import Profile
 
 
-def convert(
-  there: TransformerConfig,
-  params: Params,
-  here: TransformerConfig,
-  drawn: set[str],
-  key: jax.Array,
-  sharding=None,
-) -> Params:
-  """`params` of a model `there` in the layout of a model `here`, with the modules `drawn` as
-  `init_params(here, key)` has them.
-  """
+class Setup(NamedTuple):
+  """Parts of a run that do not depend on its state."""
 
-  @functools.partial(jax.jit, out_shardings=sharding)
-  def converted(params, key):
-    theirs = flatten_dict(unstack_layers(there, params), sep="/")
-    fresh = flatten_dict(unstack_layers(here, init_params(here, key)), sep="/")
-    return stack_layers(
-      here,
-      unflatten_dict(
-        {
-          path: leaf if _own_module(path) in drawn else theirs[path] for path, leaf in fresh.items()
-        },
-        sep="/",
-      ),
-    )
+  config: TransformerConfig
+  train: TrainConfig
+  dataset: TokenDataset
+  mesh: Mesh
+  params_shape: Params
+  optimizer: optax.GradientTransformation
+  iterator: TrainIterator
+  heldout: Iterable[HostBatch]
+  train_step: Callable
+  eval_step: Callable
+  diagnose: Callable
+  profile: Profile
 
-  return converted(params, key)
+  @property
+  def num_steps(self) -> int:
+    """Steps of the whole run."""
+    return self.train.optimizer.num_steps
+
+  @property
+  def last_step(self) -> int:
+    """The step after which this process ends."""
+    return min(self.num_steps, self.train.stop_at or self.num_steps)
+
+  def evaluation_due(self, step: int) -> bool:
+    """Returns whether the held-out loss is computed after a step."""
+    every = self.train.eval_every
+    return bool(every) and step > 0 and (step % every == 0 or step == self.num_steps)
 
 
-def load(
-  workdir: str,
-  config: TransformerConfig,
-  step: int | None,
-  key: jax.Array,
-  sharding,
-  report: Report,
-) -> tuple[Params, int]:
-  """Parameters of a run for a model that may attend otherwise and stack its layers otherwise, and
-  their step.
-
-  Scorers and linear attention's decay that the run has not, or has of another shape, are drawn with
-  `key`, and those that the model has no place for are left out; `report` is told. Everything else
-  must fit.
+def set_up(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset) -> Setup:
+  """Checks the configuration and opens the data; compiles nothing and changes no file.
 
   Raises:
-    UsageError: as `checkpoint.load_params`.
+    UsageError: where the model cannot be trained on these data and devices.
   """
-  there, _ = checkpoint.load_run_config(workdir)
-  differing = differing_modules(there, config) if explain_architecture(there, config) else None
-  if differing is None:
-    # which says what does not fit
-    return checkpoint.load_params(workdir, config, step, sharding, report)
-  params, step = checkpoint.load_params(workdir, there, step, sharding, report)
-  for modules, what in zip(differing, ("drawn anew", "left out")):
-    if modules:
-      names = sorted({module.split("/", 1)[1] for module in modules})
-      report(
-        f"{what}: {', '.join(names)} of {len({module.split('/')[0] for module in modules})} layers"
-      )
-  return convert(there, params, config, differing[0], key, sharding), step
+  mesh, params_shape = make_mesh(), checkpoint.abstract_params(config)
+  check_run(config, train, mesh, params_shape)
+  optimizer = make_optimizer(train.optimizer)
+  iterator = make_train_iterator(dataset, train.data)
+  heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()
+  teacher_model = teacher.teacher_config(train.distill_from) if train.distill_from else None
+  assert not isinstance(train.profile_steps, str)  # TrainConfig has parsed it
+  return Setup(
+    config=config,
+    train=train,
+    dataset=dataset,
+    mesh=mesh,
+    params_shape=params_shape,
+    optimizer=optimizer,
+    iterator=iterator,
+    heldout=heldout,
+    train_step=make_train_step(config, train, optimizer, mesh, teacher_model),
+    eval_step=make_eval_step(config, train.loss_chunk, mesh, train.data.segment_documents),
+    diagnose=make_diagnose(config),
+    profile=Profile(train.workdir, train.profile_steps),
+  )
+
+
+class Start(NamedTuple):
+  """State with which a process begins or resumes a run.
+
+  Attributes:
+    step: updates made so far.
+    saved_step: step of the checkpoint that it comes from, or None.
+    state: parameters, moments, ... on the devices.
+    data_state: of the data iterator.
+    skipped: steps so far that were spikes.
+    teacher: (the teacher's parameters,), the further arguments of a training step; or ().
+  """
+
+  step: int
+  saved_step: int | None
+  state: TrainState
+  data_state: dict
+  skipped: int
+  teacher: tuple[Params, ...]
+
+
+def restore_or_init(setup: Setup, say: Say) -> Start:
+  """Returns the state from the newest checkpoint in the workdir, else from init_from, else new.
+
+  Where the run resumes, its data iterator goes on from there too.
+
+  Args:
+    setup: of the run, whose lock the caller holds.
+    say: takes one line of text.
+  Raises:
+    UsageError: where the configuration, the data, the checkpoints and the teacher do not fit.
+  """
+  config, train, dataset, optimizer = setup.config, setup.train, setup.dataset, setup.optimizer
+  workdir, sharding = train.workdir, replicated(setup.mesh)
+  teacher_params: tuple[Params, ...] = ()
+  if train.distill_from:
+    fingerprint = dataset.tokenizer.fingerprint
+    teacher_params = (
+      teacher.load_teacher(train.distill_from, fingerprint, config.vocab_size, sharding),
+    )
+  remove_half_written(workdir, say)
+  back_to = set_aside.step_to_restore(workdir, train.restore_step, say)
+  saved_step = spikes_so_far = None
+  if checkpoint.saved_steps(workdir):
+    restored = _resume(setup, sharding, back_to, say)
+    saved_step, spikes_so_far = restored.step, restored.data_state.get(SPIKES)
+  else:
+    params = initial_params(config, train, dataset, sharding, say)
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding)(params)
+    restored = checkpoint.Restored(0, params, opt_state, {})
+  numbers = (
+    jnp.int32(restored.step),
+    jnp.int32(train.seed),
+    spikes.start(train.spike_factor, spikes_so_far),
+  )
+  step, seed, so_far = jax.device_put(numbers, sharding)
+  return Start(
+    restored.step,
+    saved_step,
+    TrainState(step, restored.params, restored.opt_state, seed, so_far),
+    setup.iterator.get_state(),
+    spikes_so_far[-1] if so_far and spikes_so_far else 0,
+    teacher_params,
+  )
+
+
+def _resume(setup: Setup, sharding: Sharding, back_to: int | None, say: Say) -> checkpoint.Restored:
+  """Returns the newest checkpoint or that of step `back_to`, and sets the data iterator to it."""
+  config, train, workdir = setup.config, setup.train, setup.train.workdir
+  record = run_record.load_run_config(workdir)[1]
+  if not record["data"]["data"]:
+    raise UsageError(
+      f"--workdir={workdir} holds an imported model and no run that could go on: give a new "
+      "folder, and --init_from=hf:FOLDER"
+    )
+  old = check_tokenizer(workdir, setup.dataset, train.data.data, say)
+  # Otherwise the older checkpoints would be other models.
+  if old.lora_rank == config.lora_rank and old.lora_scale != config.lora_scale:
+    here, there = (c.lora_alpha or c.lora_rank for c in (config, old))
+    raise UsageError(
+      f"--lora_alpha={here} must be {there}, as in the run in {workdir}; or give a new "
+      f"folder, and --init_from={workdir}"
+    )
+  opt_state = jax.eval_shape(setup.optimizer.init, setup.params_shape)
+  restored = checkpoint.restore_newest(workdir, config, opt_state, sharding, say, back_to)
+  assert restored is not None  # the caller saw a checkpoint, and holds the lock
+  if back_to is not None:
+    set_aside.set_aside(workdir, restored.step, say)
+  data_state = {name: value for name, value in restored.data_state.items() if name != SPIKES}
+  setup.iterator.set_state(data_state, saved_under=record["data"])
+  differing = differing_fields(old, config) | run_record.changed_settings(record, train)
+  changed = "".join(f", {name} {there} -> {here}" for name, (there, here) in differing.items())
+  say(
+    f"resuming {workdir} at step {restored.step}{changed}"
+    + (" (--init_from is not used)" if train.init_from else "")
+  )
+  return restored
+
+
+def write_records(setup: Setup, flagfile: str) -> None:
+  """Writes flags.txt, versions.json, model.json and the tokenizer, and keeps older versions.
+
+  Args:
+    setup: of the run.
+    flagfile: the text of flags.txt; "" for none.
+  """
+  train, dataset = setup.train, setup.dataset
+  workdir = train.workdir
+  if flagfile:
+    run_directory.write_record(workdir, "flags.txt", flagfile)
+  versions = run_directory.to_json(run_directory.versions())
+  run_directory.write_record(workdir, "versions.json", versions)
+  record = run_directory.to_json(run_record.model_record(setup.config, train, dataset))
+  run_directory.write_record(workdir, run_record.FILE, record)
+  folder = os.path.join(workdir, "tokenizer")
+  os.makedirs(folder, exist_ok=True)
+  dataset.tokenizer.save(folder)

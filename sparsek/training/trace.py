@@ -1,14 +1,15 @@
-"""What a trace of some steps says of the devices' time: which kinds of kernels it went to."""
+"""Traces of some steps of a run, and tables of the devices' time by kind of kernel."""
 
 import collections
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 
-KINDS = (  # the first whose pattern a kernel's name holds
+# Kinds of kernels: (kind, pattern). The first pattern that occurs in a kernel's name decides.
+KINDS = (
   (
     "attention",
     r"sparsek_(forward|query_gradients|key_gradients)|cudnn.*(sdpa|fort_native|compute_dot_do_o|convert_dq)|flash|splash",
@@ -21,13 +22,56 @@ KINDS = (  # the first whose pattern a kernel's name holds
 SHOWN = 12  # kernels that are listed one by one
 
 
+class Profile:
+  """A trace of some steps for TensorBoard or Perfetto, in WORKDIR/profile.
+
+  At its end a table of an accelerator's time is printed. The devices are waited for before its
+  first and after its last step.
+  """
+
+  def __init__(self, workdir: str, steps: tuple[int, int] | None):
+    self.folder, self._running = os.path.join(workdir, "profile"), False
+    self._first, self._last = steps or (0, 0)
+
+  def begins_at(self, step: int) -> bool:
+    """Returns whether a step is the first of the trace."""
+    return step == self._first
+
+  def ends_at(self, step: int) -> bool:
+    """Returns whether a step is the last of a trace in progress."""
+    return self._running and step == self._last
+
+  def before(self, step: int) -> None:
+    """Starts the trace where this step is its first."""
+    if self.begins_at(step):
+      jax.profiler.start_trace(self.folder)
+      self._running = True
+
+  def after(self, step: int, say: Callable[[str], None]) -> None:
+    """Ends the trace where this step was its last, and prints the table with `say`."""
+    if self.ends_at(step):
+      self.stop()
+      say(f"a trace of steps {self._first} to {self._last} is in {self.folder}")
+      for line in table(kernels(self.folder), self._last - self._first + 1):
+        say(line)
+
+  def stop(self) -> None:
+    """Ends the trace, also one whose last step was not reached."""
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+
+
 def kind_of(name: str) -> str:
+  """Returns the kind of a kernel."""
   return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 
 def kernels(folder: str) -> list[tuple[str, float]]:
-  """(name, milliseconds) of every kernel that ran on this process's accelerators in the newest
-  trace under a folder; none where only a CPU was traced.
+  """Returns the kernels that ran on this process's accelerators in the newest trace in a folder.
+
+  Returns:
+    (name, milliseconds) of each call; none where only a CPU was traced.
   """
   path = max(
     glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True),
@@ -50,27 +94,35 @@ def kernels(folder: str) -> list[tuple[str, float]]:
   ]
 
 
-def table(found: Iterable[tuple[str, float]], steps: int) -> list[str]:
-  """Lines: milliseconds a step of each kind, then of the kernels that take most; several devices
-  add
-    up.
+def _largest(times: dict[str, float]) -> list[tuple[str, float]]:
+  return sorted(times.items(), key=lambda item: item[1], reverse=True)
+
+
+def table(calls: Iterable[tuple[str, float]], steps: int) -> list[str]:
+  """Returns lines: milliseconds a step of each kind, then of the kernels that take most.
+
+  Args:
+    calls: as `kernels` returns them; those of several devices add up.
+    steps: how many the trace holds.
   """
-  by_kind, by_name, calls = collections.Counter(), collections.Counter(), collections.Counter()
-  for name, ms in found:
-    # copies of one kernel, and the numbers that XLA gives
+  by_kind: dict[str, float] = collections.defaultdict(float)
+  by_name: dict[str, float] = collections.defaultdict(float)
+  num_calls: collections.Counter[str] = collections.Counter()
+  for name, ms in calls:
+    # Removes suffixes: of copies of one kernel, and the numbers that XLA adds.
     name = re.sub(r"(_mosaic_gpu_kernel|[._]\d+)+$", "", name)
     by_kind[kind_of(name)] += ms / steps
     by_name[name] += ms / steps
-    calls[name] += 1
+    num_calls[name] += 1
   total = sum(by_kind.values())
   if not total:
     return []
   return [
     f"busy {total:.2f} ms a step",
-    *(f"  {ms:8.2f} ms {ms / total:6.1%}  {kind}" for kind, ms in by_kind.most_common()),
+    *(f"  {ms:8.2f} ms {ms / total:6.1%}  {kind}" for kind, ms in _largest(by_kind)),
     "of these, by kernel:",
     *(
-      f"  {ms:8.2f} ms {ms / total:6.1%}  {calls[name] / steps:5.4g} x {name[:80]}"
-      for name, ms in by_name.most_common(SHOWN)
+      f"  {ms:8.2f} ms {ms / total:6.1%}  {num_calls[name] / steps:5.4g} x {name[:80]}"
+      for name, ms in _largest(by_name)[:SHOWN]
     ),
   ]

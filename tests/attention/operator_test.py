@@ -63,6 +63,9 @@ class TestSparsek:
     np.testing.assert_array_equal(
       sparsek.sparsek(jnp.array([1e30, 1e30, 2e30, -1e30]), 2), [1, 1, 1, 0]
     )
+    np.testing.assert_array_equal(
+      sparsek.sparsek(jnp.array([1e30, 1e30, 1e30, 5.0, -2.0]), 2), [1, 1, 1, 0, 0]
+    )
 
   @pytest.mark.parametrize("spread", (0.05, 1.0, 3.0))
   def test_gradient_matches_finite_differences(self, spread):

@@ -5,15 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.attention.documents import position_in_document
 from sparsek.attention.operator import sparsek
-from sparsek.attention.scoring import (
-  Moments,
-  ScoringNetwork,
-  exact_product,
-  fixed_noise,
-  position_in_document,
-  running_moments,
-)
+from sparsek.attention.scoring import ScoringNetwork, fixed_noise
 from tests.helpers import quick_jit
 
 LENGTH, WIDTH, HEADS = 20, 8, 2
@@ -58,14 +52,6 @@ def jacobian(name):
   return np.abs(quick_jit(jax.jacrev(run))(hidden()[0])).max(-1)
 
 
-def test_position_in_document():
-  want = [[*range(7), 0, *range(12)], [*range(10), *range(8), 0, 1]]
-  np.testing.assert_array_equal(position_in_document(SEGMENTS, 2, LENGTH), want)
-  np.testing.assert_array_equal(position_in_document(None, 2, 3), [[0, 1, 2]] * 2)
-  with pytest.raises(ValueError, match="segment_ids"):
-    position_in_document(SEGMENTS, 2, LENGTH + 1)
-
-
 @pytest.mark.parametrize("name", ["linear", "conv"])
 def test_normalised_over_the_past_of_the_document(name):
   network = NETWORKS[name]
@@ -84,74 +70,6 @@ def test_normalised_over_the_past_of_the_document(name):
       np.testing.assert_allclose(
         got[b, j], 4 * (raw[b, j] - past.mean(0)) / std + position[b, j] / 1024, atol=2e-5
       )
-
-
-def document(n, starts):
-  """(start, end) of each token's document."""
-  which = np.searchsorted(starts, np.arange(n), side="right") - 1
-  return np.array(starts)[which], np.array([*starts[1:], n])[which]
-
-
-@pytest.mark.parametrize("offset", [0, 4096])
-@pytest.mark.parametrize(
-  "n, starts", [(1, [0]), (31, [0, 1]), (33, [0, 31, 32]), (2500, [0, 5, 64, 1100, 1101])]
-)
-def test_moments_of_every_prefix(n, starts, offset):
-  """An offset costs no digits: numbers of 10 bits after the point stay exact beside 4096."""
-  random = np.random.default_rng(n)
-  logits, counted = (
-    np.round(random.normal(size=(2, n, 3)) * 1024) / 1024,
-    random.random((2, n)) < 0.9,
-  )
-  counted[0] = True
-  start, end = (np.stack([x, x]).astype(np.int32) for x in document(n, starts))
-  got = quick_jit(running_moments)((logits + offset).astype(np.float32), counted, start, end)
-  for b in range(2):
-    for j in random.permutation(n)[:50]:
-      past = logits[b, start[b, j] : j + 1][counted[b, start[b, j] : j + 1]]
-      np.testing.assert_array_equal(got.count[b, j], len(past))
-      if len(past):
-        np.testing.assert_allclose(
-          got.mean[b, j] - np.float32(offset), past.mean(0), atol=1e-3 if offset else 1e-5
-        )
-        np.testing.assert_allclose(
-          got.deviation[b, j], past.var(0) * len(past), rtol=1e-5, atol=1e-4
-        )
-
-
-@pytest.mark.parametrize("offset", [0, 4096])
-def test_gradient_of_moments(offset):
-  """Against autodiff of the definition in float64; the rows' offset costs the gradient no digits
-  either.
-  """
-  n, starts = 130, [0, 5, 64, 65]
-  random = np.random.default_rng(3)
-  logits, d_mean, d_deviation = (np.round(random.normal(size=(3, 2, n, 2)) * 1024) / 1024).astype(
-    np.float32
-  )
-  counted = random.random((2, n)) < 0.9
-  start, end = (np.stack([x, x]).astype(np.int32) for x in document(n, starts))
-  summed = lambda moments: jnp.sum(moments.mean * d_mean) + jnp.sum(moments.deviation * d_deviation)
-  got = quick_jit(jax.grad(lambda x: summed(running_moments(x, counted, start, end))))(
-    (logits + offset).astype(np.float32)
-  )
-  with jax.enable_x64(True):
-    seen = jnp.asarray(
-      (np.arange(n) <= np.arange(n)[:, None])
-      & (np.arange(n) >= start[0][:, None])
-      & counted[:, None]
-    )[..., None]  # [B, N, N, 1]
-
-    def definition(x):
-      count = jnp.sum(seen, axis=2)
-      mean = jnp.sum(jnp.where(seen, x[:, None], 0), axis=2) / jnp.maximum(count, 1)
-      return Moments(
-        count, mean, jnp.sum(jnp.where(seen, (x[:, None] - mean[:, :, None]) ** 2, 0), axis=2)
-      )
-
-    want = jax.grad(lambda x: summed(definition(x)))(jnp.asarray(logits, jnp.float64))
-  got, want = np.asarray(got, np.float64), np.asarray(want)
-  assert np.max(np.abs(got - want)) < (1e-3 if offset else 1e-5) * np.max(np.abs(want))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -216,25 +134,6 @@ def test_scores_are_float32_in_bfloat16():
   )
   # two roundings of float32; bfloat16's would be 1e-2
   np.testing.assert_allclose(scores, exact, atol=1e-5)
-
-
-def test_exact_product_is_one_of_float32():
-  keys = jax.random.split(jax.random.key(4), 3)
-  x, kernel, cotangent = (
-    jax.random.normal(key, shape) for key, shape in zip(keys, ((2, 300, 40), (40, 3), (2, 300, 3)))
-  )
-  x = x.astype(jnp.bfloat16)
-  out, vjp = quick_jit(lambda x, kernel: jax.vjp(exact_product, x, kernel))(x, kernel)
-  d_x, d_kernel = vjp(cotangent)
-  wide = lambda *arrays: (np.asarray(a.astype(jnp.float32), np.float64) for a in arrays)
-  error = lambda a, b: np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))
-  x64, kernel64, cotangent64 = wide(x, kernel, cotangent)
-  assert out.dtype == d_kernel.dtype == jnp.float32 and d_x.dtype == jnp.bfloat16
-  assert (
-    error(out, x64 @ kernel64) < 1e-6
-    and error(d_kernel, np.einsum("bne,bnc->ec", x64, cotangent64)) < 1e-6
-  )
-  assert error(d_x.astype(jnp.float32), cotangent64 @ kernel64.T) < 2**-8
 
 
 def test_random_scores_are_fixed_noise():

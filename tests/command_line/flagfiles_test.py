@@ -1,19 +1,20 @@
-"""Flagfiles: who wins, what is told, where nested ones lie, which bytes are text."""
+"""Flagfiles: precedence, messages, nested files, encodings."""
 
 import pytest
 from absl import flags as absl_flags
 
-from sparsek.command_line import flags
+from sparsek.command_line.definer import Definer
+from sparsek.command_line.main import parse
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 
 
 def parsed(*arguments):
-  """Returns the flags, and the lines that were said."""
+  """Returns the flags, and the messages."""
   values, said = absl_flags.FlagValues(), []
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
-  flags._Definer(values).strings("stop", "Texts.")
-  flags.parse(["pretrain", *arguments], values, said.append)
+  define_pretrain_flags(values)
+  Definer(values).strings("stop", "Texts.")
+  parse(["pretrain", *arguments], values, said.append)
   return values, said
 
 

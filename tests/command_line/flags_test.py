@@ -1,5 +1,5 @@
-"""Bad flags are refused in one sentence; good ones become the dataclasses, also after a trip
-through a flagfile.
+"""Bad flags are refused in one sentence; good ones become the dataclasses, also through a
+flagfile.
 """
 
 import io
@@ -9,22 +9,24 @@ import pytest
 from absl import flags as absl_flags
 
 from sparsek.command_line import flags
+from sparsek.command_line.configs import model_config, override_config, train_config
+from sparsek.command_line.definer import into_string, not_default
+from sparsek.command_line.main import parse, run
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import RunError, UsageError
 
 
 def parsed(*arguments):
   values = absl_flags.FlagValues()
-  flags.define_model_flags(values)
-  flags.define_data_flags(values)
-  flags.define_train_flags(values)
+  define_pretrain_flags(values)
   flags.define_model_flags(values)  # a group may be asked for twice
-  flags.parse(["pretrain", *arguments], values)
+  parse(["pretrain", *arguments], values)
   return values
 
 
 def configs(*arguments):
   values = parsed(*arguments)
-  return flags.model_config(values, vocab_size=300), flags.train_config(values)
+  return model_config(values, vocab_size=300), train_config(values)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,8 @@ def configs(*arguments):
     (["--b2=1"], ["--b2=1", "below 1"]),
     (["--gate=soft"], ["--gate=soft", "straight_through", "key_value"]),
     (["--preset=huge"], ["--preset=huge", "gpt2_small"]),
-    (["--qk_norm=5"], ["--qk_norm=5", "true or false"]),
+    (["--scan_layers=5"], ["--scan_layers=5", "true or false"]),
+    (["--noscan_layers=5"], ["--noscan_layers=5", "does not take"]),
     (["stray"], ["stray", "--name=value"]),
     (["--flagfile=/nowhere/x.flags"], ["/nowhere/x.flags"]),
     (["--num_heads=5"], ["num_heads=5", "num_kv_heads=2"]),
@@ -95,8 +98,7 @@ def test_flags_replace_fields():
     "--workdir=w",
     "--layer_pattern=sparsek*3,full",
     "--k=7",
-    "--qk_norm",
-    "--notie_embeddings",
+    "--model=qk_norm=true,tie_embeddings=false",
     "--num_steps=40",
     "--seed=3",
     "--nosegment_documents",
@@ -134,16 +136,16 @@ def test_flagfile_reproduces_the_run(tmp_path):
     "--rope_theta=5e5",
   ]
   flagfile = tmp_path / "flags.txt"
-  flagfile.write_text(flags.into_string(parsed(*arguments)))
+  flagfile.write_text(into_string(parsed(*arguments)))
   assert configs(f"--flagfile={flagfile}") == configs(*arguments)
 
 
 def test_attention_flags_alone_override_a_loaded_configuration():
   values = absl_flags.FlagValues()
   flags.define_attention_flags(values)
-  flags.parse(["generate", "--k=9", "--window=3"], values)
+  parse(["generate", "--k=9", "--window=3"], values)
   loaded, _ = configs("--workdir=w", "--gate=value")
-  config = flags.override_config(loaded, values)
+  config = override_config(loaded, values)
   assert (config.k, config.window, config.gate, config.vocab_size) == (9, 3, "value", 300)
 
 
@@ -160,7 +162,7 @@ def test_run_prints_one_line_and_exits(error, code, capsys):
     raise error
 
   with pytest.raises(SystemExit) as exit_info:
-    flags.run(main, absl_flags.FlagValues(), ["script"])
+    run(main, absl_flags.FlagValues(), ["script"])
   assert exit_info.value.code == code
   assert capsys.readouterr().err == f"error: {error}\n"
 
@@ -170,14 +172,14 @@ def test_run_keeps_the_traceback_of_a_bug():
     raise ValueError("a bug")
 
   with pytest.raises(ValueError, match="a bug"):
-    flags.run(main, absl_flags.FlagValues(), ["script"])
+    run(main, absl_flags.FlagValues(), ["script"])
 
 
 def test_help_lists_flags_and_exits_0(capsys):
   values = absl_flags.FlagValues()
   flags.define_model_flags(values)
   with pytest.raises(SystemExit) as exit_info:
-    flags.run(test_defaults_are_the_presets, values, ["script", "--help"])
+    run(test_defaults_are_the_presets, values, ["script", "--help"])
   assert exit_info.value.code == 0
   assert "--window" in capsys.readouterr().out
 
@@ -186,8 +188,8 @@ def test_help_lists_path_flags(capsys):
   values = absl_flags.FlagValues()
   flags.define_evaluation_flags(values)
   with pytest.raises(SystemExit):
-    flags.run(test_defaults_are_the_presets, values, ["script", "--help"])
-  assert {"--workdir", "--data"} <= {word.rstrip(":") for word in capsys.readouterr().out.split()}
+    run(test_defaults_are_the_presets, values, ["script", "--help"])
+  assert {"--workdir", "--step"} <= {word.rstrip(":") for word in capsys.readouterr().out.split()}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -195,7 +197,7 @@ def test_a_terminal_without_utf8_ends_no_command(encoding, monkeypatch):
   stdout = io.TextIOWrapper(io.BytesIO(), encoding)
   monkeypatch.setattr(sys, "stdout", stdout)
   with pytest.raises(SystemExit) as exit_info:
-    flags.run(lambda: print("1 \u00b1 2 \u2192 \udcff"), absl_flags.FlagValues(), ["script"])
+    run(lambda: print("1 \u00b1 2 \u2192 \udcff"), absl_flags.FlagValues(), ["script"])
   stdout.flush()
   expected = "1 \u00b1 2 \u2192 \udcff\n".encode(encoding, "backslashreplace")
   assert exit_info.value.code == 0 and stdout.buffer.getvalue() == expected
@@ -206,13 +208,13 @@ def test_a_terminal_without_utf8_ends_no_command(encoding, monkeypatch):
   [([], True), (["--init_from=a"], False), (["--init_from=a", "--preset=mini"], True)],
 )
 def test_a_flagfile_has_no_preset_that_would_exclude_another_model(arguments, written):
-  text = flags.into_string(parsed("--workdir=w", *arguments))
+  text = into_string(parsed("--workdir=w", *arguments))
   assert ("--preset=" in text) == written
 
 
 def test_what_is_not_default():
-  values = parsed("--workdir=w", "--k=8", "--preset=tiny", "--noqk_norm", "--data=/d")
-  assert sorted(flags.not_default(values).splitlines()) == ["--data=/d", "--k=8", "--noqk_norm"]
+  values = parsed("--workdir=w", "--k=8", "--preset=tiny", "--noscan_layers", "--data=/d")
+  assert sorted(not_default(values).splitlines()) == ["--data=/d", "--k=8", "--noscan_layers"]
 
 
 def test_an_unknown_flag_of_a_very_long_name_is_refused():

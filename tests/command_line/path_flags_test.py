@@ -1,4 +1,4 @@
-"""Every path of every command is read alike: a new flag that names a file is found here."""
+"""All commands read paths alike; a new flag that names a file fails here until it does."""
 
 import argparse
 import ast
@@ -9,16 +9,17 @@ import pathlib
 import pytest
 from absl import flags as absl_flags
 
-from sparsek.command_line import flags, path_flags
+from sparsek.command_line import path_flags
+from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import parse
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NO_COMMANDS = {"__init__", "child", "script", "suites", "stages"}
-GLOBAL = {"pretrain", "generate", "demo"}  # their flags are in flags.FLAGS
 NO_PATHS = {  # strings that name no file
   "layer_pattern",
-  "rope_scaling",
   "profile_steps",
   "prompt",
   "stop",
@@ -34,7 +35,7 @@ NO_PATHS = {  # strings that name no file
   "batch_sizes",
   "prompts",
   "scores",
-  "rivals",
+  "baselines",
   "extensions",
   "text_field",
 }
@@ -57,10 +58,9 @@ def flags_of_commands():
   """Returns [(command, flag of absl)] and [(command, option of argparse)]."""
   ours, options = [], []
   for name, module in commands().items():
-    values = flags.FLAGS if name in GLOBAL else getattr(module, "FLAGS", None)
+    values = getattr(module, "FLAGS", None)
     if isinstance(values, absl_flags.FlagValues):
-      names = flags.OUR_FLAGS if values is flags.FLAGS else list(values)
-      ours += [(name, values[flag]) for flag in names if flag in values]
+      ours += [(name, values[flag]) for flag in values]
     elif hasattr(module, "make_parser"):
       options += [(name, action) for action in module.make_parser()._actions]
     else:
@@ -166,15 +166,14 @@ def test_paths_with_commas(tmp_path):
 def test_messages_and_records_have_the_whole_path(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   values = absl_flags.FlagValues()
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
+  define_pretrain_flags(values)
   arguments = ["--workdir=run", "--data=~/d", "--init_from=other@3", "--tokenizer=byte"]
-  flags.parse(["x", *arguments], values)
-  text = flags.into_string(values)
+  parse(["x", *arguments], values)
+  text = into_string(values)
   assert f"--workdir={tmp_path}/run\n" in text and f"--init_from={tmp_path}/other@3\n" in text
   assert f"--data={os.path.expanduser('~')}/d\n" in text and "--tokenizer=byte\n" in text
   with pytest.raises(UsageError, match="^--data=gs://b: gs: URLs are not supported; give a path"):
-    flags.parse(["x", "--data=gs://b"], values)
+    parse(["x", "--data=gs://b"], values)
 
 
 def is_text_of_no_encoding(call):
@@ -191,12 +190,12 @@ def is_text_of_no_encoding(call):
 
 def test_text_is_read_and_written_as_utf8():
   """Else a locale without UTF-8 ends a command, or makes files that others cannot read."""
-  found = []
+  bare = []
   for path in (*ROOT.glob("sparsek/*.py"), *ROOT.glob("experiments/**/*.py")):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found += [
+    bare += [
       f"{path.name}:{node.lineno}"
       for node in ast.walk(tree)
       if isinstance(node, ast.Call) and is_text_of_no_encoding(node)
     ]
-  assert not found, found
+  assert not bare, bare

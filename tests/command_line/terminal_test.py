@@ -9,7 +9,8 @@ import time
 import pytest
 from absl import flags as absl_flags
 
-from sparsek.command_line import flags, terminal
+from sparsek.command_line import terminal
+from sparsek.command_line.main import run
 from sparsek.errors import RunError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -17,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 @pytest.fixture
 def unread():
-  """A text stream into a pipe that nobody reads."""
+  """Returns a text stream into a pipe that nobody reads."""
   reader, writer = os.pipe()
   os.close(reader)
   with open(writer, "w") as stream:
@@ -47,7 +48,7 @@ def test_an_interrupt_is_one_line_and_code_130(capsys):
     signal.raise_signal(signal.SIGINT)
 
   with pytest.raises(SystemExit) as exit_info:
-    flags.run(main, absl_flags.FlagValues(), ["script"])
+    run(main, absl_flags.FlagValues(), ["script"])
   assert exit_info.value.code == 130
   assert capsys.readouterr().err == "interrupted\n"
 
@@ -57,7 +58,7 @@ def test_a_command_keeps_ignoring_an_ignored_interrupt():
   old = signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     with pytest.raises(SystemExit) as exit_info:
-      flags.run(lambda: signal.raise_signal(signal.SIGINT), absl_flags.FlagValues(), ["script"])
+      run(lambda: signal.raise_signal(signal.SIGINT), absl_flags.FlagValues(), ["script"])
     assert exit_info.value.code == 0 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
   finally:
     signal.signal(signal.SIGINT, old)
@@ -71,7 +72,9 @@ def test_a_process_ends_whatever_its_threads_wait_for_and_keeps_low_descriptors_
   """
   code = f"""
 import os, threading
-from sparsek import flags, terminal
+from absl import flags
+from sparsek.command_line import terminal
+from sparsek.command_line.main import run
 from sparsek.errors import RunError
 terminal.END_SECONDS = 0.5
 def main():
@@ -80,7 +83,7 @@ def main():
   print("more noise", flush=True)
   threading.Thread(target=threading.Event().wait).start()
   raise RunError("the last save failed")
-flags.run(main)
+run(main, flags.FlagValues())
 """
   done = subprocess.run(
     ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code],
@@ -111,7 +114,7 @@ def test_an_interrupt_while_a_command_imports_is_one_line_and_code_130():
 
 
 class Interrupted:
-  """Ctrl-C falls into its destructor, where Python forgets it."""
+  """An object in whose destructor Ctrl-C arrives, where Python drops the exception."""
 
   def __del__(self):
     raise KeyboardInterrupt

@@ -14,6 +14,7 @@ import pytest
 
 from sparsek.config import DataConfig
 from sparsek.data import batches, epoch_order
+from sparsek.data.batches import packing
 from sparsek.data.corpus import Document
 from sparsek.data.epoch_order import EpochOrder, Stage
 from sparsek.data.token_files import write_token_files
@@ -22,7 +23,7 @@ from sparsek.errors import RunError, UsageError
 
 
 def make_dataset(folder, lengths, heldout=2):
-  """Documents of the given numbers of tokens; the last `heldout` ones are held out."""
+  """Returns data of documents with these numbers of tokens; the last `heldout` are held out."""
   rng = np.random.default_rng(0)
   texts = ["".join(map(chr, rng.integers(32, 127, length - 1))) for length in lengths]
   write_token_files(
@@ -60,7 +61,7 @@ def epoch_of(dataset, seq_len, epoch=0, **kwargs):
 
 @pytest.fixture(scope="module")
 def marked_dataset(tmp_path_factory):
-  """Documents of capital and small letters, in some of which only the capitals count."""
+  """Returns data of capital and small letters; in some documents only the capitals count."""
   rng, folder = np.random.default_rng(0), str(tmp_path_factory.mktemp("marked") / "tokens")
   lengths = rng.integers(5, 60, 12)
   texts = [
@@ -120,8 +121,8 @@ def test_seed_and_epoch_change_the_order(dataset):
 @pytest.mark.parametrize("seq_len", [1, 7, 16, 200])
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_every_token_of_an_epoch_is_a_target_once(dataset, seq_len, epoch):
-  """Within documents: each pair of neighbours is seen once. Across them: each token but the
-  stream's first is a target once.
+  """Each pair of neighbours in a document is shown once, and each token except the first of the
+  stream is a target once.
   """
   split = dataset.split("train")
   pairs = collections.Counter(
@@ -142,7 +143,7 @@ def test_every_token_of_an_epoch_is_a_target_once(dataset, seq_len, epoch):
 
 @pytest.mark.parametrize(
   "seq_len", [1, 5, 64]
-)  # Short rows start at the beginning of a document, too.
+)  # With short rows, some start at the beginning of a document.
 def test_segment_ids_count_the_documents_of_a_row(dataset, seq_len):
   for row in epoch_of(dataset, seq_len):
     segments, tokens = row["segment_ids"], row["tokens"]
@@ -163,7 +164,7 @@ def test_without_segments_all_documents_are_one(dataset):
 
 
 def test_rows_reach_beyond_32_bits():
-  """A split of 6e9 tokens, without its tokens: document d is a run of the number d."""
+  """A split of 6e9 tokens that are not in memory: document d repeats the number d."""
 
   class Huge:
     name = "train"
@@ -198,7 +199,7 @@ def test_batches_follow_the_examples_over_epochs(dataset):
 
 @pytest.mark.parametrize("steps", [0, 1, 9])
 def test_state_resumes_with_the_following_batch(dataset, steps):
-  """The state counts what was returned, though more was prefetched by then."""
+  """The state counts the batches that were returned, not those that were prefetched."""
   iterator = make_iterator(dataset)
   for _ in range(steps):
     next(iterator)
@@ -213,7 +214,7 @@ def test_state_resumes_with_the_following_batch(dataset, steps):
 
 
 class Numbered:
-  """A split whose ids are the places of its tokens, so that it is known what was read."""
+  """A split whose ids are the positions of its tokens, to show which were read."""
 
   name, marked, vocab_size = "train", False, 2**31
 
@@ -233,7 +234,7 @@ FIRST = set((np.cumsum(NUMBERED.lengths) - NUMBERED.lengths).tolist())
 
 
 def targets_read(batches):
-  """The targets that the loss counts, one by one."""
+  """Returns all targets that the loss counts."""
   tokens = []
   for batch in batches:
     before, segments = batch["segment_ids"][:, :-1], batch["segment_ids"][:, 1:]
@@ -244,7 +245,7 @@ def targets_read(batches):
 def iterators(processes=1, **flags):
   config = DataConfig(**{"seq_len": 64, "batch_size": 2, "seed": 0, **flags})
   rows = [
-    batches._local_rows(config.batch_size, config.seq_len, process, processes)
+    packing.local_rows(config.batch_size, config.seq_len, process, processes)
     for process in range(processes)
   ]
   return [batches.TrainIterator(NUMBERED, config, part, "") for part in rows]
@@ -256,10 +257,10 @@ def read_on(state, steps, processes=1, **flags):
   for reader in readers:
     if state:
       reader.set_state(json.loads(json.dumps(state)))
-  found = [targets_read(next(reader) for _ in range(steps)) for reader in readers]
+  shown = [targets_read(next(reader) for _ in range(steps)) for reader in readers]
   states = [reader.get_state() for reader in readers]
   assert all(state == states[0] for state in states)
-  return sum(found, []), states[0]
+  return sum(shown, []), states[0]
 
 
 def rest_of_epoch(state, seq_len, seed, **options):
@@ -282,7 +283,7 @@ def rest_of_epoch(state, seq_len, seed, **options):
 CHANGES = {
   "nothing": [{}],
   "seq_len, longer": [dict(seq_len=128)],
-  "seq_len, longer than what is left": [dict(seq_len=5000, steps=0)],
+  "seq_len, longer than the rest": [dict(seq_len=5000, steps=0)],
   "seq_len, much shorter": [dict(seq_len=7)],
   "batch_size": [dict(batch_size=6)],
   "seed": [dict(seed=1)],
@@ -300,30 +301,30 @@ CHANGES = {
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("group_tokens", [None, 640])
 def test_the_rest_of_an_epoch_is_what_was_not_read(changes, group_tokens, monkeypatch):
-  """Shows each target of the epoch once under other flags too, and all in the next epoch."""
+  """After a change of flags each target of the epoch is still shown once, as in the next epoch."""
   if group_tokens:
     monkeypatch.setattr(epoch_order, "_GROUP_TOKENS", group_tokens)
-  found, state = read_on(None, 20)
+  shown, state = read_on(None, 20)
   for flags in changes:
-    more, state = read_on(state, **{"steps": 3, **flags})
-    found += more
+    newly_shown, state = read_on(state, **{"steps": 3, **flags})
+    shown += newly_shown
   rest, following = rest_of_epoch(state, flags.get("seq_len", 64), flags.get("seed", 0))
-  found += targets_read(rest)
-  assert sorted(found) == [i for i in range(NUMBERED.num_tokens) if i not in FIRST]
+  shown += targets_read(rest)
+  assert sorted(shown) == [i for i in range(NUMBERED.num_tokens) if i not in FIRST]
   new = batches.PackedRows(NUMBERED, flags.get("seq_len", 64), seed=flags.get("seed", 0))
   assert_same(following, new.example(new.num_rows))
 
 
 def test_without_segments_a_change_repeats_one_target_a_cut():
-  found, state = read_on(None, 20, segment_documents=False)
+  shown, state = read_on(None, 20, segment_documents=False)
   rest, _ = rest_of_epoch(state, 128, 0, segment_documents=False)
-  counts = np.bincount(found + targets_read(rest))
+  counts = np.bincount(shown + targets_read(rest))
   assert np.count_nonzero(counts) == NUMBERED.num_tokens - 1
   assert np.sum(counts == 2) < 30 and max(counts) == 2
 
 
 def test_constant_flags_keep_the_order_of_older_versions():
-  """Draws documents by one permutation of the generator of (seed, epoch), rows by the next."""
+  """The first permutation of the generator of (seed, epoch) orders documents, the next one rows."""
   generator = np.random.Generator(np.random.PCG64([3, 2]))
   documents = generator.permutation(NUMBERED.num_documents)
   stream = np.concatenate([NUMBERED.document(i) for i in documents])
@@ -346,16 +347,16 @@ def test_states_of_older_versions_are_read(caplog):
 def test_an_old_state_goes_on_under_other_flags_where_its_own_are_known(caplog):
   _, state = read_on(None, 60, seed=5)
   old = {key: state[key] for key in ("tokens", "dataset")}
-  found = []
+  shown = []
   for saved, options in ((state, {}), (old, dict(saved_under={"seq_len": 64, "seed": 5}))):
     (reader,) = iterators(seq_len=32, seed=6)
     reader.set_state(saved, **options)
-    found.append(targets_read(next(reader) for _ in range(3)))
-  assert found[0] == found[1] and not caplog.text
+    shown.append(targets_read(next(reader) for _ in range(3)))
+  assert shown[0] == shown[1] and not caplog.text
 
 
 def test_a_long_document_stays_whole_after_short_rows(monkeypatch):
-  """Rows that were read lie in few groups, so that what is left is nearly all in one span."""
+  """The rows that were read are in few groups, so that nearly all others are in one span."""
   monkeypatch.setattr(epoch_order, "_GROUP_TOKENS", 512)
   order = EpochOrder(np.array([6000]), 0, [Stage(0, 64, 8, 40), Stage.new(0, 1024)])
   pieces = [list(order.pieces(visit, 1024)) for visit in range(len(order.rows))]
@@ -424,9 +425,9 @@ def test_ids_above_the_vocabulary_name_the_file_and_the_place(tmp_path, wrong):
   opened = batches.open_data(folder)
   with pytest.raises(RunError) as error:
     next(batches.make_train_iterator(opened, DataConfig(batch_size=1, seq_len=8)))
-  place = "token 6 (token 2 of document 1 of the train split, '1')"
+  position = "token 6 (token 2 of document 1 of the train split, '1')"
   assert (
-    f"tokens.bin is damaged: the id {wrong} at {place} is not below the vocabulary's 257"
+    f"tokens.bin is damaged: the id {wrong} at {position} is not below the vocabulary's 257"
     in str(error.value)
   )
   assert len(batches.eval_batches(opened, DataConfig(batch_size=1, seq_len=8), 9)[0]["tokens"]) == 1
@@ -585,7 +586,7 @@ def _open_stdlib(barrier, queue):
 
 @pytest.mark.slow
 def test_stdlib_is_prepared_by_two_processes_at_once(tmp_path, monkeypatch):
-  """The real standard library, in new processes, which must not take long."""
+  """Uses the real standard library, in new processes."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   context = multiprocessing.get_context("spawn")
   barrier, queue = context.Barrier(2), context.Queue()

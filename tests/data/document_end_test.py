@@ -1,4 +1,4 @@
-"""The files of a folder say which token ends a document, and copies say the same."""
+"""The token that ends a document, as the files of a folder and of its copies name it."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ MODEL = {"model_type": "llama"}
 
 
 def write(folder, special=("<unk>", "</s>", ODD, "<|im_end|>"), **contents):
-  """A tokenizer of single letters whose ids 0, 1, ... are the special tokens; and JSON files."""
+  """Writes JSON files and a tokenizer of single letters, with special tokens as ids 0, 1, ..."""
   names = [*special, *"abc "]
   model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a")
   tokenizer = tokenizers.Tokenizer(model)
@@ -43,7 +43,7 @@ def write(folder, special=("<unk>", "</s>", ODD, "<|im_end|>"), **contents):
     ({"config": MODEL | {"eos_token_id": 2}}, 2),
     ({"config": MODEL | {"eos_token_id": [3, 2]}}, 3),
     ({"config": MODEL, "generation_config": {"eos_token_id": [2, 3]}}, 2),
-    ({"config": MODEL | {"eos_token_id": 5}}, 1),  # "b": of nobody's choice
+    ({"config": MODEL | {"eos_token_id": 5}}, 1),  # "b" is ordinary text, so this id is a default
     ({"config": MODEL | {"eos_token_id": 10**9}}, 1),
     ({"config": MODEL | {"eos_token_id": -1}}, 1),
     ({"config": MODEL | {"eos_token_id": None}}, 1),

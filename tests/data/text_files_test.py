@@ -1,4 +1,4 @@
-"""Files of every kind that text is read from, and what is refused."""
+"""Files of all kinds from which texts are read, and those that are refused."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from sparsek.errors import UsageError
 
 ONE_TWO = b'{"text": "one"}\n{"text": "two"}\n'
 DEEP = b'{"text": "ok", "meta": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n"
-gz = functools.partial(gzip.compress, mtime=0)  # else the tests' names hold the time
+gz = functools.partial(gzip.compress, mtime=0)  # a time would become part of the tests' names
 HUGE = b'{"text": "ok", "id": ' + b"1" * 5000 + b"}\n"
 
 
@@ -109,7 +109,7 @@ def no_zstandard(monkeypatch):
 
 @pytest.fixture
 def zstd(monkeypatch):
-  """Offers frames of zstd where it is installed, else of zlib behind the interface of zstandard."""
+  """Returns a compressor of zstd frames, or one of zlib behind zstandard's interface without it."""
   with contextlib.suppress(ImportError):
     import zstandard
 
@@ -247,10 +247,10 @@ def test_folders_are_walked_once_and_what_is_left_out_is_counted(tmp_path):
   ):
     os.symlink(target, root / link)
   left_out = LeftOut()
-  found = [
+  names = [
     os.path.relpath(document.name, root) for document in documents([str(root)], left_out=left_out)
   ]
-  assert found == ["A.TXT", "b.txt.gz", "sub/f.NDJSON:1", "sub/file.txt", "0/g.md", "0/deep/h.txt"]
+  assert names == ["A.TXT", "b.txt.gz", "sub/f.NDJSON:1", "sub/file.txt", "0/g.md", "0/deep/h.txt"]
   assert sorted(line.partition(" (")[0] for line in left_out.lines()) == [
     "left out: 1 empty documents",
     "left out: 1 files without an ending",
@@ -261,7 +261,7 @@ def test_folders_are_walked_once_and_what_is_left_out_is_counted(tmp_path):
   ]
   line = f"left out: 2 files ending in .bin (the first: {root / 'c.bin'}"
   assert line in left_out.lines()[1]
-  assert left_out.lines(most=1)[1:] == ["left out: 6 for 5 other reasons"]
+  assert left_out.lines(max_reasons=1)[1:] == ["left out: 6 for 5 other reasons"]
 
 
 def test_a_missing_source_is_found_before_the_others_are_read(tmp_path):

@@ -1,4 +1,4 @@
-"""Sources, tokenizers and the folder that they are written to."""
+"""Token files, and the sources and tokenizers from which they are made."""
 
 import fcntl
 import hashlib
@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 
 def edit_meta(folder, **changes):
-  """Makes meta.json one of an older version, without the checksum of meta.json itself."""
+  """Changes meta.json, and removes its own checksum, which older versions did not write."""
   path = os.path.join(folder, "meta.json")
   with open(path) as file:
     meta = json.load(file)
@@ -85,10 +85,10 @@ def test_round_trip(kind, bpe, tmp_path):
     ("heldout", texts[::5]),
   ):
     split = dataset.split(name)
-    found = [split.document(i) for i in range(split.num_documents)]
-    assert [dataset.tokenizer.decode(ids) for ids in found] == expected
-    assert all(ids[-1] == tokenizer.eos_id for ids in found)
-    assert split.num_tokens == sum(map(len, found))
+    actual = [split.document(i) for i in range(split.num_documents)]
+    assert [dataset.tokenizer.decode(ids) for ids in actual] == expected
+    assert all(ids[-1] == tokenizer.eos_id for ids in actual)
+    assert split.num_tokens == sum(map(len, actual))
     assert split.num_bytes == sum(len(text.encode()) for text in expected)
 
 
@@ -216,7 +216,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
   path = str(tmp_path / "tokens")
   write_token_files(path, [Document("", "a", False), Document("", "b", True)], Large())
-  # What the byte tokenizer has, with which the folder will be opened.
+  # The vocabulary of the byte tokenizer, with which the folder is opened.
   edit_meta(path, vocab_size=257)
   assert open_token_files(path).split("train").document(0).tolist() == [2**16, 5]
 
@@ -369,7 +369,7 @@ WRONG_VALUES = (
 
 
 def mutations(text):
-  """Damaged versions of the text of a meta.json."""
+  """Yields damaged versions of the text of a meta.json."""
   meta = json.loads(text)
   for holder in (meta, *(value for value in meta.values() if isinstance(value, dict))):
     for key, value in list(holder.items()):
@@ -389,7 +389,7 @@ def mutations(text):
 
 
 def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
-  """Each one is refused in a sentence, or changes nothing that is read of it."""
+  """Each one is refused in a sentence, or changes nothing that is read from it."""
 
   def read():
     dataset = open_token_files(folder)
@@ -403,12 +403,12 @@ def test_no_mutation_of_meta_json_passes_or_ends_in_a_traceback(folder):
   for mutated in mutations(text):
     path.write_text(mutated)
     try:
-      found = read()
+      actual = read()
     except UsageError as error:
       refused += 1
       assert len(str(error)) < 800 and "\n" not in str(error) and str(error).encode()
     else:
-      assert found == expected, mutated
+      assert actual == expected, mutated
   assert refused > 400
 
 
@@ -451,13 +451,13 @@ def test_signals_leave_nothing(tmp_path, number, expected):
 
 def test_what_killed_processes_left_is_removed_and_what_runs_is_kept(tmp_path):
   folder = str(tmp_path / "new")
-  left, running = temporary_name(folder), temporary_name(folder)
+  abandoned, running = temporary_name(folder), temporary_name(folder)
   others = [
     temporary_name(str(tmp_path / "new.other")),
     str(tmp_path / ".new.x.unfinished"),
     str(tmp_path / ".new.tmp"),
   ]
-  for path in (left, running, *others):
+  for path in (abandoned, running, *others):
     os.mkdir(path)
   handle = os.open(running, os.O_RDONLY)
   fcntl.flock(handle, fcntl.LOCK_EX)
@@ -579,8 +579,8 @@ def test_split_follows_the_text(tmp_path):
   )
   assert a == b and 8 <= len(a) <= 35
   assert not any(d.held_out for d in documents([str(tmp_path / "a.jsonl")], heldout_fraction=0))
-  more = {d.text for d in documents([str(tmp_path / "a.jsonl")], heldout_fraction=0.3)}
-  assert a <= more
+  larger = {d.text for d in documents([str(tmp_path / "a.jsonl")], heldout_fraction=0.3)}
+  assert a <= larger
   with pytest.raises(ValueError, match="heldout_fraction=1"):
     list(documents([str(tmp_path)], heldout_fraction=1))
 

@@ -8,13 +8,13 @@ import pytest
 import tokenizers
 
 from sparsek.config import TrainConfig, TransformerConfig
-from sparsek.data import batches
+from sparsek.data import task_documents
+from sparsek.data.batches import opening
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import open_token_files, verify_token_files, write_token_files
 from sparsek.data.tokenizer import ByteTokenizer, describe_documents, load_tokenizer, train_bpe
 from sparsek.errors import UsageError
-from sparsek.evaluation import tasks
-from sparsek.training import loop
+from sparsek.runs import run_record
 from tests.helpers import metaspace, spm
 
 TEXT = "Hello world"
@@ -25,9 +25,9 @@ def byte_ids(*values):
 
 
 def test_what_is_no_character_leaves_its_neighbours_alone():
-  """Decodes runs of byte tokens, of which the library alone makes all or nothing.
+  """A wrong byte does not lose the rest of its run of byte tokens, as it does in the library.
 
-  Ids that write nothing do not part them.
+  Ids that decode to nothing do not end a run.
   """
   ids = byte_ids(0x41, 0xE2, 0xE2, 0x82, 0xAC, 0x80) + [1]
   ids += byte_ids(0xE2) + [2, 999] + byte_ids(0x82, 0xAC)
@@ -69,7 +69,7 @@ def folder(tmp_path):
 
 
 def edit(path, change):
-  """Changes a JSON file, and makes a meta.json one of an older version, without its checksum."""
+  """Changes a JSON file, and removes the checksum of a meta.json, as in older versions."""
   record = json.loads(path.read_text())
   change(record)
   record.pop("meta_sha256", None)
@@ -89,11 +89,11 @@ def test_documents_begin_as_the_tokenizer_says(folder):
 
 
 def test_what_documents_begin_with_is_kept_by_data_and_runs(folder):
-  """Also of token files from before, whose documents begin with nothing."""
+  """Also for token files of older versions, whose documents begin with no bos."""
 
   def record():
     dataset = open_token_files(str(folder))
-    model = loop._model_record(TransformerConfig(), TrainConfig(workdir=""), dataset)
+    model = run_record.model_record(TransformerConfig(), TrainConfig(workdir=""), dataset)
     return model["tokenizer"]["bos_ids"]
 
   assert record() == [1]
@@ -109,22 +109,22 @@ def test_what_documents_begin_with_is_kept_by_data_and_runs(folder):
 def test_a_corpus_that_was_cached_without_them_is_made_anew(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   documents = [Document("0", TEXT, False), Document("1", "world", True)]
-  monkeypatch.setattr(batches, "documents", lambda sources: documents)
+  monkeypatch.setattr(opening, "documents", lambda sources: documents)
   older = copy.copy(spm())
   older.bos_ids = []
-  found = [
-    batches._open_stdlib(tokenizer).split("train").document(0)[0] for tokenizer in (older, spm())
+  first_ids = [
+    opening._open_stdlib(tokenizer).split("train").document(0)[0] for tokenizer in (older, spm())
   ]
-  assert found == [spm().encode(TEXT)[0], 1]
+  assert first_ids == [spm().encode(TEXT)[0], 1]
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", task_documents.TASKS)
 def test_asked_documents_begin_as_those_of_the_data(task):
   tokenizer = copy.copy(spm())
-  example = lambda: tasks.make_example(task, tokenizer, 1000, np.random.default_rng(0))
+  example = lambda: task_documents.make_example(task, tokenizer, 1000, np.random.default_rng(0))
   tokens, answers = example()
   assert tokens[0] == 1 and len(tokens) <= 1000 and not np.any(tokens[1:] == 1)
-  answered = [tokenizer.decode(tokens[places]) for places in answers]
+  answered = [tokenizer.decode(tokens[positions]) for positions in answers]
   assert "  " not in tokenizer.decode(tokens)
   assert all(answer.strip() == answer for answer in answered)
   tokenizer.bos_ids = []
@@ -144,7 +144,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_tokenizers_end_in_a_sentence(name, tmp_path, capfd):
-  """Also where the library panics, which is no Exception and shows a backtrace."""
+  """Also if the library panics, which is no Exception and prints a backtrace."""
   (*path, last), value = BROKEN[name]
   content = section = json.loads(spm()._tokenizer.to_str())
   for key in path:

@@ -1,4 +1,4 @@
-"""Losses with one short layer against whole models of that pattern; patterns by hand."""
+"""Losses with one changed layer against models of that pattern, and patterns."""
 
 import dataclasses
 

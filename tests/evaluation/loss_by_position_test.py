@@ -35,7 +35,7 @@ ROWS, LENGTH = jax.device_count(), 130
 
 @pytest.fixture(scope="module")
 def params():
-  # Far from uniform predictions, so that a loss at the wrong place shows.
+  # Predictions are far from uniform, so that a loss at a wrong position is noticed.
   return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(0)))
 
 

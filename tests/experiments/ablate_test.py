@@ -16,7 +16,7 @@ import pytest
 from experiments import ablate
 from experiments.reports import grid, plots
 from experiments.reports.grid import Cell
-from sparsek.command_line import flags
+from sparsek.command_line.definer import into_string
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
@@ -207,11 +207,11 @@ class Trainer:
 
   @contextlib.contextmanager
   def running(self, module, arguments, **options):
-    values = settings.parse("pretrain", arguments)
+    values = settings.parse(arguments)
     folder, last = values["workdir"].value, values["num_steps"].value
     os.makedirs(folder, exist_ok=True)
     self.begun.append(os.path.basename(folder))
-    run_directory.write_record(folder, "flags.txt", flags.into_string(values))
+    run_directory.write_record(folder, "flags.txt", into_string(values))
     records = [
       {"step": last, "loss": 3.0, "tokens_per_second": 9.0},
       {"step": last, "heldout_loss": 2.0},
@@ -230,14 +230,14 @@ def run_grid(tmp_path, monkeypatch):
   monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
   write_documents(str(tmp_path / "tokens"))
 
-  def run(more="", *arguments):
+  def run(extra="", *arguments):
     trainer.begun.clear()
-    more = f"--more={SETTINGS} --data={tmp_path}/tokens {more}"
+    shared = f"--more={SETTINGS} --data={tmp_path}/tokens {extra}"
     return run_command(
       ablate.main,
       ablate.FLAGS,
       f"--workdir={tmp_path}/grid",
-      more,
+      shared,
       "--k=4",
       "--window=4",
       "--attention=full,sliding_window",

@@ -1,5 +1,6 @@
-"""Runs bad command lines of every experiment as real processes and shows what each is told; no
-test, but a measure.
+"""Runs bad command lines of all commands as real processes, and shows their messages.
+
+This is no test of the suite, but is run by hand:
 
   python -m tests.experiments.bad_inputs
 
@@ -53,7 +54,7 @@ CASES = [  # command, what its message must hold; TMP is the folder of this scri
   ),
   ("pretrain --workdir=TMP/x --learning_rate=nan", "--learning_rate=nan"),
   ("pretrain --workdir=TMP/x --dtype=float64", "--dtype=float64"),
-  ("pretrain --workdir=TMP/x --qk_norm=perhaps", "--qk_norm=perhaps"),
+  ("pretrain --workdir=TMP/x --model=qk_norm=perhaps", "--model=qk_norm=perhaps"),
   ("pretrain --workdir=TMP/x --flagfile=TMP/nowhere.flags", "TMP/nowhere.flags"),
   ("pretrain --workdir=TMP/x --data=TMP/nowhere", "TMP/nowhere"),
   ("pretrain --workdir=TMP/x --data=TMP/tokens --tokenizer=TMP/none.json", "TMP/none.json"),
@@ -144,7 +145,7 @@ RESTORED = (
   f"pretrain --workdir=TMP/run {TINY} --k=3 --window=20 --gate=value "
   "--batch_size=4 --seq_len=32 --num_steps=8"
 )
-REFUSED = f"pretrain --workdir=TMP/run {TINY} --embed_dim=64 --qk_norm"
+REFUSED = f"pretrain --workdir=TMP/run {TINY} --embed_dim=64 --model=qk_norm=true"
 
 
 def write_bad_files(folder: pathlib.Path) -> None:
@@ -187,7 +188,7 @@ def main() -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": f"{folder}/cache"}
 
     def run(command: str) -> tuple[int, float, str, str]:
-      """(code, seconds, stdout, stderr) of an experiment."""
+      """Returns (code, seconds, stdout, stderr) of a command."""
       began, (name, *words) = time.monotonic(), shlex.split(command.replace("TMP", folder))
       done = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", *words],
@@ -226,7 +227,7 @@ def main() -> None:
       f"{folder}/in_use", f"{folder}/tokens", environment, "--num_steps=100000", "--eval_every=0"
     )
     wait_for_progress(f"{folder}/in_use", owner)
-    owner.send_signal(signal.SIGSTOP)  # It keeps its lock and leaves the processor to the others.
+    owner.send_signal(signal.SIGSTOP)  # It keeps its lock while the others use the processor.
     try:
       for command, words in CASES:
         code, seconds, out, err = run(command)

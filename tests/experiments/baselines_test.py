@@ -1,5 +1,5 @@
-"""The recipe of rivals: its commands are what the scripts take, kinds of a budget see as many keys.
-How stages are run.
+"""The recipe of the baselines: its commands parse, kinds of one budget see as many keys. The order
+in which stages run.
 """
 
 import json
@@ -14,7 +14,10 @@ from experiments import evaluate, evaluate_tasks
 from experiments.recipes import baselines, baselines_pairs, stages
 from experiments.reports import baselines_report
 from experiments.reports.grid import USES
-from sparsek.command_line import flags
+from sparsek.command_line.configs import model_config, train_config
+from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import parse
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 from sparsek.runs import run_directory, settings
 
@@ -37,25 +40,24 @@ OPTIONS = types.SimpleNamespace(
 
 def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
   values = absl_flags.FlagValues()
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
+  define_pretrain_flags(values)
   known = {"evaluate": evaluate.FLAGS, "evaluate_tasks": evaluate_tasks.FLAGS, "pretrain": values}
   plan = baselines.stages(OPTIONS)
   starts, tokens, seen = {}, set(), {}
   for name, (module, *words) in plan.items():
     for flag in known[module]:
       known[module][flag].unparse()
-    flags.parse([module, *words], known[module])
+    parse([module, *words], known[module])
     if module != "pretrain":
       continue
-    train = flags.train_config(values)
+    train = train_config(values)
     assert train.loss_chunk == 512 and train.seed == int(name[-1])
     if name.startswith(("dense", "local")):
-      starts[name[:-3]] = flags.model_config(values)
+      starts[name[:-3]] = model_config(values)
       continue
     start = "local" if "_local_" in name else "dense"
     assert train.init_from == os.path.abspath(f"runs/{start}_s{train.seed}")
-    config = flags.model_config(values, pretrained=starts[start])
+    config = model_config(values, pretrained=starts[start])
     tokens.add(train.optimizer.num_steps * train.data.batch_size * train.data.seq_len)
     of_layer = lambda kind, layer: sum(
       getattr(layer, field) for field in ("k", "window") if field in USES.get(kind, ("k", "window"))
@@ -117,22 +119,22 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
 
 
 def test_pairs_over_the_records(capsys):
-  """The figures of the README."""
+  """Compares with the figures of the README."""
   results = os.path.join(os.path.dirname(baselines.__file__), "..", "results")
   baselines_pairs.main(
     [os.path.join(results, name) for name in ("baselines.json", "baselines_first.json")]
   )
-  found = capsys.readouterr().out
+  printed = capsys.readouterr().out
   assert (
-    "| sparsek_512_last | 6 |" in found
-    and "| 60% |" in found
-    and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in found
+    "| sparsek_512_last | 6 |" in printed
+    and "| 60% |" in printed
+    and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in printed
   )
-  assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in found
+  assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in printed
   baselines_pairs.main([os.path.join(results, "baselines_local.json")])
-  found = capsys.readouterr().out
-  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in found
-  assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in found
+  printed = capsys.readouterr().out
+  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in printed
+  assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in printed
 
 
 PLAN = {
@@ -153,7 +155,7 @@ def run(tmp_path, monkeypatch):
     assert (device in ("0", "1"), share, to_file) == (True, 0.45, True)
     if words[0] == "pretrain":
       os.makedirs(os.path.join(workdir, name), exist_ok=True)
-      text = flags.into_string(settings.parse(*words[:1], words[1:]))
+      text = into_string(settings.parse(words[1:], stages.DEFINE[words[0]]))
       run_directory.write_record(os.path.join(workdir, name), "flags.txt", text)
     return None if name in run.broken else 0.5
 

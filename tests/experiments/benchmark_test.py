@@ -5,8 +5,9 @@ import jax
 import pytest
 
 from experiments import benchmark
-from experiments.bench import suites
-from sparsek.command_line import flags
+from experiments.bench import suites, training_step
+from sparsek.command_line.main import parse
+from sparsek.errors import UsageError
 from tests.helpers import run_command
 
 TINY = [
@@ -28,7 +29,7 @@ def test_record_picture_and_what_is_printed(tmp_path, capsys):
     run(
       *TINY,
       "--scores=normal,rising",
-      "--rivals=sparsek,dense",
+      "--baselines=sparsek,dense",
       "--errors_at=16",
       f"--record={path}",
     )
@@ -74,7 +75,7 @@ def test_record_picture_and_what_is_printed(tmp_path, capsys):
 
 
 def test_what_cannot_run_is_a_cell_and_then_an_error(capsys):
-  arguments = [*TINY, "--lengths=16", "--rivals=sparsek", "--implementation=mosaic_tpu"]
+  arguments = [*TINY, "--lengths=16", "--baselines=sparsek", "--implementation=mosaic_tpu"]
   assert run(*arguments) == 1
   told = capsys.readouterr()
   assert (
@@ -91,7 +92,7 @@ def test_problems_of_the_suites():
   def chosen(*arguments):
     for name in suites.FLAGS:
       suites.FLAGS[name].unparse()
-    flags.parse(["benchmark", *arguments], suites.FLAGS)
+    parse(["benchmark", *arguments], suites.FLAGS)
     return suites.problems()
 
   assert [(p.n, p.heads, p.kv_heads, p.head_dim, p.k, p.window) for p in chosen("--k=7")] == [
@@ -114,6 +115,25 @@ def test_problems_of_the_suites():
   ]
 
 
+def test_longest_lengths_of_what_is_slow(monkeypatch, capsys):
+  for name in suites.FLAGS:
+    suites.FLAGS[name].unparse()
+  words = ["--lengths=16,32", "--implementation=reference", "--max_dense=16", "--max_xla=16"]
+  parse(["benchmark", *words], suites.FLAGS)
+  short, long = (set(problem.baselines) for problem in suites.problems())
+  assert short - long == {"dense", "xla"}
+  asked = []
+
+  def time_transformers(jobs, kinds, longest, rounds, say):
+    asked.append(longest)
+    raise UsageError("enough")
+
+  monkeypatch.setattr(training_step, "time_transformers", time_transformers)
+  for words, longest in (([], 32768), (["--max_transformers=16"], 16)):
+    assert run("--suite=train", "--preset=tiny", "--lengths=16", *words) == 2
+    assert asked.pop() == longest and "enough" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_record(tmp_path, capsys):
   (tmp_path / "other.json").write_text("{}")
   assert run(f"--show={tmp_path}/other.json") == 2
@@ -132,7 +152,7 @@ def test_a_file_that_is_no_record(tmp_path, capsys):
       ["--scores=normal,sideways"],
       "--scores=normal,sideways: 'sideways' must be one of normal, rising",
     ),
-    (["--rivals=dens"], "'dens' must be one of sparsek, sliding_window, dense"),
+    (["--baselines=dens"], "'dens' must be one of sparsek, sliding_window, dense"),
     (
       ["--record=/nowhere/at/all.json"],
       "--record=/nowhere/at/all.json: must be a .json file in a folder that exists",
@@ -160,7 +180,7 @@ def test_training(tmp_path, capsys):
     "--rounds=1",
   ]
   assert (
-    run(*arguments, "--documents=2", "--rivals=full", "--errors_at=16", f"--record={path}") == 0
+    run(*arguments, "--documents=2", "--baselines=full", "--errors_at=16", f"--record={path}") == 0
   )
   printed = capsys.readouterr().out
   record = json.loads(path.read_text())
@@ -175,7 +195,9 @@ def test_training(tmp_path, capsys):
   assert run(f"--show={path}") == 0
   assert capsys.readouterr().out == printed[printed.index(record["device"] + ", 1M") :]
   assert (
-    run(*arguments, "--documents=2", "--rivals=full", "--lengths=8", "--extend", f"--record={path}")
+    run(
+      *arguments, "--documents=2", "--baselines=full", "--lengths=8", "--extend", f"--record={path}"
+    )
     == 0
   )
   extended = json.loads(path.read_text())["rows"]
@@ -183,7 +205,12 @@ def test_training(tmp_path, capsys):
   before = path.read_text()
   assert (
     run(
-      *arguments, "--rivals=full", "--vocab_size=60", "--gate=value", "--extend", f"--record={path}"
+      *arguments,
+      "--baselines=full",
+      "--vocab_size=60",
+      "--gate=value",
+      "--extend",
+      f"--record={path}",
     )
     == 2
   )
@@ -192,7 +219,7 @@ def test_training(tmp_path, capsys):
   assert f"another model (old -> new): {changes}" in told
   assert path.read_text() == before and "--record" not in before
   assert (
-    run("--suite=train", "--rivals=dense") == 2
+    run("--suite=train", "--baselines=dense") == 2
     and "'dense' must be one of sparsek, sliding_window, full, transformers"
     in capsys.readouterr().err
   )

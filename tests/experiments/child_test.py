@@ -1,4 +1,4 @@
-"""Children end with their parent, however it ends."""
+"""Child processes end with their parent, in whatever way it ends."""
 
 import os
 import signal

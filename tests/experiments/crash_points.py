@@ -1,6 +1,6 @@
 """Fails the writes, renames, fsyncs, ... of training, import, export and preparation in turn.
 
-No test, but a measure:
+This is no test of the suite, but is run by hand:
 
   python -m tests.experiments.crash_points
 
@@ -51,7 +51,7 @@ NOTES = ("notes.txt", "draft.tmp", "model.json.new", ".mine")
 
 
 def read_by(words: Iterable[str]) -> set[str]:
-  """The names of SHARED that a command's words mention."""
+  """Returns the names of SHARED that a command's words mention."""
   return set(re.findall(r"SHARED/(\w+)", " ".join(words)))
 
 
@@ -59,7 +59,7 @@ class Bench:
   """The folders of a measurement, and what an undisturbed run of each scenario leaves.
 
   Attributes:
-    folder: of everything.
+    folder: holds everything.
   """
 
   def __init__(self, folder: str):
@@ -116,7 +116,7 @@ class Bench:
 
 
 def listing(point: str) -> list[str]:
-  """All paths of a point; random names and what lies in checkpoints left out."""
+  """Returns all paths of a point, without random names and the contents of checkpoints."""
   names = []
   for parent, folders, files in os.walk(point):
     relative = os.path.relpath(parent, point)
@@ -147,30 +147,30 @@ def look(bench: Bench, scenario: Scenario, point: str) -> dict:
   return {"product": product, "listing": listing(point), "changed": changed}
 
 
-def lost(scenario: Scenario, before: Any, found: Any, whole: Any) -> list[str]:
+def lost(scenario: Scenario, before: Any, state: Any, whole: Any) -> list[str]:
   """Returns what a fault destroyed of what was there before it or is named as complete."""
-  if isinstance(found, str):
-    return [f"what is there cannot be read: {found}"]
+  if isinstance(state, str):
+    return [f"what is there cannot be read: {state}"]
   if scenario.product is not run_product:
-    if before is not None and found not in (before, whole):
+    if before is not None and state not in (before, whole):
       return ["what was there is neither what it was nor what it should become"]
     return []
   faults = []
-  found = found or {"metrics": [], "checkpoints": {}}
-  missing = set((before or {"checkpoints": {}})["checkpoints"]) - set(found["checkpoints"])
+  state = state or {"metrics": [], "checkpoints": {}}
+  missing = set((before or {"checkpoints": {}})["checkpoints"]) - set(state["checkpoints"])
   if missing:
     faults.append(f"the checkpoints {sorted(missing)} are gone")
-  for step, checksum in found["checkpoints"].items():
+  for step, checksum in state["checkpoints"].items():
     if checksum != whole["checkpoints"].get(step):
       faults.append(f"checkpoint {step} loads and is not the undisturbed run's")
-  last = max(map(int, found["checkpoints"]), default=0)
+  last = max(map(int, state["checkpoints"]), default=0)
   # The evaluation of the newest step may still be to come.
   wanted = [
     record
     for record in whole["metrics"]
     if record["step"] <= last and not ("heldout_loss" in record and record["step"] == last)
   ]
-  if not all(record in found["metrics"] for record in wanted):
+  if not all(record in state["metrics"] for record in wanted):
     faults.append(f"metrics of steps up to {last} are gone")
   return faults
 
@@ -180,7 +180,7 @@ class Result:
   """Outcome of a point.
 
   Attributes:
-    scenario, key, ordinal, mode: which.
+    scenario, key, ordinal, mode: the point.
     reached: the command came to that operation.
     code: of the command with the fault.
     said: its last line on stderr.
@@ -230,25 +230,25 @@ def try_point(
     result.faults += forked.command_faults(ended)
 
   def check_and_repeat():
-    found = look(bench, scenario, point)
-    pathlib.Path(output, "found").write_text(json.dumps(found))
+    state = look(bench, scenario, point)
+    pathlib.Path(output, "state").write_text(json.dumps(state))
     run()
 
   def check():
     return look(bench, scenario, point)
 
   again = yield forked.Call(check_and_repeat, os.path.join(output, "again"), 2 * limit)
-  found = (
-    json.loads(pathlib.Path(output, "found").read_text())
-    if os.path.exists(os.path.join(output, "found"))
+  state = (
+    json.loads(pathlib.Path(output, "state").read_text())
+    if os.path.exists(os.path.join(output, "state"))
     else None
   )
-  if found is None:
+  if state is None:
     result.faults.append(f"what it left cannot be looked at ({again.code}): {again.err[-500:]}")
     return result
-  result.faults += lost(scenario, before["product"], found["product"], whole["product"])
-  result.faults += [f"{path} was changed" for path in found["changed"]]
-  complete = without(found["product"], lacks) == wanted
+  result.faults += lost(scenario, before["product"], state["product"], whole["product"])
+  result.faults += [f"{path} was changed" for path in state["changed"]]
+  complete = without(state["product"], lacks) == wanted
   if ended.code == 0 and not complete:
     result.faults.append("code 0, and the result is not that of an undisturbed run")
   if again.code != 0 and not (complete and again.code == 2):
@@ -263,12 +263,12 @@ def try_point(
       "the repeated command's result differs: " + difference(last.value["product"], wanted)
     )
   names, right = set(last.value["listing"]), set(whole["listing"])
-  more, fewer = names - right, right - names
-  fewer -= {f"{scenario.makes}/checkpoints/{step}" for step in lacks}
-  if more or fewer:
+  extra, missing = names - right, right - names
+  missing -= {f"{scenario.makes}/checkpoints/{step}" for step in lacks}
+  if extra or missing:
     result.faults.append(
-      f"left over: {', '.join(sorted(more)) or 'nothing'}; "
-      f"missing: {', '.join(sorted(fewer)) or 'nothing'}"
+      f"left over: {', '.join(sorted(extra)) or 'nothing'}; "
+      f"missing: {', '.join(sorted(missing)) or 'nothing'}"
     )
   result.faults += [f"{path} was changed in the end" for path in last.value["changed"]]
   if not result.faults:
@@ -293,14 +293,14 @@ def without(product: Any, steps: set[str]) -> Any:
   return {**product, "checkpoints": kept}
 
 
-def difference(found: Any, wanted: Any) -> str:
+def difference(state: Any, wanted: Any) -> str:
   """Returns where two products differ, in short."""
-  if not isinstance(found, dict) or not isinstance(wanted, dict):
-    return str(found)[:300]
+  if not isinstance(state, dict) or not isinstance(wanted, dict):
+    return str(state)[:300]
   return ", ".join(
-    f"{key}: {str(found.get(key))[:100]} not {str(wanted.get(key))[:100]}"
-    for key in {**found, **wanted}
-    if found.get(key) != wanted.get(key)
+    f"{key}: {str(state.get(key))[:100]} not {str(wanted.get(key))[:100]}"
+    for key in {**state, **wanted}
+    if state.get(key) != wanted.get(key)
   )
 
 
@@ -417,7 +417,7 @@ def main() -> None:
         point
         for point in chosen(operations, args.modes.split(","))
         if re.search(args.only, point[0][0])
-      ][:: args.every * scenario.every]
+      ][:: args.every * scenario.stride]
       print(
         f"{scenario.name}: {seconds:.1f} s undisturbed, {len(operations)} operations, "
         f"{len(points)} points",

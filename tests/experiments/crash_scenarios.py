@@ -38,14 +38,14 @@ class Scenario:
   """A command whose operations fail.
 
   Attributes:
-    name: of it.
+    name: the scenario's name.
     command: the experiment and its flags; POINT is the folder that it works in, SHARED that of what
       it only reads.
     before: commands that make what is there before it, likewise.
     makes: the folder or file in POINT that it makes or goes on with.
-    product: of that path: what must be the same whatever happened.
+    product: returns, for that path, what must be the same whatever happened.
     notes: the user has files in that folder too.
-    every: take every N-th of its points, since others take the rest.
+    stride: take every N-th of its points, since other scenarios take the rest.
   """
 
   name: str
@@ -54,7 +54,7 @@ class Scenario:
   product: Callable[[str], Any]
   before: tuple[list[str], ...] = ()
   notes: bool = False
-  every: int = 1
+  stride: int = 1
 
 
 def digest(content: bytes) -> str:
@@ -67,33 +67,33 @@ def run_product(workdir: str) -> dict:
   import jax
   import numpy as np
 
-  from sparsek.runs import checkpoint
+  from sparsek.runs import checkpoint, run_record
 
   path = pathlib.Path(workdir, "metrics.jsonl")
-  # A last line without its end is what a kill leaves.
+  # A kill may leave a last line without its end.
   lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
   records = [
     {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
     for line in lines
   ]
-  found = {}
+  digests = {}
   for step in checkpoint.saved_steps(workdir):
-    config, _ = checkpoint.load_run_config(workdir)
+    config, _ = run_record.load_run_config(workdir)
     params, _ = checkpoint.load_params(workdir, config, step)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
-    found[str(step)] = digest(b"".join(leaves))
-  return {"metrics": records, "checkpoints": found}
+    digests[str(step)] = digest(b"".join(leaves))
+  return {"metrics": records, "checkpoints": digests}
 
 
 def files_product(path: str) -> dict:
-  """Digests of the bytes of a file, or of all files of a folder."""
+  """Returns digests of the bytes of a file, or of all files of a folder."""
   root = pathlib.Path(path)
   files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
   return {str(file.relative_to(root)): digest(file.read_bytes()) for file in files}
 
 
 def cache_product(path: str) -> dict:
-  """Digests of the arrays of a saved cache."""
+  """Returns digests of the arrays of a saved cache."""
   import numpy as np
 
   with np.load(path, allow_pickle=False) as file:
@@ -101,7 +101,7 @@ def cache_product(path: str) -> dict:
 
 
 def losses_product(workdir: str) -> list:
-  """The losses that evaluations of a run found."""
+  """Returns the losses that evaluations of a run wrote down."""
   path = pathlib.Path(workdir, "evaluation.jsonl")
   lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
   return sorted({json.loads(line)["loss"] for line in lines})
@@ -174,7 +174,7 @@ SCENARIOS = (
 )
 
 
-# What scenarios only read; the command that makes it.
+# Name of what scenarios only read -> the command that makes it.
 _PREPARE = ["prepare_data", "--sources=SHARED/texts", "--heldout_fraction=0.3"]
 SHARED = {
   "tokens": [*_PREPARE, "--output=SHARED/tokens"],

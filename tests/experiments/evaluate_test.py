@@ -6,14 +6,13 @@ import jax
 import pytest
 
 from experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
-from sparsek.command_line import flags
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
 from sparsek.model.transformer import init_params
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, checkpoint_writer, run_directory
 from sparsek.runs.metrics import read_metrics
 from tests.helpers import run_command, spm
 
@@ -38,7 +37,7 @@ run = functools.partial(run_command, evaluate.main, evaluate.FLAGS)
 
 
 def write_run(folder, data, config, seq_len, params, steps=(7,)):
-  """What pretraining leaves and evaluation reads."""
+  """Writes a run as pretraining leaves it and evaluation reads it."""
   tokenizer = ByteTokenizer()
   folder.mkdir()
   record = {
@@ -51,7 +50,7 @@ def write_run(folder, data, config, seq_len, params, steps=(7,)):
     },
   }
   run_directory.write_record(str(folder), "model.json", run_directory.to_json(record))
-  writer = checkpoint.CheckpointWriter(str(folder), keep=len(steps))
+  writer = checkpoint_writer.CheckpointWriter(str(folder), keep=len(steps))
   for step in steps:
     writer.save(step, params, params, {})
   writer.close()
@@ -60,7 +59,7 @@ def write_run(folder, data, config, seq_len, params, steps=(7,)):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no
+  """Makes data/, other_data/, and the runs a (trained on rows of 32 tokens), b (48) and empty (no
   checkpoint).
   """
   folder = tmp_path_factory.mktemp("runs")
@@ -193,7 +192,7 @@ def test_no_command_takes_an_older_step_unasked(name, folder, monkeypatch, capsy
   monkeypatch.setattr(checkpoint, "load_params", load)
   for flag in ((), ("--allow_older_step",)):
     words = [argument.format(folder=folder) for argument in arguments]
-    values = getattr(script, "FLAGS", flags.FLAGS)
+    values = script.FLAGS
     assert run_command(script.main, values, f"--workdir={folder}/damaged", *words, *flag) == 2
     assert capsys.readouterr().err.endswith("error: enough\n")
   assert asked == [False, True]

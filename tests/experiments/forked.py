@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 TIMED_OUT = "timed out"
-IDLE = 0.02  # of a processor: what waits for ever may look around now and then
+IDLE = 0.02  # share of a processor; a process that waits for ever may poll now and then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _dump_and_kill(process: int) -> None:
 
 
 class _Watch:
-  """Tells a child that hangs from one that waits its turn on a busy machine, by processor time."""
+  """A watch on processor time: tells a child that hangs from one that waits for a processor."""
 
   def __init__(self, call: Call):
     self.began, self._limit = time.monotonic(), call.seconds
@@ -151,7 +151,7 @@ class _Watch:
 
 
 def _processor_seconds(group: int) -> float:
-  """Returns those of a process group, with its members' children that have ended."""
+  """Returns the processor time of a process group, with children that have ended."""
   ticks = 0
   for entry in os.listdir("/proc"):
     if entry.isdecimal():

@@ -1,4 +1,6 @@
-"""Damaged files and odd command lines, by the thousand, from fixed seeds; no test, but a measure.
+"""Thousands of damaged files and odd command lines, from fixed seeds.
+
+This is no test of the suite, but is run by hand:
 
   python -m tests.experiments.fuzz --formats --flags
 
@@ -35,7 +37,7 @@ def try_cases(name: str, folder: str, seed: int, first: int, last: int, seconds:
   with open(root / "results.jsonl", "a", encoding="utf-8") as results:
     for case in range(first, last):
       (root / "at").write_text(str(case))
-      # Also ends what hangs in C.
+      # This also ends a case that hangs in C.
       faulthandler.dump_traceback_later(seconds, exit=True)
       kind, why = fuzz_formats.try_case(name, root / "files", good, seed, case)
       results.write(json.dumps([case, kind, why]) + "\n")

@@ -42,7 +42,7 @@ def difference(value, now, what: str) -> str | None:
 
 
 def equal(a, b) -> bool:
-  """Equality of JSON values: NaN is itself, and true is no 1."""
+  """Returns whether JSON values are equal: NaN equals itself, and true is not 1."""
   if isinstance(a, bool) != isinstance(b, bool):
     return False
   if isinstance(a, float) and isinstance(b, float) and a != a and b != b:

@@ -74,7 +74,7 @@ def check_tokens(value, folder, good):
     np.fromfile(root / "uncounted.bin", np.uint8) if "uncounted.bin" in meta["sha256"] else None
   )
   held = set(meta["heldout"])
-  for name, found in value["splits"].items():
+  for name, split in value["splits"].items():
     chosen = [i for i in range(len(index) - 1) if (i in held) == (name == "heldout")]
     now = {
       "starts": index[chosen].tolist(),
@@ -87,10 +87,10 @@ def check_tokens(value, folder, good):
     if name in meta.get("num_counted", {}):
       now["counted"] = meta["num_counted"][name]
     for key, said in now.items():
-      if not equal(found[key], said):
-        return difference(found[key], said, f"{name} {key}")
-    if not all(isinstance(found[key], int) and 0 <= found[key] for key in ("bytes", "counted")):
-      return f"{name}: bytes {found['bytes']}, counted {found['counted']}"
+      if not equal(split[key], said):
+        return difference(split[key], said, f"{name} {key}")
+    if not all(isinstance(split[key], int) and 0 <= split[key] for key in ("bytes", "counted")):
+      return f"{name}: bytes {split['bytes']}, counted {split['counted']}"
   if value["verified"]:
     strange = next(
       (
@@ -113,7 +113,7 @@ def check_tokens(value, folder, good):
 
 
 def keep_good(make):
-  """Also keeps a copy of what is made, to compare with."""
+  """Keeps a copy of what is made, to compare with."""
 
   def made(folder):
     make(folder)

@@ -25,7 +25,7 @@ MODULES = (
   "benchmark",
 )
 ALSO = ("pretrain",) * 4  # it has the most flags
-# Flags whose large values are a long time's work, as asked for.
+# Flags whose large values rightly take a long time.
 DURATIONS = {
   "num_steps",
   "stop_at",
@@ -84,7 +84,7 @@ BASES = {
     "--head_dim=8",
     "--rounds=1",
     "--seconds=0.01",
-    "--rivals=sparsek",
+    "--baselines=sparsek",
   ],
 }
 WHOLE = (
@@ -161,6 +161,9 @@ TEXTS = (
   "tasks:1:1",
   "tasks:a:b",
   "hf:IN/model",
+  "rope_fraction=0.5,norm=layer_norm",
+  "use_bias=perhaps",
+  "k=0",
   "hf:",
   "hf:nowhere",
   "0/1",
@@ -201,26 +204,22 @@ PATHS = (
 
 
 def describe_flags() -> dict[str, dict[str, list]]:
-  """Command -> flag -> [its kind, the values of an enum]. Runs in a child."""
+  """Returns command -> flag -> [its kind, the values of an enum]. Runs in a child."""
   from absl import flags as absl_flags
 
-  from sparsek.command_line import flags
+  from sparsek.command_line.definer import names_of
 
-  found = {}
+  result: dict[str, dict[str, list]] = {}
   for name in MODULES:
     module = importlib.import_module(f"experiments.{name}")
-    values = getattr(module, "FLAGS", flags.FLAGS)
-    mine = values.flags_by_module_dict() if values is flags.FLAGS else None
-    names = flags.OUR_FLAGS if mine is not None else list(values)
-    found[name] = {}
-    for flag in names:
-      if flag not in values or flag.startswith(("help", "?", "flagfile", "undefok")):
-        continue
+    values = module.FLAGS
+    result[name] = {}
+    for flag in names_of(values):
       parser = values[flag].parser
       kind = parser.flag_type()
       choices = list(getattr(parser, "enum_values", None) or [])
-      found[name][flag] = ["enum" if isinstance(parser, absl_flags.EnumParser) else kind, choices]
-  return found
+      result[name][flag] = ["enum" if isinstance(parser, absl_flags.EnumParser) else kind, choices]
+  return result
 
 
 def draw_value(flag: str, kind: str, choices: list[str], rng: random.Random) -> str:
@@ -299,7 +298,7 @@ def make_inputs(bench: crash_points.Bench, commands: list[str]) -> None:
 
 
 def wrong_value(words: list[str], folder: str) -> list[str]:
-  """Flags of a pretraining that succeeded which its flags.txt says otherwise."""
+  """Returns the flags of a successful pretraining that have another value in its flags.txt."""
   path = pathlib.Path(folder, "new", "flags.txt")
   if not path.exists():
     return []
@@ -326,7 +325,7 @@ def wrong_value(words: list[str], folder: str) -> list[str]:
 
 
 def try_line(case: int, name: str, words: list[str], bench: crash_points.Bench, folder: str):
-  """A chain: one command line. Returns (case, kind, why)."""
+  """Chains a single command line; returns (case, kind, why)."""
   here = os.path.join(folder, f"case_{case}")
   inputs = os.path.join(here, "in")
   shutil.rmtree(here, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Every file format that is read: a good example, its readers, and what a file now says.
+"""All file formats that are read: a good example, its readers, and what a damaged file says.
 
-The last is found by other means than these readers.
+What a damaged file says is determined by other means than these readers.
 """
 
 import gzip

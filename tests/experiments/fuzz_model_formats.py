@@ -67,7 +67,7 @@ def read_model(folder):
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  found = {}
+  result = {}
   for path in folder.glob("*.safetensors"):
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -77,12 +77,12 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         begin, end = entry["data_offsets"]
         dtype = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}.get(entry["dtype"])
         if dtype:
-          found[name] = (
+          result[name] = (
             np.frombuffer(raw[8 + length :][begin:end], dtype)
             .reshape(entry["shape"])
             .astype(np.float32)
           )
-  return found
+  return result
 
 
 def check_model(value, folder, good):
@@ -103,8 +103,8 @@ def check_model(value, folder, good):
   known = sorted(
     digest for digest in (np.sort(tensor, axis=None).tobytes() for tensor in tensors.values())
   )
-  found = sorted(np.sort(leaf, axis=None).tobytes() for leaf in value["leaves"].values())
-  if collections.Counter(found) - collections.Counter(known):
+  leaves = sorted(np.sort(leaf, axis=None).tobytes() for leaf in value["leaves"].values())
+  if collections.Counter(leaves) - collections.Counter(known):
     return "a parameter is none of the file's tensors"
   return None
 
@@ -138,7 +138,7 @@ def check_ends(value, folder, good):
 
 
 def damage_safetensors(content, rng):
-  """Bytes anywhere, or the header as JSON, with the right length before it."""
+  """Damages bytes anywhere, or the header as JSON, with the right length before it."""
   if rng.random() < 0.4:
     return mutate_bytes(content, rng)
   (length,) = struct.unpack("<Q", content[:8])

@@ -83,10 +83,10 @@ def make_model_json(folder):
 
 
 def read_model_json(folder):
-  from sparsek.runs import checkpoint
+  from sparsek.runs import run_record
 
-  config, run = checkpoint.load_run_config(str(folder))
-  checkpoint.load_run_tokenizer(str(folder))
+  config, run = run_record.load_run_config(str(folder))
+  run_record.load_run_tokenizer(str(folder))
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -121,7 +121,7 @@ def check_model_json(value, folder, good):
 def make_flagfile(folder):
   (folder / "run.flags").write_text(
     "# a comment\n--k=8\n--window=16\n--learning_rate=0.01\n--num_steps=40\n--gate=value\n"
-    "--qk_norm\n--nosegment_documents\n"
+    "--model=qk_norm=true\n--nosegment_documents\n"
     "--workdir=/tmp/some where\n--layer_pattern=sparsek*2,full\n\n--seed=3\n"
   )
 
@@ -129,15 +129,16 @@ def make_flagfile(folder):
 def read_flagfile(folder):
   from absl import flags as absl_flags
 
-  from sparsek.command_line import flags
+  from sparsek.command_line.definer import names_of
+  from sparsek.command_line.main import parse
+  from sparsek.command_line.training_flags import define_pretrain_flags
 
   values = absl_flags.FlagValues()
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
-  flags.parse(["fuzz", f"--flagfile={folder}/run.flags"], values)
-  return {
-    name: values[name].value for name in flags.OUR_FLAGS if name in values and values[name].present
-  }
+  define_pretrain_flags(values)
+  parse(["fuzz", f"--flagfile={folder}/run.flags"], values)
+  texts = {"model": values["model"].serialize().partition("=")[2]}
+  names = [name for name in names_of(values) if values[name].present]
+  return {name: texts.get(name, values[name].value) for name in names}
 
 
 def check_flagfile(value, folder, good):
@@ -152,13 +153,15 @@ def check_flagfile(value, folder, good):
     if line.startswith("--") and equals and name in value:
       said[name] = argument
   for name, argument in said.items():
-    found = value[name]
+    parsed = value[name]
+    if name == "model":  # one of many spellings of true and false
+      continue
     if name == "workdir":
       argument = os.path.normpath(argument)
-    if type(found) in (int, float):
-      argument = type(found)(argument)
-    if not isinstance(found, bool) and found != argument:
-      return difference(found, argument, f"--{name}")
+    if type(parsed) in (int, float):
+      argument = type(parsed)(argument)
+    if not isinstance(parsed, bool) and parsed != argument:
+      return difference(parsed, argument, f"--{name}")
   return None
 
 
@@ -177,12 +180,12 @@ def _abstract_optimizer():
 
 def make_checkpoint(folder):
   from sparsek.config import OptimizerConfig
-  from sparsek.runs import checkpoint
+  from sparsek.runs import checkpoint_writer
   from sparsek.training.optimizer import make_optimizer
 
   params = params_of(small_config())
   write_model_json(folder, small_config())
-  writer = checkpoint.CheckpointWriter(str(folder), keep=3)
+  writer = checkpoint_writer.CheckpointWriter(str(folder), keep=3)
   writer.save(
     7, params, make_optimizer(OptimizerConfig()).init(params), {"next_index": 12, "seed": 0}
   )
@@ -196,11 +199,13 @@ def read_checkpoint(folder):
 
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with checkpoint.quiet_orbax():
-    found = checkpoint.restore_newest(
+    restored = checkpoint.restore_newest(
       str(folder), small_config(), _abstract_optimizer(), sharding, lambda line: None
     )
-  arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((found.params, found.opt_state))]
-  return found.step, arrays, found.data_state
+  arrays = [
+    np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((restored.params, restored.opt_state))
+  ]
+  return restored.step, arrays, restored.data_state
 
 
 def check_checkpoint(value, folder, good):

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from experiments import generate
-from sparsek.command_line import flags
 from sparsek.config import TransformerConfig
 from sparsek.generation.session import Session, TextStream
 from sparsek.model.transformer import init_params
@@ -48,7 +47,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def write(folder, capsys):
   def write(*arguments, code=0):
-    assert run_command(generate.main, flags.FLAGS, f"--workdir={folder}/run", *arguments) == code
+    assert run_command(generate.main, generate.FLAGS, f"--workdir={folder}/run", *arguments) == code
     return capsys.readouterr()
 
   return write
@@ -71,16 +70,16 @@ def test_several_texts_and_stop_strings(folder, write):
     "[1] " + write("--prompt=xyz", *common[:2], "--sampling_seed=6").out[:-1],
   ]
   end = whole[0][14:16]
-  for more in ([], [f"--save_cache={folder}/two.npz"]):
+  for extra in ([], [f"--save_cache={folder}/two.npz"]):
     stopped = write(
-      f"--prompt_file={folder}/prompts", f"--stop={end}", *common, *more
+      f"--prompt_file={folder}/prompts", f"--stop={end}", *common, *extra
     ).out.splitlines()
     assert stopped == [line[:8] + line[8:].split(end)[0] for line in whole] != whole
 
 
 @pytest.fixture(scope="module")
 def spaced(folder):
-  """A run whose tokenizer decodes without the first space, and which writes any of its tokens."""
+  """Makes a run whose tokenizer decodes without the first space, and which writes any token."""
   config = dataclasses.replace(CONFIG, vocab_size=spm().vocab_size, attention="sliding_window")
   write_run(folder / "spaced", "data", config, 32, init_params(config, jax.random.key(0)))
   (folder / "spaced" / "tokenizer").mkdir()
@@ -140,13 +139,6 @@ def test_two_turns_show_what_all_tokens_decode_to(folder, write, spaced, monkeyp
       shown = texts
     assert [ids[0] for ids in fed] == [1, 1] and fed[0][1:6] == spm().encode("Hello")[:5]
   assert cut, "no turn ended within a character"
-
-
-def test_a_text_begins_once(folder, spaced, monkeypatch):
-  rows = lambda *texts: [ids[:2] for ids in generate.begin(spm(), texts)]
-  monkeypatch.setattr(generate, "flag", lambda name: name == "special_tokens")
-  w = spm().encode("w")[0]
-  assert rows("w", "<s>w", "") == [[1, w], [1, w], [1]]
 
 
 def test_a_huge_window_costs_nothing(folder, write, spaced):

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, import_hf, pretrain
-from sparsek.command_line import flags
 from sparsek.config import TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from sparsek.huggingface import pretrained
 from sparsek.model.transformer import init_params
-from sparsek.runs import checkpoint
+from sparsek.runs import checkpoint, checkpoint_writer, run_record
 from sparsek.storage import files
 from sparsek.storage.new_folder import temporary_name
 from tests.experiments.evaluate_test import write_run
@@ -41,7 +40,7 @@ run = functools.partial(run_command, import_hf.main, import_hf.FLAGS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """run/, trained here; model/, exported from it; imported/, imported from that."""
+  """Makes run/, trained here; model/, exported from it; imported/, imported from that."""
   folder = tmp_path_factory.mktemp("hf")
   write_run(folder / "run", "data", CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
   tokenizer = train_bpe(["some text, some more text; " * 9], 280)
@@ -60,13 +59,13 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_comes_back_from_its_export(folder):
-  config, record = checkpoint.load_run_config(str(folder / "imported"))
+  config, record = run_record.load_run_config(str(folder / "imported"))
   assert config == CONFIG
   eos = load_tokenizer(str(folder / "run" / "tokenizer")).eos_id
   assert json.loads((folder / "model" / "config.json").read_text())["eos_token_id"] == eos
   assert (
     record["tokenizer"]["eos_ids"] == [eos]
-    and checkpoint.load_run_tokenizer(str(folder / "imported")).fingerprint
+    and run_record.load_run_tokenizer(str(folder / "imported")).fingerprint
     == record["tokenizer"]["fingerprint"]
   )
   want, got = (
@@ -80,7 +79,7 @@ def test_an_imported_model_writes(folder, capsys):
   assert (
     run_command(
       generate.main,
-      flags.FLAGS,
+      generate.FLAGS,
       f"--workdir={folder}/imported",
       "--prompt=some",
       "--max_new_tokens=1",
@@ -117,7 +116,7 @@ def test_conversion(folder, data):
   )
   train = lambda name, *flags_: run_command(
     pretrain.main,
-    flags.FLAGS,
+    pretrain.FLAGS,
     f"--workdir={folder}/{name}",
     f"--data={data}",
     "--seq_len=16",
@@ -127,7 +126,7 @@ def test_conversion(folder, data):
     "--eval_every=0",
     *flags_,
   )
-  config_of = lambda name: checkpoint.load_run_config(str(folder / name))[0]
+  config_of = lambda name: run_record.load_run_config(str(folder / name))[0]
   params_of = lambda name: checkpoint.load_params(str(folder / name), config_of(name))[0]
   warmup = [
     "--scorer_warmup",
@@ -183,7 +182,7 @@ def test_conversion_by_adapters(folder, data, tmp_path, capsys):
   """
   train = lambda name, *flags_: run_command(
     pretrain.main,
-    flags.FLAGS,
+    pretrain.FLAGS,
     f"--workdir={tmp_path}/{name}",
     f"--data={data}",
     "--seq_len=16",
@@ -204,7 +203,7 @@ def test_conversion_by_adapters(folder, data, tmp_path, capsys):
   ]
   assert train("lora", *adapted, "--dry_run") == 0 and "of them learn" in capsys.readouterr().out
   assert train("lora", *adapted) == 0
-  config, _ = checkpoint.load_run_config(str(tmp_path / "lora"))
+  config, _ = run_record.load_run_config(str(tmp_path / "lora"))
   params, _ = checkpoint.load_params(str(tmp_path / "lora"), config)
   assert run(f"--workdir={tmp_path}/lora", f"--export={tmp_path}/model") == 0
   exported, back = pretrained.load(str(tmp_path / "model"))
@@ -227,7 +226,7 @@ def test_conversion_by_adapters(folder, data, tmp_path, capsys):
   assert (
     run_command(
       generate.main,
-      flags.FLAGS,
+      generate.FLAGS,
       f"--workdir={tmp_path}/lora",
       "--prompt=some",
       "--max_new_tokens=1",
@@ -292,7 +291,7 @@ def test_bad_training_of_a_pretrained_model(folder, data, capsys, arguments, wor
     "--batch_size=1",
     "--num_steps=1",
   ]
-  assert run_command(pretrain.main, flags.FLAGS, *base, *arguments) == 2
+  assert run_command(pretrain.main, pretrain.FLAGS, *base, *arguments) == 2
   assert words.format(folder=folder) in capsys.readouterr().err
 
 
@@ -346,7 +345,7 @@ def failing(*_, **__):
 
 
 def assert_fails(capsys, code, words, folder, *arguments):
-  """The command ends in one sentence, and nothing is there that was not."""
+  """Checks that the command ends in one sentence and makes nothing."""
   before = sorted(os.listdir(folder))
   assert run(*arguments) == code
   error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -362,7 +361,7 @@ def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
   assert_fails(capsys, 2, f"{generation}: no JSON", tmp_path, *arguments)
   generation.write_text('{"eos_token_id": [2, 7]}')
   for target, name in (
-    (checkpoint.CheckpointWriter, "save"),
+    (checkpoint_writer.CheckpointWriter, "save"),
     (shutil, "copyfile"),
     (os, "fsync"),
     (files, "write_atomically"),
@@ -373,7 +372,7 @@ def test_an_import_that_fails_leaves_nothing_and_repeats(folder, tmp_path, capsy
   leftover = temporary_name(str(tmp_path / "new"))  # of one that was killed
   os.makedirs(os.path.join(leftover, "checkpoints", "0"))
   assert run(*arguments) == 0
-  _, record = checkpoint.load_run_config(str(tmp_path / "new"))
+  _, record = run_record.load_run_config(str(tmp_path / "new"))
   assert record["tokenizer"]["eos_ids"] == [0, 2, 7]
   checkpoint.load_params(str(tmp_path / "new"), CONFIG)
   assert sorted(os.listdir(tmp_path)) == ["model", "new"]
@@ -421,9 +420,9 @@ def test_the_end_of_a_document_survives_import_and_export(folder, tmp_path, name
   want = load_tokenizer(str(tmp_path / "model"))
   assert run(f"--from={tmp_path}/model", f"--workdir={tmp_path}/new") == 0
   assert run(f"--export={tmp_path}/out", f"--workdir={tmp_path}/new") == 0
-  record = checkpoint.load_run_config(str(tmp_path / "new"))[1]["tokenizer"]
+  record = run_record.load_run_config(str(tmp_path / "new"))[1]["tokenizer"]
   assert (record["fingerprint"], record["eos_ids"]) == (want.fingerprint, [want.eos_id, 0])
-  run_tokenizer = checkpoint.load_run_tokenizer(str(tmp_path / "new"))
+  run_tokenizer = run_record.load_run_tokenizer(str(tmp_path / "new"))
   for copy in (run_tokenizer, load_tokenizer(str(tmp_path / "out"))):
     assert (copy.eos_id, copy.fingerprint) == (want.eos_id, want.fingerprint)
 

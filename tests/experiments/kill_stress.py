@@ -1,5 +1,7 @@
 """Kills and stops a small experiments.pretrain again and again; it must log what an uninterrupted
-run does, to the bit. No test, but a measure.
+run does, to the bit.
+
+This is no test of the suite, but is run by hand:
 
   python -m tests.experiments.kill_stress --kills=12
 
@@ -9,7 +11,7 @@ say of the steps before.
 
 Half fall anywhere in a start (imports, compiling, restoring), half up to --seconds after the first
 step that the process logs: in steps, evaluations and the writing of checkpoints, which goes on
-beside the steps. What a process was doing is found out after its death, from what it left.
+beside the steps. What a process was doing is read from the files that it left.
 """
 
 import argparse
@@ -24,7 +26,8 @@ import time
 
 import jax
 
-from sparsek.runs.checkpoint import HALF_WRITTEN, checkpoint_folder, saved_steps
+from sparsek.runs.checkpoint import checkpoint_folder, saved_steps
+from sparsek.runs.checkpoint_writer import HALF_WRITTEN
 from sparsek.runs.metrics import read_metrics
 from tests.experiments.pretrain_test import (
   finish,
@@ -48,7 +51,7 @@ STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
 def activity(workdir: str, err: str, records: list[dict]) -> str:
-  """What a killed process was doing, from its stderr and the files it left."""
+  """Returns what a killed process was doing, from its stderr and the files it left."""
   if "  loss " not in err:
     return "between restore and first step" if "resuming" in err else "starting"
   checkpoints = checkpoint_folder(workdir)
@@ -91,7 +94,7 @@ def main() -> None:
     whole, killed = os.path.join(folder, "whole"), os.path.join(folder, "killed")
     code, _, err = finish(start(whole, data, environment, *FLAGS))
     assert code == 0, err
-    wrong, seconds_to_start, found = 0, 6.0, collections.Counter()
+    wrong, seconds_to_start, counts = 0, 6.0, collections.Counter()
     in_start = [bool(i % 2) for i in range(args.kills)]
     rng.shuffle(in_start)
     for kill in range(1, args.kills + 1):
@@ -109,7 +112,7 @@ def main() -> None:
       code, out, err = finish(process)
       records = read_metrics(os.path.join(killed, "metrics.jsonl"))
       doing = outcome(how, code, out) or activity(killed, err, records)
-      found[doing] += 1
+      counts[doing] += 1
       after = f"{moment:5.2f} s after its start{''.join(f' with {flag}' for flag in back)}"
       last = records[-1]["step"] if records else "none"
       print(f"kill {kill:2}: {how.name} {after}, {doing}; last step logged {last}", flush=True)
@@ -124,7 +127,7 @@ def main() -> None:
   print(
     f"{len(want)} lines of metrics.jsonl ({sum(map(len, want))} values), {len(got)} after the "
     f"kills: {differing} differ; {skipped} updates were skipped; {wrong} processes ended "
-    f"wrongly; {', '.join(f'{count} {doing}' for doing, count in found.most_common())}"
+    f"wrongly; {', '.join(f'{count} {doing}' for doing, count in counts.most_common())}"
   )
   print(f"python {platform.python_version()} jax {jax.__version__} cpu")
   sys.exit(differing + wrong > 0)

@@ -68,6 +68,13 @@ def test_table_and_record(folder, capsys):
   )
 
 
+def test_layers_that_get_most_of_the_keys(folder, capsys):
+  words = ["--seq_len=64", "--eval_batches=1", "--window=8", "--k=3", "--budget=20"]
+  assert run(f"--workdir={folder}/dense", *words, "--long_layers=2") == 0
+  (line,) = [line for line in capsys.readouterr().out.splitlines() if "--layer_pattern" in line]
+  assert parse_layer_pattern(line.partition("=")[2]) == ("sparsek:k12:w8",) * 2
+
+
 @pytest.mark.parametrize(
   "given, message",
   [

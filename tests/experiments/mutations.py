@@ -108,7 +108,7 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def _places(value, path=()) -> list[tuple]:
-  """Paths to everything inside a JSON value."""
+  """Returns the paths to everything inside a JSON value."""
   items = (
     value.items()
     if isinstance(value, dict)
@@ -176,7 +176,7 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_lines(content: bytes, rng: random.Random) -> bytes:
-  """The same for a file of JSON lines: one of them, or their order."""
+  """Returns a changed file of JSON lines: one of them is changed, or their order."""
   if rng.random() < 0.35:
     return mutate_bytes(content, rng)
   lines = content.splitlines(keepends=True)

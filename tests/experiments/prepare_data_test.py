@@ -37,8 +37,8 @@ def test_bytes_then_verify(source, tmp_path, capsys):
 
 def test_what_begins_a_document_is_said(source, tmp_path, capsys):
   spm().save(str(tmp_path))
-  made = lambda name, *more: run(
-    f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more
+  made = lambda name, *extra: run(
+    f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *extra
   )
   assert made("pieces", f"--tokenizer={tmp_path}/tokenizer.json") == 0
   assert ", each document begins with <s> and ends with </s>\n" in capsys.readouterr().out
@@ -78,8 +78,8 @@ def test_bpe_trained_then_loaded(source, tmp_path, capsys):
 
 def test_what_comes_out_is_compared_with_a_record(source, tmp_path, capsys):
   """Made again it is the same; with another split it is not, and the folder stays."""
-  made = lambda name, *more: run(
-    f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *more
+  made = lambda name, *extra: run(
+    f"--sources={source}", "--text_field=body", f"--output={tmp_path}/{name}", *extra
   )
   record = f"--expect={tmp_path}/first/meta.json"
   assert made("first") == 0 and made("second", record) == 0
@@ -117,8 +117,8 @@ def test_text_and_tasks_mixed(source, tmp_path, capsys):
   dataset = open_data(str(tmp_path / "mix"))
   for name in ("train", "heldout"):
     split = dataset.split(name)
-    found = [split.document(i)[~split.uncounted(i)] for i in range(split.num_documents)]
-    assert sum(map(len, found)) == split.num_counted
+    counted = [split.document(i)[~split.uncounted(i)] for i in range(split.num_documents)]
+    assert sum(map(len, counted)) == split.num_counted
   assert "the loss counts" in capsys.readouterr().out
 
 
@@ -188,7 +188,7 @@ def test_bad_input_exits_with_2_and_one_sentence(source, tmp_path, capsys, argum
     ("os.rename", False),
     ("json.dump", False),
     ("numpy.save", True),
-    ("sparsek.tokenizer.write_atomically", True),
+    ("sparsek.data.tokenizer.write_atomically", True),
   ],
 )
 def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(
@@ -237,3 +237,13 @@ def test_what_was_left_out_is_told(tmp_path, capsys):
     f"left out: 1 lines without a text that could be read (the first: {folder}/d.jsonl:2: "
     f"expected text"
   ) in printed
+
+
+def test_text_that_is_not_utf8_stops_or_is_replaced(tmp_path, capsys):
+  (tmp_path / "text.txt").write_bytes("café".encode("latin-1"))
+  words = (f"--sources={tmp_path}/text.txt", f"--output={tmp_path}/made", "--heldout_fraction=0")
+  assert run(*words) == 2
+  assert "text.txt: not UTF-8: byte 0xe9" in capsys.readouterr().err
+  assert run(*words, "--errors=replace") == 0
+  dataset = open_data(f"{tmp_path}/made")
+  assert dataset.tokenizer.decode(dataset.split("train").document(0)) == "caf\ufffd"

@@ -47,7 +47,7 @@ def write_documents(folder):
 
 
 def sharing_compiled(folder):
-  """The environment of processes that share compiled programs, which cost most of their time."""
+  """Returns the environment of processes that share compiled programs, to save most of the time."""
   return {
     **os.environ,
     "JAX_COMPILATION_CACHE_DIR": folder,

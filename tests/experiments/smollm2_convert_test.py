@@ -1,5 +1,6 @@
-"""The commands of the conversion's recipe are what the scripts take; its picture. What they do:
-import_hf_test.py.
+"""The recipe of the conversion: its commands parse, its picture is drawn.
+
+import_hf_test.py runs such commands.
 """
 
 import os
@@ -10,7 +11,9 @@ from absl import flags as absl_flags
 
 from experiments import evaluate, evaluate_tasks, import_hf
 from experiments.recipes import smollm2_convert, stages
-from sparsek.command_line import flags
+from sparsek.command_line.configs import model_config, train_config
+from sparsek.command_line.main import parse
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TransformerConfig
 
 OPTIONS = types.SimpleNamespace(
@@ -43,8 +46,7 @@ SMOLLM2 = TransformerConfig(
 
 def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
   values = absl_flags.FlagValues()
-  for define in (flags.define_model_flags, flags.define_data_flags, flags.define_train_flags):
-    define(values)
+  define_pretrain_flags(values)
   known = {
     "import_hf": import_hf.FLAGS,
     "evaluate": evaluate.FLAGS,
@@ -55,9 +57,9 @@ def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
   for name, (module, *words) in smollm2_convert.stages(OPTIONS).items():
     for flag in known[module]:
       known[module][flag].unparse()
-    flags.parse([module, *words], known[module])
+    parse([module, *words], known[module])
     config = (
-      flags.model_config(known[module], pretrained=SMOLLM2)
+      model_config(known[module], pretrained=SMOLLM2)
       if module in ("import_hf", "pretrain")
       else None
     )
@@ -70,7 +72,7 @@ def test_every_command_parses_and_less_than_ten_million_tokens_train_a_model():
         True,
       )
     if module == "pretrain":
-      train = flags.train_config(values)
+      train = train_config(values)
       start = os.path.basename(train.init_from)
       tokens[name] = (
         tokens.get(start, 0)

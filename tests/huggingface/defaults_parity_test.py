@@ -7,7 +7,9 @@ import json
 
 import pytest
 
-from sparsek.huggingface.families import ACTIVATIONS, FAMILIES, read_config
+from sparsek.huggingface.config_fields import ACTIVATIONS
+from sparsek.huggingface.config_reading import read_config
+from sparsek.huggingface.families import FAMILIES
 
 reason = "compares with transformers, which is not installed here: pip install -e '.[parity]'"
 transformers = pytest.importorskip("transformers", reason=reason)
@@ -30,7 +32,7 @@ LLAMA = {
   "hidden_act": "silu",
 }
 QWEN = {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-# Every field that is read, with another value than its default.
+# All fields that are read, with other values than their defaults.
 FULL = {
   "llama": {**LLAMA, "attention_bias": True, "mlp_bias": True},
   "mistral": {**LLAMA, "sliding_window": 7},
@@ -60,7 +62,7 @@ FULL = {
 
 
 def theirs(name, fields):
-  """Our fields as transformers' object has them."""
+  """Returns the values of our fields in transformers' configuration."""
   config = transformers.AutoConfig.for_model(name, **json.loads(json.dumps(fields)))
   get = lambda *keys: next(
     (v for v in (getattr(config, key, None) for key in keys) if v is not None), None

@@ -110,7 +110,7 @@ TOKENS = np.random.default_rng(0).integers(0, V, (2, N))
 
 
 def random_model(name):
-  """A model of theirs with all weights moved, so that no bias or scale is left out unseen."""
+  """Returns a model of transformers with all weights changed, also those of biases and scales."""
   kind, fields = CASES[name]
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(
@@ -190,7 +190,7 @@ NEOX_451 = {
 @pytest.mark.parametrize(
   "name, changes",
   [
-    ("llama", {"rope_scaling": LINEAR}),  # beside rope_parameters, which lose
+    ("llama", {"rope_scaling": LINEAR}),  # wins over rope_parameters
     ("llama", {"rope_parameters": None, "rope_scaling": LINEAR, "rope_theta": 500.0}),
     ("gpt_neox", NEOX_451),
   ],
@@ -216,7 +216,7 @@ def test_half_precision(dtype, tmp_path):
   }
   assert config.dtype == ("bfloat16" if dtype == torch.bfloat16 else "float32")
   wide = dataclasses.replace(config, dtype="float32")
-  # model.float() would keep halved RoPE frequencies
+  # model.float() would keep the rounded RoPE frequencies
   exact = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "theirs", dtype=torch.float32
   )

@@ -1,5 +1,5 @@
-"""What every implementation of SPARSEK attention must do; an implementation's test is a subclass
-that names it.
+"""The tests that each implementation of SPARSEK attention must pass; an implementation's test is a
+subclass that names it.
 """
 
 import dataclasses
@@ -221,9 +221,11 @@ class AttentionTest:
 
   def test_vmap(self, batch_of_two):
     inputs, cotangent, attention, _, plain = batch_of_two
-    mapped = lambda *x: jnp.sum(
-      cotangent * jax.vmap(lambda *x: attention(*(y[None] for y in x))[0])(*x)
-    )
+
+    def mapped(*x):
+      of_row = lambda *row: attention(*(y[None] for y in row))[0]
+      return jnp.sum(cotangent * jax.vmap(of_row)(*x))
+
     for x, y in zip(jax.jit(jax.grad(mapped, argnums=(0, 1, 2, 3)))(*inputs), plain):
       assert self.close(x, y)
 

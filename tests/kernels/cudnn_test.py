@@ -14,8 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as wrapper
 
 import sparsek
 from sparsek.config import TransformerConfig
-from sparsek.kernels import cudnn
-from sparsek.kernels.hopper import thread_ops
+from sparsek.kernels import cudnn, devices
 from sparsek.model.layers import full_attention
 
 GPUS = {
@@ -36,7 +35,7 @@ def gpu(monkeypatch):
     )
     numbers = lambda text: tuple(map(int, text.split(".")))
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
-    monkeypatch.setattr(thread_ops, "can_run", lambda: False)
+    monkeypatch.setattr(devices, "can_run", lambda: False)
     monkeypatch.setattr(
       wrapper, "check_compute_capability", lambda least: numbers(capability) >= numbers(least)
     )

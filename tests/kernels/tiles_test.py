@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sparsek
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.kernels import specs
 from sparsek.kernels.tiles import (
   key_tiles,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from sparsek.attention.scoring import position_in_document
+from sparsek.attention.documents import position_in_document
 from sparsek.config import ATTENTION_KINDS, TransformerConfig
 from sparsek.generation.cache import init_cache
 from sparsek.model import baselines

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.attention.documents import position_in_document
 from sparsek.attention.scorer_loss import attention_mass_loss
-from sparsek.attention.scoring import position_in_document
 from sparsek.config import TransformerConfig
 from sparsek.model.layers import (
   ATTENTION_MODULES,

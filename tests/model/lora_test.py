@@ -20,9 +20,10 @@ from sparsek.parallel.mesh import make_mesh, put_batch, replicated
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.runs.parameter_table import parameter_shapes
 from sparsek.training import plan
+from sparsek.training.checks import check_adapters
 from sparsek.training.objective import summed_losses
 from sparsek.training.optimizer import make_optimizer
-from sparsek.training.step import TrainState, abstract_state, check_adapters, make_train_step
+from sparsek.training.step import TrainState, abstract_state, make_train_step
 from tests.helpers import quick_jit
 
 PLAIN = TransformerConfig(
@@ -69,7 +70,7 @@ def new_adapters(config):
 
 
 def trained_adapters(config):
-  """As after training: B is not 0."""
+  """Returns adapters as after training: B is not 0."""
   learned, frozen = lora.split(new_adapters(config))
   leaves, tree = jax.tree.flatten(learned)
   noise = [
@@ -77,7 +78,7 @@ def trained_adapters(config):
     for key, leaf in zip(jax.random.split(jax.random.key(2), len(leaves)), leaves)
   ]
   return lora.join(
-    jax.tree.unflatten(tree, [leaf + more for leaf, more in zip(leaves, noise)]), frozen
+    jax.tree.unflatten(tree, [leaf + change for leaf, change in zip(leaves, noise)]), frozen
   )
 
 
@@ -86,9 +87,11 @@ def logits(config, params):
 
 
 def test_new_adapters_change_nothing():
-  loss = lambda config, params: float(
-    quick_jit(lambda params: summed_losses(config, params, BATCH, 8).cross_entropy)(params)
-  )
+
+  def loss(config, params):
+    summed = lambda params: summed_losses(config, params, BATCH, 8).cross_entropy
+    return float(quick_jit(summed)(params))
+
   params = init_params(PLAIN, jax.random.key(0))
   assert loss(LORA, new_adapters(LORA)) == loss(PLAIN, params)
   assert loss(LORA, trained_adapters(LORA)) != loss(PLAIN, params)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.attention import api as attention_api
 from sparsek.config import PRESETS, TransformerConfig, preset
+from sparsek.kernels import devices
 from sparsek.model.transformer import (
   Transformer,
   count_params,
@@ -132,7 +132,7 @@ def test_scanned_layers_equal_a_loop():
 
 
 def test_layers_have_a_k_and_a_window_of_their_own():
-  """As many layers as a pattern names, each as in a model that has its k and window everywhere."""
+  """A pattern names as many layers, each as in a model that has its k and window everywhere."""
   uniform = dataclasses.replace(BASE, k=5, window=2)
   for pattern in ("sparsek:k5:w2", "sparsek:k5:w2*1"):
     np.testing.assert_array_equal(run(dataclasses.replace(BASE, attention=pattern)), run(uniform))
@@ -204,9 +204,14 @@ def test_attention_is_computed_again_under_full_remat_only(
   remat, times, implementation, monkeypatch
 ):
   """Traced only: no GPU is needed."""
-  monkeypatch.setattr(attention_api, "_resolve", lambda *_: implementation)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda _: None)
   config = dataclasses.replace(
-    FULL, num_layers=2, attention="sparsek", dtype="bfloat16", remat=remat
+    FULL,
+    num_layers=2,
+    attention="sparsek",
+    dtype="bfloat16",
+    remat=remat,
+    implementation=implementation,
   )
   params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
   gradient = jax.make_jaxpr(

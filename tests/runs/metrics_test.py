@@ -1,7 +1,9 @@
-"""Files of records: what is kept byte for byte, skipped and told, refused or cannot be written."""
+"""Files of records: lines that are kept, skipped or cut; files that are refused."""
 
 import errno
 import os
+import sys
+import types
 
 import pytest
 
@@ -164,3 +166,24 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
   writer.write({"step": 2, "loss": float("nan")})
   writer.close()
   assert path.read_bytes() == ONE + b'{"step": 2, "loss": null}\n'
+
+
+def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(UsageError, match="--tensorboard needs tensorboardX: pip install"):
+    MetricsWriter(str(tmp_path), 0, tensorboard=True)
+  written = []
+  events = types.SimpleNamespace(
+    add_scalar=lambda *args: written.append(args),
+    flush=lambda: written.append("flush"),
+    close=lambda: None,
+  )
+  monkeypatch.setitem(
+    sys.modules,
+    "tensorboardX",
+    types.SimpleNamespace(SummaryWriter=lambda folder, **options: events),
+  )
+  writer = MetricsWriter(str(tmp_path), 0, tensorboard=True)
+  writer.write({"step": 3, "loss": 2.0})
+  writer.close()
+  assert written == [("loss", 2.0, 3), "flush"]

@@ -1,8 +1,9 @@
-"""A run's folder: records of any content are kept; what fails is one sentence."""
+"""A run's folder: records of any content are kept; each failure is one sentence."""
 
 import errno
 import fcntl
 import os
+import types
 
 import pytest
 
@@ -84,5 +85,24 @@ def test_a_write_that_failed_after_the_old_record_was_kept_does_not_keep_it_twic
 def test_records_are_never_overwritten(tmp_path):
   for text in ("a", "a", "b", "c"):
     run_directory.write_record(str(tmp_path), "flags.txt", text)
-  found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-  assert found == {"flags.txt": "c", "flags.1.txt": "a", "flags.2.txt": "b"}
+  contents = {path.name: path.read_text() for path in tmp_path.iterdir()}
+  assert contents == {"flags.txt": "c", "flags.1.txt": "a", "flags.2.txt": "b"}
+
+
+def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
+  options = {}
+  monkeypatch.setattr(run_directory.jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(
+    run_directory.jax,
+    "config",
+    types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__),
+  )
+  run_directory.use_compilation_cache("/run")
+  assert options == {"jax_compilation_cache_dir": "/run/compilation_cache"}
+  monkeypatch.setenv(run_directory.COMPILATION_CACHE, "/grid")
+  run_directory.use_compilation_cache("/run")
+  assert options == {"jax_compilation_cache_dir": "/grid"}
+  options.clear()
+  run_directory.jax.config.jax_compilation_cache_dir = "/elsewhere"
+  run_directory.use_compilation_cache("/run")
+  assert not options

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint: what moves, what a repeated command does."""
+"""Return to an earlier checkpoint: files that are set aside, and repeated commands."""
 
 import os
 
@@ -19,7 +19,7 @@ def workdir(tmp_path):
 
 
 def go_back(workdir, step):
-  """Does what a start with --restore_step does; returns the step it asks for, and the lines."""
+  """Goes back as a start with --restore_step; returns the step to restore, and the lines."""
   lines = []
   wanted = set_aside.step_to_restore(str(workdir), step, lines.append)
   if wanted is not None:

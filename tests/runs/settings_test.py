@@ -1,11 +1,12 @@
-"""The settings that made a run, compared with what is wanted."""
+"""Settings of a run, compared with those that a command asks for."""
 
 import json
 import os
 
 import pytest
 
-from sparsek.command_line import flags
+from experiments.recipes import stages
+from sparsek.command_line.definer import into_string
 from sparsek.errors import UsageError
 from sparsek.runs import run_directory, settings
 
@@ -13,12 +14,12 @@ BASE = ["--workdir=/a/runs/x", "--data=/a/data"]
 
 
 def of(*words, script="pretrain", base=BASE):
-  return settings.effective(settings.parse(script, [*base, *words]))
+  return settings.effective(settings.parse([*base, *words], stages.DEFINE[script]))
 
 
 def write(folder, *words, name="flags.txt"):
   os.makedirs(folder, exist_ok=True)
-  text = flags.into_string(settings.parse("pretrain", words))
+  text = into_string(settings.parse(words))
   (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -100,7 +101,7 @@ def test_differences_of_other_commands(script, old, new, lines):
 
 
 def test_every_neutral_flag_says_why():
-  known = {name for script in settings.DEFINED for name in settings.parse(script, [])}
+  known = {name for define in stages.DEFINE.values() for name in settings.parse([], define)}
   assert all(settings.NEUTRAL.values()) and set(settings.NEUTRAL) - {"restore_step"} <= known
 
 

@@ -1,6 +1,4 @@
-"""Files are replaced whole or not at all; paths and JSON that cannot be used are refused by
-name.
-"""
+"""Files are replaced completely or not at all; messages name paths and JSON that are refused."""
 
 import errno
 import multiprocessing

@@ -1,4 +1,4 @@
-"""New folders appear whole or not at all, and nothing of those that failed stays."""
+"""New folders appear complete or not at all, and failures leave nothing."""
 
 import contextlib
 import fcntl
@@ -92,11 +92,11 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     raise OSError(37, "No locks available")
 
   monkeypatch.setattr(fcntl, "flock", without_locks)
-  left = temporary_name(str(tmp_path / "new"))  # perhaps of a process that goes on
-  os.mkdir(left)
+  other = temporary_name(str(tmp_path / "new"))  # its process may still be running
+  os.mkdir(other)
   with new_folder(str(tmp_path / "new")):
     pass
-  assert sorted(os.listdir(tmp_path)) == sorted(["new", os.path.basename(left)])
+  assert sorted(os.listdir(tmp_path)) == sorted(["new", os.path.basename(other)])
 
 
 def test_of_two_that_need_not_be_alone_the_first_to_end_has_it(tmp_path):

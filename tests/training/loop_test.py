@@ -1,4 +1,5 @@
-"""The loop within one process: what a run writes, how it resumes, what it refuses.
+"""The loop within one process: the files a run writes, resuming, refusals.
+
 tests/experiments kills real processes.
 """
 
@@ -10,8 +11,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,9 @@ from sparsek.data.tokenizer import ByteTokenizer, train_bpe
 from sparsek.errors import RunError, UsageError
 from sparsek.model.transformer import init_params, unstack_layers
 from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, checkpoint_writer, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
-from sparsek.training import loop
-from sparsek.training import start as start_lib
+from sparsek.training import init_from, loop, report, start
 from sparsek.training.step import make_eval_step
 
 CONFIG = TransformerConfig(
@@ -46,7 +44,7 @@ CONFIG = TransformerConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Every call of train() compiles anew; the tests share the result."""
+  """Lets the tests share compiled programs, since every call of train() compiles again."""
   options = {
     "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -96,7 +94,7 @@ def logged(workdir):
 
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory):
-  """The workdir of an uninterrupted run, and its result."""
+  """Returns the workdir of an uninterrupted run, and its result."""
   workdir = str(tmp_path_factory.mktemp("run"))
   return workdir, loop.train(CONFIG, run_config(workdir), dataset, "--a_flag=1\n")
 
@@ -122,9 +120,9 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
     steps[-1]["loss"],
     evaluations[-1]["heldout_loss"],
   )
-  assert checkpoint.load_run_config(workdir)[0] == CONFIG
+  assert run_record.load_run_config(workdir)[0] == CONFIG
   assert checkpoint.load_params(workdir, CONFIG)[1] == 8
-  assert checkpoint.load_run_tokenizer(workdir).fingerprint == ByteTokenizer.fingerprint
+  assert run_record.load_run_tokenizer(workdir).fingerprint == ByteTokenizer.fingerprint
   with open(os.path.join(workdir, "flags.txt")) as file:
     assert file.read() == "--a_flag=1\n"
   with open(os.path.join(workdir, "versions.json")) as file:
@@ -132,7 +130,7 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
 
 
 def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(loop.flops, "peak", lambda _: 1e6)
+  monkeypatch.setattr(report.flops, "peak", lambda _: 1e6)
   loop.train(CONFIG, run_config(tmp_path, profile_steps="3:5"), dataset)
   records = read_metrics(tmp_path / "metrics.jsonl")
   batch_flops = []
@@ -154,29 +152,8 @@ def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkey
   assert "a trace of steps 3 to 5" in said and "% MFU" in said
 
 
-def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
-  options = {}
-  monkeypatch.setattr(run_directory.jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(
-    run_directory.jax,
-    "config",
-    types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__),
-  )
-  run_directory.use_compilation_cache("/run")
-  assert options == {"jax_compilation_cache_dir": "/run/compilation_cache"}
-  monkeypatch.setenv(run_directory.COMPILATION_CACHE, "/grid")
-  run_directory.use_compilation_cache("/run")
-  assert options == {"jax_compilation_cache_dir": "/grid"}
-  options.clear()
-  run_directory.jax.config.jax_compilation_cache_dir = "/elsewhere"
-  run_directory.use_compilation_cache("/run")
-  assert not options
-
-
 def test_the_loop_moves_nothing_unasked(finished, dataset, tmp_path, monkeypatch):
-  """Batches in by device_put and metrics out by device_get; between them the host must not make the
-  devices wait.
-  """
+  """Only device_put of batches and device_get of metrics move data between host and devices."""
   original = loop._Run.loop
 
   def guarded(*args):
@@ -201,9 +178,9 @@ def test_a_complete_run_says_so(finished, dataset):
   assert logged(finished[0]) == before
 
 
-def stop_at(monkeypatch, call, name):
-  """Sends this process SIGTERM in the given call of train.<name>."""
-  calls, original = [], getattr(loop, name)
+def stop_at(monkeypatch, call, module, name):
+  """Sends this process SIGTERM in the given call of module.name."""
+  calls, original = [], getattr(module, name)
 
   def interrupted(*args, **kwargs):
     calls.append(1)
@@ -211,18 +188,23 @@ def stop_at(monkeypatch, call, name):
       os.kill(os.getpid(), signal.SIGTERM)
     return original(*args, **kwargs)
 
-  monkeypatch.setattr(loop, name, interrupted)
+  monkeypatch.setattr(module, name, interrupted)
 
 
 @pytest.mark.parametrize(
-  "name, call, step",
-  [("put_batch", 3, 3), ("heldout_loss", 1, 4), ("heldout_loss", 2, 8), ("init_params", 1, 0)],
+  "module, name, call, step",
+  [
+    (loop, "put_batch", 3, 3),
+    (loop, "heldout_loss", 1, 4),
+    (loop, "heldout_loss", 2, 8),
+    (init_from, "init_params", 1, 0),
+  ],
 )
 def test_sigterm_saves_and_the_resumed_run_logs_the_same(
-  finished, dataset, tmp_path, monkeypatch, name, call, step
+  finished, dataset, tmp_path, monkeypatch, module, name, call, step
 ):
   with monkeypatch.context() as patch:
-    stop_at(patch, call, name)
+    stop_at(patch, call, module, name)
     result = loop.train(CONFIG, run_config(tmp_path), dataset)
   assert result.step == step and checkpoint.saved_steps(str(tmp_path))[-1] == step
   assert result.stopped == (step < 8)
@@ -241,7 +223,7 @@ def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, 
   assert "resuming" in (said := capsys.readouterr().err) and "k 64 -> 3" in said
   assert {"flags.txt", "flags.1.txt", "model.json", "model.1.json"} <= set(os.listdir(tmp_path))
   assert (tmp_path / "flags.1.txt").read_text() == "--num_steps=4\n"
-  assert checkpoint.load_run_config(str(tmp_path))[0] == other
+  assert run_record.load_run_config(str(tmp_path))[0] == other
 
 
 def test_a_stage_stops_and_the_next_goes_on(finished, dataset, tmp_path):
@@ -290,9 +272,7 @@ def test_init_from_takes_parameters_only(finished, dataset, tmp_path):
 def test_init_from_takes_another_kind_of_attention_from_its_own_layers(
   finished, dataset, tmp_path, capsys
 ):
-  """A dense run as a hybrid that scans; its own parameters are those of the run, scorers are new;
-  and back.
-  """
+  """Makes a scanned hybrid of a dense run, with new scorers and all else from the run; and back."""
   hybrid = dataclasses.replace(
     CONFIG,
     num_layers=4,
@@ -305,30 +285,30 @@ def test_init_from_takes_another_kind_of_attention_from_its_own_layers(
   dense = dataclasses.replace(hybrid, attention=("full",), scan_layers=False)
   settings = functools.partial(run_config, seed=3, data=DataConfig("d", 16, 2))
   loop.train(dense, settings(tmp_path / "dense", num_steps=4), dataset)
-  start, _ = checkpoint.load_params(str(tmp_path / "dense"), dense)
+  dense_params, _ = checkpoint.load_params(str(tmp_path / "dense"), dense)
   begin = lambda config, name, source: loop.train(
     config, settings(tmp_path / name, 1, init_from=str(tmp_path / source)), dataset
   )
   begin(hybrid, "hybrid", "dense")
   assert "drawn anew: attention/scorer of 2 layers" in capsys.readouterr().err
-  params, step = start_lib.load(
+  params, step = init_from.load(
     str(tmp_path / "dense"), hybrid, None, jax.random.key(3), None, print
   )
   assert step == 4
   drawn = unstack_layers(hybrid, init_params(hybrid, jax.random.key(3)))
-  found = unstack_layers(hybrid, params)
+  converted = unstack_layers(hybrid, params)
   for i in range(4):
-    scorer = found[f"layers_{i}"]["attention"].pop("scorer", None)
+    scorer = converted[f"layers_{i}"]["attention"].pop("scorer", None)
     assert (scorer is None) == (i % 2 == 1)
     jax.tree.map(
       np.testing.assert_array_equal, scorer, drawn[f"layers_{i}"]["attention"].get("scorer")
     )
-  jax.tree.map(np.testing.assert_array_equal, found, start)
+  jax.tree.map(np.testing.assert_array_equal, converted, dense_params)
   begin(dense, "back", "hybrid")
   assert "left out: attention/scorer of 2 layers" in capsys.readouterr().err
-  conv, told = dataclasses.replace(hybrid, scorer="conv"), []  # of another shape
-  start_lib.load(str(tmp_path / "hybrid"), conv, None, jax.random.key(3), None, told.append)
-  assert "drawn anew: attention/scorer of 2 layers" in "".join(told)
+  conv, lines = dataclasses.replace(hybrid, scorer="conv"), []  # of another shape
+  init_from.load(str(tmp_path / "hybrid"), conv, None, jax.random.key(3), None, lines.append)
+  assert "drawn anew: attention/scorer of 2 layers" in "".join(lines)
   with pytest.raises(UsageError, match="--mlp_dim=16 here, 8 there"):
     begin(dataclasses.replace(hybrid, mlp_dim=16), "other", "dense")
 
@@ -343,10 +323,10 @@ def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(
   loop.train(config, settings(tmp_path / "parts", stop_at=3), dataset)
   loop.train(config, settings(tmp_path / "parts"), dataset)
   assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
-  plain, _ = checkpoint.load_run_config(str(tmp_path / "whole"))
+  plain, _ = run_record.load_run_config(str(tmp_path / "whole"))
   assert (
     plain == CONFIG
-    and checkpoint.load_run_config(str(tmp_path / "whole"), adapters=True)[0] == config
+    and run_record.load_run_config(str(tmp_path / "whole"), adapters=True)[0] == config
   )
   base, params = (
     checkpoint.load_params(str(folder), CONFIG)[0] for folder in (finished[0], tmp_path / "whole")
@@ -415,7 +395,7 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(
 ):
   loop.train(CONFIG, run_config(tmp_path, num_steps=4), dataset)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  original = checkpoint.CheckpointWriter.save
+  original = checkpoint_writer.CheckpointWriter.save
 
   def save_on_a_full_disk(self, *args):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
@@ -425,7 +405,7 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-  monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save_on_a_full_disk)
+  monkeypatch.setattr(checkpoint_writer.CheckpointWriter, "save", save_on_a_full_disk)
   with pytest.raises(
     RunError, match="the checkpoint of step 8 could not be saved .* newest is of step 4"
   ):
@@ -437,7 +417,7 @@ def test_a_full_disk_is_an_error_at_the_end_and_keeps_what_was_saved(
 
 @pytest.fixture
 def run_copy(finished, tmp_path):
-  """A copy of the finished run, with checkpoints of steps 4 and 8, that a test may spoil."""
+  """Returns a copy of the finished run, with checkpoints of steps 4 and 8, to be spoilt."""
   shutil.copytree(finished[0], tmp_path / "run")
   return tmp_path / "run"
 
@@ -461,7 +441,7 @@ def test_parameters_that_no_loss_has_seen_are_not_saved(dataset, run_copy):
 
 @pytest.mark.parametrize("leaf", ["params", "opt_state"])
 def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkeypatch):
-  original = loop.make_train_step
+  original = start.make_train_step
 
   def ruining(*args):
     step = original(*args)
@@ -475,7 +455,7 @@ def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkey
 
     return ruined
 
-  monkeypatch.setattr(loop, "make_train_step", ruining)
+  monkeypatch.setattr(start, "make_train_step", ruining)
   with pytest.raises(
     RunError, match="parameters or moments of step 1 are not finite.*no checkpoint"
   ):
@@ -505,8 +485,8 @@ def test_a_run_goes_back_to_a_step_and_logs_the_same(finished, dataset, run_copy
 
 
 def test_skipped_spikes_are_told_and_resume_to_the_bit(dataset, tmp_path, monkeypatch, capsys):
-  """Takes losses that hardly fall: those above their mean are spikes here."""
-  monkeypatch.setattr(loop.spikes, "FIRST", 2)
+  """The losses hardly fall: those above their mean are spikes here."""
+  monkeypatch.setattr(report.spikes, "FIRST", 2)
 
   def settings(workdir, **fields):
     config = run_config(workdir, spike_factor=1.001, log_every=1, **fields)
@@ -522,7 +502,7 @@ def test_skipped_spikes_are_told_and_resume_to_the_bit(dataset, tmp_path, monkey
   assert logged(tmp_path / "parts") == whole
   with pytest.raises(RunError, match="a spike, by --spike_factor=1.001: .*--on_spike"):
     loop.train(CONFIG, settings(tmp_path / "stop", on_spike="stop"), dataset)
-  monkeypatch.setattr(loop.spikes, "MOST_IN_A_ROW", 1)
+  monkeypatch.setattr(report.spikes, "MOST_IN_A_ROW", 1)
   with pytest.raises(RunError, match="it is the 1th in a row"):
     loop.train(CONFIG, settings(tmp_path / "row"), dataset)
 
@@ -531,7 +511,7 @@ def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(
   dataset, tmp_path, monkeypatch
 ):
   """Its batch has no finite loss under any parameters; the checkpoint's are from before it."""
-  original, batches = loop.make_train_step, []
+  original, batches = start.make_train_step, []
 
   def spiking(*args):
     step = original(*args)
@@ -544,7 +524,7 @@ def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(
 
     return spike_at_4
 
-  monkeypatch.setattr(loop, "make_train_step", spiking)
+  monkeypatch.setattr(start, "make_train_step", spiking)
   config = run_config(tmp_path, num_steps=4, eval_every=0, spike_factor=2.0)
   assert loop.train(CONFIG, config, dataset).step == 4
   assert checkpoint.saved_steps(str(tmp_path)) == [4]
@@ -654,26 +634,6 @@ def test_that_checkpoints_can_be_written_is_found_out_before_the_first_step(
   assert os.listdir(tmp_path / "checkpoints") == []
 
 
-@pytest.mark.parametrize("number", loop.STOP_SIGNALS)
-def test_signals_ask_a_run_to_stop(number):
-  before = signal.getsignal(number)
-  with loop.StopSignal() as stop:
-    assert not stop.requested
-    signal.raise_signal(number)
-    assert stop.requested
-  assert signal.getsignal(number) == before
-
-
-def test_a_run_under_nohup_outlives_the_terminal():
-  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  try:
-    with loop.StopSignal() as stop:
-      signal.raise_signal(signal.SIGHUP)
-      assert not stop.requested
-  finally:
-    signal.signal(signal.SIGHUP, old)
-
-
 def test_an_implementation_that_cannot_run_is_refused(dataset, tmp_path):
   with pytest.raises(UsageError, match="--implementation=mosaic_tpu: "):
     loop.train(
@@ -701,7 +661,7 @@ def test_no_run_goes_on_in_the_folder_of_an_imported_model(dataset, finished, tm
 def test_a_run_says_where_its_documents_begin_otherwise(dataset, finished, tmp_path):
   shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
   record, said = json.loads((tmp_path / "model.json").read_text()), []
-  check = functools.partial(loop._check_tokenizer, str(tmp_path), dataset, "d", said.append)
+  check = functools.partial(init_from.check_tokenizer, str(tmp_path), dataset, "d", said.append)
   check()
   assert not said
   record["tokenizer"]["bos_ids"] = [60, 62]
@@ -714,31 +674,9 @@ def test_a_run_says_where_its_documents_begin_otherwise(dataset, finished, tmp_p
 def test_a_model_of_hugging_face_says_where_its_documents_begin_otherwise(dataset, monkeypatch):
   tokenizer, said = ByteTokenizer(), []
   tokenizer.bos_ids = [60]
-  monkeypatch.setattr(loop, "load_tokenizer", lambda folder: tokenizer)
-  monkeypatch.setattr(loop.pretrained, "load", lambda *args, **options: (CONFIG, "parameters"))
-  run = types.SimpleNamespace(
-    dataset=dataset, config=CONFIG, train=run_config("w", init_from="hf:folder")
-  )
-  assert loop._Run._load_pretrained(run, "folder", None, said.append) == "parameters"
+  monkeypatch.setattr(init_from, "load_tokenizer", lambda folder: tokenizer)
+  monkeypatch.setattr(init_from.pretrained, "load", lambda *args, **options: (CONFIG, "parameters"))
+  train = run_config("w", init_from="hf:folder")
+  assert init_from.initial_params(CONFIG, train, dataset, None, said.append) == "parameters"
+  assert said.pop() == "starting from hf:folder"
   assert len(said) == 1 and "those of hf:folder with byte 60: make the data anew" in said[0]
-
-
-def test_tensorboard_gets_every_number_or_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  with pytest.raises(UsageError, match="--tensorboard needs tensorboardX: pip install"):
-    loop.MetricsWriter(str(tmp_path), 0, tensorboard=True)
-  written = []
-  events = types.SimpleNamespace(
-    add_scalar=lambda *args: written.append(args),
-    flush=lambda: written.append("flush"),
-    close=lambda: None,
-  )
-  monkeypatch.setitem(
-    sys.modules,
-    "tensorboardX",
-    types.SimpleNamespace(SummaryWriter=lambda folder, **options: events),
-  )
-  writer = loop.MetricsWriter(str(tmp_path), 0, tensorboard=True)
-  writer.write({"step": 3, "loss": 2.0})
-  writer.close()
-  assert written == [("loss", 2.0, 3), "flush"]

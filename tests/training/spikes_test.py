@@ -1,4 +1,4 @@
-"""The steps that are spikes, and what is kept of them."""
+"""Steps that are spikes, and the state after them."""
 
 import json
 
@@ -14,12 +14,12 @@ judge = jax.jit(spikes.judge)
 
 
 def judged(values, factor=2.0):
-  """Returns which of the steps (loss, gradient norm) are spikes, and the state after them."""
-  state, found = spikes.start(factor), []
+  """Returns whether each step (loss, gradient norm) is a spike, and the state after them."""
+  state, judgements = spikes.start(factor), []
   for loss, grad_norm in values:
     is_spike, state = judge(state, factor, jnp.float32(loss), jnp.float32(grad_norm))
-    found.append(bool(is_spike))
-  return found, state
+    judgements.append(bool(is_spike))
+  return judgements, state
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def judged(values, factor=2.0):
   ],
 )
 def test_a_step_beyond_the_factor_of_a_running_mean_is_a_spike(step, spike):
-  found, state = judged([(2.0, 1.0)] * spikes.FIRST + [step])
-  assert found == [False] * spikes.FIRST + [spike]
+  judgements, state = judged([(2.0, 1.0)] * spikes.FIRST + [step])
+  assert judgements == [False] * spikes.FIRST + [spike]
   assert int(state.skipped) == spike and np.isfinite(state.loss)
   if spike:
     assert (float(state.loss), float(state.grad_norm)) == (2.0, 1.0)
@@ -46,8 +46,8 @@ def test_the_first_steps_are_no_spikes_unless_not_finite():
 
 
 def test_the_mean_follows_the_run():
-  found, state = judged([(2.0, 1.0)] * 30 + [(2.0 - 0.01 * i, 1.0) for i in range(150)])
-  assert not any(found)
+  judgements, state = judged([(2.0, 1.0)] * 30 + [(2.0 - 0.01 * i, 1.0) for i in range(150)])
+  assert not any(judgements)
   assert 0.5 < float(state.loss) < 1.5
 
 

@@ -1,4 +1,4 @@
-"""The compiled step: the loss is the mean over all counted targets however the batch is cut."""
+"""The compiled step: the loss is the mean over all counted targets however the batch is split."""
 
 import dataclasses
 import json
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.attention.documents import position_in_document
 from sparsek.attention.scorer_loss import attention_mass_loss
-from sparsek.attention.scoring import position_in_document
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
-from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
 from sparsek.evaluation.loss_by_position import evaluate, token_losses
 from sparsek.model.layers import rotary_embedding, scoring_network
@@ -28,7 +27,6 @@ from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import (
   TrainState,
   abstract_state,
-  check_batch,
   make_diagnose,
   make_eval_step,
   make_train_step,
@@ -63,12 +61,12 @@ def example_batch():
   return {"tokens": rng.integers(0, 19, (4, 13)).astype(np.int32), "segment_ids": segment_ids}
 
 
-def one_step(train=TRAIN, config=CONFIG, **more):
+def one_step(train=TRAIN, config=CONFIG, **extra):
   mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
   params = jax.device_put(init_params(config, jax.random.key(0)), replicated(mesh))
   state = TrainState(jnp.int32(0), params, optimizer.init(params))
   state, metrics = make_train_step(config, train, optimizer, mesh)(
-    state, put_batch(mesh, {**example_batch(), **more})
+    state, put_batch(mesh, {**example_batch(), **extra})
   )
   return state, {key: float(value) for key, value in metrics.items()}
 
@@ -109,7 +107,7 @@ def test_the_loss_counts_what_a_batch_marks():
 
 @pytest.mark.parametrize("spike_factor", [0.0, 2.0])
 def test_a_step_that_is_not_applied_says_the_loss_and_leaves_the_state(spike_factor):
-  """With the same program as one that is applied."""
+  """The same program serves both kinds of steps."""
   train = dataclasses.replace(TRAIN, spike_factor=spike_factor)
   mesh, optimizer = make_mesh(), make_optimizer(TRAIN.optimizer)
   params, batch = init_params(CONFIG, jax.random.key(0)), put_batch(mesh, example_batch())
@@ -150,9 +148,7 @@ def test_only_the_trainable_parameters_change():
 
 
 def test_rows_of_one_document_need_no_segment_ids():
-  """Padding comes last and is not counted; only documents that share a row want to be told
-  apart.
-  """
+  """Padding comes last and is not counted; segment ids matter where documents share a row."""
   mesh, batch, params = make_mesh(), example_batch(), init_params(CONFIG, jax.random.key(0))
   sums = {packed: make_eval_step(CONFIG, 5, mesh, packed) for packed in (True, False)}
   one, several = (
@@ -367,9 +363,9 @@ def test_a_teacher_counts_by_its_weight():
   (p, q), counted = map(jax.nn.softmax, logits), next_token_targets(batch)[1]
   divergence = float(jnp.sum(jnp.where(counted, jnp.sum(p * jnp.log(p / q), -1), 0)))
   plain = float(summed_losses(config, params, batch, 7).cross_entropy)
-  for found, weight in zip(losses, (0.0, 0.25, 1.0)):
+  for result, weight in zip(losses, (0.0, 0.25, 1.0)):
     np.testing.assert_allclose(
-      found, ((1 - weight) * plain + weight * divergence, plain, divergence, 0), rtol=1e-4
+      result, ((1 - weight) * plain + weight * divergence, plain, divergence, 0), rtol=1e-4
     )
 
   def step(**change):
@@ -393,21 +389,18 @@ def test_a_teacher_counts_by_its_weight():
   )
 
 
-def test_batch_must_divide_over_devices_and_accumulation():
-  check_batch(make_mesh(), 8 * jax.device_count(), 8)
-  with pytest.raises(UsageError, match="--batch_size=9 must be a multiple of"):
-    check_batch(make_mesh(), 9, 2)
-
-
 def evaluated():
-  """Held-out loss and an answer per row, of parameters that lie on the first device."""
+  """Returns the held-out loss and an answer per row; the parameters are on the first device."""
   params, batch = (
     jax.device_put(init_params(CONFIG, jax.random.key(0)), jax.devices()[0]),
     example_batch(),
   )
-  places = np.full((4, 1), 5, np.int32)
+  positions_to_ask = np.full((4, 1), 5, np.int32)
   answers = tasks.predicted(
-    CONFIG, jax.device_put(params, replicated(make_mesh())), batch["tokens"][:, :-1], places
+    CONFIG,
+    jax.device_put(params, replicated(make_mesh())),
+    batch["tokens"][:, :-1],
+    positions_to_ask,
   )
   return {
     "heldout_loss": evaluate(CONFIG, params, [batch], (0, 12)).loss,
@@ -419,7 +412,7 @@ def evaluated():
 def test_two_devices_compute_what_one_does(tmp_path):
   script = (
     "import json, sys; sys.path.insert(0, '.'); import jax; assert jax.device_count() == 2; "
-    "from tests.sparsek import train_step_test as test; "
+    "from tests.training import step_test as test; "
     "print(json.dumps({**test.one_step()[1], **test.evaluated()}))"
   )
   env = {
@@ -457,7 +450,7 @@ def test_selection_diagnostics_name_each_sparsek_layer_scanned_or_not():
   assert set(scanned) == {f"layer_{i}/{name}" for i in (0, 2) for name in names}
   for key, value in unrolled.items():
     np.testing.assert_allclose(scanned[key], value, rtol=1e-4, err_msg=key)
-  own = make_diagnose(dataclasses.replace(config, attention="sparsek:k2:w2,full", k=5, window=1))(
-    params, row
-  )
-  np.testing.assert_allclose([own[key] for key in scanned], list(scanned.values()), rtol=1e-4)
+  per_layer = make_diagnose(
+    dataclasses.replace(config, attention="sparsek:k2:w2,full", k=5, window=1)
+  )(params, row)
+  np.testing.assert_allclose([per_layer[key] for key in scanned], list(scanned.values()), rtol=1e-4)

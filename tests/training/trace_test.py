@@ -1,3 +1,5 @@
+"""Kinds of kernels, and the table of a trace."""
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,14 +26,14 @@ def test_kinds(name, kind):
 
 
 def test_table_adds_up():
-  found = [
+  calls = [
     ("nvjet_sm90_a", 6.0),
     ("sparsek_forward_mosaic_gpu_kernel", 3.0),
     ("sparsek_forward_mosaic_gpu_kernel_1", 1.0),
     ("loop_add_fusion_3", 1.0),
     ("loop_add_fusion_41", 1.0),
   ]
-  lines = [line.split() for line in trace.table(found, steps=2)]
+  lines = [line.split() for line in trace.table(calls, steps=2)]
   assert lines[0] == ["busy", "6.00", "ms", "a", "step"]
   assert [line[0] for line in lines[1:4]] == ["3.00", "2.00", "1.00"] and [
     line[3] for line in lines[1:4]

@@ -74,7 +74,7 @@ def test_baselines_are_chosen_by_device_length_and_wish(monkeypatch):
     attention_bench.choose_baselines([problem], *args, **kwargs)[0].baselines
   )
   monkeypatch.setattr(attention_bench, "on_nvidia_gpu", lambda: False)
-  monkeypatch.setattr(attention_bench.hopper_attention, "refusal", lambda query: "there is no GPU")
+  monkeypatch.setattr(attention_bench.devices, "hopper_refusal", lambda query: "there is no GPU")
   # sparsek is xla here, and dense would not fit
   assert chosen() == ("sparsek", "sliding_window", "thresholds")
   assert chosen(implementation="reference", max_dense=8192) == attention_bench.BASELINES
@@ -84,7 +84,7 @@ def test_baselines_are_chosen_by_device_length_and_wish(monkeypatch):
     attention_bench.make_baseline("sparsek", problem, x).label for x in (None, "reference")
   ] == ["sparsek, xla", "sparsek, reference"]
   monkeypatch.setattr(attention_bench, "on_nvidia_gpu", lambda: True)
-  monkeypatch.setattr(attention_bench.hopper_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(attention_bench.devices, "hopper_refusal", lambda query: None)
   assert attention_bench.make_baseline("sparsek", problem).label == "sparsek, mosaic_gpu"
   assert chosen() == attention_bench.BASELINES
   assert chosen(implementation="xla", max_dense=8191) == ("sparsek", "sliding_window", "thresholds")

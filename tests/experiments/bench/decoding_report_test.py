@@ -9,7 +9,7 @@ import pytest
 
 from experiments.bench import decoding as decoding_bench
 from experiments.bench import decoding_report, suites, transformers_decode
-from sparsek.command_line import flags
+from sparsek.command_line.main import parse
 from sparsek.config import TransformerConfig
 from sparsek.generation.cache import cache_bytes, decode_step, init_cache
 from sparsek.generation.cached_attention import NOWHERE
@@ -110,7 +110,7 @@ def test_extending_a_record():
 
 
 def test_jobs():
-  flags.parse(
+  parse(
     ["benchmark", "--suite=decode", "--k=512", "--batch_sizes=8,1", "--prompts=300"], suites.FLAGS
   )
   jobs = suites.decode_jobs()

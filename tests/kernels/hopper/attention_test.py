@@ -5,6 +5,7 @@ and what they refuse.
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -15,13 +16,13 @@ import numpy as np
 import pytest
 
 import sparsek
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import select
 from sparsek.config import GATES
-from sparsek.kernels import cudnn, gates
+from sparsek.kernels import cudnn, devices, gates
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import attention_backward, thread_ops
-from sparsek.kernels.hopper.common import ListWork, Work
+from sparsek.kernels.hopper.common import joined
+from sparsek.kernels.hopper.work import ListWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from tests.kernels.attention_base import (
   ARGUMENTS,
@@ -31,7 +32,7 @@ from tests.kernels.attention_base import (
 )
 from tests.kernels.hopper import interpreted
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.gpu
@@ -107,7 +108,7 @@ class TestMosaicGpu(AttentionTest):
     ],
   )
   def test_sliding_window_matches_xla(self, n, window, head_dim, documents):
-    """And full attention, which is a window as long as the row."""
+    """Full attention is a window as long as the row."""
     spec = Spec(
       "window",
       n=n,
@@ -155,9 +156,7 @@ class TestMosaicGpu(AttentionTest):
 
 
 def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
-  """Then cuDNN's dense attention runs, where it can; its place is taken by a window under
-  XLA here.
-  """
+  """cuDNN's dense attention runs then, where it can; here a window under XLA takes its place."""
   windows = []
 
   def dense(query, key, value, *, window, scale):
@@ -189,7 +188,9 @@ def test_a_window_as_long_as_the_row_needs_no_selection(monkeypatch):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
-  """One query a row, all of its keys in one tile: the formulas of the kernels against autodiff."""
+  """Compares the formulas of the kernels with autodiff: one query a row, all of its keys in one
+  tile.
+  """
   shape, scale = (6, 10), 0.3
   keys = jax.random.split(jax.random.key(3), 3)
   s, dp = jax.random.normal(keys[0], shape) * 3, jax.random.normal(keys[1], shape)
@@ -222,13 +223,13 @@ def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels themselves run on this GPU")
 @pytest.mark.parametrize("name", interpreted.CASES)
 def test_interpreted_kernels_match_the_truth(name):
-  """In a process of its own: with fewer devices than threads the interpreter waits for itself."""
+  """Runs in a new process: with fewer devices than threads the interpreter waits for itself."""
   environment = {
     **os.environ,
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
     "JAX_PLATFORMS": "cpu",
   }
-  command = [sys.executable, "-m", "tests.kernels.mosaic_interpreted", name]
+  command = [sys.executable, "-m", "tests.kernels.hopper.interpreted", name]
   done = subprocess.run(
     command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False
   )
@@ -238,7 +239,7 @@ def test_interpreted_kernels_match_the_truth(name):
 
 
 def test_gradients_trace_inside_shard_map():
-  """Types only: no GPU is needed."""
+  """Checks types only: no GPU is needed."""
   spec = Spec(
     "sharded", n=80, batch=2, heads=4, groups=2, head_dim=128, k=8, window=8, dtype="bfloat16"
   )
@@ -248,7 +249,7 @@ def test_gradients_trace_inside_shard_map():
   def loss(query, key, value, scores):
     scores = jnp.swapaxes(scores, 1, 2)
     start, end = document_bounds(None, 2, spec.n)
-    selection = select(scores, start, end, spec.k, spec.window, False, thread_ops.SUPPORTED)
+    selection = select(scores, start, end, spec.k, spec.window, False, devices.SUPPORTED)
     out = hopper_attention.attention(
       query,
       key,
@@ -345,18 +346,14 @@ def test_padding_to_whole_chunks_is_small(n):
   ],
 )
 def test_programs_compute_every_block_once(work):
-  programs, found = jnp.arange(work.programs), []
+  programs, items = jnp.arange(work.programs), []
   for i in range(work.each):
-    found += [
-      item
-      for item, there in zip(
-        zip(*(np.asarray(x) for x in work.item(programs, jnp.int32(i)))), work.count(programs) > i
-      )
-      if there
-    ]
+    computed = work.blocks_of(programs) > i
+    all_items = zip(*(np.asarray(x) for x in work.item(programs, jnp.int32(i))))
+    items += [item for item, there in zip(all_items, computed) if there]
   blocks = work.blocks * getattr(work, "chunks", 1)
-  assert len(found) == work.batch * blocks * work.heads
-  assert set(found) == {
+  assert len(items) == work.batch * blocks * work.heads
+  assert set(items) == {
     (b, block, head)
     for b in range(work.batch)
     for block in range(blocks)
@@ -370,7 +367,7 @@ def test_long_blocks_of_lists_come_first():
     [int(work.item(jnp.int32(program), jnp.int32(i))[1]) for program in range(work.programs)]
     for i in range(work.each)
   ]
-  assert order == [[4, 3, 5, 2, 6], [8, 8, 0, 7, 1]] and work.count(jnp.int32(0)) == 1
+  assert order == [[4, 3, 5, 2, 6], [8, 8, 0, 7, 1]] and work.blocks_of(jnp.int32(0)) == 1
 
 
 @pytest.mark.parametrize(
@@ -383,4 +380,4 @@ def test_long_blocks_of_lists_come_first():
   ],
 )
 def test_ranges_are_joined(ranges, expected):
-  assert tuple(map(int, attention_backward.joined(*ranges))) == expected
+  assert tuple(map(int, joined(*ranges))) == expected

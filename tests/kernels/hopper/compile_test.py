@@ -25,13 +25,9 @@ from sparsek.attention.prefix_selection import select
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.generation import cache, session
 from sparsek.generation.inference import inference_params
+from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import (
-  decode_attention,
-  fused_decode_layer,
-  small_batch_matmul,
-  thread_ops,
-)
+from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 from sparsek.kernels.specs import Spec
 from sparsek.parallel.mesh import BATCH
 from sparsek.runs.checkpoint import abstract_params
@@ -49,19 +45,20 @@ except ImportError:
 NAME = "NVIDIA H100 80GB HBM3"
 H100 = f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
 shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
-core_count: 132 fpus_per_core:
-128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size:
-84942979072 shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 minor: 0
-feature_extension: ACCELERATED_FEATURES }} registers_per_core_limit: 65536
-registers_per_block_limit: 65536 }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10
-}} runtime_version {{ major: 13 }} device_description_str: "{NAME}\""""
+core_count: 132 fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }}
+registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 }}
+device_description_str: "{NAME}\""""
 
 
 @pytest.fixture(autouse=True)
 def signs_kept(monkeypatch):
-  """JAX 0.11 and 0.12 take the sign of `where` from its condition, which has none, if what comes
-  first is one number for all lanes: comparisons go wrong.
+  """Fails where an integer `where` chooses one number for all lanes before an array: JAX 0.11 and
+  0.12 then take its sign from the condition, which has none, and comparisons go wrong.
   """
   select = FragmentedArray.select
 
@@ -77,12 +74,12 @@ def signs_kept(monkeypatch):
 
 @functools.cache
 def h100():
-  """A device to compile for."""
+  """Returns a device to compile for."""
   return topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
 
 
 def compile_for_h100(function, *shapes):
-  """The compiled executable; overflow of shared memory and layouts that cannot be are errors."""
+  """Returns the executable; overflow of shared memory and impossible layouts are errors."""
   shapes = [
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())) for x in shapes
   ]
@@ -212,7 +209,7 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
 
 @pytest.mark.parametrize("n, window, head_dim", [(5000, 1024, 64), (32768, 32768, 128)])
 def test_sliding_window_compiles(n, window, head_dim):
-  """Full attention too, as a window as long as the row."""
+  """Full attention is a window as long as the row."""
   spec = Spec(
     "window", n=n, heads=12, groups=12, head_dim=head_dim, k=0, window=window, dtype="bfloat16"
   )
@@ -222,8 +219,8 @@ def test_sliding_window_compiles(n, window, head_dim):
 
 
 def test_axes_of_a_mesh_may_be_called_anything():
-  """They come before those of kernels of the same name; a kernel that asked for its device would
-  not compile.
+  """JAX takes an axis of the mesh for an axis of the grid of the same name: a kernel that asked for
+  the index of its device would not compile.
   """
   spec = Spec("sharded", n=200, heads=2, groups=1, head_dim=64, k=3, window=9, dtype="bfloat16")
   names = ("batch", "head", "block", "program", "row", "extra", "warpgroup")
@@ -231,7 +228,7 @@ def test_axes_of_a_mesh_may_be_called_anything():
 
   def run(query, key, value, scores, bounds, cotangent):
     def attend(query, key, value, scores):
-      selection = select(scores, bounds, bounds, spec.k, spec.window, True, thread_ops.SUPPORTED)
+      selection = select(scores, bounds, bounds, spec.k, spec.window, True, devices.SUPPORTED)
       return hopper_attention.attention(
         query,
         key,
@@ -264,8 +261,8 @@ def test_axes_of_a_mesh_may_be_called_anything():
 
 @pytest.mark.parametrize("n, k", [(1, 1), (200, 3), (131072, 512)])
 def test_selection_compiles(n, k):
-  """Thresholds, expiry and their VJP, by the kernels of single threads; for a single token much is
-  constant, which the compiler has to stand.
+  """Thresholds, expiry and their VJP, by the kernels of single threads. With a single token many
+  values are constants, which the compiler must accept.
   """
   scores, bounds = (
     jax.ShapeDtypeStruct((2, 8, n), jnp.float32),
@@ -274,7 +271,7 @@ def test_selection_compiles(n, k):
 
   def run(scores, start, end, cotangent):
     def thresholds(scores):
-      threshold, expiry, order = select(scores, start, end, k, k, True, thread_ops.SUPPORTED)
+      threshold, expiry, order = select(scores, start, end, k, k, True, devices.SUPPORTED)
       return threshold, (expiry, order)
 
     threshold, vjp, rest = jax.vjp(thresholds, scores, has_aux=True)
@@ -284,11 +281,11 @@ def test_selection_compiles(n, k):
 
 
 def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
-  """XLA may fuse kernels with the slices of a scan's stacks, but not those that write in place, of
-  which such a fusion knows nothing.
+  """XLA may fuse kernels with the slices of a scan's stacks, but must not fuse those that write in
+  place: such a fusion does not know that.
   """
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
-  monkeypatch.setattr(thread_ops, "can_run", lambda: True)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
+  monkeypatch.setattr(devices, "can_run", lambda: True)
   queries, keys, _, scores, *_ = arguments(
     Spec("scanned", n=1024, heads=2, groups=2, head_dim=64, k=64, window=64, dtype="bfloat16")
   )
@@ -321,11 +318,11 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
   [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none"), ("mini", 65536, "none")],
 )
 def test_training_step_fits(name, n, remat, monkeypatch):
-  """A whole optimizer step with the kernels inside; JAX takes three quarters of the device's 80 GB
-  by default.
+  """Compiles a whole optimizer step with the kernels inside; by default JAX takes three quarters of
+  the device's 80 GB.
   """
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
-  monkeypatch.setattr(thread_ops, "can_run", lambda: True)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
+  monkeypatch.setattr(devices, "can_run", lambda: True)
   config, mesh = (
     preset(name, remat=remat, implementation="mosaic_gpu"),
     Mesh(np.array([h100()]), (BATCH,)),
@@ -355,9 +352,9 @@ def test_training_step_fits(name, n, remat, monkeypatch):
 
 
 def test_a_chunk_of_a_prompt_compiles(monkeypatch):
-  """Generation's cache before it, the kernels inside."""
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
-  monkeypatch.setattr(thread_ops, "can_run", lambda: True)
+  """Compiles the step after a cache of earlier tokens, with the kernels inside."""
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
+  monkeypatch.setattr(devices, "can_run", lambda: True)
   config = preset("1b", num_layers=1, k=512, window=512, implementation="mosaic_gpu")
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
@@ -390,8 +387,8 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
   ],
 )
 def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
-  """Of a layer there are few kernels, and the caches are written where they are."""
-  for module in (thread_ops, small_batch_matmul, fused_decode_layer, decode_attention):
+  """A layer takes few kernels, and the caches are written in place."""
+  for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
   config = preset("1b", num_layers=3, k=512, window=512, vocab_size=32768, attention=attention)
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))

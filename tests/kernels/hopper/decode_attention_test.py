@@ -1,5 +1,5 @@
-"""One token by the decode kernels, run lane by lane in NumPy, and on a GPU, beside XLA's;
-compile_test.py compiles them.
+"""Tests of a step of generation by the decode kernels, run lane by lane in NumPy and on a GPU,
+compared with XLA; compile_test.py compiles them.
 """
 
 import functools
@@ -14,12 +14,8 @@ from sparsek.generation import cache as cache_module
 from sparsek.generation import cached_kernels
 from sparsek.generation.cache import decode_step, init_cache, prefill
 from sparsek.generation.inference import inference_params
-from sparsek.kernels.hopper import (
-  decode_attention,
-  fused_decode_layer,
-  small_batch_matmul,
-  thread_ops,
-)
+from sparsek.kernels import devices
+from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 from sparsek.model.transformer import init_params
 from tests.helpers import quick_jit
 from tests.kernels.hopper.small_batch_matmul_test import emulate
@@ -54,8 +50,8 @@ CASES = {
 
 @functools.cache
 def start(case):
-  """(configuration, parameters, cache): of the rows one has seen nothing, one less than a window,
-  one more than the cache holds, as far as it can.
+  """Returns the configuration, parameters and a cache. Of its rows one has seen nothing, one less
+  than a window, one more than the cache holds, if it can.
   """
   config = TransformerConfig(**(BASE | CASES[case][0]))
   params = inference_params(
@@ -77,17 +73,19 @@ def start(case):
 ACTIVE = jnp.array([True, True, True, False])
 
 
-def close(found, expected, error):
-  """Equal but for an error relative to each number or to their spread; integers equal."""
-  found, expected = (
+def check_close(result, expected, error):
+  """Checks that numbers are equal up to an error relative to each or to their spread, and that
+  integers are equal.
+  """
+  result, expected = (
     np.asarray(x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.float32))
-    for x in (found, expected)
+    for x in (result, expected)
   )
-  np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
+  np.testing.assert_array_equal(np.isfinite(result), np.isfinite(expected))
   there = np.isfinite(expected)
   error = 0 if expected.dtype == np.int32 or not there.any() else error
   np.testing.assert_allclose(
-    found[there],
+    result[there],
     expected[there],
     rtol=error,
     atol=error and 2 * error * np.std(expected[there]) + 1e-4,
@@ -95,19 +93,19 @@ def close(found, expected, error):
 
 
 def check(x, layers, expected_x, expected_layers, exact):
-  """Roundings of 16 bits separate the two; exact: what the first layer knows in float32 depends on
-  none.
+  """Checks a step's results, which differ by roundings to 16 bits; with `exact`, the float32 state
+  of the first layer depends on none of them.
   """
-  close(x[:3], expected_x[:3], 2e-2)  # the last row is not active
+  check_close(x[:3], expected_x[:3], 2e-2)  # the last row is not active
   for i, pair in enumerate(zip(layers, expected_layers)):
     for a, b in zip(*map(jax.tree.leaves, pair)):
-      close(a, b, 1e-4 if exact and i == 0 and b.dtype == jnp.float32 else 2e-2)
+      check_close(a, b, 1e-4 if exact and i == 0 and b.dtype == jnp.float32 else 2e-2)
 
 
 @pytest.mark.parametrize(
-  "case, chained", [*((case, False) for case in CASES), ("sliding window", True)]
+  "case, fused", [*((case, False) for case in CASES), ("sliding window", True)]
 )
-def test_step_lane_by_lane(case, chained, monkeypatch):
+def test_step_lane_by_lane(case, fused, monkeypatch):
   config, params, cache = start(case)
   plain = jax.jit(functools.partial(cache_module._forward, config), static_argnums=4)
   first, expected = cache, []
@@ -115,12 +113,14 @@ def test_step_lane_by_lane(case, chained, monkeypatch):
     x, cache = plain(params, cache, (jnp.arange(4) + i)[:, None], ACTIVE.astype(jnp.int32), None)
     expected.append((x[:, 0], cache))
   cache = first
-  emulate(monkeypatch, decode_attention, fused_decode_layer)
+  emulate(monkeypatch)
   monkeypatch.setattr(decode_attention, "MULTIPROCESSORS", CASES[case][1])
   monkeypatch.setattr(fused_decode_layer, "MULTIPROCESSORS", 3)
-  monkeypatch.setattr(fused_decode_layer, "can_run", lambda: chained)
-  chain, calls = fused_decode_layer.chain, []
-  monkeypatch.setattr(fused_decode_layer, "chain", lambda *args: calls.append(args) or chain(*args))
+  monkeypatch.setattr(fused_decode_layer, "can_run", lambda: fused)
+  fused_layer, calls = fused_decode_layer.fused_layer, []
+  monkeypatch.setattr(
+    fused_decode_layer, "fused_layer", lambda *args: calls.append(args) or fused_layer(*args)
+  )
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   typeof = jax.typeof
   monkeypatch.setattr(jax, "typeof", lambda x: None if isinstance(x, Ref) else typeof(x))
@@ -130,24 +130,24 @@ def test_step_lane_by_lane(case, chained, monkeypatch):
     )
     check(x, layers, expected[i][0], expected[i][1].layers, exact=True)
     cache = cache._replace(seen=cache.seen + ACTIVE, layers=layers)
-  assert len(calls) == (2 * config.num_layers if chained else 0)
+  assert len(calls) == (2 * config.num_layers if fused else 0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_steps(case, monkeypatch):
-  """On a card: two steps, of which the kernels are known to take part."""
-  if not thread_ops.can_run():
+  """Takes two steps on a GPU with the kernels and without."""
+  if not devices.can_run():
     pytest.skip("needs a Hopper GPU")
   config, params, first = start(case)
-  found = []
+  results = []
   for on in (True, False):
     for module in (decode_attention, small_batch_matmul, fused_decode_layer):
       monkeypatch.setattr(module, "ENABLED", on)
     jax.clear_caches()
-    assert cached_kernels.takes(config, params, first.layers) == on
+    assert cached_kernels.supports(config, params, first.layers) == on
     logits, cache = decode_step(config, params, first, jnp.arange(4), ACTIVE)
     logits, cache = decode_step(config, params, cache, jnp.arange(4) + 1, ACTIVE)
-    found.append((logits, cache))
-  (logits, cache), (expected, expected_cache) = found
+    results.append((logits, cache))
+  (logits, cache), (expected, expected_cache) = results
   check(logits, cache.layers, expected, expected_cache.layers, exact=False)

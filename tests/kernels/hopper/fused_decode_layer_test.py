@@ -1,5 +1,5 @@
-"""What lies between two layers' attention: the kernel run lane by lane in NumPy, all programs at
-once, and on a GPU beside the separate products.
+"""Tests of the kernel between two layers' attention: run lane by lane in NumPy, all programs at the
+same time, and on a GPU, compared with separate products.
 """
 
 import jax
@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.kernels.hopper import fused_decode_layer, small_batch_matmul, thread_ops
-from sparsek.kernels.hopper.common import LOWEST
-from tests.kernels.hopper import thread_ops_test as lanes
+from sparsek.kernels import devices
+from sparsek.kernels.hopper import fused_decode_layer, small_batch_matmul
+from sparsek.kernels.sentinels import LOWEST
 from tests.kernels.hopper.small_batch_matmul_test import emulate
+from tests.kernels.hopper.thread_ops_test import Ref
 
 EPSILON = 1e-6
-# Rows, width of the heads, E, F, columns of the next product and more of them; programs and bytes
-# of shared memory where these are emulated.
+# Rows, H D, E, F, columns of the next product and those of its second matrix; programs and bytes of
+# shared memory of the emulation.
 CASES = {
   "one_row": (1, 256, 256, 512, 144, 16, 3, 2**16),
   "three_rows": (3, 512, 256, 768, 96, 0, 5, 2**16),
@@ -27,8 +28,8 @@ CASES = {
 
 
 def problem(case):
-  """Arguments of `chain` but for the counter and epsilon."""
-  batch, width, embed, hidden, columns, more, *_ = CASES[case]
+  """Returns the arguments of `fused_layer` but for the counter and epsilon."""
+  batch, width, embed, hidden, columns, extra, *_ = CASES[case]
   rng = np.random.default_rng(0)
   make = lambda *shape: jnp.asarray(rng.normal(size=shape) * shape[-1] ** -0.5, jnp.bfloat16)
   scale = lambda: jnp.asarray(rng.normal(size=embed), jnp.float32)
@@ -48,12 +49,12 @@ def problem(case):
     make(2 * hidden, embed),
     make(embed, hidden),
     scale() if columns else None,
-    [make(n, embed) for n in (columns, more) if n],
+    [make(n, embed) for n in (columns, extra) if n],
   )
 
 
 def separately(mixed, x, out, mlp_scale, up, down, next_scale, following):
-  """The same as four products, in float64 where these sum in float32."""
+  """Computes the four products in float64, rounded where the kernel rounds."""
   rounded = lambda y: np.asarray(jnp.asarray(y, x.dtype), np.float64)
   times = lambda y, matrix: y @ np.asarray(matrix, np.float64).T
   norm = lambda y, scale: rounded(
@@ -67,8 +68,8 @@ def separately(mixed, x, out, mlp_scale, up, down, next_scale, following):
   return y, times(norm(y, next_scale), jnp.concatenate(following)) if following else None
 
 
-def check(found, expected):
-  for x, y in zip(found, expected):
+def check(results, expected):
+  for x, y in zip(results, expected):
     assert (x is None) == (y is None)
     if y is not None:
       x = np.asarray(x, np.float64)
@@ -80,29 +81,29 @@ def check(found, expected):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_chain_lane_by_lane(case, monkeypatch):
-  """One twice with the same counter, as two layers do."""
+def test_fused_layer_lane_by_lane(case, monkeypatch):
+  """Runs one case twice with the same counter, as two layers do."""
   arguments = problem(case)
   expected = separately(*arguments)
   programs, shared = CASES[case][-2:]
-  emulate(monkeypatch, fused_decode_layer)
+  emulate(monkeypatch)
   monkeypatch.setattr(fused_decode_layer, "MULTIPROCESSORS", programs)
   monkeypatch.setattr(fused_decode_layer, "SHARED", shared)
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: True)
   mixed, x, *rest = arguments
-  assert fused_decode_layer.takes(x, *(y for y in (rest[0], rest[2], rest[3], *rest[5])))
-  monkeypatch.setattr(jax, "new_ref", lambda x: lanes.Ref(np.array(x)))
+  assert fused_decode_layer.supports(x, *(y for y in (rest[0], rest[2], rest[3], *rest[5])))
+  monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   typeof = jax.typeof
-  monkeypatch.setattr(jax, "typeof", lambda x: None if isinstance(x, lanes.Ref) else typeof(x))
+  monkeypatch.setattr(jax, "typeof", lambda x: None if isinstance(x, Ref) else typeof(x))
   counter = jnp.zeros(1, jnp.int32)
   for _ in range(2 if case == "one_row" else 1):
-    *found, counter = fused_decode_layer.chain(*arguments, counter, EPSILON)
-    check(found, expected)
+    *results, counter = fused_decode_layer.fused_layer(*arguments, counter, EPSILON)
+    check(results, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_plan(batch):
-  """Of the model that is measured, and of widths that have none."""
+  """Checks the plan of the model in the benchmarks, and widths that have none."""
   groups, piece, stages = fused_decode_layer.plan(batch, 2048, 2048, 5632, 2048)
   assert (groups, piece) == (2, 512) and stages >= 7
   assert (
@@ -115,11 +116,11 @@ def test_not_where_processes_share_the_device(tmp_path, monkeypatch):
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: True)
   x, matrix = jnp.zeros((1, 256), jnp.bfloat16), jnp.zeros((256, 256), jnp.bfloat16)
   monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "none"))
-  assert fused_decode_layer.takes(x, matrix) and not fused_decode_layer.takes(
+  assert fused_decode_layer.supports(x, matrix) and not fused_decode_layer.supports(
     jnp.zeros((fused_decode_layer.MOST_ROWS + 1, 256), jnp.bfloat16), matrix
   )
   monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-  assert not fused_decode_layer.takes(x, matrix)
+  assert not fused_decode_layer.supports(x, matrix)
 
 
 @pytest.mark.gpu
@@ -127,13 +128,13 @@ def test_not_where_processes_share_the_device(tmp_path, monkeypatch):
   "sizes",
   [(1, 2048, 2048, 5632, 3072, 32), (4, 2048, 2048, 5632, 3072, 0), (3, 2048, 2048, 5632, 0, 0)],
 )
-def test_chain(sizes, monkeypatch):
-  """Twenty in a row, each of which uses the counter of the one before."""
-  if not thread_ops.can_run():
+def test_fused_layer(sizes, monkeypatch):
+  """Runs the kernel twenty times, each with the counter of the one before."""
+  if not devices.can_run():
     pytest.skip("needs a Hopper GPU")
   monkeypatch.setitem(CASES, "card", sizes)
   arguments = problem("card")
   expected, counter = separately(*arguments), jnp.zeros(1, jnp.int32)
   for _ in range(20):
-    *found, counter = fused_decode_layer.chain(*arguments, counter, EPSILON)
-    check(found, expected)
+    *results, counter = fused_decode_layer.fused_layer(*arguments, counter, EPSILON)
+    check(results, expected)

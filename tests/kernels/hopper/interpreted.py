@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import select
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.specs import Spec
@@ -110,8 +110,8 @@ def main(name: str) -> None:
   print(
     json.dumps(
       {
-        what: error(x, y)
-        for what, x, y in zip(("out", *ARGUMENTS), (out, *vjp(cotangent)), truth(spec, gate))
+        name: error(x, y)
+        for name, x, y in zip(("out", *ARGUMENTS), (out, *vjp(cotangent)), truth(spec, gate))
       }
     )
   )

@@ -10,12 +10,12 @@ from jax.experimental.mosaic.gpu import core
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import sparsek
-from sparsek.kernels.hopper import attention as hopper_attention
+from sparsek.kernels import devices
 from sparsek.kernels.hopper import (
   decode_attention,
+  decode_eviction,
   fused_decode_layer,
   small_batch_matmul,
-  thread_ops,
 )
 
 LIMITS = 2**31 - 1, 65535, 65535  # programs along x, y, z
@@ -34,13 +34,13 @@ def grids(monkeypatch):
 
   def kernel(body, *, grid, kernel_name, out_type=(), **_):
     found[kernel_name] = grid
-    return lambda *_: [jnp.zeros(x.shape, x.dtype) for x in out_type]
+    return lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
   monkeypatch.setattr(plgpu, "kernel", kernel)
-  monkeypatch.setattr(thread_ops, "SUPPORTED", True)
-  for module in (thread_ops, small_batch_matmul, fused_decode_layer, decode_attention):
+  monkeypatch.setattr(devices, "SUPPORTED", True)
+  for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
-  monkeypatch.setattr(hopper_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
   return found
 
 
@@ -123,7 +123,7 @@ def test_decoding(grids):
     (floats(),) * 4,
   )
   seen = array(batch, dtype="int32")
-  jax.eval_shape(decode_attention.evict, [rows] * layers, seen, seen)
+  jax.eval_shape(decode_eviction.evict, [rows] * layers, seen, seen)
   projected = array(batch, (heads + 2 * groups) * dim + 3 * groups, dtype="float32")
   angles, of_scorer = array(batch, dim // 2, dtype="float32"), array(groups, dtype="float32")
 

@@ -1,9 +1,8 @@
-"""Products of few rows: the kernel run lane by lane in NumPy, and on a GPU beside XLA's;
-compile_test.py compiles it.
+"""Tests of products of a few rows: the kernel run lane by lane in NumPy, and on a GPU compared with
+XLA; compile_test.py compiles it.
 """
 
 import collections
-import functools
 import threading
 import time
 
@@ -13,33 +12,46 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from sparsek.kernels import devices
 from sparsek.kernels.hopper import (
   decode_attention,
+  decode_attention_kernel,
+  decode_eviction,
+  fused_decode_kernel,
   fused_decode_layer,
+  row_preparation,
   small_batch_matmul,
   thread_ops,
 )
-from sparsek.kernels.hopper.common import LOWEST
-from tests.kernels.hopper import thread_ops_test as lanes
+from sparsek.kernels.sentinels import LOWEST
+from tests.kernels.hopper import thread_ops_test
 
 CASES = {
   "plain": (1, 32, 256, {}),
   "residual": (3, 32, 640, {"residual"}),
   "norm": (8, 16, 2048, {"scale"}),
   "swiglu": (2, 64, 768, {"scale", "swiglu"}),
-  "more": (1, 32, 1024, {"scale", "more", "float32"}),
+  "extra matrix": (1, 32, 1024, {"scale", "extra", "float32"}),
   "parts": (2, 32, 512, {"parts", "residual"}),
 }
 
+KERNELS = (
+  decode_attention_kernel,
+  decode_eviction,
+  fused_decode_kernel,
+  row_preparation,
+  small_batch_matmul,
+  thread_ops,
+)
 DELAY = 0.01  # seconds that every other thread waits after a barrier
 
 
 def problem(case):
-  """(arguments of `product`, the same by jnp)."""
+  """Returns x, matrices and options of `product`, and its result by jnp."""
   batch, columns, width, kinds = CASES[case]
   rng = np.random.default_rng(0)
   make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-  x, matrix, more, scale, residual = (
+  x, matrix, extra, scale, residual = (
     make(batch, width),
     make(columns, width),
     make(16, width),
@@ -49,7 +61,7 @@ def problem(case):
   options = dict(scale=scale, epsilon=1e-6) if "scale" in kinds else {}
   options |= dict(residual=residual) if "residual" in kinds else {}
   options |= dict(swiglu="swiglu" in kinds, dtype=jnp.float32 if "float32" in kinds else None)
-  matrices = (matrix, more) if "more" in kinds else (matrix,)
+  matrices = (matrix, extra) if "extra" in kinds else (matrix,)
   if "parts" in kinds:
     number, heads = 3, width // 64
     top = jnp.asarray(rng.normal(size=(number, batch, heads)), jnp.float32).at[1].set(LOWEST)
@@ -75,8 +87,8 @@ def problem(case):
 
 
 def multiply_add(sums, a, b, dtype):
-  """By the layouts of PTX's mma.m16n8k16."""
-  row, column = np.arange(lanes.thread_ops.LANES).reshape(-1, 8, 4) // 4 % 8, np.arange(4)
+  """Computes what `thread_ops.multiply_add` does, by the layouts of PTX's mma.m16n8k16."""
+  row, column = np.arange(thread_ops_test.thread_ops.LANES).reshape(-1, 8, 4) // 4 % 8, np.arange(4)
   # [word, warp, r, c, 2]
   pairs = lambda words: np.stack(
     [np.asarray(w).view(dtype).astype(np.float32).reshape(-1, 8, 4, 2) for w in words]
@@ -103,7 +115,9 @@ def multiply_add(sums, a, b, dtype):
 
 
 class Barriers:
-  """Of a program: what is copied arrives at the last moment, when somebody waits for it."""
+  """The mbarriers of a program; what is copied arrives at the last moment, when somebody waits for
+  it.
+  """
 
   def __init__(self):
     self.changed, self.failed = threading.Condition(), False
@@ -113,7 +127,7 @@ class Barriers:
       collections.defaultdict(list),
     )
 
-  def barriers(self, ref, where, arrivals):
+  def init_barriers(self, ref, where, arrivals):
     for number in np.flatnonzero(where):
       assert 2 * number + 1 < ref.shape[0]
       self.arrivals[id(ref), int(number)] = arrivals
@@ -125,7 +139,7 @@ class Barriers:
       assert self.arrived[key] <= self.arrivals[key]
       self._open(key, lazily=True)
 
-  def announce(self, ref, number, size, where):
+  def arrive_expecting(self, ref, number, size, where):
     assert np.sum(np.broadcast_to(where, (128,))) == 1
     self.announced[id(ref), int(number)] += size
     self.arrive(ref, number, 1)
@@ -180,7 +194,7 @@ class Barriers:
 
 
 class Meeting:
-  """Of the programs of a grid."""
+  """The grid barrier of all programs."""
 
   def __init__(self):
     self.changed, self.failed = threading.Condition(), False
@@ -204,13 +218,20 @@ class Meeting:
       self.changed.notify_all()
 
 
-def emulate(monkeypatch, *modules):
-  """Runs the kernels of modules lane by lane, every warpgroup in a thread of its own; all programs
-  of a grid at once where they wait for each other.
+def as_ref(x):
+  return x if isinstance(x, thread_ops_test.Ref) else thread_ops_test.Ref(np.array(x))
+
+
+class Emulation:
+  """Kernels run lane by lane, each warpgroup in a thread; all programs of a grid at the same time
+  where they wait for each other.
   """
-  here = threading.local()
+
+  def __init__(self):
+    self.here = threading.local()  # of a thread: its place in the grid and its program's barriers
 
   def kernel(
+    self,
     body,
     *,
     out_type=(),
@@ -222,113 +243,132 @@ def emulate(monkeypatch, *modules):
     compiler_params,
     kernel_name,
   ):
+    """Stands for `plgpu.kernel`."""
+
     def run(*args):
-      out = list(map(lanes.poisoned, out_type))
-      args = [x if isinstance(x, lanes.Ref) else lanes.Ref(np.array(x)) for x in args]
+      out = jax.tree.map(thread_ops_test.poisoned, out_type)
+      args = jax.tree.map(
+        lambda x: x if isinstance(x, thread_ops_test.Ref) else thread_ops_test.Ref(np.array(x)),
+        args,
+      )
       errors, meeting = [], Meeting()
 
       def threads(program):
-        scratch = list(map(lanes.poisoned, scratch_types))
+        scratch = jax.tree.map(thread_ops_test.poisoned, scratch_types)
         waits, copies = [threading.Barrier(n + 1) for n in range(num_threads)], Barriers()
 
         def work(warpgroup):
-          here.place, here.waits = (
-            dict(zip(grid_names, program)) | {"sparsek_warpgroup": 0, thread_name: warpgroup},
-            0,
-          )
-          here.barriers, here.copies, here.meeting = waits, copies, meeting
+          here = self.here
+          here.place = dict(zip(grid_names, program))
+          here.place |= {"sparsek_warpgroup": 0, thread_name: warpgroup}
+          here.barriers, here.copies, here.meeting, here.waits = waits, copies, meeting, 0
           try:
             body(*args, *out, *scratch)
           except Exception as error:
             errors.append(error)
-            for every in (*waits, copies, meeting):
-              every.abort()
+            for barrier in (*waits, copies, meeting):
+              barrier.abort()
 
         return [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
 
       programs = list(np.ndindex(*grid))
-      for some in (
-        [programs] if kernel_name == "sparsek_chain" else [[program] for program in programs]
-      ):
-        every = [thread for program in some for thread in threads(program)]
-        for thread in every:
+      meets = kernel_name == "sparsek_chain"
+      for together in [programs] if meets else [[program] for program in programs]:
+        running = [thread for program in together for thread in threads(program)]
+        for thread in running:
           thread.start()
-        for thread in every:
+        for thread in running:
           thread.join()
         if errors:
           raise errors[0]
-      return [jnp.asarray(x.array) for x in out]
+      return jax.tree.map(lambda x: jnp.asarray(x.array), out)
 
     return run
 
-  functions = {
-    f.__name__: f
-    for f in (
-      lanes.gather,
-      lanes.gather_bytes,
-      lanes.scatter,
-      lanes.scatter_bytes,
-      lanes.widen,
-      lanes.narrow,
-      multiply_add,
-    )
-  }
-
-  def dawdle():  # who goes on too early is to be seen
-    here.waits += 1
-    if (here.waits + here.place["sparsek_warpgroup"]) % 2:
+  def dawdle(self):
+    """Lets every other thread sleep, so that one that does not wait as it should reads what is not
+    there yet.
+    """
+    self.here.waits += 1
+    if (self.here.waits + self.here.place["sparsek_warpgroup"]) % 2:
       time.sleep(DELAY)
 
-  def wait_for_all(warpgroups=0):
-    here.barriers[warpgroups - 1].wait()
-    dawdle()
+  def wait_for_all(self, warpgroups=0):
+    self.here.barriers[warpgroups - 1].wait()
+    self.dawdle()
 
-  def wait_for(*args):
-    here.copies.wait_for(*args)
-    dawdle()
+  def wait_for(self, *args):
+    self.here.copies.wait_for(*args)
+    self.dawdle()
 
-  functions |= {
-    "ask_bytes": lambda *args, once=False, fresh=False: lanes.gather_bytes(*args),
-    "ask_number": lanes.gather,
-    "numbers": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
-    "from_lane": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
-    "wait_for_all": wait_for_all,
-    "wait_for": wait_for,
-    "meet": lambda *args: here.meeting.meet(*args),
-  }
-  functions |= {
-    name: lambda *args, name=name: getattr(here.copies, name)(*args)
-    for name in ("barriers", "arrive", "announce", "copy_bytes")
-  }
-  for name, f in functions.items():
-    for where in (*modules, thread_ops, small_batch_matmul):
+  def functions(self):
+    """Returns what stands for the functions of thread_ops."""
+    here = self.here
+    functions = {
+      f.__name__: f
+      for f in (
+        thread_ops_test.gather,
+        thread_ops_test.gather_bytes,
+        thread_ops_test.scatter,
+        thread_ops_test.scatter_bytes,
+        thread_ops_test.widen,
+        thread_ops_test.narrow,
+        multiply_add,
+        self.wait_for_all,
+        self.wait_for,
+      )
+    }
+    functions |= {
+      "load_in_order": lambda *args, once=False, fresh=False: thread_ops_test.gather_bytes(*args),
+      "load_number_in_order": thread_ops_test.gather,
+      "lane_index": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
+      "shuffle_xor": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
+      "grid_barrier": lambda *args: here.meeting.meet(*args),
+    }
+    return functions | {
+      name: lambda *args, name=name: getattr(here.copies, name)(*args)
+      for name in ("init_barriers", "arrive", "arrive_expecting", "copy_bytes")
+    }
+
+
+def run_loop(low, high, f, state):
+  """Stands for `jax.lax.fori_loop`."""
+  for i in range(low, high):
+    state = f(jnp.int32(i), state)
+  return state
+
+
+def run_when(condition):
+  """Stands for `pl.when`."""
+  return lambda f: f() if condition else None
+
+
+def emulate(monkeypatch):
+  """Makes the kernels of a decoding step run lane by lane."""
+  emulation = Emulation()
+  for name, f in emulation.functions().items():
+    for where in KERNELS:
       monkeypatch.setattr(where, name, f, raising=False)
   for where, name in (
     (small_batch_matmul, "_product"),
-    (fused_decode_layer, "_chain"),
+    (fused_decode_layer, "_fused_layer"),
     (decode_attention, "_attend"),
-    (decode_attention, "evict"),
+    (decode_eviction, "evict"),
   ):
     monkeypatch.setattr(where, name, getattr(where, name).__wrapped__)
-  monkeypatch.setattr(small_batch_matmul.plgpu, "kernel", kernel)
-  monkeypatch.setattr(jax.lax, "axis_index", lambda name: here.place[name])
-  monkeypatch.setattr(
-    jax.lax,
-    "fori_loop",
-    lambda low, high, f, state: functools.reduce(
-      lambda x, i: f(jnp.int32(i), x), range(low, high), state
-    ),
-  )
-  monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
+  monkeypatch.setattr(small_batch_matmul.plgpu, "kernel", emulation.kernel)
+  monkeypatch.setattr(jax.lax, "axis_index", lambda name: emulation.here.place[name])
+  monkeypatch.setattr(jax.lax, "fori_loop", run_loop)
+  monkeypatch.setattr(pl, "when", run_when)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_product_lane_by_lane(case, monkeypatch):
   x, matrices, options, expected = problem(case)
-  emulate(monkeypatch, small_batch_matmul)
-  found = small_batch_matmul.product(x, *matrices, **options)
-  error = jnp.abs(found.astype(jnp.float32) - expected)
-  assert jnp.max(error) <= (2e-5 if found.dtype == jnp.float32 else 2**-7) * jnp.max(
+  emulate(monkeypatch)
+  result = small_batch_matmul.product(x, *matrices, **options)
+  error = jnp.abs(result.astype(jnp.float32) - expected)
+  assert jnp.max(error) <= (2e-5 if result.dtype == jnp.float32 else 2**-7) * jnp.max(
     jnp.abs(expected)
   )
 
@@ -336,10 +376,10 @@ def test_product_lane_by_lane(case, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_product(case):
-  if not thread_ops.can_run():
+  if not devices.can_run():
     pytest.skip("needs a Hopper GPU")
   x, matrices, options, expected = problem(case)
-  found = small_batch_matmul.product(x, *matrices, **options)
-  assert jnp.max(jnp.abs(found.astype(jnp.float32) - expected)) <= 2**-7 * jnp.max(
+  result = small_batch_matmul.product(x, *matrices, **options)
+  assert jnp.max(jnp.abs(result.astype(jnp.float32) - expected)) <= 2**-7 * jnp.max(
     jnp.abs(expected)
   )

@@ -1,5 +1,5 @@
-"""The logic of the kernels of single threads, run lane by lane in NumPy: their loads and stores are
-inlined instructions, which no interpreter knows.
+"""The logic of the kernels of single threads, emulated lane by lane in NumPy: their loads and
+stores are inlined instructions, which no interpreter knows.
 """
 
 import functools
@@ -11,15 +11,16 @@ import pytest
 from jax.experimental import pallas as pl
 
 from sparsek.attention import prefix_selection
-from sparsek.attention.operator import document_bounds
+from sparsek.attention.documents import document_bounds
 from sparsek.kernels import tiles
-from sparsek.kernels.hopper import gather_rows, selection_lists, thread_ops
+from sparsek.kernels.hopper import gather_rows, prefix_gradients, selection_lists, thread_ops
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.specs import make_scores
 
 
 class Ref:
-  """A reference to a NumPy array; `at` gives views. Every lane must stay inside, used or not."""
+  """A reference to a NumPy array; `at` gives views. All lanes must stay inside, used or not."""
 
   def __init__(self, array):
     self.array = array
@@ -31,16 +32,16 @@ class Ref:
     if index is Ellipsis:
       return jnp.asarray(self.array)
     index = tuple(int(i) for i in (index if isinstance(index, tuple) else (index,)))
-    found = self.array[index]
-    return Ref(found) if isinstance(found, np.ndarray) else found
+    part = self.array[index]
+    return Ref(part) if isinstance(part, np.ndarray) else part
 
-  def numbers(self, index, offset, stride):
-    """Of the elements in 16 bytes."""
-    place = (np.asarray(index, np.int64) * stride + np.asarray(offset))[:, None] + np.arange(
+  def indices(self, index, offset, stride):
+    """Returns the indices of the elements in 16 bytes, in each lane."""
+    indices = (np.asarray(index, np.int64) * stride + np.asarray(offset))[:, None] + np.arange(
       16 // self.dtype.itemsize
     )
-    assert place.min() >= 0 and place.max() < self.array.size
-    return place
+    assert indices.min() >= 0 and indices.max() < self.array.size
+    return indices
 
 
 def gather(ref, index):
@@ -49,7 +50,7 @@ def gather(ref, index):
 
 
 def gather_bytes(ref, index, offset, stride):
-  words = ref.array.reshape(-1)[ref.numbers(index, offset, stride)].view(np.int32)
+  words = ref.array.reshape(-1)[ref.indices(index, offset, stride)].view(np.int32)
   return tuple(jnp.asarray(x) for x in words.T)
 
 
@@ -64,9 +65,9 @@ def scatter(ref, index, value, where, atomic=None):
 
 def scatter_bytes(ref, index, offset, stride, values, where):
   where = np.asarray(where)
-  place = ref.numbers(np.where(where, index, 0), np.where(where, offset, 0), stride)[where]
-  assert len(set(place.ravel())) == place.size
-  ref.array.reshape(-1)[place] = (
+  indices = ref.indices(np.where(where, index, 0), np.where(where, offset, 0), stride)[where]
+  assert len(set(indices.ravel())) == indices.size
+  ref.array.reshape(-1)[indices] = (
     np.stack([np.broadcast_to(x, where.shape) for x in values], axis=-1)
     .astype(np.int32)[where]
     .view(ref.dtype)
@@ -97,7 +98,7 @@ def narrow(numbers, dtype):
 
 
 def poisoned(x):
-  """A Ref of that shape and dtype that nobody has written."""
+  """Returns a Ref of that shape and dtype that nobody has written."""
   return Ref(
     np.full(
       x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else np.iinfo(x.dtype).min, x.dtype
@@ -107,7 +108,7 @@ def poisoned(x):
 
 def kernel(body, rows, size, *extra, name, out_type=()):
   def run(*args):
-    out = list(map(poisoned, out_type))
+    out = jax.tree.map(poisoned, list(out_type))
     args = jax.tree.map(lambda x: x if isinstance(x, Ref) else Ref(np.array(x)), args)
     for block in range(-(-size // thread_ops.LANES)):
       for row in range(rows):
@@ -120,7 +121,7 @@ def kernel(body, rows, size, *extra, name, out_type=()):
             *args,
             *out,
           )
-    return [jnp.asarray(x.array) for x in out]
+    return jax.tree.map(lambda x: jnp.asarray(x.array), out)
 
   return run
 
@@ -128,25 +129,40 @@ def kernel(body, rows, size, *extra, name, out_type=()):
 current = {}
 
 
+def fori_loop(low, high, body, state):
+  for i in range(low, int(high)):
+    state = body(i, state)
+  return state
+
+
+def loop(low, high):
+  def run(body):
+    for i in range(low, high):
+      body(i)
+
+  return run
+
+
+def when(condition):
+  def run(body):
+    if condition:
+      body()
+
+  return run
+
+
 @pytest.fixture
 def emulated(monkeypatch):
-  for module in (thread_ops, selection_lists, gather_rows, hopper_thresholds):
+  for module in (thread_ops, selection_lists, gather_rows, hopper_thresholds, prefix_gradients):
     for f in (gather, gather_bytes, scatter, scatter_bytes, add_row, widen, narrow, kernel):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
-  monkeypatch.setattr(gather_rows, "numbers", lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32))
+  lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
+  monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
-  monkeypatch.setattr(
-    jax.lax,
-    "fori_loop",
-    lambda low, high, body, state: functools.reduce(
-      lambda state, i: body(i, state), range(low, int(high)), state
-    ),
-  )
-  monkeypatch.setattr(
-    pl, "loop", lambda low, high: lambda body: [body(i) for i in range(low, high)]
-  )
-  monkeypatch.setattr(pl, "when", lambda condition: lambda f: f() if condition else None)
+  monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
+  monkeypatch.setattr(pl, "loop", loop)
+  monkeypatch.setattr(pl, "when", when)
 
 
 def make(n, packed, kind):
@@ -181,16 +197,20 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   )
   request.getfixturevalue("emulated")
   monkeypatch.setattr(hopper_thresholds, "over_batch", lambda f, *args: f(*args))
-  for f in ("_sort", "_solve", "_scores_gradient"):
-    monkeypatch.setattr(hopper_thresholds, f, getattr(hopper_thresholds, f).__wrapped__)
+  for module, f in (
+    (hopper_thresholds, "_sort"),
+    (hopper_thresholds, "_solve"),
+    (prefix_gradients, "_scores_gradient"),
+  ):
+    monkeypatch.setattr(module, f, getattr(module, f).__wrapped__)
   threshold, expiry, order = prefix_selection.select.fun.__wrapped__(
     scores, start, end, k, delay, packed, True
   )
   np.testing.assert_array_equal(threshold, expected)
   np.testing.assert_array_equal(expiry, expected_expiry)
   np.testing.assert_array_equal(order, expected_order)
-  found = hopper_thresholds.scores_gradient(cotangent, scores, threshold, end, delay)
-  np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
+  result = prefix_gradients.scores_gradient(cotangent, scores, threshold, end, delay)
+  np.testing.assert_allclose(result, gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -205,8 +225,8 @@ def test_selection(n, k, delay, packed, kind, monkeypatch, request):
   ],
 )
 def test_kernels_match_plain_selection(n, k, delay, packed, family):
-  """Attention tests cannot find errors of long rows: all implementations there take the thresholds
-  from these kernels.
+  """The tests of attention cannot find errors in long rows: all implementations there take the
+  thresholds from these kernels.
   """
   scores = make_scores(family, jax.random.key(n), (2, n, 3)).swapaxes(1, 2)
   start, end = document_bounds(
@@ -222,9 +242,9 @@ def test_kernels_match_plain_selection(n, k, delay, packed, family):
       (cotangent, *(np.zeros(x.shape, jax.dtypes.float0) for x in selection[1:]))
     )
 
-  *found, gradient = run(True)
+  *results, gradient = run(True)
   *expected, expected_gradient = run(False)
-  for x, y in zip(found, expected):
+  for x, y in zip(results, expected):
     np.testing.assert_array_equal(x, y)
   np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
@@ -243,13 +263,13 @@ def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   expected = jax.vmap(
     jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk))
   )(expiry, order)
-  left = jnp.maximum(jnp.arange(n) - window + 1, start)
+  window_start = jnp.maximum(jnp.arange(n) - window + 1, start)
   sizes = dict(chunk=chunk, block_q=64, block_kv=128)
-  bounds = tiles.query_bounds(tiles.list_tiles(expected), left, **sizes)
+  bounds = tiles.query_bounds(tiles.list_tiles(expected), window_start, **sizes)
   request.getfixturevalue("emulated")
-  found = selection_lists.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
+  results = selection_lists.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
   held = expected.old_count > 0
-  for name, x, y in zip(found._fields, found, expected):
+  for name, x, y in zip(results._fields, results, expected):
     assert x.shape == y.shape and x.dtype == y.dtype, name
     if name == "old_begin":
       x, y = x[held], y[held]
@@ -258,7 +278,7 @@ def test_lists(n, k, window, chunk, rise, request, monkeypatch):
       x, y = x[there], y[there]
     np.testing.assert_array_equal(x, y, err_msg=name)
   np.testing.assert_array_equal(
-    selection_lists.query_bounds(tiles.list_tiles(expected), left, **sizes), bounds
+    selection_lists.query_bounds(tiles.list_tiles(expected), window_start, **sizes), bounds
   )
 
 
@@ -278,7 +298,7 @@ def test_rows(dim, dtype, request):
   )
   listed_key, listed_value, listed_score = gather_rows.gather_rows(key, value, scores, lists)
   places = listed_score.shape[-1]
-  used = (lists.first < tiles.NEVER).reshape(1, groups, -1)
+  used = (lists.first < NEVER).reshape(1, groups, -1)
   token = lists.token.reshape(1, groups, -1)
   for g in range(groups):
     at = np.flatnonzero(used[0, g])
@@ -297,11 +317,11 @@ def test_rows(dim, dtype, request):
       jax.random.normal(keys[7], (1, groups, places)),
     )
   ]
-  found = gather_rows.sum_rows(dkey, dvalue, rows, lists)
+  results = gather_rows.sum_rows(dkey, dvalue, rows, lists)
   for g in range(groups):
     at = np.flatnonzero(used[0, g])
     for result, window_part, row in zip(
-      found, (dkey[0, :, g], dvalue[0, :, g], jnp.zeros(n)), rows
+      results, (dkey[0, :, g], dvalue[0, :, g], jnp.zeros(n)), rows
     ):
       expected = np.array(window_part, np.float64)
       np.add.at(expected, np.asarray(token[0, g][at]), np.asarray(row[0, g][at], np.float64))

@@ -1,5 +1,5 @@
-"""The Mosaic TPU kernels interpreted on the CPU: memory starts as NaN and races are looked for.
-tpu_compile_test.py has the real compiler's word.
+"""Tests of the Mosaic TPU kernels, interpreted on the CPU: memory starts as NaN, and races are
+detected. compile_test.py compiles them with the real compiler.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import sparsek
-from sparsek.kernels import compaction
+from sparsek.kernels import compaction, devices
 from sparsek.kernels.specs import SPECS, Spec
 from sparsek.kernels.tpu import attention as tpu_attention
 from tests.kernels.attention_base import (
@@ -40,8 +40,8 @@ INTERPRETED = (
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """Small tiles, so that short rows have several; fails where a kernel races."""
-  monkeypatch.setattr(tpu_attention, "refusal", lambda query: None)
+  """Makes tiles small, so that short rows have several; fails where a kernel races."""
+  monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   monkeypatch.setattr(tpu_attention, "ROWS", 128)
   monkeypatch.setattr(tpu_attention, "QUERIES", 256)
   monkeypatch.setattr(tpu_attention, "LISTED", 128)
@@ -62,8 +62,8 @@ class TestMosaicTpu(AttentionTest):
 
   @pytest.mark.skip(
     reason=(
-      "the interpreter's callbacks cannot be computed again; tpu_compile_test.py "
-      "compiles a training step with remat"
+      "the interpreter's callbacks cannot be computed again; compile_test.py compiles a training "
+      "step with remat"
     )
   )
   def test_remat(self):
@@ -127,7 +127,7 @@ def test_says_why_it_cannot_run(kind, dtype, head_dim, words, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if kind == "cpu" else "tpu")
   x = jnp.zeros((1, 8, 1, head_dim), dtype)
   if words is None:
-    assert tpu_attention.refusal(x) is None
+    assert devices.tpu_refusal(x) is None
     return
   with pytest.raises(
     NotImplementedError, match=f"implementation='mosaic_tpu' cannot run here: .*{words}"
@@ -139,7 +139,7 @@ def test_says_why_it_cannot_run(kind, dtype, head_dim, words, monkeypatch):
 
 def test_is_the_default_on_a_tpu(monkeypatch):
   calls = []
-  monkeypatch.setattr(tpu_attention, "refusal", lambda query: None)
+  monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   monkeypatch.setattr(
     tpu_attention, "attention", lambda query, *_, **options: calls.append(options["k"]) or query
   )

@@ -1,5 +1,5 @@
-"""The Mosaic TPU kernels compiled by the real TPU compiler, without a TPU; `make test-compile` runs
-this where the compiler is installed.
+"""Tests of the Mosaic TPU kernels with the real TPU compiler, without a TPU; `make test-compile`
+runs them where the compiler is installed.
 """
 
 import importlib.util
@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsek.config import DataConfig, TrainConfig, preset
+from sparsek.kernels import devices
 from sparsek.kernels.specs import Spec
-from sparsek.kernels.tpu import attention as tpu_attention
+from sparsek.kernels.tpu import grid
 from sparsek.parallel.mesh import BATCH
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training.optimizer import make_optimizer
@@ -83,7 +84,7 @@ def test_compiles(spec, gate):
 
 
 def test_too_much_vmem_is_an_error(monkeypatch):
-  monkeypatch.setattr(tpu_attention.attention_kernels, "VMEM_BYTES", 2**20)
+  monkeypatch.setattr(grid, "VMEM_BYTES", 2**20)
   spec = Spec(
     "too_large", n=4096, heads=1, groups=1, head_dim=128, k=512, window=512, dtype="bfloat16"
   )
@@ -105,8 +106,8 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
 
 
 def test_training_step_compiles(monkeypatch):
-  """A whole optimizer step over four chips, with the kernels inside."""
-  monkeypatch.setattr(tpu_attention, "refusal", lambda query: None)
+  """Compiles a whole optimizer step over four chips, with the kernels inside."""
+  monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   config, mesh = (
     preset("gpt2_small", remat="attention", scan_layers=True, implementation="mosaic_tpu"),
     Mesh(np.array(compiler.devices("v5e")), (BATCH,)),

@@ -1,7 +1,7 @@
-"""The real TPU compiler, without a TPU: what it makes of the kernels, beside splash attention with
-a local mask of the same budget.
+"""The real TPU compiler, without a TPU: bytes and FLOPs of the compiled kernels, compared with
+splash attention with a local mask of the same budget.
 
-python -m tests.kernels.tpu.compiler --record=PATH compiles what the published record holds; `make
+python -m tests.kernels.tpu.compiler --record=PATH makes the published record again; `make
 test-compile` installs what it needs.
 """
 
@@ -48,7 +48,7 @@ BYTES = {
   "u32": 4,
 }
 VMEM = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
-# waits for a SparseCore's gather or scatter
+# Operations that move nothing.
 FREE = (
   "parameter",
   "get-tuple-element",
@@ -63,20 +63,20 @@ FREE = (
   "copy-done",
   "slice-start",
   "slice-done",  # to VMEM: counted where it is read
-  "call-done",
+  "call-done",  # waits for a SparseCore's gather or scatter
 )
-# to a SparseCore, which works beside the TensorCore; from libtpu 0.0.50 on
+# Operations of a SparseCore, which works beside the TensorCore; from libtpu 0.0.50 on.
 OFFLOADED = ("call-start", "call-update")
 
 
 @functools.cache
 def devices(chip: str):
-  """Four chips to compile for."""
+  """Returns four chips to compile for."""
   return topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices
 
 
 def compile_for(chip, function, *shapes):
-  """The compiled executable for one chip; too much VMEM and tiles that cannot be are errors."""
+  """Compiles for one chip; too much VMEM and impossible tiles are errors."""
   sharding = SingleDeviceSharding(devices(chip)[0])
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
   return jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
@@ -85,8 +85,8 @@ def compile_for(chip, function, *shapes):
 def attention_and_gradients(
   query, key, value, scores, threshold, expiry, start, end, cotangent, *, spec, gate
 ):
-  """Query, key, value, cotangent and results are [batch, heads, n, D], in which order TPUs hold
-  them; the selection is given.
+  """Computes attention and its gradients, given the selection. Query, key, value, cotangent and
+  results are [batch, heads, n, D], the order in which TPUs hold them.
   """
   heads_first = lambda x: jnp.swapaxes(x, 1, 2)
 
@@ -130,7 +130,7 @@ def compile_attention(chip, spec, gate):
 
 
 def _instructions(text):
-  """{computation: [(name, result type, operation, operands, line)]} and the entry's name."""
+  """Returns {computation: [(name, result type, operation, operands, line)]}, the entry's name."""
   computations, current, entry = {}, None, None
   for line in text.splitlines():
     header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
@@ -138,10 +138,10 @@ def _instructions(text):
       current = computations.setdefault(header[2], [])
       entry = header[2] if header[1] else entry
       continue
-    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", line)
-    if found and current is not None:
+    match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$", line)
+    if match and current is not None:
       current.append(
-        (found[1], found[2], found[3], re.findall(r"%([\w.\-]+)", found[4].split("), ")[0]), line)
+        (match[1], match[2], match[3], re.findall(r"%([\w.\-]+)", match[4].split("), ")[0]), line)
       )
   return computations, entry
 
@@ -154,12 +154,12 @@ def _size(types):
 
 
 def traffic(compiled) -> dict:
-  """Bytes moved and FLOPs, by what moves them, and the VMEM of each kernel, read from the
+  """Counts bytes moved, by kind of operation, FLOPs and the VMEM of each kernel, from the
   executable.
 
   A kernel moves what its grid fetches (the estimate it was compiled with); an operation of XLA its
-  operands and results, once each; a gather or scatter the rows that it moves, and not, as in XLA's
-  own estimate, sixteen times that; a loop its body's bytes times its trips.
+  operands and results, once each; a gather or scatter the rows that it moves (XLA estimates sixteen
+  times that); a loop its body's bytes times its trips.
   """
   text = compiled.as_text()
   computations, entry = _instructions(text)
@@ -184,7 +184,7 @@ def traffic(compiled) -> dict:
           for x in re.findall(r"constant\((\d+)\)", line_of_condition)
         )
         count(re.search(r"body=%?([\w.\-]+)", line)[1], times * trips)
-      # the latter are bitcasts and hints
+      # Custom calls of other names are bitcasts and hints.
       if operation in FREE or (operation == "custom-call" and "tpu_custom_call" not in line):
         continue
       moved = _size(result_type) + sum(_size(types.get(x, "")) for x in operands)
@@ -199,7 +199,7 @@ def traffic(compiled) -> dict:
         kind, moved = "gather_bytes", 2 * _size(result_type)
       elif (
         "gather" in result and operation in OFFLOADED
-      ):  # their type lists the operands, then the result
+      ):  # the result type lists the operands, then the result
         kind, moved = (
           "gather_bytes",
           2 * (_size(result_type) - sum(_size(types.get(x, "")) for x in operands)),
@@ -222,7 +222,7 @@ def traffic(compiled) -> dict:
 
 @functools.cache
 def splash(n, budget):
-  """Splash attention of one head with a window of `budget`."""
+  """Returns splash attention of one head with a window of `budget`."""
   block = SPLASH_BLOCK
   sizes = splash_attention_kernel.BlockSizes(
     block_q=block,
@@ -243,8 +243,8 @@ def splash(n, budget):
 
 
 def splash_traffic(spec) -> dict:
-  """Bytes and FLOPs of its kernels, forward and backward: the blocks that its mask visits, each
-  with all products, and what its grids fetch.
+  """Counts bytes and FLOPs of splash attention's kernels, forward and backward: the blocks that its
+  mask visits, each with all products, and what its grids fetch.
 
   It states no cost to the compiler, so this is counted from the tables it prefetches; the output's
   product with its gradient is added. Every block of queries after the first windows visits as many,
@@ -286,7 +286,7 @@ def splash_traffic(spec) -> dict:
 
 
 def splash_vmem(chip, spec) -> list:
-  """VMEM of its kernels, compiled for one head."""
+  """Returns the VMEM of splash attention's kernels, compiled for one head."""
   shape = jax.ShapeDtypeStruct((1, spec.n, spec.head_dim), spec.dtype)
 
   def run(query, key, value, cotangent):
@@ -314,7 +314,7 @@ RECORDED = tuple(
 
 
 def row_of(chip, spec, gate="straight_through") -> dict:
-  """One row of the record."""
+  """Returns one row of the record."""
   compiled = compile_attention(chip, spec, gate)
   ours, theirs = traffic(compiled), splash_traffic(spec)
   return {

@@ -1,0 +1,151 @@
+"""The flags of experiments.benchmark."""
+
+from absl import flags as absl_flags
+
+from sparsek import config as config_lib
+from sparsek.command_line.definer import Definer
+from sparsek.command_line.flags import define_attention_flags
+from sparsek.kernels.specs import SCORE_FAMILIES
+
+BASELINES = (
+  "What to time, separated by commas. In the suites of attention: sparsek, sliding_window, dense, "
+  "xla, thresholds. In the train suite: sparsek, sliding_window, full, and Hugging Face's Llama "
+  "where it is installed, as transformers (compiled as a whole) and transformers_layers (layer by "
+  "layer). In the decode suite: sparsek, full, transformers. By default all; xla only beside "
+  "another implementation."
+)
+
+
+def define_flags(flag_values: absl_flags.FlagValues) -> None:
+  """Defines the flags of the benchmark."""
+  define_attention_flags(flag_values)
+  define = Definer(flag_values)
+  define.choice(
+    "suite",
+    "attention",
+    ("attention", "headline", "train", "decode"),
+    "attention: the shape that the flags describe. headline: the shapes behind the published "
+    "figures; flags that are given replace theirs. train: whole training steps of a model. decode: "
+    "tokens after contexts of --lengths, and prompts.",
+  )
+  _define_problems(define)
+  define.string("baselines", None, BASELINES)
+  _define_model(define)
+  _define_limits(define)
+  _define_record(define)
+
+
+def _define_problems(define: Definer) -> None:
+  define.string(
+    "lengths",
+    "4096,16384",
+    "Sequence lengths, separated by commas. In the decode suite lengths of contexts, by default "
+    "1024,8192,65536,524288,1048576.",
+  )
+  define.string(
+    "batch_sizes",
+    "1,8,64",
+    "Decode suite: numbers of texts that are written at the same time, separated by commas.",
+  )
+  define.string(
+    "prompts",
+    "8192,131072",
+    "Decode suite: lengths of prompts to read, separated by commas; empty for none.",
+  )
+  define.integer("heads", 2, "Query heads; a multiple of --kv_heads.", lower=1)
+  define.integer("kv_heads", 1, "Key/value heads.", lower=1)
+  define.integer("head_dim", 64, "Width of a head.", lower=1)
+  define.string(
+    "scores",
+    "normal",
+    f"Families of the scores, separated by commas: {', '.join(SCORE_FAMILIES)}. With rising ones "
+    "every token enters the selection, with falling ones none.",
+  )
+
+
+def _define_model(define: Definer) -> None:
+  define.choice(
+    "preset",
+    None,
+    list(config_lib.PRESETS),
+    "Model of the train and decode suites. By default gpt2_small in the train suite, 1b in the "
+    "decode suite.",
+  )
+  define.integer("vocab_size", 32768, "Vocabulary of the model.", lower=1)
+  define.real(
+    "scorer_init_slope",
+    None,
+    "Initial growth of the scores of the model per 1024 tokens of position: with 1 more tokens "
+    "enter the selection than with 0. By default 0.",
+  )
+  define.real(
+    "scorer_loss",
+    config_lib.TrainConfig.scorer_loss,
+    "Train suite: weight of the scorers' loss, as in experiments.pretrain.",
+    lower=0,
+  )
+  define.choice(
+    "remat",
+    None,
+    config_lib.REMAT_POLICIES,
+    "What the backward pass of the model recomputes. By default none.",
+  )
+  define.integer("batch_size", None, "Rows per training step. By default 1.", lower=1)
+  define.integer(
+    "documents",
+    1,
+    "Documents per row: the first takes half of it, the next a quarter, and so on.",
+    lower=1,
+  )
+  define.integer(
+    "loss_chunk",
+    config_lib.TrainConfig.loss_chunk,
+    "Tokens whose logits exist at the same time in training.",
+    lower=1,
+  )
+
+
+def _define_limits(define: Definer) -> None:
+  define.integer(
+    "max_dense",
+    None,
+    "Longest length for dense. By default any length with cuDNN, else 4096.",
+    lower=0,
+  )
+  define.integer("max_xla", 32768, "Longest length for xla.", lower=0)
+  define.integer("max_transformers", 32768, "Longest length for transformers.", lower=0)
+  define.integer(
+    "rounds", 10, "Most timed rounds over everything, of which medians are taken.", lower=1
+  )
+  define.real(
+    "seconds",
+    150.0,
+    "No round begins that would end later than this after the first began.",
+    lower=0,
+  )
+  define.integer(
+    "errors_at",
+    None,
+    "Length at which to compare with the float32 reference, which is quadratic; 0 means not to. By "
+    "default 4096 in the headline suite, else 0.",
+    lower=0,
+  )
+
+
+def _define_record(define: Definer) -> None:
+  define.path(
+    "record",
+    None,
+    "Also write flags, figures, versions and device to this .json file, and a picture beside it.",
+  )
+  define.boolean(
+    "extend",
+    False,
+    "Train and decode suites: keep the rows of --record that have another length, number of "
+    "documents, remat or batch size, if they are of this commit and device.",
+  )
+  define.path("show", None, "Time nothing; print this record and draw its picture again.")
+
+
+FLAGS = absl_flags.FlagValues()
+define_flags(FLAGS)

@@ -1,0 +1,103 @@
+"""The device that kernels run on, and why a backend cannot run on it.
+
+Nothing here needs a private name of JAX: the kernels of GPUs and TPUs are imported only where the
+device is one of theirs, and a kernel module that cannot be imported is a reason like any other.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+
+# JAX 0.10 cannot write in place from a differentiated function
+SUPPORTED = jax.__version_info__ >= (0, 11)
+HOPPER = "9.0"  # compute capability of H100 and H200
+HOPPER_MAX_HEAD_DIM = 128
+TPU_MAX_HEAD_DIM = 256
+
+
+def device_here() -> jax.Device:
+  """Returns the device that kernels are made for."""
+  # a device, or a platform's name
+  device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+  return jax.devices(device)[0] if isinstance(device, str) else device
+
+
+def on_nvidia_gpu() -> bool:
+  """Tells whether JAX's first device is an NVIDIA GPU."""
+  device = jax.devices()[0]
+  return device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+
+
+def compute_capability(device: jax.Device) -> str:
+  """Returns the compute capability of a GPU, such as "9.0", or "unknown"."""
+  return str(getattr(device, "compute_capability", "unknown"))
+
+
+def can_run() -> bool:
+  """Tells whether the Hopper kernels of single threads (hopper/thread_ops.py) can run here."""
+  device = device_here()
+  return (
+    SUPPORTED
+    and device.platform == "gpu"
+    and compute_capability(device) == HOPPER
+    and import_refusal("hopper.thread_ops") is None
+  )
+
+
+@functools.cache
+def import_refusal(module: str) -> str | None:
+  """Imports a kernel module, such as "hopper.attention"; returns why it cannot be, or None.
+
+  The kernels need private names of JAX, which another version of it may have moved.
+  """
+  try:
+    importlib.import_module(f"sparsek.kernels.{module}")
+  except (ImportError, AttributeError) as error:
+    path = f"kernels/{module.replace('.', '/')}.py"
+    return f"{path} cannot be imported with JAX {jax.__version__}: {error}"
+  return None
+
+
+def hopper_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+  """Returns why the attention kernels of Hopper GPUs cannot run on `query` here, or None."""
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"query has dtype {query.dtype}; the tensor cores' kernels take bfloat16 and float16"
+  if query.shape[-1] > HOPPER_MAX_HEAD_DIM:
+    return f"query has head_dim {query.shape[-1]}; at most {HOPPER_MAX_HEAD_DIM} is supported"
+  return _hopper_device_refusal() or import_refusal("hopper.attention")
+
+
+def _hopper_device_refusal() -> str | None:
+  device = jax.devices()[0]
+  if jax.default_backend() != "gpu" or not device.device_kind.startswith("NVIDIA"):
+    return (
+      f"it needs an NVIDIA Hopper GPU (H100, H200); JAX's default device is {device.device_kind!r}"
+    )
+  if not SUPPORTED:
+    return f"it needs JAX 0.11 or newer; this is {jax.__version__}"
+  if compute_capability(device) != HOPPER:
+    return (
+      f"it needs a GPU of compute capability {HOPPER} (H100, H200); "
+      f"{device.device_kind} has {compute_capability(device)}"
+    )
+  return None
+
+
+def tpu_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+  """Returns why the attention kernels of TPUs cannot run on `query` here, or None."""
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"query has dtype {query.dtype}; the TPU's kernels take bfloat16 and float32"
+  if query.shape[-1] > TPU_MAX_HEAD_DIM:
+    return f"query has head_dim {query.shape[-1]}; at most {TPU_MAX_HEAD_DIM} is supported"
+  return _tpu_device_refusal() or import_refusal("tpu.attention")
+
+
+def _tpu_device_refusal() -> str | None:
+  device = jax.devices()[0]
+  if jax.default_backend() != "tpu":
+    return f"it needs a TPU (v5e, v5p, v6e); JAX's default device is {device.device_kind!r}"
+  if device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
+    return f"it needs a TPU v5e, v5p or v6e, for their memory; this is a {device.device_kind}"
+  return None

@@ -1,0 +1,427 @@
+"""Backward pass of SPARSEK attention on Hopper GPUs: gradients of queries and thresholds.
+
+The kernel computes the softmax again from the logsumexp, and a program owns what it writes: no
+atomics, so results repeat to the bit. For what gates do see gates.py.
+
+A program computes 128 queries of one head with three warpgroups:
+
+  warpgroup 2, loads (40 registers a thread)   warpgroups 0 and 1, compute 64 queries each (232)
+  ------------------------------------------   ---------------------------------------------------
+                                               load query, cotangent, out, and the queries' vectors
+                                               wait rows_full; delta = sum(cotangent * out)
+  for each tile of either warpgroup:           for each tile:
+    wait key_free                                wait key_full, value_full
+    load key, last, score -> key_full            S = query key^T,  dP = cotangent value^T
+    wait value_free                              arrive value_free
+    load value            -> value_full          dS, dtau from S and dP;  dquery += dS key
+                                                 arrive key_free
+                                               store dquery, delta, dtau
+
+Both warpgroups pass all tiles, in the same order; at a tile that only the other one sees, a
+warpgroup waits and arrives alone (pass_by).
+
+  barrier (how many)      opens after
+  key_full (stages)       the bulk copies (TMA) of key, last and score
+  value_full (stages)     the bulk copy of value
+  rows_full (2)           the seven copies of a warpgroup's queries
+  key_free (stages)       both computing warpgroups have read key, last, score of the slot
+  value_free (stages)     both have read value of the slot
+
+  shared memory                shape                type     bytes for D = 128, 3 stages of 64 keys
+  query, later dquery          2, 64, D             16 bit    32 KiB
+  cotangent, out               2, 64, D             16 bit    32 KiB each
+  key, value                   stages, block_kv, D  16 bit    48 KiB each
+  last                         stages, block_kv     int32    768 B
+  score                        stages, block_kv     float32  768 B
+  row: logsumexp, later dtau   2, 64                float32  512 B
+  delta, tau                   2, 64                float32  512 B each
+  window_start, entered        2, 64                int32    512 B each
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsek.kernels.gates import tile_gradients, tile_weights
+from sparsek.kernels.hopper.attention_tiles import (
+  Listed,
+  Options,
+  Position,
+  Steps,
+  buffers_of,
+  live_pairs,
+  load_tiles,
+  options_of,
+  position,
+)
+from sparsek.kernels.hopper.common import (
+  BLOCK_Q,
+  COLUMN,
+  COMPUTING,
+  HALF,
+  MATRIX,
+  ROW,
+  Tiling,
+  by_column,
+  by_row,
+  grid_of,
+  joined,
+  matrix_buffer,
+  pass_by,
+  read_bounds,
+  run_kernel,
+  slot_of,
+  vector_buffer,
+)
+
+
+class Inputs(NamedTuple):
+  """Arrays in global memory, see `query_gradients`."""
+
+  query: Any
+  key: Any
+  value: Any
+  cotangent: Any
+  out: Any
+  logsumexp: Any
+  window_start: Any
+  entered: Any
+  tau: Any
+  listed: Listed
+  bounds: Any
+
+
+class Outputs(NamedTuple):
+  """Results in global memory."""
+
+  dquery: Any
+  delta: Any
+  dtau: Any
+
+
+class Scratch(NamedTuple):
+  """Shared memory and barriers, see the drawing above."""
+
+  query: Any
+  cotangent: Any
+  out: Any
+  key: Any
+  value: Any
+  last: Any
+  score: Any
+  row: Any
+  delta: Any
+  tau: Any
+  window_start: Any
+  entered: Any
+  key_full: Any
+  value_full: Any
+  rows_full: Any
+  key_free: Any
+  value_free: Any
+
+
+class Program(NamedTuple):
+  """Everything that the roles of a program need."""
+
+  options: Options
+  inputs: Inputs
+  outputs: Outputs
+  scratch: Scratch
+  at: Position
+  bounds: list[tuple]  # t0, ..., t5 of each computing warpgroup: see tiles.query_bounds
+  tiles: Steps
+  end: Any  # of the tiles of the list that either one visits
+  hold_queries: bool  # in registers
+
+
+class Rows(NamedTuple):
+  """The 64 queries of a computing warpgroup."""
+
+  first: Any  # the first one
+  tokens: Any  # slice of their tokens
+  query: Any  # in registers, or in shared memory
+  logsumexp: jax.Array
+  tau: jax.Array
+  delta: jax.Array
+
+
+def query_gradients(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  cotangent: jax.Array,
+  out: jax.Array,
+  logsumexp: jax.Array,
+  window_start: jax.Array,
+  entered: jax.Array,
+  tau: jax.Array,
+  listed: Listed,
+  bounds: jax.Array,
+  *,
+  gate: str,
+  scale: float,
+  chunk: int,
+  tiling: Tiling,
+  interpret: object = None,
+) -> list[jax.Array]:
+  """Computes the gradients of queries and thresholds.
+
+  Args:
+    query, key, value, window_start, entered, tau, listed, gate, scale, chunk, tiling, interpret: as
+      of `attention_forward.forward`; out, logsumexp: its results.
+    cotangent: [B, n, H, D] gradient of the output.
+    bounds: [B, G, n / 64, 6] int32, of tiles.query_bounds with blocks of 64 queries, those of a
+      warpgroup.
+
+  Returns:
+    dquery [B, n, H, D]; delta [B, H, n] float32, the products of output and cotangent; dtau [B, H,
+    n] float32, of each head.
+  """
+  batch, n, heads, _ = query.shape
+  listed = Listed(*listed)
+  options = options_of(
+    query,
+    key,
+    listed,
+    chunk=chunk,
+    gate=gate,
+    scale=scale,
+    block_kv=tiling.query_keys,
+    stages=tiling.query_stages,
+    interpret=interpret,
+  )
+  per_query = jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)
+  return run_kernel(
+    lambda *refs: _kernel(options, tiling.hold_queries, *refs),
+    Inputs(
+      query, key, value, cotangent, out, logsumexp, window_start, entered, tau, listed, bounds
+    ),
+    Outputs(jax.ShapeDtypeStruct(query.shape, query.dtype), per_query, per_query),
+    _scratch(options),
+    **grid_of(**options.grid),
+    interpret=interpret,
+    kernel_name="sparsek_query_gradients",
+  )
+
+
+def _scratch(options: Options) -> Scratch:
+  block_kv, stages = options.block_kv, options.stages
+  rows = matrix_buffer(COMPUTING, HALF, options.dim, options.dtype)
+  tile = matrix_buffer(stages, block_kv, options.dim, options.dtype)
+  floats, integers = vector_buffer(COMPUTING, HALF), vector_buffer(COMPUTING, HALF, jnp.int32)
+  return Scratch(
+    query=rows,
+    cotangent=rows,
+    out=rows,
+    key=tile,
+    value=tile,
+    last=vector_buffer(stages, block_kv, jnp.int32),
+    score=vector_buffer(stages, block_kv),
+    row=floats,
+    delta=floats,
+    tau=floats,
+    window_start=integers,
+    entered=integers,
+    key_full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+    value_full=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+    rows_full=plgpu.Barrier(num_arrivals=7, num_barriers=COMPUTING),
+    key_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+    value_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
+  )
+
+
+def _kernel(
+  options: Options, hold_queries: bool, inputs: Inputs, outputs: Outputs, scratch: Scratch
+) -> None:
+  at, own_tiles = position(options), BLOCK_Q // options.block_kv
+  newest = at.block * own_tiles + own_tiles - 1
+  bounds = [
+    read_bounds(inputs.bounds, at.b, at.g, COMPUTING * at.block + i) for i in range(COMPUTING)
+  ]
+  begin, end = joined(*((t0, t3) for t0, _, _, t3, _, _ in bounds))
+  in_window = newest - bounds[0][4] + 1  # the first warpgroup sees the most of the past
+  tiles = Steps(newest, in_window, begin, in_window + end - begin)
+  program = Program(options, inputs, outputs, scratch, at, bounds, tiles, end, hold_queries)
+  pl.when(at.warpgroup < COMPUTING)(lambda: _compute(program))
+  pl.when(at.warpgroup == COMPUTING)(lambda: _load(program))
+
+
+def _load(program: Program) -> None:
+  """Loads the tiles of keys and values: the part of the last warpgroup."""
+  plgpu.set_max_registers(40, action="decrease")
+  options, inputs = program.options, program.inputs
+  load_tiles(
+    options,
+    program.at,
+    program.tiles,
+    buffers_of(program.scratch),
+    inputs.key,
+    inputs.value,
+    inputs.listed,
+    own_tiles=BLOCK_Q // options.block_kv,
+    scores=True,
+  )
+
+
+def _compute(program: Program) -> None:
+  """Computes the gradients of 64 queries: the part of the first two warpgroups."""
+  plgpu.set_max_registers(232, action="increase")
+  options, scratch, tiles = program.options, program.scratch, program.tiles
+  newest, in_window, begin, steps = tiles
+  registers = options.registers
+  rows = _load_rows(program)
+  carry = registers.full((HALF, options.dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
+
+  def near(**kind):
+    return lambda step, carry: _tile(
+      program, rows, carry, step, newest - step, is_list=False, **kind
+    )
+
+  def far(**kind):
+    return lambda t, carry: _tile(
+      program, rows, carry, in_window + t - begin, t, is_list=True, **kind
+    )
+
+  skip = functools.partial(
+    pass_by,
+    stages=options.stages,
+    full=(scratch.key_full, scratch.value_full),
+    free=(scratch.key_free, scratch.value_free),
+  )
+  bounds = [jnp.where(program.at.warpgroup == 0, x, y) for x, y in zip(*program.bounds)]
+  # The bounds of a warpgroup that sees nothing of the list may lie anywhere.
+  t0, t1, t2, t3 = [jnp.clip(t, begin, program.end) for t in bounds[:4]]
+  t4, t5 = bounds[4:]
+  diagonal = BLOCK_Q // options.block_kv - 1 - program.at.warpgroup * HALF // options.block_kv
+  skip(0, diagonal)
+  carry = lax.fori_loop(diagonal, diagonal + 1, near(exits=True, enters=True), carry)
+  carry = lax.fori_loop(diagonal + 1, newest - t5 + 1, near(), carry)
+  carry = lax.fori_loop(newest - t5 + 1, newest - t4 + 1, near(exits=True), carry)
+  skip(newest - t4 + 1, in_window + t0 - begin)
+  carry = lax.fori_loop(t0, t1, far(exits=True), carry)
+  carry = lax.fori_loop(t1, t2, far(), carry)
+  carry = lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
+  skip(in_window + t3 - begin, steps)
+  _store(program, rows, *carry)
+
+
+def _load_rows(program: Program) -> Rows:
+  """Loads what belongs to the warpgroup's queries, waits for it, and computes delta."""
+  inputs, scratch, registers = program.inputs, program.scratch, program.options.registers
+  b, _, h, warpgroup, g, first_row, _ = program.at
+  first = first_row + warpgroup * HALF
+  tokens = pl.ds(first, HALF)
+  full = scratch.rows_full.at[warpgroup]
+  for source, buffer in (
+    (inputs.query.at[b, tokens, h], scratch.query),
+    (inputs.cotangent.at[b, tokens, h], scratch.cotangent),
+    (inputs.logsumexp.at[b, h, tokens], scratch.row),
+    (inputs.out.at[b, tokens, h], scratch.out),
+    (inputs.window_start.at[b, tokens], scratch.window_start),
+    (inputs.entered.at[b, g, tokens], scratch.entered),
+    (inputs.tau.at[b, g, tokens], scratch.tau),
+  ):
+    plgpu.copy_gmem_to_smem(source, buffer.at[warpgroup], full)
+  plgpu.barrier_wait(full)
+  logsumexp, tau = [registers.vector(x.at[warpgroup], ROW) for x in (scratch.row, scratch.tau)]
+  cotangent, out = scratch.cotangent.at[warpgroup], scratch.out.at[warpgroup]
+  delta = (
+    registers.matrix(cotangent).astype(jnp.float32) * registers.matrix(out).astype(jnp.float32)
+  ).sum(axis=1)
+  query = scratch.query.at[warpgroup]
+  held = registers.matrix(query) if program.hold_queries else query
+  return Rows(first, tokens, held, logsumexp, tau, delta)
+
+
+def _tile(
+  program: Program,
+  rows: Rows,
+  carry: tuple,
+  step: Any,
+  t: Any,
+  *,
+  is_list: bool,
+  exits: bool = False,
+  enters: bool = False,
+) -> tuple:
+  """Adds the gradients of one tile.
+
+  Args:
+    program, rows: see there.
+    carry: (dquery [64, D] without the scale, gradient of the gates [64] summed over keys).
+    step: of the circular buffers.
+    t: the tile's number among those of the window or the list.
+    is_list, exits, enters: see `live_pairs`.
+
+  Returns:
+    The next carry.
+  """
+  options, scratch = program.options, program.scratch
+  registers, shape, warpgroup = options.registers, options.shape, program.at.warpgroup
+  dquery, dgate = carry
+  slot, _ = slot_of(step, options.stages)
+  key = scratch.key.at[slot]
+  plgpu.barrier_wait(scratch.key_full.at[slot])
+  plgpu.barrier_wait(scratch.value_full.at[slot])
+  live = live_pairs(
+    options,
+    rows.first,
+    t,
+    is_list=is_list,
+    exits=exits,
+    enters=enters,
+    last=scratch.last.at[slot],
+    window_start=scratch.window_start.at[warpgroup],
+    entered=scratch.entered.at[warpgroup],
+  )
+
+  def probability(logits):
+    p = jnp.exp2(logits * options.to_log2 - by_row(rows.logsumexp, shape))
+    return p if live is None else jnp.where(live, p, 0.0)
+
+  def load_distance():
+    score = registers.vector(scratch.score.at[slot], COLUMN)
+    return by_column(score, shape) - by_row(rows.tau, shape)
+
+  distance = load_distance if is_list else None
+
+  def gradients(s, dp):
+    p, g, _ = tile_weights(s, probability, distance, gate=options.gate)
+    product = dp(0)
+    plgpu.barrier_arrive(scratch.value_free.at[slot])
+    delta = by_row(rows.delta, shape)
+    ds, new = tile_gradients(
+      s, p, g, product, delta, distance, gate=options.gate, scale=options.scale
+    )
+    return ds.astype(options.dtype), None if new is None else new.sum(axis=1)
+
+  cotangent = scratch.cotangent.at[warpgroup]
+  ds, new = registers.two_matmuls(
+    shape, (rows.query, key), (cotangent, scratch.value.at[slot]), gradients
+  )
+  if is_list:
+    dgate += new
+  (dquery,) = registers.matmul_add((dquery,), ((ds, key),))
+  plgpu.barrier_arrive(scratch.key_free.at[slot])
+  return dquery, dgate
+
+
+def _store(program: Program, rows: Rows, dquery: jax.Array, dgate: jax.Array) -> None:
+  """Stores the gradients of the warpgroup's queries, through shared memory."""
+  scratch, outputs = program.scratch, program.outputs
+  b, h, warpgroup = program.at.b, program.at.h, program.at.warpgroup
+  query, delta, row = (x.at[warpgroup] for x in (scratch.query, scratch.delta, scratch.row))
+  query[...] = (dquery * program.options.scale).astype(program.options.dtype)
+  delta[...] = rows.delta
+  row[...] = -dgate
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(query, outputs.dquery.at[b, rows.tokens, h])
+  plgpu.copy_smem_to_gmem(delta, outputs.delta.at[b, h, rows.tokens])
+  plgpu.copy_smem_to_gmem(row, outputs.dtau.at[b, h, rows.tokens])
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,0 +1,248 @@
+"""Tiles of keys and values that a block of queries visits: what the forward kernel and the kernel
+for the gradients of queries share.
+
+A program's tiles come in steps, through circular buffers:
+
+  step   0            ...  in_window - 1 | in_window  ...  steps - 1
+  tile   newest       ...                | begin      ...
+         of the window, latest first     | of the list of the block's chunk
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsek.kernels.hopper.common import (
+  BLOCK_Q,
+  COLUMN,
+  HALF,
+  LOG2_E,
+  ROW,
+  Ref,
+  Registers,
+  axis_index,
+  by_column,
+  by_row,
+  grid_position,
+  observe_last,
+  slot_of,
+)
+
+
+class Listed(NamedTuple):
+  """Rows of the tokens in the lists of all chunks, [B, G, places, ...]: arrays, in a kernel
+  references.
+
+  Attributes:
+    key, value: [..., D].
+    score: float32.
+    last: int32, first query that does not select the token any more.
+  """
+
+  key: Any
+  value: Any
+  score: Any
+  last: Any
+
+
+class Options(NamedTuple):
+  """Everything that is known when one of the two kernels is compiled."""
+
+  grid: dict[str, int]
+  repeats: int  # query heads of a KV head
+  dim: int
+  dtype: Any
+  gate: str
+  scale: float  # of the logits, not negative
+  chunk: int  # queries of a list
+  slots: int  # places of a list
+  block_kv: int  # keys of a tile
+  stages: int  # tiles of a circular buffer
+  interpret: object  # parameters of the interpreter, or None
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Queries (of a warpgroup) and keys of a tile."""
+    return HALF, self.block_kv
+
+  @property
+  def to_log2(self) -> float:
+    """The factor from products of queries and keys to logits to base 2."""
+    return self.scale * LOG2_E
+
+  @property
+  def registers(self) -> Registers:
+    """Operations on registers."""
+    return Registers(self.interpret)
+
+
+def options_of(
+  query: jax.Array, key: jax.Array, listed: Listed, *, chunk: int, **others: Any
+) -> Options:
+  """Returns the options for these shapes; `others` are the fields that shapes do not give."""
+  batch, n, heads, dim = query.shape
+  return Options(
+    grid={"batch": batch, "block": n // BLOCK_Q, "head": heads},
+    repeats=heads // key.shape[2],
+    dim=dim,
+    dtype=query.dtype,
+    chunk=chunk,
+    slots=listed.key.shape[2] // (n // chunk),
+    **others,
+  )
+
+
+class Position(NamedTuple):
+  """The part of the problem that belongs to a warpgroup of a program."""
+
+  b: Any  # row of the batch
+  block: Any  # of BLOCK_Q queries
+  h: Any  # query head
+  warpgroup: Any
+  g: Any  # KV head
+  first_row: Any  # first query of the block
+  list_start: Any  # place where the list of the block's chunk begins
+
+
+def position(options: Options) -> Position:
+  """Reads from the grid which part of the problem belongs to this warpgroup."""
+  (b, block, h), warpgroup = grid_position(**options.grid), axis_index("warpgroup")
+  g = lax.div(h, jnp.array(options.repeats, h.dtype))
+  first_row = block * BLOCK_Q
+  list_start = lax.div(first_row, jnp.array(options.chunk, first_row.dtype)) * options.slots
+  return Position(b, block, h, warpgroup, g, first_row, list_start)
+
+
+class Steps(NamedTuple):
+  """The tiles that a program visits, see above.
+
+  Attributes:
+    newest: the window's latest tile, `in_window`: the number of the window's tiles.
+    begin: the list's first tile. steps: the number of all tiles.
+  """
+
+  newest: Any
+  in_window: Any
+  begin: Any
+  steps: Any
+
+
+class Buffers(NamedTuple):
+  """Circular buffers of tiles in shared memory, and their barriers.
+
+  A tile's `last` and `score` come with its keys. The scores of a gate that does not need them are
+  not loaded.
+  """
+
+  key: Ref
+  value: Ref
+  last: Ref
+  score: Ref
+  key_full: Ref
+  value_full: Ref
+  key_free: Ref
+  value_free: Ref
+
+
+def buffers_of(scratch: Any) -> Buffers:
+  """Returns the circular buffers among a kernel's shared memory."""
+  return Buffers(*(getattr(scratch, name) for name in Buffers._fields))
+
+
+def load_tiles(
+  options: Options,
+  at: Position,
+  tiles: Steps,
+  buffers: Buffers,
+  key: Ref,
+  value: Ref,
+  listed: Listed,
+  *,
+  own_tiles: int,
+  scores: bool,
+) -> None:
+  """Loads all tiles, each as soon as the computing warpgroups have read what lay in its slot.
+
+  Args:
+    options, at, tiles, buffers: see above.
+    key, value: [B, n, G, D], of all tokens. listed: of the lists.
+    own_tiles: number of the tiles of the block's own tokens: their loads need not wait for the
+      bounds.
+    scores: load the scores too.
+  """
+
+  def load(step, is_own=False):
+    slot, reused = slot_of(step, options.stages)
+    near = is_own or step < tiles.in_window
+    far = not is_own and step >= tiles.in_window
+    tile = tiles.newest - step if is_own else jnp.maximum(tiles.newest - step, 0)
+    tokens = pl.ds(tile * options.block_kv, options.block_kv)
+    tile = 0 if is_own else jnp.where(far, tiles.begin + step - tiles.in_window, 0)
+    places = pl.ds(at.list_start + tile * options.block_kv, options.block_kv)
+
+    def load_rows(token_ref, list_ref, buffer, full):
+      @pl.when(near)
+      def _from_window():
+        plgpu.copy_gmem_to_smem(token_ref.at[at.b, tokens, at.g], buffer.at[slot], full.at[slot])
+
+      @pl.when(far)
+      def _from_list():
+        plgpu.copy_gmem_to_smem(list_ref.at[at.b, at.g, places], buffer.at[slot], full.at[slot])
+
+    full = buffers.key_full.at[slot]
+    pl.when(reused)(lambda: plgpu.barrier_wait(buffers.key_free.at[slot]))
+    load_rows(key, listed.key, buffers.key, buffers.key_full)
+    plgpu.copy_gmem_to_smem(listed.last.at[at.b, at.g, places], buffers.last.at[slot], full)
+    if scores:
+      plgpu.copy_gmem_to_smem(listed.score.at[at.b, at.g, places], buffers.score.at[slot], full)
+    pl.when(reused)(lambda: plgpu.barrier_wait(buffers.value_free.at[slot]))
+    load_rows(value, listed.value, buffers.value, buffers.value_full)
+
+  for step in range(own_tiles):
+    load(step, is_own=True)
+  pl.loop(own_tiles, tiles.steps)(load)
+  observe_last(options.interpret, tiles.steps, options.stages, buffers.key_free, buffers.value_free)
+
+
+def live_pairs(
+  options: Options,
+  first_query: jax.Array,
+  tile: jax.Array,
+  *,
+  is_list: bool,
+  exits: bool,
+  enters: bool,
+  last: Ref,
+  window_start: Ref,
+  entered: Ref,
+) -> jax.Array | None:
+  """Returns which pairs of a tile are live, or None where all are.
+
+  Args:
+    options: see above.
+    first_query: the tile's first query.
+    tile: its number among the tiles of the window or, where `is_list`, of the list.
+    exits, enters: whether some pairs may be dead because the token has left, or has not come yet.
+    last: of the tile's tokens. window_start, entered: of its queries. All in shared memory.
+  """
+  registers, shape = options.registers, options.shape
+  live = None
+  if is_list and exits:
+    live = by_column(registers.vector(last, COLUMN), shape) > (
+      registers.index(shape, 0) + first_query
+    )
+  elif exits:
+    column = registers.index(shape, 1)
+    live = column >= by_row(registers.vector(window_start, ROW) - tile * shape[1], shape)
+  if enters:
+    column = registers.index(shape, 1)
+    if is_list:
+      here = column < by_row(registers.vector(entered, ROW) - tile * shape[1], shape)
+    else:
+      here = column + tile * shape[1] <= registers.index(shape, 0) + first_query
+    live = here if live is None else jnp.logical_and(live, here)
+  return live

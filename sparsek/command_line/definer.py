@@ -1,0 +1,170 @@
+"""The definition of flags, and their text: numbers, booleans, choices, words and paths."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from sparsek.command_line import path_flags
+
+MAX_INT = 2**31 - 1
+
+
+class _Number(flags.ArgumentParser):
+  """A parser of numbers that says what is allowed.
+
+  Unlike absl's own parsers it refuses nan and inf, and names the bounds in words.
+  """
+
+  def __init__(
+    self,
+    kind: type,
+    lower: float | None = None,
+    upper: float | None = None,
+    upper_is_open: bool = False,
+  ):
+    self.kind, self.lower, self.upper, self.upper_is_open = kind, lower, upper, upper_is_open
+    self.syntactic_help = f"{'an integer' if kind is int else 'a number'}{self._bounds()}"
+
+  def _bounds(self) -> str:
+    at_least = "" if self.lower is None else f" of at least {self.lower}"
+    if self.upper is None or self.upper == MAX_INT:
+      return at_least
+    return (
+      f"{at_least}{' and' if at_least else ''} "
+      f"{'below' if self.upper_is_open else 'at most'} {self.upper}"
+    )
+
+  def parse(self, argument: Any) -> Any:
+    try:
+      value = self.kind(argument)
+    except (TypeError, ValueError, OverflowError):
+      raise ValueError(f"must be {self.syntactic_help}") from None
+    if self.upper == MAX_INT and value > MAX_INT:
+      raise ValueError(f"must be at most {MAX_INT}")
+    too_large = self.upper is not None and (
+      value > self.upper or (self.upper_is_open and value == self.upper)
+    )
+    if not math.isfinite(value) or (self.lower is not None and value < self.lower) or too_large:
+      raise ValueError(f"must be {self.syntactic_help}")
+    return value
+
+  def flag_type(self) -> str:
+    return self.kind.__name__
+
+
+class _Boolean(flags.BooleanParser):
+  """A parser of true and false, which names both in its refusal."""
+
+  def parse(self, argument: Any) -> bool:
+    try:
+      return super().parse(argument)
+    except (TypeError, ValueError):
+      raise ValueError("must be true or false") from None
+
+
+class Definer:
+  """Definitions on `flag_values`, of each name at most once, so that groups may overlap.
+
+  The definition that comes first counts.
+  """
+
+  def __init__(self, flag_values: flags.FlagValues):
+    self.flag_values = flag_values
+
+  def _define(self, name: str, define: Callable, *args: Any, **kwargs: Any) -> None:
+    if name not in self.flag_values:
+      define(*args, flag_values=self.flag_values, **kwargs)
+
+  def _number(self, name: str, default: float | None, help_text: str, parser: _Number) -> None:
+    serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
+    self._define(name, flags.DEFINE, parser, name, default, help_text, serializer=serializer)
+
+  def integer(
+    self,
+    name: str,
+    default: int | None,
+    help_text: str,
+    lower: int | None = None,
+    upper: int = MAX_INT,
+  ) -> None:
+    """Defines a flag that holds an integer between `lower` and `upper`, both included."""
+    self._number(name, default, help_text, _Number(int, lower, upper))
+
+  def real(
+    self,
+    name: str,
+    default: float | None,
+    help_text: str,
+    lower: float | None = None,
+    upper: float | None = None,
+    upper_is_open: bool = False,
+  ) -> None:
+    """Defines a flag that holds a finite number; `upper_is_open` leaves `upper` itself out."""
+    self._number(name, default, help_text, _Number(float, lower, upper, upper_is_open))
+
+  def string(self, name: str, default: str | None, help_text: str) -> None:
+    """Defines a flag that holds any text."""
+    self._define(name, flags.DEFINE_string, name, default, help_text)
+
+  def strings(self, name: str, help_text: str) -> None:
+    """Defines a flag that may be given several times and holds a list, empty by default."""
+    self._define(name, flags.DEFINE_multi_string, name, [], help_text)
+
+  def words(self, name: str, default: Sequence[str], help_text: str) -> None:
+    """Defines a flag that holds a list of words separated by commas."""
+    self._define(name, flags.DEFINE_list, name, list(default), help_text)
+
+  def path(self, name: str, default: str | None, help_text: str, **options: Any) -> None:
+    """Defines a flag that holds a path; `options` are those of `path_flags.parse_path`."""
+    self.flag(path_flags.path_flag(name, default, help_text, **options))
+
+  def paths(self, name: str, help_text: str, **options: Any) -> None:
+    """Defines a flag that holds a list of paths; `options` are those of `parse_paths`."""
+    self.flag(path_flags.paths_flag(name, help_text, **options))
+
+  def choice(self, name: str, default: str | None, choices: Sequence[str], help_text: str) -> None:
+    """Defines a flag that holds one of `choices`."""
+    self._define(name, flags.DEFINE_enum, name, default, list(choices), help_text)
+
+  def boolean(self, name: str, default: bool | None, help_text: str) -> None:
+    """Defines a flag that is given as --name, --noname, --name=true or --name=false."""
+    flag = flags.BooleanFlag(name, default, help_text)
+    flag.parser = _Boolean()
+    self.flag(flag)
+
+  def flag(self, flag: flags.Flag) -> None:
+    """Defines a flag that was made elsewhere."""
+    self._define(flag.name, flags.DEFINE_flag, flag)
+
+
+def names_of(flag_values: flags.FlagValues) -> list[str]:
+  """Returns the names of the flags that were defined here, in the order of their definition."""
+  return [flag.name for flag in flag_values.flags_by_module_dict().get(__name__, [])]
+
+
+def help_of(flag_values: flags.FlagValues) -> str:
+  """Returns the part of --help that lists the flags."""
+  return flag_values.module_help(__name__).replace(f"{__name__}:", "Flags:", 1)
+
+
+def into_string(flag_values: flags.FlagValues) -> str:
+  """Returns a flagfile that reproduces this command line, defaults spelled out, one flag a line.
+
+  A --preset that was not given is left out where the model is that of another run or folder, since
+  the two exclude each other.
+  """
+  names = names_of(flag_values)
+  if any(flag_values[name].value for name in ("init_from", "from") if name in names):
+    names = [name for name in names if name != "preset" or flag_values[name].present]
+  return "".join(line + "\n" for line in (flag_values[name].serialize() for name in names) if line)
+
+
+def not_default(flag_values: flags.FlagValues) -> str:
+  """Returns the flags that have another value than by default, without --workdir, one a line."""
+  return "".join(
+    flag_values[name].serialize() + "\n"
+    for name in names_of(flag_values)
+    if name != "workdir" and flag_values[name].value != flag_values[name].default
+  )

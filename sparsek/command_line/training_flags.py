@@ -1,0 +1,254 @@
+"""The flags of pretraining: data, optimizer and run; those of the model are in `flags`."""
+
+from absl import flags
+
+from sparsek import config as config_lib
+from sparsek.command_line.definer import Definer
+from sparsek.command_line.flags import define_model_flags, define_workdir_flag
+
+OPTIMIZER = config_lib.OptimizerConfig()
+RUN = config_lib.TrainConfig(workdir="")
+
+
+def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
+  """Defines all flags of experiments.pretrain."""
+  define_model_flags(flag_values)
+  define_data_flags(flag_values)
+  define_train_flags(flag_values)
+  Definer(flag_values).boolean(
+    "dry_run",
+    False,
+    "Only compile, and print the parameters, operations and memory of a step; needs no --workdir "
+    "and writes nothing.",
+  )
+
+
+def define_data_flags(flag_values: flags.FlagValues) -> None:
+  """Defines where tokens come from and how they are cut into rows."""
+  define, default = Definer(flag_values), config_lib.DataConfig()
+  define.path(
+    "data",
+    default.data,
+    'Folder that experiments.prepare_data wrote, or "stdlib", the source of Python\'s standard '
+    "library.",
+    words=("stdlib",),
+  )
+  define.path(
+    "tokenizer",
+    None,
+    '"byte", a tokenizer.json or its folder; it must match the data. By default the one with which '
+    "the data was made.",
+    words=("byte",),
+  )
+  define.integer("seq_len", default.seq_len, "Tokens per row.", lower=1)
+  define.integer(
+    "batch_size",
+    default.batch_size,
+    "Rows per optimizer step, over all devices and accumulation steps.",
+    lower=1,
+  )
+  define.boolean(
+    "segment_documents",
+    default.segment_documents,
+    "Attention and loss restart at each document of a packed row.",
+  )
+
+
+def define_train_flags(flag_values: flags.FlagValues) -> None:
+  """Defines the optimizer and the run."""
+  define_workdir_flag(flag_values)
+  define = Definer(flag_values)
+  _define_schedule(define)
+  _define_optimizer(define)
+  _define_trained_parameters(define)
+  _define_objective(define)
+  _define_batches(define)
+  _define_records(define)
+  _define_start(define)
+
+
+def _define_schedule(define: Definer) -> None:
+  define.integer(
+    "num_steps",
+    OPTIMIZER.num_steps,
+    "Optimizer steps of the whole run, and length of the learning-rate schedule.",
+    lower=1,
+  )
+  define.integer(
+    "stop_at",
+    None,
+    "Stop at this step, before --num_steps. The same command with another --k, --window, --gate or "
+    "--scorer_noise goes on under it, for example to anneal one of them. By default --num_steps.",
+    lower=1,
+  )
+  define.real("learning_rate", OPTIMIZER.learning_rate, "Peak learning rate.", lower=0)
+  define.integer(
+    "warmup_steps",
+    None,
+    "Steps of linear warm-up, at most --num_steps. By default a tenth of them, at most 100.",
+    lower=0,
+  )
+  define.real(
+    "final_lr_ratio",
+    OPTIMIZER.final_lr_ratio,
+    "Learning rate at the end divided by the peak.",
+    lower=0,
+    upper=1,
+  )
+
+
+def _define_optimizer(define: Definer) -> None:
+  define.real(
+    "weight_decay", OPTIMIZER.weight_decay, "Decoupled weight decay, on matrices only.", lower=0
+  )
+  define.real(
+    "grad_clip",
+    OPTIMIZER.grad_clip,
+    "Largest global norm of the gradients; 0 turns clipping off.",
+    lower=0,
+  )
+  define.real(
+    "spike_factor",
+    RUN.spike_factor,
+    "A step whose loss or gradient norm is more than this many times its running mean, or not "
+    "finite, is a spike, and its update is not applied. Above 1; 0 means that no step is a spike.",
+    lower=0,
+  )
+  define.choice(
+    "on_spike",
+    RUN.on_spike,
+    config_lib.ON_SPIKE,
+    "skip: go on without the update, and end after 10 spikes in a row; metrics.jsonl counts them. "
+    "stop: end the run.",
+  )
+  for name, default, moment in (("b1", OPTIMIZER.b1, "first"), ("b2", OPTIMIZER.b2, "second")):
+    define.real(
+      name, default, f"Decay of Adam's {moment} moment.", lower=0, upper=1, upper_is_open=True
+    )
+
+
+def _define_trained_parameters(define: Definer) -> None:
+  define.choice(
+    "trainable",
+    OPTIMIZER.trainable,
+    config_lib.TRAINABLE,
+    "Which parameters change: all, those of attention and its scorers, or those of the scorers.",
+  )
+  define.integer(
+    "lora_rank",
+    config_lib.TransformerConfig.lora_rank,
+    "Rank R of adapters (LoRA) beside the matrices of attention and MLPs. Adapters and scorers "
+    "learn, as far as --trainable says; everything else is frozen: matrices, biases, norms, "
+    "embeddings. Needs --init_from, and adapters of the run it names are merged first. Commands "
+    "that read the run merge its adapters too. 0 means no adapters.",
+    lower=0,
+  )
+  define.real(
+    "lora_alpha",
+    None,
+    "The adapters' products count alpha / R times. By default --lora_rank.",
+    lower=0,
+  )
+  define.real(
+    "scorer_lr_multiplier",
+    OPTIMIZER.scorer_lr_multiplier,
+    "Learning rate of the scoring networks divided by that of everything else.",
+    lower=0,
+  )
+
+
+def _define_objective(define: Definer) -> None:
+  define.real(
+    "scorer_loss",
+    RUN.scorer_loss,
+    "Weight of the auxiliary loss that teaches scorers which tokens full attention reads. With 0 "
+    "they learn by the gradient of the gates alone, as in the paper.",
+    lower=0,
+  )
+  define.boolean(
+    "scorer_warmup",
+    RUN.scorer_warmup,
+    "Scorers learn from --scorer_loss alone, sparsek layers attend to everything, and no other "
+    "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.",
+  )
+  define.real(
+    "distill",
+    RUN.distill,
+    "Weight w of the teacher --distill_from: the objective is (1 - w) cross-entropy + w "
+    "KL(teacher || model).",
+    lower=0,
+    upper=1,
+  )
+  define.path(
+    "distill_from",
+    None,
+    "The teacher of --distill, with its own attention: DIR, DIR@STEP or hf:DIR, as in --init_from.",
+    reference=True,
+  )
+
+
+def _define_batches(define: Definer) -> None:
+  define.integer(
+    "seed",
+    RUN.seed,
+    "Seed of the initial parameters, the order of the data, the noise on the scores and the "
+    "queries of --scorer_loss.",
+    lower=0,
+  )
+  define.integer(
+    "grad_accumulation",
+    RUN.grad_accumulation,
+    "Micro-batches per optimizer step; divides --batch_size.",
+    lower=1,
+  )
+  define_loss_chunk_flag(define.flag_values)
+
+
+def define_loss_chunk_flag(flag_values: flags.FlagValues) -> None:
+  """Defines the size of the chunks in which the loss is computed."""
+  Definer(flag_values).integer(
+    "loss_chunk",
+    RUN.loss_chunk,
+    "Tokens whose logits exist at the same time in the cross-entropy, per device.",
+    lower=1,
+  )
+
+
+def _define_records(define: Definer) -> None:
+  define.integer("log_every", RUN.log_every, "Steps between lines of metrics.jsonl.", lower=1)
+  define.integer(
+    "eval_every", RUN.eval_every, "Steps between held-out evaluations; 0 turns them off.", lower=0
+  )
+  define.integer("eval_batches", RUN.eval_batches, "Batches per held-out evaluation.", lower=1)
+  define.integer("checkpoint_every", RUN.checkpoint_every, "Steps between checkpoints.", lower=1)
+  define.integer(
+    "keep_checkpoints", RUN.keep_checkpoints, "How many of the newest checkpoints stay.", lower=1
+  )
+
+
+def _define_start(define: Definer) -> None:
+  define.integer(
+    "restore_step",
+    None,
+    "Go on from the checkpoint of this step; later ones, and the metrics so far, are set aside in "
+    "WORKDIR/set_aside. The same command again does not go back again, but goes on from the newest "
+    "checkpoint. By default the newest.",
+    lower=0,
+  )
+  define.path(
+    "init_from",
+    None,
+    "DIR or DIR@STEP: a new run takes its parameters, and nothing else, from the run in this "
+    "folder; without --preset it takes its model flags too. Under another kind of attention, "
+    "scorers that the run lacks are drawn anew. hf:DIR: take them from a folder in Hugging Face's "
+    "format, which replaces --preset; give the --attention that the model shall have.",
+    reference=True,
+  )
+  define.boolean(
+    "tensorboard", RUN.tensorboard, "Also write TensorBoard events (needs tensorboardX)."
+  )
+  define.string(
+    "profile_steps",
+    None,
+    "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.",
+  )

@@ -1,0 +1,15 @@
+"""Checks of single values, with the messages that users see."""
+
+from collections.abc import Iterable
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+  """Raises ValueError unless `value` is one of `choices`, naming all three."""
+  if value not in choices:
+    raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
+
+
+def check_at_least(name: str, value: float, minimum: float) -> None:
+  """Raises ValueError unless `value >= minimum`."""
+  if not value >= minimum:
+    raise ValueError(f"{name}={value} must be at least {minimum}")

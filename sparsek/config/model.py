@@ -1,0 +1,293 @@
+"""The configuration of a model."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from sparsek.config.checks import check_at_least, check_choice
+from sparsek.config.layer_patterns import parse_layer_pattern, parse_term
+
+NEED_WINDOW = ("sliding_window", "block_topk", "linear")
+GATES = ("straight_through", "value", "key_value")
+SCORERS = ("linear", "conv", "random")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
+REMAT_POLICIES = ("none", "dots", "attention", "full")
+DTYPES = ("float32", "bfloat16")
+NORMS = ("rms_norm", "layer_norm")
+MLPS = ("swiglu", "gelu", "gelu_tanh")
+POSITIONS = ("rope", "learned")
+ROPE_SCALINGS = {
+  "linear": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"),
+}
+
+_AT_LEAST_1 = (
+  "vocab_size",
+  "num_layers",
+  "embed_dim",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "mlp_dim",
+  "k",
+  "scorer_loss_queries",
+)
+_AT_LEAST_0 = (
+  "window",
+  "scorer_lookahead",
+  "scorer_lookback",
+  "scorer_init_noise",
+  "scorer_noise",
+  "lora_rank",
+)
+
+
+def parse_rope_scaling(scaling: str | tuple | list | None) -> tuple | None:
+  """Returns (name, *numbers) of "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL".
+
+  Args:
+    scaling: such a string, a sequence of the same parts, or None, which stays None. For the meaning
+      of the numbers see `sparsek.model.layers.rope_frequencies`.
+  Raises:
+    ValueError: for anything else.
+  """
+  if scaling is None:
+    return None
+  kind, *parts = scaling.split(":") if isinstance(scaling, str) else scaling
+  names = ROPE_SCALINGS.get(kind, ())
+  try:
+    numbers = tuple(map(float, parts))
+  except (TypeError, ValueError):
+    numbers = ()
+  fits = (
+    kind in ROPE_SCALINGS
+    and len(numbers) == len(names)
+    and all(0 < number < math.inf for number in numbers)
+  )
+  if not fits or (kind == "llama3" and numbers[1] >= numbers[2]):
+    forms = " or ".join(
+      ":".join((kind, *map(str.upper, names))) for kind, names in ROPE_SCALINGS.items()
+    )
+    raise ValueError(
+      f"rope_scaling={scaling} must be {forms}, with positive numbers and "
+      "LOW_FREQ_FACTOR below HIGH_FREQ_FACTOR"
+    )
+  return (kind, *numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """A decoder language model.
+
+  No parameter depends on `k`, `window` or `gate`, so a checkpoint can be restored with other values
+  of them.
+
+  Attributes:
+    vocab_size: number of token ids.
+    num_layers: number of blocks.
+    embed_dim: width of the residual stream.
+    num_heads: query heads H.
+    num_kv_heads: key/value heads G; H must be a multiple of G.
+    head_dim: width D of a head; even, for the rotary embedding.
+    mlp_dim: hidden width of the MLP.
+    attention: attention kind per layer as a pattern that repeats over the layers: "sparsek",
+      "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window, full, and the baselines of
+      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear. A term
+      may set its own k and window, as in "sliding_window:w256*5,sparsek:k1536:w256"; by default a
+      layer uses the values below.
+    k: key/value pairs that are selected for each query (all kinds but sliding_window, full and
+      linear).
+    window: most recent tokens that each query sees, itself included (all kinds but full; lsh sees
+      k + window tokens of its bucket instead).
+    gate: how the selection mask enters attention; see `sparsek.sparsek_attention`.
+    scorer: scoring network: "linear", "conv" (a short convolution) or "random" (fixed noise, as a
+      control).
+    scorer_lookahead: tokens after the scored one that a conv scorer sees; at most `window`, since a
+      token is selected or dropped only after `window` steps.
+    scorer_lookback: tokens before the scored one that a conv scorer sees.
+    scorer_normalize: normalise the scorer's logits causally over time before the learned scale.
+    scorer_init_scale: initial standard deviation of the scores.
+    scorer_init_slope: initial growth of the scores per 1024 tokens of position.
+    scorer_shared: one score per token for all KV heads of a layer.
+    scorer_init_noise: initial value of the learned amplitude of fixed noise in the scores, so that
+      similar tokens are not all kept or all dropped; 0: no noise.
+    scorer_init_sink: initial value of the learned extra score of a document's first token; 0: none.
+      Pretrained models need that token kept.
+    scorer_noise: standard deviation of normal noise on the scores in training only, so that tokens
+      are also tried which would be dropped.
+    scorer_loss_queries: queries per row, evenly spaced, whose attention the scorers' auxiliary loss
+      uses; see `TrainConfig.scorer_loss`.
+    positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the
+      embedding of the tokens).
+    max_positions: rows of the learned table, and so the largest number of tokens in a row; with
+      "rope" it only records the context length that the model is meant for, and limits nothing.
+    rope_theta: base of the rotary embedding.
+    rope_fraction: share of the head dimension that is rotated; the rest is unchanged.
+    rope_scaling: how frequencies are scaled for longer contexts: None, "linear:FACTOR" or
+      "llama3:FACTOR:LOW:HIGH:ORIGINAL"; see `sparsek.model.layers.rope_frequencies`.
+    norm: "rms_norm" or "layer_norm" (with a bias).
+    norm_eps: epsilon of the norms.
+    qk_norm: RMSNorm over the head dimension of queries and keys.
+    mlp: "swiglu": down(silu(gate(x)) * up(x)); "gelu": down(gelu(up(x))); "gelu_tanh": the same
+      with the tanh approximation.
+    use_bias: biases on the query, key and value projections.
+    out_bias: a bias on attention's output projection.
+    mlp_bias: biases on the MLP's projections.
+    parallel_residual: x + attention(norm(x)) + mlp(norm'(x)) instead of one after the other.
+    tie_embeddings: the output matrix is the embedding.
+    lora_rank: rank R of the adapters beside the matrices of attention and MLPs, which are then
+      frozen; 0: no adapters. See `sparsek.model.lora`.
+    lora_alpha: the adapters' products are scaled by alpha / R; None: alpha = R.
+    dtype: of activations and matrix inputs; parameters, scores, softmax and loss are float32.
+    remat: what the backward pass recomputes in each block: "none"; "dots": all but attention and
+      products with weights; "attention": all but attention; "full": everything.
+    scan_layers: stack the layers' parameters and scan over them, which compiles faster, but runs
+      slower and needs more memory.
+    implementation: of attention; None chooses the fastest one that can run.
+  """
+
+  vocab_size: int = 257
+  num_layers: int = 4
+  embed_dim: int = 128
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_dim: int = 32
+  mlp_dim: int = 384
+  attention: str | tuple[str, ...] = "sparsek"
+  k: int = 64
+  window: int = 64
+  gate: str = "straight_through"
+  scorer: str = "linear"
+  scorer_lookahead: int = 4
+  scorer_lookback: int = 3
+  scorer_normalize: bool = True
+  scorer_init_scale: float = 1.0
+  scorer_init_slope: float = 0.0
+  scorer_shared: bool = False
+  scorer_init_noise: float = 0.0
+  scorer_init_sink: float = 0.0
+  scorer_noise: float = 0.0
+  scorer_loss_queries: int = 128
+  positions: str = "rope"
+  max_positions: int = 2048
+  rope_theta: float = 10000.0
+  rope_fraction: float = 1.0
+  rope_scaling: str | tuple | None = None
+  norm: str = "rms_norm"
+  norm_eps: float = 1e-6
+  qk_norm: bool = False
+  mlp: str = "swiglu"
+  use_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  parallel_residual: bool = False
+  tie_embeddings: bool = True
+  lora_rank: int = 0
+  lora_alpha: float | None = None
+  dtype: str = "float32"
+  remat: str = "none"
+  scan_layers: bool = False
+  implementation: str | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
+    object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
+    self._check_numbers()
+    check_choice("positions", self.positions, POSITIONS)
+    check_choice("norm", self.norm, NORMS)
+    check_choice("mlp", self.mlp, MLPS)
+    check_choice("gate", self.gate, GATES)
+    check_choice("scorer", self.scorer, SCORERS)
+    check_choice("dtype", self.dtype, DTYPES)
+    check_choice("remat", self.remat, REMAT_POLICIES)
+    check_choice("implementation", self.implementation, (None, *IMPLEMENTATIONS))
+    self._check_layers()
+
+  def _check_numbers(self) -> None:
+    for name in _AT_LEAST_1:
+      check_at_least(name, getattr(self, name), 1)
+    for name in _AT_LEAST_0:
+      check_at_least(name, getattr(self, name), 0)
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} must be even, for the rotary embedding")
+    check_at_least("max_positions", self.max_positions, 2)
+    if not 0 < self.rope_fraction <= 1 or self.rope_dim < 2 or self.rope_dim % 2:
+      raise ValueError(
+        f"rope_fraction={self.rope_fraction} must be above 0, at most 1, and rotate an even "
+        f"number of head_dim={self.head_dim} features"
+      )
+    if self.lora_alpha is not None and not (0 < self.lora_alpha < math.inf and self.lora_rank):
+      raise ValueError(
+        f"lora_alpha={self.lora_alpha} must be above 0, finite, and go with a lora_rank "
+        f"above 0; lora_rank={self.lora_rank}"
+      )
+
+  def _check_layers(self) -> None:
+    for kind, k, window in map(parse_term, self.attention):
+      window = self.window if window is None else window
+      check_at_least(f"attention={','.join(self.attention)}: k", 1 if k is None else k, 1)
+      if kind == "sparsek" and self.scorer == "conv" and self.scorer_lookahead > window:
+        raise ValueError(
+          f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token "
+          "is judged when it leaves the window"
+        )
+      if kind in NEED_WINDOW and window < 1:
+        raise ValueError(f"window={window} must be at least 1 for {kind} layers")
+    if len(self.attention) > self.num_layers:
+      raise ValueError(
+        f"the attention pattern names {len(self.attention)} layers, more than "
+        f"num_layers={self.num_layers}"
+      )
+    if self.scan_layers and self.num_layers % len(self.attention):
+      raise ValueError(
+        f"scan_layers needs num_layers={self.num_layers} to be a multiple of the attention "
+        f"pattern's length {len(self.attention)}"
+      )
+
+  @property
+  def layer_terms(self) -> tuple[str, ...]:
+    """The term of the attention pattern of each layer."""
+    return tuple(self.attention[i % len(self.attention)] for i in range(self.num_layers))
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """The attention kind of each layer."""
+    return tuple(parse_term(term)[0] for term in self.layer_terms)
+
+  @property
+  def learns_scores(self) -> bool:
+    """True if a layer has a scorer with parameters, which `TrainConfig.scorer_loss` can train."""
+    return "sparsek" in self.layer_kinds and self.scorer != "random"
+
+  def for_term(self, term: str) -> "TransformerConfig":
+    """Returns this configuration with the k and window of a layer of this term."""
+    _, k, window = parse_term(term)
+    if k is None and window is None:
+      return self
+    return dataclasses.replace(
+      self, k=self.k if k is None else k, window=self.window if window is None else window
+    )
+
+  @property
+  def layer_configs(self) -> tuple["TransformerConfig", ...]:
+    """The configuration of each layer, with the k and window of its term."""
+    return tuple(map(self.for_term, self.layer_terms))
+
+  @property
+  def rope_dim(self) -> int:
+    """Number of features of a head that are rotated."""
+    return int(self.head_dim * self.rope_fraction)
+
+  @property
+  def lora_scale(self) -> float:
+    """Factor of the adapters' products: alpha / R."""
+    return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+
+  @property
+  def activation_dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.dtype)

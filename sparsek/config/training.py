@@ -1,0 +1,196 @@
+"""The configurations of data, optimizer and training runs."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from sparsek.config.checks import check_at_least, check_choice
+
+TRAINABLE = ("all", "attention", "scorer")
+ON_SPIKE = ("skip", "stop")
+
+
+def parse_profile_steps(steps: str | Sequence[int] | None) -> tuple[int, int] | None:
+  """Returns (A, B) of "A:B" or of a sequence of the two, and None of None."""
+  if steps is None:
+    return None
+  first, colon, last = (
+    steps.partition(":") if isinstance(steps, str) else (str(steps[0]), ":", str(steps[1]))
+  )
+  if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    raise ValueError(
+      f"profile_steps={steps} must be A:B, the first and the last step to trace, 1 <= A <= B"
+    )
+  return int(first), int(last)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The source of tokens and how they are cut into rows.
+
+  Attributes:
+    data: "stdlib" (the source of Python's standard library, byte tokens) or the folder that
+      `experiments.prepare_data` wrote.
+    seq_len: tokens per row that the model sees (a row stores one more, the last target).
+    batch_size: rows per optimizer step, over all processes and accumulation steps.
+    seed: of the shuffle.
+    segment_documents: give each packed document its own segment id, so that attention and loss
+      restart at each document.
+  """
+
+  data: str = "stdlib"
+  seq_len: int = 512
+  batch_size: int = 8
+  seed: int = 0
+  segment_documents: bool = True
+
+  def __post_init__(self):
+    for name in ("seq_len", "batch_size"):
+      check_at_least(name, getattr(self, name), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with linear warm-up and cosine decay.
+
+  Attributes:
+    learning_rate: peak learning rate.
+    warmup_steps: steps from 0 to the peak.
+    num_steps: length of the schedule, warm-up included.
+    final_lr_ratio: learning rate at the end over the peak.
+    weight_decay: decoupled, on matrices only (not on norms, biases, scales, slopes or embeddings).
+    grad_clip: largest global gradient norm; 0 turns clipping off.
+    b1, b2: decay of the first and second moments.
+    trainable: which parameters change: "all"; "attention": those of the attention modules, scorers
+      included; "scorer": scorers only.
+    scorer_lr_multiplier: learning rate of the scoring networks over that of everything else.
+  """
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 100
+  num_steps: int = 1000
+  final_lr_ratio: float = 0.1
+  weight_decay: float = 0.1
+  grad_clip: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.95
+  trainable: str = "all"
+  scorer_lr_multiplier: float = 5.0
+
+  def __post_init__(self):
+    check_choice("trainable", self.trainable, TRAINABLE)
+    check_at_least("num_steps", self.num_steps, 1)
+    for name in (
+      "learning_rate",
+      "warmup_steps",
+      "final_lr_ratio",
+      "weight_decay",
+      "grad_clip",
+      "scorer_lr_multiplier",
+    ):
+      check_at_least(name, getattr(self, name), 0)
+    if self.warmup_steps > self.num_steps:
+      raise ValueError(
+        f"warmup_steps={self.warmup_steps} must be at most num_steps={self.num_steps}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A training run: everything but the model, which is a TransformerConfig.
+
+  Attributes:
+    workdir: folder of the checkpoints, metrics.jsonl, flags.txt and versions.json.
+    data, optimizer: see their classes.
+    seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
+    scorer_loss: weight of the scorers' auxiliary loss,
+      `sparsek.attention.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers; has
+      no effect where no scorer has parameters.
+    scorer_warmup: train the scorers by that loss alone while sparsek layers attend to everything:
+      the first stage of converting a dense model. There is no cross-entropy and no backward pass
+      except the scorers'; the "loss" of a step is the scorers' loss.
+    distill: weight w of a teacher in the training objective
+      (1 - w) cross-entropy + w KL(teacher || model), at temperature 1. The teacher's operations do
+      not count in "mfu".
+    distill_from: the teacher, which keeps its own attention: "hf:DIR", "DIR" or "DIR@STEP" as in
+      init_from. Checkpoints do not hold it.
+    spike_factor: a step whose loss or gradient norm is not finite, or more than this many times its
+      running mean, changes no parameter; 0 turns the check off.
+    on_spike: "skip": go on with the next step; "stop": raise RunError.
+    restore_step: go on from the checkpoint of this step, and set later ones aside, once; see
+      `sparsek.runs.set_aside`. None: go on from the newest checkpoint.
+    stop_at: step at which to stop before the end of the schedule; the run may then go on with
+      another k, window, gate or noise. None: stop at the end.
+    grad_accumulation: micro-batches per optimizer step; divides the batch size.
+    loss_chunk: number of tokens whose logits exist at the same time in the cross-entropy.
+    log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and
+      checkpoints; 0 turns evaluation off.
+    eval_batches: batches per evaluation.
+    keep_checkpoints: number of newest checkpoints that are kept.
+    init_from: where the parameters (only) come from: "DIR" or "DIR@STEP", a run; "hf:DIR", a folder
+      in Hugging Face's format. Scorers that it lacks are initialised at random.
+    tensorboard: also write TensorBoard events.
+    profile_steps: (first, last) step of a trace that is written to WORKDIR/profile, or "A:B".
+  """
+
+  workdir: str
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  seed: int = 0
+  scorer_loss: float = 1.0
+  scorer_warmup: bool = False
+  distill: float = 0.0
+  distill_from: str | None = None
+  spike_factor: float = 0.0
+  on_spike: str = "skip"
+  restore_step: int | None = None
+  stop_at: int | None = None
+  grad_accumulation: int = 1
+  loss_chunk: int = 2048
+  log_every: int = 10
+  eval_every: int = 200
+  eval_batches: int = 8
+  checkpoint_every: int = 200
+  keep_checkpoints: int = 3
+  init_from: str | None = None
+  tensorboard: bool = False
+  profile_steps: str | tuple[int, int] | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
+    for name in (
+      "grad_accumulation",
+      "loss_chunk",
+      "log_every",
+      "eval_batches",
+      "checkpoint_every",
+      "keep_checkpoints",
+    ):
+      check_at_least(name, getattr(self, name), 1)
+    if self.stop_at is not None:
+      check_at_least("stop_at", self.stop_at, 1)
+    for name in ("eval_every", "scorer_loss", "distill"):
+      check_at_least(name, getattr(self, name), 0)
+    if self.spike_factor and not self.spike_factor > 1:
+      raise ValueError(
+        f"spike_factor={self.spike_factor} must be above 1, or 0 to look for no spikes"
+      )
+    check_choice("on_spike", self.on_spike, ON_SPIKE)
+    if self.distill > 1 or (self.distill > 0) != bool(self.distill_from):
+      raise ValueError(
+        f"distill={self.distill} must be at most 1 and go with distill_from, its teacher: both "
+        f"or neither; distill_from={self.distill_from}"
+      )
+    if self.scorer_warmup and not (
+      self.scorer_loss and self.optimizer.trainable == "scorer" and not self.distill
+    ):
+      raise ValueError(
+        f"scorer_warmup={self.scorer_warmup} needs trainable=scorer, scorer_loss "
+        "above 0 and no distill; "
+        f"trainable={self.optimizer.trainable}, scorer_loss={self.scorer_loss}, "
+        f"distill={self.distill}"
+      )
+    if self.data.batch_size % self.grad_accumulation:
+      raise ValueError(
+        f"batch_size={self.data.batch_size} must be a multiple of "
+        f"grad_accumulation={self.grad_accumulation}"
+      )

@@ -1,0 +1,87 @@
+"""The held-out rows on which runs are evaluated side by side."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sparsek.config import DataConfig, TransformerConfig
+from sparsek.data.batches import EvalBatches, eval_batches, open_data
+from sparsek.data.token_files import TokenDataset
+from sparsek.errors import UsageError
+from sparsek.parallel.mesh import make_mesh
+from sparsek.training.checks import check_batch, check_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run to evaluate.
+
+  Attributes:
+    workdir: its folder.
+    config: its model, with the flags of the evaluation applied.
+    record: its model.json.
+  """
+
+  workdir: str
+  config: TransformerConfig
+  record: dict[str, Any]
+
+  def open_data(self, data: str | None = None) -> TokenDataset:
+    """Opens token files made with the run's tokenizer, by default those it was trained on.
+
+    Raises:
+      UsageError: where the run was imported, and so was trained on none.
+    """
+    source = data or self.record["data"]["data"]
+    if not source:
+      raise UsageError(
+        f"--data is required: {self.workdir} was imported; make data with "
+        f"experiments.prepare_data --tokenizer={self.workdir}/tokenizer"
+      )
+    name, fingerprint = (self.record["tokenizer"][key] for key in ("name", "fingerprint"))
+    tokenizer = name if name == "byte" else os.path.join(self.workdir, "tokenizer")
+    return open_data(source, tokenizer, fingerprint)
+
+
+def heldout_rows(
+  runs: Sequence[Run],
+  num_batches: int,
+  data: str | None = None,
+  seq_len: int | None = None,
+  batch_size: int | None = None,
+) -> tuple[TokenDataset, DataConfig, EvalBatches]:
+  """Returns a dataset, how it is cut into rows, and batches, the same for all runs.
+
+  Args:
+    runs: what is evaluated.
+    num_batches: most batches.
+    data: token files; None for those that the runs were trained on.
+    seq_len, batch_size: None for the largest of the runs' own.
+  Raises:
+    UsageError: where the runs read different tokens, or rows are too long for the data or a model.
+  """
+  datasets = [run.open_data(data) for run in runs]
+  for run, dataset in zip(runs, datasets):
+    if dataset.fingerprint != datasets[0].fingerprint:
+      raise UsageError(
+        f"{runs[0].workdir} and {run.workdir} read different tokens "
+        f"({datasets[0].folder} and {dataset.folder}): "
+        f"evaluate them one by one, or give --data"
+      )
+  seq_len = seq_len or max(run.record["data"]["seq_len"] for run in runs)
+  available = datasets[0].split("heldout").num_tokens - 1
+  if seq_len > max(available, 1):
+    raise UsageError(
+      f"--seq_len={seq_len} must be at most {available}: "
+      f"the held-out split of {datasets[0].folder} has {available + 1:,} tokens"
+    )
+  rows = DataConfig(
+    seq_len=seq_len,
+    batch_size=batch_size or max(run.record["data"]["batch_size"] for run in runs),
+    segment_documents=runs[0].record["data"]["segment_documents"],
+  )
+  check_batch(make_mesh(), rows.batch_size)
+  for run in runs:
+    check_length(run.config, seq_len)
+  return datasets[0], rows, eval_batches(datasets[0], rows, num_batches)

@@ -1,0 +1,122 @@
+"""Texts of experiments.generate: prompts are read, shown and continued, texts saved."""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+
+from sparsek.data.tokenizer import Tokenizer
+from sparsek.errors import UsageError
+from sparsek.generation.session import Session, TextStream
+from sparsek.storage.files import cannot_write, check_regular, read_at_most
+
+MAX_BYTES = 2**26  # of a file of prompts
+
+
+def read_prompts(path: str) -> list[str]:
+  """Returns the lines of the file that --prompt_file names, each of them a text to continue.
+
+  Raises:
+    UsageError: for a file that cannot be read, is too large, is not UTF-8 or has no lines.
+  """
+  content = read_at_most(path, MAX_BYTES, "--prompt_file")
+  try:
+    text = content.decode("utf-8-sig").replace("\r\n", "\n")
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise UsageError(
+      f"--prompt_file={path} is not UTF-8: byte 0x{content[error.start]:02x} in line {line}"
+    ) from None
+  if not text:
+    raise UsageError(f"--prompt_file={path} has no lines")
+  return text.removesuffix("\n").split("\n")
+
+
+def new_texts(
+  tokenizer: Tokenizer, texts: Iterable[str], special_tokens: bool = False
+) -> list[list[int]]:
+  """Returns the tokens of new texts, which begin as documents of the run's data do, once."""
+  rows = []
+  for text in texts:
+    ids, bos = tokenizer.encode(text, special_tokens), tokenizer.bos_ids
+    rows.append([*(bos if ids[: len(bos)] != bos else []), *ids] or [tokenizer.eos_id])
+  return rows
+
+
+def shown_prompt(stream: TextStream, text: str, ids: list[int]) -> str:
+  """Returns the prompt as it was given, after the text that its tokens bring before it.
+
+  That may be the rest of an earlier turn's last character, or a space.
+  """
+  text_of_tokens = stream.turn(ids)
+  if text_of_tokens.endswith(text):
+    return text_of_tokens
+  rest_of_character = text_of_tokens.startswith("\ufffd") and not text.startswith("\ufffd")
+  return "\ufffd" * rest_of_character + text
+
+
+def write_texts(
+  session: Session,
+  turn: Iterable[Sequence[int | None]],
+  streams: Sequence[TextStream],
+  written: list[str],
+  goes_on: bool,
+) -> str:
+  """Draws the texts; prints a single one as it comes, several at the end.
+
+  A row whose text reaches a stop string ends.
+
+  Args:
+    session: draws the tokens.
+    turn: the iterator that `session.generate` returned.
+    streams: turn tokens into text, one for each row.
+    written: the prompts as they are shown.
+    goes_on: the texts will be saved, and may end within a character.
+
+  Returns:
+    How many tokens are new, and how fast they came.
+  """
+
+  def append(row: int, text: str) -> None:
+    written[row] += text
+    if len(streams) == 1:
+      print(text, end="", flush=True)
+
+  times, new = [], 0
+  if len(streams) == 1:
+    print(written[0], end="", flush=True)
+  for tokens in turn:
+    times.append(time.perf_counter())
+    for row, token in enumerate(tokens):
+      if token is None or streams[row].stopped:
+        continue
+      new += 1
+      append(row, streams[row].push(token))
+      if streams[row].stopped:
+        session.stop(row)
+  for row, stream in enumerate(streams):
+    append(row, stream.end_turn() if goes_on else stream.finish())
+  several = "\n".join(f"[{row}] {text}" for row, text in enumerate(written))
+  print(several if len(streams) > 1 else "")
+  if len(times) < 2 or new <= len(streams):
+    return f"{new} new ones"
+  return f"{new} new ones, {(new - len(streams)) / (times[-1] - times[0]):.0f} tokens/s"
+
+
+def check_can_save(path: str) -> None:
+  """Raises UsageError where --save_cache names no file that can be written."""
+  folder = os.path.dirname(path) or "."
+  if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+    raise UsageError(
+      f"--save_cache={path}: must be a file in a folder that exists and can be written"
+    )
+  if os.path.lexists(path):
+    check_regular(path, "--save_cache")
+
+
+def save(session: Session, streams: Sequence[TextStream], path: str) -> None:
+  """Writes the texts to a file, from which they go on later."""
+  session.texts = [stream.state for stream in streams]
+  try:
+    session.save(path)
+  except OSError as error:
+    raise cannot_write(path, error) from None

@@ -1,0 +1,83 @@
+"""The implementations of attention that a model runs with on the present device, and why faster
+ones do not.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sparsek.attention.backends import Choice, choose_implementation, choose_window_implementation
+from sparsek.config import TransformerConfig, parse_term
+from sparsek.model.layers import window_implementation
+
+# The implementations that could run on a platform at best.
+FASTER = {"gpu": ("cudnn", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
+
+
+def attention_choices(
+  config: TransformerConfig, seq_len: int, batch: int = 1, *, packed: bool = True
+) -> dict[str, Choice]:
+  """Chooses the implementation of attention of each different layer.
+
+  Args:
+    config: the model.
+    seq_len: tokens of a row.
+    batch: rows of a device.
+    packed: rows may hold more than one document, as in training by default.
+
+  Returns:
+    Choices by the layer's term of the attention pattern, such as "sparsek" or "sparsek:k64:w32".
+
+  Raises:
+    NotImplementedError: if the implementation that `config` asks for cannot run here.
+  """
+  return {
+    term: _choice(config.for_term(term), parse_term(term)[0], seq_len, batch, packed)
+    for term in dict.fromkeys(config.layer_terms)
+  }
+
+
+def _choice(config: TransformerConfig, kind: str, seq_len: int, batch: int, packed: bool) -> Choice:
+  """Chooses as the module of that kind does."""
+  groups, heads = config.num_kv_heads, config.num_heads
+  row = lambda batch, heads: jax.ShapeDtypeStruct(
+    (batch, seq_len, heads, config.head_dim), config.activation_dtype
+  )
+  ids = lambda batch: jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
+  segment_ids = ids(batch) if packed else None
+  if kind == "block_topk":  # it is written in JAX
+    return Choice("xla", {})
+  if kind == "lsh":  # the heads of a group are a row, and buckets are its documents
+    reach = min(config.k + config.window, seq_len)
+    query, buckets = row(batch * groups, heads // groups), ids(batch * groups)
+    return choose_window_implementation(window_implementation(config), query, buckets, reach)
+  if kind in ("full", "sliding_window", "linear"):
+    window = seq_len if kind == "full" else min(config.window, seq_len)
+    implementation = window_implementation(config)
+    return choose_window_implementation(implementation, row(batch, heads), segment_ids, window)
+  window = min(config.window, seq_len)
+  return choose_implementation(config.implementation, row(batch, heads), segment_ids, window)
+
+
+def describe_choice(
+  config: TransformerConfig, seq_len: int, batch: int = 1, *, packed: bool = True
+) -> list[str]:
+  """Describes `attention_choices` in sentences, one for each kind of layer that differs.
+
+  A sentence such as "attention: xla on cpu" has the reasons of refusals on accelerators only, and
+  only those of implementations for such a device.
+  """
+  choices = attention_choices(config, seq_len, batch, packed=packed)
+  device = jax.devices()[0]
+  name = device.platform if device.platform == "cpu" else device.device_kind
+  endings: dict[str, list[str]] = {}
+  for term, choice in choices.items():
+    reasons = "".join(
+      f"; {faster} cannot run here: {reason}"
+      for faster, reason in choice.refusals.items()
+      if faster in FASTER.get(device.platform, ())
+    )
+    asked = ", as asked for" if choice.implementation == config.implementation else ""
+    endings.setdefault(f"{choice.implementation} on {name}{asked}{reasons}", []).append(term)
+  if len(endings) == 1:
+    return [f"attention: {ending}" for ending in endings]
+  return [f"attention of {', '.join(terms)}: {ending}" for ending, terms in endings.items()]

@@ -1,0 +1,122 @@
+"""Record of a run's model, data, settings and tokenizer: WORKDIR/model.json."""
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Mapping
+
+from sparsek.config import DataConfig, TrainConfig, TransformerConfig
+from sparsek.data.token_files import TokenDataset
+from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_bos
+from sparsek.errors import UsageError
+from sparsek.model import lora
+from sparsek.storage.files import exists, read_json_object
+
+FILE = "model.json"
+RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
+RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
+# Fields of TrainConfig that are no settings: where a run is, and how it got its state. Those of the
+# data and of the optimizer are listed under their own names.
+NO_SETTINGS = ("workdir", "init_from", "restore_step", "data", "optimizer")
+
+
+def model_record(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset) -> dict:
+  """Returns the contents of a run's model.json."""
+  tokenizer = dataset.tokenizer
+  return {
+    "model": dataclasses.asdict(config),
+    "data": dataclasses.asdict(train.data),
+    "train": _settings(train),
+    "tokenizer": {
+      "name": tokenizer.name,
+      "fingerprint": tokenizer.fingerprint,
+      "vocab_size": tokenizer.vocab_size,
+      "bos_ids": tokenizer.bos_ids,
+    },
+  }
+
+
+def _settings(train: TrainConfig) -> dict:
+  """Returns the flags of a run that are neither the model's nor the data's."""
+  fields = dataclasses.asdict(train)
+  return {
+    name: value for name, value in (fields | fields["optimizer"]).items() if name not in NO_SETTINGS
+  }
+
+
+def changed_settings(run: Mapping, train: TrainConfig) -> dict[str, tuple]:
+  """Returns the flags that have changed since a run was last started: name -> (old, new).
+
+  Args:
+    run: its model.json; those of older versions hold the data's flags only.
+    train: the configuration it is started with now.
+  """
+  old = {**run["data"], **run.get("train", {})}
+  new = json.loads(json.dumps({**dataclasses.asdict(train.data), **_settings(train)}))
+  return {
+    name: (old[name], value) for name, value in new.items() if name in old and old[name] != value
+  }
+
+
+def _check_record(run: dict) -> None:
+  """Raises KeyError or TypeError where a model.json lacks something that is read from it."""
+  scalars = {
+    name: kind
+    for name, kind in typing.get_type_hints(TransformerConfig).items()
+    if kind in (int, float, bool, str) and name in run["model"]
+  }
+  kinds = {"model": scalars, "data": RECORDED_DATA, "tokenizer": RECORDED_TOKENIZER}
+  for section, fields in kinds.items():
+    for name, kind in fields.items():
+      value = run[section][name]
+      if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{name}={value!r} must be of type {kind.__name__}")
+  ends = run["tokenizer"].get("eos_ids", [])
+  if not (isinstance(ends, list) and all(type(end) is int for end in ends)):
+    raise TypeError(f"eos_ids={ends!r} must be a list of token ids")
+
+
+def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerConfig, dict]:
+  """Returns the model of a run, and its model.json.
+
+  Args:
+    workdir: of the run.
+    adapters: True for the model as it is trained, perhaps with adapters; False for the model that
+      `sparsek.runs.checkpoint.load_params` gives parameters for, with adapters merged.
+  Returns:
+    the configuration, and {"model": TransformerConfig fields, "data": DataConfig fields,
+    "tokenizer": {...}}.
+  Raises:
+    UsageError: where `workdir` holds no run or its model.json cannot be understood.
+  """
+  path = os.path.join(workdir, FILE)
+  if not exists(path):
+    raise UsageError(f"{workdir} holds no run: there is no {path}")
+  run = read_json_object(path)
+  try:
+    _check_record(run)
+    DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
+    config = TransformerConfig(**run["model"])
+  except KeyError as error:
+    raise UsageError(f"{path} cannot be understood: it has no {error}") from None
+  except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    raise UsageError(f"{path} cannot be understood: {error}") from None
+  return config if adapters else lora.merged_config(config), run
+
+
+def load_run_tokenizer(workdir: str) -> Tokenizer:
+  """Returns the tokenizer that a run was trained with, which its workdir keeps.
+
+  It begins documents as those of the run begin.
+
+  Raises:
+    UsageError: where there is none or it cannot be read.
+  """
+  _, run = load_run_config(workdir)
+  recorded = run["tokenizer"]
+  is_byte = recorded["name"] == ByteTokenizer.name
+  source = ByteTokenizer.name if is_byte else os.path.join(workdir, "tokenizer")
+  tokenizer = load_tokenizer(source, recorded["fingerprint"])
+  tokenizer.bos_ids = read_bos(recorded, tokenizer, os.path.join(workdir, FILE))
+  return tokenizer

@@ -1,0 +1,71 @@
+"""Checks of a run's configuration, made before any long work."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.errors import UsageError
+from sparsek.model.transformer import Params, Transformer
+from sparsek.training.optimizer import trainable_mask
+
+
+def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params: Params) -> None:
+  """Raises UsageError where a model cannot be trained as `train` asks on the devices of `mesh`.
+
+  Args:
+    config: the model.
+    train: everything else.
+    mesh: the devices of the run.
+    params: of the model; shapes suffice.
+  """
+  check_batch(mesh, train.data.batch_size, train.grad_accumulation)
+  check_adapters(config, train)
+  check_length(config, train.data.seq_len)
+  check_implementation(config, train.data.seq_len, params)
+  if not any(jax.tree.leaves(trainable_mask(params, train.optimizer.trainable))):
+    raise UsageError(f"--trainable={train.optimizer.trainable}: no layer has such parameters")
+
+
+def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None:
+  """Raises UsageError unless every device gets the same number of rows in every micro-batch."""
+  parts = mesh.size * grad_accumulation
+  if batch_size % parts:
+    devices = f"{mesh.size} device(s) x grad_accumulation={grad_accumulation}"
+    raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {devices}")
+
+
+def check_adapters(config: TransformerConfig, train: TrainConfig) -> None:
+  """Raises UsageError where adapters could not learn, or would be larger than their matrices."""
+  if config.lora_rank and train.optimizer.trainable == "scorer":
+    why = "--scorer_warmup and --trainable=scorer" if train.scorer_warmup else "--trainable=scorer"
+    raise UsageError(
+      f"--lora_rank={config.lora_rank} and {why} exclude each other: no adapter would learn; "
+      "warm up scorers before, without adapters"
+    )
+  if config.lora_rank > config.embed_dim:
+    raise UsageError(
+      f"--lora_rank={config.lora_rank} must be at most {config.embed_dim}, the model's width"
+    )
+
+
+def check_length(config: TransformerConfig, seq_len: int, flag: str = "seq_len") -> None:
+  """Raises UsageError where rows are longer than a table of learned positions."""
+  if config.positions == "learned" and seq_len > config.max_positions:
+    raise UsageError(
+      f"--{flag}={seq_len} must be at most {config.max_positions}, the model's learned positions"
+    )
+
+
+def check_implementation(config: TransformerConfig, seq_len: int, params: Params) -> None:
+  """Raises UsageError where the implementation of attention that `config` names cannot run here.
+
+  The parameters may be shapes.
+  """
+  if config.implementation is not None:
+    try:
+      jax.eval_shape(
+        Transformer(config).apply, {"params": params}, jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+      )
+    except NotImplementedError as error:
+      raise UsageError(f"--implementation={config.implementation}: {error}") from None

@@ -1,0 +1,91 @@
+"""Saving of checkpoints while a run trains: a save that fails does not end it."""
+
+import os
+from collections.abc import Callable
+
+from sparsek.errors import RunError
+from sparsek.runs import run_directory
+from sparsek.runs.checkpoint_writer import CheckpointWriter
+from sparsek.runs.metrics import MetricsWriter
+from sparsek.runs.orbax_errors import first_line
+from sparsek.training import spikes
+from sparsek.training.step import TrainState
+
+SPIKES = "spikes"  # key in the data state of a checkpoint
+
+
+class Saver:
+  """Checkpoints of a run in progress.
+
+  A save that fails is reported, and training goes on to the next one.
+
+  Attributes:
+    saved_step: step of the newest complete checkpoint, or None.
+  """
+
+  def __init__(
+    self,
+    workdir: str,
+    writer: CheckpointWriter,
+    metrics: MetricsWriter,
+    saved_step: int | None,
+    say: Callable[[str], None],
+  ):
+    """Begins where a run starts; its lock, metrics and folder of checkpoints must exist."""
+    self.saved_step = saved_step
+    self._saving_step: int | None = None  # of the checkpoint that is being written
+    self._workdir, self._writer, self._metrics, self._say = workdir, writer, metrics, say
+    self._presence = run_directory.Presence(
+      os.path.join(workdir, name) for name in ("lock", "metrics.jsonl", "checkpoints")
+    )
+
+  def has(self, step: int) -> bool:
+    """Returns whether the checkpoint of a step is complete or being written."""
+    return step in (self.saved_step, self._saving_step)
+
+  def save(self, step: int, state: TrainState, data_state: dict) -> None:
+    """Starts saving a step, after the metrics up to it and the save before it.
+
+    Raises:
+      RunError: where the folder of the run is gone.
+    """
+    self._presence.check()
+    self._metrics.sync()
+    self.finish()
+    if state.spikes:
+      data_state = {**data_state, SPIKES: spikes.to_json(state.spikes)}
+    try:
+      self._writer.save(step, state.params, state.opt_state, data_state)
+      self._saving_step = step
+    except Exception as error:  # Orbax and tensorstore raise many kinds for a full or failing disk.
+      self._say(
+        f"the checkpoint of step {step} cannot be saved, those before it are kept: "
+        f"{first_line(error)}"
+      )
+
+  def finish(self) -> None:
+    """Waits for the save in progress, if any."""
+    try:
+      self._writer.wait()
+      self.saved_step = self.saved_step if self._saving_step is None else self._saving_step
+    except Exception as error:
+      self._say(
+        f"the checkpoint of step {self._saving_step} could not be saved, those before it are "
+        f"kept: {first_line(error)}"
+      )
+    self._saving_step = None
+
+  def close(self, step: int) -> None:
+    """Ends saving, with `step` as the last one.
+
+    Raises:
+      RunError: where that step was not saved, or the folder of the run is gone.
+    """
+    self.finish()
+    self._writer.close()
+    self._presence.check()
+    if self.saved_step != step:
+      raise RunError(
+        f"the checkpoint of step {step} could not be saved in {self._workdir}; the newest "
+        f"is of step {self.saved_step}"
+      )

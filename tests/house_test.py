@@ -1,0 +1,156 @@
+"""The house rules: who may import whom, how long files and functions are, how sentences begin."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# A room may import those of later lines, and itself; rooms of one line do not import each other.
+ORDER = (
+  "experiments",
+  "evaluation",
+  "training",
+  "huggingface",
+  "generation runs",
+  "model",
+  "attention data parallel",
+  "command_line",
+  "storage",
+  "config errors",
+)
+MAY_ALSO = {("parallel", "attention")}
+USE_KERNELS = {"attention", "model", "generation", "parallel", "experiments", "kernels"}
+FOLDERS = ("sparsek", "kernels", "experiments", "tests")
+FIRST_WORDS = {"What", "Of", "Whether", "Where", "As", "Which", "How"}
+
+
+def room_of(module: str) -> str:
+  """Returns the room of "sparsek.training.loop", "experiments.bench.cells", ..."""
+  parts = module.split(".")
+  return parts[1] if parts[0] == "sparsek" and len(parts) > 1 else parts[0]
+
+
+def sources(*folders: str) -> list[pathlib.Path]:
+  return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: pathlib.Path) -> str:
+  name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+  return f"sparsek.{name}" if name.startswith("kernels") else name
+
+
+def imported(tree: ast.AST) -> list[str]:
+  """Returns every module of ours that is imported, also inside functions."""
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module == "sparsek":
+      found += [f"sparsek.{alias.name}" for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      found.append("." * node.level + (node.module or ""))
+  return [name for name in found if re.match(r"(sparsek|experiments|tests|kernels)\b|\.", name)]
+
+
+def allowed(source: str, target: str) -> bool:
+  rank = {room: i for i, line in enumerate(ORDER) for room in line.split()}
+  if source == target or (source, target) in MAY_ALSO:
+    return True
+  if target == "kernels":
+    return source in USE_KERNELS
+  return source in rank and target in rank and rank[source] < rank[target]
+
+
+def library() -> list[pathlib.Path]:
+  return [p for p in sources("sparsek", "kernels", "experiments") if p.stem != "__init__"]
+
+
+@pytest.mark.parametrize("path", library(), ids=module_of)
+def test_imports_follow_the_rule(path):
+  source = room_of(module_of(path))
+  targets = {room_of(name) for name in imported(ast.parse(path.read_text()))}
+  assert [room for room in sorted(targets) if not allowed(source, room)] == []
+
+
+def test_no_module_imports_itself_in_a_circle():
+  graph = {module_of(p): imported(ast.parse(p.read_text())) for p in sources("sparsek", "kernels")}
+  names = set(graph)
+  edges = {name: [t for t in targets if t in names] for name, targets in graph.items()}
+  done: set[str] = set()
+  while ready := {name for name in names - done if set(edges[name]) - {name} <= done}:
+    done |= ready
+  assert names - done == set()
+
+
+def functions(path: pathlib.Path):
+  tree = ast.parse(path.read_text())
+  return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_fit_in_the_head(folder):
+  most = 700 if folder == "tests" else 500
+  lengths = {str(p): len(p.read_text().splitlines()) for p in sources(folder)}
+  assert {p: n for p, n in lengths.items() if n > most} == {}
+
+
+def test_functions_fit_on_a_page():
+  long = {
+    f"{path}:{node.name}": node.end_lineno - node.lineno + 1
+    for path in library()
+    for node in functions(path)
+    if node.end_lineno - node.lineno + 1 > 80
+  }
+  assert long == {}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_docstrings_begin_with_a_verb_or_a_noun(folder):
+  wrong = []
+  for path in sources(folder):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+        words = (ast.get_docstring(node) or "").split()
+        if words and words[0].strip(",:") in FIRST_WORDS:
+          wrong.append(f"{path}:{getattr(node, 'name', '')}: {' '.join(words[:5])}")
+  assert wrong == []
+
+
+def test_functions_that_return_say_so():
+  """A public function's docstring begins with a verb in the third person."""
+  wrong = []
+  for path in library():
+    for node in functions(path):
+      words = (ast.get_docstring(node) or "").split()
+      is_property = any("property" in ast.unparse(d) for d in node.decorator_list)
+      if words and not is_property and not re.fullmatch(r"[A-Z][a-z-]+s[,:.]?", words[0]):
+        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {' '.join(words[:6])}")
+  assert wrong == []
+
+
+def test_public_functions_have_hints():
+  bare = []
+  for path in library():
+    tree = ast.parse(path.read_text())
+    scopes = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
+    for node in (node for scope in scopes for node in scope):
+      if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        args = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        if (
+          any(a.annotation is None and a.arg not in ("self", "cls") for a in args)
+          or not node.returns
+        ):
+          bare.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+  assert bare == []
+
+
+def test_lambdas_are_not_nested():
+  nested = []
+  for path in sources(*FOLDERS):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Lambda):
+        if any(isinstance(inner, ast.Lambda) for inner in ast.walk(node.body)):
+          nested.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+  assert nested == []
