@@ -379,9 +379,9 @@ def unit(shown):
 def wrong(text, sentence, figures):
   """Returns (shown, figure) for each figure of a sentence that is not a record's, rounded."""
   pattern = NUMBER.join(map(re.escape, sentence.split("{}")))
-  found = re.findall(pattern, text)
-  assert len(found) == 1, f"not once in the document: {sentence}"
-  shown = found[0] if isinstance(found[0], tuple) else found
+  matches = re.findall(pattern, text)
+  assert len(matches) == 1, f"not once in the document: {sentence}"
+  shown = matches[0] if isinstance(matches[0], tuple) else matches
   pairs = list(zip(shown, figures, strict=True))
   return [
     (x, value)
