@@ -431,8 +431,7 @@ def _multiply_piece(
   steps, preparation = options.plan.piece // (options.warps * STEP), options.preparations[p]
   stage = program.stage(piece)
   tile, part = program.tile_and_part(p, piece)
-  is_first = lanes.lane * 0 + part == 0
-  new_sums = [tuple(jnp.where(is_first, 0.0, x) for x in half) for half in sums]
+  new_sums = [tuple(jnp.where(lanes.lane * 0 + part == 0, 0.0, x) for x in half) for half in sums]
   wait_barrier(scratch.piece_full, stage, program.parity(piece))
   for i in range(steps):
     k = (lanes.warp * steps + i) * STEP + lanes.part * 8

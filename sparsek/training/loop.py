@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data.token_files import TokenDataset
 from sparsek.errors import RunError
-from sparsek.model import flops, lora
+from sparsek.model import flops, implementations, lora
 from sparsek.model.transformer import Params, count_params
 from sparsek.parallel.mesh import HostBatch, put_batch, replicated
 from sparsek.runs import checkpoint, run_directory
@@ -259,6 +259,8 @@ def _train_locked(
     saver = Saver(workdir, writer, metrics, start.saved_step, progress.say)
     run = _Run(setup, start, stop, metrics, saver, progress)
     progress.say(f"{_describe_size(start.state.params)}, {_describe_devices()}")
+    for line in implementations.describe_choice(*setup.attention_shape, packed=setup.packed):
+      progress.say(line)
     stack.callback(saver.finish)
     try:
       if evaluate_first:

@@ -13,6 +13,7 @@ from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data.batches import TrainIterator, eval_batches, make_train_iterator
 from sparsek.data.token_files import TokenDataset
 from sparsek.errors import UsageError
+from sparsek.model import implementations
 from sparsek.model.transformer import Params
 from sparsek.parallel.mesh import HostBatch, make_mesh, replicated
 from sparsek.runs import checkpoint, run_directory, run_record, set_aside
@@ -52,6 +53,18 @@ class Setup(NamedTuple):
   def last_step(self) -> int:
     """The step after which this process ends."""
     return min(self.num_steps, self.train.stop_at or self.num_steps)
+
+  @property
+  def packed(self) -> bool:
+    """Whether attention restarts at each document of a row."""
+    return self.train.data.segment_documents
+
+  @property
+  def attention_shape(self) -> tuple[TransformerConfig, int, int]:
+    """The model, the tokens of a row, and the rows that a device computes at once."""
+    data = self.train.data
+    rows = data.batch_size // (self.mesh.size * self.train.grad_accumulation)
+    return self.config, data.seq_len, rows
 
   def evaluation_due(self, step: int) -> bool:
     """Returns whether the held-out loss is computed after a step."""
@@ -197,7 +210,9 @@ def write_records(setup: Setup, flagfile: str) -> None:
   workdir = train.workdir
   if flagfile:
     run_directory.write_record(workdir, "flags.txt", flagfile)
-  versions = run_directory.to_json(run_directory.versions())
+  choices = implementations.attention_choices(*setup.attention_shape, packed=setup.packed)
+  attention = {term: choice._asdict() for term, choice in choices.items()}
+  versions = run_directory.to_json(run_directory.versions() | {"attention": attention})
   run_directory.write_record(workdir, "versions.json", versions)
   record = run_directory.to_json(run_record.model_record(setup.config, train, dataset))
   run_directory.write_record(workdir, run_record.FILE, record)

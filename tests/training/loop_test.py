@@ -126,7 +126,10 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
   with open(os.path.join(workdir, "flags.txt")) as file:
     assert file.read() == "--a_flag=1\n"
   with open(os.path.join(workdir, "versions.json")) as file:
-    assert {"python", "packages", "commit", "devices", "command"} <= json.load(file).keys()
+    versions = json.load(file)
+  assert {"python", "packages", "commit", "devices", "command"} <= versions.keys()
+  assert versions["attention"]["full"]["implementation"] == "xla"
+  assert "it needs a TPU" in versions["attention"]["full"]["refusals"]["mosaic_tpu"]
 
 
 def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkeypatch, capsys):
@@ -221,6 +224,7 @@ def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, 
   result = loop.train(other, config, dataset, "--num_steps=8\n")
   assert result.step == 8
   assert "resuming" in (said := capsys.readouterr().err) and "k 64 -> 3" in said
+  assert said.count("attention: xla on cpu\n") == 2  # of each run once
   assert {"flags.txt", "flags.1.txt", "model.json", "model.1.json"} <= set(os.listdir(tmp_path))
   assert (tmp_path / "flags.1.txt").read_text() == "--num_steps=4\n"
   assert run_record.load_run_config(str(tmp_path))[0] == other

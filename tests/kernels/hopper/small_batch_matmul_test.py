@@ -293,11 +293,11 @@ class Emulation:
     if (self.here.waits + self.here.place["sparsek_warpgroup"]) % 2:
       time.sleep(DELAY)
 
-  def wait_for_all(self, warpgroups=0):
+  def sync_threads(self, warpgroups=0):
     self.here.barriers[warpgroups - 1].wait()
     self.dawdle()
 
-  def wait_for(self, *args):
+  def wait_barrier(self, *args):
     self.here.copies.wait_for(*args)
     self.dawdle()
 
@@ -314,8 +314,8 @@ class Emulation:
         thread_ops_test.widen,
         thread_ops_test.narrow,
         multiply_add,
-        self.wait_for_all,
-        self.wait_for,
+        self.sync_threads,
+        self.wait_barrier,
       )
     }
     functions |= {
