@@ -15,8 +15,8 @@ shown; the record is written after every round.
 
 import dataclasses
 import functools
-import json
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,10 @@ from experiments.bench import (
 )
 from experiments.bench import decoding as decoding_bench
 from experiments.bench import training_step as training_step_bench
+from experiments.bench.cells import environment
 from experiments.bench.flags import FLAGS
 from experiments.bench.suites import check_same_model, decode_jobs, flag, jobs, names, problems
+from experiments.reports import records
 from sparsek.command_line.definer import into_string
 from sparsek.command_line.main import run as run_command
 from sparsek.errors import RunError, UsageError
@@ -89,26 +91,27 @@ def load_to_extend(path: str | None) -> Record | None:
 def run(path: str | None) -> Record:
   """Times what the flags ask for; returns the record, which it writes to `path` each round."""
   suite, old = flag("suite"), load_to_extend(path)
-  chosen = {"train": jobs, "decode": decode_jobs}.get(suite, problems)()
+  of_suite: dict[str, Callable[[], list]] = {"train": jobs, "decode": decode_jobs}
+  chosen = of_suite.get(suite, problems)()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
   if suite in MODELS:  # PyTorch's first: JAX takes the memory
     measurer, allowed = MODELS[suite]
     kinds = names("baselines", allowed) if flag("baselines") else measurer.kinds_here()
     most = flag("max_transformers") if suite == "train" else MOST_BYTES
-    others = measurer.measure_transformers(chosen, kinds, most, flag("rounds"), say)
-  record = {"suite": suite, **attention_bench.environment(), "flags": given_flags(), "errors": None}
+    others = measurer.time_transformers(chosen, kinds, most, flag("rounds"), say)
+  record = {"suite": suite, **environment(), "flags": given_flags(), "errors": None}
   kept = report_of(record).rows_to_keep(old, record) if old else []
 
   def save(**figures: Any) -> None:
     record.update(figures)
     record["summary"] = report_of(record).summary(record["rows"], record["errors"])
     if path:
-      files.save(path, json.dumps(record, indent=1))
+      files.save(path, records.dumps(record) + "\n")
 
   if suite in MODELS:
-    measured = measurer.measure(chosen, kinds, *limits, others=others, say=say)
+    measured = measurer.time_jobs(chosen, kinds, *limits, others=others, say=say)
   else:
-    measured = attention_bench.measure(chosen, flag("implementation"), *limits, say=say)
+    measured = attention_bench.time_problems(chosen, flag("implementation"), *limits, say=say)
   for rounds, rows in measured:
     save(
       rows=report_of(record).merge(kept, rows) if suite in MODELS else rows,
@@ -127,10 +130,9 @@ def reference_length(chosen: list[attention_bench.Problem]) -> int:
 
 def errors_at(n: int, problem: attention_bench.Problem) -> Record:
   """Returns the errors of a problem of this length, beside the float32 reference."""
-  problem = dataclasses.replace(problem, n=n, rivals=("sparsek", "xla"))
-  (problem,) = attention_bench.choose_rivals([problem], None, flag("implementation"))
-  errors = attention_bench.errors(problem, flag("implementation"))
-  return {"problem": dataclasses.asdict(problem), **errors}
+  problem = dataclasses.replace(problem, n=n, baselines=("sparsek", "xla"))
+  (problem,) = attention_bench.choose_baselines([problem], None, flag("implementation"))
+  return attention_bench.errors(problem, flag("implementation"))
 
 
 def main() -> None:

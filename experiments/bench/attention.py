@@ -1,44 +1,45 @@
-"""Times implementations of attention side by side and holds ours against the float32 truth;
+"""Times implementations of attention side by side, and compares ours with the float32 reference.
+
 `experiments.benchmark` is the command.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.metadata
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench.cells import ERRORS, Cell, reason, run_rounds
 from sparsek.attention import api as attention_api
 from sparsek.attention import documents, prefix_selection
 from sparsek.attention.backends import choose_implementation
 from sparsek.kernels import compaction, devices, reference, specs
 from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.runs import run_directory
 
-RIVALS = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
+BASELINES = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 # heads, kv_heads, head_dim of the headline; the first is the main one
 SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64))
 HEADLINE_LENGTHS = tuple(2**i for i in range(11, 18))
 FORWARD, BOTH = "forward", "forward+backward"
-MAX_INNER = 1000
 MAX_XLA_DENSE = 4096  # it holds all logits, several times
-# of XLA and cuDNN: too little memory, a shape that is not supported
-ERRORS = (RuntimeError, MemoryError)
+GRADIENTS = ("out", "dquery", "dkey", "dvalue", "dscores")  # what `errors` compares
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """One attention problem of batch 1, and who is to solve it: `rivals` out of RIVALS, the rest as
-  in `sparsek.sparsek_attention` and kernels/specs.py.
+  """One attention problem of batch 1, and what is timed on it.
+
+  Attributes:
+    baselines: names out of BASELINES.
+    n, heads, ...: as in `sparsek.sparsek_attention` and kernels/specs.py.
   """
 
   n: int
@@ -50,11 +51,16 @@ class Problem:
   gate: str = "straight_through"
   dtype: str = "bfloat16"
   scores: str = "normal"
-  rivals: tuple[str, ...] = RIVALS
+  baselines: tuple[str, ...] = BASELINES
+
+  def record(self) -> dict[str, Any]:
+    """Returns the fields as a record holds them, which has always called baselines "rivals"."""
+    fields = dataclasses.asdict(self)
+    return {**fields, "rivals": fields.pop("baselines")}
 
 
-def headline(lengths: Sequence[int] = HEADLINE_LENGTHS, **given) -> list[Problem]:
-  """The problems behind every published figure; `given` replaces fields of all of them.
+def headline(lengths: Sequence[int] = HEADLINE_LENGTHS, **replaced: Any) -> list[Problem]:
+  """Returns the problems behind the published figures; `replaced` are fields of all of them.
 
   The main shape at all lengths; at a quarter of the longest also xla, the thresholds alone, rising
   and falling scores, and the other shapes.
@@ -62,47 +68,46 @@ def headline(lengths: Sequence[int] = HEADLINE_LENGTHS, **given) -> list[Problem
   longest = max(lengths)
   at = longest // 4 if longest // 4 in lengths else longest
   ours, all_lengths = ("sparsek", "sliding_window"), ("sparsek", "sliding_window", "dense")
-  shape = lambda sizes: dict(zip(("heads", "kv_heads", "head_dim"), sizes))
-  problems = [
-    Problem(n, **shape(SHAPES[0]), rivals=RIVALS if n == at else all_lengths)
-    for n in sorted(lengths)
-  ]
-  problems += [
-    Problem(at, **shape(SHAPES[0]), scores=scores, rivals=ours) for scores in ("rising", "falling")
-  ]
-  problems += [Problem(at, **shape(sizes), rivals=ours) for sizes in SHAPES[1:]]
-  distinct = {}
-  for problem in problems:
-    problem = dataclasses.replace(problem, **given)
-    distinct.setdefault(dataclasses.replace(problem, rivals=()), problem)
+
+  def problem(n, sizes=SHAPES[0], **fields):
+    return Problem(n, **dict(zip(("heads", "kv_heads", "head_dim"), sizes)), **fields)
+
+  problems = [problem(n, baselines=BASELINES if n == at else all_lengths) for n in sorted(lengths)]
+  problems += [problem(at, scores=scores, baselines=ours) for scores in ("rising", "falling")]
+  problems += [problem(at, sizes, baselines=ours) for sizes in SHAPES[1:]]
+  distinct: dict[Problem, Problem] = {}
+  for each in problems:
+    each = dataclasses.replace(each, **replaced)
+    distinct.setdefault(dataclasses.replace(each, baselines=()), each)
   return list(distinct.values())
 
 
 def uses_cudnn(dtype: str) -> bool:
-  """Whether the dense and sliding-window rivals are cuDNN's, which takes 16-bit inputs only; else
-  they are XLA's.
+  """Returns whether the dense and sliding-window baselines are cuDNN's, else they are XLA's.
+
+  cuDNN takes 16-bit inputs only.
   """
   return dtype in ("bfloat16", "float16") and on_nvidia_gpu()
 
 
 def what_runs(problem: Problem, implementation: str | None) -> str:
-  """The implementation that "sparsek" is on this device."""
+  """Returns the implementation that "sparsek" is on this device."""
   query = jax.ShapeDtypeStruct((1, problem.n, problem.heads, problem.head_dim), problem.dtype)
   return implementation or choose_implementation(None, query, None, 0).implementation
 
 
 @dataclasses.dataclass(frozen=True)
-class Rival:
+class Baseline:
   """Something to time.
 
   Attributes:
-    name: out of RIVALS.
+    name: out of BASELINES.
     label: for people; says whose implementation it is.
     function: (query, key, value, scores) -> (what gets a cotangent, what is only computed).
     argnums: the arguments that it reads and is differentiated in.
     like: the argument whose shape and dtype the cotangent has.
-    finish: what is made of what is only computed, outside of the differentiation: kernels for
-      integers have no derivative.
+    finish: applied to what is only computed, outside of the differentiation: kernels for integers
+      have no derivative.
   """
 
   name: str
@@ -113,76 +118,72 @@ class Rival:
   finish: Callable = lambda computed: computed
 
 
-def make_rival(name: str, problem: Problem, implementation: str | None = None) -> Rival:
-  """The rival of that name for a problem; `implementation` is that of "sparsek"."""
-  n, k, window, budget = problem.n, problem.k, problem.window, problem.k + problem.window
+def make_baseline(name: str, problem: Problem, implementation: str | None = None) -> Baseline:
+  """Returns the baseline of that name for a problem; `implementation` is that of "sparsek"."""
   runs, cudnn = what_runs(problem, implementation), uses_cudnn(problem.dtype)
-  of = "cuDNN" if cudnn else "XLA"
-
-  def attend(query, key, value, scores, implementation):
-    return attention_api.sparsek_attention(
-      query,
-      key,
-      value,
-      scores,
-      k=k,
-      window=window,
-      gate=problem.gate,
-      implementation=implementation,
-    ), ()
-
-  def dot_product(query, key, value, scores, **kwargs):
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, **kwargs), ()
-
-  def near(query, key, value, scores):
-    return attention_api.sliding_window_attention(query, key, value, window=budget), ()
-
-  def thresholds(query, key, value, scores):
-    by_head = jnp.swapaxes(scores, 1, 2)
-    bounds = documents.document_bounds(None, *scores.shape[:2])
-    threshold, expiry, order = prefix_selection.select(
-      by_head, *bounds, min(k, n), min(window, n), False, devices.can_run()
-    )
-    return jnp.swapaxes(threshold, 1, 2), (expiry, order)
-
-  def lists(computed):
-    expiry, order = computed
-    # all of it returned, or XLA would leave it out
-    return jnp.swapaxes(expiry, 1, 2), compact(expiry, order, min(k, n), min(window, n), runs)
-
+  library = "cuDNN" if cudnn else "XLA"
   if name == "sparsek":
-    return Rival(
-      name,
-      f"sparsek, {runs}",
-      functools.partial(attend, implementation=implementation),
-      (0, 1, 2, 3),
-    )
+    function = functools.partial(_attend, problem, implementation)
+    return Baseline(name, f"sparsek, {runs}", function, (0, 1, 2, 3))
   if name == "xla":
-    return Rival(name, "xla", functools.partial(attend, implementation="xla"), (0, 1, 2, 3))
+    return Baseline(name, "xla", functools.partial(_attend, problem, "xla"), (0, 1, 2, 3))
   if name == "dense":
-    return Rival(
-      name,
-      f"{of} dense",
-      functools.partial(dot_product, implementation="cudnn" if cudnn else "xla"),
-    )
-  # cuDNN is told the tokens before the query's own; a window as long as the row is dense
-  if name == "sliding_window" and cudnn:
-    latest = None if budget >= n else (budget - 1, 0)
-    return Rival(
-      name,
-      f"{of} window",
-      functools.partial(dot_product, implementation="cudnn", local_window_size=latest),
-    )
+    function = functools.partial(_dot_product, implementation="cudnn" if cudnn else "xla")
+    return Baseline(name, f"{library} dense", function)
   if name == "sliding_window":
-    return Rival(name, f"{of} window", near)
+    function = functools.partial(_cudnn_window if cudnn else _window, problem.k + problem.window)
+    return Baseline(name, f"{library} window", function)
   if name == "thresholds":
-    return Rival(name, "thresholds", thresholds, (3,), 3, lists)
-  raise ValueError(f"rival {name!r} must be one of {', '.join(RIVALS)}")
+    k, window = min(problem.k, problem.n), min(problem.window, problem.n)
+    finish = functools.partial(_lists, k, window, runs)
+    return Baseline(name, name, functools.partial(_thresholds, k, window), (3,), 3, finish)
+  raise ValueError(f"baseline {name!r} must be one of {', '.join(BASELINES)}")
 
 
-def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementation: str):
-  """The lists of selected tokens that an implementation makes of expiry and order [batch, groups,
-  n].
+def _attend(problem, implementation, query, key, value, scores):
+  options = {"k": problem.k, "window": problem.window, "gate": problem.gate}
+  out = attention_api.sparsek_attention(
+    query, key, value, scores, **options, implementation=implementation
+  )
+  return out, ()
+
+
+def _dot_product(query, key, value, scores, **options):
+  return jax.nn.dot_product_attention(query, key, value, is_causal=True, **options), ()
+
+
+def _cudnn_window(budget, query, key, value, scores):
+  # cuDNN is told the tokens before the query's own; a window as long as the row is dense
+  latest = None if budget >= query.shape[1] else (budget - 1, 0)
+  return _dot_product(query, key, value, scores, implementation="cudnn", local_window_size=latest)
+
+
+def _window(budget, query, key, value, scores):
+  return attention_api.sliding_window_attention(query, key, value, window=budget), ()
+
+
+def _thresholds(k, window, query, key, value, scores):
+  by_head = jnp.swapaxes(scores, 1, 2)
+  bounds = documents.document_bounds(None, *scores.shape[:2])
+  threshold, expiry, order = prefix_selection.select(
+    by_head, *bounds, k, window, False, devices.can_run()
+  )
+  return jnp.swapaxes(threshold, 1, 2), (expiry, order)
+
+
+def _lists(k, window, implementation, computed):
+  expiry, order = computed
+  # all of it returned, or XLA would leave it out
+  return jnp.swapaxes(expiry, 1, 2), compact(expiry, order, k, window, implementation)
+
+
+def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementation: str) -> Any:
+  """Returns the lists of selected tokens that an implementation makes.
+
+  Args:
+    expiry, order: [batch, groups, n].
+    k, window: at most n.
+    implementation: "mosaic_gpu" or another.
   """
   n = expiry.shape[2]
   if implementation == "mosaic_gpu":
@@ -194,22 +195,22 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
       chunk=hopper_attention.chunk_size(n),
       kernels=devices.can_run(),
     )
-  return jax.vmap(
-    jax.vmap(lambda e: compaction.chunk_lists(e, k, window, compaction.chunk_size(n, k, window)))
-  )(expiry)
+  chunk = compaction.chunk_size(n, k, window)
+  make = functools.partial(compaction.chunk_lists, k=k, window=window, chunk=chunk)
+  return jax.vmap(jax.vmap(make))(expiry)
 
 
-def choose_rivals(
+def choose_baselines(
   problems: Sequence[Problem],
   wanted: Sequence[str] | None = None,
   implementation: str | None = None,
   max_dense: int | None = None,
   max_xla: int | None = None,
 ) -> list[Problem]:
-  """The problems with those of their rivals that are wanted and that their length allows.
+  """Returns the problems with those baselines that are wanted and that their length allows.
 
   Args:
-    problems: with every rival that makes sense.
+    problems: with all baselines that make sense.
     wanted: names; None: all, but xla only where "sparsek" is something else.
     implementation: of "sparsek".
     max_dense, max_xla: longest lengths; None: any, but for dense only where it is cuDNN's.
@@ -223,46 +224,47 @@ def choose_rivals(
       else max_dense,
       "xla": 0 if wanted is None and same else problem.n if max_xla is None else max_xla,
     }
-    rivals = tuple(
+    baselines = tuple(
       name
-      for name in problem.rivals
+      for name in problem.baselines
       if (wanted is None or name in wanted) and problem.n <= longest.get(name, problem.n)
     )
-    chosen.append(dataclasses.replace(problem, rivals=rivals))
+    chosen.append(dataclasses.replace(problem, baselines=baselines))
   return chosen
 
 
-def make_pass(rival: Rival, direction: str) -> Callable:
-  """The function that is timed: (query, key, value, scores, cotangent) -> output, and for both
-  directions the gradients besides.
+def make_pass(baseline: Baseline, direction: str) -> Callable:
+  """Returns the function that is timed.
+
+  It takes (query, key, value, scores, cotangent) and returns the output, and for both directions
+  the gradients besides.
   """
   if direction == FORWARD:
 
     def forward(query, key, value, scores, cotangent):
-      out, computed = rival.function(query, key, value, scores)
-      return out, rival.finish(computed)
+      out, computed = baseline.function(query, key, value, scores)
+      return out, baseline.finish(computed)
 
     return forward
 
-  def both(*inputs):
-    *inputs, cotangent = inputs
+  def both(*arguments):
+    *inputs, cotangent = arguments
 
     def function(*read):
       full = list(inputs)
-      for i, x in zip(rival.argnums, read):
+      for i, x in zip(baseline.argnums, read):
         full[i] = x
-      return rival.function(*full)
+      return baseline.function(*full)
 
-    out, pull, computed = jax.vjp(function, *(inputs[i] for i in rival.argnums), has_aux=True)
+    out, pull, computed = jax.vjp(function, *(inputs[i] for i in baseline.argnums), has_aux=True)
     # the output too, as in training: a backward that does not need it may not save it
-    return (out, rival.finish(computed), pull(cotangent))
+    return (out, baseline.finish(computed), pull(cotangent))
 
   return both
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _inputs(spec):
-  """((query, key, value, scores), cotangents of their shapes)."""
   inputs = specs.make_inputs(spec)
   keys = jax.random.split(jax.random.key(1), len(inputs))
   return inputs, tuple(
@@ -270,8 +272,8 @@ def _inputs(spec):
   )
 
 
-def make_inputs(problem: Problem):
-  """((query, key, value, scores), cotangents of their shapes), random."""
+def make_inputs(problem: Problem) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+  """Returns random (query, key, value, scores), and cotangents of their shapes."""
   return _inputs(
     specs.Spec(
       "benchmark",
@@ -285,115 +287,56 @@ def make_inputs(problem: Problem):
   )
 
 
-def reason(error: Exception) -> str:
-  """Why something could not be timed, in a line; too much shared memory is not out of memory, but a
-  kernel that fits no device.
-  """
-  text = str(error).lower()
-  if isinstance(error, MemoryError) or (
-    ("out of memory" in text or "failed to allocate" in text) and "shared memory" not in text
-  ):
-    return "out of memory"
-  return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+class _Cells:
+  """The cells of all problems, baselines and directions; equal ones exist once."""
 
+  def __init__(self, problems: Sequence[Problem], implementation: str | None):
+    self._implementation = implementation
+    self.by_key: dict[tuple, Cell] = {}
+    self.programs: dict[tuple, Cell] = {}  # the cell that compiles, for all families of scores
+    in_order = jax.devices()[0].platform == "gpu"
+    for problem in problems:
+      inputs, cotangents = make_inputs(problem)
+      for name in problem.baselines:
+        baseline = make_baseline(name, problem, implementation)
+        for direction in (FORWARD, BOTH):
+          key = _cell_key(problem, baseline, direction)
+          if key not in self.by_key:
+            arguments = (*inputs, cotangents[baseline.like])
+            cell = Cell(make_pass(baseline, direction), arguments, in_order)
+            self.by_key[key] = cell
+            self.programs.setdefault(_shared_key(key), cell)
 
-class Cell:
-  """One function on one problem: what became of it.
+  def prepare(self, sample_seconds: float, say: Callable[[str], None], begin: float) -> None:
+    """Compiles each program once, and warms all cells up."""
+    elapsed = lambda: f"{time.perf_counter() - begin:.0f} s"
+    for program in self.programs.values():
+      program.attempt(program.lower)
+    say(f"{len(self.programs)} functions traced: {elapsed()}")
+    # XLA compiles outside Python's lock
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+      list(pool.map(lambda cell: cell.attempt(cell.compile), self.programs.values()))
+    say(f"compiled: {elapsed()}")
+    for key, cell in self.by_key.items():
+      cell.adopt(self.programs[_shared_key(key)])
+      cell.attempt(cell.calibrate, sample_seconds)
+    say(f"warm: {elapsed()}")
 
-  Attributes:
-    failed: why it cannot be timed, or None.
-    mib: arguments, outputs and temporaries of the compiled function together; None where it was not
-      compiled or the backend does not say.
-    inner: calls a sample.
-    seconds: per call, one of each round.
-  """
-
-  def __init__(self, function: Callable, args: tuple, in_order: bool = False):
-    self._function, self._args, self._in_order = function, args, in_order
-    self.failed, self.mib, self.inner, self.seconds = None, None, 1, []
-
-  def attempt(self, action: Callable, *args) -> None:
-    """Runs it, unless something failed before; a failure is kept, for the others to go on."""
-    if self.failed is None:
-      try:
-        action(*args)
-      except ERRORS as error:
-        self.failed, self.seconds = reason(error), []
-
-  def lower(self) -> None:
-    self._function = jax.jit(self._function).lower(*self._args)
-
-  def compile(self) -> None:
-    self._function = self._function.compile()
-    memory = self._function.memory_analysis()
-    if memory is not None:
-      parts = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-      )
-      self.mib = parts / 2**20
-
-  def adopt(self, other: "Cell") -> None:
-    """Takes over what was compiled for inputs of the same shapes."""
-    self._function, self.mib, self.failed = other._function, other.mib, other.failed
-
-  def time(self) -> float:
-    """Seconds of `inner` calls one after the other. A GPU takes them in order, so that it never
-    waits for the host; elsewhere they could overlap.
-    """
-    begin = time.perf_counter()
-    for _ in range(self.inner):
-      out = self._function(*self._args)
-      if not self._in_order:
-        jax.block_until_ready(out)
-    jax.block_until_ready(out)
-    return time.perf_counter() - begin
-
-  def calibrate(self, seconds: float) -> None:
-    """Warms up, and has a sample take that long."""
-    self.time()
-    for _ in range(3):
-      taken = self.time()
-      if taken >= seconds or self.inner == MAX_INNER:
-        break
-      self.inner = min(MAX_INNER, math.ceil(1.1 * self.inner * seconds / max(taken, 1e-9)))
-
-  def sample(self) -> None:
-    self.seconds.append(self.time() / self.inner)
-
-  def record(self) -> dict:
-    if self.failed is not None:
-      return {"failed": self.failed, "mib": self.mib}
-    milliseconds = sorted(1e3 * x for x in self.seconds)
-    return {
-      "ms": statistics.median(milliseconds),
-      "fastest": milliseconds[0],
-      "slowest": milliseconds[-1],
-      "rounds": len(milliseconds),
-      "inner": self.inner,
-      "mib": self.mib,
+  def row(self, problem: Problem) -> dict[str, Any]:
+    """Returns a problem's row of the record."""
+    made = [make_baseline(name, problem, self._implementation) for name in problem.baselines]
+    figures = {
+      baseline.name: {
+        direction: self.by_key[_cell_key(problem, baseline, direction)].record()
+        for direction in (FORWARD, BOTH)
+      }
+      for baseline in made
     }
+    labels = {baseline.name: baseline.label for baseline in made}
+    return {**problem.record(), "rivals": figures, "labels": labels}
 
 
-def run_rounds(cells: Sequence[Cell], rounds: int, seconds: float) -> Iterator[int]:
-  """Samples all cells in turn, there and back, so that none always follows the same one; stops
-  before a round that would not end in time.
-
-  Yields the number of rounds done, after each.
-  """
-  begin = time.perf_counter()
-  for turn in range(rounds):
-    for cell in cells if turn % 2 == 0 else reversed(cells):
-      cell.attempt(cell.sample)
-    yield turn + 1
-    elapsed = time.perf_counter() - begin
-    if elapsed * (turn + 2) / (turn + 1) > seconds:
-      return
-
-
-def measure(
+def time_problems(
   problems: Sequence[Problem],
   implementation: str | None = None,
   rounds: int = 10,
@@ -401,11 +344,11 @@ def measure(
   sample_seconds: float = 0.05,
   say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[int, list[dict]]]:
-  """Times all problems and rivals against one another.
+  """Times all problems and baselines against one another.
 
   Args:
     problems: what to time.
-    implementation: of the rival "sparsek".
+    implementation: of the baseline "sparsek".
     rounds: most samples of each.
     seconds: no round is begun that would end later than this after the first began.
     sample_seconds: a sample takes as many calls as last this long; the host is not ahead of a GPU
@@ -413,136 +356,90 @@ def measure(
     say: takes lines of progress.
   Yields:
     After each round how many are done, and the rows so far: the problem's fields, "labels" of the
-    rivals by name, and "rivals": {name: {"forward" or "forward+backward": {"ms" or "failed", "mib",
-    ...}}}.
+    baselines by name, and "rivals": {name: {"forward" or "forward+backward": {"ms" or "failed",
+    "mib", ...}}}.
   """
-  in_order, begin = jax.devices()[0].platform == "gpu", time.perf_counter()
-  cells: dict[tuple, Cell] = {}
-  programs: dict[tuple, Cell] = {}  # the cell that compiles, for all families of scores
-  adopted = []
-  for problem in problems:
-    inputs, cotangents = make_inputs(problem)
-    for name in problem.rivals:
-      rival = make_rival(name, problem, implementation)
-      for direction in (FORWARD, BOTH):
-        key = _cell_key(problem, rival, direction)
-        if key not in cells:
-          cells[key] = cell = Cell(
-            make_pass(rival, direction), (*inputs, cotangents[rival.like]), in_order
-          )
-          shared = _cell_key(dataclasses.replace(problem, scores=""), rival, direction)
-          if shared not in programs:
-            programs[shared] = cell
-            cell.attempt(cell.lower)
-          adopted.append((cell, programs[shared]))
-  say(f"{len(programs)} functions traced: {time.perf_counter() - begin:.0f} s")
-  with concurrent.futures.ThreadPoolExecutor(
-    min(16, os.cpu_count() or 1)
-  ) as pool:  # XLA compiles outside Python's lock
-    list(pool.map(lambda cell: cell.attempt(cell.compile), programs.values()))
-  say(f"compiled: {time.perf_counter() - begin:.0f} s")
-  for cell, program in adopted:
-    cell.adopt(program)
-    cell.attempt(cell.calibrate, sample_seconds)
-  say(f"warm: {time.perf_counter() - begin:.0f} s")
-
-  def row(problem):
-    made = [make_rival(name, problem, implementation) for name in problem.rivals]
-    figures = {
-      rival.name: {d: cells[_cell_key(problem, rival, d)].record() for d in (FORWARD, BOTH)}
-      for rival in made
-    }
-    labels = {rival.name: rival.label for rival in made}
-    return {**dataclasses.asdict(problem), "rivals": figures, "labels": labels}
-
-  for done in run_rounds(list(cells.values()), rounds, seconds):
+  begin = time.perf_counter()
+  cells = _Cells(problems, implementation)
+  cells.prepare(sample_seconds, say, begin)
+  for done in run_rounds(list(cells.by_key.values()), rounds, seconds):
     say(f"round {done} of {rounds}: {time.perf_counter() - begin:.0f} s")
-    yield done, [row(problem) for problem in problems]
+    yield done, [cells.row(problem) for problem in problems]
 
 
-def _cell_key(problem: Problem, rival: Rival, direction: str) -> tuple:
-  """A rival that reads no scores is timed once for all families of them."""
-  reads = 3 in rival.argnums
-  return (
-    dataclasses.replace(problem, rivals=(), scores=problem.scores if reads else ""),
-    rival.name,
-    direction,
+def _cell_key(problem: Problem, baseline: Baseline, direction: str) -> tuple:
+  """Returns a cell's key: a baseline that reads no scores is timed once for all families."""
+  scores = problem.scores if 3 in baseline.argnums else ""
+  return (dataclasses.replace(problem, baselines=(), scores=scores), baseline.name, direction)
+
+
+def _shared_key(key: tuple) -> tuple:
+  """Returns the key of a cell's program, which does not depend on the scores."""
+  return (dataclasses.replace(key[0], scores=""), *key[1:])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _truth(options, query, key, value, scores, cotangent):
+  function = functools.partial(reference.attention, **dict(options))
+  out, pull = jax.vjp(function, *(x.astype(jnp.float32) for x in (query, key, value, scores)))
+  return out, *pull(cotangent.astype(jnp.float32))
+
+
+def _true_values(problem, inputs, cotangent):
+  """Returns `GRADIENTS` of the reference in float32, one key head at a time, in float64."""
+  options = (
+    ("k", problem.k),
+    ("window", problem.window),
+    ("gate", problem.gate),
+    ("scale", problem.head_dim**-0.5),
   )
+
+  def of_head(x, head):
+    several = problem.heads // problem.kv_heads if x.shape[2] == problem.heads else 1
+    return x[:, :, head * several : (head + 1) * several]
+
+  heads = [
+    jax.device_get(_truth(options, *(of_head(x, head) for x in (*inputs, cotangent))))
+    for head in range(problem.kv_heads)
+  ]
+  return [np.concatenate(parts, axis=2).astype(np.float64) for parts in zip(*heads)]
 
 
 def errors(problem: Problem, implementation: str | None = None) -> dict[str, dict]:
-  """|x - truth| / |truth| of the output and every gradient, for the problem's rivals and for the
-  truth rounded to the inputs' dtype.
+  """Returns |x - truth| / |truth| of the output and all gradients.
 
-  The truth is the O(n^2) reference in float32 on the same (rounded) inputs, one key head at a time,
-  so that n = 4096 fits.
+  It does so for the problem's baselines, and for the truth rounded to the inputs' dtype. The truth
+  is the O(n^2) reference in float32 on the same (rounded) inputs, one key head at a time, so that
+  n = 4096 fits.
 
   Returns:
-    {"relative": {who: {"out", "dquery", ...: float}}, "failed": {who: why}}.
+    {"problem": its fields, "relative": {name: {"out", "dquery", ...: float}}, "failed": {name:
+    reason}}.
   """
-  names = ("out", "dquery", "dkey", "dvalue", "dscores")
   inputs, cotangents = make_inputs(problem)
-  per_key_head = problem.heads // problem.kv_heads
-
-  @jax.jit
-  def truth(query, key, value, scores, cotangent):
-    function = functools.partial(
-      reference.attention,
-      k=problem.k,
-      window=problem.window,
-      gate=problem.gate,
-      scale=problem.head_dim**-0.5,
-    )
-    out, pull = jax.vjp(function, *(x.astype(jnp.float32) for x in (query, key, value, scores)))
-    return out, *pull(cotangent.astype(jnp.float32))
+  relative: dict[str, dict[str, float]] = {}
+  failed: dict[str, str] = {}
+  result = {"problem": problem.record(), "relative": relative, "failed": failed}
+  try:
+    true = _true_values(problem, inputs, cotangents[0])
+  except ERRORS as error:
+    failed["reference"] = reason(error)
+    return result
 
   def distances(values):
     values = [np.asarray(jax.device_get(x), np.float64) for x in values]
     return {
       name: float(np.linalg.norm(x - y) / np.linalg.norm(y))
-      for name, x, y in zip(names, values, true)
+      for name, x, y in zip(GRADIENTS, values, true)
     }
 
-  def of_head(x, head):
-    several = per_key_head if x.shape[2] == problem.heads else 1
-    return x[:, :, head * several : (head + 1) * several]
-
-  found = {"relative": {}, "failed": {}}
-  try:
-    heads = [
-      jax.device_get(truth(*(of_head(x, head) for x in (*inputs, cotangents[0]))))
-      for head in range(problem.kv_heads)
-    ]
-  except ERRORS as error:
-    return {**found, "failed": {"reference": reason(error)}}
-  true = [np.concatenate(parts, axis=2).astype(np.float64) for parts in zip(*heads)]
-  for name in problem.rivals:
+  for name in problem.baselines:
+    run = jax.jit(make_pass(make_baseline(name, problem, implementation), BOTH))
     try:
-      out, _, gradients = jax.jit(make_pass(make_rival(name, problem, implementation), BOTH))(
-        *inputs, cotangents[0]
-      )
-      found["relative"][name] = distances([out, *gradients])
+      out, _, gradients = run(*inputs, cotangents[0])
+      relative[name] = distances([out, *gradients])
     except ERRORS as error:
-      found["failed"][name] = reason(error)
-  found["relative"]["rounding alone"] = distances(
-    [x.astype(kind.dtype) for x, kind in zip(true, (inputs[0], *inputs))]
-  )
-  return found
-
-
-def environment() -> dict:
-  """What ran: versions, the GPU libraries' too, and the device."""
-  device, libraries = jax.devices()[0], {}
-  for package in ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
-    try:
-      libraries[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      pass
-  return {
-    "device": device.device_kind,
-    "versions": {
-      **run_directory.versions(),
-      "libraries": libraries,
-      "backend": device.client.platform_version,
-    },
-  }
+      failed[name] = reason(error)
+  kinds = [x.dtype for x in (inputs[0], *inputs)]
+  relative["rounding alone"] = distances([x.astype(kind) for x, kind in zip(true, kinds)])
+  return result

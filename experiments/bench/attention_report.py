@@ -1,28 +1,35 @@
 """The table, the summary and the curves of a record of `experiments.benchmark`: pure functions of
-what `experiments.bench.attention` found.
+the rows of `experiments.bench.attention`.
+
+A record calls the baselines "rivals".
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from experiments.bench.attention import BOTH, FORWARD, RIVALS
+from experiments.bench.attention import BASELINES, BOTH, FORWARD
 from experiments.reports import plots
 
 SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 CURVES = ("sparsek", "sliding_window", "dense")
 
 
-def figure(row: dict, rival: str, direction: str = BOTH, what: str = "ms") -> float | None:
-  """Milliseconds or MiB of a rival; None where it was not run or failed."""
-  return row["rivals"].get(rival, {}).get(direction, {}).get(what)
+def figure(row: dict, baseline: str, direction: str = BOTH, what: str = "ms") -> Any:
+  """Returns milliseconds or MiB of a baseline; None where it was not run or failed.
+
+  With what="failed" it returns the reason.
+  """
+  return row["rivals"].get(baseline, {}).get(direction, {}).get(what)
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
+  """Returns a / b; None where one of them is not known."""
   return None if a is None or not b else a / b
 
 
 def by_shape(rows: Sequence[dict], scores: str | None = None) -> dict[tuple, list[dict]]:
-  """Rows of the same shape, shortest first; of all score families, or one."""
+  """Groups the rows of each shape, shortest first; of all score families, or one."""
   shapes: dict[tuple, list[dict]] = {}
   for row in sorted(rows, key=lambda row: row["n"]):
     if scores in (None, row["scores"]):
@@ -31,15 +38,17 @@ def by_shape(rows: Sequence[dict], scores: str | None = None) -> dict[tuple, lis
 
 
 def shape_text(row: dict) -> str:
+  """Returns the heads of a row as text."""
   return f"H={row['heads']} G={row['kv_heads']} D={row['head_dim']}"
 
 
 def budget_text(row: dict) -> str:
+  """Returns the budget, the gate and the dtype of a row as text."""
   return f"k={row['k']} window={row['window']} {row['gate']} {row['dtype']}"
 
 
 def break_even(points: Sequence[tuple[int, float, float]]) -> tuple[int, float | None] | None:
-  """Where ours becomes faster for good.
+  """Finds the length from which on ours is faster.
 
   Args:
     points: (n, our time, theirs), by rising n.
@@ -63,10 +72,12 @@ def break_even(points: Sequence[tuple[int, float, float]]) -> tuple[int, float |
 
 
 def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
-  """[{"shape", "what", "value"}]: the figures that goals are set for, forward + backward, wherever
-  the rows to compute them exist.
+  """Computes the figures that goals are set for, where the rows that they need exist.
 
-  The lengths that matter are the longest of a shape and a quarter of it.
+  They are of forward + backward, at the longest length of a shape and a quarter of it.
+
+  Returns:
+    [{"shape", "what", "value"}].
   """
   lines = []
 
@@ -114,22 +125,20 @@ def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
           )
           add(longest, f"{of}{what} at {longest['n']} over {what} at {quarter['n']}", ratio)
       points = [(n, figure(row, "sparsek"), figure(row, "dense")) for n, row in family.items()]
-      found = break_even([point for point in points if None not in point])
-      if found:
-        add(
-          longest, f"{of}smallest length measured from which on it is faster than dense", found[0]
-        )
-        add(longest, f"{of}length of equal time with dense, interpolated", found[1])
-  for name, distances in (errors or {}).get("relative", {}).items():
-    for what, distance in distances.items():
-      add(
-        errors["problem"], f"relative error of {what} at {errors['problem']['n']}, {name}", distance
-      )
+      even = break_even([point for point in points if None not in point])
+      if even:
+        add(longest, f"{of}smallest length measured from which on it is faster than dense", even[0])
+        add(longest, f"{of}length of equal time with dense, interpolated", even[1])
+  if errors:
+    problem = errors["problem"]
+    for name, distances in errors.get("relative", {}).items():
+      for what, distance in distances.items():
+        add(problem, f"relative error of {what} at {problem['n']}, {name}", distance)
   return lines
 
 
 def number(value: float | None, unit: str = "") -> str:
-  """Three digits, or all before the point."""
+  """Formats with three digits, or all before the point."""
   if value is None:
     return ""
   digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
@@ -137,26 +146,23 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def _pair(values: Sequence[str]) -> str:
-  """Forward / forward + backward, once where they agree."""
+  """Joins forward and forward + backward; one of them where they agree."""
   return values[0] if values[0] == values[1] else " / ".join(value or "-" for value in values)
 
 
-def _time(row: dict, rival: str, direction: str) -> str:
-  failed = figure(row, rival, direction, "failed")
-  return (
-    number(figure(row, rival, direction))
-    if failed is None
-    else failed
-    if failed == "out of memory"
-    else "failed"
-  )
+def _time(row: dict, baseline: str, direction: str) -> str:
+  failed = figure(row, baseline, direction, "failed")
+  if failed is None:
+    return number(figure(row, baseline, direction))
+  return "out of memory" if failed == "out of memory" else "failed"
 
 
 def table(rows: Sequence[dict]) -> list[str]:
-  """Lines: one a row for every shape, score family and length; pairs are forward / forward +
-  backward.
+  """Returns the lines of a table: one for each shape, score family and length.
+
+  Pairs are forward / forward + backward.
   """
-  names = [name for name in RIVALS if any(name in row["rivals"] for row in rows)]
+  names = [name for name in BASELINES if any(name in row["rivals"] for row in rows)]
   labels = {name: label for row in rows for name, label in row["labels"].items()}
   lines = []
   for row in rows:
@@ -165,12 +171,12 @@ def table(rows: Sequence[dict]) -> list[str]:
       cells[f"{labels[name]} ms"] = _pair(
         [_time(row, name, direction) for direction in (FORWARD, BOTH)]
       )
-    ours = [figure(row, "sparsek", direction) for direction in (FORWARD, BOTH)]
-    theirs = lambda name: [figure(row, name, direction) for direction in (FORWARD, BOTH)]
-    cells["time / window"] = _pair(
-      [number(quotient(x, y)) for x, y in zip(ours, theirs("sliding_window"))]
+    ours, window, dense = (
+      [figure(row, name, direction) for direction in (FORWARD, BOTH)]
+      for name in ("sparsek", "sliding_window", "dense")
     )
-    cells["speed / dense"] = _pair([number(quotient(y, x)) for x, y in zip(ours, theirs("dense"))])
+    cells["time / window"] = _pair([number(quotient(x, y)) for x, y in zip(ours, window)])
+    cells["speed / dense"] = _pair([number(quotient(y, x)) for x, y in zip(ours, dense)])
     memory = figure(row, "sparsek", what="mib")
     cells["MiB"] = number(memory)
     cells["MiB / window"] = number(quotient(memory, figure(row, "sliding_window", what="mib")))
@@ -179,33 +185,36 @@ def table(rows: Sequence[dict]) -> list[str]:
 
 
 def aligned(lines: Sequence[dict[str, str]]) -> list[str]:
-  """A head and the cells under it, flush right."""
+  """Returns the lines of a table: a head and the cells under it, flush right."""
   columns = {name: max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
-  show = lambda line: "  ".join(line[name].rjust(width) for name, width in columns.items())
-  return [show({name: name for name in columns}), *map(show, lines)]
+  head = {name: name for name in columns}
+  return [
+    "  ".join(line[name].rjust(width) for name, width in columns.items()) for line in (head, *lines)
+  ]
 
 
 def failures(record: dict) -> list[str]:
-  """What failed for another reason than memory, a line each."""
-  found = []
+  """Returns a line for each failure, but for those of too little memory."""
+  lines = []
   for row in record["rows"]:
     for name in row["rivals"]:
       for direction in (FORWARD, BOTH):
         failed = figure(row, name, direction, "failed")
         if failed not in (None, "out of memory"):
-          found.append(
+          lines.append(
             f"{row['labels'][name]}, {direction}, {shape_text(row)}, {row['scores']} "
             f"scores, n={row['n']}: {failed}"
           )
-  return found + [
+  return lines + [
     f"{name}, errors: {failed}"
     for name, failed in ((record["errors"] or {}).get("failed") or {}).items()
   ]
 
 
 def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-  """{"Forward" or "Forward + backward": {label: [(n, ms)]}} of the shape and family of the first
-  row.
+  """Returns {"Forward" or "Forward + backward": {label: [(n, ms)]}}.
+
+  The rows are those of the first one's shape and family of scores.
   """
   of_shape = next(
     iter(
@@ -218,7 +227,7 @@ def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]
       ).values()
     )
   )
-  panels = {}
+  panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
   for title, direction in (("Forward", FORWARD), ("Forward + backward", BOTH)):
     panels[title] = {}
     for name in CURVES:
@@ -243,7 +252,7 @@ def draw(path: str, record: dict) -> None:
 
 
 def lines(record: dict) -> list[str]:
-  """The whole record as text, the summary last."""
+  """Returns the whole record as text, the summary last."""
   text = [
     f"{record['device']}, JAX {record['versions']['packages']['jax']}, "
     f"{budget_text(record['rows'][0])}: medians of {record['rounds']} rounds, "

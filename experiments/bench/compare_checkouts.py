@@ -73,6 +73,7 @@ class Worker:
 
   def send(self, action: str, **arguments) -> None:
     """Sends a request, which `receive` returns the answer of."""
+    assert self._process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # then there is no answer either
       self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
       self._process.stdin.flush()
@@ -83,6 +84,7 @@ class Worker:
     Raises:
       FailedError: where the process has ended.
     """
+    assert self._process.stdout is not None
     line = self._process.stdout.readline()
     if not line:
       code = self._process.wait()
@@ -301,7 +303,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Compares; returns the exit code."""
+  """Compares the checkouts, and returns the exit code."""
   options = make_parser().parse_args(arguments)
   environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   if options.program:

@@ -1,25 +1,27 @@
 """The table, the summary and the picture of a record of `experiments.benchmark --suite=decode`:
-pure functions of what `experiments.bench.decoding` found.
+pure functions of the rows of `experiments.bench.decoding`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from experiments.bench.attention_report import aligned, number, quotient
-from experiments.bench.training_step_report import rows_to_keep  # noqa: F401  the same conditions
+from experiments.bench.training_step_report import rows_to_keep as rows_to_keep
 from experiments.reports import plots
 
 LABELS = {"sparsek": "sparsek", "full": "full attention", "transformers": "transformers"}
 IDENTITY = ("what", "model", "n", "batch_size", "k", "window", "gate")  # fields of a row
 
 
-def figure(row: dict, kind: str, what: str = "ms") -> float | None:
-  """A figure of a kind; None where it was not run or failed."""
+def figure(row: dict, kind: str, what: str = "ms") -> Any:
+  """Returns a figure of a kind; None where it was not run or failed."""
   return row["rivals"].get(kind, {}).get(what)
 
 
 def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
-  """All rows, decoding first, by rows and context; what was measured anew takes the place of what
-  an old row has of the same kind.
+  """Returns all rows, decoding first, sorted by number of texts and context.
+
+  New figures replace those of an old row of the same kind.
   """
   identity = lambda row: tuple(row.get(name) for name in IDENTITY)
   rows = {identity(row): row for row in old}
@@ -30,8 +32,10 @@ def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
 
 
 def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
-  """[{"what", "value"}]: the ratios that goals are set for, wherever the rows to compute them
-  exist.
+  """Computes the ratios that goals are set for, where the rows that they need exist.
+
+  Returns:
+    [{"what", "value"}].
   """
   lines = []
 
@@ -58,10 +62,10 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
         quotient(first["weights_ms"], figure(first, "sparsek")),
       )
     for row in group.values():
-      for rival in ("full", "transformers"):
+      for baseline in ("full", "transformers"):
         add(
-          f"{of}: tokens/s over those of {LABELS[rival]} at {row['n']}",
-          quotient(figure(row, rival), figure(row, "sparsek")),
+          f"{of}: tokens/s over those of {LABELS[baseline]} at {row['n']}",
+          quotient(figure(row, baseline), figure(row, "sparsek")),
         )
   for row in rows:
     if row["what"] == "prefill":
@@ -73,23 +77,22 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
 
 
 def table(rows: Sequence[dict]) -> list[str]:
-  """Lines: one for every context, number of rows and kind."""
+  """Returns the lines of a table: one for each context, number of texts and kind."""
   lines = []
   for row in rows:
-    for kind, found in row["rivals"].items():
-      failed, size = found.get("failed"), found.get("cache_bytes")
+    for kind, result in row["rivals"].items():
+      failed, size = result.get("failed"), result.get("cache_bytes")
+      time = "out of memory" if failed == "out of memory" else "failed"
       lines.append(
         {
           "": row["what"],
           "context": str(row["n"]),
           "rows": str(row["batch_size"]),
           "attention": LABELS[kind],
-          "ms a token" if row["what"] == "decode" else "ms": failed
-          if failed == "out of memory"
-          else "failed"
+          "ms a token" if row["what"] == "decode" else "ms": time
           if failed
-          else number(found["ms"]),
-          "tokens/s": "" if failed else f"{found['tokens_per_second']:,.0f}",
+          else number(result["ms"]),
+          "tokens/s": "" if failed else f"{result['tokens_per_second']:,.0f}",
           "cache MiB": "" if size is None else number(size / 2**20),
         }
       )
@@ -105,23 +108,24 @@ def _section(lines):
 
 
 def failures(record: dict) -> list[str]:
-  """What failed for another reason than memory, a line each."""
+  """Returns a line for each failure, but for those of too little memory."""
   return [
-    f"{row['what']}, {LABELS[kind]}, n={row['n']}, batch {row['batch_size']}: {found['failed']}"
+    f"{row['what']}, {LABELS[kind]}, n={row['n']}, batch {row['batch_size']}: {result['failed']}"
     for row in record["rows"]
-    for kind, found in row["rivals"].items()
-    if found.get("failed") not in (None, "out of memory")
+    for kind, result in row["rivals"].items()
+    if result.get("failed") not in (None, "out of memory")
   ]
 
 
 def title(record: dict) -> str:
+  """Returns the device, the model and its budget."""
   row = record["rows"][0]
   return f"{record['device']}, {row['model']}, k={row['k']} window={row['window']} {row['gate']}"
 
 
 def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-  """{"Batch 1" ...: {label: [(context, ms a token)]}}."""
-  panels = {}
+  """Returns {"Batch 1" ...: {label: [(context, ms a token)]}}, or that of prompts."""
+  panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
   for row in rows:
     for kind in LABELS:
       if row["what"] == "decode" and figure(row, kind) is not None:
@@ -137,14 +141,12 @@ def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]
 
 
 def draw(path: str, record: dict) -> None:
-  """Writes the picture: milliseconds a token against the context, a panel for each number
-  of rows.
-  """
+  """Writes the picture: milliseconds a token against the context, a panel for each batch size."""
   plots.save_times(path, curves(record["rows"]), title(record), "milliseconds a token")
 
 
 def lines(record: dict) -> list[str]:
-  """The whole record as text, the summary last."""
+  """Returns the whole record as text, the summary last."""
   return [
     (
       f"{title(record)}, JAX {record['versions']['packages']['jax']}: medians of "

@@ -1,6 +1,8 @@
-"""What the flags of experiments.benchmark ask to measure."""
+"""The problems and jobs that the flags of experiments.benchmark ask for."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -9,29 +11,29 @@ from experiments.bench import decoding as decoding_bench
 from experiments.bench import training_step as training_step_bench
 from experiments.bench.flags import FLAGS, define_flags
 from sparsek.command_line.main import parse
-from sparsek.config import preset
+from sparsek.config import TransformerConfig, preset
 from sparsek.errors import UsageError
 from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.runs.settings import differences
 
-# of measure.Problem, named like their flags
+# of attention_bench.Problem, named like their flags
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 # of the trained or generating model
 MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")
 PRESET = {"train": "gpt2_small", "decode": "1b"}
-K = WINDOW = 128  # where --suite=attention is not told
+K = WINDOW = 128  # defaults of --suite=attention
 CONTEXTS = (1024, 8192, 65536, 524288, 1048576)
 
 
-def flag(name, default=None):
-  """The value of a parsed flag, or `default` where it was not given."""
+def flag(name: str, default: Any = None) -> Any:
+  """Returns the value of a parsed flag, or `default` where it was not given."""
   value = FLAGS[name].value
   return default if value is None else value
 
 
-def names(name, allowed):
-  """The values of a flag that lists some of `allowed`."""
+def names(name: str, allowed: Sequence[str]) -> tuple[str, ...]:
+  """Returns the values of a flag that lists some of `allowed`."""
   values = tuple(dict.fromkeys(flag(name).split(",")))
   for value in values:
     if value not in allowed:
@@ -39,8 +41,8 @@ def names(name, allowed):
   return values
 
 
-def lengths(name="lengths", most=26):
-  """Numbers of the flag of that name, rising."""
+def lengths(name: str = "lengths", most: int = 26) -> list[int]:
+  """Returns the numbers of the flag of that name, in rising order."""
   given = flag(name).split(",")
   if not all(n.isdecimal() and 1 <= int(n) <= 2**most for n in given):
     raise UsageError(
@@ -50,8 +52,8 @@ def lengths(name="lengths", most=26):
   return sorted({int(n) for n in given})
 
 
-def problems():
-  """What the flags ask to time."""
+def problems() -> list[attention_bench.Problem]:
+  """Returns the problems that the flags ask to time."""
   families = names("scores", SCORE_FAMILIES)
   if flag("suite") == "headline":
     given = {name: flag(name) for name in FIELDS if FLAGS[name].present}
@@ -71,30 +73,30 @@ def problems():
       raise UsageError(
         f"--heads={problem.heads} must be a multiple of --kv_heads={problem.kv_heads}"
       )
-  rivals = names("baselines", attention_bench.RIVALS) if flag("baselines") else None
-  return attention_bench.choose_rivals(
+  baselines = names("baselines", attention_bench.BASELINES) if flag("baselines") else None
+  return attention_bench.choose_baselines(
     chosen,
-    rivals,
+    baselines,
     flag("implementation"),
     max_dense=FLAGS["max_dense"].value,
     max_xla=flag("max_xla"),
   )
 
 
-def model(suite, flag_values=FLAGS):
+def model(suite: str, flag_values: absl_flags.FlagValues = FLAGS) -> TransformerConfig:
   """Returns the model that the flags describe."""
   value = lambda name: flag_values[name].value
   overrides = {name: value(name) for name in MODEL_FIELDS if value(name) is not None}
   return preset(value("preset") or PRESET[suite], vocab_size=value("vocab_size"), **overrides)
 
 
-def check_same_model(old, suite, varying):
+def check_same_model(old: Mapping[str, Any], suite: str, varying: Sequence[str]) -> None:
   """Refuses to extend a record of another model.
 
   Args:
     old: the record that --extend names.
     suite: "train" or "decode".
-    varying: fields that a row has itself, of which rows may differ.
+    varying: fields that a row of the record holds, in which rows may differ.
   Raises:
     UsageError: naming the flags that differ.
   """
@@ -110,20 +112,17 @@ def check_same_model(old, suite, varying):
     raise UsageError(f"--extend: the record is of another model (old -> new): {', '.join(lines)}")
 
 
-def decode_jobs():
-  """What the flags ask to generate."""
+def decode_jobs() -> list[decoding_bench.Job]:
+  """Returns the contexts and prompts that the flags ask to time."""
   config, contexts = model("decode"), lengths() if FLAGS["lengths"].present else CONTEXTS
-  found = [
-    decoding_bench.Job(config, n, batch) for batch in lengths("batch_sizes", 10) for n in contexts
-  ]
-  return found + [
-    decoding_bench.Job(config, n, 1, "prefill")
-    for n in (lengths("prompts") if flag("prompts") else ())
+  batches, prompts = lengths("batch_sizes", 10), lengths("prompts") if flag("prompts") else []
+  return [decoding_bench.Job(config, n, batch) for batch in batches for n in contexts] + [
+    decoding_bench.Job(config, n, 1, "prefill") for n in prompts
   ]
 
 
-def jobs():
-  """What the flags ask to train."""
+def jobs() -> list[training_step_bench.Job]:
+  """Returns the training steps that the flags ask to time."""
   config = model("train")
   return [
     training_step_bench.Job(

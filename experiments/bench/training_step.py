@@ -6,13 +6,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import transformers_llama
-from experiments.bench.attention import Cell, run_rounds
+from experiments.bench.cells import Cell, run_rounds
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.model import flops
 from sparsek.model.transformer import count_params, init_params
@@ -22,13 +23,15 @@ from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
 
 KINDS = ("sparsek", "sliding_window", "full")
-TRANSFORMERS_SECONDS = 5.0  # most to sample one of them
+TRANSFORMERS_SECONDS = 5.0  # at most, for the samples of one of its kinds
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Training on batches of `batch_size` rows of n tokens, which hold `documents` documents each,
-  the first half of a row, the second a quarter, and so on.
+  """Training on batches of `batch_size` rows of n tokens.
+
+  Each row holds `documents` documents: the first is half of the row, the second a quarter, and so
+  on.
   """
 
   config: TransformerConfig
@@ -39,40 +42,41 @@ class Job:
   scorer_loss: float = TrainConfig.scorer_loss
 
   def lengths(self) -> list[int]:
-    """Of the documents of a row."""
+    """Returns the lengths of the documents of a row."""
     cuts = [self.n - (self.n >> i) for i in range(self.documents)] + [self.n]
     return [b - a for a, b in zip(cuts, cuts[1:]) if b > a]
 
 
 def kinds_here() -> tuple[str, ...]:
-  """What can be compared here: all kinds of attention, and transformers' Llama where it is
-  installed beside a GPU.
+  """Returns what can be compared here.
+
+  These are all kinds of attention, and transformers' Llama where it is installed beside a GPU.
   """
   return KINDS + (tuple(transformers_llama.KINDS) if transformers_llama.available() else ())
 
 
-def measure_transformers(
+def time_transformers(
   jobs: Sequence[Job], kinds: Sequence[str], max_n: int, rounds: int, say: Callable[[str], None]
 ) -> dict[tuple[int, str], dict]:
-  """{(place of the job, kind): what `transformers_llama.run` found}, for the jobs of at most max_n
-  tokens; to be called before JAX takes the GPU's memory.
+  """Returns {(index of the job, kind): the figures of `transformers_llama.run`}.
+
+  It does so for the jobs of at most max_n tokens. Call it before JAX takes the GPU's memory.
   """
-  found = {}
+  results = {}
   for i, job in enumerate(jobs):
     for kind in (kind for kind in transformers_llama.KINDS if kind in kinds and job.n <= max_n):
-      found[i, kind] = transformers_llama.run(
+      results[i, kind] = result = transformers_llama.run(
         kind, job.config, job.n, job.batch_size, job.loss_chunk, rounds, TRANSFORMERS_SECONDS
       )
-      say(
-        f"n={job.n}, {kind}: "
-        + (found[i, kind].get("failed") or f"compiled in {found[i, kind]['compile_seconds']:.0f} s")
-      )
-  return found
+      said = result.get("failed") or f"compiled in {result['compile_seconds']:.0f} s"
+      say(f"n={job.n}, {kind}: {said}")
+  return results
 
 
 def under(kind: str, config: TransformerConfig) -> TransformerConfig:
-  """The same model under another kind of attention in every layer; a sliding window has SPARSEK's
-  whole budget.
+  """Returns the same model under another kind of attention in every layer.
+
+  A sliding window gets SPARSEK's whole budget.
   """
   window = config.k + config.window if kind == "sliding_window" else config.window
   return dataclasses.replace(config, attention=kind, window=window)
@@ -82,7 +86,8 @@ class StepCell(Cell):
   """A training step on one batch; its state is on the devices from `start` on."""
 
   def __init__(self, job: Job):
-    self.job, self.compile_seconds, self._mesh = job, None, make_mesh()
+    self.job, self._mesh = job, make_mesh()
+    self.compile_seconds: float | None = None
     train = TrainConfig(
       workdir="",
       loss_chunk=job.loss_chunk,
@@ -93,12 +98,15 @@ class StepCell(Cell):
       optimizer=OptimizerConfig(num_steps=1000, warmup_steps=100),
     )
     self._optimizer = make_optimizer(train.optimizer)
-    super().__init__(make_train_step(job.config, train, self._optimizer, self._mesh), ())
+    self._step = make_train_step(job.config, train, self._optimizer, self._mesh)
+    super().__init__(self._step)
 
   def compile(self) -> None:
+    """Lowers and compiles the step."""
     state = abstract_state(abstract_params(self.job.config), self._optimizer, self._mesh)
     begin = time.perf_counter()
-    self._function = self._function.lower(state, self._batch())
+    assert isinstance(self._step, jax.stages.Wrapped)
+    self._lowered = self._step.lower(state, self._batch())
     super().compile()
     self.compile_seconds = time.perf_counter() - begin
 
@@ -114,6 +122,7 @@ class StepCell(Cell):
     )
 
   def start(self) -> None:
+    """Puts a new state and a batch on the devices."""
     everywhere = replicated(self._mesh)
     params = jax.jit(lambda key: init_params(self.job.config, key), out_shardings=everywhere)(
       jax.random.key(0)
@@ -125,7 +134,7 @@ class StepCell(Cell):
     )
 
   def time(self) -> float:
-    """Seconds of `inner` steps, each from the state that the one before left."""
+    """Returns the seconds of `inner` steps, each from the state that the one before left."""
     state, batch = self._args
     begin = time.perf_counter()
     for _ in range(self.inner):
@@ -134,30 +143,32 @@ class StepCell(Cell):
     self._args = state, batch
     return time.perf_counter() - begin
 
-  def record(self) -> dict:
+  def record(self) -> dict[str, Any]:
+    """Returns the figures of a step, with its speed."""
     return rated(
       self.job, super().record() | {"compile_seconds": self.compile_seconds}, jax.device_count()
     )
 
 
-def rated(job: Job, found: dict, devices: int) -> dict:
-  """`found` with the speed that its milliseconds a step mean for a job; the operations of
-  recomputed parts do not count.
+def rated(job: Job, result: dict, devices: int) -> dict:
+  """Adds to a result the speed that its milliseconds a step mean for a job.
+
+  The operations of recomputed parts do not count.
   """
-  if "failed" in found:
-    return found
-  peak, seconds = flops.peak(jax.devices()[0]), found["ms"] / 1e3
+  if "failed" in result:
+    return result
+  peak, seconds = flops.peak(jax.devices()[0]), result["ms"] / 1e3
   work = flops.training_flops(
     job.config, abstract_params(job.config), np.array(job.lengths() * job.batch_size)
   )
-  return found | {
+  return result | {
     "tokens_per_second": job.n * job.batch_size / seconds,
     "step_tflop": work / 1e12,
     "mfu": None if peak is None else work / seconds / (peak * devices),
   }
 
 
-def measure(
+def time_jobs(
   jobs: Sequence[Job],
   kinds: Sequence[str] = KINDS,
   rounds: int = 10,
@@ -173,18 +184,18 @@ def measure(
     rounds: most samples of each kind.
     seconds: no round of a job is begun that would end later than this after its first began.
     sample_seconds: a sample takes as many steps as last this long.
-    others: what `measure_transformers` found.
+    others: the results of `time_transformers`.
     say: takes lines of progress.
   Yields:
-    After each round: how many of the last job are done, and the rows so far: what the job is, and
+    After each round: how many of the last job are done, and the rows so far: the job's fields, and
     "rivals": {kind: {"ms" or "failed", "mib", ...}}.
   """
-  rows = []
+  rows: list[dict] = []
   for i, job in enumerate(jobs):
     other = {
-      kind: rated(dataclasses.replace(job, config=under("full", job.config)), found, 1)
-      for (place, kind), found in (others or {}).items()
-      if place == i
+      kind: rated(dataclasses.replace(job, config=under("full", job.config)), result, 1)
+      for (index, kind), result in (others or {}).items()
+      if index == i
     }
     cells = {
       kind: StepCell(dataclasses.replace(job, config=under(kind, job.config)))
@@ -197,7 +208,10 @@ def measure(
       cell.attempt(cell.calibrate, sample_seconds)
       say(
         f"n={job.n}, {kind}: "
-        + (cell.failed or f"compiled in {cell.compile_seconds:.0f} s, {cell.inner} steps a sample")
+        + (
+          cell.failed
+          or f"compiled in {cell.compile_seconds or 0:.0f} s, {cell.inner} steps a sample"
+        )
       )
     size = count_params(abstract_params(dataclasses.replace(job.config, attention="full"))) / 1e6
     fields = {

@@ -1,8 +1,9 @@
 """The table, the summary and the picture of a record of `experiments.benchmark --suite=train`: pure
-functions of what `experiments.bench.training_step` found.
+functions of the rows of `experiments.bench.training_step`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from experiments.bench.attention_report import aligned, number, quotient
 from experiments.reports import plots
@@ -16,18 +17,16 @@ LABELS = {
 }
 
 
-def figure(row: dict, kind: str, what: str = "tokens_per_second") -> float | None:
-  """A figure of a kind of attention; None where it was not run or failed."""
+def figure(row: dict, kind: str, what: str = "tokens_per_second") -> Any:
+  """Returns a figure of a kind of attention; None where it was not run or failed."""
   return row["rivals"].get(kind, {}).get(what)
 
 
 def label(row: dict, kind: str) -> str:
-  loss = ", scorers' loss" if kind == "sparsek" and row.get("scorer_loss") else ""
-  return (
-    f"sliding window {row['k'] + row['window']}"
-    if kind == "sliding_window"
-    else LABELS[kind] + loss
-  )
+  """Returns the name of a kind of attention for people."""
+  if kind == "sliding_window":
+    return f"sliding window {row['k'] + row['window']}"
+  return LABELS[kind] + ", scorers' loss" * (kind == "sparsek" and bool(row.get("scorer_loss")))
 
 
 # fields of a row
@@ -46,8 +45,10 @@ IDENTITY = (
 
 
 def rows_to_keep(old: dict, record: dict) -> list[dict]:
-  """The rows of an older record, for one that extends it; raises UsageError unless both are of the
-  same device, commit and packages.
+  """Returns the rows of an older record, for one that extends it.
+
+  Raises:
+    UsageError: unless both are of the same device, commit and packages.
   """
   for name, there, here in (
     ("suite", old["suite"], record["suite"]),
@@ -63,9 +64,7 @@ def rows_to_keep(old: dict, record: dict) -> list[dict]:
 
 
 def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
-  """All rows by documents, then length; a new one takes the place of an old one of the same
-  problem.
-  """
+  """Returns all rows, sorted by documents and length; new ones replace old ones of the same job."""
   identity = lambda row: tuple(row.get(name) for name in IDENTITY)
   made = {identity(row) for row in new}
   return sorted(
@@ -75,8 +74,12 @@ def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
 
 
 def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
-  """[{"what", "value"}]: the ratios that goals are set for, at the longest length and a quarter of
-  it, wherever the rows to compute them exist.
+  """Computes the ratios that goals are set for, where the rows that they need exist.
+
+  They are of the longest length and a quarter of it.
+
+  Returns:
+    [{"what", "value"}].
   """
   few, loss_of = min(row["documents"] for row in rows), lambda row: row.get("scorer_loss") or 0
   alike = [
@@ -96,10 +99,10 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
       lines.append({"what": what, "value": value})
 
   for row in filter(None, (quarter, longest)):
-    for rival in ("sliding_window", "full", "transformers", "transformers_layers"):
+    for kind in ("sliding_window", "full", "transformers", "transformers_layers"):
       add(
-        f"tokens/s over those of {label(row, rival)} at {row['n']}",
-        quotient(figure(row, "sparsek"), figure(row, rival)),
+        f"tokens/s over those of {label(row, kind)} at {row['n']}",
+        quotient(figure(row, "sparsek"), figure(row, kind)),
       )
   if quarter:
     add(
@@ -122,11 +125,12 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
 
 
 def table(rows: Sequence[dict]) -> list[str]:
-  """Lines: one a row for every length and kind of attention."""
+  """Returns the lines of a table: one for each length and kind of attention."""
   lines = []
   for row in rows:
-    for kind, found in row["rivals"].items():
-      failed, mfu = found.get("failed"), found.get("mfu")
+    for kind, result in row["rivals"].items():
+      failed, mfu = result.get("failed"), result.get("mfu")
+      speed = "out of memory" if failed == "out of memory" else "failed"
       lines.append(
         {
           "n": str(row["n"]),
@@ -134,39 +138,37 @@ def table(rows: Sequence[dict]) -> list[str]:
           "documents a row": str(row["documents"]),
           "remat": row["remat"],
           "attention": label(row, kind),
-          "tokens/s": failed
-          if failed == "out of memory"
-          else "failed"
-          if failed
-          else f"{found['tokens_per_second']:,.0f}",
-          "ms a step": number(found.get("ms")),
+          "tokens/s": speed if failed else f"{result['tokens_per_second']:,.0f}",
+          "ms a step": number(result.get("ms")),
           "MFU": "" if mfu is None else f"{mfu:.1%}",
-          "TFLOP a step": number(found.get("step_tflop")),
-          "MiB": number(found.get("mib")),
-          "compiled in s": number(found.get("compile_seconds")),
+          "TFLOP a step": number(result.get("step_tflop")),
+          "MiB": number(result.get("mib")),
+          "compiled in s": number(result.get("compile_seconds")),
         }
       )
   return aligned(lines)
 
 
 def failures(record: dict) -> list[str]:
-  """What failed for another reason than memory, a line each."""
+  """Returns a line for each failure, but for those of too little memory."""
   return [
-    f"{label(row, kind)}, n={row['n']}: {found['failed']}"
+    f"{label(row, kind)}, n={row['n']}: {result['failed']}"
     for row in record["rows"]
-    for kind, found in row["rivals"].items()
-    if found.get("failed") not in (None, "out of memory")
+    for kind, result in row["rivals"].items()
+    if result.get("failed") not in (None, "out of memory")
   ]
 
 
 def title(record: dict) -> str:
+  """Returns the device, the model and its budget."""
   row = record["rows"][0]
   return f"{record['device']}, {row['model']}, k={row['k']} window={row['window']}"
 
 
 def draw(path: str, record: dict) -> None:
   """Writes the picture: tokens per second against length."""
-  curves, few = {}, min(row["documents"] for row in record["rows"])
+  curves: dict[str, list[tuple[int, float]]] = {}
+  few = min(row["documents"] for row in record["rows"])
   for row in (row for row in record["rows"] if row["documents"] == few):
     for kind in row["rivals"]:
       if figure(row, kind) is not None:
@@ -175,7 +177,7 @@ def draw(path: str, record: dict) -> None:
 
 
 def lines(record: dict) -> list[str]:
-  """The whole record as text, the summary last."""
+  """Returns the whole record as text, the summary last."""
   return [
     f"{title(record)}, JAX {record['versions']['packages']['jax']}: medians of "
     f"{record['rounds']} rounds; MFU of the attention that is computed; MiB: "

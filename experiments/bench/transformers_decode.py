@@ -2,7 +2,7 @@
 compare with.
 
 The cache is filled with random keys and values of the context; then tokens are fed one by one,
-greedily, and the cache is cut back before every sample.
+greedily, and the cache is cut back before each sample.
 """
 
 import sys
@@ -20,10 +20,12 @@ TOKENS = 16  # a sample
 def run(
   config: TransformerConfig, n: int, batch_size: int, rounds: int, device: str = "cuda"
 ) -> dict:
-  """{"ms", "fastest", "slowest", "rounds", "tokens_per_second", "mib"} of a token after n others in
-  each of batch_size rows, or {"failed"}.
+  """Times a token after n others in each of batch_size rows.
 
   Call it before JAX takes the GPU's memory.
+
+  Returns:
+    {"ms", "fastest", "slowest", "rounds", "tokens_per_second", "mib"}, or {"failed"}.
   """
   job = dict(
     model=fields(config, n + TOKENS),
@@ -33,16 +35,14 @@ def run(
     seconds=SECONDS,
     device=device,
   )
-  found = ask(COMMAND, job, TIMEOUT_SECONDS)
-  return (
-    found
-    if "failed" in found
-    else {**found, "inner": TOKENS, "tokens_per_second": 1e3 * batch_size / found["ms"]}
-  )
+  result = ask(COMMAND, job, TIMEOUT_SECONDS)
+  if "failed" in result:
+    return result
+  return {**result, "inner": TOKENS, "tokens_per_second": 1e3 * batch_size / result["ms"]}
 
 
-def measure(job):
-  """{"seconds": per token, of each sample, "mib"}."""
+def time_job(job: dict) -> dict:
+  """Returns {"seconds": per token, of each sample, "mib"}."""
   import torch
   import transformers
 
@@ -79,13 +79,14 @@ def measure(job):
 
   sample()
   sample()
-  found, begin = [], time.perf_counter()
-  while len(found) < job["rounds"] and (
-    not found or time.perf_counter() - begin + found[-1] * TOKENS < job["seconds"]
+  samples: list[float] = []
+  begin = time.perf_counter()
+  while len(samples) < job["rounds"] and (
+    not samples or time.perf_counter() - begin + samples[-1] * TOKENS < job["seconds"]
   ):
-    found.append(sample())
-  return {"seconds": found, "mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None}
+    samples.append(sample())
+  return {"seconds": samples, "mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None}
 
 
 if __name__ == "__main__":
-  answer(measure)
+  answer(time_job)

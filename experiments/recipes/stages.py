@@ -35,25 +35,26 @@ MINUTES, MADE = "minutes.json", "stages.json"  # of WORKDIR: how long stages too
 
 
 def needed(plan: Plan, name: str) -> set[str]:
-  """The stages whose folders a stage's command names."""
-  places = {os.path.basename(place) for word in plan[name] for place in re.split("[=,]", word)}
-  return places & set(plan) - {name}
+  """Returns the stages whose folders a stage's command names."""
+  parts = {os.path.basename(part) for word in plan[name] for part in re.split("[=,]", word)}
+  return parts & set(plan) - {name}
 
 
 def flags_of(folder: str) -> list[str]:
+  """Returns the flags of a run, one a line of its flags.txt."""
   with open(os.path.join(folder, "flags.txt"), encoding="utf-8") as file:
     return file.read().splitlines()
 
 
 def stopped_early(folder: str) -> bool:
-  """Whether a run of pretraining ended before its last step, as it does by a signal."""
+  """Returns whether a run of pretraining ended before its last step, as it does by a signal."""
   return f"--num_steps={checkpoint.saved_steps(folder)[-1]}" not in flags_of(folder)
 
 
 def _run(
   workdir: str, name: str, words: tuple[str, ...], device: str | None, share: float, to_file: bool
 ) -> float | None:
-  """Minutes that it took; None where it did not get to its end."""
+  """Returns the minutes that a stage took; None where it did not get to its end."""
   command = [f"experiments.{words[0]}", *words[1:]]
   environment = {
     **os.environ,
@@ -125,9 +126,9 @@ def _clear(
   stale = _stale(plan, wanted, workdir, records[MINUTES], records[MADE])
   if not retrain:
     settings.refuse(stale, workdir)
-  for place, record in records.items() if stale else ():
+  for file, record in records.items() if stale else ():
     kept = {name: value for name, value in record.items() if name not in stale}
-    run_directory.write_record(workdir, place, json.dumps(kept))
+    run_directory.write_record(workdir, file, json.dumps(kept))
   for name in stale:
     settings.move_aside(os.path.join(workdir, name))
 
@@ -140,8 +141,10 @@ def run_stages(
   only: str = "",
   retrain: bool = False,
 ) -> dict[str, float]:
-  """Runs what is not done, in the order of the plan as far as stages need not wait, and returns
-  everyone's minutes; ends the process where a stage failed.
+  """Runs the stages that are not done, and returns the minutes of all stages.
+
+  They begin in the order of the plan, as far as they need not wait. Ends the process where a stage
+  failed.
 
   Args:
     plan: as above.
@@ -162,33 +165,29 @@ def run_stages(
   paths = [os.path.join(workdir, name) for name in (MADE, MINUTES)]
   made, minutes = _read(paths[0]), _read_minutes(paths[1])
   share = 0.9 / -(-at_once // len(devices.split(",")))
-  left, running, failed = (
-    [name for name in plan if name not in minutes and re.search(only, name)],
-    {},
-    [],
-  )
+  waiting = [name for name in plan if name not in minutes and re.search(only, name)]
+  running: dict[concurrent.futures.Future, tuple[str, str | None]] = {}
+  failed = []
   with child.ending_at_signals(), concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-    while left or running:
-      for name in [name for name in left if needed(plan, name) <= set(minutes)][
-        : at_once - len(running)
-      ]:
+    while waiting or running:
+      ready = [name for name in waiting if needed(plan, name) <= set(minutes)]
+      for name in ready[: at_once - len(running)]:
         taken = [device for _, device in running.values()]
         device = min(devices.split(","), key=taken.count) if devices else None
-        running[pool.submit(_run, workdir, name, plan[name], device, share, at_once > 1)] = (
-          name,
-          device,
-        )
-        left.remove(name)
+        future = pool.submit(_run, workdir, name, plan[name], device, share, at_once > 1)
+        running[future] = name, device
+        waiting.remove(name)
       if not running:
-        break  # what is left needs a stage that failed or is not to be begun
+        break  # the waiting stages need one that failed or is not to be begun
       for future in concurrent.futures.wait(
         running, return_when=concurrent.futures.FIRST_COMPLETED
       ).done:
         name, _ = running.pop(future)
-        if future.result() is None:
+        taken_minutes = future.result()
+        if taken_minutes is None:
           failed.append(name)
           continue
-        minutes[name] = future.result()
+        minutes[name] = taken_minutes
         made[name] = wanted[name]
         for path, record in zip(paths, (made, minutes)):
           files.save(path, json.dumps(record))

@@ -1,12 +1,14 @@
-"""The record of experiments/recipes/baselines.py as a table and a picture: kinds of attention at
-the same budget of keys per query.
+"""The record of experiments/recipes/baselines.py as a table and a picture.
+
+It compares kinds of attention at the same budget of keys per query.
 """
 
 import math
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from experiments.reports import plots
 from sparsek.runs.metrics import read_metrics
@@ -26,14 +28,15 @@ COLOURS = {
   "block": "#8172B3",
   "strided": "#937860",
 }
-SHOWN = (
-  0.2  # losses further above full attention's, if any, stand at the edge of the picture, as numbers
-)
+# losses further above full attention's, if any, stand at the edge of the picture, as numbers
+SHOWN = 0.2
 
 
 def describe(folder: str) -> dict:
-  """What a run found: held-out loss of the data it was trained on by step, of text by position in
-  rows of each length, and its answers.
+  """Returns the results of a run.
+
+  They are the held-out loss of the data it was trained on by step, that of text by position in rows
+  of each length, right answers, and what its layers select at the end.
   """
   lines = lambda name: read_metrics(os.path.join(folder, name))
   evaluated = {str(line["data"]["seq_len"]): line for line in lines("evaluation.jsonl")}
@@ -61,8 +64,9 @@ def describe(folder: str) -> dict:
 
 
 def losses(run: Mapping, length: str | None = None) -> dict[str, float]:
-  """Seed -> held-out loss of text in rows of `length` tokens, None: of the shortest rows; "mixed":
-  of the data it was trained on, answers among them.
+  """Returns seed -> held-out loss of text in rows of `length` tokens; None: of the shortest rows.
+
+  "mixed" gives the loss of the data that it was trained on, answers among them.
   """
   if length == "mixed":
     return {
@@ -77,25 +81,32 @@ def losses(run: Mapping, length: str | None = None) -> dict[str, float]:
   }
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-  """The mean and its standard error; nan for what too few values do not say."""
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+  """Returns the mean and its standard error; nan where there are too few values."""
   values = list(values)
   error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
   return (statistics.fmean(values) if values else math.nan), error
 
 
+def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
+  """Groups runs that differ in the seed alone, by the name without it."""
+  result: dict[str, list[Mapping]] = {}
+  for name, run in runs.items():
+    result.setdefault(re.sub(r"_s\d+$", "", name), []).append(run)
+  return result
+
+
 def difference(run: Mapping, other: Mapping, length: str | None = None) -> tuple[float, float]:
-  """Mean of loss(run) - loss(other) over the seeds that both have, and its standard error: runs of
-  a seed share their start and the order of their data.
+  """Returns the mean of loss(run) - loss(other) over the seeds that both have, and its error.
+
+  Runs of a seed share their start and the order of their data.
   """
   here, there = losses(run, length), losses(other, length)
   return mean_and_error([here[seed] - there[seed] for seed in sorted(set(here) & set(there))])
 
 
 def pool(rounds: Sequence[Runs]) -> Runs:
-  """The runs of several records as of one: a start of each round has a seed of its own,
-  "round.seed".
-  """
+  """Joins the runs of several records: a seed of each round becomes "round.seed"."""
   names = dict.fromkeys(name for runs in rounds for name in runs)
   return {
     name: {
@@ -110,8 +121,9 @@ def pool(rounds: Sequence[Runs]) -> Runs:
 
 
 def differences(runs: Runs, name: str) -> str:
-  """In Markdown: loss of a kind minus that of every other one of its budget, of text and of the
-  mix, over the seeds that both have.
+  """Returns a table in Markdown: the loss of a kind minus that of each other one of its budget.
+
+  It is of text and of the mix, over the seeds that both have.
   """
   lines = [f"| {name} minus | text | starts | mix | starts |", "|---|---|---|---|---|"]
   for other in runs:
@@ -125,8 +137,10 @@ def differences(runs: Runs, name: str) -> str:
 
 
 def by_start(runs: Runs) -> str:
-  """In Markdown: the share of the gap between window and full attention, of the mix, that each kind
-  closes in each start; of those whose window was run.
+  """Returns a table in Markdown of the share of the gap that each kind closes in each start.
+
+  The gap is that between window and full attention, of the mix. Starts whose window was not run are
+  left out.
   """
   full, starts = (
     losses(runs["full"], "mixed"),
@@ -153,7 +167,7 @@ def by_start(runs: Runs) -> str:
 
 
 def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
-  """(task, tokens) -> share of right answers, over all seeds."""
+  """Returns (task, tokens) -> share of right answers, over all seeds."""
   counts: dict[tuple[str, int], list[int]] = {}
   for result in run["seeds"].values():
     for row in result["tasks"]:
@@ -164,7 +178,7 @@ def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
 
 
 def budget_of(name: str) -> int | None:
-  """Keys a query, the mean over layers, from a run's name; None: all, in all layers or in one."""
+  """Reads the keys a query, the mean over layers, from a run's name; None: all, in some layer."""
   return (
     None
     if name.startswith(("full", "hybrid"))
@@ -173,8 +187,10 @@ def budget_of(name: str) -> int | None:
 
 
 def table(runs: Runs) -> str:
-  """In Markdown: loss of text and of the training mix, each also minus full attention's, minus the
-  sliding window's of the same budget, and as a share of the gap between these two; right answers.
+  """Returns a table in Markdown: loss of text and of the training mix, and right answers.
+
+  Each loss is also given minus full attention's, minus the sliding window's of the same budget, and
+  as a share of the gap between these two.
   """
   tasks = list(dict.fromkeys(key for run in runs.values() for key in accuracies(run)))
   columns = "minus full attention's | minus the window's | gap closed"
@@ -215,7 +231,7 @@ def table(runs: Runs) -> str:
 
 
 def _cell(form: str, mean: float, error: float) -> str:
-  """Nothing of what is not known."""
+  """Formats a mean and its error; empty where they are not known."""
   return (
     "" if math.isnan(mean) else form.format(mean) + ("" if math.isnan(error) else f" ± {error:.4f}")
   )
@@ -240,7 +256,7 @@ def _style(name: str) -> dict:
 
 
 def _by_position(run: Mapping) -> dict[int, float]:
-  """Tokens of a document -> loss of the tokens from half of it on, the mean over seeds."""
+  """Returns tokens of a document -> loss of the tokens from half of it on, the mean over seeds."""
   rows = [
     result["loss"][min(result["loss"], key=int)]["buckets"]
     for result in run["seeds"].values()
@@ -254,8 +270,10 @@ def _by_position(run: Mapping) -> dict[int, float]:
 
 
 def draw(runs: Runs, path: str) -> None:
-  """Loss of text and of the mix for each kind, and of text by position, above full attention's;
-  right answers by length. Needs matplotlib.
+  """Writes a picture of losses and answers. Needs matplotlib.
+
+  It shows the loss of text and of the mix for each kind, and of text by position, above full
+  attention's; and right answers by length.
   """
   from matplotlib.figure import Figure
 
@@ -263,64 +281,17 @@ def draw(runs: Runs, path: str) -> None:
   text, mix, position, right = figure.subplots(1, 4, width_ratios=(1, 1, 1.2, 1.2))
   full = runs["full"]
   names = sorted(runs, key=lambda name: -difference(runs[name], full, "mixed")[0])
-  edge = (
-    SHOWN
-    if any(
-      difference(runs[name], full, length)[0] > SHOWN
-      for name in names
-      for length in (None, "mixed")
-    )
-    else None
+  farthest = max(
+    difference(runs[name], full, length)[0] for name in names for length in (None, "mixed")
   )
+  edge = SHOWN if farthest > SHOWN else None
   for axes, length, title in ((text, None, "text"), (mix, "mixed", "text and answers")):
-    for place, name in enumerate(names):
-      above, error = difference(runs[name], full, length)
-      if above > SHOWN:
-        axes.text(
-          SHOWN,
-          place,
-          f"{above:.2f} >",
-          ha="right",
-          va="center",
-          color=_style(name)["color"],
-          fontsize=8,
-        )
-      else:
-        axes.errorbar(
-          above,
-          place,
-          xerr=0 if math.isnan(error) else error,
-          fmt="o",
-          color=_style(name)["color"],
-          markersize=4,
-        )
-    axes.set(
-      title=title,
-      xlabel="loss above full attention's",
-      xlim=(None, edge),
-      yticks=range(len(names)),
-      yticklabels=names if length is None else [],
-    )
-    axes.grid(axis="y", alpha=0.3)
-  baseline = _by_position(full)
+    _draw_losses(axes, {name: difference(runs[name], full, length) for name in names})
+    axes.set(title=title, xlim=(None, edge), yticklabels=names if length is None else [])
   # a variant says how it differs
   for name in [name for name in runs if not re.search(r"\d_(?!last|local)", name)]:
-    here = _by_position(runs[name])
-    if here:
-      position.plot(
-        list(here),
-        [loss - baseline[last] for last, loss in here.items()],
-        label=name,
-        **_style(name),
-      )
-    shares = accuracies(runs[name])
-    lengths = sorted({length for task, length in shares if task in RETRIEVAL})
-    shares = [
-      statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares)
-      for length in lengths
-    ]
-    if lengths:
-      right.plot(lengths, [100 * share for share in shares], **_style(name))
+    _draw_by_position(position, name, runs[name], _by_position(full))
+    _draw_answers(right, name, accuracies(runs[name]))
   position.set(
     title="text, by position",
     xlabel="tokens of the document so far",
@@ -336,5 +307,37 @@ def draw(runs: Runs, path: str) -> None:
   for axes in [axes for axes in (position, right) if axes.lines]:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-  figure.legend(*position.get_legend_handles_labels(), frameon=False, loc="outside right")
+  handles, labels = position.get_legend_handles_labels()
+  figure.legend(handles, labels, frameon=False, loc="outside right")  # type: ignore[call-overload]
   plots.save(figure, path)
+
+
+def _draw_losses(axes: Any, above: Mapping[str, tuple[float, float]]) -> None:
+  """Draws a point for each run, name -> (loss above full attention's, its error)."""
+  for row, (name, (loss, error)) in enumerate(above.items()):
+    colour = _style(name)["color"]
+    if loss > SHOWN:
+      style = {"ha": "right", "va": "center", "color": colour, "fontsize": 8}
+      axes.text(SHOWN, row, f"{loss:.2f} >", **style)
+    else:
+      bar = 0 if math.isnan(error) else error
+      axes.errorbar(loss, row, xerr=bar, fmt="o", color=colour, markersize=4)
+  axes.set(xlabel="loss above full attention's", yticks=range(len(above)))
+  axes.grid(axis="y", alpha=0.3)
+
+
+def _draw_by_position(axes: Any, name: str, run: Mapping, baseline: Mapping[int, float]) -> None:
+  here = _by_position(run)
+  if here:
+    above = [loss - baseline[last] for last, loss in here.items()]
+    axes.plot(list(here), above, label=name, **_style(name))
+
+
+def _draw_answers(axes: Any, name: str, shares: Mapping[tuple[str, int], float]) -> None:
+  lengths = sorted({length for task, length in shares if task in RETRIEVAL})
+  means = [
+    statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares)
+    for length in lengths
+  ]
+  if lengths:
+    axes.plot(lengths, [100 * mean for mean in means], **_style(name))

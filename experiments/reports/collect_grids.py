@@ -1,17 +1,19 @@
-"""One record of several grids of experiments.ablate: `python -m experiments.reports.collect_grids
-RECORD.json NOTE GRID ...`.
+"""One record of several grids of experiments.ablate:
+`python -m experiments.reports.collect_grids RECORD.json NOTE GRID ...`.
 
-For every finished cell: the flags in which it differs from the first one, its held-out losses by
+For each finished cell: the flags in which it differs from the first one, its held-out losses by
 step, and what its sparsek layers select at the end. The record also has the flags of the first
 cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
 """
 
+import argparse
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from experiments import script
-from experiments.reports import grid
+from experiments.reports import grid, records
 from sparsek.errors import UsageError
-from sparsek.runs import run_directory
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
 
@@ -19,28 +21,35 @@ from sparsek.storage import files
 MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")
 
 
-def flags_of(folder):
-  """The flags of a run, without those that name folders."""
+def flags_of(folder: str) -> list[str]:
+  """Returns the flags of a run, without those that name folders."""
   with open(os.path.join(folder, "flags.txt"), encoding="utf-8") as file:
     return [line for line in file.read().splitlines() if line.split("=")[0] not in MACHINES]
 
 
-def cell(grid, name, first):
-  folder = os.path.join(grid, "cells", name)
-  records = read_metrics(os.path.join(folder, "metrics.jsonl"))
-  last = [record for record in records if "loss" in record][-1]
+def cell(workdir: str, name: str, first: Sequence[str]) -> dict[str, Any]:
+  """Returns what the record says of a cell.
+
+  Args:
+    workdir: of the grid.
+    name: of the cell.
+    first: the flags of the record's first cell.
+  """
+  folder = os.path.join(workdir, "cells", name)
+  lines = read_metrics(os.path.join(folder, "metrics.jsonl"))
+  last = [line for line in lines if "loss" in line][-1]
   return {
-    "grid": os.path.basename(os.path.normpath(grid)),
+    "grid": os.path.basename(os.path.normpath(workdir)),
     "cell": name,
     "flags": sorted(set(flags_of(folder)) - set(first)),
     "heldout_loss": {
-      record["step"]: record["heldout_loss"] for record in records if "heldout_loss" in record
+      line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line
     },
     "selection": {key: value for key, value in last.items() if key.startswith("layer_")},
   }
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
   parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
@@ -51,21 +60,26 @@ def make_parser():
   return parser
 
 
-def main(options):
-  cells = [(grid, name) for grid in options.grids for name in finished(os.path.join(grid, "cells"))]
+def main(options: argparse.Namespace) -> None:
+  """Writes the record and prints the losses of all cells."""
+  cells = [
+    (workdir, name)
+    for workdir in options.grids
+    for name in finished(os.path.join(workdir, "cells"))
+  ]
   if not cells:
     raise UsageError(f"there is no finished cell in {', '.join(options.grids)}")
   folder = os.path.join(cells[0][0], "cells", cells[0][1])
   first = flags_of(folder)
   versions = files.read_json_object(os.path.join(folder, "versions.json"))
-  rows = [cell(grid, name, first) for grid, name in cells]
+  rows = [cell(workdir, name, first) for workdir, name in cells]
   record = {
     "note": options.note,
     "flags": first,
     "versions": {**versions, "command": None},
     "cells": rows,
   }
-  files.save(options.record, run_directory.to_json(record))
+  files.save(options.record, records.dumps(record) + "\n")
   for row in rows:
     print(
       row["grid"],
@@ -74,7 +88,7 @@ def main(options):
     )
 
 
-def finished(folder):
+def finished(folder: str) -> list[str]:
   """Returns the names of a grid's cells that are at their end."""
   if not os.path.isdir(folder):
     raise UsageError(f"there is no folder {folder}: give the --workdir of a grid")

@@ -1,5 +1,5 @@
-"""A grid of training runs that differ in attention: its cells, what was found in each, the table
-and the report.
+"""A grid of training runs that differ in attention: its cells, their results, the table and the
+report.
 """
 
 import base64
@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.reports import plots
 from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term
@@ -22,8 +23,8 @@ from sparsek.runs.metrics import read_metrics
 from sparsek.runs.settings import Settings
 from sparsek.storage import files
 
-# the others: k and window
-USES = {
+# settings that a kind of attention has; other kinds: k and window
+USES: dict[str, tuple[str, ...]] = {
   "full": (),
   "sliding_window": ("window",),
   "linear": ("window",),
@@ -36,8 +37,10 @@ FIELDS = ("heldout_loss", "step", "tokens_per_second")  # of a result
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One training run; None where its kind of attention has no such setting. attention: a kind, or a
-  pattern such as "sparsek*5+full".
+  """One training run; a setting is None where its kind of attention does not have it.
+
+  Attributes:
+    attention: a kind, or a pattern such as "sparsek*5+full".
   """
 
   attention: str
@@ -49,7 +52,7 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """Of its folder."""
+    """The name of its folder."""
     parts = [
       self.attention,
       self.k and f"k{self.k}",
@@ -62,19 +65,21 @@ class Cell:
 
   @property
   def budget(self) -> int | None:
-    """Keys and values that a query attends to at most, the mean over layers; None: all. The linear
-    kind's state, as large as head_dim keys, is not counted.
+    """The most keys and values that a query attends to, the mean over layers; None: all.
+
+    The linear kind's state, as large as head_dim keys, is not counted.
     """
     terms = [parse_term(term) for term in terms_of(self.attention)]
     if any(kind == "full" for kind, _, _ in terms):
       return None
-    of_term = lambda kind, k, window: (
-      (self.window if window is None else window) + ("k" in _uses(kind) and (k or self.k))
-    )
-    return round(sum(of_term(*term) for term in terms) / len(terms))
+    keys = 0
+    for kind, k, window in terms:
+      keys += (self.window if window is None else window) or 0
+      keys += ((k or self.k) or 0) if "k" in _uses(kind) else 0
+    return round(keys / len(terms))
 
   def flags(self) -> list[str]:
-    """Of experiments.pretrain."""
+    """Returns the flags of experiments.pretrain."""
     values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
     if self.attention not in ATTENTION_KINDS:
       values["layer_pattern"] = values.pop("attention").replace("+", ",")
@@ -82,8 +87,10 @@ class Cell:
 
 
 def patterns(text: str) -> list[str]:
-  """Of --attention: kinds, or patterns of layers, separated by commas. Raises UsageError for
-  others.
+  """Reads --attention: kinds, or patterns of layers, separated by commas.
+
+  Raises:
+    UsageError: for others.
   """
   values = text.split(",")
   for value in values:
@@ -92,14 +99,13 @@ def patterns(text: str) -> list[str]:
     except ValueError:
       raise UsageError(
         f"--attention={text}: {value!r} must be one of {', '.join(ATTENTION_KINDS)}, or of "
-        "these a pattern of layers such as "
-        "sparsek*5+full"
+        "these a pattern of layers such as sparsek*5+full"
       ) from None
   return values
 
 
 def terms_of(attention: str) -> tuple[str, ...]:
-  """The layers of a pattern, as `sparsek.config.parse_layer_pattern` has them."""
+  """Returns the layers of a pattern, as `sparsek.config.parse_layer_pattern` does."""
   return parse_layer_pattern(attention.replace("+", ","))
 
 
@@ -108,11 +114,10 @@ def _uses(kind: str) -> tuple[str, ...]:
 
 
 def _settings(term: str) -> set[str]:
-  """What a layer takes from the cell, having none of its own."""
+  """Returns the settings that a layer takes from the cell, because its term has none."""
   kind, k, window = parse_term(term)
-  return set(_uses(kind)) - {
-    name for name, own in (("k", k), ("window", window)) if own is not None
-  }
+  given = {name for name, value in (("k", k), ("window", window)) if value is not None}
+  return set(_uses(kind)) - given
 
 
 def grid(
@@ -123,19 +128,24 @@ def grid(
   scorer: Sequence[str],
   seeds: int,
 ) -> list[Cell]:
-  """All combinations, each once: settings that a kind does not have make no difference. Seeds
-  change slowest, so that every kind has a figure early.
+  """Returns all combinations, each once: settings that a kind does not have make no difference.
+
+  Seeds change slowest, so that all kinds have a figure early.
   """
   cells = []
-  for seed, kind, *values in itertools.product(range(seeds), attention, k, window, gate, scorer):
+  settings_of = itertools.product(k, window, gate, scorer)
+  for seed, kind, values in itertools.product(range(seeds), attention, settings_of):
     used = {name for term in terms_of(kind) for name in _settings(term)}
-    values = {name: value if name in used else None for name, value in zip(COLUMNS[1:], values)}
-    cells.append(Cell(kind, seed=seed, **values))
+    chosen: dict[str, Any] = dict(zip(COLUMNS[1:], values))
+    cell = Cell(
+      kind, seed=seed, **{name: chosen[name] if name in used else None for name in chosen}
+    )
+    cells.append(cell)
   return list(dict.fromkeys(cells))
 
 
 def share(cells: Sequence[Cell], job: str) -> list[Cell]:
-  """The cells of job "i/N" of N that share a grid. Raises UsageError for another text."""
+  """Returns the cells of job "i/N" of N that share a grid; raises UsageError for another text."""
   i, slash, jobs = job.partition("/")
   if not (slash and i.isdecimal() and jobs.isdecimal() and int(i) < int(jobs)):
     raise UsageError(f"--job={job}: must be i/N with i from 0 to N - 1, such as 0/4")
@@ -143,8 +153,10 @@ def share(cells: Sequence[Cell], job: str) -> list[Cell]:
 
 
 def result_of(workdir: str) -> dict:
-  """{"heldout_loss", "step", "tokens_per_second"} at the end of a finished run. Raises UsageError
-  where it was never evaluated.
+  """Returns {"heldout_loss", "step", "tokens_per_second"} at the end of a finished run.
+
+  Raises:
+    UsageError: where it was never evaluated.
   """
   records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
   losses = [record for record in records if "heldout_loss" in record]
@@ -184,10 +196,10 @@ def save_result(folder: str, dataset: str) -> None:
 
 
 def stale(folder: str, wanted: Settings, dataset: str) -> list[str]:
-  """Returns how what is in a cell's folder differs from what it should be, a line a flag.
+  """Returns how the run in a cell's folder differs from the wanted one, a line a flag.
 
-  The tokens of a finished cell are compared where its mark tells them, else the folders of --data;
-  those of an unfinished one when it is resumed.
+  Of a finished cell the tokens are compared where its mark has their fingerprint, else the folders
+  of --data; of an unfinished one the tokens are compared when it is resumed.
 
   Args:
     folder: of the cell; nothing may be there.
@@ -217,7 +229,7 @@ def clear(
   workdir: str,
   retrain: bool = False,
 ) -> None:
-  """Makes sure that no cell holds what other flags made.
+  """Makes sure that no cell holds a run of other flags.
 
   Args:
     folders: of the cells.
@@ -227,11 +239,11 @@ def clear(
   Raises:
     UsageError: without `retrain`, where there is such a cell; nothing has changed then.
   """
-  found = {cell: stale(folders[cell], wanted[cell], dataset) for cell in folders}
+  differing = {cell: stale(folders[cell], wanted[cell], dataset) for cell in folders}
   if not retrain:
-    settings.refuse({cell.name: lines for cell, lines in found.items()}, workdir)
+    settings.refuse({cell.name: lines for cell, lines in differing.items()}, workdir)
   for cell in folders:
-    if found[cell] and stale(folders[cell], wanted[cell], dataset):  # no other job was faster
+    if differing[cell] and stale(folders[cell], wanted[cell], dataset):  # no other job was faster
       settings.move_aside(folders[cell])
 
 
@@ -255,10 +267,11 @@ def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-  """One row for the seeds of a setting, best first: mean held-out loss, its standard error (None
-  for one seed), median speed.
+  """Returns one row for the seeds of a setting, best first.
+
+  A row has the mean held-out loss, its standard error (None for one seed) and the median speed.
   """
-  groups = {}
+  groups: dict[tuple, list[dict]] = {}
   for row in rows:
     groups.setdefault(tuple(row[name] for name in COLUMNS), []).append(row)
   summary = []
@@ -279,7 +292,7 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
 
 
 def markdown(summary: Sequence[dict]) -> str:
-  """The table that people read."""
+  """Returns the table that people read."""
   lines = [
     (
       "| attention | k | window | gate | scorer | keys per query | seeds | held-out "
@@ -301,7 +314,7 @@ def markdown(summary: Sequence[dict]) -> str:
 
 
 def as_csv(rows: Sequence[dict]) -> str:
-  """Every run, for other programs."""
+  """Returns all runs as CSV, for other programs."""
   out = io.StringIO()
   writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
   writer.writeheader()
@@ -329,7 +342,7 @@ def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
       for row in reversed(summary)
       if row["attention"] == kind
     }
-  curves = {}
+  curves: dict[str, list[tuple[int | None, float, float]]] = {}
   for row in sorted(summary, key=lambda row: row["budget"] or 0):
     label = " ".join(
       str(row[name]) for name in ("attention", "gate", "scorer") if row[name] is not None
@@ -347,11 +360,11 @@ def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
   )
   image = f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
   page = (
-    f'<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n<style>body {{ '
-    f"font-family: sans-serif; margin: 2em }} td {{ padding: "
-    ".2em .8em; border-bottom: 1px solid #ddd }</style>\n<h1>Ablation of "
-    f"attention</h1>\n{image}<table>\n{table}</table>\n<h2>Shared settings</h2>\n"
-    f"<pre>{html.escape(shared)}</pre>\n"
+    '<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n'
+    "<style>body { font-family: sans-serif; margin: 2em } "
+    "td { padding: .2em .8em; border-bottom: 1px solid #ddd }</style>\n"
+    f"<h1>Ablation of attention</h1>\n{image}<table>\n{table}</table>\n"
+    f"<h2>Shared settings</h2>\n<pre>{html.escape(shared)}</pre>\n"
   )
   texts = {"table.md": markdown(summary), "table.csv": as_csv(rows), "report.html": page}
   for name, content in (texts | {"report.png": picture}).items():

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,10 @@ TEXT_COLUMNS = 72
 
 
 def _new_figure(**kwargs):
-  """A figure that is drawn to a file only, and leaves pyplot and its backend alone. Raises
-  UsageError without matplotlib.
+  """Returns a figure that is drawn to a file only, without pyplot and its backend.
+
+  Raises:
+    UsageError: without matplotlib.
   """
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,9 +45,7 @@ def _new_figure(**kwargs):
 
 
 def smooth(values: Sequence[float], memory: float = 2.0) -> np.ndarray:
-  """Average over earlier values with weights exp(-distance / memory), normalised from the
-  first on.
-  """
+  """Averages over earlier values with weights exp(-distance / memory), normalised at each value."""
   decay, total, weight, averages = np.exp(-1 / memory), 0.0, 0.0, []
   for value in values:
     total, weight = decay * total + value, decay * weight + 1
@@ -52,8 +53,8 @@ def smooth(values: Sequence[float], memory: float = 2.0) -> np.ndarray:
   return np.array(averages)
 
 
-def draw_loss_curves(axes, runs: Mapping[str, Sequence[dict]]) -> None:
-  """Training loss (line, lightly smoothed) and held-out loss (markers) by step.
+def draw_loss_curves(axes: Any, runs: Mapping[str, Sequence[dict]]) -> None:
+  """Draws training loss (line, lightly smoothed) and held-out loss (markers) by step.
 
   Args:
     axes: matplotlib Axes.
@@ -90,14 +91,14 @@ def draw_loss_curves(axes, runs: Mapping[str, Sequence[dict]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-  """What a sparsek layer selects in a text.
+  """The tokens that a sparsek layer selects in a text.
 
   Attributes:
     layer: index of the layer, from 0.
     heads: [queries, keys] int, the number of KV heads in which the query's selection holds the key;
       0 in its window.
     num_heads: KV heads.
-    window: most recent tokens that every query sees besides.
+    window: most recent tokens that each query sees besides.
   """
 
   layer: int
@@ -107,8 +108,9 @@ class Kept:
 
 
 def kept_tokens(config: TransformerConfig, params: Params, tokens: Sequence[int]) -> list[Kept]:
-  """What the sparsek layers select in one document; at most 4 of them, evenly spaced from the first
-  to the last.
+  """Returns the tokens that the sparsek layers select in one document.
+
+  At most 4 layers are taken, evenly spaced from the first to the last.
 
   Raises:
     ValueError: where the model has no sparsek layer.
@@ -118,46 +120,42 @@ def kept_tokens(config: TransformerConfig, params: Params, tokens: Sequence[int]
     raise ValueError(
       f"attention={','.join(config.attention)}: no layer selects tokens; one must be sparsek"
     )
-  places = np.linspace(0, len(layers) - 1, min(MAX_LAYERS, len(layers))).round().astype(int)
+  chosen = np.linspace(0, len(layers) - 1, min(MAX_LAYERS, len(layers))).round().astype(int)
+  layers = [layers[i] for i in chosen]
 
   @jax.jit
   def expiries(params, tokens):
     _, sown = Transformer(config).apply(
       {"params": params}, tokens, method="hidden", mutable=["diagnostics"]
     )
-    scores = [
-      layer_params(config, sown["diagnostics"], layers[place])["attention"]["scores"][0]
-      for place in places
-    ]
-    own = [config.layer_configs[layers[place]] for place in places]
+    diagnostics = [layer_params(config, sown["diagnostics"], layer) for layer in layers]
     return [
-      causal_sparsek(scores, layer.k, delay=layer.window).expiry[0]
-      for layer, scores in zip(own, scores)
+      causal_sparsek(of["attention"]["scores"][0], layer.k, delay=layer.window).expiry[0]
+      for layer, of in zip((config.layer_configs[i] for i in layers), diagnostics)
     ]
 
-  tokens = jnp.asarray(tokens, jnp.int32)[None]
-  i, j = np.arange(tokens.size)[:, None], np.arange(tokens.size)
+  row = jnp.asarray(tokens, jnp.int32)[None]
+  i, j = np.arange(row.size)[:, None], np.arange(row.size)
   kept = []
-  for place, expiry in zip(places, jax.device_get(expiries(params, tokens))):
-    window = config.layer_configs[layers[place]].window
-    heads = sum(
-      ((j + window <= i) & (i < expiry_of_head)).astype(int) for expiry_of_head in expiry.T
-    )
-    kept.append(Kept(layers[place], heads, config.num_kv_heads, window))
+  for layer, expiry in zip(layers, jax.device_get(expiries(params, row))):
+    window = config.layer_configs[layer].window
+    selected = [(j + window <= i) & (i < expiry_of_head) for expiry_of_head in expiry.T]
+    kept.append(Kept(layer, np.sum(selected, axis=0), config.num_kv_heads, window))
   return kept
 
 
-def kept_colours(num_heads: int) -> list[tuple[float, ...]]:
-  """Colours for keys kept by 1 to num_heads heads, light to dark."""
+def kept_colours(num_heads: int) -> list[Any]:
+  """Returns colours for keys kept by 1 to num_heads heads, light to dark."""
   return [
     tuple(LIGHTEST_KEPT + (DARKEST_KEPT - LIGHTEST_KEPT) * share)
     for share in np.linspace(1 if num_heads == 1 else 0, 1, num_heads)
   ]
 
 
-def _legend_entries(num_heads: int) -> list[tuple[str, object]]:
-  """(label, colour): the window, then kept by 1 to all heads, the middle ones left out if there are
-  many.
+def _legend_entries(num_heads: int) -> list[tuple[str, Any]]:
+  """Returns (label, colour) of the window, then of keys that are kept by 1 to all heads.
+
+  Middle numbers of heads are left out if there are many.
   """
   numbers = range(1, num_heads + 1) if num_heads <= 4 else (1, num_heads // 2, num_heads)
   colours = kept_colours(num_heads)
@@ -167,8 +165,8 @@ def _legend_entries(num_heads: int) -> list[tuple[str, object]]:
   return [("window", WINDOW_COLOUR)] + [(words(number), colours[number - 1]) for number in numbers]
 
 
-def draw_selection(axes, kept: Kept) -> None:
-  """A map of query (x) against key (y): the window, and what the query's selection holds."""
+def draw_selection(axes: Any, kept: Kept) -> None:
+  """Draws a map of query (x) against key (y): the window, and the query's selection."""
   from matplotlib.colors import ListedColormap
   from matplotlib.patches import Patch
 
@@ -195,13 +193,12 @@ def draw_selection(axes, kept: Kept) -> None:
   axes.set_ylabel("key (position of the token seen)")
 
 
-def draw_text(axes, pieces: Sequence[str], kept: Kept) -> None:
-  """The text with the tokens marked that its last token sees: those of the window, and the selected
-  ones.
+def draw_text(axes: Any, pieces: Sequence[str], kept: Kept) -> None:
+  """Draws the text, and marks the tokens that its last one sees: the window and the selected ones.
 
   Args:
     axes: matplotlib Axes.
-    pieces: what each token reads as.
+    pieces: text of each token.
     kept: of the same tokens.
   """
   from matplotlib.patches import Rectangle
@@ -245,8 +242,9 @@ def save_picture(
   kept: Sequence[Kept] = (),
   pieces: Sequence[str] = (),
 ) -> None:
-  """Writes a PNG: loss curves on top, below them for each layer the map of what it keeps and the
-  text with the kept tokens marked.
+  """Writes a PNG: loss curves on top, below them for each layer a map and the text.
+
+  The map shows the keys that the layer keeps, the text has the kept tokens marked.
 
   Args:
     path: of the file.
@@ -273,8 +271,8 @@ def save_picture(
   save(figure, path)
 
 
-def draw_times(axes, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-  """Something against tokens, both logarithmic; curves: label -> [(tokens, value)]."""
+def draw_times(axes: Any, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+  """Draws curves against tokens, both logarithmic; curves: label -> [(tokens, value)]."""
   from matplotlib.ticker import LogLocator
 
   lengths = sorted({n for points in curves.values() for n, _ in points})
@@ -308,8 +306,9 @@ def save_times(
   title: str = "",
   unit: str = "milliseconds",
 ) -> None:
-  """Writes a PNG with a panel for each kind of pass, side by side: `panels` maps its title to the
-  curves of `draw_times`, in `unit`.
+  """Writes a PNG with a panel for each kind of pass, side by side.
+
+  `panels` maps the title of a panel to the curves of `draw_times`, in `unit`.
 
   Raises:
     UsageError: where matplotlib is missing.
@@ -317,11 +316,11 @@ def save_times(
   """
   figure = _new_figure(figsize=(5.4 * len(panels), 4.4), dpi=110, layout="constrained")
   shared = None
-  for place, (name, curves) in enumerate(panels.items()):
-    shared = axes = figure.add_subplot(1, len(panels), place + 1, sharey=shared)
+  for index, (name, curves) in enumerate(panels.items()):
+    shared = axes = figure.add_subplot(1, len(panels), index + 1, sharey=shared)
     axes.set_title(name, loc="left")
     draw_times(axes, curves)
-    if place == 0:
+    if index == 0:
       axes.set_ylabel(unit)
       axes.legend(frameon=False)
   figure.suptitle(title, fontsize=9, x=0.01, ha="left")
@@ -333,8 +332,9 @@ def save_accuracies(
   panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]],
   chance: Mapping[str, float],
 ) -> None:
-  """Writes a PNG with a panel for each task: accuracy against length, a line for each run, with
-  confidence intervals; dots mark chance.
+  """Writes a PNG with a panel for each task: accuracy against length, a line for each run.
+
+  Bars are confidence intervals, dots mark chance.
 
   Args:
     path: of the file.
@@ -346,8 +346,8 @@ def save_accuracies(
   """
   figure = _new_figure(figsize=(max(3 * len(panels), 6), 3.6), dpi=110, layout="constrained")
   shared = None
-  for place, (task, curves) in enumerate(panels.items()):
-    shared = axes = figure.add_subplot(1, len(panels), place + 1, sharey=shared)
+  for index, (task, curves) in enumerate(panels.items()):
+    shared = axes = figure.add_subplot(1, len(panels), index + 1, sharey=shared)
     axes.set_title(task, loc="left")
     for colour, marker, (label, points) in zip(
       LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()
@@ -372,7 +372,7 @@ def save_accuracies(
     axes.set_xlabel("tokens")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if place == 0:
+    if index == 0:
       axes.set_ylabel("answers right (%)")
       axes.legend(frameon=False, fontsize=8)
   save(figure, path)
@@ -382,13 +382,15 @@ def ablation_picture(
   grids: Mapping[str, Mapping[tuple[int, int], float]],
   curves: Mapping[str, Sequence[tuple[int | None, float, float]]],
 ) -> bytes:
-  """A PNG of held-out losses: by k and window, a panel for each kind of attention, darker is lower;
-  and against keys per query.
+  """Returns a PNG of held-out losses.
+
+  They are shown by k and window, a panel for each kind of attention, darker is lower; and against
+  keys per query.
 
   Args:
     grids: kind -> {(k, window): loss}.
-    curves: label -> [(keys, loss, standard error)]; keys None: all of them, a line across. The line
-      of a label goes through its best point of each number.
+    curves: label -> [(keys, loss, standard error)]; where keys is None it is all of them, a line
+      across the panel. The line of a label goes through its best point of each number.
   """
   panels = len(grids) + 1
   across = min(panels, 3)
@@ -466,8 +468,8 @@ def _png(figure) -> bytes:
   return buffer.getvalue()
 
 
-def save(figure, path: str) -> None:
-  """Writes a picture, in the format that its name ends in, whole, or raises RunError."""
+def save(figure: Any, path: str) -> None:
+  """Writes a picture atomically, in the format that its name ends in, or raises RunError."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format=os.path.splitext(path)[1][1:])
   files.save(path, buffer.getvalue())

@@ -124,17 +124,17 @@ def test_pairs_over_the_records(capsys):
   baselines_pairs.main(
     [os.path.join(results, name) for name in ("baselines.json", "baselines_first.json")]
   )
-  found = capsys.readouterr().out
+  printed = capsys.readouterr().out
   assert (
-    "| sparsek_512_last | 6 |" in found
-    and "| 60% |" in found
-    and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in found
+    "| sparsek_512_last | 6 |" in printed
+    and "| 60% |" in printed
+    and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in printed
   )
-  assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in found
+  assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in printed
   baselines_pairs.main([os.path.join(results, "baselines_local.json")])
-  found = capsys.readouterr().out
-  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in found
-  assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in found
+  printed = capsys.readouterr().out
+  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in printed
+  assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in printed
 
 
 PLAN = {

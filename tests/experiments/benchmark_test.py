@@ -120,15 +120,15 @@ def test_longest_lengths_of_what_is_slow(monkeypatch, capsys):
     suites.FLAGS[name].unparse()
   words = ["--lengths=16,32", "--implementation=reference", "--max_dense=16", "--max_xla=16"]
   parse(["benchmark", *words], suites.FLAGS)
-  short, long = (set(problem.rivals) for problem in suites.problems())
+  short, long = (set(problem.baselines) for problem in suites.problems())
   assert short - long == {"dense", "xla"}
   asked = []
 
-  def measure_transformers(jobs, kinds, longest, rounds, say):
+  def time_transformers(jobs, kinds, longest, rounds, say):
     asked.append(longest)
     raise UsageError("enough")
 
-  monkeypatch.setattr(training_step, "measure_transformers", measure_transformers)
+  monkeypatch.setattr(training_step, "time_transformers", time_transformers)
   for words, longest in (([], 32768), (["--max_transformers=16"], 16)):
     assert run("--suite=train", "--preset=tiny", "--lengths=16", *words) == 2
     assert asked.pop() == longest and "enough" in capsys.readouterr().err

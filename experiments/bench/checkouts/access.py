@@ -1,4 +1,4 @@
-"""What is compared of a checkout, found by name: modules move between versions."""
+"""Access to the parts of a checkout by name: modules move between versions."""
 
 import functools
 import importlib
@@ -86,12 +86,12 @@ class Training:
       },
     )
 
-  def abstract_state(self):
+  def abstract_state(self) -> Any:
     """Returns shapes of the state."""
     make = find_for_step("abstract_state")
     return make(abstract_params(self.config), self.optimizer, self.mesh, self.train.spike_factor)
 
-  def initial_state(self):
+  def initial_state(self) -> Any:
     """Returns a new state, on the devices."""
     everywhere = find_for_step("replicated")(self.mesh)
     make = functools.partial(sparsek.init_params, self.config)
@@ -101,12 +101,14 @@ class Training:
     return find_for_step("TrainState")(step, params, opt_state, seed)
 
 
-def abstract_params(config):
+def abstract_params(config: sparsek.TransformerConfig) -> Any:
   """Returns shapes of a model's parameters."""
   return jax.eval_shape(functools.partial(sparsek.init_params, config), jax.random.key(0))
 
 
-def attention_inputs(n: int, heads: int, kv_heads: int, head_dim: int, dtype: str, batch: int = 1):
+def attention_inputs(
+  n: int, heads: int, kv_heads: int, head_dim: int, dtype: str, batch: int = 1
+) -> tuple[list[jax.Array], jax.Array]:
   """Returns random (query, key, value, scores) and a cotangent of the output."""
   shapes = [
     (batch, n, heads, head_dim),
@@ -123,7 +125,7 @@ def attention_inputs(n: int, heads: int, kv_heads: int, head_dim: int, dtype: st
   return inputs, cotangent
 
 
-def attention_pass(backward: bool, **options) -> Callable:
+def attention_pass(backward: bool, **options: Any) -> Callable:
   """Returns (inputs, cotangent, segment_ids) -> output, or the output and all gradients."""
 
   def forward(inputs, cotangent, segment_ids=None):

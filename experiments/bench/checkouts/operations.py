@@ -52,14 +52,16 @@ class Operation:
     return calls
 
 
-def time_attention(backward: bool, n: int, heads: int, head_dim: int, k: int, dtype: str):
+def time_attention(
+  backward: bool, n: int, heads: int, head_dim: int, k: int, dtype: str
+) -> Operation:
   """Returns the operation of attention."""
   attend = jax.jit(attention_pass(backward, k=k, window=k))
   inputs, cotangent = attention_inputs(n, heads, heads, head_dim, dtype)
   return Operation(lambda _: attend(inputs, cotangent), None)
 
 
-def time_training(name: str, n: int, **changes):
+def time_training(name: str, n: int, **changes: Any) -> Operation:
   """Returns the operation of a training step."""
   training = Training(sparsek.preset(name, **changes), n=n)
   return Operation(
@@ -83,7 +85,7 @@ class Generation:
     tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, (1, n))
     self.tokens = tokens.astype(np.int32)
 
-  def fill(self):
+  def fill(self) -> Any:
     """Returns the last logits and the cache after the context."""
     cache = sparsek.init_cache(self.config, 1)
     return sparsek.prefill(

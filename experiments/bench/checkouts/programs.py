@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,16 @@ _KERNEL = re.compile(r'kernel_hash = "(?:[^"\\]|\\.)*", module = "((?:[^"\\]|\\.
 _ESCAPED = re.compile(rb"\\(\\|[0-9A-F]{2})")
 
 
-def tiny(**changes):
+def tiny(**changes: Any) -> sparsek.TransformerConfig:
   """Returns a configuration of two layers, which are not scanned unless `changes` say so."""
   return sparsek.preset(
     "tiny", **{"num_layers": 2, "k": 16, "window": 16, "scan_layers": False, **changes}
   )
 
 
-def lower_step(config=None, *, apply: bool = False, **options):
+def lower_step(
+  config: sparsek.TransformerConfig | None = None, *, apply: bool = False, **options: Any
+) -> jax.stages.Lowered:
   """Returns a lowered training step.
 
   Args:
@@ -46,7 +49,7 @@ def lower_step(config=None, *, apply: bool = False, **options):
   return training.step.lower(*arguments, **chosen)
 
 
-def lower_evaluation():
+def lower_evaluation() -> jax.stages.Lowered:
   """Returns the lowered evaluation of a batch of packed documents."""
   training = Training(tiny(), n=64, batch_size=2, documents=3)
   make = find_for_step("make_eval_step")
@@ -55,20 +58,22 @@ def lower_evaluation():
   )
 
 
-def lower_diagnosis():
+def lower_diagnosis() -> jax.stages.Lowered:
   """Returns the lowered statistics of the selection."""
   training = Training(tiny(), n=64, batch_size=2, documents=3)
   make = find_for_step("make_diagnose")
   return make(training.config).lower(abstract_params(training.config), training.batch)
 
 
-def lower_init(config=None):
+def lower_init(config: sparsek.TransformerConfig | None = None) -> jax.stages.Lowered:
   """Returns the lowered initialisation of parameters."""
   make = functools.partial(sparsek.init_params, config or tiny())
   return jax.jit(make).lower(jax.random.key(0))
 
 
-def lower_generation(kind: str, config=None):
+def lower_generation(
+  kind: str, config: sparsek.TransformerConfig | None = None
+) -> jax.stages.Lowered:
   """Returns a lowered part of generation.
 
   Args:
@@ -97,7 +102,13 @@ def lower_generation(kind: str, config=None):
   return jax.jit(prefill_both).lower(params, jax.ShapeDtypeStruct((batch, 48), jnp.int32))
 
 
-def lower_attention(*, shape=(64, 4, 2, 16), dtype="float32", packed: bool = False, **options):
+def lower_attention(
+  *,
+  shape: tuple[int, int, int, int] = (64, 4, 2, 16),
+  dtype: str = "float32",
+  packed: bool = False,
+  **options: Any,
+) -> jax.stages.Lowered:
   """Returns lowered attention, forward and backward.
 
   Args:
@@ -112,7 +123,7 @@ def lower_attention(*, shape=(64, 4, 2, 16), dtype="float32", packed: bool = Fal
   return jax.jit(attend).lower(inputs, cotangent, segments)
 
 
-def lower_window():
+def lower_window() -> jax.stages.Lowered:
   """Returns lowered attention to a sliding window, forward and backward."""
   inputs, cotangent = attention_inputs(64, 4, 2, 16, "float32")
   attend = functools.partial(sparsek.sliding_window_attention, window=8, implementation="xla")
@@ -124,7 +135,7 @@ def lower_window():
   return jax.jit(both).lower(*inputs[:3], cotangent)
 
 
-def lower_operators():
+def lower_operators() -> jax.stages.Lowered:
   """Returns the lowered operator and its causal form, forward and backward."""
 
   def both(scores):

@@ -94,7 +94,7 @@ def pair_programs(name: str, before: dict, after: dict) -> ProgramPair:
     name: of the program.
     before, after: {"text", "kernels": [the text of each kernel]} or {"error"}.
   """
-  texts = [
+  old, new = [
     None
     if "error" in reply
     else "\n".join([canonical(reply["text"]), *map(canonical_kernel, reply["kernels"])])
@@ -105,7 +105,7 @@ def pair_programs(name: str, before: dict, after: dict) -> ProgramPair:
     for side, reply in (("before", before), ("after", after))
     if "error" in reply
   ]
-  return ProgramPair(name, *texts, tuple(errors))
+  return ProgramPair(name, old, new, tuple(errors))
 
 
 def program_table(pairs: Sequence[ProgramPair]) -> list[str]:
@@ -120,7 +120,7 @@ def program_table(pairs: Sequence[ProgramPair]) -> list[str]:
   for pair in pairs:
     if not pair.equal:
       lines += ["", f"{pair.name}:", *(f"  {error}" for error in pair.errors)]
-      if not pair.errors:
+      if pair.before is not None and pair.after is not None:
         lines += first_differences(pair.before, pair.after)
   return lines
 
@@ -149,8 +149,8 @@ def compare_samples(before: Sequence[float], after: Sequence[float]) -> Comparis
   rounds, generator = list(zip(before, after, strict=True)), random.Random(0)
   drawn = sorted(ratio(generator.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES))
   outside = round(0.025 * RESAMPLES)
-  medians = (1e3 * statistics.median(samples) for samples in (before, after))
-  return Comparison(*medians, ratio(rounds), drawn[outside], drawn[-1 - outside])
+  old_ms, new_ms = (1e3 * statistics.median(samples) for samples in (before, after))
+  return Comparison(old_ms, new_ms, ratio(rounds), drawn[outside], drawn[-1 - outside])
 
 
 def time_table(rows: Sequence[dict]) -> list[str]:

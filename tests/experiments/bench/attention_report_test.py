@@ -63,8 +63,8 @@ def test_break_even():
 
 def test_summary():
   lines = report.summary(ROWS)
-  found = {line["what"]: line["value"] for line in lines if line["shape"].startswith("H=2 ")}
-  assert found == {
+  result = {line["what"]: line["value"] for line in lines if line["shape"].startswith("H=2 ")}
+  assert result == {
     "time over a sliding window of 8 at 16": 2,
     "speed over dense at 16": 0.5,
     "peak memory over the sliding window's at 16": 1,

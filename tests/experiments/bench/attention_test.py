@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import attention as attention_bench
+from experiments.bench import cells
 from sparsek.attention.api import sliding_window_attention
 from sparsek.attention.operator import causal_sparsek
 
@@ -17,7 +18,7 @@ PROBLEM = attention_bench.Problem(
 
 def output(name, problem=PROBLEM):
   inputs, _ = attention_bench.make_inputs(problem)
-  return jax.jit(attention_bench.make_rival(name, problem).function)(*inputs)[0]
+  return jax.jit(attention_bench.make_baseline(name, problem).function)(*inputs)[0]
 
 
 def test_the_sliding_window_sees_as_many_keys_as_sparsek():
@@ -35,9 +36,9 @@ def test_the_sliding_window_sees_as_many_keys_as_sparsek():
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
 def test_thresholds_are_computed_with_expiry_lists_and_gradient(implementation):
   inputs, cotangents = attention_bench.make_inputs(PROBLEM)
-  rival = attention_bench.make_rival("thresholds", PROBLEM, implementation)
+  baseline = attention_bench.make_baseline("thresholds", PROBLEM, implementation)
   threshold, (expiry, lists), gradient = jax.jit(
-    attention_bench.make_pass(rival, attention_bench.BOTH)
+    attention_bench.make_pass(baseline, attention_bench.BOTH)
   )(*inputs, cotangents[3])
   select = lambda scores: causal_sparsek(scores, 6, delay=5)
   truth, pull = jax.vjp(lambda scores: select(scores).threshold, inputs[3])
@@ -51,49 +52,48 @@ def test_thresholds_are_computed_with_expiry_lists_and_gradient(implementation):
 @pytest.mark.parametrize("name, gradients", [("sparsek", 4), ("dense", 3)])
 def test_both_directions_give_the_output_and_the_gradients_of_all_that_is_read(name, gradients):
   inputs, cotangents = attention_bench.make_inputs(PROBLEM)
-  rival = attention_bench.make_rival(name, PROBLEM, "reference")
-  out, _, found = jax.jit(attention_bench.make_pass(rival, attention_bench.BOTH))(
+  baseline = attention_bench.make_baseline(name, PROBLEM, "reference")
+  out, _, result = jax.jit(attention_bench.make_pass(baseline, attention_bench.BOTH))(
     *inputs, cotangents[0]
   )
 
   def loss(*inputs):
-    out = rival.function(*inputs)[0]
+    out = baseline.function(*inputs)[0]
     return jnp.sum(out * cotangents[0]), out
 
-  truth, truth_out = jax.jit(jax.grad(loss, argnums=rival.argnums, has_aux=True))(*inputs)
+  truth, truth_out = jax.jit(jax.grad(loss, argnums=baseline.argnums, has_aux=True))(*inputs)
   np.testing.assert_allclose(out, truth_out, rtol=1e-4, atol=1e-5)
-  assert len(found) == len(truth) == gradients
-  for x, y in zip(found, truth):
+  assert len(result) == len(truth) == gradients
+  for x, y in zip(result, truth):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_rivals_are_chosen_by_device_length_and_wish(monkeypatch):
+def test_baselines_are_chosen_by_device_length_and_wish(monkeypatch):
   problem = dataclasses.replace(PROBLEM, n=8192, dtype="bfloat16")
   chosen = lambda *args, **kwargs: (
-    attention_bench.choose_rivals([problem], *args, **kwargs)[0].rivals
+    attention_bench.choose_baselines([problem], *args, **kwargs)[0].baselines
   )
   monkeypatch.setattr(attention_bench, "on_nvidia_gpu", lambda: False)
   monkeypatch.setattr(attention_bench.devices, "hopper_refusal", lambda query: "there is no GPU")
   # sparsek is xla here, and dense would not fit
   assert chosen() == ("sparsek", "sliding_window", "thresholds")
-  assert chosen(implementation="reference", max_dense=8192) == attention_bench.RIVALS
+  assert chosen(implementation="reference", max_dense=8192) == attention_bench.BASELINES
   assert chosen(("xla", "dense")) == ("xla",)
-  assert attention_bench.make_rival("dense", problem).label == "XLA dense"
-  assert [attention_bench.make_rival("sparsek", problem, x).label for x in (None, "reference")] == [
-    "sparsek, xla",
-    "sparsek, reference",
-  ]
+  assert attention_bench.make_baseline("dense", problem).label == "XLA dense"
+  assert [
+    attention_bench.make_baseline("sparsek", problem, x).label for x in (None, "reference")
+  ] == ["sparsek, xla", "sparsek, reference"]
   monkeypatch.setattr(attention_bench, "on_nvidia_gpu", lambda: True)
   monkeypatch.setattr(attention_bench.devices, "hopper_refusal", lambda query: None)
-  assert attention_bench.make_rival("sparsek", problem).label == "sparsek, mosaic_gpu"
-  assert chosen() == attention_bench.RIVALS
+  assert attention_bench.make_baseline("sparsek", problem).label == "sparsek, mosaic_gpu"
+  assert chosen() == attention_bench.BASELINES
   assert chosen(implementation="xla", max_dense=8191) == ("sparsek", "sliding_window", "thresholds")
   assert chosen(max_xla=4096) == ("sparsek", "sliding_window", "dense", "thresholds")
   assert [
-    attention_bench.make_rival(name, problem).label for name in ("dense", "sliding_window")
+    attention_bench.make_baseline(name, problem).label for name in ("dense", "sliding_window")
   ] == ["cuDNN dense", "cuDNN window"]
   # cuDNN takes no float32
-  assert attention_bench.make_rival("sliding_window", PROBLEM).label == "XLA window"
+  assert attention_bench.make_baseline("sliding_window", PROBLEM).label == "XLA window"
 
 
 def test_headline_holds_the_shapes_behind_the_goals():
@@ -104,9 +104,9 @@ def test_headline_holds_the_shapes_behind_the_goals():
     if problem.scores == "normal" and (problem.kv_heads, problem.head_dim) == (16, 128)
   }
   assert {4096, 32768, 131072} < set(main) and all(
-    {"sparsek", "sliding_window", "dense"} <= set(problem.rivals) for problem in main.values()
+    {"sparsek", "sliding_window", "dense"} <= set(problem.baselines) for problem in main.values()
   )
-  assert {"thresholds", "xla"} < set(main[32768].rivals)
+  assert {"thresholds", "xla"} < set(main[32768].baselines)
   assert [(p.scores, p.heads, p.kv_heads, p.head_dim) for p in problems if p.n == 32768][1:] == [
     ("rising", 16, 16, 128),
     ("falling", 16, 16, 128),
@@ -121,7 +121,7 @@ def test_headline_holds_the_shapes_behind_the_goals():
     (16, 4, 2, 8, "rising"),
     (16, 4, 2, 8, "falling"),
   ]
-  assert small[0].rivals == attention_bench.RIVALS
+  assert small[0].baselines == attention_bench.BASELINES
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_headline_holds_the_shapes_behind_the_goals():
     (jax.errors.JaxRuntimeError(""), "JaxRuntimeError: "),
   ],
 )
-def test_what_fails_is_told_and_the_rest_goes_on(error, why):
+def test_failures_are_told_and_the_rest_goes_on(error, why):
   calls = []
 
   def bad():
@@ -154,16 +154,16 @@ def test_what_fails_is_told_and_the_rest_goes_on(error, why):
     if len(calls) > 3:
       raise error
 
-  cells = [attention_bench.Cell(bad, ()), attention_bench.Cell(lambda: calls.append("good"), ())]
-  assert list(attention_bench.run_rounds(cells, 4, 60)) == [1, 2, 3, 4]
+  bad_and_good = [cells.Cell(bad, ()), cells.Cell(lambda: calls.append("good"), ())]
+  assert list(cells.run_rounds(bad_and_good, 4, 60)) == [1, 2, 3, 4]
   # there and back, without the one that failed
   assert calls == ["bad", "good", "good", "bad", "good", "good"]
-  assert cells[0].record() == {"failed": why, "mib": None}
-  assert cells[1].record()["rounds"] == 4 and cells[1].record()["ms"] >= 0
+  assert bad_and_good[0].record() == {"failed": why, "mib": None}
+  assert bad_and_good[1].record()["rounds"] == 4 and bad_and_good[1].record()["ms"] >= 0
 
 
 def test_a_bug_is_not_hidden():
-  cell = attention_bench.Cell(lambda: None + 1, ())
+  cell = cells.Cell(lambda: None + 1, ())
   with pytest.raises(TypeError):
     cell.attempt(cell.sample)
 
@@ -182,29 +182,29 @@ def clock(monkeypatch):
       return self.now
 
   clock = Clock()
-  monkeypatch.setattr(attention_bench, "time", clock)
+  monkeypatch.setattr(cells, "time", clock)
   return clock
 
 
 def test_rounds_end_in_time(clock):
-  cell = attention_bench.Cell(lambda: clock.sleep(1), ())
-  assert list(attention_bench.run_rounds([cell], 100, 3.5)) == [1, 2, 3]
-  assert list(attention_bench.run_rounds([cell], 100, 0)) == [1]  # one always
+  cell = cells.Cell(lambda: clock.sleep(1), ())
+  assert list(cells.run_rounds([cell], 100, 3.5)) == [1, 2, 3]
+  assert list(cells.run_rounds([cell], 100, 0)) == [1]  # one always
 
 
 def test_samples_last_long_enough(clock):
-  cell = attention_bench.Cell(lambda: clock.sleep(0.001), ())
+  cell = cells.Cell(lambda: clock.sleep(0.001), ())
   cell.calibrate(0.01)
   assert cell.inner == 11
   cell.sample()
   assert cell.seconds == [pytest.approx(0.001)]
-  endless = attention_bench.Cell(lambda: None, ())
+  endless = cells.Cell(lambda: None, ())
   endless.calibrate(0)
   assert endless.inner == 1
 
 
 def test_rows(monkeypatch):
-  """Two families of scores and a rival without memory: one row a family, and what reads no scores
+  """Two families of scores and a baseline without memory give a row a family; what reads no scores
   is timed once for both.
   """
 
@@ -213,11 +213,11 @@ def test_rows(monkeypatch):
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", dense)
   problems = [
-    dataclasses.replace(PROBLEM, rivals=("sparsek", "sliding_window", "dense"), scores=scores)
+    dataclasses.replace(PROBLEM, baselines=("sparsek", "sliding_window", "dense"), scores=scores)
     for scores in ("normal", "rising")
   ]
   said = []
-  (_, first), (done, rows) = attention_bench.measure(
+  (_, first), (done, rows) = attention_bench.time_problems(
     problems, rounds=2, sample_seconds=0, say=said.append
   )
   assert done == 2 and len(said) == 5 and [row["scores"] for row in rows] == ["normal", "rising"]
@@ -245,11 +245,11 @@ def test_rows(monkeypatch):
 
 
 def test_errors_are_those_of_rounding():
-  found = attention_bench.errors(
-    dataclasses.replace(PROBLEM, heads=4, kv_heads=2, dtype="bfloat16", rivals=("sparsek",))
+  result = attention_bench.errors(
+    dataclasses.replace(PROBLEM, heads=4, kv_heads=2, dtype="bfloat16", baselines=("sparsek",))
   )
-  assert not found["failed"] and list(found["relative"]) == ["sparsek", "rounding alone"]
-  ours, rounding = found["relative"].values()
+  assert not result["failed"] and list(result["relative"]) == ["sparsek", "rounding alone"]
+  ours, rounding = result["relative"].values()
   assert (
     list(ours) == ["out", "dquery", "dkey", "dvalue", "dscores"]
     and ours["dscores"] < 1e-5
@@ -265,7 +265,7 @@ def test_errors_are_those_of_rounding():
 @pytest.mark.parametrize(
   "n, heads, kv_heads, head_dim", [(1000, 16, 16, 128), (2048, 32, 8, 128), (300, 4, 4, 64)]
 )
-def test_cudnn_rivals_attend_to_what_they_say(n, heads, kv_heads, head_dim):
+def test_cudnn_baselines_attend_to_what_they_say(n, heads, kv_heads, head_dim):
   """With k + window = 512: cuDNN's sliding window and dense attention are those of our own XLA
   implementation, gradients too.
   """
@@ -274,21 +274,21 @@ def test_cudnn_rivals_attend_to_what_they_say(n, heads, kv_heads, head_dim):
   )
   inputs, cotangents = attention_bench.make_inputs(problem)
   for name, window in (("sliding_window", 512), ("dense", n)):
-    rival = attention_bench.make_rival(name, problem)
-    assert rival.label.startswith("cuDNN")
+    baseline = attention_bench.make_baseline(name, problem)
+    assert baseline.label.startswith("cuDNN")
     ours = dataclasses.replace(
-      rival,
+      baseline,
       function=lambda query, key, value, scores: (
         sliding_window_attention(query, key, value, window=window),
         (),
       ),
     )
-    found, truth = (
+    result, truth = (
       jax.tree.leaves(
         jax.jit(attention_bench.make_pass(x, attention_bench.BOTH))(*inputs, cotangents[0])
       )
-      for x in (rival, ours)
+      for x in (baseline, ours)
     )
-    for x, y in zip(found, truth):
+    for x, y in zip(result, truth):
       x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
       assert np.linalg.norm(x - y) < 0.01 * np.linalg.norm(y)

@@ -30,7 +30,7 @@ CONFIG = TransformerConfig(
 
 
 def row(n, batch_size=1, what="decode", **milliseconds):
-  found = lambda ms: (
+  result = lambda ms: (
     {"failed": ms}
     if isinstance(ms, str)
     else {"ms": ms, "tokens_per_second": 1e3 * batch_size / ms, "cache_bytes": 2**20}
@@ -44,7 +44,7 @@ def row(n, batch_size=1, what="decode", **milliseconds):
     "window": 5,
     "gate": "value",
     "weights_ms": 0.5,
-    "rivals": {kind: found(ms) for kind, ms in milliseconds.items()},
+    "rivals": {kind: result(ms) for kind, ms in milliseconds.items()},
   }
 
 
@@ -97,7 +97,7 @@ def test_extending_a_record():
       x["what"],
       x["batch_size"],
       x["n"],
-      {kind: found.get("ms") for kind, found in x["rivals"].items()},
+      {kind: result.get("ms") for kind, result in x["rivals"].items()},
     )
     for x in merged
   ] == [
@@ -159,7 +159,7 @@ def test_measuring(monkeypatch):
     decoding_bench.Job(CONFIG, 12, 1, "prefill"),
   ]
   said = []
-  others = decoding_bench.measure_transformers(jobs, ("transformers", "full"), 500, 3, said.append)
+  others = decoding_bench.time_transformers(jobs, ("transformers", "full"), 500, 3, said.append)
   assert others == {
     0: {
       "ms": 200.0,
@@ -173,10 +173,10 @@ def test_measuring(monkeypatch):
     },
     1: {"failed": "out of memory", "cache_bytes": 960},
   }
-  assert list(decoding_bench.measure(jobs[:1], ("transformers",), others={0: others[0]}))[0][1][0][
-    "rivals"
-  ] == {"transformers": others[0]}
-  *_, (done, rows) = decoding_bench.measure(
+  assert list(decoding_bench.time_jobs(jobs[:1], ("transformers",), others={0: others[0]}))[0][1][
+    0
+  ]["rivals"] == {"transformers": others[0]}
+  *_, (done, rows) = decoding_bench.time_jobs(
     jobs,
     ("sparsek", "full", "transformers"),
     rounds=1,
@@ -188,9 +188,9 @@ def test_measuring(monkeypatch):
     ["full", "sparsek"]
   ]
   ours = [row["rivals"]["sparsek"] for row in rows]
-  assert all(found["inner"] * decoding_bench.AHEAD <= decoding_bench.ROOM for found in ours[:2]), (
-    "a full layer's rows have room for no more"
-  )
+  assert all(
+    result["inner"] * decoding_bench.AHEAD <= decoding_bench.ROOM for result in ours[:2]
+  ), "a full layer's rows have room for no more"
   assert (
     ours[0]["cache_bytes"]
     == ours[1]["cache_bytes"]
@@ -198,10 +198,10 @@ def test_measuring(monkeypatch):
     < rows[0]["rivals"]["full"]["cache_bytes"] + 9999
   )
   assert all(
-    found["ms"] > 0 and found["tokens_per_second"] > 0
+    result["ms"] > 0 and result["tokens_per_second"] > 0
     for row in rows
-    for found in row["rivals"].values()
-    if "failed" not in found
+    for result in row["rivals"].values()
+    if "failed" not in result
   )
   assert ours[0]["tokens_per_second"] == pytest.approx(
     2e3 / ours[0]["ms"]
@@ -213,7 +213,7 @@ def test_measuring(monkeypatch):
 def test_too_little_memory_is_told(monkeypatch):
   monkeypatch.setattr(decoding_bench, "cache_bytes", lambda cache: 2**60)
   monkeypatch.setattr(decoding_bench.math, "inf", 2.0**40)
-  *_, (_, rows) = decoding_bench.measure(
+  *_, (_, rows) = decoding_bench.time_jobs(
     [decoding_bench.Job(CONFIG, 9)], ("full",), rounds=1, seconds=1
   )
   assert (

@@ -25,7 +25,7 @@ CONFIG = TransformerConfig(
 
 
 def row(n, **speeds):
-  found = lambda speed: (
+  result = lambda speed: (
     {"failed": speed}
     if isinstance(speed, str)
     else {
@@ -45,7 +45,7 @@ def row(n, **speeds):
     "k": 3,
     "window": 5,
     "remat": "none",
-    "rivals": {kind: found(speed) for kind, speed in speeds.items()},
+    "rivals": {kind: result(speed) for kind, speed in speeds.items()},
   }
 
 
@@ -68,10 +68,10 @@ def test_summary():
 
 def test_rows_with_the_loss_of_scorers_are_told_apart():
   rows = [*ROWS, {**row(64, sparsek=45.0, sliding_window=1.0), "scorer_loss": 1.0}]
-  found = {line["what"]: line["value"] for line in training_step_report.summary(rows)}
+  result = {line["what"]: line["value"] for line in training_step_report.summary(rows)}
   assert (
-    found["tokens/s with the scorers' loss over those without at 64"] == 0.5
-    and found["tokens/s over those of sliding window 8 at 64"] == 0.75
+    result["tokens/s with the scorers' loss over those without at 64"] == 0.5
+    and result["tokens/s over those of sliding window 8 at 64"] == 0.75
   )
   assert sum("sparsek, scorers' loss" in line for line in training_step_report.table(rows)) == 1
   both = [{**row(64, sparsek=45.0, full=9.0), "scorer_loss": 1.0}]
@@ -125,14 +125,14 @@ def test_transformers_in_a_process_of_its_own(monkeypatch):
     "job['model']['hidden_size'], 'compile_seconds': 9, "
     "'k': job['compile']}))"
   )
-  found = training_step_bench.measure_transformers(
+  result = training_step_bench.time_transformers(
     [job, training_step_bench.Job(CONFIG, 99)],
     ("transformers_layers", "full"),
     50,
     3,
     lambda text: None,
   )
-  assert found == {
+  assert result == {
     (0, "transformers_layers"): {
       "ms": 200.0,
       "fastest": 100.0,
@@ -144,8 +144,8 @@ def test_transformers_in_a_process_of_its_own(monkeypatch):
       "k": "layers",
     }
   }
-  ((_, rows),) = training_step_bench.measure(
-    [job], ("transformers_layers",), rounds=1, others=found
+  ((_, rows),) = training_step_bench.time_jobs(
+    [job], ("transformers_layers",), rounds=1, others=result
   )
   assert rows[0]["rivals"]["transformers_layers"]["tokens_per_second"] == pytest.approx(
     12 / 0.2
@@ -185,7 +185,7 @@ def test_a_kind_that_cannot_run_leaves_the_others_alone(monkeypatch):
   def fail():
     raise RuntimeError("no such kernel")
 
-  ((done, rows),) = training_step_bench.measure(
+  ((done, rows),) = training_step_bench.time_jobs(
     [training_step_bench.Job(CONFIG, 12, documents=2)], ("sparsek", "full"), rounds=1
   )
   assert (

@@ -1,4 +1,4 @@
-"""The table and the picture of rivals, against numbers worked out by hand."""
+"""The table and the picture of baselines, against numbers worked out by hand."""
 
 import math
 
@@ -16,11 +16,11 @@ def result(text, mixed, right=None):
   asked = (
     [] if right is None else [{"task": "passkey", "length": 2048, "right": right, "total": 10}]
   )
-  found = {
+  results = {
     "256": {"loss": text, "buckets": buckets},
     "1024": {"loss": text + 2, "buckets": buckets},
   }
-  return {"loss": found, "mixed_loss": {"5": 9.0, "10": mixed}, "tasks": asked}
+  return {"loss": results, "mixed_loss": {"5": 9.0, "10": mixed}, "tasks": asked}
 
 
 RUNS = {

@@ -1,0 +1,231 @@
+"""The page docs/results.md, made from the records: `python -m experiments.reports.results_page`."""
+
+import argparse
+import dataclasses
+import os
+import textwrap
+from collections.abc import Callable
+
+from experiments import script
+from experiments.reports import records
+from experiments.reports import results_sections as sections
+from sparsek.storage import files
+
+PAGE = os.path.join(os.path.dirname(records.FOLDER), "..", "docs", "results.md")
+HEAD = """# Results
+
+The tables behind the figures of the README and of the other documents, each with its record and the
+command that made it. This page is generated: `python -m experiments.reports.results_page` writes it
+from the records in [experiments/results](../experiments/results/README.md), whose index says on
+what device and at which commit each was made. "±" is a standard error over seeds; losses are in
+nats a token, unless the text says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A part of the page.
+
+  Attributes:
+    title: its heading.
+    text: what was done, a paragraph.
+    records: names of the files in experiments/results.
+    command: that made them.
+    lines: (content of each record) -> lines of the tables below the text.
+  """
+
+  title: str
+  text: str
+  records: tuple[str, ...]
+  command: str
+  lines: Callable[..., list[str]]
+
+  def page(self) -> list[str]:
+    """Returns the lines of the section."""
+    links = ", ".join(f"[{name}](../experiments/results/{name})" for name in self.records)
+    content = self.lines(*map(records.load, self.records))
+    made = f"{'Record' if len(self.records) == 1 else 'Records'}: {links}, by `{self.command}`."
+    return ["", f"## {self.title}", "", *_wrapped(self.text), "", *content, "", *_wrapped(made)]
+
+
+def _wrapped(text: str) -> list[str]:
+  return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+SECTIONS = (
+  Section(
+    "Speed of attention",
+    "One H100, forward and backward together, k = window = 512, bfloat16, batch 1; thresholds, "
+    "lists and gradients of the scores included. Medians of rounds in which all are timed in turn. "
+    'First 16 heads of 128, then all shapes: "rising" scores let each token enter the selection, '
+    '"falling" ones none after the first.',
+    ("attention_h100.json",),
+    "python -m experiments.benchmark --suite=headline --lengths=4096,8192,32768,131072",
+    sections.attention,
+  ),
+  Section(
+    "Speed of training",
+    "One H100, whole optimizer steps of a model of 110 million parameters, 12 heads of 64, "
+    "bfloat16, one row a step, without the scorers' loss, in tokens per second. The row of 262144 "
+    "tokens is trained with `--remat=attention`.",
+    ("train_h100.json", "train_h100_packed.json", "train_h100_scorer_loss.json"),
+    "python -m experiments.benchmark --suite=train --preset=gpt2_small --scorer_loss=0 "
+    "--lengths=32768,131072",
+    sections.training,
+  ),
+  Section(
+    "Speed of generation",
+    "One H100, a model of 969 million parameters in bfloat16, k = window = 512: milliseconds a "
+    "token after contexts of many lengths, all rows together. Transformers' Llama of the same "
+    "size uses its default cache.",
+    ("decode_h100.json",),
+    "python -m experiments.benchmark --suite=decode --k=512 --window=512",
+    sections.decoding,
+  ),
+  Section(
+    "Time and memory on a CPU",
+    "Plain XLA, float32, 2 heads of 64 on one of keys, k = window = 128, forward and backward "
+    "together.",
+    ("linear_cpu.json",),
+    "python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128",
+    sections.linear,
+  ),
+  Section(
+    "Kernels for TPUs",
+    "Read from compiled executables, forward and backward: bytes moved and FLOPs over those of "
+    "splash attention with a window of the same budget. Nothing here was timed.",
+    ("attention_tpu_compiled.json",),
+    "python -m tests.kernels.tpu.compiler",
+    sections.tpu,
+  ),
+  Section(
+    "Kinds of attention at the same budget",
+    "A dense model of 32.5 million parameters learns from 98 million tokens in rows of 2048, then "
+    "each kind goes on from it for 16.4 million tokens in rows of 8192. Three seeds a round; "
+    "held-out loss above full attention's, of text and of text with answers, and right answers in "
+    "documents of 4096 tokens, at least 1024 back. The first round is summarised.",
+    ("baselines.json", "baselines_first.json"),
+    "python -m experiments.recipes.baselines",
+    sections.baselines,
+  ),
+  Section(
+    "The layout from the start",
+    "The same model with windows of 256 in five layers and full attention in the last from its "
+    "first step on, then in rows of 8192 one of these in the last layer. Three seeds; losses above "
+    "full attention's.",
+    ("baselines_local.json",),
+    'python -m experiments.recipes.baselines --only="^dense_s|(^|_)full(_s|$)|(^|_)local"',
+    sections.layouts,
+  ),
+  Section(
+    "k and window",
+    "The same model, every layer alike, from one dense start; loss of text with answers.",
+    ("baselines_grid.json",),
+    "python -m experiments.ablate --base=experiments/recipes/baselines_tune.flags",
+    sections.grid,
+  ),
+  Section(
+    "The budget in one of six layers",
+    'One seed, with the defaults of the time. "fourth": the fourth layer has most of the budget, '
+    '"third_and_sixth": these two share it. "mix": text and answers.',
+    ("baselines_allocation.json",),
+    "python -m experiments.recipes.baselines",
+    sections.runs,
+  ),
+  Section(
+    "Masks inside the softmax",
+    "An earlier round of the same recipe, summarised: two gates that have been removed since. "
+    '"mix": text and answers.',
+    ("baselines_gates.json",),
+    "python -m experiments.recipes.baselines",
+    sections.gates,
+  ),
+  Section(
+    "One letter worth keeping",
+    "A model of two layers, whose text has one capital letter that comes again and again; nats a "
+    "letter.",
+    ("scorer_letters.json",),
+    "python -m experiments.ablate --base=experiments/recipes/scorer_letters.flags",
+    sections.grid,
+  ),
+  Section(
+    "Bytes from scratch",
+    'Models at the demo\'s size, 256 bytes of source text a row; nats a byte. "loss": with the '
+    "scorers' loss.",
+    ("scorer_bytes.json",),
+    "python -m experiments.ablate --base=experiments/recipes/scorer_bytes.flags",
+    sections.grid,
+  ),
+  Section(
+    "33 million tokens from scratch",
+    "Models of 16 million parameters in rows of 4096 tokens, half of them of tasks: no kind uses "
+    "distance yet.",
+    ("scorer_4k_33m.json",),
+    "python -m experiments.pretrain",
+    sections.from_scratch,
+  ),
+  Section(
+    "SmolLM2-135M converted",
+    "Rows of 8192 tokens, 1024 keys a query, of which SPARSEK chooses 256: before any training (of "
+    "SPARSEK: after its scorers' warm-up), after 5.2 million tokens of documents, and after 2.0 "
+    "million more that need recall. Needles are among 16, at 8192 tokens, at least 1024 back. "
+    "Three seeds.",
+    ("smollm2_convert.json",),
+    "python -m experiments.recipes.smollm2_convert --examples=60",
+    sections.conversion,
+  ),
+  Section(
+    "Which layers need distance",
+    "SmolLM2-135M: the rise of the loss when a layer alone sees 128 of 2048 tokens; the eight "
+    "layers that need more most, counted from 0.",
+    ("smollm2_reach.json",),
+    "python -m experiments.layer_reach --seq_len=2048 --eval_batches=4 --window=128 --budget=256 "
+    "--long_layers=6",
+    sections.reach,
+  ),
+  Section(
+    "Logits beside transformers",
+    "SmolLM2-135M-Instruct in float32: the largest differences of logits.",
+    ("smollm2.json",),
+    "python -m experiments.recipes.smollm2 --folder=data/smollm2",
+    sections.parity,
+  ),
+  Section(
+    "Decoding beside the parallel forward",
+    "A small model on a CPU: logits of tokens that are fed in chunks or one by one, in standard "
+    "deviations of the logits.",
+    ("long_decode.json", "long_decode_1m.json"),
+    "python -m tests.generation.long_decode",
+    sections.long_decode,
+  ),
+  Section(
+    "The demo",
+    "240 steps on source text on a CPU, held-out loss in nats a byte in rows of 1024.",
+    ("demo.jsonl",),
+    "make demo",
+    sections.demo,
+  ),
+)
+
+
+def page() -> str:
+  """Returns the whole page."""
+  return "\n".join([HEAD, *(line for section in SECTIONS for line in section.page())]) + "\n"
+
+
+def main(options: argparse.Namespace) -> None:
+  """Writes the page."""
+  files.save(options.path, page())
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the script's argument."""
+  parser = script.parser(__doc__)
+  default = os.path.relpath(PAGE)
+  parser.add_argument(
+    "path", nargs="?", default=default, type=script.output, metavar="FILE", help="to write"
+  )
+  return parser
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())

@@ -1,0 +1,307 @@
+"""The tables of the sections of docs/results.md: pure functions of records."""
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+
+from experiments.bench.attention_report import figure, number, quotient
+from experiments.reports import baselines_report
+from experiments.reports import results_tables as tables
+from experiments.reports.results_tables import markdown, nats, percent, with_error
+
+GRID_CELL = re.compile(r"(?P<kind>[a-z_]+)(-k(?P<k>\d+))?(-w(?P<window>\d+))?.*-s\d+")
+
+
+def attention(record: Mapping) -> list[str]:
+  """Returns the tables of attention: the headline, then all shapes and scores."""
+  rows = record["rows"]
+  at = rows[len(tables.headline_rows(record)) :]
+  lines = []
+  for row in [*tables.headline_rows(record).values(), *at]:
+    ours, window, dense = (figure(row, name) for name in ("sparsek", "sliding_window", "dense"))
+    lines.append(
+      [
+        f"{row['heads']} heads, {row['kv_heads']} of keys, width {row['head_dim']}",
+        row["scores"],
+        str(row["n"]),
+        number(ours),
+        number(window),
+        number(quotient(ours, window)),
+        number(quotient(dense, ours)),
+        number(
+          quotient(figure(row, "sparsek", what="mib"), figure(row, "sliding_window", what="mib"))
+        ),
+      ]
+    )
+  head = ["shape", "scores", "tokens", "sparsek, ms", "window, ms", "time / window"]
+  head += ["speed / dense", "memory / window"]
+  return [*tables.attention_speed(record), "", *markdown(head, lines)]
+
+
+def training(record: Mapping, packed: Mapping, scorer_loss: Mapping) -> list[str]:
+  """Returns the tables of training steps, and what packing and the scorers' loss cost."""
+  speeds = tables.training_speed(record)
+  rows = [
+    [
+      str(row["n"]),
+      *(
+        "" if (share := row["rivals"].get(kind, {}).get("mfu")) is None else percent(share, 1)
+        for kind in tables.TRAINING_LABELS
+      ),
+    ]
+    for row in record["rows"]
+  ]
+  speed = lambda row: row["rivals"]["sparsek"]["tokens_per_second"]
+  one, eight = packed["rows"]
+  without, with_loss = scorer_loss["rows"]
+  return [
+    *speeds,
+    "",
+    "Model FLOPs utilization, of the attention that is computed:",
+    "",
+    *markdown(["tokens a row", *tables.TRAINING_LABELS.values()], rows),
+    "",
+    f"With {eight['documents']} documents in a row of {eight['n']} tokens a step takes "
+    f"{speed(one) / speed(eight):.3f} times as long as with one. With the scorers' loss "
+    f"{speed(with_loss):,.0f} tokens per second, without it {speed(without):,.0f}.",
+  ]
+
+
+def decoding(record: Mapping) -> list[str]:
+  """Returns the tables of tokens and of prompts."""
+  prompts = [row for row in record["rows"] if row["what"] == "prefill"]
+  ms = lambda row, kind: row["rivals"][kind].get("ms")
+  lines = [
+    [
+      str(row["n"]),
+      number(ms(row, "sparsek")),
+      number(ms(row, "full")),
+      number(quotient(ms(row, "full"), ms(row, "sparsek"))),
+    ]
+    for row in prompts
+  ]
+  return [
+    *tables.decoding_speed(record),
+    "",
+    f"Reading the weights once would take {number(record['rows'][0]['weights_ms'])} ms. Prompts, "
+    "in milliseconds:",
+    "",
+    *markdown(["tokens", "SPARSEK", "full attention", "speed / full"], lines),
+  ]
+
+
+def linear(record: Mapping) -> list[str]:
+  """Returns the table of time and memory on a CPU."""
+  kinds = ("sparsek", "sliding_window", "dense")
+  return markdown(
+    ["tokens", *(f"{kind.replace('_', ' ')}, ms" for kind in kinds), "sparsek, MiB"],
+    [
+      [
+        str(row["n"]),
+        *(number(figure(row, kind)) for kind in kinds),
+        number(figure(row, "sparsek", what="mib")),
+      ]
+      for row in record["rows"]
+    ],
+  )
+
+
+def tpu(record: Mapping) -> list[str]:
+  """Returns the table of bytes and FLOPs beside splash attention."""
+  shape = ("chip", "n", "heads", "key_heads", "head_dim")
+  return markdown(
+    ["chip", "tokens", "heads", "heads of keys", "width", "bytes / splash", "FLOPs / splash"],
+    [
+      [*(str(row[name]) for name in shape)]
+      + [f"{row['bytes_over_splash']:.2f}", f"{row['flops_over_splash']:.2f}"]
+      for row in record["rows"]
+    ],
+  )
+
+
+def _differences(runs: Mapping, name: str) -> list[str]:
+  """Returns the loss of a kind minus that of each other kind of its budget, over shared starts."""
+  return ["", *baselines_report.differences(runs, name).splitlines()]
+
+
+def baselines(record: Mapping, first: Mapping) -> list[str]:
+  """Returns the tables of all kinds of attention, over both rounds."""
+  runs = baselines_report.pool([record["runs"], first["runs"]])
+  names = [name for name in runs if re.fullmatch(r"sparsek_\d+(_last)?", name)]
+  return [
+    f"Full attention: {_loss(record['runs']['full'])}.",
+    "",
+    *tables.baselines(record),
+    *_far(record["runs"]),
+    "",
+    "Over both rounds, the share of the gap between a sliding window and full attention, with",
+    "answers, that each kind closes in each start (round.seed):",
+    "",
+    *baselines_report.by_start(runs).splitlines(),
+    "",
+    'Over both rounds, differences between runs that share their start ("mix": text and answers):',
+    *(line for name in sorted(names) for line in _differences(runs, name)),
+  ]
+
+
+def _loss(run: Mapping) -> str:
+  """Returns the losses of a run as a phrase."""
+  text, mix = (
+    with_error(*baselines_report.mean_and_error(baselines_report.losses(run, length).values()))
+    for length in (None, "mixed")
+  )
+  return f"{text} on text, {mix} with answers"
+
+
+def loss_beyond(run: Mapping, first: int = 16384, length: str = "32768") -> float | None:
+  """Returns the mean loss of the tokens from position `first` on in rows of some length."""
+  losses = [
+    bucket["loss"]
+    for result in run["seeds"].values()
+    for bucket in result["loss"].get(length, {"buckets": []})["buckets"]
+    if bucket["first"] == first
+  ]
+  return statistics.fmean(losses) if losses else None
+
+
+def _far(runs: Mapping) -> list[str]:
+  losses = {name: loss_beyond(run) for name, run in runs.items()}
+  rows = [[name, nats(loss)] for name, loss in losses.items() if loss is not None]
+  text = (
+    "Loss of the tokens beyond 16384 in rows of 32768, four times as long as those of training:"
+  )
+  return ["", text, "", *markdown(["run", "loss"], rows)]
+
+
+def layouts(record: Mapping) -> list[str]:
+  """Returns the tables of models that have the layout from the start."""
+  runs = record["runs"]
+  names = ("sparsek_512_local", "sparsek_1024_local")
+  return [
+    f"Full attention in every layer: {_loss(runs['full'])}.",
+    "",
+    *tables.layouts(record),
+    *(line for name in names for line in _differences(runs, name)),
+    *_far(runs),
+  ]
+
+
+def _last(cell: Mapping) -> float:
+  return list(cell["heldout_loss"].values())[-1]
+
+
+def grid(record: Mapping) -> list[str]:
+  """Returns the losses of a grid, a row for each setting, best first."""
+  losses: dict[tuple, list[float]] = {}
+  for cell in record["cells"]:
+    match = GRID_CELL.fullmatch(cell["cell"])
+    assert match, cell["cell"]
+    key = (match["kind"], match["k"] or "", match["window"] or "", cell["grid"])
+    losses.setdefault(key, []).append(_last(cell))
+  grids = {grid for *_, grid in losses}
+  rows = []
+  for (kind, k, window, grid), values in losses.items():
+    name = f"{kind} ({grid})" if len(grids) > 1 else kind
+    mean, error = baselines_report.mean_and_error(values)
+    rows.append((mean, [name, k, window, str(len(values)), with_error(mean, error)]))
+  return markdown(["attention", "k", "window", "seeds", "loss"], [row for _, row in sorted(rows)])
+
+
+def runs(record: Mapping) -> list[str]:
+  """Returns the table of all runs of a record."""
+  return baselines_report.table(record["runs"]).splitlines()
+
+
+def gates(record: Mapping) -> list[str]:
+  """Returns the differences between gates."""
+  return baselines_report.differences(record["runs"], "sparsek_512").splitlines()
+
+
+def from_scratch(record: Mapping) -> list[str]:
+  """Returns the losses of models that learn from scratch in long rows."""
+  return markdown(
+    ["run", "text", "text and answers"],
+    [
+      [name, nats(run["text_loss"]), nats(list(run["heldout_loss"].values())[-1])]
+      for name, run in record["runs"].items()
+    ],
+  )
+
+
+def conversion(record: Mapping) -> list[str]:
+  """Returns the tables of the conversion of SmolLM2."""
+  kinds = ("dense", "sparsek", "hybrid", "sinks", "random", "window", "strided", "linear")
+  stages = (("", "before"), ("tuned", "trained"), ("recall", "trained for recall"))
+  losses, answers = [], []
+  for kind in kinds:
+    losses.append(
+      [kind, *(with_error(*tables.conversion_loss(record, kind, stage), 4) for stage, _ in stages)]
+    )
+    shares = [
+      tables.conversion_answers(record, kind, task, length)
+      for task in ("passkey", "needle")
+      for length in (4096, 8192, 16384)
+    ]
+    answers.append([kind, *("" if share is None else percent(share) for share in shares)])
+  head = [f"{task} {length}" for task in ("passkey", "needle") for length in (4096, 8192, 16384)]
+  return [
+    *tables.conversion(record),
+    "",
+    "The same losses with their errors, and of further kinds:",
+    "",
+    *markdown(["attention", *(name for _, name in stages)], losses),
+    "",
+    "Right answers after training for recall:",
+    "",
+    *markdown(["attention", *head], answers),
+  ]
+
+
+def reach(record: Mapping) -> list[str]:
+  """Returns the layers that need distance most."""
+  total = sum(record["rises"])
+  return markdown(
+    ["layer", "rise of the loss", "share of all rises"],
+    [
+      [str(layer), nats(rise, 4), percent(rise / total)]
+      for rise, layer in sorted(((x, i) for i, x in enumerate(record["rises"])), reverse=True)[:8]
+    ],
+  )
+
+
+def parity(record: Mapping) -> list[str]:
+  """Returns how far logits are from those of transformers."""
+  columns = [name for name in record["logits"]["prompt"] if name != "same most probable token"]
+  return markdown(
+    ["text", *columns],
+    [
+      [name, *(f"{values[column]:.3g}" for column in columns)]
+      for name, values in record["logits"].items()
+    ],
+  )
+
+
+def long_decode(*made: Mapping) -> list[str]:
+  """Returns how far logits of decoding are from those of the parallel forward."""
+  lines = [
+    [
+      f"{record['options']['length']:,}",
+      way,
+      percent(values["share within 1e-5"], 2),
+      percent(values["largest"], 1),
+    ]
+    for record in made
+    for way, values in record["difference over standard deviation of logits"].items()
+  ]
+  return markdown(["tokens", "fed", "logits within 1e-5", "largest difference"], lines)
+
+
+def demo(lines: Sequence[Mapping]) -> list[str]:
+  """Returns the losses of the demo."""
+  return markdown(
+    ["attention", "loss", "bits per byte"],
+    [
+      [", ".join(line["model"]["attention"]), nats(line["loss"]), f"{line['bits_per_byte']:.2f}"]
+      for line in lines
+    ],
+  )
