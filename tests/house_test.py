@@ -20,7 +20,7 @@ ORDER = (
   "storage",
   "config errors",
 )
-MAY_ALSO = {("parallel", "attention")}
+MAY_ALSO = {("parallel", "attention"), ("experiments", "sparsek")}
 USE_KERNELS = {"attention", "model", "generation", "parallel", "experiments", "kernels"}
 FOLDERS = ("sparsek", "kernels", "experiments", "tests")
 FIRST_WORDS = {"What", "Of", "Whether", "Where", "As", "Which", "How"}
@@ -43,18 +43,19 @@ def module_of(path: pathlib.Path) -> str:
 
 def imported(tree: ast.AST) -> list[str]:
   """Returns every module of ours that is imported, also inside functions."""
-  found = []
+  names: list[str] = []
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      found += [alias.name for alias in node.names]
+      names += [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and node.module == "sparsek":
-      found += [f"sparsek.{alias.name}" for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-      found.append("." * node.level + (node.module or ""))
-  return [name for name in found if re.match(r"(sparsek|experiments|tests|kernels)\b|\.", name)]
+      names += [f"sparsek.{alias.name}" for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+      names.append(node.module or "")
+  return [name for name in names if re.match(r"(sparsek|experiments|tests|kernels)\b", name)]
 
 
 def allowed(source: str, target: str) -> bool:
+  """Returns whether a room may import another; experiments may import the public face, too."""
   rank = {room: i for i, line in enumerate(ORDER) for room in line.split()}
   if source == target or (source, target) in MAY_ALSO:
     return True
@@ -96,14 +97,17 @@ def test_files_fit_in_the_head(folder):
   assert {p: n for p, n in lengths.items() if n > most} == {}
 
 
+def lines_of_code(node: ast.FunctionDef) -> int:
+  """Counts the lines of a function from `def` on, without its docstring."""
+  first = node.body[0]
+  is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+  docstring = first.end_lineno - first.lineno + 1 if is_docstring else 0
+  return node.end_lineno - node.lineno + 1 - docstring
+
+
 def test_functions_fit_on_a_page():
-  long = {
-    f"{path}:{node.name}": node.end_lineno - node.lineno + 1
-    for path in library()
-    for node in functions(path)
-    if node.end_lineno - node.lineno + 1 > 80
-  }
-  assert long == {}
+  lengths = {(str(p), f.name): lines_of_code(f) for p in library() for f in functions(p)}
+  assert {name: lines for name, lines in lengths.items() if lines > 80} == {}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,4 +1,4 @@
-"""What an installation and a checkout hold: one checkout uses one set of kernels."""
+"""Contents of an installation and of a checkout: one checkout uses one set of kernels."""
 
 import os
 import pathlib

@@ -261,7 +261,7 @@ class _ZstdFrames(io.RawIOBase):
   def readable(self) -> bool:
     return True
 
-  def readinto(self, buffer) -> int:
+  def readinto(self, buffer: Any) -> int:
     while not self._output:
       data = self._input or self._file.read(_CHUNK)
       self._input = b""

@@ -56,7 +56,7 @@ class Setup(NamedTuple):
 
   @property
   def packed(self) -> bool:
-    """Whether attention restarts at each document of a row."""
+    """True if attention restarts at each document of a row."""
     return self.train.data.segment_documents
 
   @property

@@ -193,6 +193,11 @@ def edit_header(folder, change, extra=b""):
   path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + raw[8 + length :] + extra)
 
 
+def header_edited(change, **options):
+  """Returns the function of a folder that changes the header of its first shard."""
+  return lambda folder: edit_header(folder, change, **options)
+
+
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -313,12 +318,9 @@ HOSTILE = {
     ),
     "header is no JSON",
   ),
-  "a header that is a list": (
-    lambda folder: edit_header(folder, lambda header: [1]),
-    "no JSON object",
-  ),
+  "a header that is a list": (header_edited(lambda header: [1]), "no JSON object"),
   "an entry that is a number": (
-    lambda folder: edit_header(folder, lambda header: header | {"x": 3}),
+    header_edited(lambda header: header | {"x": 3}),
     "'x' has dtype None",
   ),
   "offsets beyond the file": (
@@ -331,13 +333,10 @@ HOSTILE = {
   "a negative shape": (header_with(shape=[-19, -8]), "has shape"),
   "an unknown dtype": (header_with(dtype="F12"), "has dtype 'F12'"),
   "two tensors in one place": (
-    lambda folder: edit_header(folder, lambda header: header | {"x": header[EMBEDDING]}),
+    header_edited(lambda header: header | {"x": header[EMBEDDING]}),
     "where the one before it ends",
   ),
-  "bytes of no tensor": (
-    lambda folder: edit_header(folder, lambda header: None, extra=b"12"),
-    "tensors end at byte",
-  ),
+  "bytes of no tensor": (header_edited(lambda header: None, extra=b"12"), "tensors end at byte"),
   "NaN": (poison(np.nan), "holds NaN or infinite"),
   "infinity": (poison(np.inf), "holds NaN or infinite"),
   "missing tensors": (more_tensors, "lacks 11 of the 12 tensors"),

@@ -29,19 +29,22 @@ def launched(grid):
 
 @pytest.fixture
 def grids(monkeypatch):
-  """The grid of each kernel that is traced, by its name; none is lowered."""
-  found = {}
+  """Yields the grid of each kernel that is traced, by its name; none is lowered."""
+  grids_by_name = {}
+
+  def zeros_like(x):
+    return jnp.zeros(x.shape, x.dtype)
 
   def kernel(body, *, grid, kernel_name, out_type=(), **_):
-    found[kernel_name] = grid
-    return lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
+    grids_by_name[kernel_name] = grid
+    return lambda *_: jax.tree.map(zeros_like, out_type)
 
   monkeypatch.setattr(plgpu, "kernel", kernel)
   monkeypatch.setattr(devices, "SUPPORTED", True)
   for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
     monkeypatch.setattr(module, "can_run", lambda: True)
   monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
-  return found
+  return grids_by_name
 
 
 def array(*shape, dtype="bfloat16"):
