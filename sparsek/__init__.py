@@ -1,7 +1,7 @@
-"""SPARSEK attention in JAX: learned top-k sparse attention with linear training and constant-memory
-generation (arXiv 2406.16747).
+"""SPARSEK attention in JAX: learned top-k sparse attention (arXiv 2406.16747).
 
-Generation is imported when one of its names is used, so that `import sparsek` is fast.
+Training takes time that is linear in the length, generation constant memory. Generation is imported
+when one of its names is used, so that `import sparsek` is fast.
 """
 
 import importlib
@@ -47,6 +47,7 @@ __all__ = [
   "sparsek_attention",
 ]
 
+# Names that are imported when they are first used, and their modules.
 _HOMES = {
   "Cache": "sparsek.generation.cache",
   "Session": "sparsek.generation.session",
@@ -57,7 +58,7 @@ _HOMES = {
   "prefill": "sparsek.generation.cache",
 }
 
-if not TYPE_CHECKING:  # with it in sight, a type checker would accept any name
+if not TYPE_CHECKING:  # a type checker that saw `__getattr__` would accept any name
 
   def __getattr__(name):
     if name not in _HOMES:

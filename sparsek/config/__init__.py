@@ -1,6 +1,6 @@
 """Frozen dataclasses that configure the library, and the presets.
 
-Flags are turned into these; nothing here reads a flag.
+`sparsek.command_line.configs` makes them from flags; nothing here reads a flag.
 """
 
 from sparsek.config.checks import check_at_least, check_choice

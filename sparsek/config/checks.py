@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-  """Raises ValueError unless `value` is one of `choices`, naming all three."""
+  """Raises ValueError, with name, value and choices, unless `value` is one of `choices`."""
   if value not in choices:
     raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
 

@@ -27,7 +27,7 @@ def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:
   Returns:
     one term per layer of the pattern, without *TIMES.
   Raises:
-    ValueError: for a term that is none.
+    ValueError: for a term of any other form.
   """
   terms: list[str] = []
   for term in pattern.split(",") if isinstance(pattern, str) else pattern:

@@ -290,4 +290,5 @@ class TransformerConfig:
 
   @property
   def activation_dtype(self) -> jnp.dtype:
+    """The dtype of activations and matrix inputs."""
     return jnp.dtype(self.dtype)

@@ -31,7 +31,7 @@ QUICK = ("tiny", "mini")  # small presets, for trying things out
 def preset(name: str, **overrides) -> TransformerConfig:
   """Returns the configuration called `name` with some fields replaced.
 
-  Presets: "tiny" (1M parameters, bytes, for a CPU), "mini" (16M), "gpt2_small" (124M),
+  Presets: "tiny" (1M parameters, byte tokens, for a CPU), "mini" (16M), "gpt2_small" (124M),
   "gpt2_medium" (355M), "1b" (1.0B). The two small ones scan over the layers where the attention
   pattern allows it, which compiles faster; the others do not, which runs faster and needs less
   memory.

@@ -10,7 +10,11 @@ ON_SPIKE = ("skip", "stop")
 
 
 def parse_profile_steps(steps: str | Sequence[int] | None) -> tuple[int, int] | None:
-  """Returns (A, B) of "A:B" or of a sequence of the two, and None of None."""
+  """Returns (A, B) for "A:B" or a sequence of the two numbers, and None for None.
+
+  Raises:
+    ValueError: unless 1 <= A <= B.
+  """
   if steps is None:
     return None
   first, colon, last = (
@@ -56,13 +60,13 @@ class OptimizerConfig:
     learning_rate: peak learning rate.
     warmup_steps: steps from 0 to the peak.
     num_steps: length of the schedule, warm-up included.
-    final_lr_ratio: learning rate at the end over the peak.
+    final_lr_ratio: learning rate at the end divided by the peak.
     weight_decay: decoupled, on matrices only (not on norms, biases, scales, slopes or embeddings).
     grad_clip: largest global gradient norm; 0 turns clipping off.
     b1, b2: decay of the first and second moments.
     trainable: which parameters change: "all"; "attention": those of the attention modules, scorers
       included; "scorer": scorers only.
-    scorer_lr_multiplier: learning rate of the scoring networks over that of everything else.
+    scorer_lr_multiplier: learning rate of the scoring networks divided by that of everything else.
   """
 
   learning_rate: float = 1e-3
@@ -116,8 +120,8 @@ class TrainConfig:
     spike_factor: a step whose loss or gradient norm is not finite, or more than this many times its
       running mean, changes no parameter; 0 turns the check off.
     on_spike: "skip": go on with the next step; "stop": raise RunError.
-    restore_step: go on from the checkpoint of this step, and set later ones aside, once; see
-      `sparsek.runs.set_aside`. None: go on from the newest checkpoint.
+    restore_step: go on from the checkpoint of this step, and set later ones aside; a run does this
+      only once, see `sparsek.runs.set_aside`. None: go on from the newest checkpoint.
     stop_at: step at which to stop before the end of the schedule; the run may then go on with
       another k, window, gate or noise. None: stop at the end.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
