@@ -1,4 +1,4 @@
-"""Loss of learning from the predictions of a teacher, without ever holding all logits."""
+"""Distillation loss, the divergence from a teacher, that never holds all logits."""
 
 import functools
 
@@ -19,9 +19,10 @@ def _chunk_losses(
   targets_C,
   counted_C,
 ):
-  """Returns the summed (cross-entropy, divergence) of a chunk and, if asked for, a gradient.
+  """Returns the summed (cross-entropy, divergence) of a chunk, and a gradient or None.
 
-  It is that of (1 - weight) cross-entropy + weight divergence in the logits.
+  With `differentiate` it is the gradient of (1 - weight) cross-entropy + weight divergence in the
+  model's logits, [C, V].
   """
   log_p_CxV, log_q_CxV = (
     jax.nn.log_softmax(hidden_to_logits(x, m))

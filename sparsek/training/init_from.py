@@ -1,7 +1,7 @@
-"""First parameters of a run: new ones, or those that --init_from names.
+"""Initial parameters of a run: new ones, or those of the model that --init_from names.
 
-The layers of a run that --init_from names may attend otherwise: parts that belong to one kind of
-attention only, such as scorers, are then drawn or left out.
+The layers of that model may have other kinds of attention. Modules that belong to one kind only,
+such as scorers, are then drawn at random or left out.
 """
 
 import functools
@@ -28,7 +28,12 @@ Say = Callable[[str], None]
 def initial_params(
   config: TransformerConfig, train: TrainConfig, dataset: TokenDataset, sharding: Sharding, say: Say
 ) -> Params:
-  """Returns the parameters that `train.init_from` names, with new adapters, or new ones."""
+  """Returns the parameters that `train.init_from` names, or new ones; adapters are always new.
+
+  Raises:
+    UsageError: where the named parameters cannot be read or do not fit, or adapters have no
+      pretrained model.
+  """
   key = jax.random.key(train.seed)
   if train.init_from and train.init_from.startswith(pretrained.PREFIX):
     params = _load_pretrained(config, train, dataset, sharding, say)
@@ -53,9 +58,9 @@ def initial_params(
 
 
 def check_tokenizer(workdir: str, dataset: TokenDataset, data: str, say: Say) -> TransformerConfig:
-  """Returns the model of the run in `workdir`, adapters included.
+  """Checks that data fit the tokenizer of a run, and returns the run's model, adapters included.
 
-  It warns where the documents of that run began with other tokens than those of the data.
+  `say` gets a warning where the run's documents begin with other tokens than those of the data.
 
   Args:
     workdir: of the run.
@@ -105,7 +110,7 @@ def _load_pretrained(
   sharding: Sharding | None,
   say: Say,
 ) -> Params:
-  """Returns the parameters of a folder in Hugging Face's format, and new ones where it has none.
+  """Returns the parameters of a folder in Hugging Face's format; those that it lacks are drawn.
 
   Raises:
     UsageError: where the data were made with another tokenizer.
@@ -130,9 +135,9 @@ def _load_pretrained(
 
 
 def _replaceable_module(path: str) -> str | None:
-  """Returns the module, such as "layers_0/attention/scorer", that a parameter belongs to.
+  """Returns the module of a parameter, such as "layers_0/attention/scorer", or None.
 
-  Only those modules count that one kind of attention has and another lacks; None for all others.
+  It is None unless one kind of attention has this module and another lacks it.
   """
   parts = path.split("/")
   return next(("/".join(parts[: i + 1]) for i, part in enumerate(parts) if part in lora.NEW), None)
@@ -149,14 +154,14 @@ def differing_modules(
   """Compares two models that may differ in the kinds of attention of their layers.
 
   Args:
-    there: the model that has parameters.
-    here: the model that begins with them.
+    there: the model whose parameters are given.
+    here: the model that starts from them.
   Returns:
     (modules that must be drawn, modules of `there` that are left out), of unstacked layers; None
     where the models differ in anything else.
   """
   comparison = Comparison(_unstacked_shapes(there), _unstacked_shapes(here))
-  modules = set()  # each is taken as a whole or not at all
+  modules = set()  # a module is drawn as a whole, or not at all
   for path, status in comparison.status.items():
     if status != "loaded":
       module = _replaceable_module(path)
@@ -180,7 +185,7 @@ def convert(
 ) -> Params:
   """Returns `params` of a model `there` in the layout of a model `here`.
 
-  The modules in `drawn` are those of `init_params(here, key)`.
+  The modules in `drawn` come from `init_params(here, key)`.
   """
 
   @functools.partial(jax.jit, out_shardings=sharding)
@@ -205,8 +210,9 @@ def load(
 ) -> tuple[Params, int]:
   """Loads parameters of a run for a model whose attention and stacking of layers may differ.
 
-  Scorers and linear attention's decay that the run lacks, or has in another shape, are drawn with
-  `key`; those that the model has no use for are left out; `say` is told. All else must fit.
+  Scorers, and the decay of linear attention, are drawn with `key` where the run lacks them or has
+  them in another shape, and left out where the model does not use them; `say` gets a line about
+  either. All other parameters must fit.
 
   Returns:
     the parameters and their step.
@@ -216,7 +222,7 @@ def load(
   there, _ = run_record.load_run_config(workdir)
   differing = differing_modules(there, config) if explain_architecture(there, config) else None
   if differing is None:
-    # It reports what does not fit, if anything.
+    # load_params reports what does not fit, if anything.
     return checkpoint.load_params(workdir, config, step, sharding, say)
   params, step = checkpoint.load_params(workdir, there, step, sharding, say)
   for modules, action in zip(differing, ("drawn anew", "left out")):

@@ -28,13 +28,13 @@ from sparsek.training.stop_signal import StopSignal
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """End of a call of `train`.
+  """Result of a call of `train`.
 
   Attributes:
-    step: updates made.
+    step: updates made in all.
     loss: of the last step, or None where none was made in this process.
     heldout_loss: of the last evaluation in this process, or None.
-    stopped: a signal, or `TrainConfig.stop_at`, ended it before its last step.
+    stopped: a signal, or `TrainConfig.stop_at`, ended the run before its last step.
     already_complete: there was nothing left to do.
   """
 
@@ -149,9 +149,9 @@ class _Run:
   def _check_state(self) -> None:
     """Raises Ended unless the state, and the loss and the gradients under it, are finite.
 
-    The loss of a step says nothing about the parameters that its update led to; only parameters
-    that a further step has used are saved. That step takes the last ordinary batch again and makes
-    no update. In a process that has made no step, the state is a new one.
+    The loss of a step is computed before its update, so it says nothing about the updated
+    parameters. One more step, on the last ordinary batch again and without an update, tests them. A
+    process that has made no step has no such batch, and its state is a new one.
     """
     if not jax.device_get(all_finite((self._state.params, self._state.opt_state))):
       raise Ended(
@@ -189,10 +189,10 @@ class _Run:
     self.heldout_loss = loss
 
   def save(self) -> None:
-    """Starts saving this step, where that was not done yet.
+    """Starts saving this step, unless it is saved or being saved already.
 
     Raises:
-      Ended: where the state is not one to go on from.
+      Ended: where the state, or the loss or the gradients under it, are not finite.
       RunError: where the folder of the run is gone.
     """
     if not self._saver.has(self.step):
@@ -205,8 +205,8 @@ def train(
 ) -> Result:
   """Trains a model in `train_config.workdir`, and resumes where an earlier call stopped there.
 
-  Whatever is random derives from (seed, step): a run that is killed and started again logs the
-  losses it would have logged.
+  Everything random derives from (seed, step): a run that is killed and started again logs the same
+  losses as one that was not.
 
   Args:
     config: the model; its vocabulary is the tokenizer's.
@@ -214,7 +214,7 @@ def train(
     dataset: as `sparsek.data.batches.open_data` returns it.
     flagfile: text for WORKDIR/flags.txt.
   Returns:
-    its end. STOP_SIGNALS end it early with a checkpoint.
+    the result. STOP_SIGNALS end the run early, with a checkpoint.
   Raises:
     UsageError: before anything is changed, where the configuration, the data or the workdir's
       checkpoints do not go together.

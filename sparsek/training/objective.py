@@ -23,12 +23,12 @@ class Losses(NamedTuple):
   """Sums over a batch, float32 scalars.
 
   Attributes:
-    objective: with a teacher (1 - weight) cross_entropy + weight divergence, and then the only one
-      with a gradient; without a teacher the cross-entropy.
+    objective: the cross-entropy; with a teacher (1 - weight) cross_entropy + weight divergence, and
+      then the only one of these three sums that has a gradient.
     cross_entropy: in nats, over the counted targets.
     divergence: KL(teacher || model) in nats over the same targets; 0 without a teacher.
-    scorers: the auxiliary loss of `SparseKAttention` over rows, a mean over sparsek layers; by
-      default not computed, and 0.
+    scorers: the auxiliary loss of `SparseKAttention`, a sum over rows and a mean over sparsek
+      layers; 0 where it is not computed, as by default.
   """
 
   objective: jax.Array
@@ -75,12 +75,12 @@ def summed_losses(
     config, params: the model and its parameters.
     batch: as in `next_token_targets`.
     chunk: rows of logits held at once.
-    packed: rows may hold more than one document; else segment_ids only mark padding at their ends,
-      and attention, which is causal, needs none.
+    packed: True if rows may hold several documents. Otherwise segment_ids only mark padding at the
+      ends of rows, and attention ignores them, since causal attention does not see what follows.
     scorer_loss: compute the auxiliary loss of `SparseKAttention` too.
     key: random key of the noise on the scores and of the queries of the auxiliary loss, which needs
       it. None: no noise.
-    teacher: a forward pass of it is added; no gradient reaches it.
+    teacher: the model to learn from, which costs a forward pass; no gradient reaches it.
   """
   targets, counted = (x.reshape(-1) for x in next_token_targets(batch))
   hidden, scorers = _hidden(

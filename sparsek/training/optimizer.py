@@ -61,7 +61,7 @@ def trainable_mask(params: Any, trainable: str) -> Any:
 
 
 def scale_scorers(multiplier: float) -> optax.GradientTransformation:
-  """Multiplies the updates of the scoring networks' parameters, in modules called "scorer"."""
+  """Returns a transformation that multiplies the updates in modules called "scorer"."""
 
   def scale(path, update):
     return multiplier * update if _is_within(path, "scorer") else update
@@ -75,9 +75,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   Clipping is by global norm, the moments are float32, weight decay is decoupled and applies to
   matrices.
 
-  The structure of the state depends on the parameters only, so that a run can be resumed with any
-  other optimizer flag. With adapters it is that of the learned parameters,
-  `sparsek.model.lora.split`: `init` takes all parameters, `update` the learned ones and their
+  The structure of the state depends on the parameters only, so that a run can be resumed with other
+  values of any optimizer flag. With adapters the state is that of the learned parameters (see
+  `sparsek.model.lora.split`): `init` takes all parameters, `update` the learned ones and their
   gradients.
   """
   # scale_scorers comes last: it has no state, so those before it keep their index in checkpoints.

@@ -30,14 +30,14 @@ class Plan:
 
   Attributes:
     parameters: their number.
-    learned: the number of those that learn, beside frozen ones of a model with adapters.
-    tokens: of a batch.
+    learned: the number of those that learn; a model with adapters has frozen ones too.
+    tokens: in a batch.
     step_flops, full_flops: operations of forward and backward passes over documents as long as the
       rows; the latter with full attention in every layer.
     seconds_at_peak: time for step_flops at the devices' peak rate, or None where that is not known.
     compile_seconds: of the step.
-    state_bytes: parameters, optimizer state and batch. temporary_bytes: all else. None where the
-      backend does not say.
+    state_bytes: parameters, optimizer state and batch, or None where the backend does not say.
+    temporary_bytes: all other memory, or None where the backend does not say.
     limit_bytes: memory that JAX may take, or None where the backend does not say.
   """
 

@@ -63,8 +63,8 @@ class Reporter:
     self._work.append(flops.training_flops(setup.config, setup.params_shape, done.lengths))
     outputs = {key: value.item() for key, value in jax.device_get(done.outputs).items()}
     if not self._is_spike(done.step, outputs):
-      # It raises before the parameters that the step led to are saved, so that the newest
-      # checkpoint is a good one.
+      # This raises before the parameters after this step are saved, so that the newest checkpoint
+      # is a good one.
       self._check_finite(done.step, outputs)
       self.loss, self.last_batch = outputs["loss"], done.batch
     self._progress.step(done.step)
@@ -72,7 +72,7 @@ class Reporter:
       self._log(done, outputs)
       self._work.clear()
     elif done.step == self._first_step:
-      self.watch.restart(done.step)  # The first step compiled: its time says nothing about speed.
+      self.watch.restart(done.step)  # the first step includes compiling
       self._work.clear()
 
   def _log(self, done: Dispatched, outputs: dict) -> None:

@@ -31,7 +31,13 @@ class Saver:
     saved_step: int | None,
     say: Callable[[str], None],
   ):
-    """Begins where a run starts; its lock, metrics and folder of checkpoints must exist."""
+    """Initialises the saver of a run whose lock, metrics and folder of checkpoints exist.
+
+    Args:
+      workdir, writer, metrics: of the run.
+      saved_step: step of the newest complete checkpoint, or None.
+      say: takes one line of text.
+    """
     self.saved_step = saved_step
     self._saving_step: int | None = None  # of the checkpoint that is being written
     self._workdir, self._writer, self._metrics, self._say = workdir, writer, metrics, say
@@ -44,7 +50,7 @@ class Saver:
     return step in (self.saved_step, self._saving_step)
 
   def save(self, step: int, state: TrainState, data_state: dict) -> None:
-    """Starts saving a step, after the metrics up to it and the save before it.
+    """Starts saving a step, once its metrics are on disk and the save before it has ended.
 
     Raises:
       RunError: where the folder of the run is gone.

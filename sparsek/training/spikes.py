@@ -12,7 +12,7 @@ import optax
 
 FIRST = 20  # ordinary steps before one can be a spike, unless it is not finite
 MEMORY = 100  # ordinary steps that the running means reach back
-MOST_IN_A_ROW = 10  # so many are no longer spikes: the run itself has gone wrong
+MOST_IN_A_ROW = 10  # this many are no longer spikes: the run itself has gone wrong
 
 
 class Spikes(NamedTuple):
@@ -38,7 +38,7 @@ def start(factor: float, saved: list | None = None) -> Spikes | tuple[()]:
 
 
 def to_json(spikes: Spikes | tuple[()]) -> list:
-  """Returns numbers that JSON keeps exactly."""
+  """Returns the means and counts as numbers that JSON keeps exactly."""
   return [value.item() for value in jax.device_get(spikes)]
 
 

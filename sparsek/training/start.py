@@ -68,8 +68,8 @@ class Setup(NamedTuple):
 
   def evaluation_due(self, step: int) -> bool:
     """Returns whether the held-out loss is computed after a step."""
-    every = self.train.eval_every
-    return bool(every) and step > 0 and (step % every == 0 or step == self.num_steps)
+    interval = self.train.eval_every
+    return bool(interval) and step > 0 and (step % interval == 0 or step == self.num_steps)
 
 
 def set_up(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset) -> Setup:
@@ -106,7 +106,7 @@ class Start(NamedTuple):
 
   Attributes:
     step: updates made so far.
-    saved_step: step of the checkpoint that it comes from, or None.
+    saved_step: step of the checkpoint that the state comes from, or None.
     state: parameters, moments, ... on the devices.
     data_state: of the data iterator.
     skipped: steps so far that were spikes.
@@ -176,7 +176,7 @@ def _resume(setup: Setup, sharding: Sharding, back_to: int | None, say: Say) -> 
       "folder, and --init_from=hf:FOLDER"
     )
   old = check_tokenizer(workdir, setup.dataset, train.data.data, say)
-  # Otherwise the older checkpoints would be other models.
+  # With another scale, the older checkpoints of this run would be other models.
   if old.lora_rank == config.lora_rank and old.lora_scale != config.lora_scale:
     here, there = (c.lora_alpha or c.lora_rank for c in (config, old))
     raise UsageError(

@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
   Attributes:
     step: updates made so far.
     params, opt_state: parameters and the optimizer's state.
-    seed: of the run; no constant of the program, so that all seeds share one compiled program.
+    seed: of the run; part of the state, so that all seeds share one compiled program.
     spikes: as `sparsek.training.spikes.start` returns it.
   """
 
@@ -100,7 +100,7 @@ def make_train_step(
     mesh=mesh,
     in_specs=(P(), P(), P(BATCH), P(), P()),
     out_specs=P(),
-    # Parameters come in unvaried and their gradients are summed over devices once, explicitly, and
+    # Parameters are replicated, and their gradients are summed over devices once, explicitly, and
     # not inside every loop of the backward pass.
     check_vma=False,
   )
@@ -117,7 +117,7 @@ def make_train_step(
       "num_targets": num_targets,
     }
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
-    # The mask matters where moments of a run that trained more parameters are not 0.
+    # Frozen parameters have moments that are not 0 if the run trained them before it was resumed.
     learned = jax.tree.map(
       lambda new, old, changes: new if changes else old,
       optax.apply_updates(learned, updates),

@@ -33,7 +33,7 @@ def teacher_config(reference: str) -> TransformerConfig:
 def load_teacher(
   reference: str, fingerprint: str, vocab_size: int, sharding: jax.sharding.Sharding | None = None
 ) -> Params:
-  """Returns the bfloat16 parameters of that model.
+  """Returns the bfloat16 parameters of the teacher.
 
   Args:
     reference: `TrainConfig.distill_from`.

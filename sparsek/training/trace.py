@@ -12,7 +12,8 @@ import jax
 KINDS = (
   (
     "attention",
-    r"sparsek_(forward|query_gradients|key_gradients)|cudnn.*(sdpa|fort_native|compute_dot_do_o|convert_dq)|flash|splash",
+    r"sparsek_(forward|query_gradients|key_gradients)"
+    r"|cudnn.*(sdpa|fort_native|compute_dot_do_o|convert_dq)|flash|splash",
   ),
   ("thresholds, lists, gathers", r"sparsek_|\bsort"),
   ("matrix products", r"nvjet|gemm|cutlass|cublas|convolution|\bdot"),
@@ -25,8 +26,8 @@ SHOWN = 12  # kernels that are listed one by one
 class Profile:
   """A trace of some steps for TensorBoard or Perfetto, in WORKDIR/profile.
 
-  At its end a table of an accelerator's time is printed. The devices are waited for before its
-  first and after its last step.
+  At its end a table of an accelerator's time is printed. The run waits for the devices before the
+  first step of the trace and after the last.
   """
 
   def __init__(self, workdir: str, steps: tuple[int, int] | None):
