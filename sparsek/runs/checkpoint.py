@@ -95,7 +95,9 @@ def saved_steps(workdir: str) -> list[int]:
 
 
 def parse_run_reference(reference: str) -> tuple[str, int | None]:
-  """Splits "DIR" or "DIR@STEP"; where a folder has exactly that name, it is meant.
+  """Returns (DIR, None) for "DIR", and (DIR, STEP) for "DIR@STEP".
+
+  Where there is a folder called "DIR@STEP", that folder is meant.
 
   Raises:
     UsageError: where there is such a folder, and DIR has a checkpoint of that step too.

@@ -66,7 +66,7 @@ class CheckpointWriter:
   def save(self, step: int, params: Any, opt_state: Any, data_state: dict) -> None:
     """Starts saving, and returns when the arrays are copied, so that they may be donated.
 
-    Call `wait` first for the save before it.
+    The save before it must have ended: call `wait` first.
 
     Args:
       step: updates that led to this state.
@@ -91,10 +91,11 @@ class CheckpointWriter:
       raise
 
   def wait(self) -> None:
-    """Returns when the save in progress is on disk.
+    """Waits until the save in progress, if any, is on disk.
 
-    It raises whatever went wrong in that save. The checkpoints before it are then untouched, and
-    later saves can be tried.
+    Raises:
+      OSError and others: where that save failed. The checkpoints before it are then untouched, and
+        later saves can be tried.
     """
     pending, self._pending = self._pending, None
     if pending is not None:
@@ -107,7 +108,7 @@ class CheckpointWriter:
   def _forget(self) -> None:
     """Drops an Orbax checkpointer that failed, and removes what it left half-written.
 
-    It would raise the same error again in each later save.
+    The same checkpointer would raise its error again in each later save.
     """
     self._checkpointer = None
     remove_half_written(self._workdir, report=lambda line: None)

@@ -25,7 +25,7 @@ def _sums(tree):
 def checksums(tree: Any) -> dict[str, int]:
   """Returns path -> the sum modulo 2^32 of the bits of each array.
 
-  It does not depend on the devices and changes with any single bit.
+  The sum does not depend on the devices, and changes with any single bit.
   """
   sums = jax.device_get(_sums(tree))
   return {
@@ -35,7 +35,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def digest(data_state: Mapping) -> str:
-  """Returns a digest of the JSON that is saved, in which keys are strings and tuples lists."""
+  """Returns a digest of a data state as JSON keeps it, with tuples as lists and keys as strings."""
   saved = json.loads(json.dumps(data_state))
   return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()
 
@@ -47,9 +47,9 @@ def integrity_record(step: int, arrays: Mapping[str, Any], data_state: Mapping) 
 
 
 def verify(step: int, loaded: Mapping[str, Any], abstract: Mapping[str, Any]) -> None:
-  """Compares a loaded checkpoint with its "integrity", made by `integrity_record`.
+  """Compares a loaded checkpoint with its record "integrity", which `integrity_record` made.
 
-  Checkpoints of earlier versions have checksums of arrays only.
+  The record of a checkpoint of an earlier version holds checksums of arrays only.
 
   Args:
     step: of the checkpoint.

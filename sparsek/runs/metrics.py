@@ -20,7 +20,7 @@ from sparsek.storage.files import (
   write_atomically,
 )
 
-_reported: set[str] = set()  # files whose foreign lines were reported
+_reported: set[str] = set()  # files whose lines that are no records were reported
 
 
 def _read(path: str) -> bytes:
@@ -165,7 +165,7 @@ class MetricsWriter:
       self._tensorboard.flush()  # otherwise only its thread notices a full disk, and ends
 
   def sync(self) -> None:
-    """Returns when all is on disk.
+    """Waits until all records are on disk.
 
     It is called before a checkpoint is saved, which must not be newer than its metrics.
     """

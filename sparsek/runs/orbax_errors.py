@@ -1,4 +1,4 @@
-"""Failures of Orbax to read a checkpoint: damage or not, and their remains on stderr."""
+"""Errors of Orbax that reads a checkpoint: damage or another reason, and late messages to hide."""
 
 import errno
 import functools
@@ -15,7 +15,7 @@ import jax
 
 from sparsek.storage.files import reason_of
 
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # a file that is not there, or no file
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # there is no file, or a folder instead
 _REMAINS = re.compile("orbax|tensorstore|ocdbt|zarr|open event loop", re.IGNORECASE)
 
 
@@ -28,7 +28,7 @@ def first_line(error: BaseException) -> str:
 def passing_reason(path: str, error: Exception) -> str | None:
   """Returns why a checkpoint that may be whole cannot be read, or None where it is damaged.
 
-  Missing permission, failing disks, too many open files and too little memory do not concern its
+  Missing permission, a failing disk, too many open files or too little memory say nothing about its
   contents. Orbax hides most of these errors, so every file is read once more.
   """
   for cause in _causes(error):

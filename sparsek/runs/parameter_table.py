@@ -59,7 +59,7 @@ class Comparison:
 
   @property
   def status(self) -> dict[str, str]:
-    """Path -> status.
+    """The status of each parameter, by path.
 
     It is "loaded", "missing" (not in the checkpoint), "unused" (not in the model) or "other shape".
     """

@@ -16,16 +16,16 @@ import jax
 from sparsek.errors import RunError, UsageError
 from sparsek.storage.files import cannot_write, check_regular, exists, reason_of, write_atomically
 
-COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"  # variable of the environment
+COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"  # environment variable that names a folder
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
 
 
 def use_compilation_cache(workdir: str) -> None:
   """Keeps programs compiled for accelerators in WORKDIR/compilation_cache.
 
-  A resumed run then starts at once. A cache that JAX is configured with already has precedence. The
-  runs of a grid share a folder, named by $SPARSEK_COMPILATION_CACHE. Programs for a CPU are not
-  kept: on another model of CPU they could crash.
+  A resumed run then starts at once. $SPARSEK_COMPILATION_CACHE names another folder, which the runs
+  of a grid share. A cache that JAX is already configured with takes precedence. Programs for a CPU
+  are not kept: on another model of CPU they could crash.
   """
   if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
     folder = os.environ.get(COMPILATION_CACHE) or os.path.join(workdir, "compilation_cache")
@@ -64,7 +64,7 @@ def lock(workdir: str) -> IO[str]:
 
 
 class Presence:
-  """Identity of a run's folder, to notice that it was moved or replaced.
+  """Identity of the files of a run's folder, to notice that it was moved or replaced.
 
   Args:
     paths: files and folders that stay as long as the run does.
@@ -74,7 +74,7 @@ class Presence:
     self._stats = {path: os.stat(path) for path in paths}
 
   def check(self) -> None:
-    """Raises RunError where one of them was deleted, moved, unmounted or replaced."""
+    """Raises RunError where one of the paths was deleted, moved, unmounted or replaced."""
     for path, expected in self._stats.items():
       try:
         same = os.path.samestat(os.stat(path), expected)
@@ -105,7 +105,7 @@ def write_record(workdir: str, name: str, text: str) -> None:
         old = file.read()
       if old == content:
         return
-      # Not renamed: a kill must not leave the run without its record.
+      # Copied and not renamed: a kill must not leave the run without its record.
       _keep(path, old)
     write_atomically(path, content)
   except OSError as error:
@@ -156,7 +156,8 @@ def _commit() -> str | None:
   """Returns the commit of the source tree, with "-dirty" for local changes; None outside git."""
   source = os.path.dirname(os.path.abspath(__file__))
   try:
-    # Another checkout, such as one around a virtual environment, does not track this file.
+    # A repository that only surrounds this file, as one with a virtual environment in it does, does
+    # not track it; its commit would say nothing.
     subprocess.run(
       ["git", "-C", source, "ls-files", "--error-unmatch", __file__],
       check=True,

@@ -85,8 +85,8 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     adapters: True for the model as it is trained, perhaps with adapters; False for the model that
       `sparsek.runs.checkpoint.load_params` gives parameters for, with adapters merged.
   Returns:
-    the configuration, and {"model": TransformerConfig fields, "data": DataConfig fields,
-    "tokenizer": {...}}.
+    the configuration, and {"model": TransformerConfig fields, "data": DataConfig fields, "train":
+    other settings (not in older files), "tokenizer": {...}}.
   Raises:
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
   """
@@ -108,7 +108,7 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
 def load_run_tokenizer(workdir: str) -> Tokenizer:
   """Returns the tokenizer that a run was trained with, which its workdir keeps.
 
-  It begins documents as those of the run begin.
+  Its `bos_ids` are those of the run's documents.
 
   Raises:
     UsageError: where there is none or it cannot be read.

@@ -56,8 +56,8 @@ def _step_in(path: str) -> int | None:
 def set_aside(workdir: str, step: int, report: checkpoint.Report) -> None:
   """Moves the checkpoints after `step`, and copies the metrics, to WORKDIR/set_aside/NUMBER.
 
-  The newest is moved first, and the note that all is done is written last, so that a command that
-  is killed in between can be repeated. The caller holds the run's lock.
+  The newest is moved first, and the file DONE is written last, so that a command that is killed in
+  between can be repeated. The caller holds the run's lock.
   """
   later = [saved for saved in checkpoint.saved_steps(workdir) if saved > step]
   if later:

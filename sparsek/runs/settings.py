@@ -1,7 +1,8 @@
 """Settings that a run was made with, compared with those that a command asks for.
 
-Settings are the values of a command's flags as they take effect: a default that is spelled out is
-no difference. They are compared before a finished run counts as done, or an unfinished one resumes.
+Settings are the values of a command's flags as they take effect, so that spelling out a default
+makes no difference. They are compared before a finished run counts as done, or an unfinished one
+resumes.
 """
 
 import glob
@@ -49,9 +50,9 @@ def parse(words: Sequence[str], define: Define = define_pretrain_flags) -> absl_
 def effective(values: absl_flags.FlagValues) -> Settings:
   """Returns the settings that a command's flags make, in types that JSON has.
 
-  Where the model is a preset, the fields of the model are the settings, since flags may leave them
-  to the preset; where it is the model of another run or folder, the flags are. The folder that a
-  command makes is none of its settings. Paths are given as `_locate` returns them.
+  For a model from a preset they hold the fields of the model, since flags may leave these to the
+  preset; for the model of another run or folder they hold the values of the flags. The folder
+  that the command makes is no setting. Paths are given as `_locate` returns them.
   """
   names = [name for name in names_of(values) if name not in (*NEUTRAL, "model")]
   home = values["workdir"].value if isinstance(values["workdir"].value, str) else ""
@@ -83,9 +84,10 @@ def _plain(value, home: str | None):
 
 
 def _locate(path: str, home: str) -> str | dict[str, str]:
-  """Returns a path both absolute and relative to a run's folder; one of the two may change.
+  """Returns a path both absolute and relative to a run's folder; a word stays as it is.
 
-  So the settings stay the same for a run that is moved alone, and for one moved with its data.
+  Settings are the same if either form is: for a run that is moved alone, the absolute one, and for
+  a run that is moved with its data, the relative one.
   """
   prefix = path_flags.HF_PREFIX if path.startswith(path_flags.HF_PREFIX) else ""
   path = path.removeprefix(prefix)
