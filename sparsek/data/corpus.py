@@ -1,6 +1,4 @@
-"""Documents from files, folders and Python's standard library, split into training and held-out
-documents.
-"""
+"""Documents of a corpus, from files, folders or Python's standard library, and their split."""
 
 import dataclasses
 import hashlib
@@ -28,7 +26,7 @@ _STDLIB_SKIPPED = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text, and on which side of the split it is.
+  """A text, and the side of the split that it is on.
 
   Attributes:
     name: file, or file:line.
@@ -111,14 +109,15 @@ def documents(
       links too, without hidden files and folders), "stdlib", or "tasks:LENGTH:COUNT", documents of
       `sparsek.data.task_documents` of at most LENGTH bytes.
     heldout_fraction: share of the documents that is held out, approximately.
-    extensions: endings of the files that are read in folders, in any case, compressed or not.
+    extensions: endings of the files that are read in folders, in upper or lower case, compressed or
+      not.
     text_field: the field of a JSON object that holds the text, or the column of Parquet.
     errors: "strict", or "replace" for U+FFFD in place of what is not UTF-8.
     min_document_bytes: shorter texts (in bytes of UTF-8) are left out, except generated ones, whose
       source says how long they are.
     deduplicate: keep only the first of equal texts.
     answers_only: in generated documents the loss counts only the answers.
-    skip_bad_lines: leave out lines, elements and rows that have no text, instead of stopping there.
+    skip_bad_lines: leave out lines, elements and rows that have no text, instead of raising there.
     left_out: counts what was not read.
   Raises:
     UsageError: naming the file, and where in it, for anything that cannot be read; or if there is

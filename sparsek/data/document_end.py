@@ -82,7 +82,7 @@ def ids_in(folder: str, name: str) -> list[int]:
 
 
 def record(folder: str, token: str) -> None:
-  """Writes the token's name to the tokenizer_config.json of a folder, which may exist."""
+  """Writes the token's name to a folder's tokenizer_config.json, and keeps what else it holds."""
   path = os.path.join(folder, TOKENIZER_CONFIG)
   files.write_atomically(path, json.dumps({**_read(path), "eos_token": token}, indent=2) + "\n")
 

@@ -1,8 +1,7 @@
-"""Generated documents with known answers far before the question: passkey, needle, recall,
-variables, copy.
+"""Generated documents that ask for facts far before: passkey, needle, recall, variables, copy.
 
-A document is lines of facts, in their order but with filler between them, and then a question whose
-answers are marked. `sparsek.evaluation.tasks` asks a model.
+A document holds lines of facts, in order but with filler between them, and then questions whose
+answers are known and marked. `sparsek.evaluation.tasks` measures how many a model gets right.
 
 A sliding window of w tokens contains the fact in about w / length of the documents. Deep models see
 it more often, since a window passes on what it saw to the window of the next layer: layers * w
@@ -43,7 +42,7 @@ class Problem:
 
   Attributes:
     facts: lines, in order.
-    questions: (beginning, answer) of everything that can be asked.
+    questions: (text before the answer, answer) of everything that can be asked.
   """
 
   facts: tuple[str, ...]
@@ -93,8 +92,9 @@ def recall(rng: np.random.Generator) -> Problem:
 
 
 def variables(rng: np.random.Generator) -> Problem:
-  """Asks for a variable that got its value from another one, and that one from a third, and so on
-  (RULER, Hsieh et al. 2024, arXiv 2404.06654).
+  """Asks for the variable at the end of a chain of assignments.
+
+  Reference: RULER, Hsieh et al. 2024, arXiv 2404.06654.
   """
   names, numbers = _names(rng, CHAINS * (CHAIN + 1)), _numbers(rng, CHAINS)
   chains = [names[i * (CHAIN + 1) : (i + 1) * (CHAIN + 1)] for i in range(CHAINS)]
@@ -109,7 +109,7 @@ def variables(rng: np.random.Generator) -> Problem:
 
 
 def copy(rng: np.random.Generator) -> Problem:
-  """Asks for a row of letters again."""
+  """Asks to repeat a row of letters."""
   letters = " ".join(rng.choice(list(string.ascii_lowercase), COPIED))
   return Problem((f"Letters: {letters}\n",), (("The letters again:", f" {letters}"),))
 
@@ -198,8 +198,10 @@ def _filler(tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> list[l
 def _insert(
   lines: Sequence[T], inserted: Sequence[T], num_slots: int, rng: np.random.Generator
 ) -> list[T]:
-  """Returns the lines with others inserted, in their order, each before one of the first
-  `num_slots` lines.
+  """Returns the lines with others inserted in their order, at random.
+
+  Each comes before one of the first `num_slots` lines; with one slot more than there are lines, the
+  last slot is the end.
   """
   mixed: list[T] = []
   begin = 0

@@ -1,6 +1,7 @@
 """Texts from files: plain text, JSON lines, JSON and Parquet, plain or compressed.
 
-The kind follows from the ending of the name, in any case; the first bytes must not contradict it:
+The ending of the name, in upper or lower case, gives the kind; the first bytes must not contradict
+it:
 
   .jsonl .ndjson     an object per line, with the text in a field
   .json              an array of objects or of texts, one object, or an object per line
@@ -250,7 +251,7 @@ def _zstd(path: str) -> tuple[Callable, type[Exception]]:
 class _ZstdFrames(io.RawIOBase):
   """A stream of zstd frames that are decompressed one after another.
 
-  The streams of the libraries stop after the first frame, or accept a truncated file.
+  The libraries' own streams stop after the first frame, or accept a truncated file.
   """
 
   def __init__(self, file: IO[bytes], new_decompressor: Callable):

@@ -16,6 +16,7 @@ Both kinds have the same members:
   decode(ids) -> str: drops bos and eos; what is not valid UTF-8 becomes U+FFFD.
   encode_documents(texts) -> list of integer arrays, each beginning with bos and ending with eos.
   save(folder): writes what `load_tokenizer(folder)` needs beside meta.json.
+  save_end(folder): writes only what names eos, beside a tokenizer.json that was copied.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def as_valid_unicode(text: str) -> str:
 
 
 class ByteTokenizer:
-  """Ids 0 to 255 are the bytes of UTF-8; 256 ends a document."""
+  """A tokenizer of bytes: ids 0 to 255 are the bytes of UTF-8, and 256 ends a document."""
 
   name = "byte"
   vocab_size = 257
@@ -221,7 +222,7 @@ def _beginning(tokenizer: tokenizers.Tokenizer) -> list[int]:
 def _byte_tokens(
   tokenizer: tokenizers.Tokenizer, content: dict
 ) -> tuple[dict[int, int], frozenset[int]]:
-  """Returns {id: byte} of the tokens of single bytes, and all ids that decoding writes.
+  """Returns {id: byte} of the tokens of single bytes, and all ids that have text when decoded.
 
   Both are empty unless the tokenizer has SentencePiece's byte fallback.
   """

@@ -1,11 +1,14 @@
-"""From token files to batches: packed rows, a resumable iterator over training batches, and fixed
-held-out batches.
+"""Batches of token files: packed rows, a resumable training iterator, fixed held-out batches.
 
-A batch is a dict of int32 arrays {"tokens": [rows, seq_len + 1], "segment_ids": [rows, seq_len +
-1]}. Segment ids count the documents of a row from 1; 0 is padding. The model reads tokens[:, :-1];
-the target of position t is tokens[:, t + 1], and the loss counts it where segment_ids[:, t] ==
-segment_ids[:, t + 1] != 0. Where documents have marked answers there is a bool array "counted" of
-the same shape, and the loss counts a target only where counted[:, t + 1] is True too.
+A batch is a dict of arrays of shape [rows, seq_len + 1]:
+
+  "tokens"       int32
+  "segment_ids"  int32, the number of the document in its row, from 1; 0 is padding
+  "counted"      bool, only where documents have marked answers
+
+The model reads tokens[:, :-1]; the target of position t is tokens[:, t + 1]. The loss counts it
+where segment_ids[:, t] == segment_ids[:, t + 1] != 0 and, if there is "counted", where
+counted[:, t + 1] is True.
 """
 
 from sparsek.data.batches.held_out import EvalBatches, eval_batches

@@ -1,4 +1,4 @@
-"""Opening a dataset by name, among them Python's standard library, which needs no download."""
+"""Opening of a dataset: a folder, or Python's standard library, which needs no download."""
 
 import os
 import platform

@@ -19,16 +19,18 @@ _BYTES_PER_TOKEN = 8  # in a batch: its id and its segment
 class PackedRows:
   """Documents packed in rows of seq_len + 1 tokens; see `sparsek.data.epoch_order` for their order.
 
-  Rows overlap by one token, so that each token except the first of the stream is the target of one
-  row. A row is a function of its number, the seed, seq_len and the earlier stages of the epoch. In
-  the rest of an epoch that began with another seq_len, rows are made of what no row has shown yet:
-  documents are then cut more often (each span of pairs counts as a document), and each cut repeats
-  a pair if `segment_documents` is off.
+  Rows overlap by one token, so that each token except the first of the stream is a target in one
+  row. A row is a function of its number, the seed, seq_len and the earlier stages of the epoch.
+
+  In an epoch that began with another seq_len, the remaining rows are made of the pairs that no row
+  has shown yet. Documents are then cut more often, since each span of pairs counts as a document,
+  and each cut repeats a pair if `segment_documents` is off.
+
   Memory: 16 bytes per document and 8 per row, for the two epochs used last.
 
   Attributes:
     num_rows: of a whole epoch.
-    first: number of the row with which to go on after `stages`.
+    first: number of the first row to read after `stages`.
   """
 
   def __init__(
@@ -47,8 +49,8 @@ class PackedRows:
       split: the documents.
       seq_len, seed, segment_documents: as in `DataConfig`.
       epoch: number of the epoch with which to begin.
-      stages: of this epoch, what was read before; if the last one has this seed and seq_len, it is
-        continued.
+      stages: what was already read of this epoch; if the last stage has this seed and seq_len, it
+        is continued.
     Raises:
       ValueError: if the split has fewer than two tokens, for a negative seed, and for stages that
         cannot be of this split.
@@ -90,7 +92,7 @@ class PackedRows:
     return self._epoch + 1 + epochs, visit
 
   def stages_before(self, i: int) -> tuple[int, list[Stage]]:
-    """Returns the epoch of row i, and the stages that are read of it before that row."""
+    """Returns the epoch of row i, and the stages of that epoch that are read before the row."""
     epoch, visit = self._epoch_and_visit(i)
     stages = self._stages if epoch == self._epoch else [self._new_stage]
     return epoch, [*stages[:-1], dataclasses.replace(stages[-1], rows=visit)]

@@ -19,8 +19,9 @@ _ENDLESS = 2**40  # length of an endless stream of batches; grain needs a number
 
 
 class _LocalBatches:
-  """The data source for grain: batch s holds the examples first + s * batch_size + row, for the
-  rows of this process.
+  """A data source for grain: the part of each batch that this process reads.
+
+  Batch s consists of the examples first + s * batch_size + row, for the rows of this process.
   """
 
   def __init__(self, rows: PackedRows, first: int, batch_size: int, rows_to_read: range):
@@ -36,13 +37,12 @@ class _LocalBatches:
 
 
 class TrainIterator:
-  """An endless iterator over training batches, prefetched by threads of grain, with a state that
-  can be saved.
+  """An endless iterator over training batches, with a state that can be saved.
 
-  The state describes what was shown by the batches that were returned (not by those only
-  prefetched), in all processes together. It is the same in every process, and can be set with
-  another seq_len, seed, batch size or number of processes: the iterator then goes on with what has
-  not been shown in the epoch.
+  Threads of grain prefetch batches. The state describes what the returned batches have shown, in
+  all processes together; batches that are only prefetched do not count. It is the same in every
+  process, and can be set with another seq_len, seed, batch size or number of processes: the
+  iterator then goes on with what has not been shown in the epoch.
   """
 
   def __init__(self, split: TokenSplit, config: DataConfig, rows_to_read: range, fingerprint: str):
@@ -61,7 +61,7 @@ class TrainIterator:
     self._start(0, 0, ())
 
   def _start(self, tokens: int, epoch: int, stages: Sequence[Stage]) -> None:
-    """Starts after `stages` of an epoch, where `tokens` were read in all."""
+    """Starts after `stages` of an epoch, with `tokens` tokens returned so far in all epochs."""
     try:
       import grain
     except ImportError as error:
@@ -112,7 +112,8 @@ class TrainIterator:
   def set_state(self, state: dict, saved_under: dict | None = None) -> None:
     """Goes to a position that `get_state` returned.
 
-    With another dataset this warns, and goes on after as many tokens of it.
+    If the position is one of another dataset, this warns, and goes on after as many tokens of the
+    present one.
 
     Args:
       state: the position; that of an older version holds only a number of tokens.
@@ -152,7 +153,7 @@ class TrainIterator:
     self._start(tokens, epoch, [Stage(seed, seq_len, rows_of_epoch, rows)])
 
   def close(self) -> None:
-    """Stops prefetching. At the end of a program this call is not necessary."""
+    """Stops prefetching; not necessary at the end of a program."""
     if self._batches is not None:
       self._batches.close()
 

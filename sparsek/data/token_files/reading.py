@@ -41,7 +41,7 @@ class TokenSplit:
     num_counted, num_bytes: number of tokens that the loss counts, and of UTF-8 bytes of their text,
       so that bits per byte = nats per token * num_counted / num_bytes / ln 2. The loss counts all
       tokens, except in documents with marked answers.
-    marked: whether there are documents with marked answers.
+    marked: True if there are documents with marked answers.
   """
 
   def __init__(
