@@ -55,9 +55,9 @@ def heldout_rows(
 
   Args:
     runs: what is evaluated.
-    num_batches: most batches.
+    num_batches: largest number of batches.
     data: token files; None for those that the runs were trained on.
-    seq_len, batch_size: None for the largest of the runs' own.
+    seq_len, batch_size: None for the largest that one of the runs was trained with.
   Raises:
     UsageError: where the runs read different tokens, or rows are too long for the data or a model.
   """

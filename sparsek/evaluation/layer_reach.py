@@ -1,5 +1,6 @@
-"""The layers of a model that need distant tokens: its loss when one layer at a time sees recent
-tokens only, and the layer pattern that follows from these losses.
+"""The layers of a model that need distant tokens, and a layer pattern that follows from them.
+
+A layer needs distant tokens if the loss rises when this layer alone sees recent tokens only.
 """
 
 import functools

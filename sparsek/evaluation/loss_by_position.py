@@ -95,10 +95,9 @@ def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk:
 def make_bucket_sums(
   config: TransformerConfig, edges: Sequence[int], loss_chunk: int, mesh: Mesh
 ) -> Callable:
-  """Returns a compiled function of (params, batch).
+  """Compiles (params, batch) -> (summed loss, number of counted targets) of each bucket.
 
-  It returns the summed loss (float32) and the number of counted targets (int32) of each bucket,
-  over all devices.
+  Both are arrays [len(edges) - 1], float32 and int32, summed over all devices.
   """
 
   def local_sums(params, batch):
@@ -166,8 +165,8 @@ def evaluate(
 def bits_per_byte(loss: float, split: TokenSplit) -> float:
   """Returns a loss in nats per token as bits per UTF-8 byte of text.
 
-  It uses the numbers of counted tokens and bytes of the whole split, and compares models with
-  different tokenizers.
+  Bits per byte can be compared between models with different tokenizers. The number of tokens per
+  byte is that of the whole split.
   """
   return loss * split.num_counted / split.num_bytes / math.log(2)
 

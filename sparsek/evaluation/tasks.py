@@ -1,6 +1,4 @@
-"""Accuracy of a model on generated documents with known answers; see
-`sparsek.data.task_documents`.
-"""
+"""Accuracy of a model on the generated documents of `sparsek.data.task_documents`."""
 
 import functools
 import math
@@ -52,7 +50,7 @@ def evaluate(
   seed: int = 0,
   min_distance: int = 0,
 ) -> Iterator[tuple[int, int]]:
-  """Asks a model; yields (right answers, all answers) so far after each batch.
+  """Yields (right answers, all answers) of a model so far, after each batch of documents.
 
   An answer is right if each of its tokens is the most probable one, given all tokens before it:
   greedy decoding would write it.
@@ -94,7 +92,7 @@ def evaluate(
 def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
   """Returns the 95 % confidence interval (Wilson 1927) of the accuracy of independent answers.
 
-  The four answers of a document of the task recall are not quite independent.
+  The answers in a document of the task recall are not quite independent.
   """
   share = right / total
   centre = share + z * z / (2 * total)
