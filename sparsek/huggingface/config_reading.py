@@ -89,7 +89,7 @@ class _Reader:
     self.problems: list[str] = []
 
   def refuse(self, name: str, value: object, reason: str) -> None:
-    """Adds a problem."""
+    """Adds a problem, which `check` will raise."""
     problem = f"{_printable(name)}={shown(value)} {reason}"
     if problem not in self.problems:  # one name may stand for two of our fields
       self.problems.append(problem)
@@ -97,7 +97,7 @@ class _Reader:
   def typed(
     self, name: str, value: Any, kind: type, low: float = 1, high: float = MAX_SIZE
   ) -> Any | None:
-    """Returns a value as bool, or as int or float within bounds; refuses others with None."""
+    """Returns a value as bool, or as int or float within bounds; refuses others, returning None."""
     has_type = type(value) is kind or (kind is float and type(value) is int)
     if not has_type:
       self.refuse(name, value, f"is no {kind.__name__}")

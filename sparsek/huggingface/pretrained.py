@@ -1,11 +1,10 @@
-"""Models in Hugging Face's folders: `load` reads one as a Transformer, `save` writes one, dense or
-SPARSEK.
+"""Models in Hugging Face's folders, dense or SPARSEK: `load` reads one, `save` writes one.
 
 A folder holds config.json, model.safetensors (or shards and their index) and tokenizer.json.
 Families: `sparsek.huggingface.families.FAMILIES`. Fields that a family cannot express go into the
 section "sparsek" of config.json, and parameters that it does not have (scorers) are saved as
 "sparsek.layers.0.attention.scorer...". transformers reads such a folder as the dense model that it
-was made from, and `load` reads it with its SPARSEK attention.
+was made from; `load` reads it with its SPARSEK attention.
 """
 
 import functools
@@ -82,9 +81,10 @@ def load(
     folder: with config.json and safetensors. Nothing outside it is read, and no code in it is run.
     dtype: of the parameters. Training and checkpoints need "float32"; None keeps the dtype of each
       tensor (float64 becomes float32), so that memory is that of the checkpoint.
-    config: a model of the same architecture to read it as, for example with SPARSEK attention.
-      Parameters that the folder lacks (scorers) are initialised with `key` as by `init_params`, and
-      scorers that the model lacks are ignored.
+    config: a model of the same architecture that is to have these parameters, for example with
+      SPARSEK attention; None: the model that config.json describes. Parameters that the folder
+      lacks (scorers) are initialised with `key` as by `init_params`, and scorers that the model
+      lacks are ignored.
     key: PRNG key, for `config`.
     sharding: of each parameter; None puts them on the first device.
     progress: wraps the list of parameters that are read, as tqdm does.

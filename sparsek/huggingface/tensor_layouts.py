@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint and our parameters: which is where, and copies between them."""
+"""Conversion between the tensors of a checkpoint and our parameters: layouts, checks and copies."""
 
 import math
 import re

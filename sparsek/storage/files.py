@@ -1,6 +1,4 @@
-"""Files on disk: atomic replacement, paths that a user gives, and files and JSON that cannot be
-trusted.
-"""
+"""Files on disk: atomic replacement, paths that users give, and untrusted files and JSON."""
 
 import contextlib
 import fcntl
@@ -91,7 +89,7 @@ def _locked_temporary(folder: str, name: str) -> tuple[int, str]:
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_TEMPORARY, dir=folder)
     with contextlib.suppress(OSError):
       fcntl.flock(handle, fcntl.LOCK_EX)
-    if os.path.lexists(temporary):  # or another process removed it before it was locked
+    if os.path.lexists(temporary):  # otherwise another process removed it before it was locked
       return handle, temporary
     os.close(handle)
 

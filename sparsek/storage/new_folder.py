@@ -170,7 +170,7 @@ def _remove(folder: str) -> None:
 
 
 def _sync(folder: str) -> None:
-  """Returns when a folder with all its contents is on disk."""
+  """Waits until a folder with all its contents is on disk."""
   for parent, _, names in os.walk(folder):
     for name in names:
       with open(os.path.join(parent, name), "rb") as file:
