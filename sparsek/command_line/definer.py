@@ -1,4 +1,4 @@
-"""The definition of flags, and their text: numbers, booleans, choices, words and paths."""
+"""The definition of flags of all types, and the text of flags in --help and flagfiles."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -65,9 +65,9 @@ class _Boolean(flags.BooleanParser):
 
 
 class Definer:
-  """Definitions on `flag_values`, of each name at most once, so that groups may overlap.
+  """A definer of flags on `flag_values`.
 
-  The definition that comes first counts.
+  Of several definitions of a name the first one counts, so that groups of flags may overlap.
   """
 
   def __init__(self, flag_values: flags.FlagValues):
@@ -140,7 +140,7 @@ class Definer:
 
 
 def names_of(flag_values: flags.FlagValues) -> list[str]:
-  """Returns the names of the flags that were defined here, in the order of their definition."""
+  """Returns the names of the flags that a `Definer` defined, in the order of their definition."""
   return [flag.name for flag in flag_values.flags_by_module_dict().get(__name__, [])]
 
 
@@ -162,7 +162,7 @@ def into_string(flag_values: flags.FlagValues) -> str:
 
 
 def not_default(flag_values: flags.FlagValues) -> str:
-  """Returns the flags that have another value than by default, without --workdir, one a line."""
+  """Returns the flags whose values are not the defaults, one a line, without --workdir."""
   return "".join(
     flag_values[name].serialize() + "\n"
     for name in names_of(flag_values)

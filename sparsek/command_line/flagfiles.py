@@ -39,7 +39,7 @@ TO_MODEL = (
   "tie_embeddings",
 )
 _MODEL_FIELDS = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
-_FLAG_OF_FIELD = {"attention": "layer_pattern"}  # the flag of a field that is called otherwise
+_FLAG_OF_FIELD = {"attention": "layer_pattern"}  # fields whose flag has another name
 _NEXT_FIELD = re.compile(r",(?=\w+=)")  # a pattern of layers holds commas too
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -156,7 +156,7 @@ def _split(
   while arguments:
     word = arguments.pop(0)
     name, equals, _ = word.lstrip("-").partition("=") if word[:1] == "-" else ("", "", "")
-    if not name:  # absl takes no flag behind such a word
+    if not name:  # absl reads no flags after such a word
       yield None, (word, *arguments)
       return
     if name.startswith("no") and not _is_known(name, flag_values):
@@ -172,7 +172,7 @@ def _split(
 
 
 def _replacement(name: str, flag_values: flags.FlagValues) -> str | None:
-  """Returns the flag that replaced one of an earlier version, where it is defined."""
+  """Returns the flag that replaced `name` of an earlier version, or None for any other name."""
   flag = "model" if name in TO_MODEL else RENAMED.get(name, "")
   return flag if flag in flag_values and name not in flag_values else None
 
@@ -209,7 +209,7 @@ def _current(
 
 
 def _fields(text: str, flag_values: flags.FlagValues) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Yields "FIELD=VALUE,FIELD=VALUE" one by one; a field that has a flag of its own as that."""
+  """Yields the fields of "FIELD=VALUE,FIELD=VALUE", each as its own flag if it has one."""
   for part in _NEXT_FIELD.split(text):
     field, equals, value = part.partition("=")
     flag = _FLAG_OF_FIELD.get(field, field)

@@ -1,7 +1,7 @@
 """The flags that several commands share: the model, its attention, the run that is read.
 
-A command defines its flags on flag values of its own, those that it shares with others by the
-functions below and its own beside its main function:
+A command has its own flag values. It defines the flags that it shares with other commands by the
+functions below, and the others beside its main function:
 
   FLAGS = absl_flags.FlagValues()
   flags.define_workdir_flag(FLAGS)
@@ -22,7 +22,7 @@ DATA_HELP = 'Folder of token files or "stdlib", made with the run\'s tokenizer.'
 
 
 def define_attention_flags(flag_values: flags.FlagValues) -> None:
-  """Defines the model flags under other values of which a trained model can be run.
+  """Defines the model flags that can be changed when a trained model is run.
 
   No parameter depends on them.
   """

@@ -1,4 +1,4 @@
-"""The frame of a command: its command line is parsed, it runs, and it ends with an exit code."""
+"""The frame of every command: it parses the command line, runs the command, and exits."""
 
 import signal
 import sys
@@ -55,8 +55,8 @@ def run(
   Args:
     main: the command; its module's docstring describes it in --help.
     flag_values: where the flags are defined.
-    argv: the command line, program name first. None for that of the process, which then also gets
-      standard streams that may be closed, loses no Ctrl-C, and ends in time:
+    argv: the command line, program name first. None for that of the process, which is then also
+      prepared for closed standard streams, Ctrl-C at any moment and threads that do not end; see
       `sparsek.command_line.terminal`.
   """
   at_interrupt = signal.getsignal(signal.SIGINT)
@@ -80,7 +80,7 @@ def run(
 
 
 def _run(main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
-  """Returns the exit code."""
+  """Prints the help, or parses the command line and runs `main`; returns the exit code."""
   if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
     description = (sys.modules[main.__module__].__doc__ or "").strip()
     print(f"{description}\n\n{help_of(flag_values)}")

@@ -85,7 +85,7 @@ def parse_field(text: str) -> tuple[str, Any]:
 
 
 class _Parser(flags.ArgumentParser):
-  """A parser of one FIELD=VALUE; `flagfiles.expand` has parted those of a list."""
+  """A parser of one FIELD=VALUE; `flagfiles.expand` has already split lists."""
 
   syntactic_help = "FIELD=VALUE,FIELD=VALUE"
 

@@ -13,7 +13,7 @@ from absl import flags
 
 from sparsek.storage.files import local_path
 
-HF_PREFIX = "hf:"  # as huggingface.pretrained.PREFIX, which is slow to import
+HF_PREFIX = "hf:"  # the same as huggingface.pretrained.PREFIX, which is slow to import
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _FOLDER_LIKE_A_STEP = re.compile(r"@[0-9]+/+$")  # the slash says that DIR@4/ is no step of DIR
 
@@ -123,7 +123,7 @@ def paths_flag(name: str, help_text: str, **options) -> flags.Flag:
 
 
 def is_path(flag: flags.Flag) -> bool:
-  """Returns whether a flag was defined here."""
+  """Returns whether a flag holds a path or paths."""
   return isinstance(flag.parser, _Path)
 
 

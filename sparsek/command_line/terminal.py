@@ -1,4 +1,4 @@
-"""Standard output and error of a command whose reader may leave, and the command's end."""
+"""Robustness of a command against closed standard streams, Ctrl-C, and threads that do not end."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ END_SECONDS = 10.0  # for the interpreter to end once a command has printed its 
 
 
 class Lenient:
-  """A text stream that goes on as if to the null device where nobody reads it any more.
+  """A text stream that drops what is written to it, without an error, once nobody reads it.
 
-  Attributes that are not here are those of the stream.
+  All other attributes are those of the stream.
 
   Args:
     stream: standard output or error.
@@ -64,7 +64,7 @@ def make_lenient() -> None:
   On standard output a pipe that nobody reads (`| head`) is forgiven; on standard error any failure
   is, such as a terminal that hung up or a full disk. Descriptors that the command was started
   without (`2>&-`) become the null device: a file opened later would get their number, and
-  whatever is printed would land in it.
+  whatever is printed would land in that file.
   """
   while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
@@ -88,7 +88,7 @@ def keep_interrupts() -> None:
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
       show(unraisable)
       return
-    # Later, as this hook must have returned; to the main thread, which may wait for something.
+    # Sent later, when this hook has returned, and to the main thread, which may be waiting.
     to_main = [threading.main_thread().ident, signal.SIGINT]
     again = threading.Timer(0.01, signal.pthread_kill, to_main)
     again.daemon = True
