@@ -19,9 +19,9 @@ Mixed = TypeVar("Mixed")  # its output, before the output projection
 
 
 class Blocks(Generic[Projected, Mixed]):
-  """All blocks of a transformer, for new tokens behind a cache.
+  """All blocks of a transformer, for new tokens after those of a cache.
 
-  A subclass defines what comes before the output projection, and may replace the other pieces.
+  A subclass defines `project`, `attend` and `project_output`, and may replace `finish`.
 
   Args:
     config: of the model.
@@ -45,14 +45,15 @@ class Blocks(Generic[Projected, Mixed]):
     raise NotImplementedError
 
   def finish(self, i: int, x: jax.Array, mixed: Mixed) -> tuple[jax.Array, Projected | None]:
-    """Computes block i from its attention on.
+    """Computes the rest of block i, after its attention, and projects for the next block.
 
     Args:
+      i: index of the block.
       x: hidden states before the block.
       mixed: output of its attention.
     Returns:
-      The hidden states after the block, and what `project` of the next block makes of them; None
-      after the last block.
+      The hidden states after the block, and the input of attention in the next block, None after
+      the last one.
     """
     y = self.project_output(i, mixed, x)
     x = inference.mlp(
@@ -73,15 +74,15 @@ class Blocks(Generic[Projected, Mixed]):
 
 
 class CachedBlocks(Blocks[Projections, jax.Array]):
-  """The blocks for new tokens by XLA, on any device.
+  """The blocks for new tokens, computed by XLA on any device.
 
   Args:
     config, params: as in `Blocks`.
     layers: of the cache.
-    seen_B: tokens before these, of each row.
-    position_BxC: positions of these tokens.
-    count_B: how many of a row's tokens exist.
-    fresh: whether no row has seen a token before; None for a single token a row, which attends to
+    seen_B: number of tokens that each row has seen before the new ones.
+    position_BxC: positions of the new tokens.
+    count_B: how many of a row's new tokens exist.
+    fresh: True if no row has seen a token before; None for a single token a row, which attends to
       the cache directly.
   """
 

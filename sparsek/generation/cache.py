@@ -58,8 +58,8 @@ def init_cache(
     batch_size: rows that are fed together.
     max_length: tokens that full layers can hold; only they need and use it. Logits beyond it are
       NaN.
-    support_size: scores kept per head beyond the k slots; default 8 k + 64. Supports that are
-      larger (nearly equal scores) lose their lowest members, which makes the threshold slightly low
+    support_size: scores kept per head beyond the k slots; 8 k + 64 by default. A support that is
+      larger (nearly equal scores) loses its lowest scores, which makes the threshold slightly low
       and gates slightly high; `lost_scores` counts them. Gates that need no thresholds keep none.
   Raises:
     ValueError: for sizes below 1 (support_size below 0), max_length=None where a layer is full, or
@@ -120,10 +120,10 @@ def default_support_size(gate: str, k: int) -> int:
 
 
 def lost_scores(cache: Cache) -> np.ndarray:
-  """Returns [B] integers: how many scores above the threshold were dropped because a support
-  outgrew `support_size`, over all layers and heads.
+  """Returns how many scores were dropped because a support outgrew `support_size`, [B] integers.
 
-  All gates are exact where it is 0. It stays 0 with gates that need no thresholds.
+  It counts scores above the threshold, over all layers and heads. All gates are exact where it is
+  0. It stays 0 with gates that need no thresholds.
   """
   lost = [
     np.asarray(layer.lost, np.int64).sum(axis=1)
@@ -139,8 +139,10 @@ def cache_bytes(cache: Cache | SelectionCache | KeysAndValues) -> int:
 
 
 def default_chunk(config: TransformerConfig) -> int:
-  """Returns the tokens that `prefill` takes at a time by default: enough that the work for the
-  cached rows before a chunk is small beside that for the chunk, and that a GPU is busy.
+  """Returns the number of tokens that `prefill` takes at a time by default.
+
+  It is so large that the work for the cached rows before a chunk is small beside that for the
+  chunk, and that a GPU is busy.
   """
   if jax.default_backend() != "cpu":
     return 16384
@@ -152,7 +154,7 @@ def default_chunk(config: TransformerConfig) -> int:
 
 
 def pad_length(length: int) -> int:
-  """Returns the next power of two, so that few sizes are ever compiled."""
+  """Returns the next power of two, at least MIN_CHUNK, so that few sizes are ever compiled."""
   return max(MIN_CHUNK, 1 << (length - 1).bit_length())
 
 
@@ -178,8 +180,8 @@ def prefill(
     lengths: [B] integers from 0 to m: only the first lengths[b] tokens of row b are fed. None: all
       m tokens of every row.
     last_only: return the logits of each row's last token only; those of a long prompt are large.
-    chunk_size: tokens processed at a time; default: `default_chunk`. An empty cache is filled
-      fastest in one chunk.
+    chunk_size: tokens processed at a time; None: `default_chunk`. An empty cache is filled fastest
+      in one chunk.
     donate: reuse the memory of the given cache, which cannot be used afterwards.
   Returns:
     Logits [B, m, vocab_size] float32 ([B, 1, vocab_size] with last_only; NaN in rows without
@@ -302,8 +304,12 @@ def _decode(config, params, cache, token, active):
 
 
 def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array | np.ndarray) -> None:
-  """Raises ValueError unless the cache was made for `config` and as many rows as `tokens`, which
-  must be integers.
+  """Raises ValueError unless the cache fits a configuration and tokens.
+
+  Args:
+    config: that the cache must have been made for.
+    cache: to be checked.
+    tokens: integers; the cache must have as many rows.
   """
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens has dtype {tokens.dtype}, expected integers")

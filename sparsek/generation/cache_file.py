@@ -72,8 +72,8 @@ def save(
     config: that the cache was made for.
     cache: from `init_cache`, `prefill` or `decode_step`.
     note: JSON values, returned by `load`.
-    length: that the sizes were clipped to; None: they are those of `config`. See
-      `sparsek.generation.cache_sizes.clip_sizes`.
+    length: of texts, to which `sparsek.generation.cache_sizes.clip_sizes` clipped the cache's
+      sizes; None: they are those of `config`.
   Raises:
     OSError: where it cannot be written; then the file that was at `path` stays.
   """
@@ -97,8 +97,9 @@ def save(
 
 
 def _size(config, cache, kind, size):
-  """Returns a size of the layers of a kind, or None where there is none or where they differ; only
-  supports of the default sizes differ.
+  """Returns the size that all layers of a kind have, or None where there is none or they differ.
+
+  Only supports of the default sizes differ.
   """
   sizes = {size(layer) for layer, of in zip(cache.layers, config.layer_kinds) if of == kind}
   return sizes.pop() if len(sizes) == 1 else None

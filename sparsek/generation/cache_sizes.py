@@ -1,4 +1,4 @@
-"""Sizes of a cache: they grow with the texts, to no more than the texts can use."""
+"""Sizes of a cache, which grow with the texts and are no larger than the texts can use."""
 
 import dataclasses
 import functools
@@ -111,7 +111,7 @@ def check_memory(config: TransformerConfig, batch_size: int, max_length: int, na
 
   Args:
     config, batch_size, max_length: as in `init_cache`.
-    name: what asks for it, with its value.
+    name: the option that asks for so much, with its value, for the message.
   """
   shapes = jax.eval_shape(functools.partial(init_cache, config, batch_size, max_length=max_length))
   # `prefill` makes copies of a ring, one layer at a time.

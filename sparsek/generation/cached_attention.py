@@ -1,5 +1,7 @@
-"""A layer's cache of constant size, and the attention of one new token to it; see
-sparsek/generation/cache.py. The attention of several new tokens is in cached_chunk.py.
+"""A layer's cache of constant size, and the attention of one new token to it.
+
+`sparsek.generation.cache` describes the algorithm; the attention of several new tokens is in
+`sparsek.generation.cached_chunk`.
 
 Row b of the batch has seen `seen[b]` tokens before the new one. Keys and values in the cache are
 [B, G, rows, D], those of the new token [B, G, D].
@@ -19,8 +21,10 @@ from sparsek.kernels.sentinels import NOWHERE
 
 
 class KeysAndValues(NamedTuple):
-  """Keys and values, [B, G, length, D] each: a ring of the window, where token t has index t %
-  window, or all tokens of a full layer in order.
+  """Keys and values, [B, G, length, D] each.
+
+  Those of a sliding window are a ring, in which token t has index t % window; those of a full layer
+  are all tokens in order.
   """
 
   key: jax.Array
@@ -32,9 +36,9 @@ class SelectionCache(NamedTuple):
 
   Attributes:
     rows: keys and values [B, G, k + window, D]: k slots, then the ring of the last `window` tokens.
-    score: [B, G, k + window] float32, those of the tokens in the slots, -inf in an empty slot, and
+    score: [B, G, k + window] float32, scores of the tokens in the slots, -inf in an empty slot, and
       0 for the ring, so that score > -inf tells which rows hold a token once the ring is full.
-    position: [B, G, k] int32, those of the tokens in the slots; NOWHERE in an empty slot.
+    position: [B, G, k] int32, positions of the tokens in the slots, NOWHERE in an empty slot.
     support: [B, G, support_size] float32, scores of the support beyond the slots, -inf where empty.
     lost: [B, G] int32, number of scores that were dropped because `support` was full; [B, 0] with
       gates that need no thresholds.
@@ -52,7 +56,7 @@ class SelectionCache(NamedTuple):
 
 
 def needs_support(gate: str) -> bool:
-  """Tells whether gates depend on thresholds in the forward pass."""
+  """Returns whether gates depend on thresholds in the forward pass."""
   return gate != "straight_through"
 
 
@@ -98,8 +102,12 @@ def float32_product(dtype: jnp.dtype) -> Callable[..., jax.Array]:
 
 
 def _attend(config, query_BxHxD, rows, visible, gate=None):
-  """Attends from one query to rows [B, G, M, D] that are `visible`, with `gate`, [B, 1 or G, M]
-  each; gate is None where all gates are 1.
+  """Attends from one query of each row of the batch to the visible rows of the cache.
+
+  Args:
+    rows: keys and values [B, G, M, D].
+    visible: [B, 1 or G, M] bool.
+    gate: [B, 1 or G, M], or None where all gates are 1.
   """
   batch, heads, head_dim = query_BxHxD.shape
   product = float32_product(query_BxHxD.dtype)
@@ -122,11 +130,10 @@ def _get(rows, index):
 
 
 def _put(rows, index, new):
-  """Returns rows [B, G, M, D] with new [B, G, I, D] at indices [B, G, I], which must be distinct
-  and in range.
+  """Returns rows [B, G, M, D] with new [B, G, I, D] at indices [B, G, I].
 
-  Rows that are donated are updated in place. To keep a row, write its own contents to it: leaving
-  the update out would cost copies.
+  The indices of a head must be distinct and in range. Rows that are donated are updated in place.
+  To keep a row, write its present contents to it: leaving the update out would cost copies.
   """
   b, g = jnp.ogrid[: index.shape[0], : index.shape[1]]
   put = lambda x, y: x.at[b[..., None], g[..., None], index].set(
@@ -163,8 +170,9 @@ def _window_token(config, ring, seen, active, query, new):
 
 
 def _worst(score, position):
-  """Returns (score, index) [B, G] of the slot to give up first: that of the lowest score and, among
-  equal scores, of the latest position.
+  """Returns (score, index) [B, G] of the slot to give up first.
+
+  It is the one of the lowest score and, among equal scores, of the latest position.
   """
 
   def worse(a, b):
@@ -230,8 +238,8 @@ def _add_to_support(support, score, loser, k):
     loser: [B, G], the score to be added.
     k: of the layer.
   Returns:
-    The next support; the score that it has no room for, [B, G], -inf where there is none; the gates
-    [B, G, k + support_size + 1] of all scores.
+    (the next support; the score [B, G] that it has no room for, -inf where there is none; the gates
+    [B, G, k + support_size + 1] of all scores).
   """
   beyond = jnp.concatenate([support, loser[..., None]], axis=-1)
   gates = sparsek(jnp.concatenate([score[..., :k], beyond], axis=-1), k)

@@ -1,17 +1,17 @@
 """Attention of a chunk of new tokens to a layer's cache, and the layer's next cache.
 
-Row b of the batch has seen `seen[b]` tokens before the chunk. Keys and values in the cache are [B,
-G, rows, D]; those of C new tokens, of which the first count[b] exist, are [B, C, G, D] as in the
-model.
+Row b of the batch has seen `seen[b]` tokens before the chunk, and the first `count[b]` of its C new
+tokens exist. Keys and values in the cache are [B, G, rows, D], those of the new tokens [B, C, G, D]
+as in the model.
 
-The attention of the parallel forward computes a chunk. In a sparsek layer its keys are
+A chunk is computed by the attention of the parallel forward pass. In a sparsek layer its keys are
 
   k slots, by position | support, scores without keys | ring of the window, by position | C new
 
 A slot is a candidate for every new query. The tokens of the ring and of the chunk become candidates
-as they leave the window, just as in the parallel forward. Before `window` tokens have been seen,
-the first part of this sequence does not exist and holds no candidate: it is moved to the end, where
-no query sees it.
+as they leave the window, just as in the parallel forward pass. Before `window` tokens have been
+seen, the first part of this sequence does not exist and holds no candidate: it is moved to the end,
+where no query sees it.
 """
 
 import functools
@@ -76,12 +76,13 @@ def _tokens_first(x):
 
 
 def _continue(attend, prefix, chunk, missing, fresh):
-  """Returns the outputs of attend(*arrays) for the chunk, where the arrays are prefix and chunk
-  joined.
+  """Returns the outputs of attention for a chunk behind a prefix.
 
   Args:
+    attend: takes arrays [B, P + C, ...], each joined from prefix and chunk.
     prefix, chunk: tuples of arrays [B, P, ...] and [B, C, ...].
     missing: [B], how many of the first tokens of the prefix do not exist.
+    fresh: True if there is no prefix.
   """
   length = prefix[0].shape[1]
   if fresh or not length:
@@ -93,7 +94,7 @@ def _continue(attend, prefix, chunk, missing, fresh):
 
 
 def _next_ring(window, seen, count):
-  """Returns the next ring, as indices [B, window] into the ring in order with the chunk behind."""
+  """Returns the next ring as indices [B, window] into the ordered ring followed by the chunk."""
   return count[:, None] + (jnp.arange(window) - (seen + count)[:, None]) % window
 
 
@@ -240,8 +241,8 @@ def _in_order_of_keys(config, cache, seen, query, scores):
 def _keep(config, cache, seen, count, new, before):
   """Returns the next cache of a sparsek layer after a chunk.
 
-  Candidates for the slots are the slots and the tokens that have left the window, the first `count`
-  of ring and chunk. Of equal scores the earlier token wins: it stands first.
+  Candidates for the slots are the tokens in them and those that have left the window, which are the
+  first `count` of ring and chunk. Of equal scores the earlier token wins: it stands first.
   """
   k, window, support_size = config.k, config.window, cache.support.shape[-1]
   (batch, length, groups), near = new.key.shape[:3], before.near

@@ -1,9 +1,8 @@
-"""One token through all layers by the decode kernels of Hopper GPUs (kernels/hopper), with which
-`sparsek.generation.cache` makes a step where a model is of the common kind: RMSNorm, rotations of
-whole heads, no biases, a linear scorer and the gate "straight_through".
+"""One decoding step through all layers, by kernels for Hopper GPUs (kernels/hopper).
 
-A layer takes two kernels, or five where fused_decode_layer.py does not support it; two more come
-before the first layer.
+`sparsek.generation.cache` uses it for models of the common kind: RMSNorm, rotations of whole heads,
+no biases, a linear scorer and the gate "straight_through". A layer takes two kernels, or five where
+fused_decode_layer.py does not support it; two more come before the first layer.
 """
 
 from typing import Any
@@ -65,7 +64,7 @@ def step(
   token: jax.Array,
   active: jax.Array,
 ) -> tuple[jax.Array, tuple]:
-  """Computes a step.
+  """Computes one decoding step.
 
   Args:
     config, params: of the model.
@@ -83,10 +82,10 @@ def step(
 
 
 class KernelBlocks(Blocks[jax.Array, Parts]):
-  """The blocks for one token, by the decoding kernels.
+  """The blocks for one token, computed by the decoding kernels.
 
-  The input of attention is the product with the kernel of queries, keys and values, and with the
-  scorer's rows; the kernel of attention does the rest of the projections.
+  `project` makes only the products with the matrices of queries, keys and values and of the scorer;
+  the attention kernel rotates queries and keys, and turns the scorer's product into a score.
 
   Args:
     config, params: as in `Blocks`.
@@ -145,7 +144,7 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
     return inference.dense(params, mixed.joined(x.dtype), x)
 
   def finish(self, i: int, x: jax.Array, mixed: Parts) -> tuple[jax.Array, jax.Array | None]:
-    """Computes block i from its attention on, in one kernel where there is one for its sizes."""
+    """Computes the rest of block i, as `Blocks.finish`, in one kernel where one fits its sizes."""
     block, scale, following = self.params.layers[i], None, []
     if i + 1 < self.config.num_layers:
       after = self.params.layers[i + 1]
@@ -171,7 +170,7 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
 def _evict(
   kinds: tuple[str, ...], rows: list[decode_attention.Rows], seen: jax.Array, active: jax.Array
 ) -> list[decode_attention.Rows]:
-  """Returns the rows of all layers, where those that select have made room for the new token."""
+  """Returns the rows of all layers, after sparsek layers have made room for the new token."""
   selecting = [i for i, kind in enumerate(kinds) if kind == "sparsek"]
   if selecting:
     moved = decode_eviction.evict([rows[i] for i in selecting], seen, active)
@@ -183,7 +182,7 @@ def _evict(
 def _is_fused(
   config: TransformerConfig, x: jax.Array, block: dict[str, Any], following: list[jax.Array]
 ) -> bool:
-  """Returns whether one kernel can compute all from a block's attention to the next one's.
+  """Returns whether one kernel can compute all between a block's attention and the next block's.
 
   Args:
     block: parameters of the block.

@@ -1,7 +1,7 @@
-"""The layers of `Transformer` as generation computes them: parameters are cast once, and products
-that read the same input are made in one.
+"""The layers of `Transformer` as generation computes them.
 
-The values are those of the modules in sparsek/model/layers.py; only rounding differs.
+Parameters are cast once, and products that read the same input are made in one. The values are
+those of the modules in sparsek/model/layers.py; only rounding differs.
 """
 
 import functools
@@ -23,8 +23,9 @@ SCORER_ROWS = 16  # a linear scorer's rows are padded to a multiple of it, as it
 
 
 class InferenceParams(NamedTuple):
-  """The parameters of a model as generation reads them; matrices have the activation dtype, all
-  else is float32.
+  """The parameters of a model as generation reads them.
+
+  Matrices have the activation dtype; all else is float32.
 
   Attributes:
     embedding: [V, E].
@@ -32,9 +33,9 @@ class InferenceParams(NamedTuple):
     layers: a dict for each layer: qkv [(H + 2 G) D, E], out [E, H D], up [F, E] (gate and up of
       swiglu, [2 F, E]) and down [E, F], each a transposed kernel with its bias if it has one;
       norms; scorer, and the rows of `scorer_rows` where a scorer of a bfloat16 model is linear.
-      The kernels are transposed because a product with one row then reads whole rows of the
-      matrix, and XLA's GPU backend makes it one kernel; it writes the products of the elements of
-      some others to memory before it sums them.
+      The kernels are transposed because XLA's GPU backend then makes a product with one row in one
+      kernel, which reads whole rows of the matrix. Of some other layouts it writes the products of
+      all elements to memory before it sums them.
     final_norm: its parameters.
     output: [E, V], or None where the embedding is used.
   """
@@ -67,13 +68,14 @@ class Projections(NamedTuple):
 def small_batch_product(
   params: Params, rows: jax.Array, config: TransformerConfig | None = None
 ) -> Callable[..., jax.Array] | None:
-  """Returns the Hopper kernel for the product of a few rows with a matrix, or None where XLA makes
-  this product.
+  """Returns the Hopper kernel for a product of a few rows with a matrix, or None.
+
+  It is None where XLA makes this product.
 
   Args:
-    params: of the product; the kernel adds no bias.
+    params: of the product; the Hopper kernel adds no bias.
     rows: [B, K], the input.
-    config: of the model if the norm before the product is to be computed too.
+    config: of the model, if the kernel is to compute the norm before the product too.
   """
   if not devices.can_run() or "bias" in params or config is not None and config.norm != "rms_norm":
     return None
@@ -182,8 +184,15 @@ def embed(
 def project_rows(
   config: TransformerConfig, layer: dict[str, Any], x: jax.Array, extra: Sequence[jax.Array]
 ) -> jax.Array:
-  """Returns the attention's norm of x [B, E] times the kernel of queries, keys and values, which
-  has no bias, and behind it times at most one extra matrix [N, E]: [B, (H + 2 G) D + N] float32.
+  """Returns the products of attention's norm of x with the matrices of the projections.
+
+  Args:
+    config: of the model.
+    layer: its parameters; the projection of queries, keys and values has no bias.
+    x: [B, E].
+    extra: at most one further matrix [N, E], such as a scorer's rows.
+  Returns:
+    [B, (H + 2 G) D + N] float32: queries, keys, values, and the products with the extra matrix.
   """
   product = small_batch_product(layer["qkv"], x, config)
   if product is not None:

@@ -1,4 +1,4 @@
-"""Texts of experiments.generate: prompts are read, shown and continued, texts saved."""
+"""Texts of experiments.generate: reading and showing prompts, writing and saving texts."""
 
 import os
 import time
@@ -35,7 +35,7 @@ def read_prompts(path: str) -> list[str]:
 def new_texts(
   tokenizer: Tokenizer, texts: Iterable[str], special_tokens: bool = False
 ) -> list[list[int]]:
-  """Returns the tokens of new texts, which begin as documents of the run's data do, once."""
+  """Returns the tokens of new texts, after the bos of documents where a text does not give it."""
   rows = []
   for text in texts:
     ids, bos = tokenizer.encode(text, special_tokens), tokenizer.bos_ids
@@ -44,7 +44,7 @@ def new_texts(
 
 
 def shown_prompt(stream: TextStream, text: str, ids: list[int]) -> str:
-  """Returns the prompt as it was given, after the text that its tokens bring before it.
+  """Returns the prompt as it was given, after any text that decoding its tokens puts before it.
 
   That may be the rest of an earlier turn's last character, or a space.
   """
@@ -115,7 +115,11 @@ def check_can_save(path: str) -> None:
 
 
 def save(session: Session, streams: Sequence[TextStream], path: str) -> None:
-  """Writes the texts to a file, from which they go on later."""
+  """Writes a session and the state of its streams to a file, from which it can go on later.
+
+  Raises:
+    RunError: where it cannot be written.
+  """
   session.texts = [stream.state for stream in streams]
   try:
     session.save(path)

@@ -14,6 +14,7 @@ def sample(
   """Draws token ids [...] from logits [..., vocab_size].
 
   Args:
+    logits: of the next token.
     key: PRNG key.
     temperature: divides the logits; 0 takes the largest (the lowest id among equal logits). Any
       number, however small or large.
@@ -39,8 +40,9 @@ def sample(
 
 
 def _divide(logits, temperature):
-  """Returns (logits - their maximum) / temperature, which is finite or -inf for every temperature;
-  logits alone would overflow.
+  """Returns (logits - their maximum) / temperature, finite or -inf for every temperature.
+
+  Without the maximum the quotient could overflow.
   """
   limits = jnp.finfo(jnp.float32)
   temperature = jnp.clip(temperature, limits.tiny, limits.max)

@@ -19,7 +19,7 @@ class SavedSession(NamedTuple):
 
   Attributes:
     cache: state of the model.
-    length: that the sizes of the cache are clipped to, or None.
+    length: of texts, to which the sizes of the cache are clipped, or None.
     unfed: for each row the token that has not been fed yet, or none.
     texts: for each row the state of a `TextStream`, or {}.
   """
@@ -33,14 +33,21 @@ class SavedSession(NamedTuple):
 def save(
   path: str, config: TransformerConfig, params: InferenceParams, session: SavedSession
 ) -> None:
-  """Writes a session to a file. Raises OSError where that fails."""
+  """Writes a session to a file atomically.
+
+  Raises:
+    OSError: where it cannot be written; then the file that was at `path` stays.
+  """
   note = {"unfed": session.unfed, "model": _fingerprint(params), "texts": session.texts}
   cache_file.save(path, config, session.cache, note, session.length)
 
 
 def load(path: str, config: TransformerConfig, params: InferenceParams) -> SavedSession:
-  """Returns the session that `save` wrote. Raises UsageError where it cannot be read or was saved
-  with another configuration or other parameters.
+  """Returns the session that `save` wrote.
+
+  Raises:
+    UsageError: where it cannot be read, or was saved with another configuration or other
+      parameters.
   """
   cache, note, length = cache_file.load(path, config)
   if not isinstance(note, dict) or type(note.get("model")) is not int:
@@ -55,8 +62,9 @@ def load(path: str, config: TransformerConfig, params: InferenceParams) -> Saved
 
 
 def _fingerprint(params: InferenceParams) -> int:
-  """Returns a checksum that tells parameters apart: of the final norm and of parts of two matrices,
-  which all training changes.
+  """Returns a checksum of the final norm and of parts of two matrices, to tell models apart.
+
+  Training changes all of these.
   """
   parts = jax.tree.leaves(params.final_norm) + [
     params.layers[-1]["down"]["kernel"][:4],

@@ -1,6 +1,4 @@
-"""Generation of texts, several at a time and in turns, with memory and time per token that do not
-grow.
-"""
+"""Generation of texts, several at a time and in turns, in constant memory and time per token."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -82,8 +80,9 @@ class _Turn(NamedTuple):
 
 
 class Session:
-  """Texts that grow by turns: each turn feeds a prompt a row and draws a continuation. Sessions can
-  be saved and resumed.
+  """Texts of a batch that grow by turns: each turn feeds every row a prompt and continues it.
+
+  Sessions can be saved and resumed.
 
   Attributes:
     config: of the model.
@@ -110,15 +109,13 @@ class Session:
     self._exact = True  # the cache has been fed the tokens that were yielded, and no others
 
   def _set_length(self, length: int | None) -> None:
-    """Sets the most tokens that texts have, None for any number, and the configuration that has
-    the sizes for them.
-    """
+    """Sets the configuration whose cache holds texts of up to `length` tokens, None for any."""
     self._length = length
     self._sized = self.config if length is None else clip_sizes(self.config, length)
 
   @property
   def lost_scores(self) -> np.ndarray:
-    """Returns [B] integers; see `sparsek.generation.cache.lost_scores`."""
+    """The counts of `sparsek.generation.cache.lost_scores`, [B] integers."""
     return lost_scores(self.cache)
 
   def generate(
@@ -266,8 +263,9 @@ class Session:
     return tuple(state_after), drawn
 
   def stop(self, row: int) -> None:
-    """Ends a row of the current turn: it yields None from now on. With ahead=0 nothing more is
-    computed for it.
+    """Ends a row of the current turn, which yields None for it from now on.
+
+    With ahead=0 nothing more is computed for the row.
     """
     self._stopped.add(row)
 
@@ -290,8 +288,11 @@ class Session:
   def load(
     cls, path: str, config: TransformerConfig, params: Params | InferenceParams
   ) -> "Session":
-    """Returns the session that `save` wrote. Raises UsageError where it cannot be read or was saved
-    with another configuration or other parameters.
+    """Returns the session that `save` wrote.
+
+    Raises:
+      UsageError: where it cannot be read, or was saved with another configuration or other
+        parameters.
     """
     session = cls.__new__(cls)
     session.config, session._params = config, inference_params(config, params)
@@ -303,9 +304,7 @@ class Session:
 
 
 def _check_prompt(prompt: Sequence[int], has_text: bool, vocab_size: int) -> None:
-  """Raises ValueError unless a prompt holds ids of the vocabulary, and at least one if its row has
-  no text yet.
-  """
+  """Raises ValueError unless a prompt holds ids of the vocabulary, one or more for a new text."""
   ids = np.asarray(prompt) if len(prompt) else np.zeros(0, np.int32)
   if ids.ndim != 1 or not (ids.size or has_text):
     raise ValueError(

@@ -16,10 +16,10 @@ class Decoder(Protocol):
 
 
 class TextStream:
-  """A decoder that turns the tokens of a text into pieces of text, which end between characters, up
-  to the first stop string.
+  """A decoder that turns the tokens of a text, one at a time, into pieces of text.
 
-  The pieces joined equal the text that decoding all tokens at once gives. The text of a token may
+  Pieces end between characters, and the last one before the first stop string. Joined they equal
+  the text that decoding all tokens at once gives, up to that stop string. The text of a token may
   depend on the tokens before it: a token may hold a part of a UTF-8 character, and some tokenizers
   leave out a space at the beginning of the text that they decode. So tokens are decoded together
   with the last few before them, which may be those of a prompt or of an earlier turn. A final
@@ -58,7 +58,7 @@ class TextStream:
 
   @property
   def state(self) -> dict[str, Any]:
-    """Returns `before` and `unfinished` of a stream that continues this text, as JSON values."""
+    """The `before` and `unfinished` of a stream that continues this text, as JSON values."""
     return {"before": self._recent, "unfinished": self._unfinished}
 
   def turn(self, prompt: Sequence[int]) -> str:
@@ -84,8 +84,9 @@ class TextStream:
     return self._release(text[shown:certain])
 
   def end_turn(self) -> str:
-    """Returns the text that was held back at the end of a turn, without an unfinished character,
-    which a later turn may complete.
+    """Returns the text that was held back at the end of a turn.
+
+    An unfinished character is still held back, since a later turn may complete it.
     """
     text, self._held = self._held, ""
     return text
