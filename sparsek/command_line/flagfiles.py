@@ -52,7 +52,7 @@ class _Given:
     name: the flag's name; None for an argument that is no flag.
     words: the arguments that give it, one or two.
     source: COMMAND_LINE, or the flagfile's path.
-    number: of the source, as one file may be read twice; 0 is the command line.
+    number: the number of the source, since a file may be read twice; 0 is the command line.
   """
 
   name: str | None
@@ -147,7 +147,7 @@ def expand(
 def _split(
   arguments: Sequence[str], flag_values: flags.FlagValues
 ) -> Iterator[tuple[str | None, tuple[str, ...]]]:
-  """Yields (name, words) for every flag, as absl reads them; a name of None for all the rest.
+  """Yields (name, words) for every flag, as absl reads them, and (None, words) for the rest.
 
   Raises:
     UsageError: for `--flagfile` without a value.

@@ -33,7 +33,7 @@ from sparsek.generation.cached_attention import (
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.layers import window_implementation
 
-MAX_LOGITS = 2**22  # of a head that a full layer computes at once for a chunk
+MAX_LOGITS = 2**22  # logits that a full layer computes at once for one head of a chunk
 
 
 def attend_chunk(
@@ -151,7 +151,7 @@ def _attend_to_all(config, query, rows, position):
 
   def step(i, state):
     top, total, mixed = state
-    # the last block reaches back into the one before it
+    # the last block overlaps the one before it, whose rows are then not visible again
     first = jnp.minimum(i * block, capacity - block)
     key, value = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in rows)
     row = first + jnp.arange(block)

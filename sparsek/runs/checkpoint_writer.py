@@ -27,7 +27,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointWriter:
-  """Saves a run's checkpoints in the background and keeps the newest `keep`.
+  """A writer of a run's checkpoints, in the background, of which the newest `keep` stay.
 
   Older ones are deleted only when a newer one is complete.
   """

@@ -23,8 +23,8 @@ class Losses(NamedTuple):
   """Sums over a batch, float32 scalars.
 
   Attributes:
-    objective: the cross-entropy; with a teacher (1 - weight) cross_entropy + weight divergence, and
-      then the only one of these three sums that has a gradient.
+    objective: the cross-entropy; with a teacher (1 - weight) cross_entropy + weight divergence, in
+      which case cross_entropy and divergence themselves have no gradient.
     cross_entropy: in nats, over the counted targets.
     divergence: KL(teacher || model) in nats over the same targets; 0 without a teacher.
     scorers: the auxiliary loss of `SparseKAttention`, a sum over rows and a mean over sparsek
