@@ -47,7 +47,7 @@ BASELINES = (  # label, keys a query, run
   ("sliding window", "1024", "window_1024"),
   ("random keys and a window", "1024", "random_1024"),
 )
-BASELINES_SHORT = (  # label, run: of docs/attention-map.md
+BASELINES_SHORT = (  # label, run: of README.md and docs/attention-map.md
   (
     "SPARSEK: windows of 256, in the last layer 512 chosen and a window of 1280",
     "sparsek_512_last",
