@@ -159,5 +159,3 @@ def gap_sentence() -> list[float]:
 
 def local() -> baselines_report.Runs:
   return runs("baselines_local.json")
-
-
