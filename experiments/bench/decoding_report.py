@@ -126,7 +126,7 @@ def title(record: dict) -> str:
 
 
 def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-  """Returns {"Batch 1" ...: {label: [(context, ms a token)]}}, or that of prompts."""
+  """Returns {"Batch 1" ...: {label: [(context, ms a token)]}}; without any, those of prompts."""
   panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
   for row in rows:
     for kind in LABELS:

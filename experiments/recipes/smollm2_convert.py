@@ -323,14 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
     ("eval_batches", 64, "held-out batches"),
     ("examples", 100, "of each task and length"),
     ("seeds", 3, "runs of each kind"),
-    (
-      "at_once",
-      1,
-      (
-        "stages that run side by side, as far as they need not wait; above 1 they "
-        "write WORKDIR/NAME.log"
-      ),
-    ),
+    ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
   ):
     parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
   parser.add_argument(

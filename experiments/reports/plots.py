@@ -272,7 +272,12 @@ def save_picture(
 
 
 def draw_times(axes: Any, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-  """Draws curves against tokens, both logarithmic; curves: label -> [(tokens, value)]."""
+  """Draws curves against tokens on logarithmic axes.
+
+  Args:
+    axes: matplotlib Axes.
+    curves: label -> [(tokens, value)].
+  """
   from matplotlib.ticker import LogLocator
 
   lengths = sorted({n for points in curves.values() for n, _ in points})
