@@ -1,4 +1,4 @@
-"""Commands: `python -m experiments.NAME --help`."""
+"""Commands of the project; `python -m experiments.NAME --help` describes one."""
 
 import os
 import signal
@@ -6,12 +6,12 @@ import sys
 
 
 def _quit(number: int, frame: object) -> None:
-  """Ends the process at once, with one line: nothing is there to be saved yet."""
+  """Ends the process at once, with one line: there is nothing to save yet."""
   os.write(2, b"interrupted\n")
-  os._exit(130)  # as a shell says it: 128 + SIGINT
+  os._exit(130)  # the shell's code: 128 + SIGINT
 
 
-# The imports of a command take seconds, and a KeyboardInterrupt in the middle of them becomes a
-# traceback, or another error. While main runs, `sparsek.command_line.main.run` lets it be raised.
+# The imports of a command take seconds, and a KeyboardInterrupt in the middle of them ends in a
+# traceback or in another error. `sparsek.command_line.main.run` allows it again while main runs.
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
   signal.signal(signal.SIGINT, _quit)

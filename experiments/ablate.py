@@ -1,13 +1,13 @@
-"""Trains a grid of models that differ in attention, and compares their held-out losses.
+"""Ablation: trains a grid of models that differ in attention, and compares their held-out losses.
 
   python -m experiments.ablate --workdir=runs/ablation \\
     --base=experiments/recipes/tiny_stdlib.flags --k=32,64 --window=32,64 \\
     --attention=sparsek,random,sliding_window,full --gate=straight_through,value --seeds=3
 
-Each combination that makes a difference is a cell, a run of experiments.pretrain in
-WORKDIR/cells/NAME with the flags of --base. The same command again skips finished cells and goes on
-with interrupted ones. A cell that was trained with other flags is refused, or with --retrain moved
-to WORKDIR/cells/replaced and trained again. --job=i/N takes one cell in N, for the array jobs of a
+Each distinct combination of settings is a cell, a run of experiments.pretrain in WORKDIR/cells/NAME
+with the flags of --base. The same command again skips finished cells and goes on with interrupted
+ones. A cell that was trained with other flags is refused, or with --retrain moved to
+WORKDIR/cells/replaced and trained again. --job=i/N takes one cell in N, for the array jobs of a
 cluster, and leaves cells that another job trains to that job. After each cell WORKDIR gets
 table.md, table.csv, report.html and its picture report.png: heatmaps over k and window, and loss
 against keys per query.
@@ -133,9 +133,9 @@ def check(arguments: Sequence[str]) -> absl_flags.FlagValues:
 
 
 def train(cell: grid.Cell, folder: str, given: Sequence[str]) -> bool:
-  """Runs pretraining of a cell; returns whether it got to its end.
+  """Runs pretraining of a cell; returns whether it reached its end.
 
-  A signal that ends this process ends it too, with a checkpoint. Seeds share one compilation.
+  A signal that ends this process also ends the run, with a checkpoint. Seeds share a compilation.
   """
   cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
   arguments = [*given, *cell.flags(), f"--workdir={folder}"]
@@ -167,7 +167,7 @@ def main() -> None:
       done = grid.read_result(folders[cell]) is not None
       before = ", finished before" if done else ""
       print(f"cell {i + 1} of {len(mine)}: {cell.name}{before}", flush=True)
-      # Another job may have made it meanwhile.
+      # Another job may have trained the cell meanwhile.
       grid.clear({cell: folders[cell]}, wanted, dataset, FLAGS.workdir)
       if not done:
         ended = train(cell, folders[cell], given)

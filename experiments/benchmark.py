@@ -1,5 +1,4 @@
-"""Time and memory of SPARSEK attention beside dense attention and a sliding window of the same
-budget: cuDNN's on an NVIDIA GPU, XLA's elsewhere.
+"""Benchmark of SPARSEK beside dense attention and a sliding window of the same budget.
 
   python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 \\
     --kv_heads=1 --head_dim=64
@@ -8,9 +7,10 @@ budget: cuDNN's on an NVIDIA GPU, XLA's elsewhere.
   python -m experiments.benchmark --suite=train --lengths=8192,32768 --remat=attention
   python -m experiments.benchmark --suite=decode --k=512 --window=512
 
-Everything that a call needs is included: thresholds, expiry, compaction, and for forward + backward
-the gradients of all inputs. All functions are timed in turn, round after round, and medians are
-shown; the record is written after every round.
+The suites of attention measure time and memory of a call; the baselines are cuDNN's on an NVIDIA
+GPU, XLA's elsewhere. Everything that a call needs is included: thresholds, expiry, compaction, and
+for forward + backward the gradients of all inputs. All functions are timed in turn, round after
+round, and medians are shown; the record is written after every round.
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ from sparsek.storage import files
 
 Record = dict[str, Any]
 REFERENCE_LENGTH = 4096
-# suites of whole models: the module that times them, what there is to compare
+# suites of whole models: the module that times them, names of what can be compared
 MODELS = {
   "train": (training_step_bench, (*training_step_bench.KINDS, *transformers_llama.KINDS)),
   "decode": (decoding_bench, (*decoding_bench.KINDS, *decoding_bench.OTHERS)),
 }
-MOST_BYTES = 60e9  # of a cache of transformers
+MOST_BYTES = 60e9  # larger caches of transformers are not tried
 
 
 def report_of(record: Record) -> ModuleType:
@@ -55,7 +55,7 @@ def report_of(record: Record) -> ModuleType:
 
 
 def load(path: str) -> Record:
-  """Returns a record that an earlier run wrote, all of which can be printed."""
+  """Returns a record that an earlier run wrote, after checking that all of it can be printed."""
   record = files.read_json_object(path)
   if "summary" not in record:
     raise UsageError(f"{path}: no record of this benchmark")
@@ -70,7 +70,7 @@ def load(path: str) -> Record:
 
 
 def given_flags() -> list[str]:
-  """Returns the flags of this command but for those that say where the record is."""
+  """Returns the flags of this command, without those that name the record."""
   lines = into_string(FLAGS).splitlines()
   return [line for line in lines if line.split("=")[0] not in ("--record", "--show", "--extend")]
 
@@ -83,7 +83,7 @@ def load_to_extend(path: str | None) -> Record | None:
   if not (flag("extend") and path and os.path.exists(path)):
     return None
   old = load(path)
-  if old.get("suite") == suite:  # else `rows_to_keep` says so
+  if old.get("suite") == suite:  # otherwise `rows_to_keep` refuses it
     check_same_model(old, suite, report_of(old).IDENTITY)
   return old
 
@@ -94,7 +94,7 @@ def run(path: str | None) -> Record:
   of_suite: dict[str, Callable[[], list]] = {"train": jobs, "decode": decode_jobs}
   chosen = of_suite.get(suite, problems)()
   limits, say = (flag("rounds"), flag("seconds")), functools.partial(print, flush=True)
-  if suite in MODELS:  # PyTorch's first: JAX takes the memory
+  if suite in MODELS:  # PyTorch first, before JAX takes the memory
     measurer, allowed = MODELS[suite]
     kinds = names("baselines", allowed) if flag("baselines") else measurer.kinds_here()
     most = flag("max_transformers") if suite == "train" else MOST_BYTES
@@ -123,7 +123,7 @@ def run(path: str | None) -> Record:
 
 
 def reference_length(chosen: list[attention_bench.Problem]) -> int:
-  """Returns the length at which to compare with the float32 reference; 0: do not."""
+  """Returns the length at which to compare with the float32 reference; 0 for no comparison."""
   longest = max(problem.n for problem in chosen)
   return flag("errors_at", min(REFERENCE_LENGTH, longest) if flag("suite") == "headline" else 0)
 

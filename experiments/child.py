@@ -1,8 +1,8 @@
-"""Child processes that end with their parent, in whatever way it ends.
+"""Child processes that end when their parent ends, even if it is killed.
 
 The parent holds one end of a pipe; a thread of the child waits at the other end. When the parent is
-gone, killed or not, the pipe is closed, and the child sends itself SIGTERM: training saves a
-checkpoint and ends. `python -m experiments.child DESCRIPTOR MODULE ARGUMENTS...` is that child.
+gone, the pipe is closed, and the child sends itself SIGTERM: training saves a checkpoint and ends.
+`python -m experiments.child DESCRIPTOR MODULE ARGUMENTS...` is that child.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _processes: set[subprocess.Popen] = set()
 def running(module: str, arguments: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
   """Runs `python -m module arguments` during the block, and waits for its end after the block.
 
-  An exception in the block sends it SIGTERM.
+  An exception in the block sends the process SIGTERM.
 
   Args:
     module: name of the module.
@@ -49,10 +49,15 @@ def running(module: str, arguments: Sequence[str], **options: Any) -> Iterator[s
 
 @contextlib.contextmanager
 def ending_at_signals(code: int | None = None) -> Iterator[None]:
-  """Ends this process and its children at any of SIGNALS, with `code` or 128 + the signal."""
+  """Ends this process and its children if one of SIGNALS arrives during the block.
+
+  Args:
+    code: exit code; by default 128 + the number of the signal.
+  """
 
   def end(number, frame):
-    os.write(2, b"stopped by a signal; the same command goes on from here\n")  # not in a print
+    # Not print: the signal may have arrived within one.
+    os.write(2, b"stopped by a signal; the same command goes on from here\n")
     for process in list(_processes):
       process.terminate()
     sys.exit(128 + number if code is None else code)

@@ -1,5 +1,4 @@
-"""The demonstration of `make demo`: a tiny SPARSEK model from corpus to text, in a few minutes on
-two CPU cores.
+"""Demonstration of a tiny SPARSEK model, from corpus to text, in minutes on two CPU cores.
 
   python -m experiments.demo
 
@@ -27,7 +26,7 @@ from sparsek.errors import RunError
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
 
-FLAGS = absl_flags.FlagValues()  # it takes none
+FLAGS = absl_flags.FlagValues()  # the demo takes no flags
 FOLDER = "demo"
 SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (
   os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache")
@@ -48,16 +47,16 @@ PRETRAIN = (
   "--eval_batches=4",
   f"--checkpoint_every={NUM_STEPS // 2}",
 )
-# Both see 64 keys a query: SPARSEK the latest 32 and the 32 it selects from all before.
+# Both see 64 keys a query: SPARSEK the latest 32, and 32 that it selects from all before them.
 VARIANTS = {
   SPARSEK: ("--attention=sparsek", "--k=32", "--window=32"),
   SLIDING_WINDOW: ("--attention=sliding_window", "--window=64"),
 }
-TEXT_TOKENS = 2 * SEQ_LEN  # of the picture
+TEXT_TOKENS = 2 * SEQ_LEN  # length of the text in the picture
 
 
 def _python() -> str:
-  """Returns the interpreter as one would type it from here."""
+  """Returns the path of the interpreter, relative if it lies below the current folder."""
   relative = os.path.relpath(sys.executable)
   return sys.executable if relative.startswith("..") else relative
 
@@ -72,8 +71,7 @@ def _run(module: str, *arguments: str, stop_when=None) -> None:
   Once `stop_when()` is true the command gets SIGTERM, after which it must still end with code 0.
   """
   print("$", shlex.join([_python(), "-m", module, *arguments]), flush=True)
-  # The processes share compiled programs; compiling takes most of the time of a program as small as
-  # these.
+  # The processes share compiled programs, because compiling takes most of the time here.
   environment = {
     "JAX_COMPILATION_CACHE_DIR": os.path.abspath(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
@@ -86,7 +84,7 @@ def _run(module: str, *arguments: str, stop_when=None) -> None:
           break
         time.sleep(0.05)
       code = process.wait()
-  except KeyboardInterrupt:  # Ctrl-C reached it too: pretraining saves a checkpoint before it ends.
+  except KeyboardInterrupt:  # The child got Ctrl-C too: pretraining saves a checkpoint and ends.
     raise RunError("stopped; the same command goes on from here") from None
   if code:
     raise RunError(
@@ -126,7 +124,7 @@ def _draw(dataset) -> None:
 
 
 def main() -> None:
-  """Runs the whole path, one step after the other."""
+  """Runs all steps, one after the other."""
   started = time.monotonic()
   os.makedirs(FOLDER, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", os.path.abspath(CACHE))

@@ -7,8 +7,7 @@ length.
   python -m experiments.evaluate --workdir=/tmp/sparsek,/tmp/sliding_window --seq_len=4096
 
 All runs are evaluated on the same rows. --k, --window and --gate may differ from those of training.
-Each run's WORKDIR/evaluation.jsonl gets a line with the numbers and what they were measured with;
-earlier lines stay.
+A line with the figures, the flags and the versions is added to each run's WORKDIR/evaluation.jsonl.
 """
 
 import dataclasses
@@ -79,7 +78,7 @@ def _runs() -> list[Run]:
 
 
 def _say_how_documents_begin(run: Run, tokenizer) -> None:
-  """Prints what begins and ends the documents; warns where those of the run began otherwise."""
+  """Prints the tokens that begin and end documents; warns if the run was trained with others."""
   print(f"{run.workdir}: {describe_documents(tokenizer)}", file=sys.stderr)
   bos_ids = read_bos(run.record["tokenizer"], tokenizer, os.path.join(run.workdir, "model.json"))
   if bos_ids != tokenizer.bos_ids:
@@ -117,7 +116,7 @@ def _append_record(
 
 
 def _settings(run: Run, step: int) -> dict[str, object]:
-  """Returns what the table says of a run beside its figures."""
+  """Returns the columns of the table that describe a run."""
   selects = set(run.config.layer_kinds) - {"sliding_window", "full", "linear"}
   return {
     "step": step,
@@ -129,7 +128,7 @@ def _settings(run: Run, step: int) -> dict[str, object]:
 
 
 def main() -> None:
-  """Evaluates all runs, prints the table, and writes the numbers down."""
+  """Evaluates all runs, prints the table, and writes the records."""
   runs = _runs()
   dataset, data, batches = heldout_rows(
     runs, FLAGS.eval_batches, FLAGS.data, FLAGS.seq_len, FLAGS.batch_size

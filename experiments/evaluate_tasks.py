@@ -5,9 +5,8 @@
     --lengths=1024,4096,16384,65536 --examples=200 --record=tasks.json
 
 All runs are given the same documents. --k, --window and --gate may differ from those of training.
-Each run's WORKDIR/tasks.jsonl gets a line with the numbers and what they were measured with;
-earlier lines stay. --record writes those of all runs to one file, and a picture of accuracy against
-length.
+A line with the figures, the flags and the versions is added to each run's WORKDIR/tasks.jsonl.
+--record writes the figures of all runs to one file, and a picture of accuracy against length.
 """
 
 import dataclasses
@@ -56,15 +55,12 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.integer(
     "min_distance",
     0,
-    "Least number of tokens between the facts and the question. From layers x window on, no "
+    "Least number of tokens between the facts and the question. With layers x window or more, no "
     "sliding window reaches the facts.",
     lower=0,
   )
   define.integer(
-    "batch_size",
-    None,
-    "Documents at the same time, over all devices. By default one per device.",
-    lower=1,
+    "batch_size", None, "Documents per batch, over all devices. By default one per device.", lower=1
   )
   define.integer("seed", 0, "Seed of the documents.", lower=0)
   define.path(

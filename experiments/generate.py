@@ -1,12 +1,12 @@
-"""Continues a prompt with a pretrained model, printing text as it comes.
+"""Generation of text: continues a prompt with a pretrained model, and prints text as it comes.
 
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --max_new_tokens=200
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --save_cache=/tmp/text.npz
   python -m experiments.generate --workdir=/tmp/run --load_cache=/tmp/text.npz --prompt=" # and"
 
-Memory and time per token do not depend on how much was written before, except in models with full
+Memory and time per token do not depend on the length of the text so far, except in models with full
 attention layers. --k and --window may differ from those of training. The text goes to stdout; the
-last line on stderr tells the speed.
+last line on stderr is the speed.
 """
 
 import sys
@@ -61,11 +61,11 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path(
     "load_cache",
     None,
-    "Go on with the text that --save_cache wrote to this file, without reading it again; --prompt, "
-    "or a line of --prompt_file for each text, is what comes next.",
+    "Continue the text that --save_cache wrote to this file, without reading it again. --prompt, "
+    "or a line of --prompt_file for each text, is appended to it first.",
   )
   define.path(
-    "save_cache", None, "Write what the model keeps of the text to this file, to go on later."
+    "save_cache", None, "Write the cache of the text to this file, to continue the text later."
   )
 
 
@@ -79,7 +79,7 @@ def _define_sampling(define: Definer) -> None:
   define.real(
     "top_p",
     0.95,
-    "Draw from the fewest most probable tokens that have this probability together; above 0.",
+    "Draw from the most probable tokens only, as few as have this probability together; above 0.",
     lower=0,
     upper=1,
   )
@@ -88,8 +88,8 @@ def _define_sampling(define: Definer) -> None:
   )
   define.strings(
     "stop",
-    "Text that ends the output, itself left out, wherever tokens begin and end; may be given "
-    "several times.",
+    "Text that ends the output and is left out of it. It may begin and end within tokens. May be "
+    "given several times.",
   )
   define.integer(
     "sampling_seed",
@@ -113,7 +113,7 @@ def prompts() -> list[str]:
 
 
 def open_session(texts: Sequence[str]) -> tuple[Session, Tokenizer, dict, int]:
-  """Returns a session with the texts of a saved cache, or new ones, and what the run holds.
+  """Opens a session with the texts of --load_cache, or with new ones.
 
   Returns:
     (session, tokenizer, model.json, step of the checkpoint).

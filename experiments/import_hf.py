@@ -1,4 +1,4 @@
-"""Imports a folder in Hugging Face's format as a run, and exports a run as such a folder.
+"""Import of a folder in Hugging Face's format as a run, and export of a run as such a folder.
 
   python -m experiments.import_hf --from=FOLDER --workdir=RUN
   python -m experiments.generate --workdir=RUN --prompt="The capital of France is"
@@ -7,12 +7,12 @@
 FOLDER holds config.json, model.safetensors (or shards and their index) and tokenizer.json, of the
 families llama, mistral, qwen2, qwen3, gpt_neox and gpt2. RUN gets a checkpoint of step 0 with
 float32 parameters, model.json and tokenizer/. With --attention=sparsek or another kind, and flags
-for k, window and scorers, the run is the model under that attention before any training, with new
-scorers where FOLDER has none. Any run whose model fits a family can be exported. A SPARSEK model
+for k, window and scorers, the model gets that kind of attention, without any training; its scorers
+are new where FOLDER has none. Any run whose model fits a family can be exported. A SPARSEK model
 has its fields in the section "sparsek" of config.json; transformers reads the dense model from it.
 See sparsek/huggingface/pretrained.py.
 
-RUN and NEW_FOLDER appear when they are complete: repeat a command that failed or was killed.
+RUN and NEW_FOLDER appear only when they are complete: repeat a command that failed or was killed.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def progress(items: Iterable[T]) -> Iterable[T]:
 
 
 def import_folder(folder: str, workdir: str) -> None:
-  """Reads all of the model, then writes the run, which appears when it is complete."""
+  """Reads the whole model, then writes the run, which appears only when it is complete."""
   if not os.path.isdir(folder):
     raise UsageError(f"--from={folder}: there is no such folder")
   if os.path.exists(os.path.join(workdir, "model.json")):
@@ -128,7 +128,7 @@ def end_tokens(folder: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def export_run(workdir: str, folder: str, step: int | None) -> None:
-  """Writes the parameters of a run, and its tokenizer where it is one that others read."""
+  """Writes the parameters of a run, and its tokenizer if other programs can read it."""
   check_new_folder(folder)
   config, run = run_record.load_run_config(workdir)
   end = run_record.load_run_tokenizer(workdir).eos_id
@@ -150,7 +150,7 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
 
 
 def main() -> None:
-  """Imports or exports."""
+  """Imports a folder with --from, exports a run with --export."""
   workdir, source, target = (
     files.local_path(FLAGS[name].value or "", name) for name in ("workdir", "from", "export")
   )

@@ -1,12 +1,11 @@
-"""The layers of a dense model that need what stands far back, and a --layer_pattern that gives
-them most of the keys.
+"""Layers of a dense model that need distant tokens, and a --layer_pattern with most keys in them.
 
   python -m experiments.layer_reach --workdir=runs/imported --data=data/long --seq_len=8192 \\
     --window=512 --budget=1024 --record=reach.json
 
-Each layer in turn sees only the first --sinks and the latest tokens of a document, --window in
-all, while the other layers see everything. The rise of the held-out loss says what distance is
-worth to this layer. The pattern has --budget keys per query in the mean over layers.
+Each layer in turn sees only the first --sinks and the latest tokens of a document, --window in all,
+while the other layers see everything. The rise of the held-out loss shows how much this layer needs
+distant tokens. The pattern has --budget keys per query, the mean over layers.
 """
 
 import json
@@ -54,7 +53,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     lower=0,
   )
   define.integer(
-    "k", 16, "Selected keys in those layers of the pattern that need no distance.", lower=1
+    "k", 16, "Selected keys in those layers of the pattern that need no distant tokens.", lower=1
   )
   define.integer("budget", 512, "Keys per query in the pattern, the mean over layers.", lower=2)
   define.integer(
@@ -71,7 +70,7 @@ define_flags(FLAGS)
 
 
 def check_flags() -> None:
-  """Raises UsageError for a run or a record that cannot be."""
+  """Raises UsageError unless --workdir is a folder and --record can be written."""
   if not os.path.isdir(FLAGS.workdir or ""):
     raise UsageError(f"--workdir={FLAGS.workdir}: must be the folder of a run")
   if FLAGS.record and not (

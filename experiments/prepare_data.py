@@ -1,4 +1,4 @@
-"""Makes token files, which `python -m experiments.pretrain --data=FOLDER` trains on.
+"""Preparation of token files, which `python -m experiments.pretrain --data=FOLDER` trains on.
 
   python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
   python -m experiments.prepare_data --sources=books,articles.jsonl --tokenizer=tokenizer.json \\
@@ -8,10 +8,10 @@
   python -m experiments.prepare_data --verify=data/mine
 
 A model sees every token once an epoch, in shuffled documents: sources mix in the proportion of
-their tokens (OUTPUT/documents.jsonl lists them). Name a source twice to weigh it double. Training
-cuts documents where its rows end, which parts questions from facts: generated documents should be
-much shorter than a row, and a batch that holds no answer has, with --answers_only and no text, a
-loss of 0.
+their tokens (OUTPUT/documents.jsonl lists them). Name a source twice to give it double weight.
+Training cuts documents where its rows end, which can separate a question from its facts: generated
+documents should be much shorter than a row. With --answers_only and generated documents alone, a
+batch that holds no answer has a loss of 0.
 """
 
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ from sparsek.errors import UsageError
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
   """Defines the flags of this command."""
   define = Definer(flag_values)
-  # Relative paths stay so: they are names of documents, the same wherever a corpus is made.
+  # Relative paths stay relative: they name the documents, wherever the corpus is made.
   define.paths(
     "sources",
     "Comma-separated: text files (one document each), .jsonl files (one document a line), folders "
@@ -115,7 +115,7 @@ define_flags(FLAGS)
 
 
 def _documents(description: str, left_out: LeftOut | None = None) -> Iterable[Document]:
-  """Reads the documents of --sources behind a bar that counts them."""
+  """Reads the documents of --sources, with a progress bar."""
   all_documents = documents(
     FLAGS.sources,
     extensions=FLAGS.extensions,
@@ -162,9 +162,9 @@ def _report(dataset: TokenDataset) -> None:
 
 
 def main() -> None:
-  """Makes the token files, or only verifies those there are."""
+  """Makes the token files, or only verifies those of --verify."""
   if FLAGS.expect:
-    read_meta(FLAGS.expect)  # refused before any long work
+    read_meta(FLAGS.expect)  # a bad file is refused before any long work
   if FLAGS.verify is not None:
     if FLAGS.sources or FLAGS.output:
       raise UsageError(f"--verify={FLAGS.verify} takes neither --sources nor --output")

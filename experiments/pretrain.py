@@ -1,12 +1,13 @@
-"""Pretrains a language model.
+"""Pretraining of a language model.
 
   python -m experiments.pretrain --workdir=/tmp/run --preset=tiny --num_steps=500
 
 The same command again resumes from the newest checkpoint. WORKDIR gets checkpoints/, metrics.jsonl
 (one JSON object per logged step), flags.txt (a --flagfile that reproduces the run), model.json and
 versions.json. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is
-saved only where a further step finds the loss and the gradients finite; --restore_step=N goes back
-to an earlier one. --dry_run prints what a step would take, and trains nothing.
+saved only if its parameters, and the loss and gradients that they give, are finite;
+--restore_step=N goes back to an earlier one. --dry_run prints the parameters, operations and memory
+of a step, and trains nothing.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The frame of scripts whose options argparse reads: types of options, and the exit code."""
+"""Helpers of scripts with argparse options: the parser, types of options, and the exit code."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def path(text: str) -> str:
-  """Returns a path, for argparse; a relative one stays so, since records are published."""
+  """Returns a path, for argparse; a relative one stays relative, since records are published."""
   try:
     return path_flags.parse_path(text, absolute=False)
   except ValueError as error:

@@ -16,11 +16,11 @@ NUMBER = r"([-+]?(?:\d[\d,]*)?\.?\d+)"
 
 TABLES = (
   Table(README, "attention", lambda: tables.attention_speed(load("attention_h100.json"))),
-  Table(README, "training", lambda: tables.training_speed(load("train_h100.json"))),
-  Table(README, "decoding", lambda: tables.decoding_speed(load("decode_h100.json"))),
-  Table(README, "baselines", lambda: tables.baselines(load("baselines.json"))),
-  Table(README, "layouts", lambda: tables.layouts(load("baselines_local.json"))),
-  Table(README, "conversion", lambda: tables.conversion(load("smollm2_convert.json"))),
+  Table(
+    README,
+    "baselines",
+    lambda: tables.quality_short(load("baselines.json"), tables.BASELINES_SHORT),
+  ),
   Table(
     MAP,
     "attention",
@@ -46,263 +46,14 @@ CLAIMS = (
   ),
   Claim(
     README,
-    "or more, {} ± {} with 256 chosen ones, {} ± {} with 128, {} ± {} with 384; a window of 512 is "
-    "at {} ± {}, the best of random keys at {} ± {}, full attention at {} (one seed,",
-    lambda: [
-      *claims.grid("sparsek", k=256, window=256),
-      *claims.grid("sparsek", k=128, window=384),
-      *claims.grid("sparsek", k=384, window=128),
-      *claims.grid("sliding_window", window=512),
-      *claims.best_random(),
-      claims.losses(claims.local()["full"], "mixed")["0"],
-    ],
-  ),
-  Claim(
-    README,
-    "A window of 256 and 128 chosen keys, {} ± {}, are enough",
-    lambda: claims.grid("sparsek", k=128, window=256),
-  ),
-  Claim(
-    README,
-    "come within {} nats a letter of all keys ({}); with 2 random keys instead it is at {}, with a "
-    "window of 8 alone at {}:",
-    lambda: [
-      claims.letters("sparsek", k=2, window=4)[0] - claims.letters("full")[0],
-      claims.letters("full")[0],
-      claims.letters("random", k=2, window=4)[0],
-      claims.letters("sliding_window", window=8)[0],
-    ],
-  ),
-  Claim(
-    README,
-    "of text ({}) and of text with answers ({}),",
-    lambda: [
-      claims.mean(claims.runs("baselines.json")["full"], length) for length in (None, "mixed")
-    ],
-  ),
-  Claim(
-    README,
-    "closes {} % of the gap between a sliding window and full attention on text, {} % with answers",
-    lambda: [
-      claims.closed(claims.runs("baselines.json"), "sparsek_512_last", length)
-      for length in (None, "mixed")
-    ],
-  ),
-  Claim(
-    README,
-    "of fewer kinds) it was {} and {} %, over all six starts it is {} and {} %: in five of them {} "
-    "to {} % with answers, in one {} %, where even full attention in the last layer alone closes "
-    "{} %.",
-    claims.gap_sentence,
-  ),
-  Claim(
-    README,
-    "With 1024 keys it is {} and {} % over all six, {} to {} % with answers in five,",
-    claims.gap_sentence_1024,
-  ),
-  Claim(
-    README,
-    "SPARSEK is ahead of a window that is laid out alike by {} ± {} with 512 keys and {} ± {} with "
-    "1024, of random keys by {} ± {} and {} ± {}; of a window of 512 in every layer by {} ± {}, of "
-    "linear attention by {} ± {}.",
-    lambda: claims.both_ahead(
-      claims.pooled,
-      claims.pairs(
-        "sparsek_512_last-window_512_last",
-        "sparsek_1024_last-window_1024_last",
-        "sparsek_512_last-random_512_last",
-        "sparsek_1024_last-random_1024_last",
-        "sparsek_512_last-window_512",
-        "sparsek_512_last-linear_512",
-      ),
-      "mixed",
-    ),
-  ),
-  Claim(
-    README,
-    "On text alone it is level with the window laid out alike ({} ± {} ahead, {} ± {} behind).",
-    lambda: claims.both_ahead(
-      claims.pooled,
-      claims.pairs("sparsek_512_last-window_512_last", "window_1024_last-sparsek_1024_last"),
-      None,
-    ),
-  ),
-  Claim(
-    README,
-    "With every layer alike it is ahead of the window by {} ± {} with 512 keys and {} ± {} with "
-    "1024, of linear attention by {} ± {} and {} ± {} (five starts), of chosen blocks by {} ± {} "
-    "and {} ± {} (three);",
-    lambda: claims.both_ahead(
-      claims.pooled,
-      [
-        (f"sparsek_{budget}", f"{kind}_{budget}")
-        for kind in ("window", "linear", "block_topk")
-        for budget in (512, 1024)
-      ],
-      "mixed",
-    ),
-  ),
-  Claim(
-    README,
-    "and chosen blocks are {} ± {} and {} ± {} ahead.",
-    lambda: claims.both_ahead(
-      claims.pooled,
-      claims.pairs("block_topk_512-sparsek_512", "block_topk_1024-sparsek_1024"),
-      None,
-    ),
-  ),
-  Claim(README, "finds {} and {} % of the passkeys.", claims.far_passkeys),
-  Claim(
-    README,
-    "it found {} % of the passkeys in the first round",
-    lambda: [claims.right("baselines_first.json", "sparsek_512", "passkey", 4096)],
-  ),
-  Claim(
-    README,
-    "(text {}, with answers {}, from dense starts of their own), SPARSEK with 512 keys by {} (",
-    lambda: [
-      *(claims.mean(claims.local()["full"], length) for length in (None, "mixed")),
-      -claims.above_full("baselines_local.json", "sparsek_512_local", "mixed"),
-    ],
-  ),
-  Claim(
-    README,
-    "SPARSEK is, with answers, ahead of the window by {} ± {} and {} ± {}, of random keys by {} ± "
-    "{} and {} ± {}, and {} ± {} and {} ± {} behind full attention in the last layer;",
-    lambda: [
-      *claims.both_ahead(
-        claims.local,
-        [
-          (f"sparsek_{budget}_local", f"{kind}_{budget}_local")
-          for kind in ("window", "random")
-          for budget in (512, 1024)
-        ],
-        "mixed",
-      ),
-      *claims.both_ahead(
-        claims.local,
-        claims.pairs("full_local-sparsek_512_local", "full_local-sparsek_1024_local"),
-        "mixed",
-      ),
-    ],
-  ),
-  Claim(
-    README,
-    "beyond 16384 tokens its loss is {}, that of the window {}, of SPARSEK in every layer {}, with "
-    "full attention in the last {}.",
-    lambda: claims.far("baselines.json", "full", "window_512", "sparsek_512", "hybrid_512"),
-  ),
-  Claim(
-    README,
-    "full attention is at {}, SPARSEK at {}, full attention in the last layer at {}.",
-    lambda: claims.far("baselines_local.json", "full", "sparsek_512_local", "full_local"),
-  ),
-  Claim(
-    README,
-    "the loss with answers is {} ± {} higher (five pairs over both rounds), without the scorers' "
-    "loss alone, and a spread of 4, {} ± {}. The gate `value` is level with `straight_through` ({} "
-    "± {} ahead, five pairs), as is `--scorer=conv` ({} ± {} ahead, five pairs); `key_value` is {} "
-    "± {} behind (three), and masks inside the softmax, {} and {} behind in",
-    claims.defaults,
-  ),
-  Claim(
-    README,
     "six of 30 layers ({}, {}, {}, {}, {} and {}) have {} % of what all rise by together, when "
     "each sees {} of {} tokens",
     claims.reach,
-  ),
-  Claim(README, "standard errors of the loss at most {} (", claims.conversion_error),
-  Claim(
-    README,
-    "SPARSEK closes {} % of the gap between the sliding window and full attention, and {} % of "
-    "that which a window with sinks leaves. Trained for recall it finds every passkey at 4096 "
-    "tokens and {} % at 8192, windows and random keys none; at 16384 tokens, with rotary angles "
-    "left alone, {} %, full attention none. With full attention in every sixth layer it is at {} "
-    "%. Before the warm-up SPARSEK is at {}; distilled from the dense model as it was, it is at {} "
-    "when trained. Gated linear attention does not get over the change in so few tokens ({}). The "
-    "stages took {} minutes in all",
-    claims.conversion,
   ),
   Claim(
     README,
     "whose logits reach {} and which answers",
     lambda: [max(text["largest logit"] for text in load("smollm2.json")["logits"].values())],
-  ),
-  Claim(
-    README,
-    "Reading the weights once would take {} ms",
-    lambda: [load("decode_h100.json")["rows"][0]["weights_ms"]],
-  ),
-  Claim(README, "{} to {} % of a row's step", claims.weight_shares),
-  Claim(
-    README,
-    "A prompt of 131072 tokens is read in {} s, {} times as fast as by full attention, one of 8192 "
-    "in {} ms ({}).",
-    claims.prompts,
-  ),
-  Claim(README, "Rounds of transformers differ by up to a factor of {}.", claims.spread),
-  Claim(
-    README,
-    "for {} and {} % of the tokens: now and then",
-    lambda: claims.long_decode("share within 1e-5"),
-  ),
-  Claim(
-    README,
-    "which moved a logit by {} % of it at most",
-    lambda: [max(claims.long_decode("largest"))],
-  ),
-  Claim(
-    README,
-    "At 32768 tokens that is {} times the sliding window and {} times faster than dense attention, "
-    "at 131072 {} times and {} times, in {} times the window's memory. It is ahead of dense "
-    "attention from {} tokens on. With 32 heads on 8 key heads it takes {} times the window's time "
-    "at 32768, with heads of 64 {} times; with scores that rise, so that every token enters the "
-    "selection, {} times.",
-    claims.attention_ratios,
-  ),
-  Claim(
-    README,
-    "a step takes {} times as long as with one",
-    lambda: [claims.speed("train_h100_packed.json") / claims.speed("train_h100_packed.json", 1)],
-  ),
-  Claim(
-    README,
-    "{} tokens per second at 32768 beside {} without",
-    lambda: [claims.speed("train_h100_scorer_loss.json", i) for i in (1, 0)],
-  ),
-  Claim(
-    README,
-    "That is {} and {} of the sliding window's speed, {} and {} times that of full attention, {} "
-    "times that of transformers' Llama compiled as a whole and {} times that of the same compiled "
-    "layer by layer, at a model FLOPs utilization of {}, {} and {} %",
-    lambda: [
-      *(
-        ratio
-        for kind in ("sliding_window", "full", "transformers", "transformers_layers")
-        for ratio in claims.speeds("train_h100.json", "sparsek", kind)
-      ),
-      *claims.mfu(),
-    ],
-  ),
-  Claim(
-    README,
-    "A minute of real training on source text ran at {} (",
-    lambda: [claims.last_step()["tokens_per_second"]],
-  ),
-  Claim(
-    README,
-    "There a step of {} ms spends {} % on matrix products",
-    lambda: [32768e3 / claims.last_step()["tokens_per_second"], *claims.trace("matrix products")],
-  ),
-  Claim(
-    README,
-    "{} % on attention and {} % on thresholds and lists. Most of the other {} %",
-    lambda: claims.trace("attention", "thresholds, lists", "all else"),
-  ),
-  Claim(
-    README,
-    "four times the tokens (4096 to 16384) take {} times the time and {} times the memory",
-    claims.growth,
   ),
   Claim(
     README,
@@ -315,6 +66,45 @@ CLAIMS = (
     "is ahead, at {} nats a byte to {} in rows of 1024",
     lambda: [line["loss"] for line in reversed(load("demo.jsonl"))],
   ),
+  Claim(
+    README,
+    "in five of six starts SPARSEK closes {} to {} % of the gap between a sliding window and full "
+    "attention, in one {} %.",
+    claims.gap_sentence,
+  ),
+  Claim(
+    README,
+    "its perplexity is {} % above the dense model's, that of a window with the first 4 tokens {} "
+    "%, that of a sliding window {} %.",
+    lambda: [claims.rise(kind) for kind in ("sparsek", "sinks", "window")],
+  ),
+  Claim(
+    README, "it finds {} % of the needles at 8192 tokens", lambda: [claims.recalled("needle", 8192)]
+  ),
+  Claim(
+    README,
+    "takes {} ms a token after 8192 tokens and {} ms after a million, from a cache of {} MiB; the "
+    "same model with full attention takes {} ms after 8192 tokens",
+    claims.decoding,
+  ),
+  Claim(
+    README,
+    "to 1e-5 of their standard deviation for {} and {} % of the tokens",
+    lambda: claims.long_decode("share within 1e-5"),
+  ),
+  Claim(
+    README,
+    "that is {} times the sliding window's time and {} times faster than dense attention.",
+    claims.attention_ratios,
+  ),
+  Claim(
+    README,
+    "runs at {} tokens per second in rows of 32768, a sliding window at {}, full attention at {} (",
+    lambda: [
+      claims.speed("train_h100.json", kind=k) for k in ("sparsek", "sliding_window", "full")
+    ],
+  ),
+  Claim(README, "four times the tokens take {} times the time", claims.growth),
   Claim(MAP, "three seeds, standard errors at most {};", claims.perplexity_error),
   Claim(
     MAP,

@@ -1,1 +1,1 @@
-"""Programs that time things."""
+"""Benchmarks of attention, training steps and generation, and the reports of their records."""

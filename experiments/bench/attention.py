@@ -1,4 +1,4 @@
-"""Times implementations of attention side by side, and compares ours with the float32 reference.
+"""Timing of implementations of attention, and a comparison of ours with the float32 reference.
 
 `experiments.benchmark` is the command.
 """
@@ -29,7 +29,7 @@ BASELINES = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64))
 HEADLINE_LENGTHS = tuple(2**i for i in range(11, 18))
 FORWARD, BOTH = "forward", "forward+backward"
-MAX_XLA_DENSE = 4096  # it holds all logits, several times
+MAX_XLA_DENSE = 4096  # it holds several copies of all logits
 GRADIENTS = ("out", "dquery", "dkey", "dvalue", "dscores")  # what `errors` compares
 
 
@@ -83,7 +83,7 @@ def headline(lengths: Sequence[int] = HEADLINE_LENGTHS, **replaced: Any) -> list
 
 
 def uses_cudnn(dtype: str) -> bool:
-  """Returns whether the dense and sliding-window baselines are cuDNN's, else they are XLA's.
+  """Returns whether the dense and sliding-window baselines are cuDNN's; else they are XLA's.
 
   cuDNN takes 16-bit inputs only.
   """
@@ -102,9 +102,9 @@ class Baseline:
 
   Attributes:
     name: out of BASELINES.
-    label: for people; says whose implementation it is.
+    label: name in tables; says whose implementation it is.
     function: (query, key, value, scores) -> (what gets a cotangent, what is only computed).
-    argnums: the arguments that it reads and is differentiated in.
+    argnums: the arguments that it reads, and by which it is differentiated.
     like: the argument whose shape and dtype the cotangent has.
     finish: applied to what is only computed, outside of the differentiation: kernels for integers
       have no derivative.
@@ -153,7 +153,7 @@ def _dot_product(query, key, value, scores, **options):
 
 
 def _cudnn_window(budget, query, key, value, scores):
-  # cuDNN is told the tokens before the query's own; a window as long as the row is dense
+  # cuDNN counts only the tokens before the query's own; a window as long as the row is dense
   latest = None if budget >= query.shape[1] else (budget - 1, 0)
   return _dot_product(query, key, value, scores, implementation="cudnn", local_window_size=latest)
 
@@ -173,7 +173,7 @@ def _thresholds(k, window, query, key, value, scores):
 
 def _lists(k, window, implementation, computed):
   expiry, order = computed
-  # all of it returned, or XLA would leave it out
+  # All of it is returned: XLA removes what nobody reads.
   return jnp.swapaxes(expiry, 1, 2), compact(expiry, order, k, window, implementation)
 
 
@@ -213,7 +213,7 @@ def choose_baselines(
     problems: with all baselines that make sense.
     wanted: names; None: all, but xla only where "sparsek" is something else.
     implementation: of "sparsek".
-    max_dense, max_xla: longest lengths; None: any, but for dense only where it is cuDNN's.
+    max_dense, max_xla: longest lengths; None: any, but MAX_XLA_DENSE for dense attention in XLA.
   """
   chosen = []
   for problem in problems:
@@ -237,7 +237,7 @@ def make_pass(baseline: Baseline, direction: str) -> Callable:
   """Returns the function that is timed.
 
   It takes (query, key, value, scores, cotangent) and returns the output, and for both directions
-  the gradients besides.
+  also the gradients.
   """
   if direction == FORWARD:
 
@@ -257,7 +257,7 @@ def make_pass(baseline: Baseline, direction: str) -> Callable:
       return baseline.function(*full)
 
     out, pull, computed = jax.vjp(function, *(inputs[i] for i in baseline.argnums), has_aux=True)
-    # the output too, as in training: a backward that does not need it may not save it
+    # The output is returned too, as in training: XLA must not skip it where no gradient needs it.
     return (out, baseline.finish(computed), pull(cotangent))
 
   return both
@@ -313,7 +313,7 @@ class _Cells:
     for program in self.programs.values():
       program.attempt(program.lower)
     say(f"{len(self.programs)} functions traced: {elapsed()}")
-    # XLA compiles outside Python's lock
+    # XLA compiles without Python's global lock
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
       list(pool.map(lambda cell: cell.attempt(cell.compile), self.programs.values()))
     say(f"compiled: {elapsed()}")
@@ -351,9 +351,9 @@ def time_problems(
     implementation: of the baseline "sparsek".
     rounds: most samples of each.
     seconds: no round is begun that would end later than this after the first began.
-    sample_seconds: a sample takes as many calls as last this long; the host is not ahead of a GPU
-      during the first of them, which should not count.
-    say: takes lines of progress.
+    sample_seconds: a sample makes calls for this long, so many that the first ones hardly count:
+      during these the host is not yet ahead of the GPU.
+    say: called with lines of progress.
   Yields:
     After each round how many are done, and the rows so far: the problem's fields, "labels" of the
     baselines by name, and "rivals": {name: {"forward" or "forward+backward": {"ms" or "failed",
@@ -386,7 +386,7 @@ def _truth(options, query, key, value, scores, cotangent):
 
 
 def _true_values(problem, inputs, cotangent):
-  """Returns `GRADIENTS` of the reference in float32, one key head at a time, in float64."""
+  """Returns the arrays that GRADIENTS names, of the float32 reference, one key head at a time."""
   options = (
     ("k", problem.k),
     ("window", problem.window),
@@ -408,9 +408,9 @@ def _true_values(problem, inputs, cotangent):
 def errors(problem: Problem, implementation: str | None = None) -> dict[str, dict]:
   """Returns |x - truth| / |truth| of the output and all gradients.
 
-  It does so for the problem's baselines, and for the truth rounded to the inputs' dtype. The truth
-  is the O(n^2) reference in float32 on the same (rounded) inputs, one key head at a time, so that
-  n = 4096 fits.
+  There are figures for the problem's baselines, and for the truth rounded to the inputs' dtype. The
+  truth is the O(n^2) reference in float32 on the same (rounded) inputs, one key head at a time, so
+  that n = 4096 fits.
 
   Returns:
     {"problem": its fields, "relative": {name: {"out", "dquery", ...: float}}, "failed": {name:

@@ -1,7 +1,7 @@
-"""The table, the summary and the curves of a record of `experiments.benchmark`: pure functions of
-the rows of `experiments.bench.attention`.
+"""Reports of the attention suites: the table, the summary and the curves of a record.
 
-A record calls the baselines "rivals".
+They are pure functions of the rows of `experiments.bench.attention`. A record calls the baselines
+"rivals".
 """
 
 import math
@@ -53,9 +53,9 @@ def break_even(points: Sequence[tuple[int, float, float]]) -> tuple[int, float |
   Args:
     points: (n, our time, theirs), by rising n.
   Returns:
-    (smallest measured n from which on ours is faster, n of equal times between it and the length
-    before, both taken for powers of n), the latter None where ours is faster at the shortest
-    already; None where it is slower at the longest.
+    (smallest measured n from which on ours is faster, n of equal times, interpolated between that
+    n and the one before it as if both times were powers of n); the latter is None where ours is
+    faster at the shortest n already. None instead of both where ours is slower at the longest n.
   """
   first = len(points)
   while first and points[first - 1][1] < points[first - 1][2]:
@@ -72,9 +72,9 @@ def break_even(points: Sequence[tuple[int, float, float]]) -> tuple[int, float |
 
 
 def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
-  """Computes the figures that goals are set for, where the rows that they need exist.
+  """Computes the figures for which there are goals, where the rows that they need exist.
 
-  They are of forward + backward, at the longest length of a shape and a quarter of it.
+  They are of forward + backward, at the longest length of a shape and at a quarter of it.
 
   Returns:
     [{"shape", "what", "value"}].
@@ -138,7 +138,7 @@ def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
 
 
 def number(value: float | None, unit: str = "") -> str:
-  """Formats with three digits, or all before the point."""
+  """Formats a number with three digits, or with all those before the point."""
   if value is None:
     return ""
   digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
@@ -146,7 +146,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def _pair(values: Sequence[str]) -> str:
-  """Joins forward and forward + backward; one of them where they agree."""
+  """Joins the texts of forward and forward + backward; gives one of them where they agree."""
   return values[0] if values[0] == values[1] else " / ".join(value or "-" for value in values)
 
 
@@ -194,7 +194,7 @@ def aligned(lines: Sequence[dict[str, str]]) -> list[str]:
 
 
 def failures(record: dict) -> list[str]:
-  """Returns a line for each failure, but for those of too little memory."""
+  """Returns a line for each failure, except those for lack of memory."""
   lines = []
   for row in record["rows"]:
     for name in row["rivals"]:

@@ -1,4 +1,4 @@
-"""The timing machinery of the benchmarks: cells that are sampled in turn, round after round."""
+"""Timing of functions: cells that are sampled in turn, round after round."""
 
 import importlib.metadata
 import math
@@ -12,14 +12,14 @@ import jax
 from sparsek.runs import run_directory
 
 MAX_INNER = 1000
-# of XLA and cuDNN: too little memory, a shape that is not supported
+# raised by XLA and cuDNN for too little memory or an unsupported shape
 ERRORS = (RuntimeError, MemoryError)
 
 
 def reason(error: Exception) -> str:
   """Returns in one line why something could not be timed.
 
-  Too much shared memory does not count as "out of memory": such a kernel fits no device.
+  A kernel that needs too much shared memory is not "out of memory": it fits no device.
   """
   text = str(error).lower()
   if isinstance(error, MemoryError) or (
@@ -36,8 +36,8 @@ class Cell:
     failed: why it cannot be timed, or None.
     mib: arguments, outputs and temporaries of the compiled function together; None where it was not
       compiled or the backend does not say.
-    inner: calls a sample.
-    seconds: per call, one of each round.
+    inner: calls per sample.
+    seconds: time of a call, one value per round.
   """
 
   def __init__(self, function: Callable[..., Any], args: tuple = (), in_order: bool = False):
@@ -49,7 +49,7 @@ class Cell:
     self.seconds: list[float] = []
 
   def attempt(self, action: Callable[..., object], *args: Any) -> None:
-    """Runs an action, unless one failed before; keeps its failure, so that other cells go on."""
+    """Runs an action unless an earlier one failed; keeps a failure, so that other cells go on."""
     if self.failed is None:
       try:
         action(*args)
@@ -82,7 +82,7 @@ class Cell:
   def time(self) -> float:
     """Returns the seconds of `inner` calls one after the other.
 
-    A GPU takes them in order, so that it never waits for the host; elsewhere they could overlap.
+    A GPU runs them in order, so the host need not wait between them; elsewhere they could overlap.
     """
     begin = time.perf_counter()
     for _ in range(self.inner):
@@ -110,7 +110,7 @@ class Cell:
     self._args = ()
 
   def record(self) -> dict[str, Any]:
-    """Returns the median of the samples and what belongs to it, or why there is none."""
+    """Returns the median of the samples and related figures, or why there is none."""
     if self.failed is not None:
       return {"failed": self.failed, "mib": self.mib}
     return summarize(self.seconds) | {"inner": self.inner, "mib": self.mib}
@@ -128,7 +128,7 @@ def summarize(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def run_rounds(cells: Sequence[Cell], rounds: int, seconds: float) -> Iterator[int]:
-  """Samples all cells in turn, there and back, so that none always follows the same one.
+  """Samples all cells in turn, forwards and backwards, so that none always follows the same one.
 
   Stops before a round that would not end in time. Yields the number of rounds done, after each.
   """

@@ -1,17 +1,17 @@
-"""Compares two checkouts of this project in one environment, side by side.
+"""Comparison of two checkouts of this project in one environment, side by side.
 
   python -m experiments.bench.compare_checkouts BEFORE AFTER --program
   python -m experiments.bench.compare_checkouts BEFORE AFTER --time --record=compared.json
 
 --program lowers training steps, generation and attention from both checkouts, without compiling
-them, and compares the StableHLO text. Names of modules, private functions and results do not
-count. The programs are those of a CPU unless JAX_PLATFORMS is set; with JAX_PLATFORMS=cuda those of
-the GPU present, with the bodies of Mosaic GPU kernels, whose names and source lines do not count.
+them, and compares the StableHLO text. Names of modules, private functions and results do not count.
+The programs are those of a CPU unless JAX_PLATFORMS is set; with JAX_PLATFORMS=cuda those of the
+GPU present, with the bodies of Mosaic GPU kernels, whose names and source lines do not count.
 
 --time measures attention, a training step and generation on the device present. Rounds alternate
 between the checkouts, and the order is swapped in every round. The interval holds 95 % of the
-ratios of medians when rounds are drawn again with replacement; give one checkout twice to see
-what the machine alone does.
+ratios of medians when rounds are drawn again with replacement; give one checkout twice to see the
+noise of the machine.
 
 Each checkout has a process, with the checkout as its working directory and first on PYTHONPATH,
 that runs the worker.py beside this file. So the same code measures both.
@@ -72,7 +72,7 @@ class Worker:
     )
 
   def send(self, action: str, **arguments) -> None:
-    """Sends a request, which `receive` returns the answer of."""
+    """Sends a request; `receive` returns its answer."""
     assert self._process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # then there is no answer either
       self._process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
@@ -217,7 +217,7 @@ def compare_times(
     workers: of the checkouts before and after.
     suites: out of SUITES.
     rounds: samples of each operation and worker.
-    record: what the file says beside the samples.
+    record: what the file holds beside the samples.
     path: of the file, written again after every operation; None: no file.
   """
   rows = []

@@ -1,9 +1,8 @@
-"""Times generation with one model: milliseconds a token after contexts of many lengths, and
-prompts; `experiments.benchmark --suite=decode` is the command.
+"""Timing of generation: milliseconds a token after contexts of many lengths, and of prompts.
 
-A context is made by filling the cache with random keys, values and scores and setting the number of
-tokens that it has seen: the time of a step depends on the cache's size, and for a full layer on its
-length, not on its contents.
+`experiments.benchmark --suite=decode` is the command. A context is made by filling the cache with
+random keys, values and scores and setting the number of tokens that it has seen: the time of a step
+depends on the cache's size, and for a full layer on its length, not on its contents.
 """
 
 import dataclasses
@@ -58,7 +57,7 @@ class Job:
 
 
 def kinds_here() -> tuple[str, ...]:
-  """Returns what can be compared here.
+  """Returns the kinds that can be timed on this machine.
 
   These are our kinds of attention, and transformers' Llama where it is installed beside a GPU.
   """
@@ -80,7 +79,7 @@ def bandwidth(device: jax.Device) -> float | None:
 def weight_bytes(config: TransformerConfig) -> int:
   """Returns the bytes of parameters that a step reads.
 
-  It reads all of them, but only a row of an embedding that is not the output matrix too.
+  It reads all of them, except for an embedding that is not also the output matrix.
   """
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
   unread = [] if params.output is None else [params.embedding]
@@ -311,9 +310,9 @@ def time_jobs(
     jobs: what to time, under each of `kinds` (those in KINDS).
     rounds: most samples of each.
     seconds: no round of a group is begun that would end later than this after its first began.
-    sample_seconds: a sample takes as many calls as last this long.
+    sample_seconds: a sample makes calls for this long.
     others: the results of `time_transformers`.
-    say: takes lines of progress.
+    say: called with lines of progress.
   Yields:
     After each round: how many of the last group are done, and the rows so far: the job's fields,
     and "rivals": {kind: {"ms" or "failed", ...}}.
@@ -326,7 +325,7 @@ def time_jobs(
   if not groups:
     yield 0, rows
     return
-  # of full attention too
+  # full attention uses the same parameters
   params = inference_params(
     under("sparsek", config), init_params(under("sparsek", config), jax.random.key(0))
   )

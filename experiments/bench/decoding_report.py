@@ -1,5 +1,6 @@
-"""The table, the summary and the picture of a record of `experiments.benchmark --suite=decode`:
-pure functions of the rows of `experiments.bench.decoding`.
+"""Reports of the decode suite: the table, the summary and the picture of a record.
+
+They are pure functions of the rows of `experiments.bench.decoding`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from experiments.bench.training_step_report import rows_to_keep as rows_to_keep
 from experiments.reports import plots
 
 LABELS = {"sparsek": "sparsek", "full": "full attention", "transformers": "transformers"}
-IDENTITY = ("what", "model", "n", "batch_size", "k", "window", "gate")  # fields of a row
+# fields that identify the job of a row
+IDENTITY = ("what", "model", "n", "batch_size", "k", "window", "gate")
 
 
 def figure(row: dict, kind: str, what: str = "ms") -> Any:
@@ -32,7 +34,7 @@ def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
 
 
 def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
-  """Computes the ratios that goals are set for, where the rows that they need exist.
+  """Computes the ratios for which there are goals, where the rows that they need exist.
 
   Returns:
     [{"what", "value"}].
@@ -108,7 +110,7 @@ def _section(lines):
 
 
 def failures(record: dict) -> list[str]:
-  """Returns a line for each failure, but for those of too little memory."""
+  """Returns a line for each failure, except those for lack of memory."""
   return [
     f"{row['what']}, {LABELS[kind]}, n={row['n']}, batch {row['batch_size']}: {result['failed']}"
     for row in record["rows"]
@@ -124,7 +126,7 @@ def title(record: dict) -> str:
 
 
 def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-  """Returns {"Batch 1" ...: {label: [(context, ms a token)]}}, or that of prompts."""
+  """Returns {"Batch 1" ...: {label: [(context, ms a token)]}}; without any, those of prompts."""
   panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
   for row in rows:
     for kind in LABELS:

@@ -115,12 +115,12 @@ def _define_limits(define: Definer) -> None:
   define.integer("max_xla", 32768, "Longest length for xla.", lower=0)
   define.integer("max_transformers", 32768, "Longest length for transformers.", lower=0)
   define.integer(
-    "rounds", 10, "Most timed rounds over everything, of which medians are taken.", lower=1
+    "rounds", 10, "Most rounds to run; each times everything once, and medians are shown.", lower=1
   )
   define.real(
     "seconds",
     150.0,
-    "No round begins that would end later than this after the first began.",
+    "Time limit: no round begins that would end later than this after the first one began.",
     lower=0,
   )
   define.integer(

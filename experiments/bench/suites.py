@@ -17,9 +17,9 @@ from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.runs.settings import differences
 
-# of attention_bench.Problem, named like their flags
+# fields of attention_bench.Problem that flags of the same name set
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
-# of the trained or generating model
+# fields of the model that flags of the same name set
 MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")
 PRESET = {"train": "gpt2_small", "decode": "1b"}
 K = WINDOW = 128  # defaults of --suite=attention

@@ -1,5 +1,6 @@
-"""Times whole training steps of one model under several kinds of attention; `experiments.benchmark
---suite=train` is the command.
+"""Timing of whole training steps of one model under several kinds of attention.
+
+`experiments.benchmark --suite=train` is the command.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
 
 KINDS = ("sparsek", "sliding_window", "full")
-TRANSFORMERS_SECONDS = 5.0  # at most, for the samples of one of its kinds
+TRANSFORMERS_SECONDS = 5.0  # most for the samples of one of its kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Job:
 
 
 def kinds_here() -> tuple[str, ...]:
-  """Returns what can be compared here.
+  """Returns the kinds that can be timed on this machine.
 
-  These are all kinds of attention, and transformers' Llama where it is installed beside a GPU.
+  These are our kinds of attention, and transformers' Llama where it is installed beside a GPU.
   """
   return KINDS + (tuple(transformers_llama.KINDS) if transformers_llama.available() else ())
 
@@ -60,7 +61,7 @@ def time_transformers(
 ) -> dict[tuple[int, str], dict]:
   """Returns {(index of the job, kind): the figures of `transformers_llama.run`}.
 
-  It does so for the jobs of at most max_n tokens. Call it before JAX takes the GPU's memory.
+  Jobs of more than max_n tokens are left out. Call it before JAX takes the GPU's memory.
   """
   results = {}
   for i, job in enumerate(jobs):
@@ -151,7 +152,7 @@ class StepCell(Cell):
 
 
 def rated(job: Job, result: dict, devices: int) -> dict:
-  """Adds to a result the speed that its milliseconds a step mean for a job.
+  """Adds tokens per second, TFLOP a step and MFU to a result, from its milliseconds a step.
 
   The operations of recomputed parts do not count.
   """
@@ -183,9 +184,9 @@ def time_jobs(
     jobs: what to train; their attention is replaced by each of `kinds` (those in KINDS).
     rounds: most samples of each kind.
     seconds: no round of a job is begun that would end later than this after its first began.
-    sample_seconds: a sample takes as many steps as last this long.
+    sample_seconds: a sample makes steps for this long.
     others: the results of `time_transformers`.
-    say: takes lines of progress.
+    say: called with lines of progress.
   Yields:
     After each round: how many of the last job are done, and the rows so far: the job's fields, and
     "rivals": {kind: {"ms" or "failed", "mib", ...}}.

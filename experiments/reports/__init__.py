@@ -1,0 +1,1 @@
+"""Reports of records: tables, pictures, and the page docs/results.md."""

@@ -1,6 +1,6 @@
-"""The record of experiments/recipes/baselines.py as a table and a picture.
+"""Tables and the picture of a record of experiments/recipes/baselines.py.
 
-It compares kinds of attention at the same budget of keys per query.
+They compare kinds of attention at the same budget of keys per query.
 """
 
 import math
@@ -28,15 +28,15 @@ COLOURS = {
   "block": "#8172B3",
   "strided": "#937860",
 }
-# losses further above full attention's, if any, stand at the edge of the picture, as numbers
+# losses further above full attention's are written as numbers at the edge of the picture
 SHOWN = 0.2
 
 
 def describe(folder: str) -> dict:
   """Returns the results of a run.
 
-  They are the held-out loss of the data it was trained on by step, that of text by position in rows
-  of each length, right answers, and what its layers select at the end.
+  They are the held-out loss by step, of the kind of data it was trained on; the loss of text by
+  position, in rows of each length; right answers; and statistics of its selection at the end.
   """
   lines = lambda name: read_metrics(os.path.join(folder, name))
   evaluated = {str(line["data"]["seq_len"]): line for line in lines("evaluation.jsonl")}
@@ -66,7 +66,7 @@ def describe(folder: str) -> dict:
 def losses(run: Mapping, length: str | None = None) -> dict[str, float]:
   """Returns seed -> held-out loss of text in rows of `length` tokens; None: of the shortest rows.
 
-  "mixed" gives the loss of the data that it was trained on, answers among them.
+  "mixed" gives the loss of held-out data of the training mix, answers among them.
   """
   if length == "mixed":
     return {
@@ -167,7 +167,7 @@ def by_start(runs: Runs) -> str:
 
 
 def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
-  """Returns (task, tokens) -> share of right answers, over all seeds."""
+  """Returns {(task, tokens): share of right answers, over all seeds}."""
   counts: dict[tuple[str, int], list[int]] = {}
   for result in run["seeds"].values():
     for row in result["tasks"]:
@@ -178,7 +178,7 @@ def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
 
 
 def budget_of(name: str) -> int | None:
-  """Reads the keys a query, the mean over layers, from a run's name; None: all, in some layer."""
+  """Reads the keys a query, the mean over layers, from a run's name; None: a layer sees all."""
   return (
     None
     if name.startswith(("full", "hybrid"))
@@ -256,7 +256,7 @@ def _style(name: str) -> dict:
 
 
 def _by_position(run: Mapping) -> dict[int, float]:
-  """Returns tokens of a document -> loss of the tokens from half of it on, the mean over seeds."""
+  """Returns {n: loss of the tokens from n / 2 to n of a document, the mean over seeds}."""
   rows = [
     result["loss"][min(result["loss"], key=int)]["buckets"]
     for result in run["seeds"].values()
@@ -288,7 +288,7 @@ def draw(runs: Runs, path: str) -> None:
   for axes, length, title in ((text, None, "text"), (mix, "mixed", "text and answers")):
     _draw_losses(axes, {name: difference(runs[name], full, length) for name in names})
     axes.set(title=title, xlim=(None, edge), yticklabels=names if length is None else [])
-  # a variant says how it differs
+  # without the variants of SPARSEK, whose names say how they differ
   for name in [name for name in runs if not re.search(r"\d_(?!last|local)", name)]:
     _draw_by_position(position, name, runs[name], _by_position(full))
     _draw_answers(right, name, accuracies(runs[name]))

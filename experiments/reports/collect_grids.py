@@ -1,9 +1,10 @@
-"""One record of several grids of experiments.ablate:
-`python -m experiments.reports.collect_grids RECORD.json NOTE GRID ...`.
+"""One record of several grids of experiments.ablate.
 
-For each finished cell: the flags in which it differs from the first one, its held-out losses by
-step, and what its sparsek layers select at the end. The record also has the flags of the first
-cell, versions, and the note: what was run on what. GRID is the --workdir of a grid.
+  python -m experiments.reports.collect_grids RECORD.json NOTE GRID ...
+
+The record holds for each finished cell the flags that differ from those of the first cell, its
+held-out losses by step, and statistics of the selection at the end; and the flags of the first
+cell, versions, and NOTE, which says what was run on what device. GRID is the --workdir of a grid.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from sparsek.errors import UsageError
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
 
-# Flags that differ by machine, or stand elsewhere.
+# Flags that differ by machine, or that the record holds elsewhere.
 MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")
 
 
@@ -28,7 +29,7 @@ def flags_of(folder: str) -> list[str]:
 
 
 def cell(workdir: str, name: str, first: Sequence[str]) -> dict[str, Any]:
-  """Returns what the record says of a cell.
+  """Returns what the record holds of a cell.
 
   Args:
     workdir: of the grid.
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
   parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
-  parser.add_argument("note", metavar="NOTE", help="what was run on what")
+  parser.add_argument("note", metavar="NOTE", help="what was run on what device")
   parser.add_argument(
     "grids", nargs="+", type=script.path, metavar="GRID", help="--workdir of a grid"
   )
@@ -89,7 +90,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def finished(folder: str) -> list[str]:
-  """Returns the names of a grid's cells that are at their end."""
+  """Returns the names of the finished cells of a grid."""
   if not os.path.isdir(folder):
     raise UsageError(f"there is no folder {folder}: give the --workdir of a grid")
   return [

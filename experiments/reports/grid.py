@@ -1,6 +1,4 @@
-"""A grid of training runs that differ in attention: its cells, their results, the table and the
-report.
-"""
+"""Grids of training runs that differ in attention: cells, results, the table and the report."""
 
 import base64
 import csv
@@ -23,7 +21,7 @@ from sparsek.runs.metrics import read_metrics
 from sparsek.runs.settings import Settings
 from sparsek.storage import files
 
-# settings that a kind of attention has; other kinds: k and window
+# settings that a kind of attention has; other kinds have k and window
 USES: dict[str, tuple[str, ...]] = {
   "full": (),
   "sliding_window": ("window",),
@@ -128,7 +126,7 @@ def grid(
   scorer: Sequence[str],
   seeds: int,
 ) -> list[Cell]:
-  """Returns all combinations, each once: settings that a kind does not have make no difference.
+  """Returns all distinct combinations: settings that a kind does not have are None.
 
   Seeds change slowest, so that all kinds have a figure early.
   """
@@ -190,7 +188,7 @@ def read_result(folder: str) -> dict | None:
 
 
 def save_result(folder: str, dataset: str) -> None:
-  """Marks a cell as finished: `result_of` it, and the fingerprint of the tokens it learnt from."""
+  """Marks a cell as finished, with its result and the fingerprint of its training data."""
   content = json.dumps({**result_of(folder), "dataset": dataset})
   files.save(os.path.join(folder, RESULT), content)
 
@@ -198,11 +196,11 @@ def save_result(folder: str, dataset: str) -> None:
 def stale(folder: str, wanted: Settings, dataset: str) -> list[str]:
   """Returns how the run in a cell's folder differs from the wanted one, a line a flag.
 
-  Of a finished cell the tokens are compared where its mark has their fingerprint, else the folders
-  of --data; of an unfinished one the tokens are compared when it is resumed.
+  The training data of a finished cell are compared by the fingerprint in its mark, or without one
+  by the folder of --data; those of an unfinished cell are compared when it is resumed.
 
   Args:
-    folder: of the cell; nothing may be there.
+    folder: of the cell; need not exist.
     wanted: the settings that it should have.
     dataset: fingerprint of the tokens that it should learn from.
   """
@@ -243,12 +241,14 @@ def clear(
   if not retrain:
     settings.refuse({cell.name: lines for cell, lines in differing.items()}, workdir)
   for cell in folders:
-    if differing[cell] and stale(folders[cell], wanted[cell], dataset):  # no other job was faster
+    if differing[cell] and stale(
+      folders[cell], wanted[cell], dataset
+    ):  # unless another job has moved it already
       settings.move_aside(folders[cell])
 
 
 def in_use(folder: str) -> bool:
-  """Returns whether a run goes on in a folder."""
+  """Returns whether a process trains in a folder."""
   try:
     run_directory.lock(folder).close()
   except UsageError as error:
@@ -267,7 +267,7 @@ def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-  """Returns one row for the seeds of a setting, best first.
+  """Returns one row for all seeds of a setting, best first.
 
   A row has the mean held-out loss, its standard error (None for one seed) and the median speed.
   """
@@ -292,7 +292,7 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
 
 
 def markdown(summary: Sequence[dict]) -> str:
-  """Returns the table that people read."""
+  """Returns a summary as a table in Markdown."""
   lines = [
     (
       "| attention | k | window | gate | scorer | keys per query | seeds | held-out "
@@ -336,7 +336,7 @@ def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
     return
   summary, grids = summarize(rows), {}
   for kind in sorted({row["attention"] for row in summary if row["k"] is not None}):
-    # Of gates and scorers the best: it comes last here.
+    # The best gate and scorer of each (k, window) comes last, and replaces the others.
     grids[kind] = {
       (row["k"], row["window"]): row["heldout_loss"]
       for row in reversed(summary)

@@ -1,7 +1,7 @@
-"""Pictures of runs: loss curves, and which tokens each layer keeps; of benchmarks: time against
-length. Needs matplotlib: pip install 'sparsek[plots]'.
+"""Pictures of runs and benchmarks: losses, tokens that layers keep, accuracies, time by length.
 
-Colours are Okabe and Ito's and tints of one blue, which the colour-blind can tell apart too.
+They need matplotlib: pip install 'sparsek[plots]'. Colours are Okabe and Ito's and tints of one
+blue, which colour-blind readers can tell apart too.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 MARKERS = ("o", "s", "^", "D", "v", "P")  # hollow, so that runs close together stay apart
 WINDOW_COLOUR = "#CFCFCF"
 LIGHTEST_KEPT, DARKEST_KEPT = np.array([0.62, 0.79, 0.93]), np.array([0.0, 0.27, 0.53])
-MAX_LAYERS = 4  # maps side by side that are still readable
+MAX_LAYERS = 4  # more maps side by side would be too small to read
 TEXT_COLUMNS = 72
 
 
@@ -272,7 +272,12 @@ def save_picture(
 
 
 def draw_times(axes: Any, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-  """Draws curves against tokens, both logarithmic; curves: label -> [(tokens, value)]."""
+  """Draws curves against tokens on logarithmic axes.
+
+  Args:
+    axes: matplotlib Axes.
+    curves: label -> [(tokens, value)].
+  """
   from matplotlib.ticker import LogLocator
 
   lengths = sorted({n for points in curves.values() for n, _ in points})

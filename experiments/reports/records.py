@@ -1,4 +1,4 @@
-"""Writes and reads the records of experiments/results: JSON with one line a run or row."""
+"""Reading and writing of records of experiments/results: JSON with one line a run or row."""
 
 import json
 import os
@@ -14,10 +14,10 @@ def load(name: str) -> Any:
 
 
 def dumps(value: Any, depth: int = 2, indent: int = 0) -> str:
-  """Writes JSON of which each container takes one line, but for those that hold others.
+  """Returns JSON text in which a container takes one line, unless it holds other containers.
 
-  These are spread over lines down to `depth`. The default gives {"rows": [...]} a line for each
-  row.
+  Those take a line for each item, down to `depth` levels: by default each row of {"rows": [...]}
+  has its own line.
   """
   parts = list(value.values() if isinstance(value, dict) else value if _is_list(value) else ())
   if not depth or not any(isinstance(part, dict) or _is_list(part) for part in parts):

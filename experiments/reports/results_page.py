@@ -1,4 +1,4 @@
-"""The page docs/results.md, made from the records: `python -m experiments.reports.results_page`."""
+"""Page docs/results.md: `python -m experiments.reports.results_page` makes it from the records."""
 
 import argparse
 import dataclasses

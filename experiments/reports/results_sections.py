@@ -282,7 +282,7 @@ def parity(record: Mapping) -> list[str]:
 
 
 def long_decode(*made: Mapping) -> list[str]:
-  """Returns how far logits of decoding are from those of the parallel forward."""
+  """Returns the differences between logits of decoding and of the parallel forward pass."""
   lines = [
     [
       f"{record['options']['length']:,}",

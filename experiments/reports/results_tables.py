@@ -47,7 +47,7 @@ BASELINES = (  # label, keys a query, run
   ("sliding window", "1024", "window_1024"),
   ("random keys and a window", "1024", "random_1024"),
 )
-BASELINES_SHORT = (  # label, run: of docs/attention-map.md
+BASELINES_SHORT = (  # label, run: of README.md and docs/attention-map.md
   (
     "SPARSEK: windows of 256, in the last layer 512 chosen and a window of 1280",
     "sparsek_512_last",
@@ -156,7 +156,7 @@ def attention_speed_by_length(record: Mapping, lengths: Sequence[int]) -> list[s
 
 
 def training_speed(record: Mapping) -> list[str]:
-  """Returns tokens per second; with the memory where parts are computed twice."""
+  """Returns tokens per second, and the memory where the backward pass recomputes parts."""
   rows = record["rows"]
 
   def cell(row, kind):
@@ -213,7 +213,7 @@ def baselines(record: Mapping) -> list[str]:
 
 
 def layouts(record: Mapping) -> list[str]:
-  """Returns the table of what is in the last layer, where the layout is there from the start."""
+  """Returns the table of models that have a layout from the start, by their last layer."""
   columns = ["text", "text and answers", "passkey", "needle", "recall"]
   return markdown(
     ["in the last layer", "keys a query, the mean", *columns],

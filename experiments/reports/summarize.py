@@ -1,9 +1,10 @@
-"""The summary of a record of experiments/recipes/baselines.py or experiments.reports.collect_grids:
-its losses and answers, without loss by position and without what layers select.
+"""Summary of a record: its losses and answers, without the loss by position and the selection.
 
   git show 5d9e29a:experiments/results/rivals_gates.json > gates.json
   python -m experiments.reports.summarize gates.json experiments/results/baselines_gates.json \\
     --kinds=full,window_512,sparsek_512,sparsek_512_softmax,sparsek_512_straight_through_softmax
+
+Records are those of experiments/recipes/baselines.py and experiments.reports.collect_grids.
 """
 
 import argparse

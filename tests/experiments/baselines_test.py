@@ -119,7 +119,7 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
 
 
 def test_pairs_over_the_records(capsys):
-  """Compares with the figures of the README."""
+  """Compares with the figures of docs/results.md."""
   results = os.path.join(os.path.dirname(baselines.__file__), "..", "results")
   baselines_pairs.main(
     [os.path.join(results, name) for name in ("baselines.json", "baselines_first.json")]

@@ -169,7 +169,7 @@ def take_kernels(text: str) -> tuple[str, list[str]]:
 
 
 def kernel_programs() -> dict[str, Callable]:
-  """Returns what is lowered, by name, of the sizes and dtype that a GPU's kernels take."""
+  """Returns programs by name, of the sizes and dtype that the kernels for GPUs take."""
 
   def attention(head_dim, **options):
     sizes = {"k": 512, "window": 512, "implementation": None}
@@ -200,7 +200,7 @@ def kernel_programs() -> dict[str, Callable]:
 
 
 def programs() -> dict[str, Callable]:
-  """Returns what is lowered on this device, by name."""
+  """Returns all programs that are lowered on this device, by name."""
 
   def step(changes=None, **options):
     return lambda: lower_step(tiny(**(changes or {})), **options)

@@ -48,7 +48,7 @@ def canonical_kernel(text: str) -> str:
   name = re.escape(match[1])
   return re.sub(
     rf'(@|sym_name = "){name}(?![\w.$-])|(sym_name = "){name}(?=_mosaic_gpu")',
-    lambda found: f"{found[1] or found[2]}kernel",
+    lambda use: f"{use[1] or use[2]}kernel",
     text,
   )
 
@@ -59,7 +59,7 @@ def digest(text: str) -> str:
 
 
 def first_differences(before: str, after: str) -> list[str]:
-  """Returns lines that show the first places where two texts differ, around the column."""
+  """Returns lines that show the first places where two texts differ."""
   lines = []
   pairs = itertools.zip_longest(before.splitlines(), after.splitlines(), fillvalue="(no line)")
   different = ((number, pair) for number, pair in enumerate(pairs, 1) if pair[0] != pair[1])

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# After the checkout, and not as `experiments`, which is the checkout's own.
+# After the checkout's own folder; and as `checkouts`, because `experiments` is the checkout's own.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from checkouts.report import SUITES  # noqa: E402
 
@@ -35,7 +35,7 @@ class Server:
     self._operation: Any = None
 
   def hello(self) -> dict:
-    """Imports sparsek; says which files that are, and on which device they run."""
+    """Imports sparsek; returns its files and the device."""
     import jax  # not before stdout is redirected
 
     importlib.import_module("sparsek")
@@ -88,7 +88,7 @@ class Server:
     return {"seconds": self._operation.run(calls) / calls}
 
   def release(self) -> dict:
-    """Gives the memory of the operation back."""
+    """Frees the memory of the operation."""
     self._operation = None
     return {}
 
