@@ -368,8 +368,8 @@ def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, o
 
 
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
-  """Adds the gradients of listed tokens to those of the window, in the order of their chunks; places
-  without a token do not count.
+  """Adds the gradients of listed tokens to those of the window, in the order of their chunks;
+  places without a token do not count.
   """
   if _thread_kernels(interpret):
     return gather_rows.sum_rows(dkey, dvalue, rows, lists)
