@@ -324,7 +324,7 @@ def _find_columns(problem, rows, events, corners):
 
 
 def _ahead(read, first):
-  """Returns a function like `read`, for rows first to first + AHEAD - 1, which are loaded at once."""
+  """Loads rows first to first + AHEAD - 1; returns a function like `read` that chooses from them."""
   rows = [read(first + i) for i in range(AHEAD)]
 
   def near(index):
