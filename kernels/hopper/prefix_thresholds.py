@@ -324,7 +324,7 @@ def _find_columns(problem, rows, events, corners):
 
 
 def _ahead(read, first):
-  """Loads rows first to first + AHEAD - 1; returns a function like `read` that chooses from them."""
+  """Loads rows first to first + AHEAD - 1; returns a function like `read` that chooses one."""
   rows = [read(first + i) for i in range(AHEAD)]
 
   def near(index):
