@@ -87,7 +87,7 @@ def live_lists(score: jax.Array, expiry: jax.Array, *, window: int, chunk: int, 
   """
   n = expiry.shape[0]
   token = jnp.arange(n, dtype=jnp.int32)
-  # tokens that enter after the last chunk's first query, up to this chunk's
+  # of tokens that enter after the first query of the chunk before, up to that of this chunk
   since = lambda x: by_entry(x, window + chunk - 1).reshape(-1, chunk)
   empty = varying_like(jnp.zeros(slots, jnp.int32), expiry)
 

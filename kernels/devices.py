@@ -32,7 +32,7 @@ TPU_MAX_HEAD_DIM = 256
 
 def device_here() -> jax.Device:
   """Returns the device that kernels are made for."""
-  # a device, or a platform's name
+  # jax_default_device may hold a device or a platform's name
   device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
   return jax.devices(device)[0] if isinstance(device, str) else device
 

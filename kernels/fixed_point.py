@@ -6,11 +6,11 @@ from jax import lax
 
 
 def fixed_point(score: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-  """Returns integers (whole, fraction) in the order of the scores: score = whole + fraction /
-  2^(2 bits), rounded down.
+  """Splits scores into integers: score = whole + fraction / 2^(2 bits), rounded down.
 
-  Beyond 2^24 neighbouring floats are 2 or more apart, and all that matters of two scores is whether
-  they are more than 1 apart. So floats are numbered there, in steps of 2.
+  Pairs (whole, fraction) have the order of the scores. Beyond 2^24 neighbouring floats are 2 or
+  more apart, and all that matters of two scores is whether they are more than 1 apart. So floats
+  are numbered there, in steps of 2.
   """
   large = jnp.abs(score) > 2.0**24
   near = jnp.where(large, 0.0, score)

@@ -18,7 +18,7 @@ memory only: the listed keys and values were gathered before. Logits are to base
                                                    arrive value_free
                                                  store out and logsumexp
 
-(*) before the softmax if the tile has no gates, which are computed from its scores.
+(*) already before the softmax if the tile has no gates: then its scores are not read again.
 
 The computing warpgroups meet at `turn` twice a tile. Warpgroup 1 is half a tile behind: it passes
 `turn` once before its first tile, and warpgroup 0 once after its last tile. So while one computes

@@ -111,7 +111,7 @@ def _evict_from_layer(refs: Refs, rows: Rows, b: jax.Array, g: jax.Array, lane: 
   (slots,), (window,), dim = rows.position.shape[2:], rows.pending.shape[2:], rows.key.shape[3]
   seen = refs.seen[b]
   arriving = gather(rows.pending.at[b, g], lane * 0 + lax.rem(seen, jnp.int32(window)))
-  # `lane * 0 +` makes arrays of scalars, which `where` needs: see PARAMS in thread_ops.py.
+  # `lane * 0 +` makes arrays of scalar integers; PARAMS in thread_ops.py says why.
   lives = ((lane * 0 + refs.active[b]) > 0) & ((lane * 0 + seen) >= window)
   arriving = jnp.where(lives, arriving, -jnp.inf)
   worst = _worst_slot(rows.score.at[b, g], rows.position.at[b, g], slots, lane)

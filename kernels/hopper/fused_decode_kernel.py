@@ -32,7 +32,7 @@ programs, i + 2 programs, ... A tile is computed in pieces along the sum, see `P
   program                   bar.sync 0      all lanes have arrived; once, when the barriers exist
 
   shared memory    shape                    type      bytes for 1 row, E = 2048, F = 5632
-  partial_sums     2, warps, 8, 16          float32     8 KiB   turn: number of the tile modulo 2
+  partial_sums     2, warps, 8, 16          float32     8 KiB   turn alternates from tile to tile
   squares          8, warps                 float32   256 B
   prepared         B, longest row + 32      16 bit     11 KiB
   pieces           stages, 16, piece + 32   16 bit    187 KiB   11 stages of 512 numbers a row
@@ -225,7 +225,7 @@ class Program(NamedTuple):
   def tile_and_part(self, p: int, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the tile of product p that a piece belongs to, and which part of the sum it is.
 
-    It does so without `where`, which integers do not bear here: see PARAMS in thread_ops.py.
+    It uses no `where`, which may lose the sign of integers: see PARAMS in thread_ops.py.
     """
     options, piece = self.options, piece - self.first_piece[p]
     count = jnp.int32(options.pieces[p])
@@ -284,8 +284,8 @@ def _load_piece(program: Program, p: int, piece: jax.Array, state: tuple) -> tup
   row = (lane >> 5) * rows_of_warp + (lane & (rows_of_warp - 1))
   tile, part = program.tile_and_part(p, piece)
   wait_barrier(scratch.piece_empty, stage, 1 - program.parity(piece))
-  # The piece DEPTH before this one. Two uses of all stages are added, which leaves its stage and
-  # parity as they are; while there is no such piece, the parity is one for which nobody waits.
+  # The piece DEPTH before this one: adding 2 * stages changes neither its stage nor its parity. For
+  # the first pieces there is none, and the wait passes at once.
   arrived = piece + (2 * stages - DEPTH)
   wait_barrier(scratch.piece_full, program.stage(arrived), program.parity(arrived))
   arrive_expecting(scratch.piece_full, stage, COLUMNS * size * options.dtype.itemsize, lane == 0)

@@ -125,7 +125,7 @@ def _lists(expiry, order, k, window, chunk):
   lists = Places(_zeros(sizes, sizes.places), _zeros(sizes, sizes.places))
   old_places = _list_old(sizes, k, OldInputs(ranked, begins, ends), lists)
 
-  # Tokens selected at a later query of a chunk are in their own order already.
+  # Tokens selected at later queries of a chunk are listed by entry, which is their order already.
   token = jnp.arange(n, dtype=jnp.int32)
   entry = token + window
   # by query i: number of selected tokens with entry <= i

@@ -34,7 +34,7 @@ from sparsek.kernels.hopper.thread_registers import (
   split_struct,
 )
 
-# Warpgroup semantics would infer layouts, which takes ten times as long, and there is but one here.
+# Warpgroup semantics would infer layouts, which takes ten times as long; here there is only one.
 # With lane semantics `where` of integers forgets their sign if its first choice is a scalar (see
 # tests/kernels/hopper/compile_test.py): write booleans `.astype(int32)`, and put an array first.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)

@@ -107,7 +107,7 @@ def _per_head(f: Callable) -> Callable:
 
 def _key(scores: jax.Array) -> jax.Array:
   """Returns integers ordered like the scores, 0 for NaN and -inf."""
-  # -0 and 0 are equal
+  # -0 and 0 are equal, so they get the same key
   bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0, finite(scores)), jnp.int32)
   key = jnp.where(bits < 0, ~bits, bits | jnp.int32(-(2**31))).astype(jnp.uint32)
   return jnp.where(scores > -jnp.inf, key, 0)
