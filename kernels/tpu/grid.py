@@ -129,7 +129,7 @@ class Bounds(NamedTuple):
 
   Attributes:
     listed: [B G blocks], number of tiles of each list that hold tokens.
-    entering: [B G blocks], 1 if a token is selected after the block's first query.
+    entering: [B G blocks], 1 if a token is first selected after the block's first query.
     window_start: [B n / rows], `Queries.window_start` of the first of `rows` queries.
     reach: [B blocks], the last block whose queries may see any of the tokens of this one, except
       through lists.
@@ -190,7 +190,7 @@ class Pairs(NamedTuple):
 
 
 class Grid:
-  """Sizes, and the blocks of the arrays that a program sees; see the drawing above."""
+  """Sizes, and the blocks of the arrays that a program sees; see the top of this file."""
 
   def __init__(self, queries: Queries, listed: Keys | None, near: Keys, static: Static) -> None:
     self.static = static
