@@ -17,8 +17,8 @@ def logical_not(x: jax.Array) -> jax.Array:
 def bisect(size: int, *searches: Search) -> tuple[jax.Array, ...]:
   """Finds for each (low, high, test) the smallest integer in [low, high] that passes, elementwise.
 
-  `high` is taken to pass; high - low <= size. All searches go on together, so that what one reads
-  another need not wait for.
+  `high` is assumed to pass, and high - low to be at most `size`. All searches share one loop, so
+  that their loads do not wait for each other.
   """
 
   def halve(_, ranges):

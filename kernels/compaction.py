@@ -1,5 +1,5 @@
-"""Compaction: the tokens selected anywhere in a chunk of queries are listed per chunk, so that
-attention reads short contiguous buffers.
+"""Lists of the tokens that are selected anywhere in a chunk of queries, so that attention reads
+short contiguous buffers.
 
 A token is selected on one interval of queries, `[j + window, expiry_j)`. At most k tokens are
 selected at a chunk's first query and each query admits at most one more, so a chunk of C queries
@@ -25,7 +25,7 @@ def chunk_size(n: int, k: int, window: int) -> int:
 
 
 def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array:
-  """Lists the tokens selected anywhere in each chunk, in order of entry (which is their own order).
+  """Lists the tokens selected anywhere in each chunk, in ascending order.
 
   Args:
     expiry: [n] int32, as from `sparsek.causal_sparsek` with delay = window.
@@ -55,7 +55,7 @@ def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array
 
 
 class Live(NamedTuple):
-  """The tokens selected at the first query of each chunk, in their own order.
+  """The tokens selected at the first query of each chunk, in ascending order.
 
   Attributes:
     token: [chunks, slots] int32, n where a slot is empty.
@@ -71,23 +71,23 @@ class Live(NamedTuple):
 
 
 def by_entry(x: jax.Array, delay: int) -> jax.Array:
-  """Returns [n]: for each query, x of the token `delay` before it, or 0."""
+  """Returns, for each query, x of the token `delay` steps before it, or 0: [n]."""
   n = x.shape[0]
   return jnp.pad(x[: max(n - delay, 0)], (min(delay, n), 0))
 
 
 def live_lists(score: jax.Array, expiry: jax.Array, *, window: int, chunk: int, slots: int) -> Live:
-  """Lists, chunk after chunk, the tokens that stay of the last list and those that have entered
-  since; nothing is gathered, which TPUs do slowly.
+  """Lists the tokens selected at the first query of each chunk: those that stay of the list before,
+  and those that have entered since. Nothing is gathered, which TPUs do slowly.
 
   Args:
     score: [n].
-    expiry, window, chunk: as of `chunk_lists`; n must be a multiple of `chunk`.
-    slots: of a list, at least as many as tokens are selected at a time.
+    expiry, window, chunk: as in `chunk_lists`; n must be a multiple of `chunk`.
+    slots: slots of a list, at least the budget.
   """
   n = expiry.shape[0]
   token = jnp.arange(n, dtype=jnp.int32)
-  # tokens that enter after the last chunk's first query, up to this chunk's
+  # of tokens that enter after the first query of the chunk before, up to that of this chunk
   since = lambda x: by_entry(x, window + chunk - 1).reshape(-1, chunk)
   empty = varying_like(jnp.zeros(slots, jnp.int32), expiry)
 

@@ -1,4 +1,4 @@
-"""cuDNN's attention to a sliding window or to everything before, for rows of one document."""
+"""cuDNN's attention, to a sliding window or to all earlier tokens, for rows of one document."""
 
 import functools
 from typing import Any
@@ -56,11 +56,11 @@ def attention(
 ) -> jax.Array:
   """Attends, causally, to the `window` latest tokens.
 
-  Shapes are as in `sparsek.sliding_window_attention`. JAX takes no gradients of rows of odd length:
-  such a row gets one more token at its end, which none of the others sees.
+  Shapes are as in `sparsek.sliding_window_attention`. JAX computes no gradients for rows of odd
+  length: such a row is padded with one token, which no other token sees.
   """
   n = query.shape[1]
-  # cuDNN is told the tokens before the query's own.
+  # cuDNN counts the tokens before the query's.
   before = None if window >= n else (window - 1, 0)
   if n % 2:
     query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))

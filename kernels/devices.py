@@ -1,7 +1,7 @@
 """The device that kernels run on, and why a backend cannot run on it.
 
-Nothing here needs a private name of JAX: the kernels of GPUs and TPUs are imported only where the
-device is one of theirs, and a kernel module that cannot be imported is a reason like any other.
+Nothing here needs a private name of JAX: kernels for GPUs and TPUs are imported only on a device
+that they can run on, and a module that cannot be imported is one more reason for a refusal.
 """
 
 import functools
@@ -32,7 +32,7 @@ TPU_MAX_HEAD_DIM = 256
 
 def device_here() -> jax.Device:
   """Returns the device that kernels are made for."""
-  # a device, or a platform's name
+  # jax_default_device may hold a device or a platform's name
   device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
   return jax.devices(device)[0] if isinstance(device, str) else device
 
@@ -51,7 +51,7 @@ def compute_capability(device: jax.Device) -> str:
 def can_run() -> bool:
   """Tells whether the Hopper kernels of single threads (THREAD_KERNELS) can run here.
 
-  Warns where only their import fails: XLA then computes what they would, more slowly.
+  Warns if the device is right and only their import fails: XLA then does their work, more slowly.
   """
   device = device_here()
   on_hopper = device.platform == "gpu" and compute_capability(device) == HOPPER
@@ -65,7 +65,7 @@ def can_run() -> bool:
 
 @functools.cache
 def import_refusal(module: str) -> str | None:
-  """Imports a kernel module, such as "hopper.attention"; returns why it cannot be, or None.
+  """Imports a kernel module, such as "hopper.attention"; returns why that failed, or None.
 
   The kernels need private names of JAX, which another version of it may have moved.
   """

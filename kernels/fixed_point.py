@@ -6,18 +6,18 @@ from jax import lax
 
 
 def fixed_point(score: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-  """Returns order-preserving integers (whole, fraction) with
-  score = whole + fraction / 2^(2 bits), rounded down.
+  """Splits scores into integers: score = whole + fraction / 2^(2 bits), rounded down.
 
-  Beyond 2^24 neighbouring floats are 2 or more apart and only "more than 1 apart" matters, so they
-  are numbered in steps of 2.
+  Pairs (whole, fraction) have the order of the scores. Beyond 2^24 neighbouring floats are 2 or
+  more apart, and all that matters of two scores is whether they are more than 1 apart. So floats
+  are numbered there, in steps of 2.
   """
   large = jnp.abs(score) > 2.0**24
   near = jnp.where(large, 0.0, score)
   floor = near.astype(jnp.int32)  # towards 0
   floor = jnp.where(floor.astype(jnp.float32) > near, floor - 1, floor)
   fraction = ((near - floor.astype(jnp.float32)) * 2.0 ** (2 * bits)).astype(jnp.int32)
-  # the latter are the bits of 2^24
+  # 151 << 23 are the bits of the float 2^24
   step = lax.bitcast_convert_type(jnp.abs(score), jnp.int32) - (151 << 23)
   far = 2**24 + 2 * step
   whole = jnp.where(large, jnp.where(score < 0, -far, far), floor)
@@ -38,7 +38,7 @@ def minus_one(score: jax.Array) -> jax.Array:
 
 def lower_breakpoint(score: jax.Array) -> jax.Array:
   """Returns score - 1, above which a threshold leaves the gate below 1; the score itself where
-  floats are too coarse to hold that.
+  floats are too coarse for that.
   """
   coarse = jnp.abs(score) >= 2.0 ** (jnp.finfo(score.dtype).nmant + 1)
   return jnp.where(coarse, score, score - 1)

@@ -1,9 +1,13 @@
 """Gates of logits and values, and their gradients: shared by XLA and the kernels for GPUs and TPUs.
 
-With p_ij the softmax of the logits, g_ij the gate and x_ij = p_ij <dO_i, v_j>, the gradient of a
-logit is `x_ij g_ij - p_ij delta_i`, delta_i = <dO_i, O_i>, and that of a gate x_ij (with
-"key_value", where the logit is g_ij s_ij, more: s_ij times that of the logit). It reaches the
-scores where 0 < u_j - tau_i < 1.
+With p_ij the softmax of the logits, g_ij the gate, x_ij = p_ij <dO_i, v_j> and
+delta_i = <dO_i, O_i>, the gradients are
+
+  of a logit    x_ij g_ij - p_ij delta_i
+  of a gate     x_ij; with "key_value", where the logit is g_ij s_ij, plus s_ij times the gradient
+                of the logit
+
+That of a gate reaches the scores where 0 < u_j - tau_i < 1.
 """
 
 from collections.abc import Callable
@@ -26,10 +30,10 @@ def through_gate(
 
   Args:
     s: products q.k.
-    g: gates; None where the weights do without.
+    g: gates, or None if the weights have none.
     ds: gradient of the logits after the gates, x g - p delta.
     gate: kind of gate.
-    scale: of s in the logits; None if s holds it already.
+    scale: factor on s in the logits; None if s includes it already.
 
   Returns:
     The gradient of s, and what the logits add to that of the gates, or None.
@@ -43,14 +47,14 @@ def through_gate(
 def tile_weights(
   s: jax.Array, probability: Callable[[jax.Array], jax.Array], distance: Load | None, *, gate: str
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-  """Returns of one tile the softmax of the logits, the gates (None where the weights do without),
-  and the weights of the values.
+  """Computes the softmax of a tile's logits, its gates (None if the weights have none), and the
+  weights of its values.
 
   Args:
     s: products q.k.
-    probability: makes the softmax of logits.
-    distance: loads u_j - tau_i of listed keys, when it is needed, to save registers; None for the
-      window's, whose gate is 1.
+    probability: function from logits to their softmax.
+    distance: function that loads u_j - tau_i of listed keys, called only when they are needed, to
+      save registers; None for keys of the window, whose gate is 1.
     gate: kind of gate.
   """
   if distance is None or gate == "straight_through":
@@ -72,14 +76,15 @@ def tile_gradients(
   gate: str,
   scale: float,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Returns of one tile the gradient of s, and that of the gates or None.
+  """Computes the gradient of a tile's s, and that of its gates or None.
 
   Args:
-    s, distance: as of `tile_weights`.
-    p, g: its results.
+    s, distance: as in `tile_weights`.
+    p, g: its first two results.
     dp: products <dO_i, v_j>.
     delta: <dO_i, O_i>.
-    gate, scale: of the attention.
+    gate: kind of gate.
+    scale: factor on s in the logits.
   """
   if distance is None:
     return p * (dp - delta), None

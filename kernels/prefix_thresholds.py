@@ -47,12 +47,13 @@ from sparsek.kernels.fixed_point import fixed_point, minus_one, next_below
 from sparsek.kernels.sentinels import NEVER_ENTERS
 from sparsek.kernels.varying import varying_like
 
-# Sums over the events of candidates from a position on: upper less lower ones, which is the number
-# of fractional gates; upper ones; the former weighted by their values, low and high digit.
+# Sums over the events of candidates from a position on. COUNT: upper less lower events, which is
+# the number of fractional gates. UPPER: upper events. LOW, HIGH: as COUNT, but weighted by the low
+# and the high digit of the events' values.
 COUNT, UPPER, LOW, HIGH = range(4)
 SUMS = 4
 
-Row = tuple[jax.Array, ...]  # four int32 of each index
+Row = tuple[jax.Array, ...]  # four int32 arrays
 Sums = dict[int, jax.Array]  # by COUNT, UPPER, LOW, HIGH
 Over = Callable[..., jax.Array]  # (Problem, Sums, Row) -> booleans
 
@@ -64,7 +65,7 @@ class Problem(NamedTuple):
     n: tokens of the row.
     k: budget.
     delay: queries from a token to the first that may select it.
-    packed: there may be several documents.
+    packed: whether there may be several documents.
   """
 
   n: int
@@ -96,13 +97,13 @@ class Problem(NamedTuple):
 
   @property
   def cells(self) -> int:
-    """At most so many tiles are crossed."""
+    """The most tiles that a staircase can cross."""
     return 2 * self.blocks
 
   @property
   def steps(self) -> int:
-    """At most so many steps in a tile: each of its queries and positions, and those that begin and
-    end.
+    """The most steps of a walk through a tile: one for each of its queries and positions, one to
+    begin and one to end.
     """
     return self.block + self.width + 2
 
@@ -123,7 +124,8 @@ class Read(NamedTuple):
       candidate; high and low digit of its score.
     event: by position, four int32: high and low digit of its value; 2 entry (the query at which the
       token enters, or NEVER_ENTERS), + 1 for a lower event; bits of the value as a float.
-    cut: by query, four int32: its cut; `missing` there, two numbers; number of fractional gates.
+    cut: by query, four int32: its cut; the two results of `missing` there; the number of fractional
+      gates.
   """
 
   score: Callable[[jax.Array], jax.Array] = _absent
@@ -162,8 +164,8 @@ def locate_events(problem: Problem, read: Read, rank: jax.Array, entry: jax.Arra
 
     Each is (whole, fraction, score, document).
     """
-    # Rounding down and rounding are both monotone, so this order is that of both; one of the two
-    # alone would not agree with the other.
+    # Fixed point rounds down, floats to the nearest. Both are monotone, so an order by the one and
+    # then by the other agrees with both; an order by one alone might not.
     tie = (a[0] - 1 == b[0]) & ((a[1] < b[1]) | ((a[1] == b[1]) & (minus_one(a[2]) <= b[2])))
     first = (a[0] - 1 < b[0]) | tie
     return first & (a[3] == b[3]) if problem.packed else first
@@ -210,8 +212,8 @@ def enter(
 
 
 def missing(problem: Problem, sums: Sums, event: Row) -> tuple[jax.Array, jax.Array]:
-  """Returns k less the sum of gates at an event, given the sums from it on: in 2^-bits, less a
-  remainder in 2^(-2 bits).
+  """Returns k less the sum of gates at an event, given the sums from it on, as (whole, remainder):
+  whole 2^-bits - remainder 2^(-2 bits).
   """
   at_high, at_low, *_ = event
   low = sums[LOW] - sums[COUNT] * at_low
@@ -257,8 +259,8 @@ def tile_of(problem: Problem, columns: Callable[[jax.Array], jax.Array], cell: j
 
   Args:
     problem: sizes.
-    columns: row of tiles -> how many columns of tiles begin with a position that is over, at the
-      last query before the row.
+    columns: function from a row of tiles to the number of columns of tiles that begin with a
+      position that is over, at the last query before the row.
     cell: number of the tile.
   """
   (row,) = bisect(
@@ -281,8 +283,8 @@ class Step(NamedTuple):
 
   Attributes:
     query, position, event, sums: where it is.
-    cuts: the position is the query's cut.
-    passes: the query is the first to pass the event.
+    cuts: whether the position is the query's cut.
+    passes: whether the query is the first to pass the event.
   """
 
   query: jax.Array
@@ -310,8 +312,15 @@ def walk(
   which: Sequence[int],
   sums: Sequence[jax.Array],
 ) -> tuple[State, Callable[[State, Read], tuple[State, Step]]]:
-  """Follows the staircase of `over` through a tile, from its corner on, with the sums that it
-  needs: `which`.
+  """Follows the staircase of `over` through a tile, from its corner on.
+
+  Args:
+    problem: sizes.
+    read: of tokens and events.
+    tile: the tile.
+    over: the test.
+    which: the sums that `over` needs.
+    sums: their values at the corner.
 
   Returns:
     The first state, and a function that makes a step. A state begins with a query and a position. A
@@ -399,7 +408,7 @@ def solve(
   """Returns thresholds by query, and by token the first query at which it is not among the k best:
   [n] each.
 
-  Of a token that is never a candidate the latter is 0, of one that is never driven out it is n.
+  The latter is 0 for a token that is never a candidate, and n for one that is never driven out.
 
   Args:
     problem: sizes.
@@ -427,7 +436,7 @@ def solve(
       sums = sums.at[index, row, column].add(weight, mode="drop")
   sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
 
-  # Both staircases in one loop, a cell after the other: what is compiled is half as long.
+  # Both staircases are walked in one loop, so that the compiled program is half as long.
   which = tuple(range(SUMS))
   cell = numbers(2 * problem.cells)
   counting = cell >= problem.cells

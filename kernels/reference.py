@@ -1,6 +1,6 @@
-"""The O(n^2) truth of SPARSEK attention: every other implementation is compared with it.
+"""The O(n^2) reference of SPARSEK attention, with which every other implementation is compared.
 
-Plain autodiff gives its gradients; it computes in float32, or in float64 where inputs are float64
+Plain autodiff gives its gradients. It computes in float32, or in float64 where inputs are float64
 (and jax_enable_x64 is on).
 """
 
@@ -42,8 +42,8 @@ def selection(
   rank = jnp.argsort(jnp.argsort(-z, axis=-1, stable=True), axis=-1)
   selected = candidate & (rank < k)
   total = lambda t: jnp.sum(jnp.clip(z - t, 0, 1), axis=-1, keepdims=True)
-  # Bisection for sum_j clip(z_j - tau, 0, 1) = k, then the exact solution on the piece found,
-  # through which the gradient flows.
+  # Bisection for sum_j clip(z_j - tau, 0, 1) = k, then the exact solution on the linear piece that
+  # it ends in, through which the gradient flows.
   safe = sg(jnp.where(candidate, u, 0))
   # halved: the sum of the two ends must not overflow
   low = jnp.min(safe, -1, keepdims=True) / 2 - 1
@@ -74,7 +74,7 @@ def selection(
 def without_nan(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns x [..., D] with 0 for numbers that are not finite, and which rows had any.
 
-  0 * NaN would spread it.
+  Otherwise 0 * NaN would carry a NaN into sums that must not see it.
   """
   finite = jnp.isfinite(x)
   return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)

@@ -1,5 +1,5 @@
-"""The name of attention's outputs: a block that is otherwise computed again in its backward pass
-may keep what has it.
+"""The name by which `jax.checkpoint` recognises attention's outputs, so that a block may keep them
+and recompute the rest in its backward pass.
 """
 
 import jax
@@ -9,5 +9,5 @@ NAME = "sparsek_attention"  # for `jax.checkpoint_policies.save_only_these_names
 
 
 def saved(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Returns the same arrays, named."""
+  """Returns the same arrays, marked with NAME."""
   return tuple(checkpoint_name(x, NAME) for x in arrays)

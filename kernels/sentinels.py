@@ -1,11 +1,11 @@
-"""Numbers that stand for "none" in arrays of logits, queries and positions, all in one place."""
+"""Numbers that stand for "none" in arrays of logits, queries and positions."""
 
 # A masked logit: below every logit, and finite, so that differences with it stay defined and a
 # softmax over masked logits alone is not NaN.
 LOWEST = -1e30
-# The query at which a token enters that never becomes a candidate. Twice it, plus 1, fits an int32.
+# The query of entry of a token that never becomes a candidate; 2 NEVER_ENTERS + 1 fits an int32.
 NEVER_ENTERS = 2**29
-# The first query of a list's slot that holds no token.
+# The first query of an empty slot of a list.
 NEVER = 2**30
 # The position of an empty slot, later than any token's: the largest int32.
 NOWHERE = 2**31 - 1

@@ -21,7 +21,7 @@ class Spec:
       after the first k.
     dtype: of query, key and value.
     scale: of the logits; None for the default.
-    gates: those to test; "key_value" goes through everything.
+    gates: those to test; "key_value" alone runs all of the code.
   """
 
   name: str
@@ -78,9 +78,7 @@ SPECS = (
 
 
 def segment_ids(spec: Spec) -> jax.Array | None:
-  """Returns [batch, n] int32 ids, or None; every row but the first is shifted by some tokens, so
-  that rows differ.
-  """
+  """Returns [batch, n] int32 ids, or None; row b is shifted by 5 b tokens, so that rows differ."""
   if not spec.documents:
     return None
   lengths = list(spec.documents)

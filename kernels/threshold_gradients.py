@@ -1,7 +1,7 @@
 """Gradients of causal thresholds: each score gets the sum of dtau_i / |S_i| over the interval of
 queries in which its gate is between 0 and 1.
 
-As in prefix_thresholds.py, `interval` and `add_exactly` also serve the kernels for GPUs.
+`interval` and `add_exactly` also run in the kernels for GPUs (hopper/prefix_gradients.py).
 """
 
 import functools
@@ -16,12 +16,12 @@ from sparsek.kernels.fixed_point import lower_breakpoint
 from sparsek.kernels.prefix_thresholds import Read, reader
 from sparsek.kernels.varying import varying_like
 
-SEGMENT = 128  # numbers that are added up together
+SEGMENT = 128  # numbers of a segment, see `interval_sums`
 
 
 def interval(read: Read, token: jax.Array, delay: int, n: int) -> tuple[jax.Array, jax.Array]:
-  """Returns [first, last): the queries at which a token's gate is between 0 and 1, empty where it
-  never is; `read` has the scores as they are, by token.
+  """Returns [first, last), the queries at which a token's gate is between 0 and 1, maybe none;
+  `read` reads scores by token, which may be NaN or infinite.
   """
   score, end = read.score(token), read.end(token)
   candidate = score > -jnp.inf  # false for NaN too
@@ -41,8 +41,8 @@ def interval(read: Read, token: jax.Array, delay: int, n: int) -> tuple[jax.Arra
 def scores_gradient(
   cotangent: jax.Array, score: jax.Array, threshold: jax.Array, end: jax.Array, delay: int
 ) -> jax.Array:
-  """Returns du_j, the sum over the queries i in which j is fractional of dtau_i / |S_i|; all arrays
-  are [n], scores by token.
+  """Returns the gradient of each score, [n]: the sum of dtau_i / |S_i| over the queries i at which
+  its gate is fractional. All arrays are [n], scores by token.
   """
   n = score.shape[0]
   first, last = interval(
@@ -71,8 +71,8 @@ def add_exactly(a: Exact, b: Exact) -> Exact:
 def interval_sums(x: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
   """Sums x[first_j : last_j] for every j, [n] each.
 
-  It adds inside segments, and whole segments with their rounding errors, so that short intervals
-  late in x stay accurate.
+  Sums inside segments and sums of whole segments are kept apart, the latter with their rounding
+  errors, so that short intervals late in x stay accurate.
   """
   n = x.shape[0]
   x = jnp.pad(x, (0, SEGMENT - n % SEGMENT)).reshape(-1, SEGMENT)

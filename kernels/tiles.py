@@ -31,20 +31,24 @@ TILE = 64  # slots or keys of the smallest tile
 class Lists(NamedTuple):
   """The lists of one row of tokens; under vmap [batch, heads] come in front.
 
+  A *place* is a slot, numbered through the lists of all chunks.
+
   Attributes:
     token: [chunks, slots] int32; 0 where a slot is empty.
-    first, last: [chunks, slots] int32; NEVER and 0 where a slot is empty.
-    entered: [n] int32, how many slots of its chunk's list hold tokens with first <= i; they are the
-      foremost.
-    old: [chunks] int32, how many of them are live at the chunk's first query.
+    first, last: [chunks, slots] int32, the token is live for queries first <= i < last; NEVER and 0
+      where a slot is empty.
+    entered: [n] int32, how many slots of its chunk's list, from the first one on, hold tokens with
+      first <= i.
+    old: [chunks] int32, how many tokens of a list are live at the chunk's first query.
 
-  Sums of gradients need the others, which are None in lists without tokens:
-    new_place: [n] int32, the slot (numbered over all chunks) where a token is listed as selected
-      later; chunks * slots where it is not.
-    old_place: [k * chunks] int32, the slots where tokens are listed as live at the chunk's first
-      query: those of token j from old_begin_j on, old_count_j many, chunk after chunk.
-    old_begin, old_count: [n] int32; the former is arbitrary where the latter is 0.
-    listed: [n] int32, the tokens of all lists, each once, in their order; 0 behind them.
+  The others serve sums of gradients, and are None in lists without tokens:
+    new_place: [n] int32, the place where a token is listed because it was selected after the
+      chunk's first query; chunks * slots if there is none.
+    old_place: [k * chunks] int32, the places where tokens are listed because they are live at the
+      chunk's first query. Token j has old_count_j of them, from index old_begin_j on, chunk after
+      chunk.
+    old_begin, old_count: [n] int32; old_begin is arbitrary where old_count is 0.
+    listed: [n] int32, the tokens of all lists, each once, in ascending order; 0 behind them.
     number: [] int32, how many they are.
   """
 
@@ -62,8 +66,8 @@ class Lists(NamedTuple):
 
 
 def list_slots(k: int, chunk: int) -> int:
-  """Returns the slots of a list: at most k tokens are live at a chunk's first query, and each later
-  query admits one.
+  """Returns the number of slots of a list: at most k tokens are live at a chunk's first query, and
+  each later query admits one.
   """
   return -(-(k + chunk - 1) // ROWS) * ROWS
 
@@ -204,14 +208,15 @@ def query_tiles(
   """Finds the tiles of its chunk's list that each block of queries visits.
 
   Args:
-    read: t -> Tiles, of the t-th tile of each block's list.
+    read: function that returns the lifetimes of the t-th tile of each block's list, given t.
     begin: first query of each block.
     block_q: queries per block.
     tiles: how many a list has.
 
   Returns:
-    t0, t1, t2, t3: of the tiles [t0, t1) all tokens have entered, [t1, t2) are live for every
-      query, [t2, t3) are the others. All are `tiles` if none is live.
+    t0, t1, t2, t3: in tiles [t0, t1) all tokens have entered and some may leave, tiles [t1, t2) are
+      live for every query of the block, and [t2, t3) are the rest. All four are `tiles` if no tile
+      is live.
   """
   end = begin + (block_q - 1)
 
@@ -239,13 +244,13 @@ def near_tiles(
   itself.
 
   Args:
-    window_start: query -> first token of its window, never decreasing.
+    window_start: function from a query to the first token of its window, which never decreases.
     block: numbers of the blocks.
     block_q, block_kv: queries per block, tokens per tile.
 
   Returns:
-    t4, t5: tiles [t4, t5) may enter or leave the window, [t5, first tile of the block) are inside
-      every query's window; the tiles of the block itself follow.
+    t4, t5: tiles [t4, t5) may have left the windows of some of the block's queries, [t5, first
+      tile of the block) are inside every query's window; the tiles of the block itself follow.
   """
   begin, block_tile = block * block_q, block * block_q // block_kv
   t4 = jnp.minimum(window_start(begin) // block_kv, block_tile)
@@ -295,7 +300,7 @@ def key_tiles(tiles: Tiles, base: jax.Array, *, limit: int, block_q: int) -> jax
   Args:
     tiles: [..., tiles] each.
     base: [...] int32, first query that may be visited.
-    limit: how many may be visited, a multiple of block_q.
+    limit: number of queries from there on that may be visited, a multiple of block_q.
     block_q: queries per block.
 
   Returns:

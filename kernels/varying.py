@@ -17,9 +17,7 @@ def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def over_batch(f: Callable[..., Any], *args: Any) -> Any:
-  """Returns f(*args), where every array has a leading batch axis, into which `jax.vmap` merges its
-  axis.
-  """
+  """Returns f(*args) for arrays with a leading batch axis; `jax.vmap` merges its axis into it."""
   batched_f = jax.custom_batching.custom_vmap(f)
 
   @batched_f.def_vmap

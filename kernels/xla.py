@@ -80,7 +80,7 @@ def _einsum(equation, a, b):
   """Multiplies in the wider dtype and sums in float32.
 
   Softmax weights stay float32 beside bfloat16 values, so that the result is as exact as its own
-  rounding; a GPU takes such a product in TF32, but not one of float32 inputs.
+  rounding. A GPU may compute such a product in TF32, but not one of two float32 inputs.
   """
   dtype = jnp.promote_types(a.dtype, b.dtype)
   precision = lax.Precision.HIGHEST if a.dtype == b.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -170,13 +170,13 @@ class Pairs(NamedTuple):
   """The pairs of a chunk's queries with its keys, listed ones first and then the window's.
 
   Attributes:
-    query: [B, G, R, C, D]; what is not finite counts as 0, here and in keys and values.
+    query: [B, G, R, C, D]; numbers that are not finite are 0, as in keys and values.
     key, value: [B, G, K, D].
     products: [B, G, R, C, K] scaled products of query and key: the logits before the gate.
     visible: [B, G, 1, C, K].
     gate: [B, G, C, listed] clip(u - tau, 0, 1).
     fractional: [B, G, C, listed] where the gate is between 0 and 1.
-    spoilt: [B, G, R, C] which queries see a number that is not finite.
+    spoilt: [B, G, R, C], whether the query is or sees a row with a number that is not finite.
   """
 
   query: jax.Array
@@ -214,7 +214,7 @@ def _pairs(inputs: Chunk, keys, values, scores, expiry, static) -> Pairs:
   visible = jnp.concatenate([selected, local], axis=-1)
   tau = tau[..., None]
   p = jnp.clip(u - tau, 0, 1)
-  # exact, where u - tau would round to 1
+  # comparisons are exact where u - tau would round to 1
   fractional = selected & (u - 1 < tau) & (u > tau)
   products = _einsum("bgrcd,bgkd->bgrck", q, key) * scale
   seen = jnp.any(visible & (bad_key | bad_value)[:, :, None], axis=-1)
@@ -271,7 +271,7 @@ def _backward_rule(static, residuals, cotangent):
     c, lists = inputs.number, inputs.lists
     pairs = _pairs(inputs, keys, values, scores, expiry, static)
     dlogits, dgates, gated = _gradients(pairs, do, lse, gate)
-    # over the query heads of the group: [B, G, C, listed]
+    # summed over the query heads of the group: [B, G, C, listed]
     dgates = jnp.where(pairs.fractional, jnp.sum(dgates, axis=2), 0)
     dlogits = dlogits * scale
     dq = _einsum("bgrck,bgkd->bgrcd", dlogits, pairs.key).astype(query.dtype)

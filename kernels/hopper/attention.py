@@ -1,9 +1,9 @@
 """SPARSEK attention on Hopper GPUs (H100, H200) with Pallas Mosaic kernels.
 
-Kernels of single threads list the selected tokens of each chunk of queries (selection_lists.py) and
-gather their keys and values into contiguous buffers (gather_rows.py); the attention kernels read
-contiguous tiles. The buffers are gathered again for the backward pass. Rows of gradients are summed
-per token in a fixed order: results repeat to the bit.
+Kernels of single threads (thread_ops.py) list the selected tokens of each chunk of queries
+(selection_lists.py) and gather their keys and values into contiguous buffers (gather_rows.py); the
+attention kernels read contiguous tiles. The buffers are gathered again for the backward pass. Rows
+of gradients are summed per token in a fixed order, so results repeat to the bit.
 
   forward    _tables: lists, bounds of tiles -> gather_rows -> attention_forward
   backward   gather_rows -> attention_query_gradients
@@ -39,7 +39,7 @@ from sparsek.kernels.varying import over_batch, varying_like
 # Queries per list: longer ones are gathered less often, shorter ones hold fewer dead tokens and
 # occupy more multiprocessors.
 CHUNK, SHORT = 2048, 512
-LISTS = 4  # lists of a row, at least, unless they would be shorter than SHORT
+LISTS = 4  # the fewest lists of a row, unless they would be shorter than SHORT
 HEAD_DIMS = tuple(TILINGS)  # smaller head dimensions are padded with zeros
 
 
@@ -163,7 +163,7 @@ def _forward_rule(query, key, value, scores, threshold, expiry, order, start, en
 
 
 def _backward_rule(static, residuals, cotangent):
-  # Without it XLA would keep the gathered buffers from the forward pass.
+  # Without this barrier XLA would keep the gathered buffers from the forward pass.
   residuals = lax.optimization_barrier(residuals)
   grads = over_batch(functools.partial(_backward, static), *residuals, cotangent)
   dquery, dkey, dvalue, dscores, dthreshold = (varying_like(x, residuals[0]) for x in grads)
@@ -174,7 +174,7 @@ _attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _per_head(f):
-  """Returns f, of arrays without batch and heads, for [B, G, ...] arrays."""
+  """Maps f, which takes arrays without batch and heads, over [B, G, ...] arrays."""
   return jax.vmap(jax.vmap(f))
 
 
@@ -233,8 +233,8 @@ def make_lists(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _tables(static, expiry, order, start):
-  """Returns lists, their tiles, first token of each query's window, bounds of each block of
-  queries.
+  """Returns the lists, their tiles, the first token of each query's window, and which tiles each
+  block of queries visits.
   """
   k, window, _, _, chunk, tiling, interpret = static
   kernels = _thread_kernels(interpret)
@@ -368,8 +368,8 @@ def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, o
 
 
 def _sum_rows(dkey, dvalue, rows, lists, interpret):
-  """Adds the gradients of listed tokens to those of the window, in the order of their chunks; a row
-  is read only where its place holds a token.
+  """Adds the gradients of listed tokens to those of the window, in the order of their chunks;
+  places without a token do not count.
   """
   if _thread_kernels(interpret):
     return gather_rows.sum_rows(dkey, dvalue, rows, lists)
@@ -387,7 +387,7 @@ def _sum_rows(dkey, dvalue, rows, lists, interpret):
 
 
 def _add_rows(totals, rows, lists):
-  """Returns totals [n, ...] plus the rows [places, ...] of listed tokens."""
+  """Adds the rows [places, ...] of listed tokens to totals [n, ...]."""
   chunks, slots = lists.token.shape
   n, most = lists.new_place.shape[0], lists.old_place.shape[0] // chunks
   totals = tuple(

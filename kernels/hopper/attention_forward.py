@@ -11,16 +11,18 @@ memory only: the listed keys and values were gathered before. Logits are to base
   for each tile:                                 for each tile:
     wait key_free                                  issue S = query key^T; arrive turn, wait turn
     load key, last, score -> key_full              wait for S
-                                                   softmax of S, sums of P
-                                                   arrive key_free (before it, without gates)
+                                                   P = softmax of S, and its sums
+                                                   arrive key_free (*)
     wait value_free                                arrive turn, wait value_full, wait turn
     load value            -> value_full            acc += P value; wait key_full of the next tile
                                                    arrive value_free
                                                  store out and logsumexp
 
-At `turn` the computing warpgroups meet, two times a tile. The second one is half a tile behind: it
-passes `turn` once before its first tile, the first one once after its last tile. So while one
-computes its softmax, the other one's products keep the tensor cores busy, as in FlashAttention-3.
+(*) already before the softmax if the tile has no gates: then its scores are not read again.
+
+The computing warpgroups meet at `turn` twice a tile. Warpgroup 1 is half a tile behind: it passes
+`turn` once before its first tile, and warpgroup 0 once after its last tile. So while one computes
+its softmax, the other one's products keep the tensor cores busy, as in FlashAttention-3.
 
   barrier (how many)      opens after
   key_full (stages)       the bulk copies (TMA) of key, last and, if the gate needs it, score
@@ -80,7 +82,7 @@ from sparsek.kernels.sentinels import LOWEST
 
 
 class Inputs(NamedTuple):
-  """Arrays in global memory, see `forward`."""
+  """Arrays in global memory: the arguments of `forward`."""
 
   query: Any
   key: Any
@@ -138,7 +140,7 @@ class Program(NamedTuple):
 class Rows(NamedTuple):
   """The 64 queries of a computing warpgroup."""
 
-  first: Any  # the first one
+  first: Any  # token of the first one
   tokens: Any  # slice of their tokens
   tau: Any  # None where the gate does not need it
 
@@ -329,7 +331,7 @@ def _tile(
   """Adds one tile to the online softmax.
 
   Args:
-    program, rows: see there.
+    program, rows: see Program and Rows.
     carry: (acc [64, D], top [64], total [64]): sums of weighted values, the largest logit so far,
       and the sum of exp2(logit - top).
     step: of the circular buffers.

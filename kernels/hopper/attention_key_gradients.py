@@ -1,8 +1,8 @@
 """Backward pass of SPARSEK attention on Hopper GPUs: gradients of keys, values and scores.
 
-One kernel for the window's keys and one, with the same code, for listed keys. It computes the
-softmax again from the logsumexp, and a program owns what it writes: no atomics, so results repeat
-to the bit. For what gates do see gates.py.
+The same kernel serves the window's keys and the listed keys. It computes the softmax again from the
+logsumexp. A program owns what it writes, without atomics, so results repeat to the bit. The
+formulas of the gradients are in gates.py.
 
 A program computes a few blocks of 128 keys, one after the other (work.py), with three warpgroups.
 Query heads of a KV head and, inside, tiles of queries follow each other in one circular buffer:
@@ -88,7 +88,7 @@ from sparsek.kernels.hopper.common import (
 )
 from sparsek.kernels.hopper.work import ListWork, Work
 
-# blocks of the window's keys, or of lists, that a program computes at most
+# the most blocks that a program computes, of the window's keys and of lists
 MOST, MOST_LISTED = 16, 2
 
 
@@ -117,10 +117,10 @@ def key_gradients(
   Blocks that no query sees are not written.
 
   Args:
-    query, cotangent, logsumexp, delta, gate, scale, tiling, interpret: as of `query_gradients`.
+    query, cotangent, logsumexp, delta, gate, scale, tiling, interpret: as in `query_gradients`.
     key, value: [B, n, G, D] for the window, [B, G, places, D] for lists.
-    first, last: int32, a key is live for queries first <= i < last; [B, n] for the window, [B, G,
-      places] for lists.
+    first, last: int32, a key is live for queries first <= i < last;
+      [B, n] for the window, [B, G, places] for lists.
     bounds: int32 of tiles.key_tiles with blocks of tiling.key_queries queries and 64 keys, those of
       a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
     lists: number of lists in a row; 0 for the window.
@@ -164,7 +164,7 @@ def _options(query, key, lists, middle, gate, scale, tiling, interpret) -> Optio
     scale=scale,
     block_q=tiling.key_queries,
     stages=tiling.key_stages,
-    early=tiling.early and gate != "key_value",  # which needs the registers
+    early=tiling.early and gate != "key_value",  # whose gradients need the registers
     interpret=interpret,
   )
 
@@ -219,12 +219,12 @@ def _compute_block(program: Program, i: Any, done: Any) -> Any:
   """Computes the gradients of this warpgroup's part of the i-th block of keys.
 
   Args:
-    program: see there.
+    program: see Program.
     i: number of the block.
     done: steps of the circular buffer that the blocks before it took.
 
   Returns:
-    The same, with those of this block.
+    `done` for the next block.
   """
   options, scratch, registers = program.options, program.scratch, program.options.registers
   block = block_of(program, i)
@@ -265,7 +265,8 @@ def _add_head(
   """Adds the gradients from all tiles of queries of a head.
 
   Args:
-    program, i, block, keys: see there; i is the block's number.
+    program, block, keys: see Program, Block and Keys.
+    i: number of the block.
     bounds: [b0, b1) tiles partly live, [b1, b2) wholly live, [b2, b3) partly live.
     done: steps of the circular buffer that the blocks before took.
     r: the head's number among those of the KV head.
@@ -310,8 +311,8 @@ def _tile(program: Program, keys: Keys, carry: tuple, step: Any, t: Any, masked:
   """Adds the gradients from one tile of queries.
 
   Args:
-    program, keys: see there.
-    carry: as of `_add_head`.
+    program, keys: see Program and Keys.
+    carry: as in `_add_head`.
     step: of the circular buffer.
     t: the tile's number.
     masked: whether some pairs may be dead.

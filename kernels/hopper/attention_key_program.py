@@ -1,5 +1,5 @@
-"""The program of the kernels for the gradients of keys (attention_key_gradients.py): what it reads
-and writes, which blocks of keys are its own, and how it loads them and the tiles of queries.
+"""The programs of the kernel for the gradients of keys (attention_key_gradients.py): what they read
+and write, which blocks of keys each computes, and how it loads these and the tiles of queries.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,9 @@ BLOCK_KV = COMPUTING * HALF  # keys of a block
 
 
 class Inputs(NamedTuple):
-  """Arrays in global memory, see `key_gradients`; the last two are None for the window."""
+  """Arrays in global memory, the arguments of `key_gradients`; score and tau are None for the
+  window.
+  """
 
   query: Any
   key: Any
@@ -49,7 +51,7 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-  """Shared memory and barriers, see the drawing above."""
+  """Shared memory and barriers, see the drawing in attention_key_gradients.py."""
 
   key: Any
   value: Any
@@ -115,14 +117,14 @@ class Block(NamedTuple):
   """A block of keys, and the range of tiles of queries that see any of them."""
 
   b: Any  # row of the batch
-  block: Any
+  block: Any  # its number among those of the row and head
   g: Any  # KV head
   begin: Any
   end: Any
 
 
 class Keys(NamedTuple):
-  """The 64 keys of a computing warpgroup, in shared memory."""
+  """The 64 keys of a computing warpgroup, in shared memory except the scores."""
 
   key: Ref
   value: Ref
@@ -208,7 +210,7 @@ def rows_of(program: Program, ref: Ref, block: Block) -> Ref:
 
 
 def limits_of(program: Program, ref: Ref, block: Block) -> Ref:
-  """Returns the same part of `first` or `last`, which the window's heads share."""
+  """Returns this warpgroup's part of `first` or `last`, which all heads share for the window."""
   tokens = pl.ds(block.block * BLOCK_KV + program.warpgroup * HALF, HALF)
   if program.options.is_list:
     return ref.at[block.b, block.g, tokens]

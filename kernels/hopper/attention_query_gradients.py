@@ -1,7 +1,7 @@
 """Backward pass of SPARSEK attention on Hopper GPUs: gradients of queries and thresholds.
 
-The kernel computes the softmax again from the logsumexp, and a program owns what it writes: no
-atomics, so results repeat to the bit. For what gates do see gates.py.
+The kernel computes the softmax again from the logsumexp. A program owns what it writes, without
+atomics, so results repeat to the bit. The formulas of the gradients are in gates.py.
 
 A program computes 128 queries of one head with three warpgroups:
 
@@ -81,7 +81,7 @@ from sparsek.kernels.hopper.common import (
 
 
 class Inputs(NamedTuple):
-  """Arrays in global memory, see `query_gradients`."""
+  """Arrays in global memory: the arguments of `query_gradients`."""
 
   query: Any
   key: Any
@@ -136,14 +136,14 @@ class Program(NamedTuple):
   at: Position
   bounds: list[tuple]  # t0, ..., t5 of each computing warpgroup: see tiles.query_bounds
   tiles: Steps
-  end: Any  # of the tiles of the list that either one visits
-  hold_queries: bool  # in registers
+  end: Any  # one past the last tile of the list that either warpgroup visits
+  hold_queries: bool  # see Tiling
 
 
 class Rows(NamedTuple):
   """The 64 queries of a computing warpgroup."""
 
-  first: Any  # the first one
+  first: Any  # token of the first one
   tokens: Any  # slice of their tokens
   query: Any  # in registers, or in shared memory
   logsumexp: jax.Array
@@ -174,14 +174,15 @@ def query_gradients(
 
   Args:
     query, key, value, window_start, entered, tau, listed, gate, scale, chunk, tiling, interpret: as
-      of `attention_forward.forward`; out, logsumexp: its results.
+      in `attention_forward.forward`.
+    out, logsumexp: its results.
     cotangent: [B, n, H, D] gradient of the output.
     bounds: [B, G, n / 64, 6] int32, of tiles.query_bounds with blocks of 64 queries, those of a
       warpgroup.
 
   Returns:
-    dquery [B, n, H, D]; delta [B, H, n] float32, the products of output and cotangent; dtau [B, H,
-    n] float32, of each head.
+    dquery [B, n, H, D]; delta [B, H, n] float32, the products of output and cotangent;
+    dtau [B, H, n] float32, of each head.
   """
   batch, n, heads, _ = query.shape
   listed = Listed(*listed)
@@ -353,7 +354,7 @@ def _tile(
   """Adds the gradients of one tile.
 
   Args:
-    program, rows: see there.
+    program, rows: see Program and Rows.
     carry: (dquery [64, D] without the scale, gradient of the gates [64] summed over keys).
     step: of the circular buffers.
     t: the tile's number among those of the window or the list.

@@ -34,7 +34,7 @@ from sparsek.kernels.hopper.common import (
 
 
 class Listed(NamedTuple):
-  """Rows of the tokens in the lists of all chunks, [B, G, places, ...]: arrays, in a kernel
+  """Rows of the tokens in the lists of all chunks, [B, G, places, ...]: arrays or, in a kernel,
   references.
 
   Attributes:
@@ -59,7 +59,7 @@ class Options(NamedTuple):
   gate: str
   scale: float  # of the logits, not negative
   chunk: int  # queries of a list
-  slots: int  # places of a list
+  slots: int  # of a list
   block_kv: int  # keys of a tile
   stages: int  # tiles of a circular buffer
   interpret: object  # parameters of the interpreter, or None
@@ -105,7 +105,7 @@ class Position(NamedTuple):
   warpgroup: Any
   g: Any  # KV head
   first_row: Any  # first query of the block
-  list_start: Any  # place where the list of the block's chunk begins
+  list_start: Any  # first place of the list of the block's chunk
 
 
 def position(options: Options) -> Position:
@@ -118,11 +118,13 @@ def position(options: Options) -> Position:
 
 
 class Steps(NamedTuple):
-  """The tiles that a program visits, see above.
+  """The tiles that a program visits, see the drawing above.
 
   Attributes:
-    newest: the window's latest tile, `in_window`: the number of the window's tiles.
-    begin: the list's first tile. steps: the number of all tiles.
+    newest: the latest tile of the window.
+    in_window: number of tiles of the window.
+    begin: first tile of the list.
+    steps: number of all tiles.
   """
 
   newest: Any
@@ -168,11 +170,12 @@ def load_tiles(
   """Loads all tiles, each as soon as the computing warpgroups have read what lay in its slot.
 
   Args:
-    options, at, tiles, buffers: see above.
-    key, value: [B, n, G, D], of all tokens. listed: of the lists.
-    own_tiles: number of the tiles of the block's own tokens: their loads need not wait for the
+    options, at, tiles, buffers: see Options, Position, Steps and Buffers.
+    key, value: [B, n, G, D], of all tokens.
+    listed: those of the lists.
+    own_tiles: number of tiles that hold the block's own tokens: their loads need not wait for the
       bounds.
-    scores: load the scores too.
+    scores: whether to load the scores too.
   """
 
   def load(step, is_own=False):
@@ -223,11 +226,13 @@ def live_pairs(
   """Returns which pairs of a tile are live, or None where all are.
 
   Args:
-    options: see above.
-    first_query: the tile's first query.
-    tile: its number among the tiles of the window or, where `is_list`, of the list.
+    options: see Options.
+    first_query: first query of the warpgroup.
+    tile: number among the tiles of the window or, where `is_list`, of the list.
+    is_list: whether the tile is of the list.
     exits, enters: whether some pairs may be dead because the token has left, or has not come yet.
-    last: of the tile's tokens. window_start, entered: of its queries. All in shared memory.
+    last: of the tile's tokens, in shared memory.
+    window_start, entered: of the warpgroup's queries, in shared memory.
   """
   registers, shape = options.registers, options.shape
   live = None

@@ -21,7 +21,8 @@ HALF = BLOCK_Q // 2
 COMPUTING = 2  # warpgroups of a program that compute; the one after them loads
 MULTIPROCESSORS = 132  # of an H100 or H200
 LOG2_E = math.log2(math.e)
-MATRIX = plgpu.Layout.WGMMA  # of matrices in registers; vectors along their rows and columns:
+# Layouts of matrices in registers, and of vectors with an element for each row or column of one.
+MATRIX = plgpu.Layout.WGMMA
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 # plgpu.load of JAX 0.10 requires an index, that of 0.12 has none
@@ -46,8 +47,8 @@ def axis_index(*names: str) -> Any:
 def grid_of(**sizes: int) -> dict[str, Any]:
   """Returns the options of `plgpu.kernel` for programs along axes of these sizes.
 
-  CUDA takes 2^31 - 1 programs along x, which is Mosaic's last axis, but only 65,535 along y and z:
-  all programs are numbered along x, those of neighbours on the last axis one after the other.
+  CUDA takes 2^31 - 1 programs along x, which is Mosaic's last axis, but only 65,535 along y and z.
+  So all programs are numbered along x; the index on the last of these axes changes fastest.
   """
   return {"grid": (math.prod(sizes.values()),), "grid_names": axes("program")}
 
@@ -163,8 +164,8 @@ def read_bounds(ref: Ref, *row: jax.Array) -> tuple[jax.Array, ...]:
 
 
 class Registers:
-  """Operations on registers, also for the interpreter: it knows no layouts, and multiplies matrices
-  in shared memory only.
+  """Operations on registers, also for the interpreter, which knows no layouts and multiplies only
+  matrices in shared memory.
   """
 
   def __init__(self, interpret: object) -> None:
@@ -194,8 +195,8 @@ class Registers:
   def matmul(
     self, shape: tuple[int, int], a: Ref, b: Ref, meanwhile: Callable = lambda: None
   ) -> jax.Array:
-    """Returns a @ b.T in float32, both in shared memory; `meanwhile()` runs while the tensor cores
-    work.
+    """Returns a @ b.T in float32, of matrices in shared memory; `meanwhile()` runs while the tensor
+    cores work.
     """
     if self.interpreted:
       product = lax.dot_general(
@@ -220,7 +221,7 @@ class Registers:
       shape: of both products.
       first, second: (a, b) and (c, d), matrices in shared memory (a may be in registers).
       use: called with a @ b.T and a function that waits for c @ d.T and returns it. That function's
-        argument is the number of matmuls that were begun since and need not have ended.
+        argument is the number of later matmuls that may still be running.
 
     Returns:
       The result of `use`.
@@ -309,7 +310,7 @@ def slot_of(step: Any, stages: int) -> tuple[Any, Any]:
 
 def pass_by(first: Any, last: Any, *, stages: int, full: tuple[Ref, ...], free: tuple) -> None:
   """Passes the steps [first, last) of a circular buffer, whose tiles only the other computing
-  warpgroup uses: waits until each tile is full, and says that this warpgroup has read it.
+  warpgroup uses: waits until each tile is full, and arrives as if this warpgroup had read it.
   """
 
   @pl.loop(first, last)
@@ -336,7 +337,7 @@ def observe_last(interpret: object, steps: Any, stages: int, *free: Ref) -> None
 
 
 def joined(a: tuple, b: tuple) -> tuple:
-  """Returns the smallest range [first, end) that holds both; an empty one may begin anywhere."""
+  """Returns the smallest range [first, end) that holds both; an empty range does not count."""
 
   def is_empty(range):
     return range[0] >= range[1]

@@ -1,6 +1,8 @@
-"""One token's attention on Hopper GPUs, for all rows and heads of a layer at the same time, in the
-cache's own memory, by one kernel (decode_attention_kernel.py): rotations, the new key and value,
-the new score, and attention to the rows in parts, which the product after it joins.
+"""Attention of one new token on Hopper GPUs: one kernel (decode_attention_kernel.py) for all batch
+rows and heads of a layer, which updates the cache in place.
+
+It rotates the queries and the new key, stores the new key, value and score in the cache, and
+attends to the cache's rows in parts, which the next product joins (`Parts`).
 """
 
 import functools
@@ -25,14 +27,14 @@ from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.kernels.hopper.thread_ops import PARAMS, contents, unfused
 from sparsek.kernels.hopper.thread_registers import LANES
 
-ENABLED = True  # False: XLA does it
+ENABLED = True  # False: XLA attends
 
 
 class Scorer(NamedTuple):
   """A linear scoring network.
 
   Attributes:
-    scale, slope, sink: [G] float32; the latter is the extra score of the first token.
+    scale, slope, sink: [G] float32; sink is the extra score of the first token.
     prior, per: PRIOR_COUNT and SLOPE_TOKENS of sparsek/attention/scoring.py.
   """
 
@@ -44,8 +46,8 @@ class Scorer(NamedTuple):
 
 
 def parts(batch: int, groups: int, length: int) -> tuple[int, int] | None:
-  """Returns (parts, warpgroups of a program) for attention to `length` rows: as many parts as the
-  multiprocessors run at the same time; None if the rows cannot be divided so.
+  """Returns (parts, warpgroups of a program) for attention to `length` rows of a cache: as many
+  parts as run at the same time, LANES rows to a warpgroup; None if the rows cannot be divided so.
   """
   blocks = length // LANES
   fitting = [
@@ -59,7 +61,7 @@ def parts(batch: int, groups: int, length: int) -> tuple[int, int] | None:
 
 
 def supports(key: jax.Array, heads: int) -> bool:
-  """Returns whether `attend` can attend to keys [B, G, length, D] with so many query heads, on this
+  """Returns whether `attend` can attend to keys [B, G, length, D] with `heads` query heads, on this
   device.
   """
   batch, groups, length, dim = key.shape
@@ -83,21 +85,22 @@ def attend(
   heads: int,
   ring: bool = False,
 ) -> tuple[Parts, Rows]:
-  """Puts the new token into the rows, after those that `evict` moved, and attends to them.
+  """Stores the new token in the cache, after `evict` has moved the one that leaves the window, and
+  attends to the cache.
 
   Args:
-    projected: [B, (H + 2 G) D + ...] float32: queries, keys and values, not yet rounded, and of a
-      layer that selects the scorer's three products [3 G].
+    projected: [B, (H + 2 G) D + ...] float32: queries, keys and values, not yet rounded, and then,
+      of a layer that selects, the scorer's three products [3 G].
     cos, sin: [B, D / 2] float32 of the angles by which queries and keys are rotated.
-    rows: see `supports`; they are updated in place.
+    rows: the cache, of a size that `supports` accepts; updated in place.
     scorer: its parameters, None for a layer that selects nothing.
-    seen, active: [B] int32; rows that are not active stay as they are.
+    seen, active: [B] int32: tokens before the new one; 0 for batch rows that stay as they are.
     heads: H.
-    ring: whether rows without slots are a window's, where token t lies at t modulo their number;
-      else they are all there can be.
+    ring: whether a cache without slots holds a sliding window, token t in row t modulo length;
+      otherwise it must have room for all tokens.
 
   Returns:
-    Parts of [B, H D], and the next rows.
+    Parts of [B, H D], and the updated cache.
   """
   weights = None if scorer is None else ScorerWeights(scorer.scale, scorer.slope, scorer.sink)
   constants = None if scorer is None else (scorer.prior, scorer.per)
@@ -140,7 +143,7 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
     compiler_params=PARAMS,
     kernel_name="sparsek_attend",
   )
-  # A layer that selects nothing has no other arrays.
+  # The kernel does not read positions; a layer that selects nothing has keys and values only.
   arrays, structure = jax.tree.flatten(rows._replace(position=None))
   refs = list(map(jax.new_ref, arrays))
   projected, cos, sin, seen, active = unfused(

@@ -1,19 +1,19 @@
 """The kernel of decode_attention.py: what its programs do.
 
-The k + window rows of a key head are cut into parts, one a program, whose results the next product
+The k + window rows of a KV head are cut into parts, one a program, whose results the next product
 joins (`Parts`). A warp reads 32 rows; a program has 1 to 4 warpgroups, all with the same role:
 
   every warp w of the program
   -----------------------------------------------------------------------------
   issue the loads of 32 keys and 32 values
   rotate the queries and the new key; round the new value
-  where the new token belongs: put its key into the registers and the cache
+  in the row of the new token: put its key into the registers and the cache
   logits[32 rows, 8 heads] by tensor cores
   top[w] = largest logit of each head
   wait for `program` barrier
   weights[w] = exp(logits - largest of all warps); total[w] = their sum
   wait for `program` barrier
-  where the new token belongs: put its value into the registers and the cache
+  in the row of the new token: put its value into the registers and the cache
   sums[w] = values, weighted
   wait for `program` barrier
   -----------------------------------------------------------------------------
@@ -21,9 +21,9 @@ joins (`Parts`). A warp reads 32 rows; a program has 1 to 4 warpgroups, all with
   warpgroup 0 of part 0: score of the new token -> pending, moments
 
   The only barrier is `program`, the hardware barrier bar.sync 0 of all lanes. Programs do not wait
-  for each other: each part writes another part of the results, and the new token has one owner.
+  for each other: each writes its own part of the results, and one of them has the new token's row.
 
-  shared memory    shape                type      bytes for 4 warpgroups, 4 heads of 64 a key head
+  shared memory    shape                type      bytes for 4 warpgroups, 4 heads of 64 a KV head
   sums             warps, H / G, D      float32   16 KiB
   weights          warps, 32, 8         float32   16 KiB
   top              warps, 8             float32   512 B
@@ -55,7 +55,7 @@ from sparsek.kernels.sentinels import LOWEST, NOWHERE
 
 
 class ScorerWeights(NamedTuple):
-  """The arrays of Scorer."""
+  """The arrays of Scorer, references in the kernel."""
 
   scale: Ref
   slope: Ref
@@ -63,8 +63,8 @@ class ScorerWeights(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """Arrays in global memory, see `attend`; those of the first three are flat. The rows, without
-  positions, are updated in place.
+  """Arrays in global memory, see `attend`; the first three are flat. The rows, without positions,
+  are updated in place.
   """
 
   projected: Ref
@@ -97,11 +97,14 @@ class Options(NamedTuple):
   """Constants of the kernel.
 
   Attributes:
-    groups: key heads.
+    batch, heads, dim, ring: as in `attend`.
+    groups: KV heads.
+    length: rows of the cache, `slots` of which hold selected tokens.
     dtype: of keys and values.
     columns: of `projected`.
     scorer: prior and per of Scorer.
-    parts: in which the rows are divided, one a program.
+    parts: number of parts of the rows, one a program.
+    warpgroups: of a program.
   """
 
   batch: int
@@ -123,7 +126,7 @@ class Options(NamedTuple):
 
   @property
   def ratio(self) -> int:
-    """Query heads of a key head."""
+    """Query heads of a KV head."""
     return self.heads // self.groups
 
   @property
@@ -145,14 +148,15 @@ class Program(NamedTuple):
   """References and coordinates that the steps of a program share.
 
   Attributes:
-    key, value: of its row and head.
+    key, value: the cache of its batch row and KV head.
     b, g, part, warpgroup: its coordinates.
-    lane: number in the warpgroup. in_warp: number in the warp. warp: number in the program.
+    lane, in_warp: number of the lane in the warpgroup and in the warp.
+    warp: number of the warp in the program.
     row, column: of the lane in the tensor cores' operands, 0 to 7 and 0 to 3.
-    first_row: of the cache, of each warp.
+    first_row: first row of the cache that each warp reads.
     seen: tokens before the new one.
     new_row: row of the cache for the new token.
-    lives: whether there is one.
+    lives: whether there is a new token.
   """
 
   options: Options
@@ -181,7 +185,7 @@ class Program(NamedTuple):
     return (self.lane * 0).astype(jnp.float32)
 
   def of_warps(self, ref: Ref, head: jax.Array) -> list[jax.Array]:
-    """Loads the number of a head that each warp has stored."""
+    """Loads what each warp has stored for a head."""
     return [gather(ref, self.lane * 0 + w * 8 + head) for w in range(self.options.warps)]
 
 
@@ -225,10 +229,10 @@ def kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch)
 
 
 class Keys(NamedTuple):
-  """Keys of a warp in registers: 2 x 2 sets of eight rows, of which a lane holds one each.
+  """Keys of a warp in registers: 2 x 2 sets of eight rows, of each of which a lane holds one row.
 
   Attributes:
-    rows: of the cache.
+    rows: number in the cache.
     words: eight neighbours of each 32 columns, 16-bit numbers in four int32.
     visible: whether the query sees the row.
   """
@@ -285,7 +289,7 @@ def _load_values(program: Program) -> Values:
 
 
 def _hide(program: Program, keys: Keys) -> Keys:
-  """Returns the keys with which of them are visible: those that hold a token."""
+  """Marks the keys that are visible: those whose row holds a token."""
   rows, score = keys.rows, program.inputs.rows.score
   visible = [[row <= program.options.slots + program.seen for row in pair] for pair in rows]
   if score is not None:
@@ -361,7 +365,7 @@ def _logits(program: Program, keys: Keys, new: NewToken) -> list[list[list[jax.A
 
 
 def _over_rows(x: jax.Array, join: Callable) -> jax.Array:
-  """Joins a number of the eight rows of a warp's operand."""
+  """Reduces a number over the eight rows of a warp's operand."""
   for distance in (4, 8, 16):
     x = join(x, shuffle_xor(x, distance))
   return x
@@ -430,7 +434,7 @@ def _store(program: Program) -> None:
   index = row * heads + program.g * ratio + head
   total = _fold(jnp.add, program.of_warps(scratch.total, head))
   if options.scorer is None and not options.ring:
-    # Beyond the last row: loud, not wrong.
+    # A token beyond the last row makes the output NaN, not silently wrong.
     total = jnp.where(lane * 0 + program.seen < options.length, total, jnp.nan)
   top = _fold(jnp.maximum, program.of_warps(scratch.top, head))
   scatter(program.outputs.top, index, top, lane < ratio)
@@ -438,8 +442,10 @@ def _store(program: Program) -> None:
 
 
 def _score(program: Program) -> None:
-  """Computes the score of the new token and the next moments, as ScoringNetwork.stream does for one
-  token, but for all that is 0 or 1 then: the role of the first warpgroup of the first part.
+  """Computes the score of the new token and the next moments: the role of the first warpgroup of
+  the first part.
+
+  These are the formulas of ScoringNetwork.stream, without the terms that are 0 or 1 for one token.
   """
   options, inputs, lane = program.options, program.inputs, program.lane
   rows, weights, b, g, seen = inputs.rows, inputs.scorer, program.b, program.g, program.seen

@@ -1,7 +1,7 @@
-"""Selection of one token on Hopper GPUs, in the cache's own memory, for all layers in one kernel:
-which token leaves a window is known before the new token is.
+"""Selection for one new token on Hopper GPUs: one kernel updates the caches of all layers in place,
+before the first layer runs, because it does not depend on the new token.
 
-A program of one warpgroup serves one layer, row and key head; each lane reads every 128th slot.
+A program of one warpgroup serves one layer, row and KV head; each lane reads every 128th slot.
 
   each lane                       worst of its slots
   each warp                       worst of its lanes              -> worst[warp]
@@ -37,15 +37,14 @@ from sparsek.kernels.hopper.thread_sync import sync_threads
 
 
 class Rows(NamedTuple):
-  """A layer's cache; all but keys and values are None for a layer that selects nothing, where k is
-  0.
+  """A layer's cache; for a layer that selects nothing k is 0, and all but keys and values are None.
 
   Attributes:
     key, value: [B, G, k + window, D], first the slots, then the window.
     score: [B, G, k + window] of the tokens in them.
     position: [B, G, k] of the selected tokens.
     pending: [B, G, window], scores of the window's tokens.
-    moments: four of [B, G]: mean and deviation of the scorer's logits, and their rests.
+    moments: four of [B, G]: mean and deviation of the scorer's logits, and their rounding errors.
   """
 
   key: jax.Array
@@ -57,7 +56,7 @@ class Rows(NamedTuple):
 
 
 class Token(NamedTuple):
-  """A selected token of each lane: its score, position and slot."""
+  """Score, position and slot of a selected token, one a lane."""
 
   score: Any
   position: Any
@@ -81,11 +80,11 @@ def evict(layers: list[Rows], seen: jax.Array, active: jax.Array) -> list[Rows]:
   higher, as in `cached_attention.attend_token`.
 
   Args:
-    layers: that select.
-    seen, active: [B] int32.
+    layers: caches of the layers that select.
+    seen, active: [B] int32: tokens before the new one; 0 for batch rows that stay as they are.
 
   Returns:
-    The layers.
+    The updated caches.
   """
   batch, groups, _, _ = layers[0].key.shape
   worst = Token(*(plgpu.SMEM((4,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
@@ -112,7 +111,7 @@ def _evict_from_layer(refs: Refs, rows: Rows, b: jax.Array, g: jax.Array, lane: 
   (slots,), (window,), dim = rows.position.shape[2:], rows.pending.shape[2:], rows.key.shape[3]
   seen = refs.seen[b]
   arriving = gather(rows.pending.at[b, g], lane * 0 + lax.rem(seen, jnp.int32(window)))
-  # Of integers that are chosen between, an array comes first: see thread_ops.
+  # `lane * 0 +` makes arrays of scalar integers; PARAMS in thread_ops.py says why.
   lives = ((lane * 0 + refs.active[b]) > 0) & ((lane * 0 + seen) >= window)
   arriving = jnp.where(lives, arriving, -jnp.inf)
   worst = _worst_slot(rows.score.at[b, g], rows.position.at[b, g], slots, lane)
@@ -150,8 +149,8 @@ def _worst_of_program(shared: Token, worst: Token, lane: jax.Array) -> Token:
 
 
 def _worse(a: Token, b: Token) -> Token:
-  """Returns which of two tokens to give up first: the lowest score, of equals the latest position,
-  then the first slot.
+  """Returns the one of two tokens to give up first: that of lower score, then of later position,
+  then of lower slot.
   """
   first = (a.score < b.score) | (
     (a.score == b.score)

@@ -4,11 +4,11 @@ There is one program for each multiprocessor, and all of them run at the same ti
 columns of all products are numbered one after the other; program i computes the tiles i, i +
 programs, i + 2 programs, ... A tile is computed in pieces along the sum, see `Plan`.
 
-  warpgroups 0 to groups - 1, compute          warpgroup `groups`, loads
+  all warpgroups but the last, compute         last warpgroup, loads
   -------------------------------------------  -----------------------------------------------------
   for each product:                            for each product, for each piece of each tile:
     if it is not the first:                      wait piece_empty[s]     (s: the piece's stage)
-      wait grid barrier                          wait piece_full of the piece DEPTH before
+      wait `warpgroups`, grid, `warpgroups`      wait piece_full of the piece DEPTH before
     prepared = its input                         announce the bytes      -> piece_full[s]
     wait `warpgroups` barrier                    copy 16 rows of a matrix (TMA bulk copies, one a
     for each piece of each tile:                   row)                  -> piece_full[s]
@@ -18,7 +18,7 @@ programs, i + 2 programs, ... A tile is computed in pieces along the sum, see `P
       after the tile's last piece:             while its input is not there yet.
         partial_sums[turn][w] = products
         wait `warpgroups` barrier
-        warpgroup turn % groups: add them,
+        warpgroup turn % warpgroups: add them,
           SwiGLU, + residual -> global memory
 
   barrier                   where           opens when
@@ -32,8 +32,8 @@ programs, i + 2 programs, ... A tile is computed in pieces along the sum, see `P
   program                   bar.sync 0      all lanes have arrived; once, when the barriers exist
 
   shared memory    shape                    type      bytes for 1 row, E = 2048, F = 5632
-  partial_sums     2, warps, 8, 16          float32     8 KiB   two: tiles take turns
-  squares          warps, 8                 float32   256 B
+  partial_sums     2, warps, 8, 16          float32     8 KiB   turn alternates from tile to tile
+  squares          8, warps                 float32   256 B
   prepared         B, longest row + 32      16 bit     11 KiB
   pieces           stages, 16, piece + 32   16 bit    187 KiB   11 stages of 512 numbers a row
   piece_full       stages, 2                int32      88 B
@@ -72,7 +72,7 @@ from sparsek.kernels.hopper.thread_sync import (
   wait_barrier,
 )
 
-DEPTH = 3  # pieces on their way to a program at most: all other loads wait behind them
+DEPTH = 3  # the most pieces on their way to a program: all other loads wait behind them
 OUT, UP, DOWN, NEXT = range(4)  # the products
 
 
@@ -95,7 +95,7 @@ class Inputs(NamedTuple):
 
   Attributes:
     matrices: one for each product.
-    extra: second matrix of NEXT, or none.
+    extra: second matrix of NEXT, or empty.
     scales: of the norms before UP and NEXT.
     counter: of the grid barrier; written too.
   """
@@ -130,7 +130,7 @@ class Options(NamedTuple):
 
   Attributes:
     parts: number of parts and heads of the attention.
-    rows: of the matrices, both together for NEXT.
+    rows: of the matrices, of both together for NEXT.
     first_rows: of the first matrix alone.
   """
 
@@ -173,9 +173,10 @@ class Options(NamedTuple):
 
 
 def scratch_of(options: Options) -> Scratch:
-  """Returns the shared memory of a program. It takes so much of it that a multiprocessor runs one
-  program, and there are no more programs than multiprocessors: all run at the same time, and can
-  wait for each other.
+  """Returns the shared memory of a program, so much that a multiprocessor runs one program only.
+
+  As there are no more programs than multiprocessors, all run at the same time and can wait for each
+  other.
   """
   stages = options.plan.stages
   return Scratch(
@@ -195,10 +196,10 @@ class Program(NamedTuple):
 
   Attributes:
     number: of the program.
-    first_tile: how many tiles of earlier products this program computes, for each product and in
-      all.
-    first_piece: how many pieces of earlier products; pieces of a program are numbered through all
-      products.
+    x_row: row of x of each lane.
+    first_tile: for each product, how many tiles of earlier products this program computes; at the
+      end, of all products.
+    first_piece: the same of pieces, which a program numbers through all products.
   """
 
   options: Options
@@ -222,8 +223,9 @@ class Program(NamedTuple):
     return lax.rem(lax.div(piece, jnp.int32(self.options.plan.stages)), jnp.int32(2))
 
   def tile_and_part(self, p: int, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the tile of product p that a piece belongs to, and which part of the sum it is. No
-    integers are chosen between: see thread_ops about `where`.
+    """Returns the tile of product p that a piece belongs to, and which part of the sum it is.
+
+    It uses no `where`, which may lose the sign of integers: see PARAMS in thread_ops.py.
     """
     options, piece = self.options, piece - self.first_piece[p]
     count = jnp.int32(options.pieces[p])
@@ -282,8 +284,8 @@ def _load_piece(program: Program, p: int, piece: jax.Array, state: tuple) -> tup
   row = (lane >> 5) * rows_of_warp + (lane & (rows_of_warp - 1))
   tile, part = program.tile_and_part(p, piece)
   wait_barrier(scratch.piece_empty, stage, 1 - program.parity(piece))
-  # A piece DEPTH before this one, counted two uses of the stages later: before the first use nobody
-  # waits.
+  # The piece DEPTH before this one: adding 2 * stages changes neither its stage nor its parity. For
+  # the first pieces there is none, and the wait passes at once.
   arrived = piece + (2 * stages - DEPTH)
   wait_barrier(scratch.piece_full, program.stage(arrived), program.parity(arrived))
   arrive_expecting(scratch.piece_full, stage, COLUMNS * size * options.dtype.itemsize, lane == 0)
@@ -318,7 +320,7 @@ def _compute(program: Program) -> None:
   """Computes the products one after the other: the role of all warpgroups but the last."""
   options, lane = program.options, program.lanes.lane
   before = gather(program.inputs.counter, lane * 0)
-  # What all programs add comes to 2^31.
+  # What all programs add must come to 2^31, see `grid_barrier`.
   is_first = (lane * 0 + program.number == 0).astype(jnp.int32)
   adds = 1 + is_first * (2**31 - options.programs)
   for p in range(len(options.rows)):
@@ -329,8 +331,8 @@ def _compute(program: Program) -> None:
 
 
 def _wait_for_all_programs(program: Program, p: int, adds: jax.Array, before: jax.Array) -> None:
-  """Waits at the grid barrier before product p, see `meet`; before and after that the warpgroups
-  of the program wait for each other. The sign of the counter changes every time.
+  """Waits at the grid barrier before product p; before and after that the computing warpgroups of
+  the program wait for each other. The sign of the counter changes every time.
   """
   warpgroups, lane = program.options.plan.warpgroups, program.lanes.lane
   sync_threads(warpgroups)
@@ -369,7 +371,7 @@ class Target(NamedTuple):
   Attributes:
     n, column: row of the result, column in the tile.
     inside: whether the lane writes any.
-    early: the residual, where a program has one tile at most, so that it need not be waited for.
+    early: the residual, loaded before the products, if a program has one tile at most; or None.
   """
 
   program: Program
@@ -405,7 +407,7 @@ def _target(program: Program, p: int) -> Target:
   target = Target(program, p, lane // columns, lane % columns, lane < options.batch * columns)
   if p in (OUT, DOWN) and options.tiles[p] <= options.programs:
     tile, _ = program.tile_and_part(p, program.first_piece[p])
-    # A program without a tile loads something that is there.
+    # A program without a tile loads an element that exists.
     index = jnp.minimum(target.element(tile), options.batch * options.columns[p] - 1)
     return target._replace(early=target.residual(index))
   return target
@@ -419,7 +421,7 @@ def _multiply(program: Program, p: int) -> None:
     program.first_piece[p],
     program.first_piece[p + 1],
     functools.partial(_multiply_piece, program, p, target),
-    (zeros,) * 2,  # two sums that need not wait for each other
+    (zeros,) * 2,  # two sums, which do not wait for each other
   )
 
 
@@ -452,8 +454,10 @@ def _multiply_piece(
 
 
 def _store_tile(program: Program, p: int, target: Target, tile: jax.Array, sums: list) -> None:
-  """Adds the sums of all warps and stores a tile. Tiles take turns in which partial sums they use
-  and which warpgroup adds these: the warps need not wait before the next tile.
+  """Adds the sums of all warps and stores a tile.
+
+  Neighbouring tiles use different halves of `partial_sums`, which different warpgroups add, so that
+  no warp waits before the next tile.
   """
   options, scratch, warps = program.options, program.scratch, program.options.warps
   turn = lax.rem(lax.div(tile, jnp.int32(options.programs)), jnp.int32(2))

@@ -2,13 +2,13 @@
 GPUs, in one kernel (fused_decode_kernel.py): four products with the norms and residuals around
 them.
 
-  OUT   y         = x + attention out^T           attention joined from its parts
+  OUT   y         = x + attention out^T           attention is joined from its parts
   UP    hidden    = silu(gate) * up               of norm(y), matrix [2 F, E]
   DOWN  x         = y + hidden down^T
   NEXT  projected = norm(x) next^T                queries, keys, values of the next layer
 
-Each product needs all of the one before it, so all programs meet before each: at a grid barrier.
-Memory does not rest meanwhile, because one warpgroup of a program loads the matrices ahead.
+Each product needs all of the one before it, so all programs meet at a grid barrier before each.
+Meanwhile memory stays busy, because one warpgroup of each program loads the matrices ahead.
 """
 
 import functools
@@ -36,7 +36,7 @@ from sparsek.kernels.hopper.thread_ops import PARAMS, contents, unfused
 from sparsek.kernels.hopper.thread_registers import LANES
 
 ENABLED = True  # False: a kernel for every product
-MOST_ROWS = 4  # of x: the more rows, the less shared memory is there for pieces
+MOST_ROWS = 4  # of x: the more rows, the less shared memory is left for pieces
 SHARED = 216 * 2**10  # bytes of shared memory that a program takes at most
 
 
@@ -93,8 +93,8 @@ def fused_layer(
   counter: jax.Array,
   epsilon: float,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-  """Computes all from one layer's attention to the next one's, with the roundings of
-  `small_batch_matmul.product`, called for each product.
+  """Computes everything between one layer's attention and the next one's, rounded as by a call of
+  `small_batch_matmul.product` for each product.
 
   Args:
     mixed: attention [B, H D], at most MOST_ROWS rows.
@@ -104,8 +104,8 @@ def fused_layer(
     up: [2 F, E], the rows of gate and up.
     down: [E, F], whose product is added to y: the next layer's input.
     next_scale: [E] float32, of the norm that is applied to this; None if there is no next layer.
-    next_matrices: multiplied with that: no matrix, one [N, E], or two, of which the second one's
-      products follow those of the first.
+    next_matrices: what that is multiplied with: no matrix, one [N, E], or two, of which the second
+      one's products follow those of the first.
     counter: [1] int32, zero for the first kernel, for others what the one before returned. Two
       kernels must not use it at the same time.
 

@@ -1,8 +1,8 @@
 """Rows of keys and values on Hopper GPUs: gathered into the lists of selected tokens, and the
 gradients of listed rows summed per token in a fixed order.
 
-Both kernels are of single threads (thread_ops.py). Lanes share rows: a lane moves 16 bytes, WORD
-numbers, of each, so of D = 128 numbers 16 lanes move a row and a program 8 rows at once:
+Both kernels are of single threads (thread_ops.py). A lane moves WORD numbers, 16 bytes, of a row.
+So for D = 128 a row takes 16 lanes, and a program moves 8 rows at once:
 
   lane    0    1   ...  15 | 16   17  ...  31 | ...
   row     0                | 1                | ...
@@ -31,7 +31,7 @@ from sparsek.kernels.hopper.thread_registers import LANES, lane_index, narrow, w
 from sparsek.kernels.tiles import Lists
 
 WORD = 8  # numbers that a lane moves at once
-AT_ONCE = 4  # moves that a lane has under way
+AT_ONCE = 4  # moves that a lane has in flight
 TILE = 128  # places of a list that are gathered together, or not at all
 
 
@@ -62,7 +62,7 @@ class Totals(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """Gradients in the places of the lists."""
+  """Gradients of listed tokens, by place."""
 
   dkey: Any
   dvalue: Any
@@ -147,8 +147,8 @@ def sum_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Adds the rows of listed tokens to those of the window.
 
-  A program adds up a few tokens of those that were ever selected, each from its places in the order
-  of their chunks; the gradients of other tokens stay as they are.
+  A program serves a few of the tokens that were ever selected, and sums the rows of each in the
+  order of their chunks; the gradients of other tokens stay as they are.
 
   Args:
     dkey, dvalue: [B, n, G, D] 16-bit gradients of the window's keys and values; D a power of two

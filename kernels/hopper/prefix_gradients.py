@@ -1,15 +1,16 @@
 """Gradient of the scores from that of the thresholds, on GPUs, in Pallas Mosaic kernels of single
-threads: as `threshold_gradients.scores_gradient`.
+threads: the same as `threshold_gradients.scores_gradient`.
 
 A score gets the sum of dtau_i / |S_i| over the interval of queries for which its gate is
-fractional. Queries are cut into segments; sums over an interval are differences of prefix sums
-inside the segments, and of sums of whole segments:
+fractional. Queries are cut into segments; the sum over an interval is a difference of prefix sums
+inside the segments, plus a difference of sums of whole segments:
 
   kernel     a lane for  reads                      writes
   intervals  token       score, threshold, end      first, last; change, changes (adds)
   shares     segment     cotangent, change, counts  prefix: sums from the segment's start on; shares
   segments   segment     shares                     total, error: the sum of all earlier segments
-  gradients  token       all of these               the gradient
+  gradients  token       first, last; prefix;       the gradient
+                         total, error
 
 Each kernel waits for the one before; there are no barriers and no shared memory.
 """
@@ -43,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 class Changes(NamedTuple):
-  """Changes of the number of fractional gates: at each query, and in each segment."""
+  """Changes of the number of fractional gates: at each query, and summed over each segment."""
 
   change: Any
   changes: Any
@@ -74,8 +75,8 @@ class GradientInputs(NamedTuple):
 def scores_gradient(
   cotangent: jax.Array, score: jax.Array, threshold: jax.Array, end: jax.Array, delay: int
 ) -> jax.Array:
-  """Computes the same as `threshold_gradients.scores_gradient`, of [batch, heads, n] arrays and end
-  [batch, n].
+  """Computes the same as `threshold_gradients.scores_gradient`, of [batch, heads, n] arrays and
+  end [batch, n].
   """
   return over_rows(functools.partial(_scores_gradient, delay), cotangent, score, threshold, end)
 
@@ -101,7 +102,7 @@ def _shape(rows, size, dtype=jnp.float32):
 
 
 def _find_intervals(delay, inputs, changes):
-  """Returns the interval of each token, and counts its ends in `changes`."""
+  """Returns the interval of each token, and adds its two ends to `changes`."""
   rows, n = inputs.score.shape
   heads = rows // inputs.end.shape[0]
 

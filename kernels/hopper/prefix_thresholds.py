@@ -3,12 +3,14 @@ of single threads. Each kernel waits for the one before; there are no barriers a
 
   kernel       a lane for               reads                        writes
   merge        element of a sorted part the parts                    keys in order, their tokens
-  enter        rank                     score, entry, order, start   tokens, events; corners (adds)
+  enter        rank, and token          score, entry, order, start,  tokens, events, passed; corners
+                                        scores                       (adds), first_nan (minimum)
   add_rows     column of tiles          corners                      corners: sums down the column
-  add_columns  row of tiles, sum        corners                      corners: sums from the right
+  add_columns  row of tiles, sum        corners                      corners: suffix sums in the row
   columns      row of tiles, search     corners, events              columns: where to begin to walk
-  walk         tile, search             tokens, events, corners      cuts; passed (in place)
-  finish       query; token             cuts; passed                 thresholds; expiry
+  walk         tile, search             tokens, events, corners,     cuts; passed (in place)
+                                        columns
+  finish       query; token             cuts, first_nan; passed      thresholds; expiry
 
 The two searches are those of NEEDS: for the cuts of queries, and for the expiry of tokens.
 The gradient of the scores: hopper/prefix_gradients.py.
@@ -36,13 +38,13 @@ from sparsek.kernels.hopper.thread_ops import (
 from sparsek.kernels.prefix_thresholds import COUNT, NEEDS, Problem
 from sparsek.kernels.varying import over_batch, varying_like
 
-AT_ONCE = 16  # loads that a lane has under way in prefix sums
-PARTS = 8  # of a row, that are sorted each on their own
-AHEAD = 4  # steps of a walk whose loads are under way together
+AT_ONCE = 16  # loads that a lane has in flight in prefix sums
+PARTS = 8  # of a row, which are sorted separately and then merged
+AHEAD = 4  # steps of a walk whose loads are in flight together
 
 
 class Inputs(NamedTuple):
-  """Arrays of the kernel enter, [rows, n] except start: see `solve`."""
+  """Arrays of the kernel enter, see `solve`: [rows, n], start [batch, n]."""
 
   score: Any
   entry: Any
@@ -55,9 +57,9 @@ class Entered(NamedTuple):
   """Results of the kernel enter.
 
   Attributes:
-    tokens: [rows, n, 4] by token: `Placed.token`.
-    events: [rows, 2 n, 4] by position: `Placed.upper_event`, `Placed.lower_event`.
-    passed: [rows, 2 n] by position: the query at which it is over no more; n until known.
+    tokens: [rows, n, 4] by token: `Located.token`.
+    events: [rows, 2 n, 4] by position: `Located.upper_event`, `Located.lower_event`.
+    passed: [rows, 2 n] by position: the first query that passes it, n by default.
   """
 
   tokens: Any
@@ -108,8 +110,8 @@ class Selection(NamedTuple):
 
 
 def over_rows(f: Callable, *args: jax.Array) -> Any:
-  """Applies f, which takes and returns [rows, ...], to [batch, heads, ...] arrays; [batch, ...]
-  arrays it gets as they are.
+  """Applies f, which takes and returns [rows, ...] arrays, to [batch, heads, ...] arrays; [batch,
+  ...] arrays are passed on as they are.
   """
 
   def flat(*args):
@@ -136,8 +138,8 @@ def solve(
   start: jax.Array,
   scores: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes the same as `prefix_thresholds.solve`, of [batch, heads, n] arrays and start [batch,
-  n]; thresholds are NaN from where a NaN of `scores`, by token, may enter.
+  """Computes the same as `prefix_thresholds.solve`, of [batch, heads, n] arrays and start
+  [batch, n]; thresholds are NaN from the query at which a NaN of `scores`, by token, may enter.
   """
   return over_rows(functools.partial(_solve, problem), score, entry, order, start, scores)
 
@@ -220,8 +222,8 @@ def _corner_reader(problem, corners, row):
 
 
 def _enter(problem, heads, inputs, sums):
-  """Finds the positions of each rank's events, and adds these to the corners of the tiles in which
-  its token enters.
+  """Finds the positions of each rank's events, and adds the events to the corners of the tiles in
+  which its token enters.
   """
   rows, n = inputs.score.shape
 
@@ -274,7 +276,7 @@ def _add_rows(problem, rows, corners):
 
 
 def _add_columns(problem, rows, corners):
-  """Makes sums from the right end of each row of corners on, in place."""
+  """Makes suffix sums along each row of corners, in place."""
   blocks = problem.blocks
 
   def body(row, _, lane, corners):
@@ -322,7 +324,7 @@ def _find_columns(problem, rows, events, corners):
 
 
 def _ahead(read, first):
-  """Returns `read`, from loads of the rows first to first + AHEAD - 1."""
+  """Loads rows first to first + AHEAD - 1; returns a function like `read` that chooses one."""
   rows = [read(first + i) for i in range(AHEAD)]
 
   def near(index):
@@ -336,7 +338,7 @@ def _ahead(read, first):
 
 def _walk(problem, rows, inputs):
   """Follows the staircase of each search through each tile; returns the cut of each query, and
-  writes in `passed` the query at which a position is over no more.
+  writes into `passed` the first query that passes each position.
   """
   n = problem.n
 

@@ -1,5 +1,5 @@
-"""Preparation of the input of a product with a few rows: copied, normalised or joined from parts of
-attention, rounded, and put where all warps of a program can read it.
+"""Preparation of the input of a product with a few rows: it is copied, normalised or joined from
+parts of attention, rounded, and put into shared memory for all warps of a program.
 
   each computing warpgroup                      global memory -> registers -> prepared
   -------------------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ class Preparation(NamedTuple):
     return self.width + STEP
 
   def chunks(self, warpgroup: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns the eight neighbours of a row that each lane prepares, once or several times: (the
-    first of them, whether they are inside the row).
+    """Returns which eight neighbours of a row each lane prepares, for each of the rounds that the
+    width takes: (the first of them, whether they are inside the row).
     """
     first = [
       (warpgroup * LANES + lane_index() + i * self.warpgroups * LANES) * 8

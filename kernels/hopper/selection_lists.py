@@ -1,13 +1,14 @@
 """Lists of selected tokens and bounds of tiles on GPUs (see tiles.py), in Pallas Mosaic kernels of
 single threads.
 
-Tokens come by rank (order), so those of a list that are live at its chunk's first query (the old
-ones) come by increasing last query. Ranks are cut into segments:
+Tokens are taken by rank (`order`), so those of a list that are live at its chunk's first query (the
+*old* ones) come by increasing last query. Ranks are cut into segments:
 
   count_members   a lane for a rank: counts it in its segment, for each chunk where it is old
   (prefix sums)   where the part of each segment begins in each list
   list_old        a lane for a segment and chunk: writes its part of the list
   list_new        a lane for a token: writes it in the list of the chunk where it is selected first
+  query_bounds    a lane for a block of queries: finds the tiles that it visits
 
 Kernels follow each other on the stream; there are no barriers and no shared memory. Counts are
 added atomically, and each place is written by one lane.
@@ -33,9 +34,9 @@ from sparsek.kernels.hopper.thread_registers import LANES
 from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
-# ranks in a segment, at least; and segments, at most, so that memory stays linear
+# the fewest ranks of a segment, and the most segments, so that memory stays linear
 SEGMENT, SEGMENTS = 128, 1024
-AT_ONCE = 8  # loads that a lane has under way
+AT_ONCE = 8  # loads that a lane has in flight
 
 
 class Sizes(NamedTuple):
@@ -46,13 +47,13 @@ class Sizes(NamedTuple):
   window: int
   chunk: int
   chunks: int
-  slots: int  # places of a list
+  slots: int  # of a list
   segment: int  # ranks of a segment
   segments: int
 
   @property
   def places(self) -> int:
-    """The places of all lists of a row."""
+    """The number of places in the lists of a row."""
     return self.chunks * self.slots
 
 
@@ -69,8 +70,8 @@ class OldInputs(NamedTuple):
   Attributes:
     ranked: [rows, n, 4]: token, chunks [begin, end) where it is old, and its last query, by rank.
     begins, ends: [rows, (chunks + 1) * segments] and [rows, chunks + 1, segments]: the slot in each
-      list where the part of a segment begins and ends, and behind the chunks the same of copies,
-      which are numbered through all chunks.
+      chunk's list where the part of a segment begins and ends. Behind the chunks follow the indices
+      where it begins and ends in `Lists.old_place`.
   """
 
   ranked: Any
@@ -86,7 +87,7 @@ class OldOutputs(NamedTuple):
 
 
 class NewInputs(NamedTuple):
-  """Arrays of the kernel list_new; came: tokens of the row selected until each query."""
+  """Arrays of the kernel list_new, [rows, n]; came: number of selected tokens with entry <= i."""
 
   expiry: Any
   came: Any
@@ -124,10 +125,11 @@ def _lists(expiry, order, k, window, chunk):
   lists = Places(_zeros(sizes, sizes.places), _zeros(sizes, sizes.places))
   old_places = _list_old(sizes, k, OldInputs(ranked, begins, ends), lists)
 
-  # Tokens selected at a later query of a chunk are in their own order already.
+  # Tokens selected at later queries of a chunk are listed by entry, which is their order already.
   token = jnp.arange(n, dtype=jnp.int32)
   entry = token + window
-  came = jnp.cumsum(expiry > entry, axis=1, dtype=jnp.int32)  # with entry <= i
+  # by query i: number of selected tokens with entry <= i
+  came = jnp.cumsum(expiry > entry, axis=1, dtype=jnp.int32)
   came = jnp.pad(came, ((0, 0), (window, 0)))[:, :n]
   entered = jnp.repeat(old - came[:, ::chunk], chunk, axis=1) + came
   listed = _zeros(sizes, n)
@@ -161,7 +163,7 @@ def _shape(sizes, *shape):
 
 def _count_members(sizes, expiry, order):
   """Returns each rank's (token, chunks [begin, end) where it is old, last query), and for each
-  chunk and segment how many ranks become old there less how many cease to be.
+  chunk and segment how many ranks become old there less how many cease to be old.
   """
   chunk, n = sizes.chunk, sizes.n
   members = _zeros(sizes, (sizes.chunks + 1) * sizes.segments)
@@ -188,7 +190,7 @@ def _count_members(sizes, expiry, order):
 
 
 def _list_old(sizes, k, inputs, lists):
-  """Writes the part of each segment in each list, and where the copies of each token are."""
+  """Writes the part of each segment in each list; returns the places of each token."""
   n, chunks, segments = sizes.n, sizes.chunks, sizes.segments
 
   def body(row, _, lane, inputs, lists, outputs):
@@ -227,8 +229,8 @@ def _list_old(sizes, k, inputs, lists):
 
 
 def _list_new(sizes, inputs, lists, listed):
-  """Writes the tokens that are selected first at a later query of a chunk, and those of all lists
-  into `listed`; returns the place of each of the former.
+  """Writes the tokens that are selected first at a later query of a chunk into its list, and all
+  selected tokens into `listed`; returns the places of the former.
   """
   n, chunk = sizes.n, sizes.chunk
 

@@ -10,7 +10,7 @@ or 4 warpgroups, all with the same role: their warps split the sum over K (split
   issue the loads of what prepares x: x and scale, or the parts of attention
   issue the loads of K / warps numbers of each of the 16 rows of the matrix
   if x is normalised:
-    squares[w] = sum of squares
+    squares[row, w] = sum of squares
     wait for `warpgroups` barrier
   if x is normalised or joined:
     prepared = x, rounded
@@ -28,13 +28,13 @@ or 4 warpgroups, all with the same role: their warps split the sum over K (split
 
   shared memory    shape              type       bytes for 2 rows of 2048, 2 warpgroups
   partial_sums     warps, 8, 16       float32     4 KiB
-  squares          warps, 8           float32   256 B
+  squares          8, warps           float32   256 B
   prepared         B, K + 32          16 bit    8320 B; one row, unused, if x needs no preparation
 
-The loads of the matrix are issued before anything is waited for: all of it is on its way while x is
-prepared. A warp may add its products in any order, so a lane loads eight neighbours of a row, 16
-bytes, and gives them to the tensor cores as two pairs of one product and two of the next; of x it
-takes the same ones.
+The loads of the matrix are issued before any wait, so all of it is on its way while x is prepared.
+The sum over K may be taken in any order. So a lane loads eight neighbours of a row, 16 bytes, and
+passes them to the tensor cores as two pairs of one product and two pairs of the next; it does the
+same with x.
 """
 
 import functools
@@ -54,8 +54,8 @@ from sparsek.kernels.hopper.thread_registers import LANES, lane_index, multiply_
 from sparsek.kernels.hopper.thread_sync import sync_threads
 
 ENABLED = True  # False: XLA multiplies
-ROWS = 8  # of x at most: columns of a tensor core's product
-COLUMNS = 16  # of the result that a program computes: rows of a tensor core's product
+ROWS = 8  # the most rows of x, which are columns of a tensor core's product
+COLUMNS = 16  # of the result that a program computes, which are rows of a tensor core's product
 MAX_STEPS = 12  # of a warp: each takes registers for 16 bytes of x and 32 of the matrix a lane
 
 
@@ -137,8 +137,8 @@ def add_partial_sums(
 
 
 def warpgroups_for(width: int) -> int | None:
-  """Returns the warpgroups of a program that share sums over `width`: the fewest that each have at
-  most MAX_STEPS; None if no number of them fits.
+  """Returns the number of warpgroups of a program that share a sum over `width`: the fewest whose
+  warps have at most MAX_STEPS each; None if no number fits.
   """
   for count in (1, 2, 4):
     if width % (4 * count * STEP) == 0 and width <= 4 * count * STEP * MAX_STEPS:
@@ -224,7 +224,7 @@ class Options(NamedTuple):
     tiles: of the first matrix.
     columns: of the result.
     columns_of_tile: of the result that a program computes.
-    row_distance: from a row of the matrix that a lane reads to the other one.
+    row_distance: between the two rows of the matrix that a lane reads.
   """
 
   preparation: Preparation
@@ -373,7 +373,9 @@ def _compute(
 def _start_preparation(
   options: Options, inputs: Inputs, scratch: Scratch, warpgroup: jax.Array
 ) -> Callable[[], None] | None:
-  """Starts the preparation of x in shared memory; None if it is multiplied as it is."""
+  """Starts the preparation of x in shared memory, and returns the function that finishes it; None
+  if x is multiplied as it is.
+  """
   preparation = options.preparation
   if options.parts is not None:
     return preparation.start_join(*options.parts, inputs.x, scratch.prepared, warpgroup)

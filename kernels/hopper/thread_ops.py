@@ -1,4 +1,4 @@
-"""Mosaic GPU kernels of single threads (lanes): each loads and stores at an address of its own.
+"""Mosaic GPU kernels of single threads (lanes), each of which loads and stores at its own address.
 
 Pallas itself moves tiles only; the loads and stores below are single instructions inlined into its
 kernels. The interpreter has no counterpart for them. See also thread_registers.py (arithmetic that
@@ -34,9 +34,9 @@ from sparsek.kernels.hopper.thread_registers import (
   split_struct,
 )
 
-# The other semantics infer layouts, which takes ten times as long and finds the one there is. With
-# these, `where` of integers forgets the sign if what it chooses first is one number for all lanes
-# (see compile_test.py): write booleans `.astype(int32)` and keep an array first.
+# Warpgroup semantics would infer layouts, which takes ten times as long; here there is only one.
+# With lane semantics `where` of integers forgets their sign if its first choice is a scalar (see
+# tests/kernels/hopper/compile_test.py): write booleans `.astype(int32)`, and put an array first.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
@@ -62,8 +62,7 @@ def gather_row(ref: Ref, index: Any) -> tuple[jax.Array, ...]:
 def gather_bytes(ref: Ref, index: Any, offset: Any, stride: int) -> tuple[jax.Array, ...]:
   """Returns 16 bytes in each lane, as four int32.
 
-  They begin `offset` + index * stride elements behind the beginning of `ref`, a multiple of 16
-  bytes.
+  They begin index * stride + offset elements behind the beginning of `ref`, a multiple of 16 bytes.
   """
 
   @plgpu.inline_mgpu(
@@ -86,10 +85,10 @@ def load_in_order(
   """Returns the same as `gather_bytes`, by loads that the compiler keeps in this order.
 
   Args:
-    ref, index, offset, stride: as of `gather_bytes`. The kernel must not write there, unless
+    ref, index, offset, stride: as in `gather_bytes`. The kernel must not write there, unless
       `fresh`.
-    once: these bytes are not needed again, and need not stay in the caches.
-    fresh: another program of this kernel has written them: they must not come from the first cache.
+    once: the bytes are not needed again, and need not stay in the caches.
+    fresh: another program of this kernel has written them, so they must not come from the L1 cache.
   """
 
   @plgpu.inline_mgpu(
@@ -112,7 +111,7 @@ def load_in_order(
 
 
 def load_number_in_order(ref: Ref, index: Any) -> jax.Array:
-  """Returns ref[index] in each lane, of a 16-bit type; in order and fresh, see `load_in_order`."""
+  """Returns ref[index] of a 16-bit type in each lane; ordered and fresh, see `load_in_order`."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT), return_type=array_of(ref.dtype))
   def load(_, ref, index):
@@ -194,7 +193,7 @@ def add_row(ref: Ref, index: Any, values: Sequence, where: Any) -> None:
 
 
 def sums_of(row: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-  """Returns the four sums in a row that `add_row` added to; the first and the third must fit 32
+  """Returns the four sums in a row that `add_row` has added to; the first and the third must fit 32
   bits, the others may wrap.
   """
 
@@ -205,7 +204,7 @@ def sums_of(row: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
 
 
 def floats(ref: Ref, index: Any, count: int, load: Callable | None = None) -> list[jax.Array]:
-  """Returns the `count` float32 from ref[index] on, a multiple of four both, in each lane."""
+  """Returns `count` float32 from ref[index] on in each lane; both numbers are multiples of four."""
   words = [word for i in range(0, count, 4) for word in (load or gather_bytes)(ref, index, i, 1)]
   return [lax.bitcast_convert_type(word, jnp.float32) for word in words]
 
@@ -224,13 +223,13 @@ def kernel(
 ) -> Callable:
   """Returns a function that runs a kernel of single threads.
 
-  A program has LANES lanes. For each of `rows` rows, and of `extra` numbers, there are so many
-  programs that they have `size` lanes or a few more.
+  A program has LANES lanes. For each of `rows` rows, and each of `extra` numbers (1 by default),
+  there are enough programs for `size` lanes.
 
   Args:
-    body: called with (row, extra, lane, *inputs, *outputs, *scratch): two numbers, the array of the
-      lanes' numbers in the row, and references. An input or output that is a NamedTuple of arrays
-      is one argument, a NamedTuple of references.
+    body: called with (row, number, lane, *inputs, *outputs, *scratch): the row, the number below
+      `extra`, the array of the lanes' numbers in the row, and references. An input or output that
+      is a NamedTuple of arrays is one argument, a NamedTuple of references.
     rows, size, extra: see above.
     name: for traces.
     out_type: list of outputs, jax.ShapeDtypeStruct or NamedTuples of them.
@@ -272,7 +271,7 @@ def kernel(
 
 
 def block_of(rows: int) -> jax.Array:
-  """Returns the number of a program's lanes, LANES together, in a `kernel` of so many rows."""
+  """Returns which block of LANES lanes of its row a program has, in a `kernel` without `extra`."""
   return lax.div(axis_index("program"), jnp.int32(rows))
 
 
@@ -286,8 +285,8 @@ def unfused(arrays: Any) -> Any:
 
   In the body of a scan XLA fuses a kernel with the slices that the kernel reads, or with the update
   of the loop's stacked results by what it returns (dynamic slice fusion). Such a fusion forgets
-  that the kernel writes in place: what it wrote is lost, and references that begin alike become one
-  (JAX 0.11.2).
+  that the kernel writes in place: what it wrote is lost, and references with equal initial contents
+  become one (JAX 0.11.2).
   """
   return lax.optimization_barrier(arrays)
 

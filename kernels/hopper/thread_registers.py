@@ -37,7 +37,7 @@ def array_of(dtype: Any) -> plgpu.ShapeDtypeStruct:
 
 
 def shuffle_xor(x: jax.Array, distance: int) -> jax.Array:
-  """Returns the x of the lane (own number XOR distance) of the warp; float32 or int32."""
+  """Returns the x of the lane whose number is this one's XOR distance; float32 or int32."""
 
   @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=array_of(x.dtype))
   def shuffle(_, x):
@@ -82,7 +82,7 @@ def multiply_add(
 
 
 def widen(words: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
-  """Returns the numbers of a 16-bit `dtype` in some int32, two in each, as float32."""
+  """Returns the numbers of a 16-bit `dtype` that int32 words hold, two each, as float32."""
 
   @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=(array_of(jnp.float32),) * 2)
   def convert(_, word):
@@ -112,8 +112,7 @@ def narrow(numbers: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
   return [convert(*numbers[i : i + 2]) for i in range(0, 8, 2)]
 
 
-# The rest is for functions with inlined instructions. There x is a FragmentedArray with one
-# register.
+# The rest is for functions that inline instructions; x is a FragmentedArray of one register there.
 
 
 def element(x: Any) -> ir.Value:
@@ -128,9 +127,7 @@ def extract(x: ir.Value, i: int) -> ir.Value:
 
 
 def split_struct(like: Any, struct: Any, kind: ir.Type, count: int) -> tuple:
-  """Returns the numbers in a struct, of so many of the same type, as arrays with the layout of
-  `like`.
-  """
+  """Returns the `count` numbers of type `kind` in a struct, as arrays with the layout of `like`."""
   signed = None if isinstance(kind, ir.F32Type) else True
   return tuple(
     like.foreach(
@@ -157,7 +154,7 @@ def constant(kind: ir.Type, value: int) -> ir.Value:
 
 @contextlib.contextmanager
 def only_where(condition: ir.Value) -> Iterator[None]:
-  """Lets only the lanes execute what follows whose condition is true."""
+  """Lets only lanes whose condition is true execute the body."""
   branch: Any = scf.IfOp(condition)  # type: ignore[call-arg, arg-type]  # the hints lack it
   with ir.InsertionPoint(branch.then_block):
     yield
@@ -165,15 +162,15 @@ def only_where(condition: ir.Value) -> Iterator[None]:
 
 
 def ptx(instructions: str, constraints: str, *arguments: ir.Value) -> None:
-  """Inlines instructions that read or write memory, and return nothing."""
+  """Inlines instructions that read or write memory and return nothing."""
   constraints = ",".join(filter(None, [constraints, "~{memory}"]))
   nothing = ir.Type.parse("!llvm.void")
   llvm.inline_asm(nothing, arguments, instructions, constraints, has_side_effects=True)
 
 
 def address_of(ref: Ref, index: ir.Value, offset: ir.Value, stride: int) -> ir.Value:
-  """Returns the address of the element index * stride + offset behind where `ref` begins, computed
-  in 64 bits.
+  """Returns the address of the element index * stride + offset behind the beginning of `ref`,
+  computed in 64 bits.
   """
   i64 = ir.IntegerType.get_signless(64)
   wide_index = arith.extsi(i64, index)
@@ -184,13 +181,13 @@ def address_of(ref: Ref, index: ir.Value, offset: ir.Value, stride: int) -> ir.V
 
 
 def global_address(ref: Ref, index: ir.Value, offset: ir.Value, stride: int) -> ir.Value:
-  """Returns the same as the number that inlined instructions take for an address."""
+  """Returns the same address as a number, as inlined instructions take it."""
   return llvm.ptrtoint(ir.IntegerType.get_signless(64), address_of(ref, index, offset, stride))
 
 
 def shared_address(ref: Ref, index: ir.Value, stride: int) -> ir.Value:
-  """Returns the address of the element index * stride behind where a reference to shared memory
-  begins, as the number that inlined instructions take for it.
+  """Returns the address of the element index * stride behind the beginning of shared memory `ref`,
+  as a number, as inlined instructions take it.
   """
   zero = constant(index.type, 0)
   return llvm.ptrtoint(ir.IntegerType.get_signless(32), address_of(ref, index, zero, stride))

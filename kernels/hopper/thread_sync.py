@@ -1,8 +1,8 @@
-"""Synchronisation of single threads (lanes): barriers in shared memory (mbarriers), bulk copies
-(TMA) that arrive at them, barriers of a program and of the whole grid.
+"""Synchronisation of single threads (lanes): mbarriers in shared memory, bulk copies (TMA) that
+arrive at them, barriers of a program and of the whole grid.
 
-Barriers of a program are 64 bits each, in shared memory, and are addressed by number. A circular
-buffer of pieces takes two for each slot:
+An mbarrier takes 64 bits of a reference to int32, and is addressed by its number there. A circular
+buffer takes two for each slot:
 
   loading lane                                       computing warps
   wait_barrier(empty, slot, ...)                     wait_barrier(full, slot, ...)
@@ -33,10 +33,10 @@ from sparsek.kernels.hopper.thread_registers import (
 
 
 def init_barriers(ref: Ref, where: jax.Array, arrivals: int) -> None:
-  """Initialises barriers, each by the lane of its number, if the lane's `where` is true.
+  """Initialises mbarriers, each by the lane of its number, if the lane's `where` is true.
 
-  A phase of a barrier ends (the barrier opens) after so many arrivals, and the bytes that these
-  announced.
+  A phase of a barrier ends (the barrier opens) after so many arrivals, once the bytes that these
+  announced have come.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))
@@ -68,10 +68,9 @@ def copy_bytes(
   All sizes and offsets are multiples of 16 bytes.
 
   Args:
-    ref, row, offset: matrix in global memory; the source begins so many elements behind the
-      beginning of its row.
+    ref, row, offset: matrix in global memory, row, and element of the row where the source begins.
     size: bytes.
-    into, index: shared memory, and the element where the bytes go.
+    into, index: shared memory, and the element where the target begins.
     barriers, number: the barrier that counts the bytes when they have come.
     where: see above.
   """
@@ -129,10 +128,10 @@ def arrive(barriers: Ref, number: Any) -> None:
 
 
 def wait_barrier(barriers: Ref, number: Any, parity: Any) -> None:
-  """Waits for the end of the phase of this parity of the barrier of that number.
+  """Waits for the end of the phase of that parity at the barrier of that number.
 
   The first phase has parity 0, the next one 1, and so on in turn; a wait for parity 1 at a new
-  barrier passes at once. What was copied can be read then.
+  barrier passes at once. After the wait, what was copied can be read.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LAYOUT, LAYOUT))

@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
   @property
   def each(self) -> int:
-    """The blocks of a program, so many that all multiprocessors end together."""
+    """The blocks of a program, so many that all multiprocessors end at about the same time."""
     rounds = -(-self.number // (self.most * MULTIPROCESSORS))
     return -(-self.number // (rounds * MULTIPROCESSORS))
 

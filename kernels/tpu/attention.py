@@ -19,8 +19,8 @@ from sparsek.kernels.varying import over_batch, varying_like
 
 # Sizes of the matrices that are multiplied: a square of 512 fills 1 MiB in float32.
 ROWS, LISTED = (512, 512)
-QUERIES = 2048  # of a block: longer ones gather less and need more memory
-MOST = 2**20  # numbers in a block's queries, all query heads of a key head together
+QUERIES = 2048  # the most of a block: longer ones gather less and need more memory
+MOST = 2**20  # the most numbers in a block's queries, with all query heads of a KV head
 
 
 def _up(x: int, multiple: int = LANES) -> int:
@@ -28,7 +28,7 @@ def _up(x: int, multiple: int = LANES) -> int:
 
 
 def tiling(n: int, heads: int, dim: int, k: int) -> Tiling:
-  """Returns the sizes for n tokens and `heads` query heads of `dim` for each key head."""
+  """Returns the sizes for n tokens and `heads` query heads of `dim` for each KV head."""
   rows = min(ROWS, _up(n), max(LANES, MOST // (heads * dim) // LANES * LANES))
   count = -(-n // rows)
   most = max(1, min(QUERIES, MOST // (heads * dim)) // rows)
@@ -58,8 +58,8 @@ def attention(
   Args:
     query: [batch, n, H, D] bfloat16 or float32, D <= 256.
     key, value: [batch, n, G, D].
-    scores, threshold, expiry, order: [batch, G, n]; the latter three of `prefix_selection.select`,
-      of which the last is not needed.
+    scores, threshold, expiry, order: [batch, G, n]; the latter three of `prefix_selection.select`
+      with delay = window. `order` is not read.
     start, end: [batch, n] int32, first token of each token's document, and one past its last.
     k: budget; 0 leaves the sliding window alone.
     window, gate, scale: as in `sparsek.sparsek_attention`.
@@ -118,7 +118,7 @@ def _forward_rule(query, key, value, scores, threshold, expiry, start, end, k, s
 
 
 def _backward_rule(k, static, residuals, cotangent):
-  # Otherwise XLA would keep the gathered buffers from the forward pass.
+  # Without this barrier XLA would keep the gathered buffers from the forward pass.
   residuals = lax.optimization_barrier(residuals)
   grads = over_batch(functools.partial(_backward, static), *residuals, cotangent)
   return *(varying_like(grad, residuals[0]) for grad in grads), None, None, None
@@ -133,8 +133,8 @@ def _per_head(f):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _tables(k, static, scores, expiry, start, end):
-  """Returns Live of [B, G] or None, Bounds with a batch axis, and the first token of each query's
-  window [B, n].
+  """Returns the `Live` lists [B, G, ...] or None, Bounds [B, ...], and the first token of each
+  query's window [B, n].
   """
   (batch, groups, n), (queries, rows, _, listed), window = (
     expiry.shape,

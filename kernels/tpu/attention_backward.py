@@ -13,8 +13,8 @@ same tiles as those of the forward pass.
     visit it                                  1 MiB, 8 KiB, 514 KiB.
   last t: write query, tau
 
-`near_gradients`: gradients of the near tokens; programs count blocks of keys, and their steps the
-blocks of queries that may see them.
+`near_gradients`: gradients of the near tokens; here the third axis of the grid numbers blocks of
+keys, and the steps go over the blocks of queries that may see them.
 
   step t of block j                           VMEM (scratch)
   ------------------------------------------  ------------------------------------------------------
@@ -165,8 +165,8 @@ def _visit(
   keys: Keys,
   key_sums: KeyGradients | None = None,
 ) -> Callable:
-  """Returns a function that adds what some queries and a tile of keys give each other; the keys
-  only if they have sums.
+  """Returns a function that adds the gradients of some queries from a tile of keys, and with
+  `key_sums` also those of the keys.
   """
 
   def run(head, part, pairs: Pairs):
@@ -211,7 +211,7 @@ def _add_to_keys(
   dgates: jax.Array | None,
   weights: jax.Array,
 ) -> None:
-  """Adds what some queries give the keys of a tile."""
+  """Adds the gradients of a tile's keys, values and scores from some queries."""
   assert inputs.outputs is not None
   query, cotangent = inputs.queries.query, inputs.outputs.cotangent
   sums.key[...] += dot(ds.astype(query.dtype), query[at], A_B)

@@ -1,5 +1,5 @@
-"""Forward pass of SPARSEK attention on TPUs: one online softmax over the tiles of the block's list,
-then over the near tiles. See grid.py for the blocks.
+"""Forward pass of SPARSEK attention on TPUs: one online softmax over the tiles of a block's list,
+then over its near tiles. See grid.py for the blocks.
 
   step t of block i                           inputs, fetched by Pallas for the step
   ------------------------------------------  ------------------------------------------------------

@@ -13,7 +13,7 @@ Products are transposed, [keys, queries]: what belongs to a query is then a row,
 memory, maxima and sums over keys need no shuffling of lanes, and only narrow matrices are
 transposed.
 
-A grid has the axes (batch row, key head, block, step). The first three are parallel; the steps of a
+A grid has the axes (batch row, KV head, block, step). The first three are parallel; the steps of a
 block run one after the other on one core and add to scratch memory in VMEM, which the first step
 sets to zero and the last one writes out. A program owns what it writes: results repeat to the bit.
 Pallas copies the blocks of the next step to VMEM while a step computes, so inputs and outputs take
@@ -40,8 +40,8 @@ from jax.experimental.pallas import tpu as pltpu
 Leaf = Any  # an array, its ShapeDtypeStruct or BlockSpec, or inside a kernel the reference to it
 
 LANES, SUBLANES = 128, 8
-VMEM_BYTES = 48 * 2**20  # that a kernel may use at most
-# products of a and b, either transposed or not
+VMEM_BYTES = 48 * 2**20  # the most that a kernel may use
+# dimension numbers of a b^T, a b and a^T b
 A_BT, A_B, AT_B = ((((a,), (b,)), ((), ())) for a, b in ((1, 1), (1, 0), (0, 0)))
 
 
@@ -76,7 +76,7 @@ class Queries(NamedTuple):
   """Arrays by query, `rows` at a time.
 
   Attributes:
-    query: [B, G, R, n / rows, rows, D], R query heads for each key head.
+    query: [B, G, R, n / rows, rows, D], R query heads for each KV head.
     tau: [B, G, n / rows, 1, rows] thresholds.
     window_start: [B, n / rows, 1, rows] int32, the first token of each query's window; never
       decreasing.
@@ -128,8 +128,8 @@ class Bounds(NamedTuple):
   """Scalars that say what a program may skip; flat int32 arrays.
 
   Attributes:
-    listed: [B G blocks], tiles of each list that hold tokens.
-    entering: [B G blocks], 1 if a token is selected that was not at the block's first query.
+    listed: [B G blocks], number of tiles of each list that hold tokens.
+    entering: [B G blocks], 1 if a token is first selected after the block's first query.
     window_start: [B n / rows], `Queries.window_start` of the first of `rows` queries.
     reach: [B blocks], the last block whose queries may see any of the tokens of this one, except
       through lists.
@@ -142,13 +142,13 @@ class Bounds(NamedTuple):
 
 
 def dot(a: jax.Array, b: jax.Array, which: tuple) -> jax.Array:
-  """Multiplies matrices, summing in float32; products of float32 numbers are as exact as these."""
+  """Multiplies matrices, summing in float32; float32 matrices are multiplied in full precision."""
   precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
   return lax.dot_general(a, b, which, precision=precision, preferred_element_type=jnp.float32)
 
 
 def div(x: jax.Array, n: int) -> jax.Array:
-  """Divides natural numbers, rounding down; `//` would ask the compiler for signs."""
+  """Divides natural numbers, rounding down; `//` would compile code for signs, too."""
   return lax.div(x, jnp.asarray(n, x.dtype))
 
 
@@ -176,7 +176,7 @@ class Pairs(NamedTuple):
   local: jax.Array | None = None
 
   def distance(self, tau: jax.Array) -> Callable[[], jax.Array] | None:
-    """Returns a function that computes u_j - tau_i, in the window 1; None where gates are 1."""
+    """Returns a function that computes u_j - tau_i, or 1 in the window; None if all gates are 1."""
     score = self.score
     if score is None:
       return None
@@ -190,9 +190,7 @@ class Pairs(NamedTuple):
 
 
 class Grid:
-  """Sizes, and the blocks of the arrays that a program sees. Programs have the axes (batch row, key
-  head, block of queries, step).
-  """
+  """Sizes, and the blocks of the arrays that a program sees; see the top of this file."""
 
   def __init__(self, queries: Queries, listed: Keys | None, near: Keys, static: Static) -> None:
     self.static = static
@@ -221,8 +219,8 @@ class Grid:
     return (b * self.groups + g) * self.blocks + i
 
   def list_tile(self, b: Any, g: Any, i: Any, t: Any, bounds: Bounds) -> Any:
-    """Returns the tile of the list at step t: after the last one that holds tokens this one again,
-    so that nothing is loaded.
+    """Returns the tile of the list at step t. Steps beyond the last tile that holds tokens return
+    this one again, so that nothing is loaded for them.
     """
     return jnp.minimum(t, jnp.maximum(bounds.listed[self.flat(b, g, i)] - 1, 0))
 
@@ -286,7 +284,7 @@ class Grid:
     )
 
   def for_each_part(self, run: Callable) -> None:
-    """Calls run(head, part of the block) for all of them."""
+    """Calls run(head, part) for all query heads and parts of the block."""
 
     @pl.loop(0, self.heads * self.parts)
     def call(x):
@@ -294,8 +292,8 @@ class Grid:
       run(head, x - head * self.parts)
 
   def for_listed_pairs(self, i: Any, keys: Keys, run: Callable) -> None:
-    """Calls run(head, part, Pairs) for a tile of the block's list: all of its tokens are selected
-    at the block's first query, so only their ends matter.
+    """Calls run(head, part, Pairs) for a tile of the block's list. All of its tokens are selected
+    at the block's first query, so only their last queries matter.
     """
     last, score = as_column(keys.last[...]), as_column(keys.score[...])
 
@@ -368,7 +366,7 @@ class Grid:
       outputs: trees of jax.ShapeDtypeStruct and of BlockSpecs.
       scratch: tree of memory.
       flops: of all programs.
-      extra_bytes: read beside each input once, and written beside each output once.
+      extra_bytes: moved in addition to reading each input and writing each output once.
 
     Returns:
       The tree of outputs.
@@ -414,11 +412,11 @@ class Grid:
     return pltpu.VMEM(shape, jnp.float32)
 
   def flops(self, listed_products: int, near_products: int) -> int:
-    """Returns the floating point operations of that many products for each pair."""
+    """Returns the floating-point operations of that many products for each pair."""
     programs = self.batch * self.groups * self.heads * self.blocks
     pairs = listed_products * self.listed_pairs + near_products * self.near_pairs
     return 2 * self.dim * programs * pairs
 
   def extra_key_bytes(self, near: Keys) -> float:
-    """Returns the bytes of near keys and values that are read beside each once."""
+    """Returns the bytes of near keys and values that are read in addition to each of them once."""
     return (near.key.nbytes + near.value.nbytes) * (self.near_tiles * self.keys / self.queries - 1)

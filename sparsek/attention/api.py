@@ -1,4 +1,4 @@
-"""SPARSEK attention: one public function over all implementations."""
+"""SPARSEK and sliding-window attention: a public function each, over all implementations."""
 
 from typing import NamedTuple
 
@@ -74,9 +74,10 @@ def resolve_window(
   segment_ids: jax.Array | None,
   window: int | None = None,
 ) -> str:
-  """Returns the implementation of a sliding window, or of full attention, to run.
+  """Returns the implementation of a sliding window, or of full attention (window=None), to run.
 
-  Raises if the one asked for cannot run here.
+  Raises:
+    NotImplementedError: if the one asked for cannot run here.
   """
   return choose_window_implementation(implementation, query, segment_ids, window).implementation
 
@@ -97,16 +98,16 @@ def sparsek_attention(
   r"""Attends, causally, from every query to its `window` latest tokens and to the k best-scored
   tokens before them.
 
-  .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad p_{ij} =
-     \mathrm{clip}(u_j - \tau_i, 0, 1)
+  .. math:: o_i = \sum_j \mathrm{softmax}_j(\ell_{ij})\, m_{ij}\, v_j, \qquad
+     p_{ij} = \mathrm{clip}(u_j - \tau_i, 0, 1)
 
   Token j is in the window of query i for `i - window < j <= i` and a candidate once it has left,
   for `i >= j + window`. The k candidates of highest score (equal scores: the earlier token) and the
   window share one softmax. tau_i is the causal SPARSEK threshold of all candidates; window keys
   have gate 1. The gates:
 
-    "straight_through": logit `scale q.k`, m = 1; the scores get the gradient that "value" would
-      give them; query, key and value that of what was computed.
+    "straight_through": logit `scale q.k`, m = 1; query, key and value get the gradient of that, and
+      the scores the one that "value" would give them.
     "value": logit `scale q.k`, m = p (the paper's hard-key, soft-value form).
     "key_value": logit `p scale q.k`, m = p (the paper's Select(Diag(p)) form).
 
@@ -115,19 +116,19 @@ def sparsek_attention(
   Args:
     query: [batch, n, H, D] float.
     key, value: [batch, n, G, D], of query's dtype; H must be a multiple of G. A key or value that
-      is not finite makes the outputs NaN that see it, and no others under "reference" and "xla".
-      The kernels of GPUs and TPUs, cuDNN's too, multiply whole tiles with zeros where a query must
-      not look, and 0 * NaN is NaN: give padding finite numbers there.
+      is not finite makes the outputs that see it NaN and, under "reference" and "xla", no others.
+      The kernels for GPUs and TPUs, cuDNN's too, multiply whole tiles, with weight 0 where a query
+      must not look, and 0 * NaN is NaN: padding must hold finite numbers there.
     scores: [batch, n, G] float; computed on in float32. NaN and infinities: see
       `sparsek.causal_sparsek`.
     k: selected keys per query, >= 1.
     window: latest tokens that every query sees, itself included, >= 0.
     gate: see above.
-    scale: of the logits; None: 1 / sqrt(D).
+    scale: of the logits; 1 / sqrt(D) by default.
     segment_ids: [batch, n] integers; every run of equal ids is a document, and nothing crosses from
       one to the next.
-    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu";
-      None: the fastest that can run here.
+    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; by
+      default the fastest that can run here.
 
   Returns:
     [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets
@@ -201,8 +202,8 @@ def sliding_window_attention(
 ) -> jax.Array:
   """Attends, causally, from every query to its `window` latest tokens, in time linear in n.
 
-  Arguments are as in `sparsek_attention`, but for the implementation: "xla", "mosaic_gpu",
-  "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run here.
+  Arguments, result and errors are as in `sparsek_attention`, except the implementation: "xla",
+  "mosaic_gpu", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run.
   """
   check_at_least("window", window, 1)
   check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))

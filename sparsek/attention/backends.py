@@ -11,7 +11,7 @@ import jax
 
 from sparsek.kernels import cudnn, devices
 
-PALLAS = ("mosaic_gpu", "mosaic_tpu")  # they take [batch, heads, n] scores
+PALLAS = ("mosaic_gpu", "mosaic_tpu")  # these take scores [batch, heads, n]
 Query = jax.Array | jax.ShapeDtypeStruct
 
 

@@ -17,12 +17,12 @@ def selection_statistics(
   *,
   num_queries: int = 64,
 ) -> dict[str, jax.Array]:
-  """Averages over `num_queries` evenly spaced queries of every row and head.
+  """Averages over `num_queries` evenly spaced queries of each row and head.
 
   Args:
     scores: [batch, n, heads] float.
     k, window, segment_ids: as in `sparsek.sparsek_attention`.
-    num_queries: queries looked at; time and memory are O(num_queries n).
+    num_queries: number of queries of a row; time and memory are O(num_queries n).
 
   Returns:
     Float32 scalars:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 def _parts(x: jax.Array) -> list[jax.Array]:
   """Splits a float32 array into three bfloat16 ones that sum to it, within 2^-24 of it.
 
-  Rounding by `astype` alone could be optimised away here.
+  A compiler may drop a rounding by `astype`, and the differences would be 0.
   """
   parts = []
   for _ in range(3):
@@ -27,7 +27,7 @@ def _sum_of_parts(product: jax.Array) -> jax.Array:
 def scorer_rows(kernel: jax.Array, multiple: int) -> jax.Array:
   """Returns the parts of W [E, G] as bfloat16 rows [M, E], M being 3 G padded to a multiple.
 
-  `scorer_logits` makes x W, as of `exact_product`, of the products of x with these rows.
+  `scorer_logits` turns the products of x with these rows into x W, as exact as `exact_product`.
   """
   rows = jnp.concatenate(_parts(kernel), axis=-1).T
   return jnp.pad(rows, ((0, -len(rows) % multiple), (0, 0)))
@@ -42,7 +42,7 @@ def scorer_logits(products: jax.Array, features: int) -> jax.Array:
 def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Multiplies x [..., E] bfloat16 by W [E, C] float32, as exactly as in float32.
 
-  The gradient of W is as exact; that of x is, as in other products, one with W rounded to bfloat16.
+  The gradient of W is as exact; that of x uses W rounded to bfloat16, as in other products.
   """
   return _sum_of_parts(
     jnp.matmul(x, jnp.concatenate(_parts(kernel), axis=-1), preferred_element_type=jnp.float32)

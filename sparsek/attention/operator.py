@@ -30,8 +30,8 @@ class CausalSelection(NamedTuple):
   Attributes:
     threshold: [batch, n, heads] float32, tau_i of query i, never decreasing within a document; -inf
       while at most k candidates exist.
-    expiry: [batch, n, heads] int32; token j is among the top k of query i  iff  j + delay <= i <
-      expiry_j (and i is in its document).
+    expiry: [batch, n, heads] int32; token j is among the top k of query i, in its document, if and
+      only if j + delay <= i < expiry_j.
   """
 
   threshold: jax.Array
@@ -52,8 +52,8 @@ def _check(name: str, scores: jax.Array, k: int, ndim: int | None = None) -> Non
 
 
 def _below(tau: jax.Array, kth_best: jax.Array) -> jax.Array:
-  """Lowers tau to strictly below the k-th best score, where rounding, or floats wider than 1, left
-  it higher: all of the top k have a gate above 0.
+  """Lowers tau to strictly below the k-th best score, where rounding, or floats more than 1 apart,
+  left it higher. So all of the top k have a gate above 0.
   """
   return jnp.minimum(tau, jnp.nextafter(kth_best, jnp.full_like(kth_best, -jnp.inf)))
 
@@ -61,8 +61,8 @@ def _below(tau: jax.Array, kth_best: jax.Array) -> jax.Array:
 def sparsek(scores: jax.Array, k: int) -> jax.Array:
   r"""Computes a differentiable top-k mask over the last axis.
 
-  .. math:: p^* = \arg\min_p \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1,\ \textstyle\sum_j
-  p_j = k, \qquad p^*_j = \min(\max(z_j - \tau, 0), 1)
+  .. math:: p^* = \arg\min_p \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1,
+     \ \textstyle\sum_j p_j = k, \qquad p^*_j = \min(\max(z_j - \tau, 0), 1)
 
   The Jacobian is `diag(s) - s s^T / |s|` with `s = 1[0 < p < 1]`; zero where no entry is
   fractional.
@@ -108,11 +108,11 @@ def _sparsek(z, k):
     b = jnp.take_along_axis(breakpoints, rank, axis=-1)
     fractional = present & (lower < b) & (u >= b)
     total = jnp.sum(jnp.where(fractional, u - b, 0), -1, keepdims=True)
-    # exact where nothing is fractional
+    # an integer, so exact, where nothing is fractional
     missing = k - jnp.sum(present & (lower >= b), -1, keepdims=True) - total
     return b, jnp.sum(fractional, -1, keepdims=True), missing
 
-  # the last breakpoint passes: no gate is above 0 there, but where floats are wider than 1
+  # The last breakpoint passes: no gate is above 0 there, unless floats are more than 1 apart.
   low, high = (varying_like(jnp.full((*z.shape[:-1], 1), end), z) for end in (0, 2 * n - 1))
   (rank,) = bisect(2 * n, (low, high, lambda rank: evaluate(rank)[2] >= 0))
   b, count, missing = evaluate(rank)
@@ -145,10 +145,10 @@ def causal_sparsek(
 ) -> CausalSelection:
   r"""Computes SPARSEK and the top k of every causal prefix, exactly and in parallel.
 
-  Query i has the candidates j <= i - delay of its own document. Its gates are `p_ij = clip(u_j -
-  tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is the k best candidates, equal scores going to
-  the earlier token. Both are monotone: tau_i never decreases and a token that has dropped out never
-  returns.
+  Query i has the candidates j <= i - delay of its own document. Its gates are
+  `p_ij = clip(u_j - tau_i, 0, 1)` with `sum_j p_ij = k`; its selection is the k best candidates,
+  equal scores going to the earlier token. Both are monotone: tau_i never decreases, and a token
+  that has dropped out never returns.
 
   The gradient of the thresholds is `dtau_i / du_j = 1[j in S_i] / |S_i|` with S_i the fractional
   entries of query i, zero where none is; `expiry` has none.
@@ -160,12 +160,12 @@ def causal_sparsek(
     k: budget, a Python integer >= 1.
     delay: a token becomes a candidate this many steps after its own; the sliding window's length in
       SPARSEK attention.
-    segment_ids: [batch, n] integers; every run of equal ids is a document of its own. None: one
+    segment_ids: [batch, n] integers; every run of equal ids is a document. By default a row is one
       document.
 
   Returns:
     CausalSelection(threshold, expiry). Thresholds are exact to 2^-24 in a gate up to n = 2^18, to
-    2^(2 floor(log2 n) - 60) beyond.
+    2^(2 ceil(log2 n) - 60) beyond.
 
   Raises:
     ValueError: for bad shapes, dtypes, k < 1 or delay < 0.

@@ -38,16 +38,16 @@ def select(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns threshold, expiry and order, [batch, heads, n] each.
 
-  The former two are those of `causal_sparsek`; order lists the tokens by (document, score, later
-  first). Along `order` the expiry of tokens that were ever selected never decreases. Only the
-  thresholds have a gradient.
+  Threshold and expiry are those of `causal_sparsek`. Order lists the tokens by document, then by
+  ascending score, of equal scores the later token first; along it the expiry of tokens that were
+  ever selected never decreases. Only the thresholds have a gradient.
 
   Args:
     scores: [batch, heads, n] float32.
     start, end: [batch, n], from `document_bounds`.
     k, delay: as in `causal_sparsek`.
-    packed: there may be more than one document.
-    kernels: use those for Hopper GPUs; `devices.can_run()` tells whether they can run.
+    packed: whether there may be more than one document in a row.
+    kernels: whether to use those for Hopper GPUs; `devices.can_run()` tells whether they can run.
   """
   n = scores.shape[-1]
   token = jnp.arange(n, dtype=jnp.int32)
@@ -60,7 +60,7 @@ def select(
     ranked, order, end
   )
   problem = prefix_thresholds.Problem(n, k, delay, packed)
-  # A document's ranks are its tokens: `start` holds for both.
+  # A document's ranks are the same range as its tokens, so `start` serves both.
   if kernels:
     from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 
@@ -85,7 +85,7 @@ def _sort(key: jax.Array, token: jax.Array, kernels: bool) -> tuple[jax.Array, j
 
 
 def _first_nan(token: jax.Array, scores: jax.Array, start: jax.Array) -> jax.Array:
-  """Returns the first token of each token's document with a NaN, [n]; n where there is none."""
+  """Returns, for each token, the first one of its document with a NaN score, or n: [n]."""
   n = scores.shape[0]
   return (
     jnp.full(n, n, jnp.int32)
@@ -95,8 +95,8 @@ def _first_nan(token: jax.Array, scores: jax.Array, start: jax.Array) -> jax.Arr
 
 
 def _per_head(f: Callable) -> Callable:
-  """Maps f over [batch, heads, ...] arrays, and [batch, ...] ones, which have one axis less than
-  the first argument.
+  """Maps f over [batch, heads, ...] arrays, and over [batch, ...] ones, which have one axis less
+  than the first argument.
   """
 
   def over_batch(*args):
@@ -107,7 +107,7 @@ def _per_head(f: Callable) -> Callable:
 
 def _key(scores: jax.Array) -> jax.Array:
   """Returns integers ordered like the scores, 0 for NaN and -inf."""
-  # -0 and 0 are equal
+  # -0 and 0 are equal, so they get the same key
   bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0, finite(scores)), jnp.int32)
   key = jnp.where(bits < 0, ~bits, bits | jnp.int32(-(2**31))).astype(jnp.uint32)
   return jnp.where(scores > -jnp.inf, key, 0)

@@ -1,7 +1,7 @@
 """Mean and squared deviations of a scorer's logits over each causal prefix of a document.
 
 Moments of parts are joined by the rule of Chan, Golub and LeVeque (1979), never by a difference of
-large sums, so that an offset that all logits have costs no digits.
+large sums, so that an offset common to all logits costs no digits.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def running_moments(
   Args:
     logits_BxNxG: float32.
     counted_BxN: which tokens count.
-    start_BxN, end_BxN: as of `document_bounds`.
+    start_BxN, end_BxN: results of `document_bounds`.
   """
   return _running_moments_fwd(logits_BxNxG, counted_BxN, start_BxN, end_BxN)[0]
 

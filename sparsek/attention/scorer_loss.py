@@ -12,7 +12,7 @@ from sparsek.attention.documents import document_bounds
 from sparsek.kernels import saved
 from sparsek.kernels.sentinels import LOWEST
 
-BLOCK_LOGITS = 2**25  # float32 logits held at once: 128 MiB, and a few arrays like them
+BLOCK_LOGITS = 2**25  # the most logits held at once: 128 MiB in float32, times a few such arrays
 
 
 def sample_queries(key: jax.Array, num_queries: int, batch: int, length: int) -> jax.Array:
@@ -39,24 +39,24 @@ def attention_mass_loss(
   scale: float | None = None,
   segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-  r"""Computes the loss of a scorer, in nats: how badly its scores explain which candidates full
+  r"""Computes the loss of a scorer, in nats: how badly its scores predict which candidates full
   attention reads.
 
   .. math:: L_i = M_i \, KL(A_{i \cdot} / M_i \,\|\, \mathrm{softmax}_{C_i}(u))
      = \sum_{j \in C_i} A_{ij} \log \frac{A_{ij}}{M_i} + M_i \log \sum_{j \in C_i} e^{u_j}
      - \sum_{j \in C_i} A_{ij} u_j
 
-  A_ij is the softmax of `scale q_i . k_j` over all earlier tokens j <= i of the document, averaged
-  over the query heads of a KV head; C_i are the candidates, `j + window <= i`; M_i is their share
-  of the attention. L_i >= 0, and 0 where the scores are the logarithm of that attention up to a
-  constant. It reaches tokens that are not selected, too. DSA trains its indexer in the same way
-  (DeepSeek-AI 2025, arXiv 2512.02556), whose scores depend on the query; here one score must do for
-  all later queries, and at the minimum over all of them it is the logarithm of the attention that a
+  A_ij is the softmax of `scale q_i . k_j` over all tokens j <= i of the document, averaged over the
+  query heads of a KV head; C_i are the candidates, `j + window <= i`; M_i is their share of the
+  attention. L_i >= 0, and 0 where the scores are the logarithm of that attention up to a constant.
+  Tokens that are not selected get a gradient, too. DSA trains its indexer in the same way
+  (DeepSeek-AI 2025, arXiv 2512.02556), but its scores depend on the query. Here one score must do
+  for all later queries; at the minimum over all of them it is the logarithm of the attention that a
   token can expect.
 
-  The scores enter as they are, at temperature 1, and the scorer's scale and slope learn too:
-  logarithms of attention have a spread of their own, to which a `scorer_init_scale` of 1 is near;
-  at 4 the first thing to learn is to be less sure.
+  The scores enter as they are, at temperature 1, and the scorer's scale and slope learn too. A
+  `scorer_init_scale` of 1 is near the spread of logarithms of attention; at 4 a scorer first has to
+  become less sure.
 
   Only scores have a gradient, `M_i softmax_{C_i}(u)_j - A_ij`, which is formed in the forward pass.
   Time is O(num_queries n), memory O(n) beside BLOCK_LOGITS.
@@ -65,12 +65,13 @@ def attention_mass_loss(
     scores: [batch, n, G] float32, without exploration noise.
     query, key: [batch, n, H, D] and [batch, n, G, D]; products are in their dtype, summed in
       float32.
-    queries: [batch, num_queries] int32 positions of the queries that are asked, as from
+    queries: [batch, num_queries] int32 positions of the queries to compare at, as from
       `sample_queries`.
     window: as in `sparsek.sparsek_attention`.
-    scale: of the logits; None: 1 / sqrt(D).
+    scale: of the logits; 1 / sqrt(D) by default.
     segment_ids: [batch, n] integers or None; every run of equal ids is a document. Queries in
       padding, which has the id 0, do not count.
+
   Returns:
     float32 scalar, summed over rows: the mean of L_i over the queries of a row that count and over
     KV heads.

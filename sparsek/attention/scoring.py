@@ -15,7 +15,7 @@ from sparsek.config import SCORERS, check_at_least, check_choice
 
 # width of the conv scorer: a few directions of the hidden state are enough to judge a token
 CHANNELS = 32
-PRIOR_COUNT = 8.0  # pseudo-tokens of variance 1: they keep the first tokens of a document tame
+PRIOR_COUNT = 8.0  # pseudo-tokens of variance 1, which keep a document's first scores moderate
 SLOPE_TOKENS = 1024  # the slope is a score per this many tokens
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -70,7 +70,7 @@ class ScorerState(NamedTuple):
     channels: [B, lookback + L, CHANNELS] inputs of the convolution.
     mean, deviation: [B, G] moments of the final logits so far.
     mean_rest, deviation_rest: [B, G] rounding errors of these sums (Kahan 1965), which are added
-      back; after 10^6 single tokens they would be worth 10^-5 of a score.
+      back; without them a score would be off by 10^-5 after 10^6 single tokens.
   """
 
   linear: jax.Array
@@ -98,16 +98,16 @@ class ScoringNetwork(nn.Module):
   constant added to all r changes nothing. Without `normalize`, z = r. `scale` and `slope` are
   learned per head.
 
-  With `init_noise` above 0 the score has one more term, amplitude_g e_j, of fixed normal noise e,
-  that of "random": without it tokens that look alike have the same score, and a new scorer keeps
-  many of a few kinds and none of the others. The amplitude is learned too, and the noise is the
-  same in generation.
+  With `init_noise` above 0 the score has one more term, amplitude_g e_j, with the fixed noise e of
+  "random": without it tokens that look alike have the same score, and a new scorer keeps many of a
+  few kinds and none of the others. The amplitude is learned too, and the noise is the same in
+  generation.
 
   With `init_sink` other than 0 the first token of a document has one more term, sink_g, which is
   learned: its z is 0 whatever its hidden state, but pretrained models leave much attention there
   (Xiao et al. 2023, arXiv 2309.17453), and break where it is dropped.
 
-  The spread acts as a temperature: at a standard deviation of .1 nearly all gates of SPARSEK are
+  The spread of the scores acts as a temperature: at a standard deviation of .1 nearly all gates are
   fractional, at 10 they are 0 or 1. The default scale of 1 starts with .80 of the gate mass on the
   top k, 4 with .95 (n = 512, k = 64, random hidden states; tests/attention/scoring_test.py). A
   slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and
@@ -118,8 +118,8 @@ class ScoringNetwork(nn.Module):
     num_heads: KV heads G.
     kind: "linear", "conv" or "random".
     lookback, lookahead: reach of the conv scorer in tokens, unused by the others.
-    normalize: normalise logits causally over time.
-    shared: one score per token for all heads.
+    normalize: whether to normalise logits causally over time.
+    shared: whether all heads share one score per token.
     init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
     init_noise: initial amplitude of the fixed noise; 0 for none. Unused by "random", which is that
       noise alone.
@@ -230,10 +230,9 @@ class ScoringNetwork(nn.Module):
       state: what the previous call returned; `initial_state` at first.
       seen: int32 [B], or a scalar for all rows, tokens before this chunk.
       layer: index of the layer, the salt of the fixed noise.
-      count: int32 [B], how many of a row's C tokens are real; those that follow them are not read.
-        None: all.
-      linear_BxCxG: x W where it is known. A linear scorer does not read x then, of which only the
-        shape counts.
+      count: int32 [B], how many of a row's C tokens are real, all by default; those behind them are
+        not read.
+      linear_BxCxG: x W, if it is known. A linear scorer then uses only the shape of x.
 
     Returns:
       [B, C, G] float32 scores of positions seen - delay .. seen - delay + C - 1 (meaningless where

@@ -1,7 +1,7 @@
-"""Earlier sparse and linear attention with the signature of SPARSEK's: the baselines that it has to
-beat at the same budget of k + window keys per query.
+"""Earlier kinds of sparse and linear attention with the signature of SPARSEK's: the baselines that
+it has to beat at the same budget of k + window keys per query.
 
-No parameter is added but the linear kind's decay, which has the size of a linear scorer.
+Only the linear kind adds parameters, those of its decay, as many as a linear scorer has.
 """
 
 import math
@@ -23,7 +23,7 @@ SLOWEST = 16.0  # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWES
 
 
 class FixedSelection(Attention):
-  """The window and k earlier tokens whose choice is not learned: SPARSEK attention with given
+  """The window and k earlier tokens whose choice is not learned: SPARSEK attention with fixed
   scores, by the same kernels.
   """
 
@@ -86,13 +86,13 @@ class StridedAttention(FixedSelection):
 
 
 class LSHAttention(Attention):
-  """The k + window latest tokens whose keys have the query's token's hash (Kitaev et al. 2020,
-  Reformer, arXiv 2001.04451).
+  """The k + window latest tokens whose keys have the same hash as the key of the query's token
+  (Kitaev et al. 2020, Reformer, arXiv 2001.04451).
 
   A hash is two numbers: the indices of the random directions nearest to the key before its
-  rotation, in two sets of directions, as many as let a query reach a whole bucket of average size.
-  Unlike in Reformer, queries have a projection of their own, and a query's reach does not depend on
-  later tokens.
+  rotation, in two sets of directions. The sets are so large that a query reaches a whole bucket of
+  average size. Unlike in Reformer, queries have a projection of their own, and a query's reach does
+  not depend on later tokens.
   """
 
   def mix(
@@ -116,13 +116,13 @@ class LSHAttention(Attention):
     bucket_BxNxG = major * size + minor
     start_BxN, _ = document_bounds(segment_ids, batch, length)
     by_head = lambda x: jnp.swapaxes(x, 1, 2)
-    # [B, G, N], stable
+    # [B, G, N]: tokens by document, then by bucket; the sort is stable
     order = jax.vmap(jax.vmap(lambda bucket, start: jnp.lexsort((bucket, start)), (0, None)))(
       by_head(bucket_BxNxG), start_BxN
     )
 
     def arranged(x_BxNxHxD):
-      """Returns the rows of [B, N, H, D] in that order: [B * G, N, heads of a group, D]."""
+      """Sorts the rows of [B, N, H, D] by `order`: [B * G, N, heads of a group, D]."""
       heads = x_BxNxHxD.shape[2] // groups
       x = x_BxNxHxD.reshape(batch, length, groups, heads, cfg.head_dim).transpose(0, 2, 1, 3, 4)
       x = jnp.take_along_axis(x, order[..., None, None], axis=2)
@@ -145,17 +145,17 @@ class LSHAttention(Attention):
     return out.transpose(0, 2, 1, 3, 4).reshape(query.shape)
 
   def directions(self, length: int) -> int:
-    """Counts the directions of a set, with their opposites."""
+    """Returns the number of directions of a set, which holds the opposite of each."""
     return 2 * max(1, math.ceil(math.sqrt(length / (self.config.k + self.config.window)) / 2))
 
 
 class BlockTopKAttention(Attention):
-  """The window and those k / 64 blocks of 64 tokens whose mean key has the largest products with
-  the query (MoBA, arXiv 2502.13189; NSA, arXiv 2502.11089).
+  """The window and those k / 64 blocks of 64 tokens whose mean key has the largest product with the
+  query (MoBA, arXiv 2502.13189; NSA, arXiv 2502.11089).
 
-  The heads of a group choose together. Blocks are cut at multiples of 64 (or k) of the row, and
-  those that hold the start of a document are left out. Memory is O(n); choosing takes O(n^2 / 64)
-  operations.
+  The heads of a group choose together. Blocks begin at multiples of 64 (of k, if k is smaller) of
+  the row, and those that begin before the query's document are left out. Memory is O(n); choosing
+  takes O(n^2 / 64) operations.
   """
 
   def mix(
@@ -245,10 +245,9 @@ def _blocks_of(x: jax.Array, block: jax.Array) -> jax.Array:
 
 
 def _blocks_of_backward(residuals, d_picked):
-  """Sums gradients by a product with zeros and ones.
+  """Sums the gradients of each block by a product with zeros and ones.
 
-  Adding rows of 16 bits one by one in memory takes a GPU several times as long, and rounds each
-  time.
+  A scatter-add of 16-bit rows takes a GPU several times as long, and rounds after each addition.
   """
   x, block = residuals
   batch, groups, blocks, size, dim = x.shape
@@ -272,8 +271,12 @@ class LinearAttention(Attention):
   """Gated linear attention over the whole past (Yang et al. 2023, arXiv 2312.06635, one decay per
   head), normalised, plus attention to the window.
 
-  S_i = a_i S_(i-1) + k_i v_i^T per document, a_i = sigmoid(w x_i + 4)^(1/16), out_i =
-  rms_norm(S_i^T q_i) + window_i. The state holds head_dim keys.
+  Within a document
+
+    S_i = a_i S_(i-1) + k_i v_i^T,  a_i = sigmoid(w x_i + 4)^(1/16)
+    out_i = rms_norm(S_i^T q_i) + window_i
+
+  A state takes the memory of head_dim keys.
   """
 
   def setup(self) -> None:

@@ -1,10 +1,10 @@
-"""Floating-point operations of a model, counted for the attention that its kinds ask for, and what
-accelerators can do.
+"""Floating-point operations of a model, counted for the pairs that its kinds of attention need, and
+the peak rates of accelerators.
 
 A multiplication and an addition are two operations. Only matrix products count, as is usual: those
-with weights, and attention's q.k and p.v. The backward pass has twice the forward's; operations
-that rematerialisation repeats are left out (Chowdhery et al., PaLM, arXiv 2204.02311, appendix
-B).
+with weights, and attention's q.k and p.v. The backward pass takes twice the operations of the
+forward pass; what rematerialisation repeats does not count (Chowdhery et al., PaLM, arXiv
+2204.02311, appendix B).
 """
 
 import jax
@@ -14,7 +14,7 @@ from sparsek.config import TransformerConfig
 from sparsek.model import lora
 from sparsek.model.transformer import Params
 
-# dense bfloat16 operations per second, by what JAX calls the device; the makers' data sheets
+# dense bfloat16 operations per second from the makers' data sheets, by JAX's name of the device
 PEAK = {
   "NVIDIA H100 PCIe": 756e12,
   "NVIDIA H100": 989e12,
@@ -46,8 +46,8 @@ def document_lengths(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def attended_pairs(kind: str, lengths: np.ndarray, k: int, window: int, head_dim: int) -> int:
-  """Counts the pairs of a query and a key that it attends to, in documents of these lengths, under
-  an attention kind; at most, for those that see fewer keys at times.
+  """Counts the pairs of a query and a key that it attends to, in documents of these lengths; an
+  upper bound for kinds whose queries sometimes see fewer keys.
 
   The work of a linear layer on its state counts as head_dim keys.
   """
@@ -84,7 +84,7 @@ def training_flops(config: TransformerConfig, params: Params, lengths: np.ndarra
   Args:
     config: the model.
     params: its parameters, or their shapes.
-    lengths: of all documents together, [any].
+    lengths: [documents], of all rows.
   """
   frozen = lora.split(params)[1]
   with_weights = (

@@ -9,7 +9,7 @@ from sparsek.attention.backends import Choice, choose_implementation, choose_win
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.model.layers import window_implementation
 
-# The implementations that could run on a platform at best.
+# The faster implementations that there are for a platform.
 FASTER = {"gpu": ("cudnn", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
 
 
@@ -22,7 +22,7 @@ def attention_choices(
     config: the model.
     seq_len: tokens of a row.
     batch: rows of a device.
-    packed: rows may hold more than one document, as in training by default.
+    packed: whether rows may hold more than one document, as in training by default.
 
   Returns:
     Choices by the layer's term of the attention pattern, such as "sparsek" or "sparsek:k64:w32".
@@ -37,14 +37,14 @@ def attention_choices(
 
 
 def _choice(config: TransformerConfig, kind: str, seq_len: int, batch: int, packed: bool) -> Choice:
-  """Chooses as the module of that kind does."""
+  """Chooses as the attention module of that kind does."""
   groups, heads = config.num_kv_heads, config.num_heads
   row = lambda batch, heads: jax.ShapeDtypeStruct(
     (batch, seq_len, heads, config.head_dim), config.activation_dtype
   )
   ids = lambda batch: jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
   segment_ids = ids(batch) if packed else None
-  if kind == "block_topk":  # it is written in JAX
+  if kind == "block_topk":  # it has no kernels
     return Choice("xla", {})
   if kind == "lsh":  # the heads of a group are a row, and buckets are its documents
     reach = min(config.k + config.window, seq_len)
@@ -61,10 +61,10 @@ def _choice(config: TransformerConfig, kind: str, seq_len: int, batch: int, pack
 def describe_choice(
   config: TransformerConfig, seq_len: int, batch: int = 1, *, packed: bool = True
 ) -> list[str]:
-  """Describes `attention_choices` in sentences, one for each kind of layer that differs.
+  """Describes `attention_choices`, with one sentence for all layers of the same choice.
 
-  A sentence such as "attention: xla on cpu" has the reasons of refusals on accelerators only, and
-  only those of implementations for such a device.
+  On a CPU a sentence is like "attention: xla on cpu". On accelerators it goes on with the reasons
+  why faster implementations for such a device cannot run.
   """
   choices = attention_choices(config, seq_len, batch, packed=packed)
   device = jax.devices()[0]

@@ -1,4 +1,6 @@
-"""The layers of the decoder: norms, rotary embedding, MLPs and the three attention modules."""
+"""The layers of the decoder: norms, rotary embedding, MLPs, and attention (SPARSEK, to a sliding
+window, or full).
+"""
 
 import flax.linen as nn
 import jax
@@ -115,10 +117,10 @@ def rotary_embedding(
 
   Args:
     x_BxNxHxD: queries or keys.
-    positions: [B, N] or [N] integers, 0 and more.
-    theta, scaling: say what f_d is; see `rope_frequencies`. Longer contexts want a larger theta.
+    positions: [B, N] or [N] integers, at least 0.
+    theta, scaling: see `rope_frequencies`. Longer contexts need a larger theta.
     dim: even; the first `dim` features are rotated, the others stay (as in GPT-NeoX, arXiv
-      2204.06745). None: D.
+      2204.06745). D by default.
   """
   dim = x_BxNxHxD.shape[-1] if dim is None else dim
   # [..., N, 1, dim/2]
@@ -134,8 +136,8 @@ def rotary_embedding(
 
 
 class AdaptedProjection(nn.DenseGeneral):
-  """A matrix with an adapter of rank R of `sparsek.model.lora`, which begins at B = 0:
-  x W + scale (x A) B, and a bias with `use_bias`.
+  """A product with a matrix and its low-rank adapter (`sparsek.model.lora`), x W + scale (x A) B,
+  and a bias with `use_bias`; B is 0 at first.
 
   Parameters: kernel [*in, *features], bias [*features]; lora_a [*in, R], lora_b [R, *features].
   """
@@ -162,8 +164,8 @@ def projection(
   init_scale: float = 1.0,
   **fields,
 ) -> nn.DenseGeneral:
-  """Makes a product with a matrix in the activation dtype, over the last axis by default; with an
-  adapter where `config` has a lora_rank.
+  """Makes a module that multiplies by a matrix in the activation dtype, over the last axis by
+  default; with an adapter if `config` has a lora_rank.
   """
   fields |= {
     "use_bias": use_bias,
@@ -224,12 +226,12 @@ class Attention(nn.Module):
   def __call__(
     self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0
   ) -> jax.Array:
-    """Attends from normalised hidden states [B, N, E] to each other, [B, N, E].
+    """Lets tokens attend to each other: normalised hidden states [B, N, E] to [B, N, E].
 
     Args:
-      x_BxNxE: hidden states.
+      x_BxNxE: normalised hidden states.
       segment_ids: [B, N] or None.
-      layer: its index, which salts the random scorer.
+      layer: its index, the salt of the scorer's fixed noise.
     """
     positions = position_in_document(segment_ids, *x_BxNxE.shape[:2])
     return self.output(self.mix(x_BxNxE, *self.project(x_BxNxE, positions), segment_ids, layer))
@@ -289,8 +291,8 @@ class SparseKAttention(Attention):
   the same input as the projections.
 
   Applied with mutable=["diagnostics"] it leaves its float32 scores [B, N, G] in that collection as
-  `scores`. Given random numbers, rngs={"scorer_noise": key}, it adds normal noise of standard
-  deviation `config.scorer_noise` to them, so that tokens are tried which would be dropped.
+  `scores`. Given rngs={"scorer_noise": key}, it adds normal noise of standard deviation
+  `config.scorer_noise` to the scores, so that tokens which would be dropped are tried too.
 
   Applied with mutable=["scorer_loss"] and rngs={"scorer_loss": key}, which draws
   `config.scorer_loss_queries` queries a row, it leaves there, as `attention_mass`, the loss of
@@ -356,7 +358,9 @@ class SparseKAttention(Attention):
 
 
 def window_implementation(config: TransformerConfig) -> str | None:
-  """Returns the implementation that `config` asks for, of a sliding window: it has no reference."""
+  """Returns the implementation of a sliding window for `config`: XLA's for "reference", which has
+  none.
+  """
   return "xla" if config.implementation == "reference" else config.implementation
 
 
@@ -391,7 +395,7 @@ def full_attention(
 ) -> jax.Array:
   """Attends, causally, to the whole document."""
   implementation = resolve_window(window_implementation(config), query, segment_ids)
-  if implementation != "xla":  # a window that is never full, and no O(n^2) memory
+  if implementation != "xla":  # a window as long as the row, without O(n^2) memory
     return sliding_window_attention(
       query,
       key,

@@ -3,9 +3,9 @@
 
 With `config.lora_rank` R every projection of attention and MLPs computes x W + alpha / R (x A) B
 (`sparsek.model.layers.AdaptedProjection`), and A and B lie in the tree of parameters beside W, as
-`lora_a` and `lora_b`. Adapters learn, and so do the modules that no pretrained model has: scorers.
-Code that uses a model without training it knows no adapters: `merge` adds them to the matrices,
-W + alpha / R A B.
+`lora_a` and `lora_b`. Adapters learn, and so do the modules that no pretrained model has, such as
+scorers. Code that uses a model without training it needs to know nothing of adapters: `merge` adds
+them to the matrices, W + alpha / R A B.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from sparsek.model.transformer import Params, init_params
 ADAPTERS = ("lora_a", "lora_b")
 # names of the leaves that tokens are multiplied with, except embeddings
 MATRICES = ("kernel", *ADAPTERS)
-# modules that attention kinds add to a pretrained model's; they learn too
+# modules that kinds of attention add to those of a pretrained model; they learn too
 NEW = ("scorer", "decay")
 
 
@@ -33,9 +33,9 @@ def merged_config(config: TransformerConfig) -> TransformerConfig:
 def split(params: Params) -> tuple[Params, Params]:
   """Splits parameters into (learned, frozen).
 
-  Adapters, scorers and linear attention's decay learn; without adapters all parameters do. Moments
-  and gradients exist for those that learn; norms, biases and embeddings are frozen like the
-  matrices, as PEFT does by default.
+  Adapters, scorers and linear attention's decay learn; without adapters all parameters do. Only
+  those that learn have gradients and moments. Norms, biases and embeddings are frozen like the
+  matrices, as in PEFT by default.
   """
   flat = flatten_dict(params)
   if not any(path[-1] in ADAPTERS for path in flat):
@@ -65,14 +65,14 @@ def extend(
   key: jax.Array,
   sharding: jax.sharding.Sharding | None = None,
 ) -> Params:
-  """Adds new adapters to a pretrained model's parameters, which change nothing yet: A is normal
+  """Adds new adapters to a pretrained model's parameters, which change no result yet: A is normal
   with variance 1 / fan-in, B is 0.
 
   Args:
     config: with a lora_rank.
     params: of `merged_config(config)`.
     key: PRNG key.
-    sharding: of the adapters; None puts them on the first device.
+    sharding: of the adapters; by default they are put on the first device.
   """
   draw = lambda key: {
     path: leaf

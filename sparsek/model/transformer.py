@@ -132,8 +132,10 @@ class Transformer(nn.Module):
       tokens: [B, N] integers.
       segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything
         (attention, scores, positions) restarts.
+
     Returns:
       [B, N, vocab_size] float32.
+
     Raises:
       ValueError: where a shape is not as above, or a row is longer than max_positions of learned
         positions.
@@ -193,8 +195,8 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
   length.
   """
   # The forward pass gives the shapes only and is not computed; the reference is traced fastest.
-  # Random numbers for all layers at once compile in a fraction of the time that they take layer by
-  # layer. The values are the same as with scan_layers.
+  # Drawing random numbers for all layers at once compiles in a fraction of the time that it takes
+  # layer by layer, and gives the same values in both layouts.
   repeats = config.num_layers % len(config.attention) == 0
   stacked = dataclasses.replace(
     config,
@@ -207,7 +209,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def count_params(params: Params) -> int:
-  """Counts parameters; also those of shapes from `jax.eval_shape`."""
+  """Counts parameters, also given their shapes only, from `jax.eval_shape`."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -220,14 +222,14 @@ def layer_params(config: TransformerConfig, params: Params, index: int) -> Param
 
 
 def unstack_layers(config: TransformerConfig, params: Params) -> Params:
-  """Returns parameters in the layout of scan_layers=False, whichever they have."""
+  """Returns the parameters of `config` in the layout of scan_layers=False."""
   return {name: leaf for name, leaf in params.items() if name != "layers"} | {
     f"layers_{i}": layer_params(config, params, i) for i in range(config.num_layers)
   }
 
 
 def stack_layers(config: TransformerConfig, params: Params) -> Params:
-  """Returns unstacked parameters in the layout that `config` has: undoes `unstack_layers`."""
+  """Returns unstacked parameters in the layout of `config`: undoes `unstack_layers`."""
   if not config.scan_layers:
     return params
   period = len(config.attention)
