@@ -161,7 +161,7 @@ def _fused_layer(mixed, x, matrices, extra, scales, counter, programs, epsilon):
     num_threads=options.plan.warpgroups + 1,
     thread_name=axes("warpgroup")[0],
     compiler_params=PARAMS,
-    kernel_name="sparsek_chain",
+    kernel_name="sparsek_fused_decode_layer",
   )
   counter = jax.new_ref(counter)
   mixed, x = unfused((jax.tree.map(lambda y: y.reshape(-1), mixed), x.reshape(-1)))

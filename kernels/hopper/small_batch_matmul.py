@@ -279,7 +279,7 @@ def _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype):
     num_threads=warpgroups,
     thread_name=axes("warpgroup")[0],
     compiler_params=PARAMS,
-    kernel_name="sparsek_skinny",
+    kernel_name="sparsek_small_batch_matmul",
   )(
     Inputs(
       Parts(*(y.reshape(-1) for y in x)) if in_parts else x,

@@ -272,7 +272,7 @@ class Emulation:
         return [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
 
       programs = list(np.ndindex(*grid))
-      meets = kernel_name == "sparsek_chain"
+      meets = kernel_name == "sparsek_fused_decode_layer"
       for together in [programs] if meets else [[program] for program in programs]:
         running = [thread for program in together for thread in threads(program)]
         for thread in running:
