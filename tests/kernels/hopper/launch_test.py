@@ -136,7 +136,7 @@ def test_decoding(grids):
 
   jax.eval_shape(attend, projected, angles, rows, of_scorer, seen)
   jax.eval_shape(small_batch_matmul.product, array(8, 4096), array(2**20, 4096))
-  check(grids, "evict", "attend", "skinny")
+  check(grids, "evict", "attend", "small_batch_matmul")
 
 
 @pytest.mark.parametrize("grid", [(5,), (2, 3), (2, 3, 5), (2, 3, 5, 7)])
