@@ -1,5 +1,9 @@
 # Both targets set up .venv by themselves; PYTHON picks the interpreter (3.11 or newer).
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  command -v $$p >/dev/null && $$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
+NO_PYTHON := sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3
+INSTALL := -m pip install -q --disable-pip-version-check
 READY := .venv/ready
 
 .PHONY: demo test test-compile clean
@@ -12,25 +16,29 @@ test: $(READY)
 	.venv/bin/python -m mypy --no-error-summary
 	.venv/bin/python -m pytest -n 2 --dist worksteal -q
 
-# Compiles the kernels for GPUs and TPUs that are not here. The compilers come with JAX's CUDA plugin, of the version of JAX itself, without the CUDA libraries,
-# and with libtpu.
+# Compiles the kernels for GPUs and TPUs that are not here. The compilers come with JAX's CUDA
+# plugin, of the version of JAX itself, without the CUDA libraries, and with libtpu.
 test-compile: .venv-compile/ready
-	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 .venv-compile/bin/python -m pytest -q -rP tests/kernels/hopper/compile_test.py tests/kernels/tpu/compile_test.py
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 \
+	  .venv-compile/bin/python -m pytest -q -rP \
+	  tests/kernels/hopper/compile_test.py tests/kernels/tpu/compile_test.py
 
 .venv-compile/ready: setup.cfg pyproject.toml
-	@test -n "$(PYTHON)" || { echo "sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv-compile
-	.venv-compile/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	.venv-compile/bin/python $(INSTALL) -e '.[test]'
 	version=$$(.venv-compile/bin/python -c 'import jax; print(jax.__version__)'); \
-	  .venv-compile/bin/python -m pip install -q --disable-pip-version-check --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version; \
-	  .venv-compile/bin/python -m pip install -q --disable-pip-version-check "jax[tpu]==$$version"
+	  .venv-compile/bin/python $(INSTALL) --no-deps \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version; \
+	  .venv-compile/bin/python $(INSTALL) "jax[tpu]==$$version"
 	@touch $@
 
 $(READY): setup.cfg pyproject.toml
-	@test -n "$(PYTHON)" || { echo "sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	.venv/bin/python $(INSTALL) -e '.[test]'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-compile demo build dist .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-compile demo build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

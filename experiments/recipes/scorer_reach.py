@@ -33,7 +33,7 @@ def reach(n: int, scale: float, slope: float, rng: np.random.Generator) -> dict[
     "scale": scale,
     "slope": slope,
     "mean_age": round(float(age.mean())),
-    "oldest": int(age.max()),
+    "oldest": int(np.max(age)),
     "fractional": round(float((gates[selected] < 1).mean()), 3),
     "gate_mass": round(float(gates[selected].sum() / K), 3),
   }

@@ -290,11 +290,10 @@ def gate_of(scores: jax.Array, tau: jax.Array, shape: tuple[int, int]) -> jax.Ar
 
 def matrix_buffer(count: int, rows: int, columns: int, dtype: Any) -> Any:
   """Returns shared memory for `count` matrices, tiled and swizzled for the tensor cores."""
-  return plgpu.SMEM(
-    (count, rows, columns),
-    dtype,
-    transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
-  )
+  # JAX 0.11 declares these classes abstract.
+  tiling = plgpu.TilingTransform((8, 64))  # type: ignore[abstract]
+  swizzle = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+  return plgpu.SMEM((count, rows, columns), dtype, transforms=(tiling, swizzle))
 
 
 def vector_buffer(count: int, length: int, dtype: Any = jnp.float32) -> Any:

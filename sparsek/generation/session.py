@@ -222,7 +222,7 @@ class Session:
     if self._length is not None:
       self._set_length(max(self._length, length))
     self.cache = with_room(self.config, resize(before, self._sized, self.cache), length)
-    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    tokens = np.zeros((len(rows), np.max(lengths)), np.int32)
     for row, ids in enumerate(rows):
       tokens[row, : len(ids)] = ids
     logits, self.cache = prefill(
@@ -312,10 +312,10 @@ def _check_prompt(prompt: Sequence[int], has_text: bool, vocab_size: int) -> Non
       "an empty text starts with eos"
     )
   if not np.issubdtype(ids.dtype, np.integer) or (
-    ids.size and not 0 <= ids.min() <= ids.max() < vocab_size
+    ids.size and not 0 <= np.min(ids) <= np.max(ids) < vocab_size
   ):
     raise ValueError(
-      f"prompt_tokens holds {ids.dtype} values from {ids.min()} to {ids.max()}, "
+      f"prompt_tokens holds {ids.dtype} values from {np.min(ids)} to {np.max(ids)}, "
       f"expected integers from 0 to {vocab_size - 1}"
     )
 

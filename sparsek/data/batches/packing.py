@@ -119,7 +119,7 @@ class PackedRows:
         counted[target] = ~self._split.uncounted(document)[begin:end]
       segment_ids[target] = segment if self._segment_documents else 1
       filled = target.stop
-    if tokens.view(np.uint32).max() >= self._split.vocab_size:
+    if np.max(tokens.view(np.uint32)) >= self._split.vocab_size:
       for document, _, _ in order.pieces(visit, self._seq_len):
         self._split.check_ids(document)
     example = {"tokens": tokens, "segment_ids": segment_ids}
