@@ -222,7 +222,7 @@ class Session:
     if self._length is not None:
       self._set_length(max(self._length, length))
     self.cache = with_room(self.config, resize(before, self._sized, self.cache), length)
-    tokens = np.zeros((len(rows), np.max(lengths)), np.int32)
+    tokens = np.zeros((len(rows), int(np.max(lengths))), np.int32)
     for row, ids in enumerate(rows):
       tokens[row, : len(ids)] = ids
     logits, self.cache = prefill(
