@@ -27,7 +27,8 @@ def use_compilation_cache(workdir: str) -> None:
   of a grid share. A cache that JAX is already configured with takes precedence. Programs for a CPU
   are not kept: on another model of CPU they could crash.
   """
-  if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+  configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+  if jax.default_backend() != "cpu" and configured is None:
     folder = os.environ.get(COMPILATION_CACHE) or os.path.join(workdir, "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
 
