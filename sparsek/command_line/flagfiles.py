@@ -194,29 +194,29 @@ def _current(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
   """Yields a flag as this version has it; the fields of --model one by one."""
   text, replacement = "=".join(words).lstrip("-"), _replacement(name, flag_values)
-  if replacement == "model":
-    if text == f"no{name}" and isinstance(_MODEL_FIELDS[name], bool):
-      text = f"{name}=false"
-    elif text == name and isinstance(_MODEL_FIELDS[name], bool):
-      text = f"{name}=true"
-    yield from _fields(text, flag_values)
+  spelled, equals, value = text.partition("=")
+  if replacement == "model" and isinstance(_MODEL_FIELDS[name], bool) and not equals:
+    yield _field(f"{name}={str(spelled == name).lower()}", flag_values)
+  elif spelled != name:  # --noNAME: absl knows whether NAME is a boolean
+    yield name, words
+  elif replacement == "model":
+    yield _field(text, flag_values)
   elif replacement:
-    yield replacement, (f"--{replacement}{text.removeprefix(name)}",)
-  elif name == "model" and name in flag_values and "=" in text:
-    yield from _fields(text.partition("=")[2], flag_values)
+    yield replacement, (f"--{replacement}{equals}{value}",)
+  elif name == "model" and name in flag_values and equals:
+    for part in _NEXT_FIELD.split(value):
+      yield _field(part, flag_values)
   else:
     yield name, words
 
 
-def _fields(text: str, flag_values: flags.FlagValues) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Yields the fields of "FIELD=VALUE,FIELD=VALUE", each as its own flag if it has one."""
-  for part in _NEXT_FIELD.split(text):
-    field, equals, value = part.partition("=")
-    flag = _FLAG_OF_FIELD.get(field, field)
-    if equals and field in _MODEL_FIELDS and flag in flag_values:
-      yield flag, (f"--{flag}={value}",)
-    else:
-      yield f"model={field}", (f"--model={part}",)
+def _field(text: str, flag_values: flags.FlagValues) -> tuple[str, tuple[str, ...]]:
+  """Returns the flag that "FIELD=VALUE" gives: the field's own, if it has one."""
+  field, equals, value = text.partition("=")
+  flag = _FLAG_OF_FIELD.get(field, field)
+  if equals and field in _MODEL_FIELDS and flag in flag_values:
+    return flag, (f"--{flag}={value}",)
+  return f"model={field}", (f"--model={text}",)
 
 
 def _lines(path: str) -> list[str]:
