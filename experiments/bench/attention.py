@@ -22,7 +22,6 @@ from sparsek.attention import documents, prefix_selection
 from sparsek.attention.backends import choose_implementation
 from sparsek.kernels import compaction, devices, reference, specs
 from sparsek.kernels.devices import on_nvidia_gpu
-from sparsek.kernels.hopper import attention as hopper_attention
 
 BASELINES = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 # heads, kv_heads, head_dim of the headline; the first is the main one
@@ -187,6 +186,8 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
   """
   n = expiry.shape[2]
   if implementation == "mosaic_gpu":
+    from sparsek.kernels.hopper import attention as hopper_attention  # needs private names of JAX
+
     return hopper_attention.make_lists(
       expiry,
       order,

@@ -115,7 +115,8 @@ def added(names):
 
 ours = added(["sparsek"])
 import optax
-for name in ours | added(["sparsek.training.loop"]):
+commands = [f"experiments.{name}" for name in ("pretrain", "generate", "evaluate", "benchmark")]
+for name in ours | added(["sparsek.training.loop", *commands]):
   private = ("jax.experimental.mosaic", "jax.experimental.pallas", "jaxlib.mlir", "jax._src.pallas")
   if name.startswith(private):
     print("private:", name)
