@@ -1,8 +1,11 @@
 """The house rules: who may import whom, how long files and functions are, how sentences begin."""
 
 import ast
+import functools
+import io
 import pathlib
 import re
+import tokenize
 
 import pytest
 
@@ -158,3 +161,26 @@ def test_lambdas_are_not_nested():
         if any(isinstance(inner, ast.Lambda) for inner in ast.walk(node.body)):
           nested.append(f"{path.relative_to(ROOT)}:{node.lineno}")
   assert nested == []
+
+
+@functools.cache
+def words_of_code(text: str) -> set[str]:
+  """Returns the names in a file's code, without those in its strings and comments."""
+  tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+  return {token.string for token in tokens if token.type == tokenize.NAME}
+
+
+def test_names_in_backticks_exist():
+  """Looks for the second name of a dotted one in the module, folder or class before the dot."""
+  texts = {path: path.read_text() for path in sources(*FOLDERS)}
+  unknown = []
+  for path, text in texts.items():
+    for outer, inner in set(re.findall(r"`(?:\w+\.)*(\w+)\.(\w+)(?:\([^`]*\))?`", text)):
+      homes = [other for other in texts if outer in (other.stem, other.parent.name)]
+      if outer[0].isupper():
+        homes = [other for other in texts if f"class {outer}" in texts[other]]
+      stems = [name for home in homes for name in (home.stem, home.parent.name)]
+      known = inner in stems or any(inner in words_of_code(texts[home]) for home in homes)
+      if not known and (homes or outer[0].isupper()):
+        unknown.append(f"{path.relative_to(ROOT)}: {outer}.{inner}")
+  assert unknown == []

@@ -87,7 +87,7 @@ def problem(case):
 
 
 def multiply_add(sums, a, b, dtype):
-  """Computes what `thread_ops.multiply_add` does, by the layouts of PTX's mma.m16n8k16."""
+  """Computes what `thread_registers.multiply_add` does, by the layouts of PTX's mma.m16n8k16."""
   row, column = np.arange(thread_ops_test.thread_ops.LANES).reshape(-1, 8, 4) // 4 % 8, np.arange(4)
   # [word, warp, r, c, 2]
   pairs = lambda words: np.stack(
