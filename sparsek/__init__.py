@@ -5,6 +5,7 @@ when one of its names is used, so that `import sparsek` is fast.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from sparsek.attention.api import sliding_window_attention, sparsek_attention
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
   from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
   from sparsek.generation.inference import inference_params
   from sparsek.generation.session import Session
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+  # An environment may then offer the kernels of another checkout.
+  raise ImportError(
+    f"{os.path.dirname(__file__)}/kernels is no folder: in git it is a link to ../kernels; check it "
+    "out with core.symlinks=true"
+  )
 
 __version__ = "0.1.0"
 __all__ = [

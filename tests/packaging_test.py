@@ -52,6 +52,19 @@ def test_two_checkouts_in_one_environment_use_their_own_kernels(checkout):
 
 
 @pytest.mark.slow
+def test_a_checkout_without_links_is_refused(checkout):
+  """Git writes a file in place of a link where core.symlinks is false."""
+  folder = checkout("plain")
+  (folder / "sparsek" / "kernels").unlink()
+  (folder / "sparsek" / "kernels").write_text("../kernels")
+  # The other checkout offers its kernels, as an editable installation does.
+  other = "import sys, kernels; sys.modules['sparsek.kernels'] = kernels"
+  with pytest.raises(subprocess.CalledProcessError) as error:
+    in_folder(folder, "-c", f"{other}; import sparsek")
+  assert "kernels is no folder: in git it is a link" in error.value.stderr
+
+
+@pytest.mark.slow
 def test_packages_hold_the_kernels_as_plain_files(checkout):
   """The two steps of setuptools from which a wheel and an sdist are made."""
   folder = checkout("source")
