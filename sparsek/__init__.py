@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
   # An environment may then offer the kernels of another checkout.
   raise ImportError(
-    f"{os.path.dirname(__file__)}/kernels is no folder: in git it is a link to ../kernels; check it "
-    "out with core.symlinks=true"
+    f"{os.path.dirname(__file__)}/kernels is no folder: in git it is a link to ../kernels; check "
+    "it out with core.symlinks=true"
   )
 
 __version__ = "0.1.0"
