@@ -105,7 +105,7 @@ class _Run:
     Step s + 1 is dispatched before the metrics of step s are read: the devices never wait.
     """
     setup = self._setup
-    self._reporter.watch.restart()
+    self._reporter.watch.restart(self.step)
     while self.step < setup.last_step and not self._stop.requested:
       dispatched = self._dispatch(next(setup.iterator))
       self._report_pending()

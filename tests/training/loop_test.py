@@ -6,11 +6,14 @@ tests/experiments kills real processes.
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,7 @@ from sparsek.data.tokenizer import ByteTokenizer, train_bpe
 from sparsek.errors import RunError, UsageError
 from sparsek.model.transformer import init_params, unstack_layers
 from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, checkpoint_writer, run_directory, run_record
+from sparsek.runs import checkpoint, checkpoint_writer, metrics, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.training import init_from, loop, report, start
 from sparsek.training.step import make_eval_step
@@ -130,6 +133,23 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
   assert {"python", "packages", "commit", "devices", "command"} <= versions.keys()
   assert versions["attention"]["full"]["implementation"] == "xla"
   assert "it needs a TPU" in versions["attention"]["full"]["refusals"]["mosaic_tpu"]
+
+
+def test_the_speed_of_the_first_step_after_a_resume_is_that_of_one_step(
+  dataset, tmp_path, monkeypatch
+):
+  for stop_at in (4, None):
+    ticks = map(float, itertools.count())  # a clock that advances by a second when it is read
+    clock = types.SimpleNamespace(perf_counter=ticks.__next__, time=time.time)
+    monkeypatch.setattr(metrics, "time", clock)
+    loop.train(CONFIG, run_config(tmp_path, stop_at=stop_at, log_every=1), dataset)
+  rates = {
+    record["step"]: record["tokens_per_second"]
+    for record in read_metrics(tmp_path / "metrics.jsonl")
+    if "tokens_per_second" in record
+  }
+  data = run_config(tmp_path).data
+  assert len(rates) == 8 and max(rates.values()) <= data.batch_size * data.seq_len
 
 
 def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkeypatch, capsys):
