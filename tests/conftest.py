@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -20,6 +21,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 plugins = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")) and not plugins:
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+# Compiled functions are many objects that stay: look at all of them less often.
+gc.set_threshold(200_000, 50, 100)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

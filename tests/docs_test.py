@@ -2,16 +2,14 @@
 
 import configparser
 import importlib.util
-import multiprocessing
-import os
 import pathlib
 import re
-import runpy
 import shlex
 import subprocess
-import sys
 
 import pytest
+
+from tests.commands import run_forked
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("sparsek", "kernels", "experiments", "tests")
@@ -68,30 +66,10 @@ def smaller(words):
   return shlex.split(SMALLER[max(of_suite, key=len)])
 
 
-# Each command is forked from a process that has imported most modules, which saves a third of the
-# time.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sparsek.training.loop"])
-
-
 def run(words, folder):
-  """Runs `python -m ...` in a folder, with its output in a file there."""
-  process = FORKS.Process(target=run_module, args=(words[2:], str(folder)))
-  process.start()
-  process.join()
-  assert process.exitcode == 0, f"{shlex.join(words)}\n{(folder / 'output').read_text()}"
-
-
-def run_module(words, folder):
-  """Does what `python -m` does with these words, in a process of its own."""
-  os.environ.update(XDG_CACHE_HOME=f"{folder}/cache", PYTHONPATH=str(ROOT))
-  os.chdir(folder)
-  with open("output", "wb") as output:
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-  sys.path.insert(0, str(ROOT))
-  sys.argv[:] = words
-  runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+  """Runs `python -m ...` in a folder; it must succeed."""
+  done = run_forked(words[2:], folder, folder)
+  assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.slow

@@ -6,16 +6,15 @@ version to 1e-5, texts and files exactly.
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
+import tempfile
 
 import pytest
 
 import sparsek
+from tests.commands import run_forked
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "version_0_1"
@@ -34,11 +33,9 @@ def old(tmp_path):
 
 def command(name, *arguments):
   """Runs `python -m experiments.NAME ARGUMENTS`, which must succeed."""
-  words = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-  )
+  with tempfile.TemporaryDirectory() as outputs:
+    words = [f"experiments.{name}", *map(str, arguments)]
+    done = run_forked(words, ROOT, pathlib.Path(outputs))
   assert done.returncode == 0, done.stderr
   return done
 
