@@ -135,21 +135,15 @@ def test_a_run_writes_metrics_checkpoints_and_records(finished, capsys):
   assert "it needs a TPU" in versions["attention"]["full"]["refusals"]["mosaic_tpu"]
 
 
-def test_the_speed_of_the_first_step_after_a_resume_is_that_of_one_step(
-  dataset, tmp_path, monkeypatch
-):
+def test_the_first_step_after_a_resume_counts_as_one(dataset, tmp_path, monkeypatch):
   for stop_at in (4, None):
     ticks = map(float, itertools.count())  # a clock that advances by a second when it is read
     clock = types.SimpleNamespace(perf_counter=ticks.__next__, time=time.time)
     monkeypatch.setattr(metrics, "time", clock)
     loop.train(CONFIG, run_config(tmp_path, stop_at=stop_at, log_every=1), dataset)
-  rates = {
-    record["step"]: record["tokens_per_second"]
-    for record in read_metrics(tmp_path / "metrics.jsonl")
-    if "tokens_per_second" in record
-  }
-  data = run_config(tmp_path).data
-  assert len(rates) == 8 and max(rates.values()) <= data.batch_size * data.seq_len
+  records = read_metrics(tmp_path / "metrics.jsonl")
+  rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+  assert len(rates) == 8 and max(rates) <= 2 * 16  # a second for the tokens of a step
 
 
 def test_profile_and_model_flops_utilization(finished, dataset, tmp_path, monkeypatch, capsys):
