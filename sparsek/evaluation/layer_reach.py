@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sparsek.config import TransformerConfig
 from sparsek.model.layers import make_norm
 from sparsek.model.transformer import Block, Params, Transformer, layer_params, output_matrix
-from sparsek.parallel.mesh import BATCH, make_mesh, put_batch, replicated
+from sparsek.parallel.mesh import ROWS, make_mesh, put_batch, replicated
 from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targets
 
 
@@ -48,7 +48,7 @@ def losses(
   params = jax.device_put(params, replicated(mesh))
 
   def over_rows(function: Callable, out_specs: P) -> Callable:
-    in_specs = (P(), P(BATCH), P(BATCH))
+    in_specs = (P(), P(ROWS), P(ROWS))
     return jax.jit(
       jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     )
@@ -59,12 +59,12 @@ def losses(
       layer, i = args
       return Block(config, layer_term).apply({"params": layer}, x, segment_ids, i)
 
-    return over_rows(apply, P(BATCH))
+    return over_rows(apply, P(ROWS))
 
   def embedded(params, tokens, segment_ids):
     return Transformer(config).apply({"params": params}, tokens, segment_ids, method="embedded")
 
-  embed = over_rows(embedded, P(BATCH))
+  embed = over_rows(embedded, P(ROWS))
   loss_and_count = over_rows(functools.partial(_loss_and_count, config, loss_chunk), P())
   layers = [layer_params(config, params, i) for i in range(config.num_layers)]
   # sums of (loss, count)
@@ -103,7 +103,7 @@ def _loss_and_count(
     counted,
     loss_chunk,
   )
-  return jax.lax.psum(jnp.stack([loss, jnp.sum(counted).astype(jnp.float32)]), BATCH)
+  return jax.lax.psum(jnp.stack([loss, jnp.sum(counted).astype(jnp.float32)]), ROWS)
 
 
 def pattern(rises: Sequence[float], long_layers: int, k: int, window: int, budget: int) -> str:

@@ -15,7 +15,7 @@ from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig
 from sparsek.data.token_files import TokenSplit
 from sparsek.model.transformer import Params, Transformer, output_matrix
-from sparsek.parallel.mesh import BATCH, make_mesh, put_batch, replicated
+from sparsek.parallel.mesh import ROWS, make_mesh, put_batch, replicated
 from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targets
 
 FIRST_BUCKET = 64  # positions; finer buckets would hold few targets each
@@ -109,11 +109,11 @@ def make_bucket_sums(
       jax.ops.segment_sum, segment_ids=bucket.reshape(-1), num_segments=len(edges) - 1
     )
     return jax.lax.psum(
-      (sums(losses.reshape(-1)), sums(counted.reshape(-1).astype(jnp.int32))), BATCH
+      (sums(losses.reshape(-1)), sums(counted.reshape(-1).astype(jnp.int32))), ROWS
     )
 
   return jax.jit(
-    jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False)
+    jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(), check_vma=False)
   )
 
 

@@ -13,7 +13,7 @@ from sparsek.config import TransformerConfig
 from sparsek.data.task_documents import CHANCE, make_example
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.model.transformer import Params, Transformer, hidden_to_logits, output_matrix
-from sparsek.parallel.mesh import BATCH, make_mesh, replicated
+from sparsek.parallel.mesh import ROWS, make_mesh, replicated
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -35,7 +35,7 @@ def predicted(
     return jnp.argmax(hidden_to_logits(hidden_BxAxE, output_matrix(config, params)), axis=-1)
 
   return jax.shard_map(
-    local, mesh=make_mesh(), in_specs=(P(), P(BATCH), P(BATCH)), out_specs=P(BATCH), check_vma=False
+    local, mesh=make_mesh(), in_specs=(P(), P(ROWS), P(ROWS)), out_specs=P(ROWS), check_vma=False
   )(params, tokens, positions)
 
 

@@ -1,19 +1,49 @@
-"""Devices of a run, and how a batch and the parameters are placed on them."""
+"""Devices of a run, and how a batch and the parameters are placed on them.
 
-from collections.abc import Mapping
+A mesh has three axes. The rows of a batch are split over `data` and `fsdp`, the parameters over
+`fsdp`, and the tokens of a row over `context`.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sparsek.errors import UsageError
+
 HostBatch = Mapping[str, np.ndarray]
-BATCH = "batch"  # the mesh axis
+DATA, FSDP, CONTEXT = AXES = ("data", "fsdp", "context")
+ROWS = (DATA, FSDP)  # the axes over which the rows of a batch are split
 
 
-def make_mesh() -> Mesh:
-  """Returns all devices along one axis, over which the rows of a batch are split."""
-  return jax.make_mesh((jax.device_count(),), (BATCH,), axis_types=(AxisType.Auto,))
+def make_mesh(fsdp: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh of devices in which `data` takes what `fsdp` and `context` leave.
+
+  Args:
+    fsdp: parts into which the parameters are split.
+    context: parts into which a row's tokens are split.
+    devices: all devices by default.
+  Raises:
+    UsageError: where the number of devices is not a multiple of fsdp * context.
+  """
+  count = jax.device_count() if devices is None else len(devices)
+  if count % (fsdp * context):
+    raise UsageError(
+      f"--fsdp={fsdp} x --context={context} must divide the number of devices, {count}"
+    )
+  shape = (count // (fsdp * context), fsdp, context)
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def axis_size(axis: str) -> int:
+  """Returns the size of a mesh axis inside `jax.shard_map` over it, and 1 elsewhere.
+
+  Layers ask this, so that the same module computes whole rows or a shard of them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -23,4 +53,4 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def put_batch(mesh: Mesh, batch: HostBatch) -> dict[str, jax.Array]:
   """Moves a batch to the devices, its rows split over them."""
-  return jax.device_put(dict(batch), NamedSharding(mesh, P(BATCH)))
+  return jax.device_put(dict(batch), NamedSharding(mesh, P(ROWS)))

@@ -13,7 +13,7 @@ from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
 from sparsek.model import flops, lora
 from sparsek.model.transformer import count_params
-from sparsek.parallel.mesh import BATCH, make_mesh
+from sparsek.parallel.mesh import ROWS, make_mesh
 from sparsek.runs import checkpoint
 from sparsek.runs.orbax_errors import first_line
 from sparsek.training import teacher
@@ -146,7 +146,7 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
   check_run(config, train, mesh, params)
   rows, n = train.data.batch_size, train.data.seq_len
   batch = {
-    name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
+    name: jax.ShapeDtypeStruct((rows, n + 1), jnp.int32, sharding=NamedSharding(mesh, P(ROWS)))
     for name in ("tokens", "segment_ids")
   }
   teacher_model = teacher.teacher_config(train.distill_from) if train.distill_from else None

@@ -14,7 +14,7 @@ from sparsek.attention.diagnostics import selection_statistics
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.model import lora
 from sparsek.model.transformer import Params, Transformer, layer_params
-from sparsek.parallel.mesh import BATCH, replicated
+from sparsek.parallel.mesh import ROWS, replicated
 from sparsek.training import spikes
 from sparsek.training.loss import next_token_targets
 from sparsek.training.objective import Teacher, scorer_warmup_loss, summed_losses
@@ -60,7 +60,7 @@ def abstract_state(
 
 def _num_targets(batch) -> jax.Array:
   """Returns the number of counted targets of the whole batch, from each device's rows."""
-  return jax.lax.psum(jnp.sum(next_token_targets(batch)[1], dtype=jnp.int32), BATCH)
+  return jax.lax.psum(jnp.sum(next_token_targets(batch)[1], dtype=jnp.int32), ROWS)
 
 
 def make_train_step(
@@ -98,7 +98,7 @@ def make_train_step(
   gradients = jax.shard_map(
     _make_local_gradients(config, train, teacher),
     mesh=mesh,
-    in_specs=(P(), P(), P(BATCH), P(), P()),
+    in_specs=(P(), P(), P(ROWS), P(), P()),
     out_specs=P(),
     # Parameters are replicated, and their gradients are summed over devices once, explicitly, and
     # not inside every loop of the backward pass.
@@ -177,7 +177,7 @@ def _make_local_gradients(
         seed, step = seed_and_step
         key = jax.random.fold_in(
           jax.random.fold_in(jax.random.key(seed), step),
-          jax.lax.axis_index(BATCH) * train.grad_accumulation + i,
+          jax.lax.axis_index(ROWS) * train.grad_accumulation + i,
         )
       if train.scorer_warmup:
         scorer_loss = (
@@ -217,7 +217,7 @@ def _make_local_gradients(
       (losses, grads), _ = jax.lax.scan(
         micro_batch, sums, (rows, jnp.arange(train.grad_accumulation))
       )
-    return *jax.lax.psum((losses, grads), BATCH), num_targets
+    return *jax.lax.psum((losses, grads), ROWS), num_targets
 
   return local_gradients
 
@@ -232,11 +232,11 @@ def make_eval_step(
 
   def local_loss(params, batch):
     return jax.lax.psum(
-      summed_losses(config, params, batch, loss_chunk, packed).cross_entropy, BATCH
+      summed_losses(config, params, batch, loss_chunk, packed).cross_entropy, ROWS
     ), _num_targets(batch)
 
   return jax.jit(
-    jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(BATCH)), out_specs=P(), check_vma=False)
+    jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(), check_vma=False)
   )
 
 

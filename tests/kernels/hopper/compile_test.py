@@ -29,7 +29,7 @@ from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 from sparsek.kernels.specs import Spec
-from sparsek.parallel.mesh import BATCH
+from sparsek.parallel.mesh import make_mesh
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training import plan
 from sparsek.training.optimizer import make_optimizer
@@ -325,7 +325,7 @@ def test_training_step_fits(name, n, remat, monkeypatch):
   monkeypatch.setattr(devices, "can_run", lambda: True)
   config, mesh = (
     preset(name, remat=remat, implementation="mosaic_gpu"),
-    Mesh(np.array([h100()]), (BATCH,)),
+    make_mesh(devices=[h100()]),
   )
   train = TrainConfig(workdir="", data=DataConfig(seq_len=n, batch_size=1, segment_documents=False))
   optimizer = make_optimizer(train.optimizer)

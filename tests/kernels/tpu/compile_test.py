@@ -6,15 +6,14 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.kernels import devices
 from sparsek.kernels.specs import Spec
 from sparsek.kernels.tpu import grid
-from sparsek.parallel.mesh import BATCH
+from sparsek.parallel.mesh import ROWS, make_mesh
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import abstract_state, make_train_step
@@ -110,14 +109,14 @@ def test_training_step_compiles(monkeypatch):
   monkeypatch.setattr(devices, "tpu_refusal", lambda query: None)
   config, mesh = (
     preset("gpt2_small", remat="attention", scan_layers=True, implementation="mosaic_tpu"),
-    Mesh(np.array(compiler.devices("v5e")), (BATCH,)),
+    make_mesh(devices=compiler.devices("v5e")),
   )
   train = TrainConfig(
     workdir="", data=DataConfig(seq_len=32768, batch_size=4, segment_documents=False)
   )
   optimizer = make_optimizer(train.optimizer)
   state = abstract_state(abstract_params(config), optimizer, mesh)
-  sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+  sharding = NamedSharding(mesh, PartitionSpec(ROWS))
   batch = {
     name: jax.ShapeDtypeStruct((4, 32769), jnp.int32, sharding=sharding)
     for name in ("tokens", "segment_ids")
