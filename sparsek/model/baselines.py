@@ -364,3 +364,8 @@ BASELINES = {
   "linear": LinearAttention,
 }
 ATTENTION_MODULES = {**layers.ATTENTION_MODULES, **BASELINES}
+
+
+def context_refusal(config) -> str:
+  """Returns why rows cannot be split; "" if they can."""
+  return ""
