@@ -14,7 +14,7 @@ from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
 from sparsek.parallel import sharding
-from sparsek.parallel.mesh import AXES, FSDP, axis_size
+from sparsek.parallel.mesh import FSDP, axis_size, is_sharded
 
 Params = dict[str, Any]
 
@@ -35,8 +35,34 @@ class Block(nn.Module):
   def __call__(
     self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int
   ) -> jax.Array:
+    if not is_sharded():
+      return self._output(x_BxNxE, segment_ids, layer)
+    tied = [x_BxNxE]
+
+    def whole(variables):
+      params, tied[0] = sharding.gather(variables["params"], self._specs(), x_BxNxE)
+      return {"params": params}
+
+    def output(block, *args):
+      return block._output(tied[0], *args)
+
+    return nn.map_variables(output, "params", trans_in_fn=whole)(self, segment_ids, layer)
+
+  def _output(self, x_BxNxE, segment_ids, layer):
     y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
     return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
+
+  def _specs(self) -> Params | None:
+    """Returns how the parameters of this layer are split; None where they are not."""
+    if axis_size(FSDP) == 1:
+      return None
+    specs = parameter_specs(self.config, axis_size(FSDP))
+    for name in self.path:
+      specs = specs[name]
+    if self.path[0] != sharding.STACKED:
+      return specs
+    # A scan has removed the first axis.
+    return jax.tree.map(lambda spec: jax.sharding.PartitionSpec(*spec[1:]), specs)
 
 
 @functools.lru_cache(maxsize=64)
@@ -49,48 +75,33 @@ def parameter_specs(config: TransformerConfig, parts: int) -> Params:
   return sharding.partition_specs(shapes, parts)
 
 
-def _gathering(module: type, config: TransformerConfig, *names: str, stacked: bool = False) -> Any:
+def _gathering(module: type, config: TransformerConfig, name: str) -> Any:
   """Returns a module class that gathers its parameters when it is called; see
   `sparsek.parallel.sharding.gather`.
 
   Args:
     module: the class.
     config: of the model.
-    names: where its parameters lie in the model's.
-    stacked: whether a scan has removed their first axis.
+    name: of the module in the model.
   """
-  specs = None
-  if axis_size(FSDP) > 1:
-    specs = parameter_specs(config, axis_size(FSDP))
-    for name in names:
-      specs = specs[name]
-    if stacked:
-      specs = jax.tree.map(lambda spec: jax.sharding.PartitionSpec(*spec[1:]), specs)
+  if not is_sharded():
+    return module
+  specs = parameter_specs(config, axis_size(FSDP))[name] if axis_size(FSDP) > 1 else None
 
   def whole(variables):
-    return {"params": sharding.gather(variables["params"], specs)} if variables else variables
+    return {"params": sharding.gather(variables["params"], specs)[0]}
 
-  return (
-    nn.map_variables(module, "params", trans_in_fn=whole)
-    if any(axis_size(axis) > 1 for axis in AXES)
-    else module
-  )
+  return nn.map_variables(module, "params", trans_in_fn=whole)
 
 
-def _block_class(config: TransformerConfig, *names: str, stacked: bool = False) -> type[Block]:
-  """Returns Block, wrapped so that it gathers its parameters, and that the backward pass recomputes
-  what `config.remat` says.
+def _block_class(config: TransformerConfig) -> type[Block]:
+  """Returns Block, wrapped so that the backward pass recomputes what `config.remat` says.
 
   Where the parameters are split, "none" is computed as "dots": gathered parameters are not kept.
-
-  Args:
-    config: of the model.
-    names, stacked: as in `_gathering`.
   """
-  block = _gathering(Block, config, *names, stacked=stacked)
   remat = "dots" if config.remat == "none" and axis_size(FSDP) > 1 else config.remat
   if remat == "none":
-    return block
+    return Block
   policies = jax.checkpoint_policies
   attention = policies.save_from_both_policies(
     policies.save_only_these_names(saved.NAME), cudnn.saveable
@@ -102,7 +113,7 @@ def _block_class(config: TransformerConfig, *names: str, stacked: bool = False) 
     "attention": attention,
     "full": None,
   }
-  return nn.remat(block, policy=policy[remat], prevent_cse=not config.scan_layers)
+  return nn.remat(Block, policy=policy[remat], prevent_cse=not config.scan_layers)
 
 
 class Group(nn.Module):
@@ -112,10 +123,7 @@ class Group(nn.Module):
 
   def setup(self) -> None:
     cfg = self.config
-    self.blocks = [
-      _block_class(cfg, "layers", f"blocks_{i}", stacked=True)(cfg, term)
-      for i, term in enumerate(cfg.attention)
-    ]
+    self.blocks = [_block_class(cfg)(cfg, term) for term in cfg.attention]
 
   def __call__(self, x_BxNxE, segment_ids, first_layer):
     for i, block in enumerate(self.blocks):
@@ -170,7 +178,7 @@ class Transformer(nn.Module):
       self.layers = scanned(cfg)
     else:
       self.layers = [  # type: ignore[assignment]
-        _block_class(cfg, f"layers_{i}")(cfg, term) for i, term in enumerate(cfg.layer_terms)
+        _block_class(cfg)(cfg, term) for term in cfg.layer_terms
       ]
     norm = make_norm(cfg)
     self.final_norm = _gathering(type(norm), cfg, "final_norm")(norm.epsilon)
@@ -243,7 +251,7 @@ def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
   """
   name = "embed" if config.tie_embeddings else "lm_head"
   specs = parameter_specs(config, axis_size(FSDP))[name] if axis_size(FSDP) > 1 else None
-  matrix = sharding.gather(params[name], specs)
+  matrix, _ = sharding.gather(params[name], specs)
   return matrix["embedding"].T if config.tie_embeddings else matrix["kernel"]
 
 

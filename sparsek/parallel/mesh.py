@@ -46,6 +46,11 @@ def axis_size(axis: str) -> int:
   return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
+def is_sharded() -> bool:
+  """Returns whether this runs inside `jax.shard_map` over more than one device of a mesh."""
+  return any(axis_size(axis) > 1 for axis in AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the placement of an array that every device of the mesh holds in full."""
   return NamedSharding(mesh, P())

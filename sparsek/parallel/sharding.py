@@ -6,7 +6,6 @@ backward pass sums their gradients over all devices in one more, and leaves each
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek.parallel.mesh import AXES, CONTEXT, DATA, FSDP, axis_size
+from sparsek.parallel.mesh import AXES, CONTEXT, DATA, FSDP, axis_size, is_sharded
 
 STACKED = "layers"  # the name above parameters whose first axis counts layers
 
@@ -74,21 +73,25 @@ class _Leaf(NamedTuple):
   shape: tuple[int, ...]
 
 
-def gather(params: Any, specs: Any = None) -> Any:
-  """Returns whole parameters, of which every device holds a part, inside `jax.shard_map`.
+def gather(params: Any, specs: Any = None, x: Any = None) -> tuple[Any, Any]:
+  """Returns (whole parameters, x), inside `jax.shard_map` over devices that hold a part of each.
 
-  The transpose sums gradients over the whole mesh. Outside `jax.shard_map` it changes nothing.
+  The transpose sums gradients over the whole mesh. It passes x's on when this device's share of the
+  parameters' is computed: else the compiler may put that off to the end of the backward pass, and
+  keep the activations of all layers until then. Elsewhere `gather` changes nothing.
 
   Args:
     params: a tree of this device's parts.
     specs: how they are split, as from `partition_specs`; None where `fsdp` has the size 1.
+    x: the input of the layer that has these parameters, or None.
   """
-  if all(axis_size(axis) == 1 for axis in AXES):
-    return params
+  if not is_sharded():
+    return params, x
   leaves, structure = jax.tree.flatten(params)
   axes = [None] * len(leaves) if specs is None else map(_axis, jax.tree.leaves(specs))
   layout = tuple(_Leaf(axis, leaf.shape) for axis, leaf in zip(axes, leaves, strict=True))
-  return jax.tree.unflatten(structure, _gather(layout, tuple(leaves)))
+  whole, x = _gather(layout, tuple(leaves), x)
+  return jax.tree.unflatten(structure, whole), x
 
 
 def _axis(spec: P) -> int | None:
@@ -96,7 +99,7 @@ def _axis(spec: P) -> int | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(layout, leaves):
+def _gather(layout, leaves, x):
   whole = list(leaves)
   for dtype in sorted({leaf.dtype for leaf in leaves}, key=str):
     split = [i for i, x in enumerate(leaves) if x.dtype == dtype and layout[i].axis is not None]
@@ -108,7 +111,7 @@ def _gather(layout, leaves):
         axis, shape = layout[i]
         front = (-1, *shape[:axis], *shape[axis + 1 :])
         whole[i] = jnp.moveaxis(flat.reshape(front), 0, axis)
-  return tuple(whole)
+  return tuple(whole), x
 
 
 def _cut(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
@@ -117,31 +120,40 @@ def _cut(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
   return [lax.slice_in_dim(x, end - size, end, axis=-1) for size, end in zip(sizes, ends)]
 
 
-def _gather_forward(layout, leaves):
-  return _gather(layout, tuple(leaf.value for leaf in leaves)), None
+def _gather_forward(layout, leaves, x):
+  return _gather(layout, *jax.tree.map(lambda primal: primal.value, (leaves, x))), None
 
 
-def _gather_backward(layout, _, gradients):
+def _gather_backward(layout, _, cotangents):
   """Sums the gradients of parameters that learn; the others have symbolic zeros."""
-  learned = [i for i, x in enumerate(gradients) if not isinstance(x, SymbolicZero)]
+  gradients, d_x = cotangents
+  is_zero = lambda x: x is None or isinstance(x, SymbolicZero)
+  learned = [i for i, gradient in enumerate(gradients) if not is_zero(gradient)]
   split = [i for i in learned if layout[i].axis is not None]
   whole = [i for i in learned if layout[i].axis is None]
+  front = lambda i: jnp.moveaxis(gradients[i], layout[i].axis, 0).reshape(axis_size(FSDP), -1)
+  rows = [front(i) for i in split]
+  flats = [gradients[i].reshape(-1) for i in whole]
+  sums = {}
+  if split:
+    sums["split"] = jnp.concatenate(rows, axis=1)
+  if whole:
+    sums["whole"] = jnp.concatenate(flats)
+  if sums and not is_zero(d_x):
+    sums, d_x = lax.optimization_barrier((sums, d_x))
   result: list[Any] = [None] * len(layout)
   if split:
-    count = axis_size(FSDP)
-    rows = [jnp.moveaxis(gradients[i], layout[i].axis, 0).reshape(count, -1) for i in split]
-    total = lax.psum_scatter(jnp.concatenate(rows, axis=1), FSDP)
-    total = _sum_over(total, (DATA, CONTEXT))
+    total = _sum_over(lax.psum_scatter(sums["split"], FSDP), (DATA, CONTEXT))
     for i, flat in zip(split, _cut(total, [row.shape[1] for row in rows]), strict=True):
       axis, shape = layout[i]
-      front = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-      result[i] = jnp.moveaxis(flat.reshape(front), 0, axis)
+      result[i] = jnp.moveaxis(
+        flat.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :]), 0, axis
+      )
   if whole:
-    total = _sum_over(jnp.concatenate([gradients[i].reshape(-1) for i in whole]), AXES)
-    sizes = [math.prod(layout[i].shape) for i in whole]
-    for i, flat in zip(whole, _cut(total, sizes), strict=True):
+    total = _sum_over(sums["whole"], AXES)
+    for i, flat in zip(whole, _cut(total, [flat.size for flat in flats]), strict=True):
       result[i] = flat.reshape(layout[i].shape)
-  return (tuple(result),)
+  return tuple(result), None if is_zero(d_x) else d_x
 
 
 def _sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
