@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
+from sparsek.parallel.mesh import CONTEXT, axis_size
+from sparsek.parallel.sharded_scores import token_positions
 
 Params = dict[str, Any]
 
@@ -31,9 +32,13 @@ class Block(nn.Module):
     self.mlp = MLP(self.config)
 
   def __call__(
-    self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int
+    self,
+    x_BxNxE: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+    row_index: jax.Array | None = None,
   ) -> jax.Array:
-    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
+    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer, row_index)
     return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
 
 
@@ -64,9 +69,9 @@ class Group(nn.Module):
     block = _block_class(self.config)
     self.blocks = [block(self.config, term) for term in self.config.attention]
 
-  def __call__(self, x_BxNxE, segment_ids, first_layer):
+  def __call__(self, x_BxNxE, segment_ids, first_layer, row_index):
     for i, block in enumerate(self.blocks):
-      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i)
+      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i, row_index)
     return x_BxNxE, None
 
 
@@ -114,7 +119,7 @@ class Transformer(nn.Module):
         Group,
         variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
         split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, nn.broadcast),
         length=cfg.num_layers // len(cfg.attention),
       )
       self.layers = scanned(cfg)
@@ -145,18 +150,32 @@ class Transformer(nn.Module):
       hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head()
     )
 
-  def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+  def hidden(
+    self,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    row_index: jax.Array | None = None,
+  ) -> jax.Array:
     """Returns the final normalised hidden states [B, N, E] in the activation dtype; times
     `output_matrix` they are the logits.
+
+    Args:
+      tokens: [B, N], of whole rows, or this shard's inside `jax.shard_map` over `context`.
+      segment_ids: [B, n] of whole rows, or None.
+      row_index: [B] int32, each row's index in the batch of all devices, from which the noise on
+        its scores and the queries of the scorers' loss derive; 0 .. B - 1 by default.
     """
     x_BxNxE = self.embedded(tokens, segment_ids)
     if self.config.scan_layers:
       x_BxNxE, _ = self.layers(
-        x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention))
+        x_BxNxE,
+        segment_ids,
+        jnp.arange(0, self.config.num_layers, len(self.config.attention)),
+        row_index,
       )
     else:
       for i, block in enumerate(self.layers):
-        x_BxNxE = block(x_BxNxE, segment_ids, i)
+        x_BxNxE = block(x_BxNxE, segment_ids, i, row_index)
     return self.final_norm(x_BxNxE)
 
   def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -165,12 +184,13 @@ class Transformer(nn.Module):
       raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
     x_BxNxE = self.embed(tokens)
     if self.config.positions == "learned":
-      if tokens.shape[1] > self.config.max_positions:
+      row = axis_size(CONTEXT) * tokens.shape[1]
+      if row > self.config.max_positions:
         raise ValueError(
-          f"tokens has {tokens.shape[1]} tokens a row, more than "
+          f"tokens has {row} tokens a row, more than "
           f"max_positions={self.config.max_positions} of learned positions"
         )
-      x_BxNxE += self.positions(position_in_document(segment_ids, *tokens.shape))
+      x_BxNxE += self.positions(token_positions(segment_ids, *tokens.shape))
     return x_BxNxE.astype(self.config.activation_dtype)
 
 
