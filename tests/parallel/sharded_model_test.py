@@ -1,0 +1,83 @@
+"""Models whose rows are sharded over devices agree with the same models on one device."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from sparsek.model.baselines import ATTENTION_MODULES, context_refusal
+from sparsek.model.transformer import Transformer
+from sparsek.parallel.mesh import AXES, CONTEXT
+from tests.commands import ROOT, run_forked
+from tests.parallel.sharded_models import CONFIGS, IDS
+
+CONFIG = CONFIGS["learned"]
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory):
+  """Returns what `tests.parallel.sharded_models` writes, from a process with 8 devices."""
+  folder = tmp_path_factory.mktemp("sharded")
+  words = ["tests.parallel.sharded_models", str(folder / "result.json")]
+  done = run_forked(words, ROOT, folder)
+  assert done.returncode == 0, done.stderr
+  return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("case", IDS, ids=str)
+def test_hidden_states_losses_and_gradients(differences, case):
+  cases = {tuple(case): kinds for case, kinds in differences["cases"]}
+  limits = {"array": 1e-5}
+  assert {kind: x for kind, x in cases[case].items() if not x < limits.get(kind, 2e-6)} == {}
+
+
+def test_normalised_logits_are_equal_to_the_bit(differences):
+  assert differences["exact"]
+
+
+def shapes_on_two_shards(module, *shapes, **options):
+  """Traces a module whose arguments have tokens on two shards of each row."""
+
+  def run(*arrays):
+    return module.init_with_output(jax.random.key(0), *arrays, **options)[0]
+
+  return jax.eval_shape(
+    jax.shard_map(
+      run,
+      mesh=AbstractMesh((1, 1, 2), AXES),
+      in_specs=P(None, CONTEXT),
+      out_specs=P(None, CONTEXT),
+      check_vma=False,
+    ),
+    *shapes,
+  )
+
+
+@pytest.mark.parametrize("kind", ATTENTION_MODULES)
+def test_kinds_that_need_whole_rows_say_so(kind):
+  config = dataclasses.replace(CONFIG, attention=kind)
+  trace = functools.partial(
+    shapes_on_two_shards,
+    ATTENTION_MODULES[kind](config),
+    jax.ShapeDtypeStruct((2, 16, config.embed_dim), jnp.float32),
+  )
+  if kind in ("lsh", "block_topk"):
+    assert f"'{kind}' needs whole rows" in context_refusal(config)
+    with pytest.raises(NotImplementedError, match=f"'{kind}' needs whole rows"):
+      trace()
+  else:
+    assert context_refusal(config) == ""
+    assert trace().shape == (2, 16, config.embed_dim)
+
+
+def test_learned_positions_must_reach_the_end_of_the_row():
+  config = dataclasses.replace(CONFIGS["scanned"], max_positions=15)
+  with pytest.raises(ValueError, match="tokens has 16 tokens a row, more than max_positions=15"):
+    shapes_on_two_shards(
+      Transformer(config), jax.ShapeDtypeStruct((2, 16), jnp.int32), method="hidden"
+    )
