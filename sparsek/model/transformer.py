@@ -12,7 +12,8 @@ from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
-from sparsek.parallel.mesh import CONTEXT, axis_size
+from sparsek.parallel import sharding
+from sparsek.parallel.mesh import AXES, CONTEXT, FSDP, axis_size
 from sparsek.parallel.sharded_scores import token_positions
 
 Params = dict[str, Any]
@@ -42,10 +43,58 @@ class Block(nn.Module):
     return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
 
 
-def _block_class(config: TransformerConfig) -> type[Block]:
-  """Returns Block, wrapped so that the backward pass recomputes what `config.remat` says."""
-  if config.remat == "none":
-    return Block
+@functools.lru_cache(maxsize=64)
+def parameter_specs(config: TransformerConfig, parts: int) -> Params:
+  """Returns how the parameters of a model are split over `fsdp` of that size, as PartitionSpecs.
+
+  A step computes them before its `jax.shard_map`, where the layers ask for them again.
+  """
+  shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+  return sharding.partition_specs(shapes, parts)
+
+
+def _gathering(module: type, config: TransformerConfig, *names: str, stacked: bool = False) -> Any:
+  """Returns a module class that gathers its parameters when it is called; see
+  `sparsek.parallel.sharding.gather`.
+
+  Args:
+    module: the class.
+    config: of the model.
+    names: where its parameters lie in the model's.
+    stacked: whether a scan has removed their first axis.
+  """
+  specs = None
+  if axis_size(FSDP) > 1:
+    specs = parameter_specs(config, axis_size(FSDP))
+    for name in names:
+      specs = specs[name]
+    if stacked:
+      specs = jax.tree.map(lambda spec: jax.sharding.PartitionSpec(*spec[1:]), specs)
+
+  def whole(variables):
+    return {"params": sharding.gather(variables["params"], specs)} if variables else variables
+
+  return (
+    nn.map_variables(module, "params", trans_in_fn=whole)
+    if any(axis_size(axis) > 1 for axis in AXES)
+    else module
+  )
+
+
+def _block_class(config: TransformerConfig, *names: str, stacked: bool = False) -> type[Block]:
+  """Returns Block, wrapped so that it gathers its parameters, and that the backward pass recomputes
+  what `config.remat` says.
+
+  Where the parameters are split, "none" is computed as "dots": gathered parameters are not kept.
+
+  Args:
+    config: of the model.
+    names, stacked: as in `_gathering`.
+  """
+  block = _gathering(Block, config, *names, stacked=stacked)
+  remat = "dots" if config.remat == "none" and axis_size(FSDP) > 1 else config.remat
+  if remat == "none":
+    return block
   policies = jax.checkpoint_policies
   attention = policies.save_from_both_policies(
     policies.save_only_these_names(saved.NAME), cudnn.saveable
@@ -57,7 +106,7 @@ def _block_class(config: TransformerConfig) -> type[Block]:
     "attention": attention,
     "full": None,
   }
-  return nn.remat(Block, policy=policy[config.remat], prevent_cse=not config.scan_layers)
+  return nn.remat(block, policy=policy[remat], prevent_cse=not config.scan_layers)
 
 
 class Group(nn.Module):
@@ -66,8 +115,11 @@ class Group(nn.Module):
   config: TransformerConfig
 
   def setup(self) -> None:
-    block = _block_class(self.config)
-    self.blocks = [block(self.config, term) for term in self.config.attention]
+    cfg = self.config
+    self.blocks = [
+      _block_class(cfg, "layers", f"blocks_{i}", stacked=True)(cfg, term)
+      for i, term in enumerate(cfg.attention)
+    ]
 
   def __call__(self, x_BxNxE, segment_ids, first_layer, row_index):
     for i, block in enumerate(self.blocks):
@@ -75,17 +127,17 @@ class Group(nn.Module):
     return x_BxNxE, None
 
 
-class OutputMatrix(nn.Module):
-  """The [E, V] output matrix of a model with untied embeddings."""
+class Matrix(nn.Module):
+  """A float32 parameter of that name and shape: an embedding [V, E], or the output matrix [E, V] of
+  a model with untied embeddings.
+  """
 
-  embed_dim: int
-  vocab_size: int
+  parameter: str
+  shape: tuple[int, int]
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    return self.param(
-      "kernel", nn.initializers.normal(0.02), (self.embed_dim, self.vocab_size), jnp.float32
-    )
+    return self.param(self.parameter, nn.initializers.normal(0.02), self.shape, jnp.float32)
 
 
 class Transformer(nn.Module):
@@ -107,13 +159,10 @@ class Transformer(nn.Module):
 
   def setup(self) -> None:
     cfg = self.config
-    self.embed = nn.Embed(
-      cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02)
-    )
+    embedding = lambda name, size: _gathering(Matrix, cfg, name)("embedding", (size, cfg.embed_dim))
+    self.embed = embedding("embed", cfg.vocab_size)
     if cfg.positions == "learned":
-      self.positions = nn.Embed(
-        cfg.max_positions, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02)
-      )
+      self.positions = embedding("positions", cfg.max_positions)
     if cfg.scan_layers:
       scanned = nn.scan(
         Group,
@@ -124,11 +173,13 @@ class Transformer(nn.Module):
       )
       self.layers = scanned(cfg)
     else:
-      block = _block_class(cfg)
-      self.layers = [block(cfg, term) for term in cfg.layer_terms]  # type: ignore[assignment]
-    self.final_norm = make_norm(cfg)
+      self.layers = [  # type: ignore[assignment]
+        _block_class(cfg, f"layers_{i}")(cfg, term) for i, term in enumerate(cfg.layer_terms)
+      ]
+    norm = make_norm(cfg)
+    self.final_norm = _gathering(type(norm), cfg, "final_norm")(norm.epsilon)
     if not cfg.tie_embeddings:
-      self.lm_head = OutputMatrix(cfg.embed_dim, cfg.vocab_size)
+      self.lm_head = _gathering(Matrix, cfg, "lm_head")("kernel", (cfg.embed_dim, cfg.vocab_size))
 
   def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Computes the logits of the next token.
@@ -147,7 +198,7 @@ class Transformer(nn.Module):
     """
     hidden_BxNxE = self.hidden(tokens, segment_ids)
     return hidden_to_logits(
-      hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head()
+      hidden_BxNxE, self.embed().T if self.config.tie_embeddings else self.lm_head()
     )
 
   def hidden(
@@ -182,7 +233,7 @@ class Transformer(nn.Module):
     """Returns the input of the first block, [B, N, E] in the activation dtype."""
     if tokens.ndim != 2:
       raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
-    x_BxNxE = self.embed(tokens)
+    x_BxNxE = jnp.take(self.embed(), tokens, axis=0)
     if self.config.positions == "learned":
       row = axis_size(CONTEXT) * tokens.shape[1]
       if row > self.config.max_positions:
@@ -190,7 +241,8 @@ class Transformer(nn.Module):
           f"tokens has {row} tokens a row, more than "
           f"max_positions={self.config.max_positions} of learned positions"
         )
-      x_BxNxE += self.positions(token_positions(segment_ids, *tokens.shape))
+      positions_BxN = token_positions(segment_ids, *tokens.shape)
+      x_BxNxE += jnp.take(self.positions(), positions_BxN, axis=0)
     return x_BxNxE.astype(self.config.activation_dtype)
 
 
@@ -201,9 +253,12 @@ def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:
 
 def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
   """Returns the float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding,
-  or the head's kernel when untied.
+  or the head's kernel when untied; inside `jax.shard_map` gathered from its parts.
   """
-  return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
+  name = "embed" if config.tie_embeddings else "lm_head"
+  specs = parameter_specs(config, axis_size(FSDP))[name] if axis_size(FSDP) > 1 else None
+  matrix = sharding.gather(params[name], specs)
+  return matrix["embedding"].T if config.tie_embeddings else matrix["kernel"]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -51,6 +51,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def batch_specs() -> dict[str, P]:
+  """Returns how `jax.shard_map` splits a batch that `sparsek.training.loss.cut_targets` returned.
+
+  Documents are found from the segment ids of whole rows.
+  """
+  tokens = P(ROWS, CONTEXT)
+  return {
+    "tokens": tokens,
+    "targets": tokens,
+    "counted": tokens,
+    "segment_ids": P(ROWS),
+    "row_index": P(ROWS),
+  }
+
+
 def put_batch(mesh: Mesh, batch: HostBatch) -> dict[str, jax.Array]:
   """Moves a batch to the devices, its rows split over them."""
   return jax.device_put(dict(batch), NamedSharding(mesh, P(ROWS)))

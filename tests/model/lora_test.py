@@ -21,6 +21,7 @@ from sparsek.runs.checkpoint import abstract_params
 from sparsek.runs.parameter_table import parameter_shapes
 from sparsek.training import plan
 from sparsek.training.checks import check_adapters
+from sparsek.training.loss import cut_targets
 from sparsek.training.objective import summed_losses
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
@@ -89,7 +90,7 @@ def logits(config, params):
 def test_new_adapters_change_nothing():
 
   def loss(config, params):
-    summed = lambda params: summed_losses(config, params, BATCH, 8).cross_entropy
+    summed = lambda params: summed_losses(config, params, cut_targets(BATCH), 8).cross_entropy
     return float(quick_jit(summed)(params))
 
   params = init_params(PLAIN, jax.random.key(0))

@@ -103,8 +103,8 @@ def segment_ids(documents: str) -> jax.Array | None:
 
 
 def model_pass(config, collection, params, tokens, segment_ids, row_index, weight):
-  """Returns hidden states and scores of the tokens that are here, and their part of the losses and
-  of the gradients; without a collection, of hidden states alone.
+  """Returns hidden states and scores of the tokens that are here, their part of the losses, and
+  gradients, which layers sum over all devices; without a collection, no gradients.
   """
 
   def loss(params):
@@ -123,9 +123,9 @@ def model_pass(config, collection, params, tokens, segment_ids, row_index, weigh
 
   if not collection:
     hidden, scores, losses = loss(params)[1]
-    return hidden, scores, (losses, {})
+    return hidden, scores, losses, {}
   grads, (hidden, scores, losses) = jax.grad(loss, has_aux=True)(params)
-  return hidden, scores, (losses, grads)
+  return hidden, scores, losses, grads
 
 
 def sharded_pass(config, case, has_ids):
@@ -134,14 +134,14 @@ def sharded_pass(config, case, has_ids):
   shard = P(ROWS, CONTEXT)
 
   def on_shard(*arrays):
-    hidden, scores, sums = model_pass(config, case.collection, *arrays)
-    return hidden, scores, jax.lax.psum(sums, AXES)
+    hidden, scores, losses, grads = model_pass(config, case.collection, *arrays)
+    return hidden, scores, jax.lax.psum(losses, AXES), grads
 
   return jax.shard_map(
     on_shard,
     mesh=mesh,
     in_specs=(P(), shard, P(ROWS) if has_ids else P(), P(ROWS), shard),
-    out_specs=(shard, P(None, ROWS, CONTEXT) if config.scan_layers else shard, P()),
+    out_specs=(shard, P(None, ROWS, CONTEXT) if config.scan_layers else shard, P(), P()),
     check_vma=False,
   )
 
@@ -155,7 +155,7 @@ def difference(got, want) -> float:
 
 def differences(got, want) -> dict[str, float]:
   """Returns the difference of each kind of result, and the largest of a single array's."""
-  flat = lambda x: list(map(jax.tree.leaves, jax.device_get((*x[:2], *x[2]))))
+  flat = lambda x: list(map(jax.tree.leaves, jax.device_get(x)))
   kinds, leaf = {}, 0.0
   for kind, a, b in zip(("hidden", "scores", "losses", "gradients"), flat(got), flat(want)):
     kinds[kind] = difference(a, b)
