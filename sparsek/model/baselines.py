@@ -37,7 +37,7 @@ def context_refusal(config: TransformerConfig) -> str:
 
 def _refusal(kinds):
   names = " and ".join(map(repr, kinds))
-  return f"attention {names} needs whole rows on one device: use --context=1 or other kinds"
+  return f"attention {names} needs whole rows on one device; use --context=1 or other kinds"
 
 
 def _need_whole_rows(kind):

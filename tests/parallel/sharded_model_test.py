@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from sparsek.model.baselines import ATTENTION_MODULES, context_refusal
-from sparsek.model.transformer import Transformer
+from sparsek.model.transformer import Transformer, init_params
 from sparsek.parallel.mesh import AXES, CONTEXT
 from tests.commands import ROOT, run_forked
 from tests.parallel.sharded_models import CONFIGS, IDS
@@ -40,32 +40,25 @@ def test_normalised_logits_are_equal_to_the_bit(differences):
   assert differences["exact"]
 
 
-def shapes_on_two_shards(module, *shapes, **options):
-  """Traces a module whose arguments have tokens on two shards of each row."""
-
-  def run(*arrays):
-    return module.init_with_output(jax.random.key(0), *arrays, **options)[0]
-
-  return jax.eval_shape(
-    jax.shard_map(
-      run,
-      mesh=AbstractMesh((1, 1, 2), AXES),
-      in_specs=P(None, CONTEXT),
-      out_specs=P(None, CONTEXT),
-      check_vma=False,
-    ),
-    *shapes,
+def trace_on_two_shards(function, *shapes):
+  """Traces a function of parameters and of an array whose tokens are on two shards of each row."""
+  sharded = jax.shard_map(
+    function,
+    mesh=AbstractMesh((1, 1, 2), AXES),
+    in_specs=(P(), P(None, CONTEXT)),
+    out_specs=P(None, CONTEXT),
+    check_vma=False,
   )
+  return jax.eval_shape(sharded, *shapes)
 
 
 @pytest.mark.parametrize("kind", ATTENTION_MODULES)
 def test_kinds_that_need_whole_rows_say_so(kind):
   config = dataclasses.replace(CONFIG, attention=kind)
-  trace = functools.partial(
-    shapes_on_two_shards,
-    ATTENTION_MODULES[kind](config),
-    jax.ShapeDtypeStruct((2, 16, config.embed_dim), jnp.float32),
-  )
+  module = ATTENTION_MODULES[kind](config)
+  x = jax.ShapeDtypeStruct((2, 16, config.embed_dim), jnp.float32)
+  variables = jax.eval_shape(module.init, jax.random.key(0), x)
+  trace = functools.partial(trace_on_two_shards, module.apply, variables, x)
   if kind in ("lsh", "block_topk"):
     assert f"'{kind}' needs whole rows" in context_refusal(config)
     with pytest.raises(NotImplementedError, match=f"'{kind}' needs whole rows"):
@@ -77,7 +70,8 @@ def test_kinds_that_need_whole_rows_say_so(kind):
 
 def test_learned_positions_must_reach_the_end_of_the_row():
   config = dataclasses.replace(CONFIGS["scanned"], max_positions=15)
+  params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+  embed = functools.partial(Transformer(config).apply, method="embedded")
+  tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
   with pytest.raises(ValueError, match="tokens has 16 tokens a row, more than max_positions=15"):
-    shapes_on_two_shards(
-      Transformer(config), jax.ShapeDtypeStruct((2, 16), jnp.int32), method="hidden"
-    )
+    trace_on_two_shards(embed, {"params": params}, tokens)
