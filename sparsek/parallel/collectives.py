@@ -1,7 +1,7 @@
 """Collectives of a compiled program: how many of each kind, and the bytes that a device receives.
 
-Reads the text that a compiled function's `as_text` returns. A loop's collectives count as often as it runs if
-XLA knows that, and once if not.
+Reads the text that a compiled function's `as_text` returns. A loop's collectives count as often as
+it runs if XLA knows that, and once if not.
 """
 
 import re
