@@ -64,10 +64,10 @@ def check_arguments(
       )
     if not jnp.issubdtype(scores.dtype, jnp.floating):
       raise ValueError(f"scores must be floating point, got {scores.dtype}")
-  for name, x, minimum in (("k", k, 1), ("window", window, 0)):
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-      raise ValueError(f"{name}={x!r} must be a Python integer")
-    check_at_least(name, int(x), minimum)
+  for name, number, minimum in (("k", k, 1), ("window", window, 0)):
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+      raise ValueError(f"{name}={number!r} must be a Python integer")
+    check_at_least(name, int(number), minimum)
   check_choice("gate", gate, GATES)
   if scale is not None and not isinstance(scale, (int, float, np.number)):
     raise ValueError(f"scale={scale!r} must be a Python number or None")
@@ -221,8 +221,8 @@ def attend_selected(
   if chosen in PALLAS:
     attention = pallas_attention(chosen)
     return attention(query, key, value, scores, *selection, start, end, **options._asdict())
-  by_token = [jnp.swapaxes(x, 1, 2) for x in (scores, *selection[:2])]
-  return xla.attention(query, key, value, *by_token, start, **options._asdict())
+  scores, threshold, expiry = (jnp.swapaxes(x, 1, 2) for x in (scores, *selection[:2]))
+  return xla.attention(query, key, value, scores, threshold, expiry, start, **options._asdict())
 
 
 def attend_window(
