@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,7 +111,9 @@ def name_of(shape: Shape) -> str:
   return ", ".join(parts) or "one device"
 
 
-def time_case(name: str, case: Case, rounds: int, seconds: float, save) -> None:
+def time_case(
+  name: str, case: Case, rounds: int, seconds: float, save: Callable[[list[dict]], None]
+) -> None:
   """Times a case; calls save(rows) after each round."""
   cells = []
   for kind in case.kinds:

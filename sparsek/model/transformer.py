@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
 from sparsek.parallel import sharding
-from sparsek.parallel.mesh import FSDP, axis_size, is_sharded
+from sparsek.parallel.mesh import CONTEXT, FSDP, axis_size, is_sharded
+from sparsek.parallel.sharded_scores import token_positions
 
 Params = dict[str, Any]
 
@@ -33,10 +33,14 @@ class Block(nn.Module):
     self.mlp = MLP(self.config)
 
   def __call__(
-    self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int
+    self,
+    x_BxNxE: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+    row_index: jax.Array | None = None,
   ) -> jax.Array:
     if not is_sharded():
-      return self._output(x_BxNxE, segment_ids, layer)
+      return self._output(x_BxNxE, segment_ids, layer, row_index)
     tied = [x_BxNxE]
 
     def whole(variables):
@@ -46,10 +50,12 @@ class Block(nn.Module):
     def output(block, *args):
       return block._output(tied[0], *args)
 
-    return nn.map_variables(output, "params", trans_in_fn=whole)(self, segment_ids, layer)
+    return nn.map_variables(output, "params", trans_in_fn=whole)(
+      self, segment_ids, layer, row_index
+    )
 
-  def _output(self, x_BxNxE, segment_ids, layer):
-    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
+  def _output(self, x_BxNxE, segment_ids, layer, row_index):
+    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer, row_index)
     return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
 
   def _specs(self) -> Params | None:
@@ -125,9 +131,9 @@ class Group(nn.Module):
     cfg = self.config
     self.blocks = [_block_class(cfg)(cfg, term) for term in cfg.attention]
 
-  def __call__(self, x_BxNxE, segment_ids, first_layer):
+  def __call__(self, x_BxNxE, segment_ids, first_layer, row_index):
     for i, block in enumerate(self.blocks):
-      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i)
+      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i, row_index)
     return x_BxNxE, None
 
 
@@ -172,7 +178,7 @@ class Transformer(nn.Module):
         Group,
         variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
         split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, nn.broadcast),
         length=cfg.num_layers // len(cfg.attention),
       )
       self.layers = scanned(cfg)
@@ -213,15 +219,24 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     """Returns the final normalised hidden states [B, N, E] in the activation dtype; times
     `output_matrix` they are the logits.
+
+    Args:
+      tokens: [B, N], of whole rows, or this shard's inside `jax.shard_map` over `context`.
+      segment_ids: [B, n] of whole rows, or None.
+      row_index: [B] int32, each row's index in the batch of all devices, from which the noise on
+        its scores and the queries of the scorers' loss derive; 0 .. B - 1 by default.
     """
     x_BxNxE = self.embedded(tokens, segment_ids)
     if self.config.scan_layers:
       x_BxNxE, _ = self.layers(
-        x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention))
+        x_BxNxE,
+        segment_ids,
+        jnp.arange(0, self.config.num_layers, len(self.config.attention)),
+        row_index,
       )
     else:
       for i, block in enumerate(self.layers):
-        x_BxNxE = block(x_BxNxE, segment_ids, i)
+        x_BxNxE = block(x_BxNxE, segment_ids, i, row_index)
     return self.final_norm(x_BxNxE)
 
   def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -230,12 +245,13 @@ class Transformer(nn.Module):
       raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
     x_BxNxE = jnp.take(self.embed(), tokens, axis=0)
     if self.config.positions == "learned":
-      if tokens.shape[1] > self.config.max_positions:
+      row = axis_size(CONTEXT) * tokens.shape[1]
+      if row > self.config.max_positions:
         raise ValueError(
-          f"tokens has {tokens.shape[1]} tokens a row, more than "
+          f"tokens has {row} tokens a row, more than "
           f"max_positions={self.config.max_positions} of learned positions"
         )
-      positions_BxN = position_in_document(segment_ids, *tokens.shape)
+      positions_BxN = token_positions(segment_ids, *tokens.shape)
       x_BxNxE += jnp.take(self.positions(), positions_BxN, axis=0)
     return x_BxNxE.astype(self.config.activation_dtype)
 

@@ -66,13 +66,9 @@ def abstract_state(
 
 def state_placements(mesh: Mesh, state: TrainState) -> TrainState:
   """Returns the placement of each array of a state: parameters and moments split over `fsdp`."""
-  whole = lambda tree: jax.tree.map(lambda _: replicated(mesh), tree)
-  return TrainState(
-    whole(state.step),
-    placements(mesh, state.params),
-    placements(mesh, state.opt_state),
-    whole(state.seed),
-    whole(state.spikes),
+  everywhere = jax.tree.map(lambda _: replicated(mesh), state)
+  return everywhere._replace(
+    params=placements(mesh, state.params), opt_state=placements(mesh, state.opt_state)
   )
 
 
