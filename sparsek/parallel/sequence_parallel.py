@@ -96,7 +96,7 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
     raise ValueError(
       f"segment_ids must hold whole rows, shape {(batch, n)}, got {segment_ids.shape}"
     )
-  if n > api.MAX_TOKENS or n >= MAX_SHARD and min(window, n) + length > MAX_SHARD:
+  if n > api.MAX_TOKENS or min(window, n) + length > MAX_SHARD:
     raise ValueError(
       f"rows must hold at most 2^26 tokens, and window + tokens of a shard at most 2^24; got "
       f"{n} tokens in {axis_size(CONTEXT)} shards and window {window}"
@@ -233,7 +233,7 @@ def _local_row(span, slots, key, value, scores, expiry):
   place = jnp.arange(size, dtype=jnp.int32)[:, None]
   row_expiry = jnp.minimum(place + lifetime.astype(jnp.int32), size) + slots
   if slots:
-    index = alive_tokens(expiry, span.halo, slots)
+    (index,) = saved(alive_tokens(expiry, span.halo, slots))
     listed = saved(*send_alive(own[0], scores, expiry, index))
     lifetime = listed[2].astype(jnp.int32)  # from the first own query on; 0 in an empty slot
     listed_expiry = jnp.where(lifetime > 0, lifetime + slots + span.offset, 0)
