@@ -17,7 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsek.attention import api
-from sparsek.attention.backends import PALLAS, choose_implementation, choose_window_implementation
+from sparsek.attention.backends import (
+  PALLAS,
+  choose_implementation,
+  choose_window_implementation,
+  padding,
+)
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import order_by_expiry, select
 from sparsek.config import IMPLEMENTATIONS, check_at_least, check_choice
@@ -34,6 +39,7 @@ from sparsek.parallel.exchange import (
 from sparsek.parallel.mesh import CONTEXT, axis_size
 
 MAX_SHARD = 2**24  # float32 holds every distance between two tokens of a span
+ALIGNMENT = 128  # long spans are a multiple of it, so that kernels need not copy them
 FULL_CHUNK = 512  # queries whose weights of all keys XLA's full attention holds at a time
 
 
@@ -42,7 +48,7 @@ class _Span(NamedTuple):
 
   Attributes:
     length: L, tokens of the shard.
-    halo: tokens of the span besides the own ones.
+    halo: tokens of the span besides the own ones: window - 1, or a few more.
     base: index in the row of the span's first token, below 0 where empty tokens come first.
     offset: index in the span of the first own token; a Python int where it is the halo.
   """
@@ -96,7 +102,10 @@ def _span(length: int, window: int, empty_first: bool) -> _Span:
   `empty_first` False, come behind the own tokens, where no own query looks. The former is faster,
   the latter needs no documents.
   """
-  halo = min(max(window - 1, 0), length * (axis_size(CONTEXT) - 1))
+  halo = max(window - 1, 0)
+  if halo >= ALIGNMENT:
+    halo += -halo % ALIGNMENT
+  halo = min(halo, length * (axis_size(CONTEXT) - 1))
   first = jnp.asarray(first_token(length), jnp.int32)
   if empty_first:
     return _Span(length, halo, first - halo, halo)
@@ -178,16 +187,17 @@ def sparsek_attention(
   start, end = document_bounds(segment_ids, batch, n)
   threshold, expiry = select_own(scores, start, end, k, window, segment_ids is not None)
   span = _span(length, window, empty_first=True)
-  slots = min(k, n - length - span.halo)
-  row = _local_row(span, slots, key, value, scores, expiry)
+  alive = min(k, n - length - span.halo)
+  slots = alive + padding(chosen, alive + span.halo + length)
+  row = _local_row(span, alive, slots, key, value, scores, expiry)
   row_start, row_end = _row_bounds(span, slots, *span.bounds(start, end))
-  tau = _behind(slots, span.place(threshold, -jnp.inf), -jnp.inf)
+  tau = _behind(slots + span.halo, threshold, -jnp.inf)
   order = row.expiry
   if chosen in PALLAS:
     (order,) = saved(order_by_expiry(row.expiry, devices.can_run()))
   out = api.attend_selected(
     chosen,
-    _behind(slots, span.place(query)),
+    _behind(slots + span.halo, query),
     row.key,
     row.value,
     row.scores,
@@ -241,17 +251,17 @@ class _Row(NamedTuple):
   expiry: jax.Array
 
 
-def _local_row(span, slots, key, value, scores, expiry):
-  """Collects the tokens that the shard's queries may see."""
+def _local_row(span, alive, slots, key, value, scores, expiry):
+  """Collects the tokens that the shard's queries may see; `alive` slots, the last, may be taken."""
   length, size, halo = span.length, span.halo + span.length, span.halo
   token = first_token(length) + jnp.arange(length, dtype=jnp.int32)
   # Expiry travels as a number of steps from its token, as far as the span reaches.
   lifetime = jnp.clip(expiry - token[:, None], 0, size).astype(jnp.float32)
   listed = None
-  if slots:
-    (index,) = saved(alive_tokens(expiry, halo, slots))
+  if alive:
+    (index,) = saved(alive_tokens(expiry, halo, alive))
     key, value, listed = send_alive(key, value, scores, expiry, index)
-    listed = Alive(*saved(*listed))
+    listed = Alive(*(_behind(slots - alive, x) for x in saved(*listed)))
   last = max(length - halo, 0)
   before = span.before(jnp.concatenate([key[:, last:], value[:, last:]], axis=-1))
   before_small = span.before(jnp.stack([scores, lifetime], axis=-1))
@@ -264,13 +274,16 @@ def _local_row(span, slots, key, value, scores, expiry):
   row_key, row_value, row_scores, lifetime = (jnp.concatenate(part, axis=1) for part in parts)
   place = jnp.arange(size, dtype=jnp.int32)[:, None]
   row_expiry = jnp.minimum(place + lifetime.astype(jnp.int32), size) + slots
-  if listed is not None:
-    lifetime = listed.lifetime.astype(jnp.int32)  # from the first own query on; 0 in an empty slot
-    listed_expiry = jnp.where(lifetime > 0, lifetime + slots + halo, 0)
-    row_key, row_value, row_scores, row_expiry = (
-      jnp.concatenate(pair, axis=1)
-      for pair in zip((*listed[:3], listed_expiry), (row_key, row_value, row_scores, row_expiry))
+  if listed is None:
+    listed = Alive(
+      *(jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype) for x in (key, value, scores, scores))
     )
+  lifetime = listed.lifetime.astype(jnp.int32)  # from the first own query on; 0 in an empty slot
+  listed_expiry = jnp.where(lifetime > 0, lifetime + slots + halo, 0)
+  row_key, row_value, row_scores, row_expiry = (
+    jnp.concatenate(pair, axis=1)
+    for pair in zip((*listed[:3], listed_expiry), (row_key, row_value, row_scores, row_expiry))
+  )
   return _Row(row_key, row_value, jnp.swapaxes(row_scores, 1, 2), jnp.swapaxes(row_expiry, 1, 2))
 
 
