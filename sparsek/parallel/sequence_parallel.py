@@ -28,7 +28,7 @@ from sparsek.attention.prefix_selection import order_by_expiry, select
 from sparsek.config import IMPLEMENTATIONS, check_at_least, check_choice
 from sparsek.kernels import devices
 from sparsek.kernels.saved import saved
-from sparsek.parallel.alive_tokens import Alive, alive_tokens, send_alive
+from sparsek.parallel.alive_tokens import Alive, alive_tokens, send_tokens
 from sparsek.parallel.exchange import (
   first_token,
   own_tokens,
@@ -257,14 +257,11 @@ def _local_row(span, alive, slots, key, value, scores, expiry):
   token = first_token(length) + jnp.arange(length, dtype=jnp.int32)
   # Expiry travels as a number of steps from its token, as far as the span reaches.
   lifetime = jnp.clip(expiry - token[:, None], 0, size).astype(jnp.float32)
-  listed = None
+  index = None
   if alive:
     (index,) = saved(alive_tokens(expiry, halo, alive))
-    key, value, listed = send_alive(key, value, scores, expiry, index)
-    listed = Alive(*(_behind(slots - alive, x) for x in saved(*listed)))
-  last = max(length - halo, 0)
-  before = span.before(jnp.concatenate([key[:, last:], value[:, last:]], axis=-1))
-  before_small = span.before(jnp.stack([scores, lifetime], axis=-1))
+  key, value, scores, received = send_tokens(halo, key, value, scores, lifetime, expiry, index)
+  before, before_small = saved(received.before, received.before_small)
   parts = [
     [before[..., : key.shape[-1]], key],
     [before[..., key.shape[-1] :], value],
@@ -274,7 +271,9 @@ def _local_row(span, alive, slots, key, value, scores, expiry):
   row_key, row_value, row_scores, lifetime = (jnp.concatenate(part, axis=1) for part in parts)
   place = jnp.arange(size, dtype=jnp.int32)[:, None]
   row_expiry = jnp.minimum(place + lifetime.astype(jnp.int32), size) + slots
-  if listed is None:
+  if received.alive is not None:
+    listed = Alive(*(_behind(slots - alive, x) for x in saved(*received.alive)))
+  else:
     listed = Alive(
       *(jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype) for x in (key, value, scores, scores))
     )
