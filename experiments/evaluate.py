@@ -35,7 +35,7 @@ from sparsek.evaluation.loss_by_position import (
   evaluate,
   format_table,
 )
-from sparsek.parallel.mesh import make_mesh, replicated
+from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
@@ -137,10 +137,10 @@ def main() -> None:
   edges = bucket_edges(data.seq_len, trained_lengths)
   for run in runs:
     files.check_writable(os.path.join(run.workdir, RECORDS))
-  results, settings, bits, everywhere = [], [], [], replicated(make_mesh())
+  results, settings, bits, mesh = [], [], [], make_mesh()
   for run in runs:
     params, step = checkpoint.load_params(
-      run.workdir, run.config, FLAGS.step, everywhere, allow_older=FLAGS.allow_older_step
+      run.workdir, run.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
     )
     _say_how_documents_begin(run, dataset.tokenizer)
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"

@@ -28,7 +28,7 @@ from sparsek.command_line.main import run
 from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
-from sparsek.parallel.mesh import make_mesh, replicated
+from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
@@ -150,7 +150,7 @@ def main() -> None:
     begin = " ".join(map(tokenizer.token, tokenizer.bos_ids))
     print(f"{workdir}: each document begins with {begin or 'its text'}", file=sys.stderr)
     params, step = checkpoint.load_params(
-      workdir, config, FLAGS.step, replicated(mesh), allow_older=FLAGS.allow_older_step
+      workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
     )
     for task in chosen:
       for length in lengths:

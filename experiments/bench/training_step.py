@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.bench import transformers_llama
 from experiments.bench.cells import Cell, run_rounds
@@ -19,6 +21,7 @@ from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, Transformer
 from sparsek.model import flops
 from sparsek.model.transformer import count_params, init_params
 from sparsek.parallel.mesh import make_mesh, put_batch, replicated
+from sparsek.parallel.sharding import computed_on
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
@@ -86,8 +89,8 @@ def under(kind: str, config: TransformerConfig) -> TransformerConfig:
 class StepCell(Cell):
   """A training step on one batch; its state is on the devices from `start` on."""
 
-  def __init__(self, job: Job):
-    self.job, self._mesh = job, make_mesh()
+  def __init__(self, job: Job, mesh: Mesh | None = None):
+    self.job, self._mesh = job, mesh or make_mesh()
     self.compile_seconds: float | None = None
     train = TrainConfig(
       workdir="",
@@ -124,15 +127,11 @@ class StepCell(Cell):
 
   def start(self) -> None:
     """Puts a new state and a batch on the devices."""
-    everywhere = replicated(self._mesh)
-    params = jax.jit(lambda key: init_params(self.job.config, key), out_shardings=everywhere)(
-      jax.random.key(0)
-    )
-    opt_state = jax.jit(self._optimizer.init, out_shardings=everywhere)(params)
-    self._args = (
-      TrainState(jax.device_put(jnp.int32(0), everywhere), params, opt_state),
-      self._batch(),
-    )
+    init = functools.partial(init_params, self.job.config)
+    params = computed_on(self._mesh, init, jax.random.key(0))
+    opt_state = computed_on(self._mesh, self._optimizer.init, params)
+    step = jax.device_put(jnp.int32(0), replicated(self._mesh))
+    self._args = TrainState(step, params, opt_state), self._batch()
 
   def time(self) -> float:
     """Returns the seconds of `inner` steps, each from the state that the one before left."""
@@ -147,7 +146,7 @@ class StepCell(Cell):
   def record(self) -> dict[str, Any]:
     """Returns the figures of a step, with its speed."""
     return rated(
-      self.job, super().record() | {"compile_seconds": self.compile_seconds}, jax.device_count()
+      self.job, super().record() | {"compile_seconds": self.compile_seconds}, self._mesh.size
     )
 
 

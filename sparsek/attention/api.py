@@ -13,15 +13,25 @@ from sparsek.attention.backends import (
   pallas_attention,
 )
 from sparsek.attention.documents import document_bounds
-from sparsek.attention.operator import causal_sparsek
 from sparsek.attention.prefix_selection import select
 from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
 from sparsek.kernels import cudnn, devices, reference, xla
 
+MAX_TOKENS = 2**26
 WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "cudnn")
 
 
-def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
+def check_arguments(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array | None,
+  k: int,
+  window: int,
+  gate: str,
+  scale: float | None,
+  segment_ids: jax.Array | None,
+) -> None:
   """Raises ValueError for arguments that do not fit, naming them."""
   for name, x in (("query", query), ("key", key), ("value", value)):
     if x.ndim != 4:
@@ -32,6 +42,8 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
   groups = key.shape[2]
   if n < 1:
     raise ValueError(f"query must hold at least one token, got shape {query.shape}")
+  if n > MAX_TOKENS:
+    raise ValueError(f"query must hold at most 2^26 tokens a row, got {n}")
   for name, x in (("key", key), ("value", value)):
     if x.shape != (batch, n, groups, head_dim):
       raise ValueError(
@@ -52,10 +64,10 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
       )
     if not jnp.issubdtype(scores.dtype, jnp.floating):
       raise ValueError(f"scores must be floating point, got {scores.dtype}")
-  for name, x, minimum in (("k", k, 1), ("window", window, 0)):
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-      raise ValueError(f"{name}={x!r} must be a Python integer")
-    check_at_least(name, int(x), minimum)
+  for name, number, minimum in (("k", k, 1), ("window", window, 0)):
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+      raise ValueError(f"{name}={number!r} must be a Python integer")
+    check_at_least(name, int(number), minimum)
   check_choice("gate", gate, GATES)
   if scale is not None and not isinstance(scale, (int, float, np.number)):
     raise ValueError(f"scale={scale!r} must be a Python number or None")
@@ -142,18 +154,18 @@ def sparsek_attention(
   """
   query, key, value, scores = (jnp.asarray(x) for x in (query, key, value, scores))
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-  _check(query, key, value, scores, k, window, gate, scale, segment_ids)
+  check_arguments(query, key, value, scores, k, window, gate, scale, segment_ids)
   check_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
   n = query.shape[1]
   k, window = min(int(k), n), min(int(window), n)  # before any int32 is computed with them
   if not query.size:  # no rows
     return query
-  options = _Options(k, window, gate, query.shape[-1] ** -0.5 if scale is None else float(scale))
+  options = Options(k, window, gate, query.shape[-1] ** -0.5 if scale is None else float(scale))
   chosen = choose_implementation(implementation, query, segment_ids, window).implementation
   return _sparsek_attention(chosen, query, key, value, scores, segment_ids, options)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
   """Settings of attention, checked; k and window are at most the length."""
 
   k: int
@@ -169,7 +181,7 @@ def _sparsek_attention(
   value: jax.Array,
   scores: jax.Array,
   segment_ids: jax.Array | None,
-  options: _Options,
+  options: Options,
 ) -> jax.Array:
   """Runs the chosen implementation."""
   k, window, _, scale = options
@@ -179,15 +191,60 @@ def _sparsek_attention(
     return reference.attention(
       query, key, value, scores, segment_ids=segment_ids, **options._asdict()
     )
-  scores = scores.astype(jnp.float32)
+  scores = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
   start, end = document_bounds(segment_ids, *query.shape[:2])
+  selection = select(scores, start, end, k, window, segment_ids is not None, devices.can_run())
+  return attend_selected(chosen, query, key, value, scores, selection, start, end, options)
+
+
+def attend_selected(
+  chosen: str,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scores: jax.Array,
+  selection: tuple[jax.Array, jax.Array, jax.Array],
+  start: jax.Array,
+  end: jax.Array,
+  options: Options,
+) -> jax.Array:
+  """Runs "xla" or a Pallas implementation, given the selection.
+
+  Args:
+    chosen: the implementation.
+    query, key, value: as in `sparsek_attention`.
+    scores: [batch, G, n] float32.
+    selection: threshold, expiry and order, [batch, G, n] each, as from `select`.
+    start, end: [batch, n], from `document_bounds`.
+    options: settings.
+  """
   if chosen in PALLAS:
-    by_head = jnp.swapaxes(scores, 1, 2)
-    selection = select(by_head, start, end, k, window, segment_ids is not None, devices.can_run())
     attention = pallas_attention(chosen)
-    return attention(query, key, value, by_head, *selection, start, end, **options._asdict())
-  threshold, expiry = causal_sparsek(scores, k, delay=window, segment_ids=segment_ids)
+    return attention(query, key, value, scores, *selection, start, end, **options._asdict())
+  scores, threshold, expiry = (jnp.swapaxes(x, 1, 2) for x in (scores, *selection[:2]))
   return xla.attention(query, key, value, scores, threshold, expiry, start, **options._asdict())
+
+
+def attend_window(
+  chosen: str,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  start: jax.Array,
+  end: jax.Array,
+  window: int,
+  scale: float,
+) -> jax.Array:
+  """Runs an implementation of the sliding window on documents, or "cudnn" on whole rows."""
+  if chosen == "cudnn":
+    return cudnn.attention(query, key, value, window=window, scale=scale)
+  batch, n, groups = key.shape[:3]
+  zeros = jnp.zeros((batch, groups, n), jnp.float32)
+  never = zeros.astype(jnp.int32)
+  options = Options(0, window, "straight_through", scale)
+  return attend_selected(
+    chosen, query, key, value, zeros, (zeros, never, never), start, end, options
+  )
 
 
 def sliding_window_attention(
@@ -209,21 +266,12 @@ def sliding_window_attention(
   check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))
   query, key, value = (jnp.asarray(x) for x in (query, key, value))
   segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-  _check(query, key, value, None, 1, window, "straight_through", scale, segment_ids)
+  check_arguments(query, key, value, None, 1, window, "straight_through", scale, segment_ids)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-  batch, n, groups = key.shape[:3]
+  batch, n = key.shape[:2]
   window = min(int(window), n)
   if not query.size:
     return query
   start, end = document_bounds(segment_ids, batch, n)
   chosen = resolve_window(implementation, query, segment_ids, window)
-  if chosen == "cudnn":
-    return cudnn.attention(query, key, value, window=window, scale=scale)
-  options = _Options(0, window, "straight_through", scale)._asdict()
-  if chosen in PALLAS:
-    zeros = jnp.zeros((batch, groups, n), jnp.float32)
-    never = zeros.astype(jnp.int32)
-    attention = pallas_attention(chosen)
-    return attention(query, key, value, zeros, zeros, never, never, start, end, **options)
-  zeros = jnp.zeros((batch, n, groups), jnp.float32)
-  return xla.attention(query, key, value, zeros, zeros, zeros.astype(jnp.int32), start, **options)
+  return attend_window(chosen, query, key, value, start, end, window, scale)

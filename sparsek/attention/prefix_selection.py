@@ -84,6 +84,15 @@ def _sort(key: jax.Array, token: jax.Array, kernels: bool) -> tuple[jax.Array, j
   return _per_head(lambda key: lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True))(key)
 
 
+def order_by_expiry(expiry: jax.Array, kernels: bool) -> jax.Array:
+  """Returns an order of the tokens along which the expiry never decreases: [batch, heads, n].
+
+  It serves the attention kernels as well as that of `select`, where only expiries are known.
+  """
+  token = jnp.arange(expiry.shape[-1], dtype=jnp.int32)
+  return _sort(expiry.astype(jnp.uint32), token, kernels)[1]
+
+
 def _first_nan(token: jax.Array, scores: jax.Array, start: jax.Array) -> jax.Array:
   """Returns, for each token, the first one of its document with a NaN score, or n: [n]."""
   n = scores.shape[0]

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sparsek.attention.documents import document_bounds
 from sparsek.kernels import saved
@@ -15,18 +16,22 @@ from sparsek.kernels.sentinels import LOWEST
 BLOCK_LOGITS = 2**25  # the most logits held at once: 128 MiB in float32, times a few such arrays
 
 
-def sample_queries(key: jax.Array, num_queries: int, batch: int, length: int) -> jax.Array:
+def sample_queries(keys: jax.Array, num_queries: int, length: int) -> jax.Array:
   """Draws the positions of queries: one from each of `num_queries` parts of the row, of equal
   length, in ascending order; all positions where there are no more.
+
+  Args:
+    keys: [batch] random keys, one a row.
+    num_queries: the most queries of a row.
+    length: tokens of a row.
 
   Returns:
     [batch, min(num_queries, length)] int32.
   """
   number = min(num_queries, length)
-  edges = np.arange(number + 1) * length // number
-  return jax.random.randint(
-    key, (batch, number), jnp.asarray(edges[:-1], jnp.int32), jnp.asarray(edges[1:], jnp.int32)
-  )
+  edges = jnp.asarray(np.arange(number + 1) * length // number, jnp.int32)
+  draw = lambda key: jax.random.randint(key, (number,), edges[:-1], edges[1:])
+  return jax.vmap(draw)(keys)
 
 
 def attention_mass_loss(
@@ -38,6 +43,7 @@ def attention_mass_loss(
   window: int,
   scale: float | None = None,
   segment_ids: jax.Array | None = None,
+  axis: str | None = None,
 ) -> jax.Array:
   r"""Computes the loss of a scorer, in nats: how badly its scores predict which candidates full
   attention reads.
@@ -71,13 +77,17 @@ def attention_mass_loss(
     scale: of the logits; 1 / sqrt(D) by default.
     segment_ids: [batch, n] integers or None; every run of equal ids is a document. Queries in
       padding, which has the id 0, do not count.
+    axis: name of the mesh axis over which tokens are sharded, inside `jax.shard_map`: `scores`,
+      `query` and `key` then hold this shard's tokens, `segment_ids` those of whole rows, and
+      `queries` positions in whole rows, the same on every shard.
 
   Returns:
     float32 scalar, summed over rows: the mean of L_i over the queries of a row that count and over
-    KV heads.
+    KV heads. With `axis` its part that the shards sum to it, the same on each.
   """
   batch, n, groups = scores.shape
-  start, _ = document_bounds(segment_ids, batch, n)
+  shards = 1 if axis is None else lax.axis_size(axis)
+  start, _ = document_bounds(segment_ids, batch, shards * n)
   at = lambda x: jnp.take_along_axis(x, queries, axis=1)
   counted = (
     jnp.ones(queries.shape, jnp.float32)
@@ -85,23 +95,39 @@ def attention_mass_loss(
     else at(segment_ids != 0).astype(jnp.float32)
   )
   weight = counted / (jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1) * groups)
-  asked = jnp.take_along_axis(query, queries[..., None, None], axis=1)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-  scores, window = scores.astype(jnp.float32), min(int(window), n)
-  return _loss(scores, asked, key, queries, at(start), weight, window, scale)
+  scores, window = scores.astype(jnp.float32), min(int(window), shards * n)
+  asked = _asked(query, queries, axis)
+  return _loss(scores, asked, key, queries, at(start), weight, window, scale, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _loss(scores, asked, key, queries, start, weight, window, scale):
-  return _forward(scores, asked, key, queries, start, weight, window, scale)[0]
+def _asked(query, queries, axis):
+  """Gathers the queries at [B, C] positions: [B, C, H, D]. Each lies on one shard."""
+  if axis is None:
+    return jnp.take_along_axis(query, queries[..., None, None], axis=1)
+  index = (queries - _first(query.shape[1], axis))[..., None, None]
+  here = (index >= 0) & (index < query.shape[1])
+  rows = jnp.take_along_axis(query, jnp.clip(index, 0, query.shape[1] - 1), axis=1)
+  return lax.psum(jnp.where(here, rows, 0), axis)
 
 
-def _forward(scores, asked, key, queries, start, weight, window, scale):
+def _first(length, axis):
+  """Returns the index in its row of the first of this shard's `length` tokens."""
+  return 0 if axis is None else lax.axis_index(axis) * length
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _loss(scores, asked, key, queries, start, weight, window, scale, axis):
+  return _forward(scores, asked, key, queries, start, weight, window, scale, axis)[0]
+
+
+def _forward(scores, asked, key, queries, start, weight, window, scale, axis):
   (batch, n, groups), (number, heads, dim) = scores.shape, asked.shape[1:]
   most = max(1, BLOCK_LOGITS // (batch * heads * n))
   block = -(-number // -(-number // most))  # as many blocks as that needs, of equal size
   scores_BxGx1xN = jnp.swapaxes(scores, 1, 2)[:, :, None]
-  j = jnp.arange(n, dtype=jnp.int32)
+  j = _first(n, axis) + jnp.arange(n, dtype=jnp.int32)
+  over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
 
   def body(carry, xs):
     total, d_scores_BxGxN = carry
@@ -112,17 +138,23 @@ def _forward(scores, asked, key, queries, start, weight, window, scale):
     )
     seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
     candidate_Bx1xCxN = (seen_BxCxN & (j + window <= i_BxCx1))[:, None]
-    attention_BxGxCxN = jnp.mean(
-      jax.nn.softmax(jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST), axis=-1),
-      axis=2,
+    logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
+    candidates_BxGxCxN = jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, LOWEST)
+    top, top_score = over_shards(lax.pmax, (_max(logits_BxGxRxCxN), _max(candidates_BxGxCxN)))
+    top_score = jnp.where(jnp.isfinite(top_score), top_score, 0)  # as logsumexp does
+    weights_BxGxRxCxN = jnp.exp(logits_BxGxRxCxN - top)
+    total_weight, total_exp = over_shards(
+      lax.psum, (_sum(weights_BxGxRxCxN), _sum(jnp.exp(candidates_BxGxCxN - top_score)))
     )
+    attention_BxGxCxN = jnp.mean(weights_BxGxRxCxN / total_weight, axis=2)
     attention_BxGxCxN = jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0)
-    mass_BxGxC = jnp.sum(attention_BxGxCxN, axis=-1)
-    lse_BxGxC = jax.nn.logsumexp(jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, LOWEST), axis=-1)
-    information_BxGxC = jnp.sum(
+    lse_BxGxC = (jnp.log(total_exp) + top_score)[..., 0]
+    information_BxGxCxN = (
       jax.scipy.special.xlogy(attention_BxGxCxN, attention_BxGxCxN)
-      - attention_BxGxCxN * scores_BxGx1xN,
-      axis=-1,
+      - attention_BxGxCxN * scores_BxGx1xN
+    )
+    mass_BxGxC, information_BxGxC = over_shards(
+      lax.psum, (jnp.sum(attention_BxGxCxN, axis=-1), jnp.sum(information_BxGxCxN, axis=-1))
     )
     loss_BxGxC = (
       information_BxGxC - jax.scipy.special.xlogy(mass_BxGxC, mass_BxGxC) + mass_BxGxC * lse_BxGxC
@@ -134,7 +166,7 @@ def _forward(scores, asked, key, queries, start, weight, window, scale):
       "bgcj,bc->bgj",
       expected_BxGxCxN - attention_BxGxCxN,
       weight_BxC,
-      precision=jax.lax.Precision.HIGHEST,
+      precision=lax.Precision.HIGHEST,
     )
     return (total + jnp.sum(loss_BxGxC * weight_BxC[:, None]), d_scores_BxGxN), None
 
@@ -152,11 +184,21 @@ def _forward(scores, asked, key, queries, start, weight, window, scale):
     blocks(start[..., None]),
     blocks(weight),
   )
-  (total, d_scores), _ = jax.lax.scan(body, zero, xs)
+  (total, d_scores), _ = lax.scan(body, zero, xs)
+  # The shards' parts sum to the total, and each shard has the gradient of the total in its scores.
+  total = total if axis is None else total / lax.axis_size(axis)
   return total, saved.saved(jnp.swapaxes(d_scores, 1, 2))
 
 
-def _backward(window, scale, residuals, d_total):
+def _max(x):
+  return jnp.max(x, axis=-1, keepdims=True)
+
+
+def _sum(x):
+  return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _backward(window, scale, axis, residuals, d_total):
   return (d_total * residuals[0], None, None, None, None, None)
 
 

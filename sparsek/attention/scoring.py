@@ -39,6 +39,12 @@ def fixed_noise(layer: jax.Array | int, positions_BxN: jax.Array, num_heads: int
   return jax.scipy.special.ndtri(uniform)
 
 
+def _standardized(logits, moments: Moments):
+  """Returns logits minus their mean, over a standard deviation that PRIOR_COUNT tokens moderate."""
+  variance = (moments.deviation + PRIOR_COUNT) / (moments.count + PRIOR_COUNT)
+  return (logits - moments.mean) * jax.lax.rsqrt(variance)
+
+
 class Linear(nn.Module):
   """A product x W in float32, of W [E, features]."""
 
@@ -113,6 +119,9 @@ class ScoringNetwork(nn.Module):
   slope bounds how far back a new scorer reaches: about 12,000 tokens at slope 1, scale 4 and
   k = 512, however long the context, and all of it at the default of 0
   (experiments/results/scorer_reach.json).
+
+  `sparsek.parallel.sharded_scores.ShardedScoringNetwork` is the same network over rows whose tokens
+  lie on several devices.
 
   Attributes:
     num_heads: KV heads G.
@@ -193,25 +202,21 @@ class ScoringNetwork(nn.Module):
       yet where window >= delay.
     """
     batch, length, _ = x_BxNxE.shape
-    position_BxN = position_in_document(segment_ids, batch, length)
+    row = self._row_length(length)
+    position_BxN = self._cut(position_in_document(segment_ids, batch, row), length, length)
     if self.kind == "random":
       return self._random_scores(layer, position_BxN)
-    start_BxN, end_BxN = document_bounds(segment_ids, batch, length)
+    start_BxR, end_BxR = document_bounds(segment_ids, batch, row)
     logits_BxNxG = self.linear(x_BxNxE)
     if self.kind == "conv":
-      pad = ((0, 0), (self.lookback, self.lookahead))
-      channels = jnp.pad(self.conv_in(x_BxNxE), (*pad, (0, 0)))
-      start = jnp.pad(start_BxN, pad, constant_values=-1)
-      same_BxNxT = self._taps(start, length) == start_BxN[..., None]
+      channels = self._with_neighbours(self.conv_in(x_BxNxE))
+      reach = ((0, 0), (self.lookback, self.lookahead))
+      start = self._cut(jnp.pad(start_BxR, reach, constant_values=-1), length, channels.shape[1])
+      same_BxNxT = self._taps(start, length) == self._cut(start_BxR, length, length)[..., None]
       logits_BxNxG += self._convolve(self._taps(channels, length) * same_BxNxT[..., None])
-    if not self.normalize:
-      return self._scores(logits_BxNxG, position_BxN, layer)
-    return self._scores(
-      logits_BxNxG,
-      position_BxN,
-      layer,
-      running_moments(logits_BxNxG, jnp.ones_like(position_BxN), start_BxN, end_BxN),
-    )
+    if self.normalize:
+      logits_BxNxG = self._normalized(logits_BxNxG, start_BxR, end_BxR)
+    return self._scores(logits_BxNxG, position_BxN, layer)
 
   def stream(
     self,
@@ -280,7 +285,8 @@ class ScoringNetwork(nn.Module):
       moments = moments._replace(**{name: new})
       for field, start, values in ((name, old, new), (name + "_rest", rest, step - (new - old))):
         ends[field] = slice_rows(jnp.concatenate([start, values], axis=1), count, 1)[:, 0]
-    return self._scores(logits_BxCxG, position_BxC, layer, moments), state._replace(**ends)
+    z_BxCxG = _standardized(logits_BxCxG, moments)
+    return self._scores(z_BxCxG, position_BxC, layer), state._replace(**ends)
 
   def initial_state(self, batch_size: int) -> ScorerState:
     """Returns the state before the first token."""
@@ -291,6 +297,25 @@ class ScoringNetwork(nn.Module):
       zeros(self.lookback + self.lookahead if conv else 0, CHANNELS),
       *(zeros(self.num_scores) for _ in range(4)),
     )
+
+  def _row_length(self, length):
+    """Returns the tokens of a row of which `length` are here."""
+    return length
+
+  def _cut(self, whole, length, count):
+    """Slices `count` tokens of whole rows, from the first of the `length` that are here."""
+    return whole
+
+  def _with_neighbours(self, x_BxNxC):
+    """Adds the `lookback` tokens before those that are here and the `lookahead` after them, zeros
+    outside the row.
+    """
+    return jnp.pad(x_BxNxC, ((0, 0), (self.lookback, self.lookahead), (0, 0)))
+
+  def _normalized(self, logits_BxNxG, start_BxR, end_BxR):
+    """Normalises logits causally over their document, given bounds of whole rows."""
+    counted = jnp.ones_like(start_BxR)
+    return _standardized(logits_BxNxG, running_moments(logits_BxNxG, counted, start_BxR, end_BxR))
 
   def _random_scores(self, layer, position_BxN):
     noise = fixed_noise(layer, position_BxN, self.num_scores)
@@ -313,10 +338,7 @@ class ScoringNetwork(nn.Module):
     batch, length, taps, channels = taps_BxNxTxC.shape
     return self.conv_out(nn.silu(self.conv(taps_BxNxTxC.reshape(batch, length, taps * channels))))
 
-  def _scores(self, logits_BxNxG, position_BxN, layer, moments: Moments | None = None):
-    if moments is not None:
-      variance = (moments.deviation + PRIOR_COUNT) / (moments.count + PRIOR_COUNT)
-      logits_BxNxG = (logits_BxNxG - moments.mean) * jax.lax.rsqrt(variance)
+  def _scores(self, logits_BxNxG, position_BxN, layer):
     scores_BxNxS = self.scale * logits_BxNxG + self.slope * (position_BxN[..., None] / SLOPE_TOKENS)
     if self.init_noise:
       scores_BxNxS += self.amplitude * fixed_noise(layer, position_BxN, self.num_scores)

@@ -196,6 +196,19 @@ def _define_batches(define: Definer) -> None:
     lower=0,
   )
   define.integer(
+    "fsdp",
+    RUN.fsdp,
+    "Devices over which parameters, gradients and moments are split; divides their number.",
+    lower=1,
+  )
+  define.integer(
+    "context",
+    RUN.context,
+    "Devices over which the tokens of a row are split; divides --seq_len, and --fsdp x --context "
+    "divides the number of devices. Rows are split over the devices that remain.",
+    lower=1,
+  )
+  define.integer(
     "grad_accumulation",
     RUN.grad_accumulation,
     "Micro-batches per optimizer step; divides --batch_size.",

@@ -124,6 +124,9 @@ class TrainConfig:
       only once, see `sparsek.runs.set_aside`. None: go on from the newest checkpoint.
     stop_at: step at which to stop before the end of the schedule; the run may then go on with
       another k, window, gate or noise. None: stop at the end.
+    fsdp, context: parts into which the parameters, and the tokens of each row, are split over the
+      devices; the rows of a batch are split over what remains. No result depends on either, except
+      for rounding.
     grad_accumulation: micro-batches per optimizer step; divides the batch size.
     loss_chunk: number of tokens whose logits exist at the same time in the cross-entropy.
     log_every, eval_every, checkpoint_every: steps between metrics, held-out evaluations and
@@ -148,6 +151,8 @@ class TrainConfig:
   on_spike: str = "skip"
   restore_step: int | None = None
   stop_at: int | None = None
+  fsdp: int = 1
+  context: int = 1
   grad_accumulation: int = 1
   loss_chunk: int = 2048
   log_every: int = 10
@@ -162,6 +167,8 @@ class TrainConfig:
   def __post_init__(self):
     object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
     for name in (
+      "fsdp",
+      "context",
       "grad_accumulation",
       "loss_chunk",
       "log_every",

@@ -11,11 +11,12 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig, check_choice
 from sparsek.errors import UsageError
@@ -27,6 +28,7 @@ from sparsek.huggingface.safetensors import SafetensorsFile
 from sparsek.huggingface.tensor_layouts import (
   SPARSEK_PREFIX,
   Layout,
+  Piece,
   StoredPiece,
   aligned_empty,
   axis_sizes,
@@ -40,6 +42,7 @@ from sparsek.huggingface.tensor_layouts import (
 )
 from sparsek.model import lora
 from sparsek.model.transformer import Params, init_params
+from sparsek.parallel.sharding import computed_on, placements
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.runs.parameter_table import FREE_FIELDS, Comparison, parameter_shapes
 from sparsek.storage.files import read_json_object
@@ -68,7 +71,7 @@ def load(
   dtype: str | None = "float32",
   config: TransformerConfig | None = None,
   key: jax.Array | None = None,
-  sharding: jax.sharding.Sharding | None = None,
+  mesh: Mesh | None = None,
   progress: Callable = iter,
 ) -> tuple[TransformerConfig, Params]:
   """Reads a model.
@@ -86,7 +89,7 @@ def load(
       lacks (scorers) are initialised with `key` as by `init_params`, and scorers that the model
       lacks are ignored.
     key: PRNG key, for `config`.
-    sharding: of each parameter; None puts them on the first device.
+    mesh: devices over which they are spread; None puts them on the first device.
     progress: wraps the list of parameters that are read, as tqdm does.
   Returns:
     (config, params); without `config`, the layers are not stacked unless the section "sparsek" says
@@ -118,19 +121,53 @@ def load(
       if name in known or not name.startswith(SPARSEK_PREFIX)
     }
     new = _leaves_to_initialise(config, shapes, wanted, files)
-    leaves = _new_parameters(config, new, key, dtype, sharding)
+    leaves = _new_parameters(config, new, key, dtype, mesh)
     shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in leaves}
   check_tensors(folder, CONFIG, config, shapes, wanted, files)
+  where = _flat(placements(mesh, abstract_params(config)))
+
+  def read(target: np.ndarray, name: str) -> None:
+    read_tensor(target, wanted[name], axis_sizes(config), files[wanted[name].name])
+
   for leaf, shape in progress(list(shapes.items())):
     parts = pieces(config, leaf, shape)
     stored_dtype = tensors[wanted[parts[0].path].name].dtype
     kept_dtype = stored_dtype if stored_dtype.itemsize < 8 else np.dtype("float32")
-    array = aligned_empty(shape, kept_dtype if dtype is None else np.dtype(dtype))
-    for item, name in parts:
-      read_tensor(array[item], wanted[name], axis_sizes(config), files[wanted[name].name])
-    leaves[leaf] = jax.device_put(array, sharding)
-    del array
+    kept_dtype = kept_dtype if dtype is None else np.dtype(dtype)
+    leaves[leaf] = _read_onto(where[leaf], shape, kept_dtype, parts, read)
   return config, _nested(leaves)
+
+
+def _read_onto(
+  sharding: jax.sharding.Sharding,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  parts: Sequence[Piece],
+  read: Callable[[np.ndarray, str], None],
+) -> jax.Array:
+  """Reads a parameter piece by piece; the host holds the devices' parts of it and one piece.
+
+  Args:
+    sharding: of the parameter.
+    shape, dtype: of the whole.
+    parts: the pieces, of a layer each.
+    read: fills an array from the piece of a name.
+  """
+  indices = sharding.addressable_devices_indices_map(shape)
+  shard_shape = sharding.shard_shape(shape)
+  shards = {str(index): aligned_empty(shard_shape, dtype) for index in indices.values()}
+  for item, name in parts:
+    if shard_shape == shape:
+      (shard,) = shards.values()
+      read(shard[item], name)
+      continue
+    piece = np.empty(shape if item is ... else shape[1:], dtype)
+    read(piece, name)
+    for index in {str(index): index for index in indices.values()}.values():
+      assert index is not None
+      shards[str(index)][item] = piece[index if item is ... else index[1:]]
+  arrays = [jax.device_put(shards[str(index)], device) for device, index in indices.items()]
+  return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def save(
@@ -221,7 +258,7 @@ def _new_parameters(
   leaves: list[str],
   key: jax.Array | None,
   dtype: str | None,
-  sharding: jax.sharding.Sharding | None,
+  mesh: Mesh | None,
 ) -> dict[str, jax.Array]:
   """Returns those parameters of `init_params` that have these paths; the others are not made."""
   if not leaves:
@@ -236,7 +273,7 @@ def _new_parameters(
     flat = _flat(init_params(config, key))
     return {leaf: flat[leaf].astype(dtype or "float32") for leaf in leaves}
 
-  return jax.jit(draw, out_shardings=sharding)(key)
+  return computed_on(mesh, draw, key)
 
 
 def _pending_tensors(
@@ -263,8 +300,8 @@ def _pending_tensors(
   return tensors
 
 
-def _flat(params: Params) -> dict[str, jax.Array]:
-  """Returns {path: parameter} of a nested dict of parameters."""
+def _flat(params: Params) -> dict[str, Any]:
+  """Returns {path: leaf} of a nested dict."""
   return {
     "/".join(key.key for key in path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)

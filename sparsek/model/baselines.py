@@ -9,17 +9,41 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sparsek.attention.api import sliding_window_attention, sparsek_attention
-from sparsek.attention.documents import document_bounds, position_in_document
+from sparsek.attention.api import sliding_window_attention
+from sparsek.attention.documents import document_bounds
 from sparsek.attention.scoring import fixed_noise
+from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import LOWEST
 from sparsek.model import layers
-from sparsek.model.layers import Attention
+from sparsek.model.layers import Attention, Tokens
+from sparsek.parallel import sequence_parallel
+from sparsek.parallel.exchange import first_token, own_tokens
+from sparsek.parallel.mesh import CONTEXT, axis_size
+from sparsek.parallel.sharded_scores import token_positions
 
 CHUNK = 128  # queries at a time
 BLOCK = 64  # keys of a block of block_topk
 SLOWEST = 16.0  # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWEST)
+WHOLE_ROWS = ("lsh", "block_topk")  # the kinds that need all tokens of a row on one device
+
+
+def context_refusal(config: TransformerConfig) -> str:
+  """Returns why rows of a model cannot be sharded over `context`, "" where they can."""
+  kinds = [kind for kind in WHOLE_ROWS if kind in config.layer_kinds]
+  return _refusal(kinds) if kinds else ""
+
+
+def _refusal(kinds):
+  names = " and ".join(map(repr, kinds))
+  return f"attention {names} needs whole rows on one device; use --context=1 or other kinds"
+
+
+def _need_whole_rows(kind):
+  """Raises NotImplementedError where rows are sharded."""
+  if axis_size(CONTEXT) > 1:
+    raise NotImplementedError(_refusal([kind]))
 
 
 class FixedSelection(Attention):
@@ -27,21 +51,14 @@ class FixedSelection(Attention):
   scores, by the same kernels.
   """
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
+  def mix(self, tokens: Tokens) -> jax.Array:
+    x_BxNxE, query, key, value, segment_ids, layer, _ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     scores = jnp.broadcast_to(
-      self.scores(position_in_document(segment_ids, batch, length), layer),
+      self.scores(token_positions(segment_ids, batch, length), layer),
       (batch, length, cfg.num_kv_heads),
     )
-    return sparsek_attention(
+    return sequence_parallel.sparsek_attention(
       query,
       key,
       value,
@@ -81,7 +98,7 @@ class StridedAttention(FixedSelection):
   """
 
   def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
-    stride = -(-positions.shape[1] // self.config.k)
+    stride = -(-axis_size(CONTEXT) * positions.shape[1] // self.config.k)
     return jnp.where(positions[..., None] % stride == stride - 1, 0.0, -jnp.inf)
 
 
@@ -95,15 +112,9 @@ class LSHAttention(Attention):
   not depend on later tokens.
   """
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
+  def mix(self, tokens: Tokens) -> jax.Array:
+    _need_whole_rows("lsh")
+    x_BxNxE, query, key, value, segment_ids, layer, _ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     reach, groups = cfg.k + cfg.window, cfg.num_kv_heads
     content_BxNxGxD = self.key_norm(self.key(x_BxNxE)) if cfg.qk_norm else self.key(x_BxNxE)
@@ -158,15 +169,9 @@ class BlockTopKAttention(Attention):
   takes O(n^2 / 64) operations.
   """
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
+  def mix(self, tokens: Tokens) -> jax.Array:
+    _need_whole_rows("block_topk")
+    x_BxNxE, query, key, value, segment_ids, _, _ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     groups, dim, window = cfg.num_kv_heads, cfg.head_dim, min(cfg.window, length)
     size = min(BLOCK, cfg.k)
@@ -267,6 +272,26 @@ def _blocks_of_backward(residuals, d_picked):
 _blocks_of.defvjp(lambda x, block: (_blocks_of(x, block), (x, block)), _blocks_of_backward)
 
 
+def _state_before(key_BxNxGxD, value_BxNxGxD, log_decay_BxNxG, start_BxN):
+  """Returns the state [B, G, D, D] of the linear kind before this shard's first token.
+
+  Each shard sends what its own tokens leave of the document at its end, and the decay of what
+  comes from before it, which is 0 where that document begins inside it.
+  """
+  length, last_Bx1 = start_BxN.shape[1], start_BxN[:, -1:]
+  in_document_BxNx1 = (first_token(length) + jnp.arange(length) >= last_Bx1)[..., None]
+  # summed from the end, where the terms that matter are small
+  until_end_BxNxG = lax.cumsum(log_decay_BxNxG, axis=1, reverse=True)
+  later_BxNxG = jnp.pad(until_end_BxNxG[:, 1:], ((0, 0), (0, 1), (0, 0)))
+  fade = jnp.where(in_document_BxNx1, jnp.exp(later_BxNxG), 0)
+  left = jnp.einsum("bjg,bjgd,bjge->bgde", fade, key_BxNxGxD, value_BxNxGxD, optimize="optimal")
+  crosses = last_Bx1 < first_token(length)
+  decay = jnp.where(crosses, jnp.exp(until_end_BxNxG[:, 0]), 0)[..., None, None]
+  after = lambda state, shard: (shard[0] + shard[1] * state, state)
+  _, before = lax.scan(after, jnp.zeros_like(left), lax.all_gather((left, decay), CONTEXT))
+  return lax.dynamic_index_in_dim(before, lax.axis_index(CONTEXT), keepdims=False)
+
+
 class LinearAttention(Attention):
   """Gated linear attention over the whole past (Yang et al. 2023, arXiv 2312.06635, one decay per
   head), normalised, plus attention to the window.
@@ -276,7 +301,8 @@ class LinearAttention(Attention):
     S_i = a_i S_(i-1) + k_i v_i^T,  a_i = sigmoid(w x_i + 4)^(1/16)
     out_i = rms_norm(S_i^T q_i) + window_i
 
-  A state takes the memory of head_dim keys.
+  A state takes the memory of head_dim keys. Where rows are sharded, each shard gathers what all
+  shards leave of a state at their ends, and computes its first state from that.
   """
 
   def setup(self) -> None:
@@ -285,27 +311,14 @@ class LinearAttention(Attention):
       self.config.num_kv_heads, dtype=jnp.float32, bias_init=nn.initializers.constant(4.0)
     )
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
+  def mix(self, tokens: Tokens) -> jax.Array:
+    x_BxNxE, query, key, value, segment_ids, _, _ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    near = sliding_window_attention(
-      query,
-      key,
-      value,
-      window=cfg.window,
-      segment_ids=segment_ids,
-      implementation=layers.window_implementation(cfg),
-    )
+    near = layers.windowed(cfg, tokens)
     groups, dim, chunks = cfg.num_kv_heads, cfg.head_dim, -(-length // CHUNK)
     log_decay_BxNxG = jax.nn.log_sigmoid(self.decay(x_BxNxE.astype(jnp.float32))) / SLOWEST
-    start_BxN, _ = document_bounds(segment_ids, batch, length)
+    first = first_token(length)
+    start_BxN = own_tokens(document_bounds(segment_ids, batch, axis_size(CONTEXT) * length)[0])
     in_chunks = lambda x, **kwargs: jnp.moveaxis(
       jnp.pad(
         x, ((0, 0), (0, chunks * CHUNK - length), *[(0, 0)] * (x.ndim - 2)), **kwargs
@@ -317,9 +330,9 @@ class LinearAttention(Attention):
     @jax.checkpoint
     def chunk(state_BxGxDxD, args):
       c, query_BxCxGxRxD, key_BxCxGxD, value_BxCxGxD, log_decay_BxCxG, start_BxC = args
-      i = c * CHUNK + jnp.arange(CHUNK)
+      i = c + jnp.arange(CHUNK)
       total_BxCxG = jnp.cumsum(log_decay_BxCxG, axis=1)
-      old_BxCx1 = (start_BxC < c * CHUNK)[..., None]  # the state is of the query's document
+      old_BxCx1 = (start_BxC < c)[..., None]  # the state is of the query's document
       since = jnp.where(old_BxCx1, jnp.exp(total_BxCxG), 0)
       out = jnp.einsum("bcgrd,bgde,bcg->bcgre", query_BxCxGxRxD, state_BxGxDxD, since)
       seen = (i <= i[:, None]) & (i >= start_BxC[..., None])  # [B, C, C]
@@ -342,14 +355,17 @@ class LinearAttention(Attention):
     wide = lambda x: x.astype(jnp.float32)
     queries = wide(query).reshape(batch, length, groups, cfg.num_heads // groups, dim)
     args = (
-      jnp.arange(chunks),
+      first + CHUNK * jnp.arange(chunks),
       in_chunks(queries),
       in_chunks(wide(key)),
       in_chunks(wide(value)),
       in_chunks(log_decay_BxNxG),
       in_chunks(start_BxN, mode="edge"),
     )
-    _, out = jax.lax.scan(chunk, jnp.zeros((batch, groups, dim, dim)), args)
+    state = jnp.zeros((batch, groups, dim, dim))
+    if axis_size(CONTEXT) > 1:
+      state = _state_before(wide(key), wide(value), log_decay_BxNxG, start_BxN)
+    _, out = lax.scan(chunk, state, args)
     far = jnp.moveaxis(out, 0, 1).reshape(batch, chunks * CHUNK, cfg.num_heads, dim)[:, :length]
     far *= jax.lax.rsqrt(jnp.mean(far**2, axis=-1, keepdims=True) + cfg.norm_eps)
     return near + far.astype(near.dtype)

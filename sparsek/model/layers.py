@@ -2,16 +2,22 @@
 window, or full).
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek.attention.api import resolve_window, sliding_window_attention, sparsek_attention
-from sparsek.attention.documents import document_bounds, position_in_document
+from sparsek.attention.api import resolve_window
+from sparsek.attention.documents import document_bounds
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
 from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import TransformerConfig
+from sparsek.parallel import sequence_parallel
+from sparsek.parallel.exchange import own_tokens
+from sparsek.parallel.mesh import CONTEXT, axis_size
+from sparsek.parallel.sharded_scores import ShardedScoringNetwork, token_positions
 
 
 def fan_in_init(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -199,6 +205,28 @@ class MLP(nn.Module):
     return dense(cfg.embed_dim, "down", residual_scale(cfg))(hidden_BxNxF)
 
 
+class Tokens(NamedTuple):
+  """Tokens that attend to each other: whole rows, or inside `jax.shard_map` over `context` this
+  shard's N tokens of each row.
+
+  Attributes:
+    x: [B, N, E] normalised hidden states.
+    query: [B, N, H, D], rotated.
+    key, value: [B, N, G, D]; keys are rotated.
+    segment_ids: [B, n] of whole rows, or None.
+    layer: index of the layer, the salt of fixed noise.
+    row_index: [B] int32, each row's index in the batch of all devices; its noise derives from that.
+  """
+
+  x: jax.Array
+  query: jax.Array
+  key: jax.Array
+  value: jax.Array
+  segment_ids: jax.Array | None
+  layer: jax.Array | int
+  row_index: jax.Array
+
+
 class Attention(nn.Module):
   """Projections, rotary embedding and grouped heads; the `mix` of a subclass lets every query
   attend to the keys of its kind.
@@ -224,17 +252,22 @@ class Attention(nn.Module):
       self.query_norm, self.key_norm = RMSNorm(cfg.norm_eps), RMSNorm(cfg.norm_eps)
 
   def __call__(
-    self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0
+    self,
+    x_BxNxE: jax.Array,
+    segment_ids: jax.Array | None = None,
+    layer: jax.Array | int = 0,
+    row_index: jax.Array | None = None,
   ) -> jax.Array:
     """Lets tokens attend to each other: normalised hidden states [B, N, E] to [B, N, E].
 
     Args:
-      x_BxNxE: normalised hidden states.
-      segment_ids: [B, N] or None.
-      layer: its index, the salt of the scorer's fixed noise.
+      x_BxNxE, segment_ids, layer: see `Tokens`.
+      row_index: see `Tokens`; 0 .. B - 1 by default.
     """
-    positions = position_in_document(segment_ids, *x_BxNxE.shape[:2])
-    return self.output(self.mix(x_BxNxE, *self.project(x_BxNxE, positions), segment_ids, layer))
+    batch, length, _ = x_BxNxE.shape
+    row_index = jnp.arange(batch) if row_index is None else row_index
+    projected = self.project(x_BxNxE, token_positions(segment_ids, batch, length))
+    return self.output(self.mix(Tokens(x_BxNxE, *projected, segment_ids, layer, row_index)))
 
   def project(
     self, x_BxNxE: jax.Array, positions: jax.Array
@@ -253,15 +286,7 @@ class Attention(nn.Module):
     rotate = lambda x: rotary_embedding(x, positions, cfg.rope_theta, cfg.rope_dim, scaling)
     return rotate(query), rotate(key), value
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
+  def mix(self, tokens: Tokens) -> jax.Array:
     """Returns the values that each query attends to, averaged: [B, N, H, D]."""
     raise NotImplementedError
 
@@ -271,8 +296,9 @@ class Attention(nn.Module):
 
 
 def scoring_network(config: TransformerConfig) -> ScoringNetwork:
-  """Makes the scoring network that `config` describes."""
-  return ScoringNetwork(
+  """Makes the scoring network that `config` describes, for whole rows or for this shard of them."""
+  network = ScoringNetwork if axis_size(CONTEXT) == 1 else ShardedScoringNetwork
+  return network(
     config.num_kv_heads,
     config.scorer,
     config.scorer_lookback,
@@ -286,13 +312,19 @@ def scoring_network(config: TransformerConfig) -> ScoringNetwork:
   )
 
 
+def row_keys(key: jax.Array, row_index: jax.Array) -> jax.Array:
+  """Returns a random key for each row [B], which depends on neither its device nor its batch."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, row_index)
+
+
 class SparseKAttention(Attention):
   """Attention to the window and to the k best-scored tokens before it; its scoring network reads
   the same input as the projections.
 
   Applied with mutable=["diagnostics"] it leaves its float32 scores [B, N, G] in that collection as
-  `scores`. Given rngs={"scorer_noise": key}, it adds normal noise of standard deviation
-  `config.scorer_noise` to the scores, so that tokens which would be dropped are tried too.
+  `scores`, only those of this shard where rows are sharded. Given rngs={"scorer_noise": key}, it
+  adds normal noise of standard deviation `config.scorer_noise` to the scores, so that tokens which
+  would be dropped are tried too.
 
   Applied with mutable=["scorer_loss"] and rngs={"scorer_loss": key}, which draws
   `config.scorer_loss_queries` queries a row, it leaves there, as `attention_mass`, the loss of
@@ -310,41 +342,21 @@ class SparseKAttention(Attention):
     super().setup()
     self.scorer = scoring_network(self.config)
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
+  def mix(self, tokens: Tokens) -> jax.Array:
+    x_BxNxE, query, key, value, segment_ids, layer, row_index = tokens
     cfg = self.config
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer)
     self.sow("diagnostics", "scores", scores_BxNxG)
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
-      noise_BxNxS = jax.random.normal(
-        self.make_rng("scorer_noise"), (*scores_BxNxG.shape[:2], self.scorer.num_scores)
-      )
-      scores_BxNxG += cfg.scorer_noise * noise_BxNxS
+      keys = row_keys(self.make_rng("scorer_noise"), row_index)
+      scores_BxNxG += cfg.scorer_noise * self._noise(keys, x_BxNxE.shape[1])
     warmup = self.is_mutable_collection("scorer_warmup") and not self.is_initializing()
     if warmup or (self.is_mutable_collection("scorer_loss") and not self.is_initializing()):
-      fixed_x, fixed_query, fixed_key = map(jax.lax.stop_gradient, (x_BxNxE, query, key))
-      queries = sample_queries(
-        self.make_rng("scorer_loss"), cfg.scorer_loss_queries, *x_BxNxE.shape[:2]
-      )
-      loss = attention_mass_loss(
-        self.scorer(fixed_x, segment_ids, layer),
-        fixed_query,
-        fixed_key,
-        queries,
-        window=cfg.window,
-        segment_ids=segment_ids,
-      )
+      loss = self._scorer_loss(tokens, row_keys(self.make_rng("scorer_loss"), row_index))
       self.sow("scorer_warmup" if warmup else "scorer_loss", "attention_mass", loss)
     if warmup:
       return full_attention(cfg, query, key, value, segment_ids)
-    return sparsek_attention(
+    return sequence_parallel.sparsek_attention(
       query,
       key,
       value,
@@ -356,6 +368,26 @@ class SparseKAttention(Attention):
       implementation=cfg.implementation,
     )
 
+  def _noise(self, keys, length):
+    """Draws the noise of whole rows, [B, n, S], and cuts out this shard's tokens."""
+    shape = axis_size(CONTEXT) * length, self.scorer.num_scores
+    return own_tokens(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
+
+  def _scorer_loss(self, tokens, keys):
+    """Returns this shard's part of the scorers' loss, from which only the scorer learns."""
+    cfg = self.config
+    x_BxNxE, query, key = map(jax.lax.stop_gradient, (tokens.x, tokens.query, tokens.key))
+    shards = axis_size(CONTEXT)
+    return attention_mass_loss(
+      self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer),
+      query,
+      key,
+      sample_queries(keys, cfg.scorer_loss_queries, shards * x_BxNxE.shape[1]),
+      window=cfg.window,
+      segment_ids=tokens.segment_ids,
+      axis=CONTEXT if shards > 1 else None,
+    )
+
 
 def window_implementation(config: TransformerConfig) -> str | None:
   """Returns the implementation of a sliding window for `config`: XLA's for "reference", which has
@@ -364,26 +396,23 @@ def window_implementation(config: TransformerConfig) -> str | None:
   return "xla" if config.implementation == "reference" else config.implementation
 
 
+def windowed(config: TransformerConfig, tokens: Tokens) -> jax.Array:
+  """Attends to the last `window` tokens."""
+  return sequence_parallel.sliding_window_attention(
+    tokens.query,
+    tokens.key,
+    tokens.value,
+    window=config.window,
+    segment_ids=tokens.segment_ids,
+    implementation=window_implementation(config),
+  )
+
+
 class SlidingWindowAttention(Attention):
   """Attention to the last `window` tokens."""
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
-    return sliding_window_attention(
-      query,
-      key,
-      value,
-      window=self.config.window,
-      segment_ids=segment_ids,
-      implementation=window_implementation(self.config),
-    )
+  def mix(self, tokens: Tokens) -> jax.Array:
+    return windowed(self.config, tokens)
 
 
 def full_attention(
@@ -394,9 +423,13 @@ def full_attention(
   segment_ids: jax.Array | None,
 ) -> jax.Array:
   """Attends, causally, to the whole document."""
+  if axis_size(CONTEXT) > 1:
+    return sequence_parallel.full_attention(
+      query, key, value, segment_ids=segment_ids, implementation=window_implementation(config)
+    )
   implementation = resolve_window(window_implementation(config), query, segment_ids)
   if implementation != "xla":  # a window as long as the row, without O(n^2) memory
-    return sliding_window_attention(
+    return sequence_parallel.sliding_window_attention(
       query,
       key,
       value,
@@ -416,16 +449,8 @@ def full_attention(
 class FullAttention(Attention):
   """Causal attention to the whole document."""
 
-  def mix(
-    self,
-    x_BxNxE: jax.Array,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    layer: jax.Array | int,
-  ) -> jax.Array:
-    return full_attention(self.config, query, key, value, segment_ids)
+  def mix(self, tokens: Tokens) -> jax.Array:
+    return full_attention(self.config, *tokens[1:5])
 
 
 ATTENTION_MODULES = {

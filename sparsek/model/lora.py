@@ -14,9 +14,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig
 from sparsek.model.transformer import Params, init_params
+from sparsek.parallel.sharding import computed_on
 
 ADAPTERS = ("lora_a", "lora_b")
 # names of the leaves that tokens are multiplied with, except embeddings
@@ -60,10 +62,7 @@ def join(learned: Params, frozen: Params) -> Params:
 
 
 def extend(
-  config: TransformerConfig,
-  params: Params,
-  key: jax.Array,
-  sharding: jax.sharding.Sharding | None = None,
+  config: TransformerConfig, params: Params, key: jax.Array, mesh: Mesh | None = None
 ) -> Params:
   """Adds new adapters to a pretrained model's parameters, which change no result yet: A is normal
   with variance 1 / fan-in, B is 0.
@@ -72,14 +71,14 @@ def extend(
     config: with a lora_rank.
     params: of `merged_config(config)`.
     key: PRNG key.
-    sharding: of the adapters; by default they are put on the first device.
+    mesh: devices over which the adapters are spread; None puts them on the first device.
   """
-  draw = lambda key: {
-    path: leaf
-    for path, leaf in flatten_dict(init_params(config, key)).items()
-    if path[-1] in ADAPTERS
-  }
-  return unflatten_dict(flatten_dict(params) | jax.jit(draw, out_shardings=sharding)(key))
+
+  def draw(key):
+    flat = flatten_dict(init_params(config, key))
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] in ADAPTERS})
+
+  return join(computed_on(mesh, draw, key), params)
 
 
 def merge(config: TransformerConfig, params: Params) -> Params:

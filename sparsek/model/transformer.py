@@ -8,11 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
+from sparsek.parallel import sharding
+from sparsek.parallel.mesh import CONTEXT, FSDP, axis_size, is_sharded
+from sparsek.parallel.sharded_scores import token_positions
 
 Params = dict[str, Any]
 
@@ -31,15 +33,80 @@ class Block(nn.Module):
     self.mlp = MLP(self.config)
 
   def __call__(
-    self, x_BxNxE: jax.Array, segment_ids: jax.Array | None, layer: jax.Array | int
+    self,
+    x_BxNxE: jax.Array,
+    segment_ids: jax.Array | None,
+    layer: jax.Array | int,
+    row_index: jax.Array | None = None,
   ) -> jax.Array:
-    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer)
+    if not is_sharded():
+      return self._output(x_BxNxE, segment_ids, layer, row_index)
+    tied = [x_BxNxE]
+
+    def whole(variables):
+      params, tied[0] = sharding.gather(variables["params"], self._specs(), x_BxNxE)
+      return {"params": params}
+
+    def output(block, *args):
+      return block._output(tied[0], *args)
+
+    return nn.map_variables(output, "params", trans_in_fn=whole)(
+      self, segment_ids, layer, row_index
+    )
+
+  def _output(self, x_BxNxE, segment_ids, layer, row_index):
+    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer, row_index)
     return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
+
+  def _specs(self) -> Params | None:
+    """Returns how the parameters of this layer are split; None where they are not."""
+    if axis_size(FSDP) == 1:
+      return None
+    specs = parameter_specs(self.config, axis_size(FSDP))
+    for name in self.path:
+      specs = specs[name]
+    if self.path[0] != sharding.STACKED:
+      return specs
+    # A scan has removed the first axis.
+    return jax.tree.map(lambda spec: jax.sharding.PartitionSpec(*spec[1:]), specs)
+
+
+@functools.lru_cache(maxsize=64)
+def parameter_specs(config: TransformerConfig, parts: int) -> Params:
+  """Returns how the parameters of a model are split over `fsdp` of that size, as PartitionSpecs.
+
+  A step computes them before its `jax.shard_map`, where the layers ask for them again.
+  """
+  shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+  return sharding.partition_specs(shapes, parts)
+
+
+def _gathering(module: type, config: TransformerConfig, name: str) -> Any:
+  """Returns a module class that gathers its parameters when it is called; see
+  `sparsek.parallel.sharding.gather`.
+
+  Args:
+    module: the class.
+    config: of the model.
+    name: of the module in the model.
+  """
+  if not is_sharded():
+    return module
+  specs = parameter_specs(config, axis_size(FSDP))[name] if axis_size(FSDP) > 1 else None
+
+  def whole(variables):
+    return {"params": sharding.gather(variables["params"], specs)[0]}
+
+  return nn.map_variables(module, "params", trans_in_fn=whole)
 
 
 def _block_class(config: TransformerConfig) -> type[Block]:
-  """Returns Block, wrapped so that the backward pass recomputes what `config.remat` says."""
-  if config.remat == "none":
+  """Returns Block, wrapped so that the backward pass recomputes what `config.remat` says.
+
+  Where the parameters are split, "none" is computed as "dots": gathered parameters are not kept.
+  """
+  remat = "dots" if config.remat == "none" and axis_size(FSDP) > 1 else config.remat
+  if remat == "none":
     return Block
   policies = jax.checkpoint_policies
   attention = policies.save_from_both_policies(
@@ -52,7 +119,7 @@ def _block_class(config: TransformerConfig) -> type[Block]:
     "attention": attention,
     "full": None,
   }
-  return nn.remat(Block, policy=policy[config.remat], prevent_cse=not config.scan_layers)
+  return nn.remat(Block, policy=policy[remat], prevent_cse=not config.scan_layers)
 
 
 class Group(nn.Module):
@@ -61,26 +128,26 @@ class Group(nn.Module):
   config: TransformerConfig
 
   def setup(self) -> None:
-    block = _block_class(self.config)
-    self.blocks = [block(self.config, term) for term in self.config.attention]
+    cfg = self.config
+    self.blocks = [_block_class(cfg)(cfg, term) for term in cfg.attention]
 
-  def __call__(self, x_BxNxE, segment_ids, first_layer):
+  def __call__(self, x_BxNxE, segment_ids, first_layer, row_index):
     for i, block in enumerate(self.blocks):
-      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i)
+      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i, row_index)
     return x_BxNxE, None
 
 
-class OutputMatrix(nn.Module):
-  """The [E, V] output matrix of a model with untied embeddings."""
+class Matrix(nn.Module):
+  """A float32 parameter of that name and shape: an embedding [V, E], or the output matrix [E, V] of
+  a model with untied embeddings.
+  """
 
-  embed_dim: int
-  vocab_size: int
+  parameter: str
+  shape: tuple[int, int]
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    return self.param(
-      "kernel", nn.initializers.normal(0.02), (self.embed_dim, self.vocab_size), jnp.float32
-    )
+    return self.param(self.parameter, nn.initializers.normal(0.02), self.shape, jnp.float32)
 
 
 class Transformer(nn.Module):
@@ -102,28 +169,27 @@ class Transformer(nn.Module):
 
   def setup(self) -> None:
     cfg = self.config
-    self.embed = nn.Embed(
-      cfg.vocab_size, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02)
-    )
+    embedding = lambda name, size: _gathering(Matrix, cfg, name)("embedding", (size, cfg.embed_dim))
+    self.embed = embedding("embed", cfg.vocab_size)
     if cfg.positions == "learned":
-      self.positions = nn.Embed(
-        cfg.max_positions, cfg.embed_dim, embedding_init=nn.initializers.normal(0.02)
-      )
+      self.positions = embedding("positions", cfg.max_positions)
     if cfg.scan_layers:
       scanned = nn.scan(
         Group,
         variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
         split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, nn.broadcast),
         length=cfg.num_layers // len(cfg.attention),
       )
       self.layers = scanned(cfg)
     else:
-      block = _block_class(cfg)
-      self.layers = [block(cfg, term) for term in cfg.layer_terms]  # type: ignore[assignment]
-    self.final_norm = make_norm(cfg)
+      self.layers = [  # type: ignore[assignment]
+        _block_class(cfg)(cfg, term) for term in cfg.layer_terms
+      ]
+    norm = make_norm(cfg)
+    self.final_norm = _gathering(type(norm), cfg, "final_norm")(norm.epsilon)
     if not cfg.tie_embeddings:
-      self.lm_head = OutputMatrix(cfg.embed_dim, cfg.vocab_size)
+      self.lm_head = _gathering(Matrix, cfg, "lm_head")("kernel", (cfg.embed_dim, cfg.vocab_size))
 
   def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Computes the logits of the next token.
@@ -142,35 +208,51 @@ class Transformer(nn.Module):
     """
     hidden_BxNxE = self.hidden(tokens, segment_ids)
     return hidden_to_logits(
-      hidden_BxNxE, self.embed.embedding.T if self.config.tie_embeddings else self.lm_head()
+      hidden_BxNxE, self.embed().T if self.config.tie_embeddings else self.lm_head()
     )
 
-  def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+  def hidden(
+    self,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    row_index: jax.Array | None = None,
+  ) -> jax.Array:
     """Returns the final normalised hidden states [B, N, E] in the activation dtype; times
     `output_matrix` they are the logits.
+
+    Args:
+      tokens: [B, N], of whole rows, or this shard's inside `jax.shard_map` over `context`.
+      segment_ids: [B, n] of whole rows, or None.
+      row_index: [B] int32, each row's index in the batch of all devices, from which the noise on
+        its scores and the queries of the scorers' loss derive; 0 .. B - 1 by default.
     """
     x_BxNxE = self.embedded(tokens, segment_ids)
     if self.config.scan_layers:
       x_BxNxE, _ = self.layers(
-        x_BxNxE, segment_ids, jnp.arange(0, self.config.num_layers, len(self.config.attention))
+        x_BxNxE,
+        segment_ids,
+        jnp.arange(0, self.config.num_layers, len(self.config.attention)),
+        row_index,
       )
     else:
       for i, block in enumerate(self.layers):
-        x_BxNxE = block(x_BxNxE, segment_ids, i)
+        x_BxNxE = block(x_BxNxE, segment_ids, i, row_index)
     return self.final_norm(x_BxNxE)
 
   def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Returns the input of the first block, [B, N, E] in the activation dtype."""
     if tokens.ndim != 2:
       raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
-    x_BxNxE = self.embed(tokens)
+    x_BxNxE = jnp.take(self.embed(), tokens, axis=0)
     if self.config.positions == "learned":
-      if tokens.shape[1] > self.config.max_positions:
+      row = axis_size(CONTEXT) * tokens.shape[1]
+      if row > self.config.max_positions:
         raise ValueError(
-          f"tokens has {tokens.shape[1]} tokens a row, more than "
+          f"tokens has {row} tokens a row, more than "
           f"max_positions={self.config.max_positions} of learned positions"
         )
-      x_BxNxE += self.positions(position_in_document(segment_ids, *tokens.shape))
+      positions_BxN = token_positions(segment_ids, *tokens.shape)
+      x_BxNxE += jnp.take(self.positions(), positions_BxN, axis=0)
     return x_BxNxE.astype(self.config.activation_dtype)
 
 
@@ -181,9 +263,12 @@ def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:
 
 def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
   """Returns the float32 [E, vocab_size] matrix from `hidden` to logits: the transposed embedding,
-  or the head's kernel when untied.
+  or the head's kernel when untied; inside `jax.shard_map` gathered from its parts.
   """
-  return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
+  name = "embed" if config.tie_embeddings else "lm_head"
+  specs = parameter_specs(config, axis_size(FSDP))[name] if axis_size(FSDP) > 1 else None
+  matrix, _ = sharding.gather(params[name], specs)
+  return matrix["embedding"].T if config.tie_embeddings else matrix["kernel"]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,6 +18,8 @@ def first_token(length: int) -> jax.Array | int:
 
 def own_tokens(whole: jax.Array) -> jax.Array:
   """Slices this shard's tokens out of whole rows: [B, n, ...] to [B, L, ...]."""
+  if axis_size(CONTEXT) == 1:
+    return whole
   length = whole.shape[1] // axis_size(CONTEXT)
   return lax.dynamic_slice_in_dim(whole, first_token(length), length, axis=1)
 

@@ -46,9 +46,29 @@ def axis_size(axis: str) -> int:
   return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
+def is_sharded() -> bool:
+  """Returns whether this runs inside `jax.shard_map` over more than one device of a mesh."""
+  return any(axis_size(axis) > 1 for axis in AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the placement of an array that every device of the mesh holds in full."""
   return NamedSharding(mesh, P())
+
+
+def batch_specs() -> dict[str, P]:
+  """Returns how `jax.shard_map` splits a batch that `sparsek.training.loss.cut_targets` returned.
+
+  Documents are found from the segment ids of whole rows.
+  """
+  tokens = P(ROWS, CONTEXT)
+  return {
+    "tokens": tokens,
+    "targets": tokens,
+    "counted": tokens,
+    "segment_ids": P(ROWS),
+    "row_index": P(ROWS),
+  }
 
 
 def put_batch(mesh: Mesh, batch: HostBatch) -> dict[str, jax.Array]:

@@ -19,12 +19,14 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from sparsek.config import TransformerConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.model import lora
 from sparsek.model.transformer import Params, init_params
+from sparsek.parallel.sharding import computed_on, placements
 from sparsek.runs.integrity import DamagedCheckpoint, verify
 from sparsek.runs.orbax_errors import damage, mute_remains, passing_reason
 from sparsek.runs.parameter_table import Comparison, explain_architecture, parameter_shapes
@@ -126,8 +128,12 @@ class Restored:
   data_state: dict
 
 
-def _abstract(tree, sharding):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _abstract(tree, mesh):
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    tree,
+    placements(mesh, tree),
+  )
 
 
 def abstract_params(config: TransformerConfig) -> Params:
@@ -209,7 +215,7 @@ def restore_newest(
   workdir: str,
   config: TransformerConfig,
   abstract_opt_state: Any,
-  sharding: jax.sharding.Sharding,
+  mesh: Mesh | None,
   report: Report = to_stderr,
   last: int | None = None,
 ) -> Restored | None:
@@ -222,7 +228,8 @@ def restore_newest(
     workdir: of the run; the caller holds its lock.
     config: the model that resumes; k, window, gate, dtype, ... may differ from the saved run's.
     abstract_opt_state: tree of shapes and dtypes.
-    sharding: for each array.
+    mesh: devices over which the arrays are spread; None puts them on the first device. It need not
+      be the mesh that they were saved from.
     report: takes one line of text.
     last: the step to go back to; no other is then tried. None: the newest.
   Raises:
@@ -235,8 +242,8 @@ def restore_newest(
   if not steps:
     return None
   abstract = {
-    "params": _abstract(abstract_params(config), sharding),
-    "optimizer": _abstract(abstract_opt_state, sharding),
+    "params": _abstract(abstract_params(config), mesh),
+    "optimizer": _abstract(abstract_opt_state, mesh),
     "data": None,
   }
   if last is not None:
@@ -279,7 +286,7 @@ def load_params(
   workdir: str,
   config: TransformerConfig,
   step: int | None = None,
-  sharding: jax.sharding.Sharding | None = None,
+  mesh: Mesh | None = None,
   report: Report = to_stderr,
   allow_older: bool = False,
 ) -> tuple[Params, int]:
@@ -292,7 +299,7 @@ def load_params(
     config: the model they are for, as `load_run_config` returns it; only its architecture must be
       the run's.
     step: None for the newest checkpoint.
-    sharding: for each parameter; None puts them on the first device.
+    mesh: devices over which they are spread; None puts them on the first device.
     report: takes one line of text about each damaged checkpoint that is skipped.
     allow_older: with no `step`, skip damaged checkpoints and take the newest good one.
   Returns:
@@ -302,9 +309,8 @@ def load_params(
       a table of the parameters).
     RunError: where it cannot be read for reasons that do not concern its contents.
   """
-  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
   saved = _with_adapters(workdir, config)
-  abstract = {"params": _abstract(abstract_params(saved), sharding)}
+  abstract = {"params": _abstract(abstract_params(saved), mesh)}
   steps = saved_steps(workdir)
   if not steps:
     raise UsageError(f"{workdir} holds no checkpoint")
@@ -313,7 +319,7 @@ def load_params(
     for bad, reason in damaged.items():
       folder = _step_folder(workdir, bad)
       report(f"checkpoint {folder} is damaged and is not used: {reason}")
-    return _merge_adapters(saved, loaded["params"], sharding), step
+    return _merge_adapters(saved, loaded["params"], mesh), step
   if step is not None and step not in steps:
     raise UsageError(
       f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
@@ -324,7 +330,7 @@ def load_params(
   except DamagedCheckpoint as error:
     path = _step_folder(workdir, wanted)
     raise UsageError(f"checkpoint {path} is damaged: {error}{_advice(steps, wanted)}") from error
-  return _merge_adapters(saved, loaded["params"], sharding), wanted
+  return _merge_adapters(saved, loaded["params"], mesh), wanted
 
 
 def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig:
@@ -336,10 +342,10 @@ def _with_adapters(workdir: str, config: TransformerConfig) -> TransformerConfig
   return dataclasses.replace(config, lora_rank=run.lora_rank, lora_alpha=run.lora_alpha)
 
 
-def _merge_adapters(config: TransformerConfig, params: Params, sharding) -> Params:
+def _merge_adapters(config: TransformerConfig, params: Params, mesh: Mesh | None) -> Params:
   if not config.lora_rank:
     return params
-  return jax.jit(functools.partial(lora.merge, config), out_shardings=sharding)(params)
+  return computed_on(mesh, functools.partial(lora.merge, config), params)
 
 
 def _advice(steps: list[int], damaged: int) -> str:

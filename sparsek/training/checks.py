@@ -6,7 +6,9 @@ from jax.sharding import Mesh
 
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.model.baselines import context_refusal
 from sparsek.model.transformer import Params, Transformer
+from sparsek.parallel.mesh import CONTEXT
 from sparsek.training.optimizer import trainable_mask
 
 
@@ -22,6 +24,7 @@ def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params:
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
   check_adapters(config, train)
   check_length(config, train.data.seq_len)
+  check_context(config, mesh, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)
   if not any(jax.tree.leaves(trainable_mask(params, train.optimizer.trainable))):
     raise UsageError(f"--trainable={train.optimizer.trainable}: no layer has such parameters")
@@ -29,10 +32,24 @@ def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params:
 
 def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None:
   """Raises UsageError unless every device gets the same number of rows in every micro-batch."""
-  parts = mesh.size * grad_accumulation
+  groups = mesh.size // mesh.shape[CONTEXT]
+  parts = groups * grad_accumulation
   if batch_size % parts:
-    devices = f"{mesh.size} device(s) x grad_accumulation={grad_accumulation}"
+    devices = f"{groups} device(s)"
+    if mesh.shape[CONTEXT] > 1:
+      devices = f"{groups} group(s) of {mesh.shape[CONTEXT]} devices"
+    devices += f" x grad_accumulation={grad_accumulation}"
     raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {devices}")
+
+
+def check_context(config: TransformerConfig, mesh: Mesh, seq_len: int) -> None:
+  """Raises UsageError where the tokens of a row cannot be split over `context`."""
+  parts = mesh.shape[CONTEXT]
+  if seq_len % parts:
+    raise UsageError(f"--seq_len={seq_len} must be a multiple of --context={parts}")
+  refusal = context_refusal(config) if parts > 1 else ""
+  if refusal:
+    raise UsageError(f"--context={parts}: {refusal}")
 
 
 def check_adapters(config: TransformerConfig, train: TrainConfig) -> None:

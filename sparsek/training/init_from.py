@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data.token_files import TokenDataset
@@ -19,6 +19,7 @@ from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
 from sparsek.model import lora
 from sparsek.model.transformer import Params, init_params, stack_layers, unstack_layers
+from sparsek.parallel.sharding import computed_on
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.parameter_table import Comparison, explain_architecture, parameter_shapes
 
@@ -26,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def initial_params(
-  config: TransformerConfig, train: TrainConfig, dataset: TokenDataset, sharding: Sharding, say: Say
+  config: TransformerConfig, train: TrainConfig, dataset: TokenDataset, mesh: Mesh, say: Say
 ) -> Params:
   """Returns the parameters that `train.init_from` names, or new ones; adapters are always new.
 
@@ -36,14 +37,14 @@ def initial_params(
   """
   key = jax.random.key(train.seed)
   if train.init_from and train.init_from.startswith(pretrained.PREFIX):
-    params = _load_pretrained(config, train, dataset, sharding, say)
+    params = _load_pretrained(config, train, dataset, mesh, say)
     say(f"starting from {train.init_from}")
   elif train.init_from:
     folder, step = checkpoint.parse_run_reference(train.init_from)
     if not os.path.isdir(folder):
       raise UsageError(f"--init_from={train.init_from}: there is no folder {folder}")
     check_tokenizer(folder, dataset, train.data.data, say)
-    params, step = load(folder, lora.merged_config(config), step, key, sharding, say)
+    params, step = load(folder, lora.merged_config(config), step, key, mesh, say)
     say(f"starting from the parameters of {folder} at step {step}")
   elif config.lora_rank:
     raise UsageError(
@@ -51,9 +52,9 @@ def initial_params(
       "matrices of a pretrained model"
     )
   else:
-    params = jax.jit(functools.partial(init_params, config), out_shardings=sharding)(key)
+    params = computed_on(mesh, functools.partial(init_params, config), key)
   if config.lora_rank:
-    params = lora.extend(config, params, key, sharding)
+    params = lora.extend(config, params, key, mesh)
   return params
 
 
@@ -104,11 +105,7 @@ def _warn_of_other_bos(
 
 
 def _load_pretrained(
-  config: TransformerConfig,
-  train: TrainConfig,
-  dataset: TokenDataset,
-  sharding: Sharding | None,
-  say: Say,
+  config: TransformerConfig, train: TrainConfig, dataset: TokenDataset, mesh: Mesh | None, say: Say
 ) -> Params:
   """Returns the parameters of a folder in Hugging Face's format; those that it lacks are drawn.
 
@@ -131,7 +128,7 @@ def _load_pretrained(
     )
   _warn_of_other_bos(dataset, train.data.data, tokenizer.bos_ids, train.init_from, say)
   merged, key = lora.merged_config(config), jax.random.key(train.seed)
-  return pretrained.load(folder, config=merged, key=key, sharding=sharding)[1]
+  return pretrained.load(folder, config=merged, key=key, mesh=mesh)[1]
 
 
 def _replaceable_module(path: str) -> str | None:
@@ -181,14 +178,13 @@ def convert(
   here: TransformerConfig,
   drawn: set[str],
   key: jax.Array,
-  sharding: Sharding | None = None,
+  mesh: Mesh | None = None,
 ) -> Params:
   """Returns `params` of a model `there` in the layout of a model `here`.
 
   The modules in `drawn` come from `init_params(here, key)`.
   """
 
-  @functools.partial(jax.jit, out_shardings=sharding)
   def converted(params, key):
     old = flatten_dict(unstack_layers(there, params), sep="/")
     new = flatten_dict(unstack_layers(here, init_params(here, key)), sep="/")
@@ -197,7 +193,7 @@ def convert(
     }
     return stack_layers(here, unflatten_dict(merged, sep="/"))
 
-  return converted(params, key)
+  return computed_on(mesh, converted, params, key)
 
 
 def load(
@@ -205,7 +201,7 @@ def load(
   config: TransformerConfig,
   step: int | None,
   key: jax.Array,
-  sharding: Sharding | None,
+  mesh: Mesh | None,
   say: Say,
 ) -> tuple[Params, int]:
   """Loads parameters of a run for a model whose attention and stacking of layers may differ.
@@ -223,11 +219,11 @@ def load(
   differing = differing_modules(there, config) if explain_architecture(there, config) else None
   if differing is None:
     # load_params reports what does not fit, if anything.
-    return checkpoint.load_params(workdir, config, step, sharding, say)
-  params, step = checkpoint.load_params(workdir, there, step, sharding, say)
+    return checkpoint.load_params(workdir, config, step, mesh, say)
+  params, step = checkpoint.load_params(workdir, there, step, mesh, say)
   for modules, action in zip(differing, ("drawn anew", "left out")):
     if modules:
       names = sorted({module.split("/", 1)[1] for module in modules})
       num_layers = len({module.split("/")[0] for module in modules})
       say(f"{action}: {', '.join(names)} of {num_layers} layers")
-  return convert(there, params, config, differing[0], key, sharding), step
+  return convert(there, params, config, differing[0], key, mesh), step

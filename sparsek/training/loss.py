@@ -28,6 +28,25 @@ def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
   return batch["tokens"][:, 1:], counted
 
 
+def cut_targets(batch: Batch) -> dict[str, jax.Array]:
+  """Cuts rows of n + 1 tokens into what a model reads and what it predicts.
+
+  Args:
+    batch: as in `next_token_targets`.
+  Returns:
+    "tokens", "segment_ids": [B, n] of the tokens read; "targets", "counted": as
+    `next_token_targets` returns them; "row_index": [B] int32, the index of each row in the batch.
+  """
+  targets, counted = next_token_targets(batch)
+  return {
+    "tokens": batch["tokens"][:, :-1],
+    "segment_ids": batch["segment_ids"][:, :-1],
+    "targets": targets,
+    "counted": counted,
+    "row_index": jnp.arange(targets.shape[0], dtype=jnp.int32),
+  }
+
+
 def cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   """Cuts [N, ...] arrays into [ceil(N / chunk), chunk, ...], padded with zeros."""
   length = arrays[0].shape[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sparsek.config import TransformerConfig
 from sparsek.model.transformer import Params, Transformer, output_matrix
 from sparsek.training.distillation import chunked_distillation
-from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targets
+from sparsek.training.loss import Batch, chunked_cross_entropy
 
 
 class Teacher(NamedTuple):
@@ -42,12 +42,13 @@ def _hidden(config, params, batch, packed, key=None, mutable=()):
 
   Each layer writes its loss to a collection; `mutable` names that collection.
   """
-  segment_ids = batch["segment_ids"][:, :-1] if packed else None
+  segment_ids = batch["segment_ids"] if packed else None
   rngs = {} if key is None else {"scorer_noise": key, "scorer_loss": jax.random.fold_in(key, 1)}
   hidden, collections = Transformer(config).apply(
     {"params": params},
-    batch["tokens"][:, :-1],
+    batch["tokens"],
     segment_ids=segment_ids,
+    row_index=batch["row_index"],
     method="hidden",
     rngs=rngs,
     mutable=list(mutable),
@@ -73,7 +74,8 @@ def summed_losses(
 
   Args:
     config, params: the model and its parameters.
-    batch: as in `next_token_targets`.
+    batch: as `cut_targets` returns it; inside `jax.shard_map` over `context` the tokens, targets
+      and counted of this shard, and whole rows of segment_ids.
     chunk: rows of logits held at once.
     packed: True if rows may hold several documents. Otherwise segment_ids only mark padding at the
       ends of rows, and attention ignores them, since causal attention does not see what follows.
@@ -82,7 +84,7 @@ def summed_losses(
       it. None: no noise.
     teacher: the model to learn from, which costs a forward pass; no gradient reaches it.
   """
-  targets, counted = (x.reshape(-1) for x in next_token_targets(batch))
+  targets, counted = batch["targets"].reshape(-1), batch["counted"].reshape(-1)
   hidden, scorers = _hidden(
     config, params, batch, packed, key, ["scorer_loss"] if scorer_loss else []
   )

@@ -141,7 +141,7 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
     UsageError: as `sparsek.training.checks.check_run`.
     RunError: where the compiler finds that the memory does not suffice.
   """
-  mesh, optimizer = make_mesh(), make_optimizer(train.optimizer)
+  mesh, optimizer = make_mesh(train.fsdp, train.context), make_optimizer(train.optimizer)
   params = checkpoint.abstract_params(config)
   check_run(config, train, mesh, params)
   rows, n = train.data.batch_size, train.data.seq_len
@@ -150,7 +150,9 @@ def make_plan(config: TransformerConfig, train: TrainConfig) -> Plan:
     for name in ("tokens", "segment_ids")
   }
   teacher_model = teacher.teacher_config(train.distill_from) if train.distill_from else None
-  teacher_params = [teacher.abstract_teacher(train.distill_from)] if train.distill_from else []
+  teacher_params = (
+    [teacher.abstract_teacher(train.distill_from, mesh)] if train.distill_from else []
+  )
   begin = time.perf_counter()
   try:
     step = make_train_step(config, train, optimizer, mesh, teacher_model)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data.batches import TrainIterator, eval_batches, make_train_iterator
@@ -15,7 +15,8 @@ from sparsek.data.token_files import TokenDataset
 from sparsek.errors import UsageError
 from sparsek.model import implementations
 from sparsek.model.transformer import Params
-from sparsek.parallel.mesh import HostBatch, make_mesh, replicated
+from sparsek.parallel.mesh import CONTEXT, HostBatch, make_mesh, replicated
+from sparsek.parallel.sharding import computed_on
 from sparsek.runs import checkpoint, run_directory, run_record, set_aside
 from sparsek.runs.checkpoint_writer import remove_half_written
 from sparsek.runs.parameter_table import differing_fields
@@ -56,15 +57,15 @@ class Setup(NamedTuple):
 
   @property
   def packed(self) -> bool:
-    """True if attention restarts at each document of a row."""
-    return self.train.data.segment_documents
+    """True if attention is told where documents end: in packed rows, and in parts of rows."""
+    return self.train.data.segment_documents or self.mesh.shape[CONTEXT] > 1
 
   @property
   def attention_shape(self) -> tuple[TransformerConfig, int, int]:
     """The model, the tokens of a row, and the rows that a device computes at once."""
-    data = self.train.data
-    rows = data.batch_size // (self.mesh.size * self.train.grad_accumulation)
-    return self.config, data.seq_len, rows
+    data, context = self.train.data, self.mesh.shape[CONTEXT]
+    rows = data.batch_size * context // (self.mesh.size * self.train.grad_accumulation)
+    return self.config, data.seq_len // context, rows
 
   def evaluation_due(self, step: int) -> bool:
     """Returns whether the held-out loss is computed after a step."""
@@ -78,7 +79,7 @@ def set_up(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset)
   Raises:
     UsageError: where the model cannot be trained on these data and devices.
   """
-  mesh, params_shape = make_mesh(), checkpoint.abstract_params(config)
+  mesh, params_shape = make_mesh(train.fsdp, train.context), checkpoint.abstract_params(config)
   check_run(config, train, mesh, params_shape)
   optimizer = make_optimizer(train.optimizer)
   iterator = make_train_iterator(dataset, train.data)
@@ -96,7 +97,7 @@ def set_up(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset)
     heldout=heldout,
     train_step=make_train_step(config, train, optimizer, mesh, teacher_model),
     eval_step=make_eval_step(config, train.loss_chunk, mesh, train.data.segment_documents),
-    diagnose=make_diagnose(config),
+    diagnose=make_diagnose(config, mesh),
     profile=Profile(train.workdir, train.profile_steps),
   )
 
@@ -133,29 +134,29 @@ def restore_or_init(setup: Setup, say: Say) -> Start:
     UsageError: where the configuration, the data, the checkpoints and the teacher do not fit.
   """
   config, train, dataset, optimizer = setup.config, setup.train, setup.dataset, setup.optimizer
-  workdir, sharding = train.workdir, replicated(setup.mesh)
+  workdir, mesh = train.workdir, setup.mesh
   teacher_params: tuple[Params, ...] = ()
   if train.distill_from:
     fingerprint = dataset.tokenizer.fingerprint
     teacher_params = (
-      teacher.load_teacher(train.distill_from, fingerprint, config.vocab_size, sharding),
+      teacher.load_teacher(train.distill_from, fingerprint, config.vocab_size, mesh),
     )
   remove_half_written(workdir, say)
   back_to = set_aside.step_to_restore(workdir, train.restore_step, say)
   saved_step = spikes_so_far = None
   if checkpoint.saved_steps(workdir):
-    restored = _resume(setup, sharding, back_to, say)
+    restored = _resume(setup, back_to, say)
     saved_step, spikes_so_far = restored.step, restored.data_state.get(SPIKES)
   else:
-    params = initial_params(config, train, dataset, sharding, say)
-    opt_state = jax.jit(optimizer.init, out_shardings=sharding)(params)
+    params = initial_params(config, train, dataset, mesh, say)
+    opt_state = computed_on(mesh, optimizer.init, params)
     restored = checkpoint.Restored(0, params, opt_state, {})
   numbers = (
     jnp.int32(restored.step),
     jnp.int32(train.seed),
     spikes.start(train.spike_factor, spikes_so_far),
   )
-  step, seed, so_far = jax.device_put(numbers, sharding)
+  step, seed, so_far = jax.device_put(numbers, replicated(mesh))
   return Start(
     restored.step,
     saved_step,
@@ -166,7 +167,7 @@ def restore_or_init(setup: Setup, say: Say) -> Start:
   )
 
 
-def _resume(setup: Setup, sharding: Sharding, back_to: int | None, say: Say) -> checkpoint.Restored:
+def _resume(setup: Setup, back_to: int | None, say: Say) -> checkpoint.Restored:
   """Returns the newest checkpoint or that of step `back_to`, and sets the data iterator to it."""
   config, train, workdir = setup.config, setup.train, setup.train.workdir
   record = run_record.load_run_config(workdir)[1]
@@ -184,7 +185,7 @@ def _resume(setup: Setup, sharding: Sharding, back_to: int | None, say: Say) -> 
       f"folder, and --init_from={workdir}"
     )
   opt_state = jax.eval_shape(setup.optimizer.init, setup.params_shape)
-  restored = checkpoint.restore_newest(workdir, config, opt_state, sharding, say, back_to)
+  restored = checkpoint.restore_newest(workdir, config, opt_state, setup.mesh, say, back_to)
   assert restored is not None  # the caller saw a checkpoint, and holds the lock
   if back_to is not None:
     set_aside.set_aside(workdir, restored.step, say)

@@ -1,4 +1,8 @@
-"""One optimizer step, data-parallel over all devices, and the evaluation of a batch."""
+"""One optimizer step over all devices of a mesh, and the evaluation of a batch.
+
+The forward and backward passes of a step run in one `jax.shard_map`: each device computes with its
+rows, or its part of their tokens, and gathers a layer's parameters when it needs them.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,10 +17,11 @@ from jax.stages import Wrapped
 from sparsek.attention.diagnostics import selection_statistics
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.model import lora
-from sparsek.model.transformer import Params, Transformer, layer_params
-from sparsek.parallel.mesh import ROWS, replicated
+from sparsek.model.transformer import Params, Transformer, layer_params, parameter_specs
+from sparsek.parallel.mesh import AXES, CONTEXT, FSDP, axis_size, batch_specs, replicated
+from sparsek.parallel.sharding import partition_specs, placements
 from sparsek.training import spikes
-from sparsek.training.loss import next_token_targets
+from sparsek.training.loss import cut_targets
 from sparsek.training.objective import Teacher, scorer_warmup_loss, summed_losses
 from sparsek.training.optimizer import learning_rate_schedule, trainable_mask
 from sparsek.training.spikes import Spikes
@@ -50,17 +55,26 @@ def abstract_state(
     spike_factor: `TrainConfig.spike_factor`.
   """
   number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-  state = TrainState(
-    number, params, jax.eval_shape(optimizer.init, params), number, spikes.start(spike_factor)
-  )
+  opt_state = jax.eval_shape(optimizer.init, params)
+  state = TrainState(number, params, opt_state, number, spikes.start(spike_factor))
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    state,
+    state_placements(mesh, state),
+  )
+
+
+def state_placements(mesh: Mesh, state: TrainState) -> TrainState:
+  """Returns the placement of each array of a state: parameters and moments split over `fsdp`."""
+  everywhere = jax.tree.map(lambda _: replicated(mesh), state)
+  return everywhere._replace(
+    params=placements(mesh, state.params), opt_state=placements(mesh, state.opt_state)
   )
 
 
 def _num_targets(batch) -> jax.Array:
-  """Returns the number of counted targets of the whole batch, from each device's rows."""
-  return jax.lax.psum(jnp.sum(next_token_targets(batch)[1], dtype=jnp.int32), ROWS)
+  """Returns the number of counted targets of the whole batch, from each device's part."""
+  return jax.lax.psum(jnp.sum(batch["counted"], dtype=jnp.int32), AXES)
 
 
 def make_train_step(
@@ -75,15 +89,16 @@ def make_train_step(
   The old state is donated. `apply` is a bool scalar on the devices: with False the same program
   computes the loss and the gradient norm of a state and leaves it unchanged.
 
-  The loss is the mean over all counted targets of the whole batch, in nats: each device sums its
-  rows' gradients, micro-batch by micro-batch, already divided by the number of all targets, and a
-  sum over the devices follows.
+  The loss is the mean over all counted targets of the whole batch, in nats: each device computes
+  the gradients of its part, micro-batch by micro-batch, already divided by the number of all
+  targets. They are summed over the devices where they arise, layer by layer
+  (`sparsek.parallel.sharding.gather`).
 
   Only the parameters that `train.optimizer.trainable` names change, and only their gradients count.
   With adapters, only the learned parameters have gradients (`sparsek.model.lora.split`).
 
-  Noise on the scores and the queries of the scorers' loss derive from (state.seed, step, device,
-  micro-batch, layer), so that a resumed run repeats them.
+  Noise on the scores and the queries of the scorers' loss derive from (state.seed, step, row of the
+  batch, layer): a resumed run repeats them, on any mesh.
 
   The metrics are float32 scalars, by name:
     loss: the cross-entropy alone; in the scorers' warm-up, which has none, the scorers' loss.
@@ -95,21 +110,21 @@ def make_train_step(
     skipped: int32, updates of the run so far that were spikes, with `train.spike_factor`.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
-  gradients = jax.shard_map(
-    _make_local_gradients(config, train, teacher),
-    mesh=mesh,
-    in_specs=(P(), P(), P(ROWS), P(), P()),
-    out_specs=P(),
-    # Parameters are replicated, and their gradients are summed over devices once, explicitly, and
-    # not inside every loop of the backward pass.
-    check_vma=False,
-  )
+  local_gradients, parts = _make_local_gradients(config, train, teacher), mesh.shape[FSDP]
+  for model in filter(None, (config, teacher)):
+    parameter_specs(model, parts)
 
   def train_step(state: TrainState, batch, teacher_params=None, apply=None):
     learned, frozen = lora.split(state.params)
-    losses, grads, num_targets = gradients(
-      learned, frozen, batch, (state.seed, state.step), teacher_params
-    )
+    arguments = learned, frozen, teacher_params
+    specs = partition_specs(arguments, parts)
+    losses, grads, num_targets = jax.shard_map(
+      local_gradients,
+      mesh=mesh,
+      in_specs=(*specs, batch_specs(), P()),
+      out_specs=(P(), specs[0], P()),
+      check_vma=False,  # gradients are summed over the devices explicitly
+    )(*arguments, cut_targets(batch), (state.seed, state.step))
     metrics = {
       **losses,
       "grad_norm": optax.tree.norm(grads),
@@ -158,27 +173,24 @@ def _make_local_gradients(
   """Returns the part of a training step that runs on each device's rows.
 
   Returns:
-    (learned, frozen, batch, (seed, step), teacher's parameters) -> (losses, gradients of `learned`,
+    (learned, frozen, teacher's parameters, batch, (seed, step)) -> (losses, gradients of `learned`,
     number of counted targets), all summed over the devices.
   """
   scorer_weight = train.scorer_loss if config.learns_scores else 0.0
   logged = ["loss"] + ["scorer_loss"] * (scorer_weight > 0) + ["divergence"] * (teacher is not None)
 
-  def local_gradients(learned, frozen, batch, seed_and_step, teacher_params):
+  def local_gradients(learned, frozen, teacher_params, batch, seed_and_step):
     num_targets = _num_targets(batch)
 
     def per_target(total):
       return total / jnp.maximum(num_targets, 1)
 
-    def objective(learned, rows, i):
+    def objective(learned, rows):
       params = lora.join(_freeze(learned, train.optimizer.trainable), frozen)
       key = None
       if config.scorer_noise or scorer_weight:
         seed, step = seed_and_step
-        key = jax.random.fold_in(
-          jax.random.fold_in(jax.random.key(seed), step),
-          jax.lax.axis_index(ROWS) * train.grad_accumulation + i,
-        )
+        key = jax.random.fold_in(jax.random.key(seed), step)
       if train.scorer_warmup:
         scorer_loss = (
           scorer_warmup_loss(config, params, rows, train.data.segment_documents, key)
@@ -206,18 +218,16 @@ def _make_local_gradients(
       }
 
     def micro_batch(sums, rows):
-      grads, losses = jax.grad(objective, has_aux=True)(learned, *rows)
+      grads, losses = jax.grad(objective, has_aux=True)(learned, rows)
       return jax.tree.map(jnp.add, sums, (losses, grads)), None
 
     if train.grad_accumulation == 1:
-      grads, losses = jax.grad(objective, has_aux=True)(learned, batch, 0)
+      grads, losses = jax.grad(objective, has_aux=True)(learned, batch)
     else:
-      rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, x.shape[-1]), batch)
+      rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, *x.shape[1:]), batch)
       sums = dict.fromkeys(logged, jnp.zeros(())), jax.tree.map(jnp.zeros_like, learned)
-      (losses, grads), _ = jax.lax.scan(
-        micro_batch, sums, (rows, jnp.arange(train.grad_accumulation))
-      )
-    return *jax.lax.psum((losses, grads), ROWS), num_targets
+      (losses, grads), _ = jax.lax.scan(micro_batch, sums, rows)
+    return jax.lax.psum(losses, AXES), grads, num_targets
 
   return local_gradients
 
@@ -230,14 +240,19 @@ def make_eval_step(
   `packed` is that of `summed_losses`.
   """
 
-  def local_loss(params, batch):
-    return jax.lax.psum(
-      summed_losses(config, params, batch, loss_chunk, packed).cross_entropy, ROWS
-    ), _num_targets(batch)
+  parts = mesh.shape[FSDP]
+  specs = parameter_specs(config, parts)
 
-  return jax.jit(
-    jax.shard_map(local_loss, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(), check_vma=False)
-  )
+  def local_loss(params, batch):
+    losses = summed_losses(config, params, batch, loss_chunk, packed)
+    return jax.lax.psum(losses.cross_entropy, AXES), _num_targets(batch)
+
+  def eval_step(params, batch):
+    return jax.shard_map(
+      local_loss, mesh=mesh, in_specs=(specs, batch_specs()), out_specs=P(), check_vma=False
+    )(params, cut_targets(batch))
+
+  return jax.jit(eval_step)
 
 
 @jax.jit
@@ -246,15 +261,15 @@ def all_finite(tree: Any) -> jax.Array:
   return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def make_diagnose(config: TransformerConfig) -> Wrapped:
+def make_diagnose(config: TransformerConfig, mesh: Mesh) -> Wrapped:
   """Compiles (params, batch of a row or more) -> {"layer_0/gate_mass": scalar, ...}.
 
   The figures describe the selection of each sparsek layer. They cost a forward pass of the rows
-  given, so the loop gives one row per logged step.
+  given, so the loop gives one row per logged step, which all devices read.
   """
+  specs = parameter_specs(config, mesh.shape[FSDP])
 
-  def diagnose(params, batch):
-    tokens, segment_ids = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
+  def local_statistics(params, tokens, segment_ids):
     _, sown = Transformer(config).apply(
       {"params": params}, tokens, segment_ids=segment_ids, method="hidden", mutable=["diagnostics"]
     )
@@ -262,8 +277,19 @@ def make_diagnose(config: TransformerConfig) -> Wrapped:
     for i, (kind, layer) in enumerate(zip(config.layer_kinds, config.layer_configs)):
       if kind == "sparsek":
         (scores,) = layer_params(config, sown["diagnostics"], i)["attention"]["scores"]
+        if axis_size(CONTEXT) > 1:
+          scores = jax.lax.all_gather(scores, CONTEXT, axis=1, tiled=True)
         for name, value in selection_statistics(scores, layer.k, layer.window, segment_ids).items():
           statistics[f"layer_{i}/{name}"] = value
     return statistics
+
+  def diagnose(params, batch):
+    return jax.shard_map(
+      local_statistics,
+      mesh=mesh,
+      in_specs=(specs, P(None, CONTEXT), P()),
+      out_specs=P(),
+      check_vma=False,
+    )(params, batch["tokens"][:, :-1], batch["segment_ids"][:, :-1])
 
   return jax.jit(diagnose)

@@ -6,12 +6,14 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig
 from sparsek.data.tokenizer import load_tokenizer
 from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
 from sparsek.model.transformer import Params
+from sparsek.parallel.sharding import computed_on, placements
 from sparsek.runs import checkpoint, run_record
 
 DTYPE = "bfloat16"  # of the teacher's parameters and activations; its logits are float32
@@ -31,7 +33,7 @@ def teacher_config(reference: str) -> TransformerConfig:
 
 
 def load_teacher(
-  reference: str, fingerprint: str, vocab_size: int, sharding: jax.sharding.Sharding | None = None
+  reference: str, fingerprint: str, vocab_size: int, mesh: Mesh | None = None
 ) -> Params:
   """Returns the bfloat16 parameters of the teacher.
 
@@ -39,7 +41,7 @@ def load_teacher(
     reference: `TrainConfig.distill_from`.
     fingerprint: of the tokenizer of the data.
     vocab_size: of the model that learns.
-    sharding: for each parameter; None puts them on the first device.
+    mesh: devices over which they are spread; None puts them on the first device.
   Raises:
     UsageError: where the model cannot be read, or has another tokenizer or vocabulary.
   """
@@ -55,19 +57,17 @@ def load_teacher(
       f"those of the data ({fingerprint[:12]}) and the model ({vocab_size})"
     )
   if hf:
-    return pretrained.load(folder, dtype=DTYPE, sharding=sharding)[1]
-  params, _ = checkpoint.load_params(folder, config, step, sharding)
-  return _cast(params, sharding)
-
-
-def _cast(params: Params, sharding) -> Params:
+    return pretrained.load(folder, dtype=DTYPE, mesh=mesh)[1]
+  params, _ = checkpoint.load_params(folder, config, step, mesh)
   cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(DTYPE))
-  return jax.jit(cast, out_shardings=sharding)(params)
+  return computed_on(mesh, cast, params)
 
 
-def abstract_teacher(reference: str) -> Params:
-  """Returns the shapes and dtypes of the parameters that `load_teacher` returns."""
+def abstract_teacher(reference: str, mesh: Mesh) -> Params:
+  """Returns the shapes, dtypes and placement of the parameters that `load_teacher` returns."""
+  params = checkpoint.abstract_params(teacher_config(reference))
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(DTYPE)),
-    checkpoint.abstract_params(teacher_config(reference)),
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.dtype(DTYPE), sharding=sharding),
+    params,
+    placements(mesh, params),
   )

@@ -85,7 +85,7 @@ def test_scores_that_explain_the_attention_have_no_loss():
   # every query asks the same, and one score can do for all
   query = jnp.broadcast_to(query[:, :1], query.shape)
   scores = jnp.einsum("bhd,bjhd->bjh", query[:, 0], key) / 8**0.5 + 100
-  queries = sample_queries(jax.random.key(0), 20, 2, 20)
+  queries = sample_queries(jax.random.split(jax.random.key(0), 2), 20, 20)
   np.testing.assert_array_equal(queries, np.tile(np.arange(20), (2, 1)))
   loss, gradient = jax.value_and_grad(attention_mass_loss)(scores, query, key, queries, window=3)
   np.testing.assert_allclose(loss, 0, atol=1e-5)
@@ -93,7 +93,7 @@ def test_scores_that_explain_the_attention_have_no_loss():
 
 
 def test_queries_are_spread_evenly_and_their_mean_is_that_of_all():
-  queries = sample_queries(jax.random.key(1), 6, 500, 20)
+  queries = sample_queries(jax.random.split(jax.random.key(1), 500), 6, 20)
   edges = np.arange(7) * 20 // 6
   assert np.all(queries >= edges[:-1]) and np.all(queries < edges[1:])
   assert set(np.unique(queries)) == set(range(20))
@@ -105,7 +105,7 @@ def test_queries_are_spread_evenly_and_their_mean_is_that_of_all():
 
 def test_bfloat16_and_memory():
   scores, query, key = example()
-  queries = sample_queries(jax.random.key(1), 8, 2, 20)
+  queries = sample_queries(jax.random.split(jax.random.key(1), 2), 8, 20)
   exact, close = (
     float(attention_mass_loss(scores, query.astype(dtype), key.astype(dtype), queries, window=2))
     for dtype in (jnp.float32, jnp.bfloat16)

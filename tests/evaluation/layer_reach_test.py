@@ -9,6 +9,7 @@ import pytest
 from sparsek.config import TransformerConfig, parse_layer_pattern
 from sparsek.evaluation import layer_reach
 from sparsek.model.transformer import init_params, unstack_layers
+from sparsek.training.loss import cut_targets
 from sparsek.training.objective import summed_losses
 
 CONFIG = TransformerConfig(
@@ -46,7 +47,7 @@ def test_losses_are_those_of_models_with_one_short_layer(fields):
     return (
       float(
         sum(
-          summed_losses(whole, unstack_layers(config, params), batch, 7).cross_entropy
+          summed_losses(whole, unstack_layers(config, params), cut_targets(batch), 7).cross_entropy
           for batch in batches
         )
       )

@@ -197,10 +197,9 @@ def read_checkpoint(folder):
 
   from sparsek.runs import checkpoint
 
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with checkpoint.quiet_orbax():
     restored = checkpoint.restore_newest(
-      str(folder), small_config(), _abstract_optimizer(), sharding, lambda line: None
+      str(folder), small_config(), _abstract_optimizer(), None, lambda line: None
     )
   arrays = [
     np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((restored.params, restored.opt_state))

@@ -22,6 +22,7 @@ from sparsek.runs.checkpoint import abstract_params
 from sparsek.runs.parameter_table import parameter_shapes
 from sparsek.training import plan
 from sparsek.training.checks import check_adapters
+from sparsek.training.loss import cut_targets
 from sparsek.training.objective import summed_losses
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
@@ -95,7 +96,11 @@ def logits(config, params):
 
 def test_new_adapters_change_nothing():
   adapted, plain = (
-    quick_jit(lambda params, config=config: summed_losses(config, params, BATCH, 8).cross_entropy)
+    quick_jit(
+      lambda params, config=config: (
+        summed_losses(config, params, cut_targets(BATCH), 8).cross_entropy
+      )
+    )
     for config in (LORA, PLAIN)
   )
   params = init_params(PLAIN, jax.random.key(0))

@@ -22,7 +22,6 @@ from sparsek.training.optimizer import make_optimizer
 from tests.runs.run_record_test import CONFIG, RECORD
 
 OPTIMIZER = make_optimizer(OptimizerConfig(num_steps=200))
-SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def copy(run, tmp_path):
 def restore(workdir, config=CONFIG, lines=None):
   opt_state = jax.eval_shape(OPTIMIZER.init, checkpoint.abstract_params(config))
   return checkpoint.restore_newest(
-    workdir, config, opt_state, SHARDING, (lines if lines is not None else []).append
+    workdir, config, opt_state, None, (lines if lines is not None else []).append
   )
 
 

@@ -21,7 +21,7 @@ from sparsek.model.transformer import Transformer, init_params, unstack_layers
 from sparsek.parallel.mesh import make_mesh, put_batch, replicated
 from sparsek.runs import checkpoint
 from sparsek.training import spikes
-from sparsek.training.loss import next_token_targets
+from sparsek.training.loss import cut_targets, next_token_targets
 from sparsek.training.objective import Teacher, summed_losses
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import (
@@ -349,7 +349,9 @@ def test_a_teacher_counts_by_its_weight():
   )
   weighted = quick_jit(
     lambda: [
-      summed_losses(config, params, batch, 7, teacher=Teacher(teacher, their_params, weight))
+      summed_losses(
+        config, params, cut_targets(batch), 7, teacher=Teacher(teacher, their_params, weight)
+      )
       for weight in (0.0, 0.25, 1.0)
     ]
   )
@@ -362,7 +364,9 @@ def test_a_teacher_counts_by_its_weight():
   ]
   (p, q), counted = map(jax.nn.softmax, logits), next_token_targets(batch)[1]
   divergence = float(jnp.sum(jnp.where(counted, jnp.sum(p * jnp.log(p / q), -1), 0)))
-  plain = float(quick_jit(lambda: summed_losses(config, params, batch, 7).cross_entropy)())
+  plain = float(
+    quick_jit(lambda: summed_losses(config, params, cut_targets(batch), 7).cross_entropy)()
+  )
   for result, weight in zip(losses, (0.0, 0.25, 1.0)):
     np.testing.assert_allclose(
       result, ((1 - weight) * plain + weight * divergence, plain, divergence, 0), rtol=1e-4
@@ -442,8 +446,8 @@ def test_selection_diagnostics_name_each_sparsek_layer_scanned_or_not():
     init_params(config, jax.random.key(0)),
     {key: value[:1] for key, value in example_batch().items()},
   )
-  scanned = make_diagnose(config)(params, row)
-  unrolled = make_diagnose(dataclasses.replace(config, scan_layers=False))(
+  scanned = make_diagnose(config, make_mesh())(params, row)
+  unrolled = make_diagnose(dataclasses.replace(config, scan_layers=False), make_mesh())(
     unstack_layers(config, params), row
   )
   names = ("gate_mass", "support_size", "share_older_than_1k", "mean_age", "score_std")
@@ -451,6 +455,6 @@ def test_selection_diagnostics_name_each_sparsek_layer_scanned_or_not():
   for key, value in unrolled.items():
     np.testing.assert_allclose(scanned[key], value, rtol=1e-4, err_msg=key)
   per_layer = make_diagnose(
-    dataclasses.replace(config, attention="sparsek:k2:w2,full", k=5, window=1)
+    dataclasses.replace(config, attention="sparsek:k2:w2,full", k=5, window=1), make_mesh()
   )(params, row)
   np.testing.assert_allclose([per_layer[key] for key in scanned], list(scanned.values()), rtol=1e-4)

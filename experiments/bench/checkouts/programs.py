@@ -1,6 +1,7 @@
 """Programs of a checkout, lowered and not compiled."""
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,8 @@ def lower_diagnosis() -> jax.stages.Lowered:
   """Returns the lowered statistics of the selection."""
   training = Training(tiny(), n=64, batch_size=2, documents=3)
   make = find_for_step("make_diagnose")
-  return make(training.config).lower(abstract_params(training.config), training.batch)
+  mesh = [training.mesh] * (len(inspect.signature(make).parameters) - 1)  # older ones take none
+  return make(training.config, *mesh).lower(abstract_params(training.config), training.batch)
 
 
 def lower_init(config: sparsek.TransformerConfig | None = None) -> jax.stages.Lowered:

@@ -1,0 +1,171 @@
+"""Transport of the tokens that are alive, that is selected, at the first query of each shard.
+
+A token is selected on one interval of queries, so its expiry says at which shards' first queries it
+is alive: at most k tokens a head are. Tokens that a shard finds in the `halo` tokens before its own
+do not travel here. A shard gets the others in ascending order, each in a slot of its own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparsek.parallel.exchange import first_token
+from sparsek.parallel.mesh import CONTEXT, axis_size
+
+
+def alive_tokens(expiry: jax.Array, halo: int, slots: int) -> jax.Array:
+  """Finds which of this shard's tokens each shard needs, and in which slots.
+
+  Args:
+    expiry: [B, L, G] int32 of this shard, counted from the start of the row.
+    halo: tokens before a shard that it gets in another way.
+    slots: at least as many as tokens are alive.
+
+  Returns:
+    [P, B, G, slots] int32: for each shard and slot the token, counted from this shard's first. The
+    slots that other shards fill, and empty ones, hold distinct numbers from L on.
+  """
+  shards, (batch, length, groups) = axis_size(CONTEXT), expiry.shape
+  token = jnp.arange(length, dtype=jnp.int32)
+  begin = jnp.arange(shards, dtype=jnp.int32)[:, None, None, None] * length
+  in_front = first_token(length) + token < begin - halo
+  alive = in_front & (jnp.swapaxes(expiry, 1, 2) > begin)  # [P, B, G, L]
+  rank = jnp.cumsum(alive, axis=-1, dtype=jnp.int32)
+  counts = lax.all_gather(rank[..., -1], CONTEXT)  # [source, destination, B, G]
+  earlier = jnp.arange(shards)[:, None, None, None] < lax.axis_index(CONTEXT)
+  before = jnp.sum(jnp.where(earlier, counts, 0), axis=0)
+  slot = jnp.where(alive, before[..., None] + rank - 1, slots + token)
+  empty = length + jnp.arange(slots, dtype=jnp.int32)
+
+  def fill(slot):
+    return empty.at[slot].set(token, mode="drop", unique_indices=True)
+
+  index = jax.vmap(fill)(slot.reshape(-1, length))
+  return index.reshape(shards, batch, groups, slots)
+
+
+class Alive(NamedTuple):
+  """Tokens that arrived in this shard's slots; zeros in empty slots.
+
+  Attributes:
+    key, value: [B, slots, G, D].
+    scores: [B, slots, G] float32.
+    lifetime: [B, slots, G] float32, the expiry counted from the shard's first query, at most L.
+  """
+
+  key: jax.Array
+  value: jax.Array
+  scores: jax.Array
+  lifetime: jax.Array
+
+
+@jax.custom_vjp
+def send_alive(
+  key: jax.Array, value: jax.Array, scores: jax.Array, expiry: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array, Alive]:
+  """Sends tokens to the shards and slots where they are needed.
+
+  A slot is filled by one shard, so a sum over shards moves it exactly.
+
+  Args:
+    key, value: [B, L, G, D] of this shard.
+    scores: [B, L, G] float32.
+    expiry: [B, L, G] int32.
+    index: from `alive_tokens`.
+
+  Returns:
+    key, value unchanged, and what arrives at this shard. Differentiable in key, value and scores;
+    the gradient of key and value is completed in place, only where a token was sent.
+  """
+  shards, length = axis_size(CONTEXT), key.shape[1]
+  begin = jnp.arange(shards, dtype=jnp.int32)[:, None, None, None] * length
+  lifetime = jnp.clip(_rows(expiry, index) - begin, 0, length)
+  small = jnp.stack([_rows(scores, index), lifetime.astype(jnp.float32)], axis=-1)
+  rows = jnp.concatenate([_rows(key, index), _rows(value, index)], axis=-1)
+  rows, small = (jnp.swapaxes(lax.psum_scatter(x, CONTEXT), 1, 2) for x in (rows, small))
+  dim = key.shape[-1]
+  return key, value, Alive(rows[..., :dim], rows[..., dim:], small[..., 0], small[..., 1])
+
+
+def _at(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the index of [B, L, G, ...] arrays that takes the tokens index [..., B, G, slots]."""
+  batch, groups = index.shape[-3:-1]
+  return jnp.arange(batch)[:, None, None], index, jnp.arange(groups)[:, None]
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Gathers rows of x [B, L, G, ...] at index [..., B, G, slots]; zeros where there is none."""
+  return x.at[_at(index)].get(mode="fill", fill_value=0)
+
+
+def _send_forward(key, value, scores, expiry, index):
+  return send_alive(key, value, scores, expiry, index), index
+
+
+def _send_backward(index, cotangents):
+  """Brings gradients back to the tokens, and adds those of several shards in float32.
+
+  Tokens that were sent to any shard are numbered; the sums are over these few. No two summands of
+  an addition have the same index, so no result depends on an order of atomics.
+  """
+  d_key, d_value, alive = cotangents
+  length, groups, dim = d_key.shape[1:]
+  small = jnp.stack([alive.scores, alive.lifetime], axis=-1)
+  rows = jnp.concatenate([x.astype(jnp.float32) for x in (alive.key, alive.value, small)], axis=-1)
+  shares = lax.all_gather(jnp.swapaxes(rows, 1, 2), CONTEXT)  # [P, B, G, slots, 2 D + 2]
+  token, number = _numbered(index, length)
+
+  def add(sums, shard):
+    number, share = shard
+    put = jax.vmap(jax.vmap(lambda x, i, y: x.at[i].add(y, mode="drop", unique_indices=True)))
+    return put(sums, number, share), None
+
+  zeros = jnp.zeros((*token.shape, 2 * dim + 2), jnp.float32)
+  sums, _ = lax.scan(add, zeros, (number, shares))
+
+  def added(x, y):
+    total = (_rows(x, token).astype(jnp.float32) + y).astype(x.dtype)
+    return x.at[_at(token)].set(total, mode="drop", unique_indices=True)
+
+  d_scores = jnp.zeros((*d_key.shape[:2], groups), jnp.float32)
+  return (
+    added(d_key, sums[..., :dim]),
+    added(d_value, sums[..., dim : 2 * dim]),
+    added(d_scores, sums[..., 2 * dim]),
+    None,
+    None,
+  )
+
+
+def _numbered(index: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+  """Numbers the tokens of this shard that are sent to any shard.
+
+  Args:
+    index: [P, B, G, slots], from `alive_tokens`.
+    length: L.
+  Returns:
+    the token of each number, [B, G, min(L, P slots)], distinct numbers from L on for none; and the
+    number of each entry of `index`, also distinct, and out of range for none.
+  """
+  shards, batch, groups, slots = index.shape
+  count = min(length, shards * slots)
+  by_head = jnp.moveaxis(index, 0, 2).reshape(batch, groups, -1)
+
+  def of_head(index):
+    sent = jnp.zeros(length, bool).at[index].set(True, mode="drop")
+    rank = jnp.cumsum(sent, dtype=jnp.int32) - 1
+    token = jnp.arange(length, dtype=jnp.int32)
+    none = length + jnp.arange(count, dtype=jnp.int32)
+    tokens = none.at[jnp.where(sent, rank, count + token)].set(
+      token, mode="drop", unique_indices=True
+    )
+    number = jnp.where(index < length, rank.at[index].get(mode="clip"), count + index)
+    return tokens, number
+
+  token, number = jax.vmap(jax.vmap(of_head))(by_head)
+  return token, jnp.moveaxis(number.reshape(batch, groups, shards, slots), 2, 0)
+
+
+send_alive.defvjp(_send_forward, _send_backward)

@@ -1,0 +1,60 @@
+"""Scores of tokens, and positions, where the tokens of a row lie on several devices."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparsek.attention.documents import position_in_document
+from sparsek.attention.scoring import ScoringNetwork
+from sparsek.parallel.exchange import (
+  first_token,
+  own_tokens,
+  to_own_tokens,
+  to_whole_rows,
+  tokens_after,
+  tokens_before,
+)
+from sparsek.parallel.mesh import CONTEXT, axis_size
+
+
+def token_positions(segment_ids: jax.Array | None, batch: int, length: int) -> jax.Array:
+  """Counts the tokens of its own document that precede each token of this shard.
+
+  Args:
+    segment_ids: [batch, n] of whole rows, or None.
+    batch: number of rows.
+    length: number of tokens of this shard; of the row, outside a `jax.shard_map` over `context`.
+
+  Returns:
+    [batch, length] int32.
+
+  Raises:
+    ValueError: where segment_ids has another shape.
+  """
+  return own_tokens(position_in_document(segment_ids, batch, axis_size(CONTEXT) * length))
+
+
+class ShardedScoringNetwork(ScoringNetwork):
+  """The scoring network on a shard of each row, inside `jax.shard_map` over `context`.
+
+  Its parameters are those of `ScoringNetwork`, and its scores [B, L, G] are this shard's part of
+  what that returns for whole rows, given segment_ids of whole rows [B, n]. The convolution gets its
+  inputs from the neighbouring shards. Moments are those of whole rows: logits travel to where a
+  head has its whole row, and return normalised.
+  """
+
+  def _row_length(self, length):
+    return axis_size(CONTEXT) * length
+
+  def _cut(self, whole, length, count):
+    return lax.dynamic_slice_in_dim(whole, first_token(length), count, axis=1)
+
+  def _with_neighbours(self, x_BxNxC):
+    return jnp.concatenate(
+      [tokens_before(x_BxNxC, self.lookback), x_BxNxC, tokens_after(x_BxNxC, self.lookahead)],
+      axis=1,
+    )
+
+  def _normalized(self, logits_BxNxG, start_BxR, end_BxR):
+    whole = super()._normalized(to_whole_rows(logits_BxNxG), start_BxR, end_BxR)
+    return to_own_tokens(whole, logits_BxNxG.shape[2])

@@ -1,0 +1,57 @@
+"""Counts of collectives in the text of compiled programs."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from sparsek.parallel.collectives import collectives
+from sparsek.parallel.mesh import make_mesh
+
+PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%x, %y)
+}
+
+%scattered (p: bf16[8,4]) -> bf16[2,4] {
+  ROOT %rs = bf16[2,4]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
+}
+
+%body (t: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %permute = f32[4,2]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,2}}
+  %s = ((bf16[8,4]), bf16[2,4], u32[]) async-start(%y), calls=%scattered
+  %d = bf16[2,4]{1,0} async-done(%s), calls=%scattered
+}
+
+ENTRY %main (a: f32[16]) -> f32[16] {
+  %loop = (s32[], f32[16]{0}) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %gather = (f32[2]{0:T(128)}, f32[16]{0:T(128)}) all-gather-start(%a), replica_groups=[1,8]<=[8]
+  %done = f32[16]{0} all-gather-done(%gather)
+  %two = ((f32[2], s8[3]), (f32[16], s8[24])) all-gather-start(%a, %b), replica_groups={}
+  %r = (f32[4], pred[8]) all-reduce-start(%c, %d), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
+  %e = (f32[1,4], f32[1,4]) all-to-all(%f, %g), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  ROOT %end = (f32[2], f32[2], u32[], u32[]) collective-permute-start(%h), source_target_pairs={}
+}
+"""
+
+
+def test_reads_every_form():
+  assert collectives(PROGRAM) == {
+    "all-gather": (2, 56 + 56 + 21),
+    "all-reduce": (1, 16 + 8),
+    "reduce-scatter": (5, 5 * 3 * 16),
+    "all-to-all": (1, 16),
+    "collective-permute": (6, 5 * 32 + 8),
+  }
+
+
+def test_a_program_of_one_device_has_none():
+  square = lambda _, x: x * x
+  step = lambda x: lax.psum(x, "fsdp") + lax.fori_loop(0, 3, square, x)
+  part = PartitionSpec()
+  f = jax.shard_map(
+    step, mesh=make_mesh(devices=jax.devices()[:1]), in_specs=part, out_specs=part, check_vma=False
+  )
+  counted = collectives(jax.jit(f).lower(jnp.ones(4)).compile().as_text())
+  assert all(traffic.received == 0 for traffic in counted.values())
