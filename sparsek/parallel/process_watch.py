@@ -78,11 +78,12 @@ class Judge:
   def judge(self, beats: Mapping[int, Beat]) -> str | None:
     """Returns the sentence with which the run ends, or None where all is well."""
     now = self._clock()
+    all_run = all(beat.running for beat in beats.values())  # the others wait for one that does not
     for process, beat in beats.items():
       old, heard, moved = self._last[process]
       if beat.number != old.number:
         heard = now
-      if (beat.position, beat.running) != (old.position, old.running) or not beat.running:
+      if beat.position != old.position or not all_run:
         moved = now
       self._last[process] = beat, heard, moved
     of_flag = f"(--process_timeout={self._timeout:g})"
