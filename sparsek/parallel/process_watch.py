@@ -24,7 +24,10 @@ import jax
 from sparsek.errors import RunError, UsageError
 
 ALIVE, ENDED = "sparsek/alive/", "sparsek/ended"
-BEATS = 10  # of a process within the timeout
+BEATS = 20  # of a process within the timeout
+# Part of the timeout that a process may be silent. JAX's own heartbeats, at half of it, come later:
+# they abort the process with a stack trace.
+SILENCE = 0.25
 GRACE = 3.0  # seconds in which the main thread may end by itself when another process has failed
 
 
@@ -65,7 +68,7 @@ class Judge:
   """A judge of the beats of all processes.
 
   Args:
-    timeout: seconds that a step may take; a process may be silent for half of it.
+    timeout: seconds that a step may take; and SILENCE times that a process may be silent.
     num_processes: of the run.
     clock: returns seconds.
   """
@@ -87,7 +90,7 @@ class Judge:
         moved = now
       self._last[process] = beat, heard, moved
     of_flag = f"(--process_timeout={self._timeout:g})"
-    silent = [p for p, (_, heard, _) in self._last.items() if now - heard > self._timeout / 2]
+    silent = [p for p, (_, heard, _) in self._last.items() if now - heard > SILENCE * self._timeout]
     if silent:
       return f"{self._names(silent)} died or hangs: no sign of life {of_flag}"
     if all(now - moved <= self._timeout for _, _, moved in self._last.values()):
@@ -122,8 +125,7 @@ class Watch:
 
   def start(self) -> None:
     """Starts the threads."""
-    if self._process_id:
-      _end_at_abort()
+    _end_at_abort()
     for thread in self._threads:
       thread.start()
 
@@ -205,12 +207,12 @@ class Watch:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _explain_abort(number: int) -> None:
   """Prints a sentence, and ends the process."""
-  os.write(2, b"error: process 0 died, unless the lines above give another reason\n")
+  os.write(2, b"error: another process died, unless the lines above say otherwise\n")
   os._exit(1)
 
 
 def _end_at_abort() -> None:
-  """Lets this process end with a sentence where JAX aborts it, since process 0 is gone.
+  """Lets this process end with a sentence where JAX aborts it, as when process 0 is gone.
 
   JAX's thread aborts within the same millisecond, and a handler of Python would run too late.
   """
