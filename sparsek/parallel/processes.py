@@ -50,6 +50,10 @@ class Options(NamedTuple):
     return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
+class OutOfStep(RunError):
+  """A failure after which the processes wait for each other in vain: the run must end."""
+
+
 class _Group:
   """The processes of this run: this one's number, and what it needs to talk to the others."""
 
@@ -79,7 +83,7 @@ class _Group:
     """Waits until all processes are here.
 
     Raises:
-      RunError: naming those that are not here in time.
+      OutOfStep: naming those that are not here in time.
     """
     try:
       self.client.wait_at_barrier(key, int(1000 * self.timeout))
@@ -88,10 +92,10 @@ class _Group:
       missing = ", ".join(f"process {name}" for name in lines if name.isdigit())
       raise self._late(f"{missing or 'another process'} does not arrive", error) from None
 
-  def _late(self, what: str, error: Exception) -> RunError:
+  def _late(self, what: str, error: Exception) -> OutOfStep:
     if "DEADLINE_EXCEEDED" not in str(error):
-      return RunError(f"the coordination service of process 0 fails: {error}")
-    return RunError(f"{what} within {self.timeout:g} seconds (--process_timeout)")
+      return OutOfStep(f"the coordination service of process 0 fails: {error}")
+    return OutOfStep(f"{what} within {self.timeout:g} seconds (--process_timeout)")
 
 
 _group: _Group | None = None
@@ -261,7 +265,8 @@ def together(function: Callable[[], T], kinds: tuple[type[Exception], ...] = ())
     function: called in all processes at the same time.
     kinds: errors that keep their kind in the other processes, beside UsageError and RunError.
   Raises:
-    the error of this process, or that of the first process that has one.
+    Exception: that of this process, or of the first process that has one.
+    OutOfStep: where others do not end, since they wait in `function` for a process that failed.
   """
   if _group is None:
     return function()
@@ -271,7 +276,12 @@ def together(function: Callable[[], T], kinds: tuple[type[Exception], ...] = ())
   except Exception as caught:
     error = caught
     _group.set(f"{key}/{_group.process_id:06}", _described(error, _group.process_id))
-  _group.wait_for_all(f"{key}/all")
+  try:
+    _group.wait_for_all(f"{key}/all")
+  except OutOfStep as late:
+    if error is None:
+      raise
+    raise OutOfStep(f"{_described(error, _group.process_id)[1]}; {late}") from error
   errors = sorted(_group.client.key_value_dir_get(f"{key}/"))
   if error is not None:
     raise _marked(error) from error.__cause__

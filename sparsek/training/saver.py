@@ -42,6 +42,7 @@ class Saver:
     """
     self.saved_step = saved_step
     self._saving_step: int | None = None  # of the checkpoint that is being written
+    self._ended = False  # the processes cannot save together any more
     self._workdir, self._writer, self._metrics, self._say = workdir, writer, metrics, say
     names = ("lock", "metrics.jsonl", "checkpoints") if processes.is_first() else ()
     self._presence = run_directory.Presence(os.path.join(workdir, name) for name in names)
@@ -54,7 +55,7 @@ class Saver:
     """Starts saving a step, once its metrics are on disk and the save before it has ended.
 
     Raises:
-      RunError: where the folder of the run is gone.
+      RunError: where the folder of the run is gone, or the processes do not agree any more.
     """
     processes.on_first(self._presence.check)
     processes.on_first(self._metrics.sync)
@@ -66,6 +67,9 @@ class Saver:
         functools.partial(self._writer.save, step, state.params, state.opt_state, data_state)
       )
       self._saving_step = step
+    except processes.OutOfStep:
+      self._ended = True
+      raise
     except Exception as error:  # Orbax and tensorstore raise many kinds for a full or failing disk.
       self._writer.forget()
       self._say(
@@ -75,9 +79,14 @@ class Saver:
 
   def finish(self) -> None:
     """Waits for the save in progress, if any."""
+    if self._ended:
+      return
     try:
       processes.together(self._writer.wait)
       self.saved_step = self.saved_step if self._saving_step is None else self._saving_step
+    except processes.OutOfStep:
+      self._ended = True
+      raise
     except Exception as error:
       self._writer.forget()
       self._say(
