@@ -24,10 +24,12 @@ class Cluster(NamedTuple):
   Attributes:
     name: for messages.
     arguments: for `jax.distributed.initialize`, beyond what JAX finds out.
+    certain: False where only JAX can tell whether there are several processes.
   """
 
   name: str
   arguments: dict[str, Any]
+  certain: bool = True
 
 
 def detect(environ: Mapping[str, str]) -> Cluster | None:
@@ -39,6 +41,22 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
     UsageError: where this process is one of several and cannot find the others.
   """
   return _slurm(environ) or _open_mpi(environ) or _tpu(environ) or _kubernetes(environ)
+
+
+def check_alone(command: str, distributed: bool, environ: Mapping[str, str]) -> None:
+  """Raises UsageError where a cluster has started several processes of a command that is one.
+
+  Args:
+    command: its name, for the message.
+    distributed: False for --nodistributed: this process stands for itself.
+    environ: the environment variables.
+  """
+  cluster = detect(environ) if distributed else None
+  if cluster is not None and cluster.certain:
+    raise UsageError(
+      f"{command} is one process, and {cluster.name} has started several: start it once, as with "
+      "srun --ntasks=1, or give --nodistributed where each of them does work of its own"
+    )
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -109,7 +127,7 @@ def _tpu(environ: Mapping[str, str]) -> Cluster | None:
     return None
   hosts = next((environ[name] for name in TPU_HOSTS if name in environ), None)
   alone = hosts is not None and "," not in hosts and "MEGASCALE_NUM_SLICES" not in environ
-  return None if alone else Cluster("TPU", {})
+  return None if alone else Cluster("a TPU pod", {}, certain=hosts is not None)
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Cluster | None:
