@@ -26,8 +26,8 @@ from tests.commands import FORKS, become
 TIMEOUT = 20.0
 FLAGS = (
   "--num_layers=1 --embed_dim=8 --num_heads=2 --num_kv_heads=1 --head_dim=4 --mlp_dim=8 --k=4 "
-  "--window=4 --scorer_loss=0 --seq_len=16 --batch_size=4 --num_steps=300 --log_every=1 "
-  f"--eval_every=150 --eval_batches=2 --checkpoint_every=200 --process_timeout={TIMEOUT}"
+  "--window=4 --attention=full --seq_len=16 --batch_size=4 --num_steps=150 --log_every=1 "
+  f"--eval_every=75 --eval_batches=2 --checkpoint_every=100 --process_timeout={TIMEOUT}"
 ).split()
 
 
@@ -102,7 +102,7 @@ def test_two_processes_are_one_run(home):
   assert (code, other_code) == (0, 0), first + second
   assert second == []  # process 0 speaks for both
   (stopped,) = checkpoint.saved_steps(str(home / "pair"))
-  assert 3 <= stopped < 200
+  assert 3 <= stopped < 100
   assert "process_id" not in (home / "pair" / "flags.txt").read_text()
   pair = start_two(home, home / "pair")
   wait_for_step(home / "pair", stopped + 3)
@@ -117,7 +117,7 @@ def test_two_processes_are_one_run(home):
   pair = start_two(home, home / "pair")
   assert [end(*process)[0] for process in (*pair, alone)] == [0, 0, 0]
   expected, metrics = metrics_of(home / "alone"), metrics_of(home / "pair")
-  assert len(expected) == 302 and metrics == expected
+  assert len(expected) == 152 and metrics == expected
 
 
 @pytest.mark.slow
@@ -223,12 +223,13 @@ def test_the_judge_names_who_is_silent_or_behind():
   assert judged(1, (0, 0)) is None
   for _ in range(9):  # process 1 compiles, and process 0 may wait for it
     assert judged(1, (1, 0), running=(True, False)) is None
-  for _ in range(8):
+  for _ in range(9):
     assert judged(1, (2, 1)) is None
   assert judged(1, (2, 1)) == (
     "a step did not end within 8 seconds (--process_timeout=8); process 1 on h1 is behind"
   )
-  assert judged(SILENCE * 8, (3, 3), silent={1}) is None
+  assert judged(1, (3, 3)) is None
+  assert judged(SILENCE * 8, (4, 3), silent={1}) is None
   assert judged(1, (4, 4), silent={1}) == (
     "process 1 on h1 died or hangs: no sign of life (--process_timeout=8)"
   )
