@@ -271,7 +271,7 @@ def _train_locked(
     progress.say(f"{_describe_size(start.state.params)}, {_describe_devices()}")
     for line in implementations.describe_choice(*setup.attention_shape, packed=setup.packed):
       progress.say(line)
-    stack.callback(saver.finish)
+    stack.callback(saver.wind_up)
     try:
       if evaluate_first:
         run.evaluate()

@@ -1,5 +1,6 @@
 """Saving of checkpoints while a run trains: a save that fails does not end it."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -94,6 +95,14 @@ class Saver:
         f"kept: {first_line(error)}"
       )
     self._saving_step = None
+
+  def wind_up(self) -> None:
+    """Waits for the save in progress, if any, where perhaps this process alone has failed."""
+    if processes.count() == 1:
+      self.finish()
+    elif not self._ended:
+      with contextlib.suppress(Exception):  # the run ends for another reason
+        self._writer.wait()
 
   def close(self, step: int) -> None:
     """Ends saving, with `step` as the last one.
