@@ -72,7 +72,7 @@ class Saver:
       self._ended = True
       raise
     except Exception as error:  # Orbax and tensorstore raise many kinds for a full or failing disk.
-      self._writer.forget()
+      self._forget()
       self._say(
         f"the checkpoint of step {step} cannot be saved, those before it are kept: "
         f"{first_line(error)}"
@@ -89,12 +89,17 @@ class Saver:
       self._ended = True
       raise
     except Exception as error:
-      self._writer.forget()
+      self._forget()
       self._say(
         f"the checkpoint of step {self._saving_step} could not be saved, those before it are "
         f"kept: {first_line(error)}"
       )
     self._saving_step = None
+
+  def _forget(self) -> None:
+    """Drops what this process saved where another process failed to save its part."""
+    if processes.count() > 1:  # a process alone has dropped it
+      self._writer.forget()
 
   def wind_up(self) -> None:
     """Waits for the save in progress, if any, where perhaps this process alone has failed."""
