@@ -7,12 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.generation.cache_sizes import check_memory, clip_sizes, resize, with_room
 from sparsek.generation.inference import InferenceParams, inference_params
+from sparsek.generation.rows import PARAMS, ROW, SAME, STEPS, over_rows, place_rows
 from sparsek.generation.sampling import draw, method_of
 from sparsek.generation.saved_session import SavedSession
 from sparsek.kernels.sentinels import NOWHERE
@@ -23,7 +25,9 @@ AHEAD = 8  # tokens that are computed together by default
 _first_draw = jax.jit(draw, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(
+  jax.jit, static_argnames=("config", "method", "steps", "mesh"), donate_argnames="cache"
+)
 def run_steps(
   config: TransformerConfig,
   method: str,
@@ -39,6 +43,7 @@ def run_steps(
   top_p: jax.Array | float,
   top_k: jax.Array | int,
   end_ids: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[tuple[Cache, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
   """Feeds every active row its token and draws the next one, `steps` times.
 
@@ -53,19 +58,26 @@ def run_steps(
     number: tokens drawn so far in this turn.
     limit: most tokens of this turn.
     end_ids: tokens that end a row.
+    mesh: as in `prefill`.
   Returns:
     The next (cache, token, active, number), and for each step the tokens and which rows drew one,
     [steps, B] each.
   """
 
-  def step(state, _):
-    cache, token, active, number = state
-    logits, cache = decode_step(config, params, cache, token, active)
-    drawn = jnp.where(active, draw(method, logits, keys, number, temperature, top_p, top_k), token)
-    drew, active = active, active & ~jnp.isin(drawn, end_ids) & (number + 1 < limit)
-    return (cache, drawn, active, number + 1), (drawn, drew)
+  def run(params, cache, token, active, keys, number, limit, options, end_ids):
+    def step(state, _):
+      cache, token, active, number = state
+      logits, cache = decode_step(config, params, cache, token, active)
+      drawn = jnp.where(active, draw(method, logits, keys, number, *options), token)
+      drew, active = active, active & ~jnp.isin(drawn, end_ids) & (number + 1 < limit)
+      return (cache, drawn, active, number + 1), (drawn, drew)
 
-  return jax.lax.scan(step, (cache, token, active, number), None, length=steps)
+    return jax.lax.scan(step, (cache, token, active, number), None, length=steps)
+
+  arguments = params, cache, token, active, keys, number, limit, (temperature, top_p, top_k)
+  kinds = PARAMS, ROW, ROW, ROW, ROW, SAME, SAME, SAME, SAME
+  result = (ROW, ROW, ROW, SAME), (STEPS, STEPS)
+  return over_rows(run, config, mesh, kinds, result)(*arguments, end_ids)
 
 
 class _Turn(NamedTuple):
@@ -84,6 +96,12 @@ class Session:
 
   Sessions can be saved and resumed.
 
+  Args:
+    config, params: the model.
+    batch_size: number of texts.
+    mesh: devices over which parameters and texts are spread, as `sparsek.generation.rows` says;
+      None: one device.
+
   Attributes:
     config: of the model.
     cache: state of the model. It has not been fed the token that each row drew last; the next turn
@@ -97,13 +115,20 @@ class Session:
     ...   print(tokens)  # one of each row; None once a row has ended
   """
 
-  def __init__(self, config: TransformerConfig, params: Params | InferenceParams, batch_size: int):
-    self.config = config
+  def __init__(
+    self,
+    config: TransformerConfig,
+    params: Params | InferenceParams,
+    batch_size: int,
+    mesh: Mesh | None = None,
+  ):
+    self.config, self._mesh = config, mesh
     self._set_length(0)
     check_memory(self._sized, batch_size, 1, f"window={config.window} and k={config.k}")
-    self.cache = init_cache(self._sized, batch_size, max_length=1)  # every turn makes room
+    # every turn makes room
+    self.cache = place_rows(mesh, init_cache(self._sized, batch_size, max_length=1), batch_size)
     self.texts: list[dict] = [{} for _ in range(batch_size)]
-    self._params = inference_params(config, params)
+    self._params = inference_params(config, params, mesh)
     self._unfed: list[list[int]] = [[] for _ in range(batch_size)]
     self._stopped: set[int] = set()
     self._exact = True  # the cache has been fed the tokens that were yielded, and no others
@@ -226,7 +251,14 @@ class Session:
     for row, ids in enumerate(rows):
       tokens[row, : len(ids)] = ids
     logits, self.cache = prefill(
-      self._sized, self._params, self.cache, tokens, lengths, last_only=True, donate=True
+      self._sized,
+      self._params,
+      self.cache,
+      tokens,
+      lengths,
+      last_only=True,
+      donate=True,
+      mesh=self._mesh,
     )
     return logits[:, 0]
 
@@ -259,6 +291,7 @@ class Session:
       turn.keys,
       *turn.options,
       turn.end_ids,
+      mesh=self._mesh,
     )
     return tuple(state_after), drawn
 
@@ -286,19 +319,25 @@ class Session:
 
   @classmethod
   def load(
-    cls, path: str, config: TransformerConfig, params: Params | InferenceParams
+    cls,
+    path: str,
+    config: TransformerConfig,
+    params: Params | InferenceParams,
+    mesh: Mesh | None = None,
   ) -> "Session":
-    """Returns the session that `save` wrote.
+    """Returns the session that `save` wrote, on any mesh.
 
     Raises:
       UsageError: where it cannot be read, or was saved with another configuration or other
         parameters.
     """
     session = cls.__new__(cls)
-    session.config, session._params = config, inference_params(config, params)
+    session.config, session._mesh = config, mesh
+    session._params = inference_params(config, params, mesh)
     saved = saved_session.load(path, config, session._params)
     session._set_length(saved.length)
-    session.cache, session._unfed, session.texts = saved.cache, saved.unfed, saved.texts
+    session.cache = place_rows(mesh, saved.cache, len(saved.texts))
+    session._unfed, session.texts = saved.unfed, saved.texts
     session._stopped, session._exact = set(), True
     return session
 
