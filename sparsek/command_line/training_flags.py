@@ -218,7 +218,8 @@ def define_mesh_flags(flag_values: flags.FlagValues) -> None:
   define.integer(
     "context",
     RUN.context,
-    "Devices over which the tokens of a row are split; divides the tokens of a row.",
+    "Devices over which the tokens of a row are split; divides their number. experiments.generate "
+    "splits new prompts, of any length.",
     lower=1,
   )
 

@@ -20,7 +20,7 @@ from sparsek.model.transformer import (
   output_matrix,
   parameter_specs,
 )
-from sparsek.parallel.exchange import first_token
+from sparsek.parallel.exchange import tokens_at
 from sparsek.parallel.mesh import CONTEXT, FSDP, ROWS, make_mesh
 from sparsek.parallel.sharding import placements
 
@@ -41,11 +41,7 @@ def predicted(
   def local(params, tokens, positions):
     hidden_BxNxE = Transformer(config).apply({"params": params}, tokens, method="hidden")
     assert isinstance(hidden_BxNxE, jax.Array)
-    length = hidden_BxNxE.shape[1]
-    index_BxAx1 = positions[..., None] - 1 - first_token(length)
-    hidden_BxAxE = jnp.take_along_axis(hidden_BxNxE, jnp.clip(index_BxAx1, 0, length - 1), axis=1)
-    is_own = (index_BxAx1 >= 0) & (index_BxAx1 < length)
-    hidden_BxAxE = jax.lax.psum(jnp.where(is_own, hidden_BxAxE, 0), CONTEXT)  # one is not 0
+    hidden_BxAxE = tokens_at(hidden_BxNxE, positions - 1)
     return jnp.argmax(hidden_to_logits(hidden_BxAxE, output_matrix(config, params)), axis=-1)
 
   return jax.shard_map(

@@ -2,27 +2,34 @@
 
 Parameters stay split over `fsdp`: a device gathers a layer when it needs it, and holds the whole
 model at no time. The texts, and what is kept of each, are spread over all devices where they are a
-multiple of them; otherwise every device computes all texts. No token of a text is split:
-`context` has the size 1.
+multiple of them; otherwise every device computes all texts. Tokens of a text are split in
+`sparsek.generation.sharded_prompt` only.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TransformerConfig
 from sparsek.generation.inference import inference_specs
-from sparsek.parallel.mesh import FSDP, ROWS
+from sparsek.parallel.mesh import CONTEXT, DATA, FSDP
 
 PARAMS, ROW, STEPS, SAME = "params", "row", "steps", "same"  # kinds of arguments and results
 
 
+def without_context(mesh: Mesh | None) -> Mesh | None:
+  """Returns a mesh of the same devices, in the same order, that splits no text."""
+  if mesh is None or mesh.shape[CONTEXT] == 1:
+    return mesh
+  return Mesh(mesh.devices, (DATA, FSDP, "replica"), axis_types=(AxisType.Auto,) * 3)
+
+
 def _row_axes(mesh: Mesh, batch: int) -> tuple[str, ...] | None:
   """Returns the mesh axes over which the texts are spread, None for none."""
-  return None if batch % mesh.size else ROWS
+  return None if batch % mesh.size else mesh.axis_names
 
 
 def place_rows(mesh: Mesh | None, tree: Any, batch: int) -> Any:
@@ -44,7 +51,7 @@ def over_rows(
   Args:
     function: of the texts that are on a device.
     config: of the model.
-    mesh: None returns the function as it is.
+    mesh: from `without_context`; None returns the function as it is.
     kinds: of the arguments: PARAMS, an InferenceParams; ROW, arrays [B, ...]; STEPS, arrays
       [steps, B]; SAME, arrays without texts. The second argument is of kind ROW.
     result: a tree of kinds.

@@ -12,13 +12,21 @@ from jax.sharding import Mesh
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
-from sparsek.generation.cache_sizes import check_memory, clip_sizes, resize, with_room
+from sparsek.generation.cache_sizes import (
+  check_memory,
+  clip_sizes,
+  padded_length,
+  resize,
+  with_room,
+)
 from sparsek.generation.inference import InferenceParams, inference_params
-from sparsek.generation.rows import PARAMS, ROW, SAME, STEPS, over_rows, place_rows
+from sparsek.generation.rows import PARAMS, ROW, SAME, STEPS, over_rows, place_rows, without_context
 from sparsek.generation.sampling import draw, method_of
 from sparsek.generation.saved_session import SavedSession
+from sparsek.generation.sharded_prompt import prefill_sharded
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.transformer import Params
+from sparsek.parallel.mesh import CONTEXT
 
 AHEAD = 8  # tokens that are computed together by default
 
@@ -99,8 +107,8 @@ class Session:
   Args:
     config, params: the model.
     batch_size: number of texts.
-    mesh: devices over which parameters and texts are spread, as `sparsek.generation.rows` says;
-      None: one device.
+    mesh: devices over which parameters and texts are spread, as `sparsek.generation.rows` says, and
+      the tokens of new texts over `context`; None: one device.
 
   Attributes:
     config: of the model.
@@ -122,16 +130,22 @@ class Session:
     batch_size: int,
     mesh: Mesh | None = None,
   ):
-    self.config, self._mesh = config, mesh
+    self.config = config
+    self._set_mesh(mesh)
     self._set_length(0)
     check_memory(self._sized, batch_size, 1, f"window={config.window} and k={config.k}")
-    # every turn makes room
-    self.cache = place_rows(mesh, init_cache(self._sized, batch_size, max_length=1), batch_size)
+    empty = init_cache(self._sized, batch_size, max_length=1)  # every turn makes room
+    self.cache = place_rows(self._mesh, empty, batch_size)
     self.texts: list[dict] = [{} for _ in range(batch_size)]
-    self._params = inference_params(config, params, mesh)
+    self._params = inference_params(config, params, self._mesh)
     self._unfed: list[list[int]] = [[] for _ in range(batch_size)]
     self._stopped: set[int] = set()
     self._exact = True  # the cache has been fed the tokens that were yielded, and no others
+
+  def _set_mesh(self, mesh: Mesh | None) -> None:
+    """Sets the devices that compute new prompts, and those that compute everything else."""
+    self._prompt_mesh = mesh if mesh is not None and mesh.shape[CONTEXT] > 1 else None
+    self._mesh = without_context(mesh)
 
   def _set_length(self, length: int | None) -> None:
     """Sets the configuration whose cache holds texts of up to `length` tokens, None for any."""
@@ -246,10 +260,16 @@ class Session:
     before = self._sized
     if self._length is not None:
       self._set_length(max(self._length, length))
-    self.cache = with_room(self.config, resize(before, self._sized, self.cache), length)
     tokens = np.zeros((len(rows), int(np.max(lengths))), np.int32)
     for row, ids in enumerate(rows):
       tokens[row, : len(ids)] = ids
+    if self._prompt_mesh is not None and not np.any(self.cache.seen):
+      last, cache = prefill_sharded(
+        self._sized, self._params, tokens, lengths, padded_length(length), self._prompt_mesh
+      )
+      self.cache = place_rows(self._mesh, cache, len(rows))
+      return last
+    self.cache = with_room(self.config, resize(before, self._sized, self.cache), length)
     logits, self.cache = prefill(
       self._sized,
       self._params,
@@ -332,11 +352,12 @@ class Session:
         parameters.
     """
     session = cls.__new__(cls)
-    session.config, session._mesh = config, mesh
-    session._params = inference_params(config, params, mesh)
+    session.config = config
+    session._set_mesh(mesh)
+    session._params = inference_params(config, params, session._mesh)
     saved = saved_session.load(path, config, session._params)
     session._set_length(saved.length)
-    session.cache = place_rows(mesh, saved.cache, len(saved.texts))
+    session.cache = place_rows(session._mesh, saved.cache, len(saved.texts))
     session._unfed, session.texts = saved.unfed, saved.texts
     session._stopped, session._exact = set(), True
     return session

@@ -81,7 +81,10 @@ def main() -> None:
   one = make_mesh(devices=jax.devices()[:1])
   output = {
     "evaluations": [evaluations(one), evaluations(make_mesh(fsdp=2, context=2))],
-    "texts": [texts(CONFIG, None, 4), texts(CONFIG, make_mesh(fsdp=2, devices=jax.devices()[:4]), 4)],
+    "texts": [
+      texts(CONFIG, None, 4),
+      texts(CONFIG, make_mesh(fsdp=2, devices=jax.devices()[:4]), 4),
+    ],
     "text": [texts(CONFIG, None, 1), texts(CONFIG, make_mesh(fsdp=4), 1)],
   }
   pathlib.Path(sys.argv[1]).write_text(json.dumps(output))
