@@ -6,10 +6,13 @@ multiple of them; otherwise every device computes all texts. Tokens of a text ar
 `sparsek.generation.sharded_prompt` only.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,19 +63,66 @@ def over_rows(
     return function
 
   def computed(*args):
-    axes = _row_axes(mesh, len(jax.tree.leaves(args[1])[0]))
+    batch = len(jax.tree.leaves(args[1])[0])
+    axes = _row_axes(mesh, batch)
     specs = {
       PARAMS: inference_specs(config, mesh.shape[FSDP]),
       ROW: P(axes),
       STEPS: P(None, axes),
       SAME: P(),
     }
-    return jax.shard_map(
-      function,
-      mesh=mesh,
-      in_specs=tuple(specs[kind] for kind in kinds),
-      out_specs=jax.tree.map(specs.__getitem__, result),
-      check_vma=False,
-    )(*args)
+    in_specs = tuple(specs[kind] for kind in kinds)
+    out_specs = jax.tree.map(specs.__getitem__, result)
+    return map_shards(function, mesh, in_specs, out_specs, batch, axes or ())(*args)
 
   return computed
+
+
+def map_shards(
+  function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any, batch: int, axes: tuple[str, ...]
+) -> Callable:
+  """Returns what `jax.shard_map` does of a function of arrays [batch, ...] and others.
+
+  No array without elements, which caches have, gets to `jax.shard_map`: XLA's compiler for GPUs
+  ends the process there, with JAX 0.11.
+
+  Args:
+    function, mesh, in_specs, out_specs: as in `jax.shard_map`.
+    batch: number of texts.
+    axes: over which they are split.
+  """
+  shapes_of = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+  def computed(*args):
+    shapes, out_shapes = shapes_of(args), []
+
+    def local(*parts):
+      out = function(*_with_empty(parts, shapes, batch // math.prod(map(mesh.shape.get, axes))))
+      out_shapes.append(shapes_of(out))
+      return _without_empty(out)
+
+    sharded = jax.shard_map(
+      local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    out = sharded(*_without_empty(args))
+    return _with_empty(out, out_shapes[-1], batch)
+
+  return computed
+
+
+def _without_empty(tree: Any) -> Any:
+  """Replaces arrays without elements by None."""
+  return jax.tree.map(lambda x: x if x.size else None, tree)
+
+
+def _with_empty(tree: Any, shapes: Any, batch: int) -> Any:
+  """Undoes `_without_empty`, for this number of texts."""
+
+  def leaf(shape, x):
+    if x is not None:
+      return x
+    # A first axis that is not empty counts texts.
+    dims = (batch, *shape.shape[1:]) if shape.shape[0] else shape.shape
+    return jnp.zeros(dims, shape.dtype)
+
+  return jax.tree.map(leaf, shapes, tree)

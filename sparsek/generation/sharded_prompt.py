@@ -21,6 +21,7 @@ from sparsek.generation.cache import Cache, init_cache, pad_length
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, map_rows
 from sparsek.generation.cached_chunk import keep_best
 from sparsek.generation.inference import InferenceParams, Projections, inference_specs
+from sparsek.generation.rows import map_shards
 from sparsek.model.layers import full_attention, scoring_network, window_implementation
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import first_token, tokens_at
@@ -64,13 +65,15 @@ def prefill_sharded(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(config, max_length, mesh, params, tokens, lengths):
   groups = mesh.size // mesh.shape[CONTEXT]
-  rows = None if len(tokens) % groups else ROWS
-  return jax.shard_map(
+  axes = () if len(tokens) % groups else ROWS
+  rows = P(axes or None)
+  return map_shards(
     functools.partial(_prefill_shard, config, max_length),
-    mesh=mesh,
-    in_specs=(inference_specs(config, mesh.shape[FSDP]), P(rows, CONTEXT), P(rows)),
-    out_specs=P(rows),
-    check_vma=False,
+    mesh,
+    (inference_specs(config, mesh.shape[FSDP]), P(axes or None, CONTEXT), rows),
+    rows,
+    len(tokens),
+    axes,
   )(params, tokens, lengths)
 
 
