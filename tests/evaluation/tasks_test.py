@@ -99,6 +99,7 @@ def test_command(tmp_path, capsys):
   for argument, words in (
     ("--tasks=riddle", "'riddle' must be one of passkey"),
     ("--lengths=0", "'0' must be a number"),
+    ("--context=77", "--fsdp=1 x --context=77 must divide the number of devices"),
     ("--lengths=50", "the task passkey needs"),
     ("--min_distance=1020", "1020 of them between facts and question; got 1024"),
     ("--record=x.png", "x.png: must be a .json file"),
