@@ -39,6 +39,7 @@ from sparsek.generation.prompts import (
 )
 from sparsek.generation.session import AHEAD, Session
 from sparsek.generation.text_stream import TextStream
+from sparsek.model.baselines import context_refusal
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_record
 
@@ -131,6 +132,9 @@ def open_session(texts: Sequence[str]) -> tuple[Session, Tokenizer, dict, int]:
   tokenizer = run_record.load_run_tokenizer(FLAGS.workdir)
   split = FLAGS.fsdp > 1 or FLAGS.context > 1
   mesh = make_mesh(FLAGS.fsdp, FLAGS.context) if split else None
+  refusal = context_refusal(config) if FLAGS.context > 1 else ""
+  if refusal:
+    raise UsageError(f"--context={FLAGS.context}: {refusal}")
   params, step = checkpoint.load_params(
     FLAGS.workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
   )

@@ -26,13 +26,18 @@ from sparsek.parallel.sharded_scores import token_positions
 CHUNK = 128  # queries at a time
 BLOCK = 64  # keys of a block of block_topk
 SLOWEST = 16.0  # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWEST)
+WITHOUT_REFERENCE = {"sliding_window", "full", "linear"}  # kinds that XLA computes in its place
 WHOLE_ROWS = ("lsh", "block_topk")  # the kinds that need all tokens of a row on one device
 
 
 def context_refusal(config: TransformerConfig) -> str:
   """Returns why rows of a model cannot be sharded over `context`, "" where they can."""
   kinds = [kind for kind in WHOLE_ROWS if kind in config.layer_kinds]
-  return _refusal(kinds) if kinds else ""
+  if kinds:
+    return _refusal(kinds)
+  if config.implementation == "reference" and set(config.layer_kinds) - WITHOUT_REFERENCE:
+    return "implementation 'reference' needs whole rows on one device; use --context=1 or xla"
+  return ""
 
 
 def _refusal(kinds):
