@@ -12,16 +12,18 @@ of a step, and trains nothing.
 
 import dataclasses
 import os
+from typing import Any
 
 from absl import flags as absl_flags
 
 from sparsek.command_line.configs import model_config, train_config
-from sparsek.command_line.definer import into_string
+from sparsek.command_line.definer import OF_PROCESSES, into_string
 from sparsek.command_line.main import run
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import batches
 from sparsek.huggingface import pretrained
+from sparsek.parallel import processes
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
 
@@ -63,6 +65,13 @@ def report(result: loop.Result, config: TrainConfig) -> None:
 
 
 def main() -> None:
+  """Joins the processes of the run, and trains."""
+  flags: list[Any] = [FLAGS[name].value for name in OF_PROCESSES]
+  with processes.running(processes.Options(*flags)):
+    pretrain()
+
+
+def pretrain() -> None:
   """Reads the flags, opens the data, trains, and says where everything is."""
   config = train_config(FLAGS)
   base = base_model(config)
@@ -74,10 +83,14 @@ def main() -> None:
       model, remat=plan.remat_that_fits(model, config, plan.memory_limit())
     )
   if FLAGS.dry_run:
-    print("\n".join(plan.make_plan(model, config).lines()))
+    lines = plan.make_plan(model, config).lines()
+    if processes.is_first():
+      print("\n".join(lines))
     return
   run_directory.use_compilation_cache(config.workdir)
-  report(loop.train(model, config, dataset, into_string(FLAGS)), config)
+  result = loop.train(model, config, dataset, into_string(FLAGS))
+  if processes.is_first():
+    report(result, config)
 
 
 if __name__ == "__main__":

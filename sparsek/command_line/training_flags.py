@@ -15,11 +15,37 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
   define_model_flags(flag_values)
   define_data_flags(flag_values)
   define_train_flags(flag_values)
+  define_process_flags(flag_values)
   Definer(flag_values).boolean(
     "dry_run",
     False,
     "Only compile, and print the parameters, operations and memory of a step; needs no --workdir "
     "and writes nothing.",
+  )
+
+
+def define_process_flags(flag_values: flags.FlagValues) -> None:
+  """Defines which processes, each started with the same command, are one run."""
+  define = Definer(flag_values)
+  define.string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0, a free port. By default found on SLURM, Open MPI, Kubernetes and TPU "
+    "pods; elsewhere the run is one process.",
+  )
+  define.integer("num_processes", None, "Processes of the run. By default found as above.", lower=1)
+  define.integer(
+    "process_id", None, "Number of this process, from 0. By default found as above.", lower=0
+  )
+  define.boolean(
+    "distributed", True, "With --nodistributed the run is one process, wherever it is started."
+  )
+  define.real(
+    "process_timeout",
+    300.0,
+    "Seconds after which all processes end where one of them died or hangs; more than a step "
+    "takes. Compiling, evaluating and saving may take longer.",
+    lower=2,
   )
 
 

@@ -26,7 +26,6 @@ from sparsek.parallel.sharded_scores import token_positions
 CHUNK = 128  # queries at a time
 BLOCK = 64  # keys of a block of block_topk
 SLOWEST = 16.0  # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWEST)
-WITHOUT_REFERENCE = {"sliding_window", "full", "linear"}  # kinds that XLA computes in its place
 WHOLE_ROWS = ("lsh", "block_topk")  # the kinds that need all tokens of a row on one device
 
 
@@ -35,9 +34,7 @@ def context_refusal(config: TransformerConfig) -> str:
   kinds = [kind for kind in WHOLE_ROWS if kind in config.layer_kinds]
   if kinds:
     return _refusal(kinds)
-  if config.implementation == "reference" and set(config.layer_kinds) - WITHOUT_REFERENCE:
-    return "implementation 'reference' needs whole rows on one device; use --context=1 or xla"
-  return ""
+  return "--implementation=reference takes whole rows" * (config.implementation == "reference")
 
 
 def _refusal(kinds):

@@ -97,7 +97,7 @@ class Plan:
 
 def memory_limit() -> int | None:
   """Returns the bytes that JAX may take of a device, or None where the backend does not say."""
-  return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+  return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def remat_that_fits(config: TransformerConfig, train: TrainConfig, limit: int | None) -> str:
