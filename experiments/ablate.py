@@ -26,6 +26,7 @@ from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
 from sparsek.command_line.main import run
+from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import ATTENTION_KINDS, GATES, SCORERS
 from sparsek.data import batches
 from sparsek.errors import RunError, UsageError
@@ -68,6 +69,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.string(
     "scorer", "linear", f"Scorers of sparsek attention, separated by commas: {', '.join(SCORERS)}."
   )
+  define_mesh_flags(flag_values)
   define.integer("seeds", 1, "Runs of each combination, with --seed=0, 1, ...", lower=1)
   define.string(
     "job",
@@ -108,14 +110,15 @@ def numbers(name: str, minimum: int) -> list[int]:
 
 
 def shared() -> list[str]:
-  """Returns the flags that all runs share, those of --base and --more."""
+  """Returns the flags that all runs share: those of --base and --more, --fsdp and --context."""
   if FLAGS.base and not os.path.isfile(FLAGS.base):
     raise UsageError(f"--base={FLAGS.base}: there is no such file")
   try:
     extra_flags = shlex.split(FLAGS.more or "")
   except ValueError as error:
     raise UsageError(f"--more={FLAGS.more}: {error}") from None
-  return [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base) + extra_flags
+  devices = [f"--{name}={FLAGS[name].value}" for name in ("fsdp", "context") if FLAGS[name].present]
+  return [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base) + extra_flags + devices
 
 
 def check(arguments: Sequence[str]) -> absl_flags.FlagValues:

@@ -22,7 +22,7 @@ from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_data_of_runs_flag, define_evaluation_flags
 from sparsek.command_line.main import run as run_command
-from sparsek.command_line.training_flags import define_loss_chunk_flag
+from sparsek.command_line.training_flags import define_loss_chunk_flag, define_mesh_flags
 from sparsek.config import DataConfig
 from sparsek.data.token_files import TokenDataset
 from sparsek.data.tokenizer import describe_documents, read_bos
@@ -57,6 +57,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   )
   define.integer("batch_size", None, "Rows per batch. By default as in training.", lower=1)
   define.integer("eval_batches", 32, "Evaluate on at most this many batches.", lower=1)
+  define_mesh_flags(flag_values)
   define_loss_chunk_flag(flag_values)
 
 
@@ -131,15 +132,15 @@ def _settings(run: Run, step: int) -> dict[str, object]:
 def main() -> None:
   """Evaluates all runs, prints the table, and writes the records."""
   clusters.check_alone("experiments.evaluate", FLAGS.distributed, os.environ)
-  runs = _runs()
+  runs, mesh = _runs(), make_mesh(FLAGS.fsdp, FLAGS.context)
   dataset, data, batches = heldout_rows(
-    runs, FLAGS.eval_batches, FLAGS.data, FLAGS.seq_len, FLAGS.batch_size
+    runs, mesh, FLAGS.eval_batches, FLAGS.data, FLAGS.seq_len, FLAGS.batch_size
   )
   trained_lengths = [run.record["data"]["seq_len"] for run in runs]
   edges = bucket_edges(data.seq_len, trained_lengths)
   for run in runs:
     files.check_writable(os.path.join(run.workdir, RECORDS))
-  results, settings, bits, mesh = [], [], [], make_mesh()
+  results, settings, bits = [], [], []
   for run in runs:
     params, step = checkpoint.load_params(
       run.workdir, run.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
@@ -149,7 +150,7 @@ def main() -> None:
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:
       progress = tqdm(batches, unit="batch", disable=None)
-      result = evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk)
+      result = evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk, mesh=mesh)
     except NotImplementedError as error:
       raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
     results.append(result)

@@ -25,15 +25,16 @@ from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_evaluation_flags
 from sparsek.command_line.main import run
+from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
 from sparsek.parallel import clusters
-from sparsek.parallel.mesh import make_mesh
+from sparsek.parallel.mesh import CONTEXT, make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
-from sparsek.training.checks import check_batch, check_length
+from sparsek.training.checks import check_batch, check_context, check_length
 
 MAX_LENGTH = 2**24  # tokens of a document
 
@@ -61,8 +62,12 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     lower=0,
   )
   define.integer(
-    "batch_size", None, "Documents per batch, over all devices. By default one per device.", lower=1
+    "batch_size",
+    None,
+    "Documents per batch, over all devices. By default one per --context devices.",
+    lower=1,
   )
+  define_mesh_flags(flag_values)
   define.integer("seed", 0, "Seed of the documents.", lower=0)
   define.path(
     "record",
@@ -132,8 +137,8 @@ def main() -> None:
     raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
   if FLAGS.record:
     files.check_writable(FLAGS.record)
-  mesh = make_mesh()
-  batch_size = FLAGS.batch_size or mesh.size
+  mesh = make_mesh(FLAGS.fsdp, FLAGS.context)
+  batch_size = FLAGS.batch_size or mesh.size // mesh.shape[CONTEXT]
   check_batch(mesh, batch_size)
   counts: dict[tuple[str, str, int], Counts] = {}
   records, runs = {}, []
@@ -143,6 +148,8 @@ def main() -> None:
     config, record = run_record.load_run_config(workdir)
     config, tokenizer = override_config(config, FLAGS), run_record.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")
+    for length in lengths:
+      check_context(config, mesh, length, "lengths")
     for task in chosen:  # a document too short is refused before any long work
       make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
     files.check_writable(os.path.join(workdir, "tasks.jsonl"))
@@ -167,6 +174,7 @@ def main() -> None:
           batch_size,
           FLAGS.seed,
           FLAGS.min_distance,
+          mesh,
         )
         *_, counts[label, task, length] = tqdm(
           batches, f"{label} {task} {length}", size, unit="batch", disable=None

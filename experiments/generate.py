@@ -5,7 +5,9 @@
   python -m experiments.generate --workdir=/tmp/run --load_cache=/tmp/text.npz --prompt=" # and"
 
 Memory and time per token do not depend on the length of the text so far, except in models with full
-attention layers. --k and --window may differ from those of training. The text goes to stdout; the
+attention layers. --k and --window may differ from those of training. By default one device computes
+everything; with --fsdp or --context all do, and texts are spread over them where their number is a
+multiple of the devices'. The text goes to stdout; the
 last line on stderr is the speed.
 """
 
@@ -26,6 +28,7 @@ from sparsek.command_line.flags import (
   define_workdir_flag,
 )
 from sparsek.command_line.main import run
+from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.data.tokenizer import Tokenizer, as_valid_unicode
 from sparsek.errors import UsageError
 from sparsek.generation.prompts import (
@@ -38,7 +41,9 @@ from sparsek.generation.prompts import (
 )
 from sparsek.generation.session import AHEAD, Session
 from sparsek.generation.text_stream import TextStream
+from sparsek.model.baselines import context_refusal
 from sparsek.parallel import clusters
+from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_record
 
 
@@ -62,6 +67,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     "Names of special tokens in the prompt, such as <|im_start|>, become these tokens.",
   )
   _define_sampling(define)
+  define_mesh_flags(flag_values)
   define.path(
     "load_cache",
     None,
@@ -128,12 +134,19 @@ def open_session(texts: Sequence[str]) -> tuple[Session, Tokenizer, dict, int]:
   config, record = run_record.load_run_config(FLAGS.workdir)
   config = override_config(config, FLAGS)
   tokenizer = run_record.load_run_tokenizer(FLAGS.workdir)
+  split = FLAGS.fsdp > 1 or FLAGS.context > 1
+  mesh = make_mesh(FLAGS.fsdp, FLAGS.context) if split else None
+  refusal = context_refusal(config) if FLAGS.context > 1 else ""
+  if refusal:
+    raise UsageError(f"--context={FLAGS.context}: {refusal}")
   params, step = checkpoint.load_params(
-    FLAGS.workdir, config, FLAGS.step, allow_older=FLAGS.allow_older_step
+    FLAGS.workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
   )
   try:
     session = (
-      Session.load(source, config, params) if source else Session(config, params, len(texts))
+      Session.load(source, config, params, mesh)
+      if source
+      else Session(config, params, len(texts), mesh)
     )
   except UsageError:
     raise

@@ -22,6 +22,7 @@ from sparsek.command_line.flags import (
   define_workdir_flag,
 )
 from sparsek.command_line.main import run
+from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import DataConfig
 from sparsek.data.batches import eval_batches
 from sparsek.errors import UsageError
@@ -30,7 +31,7 @@ from sparsek.evaluation.heldout import Run
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.storage import files
-from sparsek.training.checks import check_batch, check_length
+from sparsek.training.checks import check_batch, check_context, check_length
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -62,6 +63,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     "Layers of the pattern that get most of the keys. By default a sixth of all.",
     lower=1,
   )
+  define_mesh_flags(flag_values)
   define.path("record", None, "Also write flags, figures and versions to this .json file.")
 
 
@@ -98,11 +100,13 @@ def main() -> None:
   except ValueError as error:
     raise UsageError(f"--{error}") from None
   data = DataConfig(seq_len=FLAGS.seq_len, batch_size=FLAGS.batch_size)
-  check_batch(make_mesh(), data.batch_size)
+  mesh = make_mesh(FLAGS.fsdp, FLAGS.context)
+  check_batch(mesh, data.batch_size)
   check_length(config, data.seq_len)
+  check_context(config, mesh, data.seq_len)
   dataset = Run(FLAGS.workdir, config, record).open_data(FLAGS.data)
   params, step = checkpoint.load_params(
-    FLAGS.workdir, config, FLAGS.step, allow_older=FLAGS.allow_older_step
+    FLAGS.workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
   )
   term = (
     f"attention_sinks:k{FLAGS.sinks}:w{FLAGS.window - FLAGS.sinks}"
@@ -115,6 +119,7 @@ def main() -> None:
     eval_batches(dataset, data, FLAGS.eval_batches),
     term,
     progress=lambda batches: tqdm(batches, unit="batch", disable=None),
+    mesh=mesh,
   )
   rises = [loss - dense for loss in short]
   pattern = layer_reach.pattern(rises, long_layers, FLAGS.k, FLAGS.window, FLAGS.budget)

@@ -207,16 +207,21 @@ class ScoringNetwork(nn.Module):
     if self.kind == "random":
       return self._random_scores(layer, position_BxN)
     start_BxR, end_BxR = document_bounds(segment_ids, batch, row)
-    logits_BxNxG = self.linear(x_BxNxE)
-    if self.kind == "conv":
-      channels = self._with_neighbours(self.conv_in(x_BxNxE))
-      reach = ((0, 0), (self.lookback, self.lookahead))
-      start = self._cut(jnp.pad(start_BxR, reach, constant_values=-1), length, channels.shape[1])
-      same_BxNxT = self._taps(start, length) == self._cut(start_BxR, length, length)[..., None]
-      logits_BxNxG += self._convolve(self._taps(channels, length) * same_BxNxT[..., None])
+    logits_BxNxG = self._logits(x_BxNxE, start_BxR)
     if self.normalize:
       logits_BxNxG = self._normalized(logits_BxNxG, start_BxR, end_BxR)
     return self._scores(logits_BxNxG, position_BxN, layer)
+
+  def _logits(self, x_BxNxE, start_BxR):
+    """Returns logits, given the start of each token's document in whole rows."""
+    length, logits_BxNxG = x_BxNxE.shape[1], self.linear(x_BxNxE)
+    if self.kind != "conv":
+      return logits_BxNxG
+    channels = self._with_neighbours(self.conv_in(x_BxNxE))
+    reach = ((0, 0), (self.lookback, self.lookahead))
+    start = self._cut(jnp.pad(start_BxR, reach, constant_values=-1), length, channels.shape[1])
+    same_BxNxT = self._taps(start, length) == self._cut(start_BxR, length, length)[..., None]
+    return logits_BxNxG + self._convolve(self._taps(channels, length) * same_BxNxT[..., None])
 
   def stream(
     self,

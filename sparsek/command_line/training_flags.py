@@ -221,19 +221,7 @@ def _define_batches(define: Definer) -> None:
     "queries of --scorer_loss.",
     lower=0,
   )
-  define.integer(
-    "fsdp",
-    RUN.fsdp,
-    "Devices over which parameters, gradients and moments are split; divides their number.",
-    lower=1,
-  )
-  define.integer(
-    "context",
-    RUN.context,
-    "Devices over which the tokens of a row are split; divides --seq_len, and --fsdp x --context "
-    "divides the number of devices. Rows are split over the devices that remain.",
-    lower=1,
-  )
+  define_mesh_flags(define.flag_values)
   define.integer(
     "grad_accumulation",
     RUN.grad_accumulation,
@@ -241,6 +229,25 @@ def _define_batches(define: Definer) -> None:
     lower=1,
   )
   define_loss_chunk_flag(define.flag_values)
+
+
+def define_mesh_flags(flag_values: flags.FlagValues) -> None:
+  """Defines over how many devices parameters and rows are split."""
+  define = Definer(flag_values)
+  define.integer(
+    "fsdp",
+    RUN.fsdp,
+    "Devices over which the parameters are split, and in training gradients and moments; --fsdp x "
+    "--context divides the number of devices. Rows are split over all but --context.",
+    lower=1,
+  )
+  define.integer(
+    "context",
+    RUN.context,
+    "Devices over which the tokens of a row are split; divides their number. experiments.generate "
+    "splits new prompts, of any length.",
+    lower=1,
+  )
 
 
 def define_loss_chunk_flag(flag_values: flags.FlagValues) -> None:

@@ -5,12 +5,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.data.batches import EvalBatches, eval_batches, open_data
 from sparsek.data.token_files import TokenDataset
 from sparsek.errors import UsageError
-from sparsek.parallel.mesh import make_mesh
-from sparsek.training.checks import check_batch, check_length
+from sparsek.training.checks import check_batch, check_context, check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Run:
 
 def heldout_rows(
   runs: Sequence[Run],
+  mesh: Mesh,
   num_batches: int,
   data: str | None = None,
   seq_len: int | None = None,
@@ -55,11 +57,13 @@ def heldout_rows(
 
   Args:
     runs: what is evaluated.
+    mesh: the devices over which batches are spread.
     num_batches: largest number of batches.
     data: token files; None for those that the runs were trained on.
     seq_len, batch_size: None for the largest that one of the runs was trained with.
   Raises:
-    UsageError: where the runs read different tokens, or rows are too long for the data or a model.
+    UsageError: where the runs read different tokens, rows are too long for the data or a model, or
+      the mesh cannot split them.
   """
   datasets = [run.open_data(data) for run in runs]
   for run, dataset in zip(runs, datasets):
@@ -81,7 +85,8 @@ def heldout_rows(
     batch_size=batch_size or max(run.record["data"]["batch_size"] for run in runs),
     segment_documents=runs[0].record["data"]["segment_documents"],
   )
-  check_batch(make_mesh(), rows.batch_size)
+  check_batch(mesh, rows.batch_size)
   for run in runs:
     check_length(run.config, seq_len)
+    check_context(run.config, mesh, seq_len)
   return datasets[0], rows, eval_batches(datasets[0], rows, num_batches)

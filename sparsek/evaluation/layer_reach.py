@@ -3,20 +3,29 @@
 A layer needs distant tokens if the loss rises when this layer alone sees recent tokens only.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TransformerConfig
-from sparsek.model.layers import make_norm
-from sparsek.model.transformer import Block, Params, Transformer, layer_params, output_matrix
-from sparsek.parallel.mesh import ROWS, make_mesh, put_batch, replicated
-from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targets
+from sparsek.model.transformer import (
+  Params,
+  Transformer,
+  output_matrix,
+  parameter_specs,
+  unstack_layers,
+)
+from sparsek.parallel.mesh import AXES, CONTEXT, FSDP, ROWS, batch_specs, make_mesh, put_batch
+from sparsek.parallel.sharding import computed_on, placements
+from sparsek.training.loss import Batch, chunked_cross_entropy, cut_targets
 
 
 def losses(
@@ -26,6 +35,7 @@ def losses(
   term: str,
   loss_chunk: int = 1024,
   progress: Callable = iter,
+  mesh: Mesh | None = None,
 ) -> tuple[float, list[float]]:
   """Returns the loss of a model, and its loss when a single layer has another kind of attention.
 
@@ -34,46 +44,54 @@ def losses(
 
   Args:
     config, params: the model.
-    batches: of held-out rows, "tokens" and "segment_ids" [B, n + 1]; rows are spread over all
-      devices.
+    batches: of held-out rows, "tokens" and "segment_ids" [B, n + 1].
     term: of a layer pattern, for the changed layer; of a kind without parameters, such as
       "sliding_window:w256" or "attention_sinks:k4:w252".
     loss_chunk: number of tokens whose logits exist at the same time.
     progress: wraps the batches, as tqdm does.
+    mesh: devices over which parameters, rows and their tokens are spread; None: rows over all.
   Returns:
     the mean loss of the unchanged model, and a list of those with layer 0, 1, ... changed, in nats
     per token.
   """
-  mesh = make_mesh()
-  params = jax.device_put(params, replicated(mesh))
+  mesh = make_mesh() if mesh is None else mesh
+  flat, parts = dataclasses.replace(config, scan_layers=False), mesh.shape[FSDP]
+  params = jax.device_put(params, placements(mesh, params))
+  if config.scan_layers:
+    params = computed_on(mesh, functools.partial(unstack_layers, config), params)
+  specs, x_spec = parameter_specs(flat, parts), P(ROWS, CONTEXT)
 
-  def over_rows(function: Callable, out_specs: P) -> Callable:
-    in_specs = (P(), P(ROWS), P(ROWS))
+  def on_mesh(function: Callable, in_specs: tuple, out_specs: P) -> Callable:
     return jax.jit(
       jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     )
 
   @functools.cache
   def block(layer_term: str) -> Callable:
-    def apply(args, x, segment_ids):
-      layer, i = args
-      return Block(config, layer_term).apply({"params": layer}, x, segment_ids, i)
+    one = dataclasses.replace(flat, num_layers=1, attention=layer_term)
+    layer_specs = {"layers_0": parameter_specs(one, parts)["layers_0"]}
 
-    return over_rows(apply, P(ROWS))
+    def apply(layer, i, x, segment_ids):
+      return Transformer(one).apply({"params": layer}, x, segment_ids, i, method=_only_block)
 
-  def embedded(params, tokens, segment_ids):
-    return Transformer(config).apply({"params": params}, tokens, segment_ids, method="embedded")
+    return on_mesh(apply, (layer_specs, P(), x_spec, P(ROWS)), x_spec)
 
-  embed = over_rows(embedded, P(ROWS))
-  loss_and_count = over_rows(functools.partial(_loss_and_count, config, loss_chunk), P())
-  layers = [layer_params(config, params, i) for i in range(config.num_layers)]
+  def embedded(params, batch):
+    return Transformer(flat).apply(
+      {"params": params}, batch["tokens"], batch["segment_ids"], method="embedded"
+    )
+
+  cut, embed = jax.jit(cut_targets), on_mesh(embedded, (specs, batch_specs()), x_spec)
+  loss_and_count = on_mesh(
+    functools.partial(_loss_and_count, flat, loss_chunk), (specs, x_spec, batch_specs()), P()
+  )
+  layers = [{"layers_0": params[f"layers_{i}"]} for i in range(config.num_layers)]
   # sums of (loss, count)
   unchanged, changed = np.zeros(2, np.float32), np.zeros((config.num_layers, 2), np.float32)
   for batch in progress(batches):
-    batch = put_batch(mesh, batch)
-    segment_ids = batch["segment_ids"][:, :-1]
-    step = lambda i, x, layer_term: block(layer_term)((layers[i], jnp.int32(i)), x, segment_ids)
-    inputs = [embed(params, batch["tokens"][:, :-1], segment_ids)]
+    batch = cut(put_batch(mesh, batch))
+    step = lambda i, x, term: block(term)(layers[i], jnp.int32(i), x, batch["segment_ids"])
+    inputs = [embed(params, batch)]
     for i, layer_term in enumerate(config.layer_terms):
       inputs.append(step(i, inputs[-1], layer_term))
     unchanged += jax.device_get(loss_and_count(params, inputs[-1], batch))
@@ -85,6 +103,12 @@ def losses(
   return float(unchanged[0] / unchanged[1]), [float(loss / count) for loss, count in changed]
 
 
+def _only_block(model: Transformer, x: jax.Array, segment_ids: jax.Array, i: jax.Array) -> Any:
+  """Returns the output of the block of a model that has one, as if it were the i-th."""
+  blocks: Any = model.layers
+  return blocks[0](x, segment_ids, i)
+
+
 def _loss_and_count(
   config: TransformerConfig, loss_chunk: int, params: Params, x_BxNxE: jax.Array, batch: Batch
 ) -> jax.Array:
@@ -93,17 +117,19 @@ def _loss_and_count(
   Args:
     x_BxNxE: output of the last layer.
   """
-  hidden = make_norm(config).apply({"params": params["final_norm"]}, x_BxNxE)
+  hidden = Transformer(config).apply(
+    {"params": params}, x_BxNxE, method=lambda model, x: model.final_norm(x)
+  )
   assert isinstance(hidden, jax.Array)
-  targets, counted = (x.reshape(-1) for x in next_token_targets(batch))
   loss = chunked_cross_entropy(
     hidden.reshape(-1, config.embed_dim),
     output_matrix(config, params),
-    targets,
-    counted,
+    batch["targets"].reshape(-1),
+    batch["counted"].reshape(-1),
     loss_chunk,
   )
-  return jax.lax.psum(jnp.stack([loss, jnp.sum(counted).astype(jnp.float32)]), ROWS)
+  count = jnp.sum(batch["counted"]).astype(jnp.float32)
+  return jax.lax.psum(jnp.stack([loss, count]), AXES)
 
 
 def pattern(rises: Sequence[float], long_layers: int, k: int, window: int, budget: int) -> str:

@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sparsek.attention.documents import position_in_document
 from sparsek.config import TransformerConfig
 from sparsek.data.token_files import TokenSplit
-from sparsek.model.transformer import Params, Transformer, output_matrix
-from sparsek.parallel.mesh import ROWS, make_mesh, put_batch, replicated
-from sparsek.training.loss import Batch, chunked_cross_entropy, next_token_targets
+from sparsek.model.transformer import Params, Transformer, output_matrix, parameter_specs
+from sparsek.parallel.mesh import AXES, FSDP, batch_specs, make_mesh, put_batch
+from sparsek.parallel.sharded_scores import token_positions
+from sparsek.parallel.sharding import placements
+from sparsek.training.loss import Batch, chunked_cross_entropy, cut_targets
 
 FIRST_BUCKET = 64  # positions; finer buckets would hold few targets each
 
@@ -71,15 +72,12 @@ def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk:
 
   Args:
     config, params: the model.
-    batch: as in `sparsek.training.loss.next_token_targets`.
+    batch: as `sparsek.training.loss.cut_targets` returns it; inside `jax.shard_map` over `context`
+      the tokens and targets of this shard, and whole rows of segment_ids.
     chunk: largest number of tokens whose logits exist at the same time.
   """
-  targets, counted = next_token_targets(batch)
   hidden = Transformer(config).apply(
-    {"params": params},
-    batch["tokens"][:, :-1],
-    segment_ids=batch["segment_ids"][:, :-1],
-    method="hidden",
+    {"params": params}, batch["tokens"], batch["segment_ids"], batch["row_index"], method="hidden"
   )
   assert isinstance(hidden, jax.Array)
   matrix = output_matrix(config, params)
@@ -88,6 +86,7 @@ def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk:
     hidden_E, target, is_counted = token
     return chunked_cross_entropy(hidden_E[None], matrix, target[None], is_counted[None], 1)
 
+  targets, counted = batch["targets"], batch["counted"]
   flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1))
   return jax.lax.map(token_loss, flat, batch_size=min(chunk, targets.size)).reshape(targets.shape)
 
@@ -97,24 +96,27 @@ def make_bucket_sums(
 ) -> Callable:
   """Compiles (params, batch) -> (summed loss, number of counted targets) of each bucket.
 
-  Both are arrays [len(edges) - 1], float32 and int32, summed over all devices.
+  Both are arrays [len(edges) - 1], float32 and int32, summed over all devices. The batch is as in
+  `sparsek.training.loss.next_token_targets`.
   """
+  specs = parameter_specs(config, mesh.shape[FSDP])
 
   def local_sums(params, batch):
     losses = token_losses(config, params, batch, loss_chunk)
-    counted = next_token_targets(batch)[1]
-    positions = position_in_document(batch["segment_ids"][:, :-1], *losses.shape)
+    positions = token_positions(batch["segment_ids"], *losses.shape)
     bucket = jnp.searchsorted(jnp.asarray(edges[1:]), positions, side="right")
     sums = functools.partial(
       jax.ops.segment_sum, segment_ids=bucket.reshape(-1), num_segments=len(edges) - 1
     )
-    return jax.lax.psum(
-      (sums(losses.reshape(-1)), sums(counted.reshape(-1).astype(jnp.int32))), ROWS
-    )
+    counted = batch["counted"].astype(jnp.int32)
+    return jax.lax.psum((sums(losses.reshape(-1)), sums(counted.reshape(-1))), AXES)
 
-  return jax.jit(
-    jax.shard_map(local_sums, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(), check_vma=False)
-  )
+  def bucket_sums(params, batch):
+    return jax.shard_map(
+      local_sums, mesh=mesh, in_specs=(specs, batch_specs()), out_specs=P(), check_vma=False
+    )(params, cut_targets(batch))
+
+  return jax.jit(bucket_sums)
 
 
 def evaluate(
@@ -138,12 +140,12 @@ def evaluate(
     batches: as from `sparsek.data.batches.eval_batches`; wrap them to show progress.
     edges: ascending, from 0 to the rows' length, as from `bucket_edges`.
     loss_chunk: number of tokens whose logits exist at the same time, per device.
-    mesh: devices over which the rows of a batch are spread; None: all.
+    mesh: devices over which parameters, rows and their tokens are spread; None: rows over all.
   Raises:
     ValueError: if rows are longer than the last edge, or no target counts at all.
   """
   mesh = make_mesh() if mesh is None else mesh
-  params = jax.device_put(params, replicated(mesh))
+  params = jax.device_put(params, placements(mesh, params))
   bucket_sums = make_bucket_sums(config, edges, loss_chunk, mesh)
   total, count = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
   for batch in batches:

@@ -7,35 +7,49 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TransformerConfig
 from sparsek.data.task_documents import CHANCE, make_example
 from sparsek.data.tokenizer import Tokenizer
-from sparsek.model.transformer import Params, Transformer, hidden_to_logits, output_matrix
-from sparsek.parallel.mesh import ROWS, make_mesh, replicated
+from sparsek.model.transformer import (
+  Params,
+  Transformer,
+  hidden_to_logits,
+  output_matrix,
+  parameter_specs,
+)
+from sparsek.parallel.exchange import tokens_at
+from sparsek.parallel.mesh import CONTEXT, FSDP, ROWS, make_mesh
+from sparsek.parallel.sharding import placements
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def predicted(
-  config: TransformerConfig, params: Params, tokens: jax.Array, positions: jax.Array
+  config: TransformerConfig, mesh: Mesh, params: Params, tokens: jax.Array, positions: jax.Array
 ) -> jax.Array:
   """Returns the most probable token at each of some positions, given all tokens before it.
 
   Args:
     config, params: the model.
-    tokens: [B, n]; rows are spread over all devices.
+    mesh: devices over which parameters, rows and their tokens are spread.
+    tokens: [B, n].
     positions: [B, A], each at least 1.
   """
 
   def local(params, tokens, positions):
     hidden_BxNxE = Transformer(config).apply({"params": params}, tokens, method="hidden")
     assert isinstance(hidden_BxNxE, jax.Array)
-    hidden_BxAxE = jnp.take_along_axis(hidden_BxNxE, positions[..., None] - 1, axis=1)
+    hidden_BxAxE = tokens_at(hidden_BxNxE, positions - 1)
     return jnp.argmax(hidden_to_logits(hidden_BxAxE, output_matrix(config, params)), axis=-1)
 
   return jax.shard_map(
-    local, mesh=make_mesh(), in_specs=(P(), P(ROWS), P(ROWS)), out_specs=P(ROWS), check_vma=False
+    local,
+    mesh=mesh,
+    in_specs=(parameter_specs(config, mesh.shape[FSDP]), P(ROWS, CONTEXT), P(ROWS)),
+    out_specs=P(ROWS),
+    check_vma=False,
   )(params, tokens, positions)
 
 
@@ -49,6 +63,7 @@ def evaluate(
   batch_size: int = 1,
   seed: int = 0,
   min_distance: int = 0,
+  mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, int]]:
   """Yields (right answers, all answers) of a model so far, after each batch of documents.
 
@@ -62,8 +77,11 @@ def evaluate(
     examples: number of documents.
     batch_size: documents per batch.
     seed: of the documents.
+    mesh: devices over which parameters, documents and their tokens are spread; None: documents over
+      all.
   """
-  params = jax.device_put(params, replicated(make_mesh()))
+  mesh = make_mesh() if mesh is None else mesh
+  params = jax.device_put(params, placements(mesh, params))
   right = total = 0
   for first in range(0, examples, batch_size):
     rows = [
@@ -80,7 +98,8 @@ def evaluate(
     for i, (tokens, _) in enumerate(rows):
       tokens_BxN[i, : len(tokens)] = tokens
       positions_BxA[i, : len(positions[i])] = positions[i]
-    predicted_BxA = np.asarray(jax.device_get(predicted(config, params, tokens_BxN, positions_BxA)))
+    answers_BxA = predicted(config, mesh, params, tokens_BxN, positions_BxA)
+    predicted_BxA = np.asarray(jax.device_get(answers_BxA))
     for i, (tokens, answers) in enumerate(rows[:num_rows]):
       is_right = predicted_BxA[i, : len(positions[i])] == tokens[positions[i]]
       ends = np.cumsum([len(answer) for answer in answers])

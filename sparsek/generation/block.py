@@ -25,12 +25,22 @@ class Blocks(Generic[Projected, Mixed]):
 
   Args:
     config: of the model.
-    params: its parameters.
+    params: its parameters; inside `jax.shard_map` over `fsdp` this device's parts.
+
+  Attributes:
+    layers: the whole parameters of the blocks that have been gathered.
   """
 
   def __init__(self, config: TransformerConfig, params: InferenceParams):
     self.config, self.params = config, params
     self.kinds, self.configs = config.layer_kinds, config.layer_configs
+    self.layers: dict[int, dict[str, Any]] = {}
+
+  def gather(self, i: int, x: jax.Array) -> jax.Array:
+    """Puts the parameters of block i into `layers`, once its input x is known; returns x."""
+    if i not in self.layers and i < self.config.num_layers:
+      self.layers[i], x = inference.whole_layer(self.config, self.params, i, x)
+    return x
 
   def project(self, i: int, x: jax.Array) -> Projected:
     """Returns the input of attention in block i for hidden states x."""
@@ -56,13 +66,13 @@ class Blocks(Generic[Projected, Mixed]):
       the last one.
     """
     y = self.project_output(i, mixed, x)
-    x = inference.mlp(
-      self.config, self.params.layers[i], x if self.config.parallel_residual else y, y
-    )
+    x = inference.mlp(self.config, self.layers[i], x if self.config.parallel_residual else y, y)
+    x = self.gather(i + 1, x)
     return x, self.project(i + 1, x) if i + 1 < self.config.num_layers else None
 
   def run(self, x: jax.Array) -> tuple[jax.Array, tuple]:
     """Returns the hidden states after the last block, and the next cache of every layer."""
+    x = self.gather(0, x)
     projected: Projected | None = self.project(0, x)
     layers = []
     for i in range(self.config.num_layers):
@@ -102,7 +112,7 @@ class CachedBlocks(Blocks[Projections, jax.Array]):
 
   def project(self, i: int, x: jax.Array) -> Projections:
     """Returns queries, keys and values of block i."""
-    return inference.project(self.config, self.params.layers[i], x, self._position_BxC)
+    return inference.project(self.config, self.layers[i], x, self._position_BxC)
 
   def attend(
     self, i: int, projected: Projections
@@ -124,7 +134,7 @@ class CachedBlocks(Blocks[Projections, jax.Array]):
   def _score(self, i, projected, layer):
     """Returns the scores that become final in block i, and the next state of its scorer."""
     return scoring_network(self.config).apply(
-      {"params": self.params.layers[i].get("scorer", {})},
+      {"params": self.layers[i].get("scorer", {})},
       projected.scorer_input,
       layer.scorer,
       self._seen_B,
@@ -136,4 +146,4 @@ class CachedBlocks(Blocks[Projections, jax.Array]):
 
   def project_output(self, i: int, mixed: jax.Array, x: jax.Array) -> jax.Array:
     """Returns x plus the output projection of attention in block i."""
-    return inference.dense(self.params.layers[i]["out"], mixed.reshape(*x.shape[:2], -1), x)
+    return inference.dense(self.layers[i]["out"], mixed.reshape(*x.shape[:2], -1), x)

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
 from sparsek.generation.inference import InferenceParams, inference_params
+from sparsek.generation.rows import PARAMS, ROW, over_rows
 from sparsek.kernels import devices
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.baselines import BASELINES
@@ -168,6 +170,7 @@ def prefill(
   last_only: bool = False,
   chunk_size: int | None = None,
   donate: bool = False,
+  mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Feeds tokens, in chunks, after those that the cache has seen.
 
@@ -183,6 +186,8 @@ def prefill(
     chunk_size: tokens processed at a time; None: `default_chunk`. An empty cache is filled fastest
       in one chunk.
     donate: reuse the memory of the given cache, which cannot be used afterwards.
+    mesh: devices over which parameters and rows are spread, as `sparsek.generation.rows` says; the
+      parameters are then those of `inference_params` with this mesh.
   Returns:
     Logits [B, m, vocab_size] float32 ([B, 1, vocab_size] with last_only; NaN in rows without
     tokens), meaningless beyond `lengths`, and the cache after these tokens.
@@ -212,7 +217,7 @@ def prefill(
     count = clip(lengths - start, 0, part.shape[1]).astype(np.int32)
     part = pad(part, ((0, 0), (0, size - part.shape[1])))
     logits, last, cache = _feed(
-      config, fresh and start == 0, last_only, params, cache, part, count, last
+      config, fresh and start == 0, last_only, mesh, params, cache, part, count, last
     )
     all_logits.append(logits)
   return (last[:, None] if last_only else jnp.concatenate(all_logits, axis=1)[:, :length]), cache
@@ -236,9 +241,18 @@ def _check_lengths(
   return lengths
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _feed(config, fresh, last_only, params, cache, tokens, count, last):
-  """Returns logits of a chunk or None, logits of each row's last token so far, the next cache."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def _feed(config, fresh, last_only, mesh, params, *rows):
+  """Returns logits of a chunk or None, logits of each row's last token so far, the next cache.
+
+  `rows` are (cache, tokens, count, last).
+  """
+  feed = functools.partial(_feed_rows, config, fresh, last_only)
+  return over_rows(feed, config, mesh, (PARAMS, ROW, ROW, ROW, ROW), ROW)(params, *rows)
+
+
+def _feed_rows(config, fresh, last_only, params, cache, tokens, count, last):
+  """Computes `_feed` of the rows that are here."""
   hidden_BxCxE, cache = _forward(config, params, cache, tokens, count, fresh)
   if last_only:
     logits, of_last = None, inference.logits(config, params, _at_end(hidden_BxCxE, count))

@@ -22,6 +22,11 @@ GROWTH = 128  # rows that full layers grow by; the decoding kernels take multipl
 UNCLIPPED = 2**14  # k and windows up to here are never clipped to the length of texts
 
 
+def padded_length(max_length: int) -> int:
+  """Returns the number of tokens for which full layers have room, a multiple of GROWTH."""
+  return -(-max_length // GROWTH) * GROWTH
+
+
 def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache:
   """Returns the cache with full layers that can hold at least max_length tokens.
 
@@ -31,7 +36,7 @@ def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache
   def widen(kind: str, layer: SelectionCache | KeysAndValues) -> SelectionCache | KeysAndValues:
     if isinstance(layer, SelectionCache) or kind != "full" or max_length <= layer.key.shape[2]:
       return layer
-    missing = -(-max_length // GROWTH) * GROWTH - layer.key.shape[2]
+    missing = padded_length(max_length) - layer.key.shape[2]
     return map_rows(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), layer)
 
   return cache._replace(layers=tuple(map(widen, config.layer_kinds, cache.layers)))

@@ -251,16 +251,13 @@ def _keep(config, cache, seen, count, new, before):
     near[:, :length],
     -jnp.inf,
   )
-  candidates = jnp.concatenate(
-    [before.slot_score, _tokens_first(leaving)], axis=-1
-  )  # [B, G, k + C]
-  score, chosen = jax.lax.top_k(candidates, k)
+  # [B, G, k + C]
+  candidates = jnp.concatenate([before.slot_score, _tokens_first(leaving)], axis=-1)
   arrival = jnp.broadcast_to(
     (seen[:, None] - window + jnp.arange(length))[:, None], (batch, groups, length)
   )
-  position = jnp.take_along_axis(
-    jnp.concatenate([before.slot_position, arrival], axis=-1), chosen, axis=-1
-  )
+  position = jnp.concatenate([before.slot_position, arrival], axis=-1)
+  cache, chosen = keep_best(config, cache, candidates, position)
   index = _tokens_first(jnp.where(chosen < k, chosen, chosen + support_size))[..., None]
   ring = _next_ring(window, seen, count) if window else jnp.zeros((batch, 0), jnp.int32)
 
@@ -270,14 +267,34 @@ def _keep(config, cache, seen, count, new, before):
     return _tokens_first(jnp.concatenate(kept, axis=1))
 
   key, value = before.rows
-  cache = cache._replace(
+  return cache._replace(
     rows=KeysAndValues(keep(key, new.key), keep(value, new.value)),
-    score=jnp.pad(score, ((0, 0), (0, 0), (0, window))),
-    position=jnp.where(score > -jnp.inf, position, NOWHERE),
     pending=_tokens_first(_take_rows(near, ring)),
   )
+
+
+def keep_best(
+  config: TransformerConfig, cache: SelectionCache, candidates: jax.Array, position: jax.Array
+) -> tuple[SelectionCache, jax.Array]:
+  """Puts the best candidates into the slots of a cache, and adds the others to its support.
+
+  Args:
+    config, cache: of the layer.
+    candidates: [B, G, M] float32 scores, first those in the k slots; -inf where there is none.
+    position: [B, G, M] int32 of the candidates.
+  Returns:
+    The cache without their keys and values, and the candidates that were chosen, [B, G, k] indices.
+  """
+  k, support_size = config.k, cache.support.shape[-1]
+  batch, groups, _ = candidates.shape
+  score, chosen = jax.lax.top_k(candidates, k)
+  position = jnp.take_along_axis(position, chosen, axis=-1)
+  cache = cache._replace(
+    score=jnp.pad(score, ((0, 0), (0, 0), (0, config.window))),
+    position=jnp.where(score > -jnp.inf, position, NOWHERE),
+  )
   if not needs_support(config.gate):
-    return cache
+    return cache, chosen
   b, g = jnp.ogrid[:batch, :groups]
   # candidates that have no slot
   beyond = candidates.at[b[..., None], g[..., None], chosen].set(-jnp.inf)
@@ -285,4 +302,5 @@ def _keep(config, cache, seen, count, new, before):
   in_support = sparsek(jnp.concatenate([score, beyond], axis=-1), k)[..., k:] > 0
   beyond = jnp.where(in_support, beyond, -jnp.inf)
   lost = jnp.maximum(jnp.sum(in_support, axis=-1, dtype=jnp.int32) - support_size, 0)
-  return cache._replace(support=jax.lax.top_k(beyond, support_size)[0], lost=cache.lost + lost)
+  support = jax.lax.top_k(beyond, support_size)[0]
+  return cache._replace(support=support, lost=cache.lost + lost), chosen

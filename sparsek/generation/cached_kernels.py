@@ -114,11 +114,11 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
     self._counter = jnp.zeros(1, jnp.int32)  # of the fused kernels' grid barriers
 
   def _scorer_rows(self, i):
-    return [self.params.layers[i]["scorer_rows"]] if self.kinds[i] == "sparsek" else []
+    return [self.layers[i]["scorer_rows"]] if self.kinds[i] == "sparsek" else []
 
   def project(self, i: int, x: jax.Array) -> jax.Array:
     """Returns the products of block i, [B, N] float32."""
-    return inference.project_rows(self.config, self.params.layers[i], x, self._scorer_rows(i))
+    return inference.project_rows(self.config, self.layers[i], x, self._scorer_rows(i))
 
   def attend(self, i: int, projected: jax.Array) -> tuple[Parts, KeysAndValues | SelectionCache]:
     """Returns attention in block i."""
@@ -128,7 +128,7 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
       self._cos,
       self._sin,
       self._rows[i],
-      _scorer(self.params.layers[i]["scorer"]) if is_sparsek else None,
+      _scorer(self.layers[i]["scorer"]) if is_sparsek else None,
       self._seen,
       self._alive,
       self.config.num_heads,
@@ -138,16 +138,17 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
 
   def project_output(self, i: int, mixed: Parts, x: jax.Array) -> jax.Array:
     """Returns x plus the output projection of attention in block i."""
-    params = self.params.layers[i]["out"]
+    params = self.layers[i]["out"]
     if "bias" not in params and small_batch_matmul.supports(len(x), params["kernel"], x.dtype):
       return small_batch_matmul.product(mixed, params["kernel"], residual=x)
     return inference.dense(params, mixed.joined(x.dtype), x)
 
   def finish(self, i: int, x: jax.Array, mixed: Parts) -> tuple[jax.Array, jax.Array | None]:
     """Computes the rest of block i, as `Blocks.finish`, in one kernel where one fits its sizes."""
-    block, scale, following = self.params.layers[i], None, []
+    x = self.gather(i + 1, x)
+    block, scale, following = self.layers[i], None, []
     if i + 1 < self.config.num_layers:
-      after = self.params.layers[i + 1]
+      after = self.layers[i + 1]
       scale = after["attention_norm"]["scale"]
       following = [after["qkv"]["kernel"], *self._scorer_rows(i + 1)]
     if not _is_fused(self.config, x, block, following):

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sparsek.attention.exact_product import scorer_logits, scorer_rows
 from sparsek.config import TransformerConfig
 from sparsek.kernels import devices
 from sparsek.model import lora
 from sparsek.model.layers import RMSNorm, make_norm, rotary_embedding
-from sparsek.model.transformer import Params, hidden_to_logits, layer_params
+from sparsek.model.transformer import Params, hidden_to_logits, init_params, layer_params
+from sparsek.parallel.mesh import FSDP, axis_size
+from sparsek.parallel.sharding import computed_on, gather, partition_specs, placements
 
 SCORER_ROWS = 16  # a linear scorer's rows are padded to a multiple of it, as its kernel needs
 
@@ -128,14 +131,66 @@ def _convert(config, params):
 
 
 def inference_params(
-  config: TransformerConfig, params: Params | InferenceParams
+  config: TransformerConfig, params: Params | InferenceParams, mesh: Mesh | None = None
 ) -> InferenceParams:
   """Returns the parameters as generation reads them.
 
   `prefill` and `decode_step` take them in place of the model's parameters, which they would cast at
   every call. Those that are converted already are returned as they are.
+
+  Args:
+    config, params: of the model.
+    mesh: devices over which the result is spread, split over `fsdp`; None leaves it where it is.
   """
-  return params if isinstance(params, InferenceParams) else _convert(config, params)
+  if mesh is None:
+    return params if isinstance(params, InferenceParams) else _convert(config, params)
+  params = jax.device_put(params, placements(mesh, params))
+  if isinstance(params, InferenceParams):
+    return params
+  return computed_on(mesh, functools.partial(_convert, config), params)
+
+
+@functools.lru_cache(maxsize=64)
+def inference_specs(config: TransformerConfig, parts: int) -> InferenceParams:
+  """Returns how the parameters are split over `fsdp` of that size, as PartitionSpecs.
+
+  They are computed before a `jax.shard_map`, where `whole` and `whole_layer` ask for them again.
+  """
+  shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+  return partition_specs(jax.eval_shape(functools.partial(_convert, config), shapes), parts)
+
+
+def _gathered(parts: Any, specs: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+  """Returns whole parameters, and x, the array that they are needed for.
+
+  They are gathered when x is known: else the compiler could gather the whole model, before a loop
+  over tokens.
+  """
+  parts, x = jax.lax.optimization_barrier((parts, x))
+  return gather(parts, specs)[0], x
+
+
+def whole(
+  config: TransformerConfig, params: InferenceParams, names: Sequence[str], x: jax.Array
+) -> tuple[InferenceParams, jax.Array]:
+  """Returns parameters in which the fields of these names are whole, and x.
+
+  Inside `jax.shard_map` over `fsdp` they are gathered, once x is known.
+  """
+  if axis_size(FSDP) == 1:
+    return params, x
+  pick = lambda tree: {name: getattr(tree, name) for name in names}
+  fields, x = _gathered(pick(params), pick(inference_specs(config, axis_size(FSDP))), x)
+  return params._replace(**fields), x
+
+
+def whole_layer(
+  config: TransformerConfig, params: InferenceParams, i: int, x: jax.Array
+) -> tuple[dict[str, Any], jax.Array]:
+  """Returns the parameters of layer i and x, as `whole` does."""
+  if axis_size(FSDP) == 1:
+    return params.layers[i], x
+  return _gathered(params.layers[i], inference_specs(config, axis_size(FSDP)).layers[i], x)
 
 
 def dense(params: Params, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
@@ -174,6 +229,7 @@ def embed(
 
   They are NaN beyond a learned table, so that the mistake is seen.
   """
+  params, tokens = whole(config, params, ("embedding", "positions"), tokens)
   x = jnp.take(params.embedding, tokens, axis=0)
   if params.positions is None:
     return x
@@ -258,6 +314,8 @@ def mlp(
 
 def logits(config: TransformerConfig, params: InferenceParams, x: jax.Array) -> jax.Array:
   """Returns the logits [..., V] float32 of the final norm of x [..., E]."""
+  matrix = "embedding" if params.output is None else "output"
+  params, x = whole(config, params, (matrix, "final_norm"), x)
   rows = x.reshape(-1, config.embed_dim)
   kernel = {"kernel": params.embedding}
   product = small_batch_product(kernel, rows, config) if params.output is None else None

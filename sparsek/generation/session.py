@@ -7,23 +7,35 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
-from sparsek.generation.cache_sizes import check_memory, clip_sizes, resize, with_room
+from sparsek.generation.cache_sizes import (
+  check_memory,
+  clip_sizes,
+  padded_length,
+  resize,
+  with_room,
+)
 from sparsek.generation.inference import InferenceParams, inference_params
+from sparsek.generation.rows import PARAMS, ROW, SAME, STEPS, over_rows, place_rows, without_context
 from sparsek.generation.sampling import draw, method_of
 from sparsek.generation.saved_session import SavedSession
+from sparsek.generation.sharded_prompt import prefill_sharded
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.transformer import Params
+from sparsek.parallel.mesh import CONTEXT
 
 AHEAD = 8  # tokens that are computed together by default
 
 _first_draw = jax.jit(draw, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(
+  jax.jit, static_argnames=("config", "method", "steps", "mesh"), donate_argnames="cache"
+)
 def run_steps(
   config: TransformerConfig,
   method: str,
@@ -39,6 +51,7 @@ def run_steps(
   top_p: jax.Array | float,
   top_k: jax.Array | int,
   end_ids: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[tuple[Cache, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
   """Feeds every active row its token and draws the next one, `steps` times.
 
@@ -53,19 +66,26 @@ def run_steps(
     number: tokens drawn so far in this turn.
     limit: most tokens of this turn.
     end_ids: tokens that end a row.
+    mesh: as in `prefill`.
   Returns:
     The next (cache, token, active, number), and for each step the tokens and which rows drew one,
     [steps, B] each.
   """
 
-  def step(state, _):
-    cache, token, active, number = state
-    logits, cache = decode_step(config, params, cache, token, active)
-    drawn = jnp.where(active, draw(method, logits, keys, number, temperature, top_p, top_k), token)
-    drew, active = active, active & ~jnp.isin(drawn, end_ids) & (number + 1 < limit)
-    return (cache, drawn, active, number + 1), (drawn, drew)
+  def run(params, cache, token, active, keys, number, limit, options, end_ids):
+    def step(state, _):
+      cache, token, active, number = state
+      logits, cache = decode_step(config, params, cache, token, active)
+      drawn = jnp.where(active, draw(method, logits, keys, number, *options), token)
+      drew, active = active, active & ~jnp.isin(drawn, end_ids) & (number + 1 < limit)
+      return (cache, drawn, active, number + 1), (drawn, drew)
 
-  return jax.lax.scan(step, (cache, token, active, number), None, length=steps)
+    return jax.lax.scan(step, (cache, token, active, number), None, length=steps)
+
+  arguments = params, cache, token, active, keys, number, limit, (temperature, top_p, top_k)
+  kinds = PARAMS, ROW, ROW, ROW, ROW, SAME, SAME, SAME, SAME
+  result = (ROW, ROW, ROW, SAME), (STEPS, STEPS)
+  return over_rows(run, config, mesh, kinds, result)(*arguments, end_ids)
 
 
 class _Turn(NamedTuple):
@@ -84,6 +104,12 @@ class Session:
 
   Sessions can be saved and resumed.
 
+  Args:
+    config, params: the model.
+    batch_size: number of texts.
+    mesh: devices over which parameters and texts are spread, as `sparsek.generation.rows` says, and
+      the tokens of new texts over `context`; None: one device.
+
   Attributes:
     config: of the model.
     cache: state of the model. It has not been fed the token that each row drew last; the next turn
@@ -97,16 +123,29 @@ class Session:
     ...   print(tokens)  # one of each row; None once a row has ended
   """
 
-  def __init__(self, config: TransformerConfig, params: Params | InferenceParams, batch_size: int):
+  def __init__(
+    self,
+    config: TransformerConfig,
+    params: Params | InferenceParams,
+    batch_size: int,
+    mesh: Mesh | None = None,
+  ):
     self.config = config
+    self._set_mesh(mesh)
     self._set_length(0)
     check_memory(self._sized, batch_size, 1, f"window={config.window} and k={config.k}")
-    self.cache = init_cache(self._sized, batch_size, max_length=1)  # every turn makes room
+    empty = init_cache(self._sized, batch_size, max_length=1)  # every turn makes room
+    self.cache = place_rows(self._mesh, empty, batch_size)
     self.texts: list[dict] = [{} for _ in range(batch_size)]
-    self._params = inference_params(config, params)
+    self._params = inference_params(config, params, self._mesh)
     self._unfed: list[list[int]] = [[] for _ in range(batch_size)]
     self._stopped: set[int] = set()
     self._exact = True  # the cache has been fed the tokens that were yielded, and no others
+
+  def _set_mesh(self, mesh: Mesh | None) -> None:
+    """Sets the devices that compute new prompts, and those that compute everything else."""
+    self._prompt_mesh = mesh if mesh is not None and mesh.shape[CONTEXT] > 1 else None
+    self._mesh = without_context(mesh)
 
   def _set_length(self, length: int | None) -> None:
     """Sets the configuration whose cache holds texts of up to `length` tokens, None for any."""
@@ -221,12 +260,25 @@ class Session:
     before = self._sized
     if self._length is not None:
       self._set_length(max(self._length, length))
-    self.cache = with_room(self.config, resize(before, self._sized, self.cache), length)
     tokens = np.zeros((len(rows), int(np.max(lengths))), np.int32)
     for row, ids in enumerate(rows):
       tokens[row, : len(ids)] = ids
+    if self._prompt_mesh is not None and not np.any(self.cache.seen):
+      last, cache = prefill_sharded(
+        self._sized, self._params, tokens, lengths, padded_length(length), self._prompt_mesh
+      )
+      self.cache = place_rows(self._mesh, cache, len(rows))
+      return last
+    self.cache = with_room(self.config, resize(before, self._sized, self.cache), length)
     logits, self.cache = prefill(
-      self._sized, self._params, self.cache, tokens, lengths, last_only=True, donate=True
+      self._sized,
+      self._params,
+      self.cache,
+      tokens,
+      lengths,
+      last_only=True,
+      donate=True,
+      mesh=self._mesh,
     )
     return logits[:, 0]
 
@@ -259,6 +311,7 @@ class Session:
       turn.keys,
       *turn.options,
       turn.end_ids,
+      mesh=self._mesh,
     )
     return tuple(state_after), drawn
 
@@ -286,19 +339,26 @@ class Session:
 
   @classmethod
   def load(
-    cls, path: str, config: TransformerConfig, params: Params | InferenceParams
+    cls,
+    path: str,
+    config: TransformerConfig,
+    params: Params | InferenceParams,
+    mesh: Mesh | None = None,
   ) -> "Session":
-    """Returns the session that `save` wrote.
+    """Returns the session that `save` wrote, on any mesh.
 
     Raises:
       UsageError: where it cannot be read, or was saved with another configuration or other
         parameters.
     """
     session = cls.__new__(cls)
-    session.config, session._params = config, inference_params(config, params)
+    session.config = config
+    session._set_mesh(mesh)
+    session._params = inference_params(config, params, session._mesh)
     saved = saved_session.load(path, config, session._params)
     session._set_length(saved.length)
-    session.cache, session._unfed, session.texts = saved.cache, saved.unfed, saved.texts
+    session.cache = place_rows(session._mesh, saved.cache, len(saved.texts))
+    session._unfed, session.texts = saved.unfed, saved.texts
     session._stopped, session._exact = set(), True
     return session
 

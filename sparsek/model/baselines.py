@@ -32,7 +32,9 @@ WHOLE_ROWS = ("lsh", "block_topk")  # the kinds that need all tokens of a row on
 def context_refusal(config: TransformerConfig) -> str:
   """Returns why rows of a model cannot be sharded over `context`, "" where they can."""
   kinds = [kind for kind in WHOLE_ROWS if kind in config.layer_kinds]
-  return _refusal(kinds) if kinds else ""
+  if kinds:
+    return _refusal(kinds)
+  return "--implementation=reference takes whole rows" * (config.implementation == "reference")
 
 
 def _refusal(kinds):

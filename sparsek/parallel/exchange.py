@@ -24,6 +24,20 @@ def own_tokens(whole: jax.Array) -> jax.Array:
   return lax.dynamic_slice_in_dim(whole, first_token(length), length, axis=1)
 
 
+def tokens_at(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns some tokens of whole rows on every shard: [B, L, ...] at index [B, M], counted from the
+  start of the row, to [B, M, ...]; zeros outside the row.
+
+  One shard has a token, so a sum over shards moves it exactly.
+  """
+  length = x.shape[1]
+  own = index - first_token(length)
+  is_own = ((own >= 0) & (own < length)).reshape(*own.shape, *[1] * (x.ndim - 2))
+  taken = jax.vmap(lambda row, i: jnp.take(row, i, axis=0))(x, jnp.clip(own, 0, length - 1))
+  taken = jnp.where(is_own, taken, 0)
+  return lax.psum(taken, CONTEXT) if axis_size(CONTEXT) > 1 else taken
+
+
 def tokens_before(x: jax.Array, count: int) -> jax.Array:
   """Returns the `count` tokens before this shard's first, from as many shards as that needs.
 

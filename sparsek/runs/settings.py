@@ -26,6 +26,8 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "log_every": "only which steps are logged",
   "tensorboard": "a copy of the metrics",
   "profile_steps": "a trace beside the run",
+  "fsdp": "only where parameters lie",
+  "context": "only where tokens lie",
   "stop_at": "a pause: a run has ended at --num_steps only",
   "restore_step": "goes back in a run, whose course is the same",
   "dry_run": "trains nothing",

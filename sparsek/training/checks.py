@@ -42,14 +42,14 @@ def check_batch(mesh: Mesh, batch_size: int, grad_accumulation: int = 1) -> None
     raise UsageError(f"--batch_size={batch_size} must be a multiple of {parts}: {devices}")
 
 
-def check_context(config: TransformerConfig, mesh: Mesh, seq_len: int) -> None:
+def check_context(
+  config: TransformerConfig, mesh: Mesh, seq_len: int, flag: str = "seq_len"
+) -> None:
   """Raises UsageError where the tokens of a row cannot be split over `context`."""
   parts = mesh.shape[CONTEXT]
   if seq_len % parts:
-    raise UsageError(f"--seq_len={seq_len} must be a multiple of --context={parts}")
+    raise UsageError(f"--{flag}={seq_len} must be a multiple of --context={parts}")
   refusal = context_refusal(config) if parts > 1 else ""
-  if parts > 1 and config.implementation == "reference":
-    refusal = "--implementation=reference takes whole rows"
   if refusal:
     raise UsageError(f"--context={parts}: {refusal}")
 

@@ -13,6 +13,7 @@ from sparsek.config import TransformerConfig
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.evaluation import tasks
 from sparsek.model.transformer import Transformer, init_params
+from sparsek.parallel.mesh import make_mesh
 from tests.experiments.evaluate_test import write_run
 from tests.helpers import run_command
 
@@ -34,7 +35,7 @@ TOKENIZER = ByteTokenizer()
 def test_right_answers_are_counted(monkeypatch):
   """Every answer token must be right; the rows that fill up the last batch do not count."""
 
-  def oracle(config, params, tokens, positions):
+  def oracle(config, mesh, params, tokens, positions):
     return np.take_along_axis(tokens, positions, axis=1)
 
   monkeypatch.setattr(tasks, "predicted", oracle)
@@ -42,7 +43,7 @@ def test_right_answers_are_counted(monkeypatch):
   assert results() == [(8, 8), (16, 16), (20, 20)]
   # a wrong token in the second of four answers
   monkeypatch.setattr(
-    tasks, "predicted", lambda *args: oracle(*args) + (np.arange(args[3].shape[1]) == 7)
+    tasks, "predicted", lambda *args: oracle(*args) + (np.arange(args[4].shape[1]) == 7)
   )
   assert results()[-1] == (15, 20)
 
@@ -55,7 +56,9 @@ def test_predictions_are_the_largest_logits():
   )
   logits = jax.jit(Transformer(CONFIG).apply)({"params": params}, tokens)
   expected = np.take_along_axis(np.argmax(logits, axis=-1), positions - 1, axis=1)
-  np.testing.assert_array_equal(tasks.predicted(CONFIG, params, tokens, positions), expected)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  answers = tasks.predicted(CONFIG, mesh, params, tokens, positions)
+  np.testing.assert_array_equal(answers, expected)
 
 
 def test_interval():
@@ -96,6 +99,7 @@ def test_command(tmp_path, capsys):
   for argument, words in (
     ("--tasks=riddle", "'riddle' must be one of passkey"),
     ("--lengths=0", "'0' must be a number"),
+    ("--context=77", "--fsdp=1 x --context=77 must divide the number of devices"),
     ("--lengths=50", "the task passkey needs"),
     ("--min_distance=1020", "1020 of them between facts and question; got 1024"),
     ("--record=x.png", "x.png: must be a .json file"),

@@ -333,6 +333,13 @@ def test_a_cell_that_another_job_has_moved_and_made_stays(run_grid, monkeypatch)
   assert not (run_grid.cells / "replaced").exists()
 
 
+def test_devices_are_those_of_all_runs_and_change_none(run_grid, tmp_path):
+  assert run_grid("--fsdp=4", "--fsdp=2", "--context=3") == 0 and len(run_grid.begun) == 2
+  page = (tmp_path / "grid" / "report.html").read_text()
+  assert "--fsdp=2\n" in page and "--context=3\n" in page
+  assert run_grid() == 0 and run_grid.begun == []
+
+
 @pytest.mark.parametrize(
   "argument, words",
   [

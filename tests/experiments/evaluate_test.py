@@ -143,6 +143,7 @@ def test_data_that_begin_otherwise_are_told(capsys):
     (["--workdir={folder}/a", "--seq_len=100000"], "--seq_len=100000 must be at most "),
     (["--workdir={folder}/a", "--seq_len=0"], "--seq_len=0"),
     (["--workdir={folder}/a", "--k=0"], "--k=0"),
+    (["--workdir={folder}/a", "--fsdp=77"], "--fsdp=77 x --context=1 must divide the number of"),
     (["--workdir={folder}/a", "--data={folder}/no_data"], "no_data"),
     (["--workdir={folder}/a", "--implementation=mosaic_tpu"], "--implementation=mosaic_tpu: "),
     (["--workdir={folder}/a,{folder}/elsewhere"], "read different tokens"),

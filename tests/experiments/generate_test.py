@@ -160,6 +160,7 @@ def test_lost_scores_are_told(write):
 @pytest.mark.parametrize(
   "arguments, words",
   [
+    (["--context=77"], "--fsdp=1 x --context=77 must divide the number of devices"),
     (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file exclude each other"),
     (["--prompt_file={folder}/nowhere"], "--prompt_file {folder}/nowhere cannot be read"),
     (["--prompt_file={folder}"], "--prompt_file {folder} is a folder, expected a regular file"),

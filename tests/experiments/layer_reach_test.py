@@ -82,6 +82,7 @@ def test_layers_that_get_most_of_the_keys(folder, capsys):
     (["--workdir={}/sparse"], "all layers must have full attention; it has sparsek"),
     (["--workdir={}/dense", "--budget=9", "--window=8", "--k=3"], "--budget=9 must be at least 11"),
     (["--workdir={}/dense", "--sinks=8", "--window=8"], "--sinks=8 must be below --window=8"),
+    (["--workdir={}/dense", "--context=77"], "--fsdp=1 x --context=77 must divide the number of"),
     (
       ["--workdir={}/dense", "--record={}/nowhere/x.json"],
       "--record={}/nowhere/x.json: must be a .json file in a folder that exists",

@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
-from sparsek.parallel.mesh import make_mesh
+from sparsek.parallel.mesh import AXES, make_mesh
 from sparsek.training import loop, plan
-from sparsek.training.checks import check_batch
+from sparsek.training.checks import check_batch, check_context
 
 CONFIG = TransformerConfig(
   vocab_size=19,
@@ -55,3 +56,14 @@ def test_batch_must_divide_over_devices_and_accumulation():
   check_batch(make_mesh(), 8 * jax.device_count(), 8)
   with pytest.raises(UsageError, match="--batch_size=9 must be a multiple of"):
     check_batch(make_mesh(), 9, 2)
+
+
+def test_tokens_of_a_row_must_divide_over_context():
+  mesh = AbstractMesh((1, 1, 4), AXES)
+  check_context(CONFIG, mesh, 12)
+  with pytest.raises(UsageError, match="--lengths=14 must be a multiple of --context=4"):
+    check_context(CONFIG, mesh, 14, "lengths")
+  with pytest.raises(UsageError, match="--context=4: attention 'lsh' needs whole rows"):
+    check_context(dataclasses.replace(CONFIG, attention="lsh"), mesh, 12)
+  with pytest.raises(UsageError, match="--context=4: --implementation=reference takes whole rows"):
+    check_context(dataclasses.replace(CONFIG, implementation="reference"), mesh, 12)

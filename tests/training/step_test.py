@@ -96,7 +96,8 @@ def test_the_loss_counts_what_a_batch_marks():
   batch, params = example_batch(), init_params(CONFIG, jax.random.key(0))
   counted = np.zeros((4, 13), bool)
   counted[3, 9:] = True
-  losses = quick_jit(lambda batch: token_losses(CONFIG, params, batch, 7))(batch)[3, 8:]
+  losses_of = quick_jit(lambda batch: token_losses(CONFIG, params, cut_targets(batch), 7))
+  losses = losses_of(batch)[3, 8:]
   metrics = one_step(dataclasses.replace(TRAIN, grad_accumulation=2), counted=counted)[1]
   assert metrics["num_targets"] == 4 and metrics["loss"] == pytest.approx(
     float(losses.mean()), rel=1e-5
@@ -400,9 +401,11 @@ def evaluated():
     example_batch(),
   )
   positions_to_ask = np.full((4, 1), 5, np.int32)
+  mesh = make_mesh()
   answers = tasks.predicted(
     CONFIG,
-    jax.device_put(params, replicated(make_mesh())),
+    mesh,
+    jax.device_put(params, replicated(mesh)),
     batch["tokens"][:, :-1],
     positions_to_ask,
   )

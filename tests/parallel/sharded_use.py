@@ -1,0 +1,123 @@
+"""Evaluation and generation over many devices, and the same on one.
+
+`python -m tests.parallel.sharded_use FILE` computes them on 8 simulated devices and writes JSON.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sparsek.config import TransformerConfig
+from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.evaluation import layer_reach, loss_by_position, tasks
+from sparsek.generation.session import Session
+from sparsek.model.transformer import Params, init_params
+from sparsek.parallel.mesh import make_mesh
+
+CONFIG = TransformerConfig(
+  vocab_size=257,
+  num_layers=3,
+  embed_dim=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  mlp_dim=24,
+  k=6,
+  window=12,
+  attention=("sparsek", "full", "sliding_window"),
+  scan_layers=True,
+  scorer="conv",
+  scorer_init_sink=0.5,
+  gate="value",
+  implementation="xla",
+)
+WINDOW = dataclasses.replace(CONFIG, attention="sliding_window", num_layers=1)
+DENSE = dataclasses.replace(CONFIG, attention="full", num_layers=2)
+LENGTH = 200
+ROWS = 4
+
+
+def model(config: TransformerConfig) -> Params:
+  """Returns parameters under which tokens have very different logits."""
+  return jax.tree.map(lambda x: 2 * x, init_params(config, jax.random.key(0)))
+
+
+def batch() -> dict[str, np.ndarray]:
+  """Returns packed and padded rows of LENGTH + 1 tokens."""
+  lengths = [[201], [1, 2, 40, 1, 90, 17, 50], [5, 150, 46], [20, 50, 30, 101]]
+  ids = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths])
+  ids[3][-101:] = 0
+  tokens = np.random.default_rng(0).integers(0, 257, ids.shape)
+  return {"tokens": tokens.astype(np.int32), "segment_ids": ids.astype(np.int32)}
+
+
+def evaluations(mesh: Mesh) -> dict[str, list]:
+  """Returns what is evaluated on a mesh."""
+  params, edges, predicted = model(WINDOW), (0, 20, 40, LENGTH), tasks.predicted
+  loss = loss_by_position.evaluate(WINDOW, params, [batch()], edges, loss_chunk=24, mesh=mesh)
+  answers = []
+
+  def note(*args):
+    answers.append(np.asarray(predicted(*args)))
+    return answers[-1]
+
+  tasks.predicted = note
+  counts = tasks.evaluate(WINDOW, params, ByteTokenizer(), "copy", LENGTH, 3, ROWS, mesh=mesh)
+  counts = list(counts)
+  tasks.predicted = predicted
+  dense, short = layer_reach.losses(DENSE, model(DENSE), [batch()], "sliding_window:w3", mesh=mesh)
+  return {
+    "losses": [loss.loss, *(bucket.loss for bucket in loss.buckets), dense, *short],
+    "targets": [bucket.num_targets for bucket in loss.buckets],
+    "answers": [*counts, *(x.tolist() for x in answers)],
+  }
+
+
+def generated(mesh: Mesh | None) -> tuple[list, Any]:
+  """Returns the tokens of two greedy turns, and the cache after them without rounding errors."""
+  session = Session(CONFIG, model(CONFIG), ROWS, mesh)
+  prompts = [batch()["tokens"][i, : 50 - 14 * i].tolist() for i in range(ROWS)]
+  turns = [
+    list(session.generate(prompt, max_new_tokens=9, temperature=0.0))
+    for prompt in (prompts, [[7, 8]] * ROWS)
+  ]
+  selection, *others = jax.device_get(session.cache.layers)
+  scorer = selection.scorer._replace(mean_rest=(), deviation_rest=())
+  return turns, (selection._replace(scorer=scorer), *others)
+
+
+def difference(got: Any, want: Any) -> float:
+  """Returns the largest difference of two trees of arrays, over the largest number of an array;
+  infinite numbers must be equal.
+  """
+
+  def largest(a, b):
+    finite = np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite]):
+      return float("inf")
+    top = np.max(np.abs(b[finite]), initial=1)
+    return float(np.max(np.abs(a[finite] - b[finite]), initial=0) / top)
+
+  return max(jax.tree.leaves(jax.tree.map(largest, got, want)))
+
+
+def main() -> None:
+  jax.config.update("jax_num_cpu_devices", 8)
+  one, many = make_mesh(devices=jax.devices()[:1]), make_mesh(fsdp=2, context=2)
+  turns, caches = zip(generated(None), generated(make_mesh(2, 2, jax.devices()[:4])))
+  output = {
+    "evaluations": [evaluations(one), evaluations(many)],
+    "turns": turns,
+    "cache": difference(*caches),
+  }
+  pathlib.Path(sys.argv[1]).write_text(json.dumps(output))
+
+
+if __name__ == "__main__":
+  main()
