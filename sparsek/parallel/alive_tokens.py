@@ -179,12 +179,13 @@ def _add_alive(index, alive, d_key, d_value, d_scores):
   an addition have the same index, so no result depends on an order of atomics.
   """
   length, dim = d_key.shape[1], d_key.shape[-1]
-  rows = [x.astype(jnp.float32) for x in (alive.key, alive.value, alive.scores[..., None])]
-  shares = lax.all_gather(jnp.swapaxes(jnp.concatenate(rows, axis=-1), 1, 2), CONTEXT)
+  rows = jnp.concatenate([alive.key, alive.value], axis=-1), alive.scores[..., None]
+  shares = lax.all_gather([jnp.swapaxes(x, 1, 2) for x in rows], CONTEXT)
   token, number = _numbered(index, length)
 
   def add(sums, shard):
-    number, share = shard  # [B, G, slots], [B, G, slots, 2 D + 1]
+    number, shares = shard  # [B, G, slots], [B, G, slots, 2 D] and [B, G, slots, 1]
+    share = jnp.concatenate([x.astype(jnp.float32) for x in shares], axis=-1)
     put = jax.vmap(jax.vmap(lambda x, i, y: x.at[i].add(y, mode="drop", unique_indices=True)))
     return put(sums, number, share), None
 
