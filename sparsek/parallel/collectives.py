@@ -5,8 +5,10 @@ it runs if XLA knows that, and once if not.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 KINDS = (
   "all-gather",
@@ -24,6 +26,9 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 
 
 class Traffic(NamedTuple):
@@ -32,15 +37,26 @@ class Traffic(NamedTuple):
   Attributes:
     number: how often a device takes part in one.
     received: bytes that a device receives in all of them; the most that one device does.
+    between_nodes: those of `received` in collectives over devices of several nodes.
   """
 
   number: int
   received: int
+  between_nodes: int = 0
 
 
-def collectives(program: str) -> dict[str, Traffic]:
-  """Counts the collectives in the text of a compiled program, by kind; only the kinds it has."""
+def collectives(program: str, nodes: Sequence[int] | None = None) -> dict[str, Traffic]:
+  """Counts the collectives in the text of a compiled program, by kind; only the kinds it has.
+
+  Args:
+    program: the text.
+    nodes: of each device of the mesh, in its order, the node that it belongs to; None for one node.
+
+  Raises:
+    ValueError: for a list of devices in a form that is not known.
+  """
   devices = _devices(program)
+  node = np.zeros(devices, int) if nodes is None else np.asarray(nodes)
   bodies = dict(_computations(program))
   entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
   totals: dict[str, Traffic] = {}
@@ -53,9 +69,11 @@ def collectives(program: str) -> dict[str, Traffic]:
       shape, operation, _ = instruction.groups()
       kind = operation.removesuffix("-start")
       if kind in KINDS:
-        number, received = totals.get(kind, Traffic(0, 0))
-        bytes_ = _received(kind, _result(shape, operation), _group_size(line, devices))
-        totals[kind] = Traffic(number + times, received + times * bytes_)
+        number, received, between = totals.get(kind, Traffic(0, 0))
+        groups = _groups(line, devices)
+        bytes_ = times * _received(kind, _result(shape, operation), groups.shape[1])
+        far = bytes_ if np.any(np.ptp(node[groups], axis=1)) else 0
+        totals[kind] = Traffic(number + times, received + bytes_, between + far)
         continue
       if operation.endswith(("-done", "-update")):  # name what their start has called
         continue
@@ -117,13 +135,38 @@ def _bytes(shape: str) -> int:
   return total
 
 
-def _group_size(line: str, devices: int) -> int:
-  """Returns how many devices take part in one instance of a collective."""
-  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-  if listed:
-    return listed[1].count(",") + 1
-  counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
-  return int(counted[1]) if counted else devices
+def _groups(line: str, devices: int) -> np.ndarray:
+  """Returns the devices that take part together, a row for each instance of a collective."""
+  integers = lambda text: [int(number) for number in text.split(",")]
+  listed, iota, named = (form.search(line) for form in (_LISTED, _IOTA, _NAMED))
+  if listed and listed[1]:
+    return np.array([integers(group) for group in re.findall(r"[\d,]*\d", listed[1])])
+  if iota:
+    ids = np.arange(devices).reshape(integers(iota[2]))
+    return ids.transpose(integers(iota[3]) if iota[3] else None).reshape(integers(iota[1]))
+  if named:
+    return _along_axes(named[1], named[2], devices)
+  if re.search(r"(replica_groups|source_target_pairs)=(?!\{\})", line):
+    raise ValueError(f"cannot read the devices of this collective: {line}")
+  return np.arange(devices)[None]
+
+
+def _along_axes(mesh: str, axes: str, devices: int) -> np.ndarray:
+  """Returns the groups of "'a'=2,'b'=8" along "'a'" or, for 4 parts in each of 2, "'b':(2)4"."""
+  sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", mesh)}
+  parts: list[int] = []
+  inside: list[bool] = []
+  chosen = {
+    name: (int(before or 1), int(size or sizes[name]))
+    for name, before, size in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", axes)
+  }
+  for name, size in sizes.items():
+    before, part = chosen.get(name, (size, 1))
+    parts += [before, part, size // (before * part)]
+    inside += [False, name in chosen, False]
+  order = np.argsort(inside, kind="stable")
+  count = int(np.prod([part for part, chosen in zip(parts, inside) if chosen]))
+  return np.arange(devices).reshape(parts).transpose(order).reshape(-1, count)
 
 
 def _received(kind: str, result: str, group: int) -> int:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -31,6 +32,8 @@ ENTRY %main (a: f32[16]) -> f32[16] {
   %two = ((f32[2], s8[3]), (f32[16], s8[24])) all-gather-start(%a, %b), replica_groups={}
   %r = (f32[4], pred[8]) all-reduce-start(%c, %d), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
   %e = (f32[1,4], f32[1,4]) all-to-all(%f, %g), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  %n = f32[4] reduce-scatter(%i), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
+  %m = f32[4] reduce-scatter(%j), replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}, to_apply=%sum
   ROOT %end = (f32[2], f32[2], u32[], u32[]) collective-permute-start(%h), source_target_pairs={}
 }
 """
@@ -38,12 +41,29 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 
 def test_reads_every_form():
   assert collectives(PROGRAM) == {
-    "all-gather": (2, 56 + 56 + 21),
-    "all-reduce": (1, 16 + 8),
-    "reduce-scatter": (5, 5 * 3 * 16),
-    "all-to-all": (1, 16),
-    "collective-permute": (6, 5 * 32 + 8),
+    "all-gather": (2, 56 + 56 + 21, 0),
+    "all-reduce": (1, 16 + 8, 0),
+    "reduce-scatter": (7, 5 * 3 * 16 + 2 * 3 * 16, 0),
+    "all-to-all": (1, 16, 0),
+    "collective-permute": (6, 5 * 32 + 8, 0),
   }
+
+
+def test_knows_what_is_sent_between_nodes():
+  """The groups of two nodes: {0, 4}, and {0, 1, 4, 5} of both axes; but {0, 1, 2, 3} is one."""
+  counted = collectives(PROGRAM, nodes=[0] * 4 + [1] * 4)
+  assert {kind: traffic.between_nodes for kind, traffic in counted.items()} == {
+    "all-gather": 56 + 56 + 21,
+    "all-reduce": 16 + 8,
+    "reduce-scatter": 3 * 16,
+    "all-to-all": 0,
+    "collective-permute": 8,
+  }
+
+
+def test_an_unknown_list_of_devices_is_an_error():
+  with pytest.raises(ValueError, match="cannot read the devices.*=V9"):
+    collectives(PROGRAM.replace("replica_groups={},", "").replace("[1,8]<=[8]", "V9"))
 
 
 def test_a_program_of_one_device_has_none():
