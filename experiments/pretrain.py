@@ -93,7 +93,7 @@ def main() -> None:
     model = dataclasses.replace(
       model,
       remat=plan.remat_that_fits(
-        model, config, plan.memory_limit(devices), devices and len(devices)
+        model, config, plan.memory_limit(devices), len(devices) if devices else None
       ),
     )
   if FLAGS.dry_run:

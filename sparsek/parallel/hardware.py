@@ -10,7 +10,7 @@ import jax
 
 
 class Rates(NamedTuple):
-  """What a device can do in a second, and its memory.
+  """Rates of a device, a second, and its memory.
 
   Attributes:
     flops: dense bfloat16 operations a second.

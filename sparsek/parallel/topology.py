@@ -3,17 +3,20 @@
 JAX compiles for them with the compiler alone: its CUDA plugin, or libtpu.
 """
 
-import functools
+import contextlib
 import importlib
 import importlib.util
+import math
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 from sparsek.errors import UsageError
+from sparsek.kernels import devices as kernel_devices
 
 GPUS_PER_NODE = 8
 LARGEST = 2**16  # devices
@@ -87,7 +90,7 @@ def parse(text: str) -> Topology:
     form = "x".join("ABC"[:axes]) if axes > 1 else "N"
     raise UsageError(f"--topology={text}: SHAPE of {kind} must be {form}, numbers from 1 on")
   topology = Topology(kind, tuple(map(int, shape.split("x"))))
-  count = functools.reduce(int.__mul__, topology.shape)
+  count = math.prod(topology.shape)
   if count > LARGEST:
     raise UsageError(f"--topology={text} has {count} devices, more than {LARGEST}")
   if kind in GPUS and count > GPUS_PER_NODE and count % GPUS_PER_NODE:
@@ -112,6 +115,13 @@ def described_devices(topology: Topology) -> list[jax.Device]:
   except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
     reason = str(error).split("\n", 1)[0]
     raise UsageError(f"--topology={topology}: the compiler has no such devices: {reason}") from None
+
+
+def compiling_for(devices: Sequence[jax.Device] | None) -> contextlib.AbstractContextManager[None]:
+  """Chooses kernels for devices that `described_devices` returned, in functions traced inside; with
+  None for those attached.
+  """
+  return kernel_devices.compiling_for(devices[0] if devices else None)
 
 
 def _gpus(topology: Topology) -> list[jax.Device]:

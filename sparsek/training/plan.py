@@ -14,15 +14,16 @@ from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
-from sparsek.kernels.devices import compiling_for
 from sparsek.model import flops, implementations, lora
 from sparsek.model.transformer import count_params
 from sparsek.parallel.collectives import Traffic, collectives
 from sparsek.parallel.hardware import Rates, rates
 from sparsek.parallel.mesh import AXES, ROWS, make_mesh
+from sparsek.parallel.topology import compiling_for
 from sparsek.runs import checkpoint
 from sparsek.runs.orbax_errors import first_line
 from sparsek.training import teacher
+from sparsek.training.activations import activation_bytes
 from sparsek.training.checks import check_run
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.start import attention_shape, may_be_packed
@@ -52,7 +53,8 @@ class Plan:
     collectives: of a step, by kind.
     compile_seconds: of the step.
     arguments: bytes of what the step gets: parameters, optimizer state, batch, and a teacher.
-    temporary_bytes: all other memory, or None where the backend does not say.
+    activation_bytes: kept from the forward pass for the backward pass; part of `temporary_bytes`.
+    temporary_bytes: all memory but the arguments, or None where the backend does not say.
     limit_bytes: memory that JAX may take, or None where that is not known.
   """
 
@@ -68,6 +70,7 @@ class Plan:
   collectives: Mapping[str, Traffic]
   compile_seconds: float
   arguments: Mapping[str, int]
+  activation_bytes: int
   temporary_bytes: int | None
   limit_bytes: int | None
 
@@ -161,10 +164,16 @@ class Plan:
       if self.limit_bytes is None
       else f" of {self.limit_bytes / GB:.3g}: {'it fits' if self.fits else 'it does not fit'}"
     )
-    parts = [f"{_giga(size)} {name}" for name, size in self.arguments.items()]
+    # The compiler may need less than what JAX keeps.
+    activations = min(self.activation_bytes, self.temporary_bytes)
+    parts = [
+      *self.arguments.items(),
+      ("activations", activations),
+      ("other temporaries", self.temporary_bytes - activations),
+    ]
     return [
-      f"memory per device in GB: {' + '.join(parts)} + {_giga(self.temporary_bytes)} temporaries "
-      f"(activations, gradients) = {_giga(self.total_bytes)}{of}"
+      f"memory per device in GB: {' + '.join(f'{_giga(size)} {name}' for name, size in parts)} "
+      f"= {_giga(self.total_bytes)}{of}"
     ]
 
 
@@ -239,7 +248,7 @@ def make_plan(
     UsageError: as `sparsek.training.checks.check_run`.
     RunError: where the compiler finds that the memory does not suffice.
   """
-  with compiling_for(devices[0] if devices else None):
+  with compiling_for(devices):
     return _make_plan(config, train, devices)
 
 
@@ -278,9 +287,10 @@ def _make_plan(config, train, devices) -> Plan:
     full_flops=full_flops,
     num_devices=mesh.size,
     rates=rates(mesh.devices.flat[0]),
-    collectives=_collectives(compiled.as_text(), mesh, devices is None),
+    collectives=_collectives(compiled, mesh, devices is None),
     compile_seconds=seconds,
     arguments={name: _bytes_per_device(tree) for name, tree in arguments.items()},
+    activation_bytes=activation_bytes(config, train, mesh, state, batch, teacher_model, *teachers),
     temporary_bytes=memory
     and memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
     limit_bytes=memory_limit(devices),
@@ -315,9 +325,11 @@ def _describe(mesh: Mesh) -> str:
   return f"{kind} ({', '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)})"
 
 
-def _collectives(program: str, mesh: Mesh, attached: bool) -> dict[str, Traffic]:
+def _collectives(compiled: jax.stages.Compiled, mesh: Mesh, attached: bool) -> dict[str, Traffic]:
   if mesh.size == 1:
     return {}
+  program = compiled.as_text()
+  assert program is not None
   nodes = None
   if mesh.devices.flat[0].platform == "gpu":  # the chips of a TPU's slice are all linked
     node = "slice_index" if attached else "process_index"
