@@ -3,8 +3,8 @@
 `make test-compile` compiles for them: tests/training/plan_compile_test.py.
 """
 
+import dataclasses
 import types
-from typing import NamedTuple
 
 import jax
 import pytest
@@ -15,7 +15,8 @@ from sparsek.parallel import hardware, topology
 from sparsek.parallel.mesh import make_mesh
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
   """A device as JAX describes it."""
 
   id: int
