@@ -1,11 +1,11 @@
 """Collectives of a compiled program: how many of each kind, and the bytes that a device receives.
 
 Reads the text that a compiled function's `as_text` returns. A loop's collectives count as often as
-it runs if XLA knows that, and once if not.
+it runs if XLA knows that, or if it counts from 0 to a constant as JAX's scans do, and once if not.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +25,16 @@ _CALLED = re.compile(
   r"|branch_computations=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(.*?%?([\w.-]+)\), direction=LT")
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)*)\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # of all devices: reshaped, then transposed
+_IOTA = re.compile(rf"replica_groups=\[([\d,]+)\]<={_ORDER}")
+_NAMED = re.compile(
+  rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_ORDER}\))? ?\{{([^}}]*)\}}"
+)
 
 
 class Traffic(NamedTuple):
@@ -77,10 +83,10 @@ def collectives(program: str, nodes: Sequence[int] | None = None) -> dict[str, T
         continue
       if operation.endswith(("-done", "-update")):  # name what their start has called
         continue
-      trips = _TRIPS.search(line) if operation == "while" else None
+      trips = _trips(line, bodies) if operation == "while" else 1
       for one, several in _CALLED.findall(line):
         for called in re.findall(r"[\w.-]+", one or several):
-          visit(called, times * (int(trips[1]) if trips else 1))
+          visit(called, times * trips)
 
   visit(entry, 1)
   return totals
@@ -106,6 +112,20 @@ def _computations(program: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
       yield head[2], (bool(head[1]), lines)
     else:
       lines.append(line.strip())
+
+
+def _trips(line: str, bodies: Mapping[str, tuple[bool, list[str]]]) -> int:
+  """Returns how often a loop runs, 1 where that is not known."""
+  known, condition = _TRIPS.search(line), _CONDITION.search(line)
+  if known:
+    return int(known[1])
+  lines = bodies[condition[1]][1] if condition and condition[1] in bodies else []
+  operations = [match[2] for match in map(_INSTRUCTION.match, lines) if match]
+  if sorted(operations) != ["compare", "constant", "get-tuple-element", "parameter"]:
+    return 1
+  constants = {match[1]: int(match[2]) for match in map(_CONSTANT.match, lines) if match}
+  below = next((match[1] for match in map(_BELOW.match, lines) if match), "")
+  return constants.get(below, 1)
 
 
 def _result(shape: str, operation: str) -> str:
@@ -137,21 +157,31 @@ def _bytes(shape: str) -> int:
 
 def _groups(line: str, devices: int) -> np.ndarray:
   """Returns the devices that take part together, a row for each instance of a collective."""
-  integers = lambda text: [int(number) for number in text.split(",")]
   listed, iota, named = (form.search(line) for form in (_LISTED, _IOTA, _NAMED))
   if listed and listed[1]:
-    return np.array([integers(group) for group in re.findall(r"[\d,]*\d", listed[1])])
+    return np.array([_integers(group) for group in re.findall(r"[\d,]*\d", listed[1])])
   if iota:
-    ids = np.arange(devices).reshape(integers(iota[2]))
-    return ids.transpose(integers(iota[3]) if iota[3] else None).reshape(integers(iota[1]))
+    return _ordered(devices, iota[2], iota[3]).reshape(_integers(iota[1]))
   if named:
-    return _along_axes(named[1], named[2], devices)
+    return _along_axes(named[1], named[4], _ordered(devices, named[2], named[3]))
   if re.search(r"(replica_groups|source_target_pairs)=(?!\{\})", line):
     raise ValueError(f"cannot read the devices of this collective: {line}")
   return np.arange(devices)[None]
 
 
-def _along_axes(mesh: str, axes: str, devices: int) -> np.ndarray:
+def _integers(text: str) -> list[int]:
+  return [int(number) for number in text.split(",")]
+
+
+def _ordered(devices: int, shape: str | None, axes: str | None) -> np.ndarray:
+  """Returns all devices in the order "[2,4]T(1,0)"."""
+  ids = np.arange(devices)
+  if shape:
+    ids = ids.reshape(_integers(shape)).transpose(_integers(axes) if axes else None)
+  return ids.reshape(-1)
+
+
+def _along_axes(mesh: str, axes: str, ids: np.ndarray) -> np.ndarray:
   """Returns the groups of "'a'=2,'b'=8" along "'a'" or, for 4 parts in each of 2, "'b':(2)4"."""
   sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", mesh)}
   parts: list[int] = []
@@ -165,8 +195,8 @@ def _along_axes(mesh: str, axes: str, devices: int) -> np.ndarray:
     parts += [before, part, size // (before * part)]
     inside += [False, name in chosen, False]
   order = np.argsort(inside, kind="stable")
-  count = int(np.prod([part for part, chosen in zip(parts, inside) if chosen]))
-  return np.arange(devices).reshape(parts).transpose(order).reshape(-1, count)
+  count = int(np.prod([part for part, is_chosen in zip(parts, inside) if is_chosen]))
+  return ids.reshape(parts).transpose(order).reshape(-1, count)
 
 
 def _received(kind: str, result: str, group: int) -> int:

@@ -131,7 +131,8 @@ class Plan:
       return []
     lines = [f"collectives of a step: {'' if self.collectives else 'none'}".rstrip()]
     for kind, traffic in sorted(self.collectives.items()):
-      between = f", {_giga(traffic.between_nodes)} between nodes" if traffic.between_nodes else ""
+      far = traffic.between_nodes
+      between = f", {_giga(far)} of it between nodes" if far else ""
       lines.append(
         f"  {traffic.number} {kind}: a device receives {_giga(traffic.received)} GB{between}"
       )
