@@ -130,9 +130,11 @@ def _trips(line: str, bodies: Mapping[str, tuple[bool, list[str]]]) -> int:
 
 def _result(shape: str, operation: str) -> str:
   """Returns the shape of a collective's result: the start of an asynchronous one returns its
-  operands before it, except that of an all-reduce.
+  operands before it, except that of an all-reduce where they are no tuple.
   """
-  if not operation.endswith("-start") or operation == "all-reduce-start":
+  if not operation.endswith("-start"):
+    return shape
+  if operation == "all-reduce-start" and not shape.startswith("(("):
     return shape
   depth, parts = 0, [""]
   for character in shape[1:-1]:

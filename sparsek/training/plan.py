@@ -52,7 +52,7 @@ class Plan:
     rates: of a device, or None where they are not known.
     collectives: of a step, by kind.
     compile_seconds: of the step.
-    arguments: bytes of what the step gets: parameters, optimizer state, batch, and a teacher.
+    arguments: bytes of what the step gets: parameters, moments, batch, and a teacher.
     activation_bytes: kept from the forward pass for the backward pass; part of `temporary_bytes`.
     temporary_bytes: all memory but the arguments, or None where the backend does not say.
     limit_bytes: memory that JAX may take, or None where that is not known.
@@ -273,7 +273,7 @@ def _make_plan(config, train, devices) -> Plan:
     flops.training_flops(c, params, np.full(rows, n))
     for c in (config, dataclasses.replace(config, attention="full"))
   )
-  arguments = {"parameters": state.params, "optimizer": state.opt_state, "batch": batch}
+  arguments = {"parameters": state.params, "moments": state.opt_state, "batch": batch}
   if teachers:
     arguments["teacher"] = teachers
   return Plan(

@@ -31,6 +31,7 @@ ENTRY %main (a: f32[16]) -> f32[16] {
   %done = f32[16]{0} all-gather-done(%gather)
   %two = ((f32[2], s8[3]), (f32[16], s8[24])) all-gather-start(%a, %b), replica_groups={}
   %r = (f32[4], pred[8]) all-reduce-start(%c, %d), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
+  %q = ((f32[4]), f32[4]{0}) all-reduce-start(%c), replica_groups={{0,1},{2,3}}, to_apply=%sum
   %e = (f32[1,4], f32[1,4]) all-to-all(%f, %g), replica_groups={{0,1},{2,3},{4,5},{6,7}}
   %n = f32[4] reduce-scatter(%i), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
   %m = f32[4] reduce-scatter(%j), replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}, to_apply=%sum
@@ -43,7 +44,7 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 def test_reads_every_form():
   assert collectives(PROGRAM) == {
     "all-gather": (2, 56 + 56 + 21, 0),
-    "all-reduce": (1, 16 + 8, 0),
+    "all-reduce": (2, 16 + 8 + 16, 0),
     "reduce-scatter": (8, 5 * 3 * 16 + 3 * 3 * 16, 0),
     "all-to-all": (1, 16, 0),
     "collective-permute": (6, 5 * 32 + 8, 0),

@@ -14,7 +14,7 @@ from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.parallel.collectives import Traffic
 from sparsek.parallel.hardware import Rates
 from sparsek.training import plan
-from tests.commands import ROOT
+from tests.commands import ROOT, run_forked
 
 MADE = plan.Plan(
   devices="16 x NVIDIA H100 (data 1, fsdp 2, context 8)",
@@ -31,7 +31,7 @@ MADE = plan.Plan(
     "all-gather": Traffic(24, int(110e9), int(100e9)),
   },
   compile_seconds=3.2,
-  arguments={"parameters": int(2e9), "optimizer": int(4e9), "batch": 1000},
+  arguments={"parameters": int(2e9), "moments": int(4e9), "batch": 1000},
   activation_bytes=int(5e9),
   temporary_bytes=int(9e9),
   limit_bytes=int(60e9),
@@ -51,7 +51,7 @@ def test_says_what_a_step_costs():
   assert lines[7].startswith(f"a step should take {compute:.3g} to {compute + 2.125:.3g} s: ")
   assert "collectives 2.12 s at 400 GB/s (50 between nodes)" in lines[7]
   assert lines[8] == (
-    "memory per device in GB: 2 parameters + 4 optimizer + 1e-06 batch + 5 activations + "
+    "memory per device in GB: 2 parameters + 4 moments + 1e-06 batch + 5 activations + "
     "4 other temporaries = 15 of 60: it fits"
   )
   unknown = dataclasses.replace(MADE, rates=None, temporary_bytes=None)
@@ -97,6 +97,19 @@ def test_split_parameters_leave_room():
   split = dataclasses.replace(train, fsdp=8)
   fits = lambda train: plan.remat_that_fits(preset("1b"), train, 14e9, 8)
   assert (fits(train), fits(split)) == ("attention", "none")
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--dry_run", "--topology=h100:12"], "--topology=h100:12 must have at most 8 GPUs"),
+    (["--workdir=w", "--topology=h100:8"], "--topology=h100:8 needs --dry_run"),
+  ],
+)
+def test_refuses_topologies_before_any_work(flags, words, tmp_path):
+  done = run_forked(["experiments.pretrain", *flags], ROOT, tmp_path)
+  assert done.returncode == 2 and words in done.stderr
+  assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_dry_run_over_eight_devices():
