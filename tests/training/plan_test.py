@@ -8,12 +8,16 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.parallel.collectives import Traffic
 from sparsek.parallel.hardware import Rates
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs.checkpoint import abstract_params
 from sparsek.training import plan
+from sparsek.training.activations import activation_bytes
 from tests.commands import ROOT, run_forked
 
 MADE = plan.Plan(
@@ -97,6 +101,23 @@ def test_split_parameters_leave_room():
   split = dataclasses.replace(train, fsdp=8)
   fits = lambda train: plan.remat_that_fits(preset("1b"), train, 14e9, 8)
   assert (fits(train), fits(split)) == ("attention", "none")
+
+
+def test_activations_are_what_the_backward_pass_keeps():
+  train = TrainConfig(workdir="", data=DataConfig(seq_len=256, batch_size=2))
+  mesh = make_mesh(devices=jax.devices()[:1])
+
+  def kept(train=train, **fields):
+    config = preset("tiny", **{"num_layers": 3, "remat": "full", **fields})
+    state, batch, _ = plan._abstract_arguments(abstract_params(config), train, mesh)
+    return activation_bytes(config, train, mesh, state, batch)
+
+  full = kept()
+  assert kept(mlp_dim=768) == full  # neither parameters nor the inside of a layer
+  # A layer more keeps its input, [2, 256, 128] in float32.
+  assert kept(num_layers=4) - full == pytest.approx(2 * 256 * 128 * 4, rel=0.01)
+  assert full < kept(remat="attention") < kept(remat="none")
+  assert kept(dataclasses.replace(train, grad_accumulation=2)) < 0.6 * full
 
 
 @pytest.mark.parametrize(
