@@ -32,7 +32,7 @@ RATES = {
   "NVIDIA H100": Rates(989e12, 80e9, 450e9, 50e9),
   "NVIDIA H200": Rates(989e12, 141e9, 450e9, 50e9),
   "NVIDIA A100": Rates(312e12, 80e9, 300e9, 25e9),
-  "TPU v4": Rates(275e12, 32e9, 150e9, 150e9),
+  "TPU v4": Rates(275e12, 32e9, 300e9, 300e9),
   "TPU v5 lite": Rates(197e12, 16e9, 200e9, 200e9),
   "TPU v5e": Rates(197e12, 16e9, 200e9, 200e9),
   "TPU v5p": Rates(459e12, 95e9, 600e9, 600e9),
