@@ -24,10 +24,12 @@ from experiments import child
 from experiments.reports import grid
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
+from sparsek.command_line.flags import define_alone_flag
 from sparsek.command_line.main import run
 from sparsek.config import ATTENTION_KINDS, GATES, SCORERS
 from sparsek.data import batches
 from sparsek.errors import RunError, UsageError
+from sparsek.parallel import clusters
 from sparsek.runs import settings
 from sparsek.runs.run_directory import COMPILATION_CACHE
 from sparsek.storage import files
@@ -37,6 +39,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   """Defines the flags of this command."""
   define = Definer(flag_values)
   define.path("workdir", None, "Folder for the runs of the grid and the report. Required.")
+  define_alone_flag(flag_values)
   define.path("base", None, "Flagfile of experiments.pretrain that all runs share.")
   define.string(
     "more",
@@ -139,6 +142,7 @@ def train(cell: grid.Cell, folder: str, given: Sequence[str]) -> bool:
   """
   cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
   arguments = [*given, *cell.flags(), f"--workdir={folder}"]
+  arguments += [] if FLAGS.distributed else ["--nodistributed"]
   environment = {COMPILATION_CACHE: cache, **os.environ}
   with child.running("experiments.pretrain", arguments, env=environment) as process:
     return process.wait() == 0
@@ -146,6 +150,7 @@ def train(cell: grid.Cell, folder: str, given: Sequence[str]) -> bool:
 
 def main() -> None:
   """Trains what is missing, and reports after every cell."""
+  clusters.check_alone("experiments.ablate", FLAGS.distributed, os.environ)
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
   kinds, ks, windows = grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0)

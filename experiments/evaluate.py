@@ -35,6 +35,7 @@ from sparsek.evaluation.loss_by_position import (
   evaluate,
   format_table,
 )
+from sparsek.parallel import clusters
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
@@ -129,6 +130,7 @@ def _settings(run: Run, step: int) -> dict[str, object]:
 
 def main() -> None:
   """Evaluates all runs, prints the table, and writes the records."""
+  clusters.check_alone("experiments.evaluate", FLAGS.distributed, os.environ)
   runs = _runs()
   dataset, data, batches = heldout_rows(
     runs, FLAGS.eval_batches, FLAGS.data, FLAGS.seq_len, FLAGS.batch_size

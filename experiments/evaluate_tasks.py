@@ -28,6 +28,7 @@ from sparsek.command_line.main import run
 from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
+from sparsek.parallel import clusters
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import append_record
@@ -117,6 +118,7 @@ def check_lengths(lengths: list[int]) -> None:
 
 def main() -> None:
   """Evaluates all runs on all tasks at all lengths."""
+  clusters.check_alone("experiments.evaluate_tasks", FLAGS.distributed, os.environ)
   chosen, lengths = task_names(), document_lengths()
   check_lengths(lengths)
   workdirs = FLAGS.workdir

@@ -9,6 +9,7 @@ attention layers. --k and --window may differ from those of training. The text g
 last line on stderr is the speed.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -19,6 +20,7 @@ from absl import flags as absl_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer
 from sparsek.command_line.flags import (
+  define_alone_flag,
   define_attention_flags,
   define_step_flags,
   define_workdir_flag,
@@ -36,6 +38,7 @@ from sparsek.generation.prompts import (
 )
 from sparsek.generation.session import AHEAD, Session
 from sparsek.generation.text_stream import TextStream
+from sparsek.parallel import clusters
 from sparsek.runs import checkpoint, run_record
 
 
@@ -44,6 +47,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define_workdir_flag(flag_values)
   define_attention_flags(flag_values)
   define_step_flags(flag_values)
+  define_alone_flag(flag_values)
   define = Definer(flag_values)
   define.string("prompt", "", "Text to continue; empty for a new document.")
   define.path(
@@ -165,6 +169,7 @@ def start_turn(session: Session, ids: Sequence[Sequence[int]], eos_id: int | lis
 
 def main() -> None:
   """Loads the run, then prints the prompts and their continuations."""
+  clusters.check_alone("experiments.generate", FLAGS.distributed, os.environ)
   texts, target = prompts(), FLAGS.save_cache
   if target:
     check_can_save(target)

@@ -13,19 +13,20 @@ be here.
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 from absl import flags as absl_flags
 
 from sparsek.command_line.configs import model_config, train_config
-from sparsek.command_line.definer import into_string
+from sparsek.command_line.definer import OF_PROCESSES, into_string
 from sparsek.command_line.main import run
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import batches
 from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
-from sparsek.parallel import topology
+from sparsek.parallel import processes, topology
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
 
@@ -82,6 +83,16 @@ def planned_devices() -> list[jax.Device] | None:
 
 
 def main() -> None:
+  """Joins the processes of the run, and trains."""
+  if FLAGS.topology is not None:  # such a plan needs this process alone
+    pretrain()
+    return
+  flags: list[Any] = [FLAGS[name].value for name in OF_PROCESSES]
+  with processes.running(processes.Options(*flags)):
+    pretrain()
+
+
+def pretrain() -> None:
   """Reads the flags, opens the data, trains, and says where everything is."""
   devices = planned_devices()
   config = train_config(FLAGS)
@@ -97,10 +108,14 @@ def main() -> None:
       ),
     )
   if FLAGS.dry_run:
-    print("\n".join(plan.make_plan(model, config, devices).lines()))
+    lines = plan.make_plan(model, config, devices).lines()
+    if processes.is_first():
+      print("\n".join(lines))
     return
   run_directory.use_compilation_cache(config.workdir)
-  report(loop.train(model, config, dataset, into_string(FLAGS)), config)
+  result = loop.train(model, config, dataset, into_string(FLAGS))
+  if processes.is_first():
+    report(result, config)
 
 
 if __name__ == "__main__":

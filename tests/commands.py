@@ -25,15 +25,16 @@ def run_forked(
   words: list[str], folder: pathlib.Path, outputs: pathlib.Path
 ) -> subprocess.CompletedProcess:
   """Runs `python -m WORDS` in a folder, with its output in files of another folder."""
-  process = FORKS.Process(target=_become, args=(words, str(folder), str(outputs)))
+  process = FORKS.Process(target=become, args=(words, str(folder), str(outputs)))
   process.start()
   process.join()
   stdout, stderr = ((outputs / name).read_text() for name in ("stdout", "stderr"))
   return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
 
 
-def _become(words, folder, outputs):
+def become(words, folder, outputs, environment=None):
   """Does what `python -m` does with these words."""
+  os.environ.update(environment or {})
   os.environ.update(XDG_CACHE_HOME=f"{outputs}/cache", PYTHONPATH=str(ROOT))
   os.chdir(folder)
   for name, number in (("stdout", 1), ("stderr", 2)):

@@ -28,9 +28,14 @@ gc.set_threshold(200_000, 50, 100)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# A suite in the background of a shell ignores Ctrl-C, and so would the commands that it interrupts.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-  signal.signal(signal.SIGINT, signal.default_int_handler)
+# A suite in the background of a shell ignores Ctrl-C, under nohup the end of a terminal too, and so
+# would the commands that it interrupts.
+for number, handler in (
+  (signal.SIGINT, signal.default_int_handler),
+  (signal.SIGHUP, signal.SIG_DFL),
+):
+  if signal.getsignal(number) == signal.SIG_IGN:
+    signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -172,7 +172,9 @@ def main(options: argparse.Namespace) -> None:
         record = {**environment(), "rows": rows}
         files.save(options.record, json.dumps(record, indent=1) + "\n")
 
-    time_case(name, known[name], options.rounds, options.seconds, save)
+    kinds = options.kinds.split(",") if options.kinds else known[name].kinds
+    case = dataclasses.replace(known[name], kinds=tuple(kinds))
+    time_case(name, case, options.rounds, options.seconds, save)
   print(table(rows))
 
 
@@ -180,6 +182,7 @@ if __name__ == "__main__":
   parser = script.parser(__doc__)
   parser.add_argument("--record", help="JSON file to write")
   parser.add_argument("--cases", default="data,context,fsdp,million", help="names, by commas")
+  parser.add_argument("--kinds", help="kinds of attention, by commas; by default all of the case")
   parser.add_argument("--rounds", type=int, default=5, help="most samples of each step")
   parser.add_argument("--seconds", type=float, default=60, help="most seconds of rounds, per case")
   script.run(main, parser)

@@ -86,6 +86,18 @@ def _choose(implementation, fastest_first, query, segment_ids, window) -> Choice
   return Choice("xla", refusals)
 
 
+def padding(implementation: str, length: int) -> int:
+  """Returns how many tokens an implementation adds to rows of that length.
+
+  It would copy the rows for that; who makes a row for it may add them at no cost.
+  """
+  if implementation != "mosaic_gpu":
+    return 0
+  from sparsek.kernels.hopper import attention as hopper
+
+  return -length % hopper.chunk_size(length)
+
+
 def pallas_attention(implementation: str) -> Callable[..., jax.Array]:
   """Imports the attention of "mosaic_gpu" or "mosaic_tpu"."""
   if implementation == "mosaic_gpu":

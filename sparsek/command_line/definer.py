@@ -9,6 +9,14 @@ from absl import flags
 from sparsek.command_line import path_flags
 
 MAX_INT = 2**31 - 1
+# Flags that say where a process runs, and belong to no record of what it does.
+OF_PROCESSES = (
+  "coordinator_address",
+  "num_processes",
+  "process_id",
+  "distributed",
+  "process_timeout",
+)
 
 
 class _Number(flags.ArgumentParser):
@@ -152,10 +160,12 @@ def help_of(flag_values: flags.FlagValues) -> str:
 def into_string(flag_values: flags.FlagValues) -> str:
   """Returns a flagfile that reproduces this command line, defaults spelled out, one flag a line.
 
+  The flags of processes are left out.
+
   A --preset that was not given is left out where the model is that of another run or folder, since
   the two exclude each other.
   """
-  names = names_of(flag_values)
+  names = [name for name in names_of(flag_values) if name not in OF_PROCESSES]
   if any(flag_values[name].value for name in ("init_from", "from") if name in names):
     names = [name for name in names if name != "preset" or flag_values[name].present]
   return "".join(line + "\n" for line in (flag_values[name].serialize() for name in names) if line)
@@ -166,5 +176,6 @@ def not_default(flag_values: flags.FlagValues) -> str:
   return "".join(
     flag_values[name].serialize() + "\n"
     for name in names_of(flag_values)
-    if name != "workdir" and flag_values[name].value != flag_values[name].default
+    if name not in ("workdir", *OF_PROCESSES)
+    and flag_values[name].value != flag_values[name].default
   )

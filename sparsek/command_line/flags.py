@@ -193,6 +193,16 @@ def define_step_flags(flag_values: flags.FlagValues) -> None:
   )
 
 
+def define_alone_flag(flag_values: flags.FlagValues) -> None:
+  """Defines the flag that lets a cluster start several processes of a command that is one."""
+  Definer(flag_values).boolean(
+    "distributed",
+    True,
+    "Refuse to run as one of several processes of SLURM, Open MPI, Kubernetes or a TPU pod. With "
+    "--nodistributed each of them stands for itself.",
+  )
+
+
 def define_evaluation_flags(flag_values: flags.FlagValues) -> None:
   """Defines the flags that say which runs are evaluated, and under which attention."""
   define_attention_flags(flag_values)
@@ -200,6 +210,7 @@ def define_evaluation_flags(flag_values: flags.FlagValues) -> None:
     "workdir", "Folder of a run, or several separated by commas. Required."
   )
   define_step_flags(flag_values)
+  define_alone_flag(flag_values)
 
 
 def define_data_of_runs_flag(flag_values: flags.FlagValues) -> None:

@@ -15,6 +15,7 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
   define_model_flags(flag_values)
   define_data_flags(flag_values)
   define_train_flags(flag_values)
+  define_process_flags(flag_values)
   define = Definer(flag_values)
   define.boolean(
     "dry_run",
@@ -28,6 +29,31 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
     "With --dry_run: the devices to compile for, which need not be attached: h100:N or h200:N, "
     "N GPUs in nodes of 8, or the shape of a TPU slice, as v5e:4x4, v5p:4x8x8 or v6e:16x16. Needs "
     "JAX's compiler for them. By default the attached devices.",
+  )
+
+
+def define_process_flags(flag_values: flags.FlagValues) -> None:
+  """Defines which processes, each started with the same command, are one run."""
+  define = Definer(flag_values)
+  define.string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0, a free port. By default found on SLURM, Open MPI, Kubernetes and TPU "
+    "pods; elsewhere the run is one process.",
+  )
+  define.integer("num_processes", None, "Processes of the run. By default found as above.", lower=1)
+  define.integer(
+    "process_id", None, "Number of this process, from 0. By default found as above.", lower=0
+  )
+  define.boolean(
+    "distributed", True, "With --nodistributed the run is one process, wherever it is started."
+  )
+  define.real(
+    "process_timeout",
+    300.0,
+    "Seconds after which all processes end where one of them died or hangs; more than a step "
+    "takes. Compiling, evaluating and saving may take longer.",
+    lower=2,
   )
 
 

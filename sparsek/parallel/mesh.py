@@ -4,7 +4,9 @@ A mesh has three axes. The rows of a batch are split over `data` and `fsdp`, the
 `fsdp`, and the tokens of a row over `context`.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,6 +85,50 @@ def batch_specs() -> dict[str, P]:
   }
 
 
+def own_parts(mesh: Mesh) -> tuple[list[int], int]:
+  """Returns the parts of a batch that this process holds, and the number of all parts.
+
+  The rows of a batch are cut in as many equal parts as `data` and `fsdp` have devices. Processes
+  whose devices differ in `context` only hold the same parts.
+  """
+  groups = mesh.devices.reshape(-1, mesh.shape[CONTEXT])
+  here = jax.process_index()
+  own = [i for i, group in enumerate(groups) if any(d.process_index == here for d in group)]
+  return own, len(groups)
+
+
 def put_batch(mesh: Mesh, batch: HostBatch) -> dict[str, jax.Array]:
-  """Moves a batch to the devices, its rows split over them."""
-  return jax.device_put(dict(batch), NamedSharding(mesh, P(ROWS)))
+  """Moves a batch to the devices, its rows split over them.
+
+  Args:
+    mesh: all devices.
+    batch: the rows of this process's parts (`own_parts`), in their order.
+  """
+  sharding = NamedSharding(mesh, P(ROWS))
+  if mesh.is_multi_process:
+    return {name: _put_own_rows(mesh, sharding, rows) for name, rows in batch.items()}
+  return jax.device_put(dict(batch), sharding)
+
+
+def _put_own_rows(mesh: Mesh, sharding: NamedSharding, rows: np.ndarray) -> jax.Array:
+  parts, num_parts = own_parts(mesh)
+  size = len(rows) // len(parts)  # of a part
+  of_part = dict(zip(parts, np.split(rows, len(parts))))
+
+  def part_at(index: Any) -> np.ndarray:
+    return of_part[(index[0].start or 0) // size]
+
+  return jax.make_array_from_callback((size * num_parts, *rows.shape[1:]), sharding, part_at)
+
+
+@functools.cache
+def _make_first_row(mesh: Mesh) -> Callable:
+  def first_row(batch):
+    return {name: rows[:1] for name, rows in batch.items()}
+
+  return jax.jit(first_row, out_shardings=replicated(mesh))
+
+
+def first_row(mesh: Mesh, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns the first row of a batch that `put_batch` has moved, on every device."""
+  return _make_first_row(mesh)(batch)

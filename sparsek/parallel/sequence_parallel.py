@@ -7,9 +7,7 @@ those of the window. A shard then computes attention on an ordinary row:
    | slots: tokens alive at the first  | span: up to window - 1 tokens before the shard, |
    | own query, from before the span   | and its own L                                   |
 
-Outputs of the queries before the shard's own are dropped. The first shards have fewer than
-window - 1 tokens before them: their span has empty tokens behind the own ones instead, where no
-own query looks.
+Outputs of the queries before the shard's own are dropped.
 """
 
 from typing import NamedTuple
@@ -19,13 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsek.attention import api
-from sparsek.attention.backends import PALLAS, choose_implementation, choose_window_implementation
+from sparsek.attention.backends import (
+  PALLAS,
+  choose_implementation,
+  choose_window_implementation,
+  padding,
+)
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import order_by_expiry, select
 from sparsek.config import IMPLEMENTATIONS, check_at_least, check_choice
 from sparsek.kernels import devices
 from sparsek.kernels.saved import saved
-from sparsek.parallel.alive_tokens import alive_tokens, send_alive
+from sparsek.parallel.alive_tokens import Alive, alive_tokens, send_tokens
 from sparsek.parallel.exchange import (
   first_token,
   own_tokens,
@@ -36,6 +39,7 @@ from sparsek.parallel.exchange import (
 from sparsek.parallel.mesh import CONTEXT, axis_size
 
 MAX_SHARD = 2**24  # float32 holds every distance between two tokens of a span
+ALIGNMENT = 128  # long spans are a multiple of it, so that kernels need not copy them
 FULL_CHUNK = 512  # queries whose weights of all keys XLA's full attention holds at a time
 
 
@@ -44,20 +48,26 @@ class _Span(NamedTuple):
 
   Attributes:
     length: L, tokens of the shard.
-    halo: tokens of the span besides the own ones.
-    base: index in the row of the span's first token.
-    offset: index in the span of the first own token.
+    halo: tokens of the span besides the own ones: window - 1, or a few more.
+    base: index in the row of the span's first token, below 0 where empty tokens come first.
+    offset: index in the span of the first own token; a Python int where it is the halo.
   """
 
   length: int
   halo: int
   base: jax.Array
-  offset: jax.Array
+  offset: jax.Array | int
 
   def read(self, x: jax.Array) -> jax.Array:
     """Returns the tokens of the span, given the shard's own: [B, L, ...] to [B, halo + L, ...]."""
-    (before,) = saved(tokens_before(x, self.halo))
-    return self._from_base(before, x, 0)
+    return self._from_base(self.before(x), x, 0)
+
+  def before(self, x: jax.Array) -> jax.Array:
+    """Returns the `halo` tokens before the shard, given at least its own last min(halo, L)."""
+    if not self.halo:
+      return x[:, :0]
+    (before,) = saved(tokens_before(x[:, -min(self.halo, self.length) :], self.halo))
+    return before
 
   def place(self, x: jax.Array, fill: float = 0) -> jax.Array:
     """Puts own tokens at their places in the span, with `fill` at those of the others."""
@@ -67,6 +77,8 @@ class _Span(NamedTuple):
   def _from_base(self, before, x, fill):
     if not self.halo:
       return x
+    if isinstance(self.offset, int):
+      return jnp.concatenate([before, x], axis=1)
     behind = jnp.full_like(before, fill)
     row = jnp.concatenate([before, x, behind], axis=1)
     size = self.halo + self.length
@@ -74,15 +86,29 @@ class _Span(NamedTuple):
 
   def bounds(self, start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cuts `document_bounds` of whole rows to the span, counted from its first token."""
-    size = self.halo + self.length
-    start, end = (lax.dynamic_slice_in_dim(x, self.base, size, axis=1) for x in (start, end))
+    size, first = self.halo + self.length, self.base + self.halo
+    # Empty tokens before the row are a document.
+    start, end = (
+      lax.dynamic_slice_in_dim(_behind(self.halo, x, fill), first, size, axis=1)
+      for x, fill in ((start, -self.halo), (end, 0))
+    )
     return jnp.maximum(start - self.base, 0), jnp.minimum(end - self.base, size)
 
 
-def _span(length: int, window: int) -> _Span:
-  """Returns the span of a shard of `length` tokens."""
-  halo = min(max(window - 1, 0), length * (axis_size(CONTEXT) - 1))
+def _span(length: int, window: int, empty_first: bool) -> _Span:
+  """Returns the span of a shard of `length` tokens.
+
+  The first shards have fewer than `halo` tokens before them. Empty ones take their places, or, with
+  `empty_first` False, come behind the own tokens, where no own query looks. The former is faster,
+  the latter needs no documents.
+  """
+  halo = max(window - 1, 0)
+  if halo >= ALIGNMENT:
+    halo += -halo % ALIGNMENT
+  halo = min(halo, length * (axis_size(CONTEXT) - 1))
   first = jnp.asarray(first_token(length), jnp.int32)
+  if empty_first:
+    return _Span(length, halo, first - halo, halo)
   base = jnp.maximum(first - halo, 0)
   return _Span(length, halo, base, first - base)
 
@@ -96,7 +122,7 @@ def _check(query, key, value, scores, k, window, gate, scale, segment_ids):
     raise ValueError(
       f"segment_ids must hold whole rows, shape {(batch, n)}, got {segment_ids.shape}"
     )
-  if n > api.MAX_TOKENS or n >= MAX_SHARD and min(window, n) + length > MAX_SHARD:
+  if n > api.MAX_TOKENS or min(window, n) + length > MAX_SHARD:
     raise ValueError(
       f"rows must hold at most 2^26 tokens, and window + tokens of a shard at most 2^24; got "
       f"{n} tokens in {axis_size(CONTEXT)} shards and window {window}"
@@ -160,15 +186,18 @@ def sparsek_attention(
   scores = scores.astype(jnp.float32)
   start, end = document_bounds(segment_ids, batch, n)
   threshold, expiry = select_own(scores, start, end, k, window, segment_ids is not None)
-  span = _span(length, window)
-  slots = min(k, n - length - span.halo)
-  row = _local_row(span, slots, key, value, scores, expiry)
+  span = _span(length, window, empty_first=True)
+  alive = min(k, n - length - span.halo)
+  slots = alive + padding(chosen, alive + span.halo + length)
+  row = _local_row(span, alive, slots, key, value, scores, expiry)
   row_start, row_end = _row_bounds(span, slots, *span.bounds(start, end))
-  tau = _behind(slots, span.place(threshold, -jnp.inf), -jnp.inf)
-  order = row.expiry if chosen not in PALLAS else order_by_expiry(row.expiry, devices.can_run())
+  tau = _behind(slots + span.halo, threshold, -jnp.inf)
+  order = row.expiry
+  if chosen in PALLAS:
+    (order,) = saved(order_by_expiry(row.expiry, devices.can_run()))
   out = api.attend_selected(
     chosen,
-    _behind(slots, span.place(query)),
+    _behind(slots + span.halo, query),
     row.key,
     row.value,
     row.scores,
@@ -182,7 +211,7 @@ def sparsek_attention(
       query.shape[-1] ** -0.5 if scale is None else float(scale),
     ),
   )
-  return lax.dynamic_slice_in_dim(out, slots + span.offset, length, axis=1)
+  return out[:, slots + span.halo :]
 
 
 def select_own(
@@ -222,36 +251,39 @@ class _Row(NamedTuple):
   expiry: jax.Array
 
 
-def _local_row(span, slots, key, value, scores, expiry):
-  """Collects the tokens that the shard's queries may see."""
-  length, size, head_dim = span.length, span.halo + span.length, key.shape[-1]
+def _local_row(span, alive, slots, key, value, scores, expiry):
+  """Collects the tokens that the shard's queries may see; `alive` slots, the last, may be taken."""
+  length, size, halo = span.length, span.halo + span.length, span.halo
   token = first_token(length) + jnp.arange(length, dtype=jnp.int32)
   # Expiry travels as a number of steps from its token, as far as the span reaches.
   lifetime = jnp.clip(expiry - token[:, None], 0, size).astype(jnp.float32)
-  own = jnp.concatenate([key, value], axis=-1), jnp.stack([scores, lifetime], axis=-1)
-  key_value, (row_scores, lifetime) = span.read(own[0]), _unstacked(span.read(own[1]))
+  index = None
+  if alive:
+    (index,) = saved(alive_tokens(expiry, halo, alive))
+  key, value, scores, received = send_tokens(halo, key, value, scores, lifetime, expiry, index)
+  before, before_small = saved(received.before, received.before_small)
+  parts = [
+    [before[..., : key.shape[-1]], key],
+    [before[..., key.shape[-1] :], value],
+    [before_small[..., 0], scores],
+    [before_small[..., 1], lifetime],
+  ]
+  row_key, row_value, row_scores, lifetime = (jnp.concatenate(part, axis=1) for part in parts)
   place = jnp.arange(size, dtype=jnp.int32)[:, None]
   row_expiry = jnp.minimum(place + lifetime.astype(jnp.int32), size) + slots
-  if slots:
-    index = alive_tokens(expiry, span.halo, slots)
-    listed = saved(*send_alive(own[0], scores, expiry, index))
-    lifetime = listed[2].astype(jnp.int32)  # from the first own query on; 0 in an empty slot
-    listed_expiry = jnp.where(lifetime > 0, lifetime + slots + span.offset, 0)
-    key_value, row_scores, row_expiry = (
-      jnp.concatenate(pair, axis=1)
-      for pair in zip((*listed[:2], listed_expiry), (key_value, row_scores, row_expiry))
+  if received.alive is not None:
+    listed = Alive(*(_behind(slots - alive, x) for x in saved(*received.alive)))
+  else:
+    listed = Alive(
+      *(jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype) for x in (key, value, scores, scores))
     )
-  return _Row(
-    key_value[..., :head_dim],
-    key_value[..., head_dim:],
-    jnp.swapaxes(row_scores, 1, 2),
-    jnp.swapaxes(row_expiry, 1, 2),
+  lifetime = listed.lifetime.astype(jnp.int32)  # from the first own query on; 0 in an empty slot
+  listed_expiry = jnp.where(lifetime > 0, lifetime + slots + halo, 0)
+  row_key, row_value, row_scores, row_expiry = (
+    jnp.concatenate(pair, axis=1)
+    for pair in zip((*listed[:3], listed_expiry), (row_key, row_value, row_scores, row_expiry))
   )
-
-
-def _unstacked(x):
-  """Undoes `jnp.stack([a, b], axis=-1)`."""
-  return x[..., 0], x[..., 1]
+  return _Row(row_key, row_value, jnp.swapaxes(row_scores, 1, 2), jnp.swapaxes(row_expiry, 1, 2))
 
 
 def _row_bounds(span, slots, start, end):
@@ -304,7 +336,7 @@ def sliding_window_attention(
     return query
   batch, length = query.shape[:2]
   window = min(int(window), length * shards)
-  span = _span(length, window)
+  span = _span(length, window, empty_first=False)
   chosen = choose_window_implementation(implementation, query, segment_ids, window).implementation
   start, end = document_bounds(segment_ids, batch, length * shards)
   key_value = span.read(jnp.concatenate([key, value], axis=-1))

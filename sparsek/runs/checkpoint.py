@@ -26,6 +26,7 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.model import lora
 from sparsek.model.transformer import Params, init_params
+from sparsek.parallel import processes
 from sparsek.parallel.sharding import computed_on, placements
 from sparsek.runs.integrity import DamagedCheckpoint, verify
 from sparsek.runs.orbax_errors import damage, mute_remains, passing_reason
@@ -158,7 +159,7 @@ def _check_architecture(workdir: str, path: str, saved, wanted, config: Transfor
 def _load(
   workdir: str, step: int, config: TransformerConfig, abstract: dict[str, Any]
 ) -> dict[str, Any]:
-  """Loads the named checkpointables of one step.
+  """Loads the named checkpointables of one step; damage in one process is damage in all.
 
   Args:
     workdir, step: of the checkpoint.
@@ -169,6 +170,14 @@ def _load(
     UsageError: where the architecture differs; with the table of parameters.
     RunError: where it cannot be read for reasons that do not concern its contents.
   """
+  load = functools.partial(_load_here, workdir, step, config, abstract)
+  return processes.together(load, (DamagedCheckpoint,))
+
+
+def _load_here(
+  workdir: str, step: int, config: TransformerConfig, abstract: dict[str, Any]
+) -> dict[str, Any]:
+  """Loads in this process as `_load` does."""
   path = _step_folder(workdir, step)
   try:
     with orbax_context(), quiet_orbax():
@@ -238,7 +247,7 @@ def restore_newest(
     RunError: where one cannot be read for reasons that do not concern its contents; nothing is
       moved.
   """
-  steps = saved_steps(workdir)
+  steps = processes.on_first(functools.partial(saved_steps, workdir))
   if not steps:
     return None
   abstract = {
@@ -250,7 +259,7 @@ def restore_newest(
     return _restore_step(workdir, last, config, abstract)
   step, loaded, damaged = _load_first_good(workdir, reversed(steps), config, abstract)
   for bad, reason in damaged.items():
-    target = _move_damaged(workdir, bad)
+    target = processes.on_first(functools.partial(_move_damaged, workdir, bad))
     report(f"checkpoint {_step_folder(workdir, bad)} is damaged and moved to {target}: {reason}")
   return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
 
@@ -311,7 +320,7 @@ def load_params(
   """
   saved = _with_adapters(workdir, config)
   abstract = {"params": _abstract(abstract_params(saved), mesh)}
-  steps = saved_steps(workdir)
+  steps = processes.on_first(functools.partial(saved_steps, workdir))
   if not steps:
     raise UsageError(f"{workdir} holds no checkpoint")
   if step is None and allow_older:

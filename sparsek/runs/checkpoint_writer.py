@@ -1,14 +1,20 @@
 """Saving of a run's checkpoints, in the format that `sparsek.runs.checkpoint` describes."""
 
 import errno
+import functools
 import os
 import shutil
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from sparsek.errors import RunError, UsageError
+from sparsek.parallel import processes
 from sparsek.runs.checkpoint import (
   Report,
   checkpoint_folder,
@@ -40,20 +46,27 @@ class CheckpointWriter:
   def probe(self) -> None:
     """Saves a small checkpoint beside the others, reads it back and removes it.
 
+    Every process writes a part, and reads it back.
+
     Raises:
       RunError: where the disk is full.
       UsageError: where checkpoints cannot be written for another reason.
     """
+    processes.together(self._probe)
+
+  def _probe(self) -> None:
     folder = os.path.join(checkpoint_folder(self._workdir), PROBE)
-    array = jnp.arange(4.0)
+    devices = Mesh(np.array(jax.devices()), "devices")
+    array = jax.jit(
+      lambda: jnp.arange(4.0 * devices.size), out_shardings=NamedSharding(devices, P("devices"))
+    )()
     try:
-      shutil.rmtree(folder, ignore_errors=True)
-      os.makedirs(folder)
+      processes.on_first(functools.partial(_make_empty, folder))
       path = os.path.join(folder, "0")
       with orbax_context(), quiet_orbax():
         ocp.save_checkpointables(path, {"params": {"probe": array}, "data": {}})
         back = ocp.load_checkpointables(path, {"params": {"probe": array}, "data": None})
-      if not jnp.array_equal(back["params"]["probe"], array):
+      if not all(map(np.array_equal, _shards(back["params"]["probe"]), _shards(array))):
         raise OSError("what is read is not what was written")
     except Exception as error:  # Orbax and tensorstore raise many kinds
       full = isinstance(error, OSError) and error.errno in NO_SPACE
@@ -61,7 +74,8 @@ class CheckpointWriter:
       reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
       raise kind(f"--workdir={self._workdir}: checkpoints cannot be written: {reason}") from error
     finally:
-      shutil.rmtree(folder, ignore_errors=True)
+      if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
 
   def save(self, step: int, params: Any, opt_state: Any, data_state: dict) -> None:
     """Starts saving, and returns when the arrays are copied, so that they may be donated.
@@ -87,7 +101,7 @@ class CheckpointWriter:
       items = {**arrays, "data": data_state, "integrity": integrity}
       self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True)
     except Exception:
-      self._forget()
+      self.forget()
       raise
 
   def wait(self) -> None:
@@ -102,22 +116,33 @@ class CheckpointWriter:
       try:
         pending.result()
       except Exception:
-        self._forget()
+        self.forget()
         raise
 
-  def _forget(self) -> None:
-    """Drops an Orbax checkpointer that failed, and removes what it left half-written.
+  def forget(self) -> None:
+    """Drops an Orbax checkpointer after a save that failed, and removes what is half-written.
 
     The same checkpointer would raise its error again in each later save.
     """
-    self._checkpointer = None
-    remove_half_written(self._workdir, report=lambda line: None)
+    self._checkpointer = self._pending = None
+    if processes.is_first():
+      remove_half_written(self._workdir, report=lambda line: None)
 
   def close(self) -> None:
     """Waits for the save in progress and ends Orbax's threads."""
     self.wait()
     if self._checkpointer is not None:
       self._checkpointer.close()
+
+
+def _make_empty(folder: str) -> None:
+  shutil.rmtree(folder, ignore_errors=True)
+  os.makedirs(folder)
+
+
+def _shards(array: jax.Array) -> list[np.ndarray]:
+  """Returns the parts of an array on this process's devices."""
+  return [np.asarray(shard.data) for shard in array.addressable_shards]
 
 
 def remove_half_written(workdir: str, report: Report = to_stderr) -> None:

@@ -183,6 +183,22 @@ class MetricsWriter:
       self._tensorboard.close()
 
 
+class NoMetrics(MetricsWriter):
+  """Writer of nothing, for processes other than the first of a run."""
+
+  def __init__(self) -> None:
+    self.records_kept = []
+
+  def write(self, record: dict) -> None:
+    """Drops a record."""
+
+  def sync(self) -> None:
+    """Returns at once."""
+
+  def close(self) -> None:
+    """Returns at once."""
+
+
 def open_tensorboard(workdir: str, step: int) -> Any:
   """Returns a tensorboardX writer, with events after `step` hidden.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import flags as absl_flags
 
 from sparsek.command_line import configs, flagfiles, model_fields, path_flags
-from sparsek.command_line.definer import names_of
+from sparsek.command_line.definer import OF_PROCESSES, names_of
 from sparsek.command_line.main import parse as parse_flags
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
@@ -31,6 +31,7 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "dry_run": "trains nothing",
   "topology": "of --dry_run",
   "record": "where results are written, too",
+  **dict.fromkeys(OF_PROCESSES, "where the processes of a run are"),
 }
 REPLACED = "replaced"  # folder for runs that were moved aside
 

@@ -48,6 +48,8 @@ def check_context(config: TransformerConfig, mesh: Mesh, seq_len: int) -> None:
   if seq_len % parts:
     raise UsageError(f"--seq_len={seq_len} must be a multiple of --context={parts}")
   refusal = context_refusal(config) if parts > 1 else ""
+  if parts > 1 and config.implementation == "reference":
+    refusal = "--implementation=reference takes whole rows"
   if refusal:
     raise UsageError(f"--context={parts}: {refusal}")
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable
 
 import jax
@@ -14,16 +17,17 @@ from sparsek.data.token_files import TokenDataset
 from sparsek.errors import RunError
 from sparsek.model import flops, implementations, lora
 from sparsek.model.transformer import Params, count_params
-from sparsek.parallel.mesh import HostBatch, put_batch, replicated
+from sparsek.parallel import processes
+from sparsek.parallel.mesh import HostBatch, first_row, put_batch, replicated
 from sparsek.runs import checkpoint, run_directory
 from sparsek.runs.checkpoint_writer import CheckpointWriter
-from sparsek.runs.metrics import MetricsWriter, Progress
+from sparsek.runs.metrics import MetricsWriter, NoMetrics, Progress
 from sparsek.storage import files
 from sparsek.training.report import Dispatched, Ended, Reporter
 from sparsek.training.saver import Saver
 from sparsek.training.start import Setup, Start, restore_or_init, set_up, write_records
 from sparsek.training.step import all_finite
-from sparsek.training.stop_signal import StopSignal
+from sparsek.training.stop_signal import AgreedStop, StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ def heldout_loss(
   eval_step: Callable,
   mesh: Mesh,
   batches: Iterable[HostBatch],
-  stop: StopSignal | None = None,
+  stop: AgreedStop | None = None,
 ) -> float | None:
   """Returns the mean loss in nats per counted target over held-out batches.
 
@@ -60,8 +64,9 @@ def heldout_loss(
   for batch in batches:
     loss, num_targets = eval_step(params, put_batch(mesh, batch))
     total, count = total + float(loss), count + int(num_targets)
-    if stop is not None and stop.requested:
+    if stop is not None and stop.hear(stop.cast()):
       return None
+    processes.progress()
   return total / max(count, 1)
 
 
@@ -82,7 +87,7 @@ class _Run:
     saver: Saver,
     progress: Progress,
   ):
-    self._setup, self._train, self._stop = setup, setup.train, stop
+    self._setup, self._train, self._stop = setup, setup.train, AgreedStop(stop, setup.mesh)
     self._metrics, self._saver, self._progress = metrics, saver, progress
     self._reporter = Reporter(setup, start, metrics, progress)
     self.step, self._state, self._data_state = start.step, start.state, start.data_state
@@ -115,6 +120,7 @@ class _Run:
       if save or evaluate or setup.profile.ends_at(self.step):
         self._report_pending()
         self._reporter.watch.pause()
+        processes.pause()
         setup.profile.after(self.step, self._progress.say)
         if evaluate:
           self.evaluate()
@@ -122,6 +128,7 @@ class _Run:
           self.save()
         self._reporter.watch.resume()
     self._report_pending()
+    processes.pause()
 
   def _dispatch(self, batch: HostBatch) -> Dispatched:
     """Starts a step on the devices."""
@@ -133,18 +140,23 @@ class _Run:
     setup.profile.before(self.step)
     placed = put_batch(setup.mesh, batch)
     self._state, outputs = setup.train_step(self._state, placed, *self._teacher, apply=self._yes)
-    row = {key: value[:1] for key, value in batch.items()}
-    diagnostics = (
-      setup.diagnose(self._state.params, row) if self._reporter.is_logged(self.step) else {}
-    )
+    diagnostics = {}
+    if self._reporter.is_logged(self.step):
+      processes.pause()  # the first time, this compiles
+      diagnostics = setup.diagnose(self._state.params, first_row(setup.mesh, placed))
     lengths = flops.document_lengths(batch["segment_ids"][:, :-1])
-    return Dispatched(self.step, placed, outputs, diagnostics, lengths)
+    stop = self._stop.cast()
+    if self._pending is not None:  # so this step did not compile
+      processes.progress()
+    return Dispatched(self.step, placed, outputs, diagnostics, lengths, stop)
 
   def _report_pending(self) -> None:
     """Reports the pending step, if any, which waits for it."""
     if self._pending is not None:
       pending, self._pending = self._pending, None
       self._reporter.report(pending)
+      self._stop.hear(pending.stop)
+      processes.progress()
 
   def _check_state(self) -> None:
     """Raises Ended unless the state, and the loss and the gradients under it, are finite.
@@ -184,7 +196,7 @@ class _Run:
     if setup.dataset.tokenizer.name == "byte":
       record["heldout_bits_per_byte"] = loss / math.log(2)
       line += f"  bits per byte {record['heldout_bits_per_byte']:.4f}"
-    self._metrics.write(record)
+    processes.on_first(functools.partial(self._metrics.write, record))
     self._progress.say(line)
     self.heldout_loss = loss
 
@@ -238,30 +250,28 @@ def _train_locked(
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoint.quiet_orbax())
     stop = stack.enter_context(StopSignal())
-    stack.enter_context(contextlib.closing(run_directory.lock(workdir)))
+    processes.on_first(functools.partial(_lock, stack, workdir))
     setup = set_up(config, train_config, dataset)
     stack.callback(setup.iterator.close)
     writer = CheckpointWriter(workdir, train_config.keep_checkpoints)
     writer.probe()
     stack.callback(setup.profile.stop)
-    start = restore_or_init(setup, checkpoint.to_stderr)
-    metrics = stack.enter_context(
-      contextlib.closing(MetricsWriter(workdir, start.step, train_config.tensorboard))
-    )
-    evaluated = any(
-      "heldout_loss" in record and record["step"] == start.step for record in metrics.records_kept
-    )
+    start = restore_or_init(setup, checkpoint.to_stderr if processes.is_first() else _drop)
+    metrics, evaluated = _open_metrics(stack, train_config, start.step)
     evaluate_first = setup.evaluation_due(start.step) and not evaluated
     if start.step >= setup.last_step and not evaluate_first:
       return Result(start.step, already_complete=True)
-    write_records(setup, flagfile)
-    progress = stack.enter_context(contextlib.closing(Progress(start.step, setup.num_steps)))
+    processes.on_first(lambda: write_records(setup, flagfile))
+    stream = sys.stderr if processes.is_first() else stack.enter_context(open(os.devnull, "w"))
+    progress = stack.enter_context(
+      contextlib.closing(Progress(start.step, setup.num_steps, stream))
+    )
     saver = Saver(workdir, writer, metrics, start.saved_step, progress.say)
     run = _Run(setup, start, stop, metrics, saver, progress)
     progress.say(f"{_describe_size(start.state.params)}, {_describe_devices()}")
     for line in implementations.describe_choice(*setup.attention_shape, packed=setup.packed):
       progress.say(line)
-    stack.callback(saver.finish)
+    stack.callback(saver.wind_up)
     try:
       if evaluate_first:
         run.evaluate()
@@ -274,12 +284,44 @@ def _train_locked(
     return Result(run.step, run.loss, run.heldout_loss, stopped=run.step < setup.num_steps)
 
 
+def _lock(stack: contextlib.ExitStack, workdir: str) -> None:
+  """Locks the folder of the run until the stack unwinds."""
+  stack.enter_context(contextlib.closing(run_directory.lock(workdir)))
+
+
+def _drop(line: str) -> None:
+  """Drops a line of text, which process 0 prints."""
+
+
+def _open_metrics(
+  stack: contextlib.ExitStack, train_config: TrainConfig, step: int
+) -> tuple[MetricsWriter, bool]:
+  """Opens the metrics of a run at a step until the stack unwinds.
+
+  Returns:
+    (the writer, which writes in process 0 only; whether they hold the held-out loss of this step).
+  """
+  metrics: MetricsWriter = NoMetrics()
+
+  def opened() -> bool:
+    nonlocal metrics
+    metrics = MetricsWriter(train_config.workdir, step, train_config.tensorboard)
+    stack.callback(metrics.close)
+    return any(
+      "heldout_loss" in record and record["step"] == step for record in metrics.records_kept
+    )
+
+  evaluated = processes.on_first(opened)
+  return metrics, evaluated
+
+
 def _describe_size(params: Params) -> str:
   return lora.describe_size(count_params(params), count_params(lora.split(params)[0]))
 
 
 def _describe_devices() -> str:
-  return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  of_processes = f" in {processes.count()} processes" if processes.count() > 1 else ""
+  return f"{jax.device_count()} x {jax.devices()[0].device_kind}{of_processes}"
 
 
 def _advice(workdir: str) -> str:

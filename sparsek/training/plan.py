@@ -189,7 +189,7 @@ def memory_limit(devices: Sequence[jax.Device] | None = None) -> int | None:
     devices: from `sparsek.parallel.topology`, or None for the attached ones.
   """
   if devices is None:
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
   known = rates(devices[0])
   if known is None or devices[0].platform != "gpu":
     return known and int(known.memory_bytes)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from sparsek.model import flops
+from sparsek.parallel.mesh import own_parts
 from sparsek.runs.metrics import MetricsWriter, Progress, Stopwatch
 from sparsek.training import spikes
 from sparsek.training.start import Setup, Start
@@ -17,13 +18,19 @@ class Ended(Exception):
 
 
 class Dispatched(NamedTuple):
-  """A step that the devices work on, and what its report needs."""
+  """A step that the devices work on, and what its report needs.
+
+  Attributes:
+    lengths: of the documents in this process's rows.
+    stop: answer to `AgreedStop.cast`.
+  """
 
   step: int
   batch: dict[str, jax.Array]
   outputs: dict[str, jax.Array]
   diagnostics: dict[str, jax.Array]
   lengths: np.ndarray
+  stop: jax.Array | bool
 
 
 class Reporter:
@@ -60,7 +67,9 @@ class Reporter:
       Ended: where the run cannot go on after this step.
     """
     setup = self._setup
-    self._work.append(flops.training_flops(setup.config, setup.params_shape, done.lengths))
+    of_process = flops.training_flops(setup.config, setup.params_shape, done.lengths)
+    parts, num_parts = own_parts(setup.mesh)
+    self._work.append(of_process * num_parts // len(parts))
     outputs = {key: value.item() for key, value in jax.device_get(done.outputs).items()}
     if not self._is_spike(done.step, outputs):
       # This raises before the parameters after this step are saved, so that the newest checkpoint

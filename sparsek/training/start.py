@@ -1,5 +1,6 @@
 """Start of a run: its fixed parts, its first state, and the records it writes."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from sparsek.data.token_files import TokenDataset
 from sparsek.errors import UsageError
 from sparsek.model import implementations
 from sparsek.model.transformer import Params
-from sparsek.parallel.mesh import CONTEXT, HostBatch, make_mesh, replicated
+from sparsek.parallel import processes
+from sparsek.parallel.mesh import CONTEXT, HostBatch, make_mesh, own_parts, replicated
 from sparsek.parallel.sharding import computed_on
 from sparsek.runs import checkpoint, run_directory, run_record, set_aside
 from sparsek.runs.checkpoint_writer import remove_half_written
@@ -94,8 +96,13 @@ def set_up(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset)
   mesh, params_shape = make_mesh(train.fsdp, train.context), checkpoint.abstract_params(config)
   check_run(config, train, mesh, params_shape)
   optimizer = make_optimizer(train.optimizer)
-  iterator = make_train_iterator(dataset, train.data)
-  heldout = eval_batches(dataset, train.data, train.eval_batches) if train.eval_every else ()
+  parts, num_parts = own_parts(mesh)
+  iterator = make_train_iterator(dataset, train.data, parts=parts, num_parts=num_parts)
+  heldout: Iterable[HostBatch] = ()
+  if train.eval_every:
+    heldout = eval_batches(
+      dataset, train.data, train.eval_batches, parts=parts, num_parts=num_parts
+    )
   teacher_model = teacher.teacher_config(train.distill_from) if train.distill_from else None
   assert not isinstance(train.profile_steps, str)  # TrainConfig has parsed it
   return Setup(
@@ -110,7 +117,7 @@ def set_up(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset)
     train_step=make_train_step(config, train, optimizer, mesh, teacher_model),
     eval_step=make_eval_step(config, train.loss_chunk, mesh, train.data.segment_documents),
     diagnose=make_diagnose(config, mesh),
-    profile=Profile(train.workdir, train.profile_steps),
+    profile=Profile(train.workdir, train.profile_steps if processes.is_first() else None),
   )
 
 
@@ -153,10 +160,12 @@ def restore_or_init(setup: Setup, say: Say) -> Start:
     teacher_params = (
       teacher.load_teacher(train.distill_from, fingerprint, config.vocab_size, mesh),
     )
-  remove_half_written(workdir, say)
-  back_to = set_aside.step_to_restore(workdir, train.restore_step, say)
+  processes.on_first(functools.partial(remove_half_written, workdir, say))
+  back_to = processes.on_first(
+    functools.partial(set_aside.step_to_restore, workdir, train.restore_step, say)
+  )
   saved_step = spikes_so_far = None
-  if checkpoint.saved_steps(workdir):
+  if processes.on_first(functools.partial(checkpoint.saved_steps, workdir)):
     restored = _resume(setup, back_to, say)
     saved_step, spikes_so_far = restored.step, restored.data_state.get(SPIKES)
   else:
@@ -200,7 +209,7 @@ def _resume(setup: Setup, back_to: int | None, say: Say) -> checkpoint.Restored:
   restored = checkpoint.restore_newest(workdir, config, opt_state, setup.mesh, say, back_to)
   assert restored is not None  # the caller saw a checkpoint, and holds the lock
   if back_to is not None:
-    set_aside.set_aside(workdir, restored.step, say)
+    processes.on_first(functools.partial(set_aside.set_aside, workdir, restored.step, say))
   data_state = {name: value for name, value in restored.data_state.items() if name != SPIKES}
   setup.iterator.set_state(data_state, saved_under=record["data"])
   differing = differing_fields(old, config) | run_record.changed_settings(record, train)

@@ -153,7 +153,7 @@ def make_train_step(
       metrics["skipped"] = counted.skipped
     if apply is not None:
       new = jax.tree.map(lambda new, old: jnp.where(apply, new, old), new, state)
-    return new, metrics
+    return jax.lax.with_sharding_constraint(new, state_placements(mesh, new)), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 

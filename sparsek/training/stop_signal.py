@@ -1,7 +1,12 @@
-"""Signals that ask a run to save and end."""
+"""Signals that ask a run to save and end, and the agreement of all processes on it."""
 
 import signal
 from types import FrameType, TracebackType
+
+import jax
+from jax.sharding import Mesh
+
+from sparsek.parallel import processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -35,3 +40,32 @@ class StopSignal:
   ) -> None:
     for number, handler in self._old.items():
       signal.signal(number, handler)
+
+
+class AgreedStop:
+  """A request to stop that all processes see at the same step, whichever got the signal.
+
+  In a process that is alone, a signal counts at once. Among several, each gives its answer with a
+  step, and hears that of all when the step has ended.
+
+  Args:
+    stop: of this process.
+    mesh: all devices.
+  """
+
+  def __init__(self, stop: StopSignal, mesh: Mesh):
+    self._stop, self._vote, self._agreed = stop, processes.Vote(mesh), False
+
+  @property
+  def requested(self) -> bool:
+    """True once all processes stop."""
+    return self._agreed or (processes.count() == 1 and self._stop.requested)
+
+  def cast(self) -> jax.Array | bool:
+    """Gives the answer of this process; returns that of all, for `hear`."""
+    return self._vote.cast(self._stop.requested)
+
+  def hear(self, answer: jax.Array | bool) -> bool:
+    """Waits for the answer of all processes, and returns whether they stop."""
+    self._agreed = self._agreed or bool(answer)
+    return self.requested

@@ -21,6 +21,7 @@ NO_COMMANDS = {"__init__", "child", "script", "suites", "stages"}
 NO_PATHS = {  # strings that name no file
   "layer_pattern",
   "profile_steps",
+  "coordinator_address",
   "topology",
   "prompt",
   "stop",

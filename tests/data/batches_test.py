@@ -245,7 +245,7 @@ def targets_read(batches):
 def iterators(processes=1, **flags):
   config = DataConfig(**{"seq_len": 64, "batch_size": 2, "seed": 0, **flags})
   rows = [
-    packing.local_rows(config.batch_size, config.seq_len, process, processes)
+    packing.local_rows(config.batch_size, config.seq_len, [process], processes)
     for process in range(processes)
   ]
   return [batches.TrainIterator(NUMBERED, config, part, "") for part in rows]
@@ -449,9 +449,7 @@ def test_ids_of_32_bits_do_not_become_negative_ones():
 
 def test_processes_share_the_rows_of_a_batch(dataset):
   whole = make_iterator(dataset, batch_size=6)
-  shards = [
-    make_iterator(dataset, batch_size=6, process_index=p, process_count=3) for p in range(3)
-  ]
+  shards = [make_iterator(dataset, batch_size=6, parts=[p], num_parts=3) for p in range(3)]
   for _ in range(4):
     parts = [next(shard) for shard in shards]
     assert all(part["tokens"].shape == (2, 17) for part in parts)
@@ -464,12 +462,10 @@ def test_processes_share_the_rows_of_a_batch(dataset):
 
 
 def test_bad_shapes_are_refused(dataset):
-  with pytest.raises(
-    ValueError, match="batch_size=4 must be a multiple of the number of processes, 3"
-  ):
-    make_iterator(dataset, process_count=3)
-  with pytest.raises(ValueError, match="process_index=2"):
-    make_iterator(dataset, process_index=2, process_count=2)
+  with pytest.raises(ValueError, match="batch_size=4 must be a multiple of 3"):
+    make_iterator(dataset, num_parts=3)
+  with pytest.raises(ValueError, match=r"parts=\[2\]"):
+    make_iterator(dataset, parts=[2], num_parts=2)
   num_tokens = dataset.split("train").num_tokens
   with pytest.raises(
     ValueError,
@@ -519,9 +515,7 @@ def test_eval_batches_are_fixed_and_held_out(dataset, batch_size):
 
 def test_eval_batches_are_shared_by_processes(dataset):
   config = DataConfig(batch_size=4, seq_len=16)
-  parts = [
-    batches.eval_batches(dataset, config, 9, process_index=p, process_count=2) for p in range(2)
-  ]
+  parts = [batches.eval_batches(dataset, config, 9, parts=[p], num_parts=2) for p in range(2)]
   for whole, *halves in zip(batches.eval_batches(dataset, config, 9), *parts, strict=True):
     assert_same(whole, {key: np.concatenate([half[key] for half in halves]) for key in whole})
 

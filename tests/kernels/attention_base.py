@@ -15,6 +15,8 @@ import sparsek
 from sparsek.kernels import reference, specs
 
 PLAIN = specs.SPECS[0]
+NO_WINDOW = next(spec for spec in specs.SPECS if spec.name == "window_0")
+BATCH = specs.Spec("batch", n=80, batch=2, heads=4, groups=2, k=8, window=8)
 ARGUMENTS = ("query", "key", "value", "scores")
 
 
@@ -26,14 +28,22 @@ def problem(spec):
   return inputs, cotangent, specs.segment_ids(spec)
 
 
-def output_and_gradients(attention, inputs, cotangent):
+@functools.lru_cache(maxsize=None)
+def configured(attention, **options):
+  """Returns the same function for equal options, so that tests share what is compiled for it."""
+  return functools.partial(attention, **options)
+
+
+def output_and_gradients(attention, inputs, cotangent, segment_ids=None):
   """(out, dquery, dkey, dvalue, dscores) in one compiled function."""
+  packed = {} if segment_ids is None else {"segment_ids": segment_ids}
+  return _output_and_gradients(attention, tuple(inputs), cotangent, packed)
 
-  def run(*inputs):
-    out, vjp = jax.vjp(attention, *inputs)
-    return out, *vjp(cotangent.astype(out.dtype))
 
-  return jax.jit(run)(*inputs)
+@functools.partial(jax.jit, static_argnums=0)
+def _output_and_gradients(attention, inputs, cotangent, packed):
+  out, vjp = jax.vjp(functools.partial(attention, **packed), *inputs)
+  return out, *vjp(cotangent.astype(out.dtype))
 
 
 @functools.lru_cache(maxsize=None)
@@ -44,13 +54,11 @@ def truth(spec, gate):
   with jax.enable_x64(True):
     inputs = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in inputs]
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    attention = functools.partial(
-      reference.attention, k=spec.k, window=spec.window, gate=gate, scale=scale, segment_ids=ids
+    attention = configured(
+      reference.attention, k=spec.k, window=spec.window, gate=gate, scale=scale
     )
-    return [
-      np.asarray(x)
-      for x in output_and_gradients(attention, inputs, jnp.asarray(cotangent, jnp.float64))
-    ]
+    cotangent = jnp.asarray(cotangent, jnp.float64)
+    return [np.asarray(x) for x in output_and_gradients(attention, inputs, cotangent, ids)]
 
 
 def relative_error(x, y):
@@ -122,19 +130,23 @@ class AttentionTest:
     return relative_error(x, y) < looser * (1e-2 if self.dtype else self.tolerance)
 
   def attend(self, spec, gate="straight_through", segment_ids=None):
-    return functools.partial(
+    attention = configured(
       sparsek.sparsek_attention,
       k=spec.k,
       window=spec.window,
       gate=gate,
       scale=spec.scale,
-      segment_ids=segment_ids,
       implementation=self.implementation,
+    )
+    return (
+      functools.partial(attention, segment_ids=segment_ids)
+      if segment_ids is not None
+      else attention
     )
 
   def test_matches_truth(self, spec, gate):
     inputs, cotangent, ids = self.problem(spec)
-    found = output_and_gradients(self.attend(spec, gate, ids), inputs, cotangent)
+    found = output_and_gradients(self.attend(spec, gate), inputs, cotangent, ids)
     for name, x, y, like in zip(
       ("out", *ARGUMENTS), found, truth(self.retype(spec), gate), (inputs[0], *inputs)
     ):
@@ -168,13 +180,10 @@ class AttentionTest:
     """The gradient of output i with respect to every later input is exactly zero, and not zero
     before.
     """
-    (q, key, v, u), _, _ = self.problem(PLAIN)
+    inputs, cotangent, _ = self.problem(PLAIN)
     i = 70
-    grads = jax.jit(
-      jax.grad(
-        lambda *x: jnp.sum(self.attend(PLAIN, "key_value")(*x)[:, i] ** 2), argnums=(0, 1, 2, 3)
-      )
-    )(q, key, v, u)
+    at_i = jnp.zeros_like(cotangent).at[:, i].set(cotangent[:, i])
+    _, *grads = output_and_gradients(self.attend(PLAIN, "key_value"), inputs, at_i)
     for name, g in zip(ARGUMENTS, grads):
       assert not np.any(g[:, i + 1 :]), name
       assert np.any(g[:, : i + 1]), name
@@ -183,104 +192,99 @@ class AttentionTest:
 
   def test_scores_gradient_of_straight_through_is_that_of_value(self):
     """With gates all but hard both forwards agree, so the score gradients must too."""
-    (q, key, v, u), cotangent, _ = self.problem(PLAIN)
+    inputs, cotangent, _ = self.problem(PLAIN)
     grads = [
-      jax.grad(lambda u: jnp.sum(cotangent * self.attend(PLAIN, gate)(q, key, v, u)))(u)
+      output_and_gradients(self.attend(PLAIN, gate), inputs, cotangent)[-1]
       for gate in ("straight_through", "value")
     ]
     assert relative_error(*grads) < 0.5 and np.any(grads[0])
 
   def test_documents_do_not_mix(self):
-    spec = specs.Spec("two", n=150, k=8, window=8)
-    inputs, _, _ = self.problem(spec)
-    ids = jnp.where(jnp.arange(150) < 90, 1, 2)[None]
-    packed = self.attend(spec, "value", ids)(*inputs)
-    for part in (slice(0, 90), slice(90, 150)):
-      alone = self.attend(spec, "value")(*(x[:, part] for x in inputs))
-      assert self.close(packed[:, part], alone)
+    """A document's output is that of a row that begins with it, whatever follows."""
+    inputs, cotangent, _ = self.problem(PLAIN)
+    run = lambda *args: output_and_gradients(self.attend(PLAIN, "value"), *args)
+    ids = jnp.where(jnp.arange(PLAIN.n) < 90, 1, 2)[None]
+    packed, *_ = run(inputs, cotangent, ids)
+    for begin, end in ((0, 90), (90, PLAIN.n)):
+      first, *_ = run([jnp.roll(x, -begin, axis=1) for x in inputs], cotangent)
+      assert self.close(packed[:, begin:end], first[:, : end - begin])
 
-  @pytest.fixture
   def batch_of_two(self):
-    """(inputs, cotangent, attention, loss, its gradients) of two rows."""
-    spec = specs.Spec("vmap", n=80, batch=2, k=8, window=8)
-    inputs, cotangent, _ = self.problem(spec)
-    attention = self.attend(spec, "value")
-    loss = lambda *x: jnp.sum(cotangent * attention(*x))
-    return (
-      inputs,
-      cotangent,
-      attention,
-      loss,
-      jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*inputs),
-    )
+    """Returns (inputs, cotangent, attention, gradients) of two rows."""
+    inputs, cotangent, _ = self.problem(BATCH)
+    attention = self.attend(BATCH, "value")
+    _, *gradients = output_and_gradients(attention, inputs, cotangent)
+    return inputs, cotangent, attention, gradients
 
-  def test_remat(self, batch_of_two):
-    inputs, _, _, loss, plain = batch_of_two
-    for x, y in zip(jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2, 3)))(*inputs), plain):
+  def test_remat(self):
+    inputs, cotangent, attention, gradients = self.batch_of_two()
+    _, *again = output_and_gradients(jax.checkpoint(attention), inputs, cotangent)
+    for x, y in zip(again, gradients):
       assert self.close(x, y)
 
-  def test_vmap(self, batch_of_two):
-    inputs, cotangent, attention, _, plain = batch_of_two
-
-    def mapped(*x):
-      of_row = lambda *row: attention(*(y[None] for y in row))[0]
-      return jnp.sum(cotangent * jax.vmap(of_row)(*x))
-
-    for x, y in zip(jax.jit(jax.grad(mapped, argnums=(0, 1, 2, 3)))(*inputs), plain):
+  def test_vmap(self):
+    inputs, cotangent, attention, gradients = self.batch_of_two()
+    of_row = lambda *row: attention(*(y[None] for y in row))[0]
+    _, *mapped = output_and_gradients(jax.vmap(of_row), inputs, cotangent)
+    for x, y in zip(mapped, gradients):
       assert self.close(x, y)
 
-  def test_scan(self, batch_of_two):
+  def test_scan(self):
     """Layers stacked in a scan, whose loops hand slices in and stack results: the same as one after
     the other.
     """
-    inputs, cotangent, attention, _, _ = batch_of_two
+    (query, *rest), cotangent, attention, _ = self.batch_of_two()
     scales = jnp.linspace(0.5, 1.5, 3, dtype=jnp.float32)
+    scaled = lambda xs, scale: [x * scale.astype(x.dtype) for x in xs]
 
-    def layer(inputs, scale):
-      query, *rest = inputs
-      return (attention(query, *(x * scale.astype(x.dtype) for x in rest)), *rest), None
+    def stacked(query, *rest):
+      layer = lambda query, scale: (attention(query, *scaled(rest, scale)), None)
+      return jax.lax.scan(layer, query, scales)[0]
 
-    def stacked(*inputs):
-      return jnp.sum(cotangent * jax.lax.scan(layer, inputs, scales)[0][0])
+    _, *grads = output_and_gradients(stacked, (query, *rest), cotangent)
 
-    def in_turn(*inputs):
-      for scale in scales:
-        inputs, _ = layer(inputs, scale)
-      return jnp.sum(cotangent * inputs[0])
-
-    grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*inputs) for f in (stacked, in_turn)]
-    for name, x, y in zip(ARGUMENTS, *grads):
+    layer = lambda query, scale, cotangent: output_and_gradients(
+      attention, (query, *scaled(rest, scale)), cotangent
+    )
+    queries = [query]
+    for scale in scales[:-1]:
+      queries.append(layer(queries[-1], scale, cotangent)[0])
+    expected = [jnp.zeros_like(x) for x in rest]
+    for query, scale in zip(queries[::-1], scales[::-1]):
+      _, cotangent, *of_layer = layer(query, scale, cotangent)
+      expected = [total + x for total, x in zip(expected, scaled(of_layer, scale))]
+    for name, x, y in zip(ARGUMENTS, grads, (cotangent, *expected)):
       assert self.close(x, y), name
 
   def test_shard_map(self):
     """Types only, on a mesh of one device; values over four devices are compared in xla_test."""
-    spec = specs.Spec("sharded", n=80, batch=2, heads=4, groups=2, k=8, window=8)
-    inputs, _, _ = self.problem(spec)
+    inputs, cotangent, attention, gradients = self.batch_of_two()
     mesh = jax.make_mesh((1, 1), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     part = jax.sharding.PartitionSpec("data", None, "heads")
-    f = jax.grad(lambda *x: jnp.sum(self.attend(spec, "value")(*x) ** 2), argnums=(0, 1, 2, 3))
-    for x, y in zip(
-      jax.jit(jax.shard_map(f, mesh=mesh, in_specs=part, out_specs=part))(*inputs),
-      jax.jit(f)(*inputs),
-    ):
+
+    def of_shard(cotangent, *inputs):
+      return jax.vjp(attention, *inputs)[1](cotangent)
+
+    sharded = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=part, out_specs=part))
+    for x, y in zip(sharded(cotangent, *inputs), gradients):
       assert self.close(x, y)
 
   def test_repeats_to_the_bit(self):
     inputs, cotangent, _ = self.problem(PLAIN)
-    run = jax.jit(lambda *inputs: jax.vjp(self.attend(PLAIN, "value"), *inputs[:-1])[1](inputs[-1]))
-    first, second = (run(*inputs, cotangent) for _ in range(2))
+    first, second = (
+      output_and_gradients(self.attend(PLAIN, "value"), inputs, cotangent) for _ in range(2)
+    )
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
   def test_scores_of_minus_infinity(self):
     """No candidates: the window alone, and zeros where there is none."""
-    (q, key, v, u), _, _ = self.problem(PLAIN)
-    none = jnp.full_like(u, -jnp.inf)
-    window = sparsek.sparsek_attention(
-      q, key, v, none, k=5, window=9, implementation=self.implementation
-    )
-    assert self.close(window, sparsek.sliding_window_attention(q, key, v, window=9))
-    f = lambda *x: sparsek.sparsek_attention(*x, k=5, window=0, implementation=self.implementation)
-    out, *grads = output_and_gradients(f, (q, key, v, none), jnp.ones_like(q))
+    (q, key, v, u), cotangent, _ = self.problem(PLAIN)
+    inputs = q, key, v, jnp.full_like(u, -jnp.inf)
+    out, *grads = output_and_gradients(self.attend(PLAIN), inputs, cotangent)
+    assert self.close(out, sparsek.sliding_window_attention(q, key, v, window=PLAIN.window))
+    assert all(np.all(np.isfinite(g)) for g in grads)
+    gate = "straight_through" if "straight_through" in self.gates else "key_value"
+    out, *grads = output_and_gradients(self.attend(NO_WINDOW, gate), inputs, cotangent)
     assert not np.any(out) and all(np.all(np.isfinite(g)) for g in grads)
 
   @pytest.mark.parametrize(

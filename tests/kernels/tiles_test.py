@@ -30,6 +30,16 @@ CASES = [
 ]
 
 
+# One program for all scores and documents of a case.
+lists_of = jax.jit(selection_lists, static_argnames=("k", "window", "chunk"))
+query_bounds_of = jax.jit(query_bounds, static_argnames=("chunk", "block_q", "block_kv"))
+
+
+@functools.partial(jax.jit, static_argnames=("times", "limit"))
+def key_tiles_of(tiles, base, times, limit):
+  return key_tiles(larger_tiles(tiles, times), base, limit=limit, block_q=16)
+
+
 @functools.lru_cache(maxsize=None)
 def build(n, k, window, chunk, family, documents=()):
   spec = specs.Spec("lists", n=n, documents=documents)
@@ -37,9 +47,8 @@ def build(n, k, window, chunk, family, documents=()):
   scores = specs.make_scores(family, jax.random.key(n + k), (1, n, 1))
   expiry = sparsek.causal_sparsek(scores, k, delay=window, segment_ids=ids).expiry[0, :, 0]
   start, end = (x[0] for x in document_bounds(ids, 1, n))
-  lists = jax.jit(functools.partial(selection_lists, k=min(k, n), window=window, chunk=chunk))(
-    expiry, jnp.argsort(expiry).astype(jnp.int32)
-  )
+  order = jnp.argsort(expiry).astype(jnp.int32)
+  lists = lists_of(expiry, order, k=min(k, n), window=window, chunk=chunk)
   return expiry, start, end, jax.tree.map(np.asarray, lists)
 
 
@@ -99,7 +108,7 @@ def test_tiles_cover_every_live_pair_and_call_full_only_what_is(
   block_q = block_kv = 64
   of_lists, of_window = list_tiles(jax.tree.map(jnp.asarray, lists)), window_tiles(end, window)
   meta = np.asarray(
-    query_bounds(
+    query_bounds_of(
       jax.tree.map(lambda x: x[None, None], of_lists),
       left[None],
       chunk=chunk,
@@ -128,13 +137,10 @@ def test_tiles_cover_every_live_pair_and_call_full_only_what_is(
       and live[:, t5:own].all()
     )
   for times in (1, 2) if chunk % 128 == 0 else (1,):
-    bounds = lambda tiles, base, limit: key_tiles(
-      larger_tiles(tiles, times), base, limit=limit, block_q=16
-    )
     check_key_tiles(
       lists.first,
       lists.last,
-      bounds(of_lists, jnp.arange(n // chunk) * chunk, chunk),
+      key_tiles_of(of_lists, jnp.arange(n // chunk) * chunk, times, chunk),
       chunk,
       n,
       64 * times,
@@ -142,7 +148,7 @@ def test_tiles_cover_every_live_pair_and_call_full_only_what_is(
     check_key_tiles(
       np.arange(n)[None],
       np.asarray(right)[None],
-      bounds(of_window, jnp.zeros((), int), n)[None],
+      key_tiles_of(of_window, jnp.zeros((), int), times, n)[None],
       n,
       n,
       64 * times,

@@ -73,6 +73,7 @@ def test_longer_rows_receive_as_many_bytes_of_keys(results):
 
 
 def test_gradients_receive_as_many_bytes_as_the_forward_pass(results):
+  """Nothing is sent a second time for a block that is computed again in the backward pass."""
   row, both = (results["traffic"][name] for name in ("row", "gradients"))
   assert received(both) < 2 * received(row)
 

@@ -1,6 +1,6 @@
 """Held-out batches for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sparsek.config import DataConfig, check_at_least
 from sparsek.data.batches.packing import Batch, PackedRows, local_rows, stack
@@ -11,7 +11,9 @@ from sparsek.errors import UsageError
 class EvalBatches:
   """A sequence of held-out batches, the same for every seed; see `eval_batches`."""
 
-  def __init__(self, rows: PackedRows, batch_size: int, num_batches: int, local_rows: range):
+  def __init__(
+    self, rows: PackedRows, batch_size: int, num_batches: int, local_rows: Sequence[int]
+  ):
     self._rows, self._batch_size, self._local_rows = rows, batch_size, local_rows
     self._num_batches = min(num_batches, -(-rows.num_rows // batch_size))
 
@@ -39,8 +41,8 @@ def eval_batches(
   config: DataConfig,
   num_batches: int,
   *,
-  process_index: int = 0,
-  process_count: int = 1,
+  parts: Sequence[int] = (0,),
+  num_parts: int = 1,
 ) -> EvalBatches:
   """Returns the first `num_batches` batches of the held-out split, packed like training rows.
 
@@ -49,7 +51,7 @@ def eval_batches(
   gives the same batches.
 
   Raises:
-    UsageError: if nothing is held out, or batch_size is not a multiple of process_count.
+    UsageError: if nothing is held out, or batch_size is not a multiple of num_parts.
   """
   check_at_least("num_batches", num_batches, 1)
   split = dataset.split("heldout")
@@ -63,5 +65,5 @@ def eval_batches(
     rows,
     config.batch_size,
     num_batches,
-    local_rows(config.batch_size, config.seq_len, process_index, process_count),
+    local_rows(config.batch_size, config.seq_len, parts, num_parts),
   )

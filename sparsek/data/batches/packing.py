@@ -131,22 +131,27 @@ def stack(examples: Sequence[Batch]) -> Batch:
   return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-def local_rows(batch_size: int, seq_len: int, process_index: int, process_count: int) -> range:
+def local_rows(
+  batch_size: int, seq_len: int, parts: Sequence[int] = (0,), num_parts: int = 1
+) -> list[int]:
   """Returns the rows of a global batch that a process reads.
 
+  Args:
+    batch_size, seq_len: as in `DataConfig`.
+    parts: those that this process reads; processes may share a part.
+    num_parts: equal parts in which the rows of a batch are cut.
   Raises:
-    UsageError: if batch_size is not a multiple of process_count, or a batch does not fit in memory.
+    UsageError: if batch_size is not a multiple of num_parts, or a batch does not fit in memory.
   """
-  check_at_least("process_count", process_count, 1)
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f"process_index={process_index} must be at least 0 and below process_count={process_count}"
-    )
-  if batch_size % process_count:
+  check_at_least("num_parts", num_parts, 1)
+  if not all(0 <= part < num_parts for part in parts):
+    raise ValueError(f"parts={parts} must be at least 0 and below num_parts={num_parts}")
+  if batch_size % num_parts:
     raise UsageError(
-      f"batch_size={batch_size} must be a multiple of the number of processes, {process_count}"
+      f"batch_size={batch_size} must be a multiple of {num_parts}, the parts that devices share"
     )
-  local = batch_size // process_count
+  size = batch_size // num_parts
+  local = size * len(parts)
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   needed = local * (seq_len + 1) * _BYTES_PER_TOKEN
   if needed > memory:
@@ -154,4 +159,4 @@ def local_rows(batch_size: int, seq_len: int, process_index: int, process_count:
       f"--batch_size={batch_size} with --seq_len={seq_len}: a batch takes {needed:,} "
       f"bytes of this machine's memory, which has {memory:,}"
     )
-  return range(process_index * local, (process_index + 1) * local)
+  return [row for part in parts for row in range(part * size, (part + 1) * size)]

@@ -24,7 +24,7 @@ class _LocalBatches:
   Batch s consists of the examples first + s * batch_size + row, for the rows of this process.
   """
 
-  def __init__(self, rows: PackedRows, first: int, batch_size: int, rows_to_read: range):
+  def __init__(self, rows: PackedRows, first: int, batch_size: int, rows_to_read: Sequence[int]):
     self._rows, self._first = rows, first
     self._batch_size, self._rows_to_read = batch_size, rows_to_read
 
@@ -45,7 +45,9 @@ class TrainIterator:
   iterator then goes on with what has not been shown in the epoch.
   """
 
-  def __init__(self, split: TokenSplit, config: DataConfig, rows_to_read: range, fingerprint: str):
+  def __init__(
+    self, split: TokenSplit, config: DataConfig, rows_to_read: Sequence[int], fingerprint: str
+  ):
     """Starts at the beginning; see `make_train_iterator`.
 
     Args:
@@ -181,15 +183,15 @@ def _is_stage(value: object) -> bool:
 
 
 def make_train_iterator(
-  dataset: TokenDataset, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+  dataset: TokenDataset, config: DataConfig, *, parts: Sequence[int] = (0,), num_parts: int = 1
 ) -> TrainIterator:
   """Returns an endless iterator over shuffled batches of the training split.
 
-  Process p of P reads rows p * B / P to (p + 1) * B / P - 1 of every global batch of B =
-  config.batch_size rows, so that the batches of all processes together do not depend on P.
+  A process reads `parts` of every global batch of config.batch_size rows, as `local_rows` counts
+  them, so that the batches of all processes together do not depend on their number.
 
   Raises:
-    UsageError: if batch_size is not a multiple of process_count, or the split has fewer than
+    UsageError: if batch_size is not a multiple of num_parts, or the split has fewer than
       seq_len + 1 tokens.
     ImportError: if grain is not installed.
   """
@@ -199,5 +201,5 @@ def make_train_iterator(
       f"seq_len={config.seq_len} needs at least {config.seq_len + 1} tokens to train on; "
       f"{dataset.folder} has {split.num_tokens}"
     )
-  rows_to_read = local_rows(config.batch_size, config.seq_len, process_index, process_count)
+  rows_to_read = local_rows(config.batch_size, config.seq_len, parts, num_parts)
   return TrainIterator(split, config, rows_to_read, dataset.fingerprint)

@@ -20,7 +20,9 @@ from sparsek.generation.inference import inference_params
 from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.specs import Spec
-from sparsek.parallel.mesh import make_mesh
+from sparsek.parallel import sequence_parallel
+from sparsek.parallel.collectives import collectives
+from sparsek.parallel.mesh import CONTEXT, ROWS, make_mesh
 from sparsek.parallel.topology import described_devices, parse
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training import plan
@@ -53,9 +55,13 @@ def signs_kept(monkeypatch):
 
 
 @functools.cache
+def h100s(count=1):
+  """Returns devices to compile for."""
+  return described_devices(parse(f"h100:{count}"))
+
+
 def h100():
-  """Returns a device to compile for."""
-  return described_devices(parse("h100:1"))[0]
+  return h100s()[0]
 
 
 @pytest.fixture(autouse=True)
@@ -294,6 +300,43 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan():
   assert "sparsek_list_old" in compiled and not any(
     "output_to_operand_aliasing" in fusion for fusion in inside
   )
+
+
+@pytest.mark.parametrize("kind", ("sparsek", "sliding_window", "full"))
+def test_attention_of_sharded_rows_compiles(kind):
+  """Eight shards of a row of 131072 tokens receive what the formula of the design says."""
+  n, groups, dim, shards = 131072, 8, 128, 8
+  mesh = make_mesh(context=shards, devices=h100s(8))
+  attend = {
+    "sparsek": functools.partial(sequence_parallel.sparsek_attention, k=512, window=512),
+    "sliding_window": lambda query, key, value, scores, **options: (
+      sequence_parallel.sliding_window_attention(query, key, value, window=1024, **options)
+    ),
+    "full": lambda query, key, value, scores, **options: sequence_parallel.full_attention(
+      query, key, value, **options
+    ),
+  }[kind]
+  part = PartitionSpec(ROWS, CONTEXT)
+
+  def run(ids, cotangent, *inputs):
+    out, vjp = jax.vjp(
+      functools.partial(attend, segment_ids=ids, implementation="mosaic_gpu"), *inputs
+    )
+    return out, *vjp(cotangent)
+
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((1, n, *dims), dtype)
+  query, keys = shape("bfloat16", 16, dim), shape("bfloat16", groups, dim)
+  arrays = query, query, keys, keys, shape("float32", groups)
+  in_specs = (PartitionSpec(ROWS), *(part,) * len(arrays))
+  sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=part, check_vma=False)
+  program = jax.jit(sharded).lower(shape("int32"), *arrays).compile().as_text()
+  traffic = collectives(program)
+  print(kind, traffic)
+  rows = {"sparsek": (shards - 1) * 512 + 511, "sliding_window": 1023, "full": n * 7 // 8}[kind]
+  formula = rows * 2 * groups * dim * 2
+  if kind == "sparsek":
+    formula += 7 / 8 * 12 * n // shards * groups + 4 * shards * 512 * groups
+  assert sum(each.received for each in traffic.values()) < 2 * 1.05 * formula
 
 
 @pytest.mark.parametrize(
