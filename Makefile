@@ -21,7 +21,8 @@ test: $(READY)
 test-compile: .venv-compile/ready
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 \
 	  .venv-compile/bin/python -m pytest -q -rP \
-	  tests/kernels/hopper/compile_test.py tests/kernels/tpu/compile_test.py
+	  tests/kernels/hopper/compile_test.py tests/kernels/tpu/compile_test.py \
+	  tests/training/plan_compile_test.py
 
 .venv-compile/ready: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 2; }

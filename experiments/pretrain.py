@@ -6,14 +6,16 @@ The same command again resumes from the newest checkpoint. WORKDIR gets checkpoi
 (one JSON object per logged step), flags.txt (a --flagfile that reproduces the run), model.json and
 versions.json. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is
 saved only if its parameters, and the loss and gradients that they give, are finite;
---restore_step=N goes back to an earlier one. --dry_run prints the parameters, operations and memory
-of a step, and trains nothing.
+--restore_step=N goes back to an earlier one. --dry_run prints the parameters, operations, memory
+and collectives of a step, and trains nothing; with --topology, of a step on devices that need not
+be here.
 """
 
 import dataclasses
 import os
 from typing import Any
 
+import jax
 from absl import flags as absl_flags
 
 from sparsek.command_line.configs import model_config, train_config
@@ -22,8 +24,9 @@ from sparsek.command_line.main import run
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data import batches
+from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
-from sparsek.parallel import processes
+from sparsek.parallel import processes, topology
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
 
@@ -64,8 +67,26 @@ def report(result: loop.Result, config: TrainConfig) -> None:
   )
 
 
+def planned_devices() -> list[jax.Device] | None:
+  """Returns the devices that --topology describes; None without that flag.
+
+  Raises:
+    UsageError: where they cannot be compiled for, or the run is no dry run.
+  """
+  if FLAGS.topology is None:
+    return None
+  described = topology.parse(FLAGS.topology)
+  if not FLAGS.dry_run:
+    raise UsageError(f"--topology={FLAGS.topology} needs --dry_run: nothing can be trained there")
+  jax.config.update("jax_platforms", "cpu")  # uses no attached device
+  return topology.described_devices(described)
+
+
 def main() -> None:
   """Joins the processes of the run, and trains."""
+  if FLAGS.topology is not None:  # such a plan needs this process alone
+    pretrain()
+    return
   flags: list[Any] = [FLAGS[name].value for name in OF_PROCESSES]
   with processes.running(processes.Options(*flags)):
     pretrain()
@@ -73,6 +94,7 @@ def main() -> None:
 
 def pretrain() -> None:
   """Reads the flags, opens the data, trains, and says where everything is."""
+  devices = planned_devices()
   config = train_config(FLAGS)
   base = base_model(config)
   model_config(FLAGS, pretrained=base)  # refuses bad flags before any data is read
@@ -80,10 +102,13 @@ def pretrain() -> None:
   model = model_config(FLAGS, vocab_size=dataset.vocab_size, pretrained=base)
   if FLAGS.remat is None:
     model = dataclasses.replace(
-      model, remat=plan.remat_that_fits(model, config, plan.memory_limit())
+      model,
+      remat=plan.remat_that_fits(
+        model, config, plan.memory_limit(devices), len(devices) if devices else None
+      ),
     )
   if FLAGS.dry_run:
-    lines = plan.make_plan(model, config).lines()
+    lines = plan.make_plan(model, config, devices).lines()
     if processes.is_first():
       print("\n".join(lines))
     return

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsek.kernels.devices import compute_capability, on_nvidia_gpu
+from sparsek.kernels.devices import compute_capability, on_nvidia_gpu, target
 
 LARGEST_HEAD_DIM = 128
 OLDEST_CAPABILITY = 8.0
@@ -28,6 +28,8 @@ def refusal(
     )
   if window < 2:
     return f"window={window}; cuDNN takes 2 or more"
+  if target():
+    return "cuDNN compiles for attached devices only"
   device = jax.devices()[0]
   if not on_nvidia_gpu():
     return f"it needs an NVIDIA GPU; JAX's first device is {device.device_kind!r}"

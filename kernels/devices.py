@@ -1,15 +1,19 @@
-"""The device that kernels run on, and why a backend cannot run on it.
+"""The device that kernels run on or are compiled for, and why a backend cannot run on it.
 
 Nothing here needs a private name of JAX: kernels for GPUs and TPUs are imported only on a device
 that they can run on, and a module that cannot be imported is one more reason for a refusal.
 """
 
+import contextlib
 import functools
 import importlib
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 # JAX 0.10 cannot write in place from a differentiated function
 SUPPORTED = jax.__version_info__ >= (0, 11)
@@ -28,17 +32,49 @@ THREAD_KERNELS = tuple(
   )
 )
 TPU_MAX_HEAD_DIM = 256
+_target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(device: jax.Device | None) -> Iterator[None]:
+  """Chooses kernels for a device that need not be attached, in functions traced inside.
+
+  Args:
+    device: as from `jax.experimental.topologies`; None changes nothing.
+  """
+  if device is None:
+    yield
+    return
+  token = _target.set(device)
+  described = AbstractDevice(device.device_kind, None, device.platform)
+  try:
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
+      yield
+  finally:
+    _target.reset(token)
+
+
+def target() -> jax.Device | None:
+  """Returns the device of `compiling_for`; None where functions are compiled for attached ones."""
+  return _target.get()
+
+
+def first_device() -> jax.Device:
+  """Returns the device of `compiling_for`, or JAX's first device."""
+  return target() or jax.devices()[0]
 
 
 def device_here() -> jax.Device:
   """Returns the device that kernels are made for."""
+  if target():
+    return first_device()
   # jax_default_device may hold a device or a platform's name
   device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
   return jax.devices(device)[0] if isinstance(device, str) else device
 
 
 def on_nvidia_gpu() -> bool:
-  """Tells whether JAX's first device is an NVIDIA GPU."""
+  """Tells whether JAX's first device is an NVIDIA GPU, whatever functions are compiled for."""
   device = jax.devices()[0]
   return device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
 
@@ -87,8 +123,8 @@ def hopper_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:
 
 
 def _hopper_device_refusal() -> str | None:
-  device = jax.devices()[0]
-  if jax.default_backend() != "gpu" or not device.device_kind.startswith("NVIDIA"):
+  device = first_device()
+  if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA"):
     return (
       f"it needs an NVIDIA Hopper GPU (H100, H200); JAX's default device is {device.device_kind!r}"
     )
@@ -112,8 +148,8 @@ def tpu_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:
 
 
 def _tpu_device_refusal() -> str | None:
-  device = jax.devices()[0]
-  if jax.default_backend() != "tpu":
+  device = first_device()
+  if device.platform != "tpu":
     return f"it needs a TPU (v5e, v5p, v6e); JAX's default device is {device.device_kind!r}"
   if device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
     return f"it needs a TPU v5e, v5p or v6e, for their memory; this is a {device.device_kind}"

@@ -16,11 +16,19 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
   define_data_flags(flag_values)
   define_train_flags(flag_values)
   define_process_flags(flag_values)
-  Definer(flag_values).boolean(
+  define = Definer(flag_values)
+  define.boolean(
     "dry_run",
     False,
-    "Only compile, and print the parameters, operations and memory of a step; needs no --workdir "
-    "and writes nothing.",
+    "Only compile, and print the parameters, operations, memory and collectives of a step; needs "
+    "no --workdir and writes nothing.",
+  )
+  define.string(
+    "topology",
+    None,
+    "With --dry_run: the devices to compile for, which need not be attached: h100:N or h200:N, "
+    "N GPUs in nodes of 8, or the shape of a TPU slice, as v5e:4x4, v5p:4x8x8 or v6e:16x16. Needs "
+    "JAX's compiler for them. By default the attached devices.",
   )
 
 

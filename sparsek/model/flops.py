@@ -1,5 +1,4 @@
-"""Floating-point operations of a model, counted for the pairs that its kinds of attention need, and
-the peak rates of accelerators.
+"""Floating-point operations of a model, counted for the pairs that its kinds of attention need.
 
 A multiplication and an addition are two operations. Only matrix products count, as is usual: those
 with weights, and attention's q.k and p.v. The backward pass takes twice the operations of the
@@ -13,26 +12,13 @@ import numpy as np
 from sparsek.config import TransformerConfig
 from sparsek.model import lora
 from sparsek.model.transformer import Params
-
-# dense bfloat16 operations per second from the makers' data sheets, by JAX's name of the device
-PEAK = {
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA A100": 312e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-}
+from sparsek.parallel.hardware import rates
 
 
 def peak(device: jax.Device) -> float | None:
   """Returns the dense bfloat16 operations per second of a device; None where it is not known."""
-  return next((rate for name, rate in PEAK.items() if device.device_kind.startswith(name)), None)
+  known = rates(device)
+  return known and known.flops
 
 
 def document_lengths(segment_ids: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sparsek.attention.backends import Choice, choose_implementation, choose_window_implementation
 from sparsek.config import TransformerConfig, parse_term
+from sparsek.kernels.devices import first_device
 from sparsek.model.layers import window_implementation
 
 # The faster implementations that there are for a platform.
@@ -67,7 +68,7 @@ def describe_choice(
   why faster implementations for such a device cannot run.
   """
   choices = attention_choices(config, seq_len, batch, packed=packed)
-  device = jax.devices()[0]
+  device = first_device()
   name = device.platform if device.platform == "cpu" else device.device_kind
   endings: dict[str, list[str]] = {}
   for term, choice in choices.items():

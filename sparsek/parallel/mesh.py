@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,20 +24,31 @@ ROWS = (DATA, FSDP)  # the axes over which the rows of a batch are split
 def make_mesh(fsdp: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Returns a mesh of devices in which `data` takes what `fsdp` and `context` leave.
 
+  The devices along `context`, then those along `fsdp`, are the nearest ones: of a node of GPUs, or
+  neighbours in a TPU's torus.
+
   Args:
     fsdp: parts into which the parameters are split.
     context: parts into which a row's tokens are split.
     devices: all devices by default.
   Raises:
-    UsageError: where the number of devices is not a multiple of fsdp * context.
+    UsageError: where the number of devices is not a multiple of fsdp * context, or they are of
+      several TPU slices.
   """
-  count = jax.device_count() if devices is None else len(devices)
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   if count % (fsdp * context):
     raise UsageError(
       f"--fsdp={fsdp} x --context={context} must divide the number of devices, {count}"
     )
-  shape = (count // (fsdp * context), fsdp, context)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  slices = {getattr(device, "slice_index", 0) for device in devices}
+  if devices[0].platform == "tpu" and len(slices) > 1:
+    raise UsageError(f"the devices are of {len(slices)} TPU slices; a run takes those of one")
+  # jax.make_mesh refuses GPUs of several nodes, and to split an axis of a TPU's torus.
+  arranged = mesh_utils.create_device_mesh(
+    (count // (fsdp * context), fsdp, context), devices, allow_split_physical_axes=True
+  )
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def axis_size(axis: str) -> int:

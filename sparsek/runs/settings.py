@@ -31,6 +31,7 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "stop_at": "a pause: a run has ended at --num_steps only",
   "restore_step": "goes back in a run, whose course is the same",
   "dry_run": "trains nothing",
+  "topology": "of --dry_run",
   "record": "where results are written, too",
   **dict.fromkeys(OF_PROCESSES, "where the processes of a run are"),
 }

@@ -60,19 +60,31 @@ class Setup(NamedTuple):
   @property
   def packed(self) -> bool:
     """True if attention is told where documents end: in packed rows, and in parts of rows."""
-    return self.train.data.segment_documents or self.mesh.shape[CONTEXT] > 1
+    return may_be_packed(self.train, self.mesh)
 
   @property
   def attention_shape(self) -> tuple[TransformerConfig, int, int]:
     """The model, the tokens of a row, and the rows that a device computes at once."""
-    data, context = self.train.data, self.mesh.shape[CONTEXT]
-    rows = data.batch_size * context // (self.mesh.size * self.train.grad_accumulation)
-    return self.config, data.seq_len // context, rows
+    return attention_shape(self.config, self.train, self.mesh)
 
   def evaluation_due(self, step: int) -> bool:
     """Returns whether the held-out loss is computed after a step."""
     interval = self.train.eval_every
     return bool(interval) and step > 0 and (step % interval == 0 or step == self.num_steps)
+
+
+def may_be_packed(train: TrainConfig, mesh: Mesh) -> bool:
+  """Returns whether attention is told where documents end: in packed rows, and parts of rows."""
+  return train.data.segment_documents or mesh.shape[CONTEXT] > 1
+
+
+def attention_shape(
+  config: TransformerConfig, train: TrainConfig, mesh: Mesh
+) -> tuple[TransformerConfig, int, int]:
+  """Returns the model, the tokens of a row on a device, and the rows that it computes at once."""
+  data, context = train.data, mesh.shape[CONTEXT]
+  rows = data.batch_size * context // (mesh.size * train.grad_accumulation)
+  return config, data.seq_len // context, rows
 
 
 def set_up(config: TransformerConfig, train: TrainConfig, dataset: TokenDataset) -> Setup:

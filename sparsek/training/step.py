@@ -72,7 +72,7 @@ def state_placements(mesh: Mesh, state: TrainState) -> TrainState:
   )
 
 
-def _num_targets(batch) -> jax.Array:
+def num_counted(batch: Any) -> jax.Array:
   """Returns the number of counted targets of the whole batch, from each device's part."""
   return jax.lax.psum(jnp.sum(batch["counted"], dtype=jnp.int32), AXES)
 
@@ -167,6 +167,69 @@ def _freeze(params: Params, trainable: str) -> Params:
   )
 
 
+def make_objective(
+  config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None
+) -> Callable:
+  """Returns what a training step differentiates, on each device's rows.
+
+  Returns:
+    (learned, frozen, teacher's parameters, rows, (seed, step), number of counted targets of the
+    whole batch) -> (objective, losses).
+  """
+  scorer_weight = train.scorer_loss if config.learns_scores else 0.0
+  logged = logged_losses(config, train, teacher)
+
+  def objective(learned, frozen, teacher_params, rows, seed_and_step, num_targets):
+    def per_target(total):
+      return total / jnp.maximum(num_targets, 1)
+
+    params = lora.join(_freeze(learned, train.optimizer.trainable), frozen)
+    key = None
+    if config.scorer_noise or scorer_weight:
+      seed, step = seed_and_step
+      key = jax.random.fold_in(jax.random.key(seed), step)
+    if train.scorer_warmup:
+      scorer_loss = (
+        scorer_warmup_loss(config, params, rows, train.data.segment_documents, key)
+        / train.data.batch_size
+      )
+      return scorer_weight * scorer_loss, {"loss": scorer_loss, "scorer_loss": scorer_loss}
+    losses = summed_losses(
+      config,
+      params,
+      rows,
+      train.loss_chunk,
+      train.data.segment_documents,
+      scorer_loss=scorer_weight > 0,
+      key=key,
+      teacher=None if teacher is None else Teacher(teacher, teacher_params, train.distill),
+    )
+    scorer_loss = losses.scorers / train.data.batch_size
+    metrics = {
+      "loss": per_target(losses.cross_entropy),
+      "scorer_loss": scorer_loss,
+      "divergence": per_target(losses.divergence),
+    }
+    return per_target(losses.objective) + scorer_weight * scorer_loss, {
+      name: metrics[name] for name in logged
+    }
+
+  return objective
+
+
+def logged_losses(
+  config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None
+) -> list[str]:
+  """Returns the names of the losses that `make_objective` gives."""
+  scorers = config.learns_scores and train.scorer_loss > 0
+  return ["loss"] + ["scorer_loss"] * scorers + ["divergence"] * (teacher is not None)
+
+
+def micro_batches(train: TrainConfig, batch: Any) -> Any:
+  """Returns the rows of a batch [micro-batches, rows, ...]."""
+  return jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, *x.shape[1:]), batch)
+
+
 def _make_local_gradients(
   config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None
 ) -> Callable:
@@ -176,57 +239,21 @@ def _make_local_gradients(
     (learned, frozen, teacher's parameters, batch, (seed, step)) -> (losses, gradients of `learned`,
     number of counted targets), all summed over the devices.
   """
-  scorer_weight = train.scorer_loss if config.learns_scores else 0.0
-  logged = ["loss"] + ["scorer_loss"] * (scorer_weight > 0) + ["divergence"] * (teacher is not None)
+  gradient = jax.grad(make_objective(config, train, teacher), has_aux=True)
+  logged = logged_losses(config, train, teacher)
 
   def local_gradients(learned, frozen, teacher_params, batch, seed_and_step):
-    num_targets = _num_targets(batch)
-
-    def per_target(total):
-      return total / jnp.maximum(num_targets, 1)
-
-    def objective(learned, rows):
-      params = lora.join(_freeze(learned, train.optimizer.trainable), frozen)
-      key = None
-      if config.scorer_noise or scorer_weight:
-        seed, step = seed_and_step
-        key = jax.random.fold_in(jax.random.key(seed), step)
-      if train.scorer_warmup:
-        scorer_loss = (
-          scorer_warmup_loss(config, params, rows, train.data.segment_documents, key)
-          / train.data.batch_size
-        )
-        return scorer_weight * scorer_loss, {"loss": scorer_loss, "scorer_loss": scorer_loss}
-      losses = summed_losses(
-        config,
-        params,
-        rows,
-        train.loss_chunk,
-        train.data.segment_documents,
-        scorer_loss=scorer_weight > 0,
-        key=key,
-        teacher=None if teacher is None else Teacher(teacher, teacher_params, train.distill),
-      )
-      scorer_loss = losses.scorers / train.data.batch_size
-      metrics = {
-        "loss": per_target(losses.cross_entropy),
-        "scorer_loss": scorer_loss,
-        "divergence": per_target(losses.divergence),
-      }
-      return per_target(losses.objective) + scorer_weight * scorer_loss, {
-        name: metrics[name] for name in logged
-      }
+    num_targets = num_counted(batch)
 
     def micro_batch(sums, rows):
-      grads, losses = jax.grad(objective, has_aux=True)(learned, rows)
+      grads, losses = gradient(learned, frozen, teacher_params, rows, seed_and_step, num_targets)
       return jax.tree.map(jnp.add, sums, (losses, grads)), None
 
     if train.grad_accumulation == 1:
-      grads, losses = jax.grad(objective, has_aux=True)(learned, batch)
+      grads, losses = gradient(learned, frozen, teacher_params, batch, seed_and_step, num_targets)
     else:
-      rows = jax.tree.map(lambda x: x.reshape(train.grad_accumulation, -1, *x.shape[1:]), batch)
       sums = dict.fromkeys(logged, jnp.zeros(())), jax.tree.map(jnp.zeros_like, learned)
-      (losses, grads), _ = jax.lax.scan(micro_batch, sums, rows)
+      (losses, grads), _ = jax.lax.scan(micro_batch, sums, micro_batches(train, batch))
     return jax.lax.psum(losses, AXES), grads, num_targets
 
   return local_gradients
@@ -245,7 +272,7 @@ def make_eval_step(
 
   def local_loss(params, batch):
     losses = summed_losses(config, params, batch, loss_chunk, packed)
-    return jax.lax.psum(losses.cross_entropy, AXES), _num_targets(batch)
+    return jax.lax.psum(losses.cross_entropy, AXES), num_counted(batch)
 
   def eval_step(params, batch):
     return jax.shard_map(

@@ -22,6 +22,7 @@ NO_PATHS = {  # strings that name no file
   "layer_pattern",
   "profile_steps",
   "coordinator_address",
+  "topology",
   "prompt",
   "stop",
   "tasks",

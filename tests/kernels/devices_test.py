@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sparsek.kernels import devices
+from sparsek.kernels import cudnn, devices
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.tpu import attention as tpu_attention
 
@@ -71,3 +71,36 @@ def test_import_refusal_says_which_module_and_version(error, monkeypatch):
 def test_limits_are_those_of_the_kernels():
   assert devices.HOPPER_MAX_HEAD_DIM == max(hopper_attention.HEAD_DIMS)
   tpu_attention.tiling(4096, 1, devices.TPU_MAX_HEAD_DIM, 64)
+
+
+@pytest.mark.parametrize(
+  "platform, kind, capability",
+  [("gpu", "NVIDIA H100 80GB HBM3", "9.0"), ("tpu", "TPU v6 lite", "unknown")],
+)
+def test_kernels_are_chosen_for_devices_that_are_not_attached(
+  platform, kind, capability, monkeypatch
+):
+  monkeypatch.setattr(devices, "SUPPORTED", True)
+  monkeypatch.setattr(devices, "import_refusal", lambda module: None)
+  described = types.SimpleNamespace(
+    platform=platform, device_kind=kind, compute_capability=capability
+  )
+
+  def refusals():
+    return [
+      devices.hopper_refusal(QUERY) is None,
+      devices.can_run(),
+      devices.tpu_refusal(QUERY) is None,
+      jax.sharding.get_abstract_mesh().abstract_device,
+    ]
+
+  before = refusals()
+  with devices.compiling_for(None):
+    assert refusals() == before
+  with devices.compiling_for(described):
+    *chosen, abstract = refusals()
+    assert chosen == [platform == "gpu", platform == "gpu", platform == "tpu"]
+    assert (abstract.platform, abstract.device_kind) == (platform, kind)
+    assert devices.device_here() is devices.first_device() is described
+    assert "attached devices only" in cudnn.refusal(QUERY, None, 64)
+  assert refusals() == before and devices.target() is None

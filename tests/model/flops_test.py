@@ -10,6 +10,7 @@ import pytest
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, preset
 from sparsek.errors import RunError, UsageError
 from sparsek.model import flops
+from sparsek.parallel.hardware import Rates
 from sparsek.runs import checkpoint
 from sparsek.training import plan
 
@@ -82,7 +83,7 @@ def test_plan(monkeypatch):
     data=DataConfig(seq_len=20, batch_size=2),
     optimizer=OptimizerConfig(num_steps=10, warmup_steps=1),
   )
-  monkeypatch.setattr(flops, "peak", lambda _: 1e9)
+  monkeypatch.setattr(plan, "rates", lambda _: Rates(1e9, 1e9, 1e9, 1e9))
   found = plan.make_plan(CONFIG, train)
   params = checkpoint.abstract_params(CONFIG)
   assert found.parameters == sum(x.size for x in jax.tree.leaves(params)) and found.tokens == 40

@@ -9,16 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
-from jax.sharding import (
-  AbstractDevice,
-  AbstractMesh,
-  Mesh,
-  PartitionSpec,
-  SingleDeviceSharding,
-  use_abstract_mesh,
-)
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 import sparsek
 from sparsek.attention.prefix_selection import select
@@ -27,11 +19,11 @@ from sparsek.generation import cache, session
 from sparsek.generation.inference import inference_params
 from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
-from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 from sparsek.kernels.specs import Spec
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.collectives import collectives
 from sparsek.parallel.mesh import CONTEXT, ROWS, make_mesh
+from sparsek.parallel.topology import described_devices, parse
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training import plan
 from sparsek.training.optimizer import make_optimizer
@@ -43,18 +35,6 @@ except ImportError:
   pytestmark = pytest.mark.skip(
     reason="needs the CUDA compiler of JAX: make test-compile installs it"
   )
-
-NAME = "NVIDIA H100 80GB HBM3"
-H100 = f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
-shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
-core_count: 132 fpus_per_core: 128
-block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }}
-registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 }}
-device_description_str: "{NAME}\""""
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +55,19 @@ def signs_kept(monkeypatch):
 
 
 @functools.cache
-def h100s(topology="1x1x1"):
+def h100s(count=1):
   """Returns devices to compile for."""
-  return topologies.get_topology_desc("", "cuda", target_config=H100, topology=topology).devices
+  return described_devices(parse(f"h100:{count}"))
 
 
 def h100():
   return h100s()[0]
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_an_h100():
+  with devices.compiling_for(h100()):
+    yield
 
 
 def compile_for_h100(function, *shapes):
@@ -89,8 +75,7 @@ def compile_for_h100(function, *shapes):
   shapes = [
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())) for x in shapes
   ]
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
-    return jax.jit(function).lower(*shapes).compile()
+  return jax.jit(function).lower(*shapes).compile()
 
 
 def attention_and_gradients(
@@ -286,12 +271,10 @@ def test_selection_compiles(n, k):
   compile_for_h100(run, scores, bounds, bounds, scores)
 
 
-def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
+def test_what_kernels_write_in_place_is_kept_in_a_scan():
   """XLA may fuse kernels with the slices of a scan's stacks, but must not fuse those that write in
   place: such a fusion does not know that.
   """
-  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
-  monkeypatch.setattr(devices, "can_run", lambda: True)
   queries, keys, _, scores, *_ = arguments(
     Spec("scanned", n=1024, heads=2, groups=2, head_dim=64, k=64, window=64, dtype="bfloat16")
   )
@@ -320,12 +303,10 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ("sparsek", "sliding_window", "full"))
-def test_attention_of_sharded_rows_compiles(kind, monkeypatch):
+def test_attention_of_sharded_rows_compiles(kind):
   """Eight shards of a row of 131072 tokens receive what the formula of the design says."""
-  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
-  monkeypatch.setattr(devices, "can_run", lambda: True)
   n, groups, dim, shards = 131072, 8, 128, 8
-  mesh = make_mesh(context=shards, devices=h100s("1x1x8"))
+  mesh = make_mesh(context=shards, devices=h100s(8))
   attend = {
     "sparsek": functools.partial(sequence_parallel.sparsek_attention, k=512, window=512),
     "sliding_window": lambda query, key, value, scores, **options: (
@@ -348,8 +329,7 @@ def test_attention_of_sharded_rows_compiles(kind, monkeypatch):
   arrays = query, query, keys, keys, shape("float32", groups)
   in_specs = (PartitionSpec(ROWS), *(part,) * len(arrays))
   sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=part, check_vma=False)
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
-    program = jax.jit(sharded).lower(shape("int32"), *arrays).compile().as_text()
+  program = jax.jit(sharded).lower(shape("int32"), *arrays).compile().as_text()
   traffic = collectives(program)
   print(kind, traffic)
   rows = {"sparsek": (shards - 1) * 512 + 511, "sliding_window": 1023, "full": n * 7 // 8}[kind]
@@ -363,12 +343,10 @@ def test_attention_of_sharded_rows_compiles(kind, monkeypatch):
   "name, n, remat",
   [("gpt2_small", 262144, "attention"), ("gpt2_small", 32768, "none"), ("mini", 65536, "none")],
 )
-def test_training_step_fits(name, n, remat, monkeypatch):
+def test_training_step_fits(name, n, remat):
   """Compiles a whole optimizer step with the kernels inside; by default JAX takes three quarters of
   the device's 80 GB.
   """
-  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
-  monkeypatch.setattr(devices, "can_run", lambda: True)
   config, mesh = (
     preset(name, remat=remat, implementation="mosaic_gpu"),
     make_mesh(devices=[h100()]),
@@ -380,13 +358,9 @@ def test_training_step_fits(name, n, remat, monkeypatch):
     name: jax.ShapeDtypeStruct((1, n + 1), jnp.int32, sharding=SingleDeviceSharding(h100()))
     for name in ("tokens", "segment_ids")
   }
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
-    memory = (
-      make_train_step(config, train, optimizer, mesh)
-      .lower(state, batch)
-      .compile()
-      .memory_analysis()
-    )
+  memory = (
+    make_train_step(config, train, optimizer, mesh).lower(state, batch).compile().memory_analysis()
+  )
   gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
   print(f"{name}, {n} tokens, remat {remat}: {gigabytes:.1f} GB")
   assert gigabytes < 0.75 * 80
@@ -397,10 +371,8 @@ def test_training_step_fits(name, n, remat, monkeypatch):
     )
 
 
-def test_a_chunk_of_a_prompt_compiles(monkeypatch):
+def test_a_chunk_of_a_prompt_compiles():
   """Compiles the step after a cache of earlier tokens, with the kernels inside."""
-  monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
-  monkeypatch.setattr(devices, "can_run", lambda: True)
   config = preset("1b", num_layers=1, k=512, window=512, implementation="mosaic_gpu")
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
   shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
@@ -416,8 +388,7 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())),
     arguments,
   )
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
-    compiled = cache._feed.lower(config, False, True, *arguments).compile()
+  compiled = cache._feed.lower(config, False, True, *arguments).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
 
@@ -432,10 +403,8 @@ def test_a_chunk_of_a_prompt_compiles(monkeypatch):
     ("sliding_window:w256,sparsek:k256:w128,sparsek:k1280:w512", 1, 2),
   ],
 )
-def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
+def test_decoding_steps_compile(attention, batch, kernels):
   """A layer takes few kernels, and the caches are written in place."""
-  for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
-    monkeypatch.setattr(module, "can_run", lambda: True)
   config = preset("1b", num_layers=3, k=512, window=512, vocab_size=32768, attention=attention)
   params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
   empty = jax.eval_shape(lambda: cache.init_cache(config, batch, max_length=1152))
@@ -454,10 +423,9 @@ def test_decoding_steps_compile(attention, batch, kernels, monkeypatch):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())),
     arguments,
   )
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(NAME, None, "gpu"))):
-    compiled = session.run_steps.lower(
-      config, "greedy", 8, *arguments, 0.0, 1.0, 0, np.zeros(0, np.int32)
-    ).compile()
+  compiled = session.run_steps.lower(
+    config, "greedy", 8, *arguments, 0.0, 1.0, 0, np.zeros(0, np.int32)
+  ).compile()
   step = max(
     re.findall(r"^%?[\w.\-]+ .*?\{\n(.*?)^\}", compiled.as_text(), re.MULTILINE | re.DOTALL),
     key=lambda body: body.count("sparsek_attend"),

@@ -123,8 +123,10 @@ class TestMosaicTpu(AttentionTest):
   ],
 )
 def test_says_why_it_cannot_run(kind, dtype, head_dim, words, monkeypatch):
-  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
-  monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if kind == "cpu" else "tpu")
+  platform = "cpu" if kind == "cpu" else "tpu"
+  seen = types.SimpleNamespace(platform=platform, device_kind=kind)
+  monkeypatch.setattr(jax, "devices", lambda: [seen])
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
   x = jnp.zeros((1, 8, 1, head_dim), dtype)
   if words is None:
     assert devices.tpu_refusal(x) is None
