@@ -106,7 +106,9 @@ def send_tokens(
   tail = min(halo, key.shape[1])
   rows = jnp.concatenate([_last(key, tail), _last(value, tail)], axis=-1)
   small = jnp.stack([_last(scores, tail), _last(lifetime, tail)], axis=-1)
-  before, before_small = (tokens_before(x, halo) if halo else x for x in (rows, small))
+  before, before_small = rows, small
+  if halo:
+    before, before_small = _from_bytes(tokens_before(_to_bytes(rows, small), halo), rows)
   alive = None if index is None else _send_alive(key, value, scores, expiry, index)
   return key, value, scores, Received(before, before_small, alive)
 
@@ -122,9 +124,28 @@ def _send_alive(key, value, scores, expiry, index):
   lifetime = jnp.clip(_rows(expiry, index) - begin, 0, length)
   small = jnp.stack([_rows(scores, index), lifetime.astype(jnp.float32)], axis=-1)
   rows = jnp.concatenate([_rows(key, index), _rows(value, index)], axis=-1)
-  rows, small = (jnp.swapaxes(lax.psum_scatter(x, CONTEXT), 1, 2) for x in (rows, small))
+  received = _from_bytes(lax.psum_scatter(_to_bytes(rows, small), CONTEXT), rows)
+  rows, small = (jnp.swapaxes(x, 1, 2) for x in received)
   dim = key.shape[-1]
   return Alive(rows[..., :dim], rows[..., dim:], small[..., 0], small[..., 1])
+
+
+def _to_bytes(rows: jax.Array, small: jax.Array) -> jax.Array:
+  """Joins [..., F] of any dtype and [..., S] float32 in one array, which one collective moves."""
+  parts = [lax.bitcast_convert_type(x, jnp.uint8) for x in (rows, small)]
+  return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in parts], axis=-1)
+
+
+def _from_bytes(joined: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Undoes `_to_bytes`, where the rows have the last axis and the dtype of `like`."""
+  size, dtype = like.shape[-1], like.dtype
+  cut = size * dtype.itemsize
+  rows, small = joined[..., :cut], joined[..., cut:]
+  split = lambda x, width: x.reshape(*x.shape[:-1], -1, width)
+  return (
+    lax.bitcast_convert_type(split(rows, dtype.itemsize), dtype),
+    lax.bitcast_convert_type(split(small, 4), jnp.float32),
+  )
 
 
 def _at(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -179,8 +200,9 @@ def _add_alive(index, alive, d_key, d_value, d_scores):
   an addition have the same index, so no result depends on an order of atomics.
   """
   length, dim = d_key.shape[1], d_key.shape[-1]
-  rows = jnp.concatenate([alive.key, alive.value], axis=-1), alive.scores[..., None]
-  shares = lax.all_gather([jnp.swapaxes(x, 1, 2) for x in rows], CONTEXT)
+  rows = jnp.concatenate([alive.key, alive.value], axis=-1)
+  joined = jnp.swapaxes(_to_bytes(rows, alive.scores[..., None]), 1, 2)
+  shares = _from_bytes(lax.all_gather(joined, CONTEXT), rows)
   token, number = _numbered(index, length)
 
   def add(sums, shard):

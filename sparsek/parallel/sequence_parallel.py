@@ -228,9 +228,16 @@ def select_own(
   Returns:
     [B, L, G] each; expiry counts tokens from the start of the row.
   """
-  whole = jnp.swapaxes(to_whole_rows(scores), 1, 2)
-  selection = select(whole, start, end, k, window, packed, devices.can_run())
-  threshold, expiry = (to_own_tokens(jnp.swapaxes(x, 1, 2), scores.shape[2]) for x in selection[:2])
+  (whole,) = saved(to_whole_rows(scores))
+  selection = select(jnp.swapaxes(whole, 1, 2), start, end, k, window, packed, devices.can_run())
+  threshold, expiry = (jnp.swapaxes(x, 1, 2) for x in selection[:2])
+  heads = scores.shape[2]
+  if start.shape[1] <= MAX_SHARD:  # float32 holds every expiry: one exchange does
+    both = to_own_tokens(jnp.concatenate([threshold, expiry.astype(jnp.float32)]), heads)
+    threshold, expiry = jnp.split(both, 2)
+    expiry = expiry.astype(jnp.int32)
+  else:
+    threshold, expiry = (to_own_tokens(x, heads) for x in (threshold, expiry))
   threshold, expiry = saved(threshold, expiry)
   return threshold, expiry
 

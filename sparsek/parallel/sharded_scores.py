@@ -6,6 +6,7 @@ from jax import lax
 
 from sparsek.attention.documents import document_bounds, position_in_document
 from sparsek.attention.scoring import ScorerState, ScoringNetwork
+from sparsek.kernels.saved import saved
 from sparsek.parallel.exchange import (
   first_token,
   own_tokens,
@@ -84,11 +85,13 @@ class ShardedScoringNetwork(ScoringNetwork):
     return lax.dynamic_slice_in_dim(whole, first_token(length), count, axis=1)
 
   def _with_neighbours(self, x_BxNxC):
-    return jnp.concatenate(
-      [tokens_before(x_BxNxC, self.lookback), x_BxNxC, tokens_after(x_BxNxC, self.lookahead)],
-      axis=1,
+    before, after = saved(
+      tokens_before(x_BxNxC, self.lookback), tokens_after(x_BxNxC, self.lookahead)
     )
+    return jnp.concatenate([before, x_BxNxC, after], axis=1)
 
   def _normalized(self, logits_BxNxG, start_BxR, end_BxR):
-    whole = super()._normalized(to_whole_rows(logits_BxNxG), start_BxR, end_BxR)
-    return to_own_tokens(whole, logits_BxNxG.shape[2])
+    (whole,) = saved(to_whole_rows(logits_BxNxG))
+    whole = super()._normalized(whole, start_BxR, end_BxR)
+    (own,) = saved(to_own_tokens(whole, logits_BxNxG.shape[2]))
+    return own
