@@ -73,6 +73,19 @@ def speed(record: str, index: int = 0, kind: str = "sparsek") -> float:
   return load(record)["rows"][index]["rivals"][kind]["tokens_per_second"]
 
 
+def many_devices(case: str, kind: str, figure: str = "tokens_per_second") -> float:
+  """Returns a figure of two devices over that of one."""
+  rows = load("many_devices_h200.json")["rows"]
+  one, two = (row[figure] for row in rows if (row["case"], row["kind"]) == (case, kind))
+  return two / one
+
+
+def million() -> list[float]:
+  """Returns the seconds of a step with a row of a million tokens, and its GiB a device."""
+  (row,) = (row for row in load("many_devices_h200.json")["rows"] if row["case"] == "million")
+  return [row["ms"] / 1e3, row["mib"] / 1024]
+
+
 def attention_ratios() -> list[float]:
   """Returns the time over the window's, and the dense time over ours, at 32768 tokens."""
   row = tables.headline_rows(load("attention_h100.json"))[32768]

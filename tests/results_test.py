@@ -105,6 +105,24 @@ CLAIMS = (
     ],
   ),
   Claim(README, "four times the tokens take {} times the time", claims.growth),
+  Claim(
+    "docs/clusters.md",
+    "runs at {} times the tokens per second of one device (sliding window {}, full attention {})",
+    lambda: [claims.many_devices("data", k) for k in ("sparsek", "sliding_window", "full")],
+  ),
+  Claim(
+    "docs/clusters.md",
+    "runs at {} times the speed of one device (sliding window {}), with {} times its memory",
+    lambda: [
+      *(claims.many_devices("context", kind) for kind in ("sparsek", "sliding_window")),
+      claims.many_devices("context", "sparsek", "mib"),
+    ],
+  ),
+  Claim(
+    "docs/clusters.md",
+    "takes {} seconds a step, forward, backward and update, and {} GiB a device",
+    claims.million,
+  ),
   Claim(MAP, "three seeds, standard errors at most {};", claims.perplexity_error),
   Claim(
     MAP,
