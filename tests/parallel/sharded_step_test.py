@@ -39,6 +39,10 @@ def test_a_device_holds_its_part_of_the_moments(results, index):
   assert 1 / fsdp <= result["bytes"] < 1.1 / fsdp
 
 
+def test_a_folder_is_read_onto_a_mesh(results):
+  assert results["imported"]
+
+
 def test_a_run_moves_between_meshes(results):
   """Every checkpoint is verified by its checksums when another mesh restores it."""
   assert len(results["moved"]) == 3

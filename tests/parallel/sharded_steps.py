@@ -19,9 +19,11 @@ from sparsek.data.batches import open_data
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.huggingface import pretrained
 from sparsek.model import lora
 from sparsek.model.transformer import init_params
 from sparsek.parallel.mesh import CONTEXT, DATA, FSDP, first_row, make_mesh, put_batch
+from sparsek.parallel.sharding import placements
 from sparsek.runs.metrics import read_metrics
 from sparsek.training import loop
 from sparsek.training.step import (
@@ -184,6 +186,18 @@ def run_on_meshes(
   ]
 
 
+def imported_is_equal(folder: pathlib.Path) -> bool:
+  """Compares a model that is read onto a mesh, from a folder written from it, with itself."""
+  mesh, config = make_mesh(fsdp=4), dataclasses.replace(CONFIGS["scanned"], attention="full")
+  params = jax.device_get(random_params(config, 3))
+  placed = jax.device_put(params, placements(mesh, params))
+  pretrained.save(str(folder / "exported"), config, placed)
+  _, back = pretrained.load(str(folder / "exported"), config=config, mesh=mesh)
+  equal = jax.tree.map(np.array_equal, jax.device_get(back), params)
+  parts = jax.tree.map(lambda x, y: x.sharding == y.sharding, back, placed)
+  return all(jax.tree.leaves((equal, parts)))
+
+
 def write_tokens(folder: pathlib.Path) -> None:
   """Writes token files of random letters."""
   rng = np.random.default_rng(0)
@@ -197,6 +211,7 @@ def main() -> None:
   folder = pathlib.Path(sys.argv[1])
   write_tokens(folder)
   result = {
+    "imported": imported_is_equal(folder),
     "steps": compare_steps(),
     "stayed": run_on_meshes(folder, "stayed", MESHES[:1]),
     "moved": run_on_meshes(folder, "moved", [MESHES[3], MESHES[2], MESHES[0]]),

@@ -41,6 +41,18 @@ def planned(text, config, **fields):
   return made
 
 
+def test_a_second_device_needs_little_more_memory_than_one():
+  """A layer's gradients are summed before those of the next are computed; beside the sums it costs
+  the joined gradients of a few layers, never the activations of all.
+  """
+  if importlib.util.find_spec(CUDA) is None:
+    pytest.skip(f"needs {CUDA}: make test-compile installs it")
+  config = dataclasses.replace(SMALL, num_layers=6, scan_layers=False, embed_dim=512, mlp_dim=2048)
+  one, two = (planned(f"h100:{n}", config, seq_len=32768, batch_size=n) for n in (1, 2))
+  extra = two.temporary_bytes + two.activation_bytes - one.temporary_bytes - one.activation_bytes
+  assert extra < 3 * two.state_bytes["parameters"]
+
+
 @pytest.mark.parametrize(
   "text, compiler, kernels, fields",
   [
