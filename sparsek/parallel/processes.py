@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -288,6 +288,29 @@ def together(function: Callable[[], T], kinds: tuple[type[Exception], ...] = ())
   if errors:
     raise _raisable(json.loads(errors[0][1]), kinds)
   return result  # type: ignore[return-value]
+
+
+def check_same(settings: Mapping[str, Any]) -> None:
+  """Compares the settings of all processes, which one run needs to be equal.
+
+  Args:
+    settings: by the name of the flag, JSON.
+  Raises:
+    UsageError: in all processes, where those of one differ from those of process 0; names the
+      first that does, and both values.
+  """
+  first = on_first(lambda: dict(settings))
+
+  def compare() -> None:
+    own = json.loads(json.dumps(dict(settings)))
+    for name in sorted(own.keys() | first.keys()):
+      if own.get(name) != first.get(name):
+        raise UsageError(
+          f"--{name}={own.get(name)} in process {jax.process_index()}, --{name}={first.get(name)} "
+          "in process 0: all processes of a run need the same flags"
+        )
+
+  together(compare)
 
 
 def _described(error: Exception, process_id: int) -> list[str]:

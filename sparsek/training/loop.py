@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +251,7 @@ def _train_locked(
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoint.quiet_orbax())
     stop = stack.enter_context(StopSignal())
+    processes.check_same(_settings(config, train_config, dataset))
     processes.on_first(functools.partial(_lock, stack, workdir))
     setup = set_up(config, train_config, dataset)
     stack.callback(setup.iterator.close)
@@ -313,6 +315,20 @@ def _open_metrics(
 
   evaluated = processes.on_first(opened)
   return metrics, evaluated
+
+
+def _settings(
+  config: TransformerConfig, train_config: TrainConfig, dataset: TokenDataset
+) -> dict[str, Any]:
+  """Returns what must be the same in all processes of a run; paths may differ."""
+  fields = dataclasses.asdict(config) | dataclasses.asdict(train_config)
+  sections = {name: fields.pop(name) for name in ("data", "optimizer")}
+  for section in sections.values():
+    fields |= section
+  for path in ("workdir", "data"):
+    fields.pop(path, None)
+  fields = {name: repr(value) for name, value in fields.items()}
+  return fields | {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
 
 
 def _describe_size(params: Params) -> str:

@@ -130,6 +130,22 @@ def test_an_error_of_process_0_ends_both(home):
   assert "metrics.jsonl" in outcomes[0][1][-1]
 
 
+@pytest.mark.slow
+def test_processes_with_other_flags_are_refused(home):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  common = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
+  rates = [["--learning_rate=0.001"], ["--learning_rate=0.002"]]
+  pair = [start(home, home / "x", 1, *common, *rates[i], f"--process_id={i}") for i in range(2)]
+  for code, lines in (end(*process) for process in pair):
+    assert code == 2
+    assert lines[-1] == (
+      "error: --learning_rate=0.002 in process 1, --learning_rate=0.001 in process 0: all "
+      "processes of a run need the same flags"
+    )
+
+
 TASK = {
   "SLURM_JOB_ID": "7",
   "SLURM_STEP_NODELIST": "node[1-2]",
