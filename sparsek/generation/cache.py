@@ -210,7 +210,7 @@ def prefill(
   clip = jnp.clip if isinstance(lengths, jax.core.Tracer) else np.clip
   if not donate:
     cache = jax.tree.map(jnp.copy, cache)
-  all_logits, last = [], jnp.full((batch, config.vocab_size), jnp.nan)
+  all_logits, last = [], jnp.full((batch, config.vocab_size), jnp.nan, jnp.float32)
   for start in range(0, length, chunk_size):
     part = tokens[:, start : start + chunk_size]
     size = min(chunk_size, pad_length(part.shape[1]))

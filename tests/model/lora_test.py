@@ -43,6 +43,7 @@ PLAIN = TransformerConfig(
   scorer_loss_queries=3,
 )
 LORA = dataclasses.replace(PLAIN, lora_rank=3, lora_alpha=4.5)
+TEACHER = dataclasses.replace(PLAIN, attention="sliding_window", num_layers=1)
 TRAIN = TrainConfig(
   workdir="",
   data=DataConfig(batch_size=2, seq_len=16),
@@ -95,23 +96,29 @@ def logits(config, params):
 
 
 def test_new_adapters_change_nothing():
+  adapters, base = (dataclasses.replace(config, num_layers=1) for config in (LORA, PLAIN))
   adapted, plain = (
     quick_jit(
       lambda params, config=config: (
         summed_losses(config, params, cut_targets(BATCH), 8).cross_entropy
       )
     )
-    for config in (LORA, PLAIN)
+    for config in (adapters, base)
   )
-  params = init_params(PLAIN, jax.random.key(0))
-  assert adapted(new_adapters(LORA)) == plain(params)
-  assert adapted(trained_adapters(LORA)) != plain(params)
-  jax.tree.map(np.testing.assert_array_equal, lora.merge(LORA, new_adapters(LORA)), params)
-  assert jax.tree.structure(new_adapters(LORA)) == jax.tree.structure(abstract_params(LORA))
+  params, new = init_params(base, jax.random.key(0)), new_adapters(adapters)
+  assert adapted(new) == plain(params)
+  assert adapted(trained_adapters(adapters)) != plain(params)
+  jax.tree.map(np.testing.assert_array_equal, lora.merge(adapters, new), params)
+  assert jax.tree.structure(new) == jax.tree.structure(abstract_params(adapters))
 
 
 @pytest.mark.parametrize(
-  "fields", [{}, {"scan_layers": True}, {"attention": "full", "mlp": "gelu", "num_kv_heads": 4}]
+  "fields",
+  [
+    {"num_layers": 1},
+    {"scan_layers": True},
+    {"attention": "full", "mlp": "gelu", "num_kv_heads": 4},
+  ],
 )
 def test_merged_weights_compute_the_same(fields):
   config = dataclasses.replace(LORA, **fields)
@@ -160,8 +167,8 @@ def test_only_adapters_and_scorers_learn(scan_layers, trainable):
     == set(flat(state.opt_state[1].mu))
     == set(flat(state.opt_state[1].nu))
   )
-  step = make_train_step(config, train, optimizer, mesh, PLAIN)
-  teacher = jax.device_put(init_params(PLAIN, jax.random.key(5)), replicated(mesh))
+  step = make_train_step(config, train, optimizer, mesh, TEACHER)
+  teacher = jax.device_put(init_params(TEACHER, jax.random.key(5)), replicated(mesh))
   for _ in range(2):  # in the first, B = 0 keeps every A
     state, metrics = step(state, put_batch(mesh, BATCH), teacher)
   after = flat(state.params)

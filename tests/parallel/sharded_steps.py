@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -33,6 +34,7 @@ from sparsek.training.step import (
   make_train_step,
   state_placements,
 )
+from tests.helpers import quick_jit
 
 BATCH, LENGTH, VOCABULARY = 16, 32, 23
 FIELDS: dict[str, Any] = dict(
@@ -86,8 +88,13 @@ def example_batch() -> dict[str, np.ndarray]:
   return {"tokens": tokens, "segment_ids": segment_ids}
 
 
+@functools.cache
 def random_params(config: TransformerConfig, seed: int) -> Any:
-  """Returns parameters of which none is 0, as new adapters are."""
+  """Returns parameters of which none is 0, as new adapters are, on the host."""
+  return jax.device_get(quick_jit(functools.partial(_random_params, config, seed))())
+
+
+def _random_params(config: TransformerConfig, seed: int) -> Any:
   params = init_params(config, jax.random.key(seed))
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -164,7 +171,7 @@ def run_on_meshes(
   folder: pathlib.Path, name: str, meshes: list[tuple[int, int, int]]
 ) -> list[float]:
   """Trains on each mesh, resuming from the one before, 3 steps in all; returns the losses."""
-  config = dataclasses.replace(CONFIGS["scanned"], vocab_size=257)
+  config = dataclasses.replace(CONFIGS["scanned"], vocab_size=257, attention="full", remat="none")
   dataset = open_data(str(folder / "tokens"))
   for i, (_, fsdp, context) in enumerate(meshes):
     train = TrainConfig(

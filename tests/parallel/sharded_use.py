@@ -59,7 +59,8 @@ def batch() -> dict[str, np.ndarray]:
 
 def evaluations(mesh: Mesh) -> dict[str, list]:
   """Returns what is evaluated on a mesh."""
-  params, edges, predicted = model(WINDOW), (0, 20, 40, LENGTH), tasks.predicted
+  params = jax.device_put(model(WINDOW), jax.devices()[0])  # of one device, to be spread
+  edges, predicted = (0, 20, 40, LENGTH), tasks.predicted
   loss = loss_by_position.evaluate(WINDOW, params, [batch()], edges, loss_chunk=24, mesh=mesh)
   answers = []
 

@@ -301,11 +301,12 @@ def test_init_from_takes_another_kind_of_attention_from_its_own_layers(
     implementation="reference",
   )
   dense = dataclasses.replace(hybrid, attention=("full",), scan_layers=False)
-  settings = functools.partial(run_config, seed=3, eval_every=0)
-  loop.train(dense, settings(tmp_path / "dense", num_steps=4), dataset)
+  # one schedule, so that runs of the same model share a program
+  settings = functools.partial(run_config, num_steps=4, seed=3, eval_every=0)
+  loop.train(dense, settings(tmp_path / "dense"), dataset)
   dense_params, _ = checkpoint.load_params(str(tmp_path / "dense"), dense)
   begin = lambda config, name, source: loop.train(
-    config, settings(tmp_path / name, 1, init_from=str(tmp_path / source)), dataset
+    config, settings(tmp_path / name, stop_at=1, init_from=str(tmp_path / source)), dataset
   )
   begin(hybrid, "hybrid", "dense")
   assert "drawn anew: attention/scorer of 2 layers" in capsys.readouterr().err
@@ -353,12 +354,9 @@ def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(
   assert {path[-1].key for path, same in jax.tree_util.tree_leaves_with_path(same) if not same} == {
     "kernel"
   }
-  loop.train(
-    CONFIG, run_config(tmp_path / "merged", num_steps=1, init_from=str(tmp_path / "whole")), dataset
-  )
-  loop.train(
-    config, run_config(tmp_path / "new", num_steps=1, init_from=str(tmp_path / "whole")), dataset
-  )
+  for other, name in ((CONFIG, "merged"), (config, "new")):
+    begun = run_config(tmp_path / name, stop_at=1, init_from=str(tmp_path / "whole"))
+    loop.train(other, begun, dataset)
   # both of the first step: of what they begin at
   losses = [logged(tmp_path / name)[0]["loss"] for name in ("merged", "new")]
   held_out = functools.partial(

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import types
 
 import jax
@@ -18,7 +15,7 @@ from sparsek.parallel.mesh import make_mesh
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training import plan
 from sparsek.training.activations import activation_bytes
-from tests.commands import ROOT, run_forked
+from tests.commands import FORKS, ROOT, become, run_forked
 
 MADE = plan.Plan(
   devices="16 x NVIDIA H100 (data 1, fsdp 2, context 8)",
@@ -133,7 +130,7 @@ def test_refuses_topologies_before_any_work(flags, words, tmp_path):
   assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_dry_run_over_eight_devices():
+def test_a_dry_run_over_eight_devices(tmp_path):
   """The row of a million tokens is one that no device here could hold."""
   flags = [
     "--dry_run",
@@ -145,14 +142,13 @@ def test_a_dry_run_over_eight_devices():
     "--batch_size=4",
     "--seq_len=1048576",
   ]
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.pretrain", *flags],
-    cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  assert "8 x cpu (data 2, fsdp 2, context 2)" in done.stdout
-  assert re.search(r"\n  \d+ all-gather: a device receives [\d.e-]+ GB\n", done.stdout)
-  assert re.search(r"activations \+ .* other temporaries = [\d.]+$", done.stdout.strip())
+  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  arguments = (["experiments.pretrain", *flags], str(ROOT), str(tmp_path), devices)
+  process = FORKS.Process(target=become, args=arguments)
+  process.start()
+  process.join()
+  assert process.exitcode == 0, (tmp_path / "stderr").read_text()
+  said = (tmp_path / "stdout").read_text()
+  assert "8 x cpu (data 2, fsdp 2, context 2)" in said
+  assert re.search(r"\n  \d+ all-gather: a device receives [\d.e-]+ GB\n", said)
+  assert re.search(r"activations \+ .* other temporaries = [\d.]+$", said.strip())
