@@ -125,7 +125,7 @@ class Watch:
 
   def start(self) -> None:
     """Starts the threads."""
-    _end_at_abort()
+    end_at_abort(Reason("another process died, unless the lines above say otherwise", 1))
     for thread in self._threads:
       thread.start()
 
@@ -204,18 +204,23 @@ class Watch:
     os._exit(reason.code)
 
 
+_at_abort = Reason("JAX aborted this process", 1)
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _explain_abort(number: int) -> None:
-  """Prints a sentence, and ends the process."""
-  os.write(2, b"error: another process died, unless the lines above say otherwise\n")
-  os._exit(1)
+  """Prints the sentence of `end_at_abort`, and ends the process."""
+  os.write(2, f"error: {_at_abort.text}\n".encode())
+  os._exit(_at_abort.code)
 
 
-def _end_at_abort() -> None:
+def end_at_abort(reason: Reason) -> None:
   """Lets this process end with a sentence where JAX aborts it, as when process 0 is gone.
 
   JAX's thread aborts within the same millisecond, and a handler of Python would run too late.
   """
+  global _at_abort
+  _at_abort = reason
   ctypes.CDLL(None).signal(signal.SIGABRT, _explain_abort)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparsek.errors import RunError, UsageError
 from sparsek.parallel import clusters
-from sparsek.parallel.process_watch import Watch, reason_of
+from sparsek.parallel.process_watch import Reason, Watch, end_at_abort, reason_of
 
 T = TypeVar("T")
 ADDRESS = "JAX_COORDINATOR_ADDRESS"  # environment variable, read by JAX too
@@ -196,7 +196,8 @@ def _arguments(options: Options, environ: Any) -> dict[str, Any] | None:
 def _check(given: dict[str, Any]) -> None:
   """Raises UsageError for values of flags that do not go together."""
   address, number = given.get("coordinator_address"), given.get("process_id")
-  if address is not None and not address.rpartition(":")[2].isdigit():
+  port = (address or ":1").rpartition(":")[2]
+  if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
     raise UsageError(f"--coordinator_address={address} must be HOST:PORT, of process 0")
   if number is not None and number >= given.get("num_processes", number + 1):
     raise UsageError(
@@ -211,6 +212,12 @@ def _initialize(arguments: dict[str, Any], options: Options) -> _Group | None:
   seconds = max(int(options.timeout), 1)
   # Its handler of SIGTERM would replace ours, which ends a run at a step that all processes agree.
   jax.config.update("jax_enable_preemption_service", False)
+  where = arguments.get("coordinator_address", "the first process")
+  apart = (
+    f"the processes of this run did not meet at {where} within {seconds} seconds "
+    "(--process_timeout)"
+  )
+  end_at_abort(Reason(f"{apart}; is each started once, with a --process_id of its own?", 2))
   try:
     jax.distributed.initialize(
       **arguments,
@@ -223,12 +230,8 @@ def _initialize(arguments: dict[str, Any], options: Options) -> _Group | None:
       return None
     raise UsageError(f"the processes of this run cannot be found: {error}") from None
   except RuntimeError as error:
-    where = arguments.get("coordinator_address", "the first process")
     lines = str(error).strip().splitlines()
-    raise UsageError(
-      f"the processes of this run did not meet at {where} within {seconds} seconds "
-      f"(--process_timeout): {' '.join(lines[:1])}"
-    ) from None
+    raise UsageError(f"{apart}: {' '.join(lines[:1])}") from None
   state = distributed.global_state
   if state.num_processes == 1:
     return None

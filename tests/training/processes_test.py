@@ -146,6 +146,19 @@ def test_processes_with_other_flags_are_refused(home):
     )
 
 
+@pytest.mark.slow
+def test_a_process_whose_others_do_not_come_says_so(home):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  flags = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"]
+  code, lines = end(*start(home, home / "alone_of_two", 1, *flags, "--process_timeout=5"))
+  assert code == 2
+  assert lines[-1].startswith(
+    f"error: the processes of this run did not meet at {address} within 5"
+  )
+
+
 TASK = {
   "SLURM_JOB_ID": "7",
   "SLURM_STEP_NODELIST": "node[1-2]",
