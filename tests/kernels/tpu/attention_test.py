@@ -60,6 +60,7 @@ class TestMosaicTpu(AttentionTest):
   tolerance_16 = 1e-2  # softmax weights are rounded too
   tolerance_from_16 = 2e-3
 
+  batch = Spec("batch", n=80, batch=2, heads=4, groups=2, k=8, window=8)
   # The interpreter's callbacks cannot be computed again; compile_test.py compiles a training step
   # with remat.
   remat = False
