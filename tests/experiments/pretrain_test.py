@@ -17,6 +17,7 @@ import pytest
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.runs.checkpoint import saved_steps
 from tests.commands import Forked
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -133,8 +134,9 @@ def test_killed_and_resumed_logs_bit_equal_losses(
   tmp_path, data_folder, environment, uninterrupted
 ):
   process = fork(environment, command(tmp_path, data_folder))
-  wait_for_progress(tmp_path, process)
-  time.sleep(random.uniform(0.0, 0.7))
+  while process.poll() is None and not saved_steps(str(tmp_path)):
+    time.sleep(0.01)
+  time.sleep(random.uniform(0.0, 0.4))
   process.kill()
   finish(process)
   code, _, err = finish(fork(environment, command(tmp_path, data_folder)))
