@@ -34,14 +34,17 @@ SMALLER = {
   "--eval_batches=1 --warmup_steps=1 --data=data/stdlib'",
   "experiments.benchmark": (
     "--lengths=64 --heads=2 --kv_heads=1 --head_dim=8 --k=8 "
-    "--window=8 --baselines=sparsek,dense --rounds=1 --record=benchmark.json"
+    "--window=8 --baselines=sparsek,dense --rounds=1 --record=benchmark.json "
+    "--implementation=reference"
   ),
   "experiments.benchmark --suite=train": (
-    "--preset=tiny --vocab_size=300 --lengths=64 --k=8 --window=8 --baselines=sparsek --rounds=1"
+    "--preset=tiny --vocab_size=300 --lengths=64 --k=8 --window=8 --baselines=sparsek --rounds=1 "
+    "--dtype=float32 --implementation=reference"
   ),
   "experiments.benchmark --suite=decode": (
     "--vocab_size=300 --lengths=64 --batch_sizes=1 "
-    "--prompts=64 --k=8 --window=8 --baselines=sparsek --rounds=1"
+    "--prompts=64 --k=8 --window=8 --baselines=sparsek --rounds=1 "
+    "--dtype=float32 --implementation=reference"
   ),
 }
 

@@ -161,7 +161,7 @@ def command(tmp_path, *arguments):
 @pytest.mark.slow
 def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
   write_documents(str(tmp_path / "tokens"))
-  environment = sharing_compiled(str(tmp_path / "cache"))
+  environment = os.environ | sharing_compiled(str(tmp_path / "cache"))
   with subprocess.Popen(
     command(tmp_path),
     env=environment,

@@ -124,6 +124,7 @@ def test_conversion(folder, data):
     "--checkpoint_every=1",
     "--log_every=1",
     "--eval_every=0",
+    "--implementation=reference",  # compiles fast
     *flags_,
   )
   config_of = lambda name: run_record.load_run_config(str(folder / name))[0]
@@ -192,6 +193,7 @@ def test_conversion_by_adapters(folder, data, tmp_path, capsys):
     "--num_steps=2",
     "--eval_every=2",
     "--eval_batches=1",
+    "--implementation=reference",
     *flags_,
   )
   adapted = [

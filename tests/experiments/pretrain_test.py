@@ -1,13 +1,15 @@
-"""experiments.pretrain as real processes: killed at a random moment, stopped by signals, started
-with bad flags.
+"""experiments.pretrain as processes: killed at a random moment, stopped by signals, started with
+bad flags.
 """
 
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -15,6 +17,8 @@ import pytest
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.runs.checkpoint import saved_steps
+from tests.commands import Forked
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TINY = [
@@ -33,6 +37,9 @@ TINY = [
   "--eval_every=25",
   "--eval_batches=2",
   "--checkpoint_every=5",
+  # what is traced and compiled fastest
+  "--implementation=reference",
+  "--scan_layers=false",
 ]
 
 
@@ -47,9 +54,8 @@ def write_documents(folder):
 
 
 def sharing_compiled(folder):
-  """Returns the environment of processes that share compiled programs, to save most of the time."""
+  """Returns variables of processes that share compiled programs, to save most of the time."""
   return {
-    **os.environ,
     "JAX_COMPILATION_CACHE_DIR": folder,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PLATFORMS": "cpu",
@@ -66,19 +72,26 @@ def environment(tmp_path_factory):
   return sharing_compiled(str(tmp_path_factory.mktemp("cache")))
 
 
+def command(workdir, data_folder, *flags):
+  """Returns the words of a run, after `python -m`."""
+  return ["experiments.pretrain", f"--workdir={workdir}", f"--data={data_folder}", *TINY, *flags]
+
+
 def start(workdir, data_folder, environment, *flags):
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.pretrain",
-    f"--workdir={workdir}",
-    f"--data={data_folder}",
-    *TINY,
-    *flags,
-  ]
+  """Starts a run as a user would."""
   return subprocess.Popen(
-    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    [sys.executable, "-m", *command(workdir, data_folder, *flags)],
+    cwd=ROOT,
+    env=os.environ | environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
+
+
+def fork(environment, words):
+  """Starts a command in a process that need not import anything."""
+  return Forked(words, pathlib.Path(ROOT), pathlib.Path(tempfile.mkdtemp()), environment)
 
 
 def finish(process):
@@ -110,7 +123,7 @@ def logged(workdir):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data_folder, environment):
   workdir = str(tmp_path_factory.mktemp("uninterrupted"))
-  code, out, err = finish(start(workdir, data_folder, environment))
+  code, out, err = finish(fork(environment, command(workdir, data_folder)))
   assert code == 0, err
   assert "step 120: loss" in out and workdir in out
   return logged(workdir)
@@ -120,12 +133,13 @@ def uninterrupted(tmp_path_factory, data_folder, environment):
 def test_killed_and_resumed_logs_bit_equal_losses(
   tmp_path, data_folder, environment, uninterrupted
 ):
-  process = start(tmp_path, data_folder, environment)
-  wait_for_progress(tmp_path, process)
-  time.sleep(random.uniform(0.0, 0.7))
+  process = fork(environment, command(tmp_path, data_folder))
+  while process.poll() is None and not saved_steps(str(tmp_path)):
+    time.sleep(0.01)
+  time.sleep(random.uniform(0.0, 0.4))
   process.kill()
   finish(process)
-  code, _, err = finish(start(tmp_path, data_folder, environment))
+  code, _, err = finish(fork(environment, command(tmp_path, data_folder)))
   assert code == 0, err
   assert logged(tmp_path) == uninterrupted
   assert any(key.startswith("layer_0/") for key in uninterrupted[0])
@@ -136,9 +150,10 @@ def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(
   tmp_path, data_folder, environment, uninterrupted
 ):
   # Long evaluations make the run last, and the signal arrive in one.
-  process = start(tmp_path, data_folder, environment, "--eval_every=1", "--eval_batches=1000")
+  long = command(tmp_path, data_folder, "--eval_every=1", "--eval_batches=1000")
+  process = fork(environment, long)
   wait_for_progress(tmp_path, process)
-  code, _, err = finish(start(tmp_path, data_folder, environment))
+  code, _, err = finish(fork(environment, command(tmp_path, data_folder)))
   assert (
     code == 2
     and len(err.splitlines()) == 1
@@ -151,34 +166,19 @@ def test_sigterm_saves_and_exits_0_and_the_workdir_is_locked_until_then(
   assert f"stopped by a signal at step {step} of 120" in out
   assert str(step) in os.listdir(tmp_path / "checkpoints")
   # flags.txt reproduces the run; flags after it win.
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.pretrain",
-    f"--flagfile={tmp_path / 'flags.txt'}",
-    "--eval_every=0",
-  ]
-  done = subprocess.run(
-    command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-  )
-  assert done.returncode == 0 and f"resuming {tmp_path} at step {step}" in done.stderr, done.stderr
+  again = ["experiments.pretrain", f"--flagfile={tmp_path / 'flags.txt'}", "--eval_every=0"]
+  code, _, err = finish(fork(environment, again))
+  assert code == 0 and f"resuming {tmp_path} at step {step}" in err, err
   losses = lambda records: [record["loss"] for record in records if "loss" in record]
   assert losses(logged(tmp_path)) == losses(uninterrupted)
 
 
 @pytest.mark.slow
 def test_bad_flags_exit_with_2_and_one_sentence_in_under_10_seconds(tmp_path, environment):
-  """Takes a flag that is refused late; others are in flags_test, in one process."""
+  """Starts Python anew, with a flag that is refused late; others are in flags_test."""
   started = time.monotonic()
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.pretrain",
-    f"--workdir={tmp_path / 'run'}",
-    "--data=/nowhere",
-  ]
-  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-  assert done.returncode == 2 and "/nowhere" in done.stderr, done.stderr
-  assert len(done.stderr.splitlines()) == 1, done.stderr
+  code, _, err = finish(start(tmp_path / "run", "/nowhere", environment))
+  assert code == 2 and "/nowhere" in err, err
+  assert len(err.splitlines()) == 1, err
   assert time.monotonic() - started < 10
   assert not os.path.exists(tmp_path / "run")

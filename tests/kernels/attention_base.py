@@ -16,16 +16,22 @@ from sparsek.kernels import reference, specs
 
 PLAIN = specs.SPECS[0]
 NO_WINDOW = next(spec for spec in specs.SPECS if spec.name == "window_0")
-BATCH = specs.Spec("batch", n=80, batch=2, heads=4, groups=2, k=8, window=8)
+BATCH, DOCUMENTS = (
+  next(spec for spec in specs.SPECS if spec.name == name) for name in ("grouped_heads", "documents")
+)
 ARGUMENTS = ("query", "key", "value", "scores")
 
 
 @functools.lru_cache(maxsize=None)
 def problem(spec):
   """Fresh inputs for this spec and a cotangent of the output."""
+  return *_inputs(spec), specs.segment_ids(spec)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inputs(spec):
   inputs = specs.make_inputs(spec, seed=zlib.crc32(spec.name.encode()))
-  cotangent = jax.random.normal(jax.random.key(7), inputs[0].shape).astype(spec.dtype)
-  return inputs, cotangent, specs.segment_ids(spec)
+  return inputs, jax.random.normal(jax.random.key(7), inputs[0].shape).astype(spec.dtype)
 
 
 @functools.lru_cache(maxsize=None)
@@ -90,7 +96,7 @@ def dense_attention(*args, **kwargs):
 
 class AttentionTest:
   """Subclasses set `implementation`; `specs` and `gates` to compare on some of them only; `dtype`
-  where it takes one only.
+  where it takes one only; `remat` where it cannot be computed again; `batch` for a smaller one.
 
   `tolerance` holds for results of 32 bits and `tolerance_16` for those of 16, beyond their own
   rounding: matrix units may round softmax weights too. `tolerance_from_16`, if there is one, is
@@ -99,6 +105,8 @@ class AttentionTest:
 
   implementation: str
   dtype = None
+  remat = True
+  batch = BATCH
   tolerance = 1e-5
   tolerance_16 = 1e-3
   tolerance_from_16 = None
@@ -111,7 +119,7 @@ class AttentionTest:
         "spec, gate",
         [
           pytest.param(s, g, id=f"{s.name}-{g}")
-          for s in specs.SPECS
+          for s in dict.fromkeys((*specs.SPECS, self.batch))
           if s.name in self.specs
           for g in s.gates
           if g in self.gates
@@ -201,47 +209,49 @@ class AttentionTest:
 
   def test_documents_do_not_mix(self):
     """A document's output is that of a row that begins with it, whatever follows."""
-    inputs, cotangent, _ = self.problem(PLAIN)
-    run = lambda *args: output_and_gradients(self.attend(PLAIN, "value"), *args)
-    ids = jnp.where(jnp.arange(PLAIN.n) < 90, 1, 2)[None]
-    packed, *_ = run(inputs, cotangent, ids)
-    for begin, end in ((0, 90), (90, PLAIN.n)):
-      first, *_ = run([jnp.roll(x, -begin, axis=1) for x in inputs], cotangent)
+    inputs, cotangent, _ = self.problem(DOCUMENTS)
+    run = functools.partial(output_and_gradients, self.attend(DOCUMENTS, "key_value"))
+    one = jnp.ones(inputs[0].shape[:2], jnp.int32)
+    packed, *_ = run(inputs, cotangent, one.at[:, 90:].set(2))
+    for begin, end in ((0, 90), (90, DOCUMENTS.n)):
+      first, *_ = run([jnp.roll(x, -begin, axis=1) for x in inputs], cotangent, one)
       assert self.close(packed[:, begin:end], first[:, : end - begin])
 
   def batch_of_two(self):
     """Returns (inputs, cotangent, attention, gradients) of two rows."""
-    inputs, cotangent, _ = self.problem(BATCH)
-    attention = self.attend(BATCH, "value")
+    inputs, cotangent, _ = self.problem(self.batch)
+    attention = self.attend(self.batch, "key_value")
     _, *gradients = output_and_gradients(attention, inputs, cotangent)
     return inputs, cotangent, attention, gradients
 
-  def test_remat(self):
+  def test_vmap_and_remat(self):
     inputs, cotangent, attention, gradients = self.batch_of_two()
-    _, *again = output_and_gradients(jax.checkpoint(attention), inputs, cotangent)
+    of_row = lambda *row: attention(*(y[None] for y in row))[0]
+    mapped = jax.vmap(jax.checkpoint(of_row) if self.remat else of_row)
+    _, *again = output_and_gradients(mapped, inputs, cotangent)
     for x, y in zip(again, gradients):
       assert self.close(x, y)
 
-  def test_vmap(self):
-    inputs, cotangent, attention, gradients = self.batch_of_two()
-    of_row = lambda *row: attention(*(y[None] for y in row))[0]
-    _, *mapped = output_and_gradients(jax.vmap(of_row), inputs, cotangent)
-    for x, y in zip(mapped, gradients):
-      assert self.close(x, y)
-
-  def test_scan(self):
+  def test_scan_and_shard_map(self):
     """Layers stacked in a scan, whose loops hand slices in and stack results: the same as one after
-    the other.
+    the other. Of shard_map the types, on a mesh of one device; sequence_parallel_test and xla_test
+    compare values over several.
     """
     (query, *rest), cotangent, attention, _ = self.batch_of_two()
-    scales = jnp.linspace(0.5, 1.5, 3, dtype=jnp.float32)
+    scales = jnp.array([0.5, 1.5], jnp.float32)
     scaled = lambda xs, scale: [x * scale.astype(x.dtype) for x in xs]
 
     def stacked(query, *rest):
       layer = lambda query, scale: (attention(query, *scaled(rest, scale)), None)
       return jax.lax.scan(layer, query, scales)[0]
 
-    _, *grads = output_and_gradients(stacked, (query, *rest), cotangent)
+    def of_shard(cotangent, *inputs):
+      return jax.vjp(stacked, *inputs)[1](cotangent)
+
+    mesh = jax.make_mesh((1, 1), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    part = jax.sharding.PartitionSpec("data", None, "heads")
+    sharded = jax.shard_map(of_shard, mesh=mesh, in_specs=part, out_specs=part)
+    grads = jax.jit(sharded)(cotangent, query, *rest)
 
     layer = lambda query, scale, cotangent: output_and_gradients(
       attention, (query, *scaled(rest, scale)), cotangent
@@ -256,23 +266,10 @@ class AttentionTest:
     for name, x, y in zip(ARGUMENTS, grads, (cotangent, *expected)):
       assert self.close(x, y), name
 
-  def test_shard_map(self):
-    """Types only, on a mesh of one device; values over four devices are compared in xla_test."""
-    inputs, cotangent, attention, gradients = self.batch_of_two()
-    mesh = jax.make_mesh((1, 1), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    part = jax.sharding.PartitionSpec("data", None, "heads")
-
-    def of_shard(cotangent, *inputs):
-      return jax.vjp(attention, *inputs)[1](cotangent)
-
-    sharded = jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=part, out_specs=part))
-    for x, y in zip(sharded(cotangent, *inputs), gradients):
-      assert self.close(x, y)
-
   def test_repeats_to_the_bit(self):
     inputs, cotangent, _ = self.problem(PLAIN)
     first, second = (
-      output_and_gradients(self.attend(PLAIN, "value"), inputs, cotangent) for _ in range(2)
+      output_and_gradients(self.attend(PLAIN, "key_value"), inputs, cotangent) for _ in range(2)
     )
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -280,10 +277,10 @@ class AttentionTest:
     """No candidates: the window alone, and zeros where there is none."""
     (q, key, v, u), cotangent, _ = self.problem(PLAIN)
     inputs = q, key, v, jnp.full_like(u, -jnp.inf)
-    out, *grads = output_and_gradients(self.attend(PLAIN), inputs, cotangent)
+    gate = "straight_through" if "straight_through" in self.gates else "key_value"
+    out, *grads = output_and_gradients(self.attend(PLAIN, gate), inputs, cotangent)
     assert self.close(out, sparsek.sliding_window_attention(q, key, v, window=PLAIN.window))
     assert all(np.all(np.isfinite(g)) for g in grads)
-    gate = "straight_through" if "straight_through" in self.gates else "key_value"
     out, *grads = output_and_gradients(self.attend(NO_WINDOW, gate), inputs, cotangent)
     assert not np.any(out) and all(np.all(np.isfinite(g)) for g in grads)
 

@@ -36,7 +36,7 @@ BASE = dict(
   scorer_init_slope=1.0,
 )
 CASES = {
-  "two layers": (dict(num_layers=2, scorer_init_sink=1.0), 132),
+  "sink": (dict(num_layers=1, scorer_init_sink=1.0), 132),
   "two warpgroups, parallel": (dict(num_layers=1, parallel_residual=True), 1),
   "layers of their own k and window": (
     dict(num_layers=2, attention="sparsek,sparsek:k160:w224"),
