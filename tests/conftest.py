@@ -44,3 +44,16 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.get_closest_marker("gpu"):
       item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; JAX sees none here"))
+
+
+def pytest_runtest_teardown(item, nextitem):
+  """Drops compiled functions between files before they fill the memory map of the process.
+
+  Each is several mappings, of which Linux allows 65,530; LLVM aborts where there is no other.
+  """
+  if nextitem is not None and nextitem.path != item.path and os.path.exists("/proc/self/maps"):
+    with open("/proc/self/maps", "rb") as maps:
+      mappings = sum(1 for _ in maps)
+    if mappings > 30_000:
+      jax.clear_caches()
+      gc.collect()

@@ -251,7 +251,8 @@ def _train_locked(
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoint.quiet_orbax())
     stop = stack.enter_context(StopSignal())
-    processes.check_same(_settings(config, train_config, dataset))
+    if processes.count() > 1:
+      processes.check_same(_settings(config, train_config, dataset))
     processes.on_first(functools.partial(_lock, stack, workdir))
     setup = set_up(config, train_config, dataset)
     stack.callback(setup.iterator.close)
