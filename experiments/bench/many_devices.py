@@ -28,6 +28,7 @@ from experiments import script
 from experiments.bench.cells import environment, run_rounds
 from experiments.bench.training_step import KINDS, Job, StepCell, under
 from sparsek.config import TransformerConfig, preset
+from sparsek.errors import UsageError
 from sparsek.parallel.mesh import AXES, make_mesh
 from sparsek.storage import files
 
@@ -156,6 +157,12 @@ def table(rows: list[dict]) -> str:
 def main(options: argparse.Namespace) -> None:
   """Times the cases that the record lacks, and prints the table."""
   known = cases()
+  for name in options.cases.split(","):
+    if name not in known:
+      raise UsageError(f"--cases={options.cases}: no case {name!r}; there are {', '.join(known)}")
+  for kind in filter(None, (options.kinds or "").split(",")):
+    if kind not in KINDS:
+      raise UsageError(f"--kinds={options.kinds}: no kind {kind!r}; there are {', '.join(KINDS)}")
   rows: list[dict] = []
   if options.record and os.path.exists(options.record):
     rows = files.read_json_object(options.record)["rows"]
@@ -178,11 +185,16 @@ def main(options: argparse.Namespace) -> None:
   print(table(rows))
 
 
-if __name__ == "__main__":
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
   parser.add_argument("--record", help="JSON file to write")
   parser.add_argument("--cases", default="data,context,fsdp,million", help="names, by commas")
   parser.add_argument("--kinds", help="kinds of attention, by commas; by default all of the case")
   parser.add_argument("--rounds", type=int, default=5, help="most samples of each step")
   parser.add_argument("--seconds", type=float, default=60, help="most seconds of rounds, per case")
-  script.run(main, parser)
+  return parser
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())
