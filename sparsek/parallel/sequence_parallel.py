@@ -50,7 +50,7 @@ class _Span(NamedTuple):
     length: L, tokens of the shard.
     halo: tokens of the span besides the own ones: window - 1, or a few more.
     base: index in the row of the span's first token, below 0 where empty tokens come first.
-    offset: index in the span of the first own token; a Python int where it is the halo.
+    offset: index in the span of the first own token.
   """
 
   length: int
@@ -60,27 +60,17 @@ class _Span(NamedTuple):
 
   def read(self, x: jax.Array) -> jax.Array:
     """Returns the tokens of the span, given the shard's own: [B, L, ...] to [B, halo + L, ...]."""
-    return self._from_base(self.before(x), x, 0)
-
-  def before(self, x: jax.Array) -> jax.Array:
-    """Returns the `halo` tokens before the shard, given at least its own last min(halo, L)."""
-    if not self.halo:
-      return x[:, :0]
-    (before,) = saved(tokens_before(x[:, -min(self.halo, self.length) :], self.halo))
-    return before
-
-  def place(self, x: jax.Array, fill: float = 0) -> jax.Array:
-    """Puts own tokens at their places in the span, with `fill` at those of the others."""
-    before = jnp.full((x.shape[0], self.halo, *x.shape[2:]), fill, x.dtype)
-    return self._from_base(before, x, fill)
-
-  def _from_base(self, before, x, fill):
     if not self.halo:
       return x
-    if isinstance(self.offset, int):
-      return jnp.concatenate([before, x], axis=1)
-    behind = jnp.full_like(before, fill)
-    row = jnp.concatenate([before, x, behind], axis=1)
+    (before,) = saved(tokens_before(x[:, -min(self.halo, self.length) :], self.halo))
+    return self._from_base(before, x)
+
+  def place(self, x: jax.Array) -> jax.Array:
+    """Puts own tokens at their places in the span, with zeros at those of the others."""
+    return self._from_base(jnp.zeros((x.shape[0], self.halo, *x.shape[2:]), x.dtype), x)
+
+  def _from_base(self, before, x):
+    row = jnp.concatenate([before, x, jnp.zeros_like(before)], axis=1)
     size = self.halo + self.length
     return lax.dynamic_slice_in_dim(row, self.halo - self.offset, size, axis=1)
 
