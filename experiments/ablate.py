@@ -20,8 +20,6 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from experiments import child
-from experiments.reports import grid
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
@@ -30,6 +28,8 @@ from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import ATTENTION_KINDS, GATES, SCORERS
 from sparsek.data import batches
 from sparsek.errors import RunError, UsageError
+from sparsek.experiments import child
+from sparsek.experiments.reports import grid
 from sparsek.parallel import clusters
 from sparsek.runs import settings
 from sparsek.runs.run_directory import COMPILATION_CACHE

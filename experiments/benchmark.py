@@ -20,22 +20,29 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from experiments.bench import attention as attention_bench
-from experiments.bench import (
+from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import run as run_command
+from sparsek.errors import RunError, UsageError
+from sparsek.experiments.bench import attention as attention_bench
+from sparsek.experiments.bench import (
   attention_report,
   decoding_report,
   training_step_report,
   transformers_llama,
 )
-from experiments.bench import decoding as decoding_bench
-from experiments.bench import training_step as training_step_bench
-from experiments.bench.cells import environment
-from experiments.bench.flags import FLAGS
-from experiments.bench.suites import check_same_model, decode_jobs, flag, jobs, names, problems
-from experiments.reports import records
-from sparsek.command_line.definer import into_string
-from sparsek.command_line.main import run as run_command
-from sparsek.errors import RunError, UsageError
+from sparsek.experiments.bench import decoding as decoding_bench
+from sparsek.experiments.bench import training_step as training_step_bench
+from sparsek.experiments.bench.cells import environment
+from sparsek.experiments.bench.flags import FLAGS
+from sparsek.experiments.bench.suites import (
+  check_same_model,
+  decode_jobs,
+  flag,
+  jobs,
+  names,
+  problems,
+)
+from sparsek.experiments.reports import records
 from sparsek.storage import files
 
 Record = dict[str, Any]

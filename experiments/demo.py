@@ -18,11 +18,11 @@ import time
 import jax
 from absl import flags as absl_flags
 
-from experiments import child
-from experiments.reports.plots import kept_tokens, save_picture
 from sparsek.command_line.main import run
 from sparsek.data.batches import open_data
 from sparsek.errors import RunError
+from sparsek.experiments import child
+from sparsek.experiments.reports.plots import kept_tokens, save_picture
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
 

@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from experiments.reports import plots
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
@@ -29,6 +28,7 @@ from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
 from sparsek.evaluation import tasks
+from sparsek.experiments.reports import plots
 from sparsek.parallel import clusters
 from sparsek.parallel.mesh import CONTEXT, make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record

@@ -19,7 +19,7 @@ FORKS.set_forkserver_preload(
     "sparsek.evaluation.tasks",
     "sparsek.generation.session",
     "sparsek.huggingface.pretrained",
-    "experiments.reports.plots",
+    "sparsek.experiments.reports.plots",
   ]
 )
 

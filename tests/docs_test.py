@@ -168,10 +168,10 @@ def test_paths_that_workspace_names_exist():
 def test_recipes_parse(recipe):
   from absl import flags as absl_flags
 
-  from experiments import prepare_data
   from sparsek.command_line.configs import model_config, train_config
   from sparsek.command_line.main import parse
   from sparsek.command_line.training_flags import define_pretrain_flags
+  from sparsek.experiments import prepare_data
 
   if "experiments.prepare_data --flagfile" in recipe.read_text():
     parse(["prepare_data", f"--flagfile={recipe}"], prepare_data.FLAGS)

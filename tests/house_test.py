@@ -30,7 +30,7 @@ FIRST_WORDS = {"What", "Of", "Whether", "Where", "As", "Which", "How"}
 
 
 def room_of(module: str) -> str:
-  """Returns the room of "sparsek.training.loop", "experiments.bench.cells", ..."""
+  """Returns the room of "sparsek.training.loop", "sparsek.experiments.bench.cells", ..."""
   parts = module.split(".")
   return parts[1] if parts[0] == "sparsek" and len(parts) > 1 else parts[0]
 
@@ -41,7 +41,7 @@ def sources(*folders: str) -> list[pathlib.Path]:
 
 def module_of(path: pathlib.Path) -> str:
   name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-  return f"sparsek.{name}" if name.startswith("kernels") else name
+  return f"sparsek.{name}" if name.startswith(("kernels", "experiments")) else name
 
 
 def imported(tree: ast.AST) -> list[str]:

@@ -25,7 +25,7 @@ def checkout(tmp_path):
   def copy(name: str) -> pathlib.Path:
     folder = tmp_path / name
     folder.mkdir()
-    for part in ("sparsek", "kernels"):
+    for part in ("sparsek", "kernels", "experiments"):
       ignored = shutil.ignore_patterns("__pycache__")
       shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignored)
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):

@@ -10,10 +10,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from experiments.bench.attention_report import figure
-from experiments.reports import baselines_report, records
-from experiments.reports import results_tables as tables
-from experiments.reports.baselines_report import accuracies, difference, losses, mean_and_error
+from sparsek.experiments.bench.attention_report import figure
+from sparsek.experiments.reports import baselines_report, records
+from sparsek.experiments.reports import results_tables as tables
+from sparsek.experiments.reports.baselines_report import (
+  accuracies,
+  difference,
+  losses,
+  mean_and_error,
+)
 
 README, MAP, RECIPES = "README.md", "docs/attention-map.md", "experiments/recipes/"
 load = functools.cache(records.load)

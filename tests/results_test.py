@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from experiments.reports import records, results_page
-from experiments.reports import results_tables as tables
+from sparsek.experiments.reports import records, results_page
+from sparsek.experiments.reports import results_tables as tables
 from tests import results_claims as claims
 from tests.results_claims import MAP, README, RECIPES, Claim, Table, load
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.cells import ERRORS, Cell, reason, run_rounds
 from sparsek.attention import api as attention_api
 from sparsek.attention import documents, prefix_selection
 from sparsek.attention.backends import choose_implementation
+from sparsek.experiments.bench.cells import ERRORS, Cell, reason, run_rounds
 from sparsek.kernels import compaction, devices, reference, specs
 from sparsek.kernels.devices import on_nvidia_gpu
 

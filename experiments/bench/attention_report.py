@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.bench.attention import BASELINES, BOTH, FORWARD
-from experiments.reports import plots
+from sparsek.experiments.bench.attention import BASELINES, BOTH, FORWARD
+from sparsek.experiments.reports import plots
 
 SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 CURVES = ("sparsek", "sliding_window", "dense")

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.checkouts.report import (
+from sparsek.experiments.bench.checkouts.report import (
   SUITES,
   pair_programs,
   program_table,

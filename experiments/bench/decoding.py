@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import transformers_decode, transformers_llama
-from experiments.bench.cells import Cell, run_rounds
 from sparsek.config import TransformerConfig
+from sparsek.experiments.bench import transformers_decode, transformers_llama
+from sparsek.experiments.bench.cells import Cell, run_rounds
 from sparsek.generation.cache import Cache, cache_bytes, init_cache, prefill
 from sparsek.generation.cached_attention import NOWHERE, KeysAndValues, SelectionCache
 from sparsek.generation.inference import InferenceParams, inference_params

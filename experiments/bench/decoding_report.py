@@ -6,9 +6,9 @@ They are pure functions of the rows of `experiments.bench.decoding`.
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.bench.attention_report import aligned, number, quotient
-from experiments.bench.training_step_report import rows_to_keep as rows_to_keep
-from experiments.reports import plots
+from sparsek.experiments.bench.attention_report import aligned, number, quotient
+from sparsek.experiments.bench.training_step_report import rows_to_keep as rows_to_keep
+from sparsek.experiments.reports import plots
 
 LABELS = {"sparsek": "sparsek", "full": "full attention", "transformers": "transformers"}
 # fields that identify the job of a row

@@ -24,11 +24,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from experiments import script
-from experiments.bench.cells import environment, run_rounds
-from experiments.bench.training_step import KINDS, Job, StepCell, under
 from sparsek.config import TransformerConfig, preset
 from sparsek.errors import UsageError
+from sparsek.experiments import script
+from sparsek.experiments.bench.cells import environment, run_rounds
+from sparsek.experiments.bench.training_step import KINDS, Job, StepCell, under
 from sparsek.parallel.mesh import AXES, make_mesh
 from sparsek.storage import files
 

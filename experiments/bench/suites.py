@@ -6,13 +6,13 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from experiments.bench import attention as attention_bench
-from experiments.bench import decoding as decoding_bench
-from experiments.bench import training_step as training_step_bench
-from experiments.bench.flags import FLAGS, define_flags
 from sparsek.command_line.main import parse
 from sparsek.config import TransformerConfig, preset
 from sparsek.errors import UsageError
+from sparsek.experiments.bench import attention as attention_bench
+from sparsek.experiments.bench import decoding as decoding_bench
+from sparsek.experiments.bench import training_step as training_step_bench
+from sparsek.experiments.bench.flags import FLAGS, define_flags
 from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.specs import SCORE_FAMILIES
 from sparsek.runs.settings import differences

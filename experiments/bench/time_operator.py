@@ -14,8 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from experiments import script
 from sparsek.attention import prefix_selection
+from sparsek.experiments import script
 from sparsek.kernels import devices
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.bench import transformers_llama
-from experiments.bench.cells import Cell, run_rounds
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.experiments.bench import transformers_llama
+from sparsek.experiments.bench.cells import Cell, run_rounds
 from sparsek.model import flops
 from sparsek.model.transformer import count_params, init_params
 from sparsek.parallel.mesh import make_mesh, put_batch, replicated

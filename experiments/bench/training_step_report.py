@@ -6,9 +6,9 @@ They are pure functions of the rows of `experiments.bench.training_step`.
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.bench.attention_report import aligned, number, quotient
-from experiments.reports import plots
 from sparsek.errors import UsageError
+from sparsek.experiments.bench.attention_report import aligned, number, quotient
+from sparsek.experiments.reports import plots
 
 LABELS = {
   "sparsek": "sparsek",

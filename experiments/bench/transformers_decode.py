@@ -8,8 +8,8 @@ each sample.
 import sys
 import time
 
-from experiments.bench.transformers_llama import answer, ask, fields
 from sparsek.config import TransformerConfig
+from sparsek.experiments.bench.transformers_llama import answer, ask, fields
 
 COMMAND = (sys.executable, "-m", "experiments.bench.transformers_decode")
 TIMEOUT_SECONDS = 180.0

@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from experiments.bench.cells import summarize
 from sparsek.config import TransformerConfig
+from sparsek.experiments.bench.cells import summarize
 
 KINDS = {"transformers": "model", "transformers_layers": "layers"}  # what is compiled
 COMMAND = (sys.executable, "-m", "experiments.bench.transformers_llama")

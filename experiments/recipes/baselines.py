@@ -47,10 +47,10 @@ import os
 import re
 import shlex
 
-from experiments import script
-from experiments.recipes.stages import MINUTES, run_stages
-from experiments.reports import baselines_report, records
 from sparsek.config import GATES
+from sparsek.experiments import script
+from sparsek.experiments.recipes.stages import MINUTES, run_stages
+from sparsek.experiments.reports import baselines_report, records
 from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/baselines_{}.flags"

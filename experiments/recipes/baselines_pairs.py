@@ -9,8 +9,8 @@ start:
 
 import argparse
 
-from experiments import script
-from experiments.reports import baselines_report
+from sparsek.experiments import script
+from sparsek.experiments.reports import baselines_report
 from sparsek.storage import files
 
 KINDS = [

@@ -14,8 +14,8 @@ import json
 import random
 import string
 
-from experiments import script
 from sparsek.errors import UsageError
+from sparsek.experiments import script
 from sparsek.storage import files
 
 CYCLE = "abcdefgh"

@@ -13,9 +13,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import script
-from experiments.reports import records
 from sparsek.attention.operator import sparsek
+from sparsek.experiments import script
+from sparsek.experiments.reports import records
 from sparsek.runs import run_directory
 from sparsek.storage import files
 

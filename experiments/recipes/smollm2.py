@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import script
 from sparsek.data.tokenizer import load_tokenizer
+from sparsek.experiments import script
 from sparsek.generation.session import generate
 from sparsek.generation.text_stream import stream_text
 from sparsek.huggingface import pretrained, safetensors

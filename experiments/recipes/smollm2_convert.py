@@ -37,11 +37,11 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
-from experiments import script
-from experiments.recipes.stages import MINUTES, flags_of, run_stages
-from experiments.reports import plots, records
-from experiments.reports.baselines_report import accuracies, groups, mean_and_error
 from sparsek.data.task_documents import CHANCE
+from sparsek.experiments import script
+from sparsek.experiments.recipes.stages import MINUTES, flags_of, run_stages
+from sparsek.experiments.reports import plots, records
+from sparsek.experiments.reports.baselines_report import accuracies, groups, mean_and_error
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files

@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Mapping
 
-from experiments import child, evaluate, evaluate_tasks, import_hf
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
+from sparsek.experiments import child, evaluate, evaluate_tasks, import_hf
 from sparsek.runs import checkpoint, run_directory, settings
 from sparsek.storage import files
 

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.reports import plots
+from sparsek.experiments.reports import plots
 from sparsek.runs.metrics import read_metrics
 
 Runs = Mapping[str, Mapping]  # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}

@@ -12,9 +12,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import script
-from experiments.reports import grid, records
 from sparsek.errors import UsageError
+from sparsek.experiments import script
+from sparsek.experiments.reports import grid, records
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
 

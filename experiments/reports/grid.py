@@ -13,9 +13,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.reports import plots
 from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term
 from sparsek.errors import UsageError
+from sparsek.experiments.reports import plots
 from sparsek.runs import run_directory, settings
 from sparsek.runs.metrics import read_metrics
 from sparsek.runs.settings import Settings

@@ -6,9 +6,9 @@ import os
 import textwrap
 from collections.abc import Callable
 
-from experiments import script
-from experiments.reports import records
-from experiments.reports import results_sections as sections
+from sparsek.experiments import script
+from sparsek.experiments.reports import records
+from sparsek.experiments.reports import results_sections as sections
 from sparsek.storage import files
 
 PAGE = os.path.join(os.path.dirname(records.FOLDER), "..", "docs", "results.md")

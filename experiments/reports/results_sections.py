@@ -4,10 +4,10 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
-from experiments.bench.attention_report import figure, number, quotient
-from experiments.reports import baselines_report
-from experiments.reports import results_tables as tables
-from experiments.reports.results_tables import markdown, nats, percent, with_error
+from sparsek.experiments.bench.attention_report import figure, number, quotient
+from sparsek.experiments.reports import baselines_report
+from sparsek.experiments.reports import results_tables as tables
+from sparsek.experiments.reports.results_tables import markdown, nats, percent, with_error
 
 GRID_CELL = re.compile(r"(?P<kind>[a-z_]+)(-k(?P<k>\d+))?(-w(?P<window>\d+))?.*-s\d+")
 

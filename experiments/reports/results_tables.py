@@ -7,8 +7,13 @@ standard error over seeds.
 import math
 from collections.abc import Mapping, Sequence
 
-from experiments.bench.attention_report import figure, number
-from experiments.reports.baselines_report import accuracies, difference, groups, mean_and_error
+from sparsek.experiments.bench.attention_report import figure, number
+from sparsek.experiments.reports.baselines_report import (
+  accuracies,
+  difference,
+  groups,
+  mean_and_error,
+)
 
 ANSWERS = tuple((task, 4096) for task in ("passkey", "needle", "recall"))
 SPEED_LABELS = {

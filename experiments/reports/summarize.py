@@ -11,9 +11,9 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from experiments import script
-from experiments.reports import records
 from sparsek.errors import UsageError
+from sparsek.experiments import script
+from sparsek.experiments.reports import records
 from sparsek.storage import files
 
 

@@ -5,8 +5,6 @@ import dataclasses
 import pytest
 from absl import flags as absl_flags
 
-from experiments import import_hf
-from experiments.bench.flags import define_flags as define_benchmark_flags
 from sparsek.command_line import flagfiles, model_fields
 from sparsek.command_line.configs import model_config, override_config
 from sparsek.command_line.definer import into_string, names_of, not_default
@@ -14,6 +12,8 @@ from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.experiments import import_hf
+from sparsek.experiments.bench.flags import define_flags as define_benchmark_flags
 from sparsek.runs import settings
 
 VALUES = {  # a value of each field that is not its default

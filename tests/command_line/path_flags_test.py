@@ -89,7 +89,7 @@ def test_every_path_of_every_command():
   for command, flag in ours:
     if type(flag.parser) in PLAIN and flag.name not in NO_PATHS:
       pytest.fail(f"{command} --{flag.name}: define.path, or NO_PATHS")
-  from experiments import script
+  from sparsek.experiments import script
 
   for command, action in options:
     if action.type in (script.path, script.output):

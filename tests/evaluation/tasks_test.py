@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate_tasks
 from sparsek.config import TransformerConfig
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.evaluation import tasks
+from sparsek.experiments import evaluate_tasks
 from sparsek.model.transformer import Transformer, init_params
 from sparsek.parallel.mesh import make_mesh
 from tests.experiments.evaluate_test import write_run

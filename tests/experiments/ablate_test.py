@@ -13,14 +13,14 @@ import types
 
 import pytest
 
-from experiments import ablate
-from experiments.reports import grid, plots
-from experiments.reports.grid import Cell
 from sparsek.command_line.definer import into_string
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
+from sparsek.experiments import ablate
+from sparsek.experiments.reports import grid, plots
+from sparsek.experiments.reports.grid import Cell
 from sparsek.runs import run_directory, settings
 from tests.experiments.pretrain_test import ROOT, sharing_compiled, write_documents
 from tests.helpers import run_command

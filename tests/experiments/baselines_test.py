@@ -10,15 +10,15 @@ import types
 import pytest
 from absl import flags as absl_flags
 
-from experiments import evaluate, evaluate_tasks
-from experiments.recipes import baselines, baselines_pairs, stages
-from experiments.reports import baselines_report
-from experiments.reports.grid import USES
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import into_string
 from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
+from sparsek.experiments import evaluate, evaluate_tasks
+from sparsek.experiments.recipes import baselines, baselines_pairs, stages
+from sparsek.experiments.reports import baselines_report
+from sparsek.experiments.reports.grid import USES
 from sparsek.runs import run_directory, settings
 
 SPARSEK = "--gate=straight_through --scorer_loss=1"

@@ -4,10 +4,10 @@ import json
 import jax
 import pytest
 
-from experiments import benchmark
-from experiments.bench import suites, training_step
 from sparsek.command_line.main import parse
 from sparsek.errors import UsageError
+from sparsek.experiments import benchmark
+from sparsek.experiments.bench import suites, training_step
 from tests.helpers import run_command
 
 TINY = [

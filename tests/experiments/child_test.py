@@ -24,7 +24,7 @@ time.sleep(60)
 """
 PARENT = """
 import sys
-from experiments import child
+from sparsek.experiments import child
 with child.ending_at_signals(7), child.running("waits", sys.argv[1:]) as process:
   process.wait()
 """

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from experiments.bench import compare_checkouts
-from experiments.bench.checkouts import access, programs, report
-from experiments.bench.checkouts.report import ProgramPair, canonical
+from sparsek.experiments.bench import compare_checkouts
+from sparsek.experiments.bench.checkouts import access, programs, report
+from sparsek.experiments.bench.checkouts.report import ProgramPair, canonical
 
 PROGRAM = """\
 #loc1 = loc("step.py":3:0)

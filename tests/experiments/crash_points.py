@@ -476,8 +476,8 @@ def import_commands() -> None:
   """Imports what the commands need, and computes nothing: children are forked from here."""
   import tokenizers  # noqa: F401
 
-  import experiments.reports.grid  # noqa: F401
   import sparsek.evaluation.loss_by_position  # noqa: F401
+  import sparsek.experiments.reports.grid  # noqa: F401
   import sparsek.generation.session  # noqa: F401
   import sparsek.huggingface.pretrained  # noqa: F401
   import sparsek.training.loop  # noqa: F401

@@ -5,12 +5,12 @@ import math
 import jax
 import pytest
 
-from experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
+from sparsek.experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
 from sparsek.model.transformer import init_params
 from sparsek.runs import checkpoint, checkpoint_writer, run_directory
 from sparsek.runs.metrics import read_metrics

@@ -110,8 +110,8 @@ def check_model(value, folder, good):
 
 
 def read_ends(folder):
-  from experiments import import_hf
   from sparsek.data.tokenizer import load_tokenizer
+  from sparsek.experiments import import_hf
 
   tokenizer = load_tokenizer(str(folder / "model"))
   return import_hf.end_tokens(str(folder / "model"), tokenizer), tokenizer.eos_id

@@ -295,7 +295,7 @@ def damage_cache(content, rng):
 
 
 def _cells():
-  from experiments.reports import grid
+  from sparsek.experiments.reports import grid
 
   return grid.grid(["sparsek", "full"], [8], [8], ["straight_through"], ["linear"], 1)
 
@@ -309,7 +309,7 @@ def make_grid(folder):
 
 
 def read_grid(folder):
-  from experiments.reports import grid
+  from sparsek.experiments.reports import grid
 
   rows = grid.collect(str(folder), _cells())
   grid.markdown(grid.summarize(rows))
@@ -338,7 +338,7 @@ def make_minutes(folder):
 
 
 def read_minutes(folder):
-  from experiments.recipes import stages
+  from sparsek.experiments.recipes import stages
 
   return stages.run_stages({}, str(folder))
 
@@ -356,7 +356,7 @@ def copy_record(name: str):
 
 
 def read_record(folder):
-  from experiments import benchmark
+  from sparsek.experiments import benchmark
 
   return benchmark.load(str(folder / "record.json"))
 

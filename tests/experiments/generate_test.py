@@ -5,8 +5,8 @@ import os
 import jax
 import pytest
 
-from experiments import generate
 from sparsek.config import TransformerConfig
+from sparsek.experiments import generate
 from sparsek.generation.session import Session
 from sparsek.generation.text_stream import TextStream
 from sparsek.model.transformer import init_params

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, import_hf, pretrain
 from sparsek.config import TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from sparsek.experiments import evaluate, generate, import_hf, pretrain
 from sparsek.huggingface import pretrained
 from sparsek.model.transformer import init_params
 from sparsek.runs import checkpoint, checkpoint_writer, run_record

@@ -7,11 +7,11 @@ import json
 import jax
 import pytest
 
-from experiments import layer_reach
 from sparsek.config import TransformerConfig, parse_layer_pattern
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.experiments import layer_reach
 from sparsek.model.transformer import init_params
 from tests.experiments.evaluate_test import write_run
 from tests.helpers import run_command

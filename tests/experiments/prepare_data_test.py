@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from experiments import prepare_data
 from sparsek.data.batches import open_data
+from sparsek.experiments import prepare_data
 from tests.helpers import run_command, spm
 
 run = functools.partial(run_command, prepare_data.main, prepare_data.FLAGS)

@@ -9,12 +9,12 @@ import types
 import pytest
 from absl import flags as absl_flags
 
-from experiments import evaluate, evaluate_tasks, import_hf
-from experiments.recipes import smollm2_convert, stages
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TransformerConfig
+from sparsek.experiments import evaluate, evaluate_tasks, import_hf
+from sparsek.experiments.recipes import smollm2_convert, stages
 
 OPTIONS = types.SimpleNamespace(
   model="model",

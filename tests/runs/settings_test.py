@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from experiments.recipes import stages
 from sparsek.command_line.definer import into_string
 from sparsek.errors import UsageError
+from sparsek.experiments.recipes import stages
 from sparsek.runs import run_directory, settings
 
 BASE = ["--workdir=/a/runs/x", "--data=/a/data"]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from experiments.bench import attention_report as report
+from sparsek.experiments.bench import attention_report as report
 
 
 def row(

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import attention as attention_bench
-from experiments.bench import cells
 from sparsek.attention.api import sliding_window_attention
 from sparsek.attention.operator import causal_sparsek
+from sparsek.experiments.bench import attention as attention_bench
+from sparsek.experiments.bench import cells
 
 PROBLEM = attention_bench.Problem(
   40, heads=2, kv_heads=1, head_dim=8, k=6, window=5, dtype="float32"

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench import decoding as decoding_bench
-from experiments.bench import decoding_report, suites, transformers_decode
 from sparsek.command_line.main import parse
 from sparsek.config import TransformerConfig
+from sparsek.experiments.bench import decoding as decoding_bench
+from sparsek.experiments.bench import decoding_report, suites, transformers_decode
 from sparsek.generation.cache import cache_bytes, decode_step, init_cache
 from sparsek.generation.cached_attention import NOWHERE
 from sparsek.model.transformer import init_params

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments.bench import many_devices
 from sparsek.errors import UsageError
+from sparsek.experiments.bench import many_devices
 
 
 @pytest.mark.parametrize(

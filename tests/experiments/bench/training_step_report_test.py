@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.bench import training_step as training_step_bench
-from experiments.bench import training_step_report, transformers_llama
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.experiments.bench import training_step as training_step_bench
+from sparsek.experiments.bench import training_step_report, transformers_llama
 
 CONFIG = TransformerConfig(
   vocab_size=17,

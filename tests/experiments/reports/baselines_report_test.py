@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from experiments.reports import baselines_report
+from sparsek.experiments.reports import baselines_report
 
 
 def result(text, mixed, right=None):

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.reports import plots
 from sparsek.config import TransformerConfig
 from sparsek.errors import RunError, UsageError
+from sparsek.experiments.reports import plots
 from sparsek.model.transformer import Transformer, init_params, layer_params
 from tests.helpers import quick_jit
 

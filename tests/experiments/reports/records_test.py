@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.reports import records
+from sparsek.experiments.reports import records
 
 RECORD = {"rows": [{"n": 1, "rivals": {"a": [1.5, None]}}, {"n": 2}], "flags": ["a", "b"], 3: "é\n"}
 

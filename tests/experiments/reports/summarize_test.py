@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.reports import baselines_report, summarize
 from sparsek.errors import UsageError
+from sparsek.experiments.reports import baselines_report, summarize
 
 RESULT = {
   "loss": {"256": {"loss": 2.5, "num_targets": 14, "buckets": [{"last": 63}]}},
