@@ -2,7 +2,8 @@
 window, or full).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -235,9 +236,14 @@ class Attention(nn.Module):
   biases [H, D] and [G, D] on the first three with `use_bias`, [E] on the last with `out_bias`;
   adapters beside all four with `lora_rank`; query_norm/scale and key_norm/scale [D] with `qk_norm`.
   Query head h reads KV head h // (H / G).
+
+  Class attributes:
+    shardable: True if `mix` can run inside `jax.shard_map` over `context`, on a part of each row.
   """
 
   config: TransformerConfig
+
+  shardable: ClassVar[bool] = False
 
   def setup(self) -> None:
     cfg = self.config
@@ -257,16 +263,26 @@ class Attention(nn.Module):
     segment_ids: jax.Array | None = None,
     layer: jax.Array | int = 0,
     row_index: jax.Array | None = None,
+    positions: jax.Array | None = None,
   ) -> jax.Array:
     """Lets tokens attend to each other: normalised hidden states [B, N, E] to [B, N, E].
 
     Args:
       x_BxNxE, segment_ids, layer: see `Tokens`.
       row_index: see `Tokens`; 0 .. B - 1 by default.
+      positions: [B, N] or [N] integers of the rotary embedding; by default the tokens' positions
+        in their documents.
+
+    Raises:
+      NotImplementedError: where rows are sharded and the kind is not shardable.
     """
+    if axis_size(CONTEXT) > 1 and not self.shardable:
+      raise NotImplementedError(f"{type(self).__name__} needs whole rows on one device")
     batch, length, _ = x_BxNxE.shape
     row_index = jnp.arange(batch) if row_index is None else row_index
-    projected = self.project(x_BxNxE, token_positions(segment_ids, batch, length))
+    if positions is None:
+      positions = token_positions(segment_ids, batch, length)
+    projected = self.project(x_BxNxE, positions)
     return self.output(self.mix(Tokens(x_BxNxE, *projected, segment_ids, layer, row_index)))
 
   def project(
@@ -295,8 +311,21 @@ class Attention(nn.Module):
     return self.out(mixed_BxNxHxD)
 
 
-def scoring_network(config: TransformerConfig) -> ScoringNetwork:
-  """Makes the scoring network that `config` describes, for whole rows or for this shard of them."""
+# Scorers of `sparsek.register_scorer`: the functions that make their modules.
+SCORER_FACTORIES: dict[str, Callable[[TransformerConfig], nn.Module]] = {}
+
+
+def scoring_network(config: TransformerConfig) -> Any:
+  """Makes the scoring network that `config` describes, for whole rows or for this shard of them: a
+  `ScoringNetwork`, or what a registered factory makes.
+
+  Raises:
+    NotImplementedError: where rows are sharded, for a registered scorer.
+  """
+  if config.scorer in SCORER_FACTORIES:
+    if axis_size(CONTEXT) > 1:
+      raise NotImplementedError(f"scorer {config.scorer!r} needs whole rows on one device")
+    return SCORER_FACTORIES[config.scorer](config)
   network = ScoringNetwork if axis_size(CONTEXT) == 1 else ShardedScoringNetwork
   return network(
     config.num_kv_heads,
@@ -310,6 +339,11 @@ def scoring_network(config: TransformerConfig) -> ScoringNetwork:
     config.scorer_init_noise,
     config.scorer_init_sink,
   )
+
+
+def scorer_delay(config: TransformerConfig) -> int:
+  """Returns the number of tokens that must follow a token before its score is final."""
+  return getattr(scoring_network(config), "delay", 0)
 
 
 def row_keys(key: jax.Array, row_index: jax.Array) -> jax.Array:
@@ -336,7 +370,11 @@ class SparseKAttention(Attention):
     config = sparsek.TransformerConfig(embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64)
     layer = sparsek.SparseKAttention(dataclasses.replace(config, k=256, window=256))
     y = layer.apply(layer.init(key, x), x)  # x [batch, n, 512]
+
+  `sparsek.linen.SparseKAttention` is this layer without the configuration of a language model.
   """
+
+  shardable = True
 
   def setup(self) -> None:
     super().setup()
@@ -370,7 +408,8 @@ class SparseKAttention(Attention):
 
   def _noise(self, keys, length):
     """Draws the noise of whole rows, [B, n, S], and cuts out this shard's tokens."""
-    shape = axis_size(CONTEXT) * length, self.scorer.num_scores
+    scores = getattr(self.scorer, "num_scores", self.config.num_kv_heads)
+    shape = axis_size(CONTEXT) * length, scores
     return own_tokens(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
   def _scorer_loss(self, tokens, keys):
@@ -411,6 +450,8 @@ def windowed(config: TransformerConfig, tokens: Tokens) -> jax.Array:
 class SlidingWindowAttention(Attention):
   """Attention to the last `window` tokens."""
 
+  shardable = True
+
   def mix(self, tokens: Tokens) -> jax.Array:
     return windowed(self.config, tokens)
 
@@ -448,6 +489,8 @@ def full_attention(
 
 class FullAttention(Attention):
   """Causal attention to the whole document."""
+
+  shardable = True
 
   def mix(self, tokens: Tokens) -> jax.Array:
     return full_attention(self.config, *tokens[1:5])
