@@ -34,7 +34,8 @@ from sparsek.generation import cache as model_cache
 from sparsek.generation.cache import Cache
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
 from sparsek.generation.cached_chunk import attend_chunk
-from sparsek.model.layers import SparseKAttention, scoring_network
+from sparsek.model.layers import SparseKAttention
+from sparsek.model.scorers import scoring_network
 
 Params = dict[str, Any]
 # Fields of `Options` that a TransformerConfig has under another name, or not at all.
@@ -65,7 +66,8 @@ class Options:
       qkv_features / num_heads.
     gate: how the selection mask enters attention: "straight_through", "value" or "key_value"; see
       `sparsek.sparsek_attention`.
-    scorer: scoring network: "linear", "conv", "random", or a name of `sparsek.register_scorer`.
+    scorer: scoring network: "linear", "conv", "random", or a name that
+      `sparsek.model.registration.register_scorer` has added.
       With every gate it learns from the loss of the model, without any further term.
     scorer_lookahead, scorer_lookback, scorer_normalize, scorer_init_scale, scorer_init_slope,
       scorer_shared, scorer_init_noise, scorer_init_sink, scorer_noise, scorer_loss_queries: see
@@ -162,7 +164,7 @@ def _init(options, key):
   # The reference is traced fastest, and its output is not computed.
   config = dataclasses.replace(options.config, implementation="reference")
   x = jnp.zeros((1, 2, options.features))
-  return SparseKAttention(config).init(key, x)["params"]
+  return SparseKAttention(config, parent=None).init(key, x)["params"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -277,7 +279,7 @@ def scores(
 
 
 def _call(options, params, x, segment_ids, positions, **flax_arguments):
-  layer = SparseKAttention(options.config)
+  layer = SparseKAttention(options.config, parent=None)  # also inside a Linen module
   return layer.apply(
     {"params": params}, x, segment_ids, options.layer_index, positions=positions, **flax_arguments
   )
@@ -390,8 +392,9 @@ def _feed(options, params, cache, x_BxCxE, count_B, positions, fresh):
   assert isinstance(layer, SelectionCache)
   if positions is None:
     positions = seen[:, None] + jnp.arange(x_BxCxE.shape[1])
-  module, variables = SparseKAttention(config), {"params": params}
-  query, key, value = module.apply(variables, x_BxCxE, positions, method="project")
+  module, variables = SparseKAttention(config, parent=None), {"params": params}
+  projected: Any = module.apply(variables, x_BxCxE, positions, method="project")
+  query, key, value = projected
   scores_BxCxG, scorer = scoring_network(config).apply(
     {"params": params.get("scorer", {})},
     x_BxCxE,

@@ -29,7 +29,7 @@ from sparsek.generation.rows import PARAMS, ROW, over_rows
 from sparsek.kernels import devices
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.baselines import BASELINES
-from sparsek.model.layers import SCORER_FACTORIES, scorer_delay, scoring_network
+from sparsek.model.scorers import SCORER_FACTORIES, scorer_delay, scoring_network
 from sparsek.model.transformer import Params
 
 CACHED = ("sparsek", "sliding_window", "full")  # the kinds that have a cache
@@ -104,7 +104,7 @@ def _check_streams(config):
   if missing:
     raise NotImplementedError(
       f"scorer={config.scorer!r} has no method {' and no '.join(missing)}, which generation needs: "
-      "see sparsek.register_scorer"
+      "see sparsek.model.registration"
     )
 
 

@@ -18,7 +18,7 @@ from sparsek.attention.operator import sparsek
 from sparsek.attention.scoring import ScorerState
 from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import NOWHERE
-from sparsek.model.layers import scorer_delay
+from sparsek.model.scorers import scorer_delay
 
 
 class KeysAndValues(NamedTuple):

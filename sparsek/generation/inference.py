@@ -17,7 +17,8 @@ from sparsek.attention.exact_product import scorer_logits, scorer_rows
 from sparsek.config import TransformerConfig
 from sparsek.kernels import devices
 from sparsek.model import lora
-from sparsek.model.layers import SCORER_FACTORIES, RMSNorm, make_norm, rotary_embedding
+from sparsek.model.layers import RMSNorm, make_norm, rotary_embedding
+from sparsek.model.scorers import SCORER_FACTORIES
 from sparsek.model.transformer import Params, hidden_to_logits, init_params, layer_params
 from sparsek.parallel.mesh import FSDP, axis_size
 from sparsek.parallel.sharding import computed_on, gather, partition_specs, placements

@@ -18,6 +18,7 @@ from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import LOWEST
 from sparsek.model import layers
 from sparsek.model.layers import Attention, Tokens
+from sparsek.model.scorers import SCORER_FACTORIES
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import first_token, own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
@@ -34,7 +35,7 @@ def context_refusal(config: TransformerConfig) -> str:
   if kinds:
     names = " and ".join(map(repr, kinds))
     return f"attention {names} needs whole rows on one device; use --context=1 or other kinds"
-  if "sparsek" in config.layer_kinds and config.scorer in layers.SCORER_FACTORIES:
+  if "sparsek" in config.layer_kinds and config.scorer in SCORER_FACTORIES:
     return (
       f"scorer {config.scorer!r} needs whole rows on one device; use --context=1 or a scorer of "
       "the library"

@@ -2,8 +2,7 @@
 window, or full).
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,12 +12,12 @@ import numpy as np
 from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
-from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import TransformerConfig
+from sparsek.model.scorers import scoring_network
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
-from sparsek.parallel.sharded_scores import ShardedScoringNetwork, token_positions
+from sparsek.parallel.sharded_scores import token_positions
 
 
 def fan_in_init(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -311,41 +310,6 @@ class Attention(nn.Module):
     return self.out(mixed_BxNxHxD)
 
 
-# Scorers of `sparsek.register_scorer`: the functions that make their modules.
-SCORER_FACTORIES: dict[str, Callable[[TransformerConfig], nn.Module]] = {}
-
-
-def scoring_network(config: TransformerConfig) -> Any:
-  """Makes the scoring network that `config` describes, for whole rows or for this shard of them: a
-  `ScoringNetwork`, or what a registered factory makes.
-
-  Raises:
-    NotImplementedError: where rows are sharded, for a registered scorer.
-  """
-  if config.scorer in SCORER_FACTORIES:
-    if axis_size(CONTEXT) > 1:
-      raise NotImplementedError(f"scorer {config.scorer!r} needs whole rows on one device")
-    return SCORER_FACTORIES[config.scorer](config)
-  network = ScoringNetwork if axis_size(CONTEXT) == 1 else ShardedScoringNetwork
-  return network(
-    config.num_kv_heads,
-    config.scorer,
-    config.scorer_lookback,
-    config.scorer_lookahead,
-    config.scorer_normalize,
-    config.scorer_init_scale,
-    config.scorer_init_slope,
-    config.scorer_shared,
-    config.scorer_init_noise,
-    config.scorer_init_sink,
-  )
-
-
-def scorer_delay(config: TransformerConfig) -> int:
-  """Returns the number of tokens that must follow a token before its score is final."""
-  return getattr(scoring_network(config), "delay", 0)
-
-
 def row_keys(key: jax.Array, row_index: jax.Array) -> jax.Array:
   """Returns a random key for each row [B], which depends on neither its device nor its batch."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, row_index)
@@ -384,7 +348,8 @@ class SparseKAttention(Attention):
     x_BxNxE, query, key, value, segment_ids, layer, row_index = tokens
     cfg = self.config
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer)
-    self.sow("diagnostics", "scores", scores_BxNxG)
+    if not self.is_initializing():  # else they would stay among the variables
+      self.sow("diagnostics", "scores", scores_BxNxG)
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
       keys = row_keys(self.make_rng("scorer_noise"), row_index)
       scores_BxNxG += cfg.scorer_noise * self._noise(keys, x_BxNxE.shape[1])

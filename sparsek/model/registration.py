@@ -11,7 +11,8 @@ import flax.linen as nn
 from sparsek.config import ATTENTION_KINDS, SCORERS, TransformerConfig
 from sparsek.config.layer_patterns import NAME
 from sparsek.model.baselines import ATTENTION_MODULES
-from sparsek.model.layers import SCORER_FACTORIES, Attention
+from sparsek.model.layers import Attention
+from sparsek.model.scorers import SCORER_FACTORIES
 
 
 def register_scorer(name: str, factory: Callable[[TransformerConfig], nn.Module]) -> None:
@@ -50,7 +51,7 @@ def register_scorer(name: str, factory: Callable[[TransformerConfig], nn.Module]
         norm = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
         return jnp.broadcast_to(norm, (*x.shape[:2], self.config.num_kv_heads))
 
-    sparsek.register_scorer("norm", Norm)
+    register_scorer("norm", Norm)
     config = sparsek.TransformerConfig(scorer="norm")
   """
   if not callable(factory) or isinstance(factory, nn.Module):
@@ -83,7 +84,7 @@ def register_attention(name: str, module: type[Attention]) -> None:
         mean = jnp.cumsum(tokens.value, axis=1) / count
         return jnp.repeat(mean, self.config.num_heads // self.config.num_kv_heads, axis=2)
 
-    sparsek.register_attention("mean_of_past", MeanOfPast)
+    register_attention("mean_of_past", MeanOfPast)
     config = sparsek.TransformerConfig(attention="mean_of_past*3,sparsek")
   """
   if not (isinstance(module, type) and issubclass(module, Attention)):
