@@ -32,7 +32,7 @@ def test_nnx_layer():
 
 def test_own_scorer():
   names = run("own_scorer")
-  assert names["params"]["scorer"]["Dense_0"]["kernel"].shape == (32, 16)
+  assert names["params"]["scorer"]["Dense_1"]["kernel"].shape == (32, 16)
   assert names["cache"].seen.tolist() == [40] and jnp.all(jnp.isfinite(names["y"]))
 
 

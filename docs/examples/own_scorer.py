@@ -14,8 +14,7 @@ class MLPScorer(nn.Module):
 
   @nn.compact
   def __call__(self, x, segment_ids=None, layer=0):
-    hidden = nn.gelu(nn.Dense(16)(x))
-    return nn.Dense(self.config.num_kv_heads)(hidden)  # [batch, n, num_kv_heads]
+    return nn.Dense(self.config.num_kv_heads)(nn.gelu(nn.Dense(16)(x)))
 
   def initial_state(self, batch_size):  # for generation, like stream
     return ()  # a score depends on its token alone
