@@ -18,7 +18,7 @@ class SparseKAttention(nn.Module):
 
   The fields are those of `sparsek.functional.Options`, where they are described, without the width
   `features`, which the first input determines. `num_heads`, `use_bias` and `dtype` are named as in
-  `flax.linen.MultiHeadDotProductAttention`. Parameters are those of `sparsek.functional.init`.
+  Flax's own MultiHeadDotProductAttention. Parameters are those of `sparsek.functional.init`.
 
   The scorer learns from the loss of the model. Its auxiliary loss is sown on request, and so are
   the scores:

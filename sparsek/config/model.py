@@ -102,7 +102,7 @@ class TransformerConfig:
       k + window tokens of its bucket instead).
     gate: how the selection mask enters attention; see `sparsek.sparsek_attention`.
     scorer: scoring network: "linear", "conv" (a short convolution), "random" (fixed noise, as a
-      control) or a name of `sparsek.register_scorer`.
+      control) or a name that `sparsek.model.registration` has added.
     scorer_lookahead: tokens after the scored one that a conv scorer sees; at most `window`, since a
       token is selected or dropped only after `window` steps.
     scorer_lookback: tokens before the scored one that a conv scorer sees.
