@@ -1,7 +1,7 @@
 """Orbax's handlers under the names by which both of its interfaces find them.
 
-A checkpoint names the handler of each of its parts. `orbax.checkpoint.v1` knows the older names
-too, but `orbax.checkpoint.CheckpointManager` and its like do not know the newer ones.
+A checkpoint names the handler of each of its parts. Orbax's newer interface, v1, knows the
+names of the older one, with CheckpointManager, but not the other way round.
 """
 
 from collections.abc import Awaitable
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
-JSON_FILE = "metadata"  # where `orbax.checkpoint.JsonCheckpointHandler` looks
+JSON_FILE = "metadata"  # where the older interface looks
 
 
 class _Handler(ocp.handlers.CheckpointableHandler):
@@ -21,19 +21,19 @@ class _Handler(ocp.handlers.CheckpointableHandler):
   def __init__(self) -> None:
     self._handler = type(self).make()
 
-  async def save(self, directory, checkpointable) -> Awaitable[None]:
+  async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
     return await self._handler.save(directory, checkpointable)
 
-  async def load(self, directory, abstract_checkpointable=None) -> Awaitable[Any]:
+  async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Awaitable[Any]:
     return await self._handler.load(directory, abstract_checkpointable)
 
-  async def metadata(self, directory) -> Any:
+  async def metadata(self, directory: Any) -> Any:
     return await self._handler.metadata(directory)
 
-  def is_handleable(self, checkpointable) -> bool:
+  def is_handleable(self, checkpointable: Any) -> bool:
     return self._handler.is_handleable(checkpointable)
 
-  def is_abstract_handleable(self, abstract_checkpointable) -> bool | None:
+  def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
     return self._handler.is_abstract_handleable(abstract_checkpointable)
 
 

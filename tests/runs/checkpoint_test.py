@@ -228,9 +228,14 @@ def test_checkpoints_of_earlier_versions_load(copy):
   path = os.path.join(workdir, "checkpoints", "20", "integrity", "metadata")
   with open(path) as file:
     integrity = json.load(file)
+  sums = integrity["checksums"]
   with open(path, "w") as file:
-    json.dump({"checksums": integrity["checksums"]}, file)
-  assert restore(workdir).data_state == {"examples": 20, "note": "any JSON"}
+    json.dump({"checksums": {"params": sums["params"], "optimizer": sums["training_state"]}}, file)
+  step = os.path.dirname(os.path.dirname(path))
+  os.rename(os.path.join(step, "training_state"), os.path.join(step, "optimizer"))
+  restored = restore(workdir)
+  assert restored.data_state == {"examples": 20, "note": "any JSON"}
+  assert_equal(restored.opt_state, OPTIMIZER.init(saved[20]))
   assert_equal(checkpoint.load_params(workdir, CONFIG)[0], saved[20])
 
 
