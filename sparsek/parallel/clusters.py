@@ -75,8 +75,10 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     return None
   missing = [name for name in SLURM_TASK if name not in environ]
   if missing:
-    if "SLURM_PROCID" in environ and _number(environ, "SLURM_PROCID") > 0:
-      task = f"task {environ['SLURM_PROCID']} of SLURM job {environ['SLURM_JOB_ID']}"
+    of_step = "SLURM_STEP_NUM_TASKS" in environ and _number(environ, "SLURM_STEP_NUM_TASKS") > 1
+    if of_step or ("SLURM_PROCID" in environ and _number(environ, "SLURM_PROCID") > 0):
+      number = environ.get("SLURM_PROCID", "?")
+      task = f"task {number} of SLURM job {environ['SLURM_JOB_ID']}"
       raise UsageError(f"this is {task}, and {', '.join(missing)} is not set; {ADVICE}")
     return None
   tasks_of = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"

@@ -21,6 +21,14 @@ DATA, FSDP, CONTEXT = AXES = ("data", "fsdp", "context")
 ROWS = (DATA, FSDP)  # the axes over which the rows of a batch are split
 
 
+def check_divides(fsdp: int, context: int, devices: int) -> None:
+  """Raises UsageError where a number of devices is not a multiple of fsdp * context."""
+  if devices % (fsdp * context):
+    raise UsageError(
+      f"--fsdp={fsdp} x --context={context} must divide the number of devices, {devices}"
+    )
+
+
 def make_mesh(fsdp: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Returns a mesh of devices in which `data` takes what `fsdp` and `context` leave.
 
@@ -37,10 +45,7 @@ def make_mesh(fsdp: int = 1, context: int = 1, devices: Sequence[jax.Device] | N
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
-  if count % (fsdp * context):
-    raise UsageError(
-      f"--fsdp={fsdp} x --context={context} must divide the number of devices, {count}"
-    )
+  check_divides(fsdp, context, count)
   slices = {getattr(device, "slice_index", 0) for device in devices}
   if devices[0].platform == "tpu" and len(slices) > 1:
     raise UsageError(f"the devices are of {len(slices)} TPU slices; a run takes those of one")

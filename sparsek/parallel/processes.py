@@ -174,10 +174,12 @@ def _arguments(options: Options, environ: Any) -> dict[str, Any] | None:
     if given:
       raise UsageError(f"--nodistributed and --{next(iter(given))} exclude each other")
     return None
+  _check(given)
   if options.num_processes == 1:
     return None
   if ADDRESS in environ:
     given.setdefault("coordinator_address", environ[ADDRESS])
+    _check(given)
   missing = [name for name in Options._fields[:3] if name not in given]
   detected = clusters.detect(environ) if missing else None
   if not given and detected is None:
@@ -188,7 +190,6 @@ def _arguments(options: Options, environ: Any) -> dict[str, Any] | None:
       f"--{' and --'.join(missing)} {are} missing: without a cluster that tells them, "
       f"--coordinator_address, --num_processes and --process_id go together"
     )
-  _check(given)
   alone = {"cluster_detection_method": "deactivate"} if detected is None else {}
   return {**alone, **({} if detected is None else detected.arguments), **given}
 

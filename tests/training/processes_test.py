@@ -188,6 +188,8 @@ def test_slurm_counts_where_this_is_one_of_several_tasks(monkeypatch):
   assert detected(CUDA_VISIBLE_DEVICES="0")["local_device_ids"] == []
   with pytest.raises(UsageError, match="task 1 of SLURM job 7, and SLURM_NTASKS is not set"):
     detected(SLURM_NTASKS=None)
+  with pytest.raises(UsageError, match="task 0 of SLURM job 7, and SLURM_LOCALID is not set"):
+    detected(SLURM_PROCID="0", SLURM_LOCALID=None, SLURM_STEP_NUM_TASKS="4")
   with pytest.raises(UsageError, match="SLURM_NTASKS='x' must be a number"):
     detected(SLURM_NTASKS="x")
 
@@ -215,6 +217,7 @@ def test_other_clusters_count_where_there_are_several_processes(monkeypatch):
   [
     (dict(num_processes=2), "--coordinator_address and --process_id are missing"),
     (dict(num_processes=2, process_id=0), "--coordinator_address is missing"),
+    (dict(num_processes=1, process_id=4), "--process_id=4 must be below --num_processes=1"),
     (dict(distributed=False, process_id=0), "--nodistributed and --process_id exclude"),
     (
       dict(coordinator_address="a:1", num_processes=2, process_id=2),
