@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Ablation: trains a grid of models that differ in attention, and compares their held-out losses.
 
   python -m experiments.ablate --workdir=runs/ablation \\
@@ -23,16 +24,10 @@ from absl import flags as absl_flags
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import ATTENTION_KINDS, GATES, SCORERS
-from sparsek.data import batches
 from sparsek.errors import RunError, UsageError
-from sparsek.experiments import child
-from sparsek.experiments.reports import grid
-from sparsek.parallel import clusters
-from sparsek.runs import settings
-from sparsek.runs.run_directory import COMPILATION_CACHE
 from sparsek.storage import files
 
 
@@ -86,6 +81,16 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+from sparsek.data import batches
+from sparsek.experiments import child
+from sparsek.experiments.reports import grid
+from sparsek.parallel import clusters
+from sparsek.runs import settings
+from sparsek.runs.run_directory import COMPILATION_CACHE
 
 
 def choices(name: str, allowed: Sequence[str]) -> list[str]:

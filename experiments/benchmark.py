@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Benchmark of SPARSEK beside dense attention and a sliding window of the same budget.
 
   python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 \\
@@ -21,8 +22,15 @@ from types import ModuleType
 from typing import Any
 
 from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
 from sparsek.errors import RunError, UsageError
+from sparsek.experiments.bench.flags import FLAGS
+from sparsek.storage import files
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
 from sparsek.experiments.bench import attention as attention_bench
 from sparsek.experiments.bench import (
   attention_report,
@@ -33,7 +41,6 @@ from sparsek.experiments.bench import (
 from sparsek.experiments.bench import decoding as decoding_bench
 from sparsek.experiments.bench import training_step as training_step_bench
 from sparsek.experiments.bench.cells import environment
-from sparsek.experiments.bench.flags import FLAGS
 from sparsek.experiments.bench.suites import (
   check_same_model,
   decode_jobs,
@@ -43,7 +50,6 @@ from sparsek.experiments.bench.suites import (
   problems,
 )
 from sparsek.experiments.reports import records
-from sparsek.storage import files
 
 Record = dict[str, Any]
 REFERENCE_LENGTH = 4096

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Held-out loss of one or several runs side by side.
 
 The loss is shown in nats per token, in bits per byte, and by position, also beyond the training
@@ -15,30 +16,16 @@ import os
 import sys
 
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_data_of_runs_flag, define_evaluation_flags
+from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
 from sparsek.command_line.training_flags import define_loss_chunk_flag, define_mesh_flags
 from sparsek.config import DataConfig
-from sparsek.data.token_files import TokenDataset
-from sparsek.data.tokenizer import describe_documents, read_bos
 from sparsek.errors import UsageError
-from sparsek.evaluation.heldout import Run, heldout_rows
-from sparsek.evaluation.loss_by_position import (
-  Evaluation,
-  bits_per_byte,
-  bucket_edges,
-  evaluate,
-  format_table,
-)
-from sparsek.parallel import clusters
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
-from sparsek.runs.metrics import append_record
 from sparsek.storage import files
 
 RECORDS = "evaluation.jsonl"
@@ -63,6 +50,26 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+from tqdm import tqdm
+
+from sparsek.data.token_files import TokenDataset
+from sparsek.data.tokenizer import describe_documents, read_bos
+from sparsek.evaluation.heldout import Run, heldout_rows
+from sparsek.evaluation.loss_by_position import (
+  Evaluation,
+  bits_per_byte,
+  bucket_edges,
+  evaluate,
+  format_table,
+)
+from sparsek.parallel import clusters
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.runs.metrics import append_record
 
 
 def _runs() -> list[Run]:

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Accuracy of runs on generated tasks that ask for facts far back, with 95 % confidence intervals.
 
   python -m experiments.evaluate_tasks --workdir=/tmp/run --tasks=passkey,needle --lengths=1024,4096
@@ -15,26 +16,16 @@ import os
 import sys
 from collections.abc import Mapping
 
-import numpy as np
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_evaluation_flags
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_mesh_flags
-from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
-from sparsek.evaluation import tasks
-from sparsek.experiments.reports import plots
-from sparsek.parallel import clusters
-from sparsek.parallel.mesh import CONTEXT, make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
-from sparsek.runs.metrics import append_record
 from sparsek.storage import files
-from sparsek.training.checks import check_batch, check_context, check_length
 
 MAX_LENGTH = 2**24  # tokens of a document
 
@@ -78,6 +69,21 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+import numpy as np
+from tqdm import tqdm
+
+from sparsek.data.task_documents import CHANCE, TASKS, make_example
+from sparsek.evaluation import tasks
+from sparsek.experiments.reports import plots
+from sparsek.parallel import clusters
+from sparsek.parallel.mesh import CONTEXT, make_mesh
+from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.runs.metrics import append_record
+from sparsek.training.checks import check_batch, check_context, check_length
 
 
 def task_names() -> list[str]:

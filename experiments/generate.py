@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Generation of text: continues a prompt with a pretrained model, and prints text as it comes.
 
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --max_new_tokens=200
@@ -15,8 +16,6 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 from absl import flags as absl_flags
 
 from sparsek.command_line.configs import override_config
@@ -27,24 +26,9 @@ from sparsek.command_line.flags import (
   define_step_flags,
   define_workdir_flag,
 )
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_mesh_flags
-from sparsek.data.tokenizer import Tokenizer, as_valid_unicode
 from sparsek.errors import UsageError
-from sparsek.generation.prompts import (
-  check_can_save,
-  new_texts,
-  read_prompts,
-  save,
-  shown_prompt,
-  write_texts,
-)
-from sparsek.generation.session import AHEAD, Session
-from sparsek.generation.text_stream import TextStream
-from sparsek.model.baselines import context_refusal
-from sparsek.parallel import clusters
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_record
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -111,6 +95,28 @@ def _define_sampling(define: Definer) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+import jax
+import jax.numpy as jnp
+
+from sparsek.data.tokenizer import Tokenizer, as_valid_unicode
+from sparsek.generation.prompts import (
+  check_can_save,
+  new_texts,
+  read_prompts,
+  save,
+  shown_prompt,
+  write_texts,
+)
+from sparsek.generation.session import AHEAD, Session
+from sparsek.generation.text_stream import TextStream
+from sparsek.model.baselines import context_refusal
+from sparsek.parallel import clusters
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_record
 
 
 def prompts() -> list[str]:

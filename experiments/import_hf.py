@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Import of a folder in Hugging Face's format as a run, and export of a run as such a folder.
 
   python -m experiments.import_hf --from=FOLDER --workdir=RUN
@@ -20,21 +21,14 @@ import os
 from collections.abc import Iterable
 from typing import TypeVar
 
-import jax
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line.configs import model_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_model_flags, define_step_flags
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.config import DataConfig
-from sparsek.data import document_end
-from sparsek.data.tokenizer import Tokenizer, load_tokenizer
 from sparsek.errors import RunError, UsageError
-from sparsek.huggingface import pretrained
-from sparsek.model.transformer import Params, count_params
-from sparsek.runs import checkpoint, checkpoint_writer, orbax_errors, run_directory, run_record
 from sparsek.storage import files
 from sparsek.storage.new_folder import check_new_folder, new_folder
 
@@ -51,6 +45,19 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+import jax
+from tqdm import tqdm
+
+from sparsek.data import document_end
+from sparsek.data.tokenizer import Tokenizer, load_tokenizer
+from sparsek.huggingface import pretrained
+from sparsek.model.transformer import Params, count_params
+from sparsek.runs import checkpoint, checkpoint_writer, orbax_errors, run_directory, run_record
+
 T = TypeVar("T")
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Layers of a dense model that need distant tokens, and a --layer_pattern with most keys in them.
 
   python -m experiments.layer_reach --workdir=runs/imported --data=data/long --seq_len=8192 \\
@@ -13,7 +14,6 @@ import os
 import sys
 
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import (
@@ -21,17 +21,11 @@ from sparsek.command_line.flags import (
   define_step_flags,
   define_workdir_flag,
 )
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import DataConfig
-from sparsek.data.batches import eval_batches
 from sparsek.errors import UsageError
-from sparsek.evaluation import layer_reach
-from sparsek.evaluation.heldout import Run
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.storage import files
-from sparsek.training.checks import check_batch, check_context, check_length
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -69,6 +63,18 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+from tqdm import tqdm
+
+from sparsek.data.batches import eval_batches
+from sparsek.evaluation import layer_reach
+from sparsek.evaluation.heldout import Run
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.training.checks import check_batch, check_context, check_length
 
 
 def check_flags() -> None:

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Preparation of token files, which `python -m experiments.pretrain --data=FOLDER` trains on.
 
   python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
@@ -17,21 +18,10 @@ batch that holds no answer has a loss of 0.
 from collections.abc import Iterable
 
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line.definer import Definer
-from sparsek.command_line.main import run
-from sparsek.data.corpus import DEFAULT_EXTENSIONS, Document, LeftOut, documents
-from sparsek.data.token_files import (
-  TokenDataset,
-  check_can_make,
-  check_same,
-  open_token_files,
-  read_meta,
-  verify_token_files,
-  write_token_files,
-)
-from sparsek.data.tokenizer import Tokenizer, describe_documents, load_tokenizer, train_bpe
+from sparsek.command_line.main import parse_first, run
+from sparsek.config import DEFAULT_EXTENSIONS
 from sparsek.errors import UsageError
 
 
@@ -112,6 +102,23 @@ def _define_choice_of_documents(define: Definer) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+from tqdm import tqdm
+
+from sparsek.data.corpus import Document, LeftOut, documents
+from sparsek.data.token_files import (
+  TokenDataset,
+  check_can_make,
+  check_same,
+  open_token_files,
+  read_meta,
+  verify_token_files,
+  write_token_files,
+)
+from sparsek.data.tokenizer import Tokenizer, describe_documents, load_tokenizer, train_bpe
 
 
 def _documents(description: str, left_out: LeftOut | None = None) -> Iterable[Document]:

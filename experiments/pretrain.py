@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Pretraining of a language model.
 
   python -m experiments.pretrain --workdir=/tmp/run --preset=tiny --num_steps=500
@@ -15,23 +16,28 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 from absl import flags as absl_flags
 
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import OF_PROCESSES, into_string
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TrainConfig, TransformerConfig
-from sparsek.data import batches
 from sparsek.errors import UsageError
+
+FLAGS = absl_flags.FlagValues()
+define_pretrain_flags(FLAGS)
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+import jax
+
+from sparsek.data import batches
 from sparsek.huggingface import pretrained
 from sparsek.parallel import processes, topology
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
-
-FLAGS = absl_flags.FlagValues()
-define_pretrain_flags(FLAGS)
 
 
 def base_model(config: TrainConfig) -> TransformerConfig | None:
