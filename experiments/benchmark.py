@@ -28,8 +28,17 @@ from sparsek.errors import RunError, UsageError
 from sparsek.experiments.bench.flags import FLAGS
 from sparsek.storage import files
 
+
+def check_flags() -> None:
+  """Raises UsageError unless --show or --record can be read or written."""
+  name = "show" if FLAGS.show else "record"
+  path = FLAGS[name].value
+  if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
+    raise UsageError(f"--{name}={path}: must be a .json file in a folder that exists")
+
+
 if __name__ == "__main__":
-  parse_first(FLAGS, __doc__)
+  parse_first(FLAGS, __doc__, check_flags)
 
 from sparsek.experiments.bench import attention as attention_bench
 from sparsek.experiments.bench import (
@@ -150,12 +159,8 @@ def errors_at(n: int, problem: attention_bench.Problem) -> Record:
 
 def main() -> None:
   """Measures or loads, prints, draws."""
+  check_flags()
   path = flag("show", flag("record"))
-  if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
-    raise UsageError(
-      f"--{'show' if flag('show') else 'record'}={path}: must be a .json file in "
-      "a folder that exists"
-    )
   if flag("show"):
     record = load(path)
   else:

@@ -2,7 +2,7 @@
 
 The parent holds one end of a pipe; a thread of the child waits at the other end. When the parent is
 gone, the pipe is closed, and the child sends itself SIGTERM: training saves a checkpoint and ends.
-`python -m experiments.child DESCRIPTOR MODULE ARGUMENTS...` is that child.
+`python -m sparsek.experiments.child DESCRIPTOR MODULE ARGUMENTS...` is that child.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def running(module: str, arguments: Sequence[str], **options: Any) -> Iterator[s
     options: those of `subprocess.Popen`.
   """
   reader, writer = os.pipe()  # no other child inherits the writer
-  command = [sys.executable, "-m", "experiments.child", str(reader), module, *arguments]
+  command = [sys.executable, "-m", "sparsek.experiments.child", str(reader), module, *arguments]
   try:
     with subprocess.Popen(command, pass_fds=(reader,), **options) as process:
       _processes.add(process)

@@ -84,7 +84,8 @@ def _run(module: str, *arguments: str, stop_when=None) -> None:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
   }
   try:
-    with child.running(module, arguments, env={**os.environ, **environment}) as process:
+    own = {**os.environ, **environment}
+    with child.running(f"sparsek.{module}", arguments, env=own) as process:
       while stop_when is not None and process.poll() is None:
         if stop_when():
           process.send_signal(signal.SIGTERM)

@@ -21,8 +21,10 @@ from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_data_of_runs_flag, define_evaluation_flags
+from sparsek.command_line.invocation import command
 from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_loss_chunk_flag, define_mesh_flags
 from sparsek.config import DataConfig
 from sparsek.errors import UsageError
@@ -51,8 +53,20 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
+
+def check_flags() -> None:
+  """Raises UsageError unless --workdir names folders."""
+  if not FLAGS.workdir:
+    raise UsageError(
+      "--workdir is required: the folder of a pretraining run, or several separated by commas"
+    )
+  for folder in FLAGS.workdir:
+    if not os.path.isdir(folder):
+      raise UsageError(f"--workdir={folder}: there is no such folder")
+
+
 if __name__ == "__main__":
-  parse_first(FLAGS, __doc__)
+  parse_first(FLAGS, __doc__, check_flags)
 
 from tqdm import tqdm
 
@@ -74,15 +88,7 @@ from sparsek.runs.metrics import append_record
 
 def _runs() -> list[Run]:
   """Returns the runs of --workdir, with the flags of attention applied to their models."""
-  workdirs = FLAGS.workdir
-  if not workdirs:
-    raise UsageError(
-      "--workdir is required: the folder of a pretraining run, or several separated by commas"
-    )
-  for folder in workdirs:
-    if not os.path.isdir(folder):
-      raise UsageError(f"--workdir={folder}: there is no such folder")
-  loaded = [(folder, *run_record.load_run_config(folder)) for folder in workdirs]
+  loaded = [(folder, *run_record.load_run_config(folder)) for folder in FLAGS.workdir]
   return [Run(folder, override_config(config, FLAGS), record) for folder, config, record in loaded]
 
 
@@ -94,7 +100,7 @@ def _say_how_documents_begin(run: Run, tokenizer) -> None:
     trained = " ".join(map(tokenizer.token, bos_ids)) or "nothing"
     print(
       f"warning: the documents of {run.workdir} began with {trained}: its loss on these means "
-      f"little; make the data anew with experiments.prepare_data",
+      f"little; make the data anew with {command('prepare_data')}",
       file=sys.stderr,
     )
 
@@ -138,6 +144,7 @@ def _settings(run: Run, step: int) -> dict[str, object]:
 
 def main() -> None:
   """Evaluates all runs, prints the table, and writes the records."""
+  check_flags()
   clusters.check_alone("experiments.evaluate", FLAGS.distributed, os.environ)
   runs, mesh = _runs(), make_mesh(FLAGS.fsdp, FLAGS.context)
   dataset, data, batches = heldout_rows(
@@ -149,15 +156,18 @@ def main() -> None:
     files.check_writable(os.path.join(run.workdir, RECORDS))
   results, settings, bits = [], [], []
   for run in runs:
-    params, step = checkpoint.load_params(
-      run.workdir, run.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
-    )
+    with said_if_slow(f"loading {run.workdir} ..."):
+      params, step = checkpoint.load_params(
+        run.workdir, run.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
+      )
     _say_how_documents_begin(run, dataset.tokenizer)
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:
       progress = tqdm(batches, unit="batch", disable=None)
-      result = evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk, mesh=mesh)
+      with said_if_slow("compiling and evaluating ..."):
+        chunk = FLAGS.loss_chunk
+        result = evaluate(run.config, params, progress, edges, loss_chunk=chunk, mesh=mesh)
     except NotImplementedError as error:
       raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
     results.append(result)

@@ -27,9 +27,9 @@ from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
-MAX_LENGTH = 2**24  # tokens of a document
-
 Counts = tuple[int, int]  # right answers, all answers
+
+MAX_LENGTH = 2**24  # tokens of a document
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -70,8 +70,42 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
+
+def document_lengths() -> list[int]:
+  """Returns the lengths of --lengths."""
+  texts = FLAGS.lengths.split(",")
+  for text in texts:
+    if not (text.isdecimal() and int(text)):
+      raise UsageError(f"--lengths={FLAGS.lengths}: {text!r} must be a number of at least 1")
+  return [int(text) for text in texts]
+
+
+def check_lengths(lengths: list[int]) -> None:
+  """Raises UsageError for documents that would take hours to make."""
+  if max(lengths) > MAX_LENGTH:
+    raise UsageError(f"--lengths={max(lengths)}: must be at most {MAX_LENGTH}")
+
+
+def check_flags() -> None:
+  """Raises UsageError unless --workdir names folders, and --record can be written."""
+  check_lengths(document_lengths())
+  if not FLAGS.workdir:
+    raise UsageError(
+      "--workdir is required: the folder of a pretraining run, or several separated by commas"
+    )
+  for folder in FLAGS.workdir:
+    if not os.path.isdir(folder):
+      raise UsageError(f"--workdir={folder}: there is no such folder")
+  if FLAGS.record and not (
+    FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")
+  ):
+    raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
+  if FLAGS.record:
+    files.check_writable(FLAGS.record)
+
+
 if __name__ == "__main__":
-  parse_first(FLAGS, __doc__)
+  parse_first(FLAGS, __doc__, check_flags)
 
 import numpy as np
 from tqdm import tqdm
@@ -96,15 +130,6 @@ def task_names() -> list[str]:
   return names
 
 
-def document_lengths() -> list[int]:
-  """Returns the lengths of --lengths."""
-  texts = FLAGS.lengths.split(",")
-  for text in texts:
-    if not (text.isdecimal() and int(text)):
-      raise UsageError(f"--lengths={FLAGS.lengths}: {text!r} must be a number of at least 1")
-  return [int(text) for text in texts]
-
-
 def save(
   path: str, records: Mapping[str, dict], counts: Mapping[tuple[str, str, int], Counts]
 ) -> None:
@@ -121,36 +146,17 @@ def save(
   print(f"{path}, {picture}")
 
 
-def check_lengths(lengths: list[int]) -> None:
-  """Raises UsageError for documents that would take hours to make."""
-  if max(lengths) > MAX_LENGTH:
-    raise UsageError(f"--lengths={max(lengths)}: must be at most {MAX_LENGTH}")
-
-
 def main() -> None:
   """Evaluates all runs on all tasks at all lengths."""
+  check_flags()
   clusters.check_alone("experiments.evaluate_tasks", FLAGS.distributed, os.environ)
   chosen, lengths = task_names(), document_lengths()
-  check_lengths(lengths)
-  workdirs = FLAGS.workdir
-  if not workdirs:
-    raise UsageError(
-      "--workdir is required: the folder of a pretraining run, or several separated by commas"
-    )
-  if FLAGS.record and not (
-    FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")
-  ):
-    raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
-  if FLAGS.record:
-    files.check_writable(FLAGS.record)
   mesh = make_mesh(FLAGS.fsdp, FLAGS.context)
   batch_size = FLAGS.batch_size or mesh.size // mesh.shape[CONTEXT]
   check_batch(mesh, batch_size)
   counts: dict[tuple[str, str, int], Counts] = {}
   records, runs = {}, []
-  for workdir in workdirs:
-    if not os.path.isdir(workdir):
-      raise UsageError(f"--workdir={workdir}: there is no such folder")
+  for workdir in FLAGS.workdir:
     config, record = run_record.load_run_config(workdir)
     config, tokenizer = override_config(config, FLAGS), run_record.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")

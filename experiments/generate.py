@@ -27,6 +27,7 @@ from sparsek.command_line.flags import (
   define_workdir_flag,
 )
 from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.errors import UsageError
 
@@ -96,8 +97,17 @@ def _define_sampling(define: Definer) -> None:
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
+
+def check_flags() -> None:
+  """Raises UsageError without --workdir, and for prompts from two sources."""
+  if not FLAGS.workdir:
+    raise UsageError("--workdir is required: the folder of a pretraining run")
+  if FLAGS.prompt_file is not None and FLAGS.prompt:
+    raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
+
+
 if __name__ == "__main__":
-  parse_first(FLAGS, __doc__)
+  parse_first(FLAGS, __doc__, check_flags)
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +133,6 @@ def prompts() -> list[str]:
   """Returns the texts to continue."""
   if FLAGS.prompt_file is None:
     return [as_valid_unicode(FLAGS.prompt)]
-  if FLAGS.prompt:
-    raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
   return read_prompts(FLAGS.prompt_file)
 
 
@@ -135,8 +143,6 @@ def open_session(texts: Sequence[str]) -> tuple[Session, Tokenizer, dict, int]:
     (session, tokenizer, model.json, step of the checkpoint).
   """
   source = FLAGS.load_cache
-  if not FLAGS.workdir:
-    raise UsageError("--workdir is required: the folder of a pretraining run")
   config, record = run_record.load_run_config(FLAGS.workdir)
   config = override_config(config, FLAGS)
   tokenizer = run_record.load_run_tokenizer(FLAGS.workdir)
@@ -188,16 +194,19 @@ def start_turn(session: Session, ids: Sequence[Sequence[int]], eos_id: int | lis
 
 def main() -> None:
   """Loads the run, then prints the prompts and their continuations."""
+  check_flags()
   clusters.check_alone("experiments.generate", FLAGS.distributed, os.environ)
   texts, target = prompts(), FLAGS.save_cache
   if target:
     check_can_save(target)
-  session, tokenizer, record, step = open_session(texts)
+  with said_if_slow(f"loading {FLAGS.workdir} ..."):
+    session, tokenizer, record, step = open_session(texts)
   if FLAGS.load_cache:
     ids = [tokenizer.encode(text, FLAGS.special_tokens, continues=True) for text in texts]
   else:
     ids = new_texts(tokenizer, texts, FLAGS.special_tokens)
-  turn = start_turn(session, ids, record["tokenizer"].get("eos_ids", tokenizer.eos_id))
+  with said_if_slow("reading the prompt; for a new length this compiles ..."):
+    turn = start_turn(session, ids, record["tokenizer"].get("eos_ids", tokenizer.eos_id))
   streams = [TextStream(tokenizer, FLAGS.stop, **state) for state in session.texts]
   written = list(map(shown_prompt, streams, texts, ids))
   speed = write_texts(session, turn, streams, written, goes_on=bool(target))

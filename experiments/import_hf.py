@@ -46,8 +46,26 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
+
+def folders() -> tuple[str, str, str]:
+  """Returns the folders of --workdir, --from and --export, "" for one that is not given."""
+  workdir, source, target = (
+    files.local_path(FLAGS[name].value or "", name) for name in ("workdir", "from", "export")
+  )
+  return workdir, source, target
+
+
+def check_flags() -> None:
+  """Raises UsageError without --workdir, or without one of --from and --export."""
+  workdir, source, target = folders()
+  if not workdir:
+    raise UsageError("--workdir is required: the folder of the run to make or to export")
+  if bool(source) == bool(target):
+    raise UsageError("give one of --from=FOLDER, to import, and --export=FOLDER")
+
+
 if __name__ == "__main__":
-  parse_first(FLAGS, __doc__)
+  parse_first(FLAGS, __doc__, check_flags)
 
 import jax
 from tqdm import tqdm
@@ -158,13 +176,8 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
 
 def main() -> None:
   """Imports a folder with --from, exports a run with --export."""
-  workdir, source, target = (
-    files.local_path(FLAGS[name].value or "", name) for name in ("workdir", "from", "export")
-  )
-  if not workdir:
-    raise UsageError("--workdir is required: the folder of the run to make or to export")
-  if bool(source) == bool(target):
-    raise UsageError("give one of --from=FOLDER, to import, and --export=FOLDER")
+  check_flags()
+  workdir, source, target = folders()
   if source:
     import_folder(source, workdir)
   else:

@@ -64,18 +64,6 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
-if __name__ == "__main__":
-  parse_first(FLAGS, __doc__)
-
-from tqdm import tqdm
-
-from sparsek.data.batches import eval_batches
-from sparsek.evaluation import layer_reach
-from sparsek.evaluation.heldout import Run
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
-from sparsek.training.checks import check_batch, check_context, check_length
-
 
 def check_flags() -> None:
   """Raises UsageError unless --workdir is a folder and --record can be written."""
@@ -87,6 +75,21 @@ def check_flags() -> None:
     raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
   if FLAGS.record:
     files.check_writable(FLAGS.record)
+  if FLAGS.sinks >= FLAGS.window:
+    raise UsageError(f"--sinks={FLAGS.sinks} must be below --window={FLAGS.window}")
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+from tqdm import tqdm
+
+from sparsek.data.batches import eval_batches
+from sparsek.evaluation import layer_reach
+from sparsek.evaluation.heldout import Run
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.training.checks import check_batch, check_context, check_length
 
 
 def main() -> None:
@@ -98,8 +101,6 @@ def main() -> None:
       f"--workdir={FLAGS.workdir}: all layers must have full attention; it has "
       f"{','.join(config.attention)}"
     )
-  if FLAGS.sinks >= FLAGS.window:
-    raise UsageError(f"--sinks={FLAGS.sinks} must be below --window={FLAGS.window}")
   long_layers = min(FLAGS.long_layers or max(1, config.num_layers // 6), config.num_layers)
   try:
     layer_reach.pattern([0.0] * config.num_layers, long_layers, FLAGS.k, FLAGS.window, FLAGS.budget)

@@ -1,4 +1,4 @@
-"""The program `sparsek`: `sparsek NAME FLAGS` runs a module of `sparsek.experiments`, a command.
+"""The program `sparsek`: `sparsek NAME FLAGS` runs a command, a module in experiments/.
 
 A command is a module whose docstring has a line that begins "  python -m experiments.NAME". No
 command is imported before it is chosen.

@@ -74,7 +74,8 @@ def parse_first(
     description: the docstring of the command's module, which begins --help.
     check: raises UsageError for values that do not go together.
   """
-  _prepare_streams()
+  files.let_stdout_take_any_text()
+  terminal.make_lenient()
   if _wants_help(sys.argv):
     print(help_of(flag_values, description or "", _HELPFULL in sys.argv))
     sys.stdout.flush()
@@ -106,9 +107,10 @@ def run(
   """
   at_interrupt = signal.getsignal(signal.SIGINT)
   code = 1
+  files.let_stdout_take_any_text()
   if argv is None:
     if not flag_values.is_parsed():
-      _prepare_streams()
+      terminal.make_lenient()
     terminal.keep_interrupts()
   try:
     if at_interrupt != signal.SIG_IGN:
@@ -122,11 +124,6 @@ def run(
     if argv is None:
       terminal.end_within(terminal.END_SECONDS, code)
   sys.exit(code)
-
-
-def _prepare_streams() -> None:
-  files.let_stdout_take_any_text()
-  terminal.make_lenient()
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

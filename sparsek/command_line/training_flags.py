@@ -17,6 +17,13 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
   define_train_flags(flag_values)
   define_process_flags(flag_values)
   define = Definer(flag_values, "run")
+  define.path(
+    "compilation_cache",
+    None,
+    "Folder that keeps compiled programs for the next run, or none. By default that of "
+    "$JAX_COMPILATION_CACHE_DIR, else one below ~/.cache/sparsek.",
+    words=("none",),
+  )
   define.boolean(
     "dry_run",
     False,
