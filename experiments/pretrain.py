@@ -12,6 +12,7 @@ and collectives of a step, and trains nothing; with --topology, of a step on dev
 be here.
 """
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -24,6 +25,7 @@ from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import OF_PROCESSES, into_string
 from sparsek.command_line.invocation import command
 from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
@@ -120,7 +122,9 @@ def pretrain() -> None:
   config = train_config(FLAGS)
   base = base_model(config)
   model_config(FLAGS, pretrained=base)  # refuses bad flags before any data is read
-  dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
+  slow = said_if_slow("opening the data ...") if processes.is_first() else contextlib.nullcontext()
+  with slow:
+    dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
   model = model_config(FLAGS, vocab_size=dataset.vocab_size, pretrained=base)
   if FLAGS.remat is None:
     model = dataclasses.replace(

@@ -64,8 +64,8 @@ def describe_choice(
 ) -> list[str]:
   """Describes `attention_choices`, with one sentence for all layers of the same choice.
 
-  On a CPU a sentence is like "attention: xla on cpu, for which there are no kernels". On accelerators it goes on with the reasons
-  why faster implementations for such a device cannot run.
+  On a CPU a sentence is like "attention: xla on cpu, for which there are no kernels". On
+  accelerators it goes on with the reasons why faster implementations for such a device cannot run.
   """
   choices = attention_choices(config, seq_len, batch, packed=packed)
   device = first_device()
