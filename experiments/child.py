@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sparsek.command_line.invocation import CHILD
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _processes: set[subprocess.Popen] = set()
 
@@ -79,6 +81,7 @@ def main() -> None:
   """Runs the module that the command line names as if it had been started itself."""
   descriptor, module = int(sys.argv[1]), sys.argv[2]
   os.set_inheritable(descriptor, False)
+  os.environ[CHILD] = "1"
   threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
   sys.argv[1:] = sys.argv[3:]
   runpy.run_module(module, run_name="__main__", alter_sys=True)

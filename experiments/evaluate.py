@@ -165,9 +165,7 @@ def main() -> None:
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:
       progress = tqdm(batches, unit="batch", disable=None)
-      with said_if_slow("compiling and evaluating ..."):
-        chunk = FLAGS.loss_chunk
-        result = evaluate(run.config, params, progress, edges, loss_chunk=chunk, mesh=mesh)
+      result = evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk, mesh=mesh)
     except NotImplementedError as error:
       raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
     results.append(result)

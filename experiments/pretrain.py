@@ -23,7 +23,7 @@ from absl import flags as absl_flags
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import OF_PROCESSES, into_string
-from sparsek.command_line.invocation import command
+from sparsek.command_line.invocation import by_user, command
 from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_pretrain_flags
@@ -86,7 +86,7 @@ def report(result: loop.Result, config: TrainConfig) -> None:
     f"checkpoints in {os.path.join(workdir, 'checkpoints')}, metrics in "
     f"{os.path.join(workdir, 'metrics.jsonl')}"
   )
-  if not result.stopped:
+  if by_user() and not result.stopped:
     run_flag = f"--workdir={shlex.quote(path_flags.shown(workdir))}"
     print(f"next: {command('evaluate')} {run_flag}")
     print(f'      {command("generate")} {run_flag} --prompt="def main"')

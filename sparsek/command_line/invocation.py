@@ -8,6 +8,7 @@ import os
 import re
 
 STARTED_BY = "SPARSEK_STARTED_BY"  # environment variable, which child processes inherit
+CHILD = "SPARSEK_CHILD"  # environment variable of commands that another command started
 _COMMAND = re.compile(r"(?<![\w./])(?:python -m )?experiments\.([a-z]\w*)(?![\w.]*/)")
 
 
@@ -19,6 +20,11 @@ def command(name: str) -> str:
   """
   program = os.environ.get(STARTED_BY)
   return f"{program} {name.replace('_', '-')}" if program else f"python -m experiments.{name}"
+
+
+def by_user() -> bool:
+  """Returns whether the user started this command, and no other command did."""
+  return CHILD not in os.environ
 
 
 def as_typed(text: str) -> str:
