@@ -36,6 +36,7 @@ test-compile: .venv-compile/ready
 
 $(READY): setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 2; }
+	@echo "installing sparsek into .venv, once ..."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(INSTALL) -e '.[test]'
 	@touch $@

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Ablation: trains a grid of models that differ in attention, and compares their held-out losses.
 
   python -m experiments.ablate --workdir=runs/ablation \\
@@ -23,16 +24,11 @@ from absl import flags as absl_flags
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import ATTENTION_KINDS, GATES, SCORERS
-from sparsek.data import batches
 from sparsek.errors import RunError, UsageError
-from sparsek.experiments import child
-from sparsek.experiments.reports import grid
-from sparsek.parallel import clusters
-from sparsek.runs import settings
-from sparsek.runs.run_directory import COMPILATION_CACHE
 from sparsek.storage import files
 
 
@@ -109,6 +105,24 @@ def numbers(name: str, minimum: int) -> list[int]:
   return [int(value) for value in values]
 
 
+def check_flags() -> None:
+  """Raises UsageError for values of a grid that cannot be, and without --workdir."""
+  if not FLAGS.workdir:
+    raise UsageError("--workdir is required: the folder for the grid's runs and its report")
+  numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS)
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+from sparsek.data import batches
+from sparsek.experiments import child
+from sparsek.experiments.reports import grid
+from sparsek.parallel import clusters
+from sparsek.runs import settings
+from sparsek.runs.run_directory import COMPILATION_CACHE
+
+
 def shared() -> list[str]:
   """Returns the flags that all runs share: those of --base and --more, --fsdp and --context."""
   if FLAGS.base and not os.path.isfile(FLAGS.base):
@@ -147,15 +161,14 @@ def train(cell: grid.Cell, folder: str, given: Sequence[str]) -> bool:
   arguments = [*given, *cell.flags(), f"--workdir={folder}"]
   arguments += [] if FLAGS.distributed else ["--nodistributed"]
   environment = {COMPILATION_CACHE: cache, **os.environ}
-  with child.running("experiments.pretrain", arguments, env=environment) as process:
+  with child.running("sparsek.experiments.pretrain", arguments, env=environment) as process:
     return process.wait() == 0
 
 
 def main() -> None:
   """Trains what is missing, and reports after every cell."""
+  check_flags()
   clusters.check_alone("experiments.ablate", FLAGS.distributed, os.environ)
-  if not FLAGS.workdir:
-    raise UsageError("--workdir is required: the folder for the grid's runs and its report")
   kinds, ks, windows = grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0)
   gates, scorers = choices("gate", GATES), choices("scorer", SCORERS)
   cells = grid.grid(kinds, ks, windows, gates, scorers, FLAGS.seeds)
@@ -165,7 +178,8 @@ def main() -> None:
   values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
   first = values[cells[0]]
-  dataset = batches.open_data(first.data, first.tokenizer).fingerprint
+  with said_if_slow("opening the data ..."):
+    dataset = batches.open_data(first.data, first.tokenizer).fingerprint
   grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
   files.make_folder(runs)
   report = not_default(check([*given, f"--workdir={runs}"]))

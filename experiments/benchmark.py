@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Benchmark of SPARSEK beside dense attention and a sliding window of the same budget.
 
   python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 \\
@@ -21,8 +22,24 @@ from types import ModuleType
 from typing import Any
 
 from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
 from sparsek.errors import RunError, UsageError
+from sparsek.experiments.bench.flags import FLAGS
+from sparsek.storage import files
+
+
+def check_flags() -> None:
+  """Raises UsageError unless --show or --record can be read or written."""
+  name = "show" if FLAGS.show else "record"
+  path = FLAGS[name].value
+  if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
+    raise UsageError(f"--{name}={path}: must be a .json file in a folder that exists")
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
 from sparsek.experiments.bench import attention as attention_bench
 from sparsek.experiments.bench import (
   attention_report,
@@ -33,7 +50,6 @@ from sparsek.experiments.bench import (
 from sparsek.experiments.bench import decoding as decoding_bench
 from sparsek.experiments.bench import training_step as training_step_bench
 from sparsek.experiments.bench.cells import environment
-from sparsek.experiments.bench.flags import FLAGS
 from sparsek.experiments.bench.suites import (
   check_same_model,
   decode_jobs,
@@ -43,7 +59,6 @@ from sparsek.experiments.bench.suites import (
   problems,
 )
 from sparsek.experiments.reports import records
-from sparsek.storage import files
 
 Record = dict[str, Any]
 REFERENCE_LENGTH = 4096
@@ -144,12 +159,8 @@ def errors_at(n: int, problem: attention_bench.Problem) -> Record:
 
 def main() -> None:
   """Measures or loads, prints, draws."""
+  check_flags()
   path = flag("show", flag("record"))
-  if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
-    raise UsageError(
-      f"--{'show' if flag('show') else 'record'}={path}: must be a .json file in "
-      "a folder that exists"
-    )
   if flag("show"):
     record = load(path)
   else:

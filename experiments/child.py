@@ -2,7 +2,7 @@
 
 The parent holds one end of a pipe; a thread of the child waits at the other end. When the parent is
 gone, the pipe is closed, and the child sends itself SIGTERM: training saves a checkpoint and ends.
-`python -m experiments.child DESCRIPTOR MODULE ARGUMENTS...` is that child.
+`python -m sparsek.experiments.child DESCRIPTOR MODULE ARGUMENTS...` is that child.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from sparsek.command_line.invocation import CHILD
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _processes: set[subprocess.Popen] = set()
@@ -31,7 +33,7 @@ def running(module: str, arguments: Sequence[str], **options: Any) -> Iterator[s
     options: those of `subprocess.Popen`.
   """
   reader, writer = os.pipe()  # no other child inherits the writer
-  command = [sys.executable, "-m", "experiments.child", str(reader), module, *arguments]
+  command = [sys.executable, "-m", "sparsek.experiments.child", str(reader), module, *arguments]
   try:
     with subprocess.Popen(command, pass_fds=(reader,), **options) as process:
       _processes.add(process)
@@ -79,6 +81,7 @@ def main() -> None:
   """Runs the module that the command line names as if it had been started itself."""
   descriptor, module = int(sys.argv[1]), sys.argv[2]
   os.set_inheritable(descriptor, False)
+  os.environ[CHILD] = "1"
   threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
   sys.argv[1:] = sys.argv[3:]
   runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Demonstration of a tiny SPARSEK model, from corpus to text, in minutes on two CPU cores.
 
   python -m experiments.demo
@@ -15,18 +16,24 @@ import signal
 import sys
 import time
 
-import jax
 from absl import flags as absl_flags
 
-from sparsek.command_line.main import run
-from sparsek.data.batches import open_data
+from sparsek.command_line.main import parse_first, run
 from sparsek.errors import RunError
+
+FLAGS = absl_flags.FlagValues()  # the demo takes no flags
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__)
+
+import jax
+
+from sparsek.data.batches import open_data
 from sparsek.experiments import child
 from sparsek.experiments.reports.plots import kept_tokens, save_picture
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
 
-FLAGS = absl_flags.FlagValues()  # the demo takes no flags
 FOLDER = "demo"
 SPARSEK, SLIDING_WINDOW, PICTURE, CACHE = (
   os.path.join(FOLDER, name) for name in ("sparsek", "sliding_window", "demo.png", ".jax_cache")
@@ -77,7 +84,8 @@ def _run(module: str, *arguments: str, stop_when=None) -> None:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
   }
   try:
-    with child.running(module, arguments, env={**os.environ, **environment}) as process:
+    own = {**os.environ, **environment}
+    with child.running(f"sparsek.{module}", arguments, env=own) as process:
       while stop_when is not None and process.poll() is None:
         if stop_when():
           process.send_signal(signal.SIGTERM)

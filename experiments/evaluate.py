@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Held-out loss of one or several runs side by side.
 
 The loss is shown in nats per token, in bits per byte, and by position, also beyond the training
@@ -14,22 +15,17 @@ import os
 import sys
 
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_data_of_runs_flag, define_evaluation_flags
+from sparsek.command_line.invocation import as_typed
+from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_loss_chunk_flag, define_mesh_flags
-from sparsek.data.tokenizer import Tokenizer, describe_documents
 from sparsek.errors import UsageError
-from sparsek.evaluation.heldout import Run, evaluation_record, heldout_rows, other_beginning
-from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate, format_table
-from sparsek.parallel import clusters
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_record
-from sparsek.runs.metrics import append_record
 from sparsek.storage import files
 
 RECORDS = "evaluation.jsonl"
@@ -56,17 +52,34 @@ FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
 
-def _runs() -> list[Run]:
-  """Returns the runs of --workdir, with the flags of attention applied to their models."""
-  workdirs = FLAGS.workdir
-  if not workdirs:
+def check_flags() -> None:
+  """Raises UsageError unless --workdir names folders."""
+  if not FLAGS.workdir:
     raise UsageError(
       "--workdir is required: the folder of a pretraining run, or several separated by commas"
     )
-  for folder in workdirs:
+  for folder in FLAGS.workdir:
     if not os.path.isdir(folder):
       raise UsageError(f"--workdir={folder}: there is no such folder")
-  loaded = [(folder, *run_record.load_run_config(folder)) for folder in workdirs]
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+from tqdm import tqdm
+
+from sparsek.data.tokenizer import Tokenizer, describe_documents
+from sparsek.evaluation.heldout import Run, evaluation_record, heldout_rows, other_beginning
+from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate, format_table
+from sparsek.parallel import clusters
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_record
+from sparsek.runs.metrics import append_record
+
+
+def _runs() -> list[Run]:
+  """Returns the runs of --workdir, with the flags of attention applied to their models."""
+  loaded = [(folder, *run_record.load_run_config(folder)) for folder in FLAGS.workdir]
   return [Run(folder, override_config(config, FLAGS), record) for folder, config, record in loaded]
 
 
@@ -75,7 +88,7 @@ def _say_how_documents_begin(run: Run, tokenizer: Tokenizer) -> None:
   print(f"{run.workdir}: {describe_documents(tokenizer)}", file=sys.stderr)
   warning = other_beginning(run, tokenizer)
   if warning:
-    print(f"warning: {warning}", file=sys.stderr)
+    print(as_typed(f"warning: {warning}"), file=sys.stderr)
 
 
 def _append_record(run: Run, record: dict) -> None:
@@ -99,6 +112,7 @@ def _settings(run: Run, step: int) -> dict[str, object]:
 
 def main() -> None:
   """Evaluates all runs, prints the table, and writes the records."""
+  check_flags()
   clusters.check_alone("experiments.evaluate", FLAGS.distributed, os.environ)
   runs, mesh = _runs(), make_mesh(FLAGS.fsdp, FLAGS.context)
   dataset, data, batches = heldout_rows(
@@ -110,9 +124,10 @@ def main() -> None:
     files.check_writable(os.path.join(run.workdir, RECORDS))
   results, settings, bits = [], [], []
   for run in runs:
-    params, step = checkpoint.load_params(
-      run.workdir, run.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
-    )
+    with said_if_slow(f"loading {run.workdir} ..."):
+      params, step = checkpoint.load_params(
+        run.workdir, run.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
+      )
     _say_how_documents_begin(run, dataset.tokenizer)
     rows = f"{len(batches)} batches of {data.batch_size} x {data.seq_len} tokens"
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Accuracy of runs on generated tasks that ask for facts far back, with 95 % confidence intervals.
 
   python -m experiments.evaluate_tasks --workdir=/tmp/run --tasks=passkey,needle --lengths=1024,4096
@@ -15,30 +16,20 @@ import os
 import sys
 from collections.abc import Mapping
 
-import numpy as np
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_evaluation_flags
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_mesh_flags
-from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.errors import UsageError
-from sparsek.evaluation import tasks
-from sparsek.experiments.reports import plots
-from sparsek.parallel import clusters
-from sparsek.parallel.mesh import CONTEXT, make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
-from sparsek.runs.metrics import append_record
 from sparsek.storage import files
-from sparsek.training.checks import check_batch, check_context, check_length
-
-MAX_LENGTH = 2**24  # tokens of a document
 
 Counts = tuple[int, int]  # right answers, all answers
+
+MAX_LENGTH = 2**24  # tokens of a document
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -80,6 +71,55 @@ FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
 
+def document_lengths() -> list[int]:
+  """Returns the lengths of --lengths."""
+  texts = FLAGS.lengths.split(",")
+  for text in texts:
+    if not (text.isdecimal() and int(text)):
+      raise UsageError(f"--lengths={FLAGS.lengths}: {text!r} must be a number of at least 1")
+  return [int(text) for text in texts]
+
+
+def check_lengths(lengths: list[int]) -> None:
+  """Raises UsageError for documents that would take hours to make."""
+  if max(lengths) > MAX_LENGTH:
+    raise UsageError(f"--lengths={max(lengths)}: must be at most {MAX_LENGTH}")
+
+
+def check_flags() -> None:
+  """Raises UsageError unless --workdir names folders, and --record can be written."""
+  check_lengths(document_lengths())
+  if not FLAGS.workdir:
+    raise UsageError(
+      "--workdir is required: the folder of a pretraining run, or several separated by commas"
+    )
+  for folder in FLAGS.workdir:
+    if not os.path.isdir(folder):
+      raise UsageError(f"--workdir={folder}: there is no such folder")
+  if FLAGS.record and not (
+    FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")
+  ):
+    raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
+  if FLAGS.record:
+    files.check_writable(FLAGS.record)
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+import numpy as np
+from tqdm import tqdm
+
+from sparsek.data.task_documents import CHANCE, TASKS, make_example
+from sparsek.evaluation import tasks
+from sparsek.experiments.reports import plots
+from sparsek.parallel import clusters
+from sparsek.parallel.mesh import CONTEXT, make_mesh
+from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.runs.metrics import append_record
+from sparsek.training.checks import check_batch, check_context, check_length
+
+
 def task_names() -> list[str]:
   """Returns the tasks of --tasks."""
   names = FLAGS.tasks.split(",")
@@ -88,15 +128,6 @@ def task_names() -> list[str]:
       allowed = ", ".join(TASKS)
       raise UsageError(f"--tasks={FLAGS.tasks}: {name!r} must be one of {allowed}")
   return names
-
-
-def document_lengths() -> list[int]:
-  """Returns the lengths of --lengths."""
-  texts = FLAGS.lengths.split(",")
-  for text in texts:
-    if not (text.isdecimal() and int(text)):
-      raise UsageError(f"--lengths={FLAGS.lengths}: {text!r} must be a number of at least 1")
-  return [int(text) for text in texts]
 
 
 def save(
@@ -115,36 +146,17 @@ def save(
   print(f"{path}, {picture}")
 
 
-def check_lengths(lengths: list[int]) -> None:
-  """Raises UsageError for documents that would take hours to make."""
-  if max(lengths) > MAX_LENGTH:
-    raise UsageError(f"--lengths={max(lengths)}: must be at most {MAX_LENGTH}")
-
-
 def main() -> None:
   """Evaluates all runs on all tasks at all lengths."""
+  check_flags()
   clusters.check_alone("experiments.evaluate_tasks", FLAGS.distributed, os.environ)
   chosen, lengths = task_names(), document_lengths()
-  check_lengths(lengths)
-  workdirs = FLAGS.workdir
-  if not workdirs:
-    raise UsageError(
-      "--workdir is required: the folder of a pretraining run, or several separated by commas"
-    )
-  if FLAGS.record and not (
-    FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")
-  ):
-    raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
-  if FLAGS.record:
-    files.check_writable(FLAGS.record)
   mesh = make_mesh(FLAGS.fsdp, FLAGS.context)
   batch_size = FLAGS.batch_size or mesh.size // mesh.shape[CONTEXT]
   check_batch(mesh, batch_size)
   counts: dict[tuple[str, str, int], Counts] = {}
   records, runs = {}, []
-  for workdir in workdirs:
-    if not os.path.isdir(workdir):
-      raise UsageError(f"--workdir={workdir}: there is no such folder")
+  for workdir in FLAGS.workdir:
     config, record = run_record.load_run_config(workdir)
     config, tokenizer = override_config(config, FLAGS), run_record.load_run_tokenizer(workdir)
     check_length(config, max(lengths), "lengths")

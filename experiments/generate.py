@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Generation of text: continues a prompt with a pretrained model, and prints text as it comes.
 
   python -m experiments.generate --workdir=/tmp/run --prompt="def main" --max_new_tokens=200
@@ -15,8 +16,6 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 from absl import flags as absl_flags
 
 from sparsek.command_line.configs import override_config
@@ -27,24 +26,10 @@ from sparsek.command_line.flags import (
   define_step_flags,
   define_workdir_flag,
 )
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_mesh_flags
-from sparsek.data.tokenizer import Tokenizer, as_valid_unicode
 from sparsek.errors import UsageError
-from sparsek.generation.prompts import (
-  check_can_save,
-  new_texts,
-  read_prompts,
-  save,
-  shown_prompt,
-  write_texts,
-)
-from sparsek.generation.session import AHEAD, Session
-from sparsek.generation.text_stream import TextStream
-from sparsek.model.baselines import context_refusal
-from sparsek.parallel import clusters
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_record
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -113,12 +98,41 @@ FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
 
+def check_flags() -> None:
+  """Raises UsageError without --workdir, and for prompts from two sources."""
+  if not FLAGS.workdir:
+    raise UsageError("--workdir is required: the folder of a pretraining run")
+  if FLAGS.prompt_file is not None and FLAGS.prompt:
+    raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+import jax
+import jax.numpy as jnp
+
+from sparsek.data.tokenizer import Tokenizer, as_valid_unicode
+from sparsek.generation.prompts import (
+  check_can_save,
+  new_texts,
+  read_prompts,
+  save,
+  shown_prompt,
+  write_texts,
+)
+from sparsek.generation.session import AHEAD, Session
+from sparsek.generation.text_stream import TextStream
+from sparsek.model.baselines import context_refusal
+from sparsek.parallel import clusters
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_record
+
+
 def prompts() -> list[str]:
   """Returns the texts to continue."""
   if FLAGS.prompt_file is None:
     return [as_valid_unicode(FLAGS.prompt)]
-  if FLAGS.prompt:
-    raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
   return read_prompts(FLAGS.prompt_file)
 
 
@@ -129,8 +143,6 @@ def open_session(texts: Sequence[str]) -> tuple[Session, Tokenizer, dict, int]:
     (session, tokenizer, model.json, step of the checkpoint).
   """
   source = FLAGS.load_cache
-  if not FLAGS.workdir:
-    raise UsageError("--workdir is required: the folder of a pretraining run")
   config, record = run_record.load_run_config(FLAGS.workdir)
   config = override_config(config, FLAGS)
   tokenizer = run_record.load_run_tokenizer(FLAGS.workdir)
@@ -182,16 +194,19 @@ def start_turn(session: Session, ids: Sequence[Sequence[int]], eos_id: int | lis
 
 def main() -> None:
   """Loads the run, then prints the prompts and their continuations."""
+  check_flags()
   clusters.check_alone("experiments.generate", FLAGS.distributed, os.environ)
   texts, target = prompts(), FLAGS.save_cache
   if target:
     check_can_save(target)
-  session, tokenizer, record, step = open_session(texts)
+  with said_if_slow(f"loading {FLAGS.workdir} ..."):
+    session, tokenizer, record, step = open_session(texts)
   if FLAGS.load_cache:
     ids = [tokenizer.encode(text, FLAGS.special_tokens, continues=True) for text in texts]
   else:
     ids = new_texts(tokenizer, texts, FLAGS.special_tokens)
-  turn = start_turn(session, ids, record["tokenizer"].get("eos_ids", tokenizer.eos_id))
+  with said_if_slow("reading the prompt; for a new length this compiles ..."):
+    turn = start_turn(session, ids, record["tokenizer"].get("eos_ids", tokenizer.eos_id))
   streams = [TextStream(tokenizer, FLAGS.stop, **state) for state in session.texts]
   written = list(map(shown_prompt, streams, texts, ids))
   speed = write_texts(session, turn, streams, written, goes_on=bool(target))

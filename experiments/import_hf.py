@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Import of a folder in Hugging Face's format as a run, and export of a run as such a folder.
 
   python -m experiments.import_hf --from=FOLDER --workdir=RUN
@@ -20,21 +21,14 @@ import os
 from collections.abc import Iterable
 from typing import TypeVar
 
-import jax
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line.configs import model_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_model_flags, define_step_flags
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.config import DataConfig
-from sparsek.data import document_end
-from sparsek.data.tokenizer import Tokenizer, load_tokenizer
 from sparsek.errors import RunError, UsageError
-from sparsek.huggingface import pretrained
-from sparsek.model.transformer import Params, count_params
-from sparsek.runs import checkpoint, checkpoint_writer, orbax_errors, run_directory, run_record
 from sparsek.storage import files
 from sparsek.storage.new_folder import check_new_folder, new_folder
 
@@ -51,6 +45,37 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+
+def folders() -> tuple[str, str, str]:
+  """Returns the folders of --workdir, --from and --export, "" for one that is not given."""
+  workdir, source, target = (
+    files.local_path(FLAGS[name].value or "", name) for name in ("workdir", "from", "export")
+  )
+  return workdir, source, target
+
+
+def check_flags() -> None:
+  """Raises UsageError without --workdir, or without one of --from and --export."""
+  workdir, source, target = folders()
+  if not workdir:
+    raise UsageError("--workdir is required: the folder of the run to make or to export")
+  if bool(source) == bool(target):
+    raise UsageError("give one of --from=FOLDER, to import, and --export=FOLDER")
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+import jax
+from tqdm import tqdm
+
+from sparsek.data import document_end
+from sparsek.data.tokenizer import Tokenizer, load_tokenizer
+from sparsek.huggingface import pretrained
+from sparsek.model.transformer import Params, count_params
+from sparsek.runs import checkpoint, checkpoint_writer, orbax_errors, run_directory, run_record
+
 T = TypeVar("T")
 
 
@@ -151,13 +176,8 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
 
 def main() -> None:
   """Imports a folder with --from, exports a run with --export."""
-  workdir, source, target = (
-    files.local_path(FLAGS[name].value or "", name) for name in ("workdir", "from", "export")
-  )
-  if not workdir:
-    raise UsageError("--workdir is required: the folder of the run to make or to export")
-  if bool(source) == bool(target):
-    raise UsageError("give one of --from=FOLDER, to import, and --export=FOLDER")
+  check_flags()
+  workdir, source, target = folders()
   if source:
     import_folder(source, workdir)
   else:

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Layers of a dense model that need distant tokens, and a --layer_pattern with most keys in them.
 
   python -m experiments.layer_reach --workdir=runs/imported --data=data/long --seq_len=8192 \\
@@ -13,7 +14,6 @@ import os
 import sys
 
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import (
@@ -21,17 +21,11 @@ from sparsek.command_line.flags import (
   define_step_flags,
   define_workdir_flag,
 )
-from sparsek.command_line.main import run
+from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import DataConfig
-from sparsek.data.batches import eval_batches
 from sparsek.errors import UsageError
-from sparsek.evaluation import layer_reach
-from sparsek.evaluation.heldout import Run
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.storage import files
-from sparsek.training.checks import check_batch, check_context, check_length
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -81,6 +75,21 @@ def check_flags() -> None:
     raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
   if FLAGS.record:
     files.check_writable(FLAGS.record)
+  if FLAGS.sinks >= FLAGS.window:
+    raise UsageError(f"--sinks={FLAGS.sinks} must be below --window={FLAGS.window}")
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+from tqdm import tqdm
+
+from sparsek.data.batches import eval_batches
+from sparsek.evaluation import layer_reach
+from sparsek.evaluation.heldout import Run
+from sparsek.parallel.mesh import make_mesh
+from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.training.checks import check_batch, check_context, check_length
 
 
 def main() -> None:
@@ -92,8 +101,6 @@ def main() -> None:
       f"--workdir={FLAGS.workdir}: all layers must have full attention; it has "
       f"{','.join(config.attention)}"
     )
-  if FLAGS.sinks >= FLAGS.window:
-    raise UsageError(f"--sinks={FLAGS.sinks} must be below --window={FLAGS.window}")
   long_layers = min(FLAGS.long_layers or max(1, config.num_layers // 6), config.num_layers)
   try:
     layer_reach.pattern([0.0] * config.num_layers, long_layers, FLAGS.k, FLAGS.window, FLAGS.budget)

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Preparation of token files, which `python -m experiments.pretrain --data=FOLDER` trains on.
 
   python -m experiments.prepare_data --sources=stdlib --train_bpe=8192 --output=data/stdlib_bpe
@@ -17,21 +18,11 @@ batch that holds no answer has a loss of 0.
 from collections.abc import Iterable
 
 from absl import flags as absl_flags
-from tqdm import tqdm
 
 from sparsek.command_line.definer import Definer
-from sparsek.command_line.main import run
-from sparsek.data.corpus import DEFAULT_EXTENSIONS, Document, LeftOut, documents
-from sparsek.data.token_files import (
-  TokenDataset,
-  check_can_make,
-  check_same,
-  open_token_files,
-  read_meta,
-  verify_token_files,
-  write_token_files,
-)
-from sparsek.data.tokenizer import Tokenizer, describe_documents, load_tokenizer, train_bpe
+from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
+from sparsek.config import DEFAULT_EXTENSIONS
 from sparsek.errors import UsageError
 
 
@@ -114,6 +105,39 @@ FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
 
 
+def check_flags() -> None:
+  """Raises UsageError for flags that exclude each other, and for those that are missing."""
+  if FLAGS.verify is not None:
+    if FLAGS.sources or FLAGS.output:
+      raise UsageError(f"--verify={FLAGS.verify} takes neither --sources nor --output")
+    return
+  for name in ("sources", "output"):
+    if not FLAGS[name].value:
+      raise UsageError(f"--{name} is required: {FLAGS[name].help}")
+  if FLAGS.tokenizer is not None and FLAGS.train_bpe is not None:
+    raise UsageError(
+      f"--tokenizer={FLAGS.tokenizer} and --train_bpe={FLAGS.train_bpe} exclude each other"
+    )
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+from tqdm import tqdm
+
+from sparsek.data.corpus import Document, LeftOut, documents
+from sparsek.data.token_files import (
+  TokenDataset,
+  check_can_make,
+  check_same,
+  open_token_files,
+  read_meta,
+  verify_token_files,
+  write_token_files,
+)
+from sparsek.data.tokenizer import Tokenizer, describe_documents, load_tokenizer, train_bpe
+
+
 def _documents(description: str, left_out: LeftOut | None = None) -> Iterable[Document]:
   """Reads the documents of --sources, with a progress bar."""
   all_documents = documents(
@@ -134,10 +158,6 @@ def _documents(description: str, left_out: LeftOut | None = None) -> Iterable[Do
 def _tokenizer() -> Tokenizer:
   if FLAGS.train_bpe is None:
     return load_tokenizer(FLAGS.tokenizer or "byte")
-  if FLAGS.tokenizer is not None:
-    raise UsageError(
-      f"--tokenizer={FLAGS.tokenizer} and --train_bpe={FLAGS.train_bpe} exclude each other"
-    )
   return train_bpe(
     (document.text for document in _documents("training the tokenizer") if not document.held_out),
     FLAGS.train_bpe,
@@ -163,20 +183,17 @@ def _report(dataset: TokenDataset) -> None:
 
 def main() -> None:
   """Makes the token files, or only verifies those of --verify."""
+  check_flags()
   if FLAGS.expect:
     read_meta(FLAGS.expect)  # a bad file is refused before any long work
   if FLAGS.verify is not None:
-    if FLAGS.sources or FLAGS.output:
-      raise UsageError(f"--verify={FLAGS.verify} takes neither --sources nor --output")
     _report(verify_token_files(FLAGS.verify))
     print("All checksums agree.")
     return
-  for name in ("sources", "output"):
-    if not FLAGS[name].value:
-      raise UsageError(f"--{name} is required: {FLAGS[name].help}")
   check_can_make(FLAGS.output)  # before the tokenizer is trained
   tokenizer, left_out = _tokenizer(), LeftOut()
-  write_token_files(FLAGS.output, _documents("tokenising", left_out), tokenizer, FLAGS.sources)
+  with said_if_slow(f"tokenising into {FLAGS.output} ..."):
+    write_token_files(FLAGS.output, _documents("tokenising", left_out), tokenizer, FLAGS.sources)
   for line in left_out.lines():
     print(line)
   _report(open_token_files(FLAGS.output))

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (see sparsek.command_line.main)
 """Pretraining of a language model.
 
   python -m experiments.pretrain --workdir=/tmp/run --preset=tiny --num_steps=500
@@ -11,27 +12,47 @@ and collectives of a step, and trains nothing; with --topology, of a step on dev
 be here.
 """
 
+import contextlib
 import dataclasses
 import os
+import shlex
 from typing import Any
 
-import jax
 from absl import flags as absl_flags
 
+from sparsek.command_line import path_flags
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import OF_PROCESSES, into_string
-from sparsek.command_line.main import run
+from sparsek.command_line.invocation import by_user, command
+from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TrainConfig, TransformerConfig
-from sparsek.data import batches
 from sparsek.errors import UsageError
+
+FLAGS = absl_flags.FlagValues()
+define_pretrain_flags(FLAGS)
+
+
+def check_flags() -> None:
+  """Raises UsageError for flags that do not go together, as far as no data nor model is needed."""
+  train_config(FLAGS)
+  if not FLAGS.init_from:
+    model_config(FLAGS)
+  if FLAGS.topology is not None and not FLAGS.dry_run:
+    raise UsageError(f"--topology={FLAGS.topology} needs --dry_run: nothing can be trained there")
+
+
+if __name__ == "__main__":
+  parse_first(FLAGS, __doc__, check_flags)
+
+import jax
+
+from sparsek.data import batches
 from sparsek.huggingface import pretrained
 from sparsek.parallel import processes, topology
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
-
-FLAGS = absl_flags.FlagValues()
-define_pretrain_flags(FLAGS)
 
 
 def base_model(config: TrainConfig) -> TransformerConfig | None:
@@ -65,25 +86,28 @@ def report(result: loop.Result, config: TrainConfig) -> None:
     f"checkpoints in {os.path.join(workdir, 'checkpoints')}, metrics in "
     f"{os.path.join(workdir, 'metrics.jsonl')}"
   )
+  if by_user() and not result.stopped:
+    run_flag = f"--workdir={shlex.quote(path_flags.shown(workdir))}"
+    print(f"next: {command('evaluate')} {run_flag}")
+    print(f'      {command("generate")} {run_flag} --prompt="def main"')
 
 
 def planned_devices() -> list[jax.Device] | None:
   """Returns the devices that --topology describes; None without that flag.
 
   Raises:
-    UsageError: where they cannot be compiled for, or the run is no dry run.
+    UsageError: where they cannot be compiled for.
   """
   if FLAGS.topology is None:
     return None
   described = topology.parse(FLAGS.topology)
-  if not FLAGS.dry_run:
-    raise UsageError(f"--topology={FLAGS.topology} needs --dry_run: nothing can be trained there")
   jax.config.update("jax_platforms", "cpu")  # uses no attached device
   return topology.described_devices(described)
 
 
 def main() -> None:
   """Joins the processes of the run, and trains."""
+  check_flags()
   if FLAGS.topology is not None:  # such a plan needs this process alone
     pretrain()
     return
@@ -98,7 +122,9 @@ def pretrain() -> None:
   config = train_config(FLAGS)
   base = base_model(config)
   model_config(FLAGS, pretrained=base)  # refuses bad flags before any data is read
-  dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
+  slow = said_if_slow("opening the data ...") if processes.is_first() else contextlib.nullcontext()
+  with slow:
+    dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
   model = model_config(FLAGS, vocab_size=dataset.vocab_size, pretrained=base)
   if FLAGS.remat is None:
     model = dataclasses.replace(
@@ -112,7 +138,7 @@ def pretrain() -> None:
     if processes.is_first():
       print("\n".join(lines))
     return
-  run_directory.use_compilation_cache(config.workdir)
+  run_directory.use_compilation_cache(FLAGS.compilation_cache)
   result = loop.train(model, config, dataset, into_string(FLAGS))
   if processes.is_first():
     report(result, config)

@@ -5,8 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-SCORE_FAMILIES = ("normal", "rising", "falling", "equal", "ties", "huge", "tiny")
-
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

@@ -1,25 +1,24 @@
 """SPARSEK attention in JAX: learned top-k sparse attention (arXiv 2406.16747).
 
-Training takes time that is linear in the length, generation constant memory. Generation is imported
-when one of its names is used, so that `import sparsek` is fast.
+Training takes time that is linear in the length, generation constant memory. A name is imported
+when it is first used, so that `import sparsek`, which every command does, is fast.
 """
 
 import importlib
 import os
 from typing import TYPE_CHECKING
 
-from sparsek.attention.api import sliding_window_attention, sparsek_attention
-from sparsek.attention.diagnostics import selection_statistics
-from sparsek.attention.operator import CausalSelection, causal_sparsek, sparsek
-from sparsek.attention.scoring import ScoringNetwork
-from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, preset
-from sparsek.model.layers import SparseKAttention
-from sparsek.model.transformer import Transformer, count_params, init_params
-
 if TYPE_CHECKING:
+  from sparsek.attention.api import sliding_window_attention, sparsek_attention
+  from sparsek.attention.diagnostics import selection_statistics
+  from sparsek.attention.operator import CausalSelection, causal_sparsek, sparsek
+  from sparsek.attention.scoring import ScoringNetwork
+  from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig, preset
   from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
   from sparsek.generation.inference import inference_params
   from sparsek.generation.session import Session
+  from sparsek.model.layers import SparseKAttention
+  from sparsek.model.transformer import Transformer, count_params, init_params
 
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
   # An environment may then offer the kernels of another checkout.
@@ -28,7 +27,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
     "it out with core.symlinks=true"
   )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
   "Cache",
   "CausalSelection",
@@ -55,15 +54,31 @@ __all__ = [
   "sparsek_attention",
 ]
 
-# Names that are imported when they are first used, and their modules.
+# The module of each public name.
 _HOMES = {
   "Cache": "sparsek.generation.cache",
+  "CausalSelection": "sparsek.attention.operator",
+  "DataConfig": "sparsek.config",
+  "OptimizerConfig": "sparsek.config",
+  "ScoringNetwork": "sparsek.attention.scoring",
   "Session": "sparsek.generation.session",
+  "SparseKAttention": "sparsek.model.layers",
+  "TrainConfig": "sparsek.config",
+  "Transformer": "sparsek.model.transformer",
+  "TransformerConfig": "sparsek.config",
+  "causal_sparsek": "sparsek.attention.operator",
+  "count_params": "sparsek.model.transformer",
   "decode_step": "sparsek.generation.cache",
   "inference_params": "sparsek.generation.inference",
   "init_cache": "sparsek.generation.cache",
+  "init_params": "sparsek.model.transformer",
   "lost_scores": "sparsek.generation.cache",
   "prefill": "sparsek.generation.cache",
+  "preset": "sparsek.config",
+  "selection_statistics": "sparsek.attention.diagnostics",
+  "sliding_window_attention": "sparsek.attention.api",
+  "sparsek": "sparsek.attention.operator",
+  "sparsek_attention": "sparsek.attention.api",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw `__getattr__` would accept any name

@@ -25,7 +25,12 @@ ORDER = (
   "storage",
   "config errors",
 )
-MAY_ALSO = {("parallel", "attention"), ("experiments", "sparsek")}
+MAY_ALSO = {
+  ("parallel", "attention"),
+  ("experiments", "sparsek"),
+  ("__main__", "sparsek"),
+  ("__main__", "command_line"),
+}
 USE_KERNELS = {"attention", "model", "generation", "parallel", "experiments", "kernels"}
 FOLDERS = ("sparsek", "kernels", "experiments", "tests")
 FIRST_WORDS = {"What", "Of", "Whether", "Where", "As", "Which", "How"}

@@ -9,7 +9,14 @@ import tarfile
 
 import pytest
 
+import sparsek
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXPERIMENTS = {
+  str(path.relative_to(ROOT / "experiments"))
+  for pattern in ("*.py", "*.flags")
+  for path in (ROOT / "experiments").rglob(pattern)
+}
 KERNELS = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
 REPORT = """
 import os, sparsek, sparsek.kernels.specs as specs
@@ -75,8 +82,34 @@ def test_packages_hold_the_kernels_as_plain_files(checkout):
   assert not any(path.is_symlink() for path in (folder / "built").rglob("*"))
   assert (folder / "built" / "sparsek" / "py.typed").exists()
   assert os.listdir(folder / "built") == ["sparsek"]
+  installed = folder / "built" / "sparsek" / "experiments"
+  files = (path for path in installed.rglob("*") if path.is_file())
+  assert {str(path.relative_to(installed)) for path in files} == EXPERIMENTS
   (archive,) = (folder / "dist").glob("*.tar.gz")
   with tarfile.open(archive) as sdist:
     members = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
   assert {f"sparsek/kernels/{name}" for name in KERNELS} <= set(members)
   assert all(member.isfile() or member.isdir() for member in members.values())
+  entry_points = (folder / "sparsek.egg-info" / "entry_points.txt").read_text()
+  assert "sparsek = sparsek.__main__:main" in entry_points
+  assert f"Version: {sparsek.__version__}\n" in (folder / "sparsek.egg-info/PKG-INFO").read_text()
+  check_commands(folder / "built")
+
+
+def check_commands(built: pathlib.Path) -> None:
+  """Runs commands of a package from a folder that has no checkout."""
+  elsewhere = built.parent / "elsewhere"
+  elsewhere.mkdir()
+  variables = os.environ | {"PYTHONPATH": str(built)}
+
+  def sparsek_command(*arguments: str) -> str:
+    command = [sys.executable, "-m", "sparsek", *arguments]
+    return subprocess.run(
+      command, cwd=elsewhere, env=variables, check=True, text=True, capture_output=True
+    ).stdout
+
+  assert sparsek_command("--version") == f"sparsek {sparsek.__version__}\n"
+  recipe = ROOT / "experiments" / "recipes" / "tiny_stdlib.flags"
+  assert sparsek_command("recipe", "tiny_stdlib") == recipe.read_text()
+  assert "\ntiny_stdlib  " in sparsek_command("recipe")
+  assert "python -m sparsek pretrain --workdir" in sparsek_command("pretrain", "--help")

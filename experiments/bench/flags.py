@@ -5,7 +5,7 @@ from absl import flags as absl_flags
 from sparsek import config as config_lib
 from sparsek.command_line.definer import Definer
 from sparsek.command_line.flags import define_attention_flags
-from sparsek.kernels.specs import SCORE_FAMILIES
+from sparsek.kernels.score_families import SCORE_FAMILIES
 
 BASELINES = (
   "What to time, separated by commas. In the suites of attention: sparsek, sliding_window, dense, "

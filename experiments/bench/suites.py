@@ -14,7 +14,7 @@ from sparsek.experiments.bench import decoding as decoding_bench
 from sparsek.experiments.bench import training_step as training_step_bench
 from sparsek.experiments.bench.flags import FLAGS, define_flags
 from sparsek.kernels.devices import on_nvidia_gpu
-from sparsek.kernels.specs import SCORE_FAMILIES
+from sparsek.kernels.score_families import SCORE_FAMILIES
 from sparsek.runs.settings import differences
 
 # fields of attention_bench.Problem that flags of the same name set

@@ -11,7 +11,7 @@ import time
 from sparsek.config import TransformerConfig
 from sparsek.experiments.bench.transformers_llama import answer, ask, fields
 
-COMMAND = (sys.executable, "-m", "experiments.bench.transformers_decode")
+COMMAND = (sys.executable, "-m", "sparsek.experiments.bench.transformers_decode")
 TIMEOUT_SECONDS = 180.0
 SECONDS = 5.0  # most to spend on samples
 TOKENS = 16  # per sample

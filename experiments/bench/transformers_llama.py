@@ -18,7 +18,7 @@ from sparsek.config import TransformerConfig
 from sparsek.experiments.bench.cells import summarize
 
 KINDS = {"transformers": "model", "transformers_layers": "layers"}  # what is compiled
-COMMAND = (sys.executable, "-m", "experiments.bench.transformers_llama")
+COMMAND = (sys.executable, "-m", "sparsek.experiments.bench.transformers_llama")
 TIMEOUT_SECONDS = 240.0
 
 

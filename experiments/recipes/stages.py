@@ -54,7 +54,7 @@ def _run(
   workdir: str, name: str, words: tuple[str, ...], device: str | None, share: float, to_file: bool
 ) -> float | None:
   """Returns the minutes that a stage took; None where it did not reach its end."""
-  command = [f"experiments.{words[0]}", *words[1:]]
+  command = [f"sparsek.experiments.{words[0]}", *words[1:]]
   environment = {
     **os.environ,
     "JAX_COMPILATION_CACHE_DIR": os.path.abspath(os.path.join(workdir, "compiled")),

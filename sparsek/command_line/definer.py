@@ -1,4 +1,4 @@
-"""The definition of flags of all types, and the text of flags in --help and flagfiles."""
+"""The definition of flags of all types, in groups, and the text of flags in flagfiles."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from sparsek.command_line import path_flags
+from sparsek.config import check_choice
 
 MAX_INT = 2**31 - 1
 # Flags that say where a process runs, and belong to no record of what it does.
@@ -17,6 +18,10 @@ OF_PROCESSES = (
   "distributed",
   "process_timeout",
 )
+
+# Parts of --help, in its order; "command" are the flags that one command alone has.
+GROUPS = ("command", "model", "scorer", "data", "training", "run", "devices")
+_GROUP = "group"  # attribute of a flag
 
 
 class _Number(flags.ArgumentParser):
@@ -75,15 +80,21 @@ class _Boolean(flags.BooleanParser):
 class Definer:
   """A definer of flags on `flag_values`.
 
-  Of several definitions of a name the first one counts, so that groups of flags may overlap.
+  Of several definitions of a name the first one counts, so that sets of flags may overlap.
+
+  Args:
+    flag_values: where to define them.
+    group: the part of --help that lists them, one of GROUPS.
   """
 
-  def __init__(self, flag_values: flags.FlagValues):
-    self.flag_values = flag_values
+  def __init__(self, flag_values: flags.FlagValues, group: str = GROUPS[0]):
+    check_choice("group", group, GROUPS)
+    self.flag_values, self.group = flag_values, group
 
   def _define(self, name: str, define: Callable, *args: Any, **kwargs: Any) -> None:
     if name not in self.flag_values:
       define(*args, flag_values=self.flag_values, **kwargs)
+      setattr(self.flag_values[name], _GROUP, self.group)
 
   def _number(self, name: str, default: float | None, help_text: str, parser: _Number) -> None:
     serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
@@ -152,9 +163,9 @@ def names_of(flag_values: flags.FlagValues) -> list[str]:
   return [flag.name for flag in flag_values.flags_by_module_dict().get(__name__, [])]
 
 
-def help_of(flag_values: flags.FlagValues) -> str:
-  """Returns the part of --help that lists the flags."""
-  return flag_values.module_help(__name__).replace(f"{__name__}:", "Flags:", 1)
+def group_of(flag: flags.Flag) -> str:
+  """Returns the part of --help that lists a flag which a `Definer` defined."""
+  return getattr(flag, _GROUP)
 
 
 def into_string(flag_values: flags.FlagValues) -> str:

@@ -26,7 +26,7 @@ def define_attention_flags(flag_values: flags.FlagValues) -> None:
 
   No parameter depends on them.
   """
-  define = Definer(flag_values)
+  define = Definer(flag_values, "model")
   define.integer(
     "k",
     None,
@@ -64,7 +64,7 @@ def define_attention_flags(flag_values: flags.FlagValues) -> None:
 def define_model_flags(flag_values: flags.FlagValues) -> None:
   """Defines all model flags: preset, architecture, scorer, and `define_attention_flags`."""
   define_attention_flags(flag_values)
-  define = Definer(flag_values)
+  define = Definer(flag_values, "model")
   define.choice(
     "preset",
     "tiny",
@@ -84,7 +84,7 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     'commas, such as "sparsek*5,full". KIND:kK:wWINDOW is a layer with a k or a window of its own: '
     "sliding_window:w256*5,sparsek:k1536:w256.",
   )
-  _define_scorer(define)
+  _define_scorer(Definer(flag_values, "scorer"))
   _define_architecture(define)
 
 
@@ -176,14 +176,14 @@ def _define_architecture(define: Definer) -> None:
 
 def define_workdir_flag(flag_values: flags.FlagValues) -> None:
   """Defines the folder of a run, which pretraining writes and other commands read."""
-  Definer(flag_values).path(
+  Definer(flag_values, "run").path(
     "workdir", None, "Folder of a run: checkpoints, metrics.jsonl, flags.txt. Required."
   )
 
 
 def define_step_flags(flag_values: flags.FlagValues) -> None:
   """Defines the flags that say which checkpoint of a run is read."""
-  define = Definer(flag_values)
+  define = Definer(flag_values, "run")
   define.integer("step", None, "Step of the checkpoint. By default the newest.", lower=0)
   define.boolean(
     "allow_older_step",
@@ -195,7 +195,7 @@ def define_step_flags(flag_values: flags.FlagValues) -> None:
 
 def define_alone_flag(flag_values: flags.FlagValues) -> None:
   """Defines the flag that lets a cluster start several processes of a command that is one."""
-  Definer(flag_values).boolean(
+  Definer(flag_values, "devices").boolean(
     "distributed",
     True,
     "Refuse to run as one of several processes of SLURM, Open MPI, Kubernetes or a TPU pod. With "
@@ -206,7 +206,7 @@ def define_alone_flag(flag_values: flags.FlagValues) -> None:
 def define_evaluation_flags(flag_values: flags.FlagValues) -> None:
   """Defines the flags that say which runs are evaluated, and under which attention."""
   define_attention_flags(flag_values)
-  Definer(flag_values).paths(
+  Definer(flag_values, "run").paths(
     "workdir", "Folder of a run, or several separated by commas. Required."
   )
   define_step_flags(flag_values)
@@ -215,6 +215,6 @@ def define_evaluation_flags(flag_values: flags.FlagValues) -> None:
 
 def define_data_of_runs_flag(flag_values: flags.FlagValues) -> None:
   """Defines the data on which runs are evaluated."""
-  Definer(flag_values).path(
+  Definer(flag_values, "data").path(
     "data", None, f"{DATA_HELP} By default what the run was trained on.", words=("stdlib",)
   )

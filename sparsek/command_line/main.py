@@ -1,4 +1,20 @@
-"""The frame of every command: it parses the command line, runs the command, and exits."""
+"""The frame of every command: it parses the command line, runs the command, and exits.
+
+The module of a command has its parts in this order, so that --help and bad flags are answered
+before JAX and others are imported, which takes seconds:
+
+  FLAGS = absl_flags.FlagValues()
+  define_flags(FLAGS)
+  if __name__ == "__main__":
+    parse_first(FLAGS, __doc__, check_flags)
+
+  from sparsek.training import loop  # and all other imports that are slow
+
+  def main() -> None: ...
+
+  if __name__ == "__main__":
+    run(main, FLAGS)
+"""
 
 import signal
 import sys
@@ -7,9 +23,12 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from sparsek.command_line import flagfiles, terminal
-from sparsek.command_line.definer import help_of
+from sparsek.command_line.help import help_of
+from sparsek.command_line.invocation import as_typed
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
+
+_HELPFULL = "--helpfull"
 
 
 def parse(
@@ -43,6 +62,33 @@ def _say(line: str) -> None:
   print(line, file=sys.stderr)
 
 
+def parse_first(
+  flag_values: flags.FlagValues, description: str | None, check: Callable[[], object] | None = None
+) -> None:
+  """Parses the command line of the process; exits after --help, and with code 2 for bad flags.
+
+  It also prepares the process for closed standard streams; `run` then only runs the command.
+
+  Args:
+    flag_values: where the flags are defined.
+    description: the docstring of the command's module, which begins --help.
+    check: raises UsageError for values that do not go together.
+  """
+  files.let_stdout_take_any_text()
+  terminal.make_lenient()
+  if _wants_help(sys.argv):
+    print(help_of(flag_values, description or "", _HELPFULL in sys.argv))
+    sys.stdout.flush()
+    sys.exit(0)
+  try:
+    parse(sys.argv, flag_values)
+    if check is not None:
+      check()
+  except UsageError as error:
+    print(f"error: {as_typed(str(error))}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run(
   main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequence[str] | None = None
 ) -> None:
@@ -63,12 +109,13 @@ def run(
   code = 1
   files.let_stdout_take_any_text()
   if argv is None:
-    terminal.make_lenient()
+    if not flag_values.is_parsed():
+      terminal.make_lenient()
     terminal.keep_interrupts()
   try:
     if at_interrupt != signal.SIG_IGN:
       signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = _run(main, flag_values, sys.argv if argv is None else argv)
+    code = _run(main, flag_values, argv)
   except KeyboardInterrupt:
     code = 130
     print("interrupted", file=sys.stderr)
@@ -79,20 +126,29 @@ def run(
   sys.exit(code)
 
 
-def _run(main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequence[str]) -> int:
+def _wants_help(argv: Sequence[str]) -> bool:
+  return any(argument in ("--help", "-help", "-h", _HELPFULL) for argument in argv[1:])
+
+
+def _run(
+  main: Callable[[], object], flag_values: flags.FlagValues, argv: Sequence[str] | None
+) -> int:
   """Prints the help, or parses the command line and runs `main`; returns the exit code."""
-  if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
-    description = (sys.modules[main.__module__].__doc__ or "").strip()
-    print(f"{description}\n\n{help_of(flag_values)}")
+  is_parsed = argv is None and flag_values.is_parsed()  # by `parse_first`
+  argv = sys.argv if argv is None else argv
+  if not is_parsed and _wants_help(argv):
+    description = sys.modules[main.__module__].__doc__ or ""
+    print(help_of(flag_values, description, _HELPFULL in argv))
     return 0
   try:
-    parse(argv, flag_values)
+    if not is_parsed:
+      parse(argv, flag_values)
     main()
     sys.stdout.flush()
   except (UsageError, RunError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {as_typed(str(error))}", file=sys.stderr)
     return 2 if isinstance(error, UsageError) else 1
   except NotImplementedError as error:  # raised by implementations of attention that cannot run
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {as_typed(str(error))}", file=sys.stderr)
     return 2
   return 0

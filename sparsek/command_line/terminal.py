@@ -1,9 +1,13 @@
-"""Robustness of a command against closed standard streams, Ctrl-C, and threads that do not end."""
+"""Robustness of a command against closed standard streams, Ctrl-C, and threads that do not end;
+and a line where it takes long.
+"""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import IO
 
 from sparsek.storage import files
@@ -107,3 +111,15 @@ def end_within(seconds: float, code: int) -> None:
   watchdog = threading.Timer(seconds, os._exit, [code])
   watchdog.daemon = True
   watchdog.start()
+
+
+@contextlib.contextmanager
+def said_if_slow(line: str, seconds: float = 2.0) -> Iterator[None]:
+  """Prints a line on stderr once the block has taken this long, so that no wait is silent."""
+  timer = threading.Timer(seconds, lambda: print(line, file=sys.stderr, flush=True))
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()

@@ -16,14 +16,21 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
   define_data_flags(flag_values)
   define_train_flags(flag_values)
   define_process_flags(flag_values)
-  define = Definer(flag_values)
+  define = Definer(flag_values, "run")
+  define.path(
+    "compilation_cache",
+    None,
+    "Folder that keeps compiled programs for the next run, or none. By default that of "
+    "$JAX_COMPILATION_CACHE_DIR, else one below ~/.cache/sparsek.",
+    words=("none",),
+  )
   define.boolean(
     "dry_run",
     False,
     "Only compile, and print the parameters, operations, memory and collectives of a step; needs "
     "no --workdir and writes nothing.",
   )
-  define.string(
+  Definer(flag_values, "devices").string(
     "topology",
     None,
     "With --dry_run: the devices to compile for, which need not be attached: h100:N or h200:N, "
@@ -34,7 +41,7 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
 
 def define_process_flags(flag_values: flags.FlagValues) -> None:
   """Defines which processes, each started with the same command, are one run."""
-  define = Definer(flag_values)
+  define = Definer(flag_values, "devices")
   define.string(
     "coordinator_address",
     None,
@@ -59,7 +66,7 @@ def define_process_flags(flag_values: flags.FlagValues) -> None:
 
 def define_data_flags(flag_values: flags.FlagValues) -> None:
   """Defines where tokens come from and how they are cut into rows."""
-  define, default = Definer(flag_values), config_lib.DataConfig()
+  define, default = Definer(flag_values, "data"), config_lib.DataConfig()
   define.path(
     "data",
     default.data,
@@ -91,14 +98,15 @@ def define_data_flags(flag_values: flags.FlagValues) -> None:
 def define_train_flags(flag_values: flags.FlagValues) -> None:
   """Defines the optimizer and the run."""
   define_workdir_flag(flag_values)
-  define = Definer(flag_values)
+  define = Definer(flag_values, "training")
   _define_schedule(define)
   _define_optimizer(define)
   _define_trained_parameters(define)
-  _define_objective(define)
+  _define_scorer_loss(Definer(flag_values, "scorer"))
+  _define_teacher(define)
   _define_batches(define)
-  _define_records(define)
-  _define_start(define)
+  _define_records(Definer(flag_values, "run"))
+  _define_start(Definer(flag_values, "run"))
 
 
 def _define_schedule(define: Definer) -> None:
@@ -191,7 +199,7 @@ def _define_trained_parameters(define: Definer) -> None:
   )
 
 
-def _define_objective(define: Definer) -> None:
+def _define_scorer_loss(define: Definer) -> None:
   define.real(
     "scorer_loss",
     RUN.scorer_loss,
@@ -205,6 +213,9 @@ def _define_objective(define: Definer) -> None:
     "Scorers learn from --scorer_loss alone, sparsek layers attend to everything, and no other "
     "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.",
   )
+
+
+def _define_teacher(define: Definer) -> None:
   define.real(
     "distill",
     RUN.distill,
@@ -241,7 +252,7 @@ def _define_batches(define: Definer) -> None:
 
 def define_mesh_flags(flag_values: flags.FlagValues) -> None:
   """Defines over how many devices parameters and rows are split."""
-  define = Definer(flag_values)
+  define = Definer(flag_values, "devices")
   define.integer(
     "fsdp",
     RUN.fsdp,
@@ -260,7 +271,7 @@ def define_mesh_flags(flag_values: flags.FlagValues) -> None:
 
 def define_loss_chunk_flag(flag_values: flags.FlagValues) -> None:
   """Defines the size of the chunks in which the loss is computed."""
-  Definer(flag_values).integer(
+  Definer(flag_values, "training").integer(
     "loss_chunk",
     RUN.loss_chunk,
     "Tokens whose logits exist at the same time in the cross-entropy, per device.",

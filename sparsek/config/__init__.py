@@ -21,6 +21,7 @@ from sparsek.config.model import (
 )
 from sparsek.config.presets import PRESETS, QUICK, preset
 from sparsek.config.training import (
+  DEFAULT_EXTENSIONS,
   ON_SPIKE,
   TRAINABLE,
   DataConfig,
@@ -31,6 +32,7 @@ from sparsek.config.training import (
 
 __all__ = [
   "ATTENTION_KINDS",
+  "DEFAULT_EXTENSIONS",
   "DTYPES",
   "GATES",
   "IMPLEMENTATIONS",

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-
-import jax.numpy as jnp
+from typing import TYPE_CHECKING
 
 from sparsek.config.checks import check_at_least, check_choice
 from sparsek.config.layer_patterns import parse_layer_pattern, parse_term
+
+if TYPE_CHECKING:
+  import jax.numpy as jnp
 
 NEED_WINDOW = ("sliding_window", "block_topk", "linear")
 GATES = ("straight_through", "value", "key_value")
@@ -289,6 +291,8 @@ class TransformerConfig:
     return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
 
   @property
-  def activation_dtype(self) -> jnp.dtype:
+  def activation_dtype(self) -> "jnp.dtype":
     """The dtype of activations and matrix inputs."""
+    import jax.numpy as jnp  # not above: the flags of a command need configurations, and no JAX
+
     return jnp.dtype(self.dtype)

@@ -7,6 +7,7 @@ from sparsek.config.checks import check_at_least, check_choice
 
 TRAINABLE = ("all", "attention", "scorer")
 ON_SPIKE = ("skip", "stop")
+DEFAULT_EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet")
 
 
 def parse_profile_steps(steps: str | Sequence[int] | None) -> tuple[int, int] | None:

@@ -8,14 +8,13 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from sparsek.config import check_choice
+from sparsek.config import DEFAULT_EXTENSIONS, check_choice
 from sparsek.data import task_documents, text_files
 from sparsek.errors import UsageError
 from sparsek.storage.files import check_regular
 
 STDLIB = "stdlib"
 TASKS = "tasks:"
-DEFAULT_EXTENSIONS = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet")
 _MAX_TASK_BYTES, _MAX_TASKS = 2**24, 10**9
 # Folders of the standard library that are not read: installed packages, and tests, which many
 # distributions do not ship.

@@ -70,12 +70,14 @@ def describe_choice(
 ) -> list[str]:
   """Describes `attention_choices`, with one sentence for all layers of the same choice.
 
-  On a CPU a sentence is like "attention: xla on cpu". On accelerators it goes on with the reasons
-  why faster implementations for such a device cannot run.
+  On a CPU a sentence is like "attention: xla on cpu, for which there are no kernels". On
+  accelerators it goes on with the reasons why faster implementations for such a device cannot run.
   """
   choices = attention_choices(config, seq_len, batch, packed=packed)
   device = first_device()
-  name = device.platform if device.platform == "cpu" else device.device_kind
+  name = device.device_kind
+  if device.platform == "cpu":
+    name = "cpu, for which there are no kernels"
   endings: dict[str, list[str]] = {}
   for term, choice in choices.items():
     reasons = "".join(

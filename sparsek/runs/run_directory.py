@@ -1,6 +1,7 @@
 """A run's folder: its lock, and the records of the commands that ran in it."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -9,28 +10,52 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
-from typing import IO
+from typing import IO, Any
 
 import jax
 
 from sparsek.errors import RunError, UsageError
+from sparsek.storage import files
 from sparsek.storage.files import cannot_write, check_regular, exists, reason_of, write_atomically
 
 COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"  # environment variable that names a folder
+NO_CACHE = "none"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
 
 
-def use_compilation_cache(workdir: str) -> None:
-  """Keeps programs compiled for accelerators in WORKDIR/compilation_cache.
+def use_compilation_cache(folder: str | None = None) -> None:
+  """Keeps compiled programs in a folder, so that the next run starts at once.
 
-  A resumed run then starts at once. $SPARSEK_COMPILATION_CACHE names another folder, which the runs
-  of a grid share. A cache that JAX is already configured with takes precedence. Programs for a CPU
-  are not kept: on another model of CPU they could crash.
+  Args:
+    folder: "none" for no cache. None for the one with which JAX is configured, else
+      $SPARSEK_COMPILATION_CACHE, which the runs of a grid share, else one below
+      $XDG_CACHE_HOME/sparsek or ~/.cache/sparsek, of this model of CPU or kind of accelerator.
   """
+  if folder == NO_CACHE:
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
   configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-  if jax.default_backend() != "cpu" and configured is None:
-    folder = os.environ.get(COMPILATION_CACHE) or os.path.join(workdir, "compilation_cache")
+  if folder is not None or configured is None:
+    folder = folder or os.environ.get(COMPILATION_CACHE) or _default_cache()
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
+
+
+def keeps_compiled() -> bool:
+  """Returns whether compiled programs are kept for the next process."""
+  options: Any = jax.config
+  return bool(options.jax_enable_compilation_cache and options.jax_compilation_cache_dir)
+
+
+def _default_cache() -> str:
+  name = jax.devices()[0].device_kind.replace(" ", "_")
+  if jax.default_backend() == "cpu":  # programs for one model of CPU can crash on another
+    features = f"{platform.machine()} {platform.processor()}"
+    if os.path.exists("/proc/cpuinfo"):
+      with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        kinds = ("model name", "flags", "Features", "CPU part")
+        features += "".join(sorted({line for line in file if line.startswith(kinds)}))
+    name = f"cpu-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+  return os.path.join(files.cache_folder(), "compiled", name)
 
 
 def lock(workdir: str) -> IO[str]:

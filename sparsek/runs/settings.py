@@ -24,6 +24,7 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "checkpoint_every": "saving changes nothing of what is saved",
   "keep_checkpoints": "only how many older checkpoints stay",
   "log_every": "only which steps are logged",
+  "compilation_cache": "only how long compiling takes",
   "tensorboard": "a copy of the metrics",
   "profile_steps": "a trace beside the run",
   "fsdp": "only where parameters lie",

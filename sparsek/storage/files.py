@@ -252,3 +252,11 @@ def let_stdout_take_any_text() -> None:
   """Makes `print` write characters outside the terminal's encoding as \\xb1 or \\u2192."""
   if isinstance(sys.stdout, io.TextIOWrapper):  # a test may have replaced it
     sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def cache_folder() -> str:
+  """Returns the folder for what can be made again: $XDG_CACHE_HOME/sparsek or ~/.cache/sparsek."""
+  home = os.environ.get("XDG_CACHE_HOME", "")
+  if not os.path.isabs(home):  # The XDG specification asks to ignore relative paths.
+    home = os.path.join(os.path.expanduser("~"), ".cache")
+  return os.path.join(home, "sparsek")

@@ -6,7 +6,8 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ from sparsek.training.saver import Saver
 from sparsek.training.start import Setup, Start, restore_or_init, set_up, write_records
 from sparsek.training.step import all_finite
 from sparsek.training.stop_signal import AgreedStop, StopSignal
+
+SLOW = 2.0  # seconds that compiling takes before its end is worth a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,8 @@ class _Run:
       self._report_pending()
     setup.profile.before(self.step)
     placed = put_batch(setup.mesh, batch)
-    self._state, outputs = setup.train_step(self._state, placed, *self._teacher, apply=self._yes)
+    with self._compiling():
+      self._state, outputs = setup.train_step(self._state, placed, *self._teacher, apply=self._yes)
     diagnostics = {}
     if self._reporter.is_logged(self.step):
       processes.pause()  # the first time, this compiles
@@ -150,6 +154,20 @@ class _Run:
     if self._pending is not None:  # so this step did not compile
       processes.progress()
     return Dispatched(self.step, placed, outputs, diagnostics, lengths, stop)
+
+  @contextlib.contextmanager
+  def _compiling(self) -> Iterator[None]:
+    """Says that the first step of this process is compiled in the block, and how long it took."""
+    if self._pending is not None or self._reporter.last_batch is not None:
+      yield
+      return
+    kept = " (cached next time)" if run_directory.keeps_compiled() else ""
+    self._progress.say(f"compiling the training step{kept} ...")
+    begin = time.monotonic()
+    yield
+    seconds = time.monotonic() - begin
+    if seconds >= SLOW:
+      self._progress.say(f"compiled in {seconds:.0f} s")
 
   def _report_pending(self) -> None:
     """Reports the pending step, if any, which waits for it."""
@@ -271,6 +289,7 @@ def _train_locked(
     )
     saver = Saver(workdir, writer, metrics, start.saved_step, progress.say)
     run = _Run(setup, start, stop, metrics, saver, progress)
+    progress.say(f"the run goes to {workdir}")
     progress.say(f"{_describe_size(start.state.params)}, {_describe_devices()}")
     for line in implementations.describe_choice(*setup.attention_shape, packed=setup.packed):
       progress.say(line)

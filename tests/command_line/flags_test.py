@@ -189,7 +189,7 @@ def test_help_lists_path_flags(capsys):
   flags.define_evaluation_flags(values)
   with pytest.raises(SystemExit):
     run(test_defaults_are_the_presets, values, ["script", "--help"])
-  assert {"--workdir", "--step"} <= {word.rstrip(":") for word in capsys.readouterr().out.split()}
+  assert {"--workdir=PATHS", "--step=N"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -14,10 +14,14 @@ import time
 
 import pytest
 
+from sparsek.command_line import invocation
+from sparsek.config import TrainConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
+from sparsek.experiments import pretrain
 from sparsek.runs.checkpoint import saved_steps
+from sparsek.training import loop
 from tests.commands import Forked
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -182,3 +186,16 @@ def test_bad_flags_exit_with_2_and_one_sentence_in_under_10_seconds(tmp_path, en
   assert len(err.splitlines()) == 1, err
   assert time.monotonic() - started < 10
   assert not os.path.exists(tmp_path / "run")
+
+
+@pytest.mark.parametrize("is_child, stopped", [(False, False), (True, False), (False, True)])
+def test_a_finished_run_says_what_comes_next(is_child, stopped, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv(invocation.STARTED_BY, "sparsek")
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.delenv(invocation.CHILD, raising=False)
+  if is_child:
+    monkeypatch.setenv(invocation.CHILD, "1")
+  config = TrainConfig(workdir=str(tmp_path / "my run"))
+  pretrain.report(loop.Result(step=3, loss=1.0, stopped=stopped), config)
+  advice = "next: sparsek evaluate --workdir='my run'\n      sparsek generate --workdir='my run' "
+  assert (advice in capsys.readouterr().out) == (not is_child and not stopped)

@@ -26,7 +26,9 @@ def on_gpu(monkeypatch, hopper, dnn=None):
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_a_cpu_has_one_sentence_without_reasons(kind):
-  assert describe_choice(config(kind), 64) == ["attention: xla on cpu"]
+  assert describe_choice(config(kind), 64) == [
+    "attention: xla on cpu, for which there are no kernels"
+  ]
 
 
 def test_an_accelerator_has_reasons(monkeypatch):

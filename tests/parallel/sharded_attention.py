@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 import sparsek
 from sparsek.kernels import specs, xla
 from sparsek.kernels.saved import NAME
+from sparsek.kernels.score_families import SCORE_FAMILIES
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.collectives import collectives
 from sparsek.parallel.mesh import CONTEXT, ROWS, make_mesh
@@ -85,7 +86,7 @@ def problem(case: Case) -> tuple:
   """Returns inputs, a cotangent of the output, and segment ids or None."""
   parts = []
   for i, (family, documents) in enumerate(case.rows):
-    known = family if family in specs.SCORE_FAMILIES else "normal"
+    known = family if family in SCORE_FAMILIES else "normal"
     spec = specs.Spec(
       "row",
       n=N,

@@ -89,20 +89,23 @@ def test_records_are_never_overwritten(tmp_path):
   assert contents == {"flags.txt": "c", "flags.1.txt": "a", "flags.2.txt": "b"}
 
 
-def test_compiled_programs_are_kept_for_accelerators(monkeypatch):
+def test_compiled_programs_are_kept_unless_asked_otherwise(monkeypatch, tmp_path):
   options = {}
-  monkeypatch.setattr(run_directory.jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(
-    run_directory.jax,
-    "config",
-    types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__),
-  )
-  run_directory.use_compilation_cache("/run")
-  assert options == {"jax_compilation_cache_dir": "/run/compilation_cache"}
+  config = types.SimpleNamespace(jax_compilation_cache_dir=None, update=options.__setitem__)
+  monkeypatch.setattr(run_directory.jax, "config", config)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  run_directory.use_compilation_cache()
+  (folder,) = options.values()
+  assert os.path.dirname(folder) == str(tmp_path / "sparsek" / "compiled")
   monkeypatch.setenv(run_directory.COMPILATION_CACHE, "/grid")
-  run_directory.use_compilation_cache("/run")
+  run_directory.use_compilation_cache()
   assert options == {"jax_compilation_cache_dir": "/grid"}
   options.clear()
-  run_directory.jax.config.jax_compilation_cache_dir = "/elsewhere"
-  run_directory.use_compilation_cache("/run")
+  config.jax_compilation_cache_dir = "/elsewhere"
+  run_directory.use_compilation_cache()
   assert not options
+  run_directory.use_compilation_cache("/flag")
+  assert options == {"jax_compilation_cache_dir": "/flag"}
+  options.clear()
+  run_directory.use_compilation_cache("none")
+  assert options == {"jax_enable_compilation_cache": False}

@@ -238,7 +238,9 @@ def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, 
   result = loop.train(other, config, dataset, "--num_steps=8\n")
   assert result.step == 8
   assert "resuming" in (said := capsys.readouterr().err) and "k 64 -> 3" in said
-  assert said.count("attention: xla on cpu\n") == 2  # of each run once
+  assert said.count("attention: xla on cpu, ") == 2  # of each run once
+  assert said.count("compiling the training step (cached next time) ...\n") == 2
+  assert said.count(f"the run goes to {tmp_path}\n") == 2
   assert {"flags.txt", "flags.1.txt", "model.json", "model.1.json"} <= set(os.listdir(tmp_path))
   assert (tmp_path / "flags.1.txt").read_text() == "--num_steps=4\n"
   assert run_record.load_run_config(str(tmp_path))[0] == other

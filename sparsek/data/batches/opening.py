@@ -15,6 +15,7 @@ from sparsek.data.token_files import (
 )
 from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from sparsek.errors import RunError, UsageError
+from sparsek.storage.files import cache_folder
 from sparsek.storage.new_folder import temporary_name
 
 
@@ -51,13 +52,10 @@ def _describe(tokenizer: Tokenizer) -> str:
 
 def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
   """Opens the token files of the standard library in the cache, and makes them if necessary."""
-  cache = os.environ.get("XDG_CACHE_HOME", "")
-  if not os.path.isabs(cache):  # The XDG specification asks to ignore relative paths.
-    cache = os.path.join(os.path.expanduser("~"), ".cache")
   made_by = f"{tokenizer.name}-{tokenizer.fingerprint[:12]}"
   name = f"{STDLIB}-python{platform.python_version()}-{made_by}-v{FORMAT_VERSION}"
   name += "-bos" if tokenizer.bos_ids else ""  # folders without this suffix may hold no bos
-  folder = os.path.join(cache, "sparsek", name)
+  folder = os.path.join(cache_folder(), name)
   try:
     if os.path.lexists(folder):
       try:

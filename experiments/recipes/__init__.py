@@ -1,0 +1,1 @@
+"""Flagfiles, one per experiment, which `sparsek recipe` shows, and scripts of several stages."""
