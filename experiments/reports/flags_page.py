@@ -35,11 +35,12 @@ read from files, `--flagfile=FILE`; those of the command line win."""
 
 
 def groups(values: absl_flags.FlagValues) -> list[tuple[str, list[str]]]:
-  """Returns (title, names of flags) in order; one group without a title if none are defined."""
-  grouped = getattr(definer, "groups_of", None)
-  if grouped is None:
-    return [("", sorted(definer.names_of(values)))]
-  return [(title, list(names)) for title, names in grouped(values)]
+  """Returns (title, names of flags): of each part of --help, or one part without a title."""
+  names = sorted(definer.names_of(values))
+  order = getattr(definer, "GROUPS", ("",))
+  group_of = getattr(definer, "group_of", lambda flag: "")
+  parts = [(part, [name for name in names if group_of(values[name]) == part]) for part in order]
+  return [part for part in parts if part[1]]
 
 
 def _default(flag: absl_flags.Flag) -> str:
