@@ -294,21 +294,21 @@ def query_bounds(
   )
 
 
-def key_tiles(tiles: Tiles, base: jax.Array, *, limit: int, block_q: int) -> jax.Array:
+def key_tiles(tiles: Tiles, begin: jax.Array, end: jax.Array, *, block_q: int) -> jax.Array:
   """Finds the blocks of queries that each tile of keys visits.
 
   Args:
     tiles: [..., tiles] each.
-    base: [...] int32, first query that may be visited.
-    limit: number of queries from there on that may be visited, a multiple of block_q.
+    begin, end: [...] int32, first query that may be visited, and one past the last; multiples of
+      block_q. No query may be where end <= begin.
     block_q: queries per block.
 
   Returns:
     [..., tiles, 4] int32, blocks counted from query 0: [b0, b1) partly live, [b1, b2) wholly live,
     [b2, b3) partly live.
   """
-  base = base[..., None]
-  low, high = jnp.maximum(tiles.first_min, base), jnp.minimum(tiles.last_max, base + limit)
+  low = jnp.maximum(tiles.first_min, begin[..., None])
+  high = jnp.minimum(tiles.last_max, end[..., None])
   b0 = low // block_q
   b3 = jnp.where(high > low, -(-high // block_q), b0)
   b1 = jnp.clip(-(-tiles.first_max // block_q), b0, b3)

@@ -33,6 +33,7 @@ from sparsek.parallel.mesh import AXES, make_mesh
 from sparsek.storage import files
 
 Shape = tuple[int, int, int]  # of the mesh: data, fsdp, context
+SAMPLE_SECONDS = 2.0  # several steps in a row, as in training, where none waits for the one before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ def time_case(
       cell = MeshCell(Job(config, case.n, rows, scorer_loss=0.0), mesh_of(shape))
       for action in (cell.compile, cell.start):
         cell.attempt(action)
-      cell.attempt(cell.calibrate, 0.5)
+      cell.attempt(cell.calibrate, SAMPLE_SECONDS)
       print(f"{name}: {kind}, {name_of(shape)}: {cell.failed or 'ready'}", flush=True)
       cells.append((kind, shape, cell))
   for _ in run_rounds([cell for *_, cell in cells], rounds, seconds):

@@ -59,9 +59,9 @@ class Softmax(NamedTuple):
   """Arrays from which a tile's softmax and its gradient are computed again.
 
   Attributes:
-    cotangent: [B, n, H, D] gradient of the output.
-    logsumexp: [B, H, n] float32 of the logits, to base 2.
-    delta: [B, H, n] float32, products of output and cotangent.
+    cotangent: [B, m, H, D] gradient of the output.
+    logsumexp: [B, H, m] float32 of the logits, to base 2.
+    delta: [B, H, m] float32, products of output and cotangent.
   """
 
   cotangent: jax.Array
@@ -95,7 +95,7 @@ def attention(
   """Computes SPARSEK attention, given the selection.
 
   Args:
-    query: [batch, n, H, D] bfloat16 or float16, D <= 128.
+    query: [batch, m, H, D] bfloat16 or float16, of the last m tokens; D <= 128.
     key, value: [batch, n, G, D].
     scores, threshold, expiry, order: [batch, G, n]; the latter three of `prefix_selection.select`
       with delay = window.
@@ -105,24 +105,25 @@ def attention(
     interpret: interpreter parameters, for tests without a GPU.
 
   Returns:
-    [batch, n, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and
+    [batch, m, H, D] in the dtype of `query`. Differentiable in query, key, value, scores and
     threshold.
   """
-  n, dim = query.shape[1], query.shape[-1]
+  (_, queries, _, dim), n = query.shape, key.shape[1]
   chunk = chunk_size(n)
-  rest = -n % chunk
+  front, rest = (n - queries) % BLOCK_Q, -n % chunk
   if scale <= 0:  # the kernels take the largest logit before they scale
     query, scale = query * (-1 if scale < 0 else 0), abs(scale) or 1.0
   wide = next(d for d in HEAD_DIMS if d >= dim)
   query, key, value = (
-    jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, wide - dim))) for x in (query, key, value)
+    jnp.pad(x, ((0, 0), (before, rest), (0, 0), (0, wide - dim)))
+    for x, before in ((query, front), (key, 0), (value, 0))
   )
   if rest:  # a padded token is a document of its own
     scores, threshold = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold))
     start, end = (_append_tokens(x, rest, offset) for x, offset in ((start, 0), (end, 1)))
   static = Static(min(k, n), min(window, n), gate, scale, chunk, TILINGS[wide], interpret)
   out = _attention(query, key, value, scores, threshold, expiry, order, start, end, static)
-  return out[:, :n, :, :dim]
+  return out[:, front : front + queries, :, :dim]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
@@ -287,9 +288,9 @@ def _backward(
   cotangent,
 ):
   _, window, gate, scale, chunk, tiling, interpret = static
-  batch, n, heads, _ = query.shape
-  groups = key.shape[2]
-  options = dict(gate=gate, scale=scale, tiling=tiling, interpret=interpret)
+  batch, queries, heads, _ = query.shape
+  n, groups = key.shape[1:3]
+  options = dict(gate=gate, scale=scale, tiling=tiling, tokens=n, interpret=interpret)
   listed = _gather(key, value, scores, lists, interpret)
   dquery, delta, dtau = query_gradients(
     query,
@@ -304,9 +305,13 @@ def _backward(
     listed,
     _query_bounds(static, tiles, window_start, HALF, tiling.query_keys),
     chunk=chunk,
-    **options,
+    gate=gate,
+    scale=scale,
+    tiling=tiling,
+    interpret=interpret,
   )
-  dtau = jnp.sum(dtau.reshape(batch, groups, heads // groups, n), axis=2)
+  dtau = jnp.sum(dtau.reshape(batch, groups, heads // groups, queries), axis=2)
+  dtau = jnp.pad(dtau, ((0, 0), (0, 0), (n - queries, 0)))
   softmax = Softmax(cotangent, logsumexp, delta)
   if window:
     dkey, dvalue = _window_gradients(static, query, key, value, softmax, end, options)
@@ -321,12 +326,12 @@ def _backward(
 
 def _window_gradients(static, query, key, value, softmax, end, options):
   """Returns the gradients of keys and values from the queries whose windows they are in."""
-  batch, n = query.shape[:2]
+  batch, n = key.shape[:2]
   token = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
   last = jnp.minimum(token + static.window, end)
   tiles = window_tiles(end, static.window)
-  first_query = jnp.zeros(batch, jnp.int32)
-  bounds = key_tiles(tiles, first_query, limit=n, block_q=static.tiling.key_queries)
+  begin = jnp.full(batch, n - query.shape[1], jnp.int32)
+  bounds = key_tiles(tiles, begin, jnp.full_like(begin, n), block_q=static.tiling.key_queries)
   return key_gradients(
     query,
     key,
@@ -343,11 +348,11 @@ def _window_gradients(static, query, key, value, softmax, end, options):
 
 def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, options):
   """Returns the gradients of the keys, values and scores in all places of the lists."""
-  n, chunk = query.shape[1], static.chunk
-  first_query = jnp.broadcast_to(
-    jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3]
+  n, chunk = threshold.shape[-1], static.chunk
+  begin = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
+  bounds = key_tiles(
+    tiles, jnp.maximum(begin, n - query.shape[1]), begin + chunk, block_q=static.tiling.key_queries
   )
-  bounds = key_tiles(tiles, first_query, limit=chunk, block_q=static.tiling.key_queries)
   bounds = bounds.reshape(*lists.token.shape[:2], -1, 4)
   return key_gradients(
     query,

@@ -141,7 +141,7 @@ class Rows(NamedTuple):
   """The 64 queries of a computing warpgroup."""
 
   first: Any  # token of the first one
-  tokens: Any  # slice of their tokens
+  places: Any  # slice of them among the queries
   tau: Any  # None where the gate does not need it
 
 
@@ -164,8 +164,8 @@ def forward(
   """Computes attention and the logsumexp of its logits.
 
   Args:
-    query: [B, n, H, D] bfloat16 or float16, n a multiple of 128, D 64 or 128.
-    key, value: [B, n, G, D].
+    query: [B, m, H, D] bfloat16 or float16, of the last m tokens; D 64 or 128.
+    key, value: [B, n, G, D]; m and n are multiples of 128.
     window_start: [B, n] int32, first token of each query's window.
     entered: [B, G, n] int32, and `bounds` [B, G, n / 128, 6] int32: see tiles.Lists and
       tiles.query_bounds.
@@ -178,10 +178,10 @@ def forward(
     interpret: parameters of the interpreter, or None.
 
   Returns:
-    out [B, n, H, D] in query's dtype; logsumexp [B, H, n] float32 to base 2 (0 for queries that see
+    out [B, m, H, D] in query's dtype; logsumexp [B, H, m] float32 to base 2 (0 for queries that see
     nothing).
   """
-  batch, n, heads, _ = query.shape
+  batch, queries, heads, _ = query.shape
   listed = Listed(*listed)
   options = options_of(
     query,
@@ -199,7 +199,7 @@ def forward(
     Inputs(query, key, value, window_start, entered, tau, listed, bounds),
     Outputs(
       out=jax.ShapeDtypeStruct(query.shape, query.dtype),
-      logsumexp=jax.ShapeDtypeStruct((batch, heads, n), jnp.float32),
+      logsumexp=jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     ),
     _scratch(options, gate != "straight_through"),
     **grid_of(**options.grid),
@@ -301,10 +301,10 @@ def _load_rows(program: Program) -> Rows:
   """Loads what belongs to the warpgroup's queries, and waits for it."""
   inputs, scratch, at = program.inputs, program.scratch, program.at
   first = at.first_row + at.warpgroup * HALF
-  tokens = pl.ds(first, HALF)
+  tokens, places = pl.ds(first, HALF), pl.ds(first - program.options.skip, HALF)
   full = scratch.query_full.at[at.warpgroup]
   for source, buffer in (
-    (inputs.query.at[at.b, tokens, at.h], scratch.query),
+    (inputs.query.at[at.b, places, at.h], scratch.query),
     (inputs.window_start.at[at.b, tokens], scratch.window_start),
     (inputs.entered.at[at.b, at.g, tokens], scratch.entered),
     (inputs.tau.at[at.b, at.g, tokens], scratch.row),
@@ -314,7 +314,7 @@ def _load_rows(program: Program) -> Rows:
   tau = None
   if program.gated:
     tau = program.options.registers.vector(scratch.row.at[at.warpgroup], ROW)
-  return Rows(first, tokens, tau)
+  return Rows(first, places, tau)
 
 
 def _tile(
@@ -408,6 +408,6 @@ def _store(program: Program, rows: Rows, acc: jax.Array, top: jax.Array, total: 
   query[...] = (acc * by_row(factor, acc.shape)).astype(program.options.dtype)
   row[...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, 0.0)
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(query, outputs.out.at[at.b, rows.tokens, at.h])
-  plgpu.copy_smem_to_gmem(row, outputs.logsumexp.at[at.b, at.h, rows.tokens])
+  plgpu.copy_smem_to_gmem(query, outputs.out.at[at.b, rows.places, at.h])
+  plgpu.copy_smem_to_gmem(row, outputs.logsumexp.at[at.b, at.h, rows.places])
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -63,6 +63,7 @@ from sparsek.kernels.hopper.attention_key_program import (
   Scratch,
   block_of,
   bounds_of,
+  is_written,
   keys_slot,
   load_keys,
   load_queries,
@@ -106,6 +107,7 @@ def key_gradients(
   gate: str,
   scale: float,
   tiling: Tiling,
+  tokens: int,
   lists: int = 0,
   middle: int = 0,
   score: jax.Array | None = None,
@@ -114,7 +116,8 @@ def key_gradients(
 ) -> list[jax.Array]:
   """Computes the gradients of keys and values, and of listed keys those of the scores.
 
-  Blocks that no query sees are not written.
+  Blocks that no query sees are zeros where tokens before the first query see them, and not written
+  elsewhere.
 
   Args:
     query, cotangent, logsumexp, delta, gate, scale, tiling, interpret: as in `query_gradients`.
@@ -123,6 +126,7 @@ def key_gradients(
       [B, n] for the window, [B, G, places] for lists.
     bounds: int32 of tiles.key_tiles with blocks of tiling.key_queries queries and 64 keys, those of
       a warpgroup; [B, n / 64, 4] or [B, G, places / 64, 4].
+    tokens: n, those of a row.
     lists: number of lists in a row; 0 for the window.
     middle: number of places of a list that may be live at its first query.
     score, tau: [B, G, places] and [B, G, n] float32, of lists only.
@@ -131,7 +135,7 @@ def key_gradients(
     dkey and dvalue of the shape of `key`; for lists also dscore [B, G, places] float32, the
     gradients of the gates summed over queries.
   """
-  options = _options(query, key, lists, middle, gate, scale, tiling, interpret)
+  options = _options(query, key, tokens, lists, middle, gate, scale, tiling, interpret)
   batch, groups, count = key.shape[0], *(key.shape[1:3] if lists else key.shape[2:0:-1])
   dscore = jax.ShapeDtypeStruct((batch, groups, count), jnp.float32) if lists else None
   like_key = jax.ShapeDtypeStruct(key.shape, query.dtype)
@@ -147,12 +151,15 @@ def key_gradients(
   )
 
 
-def _options(query, key, lists, middle, gate, scale, tiling, interpret) -> Options:
-  batch, _, heads, dim = query.shape
+def _options(query, key, tokens, lists, middle, gate, scale, tiling, interpret) -> Options:
+  batch, queries, heads, dim = query.shape
   groups, count = key.shape[1:3] if lists else key.shape[2:0:-1]
   blocks = count // BLOCK_KV
   work: Work | ListWork = Work(batch, blocks, groups, most=MOST)
+  skip = tokens - queries
+  always = skip // BLOCK_KV
   if lists:
+    always = -(-skip // (tokens // lists)) * (blocks // lists)
     work = ListWork(batch, lists, groups, blocks // lists, -(-middle // BLOCK_KV), MOST_LISTED)
   return Options(
     work=work,
@@ -163,6 +170,8 @@ def _options(query, key, lists, middle, gate, scale, tiling, interpret) -> Optio
     gate=gate,
     scale=scale,
     block_q=tiling.key_queries,
+    skip=skip,
+    always=always,
     stages=tiling.key_stages,
     early=tiling.early and gate != "key_value",  # whose gradients need the registers
     interpret=interpret,
@@ -201,7 +210,7 @@ def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch
   busy: Any = True
   if options.is_list:  # many blocks hold no token
     all_blocks = [block_of(program, jnp.int32(i)) for i in range(options.work.each)]
-    busy = functools.reduce(jnp.logical_or, [block.end > block.begin for block in all_blocks])
+    busy = functools.reduce(jnp.logical_or, [is_written(program, block) for block in all_blocks])
   pl.when(jnp.logical_and(busy, warpgroup < COMPUTING))(lambda: _compute(program))
   pl.when(jnp.logical_and(busy, warpgroup == COMPUTING))(lambda: load_queries(program))
 
@@ -255,7 +264,7 @@ def _compute_block(program: Program, i: Any, done: Any) -> Any:
     carry = lax.fori_loop(0, options.repeats, add_head, carry)
   else:
     carry = add_head(0, carry)
-  pl.when(tiles > 0)(lambda: _store(program, block, slot, *carry))
+  pl.when(is_written(program, block))(lambda: _store(program, block, slot, *carry))
   return done + options.repeats * tiles
 
 

@@ -81,6 +81,8 @@ class Options(NamedTuple):
   gate: str
   scale: float
   block_q: int  # queries of a tile
+  skip: int  # tokens before the first query
+  always: int  # blocks of keys, from the first on, that are written though no query sees them
   stages: int  # tiles in the circular buffer
   early: bool  # see Tiling
   interpret: object
@@ -148,6 +150,14 @@ def block_of(program: Program, i: Any) -> Block:
   return Block(b, block, g, *joined(*ranges))
 
 
+def is_written(program: Program, block: Block) -> Any:
+  """Returns whether the gradients of a block of keys are written."""
+  seen = block.end > block.begin
+  if not program.options.always:
+    return seen
+  return jnp.logical_or(seen, block.block < program.options.always)
+
+
 def load_queries(program: Program) -> None:
   """Loads the tiles of queries: the part of the last warpgroup."""
   plgpu.set_max_registers(40, action="decrease")
@@ -179,7 +189,8 @@ def _load_tile(program: Program, block: Block, h: Any, tile: Any, slot: Any, reu
   """Loads one tile of queries of head h, when its slot is free."""
   inputs, scratch, b, g = program.inputs, program.scratch, block.b, block.g
   block_q = program.options.block_q
-  rows = pl.ds(tile * block_q, block_q)
+  tokens = pl.ds(tile * block_q, block_q)
+  rows = pl.ds(tile * block_q - program.options.skip, block_q)
 
   def copy(source, buffer, full):
     plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
@@ -187,7 +198,7 @@ def _load_tile(program: Program, block: Block, h: Any, tile: Any, slot: Any, reu
   pl.when(reused)(lambda: plgpu.barrier_wait(scratch.query_free.at[slot]))
   copy(inputs.logsumexp.at[b, h, rows], scratch.logsumexp, scratch.query_full)
   if program.options.is_list:
-    copy(inputs.tau.at[b, g, rows], scratch.tau, scratch.query_full)
+    copy(inputs.tau.at[b, g, tokens], scratch.tau, scratch.query_full)
   copy(inputs.query.at[b, rows, h], scratch.query, scratch.query_full)
   pl.when(reused)(lambda: plgpu.barrier_wait(scratch.cotangent_free.at[slot]))
   copy(inputs.delta.at[b, h, rows], scratch.delta, scratch.cotangent_full)

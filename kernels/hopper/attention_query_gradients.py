@@ -144,7 +144,7 @@ class Rows(NamedTuple):
   """The 64 queries of a computing warpgroup."""
 
   first: Any  # token of the first one
-  tokens: Any  # slice of their tokens
+  places: Any  # slice of them among the queries
   query: Any  # in registers, or in shared memory
   logsumexp: jax.Array
   tau: jax.Array
@@ -176,15 +176,15 @@ def query_gradients(
     query, key, value, window_start, entered, tau, listed, gate, scale, chunk, tiling, interpret: as
       in `attention_forward.forward`.
     out, logsumexp: its results.
-    cotangent: [B, n, H, D] gradient of the output.
+    cotangent: [B, m, H, D] gradient of the output.
     bounds: [B, G, n / 64, 6] int32, of tiles.query_bounds with blocks of 64 queries, those of a
       warpgroup.
 
   Returns:
-    dquery [B, n, H, D]; delta [B, H, n] float32, the products of output and cotangent;
-    dtau [B, H, n] float32, of each head.
+    dquery [B, m, H, D]; delta [B, H, m] float32, the products of output and cotangent;
+    dtau [B, H, m] float32, of each head.
   """
-  batch, n, heads, _ = query.shape
+  batch, queries, heads, _ = query.shape
   listed = Listed(*listed)
   options = options_of(
     query,
@@ -197,7 +197,7 @@ def query_gradients(
     stages=tiling.query_stages,
     interpret=interpret,
   )
-  per_query = jax.ShapeDtypeStruct((batch, heads, n), jnp.float32)
+  per_query = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
   return run_kernel(
     lambda *refs: _kernel(options, tiling.hold_queries, *refs),
     Inputs(
@@ -317,13 +317,13 @@ def _load_rows(program: Program) -> Rows:
   inputs, scratch, registers = program.inputs, program.scratch, program.options.registers
   b, _, h, warpgroup, g, first_row, _ = program.at
   first = first_row + warpgroup * HALF
-  tokens = pl.ds(first, HALF)
+  tokens, places = pl.ds(first, HALF), pl.ds(first - program.options.skip, HALF)
   full = scratch.rows_full.at[warpgroup]
   for source, buffer in (
-    (inputs.query.at[b, tokens, h], scratch.query),
-    (inputs.cotangent.at[b, tokens, h], scratch.cotangent),
-    (inputs.logsumexp.at[b, h, tokens], scratch.row),
-    (inputs.out.at[b, tokens, h], scratch.out),
+    (inputs.query.at[b, places, h], scratch.query),
+    (inputs.cotangent.at[b, places, h], scratch.cotangent),
+    (inputs.logsumexp.at[b, h, places], scratch.row),
+    (inputs.out.at[b, places, h], scratch.out),
     (inputs.window_start.at[b, tokens], scratch.window_start),
     (inputs.entered.at[b, g, tokens], scratch.entered),
     (inputs.tau.at[b, g, tokens], scratch.tau),
@@ -337,7 +337,7 @@ def _load_rows(program: Program) -> Rows:
   ).sum(axis=1)
   query = scratch.query.at[warpgroup]
   held = registers.matrix(query) if program.hold_queries else query
-  return Rows(first, tokens, held, logsumexp, tau, delta)
+  return Rows(first, places, held, logsumexp, tau, delta)
 
 
 def _tile(
@@ -422,7 +422,7 @@ def _store(program: Program, rows: Rows, dquery: jax.Array, dgate: jax.Array) ->
   delta[...] = rows.delta
   row[...] = -dgate
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(query, outputs.dquery.at[b, rows.tokens, h])
-  plgpu.copy_smem_to_gmem(delta, outputs.delta.at[b, h, rows.tokens])
-  plgpu.copy_smem_to_gmem(row, outputs.dtau.at[b, h, rows.tokens])
+  plgpu.copy_smem_to_gmem(query, outputs.dquery.at[b, rows.places, h])
+  plgpu.copy_smem_to_gmem(delta, outputs.delta.at[b, h, rows.places])
+  plgpu.copy_smem_to_gmem(row, outputs.dtau.at[b, h, rows.places])
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)

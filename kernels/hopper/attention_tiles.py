@@ -60,6 +60,7 @@ class Options(NamedTuple):
   scale: float  # of the logits, not negative
   chunk: int  # queries of a list
   slots: int  # of a list
+  skip: int  # tokens before the first query, a multiple of BLOCK_Q
   block_kv: int  # keys of a tile
   stages: int  # tiles of a circular buffer
   interpret: object  # parameters of the interpreter, or None
@@ -84,14 +85,15 @@ def options_of(
   query: jax.Array, key: jax.Array, listed: Listed, *, chunk: int, **others: Any
 ) -> Options:
   """Returns the options for these shapes; `others` are the fields that shapes do not give."""
-  batch, n, heads, dim = query.shape
+  (batch, queries, heads, dim), n = query.shape, key.shape[1]
   return Options(
-    grid={"batch": batch, "block": n // BLOCK_Q, "head": heads},
+    grid={"batch": batch, "block": queries // BLOCK_Q, "head": heads},
     repeats=heads // key.shape[2],
     dim=dim,
     dtype=query.dtype,
     chunk=chunk,
     slots=listed.key.shape[2] // (n // chunk),
+    skip=n - queries,
     **others,
   )
 
@@ -100,11 +102,11 @@ class Position(NamedTuple):
   """The part of the problem that belongs to a warpgroup of a program."""
 
   b: Any  # row of the batch
-  block: Any  # of BLOCK_Q queries
+  block: Any  # of BLOCK_Q tokens, those of the queries
   h: Any  # query head
   warpgroup: Any
   g: Any  # KV head
-  first_row: Any  # first query of the block
+  first_row: Any  # first token of the block
   list_start: Any  # first place of the list of the block's chunk
 
 
@@ -112,6 +114,7 @@ def position(options: Options) -> Position:
   """Reads from the grid which part of the problem belongs to this warpgroup."""
   (b, block, h), warpgroup = grid_position(**options.grid), axis_index("warpgroup")
   g = lax.div(h, jnp.array(options.repeats, h.dtype))
+  block += options.skip // BLOCK_Q
   first_row = block * BLOCK_Q
   list_start = lax.div(first_row, jnp.array(options.chunk, first_row.dtype)) * options.slots
   return Position(b, block, h, warpgroup, g, first_row, list_start)

@@ -212,17 +212,26 @@ def attend_selected(
 
   Args:
     chosen: the implementation.
-    query, key, value: as in `sparsek_attention`.
+    query: [batch, m, H, D], of the last m tokens.
+    key, value: as in `sparsek_attention`.
     scores: [batch, G, n] float32.
     selection: threshold, expiry and order, [batch, G, n] each, as from `select`.
     start, end: [batch, n], from `document_bounds`.
     options: settings.
   """
-  if chosen in PALLAS:
-    attention = pallas_attention(chosen)
-    return attention(query, key, value, scores, *selection, start, end, **options._asdict())
-  scores, threshold, expiry = (jnp.swapaxes(x, 1, 2) for x in (scores, *selection[:2]))
-  return xla.attention(query, key, value, scores, threshold, expiry, start, **options._asdict())
+  attention = pallas_attention(chosen) if chosen in PALLAS else _xla_attention
+  skip = key.shape[1] - query.shape[1]
+  if chosen != "mosaic_gpu":  # the others need a query for each token
+    query = jnp.pad(query, ((0, 0), (skip, 0), (0, 0), (0, 0)))
+  out = attention(query, key, value, scores, *selection, start, end, **options._asdict())
+  return out if chosen == "mosaic_gpu" else out[:, skip:]
+
+
+def _xla_attention(query, key, value, scores, threshold, expiry, order, start, end, **options):
+  """Runs "xla" with the arguments of the Pallas implementations."""
+  del order, end
+  scores, threshold, expiry = (jnp.swapaxes(x, 1, 2) for x in (scores, threshold, expiry))
+  return xla.attention(query, key, value, scores, threshold, expiry, start, **options)
 
 
 def attend_window(

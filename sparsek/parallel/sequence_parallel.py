@@ -5,9 +5,7 @@ that is selected, at the first query of each shard; their keys and values move t
 those of the window. A shard then computes attention on an ordinary row:
 
    | slots: tokens alive at the first  | span: up to window - 1 tokens before the shard, |
-   | own query, from before the span   | and its own L                                   |
-
-Outputs of the queries before the shard's own are dropped.
+   | own query, from before the span   | and its own L, to which the queries belong      |
 """
 
 from typing import NamedTuple
@@ -185,9 +183,9 @@ def sparsek_attention(
   order = row.expiry
   if chosen in PALLAS:
     (order,) = saved(order_by_expiry(row.expiry, devices.can_run()))
-  out = api.attend_selected(
+  return api.attend_selected(
     chosen,
-    _behind(slots + span.halo, query),
+    query,
     row.key,
     row.value,
     row.scores,
@@ -201,7 +199,6 @@ def sparsek_attention(
       query.shape[-1] ** -0.5 if scale is None else float(scale),
     ),
   )
-  return out[:, slots + span.halo :]
 
 
 def select_own(
@@ -333,20 +330,21 @@ def sliding_window_attention(
     return query
   batch, length = query.shape[:2]
   window = min(int(window), length * shards)
-  span = _span(length, window, empty_first=False)
   chosen = choose_window_implementation(implementation, query, segment_ids, window).implementation
+  whole_rows = chosen == "cudnn"
+  span = _span(length, window, empty_first=not whole_rows)
   start, end = document_bounds(segment_ids, batch, length * shards)
   key_value = span.read(jnp.concatenate([key, value], axis=-1))
   out = api.attend_window(
     chosen,
-    span.place(query),
+    span.place(query) if whole_rows else query,
     key_value[..., : key.shape[-1]],
     key_value[..., key.shape[-1] :],
     *span.bounds(start, end),
     window,
     query.shape[-1] ** -0.5 if scale is None else float(scale),
   )
-  return lax.dynamic_slice_in_dim(out, span.offset, length, axis=1)
+  return lax.dynamic_slice_in_dim(out, span.offset, length, axis=1) if whole_rows else out
 
 
 def full_attention(
@@ -360,9 +358,9 @@ def full_attention(
 ) -> jax.Array:
   """Attends, causally, to the whole document; every shard gathers all keys and values.
 
-  The Pallas kernels run on rows of n queries, of which those of other shards see themselves alone.
-  They skip them but for the gradients of keys, which cost what n queries cost. cuDNN needs whole
-  rows and is not considered.
+  For the Pallas kernels rows are rotated, so that the own tokens are the last; those of later
+  shards, which come first then, see themselves alone. cuDNN takes only rows of n queries and is not
+  considered.
 
   Args:
     query: [B, L, H, D], the tokens of this shard; key and value too.
@@ -400,15 +398,12 @@ def full_attention(
   first = first_token(length)
   if chosen == "xla":
     return _full_by_chunks(query, key, value, own_tokens(start), first, scale)
+  later = n - length - first  # tokens of later shards
   token = jnp.arange(n, dtype=jnp.int32)
-  own = (token >= first) & (token < first + length)
-  start = jnp.where(own, start, token)
-  end = jnp.where(token < first + length, jnp.minimum(end, first + length), token + 1)
-  placed = lax.dynamic_update_slice_in_dim(
-    jnp.zeros((batch, n, *query.shape[2:]), query.dtype), query, first, axis=1
-  )
-  out = api.attend_window(chosen, placed, key, value, start, end, n, scale)
-  return own_tokens(out)
+  key, value, start, end = (jnp.roll(x, later, axis=1) for x in (key, value, start, end))
+  start = jnp.where(token < later, token, start + later)
+  end = jnp.where(token < later, token + 1, jnp.minimum(end + later, n))
+  return api.attend_window(chosen, query, key, value, start, end, n, scale)
 
 
 def _full_by_chunks(query, key, value, start, first, scale):

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 import sparsek
+from sparsek.attention import api
+from sparsek.attention.documents import document_bounds
+from sparsek.attention.prefix_selection import select
 from sparsek.kernels import reference, specs
 
 PLAIN = specs.SPECS[0]
@@ -53,8 +56,8 @@ def _output_and_gradients(attention, inputs, cotangent, packed):
 
 
 @functools.lru_cache(maxsize=None)
-def truth(spec, gate):
-  """The reference in float64."""
+def truth(spec, gate, first=0):
+  """The reference in float64, where the outputs of queries from `first` on matter."""
   inputs, cotangent, ids = problem(spec)
   cotangent = np.asarray(cotangent.astype(jnp.float32))
   with jax.enable_x64(True):
@@ -63,7 +66,7 @@ def truth(spec, gate):
     attention = configured(
       reference.attention, k=spec.k, window=spec.window, gate=gate, scale=scale
     )
-    cotangent = jnp.asarray(cotangent, jnp.float64)
+    cotangent = jnp.asarray(cotangent, jnp.float64).at[:, :first].set(0)
     return [np.asarray(x) for x in output_and_gradients(attention, inputs, cotangent, ids)]
 
 
@@ -265,6 +268,31 @@ class AttentionTest:
       expected = [total + x for total, x in zip(expected, scaled(of_layer, scale))]
     for name, x, y in zip(ARGUMENTS, grads, (cotangent, *expected)):
       assert self.close(x, y), name
+
+  def test_queries_of_the_last_tokens(self):
+    """Queries of the last tokens see what they do among all; only their keys get gradients."""
+    spec = DOCUMENTS
+    inputs, cotangent, ids = self.problem(spec)
+    start, end = document_bounds(ids, *inputs[0].shape[:2])
+    options = api.Options(spec.k, spec.window, "key_value", spec.head_dim**-0.5)
+
+    def attend(query, key, value, scores):
+      by_head = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
+      selection = select(by_head, start, end, spec.k, spec.window, True)
+      return api.attend_selected(
+        self.implementation, query, key, value, by_head, selection, start, end, options
+      )
+
+    for count in (spec.n - 128 if spec.n > 128 else 1, 7):
+      late = jnp.zeros_like(cotangent).at[:, -count:].set(cotangent[:, -count:])
+      out, d_query, *expected = output_and_gradients(
+        self.attend(spec, "key_value"), inputs, late, ids
+      )
+      last = (inputs[0][:, -count:], *inputs[1:])
+      found = output_and_gradients(attend, last, cotangent[:, -count:])
+      expected = (out[:, -count:], d_query[:, -count:], *expected)
+      for name, x, y in zip(("out", *ARGUMENTS), found, expected):
+        assert self.close(x, y), (name, count)
 
   def test_repeats_to_the_bit(self):
     inputs, cotangent, _ = self.problem(PLAIN)

@@ -37,7 +37,7 @@ query_bounds_of = jax.jit(query_bounds, static_argnames=("chunk", "block_q", "bl
 
 @functools.partial(jax.jit, static_argnames=("times", "limit"))
 def key_tiles_of(tiles, base, times, limit):
-  return key_tiles(larger_tiles(tiles, times), base, limit=limit, block_q=16)
+  return key_tiles(larger_tiles(tiles, times), base, base + limit, block_q=16)
 
 
 @functools.lru_cache(maxsize=None)

@@ -69,6 +69,7 @@ CASES = {
 WINDOWS = {
   "window": Case(8, window=13),
   "window, one document a row": Case(4, window=20, rows=PLAIN),
+  "window, kernels": Case(4, window=20, fast=True),
   "full": Case(4, window=N),
   "full, kernels": Case(8, window=N, rows=PACKED[:2], fast=True),
 }
@@ -130,7 +131,8 @@ def kernels(query, key, value, scores, threshold, expiry, order, start, end, **o
 
   The output is NaN where the order or the ends of documents are not as those need them.
   """
-  n = query.shape[1]
+  n, queries = key.shape[1], query.shape[1]
+  query = jnp.pad(query, ((0, 0), (n - queries, 0), (0, 0), (0, 0)))
   token = jnp.arange(n, dtype=jnp.int32)
   ever = (token + options["window"] < expiry) & (options["k"] > 0)
   ranked = jnp.take_along_axis(jnp.where(ever, expiry, 0), order, axis=-1)
@@ -140,7 +142,7 @@ def kernels(query, key, value, scores, threshold, expiry, order, start, end, **o
   good &= jnp.all(jnp.where(ever, expiry <= end[:, None], True))
   by_token = [jnp.swapaxes(x, 1, 2) for x in (scores, threshold, expiry)]
   out = xla.attention(query, key, value, *by_token, start, **options)
-  return out + jnp.where(good, 0, jnp.nan)
+  return out[:, n - queries :] + jnp.where(good, 0, jnp.nan)
 
 
 def row_errors(x, y):
@@ -225,14 +227,17 @@ def with_kernels(compare, case: Case) -> dict:
   if not case.fast:
     return compare(case)
   module = sequence_parallel
-  chosen = module.choose_implementation, module.api.pallas_attention
+  chosen = module.choose_implementation, module.choose_window_implementation
+  attention = module.api.pallas_attention
   choice = module.choose_implementation("xla", jnp.zeros((1, 1, 1, 1)), None, 0)
   module.choose_implementation = lambda *_: choice._replace(implementation="mosaic_gpu")
+  module.choose_window_implementation = module.choose_implementation
   module.api.pallas_attention = lambda _: kernels
   try:
     return compare(case)
   finally:
-    module.choose_implementation, module.api.pallas_attention = chosen
+    module.choose_implementation, module.choose_window_implementation = chosen
+    module.api.pallas_attention = attention
 
 
 def main() -> None:

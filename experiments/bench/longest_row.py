@@ -1,0 +1,158 @@
+"""Length of the longest row that can be trained on, on one device and split over several.
+
+  python -m experiments.bench.longest_row --record=longest.json
+  python -m experiments.bench.longest_row --cases=tiny --gib=1   # minutes, also on a CPU
+
+A length is a multiple of --step tokens. The search begins at an estimate from a program for a short
+row, and then trains for a step: on longer rows until one does not fit, on shorter ones until one
+does. The model has 110M parameters, k = w = 512, and scans over its layers. The record is written
+after every step that was tried, and what is in it is not tried again.
+"""
+
+import argparse
+import json
+import os
+from typing import Any
+
+import jax
+
+from sparsek.config import TransformerConfig, preset
+from sparsek.errors import UsageError
+from sparsek.experiments import script
+from sparsek.experiments.bench.cells import environment
+from sparsek.experiments.bench.many_devices import MeshCell, Shape, mesh_of, name_of
+from sparsek.experiments.bench.training_step import KINDS, Job, under
+from sparsek.storage import files
+
+
+def configs() -> dict[str, TransformerConfig]:
+  """Returns the models by the name of their case."""
+  return {
+    "110M": preset("gpt2_small", k=512, window=512, remat="attention", scan_layers=True),
+    "tiny": preset("tiny", k=8, window=8),
+  }
+
+
+class Search:
+  """The search for the longest row of a kind of attention under a mesh.
+
+  Attributes:
+    known: for each length in steps that was tried: its record.
+  """
+
+  def __init__(self, config: TransformerConfig, shape: Shape, step: int, bytes_limit: int):
+    self._config, self._shape, self._step, self._limit = config, shape, step, bytes_limit
+    self.known: dict[int, dict[str, Any]] = {}
+
+  def estimate(self) -> int:
+    """Returns how many steps fit if all but the parameters' memory is linear in the length."""
+    cell = self._cell(2)
+    cell.compile()
+    if cell.mib is None or cell.argument_mib is None:
+      raise UsageError("the backend does not tell how much memory a program needs")
+    each = (cell.mib - cell.argument_mib) / 2
+    return max(1, int((self._limit / 2**20 - cell.argument_mib) / each))
+
+  def _cell(self, steps: int) -> MeshCell:
+    return MeshCell(Job(self._config, steps * self._step, scorer_loss=0.0), mesh_of(self._shape))
+
+  def fits(self, steps: int) -> bool:
+    """Trains for a step on a row of that many steps of tokens, unless that was tried."""
+    if steps not in self.known:
+      cell = self._cell(steps)
+      for action in (cell.compile, cell.start):
+        cell.attempt(action)
+      if cell.mib is not None and cell.mib * 2**20 > self._limit:
+        cell.failed = "out of memory"
+      cell.attempt(cell.time)
+      cell.attempt(cell.sample)
+      self.known[steps] = {"n": steps * self._step} | cell.record()
+      cell.release()
+    return "failed" not in self.known[steps]
+
+  def longest(self) -> int | None:
+    """Returns the most steps that fit beside one more that does not, if they are known by now."""
+    fitting = [steps for steps, row in self.known.items() if "failed" not in row]
+    best = max(fitting, default=0)
+    return best if best + 1 in self.known or 1 in self.known and not best else None
+
+  def following(self, guess: int) -> int:
+    """Returns the length to try next, given a guess for the first one."""
+    if not self.known:
+      return guess
+    fitting = [steps for steps, row in self.known.items() if "failed" not in row]
+    return max(fitting) + 1 if fitting else min(self.known) - 1
+
+
+def table(rows: list[dict]) -> str:
+  """Returns the lengths as text, each also as a ratio to one device's."""
+  lines = [f"{'attention':16}{'mesh':13}{'tokens':>10}{'ratio':>7}{'GiB':>8}{'s a step':>10}"]
+  best: dict[tuple[str, str], dict] = {}
+  for row in rows:
+    key = row["kind"], row["mesh"]
+    if "failed" not in row and row["n"] > best.get(key, {"n": 0})["n"]:
+      best[key] = row
+  for (kind, mesh), row in best.items():
+    ratio = row["n"] / best.get((kind, "one device"), row)["n"]
+    lines.append(
+      f"{kind:16}{mesh:13}{row['n']:10,}{ratio:7.3f}{row['mib'] / 1024:8.2f}{row['ms'] / 1e3:10.2f}"
+    )
+  return "\n".join(lines)
+
+
+def bytes_limit(gib: float | None) -> int:
+  """Returns the memory that a program may take of a device."""
+  if gib is not None:
+    return int(gib * 2**30)
+  stats = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" not in stats:
+    raise UsageError("the device does not tell its memory; --gib says how much there is")
+  return stats["bytes_limit"]
+
+
+def main(options: argparse.Namespace) -> None:
+  """Searches for each kind and mesh, and prints the table."""
+  for name, given, allowed in (
+    ("cases", options.cases, configs()),
+    ("kinds", options.kinds, KINDS),
+  ):
+    for value in given.split(","):
+      if value not in allowed:
+        raise UsageError(f"--{name}={given}: no {value!r}; there are {', '.join(allowed)}")
+  limit, rows = bytes_limit(options.gib), []
+  if options.record and os.path.exists(options.record):
+    rows = files.read_json_object(options.record)["rows"]
+  shapes = [(1, 1, 1), (1, 1, len(jax.devices()))]
+  for case in options.cases.split(","):
+    for kind in options.kinds.split(","):
+      for shape in shapes:
+        labels = {"case": case, "kind": kind, "mesh": name_of(shape)}
+        search = Search(under(kind, configs()[case]), shape, options.step, limit)
+        for row in rows:
+          if row.items() >= labels.items():
+            search.known[row["n"] // options.step] = row
+        guess = 0 if search.known else search.estimate()
+        while search.longest() is None:
+          steps = search.following(guess)
+          fits = search.fits(steps)
+          print(f"{kind}, {name_of(shape)}: {steps * options.step:,} tokens: {fits}", flush=True)
+          rows.append(labels | search.known[steps])
+          if options.record:
+            record = {**environment(), "bytes_limit": limit, "rows": rows}
+            files.save(options.record, json.dumps(record, indent=1) + "\n")
+  print(table(rows))
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the script's arguments."""
+  parser = script.parser(__doc__)
+  parser.add_argument("--record", help="JSON file to write")
+  parser.add_argument("--cases", default="110M", help="models, by commas: 110M, tiny")
+  parser.add_argument("--kinds", default="sparsek,sliding_window", help="by commas")
+  parser.add_argument("--step", type=int, default=65536, help="lengths are multiples of it")
+  parser.add_argument("--gib", type=float, help="memory of a device; by default what it says")
+  return parser
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())
