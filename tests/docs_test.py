@@ -22,6 +22,8 @@ RECIPES = ROOT / "experiments" / "recipes"
 NAV = re.findall(r"[\w-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.M)
 PAGES = tuple(f"docs/{name}" for name in NAV)  # in the order in which they are read
 DOCUMENTS = ("README.md", "WORKSPACE.md", *PAGES)
+# Their Python is run by tests/layer_docs_test.py and tests/guides_test.py.
+GUIDES = ("docs/checkpoints.md", "docs/layer.md", "docs/training_loop.md")
 LONG = ("docs/attention-map.md", "docs/flags.md", "docs/results.md", "docs/clusters.md")
 # Appended to the shown command: absl takes the last value of a flag.
 SMALLER = {
@@ -149,7 +151,9 @@ def test_every_command_is_of_a_known_kind(line):
     assert words[:2] == ["python", "-m"] and words[2] in SMALLER, line
 
 
-@pytest.mark.parametrize(("document", "block"), blocks("python"))
+@pytest.mark.parametrize(
+  ("document", "block"), [pair for pair in blocks("python") if pair[0] not in GUIDES]
+)
 def test_python_examples_run(document, block, monkeypatch):
   monkeypatch.setitem(presets.PRESETS, "tiny", (1, 32, 2, 1, 16, 32, 257, 64, 64))  # compiles fast
   for registry in ("TASKS", "CHANCE"):  # an example adds a task
@@ -212,7 +216,7 @@ def test_every_page_is_in_the_navigation():
   assert examples - linked == set()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in LONG])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in LONG + GUIDES])
 def test_pages_are_short(page):
   """A page takes a reader ten minutes, and a table has at most six rows."""
   text = without_code(page)
