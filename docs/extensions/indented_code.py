@@ -11,12 +11,13 @@ def marked(text: str) -> str:
   """Returns a docstring whose indented paragraphs after unindented ones are blocks of code."""
 
   def indent(match):
-    before = text[: match.start()].rstrip("\n").rpartition("\n")[2]
+    before = match.string[: match.start()].rstrip("\n").rpartition("\n")[2]
     if before.startswith(" "):  # inside Args or the like
       return match[0]
     return re.sub(r"^(?=.)", "    ", match[0], flags=re.M)
 
-  return PARAGRAPH.sub(indent, text)
+  # The section "Example:" of this style would be text.
+  return PARAGRAPH.sub(indent, re.sub(r"^Example:\n(?= )", "**Example:**\n\n", text, flags=re.M))
 
 
 class IndentedCode(griffe.Extension):
