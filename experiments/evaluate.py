@@ -10,7 +10,6 @@ All runs are evaluated on the same rows. --k, --window and --gate may differ fro
 A line with the figures, the flags and the versions is added to each run's WORKDIR/evaluation.jsonl.
 """
 
-import dataclasses
 import os
 import sys
 
@@ -23,21 +22,13 @@ from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_data_of_runs_flag, define_evaluation_flags
 from sparsek.command_line.main import run as run_command
 from sparsek.command_line.training_flags import define_loss_chunk_flag, define_mesh_flags
-from sparsek.config import DataConfig
-from sparsek.data.token_files import TokenDataset
-from sparsek.data.tokenizer import describe_documents, read_bos
+from sparsek.data.tokenizer import Tokenizer, describe_documents
 from sparsek.errors import UsageError
-from sparsek.evaluation.heldout import Run, heldout_rows
-from sparsek.evaluation.loss_by_position import (
-  Evaluation,
-  bits_per_byte,
-  bucket_edges,
-  evaluate,
-  format_table,
-)
+from sparsek.evaluation.heldout import Run, evaluation_record, heldout_rows, other_beginning
+from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate, format_table
 from sparsek.parallel import clusters
 from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import append_record
 from sparsek.storage import files
 
@@ -79,41 +70,18 @@ def _runs() -> list[Run]:
   return [Run(folder, override_config(config, FLAGS), record) for folder, config, record in loaded]
 
 
-def _say_how_documents_begin(run: Run, tokenizer) -> None:
+def _say_how_documents_begin(run: Run, tokenizer: Tokenizer) -> None:
   """Prints the tokens that begin and end documents; warns if the run was trained with others."""
   print(f"{run.workdir}: {describe_documents(tokenizer)}", file=sys.stderr)
-  bos_ids = read_bos(run.record["tokenizer"], tokenizer, os.path.join(run.workdir, "model.json"))
-  if bos_ids != tokenizer.bos_ids:
-    trained = " ".join(map(tokenizer.token, bos_ids)) or "nothing"
-    print(
-      f"warning: the documents of {run.workdir} began with {trained}: its loss on these means "
-      f"little; make the data anew with experiments.prepare_data",
-      file=sys.stderr,
-    )
+  warning = other_beginning(run, tokenizer)
+  if warning:
+    print(f"warning: {warning}", file=sys.stderr)
 
 
-def _append_record(
-  run: Run, step: int, result: Evaluation, bits: float, data: DataConfig, dataset: TokenDataset
-) -> None:
-  """Appends the figures of a run to its WORKDIR/evaluation.jsonl, with what they depend on."""
+def _append_record(run: Run, record: dict) -> None:
+  """Appends the figures of a run to its WORKDIR/evaluation.jsonl, with the flags."""
   path = os.path.join(run.workdir, RECORDS)
-  append_record(
-    path,
-    {
-      "step": step,
-      **dataclasses.asdict(result),
-      "bits_per_byte": bits,
-      "flags": into_string(FLAGS).splitlines(),
-      "model": dataclasses.asdict(run.config),
-      "data": {
-        **dataclasses.asdict(data),
-        "data": dataset.folder,
-        "fingerprint": dataset.fingerprint,
-      },
-      "trained_seq_len": run.record["data"]["seq_len"],
-      "versions": run_directory.versions(),
-    },
-  )
+  append_record(path, {**record, "flags": into_string(FLAGS).splitlines()})
   print(f"written to {path}", file=sys.stderr)
 
 
@@ -157,7 +125,7 @@ def main() -> None:
     settings.append(_settings(run, step))
     bits.append(bits_per_byte(result.loss, dataset.split("heldout")))
     # Now, not at the end: a failure of a later run must not lose the figures of this one.
-    _append_record(run, step, result, bits[-1], data, dataset)
+    _append_record(run, evaluation_record(run, step, result, data, dataset))
   names = [path_flags.shown(run.workdir) for run in runs]
   print(format_table(names, results, bits, trained_lengths, settings))
 

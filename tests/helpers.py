@@ -1,5 +1,6 @@
 """Helpers that several tests share."""
 
+import contextlib
 import functools
 import json
 
@@ -8,13 +9,29 @@ import pytest
 import tokenizers
 
 from sparsek.command_line.main import run
+from sparsek.config import ATTENTION_KINDS, SCORERS
 from sparsek.data.tokenizer import BPETokenizer
+from sparsek.model import baselines, scorers
 
 # Compiles twice as fast; the programs of these tests run for milliseconds.
 quick_jit = functools.partial(
   jax.jit,
   compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 )
+
+
+@contextlib.contextmanager
+def restored_registries():
+  """Removes the scorers and kinds of attention that are registered meanwhile."""
+  lengths = [(names, len(names)) for names in (SCORERS, ATTENTION_KINDS)]
+  try:
+    yield
+  finally:
+    for names, length in lengths:
+      for name in names[length:]:
+        scorers.SCORER_FACTORIES.pop(name, None)
+        baselines.ATTENTION_MODULES.pop(name, None)
+      del names[length:]
 
 
 def run_command(main, flag_values, *arguments):

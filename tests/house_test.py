@@ -13,9 +13,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A room may import those of later lines, and itself; rooms of one line do not import each other.
 ORDER = (
   "experiments",
+  "programs",
   "evaluation",
   "training",
-  "huggingface",
+  "huggingface linen nnx",
+  "functional",
   "generation runs",
   "model",
   "attention data parallel",

@@ -78,11 +78,20 @@ def speed(record: str, index: int = 0, kind: str = "sparsek") -> float:
   return load(record)["rows"][index]["rivals"][kind]["tokens_per_second"]
 
 
-def many_devices(case: str, kind: str, figure: str = "tokens_per_second") -> float:
-  """Returns a figure of two devices over that of one."""
+def many_devices(case: str, figure: str = "tokens_per_second") -> list[float]:
+  """Returns a figure under the second mesh of a case over that under the first, of each kind."""
   rows = load("many_devices_h200.json")["rows"]
-  one, two = (row[figure] for row in rows if (row["case"], row["kind"]) == (case, kind))
-  return two / one
+  ratios = []
+  for kind in ("sparsek", "sliding_window", "full"):
+    one, two = (row[figure] for row in rows if (row["case"], row["kind"]) == (case, kind))
+    ratios.append(two / one)
+  return ratios
+
+
+def longest_row(mesh: str) -> int:
+  """Returns the tokens of the longest row that fitted."""
+  rows = load("longest_row_h200.json")["rows"]
+  return max(row["n"] for row in rows if row["mesh"] == mesh and "failed" not in row)
 
 
 def million() -> list[float]:

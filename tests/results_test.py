@@ -110,16 +110,26 @@ CLAIMS = (
   Claim(README, "four times the tokens take {} times the time", claims.growth),
   Claim(
     "docs/clusters.md",
-    "runs at {} times the tokens per second of one device (sliding window {}, full attention {})",
-    lambda: [claims.many_devices("data", k) for k in ("sparsek", "sliding_window", "full")],
+    "over one device, 110M, rows of 32768 | {} | {} | {} |",
+    lambda: claims.many_devices("data"),
   ),
   Claim(
     "docs/clusters.md",
-    "runs at {} times the speed of one device (sliding window {}), with {} times its memory",
-    lambda: [
-      *(claims.many_devices("context", kind) for kind in ("sparsek", "sliding_window")),
-      claims.many_devices("context", "sparsek", "mib"),
-    ],
+    "over one device, 110M, one row of 262144 | {} | {} | {} |",
+    lambda: claims.many_devices("context"),
+  ),
+  Claim(
+    "docs/clusters.md", "969M, rows of 32768 | {} | {} | {} |", lambda: claims.many_devices("fsdp")
+  ),
+  Claim(
+    "docs/clusters.md",
+    "moments and batch take {} times the memory",
+    lambda: claims.many_devices("fsdp", "argument_mib")[:1],
+  ),
+  Claim(
+    "docs/clusters.md",
+    "110M model on has {} tokens, that of two {} (",
+    lambda: [claims.longest_row(mesh) for mesh in ("one device", "context 2")],
   ),
   Claim(
     "docs/clusters.md",

@@ -4,13 +4,14 @@
   python -m experiments.bench.longest_row --cases=tiny --gib=1   # minutes, also on a CPU
 
 A length is a multiple of --step tokens. The search begins at an estimate from a program for a short
-row, and then trains for a step: on longer rows until one does not fit, on shorter ones until one
-does. The model has 110M parameters, k = w = 512, and scans over its layers. The record is written
-after every step that was tried, and what is in it is not tried again.
+row, and trains on longer rows until one does not fit, or on shorter ones until one does. The model
+has 110M parameters, k = w = 512, and scans over its layers. The record is written after each
+length, and what is in it is not tried again.
 """
 
 import argparse
 import json
+import math
 import os
 from typing import Any
 
@@ -23,6 +24,8 @@ from sparsek.experiments.bench.cells import environment
 from sparsek.experiments.bench.many_devices import MeshCell, Shape, mesh_of, name_of
 from sparsek.experiments.bench.training_step import KINDS, Job, under
 from sparsek.storage import files
+
+SHORT = 8  # steps of the row whose program serves the first estimate
 
 
 def configs() -> dict[str, TransformerConfig]:
@@ -41,47 +44,50 @@ class Search:
   """
 
   def __init__(self, config: TransformerConfig, shape: Shape, step: int, bytes_limit: int):
-    self._config, self._shape, self._step, self._limit = config, shape, step, bytes_limit
+    self._config, self._shape, self._step = config, shape, step
+    self._limit = bytes_limit / 2**20
+    self._sizes: dict[int, float] = {}  # MiB of the programs for these lengths
     self.known: dict[int, dict[str, Any]] = {}
 
-  def estimate(self) -> int:
-    """Returns how many steps fit if all but the parameters' memory is linear in the length."""
-    cell = self._cell(2)
-    cell.compile()
-    if cell.mib is None or cell.argument_mib is None:
-      raise UsageError("the backend does not tell how much memory a program needs")
-    each = (cell.mib - cell.argument_mib) / 2
-    return max(1, int((self._limit / 2**20 - cell.argument_mib) / each))
-
   def _cell(self, steps: int) -> MeshCell:
-    return MeshCell(Job(self._config, steps * self._step, scorer_loss=0.0), mesh_of(self._shape))
+    """Returns a training step on a row of that many steps of tokens, compiled if that works."""
+    cell = MeshCell(Job(self._config, steps * self._step, scorer_loss=0.0), mesh_of(self._shape))
+    cell.attempt(cell.compile)
+    if cell.mib is not None and cell.argument_mib is not None:
+      self._sizes |= {0: cell.argument_mib, steps: cell.mib}
+    return cell
 
   def fits(self, steps: int) -> bool:
-    """Trains for a step on a row of that many steps of tokens, unless that was tried."""
+    """Trains on a row of that many steps of tokens, unless that was tried."""
     if steps not in self.known:
       cell = self._cell(steps)
-      for action in (cell.compile, cell.start):
-        cell.attempt(action)
-      if cell.mib is not None and cell.mib * 2**20 > self._limit:
+      if cell.mib is not None and cell.mib > self._limit:
         cell.failed = "out of memory"
-      cell.attempt(cell.time)
-      cell.attempt(cell.sample)
+      for action in (cell.start, cell.time, cell.sample):
+        cell.attempt(action)
       self.known[steps] = {"n": steps * self._step} | cell.record()
       cell.release()
     return "failed" not in self.known[steps]
 
-  def longest(self) -> int | None:
-    """Returns the most steps that fit beside one more that does not, if they are known by now."""
-    fitting = [steps for steps, row in self.known.items() if "failed" not in row]
-    best = max(fitting, default=0)
-    return best if best + 1 in self.known or 1 in self.known and not best else None
+  def _fitting(self) -> int:
+    return max((steps for steps, row in self.known.items() if "failed" not in row), default=0)
 
-  def following(self, guess: int) -> int:
-    """Returns the length to try next, given a guess for the first one."""
-    if not self.known:
-      return guess
-    fitting = [steps for steps, row in self.known.items() if "failed" not in row]
-    return max(fitting) + 1 if fitting else min(self.known) - 1
+  def is_done(self) -> bool:
+    """Returns whether the most steps that fit, and one more that does not, were tried."""
+    return self._fitting() + 1 in self.known
+
+  def following(self) -> int:
+    """Returns the length to try next: an estimate, if it tells more than what was tried."""
+    if not self._sizes:
+      self._cell(SHORT)
+    first, last = sorted(self._sizes)[-2:]
+    each = (self._sizes[last] - self._sizes[first]) / (last - first)
+    estimate = last + math.floor((self._limit - self._sizes[last]) / each)
+    best = self._fitting()
+    least_failing = min((steps for steps in self.known if steps > best), default=None)
+    if least_failing is None:
+      return max(best + 1, estimate)
+    return min(max(best + 1, estimate), least_failing - 1)
 
 
 def table(rows: list[dict]) -> str:
@@ -131,9 +137,8 @@ def main(options: argparse.Namespace) -> None:
         for row in rows:
           if row.items() >= labels.items():
             search.known[row["n"] // options.step] = row
-        guess = 0 if search.known else search.estimate()
-        while search.longest() is None:
-          steps = search.following(guess)
+        while not search.is_done():
+          steps = search.following()
           fits = search.fits(steps)
           print(f"{kind}, {name_of(shape)}: {steps * options.step:,} tokens: {fits}", flush=True)
           rows.append(labels | search.known[steps])
@@ -149,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--record", help="JSON file to write")
   parser.add_argument("--cases", default="110M", help="models, by commas: 110M, tiny")
   parser.add_argument("--kinds", default="sparsek,sliding_window", help="by commas")
-  parser.add_argument("--step", type=int, default=65536, help="lengths are multiples of it")
+  parser.add_argument("--step", type=int, default=32768, help="lengths are multiples of it")
   parser.add_argument("--gib", type=float, help="memory of a device; by default what it says")
   return parser
 

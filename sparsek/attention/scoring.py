@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from sparsek.attention.documents import document_bounds, position_in_document
 from sparsek.attention.exact_product import exact_product
 from sparsek.attention.running_moments import Moments, moments_added, running_moments
-from sparsek.config import SCORERS, check_at_least, check_choice
+from sparsek.config import check_at_least, check_choice
 
+KINDS = ("linear", "conv", "random")
 # width of the conv scorer: a few directions of the hidden state are enough to judge a token
 CHANNELS = 32
 PRIOR_COUNT = 8.0  # pseudo-tokens of variance 1, which keep a document's first scores moderate
@@ -150,7 +151,7 @@ class ScoringNetwork(nn.Module):
   init_sink: float = 0.0
 
   def setup(self) -> None:
-    check_choice("scorer", self.kind, SCORERS)
+    check_choice("scorer", self.kind, KINDS)
     check_at_least("scorer_lookback", self.lookback, 0)
     check_at_least("scorer_lookahead", self.lookahead, 0)
     if self.kind == "random":

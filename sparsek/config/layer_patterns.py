@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-ATTENTION_KINDS = (
+# `sparsek.model.registration` appends to it.
+ATTENTION_KINDS = [
   "sparsek",
   "sliding_window",
   "full",
@@ -13,8 +14,9 @@ ATTENTION_KINDS = (
   "lsh",
   "block_topk",
   "linear",
-)
-_TERM = re.compile(r"([a-z_]+)(?::k(\d+))?(?::w(\d+))?(?:\*(\d+))?")
+]
+NAME = re.compile("[a-z][a-z0-9_]*")
+_TERM = re.compile(rf"({NAME.pattern})(?::k(\d+))?(?::w(\d+))?(?:\*(\d+))?")
 
 
 def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:

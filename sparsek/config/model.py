@@ -10,7 +10,7 @@ from sparsek.config.layer_patterns import parse_layer_pattern, parse_term
 
 NEED_WINDOW = ("sliding_window", "block_topk", "linear")
 GATES = ("straight_through", "value", "key_value")
-SCORERS = ("linear", "conv", "random")
+SCORERS = ["linear", "conv", "random"]  # `sparsek.model.registration` appends to it
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
 DTYPES = ("float32", "bfloat16")
@@ -93,16 +93,16 @@ class TransformerConfig:
     mlp_dim: hidden width of the MLP.
     attention: attention kind per layer as a pattern that repeats over the layers: "sparsek",
       "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window, full, and the baselines of
-      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear. A term
-      may set its own k and window, as in "sliding_window:w256*5,sparsek:k1536:w256"; by default a
-      layer uses the values below.
+      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear; and what
+      `sparsek.model.registration` has added. A term may set its own k and window, as in
+      "sliding_window:w256*5,sparsek:k1536:w256"; by default a layer uses the values below.
     k: key/value pairs that are selected for each query (all kinds but sliding_window, full and
       linear).
     window: most recent tokens that each query sees, itself included (all kinds but full; lsh sees
       k + window tokens of its bucket instead).
     gate: how the selection mask enters attention; see `sparsek.sparsek_attention`.
-    scorer: scoring network: "linear", "conv" (a short convolution) or "random" (fixed noise, as a
-      control).
+    scorer: scoring network: "linear", "conv" (a short convolution), "random" (fixed noise, as a
+      control) or a name that `sparsek.model.registration` has added.
     scorer_lookahead: tokens after the scored one that a conv scorer sees; at most `window`, since a
       token is selected or dropped only after `window` steps.
     scorer_lookback: tokens before the scored one that a conv scorer sees.

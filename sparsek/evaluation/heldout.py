@@ -1,4 +1,4 @@
-"""The held-out rows on which runs are evaluated side by side."""
+"""The held-out rows on which runs are evaluated side by side, and the record of an evaluation."""
 
 import dataclasses
 import os
@@ -10,7 +10,10 @@ from jax.sharding import Mesh
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.data.batches import EvalBatches, eval_batches, open_data
 from sparsek.data.token_files import TokenDataset
+from sparsek.data.tokenizer import Tokenizer, read_bos
 from sparsek.errors import UsageError
+from sparsek.evaluation.loss_by_position import Evaluation, bits_per_byte
+from sparsek.runs import run_directory, run_record
 from sparsek.training.checks import check_batch, check_context, check_length
 
 
@@ -90,3 +93,45 @@ def heldout_rows(
     check_length(run.config, seq_len)
     check_context(run.config, mesh, seq_len)
   return datasets[0], rows, eval_batches(datasets[0], rows, num_batches)
+
+
+def other_beginning(run: Run, tokenizer: Tokenizer) -> str:
+  """Returns a warning where the documents that a run was trained on began with other tokens.
+
+  It is "" where they began as those of `tokenizer` do.
+  """
+  path = os.path.join(run.workdir, run_record.FILE)
+  bos_ids = read_bos(run.record["tokenizer"], tokenizer, path)
+  if bos_ids == tokenizer.bos_ids:
+    return ""
+  trained = " ".join(map(tokenizer.token, bos_ids)) or "nothing"
+  return (
+    f"the documents of {run.workdir} began with {trained}: its loss on these means little; make "
+    "the data anew with experiments.prepare_data"
+  )
+
+
+def evaluation_record(
+  run: Run, step: int, result: Evaluation, rows: DataConfig, dataset: TokenDataset
+) -> dict[str, Any]:
+  """Returns the figures of an evaluation, with what they depend on.
+
+  Args:
+    run: what was evaluated, at `step`.
+    step: of the checkpoint.
+    result: as `sparsek.evaluation.loss_by_position.evaluate` returned it.
+    rows, dataset: as `heldout_rows` returned them.
+  """
+  return {
+    "step": step,
+    **dataclasses.asdict(result),
+    "bits_per_byte": bits_per_byte(result.loss, dataset.split("heldout")),
+    "model": dataclasses.asdict(run.config),
+    "data": {
+      **dataclasses.asdict(rows),
+      "data": dataset.folder,
+      "fingerprint": dataset.fingerprint,
+    },
+    "trained_seq_len": run.record["data"]["seq_len"],
+    "versions": run_directory.versions(),
+  }

@@ -12,7 +12,7 @@ from sparsek.generation import inference
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
 from sparsek.generation.cached_chunk import attend_chunk
 from sparsek.generation.inference import InferenceParams, Projections
-from sparsek.model.layers import scoring_network
+from sparsek.model.scorers import scoring_network
 
 Projected = TypeVar("Projected")  # the input of attention
 Mixed = TypeVar("Mixed")  # its output, before the output projection

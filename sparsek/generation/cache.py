@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sparsek.attention.scoring import ScorerState
 from sparsek.config import TransformerConfig, check_at_least
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
@@ -28,9 +29,10 @@ from sparsek.generation.rows import PARAMS, ROW, over_rows
 from sparsek.kernels import devices
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.baselines import BASELINES
-from sparsek.model.layers import scoring_network
+from sparsek.model.scorers import SCORER_FACTORIES, scorer_delay, scoring_network
 from sparsek.model.transformer import Params
 
+CACHED = ("sparsek", "sliding_window", "full")  # the kinds that have a cache
 MIN_CHUNK = 16  # chunks are padded to a power of two of at least this size
 
 
@@ -66,6 +68,8 @@ def init_cache(
   Raises:
     ValueError: for sizes below 1 (support_size below 0), max_length=None where a layer is full, or
       a layer that is a baseline.
+    NotImplementedError: for a registered kind of attention, or a registered scorer that cannot
+      stream.
   """
   check_at_least("batch_size", batch_size, 1)
   if support_size is not None:
@@ -76,6 +80,13 @@ def init_cache(
         f"attention={kind!r}: there is no cache for baselines; sparsek, sliding_window "
         "and full layers have one"
       )
+    if kind not in CACHED:
+      raise NotImplementedError(
+        f"attention={kind!r} is registered, and only sparsek, sliding_window and full layers have "
+        "a cache for generation"
+      )
+  if "sparsek" in config.layer_kinds:
+    _check_streams(config)
   if "full" in config.layer_kinds:
     if max_length is None:
       raise ValueError(
@@ -84,6 +95,17 @@ def init_cache(
       )
     check_at_least("max_length", max_length, 1)
   return _empty(config, batch_size, max_length, support_size)
+
+
+def _check_streams(config):
+  """Raises NotImplementedError for a scorer that scores whole rows only."""
+  network = scoring_network(config)
+  missing = [name for name in ("stream", "initial_state") if not hasattr(network, name)]
+  if missing:
+    raise NotImplementedError(
+      f"scorer={config.scorer!r} has no method {' and no '.join(missing)}, which generation needs: "
+      "see sparsek.model.registration"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -327,6 +349,11 @@ def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array | np.
   """
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"tokens has dtype {tokens.dtype}, expected integers")
+  check_sizes(config, cache, tokens.shape[0])
+
+
+def check_sizes(config: TransformerConfig, cache: Cache, batch_size: int) -> None:
+  """Raises ValueError unless the cache was made for this configuration and number of rows."""
   if len(cache.layers) != config.num_layers:
     raise ValueError(
       f"cache has {len(cache.layers)} layers, the configuration num_layers={config.num_layers}"
@@ -337,7 +364,7 @@ def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array | np.
     if isinstance(layer, SelectionCache) != (kind == "sparsek"):
       raise ValueError(f"cache does not fit the configuration: layer {i} is {kind}")
     got = _sizes_of(layer, kind)
-    needed = _sizes_needed(layer_config, kind, tokens.shape[0])
+    needed = _sizes_needed(layer_config, kind, batch_size)
     if got != needed:
       differ = ", ".join(
         f"{name}={got[name]} (needed: {needed[name]})"
@@ -363,7 +390,7 @@ def _sizes_of(layer: SelectionCache | KeysAndValues, kind: str) -> dict[str, Any
     sizes |= {
       "k": layer.position.shape[-1],
       "window": layer.pending.shape[-1],
-      "lookahead": layer.scorer.linear.shape[1],
+      "lookahead": layer.scorer.linear.shape[1] if isinstance(layer.scorer, ScorerState) else None,
       "gates with thresholds": layer.lost.shape[-1] > 0,
     }
   return sizes
@@ -383,7 +410,7 @@ def _sizes_needed(config: TransformerConfig, kind: str, batch: int) -> dict[str,
     sizes |= {
       "k": config.k,
       "window": config.window,
-      "lookahead": scoring_network(config).delay,
+      "lookahead": None if config.scorer in SCORER_FACTORIES else scorer_delay(config),
       "gates with thresholds": needs_support(config.gate),
     }
   return sizes

@@ -9,7 +9,7 @@ Row b of the batch has seen `seen[b]` tokens before the new one. Keys and values
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from sparsek.attention.operator import sparsek
 from sparsek.attention.scoring import ScorerState
 from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import NOWHERE
+from sparsek.model.scorers import scorer_delay
 
 
 class KeysAndValues(NamedTuple):
@@ -43,7 +44,7 @@ class SelectionCache(NamedTuple):
     lost: [B, G] int32, number of scores that were dropped because `support` was full; [B, 0] with
       gates that need no thresholds.
     pending: [B, G, window] float32, scores of the tokens in the window, a ring like that of keys.
-    scorer: state of the scoring network.
+    scorer: state of the scoring network; a registered one's may be any tree of arrays.
   """
 
   rows: KeysAndValues
@@ -52,7 +53,7 @@ class SelectionCache(NamedTuple):
   support: jax.Array
   lost: jax.Array
   pending: jax.Array
-  scorer: ScorerState
+  scorer: ScorerState | Any
 
 
 def needs_support(gate: str) -> bool:
@@ -187,7 +188,7 @@ def _worst(score, position):
 
 def _select_token(config, cache, seen, active, query, new, scores):
   """Attends from one query of a sparsek layer: O(k + window + support) work."""
-  k, window, delay = config.k, config.window, cache.scorer.linear.shape[1]
+  k, window, delay = config.k, config.window, scorer_delay(config)
   rows, pending, arriving = cache.rows, cache.pending, scores
   ring_index = (k + seen % max(window, 1))[:, None]
   if window:

@@ -32,6 +32,7 @@ from sparsek.generation.cached_attention import (
 )
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.layers import window_implementation
+from sparsek.model.scorers import scorer_delay
 
 MAX_LOGITS = 2**22  # logits that a full layer computes at once for one head of a chunk
 
@@ -215,7 +216,7 @@ def _select_chunk(config, cache, seen, count, query, new, scores, fresh):
 
 def _in_order_of_keys(config, cache, seen, query, scores):
   k, window, length = config.k, config.window, query.shape[1]
-  batch, groups, delay = query.shape[0], config.num_kv_heads, cache.scorer.linear.shape[1]
+  batch, groups, delay = query.shape[0], config.num_kv_heads, scorer_delay(config)
   never = lambda size: jnp.full((batch, size, groups), -jnp.inf)
   # The scores of the last `delay` tokens are not known yet, nor needed.
   near = jnp.concatenate(

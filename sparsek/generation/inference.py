@@ -18,6 +18,7 @@ from sparsek.config import TransformerConfig
 from sparsek.kernels import devices
 from sparsek.model import lora
 from sparsek.model.layers import RMSNorm, make_norm, rotary_embedding
+from sparsek.model.scorers import SCORER_FACTORIES
 from sparsek.model.transformer import Params, hidden_to_logits, init_params, layer_params
 from sparsek.parallel.mesh import FSDP, axis_size
 from sparsek.parallel.sharding import computed_on, gather, partition_specs, placements
@@ -102,12 +103,14 @@ def _convert(config, params):
     joined = {"kernel": cast(flat("kernel", 1).T)}
     return joined | ({"bias": flat("bias", 0)} if "bias" in parts[0] else {})
 
-  def layer(block):
+  def layer(block, kind):
     attention, mlp = block["attention"], block["mlp"]
     out = attention["out"] | {"kernel": attention["out"]["kernel"].reshape(-1, config.embed_dim)}
     small = {
       name: attention[name] for name in ("query_norm", "key_norm", "scorer") if name in attention
     }
+    if kind == "sparsek" and config.scorer in SCORER_FACTORIES:
+      small.setdefault("scorer", {})  # without parameters it reads hidden states all the same
     is_linear = config.scorer == "linear" and "scorer" in attention
     if is_linear and config.activation_dtype == jnp.bfloat16:
       small["scorer_rows"] = scorer_rows(attention["scorer"]["linear"]["kernel"], SCORER_ROWS)
@@ -124,7 +127,9 @@ def _convert(config, params):
   return InferenceParams(
     cast(params["embed"]["embedding"]),
     params["positions"]["embedding"] if config.positions == "learned" else None,
-    tuple(layer(layer_params(config, params, i)) for i in range(config.num_layers)),
+    tuple(
+      layer(layer_params(config, params, i), kind) for i, kind in enumerate(config.layer_kinds)
+    ),
     params["final_norm"],
     None if config.tie_embeddings else cast(params["lm_head"]["kernel"]),
   )

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.errors import UsageError
@@ -55,6 +55,29 @@ def shown_prompt(stream: TextStream, text: str, ids: list[int]) -> str:
   return "\ufffd" * rest_of_character + text
 
 
+def text_pieces(
+  session: Session, turn: Iterable[Sequence[int | None]], streams: Sequence[TextStream]
+) -> Iterator[list[tuple[int, str]]]:
+  """Draws the texts; yields the pieces (row, text) that each step adds, a piece for each new token.
+
+  A row whose text reaches a stop string ends. What a stream holds back at the end stays in it.
+
+  Args:
+    session: draws the tokens.
+    turn: the iterator that `session.generate` returned.
+    streams: turn tokens into text, one for each row.
+  """
+  for tokens in turn:
+    pieces = []
+    for row, token in enumerate(tokens):
+      if token is None or streams[row].stopped:
+        continue
+      pieces.append((row, streams[row].push(token)))
+      if streams[row].stopped:
+        session.stop(row)
+    yield pieces
+
+
 def write_texts(
   session: Session,
   turn: Iterable[Sequence[int | None]],
@@ -64,12 +87,8 @@ def write_texts(
 ) -> str:
   """Draws the texts; prints a single one as it comes, several at the end.
 
-  A row whose text reaches a stop string ends.
-
   Args:
-    session: draws the tokens.
-    turn: the iterator that `session.generate` returned.
-    streams: turn tokens into text, one for each row.
+    session, turn, streams: as in `text_pieces`.
     written: the prompts as they are shown.
     goes_on: the texts will be saved, and may end within a character.
 
@@ -85,15 +104,11 @@ def write_texts(
   times, new = [], 0
   if len(streams) == 1:
     print(written[0], end="", flush=True)
-  for tokens in turn:
+  for pieces in text_pieces(session, turn, streams):
     times.append(time.perf_counter())
-    for row, token in enumerate(tokens):
-      if token is None or streams[row].stopped:
-        continue
-      new += 1
-      append(row, streams[row].push(token))
-      if streams[row].stopped:
-        session.stop(row)
+    new += len(pieces)
+    for row, text in pieces:
+      append(row, text)
   for row, stream in enumerate(streams):
     append(row, stream.end_turn() if goes_on else stream.finish())
   several = "\n".join(f"[{row}] {text}" for row, text in enumerate(written))

@@ -18,6 +18,7 @@ from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import LOWEST
 from sparsek.model import layers
 from sparsek.model.layers import Attention, Tokens
+from sparsek.model.scorers import SCORER_FACTORIES
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import first_token, own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
@@ -26,32 +27,28 @@ from sparsek.parallel.sharded_scores import token_positions
 CHUNK = 128  # queries at a time
 BLOCK = 64  # keys of a block of block_topk
 SLOWEST = 16.0  # the linear kind's decay per token is sigmoid(.) ** (1 / SLOWEST)
-WHOLE_ROWS = ("lsh", "block_topk")  # the kinds that need all tokens of a row on one device
 
 
 def context_refusal(config: TransformerConfig) -> str:
   """Returns why rows of a model cannot be sharded over `context`, "" where they can."""
-  kinds = [kind for kind in WHOLE_ROWS if kind in config.layer_kinds]
+  kinds = [k for k in dict.fromkeys(config.layer_kinds) if not ATTENTION_MODULES[k].shardable]
   if kinds:
-    return _refusal(kinds)
+    names = " and ".join(map(repr, kinds))
+    return f"attention {names} needs whole rows on one device; use --context=1 or other kinds"
+  if "sparsek" in config.layer_kinds and config.scorer in SCORER_FACTORIES:
+    return (
+      f"scorer {config.scorer!r} needs whole rows on one device; use --context=1 or a scorer of "
+      "the library"
+    )
   return "--implementation=reference takes whole rows" * (config.implementation == "reference")
-
-
-def _refusal(kinds):
-  names = " and ".join(map(repr, kinds))
-  return f"attention {names} needs whole rows on one device; use --context=1 or other kinds"
-
-
-def _need_whole_rows(kind):
-  """Raises NotImplementedError where rows are sharded."""
-  if axis_size(CONTEXT) > 1:
-    raise NotImplementedError(_refusal([kind]))
 
 
 class FixedSelection(Attention):
   """The window and k earlier tokens whose choice is not learned: SPARSEK attention with fixed
   scores, by the same kernels.
   """
+
+  shardable = True
 
   def mix(self, tokens: Tokens) -> jax.Array:
     x_BxNxE, query, key, value, segment_ids, layer, _ = tokens
@@ -115,7 +112,6 @@ class LSHAttention(Attention):
   """
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    _need_whole_rows("lsh")
     x_BxNxE, query, key, value, segment_ids, layer, _ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     reach, groups = cfg.k + cfg.window, cfg.num_kv_heads
@@ -172,7 +168,6 @@ class BlockTopKAttention(Attention):
   """
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    _need_whole_rows("block_topk")
     x_BxNxE, query, key, value, segment_ids, _, _ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     groups, dim, window = cfg.num_kv_heads, cfg.head_dim, min(cfg.window, length)
@@ -307,6 +302,8 @@ class LinearAttention(Attention):
   shards leave of a state at their ends, and computes its first state from that.
   """
 
+  shardable = True
+
   def setup(self) -> None:
     super().setup()
     self.decay = nn.Dense(
@@ -381,4 +378,4 @@ BASELINES = {
   "block_topk": BlockTopKAttention,
   "linear": LinearAttention,
 }
-ATTENTION_MODULES = {**layers.ATTENTION_MODULES, **BASELINES}
+ATTENTION_MODULES: dict[str, type[Attention]] = {**layers.ATTENTION_MODULES, **BASELINES}

@@ -2,7 +2,7 @@
 window, or full).
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,12 +12,12 @@ import numpy as np
 from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
-from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import TransformerConfig
+from sparsek.model.scorers import scoring_network
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
-from sparsek.parallel.sharded_scores import ShardedScoringNetwork, token_positions
+from sparsek.parallel.sharded_scores import token_positions
 
 
 def fan_in_init(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -235,9 +235,14 @@ class Attention(nn.Module):
   biases [H, D] and [G, D] on the first three with `use_bias`, [E] on the last with `out_bias`;
   adapters beside all four with `lora_rank`; query_norm/scale and key_norm/scale [D] with `qk_norm`.
   Query head h reads KV head h // (H / G).
+
+  Class attributes:
+    shardable: True if `mix` can run inside `jax.shard_map` over `context`, on a part of each row.
   """
 
   config: TransformerConfig
+
+  shardable: ClassVar[bool] = False
 
   def setup(self) -> None:
     cfg = self.config
@@ -257,16 +262,26 @@ class Attention(nn.Module):
     segment_ids: jax.Array | None = None,
     layer: jax.Array | int = 0,
     row_index: jax.Array | None = None,
+    positions: jax.Array | None = None,
   ) -> jax.Array:
     """Lets tokens attend to each other: normalised hidden states [B, N, E] to [B, N, E].
 
     Args:
       x_BxNxE, segment_ids, layer: see `Tokens`.
       row_index: see `Tokens`; 0 .. B - 1 by default.
+      positions: [B, N] or [N] integers of the rotary embedding; by default the tokens' positions
+        in their documents.
+
+    Raises:
+      NotImplementedError: where rows are sharded and the kind is not shardable.
     """
+    if axis_size(CONTEXT) > 1 and not self.shardable:
+      raise NotImplementedError(f"{type(self).__name__} needs whole rows on one device")
     batch, length, _ = x_BxNxE.shape
     row_index = jnp.arange(batch) if row_index is None else row_index
-    projected = self.project(x_BxNxE, token_positions(segment_ids, batch, length))
+    if positions is None:
+      positions = token_positions(segment_ids, batch, length)
+    projected = self.project(x_BxNxE, positions)
     return self.output(self.mix(Tokens(x_BxNxE, *projected, segment_ids, layer, row_index)))
 
   def project(
@@ -295,23 +310,6 @@ class Attention(nn.Module):
     return self.out(mixed_BxNxHxD)
 
 
-def scoring_network(config: TransformerConfig) -> ScoringNetwork:
-  """Makes the scoring network that `config` describes, for whole rows or for this shard of them."""
-  network = ScoringNetwork if axis_size(CONTEXT) == 1 else ShardedScoringNetwork
-  return network(
-    config.num_kv_heads,
-    config.scorer,
-    config.scorer_lookback,
-    config.scorer_lookahead,
-    config.scorer_normalize,
-    config.scorer_init_scale,
-    config.scorer_init_slope,
-    config.scorer_shared,
-    config.scorer_init_noise,
-    config.scorer_init_sink,
-  )
-
-
 def row_keys(key: jax.Array, row_index: jax.Array) -> jax.Array:
   """Returns a random key for each row [B], which depends on neither its device nor its batch."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, row_index)
@@ -336,7 +334,11 @@ class SparseKAttention(Attention):
     config = sparsek.TransformerConfig(embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64)
     layer = sparsek.SparseKAttention(dataclasses.replace(config, k=256, window=256))
     y = layer.apply(layer.init(key, x), x)  # x [batch, n, 512]
+
+  `sparsek.linen.SparseKAttention` is this layer without the configuration of a language model.
   """
+
+  shardable = True
 
   def setup(self) -> None:
     super().setup()
@@ -346,7 +348,8 @@ class SparseKAttention(Attention):
     x_BxNxE, query, key, value, segment_ids, layer, row_index = tokens
     cfg = self.config
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer)
-    self.sow("diagnostics", "scores", scores_BxNxG)
+    if not self.is_initializing():  # else they would stay among the variables
+      self.sow("diagnostics", "scores", scores_BxNxG)
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
       keys = row_keys(self.make_rng("scorer_noise"), row_index)
       scores_BxNxG += cfg.scorer_noise * self._noise(keys, x_BxNxE.shape[1])
@@ -370,7 +373,8 @@ class SparseKAttention(Attention):
 
   def _noise(self, keys, length):
     """Draws the noise of whole rows, [B, n, S], and cuts out this shard's tokens."""
-    shape = axis_size(CONTEXT) * length, self.scorer.num_scores
+    scores = getattr(self.scorer, "num_scores", self.config.num_kv_heads)
+    shape = axis_size(CONTEXT) * length, scores
     return own_tokens(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
   def _scorer_loss(self, tokens, keys):
@@ -411,6 +415,8 @@ def windowed(config: TransformerConfig, tokens: Tokens) -> jax.Array:
 class SlidingWindowAttention(Attention):
   """Attention to the last `window` tokens."""
 
+  shardable = True
+
   def mix(self, tokens: Tokens) -> jax.Array:
     return windowed(self.config, tokens)
 
@@ -448,6 +454,8 @@ def full_attention(
 
 class FullAttention(Attention):
   """Causal attention to the whole document."""
+
+  shardable = True
 
   def mix(self, tokens: Tokens) -> jax.Array:
     return full_attention(self.config, *tokens[1:5])

@@ -1,10 +1,12 @@
 """Checkpoints of a run: their format, and how they are read with Orbax.
 
-WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `optimizer` (the optimizer's state),
-`data` (JSON: the state of the data iterator) and `integrity` (JSON: a checksum per array, the step,
-a digest of `data`). Orbax writes to a temporary name and renames the folder when all is written, so
-that a killed save leaves the checkpoint before it as the newest. No other random state exists:
-everything random derives from (seed, step). `sparsek.runs.run_record` reads WORKDIR/model.json.
+WORKDIR/checkpoints/STEP holds four checkpointables: `params`, `training_state` (the optimizer's
+state), `data` (JSON: the state of the data iterator) and `integrity` (JSON: a checksum per array,
+the step, a digest of `data`). Of several trees, `orbax.checkpoint.v1.load(STEP)` takes the first by
+name, which must be `params`; docs/checkpoints.md says how else they open. Orbax writes to a
+temporary name and renames the folder when all is written, so that a killed save leaves the
+checkpoint before it as the newest. No other random state exists: everything random derives from
+(seed, step). `sparsek.runs.run_record` reads WORKDIR/model.json.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from sparsek.model import lora
 from sparsek.model.transformer import Params, init_params
 from sparsek.parallel import processes
 from sparsek.parallel.sharding import computed_on, placements
+from sparsek.runs import orbax_handlers
 from sparsek.runs.integrity import DamagedCheckpoint, verify
 from sparsek.runs.orbax_errors import damage, mute_remains, passing_reason
 from sparsek.runs.parameter_table import Comparison, explain_architecture, parameter_shapes
@@ -35,6 +38,8 @@ from sparsek.runs.run_record import load_run_config
 from sparsek.storage.files import reason_of
 
 Report = Callable[[str], None]
+OPTIMIZER = "training_state"  # the checkpointable with the optimizer's state
+OPTIMIZER_0_1 = "optimizer"  # its name in checkpoints of version 0.1
 
 
 def to_stderr(line: str) -> None:
@@ -45,8 +50,10 @@ def to_stderr(line: str) -> None:
 def orbax_context() -> ocp.Context:
   """Returns the context of Orbax in which checkpoints are saved and loaded."""
   registry = ocp.handlers.local_registry()
+  for name in ("params", OPTIMIZER):
+    registry.add(orbax_handlers.Arrays, checkpointable_name=name)
   for name in ("data", "integrity"):
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    registry.add(orbax_handlers.Json, checkpointable_name=name)
   context = ocp.Context()
   context.checkpointables.registry = registry
   return context
@@ -174,6 +181,12 @@ def _load(
   return processes.together(load, (DamagedCheckpoint,))
 
 
+def _as_named(abstract: dict[str, Any], path: str) -> dict[str, Any]:
+  """Returns `abstract` under the names that a checkpoint has, perhaps one of version 0.1."""
+  old = os.path.isdir(os.path.join(path, OPTIMIZER_0_1))
+  return {OPTIMIZER_0_1 if old and name == OPTIMIZER else name: abstract[name] for name in abstract}
+
+
 def _load_here(
   workdir: str, step: int, config: TransformerConfig, abstract: dict[str, Any]
 ) -> dict[str, Any]:
@@ -184,9 +197,10 @@ def _load_here(
       params = ocp.checkpointables_metadata(path).metadata.get("params")
       if params:  # else loading says why it cannot be read
         _check_architecture(workdir, path, params, abstract["params"], config)
-      loaded = ocp.load_checkpointables(path, {**abstract, "integrity": None})
-    verify(step, loaded, abstract)
-    return loaded
+      wanted = _as_named(abstract, path)
+      loaded = ocp.load_checkpointables(path, {**wanted, "integrity": None})
+    verify(step, loaded, wanted)
+    return {OPTIMIZER if name == OPTIMIZER_0_1 else name: loaded[name] for name in loaded}
   except (UsageError, DamagedCheckpoint):
     raise
   except Exception as error:  # Orbax and tensorstore raise many kinds for unreadable files
@@ -252,7 +266,7 @@ def restore_newest(
     return None
   abstract = {
     "params": _abstract(abstract_params(config), mesh),
-    "optimizer": _abstract(abstract_opt_state, mesh),
+    OPTIMIZER: _abstract(abstract_opt_state, mesh),
     "data": None,
   }
   if last is not None:
@@ -261,7 +275,7 @@ def restore_newest(
   for bad, reason in damaged.items():
     target = processes.on_first(functools.partial(_move_damaged, workdir, bad))
     report(f"checkpoint {_step_folder(workdir, bad)} is damaged and moved to {target}: {reason}")
-  return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
+  return Restored(step, loaded["params"], loaded[OPTIMIZER], loaded["data"])
 
 
 def _restore_step(workdir: str, step: int, config: TransformerConfig, abstract: dict) -> Restored:
@@ -272,7 +286,7 @@ def _restore_step(workdir: str, step: int, config: TransformerConfig, abstract: 
     raise UsageError(
       f"--restore_step={step}: checkpoint {_step_folder(workdir, step)} is damaged: {error}"
     ) from error
-  return Restored(step, loaded["params"], loaded["optimizer"], loaded["data"])
+  return Restored(step, loaded["params"], loaded[OPTIMIZER], loaded["data"])
 
 
 def _move_damaged(workdir: str, step: int) -> str:

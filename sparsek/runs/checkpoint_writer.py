@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from sparsek.errors import RunError, UsageError
 from sparsek.parallel import processes
 from sparsek.runs.checkpoint import (
+  OPTIMIZER,
   Report,
   checkpoint_folder,
   entries,
@@ -95,7 +96,7 @@ class CheckpointWriter:
         context=orbax_context(),
         preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
       )
-    arrays = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
+    arrays = {"params": params} | ({} if opt_state is None else {OPTIMIZER: opt_state})
     integrity = integrity_record(step, arrays, data_state)
     try:
       items = {**arrays, "data": data_state, "integrity": integrity}

@@ -152,7 +152,7 @@ def array_files(step_folder):
 
 
 def change_integrity(step_folder):
-  path = step_folder + "/integrity/data.json"
+  path = step_folder + "/integrity/metadata"
   with open(path) as file:
     integrity = json.load(file)
   integrity["checksums"]["params"]["['embed']['embedding']"] += 1
@@ -173,12 +173,12 @@ DAMAGE = {
   "flipped bit in the arrays": lambda step: [flip_a_bit(path) for path in array_files(step)],
   "other checksum": change_integrity,
   "truncated tree": lambda step: truncate(step + "/params/_METADATA"),
-  "no tree": lambda step: os.remove(step + "/optimizer/_METADATA"),
-  "no optimizer": lambda step: shutil.rmtree(step + "/optimizer"),
+  "no tree": lambda step: os.remove(step + "/training_state/_METADATA"),
+  "no optimizer": lambda step: shutil.rmtree(step + "/training_state"),
   "no data state": lambda step: shutil.rmtree(step + "/data"),
-  "empty data state": lambda step: open(step + "/data/data.json", "w").close(),
-  "other position in the data": lambda step: replace(step + "/data/data.json", b"20", b"21"),
-  "no checksums": lambda step: replace(step + "/integrity/data.json", b"checksums", b"checksumt"),
+  "empty data state": lambda step: open(step + "/data/metadata", "w").close(),
+  "other position in the data": lambda step: replace(step + "/data/metadata", b"20", b"21"),
+  "no checksums": lambda step: replace(step + "/integrity/metadata", b"checksums", b"checksumt"),
   "empty folder": lambda step: (shutil.rmtree(step), os.mkdir(step)),
   "a file": lambda step: (shutil.rmtree(step), open(step, "w").close()),
 }
@@ -225,12 +225,17 @@ def test_a_step_under_another_number_is_damaged(copy):
 
 def test_checkpoints_of_earlier_versions_load(copy):
   workdir, saved = copy
-  path = os.path.join(workdir, "checkpoints", "20", "integrity", "data.json")
+  path = os.path.join(workdir, "checkpoints", "20", "integrity", "metadata")
   with open(path) as file:
     integrity = json.load(file)
+  sums = integrity["checksums"]
   with open(path, "w") as file:
-    json.dump({"checksums": integrity["checksums"]}, file)
-  assert restore(workdir).data_state == {"examples": 20, "note": "any JSON"}
+    json.dump({"checksums": {"params": sums["params"], "optimizer": sums["training_state"]}}, file)
+  step = os.path.dirname(os.path.dirname(path))
+  os.rename(os.path.join(step, "training_state"), os.path.join(step, "optimizer"))
+  restored = restore(workdir)
+  assert restored.data_state == {"examples": 20, "note": "any JSON"}
+  assert_equal(restored.opt_state, OPTIMIZER.init(saved[20]))
   assert_equal(checkpoint.load_params(workdir, CONFIG)[0], saved[20])
 
 
@@ -264,7 +269,7 @@ def no_damage(workdir, message):
 
 
 @pytest.mark.parametrize(
-  "name", ["params/_METADATA", "params/manifest.ocdbt", "params/d/*", "integrity/data.json"]
+  "name", ["params/_METADATA", "params/manifest.ocdbt", "params/d/*", "integrity/metadata"]
 )
 @pytest.mark.parametrize(
   "target, message",

@@ -11,7 +11,8 @@ from sparsek.attention.documents import position_in_document
 from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.evaluation.loss_by_position import evaluate, token_losses
-from sparsek.model.layers import rotary_embedding, scoring_network
+from sparsek.model.layers import rotary_embedding
+from sparsek.model.scorers import scoring_network
 from sparsek.model.transformer import Transformer, init_params, unstack_layers
 from sparsek.parallel.mesh import make_mesh, put_batch, replicated
 from sparsek.runs import checkpoint
