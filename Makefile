@@ -6,7 +6,7 @@ NO_PYTHON := sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/p
 INSTALL := -m pip install -q --disable-pip-version-check
 READY := .venv/ready
 
-.PHONY: demo test test-compile clean
+.PHONY: demo test test-compile docs clean
 demo: $(READY)
 	.venv/bin/python -m experiments.demo
 
@@ -23,6 +23,16 @@ test-compile: .venv-compile/ready
 	  .venv-compile/bin/python -m pytest -q -rP \
 	  tests/kernels/hopper/compile_test.py tests/kernels/tpu/compile_test.py \
 	  tests/training/plan_compile_test.py
+
+# Builds the site of docs/ in site/.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
+.venv-docs/ready: setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(INSTALL) -e '.[docs]'
+	@touch $@
 
 .venv-compile/ready: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 2; }
@@ -42,5 +52,5 @@ $(READY): setup.cfg pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-compile demo build dist *.egg-info
+	rm -rf .venv .venv-compile .venv-docs site demo build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -69,9 +69,9 @@ class Options:
     scorer: scoring network: "linear", "conv", "random", or a name that
       `sparsek.model.registration.register_scorer` has added.
       With every gate it learns from the loss of the model, without any further term.
-    scorer_lookahead, scorer_lookback, scorer_normalize, scorer_init_scale, scorer_init_slope,
-      scorer_shared, scorer_init_noise, scorer_init_sink, scorer_noise, scorer_loss_queries: see
-      `sparsek.TransformerConfig`.
+    scorer_lookahead, scorer_lookback, scorer_normalize: see `sparsek.TransformerConfig`.
+    scorer_init_scale, scorer_init_slope, scorer_init_noise, scorer_init_sink: see there.
+    scorer_shared, scorer_noise, scorer_loss_queries: see there.
     rope_theta: base of the rotary embedding of queries and keys; None: no rotation.
     rope_fraction, rope_scaling: see `sparsek.TransformerConfig`.
     qk_norm: RMSNorm over the head dimension of queries and keys.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sparsek.experiments.bench.attention_report import figure
-from sparsek.experiments.reports import baselines_report, records
+from sparsek.experiments.reports import baselines_report, records, results_sections
 from sparsek.experiments.reports import results_tables as tables
 from sparsek.experiments.reports.baselines_report import (
   accuracies,
@@ -186,3 +186,28 @@ def gap_sentence() -> list[float]:
 
 def local() -> baselines_report.Runs:
   return runs("baselines_local.json")
+
+
+def gaps() -> list[float]:
+  """Returns the per cent of the gap that SPARSEK in the last layer closes, then the window."""
+  kinds = ("sparsek_512_last", "window_512_last")
+  of = runs("baselines.json")
+  return [100 * results_sections.gap_closed(of, k, n) for k in kinds for n in (None, "mixed")]
+
+
+def documents_and_prompts() -> list[float]:
+  """Returns the numbers of held-out documents and prompts of the kinds of attention compared."""
+  (tasks,) = (result["tasks"] for result in [runs("baselines.json")["full"]["seeds"]["0"]])
+  totals = {row["total"] for row in tasks if row["task"] == "needle"}
+  return [len(load("baselines_text.json")["heldout"]), *totals]
+
+
+def converted_documents_and_prompts() -> list[float]:
+  """Returns those of the conversion, whose text is that of experiments/recipes/long_documents."""
+  tasks = load("smollm2_convert.json")["runs"]["sparsek_recall"]["tasks"]
+  return [len(load("long_documents.json")["heldout"]), *{row["total"] for row in tasks}]
+
+
+def recalled_by(kind: str) -> float:
+  """Returns the per cent of needles that a kind finds after the training for recall."""
+  return 100 * tables.conversion_answers(load("smollm2_convert.json"), kind, "needle", 8192)

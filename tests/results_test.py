@@ -5,13 +5,16 @@ import re
 
 import pytest
 
-from sparsek.experiments.reports import records, results_page
+from sparsek.experiments.reports import records, results_page, results_sections
 from sparsek.experiments.reports import results_tables as tables
+from sparsek.experiments.reports.baselines_report import difference, interval, losses
 from tests import results_claims as claims
 from tests.results_claims import MAP, README, RECIPES, Claim, Table, load
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DOCUMENTS = (README, *(f"docs/{name}" for name in sorted(os.listdir(f"{ROOT}/docs"))))
+PAGES = (name for name in sorted(os.listdir(f"{ROOT}/docs")) if name.endswith(".md"))
+DOCUMENTS = (README, *(f"docs/{name}" for name in PAGES))
+RESULTS = "docs/results.md"
 NUMBER = r"([-+]?(?:\d[\d,]*)?\.?\d+)"
 
 TABLES = (
@@ -133,7 +136,7 @@ CLAIMS = (
     "takes {} seconds a step, forward, backward and update, and {} GiB a device",
     claims.million,
   ),
-  Claim(MAP, "three seeds, standard errors at most {};", claims.perplexity_error),
+  Claim(MAP, "three seeds, standard errors at most {}.", claims.perplexity_error),
   Claim(
     MAP,
     "SPARSEK is {} behind the window on text and {} ahead of it with answers.",
@@ -157,6 +160,106 @@ CLAIMS = (
     ],
   ),
   Claim(MAP, "{} to {} nats over three seeds, standard errors {} (", claims.bytes_from_scratch),
+  Claim(
+    MAP,
+    "closes {} % on text and {} % with answers; the window laid out alike, in the second row, "
+    "closes {} and {} % by itself.",
+    claims.gaps,
+  ),
+  Claim(
+    MAP,
+    "perplexity of {} held-out documents divided by that of full attention",
+    lambda: claims.converted_documents_and_prompts()[:1],
+  ),
+  Claim(
+    MAP,
+    "in each of {} prompts of 8192 tokens",
+    lambda: claims.converted_documents_and_prompts()[1:],
+  ),
+  Claim(
+    MAP,
+    "loss of {} held-out documents in nats above full attention's, of text and of text with "
+    "answers from far back, and needles among 16 found in {} prompts",
+    claims.documents_and_prompts,
+  ),
+  Claim(
+    RESULTS,
+    "loss of {} held-out documents above full attention's, of text and of text with answers, and "
+    "right answers to {} distinct prompts",
+    claims.documents_and_prompts,
+  ),
+  Claim(
+    RESULTS,
+    "Loss of {} held-out documents. Needles are among 16, at 8192 tokens, at least 1024 back, in "
+    "{} distinct prompts",
+    claims.converted_documents_and_prompts,
+  ),
+  Claim(
+    "docs/pretrained.md",
+    "Losses are of {} held-out documents, answers of {} distinct prompts",
+    claims.converted_documents_and_prompts,
+  ),
+  Claim(
+    "docs/pretrained.md",
+    "its perplexity is {} % above the dense model's after the same training, that of a window with "
+    "the first 4 tokens {} %, that of a sliding window {} %.",
+    lambda: [claims.rise(kind) for kind in ("sparsek", "sinks", "window")],
+  ),
+  Claim(
+    "docs/pretrained.md",
+    "this checkpoint is {} % above the dense model trained alike, and finds {} % of the needles at "
+    "8192 tokens; the dense model finds {} %",
+    lambda: [
+      claims.rise("sparsek", "recall"),
+      claims.recalled_by("sparsek"),
+      claims.recalled_by("dense"),
+    ],
+  ),
+  Claim(
+    "docs/pretrained.md",
+    "whose logits reach {} and which answers",
+    lambda: [max(text["largest logit"] for text in load("smollm2.json")["logits"].values())],
+  ),
+  Claim(
+    "docs/ablations.md",
+    "in five of six starts SPARSEK closes {} to {} % of the gap between a sliding window and full "
+    "attention, in one {} %.",
+    claims.gap_sentence,
+  ),
+  Claim(
+    "docs/ablations.md",
+    "The window laid out alike closes {} to {} % in these five, and nothing in the other one.",
+    lambda: [claims.closed_by_start("window_512_last")[start] for start in (1, -1)],
+  ),
+  Claim(
+    "docs/data.md",
+    "it makes {} MB of plays and manuals",
+    lambda: [sum(load("long_documents.json")["num_bytes"].values()) / 1e6],
+  ),
+  Claim(
+    "docs/evaluation.md",
+    "six of 30 layers ({}, {}, {}, {}, {} and {}) have {} % of what all rise by together, when "
+    "each sees {} of {} tokens",
+    claims.reach,
+  ),
+  Claim(
+    "docs/generation.md",
+    "takes {} ms a token after 8192 tokens and {} ms after a million, from a cache of {} MiB. The "
+    "same model with full attention takes {} ms after 8192 tokens",
+    claims.decoding,
+  ),
+  Claim(
+    "docs/generation.md",
+    "to 1e-5 of their standard deviation for {} and {} % of the tokens",
+    lambda: claims.long_decode("share within 1e-5"),
+  ),
+  Claim("docs/questions.md", "four times the tokens take {} times the time", claims.growth),
+  Claim(
+    "docs/questions.md",
+    "move {} to {} times the bytes of splash attention with a window of the same budget, with {} "
+    "to {} times its FLOPs",
+    lambda: claims.extremes("bytes_over_splash", "flops_over_splash"),
+  ),
   *(
     Claim(
       f"{RECIPES}gpt2_small_{name}_h100.flags",
@@ -220,6 +323,19 @@ def test_tables_are_those_of_the_records(table):
   made = list(table.lines())
   starts = [i for i in range(len(lines)) if lines[i : i + 2] == made[:2]]
   assert made in [lines[i : i + len(made)] for i in starts]
+
+
+def test_what_is_said_of_the_starts_is_so():
+  """Says docs/attention-map.md of six and of three starts, and docs/ablations.md of six."""
+  pooled = claims.pooled()
+  ours, window = (losses(pooled[f"{kind}_512_last"], "mixed") for kind in ("sparsek", "window"))
+  assert len(ours) == 6 and all(ours[start] < window[start] for start in ours)
+  names = ("sparsek_512_last", "window_512_last")
+  mean, error = difference(*(pooled[name] for name in names))
+  low, high = interval(mean, error, 6)
+  assert low < 0 < high
+  assert claims.closed_by_start("window_512_last")[0] < 0
+  assert min(results_sections.local_p(claims.local())) > 0.1
 
 
 def test_a_changed_figure_is_seen():

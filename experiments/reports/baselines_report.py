@@ -28,6 +28,8 @@ COLOURS = {
   "block": "#8172B3",
   "strided": "#937860",
 }
+# 97.5 % quantiles of Student's t distribution, by degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # losses further above full attention's are written as numbers at the edge of the picture
 SHOWN = 0.2
 
@@ -88,6 +90,12 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
   return (statistics.fmean(values) if values else math.nan), error
 
 
+def interval(mean: float, error: float, count: int) -> tuple[float, float]:
+  """Returns the 95 % t interval of a mean of `count` values with this standard error."""
+  spread = T_QUANTILES[count - 2] * error if count > 1 else math.nan
+  return mean - spread, mean + spread
+
+
 def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
   """Groups runs that differ in the seed alone, by the name without it."""
   result: dict[str, list[Mapping]] = {}
@@ -123,7 +131,7 @@ def pool(rounds: Sequence[Runs]) -> Runs:
 def differences(runs: Runs, name: str) -> str:
   """Returns a table in Markdown: the loss of a kind minus that of each other one of its budget.
 
-  It is of text and of the mix, over the seeds that both have.
+  It is of text and of the mix, over the seeds that both have, with a 95 % t interval.
   """
   lines = [f"| {name} minus | text | starts | mix | starts |", "|---|---|---|---|---|"]
   for other in runs:
@@ -131,9 +139,18 @@ def differences(runs: Runs, name: str) -> str:
       cells = [other]
       for length in (None, "mixed"):
         shared = set(losses(runs[name], length)) & set(losses(runs[other], length))
-        cells += [_cell("{:+.4f}", *difference(runs[name], runs[other], length)), str(len(shared))]
+        mean, error = difference(runs[name], runs[other], length)
+        cells += [with_interval(mean, error, len(shared)), str(len(shared))]
       lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
+
+
+def with_interval(mean: float, error: float, count: int) -> str:
+  """Formats a mean and its 95 % t interval; empty where there is no value."""
+  if math.isnan(mean):
+    return ""
+  low, high = interval(mean, error, count)
+  return f"{mean:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})")
 
 
 def by_start(runs: Runs) -> str:

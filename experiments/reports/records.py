@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results")
+FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "results")
 
 
 def load(name: str) -> Any:

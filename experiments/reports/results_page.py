@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import textwrap
 from collections.abc import Callable
 
 from sparsek.experiments import script
@@ -17,8 +16,8 @@ HEAD = """# Results
 The tables behind the figures of the README and of the other documents, each with its record and the
 command that made it. This page is generated: `python -m experiments.reports.results_page` writes it
 from the records in [experiments/results](../experiments/results/README.md), whose index says on
-what device and at which commit each was made. "±" is a standard error over seeds; losses are in
-nats a token, unless the text says otherwise."""
+what device and at which commit each was made. "±" is a standard error over seeds, "(a to b)" a 95 %
+t interval; losses are in nats a token, unless the text says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +43,16 @@ class Section:
     links = ", ".join(f"[{name}](../experiments/results/{name})" for name in self.records)
     content = self.lines(*map(records.load, self.records))
     made = f"{'Record' if len(self.records) == 1 else 'Records'}: {links}, by `{self.command}`."
-    return ["", f"## {self.title}", "", *_wrapped(self.text), "", *content, "", *_wrapped(made)]
-
-
-def _wrapped(text: str) -> list[str]:
-  return textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False)
+    return [
+      "",
+      f"## {self.title}",
+      "",
+      *sections.wrapped(self.text),
+      "",
+      *content,
+      "",
+      *sections.wrapped(made),
+    ]
 
 
 SECTIONS = (
@@ -65,8 +69,8 @@ SECTIONS = (
   Section(
     "Speed of training",
     "One H100, whole optimizer steps of a model of 110 million parameters, 12 heads of 64, "
-    "bfloat16, one row a step, without the scorers' loss, in tokens per second. The row of 262144 "
-    "tokens is trained with `--remat=attention`.",
+    "bfloat16, one row a step, k = window = 512, in tokens per second. The row of 262144 tokens is "
+    "trained with `--remat=attention`.",
     ("train_h100.json", "train_h100_packed.json", "train_h100_scorer_loss.json"),
     "python -m experiments.benchmark --suite=train --preset=gpt2_small --scorer_loss=0 "
     "--lengths=32768,131072",
@@ -101,8 +105,10 @@ SECTIONS = (
     "Kinds of attention at the same budget",
     "A dense model of 32.5 million parameters learns from 98 million tokens in rows of 2048, then "
     "each kind goes on from it for 16.4 million tokens in rows of 8192. Three seeds a round; "
-    "held-out loss above full attention's, of text and of text with answers, and right answers in "
-    "documents of 4096 tokens, at least 1024 back. The first round is summarised.",
+    "loss of 55 held-out documents above full attention's, of text and of text with answers, and "
+    "right answers to 50 distinct prompts a task (the same for each seed; recall asks four "
+    "questions of each), in documents of 4096 tokens, at least 1024 back. The first round, with "
+    "three other starts, is summarised: six starts in all.",
     ("baselines.json", "baselines_first.json"),
     "python -m experiments.recipes.baselines",
     sections.baselines,
@@ -110,8 +116,8 @@ SECTIONS = (
   Section(
     "The layout from the start",
     "The same model with windows of 256 in five layers and full attention in the last from its "
-    "first step on, then in rows of 8192 one of these in the last layer. Three seeds; losses above "
-    "full attention's.",
+    "first step on, then in rows of 8192 one of these in the last layer. Three seeds, the held-out "
+    "documents and prompts of above; losses above full attention's.",
     ("baselines_local.json",),
     'python -m experiments.recipes.baselines --only="^dense_s|(^|_)full(_s|$)|(^|_)local"',
     sections.layouts,
@@ -165,18 +171,19 @@ SECTIONS = (
   ),
   Section(
     "SmolLM2-135M converted",
-    "Rows of 8192 tokens, 1024 keys a query, of which SPARSEK chooses 256: before any training (of "
-    "SPARSEK: after its scorers' warm-up), after 5.2 million tokens of documents, and after 2.0 "
-    "million more that need recall. Needles are among 16, at 8192 tokens, at least 1024 back. "
-    "Three seeds.",
+    "Weights in Q4_1, made floats. Rows of 8192 tokens, 1024 keys a query, of which SPARSEK "
+    "chooses 256: before any training (of SPARSEK: after its scorers' warm-up), after 5.2 million "
+    "tokens of documents, and after 2.0 million more that need recall. Loss of 14 held-out "
+    "documents. Needles are among 16, at 8192 tokens, at least 1024 back, in 60 distinct prompts; "
+    "the checkpoints after the training for recall answer. Three seeds.",
     ("smollm2_convert.json",),
     "python -m experiments.recipes.smollm2_convert --examples=60",
     sections.conversion,
   ),
   Section(
     "Which layers need distance",
-    "SmolLM2-135M: the rise of the loss when a layer alone sees 128 of 2048 tokens; the eight "
-    "layers that need more most, counted from 0.",
+    "SmolLM2-135M (Q4_1 weights): the rise of the loss when a layer alone sees 128 of 2048 tokens; "
+    "the eight layers that need more most, counted from 0.",
     ("smollm2_reach.json",),
     "python -m experiments.layer_reach --seq_len=2048 --eval_batches=4 --window=128 --budget=256 "
     "--long_layers=6",
@@ -184,7 +191,7 @@ SECTIONS = (
   ),
   Section(
     "Logits beside transformers",
-    "SmolLM2-135M-Instruct in float32: the largest differences of logits.",
+    "SmolLM2-135M-Instruct (Q4_1 weights), in float32: the largest differences of logits.",
     ("smollm2.json",),
     "python -m experiments.recipes.smollm2 --folder=data/smollm2",
     sections.parity,

@@ -15,7 +15,8 @@ from sparsek.experiments.reports.baselines_report import (
   mean_and_error,
 )
 
-ANSWERS = tuple((task, 4096) for task in ("passkey", "needle", "recall"))
+ANSWERS = tuple((task, 4096) for task in ("passkey", "needle", "recall", "copy"))
+_TASKS = tuple(task for task, _ in ANSWERS)
 SPEED_LABELS = {
   "sparsek": "sparsek (Pallas Mosaic kernels)",
   "sliding_window": "cuDNN sliding window of 1024",
@@ -23,7 +24,7 @@ SPEED_LABELS = {
   "xla": "sparsek in plain XLA",
 }
 TRAINING_LABELS = {
-  "sparsek": "sparsek, k = window = 512",
+  "sparsek": "sparsek without the scorers' loss",
   "sliding_window": "sliding window of 1024",
   "full": "full attention",
   "transformers": "transformers' Llama (sdpa, compiled, checkpointed)",
@@ -66,6 +67,13 @@ BASELINES_SHORT = (  # label, run: of README.md and docs/attention-map.md
   ("256 random tokens and a window of 256", "random_512"),
   ("every n-th token, 256 of them, and a window of 256", "strided_512"),
   ("hashed buckets", "lsh_512"),
+)
+GATES = (  # label, run
+  ("gate straight_through (the default)", "sparsek_512"),
+  ("gate value", "sparsek_512_value"),
+  ("gate key_value", "sparsek_512_key_value"),
+  ("scorer conv", "sparsek_512_conv"),
+  ("no loss of the scorers", "sparsek_512_no_loss"),
 )
 LAYOUTS = (  # label, keys a query, run
   ("full attention", "", "full_local"),
@@ -160,9 +168,14 @@ def attention_speed_by_length(record: Mapping, lengths: Sequence[int]) -> list[s
   )
 
 
-def training_speed(record: Mapping) -> list[str]:
-  """Returns tokens per second, and the memory where the backward pass recomputes parts."""
-  rows = record["rows"]
+def training_speed(record: Mapping, scorer_loss: Mapping) -> list[str]:
+  """Returns tokens per second, and the memory where the backward pass recomputes parts.
+
+  Args:
+    record: without the scorers' loss.
+    scorer_loss: its last row is with that loss, which is the default.
+  """
+  rows, default = record["rows"], scorer_loss["rows"][-1]
 
   def cell(row, kind):
     result = row["rivals"].get(kind)
@@ -171,9 +184,13 @@ def training_speed(record: Mapping) -> list[str]:
     memory = f" ({result['mib'] * 2**20 / 1e9:.0f} GB)" if row["remat"] != "none" else ""
     return f"{round(result['tokens_per_second'], -2):,.0f}{memory}"
 
+  first = [cell(default, "sparsek") if row["n"] == default["n"] else "" for row in rows]
   return markdown(
     ["tokens a row", *(str(row["n"]) for row in rows)],
-    [[label, *(cell(row, kind) for row in rows)] for kind, label in TRAINING_LABELS.items()],
+    [
+      ["sparsek as by default, with the scorers' loss", *first],
+      *([label, *(cell(row, kind) for row in rows)] for kind, label in TRAINING_LABELS.items()),
+    ],
   )
 
 
@@ -212,14 +229,22 @@ def _quality(runs: Mapping, name: str) -> list[str]:
 def baselines(record: Mapping) -> list[str]:
   """Returns the table of all kinds of attention at the same budget."""
   return markdown(
-    ["attention", "keys a query", "text", "text and answers", "passkey", "needle", "recall"],
+    ["attention", "keys a query", "text", "text and answers", *_TASKS],
     [[label, keys, *_quality(record["runs"], run)] for label, keys, run in BASELINES],
+  )
+
+
+def gates(record: Mapping) -> list[str]:
+  """Returns the table of gates and scorers of SPARSEK, every layer alike, 512 keys a query."""
+  return markdown(
+    ["SPARSEK with", "text", "text and answers", *_TASKS],
+    [[label, *_quality(record["runs"], run)] for label, run in GATES],
   )
 
 
 def layouts(record: Mapping) -> list[str]:
   """Returns the table of models that have a layout from the start, by their last layer."""
-  columns = ["text", "text and answers", "passkey", "needle", "recall"]
+  columns = ["text", "text and answers", *_TASKS]
   return markdown(
     ["in the last layer", "keys a query, the mean", *columns],
     [[label, keys, *_quality(record["runs"], run)] for label, keys, run in LAYOUTS],

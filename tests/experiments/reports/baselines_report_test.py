@@ -54,8 +54,8 @@ def test_rounds_are_pooled_and_compared_start_by_start():
   ) == ["0.0", "0.1"]
   _, _, *lines = baselines_report.differences(runs, "sparsek_512").splitlines()
   assert lines == [
-    "| full | +0.5500 ± 0.0500 | 2 | +0.5000 ± 0.0000 | 2 |",
-    "| window_512 | -0.5500 ± 0.0289 | 4 | -0.6000 ± 0.0577 | 4 |",
+    "| full | +0.5500 (-0.0853 to +1.1853) | 2 | +0.5000 (+0.5000 to +0.5000) | 2 |",
+    "| window_512 | -0.5500 (-0.6419 to -0.4581) | 4 | -0.6000 (-0.7837 to -0.4163) | 4 |",
     "| hybrid_512 | +0.4000 | 1 | +0.2000 | 1 |",
   ]
   runs = {name: runs[name] for name in ("full", "sparsek_512", "window_512")}
