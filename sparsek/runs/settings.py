@@ -25,6 +25,7 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "keep_checkpoints": "only how many older checkpoints stay",
   "log_every": "only which steps are logged",
   "tensorboard": "a copy of the metrics",
+  "wandb": "a copy of the metrics",
   "profile_steps": "a trace beside the run",
   "fsdp": "only where parameters lie",
   "context": "only where tokens lie",
