@@ -206,5 +206,5 @@ class Background:
 
 def _reason(error: Exception) -> str:
   """Returns an error in one line."""
-  text = " ".join(str(error).split())
+  text = " ".join(str(error).split()).removesuffix(".")
   return f"{type(error).__name__}: {text}" if text else type(error).__name__
