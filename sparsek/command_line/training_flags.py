@@ -313,6 +313,12 @@ def _define_start(define: Definer) -> None:
     "tensorboard", RUN.tensorboard, "Also write TensorBoard events (needs tensorboardX)."
   )
   define.string(
+    "wandb",
+    None,
+    "PROJECT or ENTITY/PROJECT: also write metrics to Weights & Biases (needs wandb). A resumed "
+    "run continues its W&B run; $WANDB_MODE=offline keeps everything in WORKDIR/wandb.",
+  )
+  define.string(
     "profile_steps",
     None,
     "A:B: write a trace of steps A to B to WORKDIR/profile, for TensorBoard or ui.perfetto.dev.",

@@ -137,6 +137,7 @@ class TrainConfig:
     init_from: where the parameters (only) come from: "DIR" or "DIR@STEP", a run; "hf:DIR", a folder
       in Hugging Face's format. Scorers that it lacks are initialised at random.
     tensorboard: also write TensorBoard events.
+    wandb: also write to this project of Weights & Biases, "PROJECT" or "ENTITY/PROJECT".
     profile_steps: (first, last) step of a trace that is written to WORKDIR/profile, or "A:B".
   """
 
@@ -163,6 +164,7 @@ class TrainConfig:
   keep_checkpoints: int = 3
   init_from: str | None = None
   tensorboard: bool = False
+  wandb: str | None = None
   profile_steps: str | tuple[int, int] | None = None
 
   def __post_init__(self):

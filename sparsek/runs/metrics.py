@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and the progress on the terminal."""
+"""Metrics of a run: metrics.jsonl and its copies, and the progress on the terminal."""
 
 import io
 import json
@@ -6,11 +6,13 @@ import math
 import os
 import sys
 import time
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import TextIO
 
 import tqdm
 
 from sparsek.errors import UsageError
+from sparsek.runs.writers import Writer
 from sparsek.storage.files import (
   cannot_write,
   check_regular,
@@ -105,10 +107,15 @@ def append_record(path: str, record: dict) -> None:
 
 
 class MetricsWriter:
-  """Writer of WORKDIR/metrics.jsonl and, optionally, TensorBoard events.
+  """Writer of WORKDIR/metrics.jsonl, and of copies for programs that show metrics.
 
   Opening it at step s removes the records of later steps, so that a resumed run continues the file
   as if it had never stopped. Lines that are no records stay, byte for byte.
+
+  Args:
+    workdir: of the run.
+    step: s.
+    copies: writers that get every record too, and are closed with this one.
 
   Attributes:
     records_kept: the records of the file up to step s.
@@ -118,8 +125,8 @@ class MetricsWriter:
     RunError: where it cannot be written.
   """
 
-  def __init__(self, workdir: str, step: int, tensorboard: bool = False):
-    self._tensorboard = open_tensorboard(workdir, step) if tensorboard else None
+  def __init__(self, workdir: str, step: int, copies: Sequence[Writer] = ()):
+    self._copies = copies
     self._path = os.path.join(workdir, "metrics.jsonl")
     content = _read(self._path)
     lines = _split(content)
@@ -158,11 +165,9 @@ class MetricsWriter:
         line = line[self._file.write(line) :]
     except OSError as error:
       raise cannot_write(self._path, error) from error
-    if self._tensorboard is not None:
-      for key, value in record.items():
-        if key != "step":
-          self._tensorboard.add_scalar(key, value, record["step"])
-      self._tensorboard.flush()  # otherwise only its thread notices a full disk, and ends
+    scalars = {key: value for key, value in record.items() if key != "step"}
+    for copy in self._copies:
+      copy.write(record["step"], scalars)
 
   def sync(self) -> None:
     """Waits until all records are on disk.
@@ -173,14 +178,12 @@ class MetricsWriter:
       os.fsync(self._file.fileno())
     except OSError as error:
       raise cannot_write(self._path, error) from error
-    if self._tensorboard is not None:
-      self._tensorboard.flush()
 
   def close(self) -> None:
-    """Closes the files."""
+    """Closes the file and the copies."""
     self._file.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    for copy in self._copies:
+      copy.close()
 
 
 class NoMetrics(MetricsWriter):
@@ -197,24 +200,6 @@ class NoMetrics(MetricsWriter):
 
   def close(self) -> None:
     """Returns at once."""
-
-
-def open_tensorboard(workdir: str, step: int) -> Any:
-  """Returns a tensorboardX writer, with events after `step` hidden.
-
-  Raises:
-    UsageError: where tensorboardX is not installed.
-  """
-  try:
-    import tensorboardX
-  except ImportError:
-    raise UsageError(
-      "--tensorboard needs tensorboardX: pip install 'sparsek[tensorboard]'"
-    ) from None
-  # The queue must hold all events between two flushes: adding to a full queue waits for a thread
-  # that a full disk may have ended.
-  folder = os.path.join(workdir, "tensorboard")
-  return tensorboardX.SummaryWriter(folder, purge_step=step + 1, max_queue=10_000)
 
 
 class Progress:

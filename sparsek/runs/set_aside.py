@@ -5,6 +5,7 @@ import shutil
 
 from sparsek.errors import UsageError
 from sparsek.runs import checkpoint
+from sparsek.runs.writers import WANDB_RUNS
 from sparsek.storage import files
 
 FOLDER = "set_aside"
@@ -65,6 +66,9 @@ def set_aside(workdir: str, step: int, report: checkpoint.Report) -> None:
     metrics = os.path.join(workdir, "metrics.jsonl")
     if os.path.exists(metrics):
       shutil.copyfile(metrics, os.path.join(folder, "metrics.jsonl"))
+    runs = os.path.join(workdir, WANDB_RUNS)
+    if os.path.exists(runs):  # a W&B run does not go back: the steps from here on get another
+      os.rename(runs, os.path.join(folder, WANDB_RUNS))
     for saved in reversed(later):
       os.rename(
         os.path.join(checkpoint.checkpoint_folder(workdir), str(saved)),

@@ -26,6 +26,7 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "log_every": "only which steps are logged",
   "compilation_cache": "only how long compiling takes",
   "tensorboard": "a copy of the metrics",
+  "wandb": "a copy of the metrics",
   "profile_steps": "a trace beside the run",
   "fsdp": "only where parameters lie",
   "context": "only where tokens lie",

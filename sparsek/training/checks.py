@@ -9,6 +9,7 @@ from sparsek.errors import UsageError
 from sparsek.model.baselines import context_refusal
 from sparsek.model.transformer import Params, Transformer
 from sparsek.parallel.mesh import CONTEXT
+from sparsek.runs import writers
 from sparsek.training.optimizer import trainable_mask
 
 
@@ -21,6 +22,7 @@ def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params:
     mesh: the devices of the run.
     params: of the model; shapes suffice.
   """
+  writers.check(train)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
   check_adapters(config, train)
   check_length(config, train.data.seq_len)

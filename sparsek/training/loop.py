@@ -21,7 +21,7 @@ from sparsek.model import flops, implementations, lora
 from sparsek.model.transformer import Params, count_params
 from sparsek.parallel import processes
 from sparsek.parallel.mesh import HostBatch, first_row, put_batch, replicated
-from sparsek.runs import checkpoint, run_directory
+from sparsek.runs import checkpoint, run_directory, run_record, writers
 from sparsek.runs.checkpoint_writer import CheckpointWriter
 from sparsek.runs.metrics import MetricsWriter, NoMetrics, Progress
 from sparsek.storage import files
@@ -278,7 +278,7 @@ def _train_locked(
     writer.probe()
     stack.callback(setup.profile.stop)
     start = restore_or_init(setup, checkpoint.to_stderr if processes.is_first() else _drop)
-    metrics, evaluated = _open_metrics(stack, train_config, start.step)
+    metrics, evaluated = _open_metrics(stack, setup, start.step)
     evaluate_first = setup.evaluation_due(start.step) and not evaluated
     if start.step >= setup.last_step and not evaluate_first:
       return Result(start.step, already_complete=True)
@@ -316,7 +316,7 @@ def _drop(line: str) -> None:
 
 
 def _open_metrics(
-  stack: contextlib.ExitStack, train_config: TrainConfig, step: int
+  stack: contextlib.ExitStack, setup: Setup, step: int
 ) -> tuple[MetricsWriter, bool]:
   """Opens the metrics of a run at a step until the stack unwinds.
 
@@ -327,7 +327,9 @@ def _open_metrics(
 
   def opened() -> bool:
     nonlocal metrics
-    metrics = MetricsWriter(train_config.workdir, step, train_config.tensorboard)
+    train = setup.train
+    record = run_record.model_record(setup.config, train, setup.dataset)
+    metrics = MetricsWriter(train.workdir, step, writers.open_writers(train, step, record))
     stack.callback(metrics.close)
     return any(
       "heldout_loss" in record and record["step"] == step for record in metrics.records_kept
