@@ -30,7 +30,7 @@ from sparsek.evaluation import tasks
 from sparsek.experiments import demo_commands, demo_documents
 from sparsek.experiments.bench import decoding
 from sparsek.experiments.demo_commands import FOLDER, command, title
-from sparsek.experiments.reports import demo_picture
+from sparsek.experiments.reports import demo_picture, results_sections
 from sparsek.experiments.reports.plots import kept_tokens
 from sparsek.generation.cache import cache_bytes, decode_step
 from sparsek.generation.inference import inference_params
@@ -77,7 +77,7 @@ NOT_SHOWN = (
   "What this does not show: on plain text, where most of what matters is near, a longer window is "
   "still ahead of SPARSEK at this size; `make demo-text` trains both."
 )
-LENGTHS, ROUNDS, STEPS = (1024, 4096, 16384, 65536), 5, 16  # of a text; to time a step
+LENGTHS, ROUNDS, STEPS = (1024, 4096, 16384, 65536), 7, 16  # of a text; to time a step
 
 Accuracies = dict[str, dict[int, list[float]]]  # kind -> distance -> share of each seed
 Costs = dict[str, list[dict[str, float]]]  # kind -> a row for each of LENGTHS
@@ -143,30 +143,21 @@ def evaluate(tokenizer: Tokenizer) -> Accuracies:
   return found
 
 
-def accuracy_table(found: Accuracies) -> str:
-  """Returns a table in Markdown: the share of each seed by kind and distance."""
-  lines = ["| words between | " + " | ".join(map(str, DISTANCES)) + " |"]
-  lines.append("|" + "---|" * (len(DISTANCES) + 1))
-  for kind, by_distance in found.items():
-    cells = (" and ".join(f"{100 * x:.0f}" for x in shares) for shares in by_distance.values())
-    lines.append(f"| {demo_picture.NAMES[kind]} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
-
-
 def kept_words(tokenizer: Tokenizer) -> tuple[list[str], np.ndarray]:
   """Returns the words of a document up to the end of its question, and what SPARSEK sees there.
 
   Returns:
-    the words; for each, in how many of the layers' heads the last word's selection holds it, or -1
-    in the window.
+    the words; for each, -1 if it is in the last one's window, 1 if a head of any layer keeps it, 2
+    if it is the pass key too, otherwise 0.
   """
   config, params = load("sparsek", SEEDS[0])
   rng = np.random.default_rng([2, SHOWN_DISTANCE])
-  words = demo_documents.question(rng, SHOWN_DISTANCE + 40, SHOWN_DISTANCE)[:-1]
+  *words, key = demo_documents.question(rng, SHOWN_DISTANCE + 40, SHOWN_DISTANCE)
   kept = kept_tokens(config, params, tokenizer.encode(" ".join(words)))
-  seen = np.sum([layer.heads[-1] for layer in kept], axis=0)
-  seen[-config.window :] = -1
-  return words, seen
+  marks = np.where(np.sum([layer.heads[-1] for layer in kept], axis=0) > 0, 1, 0)
+  marks *= 1 + (np.array(words) == key)
+  marks[-config.window :] = -1
+  return words, marks
 
 
 def costs(config: TransformerConfig, params: Params) -> list[dict[str, float]]:
@@ -213,20 +204,23 @@ def main() -> None:
   title("2. Ask for pass keys near and far")
   tokenizer = demo_documents.tokenizer()
   found = evaluate(tokenizer)
+  table = "\n".join(results_sections.demo({"accuracy": found}))
   print(
     f"% of {EXAMPLES} answers right, for each of two random starts; "
-    f"guessing: {100 * demo_documents.CHANCE:.0f} %\n{accuracy_table(found)}"
+    f"guessing: {100 * demo_documents.CHANCE:.0f} %\n{table}"
   )
   title("3. The words that SPARSEK keeps of one document, and what a token of a long text costs")
-  words, seen = kept_words(tokenizer)
-  print("kept at the question:", " ".join(dict.fromkeys(np.array(words)[seen > 0])))
+  words, marks = kept_words(tokenizer)
+  print("kept at the question:", " ".join(dict.fromkeys(np.array(words)[marks > 0])))
   config, params = load("sparsek", SEEDS[0])
   spent: Costs = {kind: costs(decoding.under(kind, config), params) for kind in ("sparsek", "full")}
   print(cost_table(spent))
   demo_picture.save(
     PICTURE,
-    demo_picture.Act(found, demo_documents.CHANCE, config.num_layers * (K + WINDOW)),
-    (words, seen),
+    demo_picture.Answers(
+      found, K + WINDOW, demo_documents.CHANCE, config.num_layers * (K + WINDOW)
+    ),
+    (words, marks),
     spent,
   )
   record = {

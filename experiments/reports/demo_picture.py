@@ -1,4 +1,4 @@
-"""The picture of the demo: answers by distance, the words that are kept, memory and time a token."""
+"""The picture of the demo: answers by distance, kept words, memory and time a token."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,27 +21,29 @@ _STYLES = {  # colour, marker, line
   "random": ("#009E73", "^", "-"),
 }
 _COLUMNS = 108  # characters in a line of text
-_INK, _KEPT = "#444444", "#0072B2"
+_INK = "#333333"
 
 
 @dataclasses.dataclass(frozen=True)
-class Act:
-  """Accuracies by distance.
+class Answers:
+  """Right answers by distance.
 
   Attributes:
     accuracy: kind -> distance -> the share of right answers of each seed.
+    budget: keys that a query sees, except with full attention.
     chance: share that guessing gets right.
     reach: words back that a sliding window relays, layer by layer.
   """
 
   accuracy: Mapping[str, Mapping[int, Sequence[float]]]
+  budget: int
   chance: float
   reach: int
 
 
 def save(
   path: str,
-  answers: Act,
+  answers: Answers,
   text: tuple[Sequence[str], np.ndarray],
   spent: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
@@ -50,22 +52,22 @@ def save(
   Args:
     path: of the file.
     answers: the first panel.
-    text: the words of a document, and for each the number of heads that keep it, -1 in the window.
+    text: the words of a document and their marks, as in `draw_words`.
     spent: kind -> rows of tokens, bytes and seconds.
   Raises:
     UsageError: where matplotlib is missing.
     RunError: where the file cannot be written.
   """
-  figure = plots._new_figure(figsize=(10, 7.6), dpi=110, layout="constrained")
-  grid = figure.add_gridspec(2, 4, height_ratios=[4.2, 2.8])
+  figure = plots._new_figure(figsize=(10, 7), dpi=110, layout="constrained")
+  grid = figure.add_gridspec(2, 4, height_ratios=[4.2, 2.3])
   draw_answers(figure.add_subplot(grid[0, :2]), answers)
-  _draw_costs(figure.add_subplot(grid[0, 2]), spent, "bytes", 1e6, "Memory of the cache (MB)")
+  _draw_costs(figure.add_subplot(grid[0, 2]), spent, "bytes", 1e6, "Cache (MB)")
   _draw_costs(figure.add_subplot(grid[0, 3]), spent, "seconds", 1e-3, "Time a token (ms)")
   draw_words(figure.add_subplot(grid[1, :]), *text)
   plots.save(figure, path)
 
 
-def draw_answers(axes: Any, answers: Act) -> None:
+def draw_answers(axes: Any, answers: Answers) -> None:
   """Draws the mean accuracy of the seeds by distance, with the range between them."""
   for kind, (colour, marker, line) in _STYLES.items():
     distances = list(answers.accuracy[kind])
@@ -86,12 +88,12 @@ def draw_answers(axes: Any, answers: Act) -> None:
   axes.axvline(answers.reach, color="0.75", linewidth=1)
   axes.text(answers.reach * 1.04, 60, "a window's reach,\nover all layers", color="0.4", fontsize=9)
   axes.set_xscale("log", base=2)
-  ticks = [d for d in distances if d & (d - 1) == 0 or d == distances[-1]]
+  ticks = [d for d in distances if d & (d - 1) == 0]
   axes.set_xticks(ticks, list(map(str, ticks)))
   axes.minorticks_off()
   axes.set_ylim(-3, 105)
   axes.set_xlabel("words from the fact to the question")
-  axes.set_title("Answers right (%)", loc="left")
+  axes.set_title(f"Right answers (%) with {answers.budget} keys a query, or all", loc="left")
   axes.legend(frameon=False, loc="center right", fontsize=9)
   _plain(axes)
 
@@ -100,6 +102,8 @@ def _draw_costs(
   axes: Any, spent: Mapping[str, Sequence[Mapping[str, float]]], key: str, unit: float, title: str
 ) -> None:
   """Draws a cost by the length of the text, on logarithmic axes."""
+  from matplotlib.ticker import LogLocator
+
   for kind, rows in spent.items():
     colour, marker, _ = _STYLES[kind]
     axes.plot(
@@ -114,36 +118,35 @@ def _draw_costs(
   axes.set_xscale("log", base=2)
   axes.set_yscale("log")
   axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+  if key == "seconds":
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   axes.yaxis.set_major_formatter("{x:g}")
   axes.minorticks_off()
   axes.set_xlabel("tokens so far")
-  axes.set_title(title, loc="left", fontsize=11)
+  axes.set_title(title, loc="left")
   axes.legend(frameon=False, fontsize=9, loc="upper left")
   _plain(axes)
 
 
-def draw_words(axes: Any, words: Sequence[str], heads: np.ndarray) -> None:
+def draw_words(axes: Any, words: Sequence[str], marks: np.ndarray) -> None:
   """Draws a document with the words marked that its last word still sees.
 
   Args:
     axes: matplotlib Axes.
     words: of the document.
-    heads: for each word the number of heads whose selection holds it, -1 in the window.
+    marks: for each word -1 in the window, 1 if it is kept, 2 if it is the pass key and kept.
   """
   from matplotlib.patches import Rectangle
 
+  colours = {-1: plots.WINDOW_COLOUR, 1: tuple(plots.LIGHTEST_KEPT), 2: tuple(plots.DARKEST_KEPT)}
   row = column = 0
-  for word, number in zip(words, heads):
+  for word, mark in zip(words, marks):
     if column + len(word) > _COLUMNS:
       row, column = row + 1, 0
-    if number:
+    if mark:
       axes.add_patch(
         Rectangle(
-          (column - 0.35, row + 0.06),
-          len(word) + 0.7,
-          0.88,
-          color=_KEPT if number > 0 else plots.WINDOW_COLOUR,
-          linewidth=0,
+          (column - 0.35, row + 0.06), len(word) + 0.7, 0.88, color=colours[mark], linewidth=0
         )
       )
     for offset, character in enumerate(word):
@@ -151,7 +154,7 @@ def draw_words(axes: Any, words: Sequence[str], heads: np.ndarray) -> None:
         column + offset + 0.5,
         row + 0.52,
         character,
-        color="white" if number > 0 else _INK,
+        color="white" if mark == 2 else _INK,
         family="monospace",
         fontsize=9,
         ha="center",
@@ -163,8 +166,10 @@ def draw_words(axes: Any, words: Sequence[str], heads: np.ndarray) -> None:
   axes.set_ylim(row + 1.2, 0)
   axes.set_axis_off()
   axes.set_title(
-    "What SPARSEK still sees at the last word: its window (grey) and the words it chose (blue)",
+    "What SPARSEK still sees at the last word: its window (grey) and the words that it keeps "
+    "(blue; dark: the pass key)",
     loc="left",
+    fontsize=11,
   )
 
 
