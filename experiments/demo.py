@@ -195,6 +195,7 @@ def cost_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 def main() -> None:
   """Runs all acts, one after the other."""
   started = time.monotonic()
+  demo_picture.check_can_draw()
   os.makedirs(FOLDER, exist_ok=True)
   demo_commands.share_compiled()
   title(

@@ -19,6 +19,7 @@ from sparsek.data.batches import open_data
 from sparsek.data.token_files import TokenDataset
 from sparsek.experiments import demo_commands
 from sparsek.experiments.demo_commands import FOLDER, command, title
+from sparsek.experiments.reports import demo_picture
 from sparsek.experiments.reports.plots import kept_tokens, save_picture
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
@@ -88,6 +89,7 @@ def draw(dataset: TokenDataset) -> None:
 def main() -> None:
   """Runs all steps, one after the other."""
   started = time.monotonic()
+  demo_picture.check_can_draw()
   os.makedirs(FOLDER, exist_ok=True)
   demo_commands.share_compiled()
   title("1. The corpus: the source text of Python's own standard library, as bytes")

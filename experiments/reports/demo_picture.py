@@ -41,6 +41,11 @@ class Answers:
   reach: int
 
 
+def check_can_draw() -> None:
+  """Raises UsageError where matplotlib is missing, before any long work."""
+  plots._new_figure()
+
+
 def save(
   path: str,
   answers: Answers,
@@ -93,7 +98,7 @@ def draw_answers(axes: Any, answers: Answers) -> None:
   axes.minorticks_off()
   axes.set_ylim(-3, 105)
   axes.set_xlabel("words from the fact to the question")
-  axes.set_title(f"Right answers (%) with {answers.budget} keys a query, or all", loc="left")
+  axes.set_title(f"Right answers (%) with {answers.budget} words in view, or all", loc="left")
   axes.legend(frameon=False, loc="center right", fontsize=9)
   _plain(axes)
 

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax
 import numpy as np
@@ -152,6 +153,15 @@ def test_the_text_demo_says_who_is_ahead(tmp_path, monkeypatch):
     (folder / "evaluation.jsonl").write_text(json.dumps({"step": 240, "loss": loss}) + "\n")
     monkeypatch.setattr(demo_text, name, str(folder))
   assert demo_text.ahead().startswith("On this text the sliding window is ahead by 0.085 nats")
+
+
+@pytest.mark.parametrize("module", (demo, demo_text))
+def test_a_missing_matplotlib_is_said_before_any_work(module, monkeypatch, tmp_path, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  assert run_command(module.main, module.FLAGS) == 2
+  assert "sparsek[plots]" in capsys.readouterr().err
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("module", (demo, demo_text))
