@@ -1,4 +1,4 @@
-# Both targets set up .venv by themselves; PYTHON picks the interpreter (3.11 or newer).
+# All targets set up .venv by themselves; PYTHON picks the interpreter (3.11 or newer).
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   command -v $$p >/dev/null && $$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
@@ -6,9 +6,13 @@ NO_PYTHON := sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/p
 INSTALL := -m pip install -q --disable-pip-version-check
 READY := .venv/ready
 
-.PHONY: demo test test-compile docs clean
+.PHONY: demo demo-text test test-compile docs clean
 demo: $(READY)
 	.venv/bin/python -m experiments.demo
+
+# Plain text, where a sliding window of the same budget is ahead.
+demo-text: $(READY)
+	.venv/bin/python -m experiments.demo_text
 
 test: $(READY)
 	.venv/bin/python -m ruff check --quiet .

@@ -46,8 +46,6 @@ def folder(tmp_path_factory):
 def shrink(patch):
   """Makes the preset of the examples one that compiles fast."""
   patch.setitem(presets.PRESETS, "tiny", (1, 16, 2, 1, 8, 16, 257, 4, 4))
-  for name in ("load", "train", "evaluate", "generate"):
-    patch.setattr(sparsek, name, getattr(programs, name), raising=False)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ COMMANDS = (
   "ablate",
   "benchmark",
   "demo",
+  "demo_text",
   "evaluate",
   "evaluate_tasks",
   "generate",
