@@ -100,11 +100,10 @@ def million() -> list[float]:
   return [row["ms"] / 1e3, row["mib"] / 1024]
 
 
-def attention_ratios() -> list[float]:
-  """Returns the time over the window's, and the dense time over ours, at 32768 tokens."""
-  row = tables.headline_rows(load("attention_h100.json"))[32768]
-  ours = figure(row, "sparsek")
-  return [ours / figure(row, "sliding_window"), figure(row, "dense") / ours]
+def attention_times(n: int) -> list[float]:
+  """Returns the milliseconds of SPARSEK, of the sliding window and of dense attention."""
+  row = tables.headline_rows(load("attention_h100.json"))[n]
+  return [figure(row, kind) for kind in ("sparsek", "sliding_window", "dense")]
 
 
 def last_step() -> dict:

@@ -18,11 +18,10 @@ RESULTS = "docs/results.md"
 NUMBER = r"([-+]?(?:\d[\d,]*)?\.?\d+)"
 
 TABLES = (
-  Table(README, "attention", lambda: tables.attention_speed(load("attention_h100.json"))),
   Table(
     README,
     "baselines",
-    lambda: tables.quality_short(load("baselines.json"), tables.BASELINES_SHORT),
+    lambda: tables.quality_short(load("baselines.json"), tables.BASELINES_README),
   ),
   Table(
     MAP,
@@ -41,73 +40,37 @@ TABLES = (
 )
 
 CLAIMS = (
-  Claim(README, "is {} % from its dense self in perplexity", lambda: [claims.rise("sparsek")]),
   Claim(
-    README,
-    "{} MB of plays and manuals",
-    lambda: [sum(load("long_documents.json")["num_bytes"].values()) / 1e6],
+    README, "is {} % from its dense self in perplexity after", lambda: [claims.rise("sparsek")]
   ),
   Claim(
     README,
-    "six of 30 layers ({}, {}, {}, {}, {} and {}) have {} % of what all rise by together, when "
-    "each sees {} of {} tokens",
-    claims.reach,
+    "training as by default, 110M, rows of 32768: tokens a second | {} | {} | |",
+    lambda: [
+      claims.speed("train_h100_scorer_loss.json", 1),
+      claims.speed("train_h100_scorer_loss.json", 0, "sliding_window"),
+    ],
   ),
   Claim(
     README,
-    "whose logits reach {} and which answers",
-    lambda: [max(text["largest logit"] for text in load("smollm2.json")["logits"].values())],
-  ),
-  Claim(
-    README,
-    "move {} to {} times the bytes of splash attention with a window of the same budget, with {} "
-    "to {} times its FLOPs",
-    lambda: claims.extremes("bytes_over_splash", "flops_over_splash"),
-  ),
-  Claim(
-    README,
-    "is ahead, at {} nats a byte to {} in rows of 1024",
-    lambda: [line["loss"] for line in reversed(load("demo.jsonl"))],
-  ),
-  Claim(
-    README,
-    "in five of six starts SPARSEK closes {} to {} % of the gap between a sliding window and full "
-    "attention, in one {} %.",
-    claims.gap_sentence,
-  ),
-  Claim(
-    README,
-    "its perplexity is {} % above the dense model's, that of a window with the first 4 tokens {} "
-    "%, that of a sliding window {} %.",
-    lambda: [claims.rise(kind) for kind in ("sparsek", "sinks", "window")],
-  ),
-  Claim(
-    README, "it finds {} % of the needles at 8192 tokens", lambda: [claims.recalled("needle", 8192)]
-  ),
-  Claim(
-    README,
-    "takes {} ms a token after 8192 tokens and {} ms after a million, from a cache of {} MiB; the "
-    "same model with full attention takes {} ms after 8192 tokens",
-    claims.decoding,
-  ),
-  Claim(
-    README,
-    "to 1e-5 of their standard deviation for {} and {} % of the tokens",
-    lambda: claims.long_decode("share within 1e-5"),
-  ),
-  Claim(
-    README,
-    "that is {} times the sliding window's time and {} times faster than dense attention.",
-    claims.attention_ratios,
-  ),
-  Claim(
-    README,
-    "runs at {} tokens per second in rows of 32768, a sliding window at {}, full attention at {} (",
+    "the same without the scorers' loss | {} | {} | {} |",
     lambda: [
       claims.speed("train_h100.json", kind=k) for k in ("sparsek", "sliding_window", "full")
     ],
   ),
-  Claim(README, "four times the tokens take {} times the time", claims.growth),
+  Claim(
+    README,
+    "attention, forward and backward, 8192 tokens: ms | {} | {} | {} |",
+    lambda: claims.attention_times(8192),
+  ),
+  Claim(
+    README, "the same, 131072 tokens: ms | {} | {} | {} |", lambda: claims.attention_times(131072)
+  ),
+  Claim(
+    README,
+    "decoding, 969M, after 8192 tokens: ms a token | {} | | {} |",
+    lambda: [claims.decoding()[0], claims.decoding()[3]],
+  ),
   Claim(
     "docs/clusters.md",
     "over one device, 110M, rows of 32768 | {} | {} | {} |",

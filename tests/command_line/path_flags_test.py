@@ -17,8 +17,9 @@ from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-NO_COMMANDS = {"__init__", "child", "script", "suites", "stages"}
+NO_COMMANDS = {"demo_commands", "demo_documents", "__init__", "child", "script", "suites", "stages"}
 NO_PATHS = {  # strings that name no file
+  "wandb",
   "layer_pattern",
   "profile_steps",
   "coordinator_address",
