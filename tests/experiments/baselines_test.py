@@ -130,10 +130,16 @@ def test_pairs_over_the_records(capsys):
     and "| 60% |" in printed
     and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in printed
   )
-  assert "| window_512_last | -0.0004 ± 0.0005 | 6 | -0.0101 ± 0.0007 | 6 |" in printed
+  assert (
+    "| window_512_last | -0.0004 (-0.0017 to +0.0010) | 6 | -0.0101 (-0.0119 to -0.0084) | 6 |"
+    in printed
+  )
   baselines_pairs.main([os.path.join(results, "baselines_local.json")])
   printed = capsys.readouterr().out
-  assert "| window_512_local | +0.0020 ± 0.0014 | 3 | -0.0075 ± 0.0029 | 3 |" in printed
+  assert (
+    "| window_512_local | +0.0020 (-0.0040 to +0.0080) | 3 | -0.0075 (-0.0201 to +0.0050) | 3 |"
+    in printed
+  )
   assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in printed
 
 
