@@ -43,7 +43,7 @@ class Answers:
 
 def check_can_draw() -> None:
   """Raises UsageError where matplotlib is missing, before any long work."""
-  plots._new_figure()
+  plots.new_figure()
 
 
 def save(
@@ -63,7 +63,7 @@ def save(
     UsageError: where matplotlib is missing.
     RunError: where the file cannot be written.
   """
-  figure = plots._new_figure(figsize=(10, 7), dpi=110, layout="constrained")
+  figure = plots.new_figure(figsize=(10, 7), dpi=110, layout="constrained")
   grid = figure.add_gridspec(2, 4, height_ratios=[4.2, 2.3])
   draw_answers(figure.add_subplot(grid[0, :2]), answers)
   _draw_costs(figure.add_subplot(grid[0, 2]), spent, "bytes", 1e6, "Cache (MB)")
