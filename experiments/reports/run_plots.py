@@ -128,7 +128,8 @@ def panels(runs: Sequence[Run], say: Callable[[str], object]) -> list[Panel]:
     *(_statistic(runs, name, say) for name in STATISTICS),
     Panel("The scorers' loss", "step", "mean over layers", scorers),
   ]
-  return [panel for panel in (_present(panel, say) for panel in made) if panel]
+  _report_missing(made, say)
+  return [panel for panel in map(_present, made) if panel]
 
 
 def _smooth(points: Points) -> Points:
@@ -136,19 +137,31 @@ def _smooth(points: Points) -> Points:
   return [(step, float(value)) for (step, _), value in zip(points, values)]
 
 
-def _present(panel: Panel, say: Callable[[str], object]) -> Panel | None:
-  """Returns a panel without its empty lines, which are named; None if no line is left."""
+def _is_zero(panel: Panel) -> bool:
+  """Returns whether a panel would show that a share is 0 at all steps."""
+  values = [value for points in panel.lines.values() for _, value in points]
+  return panel.y == "share" and bool(values) and not any(values)
+
+
+def _present(panel: Panel) -> Panel | None:
+  """Returns a panel without its empty lines; None if no line is left to look at."""
   lines = {label: points for label, points in panel.lines.items() if points}
-  if not lines:
-    say(f"left out: {panel.title!r}, which is not recorded")
-    return None
-  if panel.y == "share" and not any(value for points in lines.values() for _, value in points):
-    say(f"left out: {panel.title!r}, which is 0 at all steps")
-    return None
-  missing = [label for label in panel.lines if label not in lines]
-  if missing:
-    say(f"{panel.title!r} is without {', '.join(missing)}, where it is not recorded")
-  return dataclasses.replace(panel, lines=lines)
+  return dataclasses.replace(panel, lines=lines) if lines and not _is_zero(panel) else None
+
+
+def _report_missing(made: Sequence[Panel], say: Callable[[str], object]) -> None:
+  """Says which panels are left out, and which have not all runs."""
+  titles: dict[tuple[str, ...], list[str]] = {}  # by the runs that they lack
+  for panel in made:
+    if _is_zero(panel):
+      say(f"left out: {panel.title} (0 at all steps)")
+    elif not any(panel.lines.values()):
+      titles.setdefault((), []).append(panel.title)
+    elif lacking := tuple(label for label, points in panel.lines.items() if not points):
+      titles.setdefault(lacking, []).append(panel.title)
+  for lacking, names in titles.items():
+    runs = f" by {', '.join(lacking)}" * bool(lacking)
+    say(f"not recorded{runs}: {'; '.join(names)}")
 
 
 def _by_position(runs: Sequence[Run], say: Callable[[str], object]) -> Panel:
@@ -206,7 +219,7 @@ def draw_panel(axes: Any, panel: Panel, style_of: Mapping[str, Mapping[str, Any]
   Args:
     axes: matplotlib Axes.
     panel: what to draw.
-    style_of: label -> arguments of `Axes.plot`.
+    style_of: label -> arguments of the method plot.
   """
   for label, points in panel.lines.items():
     every = max(len(points) // 8, 1)  # markers of all points would hide the line
@@ -259,28 +272,36 @@ def save(
 
 def _draw_panels(figure: Any, runs: Sequence[Run], made: Sequence[Panel]) -> None:
   """Draws the panels and one legend of all their lines: the runs, or the layers of one run."""
-  labels = [run.label for run in runs]
   steps = {run.label: run.metrics[-1]["step"] for run in runs if run.metrics}
-  title = ", ".join(f"{label} to step {step:,}" for label, step in steps.items())
-  style_of = styles(labels)
+  names = {run.label: run.label for run in runs}
+  names |= {label: f"{label}, step {step:,}" for label, step in steps.items()}
+  style_of, title = styles(list(names)), None
+  if any(panel.bands for panel in made):
+    title = (
+      "Statistics of selection: mean over the layers, in a band from the least to the greatest"
+    )
   if len(runs) == 1:
-    labels = list(dict.fromkeys(label for panel in made for label in panel.lines))
-    labels = [label for label in labels if label != runs[0].label]
-    style_of = {runs[0].label: {"color": "0.3", "marker": "o"}, **styles(labels)}
-  else:
-    title += "; selection: mean over layers, in a band from the least to the greatest"
+    ((label, title),) = names.items()
+    layers = dict.fromkeys(name for panel in made for name in panel.lines if name != label)
+    names = {name: name for name in layers}
+    style_of = {label: {"color": "0.3", "marker": "o"}, **styles(list(names))}
   down = -(-len(made) // ACROSS)
   handles: dict[str, Any] = {}
   for i, panel in enumerate(made):
     axes = figure.add_subplot(down, min(ACROSS, len(made)), i + 1)
     draw_panel(axes, panel, style_of)
     handles |= dict(zip(panel.lines, axes.lines))
-  figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-  shown = [label for label in labels if label in handles]
-  if shown:
-    figure.legend(
-      [handles[label] for label in shown], shown, loc="outside upper left", ncols=4, frameon=False
-    )
+  shown = [label for label in names if label in handles]
+  figure.legend(
+    [handles[label] for label in shown],
+    [names[label] for label in shown],
+    title=title,
+    title_fontsize=11,
+    loc="outside upper left",
+    alignment="left",
+    ncols=4,
+    frameon=False,
+  )
 
 
 def _text_height(text: KeptText) -> float:
