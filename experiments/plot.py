@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
-"""Picture of one or several runs: losses, statistics of selection, and the tokens that are kept.
+"""Picture of runs: losses, statistics of selection, the tokens that are kept.
 
   python -m experiments.plot --workdir=runs/a --output=a.png
   python -m experiments.plot --workdir=runs/a,runs/b --labels=SPARSEK,window --output=both.svg

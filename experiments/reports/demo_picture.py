@@ -8,12 +8,6 @@ import numpy as np
 
 from sparsek.experiments.reports import plots
 
-NAMES = {
-  "sparsek": "SPARSEK",
-  "full": "full attention",
-  "random": "random keys",
-  "sliding_window": "sliding window",
-}
 _STYLES = {  # colour, marker, line
   "full": ("#666666", "D", "-"),
   "sparsek": ("#0072B2", "o", "-"),
@@ -84,7 +78,7 @@ def draw_answers(axes: Any, answers: Answers) -> None:
       line,
       marker=marker,
       color=colour,
-      label=NAMES[kind],
+      label=plots.NAMES[kind],
       markersize=9 if kind == "full" else 6,
       fillstyle="none" if kind == "full" else "full",
       linewidth=1.8,
@@ -116,7 +110,7 @@ def _draw_costs(
       [row[key] / unit for row in rows],
       marker=marker,
       color=colour,
-      label=NAMES[kind],
+      label=plots.NAMES[kind],
       linewidth=1.8,
     )
   lengths = [int(row["tokens"]) for row in next(iter(spent.values()))]

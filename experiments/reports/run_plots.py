@@ -24,8 +24,7 @@ STATISTICS = {
   "score_std": ("Spread of the scores", "standard deviation over a row"),
 }
 ACROSS = 3  # panels side by side
-COLOURS = (*plots.LINE_COLOURS, "#000000", "#8C6D31")
-MARKERS = (*plots.MARKERS, "X", "<")
+MOST_LINES = len(plots.LINE_COLOURS)
 TEXT_LINE = 0.17  # inches
 Points = Sequence[tuple[float, float]]
 
@@ -113,7 +112,7 @@ def panels(runs: Sequence[Run], say: Callable[[str], object]) -> list[Panel]:
   """Returns the panels for which there are records.
 
   Args:
-    runs: at most `plots.MOST_LINES`.
+    runs: at most `MOST_LINES`.
     say: takes a line about what is left out, and about records that differ.
   """
   trained, heldout, scorers = (
@@ -188,7 +187,7 @@ def _statistic(runs: Sequence[Run], name: str, say: Callable[[str], object]) -> 
   title, y = STATISTICS[name]
   if len(runs) == 1:
     layers = runs[0].layers(name)
-    chosen = np.linspace(0, len(layers) - 1, min(plots.MOST_LINES, len(layers))).round().astype(int)
+    chosen = np.linspace(0, len(layers) - 1, min(MOST_LINES, len(layers))).round().astype(int)
     if len(layers) > len(chosen) and name == next(iter(STATISTICS)):
       say(f"{len(chosen)} of {len(layers)} layers are drawn")
     names = {f"layer {layers[i]}": f"layer_{layers[i]}/{name}" for i in chosen}
@@ -209,7 +208,9 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
   """Returns a colour, a marker and a dash for each label, the same in all panels."""
   return {
     label: {"color": colour, "marker": marker, "linestyle": dash}
-    for label, colour, marker, dash in zip(labels, COLOURS, MARKERS, ("-", "--", "-.", ":") * 2)
+    for label, colour, marker, dash in zip(
+      labels, plots.LINE_COLOURS, plots.MARKERS, ("-", "--", "-.", ":") * 2
+    )
   }
 
 
