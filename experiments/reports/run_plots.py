@@ -163,18 +163,25 @@ def _report_missing(made: Sequence[Panel], say: Callable[[str], object]) -> None
     say(f"not recorded{runs}: {'; '.join(names)}")
 
 
+def _positions(buckets: Any) -> list[tuple[float, float]]:
+  """Returns (end, loss) of the buckets of an evaluation that have both."""
+  known = [bucket for bucket in buckets or () if isinstance(bucket, dict)]
+  ends = [(bucket.get("last"), bucket.get("loss")) for bucket in known]
+  is_number = lambda value: isinstance(value, (int, float))
+  return [(last + 1, loss) for last, loss in ends if is_number(last) and is_number(loss)]
+
+
 def _by_position(runs: Sequence[Run], say: Callable[[str], object]) -> Panel:
   """Returns the panel of each run's last evaluation."""
   lines: dict[str, Points] = {}
   rows = {}
   for run in runs:
     last = run.evaluations[-1] if run.evaluations else {}
-    buckets = [bucket for bucket in last.get("buckets", []) if bucket["loss"] is not None]
-    lines[run.label] = [(bucket["last"] + 1, bucket["loss"]) for bucket in buckets]
-    if buckets:
+    lines[run.label] = _positions(last.get("buckets"))
+    if lines[run.label]:
       rows[run.label] = (last.get("data"), last.get("num_targets"))
   if any(row != next(iter(rows.values())) for row in rows.values()):
-    targets = ", ".join(f"{label}: {number:,} tokens" for label, (_, number) in rows.items())
+    targets = ", ".join(f"{label}: {number} tokens" for label, (_, number) in rows.items())
     say(f"warning: the held-out losses by position are those of different rows ({targets})")
   if len(rows) < len(runs):
     say(f"`python -m experiments.evaluate` records held-out loss by position in {EVALUATION}")

@@ -48,6 +48,7 @@ def evaluation(num_targets=64):
     {"first": 0, "last": 31, "loss": 3.5, "num_targets": 32},
     {"first": 32, "last": 63, "loss": 2.5, "num_targets": 32},
     {"first": 64, "last": 127, "loss": None, "num_targets": 0},
+    {"first": 128},
   ]
   data = {"fingerprint": "abc", "seq_len": 64}
   return {"step": 3, "loss": 3.0, "num_targets": num_targets, "buckets": buckets, "data": data}
