@@ -165,10 +165,13 @@ def _report_missing(made: Sequence[Panel], say: Callable[[str], object]) -> None
 
 def _positions(buckets: Any) -> list[tuple[float, float]]:
   """Returns (end, loss) of the buckets of an evaluation that have both."""
-  known = [bucket for bucket in buckets or () if isinstance(bucket, dict)]
-  ends = [(bucket.get("last"), bucket.get("loss")) for bucket in known]
-  is_number = lambda value: isinstance(value, (int, float))
-  return [(last + 1, loss) for last, loss in ends if is_number(last) and is_number(loss)]
+  points = []
+  for bucket in buckets if isinstance(buckets, list) else ():
+    if isinstance(bucket, dict):
+      last, loss = bucket.get("last"), bucket.get("loss")
+      if isinstance(last, int) and isinstance(loss, float):
+        points.append((last + 1.0, loss))
+  return points
 
 
 def _by_position(runs: Sequence[Run], say: Callable[[str], object]) -> Panel:
