@@ -50,7 +50,7 @@ from sparsek.storage import files
 DATA, PICTURE, RECORD = (
   os.path.join(FOLDER, name) for name in ("documents", "demo.png", "demo.json")
 )
-SEQ_LEN, NUM_STEPS, SEEDS = 192, 140, (0, 1)
+SEQ_LEN, NUM_STEPS, SEEDS = 192, 110, (0, 1)
 K = WINDOW = 4
 PRETRAIN = (
   f"--data={DATA}",

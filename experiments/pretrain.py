@@ -14,6 +14,7 @@ be here.
 
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 from typing import Any
@@ -51,6 +52,7 @@ import jax
 from sparsek.data import batches
 from sparsek.huggingface import pretrained
 from sparsek.parallel import processes, topology
+from sparsek.parallel.mesh import check_divides
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
 
@@ -96,11 +98,12 @@ def planned_devices() -> list[jax.Device] | None:
   """Returns the devices that --topology describes; None without that flag.
 
   Raises:
-    UsageError: where they cannot be compiled for.
+    UsageError: where --fsdp and --context do not divide them, or they cannot be compiled for.
   """
   if FLAGS.topology is None:
     return None
   described = topology.parse(FLAGS.topology)
+  check_divides(FLAGS.fsdp, FLAGS.context, math.prod(described.shape))
   jax.config.update("jax_platforms", "cpu")  # uses no attached device
   return topology.described_devices(described)
 

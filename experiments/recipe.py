@@ -4,14 +4,16 @@
   python -m experiments.recipe tiny_stdlib > tiny.flags
 
 Without a name it lists them. A recipe is used as --flagfile=tiny.flags by the command that its
-first lines show; flags of the command line replace those of the file.
+first lines show, or as --flagfile=tiny_stdlib; flags of the command line replace those of the file.
 """
 
 import importlib.resources
+import re
 import sys
 
 from absl import flags as absl_flags
 
+from sparsek.command_line.invocation import as_typed
 from sparsek.command_line.main import run
 from sparsek.errors import UsageError
 
@@ -39,7 +41,7 @@ def show(name: str) -> None:
   known = name.removesuffix(".flags")
   if known not in recipes:
     raise UsageError(f"there is no recipe {name!r}: must be one of {', '.join(recipes)}")
-  print(recipes[known], end="")
+  print(as_typed(re.sub(r"experiments/recipes/(\w+)\.flags", r"\1", recipes[known])), end="")
 
 
 def main() -> None:

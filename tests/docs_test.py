@@ -251,7 +251,7 @@ def workspace():
 
 
 def test_workspace_is_short():
-  assert len(workspace().splitlines()) <= 120
+  assert len(workspace().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("parent", FOLDERS)

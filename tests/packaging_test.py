@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def checkout(tmp_path):
     for part in ("sparsek", "kernels", "experiments"):
       ignored = shutil.ignore_patterns("__pycache__")
       shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignored)
-    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for file in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
       shutil.copy(ROOT / file, folder / file)
     return folder
 
@@ -75,7 +76,7 @@ def test_a_checkout_without_links_is_refused(checkout):
 def test_packages_hold_the_kernels_as_plain_files(checkout):
   """The two steps of setuptools from which a wheel and an sdist are made."""
   folder = checkout("source")
-  make = ("-c", "import setuptools; setuptools.setup()", "-q")
+  make = ("setup.py", "-q")
   in_folder(folder, *make, "build", "--build-lib=built", "sdist", "--formats=gztar")
   kernels = folder / "built" / "sparsek" / "kernels"
   assert {str(path.relative_to(kernels)) for path in kernels.rglob("*.py")} == KERNELS
@@ -92,7 +93,11 @@ def test_packages_hold_the_kernels_as_plain_files(checkout):
   assert all(member.isfile() or member.isdir() for member in members.values())
   entry_points = (folder / "sparsek.egg-info" / "entry_points.txt").read_text()
   assert "sparsek = sparsek.__main__:main" in entry_points
-  assert f"Version: {sparsek.__version__}\n" in (folder / "sparsek.egg-info/PKG-INFO").read_text()
+  described = (folder / "sparsek.egg-info/PKG-INFO").read_text()
+  assert f"Version: {sparsek.__version__}\n" in described
+  assert "/main/experiments/results/demo.png)" in described
+  targets = re.findall(r"\]\(([^)]*)\)", described)
+  assert targets and all(target.startswith(("https://", "#")) for target in targets)
   check_commands(folder / "built")
 
 
@@ -110,6 +115,9 @@ def check_commands(built: pathlib.Path) -> None:
 
   assert sparsek_command("--version") == f"sparsek {sparsek.__version__}\n"
   recipe = ROOT / "experiments" / "recipes" / "tiny_stdlib.flags"
-  assert sparsek_command("recipe", "tiny_stdlib") == recipe.read_text()
+  lines = sparsek_command("recipe", "tiny_stdlib").splitlines()
+  assert "#   python -m sparsek pretrain --flagfile=tiny_stdlib \\" in lines
+  flags = [line for line in recipe.read_text().splitlines() if line.startswith("--")]
+  assert [line for line in lines if line.startswith("--")] == flags
   assert "\ntiny_stdlib  " in sparsek_command("recipe")
   assert "python -m sparsek pretrain --workdir" in sparsek_command("pretrain", "--help")

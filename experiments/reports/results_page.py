@@ -208,7 +208,7 @@ SECTIONS = (
   ),
   Section(
     "The demo",
-    "Tiny models after 140 steps on a CPU: % of right answers by the number of words from a pass "
+    "Tiny models on a CPU: % of right answers by the number of words from a pass "
     "key to the question for it, for each of two random starts. Each of two layers lets a word see "
     "8 words, itself included, with full attention all; guessing gives 3 %.",
     ("demo.json",),

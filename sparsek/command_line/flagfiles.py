@@ -4,6 +4,8 @@ A line holds one flag; blank lines and lines that begin with # or // are skipped
 the later one wins. The values of a flag that may be repeated come from one source: the command
 line, or else the last file that has the flag. Each field of --model counts as a flag of its own.
 
+A name that is no file may be that of a recipe, which the package holds.
+
 Flags of earlier versions are read, in files and on the command line, as what replaced them.
 """
 
@@ -42,6 +44,13 @@ _MODEL_FIELDS = {field.name: field.default for field in dataclasses.fields(Trans
 _FLAG_OF_FIELD = {"attention": "layer_pattern"}  # fields whose flag has another name
 _NEXT_FIELD = re.compile(r",(?=\w+=)")  # a pattern of layers holds commas too
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def recipe_file(name: str) -> str:
+  """Returns where the package has a recipe, such as "tiny_stdlib", if it is one."""
+  package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  file = f"{name.removesuffix('.flags')}.flags"
+  return os.path.join(package, "experiments", "recipes", os.path.basename(file))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +112,13 @@ class _Reader:
     beside = os.path.join(os.path.dirname(parents[-1]), path) if parents else path
     if beside == path or not os.path.exists(beside):
       if not os.path.exists(path):
+        if os.path.isfile(recipe := recipe_file(path)):
+          return recipe
         tried = " nor ".join(dict.fromkeys(map(os.path.abspath, (beside, path))))
         named = f", which {parents[-1]} names" if parents else ""
-        raise UsageError(f"--flagfile={path}{named}: there is no file {tried}")
+        raise UsageError(
+          f"--flagfile={path}{named}: there is no file {tried}, and no recipe of that name"
+        )
       return path
     if os.path.exists(path) and not os.path.samefile(path, beside):
       self._say(f"--flagfile={path} in {parents[-1]} is {beside}, not {os.path.abspath(path)}")

@@ -9,7 +9,7 @@ import re
 
 STARTED_BY = "SPARSEK_STARTED_BY"  # environment variable, which child processes inherit
 CHILD = "SPARSEK_CHILD"  # environment variable of commands that another command started
-_COMMAND = re.compile(r"(?<![\w./])(?:python -m )?experiments\.([a-z]\w*)(?![\w.]*/)")
+_COMMAND = re.compile(r"(?<![\w./])(?:python -m )?experiments\.([a-z]\w*)(?!\w*(?:\.\w|/))")
 
 
 def command(name: str) -> str:

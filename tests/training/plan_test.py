@@ -122,6 +122,7 @@ def test_activations_are_what_the_backward_pass_keeps():
   [
     (["--dry_run", "--topology=h100:12"], "--topology=h100:12 must have at most 8 GPUs"),
     (["--workdir=w", "--topology=h100:8"], "--topology=h100:8 needs --dry_run"),
+    (["--dry_run", "--topology=h100:8", "--fsdp=3"], "--fsdp=3 x --context=1 must divide"),
   ],
 )
 def test_refuses_topologies_before_any_work(flags, words, tmp_path):
