@@ -39,7 +39,7 @@ from sparsek.experiments import demo_commands, demo_documents
 from sparsek.experiments.bench import decoding
 from sparsek.experiments.demo_commands import FOLDER, command, title
 from sparsek.experiments.reports import demo_picture, results_sections
-from sparsek.experiments.reports.plots import kept_tokens
+from sparsek.experiments.reports.plots import NAMES, kept_tokens
 from sparsek.generation.cache import cache_bytes, decode_step
 from sparsek.generation.inference import inference_params
 from sparsek.model.transformer import Params
@@ -192,7 +192,7 @@ def cost_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
   lines = ["| tokens so far | " + " | ".join(f"{n // 1024}k" for n in LENGTHS) + " |"]
   lines.append("|" + "---|" * (len(LENGTHS) + 1))
   for kind, rows in found.items():
-    name = demo_picture.NAMES[kind]
+    name = NAMES[kind]
     for label, key, scale in (("cache, MB", "bytes", 1e6), ("ms a token", "seconds", 1e-3)):
       values = (row[key] / scale for row in rows)
       lines.append(f"| {name}: {label} | " + " | ".join(f"{x:.3g}" for x in values) + " |")

@@ -39,6 +39,7 @@ SMALLER = {
   "experiments.evaluate_tasks": "--lengths=256 --examples=1 --tasks=passkey",
   "experiments.generate": "--max_new_tokens=3",
   "experiments.import_hf": "",
+  "experiments.plot": "",
   "experiments.layer_reach": "--seq_len=64 --eval_batches=1 --window=8 --k=4 --budget=32",
   "experiments.ablate": "--attention=full --k=8 --window=8 --seeds=1 '--more=--num_steps=1 "
   "--seq_len=64 --batch_size=2 --num_layers=1 --embed_dim=32 "

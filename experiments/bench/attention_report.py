@@ -13,6 +13,11 @@ from sparsek.experiments.reports import plots
 
 SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 CURVES = ("sparsek", "sliding_window", "dense")
+PICTURE_NAMES = {  # of labels in the rows
+  "sparsek, mosaic_gpu": "SPARSEK (Mosaic kernels)",
+  "cuDNN window": "sliding window (cuDNN)",
+  "cuDNN dense": "full attention (cuDNN)",
+}
 
 
 def figure(row: dict, baseline: str, direction: str = BOTH, what: str = "ms") -> Any:
@@ -246,9 +251,11 @@ def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]
 def draw(path: str, record: dict) -> None:
   """Writes the picture: time against length."""
   row = record["rows"][0]
-  plots.save_times(
-    path, curves(record["rows"]), f"{record['device']}, {shape_text(row)} {budget_text(row)}"
-  )
+  panels = {
+    title: {PICTURE_NAMES.get(label, label): points for label, points in lines.items()}
+    for title, lines in curves(record["rows"]).items()
+  }
+  plots.save_times(path, panels, f"{record['device']}, {shape_text(row)} {budget_text(row)}")
 
 
 def lines(record: dict) -> list[str]:

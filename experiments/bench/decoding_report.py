@@ -11,6 +11,7 @@ from sparsek.experiments.bench.training_step_report import rows_to_keep as rows_
 from sparsek.experiments.reports import plots
 
 LABELS = {"sparsek": "sparsek", "full": "full attention", "transformers": "transformers"}
+PICTURE_NAMES = {"sparsek": "SPARSEK", "transformers": "full attention (transformers)"}
 # fields that identify the job of a row
 IDENTITY = ("what", "model", "n", "batch_size", "k", "window", "gate")
 
@@ -144,7 +145,11 @@ def curves(rows: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]
 
 def draw(path: str, record: dict) -> None:
   """Writes the picture: milliseconds a token against the context, a panel for each batch size."""
-  plots.save_times(path, curves(record["rows"]), title(record), "milliseconds a token")
+  panels = {
+    title: {PICTURE_NAMES.get(label, label): points for label, points in lines.items()}
+    for title, lines in curves(record["rows"]).items()
+  }
+  plots.save_times(path, panels, title(record), "milliseconds a token")
 
 
 def lines(record: dict) -> list[str]:

@@ -50,7 +50,7 @@ import shlex
 from sparsek.config import GATES
 from sparsek.experiments import script
 from sparsek.experiments.recipes.stages import MINUTES, run_stages
-from sparsek.experiments.reports import baselines_report, records
+from sparsek.experiments.reports import baselines_picture, baselines_report, records
 from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/baselines_{}.flags"
@@ -199,7 +199,7 @@ def main(options: argparse.Namespace) -> None:
   }
   files.save(options.record, records.dumps(record, 4) + "\n")
   print(baselines_report.table(runs))
-  baselines_report.draw(runs, os.path.splitext(options.record)[0] + ".png")
+  baselines_picture.draw(runs, os.path.splitext(options.record)[0] + ".png")
 
 
 def make_parser() -> argparse.ArgumentParser:

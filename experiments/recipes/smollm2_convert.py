@@ -49,17 +49,15 @@ from sparsek.storage import files
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
 LEARNED = ("sparsek", "reach", "hybrid")  # with scorers, to be warmed up
 # the kinds that the picture shows
-COLOURS = {
-  "dense": "tab:gray",
-  "window": "tab:orange",
-  "sinks": "tab:green",
-  "random": "tab:red",
-  "sparsek": "tab:blue",
-  "reach": "tab:purple",
-  "hybrid": "tab:pink",
-  "strided": "tab:brown",
+LINES = {  # kind -> colour, marker and name in the picture
+  "dense": ("#000000", "D", "full attention"),
+  "hybrid": ("#CC79A7", "v", "SPARSEK, full attention in one layer of six"),
+  "sparsek": ("#0072B2", "o", "SPARSEK"),
+  "sinks": ("#E69F00", "^", "window with sinks"),
+  "random": ("#009E73", "s", "random keys"),
+  "window": ("#D55E00", "P", "sliding window"),
+  "strided": ("#8C6D31", "<", "strided keys"),
 }
-STYLES = {"": ":", "warm": "-.", "tuned": "-"}
 
 
 def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -210,53 +208,45 @@ def _by_position(group: Sequence[Mapping]) -> list[float]:
 def draw(runs: Mapping[str, Mapping], path: str) -> None:
   """Writes a picture of losses and answers.
 
-  It shows loss by position above the dense model's of the same stage, and accuracy by length after
-  the stage for recall, over all seeds.
+  It shows loss by position above the dense model's of the same stage, as converted and after
+  training on text, and accuracy by length after the stage for recall, over all seeds.
   """
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
-  loss_axes, *task_axes = figure.subplots(1, 3)
-  by_name = groups(runs)
-  for name, group in by_name.items():
+  figure = plots.new_figure(figsize=(11, 8), dpi=110, layout="constrained")
+  converted, trained, *of_tasks = figure.subplots(2, 2).flat
+  for name, group in groups(runs).items():
     kind, _, stage = name.partition("_")
-    if kind not in COLOURS:
+    if kind not in LINES:
       continue
-    if stage in STYLES:
-      same = by_name["dense_tuned" if stage == "tuned" else "dense"]
-      loss_axes.plot(
+    colour, marker, label = LINES[kind]
+    style = {"color": colour, "marker": marker, "fillstyle": "none", "label": label}
+    if stage in ("", "tuned"):
+      same = groups(runs)["dense_tuned" if stage else "dense"]
+      (trained if stage else converted).plot(
         [bucket["last"] + 1 for bucket in group[0]["buckets"]],
         [here - there for here, there in zip(_by_position(group), _by_position(same))],
-        color=COLOURS[kind],
-        linestyle=STYLES[stage],
-        label=kind if stage == "tuned" else None,
+        **style,
       )
-    for axes, task in zip(task_axes, ("passkey", "needle")):
+    for axes, task in zip(of_tasks, ("passkey", "needle")):
       points = [
         (length, 100 * share)
         for (asked, length), share in accuracies({"seeds": dict(enumerate(group))}).items()
         if asked == task
       ]
       if points and stage == "recall":
-        axes.plot(*zip(*points), marker="o", color=COLOURS[kind])
-  loss_axes.set(
-    title="held-out loss above full attention's\n(dotted: untrained, dash-dotted: warmed up)",
-    xlabel="position in the document",
-    ylabel="nats a token",
-    ylim=(-0.02, 0.3),
-  )
-  for axes, title in zip(task_axes, ("passkey", "needle among 16")):
-    axes.set(
-      title=f"{title},\nafter training for recall",
-      xlabel="tokens",
-      ylabel="answers right (%)",
-      ylim=(-4, 104),
-    )
-  for axes in (loss_axes, *task_axes):
+        axes.plot(*zip(*points), **style)
+  for axes, title in ((converted, "As converted"), (trained, "After training on text")):
+    axes.set(xlabel="position in the document", ylabel="nats per token", ylim=(-0.02, 0.3))
+    axes.set_title(f"{title}: loss above full attention", loc="left", fontsize=11)
+  for axes, title in zip(of_tasks, ("Passkeys", "Needles among 16")):
+    axes.set(xlabel="tokens", ylabel="right answers (%)", ylim=(-4, 104))
+    axes.set_title(f"{title}, after training for recall", loc="left", fontsize=11)
+  for axes in (converted, trained, *of_tasks):
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-  handles, labels = loss_axes.get_legend_handles_labels()
-  figure.legend(handles, labels, frameon=False, loc="outside right")  # type: ignore[call-overload]
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+  handles, labels = trained.get_legend_handles_labels()
+  figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
   plots.save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Tables and the picture of a record of experiments/recipes/baselines.py.
+"""Tables of a record of experiments/recipes/baselines.py.
 
 They compare kinds of attention at the same budget of keys per query.
 """
@@ -8,30 +8,12 @@ import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from sparsek.experiments.reports import plots
 from sparsek.runs.metrics import read_metrics
 
 Runs = Mapping[str, Mapping]  # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}
-RETRIEVAL = ("passkey", "needle", "recall")
-COLOURS = {
-  "full": "#000000",
-  "full_last": "#777777",
-  "full_local": "#777777",
-  "hybrid": "#777777",
-  "window": "#D55E00",
-  "sparsek": "#0072B2",
-  "random": "#009E73",
-  "sinks": "#E69F00",
-  "linear": "#CC79A7",
-  "block": "#8172B3",
-  "strided": "#937860",
-}
 # 97.5 % quantiles of Student's t distribution, by degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# losses further above full attention's are written as numbers at the edge of the picture
-SHOWN = 0.2
 
 
 def describe(folder: str) -> dict:
@@ -252,109 +234,3 @@ def _cell(form: str, mean: float, error: float) -> str:
   return (
     "" if math.isnan(mean) else form.format(mean) + ("" if math.isnan(error) else f" ± {error:.4f}")
   )
-
-
-def _style(name: str) -> dict:
-  kind = name if name in COLOURS else name.partition("_")[0]
-  style = {
-    "512": "-",
-    "1024": "--",
-    "512_last": "-.",
-    "1024_last": ":",
-    "512_local": "-.",
-    "1024_local": ":",
-  }.get(name.partition("_")[2], "-")
-  return {
-    "color": COLOURS.get(kind, "#56B4E9"),
-    "linestyle": style,
-    "marker": "o" if kind == "sparsek" else None,
-    "markersize": 3,
-  }
-
-
-def _by_position(run: Mapping) -> dict[int, float]:
-  """Returns {n: loss of the tokens from n / 2 to n of a document, the mean over seeds}."""
-  rows = [
-    result["loss"][min(result["loss"], key=int)]["buckets"]
-    for result in run["seeds"].values()
-    if result["loss"]
-  ]
-  return {
-    same[0]["last"] + 1: statistics.fmean(bucket["loss"] for bucket in same)
-    for same in zip(*rows)
-    if same[0]["num_targets"]
-  }
-
-
-def draw(runs: Runs, path: str) -> None:
-  """Writes a picture of losses and answers. Needs matplotlib.
-
-  It shows the loss of text and of the mix for each kind, and of text by position, above full
-  attention's; and right answers by length.
-  """
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(16, 1.5 + 0.28 * max(len(runs), 12)), dpi=110, layout="constrained")
-  text, mix, position, right = figure.subplots(1, 4, width_ratios=(1, 1, 1.2, 1.2))
-  full = runs["full"]
-  names = sorted(runs, key=lambda name: -difference(runs[name], full, "mixed")[0])
-  farthest = max(
-    difference(runs[name], full, length)[0] for name in names for length in (None, "mixed")
-  )
-  edge = SHOWN if farthest > SHOWN else None
-  for axes, length, title in ((text, None, "text"), (mix, "mixed", "text and answers")):
-    _draw_losses(axes, {name: difference(runs[name], full, length) for name in names})
-    axes.set(title=title, xlim=(None, edge), yticklabels=names if length is None else [])
-  # without the variants of SPARSEK, whose names say how they differ
-  for name in [name for name in runs if not re.search(r"\d_(?!last|local)", name)]:
-    _draw_by_position(position, name, runs[name], _by_position(full))
-    _draw_answers(right, name, accuracies(runs[name]))
-  position.set(
-    title="text, by position",
-    xlabel="tokens of the document so far",
-    ylabel="loss above full attention's",
-    ylim=(None, edge),
-  )
-  right.set(
-    title=", ".join(RETRIEVAL),
-    xlabel="tokens of the document",
-    ylabel="answers right (%)",
-    ylim=(-3, 103),
-  )
-  for axes in [axes for axes in (position, right) if axes.lines]:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-  handles, labels = position.get_legend_handles_labels()
-  figure.legend(handles, labels, frameon=False, loc="outside right")  # type: ignore[call-overload]
-  plots.save(figure, path)
-
-
-def _draw_losses(axes: Any, above: Mapping[str, tuple[float, float]]) -> None:
-  """Draws a point for each run, name -> (loss above full attention's, its error)."""
-  for row, (name, (loss, error)) in enumerate(above.items()):
-    colour = _style(name)["color"]
-    if loss > SHOWN:
-      style = {"ha": "right", "va": "center", "color": colour, "fontsize": 8}
-      axes.text(SHOWN, row, f"{loss:.2f} >", **style)
-    else:
-      bar = 0 if math.isnan(error) else error
-      axes.errorbar(loss, row, xerr=bar, fmt="o", color=colour, markersize=4)
-  axes.set(xlabel="loss above full attention's", yticks=range(len(above)))
-  axes.grid(axis="y", alpha=0.3)
-
-
-def _draw_by_position(axes: Any, name: str, run: Mapping, baseline: Mapping[int, float]) -> None:
-  here = _by_position(run)
-  if here:
-    above = [loss - baseline[last] for last, loss in here.items()]
-    axes.plot(list(here), above, label=name, **_style(name))
-
-
-def _draw_answers(axes: Any, name: str, shares: Mapping[tuple[str, int], float]) -> None:
-  lengths = sorted({length for task, length in shares if task in RETRIEVAL})
-  means = [
-    statistics.fmean(shares[task, length] for task in RETRIEVAL if (task, length) in shares)
-    for length in lengths
-  ]
-  if lengths:
-    axes.plot(lengths, [100 * mean for mean in means], **_style(name))

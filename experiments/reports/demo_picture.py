@@ -8,12 +8,6 @@ import numpy as np
 
 from sparsek.experiments.reports import plots
 
-NAMES = {
-  "sparsek": "SPARSEK",
-  "full": "full attention",
-  "random": "random keys",
-  "sliding_window": "sliding window",
-}
 _STYLES = {  # colour, marker, line
   "full": ("#666666", "D", "-"),
   "sparsek": ("#0072B2", "o", "-"),
@@ -43,7 +37,7 @@ class Answers:
 
 def check_can_draw() -> None:
   """Raises UsageError where matplotlib is missing, before any long work."""
-  plots._new_figure()
+  plots.new_figure()
 
 
 def save(
@@ -63,7 +57,7 @@ def save(
     UsageError: where matplotlib is missing.
     RunError: where the file cannot be written.
   """
-  figure = plots._new_figure(figsize=(10, 7), dpi=110, layout="constrained")
+  figure = plots.new_figure(figsize=(10, 7), dpi=110, layout="constrained")
   grid = figure.add_gridspec(2, 4, height_ratios=[4.2, 2.3])
   draw_answers(figure.add_subplot(grid[0, :2]), answers)
   _draw_costs(figure.add_subplot(grid[0, 2]), spent, "bytes", 1e6, "Cache (MB)")
@@ -84,7 +78,7 @@ def draw_answers(axes: Any, answers: Answers) -> None:
       line,
       marker=marker,
       color=colour,
-      label=NAMES[kind],
+      label=plots.NAMES[kind],
       markersize=9 if kind == "full" else 6,
       fillstyle="none" if kind == "full" else "full",
       linewidth=1.8,
@@ -116,7 +110,7 @@ def _draw_costs(
       [row[key] / unit for row in rows],
       marker=marker,
       color=colour,
-      label=NAMES[kind],
+      label=plots.NAMES[kind],
       linewidth=1.8,
     )
   lengths = [int(row["tokens"]) for row in next(iter(spent.values()))]

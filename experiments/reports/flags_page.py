@@ -22,6 +22,7 @@ COMMANDS = (
   "generate",
   "import_hf",
   "layer_reach",
+  "plot",
   "ablate",
   "benchmark",
 )

@@ -1,9 +1,7 @@
 """Grids of training runs that differ in attention: cells, results, the table and the report."""
 
-import base64
 import csv
 import dataclasses
-import html
 import io
 import itertools
 import json
@@ -15,7 +13,7 @@ from typing import Any
 
 from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term
 from sparsek.errors import UsageError
-from sparsek.experiments.reports import plots
+from sparsek.experiments.reports import grid_page
 from sparsek.runs import run_directory, settings
 from sparsek.runs.metrics import read_metrics
 from sparsek.runs.settings import Settings
@@ -334,38 +332,9 @@ def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
   """
   if not rows:
     return
-  summary, grids = summarize(rows), {}
-  for kind in sorted({row["attention"] for row in summary if row["k"] is not None}):
-    # The best gate and scorer of each (k, window) comes last, and replaces the others.
-    grids[kind] = {
-      (row["k"], row["window"]): row["heldout_loss"]
-      for row in reversed(summary)
-      if row["attention"] == kind
-    }
-  curves: dict[str, list[tuple[int | None, float, float]]] = {}
-  for row in sorted(summary, key=lambda row: row["budget"] or 0):
-    label = " ".join(
-      str(row[name]) for name in ("attention", "gate", "scorer") if row[name] is not None
-    )
-    curves.setdefault(label, []).append(
-      (row["budget"], row["heldout_loss"], row["standard_error"] or 0.0)
-    )
-  picture = plots.ablation_picture(grids, curves)
-  table = "".join(
-    "<tr>"
-    + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line.split("|")[1:-1])
-    + "</tr>\n"
-    for line in markdown(summary).splitlines()
-    if "---" not in line
-  )
-  image = f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
-  page = (
-    '<!doctype html>\n<meta charset="utf-8">\n<title>sparsek ablation</title>\n'
-    "<style>body { font-family: sans-serif; margin: 2em } "
-    "td { padding: .2em .8em; border-bottom: 1px solid #ddd }</style>\n"
-    f"<h1>Ablation of attention</h1>\n{image}<table>\n{table}</table>\n"
-    f"<h2>Shared settings</h2>\n<pre>{html.escape(shared)}</pre>\n"
-  )
-  texts = {"table.md": markdown(summary), "table.csv": as_csv(rows), "report.html": page}
-  for name, content in (texts | {"report.png": picture}).items():
+  summary = summarize(rows)
+  table, pictures = markdown(summary), grid_page.pictures(summary)
+  page = grid_page.page(summary, pictures, table, shared)
+  texts = {"table.md": table, "table.csv": as_csv(rows), "report.html": page}
+  for name, content in (texts | {"report.png": grid_page.png(pictures)}).items():
     files.save(os.path.join(workdir, name), content)

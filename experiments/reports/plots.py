@@ -20,15 +20,30 @@ from sparsek.errors import UsageError
 from sparsek.model.transformer import Params, Transformer, layer_params
 from sparsek.storage import files
 
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")  # hollow, so that runs close together stay apart
+# As many as a reader can tell apart in a panel.
+LINE_COLOURS = (
+  *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+  *("#E69F00", "#56B4E9", "#000000", "#8C6D31"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # hollow: runs close together stay apart
+NAMES = {  # of kinds of attention, for readers
+  "sparsek": "SPARSEK",
+  "full": "full attention",
+  "random": "random keys",
+  "sliding_window": "sliding window",
+  "attention_sinks": "window with sinks",
+  "strided": "strided keys",
+  "lsh": "hashed buckets",
+  "block_topk": "best blocks",
+  "linear": "linear attention",
+}
 WINDOW_COLOUR = "#CFCFCF"
 LIGHTEST_KEPT, DARKEST_KEPT = np.array([0.62, 0.79, 0.93]), np.array([0.0, 0.27, 0.53])
 MAX_LAYERS = 4  # more maps side by side would be too small to read
 TEXT_COLUMNS = 72
 
 
-def _new_figure(**kwargs):
+def new_figure(**kwargs: Any) -> Any:
   """Returns a figure that is drawn to a file only, without pyplot and its backend.
 
   Raises:
@@ -165,7 +180,7 @@ def _legend_entries(num_heads: int) -> list[tuple[str, Any]]:
   return [("window", WINDOW_COLOUR)] + [(words(number), colours[number - 1]) for number in numbers]
 
 
-def draw_selection(axes: Any, kept: Kept) -> None:
+def draw_selection(axes: Any, kept: Kept, has_legend: bool = True) -> None:
   """Draws a map of query (x) against key (y): the window, and the query's selection."""
   from matplotlib.colors import ListedColormap
   from matplotlib.patches import Patch
@@ -186,8 +201,10 @@ def draw_selection(axes: Any, kept: Kept) -> None:
     extent=(-0.5, n - 0.5, -0.5, n - 0.5),
     aspect="auto",
   )
-  patches = [Patch(color=colour, label=label) for label, colour in _legend_entries(kept.num_heads)]
-  axes.legend(handles=patches, loc="upper left", frameon=False)
+  if has_legend:
+    entries = _legend_entries(kept.num_heads)
+    patches = [Patch(color=colour, label=label) for label, colour in entries]
+    axes.legend(handles=patches, loc="upper left", frameon=False)
   axes.set_title(f"Layer {kept.layer}: which keys each query sees", loc="left")
   axes.set_xlabel("query (position of the token that looks back)")
   axes.set_ylabel("key (position of the token seen)")
@@ -236,6 +253,11 @@ def draw_text(axes: Any, pieces: Sequence[str], kept: Kept) -> None:
   axes.set_title(f"Layer {kept.layer}: what the last of these {n} tokens still sees", loc="left")
 
 
+def lines_of(pieces: Sequence[str]) -> float:
+  """Returns about how many lines `draw_text` needs for a text."""
+  return 1 + sum(piece.count("\n") + len(piece) / TEXT_COLUMNS for piece in pieces)
+
+
 def save_picture(
   path: str,
   runs: Mapping[str, Sequence[dict]],
@@ -256,9 +278,8 @@ def save_picture(
     RunError: where the file cannot be written.
   """
   columns = max(len(kept), 1)
-  lines = 1 + sum(piece.count("\n") + len(piece) / TEXT_COLUMNS for piece in pieces)
-  heights = [3.2, 4.6, max(1.0, 0.155 * lines)] if kept else [3.6]
-  figure = _new_figure(
+  heights = [3.2, 4.6, max(1.0, 0.155 * lines_of(pieces))] if kept else [3.6]
+  figure = new_figure(
     figsize=(max(6.2 * columns, 8), sum(heights) + 1.2), dpi=110, layout="constrained"
   )
   grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
@@ -319,7 +340,7 @@ def save_times(
     UsageError: where matplotlib is missing.
     RunError: where the file cannot be written.
   """
-  figure = _new_figure(figsize=(5.4 * len(panels), 4.4), dpi=110, layout="constrained")
+  figure = new_figure(figsize=(5.4 * len(panels), 4.4), dpi=110, layout="constrained")
   shared = None
   for index, (name, curves) in enumerate(panels.items()):
     shared = axes = figure.add_subplot(1, len(panels), index + 1, sharey=shared)
@@ -349,7 +370,7 @@ def save_accuracies(
     UsageError: where matplotlib is missing.
     RunError: where the file cannot be written.
   """
-  figure = _new_figure(figsize=(max(3 * len(panels), 6), 3.6), dpi=110, layout="constrained")
+  figure = new_figure(figsize=(max(3 * len(panels), 6), 3.6), dpi=110, layout="constrained")
   shared = None
   for index, (task, curves) in enumerate(panels.items()):
     shared = axes = figure.add_subplot(1, len(panels), index + 1, sharey=shared)
@@ -381,96 +402,6 @@ def save_accuracies(
       axes.set_ylabel("answers right (%)")
       axes.legend(frameon=False, fontsize=8)
   save(figure, path)
-
-
-def ablation_picture(
-  grids: Mapping[str, Mapping[tuple[int, int], float]],
-  curves: Mapping[str, Sequence[tuple[int | None, float, float]]],
-) -> bytes:
-  """Returns a PNG of held-out losses.
-
-  They are shown by k and window, a panel for each kind of attention, darker is lower; and against
-  keys per query.
-
-  Args:
-    grids: kind -> {(k, window): loss}.
-    curves: label -> [(keys, loss, standard error)]; where keys is None it is all of them, a line
-      across the panel. The line of a label goes through its best point of each number.
-  """
-  panels = len(grids) + 1
-  across = min(panels, 3)
-  down = -(-panels // across)
-  figure = _new_figure(figsize=(4.6 * across + 1, 3.6 * down), dpi=110, layout="constrained")
-  *maps, last = [figure.add_subplot(down, across, i + 1) for i in range(panels)]
-  losses = [loss for values in grids.values() for loss in values.values()]
-  for axes, (kind, values) in zip(maps, grids.items()):
-    _heatmap(axes, values, min(losses), max(losses))
-    axes.set_title(f"{kind}: held-out loss", fontsize=9)
-  _budget_curves(last, curves)
-  return _png(figure)
-
-
-def _heatmap(axes, values, low, high):
-  across, down = (sorted({key[axis] for key in values}) for axis in (1, 0))
-  grid = np.array([[values.get((row, column), np.nan) for column in across] for row in down])
-  axes.imshow(grid, cmap="Blues_r", aspect="auto", vmin=low, vmax=max(high, low + 1e-6))
-  for (row, column), value in np.ndenumerate(grid):
-    if np.isfinite(value):
-      axes.text(
-        column,
-        row,
-        f"{value:.4f}",
-        ha="center",
-        va="center",
-        color="white" if value < (low + high) / 2 else "black",
-      )
-  axes.set(
-    xticks=range(len(across)),
-    xticklabels=across,
-    yticks=range(len(down)),
-    yticklabels=down,
-    xlabel="window",
-    ylabel="k",
-  )
-
-
-def _budget_curves(axes, curves):
-  for colour, marker, (label, points) in zip(
-    LINE_COLOURS * len(curves), MARKERS * len(curves), curves.items()
-  ):
-    for keys, loss, error in points:
-      if keys is None:
-        axes.axhline(loss, color=colour, linestyle="--", label=label)
-        axes.axhspan(loss - error, loss + error, color=colour, alpha=0.15, linewidth=0)
-    known = [point for point in points if point[0] is not None]
-    if known:
-      best = {keys: min(loss for other, loss, _ in known if other == keys) for keys, *_ in known}
-      axes.plot(*zip(*sorted(best.items())), color=colour, linewidth=1.4)
-      keys, losses, errors = zip(*known)
-      axes.errorbar(
-        keys,
-        losses,
-        errors,
-        marker=marker,
-        color=colour,
-        fillstyle="none",
-        linestyle="",
-        capsize=3,
-        label=label,
-      )
-  axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter("{x:g}")
-  axes.set_xlabel("keys per query (k + window)")
-  axes.set_ylabel("held-out loss (nats per token)")
-  axes.grid(alpha=0.3)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False, fontsize=8)
-
-
-def _png(figure) -> bytes:
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format="png")
-  return buffer.getvalue()
 
 
 def save(figure: Any, path: str) -> None:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from sparsek.experiments.bench.attention_report import figure, number, quotient
-from sparsek.experiments.reports import baselines_report, demo_picture
+from sparsek.experiments.reports import baselines_report, plots
 from sparsek.experiments.reports import results_tables as tables
 from sparsek.experiments.reports.results_tables import markdown, nats, percent, with_error
 
@@ -374,7 +374,7 @@ def demo(record: Mapping) -> list[str]:
   """Returns the right answers of the demo by distance, for each random start."""
   distances = list(next(iter(record["accuracy"].values())))
   lines = [
-    [demo_picture.NAMES[kind], *(" and ".join(f"{100 * x:.0f}" for x in by[d]) for d in distances)]
+    [plots.NAMES[kind], *(" and ".join(f"{100 * x:.0f}" for x in by[d]) for d in distances)]
     for kind, by in record["accuracy"].items()
   ]
   return markdown(["attention", *map(str, distances)], lines)

@@ -19,6 +19,7 @@ COMMANDS = (
   "generate",
   "import_hf",
   "layer_reach",
+  "plot",
   "prepare_data",
   "pretrain",
 )

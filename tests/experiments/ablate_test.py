@@ -19,7 +19,7 @@ from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
 from sparsek.experiments import ablate
-from sparsek.experiments.reports import grid, plots
+from sparsek.experiments.reports import grid, grid_page
 from sparsek.experiments.reports.grid import Cell
 from sparsek.runs import run_directory, settings
 from tests.experiments.pretrain_test import ROOT, sharing_compiled, write_documents
@@ -137,10 +137,11 @@ def test_report(tmp_path):
   assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
   page = (tmp_path / "report.html").read_text()
   assert (
-    page.count("data:image/png;base64,iVBOR") == 1
+    page.count("data:image/png;base64,iVBOR") == 2
     and "--a=&lt;1&gt;" in page
     and "http" not in page
     and "<td>3.5000 ± 0.5000</td>" in page
+    and "The lowest held-out loss is 2.0000 nats per token: full attention." in page
   )
 
 
@@ -227,7 +228,7 @@ def run_grid(tmp_path, monkeypatch):
   """Runs experiments.ablate in this process on a grid of two cells; returns the exit code."""
   trainer = Trainer()
   monkeypatch.setattr(ablate.child, "running", trainer.running)
-  monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
+  monkeypatch.setattr(grid_page, "png", lambda *_: b"")
   write_documents(str(tmp_path / "tokens"))
 
   def run(extra="", *arguments):
@@ -360,7 +361,7 @@ def test_bad_grids_are_refused_before_any_run(argument, words, run_grid, capsys)
 
 
 def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monkeypatch):
-  monkeypatch.setattr(plots, "ablation_picture", lambda *_: b"")
+  monkeypatch.setattr(grid_page, "png", lambda *_: b"")
   row = {
     "attention": "full",
     "k": None,

@@ -77,6 +77,8 @@ CASES = [  # command, what its message must hold; TMP is the folder of this scri
   ("generate --workdir=TMP/run --load_cache=/dev/zero", "/dev/zero is a device"),
   ("generate --workdir=TMP/run --max_new_tokens=2147483647", "--max_new_tokens=2147483647"),
   ("evaluate --workdir=TMP/nowhere", "TMP/nowhere"),
+  ("plot --workdir=TMP/nowhere", "TMP/nowhere"),
+  ("plot --workdir=TMP/run --output=TMP/x.pdf", "must end in .png or .svg"),
   ("evaluate --workdir=TMP/run --step=77", "77"),
   ("evaluate --workdir=TMP/run --seq_len=100000000", "--seq_len=100000000"),
   ("prepare_data --sources=TMP/nowhere --output=TMP/o", "TMP/nowhere"),

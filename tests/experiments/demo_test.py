@@ -86,7 +86,7 @@ def test_the_cache_of_full_attention_grows_and_sparseks_does_not(monkeypatch):
 def test_the_picture_is_drawn_and_a_kept_pass_key_is_dark(tmp_path):
   answers = {kind: {8: [1.0, 1.0], 64: [0.5, 0.25]} for kind in demo.KINDS}
   rows = [{"tokens": 1024 * 4**i, "bytes": 4.0**i, "seconds": 2.0**-i} for i in range(2)]
-  figure = demo_picture.plots._new_figure()
+  figure = demo_picture.plots.new_figure()
   axes = figure.add_subplot()
   demo_picture.draw_words(axes, ["a", "fox", "is", "here"], np.array([0, 2, 1, -1]))
   colours = [patch.get_facecolor()[:3] for patch in axes.patches]

@@ -22,6 +22,7 @@ MODULES = (
   "generate",
   "import_hf",
   "layer_reach",
+  "plot",
   "benchmark",
 )
 ALSO = ("pretrain",) * 4  # it has the most flags
@@ -75,6 +76,7 @@ BASES = {
   "generate": ["--workdir=IN/run", "--prompt=a", "--max_new_tokens=2"],
   "import_hf": ["--from=IN/model", "--workdir=new"],
   "layer_reach": ["--workdir=IN/run"],
+  "plot": ["--workdir=IN/run", "--output=plot.png", "--prompt=a"],
   "benchmark": [
     "--lengths=64",
     "--k=4",

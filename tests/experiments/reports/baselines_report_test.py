@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sparsek.experiments.reports import baselines_report
+from sparsek.experiments.reports import baselines_picture, baselines_report, records
 
 
 def result(text, mixed, right=None):
@@ -86,5 +86,11 @@ def test_table():
 
 def test_picture(tmp_path):
   pytest.importorskip("matplotlib")
-  baselines_report.draw(RUNS, str(tmp_path / "picture.png"))
+  baselines_picture.draw(RUNS, str(tmp_path / "picture.png"))
   assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ("baselines", "baselines_local"))
+def test_pictures_of_the_records_have_at_most_eight_lines(name):
+  runs = records.load(f"{name}.json")["runs"]
+  assert 5 <= len([name for name in baselines_picture.LINES if name in runs]) <= 8

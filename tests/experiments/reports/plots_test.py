@@ -91,7 +91,7 @@ def test_picture(tmp_path):
 
 def test_times_against_length(tmp_path):
   curves = {"sparsek": [(1000, 0.5), (2048, 1.0)], "dense": [(2048, 3.0)]}
-  axes = plots._new_figure().add_subplot()
+  axes = plots.new_figure().add_subplot()
   plots.draw_times(axes, curves)
   assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
   assert [line.get_label() for line in axes.lines] == list(curves) and [
@@ -124,7 +124,7 @@ def test_marks_of_the_text():
   """
   heads = np.zeros((6, 6), int)
   heads[5, 1], heads[5, 2] = 1, 2
-  axes = plots._new_figure().add_subplot()
+  axes = plots.new_figure().add_subplot()
   plots.draw_text(axes, list("abcdef"), plots.Kept(0, heads, 2, 2))
   light, dark = plots.kept_colours(2)
   marks = {patch.get_x(): patch.get_facecolor()[:3] for patch in axes.patches}
