@@ -17,8 +17,6 @@ import time
 
 import pytest
 
-from sparsek.__main__ import commands
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = (
   "--preset=tiny",
@@ -150,9 +148,8 @@ def test_the_whole_way(program, tmp_path):
   assert len(list((tmp_path / "runs" / "grid" / "cells").iterdir())) == 4
 
   user.run("evaluate", "--workdir=runs/own", "--eval_batches=1")
-  if "plot" in commands():
-    user.run("plot", "--workdir=runs/own", "--output=own.png")
-    assert (tmp_path / "own.png").stat().st_size
+  user.run("plot", "--workdir=runs/own", "--output=own.png")
+  assert (tmp_path / "own.png").stat().st_size
   user.run("import-hf", "--workdir=runs/own", "--export=exported")
   user.run("import-hf", "--from=exported", "--workdir=runs/imported")
   assert user.python(PROGRAM).split() == [str(steps), "4", "True"]
