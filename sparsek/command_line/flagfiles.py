@@ -23,6 +23,7 @@ from sparsek.storage.files import local_path, read_at_most
 
 COMMAND_LINE = "the command line"
 MAX_BYTES, MAX_FILES = 2**20, 1000
+RECIPES = os.path.join("experiments", "recipes")
 _ADDED_UP = (None, "undefok")  # names whose values come from all sources
 # Flags of version 0.1 that were renamed, and those that became fields of --model.
 RENAMED = {"rivals": "baselines"}
@@ -46,11 +47,15 @@ _NEXT_FIELD = re.compile(r",(?=\w+=)")  # a pattern of layers holds commas too
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def recipe_file(name: str) -> str:
-  """Returns where the package has a recipe, such as "tiny_stdlib", if it is one."""
+def recipe_file(name: str) -> str | None:
+  """Returns where the package has the recipe "tiny_stdlib", or None for no recipe's name.
+
+  "experiments/recipes/tiny_stdlib.flags", its path in a checkout, is a name too.
+  """
+  folder, file = os.path.split(f"{name.removesuffix('.flags')}.flags")
   package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  file = f"{name.removesuffix('.flags')}.flags"
-  return os.path.join(package, "experiments", "recipes", os.path.basename(file))
+  path = os.path.join(package, RECIPES, file)
+  return path if folder in ("", RECIPES) and os.path.isfile(path) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,9 @@ class _Reader:
     beside = os.path.join(os.path.dirname(parents[-1]), path) if parents else path
     if beside == path or not os.path.exists(beside):
       if not os.path.exists(path):
-        if os.path.isfile(recipe := recipe_file(path)):
+        recipe = recipe_file(path)
+        if recipe is not None:
+          self._say(f"--flagfile={path} is the recipe {recipe}")
           return recipe
         tried = " nor ".join(dict.fromkeys(map(os.path.abspath, (beside, path))))
         named = f", which {parents[-1]} names" if parents else ""

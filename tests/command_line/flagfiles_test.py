@@ -150,6 +150,7 @@ def test_encodings_that_are_refused(content, words, tmp_path):
     ("--flagfile=gs://x/y", "gs: URLs are not supported"),
     ("--flagfile={}", "is a folder, expected a regular file"),
     ("--flagfile={}/nowhere", "there is no file"),
+    ("--flagfile={}/tiny_stdlib", "and no recipe of that name"),
     ("--flagfile={}/a.flags", "includes itself: {0}/a.flags -> {0}/b.flags -> {0}/a.flags"),
     ("--flagfile={}/word.flags", "unexpected argument 'word'"),
     ("--flagfile={}/d0.flags", "more than 1000 flagfiles"),
@@ -160,3 +161,13 @@ def test_what_is_no_flagfile(argument, words, tmp_path):
   write(tmp_path, **{f"d{i}": f"--flagfile=d{i + 1}.flags\n" * 2 for i in range(20)}, d20="--k=1")
   with pytest.raises(UsageError, match=words.format(tmp_path)):
     parsed(argument.format(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tiny_stdlib", "experiments/recipes/tiny_stdlib.flags"])
+def test_a_recipe_is_found_by_name(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  values, (said,) = parsed(f"--flagfile={name}")
+  assert values.k == 64 and values.data == "stdlib"
+  assert said.startswith(f"--flagfile={name} is the recipe ")
+  write(tmp_path, tiny_stdlib="--k=5")
+  assert parsed("--flagfile=tiny_stdlib.flags")[0].k == 5  # a file comes first
