@@ -66,8 +66,8 @@ def ahead() -> str:
   first = "the sliding window" if window < sparsek else "SPARSEK"
   return (
     f"On this text {first} is ahead by {abs(sparsek - window):.3f} nats a byte: {sparsek:.3f} with "
-    f"SPARSEK, {window:.3f} with the window. Most of what matters here is near; `make demo` shows "
-    "what selection is for."
+    f"SPARSEK, {window:.3f} with the window. Most of what matters here is near; what "
+    f"selection is for: {command('demo')}"
   )
 
 
@@ -119,7 +119,6 @@ def main() -> None:
     f"--seq_len={4 * SEQ_LEN}",
     "--eval_batches=8",
   )
-  print(ahead())
   title("5. Generate text with SPARSEK, in constant memory")
   demo_commands.run(
     "generate", f"--workdir={SPARSEK}", "--prompt=def __init__(self", "--max_new_tokens=300"

@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
-from sparsek.command_line.flags import define_data_of_runs_flag, define_evaluation_flags
+from sparsek.command_line.flags import check_runs, define_data_of_runs_flag, define_evaluation_flags
 from sparsek.command_line.invocation import as_typed
 from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
@@ -54,13 +54,7 @@ define_flags(FLAGS)
 
 def check_flags() -> None:
   """Raises UsageError unless --workdir names folders."""
-  if not FLAGS.workdir:
-    raise UsageError(
-      "--workdir is required: the folder of a pretraining run, or several separated by commas"
-    )
-  for folder in FLAGS.workdir:
-    if not os.path.isdir(folder):
-      raise UsageError(f"--workdir={folder}: there is no such folder")
+  check_runs(FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from absl import flags as absl_flags
 from sparsek.command_line import path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
-from sparsek.command_line.flags import define_evaluation_flags
+from sparsek.command_line.flags import check_runs, define_evaluation_flags
 from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.errors import UsageError
@@ -89,13 +89,7 @@ def check_lengths(lengths: list[int]) -> None:
 def check_flags() -> None:
   """Raises UsageError unless --workdir names folders, and --record can be written."""
   check_lengths(document_lengths())
-  if not FLAGS.workdir:
-    raise UsageError(
-      "--workdir is required: the folder of a pretraining run, or several separated by commas"
-    )
-  for folder in FLAGS.workdir:
-    if not os.path.isdir(folder):
-      raise UsageError(f"--workdir={folder}: there is no such folder")
+  check_runs(FLAGS.workdir)
   if FLAGS.record and not (
     FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")
   ):

@@ -21,7 +21,7 @@ import sys
 from absl import flags as absl_flags
 
 from sparsek.command_line.definer import Definer
-from sparsek.command_line.flags import define_step_flags
+from sparsek.command_line.flags import check_runs, define_step_flags
 from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
 from sparsek.errors import UsageError
@@ -53,11 +53,7 @@ define_flags(FLAGS)
 
 def check_flags() -> None:
   """Raises UsageError for folders, names, a picture or texts that cannot be used."""
-  if not FLAGS.workdir:
-    raise UsageError("--workdir is required: the folder of a run, or several separated by commas")
-  for folder in FLAGS.workdir:
-    if not os.path.isdir(folder):
-      raise UsageError(f"--workdir={folder}: there is no such folder")
+  check_runs(FLAGS.workdir)
   if len(FLAGS.workdir) > MOST_RUNS:
     raise UsageError(
       f"--workdir names {len(FLAGS.workdir)} runs: at most {MOST_RUNS} can be told apart"

@@ -17,6 +17,15 @@ def parser(description: str) -> argparse.ArgumentParser:
   return argparse.ArgumentParser(description=description, formatter_class=as_written)
 
 
+def page_parser(description: str, page: str) -> argparse.ArgumentParser:
+  """Returns the parser of a script that writes a page: `path` is the file, by default `page`."""
+  made = parser(description)
+  made.add_argument(
+    "path", nargs="?", default=os.path.relpath(page), type=output, metavar="FILE", help="to write"
+  )
+  return made
+
+
 def path(text: str) -> str:
   """Returns a path, for argparse; a relative one stays relative, since records are published."""
   try:

@@ -125,7 +125,7 @@ def train(
   dataset = open_data(train_config.data.data)
   if not train_config.init_from:
     config = dataclasses.replace(config, vocab_size=dataset.vocab_size)
-  run_directory.use_compilation_cache(train_config.workdir)
+  run_directory.use_compilation_cache()
   return loop.train(config, train_config, dataset)
 
 

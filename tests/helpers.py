@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from sparsek.command_line.main import run
-from sparsek.config import ATTENTION_KINDS, SCORERS
+from sparsek.config import ATTENTION_KINDS, SCORERS, TransformerConfig
 from sparsek.data.tokenizer import BPETokenizer
 from sparsek.model import baselines, scorers
 
@@ -17,6 +17,19 @@ from sparsek.model import baselines, scorers
 quick_jit = functools.partial(
   jax.jit,
   compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+
+# A model that compiles fast.
+SMALLEST = TransformerConfig(
+  num_layers=1,
+  embed_dim=8,
+  num_heads=1,
+  num_kv_heads=1,
+  head_dim=8,
+  mlp_dim=8,
+  k=4,
+  window=4,
+  implementation="reference",
 )
 
 

@@ -10,7 +10,6 @@ import pytest
 from orbax.checkpoint import v1
 
 from sparsek import programs
-from sparsek.config import TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
@@ -18,19 +17,9 @@ from sparsek.errors import UsageError
 from sparsek.experiments import evaluate as evaluate_command
 from sparsek.experiments import generate as generate_command
 from sparsek.runs.metrics import read_metrics
+from tests.helpers import SMALLEST as CONFIG
 from tests.helpers import run_command
 
-CONFIG = TransformerConfig(
-  num_layers=1,
-  embed_dim=8,
-  num_heads=1,
-  num_kv_heads=1,
-  head_dim=8,
-  mlp_dim=8,
-  k=4,
-  window=4,
-  implementation="reference",
-)
 SETTINGS = {"seq_len": 16, "batch_size": 2, "eval_every": 0, "checkpoint_every": 1}
 
 
@@ -52,6 +41,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder):
   return programs.load(folder / "run")
+
+
+def test_training_leaves_compiled_programs_where_others_do(folder):
+  assert os.path.abspath(jax.config.jax_compilation_cache_dir or "") != str(folder / "run")
 
 
 def test_a_loaded_run_has_what_it_was_trained_with(folder, run):

@@ -10,6 +10,7 @@ length, and what is in it is not tried again.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -128,23 +129,25 @@ def main(options: argparse.Namespace) -> None:
   limit, rows = bytes_limit(options.gib), []
   if options.record and os.path.exists(options.record):
     rows = files.read_json_object(options.record)["rows"]
-  shapes = [(1, 1, 1), (1, 1, len(jax.devices()))]
-  for case in options.cases.split(","):
-    for kind in options.kinds.split(","):
-      for shape in shapes:
-        labels = {"case": case, "kind": kind, "mesh": name_of(shape)}
-        search = Search(under(kind, configs()[case]), shape, options.step, limit)
-        for row in rows:
-          if row.items() >= labels.items():
-            search.known[row["n"] // options.step] = row
-        while not search.is_done():
-          steps = search.following()
-          fits = search.fits(steps)
-          print(f"{kind}, {name_of(shape)}: {steps * options.step:,} tokens: {fits}", flush=True)
-          rows.append(labels | search.known[steps])
-          if options.record:
-            record = {**environment(), "bytes_limit": limit, "rows": rows}
-            files.save(options.record, json.dumps(record, indent=1) + "\n")
+
+  def keep(row: dict) -> None:
+    rows.append(row)
+    if options.record:
+      record = {**environment(), "bytes_limit": limit, "rows": rows}
+      files.save(options.record, json.dumps(record, indent=1) + "\n")
+
+  for case, kind, shape in itertools.product(
+    options.cases.split(","), options.kinds.split(","), ((1, 1, 1), (1, 1, len(jax.devices())))
+  ):
+    labels = {"case": case, "kind": kind, "mesh": name_of(shape)}
+    search = Search(under(kind, configs()[case]), shape, options.step, limit)
+    known = [row for row in rows if row.items() >= labels.items()]
+    search.known |= {row["n"] // options.step: row for row in known}
+    while not search.is_done():
+      steps = search.following()
+      fits = search.fits(steps)
+      print(f"{kind}, {name_of(shape)}: {steps * options.step:,} tokens: {fits}", flush=True)
+      keep(labels | search.known[steps])
   print(table(rows))
 
 

@@ -213,14 +213,15 @@ def draw(runs: Mapping[str, Mapping], path: str) -> None:
   """
   figure = plots.new_figure(figsize=(11, 8), dpi=110, layout="constrained")
   converted, trained, *of_tasks = figure.subplots(2, 2).flat
-  for name, group in groups(runs).items():
+  by_name = groups(runs)
+  for name, group in by_name.items():
     kind, _, stage = name.partition("_")
     if kind not in LINES:
       continue
     colour, marker, label = LINES[kind]
     style = {"color": colour, "marker": marker, "fillstyle": "none", "label": label}
     if stage in ("", "tuned"):
-      same = groups(runs)["dense_tuned" if stage else "dense"]
+      same = by_name["dense_tuned" if stage else "dense"]
       (trained if stage else converted).plot(
         [bucket["last"] + 1 for bucket in group[0]["buckets"]],
         [here - there for here, there in zip(_by_position(group), _by_position(same))],

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import definer
+from sparsek.command_line import help
+from sparsek.command_line.help import FlagHelp
 from sparsek.experiments import script
 from sparsek.experiments.reports import records
 from sparsek.storage import files
@@ -35,30 +36,9 @@ A flag is written `--name=value`. Booleans also take the forms `--name` and `--n
 read from files, `--flagfile=FILE`; those of the command line win."""
 
 
-def groups(values: absl_flags.FlagValues) -> list[tuple[str, list[str]]]:
-  """Returns (title, names of flags): of each part of --help, or one part without a title."""
-  names = sorted(definer.names_of(values))
-  order = getattr(definer, "GROUPS", ("",))
-  group_of = getattr(definer, "group_of", lambda flag: "")
-  parts = [(part, [name for name in names if group_of(values[name]) == part]) for part in order]
-  return [part for part in parts if part[1]]
-
-
-def _default(flag: absl_flags.Flag) -> str:
-  """Returns the default of a flag as it is written on a command line; "" for none."""
-  value = flag.default
-  if value is None or value == [] or value == "":
-    return ""
-  if isinstance(value, bool):
-    return str(value).lower()
-  return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
 def _allowed(flag: absl_flags.Flag) -> str:
   """Returns which values a flag takes, where its help does not say so itself."""
-  if isinstance(flag, absl_flags.EnumFlag):
-    return "one of " + ", ".join(f"`{value}`" for value in flag.parser.enum_values)
-  return flag.parser.syntactic_help or ""
+  return "" if isinstance(flag, absl_flags.EnumFlag) else flag.parser.syntactic_help or ""
 
 
 def _escaped(text: str) -> str:
@@ -66,13 +46,11 @@ def _escaped(text: str) -> str:
   return re.sub(r"([*_<>\[\]|])", r"\\\1", " ".join(text.split()))
 
 
-def entry(flag: absl_flags.Flag) -> str:
+def entry(flag: FlagHelp, allowed: str) -> str:
   """Returns the lines of a flag: name and default, then what it means and takes."""
-  default = _default(flag)
-  head = f"**`--{flag.name}`**" + f", by default `{default}`" * bool(default)
-  help_text = re.sub(r"^<[^>]*>: ", "", flag.help or "")  # absl puts choices in front
-  fields = re.split(r"\n(?=\S+ \()", help_text)  # those of --model come one a line
-  text, allowed = _escaped(fields[0]), _allowed(flag)
+  head = f"**`--{flag.name}`**" + f", by default `{flag.default}`" * bool(flag.default)
+  fields = re.split(r"\n(?=\S+ \()", flag.text)  # those of --model come one a line
+  text = _escaped(fields[0])
   if allowed:
     text += f" ({allowed})"
   lines = [f"{head}  ", text]
@@ -87,11 +65,9 @@ def section(command: str) -> Iterator[str]:
   name = command.replace("_", "-")
   yield f"## {name}"
   yield " ".join((module.__doc__ or "").strip().split("\n\n")[0].split())
-  values = module.FLAGS
-  for title, names in groups(values):
-    if title:
-      yield f"### {name}: {title}"
-    yield from (entry(values[flag]) for flag in names)
+  for title, flags in help.groups(module.FLAGS).items():
+    yield f"### {name}: {title}"
+    yield from (entry(flag, _allowed(module.FLAGS[flag.name])) for flag in flags)
 
 
 def page() -> str:
@@ -107,12 +83,7 @@ def main(options: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's argument."""
-  parser = script.parser(__doc__)
-  default = os.path.relpath(PAGE)
-  parser.add_argument(
-    "path", nargs="?", default=default, type=script.output, metavar="FILE", help="to write"
-  )
-  return parser
+  return script.page_parser(__doc__, PAGE)
 
 
 if __name__ == "__main__":

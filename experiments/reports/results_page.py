@@ -237,12 +237,7 @@ def main(options: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's argument."""
-  parser = script.parser(__doc__)
-  default = os.path.relpath(PAGE)
-  parser.add_argument(
-    "path", nargs="?", default=default, type=script.output, metavar="FILE", help="to write"
-  )
-  return parser
+  return script.page_parser(__doc__, PAGE)
 
 
 if __name__ == "__main__":

@@ -260,7 +260,8 @@ def _local_starts(runs: Mapping) -> str:
   )
 
 
-def _last(cell: Mapping) -> float:
+def last_loss(cell: Mapping) -> float:
+  """Returns the last held-out loss of a cell."""
   return list(cell["heldout_loss"].values())[-1]
 
 
@@ -271,7 +272,7 @@ def grid(record: Mapping) -> list[str]:
     match = GRID_CELL.fullmatch(cell["cell"])
     assert match, cell["cell"]
     key = (match["kind"], match["k"] or "", match["window"] or "", cell["grid"])
-    losses.setdefault(key, []).append(_last(cell))
+    losses.setdefault(key, []).append(last_loss(cell))
   grids = {grid for *_, grid in losses}
   rows = []
   for (kind, k, window, grid), values in losses.items():

@@ -220,11 +220,11 @@ def attend_selected(
     options: settings.
   """
   attention = pallas_attention(chosen) if chosen in PALLAS else _xla_attention
-  skip = key.shape[1] - query.shape[1]
-  if chosen != "mosaic_gpu":  # the others need a query for each token
-    query = jnp.pad(query, ((0, 0), (skip, 0), (0, 0), (0, 0)))
+  # All but the kernels for Hopper GPUs need a query for each token.
+  missing = 0 if chosen == "mosaic_gpu" else key.shape[1] - query.shape[1]
+  query = jnp.pad(query, ((0, 0), (missing, 0), (0, 0), (0, 0)))
   out = attention(query, key, value, scores, *selection, start, end, **options._asdict())
-  return out if chosen == "mosaic_gpu" else out[:, skip:]
+  return out[:, missing:]
 
 
 def _xla_attention(query, key, value, scores, threshold, expiry, order, start, end, **options):

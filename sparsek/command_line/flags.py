@@ -12,11 +12,15 @@ Model flags default to None, which means the value of the preset, or of the run 
 the dataclasses of `sparsek.config`, `main` parses a command line and runs a command.
 """
 
+import os
+from collections.abc import Sequence
+
 from absl import flags
 
 from sparsek import config as config_lib
 from sparsek.command_line.definer import Definer
 from sparsek.command_line.model_fields import ModelFlag
+from sparsek.errors import UsageError
 
 DATA_HELP = 'Folder of token files or "stdlib", made with the run\'s tokenizer.'
 
@@ -211,6 +215,15 @@ def define_evaluation_flags(flag_values: flags.FlagValues) -> None:
   )
   define_step_flags(flag_values)
   define_alone_flag(flag_values)
+
+
+def check_runs(folders: Sequence[str]) -> None:
+  """Raises UsageError unless --workdir names folders, each of which exists."""
+  if not folders:
+    raise UsageError("--workdir is required: the folder of a run, or several separated by commas")
+  for folder in folders:
+    if not os.path.isdir(folder):
+      raise UsageError(f"--workdir={folder}: there is no such folder")
 
 
 def define_data_of_runs_flag(flag_values: flags.FlagValues) -> None:

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from sparsek.config import DataConfig, TransformerConfig
+from sparsek.config import DataConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
@@ -14,19 +14,8 @@ from sparsek.experiments import evaluate, evaluate_tasks, generate, import_hf, l
 from sparsek.model.transformer import init_params
 from sparsek.runs import checkpoint, checkpoint_writer, run_directory
 from sparsek.runs.metrics import read_metrics
+from tests.helpers import SMALLEST as CONFIG
 from tests.helpers import run_command, spm
-
-CONFIG = TransformerConfig(
-  num_layers=1,
-  embed_dim=8,
-  num_heads=1,
-  num_kv_heads=1,
-  head_dim=8,
-  mlp_dim=8,
-  k=4,
-  window=4,
-  implementation="reference",
-)
 
 
 def text(i):

@@ -4,7 +4,7 @@ import html.parser
 
 import pytest
 
-from sparsek.experiments.reports import grid, grid_page, plots
+from sparsek.experiments.reports import grid, grid_page, grid_picture, plots, records
 
 
 def row(attention, k, window, loss, gate=None):
@@ -130,3 +130,16 @@ def test_the_page_fits_a_phone(monkeypatch):
 @pytest.mark.parametrize("summary", (SUMMARY[-1:], SUMMARY[-2:-1], SUMMARY[:1]))
 def test_single_settings_are_drawn(summary):
   assert grid_page.png(grid_page.pictures(summary)).startswith(b"\x89PNG")
+
+
+def test_the_record_of_a_grid_makes_its_picture():
+  made = grid.summarize(grid_picture.rows(records.load("baselines_grid.json")))
+  best, sizes = made[0], {(row["attention"], row["k"], row["window"]) for row in made}
+  assert (best["attention"], best["k"], best["window"], best["budget"]) == (
+    "sparsek",
+    384,
+    512,
+    896,
+  )
+  assert best["seeds"] == 3 and f"{best['heldout_loss']:.4f}" == "2.6458"
+  assert ("sliding_window", None, 128) in sizes and len(sizes) == 28
