@@ -11,7 +11,7 @@ ones. A cell that was trained with other flags is refused, or with --retrain mov
 WORKDIR/cells/replaced and trained again. --job=i/N takes one cell in N, for the array jobs of a
 cluster, and leaves cells that another job trains to that job. After each cell WORKDIR gets
 table.md, table.csv, report.html and its picture report.png: heatmaps over k and window, and loss
-against keys per query.
+against keys per query. Without matplotlib there are no pictures.
 """
 
 import os
@@ -21,14 +21,14 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import own_modules
+from sparsek.command_line import flagfiles, own_modules
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
 from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_mesh_flags
-from sparsek.config import ATTENTION_KINDS, GATES, SCORERS
+from sparsek.config import ATTENTION_KINDS, GATES, SCORERS, whole_number
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 
@@ -39,11 +39,18 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path("workdir", None, "Folder for the runs of the grid and the report. Required.")
   define_alone_flag(flag_values)
   own_modules.define_import_flag(flag_values)
-  define.path("base", None, "Flagfile of experiments.pretrain that all runs share.")
+  define.path(
+    "base",
+    None,
+    "Flagfile of experiments.pretrain that all runs share, or the name of a recipe. What the grid "
+    "sets replaces what it says.",
+    absolute=False,
+  )
   define.string(
     "more",
     None,
-    'Further flags that all runs share, in one string: --more="--num_steps=500 --seq_len=2048".',
+    "Further flags that all runs share, none that the grid sets, in one string: "
+    '--more="--num_steps=500 --seq_len=2048".',
   )
   define.string(
     "attention",
@@ -84,6 +91,19 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+# Flags of experiments.pretrain that the grid sets in each cell, and by which of its own.
+SET_BY_GRID = {
+  **{name: f"--{name}" for name in ("attention", "k", "window", "gate", "scorer", "workdir")},
+  "layer_pattern": "--attention",
+  "seed": "--seeds",
+}
+# Flags with which no cell would reach its end, and why.
+NOT_OF_CELLS = {
+  "dry_run": "trains nothing that could be compared",
+  "topology": "of --dry_run, which trains nothing that could be compared",
+  "stop_at": "runs that stop before --num_steps cannot be compared",
+  "restore_step": "goes back in one run, and a grid has several",
+}
 
 
 def choices(name: str, allowed: Sequence[str]) -> list[str]:
@@ -99,12 +119,12 @@ def choices(name: str, allowed: Sequence[str]) -> list[str]:
 def numbers(name: str, minimum: int) -> list[int]:
   """Returns the numbers of a flag."""
   text = getattr(FLAGS, name)
-  values = text.split(",")
-  if not all(value.isdecimal() and int(value) >= minimum for value in values):
+  found = [whole_number(value, minimum) for value in text.split(",")]
+  if None in found:
     raise UsageError(
       f"--{name}={text}: must be numbers of at least {minimum} separated by commas, such as 64,128"
     )
-  return [int(value) for value in values]
+  return [number for number in found if number is not None]
 
 
 def check_flags() -> None:
@@ -112,6 +132,25 @@ def check_flags() -> None:
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
   numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS)
+  base_file(), more_words()
+
+
+def base_file() -> str | None:
+  """Returns the path of the flagfile that --base names, which may be a recipe's."""
+  if not FLAGS.base:
+    return None
+  path = FLAGS.base if os.path.isfile(FLAGS.base) else flagfiles.recipe_file(FLAGS.base)
+  if path is None:
+    raise UsageError(f"--base={FLAGS.base}: there is no such file, and no recipe of that name")
+  return os.path.abspath(path)
+
+
+def more_words() -> list[str]:
+  """Returns the flags of --more."""
+  try:
+    return shlex.split(FLAGS.more or "")
+  except ValueError as error:
+    raise UsageError(f"--more={FLAGS.more}: {error}") from None
 
 
 if __name__ == "__main__":
@@ -119,7 +158,7 @@ if __name__ == "__main__":
 
 from sparsek.data import batches
 from sparsek.experiments import child
-from sparsek.experiments.reports import grid
+from sparsek.experiments.reports import grid, plots
 from sparsek.parallel import clusters
 from sparsek.runs import settings
 from sparsek.runs.run_directory import COMPILATION_CACHE
@@ -127,15 +166,29 @@ from sparsek.runs.run_directory import COMPILATION_CACHE
 
 def shared() -> list[str]:
   """Returns the flags that all runs share: those of --base and --more, --fsdp and --context."""
-  if FLAGS.base and not os.path.isfile(FLAGS.base):
-    raise UsageError(f"--base={FLAGS.base}: there is no such file")
-  try:
-    extra_flags = shlex.split(FLAGS.more or "")
-  except ValueError as error:
-    raise UsageError(f"--more={FLAGS.more}: {error}") from None
   devices = [f"--{name}={FLAGS[name].value}" for name in ("fsdp", "context") if FLAGS[name].present]
-  base = [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base)
-  return base + extra_flags + devices + own_modules.given(FLAGS)
+  base = base_file()
+  flagfile = [f"--flagfile={base}"] if base else []
+  return [*flagfile, *more_words(), *devices, *own_modules.given(FLAGS)]
+
+
+def check_shared() -> None:
+  """Refuses flags of --more that the grid sets, and names those of --base on stderr.
+
+  Raises:
+    UsageError: naming the flag of --more.
+  """
+  imports = own_modules.given(FLAGS)
+  more = settings.parse([*imports, *more_words()])
+  for name, instead in SET_BY_GRID.items():
+    if more[name].present:
+      raise UsageError(f"--{name} in --more: the grid sets it, by {instead}")
+  if base := base_file():
+    values = settings.parse([*imports, f"--flagfile={base}"])
+    names = [name for name in SET_BY_GRID if values[name].present and name != "layer_pattern"]
+    given = [f"--{name}={values[name].value}" for name in names]
+    if given:
+      print(f"{' '.join(given)} in --base gives way to what the grid sets", file=sys.stderr)
 
 
 def check(arguments: Sequence[str]) -> absl_flags.FlagValues:
@@ -146,8 +199,9 @@ def check(arguments: Sequence[str]) -> absl_flags.FlagValues:
   """
   values = settings.parse(arguments)
   model_config(values), train_config(values)
-  if values.dry_run:
-    raise UsageError("--dry_run in --base or --more: trains nothing that could be compared")
+  for name, reason in NOT_OF_CELLS.items():
+    if values[name].value != values[name].default:
+      raise UsageError(f"--{name} in --base or --more: {reason}")
   if not values.eval_every:
     raise UsageError(
       "--eval_every=0 in --base or --more: must be above 0, since held-out losses are compared"
@@ -174,18 +228,21 @@ def main() -> None:
   clusters.check_alone("experiments.ablate", FLAGS.distributed, os.environ)
   kinds, ks, windows = grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0)
   gates, scorers = choices("gate", GATES), choices("scorer", SCORERS)
+  check_shared()
   cells = grid.grid(kinds, ks, windows, gates, scorers, FLAGS.seeds)
   mine, given = grid.share(cells, FLAGS.job), shared()
   runs = os.path.join(FLAGS.workdir, "cells")
   folders = {cell: os.path.join(runs, cell.name) for cell in cells}
   values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
+  grid.check_report(FLAGS.workdir)
   first = values[cells[0]]
   with said_if_slow("opening the data ..."):
     dataset = batches.open_data(first.data, first.tokenizer).fingerprint
   grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
   files.make_folder(runs)
   report = not_default(check([*given, f"--workdir={runs}"]))
+  draws = plots.can_draw("the tables and report.html are written without them")
   failed, busy = [], []
   with child.ending_at_signals(0):
     for i, cell in enumerate(mine):
@@ -203,7 +260,7 @@ def main() -> None:
           failed.append(cell.name)
           continue
         grid.save_result(folders[cell], dataset)
-      grid.write_report(FLAGS.workdir, grid.collect(runs, cells), report)
+      grid.write_report(FLAGS.workdir, grid.collect(runs, cells), report, draws)
   rows = grid.collect(runs, cells)
   if rows:
     print(

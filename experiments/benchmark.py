@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
-"""Benchmark of SPARSEK beside dense attention and a sliding window of the same budget.
+"""Benchmark of SPARSEK beside dense attention and a window of the same budget.
 
   python -m experiments.benchmark --lengths=4096,16384 --k=128 --window=128 --heads=2 \\
     --kv_heads=1 --head_dim=64
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from sparsek.command_line import outputs
 from sparsek.command_line.definer import into_string
 from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
@@ -28,13 +29,16 @@ from sparsek.errors import RunError, UsageError
 from sparsek.experiments.bench.flags import FLAGS
 from sparsek.storage import files
 
+RECORD = outputs.record("record of experiments.benchmark", "flags", "rows", "summary")
+
 
 def check_flags() -> None:
   """Raises UsageError unless --show or --record can be read or written."""
-  name = "show" if FLAGS.show else "record"
-  path = FLAGS[name].value
-  if path and not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
-    raise UsageError(f"--{name}={path}: must be a .json file in a folder that exists")
+  if FLAGS.show:
+    outputs.check_name("show", FLAGS.show)
+    outputs.check_picture("show", FLAGS.show)
+  elif FLAGS.record:
+    outputs.check_record("record", FLAGS.record, RECORD, has_picture=True)
 
 
 if __name__ == "__main__":
@@ -53,7 +57,7 @@ from sparsek.experiments.bench.suites import (
   names,
   problems,
 )
-from sparsek.experiments.reports import records
+from sparsek.experiments.reports import plots, records
 
 Record = dict[str, Any]
 REFERENCE_LENGTH = 4096
@@ -156,6 +160,7 @@ def main() -> None:
   """Measures or loads, prints, draws."""
   check_flags()
   path = flag("show", flag("record"))
+  draws = bool(path) and plots.can_draw("the figures are printed and recorded without them")
   if flag("show"):
     record = load(path)
   else:
@@ -163,9 +168,11 @@ def main() -> None:
   report = report_of(record)
   print("\n".join(report.lines(record)), flush=True)
   if path:
-    picture = os.path.splitext(path)[0] + ".png"
-    report.draw(picture, record)
-    print(f"{path}, {picture}")
+    written = [path]
+    if draws:
+      written.append(outputs.picture_of(path))
+      report.draw(written[-1], record)
+    print(", ".join(written))
   failed = report.failures(record)
   if failed:
     raise RunError("not everything could be timed\n" + "\n".join(failed))

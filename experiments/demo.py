@@ -20,9 +20,11 @@ from collections.abc import Mapping, Sequence
 
 from absl import flags as absl_flags
 
+from sparsek.command_line import outputs
 from sparsek.command_line.main import parse_first, run
 
 FLAGS = absl_flags.FlagValues()  # the demo takes no flags
+KIND = outputs.record("record of the demo", "accuracy", "decoding")
 
 if __name__ == "__main__":
   parse_first(FLAGS, __doc__)
@@ -38,7 +40,7 @@ from sparsek.evaluation import tasks
 from sparsek.experiments import demo_commands, demo_documents
 from sparsek.experiments.bench import decoding
 from sparsek.experiments.demo_commands import FOLDER, command, title
-from sparsek.experiments.reports import demo_picture, results_sections
+from sparsek.experiments.reports import demo_picture, plots, results_sections
 from sparsek.experiments.reports.plots import NAMES, kept_tokens
 from sparsek.generation.cache import cache_bytes, decode_step
 from sparsek.generation.inference import inference_params
@@ -202,9 +204,9 @@ def cost_table(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 def main() -> None:
   """Runs all acts, one after the other."""
   started = time.monotonic()
-  demo_picture.check_can_draw()
-  os.makedirs(FOLDER, exist_ok=True)
-  demo_commands.share_compiled()
+  demo_commands.prepare(PICTURE)
+  outputs.check(RECORD, RECORD, KIND)
+  draws = plots.can_draw("the demo goes on, and prints its tables")
   title(
     f"1. Train tiny models to answer what a pass key was: each word sees {K + WINDOW} words, or all"
   )
@@ -223,14 +225,11 @@ def main() -> None:
   config, params = load("sparsek", SEEDS[0])
   spent: Costs = {kind: costs(decoding.under(kind, config), params) for kind in ("sparsek", "full")}
   print(cost_table(spent))
-  demo_picture.save(
-    PICTURE,
-    demo_picture.Answers(
+  if draws:
+    answers = demo_picture.Answers(
       found, K + WINDOW, demo_documents.CHANCE, config.num_layers * (K + WINDOW)
-    ),
-    (words, marks),
-    spent,
-  )
+    )
+    demo_picture.save(PICTURE, answers, (words, marks), spent)
   record = {
     "accuracy": found,
     "chance": demo_documents.CHANCE,
@@ -249,7 +248,8 @@ def main() -> None:
     ("", command("pretrain", "--data=data/mine", "--workdir=runs/mine")),
     ("all flags", command("pretrain", "--help")),
   )
-  print(f"\n{PICTURE}, {RECORD}: done in {time.monotonic() - started:.0f} s.\n{NOT_SHOWN}")
+  written = ", ".join([*[PICTURE] * draws, RECORD])
+  print(f"\n{written}: done in {time.monotonic() - started:.0f} s.\n{NOT_SHOWN}")
   print("To go on:", *(f"  {what:18}{how}" for what, how in to_go_on), sep="\n")
 
 

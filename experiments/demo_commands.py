@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import jax
 
-from sparsek.command_line import invocation
+from sparsek.command_line import invocation, outputs
 from sparsek.errors import RunError
 from sparsek.experiments import child
 from sparsek.runs import checkpoint
+from sparsek.storage import files
 
 FOLDER = "demo"
 CACHE = os.path.join(FOLDER, ".jax_cache")
@@ -28,8 +29,14 @@ def title(text: str) -> None:
   print(f"\n== {text} ==", flush=True)
 
 
-def share_compiled() -> None:
-  """Makes this process use the compiled programs that its commands share."""
+def prepare(picture: str) -> None:
+  """Makes the folder of the demos, and this process use the compiled programs of its commands.
+
+  Raises:
+    UsageError: where the folder holds another file of the picture's name.
+  """
+  files.make_folder(FOLDER)
+  outputs.check(picture, picture, outputs.PICTURE)
   jax.config.update("jax_compilation_cache_dir", os.path.abspath(CACHE))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -68,8 +75,10 @@ def pretrain_in_two(workdir: str, *arguments: str) -> None:
   arguments = (f"--workdir={workdir}", *arguments)
   if not checkpoint.saved_steps(workdir):
     run("pretrain", *arguments, stop_when=lambda: bool(checkpoint.saved_steps(workdir)))
+    steps = checkpoint.saved_steps(workdir)
     print(
-      "\nStopped after the checkpoint half-way. The same command, in a new process, resumes:",
+      f"\nThe demo stopped the run after its checkpoint of step {steps[0]}; it ended with one of "
+      f"step {steps[-1]}. The same command, in a new process, goes on from there:",
       flush=True,
     )
   run("pretrain", *arguments)

@@ -26,8 +26,7 @@ from sparsek.data.batches import open_data
 from sparsek.data.token_files import TokenDataset
 from sparsek.experiments import demo_commands
 from sparsek.experiments.demo_commands import FOLDER, command, title
-from sparsek.experiments.reports import demo_picture
-from sparsek.experiments.reports.plots import kept_tokens, save_picture
+from sparsek.experiments.reports.plots import can_draw, kept_tokens, save_picture
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
 
@@ -95,9 +94,8 @@ def draw(dataset: TokenDataset) -> None:
 def main() -> None:
   """Runs all steps, one after the other."""
   started = time.monotonic()
-  demo_picture.check_can_draw()
-  os.makedirs(FOLDER, exist_ok=True)
-  demo_commands.share_compiled()
+  demo_commands.prepare(PICTURE)
+  draws = can_draw("the demo goes on, and prints its tables")
   title("1. The corpus: the source text of Python's own standard library, as bytes")
   dataset = open_data("stdlib")
   for name in ("train", "heldout"):
@@ -123,10 +121,12 @@ def main() -> None:
   demo_commands.run(
     "generate", f"--workdir={SPARSEK}", "--prompt=def __init__(self", "--max_new_tokens=300"
   )
-  title("6. Draw a picture: the loss, and which tokens each layer keeps")
-  draw(dataset)
+  if draws:
+    title("6. Draw a picture: the loss, and which tokens each layer keeps")
+    draw(dataset)
 
-  print(f"\n{PICTURE}: done in {time.monotonic() - started:.0f} s. {ahead()}")
+  shown = f"{PICTURE}: done" if draws else "Done"
+  print(f"\n{shown} in {time.monotonic() - started:.0f} s. {ahead()}")
   to_go_on = (
     (
       "other text",

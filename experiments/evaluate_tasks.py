@@ -18,19 +18,21 @@ from collections.abc import Mapping
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import path_flags
+from sparsek.command_line import outputs, path_flags
 from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import check_runs, define_evaluation_flags
 from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_mesh_flags
+from sparsek.config import whole_number
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
 Counts = tuple[int, int]  # right answers, all answers
 
 MAX_LENGTH = 2**24  # tokens of a document
+RECORD = outputs.record("record of experiments.evaluate_tasks", "chance", "runs")
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -74,11 +76,13 @@ define_flags(FLAGS)
 
 def document_lengths() -> list[int]:
   """Returns the lengths of --lengths."""
-  texts = FLAGS.lengths.split(",")
-  for text in texts:
-    if not (text.isdecimal() and int(text)):
+  lengths = []
+  for text in FLAGS.lengths.split(","):
+    length = whole_number(text, 1)
+    if length is None:
       raise UsageError(f"--lengths={FLAGS.lengths}: {text!r} must be a number of at least 1")
-  return [int(text) for text in texts]
+    lengths.append(length)
+  return lengths
 
 
 def check_lengths(lengths: list[int]) -> None:
@@ -91,12 +95,8 @@ def check_flags() -> None:
   """Raises UsageError unless --workdir names folders, and --record can be written."""
   check_lengths(document_lengths())
   check_runs(FLAGS.workdir)
-  if FLAGS.record and not (
-    FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")
-  ):
-    raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
   if FLAGS.record:
-    files.check_writable(FLAGS.record)
+    outputs.check_record("record", FLAGS.record, RECORD, has_picture=True)
 
 
 if __name__ == "__main__":
@@ -106,6 +106,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sparsek.data.task_documents import CHANCE, TASKS, make_example
+from sparsek.data.tokenizer import Tokenizer, describe_documents
 from sparsek.evaluation import tasks
 from sparsek.experiments.reports import plots
 from sparsek.parallel import clusters
@@ -125,20 +126,39 @@ def task_names() -> list[str]:
   return names
 
 
+def check_documents(chosen: list[str], tokenizer: Tokenizer, length: int) -> None:
+  """Raises UsageError, before any long work, that names the tasks for which documents are short."""
+  reasons = {}
+  for task in chosen:
+    try:
+      make_example(task, tokenizer, length, np.random.default_rng(0), FLAGS.min_distance)
+    except UsageError as error:
+      reasons[task] = str(error)
+  if reasons:
+    fitting = ",".join(task for task in chosen if task not in reasons)
+    advice = f"--tasks={fitting} would fit" if fitting else "no other task is chosen"
+    raise UsageError(f"--lengths={FLAGS.lengths}: {'; '.join(reasons.values())}. {advice}")
+
+
 def save(
-  path: str, records: Mapping[str, dict], counts: Mapping[tuple[str, str, int], Counts]
+  path: str,
+  records: Mapping[str, dict],
+  counts: Mapping[tuple[str, str, int], Counts],
+  draws: bool = True,
 ) -> None:
-  """Writes the record of all runs and its picture."""
+  """Writes the record of all runs and its picture; with `draws` False only the record."""
   panels: dict[str, dict[str, list]] = {}
   for (label, task, length), (right, total) in counts.items():
     panels.setdefault(task, {}).setdefault(label, []).append(
       (length, right / total, *tasks.interval(right, total))
     )
-  picture = os.path.splitext(path)[0] + ".png"
   record = {"chance": {task: CHANCE[task] for task in panels}, "runs": records}
   files.save(path, json.dumps(record, indent=1))
-  plots.save_accuracies(picture, panels, CHANCE)
-  print(f"{path}, {picture}")
+  written = [path]
+  if draws:
+    written.append(outputs.picture_of(path))
+    plots.save_accuracies(written[-1], panels, CHANCE)
+  print(", ".join(written))
 
 
 def main() -> None:
@@ -157,14 +177,13 @@ def main() -> None:
     check_length(config, max(lengths), "lengths")
     for length in lengths:
       check_context(config, mesh, length, "lengths")
-    for task in chosen:  # a document too short is refused before any long work
-      make_example(task, tokenizer, min(lengths), np.random.default_rng(0), FLAGS.min_distance)
+    check_documents(chosen, tokenizer, min(lengths))
     files.check_writable(os.path.join(workdir, "tasks.jsonl"))
     runs.append((workdir, config, record, tokenizer))
+  draws = bool(FLAGS.record) and plots.can_draw("the record is written without them")
   for workdir, config, record, tokenizer in runs:
     label = path_flags.shown(workdir)
-    begin = " ".join(map(tokenizer.token, tokenizer.bos_ids))
-    print(f"{workdir}: each document begins with {begin or 'its text'}", file=sys.stderr)
+    print(f"{workdir}: {describe_documents(tokenizer, end='its answers')}", file=sys.stderr)
     with said_if_slow(f"loading {workdir} ..."):
       params, step = checkpoint.load_params(
         workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
@@ -203,7 +222,7 @@ def main() -> None:
     append_record(os.path.join(workdir, "tasks.jsonl"), records[label])
   print(tasks.table(list(records), lengths, counts))
   if FLAGS.record:
-    save(FLAGS.record, records, counts)
+    save(FLAGS.record, records, counts, draws)
 
 
 if __name__ == "__main__":

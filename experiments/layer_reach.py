@@ -15,6 +15,7 @@ import sys
 
 from absl import flags as absl_flags
 
+from sparsek.command_line import outputs
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import (
   define_data_of_runs_flag,
@@ -27,6 +28,8 @@ from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import DataConfig
 from sparsek.errors import UsageError
 from sparsek.storage import files
+
+RECORD = outputs.record("record of experiments.layer_reach", "rises", "layer_pattern")
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -71,12 +74,8 @@ def check_flags() -> None:
   """Raises UsageError unless --workdir is a folder and --record can be written."""
   if not os.path.isdir(FLAGS.workdir or ""):
     raise UsageError(f"--workdir={FLAGS.workdir}: must be the folder of a run")
-  if FLAGS.record and not (
-    FLAGS.record.endswith(".json") and os.path.isdir(os.path.dirname(FLAGS.record) or ".")
-  ):
-    raise UsageError(f"--record={FLAGS.record}: must be a .json file in a folder that exists")
   if FLAGS.record:
-    files.check_writable(FLAGS.record)
+    outputs.check_record("record", FLAGS.record, RECORD, has_picture=False)
   if FLAGS.sinks >= FLAGS.window:
     raise UsageError(f"--sinks={FLAGS.sinks} must be below --window={FLAGS.window}")
 

@@ -20,13 +20,13 @@ import sys
 
 from absl import flags as absl_flags
 
+from sparsek.command_line import outputs
 from sparsek.command_line.definer import Definer
 from sparsek.command_line.flags import check_runs, define_step_flags
 from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
 from sparsek.command_line.own_modules import define_import_flag
 from sparsek.errors import UsageError
-from sparsek.storage import files
 
 MOST_RUNS = 8  # that can be told apart
 MOST_TOKENS = 1024  # of a text that is drawn
@@ -62,9 +62,9 @@ def check_flags() -> None:
     )
   _labels()
   output = _output()
-  if not output.lower().endswith(FORMATS):
-    raise UsageError(f"--output={output}: must end in {' or '.join(FORMATS)}")
-  files.check_writable(output)
+  if os.path.splitext(output.lower())[1] not in FORMATS:
+    raise UsageError(f"--output={output}: must be a name that ends in {' or '.join(FORMATS)}")
+  outputs.check(f"--output={output}", output, outputs.PICTURE)
   if FLAGS.prompt is not None and FLAGS.prompt_file is not None:
     raise UsageError("--prompt and --prompt_file exclude each other: give one of them")
   if FLAGS.prompt == "":

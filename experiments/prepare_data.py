@@ -15,11 +15,12 @@ documents should be much shorter than a row. With --answers_only and generated d
 batch that holds no answer has a loss of 0.
 """
 
+import sys
 from collections.abc import Iterable
 
 from absl import flags as absl_flags
 
-from sparsek.command_line.definer import Definer
+from sparsek.command_line.definer import Definer, names_of
 from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.config import DEFAULT_EXTENSIONS
@@ -108,8 +109,12 @@ define_flags(FLAGS)
 def check_flags() -> None:
   """Raises UsageError for flags that exclude each other, and for those that are missing."""
   if FLAGS.verify is not None:
-    if FLAGS.sources or FLAGS.output:
-      raise UsageError(f"--verify={FLAGS.verify} takes neither --sources nor --output")
+    others = [name for name in names_of(FLAGS) if FLAGS[name].present]
+    if others := [f"--{name}" for name in others if name not in ("verify", "expect")]:
+      raise UsageError(
+        f"--verify={FLAGS.verify} makes nothing and takes only --expect: leave out "
+        f"{', '.join(others)}"
+      )
     return
   for name in ("sources", "output"):
     if not FLAGS[name].value:
@@ -158,10 +163,17 @@ def _documents(description: str, left_out: LeftOut | None = None) -> Iterable[Do
 def _tokenizer() -> Tokenizer:
   if FLAGS.train_bpe is None:
     return load_tokenizer(FLAGS.tokenizer or "byte")
-  return train_bpe(
+  tokenizer = train_bpe(
     (document.text for document in _documents("training the tokenizer") if not document.held_out),
     FLAGS.train_bpe,
   )
+  if tokenizer.vocab_size < FLAGS.train_bpe:
+    print(
+      f"warning: the text is too short for --train_bpe={FLAGS.train_bpe}: the tokenizer has "
+      f"{tokenizer.vocab_size} ids",
+      file=sys.stderr,
+    )
+  return tokenizer
 
 
 def _report(dataset: TokenDataset) -> None:

@@ -80,10 +80,14 @@ def report(result: loop.Result, config: TrainConfig) -> None:
     )
   elif result.stopped:
     print(f"stopped by a signal at step {result.step} of {num_steps}; the same command resumes")
-  losses = {"loss": result.loss, "held-out loss": result.heldout_loss}
-  known = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
+  losses = {config.loss_name: result.loss, "held-out loss": result.heldout_loss}
+  known = [
+    f"{name} {value:.4f}{' nats per token' * (name == 'held-out loss')}"
+    for name, value in losses.items()
+    if value is not None
+  ]
   if known:
-    print(f"step {result.step}: {known} (nats per token)")
+    print(f"step {result.step}: {', '.join(known)}")
   print(
     f"checkpoints in {os.path.join(workdir, 'checkpoints')}, metrics in "
     f"{os.path.join(workdir, 'metrics.jsonl')}"
@@ -138,7 +142,9 @@ def pretrain() -> None:
       ),
     )
   if FLAGS.dry_run:
-    lines = plan.make_plan(model, config, devices).lines()
+    said = "compiling the step for the plan; a large model takes minutes ..."
+    with said_if_slow(said) if processes.is_first() else contextlib.nullcontext():
+      lines = plan.make_plan(model, config, devices).lines()
     if processes.is_first():
       print("\n".join(lines))
     return

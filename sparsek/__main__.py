@@ -17,6 +17,7 @@ import sparsek
 from sparsek.command_line.invocation import STARTED_BY
 
 FIRST = ("demo", "prepare_data", "pretrain", "evaluate", "evaluate_tasks", "generate", "ablate")
+WIDTH = 80  # columns of a command's sentence
 HOME = "https://github.com/sparsek/sparsek"
 
 
@@ -34,9 +35,12 @@ def commands() -> dict[str, str]:
 
 
 def _short(sentence: str) -> str:
-  """Returns a sentence without its last clauses where it is too long for a line."""
-  ends = [match.start() for match in re.finditer(r"[,:] |$", sentence)]
-  return sentence[: max((end for end in ends if end <= 80), default=80)]
+  """Returns a sentence without its last clauses, or words, where it is too long for a line."""
+  for ends in (r"[,:] |$", r" "):
+    kept = [match.start() for match in re.finditer(ends, sentence) if match.start() <= WIDTH]
+    if kept:
+      return sentence[: kept[-1]]
+  return sentence
 
 
 def overview(program: str) -> str:

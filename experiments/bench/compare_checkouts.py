@@ -31,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsek.config import whole_number
 from sparsek.experiments.bench.checkouts.report import (
   SUITES,
   pair_programs,
@@ -258,9 +259,10 @@ def suite_names(text: str) -> list[str]:
 
 def positive(text: str) -> int:
   """Returns a positive integer, for argparse."""
-  if not text.isdecimal() or int(text) < 1:
+  number = whole_number(text, 1)
+  if number is None:
     raise argparse.ArgumentTypeError(f"{text} must be a positive integer")
-  return int(text)
+  return number
 
 
 def commit_names(text: str) -> list[str]:

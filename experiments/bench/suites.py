@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from sparsek.command_line.main import parse
-from sparsek.config import TransformerConfig, preset
+from sparsek.config import TransformerConfig, preset, whole_number
 from sparsek.errors import UsageError
 from sparsek.experiments.bench import attention as attention_bench
 from sparsek.experiments.bench import decoding as decoding_bench
@@ -43,13 +43,13 @@ def names(name: str, allowed: Sequence[str]) -> tuple[str, ...]:
 
 def lengths(name: str = "lengths", most: int = 26) -> list[int]:
   """Returns the numbers of the flag of that name, in rising order."""
-  given = flag(name).split(",")
-  if not all(n.isdecimal() and 1 <= int(n) <= 2**most for n in given):
+  given = [whole_number(text, 1) or 0 for text in flag(name).split(",")]
+  if not all(1 <= n <= 2**most for n in given):
     raise UsageError(
       f"--{name}={flag(name)}: must be numbers from 1 to 2^{most} separated by commas, "
       f"such as {FLAGS[name].default}"
     )
-  return sorted({int(n) for n in given})
+  return sorted(set(given))
 
 
 def problems() -> list[attention_bench.Problem]:

@@ -35,11 +35,6 @@ class Answers:
   reach: int
 
 
-def check_can_draw() -> None:
-  """Raises UsageError where matplotlib is missing, before any long work."""
-  plots.new_figure()
-
-
 def save(
   path: str,
   answers: Answers,

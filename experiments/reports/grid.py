@@ -2,16 +2,19 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term
+from sparsek.command_line import outputs
+from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term, whole_number
 from sparsek.errors import UsageError
 from sparsek.experiments.reports import grid_page
 from sparsek.runs import run_directory, settings
@@ -29,6 +32,14 @@ USES: dict[str, tuple[str, ...]] = {
 COLUMNS = ("attention", "k", "window", "gate", "scorer")
 RESULT = "result.json"
 FIELDS = ("heldout_loss", "step", "tokens_per_second")  # of a result
+MOST_NAME = 255  # bytes of a folder's name
+# Files of a report, by what tells that they are of one, also of earlier versions.
+REPORT = {
+  "table.md": outputs.text("table of a grid", "| attention |"),
+  "table.csv": outputs.text("table of a grid", "attention,k,window,"),
+  "report.html": outputs.text("report of a grid", f"<h1>{grid_page.TITLE}</h1>"),
+  "report.png": outputs.PICTURE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,11 @@ class Cell:
       self.scorer,
       f"s{self.seed}",
     ]
-    return "-".join(part for part in parts if part).replace("*", "x").replace(":", "_")
+    name = "-".join(part for part in parts if part).replace("*", "x").replace(":", "_")
+    if len(name) <= MOST_NAME:
+      return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[:64]}...{digest}-s{self.seed}"
 
   @property
   def budget(self) -> int | None:
@@ -142,10 +157,11 @@ def grid(
 
 def share(cells: Sequence[Cell], job: str) -> list[Cell]:
   """Returns the cells of job "i/N" of N that share a grid; raises UsageError for another text."""
-  i, slash, jobs = job.partition("/")
-  if not (slash and i.isdecimal() and jobs.isdecimal() and int(i) < int(jobs)):
+  numbers = [whole_number(text) for text in job.split("/")]
+  i, jobs = numbers if len(numbers) == 2 else (None, None)
+  if i is None or jobs is None or i >= jobs:
     raise UsageError(f"--job={job}: must be i/N with i from 0 to N - 1, such as 0/4")
-  return list(cells)[int(i) :: int(jobs)]
+  return list(cells)[i::jobs]
 
 
 def result_of(workdir: str) -> dict:
@@ -164,7 +180,7 @@ def result_of(workdir: str) -> dict:
   return {
     "heldout_loss": losses[-1]["heldout_loss"],
     "step": losses[-1]["step"],
-    "tokens_per_second": statistics.median(speeds),
+    "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first includes compiling
   }
 
 
@@ -180,9 +196,15 @@ def read_result(folder: str) -> dict | None:
   if not os.path.exists(path):
     return None
   result = files.read_json_object(path)
-  if missing := [name for name in FIELDS if type(result.get(name)) not in (int, float)]:
+  if missing := [name for name in FIELDS if not _is_number(result.get(name))]:
     raise UsageError(f"{path} has no number {missing[0]!r}: remove it to read the cell again")
   return result
+
+
+def _is_number(value: object) -> bool:
+  """Returns whether a JSON value is a number, no NaN and none of too many digits for a float."""
+  largest = sys.float_info.max
+  return type(value) in (int, float) and -largest <= value <= largest  # type: ignore[operator]
 
 
 def save_result(folder: str, dataset: str) -> None:
@@ -320,21 +342,36 @@ def as_csv(rows: Sequence[dict]) -> str:
   return out.getvalue()
 
 
-def write_report(workdir: str, rows: Sequence[dict], shared: str) -> None:
+def check_report(workdir: str) -> None:
+  """Raises UsageError where `write_report` would replace files that are not of a report."""
+  for name, kind in REPORT.items():
+    path = os.path.join(workdir, name)
+    if files.exists(path):
+      outputs.check(f"--workdir={workdir}: its file {name}", path, kind)
+
+
+def write_report(workdir: str, rows: Sequence[dict], shared: str, draws: bool = True) -> None:
   """Writes table.md, table.csv, report.png and report.html, or nothing where there are no rows.
 
   Args:
     workdir: of the grid.
     rows: as `collect` returns them.
     shared: the flags that all runs share, one a line.
+    draws: make pictures, which need matplotlib.
   Raises:
     RunError: where a file cannot be written.
   """
   if not rows:
     return
   summary = summarize(rows)
-  table, pictures = markdown(summary), grid_page.pictures(summary)
+  table, pictures = markdown(summary), grid_page.pictures(summary) if draws else []
   page = grid_page.page(summary, pictures, table, shared)
-  texts = {"table.md": table, "table.csv": as_csv(rows), "report.html": page}
-  for name, content in (texts | {"report.png": grid_page.png(pictures)}).items():
+  contents: dict[str, str | bytes] = {
+    "table.md": table,
+    "table.csv": as_csv(rows),
+    "report.html": page,
+  }
+  if draws:
+    contents["report.png"] = grid_page.png(pictures)
+  for name, content in contents.items():
     files.save(os.path.join(workdir, name), content)

@@ -13,6 +13,7 @@ import numpy as np
 from sparsek.experiments.reports import plots
 
 MOST_LINES = len(plots.LINE_COLOURS)  # in a picture; a page has as many heatmaps at most
+TITLE = "Ablation of attention"
 PANEL = (4.8, 3.6)  # inches
 _STYLE = """
 body { font-family: system-ui, sans-serif; line-height: 1.4; max-width: 1340px; margin: 0 auto;
@@ -256,26 +257,26 @@ def page(summary: Sequence[Mapping], made: Sequence[Picture], markdown: str, sha
 
   Args:
     summary: rows as `grid.summarize` returns them, best first.
-    made: the pictures of these rows.
+    made: the pictures of these rows, or none.
     markdown: the table of these rows.
     shared: the flags that all runs share, one a line.
   """
   best, runs = summary[0], sum(row["seeds"] for row in summary)
   sizes = [f"{name} {best[name]}" for name in ("k", "window") if best[name] is not None]
   words = ", ".join([name_of(best["attention"]), *sizes])
+  images = f'<div class="pictures">\n{"".join(map(_image, made))}</div>\n' * bool(made)
   lead = (
     f"{runs} run{'s' * (runs > 1)} of {len(summary)} setting{'s' * (len(summary) > 1)}. The lowest "
     f"held-out loss is {best['heldout_loss']:.4f} nats per token: {words}."
   )
-  if missing := not_drawn(summary):
+  if made and (missing := not_drawn(summary)):
     lead += f" In the table but not in the pictures: {'; '.join(missing)}."
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>Ablation of attention</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-    f"<h1>Ablation of attention</h1>\n<p>{html.escape(lead)}</p>\n"
-    f'<div class="pictures">\n{"".join(map(_image, made))}</div>\n'
-    f"<h2>All settings</h2>\n{_table(markdown)}"
+    f"<title>{TITLE}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+    f"<h1>{TITLE}</h1>\n<p>{html.escape(lead)}</p>\n"
+    f"{images}<h2>All settings</h2>\n{_table(markdown)}"
     f'<h2>Flags of all runs</h2>\n<pre class="scroll" tabindex="0">{html.escape(shared)}</pre>\n'
     "</body>\n</html>\n"
   )

@@ -7,6 +7,7 @@ blue, which colour-blind readers can tell apart too.
 import dataclasses
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,26 @@ WINDOW_COLOUR = "#CFCFCF"
 LIGHTEST_KEPT, DARKEST_KEPT = np.array([0.62, 0.79, 0.93]), np.array([0.0, 0.27, 0.53])
 MAX_LAYERS = 4  # more maps side by side would be too small to read
 TEXT_COLUMNS = 72
+
+
+def literal(text: str) -> str:
+  """Returns a text that Matplotlib draws as it is: no formula between dollars, in any legend."""
+  shown = text.replace("$", r"\$")
+  return "\u200b" * shown.startswith("_") + shown
+
+
+def can_draw(otherwise: str) -> bool:
+  """Returns whether matplotlib is installed; if not, says so on stderr.
+
+  Args:
+    otherwise: what a command does without pictures, for the line.
+  """
+  try:
+    new_figure()
+  except UsageError as error:
+    print(f"{error}; {otherwise}", file=sys.stderr)
+    return False
+  return True
 
 
 def new_figure(**kwargs: Any) -> Any:
@@ -388,7 +409,7 @@ def save_accuracies(
         fillstyle="none",
         linewidth=1.4,
         capsize=3,
-        label=label,
+        label=literal(label),
       )
     axes.axhline(100 * chance[task], color="0.5", linestyle=":", label="chance")
     axes.set_xscale("log", base=2)

@@ -236,7 +236,7 @@ def draw_panel(axes: Any, panel: Panel, style_of: Mapping[str, Mapping[str, Any]
     every = max(len(points) // 8, 1)  # markers of all points would hide the line
     axes.plot(
       *zip(*points),
-      label=label,
+      label=plots.literal(label),
       fillstyle="none",
       linewidth=1.6,
       markevery=every,
@@ -305,8 +305,8 @@ def _draw_panels(figure: Any, runs: Sequence[Run], made: Sequence[Panel]) -> Non
   shown = [label for label in names if label in handles]
   figure.legend(
     [handles[label] for label in shown],
-    [names[label] for label in shown],
-    title=title,
+    [plots.literal(names[label]) for label in shown],
+    title=title and plots.literal(title),
     title_fontsize=11,
     loc="outside upper left",
     alignment="left",
@@ -334,4 +334,5 @@ def _draw_kept(figure: Any, text: KeptText) -> None:
     axes = figure.add_subplot(grid[2 * row, column])
     plots.draw_selection(axes, layer, has_legend=i == 0)
     plots.draw_text(figure.add_subplot(grid[2 * row + 1, column]), text.pieces, layer)
-  figure.suptitle(f"{text.label}: the tokens that are kept", fontsize=12, x=0.01, ha="left")
+  title = f"{plots.literal(text.label)}: the tokens that are kept"
+  figure.suptitle(title, fontsize=12, x=0.01, ha="left")

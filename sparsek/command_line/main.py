@@ -80,6 +80,7 @@ def parse_first(
   """
   files.let_stdout_take_any_text()
   terminal.make_lenient()
+  terminal.shorten_warnings()
   if _wants_help(sys.argv):
     print(help_of(flag_values, description or "", _HELPFULL in sys.argv))
     sys.stdout.flush()

@@ -3,12 +3,15 @@ and a line where it takes long.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import IO
+
+from absl import logging as absl_logging
 
 from sparsek.storage import files
 
@@ -78,6 +81,15 @@ def make_lenient() -> None:
   )
   sys.stdout = Lenient(out, "standard output", BrokenPipeError)
   sys.stderr = Lenient(err, "standard error", OSError)
+
+
+def shorten_warnings() -> None:
+  """Makes warnings that are logged lines like the others: "warning: the data are ..." """
+  handler = logging.StreamHandler(sys.stderr)
+  handler.setFormatter(logging.Formatter("warning: %(message)s"))
+  logger = absl_logging.get_absl_logger()
+  logger.addHandler(handler)
+  logger.propagate = False
 
 
 def keep_interrupts() -> None:

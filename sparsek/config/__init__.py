@@ -3,7 +3,7 @@
 `sparsek.command_line.configs` makes them from flags; nothing here reads a flag.
 """
 
-from sparsek.config.checks import check_at_least, check_choice
+from sparsek.config.checks import check_at_least, check_choice, whole_number
 from sparsek.config.layer_patterns import ATTENTION_KINDS, parse_layer_pattern, parse_term
 from sparsek.config.model import (
   DTYPES,
@@ -58,4 +58,5 @@ __all__ = [
   "parse_rope_scaling",
   "parse_term",
   "preset",
+  "whole_number",
 ]

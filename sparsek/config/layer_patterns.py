@@ -18,7 +18,9 @@ ATTENTION_KINDS = [
   "linear",
 ]
 NAME = re.compile("[a-z][a-z0-9_]*")
-_TERM = re.compile(rf"({NAME.pattern})(?::k(\d+))?(?::w(\d+))?(?:\*(\d+))?")
+_TERM = re.compile(
+  rf"({NAME.pattern})(?::k([0-9]{{1,10}}))?(?::w([0-9]{{1,10}}))?(?:\*([0-9]{{1,5}}))?"
+)
 
 
 def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:

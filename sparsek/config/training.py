@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from sparsek.config.checks import check_at_least, check_choice
+from sparsek.config.checks import check_at_least, check_choice, whole_number
 
 TRAINABLE = ("all", "attention", "scorer")
 ON_SPIKE = ("skip", "stop")
@@ -18,14 +18,13 @@ def parse_profile_steps(steps: str | Sequence[int] | None) -> tuple[int, int] | 
   """
   if steps is None:
     return None
-  first, colon, last = (
-    steps.partition(":") if isinstance(steps, str) else (str(steps[0]), ":", str(steps[1]))
-  )
-  if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+  texts = steps.split(":") if isinstance(steps, str) else list(map(str, steps))
+  first, last = (whole_number(text, 1) for text in texts) if len(texts) == 2 else (None, None)
+  if first is None or last is None or first > last:
     raise ValueError(
       f"profile_steps={steps} must be A:B, the first and the last step to trace, 1 <= A <= B"
     )
-  return int(first), int(last)
+  return first, last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +166,11 @@ class TrainConfig:
   wandb: str | None = None
   profile_steps: str | tuple[int, int] | None = None
 
+  @property
+  def loss_name(self) -> str:
+    """The name of the training loss for readers."""
+    return "scorers' loss" if self.scorer_warmup else "loss"
+
   def __post_init__(self):
     object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
     for name in (
@@ -182,6 +186,12 @@ class TrainConfig:
       check_at_least(name, getattr(self, name), 1)
     if self.stop_at is not None:
       check_at_least("stop_at", self.stop_at, 1)
+    last = min(self.optimizer.num_steps, self.stop_at or self.optimizer.num_steps)
+    if self.profile_steps and self.profile_steps[0] > last:
+      first, end = self.profile_steps
+      raise ValueError(
+        f"profile_steps={first}:{end} must begin at step {last} or before, the last step"
+      )
     for name in ("eval_every", "scorer_loss", "distill"):
       check_at_least(name, getattr(self, name), 0)
     if self.spike_factor and not self.spike_factor > 1:

@@ -365,11 +365,16 @@ def read_bos(record: dict, tokenizer: Tokenizer, path: str) -> list[int]:
   return ids
 
 
-def describe_documents(tokenizer: Tokenizer) -> str:
-  """Returns a sentence for people, such as "each document begins with <s> and ends with </s>"."""
-  begin = " ".join(map(tokenizer.token, tokenizer.bos_ids))
-  begin = f"begins with {begin} and " if begin else ""
-  return f"each document {begin}ends with {tokenizer.token(tokenizer.eos_id)}"
+def describe_documents(tokenizer: Tokenizer, end: str | None = None) -> str:
+  """Returns a sentence for people, such as "each document begins with <s> and ends with </s>".
+
+  Args:
+    tokenizer: of the documents.
+    end: what ends them, by default the tokenizer's token.
+  """
+  begin = " ".join(map(tokenizer.token, tokenizer.bos_ids)) or "its text"
+  end = end or tokenizer.token(tokenizer.eos_id)
+  return f"each document begins with {begin} and ends with {end}"
 
 
 def _is_byte_data(folder: str) -> bool:

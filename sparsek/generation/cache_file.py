@@ -105,6 +105,15 @@ def _size(config, cache, kind, size):
   return sizes.pop() if len(sizes) == 1 else None
 
 
+def is_cache(path: str) -> bool:
+  """Returns whether a file looks like one that `save` wrote, however damaged its arrays are."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return {"head.npy", "leaf_0.npy"} <= set(archive.namelist())
+  except _UNREADABLE:
+    return False
+
+
 def load(path: str, config: TransformerConfig) -> tuple[Cache, dict[str, Any] | None, int | None]:
   """Returns the cache that `save` wrote, its note, and the length that its sizes are clipped to.
 

@@ -4,12 +4,15 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from sparsek.command_line import outputs
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.errors import UsageError
+from sparsek.generation import cache_file
 from sparsek.generation.session import Session
 from sparsek.generation.text_stream import TextStream
 from sparsek.storage.files import cannot_write, check_regular, read_at_most
 
+CACHE = outputs.Kind("cache of experiments.generate", cache_file.is_cache)
 MAX_BYTES = 2**26  # of a file of prompts
 
 
@@ -127,6 +130,7 @@ def check_can_save(path: str) -> None:
     )
   if os.path.lexists(path):
     check_regular(path, "--save_cache")
+  outputs.check(f"--save_cache={path}", path, CACHE)
 
 
 def save(session: Session, streams: Sequence[TextStream], path: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sparsek.config import whole_number
 from sparsek.errors import RunError, UsageError
 from sparsek.parallel import clusters
 from sparsek.parallel.process_watch import Reason, Watch, end_at_abort, reason_of
@@ -197,8 +198,8 @@ def _arguments(options: Options, environ: Any) -> dict[str, Any] | None:
 def _check(given: dict[str, Any]) -> None:
   """Raises UsageError for values of flags that do not go together."""
   address, number = given.get("coordinator_address"), given.get("process_id")
-  port = (address or ":1").rpartition(":")[2]
-  if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+  port = whole_number((address or ":1").rpartition(":")[2], 1)
+  if port is None or port >= 2**16:
     raise UsageError(f"--coordinator_address={address} must be HOST:PORT, of process 0")
   if number is not None and number >= given.get("num_processes", number + 1):
     raise UsageError(

@@ -205,8 +205,10 @@ class NoMetrics(MetricsWriter):
 class Progress:
   """A bar on a terminal, elsewhere one line per logged step: loss, tokens per second, time left."""
 
-  def __init__(self, step: int, num_steps: int, stream: TextIO | None = None):
-    self._stream = stream or sys.stderr
+  def __init__(
+    self, step: int, num_steps: int, stream: TextIO | None = None, loss_name: str = "loss"
+  ):
+    self._stream, self._loss_name = stream or sys.stderr, loss_name
     self._num_steps = num_steps
     self._bar: tqdm.tqdm | None = None
     if self._stream.isatty():
@@ -240,14 +242,15 @@ class Progress:
       else "compiled"
     )
     if self._bar is not None:
-      self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
+      self._bar.set_postfix_str(f"{self._loss_name} {loss:.4f}, {speed}")
     else:
       time_left = (
         ""
         if seconds_per_step is None
         else f"  {tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))} left"
       )
-      self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {speed}{time_left}")
+      shown = f"{self._loss_name} {loss:.4f}"
+      self.say(f"step {step}/{self._num_steps}  {shown}  {speed}{time_left}")
 
   def say(self, line: str) -> None:
     """Prints a line of text, above the bar."""

@@ -285,7 +285,7 @@ def _train_locked(
     processes.on_first(lambda: write_records(setup, flagfile))
     stream = sys.stderr if processes.is_first() else stack.enter_context(open(os.devnull, "w"))
     progress = stack.enter_context(
-      contextlib.closing(Progress(start.step, setup.num_steps, stream))
+      contextlib.closing(Progress(start.step, setup.num_steps, stream, train_config.loss_name))
     )
     saver = Saver(workdir, writer, metrics, start.saved_step, progress.say)
     run = _Run(setup, start, stop, metrics, saver, progress)

@@ -213,11 +213,14 @@ def _resume(setup: Setup, back_to: int | None, say: Say) -> checkpoint.Restored:
   data_state = {name: value for name, value in restored.data_state.items() if name != SPIKES}
   setup.iterator.set_state(data_state, saved_under=record["data"])
   differing = differing_fields(old, config) | run_record.changed_settings(record, train)
-  changed = "".join(f", {name} {there} -> {here}" for name, (there, here) in differing.items())
-  say(
-    f"resuming {workdir} at step {restored.step}{changed}"
-    + (" (--init_from is not used)" if train.init_from else "")
-  )
+  unused = " (--init_from is not used)" if train.init_from else ""
+  changed = ", with other settings than before:" if differing else ""
+  say(f"resuming {workdir} at step {restored.step}{unused}{changed}")
+  for name, (there, here) in differing.items():
+    say(f"  {name}: {there} -> {here}")
+  flagfile = os.path.join(workdir, "flags.txt")
+  if differing and os.path.exists(flagfile):
+    say(f"  (flags not given have their defaults; --flagfile={flagfile} keeps the old ones)")
   return restored
 
 

@@ -54,7 +54,9 @@ def test_special_tokens_at_both_ends_are_told_apart():
   assert ids == spm().encode(TEXT), "they belong to documents, not to calls"
   assert train_bpe([TEXT], 260).bos_ids == ByteTokenizer().bos_ids == []
   assert describe_documents(spm()) == "each document begins with <s> and ends with </s>"
-  assert describe_documents(ByteTokenizer()) == "each document ends with eos"
+  assert (
+    describe_documents(ByteTokenizer()) == "each document begins with its text and ends with eos"
+  )
 
 
 @pytest.fixture

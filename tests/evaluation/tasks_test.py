@@ -88,7 +88,7 @@ def test_command(tmp_path, capsys):
   )
   told = capsys.readouterr()
   assert f"| {folder} | passkey | 0.0% | 0% (0% to 56%) |" in told.out
-  assert f"{folder}: each document begins with its text\n" in told.err
+  assert f"{folder}: each document begins with its text and ends with its answers\n" in told.err
   assert (folder / "tasks.jsonl").read_text().count('"total": 3') == 2
   record = json.loads((tmp_path / "found.json").read_text())
   assert record["runs"][str(folder)] == json.loads((folder / "tasks.jsonl").read_text()) and set(

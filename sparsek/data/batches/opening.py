@@ -61,7 +61,7 @@ def _open_stdlib(tokenizer: Tokenizer) -> TokenDataset:
       try:
         return open_token_files(folder)
       except UsageError as error:
-        logging.warning("Making the cached corpus anew: %s", error)
+        logging.warning("making the cached corpus anew: %s", error)
         damaged = temporary_name(folder)
         os.rename(folder, damaged)
         shutil.rmtree(damaged, ignore_errors=True)

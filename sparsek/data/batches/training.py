@@ -131,7 +131,8 @@ class TrainIterator:
       )
     if state.get("dataset") != self._fingerprint:
       logging.warning(
-        "The data is not what this state was saved with; going on after %d tokens of the new data.",
+        "the data are not those that were read so far: training goes on after %d tokens of the new "
+        "data",
         tokens,
       )
     elif "stages" in state:
@@ -145,9 +146,9 @@ class TrainIterator:
         seq_len, seed = old_seq_len, old_seed
       else:
         logging.warning(
-          "The position in the data was saved by an older version, without the flags "
+          "the position in the data was saved by an older version, without the flags "
           "of the order: if --seq_len or --seed changed since, some of this epoch "
-          "comes twice and some not at all."
+          "comes twice and some not at all"
         )
     rows_of_epoch = -(-(self._split.num_tokens - 1) // seq_len)
     epoch, rows = divmod(-(-tokens // seq_len), rows_of_epoch)

@@ -1,0 +1,119 @@
+"""Files that commands write where a flag says: none that a user or a run keeps is replaced."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+from sparsek.errors import UsageError
+from sparsek.storage import files
+
+RUN = "model.json"  # a folder that holds it is a run's
+OF_RUNS = (  # what a run keeps in its folder
+  *(RUN, "flags.txt", "versions.json", "metrics.jsonl", "evaluation.jsonl", "tasks.jsonl", "lock"),
+  *("checkpoints", "tokenizer", "set_aside", "profile", "wandb", "wandb.json"),
+)
+_HEAD = 4096  # bytes that tell a kind of file
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A kind of file that a command makes, and may replace.
+
+  Attributes:
+    name: for messages, such as "record of experiments.benchmark".
+    matches: returns whether the file of this path is of the kind.
+  """
+
+  name: str
+  matches: Callable[[str], bool]
+
+
+def record(name: str, *keys: str) -> Kind:
+  """Returns the kind of the JSON objects that have these keys."""
+
+  def matches(path: str) -> bool:
+    try:
+      return set(keys) <= set(files.read_json_object(path))
+    except UsageError:
+      return False
+
+  return Kind(name, matches)
+
+
+def text(name: str, *words: str) -> Kind:
+  """Returns the kind of the files that have one of these words near their beginning."""
+  return Kind(name, lambda path: any(word.encode() in _head(path) for word in words))
+
+
+# Matplotlib signs what it writes.
+PICTURE = text("picture that Matplotlib drew", "Matplotlib")
+
+
+def _head(path: str) -> bytes:
+  with open(path, "rb") as file:
+    return file.read(_HEAD)
+
+
+def check(named: str, path: str, kind: Kind) -> None:
+  """Raises UsageError, before long work, where a command must not write a file.
+
+  Args:
+    named: what names the file, such as "--record=a.json".
+    path: of the file.
+    kind: that the file has; an existing one of another kind is refused, unless it is empty.
+  Raises:
+    UsageError: also for a path that a run keeps, and where nothing can be written.
+  """
+  files.check_writable(path)
+  run = _run_that_keeps(path)
+  if run is not None:
+    raise UsageError(f"{named} is a file of the run in {run}: take another name")
+  try:
+    is_other = os.path.lexists(path) and os.path.getsize(path) and not kind.matches(path)
+  except OSError as error:
+    raise UsageError(f"{named} cannot be read: {files.reason_of(error)}") from None
+  if is_other:
+    raise UsageError(
+      f"{named} exists and is no {kind.name}: it would be lost; take another name or move it"
+    )
+
+
+def check_record(flag: str, path: str, kind: Kind, has_picture: bool) -> None:
+  """Raises UsageError where a record, and the picture beside it, must not be written.
+
+  Args:
+    flag: the name of the flag that holds the path.
+    path: of the record, which ends in .json.
+    kind: of the record.
+    has_picture: a picture of the same name, .png, is written too.
+  """
+  check_name(flag, path)
+  check(f"--{flag}={path}", path, kind)
+  if has_picture:
+    check_picture(flag, path)
+
+
+def check_name(flag: str, path: str) -> None:
+  """Raises UsageError unless a flag names a .json file in a folder that exists."""
+  if not (path.endswith(".json") and os.path.isdir(os.path.dirname(path) or ".")):
+    raise UsageError(f"--{flag}={path}: must be a .json file in a folder that exists")
+
+
+def check_picture(flag: str, path: str) -> None:
+  """Raises UsageError where the picture beside a record must not be written."""
+  check(f"--{flag}={path}: its picture {picture_of(path)}", picture_of(path), PICTURE)
+
+
+def picture_of(path: str) -> str:
+  """Returns the path of the picture beside a record."""
+  return os.path.splitext(path)[0] + ".png"
+
+
+def _run_that_keeps(path: str) -> str | None:
+  """Returns the folder of the run that keeps a file of this path, or None."""
+  folder, name = os.path.split(os.path.realpath(path))
+  while name:
+    if name in OF_RUNS and os.path.isfile(os.path.join(folder, RUN)):
+      return folder
+    folder, name = os.path.split(folder)
+  return None
