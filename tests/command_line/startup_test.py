@@ -1,15 +1,17 @@
 """Start of every command: --help and bad flags are answered before slow modules are imported."""
 
+import ast
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 from absl import flags as absl_flags
 
-from sparsek.__main__ import commands, main, overview
+from sparsek.__main__ import WIDTH, commands, main, overview
 from sparsek.command_line import help as help_text
 from sparsek.command_line import invocation, terminal
 from sparsek.command_line.training_flags import define_pretrain_flags
@@ -88,6 +90,10 @@ def test_the_overview_has_a_line_for_each_command(capsys, monkeypatch):
   text = overview("sparsek")
   assert all(f"\n  {name.replace('_', '-')} " in text for name in names)
   assert max(map(len, text.splitlines())) <= 100
+  for name, sentence in commands().items():  # whole, or ends with a clause of it
+    described = ast.get_docstring(ast.parse((ROOT / "experiments" / f"{name}.py").read_text()))
+    assert re.match(rf"{re.escape(sentence)}[.,:]\s", described.replace("\n", " ")), name
+    assert len(sentence) <= WIDTH
   monkeypatch.setattr(sys, "argv", ["sparsek", "pretrian"])
   with pytest.raises(SystemExit) as end:
     main()

@@ -133,3 +133,15 @@ def test_an_interrupt_in_a_destructor_counts(monkeypatch, capfd):
   finally:
     signal.signal(signal.SIGINT, before)
   assert capfd.readouterr().err == ""
+
+
+def test_warnings_that_are_logged_are_lines_like_the_others():
+  code = (
+    "from sparsek.command_line import terminal\n"
+    "from absl import logging\n"
+    "terminal.shorten_warnings()\n"
+    "logging.warning('the data are %d', 7)\n"
+    "logging.info('not said')\n"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert (done.stdout, done.stderr) == ("", "warning: the data are 7\n")

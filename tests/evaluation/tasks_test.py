@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import sys
 
 import jax
 import numpy as np
@@ -96,11 +97,16 @@ def test_command(tmp_path, capsys):
   ) == {"passkey", "copy"}
   assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
   os.mkdir(tmp_path / "folder.json")
+  (tmp_path / "notes.json").write_text("notes")
   for argument, words in (
     ("--tasks=riddle", "'riddle' must be one of passkey"),
     ("--lengths=0", "'0' must be a number"),
     ("--context=77", "--fsdp=1 x --context=77 must divide the number of devices"),
     ("--lengths=50", "the task passkey needs"),
+    ("--lengths=260", "the task recall needs at least"),
+    ("--lengths=260", "--tasks=passkey,needle,copy would fit"),
+    (f"--lengths={'9' * 5000}", "must be a number of at least 1"),
+    (f"--record={tmp_path}/notes.json", "notes.json exists and is no record of"),
     ("--min_distance=1020", "1020 of them between facts and question; got 1024"),
     ("--record=x.png", "x.png: must be a .json file"),
     (f"--record={tmp_path}/folder.json", "folder.json is a folder"),
@@ -110,3 +116,14 @@ def test_command(tmp_path, capsys):
   assert run(f"--workdir={folder},{tmp_path}/nowhere", "--lengths=200", "--tasks=copy") == 2
   assert "nowhere: there is no such folder" in capsys.readouterr().err
   assert len((folder / "tasks.jsonl").read_text().splitlines()) == 1
+
+
+def test_without_matplotlib_the_record_is_written(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  folder = write_run(tmp_path / "run", tmp_path, CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
+  record = tmp_path / "found.json"
+  arguments = ("--tasks=copy", "--lengths=200", "--examples=1", f"--record={record}")
+  assert run(f"--workdir={folder}", *arguments) == 0
+  told = capsys.readouterr()
+  assert "sparsek[plots]'; the record is written without them" in told.err
+  assert told.out.endswith(f"{record}\n") and json.loads(record.read_text())["runs"]

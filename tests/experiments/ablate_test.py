@@ -348,6 +348,18 @@ def test_devices_are_those_of_all_runs_and_change_none(run_grid, tmp_path):
     ("--k=0", "--k=0: must be numbers of at least 1"),
     ("--more=--eval_every=0", "--eval_every=0 in --base or --more: must be above 0"),
     ("--more=--dry_run", "--dry_run in --base or --more"),
+    ("--more=--stop_at=2", "--stop_at in --base or --more: runs that stop before --num_steps"),
+    ("--more=--topology=h100:8", "--topology in --base or --more"),
+    ("--more=--k=2", "--k in --more: the grid sets it, by --k"),
+    ("--more=--model=window=2", "--window in --more: the grid sets it, by --window"),
+    ("--more=--layer_pattern=full", "--layer_pattern in --more: the grid sets it, by --attention"),
+    ("--more=--seed=1", "--seed in --more: the grid sets it, by --seeds"),
+    ("--more=--workdir=x", "--workdir in --more: the grid sets it"),
+    (f"--k={'9' * 5000}", "must be numbers of at least 1"),
+    (f"--job=0/{'9' * 5000}", "must be i/N"),
+    (f"--attention=full*{'9' * 5000}", "must be one of sparsek"),
+    (f"--attention=sparsek:k{'9' * 5000}", "must be one of sparsek"),
+    ("--base=no_such_recipe", "--base=no_such_recipe: there is no such file, and no recipe of"),
     ("--more=--data='x", "--more=--data='x: No closing quotation"),
     ("--more=--kk=2", "nknown command line flag 'kk'"),
     ("--more=--data=/nowhere", "/nowhere"),
@@ -390,3 +402,66 @@ def test_jobs_that_share_a_grid_write_its_report_at_the_same_time(tmp_path, monk
     job.join()
   assert not failed
   assert sorted(os.listdir(tmp_path)) == ["report.html", "report.png", "table.csv", "table.md"]
+
+
+@pytest.mark.parametrize("name", ("tiny_stdlib", "experiments/recipes/tiny_stdlib.flags"))
+def test_base_may_be_a_recipe_and_gives_way_to_the_grid(
+  name, run_grid, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  assert run_grid("", f"--base={name}") == 0 and len(run_grid.begun) == 2
+  assert "--k=64 --window=64 in --base gives way to what the grid sets" in capsys.readouterr().err
+  page = (tmp_path / "grid" / "report.html").read_text()
+  assert "--learning_rate=0.002" in page and "--num_steps=6" in page
+
+
+@pytest.mark.parametrize("name", grid.REPORT)
+def test_files_that_are_no_report_are_refused_before_any_run(name, run_grid, tmp_path, capsys):
+  (tmp_path / "grid").mkdir()
+  (tmp_path / "grid" / name).write_text("mine")
+  assert run_grid() == 2 and run_grid.begun == []
+  assert f"grid: its file {name} exists and is no " in capsys.readouterr().err
+  assert (tmp_path / "grid" / name).read_text() == "mine"
+
+
+def test_reports_of_earlier_versions_are_known():
+  folder = pathlib.Path(ROOT, "tests", "fixtures", "version_0_1", "ablation")
+  known = [name for name in grid.REPORT if (folder / name).exists()]
+  assert known and all(grid.REPORT[name].matches(str(folder / name)) for name in known)
+
+
+def test_without_matplotlib_there_are_tables_and_a_page(run_grid, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(grid_page, "png", None)
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  assert run_grid() == 0 and len(run_grid.begun) == 2
+  told = capsys.readouterr()
+  assert told.err.count("sparsek[plots]") == 1 and "2 of 2 cells" in told.out
+  assert sorted(os.listdir(tmp_path / "grid")) == ["cells", "report.html", "table.csv", "table.md"]
+  page = (tmp_path / "grid" / "report.html").read_text()
+  assert "<img" not in page and "2.0000" in page
+
+
+def test_a_result_that_is_no_number_is_refused(run_grid, capsys):
+  assert run_grid() == 0
+  path = run_grid.cells / "full-s0" / "result.json"
+  for number in ("NaN", "-Infinity", "1e999", "9" * 400, "true", '"2"'):
+    path.write_text(f'{{"heldout_loss": {number}, "step": 6, "tokens_per_second": 9.0}}')
+    assert run_grid() == 2
+    assert "result.json has no number 'heldout_loss'" in capsys.readouterr().err
+
+
+def test_the_speed_of_a_cell_is_that_after_compiling(tmp_path):
+  records = [{"step": i, "loss": 3.0, "tokens_per_second": float(i)} for i in (1, 2, 4)]
+  (tmp_path / "metrics.jsonl").write_text(
+    "\n".join(map(json.dumps, [*records, {"step": 4, "heldout_loss": 2.0}]))
+  )
+  assert grid.result_of(str(tmp_path))["tokens_per_second"] == 3.0
+
+
+def test_long_patterns_have_names_that_folders_can_have(run_grid):
+  pattern = "+".join(["sparsek:k1280:w512"] * 20)
+  longer = Cell(f"{pattern}+full", 1, 0, "value", "conv", 7)
+  shorter = Cell(pattern, 1, 0, "value", "conv", 7)
+  assert len({longer.name, shorter.name}) == 2 and max(map(len, (longer.name, shorter.name))) < 120
+  assert longer.name.endswith("-s7") and len(Cell("full", None, None, None, None, 1).name) == 7
+  assert run_grid("--num_layers=20", f"--attention={pattern}") == 0 and len(run_grid.begun) == 1

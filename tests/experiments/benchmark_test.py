@@ -1,5 +1,6 @@
 import functools
 import json
+import sys
 
 import jax
 import pytest
@@ -223,3 +224,23 @@ def test_training(tmp_path, capsys):
     and "'dense' must be one of sparsek, sliding_window, full, pytorch_window, transformers"
     in capsys.readouterr().err
   )
+
+
+@pytest.mark.parametrize("content", ("[1, 2]", '{"mine": 1}'))
+def test_a_file_that_is_no_record_stays(content, tmp_path, capsys):
+  path = tmp_path / "notes.json"
+  path.write_text(content)
+  assert run(*TINY, f"--record={path}") == 2
+  assert "notes.json exists and is no record of" in capsys.readouterr().err
+  assert path.read_text() == content
+
+
+def test_without_matplotlib_the_figures_are_printed_and_recorded(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  path = tmp_path / "record.json"
+  arguments = (*TINY, "--lengths=16", "--rounds=1", "--baselines=sparsek")
+  assert run(*arguments, f"--record={path}") == 0
+  told = capsys.readouterr()
+  assert "sparsek[plots]'; the figures are printed and recorded without them" in told.err
+  assert told.out.endswith(f"{path}\n") and json.loads(path.read_text())["rows"]
+  assert run(f"--show={path}") == 0 and not (tmp_path / "record.png").exists()

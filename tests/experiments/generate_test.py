@@ -175,6 +175,11 @@ def test_lost_scores_are_told(write):
     (["--prompt_file=gs://a/b"], "gs: URLs are not supported"),
     (["--save_cache=/dev/null"], "--save_cache /dev/null is a device"),
     (["--save_cache={folder}"], "--save_cache {folder} is a folder"),
+    (
+      ["--save_cache={folder}/run/model.json"],
+      "--save_cache={folder}/run/model.json is a file of the run in {folder}/run: take another",
+    ),
+    (["--save_cache={folder}/latin1"], "--save_cache={folder}/latin1 exists and is no cache of"),
     (["--load_cache={folder}/fifo"], "cache {folder}/fifo is a FIFO"),
     (
       ["--load_cache={folder}/one.npz", "--prompt_file={folder}/latin1"],

@@ -88,6 +88,10 @@ def test_layers_that_get_most_of_the_keys(folder, capsys):
       "--record={}/nowhere/x.json: must be a .json file in a folder that exists",
     ),
     (["--workdir={}/dense", "--record={}/folder.json"], "{}/folder.json is a folder"),
+    (
+      ["--workdir={}/dense", "--record={}/dense/model.json"],
+      "--record={}/dense/model.json is a file of the run in {}/dense: take another name",
+    ),
   ],
 )
 def test_refusals(given, message, folder, capsys):

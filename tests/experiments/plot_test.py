@@ -154,7 +154,11 @@ def test_the_command_draws_runs_and_kept_tokens(name, begins, tmp_path, monkeypa
     ("--workdir=HERE/run" + ",HERE/run" * 8, "names 9 runs: at most 8 can be told apart"),
     ("--workdir=HERE/grid", "it is a grid, give folders in HERE/grid/cells"),
     ("--workdir=HERE/run --labels=a,b", "--labels=a,b: must be 1 different name(s)"),
-    ("--workdir=HERE/run --output=HERE/a.pdf", "--output=HERE/a.pdf: must end in .png or .svg"),
+    (
+      "--workdir=HERE/run --output=HERE/a.pdf",
+      "--output=HERE/a.pdf: must be a name that ends in .png or .svg",
+    ),
+    ("--workdir=HERE/run --output=HERE/.svg", "--output=HERE/.svg: must be a name that ends in"),
     ("--workdir=HERE/run --output=HERE/none/a.png", "HERE/none"),
     ("--workdir=HERE/run --prompt=a --prompt_file=HERE/x", "exclude each other"),
     ("--workdir=HERE/run --prompt=", "--prompt is empty"),
@@ -167,6 +171,24 @@ def test_bad_command_lines_are_refused(arguments, words, tmp_path, capsys):
   assert run(*arguments.replace("HERE", str(tmp_path)).split(), *output) == 2
   assert words.replace("HERE", str(tmp_path)) in capsys.readouterr().err
   assert not list(tmp_path.glob("*.p*"))
+
+
+@pytest.mark.parametrize("name", ("$x^$", r"\$", "_a", "a_$b_"))
+def test_names_are_drawn_as_they_are(name, tmp_path):
+  folders = [write(tmp_path / folder, metrics(1)) for folder in (name, "other")]
+  for runs in (folders, folders[:1]):
+    assert run(f"--workdir={','.join(runs)}", f"--output={tmp_path}/a.png") == 0
+  figure = plots.new_figure()
+  (line,) = figure.add_subplot().plot([1], [2], label=plots.literal(name))
+  (text,) = figure.legend(handles=[line]).get_texts()
+  assert text._preprocess_math(text.get_text()) == ("\u200b" * (name[0] == "_") + name, False)
+
+
+def test_a_file_that_is_no_picture_stays(tmp_path, capsys):
+  folder, path = write(tmp_path / "run", metrics(1)), tmp_path / "a.png"
+  path.write_text("notes")
+  assert run(f"--workdir={folder}", f"--output={path}") == 2 and path.read_text() == "notes"
+  assert "a.png exists and is no picture that Matplotlib drew" in capsys.readouterr().err
 
 
 def test_matplotlib_is_asked_for_before_any_work(tmp_path, monkeypatch, capsys):

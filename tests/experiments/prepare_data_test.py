@@ -43,7 +43,10 @@ def test_what_begins_a_document_is_said(source, tmp_path, capsys):
   assert made("pieces", f"--tokenizer={tmp_path}/tokenizer.json") == 0
   assert ", each document begins with <s> and ends with </s>\n" in capsys.readouterr().out
   assert made("bytes") == 0
-  assert " with 257 ids, each document ends with eos\n" in capsys.readouterr().out
+  assert (
+    " with 257 ids, each document begins with its text and ends with eos\n"
+    in capsys.readouterr().out
+  )
 
 
 def test_bpe_trained_then_loaded(source, tmp_path, capsys):
@@ -170,7 +173,7 @@ def test_text_and_tasks_mixed(source, tmp_path, capsys):
     ),
     (["--no_such_flag=1"], "no_such_flag"),
     (["--verify=nowhere"], "nowhere"),
-    (["--verify=nowhere", "--output={out}"], "neither"),
+    (["--verify=nowhere", "--output={out}"], "takes only --expect: leave out --output"),
   ],
 )
 def test_bad_input_exits_with_2_and_one_sentence(source, tmp_path, capsys, arguments, message):
@@ -247,3 +250,20 @@ def test_text_that_is_not_utf8_stops_or_is_replaced(tmp_path, capsys):
   assert run(*words, "--errors=replace") == 0
   dataset = open_data(f"{tmp_path}/made")
   assert dataset.tokenizer.decode(dataset.split("train").document(0)) == "caf\ufffd"
+
+
+def test_verify_takes_no_flags_of_making(source, tmp_path, capsys):
+  output = f"{tmp_path}/tokens"
+  assert run(f"--sources={source}", f"--output={output}") == 0
+  assert run(f"--verify={output}", "--train_bpe=300", "--deduplicate") == 2
+  words = "takes only --expect: leave out --train_bpe, --deduplicate"
+  assert words in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_fewer_ids_than_asked_for_is_said(source, tmp_path, capsys):
+  arguments = (f"--sources={source}", f"--output={tmp_path}/tokens", "--train_bpe=100000")
+  assert run(*arguments) == 0
+  told = capsys.readouterr()
+  (line,) = [line for line in told.err.splitlines() if line.startswith("warning")]
+  assert "the text is too short for --train_bpe=100000: the tokenizer has " in line
+  assert f"with {line.split()[-2]} ids" in told.out

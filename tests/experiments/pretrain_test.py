@@ -11,18 +11,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 from sparsek.command_line import invocation
-from sparsek.config import TrainConfig
+from sparsek.config import OptimizerConfig, TrainConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.experiments import pretrain
 from sparsek.runs.checkpoint import saved_steps
+from sparsek.runs.metrics import Progress
 from sparsek.training import loop
 from tests.commands import Forked
+from tests.helpers import run_command
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TINY = [
@@ -199,3 +203,26 @@ def test_a_finished_run_says_what_comes_next(is_child, stopped, tmp_path, monkey
   pretrain.report(loop.Result(step=3, loss=1.0, stopped=stopped), config)
   advice = "next: sparsek evaluate --workdir='my run'\n      sparsek generate --workdir='my run' "
   assert (advice in capsys.readouterr().out) == (not is_child and not stopped)
+
+
+def test_the_loss_of_a_warmup_is_called_that_of_the_scorers(tmp_path, capsys):
+  optimizer = OptimizerConfig(trainable="scorer")
+  config = TrainConfig(workdir=str(tmp_path), scorer_warmup=True, optimizer=optimizer)
+  pretrain.report(loop.Result(step=3, loss=2.89, heldout_loss=7.38), config)
+  line = "step 3: scorers' loss 2.8900, held-out loss 7.3800 nats per token\n"
+  assert line in capsys.readouterr().out
+  progress = Progress(0, 9, sys.stderr, config.loss_name)
+  progress.log(3, 2.89, 100.0, 1.0)
+  assert "step 3/9  scorers' loss 2.8900  100 tokens/s" in capsys.readouterr().err
+
+
+def test_a_plan_says_that_it_compiles(tmp_path, monkeypatch, capsys):
+  said = []
+  monkeypatch.setattr(pretrain, "said_if_slow", lambda line: said.append(line) or nullcontext())
+  monkeypatch.setattr(
+    pretrain.plan, "make_plan", lambda *_: SimpleNamespace(lines=lambda: ["plan"])
+  )
+  write_documents(str(tmp_path / "tokens"))
+  assert run_command(pretrain.main, pretrain.FLAGS, "--dry_run", f"--data={tmp_path}/tokens") == 0
+  assert said[1:] == ["compiling the step for the plan; a large model takes minutes ..."]
+  assert capsys.readouterr().out == "plan\n"

@@ -237,7 +237,11 @@ def test_resume_under_other_settings_and_the_records_of_both(dataset, tmp_path, 
   )
   result = loop.train(other, config, dataset, "--num_steps=8\n")
   assert result.step == 8
-  assert "resuming" in (said := capsys.readouterr().err) and "k 64 -> 3" in said
+  said = capsys.readouterr().err
+  resumed = said[said.index("resuming") :].splitlines()
+  assert resumed[0] == f"resuming {tmp_path} at step 4, with other settings than before:"
+  assert {"  k: 64 -> 3", "  window: 64 -> 5", "  seq_len: 16 -> 8"} <= set(resumed)
+  assert f"  (flags not given have their defaults; --flagfile={tmp_path}/flags.txt keeps" in said
   assert said.count("attention: xla on cpu, ") == 2  # of each run once
   assert said.count("compiling the training step (cached next time) ...\n") == 2
   assert said.count(f"the run goes to {tmp_path}\n") == 2
