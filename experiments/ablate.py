@@ -44,7 +44,6 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     None,
     "Flagfile of experiments.pretrain that all runs share, or the name of a recipe. What the grid "
     "sets replaces what it says.",
-    absolute=False,
   )
   define.string(
     "more",
@@ -139,10 +138,12 @@ def base_file() -> str | None:
   """Returns the path of the flagfile that --base names, which may be a recipe's."""
   if not FLAGS.base:
     return None
-  path = FLAGS.base if os.path.isfile(FLAGS.base) else flagfiles.recipe_file(FLAGS.base)
-  if path is None:
+  if os.path.isfile(FLAGS.base):
+    return FLAGS.base
+  recipe = flagfiles.recipe_file(os.path.relpath(FLAGS.base))
+  if recipe is None:
     raise UsageError(f"--base={FLAGS.base}: there is no such file, and no recipe of that name")
-  return os.path.abspath(path)
+  return recipe
 
 
 def more_words() -> list[str]:

@@ -172,7 +172,8 @@ class TrainConfig:
     return "scorers' loss" if self.scorer_warmup else "loss"
 
   def __post_init__(self):
-    object.__setattr__(self, "profile_steps", parse_profile_steps(self.profile_steps))
+    steps = parse_profile_steps(self.profile_steps)
+    object.__setattr__(self, "profile_steps", steps)
     for name in (
       "fsdp",
       "context",
@@ -187,10 +188,9 @@ class TrainConfig:
     if self.stop_at is not None:
       check_at_least("stop_at", self.stop_at, 1)
     last = min(self.optimizer.num_steps, self.stop_at or self.optimizer.num_steps)
-    if self.profile_steps and self.profile_steps[0] > last:
-      first, end = self.profile_steps
+    if steps and steps[0] > last:
       raise ValueError(
-        f"profile_steps={first}:{end} must begin at step {last} or before, the last step"
+        f"profile_steps={steps[0]}:{steps[1]} must begin at step {last} or before, the last step"
       )
     for name in ("eval_every", "scorer_loss", "distill"):
       check_at_least(name, getattr(self, name), 0)

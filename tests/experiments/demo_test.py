@@ -131,7 +131,12 @@ def test_complete_runs_are_not_trained_again(monkeypatch, tmp_path, capsys):
   done = demo.workdir("full", 1)
   steps = {done: [70, demo.NUM_STEPS]}
   monkeypatch.setattr(demo.checkpoint, "saved_steps", lambda folder: steps.get(folder, []))
-  monkeypatch.setattr(demo_commands, "run", lambda name, *words, **_: trained.append(words[0]))
+
+  def run(name, *words, **_):
+    trained.append(words[0])
+    steps.setdefault(words[0].removeprefix("--workdir="), [70])
+
+  monkeypatch.setattr(demo_commands, "run", run)
   demo.train()
   folders = [demo.workdir(kind, seed) for kind in demo.KINDS for seed in demo.SEEDS]
   assert set(trained) == {f"--workdir={folder}" for folder in folders} - {f"--workdir={done}"}

@@ -254,15 +254,15 @@ def test_text_that_is_not_utf8_stops_or_is_replaced(tmp_path, capsys):
 
 def test_verify_takes_no_flags_of_making(source, tmp_path, capsys):
   output = f"{tmp_path}/tokens"
-  assert run(f"--sources={source}", f"--output={output}") == 0
+  assert run(f"--sources={source}", "--text_field=body", f"--output={output}") == 0
   assert run(f"--verify={output}", "--train_bpe=300", "--deduplicate") == 2
-  words = "takes only --expect: leave out --train_bpe, --deduplicate"
+  words = "takes only --expect: leave out --deduplicate, --train_bpe"
   assert words in capsys.readouterr().err
 
 
 def test_a_tokenizer_with_fewer_ids_than_asked_for_is_said(source, tmp_path, capsys):
-  arguments = (f"--sources={source}", f"--output={tmp_path}/tokens", "--train_bpe=100000")
-  assert run(*arguments) == 0
+  arguments = (f"--sources={source}", "--text_field=body", f"--output={tmp_path}/tokens")
+  assert run(*arguments, "--train_bpe=100000") == 0
   told = capsys.readouterr()
   (line,) = [line for line in told.err.splitlines() if line.startswith("warning")]
   assert "the text is too short for --train_bpe=100000: the tokenizer has " in line

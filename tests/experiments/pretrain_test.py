@@ -219,9 +219,8 @@ def test_the_loss_of_a_warmup_is_called_that_of_the_scorers(tmp_path, capsys):
 def test_a_plan_says_that_it_compiles(tmp_path, monkeypatch, capsys):
   said = []
   monkeypatch.setattr(pretrain, "said_if_slow", lambda line: said.append(line) or nullcontext())
-  monkeypatch.setattr(
-    pretrain.plan, "make_plan", lambda *_: SimpleNamespace(lines=lambda: ["plan"])
-  )
+  made = SimpleNamespace(lines=["plan"].copy)
+  monkeypatch.setattr(pretrain.plan, "make_plan", lambda *_: made)
   write_documents(str(tmp_path / "tokens"))
   assert run_command(pretrain.main, pretrain.FLAGS, "--dry_run", f"--data={tmp_path}/tokens") == 0
   assert said[1:] == ["compiling the step for the plan; a large model takes minutes ..."]
