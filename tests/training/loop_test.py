@@ -571,7 +571,7 @@ def test_a_changed_flag_is_told_at_resume(dataset, run_copy, capsys):
 
   def resumed(config):
     assert loop.train(CONFIG, config, dataset).already_complete
-    first, *changed = capsys.readouterr().err.splitlines()
+    first, *changed, _ = capsys.readouterr().err.splitlines()
     return first.endswith("at step 8, with other settings than before:") and changed
 
   config = run_config(run_copy, seed=3, checkpoint_every=5)
