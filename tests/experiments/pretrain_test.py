@@ -199,6 +199,8 @@ def test_a_finished_run_says_what_comes_next(is_child, stopped, tmp_path, monkey
   monkeypatch.delenv(invocation.CHILD, raising=False)
   if is_child:
     monkeypatch.setenv(invocation.CHILD, "1")
+  for name in pretrain.FLAGS:  # which another test may have given
+    pretrain.FLAGS[name].unparse()
   config = TrainConfig(workdir=str(tmp_path / "my run"))
   pretrain.report(loop.Result(step=3, loss=1.0, stopped=stopped), config)
   advice = "next: sparsek evaluate --workdir='my run'\n      sparsek generate --workdir='my run' "

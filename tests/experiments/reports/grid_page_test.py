@@ -84,7 +84,7 @@ def test_a_picture_has_at_most_eight_lines():
   assert names == ["full attention", *(f"kind {i}" for i in range(7))]
   assert "kind 6: 1.6000 at 4 keys." in lines.alt and "kind 7" not in lines.alt
   assert grid_page.not_drawn(many) == ["kind 7", "kind 8", "kind 9"]
-  page = grid_page.page(many, [], grid.markdown(many), "")
+  page = grid_page.page(many, [lines], grid.markdown(many), "")
   assert "In the table but not in the pictures: kind 7; kind 8; kind 9." in page
 
 
