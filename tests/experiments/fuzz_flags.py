@@ -62,6 +62,8 @@ TINY = [
   "--checkpoint_every=1",
   "--warmup_steps=0",
 ]
+BY_GRID = ("--attention=", "--k=", "--window=")  # which a grid sets itself
+SHARED = [word for word in TINY if not word.startswith(BY_GRID)]
 BASES = {
   "prepare_data": ["--sources=IN/texts", "--output=out"],
   "pretrain": ["--workdir=new", "--data=IN/tokens", *TINY],
@@ -70,7 +72,7 @@ BASES = {
   "ablate": [
     "--workdir=grid",
     "--attention=full",
-    f"--more={' '.join([*TINY, '--data=IN/tokens'])}",
+    f"--more={' '.join([*SHARED, '--data=IN/tokens'])}",
     "--seeds=1",
   ],
   "generate": ["--workdir=IN/run", "--prompt=a", "--max_new_tokens=2"],
