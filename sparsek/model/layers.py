@@ -11,7 +11,9 @@ import numpy as np
 
 from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
+from sparsek.attention.joined_products import joined_products
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
+from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import TransformerConfig
 from sparsek.model.scorers import scoring_network
 from sparsek.parallel import sequence_parallel
@@ -216,6 +218,8 @@ class Tokens(NamedTuple):
     segment_ids: [B, n] of whole rows, or None.
     layer: index of the layer, the salt of fixed noise.
     row_index: [B] int32, each row's index in the batch of all devices; its noise derives from that.
+    scorer_products: [B, N, C] float32, x times the scorer's input matrix, or None where they are
+      not known.
   """
 
   x: jax.Array
@@ -225,6 +229,7 @@ class Tokens(NamedTuple):
   segment_ids: jax.Array | None
   layer: jax.Array | int
   row_index: jax.Array
+  scorer_products: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -281,8 +286,11 @@ class Attention(nn.Module):
     row_index = jnp.arange(batch) if row_index is None else row_index
     if positions is None:
       positions = token_positions(segment_ids, batch, length)
-    projected = self.project(x_BxNxE, positions)
-    return self.output(self.mix(Tokens(x_BxNxE, *projected, segment_ids, layer, row_index)))
+    *products, scorer_products = self._products(x_BxNxE)
+    projected = self._normed_and_rotated(*products, positions)
+    return self.output(
+      self.mix(Tokens(x_BxNxE, *projected, segment_ids, layer, row_index, scorer_products))
+    )
 
   def project(
     self, x_BxNxE: jax.Array, positions: jax.Array
@@ -290,7 +298,10 @@ class Attention(nn.Module):
     """Returns queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions
     ([B, N] or [N]) with positions="rope".
     """
-    query, key, value = self.query(x_BxNxE), self.key(x_BxNxE), self.value(x_BxNxE)
+    query, key, value, _ = self._products(x_BxNxE)
+    return self._normed_and_rotated(query, key, value, positions)
+
+  def _normed_and_rotated(self, query, key, value, positions):
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     cfg = self.config
@@ -300,6 +311,28 @@ class Attention(nn.Module):
     assert not isinstance(scaling, str)  # TransformerConfig has parsed it
     rotate = lambda x: rotary_embedding(x, positions, cfg.rope_theta, cfg.rope_dim, scaling)
     return rotate(query), rotate(key), value
+
+  def _products(self, x_BxNxE):
+    """Multiplies by the matrices of queries, keys and values, and in bfloat16 by the scorer's.
+
+    Modules multiply one by one where they make their parameters or have adapters.
+    """
+    modules, cfg = (self.query, self.key, self.value), self.config
+    joined = x_BxNxE.dtype == cfg.activation_dtype == jnp.bfloat16
+    if not joined or cfg.lora_rank or self.is_initializing():
+      return *(module(x_BxNxE) for module in modules), None
+    kernels, biases = (
+      tuple(module.get_variable("params", name) for module in modules)
+      for name in ("kernel", "bias")
+    )
+    products, scorer_products = joined_products(x_BxNxE, kernels, self.scorer_matrix())
+    if cfg.use_bias:
+      products = (y + bias.astype(y.dtype) for y, bias in zip(products, biases, strict=True))
+    return *products, scorer_products
+
+  def scorer_matrix(self) -> jax.Array | None:
+    """Returns the matrix [E, C] of the scorer that x is multiplied by, None without one."""
+    return None
 
   def mix(self, tokens: Tokens) -> jax.Array:
     """Returns the values that each query attends to, averaged: [B, N, H, D]."""
@@ -344,10 +377,15 @@ class SparseKAttention(Attention):
     super().setup()
     self.scorer = scoring_network(self.config)
 
+  def scorer_matrix(self) -> jax.Array | None:
+    # A registered scorer has none.
+    return self.scorer.input_matrix() if isinstance(self.scorer, ScoringNetwork) else None
+
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, layer, row_index = tokens
+    x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products = tokens
     cfg = self.config
-    scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer)
+    products = () if scorer_products is None else (scorer_products,)
+    scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer, *products)
     if not self.is_initializing():  # else they would stay among the variables
       self.sow("diagnostics", "scores", scores_BxNxG)
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
