@@ -6,7 +6,6 @@ written, rounded and read again.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparsek.attention.exact_product import exact_product, parts_of, sum_of_parts
 
@@ -32,38 +31,44 @@ def joined_products(
     x times each kernel, [..., *features] bfloat16, and x times `exact`, [..., C] float32, or
     None.
   """
-  products = tuple(jnp.tensordot(x, kernel.astype(x.dtype), 1) for kernel in kernels)
-  return products, None if exact is None else exact_product(x, exact)
+  return _joined_products_fwd(x, kernels, exact)[0]
 
 
 def _joined_products_fwd(x, kernels, exact):
-  return joined_products(x, kernels, exact), (x, kernels, exact)
+  products = tuple(jnp.tensordot(x, kernel.astype(x.dtype), 1) for kernel in kernels)
+  exact_products = None if exact is None else exact_product(x, exact)
+  return (products, exact_products), (x, kernels, exact)
 
 
-def _side_by_side(arrays):
-  """Joins arrays [..., n_i] to [..., n], padded with zeros to whole COLUMNS."""
-  *leading, _ = arrays[0].shape
-  padding = -sum(array.shape[-1] for array in arrays) % COLUMNS
-  return jnp.concatenate([*arrays, jnp.zeros((*leading, padding), arrays[0].dtype)], axis=-1)
+def _side_by_side(wide, narrow):
+  """Joins arrays [..., n_i] to [..., n], padded with zeros to whole COLUMNS.
+
+  XLA joins at most four arrays at the speed of the memory, so the narrow ones are joined before.
+  """
+  *leading, _ = wide[0].shape
+  padding = -sum(array.shape[-1] for array in (*wide, *narrow)) % COLUMNS
+  if padding:
+    narrow = [*narrow, jnp.zeros((*leading, padding), wide[0].dtype)]
+  if narrow:
+    wide = [*wide, jax.lax.optimization_barrier(jnp.concatenate(narrow, axis=-1))]
+  return jnp.concatenate(wide, axis=-1)
 
 
 def _joined_products_bwd(residuals, cotangents):
   (x, kernels, exact), (d_products, d_exact) = residuals, cotangents
-  d_outputs = [d.reshape(*x.shape[:-1], -1) for d in d_products]
-  matrices = [kernel.reshape(len(kernel), -1).astype(x.dtype) for kernel in kernels]
-  if exact is not None:
-    d_outputs += parts_of(d_exact)
-    matrices += [exact.astype(x.dtype)] * 3
-  d_joined = _side_by_side(d_outputs)
-  d_x = jnp.matmul(d_joined, _side_by_side(matrices).T)
+  d_wide = [d.reshape(*x.shape[:-1], -1) for d in d_products]
+  wide = [kernel.reshape(len(kernel), -1).astype(x.dtype) for kernel in kernels]
+  d_narrow, narrow = ([], []) if exact is None else (parts_of(d_exact), [exact.astype(x.dtype)] * 3)
+  d_joined = _side_by_side(d_wide, d_narrow)
+  d_x = jnp.matmul(d_joined, _side_by_side(wide, narrow).T)
   d_matrices = jnp.einsum("...e,...c->ec", x, d_joined, preferred_element_type=jnp.float32)
-  ends = np.cumsum([matrix.shape[1] for matrix in matrices])
-  d_kernels = tuple(
-    d_matrices[:, end - kernel[0].size : end].reshape(kernel.shape)
-    for kernel, end in zip(kernels, ends)
-  )
-  d_parts = d_matrices[:, ends[len(kernels) - 1] : ends[-1]]
-  return d_x, d_kernels, None if exact is None else sum_of_parts(d_parts)
+  d_kernels, end = [], 0
+  for kernel in kernels:
+    start, end = end, end + kernel[0].size
+    d_kernels.append(d_matrices[:, start:end].reshape(kernel.shape))
+  if exact is None:
+    return d_x, tuple(d_kernels), None
+  return d_x, tuple(d_kernels), sum_of_parts(d_matrices[:, end : end + 3 * exact.shape[1]])
 
 
 joined_products.defvjp(_joined_products_fwd, _joined_products_bwd)

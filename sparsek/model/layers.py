@@ -11,20 +11,14 @@ import numpy as np
 
 from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
-from sparsek.attention.joined_products import joined_products
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
-from sparsek.attention.scoring import ScoringNetwork
 from sparsek.config import TransformerConfig
-from sparsek.model.scorers import scoring_network
+from sparsek.model.projections import project_together, projection
+from sparsek.model.scorers import SCORER_FACTORIES, scoring_network
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
 from sparsek.parallel.sharded_scores import token_positions
-
-
-def fan_in_init(scale: float = 1.0) -> nn.initializers.Initializer:
-  """Returns an initializer: normal with standard deviation scale / sqrt(fan-in)."""
-  return nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
 
 
 def residual_scale(config: TransformerConfig) -> float:
@@ -143,48 +137,6 @@ def rotary_embedding(
   )
 
 
-class AdaptedProjection(nn.DenseGeneral):
-  """A product with a matrix and its low-rank adapter (`sparsek.model.lora`), x W + scale (x A) B,
-  and a bias with `use_bias`; B is 0 at first.
-
-  Parameters: kernel [*in, *features], bias [*features]; lora_a [*in, R], lora_b [R, *features].
-  """
-
-  rank: int = 1
-  scale: float = 1.0
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = super().__call__(x)
-    axes, features = (
-      axis if isinstance(axis, tuple) else (axis,) for axis in (self.axis, self.features)
-    )
-    a = self.param("lora_a", fan_in_init(), (*x.shape[-len(axes) :], self.rank), jnp.float32)
-    b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, *features), jnp.float32)
-    low = jnp.tensordot(x.astype(y.dtype), a.astype(y.dtype), len(axes))
-    return y + self.scale * jnp.tensordot(low, b.astype(y.dtype), 1)
-
-
-def projection(
-  config: TransformerConfig,
-  features: int | tuple[int, ...],
-  use_bias: bool,
-  init_scale: float = 1.0,
-  **fields,
-) -> nn.DenseGeneral:
-  """Makes a module that multiplies by a matrix in the activation dtype, over the last axis by
-  default; with an adapter if `config` has a lora_rank.
-  """
-  fields |= {
-    "use_bias": use_bias,
-    "dtype": config.activation_dtype,
-    "kernel_init": fan_in_init(init_scale),
-  }
-  if not config.lora_rank:
-    return nn.DenseGeneral(features, **fields)
-  return AdaptedProjection(features, rank=config.lora_rank, scale=config.lora_scale, **fields)
-
-
 class MLP(nn.Module):
   """Two-layer perceptron: down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x)));
   biases with `mlp_bias`.
@@ -286,10 +238,10 @@ class Attention(nn.Module):
     row_index = jnp.arange(batch) if row_index is None else row_index
     if positions is None:
       positions = token_positions(segment_ids, batch, length)
-    *products, scorer_products = self._products(x_BxNxE)
-    projected = self._normed_and_rotated(*products, positions)
+    products, scorer_products = self._products(x_BxNxE)
+    query, key, value = self._normed_and_rotated(products, positions)
     return self.output(
-      self.mix(Tokens(x_BxNxE, *projected, segment_ids, layer, row_index, scorer_products))
+      self.mix(Tokens(x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products))
     )
 
   def project(
@@ -298,10 +250,11 @@ class Attention(nn.Module):
     """Returns queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions
     ([B, N] or [N]) with positions="rope".
     """
-    query, key, value, _ = self._products(x_BxNxE)
-    return self._normed_and_rotated(query, key, value, positions)
+    products, _ = self._products(x_BxNxE)
+    return self._normed_and_rotated(products, positions)
 
-  def _normed_and_rotated(self, query, key, value, positions):
+  def _normed_and_rotated(self, products, positions):
+    query, key, value = products
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     cfg = self.config
@@ -313,25 +266,13 @@ class Attention(nn.Module):
     return rotate(query), rotate(key), value
 
   def _products(self, x_BxNxE):
-    """Multiplies by the matrices of queries, keys and values, and in bfloat16 by the scorer's.
-
-    Modules multiply one by one where they make their parameters or have adapters.
-    """
-    modules, cfg = (self.query, self.key, self.value), self.config
-    joined = x_BxNxE.dtype == cfg.activation_dtype == jnp.bfloat16
-    if not joined or cfg.lora_rank or self.is_initializing():
-      return *(module(x_BxNxE) for module in modules), None
-    kernels, biases = (
-      tuple(module.get_variable("params", name) for module in modules)
-      for name in ("kernel", "bias")
-    )
-    products, scorer_products = joined_products(x_BxNxE, kernels, self.scorer_matrix())
-    if cfg.use_bias:
-      products = (y + bias.astype(y.dtype) for y, bias in zip(products, biases, strict=True))
-    return *products, scorer_products
+    modules = (self.query, self.key, self.value)
+    if self.is_initializing():
+      return tuple(module(x_BxNxE) for module in modules), None
+    return project_together(self.config, modules, x_BxNxE, self.scorer_matrix())
 
   def scorer_matrix(self) -> jax.Array | None:
-    """Returns the matrix [E, C] of the scorer that x is multiplied by, None without one."""
+    """Returns the matrix [E, C] by which the scorer multiplies x, None where it has none."""
     return None
 
   def mix(self, tokens: Tokens) -> jax.Array:
@@ -378,8 +319,7 @@ class SparseKAttention(Attention):
     self.scorer = scoring_network(self.config)
 
   def scorer_matrix(self) -> jax.Array | None:
-    # A registered scorer has none.
-    return self.scorer.input_matrix() if isinstance(self.scorer, ScoringNetwork) else None
+    return None if self.config.scorer in SCORER_FACTORIES else self.scorer.input_matrix()
 
   def mix(self, tokens: Tokens) -> jax.Array:
     x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products = tokens
