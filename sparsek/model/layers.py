@@ -13,6 +13,7 @@ from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
 from sparsek.config import TransformerConfig
+from sparsek.kernels.rms_norm import branched_rms_norm, rms_norm
 from sparsek.model.projections import project_together, projection
 from sparsek.model.scorers import SCORER_FACTORIES, scoring_network
 from sparsek.parallel import sequence_parallel
@@ -35,12 +36,16 @@ class RMSNorm(nn.Module):
 
   epsilon: float = 1e-6
 
-  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-    y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-    return (y * scale).astype(x.dtype)
+    return rms_norm(x, self._scale(x), self.epsilon)
+
+  def branch(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (x, norm of x), for x [B, N, E] that goes on beside it."""
+    return branched_rms_norm(x, self._scale(x), self.epsilon)
+
+  @nn.compact
+  def _scale(self, x):
+    return self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
 
 
 class LayerNorm(nn.Module):
@@ -58,6 +63,10 @@ class LayerNorm(nn.Module):
     y -= jnp.mean(y, axis=-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
     return (y * scale + bias).astype(x.dtype)
+
+  def branch(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (x, norm of x), for x that goes on beside it."""
+    return x, self(x)
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
