@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.kernels import devices
-from sparsek.kernels.varying import over_batch
+from sparsek.kernels.varying import cast_varying, over_batch, varying_like
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -30,12 +30,16 @@ def branched_rms_norm(
     scale: [E] float32.
     epsilon: added to the mean of squares.
   """
-  if not _has_kernels(x):
+  if not has_kernels(x):
     return x, rms_norm(x, scale, epsilon)
-  return _branched(epsilon, x, scale)
+  scale_BxE = jnp.broadcast_to(scale, (x.shape[0], x.shape[-1]))
+  return _branched(epsilon, x, cast_varying(scale_BxE, x))
 
 
-def _has_kernels(x):
+def has_kernels(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+  """Tells whether kernels compute the norm of x and its gradients here: on Hopper GPUs, of 16-bit
+  numbers, where the width suits them.
+  """
   if x.dtype not in (jnp.bfloat16, jnp.float16) or x.ndim != 3 or not devices.can_run():
     return False
   from sparsek.kernels.hopper.rms_norm import MAX_WIDTH, MULTIPLE
@@ -44,10 +48,10 @@ def _has_kernels(x):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(epsilon, x, scale):
+def _forward(epsilon, x, scale_BxE):
   from sparsek.kernels.hopper import rms_norm as hopper
 
-  return over_batch(functools.partial(hopper.rms_norm, epsilon=epsilon), x, scale)
+  return over_batch(functools.partial(hopper.rms_norm, epsilon=epsilon), x, scale_BxE)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,24 +61,18 @@ def _backward(epsilon, *arrays):
   return over_batch(functools.partial(hopper.rms_norm_gradients, epsilon=epsilon), *arrays)
 
 
-def _of_rows(scale, x):
-  """Repeats scale for each row of the batch."""
-  return jnp.broadcast_to(scale, (x.shape[0], x.shape[-1]))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _branched(epsilon, x, scale):
-  return x, _forward(epsilon, x, _of_rows(scale, x))
+def _branched(epsilon, x, scale_BxE):
+  return x, varying_like(_forward(epsilon, x, scale_BxE), x)
 
 
-def _branched_fwd(epsilon, x, scale):
-  return _branched(epsilon, x, scale), (x, scale)
+def _branched_fwd(epsilon, x, scale_BxE):
+  return _branched(epsilon, x, scale_BxE), (x, scale_BxE)
 
 
 def _branched_bwd(epsilon, residuals, cotangents):
-  x, scale = residuals
-  d_x, d_scale_BxE = _backward(epsilon, x, _of_rows(scale, x), *cotangents)
-  return d_x, jnp.sum(d_scale_BxE, axis=0)
+  gradients = _backward(epsilon, *residuals, *cotangents)
+  return tuple(varying_like(gradient, residuals[0]) for gradient in gradients)
 
 
 _branched.defvjp(_branched_fwd, _branched_bwd)

@@ -21,7 +21,7 @@ from sparsek.kernels.hopper.thread_registers import LANES, lane_index, narrow, s
 WARP = 32  # lanes
 WORD = 8  # numbers that a lane moves at once
 MULTIPLE = WARP * WORD  # widths are multiples of this
-MAX_WIDTH = 2048  # wider rows do not fit the registers
+MAX_WIDTH = 1536  # wider rows do not fit the registers
 PROGRAMS = 4  # at least as many of a multiprocessor
 
 

@@ -7,6 +7,8 @@ in float32, in which they are summed (Henry, Tang and Heinecke 2019, arXiv 1904.
 import jax
 import jax.numpy as jnp
 
+from sparsek.kernels.varying import cast_varying
+
 
 def parts_of(x: jax.Array) -> list[jax.Array]:
   """Splits a float32 array into three bfloat16 ones that sum to it, within 2^-24 of it.
@@ -39,19 +41,23 @@ def scorer_logits(products: jax.Array, features: int) -> jax.Array:
   return sum_of_parts(products[..., : 3 * features])
 
 
-@jax.custom_vjp
 def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Multiplies x [..., E] bfloat16 by W [E, C] float32, as exactly as in float32.
 
   The gradient of W is as exact; that of x uses W rounded to bfloat16, as in other products.
   """
+  return _exact_product(x, cast_varying(kernel, x))
+
+
+@jax.custom_vjp
+def _exact_product(x, kernel):
   return sum_of_parts(
     jnp.matmul(x, jnp.concatenate(parts_of(kernel), axis=-1), preferred_element_type=jnp.float32)
   )
 
 
 def _exact_product_fwd(x, kernel):
-  return exact_product(x, kernel), (x, kernel)
+  return _exact_product(x, kernel), (x, kernel)
 
 
 def _exact_product_bwd(residuals, d_out):
@@ -66,4 +72,4 @@ def _exact_product_bwd(residuals, d_out):
   return d_x.astype(x.dtype), d_kernel
 
 
-exact_product.defvjp(_exact_product_fwd, _exact_product_bwd)
+_exact_product.defvjp(_exact_product_fwd, _exact_product_bwd)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.attention.exact_product import exact_product, parts_of, sum_of_parts
+from sparsek.kernels.varying import cast_varying
 
 # Columns of the joined gradients come in multiples of this: rows then begin at whole cache lines.
 COLUMNS = 64
 
 
-@jax.custom_vjp
 def joined_products(
   x: jax.Array, kernels: tuple[jax.Array, ...], exact: jax.Array | None
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
@@ -31,6 +31,11 @@ def joined_products(
     x times each kernel, [..., *features] bfloat16, and x times `exact`, [..., C] float32, or
     None.
   """
+  return _joined_products(x, *cast_varying((kernels, exact), x))
+
+
+@jax.custom_vjp
+def _joined_products(x, kernels, exact):
   return _joined_products_fwd(x, kernels, exact)[0]
 
 
@@ -71,4 +76,4 @@ def _joined_products_bwd(residuals, cotangents):
   return d_x, tuple(d_kernels), sum_of_parts(d_matrices[:, end : end + 3 * exact.shape[1]])
 
 
-joined_products.defvjp(_joined_products_fwd, _joined_products_bwd)
+_joined_products.defvjp(_joined_products_fwd, _joined_products_bwd)

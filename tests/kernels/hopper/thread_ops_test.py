@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from sparsek.attention import prefix_selection
 from sparsek.attention.documents import document_bounds
+from sparsek.kernels import rms_norm as norms
 from sparsek.kernels import tiles
 from sparsek.kernels.hopper import (
   gather_rows,
@@ -374,3 +375,31 @@ def test_rms_norm(batch, n, width, programs, emulated, monkeypatch):
   assert narrow_error(normed, want_normed) < 2**-8
   assert narrow_error(got[0], wide[1] + want_x) < 2**-8
   np.testing.assert_allclose(got[1], want_scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 32768, 768), (3, 1001, 1536), (600, 5, 256)])
+def test_rms_norm_kernels(shape):
+  """The kernels against XLA's norm, also mapped over a further axis."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  x, d_x, d_normed = (jax.random.normal(key, (2, *shape), jnp.bfloat16) for key in keys[:3])
+  scale = 1 + jax.random.normal(keys[3], shape[-1:]) / 8
+
+  def plain(x, scale):
+    return x, norms.rms_norm(x, scale, 1e-6)
+
+  def branched(x, scale):
+    out = norms.branched_rms_norm(x, scale, 1e-6)
+    assert norms.has_kernels(x)
+    return out
+
+  def run(norm, x, cotangents):
+    (_, normed), vjp = jax.vjp(norm, x, scale)
+    return normed, *vjp(cotangents)
+
+  def mapped(norm):
+    return jax.jit(jax.vmap(lambda *args: run(norm, args[0], args[1:])))(x, d_x, d_normed)
+
+  for got, want in zip(mapped(branched), mapped(plain)):
+    got, want = (np.asarray(a.astype(jnp.float32)) for a in (got, want))
+    assert np.max(np.abs(got - want)) < 2**-6 * np.max(np.abs(want))
