@@ -10,11 +10,13 @@ So a row's sums take five shuffles and no shared memory. Each warp takes every W
 and in the backward pass sums the gradients of the scales of its rows in registers.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsek.kernels.hopper.common import MULTIPROCESSORS
+from sparsek.kernels.hopper.common import MULTIPROCESSORS, Ref
 from sparsek.kernels.hopper.thread_ops import block_of, floats, gather_bytes, kernel, scatter_bytes
 from sparsek.kernels.hopper.thread_registers import LANES, lane_index, narrow, shuffle_xor, widen
 
@@ -48,20 +50,20 @@ class _Lane:
     self.offsets = [(lane % WARP + i * WARP) * WORD for i in range(width // MULTIPLE)]
     self.rounds = -(-n // warps)
 
-  def row(self, i):
+  def row(self, i: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the i-th row of each lane's warp, and whether there is one."""
     row = self.warp + i * self.warps
     return jnp.minimum(row, self.n - 1), row < self.n
 
-  def read(self, ref, row):
+  def read(self, ref: Ref, row: jax.Array) -> list[tuple[jax.Array, ...]]:
     """Returns the lane's words of a row."""
     return [gather_bytes(ref, row, offset, self.width) for offset in self.offsets]
 
-  def scales(self, ref):
+  def scales(self, ref: Ref) -> list[jax.Array]:
     """Returns the lane's scales, as many as numbers of a row."""
     return [x for offset in self.offsets for x in floats(ref, offset, WORD)]
 
-  def write(self, ref, row, numbers, where):
+  def write(self, ref: Ref, row: jax.Array, numbers: list[jax.Array], where: jax.Array) -> None:
     """Writes the lane's numbers of a row where there is one."""
     for i, offset in enumerate(self.offsets):
       words = narrow(numbers[i * WORD : (i + 1) * WORD], ref.dtype)
