@@ -179,7 +179,7 @@ def _by_xla(scores, asked, key, queries, start, weight, *, window, scale, axis):
     seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
     candidate_Bx1xCxN = (seen_BxCxN & (j + window <= i_BxCx1))[:, None]
     logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
-    candidates_BxGxCxN = jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, LOWEST)
+    candidates_BxGxCxN = jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, np.finfo(np.float32).min)
     top, top_score = over_shards(lax.pmax, (_max(logits_BxGxRxCxN), _max(candidates_BxGxCxN)))
     top_score = jnp.where(jnp.isfinite(top_score), top_score, 0)  # as logsumexp does
     weights_BxGxRxCxN = jnp.exp(logits_BxGxRxCxN - top)
@@ -189,10 +189,9 @@ def _by_xla(scores, asked, key, queries, start, weight, *, window, scale, axis):
     attention_BxGxCxN = jnp.mean(weights_BxGxRxCxN / total_weight, axis=2)
     attention_BxGxCxN = jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0)
     # the logarithm of what the scores expect of the candidates' attention
-    expected_BxGxCxN = scores_BxGx1xN - (jnp.log(total_exp) + top_score)
-    information_BxGxCxN = (
-      jax.scipy.special.xlogy(attention_BxGxCxN, attention_BxGxCxN)
-      - attention_BxGxCxN * expected_BxGxCxN
+    expected_BxGxCxN = scores_BxGx1xN - top_score - jnp.log(total_exp)
+    information_BxGxCxN = jnp.where(
+      attention_BxGxCxN > 0, attention_BxGxCxN * (jnp.log(attention_BxGxCxN) - expected_BxGxCxN), 0
     )
     mass_BxGxC, information_BxGxC = over_shards(
       lax.psum, (jnp.sum(attention_BxGxCxN, axis=-1), jnp.sum(information_BxGxCxN, axis=-1))
