@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import xlogy
 
-from sparsek.kernels.hopper.common import BLOCK_Q, TILINGS
+from sparsek.kernels.hopper.common import HALF, TILINGS
 from sparsek.kernels.hopper.scorer_loss_gradients import BLOCK, Queries, score_gradients
-from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, query_sums
+from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, SMALLEST, Tiles, query_sums
 from sparsek.kernels.varying import over_batch, varying_like
 
 
@@ -73,9 +73,11 @@ def attention_mass(
     The loss, a float32 scalar, and its gradient in the scores [B, n, G].
   """
   count, (n, groups), dim = query.shape[1], scores.shape[1:], query.shape[-1]
-  more, rest = -count % BLOCK_Q, -n % BLOCK_KV
+  more, rest = -count % HALF, -n % BLOCK_KV
   wide = next(d for d in TILINGS if d >= dim) - dim
   score = jnp.pad(jnp.swapaxes(scores, 1, 2), ((0, 0), (0, 0), (0, rest)))
+  if scale <= 0:  # the kernels take the largest logit before they scale
+    query, scale = query * (-1 if scale < 0 else 0), abs(scale) or 1.0
   query = jnp.pad(query, ((0, 0), (0, more), (0, 0), (0, wide)))
   key = jnp.pad(key, ((0, 0), (0, rest), (0, 0), (0, wide)))
   last, start, weight = (jnp.pad(x, ((0, 0), (0, more))) for x in (last, start, weight))
@@ -104,7 +106,7 @@ def _sums(static, query, key, score, last, start):
     score,
     last,
     start,
-    _bounds(start, last),
+    _tiles(score, start, last, static.window),
     window=static.window,
     scale=static.scale,
     interpret=static.interpret,
@@ -112,6 +114,22 @@ def _sums(static, query, key, score, last, start):
   largest, sum_of = (functools.partial(f, axis=2, keepdims=True) for f in (jnp.max, jnp.sum))
   sums = Sums(*jnp.moveaxis(sums, 3, 0)).joined(largest, sum_of)
   return tuple(x[:, :, 0] for x in sums)
+
+
+def _tiles(score, start, last, window):
+  """Returns what the first kernel reads of tiles of keys."""
+  tiles = score.reshape(*score.shape[:2], -1, BLOCK_KV)
+  top = jnp.maximum(jnp.max(tiles, axis=3), SMALLEST)
+  total = jnp.sum(jnp.exp(tiles - top[..., None]), axis=3)
+  blocks = lambda x: x.reshape(x.shape[0], -1, HALF)
+  first = jnp.min(blocks(start), axis=2) // BLOCK_KV
+  end = jnp.max(blocks(last), axis=2) // BLOCK_KV + 1
+  parts = 0
+  for edge in (start, last + 1, last - window + 1):  # a query ends to see, or begins, before these
+    tile = blocks(jnp.where(edge % BLOCK_KV, edge // BLOCK_KV, -1))
+    parts |= jnp.any(tile[..., None] == jnp.arange(top.shape[2]), axis=2)
+  whole = jnp.logical_not(parts).astype(jnp.int32)
+  return Tiles(jnp.stack([first, end], axis=2), whole, top, total)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -1,30 +1,33 @@
 """First pass of the scorers' loss on Hopper GPUs: for every sampled query the sums of its softmax
 over the keys that it sees and over its candidates, and the sum of its candidates' exp(score).
 
-A program computes 128 queries of one head, with every splits-th tile of 128 keys, and three
-warpgroups. Logits are to base 2.
+A program computes all queries of one head, 64 at a time, with every splits-th tile of 128 keys, and
+three warpgroups. Logits are to base 2.
 
-  warpgroup 2, loads (40 registers a thread)   warpgroups 0 and 1, compute 64 queries each (232)
+  warpgroup 2, loads (40 registers a thread)   warpgroups 0 and 1, compute (232)
   ------------------------------------------   ---------------------------------------------------
-                                               load query, last, start; wait query_full
-  for each tile that any query sees:           for each tile that one of the 64 queries sees:
-    wait key_free                                wait key_full
-    load key, score -> key_full                  S = query key^T
-                                                 read score; arrive key_free
-                                                 add to the sums, online
-                                               store the sums
+  for each 64 queries:                         for each 64 queries:
+    wait query_free                              wait query_full
+    load query, last, start -> query_full        for every other tile, the one or the other half:
+    for each tile that any of them sees:           wait key_full
+      wait key_free                                S = query key^T
+      load key, score -> key_full                  read score; arrive key_free
+                                                   add to the sums, online
+                                                 arrive query_free; store the sums
 
-Both computing warpgroups pass all tiles (pass_by).
+In most tiles each query sees all keys or none: masks of rows do there, and the score's part of the
+sums is that of the whole tile, which was computed before.
 
   barrier (how many)   opens after
-  query_full (2)       the bulk copies (TMA) of a warpgroup's query, last and start
+  query_full (2)       the bulk copies (TMA) of query, last and start
   key_full (stages)    those of key and score
-  key_free (stages)    both computing warpgroups have read key and score of the slot
+  query_free (2)       both computing warpgroups have read what query_full guards
+  key_free (stages)    the computing warpgroup whose tile it is has read key and score
 
-  shared memory        shape           type     bytes for D = 128, 3 stages
+  shared memory        shape           type     bytes for D = 128, 4 stages
   query                2, 64, D        16 bit   32 KiB
-  key                  stages, 128, D  16 bit   96 KiB
-  score                stages, 128     float32  1.5 KiB
+  key                  stages, 128, D  16 bit   128 KiB
+  score                stages, 128     float32  2 KiB
   last, start          2, 64           int32    512 B each
   sums                 10, 64          float32  2.5 KiB
 """
@@ -40,7 +43,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsek.kernels.hopper.common import (
-  BLOCK_Q,
   COLUMN,
   COMPUTING,
   HALF,
@@ -48,6 +50,7 @@ from sparsek.kernels.hopper.common import (
   MULTIPROCESSORS,
   ROW,
   Registers,
+  apply_if,
   axis_index,
   by_column,
   by_row,
@@ -55,14 +58,14 @@ from sparsek.kernels.hopper.common import (
   grid_position,
   matrix_buffer,
   observe_last,
-  pass_by,
   read_bounds,
   run_kernel,
   slot_of,
   vector_buffer,
 )
 
-BLOCK_KV, STAGES = 128, 3
+BLOCK_KV, STAGES = 128, 4  # stages are even: each slot belongs to one computing warpgroup
+QUERY_STAGES = 2
 SUMS = 5  # numbers of a query, see `query_sums`
 SMALLEST = float(np.finfo(np.float32).min)
 
@@ -75,7 +78,24 @@ class Inputs(NamedTuple):
   score: Any
   last: Any
   start: Any
+  tiles: "Tiles"
+
+
+class Tiles(NamedTuple):
+  """Numbers of tiles of keys.
+
+  Attributes:
+    bounds: [B, C / 64, 2] int32, first and one past the last tile that any of 64 queries sees.
+    whole: [B, C / 64, n / 128] int32, 1 where no query sees, or has as candidates, a part of the
+      tile, else 0.
+    top_score, total_score: [B, G, n / 128] float32, the largest score of a tile and the sum of its
+      exp(score - largest).
+  """
+
   bounds: Any
+  whole: Any
+  top_score: Any
+  total_score: Any
 
 
 class Outputs(NamedTuple):
@@ -95,6 +115,7 @@ class Scratch(NamedTuple):
   sums: Any
   query_full: Any
   key_full: Any
+  query_free: Any
   key_free: Any
 
 
@@ -103,14 +124,14 @@ class Options(NamedTuple):
 
   grid: dict[str, int]
   repeats: int  # query heads of a KV head
-  tiles: int  # of keys
+  blocks: int  # of HALF queries
   window: int
-  to_log2: float  # from products of queries and keys to logits to base 2
+  to_log2: float  # from products of queries and keys to logits to base 2, positive
   interpret: object
 
   @property
   def splits(self) -> int:
-    """Programs that share the keys of a block of queries."""
+    """Programs that share the keys of a head."""
     return self.grid["split"]
 
   @property
@@ -127,11 +148,18 @@ class Program(NamedTuple):
   outputs: Outputs
   scratch: Scratch
   b: Any  # row of the batch
-  block: Any  # of BLOCK_Q queries
   h: Any  # query head
+  g: Any  # KV head
   split: Any
   warpgroup: Any
-  begin: Any  # first tile of the program
+
+
+class Block(NamedTuple):
+  """The part of a program that belongs to 64 queries."""
+
+  index: Any
+  slot: Any  # of the buffer of queries
+  begin: Any  # the program's first tile of keys
   steps: Any  # number of its tiles
 
 
@@ -149,7 +177,7 @@ def query_sums(
   score: jax.Array,
   last: jax.Array,
   start: jax.Array,
-  bounds: jax.Array,
+  tiles: Tiles,
   *,
   window: int,
   scale: float,
@@ -158,46 +186,46 @@ def query_sums(
   """Computes the sums of every query, in parts of the keys.
 
   Args:
-    query: [B, C, H, D] bfloat16 or float16; C a multiple of 128, D 64 or 128.
+    query: [B, C, H, D] bfloat16 or float16; C a multiple of 64, D 64 or 128.
     key: [B, n, G, D]; n a multiple of 128.
     score: [B, G, n] float32.
     last, start: [B, C] int32, the last and first key that a query sees; last < start: none.
-    bounds: [B, C / 64, 2] int32, the smallest `start` and the largest `last` of 64 queries.
+    tiles: see Tiles.
     window: keys above `last - window` are no candidates.
-    scale: of the logits.
+    scale: of the logits, positive.
     interpret: parameters of the interpreter, or None.
 
   Returns:
-    [B, H, splits, 5, C] float32: the largest logit to base 2; the sums of exp2(logit - largest)
+    [B, H, parts, 5, C] float32: the largest logit to base 2; the sums of exp2(logit - largest)
     over seen keys and over candidates; the largest score of a candidate; the sum of
-    exp(score - largest). Each split has a part of the keys.
+    exp(score - largest). Each part has some of the keys.
   """
   (batch, count, heads, dim), (n, groups) = query.shape, key.shape[1:3]
-  units, tiles = batch * (count // BLOCK_Q) * heads, n // BLOCK_KV
-  splits = splits_of(units, tiles)
+  splits = splits_of(batch * heads, -(-n // (COMPUTING * BLOCK_KV)))
   options = Options(
-    grid={"batch": batch, "block": count // BLOCK_Q, "head": heads, "split": splits},
+    grid={"batch": batch, "head": heads, "split": splits},
     repeats=heads // groups,
-    tiles=tiles,
+    blocks=count // HALF,
     window=window,
     to_log2=scale * LOG2_E,
     interpret=interpret,
   )
   scratch = Scratch(
-    query=matrix_buffer(COMPUTING, HALF, dim, query.dtype),
+    query=matrix_buffer(QUERY_STAGES, HALF, dim, query.dtype),
     key=matrix_buffer(STAGES, BLOCK_KV, dim, query.dtype),
     score=vector_buffer(STAGES, BLOCK_KV),
-    last=vector_buffer(COMPUTING, HALF, jnp.int32),
-    start=vector_buffer(COMPUTING, HALF, jnp.int32),
+    last=vector_buffer(QUERY_STAGES, HALF, jnp.int32),
+    start=vector_buffer(QUERY_STAGES, HALF, jnp.int32),
     sums=vector_buffer(COMPUTING * SUMS, HALF),
-    query_full=plgpu.Barrier(num_arrivals=3, num_barriers=COMPUTING),
+    query_full=plgpu.Barrier(num_arrivals=3, num_barriers=QUERY_STAGES),
     key_full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-    key_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=STAGES),
+    query_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=QUERY_STAGES),
+    key_free=plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
   )
   (sums,) = run_kernel(
     lambda *refs: _kernel(options, *refs),
-    Inputs(query, key, score, last, start, bounds),
-    Outputs(jax.ShapeDtypeStruct((batch, heads, splits, SUMS, count), jnp.float32)),
+    Inputs(query, key, score, last, start, tiles),
+    Outputs(jax.ShapeDtypeStruct((batch, heads, COMPUTING * splits, SUMS, count), jnp.float32)),
     scratch,
     **grid_of(**options.grid),
     interpret=interpret,
@@ -207,107 +235,163 @@ def query_sums(
 
 
 def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-  (b, block, h, split), warpgroup = grid_position(**options.grid), axis_index("warpgroup")
-  ranges = [_tiles(options, inputs, b, COMPUTING * block + w) for w in range(COMPUTING)]
-  begin = functools.reduce(jnp.minimum, [first for first, _ in ranges]) + split
-  end = functools.reduce(jnp.maximum, [end for _, end in ranges])
-  steps = _steps(options, end - begin)
-  program = Program(options, inputs, outputs, scratch, b, block, h, split, warpgroup, begin, steps)
+  (b, h, split), warpgroup = grid_position(**options.grid), axis_index("warpgroup")
+  g = lax.div(h, jnp.int32(options.repeats))
+  program = Program(options, inputs, outputs, scratch, b, h, g, split, warpgroup)
   pl.when(warpgroup < COMPUTING)(lambda: _compute(program))
   pl.when(warpgroup == COMPUTING)(lambda: _load(program))
 
 
-def _tiles(options: Options, inputs: Inputs, b: Any, half: Any) -> tuple:
-  """Returns the range of tiles that 64 queries see."""
-  start, last = read_bounds(inputs.bounds, b, half)
-  first = lax.div(jnp.maximum(start, 0), jnp.int32(BLOCK_KV))
-  end = lax.div(jnp.maximum(last, -1) + BLOCK_KV, jnp.int32(BLOCK_KV))
-  return jnp.minimum(first, options.tiles), jnp.minimum(end, options.tiles)
-
-
-def _steps(options: Options, tiles: Any) -> Any:
-  """Returns how many of a number of tiles are a program's, which starts with the first."""
-  return lax.div(jnp.maximum(tiles, 0) + options.splits - 1, jnp.int32(options.splits))
+def _block(program: Program, index: Any) -> Block:
+  """Returns the program's part of the index-th 64 queries."""
+  first, end = read_bounds(program.inputs.tiles.bounds, program.b, index)
+  splits, begin = program.options.splits, first + program.split
+  steps = lax.div(jnp.maximum(end - begin, 0) + splits - 1, jnp.int32(splits))
+  return Block(index, slot_of(index, QUERY_STAGES)[0], begin, steps)
 
 
 def _load(program: Program) -> None:
-  """Loads the tiles of keys: the part of the last warpgroup."""
+  """Loads the queries and the tiles of keys: the part of the last warpgroup."""
   plgpu.set_max_registers(40, action="decrease")
-  options, inputs, scratch = program.options, program.inputs, program.scratch
-  g = lax.div(program.h, jnp.int32(options.repeats))
+  options, inputs, scratch, b = program.options, program.inputs, program.scratch, program.b
 
-  @pl.loop(0, program.steps)
-  def _(step):
-    slot, reused = slot_of(step, STAGES)
-    tokens = pl.ds((program.begin + step * options.splits) * BLOCK_KV, BLOCK_KV)
-    full = scratch.key_full.at[slot]
-    pl.when(reused)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
-    plgpu.copy_gmem_to_smem(inputs.key.at[program.b, tokens, g], scratch.key.at[slot], full)
-    plgpu.copy_gmem_to_smem(inputs.score.at[program.b, g, tokens], scratch.score.at[slot], full)
+  def load_block(index, done):
+    block, (slot, reused) = _block(program, index), slot_of(index, QUERY_STAGES)
+    places, full = pl.ds(index * HALF, HALF), scratch.query_full.at[slot]
+    pl.when(reused)(lambda: plgpu.barrier_wait(scratch.query_free.at[slot]))
+    for source, buffer in (
+      (inputs.query.at[b, places, program.h], scratch.query),
+      (inputs.last.at[b, places], scratch.last),
+      (inputs.start.at[b, places], scratch.start),
+    ):
+      plgpu.copy_gmem_to_smem(source, buffer.at[slot], full)
+    pl.loop(0, block.steps)(
+      lambda i: _load_tile(program, block.begin + i * options.splits, done + i)
+    )
+    return done + block.steps
 
-  observe_last(options.interpret, program.steps, STAGES, scratch.key_free)
+  steps = lax.fori_loop(0, options.blocks, load_block, jnp.int32(0))
+  observe_last(options.interpret, options.blocks, QUERY_STAGES, scratch.query_free)
+  observe_last(options.interpret, steps, STAGES, scratch.key_free)
+
+
+def _load_tile(program: Program, tile: Any, step: Any) -> None:
+  """Loads a tile of keys, when its slot is free."""
+  inputs, scratch = program.inputs, program.scratch
+  slot, reused = slot_of(step, STAGES)
+  tokens, full = pl.ds(tile * BLOCK_KV, BLOCK_KV), scratch.key_full.at[slot]
+  pl.when(reused)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
+  key, score = inputs.key.at[program.b, tokens, program.g], inputs.score
+  plgpu.copy_gmem_to_smem(key, scratch.key.at[slot], full)
+  plgpu.copy_gmem_to_smem(score.at[program.b, program.g, tokens], scratch.score.at[slot], full)
 
 
 def _compute(program: Program) -> None:
-  """Computes the sums of 64 queries: the part of the first two warpgroups."""
+  """Computes sums over every other tile of keys: the part of the first two warpgroups."""
   plgpu.set_max_registers(232, action="increase")
-  options, inputs, scratch = program.options, program.inputs, program.scratch
-  registers, warpgroup = options.registers, program.warpgroup
-  places = pl.ds(program.block * BLOCK_Q + warpgroup * HALF, HALF)
-  full = scratch.query_full.at[warpgroup]
-  for source, buffer in (
-    (inputs.query.at[program.b, places, program.h], scratch.query),
-    (inputs.last.at[program.b, places], scratch.last),
-    (inputs.start.at[program.b, places], scratch.start),
-  ):
-    plgpu.copy_gmem_to_smem(source, buffer.at[warpgroup], full)
-  plgpu.barrier_wait(full)
-
-  first, end = _tiles(options, inputs, program.b, COMPUTING * program.block + warpgroup)
-  from_begin = lambda tile: jnp.minimum(_steps(options, tile - program.begin), program.steps)
-  first_step = from_begin(first)
-  last_step = jnp.maximum(from_begin(end), first_step)
-  skip = functools.partial(
-    pass_by, stages=STAGES, full=(scratch.key_full,), free=(scratch.key_free,)
-  )
-  sums = tuple(registers.full((HALF,), x, ROW) for x in (SMALLEST, 0.0, 0.0, SMALLEST, 0.0))
-  skip(0, first_step)
-  sums = lax.fori_loop(first_step, last_step, functools.partial(_tile, program), sums)
-  skip(last_step, program.steps)
-  for i, x in enumerate(sums):
-    scratch.sums.at[warpgroup * SUMS + i][...] = x
-  plgpu.commit_smem()
-  for i in range(SUMS):
-    plgpu.copy_smem_to_gmem(
-      scratch.sums.at[warpgroup * SUMS + i],
-      program.outputs.sums.at[program.b, program.h, program.split, i, places],
-    )
+  compute_block = functools.partial(_compute_block, program)
+  lax.fori_loop(0, program.options.blocks, compute_block, jnp.int32(0))
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _tile(program: Program, step: Any, sums: tuple) -> tuple:
-  """Adds a tile of keys to the sums (see `query_sums`) of 64 queries."""
-  options, scratch, shape = program.options, program.scratch, (HALF, BLOCK_KV)
-  registers, warpgroup = options.registers, program.warpgroup
-  top, total, candidates, top_score, total_score = sums
-  slot, _ = slot_of(step, STAGES)
-  base = (program.begin + step * options.splits) * BLOCK_KV
-  plgpu.barrier_wait(scratch.key_full.at[slot])
-  s = registers.matmul(shape, scratch.query.at[warpgroup], scratch.key.at[slot]) * options.to_log2
+def _compute_block(program: Program, index: Any, done: Any) -> Any:
+  """Computes the sums of 64 queries.
 
-  column = registers.index(shape, 1)
-  last = registers.vector(scratch.last.at[warpgroup], ROW) - base
-  start = registers.vector(scratch.start.at[warpgroup], ROW) - base
-  seen = jnp.logical_and(column <= by_row(last, shape), column >= by_row(start, shape))
-  candidate = jnp.logical_and(seen, column <= by_row(last - options.window, shape))
+  Args:
+    program: see Program.
+    index: number of the 64 queries.
+    done: steps of the circular buffer of keys that the queries before took.
+
+  Returns:
+    `done` for the next queries.
+  """
+  scratch, warpgroup, block = program.scratch, program.warpgroup, _block(program, index)
+  mine = lax.rem(done + warpgroup, jnp.int32(COMPUTING))  # the first of the steps that is
+  count = lax.div(jnp.maximum(block.steps - mine, 0) + COMPUTING - 1, jnp.int32(COMPUTING))
+  plgpu.barrier_wait(scratch.query_full.at[block.slot])
+
+  def add(i, sums):
+    return _add_tile(program, block, done, mine + i * COMPUTING, sums)
+
+  full = functools.partial(program.options.registers.full, (HALF,), layout=ROW)
+  sums = lax.fori_loop(0, count, add, tuple(map(full, (SMALLEST, 0.0, 0.0, SMALLEST, 0.0))))
+  plgpu.barrier_arrive(scratch.query_free.at[block.slot])
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  for i, x in enumerate(sums):
+    scratch.sums.at[warpgroup * SUMS + i][...] = x
+  plgpu.commit_smem()
+  part, places = COMPUTING * program.split + warpgroup, pl.ds(index * HALF, HALF)
+  for i in range(SUMS):
+    target = program.outputs.sums.at[program.b, program.h, part, i, places]
+    plgpu.copy_smem_to_gmem(scratch.sums.at[warpgroup * SUMS + i], target)
+  return done + block.steps
+
+
+def _add_tile(program: Program, block: Block, done: Any, i: Any, sums: tuple) -> tuple:
+  """Adds the block's i-th tile of keys to the sums (see `query_sums`) of its queries."""
+  numbers, tile = program.inputs.tiles, block.begin + i * program.options.splits
+  whole = numbers.whole[program.b, block.index, tile] + 0
+  slot, _ = slot_of(done + i, STAGES)
+  plgpu.barrier_wait(program.scratch.key_full.at[slot])
+  for condition, add in ((whole == 1, _add_whole), (whole == 0, _add_part)):
+    sums = apply_if(condition, functools.partial(add, program, block, tile, slot), sums)
+  return sums
+
+
+def _limits(program: Program, block: Block, tile: Any) -> tuple:
+  """Returns the first and last key that each query sees, counted from the first of the tile."""
+  registers, scratch = program.options.registers, program.scratch
+  return tuple(
+    registers.vector(x.at[block.slot], ROW) - tile * BLOCK_KV for x in (scratch.start, scratch.last)
+  )
+
+
+def _add_whole(program: Program, block: Block, tile: Any, slot: Any, sums: tuple) -> tuple:
+  """Adds a tile of which each query sees all keys or none, and the same for candidates."""
+  options, inputs, scratch, shape = (
+    program.options,
+    program.inputs,
+    program.scratch,
+    (HALF, BLOCK_KV),
+  )
+  top, total, candidates, top_score, total_score = sums
+  tile_top, tile_total = (
+    x[program.b, program.g, tile] + 0 for x in (inputs.tiles.top_score, inputs.tiles.total_score)
+  )
+  s = options.registers.matmul(shape, scratch.query.at[block.slot], scratch.key.at[slot])
+  plgpu.barrier_arrive(scratch.key_free.at[slot])
+  start, last = _limits(program, block, tile)
+  seen = jnp.logical_and(start <= 0, last >= 0)
+  candidate = jnp.logical_and(seen, last >= options.window)
+  new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * options.to_log2, SMALLEST))
+  decay = jnp.exp2(top - new_top)
+  p = jnp.exp2(s * options.to_log2 - by_row(new_top, shape)).sum(axis=1)
+  total = total * decay + jnp.where(seen, p, 0.0)
+  candidates = candidates * decay + jnp.where(candidate, p, 0.0)
+  new_score = jnp.where(candidate, jnp.maximum(top_score, tile_top), top_score)
+  total_score *= jnp.exp2((top_score - new_score) * LOG2_E)
+  more = jnp.exp2((tile_top - new_score) * LOG2_E) * tile_total
+  return new_top, total, candidates, new_score, total_score + jnp.where(candidate, more, 0.0)
+
+
+def _add_part(program: Program, block: Block, tile: Any, slot: Any, sums: tuple) -> tuple:
+  """Adds a tile of which some queries see a part, or have a part as candidates."""
+  options, scratch, shape = program.options, program.scratch, (HALF, BLOCK_KV)
+  registers = options.registers
+  top, total, candidates, top_score, total_score = sums
+  s = registers.matmul(shape, scratch.query.at[block.slot], scratch.key.at[slot])
+  column, (start, last) = registers.index(shape, 1), _limits(program, block, tile)
+  here = column >= by_row(start, shape)
+  seen = jnp.logical_and(here, column <= by_row(last, shape))
+  candidate = jnp.logical_and(here, column <= by_row(last - options.window, shape))
   u = by_column(registers.vector(scratch.score.at[slot], COLUMN), shape)
   u = jnp.where(candidate, u, -jnp.inf)
   s = jnp.where(seen, s, -jnp.inf)
   plgpu.barrier_arrive(scratch.key_free.at[slot])
 
-  new_top = jnp.maximum(top, s.max(axis=1))
+  new_top = jnp.maximum(top, s.max(axis=1) * options.to_log2)
   decay = jnp.exp2(top - new_top)
-  p = jnp.exp2(s - by_row(new_top, shape))
+  p = jnp.exp2(s * options.to_log2 - by_row(new_top, shape))
   total = total * decay + p.sum(axis=1)
   candidates = candidates * decay + jnp.where(candidate, p, 0.0).sum(axis=1)
   new_score = jnp.maximum(top_score, u.max(axis=1))
