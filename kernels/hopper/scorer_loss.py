@@ -15,6 +15,7 @@ from jax.scipy.special import xlogy
 
 from sparsek.kernels.hopper.common import HALF, TILINGS
 from sparsek.kernels.hopper.scorer_loss_gradients import BLOCK, Queries, score_gradients
+from sparsek.kernels.hopper.scorer_loss_gradients import Tiles as TilesOfQueries
 from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, SMALLEST, Tiles, query_sums
 from sparsek.kernels.varying import over_batch, varying_like
 
@@ -150,18 +151,18 @@ def _per_query(sums, weight, last, start, groups):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(static, query, key, score, queries):
+  tiles = lambda x: x.reshape(*x.shape[:-1], -1, BLOCK)
+  start, last, top = tiles(queries.start), tiles(queries.last), tiles(queries.top_score)
+  edges = [f(x, axis=2) for x in (start, last) for f in (jnp.min, jnp.max)]
+  reference = jnp.min(top, axis=3)
+  expected = jnp.exp(reference[..., None] - top - tiles(queries.log_total))
+  expected = jnp.sum(expected * tiles(queries.expected), axis=3)
   return score_gradients(
     query,
     key,
     score,
     queries,
-    _bounds(queries.start, queries.last),
+    TilesOfQueries(jnp.stack(edges, axis=2), reference, expected),
     scale=static.scale,
     interpret=static.interpret,
   )
-
-
-def _bounds(start, last):
-  """Returns the smallest `start` and the largest `last` of every 64 queries, [B, C / 64, 2]."""
-  start, last = (x.reshape(x.shape[0], -1, BLOCK) for x in (start, last))
-  return jnp.stack([jnp.min(start, axis=2), jnp.max(last, axis=2)], axis=2)

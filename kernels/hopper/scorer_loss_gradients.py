@@ -2,8 +2,12 @@
 the first pass, and from it the loss and the gradients of the scores.
 
 A program computes every splits-th block of 128 keys of one KV head with three warpgroups. Tiles of
-64 queries follow each other in one circular buffer, for each all query heads of the KV head. The
+32 queries follow each other in one circular buffer, for each all query heads of the KV head. The
 arrays of pairs are transposed, keys by queries: so sums over queries stay in registers.
+
+What the scores expect is, of query i and key j, exp(u_j - top_i - log_total_i). Where all keys of a
+block are candidates of all queries of a tile, that is a product of two exponentials, of u_j - ref
+and of ref - top_i - log_total_i; with ref, the smallest top_i of the tile, neither overflows.
 
   warpgroup 2, loads (40 registers a thread)     warpgroups 0 and 1, compute 64 keys each (232)
   ------------------------------------------     ---------------------------------------------------
@@ -14,7 +18,8 @@ arrays of pairs are transposed, keys by queries: so sums over queries stay in re
       wait query_free                                  wait query_full
       load query, logsumexp, ... -> query_full         A += exp2(key query^T - logsumexp)
                                                        arrive query_free (*)
-                                                     add to dscore and loss
+                                                     add to dscore and loss, in the one or the
+                                                     other form
                                                    arrive key_free; store dscore
                                                  store loss
 
@@ -26,20 +31,22 @@ arrays of pairs are transposed, keys by queries: so sums over queries stay in re
   key_free (stages)     both computing warpgroups have read key and score of the slot
   query_free (stages)   both have read what query_full guards
 
-  shared memory         shape              type     bytes for D = 128, 2 and 3 stages
+  shared memory         shape              type     bytes for D = 128, 2 and 4 stages
   key                   2 stages, 64, D    16 bit   64 KiB
-  query                 stages, 64, D      16 bit   48 KiB
+  query                 stages, 32, D      16 bit   32 KiB
   score                 2 stages, 64       float32  1 KiB
-  seven vectors         stages, 64         32 bit   768 B each
+  seven vectors         stages, 32         32 bit   512 B each
   row: dscore, loss     2, 64              float32  512 B
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -52,6 +59,7 @@ from sparsek.kernels.hopper.common import (
   MATRIX,
   ROW,
   Registers,
+  apply_if,
   axis_index,
   by_column,
   by_row,
@@ -66,9 +74,10 @@ from sparsek.kernels.hopper.common import (
 )
 from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, splits_of
 
-BLOCK = 64  # queries of a tile
-KEY_STAGES, QUERY_STAGES = 2, 3
+BLOCK = 32  # queries of a tile
+KEY_STAGES, QUERY_STAGES = 2, 4
 LN_2 = math.log(2)
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 SHAPE = HALF, BLOCK  # keys of a warpgroup by queries
 
 
@@ -93,6 +102,21 @@ class Queries(NamedTuple):
   start: Any
 
 
+class Tiles(NamedTuple):
+  """Numbers of tiles of queries.
+
+  Attributes:
+    bounds: [B, C / 32, 4] int32, the smallest and largest `start`, the smallest and largest `last`.
+    top_score: [B, G, C / 32] float32, the smallest `top_score`.
+    expected: [B, G, C / 32] float32, the sum of expected_i exp(ref - top_i - log_total_i), with ref
+      that smallest one.
+  """
+
+  bounds: Any
+  top_score: Any
+  expected: Any
+
+
 class Inputs(NamedTuple):
   """Arrays in global memory, the arguments of `score_gradients`."""
 
@@ -100,7 +124,7 @@ class Inputs(NamedTuple):
   key: Any
   score: Any
   queries: Queries
-  bounds: Any
+  tiles: Tiles
 
 
 class Outputs(NamedTuple):
@@ -159,7 +183,7 @@ def score_gradients(
   key: jax.Array,
   score: jax.Array,
   queries: Queries,
-  bounds: jax.Array,
+  tiles: Tiles,
   *,
   scale: float,
   interpret: object = None,
@@ -168,8 +192,7 @@ def score_gradients(
 
   Args:
     query, key, score, scale, interpret: as in `scorer_loss_sums.query_sums`.
-    queries: see Queries.
-    bounds: [B, C / 64, 2] int32, the first and last candidate of any of 64 queries.
+    queries, tiles: see Queries and Tiles.
 
   Returns:
     dscore [B, G, n] and the loss [B, G, parts, 64], to be summed over the last two axes: the sum of
@@ -201,7 +224,7 @@ def score_gradients(
   )
   return run_kernel(
     lambda *refs: _kernel(options, *refs),
-    Inputs(query, key, score, queries, bounds),
+    Inputs(query, key, score, queries, tiles),
     Outputs(
       dscore=jax.ShapeDtypeStruct(score.shape, jnp.float32),
       loss=jax.ShapeDtypeStruct((batch, groups, COMPUTING * splits, HALF), jnp.float32),
@@ -227,13 +250,14 @@ def _first_key(program: Program, i: Any) -> Any:
   return (program.split + i * program.options.grid["split"]) * BLOCK_KV
 
 
-def _has_candidates(program: Program, i: Any, tile: Any) -> Any:
-  """Returns 1 if the program's i-th block of keys may hold candidates of a tile of queries, or
-  0.
+def _candidates(program: Program, i: Any, tile: Any) -> tuple:
+  """Returns whether any key of the program's i-th block may be a candidate of a tile of queries,
+  and whether all keys are candidates of all of them.
   """
-  start, last = read_bounds(program.inputs.bounds, program.b, tile)
-  first = _first_key(program, i)
-  return jnp.where(jnp.logical_and(last >= first, start < first + BLOCK_KV), 1, 0)
+  tiles, first = program.inputs.tiles, _first_key(program, i)
+  start, latest_start, earliest_last, last = read_bounds(tiles.bounds, program.b, tile)
+  live = jnp.logical_and(last >= first, start < first + BLOCK_KV)
+  return live, jnp.logical_and(latest_start <= first, earliest_last >= first + BLOCK_KV - 1)
 
 
 def _load(program: Program) -> None:
@@ -245,7 +269,7 @@ def _load(program: Program) -> None:
     _load_keys(program, i)
 
     def load_tile(tile, step):
-      heads = _has_candidates(program, i, tile) * options.repeats
+      heads = jnp.where(_candidates(program, i, tile)[0], options.repeats, 0)
       pl.loop(0, heads)(lambda r: _load_queries(program, tile, r, step + r))
       return step + heads
 
@@ -321,8 +345,11 @@ def _compute_block(program: Program, i: Any, carry: tuple) -> tuple:
   carry = step, loss, options.registers.full((HALF,), 0, ROW)
 
   def visit(tile, carry):
-    once = lambda _, carry: _tile(program, i, part, carry)
-    return lax.fori_loop(0, _has_candidates(program, i, tile), once, carry)
+    live, whole = _candidates(program, i, tile)
+    forms = (whole, _add_whole), (jnp.logical_and(live, jnp.logical_not(whole)), _add_part)
+    for condition, add in forms:
+      carry = apply_if(condition, lambda carry: _tile(program, i, part, tile, add, carry), carry)
+    return carry
 
   step, loss, dscore = lax.fori_loop(0, options.tiles, visit, carry)
   plgpu.barrier_arrive(scratch.key_free.at[slot])
@@ -332,53 +359,120 @@ def _compute_block(program: Program, i: Any, carry: tuple) -> tuple:
   return step, loss
 
 
-def _tile(program: Program, i: Any, part: Any, carry: tuple) -> tuple:
+def _tile(program: Program, i: Any, part: Any, tile: Any, add: Callable, carry: tuple) -> tuple:
   """Adds a tile of queries to the gradients and the loss.
 
   Args:
     program: see Program.
     i: number of the block of keys.
-    part: of the buffer of keys that belongs to this warpgroup.
+    part: of the buffers of keys and scores that belongs to this warpgroup.
+    tile: number of the tile of queries.
+    add: `_add_whole` or `_add_part`.
     carry: (step of the circular buffer, loss [64], dscore [64]).
 
   Returns:
     The next carry.
   """
-  options, scratch = program.options, program.scratch
-  registers = options.registers
-  step, loss, dscore = carry
-  key = scratch.key.at[part]
+  options, scratch, registers = program.options, program.scratch, program.options.registers
+  (step, *sums), last_head = carry, options.repeats - 1
 
-  def add_head(r, attention):
+  def of_head(r):
+    """Returns the logarithm to base 2 of the attention of the r-th head."""
     slot, _ = slot_of(step + r, QUERY_STAGES)
     plgpu.barrier_wait(scratch.query_full.at[slot])
-    s = registers.matmul(SHAPE, key, scratch.query.at[slot])
+    s = registers.matmul(SHAPE, scratch.key.at[part], scratch.query.at[slot])
     logsumexp = registers.vector(scratch.queries.logsumexp.at[slot], COLUMN)
-    attention += jnp.exp2(s * options.to_log2 - by_column(logsumexp, SHAPE))
-    pl.when(r < options.repeats - 1)(lambda: plgpu.barrier_arrive(scratch.query_free.at[slot]))
+    return s * options.to_log2 - by_column(logsumexp, SHAPE)
+
+  def add_head(r, attention):
+    attention += jnp.exp2(of_head(r))
+    slot, _ = slot_of(step + r, QUERY_STAGES)
+    pl.when(r < last_head)(lambda: plgpu.barrier_arrive(scratch.query_free.at[slot]))
     return attention
 
-  attention = registers.full(SHAPE, 0, MATRIX)
   if options.repeats > 1:
-    attention = lax.fori_loop(0, options.repeats, add_head, attention)
+    attention = lax.fori_loop(0, options.repeats, add_head, registers.full(SHAPE, 0, MATRIX))
     attention *= 1 / options.repeats
+    log2_attention = jnp.log2(jnp.maximum(attention, SMALLEST_NORMAL))
   else:
-    attention = add_head(0, attention)
-
-  slot, _ = slot_of(step + options.repeats - 1, QUERY_STAGES)
-
-  def of_queries(name):
-    return by_column(registers.vector(getattr(scratch.queries, name).at[slot], COLUMN), SHAPE)
-
-  row = registers.index(SHAPE, 0) + (_first_key(program, i) + program.warpgroup * HALF)
-  candidate = jnp.logical_and(row <= of_queries("last"), row >= of_queries("start"))
-  score = by_row(registers.vector(scratch.score.at[part], ROW), SHAPE)
-  log_expected = score - of_queries("top_score") - of_queries("log_total")
-  expected = of_queries("expected") * jnp.exp2(log_expected * LOG2_E)
-  attention = jnp.where(candidate, attention, 0.0)
-  weighted = of_queries("weight") * attention
-  dscore += jnp.where(candidate, expected - weighted, 0.0).sum(axis=1)
-  information = weighted * (jnp.log2(attention) * LN_2 - log_expected)
-  loss += jnp.where(attention > 0, information, 0.0).sum(axis=1)
+    log2_attention = of_head(0)
+    attention = jnp.exp2(log2_attention)
+  slot, _ = slot_of(step + last_head, QUERY_STAGES)
+  score = registers.vector(scratch.score.at[part], ROW)
+  loss, dscore = add(program, i, tile, slot, score, attention, log2_attention, *sums)
   plgpu.barrier_arrive(scratch.query_free.at[slot])
   return step + options.repeats, loss, dscore
+
+
+def _add_whole(
+  program: Program,
+  i: Any,
+  tile: Any,
+  slot: Any,
+  score: jax.Array,
+  attention: jax.Array,
+  log2_attention: jax.Array,
+  loss: jax.Array,
+  dscore: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Adds a tile of queries of which all keys of the block are candidates.
+
+  Args:
+    program: see Program.
+    i: number of the block of keys.
+    tile: number of the tile of queries.
+    slot: of the buffer of queries.
+    score: [64].
+    attention, log2_attention: [64, 32], averaged over the heads.
+    loss, dscore: [64], sums so far.
+
+  Returns:
+    The next sums.
+  """
+  registers, queries, tiles = (
+    program.options.registers,
+    program.scratch.queries,
+    program.inputs.tiles,
+  )
+  top, log_total, weight = (
+    registers.vector(x.at[slot], COLUMN)
+    for x in (queries.top_score, queries.log_total, queries.weight)
+  )
+  reference, expected = (
+    x[program.b, program.g, tile] + 0 for x in (tiles.top_score, tiles.expected)
+  )
+  weighted = by_column(weight, SHAPE) * attention
+  information = log2_attention * LN_2 + by_column(top - reference + log_total, SHAPE)
+  mass, log_expected = weighted.sum(axis=1), score - reference
+  loss += (weighted * information).sum(axis=1)
+  loss -= jnp.where(mass > 0, mass * log_expected, 0.0)
+  return loss, dscore + (jnp.exp2(log_expected * LOG2_E) * expected - mass)
+
+
+def _add_part(
+  program: Program,
+  i: Any,
+  tile: Any,
+  slot: Any,
+  score: jax.Array,
+  attention: jax.Array,
+  log2_attention: jax.Array,
+  loss: jax.Array,
+  dscore: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Adds a tile of queries of which some keys of the block are candidates; as `_add_whole`."""
+  del tile
+
+  def of_queries(name):
+    vector = getattr(program.scratch.queries, name).at[slot]
+    return by_column(program.options.registers.vector(vector, COLUMN), SHAPE)
+
+  first = _first_key(program, i) + program.warpgroup * HALF
+  row = program.options.registers.index(SHAPE, 0) + first
+  candidate = jnp.logical_and(row <= of_queries("last"), row >= of_queries("start"))
+  log_expected = by_row(score, SHAPE) - of_queries("top_score") - of_queries("log_total")
+  expected = of_queries("expected") * jnp.exp2(log_expected * LOG2_E)
+  weighted = of_queries("weight") * jnp.where(candidate, attention, 0.0)
+  dscore += jnp.where(candidate, expected - weighted, 0.0).sum(axis=1)
+  information = weighted * (log2_attention * LN_2 - log_expected)
+  return loss + jnp.where(weighted > 0, information, 0.0).sum(axis=1), dscore

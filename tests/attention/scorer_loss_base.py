@@ -45,6 +45,7 @@ CASES = {
   "odd_length": Case(n=301, head_dim=40, window=37, documents=((3, 200), (0, 31), (5, 70))),
   "several_blocks": Case(n=400, heads=3, groups=3, head_dim=128, window=0, queries=150),
   "many_heads": Case(n=260, heads=8, groups=1, head_dim=64, window=100, queries=7),
+  "scores": Case(n=300, heads=2, window=7, documents=((1, 280), (0, 20)), queries=150),
   "negative_scale": Case(scale=-0.3),
 }
 
@@ -62,6 +63,22 @@ def example(
   queries = sample_queries(jax.random.split(jax.random.key(0), 2), case.queries or case.n, case.n)
   query, key = (jnp.asarray(x, jnp.float32).astype(dtype) for x in (query, key))
   return (jnp.asarray(scores, jnp.float32), query, key), queries
+
+
+CHANGES = {
+  "equal": lambda drawn, steps: jnp.full_like(drawn, 3.0),
+  "large": lambda drawn, steps: drawn * 1e30,
+  "tiny": lambda drawn, steps: drawn * 1e-30,
+  "rising": lambda drawn, steps: steps,
+  "falling": lambda drawn, steps: -steps,
+  "low": lambda drawn, steps: drawn - 3e30,
+}
+
+
+def changed_scores(scores: jax.Array, name: str) -> jax.Array:
+  """Returns scores of the same shape, with a property that a name of CHANGES tells."""
+  steps = jnp.broadcast_to(jnp.arange(scores.shape[1])[:, None], scores.shape) * 40.0
+  return CHANGES[name](scores, steps)
 
 
 def written_out(scores, query, key, queries, window, segment_ids, scale):
@@ -127,20 +144,11 @@ class ScorerLossTest:
     want = self.check(case, *example(case, self.dtype))
     assert (want > 0.1) == (case.window < case.n and case.n > 1)
 
-  @pytest.mark.parametrize("scores", ("equal", "large", "tiny", "rising", "falling", "low"))
+  @pytest.mark.parametrize("scores", CHANGES)
   def test_scores_of_any_size(self, scores):
-    case = CASES["documents"]
+    case = CASES["scores"]
     (drawn, query, key), queries = example(case, self.dtype)
-    steps = jnp.broadcast_to(jnp.arange(case.n)[:, None], drawn.shape) * 40.0
-    changed = {
-      "equal": jnp.full_like(drawn, 3.0),
-      "large": drawn * 1e30,
-      "tiny": drawn * 1e-30,
-      "rising": steps,
-      "falling": -steps,
-      "low": drawn - 3e30,
-    }[scores]
-    self.check(case, (changed, query, key), queries)
+    self.check(case, (changed_scores(drawn, scores), query, key), queries)
 
   def test_what_no_query_sees_does_not_matter(self):
     case = Case(n=150, documents=((1, 60), (2, 20), (1, 70)))

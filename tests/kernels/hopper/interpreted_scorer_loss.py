@@ -3,6 +3,7 @@ python -m tests.kernels.hopper.interpreted_scorer_loss.
 """
 
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,21 +11,23 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from sparsek.attention.documents import document_bounds
 from sparsek.kernels.hopper.scorer_loss import attention_mass
-from tests.attention.scorer_loss_base import Case, example, written_out
+from tests.attention.scorer_loss_base import CASES as SHARED
+from tests.attention.scorer_loss_base import Case, changed_scores, example, written_out
 
 CASES = {
   "documents": Case(
-    n=300, heads=4, groups=2, head_dim=40, window=7, documents=((1, 60), (2, 190), (0, 50))
+    n=300, heads=4, groups=2, head_dim=40, window=7, documents=((1, 240), (2, 10), (0, 50))
   ),
   "window_0": Case(n=129, heads=1, groups=1, head_dim=128, window=0, scale=-0.1, queries=70),
 }
 
 
-def errors(case: Case) -> dict[str, float]:
+def errors(case: Case, change: str | None = None) -> dict[str, float]:
   """Returns the relative error of the loss, and the error of the gradient as a part of its largest
   element.
   """
   (scores, query, key), queries = example(case, "bfloat16")
+  scores = changed_scores(scores, change) if change else scores
   ids, n = case.segment_ids, case.n
   at = lambda x: jnp.take_along_axis(jnp.asarray(x), queries, axis=1)
   start, _ = document_bounds(None if ids is None else jnp.asarray(ids), 2, n)
@@ -48,4 +51,6 @@ def errors(case: Case) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  print(json.dumps({name: errors(case) for name, case in CASES.items()}))
+  results = {name: errors(case) for name, case in CASES.items()}
+  results |= {name: errors(SHARED["scores"], name) for name in sys.argv[1:]}
+  print(json.dumps(results))
