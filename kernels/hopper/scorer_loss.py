@@ -120,17 +120,15 @@ def _sums(static, query, key, score, last, start):
 def _tiles(score, start, last, window):
   """Returns what the first kernel reads of tiles of keys."""
   tiles = score.reshape(*score.shape[:2], -1, BLOCK_KV)
-  top = jnp.maximum(jnp.max(tiles, axis=3), SMALLEST)
+  top = jnp.max(tiles, axis=3, initial=SMALLEST)
   total = jnp.sum(jnp.exp(tiles - top[..., None]), axis=3)
-  blocks = lambda x: x.reshape(x.shape[0], -1, HALF)
-  first = jnp.min(blocks(start), axis=2) // BLOCK_KV
-  end = jnp.max(blocks(last), axis=2) // BLOCK_KV + 1
-  parts = 0
-  for edge in (start, last + 1, last - window + 1):  # a query ends to see, or begins, before these
-    tile = blocks(jnp.where(edge % BLOCK_KV, edge // BLOCK_KV, -1))
-    parts |= jnp.any(tile[..., None] == jnp.arange(top.shape[2]), axis=2)
-  whole = jnp.logical_not(parts).astype(jnp.int32)
-  return Tiles(jnp.stack([first, end], axis=2), whole, top, total)
+  start, last = (x.reshape(x.shape[0], -1, HALF) for x in (start, last))
+  base = jnp.arange(top.shape[2], dtype=jnp.int32) * BLOCK_KV
+  # keys before which a query begins, or ends, to see them or to have them as candidates
+  edges = (x[..., None] - base for x in (start, last + 1, last - window + 1))
+  parts = functools.reduce(jnp.logical_or, [(0 < x) & (x < BLOCK_KV) for x in edges])
+  whole = jnp.min(jnp.where(parts, 0, 1), axis=2)
+  return Tiles(jnp.min(start, axis=2), jnp.max(last, axis=2), whole, top, total)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -153,7 +151,7 @@ def _per_query(sums, weight, last, start, groups):
 def _gradients(static, query, key, score, queries):
   tiles = lambda x: x.reshape(*x.shape[:-1], -1, BLOCK)
   start, last, top = tiles(queries.start), tiles(queries.last), tiles(queries.top_score)
-  edges = [f(x, axis=2) for x in (start, last) for f in (jnp.min, jnp.max)]
+  edges = (f(x, axis=2) for x in (start, last) for f in (jnp.min, jnp.max))
   reference = jnp.min(top, axis=3)
   expected = jnp.exp(reference[..., None] - top - tiles(queries.log_total))
   expected = jnp.sum(expected * tiles(queries.expected), axis=3)
@@ -162,7 +160,7 @@ def _gradients(static, query, key, score, queries):
     key,
     score,
     queries,
-    TilesOfQueries(jnp.stack(edges, axis=2), reference, expected),
+    TilesOfQueries(*edges, reference, expected),
     scale=static.scale,
     interpret=static.interpret,
   )

@@ -67,7 +67,6 @@ from sparsek.kernels.hopper.common import (
   grid_position,
   matrix_buffer,
   observe_last,
-  read_bounds,
   run_kernel,
   slot_of,
   vector_buffer,
@@ -106,13 +105,17 @@ class Tiles(NamedTuple):
   """Numbers of tiles of queries.
 
   Attributes:
-    bounds: [B, C / 32, 4] int32, the smallest and largest `start`, the smallest and largest `last`.
+    start, latest_start, earliest_last, last: [B, C / 32] int32, the smallest and largest `start`
+      and `last`.
     top_score: [B, G, C / 32] float32, the smallest `top_score`.
     expected: [B, G, C / 32] float32, the sum of expected_i exp(ref - top_i - log_total_i), with ref
       that smallest one.
   """
 
-  bounds: Any
+  start: Any
+  latest_start: Any
+  earliest_last: Any
+  last: Any
   top_score: Any
   expected: Any
 
@@ -255,7 +258,8 @@ def _candidates(program: Program, i: Any, tile: Any) -> tuple:
   and whether all keys are candidates of all of them.
   """
   tiles, first = program.inputs.tiles, _first_key(program, i)
-  start, latest_start, earliest_last, last = read_bounds(tiles.bounds, program.b, tile)
+  # adding 0 is for `jax.shard_map`, see read_bounds
+  start, latest_start, earliest_last, last = (x[program.b, tile] + 0 for x in tiles[:4])
   live = jnp.logical_and(last >= first, start < first + BLOCK_KV)
   return live, jnp.logical_and(latest_start <= first, earliest_last >= first + BLOCK_KV - 1)
 

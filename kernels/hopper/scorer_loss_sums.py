@@ -58,7 +58,6 @@ from sparsek.kernels.hopper.common import (
   grid_position,
   matrix_buffer,
   observe_last,
-  read_bounds,
   run_kernel,
   slot_of,
   vector_buffer,
@@ -85,14 +84,15 @@ class Tiles(NamedTuple):
   """Numbers of tiles of keys.
 
   Attributes:
-    bounds: [B, C / 64, 2] int32, first and one past the last tile that any of 64 queries sees.
+    first, last: [B, C / 64] int32, the first and last key that any of 64 queries sees.
     whole: [B, C / 64, n / 128] int32, 1 where no query sees, or has as candidates, a part of the
       tile, else 0.
     top_score, total_score: [B, G, n / 128] float32, the largest score of a tile and the sum of its
       exp(score - largest).
   """
 
-  bounds: Any
+  first: Any
+  last: Any
   whole: Any
   top_score: Any
   total_score: Any
@@ -244,8 +244,11 @@ def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch
 
 def _block(program: Program, index: Any) -> Block:
   """Returns the program's part of the index-th 64 queries."""
-  first, end = read_bounds(program.inputs.tiles.bounds, program.b, index)
-  splits, begin = program.options.splits, first + program.split
+  tiles, splits = program.inputs.tiles, program.options.splits
+  # adding 0 is for `jax.shard_map`, see read_bounds
+  first, last = (x[program.b, index] + 0 for x in (tiles.first, tiles.last))
+  begin = lax.div(first, jnp.int32(BLOCK_KV)) + program.split
+  end = lax.div(last + BLOCK_KV, jnp.int32(BLOCK_KV))
   steps = lax.div(jnp.maximum(end - begin, 0) + splits - 1, jnp.int32(splits))
   return Block(index, slot_of(index, QUERY_STAGES)[0], begin, steps)
 
