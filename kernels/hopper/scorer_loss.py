@@ -16,14 +16,13 @@ from jax.scipy.special import xlogy
 from sparsek.kernels.hopper.common import HALF, TILINGS
 from sparsek.kernels.hopper.scorer_loss_gradients import BLOCK, Queries, score_gradients
 from sparsek.kernels.hopper.scorer_loss_gradients import Tiles as TilesOfQueries
-from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, SMALLEST, Tiles, query_sums
+from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, SMALLEST, Span, Tiles, query_sums
 from sparsek.kernels.varying import over_batch, varying_like
 
 
 class Static(NamedTuple):
   """Options of the compiled functions, besides the shapes of their arguments."""
 
-  window: int
   scale: float
   interpret: object = None
 
@@ -83,14 +82,16 @@ def attention_mass(
   key = jnp.pad(key, ((0, 0), (0, rest), (0, 0), (0, wide)))
   last, start, weight = (jnp.pad(x, ((0, 0), (0, more))) for x in (last, start, weight))
   # Queries that do not count, or see no key here, see none.
-  last = jnp.where(weight > 0, jnp.minimum(last, n - 1), -1)
-  start = jnp.where(last < 0, n, jnp.maximum(start, 0))
-  static = Static(window, scale, interpret)
-  sums = Sums(*over_batch(functools.partial(_sums, static), query, key, score, last, start))
+  seen, candidate = (
+    jnp.where(weight > 0, jnp.clip(x, -1, n - 1), -1) for x in (last, last - window)
+  )
+  span = Span(jnp.where(seen < 0, n, jnp.maximum(start, 0)), seen, candidate)
+  static = Static(scale, interpret)
+  sums = Sums(*over_batch(functools.partial(_sums, static), query, key, score, span))
   if axis is not None:
     largest, sum_of = (functools.partial(f, axis_name=axis) for f in (lax.pmax, lax.psum))
     sums = sums.joined(largest, sum_of)
-  queries, mass = _per_query(sums, weight, last - window, start, groups)
+  queries, mass = _per_query(sums, weight, span, groups)
   dscore, loss = over_batch(functools.partial(_gradients, static), query, key, score, queries)
   total = jnp.sum(loss)
   total = total if axis is None else lax.psum(total, axis)
@@ -100,39 +101,29 @@ def attention_mass(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(static, query, key, score, last, start):
-  sums = query_sums(
-    query,
-    key,
-    score,
-    last,
-    start,
-    _tiles(score, start, last, static.window),
-    window=static.window,
-    scale=static.scale,
-    interpret=static.interpret,
-  )
+def _sums(static, query, key, score, span):
+  sums = query_sums(query, key, score, span, _tiles(score, span), **static._asdict())
   largest, sum_of = (functools.partial(f, axis=2, keepdims=True) for f in (jnp.max, jnp.sum))
-  sums = Sums(*jnp.moveaxis(sums, 3, 0)).joined(largest, sum_of)
-  return tuple(x[:, :, 0] for x in sums)
+  joined = Sums(*jnp.moveaxis(sums, 3, 0)).joined(largest, sum_of)
+  return tuple(x[:, :, 0] for x in joined)
 
 
-def _tiles(score, start, last, window):
+def _tiles(score, span):
   """Returns what the first kernel reads of tiles of keys."""
   tiles = score.reshape(*score.shape[:2], -1, BLOCK_KV)
   top = jnp.max(tiles, axis=3, initial=SMALLEST)
   total = jnp.sum(jnp.exp(tiles - top[..., None]), axis=3)
-  start, last = (x.reshape(x.shape[0], -1, HALF) for x in (start, last))
+  start, last, candidate = (x.reshape(x.shape[0], -1, HALF) for x in span)
   base = jnp.arange(top.shape[2], dtype=jnp.int32) * BLOCK_KV
   # keys before which a query begins, or ends, to see them or to have them as candidates
-  edges = (x[..., None] - base for x in (start, last + 1, last - window + 1))
+  edges = (x[..., None] - base for x in (start, last + 1, candidate + 1))
   parts = functools.reduce(jnp.logical_or, [(0 < x) & (x < BLOCK_KV) for x in edges])
   whole = jnp.min(jnp.where(parts, 0, 1), axis=2)
   return Tiles(jnp.min(start, axis=2), jnp.max(last, axis=2), whole, top, total)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _per_query(sums, weight, last, start, groups):
+@functools.partial(jax.jit, static_argnums=3)
+def _per_query(sums, weight, span, groups):
   """Returns what the second kernel reads of queries, and their candidates' share [B, G, C] of the
   attention.
   """
@@ -143,15 +134,14 @@ def _per_query(sums, weight, last, start, groups):
   top, total = (x[:, ::repeats] for x in (sums.top_score, sums.total_score))
   top, total = jnp.where(total == 0, 0, top), jnp.where(total == 0, 1, total)
   expected = mass * weight[:, None]
-  queries = Queries(logsumexp, top, jnp.log(total), expected, weight, last, start)
-  return queries, mass
+  vectors = logsumexp, top, jnp.log(total), expected, weight
+  return Queries(*vectors, span.candidate, span.start), mass
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(static, query, key, score, queries):
   tiles = lambda x: x.reshape(*x.shape[:-1], -1, BLOCK)
   start, last, top = tiles(queries.start), tiles(queries.last), tiles(queries.top_score)
-  edges = (f(x, axis=2) for x in (start, last) for f in (jnp.min, jnp.max))
   reference = jnp.min(top, axis=3)
   expected = jnp.exp(reference[..., None] - top - tiles(queries.log_total))
   expected = jnp.sum(expected * tiles(queries.expected), axis=3)
@@ -160,7 +150,13 @@ def _gradients(static, query, key, score, queries):
     key,
     score,
     queries,
-    TilesOfQueries(*edges, reference, expected),
-    scale=static.scale,
-    interpret=static.interpret,
+    TilesOfQueries(
+      jnp.min(start, axis=2),
+      jnp.max(start, axis=2),
+      jnp.min(last, axis=2),
+      jnp.max(last, axis=2),
+      reference,
+      expected,
+    ),
+    **static._asdict(),
   )

@@ -8,7 +8,7 @@ three warpgroups. Logits are to base 2.
   ------------------------------------------   ---------------------------------------------------
   for each 64 queries:                         for each 64 queries:
     wait query_free                              wait query_full
-    load query, last, start -> query_full        for every other tile, the one or the other half:
+    load query, span -> query_full           for every other tile, the one or the other half:
     for each tile that any of them sees:           wait key_full
       wait key_free                                S = query key^T
       load key, score -> key_full                  read score; arrive key_free
@@ -19,7 +19,7 @@ In most tiles each query sees all keys or none: masks of rows do there, and the 
 sums is that of the whole tile, which was computed before.
 
   barrier (how many)   opens after
-  query_full (2)       the bulk copies (TMA) of query, last and start
+  query_full (2)       the bulk copies (TMA) of query and span
   key_full (stages)    those of key and score
   query_free (2)       both computing warpgroups have read what query_full guards
   key_free (stages)    the computing warpgroup whose tile it is has read key and score
@@ -28,7 +28,7 @@ sums is that of the whole tile, which was computed before.
   query                2, 64, D        16 bit   32 KiB
   key                  stages, 128, D  16 bit   128 KiB
   score                stages, 128     float32  2 KiB
-  last, start          2, 64           int32    512 B each
+  span                 2, 64, 3 times  int32    512 B each
   sums                 10, 64          float32  2.5 KiB
 """
 
@@ -69,14 +69,23 @@ SUMS = 5  # numbers of a query, see `query_sums`
 SMALLEST = float(np.finfo(np.float32).min)
 
 
+class Span(NamedTuple):
+  """The first and last key that each query sees, and its last candidate: [B, C] int32 arrays or, in
+  a kernel, references; a query with start > last sees none.
+  """
+
+  start: Any
+  last: Any
+  candidate: Any
+
+
 class Inputs(NamedTuple):
   """Arrays in global memory, the arguments of `query_sums`."""
 
   query: Any
   key: Any
   score: Any
-  last: Any
-  start: Any
+  span: Span
   tiles: "Tiles"
 
 
@@ -110,8 +119,7 @@ class Scratch(NamedTuple):
   query: Any
   key: Any
   score: Any
-  last: Any
-  start: Any
+  span: Span
   sums: Any
   query_full: Any
   key_full: Any
@@ -125,7 +133,6 @@ class Options(NamedTuple):
   grid: dict[str, int]
   repeats: int  # query heads of a KV head
   blocks: int  # of HALF queries
-  window: int
   to_log2: float  # from products of queries and keys to logits to base 2, positive
   interpret: object
 
@@ -175,11 +182,9 @@ def query_sums(
   query: jax.Array,
   key: jax.Array,
   score: jax.Array,
-  last: jax.Array,
-  start: jax.Array,
+  span: Span,
   tiles: Tiles,
   *,
-  window: int,
   scale: float,
   interpret: object = None,
 ) -> jax.Array:
@@ -189,9 +194,7 @@ def query_sums(
     query: [B, C, H, D] bfloat16 or float16; C a multiple of 64, D 64 or 128.
     key: [B, n, G, D]; n a multiple of 128.
     score: [B, G, n] float32.
-    last, start: [B, C] int32, the last and first key that a query sees; last < start: none.
-    tiles: see Tiles.
-    window: keys above `last - window` are no candidates.
+    span, tiles: see Span and Tiles.
     scale: of the logits, positive.
     interpret: parameters of the interpreter, or None.
 
@@ -206,7 +209,6 @@ def query_sums(
     grid={"batch": batch, "head": heads, "split": splits},
     repeats=heads // groups,
     blocks=count // HALF,
-    window=window,
     to_log2=scale * LOG2_E,
     interpret=interpret,
   )
@@ -214,17 +216,16 @@ def query_sums(
     query=matrix_buffer(QUERY_STAGES, HALF, dim, query.dtype),
     key=matrix_buffer(STAGES, BLOCK_KV, dim, query.dtype),
     score=vector_buffer(STAGES, BLOCK_KV),
-    last=vector_buffer(QUERY_STAGES, HALF, jnp.int32),
-    start=vector_buffer(QUERY_STAGES, HALF, jnp.int32),
+    span=Span(*(vector_buffer(QUERY_STAGES, HALF, jnp.int32),) * 3),
     sums=vector_buffer(COMPUTING * SUMS, HALF),
-    query_full=plgpu.Barrier(num_arrivals=3, num_barriers=QUERY_STAGES),
+    query_full=plgpu.Barrier(num_arrivals=1 + len(Span._fields), num_barriers=QUERY_STAGES),
     key_full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     query_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=QUERY_STAGES),
     key_free=plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
   )
   (sums,) = run_kernel(
     lambda *refs: _kernel(options, *refs),
-    Inputs(query, key, score, last, start, tiles),
+    Inputs(query, key, score, span, tiles),
     Outputs(jax.ShapeDtypeStruct((batch, heads, COMPUTING * splits, SUMS, count), jnp.float32)),
     scratch,
     **grid_of(**options.grid),
@@ -262,12 +263,10 @@ def _load(program: Program) -> None:
     block, (slot, reused) = _block(program, index), slot_of(index, QUERY_STAGES)
     places, full = pl.ds(index * HALF, HALF), scratch.query_full.at[slot]
     pl.when(reused)(lambda: plgpu.barrier_wait(scratch.query_free.at[slot]))
-    for source, buffer in (
-      (inputs.query.at[b, places, program.h], scratch.query),
-      (inputs.last.at[b, places], scratch.last),
-      (inputs.start.at[b, places], scratch.start),
-    ):
-      plgpu.copy_gmem_to_smem(source, buffer.at[slot], full)
+    query = inputs.query.at[b, places, program.h]
+    plgpu.copy_gmem_to_smem(query, scratch.query.at[slot], full)
+    for source, buffer in zip(inputs.span, scratch.span):
+      plgpu.copy_gmem_to_smem(source.at[b, places], buffer.at[slot], full)
     pl.loop(0, block.steps)(
       lambda i: _load_tile(program, block.begin + i * options.splits, done + i)
     )
@@ -341,12 +340,10 @@ def _add_tile(program: Program, block: Block, done: Any, i: Any, sums: tuple) ->
   return sums
 
 
-def _limits(program: Program, block: Block, tile: Any) -> tuple:
-  """Returns the first and last key that each query sees, counted from the first of the tile."""
-  registers, scratch = program.options.registers, program.scratch
-  return tuple(
-    registers.vector(x.at[block.slot], ROW) - tile * BLOCK_KV for x in (scratch.start, scratch.last)
-  )
+def _span(program: Program, block: Block, tile: Any) -> Span:
+  """Loads the span of each query, counted from the first key of the tile."""
+  vector = functools.partial(program.options.registers.vector, layout=ROW)
+  return Span(*(vector(x.at[block.slot]) - tile * BLOCK_KV for x in program.scratch.span))
 
 
 def _add_whole(program: Program, block: Block, tile: Any, slot: Any, sums: tuple) -> tuple:
@@ -363,9 +360,9 @@ def _add_whole(program: Program, block: Block, tile: Any, slot: Any, sums: tuple
   )
   s = options.registers.matmul(shape, scratch.query.at[block.slot], scratch.key.at[slot])
   plgpu.barrier_arrive(scratch.key_free.at[slot])
-  start, last = _limits(program, block, tile)
-  seen = jnp.logical_and(start <= 0, last >= 0)
-  candidate = jnp.logical_and(seen, last >= options.window)
+  span = _span(program, block, tile)
+  seen = jnp.logical_and(span.start <= 0, span.last >= 0)
+  candidate = jnp.logical_and(span.start <= 0, span.candidate >= 0)
   new_top = jnp.maximum(top, jnp.where(seen, s.max(axis=1) * options.to_log2, SMALLEST))
   decay = jnp.exp2(top - new_top)
   p = jnp.exp2(s * options.to_log2 - by_row(new_top, shape)).sum(axis=1)
@@ -383,10 +380,10 @@ def _add_part(program: Program, block: Block, tile: Any, slot: Any, sums: tuple)
   registers = options.registers
   top, total, candidates, top_score, total_score = sums
   s = registers.matmul(shape, scratch.query.at[block.slot], scratch.key.at[slot])
-  column, (start, last) = registers.index(shape, 1), _limits(program, block, tile)
-  here = column >= by_row(start, shape)
-  seen = jnp.logical_and(here, column <= by_row(last, shape))
-  candidate = jnp.logical_and(here, column <= by_row(last - options.window, shape))
+  column, span = registers.index(shape, 1), _span(program, block, tile)
+  here = column >= by_row(span.start, shape)
+  seen = jnp.logical_and(here, column <= by_row(span.last, shape))
+  candidate = jnp.logical_and(here, column <= by_row(span.candidate, shape))
   u = by_column(registers.vector(scratch.score.at[slot], COLUMN), shape)
   u = jnp.where(candidate, u, -jnp.inf)
   s = jnp.where(seen, s, -jnp.inf)

@@ -4,12 +4,18 @@ python -m tests.kernels.hopper.interpreted_scorer_loss.
 
 import json
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from sparsek.attention.documents import document_bounds
+from sparsek.kernels.hopper import scorer_loss
 from sparsek.kernels.hopper.scorer_loss import attention_mass
 from tests.attention.scorer_loss_base import CASES as SHARED
 from tests.attention.scorer_loss_base import Case, changed_scores, example, written_out
@@ -22,7 +28,40 @@ CASES = {
 }
 
 
-def errors(case: Case, change: str | None = None) -> dict[str, float]:
+def in_turn(run: Callable, arguments: list) -> list:
+  """Returns run(*args) for each of `arguments`, whose collectives reduce over all of these calls.
+
+  Only one thread computes at a time: interpreted kernels share what stands for the GPU's memory.
+  """
+  turn, meeting, shard = threading.Lock(), threading.Barrier(len(arguments)), threading.local()
+  parts: list = [None] * len(arguments)
+
+  def collective(reduce):
+    def meet(x, axis_name):
+      parts[shard.index] = jax.block_until_ready(x)
+      turn.release()
+      meeting.wait()
+      reduced = reduce(jnp.stack(parts), axis=0)
+      meeting.wait()
+      turn.acquire()
+      return reduced
+
+    return meet
+
+  def start(index):
+    shard.index = index
+    with turn:
+      return jax.block_until_ready(run(*arguments[index]))
+
+  collectives = {"pmax": collective(jnp.max), "psum": collective(jnp.sum)}
+  with (
+    mock.patch.multiple(scorer_loss.lax, **collectives),
+    ThreadPoolExecutor(len(arguments)) as threads,
+  ):
+    return list(threads.map(start, range(len(arguments))))
+
+
+def errors(case: Case, change: str | None = None, shards: int = 1) -> dict[str, float]:
   """Returns the relative error of the loss, and the error of the gradient as a part of its largest
   element.
   """
@@ -32,17 +71,31 @@ def errors(case: Case, change: str | None = None) -> dict[str, float]:
   at = lambda x: jnp.take_along_axis(jnp.asarray(x), queries, axis=1)
   start, _ = document_bounds(None if ids is None else jnp.asarray(ids), 2, n)
   counted = at(np.ones((2, n)) if ids is None else ids != 0).astype(jnp.float32)
-  loss, gradient = attention_mass(
-    scores,
-    jnp.take_along_axis(query, queries[..., None, None], axis=1),
-    key,
-    queries,
-    at(start),
-    counted / jnp.sum(counted, axis=1, keepdims=True) / case.groups,
-    window=case.window,
-    scale=case.head_dim**-0.5 if case.scale is None else case.scale,
-    interpret=InterpretGPUParams(),
-  )
+  positions, start = queries, at(start)
+  asked = jnp.take_along_axis(query, queries[..., None, None], axis=1)
+  weight = counted / jnp.sum(counted, axis=1, keepdims=True) / case.groups
+  length = n // shards
+
+  def run(shard, scores, key):
+    return attention_mass(
+      scores,
+      asked,
+      key,
+      positions - shard * length,
+      start - shard * length,
+      weight,
+      window=case.window,
+      scale=case.head_dim**-0.5 if case.scale is None else case.scale,
+      axis="context" if shards > 1 else None,
+      interpret=InterpretGPUParams(),
+    )
+
+  if shards == 1:
+    loss, gradient = run(0, scores, key)
+  else:
+    cut = lambda x: jnp.split(x, shards, axis=1)
+    results = in_turn(run, list(zip(range(shards), cut(scores), cut(key))))
+    loss, gradient = results[0][0], jnp.concatenate([part for _, part in results], axis=1)
   want, expected = written_out(scores, query, key, queries, case.window, ids, case.scale)
   return {
     "loss": abs(float(loss) / want - 1),
@@ -52,5 +105,6 @@ def errors(case: Case, change: str | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
   results = {name: errors(case) for name, case in CASES.items()}
+  results["shards"] = errors(CASES["documents"], shards=2)
   results |= {name: errors(SHARED["scores"], name) for name in sys.argv[1:]}
   print(json.dumps(results))
