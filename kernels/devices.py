@@ -120,7 +120,11 @@ def hopper_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     return f"query has dtype {query.dtype}; the tensor cores' kernels take bfloat16 and float16"
   if query.shape[-1] > HOPPER_MAX_HEAD_DIM:
     return f"query has head_dim {query.shape[-1]}; at most {HOPPER_MAX_HEAD_DIM} is supported"
-  return _hopper_device_refusal() or import_refusal("hopper.attention")
+  return (
+    _hopper_device_refusal()
+    or import_refusal("hopper.attention")
+    or import_refusal("hopper.scorer_loss")
+  )
 
 
 def _hopper_device_refusal() -> str | None:

@@ -377,6 +377,7 @@ class SparseKAttention(Attention):
       window=cfg.window,
       segment_ids=tokens.segment_ids,
       axis=CONTEXT if shards > 1 else None,
+      implementation=cfg.implementation,
     )
 
 

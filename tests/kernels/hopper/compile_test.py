@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 import sparsek
 from sparsek.attention.prefix_selection import select
+from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.generation import cache, session
 from sparsek.generation.inference import inference_params
@@ -356,6 +357,59 @@ def test_attention_of_sharded_rows_compiles(kind):
   if kind == "sparsek":
     formula += 7 / 8 * 12 * n // shards * groups + 4 * shards * 512 * groups
   assert sum(each.received for each in traffic.values()) < 2 * 1.05 * formula
+
+
+def scorer_loss(scores, query, key, queries, **options):
+  return jax.value_and_grad(functools.partial(attention_mass_loss, **options))(
+    scores, query, key, queries
+  )
+
+
+@pytest.mark.parametrize(
+  "n, queries, heads, groups, head_dim, dtype",
+  [
+    (32768, 128, 12, 12, 64, "bfloat16"),
+    (5000, 100, 8, 2, 128, "float16"),
+    (1, 1, 2, 1, 16, "bfloat16"),
+  ],
+)
+def test_scorer_loss_compiles(n, queries, heads, groups, head_dim, dtype):
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((2, *dims), dtype)
+  compiled = compile_for_h100(
+    functools.partial(scorer_loss, window=512, implementation="mosaic_gpu"),
+    shape("float32", n, groups),
+    shape(dtype, n, heads, head_dim),
+    shape(dtype, n, groups, head_dim),
+    shape("int32", queries),
+  )
+  assert "sparsek_scorer_loss_gradients" in compiled.as_text()
+  padded = 2 * 2 * n * groups * (128 if head_dim % 64 else head_dim)
+  assert compiled.memory_analysis().temp_size_in_bytes < padded + 2**23
+
+
+def test_scorer_loss_of_sharded_rows_compiles():
+  """Shards exchange a few numbers a query, and no keys."""
+  n, shards, part = 131072, 8, PartitionSpec(ROWS, CONTEXT)
+  mesh = make_mesh(context=shards, devices=h100s(8))
+
+  def run(ids, queries, *arrays):
+    total, gradient = scorer_loss(
+      *arrays, queries, window=512, segment_ids=ids, axis=CONTEXT, implementation="mosaic_gpu"
+    )
+    return total[None], gradient
+
+  whole = PartitionSpec(ROWS)
+  sharded = jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(whole, whole, part, part, part),
+    out_specs=(whole, part),
+    check_vma=False,
+  )
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((1, *dims), dtype)
+  arrays = shape("float32", n, 8), shape("bfloat16", n, 16, 128), shape("bfloat16", n, 8, 128)
+  program = jax.jit(sharded).lower(shape("int32", n), shape("int32", 128), *arrays).compile()
+  assert sum(each.received for each in collectives(program.as_text()).values()) < 2**21
 
 
 @pytest.mark.parametrize(
