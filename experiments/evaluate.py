@@ -37,13 +37,14 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define_data_of_runs_flag(flag_values)
   define = Definer(flag_values)
   define.integer(
-    "seq_len",
-    None,
-    "Tokens per row; may be more than in training. By default as in training.",
-    lower=1,
+    "seq_len", None, "Tokens per row; may be more than in training. By default as in training."
   )
-  define.integer("batch_size", None, "Rows per batch. By default as in training.", lower=1)
-  define.integer("eval_batches", 32, "Evaluate on at most this many batches.", lower=1)
+  define.integer(
+    "batch_size",
+    None,
+    "Rows per batch. By default as in training, or the next multiple of the devices.",
+  )
+  define.integer("eval_batches", 32, "Evaluate on at most this many batches.")
   define_mesh_flags(flag_values)
   define_loss_chunk_flag(flag_values)
 

@@ -21,7 +21,6 @@ Generation keeps a cache whose size does not grow with the number of tokens:
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sparsek.config import TransformerConfig, check_at_least
+from sparsek.config import Count, TransformerConfig, check_fields
 from sparsek.generation import cache as model_cache
 from sparsek.generation.cache import Cache
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
@@ -91,12 +90,12 @@ class Options:
     ValueError: names the option that is wrong, its value and what is allowed.
   """
 
-  features: int
-  num_heads: int = 8
+  features: Count
+  num_heads: Count = 8
   k: int = 256
   window: int = 256
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
+  num_kv_heads: Count | None = None
+  head_dim: Count | None = None
   gate: str = "straight_through"
   scorer: str = "linear"
   scorer_lookahead: int = 4
@@ -121,15 +120,15 @@ class Options:
   implementation: str | None = None
 
   def __post_init__(self):
-    check_at_least("features", self.features, 1)
-    check_at_least("num_heads", self.num_heads, 1)
+    check_fields(self)
     if self.head_dim is None and self.features % self.num_heads:
       raise ValueError(
         f"num_heads={self.num_heads} must divide features={self.features}, or head_dim be given"
       )
-    if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
-      raise ValueError(f"rope_theta={self.rope_theta} must be above 0 and finite, or None")
-    object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+    try:
+      object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+    except TypeError as error:
+      raise ValueError(f"dtype={self.dtype!r} is no dtype: {error}") from None
     object.__setattr__(self, "rope_scaling", self.config.rope_scaling)  # a tuple: hashable
 
   @functools.cached_property

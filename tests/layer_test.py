@@ -188,7 +188,7 @@ LINEN = sparsek.linen.SparseKAttention(use_bias=True, **SHAPE)
     ),
     (lambda: sk.Options(30), "num_heads=8 must divide features=30"),
     (lambda: sk.Options(32, num_heads=0), "num_heads=0 must be at least 1"),
-    (lambda: sk.Options(32, rope_theta=0.0), "rope_theta=0.0 must be above 0"),
+    (lambda: sk.Options(32, rope_theta=0.0), "rope_theta=0.0 must be at least 1"),
     (lambda: sk.Options(32, scorer="nope"), "scorer='nope' is not one of linear, conv, random"),
     (lambda: sk.Options(32, dtype="int8"), "dtype='int8' is not one of float32, bfloat16"),
     (lambda: sparsek.nnx.SparseKAttention(30, rngs=nnx.Rngs(0)), "must divide features=30"),

@@ -3,7 +3,21 @@
 `sparsek.command_line.configs` makes them from flags; nothing here reads a flag.
 """
 
-from sparsek.config.checks import check_at_least, check_choice
+from sparsek.config.checks import (
+  MAX_INT,
+  Count,
+  Index,
+  Positive,
+  PositiveShare,
+  Range,
+  Share,
+  Weight,
+  check_at_least,
+  check_choice,
+  check_fields,
+  check_number,
+  number_ranges,
+)
 from sparsek.config.layer_patterns import ATTENTION_KINDS, parse_layer_pattern, parse_term
 from sparsek.config.model import (
   DTYPES,
@@ -36,6 +50,7 @@ __all__ = [
   "DTYPES",
   "GATES",
   "IMPLEMENTATIONS",
+  "MAX_INT",
   "MLPS",
   "NEED_WINDOW",
   "NORMS",
@@ -47,12 +62,22 @@ __all__ = [
   "ROPE_SCALINGS",
   "SCORERS",
   "TRAINABLE",
+  "Count",
   "DataConfig",
+  "Index",
   "OptimizerConfig",
+  "Positive",
+  "PositiveShare",
+  "Range",
+  "Share",
   "TrainConfig",
   "TransformerConfig",
+  "Weight",
   "check_at_least",
   "check_choice",
+  "check_fields",
+  "check_number",
+  "number_ranges",
   "parse_layer_pattern",
   "parse_profile_steps",
   "parse_rope_scaling",

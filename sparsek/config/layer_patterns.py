@@ -34,8 +34,8 @@ def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:
     ValueError: for a term of any other form.
   """
   terms: list[str] = []
-  for term in pattern.split(",") if isinstance(pattern, str) else pattern:
-    match = _TERM.fullmatch(term.strip())
+  for term in pattern.split(",") if isinstance(pattern, str) else pattern or ("",):
+    match = _TERM.fullmatch(term.strip()) if isinstance(term, str) else None
     if not match or match[1] not in ATTENTION_KINDS or match[4] and int(match[4]) == 0:
       raise ValueError(
         f"attention pattern {pattern!r}: the term {term!r} is not KIND, KIND:kK, KIND:wWINDOW "
