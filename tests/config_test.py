@@ -15,7 +15,7 @@ from sparsek.config import (
   number_ranges,
   preset,
 )
-from sparsek.config.checks import _field_kinds
+from sparsek.config.checks import field_kinds
 from sparsek.functional import Options
 
 CLASSES = {
@@ -30,7 +30,7 @@ FIELDS = [(cls, field.name) for cls in CLASSES for field in dataclasses.fields(c
 
 @pytest.mark.parametrize("cls, name", FIELDS, ids=lambda x: getattr(x, "__name__", x))
 def test_a_field_takes_no_value_of_another_type(cls, name):
-  kinds = _field_kinds(cls)
+  kinds = field_kinds(cls)
   assert name in kinds or (cls, name) == (Options, "dtype")
   numeric = name in number_ranges(cls)
   is_int = numeric and any(int in (kind, *getattr(kind, "__args__", ())) for kind in kinds[name])

@@ -88,10 +88,9 @@ class Definer:
       setattr(self.flag_values[name], _GROUP, self.group)
 
   def _number(
-    self, name: str, default: float | None, help_text: str, kind: type, *bounds: float | None
+    self, name: str, default: float | None, help_text: str, kind: type, bounds: Range
   ) -> None:
-    is_bounded = any(bound is not None for bound in bounds)
-    parser = _Number(kind, Range(*bounds) if is_bounded else RANGES.get(name, Range()))
+    parser = _Number(kind, RANGES.get(name, bounds) if bounds == Range() else bounds)
     serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
     self._define(name, flags.DEFINE, parser, name, default, help_text, serializer=serializer)
 
@@ -108,7 +107,7 @@ class Definer:
     By default it has the range of the configurations' field of this name. No integer is above
     MAX_INT.
     """
-    self._number(name, default, help_text, int, lower, upper)
+    self._number(name, default, help_text, int, Range(lower, upper))
 
   def real(
     self,
@@ -122,7 +121,7 @@ class Definer:
 
     By default it has the range of the configurations' field of this name.
     """
-    self._number(name, default, help_text, float, lower, upper)
+    self._number(name, default, help_text, float, Range(lower, upper))
 
   def string(self, name: str, default: str | None, help_text: str) -> None:
     """Defines a flag that holds any text."""

@@ -18,7 +18,13 @@ from sparsek.config.checks import (
   check_number,
   number_ranges,
 )
-from sparsek.config.layer_patterns import ATTENTION_KINDS, parse_layer_pattern, parse_term
+from sparsek.config.layer_patterns import (
+  ATTENTION_KINDS,
+  fields_of_kind,
+  fields_of_term,
+  parse_layer_pattern,
+  parse_term,
+)
 from sparsek.config.model import (
   DTYPES,
   GATES,
@@ -77,6 +83,8 @@ __all__ = [
   "check_choice",
   "check_fields",
   "check_number",
+  "fields_of_kind",
+  "fields_of_term",
   "number_ranges",
   "parse_layer_pattern",
   "parse_profile_steps",

@@ -6,7 +6,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Annotated, Any, NamedTuple
 
 UNREGISTERED = (  # the end of messages about names that users can add to
@@ -86,7 +86,7 @@ def check_number(name: str, value: Any, kind: Any) -> Any:
   abstract = numbers.Integral if kind is int else numbers.Real
   if isinstance(value, bool) or not isinstance(value, abstract):
     raise ValueError(f"{name}={value!r} must be {allowed.described(kind)}")
-  number = value if type(value) in (int, float) else kind(value)
+  number = value if type(value).__module__ == "builtins" else kind(value)
   try:
     fits = number in allowed
   except OverflowError:  # an integer that is no float
@@ -115,7 +115,7 @@ def check_fields(config: Any) -> None:
   Raises:
     ValueError: with the name of the field, its value and what is allowed.
   """
-  for name, kinds in _field_kinds(type(config)).items():
+  for name, kinds in field_kinds(config.__class__).items():
     value = getattr(config, name)
     checked = _checked(name, value, kinds)
     if checked is not value:
@@ -123,10 +123,11 @@ def check_fields(config: Any) -> None:
 
 
 @functools.cache
-def _field_kinds(cls: type) -> dict[str, tuple[Any, ...]]:
+def field_kinds(cls: Hashable) -> dict[str, tuple[Any, ...]]:
   """Returns the alternatives of each field's annotation, without fields that cannot be checked."""
-  hints = typing.get_type_hints(cls, include_extras=True)
-  kinds = {field.name: _alternatives(hints[field.name]) for field in dataclasses.fields(cls)}
+  hints: dict[str, Any] = typing.get_type_hints(cls, include_extras=True)
+  fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+  kinds = {field.name: _alternatives(hints[field.name]) for field in fields}
   return {name: of for name, of in kinds.items() if all(map(_can_check, of))}
 
 
@@ -165,7 +166,7 @@ def number_ranges(*classes: type) -> dict[str, Range]:
   return {
     name: _kind_and_range(kind)[1]
     for cls in classes
-    for name, kinds in _field_kinds(cls).items()
+    for name, kinds in field_kinds(cls).items()
     for kind in kinds
     if _kind_and_range(kind)[0] in (int, float)
   }

@@ -16,7 +16,12 @@ from sparsek.config.checks import (
   check_fields,
   check_number,
 )
-from sparsek.config.layer_patterns import parse_layer_pattern, parse_term
+from sparsek.config.layer_patterns import (
+  fields_of_kind,
+  fields_of_term,
+  parse_layer_pattern,
+  parse_term,
+)
 
 if TYPE_CHECKING:
   import jax.numpy as jnp
@@ -243,6 +248,27 @@ class TransformerConfig:
   def layer_kinds(self) -> tuple[str, ...]:
     """The attention kind of each layer."""
     return tuple(parse_term(term)[0] for term in self.layer_terms)
+
+  def values_of(self, name: str) -> tuple[int, ...]:
+    """Returns the different values of k or window in the layers that use it, in their order."""
+    layers = zip(self.layer_kinds, self.layer_configs)
+    values = [getattr(layer, name) for kind, layer in layers if name in fields_of_kind(kind)]
+    return tuple(dict.fromkeys(values))
+
+  def why_unused(self, name: str) -> str:
+    """Returns why no layer takes the value of `name`; "" where one does.
+
+    Args:
+      name: k, window, gate, scorer, or a field of scorers.
+    """
+    kind, pattern = name.partition("_")[0], ",".join(self.attention)
+    if not any(kind in fields_of_kind(layer) for layer in self.layer_kinds):
+      return f"no layer of attention={pattern} has a {kind}"
+    if not any(kind in fields_of_term(term) for term in self.attention):
+      return f"each layer of attention={pattern} has its own {kind}, or none"
+    if name in ("scorer_lookahead", "scorer_lookback") and self.scorer in ("linear", "random"):
+      return f"scorer={self.scorer} sees no tokens beside the scored one"
+    return ""
 
   @property
   def learns_scores(self) -> bool:
