@@ -317,6 +317,8 @@ def generate(
     raise UsageError(f"stop={stop!r} must be a sequence of texts")
   if not isinstance(prompt, str):
     raise UsageError(f"prompt={prompt!r} must be a string")
+  if not isinstance(special_tokens, bool):
+    raise UsageError(f"special_tokens={special_tokens!r} must be True or False")
   seed = check_number("seed", seed, Index)
   loaded = _loaded(run)
   config, tokenizer = _with(loaded.config, k=k, window=window), loaded.tokenizer

@@ -35,8 +35,9 @@ def test_a_field_takes_no_value_of_another_type(cls, name):
   numeric = name in number_ranges(cls)
   is_int = numeric and any(int in (kind, *getattr(kind, "__args__", ())) for kind in kinds[name])
   bad = [object(), {"a": 1}, b"x", 1j]
-  bad += ["3", True, math.nan, math.inf, 2**70] if numeric else []
-  bad += [1.5, np.float32(1), MAX_INT + 1] if is_int else []
+  bad += ["3", True, math.nan, math.inf] if numeric else []
+  bad += [1.5, np.float32(1)] if is_int else []
+  bad += [MAX_INT + 1] if is_int and name not in ("k", "window") else []
   for value in bad:
     with pytest.raises(ValueError, match=name):
       cls(**{**CLASSES[cls], name: value})
@@ -47,6 +48,7 @@ def test_a_field_takes_no_value_of_another_type(cls, name):
   [
     (OptimizerConfig, "num_steps", 2.5, "num_steps=2.5 must be an integer of at least 1"),
     (OptimizerConfig, "final_lr_ratio", 2, "final_lr_ratio=2 must be at least 0 and at most 1"),
+    (OptimizerConfig, "grad_clip", 10**400, "must be a finite number"),
     (OptimizerConfig, "b1", 1, "b1=1 must be at least 0 and below 1"),
     (OptimizerConfig, "b2", math.nan, "b2=nan must be at least 0 and below 1"),
     (OptimizerConfig, "warmup_steps", "3", "warmup_steps='3' must be an integer of at least 0"),
@@ -62,7 +64,6 @@ def test_a_field_takes_no_value_of_another_type(cls, name):
     (TransformerConfig, "attention", 5, "attention=5 must be a string or a tuple"),
     (TransformerConfig, "attention", (), "attention pattern"),
     (TransformerConfig, "attention", (5,), "attention pattern"),
-    (TransformerConfig, "attention", f"sparsek:k{10**12}", f"k={10**12} must be at most"),
     (TransformerConfig, "rope_scaling", (), "rope_scaling"),
     (Options, "dtype", "number", "dtype='number' is no dtype"),
   ],

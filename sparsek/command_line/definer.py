@@ -1,5 +1,6 @@
 """The definition of flags of all types, in groups, and the text of flags in flagfiles."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class _Number(flags.ArgumentParser):
       value = self.kind(argument)
     except (TypeError, ValueError, OverflowError):
       raise ValueError(f"must be {self.syntactic_help}") from None
-    if isinstance(value, int) and value > MAX_INT and self.allowed.upper is None:
+    if isinstance(value, int) and value > MAX_INT and self.allowed.upper in (None, math.inf):
       raise ValueError(f"must be at most {MAX_INT}")
     if value not in self.allowed:
       raise ValueError(f"must be {self.syntactic_help}")

@@ -18,7 +18,7 @@ MAX_INT = 2**31 - 1
 class Range(NamedTuple):
   """The finite numbers from `lower` to `upper`, both included by default.
 
-  Integers are at most MAX_INT.
+  With no upper bound integers are at most MAX_INT; with math.inf they have none.
   """
 
   lower: float | None = None
@@ -28,9 +28,11 @@ class Range(NamedTuple):
 
   def __contains__(self, value: object) -> bool:
     assert isinstance(value, (int, float))
-    if isinstance(value, int) and value > MAX_INT or not math.isfinite(value):
-      return False
     lower, upper = self.lower, self.upper
+    if isinstance(value, int):
+      upper = MAX_INT if upper is None else upper
+    elif not math.isfinite(value):
+      return False
     above = lower is None or value > lower or (value == lower and not self.lower_is_open)
     return above and (upper is None or value < upper or (value == upper and not self.upper_is_open))
 
@@ -39,7 +41,7 @@ class Range(NamedTuple):
     parts = []
     if self.lower is not None:
       parts.append(f"{'above' if self.lower_is_open else 'at least'} {self.lower}")
-    if self.upper is not None:
+    if self.upper not in (None, math.inf):
       parts.append(f"{'below' if self.upper_is_open else 'at most'} {self.upper}")
     return " and ".join(parts)
 
@@ -52,6 +54,9 @@ class Range(NamedTuple):
 # The annotations of fields, and of flags that have their names.
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
+# The sizes of a selection may be larger than any row.
+Budget = Annotated[int, Range(1, math.inf)]
+Window = Annotated[int, Range(0, math.inf)]
 Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, lower_is_open=True)]
 Share = Annotated[float, Range(0, 1)]
@@ -86,12 +91,13 @@ def check_number(name: str, value: Any, kind: Any) -> Any:
   abstract = numbers.Integral if kind is int else numbers.Real
   if isinstance(value, bool) or not isinstance(value, abstract):
     raise ValueError(f"{name}={value!r} must be {allowed.described(kind)}")
-  number = value if type(value).__module__ == "builtins" else kind(value)
   try:
-    fits = number in allowed
-  except OverflowError:  # an integer that is no float
-    fits = False
-  if not fits:
+    number = value if type(value).__module__ == "builtins" else kind(value)
+    if kind is float:
+      float(number)
+  except OverflowError:
+    raise ValueError(f"{name}={value} must be a finite number") from None
+  if number not in allowed:
     if isinstance(number, int) and number > MAX_INT and allowed.upper is None:
       raise ValueError(f"{name}={value} must be at most {MAX_INT}")
     raise ValueError(f"{name}={value} must be {allowed.words() or 'finite'}")

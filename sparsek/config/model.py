@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from sparsek.config.checks import (
   UNREGISTERED,
+  Budget,
   Count,
   Index,
   Positive,
   PositiveShare,
   Range,
   Weight,
+  Window,
   check_choice,
   check_fields,
   check_number,
@@ -149,8 +151,8 @@ class TransformerConfig:
   head_dim: Annotated[int, Range(2)] = 32
   mlp_dim: Count = 384
   attention: str | tuple[str, ...] = "sparsek"
-  k: Count = 64
-  window: Index = 64
+  k: Budget = 64
+  window: Window = 64
   gate: str = "straight_through"
   scorer: str = "linear"
   scorer_lookahead: Index = 4
@@ -220,7 +222,7 @@ class TransformerConfig:
   def _check_layers(self) -> None:
     for kind, k, window in map(parse_term, self.attention):
       window = self.window if window is None else window
-      check_number(f"attention={','.join(self.attention)}: k", 1 if k is None else k, Count)
+      check_number(f"attention={','.join(self.attention)}: k", 1 if k is None else k, Budget)
       if kind == "sparsek" and self.scorer == "conv" and self.scorer_lookahead > window:
         raise ValueError(
           f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token "

@@ -80,8 +80,8 @@ def heldout_rows(
       )
   if seq_len is None:
     seq_len = max(run.record["data"]["seq_len"] for run in runs)
+  groups = mesh.size // mesh.shape[CONTEXT]
   if batch_size is None:
-    groups = mesh.size // mesh.shape[CONTEXT]
     batch_size = -(-max(run.record["data"]["batch_size"] for run in runs) // groups) * groups
   available = datasets[0].split("heldout").num_tokens - 1
   if seq_len > max(available, 1):
@@ -95,6 +95,9 @@ def heldout_rows(
     segment_documents=runs[0].record["data"]["segment_documents"],
   )
   check_batch(mesh, rows.batch_size)
+  # Rows of padding beyond the held-out split would only take memory.
+  needed = -(-available // (seq_len * groups)) * groups
+  rows = dataclasses.replace(rows, batch_size=min(rows.batch_size, max(needed, groups)))
   for run in runs:
     check_length(run.config, seq_len)
     check_context(run.config, mesh, seq_len)

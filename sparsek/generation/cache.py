@@ -427,8 +427,8 @@ def _forward(config, params, cache, tokens_BxC, count_B, fresh):
   Returns hidden states before the last norm, and the next cache; `fresh` as in `CachedBlocks`.
   """
   seen, length = cache.seen, tokens_BxC.shape[1]
-  # Tokens that do not exist are fed as if they were id 0 at position 0: what is computed for them is
-  # never read, but must be finite.
+  # Tokens that do not exist are fed as id 0 at position 0: what is computed for them is never read,
+  # but must be finite.
   exists = jnp.arange(length) < count_B[:, None]
   position_BxC = jnp.where(exists, seen[:, None] + jnp.arange(length), 0)
   tokens_BxC = jnp.where(exists, tokens_BxC, 0)
