@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sparsek.config import Count, TransformerConfig, check_fields
+from sparsek.config import Count, Index, TransformerConfig, check_fields
 from sparsek.generation import cache as model_cache
 from sparsek.generation.cache import Cache
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
@@ -116,7 +116,7 @@ class Options:
   use_bias: bool = False
   dtype: DTypeLike = "float32"
   num_layers: int = 1
-  layer_index: int = 0
+  layer_index: Index = 0
   implementation: str | None = None
 
   def __post_init__(self):

@@ -1,6 +1,5 @@
 """The definition of flags of all types, in groups, and the text of flags in flagfiles."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ class _Number(flags.ArgumentParser):
       value = self.kind(argument)
     except (TypeError, ValueError, OverflowError):
       raise ValueError(f"must be {self.syntactic_help}") from None
-    if isinstance(value, int) and value > MAX_INT and self.allowed.upper in (None, math.inf):
+    if isinstance(value, int) and value > MAX_INT and self.allowed.upper in (None, MAX_INT):
       raise ValueError(f"must be at most {MAX_INT}")
     if value not in self.allowed:
       raise ValueError(f"must be {self.syntactic_help}")

@@ -16,10 +16,7 @@ MAX_INT = 2**31 - 1
 
 
 class Range(NamedTuple):
-  """The finite numbers from `lower` to `upper`, both included by default.
-
-  With no upper bound integers are at most MAX_INT; with math.inf they have none.
-  """
+  """The finite numbers from `lower` to `upper`, both included by default."""
 
   lower: float | None = None
   upper: float | None = None
@@ -29,9 +26,7 @@ class Range(NamedTuple):
   def __contains__(self, value: object) -> bool:
     assert isinstance(value, (int, float))
     lower, upper = self.lower, self.upper
-    if isinstance(value, int):
-      upper = MAX_INT if upper is None else upper
-    elif not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
       return False
     above = lower is None or value > lower or (value == lower and not self.lower_is_open)
     return above and (upper is None or value < upper or (value == upper and not self.upper_is_open))
@@ -41,7 +36,7 @@ class Range(NamedTuple):
     parts = []
     if self.lower is not None:
       parts.append(f"{'above' if self.lower_is_open else 'at least'} {self.lower}")
-    if self.upper not in (None, math.inf):
+    if self.upper not in (None, MAX_INT):
       parts.append(f"{'below' if self.upper_is_open else 'at most'} {self.upper}")
     return " and ".join(parts)
 
@@ -52,11 +47,11 @@ class Range(NamedTuple):
 
 
 # The annotations of fields, and of flags that have their names.
-Count = Annotated[int, Range(1)]
-Index = Annotated[int, Range(0)]
-# The sizes of a selection may be larger than any row.
-Budget = Annotated[int, Range(1, math.inf)]
-Window = Annotated[int, Range(0, math.inf)]
+Count = Annotated[int, Range(1, MAX_INT)]
+Index = Annotated[int, Range(0, MAX_INT)]
+# Sizes that may be larger than any row of tokens.
+UnboundedCount = Annotated[int, Range(1)]
+UnboundedIndex = Annotated[int, Range(0)]
 Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, lower_is_open=True)]
 Share = Annotated[float, Range(0, 1)]
@@ -91,6 +86,7 @@ def check_number(name: str, value: Any, kind: Any) -> Any:
   abstract = numbers.Integral if kind is int else numbers.Real
   if isinstance(value, bool) or not isinstance(value, abstract):
     raise ValueError(f"{name}={value!r} must be {allowed.described(kind)}")
+  number: Any
   try:
     number = value if type(value).__module__ == "builtins" else kind(value)
     if kind is float:
@@ -98,7 +94,7 @@ def check_number(name: str, value: Any, kind: Any) -> Any:
   except OverflowError:
     raise ValueError(f"{name}={value} must be a finite number") from None
   if number not in allowed:
-    if isinstance(number, int) and number > MAX_INT and allowed.upper is None:
+    if allowed.upper == MAX_INT and number > MAX_INT:
       raise ValueError(f"{name}={value} must be at most {MAX_INT}")
     raise ValueError(f"{name}={value} must be {allowed.words() or 'finite'}")
   return number

@@ -5,15 +5,16 @@ import math
 from typing import TYPE_CHECKING, Annotated
 
 from sparsek.config.checks import (
+  MAX_INT,
   UNREGISTERED,
-  Budget,
   Count,
   Index,
   Positive,
   PositiveShare,
   Range,
+  UnboundedCount,
+  UnboundedIndex,
   Weight,
-  Window,
   check_choice,
   check_fields,
   check_number,
@@ -148,11 +149,11 @@ class TransformerConfig:
   embed_dim: Count = 128
   num_heads: Count = 4
   num_kv_heads: Count = 2
-  head_dim: Annotated[int, Range(2)] = 32
+  head_dim: Annotated[int, Range(2, MAX_INT)] = 32
   mlp_dim: Count = 384
   attention: str | tuple[str, ...] = "sparsek"
-  k: Budget = 64
-  window: Window = 64
+  k: UnboundedCount = 64
+  window: UnboundedIndex = 64
   gate: str = "straight_through"
   scorer: str = "linear"
   scorer_lookahead: Index = 4
@@ -166,7 +167,7 @@ class TransformerConfig:
   scorer_noise: Weight = 0.0
   scorer_loss_queries: Count = 128
   positions: str = "rope"
-  max_positions: Annotated[int, Range(2)] = 2048
+  max_positions: Annotated[int, Range(2, MAX_INT)] = 2048
   rope_theta: Annotated[float, Range(1)] = 10000.0
   rope_fraction: PositiveShare = 1.0
   rope_scaling: str | tuple | None = None
@@ -222,7 +223,8 @@ class TransformerConfig:
   def _check_layers(self) -> None:
     for kind, k, window in map(parse_term, self.attention):
       window = self.window if window is None else window
-      check_number(f"attention={','.join(self.attention)}: k", 1 if k is None else k, Budget)
+      name = f"attention={','.join(self.attention)}: k"
+      check_number(name, 1 if k is None else k, UnboundedCount)
       if kind == "sparsek" and self.scorer == "conv" and self.scorer_lookahead > window:
         raise ValueError(
           f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token "

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsek.attention.scoring import ScorerState
-from sparsek.config import Count, Index, TransformerConfig, check_number
+from sparsek.config import TransformerConfig, UnboundedCount, UnboundedIndex, check_number
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
@@ -71,9 +71,9 @@ def init_cache(
     NotImplementedError: for a registered kind of attention, or a registered scorer that cannot
       stream.
   """
-  batch_size = check_number("batch_size", batch_size, Count)
+  batch_size = check_number("batch_size", batch_size, UnboundedCount)
   if support_size is not None:
-    support_size = check_number("support_size", support_size, Index)
+    support_size = check_number("support_size", support_size, UnboundedIndex)
   for kind in config.layer_kinds:
     if kind in BASELINES:
       raise ValueError(
@@ -93,7 +93,7 @@ def init_cache(
         "max_length=None: a model with full attention layers keeps every token, so "
         "init_cache needs max_length >= 1"
       )
-    max_length = check_number("max_length", max_length, Count)
+    max_length = check_number("max_length", max_length, UnboundedCount)
   return _empty(config, batch_size, max_length, support_size)
 
 
@@ -221,7 +221,7 @@ def prefill(
   if tokens.ndim != 2 or tokens.shape[1] < 1:
     raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, m] with m >= 1")
   if chunk_size is not None:
-    chunk_size = check_number("chunk_size", chunk_size, Count)
+    chunk_size = check_number("chunk_size", chunk_size, UnboundedCount)
   check_cache(config, cache, tokens)
   batch, length = tokens.shape
   lengths = _check_lengths(lengths, batch, length)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsek.config import Index, PositiveShare, TransformerConfig, Weight, check_number
+from sparsek.config import PositiveShare, TransformerConfig, UnboundedIndex, Weight, check_number
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.generation.cache_sizes import (
@@ -399,7 +399,7 @@ def _check_turn(
     _check_prompt(prompt, bool(begun), config.vocab_size)
     longest = max(longest, int(before) + len(begun) + len(prompt))
   for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("ahead", ahead)):
-    check_number(name, value, Index)
+    check_number(name, value, UnboundedIndex)
   check_number("temperature", temperature, Weight)
   check_number("top_p", top_p, PositiveShare)
   if longest + max_new_tokens > NOWHERE:
