@@ -42,7 +42,18 @@ from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop
 from sparsek.training.loop import Result
 
+KINDS = (TrainConfig, DataConfig, OptimizerConfig)
 OWN_PARAMETERS = ("workdir", "data", "optimizer")  # of TrainConfig, which are no settings
+
+
+def _fields(kind: type) -> set[str]:
+  return {field.name for field in dataclasses.fields(kind)} - {*OWN_PARAMETERS}
+
+
+KNOWN = sorted(set().union(*map(_fields, KINDS)))  # settings of `train`
+_FLAG = re.compile(
+  rf"--({'|'.join([*KNOWN, *_fields(TransformerConfig), 'data', 'workdir', 'step'])})\b"
+)
 
 
 class LoadedRun(NamedTuple):
@@ -87,7 +98,7 @@ def load(
   """
   if step is not None:
     step = check_number("step", step, Index)
-  with _named_arguments("workdir", "step"):
+  with _without_dashes():
     workdir = _path("workdir", workdir)
     config = _with(run_record.load_run_config(workdir)[0], k=k, window=window)
     tokenizer = run_record.load_run_tokenizer(workdir)
@@ -126,20 +137,17 @@ def _path(
     raise UsageError(f"{name}={path!r} must be a path")
   try:
     return parse_path(os.fspath(path), words, reference)
-  except UsageError:
-    raise
   except ValueError as error:
     raise UsageError(f"{name}={str(path)!r}: {error}") from None
 
 
 @contextlib.contextmanager
-def _named_arguments(*names: str) -> Iterator[None]:
-  """Names arguments in the errors of the block, which commands share, not flags."""
-  flag = re.compile(rf"--({'|'.join(names)})\b")
+def _without_dashes() -> Iterator[None]:
+  """Names arguments, not flags, in the errors of the block, which come from what commands share."""
   try:
     yield
   except (UsageError, RunError) as error:
-    error.args = (flag.sub(r"\1", str(error)),)
+    error.args = (_FLAG.sub(r"\1", str(error)),)
     raise
 
 
@@ -181,21 +189,13 @@ def train(
   if warmup_steps is None:
     warmup_steps = min(100, num_steps // 10)
   given = {**settings, "num_steps": num_steps, "warmup_steps": warmup_steps}
-  with _named_arguments(*OWN_PARAMETERS, *KNOWN, "data", "k", "window"):
+  with _without_dashes():
     train_config = _train_config(_path("data", data, (STDLIB,)), _path("workdir", workdir), given)
     dataset = open_data(train_config.data.data)
     if not train_config.init_from:
       config = dataclasses.replace(config, vocab_size=dataset.vocab_size)
     run_directory.use_compilation_cache()
     return loop.train(config, train_config, dataset)
-
-
-def _fields(kind: type) -> set[str]:
-  return {field.name for field in dataclasses.fields(kind)} - {*OWN_PARAMETERS}
-
-
-KINDS = (TrainConfig, DataConfig, OptimizerConfig)
-KNOWN = sorted(set().union(*map(_fields, KINDS)))
 
 
 def _train_config(data: str, workdir: str, settings: dict[str, Any]) -> TrainConfig:
@@ -258,7 +258,7 @@ def evaluate(
   config = _with(loaded.config, k=k, window=window)
   evaluated = Run(loaded.workdir, config, run_record.load_run_config(loaded.workdir)[1])
   mesh = make_mesh()
-  with _named_arguments("data", *sizes, "loss_chunk"):
+  with _without_dashes():
     source = None if data is None else _path("data", data, (STDLIB,))
     dataset, rows, batches = heldout_rows(
       [evaluated], mesh, eval_batches, source, seq_len, batch_size
