@@ -25,6 +25,7 @@ THREAD_KERNELS = tuple(
     "thread_ops",
     "prefix_thresholds",
     "prefix_gradients",
+    "rms_norm",
     "small_batch_matmul",
     "fused_decode_layer",
     "decode_attention",

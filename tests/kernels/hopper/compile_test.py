@@ -19,6 +19,7 @@ from sparsek.generation import cache, session
 from sparsek.generation.inference import inference_params
 from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
+from sparsek.kernels.rms_norm import branched_rms_norm
 from sparsek.kernels.specs import Spec
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.collectives import collectives
@@ -207,6 +208,24 @@ def test_sliding_window_compiles(n, window, head_dim):
   compile_for_h100(
     functools.partial(attention_and_gradients, spec=spec, gate="straight_through"), *arguments(spec)
   )
+
+
+@pytest.mark.parametrize("width", [256, 1536])
+def test_norms_compile(width):
+  def gradients(x, scale, cotangents):
+    norm = functools.partial(branched_rms_norm, epsilon=1e-6)
+    return jax.vmap(lambda x, cotangents: jax.vjp(norm, x, scale)[1](cotangents))(x, cotangents)
+
+  x = jax.ShapeDtypeStruct((2, 3, 1000, width), jnp.bfloat16)
+  scale = jax.ShapeDtypeStruct((width,), jnp.float32)
+  arguments = [
+    jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(h100())), a
+    )
+    for a in (x, scale, (x, x))
+  ]
+  text = jax.jit(gradients).lower(*arguments).compile().as_text()
+  assert "sparsek_rms_norm_gradients" in text
 
 
 def test_axes_of_a_mesh_may_be_called_anything():
