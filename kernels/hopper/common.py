@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # A reference to global or shared memory inside a kernel, or to its barriers; JAX has no public type
@@ -27,6 +28,19 @@ ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 # plgpu.load of JAX 0.10 requires an index, that of 0.12 has none
 LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
+
+
+def _remember_version() -> None:
+  """Makes JAX ask ptxas for its version once, not at each conversion of booleans to integers, which
+  takes a fifth of the time of lowering a training step.
+  """
+  extension = getattr(getattr(fragmented_array, "mgpu_lib", None), "_mosaic_gpu_ext", None)
+  name = "_get_ptxas_isa_version"
+  if hasattr(extension, name):
+    setattr(extension, name, functools.cache(getattr(extension, name)))
+
+
+_remember_version()
 
 
 def axes(*names: str) -> tuple[str, ...]:

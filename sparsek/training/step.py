@@ -4,6 +4,7 @@ The forward and backward passes of a step run in one `jax.shard_map`: each devic
 rows, or its part of their tokens, and gathers a layer's parameters when it needs them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -300,14 +301,19 @@ def make_diagnose(config: TransformerConfig, mesh: Mesh) -> Wrapped:
     _, sown = Transformer(config).apply(
       {"params": params}, tokens, segment_ids=segment_ids, method="hidden", mutable=["diagnostics"]
     )
-    statistics = {}
+    alike: dict[Any, dict[int, jax.Array]] = {}  # scores by layer, of layers with equal settings
     for i, (kind, layer) in enumerate(zip(config.layer_kinds, config.layer_configs)):
       if kind == "sparsek":
         (scores,) = layer_params(config, sown["diagnostics"], i)["attention"]["scores"]
         if axis_size(CONTEXT) > 1:
           scores = jax.lax.all_gather(scores, CONTEXT, axis=1, tiled=True)
-        for name, value in selection_statistics(scores, layer.k, layer.window, segment_ids).items():
-          statistics[f"layer_{i}/{name}"] = value
+        alike.setdefault((layer.k, layer.window, scores.shape, scores.dtype), {})[i] = scores
+    statistics: dict[str, jax.Array] = {}
+    for (k, window, *_), layers in alike.items():
+      measure = functools.partial(selection_statistics, k=k, window=window, segment_ids=segment_ids)
+      # A loop over the layers is compiled once, and not once for each layer.
+      for name, values in jax.lax.map(measure, jnp.stack(list(layers.values()))).items():
+        statistics |= {f"layer_{i}/{name}": values[at] for at, i in enumerate(layers)}
     return statistics
 
   def diagnose(params, batch):
