@@ -119,6 +119,7 @@ class Tiling(NamedTuple):
     forward_keys, forward_stages: keys of a tile of the forward kernel, and its stages.
     query_keys, query_stages: the same of the kernel for the gradients of queries.
     hold_queries: that kernel keeps its queries in registers.
+    late_products: it adds the gradients from a tile while it computes the next one.
     key_queries, key_stages: queries of a tile of the kernels for the gradients of keys, and stages.
     early: these kernels begin the product for the values' gradients before the gradients of the
       logits are known, which takes registers.
@@ -129,6 +130,7 @@ class Tiling(NamedTuple):
   query_keys: int
   query_stages: int
   hold_queries: bool
+  late_products: bool
   key_queries: int
   key_stages: int
   early: bool
@@ -141,6 +143,7 @@ TILINGS = {  # by head_dim
     query_keys=64,
     query_stages=3,
     hold_queries=True,
+    late_products=True,
     key_queries=64,
     key_stages=2,
     early=False,
@@ -151,6 +154,7 @@ TILINGS = {  # by head_dim
     query_keys=64,
     query_stages=3,
     hold_queries=False,
+    late_products=False,
     key_queries=64,
     key_stages=2,
     early=True,
@@ -258,6 +262,44 @@ class Registers:
       return use(wait(accumulators[0], 1), functools.partial(wait, accumulators[1]))
 
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * 2)
+
+  def two_matmuls_during_add(
+    self,
+    shape: tuple[int, int],
+    first: tuple,
+    second: tuple,
+    acc: jax.Array,
+    third: tuple,
+    use: Callable,
+  ) -> tuple:
+    """Multiplies and adds while the two products are used.
+
+    Args:
+      shape, first, second, use: as in `two_matmuls`; the sum may still be running.
+      acc: accumulator.
+      third: (e, f), e in registers and f in shared memory.
+
+    Returns:
+      acc + e @ f, and the result of `use`.
+    """
+    if self.interpreted:
+      used = use(self.matmul(shape, *first), lambda later: self.matmul(shape, *second))
+      return *self.matmul_add((acc,), (third,)), used
+
+    def run(product, other_product, accumulator):
+      accumulator[...] = acc
+      for into, (a, b) in ((product, first), (other_product, second)):
+        plgpu.wgmma(into, a, b.transpose((1, 0)))
+      plgpu.wgmma(accumulator, *third)
+
+      def wait(accumulator, later):
+        return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=later))
+
+      used = use(wait(product, 2), functools.partial(wait, other_product))
+      return accumulator[...], used
+
+    shapes = shape, shape, (acc.shape[0], acc.shape[1])
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
   def matmul_add_in_turn(
     self, accs: tuple[jax.Array, jax.Array], a: jax.Array, b: Ref, make: Callable, d: Ref
