@@ -3,6 +3,7 @@ stores are inlined instructions, which no interpreter knows.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,13 @@ from jax.experimental import pallas as pl
 from sparsek.attention import prefix_selection
 from sparsek.attention.documents import document_bounds
 from sparsek.kernels import tiles
-from sparsek.kernels.hopper import gather_rows, prefix_gradients, selection_lists, thread_ops
+from sparsek.kernels.hopper import (
+  gather_rows,
+  prefix_gradients,
+  selection_lists,
+  staircase,
+  thread_ops,
+)
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.specs import make_scores
@@ -74,21 +81,6 @@ def scatter_bytes(ref, index, offset, stride, values, where):
   )
 
 
-def add_row(ref, index, values, where):
-  where = np.asarray(where)
-  low, high = (
-    np.stack([np.broadcast_to(x, where.shape) for x in values[i::2]], axis=-1).astype(np.int64)[
-      where
-    ]
-    for i in range(2)
-  )
-  np.add.at(
-    ref.array.reshape(-1).view(np.int64).reshape(-1, 2),
-    np.asarray(index)[where],
-    (high << 32) + low,
-  )
-
-
 def widen(words, dtype):
   return list(jnp.asarray(np.stack(words, axis=-1).view(dtype).astype(np.float32)).T)
 
@@ -106,21 +98,18 @@ def poisoned(x):
   )
 
 
-def kernel(body, rows, size, *extra, name, out_type=()):
+def kernel(body, rows, size, *extra, name, out_type=(), scratch_types=()):
   def run(*args):
     out = jax.tree.map(poisoned, list(out_type))
     args = jax.tree.map(lambda x: x if isinstance(x, Ref) else Ref(np.array(x)), args)
-    for block in range(-(-size // thread_ops.LANES)):
-      for row in range(rows):
-        for e in range(extra[0] if extra else 1):
-          current["sparsek_program"] = block * rows + row
-          body(
-            row,
-            e,
-            jnp.arange(thread_ops.LANES, dtype=jnp.int32) + block * thread_ops.LANES,
-            *args,
-            *out,
-          )
+    extras = extra[0] if extra else 1
+    lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
+    for program, (block, row, e) in enumerate(
+      itertools.product(range(-(-size // thread_ops.LANES)), range(rows), range(extras))
+    ):
+      current["sparsek_program"] = program
+      scratch = jax.tree.map(poisoned, list(scratch_types))
+      body(row, e, lanes + block * thread_ops.LANES, *args, *out, *scratch)
     return jax.tree.map(lambda x: jnp.asarray(x.array), out)
 
   return run
@@ -153,11 +142,19 @@ def when(condition):
 
 @pytest.fixture
 def emulated(monkeypatch):
-  for module in (thread_ops, selection_lists, gather_rows, hopper_thresholds, prefix_gradients):
-    for f in (gather, gather_bytes, scatter, scatter_bytes, add_row, widen, narrow, kernel):
+  for module in (
+    thread_ops,
+    selection_lists,
+    gather_rows,
+    hopper_thresholds,
+    prefix_gradients,
+    staircase,
+  ):
+    for f in (gather, gather_bytes, scatter, scatter_bytes, widen, narrow, kernel):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
   monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
+  monkeypatch.setattr(staircase, "sync_threads", lambda: None)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
   monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
