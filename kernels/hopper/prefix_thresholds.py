@@ -2,7 +2,7 @@
 of single threads. Each kernel waits for the one before; there are no barriers and no shared memory.
 
   kernel  a lane for                  reads                        writes
-  merge   element of a sorted part    the parts                    keys in order, their tokens
+  ...     see hopper/sorting.py       keys                         keys in order, their tokens
   enter   rank, and token             score, entry, order, start,  tokens, events, passed;
                                       scores                       first_nan (minimum)
   ...     see hopper/staircase.py     tokens, events               cuts; passed (in place)
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsek.kernels import prefix_thresholds
+from sparsek.kernels.hopper import sorting
 from sparsek.kernels.hopper.staircase import Events, find_cuts
 from sparsek.kernels.hopper.thread_ops import kernel, reader, scatter, scatter_row
 from sparsek.kernels.prefix_thresholds import Problem
 from sparsek.kernels.varying import over_batch, varying_like
 
 AT_ONCE = 16  # loads that a lane has in flight in prefix sums
-PARTS = 8  # of a row, which are sorted separately and then merged
 
 
 class Inputs(NamedTuple):
@@ -96,45 +96,8 @@ def solve(
 
 @jax.jit
 def _sort(key):
-  """Sorts parts of the rows, and merges them: an element's rank is the number of those before it in
-  each part.
-  """
-  rows, n = key.shape
-  size = -(-n // PARTS)
   sign = jnp.uint32(2**31)
-  parts = jnp.pad(
-    lax.bitcast_convert_type(key ^ sign, jnp.int32),
-    ((0, 0), (0, PARTS * size - n)),
-    constant_values=2**31 - 1,
-  ).reshape(rows, PARTS, size)
-  from_end = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32)[::-1], parts.shape)
-  # A stable sort would move a third array on GPUs.
-  parts, from_end = lax.sort((parts, from_end), num_keys=2, is_stable=False)
-
-  def merge(row, _, lane, parts, from_end, ranked, order):
-    value, own_part = reader(parts, row)(lane), lane // size
-
-    def before(step):
-      """Returns the search for how many elements of another part come before."""
-      part = (own_part + step) % PARTS
-
-      def after(index):
-        other = reader(parts, row)(part * size + index)
-        return (other > value) | ((other == value) & (own_part > part))
-
-      return lane - lane, lane - lane + size, after
-
-    rank = sum(
-      prefix_thresholds.bisect(size, *map(before, range(1, PARTS))), lane - own_part * size
-    )
-    inside = (lane < PARTS * size) & (rank < n)
-    scatter(ranked.at[row], rank, value, inside)
-    scatter(order.at[row], rank, own_part * size + size - 1 - reader(from_end, row)(lane), inside)
-
-  shape = jax.ShapeDtypeStruct((rows, n), jnp.int32)
-  ranked, order = kernel(merge, rows, PARTS * size, name="merge", out_type=[shape] * 2)(
-    parts.reshape(rows, -1), from_end.reshape(rows, -1)
-  )
+  ranked, order = sorting.sort(lax.bitcast_convert_type(key ^ sign, jnp.int32))
   return lax.bitcast_convert_type(ranked, jnp.uint32) ^ sign, order
 
 

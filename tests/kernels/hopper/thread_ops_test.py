@@ -18,6 +18,7 @@ from sparsek.kernels.hopper import (
   gather_rows,
   prefix_gradients,
   selection_lists,
+  sorting,
   staircase,
   thread_ops,
 )
@@ -149,12 +150,14 @@ def emulated(monkeypatch):
     hopper_thresholds,
     prefix_gradients,
     staircase,
+    sorting,
   ):
     for f in (gather, gather_bytes, scatter, scatter_bytes, widen, narrow, kernel):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
   monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
-  monkeypatch.setattr(staircase, "sync_threads", lambda: None)
+  for module in (sorting, staircase):
+    monkeypatch.setattr(module, "sync_threads", lambda: None)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
   monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
@@ -326,3 +329,16 @@ def test_rows(dim, dtype, request):
       np.testing.assert_allclose(
         np.asarray(result, np.float64), expected, atol=0.04 if dtype == jnp.bfloat16 else 0.006
       )
+
+
+@pytest.mark.parametrize("n", [1, 300, 513, 700])
+def test_sort(n, emulated, monkeypatch):
+  """Parts of 64 elements, merged by three: twice, or once, or not at all."""
+  monkeypatch.setattr(sorting, "SMALLEST", 32)
+  monkeypatch.setattr(sorting, "LARGEST", 64)
+  monkeypatch.setattr(sorting, "FAN", 3)
+  key = np.random.default_rng(n).integers(-n, n // 2, (2, n)).astype(np.int32)
+  ranked, order = sorting.sort(jnp.asarray(key))
+  expected = np.stack([np.lexsort((-np.arange(n), row)) for row in key])
+  np.testing.assert_array_equal(order, expected)
+  np.testing.assert_array_equal(ranked, np.take_along_axis(key, expected, axis=1))
