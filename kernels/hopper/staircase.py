@@ -34,6 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsek.kernels import prefix_thresholds
 from sparsek.kernels.hopper.thread_ops import (
   block_of,
+  clear,
   gather,
   gather_row,
   kernel,
@@ -120,16 +121,6 @@ def _weights(problem, high, low, is_lower):
   return {UPPER: 1 - is_lower, COUNT: sign, HIGH: sign * high, LOW: sign * low}
 
 
-def _clear(ref, own):
-  """Sets shared memory to 0; `own` is the lane's number in the program."""
-  (size,) = ref.shape
-
-  @pl.loop(0, -(-size // LANES))
-  def _(i):
-    index = i * LANES + own
-    scatter(ref, jnp.minimum(index, size - 1), 0, index < size)
-
-
 def _sum_columns(problem, tiling, events):
   """Returns [rows, blocks (blocks + 1), 4], by column and row of tiles: the sums of the column's
   events whose tokens entered before the row.
@@ -141,7 +132,7 @@ def _sum_columns(problem, tiling, events):
   def body(row, _, lane, events, corners, sums):
     column = block_of(rows)
     own = lane - column * LANES
-    _clear(sums, own)
+    clear(sums, own)
     sync_threads()
 
     @pl.loop(0, -(-tiling.width // LANES))
@@ -337,7 +328,7 @@ class Inner(NamedTuple):
     """Makes the sums at all inner corners."""
     problem, tile, own, inner = self.problem, self.tile, self.own, self.scratch.inner
     block, zero = self.outer.block, own - own
-    _clear(inner, own)
+    clear(inner, own)
     sync_threads()
 
     def put(line, column, weights, there, atomic="add"):

@@ -50,6 +50,27 @@ def shuffle_xor(x: jax.Array, distance: int) -> jax.Array:
   return shuffle(per_lane(x))
 
 
+def warp_prefix_sums(x: jax.Array) -> jax.Array:
+  """Returns the sum of the int32 x of this lane and of the earlier ones of its warp."""
+
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=array_of(jnp.int32))
+  def add(_, x):
+    steps = "".join(
+      f" shfl.sync.up.b32 other|there, $0, {distance}, 0, 0xffffffff; @there add.s32 $0, $0, other;"
+      for distance in (1, 2, 4, 8, 16)
+    )
+    total = llvm.inline_asm(
+      ir.IntegerType.get_signless(32),
+      [element(x)],
+      "{ .reg .pred there; .reg .b32 other; mov.b32 $0, $1;" + steps + " }",
+      "=&r,r",
+      has_side_effects=True,
+    )
+    return x.foreach(lambda *_: total, create_array=True, is_signed=True)
+
+  return add(per_lane(x))
+
+
 def multiply_add(
   sums: Sequence[jax.Array], a: Sequence[jax.Array], b: Sequence[jax.Array], dtype: Any
 ) -> tuple[jax.Array, ...]:

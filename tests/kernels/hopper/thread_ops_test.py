@@ -90,6 +90,10 @@ def narrow(numbers, dtype):
   return list(jnp.asarray(np.stack(numbers, axis=-1).astype(dtype).view(np.int32)).T)
 
 
+def warp_prefix_sums(x):
+  return jnp.cumsum(x.reshape(-1, 32), axis=1, dtype=jnp.int32).reshape(-1)
+
+
 def poisoned(x):
   """Returns a Ref of that shape and dtype that nobody has written."""
   return Ref(
@@ -152,11 +156,20 @@ def emulated(monkeypatch):
     staircase,
     sorting,
   ):
-    for f in (gather, gather_bytes, scatter, scatter_bytes, widen, narrow, kernel):
+    for f in (
+      gather,
+      gather_bytes,
+      scatter,
+      scatter_bytes,
+      widen,
+      narrow,
+      kernel,
+      warp_prefix_sums,
+    ):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
   monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
-  for module in (sorting, staircase):
+  for module in (selection_lists, sorting, staircase):
     monkeypatch.setattr(module, "sync_threads", lambda: None)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
@@ -255,7 +268,6 @@ def test_kernels_match_plain_selection(n, k, delay, packed, family):
 )
 def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   batch, groups = (2, 2) if n < 500 else (1, 2)
-  monkeypatch.setattr(selection_lists, "SEGMENT", 32)  # short ones take less time here
   monkeypatch.setattr(selection_lists, "SEGMENTS", 4)  # the last of longer segments is not full
   scores = jax.random.normal(jax.random.key(n), (batch, groups, n)) + rise * jnp.arange(n)
   start, end = document_bounds(jnp.arange(batch * n).reshape(batch, n) // (n // 3 + 1), batch, n)
