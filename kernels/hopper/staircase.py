@@ -9,16 +9,17 @@ that walks are short; tiles that it does not cross cost nothing but the sums at 
                                                   that count at each row of tiles
   add_columns  rows of tiles     row of tiles     corners, events -> sums over this and later
                                                   columns; columns: where the staircases are
-  walk         tile, search      event, token     sums, columns, events, tokens -> cuts; passed
+  walk         tiles, search     event, token     sums, columns, events, tokens -> cuts; passed
 
-A program of the kernel walk:
+A warp of the kernel walk takes a tile:
 
   events at the tile's positions, tokens that enter in it --> inner: sums at the corners of its
       tiles, as above: added by all lanes, then summed down columns and along rows
   a lane for an inner row   where the staircase is there --> found
   a lane for an inner tile  follows the staircase through it --> cuts, passed
 
-`inner` and `found` lie in shared memory; the program's lanes wait for each other between the steps.
+`inner`, `found` and copies of the tile's events and tokens, unless it has too many, lie in shared
+memory; the warp's lanes wait for each other between the steps.
 The two searches are those of NEEDS: for the cuts of queries, and for the expiry of tokens.
 """
 
@@ -42,14 +43,15 @@ from sparsek.kernels.hopper.thread_ops import (
   scatter,
   scatter_row,
 )
-from sparsek.kernels.hopper.thread_registers import LANES
-from sparsek.kernels.hopper.thread_sync import sync_threads
+from sparsek.kernels.hopper.thread_registers import LANES, warp_any
+from sparsek.kernels.hopper.thread_sync import sync_threads, sync_warp
 from sparsek.kernels.prefix_thresholds import COUNT, HIGH, LOW, NEEDS, UPPER, Problem, Tile, Tiling
 
-INNER = 32  # inner tiles along either side of a tile
+INNER = 16  # inner tiles along either side of a tile; a lane for each that a staircase can cross
 SIDE = INNER + 1  # their corners
-AT_ONCE = 11  # loads that a lane has in flight in prefix sums; divides SIDE
-AHEAD = 4  # steps of a walk whose loads are in flight together
+WARP, WARPS = 32, LANES // 32
+COPIED = 256  # the most queries of a tile whose events and tokens are copied to shared memory
+AT_ONCE = 16  # loads that a lane has in flight in prefix sums
 
 
 class Events(NamedTuple):
@@ -84,15 +86,23 @@ class WalkInputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-  """Shared memory of the kernel walk."""
+  """Shared memory of the kernel walk, a part of each array for each warp.
+
+  Attributes:
+    inner: the sums at the corners of inner tiles.
+    found: the inner columns where the staircase is, by inner row.
+    events, tokens: copies of those of the tile, an array for each column, or none.
+  """
 
   inner: Any
   found: Any
+  events: tuple
+  tokens: tuple
 
 
 def outer_tiling(problem: Problem) -> Tiling:
   """Returns the tiles that are tiled again."""
-  block = max(INNER, 4 * problem.tiling.block)
+  block = 2 * problem.tiling.block
   return Tiling(block, -(-problem.n // block))
 
 
@@ -115,7 +125,7 @@ def _log2(power):
   return power.bit_length() - 1
 
 
-def _weights(problem, high, low, is_lower):
+def _weights(high, low, is_lower):
   """Returns what an event of those digits adds to each sum; is_lower is 0 or 1."""
   sign = 1 - 2 * is_lower
   return {UPPER: 1 - is_lower, COUNT: sign, HIGH: sign * high, LOW: sign * low}
@@ -142,7 +152,7 @@ def _sum_columns(problem, tiling, events):
       high, low, code, _ = reader(events, row)(position)
       line = (code >> (1 + _log2(block))) + 1
       there = (offset < tiling.width) & (position < 2 * n) & (line <= blocks)
-      for which, weight in _weights(problem, high, low, code & 1).items():
+      for which, weight in _weights(high, low, code & 1).items():
         scatter(sums, which * lines + line, weight, there, atomic="add")
 
     sync_threads()
@@ -223,27 +233,11 @@ def _add_columns(problem, tiling, events, corners):
   return run(events, corners)
 
 
-def _ahead(read, first):
-  """Loads rows first to first + AHEAD - 1; returns a function like `read` that chooses one."""
-  rows = [read(first + i) for i in range(AHEAD)]
-
-  def near(index):
-    result = rows[0]
-    for i, row in enumerate(rows[1:], 1):
-      result = tuple(jnp.where(index - first >= i, new, old) for new, old in zip(row, result))
-    return result
-
-  return near
-
-
 def _walk(problem, tiling, inputs):
   """Follows the staircase of each search through each tile."""
   rows, n = inputs.tokens.shape[:2]
 
   def body(row, which, lane, inputs, cuts, scratch):
-    cell = block_of(rows * len(NEEDS))
-    own = lane - cell * LANES
-
     def record_cut(step):
       missing = prefix_thresholds.missing(problem, step.sums, step.event)
       values = step.position, *missing, step.sums[COUNT]
@@ -255,29 +249,34 @@ def _walk(problem, tiling, inputs):
     record = {prefix_thresholds.gates_over: record_cut, prefix_thresholds.number_over: record_pass}
 
     def walk_tile(number, over):
-      def columns(line):
-        return inputs.columns[row, number, jnp.clip(line, 0, tiling.blocks)]
+      columns = reader(inputs.columns, row, number)
+      tile = prefix_thresholds.tile_of(tiling, columns, lane // WARP)
 
-      tile = prefix_thresholds.tile_of(tiling, columns, cell)
-
-      @pl.when(tile.first < tile.end)
+      @pl.when(warp_any(tile.first < tile.end))
       def _walk():
-        inner = Inner(problem, tiling, tile, own, scratch, NEEDS[over])
         read = prefix_thresholds.Read(
           token=reader(inputs.tokens, row), event=reader(inputs.events, row)
         )
-        inner.add(read, gather_row_of(inputs.sums, row, tiling))
-        inner.walk(read, over, record[over])
+        inner = Inner(problem, tiling, tile, lane % LANES, scratch, NEEDS[over], read)
+        corner = (tile.column + 1) * (tiling.blocks + 1) + tile.row
+        inner.add(reader(inputs.sums, row)(corner))
+        inner.walk(over, record[over])
 
     for number, over in enumerate(NEEDS):
       pl.when(which == number)(functools.partial(walk_tile, number, over))
 
-  most = max(map(len, NEEDS.values()))
-  scratch = Scratch(plgpu.SMEM((most * SIDE * SIDE,), jnp.int32), plgpu.SMEM((SIDE,), jnp.int32))
+  copied = tiling.block <= COPIED
+  shared = lambda size: plgpu.SMEM((WARPS * size,), jnp.int32)
+  scratch = Scratch(
+    shared(_INNER_SIZE),
+    shared(SIDE),
+    (shared(_events_size(tiling)),) * 3 if copied else (),
+    (shared(tiling.block),) * 4 if copied else (),
+  )
   (cuts,) = kernel(
     body,
     rows,
-    tiling.cells * LANES,
+    tiling.cells * WARP,
     len(NEEDS),
     name="walk",
     out_type=[_shape(rows, n, 4)],
@@ -286,21 +285,26 @@ def _walk(problem, tiling, inputs):
   return cuts
 
 
-def gather_row_of(sums, row, tiling):
-  """Returns a function that reads the four sums at the corner (row, column) of tiles."""
+# a multiple of the lanes of a warp
+_INNER_SIZE = -(-max(map(len, NEEDS.values())) * SIDE**2 // WARP) * WARP
 
-  def read(line, column):
-    return reader(sums, row)(column * (tiling.blocks + 1) + line)
 
-  return read
+def _events_size(tiling):
+  """Returns the size of the copy of a tile's events: the first one of the next tile is among them,
+  and one number is left out after those of each inner tile, so that lanes use different banks.
+  """
+  return tiling.width + INNER + 1
 
 
 class Inner(NamedTuple):
-  """The tiles inside a tile, in a program of the kernel walk.
+  """The tiles inside a tile, in a warp of the kernel walk.
 
   Attributes:
+    problem, outer, tile: the tile, and the tiling that it is of.
     own: the lane's number in the program.
+    scratch: shared memory.
     which: the sums that are needed; the others are not in shared memory.
+    read: of tokens and events.
   """
 
   problem: Problem
@@ -309,6 +313,7 @@ class Inner(NamedTuple):
   own: jax.Array
   scratch: Scratch
   which: tuple[int, ...]
+  read: prefix_thresholds.Read
 
   @property
   def tiling(self) -> Tiling:
@@ -316,87 +321,128 @@ class Inner(NamedTuple):
     return Tiling(self.outer.block // INNER, INNER)
 
   @property
+  def lane(self) -> jax.Array:
+    """The lane's number in its warp."""
+    return self.own % WARP
+
+  @property
   def bottom(self) -> jax.Array:
     """The first position."""
     return jnp.maximum(self.tile.bottom, 0)
 
-  def corner(self, line: Any, column: Any) -> Any:
-    """Returns the index of the first sum at a corner; the others follow SIDE^2 apart."""
-    return line * SIDE + column
+  def _part(self, size):
+    """Returns where the warp's part of an array begins."""
+    return self.own // WARP * size
 
-  def add(self, read: prefix_thresholds.Read, corner: Any) -> None:
-    """Makes the sums at all inner corners."""
-    problem, tile, own, inner = self.problem, self.tile, self.own, self.scratch.inner
-    block, zero = self.outer.block, own - own
-    clear(inner, own)
-    sync_threads()
+  def _corner(self, number, line, column):
+    """Returns the index of the number-th sum at an inner corner."""
+    return self._part(_INNER_SIZE) + ((number * SIDE + line) * SIDE + column)
 
-    def put(line, column, weights, there, atomic="add"):
-      for i, number in enumerate(self.which):
-        if number in weights:
-          index = i * SIDE * SIDE + self.corner(line, column)
-          scatter(inner, index, weights[number], there, atomic=atomic)
+  def _put(self, line, column, weights, there, atomic="add"):
+    """Adds to the sums at an inner corner."""
+    for number, which in enumerate(self.which):
+      index = self._corner(number, line, column)
+      scatter(self.scratch.inner, index, weights[which], there, atomic=atomic)
 
-    beyond = corner(zero + tile.row, zero + (tile.column + 1))
-    put(zero, zero + INNER, dict(enumerate(beyond)), own == 0, atomic=None)
+  def add(self, beyond: prefix_thresholds.Row) -> None:
+    """Makes the sums at all inner corners; `beyond` are those at the tile's last position."""
+    zero = self.own - self.own
+    for i in range(_INNER_SIZE // WARP):
+      index = self._part(_INNER_SIZE) + (self.lane + i * WARP)
+      scatter(self.scratch.inner, index, 0, self.own >= 0)
+    sync_warp()
+    self._put(zero, zero + INNER, dict(enumerate(beyond)), self.lane == 0, atomic=None)
+    self._add_events()
+    self._add_tokens()
+    sync_warp()
+    self._sum_lines(lambda i, step: (step, i))
+    self._sum_lines(lambda i, step: (i, INNER - step))
 
-    # events of tokens that had entered before the tile's first query
-    @pl.loop(0, -(-self.outer.width // LANES))
-    def _add_events(i):
-      offset = i * LANES + own
+  def _add_events(self):
+    """Adds the events of tokens that had entered before the tile's first query."""
+    width, inner_width = self.outer.width, self.tiling.width
+
+    @pl.loop(0, -(-(width + 1) // WARP))
+    def _(i):
+      offset = i * WARP + self.lane
       position = self.bottom + offset
-      high, low, code, _ = read.event(position)
-      inside = (offset < self.outer.width) & (position < 2 * problem.n)
-      weights = _weights(problem, high, low, code & 1)
-      column = offset >> _log2(self.tiling.width)
-      put(zero, column, weights, inside & ((code >> 1) <= tile.first))
+      row = self.read.event(position)
+      high, low, code, _ = row
+      for ref, value in zip(self.scratch.events, row):
+        scatter(ref, self._event_index(offset), value, offset <= width)
+      entered = (code >> 1) <= self.tile.first
+      there = (offset < width) & (position < 2 * self.problem.n) & entered
+      column = offset >> _log2(inner_width)
+      self._put(self.own - self.own, column, _weights(high, low, code & 1), there)
 
-    # events of tokens that enter in the tile
-    @pl.loop(0, -(-block // LANES))
-    def _add_tokens(i):
-      offset = i * LANES + own
-      token = prefix_thresholds.newcomer(problem, tile.first + 1 + offset)
-      upper, lower, high, low = read.token(token)
-      line = (offset >> _log2(self.tiling.block)) + 1
+  def _add_tokens(self):
+    """Adds the events of tokens that enter in the tile."""
+    problem, block, inner = self.problem, self.outer.block, self.tiling
+    zero = self.own - self.own
+
+    @pl.loop(0, -(-block // WARP))
+    def _(i):
+      offset = i * WARP + self.lane
+      token = prefix_thresholds.newcomer(problem, self.tile.first + 1 + offset)
+      row = self.read.token(token)
+      upper, lower, high, low = row
+      for ref, value in zip(self.scratch.tokens, row):
+        scatter(ref, self._part(block) + offset, value, offset < block)
+      line = (offset >> _log2(inner.block)) + 1
       inside = (offset < block) & (token >= 0) & (token < problem.n) & (upper >= 0)
       for position, is_lower in ((upper, 0), (lower, 1)):
         if is_lower and self.which == (UPPER,):
           continue
-        weights = _weights(problem, high - is_lower * 2**problem.bits, low, zero + is_lower)
-        column = jnp.minimum((position - self.bottom) >> _log2(self.tiling.width), INNER)
-        put(line, column, weights, inside & (position >= self.bottom))
+        weights = _weights(high - is_lower * 2**problem.bits, low, zero + is_lower)
+        column = jnp.minimum((position - self.bottom) >> _log2(inner.width), INNER)
+        self._put(line, column, weights, inside & (position >= self.bottom))
 
-    sync_threads()
-    self._sum_lines(lambda i, step: self.corner(step, i))
-    self._sum_lines(lambda i, step: self.corner(i, INNER - step))
-
-  def _sum_lines(self, index_of):
+  def _sum_lines(self, corner_of):
     """Makes prefix sums along all lines of corners: a lane for a line and sum."""
-    own, inner = self.own, self.scratch.inner
-    inside = own < len(self.which) * SIDE
-    own = jnp.minimum(own, len(self.which) * SIDE - 1)
-    number, i = own // SIDE, own % SIDE
-
-    def add(part, total):
-      indices = [number * (SIDE * SIDE) + index_of(i, part * AT_ONCE + j) for j in range(AT_ONCE)]
-      loaded = [gather(inner, index) for index in indices]
-      for index, value in zip(indices, loaded):
+    lines = len(self.which) * SIDE
+    for begin in range(0, lines, WARP):
+      line = jnp.minimum(self.lane + begin, lines - 1)
+      total, number = line - line, line // SIDE
+      indices = [self._corner(number, *corner_of(line % SIDE, step)) for step in range(SIDE)]
+      for index, value in zip(indices, [gather(self.scratch.inner, index) for index in indices]):
         total += value
-        scatter(inner, index, total, inside)
-      return total
-
-    lax.fori_loop(0, SIDE // AT_ONCE, add, own - own)
-    sync_threads()
+        scatter(self.scratch.inner, index, total, self.lane + begin < lines)
+    sync_warp()
 
   def _sums(self, line, column):
     """Returns the sums at an inner corner, in the order of `which`."""
-    index = self.corner(line, jnp.minimum(column, INNER))
-    return [gather(self.scratch.inner, i * SIDE * SIDE + index) for i in range(len(self.which))]
+    return [
+      gather(self.scratch.inner, self._corner(number, line, column))
+      for number in range(len(self.which))
+    ]
 
-  def walk(self, read: prefix_thresholds.Read, over: Any, record: Any) -> None:
+  def _event_index(self, offset):
+    """Returns where the copy of an event of the tile is."""
+    offset = jnp.clip(offset, 0, self.outer.width)
+    inner = offset >> _log2(self.tiling.width)
+    return self._part(_events_size(self.outer)) + offset + inner
+
+  def _copies(self):
+    """Returns `read`, of the copies in shared memory if there are any."""
+    events, tokens = self.scratch.events, self.scratch.tokens
+    if not events:
+      return self.read
+
+    def event(position):
+      index = self._event_index(position - self.bottom)
+      return *(gather(ref, index) for ref in events), index - index
+
+    def token(token):
+      first = prefix_thresholds.newcomer(self.problem, self.tile.first + 1)
+      index = self._part(self.outer.block) + jnp.clip(token - first, 0, self.outer.block - 1)
+      return tuple(gather(ref, index) for ref in tokens)
+
+    return prefix_thresholds.Read(event=event, token=token)
+
+  def walk(self, over: prefix_thresholds.Over, record: Any) -> None:
     """Finds the inner tiles that the staircase crosses, and follows it through them."""
-    problem, own, tiling, found = self.problem, self.own, self.tiling, self.scratch.found
-    line = jnp.minimum(own, INNER)
+    problem, tiling, found, read = self.problem, self.tiling, self.scratch.found, self._copies()
+    line = jnp.minimum(self.lane, INNER)
 
     def not_over(column):
       sums = dict(zip(self.which, self._sums(line, column)))
@@ -405,11 +451,12 @@ class Inner(NamedTuple):
       return prefix_thresholds.logical_not(is_over)
 
     (columns,) = prefix_thresholds.bisect(INNER, (line - line, line - line + INNER, not_over))
-    scatter(found, line, columns, own <= INNER)
-    sync_threads()
+    found_at = self._part(SIDE)
+    scatter(found, found_at + line, columns, self.lane <= INNER)
+    sync_warp()
 
     inner = prefix_thresholds.tile_of(
-      tiling, lambda line: gather(found, jnp.clip(line, 0, INNER)), own
+      tiling, lambda line: gather(found, found_at + jnp.clip(line, 0, INNER)), self.lane
     )
     # A tile below all positions has inner tiles below all of them only, and others have none there.
     exists = (inner.bottom < 0).astype(jnp.int32) == (self.tile.bottom < 0).astype(jnp.int32)
@@ -420,18 +467,12 @@ class Inner(NamedTuple):
       bottom=inner.bottom + self.bottom,
       top=inner.top + self.bottom,
     )
-    sums = self._sums(inner.row, inner.column)
+    sums = self._sums(inner.row, jnp.minimum(inner.column, INNER))
     state, step = prefix_thresholds.walk(problem, read, tile, over, self.which, sums)
 
-    def walk_on(_, state):
-      query, position, *_ = state
-      newcomer = prefix_thresholds.newcomer(problem, query + 2)
-      near = prefix_thresholds.Read(
-        token=_ahead(read.token, newcomer), event=_ahead(read.event, position + 1)
-      )
-      for _ in range(AHEAD):
-        state, at = step(state, near)
-        record(at)
+    def walk_on(state):
+      state, at = step(state, read)
+      record(at)
       return state
 
-    lax.fori_loop(0, -(-tiling.steps // AHEAD), walk_on, state)
+    lax.while_loop(lambda state: warp_any(state[0] < tile.end), walk_on, state)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
@@ -69,6 +70,27 @@ def warp_prefix_sums(x: jax.Array) -> jax.Array:
     return x.foreach(lambda *_: total, create_array=True, is_signed=True)
 
   return add(per_lane(x))
+
+
+def warp_any(flag: jax.Array) -> jax.Array:
+  """Returns a scalar: whether the flag of any lane of the warp is true. A warp may branch by it
+  where other warps need not follow.
+  """
+  scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=scalar)
+  def vote(_, flag):
+    word = llvm.inline_asm(
+      ir.IntegerType.get_signless(32),
+      [element(flag)],
+      "{ .reg .pred own, any; setp.ne.s32 own, $1, 0; vote.sync.any.pred any, own, 0xffffffff;"
+      " selp.s32 $0, 1, 0, any; }",
+      "=r,r",
+      has_side_effects=True,
+    )
+    return FragmentedArray.splat(word, (), is_signed=True)
+
+  return vote(per_lane(flag.astype(jnp.int32))) > 0
 
 
 def multiply_add(

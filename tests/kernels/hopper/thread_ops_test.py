@@ -129,6 +129,12 @@ def fori_loop(low, high, body, state):
   return state
 
 
+def while_loop(condition, body, state):
+  while condition(state):
+    state = body(state)
+  return state
+
+
 def loop(low, high):
   def run(body):
     for i in range(low, high):
@@ -171,9 +177,12 @@ def emulated(monkeypatch):
   monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
   for module in (selection_lists, sorting, staircase):
     monkeypatch.setattr(module, "sync_threads", lambda: None)
+  monkeypatch.setattr(staircase, "sync_warp", lambda: None)
+  monkeypatch.setattr(staircase, "warp_any", jnp.any)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
   monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
+  monkeypatch.setattr(jax.lax, "while_loop", while_loop)
   monkeypatch.setattr(pl, "loop", loop)
   monkeypatch.setattr(pl, "when", when)
 
