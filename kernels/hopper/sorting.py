@@ -23,8 +23,8 @@ from sparsek.kernels.hopper.thread_ops import block_of, gather, kernel, reader, 
 from sparsek.kernels.hopper.thread_registers import LANES
 from sparsek.kernels.hopper.thread_sync import sync_threads
 
-FAN = 8  # parts that are merged at once
-SMALLEST, LARGEST = 128, 4096  # elements of a part, powers of two
+FAN = 4  # parts that are merged at once, at most
+SMALLEST, LARGEST = 128, 1024  # elements of a part, powers of two
 LAST = 2**31 - 1  # the key of elements that fill the last part
 
 
@@ -40,7 +40,8 @@ def sort(key: jax.Array) -> tuple[jax.Array, jax.Array]:
   if size >= n:
     return key[:, :n], token[:, :n]
   while size < n:
-    size, (key, token) = size * FAN, _merge(size, n, key, token)
+    fan = min(FAN, -(-n // size))
+    size, (key, token) = size * fan, _merge(size, fan, n, key, token)
   return key, token
 
 
@@ -138,20 +139,20 @@ def _compare(size, own, refs, phase, distance, count):
   sync_threads()
 
 
-def _merge(size, n, key, token):
-  """Merges every FAN neighbouring parts of so many elements; elements from n on are left out once
+def _merge(size, fan, n, key, token):
+  """Merges every `fan` neighbouring parts of so many elements; elements from n on are left out once
   all are in one part.
   """
   rows, total = key.shape
-  kept = n if size * FAN >= n else total
+  kept = n if size * fan >= n else total
 
   def body(row, _, lane, key, token, keys, tokens):
     value, part = reader(key, row)(lane), lane // size
-    first_part = part // FAN * FAN
+    first_part = part // fan * fan
 
     def before(step):
       """Returns the search for how many elements of another part come before."""
-      other_part = first_part + (part + step) % FAN
+      other_part = first_part + (part + step) % fan
 
       def after(index):
         other = reader(key, row)(other_part * size + index)
@@ -159,7 +160,7 @@ def _merge(size, n, key, token):
 
       return lane - lane, jnp.clip(total - other_part * size, 0, size), after
 
-    rank = sum(bisect(size, *map(before, range(1, FAN))), lane - part * size)
+    rank = sum(bisect(size, *map(before, range(1, fan))), lane - part * size)
     rank += first_part * size
     inside = (lane < total) & (rank < kept)
     scatter(keys.at[row], rank, value, inside)

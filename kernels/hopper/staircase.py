@@ -50,7 +50,7 @@ from sparsek.kernels.prefix_thresholds import COUNT, HIGH, LOW, NEEDS, UPPER, Pr
 INNER = 16  # inner tiles along either side of a tile; a lane for each that a staircase can cross
 SIDE = INNER + 1  # their corners
 WARP, WARPS = 32, LANES // 32
-COPIED = 256  # the most queries of a tile whose events and tokens are copied to shared memory
+COPIED = 512  # the most queries of a tile whose events and tokens are copied to shared memory
 AT_ONCE = 16  # loads that a lane has in flight in prefix sums
 
 
@@ -350,6 +350,8 @@ class Inner(NamedTuple):
     for i in range(_INNER_SIZE // WARP):
       index = self._part(_INNER_SIZE) + (self.lane + i * WARP)
       scatter(self.scratch.inner, index, 0, self.own >= 0)
+    if self.scratch.events:
+      self._copy_events()
     sync_warp()
     self._put(zero, zero + INNER, dict(enumerate(beyond)), self.lane == 0, atomic=None)
     self._add_events()
@@ -358,22 +360,34 @@ class Inner(NamedTuple):
     self._sum_lines(lambda i, step: (step, i))
     self._sum_lines(lambda i, step: (i, INNER - step))
 
-  def _add_events(self):
-    """Adds the events of tokens that had entered before the tile's first query."""
-    width, inner_width = self.outer.width, self.tiling.width
+  def _copy_events(self):
+    """Copies the events at the tile's positions, and the next one."""
 
-    @pl.loop(0, -(-(width + 1) // WARP))
+    @pl.loop(0, -(-(self.outer.width + 1) // WARP))
     def _(i):
       offset = i * WARP + self.lane
-      position = self.bottom + offset
-      row = self.read.event(position)
-      high, low, code, _ = row
+      row = self.read.event(self.bottom + offset)
       for ref, value in zip(self.scratch.events, row):
-        scatter(ref, self._event_index(offset), value, offset <= width)
-      entered = (code >> 1) <= self.tile.first
-      there = (offset < width) & (position < 2 * self.problem.n) & entered
-      column = offset >> _log2(inner_width)
-      self._put(self.own - self.own, column, _weights(high, low, code & 1), there)
+        scatter(ref, self._event_index(offset), value, offset <= self.outer.width)
+
+  def _add_events(self):
+    """Adds the events of tokens that had entered before the tile's first query: a lane takes half
+    of an inner column.
+    """
+    half, read = self.outer.width // WARP, self._copies()
+    zero = self.own - self.own
+
+    def add(i, sums):
+      position = self.bottom + (self.lane * half + i)
+      high, low, code, _ = read.event(position)
+      counts = (position < 2 * self.problem.n) & ((code >> 1) <= self.tile.first)
+      weights = _weights(high, low, code & 1)
+      return tuple(
+        total + jnp.where(counts, weights[which], 0) for total, which in zip(sums, self.which)
+      )
+
+    sums = lax.fori_loop(0, half, add, (zero,) * len(self.which))
+    self._put(zero, self.lane // 2, dict(zip(self.which, sums)), self.own >= 0)
 
   def _add_tokens(self):
     """Adds the events of tokens that enter in the tile."""
