@@ -26,8 +26,6 @@ from sparsek.kernels.hopper.thread_ops import kernel, reader, scatter, scatter_r
 from sparsek.kernels.prefix_thresholds import Problem
 from sparsek.kernels.varying import over_batch, varying_like
 
-AT_ONCE = 16  # loads that a lane has in flight in prefix sums
-
 
 class Inputs(NamedTuple):
   """Arrays of the kernel enter, see `solve`: [rows, n], start [batch, n]."""

@@ -30,16 +30,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.hopper.thread_ops import (
-  block_of,
-  clear,
-  gather,
-  kernel,
-  reader,
-  scatter,
-  scatter_row,
-)
-from sparsek.kernels.hopper.thread_registers import LANES, warp_prefix_sums
+from sparsek.kernels.hopper.thread_ops import block_of, gather, kernel, reader, scatter, scatter_row
+from sparsek.kernels.hopper.thread_registers import LANES
+from sparsek.kernels.hopper.thread_sums import WARPS, clear, prefix_sums
 from sparsek.kernels.hopper.thread_sync import sync_threads
 from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
@@ -47,7 +40,6 @@ from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, qu
 # the fewest ranks of a segment, a multiple of LANES, and the most segments, so that memory stays
 # linear
 SEGMENT, SEGMENTS = 128, 1024
-WARPS = LANES // 32
 
 
 class Sizes(NamedTuple):
@@ -179,19 +171,6 @@ def _own(sizes, lane):
   return program, lane - program * LANES
 
 
-def _prefix_sums(x, own, totals):
-  """Returns the sum of x over this lane and the earlier ones of the program, and over all lanes."""
-  sums = warp_prefix_sums(x)
-  scatter(totals, own >> 5, sums, (own & 31) == 31)
-  sync_threads()
-  by_warp = [gather(totals, own - own + warp) for warp in range(WARPS)]
-  sync_threads()
-  earlier = sum(
-    (own >= 32 * (warp + 1)).astype(jnp.int32) * by_warp[warp] for warp in range(WARPS - 1)
-  )
-  return sums + earlier, sum(by_warp)
-
-
 def _count_members(sizes, expiry, order):
   """Finds the chunks where each rank is old, and counts the segments' tokens of each line."""
   chunk, chunks, n = sizes.chunk, sizes.chunks, sizes.n
@@ -216,7 +195,7 @@ def _count_members(sizes, expiry, order):
         scatter(changes, line, change, is_old, atomic="add")
       # from here on the rank stands for the token of the same number
       new = ((last_of(rank) > rank + sizes.window) & inside).astype(jnp.int32)
-      came, total = _prefix_sums(new, own, totals)
+      came, total = prefix_sums(new, own, totals)
       scatter(outputs.came.at[row], rank, selected + came, inside)
       return selected + total
 
@@ -227,7 +206,7 @@ def _count_members(sizes, expiry, order):
 
     def add(i, earlier):
       line = i * LANES + own
-      sums, total = _prefix_sums(
+      sums, total = prefix_sums(
         jnp.where(line < chunks, gather(changes, jnp.minimum(line, chunks)), 0), own, totals
       )
       write(line, earlier + sums, line < chunks)
@@ -265,7 +244,7 @@ def _add_counts(sizes, counts):
       inside = segment < segments
       index = line * segments + jnp.minimum(segment, segments - 1)
       count = jnp.where(inside, gather(counts.at[row], index), 0)
-      sums, total = _prefix_sums(count, own, totals)
+      sums, total = prefix_sums(count, own, totals)
       scatter(outputs.begins.at[row], index, earlier + sums - count, inside)
       return earlier + total
 
@@ -348,13 +327,13 @@ def _list_old(sizes, row, segment, own, inputs, outputs, filled, totals):
     token, begin, end, last = reader(inputs.ranked, row)(rank)
     is_old = (rank < sizes.n) & (begin < end)
     count = is_old.astype(jnp.int32) * (end - begin)
-    sums, total = _prefix_sums(count, own, totals)
+    sums, total = prefix_sums(count, own, totals)
     copy = copies + sums - count
     scatter(outputs.old_begin.at[row], token, copy, is_old)
 
     def list_chunk(c, nothing):
       here = is_old & (begin <= c) & (c < end)
-      sums, count = _prefix_sums(here.astype(jnp.int32), own, totals)
+      sums, count = prefix_sums(here.astype(jnp.int32), own, totals)
       slot = gather(filled, zero + c)
       sync_threads()
       scatter(filled, zero + c, slot + count, own == 0)

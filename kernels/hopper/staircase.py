@@ -35,7 +35,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsek.kernels import prefix_thresholds
 from sparsek.kernels.hopper.thread_ops import (
   block_of,
-  clear,
   gather,
   gather_row,
   kernel,
@@ -44,12 +43,12 @@ from sparsek.kernels.hopper.thread_ops import (
   scatter_row,
 )
 from sparsek.kernels.hopper.thread_registers import LANES, warp_any
+from sparsek.kernels.hopper.thread_sums import WARP, WARPS, clear
 from sparsek.kernels.hopper.thread_sync import sync_threads, sync_warp
 from sparsek.kernels.prefix_thresholds import COUNT, HIGH, LOW, NEEDS, UPPER, Problem, Tile, Tiling
 
 INNER = 16  # inner tiles along either side of a tile; a lane for each that a staircase can cross
 SIDE = INNER + 1  # their corners
-WARP, WARPS = 32, LANES // 32
 COPIED = 512  # the most queries of a tile whose events and tokens are copied to shared memory
 AT_ONCE = 16  # loads that a lane has in flight in prefix sums
 

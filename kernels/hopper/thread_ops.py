@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -172,16 +171,6 @@ def scatter_bytes(
       llvm.store(row, address_of(ref, index, offset, stride), alignment=16)
 
   store(ref, per_lane(index), per_lane(offset), per_lane(where), *map(per_lane, values))
-
-
-def clear(ref: Ref, own: jax.Array) -> None:
-  """Sets shared memory, int32, to 0; `own` is the lane's number in the program."""
-  (size,) = ref.shape
-
-  @pl.loop(0, -(-size // LANES))
-  def _(i):
-    index = i * LANES + own
-    scatter(ref, jnp.minimum(index, size - 1), 0, index < size)
 
 
 def floats(ref: Ref, index: Any, count: int, load: Callable | None = None) -> list[jax.Array]:

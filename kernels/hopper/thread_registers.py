@@ -52,22 +52,27 @@ def shuffle_xor(x: jax.Array, distance: int) -> jax.Array:
 
 
 def warp_prefix_sums(x: jax.Array) -> jax.Array:
-  """Returns the sum of the int32 x of this lane and of the earlier ones of its warp."""
+  """Returns the sum of x, int32 or float32, of this lane and of the earlier ones of its warp."""
+  dtype = x.dtype
+  is_float = jnp.issubdtype(dtype, jnp.floating)
+  kind, register = ("f32", "f") if is_float else ("s32", "r")
 
-  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=array_of(jnp.int32))
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=array_of(dtype))
   def add(_, x):
     steps = "".join(
-      f" shfl.sync.up.b32 other|there, $0, {distance}, 0, 0xffffffff; @there add.s32 $0, $0, other;"
+      f" shfl.sync.up.b32 other|there, $0, {distance}, 0, 0xffffffff;"
+      f" @there add.{kind} $0, $0, other;"
       for distance in (1, 2, 4, 8, 16)
     )
     total = llvm.inline_asm(
-      ir.IntegerType.get_signless(32),
+      element(x).type,
       [element(x)],
-      "{ .reg .pred there; .reg .b32 other; mov.b32 $0, $1;" + steps + " }",
-      "=&r,r",
+      f"{{ .reg .pred there; .reg .{kind} other; mov.b32 $0, $1;{steps} }}",
+      f"=&{register},{register}",
       has_side_effects=True,
     )
-    return x.foreach(lambda *_: total, create_array=True, is_signed=True)
+    signed = None if is_float else True
+    return x.foreach(lambda *_: total, create_array=True, is_signed=signed)
 
   return add(per_lane(x))
 

@@ -21,6 +21,7 @@ from sparsek.kernels.hopper import (
   sorting,
   staircase,
   thread_ops,
+  thread_sums,
 )
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 from sparsek.kernels.sentinels import NEVER
@@ -91,7 +92,7 @@ def narrow(numbers, dtype):
 
 
 def warp_prefix_sums(x):
-  return jnp.cumsum(x.reshape(-1, 32), axis=1, dtype=jnp.int32).reshape(-1)
+  return jnp.cumsum(x.reshape(-1, 32), axis=1, dtype=x.dtype).reshape(-1)
 
 
 def poisoned(x):
@@ -161,6 +162,7 @@ def emulated(monkeypatch):
     prefix_gradients,
     staircase,
     sorting,
+    thread_sums,
   ):
     for f in (
       gather,
@@ -175,7 +177,7 @@ def emulated(monkeypatch):
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
   monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
-  for module in (selection_lists, sorting, staircase):
+  for module in (selection_lists, sorting, staircase, thread_sums):
     monkeypatch.setattr(module, "sync_threads", lambda: None)
   monkeypatch.setattr(staircase, "sync_warp", lambda: None)
   monkeypatch.setattr(staircase, "warp_any", jnp.any)
