@@ -289,9 +289,17 @@ def _write_lists(sizes, inputs):
     def _empty():
       _clear_slots(sizes, row, (program - 2 * segments) * LANES + own, inputs, outputs)
 
-  lists, by_token = [_shape(sizes, sizes.places)] * 3, _shape(sizes, sizes.n)
-  old_place = _shape(sizes, sizes.k * sizes.chunks)
-  out = Written(*lists, by_token, by_token, old_place, by_token, by_token)
+  of_place, of_token = _shape(sizes, sizes.places), _shape(sizes, sizes.n)
+  out = Written(
+    token=of_place,
+    first=of_place,
+    last=of_place,
+    entered=of_token,
+    new_place=of_token,
+    old_place=_shape(sizes, sizes.k * sizes.chunks),
+    old_begin=of_token,
+    listed=of_token,
+  )
   run = kernel(
     body,
     sizes.rows,

@@ -85,7 +85,7 @@ def warp_any(flag: jax.Array) -> jax.Array:
 
   @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=scalar)
   def vote(_, flag):
-    word = llvm.inline_asm(
+    word: Any = llvm.inline_asm(
       ir.IntegerType.get_signless(32),
       [element(flag)],
       "{ .reg .pred own, any; setp.ne.s32 own, $1, 0; vote.sync.any.pred any, own, 0xffffffff;"

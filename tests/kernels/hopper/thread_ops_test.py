@@ -207,10 +207,16 @@ def make(n, packed, kind):
 
 
 @pytest.mark.parametrize(
-  "n, k, delay, packed, kind",
-  [(1, 1, 0, False, "normal"), (133, 5, 9, False, "normal"), (150, 4, 3, True, "ties")],
+  "n, k, delay, packed, kind, copied",
+  [
+    (1, 1, 0, False, "normal", 512),
+    (133, 5, 9, False, "normal", 512),
+    (150, 4, 3, True, "ties", 512),
+    (150, 4, 3, True, "ties", 0),
+  ],
 )
-def test_selection(n, k, delay, packed, kind, monkeypatch, request):
+def test_selection(n, k, delay, packed, kind, copied, monkeypatch, request):
+  monkeypatch.setattr(staircase, "COPIED", copied)
   scores, start, end, cotangent = make(n, packed, kind)
   expected, vjp = jax.vjp(
     lambda scores: prefix_selection.select(scores, start, end, k, delay, packed)[0], scores
