@@ -1,5 +1,5 @@
 """Thresholds and expiry on GPUs: the steps of kernels/prefix_thresholds.py in Pallas Mosaic kernels
-of single threads. Each kernel waits for the one before; there are no barriers and no shared memory.
+of single threads. Each kernel waits for the one before.
 
   kernel  a lane for                  reads                        writes
   ...     see hopper/sorting.py       keys                         keys in order, their tokens
