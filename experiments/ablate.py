@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
+from sparsek.command_line import own_modules
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
@@ -37,6 +38,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define = Definer(flag_values)
   define.path("workdir", None, "Folder for the runs of the grid and the report. Required.")
   define_alone_flag(flag_values)
+  own_modules.define_import_flag(flag_values)
   define.path("base", None, "Flagfile of experiments.pretrain that all runs share.")
   define.string(
     "more",
@@ -132,7 +134,8 @@ def shared() -> list[str]:
   except ValueError as error:
     raise UsageError(f"--more={FLAGS.more}: {error}") from None
   devices = [f"--{name}={FLAGS[name].value}" for name in ("fsdp", "context") if FLAGS[name].present]
-  return [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base) + extra_flags + devices
+  base = [f"--flagfile={FLAGS.base}"] * bool(FLAGS.base)
+  return base + extra_flags + devices + own_modules.given(FLAGS)
 
 
 def check(arguments: Sequence[str]) -> absl_flags.FlagValues:

@@ -41,12 +41,7 @@ if __name__ == "__main__":
   parse_first(FLAGS, __doc__, check_flags)
 
 from sparsek.experiments.bench import attention as attention_bench
-from sparsek.experiments.bench import (
-  attention_report,
-  decoding_report,
-  training_step_report,
-  transformers_llama,
-)
+from sparsek.experiments.bench import attention_report, decoding_report, training_step_report
 from sparsek.experiments.bench import decoding as decoding_bench
 from sparsek.experiments.bench import training_step as training_step_bench
 from sparsek.experiments.bench.cells import environment
@@ -64,7 +59,7 @@ Record = dict[str, Any]
 REFERENCE_LENGTH = 4096
 # suites of whole models: the module that times them, names of what can be compared
 MODELS = {
-  "train": (training_step_bench, (*training_step_bench.KINDS, *transformers_llama.KINDS)),
+  "train": (training_step_bench, (*training_step_bench.KINDS, *training_step_bench.OTHERS)),
   "decode": (decoding_bench, (*decoding_bench.KINDS, *decoding_bench.OTHERS)),
 }
 MOST_BYTES = 60e9  # larger caches of transformers are not tried

@@ -23,6 +23,7 @@ from sparsek.command_line.configs import override_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import check_runs, define_evaluation_flags
 from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.errors import UsageError
 from sparsek.storage import files
@@ -164,9 +165,10 @@ def main() -> None:
     label = path_flags.shown(workdir)
     begin = " ".join(map(tokenizer.token, tokenizer.bos_ids))
     print(f"{workdir}: each document begins with {begin or 'its text'}", file=sys.stderr)
-    params, step = checkpoint.load_params(
-      workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
-    )
+    with said_if_slow(f"loading {workdir} ..."):
+      params, step = checkpoint.load_params(
+        workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
+      )
     for task in chosen:
       for length in lengths:
         size = -(-FLAGS.examples // batch_size)

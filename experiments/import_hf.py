@@ -27,6 +27,7 @@ from sparsek.command_line.configs import model_config
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_model_flags, define_step_flags
 from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.terminal import said_if_slow
 from sparsek.config import DataConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
@@ -100,7 +101,10 @@ def import_folder(folder: str, workdir: str) -> None:
     )
   ends = end_tokens(folder, tokenizer)
   config = model_config(FLAGS, pretrained=base)
-  config, params = pretrained.load(folder, config=config, key=jax.random.key(0), progress=progress)
+  with said_if_slow(f"reading {folder} ..."):
+    config, params = pretrained.load(
+      folder, config=config, key=jax.random.key(0), progress=progress
+    )
   data = DataConfig(data="", seq_len=config.max_positions, batch_size=1)
   record = {
     "model": dataclasses.asdict(config),
@@ -114,7 +118,8 @@ def import_folder(folder: str, workdir: str) -> None:
     },
   }
   with checkpoint.quiet_orbax(), new_folder(workdir) as unfinished:
-    save_checkpoint(unfinished, workdir, params)
+    with said_if_slow(f"writing {workdir} ..."):
+      save_checkpoint(unfinished, workdir, params)
     pretrained.copy_tokenizer(folder, os.path.join(unfinished, "tokenizer"))
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
     to_json = run_directory.to_json

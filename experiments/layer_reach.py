@@ -22,6 +22,7 @@ from sparsek.command_line.flags import (
   define_workdir_flag,
 )
 from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.own_modules import define_import_flag
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import DataConfig
 from sparsek.errors import UsageError
@@ -33,6 +34,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define_workdir_flag(flag_values)
   define_step_flags(flag_values)
   define_data_of_runs_flag(flag_values)
+  define_import_flag(flag_values)
   define = Definer(flag_values)
   define.integer("seq_len", 4096, "Tokens per row.", lower=2)
   define.integer("batch_size", 1, "Rows per batch, over all devices.", lower=1)

@@ -24,6 +24,7 @@ from sparsek.command_line.definer import Definer
 from sparsek.command_line.flags import check_runs, define_step_flags
 from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
+from sparsek.command_line.own_modules import define_import_flag
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
@@ -45,6 +46,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     "File with the text of which the kept tokens are drawn. Not together with --prompt.",
   )
   define_step_flags(flag_values)
+  define_import_flag(flag_values)
 
 
 FLAGS = absl_flags.FlagValues()

@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import path_flags
+from sparsek.command_line import own_modules, path_flags
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import OF_PROCESSES, into_string
 from sparsek.command_line.invocation import by_user, command
@@ -90,6 +90,7 @@ def report(result: loop.Result, config: TrainConfig) -> None:
   )
   if by_user() and not result.stopped:
     run_flag = f"--workdir={shlex.quote(path_flags.shown(workdir))}"
+    run_flag = " ".join((*own_modules.given(FLAGS), run_flag))
     print(f"next: {command('evaluate')} {run_flag}")
     print(f'      {command("generate")} {run_flag} --prompt="def main"')
 

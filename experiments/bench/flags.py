@@ -9,10 +9,11 @@ from sparsek.kernels.score_families import SCORE_FAMILIES
 
 BASELINES = (
   "What to time, separated by commas. In the suites of attention: sparsek, sliding_window, dense, "
-  "xla, thresholds. In the train suite: sparsek, sliding_window, full, and Hugging Face's Llama "
-  "where it is installed, as transformers (compiled as a whole) and transformers_layers (layer by "
-  "layer). In the decode suite: sparsek, full, transformers. By default all; xla only beside "
-  "another implementation."
+  "xla, thresholds. In the train suite: sparsek, sliding_window, full; where PyTorch is installed "
+  "pytorch_window, a plain model with FlexAttention and a window of k + window; and Hugging Face's "
+  "Llama as transformers (compiled as a whole) and transformers_layers (layer by layer). In the "
+  "decode suite: sparsek, full, transformers. By default all; xla only beside another "
+  "implementation."
 )
 
 
@@ -113,7 +114,7 @@ def _define_limits(define: Definer) -> None:
     lower=0,
   )
   define.integer("max_xla", 32768, "Longest length for xla.", lower=0)
-  define.integer("max_transformers", 32768, "Longest length for transformers.", lower=0)
+  define.integer("max_transformers", 32768, "Longest length for PyTorch's models.", lower=0)
   define.integer(
     "rounds", 10, "Most rounds to run; each times everything once, and medians are shown.", lower=1
   )

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
-from sparsek.experiments.bench import transformers_llama
+from sparsek.experiments.bench import pytorch_window, transformers_llama
 from sparsek.experiments.bench.cells import Cell, run_rounds
 from sparsek.model import flops
 from sparsek.model.transformer import count_params, init_params
@@ -27,6 +27,8 @@ from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
 
 KINDS = ("sparsek", "sliding_window", "full")
+# kind of another's model -> our kind of attention that does as many operations
+OTHERS = {pytorch_window.KIND: "sliding_window", **dict.fromkeys(transformers_llama.KINDS, "full")}
 TRANSFORMERS_SECONDS = 5.0  # most for the samples of one of its kinds
 
 
@@ -54,9 +56,9 @@ class Job:
 def kinds_here() -> tuple[str, ...]:
   """Returns the kinds that can be timed on this machine.
 
-  These are our kinds of attention, and transformers' Llama where it is installed beside a GPU.
+  These are our kinds of attention, and models in PyTorch where it is installed beside a GPU.
   """
-  return KINDS + (tuple(transformers_llama.KINDS) if transformers_llama.available() else ())
+  return KINDS + (tuple(OTHERS) if transformers_llama.available() else ())
 
 
 def time_transformers(
@@ -68,9 +70,16 @@ def time_transformers(
   """
   results = {}
   for i, job in enumerate(jobs):
-    for kind in (kind for kind in transformers_llama.KINDS if kind in kinds and job.n <= max_n):
+    for kind in (kind for kind in OTHERS if kind in kinds and job.n <= max_n):
       results[i, kind] = result = transformers_llama.run(
-        kind, job.config, job.n, job.batch_size, job.loss_chunk, rounds, TRANSFORMERS_SECONDS
+        kind,
+        job.config,
+        job.n,
+        job.batch_size,
+        job.loss_chunk,
+        rounds,
+        TRANSFORMERS_SECONDS,
+        command=pytorch_window.COMMAND if kind == pytorch_window.KIND else None,
       )
       said = result.get("failed") or f"compiled in {result['compile_seconds']:.0f} s"
       say(f"n={job.n}, {kind}: {said}")
@@ -193,7 +202,7 @@ def time_jobs(
   rows: list[dict] = []
   for i, job in enumerate(jobs):
     other = {
-      kind: rated(dataclasses.replace(job, config=under("full", job.config)), result, 1)
+      kind: rated(dataclasses.replace(job, config=under(OTHERS[kind], job.config)), result, 1)
       for (index, kind), result in (others or {}).items()
       if index == i
     }

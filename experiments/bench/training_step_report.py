@@ -13,6 +13,7 @@ from sparsek.experiments.reports import plots
 LABELS = {
   "sparsek": "sparsek",
   "full": "full attention",
+  "pytorch_window": "PyTorch, FlexAttention",
   "transformers": "transformers",
   "transformers_layers": "transformers by layer",
 }
@@ -27,6 +28,8 @@ def label(row: dict, kind: str) -> str:
   """Returns the name of a kind of attention in tables."""
   if kind == "sliding_window":
     return f"sliding window {row['k'] + row['window']}"
+  if kind == "pytorch_window":
+    return f"{LABELS[kind]}, window {row['k'] + row['window']}"
   return LABELS[kind] + ", scorers' loss" * (kind == "sparsek" and bool(row.get("scorer_loss")))
 
 
@@ -100,7 +103,7 @@ def summary(rows: Sequence[dict], errors: None = None) -> list[dict]:
       lines.append({"what": what, "value": value})
 
   for row in filter(None, (quarter, longest)):
-    for kind in ("sliding_window", "full", "transformers", "transformers_layers"):
+    for kind in ("sliding_window", "pytorch_window", "full", "transformers", "transformers_layers"):
       add(
         f"tokens/s over those of {label(row, kind)} at {row['n']}",
         quotient(figure(row, "sparsek"), figure(row, kind)),

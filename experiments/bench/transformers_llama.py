@@ -87,8 +87,9 @@ def run(
   rounds: int,
   seconds: float,
   sample_seconds: float = 0.3,
+  command: Sequence[str] | None = None,
 ) -> dict:
-  """Times a training step of a model of that shape.
+  """Times a training step of a model of that shape, in the process that `command` starts.
 
   Call it before JAX takes the GPU's memory. Samples take at most `seconds`.
 
@@ -96,13 +97,14 @@ def run(
     {"ms", "fastest", "slowest", "rounds", "inner", "mib", "compile_seconds"}, or {"failed"}.
   """
   return ask(
-    COMMAND,
+    command or COMMAND,
     dict(
       model=fields(config, n),
       n=n,
       batch_size=batch_size,
       loss_chunk=loss_chunk,
-      compile=KINDS[kind],
+      compile=KINDS.get(kind),
+      window=config.k + config.window,
       rounds=rounds,
       seconds=seconds,
       sample_seconds=sample_seconds,
@@ -152,7 +154,7 @@ def make_step(job: dict) -> Callable:
   return step
 
 
-def time_job(job: dict) -> dict:
+def time_job(job: dict, make_step: Callable[[dict], Callable] = make_step) -> dict:
   """Returns {"seconds": per step, of each sample, "inner", "mib", "compile_seconds"}."""
   import torch
 

@@ -10,6 +10,7 @@ from absl import flags as absl_flags
 
 from sparsek.command_line import help
 from sparsek.command_line.help import FlagHelp
+from sparsek.command_line.invocation import as_typed
 from sparsek.experiments import script
 from sparsek.experiments.reports import records
 from sparsek.storage import files
@@ -43,7 +44,7 @@ def _allowed(flag: absl_flags.Flag) -> str:
 
 def _escaped(text: str) -> str:
   """Returns text in which Markdown leaves stars, underscores and angle brackets alone."""
-  return re.sub(r"([*_<>\[\]|])", r"\\\1", " ".join(text.split()))
+  return re.sub(r"([*_<>\[\]|])", r"\\\1", as_typed(" ".join(text.split()), "sparsek"))
 
 
 def entry(flag: FlagHelp, allowed: str) -> str:
@@ -64,7 +65,7 @@ def section(command: str) -> Iterator[str]:
   module = importlib.import_module(f"sparsek.experiments.{command}")
   name = command.replace("_", "-")
   yield f"## {name}"
-  yield " ".join((module.__doc__ or "").strip().split("\n\n")[0].split())
+  yield as_typed(" ".join((module.__doc__ or "").strip().split("\n\n")[0].split()), "sparsek")
   for title, flags in help.groups(module.FLAGS).items():
     yield f"### {name}: {title}"
     yield from (entry(flag, _allowed(module.FLAGS[flag.name])) for flag in flags)
@@ -72,7 +73,7 @@ def section(command: str) -> Iterator[str]:
 
 def page() -> str:
   """Returns the whole page."""
-  parts = [HEAD, *(part for command in COMMANDS for part in section(command))]
+  parts = [HEAD, *(part for name in COMMANDS for part in section(name))]
   return "\n\n".join(parts) + "\n"
 
 

@@ -154,6 +154,11 @@ def by_column(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return lax.broadcast_in_dim(vector, shape, [1])
 
 
+def apply_if(condition: Any, f: Callable, carry: Any) -> Any:
+  """Returns f(carry) where a scalar condition holds, and `carry` where it does not."""
+  return lax.fori_loop(0, jnp.where(condition, 1, 0), lambda _, carry: f(carry), carry)
+
+
 def read_bounds(ref: Ref, *row: jax.Array) -> tuple[jax.Array, ...]:
   """Reads all entries of ref[row], scalars.
 

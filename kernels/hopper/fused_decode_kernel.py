@@ -95,7 +95,6 @@ class Inputs(NamedTuple):
 
   Attributes:
     matrices: one for each product.
-    extra: second matrix of NEXT, or empty.
     scales: of the norms before UP and NEXT.
     counter: of the grid barrier; written too.
   """
@@ -103,7 +102,6 @@ class Inputs(NamedTuple):
   mixed: Parts
   x: Ref
   matrices: tuple[Ref, ...]
-  extra: tuple[Ref, ...]
   scales: tuple[Ref, ...]
   counter: Ref
 
@@ -130,8 +128,7 @@ class Options(NamedTuple):
 
   Attributes:
     parts: number of parts and heads of the attention.
-    rows: of the matrices, of both together for NEXT.
-    first_rows: of the first matrix alone.
+    rows: of the matrices.
   """
 
   plan: Plan
@@ -141,7 +138,6 @@ class Options(NamedTuple):
   parts: tuple[int, int]
   preparations: tuple[Preparation, ...]
   rows: tuple[int, ...]
-  first_rows: tuple[int, ...]
 
   @property
   def batch(self) -> int:
@@ -294,25 +290,17 @@ def _load_piece(program: Program, p: int, piece: jax.Array, state: tuple) -> tup
   else:
     begin, row_of_tile = tile * COLUMNS, row
 
-  def copy(matrix, begin):
-    copy_bytes(
-      matrix,
-      begin + row_of_tile,
-      part * size,
-      size * options.dtype.itemsize,
-      scratch.pieces,
-      (stage * COLUMNS + row) * options.piece_stride,
-      scratch.piece_full,
-      stage,
-      copies,
-    )
-
-  if p == NEXT and inputs.extra:
-    first_rows = options.first_rows[p]
-    pl.when(begin < first_rows)(lambda: copy(inputs.matrices[p], begin))
-    pl.when(begin >= first_rows)(lambda: copy(inputs.extra[0], begin - first_rows))
-  else:
-    copy(inputs.matrices[p], begin)
+  copy_bytes(
+    inputs.matrices[p],
+    begin + row_of_tile,
+    part * size,
+    size * options.dtype.itemsize,
+    scratch.pieces,
+    (stage * COLUMNS + row) * options.piece_stride,
+    scratch.piece_full,
+    stage,
+    copies,
+  )
   return state
 
 

@@ -89,7 +89,7 @@ def fused_layer(
   up: jax.Array,
   down: jax.Array,
   next_scale: jax.Array | None,
-  next_matrices: list[jax.Array],
+  next_matrix: jax.Array | None,
   counter: jax.Array,
   epsilon: float,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
@@ -104,8 +104,7 @@ def fused_layer(
     up: [2 F, E], the rows of gate and up.
     down: [E, F], whose product is added to y: the next layer's input.
     next_scale: [E] float32, of the norm that is applied to this; None if there is no next layer.
-    next_matrices: what that is multiplied with: no matrix, one [N, E], or two, of which the second
-      one's products follow those of the first.
+    next_matrix: [N, E], what that is multiplied with, or None.
     counter: [1] int32, zero for the first kernel, for others what the one before returned. Two
       kernels must not use it at the same time.
 
@@ -116,8 +115,7 @@ def fused_layer(
   x, *projected, counter = _fused_layer(
     mixed,
     x,
-    (out, up, down, *next_matrices[:1]),
-    tuple(next_matrices[1:]),
+    (out, up, down) if next_matrix is None else (out, up, down, next_matrix),
     scales,
     counter,
     programs(),
@@ -126,11 +124,10 @@ def fused_layer(
   return x, projected[0] if projected else None, counter
 
 
-def _options(mixed, x, matrices, extra, programs, epsilon) -> Options:
+def _options(mixed, x, matrices, programs, epsilon) -> Options:
   widths = [matrix.shape[1] for matrix in matrices]
   of_program = plan(len(x), *widths)
   assert of_program is not None, widths
-  first_rows = tuple(map(len, matrices))
   return Options(
     of_program,
     programs,
@@ -138,15 +135,14 @@ def _options(mixed, x, matrices, extra, programs, epsilon) -> Options:
     x.dtype,
     (mixed.top.shape[0], mixed.top.shape[2]),
     tuple(Preparation(len(x), width, x.dtype, of_program.warpgroups) for width in widths),
-    rows=(*first_rows[:-1], first_rows[-1] + sum(map(len, extra))),
-    first_rows=first_rows,
+    rows=tuple(map(len, matrices)),
   )
 
 
 # Compiled by itself, so that it is traced once for all layers.
-@functools.partial(jax.jit, static_argnums=(6, 7))
-def _fused_layer(mixed, x, matrices, extra, scales, counter, programs, epsilon):
-  options = _options(mixed, x, matrices, extra, programs, epsilon)
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _fused_layer(mixed, x, matrices, scales, counter, programs, epsilon):
+  options = _options(mixed, x, matrices, programs, epsilon)
   batch, embed = x.shape
   products = tuple(
     jax.ShapeDtypeStruct((batch * count,), jnp.float32 if p == NEXT else x.dtype)
@@ -165,6 +161,6 @@ def _fused_layer(mixed, x, matrices, extra, scales, counter, programs, epsilon):
   )
   counter = jax.new_ref(counter)
   mixed, x = unfused((jax.tree.map(lambda y: y.reshape(-1), mixed), x.reshape(-1)))
-  (outputs,) = unfused(run(Inputs(mixed, x, matrices, extra, scales, counter)))
+  (outputs,) = unfused(run(Inputs(mixed, x, matrices, scales, counter)))
   _, _, x, *projected = outputs.products
   return x.reshape(batch, embed), *(y.reshape(batch, -1) for y in projected), *contents(counter)

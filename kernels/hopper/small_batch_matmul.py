@@ -165,7 +165,7 @@ def supports(batch: int, matrix: jax.Array, dtype: Any) -> bool:
 def product(
   x: jax.Array | Parts,
   matrix: jax.Array,
-  *extra: jax.Array,
+  *,
   scale: jax.Array | None = None,
   epsilon: float = 0.0,
   residual: jax.Array | None = None,
@@ -178,7 +178,6 @@ def product(
     x: [B, K], at most ROWS rows of a 16-bit type; or Parts, which are joined and rounded to the
       matrix's type.
     matrix: [N, K], N a multiple of COLUMNS, K one that `warpgroups_for` accepts.
-    extra: at most one more such matrix, whose products follow those of the first.
     scale: [K] float32, of an RMSNorm that is applied to x first, with `epsilon`.
     residual: [B, N], added to the rounded products.
     swiglu: the matrix holds the rows of gate and up, [2 F, K]; the result is [B, F], silu(gate) *
@@ -188,7 +187,7 @@ def product(
   Returns:
     [B, N].
   """
-  return _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype)
+  return _product(x, matrix, scale, residual, epsilon, swiglu, dtype)
 
 
 class Inputs(NamedTuple):
@@ -196,7 +195,6 @@ class Inputs(NamedTuple):
 
   x: Ref  # or Parts
   matrix: Ref
-  extra: Ref | None
   scale: Ref | None
   residual: Ref | None
 
@@ -221,7 +219,6 @@ class Options(NamedTuple):
   Attributes:
     preparation: of x.
     parts: number of parts and heads, if x is Parts.
-    tiles: of the first matrix.
     columns: of the result.
     columns_of_tile: of the result that a program computes.
     row_distance: between the two rows of the matrix that a lane reads.
@@ -232,7 +229,6 @@ class Options(NamedTuple):
   epsilon: float
   swiglu: bool
   dtype: Any
-  tiles: int
   columns: int
   columns_of_tile: int
   row_distance: int
@@ -243,15 +239,13 @@ class Options(NamedTuple):
 
 
 # Compiled by itself, so that it is traced once for all layers.
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _product(x, matrix, scale, residual, epsilon, swiglu, dtype):
   in_parts = isinstance(x, Parts)
   batch, width = (x.sums if in_parts else x).shape[-2:]
   warpgroups = warpgroups_for(width)
   assert warpgroups is not None, width
   preparation = Preparation(batch, width, matrix.dtype, warpgroups)
-  tiles = len(matrix) // COLUMNS
-  all_tiles = tiles + sum(map(len, extra)) // COLUMNS
   halves = 2 if swiglu else 1
   options = Options(
     preparation,
@@ -259,8 +253,7 @@ def _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype):
     epsilon,
     swiglu,
     dtype or matrix.dtype,
-    tiles,
-    columns=all_tiles * COLUMNS // halves,
+    columns=len(matrix) // halves,
     columns_of_tile=COLUMNS // halves,
     row_distance=len(matrix) // 2 if swiglu else 8,
   )
@@ -274,7 +267,7 @@ def _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype):
     functools.partial(_kernel, options),
     out_type=[Outputs(jax.ShapeDtypeStruct((batch * options.columns,), options.dtype))],
     scratch_types=[scratch],
-    grid=(all_tiles,),
+    grid=(len(matrix) // COLUMNS,),
     grid_names=axes("tile"),
     num_threads=warpgroups,
     thread_name=axes("warpgroup")[0],
@@ -284,7 +277,6 @@ def _product(x, matrix, extra, scale, residual, epsilon, swiglu, dtype):
     Inputs(
       Parts(*(y.reshape(-1) for y in x)) if in_parts else x,
       matrix,
-      extra[0] if extra else None,
       scale,
       None if residual is None else residual.reshape(-1),
     )
@@ -296,42 +288,12 @@ def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch
   tile, warpgroup = axis_index("tile", "warpgroup")
   lanes, (batch, width, _, warpgroups) = lanes_of(warpgroup), options.preparation
   steps = width // (4 * warpgroups * STEP)
+  # The first of eight neighbours that a lane multiplies, for each step of the sum.
   first = [(lanes.warp * steps + i) * STEP + lanes.part * 8 for i in range(steps)]
   # Rows of x beyond the last repeat it, and are not written.
   x_row = jnp.minimum(lanes.row, batch - 1)
-
-  def compute(matrix, tile_of_matrix):
-    _compute(options, inputs, outputs, scratch, lanes, first, x_row, tile, matrix, tile_of_matrix)
-
-  if inputs.extra is None:
-    compute(inputs.matrix, tile)
-  else:
-    pl.when(tile < options.tiles)(lambda: compute(inputs.matrix, tile))
-    pl.when(tile >= options.tiles)(lambda: compute(inputs.extra, tile - options.tiles))
-
-
-def _compute(
-  options: Options,
-  inputs: Inputs,
-  outputs: Outputs,
-  scratch: Scratch,
-  lanes: Lanes,
-  first: list[jax.Array],
-  x_row: jax.Array,
-  tile: jax.Array,
-  matrix: Ref,
-  tile_of_matrix: jax.Array,
-) -> None:
-  """Computes one tile of the result.
-
-  Args:
-    first: the first of eight neighbours that a lane multiplies, for each step of the sum.
-    x_row: row of x of each lane.
-    tile: number of the tile in the result.
-    tile_of_matrix: its number in `matrix`.
-  """
   preparation, lane, columns = options.preparation, lanes.lane, options.columns_of_tile
-  matrix_row = tile_of_matrix * columns + lanes.row
+  matrix_row = tile * columns + lanes.row
   # Elements of the result that the lanes of the first warpgroup write.
   n, column = lane // columns, lane % columns
   inside = lane < preparation.batch * columns
@@ -344,8 +306,10 @@ def _compute(
     x_words = [load_in_order(inputs.x, x_row, k, preparation.width) for k in first]
   matrix_words = [
     (
-      load_in_order(matrix, matrix_row, k, preparation.width, once=True),
-      load_in_order(matrix, matrix_row + options.row_distance, k, preparation.width, once=True),
+      load_in_order(inputs.matrix, matrix_row, k, preparation.width, once=True),
+      load_in_order(
+        inputs.matrix, matrix_row + options.row_distance, k, preparation.width, once=True
+      ),
     )
     for k in first
   ]

@@ -144,8 +144,11 @@ class Definer:
     self.flag(path_flags.paths_flag(name, help_text, **options))
 
   def choice(self, name: str, default: str | None, choices: Sequence[str], help_text: str) -> None:
-    """Defines a flag that holds one of `choices`."""
+    """Defines a flag that holds one of `choices`; a list may grow until the flag is parsed."""
     self._define(name, flags.DEFINE_enum, name, default, list(choices), help_text)
+    if isinstance(choices, list):
+      parser: Any = self.flag_values[name].parser
+      parser.enum_values = choices
 
   def boolean(self, name: str, default: bool | None, help_text: str) -> None:
     """Defines a flag that is given as --name, --noname, --name=true or --name=false."""

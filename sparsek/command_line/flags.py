@@ -20,6 +20,7 @@ from absl import flags
 from sparsek import config as config_lib
 from sparsek.command_line.definer import Definer
 from sparsek.command_line.model_fields import ModelFlag
+from sparsek.command_line.own_modules import define_import_flag
 from sparsek.errors import UsageError
 
 DATA_HELP = 'Folder of token files or "stdlib", made with the run\'s tokenizer.'
@@ -31,6 +32,7 @@ def define_attention_flags(flag_values: flags.FlagValues) -> None:
   No parameter depends on them.
   """
   define = Definer(flag_values, "model")
+  define_import_flag(flag_values)
   define.integer(
     "k",
     None,

@@ -12,13 +12,14 @@ CHILD = "SPARSEK_CHILD"  # environment variable of commands that another command
 _COMMAND = re.compile(r"(?<![\w./])(?:python -m )?experiments\.([a-z]\w*)(?!\w*(?:\.\w|/))")
 
 
-def command(name: str) -> str:
+def command(name: str, program: str | None = None) -> str:
   """Returns how a command is typed: "sparsek prepare-data" or "python -m experiments.prepare_data".
 
   Args:
     name: of the module, such as "prepare_data".
+    program: "sparsek"; by default as this command was started.
   """
-  program = os.environ.get(STARTED_BY)
+  program = program or os.environ.get(STARTED_BY)
   return f"{program} {name.replace('_', '-')}" if program else f"python -m experiments.{name}"
 
 
@@ -27,6 +28,6 @@ def by_user() -> bool:
   return CHILD not in os.environ
 
 
-def as_typed(text: str) -> str:
-  """Returns a text with its commands as they are typed."""
-  return _COMMAND.sub(lambda match: command(match[1]), text)
+def as_typed(text: str, program: str | None = None) -> str:
+  """Returns a text with its commands as they are typed; `program` is that of `command`."""
+  return _COMMAND.sub(lambda match: command(match[1], program), text)

@@ -16,19 +16,21 @@ before JAX and others are imported, which takes seconds:
     run(main, FLAGS)
 """
 
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from sparsek.command_line import flagfiles, terminal
+from sparsek.command_line import flagfiles, own_modules, terminal
 from sparsek.command_line.help import help_of
 from sparsek.command_line.invocation import as_typed
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 
 _HELPFULL = "--helpfull"
+_imports = contextlib.ExitStack()  # what lasts while the module of a command imports JAX
 
 
 def parse(
@@ -45,6 +47,8 @@ def parse(
       flag, the value and what is allowed.
   """
   arguments = flagfiles.expand(argv[1:], flag_values, say or _say)
+  if own_modules.NAME in flag_values:
+    own_modules.import_named(arguments)
   try:
     rest = flag_values([argv[0], *arguments])
   except RecursionError:
@@ -87,6 +91,8 @@ def parse_first(
   except UsageError as error:
     print(f"error: {as_typed(str(error))}", file=sys.stderr)
     sys.exit(2)
+  if sys.stderr.isatty():
+    _imports.enter_context(terminal.said_if_slow("importing the libraries ..."))
 
 
 def run(
@@ -105,6 +111,7 @@ def run(
       prepared for closed standard streams, Ctrl-C at any moment and threads that do not end; see
       `sparsek.command_line.terminal`.
   """
+  _imports.close()
   at_interrupt = signal.getsignal(signal.SIGINT)
   code = 1
   files.let_stdout_take_any_text()

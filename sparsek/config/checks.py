@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable
 
+UNREGISTERED = (  # the end of messages about names that users can add to
+  "; a name of your own has to be registered first, for commands by a module that --import names"
+)
+
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
   """Raises ValueError, with name, value and choices, unless `value` is one of `choices`."""

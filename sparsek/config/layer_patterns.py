@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from sparsek.config.checks import UNREGISTERED
+
 # `sparsek.model.registration` appends to it.
 ATTENTION_KINDS = [
   "sparsek",
@@ -38,7 +40,7 @@ def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:
       raise ValueError(
         f"attention pattern {pattern!r}: the term {term!r} is not KIND, KIND:kK, KIND:wWINDOW "
         "or KIND:kK:wWINDOW, or one of them and *TIMES, "
-        f"with KIND one of {', '.join(ATTENTION_KINDS)}"
+        f"with KIND one of {', '.join(ATTENTION_KINDS)}{UNREGISTERED}"
       )
     terms += [term.strip().partition("*")[0]] * int(match[4] or 1)
   return tuple(terms)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from sparsek.config.checks import check_at_least, check_choice
+from sparsek.config.checks import UNREGISTERED, check_at_least, check_choice
 from sparsek.config.layer_patterns import parse_layer_pattern, parse_term
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ class TransformerConfig:
     check_choice("norm", self.norm, NORMS)
     check_choice("mlp", self.mlp, MLPS)
     check_choice("gate", self.gate, GATES)
-    check_choice("scorer", self.scorer, SCORERS)
+    if self.scorer not in SCORERS:
+      raise ValueError(f"scorer={self.scorer!r} is not one of {', '.join(SCORERS)}{UNREGISTERED}")
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("remat", self.remat, REMAT_POLICIES)
     check_choice("implementation", self.implementation, (None, *IMPLEMENTATIONS))

@@ -45,7 +45,7 @@ def supports(config: TransformerConfig, params: InferenceParams, layers: tuple) 
 
   def fits(kind, params_of_layer, layer):
     has_kernel = kind in ("full", "sliding_window") or (
-      kind == "sparsek" and selects and "scorer_rows" in params_of_layer
+      kind == "sparsek" and selects and inference.has_scorer_rows(config, params_of_layer)
     )
     return (
       has_kernel
@@ -113,12 +113,9 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
     self._rows = _evict(self.kinds, list(map(_rows, layers)), seen, alive)
     self._counter = jnp.zeros(1, jnp.int32)  # of the fused kernels' grid barriers
 
-  def _scorer_rows(self, i):
-    return [self.layers[i]["scorer_rows"]] if self.kinds[i] == "sparsek" else []
-
   def project(self, i: int, x: jax.Array) -> jax.Array:
     """Returns the products of block i, [B, N] float32."""
-    return inference.project_rows(self.config, self.layers[i], x, self._scorer_rows(i))
+    return inference.project_rows(self.config, self.layers[i], x)
 
   def attend(self, i: int, projected: jax.Array) -> tuple[Parts, KeysAndValues | SelectionCache]:
     """Returns attention in block i."""
@@ -146,11 +143,11 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
   def finish(self, i: int, x: jax.Array, mixed: Parts) -> tuple[jax.Array, jax.Array | None]:
     """Computes the rest of block i, as `Blocks.finish`, in one kernel where one fits its sizes."""
     x = self.gather(i + 1, x)
-    block, scale, following = self.layers[i], None, []
+    block, scale, following = self.layers[i], None, None
     if i + 1 < self.config.num_layers:
       after = self.layers[i + 1]
       scale = after["attention_norm"]["scale"]
-      following = [after["qkv"]["kernel"], *self._scorer_rows(i + 1)]
+      following = after["qkv"]["kernel"]
     if not _is_fused(self.config, x, block, following):
       return super().finish(i, x, mixed)
     x, projected, self._counter = fused_decode_layer.fused_layer(
@@ -181,13 +178,13 @@ def _evict(
 
 
 def _is_fused(
-  config: TransformerConfig, x: jax.Array, block: dict[str, Any], following: list[jax.Array]
+  config: TransformerConfig, x: jax.Array, block: dict[str, Any], following: jax.Array | None
 ) -> bool:
   """Returns whether one kernel can compute all between a block's attention and the next block's.
 
   Args:
     block: parameters of the block.
-    following: the matrices of the next block's projection.
+    following: the matrix of the next block's projection.
   """
   parts = [block[name] for name in ("out", "up", "down")]
   plain = (
@@ -195,8 +192,8 @@ def _is_fused(
     and not config.parallel_residual
     and not any("bias" in params for params in parts)
   )
-  matrices = [params["kernel"] for params in parts]
-  return plain and fused_decode_layer.supports(x, *matrices, *following)
+  matrices = [*(params["kernel"] for params in parts), following]
+  return plain and fused_decode_layer.supports(x, *(y for y in matrices if y is not None))
 
 
 def _scorer(params: dict[str, jax.Array]) -> decode_attention.Scorer:

@@ -23,7 +23,7 @@ from sparsek.model.transformer import Params, hidden_to_logits, init_params, lay
 from sparsek.parallel.mesh import FSDP, axis_size
 from sparsek.parallel.sharding import computed_on, gather, partition_specs, placements
 
-SCORER_ROWS = 16  # a linear scorer's rows are padded to a multiple of it, as its kernel needs
+SCORER_ROWS = 16  # a linear scorer's rows are padded to a multiple of it, as the kernels need
 
 
 class InferenceParams(NamedTuple):
@@ -36,10 +36,11 @@ class InferenceParams(NamedTuple):
     positions: [max_positions, E], the learned table, or None.
     layers: a dict for each layer: qkv [(H + 2 G) D, E], out [E, H D], up [F, E] (gate and up of
       swiglu, [2 F, E]) and down [E, F], each a transposed kernel with its bias if it has one;
-      norms; scorer, and the rows of `scorer_rows` where a scorer of a bfloat16 model is linear.
-      The kernels are transposed because XLA's GPU backend then makes a product with one row in one
-      kernel, which reads whole rows of the matrix. Of some other layouts it writes the products of
-      all elements to memory before it sums them.
+      norms; scorer. Where a scorer of a bfloat16 model is linear, its `scorer_rows` follow the rows
+      of qkv, so that one product makes all (`has_scorer_rows`). The kernels are transposed because
+      XLA's GPU backend then makes a product with one row in one kernel, which reads whole rows of
+      the matrix. Of some other layouts it writes the products of all elements to memory before it
+      sums them.
     final_norm: its parameters.
     output: [E, V], or None where the embedding is used.
   """
@@ -111,14 +112,16 @@ def _convert(config, params):
     }
     if kind == "sparsek" and config.scorer in SCORER_FACTORIES:
       small.setdefault("scorer", {})  # without parameters it reads hidden states all the same
+    qkv = join(*(attention[name] for name in ("query", "key", "value")))
     is_linear = config.scorer == "linear" and "scorer" in attention
     if is_linear and config.activation_dtype == jnp.bfloat16:
-      small["scorer_rows"] = scorer_rows(attention["scorer"]["linear"]["kernel"], SCORER_ROWS)
+      rows = scorer_rows(attention["scorer"]["linear"]["kernel"], SCORER_ROWS)
+      qkv["kernel"] = jnp.concatenate([qkv["kernel"], rows])
     return {
       "attention_norm": block["attention_norm"],
       "mlp_norm": block["mlp_norm"],
       **small,
-      "qkv": join(*(attention[name] for name in ("query", "key", "value"))),
+      "qkv": qkv,
       "out": join(out),
       "up": join(*(mlp[name] for name in ("gate", "up") if name in mlp)),
       "down": join(mlp["down"]),
@@ -242,29 +245,34 @@ def embed(
   return sum_.astype(x.dtype)
 
 
-def project_rows(
-  config: TransformerConfig, layer: dict[str, Any], x: jax.Array, extra: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns the products of attention's norm of x with the matrices of the projections.
+def qkv_width(config: TransformerConfig) -> int:
+  """Returns (H + 2 G) D."""
+  return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+
+
+def has_scorer_rows(config: TransformerConfig, layer: dict[str, Any]) -> bool:
+  """Returns whether a scorer's rows follow those of queries, keys and values."""
+  return len(layer["qkv"]["kernel"]) > qkv_width(config)
+
+
+def project_rows(config: TransformerConfig, layer: dict[str, Any], x: jax.Array) -> jax.Array:
+  """Returns the products of attention's norm of x with the matrix of the projections.
 
   Args:
     config: of the model.
     layer: its parameters; the projection of queries, keys and values has no bias.
     x: [B, E].
-    extra: at most one further matrix [N, E], such as a scorer's rows.
   Returns:
-    [B, (H + 2 G) D + N] float32: queries, keys, values, and the products with the extra matrix.
+    [B, (H + 2 G) D + M] float32: queries, keys, values, and the products with M scorer's rows.
   """
   product = small_batch_product(layer["qkv"], x, config)
   if product is not None:
     scale = layer["attention_norm"]["scale"]
     return product(
-      x, layer["qkv"]["kernel"], *extra, scale=scale, epsilon=config.norm_eps, dtype=jnp.float32
+      x, layer["qkv"]["kernel"], scale=scale, epsilon=config.norm_eps, dtype=jnp.float32
     )
   x = norm(config, layer["attention_norm"], x)
-  kernels = (layer["qkv"]["kernel"], *extra)
-  products = [jnp.matmul(x, kernel.T, preferred_element_type=jnp.float32) for kernel in kernels]
-  return jnp.concatenate(products, axis=-1)
+  return jnp.matmul(x, layer["qkv"]["kernel"].T, preferred_element_type=jnp.float32)
 
 
 def project(
@@ -273,17 +281,17 @@ def project(
   """Returns the attention's norm and projections, as `sparsek.model.layers.Attention.project`."""
   heads, groups = config.num_heads, config.num_kv_heads
   rows, scorer_input, logits = x_BxCxE.reshape(-1, config.embed_dim), x_BxCxE, None
-  has_rows = "scorer" not in layer or "scorer_rows" in layer
+  width = qkv_width(config)
+  has_rows = "scorer" not in layer or has_scorer_rows(config, layer)
   if has_rows and small_batch_product(layer["qkv"], rows, config) is not None:
-    extra = [layer["scorer_rows"]] if "scorer_rows" in layer else []
-    products = project_rows(config, layer, rows, extra).reshape(*x_BxCxE.shape[:2], -1)
-    qkv, scores = jnp.split(products, [len(layer["qkv"]["kernel"])], axis=-1)
+    products = project_rows(config, layer, rows).reshape(*x_BxCxE.shape[:2], -1)
+    qkv, scores = jnp.split(products, [width], axis=-1)
     if "scorer" in layer:
       logits = scorer_logits(scores, layer["scorer"]["linear"]["kernel"].shape[1])
     qkv = qkv.astype(x_BxCxE.dtype)
   else:
     scorer_input = norm(config, layer["attention_norm"], x_BxCxE)
-    qkv = dense(layer["qkv"], scorer_input)
+    qkv = dense(layer["qkv"] | {"kernel": layer["qkv"]["kernel"][:width]}, scorer_input)
   qkv = qkv.reshape(*x_BxCxE.shape[:2], heads + 2 * groups, config.head_dim)
   query_and_key, value = qkv[:, :, : heads + groups], qkv[:, :, heads + groups :]
   if config.qk_norm:

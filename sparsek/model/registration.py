@@ -1,7 +1,7 @@
 """Scorers and kinds of attention that users add by name, without changing the library.
 
-A name holds until the process ends. Configurations, and the flags of commands that are imported
-afterwards, accept it.
+A name holds until the process ends. Configurations accept it, and commands that import the module
+which registers it: `--import=MODULE` (`sparsek.command_line.own_modules`).
 """
 
 from collections.abc import Callable

@@ -55,8 +55,13 @@ class Block(nn.Module):
     )
 
   def _output(self, x_BxNxE, segment_ids, layer, row_index):
-    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer, row_index)
-    return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
+    x_BxNxE, normed_BxNxE = self.attention_norm.branch(x_BxNxE)
+    mixed_BxNxE = self.attention(normed_BxNxE, segment_ids, layer, row_index)
+    if self.config.parallel_residual:
+      x_BxNxE, normed_BxNxE = self.mlp_norm.branch(x_BxNxE)
+      return x_BxNxE + mixed_BxNxE + self.mlp(normed_BxNxE)
+    y_BxNxE, normed_BxNxE = self.mlp_norm.branch(x_BxNxE + mixed_BxNxE)
+    return y_BxNxE + self.mlp(normed_BxNxE)
 
   def _specs(self) -> Params | None:
     """Returns how the parameters of this layer are split; None where they are not."""

@@ -28,6 +28,7 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "tensorboard": "a copy of the metrics",
   "wandb": "a copy of the metrics",
   "profile_steps": "a trace beside the run",
+  "import": "what a module registers is chosen by flags of its own",
   "fsdp": "only where parameters lie",
   "context": "only where tokens lie",
   "stop_at": "a pause: a run has ended at --num_steps only",

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 NO_COMMANDS = {"demo_commands", "demo_documents", "__init__", "child", "script", "suites", "stages"}
 NO_PATHS = {  # strings that name no file
   "wandb",
+  "import",
   "labels",
   "layer_pattern",
   "profile_steps",

@@ -220,6 +220,6 @@ def test_training(tmp_path, capsys):
   assert path.read_text() == before and "--record" not in before
   assert (
     run("--suite=train", "--baselines=dense") == 2
-    and "'dense' must be one of sparsek, sliding_window, full, transformers"
+    and "'dense' must be one of sparsek, sliding_window, full, pytorch_window, transformers"
     in capsys.readouterr().err
   )

@@ -7,8 +7,8 @@ import pytest
 
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.experiments.bench import pytorch_window, training_step_report, transformers_llama
 from sparsek.experiments.bench import training_step as training_step_bench
-from sparsek.experiments.bench import training_step_report, transformers_llama
 
 CONFIG = TransformerConfig(
   vocab_size=17,
@@ -150,6 +150,19 @@ def test_transformers_in_a_process_of_its_own(monkeypatch):
   assert rows[0]["rivals"]["transformers_layers"]["tokens_per_second"] == pytest.approx(
     12 / 0.2
   ) and list(rows[0]["rivals"]) == ["transformers_layers"]
+  monkeypatch.setattr(
+    pytorch_window,
+    "COMMAND",
+    (
+      sys.executable,
+      "-c",
+      "import json, sys; job = json.load(sys.stdin); print(json.dumps({'seconds': [.2], "
+      "'inner': 1, 'mib': job['window'], 'compile_seconds': job['n']}))",
+    ),
+  )
+  own = training_step_bench.time_transformers([job], ("pytorch_window",), 50, 3, lambda text: None)
+  assert own[0, "pytorch_window"]["mib"] == CONFIG.k + CONFIG.window
+  assert own[0, "pytorch_window"]["compile_seconds"] == 12
   answer("sys.exit('no GPU')")
   assert transformers_llama.run("transformers", CONFIG, 12, 1, 2048, 1, 1.0) == {"failed": "no GPU"}
 

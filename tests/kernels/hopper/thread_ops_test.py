@@ -13,10 +13,12 @@ from jax.experimental import pallas as pl
 
 from sparsek.attention import prefix_selection
 from sparsek.attention.documents import document_bounds
+from sparsek.kernels import rms_norm as norms
 from sparsek.kernels import tiles
 from sparsek.kernels.hopper import (
   gather_rows,
   prefix_gradients,
+  rms_norm,
   selection_lists,
   sorting,
   staircase,
@@ -95,6 +97,10 @@ def warp_prefix_sums(x):
   return jnp.cumsum(x.reshape(-1, 32), axis=1, dtype=x.dtype).reshape(-1)
 
 
+def shuffle_xor(x, distance):
+  return x[np.arange(thread_ops.LANES) ^ distance]
+
+
 def poisoned(x):
   """Returns a Ref of that shape and dtype that nobody has written."""
   return Ref(
@@ -154,6 +160,17 @@ def when(condition):
 
 @pytest.fixture
 def emulated(monkeypatch):
+  functions = (
+    gather,
+    gather_bytes,
+    scatter,
+    scatter_bytes,
+    widen,
+    narrow,
+    shuffle_xor,
+    warp_prefix_sums,
+    kernel,
+  )
   for module in (
     thread_ops,
     selection_lists,
@@ -163,20 +180,13 @@ def emulated(monkeypatch):
     staircase,
     sorting,
     thread_sums,
+    rms_norm,
   ):
-    for f in (
-      gather,
-      gather_bytes,
-      scatter,
-      scatter_bytes,
-      widen,
-      narrow,
-      kernel,
-      warp_prefix_sums,
-    ):
+    for f in functions:
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
-  monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
+  for module in (gather_rows, rms_norm):
+    monkeypatch.setattr(module, "lane_index", lambda: lanes)
   for module in (selection_lists, sorting, staircase, thread_sums):
     monkeypatch.setattr(module, "sync_threads", lambda: None)
   monkeypatch.setattr(staircase, "sync_warp", lambda: None)
@@ -371,3 +381,57 @@ def test_sort(n, emulated, monkeypatch):
   expected = np.stack([np.lexsort((-np.arange(n), row)) for row in key])
   np.testing.assert_array_equal(order, expected)
   np.testing.assert_array_equal(ranked, np.take_along_axis(key, expected, axis=1))
+
+
+@pytest.mark.parametrize("batch, n, width, programs", [(1, 3, 256, 1), (2, 21, 512, 2)])
+def test_rms_norm(batch, n, width, programs, emulated, monkeypatch):
+  """Against float64; rows that a warp does not have are not written and not counted."""
+  monkeypatch.setattr(rms_norm, "PROGRAMS", 1)
+  monkeypatch.setattr(rms_norm, "MULTIPROCESSORS", programs)
+  random, epsilon = np.random.default_rng(n), 0.5
+  scale = random.normal(size=(batch, width)).astype(np.float32)
+  x, d_x, d_normed = (
+    jnp.asarray(random.normal(size=(batch, n, width)), jnp.bfloat16) for _ in range(3)
+  )
+  normed = rms_norm.rms_norm(x, scale, epsilon)
+  got = rms_norm.rms_norm_gradients(x, scale, d_x, d_normed, epsilon)
+
+  def definition(x, scale):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale[:, None]
+
+  with jax.enable_x64(True):
+    wide = [np.asarray(a.astype(jnp.float32), np.float64) for a in (x, d_x, d_normed)]
+    want_normed, vjp = jax.vjp(definition, jnp.asarray(wide[0]), jnp.asarray(scale, jnp.float64))
+    want_normed, want_x, want_scale = map(np.asarray, (want_normed, *vjp(jnp.asarray(wide[2]))))
+  narrow_error = lambda a, b: np.max(np.abs(np.asarray(a, np.float64) - b) / (np.abs(b) + 0.1))
+  assert narrow_error(normed, want_normed) < 2**-8
+  assert narrow_error(got[0], wide[1] + want_x) < 2**-8
+  np.testing.assert_allclose(got[1], want_scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 32768, 768), (3, 1001, 1536), (600, 5, 256)])
+def test_rms_norm_kernels(shape):
+  """The kernels against XLA's norm, also mapped over a further axis."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  x, d_x, d_normed = (jax.random.normal(key, (2, *shape), jnp.bfloat16) for key in keys[:3])
+  scale = 1 + jax.random.normal(keys[3], shape[-1:]) / 8
+
+  def plain(x, scale):
+    return x, norms.rms_norm(x, scale, 1e-6)
+
+  def branched(x, scale):
+    out = norms.branched_rms_norm(x, scale, 1e-6)
+    assert norms.has_kernels(x)
+    return out
+
+  def run(norm, x, cotangents):
+    (_, normed), vjp = jax.vjp(norm, x, scale)
+    return normed, *vjp(cotangents)
+
+  def mapped(norm):
+    return jax.jit(jax.vmap(lambda *args: run(norm, args[0], args[1:])))(x, d_x, d_normed)
+
+  for got, want in zip(mapped(branched), mapped(plain)):
+    got, want = (np.asarray(a.astype(jnp.float32)) for a in (got, want))
+    assert np.max(np.abs(got - want)) < 2**-6 * np.max(np.abs(want))
