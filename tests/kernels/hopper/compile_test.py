@@ -317,7 +317,7 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan():
     jax.ShapeDtypeStruct((3,), jnp.bfloat16),
   ).as_text()
   inside = re.findall(r"^%dynamic-slice-fusion.*?^}", compiled, re.MULTILINE | re.DOTALL)
-  assert "sparsek_list_old" in compiled and not any(
+  assert "sparsek_sum_rows" in compiled and not any(
     "output_to_operand_aliasing" in fusion for fusion in inside
   )
 
