@@ -156,7 +156,16 @@ def make_train_step(
       new = jax.tree.map(lambda new, old: jnp.where(apply, new, old), new, state)
     return jax.lax.with_sharding_constraint(new, state_placements(mesh, new)), metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options(mesh))
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+  """Returns the options of XLA under which a training step was fastest.
+
+  cuBLAS multiplies as fast as XLA's own fused products, and is compiled in less time.
+  """
+  is_gpu = mesh.devices.flat[0].platform == "gpu"
+  return {"xla_gpu_enable_triton_gemm": False} if is_gpu else None
 
 
 def _freeze(params: Params, trainable: str) -> Params:
