@@ -8,11 +8,11 @@ READY := .venv/ready
 
 .PHONY: demo demo-text test test-compile docs clean
 demo: $(READY)
-	.venv/bin/python -m experiments.demo
+	.venv/bin/sparsek demo
 
 # Plain text, where a sliding window of the same budget is ahead.
 demo-text: $(READY)
-	.venv/bin/python -m experiments.demo_text
+	.venv/bin/sparsek demo-text
 
 test: $(READY)
 	.venv/bin/python -m ruff check --quiet .

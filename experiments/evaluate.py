@@ -17,7 +17,7 @@ import sys
 from absl import flags as absl_flags
 
 from sparsek.command_line import path_flags
-from sparsek.command_line.configs import override_config
+from sparsek.command_line.configs import override_config, refuse_unused
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import check_runs, define_data_of_runs_flag, define_evaluation_flags
 from sparsek.command_line.invocation import as_typed
@@ -37,13 +37,14 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define_data_of_runs_flag(flag_values)
   define = Definer(flag_values)
   define.integer(
-    "seq_len",
-    None,
-    "Tokens per row; may be more than in training. By default as in training.",
-    lower=1,
+    "seq_len", None, "Tokens per row; may be more than in training. By default as in training."
   )
-  define.integer("batch_size", None, "Rows per batch. By default as in training.", lower=1)
-  define.integer("eval_batches", 32, "Evaluate on at most this many batches.", lower=1)
+  define.integer(
+    "batch_size",
+    None,
+    "Rows per batch. By default as in training, or the next multiple of the devices.",
+  )
+  define.integer("eval_batches", 32, "Evaluate on at most this many batches.")
   define_mesh_flags(flag_values)
   define_loss_chunk_flag(flag_values)
 
@@ -74,7 +75,9 @@ from sparsek.runs.metrics import append_record
 def _runs() -> list[Run]:
   """Returns the runs of --workdir, with the flags of attention applied to their models."""
   loaded = [(folder, *run_record.load_run_config(folder)) for folder in FLAGS.workdir]
-  return [Run(folder, override_config(config, FLAGS), record) for folder, config, record in loaded]
+  configs = [override_config(config, FLAGS) for _, config, _ in loaded]
+  refuse_unused(configs, FLAGS)
+  return [Run(folder, config, record) for config, (folder, _, record) in zip(configs, loaded)]
 
 
 def _say_how_documents_begin(run: Run, tokenizer: Tokenizer) -> None:
@@ -94,13 +97,11 @@ def _append_record(run: Run, record: dict) -> None:
 
 def _settings(run: Run, step: int) -> dict[str, object]:
   """Returns the columns of the table that describe a run."""
-  selects = set(run.config.layer_kinds) - {"sliding_window", "full", "linear"}
   return {
     "step": step,
     "attention": ",".join(run.config.attention),
     "training length": run.record["data"]["seq_len"],
-    "window": run.config.window,
-    "k": run.config.k if selects else "-",
+    **{name: ", ".join(map(str, run.config.values_of(name))) or "-" for name in ("window", "k")},
   }
 
 

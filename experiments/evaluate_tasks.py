@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from absl import flags as absl_flags
 
 from sparsek.command_line import outputs, path_flags
-from sparsek.command_line.configs import override_config
+from sparsek.command_line.configs import override_config, refuse_unused
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import check_runs, define_evaluation_flags
 from sparsek.command_line.main import parse_first, run
@@ -180,6 +180,7 @@ def main() -> None:
     check_documents(chosen, tokenizer, min(lengths))
     files.check_writable(os.path.join(workdir, "tasks.jsonl"))
     runs.append((workdir, config, record, tokenizer))
+  refuse_unused([config for _, config, _, _ in runs], FLAGS)
   draws = bool(FLAGS.record) and plots.can_draw("the record is written without them")
   for workdir, config, record, tokenizer in runs:
     label = path_flags.shown(workdir)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from absl import flags as absl_flags
 
-from sparsek.command_line.configs import override_config
+from sparsek.command_line.configs import override_config, refuse_unused
 from sparsek.command_line.definer import Definer
 from sparsek.command_line.flags import (
   define_alone_flag,
@@ -145,6 +145,7 @@ def open_session(texts: Sequence[str]) -> tuple[Session, Tokenizer, dict, int]:
   source = FLAGS.load_cache
   config, record = run_record.load_run_config(FLAGS.workdir)
   config = override_config(config, FLAGS)
+  refuse_unused([config], FLAGS)
   tokenizer = run_record.load_run_tokenizer(FLAGS.workdir)
   split = FLAGS.fsdp > 1 or FLAGS.context > 1
   mesh = make_mesh(FLAGS.fsdp, FLAGS.context) if split else None

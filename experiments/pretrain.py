@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from sparsek.command_line import own_modules, path_flags
-from sparsek.command_line.configs import model_config, train_config
+from sparsek.command_line.configs import model_config, train_config, warn_of_unused
 from sparsek.command_line.definer import OF_PROCESSES, into_string
 from sparsek.command_line.invocation import by_user, command
 from sparsek.command_line.main import parse_first, run
@@ -134,6 +134,8 @@ def pretrain() -> None:
   with slow:
     dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
   model = model_config(FLAGS, vocab_size=dataset.vocab_size, pretrained=base)
+  if processes.is_first():
+    warn_of_unused(model, FLAGS)
   if FLAGS.remat is None:
     model = dataclasses.replace(
       model,

@@ -25,6 +25,7 @@ THREAD_KERNELS = tuple(
     "thread_ops",
     "prefix_thresholds",
     "prefix_gradients",
+    "rms_norm",
     "small_batch_matmul",
     "fused_decode_layer",
     "decode_attention",
@@ -119,7 +120,11 @@ def hopper_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     return f"query has dtype {query.dtype}; the tensor cores' kernels take bfloat16 and float16"
   if query.shape[-1] > HOPPER_MAX_HEAD_DIM:
     return f"query has head_dim {query.shape[-1]}; at most {HOPPER_MAX_HEAD_DIM} is supported"
-  return _hopper_device_refusal() or import_refusal("hopper.attention")
+  return (
+    _hopper_device_refusal()
+    or import_refusal("hopper.attention")
+    or import_refusal("hopper.scorer_loss")
+  )
 
 
 def _hopper_device_refusal() -> str | None:

@@ -58,6 +58,35 @@ Sums = dict[int, jax.Array]  # by COUNT, UPPER, LOW, HIGH
 Over = Callable[..., jax.Array]  # (Problem, Sums, Row) -> booleans
 
 
+class Tiling(NamedTuple):
+  """A plane in tiles.
+
+  Attributes:
+    block: queries of a tile, half its positions: a power of two.
+    blocks: tiles along either side.
+  """
+
+  block: int
+  blocks: int
+
+  @property
+  def width(self) -> int:
+    """Positions of a tile."""
+    return 2 * self.block
+
+  @property
+  def cells(self) -> int:
+    """The most tiles that a staircase can cross."""
+    return 2 * self.blocks
+
+  @property
+  def steps(self) -> int:
+    """The most steps of a walk through a tile: one for each of its queries and positions, one to
+    begin and one to end.
+    """
+    return self.block + self.width + 2
+
+
 class Problem(NamedTuple):
   """The sizes that the steps depend on.
 
@@ -79,33 +108,12 @@ class Problem(NamedTuple):
     return min(12, 30 - math.ceil(math.log2(max(self.n, 2))))
 
   @property
-  def block(self) -> int:
-    """Queries of a tile, half its positions: a power of two, such that there are n to 4 n tiles and
-    a walk is O(sqrt n) steps.
+  def tiling(self) -> Tiling:
+    """Tiles of a power of two of queries, such that there are n to 4 n tiles and a walk is
+    O(sqrt n) steps.
     """
-    return 2 ** max(3, ((self.n - 1).bit_length() + 1) // 2 - 1)
-
-  @property
-  def width(self) -> int:
-    """Positions of a tile."""
-    return 2 * self.block
-
-  @property
-  def blocks(self) -> int:
-    """Tiles along either side."""
-    return -(-self.n // self.block)
-
-  @property
-  def cells(self) -> int:
-    """The most tiles that a staircase can cross."""
-    return 2 * self.blocks
-
-  @property
-  def steps(self) -> int:
-    """The most steps of a walk through a tile: one for each of its queries and positions, one to
-    begin and one to end.
-    """
-    return self.block + self.width + 2
+    block = 2 ** max(3, ((self.n - 1).bit_length() + 1) // 2 - 1)
+    return Tiling(block, -(-self.n // block))
 
 
 def _absent(index: jax.Array) -> Any:
@@ -203,8 +211,9 @@ def enter(
   its lower one; row and column count tiles.
   """
   # The first row of tiles in which it counts from the start; beyond the last for NEVER_ENTERS.
-  row = (entry >> (problem.block.bit_length() - 1)) + 1
-  column = lambda position: position >> (problem.width.bit_length() - 1)
+  tiling = problem.tiling
+  row = (entry >> (tiling.block.bit_length() - 1)) + 1
+  column = lambda position: position >> (tiling.width.bit_length() - 1)
   (high, low, *_), (lower_high, lower_low, *_) = located.upper_event, located.lower_event
   upper: Weights = {UPPER: 1, COUNT: 1, HIGH: high, LOW: low}
   lower: Weights = {COUNT: -1, HIGH: -lower_high, LOW: -lower_low}
@@ -254,28 +263,28 @@ class Tile(NamedTuple):
   column: jax.Array
 
 
-def tile_of(problem: Problem, columns: Callable[[jax.Array], jax.Array], cell: jax.Array) -> Tile:
+def tile_of(tiling: Tiling, columns: Callable[[jax.Array], jax.Array], cell: jax.Array) -> Tile:
   """Returns the cell-th tile on the staircase; one that does not exist has no queries.
 
   Args:
-    problem: sizes.
+    tiling: of the plane.
     columns: function from a row of tiles to the number of columns of tiles that begin with a
       position that is over, at the last query before the row.
     cell: number of the tile.
   """
   (row,) = bisect(
-    problem.blocks,
+    tiling.blocks,
     (
       cell - cell,
-      cell - cell + (problem.blocks - 1),
+      cell - cell + (tiling.blocks - 1),
       lambda row: columns(row + 1) + (row + 1) > cell,
     ),
   )
   column = cell - row
-  first = row * problem.block - 1
-  end = jnp.where(column > columns(row + 1), first, first + 1 + problem.block)
-  bottom = jnp.where(column > 0, (column - 1) * problem.width, -1)
-  return Tile(first, end, bottom, column * problem.width, row, jnp.maximum(column - 1, 0))
+  first = row * tiling.block - 1
+  end = jnp.where(column > columns(row + 1), first, first + 1 + tiling.block)
+  bottom = jnp.where(column > 0, (column - 1) * tiling.width, -1)
+  return Tile(first, end, bottom, column * tiling.width, row, jnp.maximum(column - 1, 0))
 
 
 class Step(NamedTuple):
@@ -417,7 +426,8 @@ def solve(
     order: [n], by rank, its token.
     start: [n], the first token of each token's document.
   """
-  n, blocks = problem.n, problem.blocks
+  n, tiling = problem.n, problem.tiling
+  blocks = tiling.blocks
   numbers = lambda size: varying_like(jnp.arange(size, dtype=jnp.int32), score)
   located = locate_events(problem, Read(reader(score), reader(start)), numbers(n), entry)
   rows = lambda *groups: jnp.stack([jnp.concatenate(columns) for columns in zip(*groups)], axis=-1)
@@ -438,19 +448,19 @@ def solve(
 
   # Both staircases are walked in one loop, so that the compiled program is half as long.
   which = tuple(range(SUMS))
-  cell = numbers(2 * problem.cells)
-  counting = cell >= problem.cells
+  cell = numbers(2 * tiling.cells)
+  counting = cell >= tiling.cells
   both = lambda problem, sums, event: jnp.where(
     counting, number_over(problem, sums, event), gates_over(problem, sums, event)
   )
-  position = numbers(blocks + 1) * problem.width
+  position = numbers(blocks + 1) * tiling.width
   overs: tuple[Over, ...] = (gates_over, number_over)
   is_over = [over(problem, sums, read.event(position)) & (position < 2 * n) for over in overs]
   columns = jnp.sum(jnp.stack(is_over), axis=-1, dtype=jnp.int32)
   tile = tile_of(
-    problem,
+    tiling,
     lambda row: columns[counting.astype(jnp.int32), row],
-    jnp.where(counting, cell - problem.cells, cell),
+    jnp.where(counting, cell - tiling.cells, cell),
   )
   state, step = walk(
     problem, read, tile, both, which, [sums[i, tile.row, tile.column] for i in which]
@@ -470,7 +480,7 @@ def solve(
 
   carry = state, jnp.zeros((n, 4), jnp.int32), jnp.full(2 * n, n, jnp.int32)
   _, cuts, passed = lax.fori_loop(
-    0, problem.steps, go, jax.tree.map(lambda x: varying_like(x, score), carry)
+    0, tiling.steps, go, jax.tree.map(lambda x: varying_like(x, score), carry)
   )
   tau = threshold(problem, read._replace(cut=reader(cuts)), numbers(n))
   return tau, jnp.where(token[:, 0] >= 0, passed[token[:, 0]], 0)

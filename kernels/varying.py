@@ -16,6 +16,16 @@ def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
   return jnp.where(jnp.any(like == like), x, x)
 
 
+def cast_varying(tree: Any, like: jax.Array) -> Any:
+  """Returns the float arrays of `tree`, typed as `varying_like` types them, so that their gradients
+  are summed over the axes; for the inputs of functions that have a gradient of their own.
+
+  JAX casts the factors of a product, and compilers drop one that is 1.
+  """
+  one = jnp.where(jnp.any(like == like), 1.0, 1.0)
+  return jax.tree.map(lambda x: x * one.astype(x.dtype), tree)
+
+
 def over_batch(f: Callable[..., Any], *args: Any) -> Any:
   """Returns f(*args) for arrays with a leading batch axis; `jax.vmap` merges its axis into it."""
   batched_f = jax.custom_batching.custom_vmap(f)

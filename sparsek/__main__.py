@@ -11,6 +11,8 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
+import shutil
 import sys
 
 import sparsek
@@ -58,9 +60,17 @@ def overview(program: str) -> str:
   return "\n".join(lines)
 
 
+def _program(path: str) -> str:
+  """Returns how the user can type this program again, given sys.argv[0]."""
+  if path.endswith("__main__.py"):
+    return "python -m sparsek"
+  found = shutil.which("sparsek")
+  return "sparsek" if found and os.path.samefile(found, path) else shlex.quote(path)
+
+
 def main() -> None:
   """Runs the command that the first argument names, or prints what there is."""
-  program = "python -m sparsek" if sys.argv[0].endswith("__main__.py") else "sparsek"
+  program = _program(sys.argv[0])
   given = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if given in ("--help", "-h", "--helpfull", "help"):
     print(overview(program))

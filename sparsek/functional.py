@@ -21,7 +21,6 @@ Generation keeps a cache whose size does not grow with the number of tokens:
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sparsek.config import TransformerConfig, check_at_least
+from sparsek.config import Count, Index, TransformerConfig, check_fields
 from sparsek.generation import cache as model_cache
 from sparsek.generation.cache import Cache
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
@@ -91,12 +90,12 @@ class Options:
     ValueError: names the option that is wrong, its value and what is allowed.
   """
 
-  features: int
-  num_heads: int = 8
+  features: Count
+  num_heads: Count = 8
   k: int = 256
   window: int = 256
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
+  num_kv_heads: Count | None = None
+  head_dim: Count | None = None
   gate: str = "straight_through"
   scorer: str = "linear"
   scorer_lookahead: int = 4
@@ -117,19 +116,19 @@ class Options:
   use_bias: bool = False
   dtype: DTypeLike = "float32"
   num_layers: int = 1
-  layer_index: int = 0
+  layer_index: Index = 0
   implementation: str | None = None
 
   def __post_init__(self):
-    check_at_least("features", self.features, 1)
-    check_at_least("num_heads", self.num_heads, 1)
+    check_fields(self)
     if self.head_dim is None and self.features % self.num_heads:
       raise ValueError(
         f"num_heads={self.num_heads} must divide features={self.features}, or head_dim be given"
       )
-    if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
-      raise ValueError(f"rope_theta={self.rope_theta} must be above 0 and finite, or None")
-    object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+    try:
+      object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+    except TypeError as error:
+      raise ValueError(f"dtype={self.dtype!r} is no dtype: {error}") from None
     object.__setattr__(self, "rope_scaling", self.config.rope_scaling)  # a tuple: hashable
 
   @functools.cached_property
@@ -178,18 +177,31 @@ def _named_shapes(params):
   return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
 
 
-def check_inputs(options: Options, params: Params | None, x: jax.Array, ndim: int = 3) -> None:
-  """Raises ValueError unless x and the parameters fit the options.
+def check_inputs(
+  options: Options,
+  params: Params | None,
+  x: jax.Array,
+  ndim: int = 3,
+  positions: jax.Array | None = None,
+) -> None:
+  """Raises ValueError unless x, its positions and the parameters fit the options.
 
   Args:
     options: of the layer.
     params: its parameters, or None where there are none yet.
     x: hidden states, whose last axis is the width.
     ndim: number of axes that x must have.
+    positions: as in `apply`, or in `decode` where x has two axes.
   """
-  axes = "[batch, n, features]" if ndim == 3 else "[batch, features]"
-  if x.ndim != ndim or not jnp.issubdtype(x.dtype, jnp.floating):
+  axes = "[batch, n, features] with n >= 1" if ndim == 3 else "[batch, features]"
+  is_empty = ndim == 3 == x.ndim and not x.shape[1]
+  if x.ndim != ndim or not jnp.issubdtype(x.dtype, jnp.floating) or is_empty:
     raise ValueError(f"x must be floats {axes}, got {x.dtype} {x.shape}")
+  batch, *tokens = x.shape[:-1]
+  allowed = [(batch, *tokens), (1, *tokens)] + [tuple(tokens)] * bool(tokens)
+  if positions is not None and jnp.shape(positions) not in allowed:
+    shapes = " or ".join(map(str, dict.fromkeys(allowed)))
+    raise ValueError(f"positions must have shape {shapes}, got {jnp.shape(positions)}")
   if x.shape[-1] != options.features:
     raise ValueError(f"x has width {x.shape[-1]}, but the layer has features={options.features}")
   if params is None:
@@ -217,11 +229,12 @@ def apply(
   Args:
     options: of the layer; static under `jax.jit`.
     params: from `init`.
-    x: hidden states [batch, n, features], normalised if the model normalises before attention.
+    x: hidden states [batch, n, features], n >= 1, normalised if the model normalises before
+      attention.
     segment_ids: [batch, n] integers or None; a run of equal ids is a document, and attention,
       scores and positions restart at each.
-    positions: [batch, n] or [n] integers for the rotary embedding; by default the tokens' positions
-      in their documents. The window and the order of tokens do not depend on them.
+    positions: [batch, n], [1, n] or [n] integers for the rotary embedding; by default the tokens'
+      positions in their documents. The window and the order of tokens do not depend on them.
     noise_key: random key, in training, of the noise on scores that `scorer_noise` asks for; None:
       no noise.
 
@@ -229,9 +242,9 @@ def apply(
     [batch, n, features] in the dtype of the options.
 
   Raises:
-    ValueError: where x, segment_ids or the parameters have another width or shape.
+    ValueError: where x, segment_ids, positions or the parameters have another width or shape.
   """
-  check_inputs(options, params, x)
+  check_inputs(options, params, x, positions=positions)
   rngs = None if noise_key is None else {"scorer_noise": noise_key}
   y = _call(options, params, x, segment_ids, positions, rngs=rngs)
   assert isinstance(y, jax.Array)
@@ -257,7 +270,7 @@ def apply_with_scorer_loss(
     The output, and `sparsek.attention.scorer_loss.attention_mass_loss`: how far the scores are from
     the attention that full attention would pay. Only the scorer's parameters learn from it.
   """
-  check_inputs(options, params, x)
+  check_inputs(options, params, x, positions=positions)
   loss_key, noise_key = jax.random.split(key)
   rngs = {"scorer_loss": loss_key, "scorer_noise": noise_key}
   y, sown = _call(options, params, x, segment_ids, positions, rngs=rngs, mutable=["scorer_loss"])
@@ -330,7 +343,7 @@ def prefill(
   Raises:
     ValueError: for bad shapes, or a cache made for other options or another batch.
   """
-  check_inputs(options, params, x)
+  check_inputs(options, params, x, positions=positions)
   batch, length, _ = x.shape
   count = jnp.full(batch, length) if lengths is None else jnp.asarray(lengths)
   if count.shape != (batch,) or not jnp.issubdtype(count.dtype, jnp.integer):
@@ -370,7 +383,7 @@ def decode(
   Raises:
     ValueError: as `prefill`.
   """
-  check_inputs(options, params, x, ndim=2)
+  check_inputs(options, params, x, 2, positions)
   active = jnp.ones(len(x), bool) if active is None else jnp.asarray(active)
   if active.shape != (len(x),) or active.dtype != bool:
     raise ValueError(

@@ -80,7 +80,7 @@ class SparseKAttention(nn.Module):
     """
     params = dict(self.variables.get("params", {}))
     options = self.options(params["query"]["kernel"].shape[0] if params else x.shape[-1])
-    check_inputs(options, None if self.is_initializing() else params, x)
+    check_inputs(options, None if self.is_initializing() else params, x, positions=positions)
     attention = layers.SparseKAttention(options.config)
     nn.share_scope(self, attention)
     return attention(x, segment_ids, options.layer_index, positions=positions)

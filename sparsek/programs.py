@@ -4,20 +4,32 @@ They compute what `experiments.pretrain`, `evaluate` and `generate` do, to the s
 folders of the same runs.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.command_line.path_flags import parse_path
+from sparsek.config import (
+  Count,
+  DataConfig,
+  Index,
+  OptimizerConfig,
+  TrainConfig,
+  TransformerConfig,
+  check_number,
+)
 from sparsek.data.batches import open_data
+from sparsek.data.corpus import STDLIB
 from sparsek.data.tokenizer import Tokenizer, as_valid_unicode
-from sparsek.errors import UsageError
+from sparsek.errors import RunError, UsageError
 from sparsek.evaluation.heldout import Run, evaluation_record, heldout_rows, other_beginning
 from sparsek.evaluation.loss_by_position import bucket_edges
 from sparsek.evaluation.loss_by_position import evaluate as evaluate_batches
@@ -30,7 +42,18 @@ from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop
 from sparsek.training.loop import Result
 
+KINDS = (TrainConfig, DataConfig, OptimizerConfig)
 OWN_PARAMETERS = ("workdir", "data", "optimizer")  # of TrainConfig, which are no settings
+
+
+def _fields(kind: type) -> set[str]:
+  return {field.name for field in dataclasses.fields(kind)} - {*OWN_PARAMETERS}
+
+
+KNOWN = sorted(set().union(*map(_fields, KINDS)))  # settings of `train`
+_FLAG = re.compile(
+  rf"--({'|'.join([*KNOWN, *_fields(TransformerConfig), 'data', 'workdir', 'step'])})\b"
+)
 
 
 class LoadedRun(NamedTuple):
@@ -41,7 +64,7 @@ class LoadedRun(NamedTuple):
     params: nested dictionaries of jax.Array, with adapters merged.
     tokenizer: has encode(text) and decode(ids).
     step: of the checkpoint.
-    workdir: folder of the run.
+    workdir: folder of the run, an absolute path.
   """
 
   config: TransformerConfig
@@ -65,25 +88,67 @@ def load(
     step: of the checkpoint; None for the newest.
     k, window: other values than in training; no parameter depends on them.
   Raises:
-    UsageError: where there is no such run or checkpoint, or it is damaged.
+    UsageError: where there is no such run or checkpoint, it is damaged, or no layer takes the k or
+      the window.
 
   Example:
     >>> run = sparsek.load("runs/mini")
     >>> model = sparsek.Transformer(run.config)
     >>> logits = model.apply({"params": run.params}, jnp.array([run.tokenizer.encode("def main")]))
   """
-  workdir = os.fspath(workdir)
-  config = _with(run_record.load_run_config(workdir)[0], k=k, window=window)
-  tokenizer = run_record.load_run_tokenizer(workdir)
-  params, actual = checkpoint.load_params(workdir, config, step)
+  if step is not None:
+    step = check_number("step", step, Index)
+  with _without_dashes():
+    workdir = _path("workdir", workdir)
+    config = _with(run_record.load_run_config(workdir)[0], k=k, window=window)
+    tokenizer = run_record.load_run_tokenizer(workdir)
+    params, actual = checkpoint.load_params(workdir, config, step)
   return LoadedRun(config, params, tokenizer, actual, workdir)
 
 
 def _with(config: TransformerConfig, **fields: Any) -> TransformerConfig:
-  """Returns a configuration with those fields replaced that are not None."""
-  return dataclasses.replace(
-    config, **{name: value for name, value in fields.items() if value is not None}
-  )
+  """Returns a configuration with those fields replaced that are not None.
+
+  Raises:
+    UsageError: for a value that no layer takes.
+  """
+  fields = {name: value for name, value in fields.items() if value is not None}
+  config = dataclasses.replace(config, **fields)
+  for name, value in fields.items():
+    reason = config.why_unused(name)
+    if reason:
+      raise UsageError(f"{name}={value} has no effect: {reason}")
+  return config
+
+
+def _path(
+  name: str, path: str | os.PathLike, words: Sequence[str] = (), reference: bool = False
+) -> str:
+  """Returns the absolute path that an argument means, as a flag of this name would.
+
+  Args:
+    name: of the argument.
+    path: its value.
+    words, reference: as in `parse_path`.
+  Raises:
+    UsageError: for what is no path.
+  """
+  if not isinstance(path, (str, os.PathLike)):
+    raise UsageError(f"{name}={path!r} must be a path")
+  try:
+    return parse_path(os.fspath(path), words, reference)
+  except ValueError as error:
+    raise UsageError(f"{name}={str(path)!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def _without_dashes() -> Iterator[None]:
+  """Names arguments, not flags, in the errors of the block, which come from what commands share."""
+  try:
+    yield
+  except (UsageError, RunError) as error:
+    error.args = (_FLAG.sub(r"\1", str(error)),)
+    raise
 
 
 def train(
@@ -97,7 +162,7 @@ def train(
 ) -> Result:
   """Trains a model, and resumes where an earlier call or command stopped in the same folder.
 
-  Ctrl-C saves a checkpoint and returns. Called in the main thread, where signals arrive.
+  In the main thread, where signals arrive, Ctrl-C saves a checkpoint and returns.
 
   Args:
     config: the model. Its vocabulary becomes that of the data, except with init_from.
@@ -118,32 +183,33 @@ def train(
     >>> config = sparsek.preset("tiny", k=32, window=32)
     >>> sparsek.train(config, "stdlib", "runs/tiny", num_steps=200, seq_len=256, batch_size=4)
   """
+  if not isinstance(config, TransformerConfig):
+    raise UsageError(f"config={config!r} must be a TransformerConfig, such as sparsek.preset makes")
+  num_steps = check_number("num_steps", num_steps, Count)
   if warmup_steps is None:
     warmup_steps = min(100, num_steps // 10)
   given = {**settings, "num_steps": num_steps, "warmup_steps": warmup_steps}
-  train_config = _train_config(os.fspath(data), os.fspath(workdir), given)
-  dataset = open_data(train_config.data.data)
-  if not train_config.init_from:
-    config = dataclasses.replace(config, vocab_size=dataset.vocab_size)
-  run_directory.use_compilation_cache()
-  return loop.train(config, train_config, dataset)
-
-
-def _fields(kind: type) -> set[str]:
-  return {field.name for field in dataclasses.fields(kind)} - {*OWN_PARAMETERS}
+  with _without_dashes():
+    train_config = _train_config(_path("data", data, (STDLIB,)), _path("workdir", workdir), given)
+    dataset = open_data(train_config.data.data)
+    if not train_config.init_from:
+      config = dataclasses.replace(config, vocab_size=dataset.vocab_size)
+    run_directory.use_compilation_cache()
+    return loop.train(config, train_config, dataset)
 
 
 def _train_config(data: str, workdir: str, settings: dict[str, Any]) -> TrainConfig:
   """Returns the configuration that settings by name make; `seed` is that of the data too."""
-  kinds = (TrainConfig, DataConfig, OptimizerConfig)
-  known = set().union(*map(_fields, kinds))
   for name in settings:
-    if name not in known:
-      near = difflib.get_close_matches(name, sorted(known), 1)
-      advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+    if name not in KNOWN:
+      near = difflib.get_close_matches(name, KNOWN, 1)
+      advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(KNOWN)}"
       raise UsageError(f"{name}={settings[name]} is no setting of a run: {advice}")
+  for name in ("init_from", "distill_from"):
+    if settings.get(name) is not None:
+      settings = {**settings, name: _path(name, settings[name], reference=True)}
   of_run, of_data, of_optimizer = (
-    {name: settings[name] for name in _fields(kind) & set(settings)} for kind in kinds
+    {name: settings[name] for name in _fields(kind) & set(settings)} for kind in KINDS
   )
   return TrainConfig(
     workdir=workdir,
@@ -171,7 +237,8 @@ def evaluate(
   Args:
     run: as `load` returns it, perhaps with other parameters, or the folder of a run.
     data: token files made with the run's tokenizer; None for those it was trained on.
-    seq_len, batch_size: of the rows; None for those of training.
+    seq_len, batch_size: of the rows; None for those of training, with a batch_size that is rounded
+      up to a multiple of the devices.
     eval_batches: largest number of batches.
     k, window: other values than in `run`.
     loss_chunk: number of tokens whose logits exist at the same time, per device.
@@ -179,21 +246,36 @@ def evaluate(
     "loss" in nats per token, "num_targets", "bits_per_byte", "buckets" (a dictionary with first,
     last, loss and num_targets for each range of positions), "step", and what these depend on.
   Raises:
-    UsageError: where the rows, the data and the run do not go together.
+    UsageError: where the rows, the data and the run do not go together, or no layer takes the k or
+      the window.
+    RunError: where memory does not hold the rows.
   """
-  loaded = run if isinstance(run, LoadedRun) else load(run)
+  sizes = {"seq_len": seq_len, "batch_size": batch_size, "eval_batches": eval_batches}
+  for name, value in {**sizes, "loss_chunk": loss_chunk}.items():
+    if value is not None or name in ("eval_batches", "loss_chunk"):
+      check_number(name, value, Count)
+  loaded = _loaded(run)
   config = _with(loaded.config, k=k, window=window)
   evaluated = Run(loaded.workdir, config, run_record.load_run_config(loaded.workdir)[1])
   mesh = make_mesh()
-  dataset, rows, batches = heldout_rows(
-    [evaluated], mesh, eval_batches, None if data is None else os.fspath(data), seq_len, batch_size
-  )
-  warning = other_beginning(evaluated, dataset.tokenizer)
-  if warning:
-    warnings.warn(warning, stacklevel=2)
-  edges = bucket_edges(rows.seq_len, [evaluated.record["data"]["seq_len"]])
-  result = evaluate_batches(config, loaded.params, batches, edges, loss_chunk=loss_chunk, mesh=mesh)
+  with _without_dashes():
+    source = None if data is None else _path("data", data, (STDLIB,))
+    dataset, rows, batches = heldout_rows(
+      [evaluated], mesh, eval_batches, source, seq_len, batch_size
+    )
+    warning = other_beginning(evaluated, dataset.tokenizer)
+    if warning:
+      warnings.warn(warning, stacklevel=2)
+    edges = bucket_edges(rows.seq_len, [evaluated.record["data"]["seq_len"]])
+    result = evaluate_batches(
+      config, loaded.params, batches, edges, loss_chunk=loss_chunk, mesh=mesh
+    )
   return evaluation_record(evaluated, loaded.step, result, rows, dataset)
+
+
+def _loaded(run: LoadedRun | str | os.PathLike) -> LoadedRun:
+  """Returns the run that the argument `run` is, or names."""
+  return run if isinstance(run, LoadedRun) else load(_path("run", run))
 
 
 def generate(
@@ -224,13 +306,21 @@ def generate(
     special_tokens: names of special tokens in the prompt become these tokens.
     k, window: other values than in `run`.
   Raises:
-    ValueError: for a number out of range.
+    ValueError: for a value of another type, a number out of range, or a k or window that no layer
+      takes.
 
   `sparsek.Session` continues several texts at the same time, and in turns.
   """
   if isinstance(stop, str):
     raise UsageError(f"stop={stop!r} must be a sequence of texts: stop=[{stop!r}]")
-  loaded = run if isinstance(run, LoadedRun) else load(run)
+  if not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
+    raise UsageError(f"stop={stop!r} must be a sequence of texts")
+  if not isinstance(prompt, str):
+    raise UsageError(f"prompt={prompt!r} must be a string")
+  if not isinstance(special_tokens, bool):
+    raise UsageError(f"special_tokens={special_tokens!r} must be True or False")
+  seed = check_number("seed", seed, Index)
+  loaded = _loaded(run)
   config, tokenizer = _with(loaded.config, k=k, window=window), loaded.tokenizer
   record = run_record.load_run_config(loaded.workdir)[1]
   ids = new_texts(tokenizer, [as_valid_unicode(prompt)], special_tokens)

@@ -166,6 +166,7 @@ def test_noise_on_scores_needs_its_key():
 
 NARROW = X[..., :8]
 OTHER = dataclasses.replace(OPTIONS, features=8)
+NNX = sparsek.nnx.SparseKAttention(16, use_bias=True, rngs=nnx.Rngs(1), **SHAPE)
 LINEN = sparsek.linen.SparseKAttention(use_bias=True, **SHAPE)
 
 
@@ -186,9 +187,26 @@ LINEN = sparsek.linen.SparseKAttention(use_bias=True, **SHAPE)
       lambda: sk.prefill(OPTIONS, params(), sk.init_cache(OPTIONS, 2), X, jnp.asarray([3, 21])),
       "from 0 to 20",
     ),
+    (lambda: sk.apply(OPTIONS, params(), X[:, :0]), r"x must be floats .* with n >= 1, .* \(2, 0"),
+    (lambda: LINEN.apply({"params": params()}, X[:, :0]), "with n >= 1"),
+    (lambda: NNX(X[:, :0]), "with n >= 1"),
+    (
+      lambda: NNX(X, None, jnp.arange(19)),
+      r"positions must have shape \(2, 20\) or .* got \(19,\)",
+    ),
+    (
+      lambda: LINEN.apply({"params": params()}, X, None, jnp.arange(19)),
+      "positions must have shape",
+    ),
+    (
+      lambda: sk.decode(
+        OPTIONS, params(), sk.init_cache(OPTIONS, 2), X[:, 0], positions=jnp.arange(3)
+      ),
+      r"positions must have shape \(2,\) or \(1,\), got \(3,\)",
+    ),
     (lambda: sk.Options(30), "num_heads=8 must divide features=30"),
     (lambda: sk.Options(32, num_heads=0), "num_heads=0 must be at least 1"),
-    (lambda: sk.Options(32, rope_theta=0.0), "rope_theta=0.0 must be above 0"),
+    (lambda: sk.Options(32, rope_theta=0.0), "rope_theta=0.0 must be at least 1"),
     (lambda: sk.Options(32, scorer="nope"), "scorer='nope' is not one of linear, conv, random"),
     (lambda: sk.Options(32, dtype="int8"), "dtype='int8' is not one of float32, bfloat16"),
     (lambda: sparsek.nnx.SparseKAttention(30, rngs=nnx.Rngs(0)), "must divide features=30"),

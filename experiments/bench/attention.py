@@ -62,18 +62,20 @@ def headline(lengths: Sequence[int] = HEADLINE_LENGTHS, **replaced: Any) -> list
   """Returns the problems behind the published figures; `replaced` are fields of all of them.
 
   The main shape at all lengths; at a quarter of the longest also xla, the thresholds alone, rising
-  and falling scores, and the other shapes.
+  and falling scores, and the other shapes; the thresholds and these shapes at a sixteenth, too.
   """
   longest = max(lengths)
   at = longest // 4 if longest // 4 in lengths else longest
+  short = [longest // 16] if longest // 16 in lengths else []
   ours, all_lengths = ("sparsek", "sliding_window"), ("sparsek", "sliding_window", "dense")
+  extra = {at: BASELINES, **dict.fromkeys(short, (*all_lengths, "thresholds"))}
 
   def problem(n, sizes=SHAPES[0], **fields):
     return Problem(n, **dict(zip(("heads", "kv_heads", "head_dim"), sizes)), **fields)
 
-  problems = [problem(n, baselines=BASELINES if n == at else all_lengths) for n in sorted(lengths)]
+  problems = [problem(n, baselines=extra.get(n, all_lengths)) for n in sorted(lengths)]
   problems += [problem(at, scores=scores, baselines=ours) for scores in ("rising", "falling")]
-  problems += [problem(at, sizes, baselines=ours) for sizes in SHAPES[1:]]
+  problems += [problem(n, sizes, baselines=ours) for sizes in SHAPES[1:] for n in (*short, at)]
   distinct: dict[Problem, Problem] = {}
   for each in problems:
     each = dataclasses.replace(each, **replaced)

@@ -79,7 +79,8 @@ def break_even(points: Sequence[tuple[int, float, float]]) -> tuple[int, float |
 def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
   """Computes the figures for which there are goals, where the rows that they need exist.
 
-  They are of forward + backward, at the longest length of a shape and at a quarter of it.
+  They are of forward + backward unless they say so, at the longest length of a shape, at a quarter
+  and at a sixteenth of it.
 
   Returns:
     [{"shape", "what", "value"}].
@@ -96,13 +97,12 @@ def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
       longest = family[max(family)]
       quarter = family.get(longest["n"] // 4)
       of = "" if scores == "normal" else f"{scores} scores: "
-      for row in filter(None, (quarter, longest)):
+      for row in filter(None, (family.get(longest["n"] // 16), quarter, longest)):
         n, ours = row["n"], figure(row, "sparsek")
-        add(
-          row,
-          f"{of}time over a sliding window of {row['k'] + row['window']} at {n}",
-          quotient(ours, figure(row, "sliding_window")),
-        )
+        window = f"a sliding window of {row['k'] + row['window']} at {n}"
+        add(row, f"{of}time over {window}", quotient(ours, figure(row, "sliding_window")))
+        forward = [figure(row, name, FORWARD) for name in ("sparsek", "sliding_window")]
+        add(row, f"{of}forward alone: time over {window}", quotient(*forward))
         add(row, f"{of}speed over dense at {n}", quotient(figure(row, "dense"), ours))
         add(row, f"{of}speed over xla at {n}", quotient(figure(row, "xla"), ours))
         add(

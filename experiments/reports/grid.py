@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsek.command_line import outputs
-from sparsek.config import ATTENTION_KINDS, parse_layer_pattern, parse_term, whole_number
+from sparsek.config import (
+  ATTENTION_KINDS,
+  fields_of_kind,
+  fields_of_term,
+  parse_layer_pattern,
+  parse_term,
+  whole_number,
+)
 from sparsek.errors import UsageError
 from sparsek.experiments.reports import grid_page
 from sparsek.runs import run_directory, settings
@@ -22,13 +29,6 @@ from sparsek.runs.metrics import read_metrics
 from sparsek.runs.settings import Settings
 from sparsek.storage import files
 
-# settings that a kind of attention has; other kinds have k and window
-USES: dict[str, tuple[str, ...]] = {
-  "full": (),
-  "sliding_window": ("window",),
-  "linear": ("window",),
-  "sparsek": ("k", "window", "gate", "scorer"),
-}
 COLUMNS = ("attention", "k", "window", "gate", "scorer")
 RESULT = "result.json"
 FIELDS = ("heldout_loss", "step", "tokens_per_second")  # of a result
@@ -86,7 +86,7 @@ class Cell:
     keys = 0
     for kind, k, window in terms:
       keys += (self.window if window is None else window) or 0
-      keys += ((k or self.k) or 0) if "k" in _uses(kind) else 0
+      keys += ((k or self.k) or 0) if "k" in fields_of_kind(kind) else 0
     return round(keys / len(terms))
 
   def flags(self) -> list[str]:
@@ -120,17 +120,6 @@ def terms_of(attention: str) -> tuple[str, ...]:
   return parse_layer_pattern(attention.replace("+", ","))
 
 
-def _uses(kind: str) -> tuple[str, ...]:
-  return USES.get(kind, ("k", "window"))
-
-
-def _settings(term: str) -> set[str]:
-  """Returns the settings that a layer takes from the cell, because its term has none."""
-  kind, k, window = parse_term(term)
-  given = {name for name, value in (("k", k), ("window", window)) if value is not None}
-  return set(_uses(kind)) - given
-
-
 def grid(
   attention: Sequence[str],
   k: Sequence[int],
@@ -146,7 +135,7 @@ def grid(
   cells = []
   settings_of = itertools.product(k, window, gate, scorer)
   for seed, kind, values in itertools.product(range(seeds), attention, settings_of):
-    used = {name for term in terms_of(kind) for name in _settings(term)}
+    used = {name for term in terms_of(kind) for name in fields_of_term(term)}
     chosen: dict[str, Any] = dict(zip(COLUMNS[1:], values))
     cell = Cell(
       kind, seed=seed, **{name: chosen[name] if name in used else None for name in chosen}

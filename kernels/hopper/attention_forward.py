@@ -7,6 +7,7 @@ memory only: the listed keys and values were gathered before. Logits are to base
   warpgroup 2, loads (40 registers a thread)     warpgroups 0 and 1, compute 64 queries each (232)
   ------------------------------------------     ---------------------------------------------------
                                                  load query, window_start, entered, tau
+  load the block's own tile; read bounds         read bounds
                                                  wait query_full, key_full of the first tile
   for each tile:                                 for each tile:
     wait key_free                                  issue S = query key^T; arrive turn, wait turn
@@ -57,6 +58,7 @@ from sparsek.kernels.hopper.attention_tiles import (
   buffers_of,
   live_pairs,
   load_tiles,
+  newest_tile,
   options_of,
   position,
 )
@@ -128,8 +130,6 @@ class Program(NamedTuple):
   outputs: Outputs
   scratch: Scratch
   at: Position
-  bounds: tuple  # t0, ..., t5: see tiles.query_bounds
-  tiles: Steps
 
   @property
   def gated(self) -> bool:
@@ -229,14 +229,19 @@ def _scratch(options: Options, gated: bool) -> Scratch:
 
 
 def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-  at = position(options)
-  bounds = read_bounds(inputs.bounds, at.b, at.g, at.block)
+  program = Program(options, inputs, outputs, scratch, position(options))
+  pl.when(program.at.warpgroup < COMPUTING)(lambda: _compute(program))
+  pl.when(program.at.warpgroup == COMPUTING)(lambda: _load(program))
+
+
+def _find_tiles(program: Program) -> tuple[tuple, Steps]:
+  """Reads t0, ..., t5, see tiles.query_bounds, and returns them and the tiles."""
+  at = program.at
+  bounds = read_bounds(program.inputs.bounds, at.b, at.g, at.block)
   t0, _, _, t3, t4, _ = bounds
-  in_window = at.block - t4 + 1
-  tiles = Steps(at.block, in_window, t0, in_window + t3 - t0)
-  program = Program(options, inputs, outputs, scratch, at, bounds, tiles)
-  pl.when(at.warpgroup < COMPUTING)(lambda: _compute(program))
-  pl.when(at.warpgroup == COMPUTING)(lambda: _load(program))
+  newest = newest_tile(program.options, at)
+  in_window = newest - t4 + 1
+  return bounds, Steps(newest, in_window, t0, in_window + t3 - t0)
 
 
 def _load(program: Program) -> None:
@@ -246,12 +251,11 @@ def _load(program: Program) -> None:
   load_tiles(
     options,
     program.at,
-    program.tiles,
+    lambda: _find_tiles(program)[1],
     buffers_of(program.scratch),
     inputs.key,
     inputs.value,
     inputs.listed,
-    own_tiles=1,
     scores=program.gated,
   )
 
@@ -260,7 +264,9 @@ def _compute(program: Program) -> None:
   """Computes attention of 64 queries: the part of the first two warpgroups."""
   plgpu.set_max_registers(232, action="increase")
   registers, scratch = program.options.registers, program.scratch
-  rows = _load_rows(program)
+  _load_rows(program)
+  (t0, t1, t2, t3, _, t5), tiles = _find_tiles(program)  # while the loads run
+  rows = _rows(program)
   plgpu.barrier_wait(scratch.key_full.at[0])
   pl.when(program.at.warpgroup == 1)(lambda: _take_turns(scratch.turn))
   carry = (
@@ -268,19 +274,17 @@ def _compute(program: Program) -> None:
     registers.full((HALF,), LOWEST, ROW),
     registers.full((HALF,), 0, ROW),
   )
-  tiles = program.tiles
 
   def near(**kind):
     return lambda step, carry: _tile(
-      program, rows, carry, step, tiles.newest - step, is_list=False, **kind
+      program, rows, carry, step, tiles, tiles.newest - step, is_list=False, **kind
     )
 
   def far(**kind):
     return lambda t, carry: _tile(
-      program, rows, carry, tiles.in_window + t - tiles.begin, t, is_list=True, **kind
+      program, rows, carry, tiles.in_window + t - tiles.begin, tiles, t, is_list=True, **kind
     )
 
-  t0, t1, t2, t3, _, t5 = program.bounds
   carry = lax.fori_loop(0, 1, near(exits=True, enters=True), carry)
   carry = lax.fori_loop(1, tiles.newest - t5 + 1, near(), carry)
   carry = lax.fori_loop(tiles.newest - t5 + 1, tiles.in_window, near(exits=True), carry)
@@ -297,11 +301,19 @@ def _take_turns(turn: Ref) -> None:
   plgpu.barrier_wait(turn)
 
 
-def _load_rows(program: Program) -> Rows:
-  """Loads what belongs to the warpgroup's queries, and waits for it."""
+def _first_token(program: Program) -> Any:
+  return program.at.first_row + program.at.warpgroup * HALF
+
+
+def _places(program: Program) -> Any:
+  """Returns the slice of the queries that are this warpgroup's."""
+  return pl.ds(_first_token(program) - program.options.skip, HALF)
+
+
+def _load_rows(program: Program) -> None:
+  """Loads what belongs to the warpgroup's queries."""
   inputs, scratch, at = program.inputs, program.scratch, program.at
-  first = at.first_row + at.warpgroup * HALF
-  tokens, places = pl.ds(first, HALF), pl.ds(first - program.options.skip, HALF)
+  tokens, places = pl.ds(_first_token(program), HALF), _places(program)
   full = scratch.query_full.at[at.warpgroup]
   for source, buffer in (
     (inputs.query.at[at.b, places, at.h], scratch.query),
@@ -310,11 +322,16 @@ def _load_rows(program: Program) -> Rows:
     (inputs.tau.at[at.b, at.g, tokens], scratch.row),
   ):
     plgpu.copy_gmem_to_smem(source, buffer.at[at.warpgroup], full)
-  plgpu.barrier_wait(full)
+
+
+def _rows(program: Program) -> Rows:
+  """Waits for what belongs to the warpgroup's queries."""
+  scratch, warpgroup = program.scratch, program.at.warpgroup
+  plgpu.barrier_wait(scratch.query_full.at[warpgroup])
   tau = None
   if program.gated:
-    tau = program.options.registers.vector(scratch.row.at[at.warpgroup], ROW)
-  return Rows(first, places, tau)
+    tau = program.options.registers.vector(scratch.row.at[warpgroup], ROW)
+  return Rows(_first_token(program), _places(program), tau)
 
 
 def _tile(
@@ -322,6 +339,7 @@ def _tile(
   rows: Rows,
   carry: tuple,
   step: Any,
+  tiles: Steps,
   t: Any,
   *,
   is_list: bool,
@@ -335,6 +353,7 @@ def _tile(
     carry: (acc [64, D], top [64], total [64]): sums of weighted values, the largest logit so far,
       and the sum of exp2(logit - top).
     step: of the circular buffers.
+    tiles: see Steps.
     t: the tile's number among those of the window or the list.
     is_list, exits, enters: see `live_pairs`.
 
@@ -388,9 +407,7 @@ def _tile(
 
   def wait_for_next_keys():
     following, _ = slot_of(step + 1, options.stages)
-    pl.when(step + 1 < program.tiles.steps)(
-      lambda: plgpu.barrier_wait(scratch.key_full.at[following])
-    )
+    pl.when(step + 1 < tiles.steps)(lambda: plgpu.barrier_wait(scratch.key_full.at[following]))
 
   (acc,) = registers.matmul_add((acc,), ((weights, scratch.value.at[slot]),), wait_for_next_keys)
   plgpu.barrier_arrive(scratch.value_free.at[slot])

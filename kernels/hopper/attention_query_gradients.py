@@ -8,14 +8,19 @@ A program computes 128 queries of one head with three warpgroups:
   warpgroup 2, loads (40 registers a thread)   warpgroups 0 and 1, compute 64 queries each (232)
   ------------------------------------------   ---------------------------------------------------
                                                load query, cotangent, out, and the queries' vectors
+  load the block's own tiles; read bounds      read bounds
                                                wait rows_full; delta = sum(cotangent * out)
   for each tile of either warpgroup:           for each tile:
     wait key_free                                wait key_full, value_full
     load key, last, score -> key_full            S = query key^T,  dP = cotangent value^T
     wait value_free                              arrive value_free
-    load value            -> value_full          dS, dtau from S and dP;  dquery += dS key
-                                                 arrive key_free
+    load value            -> value_full          dS, dtau from S and dP;  dquery += dS key (*)
+                                                 arrive key_free (*)
                                                store dquery, delta, dtau
+
+(*) with late products (see Tiling) those of the tile before, issued behind dP, so that the tensor
+cores add them while dS is computed; those of the last tile follow after the tiles of the window,
+and after those of the list.
 
 Both warpgroups pass all tiles, in the same order; at a tile that only the other one sees, a
 warpgroup waits and arrives alone (pass_by).
@@ -56,11 +61,11 @@ from sparsek.kernels.hopper.attention_tiles import (
   buffers_of,
   live_pairs,
   load_tiles,
+  newest_tile,
   options_of,
   position,
 )
 from sparsek.kernels.hopper.common import (
-  BLOCK_Q,
   COLUMN,
   COMPUTING,
   HALF,
@@ -134,10 +139,22 @@ class Program(NamedTuple):
   outputs: Outputs
   scratch: Scratch
   at: Position
-  bounds: list[tuple]  # t0, ..., t5 of each computing warpgroup: see tiles.query_bounds
-  tiles: Steps
-  end: Any  # one past the last tile of the list that either warpgroup visits
   hold_queries: bool  # see Tiling
+  late_products: bool
+
+
+class Visits(NamedTuple):
+  """The tiles that the warpgroups of a program visit.
+
+  Attributes:
+    bounds: t0, ..., t5 of each computing warpgroup: see tiles.query_bounds.
+    tiles: those of either warpgroup.
+    end: one past the last tile of the list that either warpgroup visits.
+  """
+
+  bounds: list[tuple]
+  tiles: Steps
+  end: Any
 
 
 class Rows(NamedTuple):
@@ -199,7 +216,7 @@ def query_gradients(
   )
   per_query = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
   return run_kernel(
-    lambda *refs: _kernel(options, tiling.hold_queries, *refs),
+    lambda *refs: _kernel(options, tiling, *refs),
     Inputs(
       query, key, value, cotangent, out, logsumexp, window_start, entered, tau, listed, bounds
     ),
@@ -238,19 +255,24 @@ def _scratch(options: Options) -> Scratch:
 
 
 def _kernel(
-  options: Options, hold_queries: bool, inputs: Inputs, outputs: Outputs, scratch: Scratch
+  options: Options, tiling: Tiling, inputs: Inputs, outputs: Outputs, scratch: Scratch
 ) -> None:
-  at, own_tiles = position(options), BLOCK_Q // options.block_kv
-  newest = at.block * own_tiles + own_tiles - 1
-  bounds = [
-    read_bounds(inputs.bounds, at.b, at.g, COMPUTING * at.block + i) for i in range(COMPUTING)
-  ]
-  begin, end = joined(*((t0, t3) for t0, _, _, t3, _, _ in bounds))
-  in_window = newest - bounds[0][4] + 1  # the first warpgroup sees the most of the past
-  tiles = Steps(newest, in_window, begin, in_window + end - begin)
-  program = Program(options, inputs, outputs, scratch, at, bounds, tiles, end, hold_queries)
+  at = position(options)
+  program = Program(
+    options, inputs, outputs, scratch, at, tiling.hold_queries, tiling.late_products
+  )
   pl.when(at.warpgroup < COMPUTING)(lambda: _compute(program))
   pl.when(at.warpgroup == COMPUTING)(lambda: _load(program))
+
+
+def _find_tiles(program: Program) -> Visits:
+  """Reads which tiles the warpgroups visit."""
+  options, at, ref = program.options, program.at, program.inputs.bounds
+  bounds = [read_bounds(ref, at.b, at.g, COMPUTING * at.block + i) for i in range(COMPUTING)]
+  newest = newest_tile(options, at)
+  begin, end = joined(*((t0, t3) for t0, _, _, t3, _, _ in bounds))
+  in_window = newest - bounds[0][4] + 1  # the first warpgroup sees the most of the past
+  return Visits(bounds, Steps(newest, in_window, begin, in_window + end - begin), end)
 
 
 def _load(program: Program) -> None:
@@ -260,12 +282,11 @@ def _load(program: Program) -> None:
   load_tiles(
     options,
     program.at,
-    program.tiles,
+    lambda: _find_tiles(program).tiles,
     buffers_of(program.scratch),
     inputs.key,
     inputs.value,
     inputs.listed,
-    own_tiles=BLOCK_Q // options.block_kv,
     scores=True,
   )
 
@@ -273,21 +294,10 @@ def _load(program: Program) -> None:
 def _compute(program: Program) -> None:
   """Computes the gradients of 64 queries: the part of the first two warpgroups."""
   plgpu.set_max_registers(232, action="increase")
-  options, scratch, tiles = program.options, program.scratch, program.tiles
-  newest, in_window, begin, steps = tiles
-  registers = options.registers
-  rows = _load_rows(program)
-  carry = registers.full((HALF, options.dim), 0, MATRIX), registers.full((HALF,), 0, ROW)
-
-  def near(**kind):
-    return lambda step, carry: _tile(
-      program, rows, carry, step, newest - step, is_list=False, **kind
-    )
-
-  def far(**kind):
-    return lambda t, carry: _tile(
-      program, rows, carry, in_window + t - begin, t, is_list=True, **kind
-    )
+  options, scratch, registers = program.options, program.scratch, program.options.registers
+  _load_rows(program)
+  both_bounds, (newest, in_window, begin, steps), end = _find_tiles(program)  # while the loads run
+  rows = _rows(program)
 
   skip = functools.partial(
     pass_by,
@@ -295,29 +305,60 @@ def _compute(program: Program) -> None:
     full=(scratch.key_full, scratch.value_full),
     free=(scratch.key_free, scratch.value_free),
   )
-  bounds = [jnp.where(program.at.warpgroup == 0, x, y) for x, y in zip(*program.bounds)]
+  bounds = [jnp.where(program.at.warpgroup == 0, x, y) for x, y in zip(*both_bounds)]
   # The bounds of a warpgroup that sees nothing of the list may lie anywhere.
-  t0, t1, t2, t3 = [jnp.clip(t, begin, program.end) for t in bounds[:4]]
+  t0, t1, t2, t3 = [jnp.clip(t, begin, end) for t in bounds[:4]]
   t4, t5 = bounds[4:]
-  diagonal = BLOCK_Q // options.block_kv - 1 - program.at.warpgroup * HALF // options.block_kv
+  diagonal = options.own_tiles - 1 - program.at.warpgroup * HALF // options.block_kv
+  nothing = None
+  if program.late_products:
+    nothing = registers.full(options.shape, 0, MATRIX).astype(options.dtype)
+
+  def near(**kind):
+    return lambda step, carry: _tile(
+      program, rows, carry, step, newest - step, step > diagonal, is_list=False, **kind
+    )
+
+  def far(**kind):
+    return lambda t, carry: _tile(
+      program, rows, carry, in_window + t - begin, t, t > t0, is_list=True, **kind
+    )
+
+  carry = (registers.full((HALF, options.dim), 0, MATRIX), registers.full((HALF,), 0, ROW), nothing)
   skip(0, diagonal)
   carry = lax.fori_loop(diagonal, diagonal + 1, near(exits=True, enters=True), carry)
   carry = lax.fori_loop(diagonal + 1, newest - t5 + 1, near(), carry)
   carry = lax.fori_loop(newest - t5 + 1, newest - t4 + 1, near(exits=True), carry)
+  if program.late_products:
+    carry = *_add_last_tile(program, carry, newest - t4), nothing
   skip(newest - t4 + 1, in_window + t0 - begin)
   carry = lax.fori_loop(t0, t1, far(exits=True), carry)
   carry = lax.fori_loop(t1, t2, far(), carry)
   carry = lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
+
+  def add_last(_, carry):
+    return *_add_last_tile(program, carry, in_window + t3 - 1 - begin), nothing
+
+  if program.late_products:
+    carry = lax.fori_loop(0, jnp.where(t3 > t0, 1, 0), add_last, carry)
   skip(in_window + t3 - begin, steps)
-  _store(program, rows, *carry)
+  _store(program, rows, *carry[:2])
 
 
-def _load_rows(program: Program) -> Rows:
-  """Loads what belongs to the warpgroup's queries, waits for it, and computes delta."""
-  inputs, scratch, registers = program.inputs, program.scratch, program.options.registers
-  b, _, h, warpgroup, g, first_row, _ = program.at
-  first = first_row + warpgroup * HALF
-  tokens, places = pl.ds(first, HALF), pl.ds(first - program.options.skip, HALF)
+def _first_token(program: Program) -> Any:
+  return program.at.first_row + program.at.warpgroup * HALF
+
+
+def _places(program: Program) -> Any:
+  """Returns the slice of the queries that are this warpgroup's."""
+  return pl.ds(_first_token(program) - program.options.skip, HALF)
+
+
+def _load_rows(program: Program) -> None:
+  """Loads what belongs to the warpgroup's queries."""
+  inputs, scratch = program.inputs, program.scratch
+  b, _, h, warpgroup, g, _, _ = program.at
+  tokens, places = pl.ds(_first_token(program), HALF), _places(program)
   full = scratch.rows_full.at[warpgroup]
   for source, buffer in (
     (inputs.query.at[b, places, h], scratch.query),
@@ -329,7 +370,13 @@ def _load_rows(program: Program) -> Rows:
     (inputs.tau.at[b, g, tokens], scratch.tau),
   ):
     plgpu.copy_gmem_to_smem(source, buffer.at[warpgroup], full)
-  plgpu.barrier_wait(full)
+
+
+def _rows(program: Program) -> Rows:
+  """Waits for what belongs to the warpgroup's queries, and computes delta."""
+  scratch, registers = program.scratch, program.options.registers
+  warpgroup = program.at.warpgroup
+  plgpu.barrier_wait(scratch.rows_full.at[warpgroup])
   logsumexp, tau = [registers.vector(x.at[warpgroup], ROW) for x in (scratch.row, scratch.tau)]
   cotangent, out = scratch.cotangent.at[warpgroup], scratch.out.at[warpgroup]
   delta = (
@@ -337,7 +384,7 @@ def _load_rows(program: Program) -> Rows:
   ).sum(axis=1)
   query = scratch.query.at[warpgroup]
   held = registers.matrix(query) if program.hold_queries else query
-  return Rows(first, places, held, logsumexp, tau, delta)
+  return Rows(_first_token(program), _places(program), held, logsumexp, tau, delta)
 
 
 def _tile(
@@ -346,18 +393,22 @@ def _tile(
   carry: tuple,
   step: Any,
   t: Any,
+  follows: Any,
   *,
   is_list: bool,
   exits: bool = False,
   enters: bool = False,
 ) -> tuple:
-  """Adds the gradients of one tile.
+  """Computes the gradients of the logits of one tile, and adds them to the gradients of the queries
+  or, with late products, those of the tile before.
 
   Args:
     program, rows: see Program and Rows.
-    carry: (dquery [64, D] without the scale, gradient of the gates [64] summed over keys).
+    carry: (dquery [64, D] without the scale, gradient of the gates [64] summed over keys, gradients
+      of the logits of the tile before [64, block_kv] if they are not added yet, else None).
     step: of the circular buffers.
     t: the tile's number among those of the window or the list.
+    follows: whether there is a tile before; if not, its gradients must be zeros.
     is_list, exits, enters: see `live_pairs`.
 
   Returns:
@@ -365,9 +416,8 @@ def _tile(
   """
   options, scratch = program.options, program.scratch
   registers, shape, warpgroup = options.registers, options.shape, program.at.warpgroup
-  dquery, dgate = carry
+  dquery, dgate, ds = carry
   slot, _ = slot_of(step, options.stages)
-  key = scratch.key.at[slot]
   plgpu.barrier_wait(scratch.key_full.at[slot])
   plgpu.barrier_wait(scratch.value_full.at[slot])
   live = live_pairs(
@@ -394,21 +444,39 @@ def _tile(
 
   def gradients(s, dp):
     p, g, _ = tile_weights(s, probability, distance, gate=options.gate)
-    product = dp(0)
+    product = dp(1 if program.late_products else 0)
     plgpu.barrier_arrive(scratch.value_free.at[slot])
     delta = by_row(rows.delta, shape)
     ds, new = tile_gradients(
       s, p, g, product, delta, distance, gate=options.gate, scale=options.scale
     )
-    return ds.astype(options.dtype), None if new is None else new.sum(axis=1)
+    new = dgate if new is None else dgate + new.sum(axis=1)
+    return lax.optimization_barrier((ds, new)) if program.late_products else (ds, new)
 
-  cotangent = scratch.cotangent.at[warpgroup]
-  ds, new = registers.two_matmuls(
-    shape, (rows.query, key), (cotangent, scratch.value.at[slot]), gradients
+  key = scratch.key.at[slot]
+  first, second = (rows.query, key), (scratch.cotangent.at[warpgroup], scratch.value.at[slot])
+  if not program.late_products:
+    new_ds, dgate = registers.two_matmuls(shape, first, second, gradients)
+    (dquery,) = registers.matmul_add((dquery,), ((new_ds.astype(options.dtype), key),))
+    plgpu.barrier_arrive(scratch.key_free.at[slot])
+    return dquery, dgate, None
+  before, _ = slot_of(jnp.where(follows, step - 1, step), options.stages)
+  dquery, (new_ds, dgate) = registers.two_matmuls_during_add(
+    shape, first, second, dquery, (ds, scratch.key.at[before]), gradients
   )
-  if is_list:
-    dgate += new
-  (dquery,) = registers.matmul_add((dquery,), ((ds, key),))
+  pl.when(follows)(lambda: plgpu.barrier_arrive(scratch.key_free.at[before]))
+  # The tensor cores read the old gradients until now: the new ones must not take their registers.
+  dquery, new_ds = lax.optimization_barrier((dquery, new_ds))
+  return dquery, dgate, new_ds.astype(options.dtype)
+
+
+def _add_last_tile(program: Program, carry: tuple, step: Any) -> tuple:
+  """Adds to the gradients of the queries those of the tile of this step; returns them and the
+  gradient of the gates.
+  """
+  scratch, (dquery, dgate, ds) = program.scratch, carry
+  slot, _ = slot_of(step, program.options.stages)
+  (dquery,) = program.options.registers.matmul_add((dquery,), ((ds, scratch.key.at[slot]),))
   plgpu.barrier_arrive(scratch.key_free.at[slot])
   return dquery, dgate
 

@@ -8,6 +8,7 @@ A program's tiles come in steps, through circular buffers:
          of the window, latest first     | of the list of the block's chunk
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +72,11 @@ class Options(NamedTuple):
     return HALF, self.block_kv
 
   @property
+  def own_tiles(self) -> int:
+    """Tiles that hold the tokens of a block of queries."""
+    return BLOCK_Q // self.block_kv
+
+  @property
   def to_log2(self) -> float:
     """The factor from products of queries and keys to logits to base 2."""
     return self.scale * LOG2_E
@@ -120,6 +126,11 @@ def position(options: Options) -> Position:
   return Position(b, block, h, warpgroup, g, first_row, list_start)
 
 
+def newest_tile(options: Options, at: Position) -> Any:
+  """Returns the latest tile of the window, the last one that holds the block's own tokens."""
+  return (at.block + 1) * options.own_tiles - 1
+
+
 class Steps(NamedTuple):
   """The tiles that a program visits, see the drawing above.
 
@@ -161,33 +172,33 @@ def buffers_of(scratch: Any) -> Buffers:
 def load_tiles(
   options: Options,
   at: Position,
-  tiles: Steps,
+  find_tiles: Callable[[], Steps],
   buffers: Buffers,
   key: Ref,
   value: Ref,
   listed: Listed,
   *,
-  own_tiles: int,
   scores: bool,
 ) -> None:
   """Loads all tiles, each as soon as the computing warpgroups have read what lay in its slot.
 
   Args:
-    options, at, tiles, buffers: see Options, Position, Steps and Buffers.
+    options, at, buffers: see Options, Position and Buffers.
+    find_tiles: reads which tiles, called when the loads of the block's own ones have begun.
     key, value: [B, n, G, D], of all tokens.
     listed: those of the lists.
-    own_tiles: number of tiles that hold the block's own tokens: their loads need not wait for the
-      bounds.
     scores: whether to load the scores too.
   """
 
-  def load(step, is_own=False):
+  newest = newest_tile(options, at)
+
+  def load(step, tiles=None):
     slot, reused = slot_of(step, options.stages)
-    near = is_own or step < tiles.in_window
-    far = not is_own and step >= tiles.in_window
-    tile = tiles.newest - step if is_own else jnp.maximum(tiles.newest - step, 0)
+    near = tiles is None or step < tiles.in_window
+    far = tiles is not None and step >= tiles.in_window
+    tile = newest - step if tiles is None else jnp.maximum(newest - step, 0)
     tokens = pl.ds(tile * options.block_kv, options.block_kv)
-    tile = 0 if is_own else jnp.where(far, tiles.begin + step - tiles.in_window, 0)
+    tile = 0 if tiles is None else jnp.where(far, tiles.begin + step - tiles.in_window, 0)
     places = pl.ds(at.list_start + tile * options.block_kv, options.block_kv)
 
     def load_rows(token_ref, list_ref, buffer, full):
@@ -208,9 +219,10 @@ def load_tiles(
     pl.when(reused)(lambda: plgpu.barrier_wait(buffers.value_free.at[slot]))
     load_rows(value, listed.value, buffers.value, buffers.value_full)
 
-  for step in range(own_tiles):
-    load(step, is_own=True)
-  pl.loop(own_tiles, tiles.steps)(load)
+  for step in range(options.own_tiles):
+    load(step)
+  tiles = find_tiles()
+  pl.loop(options.own_tiles, tiles.steps)(lambda step: load(step, tiles))
   observe_last(options.interpret, tiles.steps, options.stages, buffers.key_free, buffers.value_free)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # A reference to global or shared memory inside a kernel, or to its barriers; JAX has no public type
@@ -27,6 +28,19 @@ ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 # plgpu.load of JAX 0.10 requires an index, that of 0.12 has none
 LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
+
+
+def _remember_version() -> None:
+  """Makes JAX ask ptxas for its version once, not at each conversion of booleans to integers, which
+  takes a fifth of the time of lowering a training step.
+  """
+  extension = getattr(getattr(fragmented_array, "mgpu_lib", None), "_mosaic_gpu_ext", None)
+  name = "_get_ptxas_isa_version"
+  if hasattr(extension, name):
+    setattr(extension, name, functools.cache(getattr(extension, name)))
+
+
+_remember_version()
 
 
 def axes(*names: str) -> tuple[str, ...]:
@@ -105,6 +119,7 @@ class Tiling(NamedTuple):
     forward_keys, forward_stages: keys of a tile of the forward kernel, and its stages.
     query_keys, query_stages: the same of the kernel for the gradients of queries.
     hold_queries: that kernel keeps its queries in registers.
+    late_products: it adds the gradients from a tile while it computes the next one.
     key_queries, key_stages: queries of a tile of the kernels for the gradients of keys, and stages.
     early: these kernels begin the product for the values' gradients before the gradients of the
       logits are known, which takes registers.
@@ -115,6 +130,7 @@ class Tiling(NamedTuple):
   query_keys: int
   query_stages: int
   hold_queries: bool
+  late_products: bool
   key_queries: int
   key_stages: int
   early: bool
@@ -127,6 +143,7 @@ TILINGS = {  # by head_dim
     query_keys=64,
     query_stages=3,
     hold_queries=True,
+    late_products=True,
     key_queries=64,
     key_stages=2,
     early=False,
@@ -137,6 +154,7 @@ TILINGS = {  # by head_dim
     query_keys=64,
     query_stages=3,
     hold_queries=False,
+    late_products=False,
     key_queries=64,
     key_stages=2,
     early=True,
@@ -152,6 +170,11 @@ def by_row(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def by_column(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Broadcasts one value per column."""
   return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def apply_if(condition: Any, f: Callable, carry: Any) -> Any:
+  """Returns f(carry) where a scalar condition holds, and `carry` where it does not."""
+  return lax.fori_loop(0, jnp.where(condition, 1, 0), lambda _, carry: f(carry), carry)
 
 
 def read_bounds(ref: Ref, *row: jax.Array) -> tuple[jax.Array, ...]:
@@ -239,6 +262,44 @@ class Registers:
       return use(wait(accumulators[0], 1), functools.partial(wait, accumulators[1]))
 
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * 2)
+
+  def two_matmuls_during_add(
+    self,
+    shape: tuple[int, int],
+    first: tuple,
+    second: tuple,
+    acc: jax.Array,
+    third: tuple,
+    use: Callable,
+  ) -> tuple:
+    """Multiplies and adds while the two products are used.
+
+    Args:
+      shape, first, second, use: as in `two_matmuls`; the sum may still be running.
+      acc: accumulator.
+      third: (e, f), e in registers and f in shared memory.
+
+    Returns:
+      acc + e @ f, and the result of `use`.
+    """
+    if self.interpreted:
+      used = use(self.matmul(shape, *first), lambda later: self.matmul(shape, *second))
+      return *self.matmul_add((acc,), (third,)), used
+
+    def run(product, other_product, accumulator):
+      accumulator[...] = acc
+      for into, (a, b) in ((product, first), (other_product, second)):
+        plgpu.wgmma(into, a, b.transpose((1, 0)))
+      plgpu.wgmma(accumulator, *third)
+
+      def wait(accumulator, later):
+        return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=later))
+
+      used = use(wait(product, 2), functools.partial(wait, other_product))
+      return accumulator[...], used
+
+    shapes = shape, shape, (acc.shape[0], acc.shape[1])
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
   def matmul_add_in_turn(
     self, accs: tuple[jax.Array, jax.Array], a: jax.Array, b: Ref, make: Callable, d: Ref

@@ -7,12 +7,13 @@ inside the segments, plus a difference of sums of whole segments:
 
   kernel     a lane for  reads                      writes
   intervals  token       score, threshold, end      first, last; change, changes (adds)
-  shares     segment     cotangent, change, counts  prefix: sums from the segment's start on; shares
+  shares     query       cotangent, change, counts  prefix: sums from the segment's start on; shares
   segments   segment     shares                     total, error: the sum of all earlier segments
   gradients  token       first, last; prefix;       the gradient
                          total, error
 
-Each kernel waits for the one before; there are no barriers and no shared memory.
+Each kernel waits for the one before. The lanes of a program of the kernel shares, one for each
+query of a segment, add by shuffles and in shared memory.
 """
 
 import functools
@@ -21,18 +22,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsek.kernels import prefix_thresholds, threshold_gradients
-from sparsek.kernels.hopper.prefix_thresholds import AT_ONCE, over_rows
-from sparsek.kernels.hopper.thread_ops import (
-  contents,
-  gather_bytes,
-  kernel,
-  reader,
-  scatter,
-  scatter_bytes,
-)
+from sparsek.kernels.hopper.prefix_thresholds import over_rows
+from sparsek.kernels.hopper.thread_ops import block_of, contents, kernel, reader, scatter
+from sparsek.kernels.hopper.thread_sums import WARPS, prefix_sums
 from sparsek.kernels.threshold_gradients import SEGMENT
+
+AT_ONCE = 16  # loads that a lane has in flight in sums of segments
 
 
 class Inputs(NamedTuple):
@@ -85,9 +83,8 @@ def scores_gradient(
 def _scores_gradient(delay, cotangent, score, threshold, end):
   rows, n = score.shape
   segments = n // SEGMENT + 1  # of the queries 0 to n
-  padded = -(-(n + 1) // 4) * 4  # numbers are moved 16 bytes at a time
   changes = Changes(
-    *(jax.new_ref(jnp.zeros((rows, size), jnp.int32)) for size in (padded, segments))
+    *(jax.new_ref(jnp.zeros((rows, size), jnp.int32)) for size in (n + 1, segments))
   )
   ends = _find_intervals(delay, Inputs(score, threshold, end), changes)
   (by_segment,) = contents(changes.changes)
@@ -129,35 +126,33 @@ def _add_shares(cotangent, change, counts):
   whole segments.
   """
   rows, n = cotangent.shape
-  padded, segments = change.shape[1], counts.shape[1]
+  segments = counts.shape[1]
 
-  def body(row, _, segment, cotangent, change, counts, prefix, shares):
-    def four(ref, query):
-      return gather_bytes(ref.at[row], jnp.minimum(query, ref.shape[-1] - 4), 0, 1)
+  def body(row, _, query, cotangent, change, counts, prefix, shares, changed, added):
+    segment = block_of(rows)
+    own = query - segment * SEGMENT
+    number = jnp.where(query <= n, reader(change, row)(query), 0)
+    count, _ = prefix_sums(number, own, changed)
+    count += reader(counts, row)(own - own + segment)
+    share = jnp.where(
+      (count > 0) & (query < n),
+      reader(cotangent, row)(query) / jnp.maximum(count, 1).astype(jnp.float32),
+      0.0,
+    )
+    sums, total = prefix_sums(share, own, added)
+    scatter(prefix.at[row], query, (query - query).astype(jnp.float32), (own == 0) & (query <= n))
+    scatter(prefix.at[row], query + 1, sums, (own < SEGMENT - 1) & (query < n))
+    scatter(shares.at[row], query - query + segment, total, own == 0)
 
-    def add(i, state):
-      count, total = state
-      queries = [segment * SEGMENT + (i * AT_ONCE + j) for j in range(0, AT_ONCE, 4)]
-      loaded = [(query, four(change, query), four(cotangent, query)) for query in queries]
-      for query, differences, gradients in loaded:
-        sums = []
-        for j in range(4):
-          count += differences[j]
-          sums.append(lax.bitcast_convert_type(total, jnp.int32))
-          gradient = lax.bitcast_convert_type(gradients[j], jnp.float32)
-          total += jnp.where(
-            (count > 0) & (query + j < n), gradient / jnp.maximum(count, 1).astype(jnp.float32), 0.0
-          )
-        scatter_bytes(prefix.at[row], query, 0, 1, sums, query <= n)
-      return count, total
-
-    state = reader(counts, row)(segment), (segment - segment).astype(jnp.float32)
-    _, total = lax.fori_loop(0, SEGMENT // AT_ONCE, add, state)
-    scatter(shares.at[row], segment, total, segment < segments)
-
-  out = [_shape(rows, padded), _shape(rows, segments)]
-  run = kernel(body, rows, segments, name="shares", out_type=out)
-  return run(jnp.pad(cotangent, ((0, 0), (0, -n % 4))), change, counts)
+  run = kernel(
+    body,
+    rows,
+    segments * SEGMENT,
+    name="shares",
+    out_type=[_shape(rows, n + 1), _shape(rows, segments)],
+    scratch_types=[plgpu.SMEM((WARPS,), jnp.int32), plgpu.SMEM((WARPS,), jnp.float32)],
+  )
+  return run(cotangent, change, counts)
 
 
 def _add_segments(shares):

@@ -2,16 +2,23 @@
 single threads.
 
 Tokens are taken by rank (`order`), so those of a list that are live at its chunk's first query (the
-*old* ones) come by increasing last query. Ranks are cut into segments:
+*old* ones) come by increasing last query. Ranks and tokens are cut into segments, and counted by
+*line*: for each chunk the ranks that are old there; the places that old tokens take in all chunks;
+and the tokens that are ever selected.
 
-  count_members   a lane for a rank: counts it in its segment, for each chunk where it is old
-  (prefix sums)   where the part of each segment begins in each list
-  list_old        a lane for a segment and chunk: writes its part of the list
-  list_new        a lane for a token: writes it in the list of the chunk where it is selected first
-  query_bounds    a lane for a block of queries: finds the tiles that it visits
+  kernel         a program for  reads                        writes
+  count_members  segment        order, expiry                ranked; counts of each line; came,
+                                                             old_count
+  add_counts     line           counts                       begins: sums over earlier segments;
+                                                             old, number: sums over all
+  write_lists    segment        ranked, begins               the part of the segment in each list
+                 segment        expiry, came, begins, old    tokens that are listed later than at a
+                                                             chunk's first query; entered, listed
+                 LANES places   came, begins, old            empty slots
+  query_bounds   LANES blocks   tiles, window_start          the tiles that each block visits
 
-Kernels follow each other on the stream; there are no barriers and no shared memory. Counts are
-added atomically, and each place is written by one lane.
+Kernels follow each other on the stream. In the first three the lanes of a program add by shuffles
+and in shared memory.
 """
 
 import functools
@@ -21,22 +28,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.hopper.thread_ops import (
-  block_of,
-  contents,
-  kernel,
-  reader,
-  scatter,
-  scatter_row,
-)
+from sparsek.kernels.hopper.thread_ops import block_of, gather, kernel, reader, scatter, scatter_row
 from sparsek.kernels.hopper.thread_registers import LANES
+from sparsek.kernels.hopper.thread_sums import WARPS, clear, prefix_sums
+from sparsek.kernels.hopper.thread_sync import sync_threads
 from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, query_tiles
 
-# the fewest ranks of a segment, and the most segments, so that memory stays linear
+# the fewest ranks of a segment, a multiple of LANES, and the most segments, so that memory stays
+# linear
 SEGMENT, SEGMENTS = 128, 1024
-AT_ONCE = 8  # loads that a lane has in flight
 
 
 class Sizes(NamedTuple):
@@ -44,6 +47,7 @@ class Sizes(NamedTuple):
 
   rows: int
   n: int
+  k: int
   window: int
   chunk: int
   chunks: int
@@ -56,42 +60,58 @@ class Sizes(NamedTuple):
     """The number of places in the lists of a row."""
     return self.chunks * self.slots
 
-
-class Places(NamedTuple):
-  """The lists, [rows, places], which the kernels write in place."""
-
-  token: Any
-  last: Any
+  @property
+  def lines(self) -> int:
+    """The number of lines that are counted."""
+    return self.chunks + 2
 
 
-class OldInputs(NamedTuple):
-  """Arrays of the kernel list_old.
+class Counted(NamedTuple):
+  """Results of the kernel count_members.
 
   Attributes:
     ranked: [rows, n, 4]: token, chunks [begin, end) where it is old, and its last query, by rank.
-    begins, ends: [rows, (chunks + 1) * segments] and [rows, chunks + 1, segments]: the slot in each
-      chunk's list where the part of a segment begins and ends. Behind the chunks follow the indices
-      where it begins and ends in `Lists.old_place`.
+    counts: [rows, lines * segments].
+    came: [rows, n], how many tokens up to this one, of its segment, are ever selected.
+    old_count: see tiles.Lists.
   """
 
   ranked: Any
+  counts: Any
+  came: Any
+  old_count: Any
+
+
+class Added(NamedTuple):
+  """Results of the kernel add_counts: [rows, lines * segments]; and see tiles.Lists."""
+
   begins: Any
-  ends: Any
+  old: Any
+  number: Any
 
 
-class OldOutputs(NamedTuple):
-  """Results of the kernel list_old, see tiles.Lists."""
-
-  old_place: Any
-  old_begin: Any
-
-
-class NewInputs(NamedTuple):
-  """Arrays of the kernel list_new, [rows, n]; came: number of selected tokens with entry <= i."""
+class ListInputs(NamedTuple):
+  """Arrays of the kernel write_lists."""
 
   expiry: Any
+  ranked: Any
   came: Any
+  begins: Any
+  old: Any
+  number: Any
+
+
+class Written(NamedTuple):
+  """Results of the kernel write_lists, see tiles.Lists; lists are [rows, places]."""
+
+  token: Any
+  first: Any
+  last: Any
   entered: Any
+  new_place: Any
+  old_place: Any
+  old_begin: Any
+  listed: Any
 
 
 class BoundsInputs(NamedTuple):
@@ -115,140 +135,275 @@ def _lists(expiry, order, k, window, chunk):
   rows, n = expiry.shape
   chunks, slots = n // chunk, list_slots(k, chunk)
   segment = max(SEGMENT, 1 << (-(-n // SEGMENTS) - 1).bit_length())
-  sizes = Sizes(rows, n, window, chunk, chunks, slots, segment, -(-n // segment))
-
-  ranked, members = _count_members(sizes, expiry, order)
-  by_chunk = jnp.cumsum(members.reshape(rows, chunks + 1, sizes.segments), axis=1)[:, :chunks]
-  counts = jnp.concatenate([by_chunk, jnp.sum(by_chunk, axis=1, keepdims=True)], axis=1)
-  ends = jnp.cumsum(counts, axis=2)
-  old, begins = ends[:, :chunks, -1], (ends - counts).reshape(rows, -1)
-  lists = Places(_zeros(sizes, sizes.places), _zeros(sizes, sizes.places))
-  old_places = _list_old(sizes, k, OldInputs(ranked, begins, ends), lists)
-
-  # Tokens selected at later queries of a chunk are listed by entry, which is their order already.
-  token = jnp.arange(n, dtype=jnp.int32)
-  entry = token + window
-  # by query i: number of selected tokens with entry <= i
-  came = jnp.cumsum(expiry > entry, axis=1, dtype=jnp.int32)
-  came = jnp.pad(came, ((0, 0), (window, 0)))[:, :n]
-  entered = jnp.repeat(old - came[:, ::chunk], chunk, axis=1) + came
-  listed = _zeros(sizes, n)
-  new_place = _list_new(sizes, NewInputs(expiry, came, entered), lists, listed)
-
-  tokens, lasts = (x.reshape(rows, chunks, slots) for x in contents(*lists))
-  old_count = jnp.where(expiry > entry, jnp.maximum(-(-expiry // chunk) - -(-entry // chunk), 0), 0)
+  sizes = Sizes(rows, n, k, window, chunk, chunks, slots, segment, -(-n // segment))
+  counted = _count_members(sizes, expiry, order)
+  added = _add_counts(sizes, counted.counts)
+  written = _write_lists(sizes, ListInputs(expiry, counted.ranked, counted.came, *added))
+  tokens, first, last = (
+    x.reshape(rows, chunks, slots) for x in (written.token, written.first, written.last)
+  )
   return Lists(
     tokens,
-    jnp.where(lasts > 0, tokens + window, NEVER),
-    lasts,
-    entered,
-    old,
-    new_place,
-    old_places.old_place,
-    old_places.old_begin,
-    old_count,
-    contents(listed)[0],
-    came[:, -1],
+    first,
+    last,
+    written.entered,
+    added.old,
+    written.new_place,
+    written.old_place,
+    written.old_begin,
+    counted.old_count,
+    written.listed,
+    added.number.reshape(rows),
   )
-
-
-def _zeros(sizes, *shape):
-  """Returns a reference to zeros that kernels write in place."""
-  return jax.new_ref(jnp.zeros((sizes.rows, *shape), jnp.int32))
 
 
 def _shape(sizes, *shape):
   return jax.ShapeDtypeStruct((sizes.rows, *shape), jnp.int32)
 
 
+def _shared(size):
+  return plgpu.SMEM((size,), jnp.int32)
+
+
+def _own(sizes, lane):
+  """Returns the number of the program in its row, and that of the lane in the program."""
+  program = block_of(sizes.rows)
+  return program, lane - program * LANES
+
+
 def _count_members(sizes, expiry, order):
-  """Returns each rank's (token, chunks [begin, end) where it is old, last query), and for each
-  chunk and segment how many ranks become old there less how many cease to be old.
-  """
-  chunk, n = sizes.chunk, sizes.n
-  members = _zeros(sizes, (sizes.chunks + 1) * sizes.segments)
+  """Finds the chunks where each rank is old, and counts the segments' tokens of each line."""
+  chunk, chunks, n = sizes.chunk, sizes.chunks, sizes.n
 
-  def body(row, _, rank, expiry, order, members, ranked):
-    token = reader(order, row)(rank)
-    last, entry = reader(expiry, row)(token), token + sizes.window
-    begin = (entry + (chunk - 1)) // chunk
-    # old in chunks [begin, end)
-    end = jnp.where(last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin)
-    scatter_row(ranked.at[row], rank, (token, begin, end, last), rank < n)
-    for c, change in ((begin, 1), (end, -1)):
-      scatter(
-        members.at[row],
-        c * sizes.segments + rank // sizes.segment,
-        rank - rank + change,
-        (rank < n) & (begin < end),
-        atomic="add",
+  def body(row, _, lane, expiry, order, outputs, changes, totals):
+    segment, own = _own(sizes, lane)
+    last_of = reader(expiry, row)
+    clear(changes, own)
+    sync_threads()
+
+    def count(i, selected):
+      rank = segment * sizes.segment + i * LANES + own
+      token, inside = reader(order, row)(rank), rank < n
+      last, entry = last_of(token), token + sizes.window
+      begin = (entry + (chunk - 1)) // chunk
+      # old in chunks [begin, end)
+      end = jnp.where(last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin)
+      scatter_row(outputs.ranked.at[row], rank, (token, begin, end, last), inside)
+      scatter(outputs.old_count.at[row], token, end - begin, inside)
+      is_old = inside & (begin < end)
+      for line, change in ((begin, 1), (end, -1), (own - own + (chunks + 1), end - begin)):
+        scatter(changes, line, change, is_old, atomic="add")
+      # from here on the rank stands for the token of the same number
+      new = ((last_of(rank) > rank + sizes.window) & inside).astype(jnp.int32)
+      came, total = prefix_sums(new, own, totals)
+      scatter(outputs.came.at[row], rank, selected + came, inside)
+      return selected + total
+
+    selected = lax.fori_loop(0, sizes.segment // LANES, count, own - own)
+
+    def write(line, value, where):
+      scatter(outputs.counts.at[row], line * sizes.segments + segment, value, where)
+
+    def add(i, earlier):
+      line = i * LANES + own
+      sums, total = prefix_sums(
+        jnp.where(line < chunks, gather(changes, jnp.minimum(line, chunks)), 0), own, totals
       )
+      write(line, earlier + sums, line < chunks)
+      return earlier + total
 
-  run = kernel(body, sizes.rows, n, name="count_members", out_type=[_shape(sizes, n, 4)])
-  (ranked,) = run(expiry, order, members)
-  return ranked, contents(members)[0]
+    lax.fori_loop(0, -(-chunks // LANES), add, own - own)
+    first = own == 0
+    write(own - own + chunks, gather(changes, own - own + (chunks + 1)), first)
+    write(own - own + (chunks + 1), selected, first)
 
-
-def _list_old(sizes, k, inputs, lists):
-  """Writes the part of each segment in each list; returns the places of each token."""
-  n, chunks, segments = sizes.n, sizes.chunks, sizes.segments
-
-  def body(row, _, lane, inputs, lists, outputs):
-    first = block_of(sizes.rows) * LANES
-    least, most = first // chunks, jnp.minimum((first + (LANES - 1)) // chunks, segments - 1)
-
-    # No token of most segments is old anywhere.
-    @pl.when(inputs.ends[row, chunks, most] > inputs.begins[row, chunks * segments + least])
-    def _write():
-      segment = lane // chunks
-      c = lane - segment * chunks
-      begin_of = reader(inputs.begins, row)
-      place = c * sizes.slots + begin_of(c * segments + segment)
-      copy = begin_of(chunks * segments + segment)
-
-      def write(i, state):
-        place, copy = state
-        ranks = [segment * sizes.segment + (i * AT_ONCE + j) for j in range(AT_ONCE)]
-        loaded = [reader(inputs.ranked, row)(rank) for rank in ranks]
-        for rank, (token, begin, end, last) in zip(ranks, loaded):
-          inside = rank < n
-          here = (begin <= c) & (c < end) & inside
-          scatter(lists.token.at[row], place, token, here)
-          scatter(lists.last.at[row], place, last, here)
-          scatter(outputs.old_place.at[row], copy + (c - begin), place, here)
-          scatter(outputs.old_begin.at[row], token, copy, (begin < end) & (c == 0) & inside)
-          place, copy = place + here.astype(jnp.int32), copy + jnp.where(inside, end - begin, 0)
-        return place, copy
-
-      lax.fori_loop(0, sizes.segment // AT_ONCE, write, (place, copy))
-
-  out = OldOutputs(_shape(sizes, k * chunks), _shape(sizes, n))
-  run = kernel(body, sizes.rows, chunks * segments, name="list_old", out_type=[out])
-  (outputs,) = run(inputs, lists)
-  return outputs
+  out = Counted(
+    _shape(sizes, n, 4), _shape(sizes, sizes.lines * sizes.segments), *[_shape(sizes, n)] * 2
+  )
+  run = kernel(
+    body,
+    sizes.rows,
+    sizes.segments * LANES,
+    name="count_members",
+    out_type=[out],
+    scratch_types=[_shared(sizes.lines), _shared(WARPS)],
+  )
+  (counted,) = run(expiry, order)
+  return counted
 
 
-def _list_new(sizes, inputs, lists, listed):
-  """Writes the tokens that are selected first at a later query of a chunk into its list, and all
-  selected tokens into `listed`; returns the places of the former.
+def _add_counts(sizes, counts):
+  """Adds up the counts of each line, segment after segment."""
+  chunks, segments = sizes.chunks, sizes.segments
+
+  def body(row, _, lane, counts, outputs, totals):
+    line, own = _own(sizes, lane)
+
+    def add(i, earlier):
+      segment = i * LANES + own
+      inside = segment < segments
+      index = line * segments + jnp.minimum(segment, segments - 1)
+      count = jnp.where(inside, gather(counts.at[row], index), 0)
+      sums, total = prefix_sums(count, own, totals)
+      scatter(outputs.begins.at[row], index, earlier + sums - count, inside)
+      return earlier + total
+
+    total = lax.fori_loop(0, -(-segments // LANES), add, own - own)
+    zero = own - own
+    scatter(outputs.old.at[row], zero + line, total, (own == 0) & (line < chunks))
+    scatter(outputs.number.at[row], zero, total, (own == 0) & (line == chunks + 1))
+
+  out = Added(_shape(sizes, sizes.lines * segments), _shape(sizes, chunks), _shape(sizes, 1))
+  run = kernel(
+    body,
+    sizes.rows,
+    sizes.lines * LANES,
+    name="add_counts",
+    out_type=[out],
+    scratch_types=[_shared(WARPS)],
+  )
+  (added,) = run(counts)
+  return added
+
+
+def _write_lists(sizes, inputs):
+  """Writes the lists and what else is known of their places."""
+  segments = sizes.segments
+
+  def body(row, _, lane, inputs, outputs, filled, totals):
+    program, own = _own(sizes, lane)
+
+    @pl.when(program < segments)
+    def _old():
+      _list_old(sizes, row, program, own, inputs, outputs, filled, totals)
+
+    @pl.when((program >= segments) & (program < 2 * segments))
+    def _new():
+      @pl.loop(0, sizes.segment // LANES)
+      def _(i):
+        _list_new(
+          sizes, row, (program - segments) * sizes.segment + i * LANES + own, inputs, outputs
+        )
+
+    @pl.when(program >= 2 * segments)
+    def _empty():
+      _clear_slots(sizes, row, (program - 2 * segments) * LANES + own, inputs, outputs)
+
+  of_place, of_token = _shape(sizes, sizes.places), _shape(sizes, sizes.n)
+  out = Written(
+    token=of_place,
+    first=of_place,
+    last=of_place,
+    entered=of_token,
+    new_place=of_token,
+    old_place=_shape(sizes, sizes.k * sizes.chunks),
+    old_begin=of_token,
+    listed=of_token,
+  )
+  run = kernel(
+    body,
+    sizes.rows,
+    2 * segments * LANES + sizes.places,
+    name="write_lists",
+    out_type=[out],
+    scratch_types=[_shared(sizes.chunks), _shared(WARPS)],
+  )
+  (written,) = run(inputs)
+  return written
+
+
+def _write_slot(outputs, row, place, values, where):
+  """Writes a token, its first and its last query."""
+  for ref, value in zip((outputs.token, outputs.first, outputs.last), values):
+    scatter(ref.at[row], place, value, where)
+
+
+def _list_old(sizes, row, segment, own, inputs, outputs, filled, totals):
+  """Writes the part of a segment of ranks in each list."""
+  chunks, zero = sizes.chunks, own - own
+  begin_of = reader(inputs.begins, row)
+
+  @pl.loop(0, -(-chunks // LANES))
+  def _load(i):
+    c = i * LANES + own
+    scatter(filled, jnp.minimum(c, chunks - 1), begin_of(c * sizes.segments + segment), c < chunks)
+
+  sync_threads()
+
+  def list_ranks(i, copies):
+    rank = segment * sizes.segment + i * LANES + own
+    token, begin, end, last = reader(inputs.ranked, row)(rank)
+    is_old = (rank < sizes.n) & (begin < end)
+    count = is_old.astype(jnp.int32) * (end - begin)
+    sums, total = prefix_sums(count, own, totals)
+    copy = copies + sums - count
+    scatter(outputs.old_begin.at[row], token, copy, is_old)
+
+    def list_chunk(c, nothing):
+      here = is_old & (begin <= c) & (c < end)
+      sums, count = prefix_sums(here.astype(jnp.int32), own, totals)
+      slot = gather(filled, zero + c)
+      sync_threads()
+      scatter(filled, zero + c, slot + count, own == 0)
+      place = slot + sums + (c * sizes.slots - 1)
+      _write_slot(outputs, row, place, (token, token + sizes.window, last), here)
+      scatter(outputs.old_place.at[row], copy + (c - begin), place, here)
+      return nothing
+
+    first = jnp.min(jnp.where(is_old, begin, chunks))
+    lax.fori_loop(first, jnp.max(jnp.where(is_old, end, 0)), list_chunk, 0)
+    return copies + total
+
+  copies = begin_of(zero + (chunks * sizes.segments + segment))
+  lax.fori_loop(0, sizes.segment // LANES, list_ranks, copies)
+
+
+def _came_by(sizes, row, inputs):
+  """Returns a function of a query: how many tokens that are ever selected enter up to it."""
+  begin_of, came_of = reader(inputs.begins, row), reader(inputs.came, row)
+
+  def came(query):
+    token = query - sizes.window
+    earlier = begin_of((sizes.chunks + 1) * sizes.segments + jnp.maximum(token, 0) // sizes.segment)
+    return jnp.where(token >= 0, earlier + came_of(token), 0)
+
+  return came
+
+
+def _list_new(sizes, row, token, inputs, outputs):
+  """Writes a token into the list of the chunk where it is selected first, if it is not old there,
+  and into `listed`; and how much of its list a query of the same number has.
   """
   n, chunk = sizes.n, sizes.chunk
+  came, old = _came_by(sizes, row, inputs), reader(inputs.old, row)
 
-  def body(row, _, token, inputs, lists, listed, new_place):
-    last, entry = reader(inputs.expiry, row)(token), token + sizes.window
-    c = entry // chunk
-    selected = (last > entry) & (token < n)
-    scatter(listed.at[row], reader(inputs.came, row)(entry) - 1, token, selected)
-    is_new = selected & (entry != c * chunk)
-    place = c * sizes.slots + reader(inputs.entered, row)(entry) - 1
-    place = jnp.where(is_new, place, sizes.places)
-    scatter(lists.token.at[row], place, token, is_new)
-    scatter(lists.last.at[row], place, last, is_new)
-    scatter(new_place.at[row], token, place, token < n)
+  def entered(query):
+    c = query // chunk
+    return old(c) + came(query) - came(c * chunk)
 
-  run = kernel(body, sizes.rows, n, name="list_new", out_type=[_shape(sizes, n)])
-  (new_place,) = run(inputs, lists, listed)
-  return new_place
+  inside = token < n
+  scatter(outputs.entered.at[row], token, entered(token), inside)
+  last, entry = reader(inputs.expiry, row)(token), token + sizes.window
+  selected = (last > entry) & inside
+  scatter(outputs.listed.at[row], came(entry) - 1, token, selected)
+  number = reader(inputs.number, row)(token - token)
+  scatter(outputs.listed.at[row], token, 0, inside & (token >= number))
+  c = entry // chunk
+  is_new = selected & (entry != c * chunk)
+  place = jnp.where(is_new, c * sizes.slots + entered(entry) - 1, sizes.places)
+  _write_slot(outputs, row, place, (token, entry, last), is_new)
+  scatter(outputs.new_place.at[row], token, place, inside)
+
+
+def _clear_slots(sizes, row, place, inputs, outputs):
+  """Writes the slots of a list that hold no token."""
+  came, old = _came_by(sizes, row, inputs), reader(inputs.old, row)
+  c = place // sizes.slots
+  first = c * sizes.chunk
+  used = old(c) + came(first + (sizes.chunk - 1)) - came(first)
+  empty = (place < sizes.places) & (place - c * sizes.slots >= used)
+  zero = place - place
+  _write_slot(outputs, row, place, (zero, zero + NEVER, zero), empty)
 
 
 def query_bounds(

@@ -173,36 +173,6 @@ def scatter_bytes(
   store(ref, per_lane(index), per_lane(offset), per_lane(where), *map(per_lane, values))
 
 
-def add_row(ref: Ref, index: Any, values: Sequence, where: Any) -> None:
-  """Adds four int32 to ref[index], atomically, in the lanes where `where`: as two numbers of 64
-  bits, see `sums_of`.
-  """
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[LAYOUT] * 6))
-  def add(_, ref, index, where, *values):
-    index, where, *words = map(element, (index, where, *values))
-    i64 = ir.IntegerType.get_signless(64)
-    with only_where(where):
-      for part in (0, 2):
-        low, high = (arith.extsi(i64, x) for x in words[part : part + 2])
-        value = arith.addi(arith.shli(high, constant(i64, 32)), low)
-        address = address_of(ref, index, constant(index.type, part), 4)
-        _atomic(llvm.AtomicBinOp.add, address, value)
-
-  add(ref, per_lane(index), per_lane(where), *map(per_lane, values))
-
-
-def sums_of(row: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-  """Returns the four sums in a row that `add_row` has added to; the first and the third must fit 32
-  bits, the others may wrap.
-  """
-
-  def carried(low, high):
-    return low, high + (low < 0).astype(jnp.int32)
-
-  return *carried(*row[:2]), *carried(*row[2:])
-
-
 def floats(ref: Ref, index: Any, count: int, load: Callable | None = None) -> list[jax.Array]:
   """Returns `count` float32 from ref[index] on in each lane; both numbers are multiples of four."""
   words = [word for i in range(0, count, 4) for word in (load or gather_bytes)(ref, index, i, 1)]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
@@ -48,6 +49,53 @@ def shuffle_xor(x: jax.Array, distance: int) -> jax.Array:
 
   dtype = x.dtype
   return shuffle(per_lane(x))
+
+
+def warp_prefix_sums(x: jax.Array) -> jax.Array:
+  """Returns the sum of x, int32 or float32, of this lane and of the earlier ones of its warp."""
+  dtype = x.dtype
+  is_float = jnp.issubdtype(dtype, jnp.floating)
+  kind, register = ("f32", "f") if is_float else ("s32", "r")
+
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=array_of(dtype))
+  def add(_, x):
+    steps = "".join(
+      f" shfl.sync.up.b32 other|there, $0, {distance}, 0, 0xffffffff;"
+      f" @there add.{kind} $0, $0, other;"
+      for distance in (1, 2, 4, 8, 16)
+    )
+    total = llvm.inline_asm(
+      element(x).type,
+      [element(x)],
+      f"{{ .reg .pred there; .reg .{kind} other; mov.b32 $0, $1;{steps} }}",
+      f"=&{register},{register}",
+      has_side_effects=True,
+    )
+    signed = None if is_float else True
+    return x.foreach(lambda *_: total, create_array=True, is_signed=signed)
+
+  return add(per_lane(x))
+
+
+def warp_any(flag: jax.Array) -> jax.Array:
+  """Returns a scalar: whether the flag of any lane of the warp is true. A warp may branch by it
+  where other warps need not follow.
+  """
+  scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=scalar)
+  def vote(_, flag):
+    word: Any = llvm.inline_asm(
+      ir.IntegerType.get_signless(32),
+      [element(flag)],
+      "{ .reg .pred own, any; setp.ne.s32 own, $1, 0; vote.sync.any.pred any, own, 0xffffffff;"
+      " selp.s32 $0, 1, 0, any; }",
+      "=r,r",
+      has_side_effects=True,
+    )
+    return FragmentedArray.splat(word, (), is_signed=True)
+
+  return vote(per_lane(flag.astype(jnp.int32))) > 0
 
 
 def multiply_add(

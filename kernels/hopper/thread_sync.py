@@ -163,6 +163,16 @@ def sync_threads(warpgroups: int | None = None) -> None:
   wait()
 
 
+def sync_warp() -> None:
+  """Waits until all lanes of a warp have come here; what they wrote can be read then."""
+
+  @plgpu.inline_mgpu()
+  def wait(_):
+    ptx("bar.warp.sync 0xffffffff;", "")
+
+  wait()
+
+
 def grid_barrier(ref: Ref, adds: Any, before: Any, where: Any) -> None:
   """Waits, in the one lane whose `where` is true, until all programs have come here.
 

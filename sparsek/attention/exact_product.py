@@ -7,8 +7,10 @@ in float32, in which they are summed (Henry, Tang and Heinecke 2019, arXiv 1904.
 import jax
 import jax.numpy as jnp
 
+from sparsek.kernels.varying import cast_varying
 
-def _parts(x: jax.Array) -> list[jax.Array]:
+
+def parts_of(x: jax.Array) -> list[jax.Array]:
   """Splits a float32 array into three bfloat16 ones that sum to it, within 2^-24 of it.
 
   A compiler may drop a rounding by `astype`, and the differences would be 0.
@@ -20,7 +22,8 @@ def _parts(x: jax.Array) -> list[jax.Array]:
   return parts
 
 
-def _sum_of_parts(product: jax.Array) -> jax.Array:
+def sum_of_parts(product: jax.Array) -> jax.Array:
+  """Sums the products with the three parts of a matrix, side by side: [..., 3 C] -> [..., C]."""
   return jnp.sum(product.reshape(*product.shape[:-1], 3, product.shape[-1] // 3), axis=-2)
 
 
@@ -29,34 +32,38 @@ def scorer_rows(kernel: jax.Array, multiple: int) -> jax.Array:
 
   `scorer_logits` turns the products of x with these rows into x W, as exact as `exact_product`.
   """
-  rows = jnp.concatenate(_parts(kernel), axis=-1).T
+  rows = jnp.concatenate(parts_of(kernel), axis=-1).T
   return jnp.pad(rows, ((0, -len(rows) % multiple), (0, 0)))
 
 
 def scorer_logits(products: jax.Array, features: int) -> jax.Array:
   """Sums the products with the rows of `scorer_rows`: [..., M] float32 -> [..., G]."""
-  return _sum_of_parts(products[..., : 3 * features])
+  return sum_of_parts(products[..., : 3 * features])
 
 
-@jax.custom_vjp
 def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Multiplies x [..., E] bfloat16 by W [E, C] float32, as exactly as in float32.
 
   The gradient of W is as exact; that of x uses W rounded to bfloat16, as in other products.
   """
-  return _sum_of_parts(
-    jnp.matmul(x, jnp.concatenate(_parts(kernel), axis=-1), preferred_element_type=jnp.float32)
+  return _exact_product(x, cast_varying(kernel, x))
+
+
+@jax.custom_vjp
+def _exact_product(x, kernel):
+  return sum_of_parts(
+    jnp.matmul(x, jnp.concatenate(parts_of(kernel), axis=-1), preferred_element_type=jnp.float32)
   )
 
 
 def _exact_product_fwd(x, kernel):
-  return exact_product(x, kernel), (x, kernel)
+  return _exact_product(x, kernel), (x, kernel)
 
 
 def _exact_product_bwd(residuals, d_out):
   x, kernel = residuals
-  d_parts = jnp.concatenate(_parts(d_out), axis=-1)
-  d_kernel = _sum_of_parts(
+  d_parts = jnp.concatenate(parts_of(d_out), axis=-1)
+  d_kernel = sum_of_parts(
     jnp.einsum("...e,...c->ec", x, d_parts, preferred_element_type=jnp.float32)
   )
   d_x = jnp.matmul(
@@ -65,4 +72,4 @@ def _exact_product_bwd(residuals, d_out):
   return d_x.astype(x.dtype), d_kernel
 
 
-exact_product.defvjp(_exact_product_fwd, _exact_product_bwd)
+_exact_product.defvjp(_exact_product_fwd, _exact_product_bwd)

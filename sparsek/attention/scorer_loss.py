@@ -3,12 +3,14 @@ the window.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparsek.attention.backends import choose_implementation
 from sparsek.attention.documents import document_bounds
 from sparsek.kernels import saved
 from sparsek.kernels.sentinels import LOWEST
@@ -44,6 +46,7 @@ def attention_mass_loss(
   scale: float | None = None,
   segment_ids: jax.Array | None = None,
   axis: str | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   r"""Computes the loss of a scorer, in nats: how badly its scores predict which candidates full
   attention reads.
@@ -65,7 +68,7 @@ def attention_mass_loss(
   become less sure.
 
   Only scores have a gradient, `M_i softmax_{C_i}(u)_j - A_ij`, which is formed in the forward pass.
-  Time is O(num_queries n), memory O(n) beside BLOCK_LOGITS.
+  Time is O(num_queries n), memory O(n), under XLA beside BLOCK_LOGITS.
 
   Args:
     scores: [batch, n, G] float32, without exploration noise.
@@ -80,10 +83,15 @@ def attention_mass_loss(
     axis: name of the mesh axis over which tokens are sharded, inside `jax.shard_map`: `scores`,
       `query` and `key` then hold this shard's tokens, `segment_ids` those of whole rows, and
       `queries` positions in whole rows, the same on every shard.
+    implementation: "mosaic_gpu" computes it by kernels for Hopper GPUs, which is the default where
+      they can run, and every other implementation of attention under XLA.
 
   Returns:
     float32 scalar, summed over rows: the mean of L_i over the queries of a row that count and over
     KV heads. With `axis` its part that the shards sum to it, the same on each.
+
+  Raises:
+    NotImplementedError: if the implementation asked for by name cannot run here, with the reason.
   """
   batch, n, groups = scores.shape
   shards = 1 if axis is None else lax.axis_size(axis)
@@ -97,8 +105,23 @@ def attention_mass_loss(
   weight = counted / (jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1) * groups)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
   scores, window = scores.astype(jnp.float32), min(int(window), shards * n)
-  asked = _asked(query, queries, axis)
-  return _loss(scores, asked, key, queries, at(start), weight, window, scale, axis)
+  chosen = choose_implementation(implementation, query, segment_ids, 0).implementation
+  static = Static(window, scale, axis, chosen == "mosaic_gpu")
+  return _loss(scores, _asked(query, queries, axis), key, queries, at(start), weight, static)
+
+
+class Static(NamedTuple):
+  """Options of the loss, besides its arrays."""
+
+  window: int
+  scale: float
+  axis: str | None
+  kernels: bool  # for Hopper GPUs
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Arguments by keyword of both implementations."""
+    return {"window": self.window, "scale": self.scale, "axis": self.axis}
 
 
 def _asked(query, queries, axis):
@@ -116,12 +139,29 @@ def _first(length, axis):
   return 0 if axis is None else lax.axis_index(axis) * length
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _loss(scores, asked, key, queries, start, weight, window, scale, axis):
-  return _forward(scores, asked, key, queries, start, weight, window, scale, axis)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _loss(scores, asked, key, queries, start, weight, static):
+  return _forward(scores, asked, key, queries, start, weight, static)[0]
 
 
-def _forward(scores, asked, key, queries, start, weight, window, scale, axis):
+def _forward(scores, asked, key, queries, start, weight, static):
+  if static.kernels:
+    from sparsek.kernels.hopper import scorer_loss as hopper
+
+    first = _first(scores.shape[1], static.axis)
+    total, d_scores = hopper.attention_mass(
+      scores, asked, key, queries - first, start - first, weight, **static.options
+    )
+  else:
+    total, d_scores = _by_xla(scores, asked, key, queries, start, weight, **static.options)
+  # The shards' parts sum to the total, and each shard has the gradient of the total in its scores.
+  total = total if static.axis is None else total / lax.axis_size(static.axis)
+  return total, saved.saved(d_scores)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "scale", "axis"))
+def _by_xla(scores, asked, key, queries, start, weight, *, window, scale, axis):
+  """Returns the loss and its gradient in the scores, a block of queries at a time."""
   (batch, n, groups), (number, heads, dim) = scores.shape, asked.shape[1:]
   most = max(1, BLOCK_LOGITS // (batch * heads * n))
   block = -(-number // -(-number // most))  # as many blocks as that needs, of equal size
@@ -139,7 +179,7 @@ def _forward(scores, asked, key, queries, start, weight, window, scale, axis):
     seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
     candidate_Bx1xCxN = (seen_BxCxN & (j + window <= i_BxCx1))[:, None]
     logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
-    candidates_BxGxCxN = jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, LOWEST)
+    candidates_BxGxCxN = jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, np.finfo(np.float32).min)
     top, top_score = over_shards(lax.pmax, (_max(logits_BxGxRxCxN), _max(candidates_BxGxCxN)))
     top_score = jnp.where(jnp.isfinite(top_score), top_score, 0)  # as logsumexp does
     weights_BxGxRxCxN = jnp.exp(logits_BxGxRxCxN - top)
@@ -148,19 +188,17 @@ def _forward(scores, asked, key, queries, start, weight, window, scale, axis):
     )
     attention_BxGxCxN = jnp.mean(weights_BxGxRxCxN / total_weight, axis=2)
     attention_BxGxCxN = jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0)
-    lse_BxGxC = (jnp.log(total_exp) + top_score)[..., 0]
-    information_BxGxCxN = (
-      jax.scipy.special.xlogy(attention_BxGxCxN, attention_BxGxCxN)
-      - attention_BxGxCxN * scores_BxGx1xN
+    # the logarithm of what the scores expect of the candidates' attention
+    expected_BxGxCxN = scores_BxGx1xN - top_score - jnp.log(total_exp)
+    information_BxGxCxN = jnp.where(
+      attention_BxGxCxN > 0, attention_BxGxCxN * (jnp.log(attention_BxGxCxN) - expected_BxGxCxN), 0
     )
     mass_BxGxC, information_BxGxC = over_shards(
       lax.psum, (jnp.sum(attention_BxGxCxN, axis=-1), jnp.sum(information_BxGxCxN, axis=-1))
     )
-    loss_BxGxC = (
-      information_BxGxC - jax.scipy.special.xlogy(mass_BxGxC, mass_BxGxC) + mass_BxGxC * lse_BxGxC
-    )
+    loss_BxGxC = information_BxGxC - jax.scipy.special.xlogy(mass_BxGxC, mass_BxGxC)
     expected_BxGxCxN = jnp.where(
-      candidate_Bx1xCxN, mass_BxGxC[..., None] * jnp.exp(scores_BxGx1xN - lse_BxGxC[..., None]), 0
+      candidate_Bx1xCxN, mass_BxGxC[..., None] * jnp.exp(expected_BxGxCxN), 0
     )
     d_scores_BxGxN += jnp.einsum(
       "bgcj,bc->bgj",
@@ -185,9 +223,7 @@ def _forward(scores, asked, key, queries, start, weight, window, scale, axis):
     blocks(weight),
   )
   (total, d_scores), _ = lax.scan(body, zero, xs)
-  # The shards' parts sum to the total, and each shard has the gradient of the total in its scores.
-  total = total if axis is None else total / lax.axis_size(axis)
-  return total, saved.saved(jnp.swapaxes(d_scores, 1, 2))
+  return total, jnp.swapaxes(d_scores, 1, 2)
 
 
 def _max(x):
@@ -198,7 +234,7 @@ def _sum(x):
   return jnp.sum(x, axis=-1, keepdims=True)
 
 
-def _backward(window, scale, axis, residuals, d_total):
+def _backward(static, residuals, d_total):
   return (d_total * residuals[0], None, None, None, None, None)
 
 

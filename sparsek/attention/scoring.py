@@ -188,8 +188,22 @@ class ScoringNetwork(nn.Module):
     """Number of tokens that must follow a token before its score is final."""
     return self.lookahead if self.kind == "conv" else 0
 
+  def input_matrix(self) -> jax.Array | None:
+    """Returns the matrix [E, C] that hidden states are multiplied by; None for "random".
+
+    The parameters must exist.
+    """
+    if self.kind == "random":
+      return None
+    inputs = [self.linear, self.conv_in] if self.kind == "conv" else [self.linear]
+    return jnp.concatenate([module.get_variable("params", "kernel") for module in inputs], axis=1)
+
   def __call__(
-    self, x_BxNxE: jax.Array, segment_ids: jax.Array | None = None, layer: jax.Array | int = 0
+    self,
+    x_BxNxE: jax.Array,
+    segment_ids: jax.Array | None = None,
+    layer: jax.Array | int = 0,
+    products_BxNxC: jax.Array | None = None,
   ) -> jax.Array:
     """Scores whole rows.
 
@@ -197,6 +211,8 @@ class ScoringNetwork(nn.Module):
       x_BxNxE: hidden states of any floating dtype.
       segment_ids: [B, N] or None; everything restarts where the id changes.
       layer: index of the layer, the salt of the fixed noise.
+      products_BxNxC: float32, x times `input_matrix`, if they are known. Only the shape of x is
+        then used.
 
     Returns:
       [B, N, G] float32. The last `delay` tokens of a row see zeros ahead; they are no candidates
@@ -208,17 +224,25 @@ class ScoringNetwork(nn.Module):
     if self.kind == "random":
       return self._random_scores(layer, position_BxN)
     start_BxR, end_BxR = document_bounds(segment_ids, batch, row)
-    logits_BxNxG = self._logits(x_BxNxE, start_BxR)
+    logits_BxNxG = self._logits(x_BxNxE, start_BxR, products_BxNxC)
     if self.normalize:
       logits_BxNxG = self._normalized(logits_BxNxG, start_BxR, end_BxR)
     return self._scores(logits_BxNxG, position_BxN, layer)
 
-  def _logits(self, x_BxNxE, start_BxR):
+  def _logits(self, x_BxNxE, start_BxR, products_BxNxC=None):
     """Returns logits, given the start of each token's document in whole rows."""
-    length, logits_BxNxG = x_BxNxE.shape[1], self.linear(x_BxNxE)
+    length = x_BxNxE.shape[1]
+    if products_BxNxC is None:
+      logits_BxNxG = self.linear(x_BxNxE)
+    else:
+      logits_BxNxG = products_BxNxC[..., : self.num_scores]
     if self.kind != "conv":
       return logits_BxNxG
-    channels = self._with_neighbours(self.conv_in(x_BxNxE))
+    if products_BxNxC is None:
+      channels_BxNxC = self.conv_in(x_BxNxE)
+    else:
+      channels_BxNxC = products_BxNxC[..., self.num_scores :]
+    channels = self._with_neighbours(channels_BxNxC)
     reach = ((0, 0), (self.lookback, self.lookahead))
     start = self._cut(jnp.pad(start_BxR, reach, constant_values=-1), length, channels.shape[1])
     same_BxNxT = self._taps(start, length) == self._cut(start_BxR, length, length)[..., None]

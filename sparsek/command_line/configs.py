@@ -1,7 +1,8 @@
 """Parsed flags, turned into the frozen dataclasses of `sparsek.config`."""
 
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -10,6 +11,9 @@ from sparsek import config as config_lib
 from sparsek.command_line import model_fields
 from sparsek.command_line.definer import names_of
 from sparsek.errors import UsageError
+
+# Flags without effect where no scorer learns.
+OF_LEARNED_SCORERS = ("scorer_loss", "scorer_loss_queries", "scorer_lr_multiplier")
 
 
 def _build(flag_values: flags.FlagValues, constructor: Callable, *args: Any, **fields: Any) -> Any:
@@ -77,6 +81,44 @@ def override_config(
     UsageError: for values that do not go together.
   """
   return _build(flag_values, dataclasses.replace, config, **model_overrides(flag_values))
+
+
+def unused_flags(
+  config: config_lib.TransformerConfig, flag_values: flags.FlagValues
+) -> dict[str, str]:
+  """Returns the flags of attention and scorers that no layer takes, as "--k=5", and why.
+
+  Flags that were not given, or have their default value, are left out.
+  """
+  reasons = {
+    name: config.why_unused(name)
+    for name in model_overrides(flag_values)
+    if name in ("k", "window", "gate") or name.startswith("scorer")
+  }
+  if not config.learns_scores:
+    of_learning = [name for name in OF_LEARNED_SCORERS if name in flag_values]
+    for name in of_learning:
+      if flag_values[name].value not in (None, 0, flag_values[name].default):
+        reasons[name] = config.why_unused("scorer") or f"scorer={config.scorer} learns nothing"
+  return {
+    f"--{name}={flag_values[name].value}": reason for name, reason in reasons.items() if reason
+  }
+
+
+def warn_of_unused(config: config_lib.TransformerConfig, flag_values: flags.FlagValues) -> None:
+  """Prints a line for each flag of attention and scorers that changes nothing."""
+  for flag, reason in unused_flags(config, flag_values).items():
+    print(f"warning: {flag} has no effect: {reason}", file=sys.stderr)
+
+
+def refuse_unused(
+  configs: Sequence[config_lib.TransformerConfig], flag_values: flags.FlagValues
+) -> None:
+  """Raises UsageError for a flag of attention that none of these models takes."""
+  unused = [unused_flags(config, flag_values) for config in configs]
+  for flag, reason in unused[0].items():
+    if all(flag in of for of in unused):
+      raise UsageError(f"{flag} has no effect: {reason}")
 
 
 def data_config(flag_values: flags.FlagValues) -> config_lib.DataConfig:

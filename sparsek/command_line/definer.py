@@ -1,15 +1,24 @@
 """The definition of flags of all types, in groups, and the text of flags in flagfiles."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
 from sparsek.command_line import path_flags
-from sparsek.config import check_choice
+from sparsek.config import (
+  MAX_INT,
+  DataConfig,
+  OptimizerConfig,
+  Range,
+  TrainConfig,
+  TransformerConfig,
+  check_choice,
+  number_ranges,
+)
 
-MAX_INT = 2**31 - 1
+# Flags with the name of a field have its range.
+RANGES = number_ranges(TransformerConfig, DataConfig, OptimizerConfig, TrainConfig)
 # Flags that say where a process runs, and belong to no record of what it does.
 OF_PROCESSES = (
   "coordinator_address",
@@ -30,36 +39,18 @@ class _Number(flags.ArgumentParser):
   Unlike absl's own parsers it refuses nan and inf, and names the bounds in words.
   """
 
-  def __init__(
-    self,
-    kind: type,
-    lower: float | None = None,
-    upper: float | None = None,
-    upper_is_open: bool = False,
-  ):
-    self.kind, self.lower, self.upper, self.upper_is_open = kind, lower, upper, upper_is_open
-    self.syntactic_help = f"{'an integer' if kind is int else 'a number'}{self._bounds()}"
-
-  def _bounds(self) -> str:
-    at_least = "" if self.lower is None else f" of at least {self.lower}"
-    if self.upper is None or self.upper == MAX_INT:
-      return at_least
-    return (
-      f"{at_least}{' and' if at_least else ''} "
-      f"{'below' if self.upper_is_open else 'at most'} {self.upper}"
-    )
+  def __init__(self, kind: type, allowed: Range):
+    self.kind, self.allowed = kind, allowed
+    self.syntactic_help = allowed.described(kind)
 
   def parse(self, argument: Any) -> Any:
     try:
       value = self.kind(argument)
     except (TypeError, ValueError, OverflowError):
       raise ValueError(f"must be {self.syntactic_help}") from None
-    if self.upper == MAX_INT and value > MAX_INT:
+    if isinstance(value, int) and value > MAX_INT and self.allowed.upper in (None, MAX_INT):
       raise ValueError(f"must be at most {MAX_INT}")
-    too_large = self.upper is not None and (
-      value > self.upper or (self.upper_is_open and value == self.upper)
-    )
-    if not math.isfinite(value) or (self.lower is not None and value < self.lower) or too_large:
+    if value not in self.allowed:
       raise ValueError(f"must be {self.syntactic_help}")
     return value
 
@@ -96,7 +87,10 @@ class Definer:
       define(*args, flag_values=self.flag_values, **kwargs)
       setattr(self.flag_values[name], _GROUP, self.group)
 
-  def _number(self, name: str, default: float | None, help_text: str, parser: _Number) -> None:
+  def _number(
+    self, name: str, default: float | None, help_text: str, kind: type, bounds: Range
+  ) -> None:
+    parser = _Number(kind, RANGES.get(name, bounds) if bounds == Range() else bounds)
     serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
     self._define(name, flags.DEFINE, parser, name, default, help_text, serializer=serializer)
 
@@ -106,10 +100,14 @@ class Definer:
     default: int | None,
     help_text: str,
     lower: int | None = None,
-    upper: int = MAX_INT,
+    upper: int | None = None,
   ) -> None:
-    """Defines a flag that holds an integer between `lower` and `upper`, both included."""
-    self._number(name, default, help_text, _Number(int, lower, upper))
+    """Defines a flag that holds an integer between `lower` and `upper`, both included.
+
+    By default it has the range of the configurations' field of this name. No integer is above
+    MAX_INT.
+    """
+    self._number(name, default, help_text, int, Range(lower, upper))
 
   def real(
     self,
@@ -118,10 +116,12 @@ class Definer:
     help_text: str,
     lower: float | None = None,
     upper: float | None = None,
-    upper_is_open: bool = False,
   ) -> None:
-    """Defines a flag that holds a finite number; `upper_is_open` leaves `upper` itself out."""
-    self._number(name, default, help_text, _Number(float, lower, upper, upper_is_open))
+    """Defines a flag that holds a finite number between `lower` and `upper`, both included.
+
+    By default it has the range of the configurations' field of this name.
+    """
+    self._number(name, default, help_text, float, Range(lower, upper))
 
   def string(self, name: str, default: str | None, help_text: str) -> None:
     """Defines a flag that holds any text."""

@@ -37,14 +37,12 @@ def define_attention_flags(flag_values: flags.FlagValues) -> None:
     "k",
     None,
     "Selected key/value pairs per query in sparsek layers. By default that of the preset or run.",
-    lower=1,
   )
   define.integer(
     "window",
     None,
     "Most recent tokens that each query sees, itself included. By default that of the preset or "
     "run.",
-    lower=0,
   )
   define.choice(
     "gate",
@@ -102,19 +100,16 @@ def _define_scorer(define: Definer) -> None:
     "scorer_lookahead",
     None,
     "Tokens after its own that a conv scorer may see, at most --window. By default 4.",
-    lower=0,
   )
   define.integer(
-    "scorer_lookback", None, "Tokens before its own that a conv scorer sees. By default 3.", lower=0
+    "scorer_lookback", None, "Tokens before its own that a conv scorer sees. By default 3."
   )
   define.boolean(
     "scorer_normalize",
     None,
     "Normalise scores causally over time before the learned scale. By default true.",
   )
-  define.real(
-    "scorer_init_scale", None, "Initial standard deviation of the scores. By default 1.", lower=0
-  )
+  define.real("scorer_init_scale", None, "Initial standard deviation of the scores. By default 1.")
   define.real(
     "scorer_init_slope",
     None,
@@ -130,7 +125,6 @@ def _define_scorer(define: Definer) -> None:
     None,
     "Initial amplitude of fixed noise in the scores; the amplitude is learned. By default 0, which "
     "means no noise.",
-    lower=0,
   )
   define.real(
     "scorer_init_sink",
@@ -142,27 +136,21 @@ def _define_scorer(define: Definer) -> None:
     "scorer_noise",
     None,
     "Standard deviation of normal noise on the scores, in training only. By default 0.",
-    lower=0,
   )
   define.integer(
-    "scorer_loss_queries",
-    None,
-    "Queries per row that --scorer_loss looks at. By default 128.",
-    lower=1,
+    "scorer_loss_queries", None, "Queries per row that --scorer_loss looks at. By default 128."
   )
 
 
 def _define_architecture(define: Definer) -> None:
   of_preset = "By default that of the preset."
-  define.integer("num_layers", None, f"Number of blocks. {of_preset}", lower=1)
-  define.integer("embed_dim", None, f"Width of the residual stream. {of_preset}", lower=1)
-  define.integer(
-    "num_heads", None, f"Query heads; a multiple of --num_kv_heads. {of_preset}", lower=1
-  )
-  define.integer("num_kv_heads", None, f"Key/value heads. {of_preset}", lower=1)
-  define.integer("head_dim", None, f"Width of a head; even. {of_preset}", lower=2)
-  define.integer("mlp_dim", None, f"Hidden width of the MLP. {of_preset}", lower=1)
-  define.real("rope_theta", None, "Base of the rotary embedding. By default 10000.", lower=1)
+  define.integer("num_layers", None, f"Number of blocks. {of_preset}")
+  define.integer("embed_dim", None, f"Width of the residual stream. {of_preset}")
+  define.integer("num_heads", None, f"Query heads; a multiple of --num_kv_heads. {of_preset}")
+  define.integer("num_kv_heads", None, f"Key/value heads. {of_preset}")
+  define.integer("head_dim", None, f"Width of a head; even. {of_preset}")
+  define.integer("mlp_dim", None, f"Hidden width of the MLP. {of_preset}")
+  define.real("rope_theta", None, "Base of the rotary embedding. By default 10000.")
   define.flag(ModelFlag())
   define.choice(
     "remat",

@@ -17,6 +17,7 @@ before JAX and others are imported, which takes seconds:
 """
 
 import contextlib
+import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 
 _HELPFULL = "--helpfull"
+_COLLECTOR = (100_000, 50, 100)  # thresholds of `gc.set_threshold`
 _imports = contextlib.ExitStack()  # what lasts while the module of a command imports JAX
 
 
@@ -92,6 +94,8 @@ def parse_first(
   except UsageError as error:
     print(f"error: {as_typed(str(error))}", file=sys.stderr)
     sys.exit(2)
+  # Modules and traced functions are many objects that stay: look at all of them less often.
+  gc.set_threshold(*_COLLECTOR)
   if sys.stderr.isatty():
     _imports.enter_context(terminal.said_if_slow("importing the libraries ..."))
 

@@ -81,12 +81,11 @@ def define_data_flags(flag_values: flags.FlagValues) -> None:
     "the data was made.",
     words=("byte",),
   )
-  define.integer("seq_len", default.seq_len, "Tokens per row.", lower=1)
+  define.integer("seq_len", default.seq_len, "Tokens per row.")
   define.integer(
     "batch_size",
     default.batch_size,
     "Rows per optimizer step, over all devices and accumulation steps.",
-    lower=1,
   )
   define.boolean(
     "segment_documents",
@@ -114,47 +113,34 @@ def _define_schedule(define: Definer) -> None:
     "num_steps",
     OPTIMIZER.num_steps,
     "Optimizer steps of the whole run, and length of the learning-rate schedule.",
-    lower=1,
   )
   define.integer(
     "stop_at",
     None,
     "Stop at this step, before --num_steps. The same command with another --k, --window, --gate or "
     "--scorer_noise goes on under it, for example to anneal one of them. By default --num_steps.",
-    lower=1,
   )
-  define.real("learning_rate", OPTIMIZER.learning_rate, "Peak learning rate.", lower=0)
+  define.real("learning_rate", OPTIMIZER.learning_rate, "Peak learning rate.")
   define.integer(
     "warmup_steps",
     None,
     "Steps of linear warm-up, at most --num_steps. By default a tenth of them, at most 100.",
-    lower=0,
   )
   define.real(
-    "final_lr_ratio",
-    OPTIMIZER.final_lr_ratio,
-    "Learning rate at the end divided by the peak.",
-    lower=0,
-    upper=1,
+    "final_lr_ratio", OPTIMIZER.final_lr_ratio, "Learning rate at the end divided by the peak."
   )
 
 
 def _define_optimizer(define: Definer) -> None:
+  define.real("weight_decay", OPTIMIZER.weight_decay, "Decoupled weight decay, on matrices only.")
   define.real(
-    "weight_decay", OPTIMIZER.weight_decay, "Decoupled weight decay, on matrices only.", lower=0
-  )
-  define.real(
-    "grad_clip",
-    OPTIMIZER.grad_clip,
-    "Largest global norm of the gradients; 0 turns clipping off.",
-    lower=0,
+    "grad_clip", OPTIMIZER.grad_clip, "Largest global norm of the gradients; 0 turns clipping off."
   )
   define.real(
     "spike_factor",
     RUN.spike_factor,
     "A step whose loss or gradient norm is more than this many times its running mean, or not "
     "finite, is a spike, and its update is not applied. Above 1; 0 means that no step is a spike.",
-    lower=0,
   )
   define.choice(
     "on_spike",
@@ -164,9 +150,7 @@ def _define_optimizer(define: Definer) -> None:
     "stop: end the run.",
   )
   for name, default, moment in (("b1", OPTIMIZER.b1, "first"), ("b2", OPTIMIZER.b2, "second")):
-    define.real(
-      name, default, f"Decay of Adam's {moment} moment.", lower=0, upper=1, upper_is_open=True
-    )
+    define.real(name, default, f"Decay of Adam's {moment} moment.")
 
 
 def _define_trained_parameters(define: Definer) -> None:
@@ -183,19 +167,14 @@ def _define_trained_parameters(define: Definer) -> None:
     "learn, as far as --trainable says; everything else is frozen: matrices, biases, norms, "
     "embeddings. Needs --init_from, and adapters of the run it names are merged first. Commands "
     "that read the run merge its adapters too. 0 means no adapters.",
-    lower=0,
   )
   define.real(
-    "lora_alpha",
-    None,
-    "The adapters' products count alpha / R times. By default --lora_rank.",
-    lower=0,
+    "lora_alpha", None, "The adapters' products count alpha / R times. By default --lora_rank."
   )
   define.real(
     "scorer_lr_multiplier",
     OPTIMIZER.scorer_lr_multiplier,
     "Learning rate of the scoring networks divided by that of everything else.",
-    lower=0,
   )
 
 
@@ -205,7 +184,6 @@ def _define_scorer_loss(define: Definer) -> None:
     RUN.scorer_loss,
     "Weight of the auxiliary loss that teaches scorers which tokens full attention reads. With 0 "
     "they learn by the gradient of the gates alone, as in the paper.",
-    lower=0,
   )
   define.boolean(
     "scorer_warmup",
@@ -221,8 +199,6 @@ def _define_teacher(define: Definer) -> None:
     RUN.distill,
     "Weight w of the teacher --distill_from: the objective is (1 - w) cross-entropy + w "
     "KL(teacher || model).",
-    lower=0,
-    upper=1,
   )
   define.path(
     "distill_from",
@@ -238,14 +214,12 @@ def _define_batches(define: Definer) -> None:
     RUN.seed,
     "Seed of the initial parameters, the order of the data, the noise on the scores and the "
     "queries of --scorer_loss.",
-    lower=0,
   )
   define_mesh_flags(define.flag_values)
   define.integer(
     "grad_accumulation",
     RUN.grad_accumulation,
     "Micro-batches per optimizer step; divides --batch_size.",
-    lower=1,
   )
   define_loss_chunk_flag(define.flag_values)
 
@@ -258,14 +232,12 @@ def define_mesh_flags(flag_values: flags.FlagValues) -> None:
     RUN.fsdp,
     "Devices over which the parameters are split, and in training gradients and moments; --fsdp x "
     "--context divides the number of devices. Rows are split over all but --context.",
-    lower=1,
   )
   define.integer(
     "context",
     RUN.context,
     "Devices over which the tokens of a row are split; divides their number. experiments.generate "
     "splits new prompts, of any length.",
-    lower=1,
   )
 
 
@@ -275,19 +247,18 @@ def define_loss_chunk_flag(flag_values: flags.FlagValues) -> None:
     "loss_chunk",
     RUN.loss_chunk,
     "Tokens whose logits exist at the same time in the cross-entropy, per device.",
-    lower=1,
   )
 
 
 def _define_records(define: Definer) -> None:
-  define.integer("log_every", RUN.log_every, "Steps between lines of metrics.jsonl.", lower=1)
+  define.integer("log_every", RUN.log_every, "Steps between lines of metrics.jsonl.")
   define.integer(
-    "eval_every", RUN.eval_every, "Steps between held-out evaluations; 0 turns them off.", lower=0
+    "eval_every", RUN.eval_every, "Steps between held-out evaluations; 0 turns them off."
   )
-  define.integer("eval_batches", RUN.eval_batches, "Batches per held-out evaluation.", lower=1)
-  define.integer("checkpoint_every", RUN.checkpoint_every, "Steps between checkpoints.", lower=1)
+  define.integer("eval_batches", RUN.eval_batches, "Batches per held-out evaluation.")
+  define.integer("checkpoint_every", RUN.checkpoint_every, "Steps between checkpoints.")
   define.integer(
-    "keep_checkpoints", RUN.keep_checkpoints, "How many of the newest checkpoints stay.", lower=1
+    "keep_checkpoints", RUN.keep_checkpoints, "How many of the newest checkpoints stay."
   )
 
 
@@ -298,7 +269,6 @@ def _define_start(define: Definer) -> None:
     "Go on from the checkpoint of this step; later ones, and the metrics so far, are set aside in "
     "WORKDIR/set_aside. The same command again does not go back again, but goes on from the newest "
     "checkpoint. By default the newest.",
-    lower=0,
   )
   define.path(
     "init_from",

@@ -3,8 +3,31 @@
 `sparsek.command_line.configs` makes them from flags; nothing here reads a flag.
 """
 
-from sparsek.config.checks import check_at_least, check_choice, whole_number
-from sparsek.config.layer_patterns import ATTENTION_KINDS, parse_layer_pattern, parse_term
+from sparsek.config.checks import (
+  MAX_INT,
+  Count,
+  Index,
+  Positive,
+  PositiveShare,
+  Range,
+  Share,
+  UnboundedCount,
+  UnboundedIndex,
+  Weight,
+  check_at_least,
+  check_choice,
+  check_fields,
+  check_number,
+  number_ranges,
+  whole_number,
+)
+from sparsek.config.layer_patterns import (
+  ATTENTION_KINDS,
+  fields_of_kind,
+  fields_of_term,
+  parse_layer_pattern,
+  parse_term,
+)
 from sparsek.config.model import (
   DTYPES,
   GATES,
@@ -36,6 +59,7 @@ __all__ = [
   "DTYPES",
   "GATES",
   "IMPLEMENTATIONS",
+  "MAX_INT",
   "MLPS",
   "NEED_WINDOW",
   "NORMS",
@@ -47,12 +71,26 @@ __all__ = [
   "ROPE_SCALINGS",
   "SCORERS",
   "TRAINABLE",
+  "Count",
   "DataConfig",
+  "Index",
   "OptimizerConfig",
+  "Positive",
+  "PositiveShare",
+  "Range",
+  "Share",
   "TrainConfig",
   "TransformerConfig",
+  "UnboundedCount",
+  "UnboundedIndex",
+  "Weight",
   "check_at_least",
   "check_choice",
+  "check_fields",
+  "check_number",
+  "fields_of_kind",
+  "fields_of_term",
+  "number_ranges",
   "parse_layer_pattern",
   "parse_profile_steps",
   "parse_rope_scaling",

@@ -17,6 +17,14 @@ ATTENTION_KINDS = [
   "block_topk",
   "linear",
 ]
+# Fields of TransformerConfig that a kind uses; kinds that are not listed use k and window. "scorer"
+# stands for all fields of scorers.
+_USES: dict[str, tuple[str, ...]] = {
+  "full": (),
+  "sliding_window": ("window",),
+  "linear": ("window",),
+  "sparsek": ("k", "window", "gate", "scorer"),
+}
 NAME = re.compile("[a-z][a-z0-9_]*")
 _TERM = re.compile(
   rf"({NAME.pattern})(?::k([0-9]{{1,10}}))?(?::w([0-9]{{1,10}}))?(?:\*([0-9]{{1,5}}))?"
@@ -36,8 +44,8 @@ def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:
     ValueError: for a term of any other form.
   """
   terms: list[str] = []
-  for term in pattern.split(",") if isinstance(pattern, str) else pattern:
-    match = _TERM.fullmatch(term.strip())
+  for term in pattern.split(",") if isinstance(pattern, str) else pattern or ("",):
+    match = _TERM.fullmatch(term.strip()) if isinstance(term, str) else None
     if not match or match[1] not in ATTENTION_KINDS or match[4] and int(match[4]) == 0:
       raise ValueError(
         f"attention pattern {pattern!r}: the term {term!r} is not KIND, KIND:kK, KIND:wWINDOW "
@@ -54,3 +62,18 @@ def parse_term(term: str) -> tuple[str, int | None, int | None]:
   assert match, f"{term!r} is no term of parse_layer_pattern"
   kind, k, window, _ = match.groups()
   return kind, int(k) if k else None, int(window) if window else None
+
+
+def fields_of_kind(kind: str) -> tuple[str, ...]:
+  """Returns which of k, window, gate and scorer a kind of attention uses."""
+  return _USES.get(kind, ("k", "window"))
+
+
+def fields_of_term(term: str) -> tuple[str, ...]:
+  """Returns which of k, window, gate and scorer a layer takes from the configuration.
+
+  Those that its term sets are left out.
+  """
+  kind, k, window = parse_term(term)
+  own = {"k": k, "window": window}
+  return tuple(name for name in fields_of_kind(kind) if own.get(name) is None)

@@ -2,10 +2,29 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from sparsek.config.checks import UNREGISTERED, check_at_least, check_choice
-from sparsek.config.layer_patterns import parse_layer_pattern, parse_term
+from sparsek.config.checks import (
+  MAX_INT,
+  UNREGISTERED,
+  Count,
+  Index,
+  Positive,
+  PositiveShare,
+  Range,
+  UnboundedCount,
+  UnboundedIndex,
+  Weight,
+  check_choice,
+  check_fields,
+  check_number,
+)
+from sparsek.config.layer_patterns import (
+  fields_of_kind,
+  fields_of_term,
+  parse_layer_pattern,
+  parse_term,
+)
 
 if TYPE_CHECKING:
   import jax.numpy as jnp
@@ -24,26 +43,6 @@ ROPE_SCALINGS = {
   "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"),
 }
 
-_AT_LEAST_1 = (
-  "vocab_size",
-  "num_layers",
-  "embed_dim",
-  "num_heads",
-  "num_kv_heads",
-  "head_dim",
-  "mlp_dim",
-  "k",
-  "scorer_loss_queries",
-)
-_AT_LEAST_0 = (
-  "window",
-  "scorer_lookahead",
-  "scorer_lookback",
-  "scorer_init_noise",
-  "scorer_noise",
-  "lora_rank",
-)
-
 
 def parse_rope_scaling(scaling: str | tuple | list | None) -> tuple | None:
   """Returns (name, *numbers) of "linear:FACTOR" or "llama3:FACTOR:LOW:HIGH:ORIGINAL".
@@ -56,17 +55,13 @@ def parse_rope_scaling(scaling: str | tuple | list | None) -> tuple | None:
   """
   if scaling is None:
     return None
-  kind, *parts = scaling.split(":") if isinstance(scaling, str) else scaling
-  names = ROPE_SCALINGS.get(kind, ())
+  kind, *parts = scaling.split(":") if isinstance(scaling, str) else scaling or ("",)
+  names = ROPE_SCALINGS.get(kind, ()) if isinstance(kind, str) else ()
   try:
     numbers = tuple(map(float, parts))
   except (TypeError, ValueError):
     numbers = ()
-  fits = (
-    kind in ROPE_SCALINGS
-    and len(numbers) == len(names)
-    and all(0 < number < math.inf for number in numbers)
-  )
+  fits = len(numbers) == len(names) > 0 and all(0 < number < math.inf for number in numbers)
   if not fits or (kind == "llama3" and numbers[1] >= numbers[2]):
     forms = " or ".join(
       ":".join((kind, *map(str.upper, names))) for kind, names in ROPE_SCALINGS.items()
@@ -149,35 +144,35 @@ class TransformerConfig:
     implementation: of attention; None chooses the fastest one that can run.
   """
 
-  vocab_size: int = 257
-  num_layers: int = 4
-  embed_dim: int = 128
-  num_heads: int = 4
-  num_kv_heads: int = 2
-  head_dim: int = 32
-  mlp_dim: int = 384
+  vocab_size: Count = 257
+  num_layers: Count = 4
+  embed_dim: Count = 128
+  num_heads: Count = 4
+  num_kv_heads: Count = 2
+  head_dim: Annotated[int, Range(2, MAX_INT)] = 32
+  mlp_dim: Count = 384
   attention: str | tuple[str, ...] = "sparsek"
-  k: int = 64
-  window: int = 64
+  k: UnboundedCount = 64
+  window: UnboundedIndex = 64
   gate: str = "straight_through"
   scorer: str = "linear"
-  scorer_lookahead: int = 4
-  scorer_lookback: int = 3
+  scorer_lookahead: Index = 4
+  scorer_lookback: Index = 3
   scorer_normalize: bool = True
-  scorer_init_scale: float = 1.0
+  scorer_init_scale: Weight = 1.0
   scorer_init_slope: float = 0.0
   scorer_shared: bool = False
-  scorer_init_noise: float = 0.0
+  scorer_init_noise: Weight = 0.0
   scorer_init_sink: float = 0.0
-  scorer_noise: float = 0.0
-  scorer_loss_queries: int = 128
+  scorer_noise: Weight = 0.0
+  scorer_loss_queries: Count = 128
   positions: str = "rope"
-  max_positions: int = 2048
-  rope_theta: float = 10000.0
-  rope_fraction: float = 1.0
+  max_positions: Annotated[int, Range(2, MAX_INT)] = 2048
+  rope_theta: Annotated[float, Range(1)] = 10000.0
+  rope_fraction: PositiveShare = 1.0
   rope_scaling: str | tuple | None = None
   norm: str = "rms_norm"
-  norm_eps: float = 1e-6
+  norm_eps: Positive = 1e-6
   qk_norm: bool = False
   mlp: str = "swiglu"
   use_bias: bool = False
@@ -185,14 +180,15 @@ class TransformerConfig:
   mlp_bias: bool = False
   parallel_residual: bool = False
   tie_embeddings: bool = True
-  lora_rank: int = 0
-  lora_alpha: float | None = None
+  lora_rank: Index = 0
+  lora_alpha: Positive | None = None
   dtype: str = "float32"
   remat: str = "none"
   scan_layers: bool = False
   implementation: str | None = None
 
   def __post_init__(self):
+    check_fields(self)
     object.__setattr__(self, "attention", parse_layer_pattern(self.attention))
     object.__setattr__(self, "rope_scaling", parse_rope_scaling(self.rope_scaling))
     self._check_numbers()
@@ -208,32 +204,27 @@ class TransformerConfig:
     self._check_layers()
 
   def _check_numbers(self) -> None:
-    for name in _AT_LEAST_1:
-      check_at_least(name, getattr(self, name), 1)
-    for name in _AT_LEAST_0:
-      check_at_least(name, getattr(self, name), 0)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} must be even, for the rotary embedding")
-    check_at_least("max_positions", self.max_positions, 2)
-    if not 0 < self.rope_fraction <= 1 or self.rope_dim < 2 or self.rope_dim % 2:
+    if self.rope_dim < 2 or self.rope_dim % 2:
       raise ValueError(
-        f"rope_fraction={self.rope_fraction} must be above 0, at most 1, and rotate an even "
-        f"number of head_dim={self.head_dim} features"
+        f"rope_fraction={self.rope_fraction} must rotate an even number of "
+        f"head_dim={self.head_dim} features, at least 2"
       )
-    if self.lora_alpha is not None and not (0 < self.lora_alpha < math.inf and self.lora_rank):
+    if self.lora_alpha is not None and not self.lora_rank:
       raise ValueError(
-        f"lora_alpha={self.lora_alpha} must be above 0, finite, and go with a lora_rank "
-        f"above 0; lora_rank={self.lora_rank}"
+        f"lora_alpha={self.lora_alpha} must go with a lora_rank above 0; lora_rank={self.lora_rank}"
       )
 
   def _check_layers(self) -> None:
     for kind, k, window in map(parse_term, self.attention):
       window = self.window if window is None else window
-      check_at_least(f"attention={','.join(self.attention)}: k", 1 if k is None else k, 1)
+      name = f"attention={','.join(self.attention)}: k"
+      check_number(name, 1 if k is None else k, UnboundedCount)
       if kind == "sparsek" and self.scorer == "conv" and self.scorer_lookahead > window:
         raise ValueError(
           f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token "
@@ -261,6 +252,27 @@ class TransformerConfig:
   def layer_kinds(self) -> tuple[str, ...]:
     """The attention kind of each layer."""
     return tuple(parse_term(term)[0] for term in self.layer_terms)
+
+  def values_of(self, name: str) -> tuple[int, ...]:
+    """Returns the different values of k or window in the layers that use it, in their order."""
+    layers = zip(self.layer_kinds, self.layer_configs)
+    values = [getattr(layer, name) for kind, layer in layers if name in fields_of_kind(kind)]
+    return tuple(dict.fromkeys(values))
+
+  def why_unused(self, name: str) -> str:
+    """Returns why no layer takes the value of `name`; "" where one does.
+
+    Args:
+      name: k, window, gate, scorer, or a field of scorers.
+    """
+    kind, pattern = name.partition("_")[0], ",".join(self.attention)
+    if not any(kind in fields_of_kind(layer) for layer in self.layer_kinds):
+      return f"no layer of attention={pattern} has a {kind}"
+    if not any(kind in fields_of_term(term) for term in self.attention):
+      return f"each layer of attention={pattern} has its own {kind}, or none"
+    if name in ("scorer_lookahead", "scorer_lookback") and self.scorer in ("linear", "random"):
+      return f"scorer={self.scorer} sees no tokens beside the scored one"
+    return ""
 
   @property
   def learns_scores(self) -> bool:

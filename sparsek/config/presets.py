@@ -3,7 +3,6 @@
 import dataclasses
 
 from sparsek.config.checks import check_choice
-from sparsek.config.layer_patterns import parse_layer_pattern
 from sparsek.config.model import TransformerConfig
 
 # The fields of a row of PRESETS, in order.
@@ -48,7 +47,7 @@ def preset(name: str, **overrides) -> TransformerConfig:
     "dtype": "float32" if name == "tiny" else "bfloat16",
     **overrides,
   }
-  pattern = parse_layer_pattern(values.get("attention", TransformerConfig.attention))
-  return TransformerConfig(
-    **{"scan_layers": name in QUICK and values["num_layers"] % len(pattern) == 0, **values}
-  )
+  config = TransformerConfig(**values)
+  if "scan_layers" in overrides or name not in QUICK or config.num_layers % len(config.attention):
+    return config
+  return dataclasses.replace(config, scan_layers=True)

@@ -3,7 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 
-from sparsek.config.checks import check_at_least, check_choice, whole_number
+from sparsek.config.checks import (
+  Count,
+  Decay,
+  Index,
+  Share,
+  Weight,
+  check_choice,
+  check_fields,
+  whole_number,
+)
 
 TRAINABLE = ("all", "attention", "scorer")
 ON_SPIKE = ("skip", "stop")
@@ -42,14 +51,13 @@ class DataConfig:
   """
 
   data: str = "stdlib"
-  seq_len: int = 512
-  batch_size: int = 8
-  seed: int = 0
+  seq_len: Count = 512
+  batch_size: Count = 8
+  seed: Index = 0
   segment_documents: bool = True
 
   def __post_init__(self):
-    for name in ("seq_len", "batch_size"):
-      check_at_least(name, getattr(self, name), 1)
+    check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +77,20 @@ class OptimizerConfig:
     scorer_lr_multiplier: learning rate of the scoring networks divided by that of everything else.
   """
 
-  learning_rate: float = 1e-3
-  warmup_steps: int = 100
-  num_steps: int = 1000
-  final_lr_ratio: float = 0.1
-  weight_decay: float = 0.1
-  grad_clip: float = 1.0
-  b1: float = 0.9
-  b2: float = 0.95
+  learning_rate: Weight = 1e-3
+  warmup_steps: Index = 100
+  num_steps: Count = 1000
+  final_lr_ratio: Share = 0.1
+  weight_decay: Weight = 0.1
+  grad_clip: Weight = 1.0
+  b1: Decay = 0.9
+  b2: Decay = 0.95
   trainable: str = "all"
-  scorer_lr_multiplier: float = 5.0
+  scorer_lr_multiplier: Weight = 5.0
 
   def __post_init__(self):
+    check_fields(self)
     check_choice("trainable", self.trainable, TRAINABLE)
-    check_at_least("num_steps", self.num_steps, 1)
-    for name in (
-      "learning_rate",
-      "warmup_steps",
-      "final_lr_ratio",
-      "weight_decay",
-      "grad_clip",
-      "scorer_lr_multiplier",
-    ):
-      check_at_least(name, getattr(self, name), 0)
     if self.warmup_steps > self.num_steps:
       raise ValueError(
         f"warmup_steps={self.warmup_steps} must be at most num_steps={self.num_steps}"
@@ -143,24 +142,24 @@ class TrainConfig:
   workdir: str
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
-  seed: int = 0
-  scorer_loss: float = 1.0
+  seed: Index = 0
+  scorer_loss: Weight = 1.0
   scorer_warmup: bool = False
-  distill: float = 0.0
+  distill: Share = 0.0
   distill_from: str | None = None
-  spike_factor: float = 0.0
+  spike_factor: Weight = 0.0
   on_spike: str = "skip"
-  restore_step: int | None = None
-  stop_at: int | None = None
-  fsdp: int = 1
-  context: int = 1
-  grad_accumulation: int = 1
-  loss_chunk: int = 2048
-  log_every: int = 10
-  eval_every: int = 200
-  eval_batches: int = 8
-  checkpoint_every: int = 200
-  keep_checkpoints: int = 3
+  restore_step: Index | None = None
+  stop_at: Count | None = None
+  fsdp: Count = 1
+  context: Count = 1
+  grad_accumulation: Count = 1
+  loss_chunk: Count = 2048
+  log_every: Count = 10
+  eval_every: Index = 200
+  eval_batches: Count = 8
+  checkpoint_every: Count = 200
+  keep_checkpoints: Count = 3
   init_from: str | None = None
   tensorboard: bool = False
   wandb: str | None = None
@@ -172,37 +171,23 @@ class TrainConfig:
     return "scorers' loss" if self.scorer_warmup else "loss"
 
   def __post_init__(self):
+    check_fields(self)
     steps = parse_profile_steps(self.profile_steps)
     object.__setattr__(self, "profile_steps", steps)
-    for name in (
-      "fsdp",
-      "context",
-      "grad_accumulation",
-      "loss_chunk",
-      "log_every",
-      "eval_batches",
-      "checkpoint_every",
-      "keep_checkpoints",
-    ):
-      check_at_least(name, getattr(self, name), 1)
-    if self.stop_at is not None:
-      check_at_least("stop_at", self.stop_at, 1)
     last = min(self.optimizer.num_steps, self.stop_at or self.optimizer.num_steps)
     if steps and steps[0] > last:
       raise ValueError(
         f"profile_steps={steps[0]}:{steps[1]} must begin at step {last} or before, the last step"
       )
-    for name in ("eval_every", "scorer_loss", "distill"):
-      check_at_least(name, getattr(self, name), 0)
     if self.spike_factor and not self.spike_factor > 1:
       raise ValueError(
         f"spike_factor={self.spike_factor} must be above 1, or 0 to look for no spikes"
       )
     check_choice("on_spike", self.on_spike, ON_SPIKE)
-    if self.distill > 1 or (self.distill > 0) != bool(self.distill_from):
+    if (self.distill > 0) != bool(self.distill_from):
       raise ValueError(
-        f"distill={self.distill} must be at most 1 and go with distill_from, its teacher: both "
-        f"or neither; distill_from={self.distill_from}"
+        f"distill={self.distill} must go with distill_from, its teacher: both or neither; "
+        f"distill_from={self.distill_from}"
       )
     if self.scorer_warmup and not (
       self.scorer_loss and self.optimizer.trainable == "scorer" and not self.distill

@@ -13,6 +13,7 @@ from sparsek.data.token_files import TokenDataset
 from sparsek.data.tokenizer import Tokenizer, read_bos
 from sparsek.errors import UsageError
 from sparsek.evaluation.loss_by_position import Evaluation, bits_per_byte
+from sparsek.parallel.mesh import CONTEXT
 from sparsek.runs import run_directory, run_record
 from sparsek.training.checks import check_batch, check_context, check_length
 
@@ -37,7 +38,7 @@ class Run:
     Raises:
       UsageError: where the run was imported, and so was trained on none.
     """
-    source = data or self.record["data"]["data"]
+    source = self.record["data"]["data"] if data is None else data
     if not source:
       raise UsageError(
         f"--data is required: {self.workdir} was imported; make data with "
@@ -63,7 +64,8 @@ def heldout_rows(
     mesh: the devices over which batches are spread.
     num_batches: largest number of batches.
     data: token files; None for those that the runs were trained on.
-    seq_len, batch_size: None for the largest that one of the runs was trained with.
+    seq_len, batch_size: None for the largest that one of the runs was trained with, the latter
+      rounded up to a multiple of the devices.
   Raises:
     UsageError: where the runs read different tokens, rows are too long for the data or a model, or
       the mesh cannot split them.
@@ -76,7 +78,11 @@ def heldout_rows(
         f"({datasets[0].folder} and {dataset.folder}): "
         f"evaluate them one by one, or give --data"
       )
-  seq_len = seq_len or max(run.record["data"]["seq_len"] for run in runs)
+  if seq_len is None:
+    seq_len = max(run.record["data"]["seq_len"] for run in runs)
+  groups = mesh.size // mesh.shape[CONTEXT]
+  if batch_size is None:
+    batch_size = -(-max(run.record["data"]["batch_size"] for run in runs) // groups) * groups
   available = datasets[0].split("heldout").num_tokens - 1
   if seq_len > max(available, 1):
     raise UsageError(
@@ -85,10 +91,13 @@ def heldout_rows(
     )
   rows = DataConfig(
     seq_len=seq_len,
-    batch_size=batch_size or max(run.record["data"]["batch_size"] for run in runs),
+    batch_size=batch_size,
     segment_documents=runs[0].record["data"]["segment_documents"],
   )
   check_batch(mesh, rows.batch_size)
+  # Rows of padding beyond the held-out split would only take memory.
+  needed = -(-available // (seq_len * groups)) * groups
+  rows = dataclasses.replace(rows, batch_size=min(rows.batch_size, max(needed, groups)))
   for run in runs:
     check_length(run.config, seq_len)
     check_context(run.config, mesh, seq_len)

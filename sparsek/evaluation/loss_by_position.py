@@ -1,9 +1,10 @@
 """Held-out loss of a model, as a whole and by how much context a prediction had."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparsek.config import TransformerConfig
 from sparsek.data.token_files import TokenSplit
+from sparsek.errors import RunError
 from sparsek.model.transformer import Params, Transformer, output_matrix, parameter_specs
 from sparsek.parallel.mesh import AXES, FSDP, batch_specs, make_mesh, put_batch
 from sparsek.parallel.sharded_scores import token_positions
@@ -143,17 +145,18 @@ def evaluate(
     mesh: devices over which parameters, rows and their tokens are spread; None: rows over all.
   Raises:
     ValueError: if rows are longer than the last edge, or no target counts at all.
+    RunError: where memory does not hold a batch.
   """
   mesh = make_mesh() if mesh is None else mesh
   params = jax.device_put(params, placements(mesh, params))
   bucket_sums = make_bucket_sums(config, edges, loss_chunk, mesh)
   total, count = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
   for batch in batches:
-    if batch["tokens"].shape[1] - 1 > edges[-1]:
-      raise ValueError(
-        f"edges={tuple(edges)} must reach the rows' length {batch['tokens'].shape[1] - 1}"
-      )
-    loss, number = jax.device_get(bucket_sums(params, put_batch(mesh, batch)))
+    rows, length = batch["tokens"].shape
+    if length - 1 > edges[-1]:
+      raise ValueError(f"edges={tuple(edges)} must reach the rows' length {length - 1}")
+    with _memory_that_holds(rows, length - 1):
+      loss, number = jax.device_get(bucket_sums(params, put_batch(mesh, batch)))
     total, count = total + loss, count + number
   if not count.sum():
     raise ValueError("batches hold no target: every document is shorter than two tokens")
@@ -162,6 +165,20 @@ def evaluate(
     for first, end, loss, number in zip(edges[:-1], edges[1:], total, count)
   )
   return Evaluation(float(total.sum() / count.sum()), int(count.sum()), buckets)
+
+
+@contextlib.contextmanager
+def _memory_that_holds(rows: int, seq_len: int) -> Iterator[None]:
+  """Raises RunError where memory does not hold a batch of that size in the block."""
+  try:
+    yield
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise RunError(
+      f"memory does not hold --batch_size={rows} rows of --seq_len={seq_len} tokens: lower one of "
+      "them, or --loss_chunk"
+    ) from error
 
 
 def bits_per_byte(loss: float, split: TokenSplit) -> float:

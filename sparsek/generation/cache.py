@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsek.attention.scoring import ScorerState
-from sparsek.config import TransformerConfig, check_at_least
+from sparsek.config import TransformerConfig, UnboundedCount, UnboundedIndex, check_number
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
@@ -71,9 +71,9 @@ def init_cache(
     NotImplementedError: for a registered kind of attention, or a registered scorer that cannot
       stream.
   """
-  check_at_least("batch_size", batch_size, 1)
+  batch_size = check_number("batch_size", batch_size, UnboundedCount)
   if support_size is not None:
-    check_at_least("support_size", support_size, 0)
+    support_size = check_number("support_size", support_size, UnboundedIndex)
   for kind in config.layer_kinds:
     if kind in BASELINES:
       raise ValueError(
@@ -93,7 +93,7 @@ def init_cache(
         "max_length=None: a model with full attention layers keeps every token, so "
         "init_cache needs max_length >= 1"
       )
-    check_at_least("max_length", max_length, 1)
+    max_length = check_number("max_length", max_length, UnboundedCount)
   return _empty(config, batch_size, max_length, support_size)
 
 
@@ -212,7 +212,8 @@ def prefill(
       parameters are then those of `inference_params` with this mesh.
   Returns:
     Logits [B, m, vocab_size] float32 ([B, 1, vocab_size] with last_only; NaN in rows without
-    tokens), meaningless beyond `lengths`, and the cache after these tokens.
+    tokens, and after a token that is no id of the vocabulary), meaningless beyond `lengths`, and
+    the cache after these tokens.
   Raises:
     ValueError: for bad shapes, lengths out of range, or a cache made for another configuration or
       batch.
@@ -220,14 +221,16 @@ def prefill(
   if tokens.ndim != 2 or tokens.shape[1] < 1:
     raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, m] with m >= 1")
   if chunk_size is not None:
-    check_at_least("chunk_size", chunk_size, 1)
+    chunk_size = check_number("chunk_size", chunk_size, UnboundedCount)
   check_cache(config, cache, tokens)
   batch, length = tokens.shape
   lengths = _check_lengths(lengths, batch, length)
   params, chunk_size = inference_params(config, params), chunk_size or default_chunk(config)
   fresh = not isinstance(cache.seen, jax.core.Tracer) and not np.any(cache.seen)
   if not isinstance(tokens, jax.core.Tracer):
-    tokens = np.asarray(tokens, np.int32)  # sliced and padded by NumPy: nothing to compile
+    tokens = np.asarray(tokens)  # sliced and padded by NumPy: nothing to compile
+    in_vocabulary = (tokens >= 0) & (tokens < config.vocab_size)
+    tokens = np.where(in_vocabulary, tokens, -1).astype(np.int32)
   pad = jnp.pad if isinstance(tokens, jax.core.Tracer) else np.pad
   clip = jnp.clip if isinstance(lengths, jax.core.Tracer) else np.clip
   if not donate:
@@ -308,7 +311,8 @@ def decode_step(
     active: [B] bool; rows where it is False stay as they are, and their logits mean nothing. None:
       all advance.
   Returns:
-    Logits [B, vocab_size] float32 of the next token, and the next cache.
+    Logits [B, vocab_size] float32 of the next token, NaN where a token was no id of the vocabulary,
+    and the next cache.
   Raises:
     ValueError: as `prefill`.
   """
@@ -328,6 +332,7 @@ def _decode(config, params, cache, token, active):
   if devices.can_run():
     from sparsek.generation import cached_kernels  # needs private names of JAX
 
+    token = jnp.where(active, token, 0)  # what is computed for the others must be finite
     if cached_kernels.supports(config, params, cache.layers):
       hidden_BxE, layers = cached_kernels.step(
         config, params, cache.layers, cache.seen, token, active
@@ -422,11 +427,11 @@ def _forward(config, params, cache, tokens_BxC, count_B, fresh):
   Returns hidden states before the last norm, and the next cache; `fresh` as in `CachedBlocks`.
   """
   seen, length = cache.seen, tokens_BxC.shape[1]
-  # Tokens that do not exist are fed as if at position 0: what is computed for them is never read,
+  # Tokens that do not exist are fed as id 0 at position 0: what is computed for them is never read,
   # but must be finite.
-  position_BxC = jnp.where(
-    jnp.arange(length) < count_B[:, None], seen[:, None] + jnp.arange(length), 0
-  )
+  exists = jnp.arange(length) < count_B[:, None]
+  position_BxC = jnp.where(exists, seen[:, None] + jnp.arange(length), 0)
+  tokens_BxC = jnp.where(exists, tokens_BxC, 0)
   x_BxCxE = inference.embed(config, params, tokens_BxC, position_BxC)
   blocks = CachedBlocks(config, params, cache.layers, seen, position_BxC, count_B, fresh)
   x_BxCxE, layers = blocks.run(x_BxCxE)

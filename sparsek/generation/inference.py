@@ -19,7 +19,7 @@ from sparsek.kernels import devices
 from sparsek.model import lora
 from sparsek.model.layers import RMSNorm, make_norm, rotary_embedding
 from sparsek.model.scorers import SCORER_FACTORIES
-from sparsek.model.transformer import Params, hidden_to_logits, init_params, layer_params
+from sparsek.model.transformer import Params, hidden_to_logits, init_params, layer_params, rows_of
 from sparsek.parallel.mesh import FSDP, axis_size
 from sparsek.parallel.sharding import computed_on, gather, partition_specs, placements
 
@@ -235,13 +235,14 @@ def embed(
 ) -> jax.Array:
   """Returns the embeddings [B, C, E] of tokens [B, C] at positions [B, C], in the activation dtype.
 
-  They are NaN beyond a learned table, so that the mistake is seen.
+  They are NaN for tokens outside the vocabulary and beyond a learned table, so that the mistake is
+  seen.
   """
   params, tokens = whole(config, params, ("embedding", "positions"), tokens)
-  x = jnp.take(params.embedding, tokens, axis=0)
+  x = rows_of(params.embedding, tokens)
   if params.positions is None:
     return x
-  sum_ = x.astype(jnp.float32) + jnp.take(params.positions, positions, axis=0, mode="fill")
+  sum_ = x.astype(jnp.float32) + rows_of(params.positions, positions)
   return sum_.astype(x.dtype)
 
 

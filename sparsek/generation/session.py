@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsek.config import TransformerConfig, check_at_least
+from sparsek.config import PositiveShare, TransformerConfig, UnboundedIndex, Weight, check_number
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.generation.cache_sizes import (
@@ -398,15 +398,10 @@ def _check_turn(
   for prompt, begun, before in zip(prompts, unfed, seen):
     _check_prompt(prompt, bool(begun), config.vocab_size)
     longest = max(longest, int(before) + len(begun) + len(prompt))
-  for name, value in (
-    ("max_new_tokens", max_new_tokens),
-    ("temperature", temperature),
-    ("top_k", top_k),
-    ("ahead", ahead),
-  ):
-    check_at_least(name, value, 0)
-  if not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+  for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("ahead", ahead)):
+    check_number(name, value, UnboundedIndex)
+  check_number("temperature", temperature, Weight)
+  check_number("top_p", top_p, PositiveShare)
   if longest + max_new_tokens > NOWHERE:
     raise ValueError(
       f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: positions "

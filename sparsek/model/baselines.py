@@ -51,7 +51,7 @@ class FixedSelection(Attention):
   shardable = True
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, layer, _ = tokens
+    x_BxNxE, query, key, value, segment_ids, layer, *_ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     scores = jnp.broadcast_to(
       self.scores(token_positions(segment_ids, batch, length), layer),
@@ -112,7 +112,7 @@ class LSHAttention(Attention):
   """
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, layer, _ = tokens
+    x_BxNxE, query, key, value, segment_ids, layer, *_ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     reach, groups = cfg.k + cfg.window, cfg.num_kv_heads
     content_BxNxGxD = self.key_norm(self.key(x_BxNxE)) if cfg.qk_norm else self.key(x_BxNxE)
@@ -168,7 +168,7 @@ class BlockTopKAttention(Attention):
   """
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, _, _ = tokens
+    x_BxNxE, query, key, value, segment_ids, *_ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     groups, dim, window = cfg.num_kv_heads, cfg.head_dim, min(cfg.window, length)
     size = min(BLOCK, cfg.k)
@@ -311,7 +311,7 @@ class LinearAttention(Attention):
     )
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, _, _ = tokens
+    x_BxNxE, query, key, value, segment_ids, *_ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
     near = layers.windowed(cfg, tokens)
     groups, dim, chunks = cfg.num_kv_heads, cfg.head_dim, -(-length // CHUNK)

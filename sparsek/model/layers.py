@@ -13,16 +13,13 @@ from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
 from sparsek.config import TransformerConfig
-from sparsek.model.scorers import scoring_network
+from sparsek.kernels.rms_norm import branched_rms_norm, rms_norm
+from sparsek.model.projections import project_together, projection
+from sparsek.model.scorers import SCORER_FACTORIES, scoring_network
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
 from sparsek.parallel.sharded_scores import token_positions
-
-
-def fan_in_init(scale: float = 1.0) -> nn.initializers.Initializer:
-  """Returns an initializer: normal with standard deviation scale / sqrt(fan-in)."""
-  return nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
 
 
 def residual_scale(config: TransformerConfig) -> float:
@@ -39,12 +36,16 @@ class RMSNorm(nn.Module):
 
   epsilon: float = 1e-6
 
-  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-    y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-    return (y * scale).astype(x.dtype)
+    return rms_norm(x, self._scale(x), self.epsilon)
+
+  def branch(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (x, norm of x), for x [B, N, E] that goes on beside it."""
+    return branched_rms_norm(x, self._scale(x), self.epsilon)
+
+  @nn.compact
+  def _scale(self, x):
+    return self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
 
 
 class LayerNorm(nn.Module):
@@ -62,6 +63,10 @@ class LayerNorm(nn.Module):
     y -= jnp.mean(y, axis=-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
     return (y * scale + bias).astype(x.dtype)
+
+  def branch(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (x, norm of x), for x that goes on beside it."""
+    return x, self(x)
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -141,48 +146,6 @@ def rotary_embedding(
   )
 
 
-class AdaptedProjection(nn.DenseGeneral):
-  """A product with a matrix and its low-rank adapter (`sparsek.model.lora`), x W + scale (x A) B,
-  and a bias with `use_bias`; B is 0 at first.
-
-  Parameters: kernel [*in, *features], bias [*features]; lora_a [*in, R], lora_b [R, *features].
-  """
-
-  rank: int = 1
-  scale: float = 1.0
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = super().__call__(x)
-    axes, features = (
-      axis if isinstance(axis, tuple) else (axis,) for axis in (self.axis, self.features)
-    )
-    a = self.param("lora_a", fan_in_init(), (*x.shape[-len(axes) :], self.rank), jnp.float32)
-    b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, *features), jnp.float32)
-    low = jnp.tensordot(x.astype(y.dtype), a.astype(y.dtype), len(axes))
-    return y + self.scale * jnp.tensordot(low, b.astype(y.dtype), 1)
-
-
-def projection(
-  config: TransformerConfig,
-  features: int | tuple[int, ...],
-  use_bias: bool,
-  init_scale: float = 1.0,
-  **fields,
-) -> nn.DenseGeneral:
-  """Makes a module that multiplies by a matrix in the activation dtype, over the last axis by
-  default; with an adapter if `config` has a lora_rank.
-  """
-  fields |= {
-    "use_bias": use_bias,
-    "dtype": config.activation_dtype,
-    "kernel_init": fan_in_init(init_scale),
-  }
-  if not config.lora_rank:
-    return nn.DenseGeneral(features, **fields)
-  return AdaptedProjection(features, rank=config.lora_rank, scale=config.lora_scale, **fields)
-
-
 class MLP(nn.Module):
   """Two-layer perceptron: down(silu(gate(x)) * up(x)) for mlp="swiglu", else down(gelu(up(x)));
   biases with `mlp_bias`.
@@ -216,6 +179,8 @@ class Tokens(NamedTuple):
     segment_ids: [B, n] of whole rows, or None.
     layer: index of the layer, the salt of fixed noise.
     row_index: [B] int32, each row's index in the batch of all devices; its noise derives from that.
+    scorer_products: [B, N, C] float32, x times the scorer's input matrix, or None where they are
+      not known.
   """
 
   x: jax.Array
@@ -225,6 +190,7 @@ class Tokens(NamedTuple):
   segment_ids: jax.Array | None
   layer: jax.Array | int
   row_index: jax.Array
+  scorer_products: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -281,8 +247,11 @@ class Attention(nn.Module):
     row_index = jnp.arange(batch) if row_index is None else row_index
     if positions is None:
       positions = token_positions(segment_ids, batch, length)
-    projected = self.project(x_BxNxE, positions)
-    return self.output(self.mix(Tokens(x_BxNxE, *projected, segment_ids, layer, row_index)))
+    products, scorer_products = self._products(x_BxNxE)
+    query, key, value = self._normed_and_rotated(products, positions)
+    return self.output(
+      self.mix(Tokens(x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products))
+    )
 
   def project(
     self, x_BxNxE: jax.Array, positions: jax.Array
@@ -290,7 +259,11 @@ class Attention(nn.Module):
     """Returns queries [B, N, H, D], keys and values [B, N, G, D], rotated by their positions
     ([B, N] or [N]) with positions="rope".
     """
-    query, key, value = self.query(x_BxNxE), self.key(x_BxNxE), self.value(x_BxNxE)
+    products, _ = self._products(x_BxNxE)
+    return self._normed_and_rotated(products, positions)
+
+  def _normed_and_rotated(self, products, positions):
+    query, key, value = products
     if self.config.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     cfg = self.config
@@ -300,6 +273,16 @@ class Attention(nn.Module):
     assert not isinstance(scaling, str)  # TransformerConfig has parsed it
     rotate = lambda x: rotary_embedding(x, positions, cfg.rope_theta, cfg.rope_dim, scaling)
     return rotate(query), rotate(key), value
+
+  def _products(self, x_BxNxE):
+    modules = (self.query, self.key, self.value)
+    if self.is_initializing():
+      return tuple(module(x_BxNxE) for module in modules), None
+    return project_together(self.config, modules, x_BxNxE, self.scorer_matrix())
+
+  def scorer_matrix(self) -> jax.Array | None:
+    """Returns the matrix [E, C] by which the scorer multiplies x, None where it has none."""
+    return None
 
   def mix(self, tokens: Tokens) -> jax.Array:
     """Returns the values that each query attends to, averaged: [B, N, H, D]."""
@@ -344,10 +327,14 @@ class SparseKAttention(Attention):
     super().setup()
     self.scorer = scoring_network(self.config)
 
+  def scorer_matrix(self) -> jax.Array | None:
+    return None if self.config.scorer in SCORER_FACTORIES else self.scorer.input_matrix()
+
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, layer, row_index = tokens
+    x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products = tokens
     cfg = self.config
-    scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer)
+    products = () if scorer_products is None else (scorer_products,)
+    scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer, *products)
     if not self.is_initializing():  # else they would stay among the variables
       self.sow("diagnostics", "scores", scores_BxNxG)
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
@@ -390,6 +377,7 @@ class SparseKAttention(Attention):
       window=cfg.window,
       segment_ids=tokens.segment_ids,
       axis=CONTEXT if shards > 1 else None,
+      implementation=cfg.implementation,
     )
 
 

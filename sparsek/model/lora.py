@@ -2,10 +2,10 @@
 2106.09685).
 
 With `config.lora_rank` R every projection of attention and MLPs computes x W + alpha / R (x A) B
-(`sparsek.model.layers.AdaptedProjection`), and A and B lie in the tree of parameters beside W, as
-`lora_a` and `lora_b`. Adapters learn, and so do the modules that no pretrained model has, such as
-scorers. Code that uses a model without training it needs to know nothing of adapters: `merge` adds
-them to the matrices, W + alpha / R A B.
+(`sparsek.model.projections.AdaptedProjection`), and A and B lie in the tree of parameters beside W,
+as `lora_a` and `lora_b`. Adapters learn, and so do the modules that no pretrained model has, such
+as scorers. Code that uses a model without training it needs to know nothing of adapters: `merge`
+adds them to the matrices, W + alpha / R A B.
 """
 
 import dataclasses

@@ -55,8 +55,13 @@ class Block(nn.Module):
     )
 
   def _output(self, x_BxNxE, segment_ids, layer, row_index):
-    y_BxNxE = x_BxNxE + self.attention(self.attention_norm(x_BxNxE), segment_ids, layer, row_index)
-    return y_BxNxE + self.mlp(self.mlp_norm(x_BxNxE if self.config.parallel_residual else y_BxNxE))
+    x_BxNxE, normed_BxNxE = self.attention_norm.branch(x_BxNxE)
+    mixed_BxNxE = self.attention(normed_BxNxE, segment_ids, layer, row_index)
+    if self.config.parallel_residual:
+      x_BxNxE, normed_BxNxE = self.mlp_norm.branch(x_BxNxE)
+      return x_BxNxE + mixed_BxNxE + self.mlp(normed_BxNxE)
+    y_BxNxE, normed_BxNxE = self.mlp_norm.branch(x_BxNxE + mixed_BxNxE)
+    return y_BxNxE + self.mlp(normed_BxNxE)
 
   def _specs(self) -> Params | None:
     """Returns how the parameters of this layer are split; None where they are not."""
@@ -195,16 +200,16 @@ class Transformer(nn.Module):
     """Computes the logits of the next token.
 
     Args:
-      tokens: [B, N] integers.
+      tokens: [B, N] integers, N >= 1.
       segment_ids: [B, N] integers or None; a run of equal ids is a document, and everything
         (attention, scores, positions) restarts.
 
     Returns:
-      [B, N, vocab_size] float32.
+      [B, N, vocab_size] float32; NaN where a token that is seen is no id of the vocabulary.
 
     Raises:
-      ValueError: where a shape is not as above, or a row is longer than max_positions of learned
-        positions.
+      ValueError: where a shape or dtype is not as above, or a row is longer than max_positions of
+        learned positions.
     """
     hidden_BxNxE = self.hidden(tokens, segment_ids)
     return hidden_to_logits(
@@ -241,9 +246,12 @@ class Transformer(nn.Module):
 
   def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Returns the input of the first block, [B, N, E] in the activation dtype."""
-    if tokens.ndim != 2:
-      raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, length]")
-    x_BxNxE = jnp.take(self.embed(), tokens, axis=0)
+    if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
+      raise ValueError(
+        f"tokens must be integers [batch, length] with length >= 1, got {tokens.dtype} "
+        f"{tokens.shape}"
+      )
+    x_BxNxE = rows_of(self.embed(), tokens)
     if self.config.positions == "learned":
       row = axis_size(CONTEXT) * tokens.shape[1]
       if row > self.config.max_positions:
@@ -254,6 +262,15 @@ class Transformer(nn.Module):
       positions_BxN = token_positions(segment_ids, *tokens.shape)
       x_BxNxE += jnp.take(self.positions(), positions_BxN, axis=0)
     return x_BxNxE.astype(self.config.activation_dtype)
+
+
+def rows_of(table_VxE: jax.Array, ids: jax.Array) -> jax.Array:
+  """Returns the rows [..., E] of a table at integers [...]; NaN for ids that it does not have.
+
+  `jnp.take` would count negative ids from the table's end.
+  """
+  wide = jnp.uint64 if ids.dtype.itemsize == 8 else jnp.uint32
+  return jnp.take(table_VxE, ids.astype(wide), axis=0, mode="fill")
 
 
 def hidden_to_logits(hidden: jax.Array, matrix_ExV: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """A run's folder: its lock, and the records of the commands that ran in it."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -8,7 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import IO, Any
 
@@ -87,6 +88,22 @@ def lock(workdir: str) -> IO[str]:
   except OSError as error:
     raise UsageError(f"--workdir={workdir} cannot be written: {reason_of(error)}") from None
   return file
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+  """Locks `workdir` during the block; a UsageError in it leaves no new folder behind."""
+  is_new = not os.path.isdir(workdir)
+  with contextlib.closing(lock(workdir)):
+    try:
+      yield
+    except UsageError:
+      if is_new:
+        os.remove(os.path.join(workdir, "lock"))
+        for folder in (os.path.join(workdir, "checkpoints"), workdir):
+          with contextlib.suppress(OSError):  # one that is not empty stays
+            os.rmdir(folder)
+      raise
 
 
 class Presence:

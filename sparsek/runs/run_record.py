@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import typing
 from collections.abc import Mapping
 
 from sparsek.config import DataConfig, TrainConfig, TransformerConfig
@@ -14,7 +13,7 @@ from sparsek.model import lora
 from sparsek.storage.files import exists, read_json_object
 
 FILE = "model.json"
-RECORDED_DATA = {"data": str, "seq_len": int, "batch_size": int, "segment_documents": bool}
+RECORDED_DATA = ("data", "seq_len", "batch_size", "segment_documents")
 RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
 # Fields of TrainConfig that are no settings: where a run is, and how it got its state. Those of the
 # data and of the optimizer are listed under their own names.
@@ -59,20 +58,12 @@ def changed_settings(run: Mapping, train: TrainConfig) -> dict[str, tuple]:
   }
 
 
-def _check_record(run: dict) -> None:
-  """Raises KeyError or TypeError where a model.json lacks something that is read from it."""
-  scalars = {
-    name: kind
-    for name, kind in typing.get_type_hints(TransformerConfig).items()
-    if kind in (int, float, bool, str) and name in run["model"]
-  }
-  kinds = {"model": scalars, "data": RECORDED_DATA, "tokenizer": RECORDED_TOKENIZER}
-  for section, fields in kinds.items():
-    for name, kind in fields.items():
-      value = run[section][name]
-      if type(value) is not kind and not (kind is float and type(value) is int):
-        raise TypeError(f"{name}={value!r} must be of type {kind.__name__}")
-  ends = run["tokenizer"].get("eos_ids", [])
+def _check_tokenizer(recorded: dict) -> None:
+  """Raises KeyError or TypeError where a record of a tokenizer lacks something that is read."""
+  for name, kind in RECORDED_TOKENIZER.items():
+    if type(recorded[name]) is not kind:
+      raise TypeError(f"{name}={recorded[name]!r} must be of type {kind.__name__}")
+  ends = recorded.get("eos_ids", [])
   if not (isinstance(ends, list) and all(type(end) is int for end in ends)):
     raise TypeError(f"eos_ids={ends!r} must be a list of token ids")
 
@@ -95,9 +86,9 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     raise UsageError(f"{workdir} holds no run: there is no {path}")
   run = read_json_object(path)
   try:
-    _check_record(run)
-    DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
     config = TransformerConfig(**run["model"])
+    DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
+    _check_tokenizer(run["tokenizer"])
   except KeyError as error:
     raise UsageError(f"{path} cannot be understood: it has no {error}") from None
   except (ValueError, TypeError, AttributeError, ArithmeticError) as error:

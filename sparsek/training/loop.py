@@ -308,7 +308,7 @@ def _train_locked(
 
 def _lock(stack: contextlib.ExitStack, workdir: str) -> None:
   """Locks the folder of the run until the stack unwinds."""
-  stack.enter_context(contextlib.closing(run_directory.lock(workdir)))
+  stack.enter_context(run_directory.locked(workdir))
 
 
 def _drop(line: str) -> None:

@@ -65,13 +65,10 @@ def _logsumexp(logits_CxV):
   """
 
   def join(a, b):
-    highest = jnp.maximum(a[0], b[0])
-
-    def rescaled(maximum, total):
-      # Equal maxima are a case of their own, as both may be -inf.
-      return total * jnp.exp(jnp.where(maximum == highest, 0.0, maximum - highest))
-
-    return highest, rescaled(*a) + rescaled(*b)
+    # Equal maxima are a case of their own, as both may be -inf.
+    factor = jnp.exp(jnp.where(a[0] == b[0], 0.0, -jnp.abs(a[0] - b[0])))
+    total = jnp.where(a[0] < b[0], a[1] * factor + b[1], a[1] + b[1] * factor)
+    return jnp.maximum(a[0], b[0]), total
 
   maximum_C, total_C = jax.lax.reduce(
     (logits_CxV, jnp.ones_like(logits_CxV)), (-jnp.inf, 0.0), join, (1,)

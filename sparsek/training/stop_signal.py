@@ -1,6 +1,7 @@
 """Signals that ask a run to save and end, and the agreement of all processes on it."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 import jax
@@ -15,14 +16,16 @@ class StopSignal:
   """Context in which STOP_SIGNALS set `requested` and do not end the process.
 
   A second SIGINT raises KeyboardInterrupt. Where SIGHUP is ignored, as under nohup, it stays so.
+  Only the main thread can set handlers: in another one signals do what they did before.
   """
 
   def __enter__(self) -> "StopSignal":
     self.requested = False
+    in_main = threading.current_thread() is threading.main_thread()
     numbers = [
       number
       for number in STOP_SIGNALS
-      if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+      if in_main and (number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)
     ]
     self._old = {number: signal.signal(number, self._handle) for number in numbers}
     return self

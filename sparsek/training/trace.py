@@ -15,6 +15,7 @@ KINDS = (
     r"sparsek_(forward|query_gradients|key_gradients)"
     r"|cudnn.*(sdpa|fort_native|compute_dot_do_o|convert_dq)|flash|splash",
   ),
+  ("norms", r"sparsek_rms_norm"),
   ("thresholds, lists, gathers", r"sparsek_|\bsort"),
   ("matrix products", r"nvjet|gemm|cutlass|cublas|convolution|\bdot"),
   ("copies and fills", r"memcpy|memset|^copy"),

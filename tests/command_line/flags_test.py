@@ -9,7 +9,13 @@ import pytest
 from absl import flags as absl_flags
 
 from sparsek.command_line import flags
-from sparsek.command_line.configs import model_config, override_config, train_config
+from sparsek.command_line.configs import (
+  model_config,
+  override_config,
+  train_config,
+  unused_flags,
+  warn_of_unused,
+)
 from sparsek.command_line.definer import into_string, not_default
 from sparsek.command_line.main import parse, run
 from sparsek.command_line.training_flags import define_pretrain_flags
@@ -226,3 +232,35 @@ def test_what_is_not_default():
 def test_an_unknown_flag_of_a_very_long_name_is_refused():
   with pytest.raises(UsageError, match="unknown"):
     parsed("--" + "k" * 2000)
+
+
+@pytest.mark.parametrize(
+  "arguments, unused",
+  [
+    ([], []),
+    (["--k=5", "--window=3", "--gate=value", "--scorer=random", "--scorer_loss=0"], []),
+    (["--layer_pattern=sparsek:k3:w4", "--k=5", "--window=3"], ["--k=5", "--window=3"]),
+    (["--layer_pattern=sparsek:k3,full", "--k=5", "--window=3"], ["--k=5"]),
+    (["--attention=sliding_window", "--k=5", "--window=3"], ["--k=5"]),
+    (
+      ["--attention=full", "--k=5", "--window=3", "--gate=value", "--scorer=conv"],
+      ["--k=5", "--window=3", "--gate=value", "--scorer=conv"],
+    ),
+    (
+      ["--attention=full", "--scorer_loss=3", "--scorer_lr_multiplier=2"],
+      ["--scorer_loss=3.0", "--scorer_lr_multiplier=2.0"],
+    ),
+    (["--attention=full", "--scorer_loss=1", "--scorer_lr_multiplier=5"], []),
+    (["--scorer=random", "--scorer_loss=3"], ["--scorer_loss=3.0"]),
+    (["--scorer_lookahead=2"], ["--scorer_lookahead=2"]),
+    (["--scorer=conv", "--scorer_lookahead=2", "--scorer_loss=3"], []),
+  ],
+)
+def test_flags_that_no_layer_takes_are_said(arguments, unused, capsys):
+  values = parsed("--workdir=w", *arguments)
+  config = model_config(values)
+  assert sorted(unused_flags(config, values)) == sorted(unused)
+  warn_of_unused(config, values)
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == len(unused)
+  assert all(any(f"warning: {flag} has no effect: " in line for line in lines) for flag in unused)

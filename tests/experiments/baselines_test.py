@@ -14,11 +14,11 @@ from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import into_string
 from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_pretrain_flags
+from sparsek.config import fields_of_kind
 from sparsek.errors import UsageError
 from sparsek.experiments import evaluate, evaluate_tasks
 from sparsek.experiments.recipes import baselines, baselines_pairs, stages
 from sparsek.experiments.reports import baselines_report
-from sparsek.experiments.reports.grid import USES
 from sparsek.runs import run_directory, settings
 
 SPARSEK = "--gate=straight_through --scorer_loss=1"
@@ -60,7 +60,7 @@ def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
     config = model_config(values, pretrained=starts[start])
     tokens.add(train.optimizer.num_steps * train.data.batch_size * train.data.seq_len)
     of_layer = lambda kind, layer: sum(
-      getattr(layer, field) for field in ("k", "window") if field in USES.get(kind, ("k", "window"))
+      getattr(layer, field) for field in ("k", "window") if field in fields_of_kind(kind)
     )
     if "full" not in config.layer_kinds:
       keys = [

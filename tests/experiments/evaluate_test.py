@@ -191,3 +191,49 @@ def test_no_command_takes_an_older_step_unasked(name, folder, monkeypatch, capsy
 def test_documents_that_take_hours_to_make_are_refused():
   with pytest.raises(UsageError, match="--lengths=2147483648: must be at most 16777216"):
     evaluate_tasks.check_lengths([128, 2**31])
+
+
+@pytest.fixture(scope="module")
+def patterns(folder):
+  """Makes the runs own (layers with their own k and window), full, and hybrid."""
+  names = {
+    "own": "sparsek:k3:w4",
+    "full": "full",
+    "hybrid": "sliding_window:w9,sparsek",
+    "both": "sparsek:k3,sliding_window",
+  }
+  for name, attention in names.items():
+    config = dataclasses.replace(CONFIG, attention=attention, num_layers=len(attention.split(",")))
+    params = init_params(config, jax.random.key(0))
+    write_run(folder / f"of_{name}", folder / "data", config, 32, params)
+  return {name: folder / f"of_{name}" for name in names}
+
+
+def test_the_table_has_the_k_and_window_of_the_layers(patterns, capsys):
+  folders = ",".join(map(str, patterns.values()))
+  assert run(f"--workdir={folders}", "--eval_batches=1", "--k=6", "--window=5") == 0
+  rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+  assert [cell.strip() for cell in rows["k"].split("  ") if cell][1:] == ["3", "-", "6", "3"]
+  cells = [cell.strip() for cell in rows["window"].split("  ") if cell][1:]
+  assert cells == ["4", "-", "9, 5", "5"]
+
+
+@pytest.mark.parametrize("module", [evaluate, evaluate_tasks, generate])
+@pytest.mark.parametrize(
+  "name, flag, words",
+  [
+    (
+      "own",
+      "--k=300",
+      "--k=300 has no effect: each layer of attention=sparsek:k3:w4 has its own k",
+    ),
+    ("own", "--window=5", "--window=5 has no effect: each layer"),
+    ("full", "--window=2", "--window=2 has no effect: no layer of attention=full has a window"),
+    ("full", "--k=2", "--k=2 has no effect: no layer of attention=full has a k"),
+    ("full", "--gate=value", "--gate=value has no effect: no layer of attention=full has a gate"),
+  ],
+)
+def test_a_flag_that_no_layer_takes_is_refused(module, name, flag, words, patterns, capsys):
+  arguments = ["--lengths=1024", "--examples=1"] if module is evaluate_tasks else []
+  code = run_command(module.main, module.FLAGS, f"--workdir={patterns[name]}", flag, *arguments)
+  assert code == 2 and f"error: {words}" in capsys.readouterr().err

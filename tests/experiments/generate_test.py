@@ -143,7 +143,9 @@ def test_two_turns_show_what_all_tokens_decode_to(folder, write, spaced, monkeyp
 
 
 def test_a_huge_window_costs_nothing(folder, write, spaced):
-  common = [spaced, "--prompt=Hello", "--max_new_tokens=3", "--temperature=0"]
+  common = ["--prompt=Hello", "--max_new_tokens=3", "--temperature=0"]
+  huge = write(spaced, *common, "--window=100000000").out
+  assert huge == write(spaced, *common, "--window=1000").out
   huge = write(*common, "--window=100000000", "--k=2147483647").out
   assert huge == write(*common, "--window=1000").out
 

@@ -318,6 +318,33 @@ def test_beyond_learned_positions():
     )
 
 
+@pytest.mark.parametrize("bad", [-1, -31, 31, 2**31 - 1, 2**32 + 5])
+def test_a_token_outside_the_vocabulary_is_nan_in_its_row_alone(bad):
+  config = config_of("straight_through, linear")
+  tokens = np.asarray(TOKENS[:, :8], np.int64)
+  tokens[1, 3] = bad
+  wanted = np.zeros((BATCH, 8), bool)
+  wanted[1, 3:] = True
+  params, cache = params_of(config), init_cache(config, BATCH)
+  logits, after = prefill(config, params, cache, tokens)
+  np.testing.assert_array_equal(np.isnan(logits).all(axis=-1), wanted)
+  np.testing.assert_array_equal(np.isnan(logits).any(axis=-1), wanted)
+  if bad < 2**31:
+    token = jnp.asarray([1, bad, 2], jnp.int32)
+    fed = decode_step(config, params, cache, token)[0]
+    assert np.isnan(fed).all(axis=-1).tolist() == [False, True, False]
+  # A token that is not fed does no harm.
+  lengths = np.asarray([8, 3, 8])
+  _, cache = prefill(config, params, init_cache(config, BATCH), tokens, lengths)
+  active = jnp.asarray([True, False, True])
+  _, cache = decode_step(config, params, cache, jnp.asarray([1, -1, 2]), active)
+  last = decode_step(config, params, cache, jnp.asarray([1, 2, 3]))[0]
+  again = prefill(config, params, init_cache(config, 1), np.asarray([[*tokens[1, :3], 2]]))[0][
+    0, -1
+  ]
+  np.testing.assert_allclose(last[1], again, atol=1e-5)
+
+
 def test_last_only():
   config = dataclasses.replace(BASE, attention="sliding_window")  # compiles fast
   run = functools.partial(

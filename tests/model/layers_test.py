@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from sparsek.attention.documents import position_in_document
+from sparsek.attention.exact_product import exact_product
+from sparsek.attention.joined_products import joined_products
 from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.config import TransformerConfig
+from sparsek.model import projections
 from sparsek.model.layers import (
   ATTENTION_MODULES,
   MLP,
@@ -292,3 +295,42 @@ def test_bfloat16(kind):
   )
   assert got.dtype == jnp.bfloat16
   np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05)
+
+
+def one_by_one(x, kernels, exact):
+  products = tuple(jnp.tensordot(x, kernel.astype(x.dtype), 1) for kernel in kernels)
+  return products, None if exact is None else exact_product(x, exact)
+
+
+@pytest.mark.parametrize("kind", ["full", "linear", "conv", "shared", "random"])
+def test_joined_products_change_gradients_by_rounding_alone(kind, monkeypatch):
+  """A layer in bfloat16, against the same with one product for each matrix."""
+  fields = {"scorer": kind} if kind in ("linear", "conv", "random") else {"scorer_shared": True}
+  config = dataclasses.replace(CONFIG, dtype="bfloat16", **fields)
+  module = ATTENTION_MODULES["full" if kind == "full" else "sparsek"](config)
+  x = inputs(jnp.bfloat16)
+  variables = quick_jit(module.init)(jax.random.key(1), x)
+  weights = jax.random.normal(jax.random.key(2), x.shape)
+
+  def loss(params, x):
+    return jnp.sum(module.apply({"params": params}, x, SEGMENTS).astype(jnp.float32) * weights)
+
+  used = []
+
+  def run(products):
+    monkeypatch.setattr(projections, "joined_products", products)
+    return quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables["params"], x)
+
+  def counted(*args):
+    used.append(args)
+    return joined_products(*args)
+
+  (got, got_grads), (want, want_grads) = run(counted), run(one_by_one)
+  assert len(used) == 1 and (used[0][2] is None) == (kind in ("full", "random"))
+  assert got == want
+
+  def compare(got, want):
+    error = jnp.max(jnp.abs((got - want).astype(jnp.float32)))
+    assert got.dtype == want.dtype and error < 2**-5 * jnp.max(jnp.abs(want)) + 1e-6
+
+  jax.tree.map(compare, got_grads, want_grads)

@@ -267,7 +267,7 @@ def test_what_is_counted():
   [
     ({"lora_rank": -1}, "lora_rank=-1 must be at least 0"),
     ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha=0.0 must be above 0"),
-    ({"lora_alpha": 8.0}, "lora_alpha=8.0 must .* go with a lora_rank above 0"),
+    ({"lora_alpha": 8.0}, "lora_alpha=8.0 must go with a lora_rank above 0"),
   ],
 )
 def test_bad_values(fields, message):

@@ -265,7 +265,25 @@ def test_presets_have_the_sizes_their_names_promise():
 
 
 def test_bad_shapes():
-  with pytest.raises(ValueError, match=r"tokens has shape \(3,\)"):
-    run(FULL, jnp.zeros(3, jnp.int32))
+  for tokens in (jnp.zeros(3, jnp.int32), jnp.zeros((1, 0), jnp.int32), jnp.zeros((1, 3))):
+    with pytest.raises(ValueError, match="tokens must be integers .* with length >= 1, got"):
+      run(FULL, tokens)
   with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 24\)"):
     run(FULL, jnp.zeros((1, 7), jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64])
+@pytest.mark.parametrize("bad", [-1, -N, N, 127, -128])
+def test_a_token_outside_the_vocabulary_is_nan_where_it_is_seen(bad, dtype):
+  tokens = np.array(TOKENS, dtype)
+  tokens[0, 5] = bad
+  is_nan = np.isnan(run(BASE, tokens, None)).all(axis=-1)
+  # Its score is NaN too, so that only its window sees it.
+  assert is_nan.tolist() == [[5 <= i < 5 + BASE.window for i in range(N)]]
+
+
+def test_the_embedding_learns_from_its_own_tokens_alone():
+  logits = lambda params: Transformer(BASE).apply({"params": params}, TOKENS[:, :4])
+  grad = jax.grad(lambda params: logits(params).sum())(params_of(BASE))
+  rows = np.abs(grad["embed"]["embedding"]).sum(axis=1) > 0
+  assert set(np.flatnonzero(rows)) == set(np.asarray(TOKENS[0, :4]).tolist())

@@ -55,6 +55,25 @@ def test_the_lock_says_what_is_wrong(tmp_path, monkeypatch):
     run_directory.lock(str(tmp_path))
 
 
+def test_a_refused_run_leaves_no_new_folder(tmp_path):
+  def refuse(folder, error):
+    with pytest.raises(type(error)), run_directory.locked(str(folder)):
+      (folder / "checkpoints").mkdir(exist_ok=True)
+      raise error
+
+  refuse(tmp_path / "new", UsageError("no"))
+  assert not (tmp_path / "new").exists()
+  refuse(tmp_path / "failed", RuntimeError("no"))
+  assert (tmp_path / "failed" / "lock").exists()
+  (tmp_path / "there").mkdir()
+  refuse(tmp_path / "there", UsageError("no"))
+  assert (tmp_path / "there").exists()
+  with pytest.raises(UsageError), run_directory.locked(str(tmp_path / "mine")):
+    (tmp_path / "mine" / "notes.txt").write_text("of the user")
+    raise UsageError("no")
+  assert (tmp_path / "mine" / "notes.txt").exists()
+
+
 def test_the_owner_of_a_lock_may_have_left_any_bytes(tmp_path):
   with run_directory.lock(str(tmp_path)):
     (tmp_path / "lock").write_bytes(b"\xff\xfe")

@@ -294,8 +294,8 @@ def test_warm_up_of_scorers_is_that_of_the_dense_model_and_costs_a_forward_pass(
     )
     for i in range(2):
       layer = seen["intermediates"][f"layers_{i}"]
-      (x,), (query,), (key,) = (
-        layer["attention_norm"]["__call__"],
+      ((_, x),), (query,), (key,) = (
+        layer["attention_norm"]["branch"],
         *(layer["attention"][name]["__call__"] for name in ("query", "key")),
       )
       ids = batch["segment_ids"][:, :-1]

@@ -14,6 +14,7 @@ from sparsek.training import trace
     ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
     ("void cudnn::fusion::compute_dot_do_o_specialized<true>", "attention"),
     ("sparsek_walk_mosaic_gpu_kernel", "thresholds, lists, gathers"),
+    ("sparsek_rms_norm_gradients_mosaic_gpu_kernel", "norms"),
     ("sort_126_0", "thresholds, lists, gathers"),
     ("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT", "matrix products"),
     ("gemm_fusion_dot_610", "matrix products"),

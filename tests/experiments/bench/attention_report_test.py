@@ -65,10 +65,16 @@ def test_summary():
   lines = report.summary(ROWS)
   result = {line["what"]: line["value"] for line in lines if line["shape"].startswith("H=2 ")}
   assert result == {
+    "time over a sliding window of 8 at 4": 2,
+    "forward alone: time over a sliding window of 8 at 4": 2,
+    "speed over dense at 4": 0.25,
+    "peak memory over the sliding window's at 4": 1,
     "time over a sliding window of 8 at 16": 2,
+    "forward alone: time over a sliding window of 8 at 16": 2,
     "speed over dense at 16": 0.5,
     "peak memory over the sliding window's at 16": 1,
     "time over a sliding window of 8 at 64": 4,
+    "forward alone: time over a sliding window of 8 at 64": 4,
     "speed over dense at 64": 2,
     "peak memory over the sliding window's at 64": 1.5,
     "time at 64 over time at 16": 4,
@@ -76,6 +82,7 @@ def test_summary():
     "smallest length measured from which on it is faster than dense": 64,
     "length of equal time with dense, interpolated": pytest.approx(32),
     "rising scores: time over a sliding window of 8 at 16": 3,
+    "rising scores: forward alone: time over a sliding window of 8 at 16": 3,
     "time with rising scores over time with normal ones at 16": 1.5,
   }
   assert {line["shape"] for line in lines} == {"H=2 G=1 D=8 k=3 window=5 value float32"}

@@ -107,6 +107,8 @@ def test_headline_holds_the_shapes_behind_the_goals():
     {"sparsek", "sliding_window", "dense"} <= set(problem.baselines) for problem in main.values()
   )
   assert {"thresholds", "xla"} < set(main[32768].baselines)
+  assert "thresholds" in main[8192].baselines
+  assert (8192, 64) in {(p.n, p.head_dim) for p in problems}
   assert [(p.scores, p.heads, p.kv_heads, p.head_dim) for p in problems if p.n == 32768][1:] == [
     ("rising", 16, 16, 128),
     ("falling", 16, 16, 128),

@@ -14,11 +14,13 @@ from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 import sparsek
 from sparsek.attention.prefix_selection import select
+from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.generation import cache, session
 from sparsek.generation.inference import inference_params
 from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
+from sparsek.kernels.rms_norm import branched_rms_norm
 from sparsek.kernels.specs import Spec
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.collectives import collectives
@@ -209,6 +211,24 @@ def test_sliding_window_compiles(n, window, head_dim):
   )
 
 
+@pytest.mark.parametrize("width", [256, 1536])
+def test_norms_compile(width):
+  def gradients(x, scale, cotangents):
+    norm = functools.partial(branched_rms_norm, epsilon=1e-6)
+    return jax.vmap(lambda x, cotangents: jax.vjp(norm, x, scale)[1](cotangents))(x, cotangents)
+
+  x = jax.ShapeDtypeStruct((2, 3, 1000, width), jnp.bfloat16)
+  scale = jax.ShapeDtypeStruct((width,), jnp.float32)
+  arguments = [
+    jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(h100())), a
+    )
+    for a in (x, scale, (x, x))
+  ]
+  text = jax.jit(gradients).lower(*arguments).compile().as_text()
+  assert "sparsek_rms_norm_gradients" in text
+
+
 def test_axes_of_a_mesh_may_be_called_anything():
   """JAX takes an axis of the mesh for an axis of the grid of the same name: a kernel that asked for
   the index of its device would not compile.
@@ -297,7 +317,7 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan():
     jax.ShapeDtypeStruct((3,), jnp.bfloat16),
   ).as_text()
   inside = re.findall(r"^%dynamic-slice-fusion.*?^}", compiled, re.MULTILINE | re.DOTALL)
-  assert "sparsek_list_old" in compiled and not any(
+  assert "sparsek_sum_rows" in compiled and not any(
     "output_to_operand_aliasing" in fusion for fusion in inside
   )
 
@@ -337,6 +357,59 @@ def test_attention_of_sharded_rows_compiles(kind):
   if kind == "sparsek":
     formula += 7 / 8 * 12 * n // shards * groups + 4 * shards * 512 * groups
   assert sum(each.received for each in traffic.values()) < 2 * 1.05 * formula
+
+
+def scorer_loss(scores, query, key, queries, **options):
+  return jax.value_and_grad(functools.partial(attention_mass_loss, **options))(
+    scores, query, key, queries
+  )
+
+
+@pytest.mark.parametrize(
+  "n, queries, heads, groups, head_dim, dtype",
+  [
+    (32768, 128, 12, 12, 64, "bfloat16"),
+    (5000, 100, 8, 2, 128, "float16"),
+    (1, 1, 2, 1, 16, "bfloat16"),
+  ],
+)
+def test_scorer_loss_compiles(n, queries, heads, groups, head_dim, dtype):
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((2, *dims), dtype)
+  compiled = compile_for_h100(
+    functools.partial(scorer_loss, window=512, implementation="mosaic_gpu"),
+    shape("float32", n, groups),
+    shape(dtype, n, heads, head_dim),
+    shape(dtype, n, groups, head_dim),
+    shape("int32", queries),
+  )
+  assert "sparsek_scorer_loss_gradients" in compiled.as_text()
+  padded = 2 * 2 * n * groups * (128 if head_dim % 64 else head_dim)
+  assert compiled.memory_analysis().temp_size_in_bytes < padded + 2**23
+
+
+def test_scorer_loss_of_sharded_rows_compiles():
+  """Shards exchange a few numbers a query, and no keys."""
+  n, shards, part = 131072, 8, PartitionSpec(ROWS, CONTEXT)
+  mesh = make_mesh(context=shards, devices=h100s(8))
+
+  def run(ids, queries, *arrays):
+    total, gradient = scorer_loss(
+      *arrays, queries, window=512, segment_ids=ids, axis=CONTEXT, implementation="mosaic_gpu"
+    )
+    return total[None], gradient
+
+  whole = PartitionSpec(ROWS)
+  sharded = jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(whole, whole, part, part, part),
+    out_specs=(whole, part),
+    check_vma=False,
+  )
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((1, *dims), dtype)
+  arrays = shape("float32", n, 8), shape("bfloat16", n, 16, 128), shape("bfloat16", n, 8, 128)
+  program = jax.jit(sharded).lower(shape("int32", n), shape("int32", 128), *arrays).compile()
+  assert sum(each.received for each in collectives(program.as_text()).values()) < 2**21
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import core
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import sparsek
-from sparsek.kernels import devices
+from sparsek.kernels import devices, rms_norm
 from sparsek.kernels.hopper import (
   decode_attention,
   decode_eviction,
@@ -89,11 +89,11 @@ def test_attention_and_gradients(batch, n, heads, groups, head_dim, k, grids):
   jax.eval_shape(run, query, key, key, array(batch, n, groups), array(batch, n, dtype="int32"))
   check(
     grids,
+    "sort_parts",
     "merge",
     "enter",
-    "add_rows",
+    "sum_columns",
     "add_columns",
-    "columns",
     "walk",
     "finish",
     "intervals",
@@ -101,8 +101,8 @@ def test_attention_and_gradients(batch, n, heads, groups, head_dim, k, grids):
     "segments",
     "gradients",
     "count_members",
-    "list_old",
-    "list_new",
+    "add_counts",
+    "write_lists",
     "query_bounds",
     "gather_rows",
     "forward",
@@ -137,6 +137,16 @@ def test_decoding(grids):
   jax.eval_shape(attend, projected, angles, rows, of_scorer, seen)
   jax.eval_shape(small_batch_matmul.product, array(8, 4096), array(2**20, 4096))
   check(grids, "evict", "attend", "small_batch_matmul")
+
+
+@pytest.mark.parametrize("shape", [(1, 2**30, 256), (2**17, 1, 1536)])
+def test_norms(shape, grids):
+  def run(x, scale):
+    out, vjp = jax.vjp(lambda x, scale: rms_norm.branched_rms_norm(x, scale, 1e-6), x, scale)
+    return vjp(out)
+
+  jax.eval_shape(run, array(*shape), array(shape[-1], dtype="float32"))
+  check(grids, "rms_norm", "rms_norm_gradients")
 
 
 @pytest.mark.parametrize("grid", [(5,), (2, 3), (2, 3, 5), (2, 3, 5, 7)])

@@ -3,6 +3,7 @@ stores are inlined instructions, which no interpreter knows.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,18 @@ from jax.experimental import pallas as pl
 
 from sparsek.attention import prefix_selection
 from sparsek.attention.documents import document_bounds
+from sparsek.kernels import rms_norm as norms
 from sparsek.kernels import tiles
-from sparsek.kernels.hopper import gather_rows, prefix_gradients, selection_lists, thread_ops
+from sparsek.kernels.hopper import (
+  gather_rows,
+  prefix_gradients,
+  rms_norm,
+  selection_lists,
+  sorting,
+  staircase,
+  thread_ops,
+  thread_sums,
+)
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 from sparsek.kernels.sentinels import NEVER
 from sparsek.kernels.specs import make_scores
@@ -74,27 +85,20 @@ def scatter_bytes(ref, index, offset, stride, values, where):
   )
 
 
-def add_row(ref, index, values, where):
-  where = np.asarray(where)
-  low, high = (
-    np.stack([np.broadcast_to(x, where.shape) for x in values[i::2]], axis=-1).astype(np.int64)[
-      where
-    ]
-    for i in range(2)
-  )
-  np.add.at(
-    ref.array.reshape(-1).view(np.int64).reshape(-1, 2),
-    np.asarray(index)[where],
-    (high << 32) + low,
-  )
-
-
 def widen(words, dtype):
   return list(jnp.asarray(np.stack(words, axis=-1).view(dtype).astype(np.float32)).T)
 
 
 def narrow(numbers, dtype):
   return list(jnp.asarray(np.stack(numbers, axis=-1).astype(dtype).view(np.int32)).T)
+
+
+def warp_prefix_sums(x):
+  return jnp.cumsum(x.reshape(-1, 32), axis=1, dtype=x.dtype).reshape(-1)
+
+
+def shuffle_xor(x, distance):
+  return x[np.arange(thread_ops.LANES) ^ distance]
 
 
 def poisoned(x):
@@ -106,21 +110,18 @@ def poisoned(x):
   )
 
 
-def kernel(body, rows, size, *extra, name, out_type=()):
+def kernel(body, rows, size, *extra, name, out_type=(), scratch_types=()):
   def run(*args):
     out = jax.tree.map(poisoned, list(out_type))
     args = jax.tree.map(lambda x: x if isinstance(x, Ref) else Ref(np.array(x)), args)
-    for block in range(-(-size // thread_ops.LANES)):
-      for row in range(rows):
-        for e in range(extra[0] if extra else 1):
-          current["sparsek_program"] = block * rows + row
-          body(
-            row,
-            e,
-            jnp.arange(thread_ops.LANES, dtype=jnp.int32) + block * thread_ops.LANES,
-            *args,
-            *out,
-          )
+    extras = extra[0] if extra else 1
+    lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
+    for program, (block, row, e) in enumerate(
+      itertools.product(range(-(-size // thread_ops.LANES)), range(rows), range(extras))
+    ):
+      current["sparsek_program"] = program
+      scratch = jax.tree.map(poisoned, list(scratch_types))
+      body(row, e, lanes + block * thread_ops.LANES, *args, *out, *scratch)
     return jax.tree.map(lambda x: jnp.asarray(x.array), out)
 
   return run
@@ -132,6 +133,12 @@ current = {}
 def fori_loop(low, high, body, state):
   for i in range(low, int(high)):
     state = body(i, state)
+  return state
+
+
+def while_loop(condition, body, state):
+  while condition(state):
+    state = body(state)
   return state
 
 
@@ -153,14 +160,41 @@ def when(condition):
 
 @pytest.fixture
 def emulated(monkeypatch):
-  for module in (thread_ops, selection_lists, gather_rows, hopper_thresholds, prefix_gradients):
-    for f in (gather, gather_bytes, scatter, scatter_bytes, add_row, widen, narrow, kernel):
+  functions = (
+    gather,
+    gather_bytes,
+    scatter,
+    scatter_bytes,
+    widen,
+    narrow,
+    shuffle_xor,
+    warp_prefix_sums,
+    kernel,
+  )
+  for module in (
+    thread_ops,
+    selection_lists,
+    gather_rows,
+    hopper_thresholds,
+    prefix_gradients,
+    staircase,
+    sorting,
+    thread_sums,
+    rms_norm,
+  ):
+    for f in functions:
       monkeypatch.setattr(module, f.__name__, f, raising=False)
   lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
-  monkeypatch.setattr(gather_rows, "lane_index", lambda: lanes)
+  for module in (gather_rows, rms_norm):
+    monkeypatch.setattr(module, "lane_index", lambda: lanes)
+  for module in (selection_lists, sorting, staircase, thread_sums):
+    monkeypatch.setattr(module, "sync_threads", lambda: None)
+  monkeypatch.setattr(staircase, "sync_warp", lambda: None)
+  monkeypatch.setattr(staircase, "warp_any", jnp.any)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
   monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
+  monkeypatch.setattr(jax.lax, "while_loop", while_loop)
   monkeypatch.setattr(pl, "loop", loop)
   monkeypatch.setattr(pl, "when", when)
 
@@ -183,10 +217,16 @@ def make(n, packed, kind):
 
 
 @pytest.mark.parametrize(
-  "n, k, delay, packed, kind",
-  [(1, 1, 0, False, "normal"), (133, 5, 9, False, "normal"), (150, 4, 3, True, "ties")],
+  "n, k, delay, packed, kind, copied",
+  [
+    (1, 1, 0, False, "normal", 512),
+    (133, 5, 9, False, "normal", 512),
+    (150, 4, 3, True, "ties", 512),
+    (150, 4, 3, True, "ties", 0),
+  ],
 )
-def test_selection(n, k, delay, packed, kind, monkeypatch, request):
+def test_selection(n, k, delay, packed, kind, copied, monkeypatch, request):
+  monkeypatch.setattr(staircase, "COPIED", copied)
   scores, start, end, cotangent = make(n, packed, kind)
   expected, vjp = jax.vjp(
     lambda scores: prefix_selection.select(scores, start, end, k, delay, packed)[0], scores
@@ -255,7 +295,6 @@ def test_kernels_match_plain_selection(n, k, delay, packed, family):
 )
 def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   batch, groups = (2, 2) if n < 500 else (1, 2)
-  monkeypatch.setattr(selection_lists, "SEGMENT", 32)  # short ones take less time here
   monkeypatch.setattr(selection_lists, "SEGMENTS", 4)  # the last of longer segments is not full
   scores = jax.random.normal(jax.random.key(n), (batch, groups, n)) + rise * jnp.arange(n)
   start, end = document_bounds(jnp.arange(batch * n).reshape(batch, n) // (n // 3 + 1), batch, n)
@@ -329,3 +368,70 @@ def test_rows(dim, dtype, request):
       np.testing.assert_allclose(
         np.asarray(result, np.float64), expected, atol=0.04 if dtype == jnp.bfloat16 else 0.006
       )
+
+
+@pytest.mark.parametrize("n", [1, 300, 513, 700])
+def test_sort(n, emulated, monkeypatch):
+  """Parts of 64 elements, merged by three: twice, or once, or not at all."""
+  monkeypatch.setattr(sorting, "SMALLEST", 32)
+  monkeypatch.setattr(sorting, "LARGEST", 64)
+  monkeypatch.setattr(sorting, "FAN", 3)
+  key = np.random.default_rng(n).integers(-n, n // 2, (2, n)).astype(np.int32)
+  ranked, order = sorting.sort(jnp.asarray(key))
+  expected = np.stack([np.lexsort((-np.arange(n), row)) for row in key])
+  np.testing.assert_array_equal(order, expected)
+  np.testing.assert_array_equal(ranked, np.take_along_axis(key, expected, axis=1))
+
+
+@pytest.mark.parametrize("batch, n, width, programs", [(1, 3, 256, 1), (2, 21, 512, 2)])
+def test_rms_norm(batch, n, width, programs, emulated, monkeypatch):
+  """Against float64; rows that a warp does not have are not written and not counted."""
+  monkeypatch.setattr(rms_norm, "PROGRAMS", 1)
+  monkeypatch.setattr(rms_norm, "MULTIPROCESSORS", programs)
+  random, epsilon = np.random.default_rng(n), 0.5
+  scale = random.normal(size=(batch, width)).astype(np.float32)
+  x, d_x, d_normed = (
+    jnp.asarray(random.normal(size=(batch, n, width)), jnp.bfloat16) for _ in range(3)
+  )
+  normed = rms_norm.rms_norm(x, scale, epsilon)
+  got = rms_norm.rms_norm_gradients(x, scale, d_x, d_normed, epsilon)
+
+  def definition(x, scale):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale[:, None]
+
+  with jax.enable_x64(True):
+    wide = [np.asarray(a.astype(jnp.float32), np.float64) for a in (x, d_x, d_normed)]
+    want_normed, vjp = jax.vjp(definition, jnp.asarray(wide[0]), jnp.asarray(scale, jnp.float64))
+    want_normed, want_x, want_scale = map(np.asarray, (want_normed, *vjp(jnp.asarray(wide[2]))))
+  narrow_error = lambda a, b: np.max(np.abs(np.asarray(a, np.float64) - b) / (np.abs(b) + 0.1))
+  assert narrow_error(normed, want_normed) < 2**-8
+  assert narrow_error(got[0], wide[1] + want_x) < 2**-8
+  np.testing.assert_allclose(got[1], want_scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 32768, 768), (3, 1001, 1536), (600, 5, 256)])
+def test_rms_norm_kernels(shape):
+  """The kernels against XLA's norm, also mapped over a further axis."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  x, d_x, d_normed = (jax.random.normal(key, (2, *shape), jnp.bfloat16) for key in keys[:3])
+  scale = 1 + jax.random.normal(keys[3], shape[-1:]) / 8
+
+  def plain(x, scale):
+    return x, norms.rms_norm(x, scale, 1e-6)
+
+  def branched(x, scale):
+    out = norms.branched_rms_norm(x, scale, 1e-6)
+    assert norms.has_kernels(x)
+    return out
+
+  def run(norm, x, cotangents):
+    (_, normed), vjp = jax.vjp(norm, x, scale)
+    return normed, *vjp(cotangents)
+
+  def mapped(norm):
+    return jax.jit(jax.vmap(lambda *args: run(norm, args[0], args[1:])))(x, d_x, d_normed)
+
+  for got, want in zip(mapped(branched), mapped(plain)):
+    got, want = (np.asarray(a.astype(jnp.float32)) for a in (got, want))
+    assert np.max(np.abs(got - want)) < 2**-6 * np.max(np.abs(want))
