@@ -102,7 +102,7 @@ def test_problems_of_the_suites():
   ]
   headline = chosen("--suite=headline")
   assert (
-    len(headline) == 11
+    len(headline) == 13
     and {(p.k, p.dtype) for p in headline} == {(512, "bfloat16")}
     and max(p.n for p in headline) == 131072
   )
