@@ -119,13 +119,8 @@ class ScorerLossTest:
 
   def loss(self, case: Case, **others):
     """Returns the loss of (scores, query, key, queries)."""
-    return functools.partial(
-      attention_mass_loss,
-      window=case.window,
-      scale=case.scale,
-      implementation=self.implementation,
-      **{"segment_ids": case.segment_ids, **others},
-    )
+    arguments = {"implementation": self.implementation, "segment_ids": case.segment_ids} | others
+    return functools.partial(attention_mass_loss, window=case.window, scale=case.scale, **arguments)
 
   def check(self, case: Case, arrays, queries):
     """Compares loss and gradients with the definition."""
