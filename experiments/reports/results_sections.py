@@ -6,6 +6,7 @@ import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from sparsek.experiments.bench.attention import BOTH, FORWARD
 from sparsek.experiments.bench.attention_report import figure, number, quotient
 from sparsek.experiments.reports import baselines_report, plots
 from sparsek.experiments.reports import results_tables as tables
@@ -70,6 +71,34 @@ def training(record: Mapping, packed: Mapping, scorer_loss: Mapping) -> list[str
     f"With {eight['documents']} documents in a row of {eight['n']} tokens a step takes "
     f"{speed(one) / speed(eight):.3f} times as long as with one.",
   ]
+
+
+def one_card(train: Mapping, attention_times: Mapping, decode: Mapping) -> list[str]:
+  """Returns the table of SPARSEK beside the strongest rival of each task, of newer records."""
+  lines = []
+
+  def add(what, ours, theirs, rival, ratio):
+    lines.append([what, ours, theirs, rival, number(ratio)])
+
+  for row in train["rows"]:
+    loss = "by default" if row["scorer_loss"] else "without the scorers' loss"
+    speeds = {kind: cell["tokens_per_second"] for kind, cell in row["rivals"].items()}
+    for kind, rival in (("sliding_window", "our window"), ("pytorch_window", "FlexAttention")):
+      if kind in speeds:
+        ours, theirs = (f"{speeds[name]:,.0f}" for name in ("sparsek", kind))
+        what = f"training step {loss}, {row['n']} tokens: tokens/s"
+        add(what, ours, theirs, rival, speeds["sparsek"] / speeds[kind])
+  for row in attention_times["rows"]:
+    for direction in (FORWARD, BOTH):
+      ms, window = (figure(row, name, direction) for name in ("sparsek", "sliding_window"))
+      shape = f"{row['heads']}/{row['kv_heads']} heads of {row['head_dim']}, {row['n']} tokens"
+      what = f"attention, {direction.replace('+', ' + ')}, {shape}: ms"
+      add(what, number(ms), number(window), "cuDNN's window", quotient(ms, window))
+  for row in decode["rows"]:
+    ms, full = (row["rivals"][kind]["ms"] for kind in ("sparsek", "full"))
+    what = f"generation of {row['batch_size']} texts after {row['n']} tokens: ms a token"
+    add(what, number(ms), number(full), "our full attention", quotient(ms, full))
+  return markdown(["what", "SPARSEK", "rival", "which", "SPARSEK / rival"], lines)
 
 
 def decoding(record: Mapping) -> list[str]:
