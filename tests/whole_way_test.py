@@ -2,7 +2,7 @@
 is stopped and resumed, a grid, evaluation, export and import, Python, generation.
 
 The wheel is installed in an environment of its own, which borrows other packages from this one. The
-demo's eight trainings would take too long here: tests/experiments/demo_test.py has its parts.
+demo trains each kind from one start, and for a few steps only.
 """
 
 import gzip
@@ -101,6 +101,16 @@ def interrupt_after_a_step(user: Newcomer, *words: str) -> str:
   return out
 
 
+DEMO = """
+import os
+os.environ["SPARSEK_STARTED_BY"] = "sparsek"  # as the program does
+from sparsek.experiments import demo
+demo.SEEDS, demo.NUM_STEPS, demo.NUM_DOCUMENTS, demo.EXAMPLES = (0,), 4, 99, 2
+demo.DISTANCES, demo.LENGTHS, demo.ROUNDS = (8, 96), (1024, 2048), 1
+few = ("--num_steps=4", "--warmup_steps=1", "--log_every=2", "--checkpoint_every=2")
+demo.PRETRAIN = (*demo.PRETRAIN, "--embed_dim=32", "--batch_size=2", *few)
+demo.main()
+"""
 PLACES = "import sparsek, sparsek.experiments as e; print(sparsek.__file__, e.__file__)"
 PROGRAM = """
 import sparsek
@@ -116,6 +126,10 @@ def test_the_whole_way(program, tmp_path):
   assert len(places) == 2 and all(p.startswith(str(program.parent.parent)) for p in places)
   assert "--preset=tiny" in user.run("recipe", "tiny_stdlib")
   assert "tokens a step" in user.run("pretrain", "--flagfile=tiny_stdlib", "--dry_run")
+
+  said = user.python(DEMO)
+  assert "it ended with one of step" in said and "kept at the question:" in said
+  assert all((tmp_path / "demo" / name).exists() for name in ("demo.png", "demo.json"))
 
   own = tmp_path / "own"
   own.mkdir()
