@@ -27,6 +27,7 @@ from absl import flags
 from sparsek.command_line import flagfiles, own_modules, terminal
 from sparsek.command_line.help import help_of
 from sparsek.command_line.invocation import as_typed
+from sparsek.config.checks import UNREGISTERED
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 
@@ -57,9 +58,9 @@ def parse(
     # absl looks for a flag of a similar name, letter by letter.
     raise UsageError("a flag is unknown, and its name is of hundreds of letters") from None
   except (flags.Error, ValueError) as error:  # ValueError: --noNAME=VALUE
-    raise UsageError(
-      " ".join(str(error).replace("flag --", "--", 1).removeprefix("ERROR:: ").split())
-    ) from None
+    text = " ".join(str(error).replace("flag --", "--", 1).removeprefix("ERROR:: ").split())
+    is_name = text.startswith(("--scorer=", "--attention="))  # names that users can add to
+    raise UsageError(text + UNREGISTERED * is_name) from None
   if rest[1:]:
     raise UsageError(f"unexpected argument {rest[1]!r}: every option is written --name=value")
 

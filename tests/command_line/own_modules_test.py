@@ -85,7 +85,7 @@ def test_flags_accept_what_a_module_registers(folder, arguments):
     (["--import=no_such_module"], ["--import=no_such_module", "there is no module"]),
     (["--import="], ["--import=:", "there is no module"]),
     (["--import=own_failing_module"], ["own_failing_module", "ZeroDivisionError"]),
-    (["--scorer=of_module"], ["--scorer=of_module", "linear"]),
+    (["--scorer=of_module"], ["--scorer=of_module", "linear", "--import"]),
     (["--import=own_scorer_module", "--scorer=of"], ["--scorer=of:", "of_module"]),
   ],
 )
