@@ -15,14 +15,13 @@ KIND = "pytorch_window"
 COMMAND = (sys.executable, "-m", "sparsek.experiments.bench.pytorch_window")
 
 
-def make_model(shape: dict, window: int, device: str = "cuda") -> Any:
+def make_model(shape: dict, window: int) -> Any:
   """Returns a torch module, and its compiled loss: (tokens [B, n], targets [B, n]) -> mean
   cross-entropy.
 
   Args:
     shape: the fields of a transformers.LlamaConfig, as `transformers_llama.fields` returns them.
     window: latest tokens that a query sees, itself included.
-    device: where it lives.
   """
   import torch
   from torch import nn
@@ -84,12 +83,12 @@ def make_model(shape: dict, window: int, device: str = "cuda") -> Any:
     return (j <= i) & (i - j < window)
 
   n = shape["max_position_embeddings"]
-  model = Model().to(device=device, dtype=torch.bfloat16)
+  model = Model().to(device="cuda", dtype=torch.bfloat16)
   # Compiled, it does not hold the mask of all pairs of tokens.
-  mask = torch.compile(create_block_mask)(in_window, None, None, n, n, device=device)
+  mask = torch.compile(create_block_mask)(in_window, None, None, n, n, device="cuda")
   angles = torch.outer(
-    torch.arange(n, device=device).float(),
-    10000.0 ** (-torch.arange(0, dim, 2, device=device).float() / dim),
+    torch.arange(n, device="cuda").float(),
+    10000.0 ** (-torch.arange(0, dim, 2, device="cuda").float() / dim),
   )
   rotation = angles.cos().bfloat16(), angles.sin().bfloat16()
   compiled = torch.compile(model)
