@@ -8,8 +8,8 @@
 Memory and time per token do not depend on the length of the text so far, except in models with full
 attention layers. --k and --window may differ from those of training. By default one device computes
 everything; with --fsdp or --context all do, and texts are spread over them where their number is a
-multiple of the devices'. The text goes to stdout; the
-last line on stderr is the speed.
+multiple of the devices'. The text goes to stdout. The last line on stderr says the speed of more
+than 16 new tokens, without the time of the prompt and of compiling.
 """
 
 import os

@@ -70,10 +70,7 @@ def base_model(config: TrainConfig) -> TransformerConfig | None:
 def report(result: loop.Result, config: TrainConfig) -> None:
   """Prints how far training came, its losses, and where everything is."""
   workdir, num_steps = config.workdir, config.optimizer.num_steps
-  if result.already_complete:
-    asked = f"--num_steps={num_steps}" if config.stop_at is None else f"--stop_at={config.stop_at}"
-    print(f"{workdir} is complete: it has all of {asked} steps ({result.step} were made)")
-  elif result.stopped and result.step == config.stop_at:
+  if result.stopped and result.step == config.stop_at:
     print(
       f"stopped at step {result.step} of {num_steps}, as --stop_at says; "
       "the same command without it goes on"

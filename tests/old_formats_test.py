@@ -137,7 +137,7 @@ def test_a_finished_run_is_complete(old):
     f"--data={old}/bpe",
     f"--init_from=hf:{old}/hf",
   )
-  assert f"{run} is complete: it has all of --num_steps=4 steps" in done.stdout
+  assert f"{run} is complete: it has all of --num_steps=4 steps" in done.stderr
   assert (contents(run / "checkpoints"), records(run)) == before
 
 

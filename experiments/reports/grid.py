@@ -156,6 +156,8 @@ def share(cells: Sequence[Cell], job: str) -> list[Cell]:
 def result_of(workdir: str) -> dict:
   """Returns {"heldout_loss", "step", "tokens_per_second"} at the end of a finished run.
 
+  The speed is None where no step but the first was logged, in which everything is compiled.
+
   Raises:
     UsageError: where it was never evaluated.
   """
@@ -165,11 +167,16 @@ def result_of(workdir: str) -> dict:
     raise UsageError(
       f"{workdir} has no held-out loss at its end: the grid needs --eval_every above 0"
     )
-  speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+  # Version 0.1 logged a speed of step 1.
+  speeds = [
+    record["tokens_per_second"]
+    for record in records
+    if "tokens_per_second" in record and record["step"] > 1
+  ]
   return {
     "heldout_loss": losses[-1]["heldout_loss"],
     "step": losses[-1]["step"],
-    "tokens_per_second": statistics.median(speeds[1:] or speeds),  # the first includes compiling
+    "tokens_per_second": statistics.median(speeds) if speeds else None,
   }
 
 
@@ -185,8 +192,11 @@ def read_result(folder: str) -> dict | None:
   if not os.path.exists(path):
     return None
   result = files.read_json_object(path)
-  if missing := [name for name in FIELDS if not _is_number(result.get(name))]:
-    raise UsageError(f"{path} has no number {missing[0]!r}: remove it to read the cell again")
+  wrong = [name for name in FIELDS if not _is_number(result.get(name))]
+  if result.get("tokens_per_second", "") is None:  # not measured
+    wrong.remove("tokens_per_second")
+  if wrong:
+    raise UsageError(f"{path} has no number {wrong[0]!r}: remove it to read the cell again")
   return result
 
 
@@ -278,7 +288,8 @@ def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
 def summarize(rows: Sequence[dict]) -> list[dict]:
   """Returns one row for all seeds of a setting, best first.
 
-  A row has the mean held-out loss, its standard error (None for one seed) and the median speed.
+  A row has the mean held-out loss, its standard error (None for one seed) and the median speed
+  (None where none was measured).
   """
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
@@ -286,6 +297,7 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
   summary = []
   for key, group in groups.items():
     losses = [row["heldout_loss"] for row in group]
+    speeds = [s for row in group if (s := row["tokens_per_second"]) is not None]
     error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     summary.append(
       {
@@ -294,7 +306,7 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
         "seeds": len(group),
         "heldout_loss": statistics.fmean(losses),
         "standard_error": error,
-        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in group),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
       }
     )
   return sorted(summary, key=lambda row: row["heldout_loss"])
@@ -316,7 +328,7 @@ def markdown(summary: Sequence[dict]) -> str:
       "all" if row["budget"] is None else str(row["budget"]),
       str(row["seeds"]),
       f"{row['heldout_loss']:.4f}{error}",
-      f"{row['tokens_per_second']:,.0f}",
+      "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
     ]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ from sparsek.command_line import outputs
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.errors import UsageError
 from sparsek.generation import cache_file
-from sparsek.generation.session import Session
+from sparsek.generation.session import AHEAD, Session
 from sparsek.generation.text_stream import TextStream
 from sparsek.storage.files import cannot_write, check_regular, read_at_most
 
@@ -96,7 +96,7 @@ def write_texts(
     goes_on: the texts will be saved, and may end within a character.
 
   Returns:
-    How many tokens are new, and how fast they came.
+    How many tokens are new, and how fast they came, where that was measured.
   """
 
   def append(row: int, text: str) -> None:
@@ -104,21 +104,36 @@ def write_texts(
     if len(streams) == 1:
       print(text, end="", flush=True)
 
-  times, new = [], 0
+  times, numbers = [], []
   if len(streams) == 1:
     print(written[0], end="", flush=True)
   for pieces in text_pieces(session, turn, streams):
     times.append(time.perf_counter())
-    new += len(pieces)
+    numbers.append(len(pieces))
     for row, text in pieces:
       append(row, text)
   for row, stream in enumerate(streams):
     append(row, stream.end_turn() if goes_on else stream.finish())
   several = "\n".join(f"[{row}] {text}" for row, text in enumerate(written))
   print(several if len(streams) > 1 else "")
-  if len(times) < 2 or new <= len(streams):
-    return f"{new} new ones"
-  return f"{new} new ones, {(new - len(streams)) / (times[-1] - times[0]):.0f} tokens/s"
+  return f"{sum(numbers)} new ones{_describe_speed(times, numbers)}"
+
+
+def _describe_speed(times: Sequence[float], numbers: Sequence[int]) -> str:
+  """Returns ", SPEED tokens/s" of the steps of a turn, or "" where there are too few.
+
+  The session draws the first token after the prompt, and others in groups of AHEAD or one at a
+  time. A group counts where all of it was drawn; the first may be compiled in its time.
+
+  Args:
+    times: when the tokens of each step came.
+    numbers: how many came.
+  """
+  last = (len(times) - 1) // AHEAD * AHEAD
+  if last <= AHEAD:
+    return ""
+  speed = sum(numbers[AHEAD + 1 : last + 1]) / (times[last] - times[AHEAD])
+  return f", {speed:,.1f} tokens/s"
 
 
 def check_can_save(path: str) -> None:

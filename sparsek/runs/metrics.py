@@ -1,12 +1,13 @@
 """Metrics of a run: metrics.jsonl and its copies, and the progress on the terminal."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 import tqdm
@@ -203,7 +204,12 @@ class NoMetrics(MetricsWriter):
 
 
 class Progress:
-  """A bar on a terminal, elsewhere one line per logged step: loss, tokens per second, time left."""
+  """A bar on a terminal, elsewhere one line per logged step: loss, tokens per second, time left.
+
+  Both show the speed of the last lap. The bar's own would count compiling and evaluating.
+  """
+
+  _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
   def __init__(
     self, step: int, num_steps: int, stream: TextIO | None = None, loss_name: str = "loss"
@@ -213,7 +219,7 @@ class Progress:
     self._bar: tqdm.tqdm | None = None
     if self._stream.isatty():
       self._bar = tqdm.tqdm(
-        total=num_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True
+        total=num_steps, initial=step, file=self._stream, dynamic_ncols=True, bar_format=self._BAR
       )
 
   def step(self, step: int) -> None:
@@ -225,32 +231,26 @@ class Progress:
     self,
     step: int,
     loss: float,
-    tokens_per_second: float,
-    seconds_per_step: float | None,
+    tokens_per_second: float | None = None,
+    seconds_per_step: float | None = None,
     mfu: float | None = None,
   ) -> None:
     """Shows a logged step.
 
     Args:
-      step, loss, tokens_per_second: of the step.
-      seconds_per_step: None for the first step of a process, whose time went to compiling.
+      step, loss: of the step.
+      tokens_per_second, seconds_per_step: of the last lap; None where none has been measured.
       mfu: None where the devices' peak rate is not known.
     """
-    speed = (
-      f"{tokens_per_second:,.0f} tokens/s" + ("" if mfu is None else f", {mfu:.1%} MFU")
-      if seconds_per_step is not None
-      else "compiled"
-    )
+    shown = [f"{self._loss_name} {loss:.4f}"]
+    if tokens_per_second is not None and seconds_per_step is not None:
+      of_peak = "" if mfu is None else f", {mfu:.1%} MFU"
+      time_left = tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))
+      shown += [f"{tokens_per_second:,.0f} tokens/s{of_peak}", f"{time_left} left"]
     if self._bar is not None:
-      self._bar.set_postfix_str(f"{self._loss_name} {loss:.4f}, {speed}")
+      self._bar.set_postfix_str(", ".join(shown))
     else:
-      time_left = (
-        ""
-        if seconds_per_step is None
-        else f"  {tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))} left"
-      )
-      shown = f"{self._loss_name} {loss:.4f}"
-      self.say(f"step {step}/{self._num_steps}  {shown}  {speed}{time_left}")
+      self.say("  ".join([f"step {step}/{self._num_steps}", *shown]))
 
   def say(self, line: str) -> None:
     """Prints a line of text, above the bar."""
@@ -266,26 +266,36 @@ class Progress:
 
 
 class Stopwatch:
-  """Time of training since the last lap, without pauses (evaluating, saving, compiling)."""
+  """Time of whole steps, without pauses: profiling, evaluating, saving.
+
+  It runs from the first `lap` on. A lap ends when the devices have ended a step and all before it.
+  """
 
   def __init__(self):
-    self.restart()
+    self._begin, self._seconds = self.now(), 0.0
+    self._last_step: int | None = None
 
-  def restart(self, step: int = 0) -> None:
-    """Starts a lap at a step, from zero."""
-    self._start, self._seconds, self._last_step = time.perf_counter(), 0.0, step
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Stops the time in the block, which begins when the devices have nothing left to do."""
+    self._seconds += self.now() - self._begin
+    yield
+    self._begin = self.now()
 
-  def pause(self) -> None:
-    """Stops the time."""
-    self._seconds += time.perf_counter() - self._start
+  def now(self) -> float:
+    """Returns the time in seconds."""
+    return time.perf_counter()
 
-  def resume(self) -> None:
-    """Continues after a pause."""
-    self._start = time.perf_counter()
+  def lap(self, step: int, ahead: float = 0.0) -> float | None:
+    """Ends a lap and starts another.
 
-  def lap(self, step: int) -> float:
-    """Returns the seconds per step since the last lap, and starts another."""
-    self.pause()
-    seconds = self._seconds / max(step - self._last_step, 1)
-    self.restart(step)
-    return seconds
+    Args:
+      step: that has ended.
+      ahead: seconds since the last lap that the host spent on the next step, whose lap they are in.
+    Returns:
+      the seconds per step, None at the end of the first lap.
+    """
+    now, last_step = self.now(), self._last_step
+    seconds = self._seconds + now - self._begin - ahead
+    self._begin, self._seconds, self._last_step = now, ahead, step
+    return None if last_step is None else seconds / (step - last_step)

@@ -27,7 +27,15 @@ from sparsek.runs.metrics import MetricsWriter, NoMetrics, Progress
 from sparsek.storage import files
 from sparsek.training.report import Dispatched, Ended, Reporter
 from sparsek.training.saver import Saver
-from sparsek.training.start import Setup, Start, restore_or_init, set_up, write_records
+from sparsek.training.start import (
+  Setup,
+  Start,
+  describe_complete,
+  describe_resume,
+  restore_or_init,
+  set_up,
+  write_records,
+)
 from sparsek.training.step import all_finite
 from sparsek.training.stop_signal import AgreedStop, StopSignal
 
@@ -113,24 +121,23 @@ class _Run:
 
     Step s + 1 is dispatched before the metrics of step s are read: the devices never wait.
     """
-    setup = self._setup
-    self._reporter.watch.restart(self.step)
+    setup, watch = self._setup, self._reporter.watch
     while self.step < setup.last_step and not self._stop.requested:
+      begin = watch.now()
       dispatched = self._dispatch(next(setup.iterator))
-      self._report_pending()
+      self._report_pending(ahead=watch.now() - begin)
       self._pending = dispatched
       save = self.step % self._train.checkpoint_every == 0 or self.step == setup.num_steps
       evaluate = setup.evaluation_due(self.step)
       if save or evaluate or setup.profile.ends_at(self.step):
         self._report_pending()
-        self._reporter.watch.pause()
         processes.pause()
-        setup.profile.after(self.step, self._progress.say)
-        if evaluate:
-          self.evaluate()
-        if save:
-          self.save()
-        self._reporter.watch.resume()
+        with watch.paused():
+          setup.profile.after(self.step, self._progress.say)
+          if evaluate:
+            self.evaluate()
+          if save:
+            self.save()
     self._report_pending()
     processes.pause()
 
@@ -141,14 +148,14 @@ class _Run:
     self._data_state = setup.iterator.get_state()
     if setup.profile.begins_at(self.step):
       self._report_pending()
-    setup.profile.before(self.step)
+      with self._reporter.watch.paused():
+        setup.profile.before(self.step)
     placed = put_batch(setup.mesh, batch)
+    diagnostics = {}
     with self._compiling():
       self._state, outputs = setup.train_step(self._state, placed, *self._teacher, apply=self._yes)
-    diagnostics = {}
-    if self._reporter.is_logged(self.step):
-      processes.pause()  # the first time, this compiles
-      diagnostics = setup.diagnose(self._state.params, first_row(setup.mesh, placed))
+      if self._reporter.is_diagnosed(self.step):
+        diagnostics = setup.diagnose(self._state.params, first_row(setup.mesh, placed))
     lengths = flops.document_lengths(batch["segment_ids"][:, :-1])
     stop = self._stop.cast()
     if self._pending is not None:  # so this step did not compile
@@ -158,9 +165,10 @@ class _Run:
   @contextlib.contextmanager
   def _compiling(self) -> Iterator[None]:
     """Says that the first step of this process is compiled in the block, and how long it took."""
-    if self._pending is not None or self._reporter.last_batch is not None:
+    if self.step > self._reporter.first_step:
       yield
       return
+    processes.pause()
     kept = " (cached next time)" if run_directory.keeps_compiled() else ""
     self._progress.say(f"compiling the training step{kept} ...")
     begin = time.monotonic()
@@ -169,11 +177,11 @@ class _Run:
     if seconds >= SLOW:
       self._progress.say(f"compiled in {seconds:.0f} s")
 
-  def _report_pending(self) -> None:
-    """Reports the pending step, if any, which waits for it."""
+  def _report_pending(self, ahead: float = 0.0) -> None:
+    """Reports the pending step, if any, which waits for it; `ahead` is that of `Stopwatch.lap`."""
     if self._pending is not None:
       pending, self._pending = self._pending, None
-      self._reporter.report(pending)
+      self._reporter.report(pending, ahead)
       self._stop.hear(pending.stop)
       processes.progress()
 
@@ -277,11 +285,16 @@ def _train_locked(
     writer = CheckpointWriter(workdir, train_config.keep_checkpoints)
     writer.probe()
     stack.callback(setup.profile.stop)
-    start = restore_or_init(setup, checkpoint.to_stderr if processes.is_first() else _drop)
+    say = checkpoint.to_stderr if processes.is_first() else _drop
+    start = restore_or_init(setup, say)
     metrics, evaluated = _open_metrics(stack, setup, start.step)
     evaluate_first = setup.evaluation_due(start.step) and not evaluated
     if start.step >= setup.last_step and not evaluate_first:
+      say(describe_complete(setup, start))
       return Result(start.step, already_complete=True)
+    if start.saved_step is not None:
+      for line in describe_resume(setup, start):
+        say(line)
     processes.on_first(lambda: write_records(setup, flagfile))
     stream = sys.stderr if processes.is_first() else stack.enter_context(open(os.devnull, "w"))
     progress = stack.enter_context(

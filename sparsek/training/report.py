@@ -40,17 +40,18 @@ class Reporter:
     loss: of the last ordinary step, or None.
     last_batch: of that step, on the devices, or None.
     last_update: words about the update of that step, for messages.
-    watch: the time that steps take.
+    first_step: of this process; in it everything is compiled.
+    watch: the time that steps take, from the end of the first one on.
   """
 
   def __init__(self, setup: Setup, start: Start, metrics: MetricsWriter, progress: Progress):
     self.loss: float | None = None
     self.last_batch: dict[str, jax.Array] | None = None
     self.last_update = ""
+    self.first_step = start.step + 1
     self.watch = Stopwatch()
     self._setup, self._train = setup, setup.train
     self._metrics, self._progress = metrics, progress
-    self._first_step = start.step + 1
     self._skipped, self._skipped_in_a_row = start.skipped, 0
     self._work: list[int] = []  # operations of each step since the last lap of the watch
     # The step of a warm-up is not the forward and backward pass that operations are counted for.
@@ -60,8 +61,19 @@ class Reporter:
     """Returns whether the metrics of a step are written."""
     return step == 1 or step % self._train.log_every == 0 or step == self._setup.num_steps
 
-  def report(self, done: Dispatched) -> None:
+  def is_diagnosed(self, step: int) -> bool:
+    """Returns whether the selection in a step is measured; the first time, this compiles."""
+    return step == self.first_step or self.is_logged(step)
+
+  def report(self, done: Dispatched, ahead: float) -> None:
     """Reads the metrics of a step, which waits for it, and logs them where due.
+
+    The speed that is logged is the mean since the last step that was logged, or else since the
+    first one; that one has none.
+
+    Args:
+      done: the step.
+      ahead: as in `Stopwatch.lap`.
 
     Raises:
       Ended: where the run cannot go on after this step.
@@ -77,26 +89,25 @@ class Reporter:
       self._check_finite(done.step, outputs)
       self.loss, self.last_batch = outputs["loss"], done.batch
     self._progress.step(done.step)
-    if self.is_logged(done.step):
-      self._log(done, outputs)
-      self._work.clear()
-    elif done.step == self._first_step:
-      self.watch.restart(done.step)  # the first step includes compiling
-      self._work.clear()
-
-  def _log(self, done: Dispatched, outputs: dict) -> None:
-    """Writes the metrics of a step, and the speed since the last step that was logged."""
-    setup, data = self._setup, self._train.data
-    seconds = self.watch.lap(done.step)
-    rate = data.batch_size * data.seq_len / seconds
+    if not self.is_diagnosed(done.step):
+      return
+    # The diagnosis belongs to the time of its step.
     selection = {key: float(value) for key, value in jax.device_get(done.diagnostics).items()}
-    speed = {"tokens_per_second": rate}
+    seconds = self.watch.lap(done.step, ahead)
+    if self.is_logged(done.step):
+      speed = {} if seconds is None else self._speed(seconds)
+      self._metrics.write({"step": done.step, **outputs, **speed, **selection})
+      self._progress.log(done.step, outputs["loss"], seconds_per_step=seconds, **speed)
+    self._work.clear()
+
+  def _speed(self, seconds: float) -> dict[str, float]:
+    """Returns {"tokens_per_second"}, and "mfu" where it is known, at some seconds a step."""
+    data = self._train.data
+    speed = {"tokens_per_second": data.batch_size * data.seq_len / seconds}
     if self._peak_flops is not None:
       mean_flops = sum(self._work) / len(self._work)
-      speed["mfu"] = mean_flops / seconds / (self._peak_flops * setup.mesh.size)
-    self._metrics.write({"step": done.step, **outputs, **speed, **selection})
-    shown = seconds if done.step > self._first_step else None
-    self._progress.log(done.step, outputs["loss"], rate, shown, speed.get("mfu"))
+      speed["mfu"] = mean_flops / seconds / (self._peak_flops * self._setup.mesh.size)
+    return speed
 
   def _is_spike(self, step: int, outputs: dict) -> bool:
     """Returns whether the update of a step was skipped as a spike, and reports it.

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from sparsek.training.optimizer import make_optimizer
 from sparsek.training.saver import SPIKES
 from sparsek.training.step import TrainState, make_diagnose, make_eval_step, make_train_step
 from sparsek.training.trace import Profile
+
+Changes = dict[str, tuple[Any, Any]]  # of settings: name -> (old, new)
 
 
 class Setup(NamedTuple):
@@ -131,6 +133,7 @@ class Start(NamedTuple):
     data_state: of the data iterator.
     skipped: steps so far that were spikes.
     teacher: (the teacher's parameters,), the further arguments of a training step; or ().
+    differing: settings of a run that resumes with others than before.
   """
 
   step: int
@@ -139,6 +142,7 @@ class Start(NamedTuple):
   data_state: dict
   skipped: int
   teacher: tuple[Params, ...]
+  differing: Changes
 
 
 def restore_or_init(setup: Setup, say: Say) -> Start:
@@ -165,8 +169,9 @@ def restore_or_init(setup: Setup, say: Say) -> Start:
     functools.partial(set_aside.step_to_restore, workdir, train.restore_step, say)
   )
   saved_step = spikes_so_far = None
+  differing: Changes = {}
   if processes.on_first(functools.partial(checkpoint.saved_steps, workdir)):
-    restored = _resume(setup, back_to, say)
+    restored, differing = _resume(setup, back_to, say)
     saved_step, spikes_so_far = restored.step, restored.data_state.get(SPIKES)
   else:
     params = initial_params(config, train, dataset, mesh, say)
@@ -185,11 +190,16 @@ def restore_or_init(setup: Setup, say: Say) -> Start:
     setup.iterator.get_state(),
     spikes_so_far[-1] if so_far and spikes_so_far else 0,
     teacher_params,
+    differing,
   )
 
 
-def _resume(setup: Setup, back_to: int | None, say: Say) -> checkpoint.Restored:
-  """Returns the newest checkpoint or that of step `back_to`, and sets the data iterator to it."""
+def _resume(setup: Setup, back_to: int | None, say: Say) -> tuple[checkpoint.Restored, Changes]:
+  """Sets the data iterator to the newest checkpoint or that of step `back_to`.
+
+  Returns:
+    (what the checkpoint holds, `Start.differing`).
+  """
   config, train, workdir = setup.config, setup.train, setup.train.workdir
   record = run_record.load_run_config(workdir)[1]
   if not record["data"]["data"]:
@@ -212,16 +222,36 @@ def _resume(setup: Setup, back_to: int | None, say: Say) -> checkpoint.Restored:
     processes.on_first(functools.partial(set_aside.set_aside, workdir, restored.step, say))
   data_state = {name: value for name, value in restored.data_state.items() if name != SPIKES}
   setup.iterator.set_state(data_state, saved_under=record["data"])
-  differing = differing_fields(old, config) | run_record.changed_settings(record, train)
+  return restored, differing_fields(old, config) | run_record.changed_settings(record, train)
+
+
+def describe_resume(setup: Setup, start: Start) -> list[str]:
+  """Returns lines of text: the step where a run resumes, and the settings that have changed."""
+  train, workdir = setup.train, setup.train.workdir
   unused = " (--init_from is not used)" if train.init_from else ""
-  changed = ", with other settings than before:" if differing else ""
-  say(f"resuming {workdir} at step {restored.step}{unused}{changed}")
-  for name, (there, here) in differing.items():
-    say(f"  {name}: {there} -> {here}")
+  changed = ", with other settings than before:" if start.differing else ""
+  lines = [f"resuming {workdir} at step {start.step}{unused}{changed}"]
+  lines += [f"  {name}: {old} -> {new}" for name, (old, new) in start.differing.items()]
   flagfile = os.path.join(workdir, "flags.txt")
-  if differing and os.path.exists(flagfile):
-    say(f"  (flags not given have their defaults; --flagfile={flagfile} keeps the old ones)")
-  return restored
+  if start.differing and os.path.exists(flagfile):
+    lines += [f"  (flags not given have their defaults; --flagfile={flagfile} keeps the old ones)"]
+  return lines
+
+
+def describe_complete(setup: Setup, start: Start) -> str:
+  """Returns a line of text: a run has nothing left to do, its settings, and what can be done."""
+  train = setup.train
+  length = "num_steps" if setup.last_step == setup.num_steps else "stop_at"
+  settings = ", ".join(
+    f"{name}={old} (not {new})"
+    for name, (old, new) in start.differing.items()
+    if name not in ("num_steps", "stop_at")
+  )
+  return (
+    f"{train.workdir} is complete: it has all of --{length}={setup.last_step} steps "
+    f"({start.step} were made)" + (f", with {settings}" if settings else "") + f"; raise "
+    f"--{length} to train it further, or give another --workdir for a new run"
+  )
 
 
 def write_records(setup: Setup, flagfile: str) -> None:
