@@ -448,6 +448,9 @@ def test_a_result_that_is_no_number_is_refused(run_grid, capsys):
     path.write_text(f'{{"heldout_loss": {number}, "step": 6, "tokens_per_second": 9.0}}')
     assert run_grid() == 2
     assert "result.json has no number 'heldout_loss'" in capsys.readouterr().err
+  path.write_text('{"heldout_loss": 2.0, "step": 6}')
+  assert run_grid() == 2
+  assert "result.json has no number 'tokens_per_second'" in capsys.readouterr().err
 
 
 def test_the_speed_of_a_cell_is_that_after_compiling(tmp_path):
@@ -456,6 +459,20 @@ def test_the_speed_of_a_cell_is_that_after_compiling(tmp_path):
     "\n".join(map(json.dumps, [*records, {"step": 4, "heldout_loss": 2.0}]))
   )
   assert grid.result_of(str(tmp_path))["tokens_per_second"] == 3.0
+
+
+def test_a_cell_of_one_step_has_no_speed(tmp_path):
+  records = [{"step": 1, "loss": 3.0}, {"step": 1, "heldout_loss": 2.0}]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+  grid.save_result(str(tmp_path), "fingerprint")
+  result = grid.read_result(str(tmp_path))
+  assert result["tokens_per_second"] is None
+  row = {**dict.fromkeys([*grid.COLUMNS, "budget", "seed"]), "attention": "full", **result}
+  rows = [row, {**row, "seed": 1}]
+  grid.write_report(str(tmp_path), rows, "")
+  assert "2.0000 ± 0.0000 |  |" in (tmp_path / "table.md").read_text()
+  both = grid.summarize([rows[0], {**rows[0], "tokens_per_second": 5.0}])
+  assert [row["tokens_per_second"] for row in both] == [5.0]
 
 
 def test_long_patterns_have_names_that_folders_can_have(run_grid):

@@ -1,9 +1,14 @@
 """Prompts as experiments.generate reads, encodes and shows them."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
 from sparsek.generation import prompts
+from sparsek.generation.session import AHEAD
+from sparsek.generation.text_stream import TextStream
 from tests.helpers import spm
 
 
@@ -36,3 +41,28 @@ def test_a_file_of_prompts_that_is_refused(tmp_path):
   (tmp_path / "prompts").write_bytes(b"a\ncaf\xe9\n")
   with pytest.raises(UsageError, match="is not UTF-8: byte 0xe9 in line 2"):
     prompts.read_prompts(str(tmp_path / "prompts"))
+
+
+@pytest.mark.parametrize("rows", (1, 2))
+@pytest.mark.parametrize("group", (1, AHEAD))
+def test_the_speed_is_that_of_whole_groups_without_compiling(group, rows, monkeypatch, capsys):
+  """Too few tokens have none: the first group compiles, and a part of one takes as long as all."""
+  clock = SimpleNamespace(now=0.0)
+  monkeypatch.setattr(prompts, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+  def turn(steps):
+    """Draws the first tokens with the prompt, the others in groups of 4 steps a second."""
+    for step in range(steps):
+      if step == 0:
+        clock.now += 1e3
+      elif (step - 1) % group == 0:
+        clock.now += group / 4 + 1e4 * (step == 1)
+      yield [ord("a")] * rows
+
+  for steps in (0, 1, 2, 3, AHEAD, AHEAD + 1, 2 * AHEAD, 2 * AHEAD + 1, 2 * AHEAD + 2, 100):
+    streams = [TextStream(ByteTokenizer()) for _ in range(rows)]
+    session = SimpleNamespace(stop=None)
+    told = prompts.write_texts(session, turn(steps), streams, [""] * rows, False)
+    speed = f", {4 * rows}.0 tokens/s" if steps > 2 * AHEAD else ""
+    assert told == f"{steps * rows} new ones{speed}"
+    assert capsys.readouterr().out.count("a") == steps * rows

@@ -178,7 +178,7 @@ def test_the_speed_is_that_of_whole_steps_that_were_waited_for(
 
 
 def test_nothing_is_compiled_while_the_time_runs(dataset, tmp_path, monkeypatch):
-  """Of a real run, from its first step, and resumed before one that is not logged."""
+  """A real run, from its first step, and resumed before a step that is not logged."""
   running, inside, outside = [False], [], []
 
   class Watched(report.Stopwatch):
