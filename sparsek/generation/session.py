@@ -227,8 +227,8 @@ class Session:
     logits = self._prefill(rows, turn.max_new_tokens)
     self._unfed = [[] for _ in rows]
     token = _first_draw(turn.method, logits, turn.keys, jnp.int32(0), *turn.options)
-    active = ~jnp.isin(token, turn.end_ids) & (turn.max_new_tokens > 1)
-    state = token, active, jnp.int32(1)
+    active = jnp.all(token[:, None] != turn.end_ids, axis=1) & (turn.max_new_tokens > 1)
+    state = token, active, 1
     drawn = token[None], np.ones((1, len(rows)), bool)
     self._exact = not turn.ahead
     dispatches = -(-(turn.max_new_tokens - 1) // max(turn.ahead, 1))
@@ -300,20 +300,24 @@ class Session:
 
   def _advance(self, turn: _Turn, steps: int, state: tuple) -> tuple[tuple, tuple]:
     """Runs steps; returns the next (token, active, number), and the tokens and which rows drew."""
-    (self.cache, *state_after), drawn = run_steps(
+    token, active, number = state
+    # The number comes from the host each time: one that a device returned would compile again.
+    (self.cache, token, active, _), drawn = run_steps(
       self._sized,
       turn.method,
       steps,
       self._params,
       self.cache,
-      *state,
+      token,
+      active,
+      jnp.int32(number),
       jnp.int32(turn.max_new_tokens),
       turn.keys,
       *turn.options,
       turn.end_ids,
       mesh=self._mesh,
     )
-    return tuple(state_after), drawn
+    return (token, active, number + steps), drawn
 
   def stop(self, row: int) -> None:
     """Ends a row of the current turn, which yields None for it from now on.

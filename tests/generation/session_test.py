@@ -143,6 +143,26 @@ def test_turns_go_on_where_they_ended():
     )
 
 
+@pytest.mark.parametrize("ahead, eos_id", [(0, 7), (3, 7), (3, None)])
+def test_the_steps_of_a_turn_are_compiled_once(ahead, eos_id):
+  """Parameters on a device, as from a checkpoint, place on it whatever is computed with them."""
+  compiled = []
+
+  def listen(event, seconds, **about):
+    if event.endswith("backend_compile_duration"):
+      compiled.append(about.get("fun_name"))
+
+  ends = 0 if eos_id is None else 1
+  config = dataclasses.replace(LIGHT, window=5 + 2 * ahead + ends)  # of no other test
+  placed = jax.device_put(light_params(), jax.devices()[0])
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    turn(Session(config, placed, 3), ROWS, ahead=ahead, eos_id=eos_id)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert sum("run_steps" in name for name in compiled) == 1
+
+
 def test_a_stopped_row_computes_nothing_more():
   whole = turn(Session(LIGHT, light_params(), 3), ROWS)
   session, seen = Session(LIGHT, light_params(), 3), []
