@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import flagfiles, own_modules
+from sparsek.command_line import flagfiles, outputs, own_modules
 from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
@@ -127,9 +127,10 @@ def numbers(name: str, minimum: int) -> list[int]:
 
 
 def check_flags() -> None:
-  """Raises UsageError for values of a grid that cannot be, and without --workdir."""
+  """Raises UsageError for values of a grid that cannot be, and without a --workdir for it."""
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
+  outputs.check_folder(f"--workdir={FLAGS.workdir}", FLAGS.workdir, outputs.A_GRID)
   numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS)
   base_file(), more_words()
 

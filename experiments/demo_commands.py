@@ -33,8 +33,9 @@ def prepare(picture: str) -> None:
   """Makes the folder of the demos, and this process use the compiled programs of its commands.
 
   Raises:
-    UsageError: where the folder holds another file of the picture's name.
+    UsageError: where the folder is of another kind, or holds another file of the picture's name.
   """
+  outputs.check_folder(f"{FOLDER}/", FOLDER, outputs.DEMOS)
   files.make_folder(FOLDER)
   outputs.check(picture, picture, outputs.PICTURE)
   jax.config.update("jax_compilation_cache_dir", os.path.abspath(CACHE))

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from absl import flags as absl_flags
 
+from sparsek.command_line import outputs
 from sparsek.command_line.configs import model_config, warn_of_unused
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_model_flags, define_step_flags
@@ -31,7 +32,7 @@ from sparsek.command_line.terminal import said_if_slow
 from sparsek.config import DataConfig
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
-from sparsek.storage.new_folder import check_new_folder, new_folder
+from sparsek.storage.new_folder import new_folder
 
 
 def define_flags(flag_values: absl_flags.FlagValues) -> None:
@@ -57,12 +58,13 @@ def folders() -> tuple[str, str, str]:
 
 
 def check_flags() -> None:
-  """Raises UsageError without --workdir, or without one of --from and --export."""
+  """Raises UsageError without --workdir and one of --from and --export, or for an old folder."""
   workdir, source, target = folders()
   if not workdir:
     raise UsageError("--workdir is required: the folder of the run to make or to export")
   if bool(source) == bool(target):
     raise UsageError("give one of --from=FOLDER, to import, and --export=FOLDER")
+  outputs.check_new_folder(*(("workdir", workdir) if source else ("export", target)))
 
 
 if __name__ == "__main__":
@@ -89,9 +91,6 @@ def import_folder(folder: str, workdir: str) -> None:
   """Reads the whole model, then writes the run, which appears only when it is complete."""
   if not os.path.isdir(folder):
     raise UsageError(f"--from={folder}: there is no such folder")
-  if os.path.exists(os.path.join(workdir, "model.json")):
-    raise UsageError(f"--workdir={workdir} holds a run already: give a new folder")
-  check_new_folder(workdir)
   tokenizer = load_tokenizer(folder)
   base = pretrained.load_config(folder)
   if tokenizer.vocab_size > base.vocab_size:
@@ -160,7 +159,6 @@ def end_tokens(folder: str, tokenizer: Tokenizer) -> list[int]:
 
 def export_run(workdir: str, folder: str, step: int | None) -> None:
   """Writes the parameters of a run, and its tokenizer if other programs can read it."""
-  check_new_folder(folder)
   config, run = run_record.load_run_config(workdir)
   end = run_record.load_run_tokenizer(workdir).eos_id
   params, step = checkpoint.load_params(workdir, config, step, allow_older=FLAGS.allow_older_step)

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 from absl import flags as absl_flags
 
+from sparsek.command_line import outputs
 from sparsek.command_line.definer import Definer, names_of
 from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.terminal import said_if_slow
@@ -107,7 +108,7 @@ define_flags(FLAGS)
 
 
 def check_flags() -> None:
-  """Raises UsageError for flags that exclude each other, and for those that are missing."""
+  """Raises UsageError for flags that exclude each other or are missing, and for an old folder."""
   if FLAGS.verify is not None:
     others = [name for name in names_of(FLAGS) if FLAGS[name].present]
     if others := [f"--{name}" for name in others if name not in ("verify", "expect")]:
@@ -123,6 +124,7 @@ def check_flags() -> None:
     raise UsageError(
       f"--tokenizer={FLAGS.tokenizer} and --train_bpe={FLAGS.train_bpe} exclude each other"
     )
+  outputs.check_new_folder("output", FLAGS.output)
 
 
 if __name__ == "__main__":

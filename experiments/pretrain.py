@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from sparsek.command_line import own_modules, path_flags
+from sparsek.command_line import outputs, own_modules, path_flags
 from sparsek.command_line.configs import model_config, train_config, warn_of_unused
 from sparsek.command_line.definer import OF_PROCESSES, into_string
 from sparsek.command_line.invocation import by_user, command
@@ -36,12 +36,14 @@ define_pretrain_flags(FLAGS)
 
 
 def check_flags() -> None:
-  """Raises UsageError for flags that do not go together, as far as no data nor model is needed."""
+  """Raises UsageError for what can be refused before data and a model are read."""
   train_config(FLAGS)
   if not FLAGS.init_from:
     model_config(FLAGS)
   if FLAGS.topology is not None and not FLAGS.dry_run:
     raise UsageError(f"--topology={FLAGS.topology} needs --dry_run: nothing can be trained there")
+  if not FLAGS.dry_run:
+    outputs.check_folder(f"--workdir={FLAGS.workdir}", FLAGS.workdir, outputs.A_RUN)
 
 
 if __name__ == "__main__":

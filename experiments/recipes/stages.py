@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from sparsek.command_line import outputs
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 from sparsek.experiments import child, evaluate, evaluate_tasks, import_hf
@@ -154,8 +155,10 @@ def run_stages(
     only: a regular expression: other stages are not begun.
     retrain: move stages that other flags made aside, and run them again.
   Raises:
-    UsageError: without `retrain`, where other flags made a stage; nothing has begun then.
+    UsageError: where the folder is of another kind, or without `retrain` other flags made a stage;
+      nothing has begun then.
   """
+  outputs.check_folder(f"--workdir={workdir}", workdir, outputs.STAGES)
   files.make_folder(workdir)
   wanted = {
     name: settings.effective(settings.parse(words, DEFINE[script]))

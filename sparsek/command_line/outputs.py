@@ -1,11 +1,15 @@
-"""Files that commands write where a flag says: none that a user or a run keeps is replaced."""
+"""Files and folders that commands write where a flag says.
+
+No file that a user or a run keeps is replaced, and no folder holds the outputs of two kinds.
+"""
 
 import dataclasses
+import glob
 import os
 from collections.abc import Callable
 
 from sparsek.errors import UsageError
-from sparsek.storage import files
+from sparsek.storage import files, new_folder
 
 RUN = "model.json"  # a folder that holds it is a run's
 OF_RUNS = (  # what a run keeps in its folder
@@ -13,6 +17,17 @@ OF_RUNS = (  # what a run keeps in its folder
   *("checkpoints", "tokenizer", "set_aside", "profile", "wandb", "wandb.json"),
 )
 _HEAD = 4096  # bytes that tell a kind of file
+# Kinds of folders, by patterns of files that tell them.
+A_RUN, A_GRID, STAGES, DEMOS = "a run", "a grid", "stages of a recipe", "the demos"
+FOLDERS = {
+  A_RUN: (RUN, "metrics.jsonl", "checkpoints"),
+  A_GRID: ("cells",),
+  "cells of a grid": ("*/result.json",),
+  STAGES: ("stages.json", "minutes.json"),
+  DEMOS: ("documents/tokens.bin", "text_sparsek"),
+  "token files": ("tokens.bin",),
+  "a model in Hugging Face's format": ("model*.safetensors",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +117,42 @@ def check_name(flag: str, path: str) -> None:
 def check_picture(flag: str, path: str) -> None:
   """Raises UsageError where the picture beside a record must not be written."""
   check(f"--{flag}={path}: its picture {picture_of(path)}", picture_of(path), PICTURE)
+
+
+def check_folder(named: str, path: str, kind: str) -> None:
+  """Raises UsageError where a command must not write into a folder, since another kind is there.
+
+  A folder in which both kinds lie already is accepted, so that its runs can go on.
+
+  Args:
+    named: what names the folder, such as "--workdir=runs/a".
+    path: of the folder; need not exist.
+    kind: of FOLDERS, that the command makes.
+  """
+  held = _kinds_of(path)
+  if held and kind not in held:
+    other, file = next(iter(held.items()))
+    raise UsageError(f"{named} holds {other} ({file}), and not {kind}: give another folder")
+
+
+def check_new_folder(flag: str, path: str) -> None:
+  """Raises UsageError unless a flag names a folder that is new or empty."""
+  for kind, file in _kinds_of(path).items():
+    raise UsageError(f"--{flag}={path} holds {kind} ({file}): give a new folder")
+  try:
+    new_folder.check_new_folder(path)
+  except UsageError as error:  # which begins with the path
+    raise UsageError(f"--{flag}={error}") from None
+
+
+def _kinds_of(path: str) -> dict[str, str]:
+  """Returns the kinds of FOLDERS that a folder holds, each with a file that tells it."""
+  held = {}
+  for kind, patterns in FOLDERS.items():
+    paths = (glob.glob(os.path.join(glob.escape(path), pattern)) for pattern in patterns)
+    if told := next(filter(None, paths), None):
+      held[kind] = os.path.relpath(told[0], path)
+  return held
 
 
 def picture_of(path: str) -> str:

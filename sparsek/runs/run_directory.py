@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import jax
 
+from sparsek.command_line import outputs
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 from sparsek.storage.files import cannot_write, check_regular, exists, reason_of, write_atomically
@@ -92,7 +93,12 @@ def lock(workdir: str) -> IO[str]:
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-  """Locks `workdir` during the block; a UsageError in it leaves no new folder behind."""
+  """Locks `workdir` during the block; a UsageError in it leaves no new folder behind.
+
+  Raises:
+    UsageError: where the folder is of another kind than a run's.
+  """
+  outputs.check_folder(f"--workdir={workdir}", workdir, outputs.A_RUN)
   is_new = not os.path.isdir(workdir)
   with contextlib.closing(lock(workdir)):
     try:

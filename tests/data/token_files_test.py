@@ -222,7 +222,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
 
 def test_existing_folders_are_kept_and_failures_leave_nothing(folder, tmp_path):
-  with pytest.raises(ValueError, match="there already"):
+  with pytest.raises(ValueError, match="is not empty"):
     write_token_files(folder, [Document("", "a", False)], ByteTokenizer())
   verify_token_files(folder)
 

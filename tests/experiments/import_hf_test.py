@@ -318,9 +318,12 @@ def test_tokens_that_end_a_text(folder, tmp_path):
     (["--workdir={new}", "--from={folder}/run"], "found no file {folder}/run/tokenizer.json"),
     (
       ["--workdir={folder}/run", "--from={folder}/model"],
-      "--workdir={folder}/run holds a run already",
+      "--workdir={folder}/run holds a run (model.json): give a new folder",
     ),
-    (["--workdir={folder}/run", "--export={folder}/model"], "{folder}/model is not empty"),
+    (
+      ["--workdir={folder}/run", "--export={folder}/model"],
+      "--export={folder}/model holds a model in Hugging Face's format",
+    ),
     (["--workdir={folder}/run", "--export={new}", "--step=3"], "no checkpoint of step 3"),
     (["--workdir={new}", "--export={new}/a"], "{new} holds no run"),
   ],

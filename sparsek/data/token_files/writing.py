@@ -29,7 +29,7 @@ from sparsek.data.token_files.format import (
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.errors import UsageError
 from sparsek.storage.files import reason_of
-from sparsek.storage.new_folder import new_folder
+from sparsek.storage.new_folder import check_new_folder, new_folder
 
 _CHARACTERS_AT_ONCE = 1 << 22
 
@@ -45,10 +45,9 @@ def write_token_files(
     tokenizer: encodes them.
     sources: recorded in meta.json.
   Raises:
-    UsageError: if the folder is there already, or there is no document.
+    UsageError: if the folder is not empty, or there is no document.
     RunError: if it cannot be written.
   """
-  check_new(folder)
   with new_folder(folder, alone=False) as unfinished:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     totals = _write_documents(unfinished, documents, tokenizer, dtype)
@@ -57,15 +56,9 @@ def write_token_files(
     _write_meta(unfinished, totals, tokenizer, dtype, sources)
 
 
-def check_new(folder: str) -> None:
-  """Raises UsageError if there is something at this path."""
-  if os.path.lexists(folder):
-    raise UsageError(f"folder {folder} is there already; remove it or name another one")
-
-
 def check_can_make(folder: str) -> None:
   """Raises UsageError unless a new folder can be made at this path; makes nothing that stays."""
-  check_new(folder)
+  check_new_folder(folder)
   parent = os.path.dirname(os.path.abspath(folder))
   while not os.path.lexists(parent):
     parent = os.path.dirname(parent)

@@ -1,0 +1,90 @@
+"""Folders that commands write: none holds the outputs of two kinds."""
+
+import pathlib
+import shutil
+
+import pytest
+
+from sparsek.command_line import outputs
+from sparsek.data.token_files import format as token_format
+from sparsek.errors import UsageError
+from sparsek.experiments import ablate, demo_commands, import_hf, prepare_data, pretrain
+from sparsek.experiments.recipes import stages
+from sparsek.experiments.reports import grid
+from sparsek.runs import run_directory
+from tests.helpers import run_command
+
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
+MADE = {  # kind of folder -> one that a command made
+  outputs.A_RUN: "lora",
+  outputs.A_GRID: "ablation",
+  "cells of a grid": "ablation/cells",
+  "token files": "bytes",
+  "a model in Hugging Face's format": "hf",
+}
+RUN = str(FIXTURES / "lora")
+COMMANDS = {  # words -> command, and the kind of folder that it makes in FOLDER
+  "--workdir=FOLDER": (pretrain, outputs.A_RUN),
+  "--workdir=FOLDER --num_steps=9": (pretrain, outputs.A_RUN),
+  "--workdir=FOLDER --k=4": (ablate, outputs.A_GRID),
+  f"--workdir=FOLDER --from={FIXTURES / 'hf'}": (import_hf, None),
+  f"--workdir={RUN} --export=FOLDER": (import_hf, None),
+  f"--sources={FIXTURES} --output=FOLDER": (prepare_data, None),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("words", COMMANDS)
+def test_no_command_writes_into_a_folder_of_another_kind(words, kind, tmp_path, capsys):
+  command, made = COMMANDS[words]
+  if made == kind:
+    return  # goes on there
+  folder = tmp_path / "there"
+  shutil.copytree(FIXTURES / MADE[kind], folder)
+  before = sorted(folder.rglob("*"))
+  arguments = words.replace("FOLDER", str(folder)).split()
+  assert run_command(command.main, command.FLAGS, *arguments) == 2
+  told = capsys.readouterr()
+  flag = next(word for word in arguments if word.endswith("there"))
+  assert told.err.startswith(f"error: {flag} holds {kind} (") and told.out == ""
+  assert "give another folder" in told.err if made else "give a new folder" in told.err
+  assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_folder_of_the_kind_and_a_plain_one_are_accepted(kind, tmp_path):
+  outputs.check_folder("--workdir=x", str(FIXTURES / MADE[kind]), kind)
+  (tmp_path / "notes.txt").write_text("mine")
+  for path in (tmp_path, tmp_path / "new"):
+    outputs.check_folder("--workdir=x", str(path), kind)
+  (tmp_path / "cells").mkdir()  # both kinds, as earlier versions made them: runs can go on
+  (tmp_path / outputs.RUN).write_text("{}")
+  for both in (outputs.A_RUN, outputs.A_GRID):
+    outputs.check_folder("--workdir=x", str(tmp_path), both)
+
+
+def test_demos_recipes_and_python_calls_follow_the_rule(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(FIXTURES / "ablation", "demo")
+  with pytest.raises(UsageError, match=r"demo/ holds a grid \(cells\), and not the demos"):
+    demo_commands.prepare(demo_commands.FOLDER + "/demo.png")
+  with pytest.raises(UsageError, match=r"--workdir=demo holds a grid \(cells\), and not stages"):
+    stages.run_stages({}, "demo")
+  with pytest.raises(UsageError, match=r"--workdir=demo holds a grid \(cells\), and not a run"):
+    with run_directory.locked("demo"):
+      pass
+
+
+def test_kinds_are_told_by_files_that_commands_make():
+  assert set(MADE) <= set(outputs.FOLDERS)
+  assert outputs.FOLDERS[outputs.STAGES] == (stages.MADE, stages.MINUTES)
+  assert outputs.FOLDERS["token files"] == (token_format.TOKENS_FILE,)
+  assert outputs.FOLDERS["cells of a grid"] == (f"*/{grid.RESULT}",)
+
+
+def test_a_new_folder_may_exist_and_be_empty(tmp_path):
+  outputs.check_new_folder("output", str(tmp_path / "new"))
+  outputs.check_new_folder("output", str(tmp_path))
+  (tmp_path / "mine").write_text("")
+  with pytest.raises(UsageError, match=f"--output={tmp_path} is not empty: give a new folder"):
+    outputs.check_new_folder("output", str(tmp_path))
