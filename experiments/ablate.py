@@ -14,15 +14,16 @@ table.md, table.csv, report.html and its picture report.png: heatmaps over k and
 against keys per query. Without matplotlib there are no pictures.
 """
 
+import functools
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from absl import flags as absl_flags
 
 from sparsek.command_line import flagfiles, outputs, own_modules
-from sparsek.command_line.configs import model_config, train_config
+from sparsek.command_line.configs import model_config, train_config, unused_by_all, unused_flags
 from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
 from sparsek.command_line.main import parse_first, run
@@ -166,31 +167,50 @@ from sparsek.runs import settings
 from sparsek.runs.run_directory import COMPILATION_CACHE
 
 
+def devices() -> list[str]:
+  """Returns the flags of this command that all runs take as they are."""
+  return [f"--{name}={FLAGS[name].value}" for name in ("fsdp", "context") if FLAGS[name].present]
+
+
+def base_words() -> list[str]:
+  """Returns the flagfile of --base as an argument, or none."""
+  base = base_file()
+  return [f"--flagfile={base}"] if base else []
+
+
 def shared() -> list[str]:
   """Returns the flags that all runs share: those of --base and --more, --fsdp and --context."""
-  devices = [f"--{name}={FLAGS[name].value}" for name in ("fsdp", "context") if FLAGS[name].present]
-  base = base_file()
-  flagfile = [f"--flagfile={base}"] if base else []
-  return [*flagfile, *more_words(), *devices, *own_modules.given(FLAGS)]
+  return [*base_words(), *more_words(), *devices(), *own_modules.given(FLAGS)]
 
 
-def check_shared() -> None:
-  """Refuses flags of --more that the grid sets, and names those of --base on stderr.
-
-  Raises:
-    UsageError: naming the flag of --more.
-  """
-  imports = own_modules.given(FLAGS)
-  more = settings.parse([*imports, *more_words()])
+def check_more() -> None:
+  """Raises UsageError for flags of --more that the grid sets."""
+  more = settings.parse([*own_modules.given(FLAGS), *more_words()])
   for name, instead in SET_BY_GRID.items():
     if more[name].present:
       raise UsageError(f"--{name} in --more: the grid sets it, by {instead}")
-  if base := base_file():
-    values = settings.parse([*imports, f"--flagfile={base}"])
-    names = [name for name in SET_BY_GRID if values[name].present and name != "layer_pattern"]
-    given = [f"--{name}={values[name].value}" for name in names]
-    if given:
-      print(f"{' '.join(given)} in --base gives way to what the grid sets", file=sys.stderr)
+
+
+def say_what_gives_way(values: absl_flags.FlagValues) -> None:
+  """Prints on stderr which flags of --base have other values in the grid, a line each.
+
+  Args:
+    values: those of a run.
+  """
+  names = [name for name in SET_BY_GRID if name in FLAGS]
+  of_grid = [*devices(), *(f"--{name}={FLAGS[name].value}" for name in names)]
+  of_grid.append(f"--seed={','.join(map(str, range(FLAGS.seeds)))}")
+  say = functools.partial(print, file=sys.stderr)
+  for words, place in ((more_words(), "--more"), (of_grid, "the grid")):
+    flagfiles.expand([*base_words(), *words], values, say, place)
+
+
+def warn_of_unused(values: Iterable[absl_flags.FlagValues]) -> None:
+  """Prints a line for each flag of --base and --more that changes no run of the grid."""
+  unused = unused_by_all([unused_flags(model_config(of_run), of_run) for of_run in values])
+  for flag, reason in unused.items():
+    if flag.removeprefix("--").partition("=")[0] not in SET_BY_GRID:
+      print(f"warning: {flag} has no effect: {reason}", file=sys.stderr)
 
 
 def check(arguments: Sequence[str]) -> absl_flags.FlagValues:
@@ -230,7 +250,7 @@ def main() -> None:
   clusters.check_alone("experiments.ablate", FLAGS.distributed, os.environ)
   kinds, ks, windows = grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0)
   gates, scorers = choices("gate", GATES), choices("scorer", SCORERS)
-  check_shared()
+  check_more()
   cells = grid.grid(kinds, ks, windows, gates, scorers, FLAGS.seeds)
   mine, given = grid.share(cells, FLAGS.job), shared()
   runs = os.path.join(FLAGS.workdir, "cells")
@@ -239,11 +259,12 @@ def main() -> None:
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
   grid.check_report(FLAGS.workdir)
   first = values[cells[0]]
+  say_what_gives_way(first), warn_of_unused(values.values())
   with said_if_slow("opening the data ..."):
     dataset = batches.open_data(first.data, first.tokenizer).fingerprint
   grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
   files.make_folder(runs)
-  report = not_default(check([*given, f"--workdir={runs}"]))
+  report = not_default(settings.parse(given), without=SET_BY_GRID)
   draws = plots.can_draw("the tables and report.html are written without them")
   failed, busy = [], []
   with child.ending_at_signals(0):

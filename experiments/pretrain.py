@@ -133,7 +133,7 @@ def pretrain() -> None:
   with slow:
     dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
   model = model_config(FLAGS, vocab_size=dataset.vocab_size, pretrained=base)
-  if processes.is_first():
+  if processes.is_first() and by_user():
     warn_of_unused(model, FLAGS)
   if FLAGS.remat is None:
     model = dataclasses.replace(

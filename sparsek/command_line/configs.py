@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -111,14 +111,22 @@ def warn_of_unused(config: config_lib.TransformerConfig, flag_values: flags.Flag
     print(f"warning: {flag} has no effect: {reason}", file=sys.stderr)
 
 
+def unused_by_all(unused: Sequence[Mapping[str, str]]) -> dict[str, str]:
+  """Returns the flags that none of several models takes, and why the first does not.
+
+  Args:
+    unused: what `unused_flags` returns for each model.
+  """
+  return {flag: why for flag, why in unused[0].items() if all(flag in of for of in unused)}
+
+
 def refuse_unused(
   configs: Sequence[config_lib.TransformerConfig], flag_values: flags.FlagValues
 ) -> None:
   """Raises UsageError for a flag of attention that none of these models takes."""
-  unused = [unused_flags(config, flag_values) for config in configs]
-  for flag, reason in unused[0].items():
-    if all(flag in of for of in unused):
-      raise UsageError(f"{flag} has no effect: {reason}")
+  unused = unused_by_all([unused_flags(config, flag_values) for config in configs])
+  for flag, reason in unused.items():
+    raise UsageError(f"{flag} has no effect: {reason}")
 
 
 def data_config(flag_values: flags.FlagValues) -> config_lib.DataConfig:

@@ -1,6 +1,6 @@
 """The definition of flags of all types, in groups, and the text of flags in flagfiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from absl import flags
@@ -185,11 +185,11 @@ def into_string(flag_values: flags.FlagValues) -> str:
   return "".join(line + "\n" for line in (flag_values[name].serialize() for name in names) if line)
 
 
-def not_default(flag_values: flags.FlagValues) -> str:
-  """Returns the flags whose values are not the defaults, one a line, without --workdir."""
+def not_default(flag_values: flags.FlagValues, without: Collection[str] = ("workdir",)) -> str:
+  """Returns the flags whose values are not the defaults, one a line, without some."""
   return "".join(
     flag_values[name].serialize() + "\n"
     for name in names_of(flag_values)
-    if name not in ("workdir", *OF_PROCESSES)
+    if name not in (*without, *OF_PROCESSES)
     and flag_values[name].value != flag_values[name].default
   )

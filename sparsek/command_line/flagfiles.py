@@ -2,7 +2,8 @@
 
 A line holds one flag; blank lines and lines that begin with # or // are skipped. Among flagfiles
 the later one wins. The values of a flag that may be repeated come from one source: the command
-line, or else the last file that has the flag. Each field of --model counts as a flag of its own.
+line, or else the last file that has the flag. Each field of --model counts as a flag of its own, and --attention and
+--layer_pattern, which exclude each other, as one.
 
 A name that is no file may be that of a recipe, which the package holds.
 
@@ -24,6 +25,7 @@ from sparsek.storage.files import local_path, read_at_most
 COMMAND_LINE = "the command line"
 MAX_BYTES, MAX_FILES = 2**20, 1000
 RECIPES = os.path.join("experiments", "recipes")
+_ONE_FLAG = {"layer_pattern": "attention"}  # flags that exclude each other count as one
 _ADDED_UP = (None, "undefok")  # names whose values come from all sources
 # Flags of version 0.1 that were renamed, and those that became fields of --model.
 RENAMED = {"rivals": "baselines"}
@@ -73,6 +75,11 @@ class _Given:
   words: tuple[str, ...]
   source: str
   number: int
+
+  @property
+  def key(self) -> str | None:
+    """The name under which it gives way to others, and they to it."""
+    return _ONE_FLAG.get(self.name or "", self.name)
 
   @property
   def text(self) -> str:
@@ -133,7 +140,10 @@ class _Reader:
 
 
 def expand(
-  arguments: Sequence[str], flag_values: flags.FlagValues, say: Callable[[str], object]
+  arguments: Sequence[str],
+  flag_values: flags.FlagValues,
+  say: Callable[[str], object],
+  place: str = COMMAND_LINE,
 ) -> list[str]:
   """Returns a command line's arguments with those of its flagfiles in place of `--flagfile`.
 
@@ -141,6 +151,7 @@ def expand(
     arguments: without the program's name.
     flag_values: the flags that are defined.
     say: takes a line for each flag of a file that has another value on the command line.
+    place: what these lines call the command line.
   Raises:
     UsageError: naming the flagfile, where it cannot be read or includes itself.
   """
@@ -148,17 +159,15 @@ def expand(
   reader.read(arguments)
   winners: dict[str | None, int] = {}
   for given in reader.given:
-    if winners.get(given.name) != 0:
-      winners[given.name] = given.number
-  in_files = {given.name: given for given in reader.given if given.number}
-  for name, here in {given.name: given for given in reader.given if not given.number}.items():
-    there = in_files.get(name)
-    if there and name not in _ADDED_UP and there.text != here.text:
-      say(f"{there.text} in {there.source} gives way to {here.text} of {COMMAND_LINE}")
+    if winners.get(given.key) != 0:
+      winners[given.key] = given.number
+  in_files = {given.key: given for given in reader.given if given.number}
+  for key, here in {given.key: given for given in reader.given if not given.number}.items():
+    there = in_files.get(key)
+    if there and key not in _ADDED_UP and there.text != here.text:
+      say(f"{there.text} in {there.source} gives way to {here.text} of {place}")
   kept = [
-    given
-    for given in reader.given
-    if given.name in _ADDED_UP or given.number == winners[given.name]
+    given for given in reader.given if given.name in _ADDED_UP or given.number == winners[given.key]
   ]
   kept.sort(key=lambda given: given.number == 0)  # files first: the sort is stable
   return [word for given in kept for word in given.words]

@@ -26,7 +26,7 @@ from absl import flags
 
 from sparsek.command_line import flagfiles, own_modules, terminal
 from sparsek.command_line.help import help_of
-from sparsek.command_line.invocation import as_typed
+from sparsek.command_line.invocation import as_typed, by_user
 from sparsek.config.checks import UNREGISTERED
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
@@ -44,7 +44,8 @@ def parse(
   Args:
     argv: the command line.
     flag_values: the flags that are defined.
-    say: takes a line for each flag of a flagfile that gives way; prints on stderr by default.
+    say: takes a line for each flag of a flagfile that gives way; by default prints it on stderr,
+      except where another command wrote the command line.
   Raises:
     UsageError: for an unknown flag, a value out of range or an argument that is no flag; names the
       flag, the value and what is allowed.
@@ -66,7 +67,8 @@ def parse(
 
 
 def _say(line: str) -> None:
-  print(line, file=sys.stderr)
+  if by_user():
+    print(line, file=sys.stderr)
 
 
 def parse_first(

@@ -3,8 +3,8 @@
 import pytest
 from absl import flags as absl_flags
 
+from sparsek.command_line import main
 from sparsek.command_line.definer import Definer
-from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 
@@ -14,7 +14,7 @@ def parsed(*arguments):
   values, said = absl_flags.FlagValues(), []
   define_pretrain_flags(values)
   Definer(values).strings("stop", "Texts.")
-  parse(["pretrain", *arguments], values, said.append)
+  main.parse(["pretrain", *arguments], values, said.append)
   return values, said
 
 
@@ -171,3 +171,32 @@ def test_a_recipe_is_found_by_name(name, tmp_path, monkeypatch):
   assert said.startswith(f"--flagfile={name} is the recipe ")
   write(tmp_path, tiny_stdlib="--k=5")
   assert parsed("--flagfile=tiny_stdlib.flags")[0].k == 5  # a file comes first
+
+
+@pytest.mark.parametrize(
+  "arguments, attention, pattern, told",
+  [
+    (["--flagfile=a.flags", "--attention=full"], "full", None, 1),
+    (["--layer_pattern=full", "--flagfile=b.flags"], None, "full", 1),
+    (["--flagfile=a.flags", "--flagfile=b.flags"], "linear", None, 0),
+    (["--flagfile=b.flags", "--flagfile=a.flags"], None, "sparsek,full", 0),
+    (["--attention=full", "--layer_pattern=full"], "full", "full", 0),  # refused elsewhere
+  ],
+)
+def test_attention_and_layer_pattern_give_way_to_each_other(
+  arguments, attention, pattern, told, tmp_path, monkeypatch
+):
+  write(tmp_path, a="--layer_pattern=sparsek,full\n", b="--attention=linear\n")
+  monkeypatch.chdir(tmp_path)
+  values, said = parsed(*arguments)
+  assert (values.attention, values.layer_pattern, len(said)) == (attention, pattern, told)
+
+
+@pytest.mark.parametrize("by_user", (True, False))
+def test_only_the_user_is_told_what_gives_way(by_user, tmp_path, monkeypatch, capsys):
+  write(tmp_path, a="--k=1\n")
+  monkeypatch.setattr(main, "by_user", lambda: by_user)
+  values = absl_flags.FlagValues()
+  define_pretrain_flags(values)
+  main.parse(["pretrain", f"--flagfile={tmp_path}/a.flags", "--k=2"], values)
+  assert bool(capsys.readouterr().err) == by_user

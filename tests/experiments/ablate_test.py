@@ -13,6 +13,7 @@ import types
 
 import pytest
 
+from sparsek.command_line import flagfiles
 from sparsek.command_line.definer import into_string
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
@@ -151,6 +152,7 @@ def command(tmp_path, *arguments):
     "-m",
     "experiments.ablate",
     f"--workdir={tmp_path}/grid",
+    f"--base={tmp_path}/base.flags",
     f"--more={SETTINGS} --data={tmp_path}/tokens",
     "--k=4",
     "--window=4",
@@ -162,15 +164,14 @@ def command(tmp_path, *arguments):
 @pytest.mark.slow
 def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
   write_documents(str(tmp_path / "tokens"))
+  (tmp_path / "base.flags").write_text("--k=3\n--num_steps=9\n--gate=value")
   environment = os.environ | sharing_compiled(str(tmp_path / "cache"))
-  with subprocess.Popen(
-    command(tmp_path),
-    env=environment,
-    cwd=ROOT,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-  ) as process:
+  with (
+    open(tmp_path / "stderr", "w+") as stderr,
+    subprocess.Popen(
+      command(tmp_path), env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=stderr
+    ) as process,
+  ):
     result = tmp_path / "grid" / "cells" / "sliding_window-w4-s0" / grid.RESULT
     while not result.exists():
       assert process.poll() is None
@@ -182,6 +183,8 @@ def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
     command(tmp_path), env=environment, cwd=ROOT, text=True, capture_output=True, check=False
   )
   assert done.returncode == 0, done.stderr
+  for told in ((tmp_path / "stderr").read_text(), done.stderr):  # once a grid, not once a cell
+    assert told.count("gives way to") == 3 and "--k=3 in" in told and "warning" not in told, told
   assert (
     "cell 1 of 2: sliding_window-w4-s0, finished before" in done.stdout
     and "2 of 2 cells" in done.stdout
@@ -410,9 +413,45 @@ def test_base_may_be_a_recipe_and_gives_way_to_the_grid(
 ):
   monkeypatch.chdir(tmp_path)
   assert run_grid("", f"--base={name}") == 0 and len(run_grid.begun) == 2
-  assert "--k=64 --window=64 in --base gives way to what the grid sets" in capsys.readouterr().err
+  told = capsys.readouterr().err.splitlines()
+  recipe = flagfiles.recipe_file("tiny_stdlib")
+  assert f"--k=64 in {recipe} gives way to --k=4 of the grid" in told
+  assert f"--window=64 in {recipe} gives way to --window=4 of the grid" in told
+  assert f"--num_steps=400 in {recipe} gives way to --num_steps=6 of --more" in told
   page = (tmp_path / "grid" / "report.html").read_text()
-  assert "--learning_rate=0.002" in page and "--num_steps=6" in page
+  assert "--learning_rate=0.002" in page and "--num_steps=6" in page and "--k=" not in page
+
+
+def test_all_that_the_grid_sets_replaces_what_base_says(run_grid, tmp_path, capsys):
+  base = tmp_path / "base.flags"
+  flags = {
+    "layer_pattern=sparsek,full": "attention=full,sliding_window",
+    "k=9": "k=4",
+    "window=8": "window=4",
+    "gate=value": "gate=straight_through",
+    "scorer=conv": "scorer=linear",
+    "seed=7": "seed=0,1",
+    f"workdir={tmp_path}/other": f"workdir={tmp_path}/grid",
+    "fsdp=4": "fsdp=2",
+  }
+  base.write_text("".join(f"--{flag}\n" for flag in flags))
+  assert run_grid("", f"--base={base}", "--seeds=2", "--fsdp=2") == 0 and len(run_grid.begun) == 4
+  told = capsys.readouterr().err.splitlines()
+  ways = {f"--{old} in {base} gives way to --{new} of the grid" for old, new in flags.items()}
+  assert set(told) == ways and len(told) == len(ways)
+  page = (tmp_path / "grid" / "report.html").read_text()
+  assert "--fsdp=2" in page and not any(f"--{name}=" in page for name in ablate.SET_BY_GRID)
+
+
+def test_flags_that_change_no_cell_are_warned_of_once(run_grid, capsys):
+  assert run_grid("--scorer_loss=0.5 --scorer_noise=0.1") == 0
+  told = capsys.readouterr().err.splitlines()
+  assert [line.split(": ")[1] for line in told] == [
+    "--scorer_noise=0.1 has no effect",
+    "--scorer_loss=0.5 has no effect",
+  ]
+  assert run_grid("--scorer_loss=0.5 --scorer_noise=0.1", "--attention=full,sparsek") == 0
+  assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", grid.REPORT)

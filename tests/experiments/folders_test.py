@@ -24,9 +24,8 @@ MADE = {  # kind of folder -> one that a command made
 }
 RUN = str(FIXTURES / "lora")
 COMMANDS = {  # words -> command, and the kind of folder that it makes in FOLDER
-  "--workdir=FOLDER": (pretrain, outputs.A_RUN),
-  "--workdir=FOLDER --num_steps=9": (pretrain, outputs.A_RUN),
-  "--workdir=FOLDER --k=4": (ablate, outputs.A_GRID),
+  "--workdir=FOLDER --data=/nowhere": (pretrain, outputs.A_RUN),
+  "--workdir=FOLDER --more=--data=/nowhere": (ablate, outputs.A_GRID),
   f"--workdir=FOLDER --from={FIXTURES / 'hf'}": (import_hf, None),
   f"--workdir={RUN} --export=FOLDER": (import_hf, None),
   f"--sources={FIXTURES} --output=FOLDER": (prepare_data, None),
