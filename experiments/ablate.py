@@ -259,7 +259,8 @@ def main() -> None:
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
   grid.check_report(FLAGS.workdir)
   first = values[cells[0]]
-  say_what_gives_way(first), warn_of_unused(values.values())
+  say_what_gives_way(first)
+  warn_of_unused(values.values())
   with said_if_slow("opening the data ..."):
     dataset = batches.open_data(first.data, first.tokenizer).fingerprint
   grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)

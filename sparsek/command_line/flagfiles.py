@@ -2,8 +2,8 @@
 
 A line holds one flag; blank lines and lines that begin with # or // are skipped. Among flagfiles
 the later one wins. The values of a flag that may be repeated come from one source: the command
-line, or else the last file that has the flag. Each field of --model counts as a flag of its own, and --attention and
---layer_pattern, which exclude each other, as one.
+line, or else the last file that has the flag. Each field of --model counts as a flag of its own,
+and --attention and --layer_pattern, which exclude each other, as one.
 
 A name that is no file may be that of a recipe, which the package holds.
 
