@@ -43,49 +43,50 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path(
     "base",
     None,
-    "Flagfile of experiments.pretrain that all runs share, or the name of a recipe. What the grid "
-    "sets replaces what it says.",
+    "Flagfile, or name of a recipe, with flags that all runs share. The flags are those of "
+    "experiments.pretrain; what the grid sets replaces what it says.",
   )
   define.string(
     "more",
     None,
-    "Further flags that all runs share, none that the grid sets, in one string: "
+    "Further flags that all runs share, in one string. None that the grid sets; for example "
     '--more="--num_steps=500 --seq_len=2048".',
   )
   define.string(
     "attention",
     "sparsek,sliding_window",
-    f"Kinds of attention, separated by commas: {', '.join(ATTENTION_KINDS)}; or patterns of "
-    "layers, such as sparsek*5+full.",
+    f"Kinds of attention, separated by commas. A kind is one of {', '.join(ATTENTION_KINDS)}, or "
+    "a pattern of layers, such as sparsek*5+full.",
   )
   define.string(
     "k",
     "64",
-    "Numbers of selected keys per query, separated by commas, for the kinds that select keys.",
+    "Numbers of selected keys per query, separated by commas. For the kinds that select keys.",
   )
-  define.string(
-    "window", "64", "Numbers of latest tokens that each query sees, separated by commas."
-  )
+  define.string("window", "64", "Numbers of latest tokens that a query sees, separated by commas.")
   define.string(
     "gate",
     "straight_through",
-    f"Gates of sparsek attention, separated by commas: {', '.join(GATES)}.",
+    f"Gates of sparsek attention, separated by commas. A gate is one of {', '.join(GATES)}.",
   )
   define.string(
-    "scorer", "linear", f"Scorers of sparsek attention, separated by commas: {', '.join(SCORERS)}."
+    "scorer",
+    "linear",
+    f"Scorers of sparsek attention, separated by commas. A scorer is one of {', '.join(SCORERS)}.",
   )
   define_mesh_flags(flag_values)
-  define.integer("seeds", 1, "Runs of each combination, with --seed=0, 1, ...", lower=1)
+  define.integer(
+    "seeds", 1, "Runs of each combination, with --seed=0, --seed=1 and so on.", lower=1
+  )
   define.string(
     "job",
     "0/1",
-    "i/N: train only every N-th cell from the i-th on, i from 0, as one of N jobs that share "
-    "--workdir.",
+    "i/N: train only every N-th cell, from the i-th on, i from 0. So N jobs share a --workdir.",
   )
   define.boolean(
     "retrain",
     False,
-    "Move cells that other flags made to WORKDIR/cells/replaced, and train them again.",
+    "Train cells again that other flags made. The old ones go to WORKDIR/cells/replaced.",
   )
 
 

@@ -39,13 +39,11 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   """Defines the flags of this command."""
   define_evaluation_flags(flag_values)
   define = Definer(flag_values)
-  define.string(
-    "tasks", "passkey,needle,recall,variables,copy", "Names of tasks, separated by commas."
-  )
+  define.string("tasks", "passkey,needle,recall,variables,copy", "Tasks, separated by commas.")
   define.string(
     "lengths",
     "1024,4096",
-    "Tokens of a document, separated by commas; may be more than in training.",
+    "Tokens of a document, separated by commas. They may be more than in training.",
   )
   define.integer("examples", 100, "Documents per task and length.", lower=1)
   define.integer(
@@ -66,7 +64,8 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path(
     "record",
     None,
-    "Also write flags, figures and versions to this .json file, and a picture beside it.",
+    "Also write a record to this .json file, and a picture beside it. The record holds flags, "
+    "figures and versions.",
   )
 
 

@@ -43,20 +43,18 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path(
     "prompt_file",
     None,
-    "File with a text to continue on each line; all are continued at the same time. Not together "
+    "File with a text to continue on each line. All are continued at the same time. Not together "
     "with --prompt.",
   )
   define.boolean(
-    "special_tokens",
-    False,
-    "Names of special tokens in the prompt, such as <|im_start|>, become these tokens.",
+    "special_tokens", False, "Names in the prompt, such as <|im_start|>, are special tokens."
   )
   _define_sampling(define)
   define_mesh_flags(flag_values)
   define.path(
     "load_cache",
     None,
-    "Continue the text that --save_cache wrote to this file, without reading it again. --prompt, "
+    "Continue the text that --save_cache wrote to this file. It is not read again. --prompt, "
     "or a line of --prompt_file for each text, is appended to it first.",
   )
   define.path(
@@ -74,7 +72,8 @@ def _define_sampling(define: Definer) -> None:
   define.real(
     "top_p",
     0.95,
-    "Draw from the most probable tokens only, as few as have this probability together; above 0.",
+    "Draw from the most probable tokens only, up to this probability. They are as few as have it "
+    "together; above 0.",
     lower=0,
     upper=1,
   )
@@ -89,7 +88,8 @@ def _define_sampling(define: Definer) -> None:
   define.integer(
     "sampling_seed",
     0,
-    "The same seed gives the same text; line i of --prompt_file, from 0, draws with this seed + i.",
+    "Seed of the draws: the same seed gives the same text. Line i of --prompt_file, from 0, draws "
+    "with this seed + i.",
     lower=0,
   )
 

@@ -43,18 +43,15 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.integer("batch_size", 1, "Rows per batch, over all devices.", lower=1)
   define.integer("eval_batches", 8, "Evaluate on at most this many batches.", lower=1)
   define.integer(
-    "window", 256, "Tokens that the layer under test sees, and the window of the pattern.", lower=1
+    "window", 256, "Tokens that the layer under test sees. Also the window of the pattern.", lower=1
   )
   define.integer(
     "sinks",
     4,
-    "How many of these tokens are the first ones of the document, without which pretrained models "
-    "fail.",
+    "How many of these are the first tokens of the document. Without them pretrained models fail.",
     lower=0,
   )
-  define.integer(
-    "k", 16, "Selected keys in those layers of the pattern that need no distant tokens.", lower=1
-  )
+  define.integer("k", 16, "Selected keys in layers that need no distant tokens.", lower=1)
   define.integer("budget", 512, "Keys per query in the pattern, the mean over layers.", lower=2)
   define.integer(
     "long_layers",
@@ -63,7 +60,9 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     lower=1,
   )
   define_mesh_flags(flag_values)
-  define.path("record", None, "Also write flags, figures and versions to this .json file.")
+  define.path(
+    "record", None, "Also write a record to this .json file. It holds flags, figures and versions."
+  )
 
 
 FLAGS = absl_flags.FlagValues()

@@ -34,10 +34,10 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   # Relative paths stay relative: they name the documents, wherever the corpus is made.
   define.paths(
     "sources",
-    "Comma-separated: text files (one document each), .jsonl files (one document a line), folders "
-    '(recursive), "stdlib", the source text of Python\'s standard library, or tasks:LENGTH:COUNT, '
-    "generated documents that need recall, of at most LENGTH bytes. A path with a comma is given "
-    "alone.",
+    "Files and folders of text, separated by commas. Text files (one document each), .jsonl files "
+    '(one document a line), folders (recursive), "stdlib", the source text of Python\'s standard '
+    "library, or tasks:LENGTH:COUNT, generated documents that need recall, of at most LENGTH "
+    "bytes. A path with a comma is given alone.",
     words=("stdlib", "tasks:"),
     absolute=False,
   )
@@ -49,14 +49,14 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.integer(
     "train_bpe",
     None,
-    "Train a byte-level BPE with this many ids on the documents that are not held out.",
+    "Train a byte-level BPE with this many ids. It learns from documents that are not held out.",
     lower=257,
     upper=2**20,
   )
   define.real(
     "heldout_fraction",
     0.05,
-    "About this share of the documents is held out; a hash of the text decides which.",
+    "About this share of the documents is held out. A hash of the text decides which.",
     lower=0,
     upper=0.99,
   )
@@ -64,7 +64,8 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path(
     "expect",
     None,
-    "A meta.json or a copy of one: end with an error unless the tokens and the split are the same.",
+    "A meta.json, or a copy of one, that tokens and split must match. If they do not, the command "
+    "ends with an error.",
   )
 
 
@@ -76,24 +77,22 @@ def _define_choice_of_documents(define: Definer) -> None:
   define.boolean(
     "skip_bad_lines",
     False,
-    "Leave out lines of .jsonl, elements of .json and rows of .parquet that have no text, and "
-    "count them. By default the command stops at the first.",
+    "Leave out lines and rows that have no text, and count them. They are lines of .jsonl, "
+    "elements of .json and rows of .parquet. By default the command stops at the first.",
   )
   define.boolean(
     "answers_only",
     False,
-    "In generated documents the loss counts only the answers, in training and held-out "
-    "evaluation, each token as much as one of text.",
+    "In generated documents the loss counts only the answers. This is so in training and held-out "
+    "evaluation; each token counts as much as one of text.",
   )
   define.words(
     "extensions",
     DEFAULT_EXTENSIONS,
-    "Endings of the files taken from folders, in any case; .gz and .zst may follow.",
+    "Endings of the files taken from folders. Upper case is the same; .gz and .zst may follow.",
   )
   define.string(
-    "text_field",
-    "text",
-    "Field of a JSON object, or column of a .parquet file, that holds the text.",
+    "text_field", "text", "Field of JSON objects, or column of .parquet files, of the text."
   )
   define.choice(
     "errors",

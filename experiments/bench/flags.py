@@ -25,9 +25,9 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     "suite",
     "attention",
     ("attention", "headline", "train", "decode"),
-    "attention: the shape that the flags describe. headline: the shapes behind the published "
-    "figures; flags that are given replace theirs. train: whole training steps of a model. decode: "
-    "tokens after contexts of --lengths, and prompts.",
+    "What is timed. attention: the shape that the flags describe. headline: the shapes behind the "
+    "published figures; flags that are given replace theirs. train: whole training steps of a "
+    "model. decode: tokens after contexts of --lengths, and prompts.",
   )
   _define_problems(define)
   define.string("baselines", None, BASELINES)
@@ -44,14 +44,12 @@ def _define_problems(define: Definer) -> None:
     "1024,8192,65536,524288,1048576.",
   )
   define.string(
-    "batch_sizes",
-    "1,8,64",
-    "Decode suite: numbers of texts that are written at the same time, separated by commas.",
+    "batch_sizes", "1,8,64", "Decode suite: numbers of texts at a time, separated by commas."
   )
   define.string(
     "prompts",
     "8192,131072",
-    "Decode suite: lengths of prompts to read, separated by commas; empty for none.",
+    "Decode suite: lengths of prompts, separated by commas. Empty for none.",
   )
   define.integer("heads", 2, "Query heads; a multiple of --kv_heads.", lower=1)
   define.integer("kv_heads", 1, "Key/value heads.", lower=1)
@@ -59,8 +57,9 @@ def _define_problems(define: Definer) -> None:
   define.string(
     "scores",
     "normal",
-    f"Families of the scores, separated by commas: {', '.join(SCORE_FAMILIES)}. With rising ones "
-    "every token enters the selection, with falling ones none.",
+    "Families of the scores, separated by commas. A family is one of "
+    f"{', '.join(SCORE_FAMILIES)}. With rising scores every token enters the selection, with "
+    "falling ones none.",
   )
 
 
@@ -76,13 +75,13 @@ def _define_model(define: Definer) -> None:
   define.real(
     "scorer_init_slope",
     None,
-    "Initial growth of the scores of the model per 1024 tokens of position: with 1 more tokens "
-    "enter the selection than with 0. By default 0.",
+    "Initial growth of the model's scores per 1024 tokens of position. With 1 more tokens enter "
+    "the selection than with 0. By default 0.",
   )
   define.real(
     "scorer_loss",
     config_lib.TrainConfig.scorer_loss,
-    "Train suite: weight of the scorers' loss, as in experiments.pretrain.",
+    "Train suite: weight of the scorers' loss. It is that of experiments.pretrain.",
     lower=0,
   )
   define.choice(
@@ -92,12 +91,7 @@ def _define_model(define: Definer) -> None:
     "What the backward pass of the model recomputes. By default none.",
   )
   define.integer("batch_size", None, "Rows per training step. By default 1.", lower=1)
-  define.integer(
-    "documents",
-    1,
-    "Documents per row: the first takes half of it, the next a quarter, and so on.",
-    lower=1,
-  )
+  define.integer("documents", 1, "Documents per row, each half as long as the one before.", lower=1)
   define.integer(
     "loss_chunk",
     config_lib.TrainConfig.loss_chunk,
@@ -116,19 +110,16 @@ def _define_limits(define: Definer) -> None:
   define.integer("max_xla", 32768, "Longest length for xla.", lower=0)
   define.integer("max_transformers", 32768, "Longest length for PyTorch's models.", lower=0)
   define.integer(
-    "rounds", 10, "Most rounds to run; each times everything once, and medians are shown.", lower=1
+    "rounds", 10, "Most rounds to run; each times everything once. Medians are shown.", lower=1
   )
   define.real(
-    "seconds",
-    150.0,
-    "Time limit: no round begins that would end later than this after the first one began.",
-    lower=0,
+    "seconds", 150.0, "Time limit of all rounds; none begins that would end later.", lower=0
   )
   define.integer(
     "errors_at",
     None,
-    "Length at which to compare with the float32 reference, which is quadratic; 0 means not to. By "
-    "default 4096 in the headline suite, else 0.",
+    "Length at which to compare with the float32 reference; 0 for none. The reference is "
+    "quadratic. By default 4096 in the headline suite, else 0.",
     lower=0,
   )
 
@@ -137,13 +128,14 @@ def _define_record(define: Definer) -> None:
   define.path(
     "record",
     None,
-    "Also write flags, figures, versions and device to this .json file, and a picture beside it.",
+    "Also write a record to this .json file, and a picture beside it. The record holds flags, "
+    "figures, versions and device.",
   )
   define.boolean(
     "extend",
     False,
-    "Train and decode suites: keep the rows of --record that have another length, number of "
-    "documents, remat or batch size, if they are of this commit and device.",
+    "Train and decode suites: keep rows of --record. Rows of another length, number of documents, "
+    "remat or batch size stay, if they are of this commit and device.",
   )
   define.path("show", None, "Time nothing; print this record and draw its picture again.")
 

@@ -73,7 +73,7 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     "preset",
     "tiny",
     list(config_lib.PRESETS),
-    "Size of the model; the other model flags replace single values of it.",
+    "Size of the model. The other model flags replace single values of it.",
   )
   define.choice(
     "attention",
@@ -84,7 +84,7 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
   define.string(
     "layer_pattern",
     None,
-    "Attention of each layer, repeated over the layers: terms KIND or KIND*TIMES separated by "
+    "Attention of each layer, repeated over the layers. Terms KIND or KIND*TIMES are separated by "
     'commas, such as "sparsek*5,full". KIND:kK:wWINDOW is a layer with a k or a window of its own: '
     "sliding_window:w256*5,sparsek:k1536:w256.",
   )

@@ -10,7 +10,7 @@ from sparsek.command_line.definer import GROUPS, group_of, names_of
 from sparsek.command_line.invocation import as_typed
 
 # The flags of --help, in this order within their groups; --helpfull lists all. A command's own
-# flags, of the first group, are always listed.
+# flags, of the first group, are always listed, in the order of their definition.
 COMMON = (
   "preset",
   "attention",
@@ -55,6 +55,7 @@ COMMON = (
   "num_processes",
   "topology",
 )
+OF_SIZE = ("preset", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
 TITLES = {"command": "Flags of this command"}
 FLAGFILE = "--flagfile=FILE reads flags from a file, one a line."
 WIDTH, COLUMN = 100, 30
@@ -82,12 +83,14 @@ class FlagHelp(NamedTuple):
 def groups(flag_values: flags.FlagValues) -> dict[str, list[FlagHelp]]:
   """Returns the flags of a command by group, groups and flags in the order of --helpfull."""
   order = {name: i for i, name in enumerate(COMMON)}
-  names = sorted(names_of(flag_values), key=lambda name: order.get(name, len(order)))
+  given = OF_SIZE if "from" in flag_values else ()  # an imported model has its size
   result: dict[str, list[FlagHelp]] = {group: [] for group in GROUPS}
-  for name in names:
+  for name in names_of(flag_values):
     group = group_of(flag_values[name])
-    common = name in order or group == GROUPS[0]
+    common = group == GROUPS[0] or name in order and name not in given
     result[group].append(_describe(flag_values[name], common))
+  for group in GROUPS[1:]:
+    result[group].sort(key=lambda flag: order.get(flag.name, len(order)))
   return {group: members for group, members in result.items() if members}
 
 
@@ -108,29 +111,35 @@ def _describe(flag: flags.Flag, common: bool) -> FlagHelp:
 
 
 def _line(flag: FlagHelp) -> str:
-  """Returns a flag on one line: how it is given, its first sentence and its default."""
-  default = f" [{flag.default}]" if flag.default and not flag.usage.startswith("--[no]") else ""
-  text = _shortened(as_typed(flag.text), WIDTH - COLUMN - len(default))
-  return f"  {flag.usage:{COLUMN - 2}}{text}{default}"
+  """Returns how a flag is given, its first sentence and its default, on one line if they fit."""
+  sentence = re.split(r"(?<=\.)\s", as_typed(flag.text), maxsplit=1)[0].removesuffix(".")
+  default = f" [{flag.default}]" if flag.default else ""
+  head = f"  {flag.usage:{COLUMN - 2}}"
+  return _filled(sentence + default, head, " " * COLUMN)
 
 
-def _shortened(text: str, width: int) -> str:
-  """Returns the first sentence, or if it is too long as many of its clauses as fit."""
-  sentence = re.split(r"(?<=\.)\s", text, maxsplit=1)[0].removesuffix(".")
-  if len(sentence) <= width:
-    return sentence
-  ends = [match.start() for match in re.finditer(r"[,;:] ", sentence[: width + 2])]
-  if ends and ends[-1] > width // 3:
-    return sentence[: ends[-1]]
-  return textwrap.shorten(sentence, width, placeholder=" ...")
+def _filled(text: str, first: str = "", others: str = "") -> str:
+  """Returns a text in lines, which break at spaces alone; `first` and `others` begin them."""
+  return textwrap.fill(
+    text,
+    WIDTH,
+    initial_indent=first,
+    subsequent_indent=others,
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
+
+
+def _described(docstring: str) -> str:
+  """Returns a docstring with its paragraphs filled, and its indented commands as they are."""
+  paragraphs = as_typed(docstring.strip()).split("\n\n")
+  return "\n\n".join(text if "\n " in f"\n{text}" else _filled(text) for text in paragraphs)
 
 
 def _paragraph(flag: FlagHelp) -> str:
   default = f"\nDefault: {flag.default}" if flag.default else ""
-  text = "\n".join(
-    textwrap.fill(line, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    for line in as_typed(flag.text + default).splitlines()
-  )
+  lines = as_typed(flag.text + default).splitlines()
+  text = "\n".join(_filled(line, " " * 6, " " * 6) for line in lines)
   return f"  {flag.usage}\n{text}"
 
 
@@ -142,7 +151,7 @@ def help_of(flag_values: flags.FlagValues, description: str, full: bool = False)
     description: the docstring of the command's module.
     full: list all flags with their whole texts, instead of one line for each common flag.
   """
-  lines, left_out = [as_typed(description.strip())], 0
+  lines, left_out = [_described(description)], 0
   for group, members in groups(flag_values).items():
     shown = [flag for flag in members if full or flag.common]
     left_out += len(members) - len(shown)

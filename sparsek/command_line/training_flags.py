@@ -27,13 +27,13 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
   define.boolean(
     "dry_run",
     False,
-    "Only compile, and print the parameters, operations, memory and collectives of a step; needs "
-    "no --workdir and writes nothing.",
+    "Train nothing: compile, and print what a step needs. Printed are parameters, operations, "
+    "memory and collectives. Needs no --workdir and writes nothing.",
   )
   Definer(flag_values, "devices").string(
     "topology",
     None,
-    "With --dry_run: the devices to compile for, which need not be attached: h100:N or h200:N, "
+    "With --dry_run: the devices to compile for. They need not be attached: h100:N or h200:N, "
     "N GPUs in nodes of 8, or the shape of a TPU slice, as v5e:4x4, v5p:4x8x8 or v6e:16x16. Needs "
     "JAX's compiler for them. By default the attached devices.",
   )
@@ -70,8 +70,8 @@ def define_data_flags(flag_values: flags.FlagValues) -> None:
   define.path(
     "data",
     default.data,
-    'Folder that experiments.prepare_data wrote, or "stdlib", the source of Python\'s standard '
-    "library.",
+    'Folder that experiments.prepare_data wrote, or "stdlib". The word is the source of Python\'s '
+    "standard library.",
     words=("stdlib",),
   )
   define.path(
@@ -112,7 +112,7 @@ def _define_schedule(define: Definer) -> None:
   define.integer(
     "num_steps",
     OPTIMIZER.num_steps,
-    "Optimizer steps of the whole run, and length of the learning-rate schedule.",
+    "Optimizer steps of the whole run. Also the length of the learning-rate schedule.",
   )
   define.integer(
     "stop_at",
@@ -146,8 +146,8 @@ def _define_optimizer(define: Definer) -> None:
     "on_spike",
     RUN.on_spike,
     config_lib.ON_SPIKE,
-    "skip: go on without the update, and end after 10 spikes in a row; metrics.jsonl counts them. "
-    "stop: end the run.",
+    "What follows a spike. skip: go on without the update, and end after 10 spikes in a row; "
+    "metrics.jsonl counts them. stop: end the run.",
   )
   for name, default, moment in (("b1", OPTIMIZER.b1, "first"), ("b2", OPTIMIZER.b2, "second")):
     define.real(name, default, f"Decay of Adam's {moment} moment.")
@@ -158,15 +158,16 @@ def _define_trained_parameters(define: Definer) -> None:
     "trainable",
     OPTIMIZER.trainable,
     config_lib.TRAINABLE,
-    "Which parameters change: all, those of attention and its scorers, or those of the scorers.",
+    "Which parameters change. attention: those of attention and its scorers. scorer: those of the "
+    "scorers.",
   )
   define.integer(
     "lora_rank",
     config_lib.TransformerConfig.lora_rank,
-    "Rank R of adapters (LoRA) beside the matrices of attention and MLPs. Adapters and scorers "
-    "learn, as far as --trainable says; everything else is frozen: matrices, biases, norms, "
-    "embeddings. Needs --init_from, and adapters of the run it names are merged first. Commands "
-    "that read the run merge its adapters too. 0 means no adapters.",
+    "Rank R of adapters (LoRA) in attention and MLPs; 0 means none. Adapters lie beside the "
+    "matrices; they and the scorers learn, as far as --trainable says; everything else is frozen: "
+    "matrices, biases, norms, embeddings. Needs --init_from, and adapters of the run it names are "
+    "merged first. Commands that read the run merge its adapters too.",
   )
   define.real(
     "lora_alpha", None, "The adapters' products count alpha / R times. By default --lora_rank."
@@ -182,14 +183,15 @@ def _define_scorer_loss(define: Definer) -> None:
   define.real(
     "scorer_loss",
     RUN.scorer_loss,
-    "Weight of the auxiliary loss that teaches scorers which tokens full attention reads. With 0 "
-    "they learn by the gradient of the gates alone, as in the paper.",
+    "Weight of the loss that teaches scorers which tokens to keep. It shows them which tokens full "
+    "attention reads. With 0 they learn by the gradient of the gates alone, as in the paper.",
   )
   define.boolean(
     "scorer_warmup",
     RUN.scorer_warmup,
-    "Scorers learn from --scorer_loss alone, sparsek layers attend to everything, and no other "
-    "gradient is computed: the first stage of a conversion. Needs --trainable=scorer.",
+    "Train the scorers alone, the first stage of a conversion. They learn from --scorer_loss, "
+    "sparsek layers attend to everything, and no other gradient is computed. Needs "
+    "--trainable=scorer.",
   )
 
 
@@ -212,8 +214,8 @@ def _define_batches(define: Definer) -> None:
   define.integer(
     "seed",
     RUN.seed,
-    "Seed of the initial parameters, the order of the data, the noise on the scores and the "
-    "queries of --scorer_loss.",
+    "Seed of everything random. It sets the initial parameters, the order of the data, the noise "
+    "on the scores and the queries of --scorer_loss.",
   )
   define_mesh_flags(define.flag_values)
   define.integer(
@@ -230,14 +232,14 @@ def define_mesh_flags(flag_values: flags.FlagValues) -> None:
   define.integer(
     "fsdp",
     RUN.fsdp,
-    "Devices over which the parameters are split, and in training gradients and moments; --fsdp x "
-    "--context divides the number of devices. Rows are split over all but --context.",
+    "Devices over which the parameters are split. In training gradients and moments are split too; "
+    "--fsdp x --context divides the number of devices. Rows are split over all but --context.",
   )
   define.integer(
     "context",
     RUN.context,
-    "Devices over which the tokens of a row are split; divides their number. experiments.generate "
-    "splits new prompts, of any length.",
+    "Devices over which the tokens of a row are split. It divides the number of devices. "
+    "experiments.generate splits new prompts, of any length.",
   )
 
 
@@ -266,17 +268,18 @@ def _define_start(define: Definer) -> None:
   define.integer(
     "restore_step",
     None,
-    "Go on from the checkpoint of this step; later ones, and the metrics so far, are set aside in "
-    "WORKDIR/set_aside. The same command again does not go back again, but goes on from the newest "
-    "checkpoint. By default the newest.",
+    "Go back to the checkpoint of this step, and on from there. Later ones, and the metrics so "
+    "far, are set aside in WORKDIR/set_aside. The same command again does not go back again, but "
+    "goes on from the newest checkpoint. By default the newest.",
   )
   define.path(
     "init_from",
     None,
-    "DIR or DIR@STEP: a new run takes its parameters, and nothing else, from the run in this "
-    "folder; without --preset it takes its model flags too. Under another kind of attention, "
-    "scorers that the run lacks are drawn anew. hf:DIR: take them from a folder in Hugging Face's "
-    "format, which replaces --preset; give the --attention that the model shall have.",
+    "Model whose parameters the run begins with: DIR, DIR@STEP or hf:DIR. DIR or DIR@STEP: a new "
+    "run takes its parameters, and nothing else, from the run in this folder; without --preset it "
+    "takes its model flags too. Under another kind of attention, scorers that the run lacks are "
+    "drawn anew. hf:DIR: take them from a folder in Hugging Face's format, which replaces "
+    "--preset; give the --attention that the model shall have.",
     reference=True,
   )
   define.boolean(
