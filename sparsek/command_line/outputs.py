@@ -19,6 +19,7 @@ OF_RUNS = (  # what a run keeps in its folder
 _HEAD = 4096  # bytes that tell a kind of file
 # Kinds of folders, by patterns of files that tell them.
 A_RUN, A_GRID, STAGES, DEMOS = "a run", "a grid", "stages of a recipe", "the demos"
+A_MODEL = "a model in Hugging Face's format"
 FOLDERS = {
   A_RUN: (RUN, "metrics.jsonl", "checkpoints"),
   A_GRID: ("cells",),
@@ -26,7 +27,7 @@ FOLDERS = {
   STAGES: ("stages.json", "minutes.json"),
   DEMOS: ("documents/tokens.bin", "text_sparsek"),
   "token files": ("tokens.bin",),
-  "a model in Hugging Face's format": ("model*.safetensors",),
+  A_MODEL: ("model*.safetensors",),
 }
 
 

@@ -9,7 +9,7 @@ from sparsek.command_line import outputs
 from sparsek.data.token_files import format as token_format
 from sparsek.errors import UsageError
 from sparsek.experiments import ablate, demo_commands, import_hf, prepare_data, pretrain
-from sparsek.experiments.recipes import stages
+from sparsek.experiments.recipes import smollm2, stages
 from sparsek.experiments.reports import grid
 from sparsek.runs import run_directory
 from tests.helpers import run_command
@@ -20,7 +20,7 @@ MADE = {  # kind of folder -> one that a command made
   outputs.A_GRID: "ablation",
   "cells of a grid": "ablation/cells",
   "token files": "bytes",
-  "a model in Hugging Face's format": "hf",
+  outputs.A_MODEL: "hf",
 }
 RUN = str(FIXTURES / "lora")
 COMMANDS = {  # words -> command, and the kind of folder that it makes in FOLDER
@@ -69,6 +69,8 @@ def test_demos_recipes_and_python_calls_follow_the_rule(tmp_path, monkeypatch):
     demo_commands.prepare(demo_commands.FOLDER + "/demo.png")
   with pytest.raises(UsageError, match=r"--workdir=demo holds a grid \(cells\), and not stages"):
     stages.run_stages({}, "demo")
+  with pytest.raises(UsageError, match=r"--folder=demo holds a grid \(cells\), and not a model"):
+    smollm2.convert("model.whl", "demo")
   with pytest.raises(UsageError, match=r"--workdir=demo holds a grid \(cells\), and not a run"):
     with run_directory.locked("demo"):
       pass
