@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
-"""Demonstration of SPARSEK: facts far back, the words it keeps, and constant memory.
+"""Demonstration of SPARSEK: facts far back, kept words, and constant memory.
 
   python -m experiments.demo
 
