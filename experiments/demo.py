@@ -33,13 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsek.command_line.invocation import command
 from sparsek.config import TransformerConfig
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.evaluation import tasks
 from sparsek.experiments import demo_commands, demo_documents
 from sparsek.experiments.bench import decoding
-from sparsek.experiments.demo_commands import FOLDER, command, title
+from sparsek.experiments.demo_commands import FOLDER, title
 from sparsek.experiments.reports import demo_picture, plots, results_sections
 from sparsek.experiments.reports.plots import NAMES, kept_tokens
 from sparsek.generation.cache import cache_bytes, decode_step

@@ -1,14 +1,14 @@
 """Commands that the demos print and run, each in a process of its own."""
 
 import os
-import shlex
 import signal
 import time
 from collections.abc import Callable
 
 import jax
 
-from sparsek.command_line import invocation, outputs
+from sparsek.command_line import outputs
+from sparsek.command_line.invocation import command
 from sparsek.errors import RunError
 from sparsek.experiments import child
 from sparsek.runs import checkpoint
@@ -16,12 +16,6 @@ from sparsek.storage import files
 
 FOLDER = "demo"
 CACHE = os.path.join(FOLDER, ".jax_cache")
-
-
-def command(name: str, *arguments: str) -> str:
-  """Returns the command line of a command of ours, as a user types it."""
-  words = invocation.command(name)
-  return f"{words} {shlex.join(arguments)}" if arguments else words
 
 
 def title(text: str) -> None:

@@ -22,10 +22,11 @@ FLAGS = absl_flags.FlagValues()  # the demo takes no flags
 if __name__ == "__main__":
   parse_first(FLAGS, __doc__)
 
+from sparsek.command_line.invocation import command
 from sparsek.data.batches import open_data
 from sparsek.data.token_files import TokenDataset
 from sparsek.experiments import demo_commands
-from sparsek.experiments.demo_commands import FOLDER, command, title
+from sparsek.experiments.demo_commands import FOLDER, title
 from sparsek.experiments.reports.plots import can_draw, kept_tokens, save_picture
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics

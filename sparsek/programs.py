@@ -1,6 +1,6 @@
 """The commands as functions: a run is trained, loaded, evaluated, and continues a text.
 
-They compute what `experiments.pretrain`, `evaluate` and `generate` do, to the same figures, in the
+They compute what `sparsek pretrain`, `evaluate` and `generate` do, to the same figures, in the
 folders of the same runs.
 """
 

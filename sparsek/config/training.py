@@ -42,7 +42,7 @@ class DataConfig:
 
   Attributes:
     data: "stdlib" (the source of Python's standard library, byte tokens) or the folder that
-      `experiments.prepare_data` wrote.
+      `sparsek prepare-data` wrote.
     seq_len: tokens per row that the model sees (a row stores one more, the last target).
     batch_size: rows per optimizer step, over all processes and accumulation steps.
     seed: of the shuffle.

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from sparsek.command_line.invocation import command
 from sparsek.config import DataConfig, TransformerConfig
 from sparsek.data.batches import EvalBatches, eval_batches, open_data
 from sparsek.data.token_files import TokenDataset
@@ -40,9 +41,9 @@ class Run:
     """
     source = self.record["data"]["data"] if data is None else data
     if not source:
+      advice = command("prepare_data", f"--tokenizer={self.workdir}/tokenizer")
       raise UsageError(
-        f"--data is required: {self.workdir} was imported; make data with "
-        f"experiments.prepare_data --tokenizer={self.workdir}/tokenizer"
+        f"--data is required: {self.workdir} was imported; make data with `{advice}`"
       )
     name, fingerprint = (self.record["tokenizer"][key] for key in ("name", "fingerprint"))
     tokenizer = name if name == "byte" else os.path.join(self.workdir, "tokenizer")
@@ -116,7 +117,7 @@ def other_beginning(run: Run, tokenizer: Tokenizer) -> str:
   trained = " ".join(map(tokenizer.token, bos_ids)) or "nothing"
   return (
     f"the documents of {run.workdir} began with {trained}: its loss on these means little; make "
-    "the data anew with experiments.prepare_data"
+    f"the data anew with `{command('prepare_data')}`"
   )
 
 

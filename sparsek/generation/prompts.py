@@ -12,7 +12,7 @@ from sparsek.generation.session import AHEAD, Session
 from sparsek.generation.text_stream import TextStream
 from sparsek.storage.files import cannot_write, check_regular, read_at_most
 
-CACHE = outputs.Kind("cache of experiments.generate", cache_file.is_cache)
+CACHE = outputs.Kind("cache that --save_cache wrote", cache_file.is_cache)
 MAX_BYTES = 2**26  # of a file of prompts
 
 

@@ -12,6 +12,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from sparsek.command_line.invocation import command
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data.token_files import TokenDataset
 from sparsek.data.tokenizer import load_tokenizer, read_bos
@@ -100,7 +101,7 @@ def _warn_of_other_bos(
     )
     say(
       f"warning: the documents of --data={data} begin with {here}, those of {model} with "
-      f"{there}: make the data anew with experiments.prepare_data"
+      f"{there}: make the data anew with `{command('prepare_data')}`"
     )
 
 
@@ -119,7 +120,7 @@ def _load_pretrained(
     raise UsageError(
       f"the tokenizer of --data={train.data.data} is not that of "
       f"--init_from={train.init_from}: make the data with "
-      f"experiments.prepare_data --tokenizer={folder}"
+      f"`{command('prepare_data', f'--tokenizer={folder}')}`"
     )
   if dataset.tokenizer.vocab_size > config.vocab_size:
     raise UsageError(

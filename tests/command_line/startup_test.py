@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 
 from sparsek.__main__ import WIDTH, commands, main, overview
 from sparsek.command_line import help as help_text
-from sparsek.command_line import invocation, terminal
+from sparsek.command_line import terminal
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.runs import settings
 
@@ -69,19 +69,6 @@ def test_commands_are_shown_as_they_were_typed(started):
   assert [start for start, text in texts.items() if "python -m experiments" in text] == []
   assert "sparsek import-hf --from=FOLDER" in texts["import_hf --help"]
   assert texts["pretrain --k=0"] == "error: --k=0: must be an integer of at least 1\n"
-
-
-def test_as_typed(monkeypatch):
-  text = "`python -m experiments.import_hf`, experiments.pretrain, a/experiments.b, experiments/c"
-  monkeypatch.delenv(invocation.STARTED_BY, raising=False)
-  assert invocation.as_typed(text) == (
-    "`python -m experiments.import_hf`, python -m experiments.pretrain, a/experiments.b, "
-    "experiments/c"
-  )
-  monkeypatch.setenv(invocation.STARTED_BY, "sparsek")
-  assert invocation.as_typed(text) == (
-    "`sparsek import-hf`, sparsek pretrain, a/experiments.b, experiments/c"
-  )
 
 
 def test_the_overview_has_a_line_for_each_command(capsys, monkeypatch):

@@ -305,7 +305,7 @@ def swap_first_documents(index):
     (fifo("tokens.bin"), "tokens.bin is damaged"),
     (remove("tokens.bin"), "tokens.bin cannot be read: No such file"),
     (remove("index.npy"), "index.npy cannot be read: No such file"),
-    (remove("meta.json"), "meta.json cannot be read: No such file .*prepare_data"),
+    (remove("meta.json"), "meta.json cannot be read: No such file .*prepare-data"),
     (
       lambda folder: edit_meta(folder, format_version=2),
       "expected format sparsek-tokens version 1, found format 'sparsek-tokens' version 2",
@@ -496,7 +496,7 @@ def test_verify_finds_what_sizes_do_not_show(folder):
 
 
 def test_no_such_folder():
-  with pytest.raises(ValueError, match="nowhere.*no such folder.*prepare_data"):
+  with pytest.raises(ValueError, match="nowhere.*no such folder.*prepare-data"):
     batches.open_data("nowhere")
 
 

@@ -181,7 +181,7 @@ def test_lost_scores_are_told(write):
       ["--save_cache={folder}/run/model.json"],
       "--save_cache={folder}/run/model.json is a file of the run in {folder}/run: take another",
     ),
-    (["--save_cache={folder}/latin1"], "--save_cache={folder}/latin1 exists and is no cache of"),
+    (["--save_cache={folder}/latin1"], "--save_cache={folder}/latin1 exists and is no cache that"),
     (["--load_cache={folder}/fifo"], "cache {folder}/fifo is a FIFO"),
     (
       ["--load_cache={folder}/one.npz", "--prompt_file={folder}/latin1"],

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 
+from sparsek.command_line.invocation import command
 from sparsek.errors import UsageError
 from sparsek.storage.files import check_regular, read_json_object
 
@@ -46,7 +47,8 @@ def read_meta(path: str) -> dict:
   try:
     meta = read_json_object(path, _MAX_META_BYTES)
   except UsageError as error:
-    raise UsageError(f"{error}; is it of a folder that experiments.prepare_data wrote?") from None
+    made_by = command("prepare_data")
+    raise UsageError(f"{error}; is it of a folder that `{made_by}` wrote?") from None
   name, version = meta.get("format"), meta.get("format_version")
   if (name, version) != (FORMAT, FORMAT_VERSION):
     raise UsageError(

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from sparsek.command_line.invocation import command
 from sparsek.config import check_choice
 from sparsek.data.token_files.format import (
   DOCUMENTS_FILE,
@@ -92,8 +93,8 @@ class TokenSplit:
       raise RunError(
         f"token file {os.path.join(self._folder, TOKENS_FILE)} is damaged: the id "
         f"{self._tokens[offset]} at token {offset} (token {wrong[0]} of {document}) "
-        f"is not below the vocabulary's {self.vocab_size}; `python -m "
-        f"experiments.prepare_data --verify={self._folder}` compares all checksums"
+        f"is not below the vocabulary's {self.vocab_size}; "
+        f"`{command('prepare_data', f'--verify={self._folder}')}` compares all checksums"
       )
 
 
@@ -236,8 +237,7 @@ def _read_meta(folder: str) -> dict:
   path = os.path.join(folder, META_FILE)
   if not os.path.isdir(folder):
     raise UsageError(
-      f"data {folder!r}: no such folder; make it with `python -m "
-      "experiments.prepare_data`, or use 'stdlib'"
+      f"data {folder!r}: no such folder; make it with `{command('prepare_data')}`, or use 'stdlib'"
     )
   return read_meta(path)
 
