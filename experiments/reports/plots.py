@@ -1,7 +1,7 @@
 """Pictures of runs and benchmarks: losses, tokens that layers keep, accuracies, time by length.
 
-They need matplotlib: pip install 'sparsek[plots]'. Colours are Okabe and Ito's and tints of one
-blue, which colour-blind readers can tell apart too.
+They need matplotlib. Colours are Okabe and Ito's and tints of one blue, which colour-blind readers
+can tell apart too.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def new_figure(**kwargs: Any) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
   except ImportError:
-    raise UsageError("pictures need matplotlib: pip install 'sparsek[plots]'") from None
+    raise UsageError("pictures need matplotlib: pip install matplotlib") from None
   figure = Figure(**kwargs)
   FigureCanvasAgg(figure)
   return figure

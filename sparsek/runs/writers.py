@@ -23,7 +23,7 @@ WANDB_RUNS = "wandb.json"  # in the folder of a run: the id of its W&B run in ea
 INIT_SECONDS = 30  # the most that W&B may take to answer before the first step
 CLOSE_SECONDS = 60  # the most that a writer may take after the last step
 WAITING = 10_000  # records that may wait for a writer
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # flag -> package, and extra of setup
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # flag -> package
 
 
 class Writer(Protocol):
@@ -47,7 +47,7 @@ def check(train: TrainConfig) -> None:
       try:
         importlib.import_module(package)
       except ImportError:
-        raise UsageError(f"--{flag} needs {package}: pip install 'sparsek[{flag}]'") from None
+        raise UsageError(f"--{flag} needs {package}: pip install {package}") from None
   if train.wandb is not None and not re.fullmatch(r"([\w.-]+/)?[^/\\#?%:]{1,128}", train.wandb):
     raise UsageError(
       f"--wandb={train.wandb}: must be PROJECT or ENTITY/PROJECT, without any of / \\ # ? % : in "

@@ -189,8 +189,7 @@ def test_without_matplotlib_all_but_the_picture_is_made(module, shortened, monke
   assert run_command(module.main, module.FLAGS) == 0
   told = capsys.readouterr()
   assert told.err == (
-    "pictures need matplotlib: pip install 'sparsek[plots]'; the demo goes on, and prints its "
-    "tables\n"
+    "pictures need matplotlib: pip install matplotlib; the demo goes on, and prints its tables\n"
   )
   assert ".png" not in told.out and " 0 s." in told.out
   if module is demo:

@@ -196,4 +196,4 @@ def test_matplotlib_is_asked_for_before_any_work(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
   monkeypatch.setattr(run_plots, "read_run", None)
   assert run(f"--workdir={folder}", f"--output={tmp_path}/a.png") == 2
-  assert "pip install 'sparsek[plots]'" in capsys.readouterr().err
+  assert "pip install matplotlib" in capsys.readouterr().err

@@ -57,12 +57,10 @@ def wandb(monkeypatch):
 
 
 @pytest.mark.parametrize("flag, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_a_missing_package_is_named_with_its_extra(flag, package, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(flag, package, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, package, None)
   writers.check(run(tmp_path))
-  with pytest.raises(
-    UsageError, match=rf"--{flag} needs {package}: pip install 'sparsek\[{flag}\]'"
-  ):
+  with pytest.raises(UsageError, match=f"--{flag} needs {package}: pip install {package}$"):
     writers.check(run(tmp_path, **{flag: "project" if flag == "wandb" else True}))
 
 
