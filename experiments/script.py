@@ -1,12 +1,13 @@
 """Helpers of scripts with argparse options: the parser, types of options, and the exit code."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
 from collections.abc import Callable
 
-from sparsek.command_line import path_flags
+from sparsek.command_line import outputs, path_flags
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 
@@ -17,11 +18,18 @@ def parser(description: str) -> argparse.ArgumentParser:
   return argparse.ArgumentParser(description=description, formatter_class=as_written)
 
 
-def page_parser(description: str, page: str) -> argparse.ArgumentParser:
-  """Returns the parser of a script that writes a page: `path` is the file, by default `page`."""
+def page_parser(description: str, page: str, generator: str) -> argparse.ArgumentParser:
+  """Returns the parser of a script that writes a page: `path` is the file, by default `page`.
+
+  Args:
+    description: the docstring of the script.
+    page: path of the page.
+    generator: name of the script, by which its pages say that they are generated.
+  """
   made = parser(description)
+  written = Output(outputs.text(f"page of {generator}", f"generated: `python -m {generator}`"))
   made.add_argument(
-    "path", nargs="?", default=os.path.relpath(page), type=output, metavar="FILE", help="to write"
+    "path", nargs="?", default=os.path.relpath(page), type=written, metavar="FILE", help="to write"
   )
   return made
 
@@ -34,12 +42,32 @@ def path(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
-def output(text: str) -> str:
-  """Returns the path of a file to write, for argparse, in a folder that exists."""
-  given = path(text)
-  if not os.path.isdir(os.path.dirname(given) or "."):
-    raise argparse.ArgumentTypeError(f"{text}: there is no folder {os.path.dirname(given)}")
-  return given
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """Type of an option that names a file to write, for argparse.
+
+  Its folder must exist, and an existing file must be of the script's kind.
+
+  Attributes:
+    kind: of the file.
+    has_picture: a picture of the same name, .png, is written too.
+  """
+
+  kind: outputs.Kind
+  has_picture: bool = False
+
+  def __call__(self, text: str) -> str:
+    given = path(text)
+    if not os.path.isdir(os.path.dirname(given) or "."):
+      raise argparse.ArgumentTypeError(f"{text}: there is no folder {os.path.dirname(given)}")
+    try:
+      outputs.check(text, given, self.kind)
+      if self.has_picture:
+        picture = outputs.picture_of(given)
+        outputs.check(f"{text}: its picture {picture}", picture, outputs.PICTURE)
+    except UsageError as error:
+      raise argparse.ArgumentTypeError(str(error)) from None
+    return given
 
 
 def words(text: str) -> str:

@@ -31,7 +31,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsek.command_line import outputs
 from sparsek.config import whole_number
+from sparsek.experiments import script
 from sparsek.experiments.bench.checkouts.report import (
   SUITES,
   pair_programs,
@@ -40,6 +42,7 @@ from sparsek.experiments.bench.checkouts.report import (
   time_table,
 )
 
+RECORD = outputs.record("record of compare_checkouts", "before", "after", "suites", "rows")
 WORKER = Path(__file__).resolve().parent / "checkouts" / "worker.py"
 
 
@@ -241,10 +244,10 @@ def checkout_folder(text: str) -> Path:
 
 
 def record_file(text: str) -> Path:
-  """Returns the path of a .json file to write, for argparse, in a folder that exists."""
-  path = Path(os.path.expanduser(text))
-  if path.suffix != ".json" or not path.parent.is_dir():
-    raise argparse.ArgumentTypeError(f"{text}: must be a .json file in a folder that exists")
+  """Returns the path of a .json file to write, for argparse."""
+  path = Path(script.Output(RECORD)(text))
+  if path.suffix != ".json":
+    raise argparse.ArgumentTypeError(f"{text}: must be a .json file")
   return path
 
 

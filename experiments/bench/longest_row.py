@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from sparsek.command_line import outputs
 from sparsek.config import TransformerConfig, preset
 from sparsek.errors import UsageError
 from sparsek.experiments import script
@@ -25,6 +26,8 @@ from sparsek.experiments.bench.cells import environment
 from sparsek.experiments.bench.many_devices import MeshCell, Shape, mesh_of, name_of
 from sparsek.experiments.bench.training_step import KINDS, Job, under
 from sparsek.storage import files
+
+RECORD = outputs.record("record of longest_row", "bytes_limit", "rows")
 
 SHORT = 8  # steps of the row whose program serves the first estimate
 
@@ -154,7 +157,7 @@ def main(options: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
-  parser.add_argument("--record", help="JSON file to write")
+  parser.add_argument("--record", type=script.Output(RECORD), help="JSON file to write")
   parser.add_argument("--cases", default="110M", help="models, by commas: 110M, tiny")
   parser.add_argument("--kinds", default="sparsek,sliding_window", help="by commas")
   parser.add_argument("--step", type=int, default=32768, help="lengths are multiples of it")

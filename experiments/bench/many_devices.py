@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sparsek.command_line import outputs
 from sparsek.config import TransformerConfig, preset
 from sparsek.errors import UsageError
 from sparsek.experiments import script
@@ -31,6 +32,8 @@ from sparsek.experiments.bench.cells import environment, run_rounds
 from sparsek.experiments.bench.training_step import KINDS, Job, StepCell, under
 from sparsek.parallel.mesh import AXES, make_mesh
 from sparsek.storage import files
+
+RECORD = outputs.record("record of many_devices", "device", "versions", "rows", no_others=True)
 
 Shape = tuple[int, int, int]  # of the mesh: data, fsdp, context
 SAMPLE_SECONDS = 2.0  # several steps in a row, as in training, where none waits for the one before
@@ -189,7 +192,7 @@ def main(options: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
-  parser.add_argument("--record", help="JSON file to write")
+  parser.add_argument("--record", type=script.Output(RECORD), help="JSON file to write")
   parser.add_argument("--cases", default="data,context,fsdp,million", help="names, by commas")
   parser.add_argument("--kinds", help="kinds of attention, by commas; by default all of the case")
   parser.add_argument("--rounds", type=int, default=5, help="most samples of each step")

@@ -47,6 +47,7 @@ import os
 import re
 import shlex
 
+from sparsek.command_line import outputs
 from sparsek.config import GATES
 from sparsek.experiments import script
 from sparsek.experiments.recipes.stages import MINUTES, run_stages
@@ -54,6 +55,7 @@ from sparsek.experiments.reports import baselines_picture, baselines_report, rec
 from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/baselines_{}.flags"
+RECORD = outputs.record("record of baselines", "sparsek", "runs", "stages")
 # also evaluated at four times the length
 FAR = (
   "full",
@@ -239,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--record",
     default="baselines.json",
-    type=script.output,
+    type=script.Output(RECORD, has_picture=True),
     help="file for the record; the picture goes beside it",
   )
   parser.add_argument(

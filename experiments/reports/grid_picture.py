@@ -7,6 +7,7 @@
 import argparse
 from collections.abc import Mapping
 
+from sparsek.command_line import outputs
 from sparsek.experiments import script
 from sparsek.experiments.reports import grid, grid_page, results_sections
 from sparsek.storage import files
@@ -46,7 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
   parser.add_argument("record", type=script.path, metavar="RECORD", help="to read, .json")
-  parser.add_argument("picture", type=script.output, metavar="PICTURE", help="to write, .png")
+  parser.add_argument(
+    "picture", type=script.Output(outputs.PICTURE), metavar="PICTURE", help="to write, .png"
+  )
   return parser
 
 

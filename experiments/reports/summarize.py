@@ -11,6 +11,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from sparsek.command_line import outputs
 from sparsek.errors import UsageError
 from sparsek.experiments import script
 from sparsek.experiments.reports import records
@@ -45,11 +46,25 @@ def _losses_and_answers(result: dict) -> dict:
   return {"loss": loss, "mixed_loss": result["mixed_loss"], "tasks": result["tasks"]}
 
 
+def _is_summary(path: str) -> bool:
+  """Returns whether a file is a summary of a record: it has nothing that a summary leaves out."""
+  try:
+    record = files.read_json_object(path)
+    return "versions" in record and summary(record) == record
+  except (UsageError, LookupError, TypeError, AttributeError):
+    return False
+
+
+SUMMARY = outputs.Kind("summary of a record", _is_summary)
+
+
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's arguments."""
   parser = script.parser(__doc__)
   parser.add_argument("record", type=script.path, metavar="RECORD", help="to read, .json")
-  parser.add_argument("summary", type=script.output, metavar="SUMMARY", help="to write, .json")
+  parser.add_argument(
+    "summary", type=script.Output(SUMMARY), metavar="SUMMARY", help="to write, .json"
+  )
   parser.add_argument(
     "--kinds", default="", help="names of runs, separated by commas; default: all"
   )

@@ -44,28 +44,30 @@ class Kind:
   matches: Callable[[str], bool]
 
 
-def record(name: str, *keys: str) -> Kind:
-  """Returns the kind of the JSON objects that have these keys."""
+def record(name: str, *keys: str, no_others: bool = False) -> Kind:
+  """Returns the kind of the JSON objects that have these keys, and perhaps no others."""
 
   def matches(path: str) -> bool:
     try:
-      return set(keys) <= set(files.read_json_object(path))
+      known = set(files.read_json_object(path))
     except UsageError:
       return False
+    return known == set(keys) if no_others else known >= set(keys)
 
   return Kind(name, matches)
 
 
 def text(name: str, *words: str) -> Kind:
   """Returns the kind of the files that have one of these words near their beginning."""
-  return Kind(name, lambda path: any(word.encode() in _head(path) for word in words))
+  return Kind(name, lambda path: any(word.encode() in head(path) for word in words))
 
 
 # Matplotlib signs what it writes.
 PICTURE = text("picture that Matplotlib drew", "Matplotlib")
 
 
-def _head(path: str) -> bytes:
+def head(path: str) -> bytes:
+  """Returns the first bytes of a file, which tell its kind."""
   with open(path, "rb") as file:
     return file.read(_HEAD)
 

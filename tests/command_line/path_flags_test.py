@@ -9,7 +9,7 @@ import pathlib
 import pytest
 from absl import flags as absl_flags
 
-from sparsek.command_line import path_flags
+from sparsek.command_line import outputs, path_flags
 from sparsek.command_line.definer import into_string
 from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_pretrain_flags
@@ -95,16 +95,17 @@ def test_every_path_of_every_command():
   from sparsek.experiments import script
 
   for command, action in options:
-    if action.type in (script.path, script.output):
+    if action.type is script.path or isinstance(action.type, script.Output):
       assert action.type("~/x") == f"{home}/x"
     elif action.type not in (int, float) and not isinstance(action, argparse._HelpAction):
       known = action.nargs == 0 or action.dest in NO_PATHS_OF_SCRIPTS
       assert known, f"{command} {action.dest}: type=script.path, or NO_PATHS_OF_SCRIPTS"
-  for read in (script.path, script.output):
+  output = script.Output(outputs.PICTURE)
+  for read in (script.path, output):
     with pytest.raises(argparse.ArgumentTypeError, match="gs://x: gs: URLs are not supported"):
       read("gs://x")
   with pytest.raises(argparse.ArgumentTypeError, match="there is no folder /nowhere"):
-    script.output("/nowhere/x.json")
+    output("/nowhere/x.json")
   with pytest.raises(argparse.ArgumentTypeError, match="'x: No closing quotation"):
     script.words("'x")
 

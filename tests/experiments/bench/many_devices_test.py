@@ -28,7 +28,7 @@ def test_a_case_that_is_recorded_is_shown_and_not_timed_again(tmp_path, capsys):
     row | {"mesh": "data 2", "tokens_per_second": 1900.0},
     row | {"kind": "full", "failed": "out of memory"},
   ]
-  record.write_text(json.dumps({"rows": rows}))
+  record.write_text(json.dumps({"device": "cpu", "versions": {}, "rows": rows}))
   options = many_devices.make_parser().parse_args(["--cases=data", f"--record={record}"])
   many_devices.main(options)
   lines = capsys.readouterr().out.splitlines()
