@@ -34,6 +34,7 @@ from sparsek.generation.cache import Cache
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
 from sparsek.generation.cached_chunk import attend_chunk
 from sparsek.model.layers import SparseKAttention
+from sparsek.model.random_keys import random_keys
 from sparsek.model.scorers import scoring_network
 
 Params = dict[str, Any]
@@ -154,8 +155,8 @@ class Options:
 
 
 def init(options: Options, key: jax.Array) -> Params:
-  """Draws initial float32 parameters."""
-  return _init(options, key)
+  """Draws initial float32 parameters from a random key, such as `jax.random.key(0)`."""
+  return _init(options, random_keys("key", key))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -245,7 +246,7 @@ def apply(
     ValueError: where x, segment_ids, positions or the parameters have another width or shape.
   """
   check_inputs(options, params, x, positions=positions)
-  rngs = None if noise_key is None else {"scorer_noise": noise_key}
+  rngs = None if noise_key is None else {"scorer_noise": random_keys("noise_key", noise_key)}
   y = _call(options, params, x, segment_ids, positions, rngs=rngs)
   assert isinstance(y, jax.Array)
   return y
@@ -271,7 +272,7 @@ def apply_with_scorer_loss(
     the attention that full attention would pay. Only the scorer's parameters learn from it.
   """
   check_inputs(options, params, x, positions=positions)
-  loss_key, noise_key = jax.random.split(key)
+  loss_key, noise_key = jax.random.split(random_keys("key", key))
   rngs = {"scorer_loss": loss_key, "scorer_noise": noise_key}
   y, sown = _call(options, params, x, segment_ids, positions, rngs=rngs, mutable=["scorer_loss"])
   return y, sown["scorer_loss"]["attention_mass"][0]

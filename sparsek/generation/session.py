@@ -25,6 +25,7 @@ from sparsek.generation.sampling import draw, method_of
 from sparsek.generation.saved_session import SavedSession
 from sparsek.generation.sharded_prompt import prefill_sharded
 from sparsek.kernels.sentinels import NOWHERE
+from sparsek.model.random_keys import random_keys
 from sparsek.model.transformer import Params
 from sparsek.parallel.mesh import CONTEXT
 
@@ -425,11 +426,7 @@ def _check_turn(
   if keys is None and temperature > 0:
     raise ValueError(f"key=None: temperature={temperature} draws at random and needs a PRNG key")
   keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
-  if keys.shape != (len(prompts),):
-    raise ValueError(
-      f"keys has shape {keys.shape}, expected {(len(prompts),)}, a PRNG key for each row"
-    )
-  return keys
+  return random_keys("keys", keys, (len(prompts),))
 
 
 def generate(
@@ -475,7 +472,7 @@ def generate(
     temperature=temperature,
     top_p=top_p,
     top_k=top_k,
-    keys=None if key is None else key[None],
+    keys=None if key is None else random_keys("key", key)[None],
     ahead=0,
   )
 

@@ -12,6 +12,7 @@ from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
+from sparsek.model.random_keys import random_keys
 from sparsek.parallel import sharding
 from sparsek.parallel.mesh import CONTEXT, FSDP, axis_size, is_sharded
 from sparsek.parallel.sharded_scores import token_positions
@@ -288,14 +289,24 @@ def output_matrix(config: TransformerConfig, params: Params) -> jax.Array:
   return matrix["embedding"].T if config.tie_embeddings else matrix["kernel"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
   """Draws initial float32 parameters.
 
   Kernels are normal with variance 1 / fan-in (1 / (2 num_layers fan-in) where they write to the
   residual stream), embeddings normal with standard deviation 0.02. No shape depends on the sequence
   length.
+
+  Args:
+    config: the model.
+    key: random key, such as `jax.random.key(0)`.
+  Raises:
+    ValueError: for a key that is none.
   """
+  return _init_params(config, random_keys("key", key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_params(config: TransformerConfig, key: jax.Array) -> Params:
   # The forward pass gives the shapes only and is not computed; the reference is traced fastest.
   # Drawing random numbers for all layers at once compiles in a fraction of the time that it takes
   # layer by layer, and gives the same values in both layouts.
