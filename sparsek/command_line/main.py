@@ -63,7 +63,10 @@ def parse(
     is_name = text.startswith(("--scorer=", "--attention="))  # names that users can add to
     raise UsageError(text + UNREGISTERED * is_name) from None
   if rest[1:]:
-    raise UsageError(f"unexpected argument {rest[1]!r}: every option is written --name=value")
+    raise UsageError(
+      f"unexpected argument {rest[1]!r}: every option is written --name=value, and several values "
+      "are separated by commas"
+    )
 
 
 def _say(line: str) -> None:

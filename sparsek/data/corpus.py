@@ -212,7 +212,16 @@ def _check_source(source: str) -> None:
   if source.startswith(TASKS):
     _task_texts(source)
   elif source != STDLIB and not os.path.exists(source):
-    raise UsageError(f"source {source!r}: no such file or folder (relative to {os.getcwd()})")
+    advice, pattern = "", re.search(r"[*?[]", source)
+    if pattern:
+      folder = os.path.dirname(source[: pattern.start()]) or "."
+      advice = (
+        f"; patterns are not expanded: give --sources={folder}, of which all files with one of the "
+        "--extensions are read, or name the files, separated by commas"
+      )
+    raise UsageError(
+      f"source {source!r}: no such file or folder (relative to {os.getcwd()}){advice}"
+    )
   elif source != STDLIB and not os.path.isdir(source):
     check_regular(source, "source")
 
