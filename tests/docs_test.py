@@ -8,6 +8,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -164,6 +165,28 @@ def test_python_examples_run(document, block, monkeypatch):
   if "out" in names:
     assert names["out"].shape == names["query"].shape
     assert abs(float(names["gates"].sum()) - 64) < 1e-3
+
+
+def test_pages_say_how_to_get_what_their_python_imports():
+  """A package that SPARSEK does not bring is installed by name on the page."""
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  required = re.findall(r"^[\w]+", setup["options"]["install_requires"], re.M)
+  known = {"sparsek", "tests", *required, *sys.stdlib_module_names}
+  others = set()
+  for document, block in blocks("python"):
+    for package in re.findall(r"^\s*(?:import|from) (\w+)", block, re.M):
+      if package not in known:
+        assert f"pip install {package}`" in (ROOT / document).read_text(), f"{document}: {package}"
+        others.add(package)
+  assert "equinox" in others and {"absl", "orbax", "jax"} < known
+
+
+def test_the_quick_start_looks_at_each_run_that_it_trains():
+  text = (ROOT / "docs/quickstart.md").read_text()
+  train, look = text.split("## Look at the result")
+  runs = set(re.findall(r"sparsek pretrain --workdir=(\S+)", train))
+  assert len(runs) == 2 and runs <= set(re.findall(r"\bruns/\w+", look))
 
 
 def without_code(document):
