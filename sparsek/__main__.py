@@ -72,6 +72,8 @@ def main() -> None:
   """Runs the command that the first argument names, or prints what there is."""
   program = _program(sys.argv[0])
   given = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if given == "help" and len(sys.argv) > 2:
+    given, sys.argv = sys.argv[2], [sys.argv[0], sys.argv[2], "--help"]
   if given in ("--help", "-h", "--helpfull", "help"):
     print(overview(program))
     return
@@ -80,7 +82,7 @@ def main() -> None:
     return
   names = [name.replace("_", "-") for name in commands()]
   if given.replace("_", "-") not in names:
-    near = difflib.get_close_matches(given, names, 1, 0.4)
+    near = difflib.get_close_matches(given, names, 1, 0.5)
     meant = f"did you mean {near[0]}? " if near else ""
     print(f"error: {given!r} is no command; {meant}`{program} --help` lists all", file=sys.stderr)
     sys.exit(2)

@@ -17,6 +17,7 @@ before JAX and others are imported, which takes seconds:
 """
 
 import contextlib
+import difflib
 import gc
 import signal
 import sys
@@ -58,6 +59,10 @@ def parse(
   except RecursionError:
     # absl looks for a flag of a similar name, letter by letter.
     raise UsageError("a flag is unknown, and its name is of hundreds of letters") from None
+  except flags.UnrecognizedFlagError as error:
+    near = difflib.get_close_matches(error.flagname, list(flag_values), 1)
+    advice = f"did you mean --{near[0]}?" if near else f"{_HELPFULL} describes all flags"
+    raise UsageError(f"unknown flag --{error.flagname}; {advice}") from None
   except (flags.Error, ValueError) as error:  # ValueError: --noNAME=VALUE
     text = " ".join(str(error).replace("flag --", "--", 1).removeprefix("ERROR:: ").split())
     is_name = text.startswith(("--scorer=", "--attention="))  # names that users can add to

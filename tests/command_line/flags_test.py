@@ -264,3 +264,17 @@ def test_flags_that_no_layer_takes_are_said(arguments, unused, capsys):
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == len(unused)
   assert all(any(f"warning: {flag} has no effect: " in line for line in lines) for flag in unused)
+
+
+@pytest.mark.parametrize(
+  "argument, message",
+  [
+    ("--steps=3", "unknown flag --steps; did you mean --num_steps?"),
+    ("--noscan_layer", "unknown flag --noscan_layer; did you mean --scan_layers?"),
+    ("--lr=1", "unknown flag --lr; --helpfull describes all flags"),
+  ],
+)
+def test_unknown_flags_are_named_with_the_nearest(argument, message):
+  with pytest.raises(UsageError) as caught:
+    parsed(argument)
+  assert str(caught.value) == message

@@ -88,6 +88,13 @@ def test_the_overview_has_a_line_for_each_command(capsys, monkeypatch):
   assert "'pretrian' is no command; did you mean pretrain?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_help_describes_a_command(started):
+  command = [sys.executable, "-m", "sparsek", "help", "pretrain"]
+  text = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+  assert text.replace("python -m sparsek", "sparsek") == started["pretrain --help"][2]
+
+
 def test_help_has_groups_and_the_commonest_flags_first():
   values = absl_flags.FlagValues()
   define_pretrain_flags(values)
