@@ -194,6 +194,11 @@ def check_inputs(
     ndim: number of axes that x must have.
     positions: as in `apply`, or in `decode` where x has two axes.
   """
+  if not isinstance(options, Options):
+    raise ValueError(
+      f"options is of type {type(options).__name__}, it must be sparsek.functional.Options, which "
+      "jax.jit must not trace: jax.jit(functools.partial(apply, options))"
+    )
   axes = "[batch, n, features] with n >= 1" if ndim == 3 else "[batch, features]"
   is_empty = ndim == 3 == x.ndim and not x.shape[1]
   if x.ndim != ndim or not jnp.issubdtype(x.dtype, jnp.floating) or is_empty:

@@ -48,6 +48,8 @@ class SparseKAttention(nnx.Module):
     rngs: nnx.Rngs,
     **options: Any,
   ):
+    if not hasattr(rngs, "params"):
+      raise ValueError(f"rngs={rngs!r} must be streams of random keys, such as nnx.Rngs(0)")
     self.options = Options(in_features, num_heads, k, window, **options)
     params = functional.init(self.options, rngs.params())
     for name, group in params.items():

@@ -36,7 +36,7 @@ from sparsek.evaluation.loss_by_position import evaluate as evaluate_batches
 from sparsek.generation.prompts import new_texts, text_pieces
 from sparsek.generation.session import Session
 from sparsek.generation.text_stream import TextStream
-from sparsek.model.transformer import Params
+from sparsek.model.transformer import Params, count_params
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop
@@ -72,6 +72,12 @@ class LoadedRun(NamedTuple):
   tokenizer: Tokenizer
   step: int
   workdir: str
+
+  def __repr__(self) -> str:  # a notebook shows it, and parameters are long
+    return (
+      f"LoadedRun(workdir={self.workdir!r}, step={self.step}, "
+      f"{count_params(self.params):,} parameters, tokenizer={self.tokenizer.name!r})"
+    )
 
 
 def load(

@@ -210,6 +210,9 @@ LINEN = sparsek.linen.SparseKAttention(use_bias=True, **SHAPE)
     (lambda: sk.Options(32, scorer="nope"), "scorer='nope' is not one of linear, conv, random"),
     (lambda: sk.Options(32, dtype="int8"), "dtype='int8' is not one of float32, bfloat16"),
     (lambda: sparsek.nnx.SparseKAttention(30, rngs=nnx.Rngs(0)), "must divide features=30"),
+    (lambda: sparsek.nnx.SparseKAttention(32, rngs=0), r"rngs=0 must be .* nnx.Rngs\(0\)"),
+    (lambda: sk.apply(params(), OPTIONS, X), "options is of type dict, it must be sparsek.fun"),
+    (lambda: jax.jit(sk.apply)(OPTIONS, params(), X), "which jax.jit must not trace: jax.jit"),
   ],
 )
 def test_wrong_widths_and_options_are_refused(call, message):

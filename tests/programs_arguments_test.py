@@ -15,6 +15,7 @@ from sparsek.errors import RunError, UsageError
 from sparsek.evaluation import heldout, loss_by_position
 from sparsek.generation.cache import init_cache
 from sparsek.generation.session import Session
+from sparsek.model.transformer import count_params
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import run_record
 from tests.helpers import SMALLEST as CONFIG
@@ -122,6 +123,13 @@ def test_train_names_the_argument_that_is_wrong(folder, name, value, words):
 def test_what_is_no_value_of_an_argument_is_refused_by_its_name(run, call, name, value, words):
   with pytest.raises(ValueError, match=f"^{words}"):
     call(run, **{name: value})
+
+
+def test_a_run_is_shown_in_a_line(run):
+  assert repr(run) == (
+    f"LoadedRun(workdir={run.workdir!r}, step=1, {count_params(run.params):,} parameters, "
+    "tokenizer='byte')"
+  )
 
 
 def test_load_names_what_it_cannot_take(folder):

@@ -28,6 +28,7 @@ from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.random_keys import random_keys
 from sparsek.model.transformer import Params
 from sparsek.parallel.mesh import CONTEXT
+from sparsek.storage.files import shown
 
 AHEAD = 8  # tokens that are computed together by default
 
@@ -370,6 +371,8 @@ class Session:
 
 def _check_prompt(prompt: Sequence[int], has_text: bool, vocab_size: int) -> None:
   """Raises ValueError unless a prompt holds ids of the vocabulary, one or more for a new text."""
+  if isinstance(prompt, str):
+    raise ValueError(f"prompt_tokens={shown(prompt)} must be token ids: tokenizer.encode(text)")
   ids = np.asarray(prompt) if len(prompt) else np.zeros(0, np.int32)
   if ids.ndim != 1 or not (ids.size or has_text):
     raise ValueError(
@@ -424,7 +427,11 @@ def _check_turn(
       f"max_positions={config.max_positions}"
     )
   if keys is None and temperature > 0:
-    raise ValueError(f"key=None: temperature={temperature} draws at random and needs a PRNG key")
+    example = f"jax.random.split(jax.random.key(0), {len(prompts)})"
+    raise ValueError(
+      f"temperature={temperature} draws at random: give keys={example}, or "
+      "key=jax.random.key(0) to `generate`; temperature=0 needs none"
+    )
   keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
   return random_keys("keys", keys, (len(prompts),))
 

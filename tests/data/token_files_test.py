@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 
 import numpy as np
@@ -498,6 +499,13 @@ def test_verify_finds_what_sizes_do_not_show(folder):
 def test_no_such_folder():
   with pytest.raises(ValueError, match="nowhere.*no such folder.*prepare-data"):
     batches.open_data("nowhere")
+
+
+def test_a_text_is_no_folder_of_token_files(tmp_path):
+  (tmp_path / "a b.txt").write_text("text")
+  advice = f"is a file; `sparsek prepare-data '--sources={tmp_path}/a b.txt' --output=FOLDER` makes"
+  with pytest.raises(ValueError, match=re.escape(advice)):
+    batches.open_data(str(tmp_path / "a b.txt"))
 
 
 def test_no_such_split(folder):

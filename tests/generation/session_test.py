@@ -407,7 +407,11 @@ def test_a_session_takes_extreme_numbers():
     (dict(temperature=float("nan")), "temperature=nan"),
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(top_p=1.5), "top_p=1.5"),
-    (dict(temperature=1.0), "key=None"),
+    (
+      dict(temperature=1.0),
+      r"temperature=1.0 draws .* keys=.*key\(0\), 1\), or key=jax.random.key",
+    ),
+    (dict(prompt_tokens="ab"), "prompt_tokens='ab' must be token ids: tokenizer.encode"),
     (dict(top_k=-1), "top_k=-1"),
   ],
 )

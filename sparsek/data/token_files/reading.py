@@ -235,6 +235,9 @@ def _compared_values(meta: dict) -> dict:
 
 def _read_meta(folder: str) -> dict:
   path = os.path.join(folder, META_FILE)
+  if os.path.isfile(folder):
+    make = command("prepare_data", f"--sources={folder}", "--output=FOLDER")
+    raise UsageError(f"data {folder!r} is a file; `{make}` makes a folder of token files from it")
   if not os.path.isdir(folder):
     raise UsageError(
       f"data {folder!r}: no such folder; make it with `{command('prepare_data')}`, or use 'stdlib'"
