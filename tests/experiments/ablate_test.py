@@ -364,7 +364,7 @@ def test_devices_are_those_of_all_runs_and_change_none(run_grid, tmp_path):
     (f"--attention=sparsek:k{'9' * 5000}", "must be one of sparsek"),
     ("--base=no_such_recipe", "/no_such_recipe: there is no such file, and no recipe of"),
     ("--more=--data='x", "--more=--data='x: No closing quotation"),
-    ("--more=--kk=2", "nknown command line flag 'kk'"),
+    ("--more=--kk=2", "unknown flag --kk"),
     ("--more=--data=/nowhere", "/nowhere"),
     ("--base=/nowhere", "--base=/nowhere: there is no such file"),
     ("--base=s3://x/y", "--base=s3://x/y: s3: URLs are not supported"),
