@@ -18,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 # JAX 0.10 cannot write in place from a differentiated function
 SUPPORTED = jax.__version_info__ >= (0, 11)
 HOPPER = "9.0"  # compute capability of H100 and H200
-HOPPER_MAX_HEAD_DIM = 128
+HOPPER_MAX_HEAD_DIM = 256
 THREAD_KERNELS = tuple(
   f"hopper.{name}"
   for name in (

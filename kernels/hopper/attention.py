@@ -18,10 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsek.kernels import devices
-from sparsek.kernels.hopper import attention_forward, gather_rows
+from sparsek.kernels.hopper import (
+  attention_forward,
+  attention_key_gradients,
+  attention_query_gradients,
+  attention_wide_keys,
+  attention_wide_queries,
+  gather_rows,
+)
 from sparsek.kernels.hopper import selection_lists as list_kernels
-from sparsek.kernels.hopper.attention_key_gradients import key_gradients
-from sparsek.kernels.hopper.attention_query_gradients import query_gradients
 from sparsek.kernels.hopper.attention_tiles import Listed
 from sparsek.kernels.hopper.common import BLOCK_Q, HALF, TILINGS, Tiling
 from sparsek.kernels.saved import saved
@@ -41,6 +46,7 @@ from sparsek.kernels.varying import over_batch, varying_like
 CHUNK, SHORT = 2048, 512
 LISTS = 4  # the fewest lists of a row, unless they would be shorter than SHORT
 HEAD_DIMS = tuple(TILINGS)  # smaller head dimensions are padded with zeros
+WIDE = 256  # head_dim whose gradients have kernels of their own
 
 
 class Static(NamedTuple):
@@ -95,7 +101,7 @@ def attention(
   """Computes SPARSEK attention, given the selection.
 
   Args:
-    query: [batch, m, H, D] bfloat16 or float16, of the last m tokens; D <= 128.
+    query: [batch, m, H, D] bfloat16 or float16, of the last m tokens; D <= 256.
     key, value: [batch, n, G, D].
     scores, threshold, expiry, order: [batch, G, n]; the latter three of `prefix_selection.select`
       with delay = window.
@@ -292,6 +298,8 @@ def _backward(
   n, groups = key.shape[1:3]
   options = dict(gate=gate, scale=scale, tiling=tiling, tokens=n, interpret=interpret)
   listed = _gather(key, value, scores, lists, interpret)
+  wide = query.shape[-1] == WIDE
+  query_gradients = (attention_wide_queries if wide else attention_query_gradients).query_gradients
   dquery, delta, dtau = query_gradients(
     query,
     key,
@@ -324,6 +332,13 @@ def _backward(
   return dquery, dkey, dvalue, dscores, dtau
 
 
+def _key_gradients(query, *arrays, **options):
+  """Runs the kernel for heads of this size."""
+  wide = query.shape[-1] == WIDE
+  kernels = attention_wide_keys if wide else attention_key_gradients
+  return kernels.key_gradients(query, *arrays, **options)
+
+
 def _window_gradients(static, query, key, value, softmax, end, options):
   """Returns the gradients of keys and values from the queries whose windows they are in."""
   batch, n = key.shape[:2]
@@ -332,7 +347,7 @@ def _window_gradients(static, query, key, value, softmax, end, options):
   tiles = window_tiles(end, static.window)
   begin = jnp.full(batch, n - query.shape[1], jnp.int32)
   bounds = key_tiles(tiles, begin, jnp.full_like(begin, n), block_q=static.tiling.key_queries)
-  return key_gradients(
+  return _key_gradients(
     query,
     key,
     value,
@@ -354,7 +369,7 @@ def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, o
     tiles, jnp.maximum(begin, n - query.shape[1]), begin + chunk, block_q=static.tiling.key_queries
   )
   bounds = bounds.reshape(*lists.token.shape[:2], -1, 4)
-  return key_gradients(
+  return _key_gradients(
     query,
     listed.key,
     listed.value,

@@ -164,7 +164,7 @@ def forward(
   """Computes attention and the logsumexp of its logits.
 
   Args:
-    query: [B, m, H, D] bfloat16 or float16, of the last m tokens; D 64 or 128.
+    query: [B, m, H, D] bfloat16 or float16, of the last m tokens; D 64, 128 or 256.
     key, value: [B, n, G, D]; m and n are multiples of 128.
     window_start: [B, n] int32, first token of each query's window.
     entered: [B, G, n] int32, and `bounds` [B, G, n / 128, 6] int32: see tiles.Lists and
@@ -285,8 +285,9 @@ def _compute(program: Program) -> None:
       program, rows, carry, tiles.in_window + t - tiles.begin, tiles, t, is_list=True, **kind
     )
 
-  carry = lax.fori_loop(0, 1, near(exits=True, enters=True), carry)
-  carry = lax.fori_loop(1, tiles.newest - t5 + 1, near(), carry)
+  own_tiles = program.options.own_tiles
+  carry = lax.fori_loop(0, own_tiles, near(exits=True, enters=True), carry)
+  carry = lax.fori_loop(own_tiles, tiles.newest - t5 + 1, near(), carry)
   carry = lax.fori_loop(tiles.newest - t5 + 1, tiles.in_window, near(exits=True), carry)
   carry = lax.fori_loop(t0, t1, far(exits=True), carry)
   carry = lax.fori_loop(t1, t2, far(), carry)

@@ -63,7 +63,8 @@ class Options(NamedTuple):
   slots: int  # of a list
   skip: int  # tokens before the first query, a multiple of BLOCK_Q
   block_kv: int  # keys of a tile
-  stages: int  # tiles of a circular buffer
+  stages: int  # tiles of the circular buffer of keys
+  value_stages: int  # of that of values
   interpret: object  # parameters of the interpreter, or None
 
   @property
@@ -88,9 +89,19 @@ class Options(NamedTuple):
 
 
 def options_of(
-  query: jax.Array, key: jax.Array, listed: Listed, *, chunk: int, **others: Any
+  query: jax.Array,
+  key: jax.Array,
+  listed: Listed,
+  *,
+  chunk: int,
+  stages: int,
+  value_stages: int | None = None,
+  **others: Any,
 ) -> Options:
-  """Returns the options for these shapes; `others` are the fields that shapes do not give."""
+  """Returns the options for these shapes; `others` are the fields that shapes do not give.
+
+  By default values have as many stages as keys.
+  """
   (batch, queries, heads, dim), n = query.shape, key.shape[1]
   return Options(
     grid={"batch": batch, "block": queries // BLOCK_Q, "head": heads},
@@ -100,6 +111,8 @@ def options_of(
     chunk=chunk,
     slots=listed.key.shape[2] // (n // chunk),
     skip=n - queries,
+    stages=stages,
+    value_stages=stages if value_stages is None else value_stages,
     **others,
   )
 
@@ -194,6 +207,7 @@ def load_tiles(
 
   def load(step, tiles=None):
     slot, reused = slot_of(step, options.stages)
+    value_slot, value_reused = slot_of(step, options.value_stages)
     near = tiles is None or step < tiles.in_window
     far = tiles is not None and step >= tiles.in_window
     tile = newest - step if tiles is None else jnp.maximum(newest - step, 0)
@@ -204,26 +218,28 @@ def load_tiles(
     def load_rows(token_ref, list_ref, buffer, full):
       @pl.when(near)
       def _from_window():
-        plgpu.copy_gmem_to_smem(token_ref.at[at.b, tokens, at.g], buffer.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(token_ref.at[at.b, tokens, at.g], buffer, full)
 
       @pl.when(far)
       def _from_list():
-        plgpu.copy_gmem_to_smem(list_ref.at[at.b, at.g, places], buffer.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(list_ref.at[at.b, at.g, places], buffer, full)
 
     full = buffers.key_full.at[slot]
     pl.when(reused)(lambda: plgpu.barrier_wait(buffers.key_free.at[slot]))
-    load_rows(key, listed.key, buffers.key, buffers.key_full)
+    load_rows(key, listed.key, buffers.key.at[slot], full)
     plgpu.copy_gmem_to_smem(listed.last.at[at.b, at.g, places], buffers.last.at[slot], full)
     if scores:
       plgpu.copy_gmem_to_smem(listed.score.at[at.b, at.g, places], buffers.score.at[slot], full)
-    pl.when(reused)(lambda: plgpu.barrier_wait(buffers.value_free.at[slot]))
-    load_rows(value, listed.value, buffers.value, buffers.value_full)
+    pl.when(value_reused)(lambda: plgpu.barrier_wait(buffers.value_free.at[value_slot]))
+    full = buffers.value_full.at[value_slot]
+    load_rows(value, listed.value, buffers.value.at[value_slot], full)
 
   for step in range(options.own_tiles):
     load(step)
   tiles = find_tiles()
   pl.loop(options.own_tiles, tiles.steps)(lambda step: load(step, tiles))
-  observe_last(options.interpret, tiles.steps, options.stages, buffers.key_free, buffers.value_free)
+  observe_last(options.interpret, tiles.steps, options.stages, buffers.key_free)
+  observe_last(options.interpret, tiles.steps, options.value_stages, buffers.value_free)
 
 
 def live_pairs(

@@ -106,7 +106,8 @@ def run_kernel(
     scratch_types=jax.tree.leaves(scratch),
     num_threads=COMPUTING + 1,
     thread_name=axes("warpgroup")[0],
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    # rows and columns of matrices are reduced in registers alone
+    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     **options,
   )
   return kernel(*jax.tree.leaves(inputs))
@@ -158,6 +159,17 @@ TILINGS = {  # by head_dim
     key_queries=64,
     key_stages=2,
     early=True,
+  ),
+  256: Tiling(
+    forward_keys=64,
+    forward_stages=2,
+    query_keys=64,
+    query_stages=2,
+    hold_queries=False,
+    late_products=False,
+    key_queries=64,
+    key_stages=2,
+    early=False,
   ),
 }
 
@@ -235,8 +247,25 @@ class Registers:
 
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
+  def matmul_beside(self, shape: tuple[int, int], a: Ref, b: Ref, make: Callable) -> tuple:
+    """Returns a @ b.T, as `matmul`, and make(), which runs while the tensor cores work."""
+    if self.interpreted:
+      return self.matmul(shape, a, b), make()
+
+    def run(accumulator):
+      plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
+      made = make()
+      return accumulator[...], made
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
   def two_matmuls(
-    self, shape: tuple[int, int], first: tuple, second: tuple, use: Callable
+    self,
+    shape: tuple[int, int],
+    first: tuple,
+    second: tuple,
+    use: Callable,
+    between: Callable = lambda: None,
   ) -> tuple:
     """Multiplies twice, the second time while the first product is used.
 
@@ -245,15 +274,20 @@ class Registers:
       first, second: (a, b) and (c, d), matrices in shared memory (a may be in registers).
       use: called with a @ b.T and a function that waits for c @ d.T and returns it. That function's
         argument is the number of later matmuls that may still be running.
+      between: called before the second multiplication begins.
 
     Returns:
       The result of `use`.
     """
     if self.interpreted:
-      return use(self.matmul(shape, *first), lambda later: self.matmul(shape, *second))
+      product = self.matmul(shape, *first, between)
+      return use(product, lambda later: self.matmul(shape, *second))
 
     def run(*accumulators):
-      for accumulator, (a, b) in zip(accumulators, (first, second)):
+      for accumulator, (a, b), before in zip(
+        accumulators, (first, second), (lambda: None, between)
+      ):
+        before()
         plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
 
       def wait(accumulator, later):
@@ -350,9 +384,11 @@ def gate_of(scores: jax.Array, tau: jax.Array, shape: tuple[int, int]) -> jax.Ar
 
 
 def matrix_buffer(count: int, rows: int, columns: int, dtype: Any) -> Any:
-  """Returns shared memory for `count` matrices, tiled and swizzled for the tensor cores."""
+  """Returns shared memory for `count` matrices, tiled and swizzled for the tensor cores or, of 32
+  bits, for registers.
+  """
   # JAX 0.11 declares these classes abstract.
-  tiling = plgpu.TilingTransform((8, 64))  # type: ignore[abstract]
+  tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
   swizzle = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
   return plgpu.SMEM((count, rows, columns), dtype, transforms=(tiling, swizzle))
 

@@ -72,6 +72,20 @@ CASES = {
     ),
     "value",
   ),
+  "wide": (
+    Spec(
+      "interpreted",
+      n=330,
+      heads=2,
+      groups=1,
+      head_dim=200,
+      k=30,
+      window=70,
+      dtype="bfloat16",
+      documents=(40, 290),
+    ),
+    "key_value",
+  ),
   "ties": (
     Spec(
       "interpreted",
@@ -91,7 +105,7 @@ CASES = {
 
 # Cases with queries of the last tokens only, and the first of these. A list of "last_queries" has
 # tokens that only earlier queries see.
-FIRST_QUERY = {"last_queries": 270, "window_only": 128}
+FIRST_QUERY = {"last_queries": 270, "window_only": 128, "wide": 150}
 
 
 def main(name: str) -> None:
