@@ -373,22 +373,25 @@ def _tile(
   registers, shape = options.registers, options.shape
   dquery, dgate = carry
   slot, _ = slot_of(step, options.stages)
-  value_slot, _ = slot_of(step, options.value_stages)
+  # 0, in a way that keeps the tensor cores' descriptors of the rows from being computed before the
+  # loop: there are more of them than free registers.
+  zero = jnp.minimum(step, 0)
+  value_slot, own = slot_of(step, options.value_stages)[0] + zero, at.warpgroup + zero
   key, value = scratch.key.at[slot], scratch.value.at[value_slot]
   plgpu.barrier_wait(scratch.key_full.at[slot])
-  live = live_pairs(
-    options,
-    program.first,
-    t,
-    is_list=is_list,
-    exits=exits,
-    enters=enters,
-    last=scratch.last.at[slot],
-    window_start=program.inputs.window_start.at[at.b, program.tokens],
-    entered=program.inputs.entered.at[at.b, at.g, program.tokens],
-  )
 
   def probability(logits):
+    live = live_pairs(
+      options,
+      program.first,
+      t,
+      is_list=is_list,
+      exits=exits,
+      enters=enters,
+      last=scratch.last.at[slot],
+      window_start=program.inputs.window_start.at[at.b, program.tokens],
+      entered=program.inputs.entered.at[at.b, at.g, program.tokens],
+    )
     p = jnp.exp2(logits * options.to_log2 - by_row(rows.logsumexp, shape))
     return p if live is None else jnp.where(live, p, 0.0)
 
@@ -410,8 +413,8 @@ def _tile(
 
   ds, dgate = registers.two_matmuls(
     shape,
-    (scratch.query.at[at.warpgroup], key),
-    (scratch.cotangent.at[at.warpgroup], value),
+    (scratch.query.at[own], key),
+    (scratch.cotangent.at[own], value),
     gradients,
     between=lambda: plgpu.barrier_wait(scratch.value_full.at[value_slot]),
   )
