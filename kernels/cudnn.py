@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsek.kernels.devices import compute_capability, on_nvidia_gpu, target
+from sparsek.kernels.devices import HOPPER, compute_capability, on_nvidia_gpu, target
 
 LARGEST_HEAD_DIM = 128
+WIDE_HEAD_DIM = 256  # on Hopper GPUs
 OLDEST_CAPABILITY = 8.0
 
 
@@ -22,9 +23,11 @@ def refusal(
     return "rows hold several documents (segment_ids); cuDNN takes rows of one"
   if query.dtype not in (jnp.bfloat16, jnp.float16):
     return f"query has dtype {query.dtype}; cuDNN takes bfloat16 and float16"
-  if query.shape[-1] > LARGEST_HEAD_DIM or query.shape[-1] % 8:
+  head_dim = query.shape[-1]
+  if head_dim % 8 or head_dim > LARGEST_HEAD_DIM and head_dim != WIDE_HEAD_DIM:
     return (
-      f"query has head_dim {query.shape[-1]}; cuDNN takes multiples of 8 up to {LARGEST_HEAD_DIM}"
+      f"query has head_dim {head_dim}; cuDNN takes multiples of 8 up to {LARGEST_HEAD_DIM} and, on "
+      f"Hopper GPUs, {WIDE_HEAD_DIM}"
     )
   if window < 2:
     return f"window={window}; cuDNN takes 2 or more"
@@ -38,6 +41,11 @@ def refusal(
     return (
       f"it needs a GPU of compute capability {OLDEST_CAPABILITY} or newer; "
       f"{device.device_kind} has {capability}"
+    )
+  if head_dim > LARGEST_HEAD_DIM and capability != HOPPER:
+    return (
+      f"query has head_dim {head_dim}, for which cuDNN needs a GPU of compute capability {HOPPER} "
+      f"(H100, H200); {device.device_kind} has {capability}"
     )
   return _refusal_of_jax(query, window)
 

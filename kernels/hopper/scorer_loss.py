@@ -61,7 +61,7 @@ def attention_mass(
 
   Args:
     scores: [B, n, G] float32.
-    query: [B, C, H, D] bfloat16 or float16, of the queries to compare at; D <= 128.
+    query: [B, C, H, D] bfloat16 or float16, of the queries to compare at; D <= 256.
     key: [B, n, G, D].
     last, start: [B, C] int32, a query's own token and the first one of its document, counted from
       the first key here, which with `axis` is not the row's first.

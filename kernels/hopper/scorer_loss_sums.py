@@ -63,7 +63,9 @@ from sparsek.kernels.hopper.common import (
   vector_buffer,
 )
 
-BLOCK_KV, STAGES = 128, 4  # stages are even: each slot belongs to one computing warpgroup
+BLOCK_KV = 128
+MOST_STAGES, WIDE_STAGES = 4, 2  # even: each slot belongs to one computing warpgroup
+WIDE = 256  # head_dim from which shared memory holds fewer stages
 QUERY_STAGES = 2
 SUMS = 5  # numbers of a query, see `query_sums`
 SMALLEST = float(np.finfo(np.float32).min)
@@ -133,6 +135,7 @@ class Options(NamedTuple):
   grid: dict[str, int]
   repeats: int  # query heads of a KV head
   blocks: int  # of HALF queries
+  stages: int  # tiles of the circular buffer of keys
   to_log2: float  # from products of queries and keys to logits to base 2, positive
   interpret: object
 
@@ -191,7 +194,7 @@ def query_sums(
   """Computes the sums of every query, in parts of the keys.
 
   Args:
-    query: [B, C, H, D] bfloat16 or float16; C a multiple of 64, D 64 or 128.
+    query: [B, C, H, D] bfloat16 or float16; C a multiple of 64, D 64, 128 or 256.
     key: [B, n, G, D]; n a multiple of 128.
     score: [B, G, n] float32.
     span, tiles: see Span and Tiles.
@@ -209,19 +212,20 @@ def query_sums(
     grid={"batch": batch, "head": heads, "split": splits},
     repeats=heads // groups,
     blocks=count // HALF,
+    stages=WIDE_STAGES if dim >= WIDE else MOST_STAGES,
     to_log2=scale * LOG2_E,
     interpret=interpret,
   )
   scratch = Scratch(
     query=matrix_buffer(QUERY_STAGES, HALF, dim, query.dtype),
-    key=matrix_buffer(STAGES, BLOCK_KV, dim, query.dtype),
-    score=vector_buffer(STAGES, BLOCK_KV),
+    key=matrix_buffer(options.stages, BLOCK_KV, dim, query.dtype),
+    score=vector_buffer(options.stages, BLOCK_KV),
     span=Span(*(vector_buffer(QUERY_STAGES, HALF, jnp.int32),) * 3),
     sums=vector_buffer(COMPUTING * SUMS, HALF),
     query_full=plgpu.Barrier(num_arrivals=1 + len(Span._fields), num_barriers=QUERY_STAGES),
-    key_full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    key_full=plgpu.Barrier(num_arrivals=2, num_barriers=options.stages),
     query_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=QUERY_STAGES),
-    key_free=plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+    key_free=plgpu.Barrier(num_arrivals=1, num_barriers=options.stages),
   )
   (sums,) = run_kernel(
     lambda *refs: _kernel(options, *refs),
@@ -274,13 +278,13 @@ def _load(program: Program) -> None:
 
   steps = lax.fori_loop(0, options.blocks, load_block, jnp.int32(0))
   observe_last(options.interpret, options.blocks, QUERY_STAGES, scratch.query_free)
-  observe_last(options.interpret, steps, STAGES, scratch.key_free)
+  observe_last(options.interpret, steps, options.stages, scratch.key_free)
 
 
 def _load_tile(program: Program, tile: Any, step: Any) -> None:
   """Loads a tile of keys, when its slot is free."""
   inputs, scratch = program.inputs, program.scratch
-  slot, reused = slot_of(step, STAGES)
+  slot, reused = slot_of(step, program.options.stages)
   tokens, full = pl.ds(tile * BLOCK_KV, BLOCK_KV), scratch.key_full.at[slot]
   pl.when(reused)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
   key, score = inputs.key.at[program.b, tokens, program.g], inputs.score
@@ -333,7 +337,7 @@ def _add_tile(program: Program, block: Block, done: Any, i: Any, sums: tuple) ->
   """Adds the block's i-th tile of keys to the sums (see `query_sums`) of its queries."""
   numbers, tile = program.inputs.tiles, block.begin + i * program.options.splits
   whole = numbers.whole[program.b, block.index, tile] + 0
-  slot, _ = slot_of(done + i, STAGES)
+  slot, _ = slot_of(done + i, program.options.stages)
   plgpu.barrier_wait(program.scratch.key_full.at[slot])
   for condition, add in ((whole == 1, _add_whole), (whole == 0, _add_part)):
     sums = apply_if(condition, functools.partial(add, program, block, tile, slot), sums)

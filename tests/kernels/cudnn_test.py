@@ -90,6 +90,13 @@ def test_refuses_what_the_wrapper_refuses(name, gpu):
       assert theirs or head_dim > cudnn.LARGEST_HEAD_DIM or window == 1, (case, ours)
 
 
+@pytest.mark.parametrize("name", GPUS)
+def test_takes_heads_of_256_on_hopper(name, gpu):
+  gpu(*GPUS[name])
+  reason = cudnn.refusal(array(2, 128, 4, 256), None, 64)
+  assert reason is None if name == "Hopper" else "head_dim 256, for which cuDNN needs" in reason
+
+
 def test_refuses_a_cudnn_that_is_missing_or_too_old(gpu):
   query = array(1, 64, 2, 64)
   gpu("9.0", None)

@@ -39,7 +39,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 class TestMosaicGpu(AttentionTest):
   implementation = "mosaic_gpu"
   dtype = "bfloat16"
-  specs = tuple(spec.name for spec in SPECS if spec.head_dim <= 128)
   tolerance = 2e-3
   tolerance_16 = 1e-2
 
@@ -69,6 +68,17 @@ class TestMosaicGpu(AttentionTest):
         documents=(1500, 3, 700),
       ),
       Spec("large_budget", n=6000, heads=1, groups=1, head_dim=128, k=4096, window=128),
+      Spec(
+        "several_chunks_256",
+        n=4500,
+        heads=4,
+        groups=2,
+        head_dim=256,
+        k=300,
+        window=200,
+        documents=(1500, 3, 700),
+      ),
+      Spec("rising_256", n=4100, heads=2, groups=2, head_dim=256, k=500, window=0, scores="rising"),
     ],
     ids=lambda spec: spec.name,
   )
@@ -102,6 +112,8 @@ class TestMosaicGpu(AttentionTest):
     [
       (4100, 300, 64, (1500, 3, 700)),
       (2500, 2500, 128, ()),
+      (4100, 300, 256, (1500, 3, 700)),
+      (2500, 600, 256, ()),
       (1023, 1023, 64, ()),
       (129, 5, 40, ()),
       (130, 1, 40, ()),
@@ -311,7 +323,7 @@ def test_cudnn_refuses_old_gpus(monkeypatch):
   "dtype, head_dim, words",
   [
     ("float32", 64, "float32"),
-    ("bfloat16", 256, "head_dim 256"),
+    ("bfloat16", 264, "head_dim 264; at most 256"),
     ("bfloat16", 64, "Hopper|compute capability"),
   ],
 )

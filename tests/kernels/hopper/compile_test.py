@@ -164,6 +164,16 @@ def arguments(spec):
         "key_value",
       ),
       (
+        Spec("wide", n=32768, heads=8, groups=8, head_dim=256, k=512, window=512, dtype="bfloat16"),
+        "straight_through",
+      ),
+      (
+        Spec(
+          "wide_grouped", n=5000, heads=6, groups=2, head_dim=200, k=9, window=0, dtype="float16"
+        ),
+        "key_value",
+      ),
+      (
         Spec("one_token", n=1, heads=2, groups=1, head_dim=16, k=1, window=1, dtype="bfloat16"),
         "value",
       ),
@@ -200,7 +210,9 @@ def test_more_than_2_to_the_31_elements_and_linear_memory():
   assert temporary(2**20) < 4.5 * temporary(2**18)
 
 
-@pytest.mark.parametrize("n, window, head_dim", [(5000, 1024, 64), (32768, 32768, 128)])
+@pytest.mark.parametrize(
+  "n, window, head_dim", [(5000, 1024, 64), (32768, 32768, 128), (5000, 1024, 256)]
+)
 def test_sliding_window_compiles(n, window, head_dim):
   """Full attention is a window as long as the row."""
   spec = Spec(
@@ -370,6 +382,7 @@ def scorer_loss(scores, query, key, queries, **options):
   [
     (32768, 128, 12, 12, 64, "bfloat16"),
     (5000, 100, 8, 2, 128, "float16"),
+    (5000, 100, 4, 2, 256, "bfloat16"),
     (1, 1, 2, 1, 16, "bfloat16"),
   ],
 )

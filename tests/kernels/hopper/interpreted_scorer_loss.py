@@ -24,6 +24,7 @@ CASES = {
   "documents": Case(
     n=300, heads=4, groups=2, head_dim=40, window=7, documents=((1, 240), (2, 10), (0, 50))
   ),
+  "wide": Case(n=200, heads=2, groups=1, head_dim=160, window=20, queries=70),
   "window_0": Case(n=129, heads=1, groups=1, head_dim=128, window=0, scale=-0.1, queries=70),
 }
 
