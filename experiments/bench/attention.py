@@ -25,7 +25,7 @@ from sparsek.kernels.devices import on_nvidia_gpu
 
 BASELINES = ("sparsek", "sliding_window", "dense", "xla", "thresholds")
 # heads, kv_heads, head_dim of the headline; the first is the main one
-SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64))
+SHAPES = ((16, 16, 128), (32, 8, 128), (16, 16, 64), (8, 8, 256))
 HEADLINE_LENGTHS = tuple(2**i for i in range(11, 18))
 FORWARD, BOTH = "forward", "forward+backward"
 MAX_XLA_DENSE = 4096  # it holds several copies of all logits

@@ -218,7 +218,7 @@ def query_gradients(
     _scratch(options),
     **grid_of(**options.grid),
     interpret=interpret,
-    kernel_name="sparsek_wide_query_gradients",
+    kernel_name="sparsek_query_gradients",
   )
   return [dquery, delta, dtau]
 

@@ -280,7 +280,7 @@ class Registers:
       The result of `use`.
     """
     if self.interpreted:
-      product = self.matmul(shape, *first, between)
+      product = self.matmul(shape, *first, meanwhile=between)
       return use(product, lambda later: self.matmul(shape, *second))
 
     def run(*accumulators):

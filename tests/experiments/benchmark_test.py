@@ -102,7 +102,7 @@ def test_problems_of_the_suites():
   ]
   headline = chosen("--suite=headline")
   assert (
-    len(headline) == 13
+    len(headline) == 15
     and {(p.k, p.dtype) for p in headline} == {(512, "bfloat16")}
     and max(p.n for p in headline) == 131072
   )
@@ -113,6 +113,7 @@ def test_problems_of_the_suites():
     (16, 3, 16, "rising"),
     (16, 3, 32, "normal"),
     (16, 3, 16, "normal"),
+    (16, 3, 8, "normal"),
   ]
 
 
