@@ -280,8 +280,8 @@ class Registers:
       The result of `use`.
     """
     if self.interpreted:
-      product = self.matmul(shape, *first, meanwhile=between)
-      return use(product, lambda later: self.matmul(shape, *second))
+      a, b = first
+      return use(self.matmul(shape, a, b, between), lambda later: self.matmul(shape, *second))
 
     def run(*accumulators):
       for accumulator, (a, b), before in zip(

@@ -250,10 +250,11 @@ def test_interpreted_kernels_match_the_truth(name):
   assert set(errors) == {"out", *ARGUMENTS} and max(errors.values()) < 1e-2, errors
 
 
-def test_gradients_trace_inside_shard_map():
+@pytest.mark.parametrize("head_dim", (128, 256))
+def test_gradients_trace_inside_shard_map(head_dim):
   """Checks types only: no GPU is needed."""
   spec = Spec(
-    "sharded", n=80, batch=2, heads=4, groups=2, head_dim=128, k=8, window=8, dtype="bfloat16"
+    "sharded", n=80, batch=2, heads=4, groups=2, head_dim=head_dim, k=8, window=8, dtype="bfloat16"
   )
   mesh = jax.make_mesh((1, 1), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   part = jax.sharding.PartitionSpec("data", None, "heads")
