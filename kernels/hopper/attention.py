@@ -8,6 +8,7 @@ of gradients are summed per token in a fixed order, so results repeat to the bit
   forward    _tables: lists, bounds of tiles -> gather_rows -> attention_forward
   backward   gather_rows -> attention_query_gradients
                          -> attention_key_gradients of the window, and of the lists -> sum_rows
+             (attention_wide_queries and attention_wide_keys for heads of 256)
 """
 
 import functools
