@@ -1,8 +1,9 @@
 """Attention of one new token on Hopper GPUs: one kernel (decode_attention_kernel.py) for all batch
 rows and heads of a layer, which updates the cache in place.
 
-It rotates the queries and the new key, stores the new key, value and score in the cache, and
-attends to the cache's rows in parts, which the next product joins (`Parts`).
+It rotates the queries and the new key, stores the new key, value and score in the cache, moves the
+token that leaves the window where one program sees all rows (`evicts`), and attends to the cache's
+rows in parts, which the next product joins (`Parts`).
 """
 
 import functools
@@ -14,20 +15,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsek.kernels.devices import can_run
 from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes
-from sparsek.kernels.hopper.decode_attention_kernel import (
+from sparsek.kernels.hopper.decode_attention_kernel import kernel
+from sparsek.kernels.hopper.decode_attention_program import (
   Inputs,
   Options,
   Outputs,
   ScorerWeights,
   Scratch,
-  kernel,
 )
-from sparsek.kernels.hopper.decode_eviction import Rows
+from sparsek.kernels.hopper.decode_eviction import Rows, Token
 from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.kernels.hopper.thread_ops import PARAMS, contents, unfused
 from sparsek.kernels.hopper.thread_registers import LANES
 
 ENABLED = True  # False: XLA attends
+MOST_BLOCKS = 32  # of LANES rows in a cache
+MOST_PARTS = 8
+REGISTERS = 256  # over D: warpgroups of a program, whose registers this bounds
 
 
 class Scorer(NamedTuple):
@@ -45,30 +49,56 @@ class Scorer(NamedTuple):
   per: int
 
 
-def parts(batch: int, groups: int, length: int) -> tuple[int, int] | None:
-  """Returns (parts, warpgroups of a program) for attention to `length` rows of a cache: as many
-  parts as run at the same time, LANES rows to a warpgroup; None if the rows cannot be divided so.
+class Split(NamedTuple):
+  """Division of the work.
+
+  Attributes:
+    parts: of the rows of a KV head, one a team.
+    warpgroups: of a team.
+    teams: of a program.
   """
-  blocks = length // LANES
-  fitting = [
-    n for n in range(1, 9) if length % LANES == 0 and blocks % n == 0 and 1 <= blocks // n <= 4
-  ]
-  best = max(
-    (n for n in fitting if batch * groups * n <= MULTIPROCESSORS),
-    default=min(fitting, default=None),
+
+  parts: int
+  warpgroups: int
+  teams: int
+
+
+def split(key: jax.Array) -> Split | None:
+  """Returns how attention to keys [B, G, length, D] is divided: the fewest parts that keep all
+  multiprocessors busy, and programs that fill one each; None if the rows cannot be divided so.
+  """
+  batch, groups, length, dim = key.shape
+  heads, blocks, most = batch * groups, length // LANES, REGISTERS // dim
+  if length % LANES or not 1 <= blocks <= MOST_BLOCKS:
+    return None
+  parts = min(
+    (n for n in range(1, MOST_PARTS + 1) if blocks % n == 0),
+    key=lambda n: (-(-heads * n // MULTIPROCESSORS) / n, n),
   )
-  return None if best is None else (best, blocks // best)
+  fitting = round(most * MULTIPROCESSORS / (heads * parts))
+  warpgroups = max(
+    n for n in range(1, most + 1) if blocks // parts % n == 0 and n <= max(1, fitting)
+  )
+  fitting = min(most // warpgroups, -(-heads * parts * warpgroups // MULTIPROCESSORS))
+  return Split(parts, warpgroups, max(n for n in range(1, fitting + 1) if heads % n == 0))
+
+
+def evicts(key: jax.Array) -> bool:
+  """Returns whether `attend` moves the token that leaves the window of a layer that selects, whose
+  keys are these; otherwise `evict` must have moved it before.
+  """
+  division = split(key)
+  return division is not None and division.parts == 1
 
 
 def supports(key: jax.Array, heads: int) -> bool:
   """Returns whether `attend` can attend to keys [B, G, length, D] with `heads` query heads, on this
   device.
   """
-  batch, groups, length, dim = key.shape
   fits = (
-    dim in (64, 128)
-    and heads // groups <= 8
-    and parts(batch, groups, length) is not None
+    key.shape[3] in (64, 128)
+    and heads // key.shape[1] <= 8
+    and split(key) is not None
     and key.dtype in (jnp.bfloat16, jnp.float16)
   )
   return ENABLED and fits and can_run()
@@ -85,8 +115,8 @@ def attend(
   heads: int,
   ring: bool = False,
 ) -> tuple[Parts, Rows]:
-  """Stores the new token in the cache, after `evict` has moved the one that leaves the window, and
-  attends to the cache.
+  """Stores the new token in the cache, and attends to the cache. Of a layer that selects the token
+  that leaves the window is moved to a slot; unless it `evicts`, `evict` must have done that.
 
   Args:
     projected: [B, (H + 2 G) D + ...] float32: queries, keys and values, not yet rounded, and then,
@@ -112,8 +142,8 @@ def attend(
 def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, ring):
   batch, groups, length, dim = rows.key.shape
   slots = 0 if scorer is None else rows.position.shape[2]
-  split = parts(batch, groups, length)
-  assert split is not None, length
+  division = split(rows.key)
+  assert division is not None, length
   options = Options(
     batch,
     heads,
@@ -125,26 +155,38 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
     slots,
     ring,
     constants,
-    *split,
+    *division,
   )
-  per_warp = Scratch(sums=options.ratio * dim, weights=32 * 8, top=8, total=8)
+  warps = options.warps
+
+  def shared(size, dtype=jnp.float32):
+    return plgpu.SMEM((options.teams, size), dtype)
+
+  scratch = Scratch(
+    sums=shared(warps * options.ratio * dim),
+    top=shared(warps * 8),
+    total=shared(warps * 8),
+    alive=shared(options.rows_of_part if slots else 4),
+    staged=shared(4 * dim, options.dtype),
+    worst=Token(shared(warps), shared(warps, jnp.int32), shared(warps, jnp.int32)),
+  )
   sizes = Outputs(sums=heads * dim, top=heads, total=heads)
-  grid = {"part": options.parts, "head": groups, "row": batch}
+  grid = {"part": options.parts, "program": batch * groups // options.teams}
   run = plgpu.kernel(
     functools.partial(kernel, options),
     out_type=[
       Outputs(*(jax.ShapeDtypeStruct((options.parts * batch * n,), jnp.float32) for n in sizes))
     ],
-    scratch_types=[Scratch(*(plgpu.SMEM((options.warps * n,), jnp.float32) for n in per_warp))],
+    scratch_types=[scratch],
     grid=tuple(grid.values()),
     grid_names=axes(*grid),
-    num_threads=options.warpgroups,
+    num_threads=options.teams * options.warpgroups,
     thread_name=axes("warpgroup")[0],
     compiler_params=PARAMS,
     kernel_name="sparsek_attend",
   )
-  # The kernel does not read positions; a layer that selects nothing has keys and values only.
-  arrays, structure = jax.tree.flatten(rows._replace(position=None))
+  # A layer that selects nothing has keys and values only.
+  arrays, structure = jax.tree.flatten(rows if options.evicts else rows._replace(position=None))
   refs = list(map(jax.new_ref, arrays))
   projected, cos, sin, seen, active = unfused(
     [projected.reshape(-1), cos.reshape(-1), sin.reshape(-1), seen, active]
@@ -157,4 +199,4 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
     result.total.reshape(options.parts, batch, heads),
   )
   new_rows = jax.tree.unflatten(structure, contents(*refs))
-  return mixed, new_rows._replace(position=rows.position)
+  return mixed, new_rows if options.evicts else new_rows._replace(position=rows.position)

@@ -1,5 +1,6 @@
-"""Selection for one new token on Hopper GPUs: one kernel updates the caches of all layers in place,
-before the first layer runs, because it does not depend on the new token.
+"""Selection for one new token on Hopper GPUs where the attention kernel cannot make it, because
+several programs read the rows of a KV head: one kernel updates the caches of all layers in place,
+before the first layer runs. It does not depend on the new token.
 
 A program of one warpgroup serves one layer, row and KV head; each lane reads every 128th slot.
 
@@ -15,6 +16,7 @@ A program of one warpgroup serves one layer, row and KV head; each lane reads ev
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -114,8 +116,8 @@ def _evict_from_layer(refs: Refs, rows: Rows, b: jax.Array, g: jax.Array, lane: 
   # `lane * 0 +` makes arrays of scalar integers; PARAMS in thread_ops.py says why.
   lives = ((lane * 0 + refs.active[b]) > 0) & ((lane * 0 + seen) >= window)
   arriving = jnp.where(lives, arriving, -jnp.inf)
-  worst = _worst_slot(rows.score.at[b, g], rows.position.at[b, g], slots, lane)
-  worst = _worst_of_program(refs.worst, worst, lane)
+  worst = worst_slot(rows.score.at[b, g], rows.position.at[b, g], slots, lane, LANES)
+  worst = worst_of_all(refs.worst, worst, lane, 4, sync_threads)
   enters, part = arriving > worst.score, (lane & (dim // 8 - 1)) * 8
   for ref in (rows.key, rows.value):
     words = gather_bytes(
@@ -126,26 +128,36 @@ def _evict_from_layer(refs: Refs, rows: Rows, b: jax.Array, g: jax.Array, lane: 
   scatter(rows.position.at[b, g], worst.slot, lane * 0 + (seen - window), enters & (lane == 0))
 
 
-def _worst_slot(score: Ref, position: Ref, slots: int, lane: jax.Array) -> Token:
-  """Returns the worst of the slots that each lane reads."""
+def worst_slot(score: Ref, position: Ref, slots: int, first: jax.Array, step: int) -> Token:
+  """Returns the worst of the slots that each lane reads: every step-th from `first` on."""
   worst = None
-  for start in range(0, slots, LANES):
-    index = jnp.minimum(lane + start, slots - 1)  # lanes beyond the last slot repeat it
+  for start in range(0, slots, step):
+    index = jnp.minimum(first + start, slots - 1)  # lanes beyond the last slot repeat it
     token = Token(gather(score, index), gather(position, index), index)
     worst = token if worst is None else _worse(worst, token)
   assert worst is not None, "a layer that selects has slots"
   return worst
 
 
-def _worst_of_program(shared: Token, worst: Token, lane: jax.Array) -> Token:
-  """Returns the worst token of all lanes, in every lane."""
+def worst_of_all(
+  shared: Token, worst: Token, lane: jax.Array, warps: int, wait: Callable[[], None]
+) -> Token:
+  """Returns the worst token of all lanes, in every lane.
+
+  Args:
+    shared: references in shared memory, one number a warp.
+    worst: of each lane.
+    lane: its number among all.
+    warps: that these lanes are in.
+    wait: waits for all of them.
+  """
   for distance in (16, 8, 4, 2, 1):
     worst = _worse(worst, Token(*(shuffle_xor(x, distance) for x in worst)))
   for ref, x in zip(shared, worst):
     scatter(ref, lane >> 5, x, (lane & 31) == 0)
-  sync_threads()
-  of_warp = [Token(*(gather(ref, lane * 0 + warp) for ref in shared)) for warp in range(4)]
-  return _worse(_worse(*of_warp[:2]), _worse(*of_warp[2:]))
+  wait()
+  of_warp = [Token(*(gather(ref, lane * 0 + warp) for ref in shared)) for warp in range(warps)]
+  return functools.reduce(_worse, of_warp)
 
 
 def _worse(a: Token, b: Token) -> Token:

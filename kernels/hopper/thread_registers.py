@@ -51,6 +51,23 @@ def shuffle_xor(x: jax.Array, distance: int) -> jax.Array:
   return shuffle(per_lane(x))
 
 
+def shuffle_from(x: jax.Array, lane: Any) -> jax.Array:
+  """Returns the float32 x of the lane of that number in the warp."""
+
+  @plgpu.inline_mgpu(arg_types=(LAYOUT, LAYOUT), return_type=array_of(jnp.float32))
+  def shuffle(_, x, lane):
+    number: Any = llvm.inline_asm(
+      element(x).type,
+      [element(x), element(lane)],
+      "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+      "=f,f,r",
+      has_side_effects=True,
+    )
+    return x.foreach(lambda *_: number, create_array=True)
+
+  return shuffle(per_lane(x), per_lane(lane))
+
+
 def warp_prefix_sums(x: jax.Array) -> jax.Array:
   """Returns the sum of x, int32 or float32, of this lane and of the earlier ones of its warp."""
   dtype = x.dtype
@@ -146,7 +163,7 @@ def widen(words: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
 
 
 def narrow(numbers: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
-  """Returns eight numbers, rounded to a 16-bit `dtype`, in four int32: the reverse of `widen`."""
+  """Returns numbers, rounded to a 16-bit `dtype`, two in an int32: the reverse of `widen`."""
 
   @plgpu.inline_mgpu(arg_types=(LAYOUT, LAYOUT), return_type=array_of(jnp.int32))
   def convert(_, a, b):
@@ -157,7 +174,7 @@ def narrow(numbers: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
     )
     return a.foreach(lambda *_: word, create_array=True, is_signed=True)
 
-  return [convert(*numbers[i : i + 2]) for i in range(0, 8, 2)]
+  return [convert(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
 
 
 # The rest is for functions that inline instructions; x is a FragmentedArray of one register there.

@@ -14,6 +14,7 @@ buffer takes two for each slot:
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import gpu
 
@@ -148,19 +149,19 @@ def wait_barrier(barriers: Ref, number: Any, parity: Any) -> None:
   wait(barriers, per_lane(number), per_lane(parity))
 
 
-def sync_threads(warpgroups: int | None = None) -> None:
-  """Waits until all lanes of a program, or of its first warpgroups, have come here; what they wrote
-  to shared memory can be read then.
+def sync_threads(warpgroups: int | None = None, barrier: Any = 1) -> None:
+  """Waits until all lanes of a program, or of `warpgroups` that share the hardware barrier of that
+  number, have come here; what they wrote to shared memory can be read then.
   """
 
-  @plgpu.inline_mgpu()
-  def wait(_):
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,))
+  def wait(_, barrier):
     if warpgroups is None:
       gpu.barrier()
     else:
-      ptx(f"bar.sync 1, {warpgroups * LANES};", "")
+      ptx(f"bar.sync $0, {warpgroups * LANES};", "r", element(barrier))
 
-  wait()
+  wait(per_lane(jnp.int32(barrier)))
 
 
 def sync_warp() -> None:

@@ -2,7 +2,8 @@
 
 `sparsek.generation.cache` uses it for models of the common kind: RMSNorm, rotations of whole heads,
 no biases, a linear scorer and the gate "straight_through". A layer takes two kernels, or five where
-fused_decode_layer.py does not support it; two more come before the first layer.
+fused_decode_layer.py does not support it; two more come before the first layer, or one where the
+rows of the batch are so many that the attention kernel itself makes room for the new token.
 """
 
 from typing import Any
@@ -168,8 +169,14 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
 def _evict(
   kinds: tuple[str, ...], rows: list[decode_attention.Rows], seen: jax.Array, active: jax.Array
 ) -> list[decode_attention.Rows]:
-  """Returns the rows of all layers, after sparsek layers have made room for the new token."""
-  selecting = [i for i, kind in enumerate(kinds) if kind == "sparsek"]
+  """Returns the rows of all layers, after sparsek layers have made room for the new token, except
+  for those whose attention makes it.
+  """
+  selecting = [
+    i
+    for i, kind in enumerate(kinds)
+    if kind == "sparsek" and not decode_attention.evicts(rows[i].key)
+  ]
   if selecting:
     moved = decode_eviction.evict([rows[i] for i in selecting], seen, active)
     for i, new in zip(selecting, moved):

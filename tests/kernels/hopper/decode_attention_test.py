@@ -35,16 +35,23 @@ BASE = dict(
   scorer_init_scale=4.0,
   scorer_init_slope=1.0,
 )
+# Fields of the configuration, and multiprocessors: the fewer, the more a program does.
 CASES = {
-  "sink": (dict(num_layers=1, scorer_init_sink=1.0), 132),
-  "two warpgroups, parallel": (dict(num_layers=1, parallel_residual=True), 1),
+  "sink, in parts": (dict(num_layers=1, scorer_init_sink=1.0), 132),
+  "sink, teams of one": (dict(num_layers=1, scorer_init_sink=1.0), 1),
+  "teams of two, parallel": (dict(num_layers=1, parallel_residual=True), 4),
   "layers of their own k and window": (
     dict(num_layers=2, attention="sparsek,sparsek:k160:w224"),
     132,
   ),
+  "one layer in parts": (dict(num_layers=2, attention="sparsek,sparsek:k160:w224"), 9),
   "sliding window": (dict(num_layers=2, attention="sliding_window:w128,sparsek"), 132),
+  "sliding window, teams": (dict(num_layers=2, attention="sliding_window:w256,sparsek"), 1),
   "full": (dict(num_layers=1, attention="full"), 132),
+  "full, teams": (dict(num_layers=1, attention="full"), 1),
+  "a query head a key head": (dict(num_layers=1, num_kv_heads=4), 1),
   "wide heads": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 132),
+  "wide heads, teams": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 4),
 }
 
 
@@ -58,7 +65,7 @@ def start(case):
     config, quick_jit(functools.partial(init_params, config))(jax.random.key(0))
   )
   tokens = jax.random.randint(jax.random.key(1), (4, 300), 0, config.vocab_size)
-  lengths = np.array([0, 100, 256 if case == "full" else 300, 200])
+  lengths = np.array([0, 100, 256 if case.startswith("full") else 300, 200])
   _, cache = prefill(
     config, params, init_cache(config, 4, max_length=256), tokens, lengths, last_only=True
   )

@@ -16,7 +16,9 @@ from sparsek.kernels import devices
 from sparsek.kernels.hopper import (
   decode_attention,
   decode_attention_kernel,
+  decode_attention_program,
   decode_eviction,
+  decode_new_token,
   fused_decode_kernel,
   fused_decode_layer,
   row_preparation,
@@ -37,7 +39,9 @@ CASES = {
 
 KERNELS = (
   decode_attention_kernel,
+  decode_attention_program,
   decode_eviction,
+  decode_new_token,
   fused_decode_kernel,
   row_preparation,
   small_batch_matmul,
@@ -253,7 +257,13 @@ class Emulation:
 
       def threads(program):
         scratch = jax.tree.map(thread_ops_test.poisoned, scratch_types)
-        waits, copies = [threading.Barrier(n + 1) for n in range(num_threads)], Barriers()
+        # the hardware barriers by number and warpgroups; 0 is that of all
+        waits = {(0, 0): threading.Barrier(num_threads)} | {
+          (number, n): threading.Barrier(n)
+          for n in range(1, num_threads + 1)
+          for number in range(1, num_threads // n + 1)
+        }
+        copies = Barriers()
 
         def work(warpgroup):
           here = self.here
@@ -264,7 +274,7 @@ class Emulation:
             body(*args, *out, *scratch)
           except Exception as error:
             errors.append(error)
-            for barrier in (*waits, copies, meeting):
+            for barrier in (*waits.values(), copies, meeting):
               barrier.abort()
 
         return [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
@@ -291,8 +301,8 @@ class Emulation:
     if (self.here.waits + self.here.place["sparsek_warpgroup"]) % 2:
       time.sleep(DELAY)
 
-  def sync_threads(self, warpgroups=0):
-    self.here.barriers[warpgroups - 1].wait()
+  def sync_threads(self, warpgroups=0, barrier=1):
+    self.here.barriers[int(barrier) if warpgroups else 0, warpgroups].wait()
     self.dawdle()
 
   def wait_barrier(self, *args):
@@ -320,6 +330,7 @@ class Emulation:
       "load_in_order": lambda *args, once=False, fresh=False: thread_ops_test.gather_bytes(*args),
       "load_number_in_order": thread_ops_test.gather,
       "lane_index": lambda: jnp.arange(thread_ops.LANES, dtype=jnp.int32),
+      "shuffle_from": lambda x, lane: x[(jnp.arange(thread_ops.LANES) & -32) + lane],
       "shuffle_xor": lambda x, distance: x[jnp.arange(thread_ops.LANES) ^ distance],
       "grid_barrier": lambda *args: here.meeting.meet(*args),
     }
