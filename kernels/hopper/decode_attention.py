@@ -114,7 +114,7 @@ def attend(
   active: jax.Array,
   heads: int,
   ring: bool = False,
-) -> tuple[Parts, Rows]:
+) -> tuple[Parts | jax.Array, Rows]:
   """Stores the new token in the cache, and attends to the cache. Of a layer that selects the token
   that leaves the window is moved to a slot; unless it `evicts`, `evict` must have done that.
 
@@ -130,7 +130,7 @@ def attend(
       otherwise it must have room for all tokens.
 
   Returns:
-    Parts of [B, H D], and the updated cache.
+    Attention [B, H D], or with few rows Parts of it, and the updated cache.
   """
   weights = None if scorer is None else ScorerWeights(scorer.scale, scorer.slope, scorer.sink)
   constants = None if scorer is None else (scorer.prior, scorer.per)
@@ -170,13 +170,17 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
     staged=shared(4 * dim, options.dtype),
     worst=Token(shared(warps), shared(warps, jnp.int32), shared(warps, jnp.int32)),
   )
-  sizes = Outputs(sums=heads * dim, top=heads, total=heads)
+  count = options.parts * batch
+  shape = lambda size, dtype=jnp.float32: jax.ShapeDtypeStruct((count * size,), dtype)
+  outputs = (
+    Outputs(shape(heads * dim, options.dtype), None, None)
+    if options.is_whole
+    else Outputs(shape(heads * dim), shape(heads), shape(heads))
+  )
   grid = {"part": options.parts, "program": batch * groups // options.teams}
   run = plgpu.kernel(
     functools.partial(kernel, options),
-    out_type=[
-      Outputs(*(jax.ShapeDtypeStruct((options.parts * batch * n,), jnp.float32) for n in sizes))
-    ],
+    out_type=[outputs],
     scratch_types=[scratch],
     grid=tuple(grid.values()),
     grid_names=axes(*grid),
@@ -193,10 +197,11 @@ def _attend(projected, cos, sin, rows, scorer, seen, active, heads, constants, r
   )
   row_refs = jax.tree.unflatten(structure, refs)
   (result,) = unfused(run(Inputs(projected, cos, sin, seen, active, row_refs, scorer)))
-  mixed = Parts(
-    result.sums.reshape(options.parts, batch, -1),
-    result.top.reshape(options.parts, batch, heads),
-    result.total.reshape(options.parts, batch, heads),
-  )
+  mixed: Parts | jax.Array
+  if options.is_whole:
+    mixed = result.sums.reshape(batch, -1)
+  else:
+    of_parts = (options.parts, batch, -1)
+    mixed = Parts(*(y.reshape(of_parts) for y in (result.sums, result.top, result.total)))
   new_rows = jax.tree.unflatten(structure, contents(*refs))
   return mixed, new_rows if options.evicts else new_rows._replace(position=rows.position)

@@ -20,7 +20,7 @@ same role:
   total[w], sums[w] = both, relative to the largest logit of all warps
   wait for `program` barrier
   -----------------------------------------------------------------------------
-  warpgroup 0: sum over the warps -> Parts of this program
+  warpgroup 0: sum over the warps -> Parts of this program, or attention itself
   warpgroup 0 of part 0: keys and values that move -> cache
 
   The only barrier is `program`, the hardware barrier bar.sync 0 of all lanes. Programs do not wait
@@ -237,24 +237,30 @@ def _join_warps(team: Team, state: State) -> None:
 
 def _store(team: Team) -> None:
   """Adds the sums of all warps, and stores them: the role of the first warpgroup."""
-  options, scratch, lane = team.options, team.scratch, team.lane
+  options, scratch, outputs, lane = team.options, team.scratch, team.outputs, team.lane
   ratio, dim, heads = options.ratio, options.dim, options.heads
-  row = team.part * options.batch + team.b
-  size = ratio * dim
+  row, size = team.part * options.batch + team.b, ratio * dim
+
+  def total_of(head):
+    total = _fold(jnp.add, team.of_warps(scratch.total, head))
+    if options.scorer is not None or options.ring:
+      return total
+    # A token beyond the last row makes the output NaN, not silently wrong.
+    return jnp.where(lane * 0 + team.seen < options.length, total, jnp.nan)
+
   for start in range(0, size, LANES):
     inside = jnp.minimum(lane + start, size - 1)
-    total = _fold(jnp.add, [gather(scratch.sums, w * size + inside) for w in range(options.warps)])
+    value = _fold(jnp.add, [gather(scratch.sums, w * size + inside) for w in range(options.warps)])
+    if options.is_whole:
+      value = (value / total_of(inside // dim)).astype(options.dtype)
     index = row * (heads * dim) + team.g * size + inside
-    scatter(team.outputs.sums, index, total, lane + start < size)
-  head = jnp.minimum(lane, ratio - 1)
-  index = row * heads + team.g * ratio + head
-  total = _fold(jnp.add, team.of_warps(scratch.total, head))
-  if options.scorer is None and not options.ring:
-    # A token beyond the last row makes the output NaN, not silently wrong.
-    total = jnp.where(lane * 0 + team.seen < options.length, total, jnp.nan)
-  top = _fold(jnp.maximum, team.of_warps(scratch.top, head))
-  scatter(team.outputs.top, index, top, lane < ratio)
-  scatter(team.outputs.total, index, total, lane < ratio)
+    scatter(outputs.sums, index, value, lane + start < size)
+  if outputs.top is not None:
+    head = jnp.minimum(lane, ratio - 1)
+    index = row * heads + team.g * ratio + head
+    top = _fold(jnp.maximum, team.of_warps(scratch.top, head))
+    scatter(outputs.top, index, top, lane < ratio)
+    scatter(outputs.total, index, total_of(head), lane < ratio)
 
 
 def _fold(join: Callable, terms: Sequence[jax.Array]) -> jax.Array:

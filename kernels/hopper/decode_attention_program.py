@@ -9,6 +9,7 @@ from jax import lax
 from sparsek.kernels.hopper.common import axis_index
 from sparsek.kernels.hopper.decode_eviction import Rows, Token
 from sparsek.kernels.hopper.row_preparation import Ref
+from sparsek.kernels.hopper.small_batch_matmul import ROWS
 from sparsek.kernels.hopper.thread_ops import gather
 from sparsek.kernels.hopper.thread_registers import lane_index
 from sparsek.kernels.hopper.thread_sync import sync_threads
@@ -40,11 +41,11 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-  """Parts in global memory, flat."""
+  """Parts in global memory, flat; or `sums` alone, which then is the attention itself."""
 
   sums: Ref
-  top: Ref
-  total: Ref
+  top: Ref | None
+  total: Ref | None
 
 
 class Scratch(NamedTuple):
@@ -116,6 +117,13 @@ class Options(NamedTuple):
     return self.rows_of_part // (self.warps * CHUNK)
 
   @property
+  def is_whole(self) -> bool:
+    """Whether the kernel returns attention, and not Parts of it, which only a product of a few rows
+    can join.
+    """
+    return self.parts == 1 and self.batch > ROWS
+
+  @property
   def evicts(self) -> bool:
     """Whether a team sees all rows, and so can move the token that leaves the window."""
     return self.scorer is not None and self.parts == 1
@@ -179,7 +187,7 @@ class Team(NamedTuple):
     """Waits until all lanes of the team have come here; what they wrote to shared memory can be
     read then.
     """
-    sync_threads(self.options.warpgroups, self.number + 1)
+    sync_threads(self.options.warpgroups, self.number + 1 if self.options.teams > 1 else 1)
 
 
 def team_here(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> Team:

@@ -26,6 +26,8 @@ from sparsek.kernels.hopper import (
 from sparsek.kernels.hopper.small_batch_matmul import Parts
 from sparsek.model.layers import rope_angles, rope_frequencies
 
+Mixed = Parts | jax.Array  # attention, or parts of it
+
 
 def supports(config: TransformerConfig, params: InferenceParams, layers: tuple) -> bool:
   """Returns whether `step` can compute a step of this model, on this device."""
@@ -82,7 +84,7 @@ def step(
   return blocks.run(x_BxE)
 
 
-class KernelBlocks(Blocks[jax.Array, Parts]):
+class KernelBlocks(Blocks[jax.Array, Mixed]):
   """The blocks for one token, computed by the decoding kernels.
 
   `project` makes only the products with the matrices of queries, keys and values and of the scorer;
@@ -118,7 +120,7 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
     """Returns the products of block i, [B, N] float32."""
     return inference.project_rows(self.config, self.layers[i], x)
 
-  def attend(self, i: int, projected: jax.Array) -> tuple[Parts, KeysAndValues | SelectionCache]:
+  def attend(self, i: int, projected: jax.Array) -> tuple[Mixed, KeysAndValues | SelectionCache]:
     """Returns attention in block i."""
     is_sparsek = self.kinds[i] == "sparsek"
     mixed, rows = decode_attention.attend(
@@ -134,14 +136,15 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
     )
     return mixed, _layer(self._layers[i], rows)
 
-  def project_output(self, i: int, mixed: Parts, x: jax.Array) -> jax.Array:
+  def project_output(self, i: int, mixed: Mixed, x: jax.Array) -> jax.Array:
     """Returns x plus the output projection of attention in block i."""
     params = self.layers[i]["out"]
     if "bias" not in params and small_batch_matmul.supports(len(x), params["kernel"], x.dtype):
       return small_batch_matmul.product(mixed, params["kernel"], residual=x)
-    return inference.dense(params, mixed.joined(x.dtype), x)
+    whole = mixed.joined(x.dtype) if isinstance(mixed, Parts) else mixed
+    return inference.dense(params, whole, x)
 
-  def finish(self, i: int, x: jax.Array, mixed: Parts) -> tuple[jax.Array, jax.Array | None]:
+  def finish(self, i: int, x: jax.Array, mixed: Mixed) -> tuple[jax.Array, jax.Array | None]:
     """Computes the rest of block i, as `Blocks.finish`, in one kernel where one fits its sizes."""
     x = self.gather(i + 1, x)
     block, scale, following = self.layers[i], None, None
@@ -149,7 +152,7 @@ class KernelBlocks(Blocks[jax.Array, Parts]):
       after = self.layers[i + 1]
       scale = after["attention_norm"]["scale"]
       following = after["qkv"]["kernel"]
-    if not _is_fused(self.config, x, block, following):
+    if not isinstance(mixed, Parts) or not _is_fused(self.config, x, block, following):
       return super().finish(i, x, mixed)
     x, projected, self._counter = fused_decode_layer.fused_layer(
       mixed,
