@@ -45,7 +45,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from sparsek.kernels.hopper.decode_attention_program import (
-  CHUNK,
   Inputs,
   Options,
   Outputs,
@@ -123,7 +122,7 @@ def _load_keys(team: Team, chunk: Any) -> list[list[tuple]]:
       gather_bytes(team.key, first + start, column + s * 32, options.dim)
       for s in range(options.steps)
     ]
-    for start in range(0, CHUNK, 8)
+    for start in range(0, options.chunk, 8)
   ]
 
 
@@ -138,7 +137,7 @@ def _load_values(team: Team, chunk: Any) -> list[list[list[tuple]]]:
       ]
       for i in range(0, options.dim, 64)
     ]
-    for start in range(0, CHUNK, 16)
+    for start in range(0, options.chunk, 16)
   ]
 
 

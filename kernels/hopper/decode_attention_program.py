@@ -15,8 +15,6 @@ from sparsek.kernels.hopper.thread_registers import lane_index
 from sparsek.kernels.hopper.thread_sync import sync_threads
 from sparsek.kernels.sentinels import NOWHERE
 
-CHUNK = 16  # rows that a warp reads at a time
-
 
 class ScorerWeights(NamedTuple):
   """The arrays of Scorer, references in the kernel."""
@@ -108,13 +106,19 @@ class Options(NamedTuple):
     return self.dim // 32
 
   @property
+  def chunk(self) -> int:
+    """Rows that a warp reads at a time: all of its rows where they fit into its registers."""
+    rows = self.rows_of_part // self.warps
+    return rows if rows * self.dim <= 2048 else 16
+
+  @property
   def rows_of_part(self) -> int:
     return self.length // self.parts
 
   @property
   def chunks(self) -> int:
     """Chunks that each warp reads."""
-    return self.rows_of_part // (self.warps * CHUNK)
+    return self.rows_of_part // (self.warps * self.chunk)
 
   @property
   def is_whole(self) -> bool:
@@ -177,7 +181,7 @@ class Team(NamedTuple):
 
   def first_row(self, chunk: Any) -> jax.Array:
     """Returns the first row of the part that each warp reads in its chunk of that number."""
-    return (self.lane * 0 + chunk * self.options.warps + self.warp) * CHUNK
+    return (self.lane * 0 + chunk * self.options.warps + self.warp) * self.options.chunk
 
   def of_warps(self, ref: Ref, head: jax.Array) -> list[jax.Array]:
     """Loads what each warp has stored for a head."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsek.kernels.hopper.decode_attention_program import CHUNK, Team
+from sparsek.kernels.hopper.decode_attention_program import Team
 from sparsek.kernels.hopper.decode_eviction import worst_of_all, worst_slot
 from sparsek.kernels.hopper.row_preparation import Ref
 from sparsek.kernels.hopper.thread_ops import floats, gather, gather_bytes, scatter, scatter_bytes
@@ -156,8 +156,8 @@ def _mark_alive(team: Team) -> None:
     row = start + team.warpgroup * LANES + team.lane
     in_cache = team.part * options.rows_of_part + row
     lives = (in_cache <= options.slots + team.seen) & (gather(score, in_cache) > -jnp.inf)
-    inner = row & (CHUNK - 1)
-    place = ((inner >> 1) & 3) * (CHUNK // 4) + (inner >> 3) * 2 + (inner & 1)
+    inner = row & (options.chunk - 1)
+    place = ((inner >> 1) & 3) * (options.chunk // 4) + (inner >> 3) * 2 + (inner & 1)
     scatter(team.scratch.alive, row - inner + place, lives.astype(jnp.float32), row >= 0)
 
 
@@ -166,7 +166,7 @@ def visible_rows(team: Team, chunk: Any, hidden: jax.Array) -> list[jax.Array]:
   chunk.
   """
   options, first = team.options, team.first_row(chunk)
-  count = CHUNK // 4
+  count = options.chunk // 4
   inner = [8 * (i // 2) + i % 2 for i in range(count)]
   rows = [team.part * options.rows_of_part + first + 2 * team.column + place for place in inner]
   if options.scorer is None:

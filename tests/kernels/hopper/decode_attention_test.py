@@ -15,7 +15,12 @@ from sparsek.generation import cached_kernels
 from sparsek.generation.cache import decode_step, init_cache, prefill
 from sparsek.generation.inference import inference_params
 from sparsek.kernels import devices
-from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
+from sparsek.kernels.hopper import (
+  decode_attention,
+  decode_attention_program,
+  fused_decode_layer,
+  small_batch_matmul,
+)
 from sparsek.model.transformer import init_params
 from tests.helpers import quick_jit
 from tests.kernels.hopper.small_batch_matmul_test import emulate
@@ -35,10 +40,11 @@ BASE = dict(
   scorer_init_scale=4.0,
   scorer_init_slope=1.0,
 )
-# Fields of the configuration, and multiprocessors: the fewer, the more a program does.
+# Fields of the configuration, and multiprocessors: the fewer, the more a program does. Rows of the
+# batch for which attention is joined in the kernel ("whole") are fewer here than in truth.
 CASES = {
   "sink, in parts": (dict(num_layers=1, scorer_init_sink=1.0), 132),
-  "sink, teams of one": (dict(num_layers=1, scorer_init_sink=1.0), 1),
+  "sink, teams of one, whole": (dict(num_layers=1, scorer_init_sink=1.0), 1),
   "teams of two, parallel": (dict(num_layers=1, parallel_residual=True), 4),
   "layers of their own k and window": (
     dict(num_layers=2, attention="sparsek,sparsek:k160:w224"),
@@ -48,10 +54,10 @@ CASES = {
   "sliding window": (dict(num_layers=2, attention="sliding_window:w128,sparsek"), 132),
   "sliding window, teams": (dict(num_layers=2, attention="sliding_window:w256,sparsek"), 1),
   "full": (dict(num_layers=1, attention="full"), 132),
-  "full, teams": (dict(num_layers=1, attention="full"), 1),
+  "full, teams, whole": (dict(num_layers=1, attention="full"), 1),
   "a query head a key head": (dict(num_layers=1, num_kv_heads=4), 1),
   "wide heads": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 132),
-  "wide heads, teams": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 4),
+  "wide heads, teams, whole": (dict(num_layers=1, head_dim=128, num_kv_heads=4), 4),
 }
 
 
@@ -75,6 +81,13 @@ def start(case):
     else layer
   )
   return config, params, cache._replace(layers=tuple(map(ties, cache.layers)))
+
+
+def divide(case, monkeypatch):
+  """Divides the work as the case says."""
+  monkeypatch.setattr(decode_attention, "MULTIPROCESSORS", CASES[case][1])
+  if case.endswith("whole"):
+    monkeypatch.setattr(decode_attention_program, "ROWS", 3)
 
 
 ACTIVE = jnp.array([True, True, True, False])
@@ -121,7 +134,7 @@ def test_step_lane_by_lane(case, fused, monkeypatch):
     expected.append((x[:, 0], cache))
   cache = first
   emulate(monkeypatch)
-  monkeypatch.setattr(decode_attention, "MULTIPROCESSORS", CASES[case][1])
+  divide(case, monkeypatch)
   monkeypatch.setattr(fused_decode_layer, "MULTIPROCESSORS", 3)
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: fused)
   fused_layer, calls = fused_decode_layer.fused_layer, []
@@ -146,6 +159,7 @@ def test_steps(case, monkeypatch):
   """Takes two steps on a GPU with the kernels and without."""
   if not devices.can_run():
     pytest.skip("needs a Hopper GPU")
+  divide(case, monkeypatch)
   config, params, first = start(case)
   results = []
   for on in (True, False):
