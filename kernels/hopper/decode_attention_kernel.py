@@ -1,38 +1,39 @@
-"""The kernel of decode_attention.py: what its programs do.
+"""Kernel of decode_attention.py: what its programs do.
 
-A program attends to the rows of one KV head, or to a part of them where there are too few programs
-for the machine; the next product joins the parts (`Parts`). It has 1 to 4 warpgroups, all with the
-same role:
+A team of 1 to 4 warpgroups, all with the same role, attends to the rows of one KV head, or to a
+part of them where there are too few heads for the machine; the next product joins the parts
+(`Parts`). A program has as many teams as fill a multiprocessor; they share nothing.
 
-  every warp w of the program
+  every warp w of a team
   -----------------------------------------------------------------------------
-  issue the loads of its first chunk: 32 keys and 32 values of 64 numbers
-  rotate the queries and the new key, score the new token, choose the token to
-    give up: decode_new_token.py
-  wait for `program` barrier
+  issue the loads of the first chunk: 16 or 32 keys and values
+  rotate the queries and the new key; score the new token; choose the token that
+    it replaces: decode_new_token.py
+  wait for `team` barrier
   for each chunk:
-    logits = keys times queries, by tensor cores; issue the next loads of keys
-    top = largest logit so far; weights = exp(logits - top)
+    logits = queries times keys, by tensor cores; issue the next loads of keys
+    top = largest logit so far; weights = exp(logits - top), rounded
     sums = sums, scaled, + values times weights, by tensor cores; issue the next
       loads of values
   top[w] = top
-  wait for `program` barrier
+  wait for `team` barrier
   total[w], sums[w] = both, relative to the largest logit of all warps
-  wait for `program` barrier
+  wait for `team` barrier
   -----------------------------------------------------------------------------
-  warpgroup 0: sum over the warps -> Parts of this program, or attention itself
+  warpgroup 0: sum over the warps -> attention, or Parts of it
   warpgroup 0 of part 0: keys and values that move -> cache
 
-  The only barrier is `program`, the hardware barrier bar.sync 0 of all lanes. Programs do not wait
-  for each other: each writes its own part of the results. The first warp of the first part begins
-  with the new token; the others find its row hidden.
+  The only barriers are `team`, the hardware barriers bar.sync 1 to 4, one a team. Teams do not wait
+  for each other: each writes its own part of the results. The first warp of part 0 begins with the
+  new token, whose row of the cache holds another token until the end.
 
-  shared memory    shape                type      bytes for 1024 rows, 1 warpgroup, 4 heads of 64
-  sums             warps, H / G, D      float32   4 KiB
-  top, total       warps, 8             float32   128 B each
-  alive            rows of the part     float32   4 KiB: whether a row holds a token
-  staged           4, D                 16 bit    512 B: keys and values that move
-  worst            warps                float32, int32, int32   48 B: score, position and index
+  shared memory    shape                type      bytes for 4 teams of 1 warpgroup, 1024 rows,
+                                                  4 heads of 64
+  sums             warps, H / G, D      float32   16 KiB
+  top, total       warps, 8             float32   512 B each
+  alive            teams, rows          float32   16 KiB; whether a row of the part holds a token
+  staged           teams, 4, D          16 bit    2 KiB; keys and values that move
+  worst            warps                float32, int32, int32   192 B; score, position and index
 """
 
 import functools
@@ -145,7 +146,8 @@ def _times_queries(team: Team, query: list[Any], words: list[tuple]) -> tuple:
   """Returns the products of eight keys with the queries, as `multiply_add` does: of head `row`
   those with the keys 2 * column and 2 * column + 1.
   """
-  none, products = team.lane * 0, (team.zero,) * 4
+  none = team.lane * 0
+  products: tuple[jax.Array, ...] = (team.zero,) * 4
   for s in range(team.options.steps):
     for i in (0, 2):
       operand = query[s][i], none, query[s][i + 1], none
@@ -189,7 +191,7 @@ def _attend(
     for columns, of_rows in zip(sums, rows):
       for c, x in enumerate(columns):
         of = [row[c] for row in of_rows]
-        operand = [_pair(*of[j : j + 2], half) for j in (0, 2) for half in range(2)]
+        operand = [_pair(of[j], of[j + 1], half) for j in (0, 2) for half in range(2)]
         columns[c] = multiply_add(x, operand, words[2 * i : 2 * i + 2], options.dtype)
   values = state.values if is_last else _load_values(team, chunk + 1)
   return State(keys, values, top, _fold(jnp.add, [state.total * shrink, *weights]), sums)

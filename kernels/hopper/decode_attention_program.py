@@ -1,4 +1,4 @@
-"""The arrays, constants and coordinates of a team of decode_attention_kernel.py."""
+"""Arrays, constants and coordinates of a team of decode_attention_kernel.py."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from sparsek.kernels.sentinels import NOWHERE
 
 
 class ScorerWeights(NamedTuple):
-  """The arrays of Scorer, references in the kernel."""
+  """Arrays of Scorer, references in the kernel."""
 
   scale: Ref
   slope: Ref
@@ -122,14 +122,14 @@ class Options(NamedTuple):
 
   @property
   def is_whole(self) -> bool:
-    """Whether the kernel returns attention, and not Parts of it, which only a product of a few rows
-    can join.
+    """True where the kernel returns attention, and not Parts of it, which only a product of a few
+    rows can join.
     """
     return self.parts == 1 and self.batch > ROWS
 
   @property
   def evicts(self) -> bool:
-    """Whether a team sees all rows, and so can move the token that leaves the window."""
+    """True where a team sees all rows, and so can move the token that leaves the window."""
     return self.scorer is not None and self.parts == 1
 
 
@@ -176,7 +176,7 @@ class Team(NamedTuple):
 
   @property
   def leads(self) -> jax.Array:
-    """Whether the lane's warp adds the new token: the first one of the first part."""
+    """True where the lane's warp adds the new token: the first one of the first part."""
     return (self.warp == 0) & (self.lane * 0 + self.part == 0)
 
   def first_row(self, chunk: Any) -> jax.Array:

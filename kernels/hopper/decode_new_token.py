@@ -1,5 +1,5 @@
-"""What a program of decode_attention_kernel.py does with the new token: it rotates its queries and
-its key, scores it, chooses which token it replaces, and writes it to the cache.
+"""Steps of decode_attention_kernel.py for the new token: its queries and its key are rotated, it is
+scored, the token that it replaces is chosen, and it is written to the cache.
 
 Nothing is written that another warp may still have to read:
 
@@ -149,9 +149,9 @@ def _mark_alive(team: Team) -> None:
   """Writes 1 for each row of the part that holds a token, in the order in which `alive_rows` reads
   them, 0 for others.
   """
-  options, score = team.options, team.inputs.rows.score
-  assert score is not None
-  score = score.at[team.b, team.g]
+  options, scores = team.options, team.inputs.rows.score
+  assert scores is not None
+  score = scores.at[team.b, team.g]
   for start in range(0, options.rows_of_part, options.warpgroups * LANES):
     row = start + team.warpgroup * LANES + team.lane
     in_cache = team.part * options.rows_of_part + row
