@@ -484,7 +484,7 @@ def test_a_chunk_of_a_prompt_compiles():
     ("sparsek", 1, 2),
     ("sparsek", 4, 2),
     ("sparsek", 8, 5),
-    ("sparsek", 64, 13),
+    ("sparsek", 64, 10),
     ("full", 1, 2),
     ("sliding_window:w256,sparsek:k256:w128,sparsek:k1280:w512", 1, 2),
   ],

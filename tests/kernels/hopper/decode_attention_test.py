@@ -71,7 +71,7 @@ def start(case):
     config, quick_jit(functools.partial(init_params, config))(jax.random.key(0))
   )
   tokens = jax.random.randint(jax.random.key(1), (4, 300), 0, config.vocab_size)
-  lengths = np.array([0, 100, 256 if case.startswith("full") else 300, 200])
+  lengths = np.array([0, 159, 256 if case.startswith("full") else 300, 200])
   _, cache = prefill(
     config, params, init_cache(config, 4, max_length=256), tokens, lengths, last_only=True
   )
