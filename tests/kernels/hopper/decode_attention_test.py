@@ -63,15 +63,15 @@ CASES = {
 
 @functools.cache
 def start(case):
-  """Returns the configuration, parameters and a cache. Of its rows one has seen nothing, one less
-  than a window, one more than the cache holds, if it can.
+  """Returns the configuration, parameters and a cache. Of its rows one has seen nothing, one as
+  much as a window, one more than the cache holds, if it can.
   """
   config = TransformerConfig(**(BASE | CASES[case][0]))
   params = inference_params(
     config, quick_jit(functools.partial(init_params, config))(jax.random.key(0))
   )
   tokens = jax.random.randint(jax.random.key(1), (4, 300), 0, config.vocab_size)
-  lengths = np.array([0, 159, 256 if case.startswith("full") else 300, 200])
+  lengths = np.array([0, 160, 256 if case.startswith("full") else 300, 200])
   _, cache = prefill(
     config, params, init_cache(config, 4, max_length=256), tokens, lengths, last_only=True
   )
