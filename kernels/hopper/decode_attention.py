@@ -29,8 +29,8 @@ from sparsek.kernels.hopper.thread_ops import PARAMS, contents, unfused
 from sparsek.kernels.hopper.thread_registers import LANES
 
 ENABLED = True  # False: XLA attends
-MOST_BLOCKS = 32  # of LANES rows in a cache
 MOST_PARTS = 8
+MOST_BLOCKS = 4  # of LANES rows in a part, were there as many parts as possible
 REGISTERS = 256  # over D: warpgroups of a program, whose registers this bounds
 
 
@@ -64,23 +64,23 @@ class Split(NamedTuple):
 
 
 def split(key: jax.Array) -> Split | None:
-  """Returns how attention to keys [B, G, length, D] is divided: the fewest parts that keep all
-  multiprocessors busy, and programs that fill one each; None if the rows cannot be divided so.
+  """Returns how attention to keys [B, G, length, D] is divided: the fewest parts that keep the
+  multiprocessors about as busy as any number of them would, and programs that fill one each; None
+  if the rows cannot be divided so.
   """
   batch, groups, length, dim = key.shape
   heads, blocks, most = batch * groups, length // LANES, REGISTERS // dim
-  if length % LANES or not 1 <= blocks <= MOST_BLOCKS:
+  counts = [n for n in range(1, MOST_PARTS + 1) if blocks % n == 0]
+  if length % LANES or not 1 <= blocks // counts[-1] <= MOST_BLOCKS:
     return None
-  parts = min(
-    (n for n in range(1, MOST_PARTS + 1) if blocks % n == 0),
-    key=lambda n: (-(-heads * n // MULTIPROCESSORS) / n, n),
-  )
-  fitting = round(most * MULTIPROCESSORS / (heads * parts))
+  time = {n: -(-heads * n // MULTIPROCESSORS) / n for n in counts}
+  parts = min(n for n in counts if time[n] <= 1.2 * min(time.values()))
+  to_each = heads * parts / MULTIPROCESSORS  # teams that a multiprocessor gets
   warpgroups = max(
-    n for n in range(1, most + 1) if blocks // parts % n == 0 and n <= max(1, fitting)
+    n for n in range(1, most + 1) if blocks // parts % n == 0 and n <= max(1, round(most / to_each))
   )
-  fitting = min(most // warpgroups, -(-heads * parts * warpgroups // MULTIPROCESSORS))
-  return Split(parts, warpgroups, max(n for n in range(1, fitting + 1) if heads % n == 0))
+  teams = min(most // warpgroups, max(1, round(to_each)))
+  return Split(parts, warpgroups, max(n for n in range(1, teams + 1) if heads % n == 0))
 
 
 def evicts(key: jax.Array) -> bool:

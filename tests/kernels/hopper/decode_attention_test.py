@@ -50,7 +50,7 @@ CASES = {
     dict(num_layers=2, attention="sparsek,sparsek:k160:w224"),
     132,
   ),
-  "one layer in parts": (dict(num_layers=2, attention="sparsek,sparsek:k160:w224"), 9),
+  "one layer in parts": (dict(num_layers=2, attention="sparsek,sparsek:k160:w224"), 12),
   "sliding window": (dict(num_layers=2, attention="sliding_window:w128,sparsek"), 132),
   "sliding window, teams": (dict(num_layers=2, attention="sliding_window:w256,sparsek"), 1),
   "full": (dict(num_layers=1, attention="full"), 132),
@@ -151,6 +151,27 @@ def test_step_lane_by_lane(case, fused, monkeypatch):
     check(x, layers, expected[i][0], expected[i][1].layers, exact=True)
     cache = cache._replace(seen=cache.seen + ACTIVE, layers=layers)
   assert len(calls) == (2 * config.num_layers if fused else 0)
+
+
+@pytest.mark.parametrize(
+  "keys, division",
+  [
+    ((64, 8, 1024, 64), (1, 1, 4)),
+    ((32, 8, 1024, 64), (1, 2, 2)),
+    ((8, 8, 1024, 64), (2, 4, 1)),
+    ((8, 8, 1152, 64), (3, 3, 1)),
+    ((1, 8, 1024, 64), (8, 1, 1)),
+    ((64, 12, 1024, 64), (1, 1, 4)),
+    ((64, 8, 2048, 128), (1, 1, 2)),
+    ((3, 7, 4096, 64), (4, 4, 1)),
+    ((1, 8, 1000, 64), None),
+    ((1, 8, 1408, 64), None),
+    ((1, 8, 8192, 64), None),
+  ],
+)
+def test_split(keys, division):
+  """Checks (parts, warpgroups, teams) of 132 multiprocessors: all are busy, each is filled."""
+  assert decode_attention.split(jax.ShapeDtypeStruct(keys, jnp.bfloat16)) == division
 
 
 @pytest.mark.gpu
