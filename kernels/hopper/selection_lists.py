@@ -181,20 +181,27 @@ def _count_members(sizes, expiry, order):
     clear(changes, own)
     sync_threads()
 
+    def lifetime(token, last):
+      """Returns the chunks [begin, end) in which a token is old, maybe none."""
+      entry = token + sizes.window
+      begin = (entry + (chunk - 1)) // chunk
+      return begin, jnp.where(
+        last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin
+      )
+
     def count(i, selected):
       rank = segment * sizes.segment + i * LANES + own
       token, inside = reader(order, row)(rank), rank < n
-      last, entry = last_of(token), token + sizes.window
-      begin = (entry + (chunk - 1)) // chunk
-      # old in chunks [begin, end)
-      end = jnp.where(last > entry, jnp.maximum((last + (chunk - 1)) // chunk, begin), begin)
+      own_last, last = last_of(rank), last_of(token)
+      begin, end = lifetime(token, last)
       scatter_row(outputs.ranked.at[row], rank, (token, begin, end, last), inside)
-      scatter(outputs.old_count.at[row], token, end - begin, inside)
       is_old = inside & (begin < end)
       for line, change in ((begin, 1), (end, -1), (own - own + (chunks + 1), end - begin)):
         scatter(changes, line, change, is_old, atomic="add")
       # from here on the rank stands for the token of the same number
-      new = ((last_of(rank) > rank + sizes.window) & inside).astype(jnp.int32)
+      begin, end = lifetime(rank, own_last)
+      scatter(outputs.old_count.at[row], rank, end - begin, inside)
+      new = ((own_last > rank + sizes.window) & inside).astype(jnp.int32)
       came, total = prefix_sums(new, own, totals)
       scatter(outputs.came.at[row], rank, selected + came, inside)
       return selected + total
