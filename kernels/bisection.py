@@ -1,5 +1,6 @@
 """Binary search for many integers at once, under XLA and in GPU kernels."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,22 +18,52 @@ def logical_not(x: jax.Array) -> jax.Array:
 def bisect(size: int, *searches: Search) -> tuple[jax.Array, ...]:
   """Finds for each (low, high, test) the smallest integer in [low, high] that passes, elementwise.
 
-  `high` is assumed to pass, and high - low to be at most `size`. All searches share one loop, so
-  that their loads do not wait for each other.
+  `high` is assumed to pass, and high - low to be at most `size`. Tests are called with 0 too, whose
+  result does not count: all that need no test share its loads. All searches share one loop, so that
+  their loads do not wait for each other.
   """
+  return _bisect(size.bit_length(), size.bit_length(), searches)
 
-  def halve(_, ranges):
-    middles = [(low + high) >> 1 for low, high in ranges]
-    results = [test(middle) for (*_, test), middle in zip(searches, middles)]
+
+def bisect_near(
+  size: int,
+  guesses: tuple[jax.Array, ...],
+  any_lane: Callable[[jax.Array], jax.Array],
+  *searches: Search,
+) -> tuple[jax.Array, ...]:
+  """Returns the same as `bisect`, by two tests for each search where all guesses are right.
+
+  Args:
+    size, searches: as in `bisect`.
+    guesses: of the results, inside [low, high].
+    any_lane: reduces booleans to the scalar that tells whether one of them is true; all that it
+      sees are searched again then.
+  """
+  wrong = [
+    ((guess < high) & logical_not(test(guess))) | ((guess > low) & test(guess - 1))
+    for guess, (low, high, test) in zip(guesses, searches)
+  ]
+  again = any_lane(functools.reduce(jnp.logical_or, wrong))
+  rounds = again.astype(jnp.int32) * size.bit_length()
+  found = _bisect(size.bit_length(), rounds, searches)
+  return tuple(jnp.where(again, x, guess) for x, guess in zip(found, guesses))
+
+
+def _bisect(bits, rounds, searches):
+  """Makes so many rounds of a search whose results have so many bits."""
+
+  def advance(i, found):
+    """Skips so many integers where the last one of them fails."""
+    step = jnp.asarray(1 << (bits - 1 - i), jnp.int32)
+    ends = [low + step for low in found]
+    inside = [end <= high for (_, high, _), end in zip(searches, ends)]
+    results = [
+      test(jnp.where(there, end - 1, 0)) for (*_, test), there, end in zip(searches, inside, ends)
+    ]
     return tuple(
-      (
-        jnp.where((low < high) & logical_not(passes), middle + 1, low),
-        jnp.where((low < high) & passes, middle, high),
-      )
-      for (low, high), middle, passes in zip(ranges, middles, results)
+      jnp.where(there & logical_not(passes), end, low)
+      for low, end, there, passes in zip(found, ends, inside, results)
     )
 
-  ranges = lax.fori_loop(
-    0, size.bit_length(), halve, tuple((low, high) for low, high, _ in searches)
-  )
-  return tuple(low for low, _ in ranges)
+  lows = tuple(low for low, *_ in searches)
+  return lax.fori_loop(0, rounds, advance, lows)

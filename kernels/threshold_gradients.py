@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsek.kernels.bisection import bisect
+from sparsek.kernels.bisection import bisect, logical_not
 from sparsek.kernels.fixed_point import lower_breakpoint
-from sparsek.kernels.prefix_thresholds import Read, reader
+from sparsek.kernels.prefix_events import Read
+from sparsek.kernels.prefix_thresholds import reader
 from sparsek.kernels.varying import varying_like
 
 SEGMENT = 128  # numbers of a segment, see `interval_sums`
@@ -21,7 +22,7 @@ SEGMENT = 128  # numbers of a segment, see `interval_sums`
 
 def interval(read: Read, token: jax.Array, delay: int, n: int) -> tuple[jax.Array, jax.Array]:
   """Returns [first, last), the queries at which a token's gate is between 0 and 1, maybe none;
-  `read` reads scores by token, which may be NaN or infinite.
+  `read` reads scores by token, which may be NaN or infinite. No gate is where thresholds are NaN.
   """
   score, end = read.score(token), read.end(token)
   candidate = score > -jnp.inf  # false for NaN too
@@ -31,8 +32,8 @@ def interval(read: Read, token: jax.Array, delay: int, n: int) -> tuple[jax.Arra
   one = lower_breakpoint(score)
   first, last = bisect(
     n,
-    (entry, end, lambda i: read.threshold(i) > one),
-    (entry, end, lambda i: read.threshold(i) >= score),
+    (entry, end, lambda i: logical_not(read.threshold(i) <= one)),
+    (entry, end, lambda i: logical_not(read.threshold(i) < score)),
   )
   return jnp.where(candidate, jnp.minimum(first, last), last), last
 

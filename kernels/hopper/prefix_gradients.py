@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels import prefix_thresholds, threshold_gradients
+from sparsek.kernels import prefix_events, threshold_gradients
 from sparsek.kernels.hopper.prefix_thresholds import over_rows
 from sparsek.kernels.hopper.thread_ops import block_of, contents, kernel, reader, scatter
 from sparsek.kernels.hopper.thread_sums import WARPS, prefix_sums
@@ -104,7 +104,7 @@ def _find_intervals(delay, inputs, changes):
   heads = rows // inputs.end.shape[0]
 
   def body(row, _, token, inputs, changes, outputs):
-    read = prefix_thresholds.Read(
+    read = prefix_events.Read(
       reader(inputs.score, row),
       end=reader(inputs.end, row // heads),
       threshold=reader(inputs.threshold, row),

@@ -3,9 +3,9 @@ of single threads. Each kernel waits for the one before.
 
   kernel  a lane for                  reads                        writes
   ...     see hopper/sorting.py       keys                         keys in order, their tokens
-  enter   rank, and token             score, entry, order, start,  tokens, events, passed;
-                                      scores                       first_nan (minimum)
-  ...     see hopper/staircase.py     tokens, events               cuts; passed (in place)
+  enter   rank, and token             score, order, scores         tokens, ranks, passed;
+                                                                   first_nan (minimum)
+  ...     see hopper/staircase.py     tokens, ranks                events, cuts; passed (in place)
   finish  query; token                cuts, first_nan; passed      thresholds; expiry
 
 The gradient of the scores: hopper/prefix_gradients.py.
@@ -17,23 +17,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from sparsek.kernels import prefix_thresholds
+from sparsek.kernels import prefix_events, prefix_thresholds
 from sparsek.kernels.hopper import sorting
-from sparsek.kernels.hopper.staircase import Events, find_cuts
+from sparsek.kernels.hopper.staircase import Entered, find_cuts
 from sparsek.kernels.hopper.thread_ops import kernel, reader, scatter, scatter_row
-from sparsek.kernels.prefix_thresholds import Problem
+from sparsek.kernels.hopper.thread_registers import warp_any
+from sparsek.kernels.prefix_events import Problem
+from sparsek.kernels.sort_keys import LARGEST, Coding
 from sparsek.kernels.varying import over_batch, varying_like
 
 
 class Inputs(NamedTuple):
-  """Arrays of the kernel enter, see `solve`: [rows, n], start [batch, n]."""
+  """Arrays of the kernel enter, see `solve`: [rows, n], start and end [batch, n]."""
 
   score: Any
-  entry: Any
   order: Any
   start: Any
+  end: Any
   scores: Any
 
 
@@ -43,6 +44,7 @@ class FinishInputs(NamedTuple):
   """
 
   start: Any
+  end: Any
   tokens: Any
   events: Any
   cuts: Any
@@ -71,44 +73,44 @@ def over_rows(f: Callable, *args: jax.Array) -> Any:
   return jax.tree.map(lambda x: varying_like(x, args[0]), over_batch(flat, *args))
 
 
-def sort(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys in order and their tokens, by key, then later token first; [batch, heads, n]
-  each, keys uint32 below 2^32 - 1.
+def sort(x: jax.Array, coding: Coding) -> tuple[jax.Array, jax.Array]:
+  """Returns the numbers in order, decoded, and their tokens: by key, then later token first;
+  [batch, heads, n] each.
   """
-  return over_rows(_sort, key)
+  return over_rows(functools.partial(sorting.sort, coding), x)
 
 
 def solve(
   problem: Problem,
   score: jax.Array,
-  entry: jax.Array,
   order: jax.Array,
   start: jax.Array,
+  end: jax.Array,
   scores: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes the same as `prefix_thresholds.solve`, of [batch, heads, n] arrays and start
-  [batch, n]; thresholds are NaN from the query at which a NaN of `scores`, by token, may enter.
+  """Computes thresholds and expiry of `prefix_selection.select`.
+
+  Args:
+    problem: sizes.
+    score: [batch, heads, n], by rank, -inf where the token is not a candidate.
+    order: [batch, heads, n], by rank, its token.
+    start, end: [batch, n], of `document_bounds`.
+    scores: [batch, heads, n], by token. Thresholds are NaN from the query at which a NaN of them
+      may enter.
   """
-  return over_rows(functools.partial(_solve, problem), score, entry, order, start, scores)
-
-
-@jax.jit
-def _sort(key):
-  sign = jnp.uint32(2**31)
-  ranked, order = sorting.sort(lax.bitcast_convert_type(key ^ sign, jnp.int32))
-  return lax.bitcast_convert_type(ranked, jnp.uint32) ^ sign, order
+  return over_rows(functools.partial(_solve, problem), score, order, start, end, scores)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve(problem, score, entry, order, start, scores):
+def _solve(problem, score, order, start, end, scores):
   rows, n = score.shape
   heads = rows // start.shape[0]
   first_nan = jax.new_ref(jnp.full((rows, n), n, jnp.int32))
-  entered = _enter(problem, heads, Inputs(score, entry, order, start, scores), first_nan)
+  entered = _enter(problem, heads, Inputs(score, order, start, end, scores), first_nan)
   entered = entered._replace(passed=jax.new_ref(entered.passed))
-  cuts = find_cuts(problem, entered)
-  tokens, events, passed = entered
-  return _finish(problem, heads, FinishInputs(start, tokens, events, cuts, passed, first_nan))
+  events, cuts = find_cuts(problem, entered)
+  inputs = FinishInputs(start, end, entered.tokens, events, cuts, entered.passed, first_nan)
+  return _finish(problem, heads, inputs)
 
 
 def _shape(rows, *shape, dtype=jnp.int32):
@@ -124,15 +126,23 @@ def _enter(problem, heads, inputs, first_nan):
     value = reader(inputs.scores, row)(lane)
     first = reader(inputs.start, row // heads)(lane)
     scatter(first_nan.at[row], first, lane, inside & (value != value), atomic="min")
-    entry, token = (reader(ref, row)(lane) for ref in (inputs.entry, inputs.order))
-    read = prefix_thresholds.Read(reader(inputs.score, row), reader(inputs.start, row // heads))
-    placed = prefix_thresholds.locate_events(problem, read, lane, entry)
+    token, last = reader(inputs.order, row)(lane), n
+    if problem.packed:
+      last = reader(inputs.end, row // heads)(token)
+    score_of = reader(inputs.score, row)
+    read = prefix_events.Read(
+      lambda rank: jnp.maximum(score_of(rank), -LARGEST), reader(inputs.start, row // heads)
+    )
+    _, entry = prefix_events.entering(problem, score_of(lane), token, last)
+    placed = prefix_events.locate_events(problem, read, lane, entry, warp_any)
     scatter_row(outputs.tokens.at[row], token, placed.token, inside)
-    for position, event in ((placed.upper, placed.upper_event), (placed.lower, placed.lower_event)):
-      scatter_row(outputs.events.at[row], position, event, inside)
-      scatter(outputs.passed.at[row], position, n, inside)  # never, until a walk says otherwise
+    by_rank = placed.upper, placed.lower, entry, placed.upper_event[3]
+    scatter_row(outputs.ranks.at[row], lane, by_rank, inside)
+    for half in range(2):
+      # never, until a walk says otherwise
+      scatter(outputs.passed.at[row], half * n + lane, n, inside)
 
-  out = Events(_shape(rows, n, 4), _shape(rows, 2 * n, 4), _shape(rows, 2 * n))
+  out = Entered(_shape(rows, n, 4), _shape(rows, n, 4), _shape(rows, 2 * n))
   (entered,) = kernel(body, rows, n, name="enter", out_type=[out])(inputs, first_nan)
   return entered
 
@@ -143,15 +153,17 @@ def _finish(problem, heads, inputs):
 
   def body(row, _, query, inputs, outputs):
     start_of, token_of = reader(inputs.start, row // heads), reader(inputs.tokens, row)
-    read = prefix_thresholds.Read(
+    read = prefix_events.Read(
       start=start_of, token=token_of, event=reader(inputs.events, row), cut=reader(inputs.cuts, row)
     )
     value = prefix_thresholds.threshold(problem, read, query)
     spoilt = query - problem.delay >= reader(inputs.first_nan, row)(start_of(query))
     scatter(outputs.threshold.at[row], query, jnp.where(spoilt, jnp.nan, value), query < n)
     upper = token_of(query)[0]  # position of the upper event of the token of that number
-    expiry = jnp.where(upper >= 0, reader(inputs.passed, row)(upper), 0)
-    scatter(outputs.expiry.at[row], query, expiry, query < n)
+    expiry = reader(inputs.passed, row)(upper)
+    if problem.packed:
+      expiry = jnp.minimum(expiry, reader(inputs.end, row // heads)(query))
+    scatter(outputs.expiry.at[row], query, jnp.where(upper >= 0, expiry, 0), query < n)
 
   out = Selection(_shape(rows, n, dtype=jnp.float32), _shape(rows, n))
   (selection,) = kernel(body, rows, n, name="finish", out_type=[out])(inputs)

@@ -22,39 +22,41 @@ from sparsek.kernels.bisection import bisect
 from sparsek.kernels.hopper.thread_ops import block_of, gather, kernel, reader, scatter
 from sparsek.kernels.hopper.thread_registers import LANES
 from sparsek.kernels.hopper.thread_sync import sync_threads
+from sparsek.kernels.sort_keys import Coding
 
 FAN = 4  # parts that are merged at once, at most
 SMALLEST, LARGEST = 128, 1024  # elements of a part, powers of two
 LAST = 2**31 - 1  # the key of elements that fill the last part
 
 
-def sort(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys in order and their tokens, by key, then later token first.
-
-  Args:
-    key: [rows, n] int32 below 2^31 - 1.
+@functools.partial(jax.jit, static_argnums=0)
+def sort(coding: Coding, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the numbers [rows, n] in order, decoded, and their tokens: by key, then later token
+  first.
   """
-  n = key.shape[1]
+  n = x.shape[1]
   size = min(max(SMALLEST, 1 << (-(-n // FAN) - 1).bit_length()), LARGEST)
-  key, token = _sort_parts(size, key)
+  key, token = _sort_parts(size, x, coding)
   if size >= n:
     return key[:, :n], token[:, :n]
   while size < n:
     fan = min(FAN, -(-n // size))
-    size, (key, token) = size * fan, _merge(size, fan, n, key, token)
+    size, (key, token) = size * fan, _merge(size, fan, n, key, token, coding)
   return key, token
 
 
-def _shapes(rows, size):
-  return [jax.ShapeDtypeStruct((rows, size), jnp.int32)] * 2
+def _shapes(rows, size, coding, is_last):
+  """Returns the types of keys, or of what stands for them in the result, and of tokens."""
+  dtypes = coding.dtype if is_last else jnp.int32, jnp.int32
+  return [jax.ShapeDtypeStruct((rows, size), dtype) for dtype in dtypes]
 
 
-def _sort_parts(size, key):
+def _sort_parts(size, x, coding):
   """Sorts each part of so many elements; the last one is filled."""
-  rows, n = key.shape
+  rows, n = x.shape
   parts = -(-n // size)
 
-  def body(row, _, lane, key, keys, tokens, part_keys, part_tokens):
+  def body(row, _, lane, x, keys, tokens, part_keys, part_tokens):
     part = block_of(rows)
     own = lane - part * LANES
     network = functools.partial(_compare, size, own, (part_keys, part_tokens))
@@ -63,7 +65,7 @@ def _sort_parts(size, key):
     def _load(i):
       index = i * LANES + own
       token = part * size + index
-      value = reader(key, row)(token)
+      value = coding.encode(reader(x, row)(token))
       scatter(part_keys, _padded(index), jnp.where(token < n, value, LAST), index < size)
       scatter(part_tokens, _padded(index), token, index < size)
 
@@ -89,8 +91,11 @@ def _sort_parts(size, key):
     @pl.loop(0, -(-size // LANES))
     def _store(i):
       index = i * LANES + own
-      for ref, part_ref in ((keys, part_keys), (tokens, part_tokens)):
-        value = gather(part_ref, _padded(jnp.minimum(index, size - 1)))
+      key, token = (
+        gather(ref, _padded(jnp.minimum(index, size - 1))) for ref in (part_keys, part_tokens)
+      )
+      key = coding.decode(key) if parts == 1 else key
+      for ref, value in ((keys, key), (tokens, token)):
         scatter(ref.at[row], part * size + index, value, index < size)
 
   run = kernel(
@@ -98,10 +103,10 @@ def _sort_parts(size, key):
     rows,
     parts * LANES,
     name="sort_parts",
-    out_type=_shapes(rows, parts * size),
+    out_type=_shapes(rows, parts * size, coding, parts == 1),
     scratch_types=[plgpu.SMEM((size + size // 32,), jnp.int32)] * 2,
   )
-  return run(key)
+  return run(x)
 
 
 def _padded(index):
@@ -139,12 +144,13 @@ def _compare(size, own, refs, phase, distance, count):
   sync_threads()
 
 
-def _merge(size, fan, n, key, token):
+def _merge(size, fan, n, key, token, coding):
   """Merges every `fan` neighbouring parts of so many elements; elements from n on are left out once
   all are in one part.
   """
   rows, total = key.shape
-  kept = n if size * fan >= n else total
+  is_last = size * fan >= n
+  kept = n if is_last else total
 
   def body(row, _, lane, key, token, keys, tokens):
     value, part = reader(key, row)(lane), lane // size
@@ -153,18 +159,18 @@ def _merge(size, fan, n, key, token):
     def before(step):
       """Returns the search for how many elements of another part come before."""
       other_part = first_part + (part + step) % fan
+      least = value + (part < other_part).astype(jnp.int32)  # of keys that come after
 
       def after(index):
-        other = reader(key, row)(other_part * size + index)
-        return (other > value) | ((other == value) & (part > other_part))
+        return reader(key, row)(other_part * size + index) >= least
 
       return lane - lane, jnp.clip(total - other_part * size, 0, size), after
 
     rank = sum(bisect(size, *map(before, range(1, fan))), lane - part * size)
     rank += first_part * size
     inside = (lane < total) & (rank < kept)
-    scatter(keys.at[row], rank, value, inside)
+    scatter(keys.at[row], rank, coding.decode(value) if is_last else value, inside)
     scatter(tokens.at[row], rank, reader(token, row)(lane), inside)
 
-  run = kernel(body, rows, total, name="merge", out_type=_shapes(rows, kept))
+  run = kernel(body, rows, total, name="merge", out_type=_shapes(rows, kept, coding, is_last))
   return run(key, token)

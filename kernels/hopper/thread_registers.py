@@ -94,6 +94,44 @@ def warp_prefix_sums(x: jax.Array) -> jax.Array:
   return add(per_lane(x))
 
 
+def warp_value(x: jax.Array, lane: int) -> jax.Array:
+  """Returns the x, int32 or float32, of the lane of that number in the warp."""
+  dtype = x.dtype
+  is_float = jnp.issubdtype(dtype, jnp.floating)
+
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=array_of(dtype))
+  def shuffle(_, x):
+    register = "f" if is_float else "r"
+    word: Any = llvm.inline_asm(
+      element(x).type,
+      [element(x)],
+      f"shfl.sync.idx.b32 $0, $1, {lane}, 31, 0xffffffff;",
+      f"={register},{register}",
+      has_side_effects=True,
+    )
+    return x.foreach(lambda *_: word, create_array=True, is_signed=None if is_float else True)
+
+  return shuffle(per_lane(x))
+
+
+def warp_count(flag: jax.Array) -> jax.Array:
+  """Returns in how many lanes of the warp the flag is true, int32."""
+
+  @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=array_of(jnp.int32))
+  def count(_, flag):
+    word: Any = llvm.inline_asm(
+      ir.IntegerType.get_signless(32),
+      [element(flag)],
+      "{ .reg .pred own; .reg .b32 all; setp.ne.s32 own, $1, 0;"
+      " vote.sync.ballot.b32 all, own, 0xffffffff; popc.b32 $0, all; }",
+      "=r,r",
+      has_side_effects=True,
+    )
+    return flag.foreach(lambda *_: word, create_array=True, is_signed=True)
+
+  return count(per_lane(flag.astype(jnp.int32)))
+
+
 def warp_any(flag: jax.Array) -> jax.Array:
   """Returns a scalar: whether the flag of any lane of the warp is true. A warp may branch by it
   where other warps need not follow.

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparsek.kernels import prefix_thresholds, threshold_gradients
+from sparsek.kernels import prefix_events, prefix_thresholds, threshold_gradients
 from sparsek.kernels.saved import saved
-from sparsek.kernels.sentinels import NEVER_ENTERS
+from sparsek.kernels.sort_keys import INTEGERS, SCORES, Coding
 from sparsek.kernels.varying import varying_like
 
 
@@ -52,36 +52,39 @@ def select(
   n = scores.shape[-1]
   token = jnp.arange(n, dtype=jnp.int32)
   start, end = varying_like(start, scores), varying_like(end, scores)
-  key = _key(scores)
-  ranked, order = _sort(key, token, kernels)
+  score, order = _sort(scores, SCORES, kernels)
   if packed:
-    ranked, order = _per_head(_by_document)(key, order, start)
-  score, entry = _per_head(functools.partial(_entering, delay=delay, packed=packed))(
-    ranked, order, end
+    order = _per_head(_by_document)(order, start)
+    score = jnp.take_along_axis(SCORES.decode(SCORES.encode(scores)), order, axis=-1)
+  problem = prefix_events.Problem(n, k, delay, packed)
+  # A document's ranks are the same range as its tokens, so `start` and `end` serve both.
+  if kernels:
+    from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
+
+    tau, expiry = hopper_thresholds.solve(problem, score, order, start, end, scores)
+    return tau, expiry, order
+  score, entry = prefix_events.entering(problem, score, order, end[:, None])
+  tau, expiry = _per_head(functools.partial(prefix_thresholds.solve, problem))(
+    score, entry, order, start
   )
-  problem = prefix_thresholds.Problem(n, k, delay, packed)
-  # A document's ranks are the same range as its tokens, so `start` serves both.
+  admitted = token - delay  # by each query
+  first_nan = _per_head(functools.partial(_first_nan, token))(scores, start)
+  return jnp.where(admitted >= first_nan, jnp.nan, tau), jnp.minimum(expiry, end[:, None]), order
+
+
+def _sort(x: jax.Array, coding: Coding, kernels: bool) -> tuple[jax.Array, jax.Array]:
+  """Returns the numbers in order, decoded, and their tokens; of equal keys the later token comes
+  first.
+  """
   if kernels:
     from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 
-    tau, expiry = hopper_thresholds.solve(problem, score, entry, order, start, scores)
-  else:
-    tau, expiry = _per_head(functools.partial(prefix_thresholds.solve, problem))(
-      score, entry, order, start
-    )
-    admitted = token - delay  # by each query
-    first_nan = _per_head(functools.partial(_first_nan, token))(scores, start)
-    tau = jnp.where(admitted >= first_nan, jnp.nan, tau)
-  return tau, jnp.where(scores > -jnp.inf, jnp.minimum(expiry, end[:, None]), 0), order
-
-
-def _sort(key: jax.Array, token: jax.Array, kernels: bool) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys in order and their tokens; of equal keys the later token comes first."""
-  if kernels:
-    from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
-
-    return hopper_thresholds.sort(key)
-  return _per_head(lambda key: lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True))(key)
+    return hopper_thresholds.sort(x, coding)
+  key, token = coding.encode(x), jnp.arange(x.shape[-1], dtype=jnp.int32)
+  key, order = _per_head(
+    lambda key: lax.sort((key[::-1], token[::-1]), num_keys=1, is_stable=True)
+  )(key)
+  return coding.decode(key), order
 
 
 def order_by_expiry(expiry: jax.Array, kernels: bool) -> jax.Array:
@@ -89,8 +92,7 @@ def order_by_expiry(expiry: jax.Array, kernels: bool) -> jax.Array:
 
   It serves the attention kernels as well as that of `select`, where only expiries are known.
   """
-  token = jnp.arange(expiry.shape[-1], dtype=jnp.int32)
-  return _sort(expiry.astype(jnp.uint32), token, kernels)[1]
+  return _sort(expiry, INTEGERS, kernels)[1]
 
 
 def _first_nan(token: jax.Array, scores: jax.Array, start: jax.Array) -> jax.Array:
@@ -114,35 +116,12 @@ def _per_head(f: Callable) -> Callable:
   return jax.vmap(over_batch)
 
 
-def _key(scores: jax.Array) -> jax.Array:
-  """Returns integers ordered like the scores, 0 for NaN and -inf."""
-  # -0 and 0 are equal, so they get the same key
-  bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0, finite(scores)), jnp.int32)
-  key = jnp.where(bits < 0, ~bits, bits | jnp.int32(-(2**31))).astype(jnp.uint32)
-  return jnp.where(scores > -jnp.inf, key, 0)
-
-
-def _by_document(key, order, start):
-  """Returns the keys in order and their tokens by document, in the given order inside each.
+def _by_document(order, start):
+  """Returns the tokens by document, in the given order inside each.
 
   Two sorts by one key are faster than one by two.
   """
-  order = lax.sort((start[order], order), num_keys=1, is_stable=True)[1]
-  return key[order], order
-
-
-def _entering(key, order, end, *, delay, packed):
-  """Returns, by rank, the score, and the query at which its token becomes a candidate."""
-  last = end[order] if packed else order.shape[0]
-  return _score(key), jnp.where((key > 0) & (order + delay < last), order + delay, NEVER_ENTERS)
-
-
-def _score(key: jax.Array) -> jax.Array:
-  """Undoes `_key`."""
-  bits = lax.bitcast_convert_type(key, jnp.int32)
-  return finite(
-    lax.bitcast_convert_type(jnp.where(bits < 0, bits & jnp.int32(2**31 - 1), ~bits), jnp.float32)
-  )
+  return lax.sort((start[order], order), num_keys=1, is_stable=True)[1]
 
 
 def _select_forward(scores, start, end, k, delay, packed, kernels):

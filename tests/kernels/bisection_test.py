@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek.kernels.bisection import bisect
+from sparsek.kernels.bisection import bisect, bisect_near
 from sparsek.kernels.fixed_point import fixed_point, lower_breakpoint, minus_one, next_below
 
 
@@ -18,6 +18,10 @@ def test_bisect_is_searchsorted(n):
   first, last = jax.jit(lambda: bisect(n, *searches))()
   np.testing.assert_array_equal(first, np.searchsorted(x, values, "left"))
   np.testing.assert_array_equal(last, np.searchsorted(x, values, "right"))
+  for wrong in (0, 1):  # with right guesses, and with one that is wrong
+    guesses = first.at[0].add(jnp.where(first[0] < n, wrong, -wrong)), last
+    near = bisect_near(n, guesses, jnp.any, *searches)
+    np.testing.assert_array_equal(jnp.stack(near), jnp.stack([first, last]))
 
 
 def test_fixed_point_keeps_the_order():

@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 
 from sparsek.attention import prefix_selection
 from sparsek.attention.documents import document_bounds
+from sparsek.kernels import prefix_events, tiles
 from sparsek.kernels import rms_norm as norms
-from sparsek.kernels import tiles
 from sparsek.kernels.hopper import (
   gather_rows,
   prefix_gradients,
@@ -22,11 +22,14 @@ from sparsek.kernels.hopper import (
   selection_lists,
   sorting,
   staircase,
+  staircase_sums,
+  staircase_tile,
   thread_ops,
   thread_sums,
 )
 from sparsek.kernels.hopper import prefix_thresholds as hopper_thresholds
 from sparsek.kernels.sentinels import NEVER
+from sparsek.kernels.sort_keys import INTEGERS
 from sparsek.kernels.specs import make_scores
 
 
@@ -95,6 +98,14 @@ def narrow(numbers, dtype):
 
 def warp_prefix_sums(x):
   return jnp.cumsum(x.reshape(-1, 32), axis=1, dtype=x.dtype).reshape(-1)
+
+
+def warp_value(x, lane):
+  return jnp.repeat(x.reshape(-1, 32)[:, lane], 32)
+
+
+def warp_count(flag):
+  return jnp.repeat(jnp.sum(flag.reshape(-1, 32), axis=1, dtype=jnp.int32), 32)
 
 
 def shuffle_xor(x, distance):
@@ -168,6 +179,8 @@ def emulated(monkeypatch):
     widen,
     narrow,
     shuffle_xor,
+    warp_count,
+    warp_value,
     warp_prefix_sums,
     kernel,
   )
@@ -178,6 +191,8 @@ def emulated(monkeypatch):
     hopper_thresholds,
     prefix_gradients,
     staircase,
+    staircase_sums,
+    staircase_tile,
     sorting,
     thread_sums,
     rms_norm,
@@ -187,10 +202,11 @@ def emulated(monkeypatch):
   lanes = jnp.arange(thread_ops.LANES, dtype=jnp.int32)
   for module in (gather_rows, rms_norm):
     monkeypatch.setattr(module, "lane_index", lambda: lanes)
-  for module in (selection_lists, sorting, staircase, thread_sums):
+  for module in (selection_lists, sorting, staircase_sums, thread_sums):
     monkeypatch.setattr(module, "sync_threads", lambda: None)
-  monkeypatch.setattr(staircase, "sync_warp", lambda: None)
-  monkeypatch.setattr(staircase, "warp_any", jnp.any)
+  monkeypatch.setattr(staircase_tile, "sync_warp", lambda: None)
+  for module in (gather_rows, hopper_thresholds, staircase, staircase_tile):
+    monkeypatch.setattr(module, "warp_any", jnp.any)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
   monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
@@ -217,16 +233,20 @@ def make(n, packed, kind):
 
 
 @pytest.mark.parametrize(
-  "n, k, delay, packed, kind, copied",
+  "n, k, delay, packed, kind, copied, block",
   [
-    (1, 1, 0, False, "normal", 512),
-    (133, 5, 9, False, "normal", 512),
-    (150, 4, 3, True, "ties", 512),
-    (150, 4, 3, True, "ties", 0),
+    (1, 1, 0, False, "normal", 512, None),
+    (133, 5, 9, False, "normal", 512, None),
+    (150, 4, 3, True, "ties", 512, None),
+    (150, 4, 3, True, "ties", 0, None),
+    (700, 9, 20, False, "normal", 512, 512),  # tiles that take several batches
   ],
 )
-def test_selection(n, k, delay, packed, kind, copied, monkeypatch, request):
-  monkeypatch.setattr(staircase, "COPIED", copied)
+def test_selection(n, k, delay, packed, kind, copied, block, monkeypatch, request):
+  monkeypatch.setattr(staircase_tile, "COPIED", copied)
+  if block:
+    tiling = prefix_events.Tiling(block, -(-n // block))
+    monkeypatch.setattr(staircase, "outer_tiling", lambda _: tiling)
   scores, start, end, cotangent = make(n, packed, kind)
   expected, vjp = jax.vjp(
     lambda scores: prefix_selection.select(scores, start, end, k, delay, packed)[0], scores
@@ -238,7 +258,7 @@ def test_selection(n, k, delay, packed, kind, copied, monkeypatch, request):
   request.getfixturevalue("emulated")
   monkeypatch.setattr(hopper_thresholds, "over_batch", lambda f, *args: f(*args))
   for module, f in (
-    (hopper_thresholds, "_sort"),
+    (sorting, "sort"),
     (hopper_thresholds, "_solve"),
     (prefix_gradients, "_scores_gradient"),
   ):
@@ -321,9 +341,11 @@ def test_lists(n, k, window, chunk, rise, request, monkeypatch):
   )
 
 
-@pytest.mark.parametrize("dim, dtype", [(64, jnp.bfloat16), (128, jnp.float16)])
-def test_rows(dim, dtype, request):
-  n, k, window, chunk, groups = 512, 20, 30, 256, 2
+@pytest.mark.parametrize("dim, dtype, chunk", [(64, jnp.bfloat16, 256), (128, jnp.float16, 64)])
+def test_rows(dim, dtype, chunk, request, monkeypatch):
+  """Tokens in many lists, in the second case."""
+  monkeypatch.setattr(gather_rows, "PROGRAMS", 4)  # each takes several tokens
+  n, k, window, groups = 512, 20, 30, 2
   keys = jax.random.split(jax.random.key(dim), 8)
   scores = jax.random.normal(keys[0], (1, groups, n)) + 0.004 * jnp.arange(n)
   start, end = document_bounds(None, 1, n)
@@ -377,7 +399,7 @@ def test_sort(n, emulated, monkeypatch):
   monkeypatch.setattr(sorting, "LARGEST", 64)
   monkeypatch.setattr(sorting, "FAN", 3)
   key = np.random.default_rng(n).integers(-n, n // 2, (2, n)).astype(np.int32)
-  ranked, order = sorting.sort(jnp.asarray(key))
+  ranked, order = sorting.sort.__wrapped__(INTEGERS, jnp.asarray(key))
   expected = np.stack([np.lexsort((-np.arange(n), row)) for row in key])
   np.testing.assert_array_equal(order, expected)
   np.testing.assert_array_equal(ranked, np.take_along_axis(key, expected, axis=1))
