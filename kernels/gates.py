@@ -75,8 +75,9 @@ def tile_gradients(
   *,
   gate: str,
   scale: float,
-) -> tuple[jax.Array, jax.Array | None]:
-  """Computes the gradient of a tile's s, and that of its gates or None.
+) -> tuple[jax.Array, Load | None]:
+  """Computes the gradient of a tile's s, and returns it and a function that computes that of its
+  gates, or None.
 
   Args:
     s, distance: as in `tile_weights`.
@@ -89,8 +90,12 @@ def tile_gradients(
   if distance is None:
     return p * (dp - delta), None
   x = p * dp
-  u_less_tau = distance()
-  fractional = jnp.logical_and(u_less_tau > 0.0, u_less_tau < 1.0)
   gated = x if g is None or gate == "straight_through" else x * g
   ds, dg = through_gate(s, g, gated - p * delta, gate=gate, scale=scale)
-  return ds, jnp.where(fractional, x if dg is None else x + dg, 0.0)
+
+  def of_gates():
+    u_less_tau = distance()
+    fractional = jnp.logical_and(u_less_tau > 0.0, u_less_tau < 1.0)
+    return jnp.where(fractional, x if dg is None else x + dg, 0.0)
+
+  return ds, of_gates

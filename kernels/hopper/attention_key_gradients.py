@@ -81,7 +81,9 @@ from sparsek.kernels.hopper.common import (
   axis_index,
   by_column,
   by_row,
+  in_block,
   matrix_buffer,
+  opaque_zero,
   pass_by,
   run_kernel,
   slot_of,
@@ -240,13 +242,7 @@ def _compute_block(program: Program, i: Any, done: Any) -> Any:
   tiles, slot = block.end - block.begin, keys_slot(program, i)
   pl.when(tiles > 0)(lambda: plgpu.barrier_wait(scratch.keys_full.at[slot]))
   score = registers.vector(scratch.score.at[slot], ROW) if options.is_list else None
-  keys = Keys(
-    scratch.key.at[slot],
-    scratch.value.at[slot],
-    scratch.first.at[slot],
-    scratch.last.at[slot],
-    score,
-  )
+  keys = Keys(slot, scratch.first.at[slot], scratch.last.at[slot], score)
   bounds = [
     jnp.clip(x, block.begin, block.end)
     for x in bounds_of(program, block.b, block.block, block.g, program.warpgroup)
@@ -334,6 +330,8 @@ def _tile(program: Program, keys: Keys, carry: tuple, step: Any, t: Any, masked:
   dkey, dvalue, dscore = carry
   slot, _ = slot_of(step, options.stages)
   query, cotangent = scratch.query.at[slot], scratch.cotangent.at[slot]
+  keys_slot = keys.slot + opaque_zero(t)
+  key, value = scratch.key.at[keys_slot], scratch.value.at[keys_slot]
   plgpu.barrier_wait(scratch.query_full.at[slot])
   plgpu.barrier_wait(scratch.cotangent_full.at[slot])
 
@@ -361,31 +359,28 @@ def _tile(program: Program, keys: Keys, carry: tuple, step: Any, t: Any, masked:
 
     def of_logits(later):
       product, delta = dp(later), of_queries(scratch.delta)
-      ds, new = tile_gradients(
+      ds, of_gates = tile_gradients(
         s, p, g, product, delta, distance, gate=options.gate, scale=options.scale
       )
-      return ds.astype(options.dtype), None if new is None else new.sum(axis=1)
+      add = None if of_gates is None else lambda dscore: dscore + of_gates().sum(axis=1)
+      return ds.astype(options.dtype), add
 
+    def in_turn():
+      ds, add = of_logits(1)
+      return ds, lambda: dscore if add is None else in_block(t, add, dscore)
+
+    weights = weights.astype(options.dtype)
     if options.early:
-      return registers.matmul_add_in_turn(
-        (dvalue, dkey),
-        weights.astype(options.dtype),
-        cotangent,
-        functools.partial(of_logits, 1),
-        query,
-      )
-    return weights.astype(options.dtype), *of_logits(0)
+      return registers.matmul_add_in_turn((dvalue, dkey), weights, cotangent, in_turn, query)
+    ds, add = of_logits(0)
+    return weights, ds, dscore if add is None else add(dscore)
 
-  *products, new = registers.two_matmuls(
-    shape, (keys.key, query), (keys.value, cotangent), gradients
-  )
+  *products, dscore = registers.two_matmuls(shape, (key, query), (value, cotangent), gradients)
   if options.early:
     dvalue, dkey = products
   else:
     weights, ds = products
     dvalue, dkey = registers.matmul_add((dvalue, dkey), ((weights, cotangent), (ds, query)))
-  if options.is_list:
-    dscore += new
   plgpu.barrier_arrive(scratch.cotangent_free.at[slot])
   plgpu.barrier_arrive(scratch.query_free.at[slot])
   return dkey, dvalue, dscore

@@ -126,10 +126,9 @@ class Block(NamedTuple):
 
 
 class Keys(NamedTuple):
-  """The 64 keys of a computing warpgroup, in shared memory except the scores."""
+  """The 64 keys of a computing warpgroup."""
 
-  key: Ref
-  value: Ref
+  slot: Any  # of key and value in shared memory
   first: Ref
   last: Ref
   score: Any  # in registers; None for the window

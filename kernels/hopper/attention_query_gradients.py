@@ -75,8 +75,10 @@ from sparsek.kernels.hopper.common import (
   by_column,
   by_row,
   grid_of,
+  in_block,
   joined,
   matrix_buffer,
+  opaque_zero,
   pass_by,
   read_bounds,
   run_kernel,
@@ -135,12 +137,11 @@ class Program(NamedTuple):
   """Everything that the roles of a program need."""
 
   options: Options
+  tiling: Tiling
   inputs: Inputs
   outputs: Outputs
   scratch: Scratch
   at: Position
-  hold_queries: bool  # see Tiling
-  late_products: bool
 
 
 class Visits(NamedTuple):
@@ -162,7 +163,7 @@ class Rows(NamedTuple):
 
   first: Any  # token of the first one
   places: Any  # slice of them among the queries
-  query: Any  # in registers, or in shared memory
+  query: Any  # in registers, or None where it stays in shared memory
   logsumexp: jax.Array
   tau: jax.Array
   delta: jax.Array
@@ -257,12 +258,9 @@ def _scratch(options: Options) -> Scratch:
 def _kernel(
   options: Options, tiling: Tiling, inputs: Inputs, outputs: Outputs, scratch: Scratch
 ) -> None:
-  at = position(options)
-  program = Program(
-    options, inputs, outputs, scratch, at, tiling.hold_queries, tiling.late_products
-  )
-  pl.when(at.warpgroup < COMPUTING)(lambda: _compute(program))
-  pl.when(at.warpgroup == COMPUTING)(lambda: _load(program))
+  program = Program(options, tiling, inputs, outputs, scratch, position(options))
+  pl.when(program.at.warpgroup < COMPUTING)(lambda: _compute(program))
+  pl.when(program.at.warpgroup == COMPUTING)(lambda: _load(program))
 
 
 def _find_tiles(program: Program) -> Visits:
@@ -311,7 +309,7 @@ def _compute(program: Program) -> None:
   t4, t5 = bounds[4:]
   diagonal = options.own_tiles - 1 - program.at.warpgroup * HALF // options.block_kv
   nothing = None
-  if program.late_products:
+  if program.tiling.late_products:
     nothing = registers.full(options.shape, 0, MATRIX).astype(options.dtype)
 
   def near(**kind):
@@ -329,7 +327,7 @@ def _compute(program: Program) -> None:
   carry = lax.fori_loop(diagonal, diagonal + 1, near(exits=True, enters=True), carry)
   carry = lax.fori_loop(diagonal + 1, newest - t5 + 1, near(), carry)
   carry = lax.fori_loop(newest - t5 + 1, newest - t4 + 1, near(exits=True), carry)
-  if program.late_products:
+  if program.tiling.late_products:
     carry = *_add_last_tile(program, carry, newest - t4), nothing
   skip(newest - t4 + 1, in_window + t0 - begin)
   carry = lax.fori_loop(t0, t1, far(exits=True), carry)
@@ -339,7 +337,7 @@ def _compute(program: Program) -> None:
   def add_last(_, carry):
     return *_add_last_tile(program, carry, in_window + t3 - 1 - begin), nothing
 
-  if program.late_products:
+  if program.tiling.late_products:
     carry = lax.fori_loop(0, jnp.where(t3 > t0, 1, 0), add_last, carry)
   skip(in_window + t3 - begin, steps)
   _store(program, rows, *carry[:2])
@@ -382,8 +380,8 @@ def _rows(program: Program) -> Rows:
   delta = (
     registers.matrix(cotangent).astype(jnp.float32) * registers.matrix(out).astype(jnp.float32)
   ).sum(axis=1)
-  query = scratch.query.at[warpgroup]
-  held = registers.matrix(query) if program.hold_queries else query
+  hold = program.tiling.hold_queries
+  held = registers.matrix(scratch.query.at[warpgroup]) if hold else None
   return Rows(_first_token(program), _places(program), held, logsumexp, tau, delta)
 
 
@@ -444,20 +442,26 @@ def _tile(
 
   def gradients(s, dp):
     p, g, _ = tile_weights(s, probability, distance, gate=options.gate)
-    product = dp(1 if program.late_products else 0)
+    product = dp(1 if program.tiling.late_products else 0)
     plgpu.barrier_arrive(scratch.value_free.at[slot])
     delta = by_row(rows.delta, shape)
-    ds, new = tile_gradients(
+    ds, of_gates = tile_gradients(
       s, p, g, product, delta, distance, gate=options.gate, scale=options.scale
     )
-    new = dgate if new is None else dgate + new.sum(axis=1)
-    return lax.optimization_barrier((ds, new)) if program.late_products else (ds, new)
 
-  key = scratch.key.at[slot]
-  first, second = (rows.query, key), (scratch.cotangent.at[warpgroup], scratch.value.at[slot])
-  if not program.late_products:
-    new_ds, dgate = registers.two_matmuls(shape, first, second, gradients)
-    (dquery,) = registers.matmul_add((dquery,), ((new_ds.astype(options.dtype), key),))
+    def add(dgate):
+      return dgate if of_gates is None else dgate + of_gates().sum(axis=1)
+
+    if program.tiling.late_products:
+      return lax.optimization_barrier((ds, add(dgate)))
+    finish = (lambda: in_block(t, add, dgate)) if is_list else (lambda: dgate)
+    return registers.matmul_add_beside(dquery, ds.astype(options.dtype), key, finish)
+
+  key, own = scratch.key.at[slot], warpgroup + opaque_zero(t)
+  query = rows.query if program.tiling.hold_queries else scratch.query.at[own]
+  first, second = (query, key), (scratch.cotangent.at[own], scratch.value.at[slot])
+  if not program.tiling.late_products:
+    dquery, dgate = registers.two_matmuls(shape, first, second, gradients)
     plgpu.barrier_arrive(scratch.key_free.at[slot])
     return dquery, dgate, None
   before, _ = slot_of(jnp.where(follows, step - 1, step), options.stages)

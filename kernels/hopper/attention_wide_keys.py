@@ -340,12 +340,14 @@ def _add_to_keys(
 
   dp, (s, p, g) = registers.matmul_beside(options.shape, scratch.value.at[0], cotangent, weigh)
   delta = of_queries(scratch.delta)
-  ds, new = tile_gradients(s, p, g, dp, delta, distance, gate=options.gate, scale=options.scale)
+  ds, of_gates = tile_gradients(
+    s, p, g, dp, delta, distance, gate=options.gate, scale=options.scale
+  )
   ds = ds.astype(options.dtype)
   plgpu.barrier_arrive(scratch.cotangent_free.at[slot])
   (dkey,) = registers.matmul_add((dkey,), ((ds, query),))
   plgpu.barrier_arrive(scratch.query_free.at[slot])
-  return dkey, dscore if new is None else dscore + new.sum(axis=1)
+  return dkey, dscore if of_gates is None else dscore + of_gates().sum(axis=1)
 
 
 def _store_values(program: Program, block: Block, dvalue: jax.Array, nothing: jax.Array) -> None:

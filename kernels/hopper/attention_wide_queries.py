@@ -73,6 +73,7 @@ from sparsek.kernels.hopper.common import (
   grid_of,
   joined,
   matrix_buffer,
+  opaque_zero,
   read_bounds,
   run_kernel,
   slot_of,
@@ -373,9 +374,7 @@ def _tile(
   registers, shape = options.registers, options.shape
   dquery, dgate = carry
   slot, _ = slot_of(step, options.stages)
-  # 0, in a way that keeps the tensor cores' descriptors of the rows from being computed before the
-  # loop: there are more of them than free registers.
-  zero = jnp.minimum(step, 0)
+  zero = opaque_zero(step)
   value_slot, own = slot_of(step, options.value_stages)[0] + zero, at.warpgroup + zero
   key, value = scratch.key.at[slot], scratch.value.at[value_slot]
   plgpu.barrier_wait(scratch.key_full.at[slot])
@@ -406,10 +405,11 @@ def _tile(
     product = dp(0)
     plgpu.barrier_arrive(scratch.value_free.at[value_slot])
     delta = by_row(rows.delta, shape)
-    ds, new = tile_gradients(
+    ds, of_gates = tile_gradients(
       s, p, g, product, delta, distance, gate=options.gate, scale=options.scale
     )
-    return ds.astype(options.dtype), dgate if new is None else dgate + new.sum(axis=1)
+    new = dgate if of_gates is None else dgate + of_gates().sum(axis=1)
+    return ds.astype(options.dtype), new
 
   ds, dgate = registers.two_matmuls(
     shape,

@@ -189,6 +189,24 @@ def apply_if(condition: Any, f: Callable, carry: Any) -> Any:
   return lax.fori_loop(0, jnp.where(condition, 1, 0), lambda _, carry: f(carry), carry)
 
 
+def in_block(index: Any, f: Callable, carry: Any) -> Any:
+  """Returns f(carry), computed in a basic block of its own, for an index that is not negative.
+
+  After a product was issued, this keeps ptxas from spreading the instructions of f between those of
+  the product, which would hold up the tensor cores.
+  """
+  return apply_if(index >= 0, f, carry)
+
+
+def opaque_zero(index: Any) -> Any:
+  """Returns 0, of an index that is not negative, in a way that the compiler does not see through.
+
+  Added to the slot of a matrix that all steps of a loop multiply, it keeps the tensor cores'
+  descriptors of its parts from being computed before the loop: there they take two registers each.
+  """
+  return jnp.minimum(index, 0)
+
+
 def read_bounds(ref: Ref, *row: jax.Array) -> tuple[jax.Array, ...]:
   """Reads all entries of ref[row], scalars.
 
@@ -338,23 +356,39 @@ class Registers:
   def matmul_add_in_turn(
     self, accs: tuple[jax.Array, jax.Array], a: jax.Array, b: Ref, make: Callable, d: Ref
   ) -> tuple:
-    """Returns (acc_0 + a @ b, acc_1 + c @ d, rest) with c, rest = make(), which runs while a @ b is
-    computed; a and c are in registers, b and d in shared memory.
+    """Returns (acc_0 + a @ b, acc_1 + c @ d, last()) with c, last = make(), which runs while a @ b
+    is computed, and last() while c @ d is; a and c are in registers, b and d in shared memory.
     """
     if self.interpreted:
-      c, rest = make()
-      return *self.matmul_add(accs, ((a, b), (c, d))), rest
+      c, last = make()
+      return *self.matmul_add(accs, ((a, b), (c, d))), last()
 
     def run(*accumulators):
       for accumulator, acc in zip(accumulators, accs):
         accumulator[...] = acc
       plgpu.wgmma(accumulators[0], a, b)
-      c, rest = make()
+      c, last = make()
       plgpu.wgmma(accumulators[1], c, d)
-      return *(x[...] for x in accumulators), rest
+      made = last()
+      return *(x[...] for x in accumulators), made
 
     shapes = [(acc.shape[0], acc.shape[1]) for acc in accs]
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+  def matmul_add_beside(self, acc: jax.Array, a: jax.Array, b: Ref, make: Callable) -> tuple:
+    """Returns acc + a @ b, a in registers and b in shared memory, and make(), which runs while the
+    tensor cores work.
+    """
+    if self.interpreted:
+      return *self.matmul_add((acc,), ((a, b),)), make()
+
+    def run(accumulator):
+      accumulator[...] = acc
+      plgpu.wgmma(accumulator, a, b)
+      made = make()
+      return accumulator[...], made
+
+    return pl.run_scoped(run, plgpu.ACC((acc.shape[0], acc.shape[1]), jnp.float32))
 
   def matmul_add(
     self, accs: tuple[jax.Array, ...], factors: tuple, meanwhile: Callable = lambda: None

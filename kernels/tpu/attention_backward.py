@@ -197,10 +197,10 @@ def _gradients(
 
   distance = pairs.distance(queries.tau[at[1]])
   p, gates, weights = tile_weights(s, probability, distance, gate=static.gate)
-  ds, dgates = tile_gradients(
+  ds, of_gates = tile_gradients(
     s, p, gates, dp, outputs.delta[at], distance, gate=static.gate, scale=1.0
   )
-  return ds, dgates, weights
+  return ds, of_gates and of_gates(), weights
 
 
 def _add_to_keys(
