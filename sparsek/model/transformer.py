@@ -189,9 +189,9 @@ class Transformer(nn.Module):
       )
       self.layers = scanned(cfg)
     else:
-      self.layers = [  # type: ignore[assignment]
-        _block_class(cfg)(cfg, term) for term in cfg.layer_terms
-      ]
+      # Layers with equal settings are traced and lowered once.
+      block = nn.jit(_block_class(cfg))
+      self.layers = [block(cfg, term) for term in cfg.layer_terms]  # type: ignore[assignment]
     norm = make_norm(cfg)
     self.final_norm = _gathering(type(norm), cfg, "final_norm")(norm.epsilon)
     if not cfg.tie_embeddings:

@@ -8,11 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data.token_files import TokenDataset
@@ -25,6 +27,7 @@ from sparsek.runs import checkpoint, run_directory, run_record, writers
 from sparsek.runs.checkpoint_writer import CheckpointWriter
 from sparsek.runs.metrics import MetricsWriter, NoMetrics, Progress
 from sparsek.storage import files
+from sparsek.training.compilation import start_compiling, start_compiling_kernels
 from sparsek.training.report import Dispatched, Ended, Reporter
 from sparsek.training.saver import Saver
 from sparsek.training.start import (
@@ -109,6 +112,7 @@ class _Run:
       (jnp.bool_(True), jnp.bool_(False)), replicated(setup.mesh)
     )
     self._pending: Dispatched | None = None
+    self._compilation: Future[Compiled] | None = None  # of the diagnostics
     self.heldout_loss: float | None = None
 
   @property
@@ -151,10 +155,14 @@ class _Run:
       with self._reporter.watch.paused():
         setup.profile.before(self.step)
     placed = put_batch(setup.mesh, batch)
+    arguments = self._state, placed, *self._teacher
     diagnostics = {}
-    with self._compiling():
-      self._state, outputs = setup.train_step(self._state, placed, *self._teacher, apply=self._yes)
+    with self._compiling(arguments):
+      self._state, outputs = setup.train_step(*arguments, apply=self._yes)
       if self._reporter.is_diagnosed(self.step):
+        if self._compilation is not None:
+          self._compilation.result()
+          self._compilation = None
         diagnostics = setup.diagnose(self._state.params, first_row(setup.mesh, placed))
     lengths = flops.document_lengths(batch["segment_ids"][:, :-1])
     stop = self._stop.cast()
@@ -163,8 +171,14 @@ class _Run:
     return Dispatched(self.step, placed, outputs, diagnostics, lengths, stop)
 
   @contextlib.contextmanager
-  def _compiling(self) -> Iterator[None]:
-    """Says that the first step of this process is compiled in the block, and how long it took."""
+  def _compiling(self, arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Says that the first step of this process is compiled in the block, and how long it took.
+
+    Its kernels and the diagnostics are compiled in other threads.
+
+    Args:
+      arguments: of the step.
+    """
     if self.step > self._reporter.first_step:
       yield
       return
@@ -172,6 +186,14 @@ class _Run:
     kept = " (cached next time)" if run_directory.keeps_compiled() else ""
     self._progress.say(f"compiling the training step{kept} ...")
     begin = time.monotonic()
+    setup = self._setup
+    lowered = setup.train_step.lower(*arguments, apply=self._yes)  # which the step need not repeat
+    start_compiling_kernels(lowered, jax.local_devices()[0])
+    if self._reporter.is_diagnosed(self.step):
+      state, batch, *_ = arguments
+      self._compilation = start_compiling(
+        setup.diagnose, state.params, first_row(setup.mesh, batch)
+      )
     yield
     seconds = time.monotonic() - begin
     if seconds >= SLOW:

@@ -2,13 +2,14 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.data.batches import TrainIterator, eval_batches, make_train_iterator
@@ -44,9 +45,9 @@ class Setup(NamedTuple):
   optimizer: optax.GradientTransformation
   iterator: TrainIterator
   heldout: Iterable[HostBatch]
-  train_step: Callable
-  eval_step: Callable
-  diagnose: Callable
+  train_step: Wrapped
+  eval_step: Wrapped
+  diagnose: Wrapped
   profile: Profile
 
   @property
