@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sparsek.kernels.bisection import bisect
+from sparsek.kernels.prefix_thresholds import reader
 from sparsek.kernels.varying import varying_like
 
 
@@ -38,19 +40,26 @@ def chunk_lists(expiry: jax.Array, k: int, window: int, chunk: int) -> jax.Array
     distinct values from n on, for scatters to drop and gathers to fill.
   """
   n = expiry.shape[0]
-  chunks, slots = -(-n // chunk), min(k + chunk, n) if k else 0
+  chunks, slots = -(-n // chunk), min(k + chunk, n)
+  if not k:
+    return varying_like(jnp.zeros((chunks, 0), jnp.int32), expiry)
   entry = jnp.arange(n, dtype=jnp.int32) + window
   first, last = entry // chunk, (expiry - 1) // chunk
   lives = jnp.where(expiry > entry, last - first + 1, 0)  # chunks that each token is listed in
-  total = chunks * slots
-  token = jnp.repeat(jnp.arange(n, dtype=jnp.int32), lives, total_repeat_length=total)
-  before = jnp.cumsum(lives) - lives
-  pair = jnp.arange(total, dtype=jnp.int32)
-  member = jnp.where(pair < jnp.sum(lives), first[token] + pair - before[token], chunks)
+  ends = jnp.cumsum(lives)  # in a list of the pairs of a token and a chunk, by token
+  pairs = chunks * slots
+  pair = varying_like(jnp.arange(pairs, dtype=jnp.int32), expiry)
+  ends_at = reader(ends)
+  (token,) = bisect(n, (pair - pair, pair - pair + n, lambda j: ends_at(j) > pair))
+  member = jnp.where(token < n, reader(last + 1 - ends)(token) + pair, chunks)
   member, token = lax.sort((member, token), num_keys=2)
-  count = jnp.zeros(chunks, jnp.int32).at[member].add(1, mode="drop")
+  member_at = reader(member)
+  number = varying_like(jnp.arange(chunks + 1, dtype=jnp.int32), expiry)
+  low = number - number
+  (begin,) = bisect(pairs, (low, low + pairs, lambda i: member_at(i) >= number))
+  count = begin[1:] - begin[:-1]
   slot = jnp.arange(slots, dtype=jnp.int32)
-  index = (jnp.cumsum(count) - count)[:, None] + slot
+  index = begin[:-1, None] + slot
   return jnp.where(slot < count[:, None], token.at[index].get(mode="clip"), n + slot)
 
 

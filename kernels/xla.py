@@ -66,14 +66,29 @@ def attention(
   k, window = min(k, n), min(window, n)
   static = Static(k, window, gate, float(scale), chunk_size(n, k, window))
   by_head = lambda x: jnp.swapaxes(x, 1, 2)
-  return _attention(
-    query, key, value, by_head(scores), by_head(threshold), by_head(expiry), start, static
-  )
+  expiry = by_head(expiry)
+  lists = jax.vmap(jax.vmap(lambda e: chunk_lists(e, k, window, static.chunk)))(expiry)
+  selection = Selection(expiry, lists, start)
+  return _attention(query, key, value, by_head(scores), by_head(threshold), selection, static)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attention(query, key, value, scores, threshold, expiry, start, static):
-  return _forward(query, key, value, scores, threshold, expiry, start, static)[0]
+class Selection(NamedTuple):
+  """The keys that queries see.
+
+  Attributes:
+    expiry: [batch, G, n].
+    lists: [batch, G, chunks, listed], from `chunk_lists`.
+    start: [batch, n].
+  """
+
+  expiry: jax.Array
+  lists: jax.Array
+  start: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(query, key, value, scores, threshold, selection, static):
+  return _forward(query, key, value, scores, threshold, selection, static)[0]
 
 
 def _einsum(equation, a, b):
@@ -131,17 +146,15 @@ class Chunk(NamedTuple):
   lists: jax.Array
 
 
-def _inputs(query, groups, threshold, start, expiry, static) -> Chunk:
+def _inputs(query, groups, threshold, selection, chunk) -> Chunk:
   """Returns the chunks that the scans read."""
-  k, window, _, _, chunk = static
   n = query.shape[1]
-  lists = jax.vmap(jax.vmap(lambda e: chunk_lists(e, k, window, chunk)))(expiry)
   return Chunk(
     jnp.arange(-(-n // chunk)),
     _chunks(_by_group(query, groups), 3, chunk),
     _chunks(threshold, 2, chunk),
-    _chunks(start, 1, chunk),
-    jnp.moveaxis(lists, 2, 0),
+    _chunks(selection.start, 1, chunk),
+    jnp.moveaxis(selection.lists, 2, 0),
   )
 
 
@@ -229,13 +242,13 @@ def _gates_of(pairs: Pairs, gate: str) -> jax.Array:
   return jnp.pad(p, ((0, 0),) * 3 + ((0, rest),), constant_values=1)[:, :, None]
 
 
-@functools.partial(jax.jit, static_argnums=7)
-def _forward(query, key, value, scores, threshold, expiry, start, static):
+@functools.partial(jax.jit, static_argnums=6)
+def _forward(query, key, value, scores, threshold, selection, static):
   gate, n = static.gate, query.shape[1]
   keys, values = _padded(key, static), _padded(value, static)
 
   def step(_, inputs):
-    pairs = _pairs(inputs, keys, values, scores, expiry, static)
+    pairs = _pairs(inputs, keys, values, scores, selection.expiry, static)
     visible, p = pairs.visible, _gates_of(pairs, gate)
     logits = gates.gated_logits(pairs.products, p, gate=gate)
     logits = jnp.where(visible, logits, -jnp.inf)
@@ -248,19 +261,19 @@ def _forward(query, key, value, scores, threshold, expiry, start, static):
     out = out + jnp.where(pairs.spoilt, jnp.nan, 0)[..., None]
     return None, (out.astype(query.dtype), (top + jnp.log(total))[..., 0])
 
-  inputs = _inputs(query, key.shape[2], threshold, start, expiry, static)
+  inputs = _inputs(query, key.shape[2], threshold, selection, static.chunk)
   _, (out, logsumexp) = lax.scan(step, None, inputs)
   return jnp.moveaxis(_unchunk(out, 3, n), 3, 1).reshape(query.shape), _unchunk(logsumexp, 3, n)
 
 
-def _forward_rule(query, key, value, scores, threshold, expiry, start, static):
-  out, logsumexp = saved(*_forward(query, key, value, scores, threshold, expiry, start, static))
-  return out, (query, key, value, scores, threshold, expiry, start, logsumexp)
+def _forward_rule(query, key, value, scores, threshold, selection, static):
+  out, logsumexp = saved(*_forward(query, key, value, scores, threshold, selection, static))
+  return out, (query, key, value, scores, threshold, selection, logsumexp)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward_rule(static, residuals, cotangent):
-  query, key, value, scores, threshold, expiry, start, logsumexp = residuals
+  query, key, value, scores, threshold, selection, logsumexp = residuals
   _, window, gate, scale, chunk = static
   n, groups, pad = query.shape[1], key.shape[2], max(window - 1, 0)
   keys, values = _padded(key, static), _padded(value, static)
@@ -269,7 +282,7 @@ def _backward_rule(static, residuals, cotangent):
     dkeys, dvalues, dscores = carry
     inputs, do, lse = xs
     c, lists = inputs.number, inputs.lists
-    pairs = _pairs(inputs, keys, values, scores, expiry, static)
+    pairs = _pairs(inputs, keys, values, scores, selection.expiry, static)
     dlogits, dgates, gated = _gradients(pairs, do, lse, gate)
     # summed over the query heads of the group: [B, G, C, listed]
     dgates = jnp.where(pairs.fractional, jnp.sum(dgates, axis=2), 0)
@@ -284,7 +297,7 @@ def _backward_rule(static, residuals, cotangent):
     )
     return carry, (dq, -jnp.sum(dgates, axis=-1))
 
-  inputs = _inputs(query, groups, threshold, start, expiry, static)
+  inputs = _inputs(query, groups, threshold, selection, chunk)
   zeros = tuple(
     varying_like(jnp.zeros(x.shape, jnp.float32), query) for x in (keys, values, scores)
   )
@@ -300,7 +313,6 @@ def _backward_rule(static, residuals, cotangent):
     rows(dvalues).astype(value.dtype),
     dscores,
     _unchunk(dtau, 2, n),
-    None,
     None,
   )
 

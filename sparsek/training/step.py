@@ -159,13 +159,16 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options(mesh))
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, bool] | None:
-  """Returns the options of XLA under which a training step was fastest.
+def _compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
+  """Returns the options of XLA under which a training step is compiled soonest and runs as fast.
 
-  cuBLAS multiplies as fast as XLA's own fused products, and is compiled in less time.
+  On GPUs, cuBLAS multiplies as fast as XLA's own fused products. On CPUs, LLVM's first level makes
+  as fast loops as its third.
   """
-  is_gpu = mesh.devices.flat[0].platform == "gpu"
-  return {"xla_gpu_enable_triton_gemm": False} if is_gpu else None
+  platform = mesh.devices.flat[0].platform
+  if platform == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
+    return {"xla_backend_optimization_level": 1}
+  return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else None
 
 
 def _freeze(params: Params, trainable: str) -> Params:

@@ -287,3 +287,21 @@ def test_the_embedding_learns_from_its_own_tokens_alone():
   grad = jax.grad(lambda params: logits(params).sum())(params_of(BASE))
   rows = np.abs(grad["embed"]["embedding"]).sum(axis=1) > 0
   assert set(np.flatnonzero(rows)) == set(np.asarray(TOKENS[0, :4]).tolist())
+
+
+def test_layers_with_equal_settings_are_lowered_once():
+  """A step of a deep model has as many functions as one of a shallow model, and one more layer of
+  another kind adds its own.
+  """
+
+  def functions(**fields):
+    config = dataclasses.replace(BASE, remat="attention", **fields)
+    loss = lambda params: Transformer(config).apply({"params": params}, TOKENS, SEGMENTS).sum()
+    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.jit(jax.grad(loss)).lower(params).as_text().count("func.func")
+
+  shallow, deep = (functions(num_layers=layers, attention="sparsek") for layers in (3, 6))
+  assert shallow == deep
+  assert functions(num_layers=4, attention="sparsek,full") > functions(
+    num_layers=4, attention="full"
+  )
