@@ -165,6 +165,9 @@ class Transformer(nn.Module):
   instead: layers/blocks_<p>/..., p the index in the attention pattern, with a leading axis of
   num_layers / len(pattern). All matrices are called `kernel` (or `embedding`).
 
+  With `trace_once`, inside `jax.jit`, layers with equal settings are traced and lowered once.
+  Outside, every call would compile them again.
+
   Example:
     config = sparsek.preset("tiny")
     params = sparsek.init_params(config, jax.random.key(0))
@@ -172,6 +175,7 @@ class Transformer(nn.Module):
   """
 
   config: TransformerConfig
+  trace_once: bool = False
 
   def setup(self) -> None:
     cfg = self.config
@@ -189,8 +193,7 @@ class Transformer(nn.Module):
       )
       self.layers = scanned(cfg)
     else:
-      # Layers with equal settings are traced and lowered once.
-      block = nn.jit(_block_class(cfg))
+      block = nn.jit(_block_class(cfg)) if self.trace_once else _block_class(cfg)
       self.layers = [block(cfg, term) for term in cfg.layer_terms]  # type: ignore[assignment]
     norm = make_norm(cfg)
     self.final_norm = _gathering(type(norm), cfg, "final_norm")(norm.epsilon)

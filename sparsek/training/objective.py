@@ -44,7 +44,7 @@ def _hidden(config, params, batch, packed, key=None, mutable=()):
   """
   segment_ids = batch["segment_ids"] if packed else None
   rngs = {} if key is None else {"scorer_noise": key, "scorer_loss": jax.random.fold_in(key, 1)}
-  hidden, collections = Transformer(config).apply(
+  hidden, collections = Transformer(config, trace_once=True).apply(
     {"params": params},
     batch["tokens"],
     segment_ids=segment_ids,

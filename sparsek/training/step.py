@@ -310,7 +310,7 @@ def make_diagnose(config: TransformerConfig, mesh: Mesh) -> Wrapped:
   specs = parameter_specs(config, mesh.shape[FSDP])
 
   def local_statistics(params, tokens, segment_ids):
-    _, sown = Transformer(config).apply(
+    _, sown = Transformer(config, trace_once=True).apply(
       {"params": params}, tokens, segment_ids=segment_ids, method="hidden", mutable=["diagnostics"]
     )
     alike: dict[Any, dict[int, jax.Array]] = {}  # scores by layer, of layers with equal settings

@@ -296,7 +296,8 @@ def test_layers_with_equal_settings_are_lowered_once():
 
   def functions(**fields):
     config = dataclasses.replace(BASE, remat="attention", **fields)
-    loss = lambda params: Transformer(config).apply({"params": params}, TOKENS, SEGMENTS).sum()
+    model = Transformer(config, trace_once=True)
+    loss = lambda params: model.apply({"params": params}, TOKENS, SEGMENTS).sum()
     params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     return jax.jit(jax.grad(loss)).lower(params).as_text().count("func.func")
 
@@ -305,3 +306,30 @@ def test_layers_with_equal_settings_are_lowered_once():
   assert functions(num_layers=4, attention="sparsek,full") > functions(
     num_layers=4, attention="full"
   )
+
+
+def test_layers_traced_once_compute_the_same():
+  config = dataclasses.replace(BASE, num_layers=3, attention="sparsek,sparsek,full")
+  apply = lambda once: quick_jit(
+    lambda params: Transformer(config, trace_once=once).apply(
+      {"params": params}, TOKENS, SEGMENTS, mutable=["diagnostics"]
+    )
+  )(params_of(config))
+  jax.tree.map(np.testing.assert_array_equal, apply(True), apply(False))
+
+
+def test_layers_traced_once_draw_other_numbers_each():
+  config = dataclasses.replace(BASE, num_layers=2, attention="sparsek", scorer_loss_queries=2)
+  params = params_of(config)
+  # Both layers get the same input, since the first adds nothing.
+  first = jax.tree.map(lambda x: x, params["layers_1"])
+  for name, kernel in (("attention", "out"), ("mlp", "down")):
+    first[name][kernel] = jax.tree.map(jnp.zeros_like, first[name][kernel])
+  _, sown = Transformer(config, trace_once=True).apply(
+    {"params": params | {"layers_0": first}},
+    TOKENS,
+    rngs={"scorer_loss": jax.random.key(0)},
+    mutable=["scorer_loss"],
+  )
+  one, two = jax.tree.leaves(sown)
+  assert abs(one - two) > 1e-6
