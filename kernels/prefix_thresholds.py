@@ -295,17 +295,10 @@ def solve(
   )
   read = Read(start=reader(start), token=reader(token), event=reader(event))
 
-  row, column, weights = (
-    jnp.concatenate(pair)
-    for pair in zip(
-      *(
-        (row, column, jnp.stack([row * 0 + weights.get(i, 0) for i in range(SUMS)], axis=-1))
-        for row, column, weights in enter(problem, located, entry)
-      )
-    )
-  )
-  sums = jnp.zeros((blocks + 1, blocks + 1, SUMS), jnp.int32)
-  sums = jnp.moveaxis(sums.at[row, column].add(weights, mode="drop"), -1, 0)
+  sums = jnp.zeros((SUMS, blocks + 1, blocks + 1), jnp.int32)
+  for row, column, weights in enter(problem, located, entry):
+    for index, weight in weights.items():
+      sums = sums.at[index, row, column].add(weight, mode="drop")
   sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
 
   # Both staircases are walked in one loop, so that the compiled program is half as long.

@@ -310,11 +310,13 @@ def test_layers_with_equal_settings_are_lowered_once():
 
 def test_layers_traced_once_compute_the_same():
   config = dataclasses.replace(BASE, num_layers=3, attention="sparsek,sparsek,full")
-  apply = lambda once: quick_jit(
-    lambda params: Transformer(config, trace_once=once).apply(
-      {"params": params}, TOKENS, SEGMENTS, mutable=["diagnostics"]
+
+  def apply(once):
+    model = Transformer(config, trace_once=once)
+    return quick_jit(functools.partial(model.apply, mutable=["diagnostics"]))(
+      {"params": params_of(config)}, TOKENS, SEGMENTS
     )
-  )(params_of(config))
+
   jax.tree.map(np.testing.assert_array_equal, apply(True), apply(False))
 
 
