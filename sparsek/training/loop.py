@@ -112,7 +112,6 @@ class _Run:
       (jnp.bool_(True), jnp.bool_(False)), replicated(setup.mesh)
     )
     self._pending: Dispatched | None = None
-    self._compilation: Future[Compiled] | None = None  # of the diagnostics
     self.heldout_loss: float | None = None
 
   @property
@@ -157,12 +156,11 @@ class _Run:
     placed = put_batch(setup.mesh, batch)
     arguments = self._state, placed, *self._teacher
     diagnostics = {}
-    with self._compiling(arguments):
+    with self._compiling(arguments) as compilation:
       self._state, outputs = setup.train_step(*arguments, apply=self._yes)
+      if compilation is not None:
+        compilation.result()
       if self._reporter.is_diagnosed(self.step):
-        if self._compilation is not None:
-          self._compilation.result()
-          self._compilation = None
         diagnostics = setup.diagnose(self._state.params, first_row(setup.mesh, placed))
     lengths = flops.document_lengths(batch["segment_ids"][:, :-1])
     stop = self._stop.cast()
@@ -171,16 +169,18 @@ class _Run:
     return Dispatched(self.step, placed, outputs, diagnostics, lengths, stop)
 
   @contextlib.contextmanager
-  def _compiling(self, arguments: tuple[Any, ...]) -> Iterator[None]:
+  def _compiling(self, arguments: tuple[Any, ...]) -> Iterator[Future[Compiled] | None]:
     """Says that the first step of this process is compiled in the block, and how long it took.
 
     Its kernels and the diagnostics are compiled in other threads.
 
     Args:
       arguments: of the step.
+    Yields:
+      the compilation of the diagnostics, or None after the first step.
     """
     if self.step > self._reporter.first_step:
-      yield
+      yield None
       return
     processes.pause()
     kept = " (cached next time)" if run_directory.keeps_compiled() else ""
@@ -189,12 +189,8 @@ class _Run:
     setup = self._setup
     lowered = setup.train_step.lower(*arguments, apply=self._yes)  # which the step need not repeat
     start_compiling_kernels(lowered, jax.local_devices()[0])
-    if self._reporter.is_diagnosed(self.step):
-      state, batch, *_ = arguments
-      self._compilation = start_compiling(
-        setup.diagnose, state.params, first_row(setup.mesh, batch)
-      )
-    yield
+    state, batch, *_ = arguments
+    yield start_compiling(setup.diagnose, state.params, first_row(setup.mesh, batch))
     seconds = time.monotonic() - begin
     if seconds >= SLOW:
       self._progress.say(f"compiled in {seconds:.0f} s")
