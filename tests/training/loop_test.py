@@ -457,7 +457,7 @@ def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkey
       leaves = [jnp.full_like(x, jnp.inf) if x.dtype == jnp.float32 else x for x in leaves]
       return state._replace(**{leaf: jax.tree.unflatten(structure, leaves)}), outputs
 
-    return ruined
+    return jax.jit(ruined)
 
   monkeypatch.setattr(start, "make_train_step", ruining)
   with pytest.raises(
