@@ -457,7 +457,8 @@ def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkey
       leaves = [jnp.full_like(x, jnp.inf) if x.dtype == jnp.float32 else x for x in leaves]
       return state._replace(**{leaf: jax.tree.unflatten(structure, leaves)}), outputs
 
-    return jax.jit(ruined)
+    ruined.lower = step.lower
+    return ruined
 
   monkeypatch.setattr(start, "make_train_step", ruining)
   with pytest.raises(
@@ -526,6 +527,7 @@ def test_a_spike_before_a_checkpoint_says_nothing_about_its_parameters(
       loss = jnp.nan if len(batches) > 3 and batch is batches[3] else outputs["loss"]
       return state, {**outputs, "loss": jnp.float32(loss), "skipped": jnp.int32(len(batches) >= 4)}
 
+    spike_at_4.lower = step.lower
     return spike_at_4
 
   monkeypatch.setattr(start, "make_train_step", spiking)
