@@ -6,7 +6,7 @@ No file that a user or a run keeps is replaced, and no folder holds the outputs 
 import dataclasses
 import glob
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sparsek.errors import UsageError
 from sparsek.storage import files, new_folder
@@ -29,6 +29,7 @@ FOLDERS = {
   "token files": ("tokens.bin",),
   A_MODEL: ("model*.safetensors",),
 }
+_RUNS_BELOW = (f"*/{RUN}", f"*/cells/*/{RUN}")  # a folder that holds them is one of runs or grids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,20 +123,32 @@ def check_picture(flag: str, path: str) -> None:
   check(f"--{flag}={path}: its picture {picture_of(path)}", picture_of(path), PICTURE)
 
 
-def check_folder(named: str, path: str, kind: str) -> None:
+def check_folder(named: str, path: str, kind: str, alone: bool = False) -> None:
   """Raises UsageError where a command must not write into a folder, since another kind is there.
 
-  A folder in which both kinds lie already is accepted, so that its runs can go on.
+  A folder in which both kinds lie already is accepted, so that its runs can go on. Otherwise a run
+  holds no folder that another command makes, and no run has runs or grids in its folder.
 
   Args:
     named: what names the folder, such as "--workdir=runs/a".
     path: of the folder; need not exist.
     kind: of FOLDERS, that the command makes.
+    alone: refuse a folder without the kind if it holds anything else, hidden files excepted.
   """
   held = _kinds_of(path)
-  if held and kind not in held:
-    other, file = next(iter(held.items()))
+  if kind in held:
+    return
+  for other, file in held.items():
     raise UsageError(f"{named} holds {other} ({file}), and not {kind}: give another folder")
+  names = [name for name in _names_in(named, path) if not name.startswith(".")]
+  if names and alone:
+    raise UsageError(f"{named} holds {names[0]} and is not {kind}: give a new folder")
+  run = os.path.dirname(os.path.realpath(path))
+  if all(os.path.exists(os.path.join(run, name)) for name in (RUN, "checkpoints")):
+    raise UsageError(f"{named} lies in the run {run}: give a folder outside it")
+  below = _first(path, _RUNS_BELOW) if kind == A_RUN else None
+  if below:
+    raise UsageError(f"{named} holds a folder of another run ({below}): give another folder")
 
 
 def check_new_folder(flag: str, path: str) -> None:
@@ -150,12 +163,30 @@ def check_new_folder(flag: str, path: str) -> None:
 
 def _kinds_of(path: str) -> dict[str, str]:
   """Returns the kinds of FOLDERS that a folder holds, each with a file that tells it."""
-  held = {}
-  for kind, patterns in FOLDERS.items():
-    paths = (glob.glob(os.path.join(glob.escape(path), pattern)) for pattern in patterns)
-    if told := next(filter(None, paths), None):
-      held[kind] = os.path.relpath(told[0], path)
-  return held
+  held = {kind: _first(path, patterns) for kind, patterns in FOLDERS.items()}
+  return {kind: file for kind, file in held.items() if file}
+
+
+def _names_in(named: str, path: str) -> list[str]:
+  """Returns the names in a folder, or none where it does not exist.
+
+  Raises:
+    UsageError: for a file, and where it cannot be read.
+  """
+  try:
+    return sorted(os.listdir(path))
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    reason = "is a file" if os.path.isfile(path) else f"cannot be read: {files.reason_of(error)}"
+    raise UsageError(f"{named} {reason}: give a folder") from None
+
+
+def _first(path: str, patterns: Sequence[str]) -> str | None:
+  """Returns a path in a folder, relative to it, that has one of these patterns; None: no such."""
+  paths = (glob.glob(os.path.join(glob.escape(path), pattern)) for pattern in patterns)
+  found = next(filter(None, paths), None)
+  return os.path.relpath(found[0], path) if found else None
 
 
 def picture_of(path: str) -> str:

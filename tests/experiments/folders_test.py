@@ -62,6 +62,54 @@ def test_a_folder_of_the_kind_and_a_plain_one_are_accepted(kind, tmp_path):
     outputs.check_folder("--workdir=x", str(tmp_path), both)
 
 
+NEW = {words: command for words, command in COMMANDS.items() if command[1]}  # not only new ones
+
+
+@pytest.mark.parametrize("words", NEW)
+@pytest.mark.parametrize("place", ("a file", "below a file", "within a run", "of runs", "of grids"))
+def test_runs_and_grids_are_made_in_folders_of_their_own(words, place, tmp_path, capsys):
+  command, made = NEW[words]
+  folder = tmp_path / "there"
+  if place.endswith("a file"):
+    folder.write_text("mine")
+    folder = folder / "x" if place.startswith("below") else folder
+    said = " is a file: give" if place == "a file" else " cannot be read: Not a directory: give"
+  elif place == "within a run":
+    shutil.copytree(FIXTURES / "lora", folder)
+    folder, said = folder / "x", f" lies in the run {folder}: give a folder outside it"
+  else:
+    shutil.copytree(FIXTURES / {"of runs": "lora", "of grids": "ablation"}[place], folder / "x")
+    said = (
+      " holds a folder of another run (x/" if made == outputs.A_RUN else " holds x and is not a"
+    )
+  before = sorted(tmp_path.rglob("*"))
+  arguments = words.replace("FOLDER", str(folder)).split()
+  assert run_command(command.main, command.FLAGS, *arguments) == 2
+  assert capsys.readouterr().err.startswith(f"error: --workdir={folder}{said}")
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_of_several_runs_are_as_they_were(tmp_path):
+  shutil.copytree(FIXTURES / "lora", tmp_path / "x")
+  for kind in (outputs.STAGES, outputs.DEMOS):  # they make runs below
+    outputs.check_folder("--workdir=x", str(tmp_path), kind)
+  shutil.copytree(FIXTURES / "lora", tmp_path / "x" / "y")
+  for name in ("x", "x/y", "z"):  # they go on where earlier versions made them
+    outputs.check_folder("--workdir=x", str(tmp_path / name), outputs.A_RUN)
+
+
+def test_a_grid_begins_in_a_folder_without_files_of_others(tmp_path):
+  check = lambda: outputs.check_folder("--workdir=x", str(tmp_path), outputs.A_GRID, alone=True)
+  check()
+  (tmp_path / ".nfs1").write_text("")
+  check()
+  (tmp_path / "paper.tex").write_text("mine")
+  with pytest.raises(UsageError, match="--workdir=x holds paper.tex and is not a grid: give a new"):
+    check()
+  (tmp_path / "cells").mkdir()
+  check()
+
+
 def test_demos_recipes_and_python_calls_follow_the_rule(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   shutil.copytree(FIXTURES / "ablation", "demo")
