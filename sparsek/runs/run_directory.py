@@ -20,7 +20,6 @@ from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
 from sparsek.storage.files import cannot_write, check_regular, exists, reason_of, write_atomically
 
-COMPILATION_CACHE = "SPARSEK_COMPILATION_CACHE"  # environment variable that names a folder
 NO_CACHE = "none"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sparsek")
 
@@ -30,15 +29,15 @@ def use_compilation_cache(folder: str | None = None) -> None:
 
   Args:
     folder: "none" for no cache. None for the one with which JAX is configured, else
-      $SPARSEK_COMPILATION_CACHE, which the runs of a grid share, else one below
-      $XDG_CACHE_HOME/sparsek or ~/.cache/sparsek, of this model of CPU or kind of accelerator.
+      one below $XDG_CACHE_HOME/sparsek or ~/.cache/sparsek, of this model of CPU or kind of
+      accelerator.
   """
   if folder == NO_CACHE:
     jax.config.update("jax_enable_compilation_cache", False)
     return
   configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
   if folder is not None or configured is None:
-    folder = folder or os.environ.get(COMPILATION_CACHE) or _default_cache()
+    folder = folder or _default_cache()
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
 
 
