@@ -18,7 +18,7 @@ import functools
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from absl import flags as absl_flags
 
@@ -28,7 +28,7 @@ from sparsek.command_line.definer import Definer, not_default
 from sparsek.command_line.flags import define_alone_flag
 from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.terminal import said_if_slow
-from sparsek.command_line.training_flags import define_mesh_flags
+from sparsek.command_line.training_flags import define_mesh_flags, define_pretrain_flags
 from sparsek.config import ATTENTION_KINDS, GATES, SCORERS, whole_number
 from sparsek.errors import RunError, UsageError
 from sparsek.storage import files
@@ -132,7 +132,7 @@ def check_flags() -> None:
   """Raises UsageError for values of a grid that cannot be, and without a --workdir for it."""
   if not FLAGS.workdir:
     raise UsageError("--workdir is required: the folder for the grid's runs and its report")
-  outputs.check_folder(f"--workdir={FLAGS.workdir}", FLAGS.workdir, outputs.A_GRID)
+  outputs.check_folder(f"--workdir={FLAGS.workdir}", FLAGS.workdir, outputs.A_GRID, alone=True)
   numbers("k", 1), numbers("window", 0), choices("gate", GATES), choices("scorer", SCORERS)
   base_file(), more_words()
 
@@ -157,15 +157,34 @@ def more_words() -> list[str]:
     raise UsageError(f"--more={FLAGS.more}: {error}") from None
 
 
+def advise(name: str, word: str) -> str:
+  """Returns how to give all runs a flag of experiments.pretrain, or why not; "" for others.
+
+  Args:
+    name: of the flag.
+    word: the argument, such as "--num_steps=3" or "--nowandb".
+  """
+  of_runs = absl_flags.FlagValues()
+  define_pretrain_flags(of_runs)
+  if name in SET_BY_GRID:
+    return f"the grid sets it, by {SET_BY_GRID[name]}"
+  if name in NOT_OF_CELLS:
+    return NOT_OF_CELLS[name]
+  positive = name if name in of_runs else name.removeprefix("no")
+  if positive not in of_runs and name not in flagfiles.TO_MODEL:
+    return ""
+  has_value = "=" in word or positive in of_runs and of_runs[positive].boolean
+  return f'write it as --more="{word}{"" if has_value else "=VALUE"}"'
+
+
 if __name__ == "__main__":
-  parse_first(FLAGS, __doc__, check_flags)
+  parse_first(FLAGS, __doc__, check_flags, advise)
 
 from sparsek.data import batches
 from sparsek.experiments import child
 from sparsek.experiments.reports import grid, plots
 from sparsek.parallel import clusters
 from sparsek.runs import settings
-from sparsek.runs.run_directory import COMPILATION_CACHE
 
 
 def devices() -> list[str]:
@@ -184,21 +203,36 @@ def shared() -> list[str]:
   return [*base_words(), *more_words(), *devices(), *own_modules.given(FLAGS)]
 
 
-def check_more() -> None:
-  """Raises UsageError for flags of --more that the grid sets."""
-  more = settings.parse([*own_modules.given(FLAGS), *more_words()])
+def parse_part(name: str, words: Sequence[str]) -> absl_flags.FlagValues:
+  """Returns the parsed flags of --base or --more alone; raises UsageError that names it."""
+  try:
+    return settings.parse([*own_modules.given(FLAGS), *words])
+  except UsageError as error:
+    raise UsageError(f"in --{name}={FLAGS[name].value}: {error}") from None
+
+
+def check_shared() -> None:
+  """Raises UsageError for --more and --base that cannot be parsed, or a --more of the grid's."""
+  more = parse_part("more", more_words())
+  parse_part("base", base_words())
   for name, instead in SET_BY_GRID.items():
     if more[name].present:
       raise UsageError(f"--{name} in --more: the grid sets it, by {instead}")
 
 
-def say_what_gives_way(values: absl_flags.FlagValues) -> None:
+def unused_of_grid(cells: Iterable[grid.Cell]) -> set[str]:
+  """Returns the flags of this command that no cell has."""
+  return set(grid.COLUMNS) - {name for cell in cells for name in cell.given()}
+
+
+def say_what_gives_way(values: absl_flags.FlagValues, unused: Collection[str]) -> None:
   """Prints on stderr which flags of --base have other values in the grid, a line each.
 
   Args:
     values: those of a run.
+    unused: flags of this command that no cell has.
   """
-  names = [name for name in SET_BY_GRID if name in FLAGS]
+  names = [name for name in SET_BY_GRID if name in FLAGS and name not in unused]
   of_grid = [*devices(), *(f"--{name}={FLAGS[name].value}" for name in names)]
   of_grid.append(f"--seed={','.join(map(str, range(FLAGS.seeds)))}")
   say = functools.partial(print, file=sys.stderr)
@@ -206,8 +240,19 @@ def say_what_gives_way(values: absl_flags.FlagValues) -> None:
     flagfiles.expand([*base_words(), *words], values, say, place)
 
 
-def warn_of_unused(values: Iterable[absl_flags.FlagValues]) -> None:
-  """Prints a line for each flag of --base and --more that changes no run of the grid."""
+def warn_of_unused(values: Iterable[absl_flags.FlagValues], of_grid: Collection[str]) -> None:
+  """Prints a line for each flag that changes no run of the grid.
+
+  Args:
+    values: those of the runs, with the flags of --base and --more.
+    of_grid: flags of this command that no cell has.
+  """
+  for name in (name for name in grid.COLUMNS if name in of_grid and FLAGS[name].present):
+    print(
+      f"warning: --{name}={FLAGS[name].value} has no effect: no kind of "
+      f"--attention={FLAGS.attention} uses it",
+      file=sys.stderr,
+    )
   unused = unused_by_all([unused_flags(model_config(of_run), of_run) for of_run in values])
   for flag, reason in unused.items():
     if flag.removeprefix("--").partition("=")[0] not in SET_BY_GRID:
@@ -235,13 +280,11 @@ def check(arguments: Sequence[str]) -> absl_flags.FlagValues:
 def train(cell: grid.Cell, folder: str, given: Sequence[str]) -> bool:
   """Runs pretraining of a cell; returns whether it reached its end.
 
-  A signal that ends this process also ends the run, with a checkpoint. Seeds share a compilation.
+  A signal that ends this process also ends the run, with a checkpoint.
   """
-  cache = os.path.join(os.path.dirname(os.path.dirname(folder)), "compilation_cache")
   arguments = [*given, *cell.flags(), f"--workdir={folder}"]
   arguments += [] if FLAGS.distributed else ["--nodistributed"]
-  environment = {COMPILATION_CACHE: cache, **os.environ}
-  with child.running("sparsek.experiments.pretrain", arguments, env=environment) as process:
+  with child.running("sparsek.experiments.pretrain", arguments) as process:
     return process.wait() == 0
 
 
@@ -251,7 +294,7 @@ def main() -> None:
   clusters.check_alone("experiments.ablate", FLAGS.distributed, os.environ)
   kinds, ks, windows = grid.patterns(FLAGS.attention), numbers("k", 1), numbers("window", 0)
   gates, scorers = choices("gate", GATES), choices("scorer", SCORERS)
-  check_more()
+  check_shared()
   cells = grid.grid(kinds, ks, windows, gates, scorers, FLAGS.seeds)
   mine, given = grid.share(cells, FLAGS.job), shared()
   runs = os.path.join(FLAGS.workdir, "cells")
@@ -259,9 +302,9 @@ def main() -> None:
   values = {cell: check([*given, *cell.flags(), f"--workdir={folders[cell]}"]) for cell in cells}
   wanted = {cell: settings.effective(values[cell]) for cell in cells}
   grid.check_report(FLAGS.workdir)
-  first = values[cells[0]]
-  say_what_gives_way(first)
-  warn_of_unused(values.values())
+  first, unused = values[cells[0]], unused_of_grid(cells)
+  say_what_gives_way(first, unused)
+  warn_of_unused(values.values(), unused)
   with said_if_slow("opening the data ..."):
     dataset = batches.open_data(first.data, first.tokenizer).fingerprint
   grid.clear(folders, wanted, dataset, FLAGS.workdir, FLAGS.retrain)
@@ -292,6 +335,8 @@ def main() -> None:
       f"\n{grid.markdown(grid.summarize(rows))}\n{len(rows)} of {len(cells)} cells; "
       f"{os.path.join(FLAGS.workdir, 'report.html')}"
     )
+    if others := grid.other_finished(runs, cells):
+      print(f"in {runs}, but not in this table: {', '.join(others)}", file=sys.stderr)
   if busy:
     print(f"left to another job, which trains them: {', '.join(busy)}", file=sys.stderr)
   if failed:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import glob
 import hashlib
 import io
 import itertools
@@ -89,9 +90,13 @@ class Cell:
       keys += ((k or self.k) or 0) if "k" in fields_of_kind(kind) else 0
     return round(keys / len(terms))
 
+  def given(self) -> dict[str, Any]:
+    """Returns the settings that it has, by their names."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
   def flags(self) -> list[str]:
     """Returns the flags of experiments.pretrain."""
-    values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+    values = self.given()
     if self.attention not in ATTENTION_KINDS:
       values["layer_pattern"] = values.pop("attention").replace("+", ",")
     return [f"--{name}={value}" for name, value in values.items()]
@@ -283,6 +288,14 @@ def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
     for cell, result in results.items()
     if result
   ]
+
+
+def other_finished(folder: str, cells: Sequence[Cell]) -> list[str]:
+  """Returns the names of finished cells in a folder that are none of these."""
+  found = glob.glob(os.path.join(glob.escape(folder), "*", RESULT))
+  return sorted(
+    {os.path.basename(os.path.dirname(path)) for path in found} - {c.name for c in cells}
+  )
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:

@@ -35,10 +35,15 @@ from sparsek.storage import files
 _HELPFULL = "--helpfull"
 _COLLECTOR = (100_000, 50, 100)  # thresholds of `gc.set_threshold`
 _imports = contextlib.ExitStack()  # what lasts while the module of a command imports JAX
+# Takes an unknown flag's name and word; returns what to do instead, or "".
+Advise = Callable[[str, str], str]
 
 
 def parse(
-  argv: Sequence[str], flag_values: flags.FlagValues, say: Callable[[str], object] | None = None
+  argv: Sequence[str],
+  flag_values: flags.FlagValues,
+  say: Callable[[str], object] | None = None,
+  advise: Advise | None = None,
 ) -> None:
   """Parses `argv` (program name first).
 
@@ -47,6 +52,7 @@ def parse(
     flag_values: the flags that are defined.
     say: takes a line for each flag of a flagfile that gives way; by default prints it on stderr,
       except where another command wrote the command line.
+    advise: about an unknown flag; by default, and where it has no advice, the nearest name.
   Raises:
     UsageError: for an unknown flag, a value out of range or an argument that is no flag; names the
       flag, the value and what is allowed.
@@ -60,8 +66,10 @@ def parse(
     # absl looks for a flag of a similar name, letter by letter.
     raise UsageError("a flag is unknown, and its name is of hundreds of letters") from None
   except flags.UnrecognizedFlagError as error:
-    near = difflib.get_close_matches(error.flagname, list(flag_values), 1)
-    advice = f"did you mean --{near[0]}?" if near else f"{_HELPFULL} describes all flags"
+    advice = advise(error.flagname, str(error.flagvalue)) if advise else ""
+    if not advice:
+      near = difflib.get_close_matches(error.flagname, list(flag_values), 1)
+      advice = f"did you mean --{near[0]}?" if near else f"{_HELPFULL} describes all flags"
     raise UsageError(f"unknown flag --{error.flagname}; {advice}") from None
   except (flags.Error, ValueError) as error:  # ValueError: --noNAME=VALUE
     text = " ".join(str(error).replace("flag --", "--", 1).removeprefix("ERROR:: ").split())
@@ -80,7 +88,10 @@ def _say(line: str) -> None:
 
 
 def parse_first(
-  flag_values: flags.FlagValues, description: str | None, check: Callable[[], object] | None = None
+  flag_values: flags.FlagValues,
+  description: str | None,
+  check: Callable[[], object] | None = None,
+  advise: Advise | None = None,
 ) -> None:
   """Parses the command line of the process; exits after --help, and with code 2 for bad flags.
 
@@ -90,6 +101,7 @@ def parse_first(
     flag_values: where the flags are defined.
     description: the docstring of the command's module, which begins --help.
     check: raises UsageError for values that do not go together.
+    advise: as in `parse`.
   """
   files.let_stdout_take_any_text()
   terminal.make_lenient()
@@ -99,7 +111,7 @@ def parse_first(
     sys.stdout.flush()
     sys.exit(0)
   try:
-    parse(sys.argv, flag_values)
+    parse(sys.argv, flag_values, advise=advise)
     if check is not None:
       check()
   except UsageError as error:

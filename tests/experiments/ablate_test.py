@@ -15,6 +15,7 @@ import pytest
 
 from sparsek.command_line import flagfiles
 from sparsek.command_line.definer import into_string
+from sparsek.command_line.main import parse
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
@@ -194,7 +195,7 @@ def test_a_grid_is_stopped_continued_and_not_done_twice(tmp_path):
     "| sparsek | 4 | 4 | straight_through | linear | 8 | 1 |"
     in (tmp_path / "grid" / "table.md").read_text()
   )
-  assert sorted(os.listdir(tmp_path / "grid")) == [
+  assert sorted(os.listdir(tmp_path / "grid")) == [  # compiled programs are kept elsewhere
     "cells",
     "report.html",
     "report.png",
@@ -207,11 +208,11 @@ class Trainer:
   """A stand-in for experiments.child that leaves what a finished run leaves."""
 
   def __init__(self):
-    self.begun, self.code, self.stopped = [], 0, False
+    self.begun, self.code, self.stopped, self.options = [], 0, False, {}
 
   @contextlib.contextmanager
   def running(self, module, arguments, **options):
-    values = settings.parse(arguments)
+    values, self.options = settings.parse(arguments), options
     folder, last = values["workdir"].value, values["num_steps"].value
     os.makedirs(folder, exist_ok=True)
     self.begun.append(os.path.basename(folder))
@@ -242,7 +243,6 @@ def run_grid(tmp_path, monkeypatch):
       ablate.FLAGS,
       f"--workdir={tmp_path}/grid",
       shared,
-      "--k=4",
       "--window=4",
       "--attention=full,sliding_window",
       *arguments,
@@ -254,6 +254,7 @@ def run_grid(tmp_path, monkeypatch):
 
 def test_done_means_done_with_these_flags(run_grid, tmp_path, capsys):
   assert run_grid() == 0 and run_grid.begun == ["full-s0", "sliding_window-w4-s0"]
+  assert not run_grid.trainer.options  # such as a cache of compiled programs of their own
   page = (tmp_path / "grid" / "report.html").read_text()
   assert "--num_layers=1\n" in page and f"--data={tmp_path}/tokens\n" in page
   assert "--workdir" not in page and "--k=" not in page
@@ -364,7 +365,8 @@ def test_devices_are_those_of_all_runs_and_change_none(run_grid, tmp_path):
     (f"--attention=sparsek:k{'9' * 5000}", "must be one of sparsek"),
     ("--base=no_such_recipe", "/no_such_recipe: there is no such file, and no recipe of"),
     ("--more=--data='x", "--more=--data='x: No closing quotation"),
-    ("--more=--kk=2", "unknown flag --kk"),
+    ("--more=--kk=2", "in --more=--kk=2: unknown flag --kk"),
+    ("--more=a novel", "in --more=a novel: unexpected argument 'a'"),
     ("--more=--data=/nowhere", "/nowhere"),
     ("--base=/nowhere", "--base=/nowhere: there is no such file"),
     ("--base=s3://x/y", "--base=s3://x/y: s3: URLs are not supported"),
@@ -412,7 +414,8 @@ def test_base_may_be_a_recipe_and_gives_way_to_the_grid(
   name, run_grid, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  assert run_grid("", f"--base={name}") == 0 and len(run_grid.begun) == 2
+  words = (f"--base={name}", "--attention=full,sparsek", "--k=4")
+  assert run_grid("", *words) == 0 and len(run_grid.begun) == 2
   told = capsys.readouterr().err.splitlines()
   recipe = flagfiles.recipe_file("tiny_stdlib")
   assert f"--k=64 in {recipe} gives way to --k=4 of the grid" in told
@@ -425,7 +428,7 @@ def test_base_may_be_a_recipe_and_gives_way_to_the_grid(
 def test_all_that_the_grid_sets_replaces_what_base_says(run_grid, tmp_path, capsys):
   base = tmp_path / "base.flags"
   flags = {
-    "layer_pattern=sparsek,full": "attention=full,sliding_window",
+    "layer_pattern=sparsek,full": "attention=full,sparsek",
     "k=9": "k=4",
     "window=8": "window=4",
     "gate=value": "gate=straight_through",
@@ -435,7 +438,8 @@ def test_all_that_the_grid_sets_replaces_what_base_says(run_grid, tmp_path, caps
     "fsdp=4": "fsdp=2",
   }
   base.write_text("".join(f"--{flag}\n" for flag in flags))
-  assert run_grid("", f"--base={base}", "--seeds=2", "--fsdp=2") == 0 and len(run_grid.begun) == 4
+  words = (f"--base={base}", "--seeds=2", "--fsdp=2", "--attention=full,sparsek", "--k=4")
+  assert run_grid("", *words) == 0 and len(run_grid.begun) == 4
   told = capsys.readouterr().err.splitlines()
   ways = {f"--{old} in {base} gives way to --{new} of the grid" for old, new in flags.items()}
   assert set(told) == ways and len(told) == len(ways)
@@ -450,13 +454,101 @@ def test_flags_that_change_no_cell_are_warned_of_once(run_grid, capsys):
     "--scorer_noise=0.1 has no effect",
     "--scorer_loss=0.5 has no effect",
   ]
-  assert run_grid("--scorer_loss=0.5 --scorer_noise=0.1", "--attention=full,sparsek") == 0
+  words = "--attention=full,sliding_window,sparsek"
+  assert run_grid("--scorer_loss=0.5 --scorer_noise=0.1", words) == 0
   assert capsys.readouterr().err == ""
+
+
+GRID_FLAGS = {"k": "8,16", "window": "8,4", "gate": "value,key_value", "scorer": "conv,linear"}
+
+
+@pytest.mark.parametrize(
+  "attention, unused",
+  [
+    ("full", "k window gate scorer"),
+    ("sliding_window,full,linear", "k gate scorer"),
+    ("random", "gate scorer"),
+    ("sparsek:k4:w4", "k window"),
+    ("full,sliding_window+sparsek", ""),
+  ],
+)
+def test_flags_of_the_grid_that_no_cell_has_are_named_once(
+  attention, unused, run_grid, tmp_path, capsys
+):
+  base = tmp_path / "base.flags"
+  base.write_text("--k=3\n--window=3\n--gate=straight_through\n--scorer=random\n")
+  words = [f"--{name}={value}" for name, value in GRID_FLAGS.items()]
+  assert run_grid("--num_layers=2", f"--attention={attention}", f"--base={base}", *words) == 0
+  told = capsys.readouterr().err.splitlines()
+  no_effect = {
+    f"warning: --{name}={GRID_FLAGS[name]} has no effect: no kind of --attention={attention} "
+    "uses it"
+    for name in unused.split()
+  }
+  ways = {line.partition("=")[0][2:] for line in told if f"in {base} gives way to" in line}
+  assert {line for line in told if "has no effect" in line} == no_effect
+  assert ways == set(GRID_FLAGS) - set(unused.split()) and len(told) == len(GRID_FLAGS)
+
+
+def test_defaults_that_no_cell_has_are_not_named(run_grid, capsys):
+  assert run_grid("", "--attention=sliding_window") == 0 and capsys.readouterr().err == ""
+
+
+def test_finished_cells_of_other_grids_that_the_table_leaves_out_are_named(run_grid, capsys):
+  assert run_grid("", "--window=2,4,8") == 0 and "not in this table" not in capsys.readouterr().err
+  (run_grid.cells / "unfinished").mkdir()
+  assert run_grid("", "--attention=sliding_window", "--window=4") == 0 and not run_grid.begun
+  names = "full-s0, sliding_window-w2-s0, sliding_window-w8-s0"
+  assert capsys.readouterr().err == f"in {run_grid.cells}, but not in this table: {names}\n"
+  assert run_grid("", "--window=2,4,8") == 0 and not run_grid.begun
+  assert "not in this table" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("my novel\n", "unexpected argument 'my novel'"),
+    ("--sources=a\n", "unknown flag --sources"),
+    ("--num_steps=many\n", "--num_steps=many: must be"),
+    (b"--data=\xff\n", "line 1: byte 0xff"),
+    ("--flagfile=nowhere\n", "there is no file"),
+  ],
+)
+def test_what_cannot_be_read_in_base_is_said_with_its_name(text, words, run_grid, tmp_path, capsys):
+  base = tmp_path / "base.flags"
+  base.write_bytes(text if isinstance(text, bytes) else text.encode())
+  assert run_grid("", f"--base={base}") == 2 and run_grid.begun == []
+  told = capsys.readouterr().err
+  assert told.startswith(f"error: in --base={base}: ") and words in told
+
+
+@pytest.mark.parametrize(
+  "words, advice",
+  [
+    (["--num_steps=3"], 'write it as --more="--num_steps=3"'),
+    (["--num_steps", "3"], 'write it as --more="--num_steps=VALUE"'),
+    (["--noscan_layers"], 'write it as --more="--noscan_layers"'),
+    (["--qk_norm=true"], 'write it as --more="--qk_norm=true"'),
+    (["--seed=3"], "the grid sets it, by --seeds"),
+    (["--dry_run"], "trains nothing that could be compared"),
+    (["--atention=full"], "did you mean --attention?"),
+  ],
+)
+def test_flags_of_a_run_are_said_to_belong_in_more(words, advice):
+  with pytest.raises(UsageError) as error:
+    parse(["ablate", *words], ablate.FLAGS, advise=ablate.advise)
+  assert str(error.value) == f"unknown flag {words[0].partition('=')[0]}; {advice}"
+
+
+def test_the_command_gives_this_advice(tmp_path):
+  words = [sys.executable, "-m", "experiments.ablate", f"--workdir={tmp_path}", "--num_steps=3"]
+  done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=False)
+  assert done.returncode == 2 and '; write it as --more="--num_steps=3"' in done.stderr
 
 
 @pytest.mark.parametrize("name", grid.REPORT)
 def test_files_that_are_no_report_are_refused_before_any_run(name, run_grid, tmp_path, capsys):
-  (tmp_path / "grid").mkdir()
+  run_grid.cells.mkdir(parents=True)
   (tmp_path / "grid" / name).write_text("mine")
   assert run_grid() == 2 and run_grid.begun == []
   assert f"grid: its file {name} exists and is no " in capsys.readouterr().err
