@@ -148,7 +148,7 @@ def check_folder(named: str, path: str, kind: str, alone: bool = False) -> None:
     raise UsageError(f"{named} lies in the run {run}: give a folder outside it")
   below = _first(path, _RUNS_BELOW) if kind == A_RUN else None
   if below:
-    raise UsageError(f"{named} holds a folder of another run ({below}): give another folder")
+    raise UsageError(f"{named} holds a folder of runs ({below}): give another folder")
 
 
 def check_new_folder(flag: str, path: str) -> None:

@@ -79,9 +79,7 @@ def test_runs_and_grids_are_made_in_folders_of_their_own(words, place, tmp_path,
     folder, said = folder / "x", f" lies in the run {folder}: give a folder outside it"
   else:
     shutil.copytree(FIXTURES / {"of runs": "lora", "of grids": "ablation"}[place], folder / "x")
-    said = (
-      " holds a folder of another run (x/" if made == outputs.A_RUN else " holds x and is not a"
-    )
+    said = " holds a folder of runs (x/" if made == outputs.A_RUN else " holds x and is not a"
   before = sorted(tmp_path.rglob("*"))
   arguments = words.replace("FOLDER", str(folder)).split()
   assert run_command(command.main, command.FLAGS, *arguments) == 2

@@ -256,10 +256,10 @@ def test_another_architecture_is_refused_and_changes_nothing(finished, dataset):
 
 def test_init_from_takes_parameters_only(finished, dataset, tmp_path):
   loop.train(
-    CONFIG, run_config(tmp_path, num_steps=1, init_from=f"{finished[0]}@4", seed=5), dataset
+    CONFIG, run_config(tmp_path / "a", num_steps=1, init_from=f"{finished[0]}@4", seed=5), dataset
   )
   first, at_4 = (
-    logged(tmp_path)[0],
+    logged(tmp_path / "a")[0],
     next(record for record in logged(finished[0]) if record["step"] == 4),
   )
   assert first["step"] == 1 and abs(first["loss"] - at_4["loss"]) < 0.3
