@@ -14,6 +14,7 @@ from sparsek.storage.files import cannot_write, check_regular, read_at_most
 
 CACHE = outputs.Kind("cache that --save_cache wrote", cache_file.is_cache)
 MAX_BYTES = 2**26  # of a file of prompts
+LEAST_GROUPS = 10  # of AHEAD tokens, from which a speed is told
 
 
 def read_prompts(path: str) -> list[str]:
@@ -123,16 +124,19 @@ def _describe_speed(times: Sequence[float], numbers: Sequence[int]) -> str:
   """Returns ", SPEED tokens/s" of the steps of a turn, or "" where there are too few.
 
   The session draws the first token after the prompt, and others in groups of AHEAD or one at a
-  time. A group counts where all of it was drawn; the first may be compiled in its time.
+  time. A group is computed while the one before it is read: the second may be ready when the host,
+  which has compiled, comes to the first. So time runs from the arrival of the second group to that
+  of the last whole one, and a few groups are not enough.
 
   Args:
     times: when the tokens of each step came.
     numbers: how many came.
   """
-  last = (len(times) - 1) // AHEAD * AHEAD
-  if last <= AHEAD:
+  groups = (len(times) - 1) // AHEAD
+  if groups < LEAST_GROUPS:
     return ""
-  speed = sum(numbers[AHEAD + 1 : last + 1]) / (times[last] - times[AHEAD])
+  second, last = 1 + AHEAD, 1 + (groups - 1) * AHEAD
+  speed = sum(numbers[second + AHEAD : last + AHEAD]) / (times[last] - times[second])
   return f", {speed:,.1f} tokens/s"
 
 

@@ -45,24 +45,36 @@ def test_a_file_of_prompts_that_is_refused(tmp_path):
 
 @pytest.mark.parametrize("rows", (1, 2))
 @pytest.mark.parametrize("group", (1, AHEAD))
-def test_the_speed_is_that_of_whole_groups_without_compiling(group, rows, monkeypatch, capsys):
-  """Too few tokens have none: the first group compiles, and a part of one takes as long as all."""
+@pytest.mark.parametrize("late", (0.0, 0.9, 1e4), ids=("at once", "in the group's time", "later"))
+@pytest.mark.parametrize("reading", (0.0, 0.5, 3.0))
+def test_the_speed_is_that_which_lasts(reading, late, group, rows, monkeypatch, capsys):
+  """The host may be late for the first group, and the second be ready; too few tokens tell none."""
   clock = SimpleNamespace(now=0.0)
   monkeypatch.setattr(prompts, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+  seconds = group / 4  # that a group takes on the device, and `reading` times as many to read
 
   def turn(steps):
-    """Draws the first tokens with the prompt, the others in groups of 4 steps a second."""
-    for step in range(steps):
-      if step == 0:
-        clock.now += 1e3
-      elif (step - 1) % group == 0:
-        clock.now += group / 4 + 1e4 * (step == 1)
-      yield [ord("a")] * rows
+    """Draws the first tokens with the prompt, the others in groups as `Session` dispatches them."""
+    if not steps:
+      return
+    clock.now += 1e3
+    yield [ord("a")] * rows
+    ready = clock.now + seconds  # when the device has computed the group that comes next
+    for first in range(1, steps, group):
+      now = clock.now
+      clock.now = max(now, ready) + late * seconds * (first == 1)
+      # the group after it was dispatched before this one was read, where they come in groups
+      ready = (max(now, ready) if group > 1 else clock.now + reading * seconds) + seconds
+      for _ in range(first, min(first + group, steps)):
+        yield [ord("a")] * rows
+        clock.now += reading * seconds / group
 
-  for steps in (0, 1, 2, 3, AHEAD, AHEAD + 1, 2 * AHEAD, 2 * AHEAD + 1, 2 * AHEAD + 2, 100):
+  lasting = max(seconds, reading * seconds) if group > 1 else seconds * (1 + reading)
+  least = prompts.LEAST_GROUPS * AHEAD + 1
+  for steps in (0, 1, 2, 2 * AHEAD + 1, least - 1, least, least + 1, least + AHEAD, 200):
     streams = [TextStream(ByteTokenizer()) for _ in range(rows)]
     session = SimpleNamespace(stop=None)
     told = prompts.write_texts(session, turn(steps), streams, [""] * rows, False)
-    speed = f", {4 * rows}.0 tokens/s" if steps > 2 * AHEAD else ""
+    speed = f", {rows * group / lasting:,.1f} tokens/s" if steps >= least else ""
     assert told == f"{steps * rows} new ones{speed}"
     assert capsys.readouterr().out.count("a") == steps * rows
