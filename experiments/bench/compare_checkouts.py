@@ -41,8 +41,10 @@ from sparsek.experiments.bench.checkouts.report import (
   record_row,
   time_table,
 )
+from sparsek.storage import files
 
 RECORD = outputs.record("record of compare_checkouts", "before", "after", "suites", "rows")
+DUMPED = re.compile(r"\w+\.(before|after)\.mlir")  # names of the texts of programs
 WORKER = Path(__file__).resolve().parent / "checkouts" / "worker.py"
 
 
@@ -243,6 +245,18 @@ def checkout_folder(text: str) -> Path:
   return path.absolute()
 
 
+def dump_folder(text: str) -> Path:
+  """Returns the path of a folder that is new, or holds texts of programs alone, for argparse."""
+  path = Path(script.path(text))
+  if path.is_dir():
+    other = next((file.name for file in path.iterdir() if not DUMPED.fullmatch(file.name)), None)
+    if other is not None:
+      raise argparse.ArgumentTypeError(f"{text} holds {other}, and not only texts of programs")
+  elif os.path.lexists(path):
+    raise argparse.ArgumentTypeError(f"{text} is a file, it must be a folder")
+  return path
+
+
 def record_file(text: str) -> Path:
   """Returns the path of a .json file to write, for argparse."""
   path = Path(script.Output(RECORD)(text))
@@ -285,7 +299,7 @@ def make_parser() -> argparse.ArgumentParser:
   mode = parser.add_mutually_exclusive_group(required=True)
   mode.add_argument("--program", action="store_true", help="compare lowered programs")
   mode.add_argument("--time", action="store_true", help="compare times")
-  parser.add_argument("--dump", type=Path, help="with --program: a folder for the texts")
+  parser.add_argument("--dump", type=dump_folder, help="with --program: a folder for the texts")
   parser.add_argument(
     "--suite",
     type=suite_names,
@@ -307,15 +321,23 @@ def make_parser() -> argparse.ArgumentParser:
   return parser
 
 
+def make_folder(path: Path) -> None:
+  """Makes the folder of --dump; raises RefusedError where that cannot be."""
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise RefusedError(f"--dump={path} cannot be made: {files.reason_of(error)}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   """Compares the checkouts, and returns the exit code."""
   options = make_parser().parse_args(arguments)
   environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   if options.program:
     environment.setdefault("JAX_PLATFORMS", "cpu")
-  if options.dump:
-    options.dump.mkdir(parents=True, exist_ok=True)
   try:
+    if options.dump:
+      make_folder(options.dump)
     with start_workers(options.before, options.after, environment) as (workers, device):
       if options.program:
         return 0 if compare_programs(workers, options.dump) else 1

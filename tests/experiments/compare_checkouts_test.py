@@ -227,6 +227,33 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
   assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_dump_replaces_only_texts_of_programs(tmp_path, capsys):
+  checkout, folder = str(make_checkout(tmp_path / "checkout")), tmp_path / "dump"
+  dump = lambda: compare_checkouts.make_parser().parse_args(
+    [checkout, checkout, "--program", f"--dump={folder}"]
+  )
+  assert dump().dump == folder
+  folder.mkdir()
+  for name in ("step.before.mlir", "attention_xla.after.mlir"):
+    assert dump().dump == folder
+    (folder / name).touch()
+  (folder / "notes.mlir").touch()
+  folder_and_files = [(folder, "holds notes.mlir, and not only texts of programs")]
+  for name, text in (("file", "a"), ("link", "")):
+    path = tmp_path / name
+    path.write_text(text) if text else path.symlink_to("nowhere")
+    folder_and_files.append((path, "is a file, it must be a folder"))
+  for folder, message in folder_and_files:
+    with pytest.raises(SystemExit) as exit_:
+      dump()
+    assert exit_.value.code == 2
+    assert f"argument --dump: {folder} {message}" in capsys.readouterr().err
+  # below a file no folder can be made
+  folder = tmp_path / "file" / "dump"
+  assert compare_checkouts.main([checkout, checkout, "--program", f"--dump={folder}"]) == 2
+  assert f"error: --dump={folder} cannot be made: Not a directory" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_checkout(tmp_path, capsys):
   with pytest.raises(SystemExit) as exit_:
     compare_checkouts.main([str(tmp_path), str(tmp_path), "--program"])
