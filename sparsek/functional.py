@@ -21,6 +21,7 @@ Generation keeps a cache whose size does not grow with the number of tokens:
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sparsek.config import Count, Index, TransformerConfig, check_fields
+from sparsek.config import Count, Index, TransformerConfig, check_fields, check_type
 from sparsek.generation import cache as model_cache
 from sparsek.generation.cache import Cache
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
@@ -156,6 +157,7 @@ class Options:
 
 def init(options: Options, key: jax.Array) -> Params:
   """Draws initial float32 parameters from a random key, such as `jax.random.key(0)`."""
+  _check_options(options)
   return _init(options, random_keys("key", key))
 
 
@@ -175,34 +177,42 @@ def _shapes(options: Options) -> dict[str, tuple[int, ...]]:
 
 def _named_shapes(params):
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): getattr(x, "shape", type(x).__name__)
+    for path, x in leaves
+  }
 
 
-def check_inputs(
-  options: Options,
-  params: Params | None,
-  x: jax.Array,
-  ndim: int = 3,
-  positions: jax.Array | None = None,
-) -> None:
-  """Raises ValueError unless x, its positions and the parameters fit the options.
-
-  Args:
-    options: of the layer.
-    params: its parameters, or None where there are none yet.
-    x: hidden states, whose last axis is the width.
-    ndim: number of axes that x must have.
-    positions: as in `apply`, or in `decode` where x has two axes.
-  """
+def _check_options(options: Options) -> None:
   if not isinstance(options, Options):
     raise ValueError(
       f"options is of type {type(options).__name__}, it must be sparsek.functional.Options, which "
       "jax.jit must not trace: jax.jit(functools.partial(apply, options))"
     )
+
+
+def check_x(x: jax.Array, ndim: int = 3) -> None:
+  """Raises ValueError unless x is hidden states of so many axes."""
   axes = "[batch, n, features] with n >= 1" if ndim == 3 else "[batch, features]"
+  check_type("x", x, (jax.Array, np.ndarray), f"an array of floats {axes}")
   is_empty = ndim == 3 == x.ndim and not x.shape[1]
   if x.ndim != ndim or not jnp.issubdtype(x.dtype, jnp.floating) or is_empty:
     raise ValueError(f"x must be floats {axes}, got {x.dtype} {x.shape}")
+
+
+def check_hidden_states(
+  options: Options, x: jax.Array, ndim: int = 3, positions: jax.Array | None = None
+) -> None:
+  """Raises ValueError unless x and its positions fit the options.
+
+  Args:
+    options: of the layer.
+    x: hidden states, whose last axis is the width.
+    ndim: number of axes that x must have.
+    positions: as in `apply`, or in `decode` where x has two axes.
+  """
+  _check_options(options)
+  check_x(x, ndim)
   batch, *tokens = x.shape[:-1]
   allowed = [(batch, *tokens), (1, *tokens)] + [tuple(tokens)] * bool(tokens)
   if positions is not None and jnp.shape(positions) not in allowed:
@@ -210,8 +220,20 @@ def check_inputs(
     raise ValueError(f"positions must have shape {shapes}, got {jnp.shape(positions)}")
   if x.shape[-1] != options.features:
     raise ValueError(f"x has width {x.shape[-1]}, but the layer has features={options.features}")
-  if params is None:
-    return
+
+
+def check_inputs(
+  options: Options, params: Params, x: jax.Array, ndim: int = 3, positions: jax.Array | None = None
+) -> None:
+  """Raises ValueError unless the parameters, x and its positions fit the options.
+
+  Args:
+    options: of the layer.
+    params: its parameters.
+    x, ndim, positions: as in `check_hidden_states`.
+  """
+  check_hidden_states(options, x, ndim, positions)
+  check_type("params", params, Mapping, "a dict of arrays, such as sparsek.functional.init returns")
   got, needed = _named_shapes(params), _shapes(options)
   if got != needed:
     names = [name for name in {**needed, **got} if got.get(name) != needed.get(name)]
@@ -316,6 +338,7 @@ def init_cache(options: Options, batch_size: int, *, support_size: int | None = 
     ValueError: for sizes below 1 (support_size below 0).
     NotImplementedError: for a registered scorer that cannot stream.
   """
+  _check_options(options)
   return model_cache.init_cache(_alone(options), batch_size, support_size=support_size)
 
 
@@ -358,6 +381,7 @@ def prefill(
     )
   if not isinstance(count, jax.core.Tracer) and np.any((count < 0) | (count > length)):
     raise ValueError(f"lengths={count.tolist()} must be from 0 to {length}, the tokens given")
+  model_cache.check_sizes(_alone(options), cache, batch)
   fresh = not isinstance(cache.seen, jax.core.Tracer) and not np.any(cache.seen)
   return _feed(options, params, cache, x, count.astype(jnp.int32), positions, fresh)
 
@@ -390,6 +414,7 @@ def decode(
     ValueError: as `prefill`.
   """
   check_inputs(options, params, x, 2, positions)
+  model_cache.check_sizes(_alone(options), cache, len(x))
   active = jnp.ones(len(x), bool) if active is None else jnp.asarray(active)
   if active.shape != (len(x),) or active.dtype != bool:
     raise ValueError(
@@ -406,7 +431,6 @@ def _feed(options, params, cache, x_BxCxE, count_B, positions, fresh):
   fresh=True says that no row has seen a token.
   """
   config = _alone(options)
-  model_cache.check_sizes(config, cache, len(x_BxCxE))
   (layer,), seen = cache.layers, cache.seen
   assert isinstance(layer, SelectionCache)
   if positions is None:

@@ -7,7 +7,7 @@ import jax
 from jax.typing import DTypeLike
 
 from sparsek import functional
-from sparsek.functional import Options, Params, check_inputs
+from sparsek.functional import Options, Params, check_hidden_states, check_inputs, check_x
 from sparsek.generation.cache import Cache
 from sparsek.model import layers
 
@@ -78,9 +78,13 @@ class SparseKAttention(nn.Module):
     Raises:
       ValueError: where x has another width than the parameters, or an option is wrong.
     """
+    check_x(x)
     params = dict(self.variables.get("params", {}))
     options = self.options(params["query"]["kernel"].shape[0] if params else x.shape[-1])
-    check_inputs(options, None if self.is_initializing() else params, x, positions=positions)
+    if self.is_initializing():
+      check_hidden_states(options, x, positions=positions)
+    else:
+      check_inputs(options, params, x, positions=positions)
     attention = layers.SparseKAttention(options.config)
     nn.share_scope(self, attention)
     return attention(x, segment_ids, options.layer_index, positions=positions)
@@ -107,6 +111,7 @@ class SparseKAttention(nn.Module):
 
     Like `decode` it needs no `apply`: `layer.prefill(variables["params"], cache, x)`.
     """
+    check_x(x)
     return functional.prefill(self.options(x.shape[-1]), params, cache, x, lengths)
 
   @nn.nowrap
@@ -114,4 +119,5 @@ class SparseKAttention(nn.Module):
     self, params: Params, cache: Cache, x: jax.Array, active: jax.Array | None = None
   ) -> tuple[jax.Array, Cache]:
     """Feeds one token a row, [batch, features]: `sparsek.functional.decode`."""
+    check_x(x, 2)
     return functional.decode(self.options(x.shape[-1]), params, cache, x, active)

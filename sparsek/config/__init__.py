@@ -18,6 +18,7 @@ from sparsek.config.checks import (
   check_choice,
   check_fields,
   check_number,
+  check_type,
   number_ranges,
   whole_number,
 )
@@ -40,6 +41,7 @@ from sparsek.config.model import (
   ROPE_SCALINGS,
   SCORERS,
   TransformerConfig,
+  check_config,
   parse_rope_scaling,
 )
 from sparsek.config.presets import PRESETS, QUICK, preset
@@ -86,8 +88,10 @@ __all__ = [
   "Weight",
   "check_at_least",
   "check_choice",
+  "check_config",
   "check_fields",
   "check_number",
+  "check_type",
   "fields_of_kind",
   "fields_of_term",
   "number_ranges",

@@ -5,6 +5,7 @@ import functools
 import math
 import numbers
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Hashable, Iterable
@@ -79,6 +80,21 @@ def check_at_least(name: str, value: float, minimum: float) -> None:
   """Raises ValueError unless `value >= minimum`."""
   if not value >= minimum:
     raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
+  """Raises ValueError, with name, value and what is allowed, unless `value` is of a type.
+
+  Args:
+    name: of the argument.
+    value: what was given.
+    kind: the type, or several.
+    allowed: the type in words, such as "a cache, as init_cache returns it".
+  """
+  if not isinstance(value, kind):
+    text = " ".join(reprlib.repr(value).split())
+    text = text if len(text) <= 80 else f"{text[:80]}..."
+    raise ValueError(f"{name}={text} must be {allowed}")
 
 
 def check_number(name: str, value: Any, kind: Any) -> Any:

@@ -18,6 +18,7 @@ from sparsek.config.checks import (
   check_choice,
   check_fields,
   check_number,
+  check_type,
 )
 from sparsek.config.layer_patterns import (
   fields_of_kind,
@@ -309,3 +310,10 @@ class TransformerConfig:
     import jax.numpy as jnp  # not above: the flags of a command need configurations, and no JAX
 
     return jnp.dtype(self.dtype)
+
+
+def check_config(config: object) -> None:
+  """Raises ValueError unless `config` is a TransformerConfig."""
+  check_type(
+    "config", config, TransformerConfig, "a TransformerConfig, such as sparsek.preset('tiny')"
+  )

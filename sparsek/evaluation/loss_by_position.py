@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sparsek.config import TransformerConfig
 from sparsek.data.token_files import TokenSplit
 from sparsek.errors import RunError
-from sparsek.model.transformer import Params, Transformer, output_matrix, parameter_specs
+from sparsek.model.transformer import Params, Transformer, check_ids, output_matrix, parameter_specs
 from sparsek.parallel.mesh import AXES, FSDP, batch_specs, make_mesh, put_batch
 from sparsek.parallel.sharded_scores import token_positions
 from sparsek.parallel.sharding import placements
@@ -144,7 +144,8 @@ def evaluate(
     loss_chunk: number of tokens whose logits exist at the same time, per device.
     mesh: devices over which parameters, rows and their tokens are spread; None: rows over all.
   Raises:
-    ValueError: if rows are longer than the last edge, or no target counts at all.
+    ValueError: if rows are longer than the last edge, a token is no id of the vocabulary, or no
+      target counts at all.
     RunError: where memory does not hold a batch.
   """
   mesh = make_mesh() if mesh is None else mesh
@@ -153,6 +154,7 @@ def evaluate(
   total, count = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, np.int64)
   for batch in batches:
     rows, length = batch["tokens"].shape
+    check_ids("tokens", batch["tokens"], config.vocab_size)
     if length - 1 > edges[-1]:
       raise ValueError(f"edges={tuple(edges)} must reach the rows' length {length - 1}")
     with _memory_that_holds(rows, length - 1):

@@ -16,6 +16,7 @@ from sparsek.data.tokenizer import Tokenizer
 from sparsek.model.transformer import (
   Params,
   Transformer,
+  check_ids,
   hidden_to_logits,
   output_matrix,
   parameter_specs,
@@ -79,6 +80,8 @@ def evaluate(
     seed: of the documents.
     mesh: devices over which parameters, documents and their tokens are spread; None: documents over
       all.
+  Raises:
+    ValueError: where the tokenizer has tokens that are no ids of the model's vocabulary.
   """
   mesh = make_mesh() if mesh is None else mesh
   params = jax.device_put(params, placements(mesh, params))
@@ -98,6 +101,7 @@ def evaluate(
     for i, (tokens, _) in enumerate(rows):
       tokens_BxN[i, : len(tokens)] = tokens
       positions_BxA[i, : len(positions[i])] = positions[i]
+    check_ids("tokens", tokens_BxN, config.vocab_size)
     answers_BxA = predicted(config, mesh, params, tokens_BxN, positions_BxA)
     predicted_BxA = np.asarray(jax.device_get(answers_BxA))
     for i, (tokens, answers) in enumerate(rows[:num_rows]):

@@ -20,7 +20,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsek.attention.scoring import ScorerState
-from sparsek.config import TransformerConfig, UnboundedCount, UnboundedIndex, check_number
+from sparsek.config import (
+  TransformerConfig,
+  UnboundedCount,
+  UnboundedIndex,
+  check_config,
+  check_number,
+  check_type,
+)
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
 from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
@@ -30,7 +37,7 @@ from sparsek.kernels import devices
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.baselines import BASELINES
 from sparsek.model.scorers import SCORER_FACTORIES, scorer_delay, scoring_network
-from sparsek.model.transformer import Params
+from sparsek.model.transformer import Params, check_ids
 
 CACHED = ("sparsek", "sliding_window", "full")  # the kinds that have a cache
 MIN_CHUNK = 16  # chunks are padded to a power of two of at least this size
@@ -71,6 +78,7 @@ def init_cache(
     NotImplementedError: for a registered kind of attention, or a registered scorer that cannot
       stream.
   """
+  check_config(config)
   batch_size = check_number("batch_size", batch_size, UnboundedCount)
   if support_size is not None:
     support_size = check_number("support_size", support_size, UnboundedIndex)
@@ -149,6 +157,7 @@ def lost_scores(cache: Cache) -> np.ndarray:
   It counts scores above the threshold, over all layers and heads. All gates are exact where it is
   0. It stays 0 with gates that need no thresholds.
   """
+  check_type("cache", cache, Cache, "a cache, such as init_cache returns")
   lost = [
     np.asarray(layer.lost, np.int64).sum(axis=1)
     for layer in cache.layers
@@ -212,12 +221,14 @@ def prefill(
       parameters are then those of `inference_params` with this mesh.
   Returns:
     Logits [B, m, vocab_size] float32 ([B, 1, vocab_size] with last_only; NaN in rows without
-    tokens, and after a token that is no id of the vocabulary), meaningless beyond `lengths`, and
-    the cache after these tokens.
+    tokens, and under `jax.jit` after a token that is no id of the vocabulary), meaningless beyond
+    `lengths`, and the cache after these tokens.
   Raises:
-    ValueError: for bad shapes, lengths out of range, or a cache made for another configuration or
-      batch.
+    ValueError: for bad shapes, lengths out of range, tokens outside the vocabulary, or a cache made
+      for another configuration or batch.
   """
+  check_config(config)
+  check_type("tokens", tokens, (jax.Array, np.ndarray), "an array of integers [batch, m]")
   if tokens.ndim != 2 or tokens.shape[1] < 1:
     raise ValueError(f"tokens has shape {tokens.shape}, expected [batch, m] with m >= 1")
   if chunk_size is not None:
@@ -229,6 +240,10 @@ def prefill(
   fresh = not isinstance(cache.seen, jax.core.Tracer) and not np.any(cache.seen)
   if not isinstance(tokens, jax.core.Tracer):
     tokens = np.asarray(tokens)  # sliced and padded by NumPy: nothing to compile
+    if not isinstance(lengths, jax.core.Tracer):
+      check_ids(
+        "tokens", np.where(np.arange(length) < lengths[:, None], tokens, 0), config.vocab_size
+      )
     in_vocabulary = (tokens >= 0) & (tokens < config.vocab_size)
     tokens = np.where(in_vocabulary, tokens, -1).astype(np.int32)
   pad = jnp.pad if isinstance(tokens, jax.core.Tracer) else np.pad
@@ -316,6 +331,8 @@ def decode_step(
   Raises:
     ValueError: as `prefill`.
   """
+  check_config(config)
+  check_type("token", token, (jax.Array, np.ndarray), "an array of integers [batch]")
   if token.ndim != 1:
     raise ValueError(f"token has shape {token.shape}, expected [batch]")
   check_cache(config, cache, token)
@@ -359,6 +376,7 @@ def check_cache(config: TransformerConfig, cache: Cache, tokens: jax.Array | np.
 
 def check_sizes(config: TransformerConfig, cache: Cache, batch_size: int) -> None:
   """Raises ValueError unless the cache was made for this configuration and number of rows."""
+  check_type("cache", cache, Cache, "a cache, such as init_cache returns")
   if len(cache.layers) != config.num_layers:
     raise ValueError(
       f"cache has {len(cache.layers)} layers, the configuration num_layers={config.num_layers}"

@@ -5,7 +5,7 @@ those of the modules in sparsek/model/layers.py; only rounding differs.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sparsek.attention.exact_product import scorer_logits, scorer_rows
-from sparsek.config import TransformerConfig
+from sparsek.config import TransformerConfig, check_config, check_type
 from sparsek.kernels import devices
 from sparsek.model import lora
 from sparsek.model.layers import RMSNorm, make_norm, rotary_embedding
@@ -149,7 +149,13 @@ def inference_params(
   Args:
     config, params: of the model.
     mesh: devices over which the result is spread, split over `fsdp`; None leaves it where it is.
+  Raises:
+    ValueError: for a config or params of another type.
   """
+  check_config(config)
+  check_type(
+    "params", params, (Mapping, InferenceParams), "parameters, such as sparsek.init_params returns"
+  )
   if mesh is None:
     return params if isinstance(params, InferenceParams) else _convert(config, params)
   params = jax.device_put(params, placements(mesh, params))

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsek.config import PositiveShare, TransformerConfig, UnboundedIndex, Weight, check_number
+from sparsek.config import (
+  PositiveShare,
+  TransformerConfig,
+  UnboundedIndex,
+  Weight,
+  check_config,
+  check_number,
+)
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.generation.cache_sizes import (
@@ -26,7 +33,7 @@ from sparsek.generation.saved_session import SavedSession
 from sparsek.generation.sharded_prompt import prefill_sharded
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.model.random_keys import random_keys
-from sparsek.model.transformer import Params
+from sparsek.model.transformer import Params, check_ids
 from sparsek.parallel.mesh import CONTEXT
 from sparsek.storage.files import shown
 
@@ -132,6 +139,7 @@ class Session:
     batch_size: int,
     mesh: Mesh | None = None,
   ):
+    check_config(config)
     self.config = config
     self._set_mesh(mesh)
     self._set_length(0)
@@ -379,13 +387,11 @@ def _check_prompt(prompt: Sequence[int], has_text: bool, vocab_size: int) -> Non
       f"prompt_tokens has shape {ids.shape}, expected [m] with m >= 1; "
       "an empty text starts with eos"
     )
-  if not np.issubdtype(ids.dtype, np.integer) or (
-    ids.size and not 0 <= np.min(ids) <= np.max(ids) < vocab_size
-  ):
+  if not np.issubdtype(ids.dtype, np.integer):
     raise ValueError(
-      f"prompt_tokens holds {ids.dtype} values from {np.min(ids)} to {np.max(ids)}, "
-      f"expected integers from 0 to {vocab_size - 1}"
+      f"prompt_tokens holds {ids.dtype} values, expected integers from 0 to {vocab_size - 1}"
     )
+  check_ids("prompt_tokens", ids, vocab_size)
 
 
 def _check_turn(
@@ -402,6 +408,7 @@ def _check_turn(
   ahead: int,
 ) -> jax.Array:
   """Raises ValueError for bad arguments of `Session.generate`; returns the keys."""
+  check_config(config)
   longest = 0
   for prompt, begun, before in zip(prompts, unfed, seen):
     _check_prompt(prompt, bool(begun), config.vocab_size)
@@ -410,22 +417,13 @@ def _check_turn(
     check_number(name, value, UnboundedIndex)
   check_number("temperature", temperature, Weight)
   check_number("top_p", top_p, PositiveShare)
-  if longest + max_new_tokens > NOWHERE:
-    raise ValueError(
-      f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: positions "
-      f"are counted up to {NOWHERE}"
-    )
-  check_memory(
-    clip_sizes(config, longest + max_new_tokens),
-    len(prompts),
-    longest + max_new_tokens,
-    f"max_new_tokens={max_new_tokens} after {longest} prompt tokens",
-  )
-  if config.positions == "learned" and longest + max_new_tokens > config.max_positions:
-    raise ValueError(
-      f"max_new_tokens={max_new_tokens} after {longest} prompt tokens: the model has "
-      f"max_positions={config.max_positions}"
-    )
+  length = longest + max_new_tokens
+  asked = f"max_new_tokens={max_new_tokens} after {longest} prompt tokens"
+  if length > NOWHERE:
+    raise ValueError(f"{asked}: positions are counted up to {NOWHERE}")
+  check_memory(clip_sizes(config, length), len(prompts), length, asked)
+  if config.positions == "learned" and length > config.max_positions:
+    raise ValueError(f"{asked}: the model has max_positions={config.max_positions}")
   if keys is None and temperature > 0:
     example = f"jax.random.split(jax.random.key(0), {len(prompts)})"
     raise ValueError(

@@ -7,8 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sparsek.config import TransformerConfig, parse_term
+from sparsek.config import TransformerConfig, check_config, check_type, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
 from sparsek.model.layers import MLP, make_norm
@@ -178,6 +179,7 @@ class Transformer(nn.Module):
   trace_once: bool = False
 
   def setup(self) -> None:
+    check_config(self.config)
     cfg = self.config
     embedding = lambda name, size: _gathering(Matrix, cfg, name)("embedding", (size, cfg.embed_dim))
     self.embed = embedding("embed", cfg.vocab_size)
@@ -209,11 +211,12 @@ class Transformer(nn.Module):
         (attention, scores, positions) restarts.
 
     Returns:
-      [B, N, vocab_size] float32; NaN where a token that is seen is no id of the vocabulary.
+      [B, N, vocab_size] float32. Under `jax.jit` they are NaN where a token that is seen is no id
+      of the vocabulary.
 
     Raises:
-      ValueError: where a shape or dtype is not as above, or a row is longer than max_positions of
-        learned positions.
+      ValueError: where a shape or dtype is not as above, a row is longer than max_positions of
+        learned positions, or a token, whose value is known, is no id of the vocabulary.
     """
     hidden_BxNxE = self.hidden(tokens, segment_ids)
     return hidden_to_logits(
@@ -250,11 +253,13 @@ class Transformer(nn.Module):
 
   def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Returns the input of the first block, [B, N, E] in the activation dtype."""
+    check_type("tokens", tokens, (jax.Array, np.ndarray), "an array of integers [batch, length]")
     if tokens.ndim != 2 or not tokens.shape[1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(
         f"tokens must be integers [batch, length] with length >= 1, got {tokens.dtype} "
         f"{tokens.shape}"
       )
+    check_ids("tokens", tokens, self.config.vocab_size)
     x_BxNxE = rows_of(self.embed(), tokens)
     if self.config.positions == "learned":
       row = axis_size(CONTEXT) * tokens.shape[1]
@@ -266,6 +271,23 @@ class Transformer(nn.Module):
       positions_BxN = token_positions(segment_ids, *tokens.shape)
       x_BxNxE += jnp.take(self.positions(), positions_BxN, axis=0)
     return x_BxNxE.astype(self.config.activation_dtype)
+
+
+def check_ids(name: str, ids: jax.Array | np.ndarray, vocab_size: int) -> None:
+  """Raises ValueError, with the place and the value, unless integers are ids of a vocabulary.
+
+  Those that JAX traces, or that lie on devices of other processes, are not looked at.
+  """
+  if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+    return
+  values = jax.device_get(ids)
+  bad = np.argwhere((values < 0) | (values >= vocab_size))
+  if len(bad):
+    place = tuple(bad[0].tolist())
+    raise ValueError(
+      f"{name}{list(place)}={values[place]} must be an id of the vocabulary, from 0 to "
+      f"{vocab_size - 1}"
+    )
 
 
 def rows_of(table_VxE: jax.Array, ids: jax.Array) -> jax.Array:
@@ -303,8 +325,9 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
     config: the model.
     key: random key, such as `jax.random.key(0)`.
   Raises:
-    ValueError: for a key that is none.
+    ValueError: for a key that is none, or a config that is no TransformerConfig.
   """
+  check_config(config)
   return _init_params(config, random_keys("key", key))
 
 
@@ -325,8 +348,16 @@ def _init_params(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def count_params(params: Params) -> int:
-  """Counts parameters, also given their shapes only, from `jax.eval_shape`."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  """Counts parameters, also given their shapes only, from `jax.eval_shape`.
+
+  Raises:
+    ValueError: for what holds anything but arrays or shapes.
+  """
+  leaves = [None] if params is None else jax.tree.leaves(params)
+  for leaf in leaves:
+    arrays = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    check_type("params", leaf, arrays, "parameters: a dict of arrays, such as init_params returns")
+  return sum(leaf.size for leaf in leaves)
 
 
 def layer_params(config: TransformerConfig, params: Params, index: int) -> Params:

@@ -121,6 +121,9 @@ def test_logits_never_exist_at_once(params, batches):
 def test_batches_that_do_not_fit_are_refused(params, batches):
   with pytest.raises(ValueError, match="must reach the rows' length 130"):
     evaluate(CONFIG, params, batches, (0, 64))
+  tokens = np.where(np.arange(LENGTH + 1) == 3, CONFIG.vocab_size, batches[0]["tokens"])
+  with pytest.raises(ValueError, match=rf"tokens\[0, 3\]={CONFIG.vocab_size} must be an id of the"):
+    evaluate(CONFIG, params, [batches[0] | {"tokens": tokens}], (0, LENGTH))
   with pytest.raises(ValueError, match="no target"):
     evaluate(CONFIG, params, [], (0, LENGTH))
 

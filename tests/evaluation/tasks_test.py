@@ -1,5 +1,6 @@
 """Answers to generated documents: predictions, counts of right answers, the command."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -47,6 +48,12 @@ def test_right_answers_are_counted(monkeypatch):
     tasks, "predicted", lambda *args: oracle(*args) + (np.arange(args[4].shape[1]) == 7)
   )
   assert results()[-1] == (15, 20)
+
+
+def test_another_tokenizer_is_refused():
+  small = dataclasses.replace(CONFIG, vocab_size=99)
+  with pytest.raises(ValueError, match="tokens.* must be an id of the vocabulary, from 0 to 98"):
+    next(tasks.evaluate(small, None, TOKENIZER, "recall", 1500, 1))
 
 
 def test_predictions_are_the_largest_logits():
