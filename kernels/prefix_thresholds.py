@@ -222,7 +222,9 @@ def walk(
     }
     choose = lambda where, new, old: tuple(jnp.where(where, a, b) for a, b in zip(new, old))
     new = query > tile.first
-    made = Step(query, position, event, sums, waits & new & (position > tile.bottom), passes & new)
+    cuts = waits & new & (position > tile.bottom)
+    # Tokens that enter beyond the row's end may be anything.
+    made = Step(query, position, event, sums, cuts, passes & new & (query < problem.n))
     return (
       jnp.where(leaves, tile.end, jnp.where(waits, query + 1, query)),
       jnp.where(passes, position + 1, position),

@@ -346,8 +346,10 @@ def _add_to_keys(
   ds = ds.astype(options.dtype)
   plgpu.barrier_arrive(scratch.cotangent_free.at[slot])
   (dkey,) = registers.matmul_add((dkey,), ((ds, query),))
+  if of_gates is not None:
+    dscore += of_gates().sum(axis=1)  # reads tau, which `query_free` gives back
   plgpu.barrier_arrive(scratch.query_free.at[slot])
-  return dkey, dscore if of_gates is None else dscore + of_gates().sum(axis=1)
+  return dkey, dscore
 
 
 def _store_values(program: Program, block: Block, dvalue: jax.Array, nothing: jax.Array) -> None:

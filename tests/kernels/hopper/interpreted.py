@@ -86,6 +86,20 @@ CASES = {
     ),
     "key_value",
   ),
+  "wide_rising": (  # programs of more tiles of queries than shared memory holds
+    Spec(
+      "interpreted",
+      n=500,
+      heads=1,
+      groups=1,
+      head_dim=256,
+      k=150,
+      window=0,
+      dtype="bfloat16",
+      scores="rising",
+    ),
+    "value",
+  ),
   "ties": (
     Spec(
       "interpreted",
@@ -110,7 +124,10 @@ FIRST_QUERY = {"last_queries": 270, "window_only": 128, "wide": 150}
 
 def main(name: str) -> None:
   """Prints the relative error of the output and of every gradient."""
-  hopper_attention.CHUNK = 128  # so that there are several chunks
+  if name == "wide_rising":
+    hopper_attention.LISTS = 1  # a long one
+  else:
+    hopper_attention.CHUNK = 128  # so that there are several chunks
   spec, gate = CASES[name]
   first = FIRST_QUERY.get(name, 0)
   inputs, cotangent, ids = problem(spec)

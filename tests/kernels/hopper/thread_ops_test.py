@@ -222,6 +222,8 @@ def make(n, packed, kind):
     scores = np.round(scores)
     scores[0, 0, n // 2] = np.nan
     scores[1, 1, ::5] = -np.inf
+  if kind == "rising":
+    scores = 0.05 * scores + 0.05 * np.arange(n, dtype=np.float32)
   ids = np.sort(rng.integers(0, 5, (2, n)), axis=1) if packed else np.zeros((2, n), int)
   start, end = document_bounds(jnp.asarray(ids), 2, n)
   return (
@@ -240,6 +242,7 @@ def make(n, packed, kind):
     (150, 4, 3, True, "ties", 512, None),
     (150, 4, 3, True, "ties", 0, None),
     (700, 9, 20, False, "normal", 512, 512),  # tiles that take several batches
+    (700, 64, 0, False, "rising", 512, None),  # the staircase ends far above the last query
   ],
 )
 def test_selection(n, k, delay, packed, kind, copied, block, monkeypatch, request):
