@@ -114,6 +114,7 @@ def test_headline_holds_the_shapes_behind_the_goals():
     ("falling", 16, 16, 128),
     ("normal", 32, 8, 128),
     ("normal", 16, 16, 64),
+    ("normal", 8, 8, 256),
   ]
   assert all((p.k, p.window, p.dtype) == (512, 512, "bfloat16") for p in problems)
   small = attention_bench.headline((64, 16), head_dim=8, heads=4, kv_heads=2)
