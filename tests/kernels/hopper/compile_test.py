@@ -489,7 +489,7 @@ def test_a_chunk_of_a_prompt_compiles():
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())),
     arguments,
   )
-  compiled = cache._feed.lower(config, False, True, *arguments).compile()
+  compiled = cache._feed.lower(config, False, True, None, *arguments).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
 
