@@ -10,34 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsek.kernels.hopper.attention_key_program import Inputs, Outputs
 from sparsek.kernels.hopper.common import HALF, Ref, Registers, observe_last, read_bounds, slot_of
 from sparsek.kernels.hopper.work import ListWork, Work
-
-
-class Inputs(NamedTuple):
-  """Arrays in global memory, the arguments of `key_gradients`; score and tau are None for the
-  window.
-  """
-
-  query: Any
-  key: Any
-  value: Any
-  cotangent: Any
-  logsumexp: Any
-  delta: Any
-  first: Any
-  last: Any
-  bounds: Any
-  score: Any
-  tau: Any
-
-
-class Outputs(NamedTuple):
-  """Results in global memory; dscore is None for the window."""
-
-  dkey: Any
-  dvalue: Any
-  dscore: Any
 
 
 class Scratch(NamedTuple):

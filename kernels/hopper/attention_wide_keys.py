@@ -57,11 +57,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsek.kernels.gates import tile_gradients, tile_weights
+from sparsek.kernels.hopper.attention_key_program import Inputs, Outputs
 from sparsek.kernels.hopper.attention_wide_key_program import (
   Block,
-  Inputs,
   Options,
-  Outputs,
   Program,
   Scratch,
   block_of,

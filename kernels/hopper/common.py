@@ -251,24 +251,15 @@ class Registers:
     """Returns a @ b.T in float32, of matrices in shared memory; `meanwhile()` runs while the tensor
     cores work.
     """
-    if self.interpreted:
-      product = lax.dot_general(
-        a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-      )
-      meanwhile()
-      return product
-
-    def run(accumulator):
-      plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
-      meanwhile()
-      return accumulator[...]
-
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return self.matmul_beside(shape, a, b, meanwhile)[0]
 
   def matmul_beside(self, shape: tuple[int, int], a: Ref, b: Ref, make: Callable) -> tuple:
     """Returns a @ b.T, as `matmul`, and make(), which runs while the tensor cores work."""
     if self.interpreted:
-      return self.matmul(shape, a, b), make()
+      product = lax.dot_general(
+        a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+      )
+      return product, make()
 
     def run(accumulator):
       plgpu.wgmma(accumulator, a, b.transpose((1, 0)))

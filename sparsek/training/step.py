@@ -160,10 +160,10 @@ def make_train_step(
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
-  """Returns the options of XLA under which a training step is compiled soonest and runs as fast.
+  """Returns the options of XLA for a training step: those with which it is compiled sooner.
 
-  On GPUs, cuBLAS multiplies as fast as XLA's own fused products. On CPUs, LLVM's first level makes
-  as fast loops as its third.
+  On GPUs, cuBLAS multiplies in place of XLA's own fused products, which would be tuned one by one.
+  On CPUs, LLVM optimizes at its first level.
   """
   platform = mesh.devices.flat[0].platform
   if platform == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
