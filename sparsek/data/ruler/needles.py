@@ -117,7 +117,9 @@ class Needles:
       values.append([self._draw(self._values) for _ in range(self._num_values)])
       needles += [self._needle(keys[-1], value) for value in values[-1]]
     random.Random(SEED).shuffle(needles)
-    context = self._in_essay(size, needles) if self._haystack == "essay" else self._in(size, needles)
+    context = (
+      self._in_essay(size, needles) if self._haystack == "essay" else self._in(size, needles)
+    )
     asked = self._rng.sample(range(self._num_keys), self._num_queries)
     queries = [keys[i] for i in asked]
     answers = [value for i in asked for value in values[i]]

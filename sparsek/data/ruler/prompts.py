@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from sparsek.data.chat_template import Chat
 from sparsek.data.ruler.drafts import DoesNotFitError, Draft, Generator, fitted_size, fitting_draft
 from sparsek.data.ruler.needles import Needles
 from sparsek.data.ruler.questions import Questions
@@ -37,11 +38,7 @@ class Prompt(NamedTuple):
 
 
 def make_prompts(
-  task: str,
-  length: int,
-  encode: Callable[[str], list[int]],
-  sources: Sources,
-  chat: Callable[[str], str] = str,
+  task: str, length: int, encode: Callable[[str], list[int]], sources: Sources, chat: Chat = str
 ) -> Iterator[Prompt]:
   """Yields the prompts of a task, always the same ones: they are drawn one after the other.
 
@@ -69,6 +66,33 @@ def make_prompts(
     ) from None
 
 
+def most_tokens(task: str, length: int) -> int:
+  """Returns the most tokens of a prompt with its answer, for which a model must have positions."""
+  return length + (TASKS[task].template.new_tokens if task == "fwe" else 0)
+
+
+def shortest(
+  task: str, length: int, encode: Callable[[str], list[int]], sources: Sources, chat: Chat = str
+) -> int:
+  """Returns the tokens of one of the shortest prompts of a task with its answer.
+
+  The arguments are those of `make_prompts`.
+  """
+  tokens = lambda text: len(encode(text))
+  text_of = lambda draft: chat(draft.question) + draft.answer_prefix
+  new_tokens = TASKS[task].template.new_tokens
+  if task == "fwe":
+    try:
+      return tokens(text_of(CodedWords(lambda draft: tokens(text_of(draft)), length).make()))
+    except DoesNotFitError as error:
+      return error.args[0]
+  generator = _generator(task, length, tokens, sources)
+  draft = generator.make(generator.step, 0)
+  if isinstance(generator, Variables):
+    draft = generator.with_example(draft)
+  return tokens(text_of(draft)) + new_tokens
+
+
 def _drafts(
   task: str,
   length: int,
@@ -79,8 +103,8 @@ def _drafts(
   """Yields the prompts as drafts; raises DoesNotFitError where the shortest one is longer."""
   new_tokens = TASKS[task].template.new_tokens
   more = 0  # tokens that are put before each draft
-  count = lambda draft, and_counted: more + tokens(
-    text_of(draft) + (draft.counted if and_counted else "")
+  count = lambda draft, and_counted: (
+    more + tokens(text_of(draft) + (draft.counted if and_counted else ""))
   )
   if task == "fwe":
     coded = CodedWords(lambda draft: tokens(text_of(draft)), length)
@@ -95,9 +119,7 @@ def _drafts(
     yield generator.with_example(draft) if isinstance(generator, Variables) else draft
 
 
-def _generator(
-  task: str, length: int, tokens: Callable[[str], int], sources: Sources
-) -> Generator:
+def _generator(task: str, length: int, tokens: Callable[[str], int], sources: Sources) -> Generator:
   """Returns the generator of a task other than fwe."""
   of = TASKS[task]
   if of.template is VARIABLES:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sparsek.data.ruler.drafts import SEED, Draft
 from sparsek.data.ruler.sources import Sources
-from sparsek.data.ruler.tasks import HOTPOTQA, QUESTIONS, SQUAD
+from sparsek.data.ruler.tasks import QUESTIONS, SQUAD
 
 
 class Question(NamedTuple):

@@ -79,9 +79,11 @@ class Task:
 
 
 def _needles(haystack: str, keys: str = "words", values: str = "numbers", **numbers: int) -> Task:
-  files = (ESSAYS,) if haystack == "essay" else ()
-  files += (NOUNS, ADJECTIVES) if "words" in (keys, values) else ()
-  return Task(NEEDLES, files, {"haystack": haystack, "keys": keys, "values": values, **numbers})
+  essays = (ESSAYS,) if haystack == "essay" else ()
+  words = (NOUNS, ADJECTIVES) if "words" in (keys, values) else ()
+  return Task(
+    NEEDLES, essays + words, {"haystack": haystack, "keys": keys, "values": values, **numbers}
+  )
 
 
 TASKS = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sparsek.data.ruler.drafts import SEED, Draft, DoesNotFitError, fitted_size, fitting_draft
+from sparsek.data.ruler.drafts import SEED, DoesNotFitError, Draft, fitted_size, fitting_draft
 from sparsek.data.ruler.needles import REPEATED
 from sparsek.data.ruler.tasks import VARIABLES
 

@@ -28,7 +28,9 @@ class CommonWords:
 
   def __init__(self, sources: Sources, length: int):
     self._rng = random.Random(SEED)
-    self._words = sorted({word for name in (NOUNS, ADJECTIVES, VERBS) for word in sources.words(name)})
+    self._words = sorted(
+      {word for name in (NOUNS, ADJECTIVES, VERBS) for word in sources.words(name)}
+    )
     random.Random(SEED).shuffle(self._words)
     self._is_short = length < 4096
     self.step, self.most = 10, len(self._words)
