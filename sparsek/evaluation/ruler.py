@@ -17,6 +17,7 @@ from sparsek.data.ruler.prompts import Prompt
 from sparsek.data.ruler.tasks import TASKS, score
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.errors import RunError, UsageError
+from sparsek.evaluation.statistics import bootstrap_ratio
 from sparsek.generation.cache_sizes import GROWTH, check_memory, clip_sizes
 from sparsek.generation.inference import InferenceParams
 from sparsek.generation.session import Session
@@ -261,13 +262,21 @@ class Score:
 
   Attributes:
     score: mean over the prompts, in percent.
+    low, high: 95 % interval of a bootstrap over distinct prompts; None where all of them have the
+      same score, which tells nothing of how far others would vary.
     prompts: number of distinct prompts.
     empty: answers without any text.
   """
 
   score: float
+  low: float | None
+  high: float | None
   prompts: int
   empty: int
+
+  def __str__(self) -> str:
+    interval = "" if self.low is None else f" ({self.low:.0f} to {self.high:.0f})"
+    return f"{self.score:.1f}{interval}"
 
 
 def summaries(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Score]:
@@ -275,14 +284,22 @@ def summaries(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Score]
   groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
   for row in rows:
     groups.setdefault((row["task"], row["length"]), []).append(row)
-  return {
-    pair: Score(
-      round(sum(row["score"] for row in group) / len(group), 2),
-      len({row["sha256"] for row in group}),
-      sum(not row["answer"].strip() for row in group),
-    )
-    for pair, group in groups.items()
-  }
+  return {pair: _summary(group) for pair, group in groups.items()}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> Score:
+  by_prompt = {row["sha256"]: row["score"] for row in rows}  # greedy answers to one are the same
+  low = high = None
+  if len(set(by_prompt.values())) > 1:
+    _, low, high, _ = bootstrap_ratio(list(by_prompt.values()), [1] * len(by_prompt))
+    low, high = round(low, 2), round(high, 2)
+  return Score(
+    round(sum(row["score"] for row in rows) / len(rows), 2),
+    low,
+    high,
+    len(by_prompt),
+    sum(not row["answer"].strip() for row in rows),
+  )
 
 
 def table(
@@ -291,7 +308,7 @@ def table(
   lengths: Sequence[int],
   scores: Mapping[tuple[str, str, int], Score],
 ) -> str:
-  """Returns a table in Markdown of scores in percent, with the mean over tasks.
+  """Returns a table in Markdown of scores in percent with their intervals, and means over tasks.
 
   Args:
     labels: of the runs, rows for each.
@@ -306,9 +323,8 @@ def table(
   for label in labels:
     for task in tasks:
       of = [scores[label, task, length] for length in lengths]
-      counts = ", ".join(map(str, dict.fromkeys(score.prompts for score in of)))
-      cells = " | ".join(f"{score.score:.1f}" for score in of)
-      lines.append(f"| {label} | {task} | {counts} | {cells} |")
+      counts = ", ".join(dict.fromkeys(str(score.prompts) for score in of))
+      lines.append(f"| {label} | {task} | {counts} | {' | '.join(map(str, of))} |")
     means = [sum(scores[label, task, n].score for task in tasks) / len(tasks) for n in lengths]
     lines.append(f"| {label} | mean | | {' | '.join(f'{mean:.1f}' for mean in means)} |")
   return "\n".join(lines)

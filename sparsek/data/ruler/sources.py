@@ -93,7 +93,10 @@ class Sources:
 
   def words(self, name: str) -> list[str]:
     """Returns the lines of a file."""
-    return [line.rstrip() for line in self._text(name).splitlines()]
+    words = [line.rstrip() for line in self._text(name).splitlines()]
+    if not words:
+      raise UsageError(f"--data: {name} holds no words")
+    return words
 
   def json(self, name: str) -> Any:
     """Returns the JSON value of a file."""
