@@ -21,6 +21,7 @@ COMMANDS = (
   "pretrain",
   "evaluate",
   "evaluate_tasks",
+  "evaluate_ruler",
   "generate",
   "import_hf",
   "layer_reach",
