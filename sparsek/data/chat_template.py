@@ -18,31 +18,23 @@ Chat = Callable[[str], str]
 
 
 def check_template(value: str) -> None:
-  """Raises UsageError unless --chat_template is none, model, a text with {prompt} or a file."""
-  if value in (NONE, OF_MODEL) or PLACE in value:
-    return
-  if not os.path.isfile(value):
-    raise UsageError(
-      f"--chat_template={files.shown(value)}: must be {NONE}, {OF_MODEL}, a file, or a text that "
-      f"holds {PLACE}"
-    )
-  _read(value)
+  """Raises UsageError unless --chat_template is none, model, or a file with a template."""
+  if value not in (NONE, OF_MODEL):
+    _read(value)
 
 
 def template_text(value: str, folder: str) -> str:
   """Returns the text of a chat template, "" for none.
 
   Args:
-    value: "none", "model", a text with {prompt}, or the path of a file with such a text or with a
-      Jinja template.
+    value: "none", "model", or the path of a file with a Jinja template, or with a text in which
+      {prompt} is what the user says.
     folder: of the model's tokenizer, which may hold its own template.
   Raises:
     UsageError: where there is no such template.
   """
   if value == NONE:
     return ""
-  if PLACE in value:
-    return value
   if value != OF_MODEL:
     return _read(value)
   path = os.path.join(folder, TEMPLATE_FILE)

