@@ -38,6 +38,7 @@ SMALLER = {
   "--dtype=float32 --k=8 --window=8 --learning_rate=1e-3 --implementation=reference",
   "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
   "experiments.evaluate_tasks": "--lengths=256 --examples=1 --tasks=passkey",
+  "experiments.evaluate_ruler": "--tasks=fwe --lengths=512 --prompts=1",
   "experiments.generate": "--max_new_tokens=3",
   "experiments.import_hf": "",
   "experiments.plot": "",

@@ -12,7 +12,6 @@ import pytest
 from sparsek.data import chat_template
 from sparsek.data.ruler.prompts import make_prompts
 from sparsek.data.ruler.sources import Sources
-from sparsek.data.ruler.tasks import TASKS
 from sparsek.errors import UsageError
 from sparsek.evaluation import ruler
 from sparsek.experiments import evaluate_ruler
@@ -162,7 +161,8 @@ def test_prompts_are_written_as_other_programs_read_them(folder, data, capsys):
       "gen_prefix": "",
     }
   assert len(rows) == 2 and (target / "1100" / "niah_single_2" / "validation.jsonl").exists()
-  assert run(*words, "--tasks=vt") == 2 and "is not empty: give a new folder" in capsys.readouterr().err
+  assert run(*words, "--tasks=vt") == 2
+  assert "is not empty: give a new folder" in capsys.readouterr().err
 
 
 def test_a_chat_template_is_a_setting(folder, data, answers):
