@@ -63,7 +63,7 @@ def test_prompts_hold_their_answers_and_fill_the_length(task, data):
   assert len({prompt.sha256 for prompt in made}) == COUNT
   assert made == prompts(data, task), "they are drawn alike each time"
   for prompt in made:
-    assert prompt.tokens == tokenizer().encode(prompt.text)
+    assert prompt.tokens.tolist() == tokenizer().encode(prompt.text)
     assert LENGTH / 2 < len(prompt.tokens) + of.new_tokens <= most_tokens(task, LENGTH)
     assert score(task, " ".join(prompt.outputs), prompt.outputs) == 100
     assert all(answer.lower() in prompt.text.lower() for answer in prompt.outputs)
@@ -116,6 +116,16 @@ def test_variables_follow_an_example_with_other_names(data):
   solved = re.search(r"they are:  ((?:[A-Z]{3} ?){5})\n\n\n\n$", example).group(1).split()
   assert all(example.count(f"VAR {name} ") >= 1 for name in solved)
   assert example != second.text.rpartition(TASKS["vt"].template.question[:20])[0]
+
+
+def test_not_every_size_is_counted(data):
+  """The size is the one that is found by counting all of them."""
+  for task in ("vt", "niah_single_1", "niah_single_2"):
+    counted = []
+    encode = lambda text: counted.append(text) or tokenizer().encode(text)
+    (prompt,) = prompts(data, task, 9000, 1, encode)
+    found, new_tokens = len(prompt.tokens), TASKS[task].template.new_tokens
+    assert 8200 < found + new_tokens <= 9000 and len(counted) < 30
 
 
 def test_an_example_that_takes_many_tokens_is_longer():

@@ -51,6 +51,9 @@ def fitted_size(
 ) -> int:
   """Returns the size of the prompts of `length` tokens, by trying larger and larger ones.
 
+  Each size is drawn, as published. Counting takes long, so sizes are not counted that are less than
+  halfway from the last counted one to where the length would be reached.
+
   Args:
     generator: of the prompts.
     count: returns the tokens of a draft, of what is counted after it too where it is given True.
@@ -59,12 +62,15 @@ def fitted_size(
   Raises:
     DoesNotFitError: where the least size is too large.
   """
-  size, tokens = generator.step, 0
+  size, tokens, fits = generator.step, 0, 0.0
   while tokens + new_tokens < length:
-    tokens = count(generator.make(size, 0), True)
-    if tokens + new_tokens > length:
-      size -= generator.step
-      break
+    draft = generator.make(size, 0)
+    if size >= fits:
+      tokens = count(draft, True)
+      if tokens + new_tokens > length:
+        size -= generator.step
+        break
+      fits = size + size / tokens * (length - new_tokens - tokens) / 2
     size += generator.step
     if size > generator.most:
       return generator.most

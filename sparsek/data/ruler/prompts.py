@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Prompt(NamedTuple):
   """
 
   text: str
-  tokens: list[int]
+  tokens: array
   query: str
   outputs: list[str]
 
@@ -58,7 +59,7 @@ def make_prompts(
   try:
     for draft in drafts:
       text = text_of(draft)
-      yield Prompt(text, encode(text), draft.query, draft.answers)
+      yield Prompt(text, array("i", encode(text)), draft.query, draft.answers)
   except DoesNotFitError as error:
     raise UsageError(
       f"--lengths={length}: the shortest prompts of {task} and their answers have up to "
