@@ -1,13 +1,15 @@
 """Forward pass of SPARSEK attention on Hopper GPUs: one online softmax over the tiles of the
 window, latest first, then over the tiles of listed tokens.
 
-A program computes 128 queries of one head with three warpgroups. Tiles are loaded from contiguous
-memory only: the listed keys and values were gathered before. Logits are to base 2.
+A program computes blocks of 128 queries of one head, one after the other, by three warpgroups.
+Tiles are loaded from contiguous memory only: listed keys and values were gathered before. Logits
+are to base 2. The parts of a program: attention_forward_program.py.
 
   warpgroup 2, loads (40 registers a thread)     warpgroups 0 and 1, compute 64 queries each (232)
   ------------------------------------------     ---------------------------------------------------
-                                                 load query, window_start, entered, tau
-  load the block's own tile; read bounds         read bounds
+  for each block:                                load query, window_start, entered, tau
+  load the block's own tile; read bounds         for each block:
+                                                 read bounds
                                                  wait query_full, key_full of the first tile
   for each tile:                                 for each tile:
     wait key_free                                  issue S = query key^T; arrive turn, wait turn
@@ -19,30 +21,37 @@ memory only: the listed keys and values were gathered before. Logits are to base
                                                    arrive value_free
                                                  store out and logsumexp
 
+The first tiles of the next block are loaded while a block is computed, and so are its queries
+where shared memory holds those of two blocks (`held`): once the block before is stored from where
+they go.
+
 (*) already before the softmax if the tile has no gates: then its scores are not read again.
 
 The computing warpgroups meet at `turn` twice a tile. Warpgroup 1 is half a tile behind: it passes
-`turn` once before its first tile, and warpgroup 0 once after its last tile. So while one computes
+`turn` once before its first tile, and warpgroup 0 once after its last tile. At the first product of
+a block they only wait: they have arrived before they stored the block before. So while one computes
 its softmax, the other one's products keep the tensor cores busy, as in FlashAttention-3.
 
   barrier (how many)      opens after
   key_full (stages)       the bulk copies (TMA) of key, last and, if the gate needs it, score
   value_full (stages)     the bulk copy of value
-  query_full (2)          the four copies of a warpgroup's queries
+  query_full (2 held)     the four copies of a warpgroup's queries
   key_free (stages)       both computing warpgroups have read key, last, score of the slot
   value_free (stages)     both have read value of the slot
   turn (1)                both have arrived
 
   shared memory              shape                type     bytes for D = 128, 2 stages of 128 keys
-  query, later out           2, 64, D             16 bit   32 KiB
+                                                           and 2 blocks held
+  query, later out           2 held, 64, D        16 bit   64 KiB
   key, value                 stages, block_kv, D  16 bit   64 KiB each
   last                       stages, block_kv     int32    1 KiB
   score                      stages, block_kv     float32  1 KiB
-  row: tau, later logsumexp  2, 64                float32  512 B
-  window_start, entered      2, 64                int32    512 B each
+  row: tau, later logsumexp  2 held, 64           float32  1 KiB
+  window_start, entered      2 held, 64           int32    1 KiB each
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,17 +59,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsek.kernels.hopper.attention_forward_program import (
+  Inputs,
+  Outputs,
+  Program,
+  Rows,
+  Scratch,
+  held,
+  scratch_of,
+  work_of,
+)
 from sparsek.kernels.hopper.attention_tiles import (
   Listed,
   Options,
-  Position,
   Steps,
   buffers_of,
   live_pairs,
   load_tiles,
   newest_tile,
   options_of,
-  position,
 )
 from sparsek.kernels.hopper.common import (
   COLUMN,
@@ -71,78 +88,16 @@ from sparsek.kernels.hopper.common import (
   ROW,
   Ref,
   Tiling,
+  axis_index,
   by_row,
   gate_of,
   grid_of,
-  matrix_buffer,
+  observe_last,
   read_bounds,
   run_kernel,
   slot_of,
-  vector_buffer,
 )
 from sparsek.kernels.sentinels import LOWEST
-
-
-class Inputs(NamedTuple):
-  """Arrays in global memory: the arguments of `forward`."""
-
-  query: Any
-  key: Any
-  value: Any
-  window_start: Any
-  entered: Any
-  tau: Any
-  listed: Listed
-  bounds: Any
-
-
-class Outputs(NamedTuple):
-  """Results in global memory."""
-
-  out: Any
-  logsumexp: Any
-
-
-class Scratch(NamedTuple):
-  """Shared memory and barriers, see the drawing above."""
-
-  query: Any
-  key: Any
-  value: Any
-  last: Any
-  score: Any
-  row: Any
-  window_start: Any
-  entered: Any
-  key_full: Any
-  value_full: Any
-  query_full: Any
-  key_free: Any
-  value_free: Any
-  turn: Any
-
-
-class Program(NamedTuple):
-  """Everything that the roles of a program need."""
-
-  options: Options
-  inputs: Inputs
-  outputs: Outputs
-  scratch: Scratch
-  at: Position
-
-  @property
-  def gated(self) -> bool:
-    """True if the output depends on the gates, and so on the scores."""
-    return self.options.gate != "straight_through"
-
-
-class Rows(NamedTuple):
-  """The 64 queries of a computing warpgroup."""
-
-  first: Any  # token of the first one
-  places: Any  # slice of them among the queries
-  tau: Any  # None where the gate does not need it
 
 
 def forward(
@@ -201,45 +156,25 @@ def forward(
       out=jax.ShapeDtypeStruct(query.shape, query.dtype),
       logsumexp=jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     ),
-    _scratch(options, gate != "straight_through"),
-    **grid_of(**options.grid),
+    scratch_of(options, gate != "straight_through"),
+    **grid_of(program=work_of(options).programs),
     interpret=interpret,
     kernel_name="sparsek_forward",
   )
 
 
-def _scratch(options: Options, gated: bool) -> Scratch:
-  block_kv, stages = options.block_kv, options.stages
-  return Scratch(
-    query=matrix_buffer(COMPUTING, HALF, options.dim, options.dtype),
-    key=matrix_buffer(stages, block_kv, options.dim, options.dtype),
-    value=matrix_buffer(stages, block_kv, options.dim, options.dtype),
-    last=vector_buffer(stages, block_kv, jnp.int32),
-    score=vector_buffer(stages, block_kv),
-    row=vector_buffer(COMPUTING, HALF),
-    window_start=vector_buffer(COMPUTING, HALF, jnp.int32),
-    entered=vector_buffer(COMPUTING, HALF, jnp.int32),
-    key_full=plgpu.Barrier(num_arrivals=3 if gated else 2, num_barriers=stages),
-    value_full=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-    query_full=plgpu.Barrier(num_arrivals=4, num_barriers=COMPUTING),
-    key_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
-    value_free=plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
-    turn=plgpu.Barrier(num_arrivals=COMPUTING),
-  )
-
-
 def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-  program = Program(options, inputs, outputs, scratch, position(options))
-  pl.when(program.at.warpgroup < COMPUTING)(lambda: _compute(program))
-  pl.when(program.at.warpgroup == COMPUTING)(lambda: _load(program))
+  program, warpgroup = Program(options, inputs, outputs, scratch), axis_index("warpgroup")
+  pl.when(warpgroup < COMPUTING)(lambda: _compute(program, warpgroup))
+  pl.when(warpgroup == COMPUTING)(lambda: _load(program))
 
 
-def _find_tiles(program: Program) -> tuple[tuple, Steps]:
+def _find_tiles(block: Program) -> tuple[tuple, Steps]:
   """Reads t0, ..., t5, see tiles.query_bounds, and returns them and the tiles."""
-  at = program.at
-  bounds = read_bounds(program.inputs.bounds, at.b, at.g, at.block)
+  at = block.at
+  bounds = read_bounds(block.inputs.bounds, at.b, at.g, at.block)
   t0, _, _, t3, t4, _ = bounds
-  newest = newest_tile(program.options, at)
+  newest = newest_tile(block.options, at)
   in_window = newest - t4 + 1
   return bounds, Steps(newest, in_window, t0, in_window + t3 - t0)
 
@@ -248,52 +183,96 @@ def _load(program: Program) -> None:
   """Loads the tiles of keys and values: the part of the last warpgroup."""
   plgpu.set_max_registers(40, action="decrease")
   options, inputs = program.options, program.inputs
-  load_tiles(
-    options,
-    program.at,
-    lambda: _find_tiles(program)[1],
-    buffers_of(program.scratch),
-    inputs.key,
-    inputs.value,
-    inputs.listed,
-    scores=program.gated,
-  )
+  buffers = buffers_of(program.scratch)
+
+  def load(i, before):
+    block = program.block(i)
+    return load_tiles(
+      options,
+      block.at,
+      lambda: _find_tiles(block)[1],
+      buffers,
+      inputs.key,
+      inputs.value,
+      inputs.listed,
+      scores=program.gated,
+      before=before,
+      is_last=False,
+    )
+
+  steps = lax.fori_loop(0, program.rounds, load, jnp.int32(0))
+  observe_last(options.interpret, steps, options.stages, buffers.key_free, buffers.value_free)
 
 
-def _compute(program: Program) -> None:
-  """Computes attention of 64 queries: the part of the first two warpgroups."""
+def _compute(program: Program, warpgroup: Any) -> None:
+  """Computes attention of 64 queries of each block: the part of the first two warpgroups."""
   plgpu.set_max_registers(232, action="increase")
+  turn, rounds = program.scratch.turn, program.rounds
+  _load_rows(program.block(0))
+  pl.when(warpgroup == 1)(lambda: _take_turns(turn))
+  plgpu.barrier_arrive(turn)
+
+  def load_next(i):
+    if held(program.options) > 1:
+
+      @pl.when(i + 1 < rounds)
+      def _():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _load_rows(program.block(i + 1))
+
+  def compute(i, before):
+    block = program.block(i)
+    end, *rest = _compute_block(block, before, lambda: load_next(i))
+    pl.when((i + 1 < rounds) | (warpgroup == 0))(lambda: plgpu.barrier_arrive(turn))
+    _store(block, *rest)
+    return end
+
+  lax.fori_loop(0, rounds, compute, jnp.int32(0))
+  pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn))
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _compute_block(program: Program, before: Any, load_next: Callable[[], None]) -> tuple:
+  """Computes attention of 64 queries of a block.
+
+  Args:
+    program: the block.
+    before: number of tiles of earlier blocks.
+    load_next: called when the block's own tiles are done.
+
+  Returns:
+    The number of tiles up to this block; and the last arguments of `_store`.
+  """
   registers, scratch = program.options.registers, program.scratch
-  _load_rows(program)
   (t0, t1, t2, t3, _, t5), tiles = _find_tiles(program)  # while the loads run
   rows = _rows(program)
-  plgpu.barrier_wait(scratch.key_full.at[0])
-  pl.when(program.at.warpgroup == 1)(lambda: _take_turns(scratch.turn))
+  slot, _ = slot_of(before, program.options.stages)
+  plgpu.barrier_wait(scratch.key_full.at[slot])
   carry = (
     registers.full((HALF, program.options.dim), 0, MATRIX),
     registers.full((HALF,), LOWEST, ROW),
     registers.full((HALF,), 0, ROW),
   )
+  end = before + tiles.steps
 
   def near(**kind):
     return lambda step, carry: _tile(
-      program, rows, carry, step, tiles, tiles.newest - step, is_list=False, **kind
+      program, rows, carry, before + step, end, tiles.newest - step, is_list=False, **kind
     )
 
   def far(**kind):
-    return lambda t, carry: _tile(
-      program, rows, carry, tiles.in_window + t - tiles.begin, tiles, t, is_list=True, **kind
-    )
+    first = before + tiles.in_window - tiles.begin
+    return lambda t, carry: _tile(program, rows, carry, first + t, end, t, is_list=True, **kind)
 
   own_tiles = program.options.own_tiles
-  carry = lax.fori_loop(0, own_tiles, near(exits=True, enters=True), carry)
+  carry = lax.fori_loop(0, own_tiles, near(exits=True, enters=True, begin=before), carry)
+  load_next()
   carry = lax.fori_loop(own_tiles, tiles.newest - t5 + 1, near(), carry)
   carry = lax.fori_loop(tiles.newest - t5 + 1, tiles.in_window, near(exits=True), carry)
   carry = lax.fori_loop(t0, t1, far(exits=True), carry)
   carry = lax.fori_loop(t1, t2, far(), carry)
   carry = lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
-  pl.when(program.at.warpgroup == 0)(lambda: _take_turns(scratch.turn))
-  _store(program, rows, *carry)
+  return end, rows, *carry
 
 
 def _take_turns(turn: Ref) -> None:
@@ -315,23 +294,23 @@ def _load_rows(program: Program) -> None:
   """Loads what belongs to the warpgroup's queries."""
   inputs, scratch, at = program.inputs, program.scratch, program.at
   tokens, places = pl.ds(_first_token(program), HALF), _places(program)
-  full = scratch.query_full.at[at.warpgroup]
+  full = scratch.query_full.at[program.part]
   for source, buffer in (
     (inputs.query.at[at.b, places, at.h], scratch.query),
     (inputs.window_start.at[at.b, tokens], scratch.window_start),
     (inputs.entered.at[at.b, at.g, tokens], scratch.entered),
     (inputs.tau.at[at.b, at.g, tokens], scratch.row),
   ):
-    plgpu.copy_gmem_to_smem(source, buffer.at[at.warpgroup], full)
+    plgpu.copy_gmem_to_smem(source, buffer.at[program.part], full)
 
 
 def _rows(program: Program) -> Rows:
   """Waits for what belongs to the warpgroup's queries."""
-  scratch, warpgroup = program.scratch, program.at.warpgroup
-  plgpu.barrier_wait(scratch.query_full.at[warpgroup])
+  scratch = program.scratch
+  plgpu.barrier_wait(scratch.query_full.at[program.part])
   tau = None
   if program.gated:
-    tau = program.options.registers.vector(scratch.row.at[warpgroup], ROW)
+    tau = program.options.registers.vector(scratch.row.at[program.part], ROW)
   return Rows(_first_token(program), _places(program), tau)
 
 
@@ -340,12 +319,13 @@ def _tile(
   rows: Rows,
   carry: tuple,
   step: Any,
-  tiles: Steps,
+  end: Any,
   t: Any,
   *,
   is_list: bool,
   exits: bool = False,
   enters: bool = False,
+  begin: Any = None,
 ) -> tuple:
   """Adds one tile to the online softmax.
 
@@ -354,21 +334,26 @@ def _tile(
     carry: (acc [64, D], top [64], total [64]): sums of weighted values, the largest logit so far,
       and the sum of exp2(logit - top).
     step: of the circular buffers.
-    tiles: see Steps.
+    end: the step after the block's last one.
     t: the tile's number among those of the window or the list.
     is_list, exits, enters: see `live_pairs`.
+    begin: the block's first step, if this may be it: there the warpgroup has arrived at `turn`.
 
   Returns:
     The next carry.
   """
   options, scratch = program.options, program.scratch
-  registers, shape, warpgroup = options.registers, options.shape, program.at.warpgroup
+  registers, shape = options.registers, options.shape
   acc, top, total = carry
   slot, _ = slot_of(step, options.stages)
-  query, score = scratch.query.at[warpgroup], scratch.score.at[slot]
+  query, score = scratch.query.at[program.part], scratch.score.at[slot]
   has_gate = program.gated and is_list
 
-  s = registers.matmul(shape, query, scratch.key.at[slot], lambda: _take_turns(scratch.turn))
+  def wait_for_turn():
+    pl.when(True if begin is None else step > begin)(lambda: plgpu.barrier_arrive(scratch.turn))
+    plgpu.barrier_wait(scratch.turn)
+
+  s = registers.matmul(shape, query, scratch.key.at[slot], wait_for_turn)
   if options.gate == "key_value" and is_list:
     s *= gate_of(registers.vector(score, COLUMN), rows.tau, shape)
   live = live_pairs(
@@ -379,8 +364,8 @@ def _tile(
     exits=exits,
     enters=enters,
     last=scratch.last.at[slot],
-    window_start=scratch.window_start.at[warpgroup],
-    entered=scratch.entered.at[warpgroup],
+    window_start=scratch.window_start.at[program.part],
+    entered=scratch.entered.at[program.part],
   )
   if live is not None:
     s = jnp.where(live, s, -jnp.inf)
@@ -408,7 +393,7 @@ def _tile(
 
   def wait_for_next_keys():
     following, _ = slot_of(step + 1, options.stages)
-    pl.when(step + 1 < tiles.steps)(lambda: plgpu.barrier_wait(scratch.key_full.at[following]))
+    pl.when(step + 1 < end)(lambda: plgpu.barrier_wait(scratch.key_full.at[following]))
 
   (acc,) = registers.matmul_add((acc,), ((weights, scratch.value.at[slot]),), wait_for_next_keys)
   plgpu.barrier_arrive(scratch.value_free.at[slot])
@@ -418,7 +403,7 @@ def _tile(
 def _store(program: Program, rows: Rows, acc: jax.Array, top: jax.Array, total: jax.Array) -> None:
   """Stores the output and the logsumexp of the warpgroup's queries, through shared memory."""
   at, scratch, outputs = program.at, program.scratch, program.outputs
-  query, row = scratch.query.at[at.warpgroup], scratch.row.at[at.warpgroup]
+  query, row = scratch.query.at[program.part], scratch.row.at[program.part]
   seen = total > 0
   total = jnp.where(seen, total, 1.0)
   # A threshold that is NaN must show in the output.
@@ -428,4 +413,3 @@ def _store(program: Program, rows: Rows, acc: jax.Array, top: jax.Array, total: 
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(query, outputs.out.at[at.b, rows.places, at.h])
   plgpu.copy_smem_to_gmem(row, outputs.logsumexp.at[at.b, at.h, rows.places])
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)

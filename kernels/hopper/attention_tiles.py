@@ -28,9 +28,9 @@ from sparsek.kernels.hopper.common import (
   axis_index,
   by_column,
   by_row,
-  grid_position,
   observe_last,
   slot_of,
+  split_number,
 )
 
 
@@ -129,9 +129,12 @@ class Position(NamedTuple):
   list_start: Any  # first place of the list of the block's chunk
 
 
-def position(options: Options) -> Position:
-  """Reads from the grid which part of the problem belongs to this warpgroup."""
-  (b, block, h), warpgroup = grid_position(**options.grid), axis_index("warpgroup")
+def position(options: Options, number: Any = None) -> Position:
+  """Returns which part of the problem belongs to this warpgroup in the place of that number in
+  `options.grid`, by default the program's.
+  """
+  number = axis_index("program") if number is None else number
+  (b, block, h), warpgroup = split_number(number, **options.grid), axis_index("warpgroup")
   g = lax.div(h, jnp.array(options.repeats, h.dtype))
   block += options.skip // BLOCK_Q
   first_row = block * BLOCK_Q
@@ -192,7 +195,9 @@ def load_tiles(
   listed: Listed,
   *,
   scores: bool,
-) -> None:
+  before: Any = 0,
+  is_last: bool = True,
+) -> Any:
   """Loads all tiles, each as soon as the computing warpgroups have read what lay in its slot.
 
   Args:
@@ -201,13 +206,18 @@ def load_tiles(
     key, value: [B, n, G, D], of all tokens.
     listed: those of the lists.
     scores: whether to load the scores too.
+    before: number of tiles that the program has loaded before.
+    is_last: whether the program loads no others.
+
+  Returns:
+    How many the program has loaded then.
   """
 
   newest = newest_tile(options, at)
 
   def load(step, tiles=None):
-    slot, reused = slot_of(step, options.stages)
-    value_slot, value_reused = slot_of(step, options.value_stages)
+    slot, reused = slot_of(before + step, options.stages)
+    value_slot, value_reused = slot_of(before + step, options.value_stages)
     near = tiles is None or step < tiles.in_window
     far = tiles is not None and step >= tiles.in_window
     tile = newest - step if tiles is None else jnp.maximum(newest - step, 0)
@@ -238,8 +248,11 @@ def load_tiles(
     load(step)
   tiles = find_tiles()
   pl.loop(options.own_tiles, tiles.steps)(lambda step: load(step, tiles))
-  observe_last(options.interpret, tiles.steps, options.stages, buffers.key_free)
-  observe_last(options.interpret, tiles.steps, options.value_stages, buffers.value_free)
+  loaded = before + tiles.steps
+  if is_last:
+    observe_last(options.interpret, loaded, options.stages, buffers.key_free)
+    observe_last(options.interpret, loaded, options.value_stages, buffers.value_free)
+  return loaded
 
 
 def live_pairs(

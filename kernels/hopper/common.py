@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsek.kernels.devices import device_here
+
 # A reference to global or shared memory inside a kernel, or to its barriers; JAX has no public type
 # for them.
 Ref = Any
@@ -43,6 +45,11 @@ def _remember_version() -> None:
 _remember_version()
 
 
+def programs_at_once() -> int:
+  """Returns how many programs the device runs at the same time if each fills a multiprocessor."""
+  return min(getattr(device_here(), "core_count", MULTIPROCESSORS), MULTIPROCESSORS)
+
+
 def axes(*names: str) -> tuple[str, ...]:
   """Returns names for the axes of a kernel's grid.
 
@@ -69,10 +76,17 @@ def grid_of(**sizes: int) -> dict[str, Any]:
 
 def grid_position(**sizes: int) -> list[jax.Array]:
   """Returns the index of the program along each axis of its `grid_of`."""
-  program, indices = axis_index("program"), []
+  return split_number(axis_index("program"), **sizes)
+
+
+def split_number(number: Any, **sizes: int) -> list[jax.Array]:
+  """Returns the index along each of these axes of the number-th of all their places, of which the
+  index on the last axis changes fastest.
+  """
+  indices = []
   for size in reversed(sizes.values()):
-    indices.append(lax.rem(program, jnp.int32(size)))
-    program = lax.div(program, jnp.int32(size))
+    indices.append(lax.rem(number, jnp.int32(size)))
+    number = lax.div(number, jnp.int32(size))
   return indices[::-1]
 
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.devices import can_run, device_here
-from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes
+from sparsek.kernels.devices import can_run
+from sparsek.kernels.hopper.common import axes, programs_at_once
 from sparsek.kernels.hopper.fused_decode_kernel import (
   DEPTH,
   NEXT,
@@ -74,13 +74,6 @@ def processes_share_device() -> bool:
   return os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
 
 
-def programs() -> int:
-  """Returns how many programs the device runs at the same time: a program that waits for one that
-  cannot begin before it ends would wait forever.
-  """
-  return min(getattr(device_here(), "core_count", MULTIPROCESSORS), MULTIPROCESSORS)
-
-
 def fused_layer(
   mixed: Parts,
   x: jax.Array,
@@ -118,7 +111,8 @@ def fused_layer(
     (out, up, down) if next_matrix is None else (out, up, down, next_matrix),
     scales,
     counter,
-    programs(),
+    # one that waits for another that cannot begin before it ends would wait forever
+    programs_at_once(),
     epsilon,
   )
   return x, projected[0] if projected else None, counter

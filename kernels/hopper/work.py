@@ -1,4 +1,4 @@
-"""The work of the programs for the gradients of keys: which program computes which blocks."""
+"""The work of the programs of attention kernels: which program computes which blocks."""
 
 from typing import Any, NamedTuple
 
@@ -110,3 +110,27 @@ class ListWork(NamedTuple):
       lax.rem(index, jnp.int32(self.chunks)) * self.blocks + block,
       head,
     )
+
+
+class QueryWork(NamedTuple):
+  """Blocks of queries, of all heads and rows of the batch, dealt out to programs that run at once.
+
+  The first blocks of a row visit few tiles. So programs take blocks from the last one on, in turn,
+  and in every other round in reverse order:
+
+      block    8  7  6  5  4  3  2  1  0       of 9
+      program  0  1  2  3  3  2  1  0  0       of 4
+  """
+
+  number: int
+  programs: int
+
+  def blocks_of(self, program: Any) -> jax.Array:
+    """Returns the number of blocks that a program computes."""
+    rounds = -(-self.number // self.programs)
+    return rounds - jnp.where(self.item(program, rounds - 1) < 0, 1, 0)
+
+  def item(self, program: Any, i: Any) -> jax.Array:
+    """Returns the number of a program's i-th block, negative if there is none."""
+    in_round = jnp.where(i % 2 == 0, program, self.programs - 1 - program)
+    return self.number - 1 - (i * self.programs + in_round)

@@ -22,7 +22,7 @@ from sparsek.config import GATES
 from sparsek.kernels import cudnn, devices, gates
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.hopper.common import joined
-from sparsek.kernels.hopper.work import ListWork, Work
+from sparsek.kernels.hopper.work import ListWork, QueryWork, Work
 from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
 from tests.kernels.attention_base import (
   ARGUMENTS,
@@ -381,6 +381,16 @@ def test_long_blocks_of_lists_come_first():
     for i in range(work.each)
   ]
   assert order == [[4, 3, 5, 2, 6], [8, 8, 0, 7, 1]] and work.blocks_of(jnp.int32(0)) == 1
+
+
+@pytest.mark.parametrize("number, programs", [(1, 1), (9, 4), (12, 4), (13, 4), (5, 1)])
+def test_programs_compute_every_block_of_queries_once(number, programs):
+  """In rounds, each of shorter blocks than the one before."""
+  work, items = QueryWork(number, programs), []
+  for i in range(-(-number // programs)):
+    there = [p for p in range(programs) if work.blocks_of(p) > i]
+    items.append(sorted(int(work.item(p, i)) for p in there))
+  assert sum(items[::-1], []) == list(range(number))
 
 
 @pytest.mark.parametrize(
