@@ -262,7 +262,7 @@ def query_bounds(
   tiles: Tiles, window_start: jax.Array, *, chunk: int, block_q: int, block_kv: int
 ) -> jax.Array:
   """Applies `query_tiles` and `near_tiles` to each block of queries, under XLA; GPUs use
-  `query_bounds` of hopper/selection_lists.py.
+  `bound_tiles` of hopper/selection_lists.py.
 
   Args:
     tiles: [B, G, chunks, slots / TILE] each, of `list_tiles`.

@@ -139,7 +139,7 @@ def _attention(query, key, value, scores, threshold, expiry, order, start, end, 
 
 
 def _forward_rule(query, key, value, scores, threshold, expiry, order, start, end, static):
-  lists, tiles, window_start, bounds = over_batch(
+  lists, tiles, window_start, bounds, later_bounds = over_batch(
     functools.partial(_tables, static), expiry, order, start
   )
   listed = over_batch(functools.partial(_gather, static.interpret), key, value, scores, lists)
@@ -167,6 +167,7 @@ def _forward_rule(query, key, value, scores, threshold, expiry, order, start, en
     listed,
     tiles,
     window_start,
+    later_bounds,
     out,
     logsumexp,
   )
@@ -243,21 +244,22 @@ def make_lists(
 @functools.partial(jax.jit, static_argnums=0)
 def _tables(static, expiry, order, start):
   """Returns the lists, their tiles, the first token of each query's window, and which tiles each
-  block of queries visits.
+  block of queries visits in the forward pass and in the backward pass.
   """
   k, window, _, _, chunk, tiling, interpret = static
   kernels = _thread_kernels(interpret)
   lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=kernels)
   window_start = jnp.maximum(jnp.arange(start.shape[-1], dtype=jnp.int32) - window + 1, start)
-  tiles = list_tiles(lists)
-  bounds = _query_bounds(static, tiles, window_start, BLOCK_Q, tiling.forward_keys)
-  return lists, tiles, window_start, bounds
-
-
-def _query_bounds(static, tiles, window_start, block_q, block_kv):
-  """Returns which tiles each block of queries visits, by a kernel or under XLA."""
-  bounds_of = list_kernels.query_bounds if _thread_kernels(static.interpret) else query_bounds
-  return bounds_of(tiles, window_start, chunk=static.chunk, block_q=block_q, block_kv=block_kv)
+  blocks = (BLOCK_Q, tiling.forward_keys), (HALF, tiling.query_keys)
+  if kernels:
+    tiles, bounds = list_kernels.bound_tiles(lists, window_start, chunk=chunk, blocks=blocks)
+  else:
+    tiles = list_tiles(lists)
+    bounds = [
+      query_bounds(tiles, window_start, chunk=chunk, block_q=block_q, block_kv=block_kv)
+      for block_q, block_kv in blocks
+    ]
+  return lists, tiles, window_start, *bounds
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -292,6 +294,7 @@ def _backward(
   listed,
   tiles,
   window_start,
+  bounds,
   out,
   logsumexp,
   cotangent,
@@ -313,7 +316,7 @@ def _backward(
     lists.entered,
     threshold,
     listed,
-    _query_bounds(static, tiles, window_start, HALF, tiling.query_keys),
+    bounds,
     chunk=chunk,
     gate=gate,
     scale=scale,

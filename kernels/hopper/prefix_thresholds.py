@@ -29,7 +29,9 @@ from sparsek.kernels.varying import over_batch, varying_like
 
 
 class Inputs(NamedTuple):
-  """Arrays of the kernel enter, see `solve`: [rows, n], start and end [batch, n]."""
+  """Arrays of the kernel enter, see `solve`: [rows, n], start and end [batch, n], or None for rows
+  of one document.
+  """
 
   score: Any
   order: Any
@@ -40,7 +42,7 @@ class Inputs(NamedTuple):
 
 class FinishInputs(NamedTuple):
   """Arrays of the kernel finish; cuts: [rows, n, 4] by query, as `prefix_thresholds.threshold`
-  reads them.
+  reads them; first_nan: [rows, n] by the first token of the document, [rows, 1] for one document.
   """
 
   start: Any
@@ -105,7 +107,9 @@ def solve(
 def _solve(problem, score, order, start, end, scores):
   rows, n = score.shape
   heads = rows // start.shape[0]
-  first_nan = jax.new_ref(jnp.full((rows, n), n, jnp.int32))
+  if not problem.packed:
+    start = end = None
+  first_nan = jax.new_ref(jnp.full((rows, n if problem.packed else 1), n, jnp.int32))
   entered = _enter(problem, heads, Inputs(score, order, start, end, scores), first_nan)
   entered = entered._replace(passed=jax.new_ref(entered.passed))
   events, cuts = find_cuts(problem, entered)
@@ -117,6 +121,11 @@ def _shape(rows, *shape, dtype=jnp.int32):
   return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
 
+def _reader_if(packed, start, b):
+  """Returns a function from a token to the first one of its document."""
+  return reader(start, b) if packed else lambda token: token - token
+
+
 def _enter(problem, heads, inputs, first_nan):
   """Finds the positions of each rank's events, and the first NaN of each document."""
   rows, n = inputs.score.shape
@@ -124,15 +133,14 @@ def _enter(problem, heads, inputs, first_nan):
   def body(row, _, lane, inputs, first_nan, outputs):
     inside = lane < n
     value = reader(inputs.scores, row)(lane)
-    first = reader(inputs.start, row // heads)(lane)
+    start_of = _reader_if(problem.packed, inputs.start, row // heads)
+    first = start_of(lane)
     scatter(first_nan.at[row], first, lane, inside & (value != value), atomic="min")
     token, last = reader(inputs.order, row)(lane), n
     if problem.packed:
       last = reader(inputs.end, row // heads)(token)
     score_of = reader(inputs.score, row)
-    read = prefix_events.Read(
-      lambda rank: jnp.maximum(score_of(rank), -LARGEST), reader(inputs.start, row // heads)
-    )
+    read = prefix_events.Read(lambda rank: jnp.maximum(score_of(rank), -LARGEST), start_of)
     _, entry = prefix_events.entering(problem, score_of(lane), token, last)
     placed = prefix_events.locate_events(problem, read, lane, entry, warp_any)
     scatter_row(outputs.tokens.at[row], token, placed.token, inside)
@@ -152,7 +160,8 @@ def _finish(problem, heads, inputs):
   rows, n = inputs.tokens.shape[:2]
 
   def body(row, _, query, inputs, outputs):
-    start_of, token_of = reader(inputs.start, row // heads), reader(inputs.tokens, row)
+    start_of = _reader_if(problem.packed, inputs.start, row // heads)
+    token_of = reader(inputs.tokens, row)
     read = prefix_events.Read(
       start=start_of, token=token_of, event=reader(inputs.events, row), cut=reader(inputs.cuts, row)
     )

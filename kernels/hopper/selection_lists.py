@@ -12,16 +12,18 @@ and the tokens that are ever selected.
   add_counts     line           counts                       begins: sums over earlier segments;
                                                              old, number: sums over all
   write_lists    segment        ranked, begins               the part of the segment in each list
-                 segment        expiry, came, begins, old    tokens that are listed later than at a
+                 BATCH tokens   expiry, came, begins, old    tokens that are listed later than at a
                                                              chunk's first query; entered, listed
-                 LANES places   came, begins, old            empty slots
-  query_bounds   LANES blocks   tiles, window_start          the tiles that each block visits
+                 BATCH places   came, begins, old            empty slots
+  bound_tiles    chunk          first, last; window_start    the lifetimes of the list's tiles; the
+                                                             tiles that each block of queries visits
 
 Kernels follow each other on the stream. In the first three the lanes of a program add by shuffles
 and in shared memory.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +32,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.hopper.thread_ops import block_of, gather, kernel, reader, scatter, scatter_row
-from sparsek.kernels.hopper.thread_registers import LANES
+from sparsek.kernels.hopper.thread_ops import (
+  block_of,
+  gather,
+  gather_bytes,
+  kernel,
+  reader,
+  scatter,
+  scatter_row,
+)
+from sparsek.kernels.hopper.thread_registers import LANES, shuffle_xor, warp_any
 from sparsek.kernels.hopper.thread_sums import WARPS, clear, prefix_sums
 from sparsek.kernels.hopper.thread_sync import sync_threads
 from sparsek.kernels.sentinels import NEVER
@@ -40,6 +50,8 @@ from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, qu
 # the fewest ranks of a segment, a multiple of LANES, and the most segments, so that memory stays
 # linear
 SEGMENT, SEGMENTS = 128, 1024
+BATCH = 4 * LANES  # tokens or places that a program writes; what they need is loaded before
+_JOINS = (jnp.minimum, jnp.maximum) * 2  # of the lifetimes of tokens to those of tiles
 
 
 class Sizes(NamedTuple):
@@ -115,9 +127,10 @@ class Written(NamedTuple):
 
 
 class BoundsInputs(NamedTuple):
-  """Arrays of the kernel query_bounds."""
+  """Arrays of the kernel bound_tiles."""
 
-  tiles: Tiles
+  first: Any
+  last: Any
   window_start: Any
 
 
@@ -275,26 +288,24 @@ def _add_counts(sizes, counts):
 
 def _write_lists(sizes, inputs):
   """Writes the lists and what else is known of their places."""
-  segments = sizes.segments
+  old_end = sizes.segments
+  new_end = old_end + -(-sizes.n // BATCH)
+  end = new_end + -(-sizes.places // BATCH)
 
   def body(row, _, lane, inputs, outputs, filled, totals):
     program, own = _own(sizes, lane)
 
-    @pl.when(program < segments)
+    @pl.when(program < old_end)
     def _old():
       _list_old(sizes, row, program, own, inputs, outputs, filled, totals)
 
-    @pl.when((program >= segments) & (program < 2 * segments))
-    def _new():
-      @pl.loop(0, sizes.segment // LANES)
-      def _(i):
-        _list_new(
-          sizes, row, (program - segments) * sizes.segment + i * LANES + own, inputs, outputs
-        )
+    for load, begin, stop in ((_list_new, old_end, new_end), (_clear_slots, new_end, end)):
 
-    @pl.when(program >= 2 * segments)
-    def _empty():
-      _clear_slots(sizes, row, (program - 2 * segments) * LANES + own, inputs, outputs)
+      @pl.when((program >= begin) & (program < stop))
+      def _batch(load=load, begin=begin):
+        first = (program - begin) * BATCH + own
+        for store in [load(sizes, row, first + i, inputs, outputs) for i in range(0, BATCH, LANES)]:
+          store()
 
   of_place, of_token = _shape(sizes, sizes.places), _shape(sizes, sizes.n)
   out = Written(
@@ -310,7 +321,7 @@ def _write_lists(sizes, inputs):
   run = kernel(
     body,
     sizes.rows,
-    2 * segments * LANES + sizes.places,
+    end * LANES,
     name="write_lists",
     out_type=[out],
     scratch_types=[_shared(sizes.chunks), _shared(WARPS)],
@@ -378,8 +389,8 @@ def _came_by(sizes, row, inputs):
 
 
 def _list_new(sizes, row, token, inputs, outputs):
-  """Writes a token into the list of the chunk where it is selected first, if it is not old there,
-  and into `listed`; and how much of its list a query of the same number has.
+  """Returns a function that writes a token into the list of the chunk where it is selected first,
+  if it is not old there, and into `listed`; and how much of its list a query of that number has.
   """
   n, chunk = sizes.n, sizes.chunk
   came, old = _came_by(sizes, row, inputs), reader(inputs.old, row)
@@ -389,56 +400,95 @@ def _list_new(sizes, row, token, inputs, outputs):
     return old(c) + came(query) - came(c * chunk)
 
   inside = token < n
-  scatter(outputs.entered.at[row], token, entered(token), inside)
+  here = entered(token)
   last, entry = reader(inputs.expiry, row)(token), token + sizes.window
   selected = (last > entry) & inside
-  scatter(outputs.listed.at[row], came(entry) - 1, token, selected)
-  number = reader(inputs.number, row)(token - token)
-  scatter(outputs.listed.at[row], token, 0, inside & (token >= number))
+  index, number = came(entry) - 1, reader(inputs.number, row)(token - token)
   c = entry // chunk
   is_new = selected & (entry != c * chunk)
   place = jnp.where(is_new, c * sizes.slots + entered(entry) - 1, sizes.places)
-  _write_slot(outputs, row, place, (token, entry, last), is_new)
-  scatter(outputs.new_place.at[row], token, place, inside)
+
+  def store():
+    scatter(outputs.entered.at[row], token, here, inside)
+    scatter(outputs.listed.at[row], index, token, selected)
+    scatter(outputs.listed.at[row], token, 0, inside & (token >= number))
+    _write_slot(outputs, row, place, (token, entry, last), is_new)
+    scatter(outputs.new_place.at[row], token, place, inside)
+
+  return store
 
 
 def _clear_slots(sizes, row, place, inputs, outputs):
-  """Writes the slots of a list that hold no token."""
+  """Returns a function that writes a slot of a list if it holds no token."""
   came, old = _came_by(sizes, row, inputs), reader(inputs.old, row)
   c = place // sizes.slots
   first = c * sizes.chunk
   used = old(c) + came(first + (sizes.chunk - 1)) - came(first)
   empty = (place < sizes.places) & (place - c * sizes.slots >= used)
   zero = place - place
-  _write_slot(outputs, row, place, (zero, zero + NEVER, zero), empty)
+  return lambda: _write_slot(outputs, row, place, (zero, zero + NEVER, zero), empty)
 
 
-def query_bounds(
-  tiles: Tiles, window_start: jax.Array, *, chunk: int, block_q: int, block_kv: int
-) -> jax.Array:
-  """Returns the same as `tiles.query_bounds`: a lane for a block of queries."""
-  batch, groups, chunks, smallest = tiles.last_max.shape
-  blocks, times = chunks * chunk // block_q, block_kv // TILE
-  flat = Tiles(*(x.reshape(batch * groups, chunks * smallest) for x in tiles))
+def bound_tiles(
+  lists: Lists, window_start: jax.Array, *, chunk: int, blocks: Sequence[tuple[int, int]]
+) -> tuple[Tiles, list[jax.Array]]:
+  """Returns the same as `tiles.list_tiles`, and `tiles.query_bounds` for each (block_q, block_kv)
+  in `blocks`.
+  """
+  batch, groups, chunks, slots = lists.token.shape
+  rows, smallest, lanes = batch * groups, slots // TILE, TILE // 4  # that read a tile
 
-  def body(row, _, block, inputs, bounds):
-    begin = block * block_q
-    first = begin // chunk * smallest
+  def body(row, _, lane, inputs, tiles, bounds):
+    c = block_of(rows)
+    own = lane - c * LANES
 
-    def read(t):
-      parts = [
-        [reader(ref, row)(first + t * times + i) for i in range(times)] for ref in inputs.tiles
-      ]
-      joins = (jnp.minimum, jnp.maximum) * 2
-      return Tiles(*(functools.reduce(f, values) for f, values in zip(joins, parts)))
+    @pl.loop(0, -(-smallest * lanes // LANES))
+    def _tiles(i):
+      t = i * (LANES // lanes) + own // lanes
+      place = (c * smallest + jnp.minimum(t, smallest - 1)) * TILE + own % lanes * 4
+      words = [gather_bytes(ref.at[row], place, 0, 1) for ref in (inputs.first, inputs.last)]
+      for ref, part, join in zip(tiles, (words[0], words[0], *words[1:] * 2), _JOINS):
+        value = functools.reduce(join, part)
+        for distance in (lanes >> (j + 1) for j in range(lanes.bit_length() - 1)):
+          value = join(value, shuffle_xor(value, distance))
+        scatter(ref.at[row], c * smallest + t, value, (t < smallest) & (own % lanes == 0))
 
-    in_list = query_tiles(read, begin, block_q, smallest // times)
+    sync_threads()  # what lanes have written can be read
     start_of = reader(inputs.window_start, row // groups)
-    in_window = near_tiles(start_of, block, block_q, block_kv)
-    for i, t in enumerate((*in_list, *in_window)):
-      scatter(bounds.at[row], block * 6 + i, t, block < blocks)
 
-  out = jax.ShapeDtypeStruct((batch * groups, blocks * 6), jnp.int32)
-  run = kernel(body, batch * groups, blocks, name="query_bounds", out_type=[out])
-  (bounds,) = run(BoundsInputs(flat, window_start))
-  return bounds.reshape(batch, groups, blocks, 6)
+    def bound(ref, sizes, inside, index):
+      """Finds the tiles of the block of that index in the chunk, in the lanes `inside`."""
+      block_q, block_kv = sizes
+      number, times = chunk // block_q, block_kv // TILE
+      block = c * number + index
+
+      def read(t):
+        at = [c * smallest + t * times + j for j in range(times)]
+        parts = [map(reader(tile, row), at) for tile in tiles]
+        return Tiles(*(functools.reduce(join, x) for join, x in zip(_JOINS, parts)))
+
+      in_list = query_tiles(read, block * block_q, block_q, smallest // times)
+      in_window = near_tiles(start_of, block, block_q, block_kv)
+      for j, t in enumerate((*in_list, *in_window)):
+        scatter(ref.at[row], block * 6 + j, t, inside & (index < number))
+
+    share = LANES // len(blocks)  # lanes for blocks of one size: whole warps
+    for i, (ref, sizes) in enumerate(zip(bounds, blocks)):
+      inside = own // share == i
+
+      @pl.when(warp_any(inside))
+      def _bounds(ref=ref, sizes=sizes, inside=inside):
+        @pl.loop(0, -(-chunk // (sizes[0] * share)))
+        def _(j):
+          bound(ref, sizes, inside, j * share + own % share)
+
+  shape: Any = lambda size: jax.ShapeDtypeStruct((rows, size), jnp.int32)
+  sizes = [chunks * chunk // block_q for block_q, _ in blocks]
+  out = [Tiles(*[shape(chunks * smallest)] * 4), tuple(shape(size * 6) for size in sizes)]
+  run = kernel(body, rows, chunks * LANES, name="bound_tiles", out_type=out)
+  first, last = (x.reshape(rows, -1) for x in (lists.first, lists.last))
+  tiles, bounds = run(BoundsInputs(first, last, window_start))
+  return (
+    Tiles(*(x.reshape(batch, groups, chunks, smallest) for x in tiles)),
+    [x.reshape(batch, groups, size, 6) for x, size in zip(bounds, sizes)],
+  )

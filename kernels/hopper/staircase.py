@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsek.kernels import prefix_events, prefix_thresholds
 from sparsek.kernels.hopper.staircase_sums import corner_sums
 from sparsek.kernels.hopper.staircase_tile import Inner, layout_of
-from sparsek.kernels.hopper.thread_ops import kernel, reader
+from sparsek.kernels.hopper.thread_ops import block_of, kernel, reader
 from sparsek.kernels.hopper.thread_registers import LANES, warp_any
 from sparsek.kernels.hopper.thread_sums import WARP, WARPS
 from sparsek.kernels.prefix_events import Problem, Tiling
@@ -87,11 +87,14 @@ def _shape(*shape):
 def _walk(problem, tiling, inputs):
   """Follows the staircase of each search through each tile."""
   rows, n = inputs.tokens.shape[:2]
+  programs = -(-tiling.cells // WARPS)  # of a search; those of the longer walks start first
 
-  def body(row, which, lane, inputs, cuts, scratch):
+  def body(row, _, lane, inputs, cuts, scratch):
+    block = block_of(rows)
+
     def walk_tile(number, over):
-      columns = reader(inputs.columns, row, number)
-      tile = prefix_thresholds.tile_of(tiling, columns, lane // WARP)
+      cell = lane // WARP - number * (programs * WARPS)
+      tile = prefix_thresholds.tile_of(tiling, reader(inputs.columns, row, number), cell)
 
       @pl.when(warp_any(tile.first < tile.end))
       def _walk():
@@ -107,13 +110,12 @@ def _walk(problem, tiling, inputs):
           inner.walk_and_pass(over, inputs.passed.at[row])
 
     for number, over in enumerate(NEEDS):
-      pl.when(which == number)(functools.partial(walk_tile, number, over))
+      pl.when(block // programs == number)(functools.partial(walk_tile, number, over))
 
   (cuts,) = kernel(
     body,
     rows,
-    tiling.cells * WARP,
-    len(NEEDS),
+    len(NEEDS) * programs * LANES,
     name="walk",
     out_type=[_shape(rows, n, 4)],
     scratch_types=[plgpu.SMEM((WARPS * layout_of(tiling).size,), jnp.int32)],

@@ -103,7 +103,7 @@ def test_attention_and_gradients(batch, n, heads, groups, head_dim, k, grids):
     "count_members",
     "add_counts",
     "write_lists",
-    "query_bounds",
+    "bound_tiles",
     "gather_rows",
     "forward",
     "query_gradients",

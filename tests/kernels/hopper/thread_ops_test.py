@@ -205,7 +205,7 @@ def emulated(monkeypatch):
   for module in (selection_lists, sorting, staircase_sums, thread_sums):
     monkeypatch.setattr(module, "sync_threads", lambda: None)
   monkeypatch.setattr(staircase_tile, "sync_warp", lambda: None)
-  for module in (gather_rows, hopper_thresholds, staircase, staircase_tile):
+  for module in (gather_rows, hopper_thresholds, selection_lists, staircase, staircase_tile):
     monkeypatch.setattr(module, "warp_any", jnp.any)
   monkeypatch.setattr(jax, "new_ref", lambda x: Ref(np.array(x)))
   monkeypatch.setattr(jax.lax, "axis_index", current.__getitem__)
@@ -326,8 +326,11 @@ def test_lists(n, k, window, chunk, rise, request, monkeypatch):
     jax.vmap(functools.partial(tiles.selection_lists, k=k, window=window, chunk=chunk))
   )(expiry, order)
   window_start = jnp.maximum(jnp.arange(n) - window + 1, start)
-  sizes = dict(chunk=chunk, block_q=64, block_kv=128)
-  bounds = tiles.query_bounds(tiles.list_tiles(expected), window_start, **sizes)
+  lifetimes, blocks = tiles.list_tiles(expected), ((64, 128), (64, 64))
+  bounds = [
+    tiles.query_bounds(lifetimes, window_start, chunk=chunk, block_q=block_q, block_kv=block_kv)
+    for block_q, block_kv in blocks
+  ]
   request.getfixturevalue("emulated")
   results = selection_lists.selection_lists(expiry, order, k=k, window=window, chunk=chunk)
   held = expected.old_count > 0
@@ -339,9 +342,8 @@ def test_lists(n, k, window, chunk, rise, request, monkeypatch):
       there = jnp.arange(x.shape[-1]) < jnp.sum(expected.old_count, axis=-1, keepdims=True)
       x, y = x[there], y[there]
     np.testing.assert_array_equal(x, y, err_msg=name)
-  np.testing.assert_array_equal(
-    selection_lists.query_bounds(tiles.list_tiles(expected), window_start, **sizes), bounds
-  )
+  results = selection_lists.bound_tiles(expected, window_start, chunk=chunk, blocks=blocks)
+  jax.tree.map(np.testing.assert_array_equal, results, (lifetimes, bounds))
 
 
 @pytest.mark.parametrize("dim, dtype, chunk", [(64, jnp.bfloat16, 256), (128, jnp.float16, 64)])
