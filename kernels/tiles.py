@@ -301,17 +301,20 @@ def key_tiles(tiles: Tiles, begin: jax.Array, end: jax.Array, *, block_q: int) -
     tiles: [..., tiles] each.
     begin, end: [...] int32, first query that may be visited, and one past the last; multiples of
       block_q. No query may be where end <= begin.
-    block_q: queries per block.
+    block_q: queries per block, a power of two.
 
   Returns:
     [..., tiles, 4] int32, blocks counted from query 0: [b0, b1) partly live, [b1, b2) wholly live,
     [b2, b3) partly live.
   """
+  shift = block_q.bit_length() - 1
+  block_of = lambda query: query >> shift  # as query // block_q, by one operation of XLA
+  blocks_before = lambda query: -(-query >> shift)
   low = jnp.maximum(tiles.first_min, begin[..., None])
   high = jnp.minimum(tiles.last_max, end[..., None])
-  b0 = low // block_q
-  b3 = jnp.where(high > low, -(-high // block_q), b0)
-  b1 = jnp.clip(-(-tiles.first_max // block_q), b0, b3)
-  b2 = jnp.clip(tiles.last_min // block_q, b1, b3)
+  b0 = block_of(low)
+  b3 = jnp.where(high > low, blocks_before(high), b0)
+  b1 = jnp.clip(blocks_before(tiles.first_max), b0, b3)
+  b2 = jnp.clip(block_of(tiles.last_min), b1, b3)
   b1, b2 = jnp.where(b2 > b1, b1, b0), jnp.where(b2 > b1, b2, b0)
   return jnp.stack([b0, b1, b2, b3], axis=-1).astype(jnp.int32)

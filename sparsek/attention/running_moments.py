@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Moments(NamedTuple):
@@ -41,15 +42,18 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 Arrays = tuple[jax.Array, ...]
 
 
+# Tokens of a block, and blocks of a larger one, which are few. On a GPU XLA gives each token a thread
+# in blocks of 12, but a warp in blocks of 8, 16 or 32, which takes three times as long.
+BLOCK, BLOCKS = 12, 64
+
+
 def _prefixes(
-  arrays: Arrays, start: jax.Array, join: Callable[[Arrays, Arrays], Arrays], block: int = 12
+  arrays: Arrays, start: jax.Array, join: Callable[[Arrays, Arrays], Arrays], block: int = BLOCK
 ) -> Arrays:
   """Joins, for each token i, the tokens start_i to i in order.
 
   Joins inside blocks first; then each block adds what the blocks before it hold of its document.
-  That takes five levels for 32768 tokens, where a scan by doubling would take 15. On a GPU XLA
-  gives each token a thread in blocks of 12, but a warp in blocks of 8, 16 or 32, which takes three
-  times as long.
+  That takes three levels for 32768 tokens, where a scan by doubling would take 15.
 
   Args:
     arrays: tuple of float32 [..., n].
@@ -68,9 +72,11 @@ def _prefixes(
   token = jnp.arange(size * block, dtype=jnp.int32).reshape(size, block)
   joined = (token[:, None, :] <= token[:, :, None]) & (token[:, None, :] >= start[..., None])
   masked = tuple(jnp.where(joined, x[..., None, :], 0) for x in arrays)
-  inside = tuple(jax.lax.reduce(masked, (0.0,) * len(arrays), join, (masked[0].ndim - 1,)))
+  inside = tuple(lax.reduce(masked, (0.0,) * len(arrays), join, (masked[0].ndim - 1,)))
   if size > 1:
-    before = _prefixes(tuple(x[..., -1] for x in inside), start[..., -1] // block, join, block)
+    before = _prefixes(
+      tuple(x[..., -1] for x in inside), lax.div(start[..., -1], block), join, BLOCKS
+    )
     shifted = (jnp.pad(x[..., :-1], (*padding, (1, 0)))[..., None] for x in before)
     inside = join(tuple(jnp.where(start < token[:, :1], x, 0) for x in shifted), inside)
   return tuple(x.reshape(*x.shape[:-2], size * block)[..., :n] for x in inside)

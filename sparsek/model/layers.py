@@ -181,6 +181,8 @@ class Tokens(NamedTuple):
     row_index: [B] int32, each row's index in the batch of all devices; its noise derives from that.
     scorer_products: [B, N, C] float32, x times the scorer's input matrix, or None where they are
       not known.
+    loss_queries: [B, C] int32, positions of the queries of the scorers' loss; None where the layer
+      draws them itself.
   """
 
   x: jax.Array
@@ -191,6 +193,7 @@ class Tokens(NamedTuple):
   layer: jax.Array | int
   row_index: jax.Array
   scorer_products: jax.Array | None = None
+  loss_queries: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -229,6 +232,7 @@ class Attention(nn.Module):
     layer: jax.Array | int = 0,
     row_index: jax.Array | None = None,
     positions: jax.Array | None = None,
+    loss_queries: jax.Array | None = None,
   ) -> jax.Array:
     """Lets tokens attend to each other: normalised hidden states [B, N, E] to [B, N, E].
 
@@ -237,6 +241,7 @@ class Attention(nn.Module):
       row_index: see `Tokens`; 0 .. B - 1 by default.
       positions: [B, N] or [N] integers of the rotary embedding; by default the tokens' positions
         in their documents.
+      loss_queries: see `Tokens`.
 
     Raises:
       NotImplementedError: where rows are sharded and the kind is not shardable.
@@ -250,7 +255,11 @@ class Attention(nn.Module):
     products, scorer_products = self._products(x_BxNxE)
     query, key, value = self._normed_and_rotated(products, positions)
     return self.output(
-      self.mix(Tokens(x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products))
+      self.mix(
+        Tokens(
+          x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products, loss_queries
+        )
+      )
     )
 
   def project(
@@ -298,6 +307,11 @@ def row_keys(key: jax.Array, row_index: jax.Array) -> jax.Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, row_index)
 
 
+def sample_loss_queries(config: TransformerConfig, keys: jax.Array, length: int) -> jax.Array:
+  """Draws the queries of the scorers' loss, [B, C], in rows of which `length` tokens are here."""
+  return sample_queries(keys, config.scorer_loss_queries, axis_size(CONTEXT) * length)
+
+
 class SparseKAttention(Attention):
   """Attention to the window and to the k best-scored tokens before it; its scoring network reads
   the same input as the projections.
@@ -331,7 +345,7 @@ class SparseKAttention(Attention):
     return None if self.config.scorer in SCORER_FACTORIES else self.scorer.input_matrix()
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products = tokens
+    x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products, _ = tokens
     cfg = self.config
     products = () if scorer_products is None else (scorer_products,)
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer, *products)
@@ -342,7 +356,7 @@ class SparseKAttention(Attention):
       scores_BxNxG += cfg.scorer_noise * self._noise(keys, x_BxNxE.shape[1])
     warmup = self.is_mutable_collection("scorer_warmup") and not self.is_initializing()
     if warmup or (self.is_mutable_collection("scorer_loss") and not self.is_initializing()):
-      loss = self._scorer_loss(tokens, row_keys(self.make_rng("scorer_loss"), row_index))
+      loss = self._scorer_loss(tokens)
       self.sow("scorer_warmup" if warmup else "scorer_loss", "attention_mass", loss)
     if warmup:
       return full_attention(cfg, query, key, value, segment_ids)
@@ -364,19 +378,22 @@ class SparseKAttention(Attention):
     shape = axis_size(CONTEXT) * length, scores
     return own_tokens(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
-  def _scorer_loss(self, tokens, keys):
+  def _scorer_loss(self, tokens):
     """Returns this shard's part of the scorers' loss, from which only the scorer learns."""
     cfg = self.config
     x_BxNxE, query, key = map(jax.lax.stop_gradient, (tokens.x, tokens.query, tokens.key))
-    shards = axis_size(CONTEXT)
+    queries = tokens.loss_queries
+    if queries is None:
+      keys = row_keys(self.make_rng("scorer_loss"), tokens.row_index)
+      queries = sample_loss_queries(cfg, keys, x_BxNxE.shape[1])
     return attention_mass_loss(
       self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer),
       query,
       key,
-      sample_queries(keys, cfg.scorer_loss_queries, shards * x_BxNxE.shape[1]),
+      queries,
       window=cfg.window,
       segment_ids=tokens.segment_ids,
-      axis=CONTEXT if shards > 1 else None,
+      axis=CONTEXT if axis_size(CONTEXT) > 1 else None,
       implementation=cfg.implementation,
     )
 

@@ -8,11 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import DenyList
 
 from sparsek.config import TransformerConfig, check_config, check_type, parse_term
 from sparsek.kernels import cudnn, saved
 from sparsek.model.baselines import ATTENTION_MODULES
-from sparsek.model.layers import MLP, make_norm
+from sparsek.model.layers import MLP, make_norm, row_keys, sample_loss_queries
 from sparsek.model.random_keys import random_keys
 from sparsek.parallel import sharding
 from sparsek.parallel.mesh import CONTEXT, FSDP, axis_size, is_sharded
@@ -40,9 +41,11 @@ class Block(nn.Module):
     segment_ids: jax.Array | None,
     layer: jax.Array | int,
     row_index: jax.Array | None = None,
+    loss_queries: jax.Array | None = None,
   ) -> jax.Array:
+    rest = segment_ids, layer, row_index, loss_queries
     if not is_sharded():
-      return self._output(x_BxNxE, segment_ids, layer, row_index)
+      return self._output(x_BxNxE, *rest)
     tied = [x_BxNxE]
 
     def whole(variables):
@@ -52,13 +55,13 @@ class Block(nn.Module):
     def output(block, *args):
       return block._output(tied[0], *args)
 
-    return nn.map_variables(output, "params", trans_in_fn=whole)(
-      self, segment_ids, layer, row_index
-    )
+    return nn.map_variables(output, "params", trans_in_fn=whole)(self, *rest)
 
-  def _output(self, x_BxNxE, segment_ids, layer, row_index):
+  def _output(self, x_BxNxE, segment_ids, layer, row_index, loss_queries):
     x_BxNxE, normed_BxNxE = self.attention_norm.branch(x_BxNxE)
-    mixed_BxNxE = self.attention(normed_BxNxE, segment_ids, layer, row_index)
+    mixed_BxNxE = self.attention(
+      normed_BxNxE, segment_ids, layer, row_index, loss_queries=loss_queries
+    )
     if self.config.parallel_residual:
       x_BxNxE, normed_BxNxE = self.mlp_norm.branch(x_BxNxE)
       return x_BxNxE + mixed_BxNxE + self.mlp(normed_BxNxE)
@@ -138,9 +141,10 @@ class Group(nn.Module):
     cfg = self.config
     self.blocks = [_block_class(cfg)(cfg, term) for term in cfg.attention]
 
-  def __call__(self, x_BxNxE, segment_ids, first_layer, row_index):
+  def __call__(self, x_BxNxE, segment_ids, first_layer, row_index, loss_queries):
     for i, block in enumerate(self.blocks):
-      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i, row_index)
+      queries = None if loss_queries is None else loss_queries[i]
+      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i, row_index, queries)
     return x_BxNxE, None
 
 
@@ -190,12 +194,14 @@ class Transformer(nn.Module):
         Group,
         variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
         split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True},
-        in_axes=(nn.broadcast, 0, nn.broadcast),
+        in_axes=(nn.broadcast, 0, nn.broadcast, 0),
         length=cfg.num_layers // len(cfg.attention),
       )
       self.layers = scanned(cfg)
     else:
-      block = nn.jit(_block_class(cfg)) if self.trace_once else _block_class(cfg)
+      block = _block_class(cfg)
+      if self.trace_once:  # the key of the scorers' loss would be folded for each layer
+        block = nn.jit(block, rngs=DenyList("scorer_loss"))
       self.layers = [block(cfg, term) for term in cfg.layer_terms]  # type: ignore[assignment]
     norm = make_norm(cfg)
     self.final_norm = _gathering(type(norm), cfg, "final_norm")(norm.epsilon)
@@ -239,17 +245,38 @@ class Transformer(nn.Module):
         its scores and the queries of the scorers' loss derive; 0 .. B - 1 by default.
     """
     x_BxNxE = self.embedded(tokens, segment_ids)
+    queries_LxBxC = self._loss_queries(tokens, row_index)
     if self.config.scan_layers:
+      period = len(self.config.attention)
+      if queries_LxBxC is not None:
+        queries_LxBxC = queries_LxBxC.reshape(-1, period, *queries_LxBxC.shape[1:])
       x_BxNxE, _ = self.layers(
         x_BxNxE,
         segment_ids,
-        jnp.arange(0, self.config.num_layers, len(self.config.attention)),
+        jnp.arange(0, self.config.num_layers, period),
         row_index,
+        queries_LxBxC,
       )
     else:
       for i, block in enumerate(self.layers):
-        x_BxNxE = block(x_BxNxE, segment_ids, i, row_index)
+        queries = None if queries_LxBxC is None else queries_LxBxC[i]
+        x_BxNxE = block(x_BxNxE, segment_ids, i, row_index, queries)
     return self.final_norm(x_BxNxE)
+
+  def _loss_queries(self, tokens, row_index):
+    """Draws the queries of the scorers' loss of all layers, [L, B, C]; None where none is computed.
+
+    All at once: generators of random numbers are long programs, which XLA would compile for each
+    layer.
+    """
+    computed = any(map(self.is_mutable_collection, ("scorer_loss", "scorer_warmup")))
+    if self.is_initializing() or not (computed and self.has_rng("scorer_loss")):
+      return None
+    (batch, length), layers = tokens.shape, self.config.num_layers
+    row_index = jnp.arange(batch) if row_index is None else row_index
+    layer_keys = jax.random.split(self.make_rng("scorer_loss"), layers)
+    keys = jax.vmap(row_keys, (0, None))(layer_keys, row_index).reshape(-1)
+    return sample_loss_queries(self.config, keys, length).reshape(layers, batch, -1)
 
   def embedded(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Returns the input of the first block, [B, N, E] in the activation dtype."""
