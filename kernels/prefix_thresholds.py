@@ -297,10 +297,14 @@ def solve(
   )
   read = Read(start=reader(start), token=reader(token), event=reader(event))
 
-  sums = jnp.zeros((SUMS, blocks + 1, blocks + 1), jnp.int32)
-  for row, column, weights in enter(problem, located, entry):
-    for index, weight in weights.items():
-      sums = sums.at[index, row, column].add(weight, mode="drop")
+  # One scatter for all sums, as each is a long program for XLA.
+  row, column, weights = zip(*enter(problem, located, entry))
+  of_sums = lambda weights: [jnp.broadcast_to(weights.get(i, 0), n) for i in range(SUMS)]
+  sums = jnp.zeros((blocks + 1, blocks + 1, SUMS), jnp.int32)
+  sums = sums.at[jnp.concatenate(row), jnp.concatenate(column)].add(
+    rows(*map(of_sums, weights)), mode="drop"
+  )
+  sums = jnp.moveaxis(sums, 2, 0)
   sums = jnp.cumsum(jnp.cumsum(sums, axis=1)[..., ::-1], axis=2)[..., ::-1]
 
   # Both staircases are walked in one loop, so that the compiled program is half as long.

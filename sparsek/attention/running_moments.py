@@ -42,8 +42,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 Arrays = tuple[jax.Array, ...]
 
 
-# Tokens of a block, and blocks of a larger one, which are few. On a GPU XLA gives each token a thread
-# in blocks of 12, but a warp in blocks of 8, 16 or 32, which takes three times as long.
+# Tokens of a block, and blocks of a larger one, which are few. On a GPU XLA gives each token a
+# thread in blocks of 12, but a warp in blocks of 8, 16 or 32, which takes three times as long.
 BLOCK, BLOCKS = 12, 64
 
 
