@@ -102,7 +102,7 @@ class Inner(NamedTuple):
   @property
   def lane(self) -> jax.Array:
     """The lane's number in its warp."""
-    return self.own % WARP
+    return self.own & (WARP - 1)
 
   @property
   def bottom(self) -> jax.Array:
@@ -121,7 +121,7 @@ class Inner(NamedTuple):
 
   def _at(self, begin, index):
     """Returns where an element of the warp's array that begins there is."""
-    return self.own // WARP * self.layout.size + (begin + index)
+    return (self.own >> log2(WARP)) * self.layout.size + (begin + index)
 
   def _corner(self, number, line, column):
     """Returns the index of the number-th sum at an inner corner."""
@@ -151,8 +151,8 @@ class Inner(NamedTuple):
       sync_warp()
     self._add_events()
     sync_warp()
-    self._sum_lines(lambda i, step: (step, i))
-    self._sum_lines(lambda i, step: (i, INNER - step))
+    self._sum_lines(lambda column: (0, column), SIDE)
+    self._sum_lines(lambda line: (line, INNER), -1)
 
   def _copy_events(self):
     """Copies the events at the tile's positions, and the next one."""
@@ -211,7 +211,7 @@ class Inner(NamedTuple):
       )
 
     sums = lax.fori_loop(0, half, add, (zero,) * len(self.which))
-    self._put(zero, self.lane // 2, dict(zip(self.which, sums)), self.own >= 0)
+    self._put(zero, self.lane >> 1, dict(zip(self.which, sums)), self.own >= 0)
 
   def _read_tokens(self, batch):
     """Reads a batch of the tokens that enter in the tile, TOKENS for each lane."""
@@ -239,18 +239,22 @@ class Inner(NamedTuple):
         column = jnp.minimum((position - self.bottom) >> log2(inner.width), INNER)
         self._put(line, column, added, inside & (position >= self.bottom))
 
-  def _sum_lines(self, corner_of):
-    """Makes prefix sums along all lines of corners: a lane for a line and sum."""
+  def _sum_lines(self, start, advance):
+    """Makes prefix sums along all lines of corners: a lane for a line and sum.
+
+    Args:
+      start: function from the number of a line to (line, column) of its first corner.
+      advance: how far apart its corners are.
+    """
     lines = len(self.which) * SIDE
     unused = self._at(self.layout.inner, _SUMS_SIZE + self.lane)
     for begin in range(0, lines, WARP):
       there = self.lane + begin < lines
       line = jnp.minimum(self.lane + begin, lines - 1)
-      total, number = line - line, line // SIDE
-      indices = [
-        jnp.where(there, self._corner(number, *corner_of(line % SIDE, step)), unused)
-        for step in range(SIDE)
-      ]
+      number, line = lax.div(line, jnp.int32(SIDE)), lax.rem(line, jnp.int32(SIDE))
+      first = self._corner(number, *start(line))
+      indices = [jnp.where(there, first + step * advance, unused) for step in range(SIDE)]
+      total = line - line
       for index, value in zip(indices, [gather(self.scratch, index) for index in indices]):
         total += value
         scatter(self.scratch, index, total, self.own >= 0)
