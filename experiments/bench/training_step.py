@@ -23,7 +23,7 @@ from sparsek.model.transformer import count_params, init_params
 from sparsek.parallel.mesh import make_mesh, put_batch, replicated
 from sparsek.parallel.sharding import computed_on
 from sparsek.runs.checkpoint import abstract_params
-from sparsek.training.compilation import start_compiling_kernels
+from sparsek.training.compilation import lower, start_compiling_kernels
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import TrainState, abstract_state, make_train_step
 
@@ -120,7 +120,7 @@ class StepCell(Cell):
     state = abstract_state(abstract_params(self.job.config), self._optimizer, self._mesh)
     begin = time.perf_counter()
     assert isinstance(self._step, jax.stages.Wrapped)
-    self._lowered = self._step.lower(state, self._batch())
+    self._lowered = lower(self._step, state, self._batch())
     start_compiling_kernels(self._lowered, self._mesh.devices.flat[0])
     super().compile()
     self.compile_seconds = time.perf_counter() - begin

@@ -4,6 +4,7 @@ XLA compiles the Mosaic GPU kernels of a program one after the other. It keeps t
 by the hash of their code, so a kernel that was compiled in a program of its own is found there.
 """
 
+import gc
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -48,6 +49,19 @@ def _program(call: str, attributes: str, operands: str, results: str) -> str:
   }}
 }}
 """
+
+
+def lower(function: Wrapped, *args: Any, **kwargs: Any) -> Lowered:
+  """Traces and lowers a function without garbage collection, which would go through all that has
+  been traced again and again, for a tenth of the time.
+  """
+  collects = gc.isenabled()
+  gc.disable()
+  try:
+    return function.lower(*args, **kwargs)
+  finally:
+    if collects:
+      gc.enable()
 
 
 def start_compiling_kernels(lowered: Lowered, device: jax.Device) -> list[Future[Any]]:

@@ -27,7 +27,7 @@ from sparsek.runs import checkpoint, run_directory, run_record, writers
 from sparsek.runs.checkpoint_writer import CheckpointWriter
 from sparsek.runs.metrics import MetricsWriter, NoMetrics, Progress
 from sparsek.storage import files
-from sparsek.training.compilation import start_compiling, start_compiling_kernels
+from sparsek.training.compilation import lower, start_compiling, start_compiling_kernels
 from sparsek.training.report import Dispatched, Ended, Reporter
 from sparsek.training.saver import Saver
 from sparsek.training.start import (
@@ -187,7 +187,8 @@ class _Run:
     self._progress.say(f"compiling the training step{kept} ...")
     begin = time.monotonic()
     setup = self._setup
-    lowered = setup.train_step.lower(*arguments, apply=self._yes)  # which the step need not repeat
+    # which the step need not repeat
+    lowered = lower(setup.train_step, *arguments, apply=self._yes)
     start_compiling_kernels(lowered, jax.local_devices()[0])
     state, batch, *_ = arguments
     yield start_compiling(setup.diagnose, state.params, first_row(setup.mesh, batch))

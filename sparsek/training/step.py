@@ -162,14 +162,13 @@ def make_train_step(
 def _compiler_options(mesh: Mesh) -> dict[str, bool | int] | None:
   """Returns the options of XLA for a training step: those with which it is compiled sooner.
 
-  On GPUs, cuBLAS multiplies in place of XLA's own fused products, and other fusions have its native
-  code, not Triton's; either would be tuned one by one. On CPUs, LLVM optimizes at its first level.
+  On GPUs, cuBLAS multiplies in place of XLA's own fused products, which would be tuned one by one.
+  On CPUs, LLVM optimizes at its first level.
   """
   platform = mesh.devices.flat[0].platform
   if platform == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
     return {"xla_backend_optimization_level": 1}
-  names = "xla_gpu_enable_triton_gemm", "xla_gpu_experimental_enable_fusion_autotuner"
-  return dict.fromkeys(names, False) if platform == "gpu" else None
+  return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else None
 
 
 def _freeze(params: Params, trainable: str) -> Params:
