@@ -8,6 +8,7 @@ import pytest
 
 from sparsek.config import PRESETS, TransformerConfig, preset
 from sparsek.kernels import devices
+from sparsek.model.layers import sample_loss_queries
 from sparsek.model.transformer import (
   Transformer,
   count_params,
@@ -335,3 +336,28 @@ def test_layers_traced_once_draw_other_numbers_each():
   )
   one, two = jax.tree.leaves(sown)
   assert abs(one - two) > 1e-6
+
+
+def test_the_queries_of_the_scorers_loss_do_not_depend_on_the_layout():
+  """They are drawn for all layers at once: other ones for each layer and row."""
+  stacked = dataclasses.replace(
+    BASE, num_layers=4, attention="sparsek,sparsek:k2", scorer_loss_queries=2, scan_layers=True
+  )
+  params = params_of(stacked)
+
+  def losses(config, params):
+    _, sown = quick_jit(functools.partial(Transformer(config).apply, mutable=["scorer_loss"]))(
+      {"params": params}, jnp.tile(TOKENS, (2, 1)), rngs={"scorer_loss": jax.random.key(0)}
+    )
+    return sown["scorer_loss"]
+
+  got = losses(stacked, params)["layers"]
+  flat = dataclasses.replace(stacked, scan_layers=False)
+  wanted = losses(flat, unstack_layers(stacked, params))
+  for i in range(4):
+    (wanted_of_layer,) = jax.tree.leaves(wanted[f"layers_{i}"])
+    (got_of_layers,) = jax.tree.leaves(got[f"blocks_{i % 2}"])
+    np.testing.assert_allclose(got_of_layers[i // 2], wanted_of_layer, rtol=1e-5)
+  keys = jax.random.split(jax.random.key(1), 8)
+  drawn = sample_loss_queries(dataclasses.replace(BASE, scorer_loss_queries=2), keys, 1000)
+  assert drawn.shape == (8, 2) and len(np.unique(np.asarray(drawn), axis=0)) == 8

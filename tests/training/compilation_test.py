@@ -1,3 +1,5 @@
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,25 @@ def test_kernels_are_compiled_on_gpus(platform, kernels):
     compiling.result()
   assert len(device.compiled) == kernels
   assert set(device.compiled) == set(compilation.kernel_programs(PROGRAM)[:kernels])
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_while_a_function_is_lowered(collects):
+  collecting = []
+
+  @jax.jit
+  def halve(x):
+    collecting.append(gc.isenabled())
+    return x / 2
+
+  before = gc.isenabled()
+  (gc.enable if collects else gc.disable)()
+  try:
+    lowered = compilation.lower(halve, jnp.float32(3))
+    assert collecting == [False] and gc.isenabled() == collects
+  finally:
+    (gc.enable if before else gc.disable)()
+  assert float(lowered.compile()(jnp.float32(3))) == 1.5
 
 
 def test_a_call_finds_what_was_compiled_before():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax._src.interpreters import mlir
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jax.experimental.mosaic.gpu.layout_inference import ValueSite
 from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 from jaxlib import xla_client
 from jaxlib.mlir import ir
@@ -74,6 +75,10 @@ def h100():
 def kernels_of_an_h100():
   with devices.compiling_for(h100()):
     yield
+
+
+def shape_of(dtype, *dims):
+  return jax.ShapeDtypeStruct(dims, dtype, sharding=SingleDeviceSharding(h100()))
 
 
 def compile_for_h100(function, *shapes):
@@ -402,6 +407,23 @@ def test_scorer_loss_compiles(n, queries, heads, groups, head_dim, dtype):
   assert "sparsek_scorer_loss_gradients" in compiled.as_text()
   padded = 2 * 2 * n * groups * (128 if head_dim % 64 else head_dim)
   assert compiled.memory_analysis().temp_size_in_bytes < padded + 2**23
+
+
+def test_layouts_are_inferred_of_values_by_their_own_names(monkeypatch):
+  """Heads of operations are printed alone: with the names that JAX would give them."""
+  name_of, names = ValueSite.__str__, []
+
+  def compared(value):
+    names.append(name_of(value))
+    assert names[-1].startswith(re.match(r"(%\d+ = )?\S+", str(value.operation))[0])
+    return names[-1]
+
+  monkeypatch.setattr(ValueSite, "__str__", compared)
+  scores, query = shape_of(jnp.float32, 1, 512, 1), shape_of(jnp.bfloat16, 1, 512, 1, 64)
+  jax.jit(functools.partial(scorer_loss, window=64, implementation="mosaic_gpu")).lower(
+    scores, query, query, shape_of(jnp.int32, 1, 128)
+  )
+  assert len(set(names)) > 20
 
 
 def test_scorer_loss_of_sharded_rows_compiles():
