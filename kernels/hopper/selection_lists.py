@@ -12,9 +12,9 @@ and the tokens that are ever selected.
   add_counts     line           counts                       begins: sums over earlier segments;
                                                              old, number: sums over all
   write_lists    segment        ranked, begins               the part of the segment in each list
-                 BATCH tokens   expiry, came, begins, old    tokens that are listed later than at a
+                 segment        expiry, came, begins, old    tokens that are listed later than at a
                                                              chunk's first query; entered, listed
-                 BATCH places   came, begins, old            empty slots
+                 LANES places   came, begins, old            empty slots
   bound_tiles    chunk          first, last; window_start    the lifetimes of the list's tiles; the
                                                              tiles that each block of queries visits
 
@@ -50,7 +50,6 @@ from sparsek.kernels.tiles import TILE, Lists, Tiles, list_slots, near_tiles, qu
 # the fewest ranks of a segment, a multiple of LANES, and the most segments, so that memory stays
 # linear
 SEGMENT, SEGMENTS = 128, 1024
-BATCH = 4 * LANES  # tokens or places that a program writes; what they need is loaded before
 _JOINS = (jnp.minimum, jnp.maximum) * 2  # of the lifetimes of tokens to those of tiles
 
 
@@ -288,24 +287,26 @@ def _add_counts(sizes, counts):
 
 def _write_lists(sizes, inputs):
   """Writes the lists and what else is known of their places."""
-  old_end = sizes.segments
-  new_end = old_end + -(-sizes.n // BATCH)
-  end = new_end + -(-sizes.places // BATCH)
+  segments = sizes.segments
 
   def body(row, _, lane, inputs, outputs, filled, totals):
     program, own = _own(sizes, lane)
 
-    @pl.when(program < old_end)
+    @pl.when(program < segments)
     def _old():
       _list_old(sizes, row, program, own, inputs, outputs, filled, totals)
 
-    for load, begin, stop in ((_list_new, old_end, new_end), (_clear_slots, new_end, end)):
+    @pl.when((program >= segments) & (program < 2 * segments))
+    def _new():
+      @pl.loop(0, sizes.segment // LANES)
+      def _(i):
+        _list_new(
+          sizes, row, (program - segments) * sizes.segment + i * LANES + own, inputs, outputs
+        )
 
-      @pl.when((program >= begin) & (program < stop))
-      def _batch(load=load, begin=begin):
-        first = (program - begin) * BATCH + own
-        for store in [load(sizes, row, first + i, inputs, outputs) for i in range(0, BATCH, LANES)]:
-          store()
+    @pl.when(program >= 2 * segments)
+    def _empty():
+      _clear_slots(sizes, row, (program - 2 * segments) * LANES + own, inputs, outputs)
 
   of_place, of_token = _shape(sizes, sizes.places), _shape(sizes, sizes.n)
   out = Written(
@@ -321,7 +322,7 @@ def _write_lists(sizes, inputs):
   run = kernel(
     body,
     sizes.rows,
-    end * LANES,
+    2 * segments * LANES + sizes.places,
     name="write_lists",
     out_type=[out],
     scratch_types=[_shared(sizes.chunks), _shared(WARPS)],
@@ -389,8 +390,8 @@ def _came_by(sizes, row, inputs):
 
 
 def _list_new(sizes, row, token, inputs, outputs):
-  """Returns a function that writes a token into the list of the chunk where it is selected first,
-  if it is not old there, and into `listed`; and how much of its list a query of that number has.
+  """Writes a token into the list of the chunk where it is selected first, if it is not old there,
+  and into `listed`; and how much of its list a query of the same number has.
   """
   n, chunk = sizes.n, sizes.chunk
   came, old = _came_by(sizes, row, inputs), reader(inputs.old, row)
@@ -400,33 +401,28 @@ def _list_new(sizes, row, token, inputs, outputs):
     return old(c) + came(query) - came(c * chunk)
 
   inside = token < n
-  here = entered(token)
+  scatter(outputs.entered.at[row], token, entered(token), inside)
   last, entry = reader(inputs.expiry, row)(token), token + sizes.window
   selected = (last > entry) & inside
-  index, number = came(entry) - 1, reader(inputs.number, row)(token - token)
+  scatter(outputs.listed.at[row], came(entry) - 1, token, selected)
+  number = reader(inputs.number, row)(token - token)
+  scatter(outputs.listed.at[row], token, 0, inside & (token >= number))
   c = entry // chunk
   is_new = selected & (entry != c * chunk)
   place = jnp.where(is_new, c * sizes.slots + entered(entry) - 1, sizes.places)
-
-  def store():
-    scatter(outputs.entered.at[row], token, here, inside)
-    scatter(outputs.listed.at[row], index, token, selected)
-    scatter(outputs.listed.at[row], token, 0, inside & (token >= number))
-    _write_slot(outputs, row, place, (token, entry, last), is_new)
-    scatter(outputs.new_place.at[row], token, place, inside)
-
-  return store
+  _write_slot(outputs, row, place, (token, entry, last), is_new)
+  scatter(outputs.new_place.at[row], token, place, inside)
 
 
 def _clear_slots(sizes, row, place, inputs, outputs):
-  """Returns a function that writes a slot of a list if it holds no token."""
+  """Writes the slots of a list that hold no token."""
   came, old = _came_by(sizes, row, inputs), reader(inputs.old, row)
   c = place // sizes.slots
   first = c * sizes.chunk
   used = old(c) + came(first + (sizes.chunk - 1)) - came(first)
   empty = (place < sizes.places) & (place - c * sizes.slots >= used)
   zero = place - place
-  return lambda: _write_slot(outputs, row, place, (zero, zero + NEVER, zero), empty)
+  _write_slot(outputs, row, place, (zero, zero + NEVER, zero), empty)
 
 
 def bound_tiles(
