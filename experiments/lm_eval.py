@@ -29,6 +29,7 @@ def evaluate(arguments: list[str]) -> None:
   """Runs lm-eval's program with these arguments."""
   if importlib.util.find_spec("lm_eval") is None:
     raise UsageError("lm-eval is not installed: pip install 'sparsek[lm-eval]'")
+  import lm_eval.models  # noqa: F401  registers its own models only where there are no others
   from lm_eval.__main__ import cli_evaluate
   from lm_eval.api.registry import model_registry
 

@@ -7,6 +7,7 @@ command `sparsek lm-eval` does so before lm-eval's own program.
 
 from typing import Any
 
+import lm_eval.models  # noqa: F401  lm-eval registers its own models only where there are no others
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string

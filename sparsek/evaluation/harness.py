@@ -27,7 +27,7 @@ from sparsek.command_line.definer import Definer, names_of
 from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import TransformerConfig
-from sparsek.data.chat_template import DEFAULT, ChatTemplate, bos_token, find_templates
+from sparsek.data.chat_messages import DEFAULT, ChatTemplate, bos_token, find_templates
 from sparsek.errors import RunError, UsageError
 from sparsek.evaluation.completions import Writing, completions
 from sparsek.evaluation.likelihoods import Likelihood, Pair, log_likelihoods
@@ -264,7 +264,7 @@ class HarnessModel:
   def apply_chat_template(
     self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
   ) -> str:
-    """Returns the prompt of messages; see `sparsek.data.chat_template`."""
+    """Returns the prompt of messages; see `sparsek.data.chat_messages`."""
     self._template = self._template or self._chosen(True)
     return self._template.render(chat_history, add_generation_prompt)
 
