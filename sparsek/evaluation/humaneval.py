@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,8 +21,8 @@ from sparsek.data.tokenizer import Tokenizer
 from sparsek.errors import UsageError
 from sparsek.evaluation.completions import Writing, completions
 from sparsek.evaluation.sandbox import PASSED, Limits, run_program
-from sparsek.generation.inference import InferenceParams
 from sparsek.generation.prompts import new_texts
+from sparsek.model.transformer import Params
 from sparsek.storage.files import parse_json, read_at_most, reason_of
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
@@ -97,7 +98,7 @@ def digest(problem: Problem) -> str:
 
 def evaluate(
   config: TransformerConfig,
-  params: InferenceParams,
+  params: Params,
   tokenizer: Tokenizer,
   problems: Sequence[Problem],
   limits: Limits,
@@ -122,23 +123,21 @@ def evaluate(
   keys = [jax.random.key(0)] * len(problems)
   written = completions(config, params, tokenizer, prompts, writing, keys, batch_size, mesh)
 
-  def check(i: int, answer: str) -> dict[str, str | bool]:
-    result = run_program(problems[i].program(answer), limits, isolated)
+  def check(numbered: tuple[int, str]) -> dict[str, str | bool]:
+    problem, answer = problems[numbered[0]], numbered[1]
+    result = run_program(problem.program(answer), limits, isolated)
     return {
-      "task_id": problems[i].task_id,
-      "problem": digest(problems[i]),
+      "task_id": problem.task_id,
+      "problem": digest(problem),
       "answer": answer,
       "result": result,
       "passed": result == PASSED,
     }
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-    waiting: list[concurrent.futures.Future] = []
-    for i, answer in written:
-      waiting.append(executor.submit(check, i, answer))
-      while waiting and (waiting[0].done() or len(waiting) > batch_size):
-        yield waiting.pop(0).result()
-    yield from (future.result() for future in waiting)
+    # A batch is checked before the next is written, so that little is lost where this is stopped.
+    while batch := list(itertools.islice(written, batch_size)):
+      yield from executor.map(check, batch)
 
 
 def pass_at_1(records: Sequence[Mapping[str, str | bool]]) -> float:
