@@ -11,9 +11,13 @@ step, allow_older_step, fsdp and context as the flags of other commands; max_len
 of a text; max_gen_toks, for tasks that do not say how many tokens an answer may have;
 prefix_token_id, the token before an empty context; seed; and import, for scorers of your own.
 --batch_size is per device, and all devices compute. --device is left to JAX.
+
+Without --include_path the tasks ruler_prompts are there too: the prompts that evaluate-ruler
+--write_prompts wrote to FOLDER, --metadata prompts=FOLDER, scored by lm-eval.
 """
 
 import importlib.util
+import os
 import sys
 
 from absl import flags as absl_flags
@@ -23,6 +27,9 @@ from sparsek.errors import UsageError
 
 FLAGS = absl_flags.FlagValues()  # none: the options are lm-eval's
 NAME = "sparsek"
+TASKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lm_eval_tasks")
+# Options, by their beginnings, with which lm-eval is told itself where tasks are.
+OWN_TASKS = ("--include_path", "--config", "-C")
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -35,7 +42,8 @@ def evaluate(arguments: list[str]) -> None:
 
   if NAME not in model_registry:
     model_registry.register(NAME, target="sparsek.lm_eval:SparsekLM")
-  sys.argv = ["lm-eval", *arguments]
+  has_tasks = any(argument.startswith(OWN_TASKS) for argument in arguments)
+  sys.argv = ["lm-eval", *arguments, *([] if has_tasks else ["--include_path", TASKS])]
   cli_evaluate()
 
 

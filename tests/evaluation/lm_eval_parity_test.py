@@ -3,13 +3,13 @@
 Needs lm-eval, transformers and accelerate: pip install -e '.[test,parity,lm-eval]' accelerate
 """
 
-import contextlib
-import io
 import json
-import os
+import sys
 
 import pytest
 
+from sparsek.data.chat_messages import ChatTemplate
+from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
 from sparsek.runs import checkpoint, run_record
 from tests.evaluation.harness_test import TEMPLATE, make_run
@@ -18,7 +18,8 @@ reason = "compares with lm-eval, which is not installed here: pip install -e '.[
 pytest.importorskip("lm_eval", reason=reason)
 pytest.importorskip("accelerate", reason=f"{reason} accelerate")
 
-import lm_eval  # noqa: E402
+import lm_eval.__main__  # noqa: E402
+import transformers  # noqa: E402
 from lm_eval import utils as lm_eval_utils  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
@@ -57,6 +58,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
+fewshot_split: test
 generation_kwargs: {until: ["e", " class"], max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
@@ -97,6 +99,12 @@ def folder(tmp_path_factory):
     "rolling": [{"text": sentence(i, n)} for i, n in enumerate((1, 9, 70))],
     "writes": [{"question": sentence(i, 4 + 5 * i), "answer": "x"} for i in range(4)],
   }
+  outputs = {"vt": ["", "zz"], "qa_1": ["", "zz"]}  # "" is in every answer
+  for task, right in outputs.items():
+    documents[f"prompts/4096/{task}/validation"] = [
+      {"index": i, "input": sentence(i, 9), "outputs": right, "max_length": 4096} for i in range(3)
+    ]
+    (folder / f"prompts/4096/{task}").mkdir(parents=True)
   for name, rows in documents.items():
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   return folder
@@ -110,17 +118,31 @@ def offline():
     yield
 
 
-def evaluate(folder, model, arguments, **options):
-  """Returns the results of all tasks."""
+def evaluate(folder, model, arguments, tasks=TASKS, include="tasks", **options):
+  """Returns the results of tasks."""
+  manager = TaskManager(
+    include_path=str(folder / include),
+    include_defaults=False,
+    metadata={"prompts": str(folder / "prompts")},
+  )
   return lm_eval.simple_evaluate(
     model=model,
     model_args=arguments,
-    tasks=list(TASKS),
-    task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
+    tasks=list(tasks),
+    task_manager=manager,
     bootstrap_iters=0,
     device="cpu",
+    batch_size=4,
     **options,
   )
+
+
+def numbers_of(results):
+  """Returns {task: {metric: value}}."""
+  return {
+    task: {name: x for name, x in metrics.items() if isinstance(x, float)}
+    for task, metrics in results["results"].items()
+  }
 
 
 def answers(results):
@@ -131,23 +153,136 @@ def answers(results):
   }
 
 
-@pytest.fixture(scope="module")
-def of_hf(folder):
-  arguments = {"pretrained": str(folder / "exported"), "dtype": "float32", "max_length": 48}
-  return evaluate(folder, "hf", arguments, batch_size=4)
+def hf(folder):
+  return {"pretrained": str(folder / "exported"), "dtype": "float32", "max_length": 48}
 
 
-def test_answers_are_those_of_the_model_hf(folder, of_hf):
-  arguments = {"workdir": str(folder / "run"), "dtype": "float32", "max_length": 48}
-  ours = evaluate(folder, "sparsek", arguments, batch_size=4)
-  want, got = answers(of_hf), answers(ours)
+def ours(folder, **more):
+  return {"workdir": str(folder / "run"), "dtype": "float32", "max_length": 48, **more}
+
+
+def test_answers_are_those_of_the_model_hf(folder):
+  of_hf, of_ours = evaluate(folder, "hf", hf(folder)), evaluate(folder, "sparsek", ours(folder))
+  want, got = answers(of_hf), answers(of_ours)
   assert got["writes"] == want["writes"] and len({x for [x] in got["writes"]}) > 1
   for kind in ("choices", "rolling"):
-    values = [[x for document in a[kind] for x in document] for a in (got, want)]
+    values = [[x for document in of[kind] for x in document] for of in (got, want)]
     if kind == "choices":
       assert [x[1] for x in values[0]] == [x[1] for x in values[1]]
       values = [[x[0] for x in of] for of in values]
     assert values[0] == pytest.approx(values[1], rel=1e-5), kind
-  for task, metrics in of_hf["results"].items():
-    numbers = {name: x for name, x in metrics.items() if isinstance(x, float)}
-    assert {name: ours["results"][task][name] for name in numbers} == pytest.approx(numbers)
+  for task, metrics in numbers_of(of_hf).items():
+    assert numbers_of(of_ours)[task] == pytest.approx(metrics), task
+  recorded = json.loads(json.dumps(of_ours["config"]))["sparsek"]
+  assert recorded["step"] == 7 and recorded["model"]["attention"] == ["full"]
+
+
+@pytest.mark.parametrize("as_turns", [False, True])
+def test_chats_are_those_of_the_model_hf(folder, as_turns):
+  options = {
+    "apply_chat_template": True,
+    "fewshot_as_multiturn": as_turns,
+    "system_instruction": "list text",
+    "num_fewshot": 2,
+    "tasks": ("writes",),
+  }
+  of_hf, of_ours = (
+    evaluate(folder, *model, **options)["samples"]["writes"]
+    for model in (
+      ("hf", {**hf(folder), "max_length": 200}),
+      ("sparsek", ours(folder, max_length=200)),
+    )
+  )
+  asked, resps = (
+    [[x[name] for x in of] for of in (of_hf, of_ours)] for name in ("arguments", "resps")
+  )
+  assert asked[0] == asked[1] and resps[0] == resps[1]
+  assert asked[0][0][0][0].startswith("<|system|>list text<|endoftext|><|user|>")
+
+
+def test_ruler_prompts_from_files_have_the_scores_of_the_model_hf(folder):
+  tasks = ("ruler_prompts_vt", "ruler_prompts_qa_1")
+  of_hf, of_ours = (
+    evaluate(folder, *model, tasks=tasks, include=command.TASKS)
+    for model in (
+      ("hf", {**hf(folder), "max_length": 120}),
+      ("sparsek", ours(folder, max_length=120)),
+    )
+  )
+  assert numbers_of(of_hf) == numbers_of(of_ours) and answers(of_hf) == answers(of_ours)
+  (sample, *_), lines = of_ours["samples"]["ruler_prompts_vt"], folder / "prompts/4096/vt"
+  first = json.loads((lines / "validation.jsonl").read_text().splitlines()[0])
+  assert sample["arguments"][0][0] == first["input"]
+  assert sample["arguments"][0][1]["max_gen_toks"] == 30
+  scores = [numbers_of(of_ours)[task]["4096,none"] for task in tasks]
+  # lm-eval counts the right outputs of questions too, where RULER's own programs take any one.
+  assert scores == [0.5, 0.5]
+
+
+def test_the_command_prints_a_table_and_names_bad_arguments(folder, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["sparsek"])
+  words = ["--model", "sparsek", "--tasks", "choices", "--include_path", str(folder / "tasks")]
+  words += ["--batch_size", "3", "--use_cache", str(folder / "cache"), "--model_args"]
+  command.evaluate([*words, f"workdir={folder}/run,max_length=48"])
+  table = capsys.readouterr().out
+  assert "|choices|" in table and "|acc_norm|" in table
+  monkeypatch.setattr(adapter.SparsekLM, "_read", None)  # all answers are in the cache now
+  command.evaluate([*words, f"workdir={folder}/run,max_length=48"])
+  assert capsys.readouterr().out == table
+  with pytest.raises(UsageError, match="^k=0: must be an integer of at least 1"):
+    command.evaluate([*words, f"workdir={folder}/run,k=0"])
+
+
+@pytest.mark.parametrize(
+  ("given", "passed"),
+  [
+    (["ls", "tasks"], ["ls", "tasks", "--include_path", command.TASKS]),
+    (["--include_path=here", "--tasks=a"], ["--include_path=here", "--tasks=a"]),
+    (["run", "-C", "a.yaml"], ["run", "-C", "a.yaml"]),
+  ],
+)
+def test_own_tasks_are_there_unless_others_are_named(given, passed, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["sparsek"])
+  monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: None)
+  command.evaluate(given)
+  assert sys.argv == ["lm-eval", *passed]
+
+
+def test_texts_are_cut_as_lm_eval_cuts_them():
+  for length in range(1, 40):
+    tokens = list(range(100, 100 + length))
+    for most in (2, 3, 7, 39, 40):
+      windows = lm_eval_utils.get_rolling_token_windows(tokens, 0, most, 1)
+      want = list(map(lm_eval_utils.make_disjoint_window, windows))
+      assert rolling_parts(tokens, [0], most) == want
+
+
+@pytest.mark.parametrize("final", ["Answer:", " The answer is  "])
+def test_templates_are_rendered_as_transformers_renders_them(folder, final):
+  messages = [{"role": "user", "content": "a  "}, {"role": "assistant", "content": final}]
+  tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder / "exported"))
+  loop = "{% for message in messages %}[{{ message.content | tojson }}{{ eos_token }}]\n"
+  loop += "  {% if loop.last %}{% break %}{% endif %}\n{% endfor %}{{ bos_token }}"
+  for text in (TEMPLATE, TEMPLATE.replace(" | trim", ""), loop):
+    ours = ChatTemplate(text, {"eos_token": "<|endoftext|>"})
+    for starts in (True, False):
+      want = tokenizer.apply_chat_template(
+        messages,
+        chat_template=text,
+        tokenize=False,
+        add_generation_prompt=starts,
+        continue_final_message=not starts,
+      )
+      assert ours.render(messages, starts) == want
+
+
+def test_a_template_that_refuses_says_why():
+  for text, reason in (
+    ("{{ raise_exception('no system role') }}", "no system role"),
+    ("{% if %}", "Expected an expression"),
+    ("{{ 1 + messages[0].other }}", "other"),
+  ):
+    with pytest.raises(UsageError, match=f"the chat template refuses the messages: .*{reason}"):
+      ChatTemplate(text, {}).render([{"role": "user", "content": "a"}])
+  with pytest.raises(UsageError, match="leaves out the last message"):
+    ChatTemplate("a", {}).render([{"role": "user", "content": "a"}], False)
