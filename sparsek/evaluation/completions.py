@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig
 from sparsek.data.tokenizer import Tokenizer
+from sparsek.evaluation.likelihoods import warn_of_lost
 from sparsek.generation.inference import InferenceParams, inference_params
 from sparsek.generation.prompts import text_pieces
 from sparsek.generation.rows import without_context
@@ -79,4 +80,5 @@ def completions(
     for pieces in text_pieces(session, turn, streams):
       for row, text in pieces:
         texts[row] += text
+    warn_of_lost(session.lost_scores)
     yield from ((i, texts[row] + streams[row].finish()) for row, i in enumerate(part))

@@ -6,6 +6,7 @@ in their last token only are read together.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig
-from sparsek.generation.cache import MIN_CHUNK, Cache, init_cache, pad_length, prefill
+from sparsek.generation.cache import MIN_CHUNK, Cache, init_cache, lost_scores, pad_length, prefill
 from sparsek.generation.cache_sizes import check_memory, clip_sizes, padded_length
 from sparsek.generation.inference import InferenceParams, inference_params
 from sparsek.generation.rows import place_rows, without_context
@@ -22,7 +23,8 @@ from sparsek.generation.sharded_prompt import prefill_sharded
 from sparsek.model.transformer import Params, check_ids
 from sparsek.parallel.mesh import CONTEXT
 
-MAX_LOGITS = 2**27  # logits that exist at the same time, as float32, on all devices
+# Logits that exist at the same time, as float32, on all devices: on CPUs, elsewhere.
+MAX_LOGITS, MANY_LOGITS = 2**25, 2**29
 
 Pair = tuple[Sequence[int], Sequence[int]]  # the tokens of a context and of its continuation
 Likelihood = tuple[float, bool]  # log-likelihood; whether greedy decoding writes the continuation
@@ -88,7 +90,8 @@ class _Reader:
     self._prompt_mesh = mesh if mesh is not None and mesh.shape[CONTEXT] > 1 else None
     self._mesh = without_context(mesh)
     self._params = inference_params(config, params, self._mesh)
-    fitting = MAX_LOGITS // (batch_size * config.vocab_size)
+    most = MAX_LOGITS if jax.default_backend() == "cpu" else MANY_LOGITS
+    fitting = most // (batch_size * config.vocab_size)
     self._chunk = max(MIN_CHUNK, 1 << max(fitting, 1).bit_length() - 1)  # few sizes are compiled
 
   def read(self, groups: Sequence[list[_Row]]) -> Iterator[tuple[int, Likelihood]]:
@@ -156,6 +159,7 @@ class _Reader:
       )
       parts.append(_of_targets(logits, targets[:, part]))
     logprobs, greedy = (np.concatenate(list(map(np.asarray, x)), axis=1) for x in zip(*parts))
+    warn_of_lost(lost_scores(cache)[: len(rows)])
     for i, row in enumerate(rows):
       last = counts[i] - 1
       before = float(np.sum(logprobs[i, :last, 0], dtype=np.float64))
@@ -165,6 +169,20 @@ class _Reader:
         yield from (
           (index, (value, is_greedy and bool(greedy[i, last] == token))) for index in indices
         )
+
+
+def warn_of_lost(lost: np.ndarray) -> None:
+  """Warns, once for all texts, where a cache lost scores above the threshold.
+
+  Args:
+    lost: of `sparsek.generation.cache.lost_scores`.
+  """
+  if np.any(lost):
+    warnings.warn(
+      "scores above the threshold had no room in the cache of some texts: their gates are slightly "
+      "high",
+      stacklevel=2,
+    )
 
 
 @jax.jit

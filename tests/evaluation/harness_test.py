@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import types
+import warnings
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from sparsek.data.tokenizer import train_bpe
 from sparsek.errors import UsageError
-from sparsek.evaluation import harness
+from sparsek.evaluation import harness, likelihoods
 from sparsek.evaluation.harness import HarnessModel
 from sparsek.generation.session import generate
 from sparsek.model.transformer import Transformer, init_params
@@ -140,6 +141,14 @@ def test_a_context_is_read_once_for_all_continuations(model, monkeypatch):
   one = HarnessModel.loglikelihood(model, requests(*((long, f" {c}") for c in "abcdefgh")))
   # Copies of the only context fill the batch; each answer begins with the context's last token.
   assert fed[0] == 3 * (size - 1) and sum(fed[1:]) <= 3 * 4 and len(one) == 8
+
+
+def test_scores_without_room_in_the_cache_are_told():
+  with pytest.warns(UserWarning, match="scores above the threshold had no room in the cache"):
+    likelihoods.warn_of_lost(np.array([0, 3]))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    likelihoods.warn_of_lost(np.array([0, 0]))
 
 
 def test_rolling_reads_each_token_once(model, params):
