@@ -115,14 +115,6 @@ def test_answers_are_kept_and_asked_once(folder, answered, capsys):
   assert len(calls[-1]) == 3
 
 
-def test_the_model_itself_answers(folder, monkeypatch):
-  monkeypatch.setattr(evaluate_humaneval, "can_isolate", lambda: True)
-  monkeypatch.setattr(humaneval, "run_program", lambda *a: "passed")
-  run(folder, "--max_new_tokens=3", "--batch_size=2", "--k=2", f"--record={folder}/own.json")
-  (of_run,) = json.loads((folder / "own.json").read_text())["runs"].values()
-  assert of_run["pass_at_1"] == 1 and of_run["model"]["k"] == 2
-
-
 @pytest.mark.parametrize(
   ("flags", "error"),
   [
