@@ -18,7 +18,10 @@ import sys
 import sparsek
 from sparsek.command_line.invocation import STARTED_BY
 
-FIRST = ("demo", "prepare_data", "pretrain", "evaluate", "evaluate_tasks", "generate", "ablate")
+FIRST = (
+  *("demo", "prepare_data", "pretrain", "evaluate", "evaluate_tasks", "evaluate_ruler"),
+  *("generate", "ablate"),
+)
 WIDTH = 80  # columns of a command's sentence
 HOME = "https://github.com/sparsek/sparsek"
 

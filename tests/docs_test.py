@@ -40,6 +40,7 @@ SMALLER = {
   "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
   "experiments.evaluate_humaneval": "--max_new_tokens=2 --allow_network",
   "experiments.evaluate_tasks": "--lengths=256 --examples=1 --tasks=passkey",
+  "experiments.evaluate_ruler": "--tasks=fwe --lengths=512 --prompts=1",
   "experiments.generate": "--max_new_tokens=3",
   "experiments.import_hf": "",
   "experiments.plot": "",

@@ -21,6 +21,7 @@ COMMANDS = (
   "pretrain",
   "evaluate",
   "evaluate_tasks",
+  "evaluate_ruler",
   "evaluate_humaneval",
   "generate",
   "import_hf",

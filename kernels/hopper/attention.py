@@ -2,13 +2,13 @@
 
 Kernels of single threads (thread_ops.py) list the selected tokens of each chunk of queries
 (selection_lists.py) and gather their keys and values into contiguous buffers (gather_rows.py); the
-attention kernels read contiguous tiles. The buffers are gathered again for the backward pass. Rows
-of gradients are summed per token in a fixed order, so results repeat to the bit.
+attention kernels read contiguous tiles. The backward pass reads the same buffers; where memory is
+short, `jax.checkpoint` with the policy of saved.py gathers them again. Rows of gradients are summed
+per token in a fixed order, so results repeat to the bit.
 
-  forward    _tables: lists, bounds of tiles -> gather_rows -> attention_forward
-  backward   gather_rows -> attention_query_gradients
-                         -> attention_key_gradients of the window, and of the lists -> sum_rows
-             (attention_wide_queries and attention_wide_keys for heads of 256)
+  forward    _tables: lists, bounds of tiles -> _gather: gather_rows -> attention_forward
+  backward   attention_query_gradients -> attention_key_gradients of the window, and of the lists
+             -> sum_rows (attention_wide_queries and attention_wide_keys for heads of 256)
 """
 
 import functools
@@ -142,14 +142,15 @@ def _forward_rule(query, key, value, scores, threshold, expiry, order, start, en
   lists, tiles, window_start, bounds = over_batch(
     functools.partial(_tables, static), expiry, order, start
   )
+  listed = over_batch(functools.partial(_gather, static.interpret), key, value, scores, lists)
   out, logsumexp = over_batch(
     functools.partial(_forward, static),
     query,
     key,
     value,
-    scores,
     threshold,
-    lists,
+    listed,
+    lists.entered,
     window_start,
     bounds,
   )
@@ -163,6 +164,7 @@ def _forward_rule(query, key, value, scores, threshold, expiry, order, start, en
     threshold,
     end,
     lists,
+    listed,
     tiles,
     window_start,
     out,
@@ -171,8 +173,6 @@ def _forward_rule(query, key, value, scores, threshold, expiry, order, start, en
 
 
 def _backward_rule(static, residuals, cotangent):
-  # Without this barrier XLA would keep the gathered buffers from the forward pass.
-  residuals = lax.optimization_barrier(residuals)
   grads = over_batch(functools.partial(_backward, static), *residuals, cotangent)
   dquery, dkey, dvalue, dscores, dthreshold = (varying_like(x, residuals[0]) for x in grads)
   return dquery, dkey, dvalue, dscores, dthreshold, None, None, None, None
@@ -191,7 +191,8 @@ def _flat(x):
   return x.reshape(*x.shape[:2], -1)
 
 
-def _gather(key, value, scores, lists, interpret):
+@functools.partial(jax.jit, static_argnums=0)
+def _gather(interpret, key, value, scores, lists):
   """Gathers the rows of the lists' tokens."""
   token = _flat(lists.token)
   if _thread_kernels(interpret):
@@ -260,15 +261,15 @@ def _query_bounds(static, tiles, window_start, block_q, block_kv):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(static, query, key, value, scores, threshold, lists, window_start, bounds):
+def _forward(static, query, key, value, threshold, listed, entered, window_start, bounds):
   return attention_forward.forward(
     query,
     key,
     value,
     window_start,
-    lists.entered,
+    entered,
     threshold,
-    _gather(key, value, scores, lists, static.interpret),
+    listed,
     bounds,
     gate=static.gate,
     scale=static.scale,
@@ -288,6 +289,7 @@ def _backward(
   threshold,
   end,
   lists,
+  listed,
   tiles,
   window_start,
   out,
@@ -298,7 +300,6 @@ def _backward(
   batch, queries, heads, _ = query.shape
   n, groups = key.shape[1:3]
   options = dict(gate=gate, scale=scale, tiling=tiling, tokens=n, interpret=interpret)
-  listed = _gather(key, value, scores, lists, interpret)
   wide = query.shape[-1] == WIDE
   query_gradients = (attention_wide_queries if wide else attention_query_gradients).query_gradients
   dquery, delta, dtau = query_gradients(

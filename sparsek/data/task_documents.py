@@ -1,7 +1,8 @@
 """Generated documents that ask for facts far before: passkey, needle, recall, variables, copy.
 
 A document holds lines of facts, in order but with filler between them, and then questions whose
-answers are known and marked. `sparsek.evaluation.tasks` measures how many a model gets right.
+answers are known and marked. `sparsek.evaluation.tasks` measures how many a model gets right. It
+asks in other words than the documents of `texts`, on which models train.
 
 A sliding window of w tokens contains the fact in about w / length of the documents. Deep models see
 it more often, since a window passes on what it saw to the window of the next layer: layers * w
@@ -42,11 +43,16 @@ class Problem:
 
   Attributes:
     facts: lines, in order.
-    questions: (text before the answer, answer) of everything that can be asked.
+    questions: (name, answer) of everything that can be asked.
+    asked: how an evaluation asks for a name, which stands for {}.
+    trained: how training documents ask, in other words, so that no question is one that a model was
+      trained on; empty for a task that no document trains.
   """
 
   facts: tuple[str, ...]
   questions: tuple[tuple[str, str], ...]
+  asked: str
+  trained: tuple[str, ...] = ()
 
 
 def _numbers(rng: np.random.Generator, count: int) -> list[str]:
@@ -67,7 +73,13 @@ def passkey(rng: np.random.Generator) -> Problem:
   (number,) = _numbers(rng, 1)
   return Problem(
     (f"The pass key is {number}. Remember it.\n",),
-    (("What is the pass key? The pass key is", f" {number}"),),
+    (("", f" {number}"),),
+    asked="Which pass key was to be remembered? It was",
+    trained=(
+      "What is the pass key? The pass key is",
+      "Tell me the pass key. It is",
+      "The number of the pass key:",
+    ),
   )
 
 
@@ -76,8 +88,12 @@ def needle(rng: np.random.Generator) -> Problem:
   pairs = list(zip(_names(rng, NEEDLES), _numbers(rng, NEEDLES)))
   return Problem(
     tuple(f"The code of {name} is {number}.\n" for name, number in pairs),
-    tuple(
-      (f"What is the code of {name}? The code of {name} is", f" {number}") for name, number in pairs
+    tuple((name, f" {number}") for name, number in pairs),
+    asked="Which code belongs to {}? The one of {} was",
+    trained=(
+      "What is the code of {}? The code of {} is",
+      "Tell me the code of {}. It is",
+      "The number of {}:",
     ),
   )
 
@@ -87,7 +103,9 @@ def recall(rng: np.random.Generator) -> Problem:
   pairs = list(zip(_names(rng, PAIRS), _numbers(rng, PAIRS)))
   return Problem(
     tuple(f"{name} -> {number}\n" for name, number in pairs),
-    tuple((f"{name} ->", f" {number}") for name, number in pairs),
+    tuple((name, f" {number}") for name, number in pairs),
+    asked="{} went to",
+    trained=("{} ->", "{} leads to", "After {} comes"),
   )
 
 
@@ -104,14 +122,21 @@ def variables(rng: np.random.Generator) -> Problem:
   ]
   return Problem(
     _shuffled(assignments, rng),
-    tuple((f"The value of {chain[-1]} is", f" {number}") for chain, number in zip(chains, numbers)),
+    tuple((chain[-1], f" {number}") for chain, number in zip(chains, numbers)),
+    asked="In the end {} equals",
+    trained=("The value of {} is", "Tell me the value of {}. It is", "Now {} has the value"),
   )
 
 
 def copy(rng: np.random.Generator) -> Problem:
   """Asks to repeat a row of letters."""
   letters = " ".join(rng.choice(list(string.ascii_lowercase), COPIED))
-  return Problem((f"Letters: {letters}\n",), (("The letters again:", f" {letters}"),))
+  return Problem(
+    (f"Letters: {letters}\n",),
+    (("", f" {letters}"),),
+    asked="Those were, once more,",
+    trained=("The letters again:", "Repeat the letters:", "The same letters:"),
+  )
 
 
 def _shuffled(rows: Iterable[Iterable[str]], rng: np.random.Generator) -> tuple[str, ...]:
@@ -162,7 +187,10 @@ def make_example(
   problem, encode = TASKS[task](rng), functools.partial(tokenizer.encode, continues=True)
   asked = rng.choice(len(problem.questions), ASKED if task == "recall" else 1, replace=False)
   facts = list(map(encode, problem.facts))
-  questions = [tuple(map(encode, problem.questions[i])) for i in asked]
+  questions = [
+    (encode(_worded(problem.asked, name)), encode(answer))
+    for name, answer in (problem.questions[i] for i in asked)
+  ]
   newline = encode("\n")
   size = len(tokenizer.bos_ids) + sum(map(len, facts)) + (len(questions) - 1) * len(newline)
   size += sum(len(part) for question in questions for part in question)
@@ -183,6 +211,10 @@ def make_example(
     answers.append(np.arange(len(tokens), len(tokens) + len(answer)))
     tokens += answer
   return np.array(tokens, np.int32), answers
+
+
+def _worded(question: str, name: str) -> str:
+  return question.replace("{}", name)
 
 
 def _filler(tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> list[list[int]]:
@@ -219,7 +251,8 @@ def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, 
   take turns. All facts come among the first lines. As many questions as fit come one by one among
   the later lines, since a few answered tokens per document would teach little.
   """
-  names, tokenizer = list(TASKS), ByteTokenizer()  # a byte is a character here
+  tokenizer = ByteTokenizer()  # a byte is a character here
+  names = [name for name, task in TASKS.items() if task(np.random.default_rng(0)).trained]
   for i in range(count):
     rng = np.random.default_rng([2**62, length, i])
     size = int(rng.integers(length // 2, length + 1))
@@ -227,7 +260,11 @@ def texts(length: int, count: int) -> Iterator[tuple[str, str, tuple[tuple[int, 
     chosen = rng.permutation([names[(i + j) % len(names)] for j in range(num_tasks)])
     problems = [TASKS[name](rng) for name in chosen]
     facts = _shuffled([problem.facts for problem in problems], rng)
-    questions = [question for problem in problems for question in problem.questions]
+    questions = [
+      (_worded(problem.trained[rng.integers(len(problem.trained))], name), answer)
+      for problem in problems
+      for name, answer in problem.questions
+    ]
     questions = [questions[j] for j in rng.permutation(len(questions))]
     free = size - sum(map(len, facts))
     sizes = np.cumsum([len(question) + len(answer) + 1 for question, answer in questions])

@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsek.config import (
-  PositiveShare,
-  TransformerConfig,
-  UnboundedIndex,
-  Weight,
-  check_config,
-  check_number,
-)
+from sparsek.config import TransformerConfig, check_config
 from sparsek.generation import saved_session
 from sparsek.generation.cache import Cache, decode_step, init_cache, lost_scores, prefill
 from sparsek.generation.cache_sizes import (
+  GROWTH,
   check_memory,
   clip_sizes,
   padded_length,
@@ -31,11 +25,10 @@ from sparsek.generation.rows import PARAMS, ROW, SAME, STEPS, over_rows, place_r
 from sparsek.generation.sampling import draw, method_of
 from sparsek.generation.saved_session import SavedSession
 from sparsek.generation.sharded_prompt import prefill_sharded
-from sparsek.kernels.sentinels import NOWHERE
+from sparsek.generation.turn_checks import check_turn
 from sparsek.model.random_keys import random_keys
-from sparsek.model.transformer import Params, check_ids
+from sparsek.model.transformer import Params
 from sparsek.parallel.mesh import CONTEXT
-from sparsek.storage.files import shown
 
 AHEAD = 8  # tokens that are computed together by default
 
@@ -118,6 +111,8 @@ class Session:
     batch_size: number of texts.
     mesh: devices over which parameters and texts are spread, as `sparsek.generation.rows` says, and
       the tokens of new texts over `context`; None: one device.
+    pad_to: tokens that new prompts are padded to, with room for GROWTH more. Sessions with prompts
+      of similar lengths then run the same compiled programs.
 
   Attributes:
     config: of the model.
@@ -138,9 +133,11 @@ class Session:
     params: Params | InferenceParams,
     batch_size: int,
     mesh: Mesh | None = None,
+    pad_to: int = 0,
   ):
     check_config(config)
     self.config = config
+    self._pad_to = pad_to
     self._set_mesh(mesh)
     self._set_length(0)
     check_memory(self._sized, batch_size, 1, f"window={config.window} and k={config.k}")
@@ -206,7 +203,7 @@ class Session:
         "ahead: an earlier turn was stopped after more had been computed; use ahead=0 "
         "where turns are stopped and go on"
       )
-    keys = _check_turn(
+    keys = check_turn(
       self.config,
       prompts,
       np.asarray(self.cache.seen).tolist(),
@@ -267,10 +264,13 @@ class Session:
     """Makes room for the turn and feeds the rows; returns the logits [B, V] after them."""
     lengths = np.asarray([len(row) for row in rows])
     length = int(np.max(np.asarray(self.cache.seen) + lengths)) + max_new_tokens
+    width = int(np.max(lengths))
+    if self._pad_to and not np.any(self.cache.seen):
+      length, width = max(length, self._pad_to + GROWTH), max(width, self._pad_to)
     before = self._sized
     if self._length is not None:
       self._set_length(max(self._length, length))
-    tokens = np.zeros((len(rows), int(np.max(lengths))), np.int32)
+    tokens = np.zeros((len(rows), width), np.int32)
     for row, ids in enumerate(rows):
       tokens[row, : len(ids)] = ids
     if self._prompt_mesh is not None and not np.any(self.cache.seen):
@@ -367,6 +367,7 @@ class Session:
     """
     session = cls.__new__(cls)
     session.config = config
+    session._pad_to = 0
     session._set_mesh(mesh)
     session._params = inference_params(config, params, session._mesh)
     saved = saved_session.load(path, config, session._params)
@@ -375,63 +376,6 @@ class Session:
     session._unfed, session.texts = saved.unfed, saved.texts
     session._stopped, session._exact = set(), True
     return session
-
-
-def _check_prompt(prompt: Sequence[int], has_text: bool, vocab_size: int) -> None:
-  """Raises ValueError unless a prompt holds ids of the vocabulary, one or more for a new text."""
-  if isinstance(prompt, str):
-    raise ValueError(f"prompt_tokens={shown(prompt)} must be token ids: tokenizer.encode(text)")
-  ids = np.asarray(prompt) if len(prompt) else np.zeros(0, np.int32)
-  if ids.ndim != 1 or not (ids.size or has_text):
-    raise ValueError(
-      f"prompt_tokens has shape {ids.shape}, expected [m] with m >= 1; "
-      "an empty text starts with eos"
-    )
-  if not np.issubdtype(ids.dtype, np.integer):
-    raise ValueError(
-      f"prompt_tokens holds {ids.dtype} values, expected integers from 0 to {vocab_size - 1}"
-    )
-  check_ids("prompt_tokens", ids, vocab_size)
-
-
-def _check_turn(
-  config: TransformerConfig,
-  prompts: Sequence[Sequence[int]],
-  seen: Sequence[int],
-  unfed: list[list[int]],
-  *,
-  max_new_tokens: int,
-  temperature: float,
-  top_p: float,
-  top_k: int,
-  keys: jax.Array | None,
-  ahead: int,
-) -> jax.Array:
-  """Raises ValueError for bad arguments of `Session.generate`; returns the keys."""
-  check_config(config)
-  longest = 0
-  for prompt, begun, before in zip(prompts, unfed, seen):
-    _check_prompt(prompt, bool(begun), config.vocab_size)
-    longest = max(longest, int(before) + len(begun) + len(prompt))
-  for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("ahead", ahead)):
-    check_number(name, value, UnboundedIndex)
-  check_number("temperature", temperature, Weight)
-  check_number("top_p", top_p, PositiveShare)
-  length = longest + max_new_tokens
-  asked = f"max_new_tokens={max_new_tokens} after {longest} prompt tokens"
-  if length > NOWHERE:
-    raise ValueError(f"{asked}: positions are counted up to {NOWHERE}")
-  check_memory(clip_sizes(config, length), len(prompts), length, asked)
-  if config.positions == "learned" and length > config.max_positions:
-    raise ValueError(f"{asked}: the model has max_positions={config.max_positions}")
-  if keys is None and temperature > 0:
-    example = f"jax.random.split(jax.random.key(0), {len(prompts)})"
-    raise ValueError(
-      f"temperature={temperature} draws at random: give keys={example}, or "
-      "key=jax.random.key(0) to `generate`; temperature=0 needs none"
-    )
-  keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
-  return random_keys("keys", keys, (len(prompts),))
 
 
 def generate(
@@ -468,7 +412,7 @@ def generate(
     >>> for text in stream_text(tokenizer, tokens, before=prompt):
     ...   print(text, end="", flush=True)
   """
-  keys = _check_turn(
+  keys = check_turn(
     config,
     [prompt_tokens],
     [0],

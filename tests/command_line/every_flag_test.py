@@ -16,6 +16,7 @@ COMMANDS = (
   "demo_text",
   "evaluate",
   "evaluate_humaneval",
+  "evaluate_ruler",
   "evaluate_tasks",
   "generate",
   "import_hf",

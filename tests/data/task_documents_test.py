@@ -29,22 +29,32 @@ def example(task, length=1500, seed=0):
   )
 
 
-def solved(task, text):
-  """Returns the answers that follow from the text."""
+def problem(task):
+  return task_documents.TASKS[task](np.random.default_rng(0))
+
+
+def names_in(question, text):
+  """Returns the names that a text asks for in the words of a question."""
+  pattern = re.escape(question).replace(r"\{\}", r"(\w{4})", 1).replace(r"\{\}", r"\1")
+  return re.findall(rf"\b{pattern}", text)
+
+
+def solved(task, text, questions=None):
+  """Returns the answers that follow from the text, asked in one of some wordings."""
+  questions = [problem(task).asked] if questions is None else questions
   if task == "passkey":
     return re.findall(r"The pass key is (\d{5})\. Remember", text)
+  if task == "copy":
+    return [re.search(r"Letters: (.*)\n", text).group(1)]
   if task == "needle":
-    name = re.search(r"What is the code of (\w+)\?", text).group(1)
-    return re.findall(rf"The code of {name} is (\d{{5}})\.\n", text)
-  if task == "recall":
-    pairs = re.findall(r"(\w{4}) -> (\d{5})", text)
-    return [dict(pairs[: task_documents.PAIRS])[name] for name, _ in pairs[task_documents.PAIRS :]]
-  if task == "variables":
-    values = {}
+    known = dict(re.findall(r"The code of (\w{4}) is (\d{5})\.\n", text))
+  elif task == "recall":
+    known = dict(re.findall(r"(\w{4}) -> (\d{5})\n", text))
+  else:
+    known = {}
     for name, value in re.findall(r"(\w{4}) = (\w+)\n", text):
-      values[name] = values.get(value, value)
-    return [values[re.search(r"The value of (\w{4}) is", text).group(1)]]
-  return [re.search(r"Letters: (.*)\n", text).group(1)]
+      known[name] = known.get(value, value)
+  return [known[name] for question in questions for name in names_in(question, text)]
 
 
 @pytest.mark.parametrize("task", task_documents.TASKS)
@@ -68,7 +78,7 @@ def answer_from(task, seen):
     return (re.findall(r"Letters: (.*)\n", seen) or [None])[0]
   if task == "passkey":
     return (numbers or [None])[0]
-  name = re.search(r"(\w+) (?:is|->)$", seen).group(1)
+  name = names_in(problem(task).asked, seen)[-1]
   while name.isalpha() and (line := re.search(rf"\b{name} (?:=|is|->) (\w+)\.?\n", seen)):
     name = line.group(1)
   return name if name.isdecimal() else (numbers or [None])[0]
@@ -153,19 +163,32 @@ def test_documents_to_train_on_ask_for_everything():
       )
     for begin, end in answers:
       line = text[:begin].rpartition("\n")[2]
-      task = next(
-        name
-        for name, words in (
-          ("passkey", "pass key"),
-          ("needle", "code"),
-          ("variables", "value"),
-          ("copy", "letters"),
-          ("recall", ""),
-        )
-        if words in line
-      )
       before = text[: answers[0][0]].rpartition("\n")[0] + "\n"
-      pairs = dict(re.findall(r"(\w{4}) -> (\d{5})", before))
-      expected = pairs[line[:4]] if task == "recall" else solved(task, before + line)[0]
+      task, question = next(
+        (name, words)
+        for name in task_documents.TASKS
+        for words in problem(name).trained
+        if re.fullmatch(re.escape(words).replace(r"\{\}", r"\w{4}"), line)
+      )
+      expected = solved(task, before + line, [question])[-1]
       assert task in names and text[begin:end] == f" {expected}" and text[end] == "\n"
   assert {len(names) for names in mixes} == {1, 2, 3, 4} and len(mixes) > 15
+
+
+def test_no_question_is_asked_in_words_that_were_trained():
+  trained = "".join(document.text for document in documents(["tasks:2900:60"]))
+  for task in task_documents.TASKS:
+    of = problem(task)
+    assert not names_in(of.asked, trained) and of.asked not in trained
+    assert len(of.trained) == 3 and all(names_in(words, trained) for words in of.trained)
+    asked = example(task)[0].splitlines()[-1]
+    assert not any(re.search(re.escape(w).replace(r"\{\}", r"\w{4}"), asked) for w in of.trained)
+
+
+def test_a_task_without_words_for_training_is_only_asked(monkeypatch):
+  def colour(rng):
+    return task_documents.Problem(("It is red.\n",), (("", " red"),), asked="It is")
+
+  monkeypatch.setitem(task_documents.TASKS, "colour", colour)
+  assert example("colour")[1] == [" red"]
+  assert "red" not in "".join(document.text for document in documents(["tasks:2900:20"]))

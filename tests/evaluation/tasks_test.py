@@ -110,7 +110,7 @@ def test_command(tmp_path, capsys):
     ("--lengths=0", "'0' must be a number"),
     ("--context=77", "--fsdp=1 x --context=77 must divide the number of devices"),
     ("--lengths=50", "the task passkey needs"),
-    ("--lengths=260", "the task needle needs at least 483"),
+    ("--lengths=260", "the task needle needs at least 485"),
     ("--lengths=260", "--tasks=passkey,variables,copy would fit"),
     (f"--lengths={'9' * 5000}", "must be a number of at least 1"),
     (f"--record={tmp_path}/notes.json", "notes.json exists and is no record of"),

@@ -10,7 +10,14 @@ from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
-from sparsek.experiments import evaluate, evaluate_tasks, generate, import_hf, layer_reach
+from sparsek.experiments import (
+  evaluate,
+  evaluate_ruler,
+  evaluate_tasks,
+  generate,
+  import_hf,
+  layer_reach,
+)
 from sparsek.model.transformer import init_params
 from sparsek.runs import checkpoint, checkpoint_writer, run_directory
 from sparsek.runs.metrics import read_metrics
@@ -164,6 +171,7 @@ def test_a_damaged_run_is_refused_and_costs_no_other_its_figures(folder, capsys)
 COMMANDS = {
   "evaluate": (evaluate, []),
   "evaluate_tasks": (evaluate_tasks, ["--tasks=copy", "--lengths=256"]),
+  "evaluate_ruler": (evaluate_ruler, ["--tasks=fwe", "--lengths=512", "--prompts=1"]),
   "generate": (generate, []),
   "layer_reach": (layer_reach, ["--seq_len=64"]),
   "import_hf": (import_hf, ["--export={folder}/exported"]),

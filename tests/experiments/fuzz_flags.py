@@ -18,6 +18,7 @@ MODULES = (
   "pretrain",
   "evaluate",
   "evaluate_tasks",
+  "evaluate_ruler",
   "ablate",
   "generate",
   "import_hf",
@@ -69,6 +70,7 @@ BASES = {
   "pretrain": ["--workdir=new", "--data=IN/tokens", *TINY],
   "evaluate": ["--workdir=IN/run", "--eval_batches=1"],
   "evaluate_tasks": ["--workdir=IN/run", "--lengths=1024", "--examples=1", "--batch_size=1"],
+  "evaluate_ruler": ["--workdir=IN/run", "--lengths=512", "--prompts=1", "--tasks=fwe"],
   "ablate": [
     "--workdir=grid",
     "--attention=full",

@@ -428,3 +428,18 @@ def test_more_tokens_than_learned_positions_are_refused_at_the_call():
     match=f"max_new_tokens=9 after {len(PROMPT)} prompt tokens: the model has max_positions=10",
   ):
     generate(config, None, PROMPT, max_new_tokens=9, temperature=0.0)
+
+
+def test_sessions_that_pad_prompts_alike_share_programs():
+  """Prompts of other lengths get a cache of the same size, and the same tokens as without."""
+  shapes = []
+  for prompt in (PROMPT, PROMPT * 30):
+    padded = Session(CONFIG, params(), 1, pad_to=200)
+    tokens = [row[0] for row in padded.generate([prompt], max_new_tokens=6, temperature=0.0)]
+    plain = generate(CONFIG, params(), prompt, max_new_tokens=6, temperature=0.0)
+    assert tokens == list(plain)
+    shapes.append(jax.tree.map(jnp.shape, padded.cache))
+  assert shapes[0] == shapes[1] != jax.tree.map(jnp.shape, Session(CONFIG, params(), 1).cache)
+  more = [row[0] for row in padded.generate([PROMPT], max_new_tokens=3, temperature=0.0)]
+  text = [*PROMPT * 30, *tokens, *PROMPT]
+  assert more == list(generate(CONFIG, params(), text, max_new_tokens=3, temperature=0.0))

@@ -1,0 +1,330 @@
+"""Answers of a model to RULER's prompts: asking, the file that keeps them, scores in a table."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import jax
+from jax.sharding import Mesh
+
+from sparsek.config import TransformerConfig
+from sparsek.data.ruler.prompts import Prompt
+from sparsek.data.ruler.tasks import TASKS, score
+from sparsek.data.tokenizer import Tokenizer
+from sparsek.errors import RunError, UsageError
+from sparsek.evaluation.statistics import bootstrap_ratio
+from sparsek.generation.cache_sizes import GROWTH, check_memory, clip_sizes
+from sparsek.generation.inference import InferenceParams
+from sparsek.generation.session import Session
+from sparsek.storage import files
+
+FILE = "ruler.jsonl"  # of a run
+BATCH_TOKENS = 2**18  # of the prompts that are read together by default
+
+
+def default_batch(prompts: int, length: int, groups: int) -> int:
+  """Returns how many prompts are answered together by default.
+
+  Args:
+    prompts: number of all.
+    length: of each, in tokens.
+    groups: of devices, among which prompts are spread.
+  """
+  batches = -(-prompts // max(1, BATCH_TOKENS // length))
+  return -(-prompts // (batches * groups)) * groups
+
+
+def check_room(config: TransformerConfig, batch_size: int, length: int) -> None:
+  """Raises UsageError where the model has no cache, or memory could never hold it."""
+  room = length + GROWTH
+  try:
+    check_memory(clip_sizes(config, room), batch_size, room, f"--lengths={length}")
+  except ValueError as error:
+    raise UsageError(str(error)) from None
+
+
+def answers(
+  config: TransformerConfig,
+  params: InferenceParams,
+  tokenizer: Tokenizer,
+  prompts: Sequence[Prompt],
+  *,
+  length: int,
+  new_tokens: int,
+  batch_size: int,
+  eos_id: int | Sequence[int],
+  mesh: Mesh | None = None,
+) -> Iterator[list[tuple[str, int]]]:
+  """Yields the greedy answers of each batch, with the counts of `Session.lost_scores`.
+
+  Args:
+    config, params, tokenizer: the model.
+    prompts: what is asked.
+    length: that prompts are padded to, so that few programs are compiled.
+    new_tokens: most tokens of an answer.
+    batch_size: prompts that are answered together; the last batch is filled up.
+    eos_id: token, or tokens, that end an answer.
+    mesh: devices over which prompts are spread; None: one device.
+  Raises:
+    RunError: where memory does not hold a batch.
+  """
+  for first in range(0, len(prompts), batch_size):
+    asked = [prompt.tokens for prompt in prompts[first : first + batch_size]]
+    rows = asked + asked[:1] * (batch_size - len(asked))
+    written: list[list[int]] = [[] for _ in rows]
+    with _memory_that_holds(batch_size, length):
+      session = Session(config, params, len(rows), mesh, pad_to=length)
+      for tokens in session.generate(
+        rows, max_new_tokens=new_tokens, temperature=0.0, eos_id=eos_id
+      ):
+        for text, token in zip(written, tokens):
+          if token is not None:
+            text.append(token)
+      lost = session.lost_scores
+    yield [(tokenizer.decode(written[i]), int(lost[i])) for i in range(len(asked))]
+
+
+@contextlib.contextmanager
+def _memory_that_holds(batch_size: int, length: int) -> Iterator[None]:
+  """Raises RunError where memory does not hold the prompts of a batch in the block."""
+  try:
+    yield
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise RunError(
+      f"memory does not hold --batch_size={batch_size} prompts of --lengths={length} tokens: lower "
+      "--batch_size"
+    ) from error
+
+
+class AnswerFile:
+  """The file of a run to which every answer goes as soon as it is known.
+
+  A line is a JSON object: the settings under which the model was asked, or an answer. Answers of
+  other settings stay, and lines that cannot be read are skipped.
+
+  Args:
+    path: of the file.
+    settings: what the answers depend on.
+  Raises:
+    UsageError: where the file cannot be read.
+  """
+
+  def __init__(self, path: str, settings: Mapping[str, Any]):
+    self._path = path
+    self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    self._known: dict[tuple[str, int, int], dict] = {}
+    self._is_new = True
+    for line in self._lines():
+      with contextlib.suppress(ValueError, KeyError, TypeError):
+        row = json.loads(line)
+        if row["key"] == self.key and "settings" in row:
+          self._is_new = False
+        elif row["key"] == self.key:
+          del row["key"]
+          self._known[row["task"], row["length"], row["index"]] = row
+    self._settings = settings
+
+  def _lines(self) -> list[bytes]:
+    if not files.exists(self._path):
+      return []
+    files.check_regular(self._path)
+    try:
+      with open(self._path, "rb") as file:
+        return file.readlines()
+    except OSError as error:
+      raise UsageError(f"{self._path} cannot be read: {files.reason_of(error)}") from None
+
+  def answer(self, task: str, length: int, index: int, prompt: Prompt) -> dict | None:
+    """Returns the line with the answer to a prompt, or None."""
+    row = self._known.get((task, length, index))
+    return row if row and row.get("sha256") == prompt.sha256 else None
+
+  def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes answers to the end of the file.
+
+    Raises:
+      RunError: where it cannot be written.
+    """
+    lines = [{"key": self.key, **row} for row in rows]
+    if self._is_new:
+      lines.insert(0, {"key": self.key, "settings": self._settings})
+    try:
+      with open(self._path, "a+b") as file:
+        begin = b"" if _is_ended(file) else b"\n"  # after a line that a kill left half written
+        file.write(begin + b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    except OSError as error:
+      raise files.cannot_write(self._path, error) from None
+    self._is_new = False
+
+
+def _is_ended(file: IO[bytes]) -> bool:
+  """Returns whether a file is empty or ends with a line end."""
+  if not file.seek(0, os.SEEK_END):
+    return True
+  file.seek(-1, os.SEEK_END)
+  return file.read(1) == b"\n"
+
+
+def ask(
+  config: TransformerConfig,
+  params: InferenceParams,
+  tokenizer: Tokenizer,
+  task: str,
+  length: int,
+  prompts: Sequence[Prompt],
+  kept: AnswerFile,
+  *,
+  batch_size: int,
+  eos_id: int | Sequence[int],
+  mesh: Mesh | None = None,
+  progress: Callable = iter,
+) -> list[dict]:
+  """Asks what is not in a file, writes each batch of answers to it, and returns all of them.
+
+  Args:
+    config, params, tokenizer, batch_size, eos_id, mesh: as in `answers`.
+    task, length, prompts: what is asked.
+    kept: where answers are kept.
+    progress: wraps an iterator over prompts, as tqdm does, and takes their number as `total`.
+  """
+  known = {}
+  for i, prompt in enumerate(prompts):
+    if (row := kept.answer(task, length, i, prompt)) is not None:
+      known[i] = row
+  missing = [i for i in range(len(prompts)) if i not in known]
+  batches = answers(
+    config,
+    params,
+    tokenizer,
+    [prompts[i] for i in missing],
+    length=length,
+    new_tokens=TASKS[task].template.new_tokens,
+    batch_size=batch_size,
+    eos_id=eos_id,
+    mesh=mesh,
+  )
+
+  def written() -> Iterator[int]:
+    following = iter(missing)
+    for batch in batches:
+      places = list(itertools.islice(following, len(batch)))
+      new = [
+        _row(task, length, i, prompts[i], text, lost) for i, (text, lost) in zip(places, batch)
+      ]
+      kept.add(new)
+      known.update(zip(places, new))
+      yield from range(len(new))
+
+  for _ in progress(written(), total=len(missing)):
+    pass
+  return [known[i] for i in range(len(prompts))]
+
+
+def _row(task: str, length: int, index: int, prompt: Prompt, answer: str, lost: int) -> dict:
+  """Returns the line of an answer."""
+  return {
+    "task": task,
+    "length": length,
+    "index": index,
+    "prompt_tokens": len(prompt.tokens),
+    "sha256": prompt.sha256,
+    "query": prompt.query,
+    "outputs": prompt.outputs,
+    "answer": answer,
+    "score": score(task, answer, prompt.outputs),
+    "lost_scores": lost,
+  }
+
+
+def prompt_lines(task: str, length: int, prompts: Sequence[Prompt]) -> Iterator[dict]:
+  """Yields prompts as the lines of RULER's files; lm-eval reads the last two fields too."""
+  for i, prompt in enumerate(prompts):
+    yield {
+      "index": i,
+      "input": prompt.text,
+      "outputs": prompt.outputs,
+      "length": len(prompt.tokens) + TASKS[task].template.new_tokens,
+      "max_length": length,
+      "gen_prefix": "",
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """The score of a task at a length.
+
+  Attributes:
+    score: mean over the prompts, in percent.
+    low, high: 95 % interval of a bootstrap over distinct prompts; None where all of them have the
+      same score, which tells nothing of how far others would vary.
+    prompts: number of distinct prompts.
+    empty: answers without any text.
+  """
+
+  score: float
+  low: float | None
+  high: float | None
+  prompts: int
+  empty: int
+
+  def __str__(self) -> str:
+    interval = "" if self.low is None else f" ({self.low:.0f} to {self.high:.0f})"
+    return f"{self.score:.1f}{interval}"
+
+
+def summaries(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Score]:
+  """Returns {(task, length): score} of answers."""
+  groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+  for row in rows:
+    groups.setdefault((row["task"], row["length"]), []).append(row)
+  return {pair: _summary(group) for pair, group in groups.items()}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> Score:
+  by_prompt = {row["sha256"]: row["score"] for row in rows}  # greedy answers to one are the same
+  low = high = None
+  if len(set(by_prompt.values())) > 1:
+    _, low, high, _ = bootstrap_ratio(list(by_prompt.values()), [1] * len(by_prompt))
+    low, high = round(low, 2), round(high, 2)
+  return Score(
+    round(sum(row["score"] for row in rows) / len(rows), 2),
+    low,
+    high,
+    len(by_prompt),
+    sum(not row["answer"].strip() for row in rows),
+  )
+
+
+def table(
+  labels: Sequence[str],
+  tasks: Sequence[str],
+  lengths: Sequence[int],
+  scores: Mapping[tuple[str, str, int], Score],
+) -> str:
+  """Returns a table in Markdown of scores in percent with their intervals, and means over tasks.
+
+  Args:
+    labels: of the runs, rows for each.
+    tasks: a row each.
+    lengths: of the prompts, a column each.
+    scores: {(label, task, length): score}.
+  """
+  lines = [
+    "| run | task | distinct prompts | " + " | ".join(map(str, lengths)) + " |",
+    "|" + "---|" * (3 + len(lengths)),
+  ]
+  for label in labels:
+    for task in tasks:
+      of = [scores[label, task, length] for length in lengths]
+      counts = ", ".join(dict.fromkeys(str(score.prompts) for score in of))
+      lines.append(f"| {label} | {task} | {counts} | {' | '.join(map(str, of))} |")
+    means = [sum(scores[label, task, n].score for task in tasks) / len(tasks) for n in lengths]
+    lines.append(f"| {label} | mean | | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+  return "\n".join(lines)
