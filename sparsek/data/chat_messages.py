@@ -6,15 +6,18 @@ tokenizer_config.json, one template or several with names. Rendering needs the p
 
 import dataclasses
 import datetime
+import functools
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsek.data.document_end import TOKENIZER_CONFIG
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
-FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+FILE = "chat_template.jinja"
 DEFAULT = "default"
 _MAX_BYTES = 2**22
 _END = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where an unfinished message ends
@@ -42,19 +45,20 @@ class ChatTemplate:
       add_generation_prompt: end with what begins an answer; False: the last message is unfinished,
         and the prompt ends with it.
     Raises:
-      UsageError: where the template cannot be read, or refuses the messages.
+      UsageError: where the template cannot be read or refuses the messages, and where jinja2 is not
+        installed.
     """
     chat = [dict(message) for message in messages]
     if not add_generation_prompt:
       chat[-1]["content"] += _END
-    import jinja2
-
+    if importlib.util.find_spec("jinja2") is None:
+      raise UsageError("the chat template is one of Jinja: pip install jinja2")
     try:
       text = _compiled(self.text).render(
         messages=chat, add_generation_prompt=add_generation_prompt, **self.tokens
       )
-    except (jinja2.TemplateError, TypeError) as error:
-      raise UsageError(f"the chat template refuses the messages: {error}") from None
+    except Exception as error:  # a template may fail in any way
+      raise UsageError(f"the chat template cannot be rendered: {error}") from None
     if add_generation_prompt:
       return text
     end = text.rfind(_END.strip())
@@ -70,35 +74,35 @@ def find_templates(folder: str) -> dict[str, ChatTemplate]:
   Raises:
     UsageError: where a file cannot be understood.
   """
-  config_path, path = (os.path.join(folder, name) for name in (TOKENIZER_CONFIG, FILE))
-  config = files.read_json_object(config_path) if os.path.lexists(config_path) else {}
-  tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-  tokens = {name: text for name, text in tokens.items() if isinstance(text, str)}
+  path = os.path.join(folder, FILE)
   if os.path.lexists(path):
-    try:
-      given: Any = files.read_at_most(path, _MAX_BYTES, FILE).decode("utf-8")
-    except UnicodeDecodeError:
-      raise UsageError(f"{path} is not UTF-8") from None
+    given: Any = files.read_at_most(path, _MAX_BYTES, FILE).decode("utf-8", "replace")
   else:
-    given = config.get("chat_template")
+    given = _config(folder).get("chat_template")
   if given is None:
     return {}
   named = [{"name": DEFAULT, "template": given}] if isinstance(given, str) else given
+  tokens = special_tokens(folder)
   try:
     return {str(of["name"]): ChatTemplate(_text(of["template"]), tokens) for of in named}
   except (KeyError, TypeError):
-    raise UsageError(f"{config_path}: chat_template is no text and no list of named ones") from None
+    path = os.path.join(folder, TOKENIZER_CONFIG)
+    raise UsageError(f"{path}: chat_template is no text and no list of named ones") from None
 
 
-def bos_token(folder: str) -> str | None:
-  """Returns the bos_token of a folder's tokenizer_config.json, or None."""
+def special_tokens(folder: str) -> dict[str, str]:
+  """Returns the special tokens that a folder's tokenizer_config.json names: bos_token, ..."""
+  named = {name: token for name, token in _config(folder).items() if name.endswith("_token")}
+  texts = {
+    name: token.get("content") if isinstance(token, dict) else token
+    for name, token in named.items()
+  }
+  return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _config(folder: str) -> dict:
   path = os.path.join(folder, TOKENIZER_CONFIG)
-  token = _content(files.read_json_object(path).get("bos_token")) if os.path.lexists(path) else None
-  return token if isinstance(token, str) else None
-
-
-def _content(token: Any) -> Any:
-  return token.get("content") if isinstance(token, dict) else token
+  return files.read_json_object(path) if os.path.lexists(path) else {}
 
 
 def _text(value: Any) -> str:
@@ -107,6 +111,7 @@ def _text(value: Any) -> str:
   return value
 
 
+@functools.lru_cache(maxsize=8)
 def _compiled(text: str) -> Any:
   """Returns the template of a text, which sees what templates see in transformers."""
   import jinja2

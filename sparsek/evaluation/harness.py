@@ -27,7 +27,7 @@ from sparsek.command_line.definer import Definer, names_of
 from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import TransformerConfig
-from sparsek.data.chat_messages import DEFAULT, ChatTemplate, bos_token, find_templates
+from sparsek.data.chat_messages import DEFAULT, ChatTemplate, find_templates, special_tokens
 from sparsek.errors import RunError, UsageError
 from sparsek.evaluation.completions import Writing, completions
 from sparsek.evaluation.likelihoods import Likelihood, Pair, log_likelihoods
@@ -168,7 +168,7 @@ class HarnessModel:
           f"--prefix_token_id={prefix_token_id}: must be at most {self.config.vocab_size - 1}"
         )
       return [prefix_token_id]
-    named = bos_token(self._folder)
+    named = special_tokens(self._folder).get("bos_token")
     ids = self._tokenizer.encode(named, special_tokens=True) if named else []
     return self._tokenizer.bos_ids or (ids if len(ids) == 1 else [self.eot_token_id])
 

@@ -282,7 +282,7 @@ def test_a_template_that_refuses_says_why():
     ("{% if %}", "Expected an expression"),
     ("{{ 1 + messages[0].other }}", "other"),
   ):
-    with pytest.raises(UsageError, match=f"the chat template refuses the messages: .*{reason}"):
+    with pytest.raises(UsageError, match=f"the chat template cannot be rendered: .*{reason}"):
       ChatTemplate(text, {}).render([{"role": "user", "content": "a"}])
   with pytest.raises(UsageError, match="leaves out the last message"):
     ChatTemplate("a", {}).render([{"role": "user", "content": "a"}], False)
