@@ -183,8 +183,23 @@ def test_texts_are_those_of_generate(model, params):
   stop = texts[1][3]
   assert write(model, QUESTION, until=stop) == texts[1].split(stop)[0]
   assert write(model, QUESTION, until=["never", stop, "<|endoftext|>"]) == texts[1].split(stop)[0]
+  # What may begin a stop string is not lost at the end.
+  assert write(model, QUESTION, until=[f"{texts[1][-1]}never"]) == texts[1]
   (first,) = model.generate_until(requests((QUESTION, {"max_tokens": 1})))
   assert texts[1].startswith(first) and first != texts[1]
+
+
+def test_a_name_of_a_special_token_ends_a_text_as_the_token(model, params):
+  writing = model._writing({"until": ["a", "<|endoftext|>", ""], "max_new_tokens": 3})
+  eos = tokenizer().eos_id
+  assert writing.stop == ("a", "") and set(writing.end_ids) == {eos}
+  ids = tokenizer().encode("while")
+  model._end_ids, kept = (greedy(model, params, ids, 3)[2],), model._end_ids
+  try:
+    ended = write(model, "while")
+  finally:
+    model._end_ids = kept
+  assert write(model, "while").startswith(ended) and ended != write(model, "while")
 
 
 def test_a_draw_depends_on_the_seed_the_prompt_and_how_often_it_was_asked(folder, model):
