@@ -54,7 +54,7 @@ def overview(program: str) -> str:
     f"SPARSEK {sparsek.__version__}: learned sparse attention in JAX. {program} COMMAND --help",
     "describes a command and its commonest flags, --helpfull all of them.",
     "",
-    *(f"  {name.replace('_', '-'):16}{text}" for name, text in commands().items()),
+    *(f"  {name.replace('_', '-') + ' ':16}{text}" for name, text in commands().items()),
     "",
     f"Begin with `{program} demo`, or train on the source of Python's standard library:",
     f"  {program} pretrain --workdir=runs/first --preset=tiny --num_steps=200",

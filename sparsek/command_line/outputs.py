@@ -14,7 +14,7 @@ from sparsek.storage import files, new_folder
 RUN = "model.json"  # a folder that holds it is a run's
 OF_RUNS = (  # what a run keeps in its folder
   *(RUN, "flags.txt", "versions.json", "metrics.jsonl", "evaluation.jsonl", "tasks.jsonl"),
-  *("ruler.jsonl", "lock"),
+  *("ruler.jsonl", "humaneval.jsonl", "lock"),
   *("checkpoints", "tokenizer", "set_aside", "profile", "wandb", "wandb.json"),
 )
 _HEAD = 4096  # bytes that tell a kind of file

@@ -1,16 +1,14 @@
 """Chat templates: the words around what a user says, up to where the model's answer begins."""
 
-import json
-import os
 from collections.abc import Callable
 
+from sparsek.data.chat_messages import DEFAULT, FILE, ChatTemplate, find_templates, special_tokens
 from sparsek.data.document_end import TOKENIZER_CONFIG
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
 NONE, OF_MODEL = "none", "model"
 PLACE = "{prompt}"  # of what the user says, in a template that is a plain text
-TEMPLATE_FILE = "chat_template.jinja"
 MAX_BYTES = 2**20
 _JINJA = ("{{", "{%")
 
@@ -37,19 +35,13 @@ def template_text(value: str, folder: str) -> str:
     return ""
   if value != OF_MODEL:
     return _read(value)
-  path = os.path.join(folder, TEMPLATE_FILE)
-  if os.path.isfile(path):
-    return files.read_at_most(path, MAX_BYTES).decode("utf-8", "replace")
-  template = _config(folder).get("chat_template")
-  if isinstance(template, list):  # several by name
-    named = [row.get("template") for row in template if row.get("name") == "default"]
-    template = named[0] if named else None
-  if not isinstance(template, str):
+  templates = find_templates(folder)
+  if DEFAULT not in templates:
     raise UsageError(
-      f"--chat_template={OF_MODEL}: {folder} holds no {TEMPLATE_FILE}, and no chat_template in "
+      f"--chat_template={OF_MODEL}: {folder} holds no {FILE}, and no chat_template in "
       f"{TOKENIZER_CONFIG}; give a file, or {NONE}"
     )
-  return template
+  return templates[DEFAULT].text
 
 
 def in_template(template: str, folder: str) -> Chat:
@@ -66,36 +58,15 @@ def in_template(template: str, folder: str) -> Chat:
     return str
   if not any(mark in template for mark in _JINJA):
     return lambda prompt: template.replace(PLACE, prompt)
-  try:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-  except ImportError:
-    raise UsageError("--chat_template is one of Jinja: pip install jinja2") from None
-
-  def refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-  )
-  environment.filters["tojson"] = lambda value, **options: json.dumps(
-    value, ensure_ascii=False, indent=options.get("indent")
-  )
-  environment.globals["raise_exception"] = refuse
-  names = {name: _token(_config(folder).get(name)) for name in ("bos_token", "eos_token")}
+  of_messages = ChatTemplate(template, special_tokens(folder))
 
   def render(prompt: str) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    try:
-      return compiled.render(messages=messages, add_generation_prompt=True, **names)
-    except Exception as error:  # a template may fail in any way
-      raise UsageError(f"--chat_template cannot be rendered: {error}") from None
+    return of_messages.render([{"role": "user", "content": prompt}])
 
   try:
-    compiled = environment.from_string(template)
-  except jinja2.TemplateError as error:
-    raise UsageError(f"--chat_template is no template of Jinja: {error}") from None
-  render("a")
+    render("a")
+  except UsageError as error:
+    raise UsageError(f"--chat_template: {error}") from None
   return render
 
 
@@ -105,14 +76,3 @@ def _read(path: str) -> str:
   if PLACE not in content and not any(mark in content for mark in _JINJA):
     raise UsageError(f"--chat_template={path}: holds no {PLACE}, and is no template of Jinja")
   return content
-
-
-def _config(folder: str) -> dict:
-  path = os.path.join(folder, TOKENIZER_CONFIG)
-  return files.read_json_object(path) if os.path.isfile(path) else {}
-
-
-def _token(value: object) -> str:
-  """Returns the text of a special token as tokenizer_config.json names it."""
-  content = value.get("content") if isinstance(value, dict) else value
-  return content if isinstance(content, str) else ""

@@ -15,6 +15,7 @@ COMMANDS = (
   "demo",
   "demo_text",
   "evaluate",
+  "evaluate_humaneval",
   "evaluate_ruler",
   "evaluate_tasks",
   "generate",

@@ -25,6 +25,7 @@ import contextlib, io, json, sys
 from sparsek.__main__ import commands, main
 from sparsek.command_line import terminal
 terminal.END_SECONDS = 600
+sys.modules["lm_eval"] = None  # as where it is not installed
 result = {{}}
 for name in commands():
   for argument in ("--help", "--helpfull", "--prset=tiny", "--k=0"):

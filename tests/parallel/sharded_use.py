@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from sparsek.config import TransformerConfig
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.evaluation import layer_reach, loss_by_position, tasks
+from sparsek.evaluation.likelihoods import log_likelihoods
 from sparsek.generation.session import Session
 from sparsek.model.transformer import Params, init_params
 from sparsek.parallel.mesh import make_mesh
@@ -93,6 +94,16 @@ def generated(mesh: Mesh | None) -> tuple[list, Any]:
   return turns, (selection._replace(scorer=scorer), *others)
 
 
+def likelihoods(mesh: Mesh | None) -> list[float]:
+  """Returns log-likelihoods of continuations of contexts of different lengths."""
+  rows = batch()["tokens"]
+  contexts = [rows[i, : 50 - 14 * i].tolist() for i in range(3)]
+  pairs = [(context, rows[3, 9 * i : 9 * i + 5].tolist()) for i in range(2) for context in contexts]
+  config = dataclasses.replace(DENSE, num_layers=1)
+  values = dict(log_likelihoods(config, model(config), pairs, 4, mesh))
+  return [values[i][0] for i in range(len(pairs))]
+
+
 def difference(got: Any, want: Any) -> float:
   """Returns the largest difference of two trees of arrays, over the largest number of an array;
   infinite numbers must be equal.
@@ -116,6 +127,7 @@ def main() -> None:
     "evaluations": [evaluations(one), evaluations(many)],
     "turns": turns,
     "cache": difference(*caches),
+    "likelihoods": [likelihoods(None), likelihoods(make_mesh(2, 2, jax.devices()[:4]))],
   }
   pathlib.Path(sys.argv[1]).write_text(json.dumps(output))
 

@@ -31,3 +31,8 @@ def test_texts_and_the_cache_after_a_sharded_prompt(output):
   one, many = output["turns"]
   assert many == one
   assert output["cache"] < 2e-5
+
+
+def test_log_likelihoods_after_sharded_contexts(output):
+  one, many = output["likelihoods"]
+  assert many == pytest.approx(one, rel=1e-5) and len(set(one)) == len(one) == 6
