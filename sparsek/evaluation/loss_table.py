@@ -8,7 +8,7 @@ from sparsek.evaluation.statistics import Comparison, bootstrap_ratio, holm, pai
 
 ABOUT = (
   "intervals: 95 %, by the bootstrap over documents",
-  "minus the first run: over the same documents; p values corrected (Holm), {} comparison{}",
+  "minus the first run: over the same documents; p of {} comparison{}, corrected (Holm)",
   "-: an interval needs at least two documents",
 )
 

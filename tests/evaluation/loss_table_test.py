@@ -37,7 +37,7 @@ def test_runs_side_by_side():
     ["interval over 3 documents", "2.5000 to 2.5000", "3.5000 to 3.5000"],
     ["minus the first run", "+1.0000"],
     ["interval over the same documents", "+1.0000 to +1.0000"],
-    ["p, corrected", "0.0002"],
+    ["p, corrected", "0.2500"],
     ["bits per byte", "1.0000", "2.0000"],
     ["at positions 0 to 63 (10 tokens)", "2.7500", "3.7500"],
     ["at positions 64 to 127 (2 tokens)", "1.2500*", "3.2500"],
@@ -45,19 +45,24 @@ def test_runs_side_by_side():
     ["interval over 1 document", "-", "-"],
     ["* beyond the training length"],
     ["intervals: 95 %, by the bootstrap over documents"],
-    ["minus the first run: over the same documents; p values corrected (Holm), 1 comparison"],
+    ["minus the first run: over the same documents; p of 1 comparison, corrected (Holm)"],
     ["-: an interval needs at least two documents"],
   ]
 
 
 def test_p_values_are_corrected_for_all_comparisons():
-  far = dataclasses.replace(FIRST.far_repeats, documents=DOCUMENTS)
-  runs = [dataclasses.replace(run, far_repeats=far) for run in (FIRST, SECOND, SECOND)]
+  eight = DocumentLosses(tuple(range(8)), (4.0,) * 8, (2,) * 8)
+  worse = dataclasses.replace(eight, loss_sum=tuple(4.0 + i for i in range(1, 9)))
+  far = dataclasses.replace(FIRST.far_repeats, documents=eight)
+  runs = [
+    dataclasses.replace(FIRST, documents=documents, far_repeats=far)
+    for documents in (eight, worse, worse)
+  ]
   text = format_table(["a", "b", "c"], runs, [1.0] * 3, [512] * 3, [{"k": 3}] * 3)
   p_values = [words(line)[1:] for line in text.splitlines() if "p, corrected" in line]
-  # Of four comparisons the two of equal far repeats have p = 1.
-  assert p_values == [["0.0008", "0.0008"], ["1.0000", "1.0000"]]
-  assert "(Holm), 4 comparisons" in text and "beyond" not in text and "-:" not in text
+  # 2 of 2^8 signs are as far, times 4 and then 3 (but no less), for the two that differ.
+  assert p_values == [["0.0312", "0.0312"], ["1.0000", "1.0000"]]
+  assert "p of 4 comparisons" in text and "beyond" not in text and "-:" not in text
 
 
 def test_a_run_alone_without_far_repeats():

@@ -104,7 +104,7 @@ def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
   assert f"interval over {len(first['documents']['index'])} documents" in out
   assert sum(first["documents"]["num_targets"]) == first["num_targets"]
   assert sum(first["documents"]["loss_sum"]) == pytest.approx(first["loss"] * first["num_targets"])
-  assert "minus the first run" in out and "p values corrected (Holm), 2 comparisons" in out
+  assert "minus the first run" in out and "p of 2 comparisons, corrected (Holm)" in out
   far = first["far_repeats"]
   assert (far["distance"], far["ngram"], far["most"]) == (24, 4, 8) and far["num_targets"] > 50
   assert f"repeats over 24 tokens back ({far['num_targets']} tokens)" in out

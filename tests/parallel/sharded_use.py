@@ -74,7 +74,7 @@ def evaluations(mesh: Mesh) -> dict[str, list]:
 
   tasks.predicted = note
   counts = tasks.evaluate(WINDOW, params, ByteTokenizer(), "copy", LENGTH, 3, ROWS, mesh=mesh)
-  counts = list(counts)
+  counts = [prompt for prompts in counts for prompt in prompts]
   tasks.predicted = predicted
   dense, short = layer_reach.losses(DENSE, model(DENSE), [batch()], "sliding_window:w3", mesh=mesh)
   return {
@@ -82,7 +82,7 @@ def evaluations(mesh: Mesh) -> dict[str, list]:
     "targets": [bucket.num_targets for bucket in loss.buckets],
     "documents": [[of.index, of.num_targets] for of in documents],
     "losses of documents": [*documents[0].loss_sum, *documents[1].loss_sum],
-    "answers": [*counts, *(x.tolist() for x in answers)],
+    "answers": [*map(list, counts), *(x.tolist() for x in answers)],
   }
 
 

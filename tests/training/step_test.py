@@ -98,7 +98,8 @@ def test_the_loss_counts_what_a_batch_marks():
   assert metrics["num_targets"] == 4 and metrics["loss"] == pytest.approx(
     float(losses.mean()), rel=1e-5
   )
-  result = evaluate(CONFIG, params, [{**batch, "counted": counted}], (0, 12))
+  marked = {**batch, "counted": counted, "documents": batch["segment_ids"]}
+  result = evaluate(CONFIG, params, [marked], (0, 12))
   assert result.num_targets == 4 and result.loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
