@@ -24,6 +24,7 @@ from sparsek.config import (
   whole_number,
 )
 from sparsek.errors import UsageError
+from sparsek.evaluation.statistics import holm, p_words, paired_t, t_interval
 from sparsek.experiments.reports import grid_page
 from sparsek.runs import run_directory, settings
 from sparsek.runs.metrics import read_metrics
@@ -301,8 +302,10 @@ def other_finished(folder: str, cells: Sequence[Cell]) -> list[str]:
 def summarize(rows: Sequence[dict]) -> list[dict]:
   """Returns one row for all seeds of a setting, best first.
 
-  A row has the mean held-out loss, its standard error (None for one seed) and the median speed
-  (None where none was measured).
+  A row has the mean held-out loss, its standard error and 95 % t interval (None for one seed), the
+  median speed (None where none was measured), and a comparison with the best row over the seeds
+  that both have (None for fewer than two), its p value corrected for all rows. Runs of a seed share
+  their start and the order of their data.
   """
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
@@ -319,10 +322,29 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
         "seeds": len(group),
         "heldout_loss": statistics.fmean(losses),
         "standard_error": error,
+        "interval": t_interval(losses) if len(losses) > 1 else None,
+        "by_seed": {row["seed"]: row["heldout_loss"] for row in group},
         "tokens_per_second": statistics.median(speeds) if speeds else None,
       }
     )
-  return sorted(summary, key=lambda row: row["heldout_loss"])
+  summary.sort(key=lambda row: row["heldout_loss"])
+  return _compared(summary)
+
+
+def _compared(summary: list[dict]) -> list[dict]:
+  """Returns rows, best first, with "minus_best" in place of "by_seed"."""
+  best, pairs = summary[0]["by_seed"] if summary else {}, []
+  for row in summary:
+    losses = row.pop("by_seed")
+    shared = sorted(set(losses) & set(best))
+    is_compared = row is not summary[0] and len(shared) > 1
+    here, there = ([by_seed[seed] for seed in shared] for by_seed in (losses, best))
+    pairs.append(paired_t(here, there) if is_compared else None)
+  corrected = iter(holm([pair.p_value for pair in pairs if pair]))
+  return [
+    {**row, "minus_best": pair and pair._replace(p_value=next(corrected))}
+    for row, pair in zip(summary, pairs)
+  ]
 
 
 def markdown(summary: Sequence[dict]) -> str:
@@ -330,21 +352,37 @@ def markdown(summary: Sequence[dict]) -> str:
   lines = [
     (
       "| attention | k | window | gate | scorer | keys per query | seeds | held-out "
-      "loss (nats per token) | tokens/s |"
+      "loss (nats per token) | minus the best | tokens/s |"
     ),
-    "|" + "---|" * 9,
+    "|" + "---|" * 10,
   ]
   for row in summary:
-    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+    interval, pair = row["interval"], row["minus_best"]
+    brackets = f" ({interval.low:.4f} to {interval.high:.4f})" if interval else ""
     cells = [
       *("" if row[name] is None else str(row[name]) for name in COLUMNS),
       "all" if row["budget"] is None else str(row["budget"]),
       str(row["seeds"]),
-      f"{row['heldout_loss']:.4f}{error}",
+      f"{row['heldout_loss']:.4f}{brackets}",
+      f"{pair.difference:+.4f}, {p_words(pair.p_value)}" if pair else "-",
       "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
     ]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines) + "\n"
+
+
+def about(summary: Sequence[dict]) -> str:
+  """Returns what the intervals and p values of the table are, and what the runs do not give."""
+  compared = sum(row["minus_best"] is not None for row in summary)
+  text = (
+    "In brackets: 95 % t interval over seeds. Minus the best: over the seeds that both have, p of "
+    f"paired t tests, corrected (Holm) for {compared} comparison{'s' * (compared != 1)}. "
+  )
+  if compared < len(summary) - 1:
+    text += "-: fewer than two seeds. "
+  return text + (
+    "The grid records no loss of a document; `sparsek evaluate` gives intervals over documents."
+  )
 
 
 def as_csv(rows: Sequence[dict]) -> str:
@@ -379,9 +417,9 @@ def write_report(workdir: str, rows: Sequence[dict], shared: str, draws: bool = 
     return
   summary = summarize(rows)
   table, pictures = markdown(summary), grid_page.pictures(summary) if draws else []
-  page = grid_page.page(summary, pictures, table, shared)
+  page = grid_page.page(summary, pictures, table, about(summary), shared)
   contents: dict[str, str | bytes] = {
-    "table.md": table,
+    "table.md": f"{table}\n{about(summary)}\n",
     "table.csv": as_csv(rows),
     "report.html": page,
   }

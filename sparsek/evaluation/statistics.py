@@ -204,6 +204,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
   return [float(value) for value in corrected]
 
 
+def p_words(p_value: float) -> str:
+  """Returns a p value in words, such as "p 0.012" or "p < 0.001"."""
+  return "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"
+
+
 def t_probability(t: float, degrees: int) -> float:
   """Returns the probability that |T| <= t for Student's T.
 

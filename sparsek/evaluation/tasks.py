@@ -18,6 +18,7 @@ from sparsek.evaluation.statistics import (
   Comparison,
   Interval,
   holm,
+  p_words,
   paired_bootstrap,
   score_interval,
 )
@@ -218,8 +219,7 @@ def _differences(
   def cell(pair: Comparison | None) -> str:
     if pair is None:
       return "-"
-    p_value = next(corrected)
-    return f"{pair.difference:+.0%}, p {p_value:.3f}"
+    return f"{pair.difference:+.0%}, {p_words(next(corrected))}"
 
   lines = [
     f"\n| minus {first} | task | " + " | ".join(map(str, lengths)) + " |",

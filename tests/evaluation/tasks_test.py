@@ -83,7 +83,7 @@ def test_table_compares_runs_over_the_prompts_that_both_were_given():
   lines = text.splitlines()
   assert lines[2] == "| a | copy | 0.0% | 40 | 0% (0% to 9%) | 100% (91% to 100%) |"
   assert lines[4] == "| c | copy | 0.0% | 4, 40 | 100% (51% to 100%) | 100% (91% to 100%) |"
-  assert "| b | copy | +75%, p 0.000 | +0%, p 1.000 |" in lines
+  assert "| b | copy | +75%, p < 0.001 | +0%, p 1.000 |" in lines
   assert "| c | copy | - | +0%, p 1.000 |" in lines
   assert "for 3 comparisons" in text and "share fewer than two prompts" in text
   alone = {key: value for key, value in results.items() if key[0] == "a"}
