@@ -381,7 +381,7 @@ def about(summary: Sequence[dict]) -> str:
   if compared < len(summary) - 1:
     text += "-: fewer than two seeds. "
   return text + (
-    "The grid records no loss of a document; `sparsek evaluate` gives intervals over documents."
+    "The grid records no loss of a document; `sparsek evaluate` of its cells gives intervals over them."
   )
 
 
