@@ -51,8 +51,8 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.integer(
     "far_repeats",
     None,
-    "Tokens that end a rare n-gram are far repeats if their document had it last more than this "
-    "many tokens back. By default a quarter of a row.",
+    "Tokens after which a rare n-gram that comes again is a far repeat. The losses of the last "
+    "tokens of such n-grams are shown apart. By default a quarter of a row.",
   )
   define.integer(
     "far_repeats_ngram",

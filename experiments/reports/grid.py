@@ -381,7 +381,8 @@ def about(summary: Sequence[dict]) -> str:
   if compared < len(summary) - 1:
     text += "-: fewer than two seeds. "
   return text + (
-    "The grid records no loss of a document; `sparsek evaluate` of its cells gives intervals over them."
+    "The grid records no loss of a document; `sparsek evaluate` of its cells gives intervals over "
+    "documents."
   )
 
 
