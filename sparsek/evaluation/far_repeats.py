@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from sparsek.config import FarRepeatRule
-from sparsek.evaluation.document_losses import DocumentLosses, LossSums
+from sparsek.training.document_losses import DocumentLosses, LossSums
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,23 +3,21 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from sparsek.config import FarRepeatRule, TransformerConfig
 from sparsek.data.token_files import TokenSplit
 from sparsek.errors import RunError
-from sparsek.evaluation.document_losses import DocumentLosses, LossSums
 from sparsek.evaluation.far_repeats import FarRepeatLosses, FarRepeats
-from sparsek.model.transformer import Params, Transformer, check_ids, output_matrix, parameter_specs
-from sparsek.parallel.mesh import CONTEXT, FSDP, ROWS, batch_specs, make_mesh, put_batch
+from sparsek.model.transformer import Params, check_ids
+from sparsek.parallel.mesh import make_mesh, put_batch
 from sparsek.parallel.sharding import placements
-from sparsek.training.loss import Batch, chunked_cross_entropy, cut_targets, next_token_targets
+from sparsek.training.document_losses import DocumentLosses, LossSums
+from sparsek.training.step import make_eval_step
 
 FIRST_BUCKET = 64  # positions; finer buckets would hold few targets each
 
@@ -73,52 +71,6 @@ def bucket_edges(seq_len: int, extra: Iterable[int] = ()) -> tuple[int, ...]:
   return (0, *sorted({edge for edge in (*powers, *extra) if 0 < edge < seq_len}), seq_len)
 
 
-def token_losses(config: TransformerConfig, params: Params, batch: Batch, chunk: int) -> jax.Array:
-  """Returns the cross-entropy in nats of each target, float32 [B, n]; 0 where it does not count.
-
-  Args:
-    config, params: the model.
-    batch: as `sparsek.training.loss.cut_targets` returns it; inside `jax.shard_map` over `context`
-      the tokens and targets of this shard, and whole rows of segment_ids.
-    chunk: largest number of tokens whose logits exist at the same time.
-  """
-  hidden = Transformer(config).apply(
-    {"params": params}, batch["tokens"], batch["segment_ids"], batch["row_index"], method="hidden"
-  )
-  assert isinstance(hidden, jax.Array)
-  matrix = output_matrix(config, params)
-
-  def token_loss(token: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    hidden_E, target, is_counted = token
-    return chunked_cross_entropy(hidden_E[None], matrix, target[None], is_counted[None], 1)
-
-  targets, counted = batch["targets"], batch["counted"]
-  flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), counted.reshape(-1))
-  return jax.lax.map(token_loss, flat, batch_size=min(chunk, targets.size)).reshape(targets.shape)
-
-
-def make_losses(config: TransformerConfig, loss_chunk: int, mesh: Mesh) -> Callable:
-  """Compiles (params, batch) -> the loss of each target, float32 [B, n], spread over the devices.
-
-  The batch is as in `sparsek.training.loss.next_token_targets`.
-  """
-  specs = parameter_specs(config, mesh.shape[FSDP])
-
-  def local_losses(params, batch):
-    return token_losses(config, params, batch, loss_chunk)
-
-  def losses(params, batch):
-    return jax.shard_map(
-      local_losses,
-      mesh=mesh,
-      in_specs=(specs, batch_specs()),
-      out_specs=P(ROWS, CONTEXT),
-      check_vma=False,
-    )(params, cut_targets(batch))
-
-  return jax.jit(losses)
-
-
 def positions(segment_ids: np.ndarray) -> np.ndarray:
   """Returns how many tokens of its own document precede each token of rows, [B, n]."""
   index = np.broadcast_to(np.arange(segment_ids.shape[1]), segment_ids.shape)
@@ -158,22 +110,20 @@ def evaluate(
   """
   mesh = make_mesh() if mesh is None else mesh
   params = jax.device_put(params, placements(mesh, params))
-  losses_of = make_losses(config, loss_chunk, mesh)
+  eval_step = make_eval_step(config, loss_chunk, mesh)
   by_bucket, by_document, far_repeats = LossSums(), LossSums(), FarRepeats(rule, edges[-1])
   for batch in batches:
     rows, length = batch["tokens"].shape
     check_ids("tokens", batch["tokens"], config.vocab_size)
     if length - 1 > edges[-1]:
       raise ValueError(f"edges={tuple(edges)} must reach the rows' length {length - 1}")
-    documents = batch["documents"]
-    read: Any = {name: array for name, array in batch.items() if name != "documents"}
     with _memory_that_holds(rows, length - 1):
-      losses = jax.device_get(losses_of(params, put_batch(mesh, read)))
-    counted = np.asarray(next_token_targets(read)[1])
+      losses, documents = jax.device_get(eval_step(params, put_batch(mesh, batch)))
+    counted = documents >= 0
     buckets = np.searchsorted(edges[1:], positions(batch["segment_ids"][:, :-1]), side="right")
     by_bucket.add(buckets[counted], losses[counted])
-    by_document.add(documents[:, 1:][counted], losses[counted])
-    far_repeats.add(batch["tokens"], documents, losses, counted)
+    by_document.add(documents[counted], losses[counted])
+    far_repeats.add(batch["tokens"], batch["documents"], losses, counted)
   if by_document.mean is None:
     raise ValueError("batches hold no target: every document is shorter than two tokens")
   return Evaluation(

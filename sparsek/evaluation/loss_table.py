@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from sparsek.evaluation.document_losses import DocumentLosses
 from sparsek.evaluation.loss_by_position import Evaluation
 from sparsek.evaluation.statistics import Comparison, bootstrap_ratio, holm, paired_bootstrap
+from sparsek.training.document_losses import DocumentLosses
 
 ABOUT = (
   "intervals: 95 %, by the bootstrap over documents",

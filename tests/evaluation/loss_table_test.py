@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from sparsek.evaluation.document_losses import DocumentLosses
 from sparsek.evaluation.far_repeats import FarRepeatLosses
 from sparsek.evaluation.loss_by_position import Bucket, Evaluation
 from sparsek.evaluation.loss_table import format_table
+from sparsek.training.document_losses import DocumentLosses
 
 DOCUMENTS = DocumentLosses((0, 3, 4), (10.0, 15.0, 5.0), (4, 6, 2))
 ONE = DocumentLosses((3,), (7.5,), (3,))

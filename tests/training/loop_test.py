@@ -347,13 +347,18 @@ def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(
     loop.train(other, begun, dataset)
   # both of the first step: of what they begin at
   losses = [logged(tmp_path / name)[0]["loss"] for name in ("merged", "new")]
-  held_out = functools.partial(
-    loop.heldout_loss, mesh=make_mesh(), batches=list(eval_batches(dataset, run_config("").data, 2))
-  )
+  batches = list(eval_batches(dataset, run_config("").data, 2))
   assert losses[0] == losses[1]
-  assert held_out(params, make_eval_step(CONFIG, 64, make_mesh())) == pytest.approx(
-    logged(tmp_path / "whole")[-1]["heldout_loss"], abs=1e-5
-  )
+  eval_step = make_eval_step(CONFIG, 64, make_mesh())
+  found = loop.heldout_losses(params, eval_step, make_mesh(), batches)
+  last = logged(tmp_path / "whole")[-1]
+  assert found.mean == pytest.approx(last["heldout_loss"], abs=1e-5)
+  # Only the last evaluation of a run records its documents.
+  assert ["heldout_documents" in line for line in logged(tmp_path / "whole")].count(True) == 1
+  documents = last["heldout_documents"]
+  assert documents["index"] == [*found.by_document().index] and len(documents["index"]) > 1
+  assert documents["num_targets"] == [*found.by_document().num_targets]
+  assert sum(documents["loss_sum"]) == pytest.approx(last["heldout_loss"] * found.num_targets)
   for other, message in (
     (dataclasses.replace(config, lora_alpha=2.0), "--lora_alpha=2.0 must be 6.0, as in the run"),
     (dataclasses.replace(config, lora_rank=3), "--lora_rank=3 here, 2 there"),

@@ -1,4 +1,4 @@
-"""Losses summed by document, so that intervals can be taken over documents."""
+"""Held-out losses summed by document, so that intervals can be taken over documents."""
 
 import dataclasses
 
