@@ -10,6 +10,7 @@ from sparsek.experiments.bench.attention import BOTH, FORWARD
 from sparsek.experiments.bench.attention_report import figure, number, quotient
 from sparsek.experiments.reports import baselines_report, plots
 from sparsek.experiments.reports import results_tables as tables
+from sparsek.experiments.reports.grid import DOCUMENTS, over_documents
 from sparsek.experiments.reports.results_tables import markdown, nats, percent, with_interval
 
 GRID_CELL = re.compile(r"(?P<kind>[a-z_]+)(-k(?P<k>\d+))?(-w(?P<window>\d+))?.*-s(?P<seed>\d+)")
@@ -307,20 +308,27 @@ def last_loss(cell: Mapping) -> float:
 
 def grid(record: Mapping) -> list[str]:
   """Returns the losses of a grid, a row for each setting, best first."""
-  losses: dict[tuple, list[float]] = {}
+  settings: dict[tuple, list[Mapping]] = {}
   for cell in record["cells"]:
     match = GRID_CELL.fullmatch(cell["cell"])
     assert match, cell["cell"]
     key = (match["kind"], match["k"] or "", match["window"] or "", cell["grid"])
-    losses.setdefault(key, []).append(last_loss(cell))
-  grids = {grid for *_, grid in losses}
+    settings.setdefault(key, []).append(cell)
+  grids, over = {grid for *_, grid in settings}, {}
+  for key, cells in settings.items():
+    over[key] = over_documents([cell.get(DOCUMENTS) for cell in cells])
   rows = []
-  for (kind, k, window, grid), values in losses.items():
+  for (kind, k, window, grid), cells in settings.items():
     name = f"{kind} ({grid})" if len(grids) > 1 else kind
-    mean = statistics.fmean(values)
-    rows.append((mean, [name, k, window, str(len(values)), with_interval(values)]))
-  head = ["attention", "k", "window", "seeds", "loss"]
-  return [*markdown(head, [row for _, row in sorted(rows)]), "", NO_DOCUMENTS]
+    values, interval = list(map(last_loss, cells)), over[kind, k, window, grid]
+    of_documents = f"{nats(interval.low)} to {nats(interval.high)}" if interval else "-"
+    cells_of_row = [name, k, window, str(len(values)), with_interval(values), of_documents]
+    rows.append((statistics.fmean(values), cells_of_row))
+  head = ["attention", "k", "window", "seeds", "loss", "over documents"]
+  if not any(over.values()):
+    lines = markdown(head[:-1], [row[:-1] for _, row in sorted(rows)])
+    return [*lines, "", NO_DOCUMENTS]
+  return markdown(head, [row for _, row in sorted(rows)])
 
 
 def runs(record: Mapping) -> list[str]:
