@@ -83,7 +83,8 @@ def test_loss_is_the_mean_over_counted_targets():
   np.testing.assert_allclose(metrics["loss"], losses[counted].mean(), rtol=1e-5)
   assert metrics["num_targets"] == counted.sum() and int(state.step) == 1
   np.testing.assert_allclose(metrics["learning_rate"], TRAIN.optimizer.learning_rate / 2, rtol=1e-6)
-  eval_step, documents = make_eval_step(CONFIG, 5, make_mesh()), batch["segment_ids"] + 7
+  eval_step = make_eval_step(CONFIG, 5, make_mesh())
+  documents = np.tile(np.arange(13, dtype=np.int32), (4, 1))  # in one segment, where not told apart
   arrays = put_batch(make_mesh(), {**batch, "documents": documents})
   found, of_targets = eval_step(params, arrays)
   np.testing.assert_allclose(found, np.where(counted, losses, 0), rtol=1e-4, atol=1e-6)
