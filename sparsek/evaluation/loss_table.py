@@ -1,6 +1,7 @@
 """The table of held-out losses of runs side by side, with intervals over documents."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from sparsek.evaluation.loss_by_position import Evaluation
 from sparsek.evaluation.statistics import Comparison, bootstrap_ratio, holm, paired_bootstrap
@@ -9,7 +10,7 @@ from sparsek.training.document_losses import DocumentLosses
 ABOUT = (
   "intervals: 95 %, by the bootstrap over documents",
   "minus the first run: over the same documents; p of {} comparison{}, corrected (Holm)",
-  "-: an interval needs at least two documents",
+  "-: an interval needs at least two documents, and losses that are finite",
 )
 
 
@@ -64,44 +65,58 @@ def format_table(
     rows += _doubt(far, compared[1])
   beyond = any(cell.endswith("*") for row in rows for cell in row[1:])
   notes = ["* beyond the training length"] * beyond + [ABOUT[0]]
-  if comparisons := sum(map(len, compared)):
+  if comparisons := sum(pair is not None for pairs in compared for pair in pairs):
     notes.append(ABOUT[1].format(comparisons, "s" * (comparisons > 1)))
   if any(cell == "- " for row in rows if "interval" in row[0] for cell in row):
     notes.append(ABOUT[2])
   return "\n".join([*_aligned(rows), *notes])
 
 
-def _compared(groups: Sequence[Sequence[DocumentLosses]]) -> list[list[Comparison]]:
+def _has_interval(documents: DocumentLosses) -> bool:
+  return len(documents.index) > 1 and all(map(math.isfinite, documents.loss_sum))
+
+
+def _compared(groups: Sequence[Sequence[DocumentLosses]]) -> list[list[Comparison | None]]:
   """Returns each run minus the first one, in each group, with p values corrected over all.
 
-  A group of fewer than two documents has no comparison.
+  A loss without an interval has no comparison, which is None.
   """
   compared = [
-    [paired_bootstrap(other.loss_sum, first.loss_sum, first.num_targets) for other in others]
-    if len(first.index) > 1
-    else []
+    [
+      paired_bootstrap(other.loss_sum, first.loss_sum, first.num_targets)
+      if _has_interval(first) and _has_interval(other)
+      else None
+      for other in others
+    ]
     for first, *others in groups
   ]
-  corrected = iter(holm([pair.p_value for pairs in compared for pair in pairs]))
-  return [[pair._replace(p_value=next(corrected)) for pair in pairs] for pairs in compared]
+  corrected = iter(holm([pair.p_value for pairs in compared for pair in pairs if pair]))
+  return [[pair and pair._replace(p_value=next(corrected)) for pair in pairs] for pairs in compared]
 
 
-def _doubt(documents: Sequence[DocumentLosses], compared: Sequence[Comparison]) -> list[list[str]]:
+def _doubt(
+  documents: Sequence[DocumentLosses], compared: Sequence[Comparison | None]
+) -> list[list[str]]:
   """Returns the rows of the intervals of a loss, and of the comparisons with the first run."""
   count = len(documents[0].index)
-  name = f"  interval over {count:,} document{'s' * (count != 1)}"
-  if count < 2:
-    return [[name, *("- " for _ in documents)]]
-  intervals = [bootstrap_ratio(of.loss_sum, of.num_targets) for of in documents]
-  rows = [[name, *(f"{of.low:.4f} to {of.high:.4f} " for of in intervals)]]
-  if compared:
-    pairs = [f"{pair.low:+.4f} to {pair.high:+.4f} " for pair in compared]
-    rows += [
-      ["  minus the first run", "", *(f"{pair.difference:+.4f} " for pair in compared)],
-      ["    interval over the same documents", "", *pairs],
-      ["    p, corrected", "", *(f"{pair.p_value:.4f} " for pair in compared)],
-    ]
-  return rows
+  cells = [f"  interval over {count:,} document{'s' * (count != 1)}"]
+  for of in documents:
+    interval = bootstrap_ratio(of.loss_sum, of.num_targets) if _has_interval(of) else None
+    cells.append(f"{interval.low:.4f} to {interval.high:.4f} " if interval else "- ")
+  if not any(compared):
+    return [cells]
+
+  def row(name: str, words: Callable[[Comparison], str]) -> list[str]:
+    return [name, "", *(f"{words(pair) if pair else '-'} " for pair in compared)]
+
+  return [
+    cells,
+    row("  minus the first run", lambda pair: f"{pair.difference:+.4f}"),
+    row(
+      "    interval over the same documents", lambda pair: f"{pair.low:+.4f} to {pair.high:+.4f}"
+    ),
+    row("    p, corrected", lambda pair: f"{pair.p_value:.4f}"),
+  ]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,6 +1,7 @@
 """The table of losses side by side: what is beyond the training length, intervals, comparisons."""
 
 import dataclasses
+import math
 
 from sparsek.evaluation.far_repeats import FarRepeatLosses
 from sparsek.evaluation.loss_by_position import Bucket, Evaluation
@@ -46,7 +47,7 @@ def test_runs_side_by_side():
     ["* beyond the training length"],
     ["intervals: 95 %, by the bootstrap over documents"],
     ["minus the first run: over the same documents; p of 1 comparison, corrected (Holm)"],
-    ["-: an interval needs at least two documents"],
+    ["-: an interval needs at least two documents, and losses that are finite"],
   ]
 
 
@@ -72,3 +73,18 @@ def test_a_run_alone_without_far_repeats():
   )
   assert "minus" not in text and "needs at least two" not in text
   assert ["repeats over 64 tokens back (0 tokens)", "-"] in [*map(words, text.splitlines())]
+
+
+def test_a_loss_that_is_not_finite_has_no_interval():
+  sums = (14.0, math.nan, 7.0)
+  nan = dataclasses.replace(
+    SECOND, loss=math.nan, documents=dataclasses.replace(DOCUMENTS, loss_sum=sums)
+  )
+  lines = format_table(
+    ["a", "b", "c"], [FIRST, nan, SECOND], [1.0] * 3, [512] * 3, [{"k": 3}] * 3
+  ).splitlines()
+  assert ["interval over 3 documents", "2.5000 to 2.5000", "-", "3.5000 to 3.5000"] in [
+    words(line) for line in lines
+  ]
+  assert ["minus the first run", "-", "+1.0000"] in [*map(words, lines)]
+  assert any("p of 1 comparison," in line for line in lines)
