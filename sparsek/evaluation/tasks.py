@@ -234,7 +234,7 @@ def _differences(
     f"{len(made)} comparison{'s' * (len(made) != 1)}."
   )
   if len(made) < len(keys):
-    note += " -: the runs share fewer than two prompts, since their tokenizers differ."
+    note += " -: fewer than two prompts were given to both; tokenizers that differ make others."
   return [*lines, note]
 
 

@@ -85,7 +85,7 @@ def test_table_compares_runs_over_the_prompts_that_both_were_given():
   assert lines[4] == "| c | copy | 0.0% | 4, 40 | 100% (51% to 100%) | 100% (91% to 100%) |"
   assert "| b | copy | +75%, p < 0.001 | +0%, p 1.000 |" in lines
   assert "| c | copy | - | +0%, p 1.000 |" in lines
-  assert "for 3 comparisons" in text and "share fewer than two prompts" in text
+  assert "for 3 comparisons" in text and "fewer than two prompts were given to both" in text
   alone = {key: value for key, value in results.items() if key[0] == "a"}
   assert "minus" not in tasks.table(["a"], [64, 128], alone)
 
