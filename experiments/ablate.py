@@ -331,8 +331,9 @@ def main() -> None:
       grid.write_report(FLAGS.workdir, grid.collect(runs, cells), report, draws)
   rows = grid.collect(runs, cells)
   if rows:
+    summary = grid.summarize(rows)
     print(
-      f"\n{grid.markdown(grid.summarize(rows))}\n{len(rows)} of {len(cells)} cells; "
+      f"\n{grid.markdown(summary)}\n{grid.about(summary)}\n\n{len(rows)} of {len(cells)} cells; "
       f"{os.path.join(FLAGS.workdir, 'report.html')}"
     )
     if others := grid.other_finished(runs, cells):

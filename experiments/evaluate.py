@@ -1,14 +1,16 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
 """Held-out loss of one or several runs side by side.
 
-The loss is shown in nats per token, in bits per byte, and by position, also beyond the training
-length.
+The loss is shown in nats per token, with an interval over documents, in bits per byte, by position,
+also beyond the training length, and of far repeats: tokens that end a rare n-gram which their
+document had far back. Each run is compared with the first one over the same documents.
 
   python -m experiments.evaluate --workdir=/tmp/run
   python -m experiments.evaluate --workdir=/tmp/sparsek,/tmp/sliding_window --seq_len=4096
 
 All runs are evaluated on the same rows. --k, --window and --gate may differ from those of training.
-A line with the figures, the flags and the versions is added to each run's WORKDIR/evaluation.jsonl.
+A line with the figures, the losses of documents, the flags and the versions is added to each run's
+WORKDIR/evaluation.jsonl.
 """
 
 import os
@@ -25,6 +27,7 @@ from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_loss_chunk_flag, define_mesh_flags
+from sparsek.config import FarRepeatRule
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
@@ -45,6 +48,22 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     "Rows per batch. By default as in training, or the next multiple of the devices.",
   )
   define.integer("eval_batches", 32, "Evaluate on at most this many batches.")
+  define.integer(
+    "far_repeats",
+    None,
+    "Tokens after which a rare n-gram that comes again is a far repeat. The losses of the last "
+    "tokens of such n-grams are shown apart. By default a quarter of a row.",
+  )
+  define.integer(
+    "far_repeats_ngram",
+    FarRepeatRule.far_repeats_ngram,
+    "Tokens of such an n-gram. Of bytes take more, such as 16.",
+  )
+  define.integer(
+    "far_repeats_most",
+    FarRepeatRule.far_repeats_most,
+    "An n-gram is rare if the rows have it at most this often.",
+  )
   define_mesh_flags(flag_values)
   define_loss_chunk_flag(flag_values)
 
@@ -65,7 +84,8 @@ from tqdm import tqdm
 
 from sparsek.data.tokenizer import Tokenizer, describe_documents
 from sparsek.evaluation.heldout import Run, evaluation_record, heldout_rows, other_beginning
-from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate, format_table
+from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate
+from sparsek.evaluation.loss_table import format_table
 from sparsek.parallel import clusters
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_record
@@ -117,6 +137,7 @@ def main() -> None:
   edges = bucket_edges(data.seq_len, trained_lengths)
   for run in runs:
     files.check_writable(os.path.join(run.workdir, RECORDS))
+  rule = FarRepeatRule(FLAGS.far_repeats, FLAGS.far_repeats_ngram, FLAGS.far_repeats_most)
   results, settings, bits = [], [], []
   for run in runs:
     with said_if_slow(f"loading {run.workdir} ..."):
@@ -128,7 +149,9 @@ def main() -> None:
     print(f"evaluating {run.workdir} at step {step} on {rows}", file=sys.stderr)
     try:
       progress = tqdm(batches, unit="batch", disable=None)
-      result = evaluate(run.config, params, progress, edges, loss_chunk=FLAGS.loss_chunk, mesh=mesh)
+      result = evaluate(
+        run.config, params, progress, edges, rule, loss_chunk=FLAGS.loss_chunk, mesh=mesh
+      )
     except NotImplementedError as error:
       raise UsageError(f"--implementation={FLAGS.implementation}: {error}") from None
     results.append(result)

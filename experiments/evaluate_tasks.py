@@ -1,17 +1,18 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
-"""Accuracy of runs on generated tasks that ask for facts far back, with 95 % confidence intervals.
+"""Accuracy of runs on generated tasks that ask for facts far back, with intervals over prompts.
 
   python -m experiments.evaluate_tasks --workdir=/tmp/run --tasks=passkey,needle --lengths=1024,4096
   python -m experiments.evaluate_tasks --workdir=/tmp/sparsek,/tmp/sliding_window \\
     --lengths=1024,4096,16384,65536 --examples=200 --record=tasks.json
 
-All runs are given the same documents. --k, --window and --gate may differ from those of training.
+All runs are given the same documents, and each is compared with the first one over these. --k,
+--window and --gate may differ from those of training.
 A line with the figures, the flags and the versions is added to each run's WORKDIR/tasks.jsonl.
 --record writes the figures of all runs to one file, and a picture of accuracy against length.
 """
 
 import dataclasses
-import json
+import itertools
 import os
 import sys
 from collections.abc import Mapping
@@ -28,8 +29,6 @@ from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.config import whole_number
 from sparsek.errors import UsageError
 from sparsek.storage import files
-
-Counts = tuple[int, int]  # right answers, all answers
 
 MAX_LENGTH = 2**24  # tokens of a document
 RECORD = outputs.record("record of experiments.evaluate_tasks", "chance", "runs")
@@ -108,6 +107,7 @@ from sparsek.data.task_documents import CHANCE, TASKS, make_example
 from sparsek.data.tokenizer import Tokenizer, describe_documents
 from sparsek.evaluation import tasks
 from sparsek.experiments.reports import plots
+from sparsek.experiments.reports.records import dumps
 from sparsek.parallel import clusters
 from sparsek.parallel.mesh import CONTEXT, make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record
@@ -139,20 +139,13 @@ def check_documents(chosen: list[str], tokenizer: Tokenizer, length: int) -> Non
     raise UsageError(f"--lengths={FLAGS.lengths}: {'; '.join(reasons.values())}. {advice}")
 
 
-def save(
-  path: str,
-  records: Mapping[str, dict],
-  counts: Mapping[tuple[str, str, int], Counts],
-  draws: bool = True,
-) -> None:
+def save(path: str, runs: Mapping[str, dict], answers: tasks.Results, draws: bool = True) -> None:
   """Writes the record of all runs and its picture; with `draws` False only the record."""
   panels: dict[str, dict[str, list]] = {}
-  for (label, task, length), (right, total) in counts.items():
-    panels.setdefault(task, {}).setdefault(label, []).append(
-      (length, right / total, *tasks.interval(right, total))
-    )
-  record = {"chance": {task: CHANCE[task] for task in panels}, "runs": records}
-  files.save(path, json.dumps(record, indent=1))
+  for (label, task, length), prompts in answers.items():
+    panels.setdefault(task, {}).setdefault(label, []).append((length, *tasks.accuracy(prompts)[:3]))
+  record = {"chance": {task: CHANCE[task] for task in panels}, "runs": runs}
+  files.save(path, dumps(record, depth=4) + "\n")
   written = [path]
   if draws:
     written.append(outputs.picture_of(path))
@@ -168,7 +161,7 @@ def main() -> None:
   mesh = make_mesh(FLAGS.fsdp, FLAGS.context)
   batch_size = FLAGS.batch_size or mesh.size // mesh.shape[CONTEXT]
   check_batch(mesh, batch_size)
-  counts: dict[tuple[str, str, int], Counts] = {}
+  answers: dict[tuple[str, str, int], list[tasks.PromptAnswers]] = {}
   records, runs = {}, []
   for workdir in FLAGS.workdir:
     config, record = run_record.load_run_config(workdir)
@@ -203,12 +196,11 @@ def main() -> None:
           FLAGS.min_distance,
           mesh,
         )
-        *_, counts[label, task, length] = tqdm(
-          batches, f"{label} {task} {length}", size, unit="batch", disable=None
-        )
+        shown = tqdm(batches, f"{label} {task} {length}", size, unit="batch", disable=None)
+        answers[label, task, length] = list(itertools.chain.from_iterable(shown))
     results = [
-      {"task": task, "length": length, "right": right, "total": total}
-      for (folder, task, length), (right, total) in counts.items()
+      tasks.result(task, length, prompts)
+      for (folder, task, length), prompts in answers.items()
       if folder == label
     ]
     records[label] = {
@@ -220,9 +212,9 @@ def main() -> None:
       "versions": run_directory.versions(),
     }
     append_record(os.path.join(workdir, "tasks.jsonl"), records[label])
-  print(tasks.table(list(records), lengths, counts))
+  print(tasks.table(list(records), lengths, answers))
   if FLAGS.record:
-    save(FLAGS.record, records, counts, draws)
+    save(FLAGS.record, records, answers, draws)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sparsek.command_line.path_flags import parse_path
 from sparsek.config import (
   Count,
   DataConfig,
+  FarRepeatRule,
   Index,
   OptimizerConfig,
   TrainConfig,
@@ -232,11 +233,14 @@ def evaluate(
   seq_len: int | None = None,
   batch_size: int | None = None,
   eval_batches: int = 32,
+  far_repeats: int | None = None,
+  far_repeats_ngram: int = FarRepeatRule.far_repeats_ngram,
+  far_repeats_most: int = FarRepeatRule.far_repeats_most,
   k: int | None = None,
   window: int | None = None,
   loss_chunk: int = TrainConfig.loss_chunk,
 ) -> dict[str, Any]:
-  """Returns the held-out loss of a run, by position too, as evaluation.jsonl records it.
+  """Returns the held-out loss of a run, with its parts, as evaluation.jsonl records it.
 
   Nothing is written. Rows are spread over all devices.
 
@@ -246,11 +250,15 @@ def evaluate(
     seq_len, batch_size: of the rows; None for those of training, with a batch_size that is rounded
       up to a multiple of the devices.
     eval_batches: largest number of batches.
+    far_repeats, far_repeats_ngram, far_repeats_most: as in `sparsek.config.FarRepeatRule`; None is
+      a quarter of seq_len.
     k, window: other values than in `run`.
     loss_chunk: number of tokens whose logits exist at the same time, per device.
   Returns:
     "loss" in nats per token, "num_targets", "bits_per_byte", "buckets" (a dictionary with first,
-    last, loss and num_targets for each range of positions), "step", and what these depend on.
+    last, loss and num_targets for each range of positions), "documents" (the index, loss_sum and
+    num_targets of each), "far_repeats" (the loss and num_targets of rare n-grams that are repeated
+    from far back), "step", and what these depend on.
   Raises:
     UsageError: where the rows, the data and the run do not go together, or no layer takes the k or
       the window.
@@ -260,6 +268,7 @@ def evaluate(
   for name, value in {**sizes, "loss_chunk": loss_chunk}.items():
     if value is not None or name in ("eval_batches", "loss_chunk"):
       check_number(name, value, Count)
+  rule = FarRepeatRule(far_repeats, far_repeats_ngram, far_repeats_most)
   loaded = _loaded(run)
   config = _with(loaded.config, k=k, window=window)
   evaluated = Run(loaded.workdir, config, run_record.load_run_config(loaded.workdir)[1])
@@ -274,7 +283,7 @@ def evaluate(
       warnings.warn(warning, stacklevel=2)
     edges = bucket_edges(rows.seq_len, [evaluated.record["data"]["seq_len"]])
     result = evaluate_batches(
-      config, loaded.params, batches, edges, loss_chunk=loss_chunk, mesh=mesh
+      config, loaded.params, batches, edges, rule, loss_chunk=loss_chunk, mesh=mesh
     )
   return evaluation_record(evaluated, loaded.step, result, rows, dataset)
 

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
+from sparsek.evaluation.statistics import t_interval
 from sparsek.experiments.reports import records, results_page, results_sections
 from sparsek.experiments.reports import results_tables as tables
-from sparsek.experiments.reports.baselines_report import difference, interval, losses
+from sparsek.experiments.reports.baselines_report import losses, minus
 from tests import results_claims as claims
 from tests.results_claims import MAP, README, RECIPES, Claim, Table, load
 
@@ -296,9 +297,8 @@ def test_what_is_said_of_the_starts_is_so():
   ours, window = (losses(pooled[f"{kind}_512_last"], "mixed") for kind in ("sparsek", "window"))
   assert len(ours) == 6 and all(ours[start] < window[start] for start in ours)
   names = ("sparsek_512_last", "window_512_last")
-  mean, error = difference(*(pooled[name] for name in names))
-  low, high = interval(mean, error, 6)
-  assert low < 0 < high
+  interval = t_interval(minus(*(pooled[name] for name in names)))
+  assert interval.low < 0 < interval.high and interval.number == 6
   assert claims.closed_by_start("window_512_last")[0] < 0
   assert min(results_sections.local_p(claims.local())) > 0.1
 

@@ -24,7 +24,7 @@ def main(records: list[str]) -> None:
   print(
     baselines_report.table(runs),
     baselines_report.by_start(runs),
-    *(baselines_report.differences(runs, name) for name in KINDS if name in runs),
+    "\n".join(baselines_report.differences(runs, [name for name in KINDS if name in runs])),
     sep="\n\n",
   )
 

@@ -42,7 +42,7 @@ from sparsek.data.task_documents import CHANCE
 from sparsek.experiments import script
 from sparsek.experiments.recipes.stages import MINUTES, flags_of, run_stages
 from sparsek.experiments.reports import plots, records
-from sparsek.experiments.reports.baselines_report import accuracies, groups, mean_and_error
+from sparsek.experiments.reports.baselines_report import FIGURES, accuracies, groups, mean_and_error
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
@@ -164,7 +164,7 @@ def describe(folder: str, minutes: float) -> dict:
     * record["data"]["batch_size"]
     * record["data"]["seq_len"],
     "minutes": round(minutes, 2),
-    **{key: loss[-1][key] for key in ("loss", "num_targets", "buckets")},
+    **{key: loss[-1][key] for key in FIGURES if key in loss[-1]},
     "tasks": asked[-1]["results"] if asked else [],
     "flags": flags,
   }

@@ -7,13 +7,26 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from sparsek.evaluation.statistics import (
+  Comparison,
+  Interval,
+  holm,
+  p_words,
+  paired_bootstrap,
+  paired_t,
+  score_interval,
+  t_interval,
+)
 from sparsek.runs.metrics import read_metrics
 
+# What a record keeps of an evaluation and of a task; those of version 0.1 hold less.
+FIGURES = ("loss", "num_targets", "buckets", "documents", "far_repeats")
+ANSWERS = ("task", "length", "right", "total", "prompts")
+Write = Callable[[float, str], str]
 Runs = Mapping[str, Mapping]  # name -> {"flags": [...], "seeds": {seed: what `describe` returns}}
-# 97.5 % quantiles of Student's t distribution, by degrees of freedom
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def describe(folder: str) -> dict:
@@ -30,13 +43,10 @@ def describe(folder: str) -> dict:
       str(line["step"]): line["heldout_loss"] for line in steps if "heldout_loss" in line
     },
     "loss": {
-      length: {key: line[key] for key in ("loss", "num_targets", "buckets")}
+      length: {key: line[key] for key in FIGURES if key in line}
       for length, line in evaluated.items()
     },
-    "tasks": [
-      {key: row[key] for key in ("task", "length", "right", "total")}
-      for row in asked[-1]["results"]
-    ]
+    "tasks": [{key: row[key] for key in ANSWERS if key in row} for row in asked[-1]["results"]]
     if asked
     else [],
     "selection": {
@@ -72,12 +82,6 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
   return (statistics.fmean(values) if values else math.nan), error
 
 
-def interval(mean: float, error: float, count: int) -> tuple[float, float]:
-  """Returns the 95 % t interval of a mean of `count` values with this standard error."""
-  spread = T_QUANTILES[count - 2] * error if count > 1 else math.nan
-  return mean - spread, mean + spread
-
-
 def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
   """Groups runs that differ in the seed alone, by the name without it."""
   result: dict[str, list[Mapping]] = {}
@@ -86,13 +90,54 @@ def groups(runs: Mapping[str, Mapping]) -> dict[str, list[Mapping]]:
   return result
 
 
-def difference(run: Mapping, other: Mapping, length: str | None = None) -> tuple[float, float]:
-  """Returns the mean of loss(run) - loss(other) over the seeds that both have, and its error.
+def pairs(
+  run: Mapping, other: Mapping, length: str | None = None
+) -> tuple[list[float], list[float]]:
+  """Returns the losses of both in the seeds that both have, in the same order.
 
   Runs of a seed share their start and the order of their data.
   """
   here, there = losses(run, length), losses(other, length)
-  return mean_and_error([here[seed] - there[seed] for seed in sorted(set(here) & set(there))])
+  shared = sorted(set(here) & set(there))
+  return [here[seed] for seed in shared], [there[seed] for seed in shared]
+
+
+def minus(run: Mapping, other: Mapping, length: str | None = None) -> list[float]:
+  """Returns loss(run) - loss(other) in each of the seeds that both have."""
+  return [here - there for here, there in zip(*pairs(run, other, length))]
+
+
+def difference(run: Mapping, other: Mapping, length: str | None = None) -> tuple[float, float]:
+  """Returns the mean of `minus` and its standard error."""
+  return mean_and_error(minus(run, other, length))
+
+
+def documents(run: Mapping) -> tuple[dict[int, float], dict[int, int]] | None:
+  """Returns the loss of text summed by document, the mean over seeds, and numbers of targets.
+
+  The rows are the shortest. It is None where a seed has no such figures.
+  """
+  results = [result["loss"] for result in run["seeds"].values() if result["loss"]]
+  found = [loss[min(loss, key=int)].get("documents") for loss in results]
+  if not found or None in found:
+    return None
+  counts = dict(zip(found[0]["index"], found[0]["num_targets"]))
+  sums = dict.fromkeys(counts, 0.0)
+  for of in found:
+    if dict(zip(of["index"], of["num_targets"])) != counts:
+      return None
+    for i, loss in zip(of["index"], of["loss_sum"]):
+      sums[i] += loss / len(found)
+  return sums, counts
+
+
+def over_documents(run: Mapping, other: Mapping) -> Comparison | None:
+  """Returns the loss of text of one run minus another's, over the same documents; None: unknown."""
+  here, there = documents(run), documents(other)
+  if here is None or there is None or here[1] != there[1] or len(here[1]) < 2:
+    return None
+  (sums, counts), (others, _) = here, there
+  return paired_bootstrap(list(sums.values()), [others[i] for i in sums], list(counts.values()))
 
 
 def pool(rounds: Sequence[Runs]) -> Runs:
@@ -110,29 +155,74 @@ def pool(rounds: Sequence[Runs]) -> Runs:
   }
 
 
-def differences(runs: Runs, name: str) -> str:
-  """Returns a table in Markdown: the loss of a kind minus that of each other one of its budget.
+def differences(runs: Runs, names: Sequence[str]) -> list[str]:
+  """Returns tables in Markdown: the loss of each kind minus that of each other one of its budget.
 
-  It is of text and of the mix, over the seeds that both have, with a 95 % t interval.
+  It is of text and of the mix, over the seeds that both have, with a 95 % t interval and a p value
+  that is corrected for all comparisons here; of text over documents, too, where records hold them.
   """
-  lines = [f"| {name} minus | text | starts | mix | starts |", "|---|---|---|---|---|"]
-  for other in runs:
-    if other != name and budget_of(other) in (budget_of(name), None):
+  rivals = {
+    name: [x for x in runs if x != name and budget_of(x) in (budget_of(name), None)]
+    for name in names
+  }
+  keys = [(name, x, length) for name in names for x in rivals[name] for length in (None, "mixed")]
+  shared = {key: pairs(runs[key[0]], runs[key[1]], key[2]) for key in keys}
+  # Two of the names are compared once, though two tables show it.
+  compared = {
+    _unordered(key): paired_t(*pair).p_value for key, pair in shared.items() if len(pair[0]) > 1
+  }
+  corrected = dict(zip(compared, holm([*compared.values()])))
+  of_text = {key: over_documents(runs[key[0]], runs[key[1]]) for key in keys if key[2] is None}
+  known = any(of_text.values())
+  lines: list[str] = []
+  for name in names:
+    head = f"| {name} minus | text | starts | mix | starts |" + " text, over documents |" * known
+    lines += [head, "|" + "---|" * (5 + known)]
+    for other in rivals[name]:
       cells = [other]
       for length in (None, "mixed"):
-        shared = set(losses(runs[name], length)) & set(losses(runs[other], length))
-        mean, error = difference(runs[name], runs[other], length)
-        cells += [with_interval(mean, error, len(shared)), str(len(shared))]
-      lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+        key = name, other, length
+        text = with_interval([a - b for a, b in zip(*shared[key])], "+.4f")
+        p_value = corrected.get(_unordered(key))
+        text += "" if p_value is None else f", {p_words(p_value)}"
+        cells += [text, str(len(shared[key][0]))]
+      over = of_text[name, other, None]
+      words = f"{over.low:+.4f} to {over.high:+.4f}" if over else "-"
+      lines.append("| " + " | ".join(cells + [words] * known) + " |")
+    lines.append("")
+  return [*lines, *textwrap.wrap(_about(len(compared), known, of_text.values()), 100)]
 
 
-def with_interval(mean: float, error: float, count: int) -> str:
-  """Formats a mean and its 95 % t interval; empty where there is no value."""
-  if math.isnan(mean):
-    return ""
-  low, high = interval(mean, error, count)
-  return f"{mean:+.4f}" + ("" if math.isnan(low) else f" ({low:+.4f} to {high:+.4f})")
+def _unordered(key: tuple[str, str, str | None]) -> tuple[frozenset[str], str | None]:
+  name, other, length = key
+  return frozenset((name, other)), length
+
+
+def _about(compared: int, known: bool, over: Iterable[Comparison | None]) -> str:
+  """Returns what intervals and p values of `differences` are, and which records do not give."""
+  text = (
+    "In brackets 95 % t intervals over starts; p of paired t tests, corrected (Holm) for these "
+    f"{compared} comparisons. A difference of one start has neither."
+  )
+  if not known:
+    return f"{text} The records hold no loss of a document, so no interval is over documents."
+  numbers = sorted({pair.number for pair in over if pair})
+  text += f" Over documents: 95 %, by the bootstrap over {' or '.join(map(str, numbers))} of them"
+  return f"{text}; -: the records hold no loss of a document."
+
+
+def with_interval(values: Sequence[float], form: str = ".4f", write: Write = format) -> str:
+  """Formats the mean over starts and its 95 % t interval; the mean alone of one, "" of none.
+
+  Args:
+    values: a figure of each start.
+    form: of the numbers.
+    write: (number, form) -> text.
+  """
+  if len(values) < 2:
+    return "".join(write(value, form) for value in values)
+  mean, low, high, _ = t_interval(values)
+  return f"{write(mean, form)} ({write(low, form)} to {write(high, form)})"
 
 
 def by_start(runs: Runs) -> str:
@@ -176,6 +266,24 @@ def accuracies(run: Mapping) -> dict[tuple[str, int], float]:
   return {key: right / total for key, (right, total) in counts.items()}
 
 
+def accuracy(run: Mapping, task: str, length: int) -> Interval | None:
+  """Returns the share of right answers, with Wilson's interval over distinct prompts.
+
+  Seeds that were asked the same prompts add none. It is None where the task was not asked, or a
+  record does not tell prompts apart.
+  """
+  rows = [
+    row
+    for result in run["seeds"].values()
+    for row in result["tasks"]
+    if (row["task"], row["length"]) == (task, length)
+  ]
+  if not rows or any("prompts" not in row for row in rows):
+    return None
+  prompts = {prompt for row in rows for prompt in row["prompts"]["prompt"]}
+  return score_interval(accuracies(run)[task, length], len(prompts))
+
+
 def budget_of(name: str) -> int | None:
   """Reads the keys a query, the mean over layers, from a run's name; None: a layer sees all."""
   return (
@@ -189,7 +297,8 @@ def table(runs: Runs) -> str:
   """Returns a table in Markdown: loss of text and of the training mix, and right answers.
 
   Each loss is also given minus full attention's, minus the sliding window's of the same budget, and
-  as a share of the gap between these two.
+  as a share of the gap between these two. In brackets are 95 % t intervals over seeds, not
+  corrected for the number of comparisons.
   """
   tasks = list(dict.fromkeys(key for run in runs.values() for key in accuracies(run)))
   columns = "minus full attention's | minus the window's | gap closed"
@@ -210,15 +319,14 @@ def table(runs: Runs) -> str:
     cells = [name, str(len(run["seeds"]))]
     window = runs.get(f"window_{budget_of(name) or 512}")
     for length in (None, "mixed"):
-      less = difference(run, window, length) if window else (math.nan, math.nan)
+      less = minus(run, window, length) if window else []
       gap = difference(runs["full"], window, length)[0] if window else math.nan
-      closed = round(less[0] / gap, 2) + 0.0  # -0 becomes 0
-      above = difference(run, runs["full"], length) if name != "full" else (math.nan, math.nan)
+      closed = round(mean_and_error(less)[0] / gap, 2) + 0.0  # -0 becomes 0
       cells += [
-        _cell("{:.4f}", *mean_and_error(losses(run, length).values())),
-        _cell("{:+.4f}", *above),
-        _cell("{:+.4f}", *less),
-        _cell("{:.0%}", closed, math.nan),
+        with_interval([*losses(run, length).values()]),
+        with_interval(minus(run, runs["full"], length), "+.4f") if name != "full" else "",
+        with_interval(less, "+.4f"),
+        "" if math.isnan(closed) else f"{closed:.0%}",
       ]
     right = accuracies(run)
     lines.append(
@@ -227,10 +335,3 @@ def table(runs: Runs) -> str:
       + " |"
     )
   return "\n".join(lines)
-
-
-def _cell(form: str, mean: float, error: float) -> str:
-  """Formats a mean and its error; empty where they are not known."""
-  return (
-    "" if math.isnan(mean) else form.format(mean) + ("" if math.isnan(error) else f" ± {error:.4f}")
-  )

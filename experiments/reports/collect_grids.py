@@ -48,6 +48,7 @@ def cell(workdir: str, name: str, first: Sequence[str]) -> dict[str, Any]:
     "heldout_loss": {
       line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line
     },
+    grid.DOCUMENTS: [line for line in lines if "heldout_loss" in line][-1].get(grid.DOCUMENTS),
     "selection": {key: value for key, value in last.items() if key.startswith("layer_")},
   }
 

@@ -24,6 +24,14 @@ from sparsek.config import (
   whole_number,
 )
 from sparsek.errors import UsageError
+from sparsek.evaluation.statistics import (
+  Interval,
+  bootstrap_ratio,
+  holm,
+  p_words,
+  paired_t,
+  t_interval,
+)
 from sparsek.experiments.reports import grid_page
 from sparsek.runs import run_directory, settings
 from sparsek.runs.metrics import read_metrics
@@ -32,6 +40,7 @@ from sparsek.storage import files
 
 COLUMNS = ("attention", "k", "window", "gate", "scorer")
 RESULT = "result.json"
+DOCUMENTS = "heldout_documents"  # of a result and of metrics.jsonl
 FIELDS = ("heldout_loss", "step", "tokens_per_second")  # of a result
 MOST_NAME = 255  # bytes of a folder's name
 # Files of a report, by what tells that they are of one, also of earlier versions.
@@ -159,9 +168,10 @@ def share(cells: Sequence[Cell], job: str) -> list[Cell]:
 
 
 def result_of(workdir: str) -> dict:
-  """Returns {"heldout_loss", "step", "tokens_per_second"} at the end of a finished run.
+  """Returns the held-out loss, step and speed at the end of a finished run, and its documents.
 
-  The speed is None where no step but the first was logged, in which everything is compiled.
+  The documents are None where an older version trained it. The speed is None where no step but the
+  first was logged, in which everything is compiled.
 
   Raises:
     UsageError: where it was never evaluated.
@@ -182,6 +192,7 @@ def result_of(workdir: str) -> dict:
     "heldout_loss": losses[-1]["heldout_loss"],
     "step": losses[-1]["step"],
     "tokens_per_second": statistics.median(speeds) if speeds else None,
+    DOCUMENTS: losses[-1].get(DOCUMENTS),
   }
 
 
@@ -202,7 +213,22 @@ def read_result(folder: str) -> dict | None:
     wrong.remove("tokens_per_second")
   if wrong:
     raise UsageError(f"{path} has no number {wrong[0]!r}: remove it to read the cell again")
+  if not _are_documents(result.get(DOCUMENTS)):
+    raise UsageError(f"{path} has no lists {DOCUMENTS!r}: remove it to read the cell again")
   return result
+
+
+def _are_documents(value: Any) -> bool:
+  """Returns whether a JSON value holds the losses of documents, or is null."""
+  if value is None:
+    return True
+  names = ("index", "loss_sum", "num_targets")
+  lists: list[Any] = [value.get(name) for name in names] if isinstance(value, dict) else []
+  return (
+    all(isinstance(of, list) and all(map(_is_number, of)) for of in lists)
+    and len({len(of) for of in lists}) == 1
+    and all(count > 0 for count in lists[-1])
+  )
 
 
 def _is_number(value: object) -> bool:
@@ -284,7 +310,12 @@ def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
   """Returns the finished cells' fields and results."""
   results = {cell: read_result(os.path.join(folder, cell.name)) for cell in cells}
   return [
-    {**dataclasses.asdict(cell), "budget": cell.budget, **{name: result[name] for name in FIELDS}}
+    {
+      **dataclasses.asdict(cell),
+      "budget": cell.budget,
+      **{name: result[name] for name in FIELDS},
+      DOCUMENTS: result.get(DOCUMENTS),
+    }
     for cell, result in results.items()
     if result
   ]
@@ -301,8 +332,11 @@ def other_finished(folder: str, cells: Sequence[Cell]) -> list[str]:
 def summarize(rows: Sequence[dict]) -> list[dict]:
   """Returns one row for all seeds of a setting, best first.
 
-  A row has the mean held-out loss, its standard error (None for one seed) and the median speed
-  (None where none was measured).
+  A row has the mean held-out loss, its standard error and 95 % t interval (None for one seed), the
+  median speed (None where none was measured), a bootstrap interval over documents (None where not
+  all runs have the same documents, two or more), and a comparison with the best row over the seeds
+  that both have (None for fewer than two), its p value corrected for all rows. Runs of a seed share
+  their start and the order of their data.
   """
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
@@ -319,10 +353,42 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
         "seeds": len(group),
         "heldout_loss": statistics.fmean(losses),
         "standard_error": error,
+        "interval": t_interval(losses) if len(losses) > 1 else None,
+        "over_documents": over_documents([row.get(DOCUMENTS) for row in group]),
+        "by_seed": {row["seed"]: row["heldout_loss"] for row in group},
         "tokens_per_second": statistics.median(speeds) if speeds else None,
       }
     )
-  return sorted(summary, key=lambda row: row["heldout_loss"])
+  summary.sort(key=lambda row: row["heldout_loss"])
+  return _compared(summary)
+
+
+def over_documents(documents: Sequence[Mapping | None]) -> Interval | None:
+  """Returns the loss of a setting's runs, the mean over seeds, with an interval over documents."""
+  known = [of for of in documents if of is not None]
+  if not known or len(known) < len(documents) or len(known[0]["index"]) < 2:
+    return None
+  index, counts = known[0]["index"], known[0]["num_targets"]
+  if any((of["index"], of["num_targets"]) != (index, counts) for of in known):
+    return None
+  means = [statistics.fmean(losses) for losses in zip(*(of["loss_sum"] for of in known))]
+  return bootstrap_ratio(means, counts)
+
+
+def _compared(summary: list[dict]) -> list[dict]:
+  """Returns rows, best first, with "minus_best" in place of "by_seed"."""
+  best, pairs = summary[0]["by_seed"] if summary else {}, []
+  for row in summary:
+    losses = row.pop("by_seed")
+    shared = sorted(set(losses) & set(best))
+    is_compared = row is not summary[0] and len(shared) > 1
+    here, there = ([by_seed[seed] for seed in shared] for by_seed in (losses, best))
+    pairs.append(paired_t(here, there) if is_compared else None)
+  corrected = iter(holm([pair.p_value for pair in pairs if pair]))
+  return [
+    {**row, "minus_best": pair and pair._replace(p_value=next(corrected))}
+    for row, pair in zip(summary, pairs)
+  ]
 
 
 def markdown(summary: Sequence[dict]) -> str:
@@ -330,27 +396,50 @@ def markdown(summary: Sequence[dict]) -> str:
   lines = [
     (
       "| attention | k | window | gate | scorer | keys per query | seeds | held-out "
-      "loss (nats per token) | tokens/s |"
+      "loss (nats per token) | over documents | minus the best | tokens/s |"
     ),
-    "|" + "---|" * 9,
+    "|" + "---|" * 11,
   ]
   for row in summary:
-    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+    interval, pair = row["interval"], row["minus_best"]
+    over = row["over_documents"]
+    brackets = f" ({interval.low:.4f} to {interval.high:.4f})" if interval else ""
     cells = [
       *("" if row[name] is None else str(row[name]) for name in COLUMNS),
       "all" if row["budget"] is None else str(row["budget"]),
       str(row["seeds"]),
-      f"{row['heldout_loss']:.4f}{error}",
+      f"{row['heldout_loss']:.4f}{brackets}",
+      f"{over.low:.4f} to {over.high:.4f}" if over else "-",
+      f"{pair.difference:+.4f}, {p_words(pair.p_value)}" if pair else "-",
       "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
     ]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines) + "\n"
 
 
+def about(summary: Sequence[dict]) -> str:
+  """Returns what the intervals and p values of the table are, and what the runs do not give."""
+  compared = sum(row["minus_best"] is not None for row in summary)
+  text = (
+    "In brackets: 95 % t interval over seeds. Over documents: 95 % bootstrap interval of the mean "
+    "over seeds. Minus the best: over the seeds that both have, p of paired t tests, corrected "
+    f"(Holm) for {compared} comparison{'s' * (compared != 1)}."
+  )
+  if compared < len(summary) - 1:
+    text += " - in that column: fewer than two seeds."
+  if not all(row["over_documents"] for row in summary):
+    text += (
+      " - over documents: fewer than two, not the same in all seeds, or not recorded, as by "
+      "version 0.1."
+    )
+  return text
+
+
 def as_csv(rows: Sequence[dict]) -> str:
-  """Returns all runs as CSV, for other programs."""
+  """Returns all runs as CSV, for other programs, without their documents."""
   out = io.StringIO()
-  writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+  names = [name for name in rows[0] if name != DOCUMENTS]
+  writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
   return out.getvalue()
@@ -379,9 +468,9 @@ def write_report(workdir: str, rows: Sequence[dict], shared: str, draws: bool = 
     return
   summary = summarize(rows)
   table, pictures = markdown(summary), grid_page.pictures(summary) if draws else []
-  page = grid_page.page(summary, pictures, table, shared)
+  page = grid_page.page(summary, pictures, table, about(summary), shared)
   contents: dict[str, str | bytes] = {
-    "table.md": table,
+    "table.md": f"{table}\n{about(summary)}\n",
     "table.csv": as_csv(rows),
     "report.html": page,
   }

@@ -252,13 +252,16 @@ def _image(picture: Picture) -> str:
   return f'<img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{content}">\n'
 
 
-def page(summary: Sequence[Mapping], made: Sequence[Picture], markdown: str, shared: str) -> str:
+def page(
+  summary: Sequence[Mapping], made: Sequence[Picture], markdown: str, about: str, shared: str
+) -> str:
   """Returns report.html, which needs no other file.
 
   Args:
     summary: rows as `grid.summarize` returns them, best first.
     made: the pictures of these rows, or none.
     markdown: the table of these rows.
+    about: what its intervals are.
     shared: the flags that all runs share, one a line.
   """
   best, runs = summary[0], sum(row["seeds"] for row in summary)
@@ -276,7 +279,7 @@ def page(summary: Sequence[Mapping], made: Sequence[Picture], markdown: str, sha
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f"<title>{TITLE}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
     f"<h1>{TITLE}</h1>\n<p>{html.escape(lead)}</p>\n"
-    f"{images}<h2>All settings</h2>\n{_table(markdown)}"
+    f"{images}<h2>All settings</h2>\n{_table(markdown)}<p>{html.escape(about)}</p>\n"
     f'<h2>Flags of all runs</h2>\n<pre class="scroll" tabindex="0">{html.escape(shared)}</pre>\n'
     "</body>\n</html>\n"
   )

@@ -29,6 +29,7 @@ def rows(record: Mapping) -> list[dict]:
         "attention": match["kind"],
         "k": k,
         "window": window,
+        "seed": int(match["seed"]),
         "budget": None if window is None else window + (k or 0),
         "heldout_loss": results_sections.last_loss(cell),
         "tokens_per_second": 0.0,

@@ -18,8 +18,9 @@ HEAD = """# Results
 The tables behind the figures of the README and of the other documents, each with its record and the
 command that made it. This page is generated: `python -m experiments.reports.results_page` writes it
 from the records in [experiments/results](../experiments/results/README.md), whose index says on
-what device and at which commit each was made. "±" is a standard error over seeds, "(a to b)" a 95 %
-t interval; losses are in nats a token, unless the text says otherwise."""
+what device and at which commit each was made. "(a to b)" after a loss is a 95 % t interval over
+starts; [Statistics](statistics.md) says how intervals and p values are computed. Losses are in nats
+a token, unless the text says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)

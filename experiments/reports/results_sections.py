@@ -1,18 +1,22 @@
 """The tables of the sections of docs/results.md: pure functions of records."""
 
-import math
 import re
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from sparsek.evaluation.statistics import paired_t
 from sparsek.experiments.bench.attention import BOTH, FORWARD
 from sparsek.experiments.bench.attention_report import figure, number, quotient
 from sparsek.experiments.reports import baselines_report, plots
 from sparsek.experiments.reports import results_tables as tables
-from sparsek.experiments.reports.results_tables import markdown, nats, percent, with_error
+from sparsek.experiments.reports.grid import DOCUMENTS, over_documents
+from sparsek.experiments.reports.results_tables import markdown, nats, percent, with_interval
 
-GRID_CELL = re.compile(r"(?P<kind>[a-z_]+)(-k(?P<k>\d+))?(-w(?P<window>\d+))?.*-s\d+")
+GRID_CELL = re.compile(r"(?P<kind>[a-z_]+)(-k(?P<k>\d+))?(-w(?P<window>\d+))?.*-s(?P<seed>\d+)")
+
+NO_DOCUMENTS = "The record holds no loss of a document, so no interval is over documents."
+NO_PROMPTS = "The record does not tell prompts apart, so shares of right answers have no interval."
 
 
 def wrapped(text: str) -> list[str]:
@@ -153,11 +157,6 @@ def tpu(record: Mapping) -> list[str]:
   )
 
 
-def _differences(runs: Mapping, name: str) -> list[str]:
-  """Returns the loss of a kind minus that of each other kind of its budget, over shared starts."""
-  return ["", *baselines_report.differences(runs, name).splitlines()]
-
-
 def baselines(record: Mapping, first: Mapping) -> list[str]:
   """Returns the tables of all kinds of attention, over both rounds."""
   runs = baselines_report.pool([record["runs"], first["runs"]])
@@ -166,6 +165,7 @@ def baselines(record: Mapping, first: Mapping) -> list[str]:
     f"Full attention: {_loss(record['runs']['full'])}.",
     "",
     *tables.baselines(record),
+    *_without_prompts(record["runs"]),
     "",
     *wrapped(_gap_of(record["runs"])),
     "",
@@ -182,7 +182,8 @@ def baselines(record: Mapping, first: Mapping) -> list[str]:
     *baselines_report.by_start(runs).splitlines(),
     "",
     'Over both rounds, differences between runs that share their start ("mix": text and answers):',
-    *(line for name in sorted(names) for line in _differences(runs, name)),
+    "",
+    *baselines_report.differences(runs, sorted(names)),
   ]
 
 
@@ -209,7 +210,7 @@ def _six_starts(runs: Mapping) -> str:
   pair = runs["sparsek_512_last"], runs["window_512_last"]
   count = len(baselines_report.losses(pair[0], "mixed"))
   text, mix = (
-    baselines_report.with_interval(*baselines_report.difference(*pair, length), count)
+    baselines_report.with_interval(baselines_report.minus(*pair, length), "+.4f")
     for length in (None, "mixed")
   )
   return (
@@ -219,11 +220,25 @@ def _six_starts(runs: Mapping) -> str:
   )
 
 
+def _without_prompts(runs: Mapping) -> list[str]:
+  """Returns a paragraph that says so where a run's answers have no interval; [] where all have."""
+  known = [
+    baselines_report.accuracy(run, *key)
+    for run in runs.values()
+    for key in baselines_report.accuracies(run)
+  ]
+  return [] if all(known) else ["", NO_PROMPTS]
+
+
+def _without_documents(runs: Mapping) -> list[str]:
+  """Returns a paragraph that says so where a run holds no loss of a document; [] where all do."""
+  return [] if all("documents" in run for run in runs.values()) else ["", NO_DOCUMENTS]
+
+
 def _loss(run: Mapping) -> str:
   """Returns the losses of a run as a phrase."""
   text, mix = (
-    with_error(*baselines_report.mean_and_error(baselines_report.losses(run, length).values()))
-    for length in (None, "mixed")
+    with_interval([*baselines_report.losses(run, length).values()]) for length in (None, "mixed")
   )
   return f"{text} on text, {mix} with answers"
 
@@ -256,27 +271,23 @@ def layouts(record: Mapping) -> list[str]:
     f"Full attention in every layer: {_loss(runs['full'])}.",
     "",
     *tables.layouts(record),
+    *_without_prompts(runs),
     "",
     *wrapped(_local_starts(runs)),
-    *(line for name in names for line in _differences(runs, name)),
+    "",
+    *baselines_report.differences(runs, names),
     *_far(runs),
   ]
-
-
-def p_of_three(mean: float, error: float) -> float:
-  """Returns the two-sided p of Student's t test that the mean of three values is 0."""
-  t = abs(mean) / error
-  return 1 - t / math.sqrt(2 + t * t)
 
 
 def local_p(runs: Mapping) -> list[float]:
   """Returns p of SPARSEK minus the window in the last layer, for both budgets and losses."""
   return [
-    p_of_three(
-      *baselines_report.difference(
+    paired_t(
+      *baselines_report.pairs(
         runs[f"sparsek_{budget}_local"], runs[f"window_{budget}_local"], length
       )
-    )
+    ).p_value
     for budget in (512, 1024)
     for length in (None, "mixed")
   ]
@@ -285,7 +296,8 @@ def local_p(runs: Mapping) -> list[float]:
 def _local_starts(runs: Mapping) -> str:
   return (
     "Three starts are few: none of the differences of loss between SPARSEK and the window in the "
-    f"last layer is significant (p from {min(local_p(runs)):.2f} to {max(local_p(runs)):.2f})."
+    f"last layer is significant (p from {min(local_p(runs)):.2f} to {max(local_p(runs)):.2f}, not "
+    "corrected)."
   )
 
 
@@ -296,19 +308,27 @@ def last_loss(cell: Mapping) -> float:
 
 def grid(record: Mapping) -> list[str]:
   """Returns the losses of a grid, a row for each setting, best first."""
-  losses: dict[tuple, list[float]] = {}
+  settings: dict[tuple, list[Mapping]] = {}
   for cell in record["cells"]:
     match = GRID_CELL.fullmatch(cell["cell"])
     assert match, cell["cell"]
     key = (match["kind"], match["k"] or "", match["window"] or "", cell["grid"])
-    losses.setdefault(key, []).append(last_loss(cell))
-  grids = {grid for *_, grid in losses}
+    settings.setdefault(key, []).append(cell)
+  grids, over = {grid for *_, grid in settings}, {}
+  for key, cells in settings.items():
+    over[key] = over_documents([cell.get(DOCUMENTS) for cell in cells])
   rows = []
-  for (kind, k, window, grid), values in losses.items():
+  for (kind, k, window, grid), cells in settings.items():
     name = f"{kind} ({grid})" if len(grids) > 1 else kind
-    mean, error = baselines_report.mean_and_error(values)
-    rows.append((mean, [name, k, window, str(len(values)), with_error(mean, error)]))
-  return markdown(["attention", "k", "window", "seeds", "loss"], [row for _, row in sorted(rows)])
+    values, interval = list(map(last_loss, cells)), over[kind, k, window, grid]
+    of_documents = f"{nats(interval.low)} to {nats(interval.high)}" if interval else "-"
+    cells_of_row = [name, k, window, str(len(values)), with_interval(values), of_documents]
+    rows.append((statistics.fmean(values), cells_of_row))
+  head = ["attention", "k", "window", "seeds", "loss", "over documents"]
+  if not any(over.values()):
+    lines = markdown(head[:-1], [row[:-1] for _, row in sorted(rows)])
+    return [*lines, "", NO_DOCUMENTS]
+  return markdown(head, [row for _, row in sorted(rows)])
 
 
 def runs(record: Mapping) -> list[str]:
@@ -318,7 +338,7 @@ def runs(record: Mapping) -> list[str]:
 
 def gates(record: Mapping) -> list[str]:
   """Returns the differences between gates."""
-  return baselines_report.differences(record["runs"], "sparsek_512").splitlines()
+  return baselines_report.differences(record["runs"], ["sparsek_512"])
 
 
 def from_scratch(record: Mapping) -> list[str]:
@@ -334,30 +354,29 @@ def from_scratch(record: Mapping) -> list[str]:
 
 def conversion(record: Mapping) -> list[str]:
   """Returns the tables of the conversion of SmolLM2."""
+  groups = baselines_report.groups(record["runs"])
   kinds = ("dense", "sparsek", "hybrid", "sinks", "random", "window", "strided", "linear")
   stages = (("", "before"), ("tuned", "trained"), ("recall", "trained for recall"))
   losses, answers = [], []
   for kind in kinds:
     losses.append(
-      [kind, *(with_error(*tables.conversion_loss(record, kind, stage), 4) for stage, _ in stages)]
+      [kind, *(with_interval(tables.conversion_losses(record, kind, s), 4) for s, _ in stages)]
     )
-    shares = [
-      tables.conversion_answers(record, kind, task, length)
-      for task in ("passkey", "needle")
-      for length in (4096, 8192, 16384)
-    ]
-    answers.append([kind, *("" if share is None else percent(share) for share in shares)])
+    asked = [(task, length) for task in ("passkey", "needle") for length in (4096, 8192, 16384)]
+    answers.append([kind, *(tables.conversion_answers_text(record, kind, *key) for key in asked)])
   head = [f"{task} {length}" for task in ("passkey", "needle") for length in (4096, 8192, 16384)]
   return [
     *tables.conversion(record),
     "",
-    "The same losses with their errors, and of further kinds:",
+    "The same losses with their intervals, and of further kinds:",
     "",
     *markdown(["attention", *(name for _, name in stages)], losses),
     "",
     "Right answers after training for recall:",
     "",
     *markdown(["attention", *head], answers),
+    *_without_prompts({name: tables.of_seeds(runs) for name, runs in groups.items()}),
+    *_without_documents(record["runs"]),
   ]
 
 

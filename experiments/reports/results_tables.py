@@ -1,18 +1,22 @@
 """The tables of README.md and docs/, in Markdown: pure functions of records.
 
-Losses are in nats and written without the zero before the point, ".044 ± .027"; an error is a
-standard error over seeds.
+Losses are in nats and written without the zero before the point, ".044 (.017 to .071)"; in brackets
+is a 95 % interval, of a loss over starts, of answers over distinct prompts.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from sparsek.experiments.bench.attention_report import figure, number
+from sparsek.experiments.reports import baselines_report
 from sparsek.experiments.reports.baselines_report import (
   accuracies,
+  accuracy,
   difference,
   groups,
   mean_and_error,
+  minus,
 )
 
 ANSWERS = tuple((task, 4096) for task in ("passkey", "needle", "recall", "copy"))
@@ -133,11 +137,17 @@ def nats(value: float, digits: int = 3) -> str:
   return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
 
 
-def with_error(mean: float, error: float, digits: int = 3) -> str:
-  """Formats a mean and its standard error, if there is one."""
-  if math.isnan(error):
-    return nats(mean, digits)
-  return f"{nats(mean, digits)} ± {nats(error, digits)}"
+def with_interval(values: Sequence[float], digits: int = 3) -> str:
+  """Formats the mean of a loss over starts, and its t interval where there are two or more."""
+  return baselines_report.with_interval(values, "", lambda value, _: nats(value, digits))
+
+
+def answers(run: Mapping, key: tuple[str, int]) -> str:
+  """Formats the share of right answers to a task, with its interval where prompts are recorded."""
+  known = accuracy(run, *key)
+  if known is None:
+    return percent(accuracies(run)[key])
+  return f"{percent(known.value)} ({percent(known.low)} to {percent(known.high)})"
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -230,9 +240,8 @@ def _short(n: int) -> str:
 
 def _quality(runs: Mapping, name: str) -> list[str]:
   """Returns the losses above full attention's, of text and with answers, and right answers."""
-  right = accuracies(runs[name])
-  losses = (difference(runs[name], runs["full"], length) for length in (None, "mixed"))
-  return [*(with_error(*loss) for loss in losses), *(percent(right[key]) for key in ANSWERS)]
+  losses = (minus(runs[name], runs["full"], length) for length in (None, "mixed"))
+  return [*map(with_interval, losses), *(answers(runs[name], key) for key in ANSWERS)]
 
 
 def baselines(record: Mapping) -> list[str]:
@@ -290,10 +299,9 @@ def conversion_rise(record: Mapping, kind: str, stage: str) -> tuple[float, floa
   return mean_and_error([run["loss"] - other["loss"] for run, other in pairs])
 
 
-def conversion_loss(record: Mapping, kind: str, stage: str) -> tuple[float, float]:
-  """Returns the mean and the error of a stage's loss."""
-  group = groups(record["runs"])[_stage_name(kind, stage)]
-  return mean_and_error([run["loss"] for run in group])
+def conversion_losses(record: Mapping, kind: str, stage: str) -> list[float]:
+  """Returns the loss of a stage in each seed."""
+  return [run["loss"] for run in groups(record["runs"])[_stage_name(kind, stage)]]
 
 
 def _stage_name(kind: str, stage: str) -> str:
@@ -303,17 +311,28 @@ def _stage_name(kind: str, stage: str) -> str:
   return "sparsek_warm" if kind == "sparsek" else kind
 
 
+def of_seeds(group: Sequence[Mapping]) -> dict[str, dict]:
+  """Returns runs that differ in the seed alone as a run of `baselines_report.Runs`."""
+  return {"seeds": dict(enumerate(group))}
+
+
 def conversion_answers(record: Mapping, kind: str, task: str, length: int) -> float | None:
   """Returns the share of right answers after the training for recall, if it was asked."""
   group = groups(record["runs"]).get(f"{kind}_recall", [])
-  return accuracies({"seeds": dict(enumerate(group))}).get((task, length))
+  return accuracies(of_seeds(group)).get((task, length))
+
+
+def conversion_answers_text(record: Mapping, kind: str, task: str, length: int) -> str:
+  """Formats the share of right answers after the training for recall; "" if it was not asked."""
+  run = of_seeds(groups(record["runs"]).get(f"{kind}_recall", []))
+  return answers(run, (task, length)) if (task, length) in accuracies(run) else ""
 
 
 def conversion(record: Mapping) -> list[str]:
   """Returns the table of SmolLM2 under each kind of attention, by stage."""
 
   def cell(kind, stage):
-    loss = f"{conversion_loss(record, kind, stage)[0]:.3f}"
+    loss = f"{statistics.fmean(conversion_losses(record, kind, stage)):.3f}"
     if kind == "dense":
       return loss
     rise = math.expm1(conversion_rise(record, kind, stage)[0])

@@ -9,6 +9,7 @@ from sparsek.command_line import path_flags
 from sparsek.config import (
   MAX_INT,
   DataConfig,
+  FarRepeatRule,
   OptimizerConfig,
   Range,
   TrainConfig,
@@ -18,7 +19,7 @@ from sparsek.config import (
 )
 
 # Flags with the name of a field have its range.
-RANGES = number_ranges(TransformerConfig, DataConfig, OptimizerConfig, TrainConfig)
+RANGES = number_ranges(TransformerConfig, DataConfig, OptimizerConfig, TrainConfig, FarRepeatRule)
 # Flags that say where a process runs, and belong to no record of what it does.
 OF_PROCESSES = (
   "coordinator_address",

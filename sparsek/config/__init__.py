@@ -22,6 +22,7 @@ from sparsek.config.checks import (
   number_ranges,
   whole_number,
 )
+from sparsek.config.evaluation import FarRepeatRule
 from sparsek.config.layer_patterns import (
   ATTENTION_KINDS,
   fields_of_kind,
@@ -75,6 +76,7 @@ __all__ = [
   "TRAINABLE",
   "Count",
   "DataConfig",
+  "FarRepeatRule",
   "Index",
   "OptimizerConfig",
   "Positive",

@@ -127,11 +127,12 @@ def paired_bootstrap(
   resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> Comparison:
-  """Returns the difference of two ratios of sums over the same documents, by the bootstrap.
+  """Returns the difference of two ratios of sums over the same documents.
 
-  Both ratios are taken over the same drawn documents, so what is hard in a document cancels. The
-  p value is twice the share of differences on the rarer side of 0, never below
-  `2 / (resamples + 1)`.
+  The interval is a bootstrap: both ratios are taken over the same drawn documents, so what is hard
+  in a document cancels. The p value is that of Fisher's randomization test: how often the
+  difference is as large when the models change places in random documents. So it is never small
+  for few documents: with n of them at least `2^(1 - n)`.
 
   Args:
     first, second: of each document, such as the sums of its tokens' losses under two models.
@@ -144,10 +145,8 @@ def paired_bootstrap(
   y, _ = _checked_documents("second", second, counts)
   difference = x - y
   blocks = [np.sum(difference[i], 1) / np.sum(n[i], 1) for i in _draws(len(x), resamples, seed)]
-  drawn = np.concatenate(blocks)
-  low, high = _percentiles(drawn, level)
-  rarer = min(np.sum(drawn <= 0), np.sum(drawn >= 0))
-  p_value = min(1.0, 2 * (float(rarer) + 1) / (resamples + 1))
+  low, high = _percentiles(np.concatenate(blocks), level)
+  p_value = _randomization_p(difference, resamples, seed)
   return Comparison(float(difference.sum() / n.sum()), low, high, p_value, len(x))
 
 
@@ -205,6 +204,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
   return [float(value) for value in corrected]
 
 
+def p_words(p_value: float) -> str:
+  """Returns a p value in words, such as "p 0.012" or "p < 0.001"."""
+  return "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"
+
+
 def t_probability(t: float, degrees: int) -> float:
   """Returns the probability that |T| <= t for Student's T.
 
@@ -253,6 +257,22 @@ def _draws(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
   generator, rows = np.random.default_rng(seed), max(1, BLOCK // count)
   for first in range(0, resamples, rows):
     yield generator.integers(count, size=(min(rows, resamples - first), count))
+
+
+def _randomization_p(difference: np.ndarray, resamples: int, seed: int) -> float:
+  """Returns how often the sum is as far from 0 when the signs are random.
+
+  All signs are tried where they are few; else one more is counted than was drawn.
+  """
+  count, least = len(difference), abs(difference.sum()) * (1 - 1e-12)  # but for rounding
+  if 2**count <= resamples:
+    bits = np.arange(2**count)[:, None] >> np.arange(count) & 1
+    return float(np.mean(np.abs((2 * bits - 1) @ difference) >= least))
+  generator, rows, as_far = np.random.default_rng(seed), max(1, BLOCK // count), 0
+  for first in range(0, resamples, rows):
+    bits = generator.integers(2, size=(min(rows, resamples - first), count))
+    as_far += int(np.sum(np.abs((2 * bits - 1) @ difference) >= least))
+  return (as_far + 1) / (resamples + 1)
 
 
 def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Accuracy of a model on the generated documents of `sparsek.data.task_documents`."""
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,14 @@ from jax.sharding import PartitionSpec as P
 from sparsek.config import TransformerConfig
 from sparsek.data.task_documents import CHANCE, make_example
 from sparsek.data.tokenizer import Tokenizer
+from sparsek.evaluation.statistics import (
+  Comparison,
+  Interval,
+  holm,
+  p_words,
+  paired_bootstrap,
+  score_interval,
+)
 from sparsek.model.transformer import (
   Params,
   Transformer,
@@ -54,6 +63,19 @@ def predicted(
   )(params, tokens, positions)
 
 
+class PromptAnswers(NamedTuple):
+  """The answers to a prompt, the document up to its last question.
+
+  Attributes:
+    prompt: hexadecimal digits that tell prompts apart: a hash of the document's tokens.
+    right, total: number of right answers, and of all.
+  """
+
+  prompt: str
+  right: int
+  total: int
+
+
 def evaluate(
   config: TransformerConfig,
   params: Params,
@@ -65,8 +87,8 @@ def evaluate(
   seed: int = 0,
   min_distance: int = 0,
   mesh: Mesh | None = None,
-) -> Iterator[tuple[int, int]]:
-  """Yields (right answers, all answers) of a model so far, after each batch of documents.
+) -> Iterator[list[PromptAnswers]]:
+  """Yields the answers of a model to the prompts of each batch of documents.
 
   An answer is right if each of its tokens is the most probable one, given all tokens before it:
   greedy decoding would write it.
@@ -85,7 +107,6 @@ def evaluate(
   """
   mesh = make_mesh() if mesh is None else mesh
   params = jax.device_put(params, placements(mesh, params))
-  right = total = 0
   for first in range(0, examples, batch_size):
     rows = [
       make_example(task, tokenizer, length, np.random.default_rng([seed, length, i]), min_distance)
@@ -93,7 +114,7 @@ def evaluate(
     ]
     num_rows = len(rows)
     rows += rows[:1] * (batch_size - num_rows)  # fills up the last batch; not counted
-    positions = [np.concatenate(answers) for _, answers in rows]
+    positions = [np.concatenate(of_answers) for _, of_answers in rows]
     tokens_BxN = np.zeros((batch_size, length), np.int32)
     width = max(map(len, positions))
     # Rounded up, so that few widths are compiled.
@@ -104,51 +125,125 @@ def evaluate(
     check_ids("tokens", tokens_BxN, config.vocab_size)
     answers_BxA = predicted(config, mesh, params, tokens_BxN, positions_BxA)
     predicted_BxA = np.asarray(jax.device_get(answers_BxA))
-    for i, (tokens, answers) in enumerate(rows[:num_rows]):
-      is_right = predicted_BxA[i, : len(positions[i])] == tokens[positions[i]]
-      ends = np.cumsum([len(answer) for answer in answers])
-      right += sum(bool(np.all(part)) for part in np.split(is_right, ends[:-1]))
-      total += len(answers)
-    yield right, total
+    yield [
+      _prompt_answers(tokens, of_answers, predicted_BxA[i, : len(positions[i])])
+      for i, (tokens, of_answers) in enumerate(rows[:num_rows])
+    ]
 
 
-def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-  """Returns the 95 % confidence interval (Wilson 1927) of the accuracy of independent answers.
+def _prompt_answers(
+  tokens: np.ndarray, positions: Sequence[np.ndarray], predicted: np.ndarray
+) -> PromptAnswers:
+  """Returns which answers are right.
 
-  The answers in a document of the task recall are not quite independent.
+  Args:
+    tokens: of the document.
+    positions: of the tokens of each answer.
+    predicted: the most probable token at each of these positions.
   """
-  share = right / total
-  centre = share + z * z / (2 * total)
-  spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-  low, high = (
-    max(0.0, min(1.0, (centre + sign * spread) / (1 + z * z / total))) for sign in (-1, 1)
-  )
-  return low, high
+  is_right = predicted == tokens[np.concatenate(positions)]
+  ends = np.cumsum([len(answer) for answer in positions])
+  right = sum(bool(np.all(part)) for part in np.split(is_right, ends[:-1]))
+  digest = hashlib.sha256(np.asarray(tokens, np.int64).tobytes()).hexdigest()
+  return PromptAnswers(digest[:16], right, len(positions))
 
 
-def table(
-  labels: Sequence[str],
-  lengths: Sequence[int],
-  results: dict[tuple[str, str, int], tuple[int, int]],
-) -> str:
-  """Returns a table in Markdown of accuracies with their 95 % confidence intervals.
+def distinct(prompts: Iterable[PromptAnswers]) -> list[PromptAnswers]:
+  """Returns one of each group of equal prompts, in their order: the same answers, asked again."""
+  return list({prompt.prompt: prompt for prompt in prompts}.values())
+
+
+def accuracy(prompts: Sequence[PromptAnswers]) -> Interval:
+  """Returns the share of right answers with Wilson's interval over distinct prompts.
+
+  Answers to one prompt are not independent, so that prompts count, not answers.
+  """
+  prompts = distinct(prompts)
+  right, total = (sum(getattr(prompt, name) for prompt in prompts) for name in ("right", "total"))
+  return score_interval(right / total, len(prompts))
+
+
+def result(task: str, length: int, prompts: Sequence[PromptAnswers]) -> dict[str, Any]:
+  """Returns what a record holds of the answers to a task: counts of all, and distinct prompts."""
+  once = distinct(prompts)
+  return {
+    "task": task,
+    "length": length,
+    "right": sum(prompt.right for prompt in prompts),
+    "total": sum(prompt.total for prompt in prompts),
+    "prompts": {name: [getattr(prompt, name) for prompt in once] for name in PromptAnswers._fields},
+  }
+
+
+Results = Mapping[tuple[str, str, int], Sequence[PromptAnswers]]  # by run, task and length
+
+
+def table(labels: Sequence[str], lengths: Sequence[int], results: Results) -> str:
+  """Returns tables in Markdown: accuracies, and differences from the first run.
+
+  Accuracies have 95 % confidence intervals over distinct prompts. Differences, where there are
+  other runs, are over the prompts that both were given.
 
   Args:
     labels: of the runs, a row for each and each task.
     lengths: of the documents, a column for each.
-    results: {(label, task, length): (right, total)}.
+    results: the answers.
   """
   lines = [
-    "| run | task | chance | " + " | ".join(map(str, lengths)) + " |",
-    "|" + "---|" * (3 + len(lengths)),
+    "| run | task | chance | prompts | " + " | ".join(map(str, lengths)) + " |",
+    "|" + "---|" * (4 + len(lengths)),
   ]
+  tasks = list(dict.fromkeys(task for _, task, _ in results))
   for label in labels:
-    for task in dict.fromkeys(task for _, task, _ in results):
-      cells = " | ".join(_cell(*results[label, task, length]) for length in lengths)
-      lines.append(f"| {label} | {task} | {CHANCE[task]:.1%} | {cells} |")
-  return "\n".join(lines)
+    for task in tasks:
+      of = [accuracy(results[label, task, length]) for length in lengths]
+      numbers = ", ".join(map(str, dict.fromkeys(interval.number for interval in of)))
+      cells = " | ".join(f"{x.value:.0%} ({x.low:.0%} to {x.high:.0%})" for x in of)
+      lines.append(f"| {label} | {task} | {CHANCE[task]:.1%} | {numbers} | {cells} |")
+  lines.append("\nPrompts are distinct ones; intervals: 95 %, over prompts (Wilson).")
+  return "\n".join([*lines, *_differences(labels, tasks, lengths, results)])
 
 
-def _cell(right: int, total: int) -> str:
-  low, high = interval(right, total)
-  return f"{right / total:.0%} ({low:.0%} to {high:.0%})"
+def _differences(
+  labels: Sequence[str], tasks: Sequence[str], lengths: Sequence[int], results: Results
+) -> list[str]:
+  """Returns the lines of a table of each run minus the first one; none where there is no other."""
+  first, *others = labels
+  keys = [(label, task, length) for label in others for task in tasks for length in lengths]
+  compared = {key: _compared(results[key], results[first, *key[1:]]) for key in keys}
+  made = [pair for pair in compared.values() if pair]
+  if not keys:
+    return []
+  corrected = iter(holm([pair.p_value for pair in made]))
+
+  def cell(pair: Comparison | None) -> str:
+    if pair is None:
+      return "-"
+    return f"{pair.difference:+.0%}, {p_words(next(corrected))}"
+
+  lines = [
+    f"\n| minus {first} | task | " + " | ".join(map(str, lengths)) + " |",
+    "|" + "---|" * (2 + len(lengths)),
+  ]
+  for label in others:
+    for task in tasks:
+      cells = " | ".join(cell(compared[label, task, length]) for length in lengths)
+      lines.append(f"| {label} | {task} | {cells} |")
+  note = (
+    "\nDifferences: over the same prompts; p values (randomization test) corrected (Holm) for "
+    f"{len(made)} comparison{'s' * (len(made) != 1)}."
+  )
+  if len(made) < len(keys):
+    note += " -: fewer than two prompts were given to both; tokenizers that differ make others."
+  return [*lines, note]
+
+
+def _compared(these: Sequence[PromptAnswers], others: Sequence[PromptAnswers]) -> Comparison | None:
+  """Returns the difference of accuracies over shared prompts; None for fewer than two."""
+  there = {prompt.prompt: prompt for prompt in others}
+  pairs = [(x, there[x.prompt]) for x in distinct(these) if x.prompt in there]
+  if len(pairs) < 2:
+    return None
+  return paired_bootstrap(
+    [x.right for x, _ in pairs], [y.right for _, y in pairs], [x.total for x, _ in pairs]
+  )

@@ -159,14 +159,20 @@ class MetricsWriter:
     return json.dumps(finite).encode() + b"\n"
 
   def write(self, record: dict) -> None:
-    """Writes an object with an int "step" and floats; raises RunError where it cannot."""
+    """Writes an object with an int "step", floats, and objects, which copies do not get.
+
+    Raises:
+      RunError: where it cannot.
+    """
     line = self._line(record)
     try:
       while line:
         line = line[self._file.write(line) :]
     except OSError as error:
       raise cannot_write(self._path, error) from error
-    scalars = {key: value for key, value in record.items() if key != "step"}
+    scalars = {
+      key: value for key, value in record.items() if key != "step" and not isinstance(value, dict)
+    }
     for copy in self._copies:
       copy.write(record["step"], scalars)
 

@@ -28,6 +28,7 @@ from sparsek.runs.checkpoint_writer import CheckpointWriter
 from sparsek.runs.metrics import MetricsWriter, NoMetrics, Progress
 from sparsek.storage import files
 from sparsek.training.compilation import lower, start_compiling, start_compiling_kernels
+from sparsek.training.document_losses import LossSums
 from sparsek.training.report import Dispatched, Ended, Reporter
 from sparsek.training.saver import Saver
 from sparsek.training.start import (
@@ -64,25 +65,25 @@ class Result:
   already_complete: bool = False
 
 
-def heldout_loss(
+def heldout_losses(
   params: Params,
   eval_step: Callable,
   mesh: Mesh,
   batches: Iterable[HostBatch],
   stop: AgreedStop | None = None,
-) -> float | None:
-  """Returns the mean loss in nats per counted target over held-out batches.
+) -> LossSums | None:
+  """Returns the losses of counted targets in nats by document, over held-out batches.
 
   It is None where `stop` was requested before the end.
   """
-  total, count = 0.0, 0
+  sums = LossSums()
   for batch in batches:
-    loss, num_targets = eval_step(params, put_batch(mesh, batch))
-    total, count = total + float(loss), count + int(num_targets)
+    losses, documents = jax.device_get(eval_step(params, put_batch(mesh, batch)))
+    sums.add(documents[documents >= 0], losses[documents >= 0])
     if stop is not None and stop.hear(stop.cast()):
       return None
     processes.progress()
-  return total / max(count, 1)
+  return sums
 
 
 class _Run:
@@ -227,21 +228,26 @@ class _Run:
         )
 
   def evaluate(self) -> None:
-    """Writes the held-out loss.
+    """Writes the held-out loss, at the end of the run also that of each document.
 
     Where a signal interrupts it, nothing is written, and the resumed run evaluates again.
     """
     setup = self._setup
-    loss = heldout_loss(self._state.params, setup.eval_step, setup.mesh, setup.heldout, self._stop)
-    if loss is None:
+    sums = heldout_losses(
+      self._state.params, setup.eval_step, setup.mesh, setup.heldout, self._stop
+    )
+    if sums is None:
       return
+    loss = sums.mean or 0.0  # of no target
     if not math.isfinite(loss):
       raise Ended(f"the held-out loss is {loss} at step {self.step}{self._reporter.last_update}")
-    record = {"step": self.step, "heldout_loss": loss}
+    record: dict[str, Any] = {"step": self.step, "heldout_loss": loss}
     line = f"step {self.step}/{setup.num_steps}  held-out loss {loss:.4f}"
     if setup.dataset.tokenizer.name == "byte":
       record["heldout_bits_per_byte"] = loss / math.log(2)
       line += f"  bits per byte {record['heldout_bits_per_byte']:.4f}"
+    if self.step == setup.num_steps:
+      record["heldout_documents"] = dataclasses.asdict(sums.by_document())
     processes.on_first(functools.partial(self._metrics.write, record))
     self._progress.say(line)
     self.heldout_loss = loss

@@ -76,12 +76,28 @@ def _logsumexp(logits_CxV):
   return maximum_C + jnp.log(total_C)
 
 
-def _chunk_loss(hidden_CxE, matrix_ExV, targets_C, counted_C):
-  """Returns the summed loss of a chunk, and the logits and logsumexp it was computed from."""
+def _chunk_losses(hidden_CxE, matrix_ExV, targets_C, counted_C):
+  """Returns the losses of a chunk, and the logits and logsumexp they were computed from."""
   logits_CxV = hidden_to_logits(hidden_CxE, matrix_ExV)
   logsumexp_C = _logsumexp(logits_CxV)
   target_logit_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
-  return jnp.sum(jnp.where(counted_C, logsumexp_C - target_logit_C, 0.0)), logits_CxV, logsumexp_C
+  return jnp.where(counted_C, logsumexp_C - target_logit_C, 0.0), logits_CxV, logsumexp_C
+
+
+def token_cross_entropy(
+  hidden: jax.Array, matrix: jax.Array, targets: jax.Array, counted: jax.Array, chunk: int
+) -> jax.Array:
+  """Returns the terms of the sum that `chunked_cross_entropy` returns, float32 [N]; 0 if uncounted.
+
+  The arguments are its; at most `chunk` rows of logits exist at a time.
+  """
+
+  def body(carry, xs):
+    hidden_CxE, targets_C, counted_C = xs
+    return carry, _chunk_losses(hidden_CxE, matrix, targets_C, counted_C)[0]
+
+  losses = jax.lax.scan(body, None, cut(chunk, hidden, targets, counted))[1]
+  return losses.reshape(-1)[: len(targets)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -106,7 +122,7 @@ def chunked_cross_entropy(
 
   def body(total, xs):
     hidden_CxE, targets_C, counted_C = xs
-    return total + _chunk_loss(hidden_CxE, matrix, targets_C, counted_C)[0], None
+    return total + jnp.sum(_chunk_losses(hidden_CxE, matrix, targets_C, counted_C)[0]), None
 
   return jax.lax.scan(body, jnp.zeros((), jnp.float32), cut(chunk, hidden, targets, counted))[0]
 
@@ -152,10 +168,10 @@ def gradients_by_chunk(
 
 def _forward(hidden, matrix, targets, counted, chunk):
   def chunk_losses(hidden_CxE, weights, targets_C, counted_C):
-    loss, logits_CxV, logsumexp_C = _chunk_loss(hidden_CxE, weights, targets_C, counted_C)
+    losses_C, logits_CxV, logsumexp_C = _chunk_losses(hidden_CxE, weights, targets_C, counted_C)
     softmax_CxV = jnp.exp(logits_CxV - logsumexp_C[:, None])
     is_target_CxV = jax.lax.broadcasted_iota(jnp.int32, softmax_CxV.shape, 1) == targets_C[:, None]
-    return (loss,), jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0)
+    return (jnp.sum(losses_C),), jnp.where(counted_C[:, None], softmax_CxV - is_target_CxV, 0.0)
 
   (total,), gradients = gradients_by_chunk(chunk_losses, 1, chunk, hidden, matrix, targets, counted)
   return total, gradients

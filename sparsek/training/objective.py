@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sparsek.config import TransformerConfig
 from sparsek.model.transformer import Params, Transformer, output_matrix
 from sparsek.training.distillation import chunked_distillation
-from sparsek.training.loss import Batch, chunked_cross_entropy
+from sparsek.training.loss import Batch, chunked_cross_entropy, token_cross_entropy
 
 
 class Teacher(NamedTuple):
@@ -104,6 +104,19 @@ def summed_losses(
     chunk,
   )
   return Losses(*sums, scorers)
+
+
+def token_losses(
+  config: TransformerConfig, params: Params, batch: Batch, chunk: int, packed: bool = True
+) -> jax.Array:
+  """Returns the cross-entropy in nats of each target, float32 [B, n]; 0 where it does not count.
+
+  The arguments are those of `summed_losses`.
+  """
+  hidden, _ = _hidden(config, params, batch, packed)
+  targets, counted, matrix = batch["targets"], batch["counted"], output_matrix(config, params)
+  losses = token_cross_entropy(hidden, matrix, targets.reshape(-1), counted.reshape(-1), chunk)
+  return losses.reshape(targets.shape)
 
 
 def scorer_warmup_loss(

@@ -19,11 +19,11 @@ from sparsek.attention.diagnostics import selection_statistics
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.model import lora
 from sparsek.model.transformer import Params, Transformer, layer_params, parameter_specs
-from sparsek.parallel.mesh import AXES, CONTEXT, FSDP, axis_size, batch_specs, replicated
+from sparsek.parallel.mesh import AXES, CONTEXT, FSDP, ROWS, axis_size, batch_specs, replicated
 from sparsek.parallel.sharding import partition_specs, placements
 from sparsek.training import spikes
 from sparsek.training.loss import cut_targets
-from sparsek.training.objective import Teacher, scorer_warmup_loss, summed_losses
+from sparsek.training.objective import Teacher, scorer_warmup_loss, summed_losses, token_losses
 from sparsek.training.optimizer import learning_rate_schedule, trainable_mask
 from sparsek.training.spikes import Spikes
 
@@ -275,24 +275,24 @@ def _make_local_gradients(
 def make_eval_step(
   config: TransformerConfig, loss_chunk: int, mesh: Mesh, packed: bool = True
 ) -> Wrapped:
-  """Compiles (params, batch) -> (summed loss in nats, number of counted targets).
+  """Compiles (params, batch) -> (loss of each target in nats, number of its document), both [B, n].
 
-  `packed` is that of `summed_losses`.
+  They are on every device. A target that does not count has the document -1. `packed` is that of
+  `summed_losses`; the batch is one of `sparsek.data.batches.eval_batches`.
   """
+  specs = parameter_specs(config, mesh.shape[FSDP])
 
-  parts = mesh.shape[FSDP]
-  specs = parameter_specs(config, parts)
-
-  def local_loss(params, batch):
-    losses = summed_losses(config, params, batch, loss_chunk, packed)
-    return jax.lax.psum(losses.cross_entropy, AXES), num_counted(batch)
+  def local_losses(params, batch):
+    return token_losses(config, params, batch, loss_chunk, packed)
 
   def eval_step(params, batch):
-    return jax.shard_map(
-      local_loss, mesh=mesh, in_specs=(specs, batch_specs()), out_specs=P(), check_vma=False
-    )(params, cut_targets(batch))
+    cut, tokens = cut_targets(batch), P(ROWS, CONTEXT)
+    losses = jax.shard_map(
+      local_losses, mesh=mesh, in_specs=(specs, batch_specs()), out_specs=tokens, check_vma=False
+    )(params, cut)
+    return losses, jnp.where(cut["counted"], batch["documents"][:, 1:], -1)
 
-  return jax.jit(eval_step)
+  return jax.jit(eval_step, out_shardings=replicated(mesh))
 
 
 @jax.jit

@@ -21,6 +21,8 @@ from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import RunError, UsageError
 
+HELD_OUT = ("tokens", "documents", "segment_ids")  # arrays of a held-out batch
+
 
 def make_dataset(folder, lengths, heldout=2):
   """Returns data of documents with these numbers of tokens; the last `heldout` are held out."""
@@ -500,7 +502,7 @@ def test_eval_batches_are_fixed_and_held_out(dataset, batch_size):
     batches.eval_batches(dataset, DataConfig(batch_size=batch_size, seq_len=16, seed=5), 1000),
     strict=True,
   ):
-    assert_same(first, second)
+    assert_same(first, second, {*HELD_OUT})
   real = np.concatenate(
     [batch["tokens"][:, 1:][batch["segment_ids"][:, 1:] != 0] for batch in rows]
   )
@@ -509,6 +511,12 @@ def test_eval_batches_are_fixed_and_held_out(dataset, batch_size):
   assert all(batch["tokens"].shape == (batch_size, 17) for batch in rows)
   text = dataset.tokenizer.decode(np.concatenate([split.document(i) for i in range(2)]))
   assert collections.Counter(dataset.tokenizer.decode(real)) <= collections.Counter(text)
+  each_row = [row for batch in rows for row in zip(*map(batch.get, HELD_OUT))]
+  for tokens, documents, ids in each_row:
+    np.testing.assert_array_equal(documents == -1, ids == 0)
+    for document in range(2):
+      here = tokens[documents == document].astype(np.uint16).tobytes()
+      assert here in split.document(document).astype(np.uint16).tobytes()
   assert len(list(rows)) == len(list(rows)) == len(rows) == -(-5 // batch_size)
   assert len(batches.eval_batches(dataset, config, 1)) == 1
 
@@ -517,7 +525,8 @@ def test_eval_batches_are_shared_by_processes(dataset):
   config = DataConfig(batch_size=4, seq_len=16)
   parts = [batches.eval_batches(dataset, config, 9, parts=[p], num_parts=2) for p in range(2)]
   for whole, *halves in zip(batches.eval_batches(dataset, config, 9), *parts, strict=True):
-    assert_same(whole, {key: np.concatenate([half[key] for half in halves]) for key in whole})
+    joined = {key: np.concatenate([half[key] for half in halves]) for key in whole}
+    assert_same(whole, joined, {*HELD_OUT})
 
 
 def test_eval_without_held_out_documents_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-import dataclasses
+import collections
 import math
 import types
 
@@ -7,17 +7,10 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
-from sparsek.evaluation.loss_by_position import (
-  Bucket,
-  Evaluation,
-  bits_per_byte,
-  bucket_edges,
-  evaluate,
-  format_table,
-  token_losses,
-)
+from sparsek.evaluation.loss_by_position import bits_per_byte, bucket_edges, evaluate
 from sparsek.model.transformer import Transformer, init_params
 from sparsek.training.loss import cut_targets
+from sparsek.training.objective import token_losses
 
 CONFIG = TransformerConfig(
   vocab_size=13,
@@ -45,13 +38,16 @@ def batches():
   random = np.random.default_rng(0)
 
   def batch(*lengths):
-    ids = np.repeat(np.arange(len(lengths)), lengths)
+    ids = np.tile(np.repeat(np.arange(len(lengths)), lengths), (ROWS, 1)).astype(np.int32)
     return {
       "tokens": random.integers(0, 13, (ROWS, LENGTH + 1), dtype=np.int32),
-      "segment_ids": np.tile(ids, (ROWS, 1)).astype(np.int32),
+      "segment_ids": ids,
+      # The last documents of a row go on in the first ones of the next.
+      "documents": ids + 2 * np.arange(ROWS, dtype=np.int32)[:, None],
     }
 
   packed, padded = batch(0, 100, 31), batch(0, 40, 30, 61)
+  padded["documents"][padded["segment_ids"] == 3] = -1
   padded["segment_ids"][padded["segment_ids"] == 3] = 0
   return [packed, padded]
 
@@ -74,6 +70,7 @@ def test_bucket_edges(seq_len, extra, edges):
 def test_loss_by_position_agrees_with_a_count_by_hand(params, batches):
   edges = (0, 20, 64, 99, LENGTH)
   total, count = np.zeros(4), np.zeros(4, int)
+  of_documents = collections.defaultdict(list)
   forward = jax.jit(Transformer(CONFIG).apply)
   for batch in batches:
     tokens, ids = batch["tokens"], batch["segment_ids"]
@@ -87,8 +84,10 @@ def test_loss_by_position_agrees_with_a_count_by_hand(params, batches):
         position = position + 1 if t and ids[row, t] == ids[row, t - 1] else 0
         if ids[row, t] == ids[row, t + 1] != 0:
           bucket = np.searchsorted(edges, position, side="right") - 1
-          total[bucket] -= log_probs[row, t, tokens[row, t + 1]]
+          loss = -log_probs[row, t, tokens[row, t + 1]]
+          total[bucket] += loss
           count[bucket] += 1
+          of_documents[batch["documents"][row, t + 1]].append(loss)
   assert count[3] == 0  # the longest document has 100 tokens, the last of which predicts nothing
   result = evaluate(CONFIG, params, batches, edges, loss_chunk=48)
   assert [bucket.num_targets for bucket in result.buckets] == count.tolist()
@@ -104,13 +103,19 @@ def test_loss_by_position_agrees_with_a_count_by_hand(params, batches):
   assert result.buckets[3].loss is None
   assert result.num_targets == count.sum()
   assert result.loss == pytest.approx(total.sum() / count.sum(), rel=1e-5)
+  documents = result.documents
+  assert documents.index == tuple(sorted(of_documents)) and len(documents.index) == 2 * ROWS
+  assert documents.num_targets == tuple(len(of_documents[i]) for i in documents.index)
+  np.testing.assert_allclose(
+    documents.loss_sum, [sum(of_documents[i]) for i in documents.index], rtol=1e-5
+  )
 
 
 def test_logits_never_exist_at_once(params, batches):
   batch = batches[0]
   losses = lambda batch: token_losses(CONFIG, params, cut_targets(batch), 48)
   jaxpr = str(jax.make_jaxpr(losses)(batch))
-  assert "f32[48,1,13]" in jaxpr
+  assert "f32[48,13]" in jaxpr
   assert (
     f"[{ROWS * LENGTH},13]" not in jaxpr
     and f"[{ROWS},{LENGTH},13]" not in jaxpr
@@ -132,25 +137,3 @@ def test_bits_per_byte_counts_the_bytes_of_the_text():
   assert bits_per_byte(
     3 * math.log(2), types.SimpleNamespace(num_counted=50, num_bytes=100)
   ) == pytest.approx(1.5)
-
-
-def test_table_marks_what_is_beyond_each_training_length():
-  first = Evaluation(
-    2.5, 12, (Bucket(0, 63, 2.75, 10), Bucket(64, 127, 1.25, 2), Bucket(128, 255, None, 0))
-  )
-  second = dataclasses.replace(
-    first, buckets=(Bucket(0, 63, 3.75, 10), Bucket(64, 127, 3.25, 2), Bucket(128, 255, None, 0))
-  )
-  lines = format_table(
-    ["a", "b"], [first, second], [1.0, 2.0], [64, 100], [{"k": 3}, {"k": 4}]
-  ).splitlines()
-  assert [line.split()[-2:] for line in lines[:-1]] == [
-    ["a", "b"],
-    ["3", "4"],
-    ["2.5000", "2.5000"],
-    ["1.0000", "2.0000"],
-    ["2.7500", "3.7500"],
-    ["1.2500*", "3.2500"],
-  ]
-  assert lines[-1] == "* beyond the training length"
-  assert "beyond" not in format_table(["b"], [second], [2.0], [128], [{"k": 4}])

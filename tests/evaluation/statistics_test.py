@@ -88,11 +88,26 @@ def test_pairing_removes_what_documents_have_in_common():
   second = counts * hardness
   found = paired_bootstrap(first, second, counts)
   assert 0.015 < found.low < found.difference < found.high < 0.025
-  assert found.p_value == 2 / 10_001 and found.number == 40
+  assert found.p_value == 1 / 10_001 and found.number == 40
   alone = bootstrap_ratio(first, counts)
   assert alone.high - alone.low > 50 * (found.high - found.low)
   assert paired_bootstrap(second, first, counts).difference == -found.difference
   assert paired_bootstrap(second, second, counts)[:4] == (0, 0, 0, 1)
+
+
+def test_few_documents_have_no_small_p_value():
+  """All differences have the same sign: of the 2^n signs two give a sum as large."""
+  for n in (2, 3, 6):
+    found = paired_bootstrap(np.full(n, 3.0), np.full(n, 1.0), np.ones(n))
+    assert found.difference == 2 and found.p_value == 2 ** (1 - n)
+  found = paired_bootstrap([5.0, 3.0, 2.0], [1.0, 2.0, 4.0], [1, 1, 1])  # 4 + 1 - 2
+  assert found.p_value == 6 / 8
+  # drawn signs agree with all of them
+  random = np.random.default_rng(2)
+  first, second, counts = random.normal(0.4, 1, 12), np.zeros(12), np.ones(12)
+  every = paired_bootstrap(first, second, counts).p_value
+  drawn = paired_bootstrap(first, second, counts, resamples=2**12 - 1).p_value
+  assert 0.02 < every < 0.9 and drawn == pytest.approx(every, abs=0.03)
 
 
 def test_large_bootstraps_are_drawn_in_blocks(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from sparsek.config import TransformerConfig
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.evaluation import tasks
+from sparsek.evaluation.statistics import score_interval
 from sparsek.experiments import evaluate_tasks
 from sparsek.model.transformer import Transformer, init_params
 from sparsek.parallel.mesh import make_mesh
@@ -41,13 +42,52 @@ def test_right_answers_are_counted(monkeypatch):
     return np.take_along_axis(tokens, positions, axis=1)
 
   monkeypatch.setattr(tasks, "predicted", oracle)
-  results = lambda: list(tasks.evaluate(CONFIG, None, TOKENIZER, "recall", 1500, 5, batch_size=2))
-  assert results() == [(8, 8), (16, 16), (20, 20)]
+
+  def counts():
+    batches = tasks.evaluate(CONFIG, None, TOKENIZER, "recall", 1500, 5, batch_size=2)
+    return [[prompt[1:] for prompt in prompts] for prompts in batches]
+
+  assert counts() == [[(4, 4)] * 2, [(4, 4)] * 2, [(4, 4)]]
   # a wrong token in the second of four answers
   monkeypatch.setattr(
     tasks, "predicted", lambda *args: oracle(*args) + (np.arange(args[4].shape[1]) == 7)
   )
-  assert results()[-1] == (15, 20)
+  assert counts()[-1] == [(3, 4)]
+
+
+def prompts(names, right, total=1):
+  return [tasks.PromptAnswers(name, count, total) for name, count in zip(names, right)]
+
+
+def test_accuracies_count_distinct_prompts():
+  """Several answers to a prompt, or a prompt that is asked again, narrow no interval."""
+  once = prompts("abcd", [4, 0, 4, 0], 4)
+  assert tasks.accuracy(once) == score_interval(0.5, 4)
+  assert tasks.accuracy(once * 3) == tasks.accuracy(once)
+  result = tasks.result("recall", 64, once * 3)
+  assert (result["right"], result["total"]) == (24, 48)
+  assert result["prompts"] == {"prompt": [*"abcd"], "right": [4, 0, 4, 0], "total": [4] * 4}
+
+
+def test_table_compares_runs_over_the_prompts_that_both_were_given():
+  names = [str(i) for i in range(40)]
+  results = {
+    ("a", "copy", 64): prompts(names, [0] * 40),
+    ("a", "copy", 128): prompts(names, [1] * 40),
+    ("b", "copy", 64): prompts(names, [1] * 30 + [0] * 10),
+    ("b", "copy", 128): prompts(names, [1] * 40),
+    ("c", "copy", 64): prompts(["0", *"xyz"], [1] * 4),
+    ("c", "copy", 128): prompts(names, [1] * 40),
+  }
+  text = tasks.table(["a", "b", "c"], [64, 128], results)
+  lines = text.splitlines()
+  assert lines[2] == "| a | copy | 0.0% | 40 | 0% (0% to 9%) | 100% (91% to 100%) |"
+  assert lines[4] == "| c | copy | 0.0% | 4, 40 | 100% (51% to 100%) | 100% (91% to 100%) |"
+  assert "| b | copy | +75%, p < 0.001 | +0%, p 1.000 |" in lines
+  assert "| c | copy | - | +0%, p 1.000 |" in lines
+  assert "for 3 comparisons" in text and "fewer than two prompts were given to both" in text
+  alone = {key: value for key, value in results.items() if key[0] == "a"}
+  assert "minus" not in tasks.table(["a"], [64, 128], alone)
 
 
 def test_another_tokenizer_is_refused():
@@ -69,15 +109,6 @@ def test_predictions_are_the_largest_logits():
   np.testing.assert_array_equal(answers, expected)
 
 
-def test_interval():
-  np.testing.assert_allclose(tasks.interval(50, 100), (0.4038, 0.5962), atol=1e-4)
-  assert (
-    tasks.interval(0, 10)[0] == 0
-    and tasks.interval(10, 10)[1] == 1
-    and tasks.interval(10, 10)[0] == pytest.approx(0.7225, abs=1e-3)
-  )
-
-
 run = functools.partial(run_command, evaluate_tasks.main, evaluate_tasks.FLAGS)
 
 
@@ -95,7 +126,7 @@ def test_command(tmp_path, capsys):
     == 0
   )
   told = capsys.readouterr()
-  assert f"| {folder} | passkey | 0.0% | 0% (0% to 56%) |" in told.out
+  assert f"| {folder} | passkey | 0.0% | 3 | 0% (0% to 56%) |" in told.out
   assert f"{folder}: each document begins with its text and ends with its answers\n" in told.err
   assert (folder / "tasks.jsonl").read_text().count('"total": 3') == 2
   record = json.loads((tmp_path / "found.json").read_text())

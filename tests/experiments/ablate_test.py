@@ -119,22 +119,26 @@ def test_report(tmp_path):
     "heldout_loss": loss,
     "step": 9,
     "tokens_per_second": 1000.0,
+    "heldout_documents": documents if kind == "random" else None,
   }
+  documents = {"index": [0, 4], "loss_sum": [4.0, 18.0], "num_targets": [2, 6]}
   rows = [
     row("random", 2, 4, 0, 3.0),
     row("random", 2, 4, 1, 4.0),
     row("random", 8, 4, 0, 2.5),
     row("full", None, None, 0, 2.0),
+    row("full", None, None, 1, 2.5),
   ]
   summary = grid.summarize(rows)
   assert [
     (x["attention"], x["k"], x["seeds"], x["heldout_loss"], x["standard_error"]) for x in summary
-  ] == [("full", None, 1, 2.0, None), ("random", 8, 1, 2.5, None), ("random", 2, 2, 3.5, 0.5)]
+  ] == [("full", None, 2, 2.25, 0.25), ("random", 8, 1, 2.5, None), ("random", 2, 2, 3.5, 0.5)]
+  assert [x["minus_best"] and x["minus_best"].difference for x in summary] == [None, None, 1.25]
   grid.write_report(str(tmp_path), rows, "--a=<1>")
-  assert (
-    "| random | 2 | 4 |  |  | 6 | 2 | 3.5000 ± 0.5000 | 1,000 |"
-    in (tmp_path / "table.md").read_text()
-  )
+  line = "| random | 2 | 4 |  |  | 6 | 2 | 3.5000 (-2.8531 to 9.8531) | 2.0000 to 3.0000 | "
+  assert f"{line}+1.2500, p 0.126 | 1,000 |" in (tmp_path / "table.md").read_text()
+  about = "corrected (Holm) for 1 comparison. - in that column: fewer than two seeds. - over doc"
+  assert about in (tmp_path / "table.md").read_text()
   assert (tmp_path / "table.csv").read_text().splitlines()[1] == "random,2,4,,,0,6,3.0,9,1000.0"
   assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
   page = (tmp_path / "report.html").read_text()
@@ -142,8 +146,9 @@ def test_report(tmp_path):
     page.count("data:image/png;base64,iVBOR") == 2
     and "--a=&lt;1&gt;" in page
     and "http" not in page
-    and "<td>3.5000 ± 0.5000</td>" in page
-    and "The lowest held-out loss is 2.0000 nats per token: full attention." in page
+    and "<td>3.5000 (-2.8531 to 9.8531)</td>" in page
+    and about in page
+    and "The lowest held-out loss is 2.2500 nats per token: full attention." in page
   )
 
 
@@ -598,12 +603,26 @@ def test_a_cell_of_one_step_has_no_speed(tmp_path):
   grid.save_result(str(tmp_path), "fingerprint")
   result = grid.read_result(str(tmp_path))
   assert result["tokens_per_second"] is None
-  row = {**dict.fromkeys([*grid.COLUMNS, "budget", "seed"]), "attention": "full", **result}
+  row = {**dict.fromkeys([*grid.COLUMNS, "budget"]), "attention": "full", "seed": 0, **result}
   rows = [row, {**row, "seed": 1}]
   grid.write_report(str(tmp_path), rows, "")
-  assert "2.0000 ± 0.0000 |  |" in (tmp_path / "table.md").read_text()
+  assert "2.0000 (2.0000 to 2.0000) | - | - |  |" in (tmp_path / "table.md").read_text()
   both = grid.summarize([rows[0], {**rows[0], "tokens_per_second": 5.0}])
   assert [row["tokens_per_second"] for row in both] == [5.0]
+
+
+@pytest.mark.parametrize(
+  "documents",
+  [5, {"index": [1]}, {"index": [1, 2], "loss_sum": [3.0], "num_targets": [1, 1]}]
+  + [{"index": [1], "loss_sum": [3.0], "num_targets": [count]} for count in (0, None, "2")],
+)
+def test_documents_of_a_damaged_result_are_refused(tmp_path, documents):
+  result = {"heldout_loss": 2.0, "step": 1, "tokens_per_second": None}
+  (tmp_path / "result.json").write_text(json.dumps({**result, "heldout_documents": documents}))
+  with pytest.raises(UsageError, match="no lists 'heldout_documents': remove it to read the cell"):
+    grid.read_result(str(tmp_path))
+  (tmp_path / "result.json").write_text(json.dumps(result))  # of version 0.1
+  assert grid.read_result(str(tmp_path)) == result
 
 
 def test_long_patterns_have_names_that_folders_can_have(run_grid):

@@ -102,7 +102,7 @@ def test_the_record_is_of_what_is_finished(tmp_path, capsys):
     }
   )
   baselines.main(options)
-  assert "| window_512 | 2 | 3.2500 ± 0.2500 |" in capsys.readouterr().out
+  assert "| window_512 | 2 | 3.2500 (0.0734 to 6.4266) |" in capsys.readouterr().out
   record = json.loads((tmp_path / "record.json").read_text())
   assert set(record["runs"]) == {"full", "window_512"} and record["runs"]["full"]["seeds"]["0"][
     "mixed_loss"
@@ -131,16 +131,16 @@ def test_pairs_over_the_records(capsys):
     and "| sparsek_512_last | 87% | 83% | 10% | 87% | 84% | 69% |" in printed
   )
   assert (
-    "| window_512_last | -0.0004 (-0.0017 to +0.0010) | 6 | -0.0101 (-0.0119 to -0.0084) | 6 |"
-    in printed
+    "| window_512_last | -0.0004 (-0.0017 to +0.0010), p 1.000 | 6 | "
+    "-0.0101 (-0.0119 to -0.0084), p 0.00" in printed
   )
   baselines_pairs.main([os.path.join(results, "baselines_local.json")])
   printed = capsys.readouterr().out
   assert (
-    "| window_512_local | +0.0020 (-0.0040 to +0.0080) | 3 | -0.0075 (-0.0201 to +0.0050) | 3 |"
-    in printed
+    "| window_512_local | +0.0020 (-0.0040 to +0.0080), p 1.000 | 3 | "
+    "-0.0075 (-0.0201 to +0.0050), p 0.860 | 3 |" in printed
   )
-  assert "| full_local | 3 | 2.6525 ± 0.0042 | -0.0456 ± 0.0064 |" in printed
+  assert "| full_local | 3 | 2.6525 (2.6346 to 2.6705) | -0.0456 (-0.0731 to " in printed
 
 
 PLAN = {

@@ -108,6 +108,14 @@ def test_runs_side_by_side_then_one_with_another_k(folder, capsys):
     == sum(bucket["num_targets"] for bucket in first["buckets"])
     == second["num_targets"]
   )
+  assert f"interval over {len(first['documents']['index'])} documents" in out
+  assert sum(first["documents"]["num_targets"]) == first["num_targets"]
+  assert sum(first["documents"]["loss_sum"]) == pytest.approx(first["loss"] * first["num_targets"])
+  assert "minus the first run" in out and "p of 2 comparisons, corrected (Holm)" in out
+  far = first["far_repeats"]
+  assert (far["distance"], far["ngram"], far["most"]) == (24, 4, 8) and far["num_targets"] > 50
+  assert f"repeats over 24 tokens back ({far['num_targets']} tokens)" in out
+  assert f"{far['loss']:.4f}" in out
   bytes_per_token = 1 - 20 / sum(len(text(i)) + 1 for i in range(0, 40, 2))
   assert first["bits_per_byte"] == pytest.approx(first["loss"] / math.log(2) / bytes_per_token)
   assert f"{first['loss']:.4f}" in out and f"{second['loss']:.4f}" in out
@@ -139,6 +147,9 @@ def test_data_that_begin_otherwise_are_told(capsys):
     (["--workdir={folder}/a", "--seq_len=100000"], "--seq_len=100000 must be at most "),
     (["--workdir={folder}/a", "--seq_len=0"], "--seq_len=0"),
     (["--workdir={folder}/a", "--k=0"], "--k=0"),
+    (["--workdir={folder}/a", "--far_repeats=-1"], "--far_repeats=-1: must be an integer of"),
+    (["--workdir={folder}/a", "--far_repeats_ngram=0"], "--far_repeats_ngram=0: must be"),
+    (["--workdir={folder}/a", "--far_repeats_most=1.5"], "--far_repeats_most=1.5: must be"),
     (["--workdir={folder}/a", "--fsdp=77"], "--fsdp=77 x --context=1 must divide the number of"),
     (["--workdir={folder}/a", "--data={folder}/no_data"], "no_data"),
     (["--workdir={folder}/a", "--implementation=mosaic_tpu"], "--implementation=mosaic_tpu: "),

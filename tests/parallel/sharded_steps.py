@@ -85,7 +85,7 @@ def example_batch() -> dict[str, np.ndarray]:
   segment_ids[3, 7:] = 0
   segment_ids[4, 30:] = 0
   tokens = rng.integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
-  return {"tokens": tokens, "segment_ids": segment_ids}
+  return {"tokens": tokens, "segment_ids": segment_ids, "documents": segment_ids}
 
 
 @functools.cache

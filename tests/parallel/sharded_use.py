@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsek.config import TransformerConfig
+from sparsek.config import FarRepeatRule, TransformerConfig
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.evaluation import layer_reach, loss_by_position, tasks
 from sparsek.evaluation.likelihoods import log_likelihoods
@@ -54,15 +54,19 @@ def batch() -> dict[str, np.ndarray]:
   lengths = [[201], [1, 2, 40, 1, 90, 17, 50], [5, 150, 46], [20, 50, 30, 101]]
   ids = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths])
   ids[3][-101:] = 0
+  documents = np.where(ids == 0, -1, ids + np.arange(ROWS)[:, None])
   tokens = np.random.default_rng(0).integers(0, 257, ids.shape)
-  return {"tokens": tokens.astype(np.int32), "segment_ids": ids.astype(np.int32)}
+  arrays = {"tokens": tokens, "segment_ids": ids, "documents": documents}
+  return {name: array.astype(np.int32) for name, array in arrays.items()}
 
 
 def evaluations(mesh: Mesh) -> dict[str, list]:
   """Returns what is evaluated on a mesh."""
   params = jax.device_put(model(WINDOW), jax.devices()[0])  # of one device, to be spread
   edges, predicted = (0, 20, 40, LENGTH), tasks.predicted
-  loss = loss_by_position.evaluate(WINDOW, params, [batch()], edges, loss_chunk=24, mesh=mesh)
+  rule = FarRepeatRule(20, 1, 1000)
+  loss = loss_by_position.evaluate(WINDOW, params, [batch()], edges, rule, loss_chunk=24, mesh=mesh)
+  documents = [loss.documents, loss.far_repeats.documents]
   answers = []
 
   def note(*args):
@@ -71,13 +75,15 @@ def evaluations(mesh: Mesh) -> dict[str, list]:
 
   tasks.predicted = note
   counts = tasks.evaluate(WINDOW, params, ByteTokenizer(), "copy", LENGTH, 3, ROWS, mesh=mesh)
-  counts = list(counts)
+  counts = [prompt for prompts in counts for prompt in prompts]
   tasks.predicted = predicted
   dense, short = layer_reach.losses(DENSE, model(DENSE), [batch()], "sliding_window:w3", mesh=mesh)
   return {
     "losses": [loss.loss, *(bucket.loss for bucket in loss.buckets), dense, *short],
     "targets": [bucket.num_targets for bucket in loss.buckets],
-    "answers": [*counts, *(x.tolist() for x in answers)],
+    "documents": [[of.index, of.num_targets] for of in documents],
+    "losses of documents": [*documents[0].loss_sum, *documents[1].loss_sum],
+    "answers": [*map(list, counts), *(x.tolist() for x in answers)],
   }
 
 

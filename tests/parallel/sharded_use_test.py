@@ -19,6 +19,8 @@ def output(tmp_path_factory):
 def test_held_out_losses(output):
   one, many = output["evaluations"]
   assert many["losses"] == pytest.approx(one["losses"], rel=2e-6)
+  assert many["losses of documents"] == pytest.approx(one["losses of documents"], rel=2e-6)
+  assert many["documents"] == one["documents"] and all(len(i) > 3 for i, _ in one["documents"])
   assert many["targets"] == one["targets"] and len(set(one["losses"])) == len(one["losses"])
 
 

@@ -173,6 +173,6 @@ def test_copies_get_every_record_and_the_end(tmp_path):
     write=lambda step, scalars: written.append((step, scalars)), close=lambda: written.append("end")
   )
   writer = MetricsWriter(str(tmp_path), 0, [copy])
-  writer.write({"step": 3, "loss": 2.0})
+  writer.write({"step": 3, "loss": 2.0, "heldout_documents": {"index": [0]}})  # no scalar
   writer.close()
   assert written == [(3, {"loss": 2.0}), "end"]

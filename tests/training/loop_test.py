@@ -28,6 +28,7 @@ from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, checkpoint_writer, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.training import init_from, loop, report, start
+from sparsek.training.document_losses import LossSums
 from sparsek.training.step import make_eval_step
 
 CONFIG = TransformerConfig(
@@ -197,8 +198,8 @@ def stop_at(monkeypatch, call, module, name):
   "module, name, call, step",
   [
     (loop, "put_batch", 3, 3),
-    (loop, "heldout_loss", 1, 4),
-    (loop, "heldout_loss", 2, 8),
+    (loop, "heldout_losses", 1, 4),
+    (loop, "heldout_losses", 2, 8),
     (init_from, "init_params", 1, 0),
   ],
 )
@@ -331,10 +332,8 @@ def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(
   loop.train(config, settings(tmp_path / "parts"), dataset)
   assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
   plain, _ = run_record.load_run_config(str(tmp_path / "whole"))
-  assert (
-    plain == CONFIG
-    and run_record.load_run_config(str(tmp_path / "whole"), adapters=True)[0] == config
-  )
+  assert plain == CONFIG
+  assert run_record.load_run_config(str(tmp_path / "whole"), adapters=True)[0] == config
   base, params = (
     checkpoint.load_params(str(folder), CONFIG)[0] for folder in (finished[0], tmp_path / "whole")
   )
@@ -347,13 +346,16 @@ def test_adapters_begin_at_a_run_and_go_on_and_are_merged_by_the_next(
     loop.train(other, begun, dataset)
   # both of the first step: of what they begin at
   losses = [logged(tmp_path / name)[0]["loss"] for name in ("merged", "new")]
-  held_out = functools.partial(
-    loop.heldout_loss, mesh=make_mesh(), batches=list(eval_batches(dataset, run_config("").data, 2))
-  )
   assert losses[0] == losses[1]
-  assert held_out(params, make_eval_step(CONFIG, 64, make_mesh())) == pytest.approx(
-    logged(tmp_path / "whole")[-1]["heldout_loss"], abs=1e-5
-  )
+  mesh, (*before, last) = make_mesh(), logged(tmp_path / "whole")
+  step, batches = make_eval_step(CONFIG, 64, mesh), eval_batches(dataset, run_config("").data, 2)
+  found = loop.heldout_losses(params, step, mesh, batches)
+  assert found.mean == pytest.approx(last["heldout_loss"], abs=1e-5)
+  assert all("heldout_documents" not in line for line in before)  # of the end alone
+  index, sums, counts = map(list, dataclasses.astuple(found.by_document()))
+  documents = last["heldout_documents"]
+  assert (documents["index"], documents["num_targets"]) == (index, counts) and len(index) > 1
+  assert documents["loss_sum"] == pytest.approx(sums, abs=1e-3)
   for other, message in (
     (dataclasses.replace(config, lora_alpha=2.0), "--lora_alpha=2.0 must be 6.0, as in the run"),
     (dataclasses.replace(config, lora_rank=3), "--lora_rank=3 here, 2 there"),
@@ -469,7 +471,8 @@ def test_a_state_that_is_not_finite_is_not_saved(leaf, dataset, tmp_path, monkey
 
 
 def test_a_heldout_loss_that_is_not_finite_ends_the_run(dataset, run_copy, monkeypatch):
-  monkeypatch.setattr(loop, "heldout_loss", lambda *args: float("nan"))
+  (sums := LossSums()).add(np.array([0]), np.array([np.nan]))
+  monkeypatch.setattr(loop, "heldout_losses", lambda *args: sums)
   with pytest.raises(RunError, match="the held-out loss is nan at step 12, .* steps 4, 8"):
     loop.train(CONFIG, run_config(run_copy, num_steps=12), dataset)
   assert checkpoint.saved_steps(str(run_copy)) == [4, 8]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
@@ -20,6 +21,7 @@ from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.runs import metrics
 from sparsek.runs.metrics import Progress, read_metrics
 from sparsek.training import loop, report, start
+from sparsek.training.document_losses import LossSums
 from sparsek.training.start import Start
 
 CONFIG = TransformerConfig(
@@ -57,6 +59,13 @@ def run_config(workdir, num_steps, **fields):
 def not_compiled(*_, **__):
   """Lowers a program to one whose compilation takes no time."""
   return SimpleNamespace(compile=lambda: None)
+
+
+def losses(mean):
+  """Returns the held-out losses of a document of one target."""
+  sums = LossSums()
+  sums.add(np.array([0]), np.array([mean]))
+  return sums
 
 
 class Simulation:
@@ -133,7 +142,7 @@ class Simulation:
     patch.setattr(loop, "write_records", self.host(SAVING))
     patch.setattr(loop, "put_batch", self.host(self._fetching))
     patch.setattr(loop, "first_row", self.host(0.0))
-    patch.setattr(loop, "heldout_loss", self.host(EVALUATING, 5.0))
+    patch.setattr(loop, "heldout_losses", self.host(EVALUATING, losses(5.0)))
     patch.setattr(loop._Run, "save", self.host(SAVING))
     patch.setattr(loop.Saver, "close", self.host(SAVING))
     patch.setattr(jax.profiler, "start_trace", self.host(PROFILING))

@@ -10,7 +10,7 @@ import pytest
 from sparsek.attention.documents import position_in_document
 from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
-from sparsek.evaluation.loss_by_position import evaluate, token_losses
+from sparsek.evaluation.loss_by_position import evaluate
 from sparsek.model.layers import rotary_embedding
 from sparsek.model.scorers import scoring_network
 from sparsek.model.transformer import Transformer, init_params, unstack_layers
@@ -18,7 +18,7 @@ from sparsek.parallel.mesh import make_mesh, put_batch, replicated
 from sparsek.runs import checkpoint
 from sparsek.training import spikes
 from sparsek.training.loss import cut_targets, next_token_targets
-from sparsek.training.objective import Teacher, summed_losses
+from sparsek.training.objective import Teacher, summed_losses, token_losses
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import (
   TrainState,
@@ -83,8 +83,12 @@ def test_loss_is_the_mean_over_counted_targets():
   np.testing.assert_allclose(metrics["loss"], losses[counted].mean(), rtol=1e-5)
   assert metrics["num_targets"] == counted.sum() and int(state.step) == 1
   np.testing.assert_allclose(metrics["learning_rate"], TRAIN.optimizer.learning_rate / 2, rtol=1e-6)
-  total, count = make_eval_step(CONFIG, 5, make_mesh())(params, put_batch(make_mesh(), batch))
-  np.testing.assert_allclose(total / count, metrics["loss"], rtol=1e-5)
+  eval_step = make_eval_step(CONFIG, 5, make_mesh())
+  documents = np.tile(np.arange(13, dtype=np.int32), (4, 1))  # in one segment, where not told apart
+  arrays = put_batch(make_mesh(), {**batch, "documents": documents})
+  found, of_targets = eval_step(params, arrays)
+  np.testing.assert_allclose(found, np.where(counted, losses, 0), rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(of_targets, np.where(counted, documents[:, 1:], -1))
 
 
 def test_the_loss_counts_what_a_batch_marks():
@@ -98,7 +102,8 @@ def test_the_loss_counts_what_a_batch_marks():
   assert metrics["num_targets"] == 4 and metrics["loss"] == pytest.approx(
     float(losses.mean()), rel=1e-5
   )
-  result = evaluate(CONFIG, params, [{**batch, "counted": counted}], (0, 12))
+  marked = {**batch, "counted": counted, "documents": batch["segment_ids"]}
+  result = evaluate(CONFIG, params, [marked], (0, 12))
   assert result.num_targets == 4 and result.loss == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
@@ -147,15 +152,19 @@ def test_only_the_trainable_parameters_change():
 def test_rows_of_one_document_need_no_segment_ids():
   """Padding comes last and is not counted; segment ids matter where documents share a row."""
   mesh, batch, params = make_mesh(), example_batch(), init_params(CONFIG, jax.random.key(0))
-  sums = {packed: make_eval_step(CONFIG, 5, mesh, packed) for packed in (True, False)}
+  batch["documents"] = batch["segment_ids"]
+  steps = {packed: make_eval_step(CONFIG, 5, mesh, packed) for packed in (True, False)}
   one, several = (
     {name: np.repeat(x[row : row + 1], 4, axis=0) for name, x in batch.items()} for row in (0, 1)
   )
-  apart = {packed: float(step(params, put_batch(mesh, one))[0]) for packed, step in sums.items()}
+
+  def sums(rows):
+    rows = put_batch(mesh, rows)
+    return {packed: float(np.sum(step(params, rows)[0])) for packed, step in steps.items()}
+
+  apart = sums(one)
   assert apart[True] == pytest.approx(apart[False], rel=1e-6)
-  together = {
-    packed: float(step(params, put_batch(mesh, several))[0]) for packed, step in sums.items()
-  }
+  together = sums(several)
   assert together[True] != pytest.approx(together[False], rel=1e-4)
 
 
@@ -195,7 +204,9 @@ def test_noise_on_the_scores_derives_from_the_step_and_ends_with_training():
   losses = [loss_at(number) for number in (0, 1, 0, 1)]
   assert losses[:2] == losses[2:] and losses[0] != losses[1]
   heldout, same = (
-    make_eval_step(c, 5, mesh).lower(params, put_batch(mesh, batch)).as_text()
+    make_eval_step(c, 5, mesh)
+    .lower(params, put_batch(mesh, {**batch, "documents": batch["segment_ids"]}))
+    .as_text()
     for c in (config, SELECTING)
   )
   assert heldout == same

@@ -54,8 +54,9 @@ def lower_evaluation() -> jax.stages.Lowered:
   """Returns the lowered evaluation of a batch of packed documents."""
   training = Training(tiny(), n=64, batch_size=2, documents=3)
   make = find_for_step("make_eval_step")
+  documents = {"documents": training.batch["segment_ids"]}  # which older ones do not read
   return make(training.config, 32, training.mesh).lower(
-    abstract_params(training.config), training.batch
+    abstract_params(training.config), {**training.batch, **documents}
   )
 
 

@@ -26,14 +26,14 @@ class EvalBatches:
   def __getitem__(self, s: int) -> Batch:
     if not 0 <= s < self._num_batches:
       raise IndexError(s)
-    examples = [
-      self._rows.example((s * self._batch_size + row) % self._rows.num_rows)
-      for row in self._local_rows
-    ]
-    for row, example in zip(self._local_rows, examples):
-      if s * self._batch_size + row >= self._rows.num_rows:
-        example["segment_ids"][:] = 0  # padding, since this row is in an earlier batch
-    return stack(examples)
+    return stack([self._example(s * self._batch_size + row) for row in self._local_rows])
+
+  def _example(self, i: int) -> Batch:
+    row = i % self._rows.num_rows
+    example = {**self._rows.example(row), "documents": self._rows.documents(row)}
+    if i >= self._rows.num_rows:  # padding, since this row is in an earlier batch
+      example["segment_ids"][:], example["documents"][:] = 0, -1
+    return example
 
 
 def eval_batches(
@@ -46,9 +46,10 @@ def eval_batches(
 ) -> EvalBatches:
   """Returns the first `num_batches` batches of the held-out split, packed like training rows.
 
-  Their order is fixed. There are fewer batches if the split is smaller; the last one then ends with
-  rows of padding. Processes share the rows of a batch as in `make_train_iterator`. Iterating again
-  gives the same batches.
+  A batch also holds "documents", int32: the number of each token's document in the split, -1 for
+  padding. The order of batches is fixed. There are fewer batches if the split is smaller; the last
+  one then ends with rows of padding. Processes share the rows of a batch as in
+  `make_train_iterator`. Iterating again gives the same batches.
 
   Raises:
     UsageError: if nothing is held out, or batch_size is not a multiple of num_parts.

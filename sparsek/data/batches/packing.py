@@ -125,6 +125,15 @@ class PackedRows:
     example = {"tokens": tokens, "segment_ids": segment_ids}
     return example if counted is None else {**example, "counted": counted}
 
+  def documents(self, i: int) -> np.ndarray:
+    """Returns the number of each token's document in row i, int32 [seq_len + 1]; -1 is padding."""
+    epoch, visit = self._epoch_and_visit(i)
+    documents, filled = np.full(self._seq_len + 1, -1, np.int32), 0
+    for document, begin, end in self._order(epoch).pieces(visit, self._seq_len):
+      documents[filled : filled + end - begin] = document
+      filled += end - begin
+    return documents
+
 
 def stack(examples: Sequence[Batch]) -> Batch:
   """Returns the batch of these rows."""

@@ -18,6 +18,9 @@ def row(attention, k, window, loss, gate=None):
     "seeds": 2,
     "heldout_loss": loss,
     "standard_error": 0.01,
+    "interval": None,
+    "over_documents": None,
+    "minus_best": None,
     "tokens_per_second": 1000.0,
   }
 
@@ -84,7 +87,7 @@ def test_a_picture_has_at_most_eight_lines():
   assert names == ["full attention", *(f"kind {i}" for i in range(7))]
   assert "kind 6: 1.6000 at 4 keys." in lines.alt and "kind 7" not in lines.alt
   assert grid_page.not_drawn(many) == ["kind 7", "kind 8", "kind 9"]
-  page = grid_page.page(many, [lines], grid.markdown(many), "")
+  page = grid_page.page(many, [lines], grid.markdown(many), "", "")
   assert "In the table but not in the pictures: kind 7; kind 8; kind 9." in page
 
 
@@ -110,7 +113,7 @@ class Structure(html.parser.HTMLParser):
 def test_the_page_fits_a_phone(monkeypatch):
   monkeypatch.setattr(grid_page, "png", lambda pictures: b"")
   pictures = grid_page.pictures(SUMMARY)
-  text = grid_page.page(SUMMARY, pictures, grid.markdown(SUMMARY), "--a=<1>")
+  text = grid_page.page(SUMMARY, pictures, grid.markdown(SUMMARY), "", "--a=<1>")
   page = Structure(text)
   assert page.open == []
   assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in [
@@ -123,7 +126,7 @@ def test_the_page_fits_a_phone(monkeypatch):
   assert around[-1] == ("div", "scroll")
   (pre,) = [attributes for tag, attributes, _ in page.tags if tag == "pre"]
   assert pre["class"] == "scroll"
-  assert sum(tag == "th" for tag, *_ in page.tags) == 9
+  assert sum(tag == "th" for tag, *_ in page.tags) == 11
   assert sum(tag == "tr" for tag, *_ in page.tags) == 1 + len(SUMMARY)
 
 
