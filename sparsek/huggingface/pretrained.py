@@ -23,7 +23,8 @@ from sparsek.errors import UsageError
 from sparsek.huggingface import safetensors
 from sparsek.huggingface.config_fields import ARCHITECTURE
 from sparsek.huggingface.config_reading import read_config
-from sparsek.huggingface.config_writing import describe
+from sparsek.huggingface.config_writing import MODELLING, describe
+from sparsek.huggingface.families import SPARSE
 from sparsek.huggingface.safetensors import SafetensorsFile
 from sparsek.huggingface.tensor_layouts import (
   SPARSEK_PREFIX,
@@ -48,7 +49,8 @@ from sparsek.runs.parameter_table import FREE_FIELDS, Comparison, parameter_shap
 from sparsek.storage.files import read_json_object
 from sparsek.storage.new_folder import new_folder
 
-CONFIG = "config.json"
+CONFIG, CARD = "config.json", "README.md"
+MODELLING_FILE = os.path.join(os.path.dirname(__file__), f"{MODELLING}.py")  # not imported here
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16", None)
 PREFIX = "hf:"  # of a folder as --init_from
 TOKENIZER_FILES = (
@@ -176,8 +178,10 @@ def save(
   params: Params,
   *,
   family: str | None = None,
+  dense: bool = False,
   fields: dict[str, Any] | None = None,
   tokenizer: str | None = None,
+  card: str | None = None,
   max_shard_bytes: int = 5 * 10**9,
   progress: Callable = iter,
 ) -> None:
@@ -188,9 +192,12 @@ def save(
   Args:
     folder: must not exist or be empty; appears when everything is written, or not at all.
     config, params: the model; adapters are merged.
-    family: a key of FAMILIES; None chooses the one whose config.json can express most.
+    family: a key of FAMILIES. None chooses "sparsek" for a SPARSEK model, with the file that
+      transformers runs it with, and else the dense one whose config.json can express most.
+    dense: with family=None, choose a dense one for a SPARSEK model too.
     fields: further fields of config.json, such as eos_token_id.
     tokenizer: a folder whose tokenizer is copied.
+    card: contents of README.md, or None.
     max_shard_bytes: size of a file; larger models are split.
     progress: wraps the list of tensors of each file that is written.
   Raises:
@@ -198,7 +205,7 @@ def save(
       folder is not empty or cannot be made.
     RunError: if writing fails, as on a full disk.
   """
-  described = describe(config, family, str(params["embed"]["embedding"].dtype))
+  described = describe(config, family, str(params["embed"]["embedding"].dtype), dense)
   comparison = Comparison(parameter_shapes(params), parameter_shapes(abstract_params(config)))
   if not comparison.fits:
     raise UsageError(f"params are not those of this configuration\n{comparison.table()}")
@@ -209,6 +216,11 @@ def save(
     with open(os.path.join(unfinished, CONFIG), "w", encoding="utf-8") as file:
       json.dump({**described, **(fields or {})}, file, indent=2)
       file.write("\n")
+    if described["model_type"] == SPARSE:
+      shutil.copyfile(MODELLING_FILE, os.path.join(unfinished, os.path.basename(MODELLING_FILE)))
+    if card is not None:
+      with open(os.path.join(unfinished, CARD), "w", encoding="utf-8") as file:
+        file.write(card)
     if tokenizer is not None:
       copy_tokenizer(tokenizer, unfinished)
 

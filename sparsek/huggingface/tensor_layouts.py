@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from sparsek.attention.scoring import CHANNELS
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.huggingface import safetensors
@@ -83,6 +84,9 @@ def axis_sizes(config: TransformerConfig) -> dict[str, int]:
     "D": config.head_dim,
     "F": config.mlp_dim,
     "3": 3,
+    "S": 1 if config.scorer_shared else config.num_kv_heads,
+    "C": CHANNELS,
+    "T": (config.scorer_lookback + config.scorer_lookahead + 1) * CHANNELS,
   }
 
 
