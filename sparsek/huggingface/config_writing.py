@@ -9,7 +9,6 @@ from sparsek.huggingface.config_fields import ACTIVATIONS, ARCHITECTURE, SPARSEK
 from sparsek.huggingface.config_reading import read_config
 from sparsek.huggingface.families import FAMILIES, SPARSE
 
-
 MODELLING = "modeling_sparsek"  # the file beside this one that is copied into a folder
 CODE = {
   "AutoConfig": f"{MODELLING}.SparsekConfig",

@@ -25,9 +25,9 @@ from sparsek.huggingface.config_fields import ARCHITECTURE
 from sparsek.huggingface.config_reading import read_config
 from sparsek.huggingface.config_writing import MODELLING, describe
 from sparsek.huggingface.families import SPARSE
+from sparsek.huggingface.model_card import CARD
 from sparsek.huggingface.safetensors import SafetensorsFile
 from sparsek.huggingface.tensor_layouts import (
-  SPARSEK_PREFIX,
   Layout,
   Piece,
   StoredPiece,
@@ -35,6 +35,7 @@ from sparsek.huggingface.tensor_layouts import (
   axis_sizes,
   check_sizes,
   check_tensors,
+  is_scorer,
   join_tensor,
   model_layouts,
   pieces,
@@ -49,7 +50,7 @@ from sparsek.runs.parameter_table import FREE_FIELDS, Comparison, parameter_shap
 from sparsek.storage.files import read_json_object
 from sparsek.storage.new_folder import new_folder
 
-CONFIG, CARD = "config.json", "README.md"
+CONFIG = "config.json"
 MODELLING_FILE = os.path.join(os.path.dirname(__file__), f"{MODELLING}.py")  # not imported here
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16", None)
 PREFIX = "hf:"  # of a folder as --init_from
@@ -117,11 +118,7 @@ def load(
   leaves: dict[str, jax.Array] = {}
   if is_converted:
     known = {layout.name for layout in wanted.values()}
-    files = {
-      name: file
-      for name, file in files.items()
-      if name in known or not name.startswith(SPARSEK_PREFIX)
-    }
+    files = {name: file for name, file in files.items() if name in known or not is_scorer(name)}
     new = _leaves_to_initialise(config, shapes, wanted, files)
     leaves = _new_parameters(config, new, key, dtype, mesh)
     shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in leaves}
@@ -256,7 +253,7 @@ def _leaves_to_initialise(
   """Returns our parameters that no family has and that are not in these files."""
 
   def is_missing(name: str) -> bool:
-    return name.startswith(SPARSEK_PREFIX) and name not in files
+    return is_scorer(name) and name not in files
 
   return [
     leaf

@@ -73,6 +73,11 @@ def model_layouts(
   return result
 
 
+def is_scorer(name: str) -> bool:
+  """Returns whether a tensor belongs to a scorer, which other models of the architecture lack."""
+  return name.startswith(SPARSEK_PREFIX) or ".self_attn.scorer." in name
+
+
 def axis_sizes(config: TransformerConfig) -> dict[str, int]:
   """Returns the size of the axis of each letter in a layout."""
   return {
