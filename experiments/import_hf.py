@@ -9,7 +9,8 @@ FOLDER holds config.json, model.safetensors (or shards and their index) and toke
 families llama, mistral, qwen2, qwen3, gpt_neox and gpt2, or what --export wrote. RUN gets a
 checkpoint of step 0 with float32 parameters, model.json and tokenizer/. With --attention=sparsek or
 another kind, and flags for k, window and scorers, the model gets that kind of attention, without
-any training; its scorers are new where FOLDER has none. Any run whose model fits a family can be exported.
+any training; its scorers are new where FOLDER has none. Any run whose model fits a family can be
+exported.
 
 A SPARSEK model is exported with modeling_sparsek.py, with which transformers runs it:
 AutoModelForCausalLM.from_pretrained(NEW_FOLDER, trust_remote_code=True). With --export_dense, and

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sparsek.config import ATTENTION_KINDS, TransformerConfig
+from sparsek.config import ATTENTION_KINDS, TransformerConfig, parse_rope_scaling
 from sparsek.errors import UsageError
 from sparsek.huggingface.config_fields import (
   ACTIVATIONS,
@@ -307,11 +307,21 @@ def _read_sparsek_section(family: Family, reader: _Reader) -> dict[str, Any]:
       values[field] = reader.typed(name, value, kind, *BOUNDS.get(field, bounds))
     elif kind is bool:
       reader.typed(name, value, bool)
-    elif field != "rope_scaling" and not (
-      isinstance(value, str) or (value is None and field == "implementation")
-    ):
+    elif field == "rope_scaling":
+      if not _is_scaling(value):
+        reader.refuse(name, value, "is no name of a scaling with its numbers")
+    elif not isinstance(value, str) and not (value is None and field == "implementation"):
       reader.refuse(name, value, "is no string")
   return values
+
+
+def _is_scaling(value: object) -> bool:
+  """Returns whether a value is a scaling of RoPE as TransformerConfig has it, or none."""
+  try:
+    parse_rope_scaling(value if isinstance(value, list) else None)
+  except (ValueError, OverflowError):
+    return False
+  return value is None or isinstance(value, list)
 
 
 def _is_term(term: object) -> bool:

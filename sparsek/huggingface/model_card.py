@@ -120,8 +120,9 @@ def _figures(workdir: str, step: int) -> list[str]:
   losses, tasks = {}, {}
   for record in read_metrics(os.path.join(workdir, "evaluation.jsonl"), step):
     data, model = record.get("data"), record.get("model")
-    is_known = _number(record.get("loss")) and isinstance(data, dict) and isinstance(model, dict)
-    if record["step"] == step and is_known:
+    if record["step"] != step or not _number(record.get("loss")):
+      continue
+    if isinstance(data, dict) and isinstance(model, dict):
       sizes = data.get("seq_len"), model.get("k"), model.get("window")
       what = _last_part(str(data.get("data"))), *map(str, sizes)
       losses[what] = *what, f"{record['loss']:.4f}"

@@ -6,9 +6,8 @@ A scorer gives every token a score per key/value head. A query attends to the la
 and to the k best-scored ones before them, so a cache holds k + window keys however long the text
 is. Scores u become gates clip(u - tau, 0, 1), whose sum is k: through them the scorer learns; it
 learns nothing from tokens fed after a cache. Time and memory are O(n (k + window)). Rows may be
-padded, in generation on the left, but not packed. Thresholds need float64, which MPS lacks.
-
-Shapes: B batch, N new tokens, H query heads, G key/value heads, D head dimension, E width.
+padded, in generation on the left, but not packed. Thresholds need float64, which MPS lacks. Shapes:
+B batch, N new tokens, H query heads, G key/value heads, D head dimension.
 """
 
 import math
@@ -27,8 +26,9 @@ from transformers.utils import can_return_tuple
 QUERIES, CHANNELS = 256, 32  # that attend at a time; of a scorer's convolution
 SLOTS = "slot_key", "slot_value", "slot_score"  # in the state of a layer
 PRIOR_COUNT = 8.0  # pseudo-tokens of variance 1 in the moments of a scorer's logits
-# The name that transformers gives a cache, which 5.24 changed.
+# What transformers calls a cache: the first name from 5.24 on.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+State, Maybe, Rope = dict[str, Tensor], Tensor | None, tuple[Tensor, Tensor] | None
 
 
 class SparsekConfig(PretrainedConfig):
@@ -54,12 +54,8 @@ class SparsekConfig(PretrainedConfig):
 
 
 class SparsekCache(Cache):
-  """State of generation.
-
-  Attributes:
-    length: columns so far, padding included.
-    position, ended: [B] tokens of each row so far, and whether padding came after them.
-    states: of each layer, see `Attention`; only with full attention do they grow with the length.
+  """State of generation: columns so far, padding included (`length`); each row's tokens so far and
+  whether padding came after them (`position`, `ended`); `states` of the layers, see `Attention`.
   """
 
   is_croppable = False  # dropped keys cannot be brought back
@@ -71,7 +67,7 @@ class SparsekCache(Cache):
   def get_seq_length(self, layer_idx: int = 0) -> int:
     return self.length
 
-  def reorder_cache(self, beam_idx: Tensor):
+  def reorder_cache(self, beam_idx: Tensor) -> None:
     row = lambda x: x[beam_idx.to(x.device)]
     self.position, self.ended = row(self.position), row(self.ended)
     for state in self.states.values():
@@ -120,7 +116,7 @@ def thresholds(scores: Tensor, enters: Tensor, k: int, queries: int) -> Tensor:
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-  """Returns the indices of the k best scores, best first; of equal ones the earlier."""
+  """Returns indices of the k best scores; of equal ones the earlier."""
   return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -166,23 +162,23 @@ class Scorer(nn.Module):
     self.amplitude = start("noise") if s["scorer_init_noise"] else None
     self.sink = start("sink") if s["scorer_init_sink"] else None
 
-  def empty(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+  def empty(self, batch: int, device: torch.device) -> State:
     """Returns the state before the first token."""
     zeros = lambda *shape: torch.zeros(batch, *shape, device=device)
     columns, late = self.outputs + CHANNELS * self.is_conv, zeros(self.delay).long() - 1
     moments = zeros(self.outputs, 2).double()
     return {"columns": zeros(self.taps - 1, columns), "moments": moments, "late": late}
 
-  def forward(self, x: Tensor, position: Tensor, state: dict) -> tuple[Tensor, dict]:
+  def forward(self, x: Tensor, position: Tensor, state: State) -> tuple[Tensor, State]:
     """Returns the scores [B, G, N] of N columns, up to `delay` before the last, and the state."""
     s, length = self.settings, x.shape[1]
     position, real = torch.cat([state["late"], position], 1), (position >= 0)[..., None]
     state, position = state | {"late": position[:, length:]}, position[:, :length]
     if s["scorer"] == "random":
-      u = s["scorer_init_scale"] * fixed_noise(self.layer, position, self.outputs)
-      u = u + s["scorer_init_slope"] * position[..., None] / 1024
+      z, scale = fixed_noise(self.layer, position, self.outputs), s["scorer_init_scale"]
+      u = scale * z + s["scorer_init_slope"] * position[..., None] / 1024
     else:
-      z, state = self.logits(x, real, position, state)
+      z, state = self._logits(x, real, position, state)
       u = self.scale * z + self.slope * position[..., None] / 1024
       if self.amplitude is not None:
         u = u + self.amplitude * fixed_noise(self.layer, position, self.outputs)
@@ -191,7 +187,7 @@ class Scorer(nn.Module):
     u = torch.where((position >= 0)[..., None], u, -math.inf).transpose(1, 2)
     return u.expand(-1, self.heads, -1), state
 
-  def logits(self, x, real, position, state):
+  def _logits(self, x, real, position, state):
     """Returns z [B, N, scores] and the next state."""
     product = lambda module, x: F.linear(x.float(), module.weight.float())
     inputs = [self.linear, self.conv_in] if self.is_conv else [self.linear]
@@ -217,9 +213,9 @@ class Attention(nn.Module):
   """SPARSEK attention, or attention to a sliding window or to all tokens.
 
   State of a layer: `key`, `value` and `real` (False for padding) of the last `window` columns, or
-  of all with full attention. With SPARSEK also keys, values and scores of the best candidates
-  (`slot_...`), scores of columns that are no candidates yet (`pending`), and, for gates that need
-  thresholds, the scores of other candidates above the threshold (`support`).
+  of all with full attention, which alone grows. With SPARSEK also keys, values and scores of the
+  best candidates (`slot_...`), scores of columns that are no candidates yet (`pending`), and, for
+  gates that need thresholds, other candidates' scores above the threshold (`support`).
   """
 
   def __init__(self, config: SparsekConfig, layer: int):
@@ -236,7 +232,7 @@ class Attention(nn.Module):
       self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) for _ in "qk")
     self.scorer = Scorer(config, layer) if self.kind == "sparsek" else None
 
-  def empty(self, value: Tensor, keep: bool) -> dict[str, Tensor]:
+  def empty(self, value: Tensor, keep: bool) -> State:
     """Returns the state before the first token; without `keep`, no larger than it must be."""
     batch, groups, length, _ = value.shape
     delay = self.scorer.delay if self.scorer else 0
@@ -252,7 +248,9 @@ class Attention(nn.Module):
       state |= {"pending": scores(front - delay), "support": scores(support)}
     return state
 
-  def forward(self, x, rope, position, state, keep):
+  def forward(
+    self, x: Tensor, rope: Rope, position: Tensor, state: State | None, keep: bool
+  ) -> tuple[Tensor, State]:
     """Returns attention's output, and the layer's next state if it is to be kept."""
     length = x.shape[1]
     heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -274,7 +272,7 @@ class Attention(nn.Module):
       if self.gate != "straight_through" or (learns and entering.requires_grad):
         index = torch.arange(known.shape[2], device=x.device)
         tau = thresholds(known, (index - known.shape[2] + length).clamp(min=0), self.k, length)
-    mixed, slots = self.attend(query, key, value, real, slots, entering, tau, keep)
+    mixed, slots = self._attend(query, key, value, real, slots, entering, tau, keep)
     if keep:
       first = slice(0 if self.kind == "full" else length, None)
       state = state | {"key": key[:, :, first], "value": value[:, :, first], "real": real[:, first]}
@@ -286,10 +284,10 @@ class Attention(nn.Module):
         state["support"] = torch.where(rest > tau[..., -1:], rest, -math.inf)
     return self.o_proj(mixed.transpose(1, 2).flatten(2)), state
 
-  def attend(self, query, key, value, real, slots, entering, tau, keep):
+  def _attend(self, query, key, value, real, slots, entering, tau, keep):
     """Attends from blocks of queries; returns what they read, and the slots after the last one."""
     length, mixed, saves = query.shape[2], [], query.shape[2] > QUERIES and torch.is_grad_enabled()
-    run = partial(checkpoint, self.mix, use_reentrant=False) if saves else self.mix
+    run = partial(checkpoint, self._mix, use_reentrant=False) if saves else self._mix
     for first in range(0, length, QUERIES):
       now = slice(first, min(first + QUERIES, length))
       near = slice(0 if self.kind == "full" else first, now.stop + key.shape[2] - length)
@@ -303,7 +301,7 @@ class Attention(nn.Module):
         slots = [*rows, both[2].gather(2, index)]
     return torch.cat(mixed, 2), slots
 
-  def mix(self, query, key, value, real, slots, entering, tau):
+  def _mix(self, query, key, value, real, slots, entering, tau):
     """Returns what C consecutive queries [B, H, C, D] read.
 
     Keys and values [B, G, T, D] and `real` [B, T] are those from the first query's window to the
@@ -377,8 +375,8 @@ class MLP(nn.Module):
   def forward(self, x: Tensor) -> Tensor:
     if self.kind == "swiglu":
       return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-    rule = "tanh" if self.kind == "gelu_tanh" else "none"
-    return self.down_proj(F.gelu(self.up_proj(x), approximate=rule))
+    kind = {"gelu": "none", "gelu_tanh": "tanh"}[self.kind]
+    return self.down_proj(F.gelu(self.up_proj(x), approximate=kind))
 
 
 class Layer(GradientCheckpointingLayer):
@@ -390,15 +388,13 @@ class Layer(GradientCheckpointingLayer):
     self.self_attn, self.post_attention_layernorm = Attention(config, index), config.norm()
     self.mlp = MLP(config)
 
-  def forward(self, x, rope, position, state, keep):
-    mixed, state = self.self_attn(self.input_layernorm(x), rope, position, state, keep)
+  def forward(self, x: Tensor, *args) -> tuple[Tensor, State]:
+    mixed, state = self.self_attn(self.input_layernorm(x), *args)
     y = x + mixed
     return y + self.mlp(self.post_attention_layernorm(x if self.is_parallel else y)), state
 
 
 class SparsekPreTrainedModel(PreTrainedModel):
-  """Settings for transformers."""
-
   config_class, base_model_prefix = SparsekConfig, "model"
   supports_gradient_checkpointing = True
   _no_split_modules, _keep_in_fp32_modules_strict = ["Layer"], ["scorer"]
@@ -412,26 +408,27 @@ class SparsekModel(SparsekPreTrainedModel):
     super().__init__(config)
     self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
     table = (config.max_position_embeddings, config.hidden_size)
-    learned = config.sparsek["positions"] == "learned"
-    self.embed_positions = nn.Embedding(*table) if learned else None
+    has_table = config.sparsek["positions"] == "learned"
+    self.embed_positions = nn.Embedding(*table) if has_table else None
     self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
     self.norm = config.norm()
     self.post_init()
 
-  def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
-              use_cache=None, output_hidden_states=None, **kwargs):  # fmt: skip
+  def forward(
+    self, input_ids: Maybe = None, attention_mask: Maybe = None, position_ids: Maybe = None,
+    inputs_embeds: Maybe = None, use_cache: bool | None = None, output_hidden_states: bool = False,
+    **kwargs,
+  ) -> BaseModelOutputWithPast:  # fmt: skip
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
     cache = kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
     cache = SparsekCache() if use_cache and cache is None else cache
     if cache is not None and not isinstance(cache, SparsekCache):
       raise TypeError(f"{CACHE} is a {type(cache).__name__}, and this model needs a SparsekCache")
-    position = self.positions(x, attention_mask, position_ids, cache)
-    at, rope = position.clamp(min=0), None
-    if self.embed_positions is not None:
-      x = x + self.embed_positions(at)
-    else:
-      rope = rope_angles(self.config, at)
+    position = self._positions(x, attention_mask, position_ids, cache)
+    at = position.clamp(min=0)
+    rope = rope_angles(self.config, at) if self.embed_positions is None else None
+    x = x if rope else x + self.embed_positions(at)
     states, hidden = {} if cache is None else cache.states, [x]
     for i, layer in enumerate(self.layers):
       x, states[i] = layer(x, rope, position, states.get(i), cache is not None)
@@ -440,7 +437,7 @@ class SparsekModel(SparsekPreTrainedModel):
     hidden = tuple(hidden) if output_hidden_states else None
     return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **{CACHE: cache})
 
-  def positions(self, x, attention_mask, position_ids, cache):
+  def _positions(self, x, attention_mask, position_ids, cache):
     """Returns the position [B, N] of each new token in its row, -1 for padding."""
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if attention_mask is not None:
@@ -476,8 +473,10 @@ class SparsekForCausalLM(SparsekPreTrainedModel, GenerationMixin):
     self.post_init()
 
   @can_return_tuple
-  def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None,
-              labels=None, logits_to_keep=0, **kwargs):  # fmt: skip
+  def forward(
+    self, input_ids: Maybe = None, attention_mask: Maybe = None, position_ids: Maybe = None,
+    inputs_embeds: Maybe = None, labels: Maybe = None, logits_to_keep: int | Tensor = 0, **kwargs,
+  ) -> CausalLMOutputWithPast:  # fmt: skip
     """Returns logits [B, N, vocabulary] float32, and the loss where there are labels [B, N], which
     are the tokens themselves, or -100.
 
@@ -494,8 +493,8 @@ class SparsekForCausalLM(SparsekPreTrainedModel, GenerationMixin):
       loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: output.get(CACHE)}
     )
 
-  def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-    cache, names = kwargs.get(CACHE), ("use_cache", "logits_to_keep", "output_hidden_states")
-    inputs = {name: kwargs[name] for name in names if name in kwargs} | {CACHE: cache}
-    new = input_ids[:, 0 if cache is None else cache.length :]
-    return inputs | {"input_ids": new, "attention_mask": attention_mask}
+  def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+    names = CACHE, "attention_mask", "use_cache", "logits_to_keep", "output_hidden_states"
+    inputs = {name: kwargs[name] for name in names if name in kwargs}
+    length = 0 if inputs.get(CACHE) is None else inputs[CACHE].length
+    return inputs | {"input_ids": input_ids[:, length:]}
