@@ -178,16 +178,16 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
   """Writes the parameters of a run, and its tokenizer if other programs can read it."""
   config, run = run_record.load_run_config(workdir)
   end = run_record.load_run_tokenizer(workdir).eos_id
+  family = describe(config, dense=FLAGS.export_dense)["model_type"]
+  reason = why_not_sparse(config)
+  if "sparsek" in config.layer_kinds and reason and not FLAGS.export_dense:
+    print(f"warning: {folder} is written as the dense model: {reason}", file=sys.stderr)
   params, step = checkpoint.load_params(workdir, config, step, allow_older=FLAGS.allow_older_step)
   if config.positions != "learned":
     longest = max(config.max_positions, run["data"]["seq_len"])
     config = dataclasses.replace(config, max_positions=longest)
   others = [i for i in run["tokenizer"].get("eos_ids", ()) if i != end]
   ends = [end, *others] if others else end
-  family = describe(config, dense=FLAGS.export_dense)["model_type"]
-  reason = why_not_sparse(config)
-  if "sparsek" in config.layer_kinds and reason and not FLAGS.export_dense:
-    print(f"warning: {folder} is written as the dense model: {reason}", file=sys.stderr)
   name = os.path.basename(os.path.abspath(folder))
   pretrained.save(
     folder,

@@ -101,7 +101,9 @@ def _write_config(name: str, config: TransformerConfig, dtype: str) -> dict[str,
     fields[family.activation[0]] = ACTIVATIONS[config.mlp][0]
   if family.section:
     fields["auto_map"] = CODE
-    fields["sparsek"] = {field: getattr(config, field) for field in family.section}  # read back
+    section = {field: getattr(config, field) for field in family.section}
+    # lists, as in JSON, since it is read back
+    fields["sparsek"] = {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
   if isinstance(config.rope_scaling, tuple) and "rope_theta" in family.fields:
     kind, *numbers = config.rope_scaling
     keys = ("factor", "low_freq_factor", "high_freq_factor")
