@@ -147,9 +147,8 @@ class Scorer(nn.Module):
     self.layer, self.heads = layer, config.num_key_value_heads
     self.outputs = 1 if s["scorer_shared"] else self.heads
     self.is_conv = s["scorer"] == "conv"
-    # `delay` tokens must follow a token before its score is final.
     reach = (s["scorer_lookback"], s["scorer_lookahead"]) if self.is_conv else (0, 0)
-    (self.lookback, self.delay), self.taps = reach, 1 + sum(reach)
+    (self.lookback, self.delay), self.taps = reach, 1 + sum(reach)  # final `delay` tokens later
     if s["scorer"] == "random":
       return
     self.linear = nn.Linear(config.hidden_size, self.outputs, bias=False)
@@ -175,10 +174,11 @@ class Scorer(nn.Module):
     position, real = torch.cat([state["late"], position], 1), (position >= 0)[..., None]
     state, position = state | {"late": position[:, length:]}, position[:, :length]
     if s["scorer"] == "random":
-      z, scale = fixed_noise(self.layer, position, self.outputs), s["scorer_init_scale"]
-      u = scale * z + s["scorer_init_slope"] * position[..., None] / 1024
+      u = s["scorer_init_scale"] * fixed_noise(self.layer, position, self.outputs)
+      u = u + s["scorer_init_slope"] * position[..., None] / 1024
     else:
-      z, state = self._logits(x, real, position, state)
+      with torch.autocast(x.device.type, enabled=False):
+        z, state = self._logits(x, real, position, state)
       u = self.scale * z + self.slope * position[..., None] / 1024
       if self.amplitude is not None:
         u = u + self.amplitude * fixed_noise(self.layer, position, self.outputs)
@@ -188,8 +188,8 @@ class Scorer(nn.Module):
     return u.expand(-1, self.heads, -1), state
 
   def _logits(self, x, real, position, state):
-    """Returns z [B, N, scores] and the next state."""
-    product = lambda module, x: F.linear(x.float(), module.weight.float())
+    """Returns z [B, N, scores], and the next state."""
+    product = lambda module, x: module(x.to(module.weight.dtype)).float()
     inputs = [self.linear, self.conv_in] if self.is_conv else [self.linear]
     new = torch.cat([product(module, x) for module in inputs], -1) * real
     columns = torch.cat([state["columns"], new], 1)
@@ -397,7 +397,8 @@ class Layer(GradientCheckpointingLayer):
 class SparsekPreTrainedModel(PreTrainedModel):
   config_class, base_model_prefix = SparsekConfig, "model"
   supports_gradient_checkpointing = True
-  _no_split_modules, _keep_in_fp32_modules_strict = ["Layer"], ["scorer"]
+  _no_split_modules = ["Layer"]
+  _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["scorer"]
   _is_stateful = True
 
 
@@ -407,9 +408,8 @@ class SparsekModel(SparsekPreTrainedModel):
   def __init__(self, config: SparsekConfig):
     super().__init__(config)
     self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-    table = (config.max_position_embeddings, config.hidden_size)
-    has_table = config.sparsek["positions"] == "learned"
-    self.embed_positions = nn.Embedding(*table) if has_table else None
+    count = config.max_position_embeddings if config.sparsek["positions"] == "learned" else 0
+    self.embed_positions = nn.Embedding(count, config.hidden_size) if count else None
     self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
     self.norm = config.norm()
     self.post_init()

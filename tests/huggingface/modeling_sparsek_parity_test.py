@@ -234,6 +234,20 @@ def test_half_precision_keeps_scorers_in_float32(small):
   assert narrow.dtype == torch.float32 and (narrow - wide).std() < 0.05 * wide.std()
 
 
+def test_mixed_precision_keeps_scores_in_float32(small):
+  """Under autocast, as trainers use it; the scores of the first layer are those of float32."""
+  model, scores = small[1], []
+  scorer = model.model.layers[0].self_attn.scorer
+  hook = scorer.register_forward_hook(lambda module, inputs, output: scores.append(output[0]))
+  with torch.autocast("cpu", dtype=torch.bfloat16):
+    loss = model(IDS, labels=IDS).loss
+  loss.backward()
+  model(IDS)
+  hook.remove()
+  assert torch.equal(*scores) and scorer.linear.weight.grad.abs().max() > 0
+  model.zero_grad()
+
+
 def test_gradients_are_the_same_with_checkpointing(small):
   model = small[1]
   gradients = []
