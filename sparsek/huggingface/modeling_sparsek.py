@@ -54,9 +54,8 @@ class SparsekConfig(PretrainedConfig):
 
 
 class SparsekCache(Cache):
-  """State of generation: columns so far, padding included (`length`); each row's tokens so far and
-  whether padding came after them (`position`, `ended`); `states` of the layers, see `Attention`.
-  """
+  """State of generation: `length` in columns; of each row, its tokens (`position`) and whether
+  padding came after them (`ended`); `states` of the layers, see `Attention`."""
 
   is_croppable = False  # dropped keys cannot be brought back
 
@@ -116,7 +115,7 @@ def thresholds(scores: Tensor, enters: Tensor, k: int, queries: int) -> Tensor:
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-  """Returns indices of the k best scores; of equal ones the earlier."""
+  """Returns indices of the k best scores, best first; of equal ones the earlier comes first."""
   return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -282,7 +281,9 @@ class Attention(nn.Module):
       if size:
         rest = known.sort(-1, descending=True).values[..., self.k : self.k + size]
         state["support"] = torch.where(rest > tau[..., -1:], rest, -math.inf)
-    return self.o_proj(mixed.transpose(1, 2).flatten(2)), state
+    output = self.o_proj(mixed.transpose(1, 2).flatten(2))
+    # Copies, since views would keep all columns in memory.
+    return output, {name: x.clone() for name, x in state.items()} if keep and length > 1 else state
 
   def _attend(self, query, key, value, real, slots, entering, tau, keep):
     """Attends from blocks of queries; returns what they read, and the slots after the last one."""
@@ -296,7 +297,7 @@ class Attention(nn.Module):
       mixed.append(run(*block, part(entering), part(tau)))
       if entering is not None and (keep or now.stop < length):
         both = [torch.cat([old, part(x)], 2) for old, x in zip(slots, (key, value, entering))]
-        index = best(both[2], self.k).sort(-1).values  # slots are in the order of tokens
+        index = best(both[2], self.k)
         rows = [x.take_along_dim(index[..., None], 2) for x in both[:2]]
         slots = [*rows, both[2].gather(2, index)]
     return torch.cat(mixed, 2), slots
@@ -396,10 +397,9 @@ class Layer(GradientCheckpointingLayer):
 
 class SparsekPreTrainedModel(PreTrainedModel):
   config_class, base_model_prefix = SparsekConfig, "model"
-  supports_gradient_checkpointing = True
   _no_split_modules = ["Layer"]
   _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["scorer"]
-  _is_stateful = True
+  supports_gradient_checkpointing = _is_stateful = True
 
 
 class SparsekModel(SparsekPreTrainedModel):

@@ -147,7 +147,11 @@ def test_a_cache_of_constant_size(case, ours):
   assert (logits - ours[1]).abs().max() < 1e-4
   size = lambda cache: sum(x.numel() for state in cache.states.values() for x in state.values())
   grows = "full" in case[0].layer_kinds
-  assert grows != (size(cache) == size(cached(case[-1], parts[:1])[1]))
+  first = cached(case[-1], parts[:1])[1]
+  assert grows != (size(cache) == size(first))
+  for state in first.states.values():
+    for name, x in state.items():
+      assert x.untyped_storage().nbytes() == x.nbytes, f"{name} keeps more than it shows"
 
 
 @torch.no_grad
@@ -206,6 +210,17 @@ def small(tmp_path_factory):
   params = quick_jit(functools.partial(init_params, config))(jax.random.key(0))
   pretrained.save(str(folder), config, params)
   return folder, load(folder)
+
+
+@torch.no_grad
+def test_of_equal_scores_the_earlier_token_stays(small, tmp_path):
+  config, params = pretrained.load(str(small[0]))
+  linear = params["layers_0"]["attention"]["scorer"]["linear"]
+  linear["kernel"] = jnp.zeros_like(linear["kernel"])
+  pretrained.save(str(tmp_path / "model"), config, params)
+  want = quick_jit(Transformer(config).apply)({"params": params}, jnp.asarray(TOKENS))
+  logits, _ = cached(load(tmp_path / "model"), IDS.split([20, 1, 19], 1))
+  assert np.abs(logits.numpy() - want).max() < 1e-4
 
 
 def test_what_cannot_be_computed_is_refused(small):
