@@ -43,8 +43,8 @@ def model_card(
     family: that the model is written in.
   """
   own = os.path.join(workdir, CARD)
-  if exists(own):
-    with open(own, encoding="utf-8") as file:
+  if os.path.isfile(own):
+    with open(own, encoding="utf-8", errors="surrogateescape", newline="") as file:
       return file.read()
   is_sparse, has_sparsek = family == "sparsek", "sparsek" in config.layer_kinds
   rows = [*_facts(workdir, config, run, step), *_heldout_losses(workdir, step)]

@@ -1,10 +1,11 @@
 """Models in Hugging Face's folders, dense or SPARSEK: `load` reads one, `save` writes one.
 
 A folder holds config.json, model.safetensors (or shards and their index) and tokenizer.json.
-Families: `sparsek.huggingface.families.FAMILIES`. Fields that a family cannot express go into the
-section "sparsek" of config.json, and parameters that it does not have (scorers) are saved as
-"sparsek.layers.0.attention.scorer...". transformers reads such a folder as the dense model that it
-was made from; `load` reads it with its SPARSEK attention.
+Families: `sparsek.huggingface.families.FAMILIES`. The family "sparsek" expresses every model, and
+its folders hold modeling_sparsek.py, with which transformers runs them. Fields that another family
+cannot express go into the section "sparsek" of config.json, and parameters that it does not have
+(scorers) are saved as "sparsek.layers.0.attention.scorer...". transformers reads such a folder as
+the dense model that it was made from; `load` reads it with its SPARSEK attention.
 """
 
 import functools
@@ -190,7 +191,8 @@ def save(
     folder: must not exist or be empty; appears when everything is written, or not at all.
     config, params: the model; adapters are merged.
     family: a key of FAMILIES. None chooses "sparsek" for a SPARSEK model, with the file that
-      transformers runs it with, and else the dense one whose config.json can express most.
+      transformers runs it with, unless that file lacks a kind of attention or a scorer of it; else
+      the dense one whose config.json can express most.
     dense: with family=None, choose a dense one for a SPARSEK model too.
     fields: further fields of config.json, such as eos_token_id.
     tokenizer: a folder whose tokenizer is copied.
@@ -216,7 +218,8 @@ def save(
     if described["model_type"] == SPARSE:
       shutil.copyfile(MODELLING_FILE, os.path.join(unfinished, os.path.basename(MODELLING_FILE)))
     if card is not None:
-      with open(os.path.join(unfinished, CARD), "w", encoding="utf-8") as file:
+      path = os.path.join(unfinished, CARD)
+      with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(card)
     if tokenizer is not None:
       copy_tokenizer(tokenizer, unfinished)

@@ -88,9 +88,9 @@ def test_the_card_says_what_the_records_hold(workdir, tmp_path):
 
 
 def test_the_users_own_card_is_kept(workdir, tmp_path):
-  (workdir / "README.md").write_text("mine\n")
+  (workdir / "README.md").write_bytes(b"mine\r\n\xff\n")
   assert run(f"--workdir={workdir}", f"--export={tmp_path}/model") == 0
-  assert (tmp_path / "model" / "README.md").read_text() == "mine\n"
+  assert (tmp_path / "model" / "README.md").read_bytes() == b"mine\r\n\xff\n"
 
 
 def test_the_dense_model_is_written_where_it_is_asked_for(workdir, params, tmp_path):
@@ -116,7 +116,13 @@ def test_what_the_file_lacks_is_written_dense_with_a_warning(tmp_path, capsys):
     describe(config, family="sparsek")
 
 
-def test_the_flag_needs_an_export(capsys):
+def test_the_flag_says_where_it_does_nothing(tmp_path, capsys):
+  config = dataclasses.replace(CONFIG, attention="full")
+  write_run(tmp_path / "run", "data", config, 32, init_params(config, jax.random.key(0)))
+  assert run(f"--workdir={tmp_path}/run", f"--export={tmp_path}/model", "--export_dense") == 0
+  assert "warning: --export_dense has no effect" in capsys.readouterr().err
+  card = (tmp_path / "model" / "README.md").read_text()
+  assert "SPARSEK" not in card and "2 x full" in card
   assert run("--workdir=run", "--from=model", "--export_dense") == 2
   assert "--export_dense goes with --export=FOLDER" in capsys.readouterr().err
 
