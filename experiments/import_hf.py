@@ -6,18 +6,25 @@
   python -m experiments.import_hf --workdir=RUN --export=NEW_FOLDER
 
 FOLDER holds config.json, model.safetensors (or shards and their index) and tokenizer.json, of the
-families llama, mistral, qwen2, qwen3, gpt_neox and gpt2. RUN gets a checkpoint of step 0 with
-float32 parameters, model.json and tokenizer/. With --attention=sparsek or another kind, and flags
-for k, window and scorers, the model gets that kind of attention, without any training; its scorers
-are new where FOLDER has none. Any run whose model fits a family can be exported. A SPARSEK model
-has its fields in the section "sparsek" of config.json; transformers reads the dense model from it.
-See sparsek/huggingface/pretrained.py.
+families llama, mistral, qwen2, qwen3, gpt_neox and gpt2, or what --export wrote. RUN gets a
+checkpoint of step 0 with float32 parameters, model.json and tokenizer/. With --attention=sparsek or
+another kind, and flags for k, window and scorers, the model gets that kind of attention, without
+any training; its scorers are new where FOLDER has none. Any run whose model fits a family can be
+exported.
+
+A SPARSEK model is exported with modeling_sparsek.py, with which transformers runs it:
+AutoModelForCausalLM.from_pretrained(NEW_FOLDER, trust_remote_code=True). With --export_dense, and
+where that file lacks a kind of attention or a scorer, other programs read the dense model with its
+matrices, and only this library its SPARSEK attention, from the section "sparsek" of config.json.
+README.md is a card with what the run's records hold; that of the run's folder is taken if there is
+one. See sparsek/huggingface/pretrained.py.
 
 RUN and NEW_FOLDER appear only when they are complete: repeat a command that failed or was killed.
 """
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -42,6 +49,12 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.path("workdir", None, "Folder of a run: made by --from, read by --export. Required.")
   define.path("from", None, "Folder with config.json, safetensors and tokenizer.json to import.")
   define.path("export", None, "Folder to write config.json, safetensors and tokenizer.json to.")
+  define.boolean(
+    "export_dense",
+    False,
+    "Write a SPARSEK model as the dense model with its matrices, as which other programs read it "
+    "without trust_remote_code. By default transformers runs it with its SPARSEK attention.",
+  )
   define_step_flags(flag_values)
 
 
@@ -64,6 +77,8 @@ def check_flags() -> None:
     raise UsageError("--workdir is required: the folder of the run to make or to export")
   if bool(source) == bool(target):
     raise UsageError("give one of --from=FOLDER, to import, and --export=FOLDER")
+  if FLAGS.export_dense and not target:
+    raise UsageError("--export_dense goes with --export=FOLDER")
   outputs.check_new_folder(*(("workdir", workdir) if source else ("export", target)))
 
 
@@ -76,6 +91,8 @@ from tqdm import tqdm
 from sparsek.data import document_end
 from sparsek.data.tokenizer import Tokenizer, load_tokenizer
 from sparsek.huggingface import pretrained
+from sparsek.huggingface.config_writing import describe, why_not_sparse
+from sparsek.huggingface.model_card import model_card
 from sparsek.model.transformer import Params, count_params
 from sparsek.runs import checkpoint, checkpoint_writer, orbax_errors, run_directory, run_record
 
@@ -161,18 +178,27 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
   """Writes the parameters of a run, and its tokenizer if other programs can read it."""
   config, run = run_record.load_run_config(workdir)
   end = run_record.load_run_tokenizer(workdir).eos_id
+  family = describe(config, dense=FLAGS.export_dense)["model_type"]
+  reason, has_sparsek = why_not_sparse(config), "sparsek" in config.layer_kinds
+  if has_sparsek and reason and not FLAGS.export_dense:
+    print(f"warning: {folder} is written as the dense model: {reason}", file=sys.stderr)
+  if FLAGS.export_dense and not has_sparsek:
+    print("warning: --export_dense has no effect: no layer is sparsek", file=sys.stderr)
   params, step = checkpoint.load_params(workdir, config, step, allow_older=FLAGS.allow_older_step)
   if config.positions != "learned":
     longest = max(config.max_positions, run["data"]["seq_len"])
     config = dataclasses.replace(config, max_positions=longest)
   others = [i for i in run["tokenizer"].get("eos_ids", ()) if i != end]
   ends = [end, *others] if others else end
+  name = os.path.basename(os.path.abspath(folder))
   pretrained.save(
     folder,
     config,
     params,
+    family=family,
     fields={"eos_token_id": ends},
     tokenizer=os.path.join(workdir, "tokenizer"),
+    card=model_card(name, workdir, config, run, step, family),
     progress=progress,
   )
   print(f"{folder}: step {step} of {workdir}, {count_params(params):,} parameters")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sparsek.config import ATTENTION_KINDS, TransformerConfig
+from sparsek.config import ATTENTION_KINDS, TransformerConfig, parse_rope_scaling
 from sparsek.errors import UsageError
 from sparsek.huggingface.config_fields import (
   ACTIVATIONS,
@@ -18,7 +18,7 @@ from sparsek.huggingface.config_fields import (
   SCALINGS,
   SPARSEK_FIELDS,
 )
-from sparsek.huggingface.families import FAMILIES, Family
+from sparsek.huggingface.families import FAMILIES, SPARSE, Family
 from sparsek.storage.files import shown
 
 MAX_NAMED = 10  # fields that one message names
@@ -41,10 +41,13 @@ def read_config(fields: Mapping[str, Any], path: str) -> TransformerConfig:
     raise UsageError(f"{path}: model_type={shown(name)} is not one of {', '.join(FAMILIES)}")
   family, reader = FAMILIES[name], _Reader(fields)
   values = _read_fields(family, reader)
-  values["mlp"] = _read_activation(name, reader)
+  if family.activation is not None:
+    values["mlp"] = _read_activation(name, family.activation, reader)
   values["dtype"] = _read_dtype(reader)
   values |= _read_attention(name, values["num_layers"], reader)
-  sparsek_values = _read_sparsek_section(reader)
+  sparsek_values = _read_sparsek_section(family, reader)
+  if name == SPARSE:
+    reader.unread.pop("auto_map", None)  # of the modelling file that lies in the folder
   _refuse_unknown(name, reader)
   reader.check(path)  # from here on, all values are good
   heads, width = values["num_heads"], values["embed_dim"]
@@ -163,10 +166,10 @@ class _RopeSection(NamedTuple):
 
 def _read_fields(family: Family, reader: _Reader) -> dict[str, Any]:
   """Returns the fields of the family's table, and the rotary embedding."""
-  learned = family.fixed.get("positions") == "learned"
-  sections = [] if learned else _rope_sections(reader)
+  has_rope = family.fixed.get("positions") != "learned" and "rope_theta" not in family.section
+  sections = _rope_sections(reader) if has_rope else []
   fields = dict(family.fields)
-  if not learned:
+  if has_rope:
     fields.setdefault("rope_fraction", ("partial_rotary_factor", 1.0))
   values: dict[str, Any] = {}
   read: dict[str, Any] = {}  # a name may stand for several fields
@@ -189,7 +192,7 @@ def _read_fields(family: Family, reader: _Reader) -> dict[str, Any]:
     if fixed is not None:
       bounds = (fixed, fixed)
     values[field] = reader.single_value(key, default, spellings, kind, *bounds)
-  if not learned:
+  if has_rope:
     values["rope_scaling"] = _read_scaling(sections, values["max_positions"], reader)
   return values
 
@@ -249,10 +252,9 @@ def _parse_scaling(
   return None if kind == "default" else (kind, *numbers)
 
 
-def _read_activation(name: str, reader: _Reader) -> str | None:
+def _read_activation(name: str, activation: tuple[str, str], reader: _Reader) -> str | None:
   """Returns the kind of the MLP."""
-  family = FAMILIES[name]
-  key, default = family.activation
+  family, (key, default) = FAMILIES[name], activation
   function = reader.unread.pop(key, default)
   for mlp, names in ACTIVATIONS.items():
     if function in names and (mlp == "swiglu") == ("mlp" in family.fixed):
@@ -279,18 +281,18 @@ def _read_dtype(reader: _Reader) -> str:
   return "bfloat16" if given == {"bfloat16"} else "float32"
 
 
-def _read_sparsek_section(reader: _Reader) -> dict[str, Any]:
+def _read_sparsek_section(family: Family, reader: _Reader) -> dict[str, Any]:
   """Returns the section "sparsek", its values of the right types and within bounds."""
   section = reader.unread.pop("sparsek", None)
   section = {} if section is None else section
   if not isinstance(section, dict):
     reader.refuse("sparsek", section, "is no object")
     return {}
-  values = dict(section)
+  values, known = dict(section), (*family.section, *SPARSEK_FIELDS)
   for field, value in section.items():
     name = f"sparsek.{field}"
-    if field not in SPARSEK_FIELDS:
-      reader.refuse(name, value, f"is not known; expected {', '.join(SPARSEK_FIELDS)}")
+    if field not in known:
+      reader.refuse(name, value, f"is not known; expected {', '.join(known)}")
       continue
     kind = type(getattr(TransformerConfig, field))
     if field == "attention":
@@ -305,9 +307,21 @@ def _read_sparsek_section(reader: _Reader) -> dict[str, Any]:
       values[field] = reader.typed(name, value, kind, *BOUNDS.get(field, bounds))
     elif kind is bool:
       reader.typed(name, value, bool)
+    elif field == "rope_scaling":
+      if not _is_scaling(value):
+        reader.refuse(name, value, "is no name of a scaling with its numbers")
     elif not isinstance(value, str) and not (value is None and field == "implementation"):
       reader.refuse(name, value, "is no string")
   return values
+
+
+def _is_scaling(value: object) -> bool:
+  """Returns whether a value is a scaling of RoPE as TransformerConfig has it, or none."""
+  try:
+    parse_rope_scaling(value if isinstance(value, list) else None)
+  except (ValueError, OverflowError):
+    return False
+  return value is None or isinstance(value, list)
 
 
 def _is_term(term: object) -> bool:

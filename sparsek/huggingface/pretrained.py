@@ -1,10 +1,11 @@
 """Models in Hugging Face's folders, dense or SPARSEK: `load` reads one, `save` writes one.
 
 A folder holds config.json, model.safetensors (or shards and their index) and tokenizer.json.
-Families: `sparsek.huggingface.families.FAMILIES`. Fields that a family cannot express go into the
-section "sparsek" of config.json, and parameters that it does not have (scorers) are saved as
-"sparsek.layers.0.attention.scorer...". transformers reads such a folder as the dense model that it
-was made from; `load` reads it with its SPARSEK attention.
+Families: `sparsek.huggingface.families.FAMILIES`. The family "sparsek" expresses every model, and
+its folders hold modeling_sparsek.py, with which transformers runs them. Fields that another family
+cannot express go into the section "sparsek" of config.json, and parameters that it does not have
+(scorers) are saved as "sparsek.layers.0.attention.scorer...". transformers reads such a folder as
+the dense model that it was made from; `load` reads it with its SPARSEK attention.
 """
 
 import functools
@@ -23,10 +24,11 @@ from sparsek.errors import UsageError
 from sparsek.huggingface import safetensors
 from sparsek.huggingface.config_fields import ARCHITECTURE
 from sparsek.huggingface.config_reading import read_config
-from sparsek.huggingface.config_writing import describe
+from sparsek.huggingface.config_writing import MODELLING, describe
+from sparsek.huggingface.families import SPARSE
+from sparsek.huggingface.model_card import CARD
 from sparsek.huggingface.safetensors import SafetensorsFile
 from sparsek.huggingface.tensor_layouts import (
-  SPARSEK_PREFIX,
   Layout,
   Piece,
   StoredPiece,
@@ -34,6 +36,7 @@ from sparsek.huggingface.tensor_layouts import (
   axis_sizes,
   check_sizes,
   check_tensors,
+  is_scorer,
   join_tensor,
   model_layouts,
   pieces,
@@ -49,6 +52,7 @@ from sparsek.storage.files import read_json_object
 from sparsek.storage.new_folder import new_folder
 
 CONFIG = "config.json"
+MODELLING_FILE = os.path.join(os.path.dirname(__file__), f"{MODELLING}.py")  # not imported here
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16", None)
 PREFIX = "hf:"  # of a folder as --init_from
 TOKENIZER_FILES = (
@@ -115,11 +119,7 @@ def load(
   leaves: dict[str, jax.Array] = {}
   if is_converted:
     known = {layout.name for layout in wanted.values()}
-    files = {
-      name: file
-      for name, file in files.items()
-      if name in known or not name.startswith(SPARSEK_PREFIX)
-    }
+    files = {name: file for name, file in files.items() if name in known or not is_scorer(name)}
     new = _leaves_to_initialise(config, shapes, wanted, files)
     leaves = _new_parameters(config, new, key, dtype, mesh)
     shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in leaves}
@@ -176,8 +176,10 @@ def save(
   params: Params,
   *,
   family: str | None = None,
+  dense: bool = False,
   fields: dict[str, Any] | None = None,
   tokenizer: str | None = None,
+  card: str | None = None,
   max_shard_bytes: int = 5 * 10**9,
   progress: Callable = iter,
 ) -> None:
@@ -188,9 +190,13 @@ def save(
   Args:
     folder: must not exist or be empty; appears when everything is written, or not at all.
     config, params: the model; adapters are merged.
-    family: a key of FAMILIES; None chooses the one whose config.json can express most.
+    family: a key of FAMILIES. None chooses "sparsek" for a SPARSEK model, with the file that
+      transformers runs it with, unless that file lacks a kind of attention or a scorer of it; else
+      the dense one whose config.json can express most.
+    dense: with family=None, choose a dense one for a SPARSEK model too.
     fields: further fields of config.json, such as eos_token_id.
     tokenizer: a folder whose tokenizer is copied.
+    card: contents of README.md, or None.
     max_shard_bytes: size of a file; larger models are split.
     progress: wraps the list of tensors of each file that is written.
   Raises:
@@ -198,7 +204,7 @@ def save(
       folder is not empty or cannot be made.
     RunError: if writing fails, as on a full disk.
   """
-  described = describe(config, family, str(params["embed"]["embedding"].dtype))
+  described = describe(config, family, str(params["embed"]["embedding"].dtype), dense)
   comparison = Comparison(parameter_shapes(params), parameter_shapes(abstract_params(config)))
   if not comparison.fits:
     raise UsageError(f"params are not those of this configuration\n{comparison.table()}")
@@ -209,6 +215,12 @@ def save(
     with open(os.path.join(unfinished, CONFIG), "w", encoding="utf-8") as file:
       json.dump({**described, **(fields or {})}, file, indent=2)
       file.write("\n")
+    if described["model_type"] == SPARSE:
+      shutil.copyfile(MODELLING_FILE, os.path.join(unfinished, os.path.basename(MODELLING_FILE)))
+    if card is not None:
+      path = os.path.join(unfinished, CARD)
+      with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(card)
     if tokenizer is not None:
       copy_tokenizer(tokenizer, unfinished)
 
@@ -244,7 +256,7 @@ def _leaves_to_initialise(
   """Returns our parameters that no family has and that are not in these files."""
 
   def is_missing(name: str) -> bool:
-    return name.startswith(SPARSEK_PREFIX) and name not in files
+    return is_scorer(name) and name not in files
 
   return [
     leaf

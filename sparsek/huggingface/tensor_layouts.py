@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from sparsek.attention.scoring import CHANNELS
 from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.huggingface import safetensors
@@ -72,6 +73,11 @@ def model_layouts(
   return result
 
 
+def is_scorer(name: str) -> bool:
+  """Returns whether a tensor belongs to a scorer, which other models of the architecture lack."""
+  return name.startswith(SPARSEK_PREFIX) or ".self_attn.scorer." in name
+
+
 def axis_sizes(config: TransformerConfig) -> dict[str, int]:
   """Returns the size of the axis of each letter in a layout."""
   return {
@@ -83,6 +89,9 @@ def axis_sizes(config: TransformerConfig) -> dict[str, int]:
     "D": config.head_dim,
     "F": config.mlp_dim,
     "3": 3,
+    "S": 1 if config.scorer_shared else config.num_kv_heads,
+    "C": CHANNELS,
+    "T": (config.scorer_lookback + config.scorer_lookahead + 1) * CHANNELS,
   }
 
 

@@ -339,7 +339,7 @@ def test_bad_input_exits_with_2_and_one_sentence(folder, tmp_path, capsys, argum
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 NO_SPACE_SAID = "cannot be written: No space left on device"
 RUN_FILES = ["checkpoints", "flags.txt", "model.json", "tokenizer", "versions.json"]
-MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json"]
+MODEL_FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 
 
 def failing(*_, **__):

@@ -58,7 +58,7 @@ CASES = {
     ),
   ),
   "sparsek": (
-    "llama",
+    "sparsek",
     dataclasses.replace(
       LLAMA,
       attention="sparsek,full",
@@ -70,7 +70,7 @@ CASES = {
     ),
   ),
   "sparsek, layers of their own k and window": (
-    "mistral",
+    "sparsek",
     dataclasses.replace(LLAMA, attention="sliding_window:w3,sparsek:k5:w2", k=3, window=4),
   ),
   "sparsek, fused, scanned": (

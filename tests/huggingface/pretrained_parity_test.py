@@ -258,7 +258,7 @@ def test_transformers_reads_a_sparsek_model_as_the_dense_one(tmp_path):
     attention="sparsek,full",
   )
   params = quick_jit(functools.partial(init_params, config))(jax.random.key(0))
-  pretrained.save(str(tmp_path), config, params)
+  pretrained.save(str(tmp_path), config, params, dense=True)
   assert json.loads((tmp_path / "config.json").read_text())["sparsek"]["scorer"] == "conv"
   back = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, attn_implementation="eager"

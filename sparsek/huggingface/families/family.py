@@ -2,8 +2,9 @@
 
 A tensor's row is (its name, our parameter, layout). The layout names axes by letters: "HD E -> EHD"
 means that the tensor is a matrix [H * D, E] and our parameter an array [E, H, D]. V vocabulary,
-P positions, E width, H heads, G key/value heads, D head dimension, F width of the MLP; "3" is the
-axis of query, key and value in a fused projection. `*` is the number of the layer. Rows whose
+P positions, E width, H heads, G key/value heads, D head dimension, F width of the MLP, S scores of
+a token, C channels of a scorer's convolution, T channels that it reads; "3" is the axis of query,
+key and value in a fused projection. `*` is the number of the layer. Rows whose
 parameter the configuration does not have (a bias, the output matrix of tied embeddings) are not
 used.
 """
@@ -33,7 +34,9 @@ class Family(NamedTuple):
     tensors: (name, our parameter, layout).
     fields: those of config.json that the family has.
     fixed: the values of our fields that are the same in all models of the family.
-    activation: the name of the field for the MLP's function, and its value if it is absent.
+    activation: the name of the field for the MLP's function, and its value if it is absent; None
+      where the section "sparsek" says it.
+    section: our fields of the architecture that the section "sparsek" holds.
     others: our field -> further names in config.json, each with whether transformers reads it; the
       value of a name that it does not read must agree with what it reads.
     attention: fields of the sliding window, and their values if they are absent; empty for a family
@@ -45,7 +48,8 @@ class Family(NamedTuple):
   tensors: tuple[tuple[str, str, str], ...]
   fields: Fields
   fixed: Mapping[str, object]
-  activation: tuple[str, str] = ("hidden_act", "silu")
+  activation: tuple[str, str] | None = ("hidden_act", "silu")
+  section: tuple[str, ...] = ()
   others: Mapping[str, tuple[tuple[str, bool], ...]] = {}
   attention: Mapping[str, object] = {}
 

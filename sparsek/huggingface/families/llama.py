@@ -2,7 +2,7 @@
 
 from sparsek.huggingface.families.family import Family, Fields, bias_fields, common_fields
 
-_TENSORS = (
+LLAMA_TENSORS = (
   ("model.embed_tokens.weight", "embed/embedding", "V E -> VE"),
   ("model.layers.*.input_layernorm.weight", "layers_*/attention_norm/scale", "E -> E"),
   ("model.layers.*.self_attn.q_proj.weight", "layers_*/attention/query/kernel", "HD E -> EHD"),
@@ -43,7 +43,7 @@ def _fields(kv_heads: int | None, head_dim: int | None, *sizes: int) -> Fields:
 LLAMA = Family(
   architecture="LlamaForCausalLM",
   prefix="model.",
-  tensors=_TENSORS,
+  tensors=LLAMA_TENSORS,
   fields={
     **_fields(None, None, 32000, 4096, 32, 32, 11008, 2048),
     **bias_fields(False),
@@ -54,7 +54,7 @@ LLAMA = Family(
 MISTRAL = Family(
   architecture="MistralForCausalLM",
   prefix="model.",
-  tensors=_TENSORS,
+  tensors=LLAMA_TENSORS,
   fields=_fields(8, None, 32000, 4096, 32, 32, 14336, 131072),
   fixed={**_FIXED, "qk_norm": False, "use_bias": False, "out_bias": False, "mlp_bias": False},
   attention={"sliding_window": 4096},
@@ -65,7 +65,7 @@ _QWEN_ATTENTION = {"use_sliding_window": False, "sliding_window": 4096, "max_win
 QWEN2 = Family(
   architecture="Qwen2ForCausalLM",
   prefix="model.",
-  tensors=_TENSORS,
+  tensors=LLAMA_TENSORS,
   fields=_fields(32, None, *_QWEN_SIZES),
   fixed={**_FIXED, "qk_norm": False, "use_bias": True, "out_bias": False, "mlp_bias": False},
   attention=_QWEN_ATTENTION,
@@ -73,7 +73,7 @@ QWEN2 = Family(
 QWEN3 = Family(
   architecture="Qwen3ForCausalLM",
   prefix="model.",
-  tensors=_TENSORS,
+  tensors=LLAMA_TENSORS,
   fields={**_fields(32, 128, *_QWEN_SIZES), **bias_fields(False)},
   fixed={**_FIXED, "qk_norm": True, "mlp_bias": False},
   attention=_QWEN_ATTENTION,
