@@ -94,7 +94,7 @@ from sparsek.config import TransformerConfig
 from sparsek.evaluation import humaneval
 from sparsek.evaluation.humaneval import Problem
 from sparsek.evaluation.sandbox import Limits
-from sparsek.evaluation.tasks import interval
+from sparsek.evaluation.statistics import score_interval
 from sparsek.generation.prompts import new_texts
 from sparsek.model.baselines import context_refusal
 from sparsek.parallel import clusters
@@ -177,7 +177,7 @@ def table(results: dict[str, list[dict]]) -> str:
   lines = ["| run | problems | passed | pass@1 |", "|---|---|---|---|"]
   for label, rows in results.items():
     passed = sum(row["passed"] for row in rows)
-    low, high = interval(passed, len(rows))
+    _, low, high, _ = score_interval(passed / len(rows), len(rows))
     share = f"{passed / len(rows):.1%} ({low:.1%} to {high:.1%})"
     lines.append(f"| {label} | {len(rows)} | {passed} | {share} |")
   return "\n".join(lines)

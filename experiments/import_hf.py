@@ -52,8 +52,8 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.boolean(
     "export_dense",
     False,
-    "Write a SPARSEK model as the dense model with its matrices, as which other programs read it "
-    "without trust_remote_code. By default transformers runs it with its SPARSEK attention.",
+    "Write a SPARSEK model as the dense model of its matrices. Other programs read that without "
+    "trust_remote_code; by default transformers runs the model with its SPARSEK attention.",
   )
   define_step_flags(flag_values)
 

@@ -100,7 +100,7 @@ def million() -> list[float]:
   return [row["ms"] / 1e3, row["mib"] / 1024]
 
 
-def attention_times(n: int, record: str = "attention_h100.json") -> list[float]:
+def attention_times(n: int, record: str) -> list[float]:
   """Returns the milliseconds of SPARSEK, of the sliding window and of dense attention."""
   row = tables.headline_rows(load(record))[n]
   return [figure(row, kind) for kind in ("sparsek", "sliding_window", "dense")]

@@ -77,20 +77,25 @@ def training(record: Mapping, packed: Mapping, scorer_loss: Mapping) -> list[str
   ]
 
 
-def one_card(train: Mapping, attention_times: Mapping, decode: Mapping) -> list[str]:
-  """Returns the table of SPARSEK beside the strongest rival of each task, of newer records."""
+def one_card(
+  train: Mapping, large: Mapping, attention_times: Mapping, decode: Mapping
+) -> list[str]:
+  """Returns the table of SPARSEK beside the strongest rival of each task, of newer records, and one
+  of model FLOPs utilization.
+  """
   lines = []
 
   def add(what, ours, theirs, rival, ratio):
     lines.append([what, ours, theirs, rival, number(ratio)])
 
-  for row in train["rows"]:
+  for row in (*train["rows"], *large["rows"]):
     loss = "by default" if row["scorer_loss"] else "without the scorers' loss"
+    model, _ = row["model"].split(" parameters")
     speeds = {kind: cell["tokens_per_second"] for kind, cell in row["rivals"].items()}
     for kind, rival in (("sliding_window", "our window"), ("pytorch_window", "FlexAttention")):
       if kind in speeds:
         ours, theirs = (f"{speeds[name]:,.0f}" for name in ("sparsek", kind))
-        what = f"training step {loss}, {row['n']} tokens: tokens/s"
+        what = f"training step {loss}, {model}, {row['n']} tokens: tokens/s"
         add(what, ours, theirs, rival, speeds["sparsek"] / speeds[kind])
   for row in attention_times["rows"]:
     for direction in (FORWARD, BOTH):
@@ -102,7 +107,26 @@ def one_card(train: Mapping, attention_times: Mapping, decode: Mapping) -> list[
     ms, full = (row["rivals"][kind]["ms"] for kind in ("sparsek", "full"))
     what = f"generation of {row['batch_size']} texts after {row['n']} tokens: ms a token"
     add(what, number(ms), number(full), "our full attention", quotient(ms, full))
-  return markdown(["what", "SPARSEK", "rival", "which", "SPARSEK / rival"], lines)
+  utilization = [
+    [
+      row["model"].split(" parameters")[0],
+      row["remat"],
+      "yes" if row["scorer_loss"] else "no",
+      *(
+        percent(row["rivals"][kind]["mfu"], 1) if kind in row["rivals"] else ""
+        for kind in ("sparsek", "sliding_window", "pytorch_window")
+      ),
+    ]
+    for row in (*train["rows"], *large["rows"])
+  ]
+  names = ["SPARSEK", "our window", "FlexAttention"]
+  return [
+    *markdown(["what", "SPARSEK", "rival", "which", "SPARSEK / rival"], lines),
+    "",
+    "Model FLOPs utilization of these steps, of the attention that is computed:",
+    "",
+    *markdown(["parameters", "`--remat`", "scorers' loss", *names], utilization),
+  ]
 
 
 def decoding(record: Mapping) -> list[str]:

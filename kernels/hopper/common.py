@@ -1,6 +1,5 @@
 """Pieces that the Mosaic GPU kernels share: grids, tilings, operations on registers."""
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -11,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array, layout_inference
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsek.kernels.devices import device_here
+from sparsek.kernels.hopper.quick_lowering import quicken
 
 # A reference to global or shared memory inside a kernel, or to its barriers; JAX has no public type
 # for them.
@@ -33,40 +32,7 @@ _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
 
 
-def _remember_version() -> None:
-  """Makes JAX ask ptxas for its version once, not at each conversion of booleans to integers, which
-  takes a fifth of the time of lowering a training step.
-  """
-  extension = getattr(getattr(fragmented_array, "mgpu_lib", None), "_mosaic_gpu_ext", None)
-  name = "_get_ptxas_isa_version"
-  if hasattr(extension, name):
-    setattr(extension, name, functools.cache(getattr(extension, name)))
-
-
-class _Head:
-  """The operation of a value, printed without what is in it and without verifying that first."""
-
-  def __init__(self, operation: Any) -> None:
-    self.operation = operation.operation
-
-  def __str__(self) -> str:
-    return self.operation.get_asm(assume_verified=True, skip_regions=True)
-
-
-def _print_heads() -> None:
-  """Makes JAX print the heads of operations only where it sorts values by their names, which are
-  the same then; else that takes a third of the time of inferring layouts.
-  """
-  site = getattr(layout_inference, "ValueSite", None)
-  if site is not None:
-    name_of = site.__str__
-    site.__str__ = lambda value: name_of(
-      dataclasses.replace(value, operation=_Head(value.operation))
-    )
-
-
-_remember_version()
-_print_heads()
+quicken()
 
 
 def programs_at_once() -> int:

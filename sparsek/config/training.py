@@ -154,7 +154,7 @@ class TrainConfig:
   fsdp: Count = 1
   context: Count = 1
   grad_accumulation: Count = 1
-  loss_chunk: Count = 2048
+  loss_chunk: Count = 8192
   log_every: Count = 10
   eval_every: Index = 200
   eval_batches: Count = 8

@@ -31,6 +31,7 @@ NEUTRAL = {  # flags that change no parameter or loss of a finished run, and why
   "import": "what a module registers is chosen by flags of its own",
   "fsdp": "only where parameters lie",
   "context": "only where tokens lie",
+  "loss_chunk": "only how many logits exist at the same time",
   "stop_at": "a pause: a run has ended at --num_steps only",
   "restore_step": "goes back in a run, whose course is the same",
   "dry_run": "trains nothing",
