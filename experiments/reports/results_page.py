@@ -91,8 +91,8 @@ SECTIONS = (
   Section(
     "One H200, newer kernels",
     "k = window = 512, bfloat16, beside a window of 1024; for training 969 million parameters "
-    "twice as many, and generation is by that model. Each line was measured side by side in one run; "
-    "lines of different runs may be of different machines.",
+    "twice as many, and generation is by that model. Each line was measured side by side in one "
+    "run; lines of different runs may be of different machines.",
     ("train_h200.json", "train_1b_h200.json", "attention_h200.json", "decode_h200.json"),
     "python -m experiments.benchmark --suite=train --preset=gpt2_small --lengths=32768",
     sections.one_card,
