@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsek.experiments.bench.attention import BASELINES, BOTH, FORWARD
 from sparsek.experiments.reports import plots
+from sparsek.training.trace import SELECTION
 
 SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 CURVES = ("sparsek", "sliding_window", "dense")
@@ -31,6 +32,15 @@ def figure(row: dict, baseline: str, direction: str = BOTH, what: str = "ms") ->
 def quotient(a: float | None, b: float | None) -> float | None:
   """Returns a / b; None where one of them is not known."""
   return None if a is None or not b else a / b
+
+
+def share(row: dict) -> float | None:
+  """Returns the share of thresholds and lists in the kernels' time; None where it was not traced.
+
+  Timed alone they take longer: their launches then wait for one another.
+  """
+  kinds = figure(row, "sparsek", what="kinds_ms") or {}
+  return quotient(kinds.get(SELECTION), sum(kinds.values()))
 
 
 def by_shape(rows: Sequence[dict], scores: str | None = None) -> dict[tuple, list[dict]]:
@@ -107,9 +117,10 @@ def summary(rows: Sequence[dict], errors: dict | None = None) -> list[dict]:
         add(row, f"{of}speed over xla at {n}", quotient(figure(row, "xla"), ours))
         add(
           row,
-          f"{of}share of thresholds, expiry and compaction at {n}",
+          f"{of}thresholds, expiry and compaction timed alone, over the whole, at {n}",
           quotient(figure(row, "thresholds"), ours),
         )
+        add(row, f"{of}share of {SELECTION} in the time of all kernels at {n}", share(row))
         if scores == "normal":
           add(
             row,

@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import jax
 
 from sparsek.runs import run_directory
+from sparsek.training import trace
 
 MAX_INNER = 1000
+TRACED = 5  # calls of a trace
 # raised by XLA and cuDNN for too little memory or an unsupported shape
 ERRORS = (RuntimeError, MemoryError)
 
@@ -38,6 +41,7 @@ class Cell:
       compiled or the backend does not say.
     inner: calls per sample.
     seconds: time of a call, one value per round.
+    kinds_ms: milliseconds of each kind of kernels in a call, where it was traced on an accelerator.
   """
 
   def __init__(self, function: Callable[..., Any], args: tuple = (), in_order: bool = False):
@@ -47,6 +51,7 @@ class Cell:
     self.mib: float | None = None
     self.inner = 1
     self.seconds: list[float] = []
+    self.kinds_ms: dict[str, float] = {}
 
   def attempt(self, action: Callable[..., object], *args: Any) -> None:
     """Runs an action unless an earlier one failed; keeps a failure, so that other cells go on."""
@@ -105,6 +110,13 @@ class Cell:
     """Takes one sample."""
     self.seconds.append(self.time() / self.inner)
 
+  def trace(self) -> None:
+    """Finds the milliseconds of each kind of kernels (`sparsek.training.trace`) in some calls."""
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder):
+        jax.block_until_ready([self._function(*self._args) for _ in range(TRACED)])
+      self.kinds_ms = trace.by_kind(trace.kernels(folder), TRACED)
+
   def release(self) -> None:
     """Frees the memory of the arguments."""
     self._args = ()
@@ -113,7 +125,8 @@ class Cell:
     """Returns the median of the samples and related figures, or why there is none."""
     if self.failed is not None:
       return {"failed": self.failed, "mib": self.mib}
-    return summarize(self.seconds) | {"inner": self.inner, "mib": self.mib}
+    traced = {"kinds_ms": self.kinds_ms} if self.kinds_ms else {}
+    return summarize(self.seconds) | {"inner": self.inner, "mib": self.mib} | traced
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, Any]:

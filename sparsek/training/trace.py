@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+SELECTION = "thresholds and lists"  # a kind of kernels
 # Kinds of kernels: (kind, pattern). The first pattern that occurs in a kernel's name decides.
 KINDS = (
   (
@@ -16,7 +17,9 @@ KINDS = (
     r"|cudnn.*(sdpa|fort_native|compute_dot_do_o|convert_dq)|flash|splash",
   ),
   ("norms", r"sparsek_rms_norm"),
-  ("thresholds, lists, gathers", r"sparsek_|\bsort"),
+  ("scorers' loss", r"sparsek_scorer_loss"),
+  ("gathers and sums of rows", r"sparsek_(gather|sum)_rows"),
+  (SELECTION, r"sparsek_|\bsort"),
   ("matrix products", r"nvjet|gemm|cutlass|cublas|convolution|\bdot"),
   ("copies and fills", r"memcpy|memset|^copy"),
   ("all else, by XLA", ""),
@@ -96,6 +99,19 @@ def kernels(folder: str) -> list[tuple[str, float]]:
   ]
 
 
+def by_kind(calls: Iterable[tuple[str, float]], steps: int = 1) -> dict[str, float]:
+  """Returns the milliseconds a step of each kind of kernels.
+
+  Args:
+    calls: as `kernels` returns them; those of several devices add up.
+    steps: how many the trace holds.
+  """
+  times: dict[str, float] = collections.defaultdict(float)
+  for name, ms in calls:
+    times[kind_of(name)] += ms / steps
+  return dict(times)
+
+
 def _largest(times: dict[str, float]) -> list[tuple[str, float]]:
   return sorted(times.items(), key=lambda item: item[1], reverse=True)
 
@@ -104,24 +120,23 @@ def table(calls: Iterable[tuple[str, float]], steps: int) -> list[str]:
   """Returns lines: milliseconds a step of each kind, then of the kernels that take most.
 
   Args:
-    calls: as `kernels` returns them; those of several devices add up.
-    steps: how many the trace holds.
+    calls, steps: as in `by_kind`.
   """
-  by_kind: dict[str, float] = collections.defaultdict(float)
+  calls = list(calls)
+  kinds = by_kind(calls, steps)
   by_name: dict[str, float] = collections.defaultdict(float)
   num_calls: collections.Counter[str] = collections.Counter()
   for name, ms in calls:
     # Removes suffixes: of copies of one kernel, and the numbers that XLA adds.
     name = re.sub(r"(_mosaic_gpu_kernel|[._]\d+)+$", "", name)
-    by_kind[kind_of(name)] += ms / steps
     by_name[name] += ms / steps
     num_calls[name] += 1
-  total = sum(by_kind.values())
+  total = sum(kinds.values())
   if not total:
     return []
   return [
     f"busy {total:.2f} ms a step",
-    *(f"  {ms:8.2f} ms {ms / total:6.1%}  {kind}" for kind, ms in _largest(by_kind)),
+    *(f"  {ms:8.2f} ms {ms / total:6.1%}  {kind}" for kind, ms in _largest(kinds)),
     "of these, by kernel:",
     *(
       f"  {ms:8.2f} ms {ms / total:6.1%}  {num_calls[name] / steps:5.4g} x {name[:80]}"

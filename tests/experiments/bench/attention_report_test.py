@@ -86,8 +86,8 @@ def test_summary():
     "time with rising scores over time with normal ones at 16": 1.5,
   }
   assert {line["shape"] for line in lines} == {"H=2 G=1 D=8 k=3 window=5 value float32"}
-  share = [line["value"] for line in report.summary([ROWS[-1]]) if "share" in line["what"]]
-  assert share == [0.25]
+  alone = [line["value"] for line in report.summary([ROWS[-1]]) if "alone, over" in line["what"]]
+  assert alone == [0.25]
   errors = {"problem": ROWS[0], "relative": {"sparsek": {"out": 1e-3}}, "failed": {}}
   assert report.summary([], errors) == [
     {
@@ -96,6 +96,16 @@ def test_summary():
       "value": 1e-3,
     }
   ]
+
+
+def test_share_of_thresholds_and_lists():
+  """It is of what the kernels took in a trace, where there is one."""
+  of = lambda row: [line["value"] for line in report.summary([row]) if "share" in line["what"]]
+  traced = row(16, 2.0)
+  assert of(traced) == []
+  kinds = {"attention": 1.2, report.SELECTION: 0.3, "all else, by XLA": 0.5}
+  traced["rivals"]["sparsek"][report.BOTH]["kinds_ms"] = kinds
+  assert of(traced) == [pytest.approx(0.15)]
 
 
 def test_table():

@@ -206,6 +206,18 @@ def test_samples_last_long_enough(clock):
   assert endless.inner == 1
 
 
+def test_a_trace_gives_the_time_of_each_kind_of_kernels(monkeypatch):
+  calls = []
+  cell = cells.Cell(lambda: calls.append(1), ())
+  cell.sample()
+  assert "kinds_ms" not in cell.record()
+  of_kernels = [("sparsek_walk_3", 1.0), ("sparsek_forward_mosaic_gpu_kernel", 3.0)] * cells.TRACED
+  monkeypatch.setattr(cells.trace, "kernels", lambda folder: of_kernels)
+  cell.trace()
+  assert len(calls) == 1 + cells.TRACED
+  assert cell.record()["kinds_ms"] == {"thresholds and lists": 1.0, "attention": 3.0}
+
+
 def test_rows(monkeypatch):
   """Two families of scores and a baseline without memory give a row a family; what reads no scores
   is timed once for both.

@@ -135,7 +135,7 @@ def test_step_lane_by_lane(case, fused, monkeypatch):
   cache = first
   emulate(monkeypatch)
   divide(case, monkeypatch)
-  monkeypatch.setattr(fused_decode_layer, "MULTIPROCESSORS", 3)
+  monkeypatch.setattr(fused_decode_layer, "programs_at_once", lambda: 3)
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: fused)
   fused_layer, calls = fused_decode_layer.fused_layer, []
   monkeypatch.setattr(

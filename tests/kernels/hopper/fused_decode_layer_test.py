@@ -87,7 +87,7 @@ def test_fused_layer_lane_by_lane(case, monkeypatch):
   expected = separately(*arguments)
   programs, shared = CASES[case][-2:]
   emulate(monkeypatch)
-  monkeypatch.setattr(fused_decode_layer, "MULTIPROCESSORS", programs)
+  monkeypatch.setattr(fused_decode_layer, "programs_at_once", lambda: programs)
   monkeypatch.setattr(fused_decode_layer, "SHARED", shared)
   monkeypatch.setattr(fused_decode_layer, "can_run", lambda: True)
   mixed, x, *rest = arguments
