@@ -26,7 +26,9 @@ from sparsek.command_line.training_flags import define_mesh_flags
 from sparsek.errors import UsageError
 from sparsek.evaluation.sandbox import can_isolate
 
-RECORD = outputs.record("record of experiments.evaluate_humaneval", "benchmark", "runs")
+RECORD = outputs.record(
+  "record of experiments.evaluate_humaneval", "benchmark", "runs", no_others=True
+)
 ANSWERS = "humaneval.jsonl"
 
 
@@ -92,6 +94,7 @@ from sparsek.command_line.definer import into_string
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.config import TransformerConfig
 from sparsek.evaluation import humaneval
+from sparsek.evaluation.fingerprint import fingerprint
 from sparsek.evaluation.humaneval import Problem
 from sparsek.evaluation.sandbox import Limits
 from sparsek.evaluation.statistics import score_interval
@@ -133,11 +136,14 @@ def ask(
       workdir, config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
     )
   tokenizer = run_record.load_run_tokenizer(workdir)
+  end_ids = record["tokenizer"].get("eos_ids", [tokenizer.eos_id])
   names = ("max_new_tokens", "seconds", "megabytes")
   settings = {
     "step": step,
+    "parameters": fingerprint(params),
     "model": dataclasses.asdict(config),
-    "tokenizer": tokenizer.fingerprint,
+    "tokenizer": {"fingerprint": tokenizer.fingerprint, "bos_ids": tokenizer.bos_ids},
+    "end_ids": end_ids,
     **{name: FLAGS[name].value for name in names},
     "isolated": can_isolate(),
   }
@@ -157,7 +163,7 @@ def ask(
     missing,
     Limits(FLAGS.seconds, FLAGS.megabytes),
     max_new_tokens=FLAGS.max_new_tokens,
-    end_ids=record["tokenizer"].get("eos_ids", [tokenizer.eos_id]),
+    end_ids=end_ids,
     batch_size=batch_size(mesh),
     mesh=mesh if mesh.size > 1 else None,
     isolated=can_isolate(),

@@ -143,6 +143,7 @@ from sparsek.data.chat_template import Chat, in_template, template_text
 from sparsek.data.ruler.prompts import Prompt, make_prompts, most_tokens, shortest
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.evaluation import ruler
+from sparsek.evaluation.fingerprint import fingerprint
 from sparsek.experiments.reports import records
 from sparsek.generation.inference import inference_params
 from sparsek.generation.prompts import new_texts
@@ -252,17 +253,19 @@ def ask(of: Asked, pairs: Sequence[tuple[str, int]], mesh: Mesh) -> tuple[dict, 
     loaded, step = checkpoint.load_params(
       of.workdir, of.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
     )
+  eos_id = of.record["tokenizer"].get("eos_ids", of.tokenizer.eos_id)
   settings = {
     "step": step,
+    "parameters": fingerprint(loaded),
     "model": dataclasses.asdict(of.config),
     "tokenizer": {"fingerprint": of.tokenizer.fingerprint, "bos_ids": of.tokenizer.bos_ids},
+    "end_ids": eos_id,
     "chat_template": of.template,
   }
   kept = ruler.AnswerFile(os.path.join(of.workdir, ruler.FILE), settings)
   groups, devices = mesh.size // mesh.shape[CONTEXT], mesh if mesh.size > 1 else None
   params = inference_params(of.config, loaded, devices)
   del loaded
-  eos_id = of.record["tokenizer"].get("eos_ids", of.tokenizer.eos_id)
   rows = []
   for (task, length), prompts in zip(pairs, in_advance(of, pairs)):
     rows += ruler.ask(

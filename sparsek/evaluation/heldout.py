@@ -68,8 +68,8 @@ def heldout_rows(
     seq_len, batch_size: None for the largest that one of the runs was trained with, the latter
       rounded up to a multiple of the devices.
   Raises:
-    UsageError: where the runs read different tokens, rows are too long for the data or a model, or
-      the mesh cannot split them.
+    UsageError: where the runs read different tokens or context, rows are too long for the data or a
+      model, or the mesh cannot split them.
   """
   datasets = [run.open_data(data) for run in runs]
   for run, dataset in zip(runs, datasets):
@@ -78,6 +78,13 @@ def heldout_rows(
         f"{runs[0].workdir} and {run.workdir} read different tokens "
         f"({datasets[0].folder} and {dataset.folder}): "
         f"evaluate them one by one, or give --data"
+      )
+  segmented = [run.record["data"]["segment_documents"] for run in runs]
+  for run, is_segmented in zip(runs, segmented):
+    if is_segmented != segmented[0]:
+      raise UsageError(
+        f"{runs[0].workdir} and {run.workdir} see different context, as only one was trained with "
+        "--segment_documents: evaluate them one by one"
       )
   if seq_len is None:
     seq_len = max(run.record["data"]["seq_len"] for run in runs)
@@ -90,11 +97,7 @@ def heldout_rows(
       f"--seq_len={seq_len} must be at most {available}: "
       f"the held-out split of {datasets[0].folder} has {available + 1:,} tokens"
     )
-  rows = DataConfig(
-    seq_len=seq_len,
-    batch_size=batch_size,
-    segment_documents=runs[0].record["data"]["segment_documents"],
-  )
+  rows = DataConfig(seq_len=seq_len, batch_size=batch_size, segment_documents=segmented[0])
   check_batch(mesh, rows.batch_size)
   # Rows of padding beyond the held-out split would only take memory.
   needed = -(-available // (seq_len * groups)) * groups

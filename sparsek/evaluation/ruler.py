@@ -197,7 +197,8 @@ def ask(
   known = {}
   for i, prompt in enumerate(prompts):
     if (row := kept.answer(task, length, i, prompt)) is not None:
-      known[i] = row
+      # The score is that of what is expected now.
+      known[i] = _row(task, length, i, prompt, row["answer"], row["lost_scores"])
   missing = [i for i in range(len(prompts)) if i not in known]
   batches = answers(
     config,

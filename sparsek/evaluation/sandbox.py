@@ -1,9 +1,9 @@
 """Programs that a model wrote, run in a process of their own.
 
 It has no network, a new temporary folder, Python without installed packages, and limits of time and
-memory; it can write no file of more than zero bytes, and Python's functions that remove files or
-start processes are taken away. That holds off accidents. It is no prison: a program that means harm
-belongs into a virtual machine.
+memory; Python opens files for reading only, and its functions that change files or start processes
+are taken away. Sockets in the file system stay open to it. That holds off accidents. It is no
+prison: a program that means harm belongs into a virtual machine.
 """
 
 import dataclasses
@@ -21,14 +21,15 @@ PASSED, TIMED_OUT = "passed", "timed out"
 ISOLATED = ("unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child")
 _MAX_REASON = 200  # characters
 _SOURCE = """
-import builtins, os, resource, shutil, subprocess, sys
+import builtins, io, os, resource, shutil, subprocess, sys
 
-seconds, megabytes, token = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+seconds, megabytes = int(sys.argv[1]), int(sys.argv[2])
 sys.argv = ["answer.py"]
 report = os.dup(1)
 nothing = os.open(os.devnull, os.O_RDWR)
 for stream in (1, 2):
   os.dup2(nothing, stream)
+token = sys.stdin.readline().strip()
 source = sys.stdin.read()
 os.dup2(nothing, 0)
 for name, most in (
@@ -39,12 +40,25 @@ for name, most in (
 ):
   resource.setrlimit(getattr(resource, name), (most, most))
 names = "kill killpg system remove unlink rmdir removedirs rename renames replace truncate"
+names += " mkdir makedirs mkfifo mknod link symlink utime fchmod fchown"
 names += " ftruncate fork forkpty chmod chown lchown setuid putenv execv execve posix_spawn"
 for name in names.split():
   setattr(os, name, None)
 for name in ("rmtree", "move", "chown"):
   setattr(shutil, name, None)
 subprocess.Popen = None
+
+def reading(function, is_reading):
+  def opened(file, how=None, *args, **kwargs):
+    given = kwargs.get("mode", kwargs.get("flags", how))
+    if given is not None and not is_reading(given):
+      raise PermissionError(f"{file}: only reading is allowed")
+    return function(file, *([] if how is None else [how]), *args, **kwargs)
+  return opened
+
+changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+builtins.open = io.open = reading(io.open, lambda mode: not set(mode) & set("wax+"))
+os.open = reading(os.open, lambda flags: not flags & changing)
 builtins.help = None
 write, leave = os.write, os._exit
 try:
@@ -89,7 +103,7 @@ def run_program(source: str, limits: Limits, isolated: bool = True) -> str:
   command = [
     *(ISOLATED if isolated else ()),
     *(sys.executable, "-I", "-S", "-c", _SOURCE),
-    *(str(limits.seconds), str(limits.megabytes), token),
+    *(str(limits.seconds), str(limits.megabytes)),
   ]
   with tempfile.TemporaryDirectory(prefix="sparsek_answer_") as folder:
     process = subprocess.Popen(
@@ -102,7 +116,8 @@ def run_program(source: str, limits: Limits, isolated: bool = True) -> str:
       start_new_session=True,
     )
     try:
-      said, _ = process.communicate(source.encode("utf-8", "replace"), timeout=limits.seconds)
+      text = f"{token}\n{source}".encode("utf-8", "replace")
+      said, _ = process.communicate(text, timeout=limits.seconds)
     except subprocess.TimeoutExpired:
       return TIMED_OUT
     finally:

@@ -1,6 +1,8 @@
 """The README.md of an exported model: what it is, what it has seen, its figures, how to load it."""
 
+import dataclasses
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -12,6 +14,15 @@ from sparsek.runs.metrics import read_metrics
 from sparsek.storage.files import exists
 
 CARD = "README.md"
+# Fields of a model that change no figure but by rounding, or that an export sets.
+_NEUTRAL = (
+  "implementation",
+  "dtype",
+  "remat",
+  "scan_layers",
+  "max_positions",
+  "scorer_loss_queries",
+)
 _HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -48,7 +59,7 @@ def model_card(
       return file.read()
   is_sparse, has_sparsek = family == "sparsek", "sparsek" in config.layer_kinds
   rows = [*_facts(workdir, config, run, step), *_heldout_losses(workdir, step)]
-  parts = [f"{_HEADER}\n# {name}\n\n", _table(("", ""), rows), *_figures(workdir, step)]
+  parts = [f"{_HEADER}\n# {name}\n\n", _table(("", ""), rows), *_figures(workdir, config, step)]
   note = _SPARSE if is_sparse else _DENSE if has_sparsek else ""
   return "".join([*parts, "\n## Use\n\n", _example(run, is_sparse), "\n" * bool(note), note])
 
@@ -115,26 +126,37 @@ def _number(value: object) -> bool:
   return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _figures(workdir: str, step: int) -> list[str]:
-  """Returns the tables of `evaluate` and `evaluate-tasks` of this step, the last of each figure."""
+def _is_of(record: Mapping[str, Any], config: TransformerConfig, step: int) -> bool:
+  """Returns whether a record is of this step and of this model, not of another k or gate."""
+  model = record.get("model")
+  if record["step"] != step or not isinstance(model, dict):
+    return False
+  own = json.loads(json.dumps(dataclasses.asdict(config)))
+  return all(
+    own[name] == value for name, value in model.items() if name in own and name not in _NEUTRAL
+  )
+
+
+def _figures(workdir: str, config: TransformerConfig, step: int) -> list[str]:
+  """Returns the tables of `evaluate` and `evaluate-tasks` of this model, the last of each."""
   losses, tasks = {}, {}
   for record in read_metrics(os.path.join(workdir, "evaluation.jsonl"), step):
-    data, model = record.get("data"), record.get("model")
-    if record["step"] != step or not _number(record.get("loss")):
+    data = record.get("data")
+    if not _is_of(record, config, step) or not _number(record.get("loss")):
       continue
-    if isinstance(data, dict) and isinstance(model, dict):
-      sizes = data.get("seq_len"), model.get("k"), model.get("window")
-      what = _last_part(str(data.get("data"))), *map(str, sizes)
+    if isinstance(data, dict):
+      size, count = str(data.get("seq_len", "")), record.get("num_targets", "")
+      what = _last_part(str(data.get("data"))), size, f"{count:,}" if count else ""
       losses[what] = *what, f"{record['loss']:.4f}"
   for record in read_metrics(os.path.join(workdir, "tasks.jsonl"), step):
     results = record.get("results")
-    if record["step"] == step and isinstance(results, list):
+    if _is_of(record, config, step) and isinstance(results, list):
       for result in filter(lambda result: isinstance(result, dict), results):
         task = str(result.get("task")), str(result.get("length"))
         tasks[task] = *task, f"{result.get('right')} of {result.get('total')}"
   parts = []
   if losses:
-    names = "data", "tokens a row", "k", "window", "held-out loss, nats a token"
+    names = "data", "tokens a row", "tokens", "held-out loss, nats a token"
     parts += ["\n## Held-out loss\n\n", _table(names, losses.values())]
   if tasks:
     parts += ["\n## Tasks with known answers\n\n"]
@@ -145,7 +167,8 @@ def _figures(workdir: str, step: int) -> list[str]:
 def _table(names: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
   """Returns a table in Markdown."""
   lines = (names, ("---",) * len(names), *rows)
-  return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+  escaped = ([cell.replace("|", "\\|") for cell in cells] for cells in lines)
+  return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
 
 
 def _example(run, is_sparse: bool) -> str:

@@ -61,7 +61,7 @@ class SparsekCache(Cache):
 
   def __init__(self):
     super().__init__(layers=[])
-    self.length, self.position, self.ended, self.states = 0, None, None, {}
+    self.reset()
 
   def get_seq_length(self, layer_idx: int = 0) -> int:
     return self.length
@@ -71,6 +71,18 @@ class SparsekCache(Cache):
     self.position, self.ended = row(self.position), row(self.ended)
     for state in self.states.values():
       state.update({name: row(x) for name, x in state.items()})
+
+  batch_select_indices = reorder_cache
+
+  def batch_repeat_interleave(self, repeats: int) -> None:
+    rows = torch.arange(len(self.position), device=self.position.device)
+    self.reorder_cache(rows.repeat_interleave(repeats))
+
+  def reset(self) -> None:
+    self.length, self.position, self.ended, self.states = 0, None, None, {}
+
+  def crop(self, *args, **kwargs) -> None:
+    raise NotImplementedError("a SparsekCache cannot be cropped: dropped keys do not come back")
 
 
 def thresholds(scores: Tensor, enters: Tensor, k: int, queries: int) -> Tensor:
@@ -419,6 +431,8 @@ class SparsekModel(SparsekPreTrainedModel):
     inputs_embeds: Maybe = None, use_cache: bool | None = None, output_hidden_states: bool = False,
     **kwargs,
   ) -> BaseModelOutputWithPast:  # fmt: skip
+    if (input_ids is None) == (inputs_embeds is None):
+      raise ValueError("give exactly one of input_ids and inputs_embeds")
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
     cache = kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
@@ -475,16 +489,19 @@ class SparsekForCausalLM(SparsekPreTrainedModel, GenerationMixin):
   @can_return_tuple
   def forward(
     self, input_ids: Maybe = None, attention_mask: Maybe = None, position_ids: Maybe = None,
-    inputs_embeds: Maybe = None, labels: Maybe = None, logits_to_keep: int | Tensor = 0, **kwargs,
+    inputs_embeds: Maybe = None, labels: Maybe = None, logits_to_keep: int | Tensor = 0,
+    cache: SparsekCache | None = None, past_key_values: SparsekCache | None = None, **kwargs,
   ) -> CausalLMOutputWithPast:  # fmt: skip
     """Returns logits [B, N, vocabulary] float32, and the loss where there are labels [B, N], which
     are the tokens themselves, or -100.
 
     The mask [B, N], or [B, columns so far] after a cache, is 0 for padding; position_ids may only
     count each row's tokens. logits_to_keep: number of last columns that get logits, 0 for all, or
-    their indices. kwargs: cache or past_key_values, use_cache, output_hidden_states.
+    their indices. cache and past_key_values are the same. kwargs: use_cache, output_hidden_states.
     """
-    output = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+    cache = past_key_values if cache is None else cache
+    inputs = input_ids, attention_mask, position_ids, inputs_embeds
+    output = self.model(*inputs, cache=cache, **kwargs)
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     logits, loss = self.lm_head(output.last_hidden_state[:, keep]).float(), None
     if labels is not None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import socket
 
 import jax
@@ -48,7 +49,13 @@ def folder(tmp_path_factory):
     ("x = bytearray(2**30)", "MemoryError: "),
     ("import numpy", "ModuleNotFoundError: No module named 'numpy'"),
     ("import os; os.remove(PATH)", "TypeError: "),
-    ("with open('a', 'w') as file: file.write('a')", "OSError: "),
+    ("with open('a', 'w') as file: file.write('a')", "PermissionError: a: only reading"),
+    ("open(PATH, 'w')", "PermissionError: "),
+    ("open(PATH, mode='r+').truncate(0)", "PermissionError: "),
+    ("import pathlib; pathlib.Path(PATH).write_text('a')", "PermissionError: "),
+    ("import os; os.open(PATH, os.O_RDWR | os.O_TRUNC)", "PermissionError: "),
+    ("import os; os.mkdir(PATH + '2')", "TypeError: "),
+    ("assert open(PATH).read() == 'kept'", "passed"),
     ("input()", "EOFError: "),
     ("import os; assert 'sparsek_answer_' in os.getcwd() and not os.listdir()", "passed"),
   ],
@@ -112,7 +119,20 @@ def test_answers_are_kept_and_asked_once(folder, answered, capsys):
   assert [row["result"] for row in of_run["answers"]] == ["passed", "passed", "AssertionError: "]
   assert [row["answer"] for row in of_run["answers"]] == ["  return 1", "  return 2", "  return 2"]
   run(folder, "--max_new_tokens=9")
-  assert len(calls[-1]) == 3
+  assert len(calls) == 3 and len(calls[-1]) == 3
+  # other parameters of the same step, as after --restore_step
+  write_run(folder / "other", "data", SMALLEST, 32, init_params(SMALLEST, jax.random.key(1)))
+  shutil.rmtree(folder / "run" / "checkpoints")
+  shutil.move(folder / "other" / "checkpoints", folder / "run")
+  run(folder)
+  assert len(calls) == 4 and len(calls[-1]) == 3
+
+
+def test_no_other_record_is_replaced(folder, answered, capsys):
+  record = folder / "record.json"
+  record.write_text('{"benchmark": "RULER", "data": {}, "runs": {}}')
+  run(folder, f"--record={record}", code=2)
+  assert "it would be lost" in capsys.readouterr().err and "RULER" in record.read_text()
 
 
 @pytest.mark.parametrize(

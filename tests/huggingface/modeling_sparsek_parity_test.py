@@ -239,6 +239,49 @@ def test_what_cannot_be_computed_is_refused(small):
   with pytest.raises(TypeError, match="needs a SparsekCache"):
     model(IDS, past_key_values=transformers.DynamicCache())
 
+  for inputs in ({}, {"input_ids": IDS, "inputs_embeds": torch.zeros(2, N, 32)}):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+      model(**inputs)
+  with pytest.raises(NotImplementedError, match="cannot be cropped"):
+    cache.crop(-1)
+
+
+@torch.no_grad
+def test_what_is_done_to_a_cache(small):
+  """A cache that is reset, repeated or of chosen rows goes on as one that was made so."""
+  model, first, rest = small[1], IDS[:, :30], IDS[:, 30:]
+  name = "cache" if "cache" in model(first, use_cache=True) else "past_key_values"
+  logits = lambda cache, ids: model(ids, past_key_values=cache).logits
+  want = model(IDS, use_cache=False).logits
+
+  def filled():
+    return model(first, use_cache=True)[name]
+
+  cache = filled()
+  cache.batch_repeat_interleave(2)
+  assert torch.allclose(logits(cache, rest[[0, 0, 1, 1]]), want[[0, 0, 1, 1], 30:], atol=1e-5)
+  cache = filled()
+  cache.batch_select_indices(torch.tensor([1]))
+  assert torch.allclose(logits(cache, rest[1:]), want[1:, 30:], atol=1e-5)
+  cache.reset()
+  assert cache.get_seq_length() == 0
+  assert torch.allclose(logits(cache, IDS), want, atol=1e-5)
+
+
+@torch.no_grad
+def test_generation_goes_on_with_its_cache(small):
+  """The same text comes as from the whole at once, as in a chat of several turns."""
+  model, mask = small[1], torch.ones_like(IDS)
+  options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+  turn = model.generate(IDS, attention_mask=mask, return_dict_in_generate=True, **options)
+  longer = torch.cat([turn.sequences, IDS[:, :7]], 1)
+  mask = torch.ones_like(longer)
+  name = "cache" if "cache" in turn else "past_key_values"
+  want = model.generate(longer, attention_mask=mask, **options)
+  assert torch.equal(
+    model.generate(longer, attention_mask=mask, **{name: turn[name]}, **options), want
+  )
+
 
 def test_half_precision_keeps_scorers_in_float32(small):
   model = load(small[0], dtype=torch.bfloat16)

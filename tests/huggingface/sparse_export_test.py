@@ -44,11 +44,19 @@ def workdir(tmp_path, params):
   write_run(workdir, "data", CONFIG, 32, params)
   (workdir / "flags.txt").write_text("--init_from=hf:/somewhere/Base-1B/\n--num_steps=1\n")
   append_record(str(workdir / "metrics.jsonl"), {"step": 7, "heldout_loss": 5.4321})
-  evaluation = {"step": 7, "loss": 4.25, "data": {"data": "/a/books", "seq_len": 64}}
-  append_record(str(workdir / "evaluation.jsonl"), evaluation | {"model": {"k": 8, "window": 2}})
+  model = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+  others = model | {"gate": "value"}, model | {"k": 2}
+  data = {"data": "/a/bo|oks", "seq_len": 64}
+  evaluation = {"step": 7, "loss": 4.25, "num_targets": 1234, "data": data, "model": model}
+  append_record(str(workdir / "evaluation.jsonl"), evaluation)
+  for other in others:
+    append_record(str(workdir / "evaluation.jsonl"), evaluation | {"loss": 9.0, "model": other})
   append_record(str(workdir / "evaluation.jsonl"), {"step": 7, "loss": "odd", "data": []})
   task = {"task": "passkey", "length": 128, "right": 3, "total": 4}
-  append_record(str(workdir / "tasks.jsonl"), {"step": 7, "results": [task, 3]})
+  append_record(str(workdir / "tasks.jsonl"), {"step": 7, "results": [task, 3], "model": model})
+  for other in others:
+    results = [task | {"right": 1}]
+    append_record(str(workdir / "tasks.jsonl"), {"step": 7, "results": results, "model": other})
   append_record(str(workdir / "tasks.jsonl"), {"step": 7, "results": 7})
   return workdir
 
@@ -78,11 +86,12 @@ def test_the_card_says_what_the_records_hold(workdir, tmp_path):
     "| started from | Base-1B |",
     "| data | data |",
     "| held-out loss | 5.4321 nats a token |",
-    "| books | 64 | 8 | 2 | 4.2500 |",
+    "| bo\\|oks | 64 | 1,234 | 4.2500 |",
     "| passkey | 128 | 3 of 4 |",
     "trust_remote_code=True",
   ):
     assert words in card, (words, card)
+  assert "9.0000" not in card and "1 of 4" not in card  # of another gate or k
   assert "odd" not in card and "/a/" not in card and "/somewhere" not in card
   ast.parse(card.partition("```python\n")[2].partition("```")[0])
 
