@@ -72,7 +72,10 @@ def in_template(template: str, folder: str) -> Chat:
 
 def _read(path: str) -> str:
   """Returns the content of a file with a template."""
-  content = files.read_at_most(path, MAX_BYTES, "--chat_template").decode("utf-8", "replace")
+  try:
+    content = files.read_at_most(path, MAX_BYTES, "--chat_template").decode()
+  except UnicodeDecodeError:
+    raise UsageError(f"--chat_template={path} is not UTF-8") from None
   if PLACE not in content and not any(mark in content for mark in _JINJA):
     raise UsageError(f"--chat_template={path}: holds no {PLACE}, and is no template of Jinja")
   return content

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import itertools
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -65,7 +66,7 @@ def read_problems(path: str, name: str = "data") -> list[Problem]:
     try:
       with gzip.open(path) as file:
         content = file.read(_MAX_BYTES)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
       reason = reason_of(error) if isinstance(error, OSError) else error
       raise UsageError(f"{name} {path} cannot be read: {reason}") from None
   problems = []

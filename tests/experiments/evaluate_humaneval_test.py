@@ -171,3 +171,12 @@ def test_files_of_other_things_are_refused(content, tmp_path):
   os.rename(path, f"{path}.gz")
   with pytest.raises(UsageError, match="holds no problems|cannot be read: Not a gzipped file"):
     humaneval.read_problems(f"{path}.gz")
+
+
+def test_damaged_files_are_refused(tmp_path):
+  path = tmp_path / "a.jsonl.gz"
+  content = bytearray(gzip.compress(b'{"task_id": "a"}\n' * 1000))
+  content[20:30] = b"x" * 10
+  path.write_bytes(content)
+  with pytest.raises(UsageError, match="cannot be read"):
+    humaneval.read_problems(str(path))

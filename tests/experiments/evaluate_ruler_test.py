@@ -260,3 +260,6 @@ def test_templates_of_text(tmp_path):
   path.write_text("words")
   with pytest.raises(UsageError, match="template.txt: holds no {prompt}"):
     chat_template.check_template(str(path))
+  path.write_bytes(b"\xff\xfe{prompt}")
+  with pytest.raises(UsageError, match="template.txt is not UTF-8"):
+    chat_template.check_template(str(path))
