@@ -66,6 +66,10 @@ def folder(tmp_path_factory):
   write_run(folder / "a", folder / "data", CONFIG, 32, params)
   write_run(folder / "b", folder / "data", dataclasses.replace(CONFIG, gate="value"), 48, params)
   write_run(folder / "elsewhere", folder / "other_data", CONFIG, 32, params)
+  record = write_run(folder / "unsegmented", folder / "data", CONFIG, 32, params) / "model.json"
+  record.write_text(
+    record.read_text().replace('"segment_documents": true', '"segment_documents": false')
+  )
   write_run(folder / "empty", folder / "data", CONFIG, 32, params)
   (folder / "empty" / "checkpoints" / "7").rename(folder / "moved")
   full = dataclasses.replace(CONFIG, attention="full")
@@ -154,6 +158,10 @@ def test_data_that_begin_otherwise_are_told(capsys):
     (["--workdir={folder}/a", "--data={folder}/no_data"], "no_data"),
     (["--workdir={folder}/a", "--implementation=mosaic_tpu"], "--implementation=mosaic_tpu: "),
     (["--workdir={folder}/a,{folder}/elsewhere"], "read different tokens"),
+    (
+      ["--workdir={folder}/a,{folder}/unsegmented"],
+      "see different context, as only one was trained",
+    ),
     (["--workdir={folder}/a", "--eval_steps=3"], "eval_steps"),
     (["--workdir={folder}/a,{folder}/no_record"], "no_record/evaluation.jsonl is a folder"),
     (["{folder}/a"], "--name=value"),
