@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-  """Shared memory and barriers, see the drawing above."""
+  """Shared memory and barriers, see the drawing in attention_forward.py."""
 
   query: Any
   key: Any

@@ -35,7 +35,7 @@ class _Head:
 
 def _print_heads() -> None:
   """Makes JAX print the heads of operations only where it sorts values by their names, which are
-  the same then; else that takes a third of the time of inferring layouts.
+  the same then: whole operations are long, and verified before they are printed.
   """
   site = getattr(layout_inference, "ValueSite", None)
   if site is not None:

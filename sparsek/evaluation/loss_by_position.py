@@ -1,9 +1,8 @@
 """Held-out loss of a model: as a whole, by context, by document, and of far repeats."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -11,8 +10,8 @@ from jax.sharding import Mesh
 
 from sparsek.config import FarRepeatRule, TransformerConfig
 from sparsek.data.token_files import TokenSplit
-from sparsek.errors import RunError
 from sparsek.evaluation.far_repeats import FarRepeatLosses, FarRepeats
+from sparsek.evaluation.memory import memory_that_holds
 from sparsek.model.transformer import Params, check_ids
 from sparsek.parallel.mesh import make_mesh, put_batch
 from sparsek.parallel.sharding import placements
@@ -117,7 +116,8 @@ def evaluate(
     check_ids("tokens", batch["tokens"], config.vocab_size)
     if length - 1 > edges[-1]:
       raise ValueError(f"edges={tuple(edges)} must reach the rows' length {length - 1}")
-    with _memory_that_holds(rows, length - 1):
+    what = f"--batch_size={rows} rows of --seq_len={length - 1} tokens"
+    with memory_that_holds(what, "one of them, or --loss_chunk"):
       losses, documents = jax.device_get(eval_step(params, put_batch(mesh, batch)))
     counted = documents >= 0
     buckets = np.searchsorted(edges[1:], positions(batch["segment_ids"][:, :-1]), side="right")
@@ -136,20 +136,6 @@ def evaluate(
     by_document.by_document(),
     far_repeats.result(),
   )
-
-
-@contextlib.contextmanager
-def _memory_that_holds(rows: int, seq_len: int) -> Iterator[None]:
-  """Raises RunError where memory does not hold a batch of that size in the block."""
-  try:
-    yield
-  except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise RunError(
-      f"memory does not hold --batch_size={rows} rows of --seq_len={seq_len} tokens: lower one of "
-      "them, or --loss_chunk"
-    ) from error
 
 
 def bits_per_byte(loss: float, split: TokenSplit) -> float:

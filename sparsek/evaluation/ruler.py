@@ -1,27 +1,25 @@
 """Answers of a model to RULER's prompts: asking, the file that keeps them, scores in a table."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig
 from sparsek.data.ruler.prompts import Prompt
 from sparsek.data.ruler.tasks import TASKS, score
 from sparsek.data.tokenizer import Tokenizer
-from sparsek.errors import RunError, UsageError
+from sparsek.errors import UsageError
+from sparsek.evaluation.memory import memory_that_holds
 from sparsek.evaluation.statistics import bootstrap_ratio
 from sparsek.generation.cache_sizes import GROWTH, check_memory, clip_sizes
 from sparsek.generation.inference import InferenceParams
 from sparsek.generation.session import Session
-from sparsek.storage import files
+from sparsek.runs.metrics import append_record, read_metrics
 
 FILE = "ruler.jsonl"  # of a run
 BATCH_TOKENS = 2**18  # of the prompts that are read together by default
@@ -77,7 +75,8 @@ def answers(
     asked = [prompt.tokens for prompt in prompts[first : first + batch_size]]
     rows = asked + asked[:1] * (batch_size - len(asked))
     written: list[list[int]] = [[] for _ in rows]
-    with _memory_that_holds(batch_size, length):
+    what = f"--batch_size={batch_size} prompts of --lengths={length} tokens"
+    with memory_that_holds(what, "--batch_size"):
       session = Session(config, params, len(rows), mesh, pad_to=length)
       for tokens in session.generate(
         rows, max_new_tokens=new_tokens, temperature=0.0, eos_id=eos_id
@@ -89,57 +88,26 @@ def answers(
     yield [(tokenizer.decode(written[i]), int(lost[i])) for i in range(len(asked))]
 
 
-@contextlib.contextmanager
-def _memory_that_holds(batch_size: int, length: int) -> Iterator[None]:
-  """Raises RunError where memory does not hold the prompts of a batch in the block."""
-  try:
-    yield
-  except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    raise RunError(
-      f"memory does not hold --batch_size={batch_size} prompts of --lengths={length} tokens: lower "
-      "--batch_size"
-    ) from error
-
-
 class AnswerFile:
   """The file of a run to which every answer goes as soon as it is known.
 
-  A line is a JSON object: the settings under which the model was asked, or an answer. Answers of
-  other settings stay, and lines that cannot be read are skipped.
+  A line has a key, the hash of the settings under which the model was asked: the settings, or an
+  answer. Answers of other settings stay.
 
   Args:
     path: of the file.
-    settings: what the answers depend on.
+    settings: what the answers depend on, "step" among them.
   Raises:
     UsageError: where the file cannot be read.
   """
 
   def __init__(self, path: str, settings: Mapping[str, Any]):
-    self._path = path
-    self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    self._known: dict[tuple[str, int, int], dict] = {}
-    self._is_new = True
-    for line in self._lines():
-      with contextlib.suppress(ValueError, KeyError, TypeError):
-        row = json.loads(line)
-        if row["key"] == self.key and "settings" in row:
-          self._is_new = False
-        elif row["key"] == self.key:
-          del row["key"]
-          self._known[row["task"], row["length"], row["index"]] = row
-    self._settings = settings
-
-  def _lines(self) -> list[bytes]:
-    if not files.exists(self._path):
-      return []
-    files.check_regular(self._path)
-    try:
-      with open(self._path, "rb") as file:
-        return file.readlines()
-    except OSError as error:
-      raise UsageError(f"{self._path} cannot be read: {files.reason_of(error)}") from None
+    self._path, self._settings = path, settings
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    self._line = {"step": settings["step"], "key": key}
+    rows = [row for row in read_metrics(path) if row.get("key") == key]
+    self._is_new = not rows
+    self._known = {(row.get("task"), row.get("length"), row.get("index")): row for row in rows}
 
   def answer(self, task: str, length: int, index: int, prompt: Prompt) -> dict | None:
     """Returns the line with the answer to a prompt, or None."""
@@ -152,24 +120,9 @@ class AnswerFile:
     Raises:
       RunError: where it cannot be written.
     """
-    lines = [{"key": self.key, **row} for row in rows]
-    if self._is_new:
-      lines.insert(0, {"key": self.key, "settings": self._settings})
-    try:
-      with open(self._path, "a+b") as file:
-        begin = b"" if _is_ended(file) else b"\n"  # after a line that a kill left half written
-        file.write(begin + b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-    except OSError as error:
-      raise files.cannot_write(self._path, error) from None
+    for row in ({"settings": self._settings},) * self._is_new + (*rows,):
+      append_record(self._path, {**self._line, **row})
     self._is_new = False
-
-
-def _is_ended(file: IO[bytes]) -> bool:
-  """Returns whether a file is empty or ends with a line end."""
-  if not file.seek(0, os.SEEK_END):
-    return True
-  file.seek(-1, os.SEEK_END)
-  return file.read(1) == b"\n"
 
 
 def ask(

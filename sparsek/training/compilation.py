@@ -53,7 +53,7 @@ def _program(call: str, attributes: str, operands: str, results: str) -> str:
 
 def lower(function: Wrapped, *args: Any, **kwargs: Any) -> Lowered:
   """Traces and lowers a function without garbage collection, which would go through all that has
-  been traced again and again, for a tenth of the time.
+  been traced again and again.
   """
   collects = gc.isenabled()
   gc.disable()

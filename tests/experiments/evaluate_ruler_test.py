@@ -68,7 +68,7 @@ def test_command(folder, data, capsys):
   assert f"| {folder} | niah_single_1 | 3 | 0.0 |" in told and f"| {folder} | mean |" in told
   settings, *rows = lines(folder)
   assert settings["settings"]["step"] == 7 and settings["settings"]["model"]["k"] == 4
-  assert [{"key": settings["key"], **row} for row in record["answers"]] == rows
+  assert [{"step": 7, "key": settings["key"], **row} for row in record["answers"]] == rows
   made = make_prompts("niah_single_1", 512, tokenizer().encode, Sources([str(data)]))
   for row, prompt in zip(rows[:3], made):
     assert row["outputs"] == prompt.outputs and row["sha256"] == prompt.sha256
@@ -132,13 +132,13 @@ def test_an_interrupted_command_goes_on(folder, data, answers, monkeypatch):
   assert ask(folder, data)[0] == 130
   assert len(lines(folder)) == 3
   with open(folder / "ruler.jsonl", "ab") as file:
-    file.write(kept[len(kept) // 2 :][:30])  # half a line
+    file.write(kept.splitlines()[5][:30])  # half a line
   monkeypatch.setattr(ruler.AnswerFile, "add", add)
   answers.clear()
   again = ask(folder, data)[1]
   assert answers == [1, 3] and [row["index"] for row in again["answers"]] == [0, 1, 2] * 2
   assert again["answers"][:2] + again["answers"][3:] == whole["answers"][:2] + whole["answers"][3:]
-  assert len((folder / "ruler.jsonl").read_bytes().splitlines()) == 8
+  assert len((folder / "ruler.jsonl").read_bytes().splitlines()) == 7
 
 
 def test_right_answers_are_counted(folder, data, answers, capsys):
@@ -147,6 +147,14 @@ def test_right_answers_are_counted(folder, data, answers, capsys):
   assert [(of["score"], of["empty"]) for of in record["results"]] == [(66.67, 1)] * 2
   assert [row["score"] for row in record["answers"]] == [0, 100, 100] * 2
   assert "| 66.7 (0 to 100) |" in capsys.readouterr().out
+  # What is expected, and the score, are those of the data, not those of the file of answers.
+  text = (folder / "ruler.jsonl").read_text()
+  changed = text.replace('"outputs": [', '"outputs": ["other", ').replace(
+    '"score": 100', '"score": 3'
+  )
+  assert changed.count("other") == 6 and '"score": 3' in changed
+  (folder / "ruler.jsonl").write_text(changed)
+  assert ask(folder, data)[1] == record
 
 
 def test_prompts_are_written_as_other_programs_read_them(folder, data, capsys):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class Sources:
       try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
           content = file.read(MAX_BYTES + 1)
-      except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+      except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"--data: {name} in {path} cannot be read: {error}") from None
       if len(content) > MAX_BYTES:
         raise UsageError(f"--data: {name} in {path} has more than {MAX_BYTES:,} bytes")
