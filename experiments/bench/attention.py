@@ -324,10 +324,9 @@ class _Cells:
       cell.adopt(self.programs[_shared_key(key)])
       cell.attempt(cell.calibrate, sample_seconds)
     say(f"warm: {elapsed()}")
-    if jax.default_backend() != "cpu":  # which has no kernels to trace
-      for (_, name, direction), cell in self.by_key.items():
-        if (name, direction) == ("sparsek", BOTH):
-          cell.attempt(cell.trace)
+    for (_, name, direction), cell in self.by_key.items():
+      if (name, direction) == ("sparsek", BOTH):
+        cell.attempt(cell.trace)
 
   def row(self, problem: Problem) -> dict[str, Any]:
     """Returns a problem's row of the record."""

@@ -217,6 +217,7 @@ def time_jobs(
       for action in (cell.compile, cell.start):
         cell.attempt(action)
       cell.attempt(cell.calibrate, sample_seconds)
+      cell.attempt(cell.trace)
       say(
         f"n={job.n}, {kind}: "
         + (

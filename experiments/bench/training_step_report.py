@@ -9,6 +9,7 @@ from typing import Any
 from sparsek.errors import UsageError
 from sparsek.experiments.bench.attention_report import aligned, number, quotient
 from sparsek.experiments.reports import plots
+from sparsek.training import trace
 
 LABELS = {
   "sparsek": "sparsek",
@@ -153,6 +154,18 @@ def table(rows: Sequence[dict]) -> list[str]:
   return aligned(lines)
 
 
+def kinds_of_kernels(rows: Sequence[dict]) -> list[str]:
+  """Returns the lines of a table: milliseconds a step of each kind of kernels, where traced."""
+  lines = [
+    {"n": str(row["n"]), "remat": row["remat"], "ms a step of": label(row, kind)}
+    | {name: number(result["kinds_ms"].get(name)) for name, _ in trace.KINDS}
+    for row in rows
+    for kind, result in row["rivals"].items()
+    if result.get("kinds_ms")
+  ]
+  return ["", *aligned(lines)] if lines else []
+
+
 def failures(record: dict) -> list[str]:
   """Returns a line for each failure, except those for lack of memory."""
   return [
@@ -187,6 +200,7 @@ def lines(record: dict) -> list[str]:
     f"{record['rounds']} rounds; MFU of the attention that is computed; MiB: "
     "arguments, outputs and temporaries",
     *table(record["rows"]),
+    *kinds_of_kernels(record["rows"]),
     "",
     *(f"{line['what']}: {number(line['value'])}" for line in record["summary"]),
   ]

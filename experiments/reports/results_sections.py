@@ -12,6 +12,7 @@ from sparsek.experiments.reports import baselines_report, plots
 from sparsek.experiments.reports import results_tables as tables
 from sparsek.experiments.reports.grid import DOCUMENTS, over_documents
 from sparsek.experiments.reports.results_tables import markdown, nats, percent, with_interval
+from sparsek.training import trace
 
 GRID_CELL = re.compile(r"(?P<kind>[a-z_]+)(-k(?P<k>\d+))?(-w(?P<window>\d+))?.*-s(?P<seed>\d+)")
 
@@ -126,7 +127,26 @@ def one_card(
     "Model FLOPs utilization of these steps, of the attention that is computed:",
     "",
     *markdown(["parameters", "`--remat`", "scorers' loss", *names], utilization),
+    *kernel_times([*train["rows"], *large["rows"]]),
   ]
+
+
+def kernel_times(rows: Sequence[Mapping]) -> list[str]:
+  """Returns the table of the time of each kind of kernels in a training step, where traced."""
+  lines = [
+    [
+      row["model"].split(" parameters")[0],
+      row["remat"],
+      {"sparsek": "SPARSEK", "sliding_window": "our window", "full": "full attention"}[kind]
+      + ", scorers' loss" * (kind == "sparsek" and bool(row["scorer_loss"])),
+      *(number(cell["kinds_ms"].get(name)) for name, _ in trace.KINDS),
+    ]
+    for row in rows
+    for kind, cell in row["rivals"].items()
+    if cell.get("kinds_ms")
+  ]
+  head = ["parameters", "`--remat`", "attention", *(name for name, _ in trace.KINDS)]
+  return lines and ["", "Where the time of a step goes, ms:", "", *markdown(head, lines)]
 
 
 def decoding(record: Mapping) -> list[str]:

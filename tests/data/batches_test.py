@@ -189,6 +189,13 @@ def test_rows_reach_beyond_32_bits():
   assert last["tokens"][count - 1] == order.documents[-1]
 
 
+def test_says_what_grain_lacks(dataset, monkeypatch):
+  """A package that grain needs may be missing where grain is not."""
+  monkeypatch.setitem(sys.modules, "grain", None)
+  with pytest.raises(UsageError, match=r"needs grain, .*\(.*grain.*\): pip install grain"):
+    make_iterator(dataset)
+
+
 def test_batches_follow_the_examples_over_epochs(dataset):
   iterator = make_iterator(dataset)
   rows = batches.PackedRows(dataset.split("train"), 16, seed=1)

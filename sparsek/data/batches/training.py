@@ -67,7 +67,9 @@ class TrainIterator:
     try:
       import grain
     except ImportError as error:
-      raise ImportError("reading training data needs grain: pip install grain") from error
+      raise UsageError(
+        f"reading training data needs grain, which cannot be imported ({error}): pip install grain"
+      ) from None
     self.close()
     config = self._config
     self._rows = PackedRows(

@@ -214,6 +214,9 @@ def test_a_trace_gives_the_time_of_each_kind_of_kernels(monkeypatch):
   of_kernels = [("sparsek_walk_3", 1.0), ("sparsek_forward_mosaic_gpu_kernel", 3.0)] * cells.TRACED
   monkeypatch.setattr(cells.trace, "kernels", lambda folder: of_kernels)
   cell.trace()
+  assert "kinds_ms" not in cell.record()  # a CPU has no kernels
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  cell.trace()
   assert len(calls) == 1 + cells.TRACED
   assert cell.record()["kinds_ms"] == {"thresholds and lists": 1.0, "attention": 3.0}
 

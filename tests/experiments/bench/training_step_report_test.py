@@ -90,6 +90,15 @@ def test_table_and_failures():
   ]
 
 
+def test_traced_kinds_of_kernels():
+  assert training_step_report.kinds_of_kernels(ROWS) == []
+  traced = row(16, sparsek=1.0, full=1.0)
+  traced["rivals"]["sparsek"]["kinds_ms"] = {"matrix products": 2.5, "attention": 1.0}
+  _, head, line = training_step_report.kinds_of_kernels([*ROWS, traced])
+  assert line.split() == ["16", "none", "sparsek", "1.00", "2.50"]
+  assert head.index("matrix products") < line.index("2.50") and "all else, by XLA" in head
+
+
 def test_extending_a_record():
   def record(rows, **versions):
     return {
