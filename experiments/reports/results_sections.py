@@ -146,7 +146,9 @@ def kernel_times(rows: Sequence[Mapping]) -> list[str]:
     if cell.get("kinds_ms")
   ]
   head = ["parameters", "`--remat`", "attention", *(name for name, _ in trace.KINDS)]
-  return lines and ["", "Where the time of a step goes, ms:", "", *markdown(head, lines)]
+  if not lines:
+    return []
+  return ["", "Where the time of a step goes, ms:", "", *markdown(head, lines)]
 
 
 def decoding(record: Mapping) -> list[str]:
