@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from sparsek.config import TransformerConfig
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.evaluation.likelihoods import warn_of_lost
+from sparsek.generation.cache import pad_length
 from sparsek.generation.inference import InferenceParams, inference_params
 from sparsek.generation.prompts import text_pieces
 from sparsek.generation.rows import without_context
@@ -65,7 +66,8 @@ def completions(
     part = order[first : first + batch_size]
     # Always a whole batch, for which all is compiled: copies of the first text end when it does.
     rows = part + part[:1] * (batch_size - len(part))
-    session = Session(config, params, batch_size, mesh)
+    longest = len(prompts[part[0]])
+    session = Session(config, params, batch_size, mesh, pad_to=_few_lengths(longest))
     turn = session.generate(
       [prompts[i] for i in rows],
       max_new_tokens=writing.max_new_tokens,
@@ -82,3 +84,12 @@ def completions(
         texts[row] += text
     warn_of_lost(session.lost_scores)
     yield from ((i, texts[row] + streams[row].finish()) for row, i in enumerate(part))
+
+
+def _few_lengths(length: int) -> int:
+  """Returns a length of at least this one, of which there are four between powers of two.
+
+  So few programs are compiled where full layers have room for all tokens.
+  """
+  step = pad_length(length) // 8
+  return -(-length // step) * step

@@ -15,7 +15,7 @@ from sparsek.data.tokenizer import train_bpe
 from sparsek.errors import UsageError
 from sparsek.evaluation import harness, likelihoods
 from sparsek.evaluation.harness import HarnessModel
-from sparsek.generation.session import Session
+from sparsek.generation.session import Session, run_steps
 from sparsek.model.transformer import Transformer, init_params
 from sparsek.runs import checkpoint
 from tests.experiments.evaluate_test import write_run
@@ -187,6 +187,16 @@ def test_texts_are_those_of_generate(model, params):
   assert write(model, QUESTION, until=[f"{texts[1][-1]}never"]) == texts[1]
   (first,) = model.generate_until(requests((QUESTION, {"max_tokens": 1})))
   assert texts[1].startswith(first) and first != texts[1]
+
+
+def test_few_programs_write_after_prompts_of_many_lengths(folder):
+  """A program is compiled for each size of the cache, which full layers fill with all tokens."""
+  dense = make_run(folder / "full", seq_len=4096, attention="full", num_layers=1)
+  model = HarnessModel(workdir=str(dense))
+  before = run_steps._cache_size()
+  texts = ["for " * count for count in (2100, 2300, 2500)]
+  model.generate_until(requests(*((text, {"max_gen_toks": 2}) for text in texts)))
+  assert run_steps._cache_size() - before == 1
 
 
 def test_a_name_of_a_special_token_ends_a_text_as_the_token(model, params):
