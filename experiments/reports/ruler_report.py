@@ -1,0 +1,99 @@
+"""Scores of RULER by several programs side by side, from the records of recipes.ruler_tools.
+
+python -m experiments.reports.ruler_report A.json A_lm_eval.json A_transformers.json
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+
+from sparsek.errors import UsageError
+from sparsek.experiments import script
+from sparsek.experiments.reports.results_tables import markdown
+from sparsek.storage import files
+
+Key = tuple[str, int, int]  # task, length and index of a prompt
+OWN = "evaluate-ruler"
+
+
+def run_named(record: Mapping, name: str) -> Mapping:
+  """Returns the run of a record whose folder has this name."""
+  for label, run in record["runs"].items():
+    if os.path.basename(label) == name:
+      return run
+  raise UsageError(f"the record has no run {name}: it has {', '.join(record['runs'])}")
+
+
+def scores_of(run: Mapping) -> dict[Key, float]:
+  """Returns {prompt: score in percent} of a run."""
+  return {(row["task"], row["length"], row["index"]): row["score"] for row in run["answers"]}
+
+
+def lines(*made: Mapping) -> list[str]:
+  """Returns a table for each run, and how many prompts the programs score otherwise.
+
+  Args:
+    made: the records, evaluate-ruler's first.
+  """
+  own, *others = made
+  page: list[str] = []
+  for label, run in own["runs"].items():
+    name = os.path.basename(label)
+    columns = {OWN: scores_of(run)} | {
+      record["program"]: scores_of(record["runs"][name])
+      for record in others
+      if name in record["runs"]
+    }
+    page += ["", f"{name}:", "", *_table(columns), "", *_apart(columns)]
+  return page[1:]
+
+
+def _table(columns: Mapping[str, Mapping[Key, float]]) -> list[str]:
+  """Returns the mean score of each task and length by each program."""
+  keys = list(columns[OWN])
+  lengths = sorted({length for _, length, _ in keys})
+  head = ["task", *(f"{program}, {length}" for length in lengths for program in columns)]
+  rows = [
+    [task, *(_mean(scores, task, length) for length in lengths for scores in columns.values())]
+    for task in dict.fromkeys(task for task, _, _ in keys)
+  ]
+  means = [sum(column) / len(column) for column in zip(*(row[1:] for row in rows))]
+  cells = [[row[0], *(f"{value:.1f}" for value in row[1:])] for row in [*rows, ["mean", *means]]]
+  return markdown(head, cells)
+
+
+def _mean(scores: Mapping[Key, float], task: str, length: int) -> float:
+  values = [score for key, score in scores.items() if key[:2] == (task, length)]
+  return sum(values) / len(values)
+
+
+def _apart(columns: Mapping[str, Mapping[Key, float]]) -> list[str]:
+  """Returns a line for each other program: how its scores differ from evaluate-ruler's."""
+  own = columns[OWN]
+  return [
+    f"- {program}: {sum(scores[key] != own[key] for key in own)} of {len(own)} prompts have "
+    f"another score than by {OWN}, the mean over all differs by "
+    f"{_average(scores) - _average(own):+.2f}."
+    for program, scores in columns.items()
+    if program != OWN
+  ]
+
+
+def _average(scores: Mapping[Key, float]) -> float:
+  return sum(scores.values()) / len(scores)
+
+
+def main(options: argparse.Namespace) -> None:
+  """Prints the tables."""
+  print("\n".join(lines(*map(files.read_json_object, options.records))))
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """Returns the parser of the script's options."""
+  parser = script.parser(__doc__)
+  parser.add_argument("records", nargs="+", type=script.path, help="evaluate-ruler's first")
+  return parser
+
+
+if __name__ == "__main__":
+  script.run(main, make_parser())
