@@ -11,12 +11,14 @@ Answers are greedy, and end with the end of the document or after as many tokens
 
 Each answer goes to WORKDIR/ruler.jsonl as soon as it is known: the same command, or one with more
 prompts, tasks or lengths, asks only for those that are not there. --record writes the scores, and
-every prompt's question, hash, expected answers and answer, of all runs to one file.
+every prompt's question, hash, expected answers and answer, of all runs to one file, and how many
+seconds this command loaded each run, waited for prompts, which are made in advance, and answered.
 """
 
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -243,12 +245,14 @@ def write_prompts(of: Asked, pairs: Sequence[tuple[str, int]]) -> None:
   print(FLAGS.write_prompts)
 
 
-def ask(of: Asked, pairs: Sequence[tuple[str, int]], mesh: Mesh) -> tuple[dict, list[dict]]:
+def ask(of: Asked, pairs: Sequence[tuple[str, int]], mesh: Mesh) -> tuple[dict, list[dict], dict]:
   """Asks a run what it has not answered before.
 
   Returns:
-    what the answers depend on, and all answers.
+    what the answers depend on, all answers, and the seconds of loading, of waiting for prompts and
+    of answering.
   """
+  times = [time.monotonic()]
   with said_if_slow(f"loading {of.workdir} ..."):
     loaded, step = checkpoint.load_params(
       of.workdir, of.config, FLAGS.step, mesh, allow_older=FLAGS.allow_older_step
@@ -267,7 +271,9 @@ def ask(of: Asked, pairs: Sequence[tuple[str, int]], mesh: Mesh) -> tuple[dict, 
   params = inference_params(of.config, loaded, devices)
   del loaded
   rows = []
+  times.append(time.monotonic())
   for (task, length), prompts in zip(pairs, in_advance(of, pairs)):
+    times.append(time.monotonic())
     rows += ruler.ask(
       of.config,
       params,
@@ -283,7 +289,10 @@ def ask(of: Asked, pairs: Sequence[tuple[str, int]], mesh: Mesh) -> tuple[dict, 
         tqdm, desc=f"{path_flags.shown(of.workdir)} {task} {length}", unit="prompt", disable=None
       ),
     )
-  return settings, rows
+    times.append(time.monotonic())
+  took = [end - begin for begin, end in itertools.pairwise(times)]
+  seconds = {"loading": took[0], "waiting": sum(took[1::2]), "answering": sum(took[2::2])}
+  return settings, rows, {name: round(value, 1) for name, value in seconds.items()}
 
 
 def say_lost(workdir: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -318,7 +327,7 @@ def main() -> None:
   answered = {}
   for of in runs:
     label = path_flags.shown(of.workdir)
-    settings, rows = ask(of, pairs, mesh)
+    settings, rows, seconds = ask(of, pairs, mesh)
     say_lost(of.workdir, rows)
     results = ruler.summaries(rows)
     scores |= {(label, *pair): result for pair, result in results.items()}
@@ -326,6 +335,7 @@ def main() -> None:
       **settings,
       "flags": into_string(FLAGS).splitlines(),
       "versions": run_directory.versions(),
+      "seconds": seconds,
       "results": [
         {"task": task, "length": length, **dataclasses.asdict(result)}
         for (task, length), result in results.items()

@@ -91,8 +91,12 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
   tasks = list(TASKS) if options.tasks == evaluate_ruler.ALL else options.tasks.split(",")
   lengths = map(int, options.lengths.split(","))
   most = max(most_tokens(task, length) for length in lengths for task in tasks)
-  common = (f"--tasks={options.tasks}", f"--lengths={options.lengths}")
-  common += (f"--prompts={options.prompts}", *(f"--data={options.data}",) * bool(options.data))
+  common = (
+    f"--tasks={options.tasks}",
+    f"--lengths={options.lengths}",
+    f"--prompts={options.prompts}",
+    *(f"--data={options.data}",) * bool(options.data),
+  )
   first, *_ = runs.values()
   plan = {
     "prompts": Step(

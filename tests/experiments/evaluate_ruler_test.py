@@ -54,11 +54,16 @@ def lines(folder):
 
 
 def ask(folder, data, *arguments, prompts=3):
-  """Runs the command; returns its exit code and what it recorded of the run."""
+  """Runs the command; returns its exit code and what it recorded of the run, but for the times."""
   path = folder.parent / "record.json"
   words = (f"--workdir={folder}", f"--data={data}", f"--prompts={prompts}", f"--record={path}")
   code = run(*words, *TWO, *arguments)
-  return code, json.loads(path.read_text())["runs"][str(folder)] if path.exists() else None
+  if not path.exists():
+    return code, None
+  record = json.loads(path.read_text())["runs"][str(folder)]
+  seconds = record.pop("seconds")
+  assert list(seconds) == ["loading", "waiting", "answering"] and min(seconds.values()) >= 0
+  return code, record
 
 
 def test_command(folder, data, capsys):
@@ -79,6 +84,7 @@ def test_command(folder, data, capsys):
     ("fwe", 3),
   ]
   content = json.loads((folder.parent / "record.json").read_text())
+  assert sum(content["runs"][str(folder)]["seconds"].values()) > 0.1
   assert set(content["data"]) == {"nounlist.txt", "adjectivelist.txt"}
   # The same command asks nothing, and one with more prompts asks for these alone.
   before = (folder / "ruler.jsonl").read_bytes()
