@@ -27,6 +27,7 @@ import concurrent.futures
 import dataclasses
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 
 from sparsek.command_line import outputs
-from sparsek.command_line.flags import check_runs
+from sparsek.command_line.main import parse
 from sparsek.data.ruler.prompts import most_tokens
 from sparsek.data.ruler.tasks import TASKS, score
 from sparsek.errors import RunError, UsageError
@@ -54,6 +55,7 @@ TOOLS = {  # name of a step and ending of its record -> the program
   "lm_eval": "lm-eval, model sparsek",
   "transformers": "lm-eval, model hf",
 }
+LENGTHS = tuple(2**i for i in range(12, 18))  # of which lm-eval tells scores
 RECORD = outputs.record("record of ruler_tools", "benchmark", "runs")
 
 
@@ -77,6 +79,35 @@ class Step:
     return os.path.exists(self.output)
 
 
+def check_options(options: argparse.Namespace) -> None:
+  """Raises UsageError, before any long work, for what the programs would refuse later."""
+  runs_of(options)
+  values = evaluate_ruler.FLAGS
+  parse(["ruler_tools", f"--workdir={options.workdir}", *_asked_for(options)], values)
+  evaluate_ruler.check_flags()
+  for length in evaluate_ruler.prompt_lengths():
+    if length not in LENGTHS:
+      raise UsageError(
+        f"--lengths={options.lengths}: lm-eval has scores for {', '.join(map(str, LENGTHS))}, not "
+        f"for {length}"
+      )
+  if options.at_once < 1:
+    raise UsageError(f"--at_once={options.at_once}: must be at least 1")
+  if not options.collect and importlib.util.find_spec("lm_eval") is None:
+    raise UsageError("lm-eval is not installed: pip install lm-eval transformers torch accelerate")
+
+
+def _asked_for(options: argparse.Namespace) -> tuple[str, ...]:
+  """Returns the flags of evaluate-ruler that both of its commands take."""
+  return (
+    f"--tasks={options.tasks}",
+    f"--lengths={options.lengths}",
+    f"--prompts={options.prompts}",
+    *(f"--data={options.data}",) * bool(options.data),
+    *(f"--batch_size={options.batch_size}",) * bool(options.batch_size),
+  )
+
+
 def runs_of(options: argparse.Namespace) -> dict[str, str]:
   """Returns {name of a run: its folder}."""
   names = {os.path.basename(folder): folder for folder in options.workdir.split(",")}
@@ -91,12 +122,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
   tasks = list(TASKS) if options.tasks == evaluate_ruler.ALL else options.tasks.split(",")
   lengths = map(int, options.lengths.split(","))
   most = max(most_tokens(task, length) for length in lengths for task in tasks)
-  common = (
-    f"--tasks={options.tasks}",
-    f"--lengths={options.lengths}",
-    f"--prompts={options.prompts}",
-    *(f"--data={options.data}",) * bool(options.data),
-  )
+  common = _asked_for(options)
   first, *_ = runs.values()
   plan = {
     "prompts": Step(
@@ -109,7 +135,6 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         f"--workdir={options.workdir}",
         *common,
         f"--dtype={options.dtype}",
-        *(f"--batch_size={options.batch_size}",) * bool(options.batch_size),
         f"--record={OUTPUT}",
       ),
     ),
@@ -303,7 +328,7 @@ def write_records(options: argparse.Namespace, plan: Mapping[str, Step]) -> list
 
 def main(options: argparse.Namespace) -> None:
   """Runs the steps, writes the records and prints their table."""
-  check_runs(options.workdir.split(","))
+  check_options(options)
   plan = steps(options)
   check_plan(options, plan)
   for _ in run_steps(plan, options) if not options.collect else ():
