@@ -3,6 +3,7 @@
 Needs lm-eval, transformers and accelerate: pip install -e '.[test,parity,lm-eval]' accelerate
 """
 
+import hashlib
 import json
 import sys
 
@@ -26,6 +27,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 import sparsek.lm_eval as adapter  # noqa: E402
 from sparsek.evaluation.harness import rolling_parts  # noqa: E402
 from sparsek.experiments import lm_eval as command  # noqa: E402
+from sparsek.experiments.recipes import ruler_tools  # noqa: E402
 
 WORDS = "def return import class self value name list number text index while for in not None"
 TASKS = {
@@ -217,6 +219,28 @@ def test_ruler_prompts_from_files_have_the_scores_of_the_model_hf(folder):
   scores = [numbers_of(of_ours)[task]["4096,none"] for task in tasks]
   # lm-eval counts the right outputs of questions too, where RULER's own programs take any one.
   assert scores == [0.5, 0.5]
+
+
+def test_the_answers_that_the_command_writes_go_into_records(folder, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["sparsek"])
+  words = ["--tasks", "ruler_prompts_vt,ruler_prompts_qa_1", "--log_samples", "--output_path"]
+  words += [str(folder / "written"), "--metadata", f"prompts={folder}/prompts", "--batch_size", "3"]
+  arguments = f"workdir={folder}/run,max_length=120"
+  command.evaluate(["--model", "sparsek", "--model_args", arguments, *words])
+  right = {}
+  for task in ("vt", "qa_1"):
+    for line in (folder / f"prompts/4096/{task}/validation.jsonl").read_text().splitlines():
+      prompt = json.loads(line)
+      sha256 = hashlib.sha256(prompt["input"].encode()).hexdigest()
+      right[task, 4096, sha256] = prompt
+  rows = ruler_tools.answers_of(str(folder / "written"), right)
+  assert [(row["task"], row["index"]) for row in rows] == [
+    (task, i) for task in ("vt", "qa_1") for i in range(3)
+  ]
+  assert [row["score"] for row in rows] == [50] * 3 + [100] * 3 and all(
+    row["answer"] for row in rows
+  )
+  assert {row["score_of_lm_eval"] for row in rows} == {50}
 
 
 def test_the_command_prints_a_table_and_names_bad_arguments(folder, monkeypatch, capsys):
