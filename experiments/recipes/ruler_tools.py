@@ -276,6 +276,8 @@ def answers_of(folder: str, right: Mapping[tuple[str, int, str], Mapping]) -> li
 
 def versions() -> dict:
   """Returns the record of the program, with the versions of the other programs' packages."""
+  # JAX would take the memory of steps that still run.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   made = run_directory.versions()
   packages = dict(made["packages"])  # type: ignore[call-overload]
   packages |= {name: metadata.version(name) for name in ("lm_eval", "torch", "transformers")}
