@@ -48,6 +48,11 @@ def lines(*made: Mapping) -> list[str]:
   return page[1:]
 
 
+def _wrapped(item: str) -> list[str]:
+  """Returns the lines of an item of a list."""
+  return textwrap.wrap(item, 100, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def _table(columns: Mapping[str, Mapping[Key, float]]) -> list[str]:
   """Returns the mean score of each task and length by each program."""
   keys = list(columns[OWN])
@@ -69,14 +74,15 @@ def _mean(scores: Mapping[Key, float], task: str, length: int) -> float:
 
 def _apart(columns: Mapping[str, Mapping[Key, float]]) -> list[str]:
   """Returns a line for each other program: how its scores differ from evaluate-ruler's."""
-  own = columns[OWN]
-  return [
-    f"- {program}: {sum(scores[key] != own[key] for key in own)} of {len(own)} prompts have "
-    f"another score than by {OWN}, the mean over all differs by "
-    f"{_average(scores) - _average(own):+.2f}."
-    for program, scores in columns.items()
-    if program != OWN
-  ]
+  own, page = columns[OWN], list[str]()
+  for program, scores in columns.items():
+    if program != OWN:
+      page += _wrapped(
+        f"- {program}: {sum(scores[key] != own[key] for key in own)} of {len(own)} prompts have "
+        f"another score than by {OWN}, the mean over all differs by "
+        f"{_average(scores) - _average(own):+.2f}."
+      )
+  return page
 
 
 def _average(scores: Mapping[Key, float]) -> float:
