@@ -5,6 +5,7 @@ python -m experiments.reports.ruler_report A.json A_lm_eval.json A_transformers.
 
 import argparse
 import os
+import textwrap
 from collections.abc import Mapping
 
 from sparsek.errors import UsageError

@@ -124,17 +124,19 @@ def test_finished_steps_are_skipped_and_those_that_need_a_failed_one_wait(
   assert run(given, monkeypatch) == ["a_exported", "a_transformers"]
   assert run(given, monkeypatch) == []
   page = ruler_report.lines(*ruler_tools.write_records(given, ruler_tools.steps(given)))
-  assert page[2:10] == [
+  assert page[2:6] == [
     "| task | evaluate-ruler, 4096 | lm-eval, model sparsek, 4096 | lm-eval, model hf, 4096 |",
     "|---|---|---|---|",
     "| vt | 50.0 | 50.0 | 100.0 |",
     "| mean | 50.0 | 50.0 | 100.0 |",
-    "",
-    "- lm-eval, model sparsek: 0 of 1 prompts have another score than by evaluate-ruler, the mean "
-    "over",
-    "  all differs by +0.00.",
-    "- lm-eval, model hf: 1 of 1 prompts have another score than by evaluate-ruler, the mean over all",
   ]
+  assert (
+    " ".join(page[7:9]).split()
+    == (
+      "- lm-eval, model sparsek: 0 of 1 prompts have another score than by evaluate-ruler, the mean "
+      "over all differs by +0.00."
+    ).split()
+  )
   with pytest.raises(UsageError, match="filled with other options"):
     call_main(options("--dtype=float32"))
 
