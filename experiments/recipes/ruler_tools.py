@@ -91,6 +91,10 @@ def check_options(options: argparse.Namespace) -> None:
         f"--lengths={options.lengths}: lm-eval has scores for {', '.join(map(str, LENGTHS))}, not "
         f"for {length}"
       )
+  try:
+    re.compile(options.only)
+  except re.error as error:
+    raise UsageError(f"--only={options.only}: must be a regular expression: {error}") from None
   if options.at_once < 1:
     raise UsageError(f"--at_once={options.at_once}: must be at least 1")
   if not options.collect and importlib.util.find_spec("lm_eval") is None:
@@ -110,8 +114,9 @@ def _asked_for(options: argparse.Namespace) -> tuple[str, ...]:
 
 def runs_of(options: argparse.Namespace) -> dict[str, str]:
   """Returns {name of a run: its folder}."""
-  names = {os.path.basename(folder): folder for folder in options.workdir.split(",")}
-  if len(names) < len(options.workdir.split(",")):
+  folders = options.workdir.split(",")
+  names = {os.path.basename(os.path.abspath(folder)): folder for folder in folders}
+  if len(names) < len(folders):
     raise UsageError(f"--workdir={options.workdir}: two folders have the same name")
   return names
 

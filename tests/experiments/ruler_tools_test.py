@@ -165,13 +165,14 @@ def test_records_hold_answers_both_scores_and_what_lm_eval_printed(options, monk
   ("words", "message"),
   [
     (["--workdir=runs/a,runs/c"], "runs/c: there is no such folder"),
-    (["--workdir=runs/a,other/a"], "two folders have the same name"),
+    (["--workdir=runs/a,other/a/"], "two folders have the same name"),
     (["--tasks=vt,none"], "'none' must be one of"),
     (["--tasks=qa_1"], "qa_1 needs squad.json"),
     (["--lengths=4096,8000"], "not for 8000"),
     (["--prompts=0"], "prompts"),
     (["--batch_size=-1"], "batch_size"),
     (["--at_once=0"], "at least 1"),
+    (["--only=("], "must be a regular expression"),
     (["--folder=runs"], "holds something else"),
   ],
 )
