@@ -24,6 +24,12 @@ FORKS.set_forkserver_preload(
 )
 
 
+def simulated(devices: int) -> dict[str, str]:
+  """Returns the environment of a process with some simulated devices."""
+  count = f"--xla_force_host_platform_device_count={devices}"
+  return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}"}
+
+
 class Forked:
   """A command that runs in a forked process, with the methods of `subprocess.Popen`."""
 

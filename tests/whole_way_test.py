@@ -108,7 +108,8 @@ from sparsek.experiments import demo
 demo.SEEDS, demo.NUM_STEPS, demo.NUM_DOCUMENTS, demo.EXAMPLES = (0,), 4, 99, 2
 demo.DISTANCES, demo.LENGTHS, demo.ROUNDS = (8, 96), (1024, 2048), 1
 few = ("--num_steps=4", "--warmup_steps=1", "--log_every=2", "--checkpoint_every=2")
-demo.PRETRAIN = (*demo.PRETRAIN, "--embed_dim=32", "--batch_size=2", *few)
+small = ("--embed_dim=32", "--batch_size=2", "--implementation=reference")
+demo.PRETRAIN = (*demo.PRETRAIN, *small, *few)
 demo.main()
 """
 PLACES = "import sparsek, sparsek.experiments as e; print(sparsek.__file__, e.__file__)"
@@ -125,7 +126,7 @@ def test_the_whole_way(program, tmp_path):
   places = user.python(PLACES).split()
   assert len(places) == 2 and all(p.startswith(str(program.parent.parent)) for p in places)
   assert "--preset=tiny" in user.run("recipe", "tiny_stdlib")
-  assert "tokens a step" in user.run("pretrain", "--flagfile=tiny_stdlib", "--dry_run")
+  assert "tokens a step" in user.run("pretrain", "--flagfile=tiny_stdlib", "--dry_run", MODEL[-1])
 
   said = user.python(DEMO)
   assert "it ended with one of step" in said and "kept at the question:" in said
@@ -153,11 +154,11 @@ def test_the_whole_way(program, tmp_path):
     "--workdir=runs/grid",
     "--attention=sparsek",
     "--k=4,8",
-    "--window=4,8",
+    "--window=4",
     "--seeds=1",
     f"--more={more}",
   )
-  assert len(list((tmp_path / "runs" / "grid" / "cells").iterdir())) == 4
+  assert len(list((tmp_path / "runs" / "grid" / "cells").iterdir())) == 2
 
   user.run("evaluate", "--workdir=runs/own", "--eval_batches=1")
   user.run("plot", "--workdir=runs/own", "--output=own.png")

@@ -355,6 +355,8 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
     ValueError: for a key that is none, or a config that is no TransformerConfig.
   """
   check_config(config)
+  # What changes no parameter is alike, so that such models share what is traced and compiled.
+  config = dataclasses.replace(config, implementation="reference", remat="none")
   return _init_params(config, random_keys("key", key))
 
 
@@ -365,10 +367,7 @@ def _init_params(config: TransformerConfig, key: jax.Array) -> Params:
   # layer by layer, and gives the same values in both layouts.
   repeats = config.num_layers % len(config.attention) == 0
   stacked = dataclasses.replace(
-    config,
-    implementation="reference",
-    scan_layers=True,
-    attention=config.attention if repeats else config.layer_terms,
+    config, scan_layers=True, attention=config.attention if repeats else config.layer_terms
   )
   params = Transformer(stacked).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
   return params if config.scan_layers else unstack_layers(stacked, params)

@@ -215,6 +215,8 @@ def remat_that_fits(
     limit: bytes, or None where the backend does not say.
     devices: number of devices of the run; all that are attached by default.
   """
+  if limit is None:
+    return "none"
   lists = config.layer_kinds.count("sparsek") / config.num_layers
   per_token = (
     3 * config.embed_dim
@@ -235,7 +237,7 @@ def remat_that_fits(
   parameters = 4 * count_params(params) + 12 * count_params(lora.split(params)[0])
   whole = 8 * config.vocab_size * config.embed_dim if train.fsdp > 1 else 0
   state = parameters // train.fsdp + whole + 6 * min(train.loss_chunk, tokens) * config.vocab_size
-  return "none" if limit is None or activations + state <= 0.9 * limit else "attention"
+  return "none" if activations + state <= 0.9 * limit else "attention"
 
 
 def make_plan(

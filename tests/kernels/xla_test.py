@@ -1,14 +1,12 @@
 """The linear XLA implementation: the shared behaviours, linear memory, several devices."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 import sparsek
 from sparsek.kernels import specs
-from tests.commands import Forked
+from tests.commands import Forked, simulated
 from tests.kernels.attention_base import AttentionTest, dense_attention, problem, relative_error
 
 
@@ -35,9 +33,7 @@ class TestXla(AttentionTest):
 
   @pytest.mark.slow
   def test_four_devices(self, tmp_path):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    process = Forked(["tests.kernels.four_devices"], tmp_path, tmp_path, environment)
+    process = Forked(["tests.kernels.four_devices"], tmp_path, tmp_path, simulated(4))
     out, err = process.communicate()
     assert process.returncode == 0 and out == "4 devices agree\n", err
 

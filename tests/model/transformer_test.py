@@ -8,6 +8,7 @@ import pytest
 
 from sparsek.config import PRESETS, TransformerConfig, preset
 from sparsek.kernels import devices
+from sparsek.model import transformer
 from sparsek.model.layers import sample_loss_queries
 from sparsek.model.transformer import (
   Transformer,
@@ -17,7 +18,7 @@ from sparsek.model.transformer import (
   output_matrix,
   unstack_layers,
 )
-from tests.helpers import quick_jit
+from tests.helpers import SMALLEST, quick_jit
 
 N = 24
 BASE = TransformerConfig(
@@ -361,3 +362,11 @@ def test_the_queries_of_the_scorers_loss_do_not_depend_on_the_layout():
   keys = jax.random.split(jax.random.key(1), 8)
   drawn = sample_loss_queries(dataclasses.replace(BASE, scorer_loss_queries=2), keys, 1000)
   assert drawn.shape == (8, 2) and len(np.unique(np.asarray(drawn), axis=0)) == 8
+
+
+def test_models_that_differ_in_no_parameter_share_the_compiled_draw():
+  """A grid over implementations or what is recomputed compiles the draw once."""
+  key, before = jax.random.key(0), transformer._init_params._cache_size()
+  for fields in ({}, {"remat": "attention"}, {"implementation": "xla"}):
+    transformer.init_params(dataclasses.replace(SMALLEST, vocab_size=19, **fields), key)
+  assert transformer._init_params._cache_size() == before + 1

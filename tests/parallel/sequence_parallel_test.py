@@ -26,17 +26,20 @@ def results(tmp_path_factory):
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_equal_those_of_one_device(results, name):
   errors = results["attention"][name]
   assert len(errors) == 5 and max(errors.values()) < TOLERANCE, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rows == PACKED])
 def test_thresholds_and_expiry_equal_those_of_one_device_to_the_bit(results, name):
   assert results["selection"][name] == {"threshold": True, "expiry": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WINDOWS)
 def test_window_and_full_attention_equal_those_of_one_device(results, name):
   errors = results["window"][name]
@@ -47,6 +50,7 @@ def received(traffic, *kinds):
   return sum(traffic[kind][1] for kind in kinds or traffic)
 
 
+@pytest.mark.slow
 def test_few_collectives_receive_few_bytes(results):
   """The formula of the design: 4 shards, k = 16, window 17, 4 groups of 32, float32."""
   shards, k, window, groups, row_bytes, length = 4, 16, 17, 4, 2 * 4 * 32 * 4, 128 // 4
@@ -65,6 +69,7 @@ def test_few_collectives_receive_few_bytes(results):
   }
 
 
+@pytest.mark.slow
 def test_longer_rows_receive_as_many_bytes_of_keys(results):
   row, longer = (results["traffic"][name] for name in ("row", "row of twice the length"))
   keys = "collective-permute", "reduce-scatter", "all-gather"
@@ -72,6 +77,7 @@ def test_longer_rows_receive_as_many_bytes_of_keys(results):
   assert received(longer, "all-to-all") == 2 * received(row, "all-to-all")
 
 
+@pytest.mark.slow
 def test_gradients_receive_as_many_bytes_as_the_forward_pass(results):
   """Nothing is sent a second time for a block that is computed again in the backward pass."""
   row, both = (results["traffic"][name] for name in ("row", "gradients"))

@@ -29,6 +29,7 @@ def differences(tmp_path_factory):
   return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IDS, ids=str)
 def test_hidden_states_losses_and_gradients(differences, case):
   cases = {tuple(case): kinds for case, kinds in differences["cases"]}
@@ -36,6 +37,7 @@ def test_hidden_states_losses_and_gradients(differences, case):
   assert {kind: x for kind, x in cases[case].items() if not x < limits.get(kind, 2e-6)} == {}
 
 
+@pytest.mark.slow
 def test_normalised_logits_are_equal_to_the_bit(differences):
   assert differences["exact"]
 

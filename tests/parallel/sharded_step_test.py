@@ -23,6 +23,7 @@ def results(tmp_path_factory):
   return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_a_step_gives_what_one_device_gives(results, index):
   result = results["steps"][index]
@@ -32,6 +33,7 @@ def test_a_step_gives_what_one_device_gives(results, index):
   } == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_a_device_holds_its_part_of_the_moments(results, index):
   result = results["steps"][index]
@@ -39,10 +41,12 @@ def test_a_device_holds_its_part_of_the_moments(results, index):
   assert 1 / fsdp <= result["bytes"] < 1.1 / fsdp
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_onto_a_mesh(results):
   assert results["imported"]
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_meshes(results):
   """Every checkpoint is verified by its checksums when another mesh restores it."""
   assert len(results["moved"]) == 3

@@ -16,6 +16,7 @@ def output(tmp_path_factory):
   return json.loads((folder / "output.json").read_text())
 
 
+@pytest.mark.slow
 def test_held_out_losses(output):
   one, many = output["evaluations"]
   assert many["losses"] == pytest.approx(one["losses"], rel=2e-6)
@@ -24,17 +25,20 @@ def test_held_out_losses(output):
   assert many["targets"] == one["targets"] and len(set(one["losses"])) == len(one["losses"])
 
 
+@pytest.mark.slow
 def test_answers_to_tasks(output):
   one, many = output["evaluations"]
   assert many["answers"] == one["answers"]
 
 
+@pytest.mark.slow
 def test_texts_and_the_cache_after_a_sharded_prompt(output):
   one, many = output["turns"]
   assert many == one
   assert output["cache"] < 2e-5
 
 
+@pytest.mark.slow
 def test_log_likelihoods_after_sharded_contexts(output):
   one, many = output["likelihoods"]
   assert many == pytest.approx(one, rel=1e-5) and len(set(one)) == len(one) == 6

@@ -15,7 +15,7 @@ from sparsek.parallel.mesh import make_mesh
 from sparsek.runs.checkpoint import abstract_params
 from sparsek.training import plan
 from sparsek.training.activations import activation_bytes
-from tests.commands import FORKS, ROOT, become, run_forked
+from tests.commands import FORKS, ROOT, become, run_forked, simulated
 
 MADE = plan.Plan(
   devices="16 x NVIDIA H100 (data 1, fsdp 2, context 8)",
@@ -143,8 +143,7 @@ def test_a_dry_run_over_eight_devices(tmp_path):
     "--batch_size=4",
     "--seq_len=1048576",
   ]
-  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-  arguments = (["experiments.pretrain", *flags], str(ROOT), str(tmp_path), devices)
+  arguments = (["experiments.pretrain", *flags], str(ROOT), str(tmp_path), simulated(8))
   process = FORKS.Process(target=become, args=arguments)
   process.start()
   process.join()

@@ -21,7 +21,7 @@ from sparsek.parallel import clusters, processes
 from sparsek.parallel.process_watch import SILENCE, Beat, Judge
 from sparsek.runs import checkpoint
 from sparsek.runs.metrics import read_metrics
-from tests.commands import FORKS, become
+from tests.commands import FORKS, become, simulated
 
 TIMEOUT = 20.0
 FLAGS = (
@@ -47,8 +47,7 @@ def start(home, workdir, devices, *words):
   outputs = home / f"output{next(start.numbers)}"
   outputs.mkdir()
   environment = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    **simulated(devices),
     "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
