@@ -1,14 +1,20 @@
-"""Packages that hold a model: what is missing, damaged or something else is named."""
+"""Packages that hold a model: what is missing, damaged or something else is named; their use."""
 
 import dataclasses
 import hashlib
 import importlib.util
+import pathlib
 import zipfile
 
 import pytest
+from absl import flags as absl_flags
 
+from sparsek.command_line.configs import train_config
+from sparsek.command_line.main import parse
+from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
 from sparsek.experiments.recipes import gguf_model
+from sparsek.experiments.reports import records
 
 CONTENT = bytes(range(256)) * 11
 PACKED = dataclasses.replace(
@@ -98,3 +104,25 @@ def test_options_that_do_not_go_together():
       parse(["--model=smollm2-135m", "--folder=x", *wrong])
   with pytest.raises(UsageError, match="--dtype=float32 goes with --wheels or --gguf"):
     gguf_model.main(parse(["--model=smollm2-135m", "--folder=x", "--dtype=float32"]))
+
+
+@pytest.mark.parametrize("name, at_most", [("smollm2.json", 2e-4), ("qwen05.json", 1e-4)])
+def test_recorded_logits_are_as_near_as_the_docs_say(name, at_most):
+  record = records.load(name)
+  differences = [text["this library - transformers, largest"] for text in record["logits"].values()]
+  assert max(differences) <= at_most and record["answer"] == "The capital of France is Paris."
+  assert record["continuation"].startswith(" Paris")
+  assert record["transformers' tokenizer gives the same ids"]
+  assert record["model"] in {packed.name for packed in gguf_model.PACKAGES.values()}
+
+
+@pytest.mark.parametrize("stage, millions", [("warmup", "4.0"), ("tune", "20.1")])
+def test_flagfiles_of_qwen_train_on_as_many_tokens_as_they_say(stage, millions):
+  path = pathlib.Path(gguf_model.__file__).parent / f"qwen_{stage}.flags"
+  values = absl_flags.FlagValues()
+  define_pretrain_flags(values)
+  parse(["pretrain", f"--flagfile={path}", "--workdir=w"], values)
+  train = train_config(values)
+  tokens = train.optimizer.num_steps * train.data.batch_size * train.data.seq_len
+  assert train.data.seq_len == 16384 and f"{tokens / 1e6:.1f}" == millions
+  assert f"{millions} million tokens" in path.read_text()
