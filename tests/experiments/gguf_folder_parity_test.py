@@ -200,8 +200,9 @@ def test_a_model_comes_from_wheels_or_from_the_joined_file(words, tmp_path):
   made = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
   assert made == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
   assert made["prompt.txt"] == f"<|im_start|>{gguf_model.QUESTION}<|im_end|>".encode()
+  assert json.loads(made["source.json"])["model"] == "tiny, F32"
   assert made.keys() == {
-    *("config.json", "generation_config.json", "model.safetensors", "prompt.txt"),
+    *("config.json", "generation_config.json", "model.safetensors", "prompt.txt", "source.json"),
     *("tokenizer.json", "tokenizer_config.json"),
   }
 

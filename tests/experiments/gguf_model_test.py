@@ -89,8 +89,10 @@ def test_other_contents_are_refused(wheels):
 
 def test_packages_that_are_not_installed_are_named_before_anything_is_made(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UsageError, match="GGUF files are read with gguf: pip install gguf jinja2"):
+  with pytest.raises(UsageError, match="gguf is not installed: pip install gguf jinja2"):
     gguf_model.convert(PACKED, str(tmp_path / "x"), "float32", wheels=str(tmp_path))
+  with pytest.raises(UsageError, match="gguf is not installed: pip install gguf torch transf"):
+    gguf_model.compare(str(tmp_path / "x"))
   assert list(tmp_path.iterdir()) == []
 
 
@@ -101,9 +103,14 @@ def test_options_that_do_not_go_together():
     assert (len(packed.sha256), packed.name.count(", Q4_")) == (64, 1)
   for wrong in (["--model=gpt2"], ["--wheels=w", "--gguf=g"], ["--gguf=g", "--record=r.json"]):
     with pytest.raises(SystemExit):
-      parse(["--model=smollm2-135m", "--folder=x", *wrong])
-  with pytest.raises(UsageError, match="--dtype=float32 goes with --wheels or --gguf"):
-    gguf_model.main(parse(["--model=smollm2-135m", "--folder=x", "--dtype=float32"]))
+      parse(["--folder=x", *wrong])
+  for wrong, message in (
+    (["--dtype=float32"], "--dtype=float32 goes with --wheels or --gguf"),
+    (["--model=smollm2-135m"], "--model=smollm2-135m goes with --wheels or --gguf"),
+    (["--wheels=w"], "--model is required: one of smollm2-135m, qwen2.5-coder-0.5b"),
+  ):
+    with pytest.raises(UsageError, match=message):
+      gguf_model.main(parse(["--folder=x", *wrong]))
 
 
 @pytest.mark.parametrize("name, at_most", [("smollm2.json", 2e-4), ("qwen05.json", 1e-4)])
