@@ -113,7 +113,7 @@ def test_options_that_do_not_go_together():
       gguf_model.main(parse(["--folder=x", *wrong]))
 
 
-@pytest.mark.parametrize("name, at_most", [("smollm2.json", 2e-4), ("qwen05.json", 1e-4)])
+@pytest.mark.parametrize("name, at_most", [("smollm2.json", 1e-3), ("qwen05.json", 1e-4)])
 def test_recorded_logits_are_as_near_as_the_docs_say(name, at_most):
   record = records.load(name)
   differences = [text["this library - transformers, largest"] for text in record["logits"].values()]
