@@ -164,8 +164,9 @@ def convert(packed: Packed, folder: str, dtype: str, wheels: str = "", gguf_file
 def _check_installed(*packages: str) -> None:
   """Raises UsageError where a package is missing."""
   missing = [name for name in packages if importlib.util.find_spec(name) is None]
+  names = " ".join(packages)
   if missing:
-    raise UsageError(f"{missing[0]} is not installed: pip install {' '.join(packages)}")
+    raise UsageError(f"{missing[0]} is not installed: pip install {names}")
 
 
 def join(packed: Packed, wheels: str, path: str) -> None:
