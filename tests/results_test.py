@@ -183,7 +183,7 @@ CLAIMS = (
   ),
   Claim(
     "docs/pretrained.md",
-    "whose logits reach {} and which answers",
+    "whose logits reach {}. Both answer",
     lambda: [max(text["largest logit"] for text in load("smollm2.json")["logits"].values())],
   ),
   Claim(

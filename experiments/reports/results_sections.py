@@ -438,13 +438,14 @@ def reach(record: Mapping) -> list[str]:
   )
 
 
-def parity(record: Mapping) -> list[str]:
+def parity(*made: Mapping) -> list[str]:
   """Returns how far logits are from those of transformers."""
-  columns = [name for name in record["logits"]["prompt"] if name != "same most probable token"]
+  columns = [name for name in made[0]["logits"]["prompt"] if name != "same most probable token"]
   return markdown(
-    ["text", *columns],
+    ["model", "text", *columns],
     [
-      [name, *(f"{values[column]:.3g}" for column in columns)]
+      [record["model"], name, *(f"{values[column]:.3g}" for column in columns)]
+      for record in made
       for name, values in record["logits"].items()
     ],
   )

@@ -17,7 +17,10 @@ from sparsek.errors import UsageError
 from sparsek.huggingface import pretrained
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-NO_COMMANDS = {"demo_commands", "demo_documents", "__init__", "child", "script", "suites", "stages"}
+NO_COMMANDS = {
+  *("demo_commands", "demo_documents", "__init__", "child", "script", "suites", "stages"),
+  "gguf_folder",
+}
 NO_PATHS = {  # strings that name no file
   "wandb",
   "import",
@@ -44,7 +47,17 @@ NO_PATHS = {  # strings that name no file
   "extensions",
   "text_field",
 }
-NO_PATHS_OF_SCRIPTS = {"lengths", "sparsek", "more", "scorer", "devices", "only", "dtype", "note"}
+NO_PATHS_OF_SCRIPTS = {
+  "lengths",
+  "sparsek",
+  "more",
+  "scorer",
+  "devices",
+  "only",
+  "dtype",
+  "note",
+  "model",
+}
 PLAIN = (absl_flags.ArgumentParser, absl_flags.ListParser, absl_flags.WhitespaceSeparatedListParser)
 
 

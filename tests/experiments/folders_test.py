@@ -9,7 +9,7 @@ from sparsek.command_line import outputs
 from sparsek.data.token_files import format as token_format
 from sparsek.errors import UsageError
 from sparsek.experiments import ablate, demo_commands, import_hf, prepare_data, pretrain
-from sparsek.experiments.recipes import smollm2, stages
+from sparsek.experiments.recipes import gguf_model, stages
 from sparsek.experiments.reports import grid
 from sparsek.runs import run_directory
 from tests.helpers import run_command
@@ -116,7 +116,7 @@ def test_demos_recipes_and_python_calls_follow_the_rule(tmp_path, monkeypatch):
   with pytest.raises(UsageError, match=r"--workdir=demo holds a grid \(cells\), and not stages"):
     stages.run_stages({}, "demo")
   with pytest.raises(UsageError, match=r"--folder=demo holds a grid \(cells\), and not a model"):
-    smollm2.convert("model.whl", "demo")
+    gguf_model.convert(gguf_model.PACKAGES["smollm2-135m"], "demo", "bfloat16", wheels="wheels")
   with pytest.raises(UsageError, match=r"--workdir=demo holds a grid \(cells\), and not a run"):
     with run_directory.locked("demo"):
       pass
