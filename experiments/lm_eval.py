@@ -20,6 +20,7 @@ Without --include_path the tasks ruler_prompts are there too: the prompts that e
 import importlib.util
 import os
 import sys
+import traceback
 
 from absl import flags as absl_flags
 
@@ -29,12 +30,18 @@ from sparsek.errors import UsageError
 FLAGS = absl_flags.FlagValues()  # none: the options are lm-eval's
 NAME = "sparsek"
 TASKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lm_eval_tasks")
+# Modules of lm-eval that check its options, names of models and of tasks.
+CHECKS = ("lm_eval.config.evaluate_config", "lm_eval.api.registry", "lm_eval.evaluator")
 # Options, by their beginnings, with which lm-eval is told itself where tasks are.
 OWN_TASKS = ("--include_path", "--config", "-C")
 
 
 def evaluate(arguments: list[str]) -> None:
-  """Runs lm-eval's program with these arguments."""
+  """Runs lm-eval's program with these arguments.
+
+  Raises:
+    UsageError: where lm-eval is not installed, or finds fault with an argument.
+  """
   if importlib.util.find_spec("lm_eval") is None:
     raise UsageError("lm-eval is not installed: pip install lm-eval transformers")
   import lm_eval.models  # noqa: F401  registers its own models only where there are no others
@@ -45,7 +52,19 @@ def evaluate(arguments: list[str]) -> None:
     model_registry.register(NAME, target="sparsek.lm_eval:SparsekLM")
   has_tasks = any(argument.startswith(OWN_TASKS) for argument in arguments)
   sys.argv = ["lm-eval", *arguments, *([] if has_tasks else ["--include_path", TASKS])]
-  cli_evaluate()
+  try:
+    cli_evaluate()
+  except (ValueError, TypeError, FileNotFoundError) as error:
+    if isinstance(error, UsageError) or _raised_in(error) not in CHECKS:
+      raise
+    advice = "; `sparsek lm-eval ls tasks` lists all tasks" if "task" in str(error).lower() else ""
+    raise UsageError(f"lm-eval: {error}{advice}") from None
+
+
+def _raised_in(error: Exception) -> str:
+  """Returns the name of the module that raised an error."""
+  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+  return frame.f_globals["__name__"]
 
 
 def main() -> None:
