@@ -37,9 +37,9 @@ class Questions:
 
   def __init__(self, sources: Sources, name: str):
     self._rng = random.Random(SEED)
+    content, read = sources.json(name), _read_squad if name == SQUAD else _read_hotpotqa
     try:
-      read = _read_squad if name == SQUAD else _read_hotpotqa
-      self._questions, self._documents = read(sources.json(name))
+      self._questions, self._documents = read(content)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
       raise sources.refuse(name, error) from None
     if problem := _problem(self._questions, self._documents):
