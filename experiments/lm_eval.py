@@ -18,7 +18,9 @@ Without --include_path the tasks ruler_prompts are there too: the prompts that e
 """
 
 import importlib.util
+import linecache
 import os
+import re
 import sys
 import traceback
 
@@ -30,8 +32,6 @@ from sparsek.errors import UsageError
 FLAGS = absl_flags.FlagValues()  # none: the options are lm-eval's
 NAME = "sparsek"
 TASKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lm_eval_tasks")
-# Modules of lm-eval that check its options, names of models and of tasks.
-CHECKS = ("lm_eval.config.evaluate_config", "lm_eval.api.registry", "lm_eval.evaluator")
 # Options, by their beginnings, with which lm-eval is told itself where tasks are.
 OWN_TASKS = ("--include_path", "--config", "-C")
 
@@ -55,16 +55,18 @@ def evaluate(arguments: list[str]) -> None:
   try:
     cli_evaluate()
   except (ValueError, TypeError, FileNotFoundError) as error:
-    if isinstance(error, UsageError) or _raised_in(error) not in CHECKS:
+    if isinstance(error, UsageError) or not _is_refusal(error):
       raise
-    advice = "; `sparsek lm-eval ls tasks` lists all tasks" if "task" in str(error).lower() else ""
+    is_of_tasks = re.search("tasks|specify task", str(error).lower())
+    advice = "; `sparsek lm-eval ls tasks` lists all tasks" if is_of_tasks else ""
     raise UsageError(f"lm-eval: {error}{advice}") from None
 
 
-def _raised_in(error: Exception) -> str:
-  """Returns the name of the module that raised an error."""
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  return frame.f_globals["__name__"]
+def _is_refusal(error: Exception) -> bool:
+  """Returns whether a `raise` in lm-eval made an error, and not a fault in what it calls."""
+  *_, (frame, number) = traceback.walk_tb(error.__traceback__)
+  line = linecache.getline(frame.f_code.co_filename, number).strip()
+  return frame.f_globals["__name__"].startswith("lm_eval.") and line.startswith("raise ")
 
 
 def main() -> None:

@@ -238,6 +238,8 @@ def test_the_command_prints_a_table_and_names_bad_arguments(folder, monkeypatch,
   [
     (["--tasks=choice,rolling"], "Tasks not found: choice; `sparsek lm-eval ls tasks` lists all"),
     (["--config=nowhere.yaml"], "Config file not found: .*/nowhere.yaml"),
+    ([], "No tasks specified, or no tasks found.*; `sparsek lm-eval ls tasks` lists all"),
+    (["--tasks=choices", "--limit=0"], "task.build_requests.* did not find any docs!$"),
     (["--tasks=choices", "--log_samples"], "Specify --output_path"),
     (["--tasks=choices", "--model=sparsk"], "Attempted to load model 'sparsk', but no model for"),
   ],
