@@ -98,6 +98,8 @@ def byte_level() -> tokenizers.Tokenizer:
     add_prefix_space=False, use_regex=False
   )
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  # It adds nothing. transformers writes it where there is none, so that its copies are alike.
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B:1")
   tokenizer.add_special_tokens([EOS_TOKENS[0]])
   return tokenizer
 

@@ -468,7 +468,7 @@ class SparsekModel(SparsekPreTrainedModel):
     position = torch.where(real, seen - 1, -1)
     if not torch.compiler.is_compiling():
       if (ended & real).any():
-        raise ValueError("attention_mask has padding between the tokens of a row")
+        raise ValueError("attention_mask has padding between the tokens of a row: pad on the left")
       if position_ids is not None and ((position_ids != position) & real).any():
         raise ValueError("position_ids must count each row's tokens: packed rows are not supported")
     if cache is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
-from sparsek.data.tokenizer import ByteTokenizer, train_bpe
+from sparsek.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from sparsek.generation.session import generate
 from sparsek.huggingface import pretrained
 from sparsek.model.transformer import Transformer, init_params
@@ -379,6 +379,9 @@ def test_the_tokenizer_of_an_export_pads_on_the_left(kind, tmp_path):
     want = list(generate(config, params, ids, max_new_tokens=5, temperature=0, eos_id=end))
     assert text == [*want, *[end] * (5 - len(want))]
     assert theirs.decode(text, skip_special_tokens=True) == ours.decode(text)
+  theirs.save_pretrained(tmp_path / "tuned")
+  again = load_tokenizer(str(tmp_path / "tuned"))
+  assert again.name == ours.name and again.encode(prompts[0]) == ours.encode(prompts[0])
 
 
 FRESH = """
