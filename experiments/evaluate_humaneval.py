@@ -94,12 +94,12 @@ from sparsek.command_line.definer import into_string
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.config import TransformerConfig
 from sparsek.evaluation import humaneval
-from sparsek.evaluation.fingerprint import fingerprint
 from sparsek.evaluation.humaneval import Problem
 from sparsek.evaluation.sandbox import Limits
 from sparsek.evaluation.statistics import score_interval
 from sparsek.generation.prompts import new_texts
 from sparsek.model.baselines import context_refusal
+from sparsek.model.fingerprint import fingerprint
 from sparsek.parallel import clusters
 from sparsek.parallel.mesh import make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record

@@ -145,10 +145,10 @@ from sparsek.data.chat_template import Chat, in_template, template_text
 from sparsek.data.ruler.prompts import Prompt, make_prompts, most_tokens, shortest
 from sparsek.data.tokenizer import Tokenizer
 from sparsek.evaluation import ruler
-from sparsek.evaluation.fingerprint import fingerprint
 from sparsek.experiments.reports import records
 from sparsek.generation.inference import inference_params
 from sparsek.generation.prompts import new_texts
+from sparsek.model.fingerprint import fingerprint
 from sparsek.parallel import clusters
 from sparsek.parallel.mesh import CONTEXT, make_mesh
 from sparsek.runs import checkpoint, run_directory, run_record

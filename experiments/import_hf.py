@@ -89,8 +89,8 @@ import jax
 from tqdm import tqdm
 
 from sparsek.data import document_end
-from sparsek.data.tokenizer import Tokenizer, load_tokenizer
-from sparsek.huggingface import pretrained
+from sparsek.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
+from sparsek.huggingface import pretrained, tokenizer_files
 from sparsek.huggingface.config_writing import describe, why_not_sparse
 from sparsek.huggingface.model_card import model_card
 from sparsek.model.transformer import Params, count_params
@@ -137,7 +137,7 @@ def import_folder(folder: str, workdir: str) -> None:
   with checkpoint.quiet_orbax(), new_folder(workdir) as unfinished:
     with said_if_slow(f"writing {workdir} ..."):
       save_checkpoint(unfinished, workdir, params)
-    pretrained.copy_tokenizer(folder, os.path.join(unfinished, "tokenizer"))
+    tokenizer_files.copy(folder, os.path.join(unfinished, "tokenizer"))
     tokenizer.save_end(os.path.join(unfinished, "tokenizer"))
     to_json = run_directory.to_json
     records = {
@@ -175,7 +175,7 @@ def end_tokens(folder: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def export_run(workdir: str, folder: str, step: int | None) -> None:
-  """Writes the parameters of a run, and its tokenizer if other programs can read it."""
+  """Writes the parameters of a run, and its tokenizer as other programs read it."""
   config, run = run_record.load_run_config(workdir)
   end = run_record.load_run_tokenizer(workdir).eos_id
   family = describe(config, dense=FLAGS.export_dense)["model_type"]
@@ -191,13 +191,16 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
   others = [i for i in run["tokenizer"].get("eos_ids", ()) if i != end]
   ends = [end, *others] if others else end
   name = os.path.basename(os.path.abspath(folder))
+  source = os.path.join(workdir, "tokenizer")
+  if not os.path.isfile(os.path.join(source, TOKENIZER_FILE)):
+    source = ByteTokenizer.name
   pretrained.save(
     folder,
     config,
     params,
     family=family,
     fields={"eos_token_id": ends},
-    tokenizer=os.path.join(workdir, "tokenizer"),
+    tokenizer=source,
     card=model_card(name, workdir, config, run, step, family),
     progress=progress,
   )

@@ -18,8 +18,11 @@ Without --include_path the tasks ruler_prompts are there too: the prompts that e
 """
 
 import importlib.util
+import linecache
 import os
+import re
 import sys
+import traceback
 
 from absl import flags as absl_flags
 
@@ -34,7 +37,11 @@ OWN_TASKS = ("--include_path", "--config", "-C")
 
 
 def evaluate(arguments: list[str]) -> None:
-  """Runs lm-eval's program with these arguments."""
+  """Runs lm-eval's program with these arguments.
+
+  Raises:
+    UsageError: where lm-eval is not installed, or finds fault with an argument.
+  """
   if importlib.util.find_spec("lm_eval") is None:
     raise UsageError("lm-eval is not installed: pip install lm-eval transformers")
   import lm_eval.models  # noqa: F401  registers its own models only where there are no others
@@ -45,7 +52,21 @@ def evaluate(arguments: list[str]) -> None:
     model_registry.register(NAME, target="sparsek.lm_eval:SparsekLM")
   has_tasks = any(argument.startswith(OWN_TASKS) for argument in arguments)
   sys.argv = ["lm-eval", *arguments, *([] if has_tasks else ["--include_path", TASKS])]
-  cli_evaluate()
+  try:
+    cli_evaluate()
+  except (ValueError, TypeError, FileNotFoundError) as error:
+    if isinstance(error, UsageError) or not _is_refusal(error):
+      raise
+    is_of_tasks = re.search("tasks|specify task", str(error).lower())
+    advice = "; `sparsek lm-eval ls tasks` lists all tasks" if is_of_tasks else ""
+    raise UsageError(f"lm-eval: {error}{advice}") from None
+
+
+def _is_refusal(error: Exception) -> bool:
+  """Returns whether a `raise` in lm-eval made an error, and not a fault in what it calls."""
+  *_, (frame, number) = traceback.walk_tb(error.__traceback__)
+  line = linecache.getline(frame.f_code.co_filename, number).strip()
+  return frame.f_globals["__name__"].startswith("lm_eval.") and line.startswith("raise ")
 
 
 def main() -> None:

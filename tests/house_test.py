@@ -34,6 +34,7 @@ MAY_ALSO = {
 }
 USE_KERNELS = {"attention", "model", "generation", "parallel", "experiments", "kernels"}
 FOLDERS = ("sparsek", "kernels", "experiments", "tests")
+GENERATED = {ROOT / "docs" / name for name in ("flags.md", "results.md")}  # pages
 FIRST_WORDS = {"What", "Of", "Whether", "Where", "As", "Which", "How"}
 
 
@@ -194,3 +195,16 @@ def test_names_in_backticks_exist():
       if not known and (homes or outer[0].isupper()):
         unknown.append(f"{path.relative_to(ROOT)}: {outer}.{inner}")
   assert unknown == []
+
+
+def test_prose_of_pages_is_wrapped():
+  """Tables, code and the targets of links may be longer, and pages that are generated."""
+  long = []
+  for path in sorted({*(ROOT / "docs").rglob("*.md")} - GENERATED):
+    is_code = False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+      is_code ^= line.lstrip().startswith("```")
+      text = re.sub(r"\]\([^)]*\)", "]", line)
+      if len(text) > 100 and not is_code and not line.startswith(("|", "    ")):
+        long.append(f"{path.relative_to(ROOT)}:{number}: {len(text)} columns")
+  assert long == []

@@ -35,14 +35,22 @@ import argparse
 import math
 import os
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 
 from sparsek.command_line import outputs
 from sparsek.data.task_documents import CHANCE
 from sparsek.experiments import script
 from sparsek.experiments.recipes.stages import MINUTES, flags_of, run_stages
-from sparsek.experiments.reports import plots, records
-from sparsek.experiments.reports.baselines_report import FIGURES, accuracies, groups, mean_and_error
+from sparsek.experiments.reports import conversion_report, plots, records
+from sparsek.experiments.reports.baselines_report import (
+  FIGURES,
+  accuracies,
+  groups,
+  losses,
+  mean_and_error,
+  with_interval,
+)
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage import files
@@ -171,30 +179,24 @@ def describe(folder: str, minutes: float) -> dict:
 
 
 def table(runs: Mapping[str, Mapping]) -> str:
-  """Returns a line for each stage of a kind.
+  """Returns a line for each stage of a kind, and a sentence on its intervals and p values.
 
-  It has the mean and the standard error over seeds of the loss and of its rise above the dense
-  model's of the same stage and seed, and right answers of all seeds.
+  A line has the mean loss over seeds, its rise above the dense model's of the same stage and seed,
+  and right answers of all seeds.
   """
-  lines, by_name = [], groups(runs)
-  for name, group in by_name.items():
-    stage = name.partition("_")[2]
-    stage = {"warm": "", "distilled": "tuned"}.get(stage, stage)
-    same = by_name.get("dense_" + stage if stage else "dense", [])
-    loss, error = mean_and_error([run["loss"] for run in group])
-    rise, rise_error = mean_and_error(
-      [run["loss"] - dense["loss"] for run, dense in zip(group, same)]
-    )
-    answers = "  ".join(
-      f"{task} {length}: {share:.0%}"
-      for (task, length), share in accuracies({"seeds": dict(enumerate(group))}).items()
-    )
-    lines.append(
-      f"{name:18} {len(group)} runs  loss {loss:.4f} ± {error:.4f}  above dense "
-      f"{rise:+.4f} ± {rise_error:.4f}, "
-      f"perplexity x {math.exp(rise):.4f}  {answers}"
-    )
-  return "\n".join(lines)
+  lines, by_name = [], conversion_report.by_seed(runs)
+  asked = [(name, conversion_report.dense_of(name)) for name in by_name]
+  rises = conversion_report.differences(runs, [pair for pair in asked if pair[0] != pair[1]])
+  for pair in asked:
+    group = by_name[pair[0]]
+    loss = with_interval([*losses(group).values()])
+    words = [f"{pair[0]:18} {len(group['seeds'])} runs  loss {loss}"]
+    if pair in rises:
+      ratio = math.exp(statistics.fmean(rises[pair].values))
+      words += [f"above dense {rises[pair]}, perplexity x {ratio:.4f}"]
+    words += [f"{task} {length}: {x:.0%}" for (task, length), x in accuracies(group).items()]
+    lines.append("  ".join(words))
+  return "\n".join([*lines, conversion_report.about(rises)])
 
 
 def _by_position(group: Sequence[Mapping]) -> list[float]:
@@ -217,7 +219,7 @@ def draw(runs: Mapping[str, Mapping], path: str) -> None:
   converted, trained, *of_tasks = figure.subplots(2, 2).flat
   by_name = groups(runs)
   for name, group in by_name.items():
-    kind, _, stage = name.partition("_")
+    kind, stage = conversion_report.kind_and_stage(name)
     if kind not in LINES:
       continue
     colour, marker, label = LINES[kind]

@@ -2,11 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsek.evaluation.statistics import t_interval
 from sparsek.experiments.reports import plots
-from sparsek.experiments.reports.baselines_report import Runs, accuracies, difference
+from sparsek.experiments.reports.baselines_report import Runs, accuracies, difference, minus
 
 RETRIEVAL = ("passkey", "needle", "recall")
 LAST = "most keys in the last layer"
@@ -73,7 +74,7 @@ def draw(runs: Runs, path: str) -> None:
   grid = figure.add_gridspec(2, 2, height_ratios=[height, 3.6])
   text, mix, position, right = (figure.add_subplot(grid[i, j]) for i in (0, 1) for j in (0, 1))
   for axes, length, title in ((text, None, "Text"), (mix, "mixed", "Text with answers")):
-    _draw_losses(axes, {name: difference(runs[name], full, length) for name in names})
+    _draw_losses(axes, {name: minus(runs[name], full, length) for name in names})
     axes.set_yticks(range(len(names)), [NAMES[name] for name in names] if axes is text else [])
     axes.set_title(f"{title}: held-out loss, 512 keys per query or all", loc="left", fontsize=11)
   for name in [name for name in LINES if name in runs]:
@@ -122,18 +123,20 @@ def _by_position(run: Mapping) -> dict[int, float]:
   }
 
 
-def _draw_losses(axes: Any, above: Mapping[str, tuple[float, float]]) -> None:
-  """Draws a point for each run, name -> (loss above full attention's, its error)."""
-  for row, (name, (loss, error)) in enumerate(above.items()):
+def _draw_losses(axes: Any, above: Mapping[str, Sequence[float]]) -> None:
+  """Draws a point for each run, name -> losses above full attention's, with its t interval."""
+  means = {name: statistics.fmean(values) if values else math.nan for name, values in above.items()}
+  for row, (name, loss) in enumerate(means.items()):
     colour = _style(name)["color"]
     if loss > SHOWN:
       style = {"ha": "right", "va": "center", "color": colour, "fontsize": 9}
       axes.text(SHOWN, row, f"{loss:.2f} >", **style)
     else:
-      bar = 0 if math.isnan(error) else error
-      axes.errorbar(loss, row, xerr=bar, fmt="o", color=colour, markersize=5)
-  farthest = max(loss for loss, _ in above.values())
-  axes.set(xlabel=LOSS, xlim=(None, SHOWN if farthest > SHOWN else None), ylim=(-0.6, None))
+      half = t_interval(above[name]).high - loss if len(above[name]) > 1 else 0
+      axes.errorbar(loss, row, xerr=half, fmt="o", color=colour, markersize=5)
+  farthest = max(means.values())
+  label = f"{LOSS}; bars: 95 % intervals over starts"
+  axes.set(xlabel=label, xlim=(None, SHOWN if farthest > SHOWN else None), ylim=(-0.6, None))
   axes.grid(alpha=0.3)
 
 

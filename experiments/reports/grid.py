@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
@@ -332,11 +331,11 @@ def other_finished(folder: str, cells: Sequence[Cell]) -> list[str]:
 def summarize(rows: Sequence[dict]) -> list[dict]:
   """Returns one row for all seeds of a setting, best first.
 
-  A row has the mean held-out loss, its standard error and 95 % t interval (None for one seed), the
-  median speed (None where none was measured), a bootstrap interval over documents (None where not
-  all runs have the same documents, two or more), and a comparison with the best row over the seeds
-  that both have (None for fewer than two), its p value corrected for all rows. Runs of a seed share
-  their start and the order of their data.
+  A row has the mean held-out loss, its 95 % t interval (None for one seed), the median speed (None
+  where none was measured), a bootstrap interval over documents (None where not all runs have the
+  same documents, two or more), and a comparison with the best row over the seeds that both have
+  (None for fewer than two), its p value corrected for all rows. Runs of a seed share their start
+  and the order of their data.
   """
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
@@ -345,14 +344,12 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
   for key, group in groups.items():
     losses = [row["heldout_loss"] for row in group]
     speeds = [s for row in group if (s := row["tokens_per_second"]) is not None]
-    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     summary.append(
       {
         **dict(zip(COLUMNS, key)),
         "budget": group[0]["budget"],
         "seeds": len(group),
         "heldout_loss": statistics.fmean(losses),
-        "standard_error": error,
         "interval": t_interval(losses) if len(losses) > 1 else None,
         "over_documents": over_documents([row.get(DOCUMENTS) for row in group]),
         "by_seed": {row["seed"]: row["heldout_loss"] for row in group},

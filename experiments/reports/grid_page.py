@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import html
 import io
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -172,21 +173,21 @@ def _draw_heatmap(
 
 
 def _draw_lines(axes: Any, lines: Mapping[str, Sequence[Mapping]]) -> None:
-  """Draws loss against keys: a point with its standard error for each row, a line of the best."""
+  """Draws loss against keys: a point with its t interval for each row, a line of the best."""
   for colour, marker, (label, rows) in zip(plots.LINE_COLOURS, plots.MARKERS, lines.items()):
     known = [row for row in rows if row["budget"] is not None]
     for row in rows:
       if row["budget"] is None:
-        loss, error = row["heldout_loss"], row["standard_error"] or 0
+        loss, half = row["heldout_loss"], _half(row)
         axes.axhline(loss, color=colour, linestyle="--", label=label if row is rows[0] else None)
-        axes.axhspan(loss - error, loss + error, color=colour, alpha=0.15, linewidth=0)
+        axes.axhspan(loss - half, loss + half, color=colour, alpha=0.15, linewidth=0)
     if known:
       best = {row["budget"]: row["heldout_loss"] for row in reversed(known)}
       axes.plot(*zip(*sorted(best.items())), color=colour, linewidth=1.4)
       axes.errorbar(
         [row["budget"] for row in known],
         [row["heldout_loss"] for row in known],
-        [row["standard_error"] or 0 for row in known],
+        [_half(row) for row in known],
         fmt=marker,
         color=colour,
         fillstyle="none",
@@ -205,6 +206,9 @@ def _draw_lines(axes: Any, lines: Mapping[str, Sequence[Mapping]]) -> None:
   axes.set_xlabel("keys per query (k + window)" + "; dashed: all" * has_all)
   axes.set_ylabel("nats per token")
   axes.set_title("Held-out loss against keys per query", loc="left", fontsize=11)
+  if any(map(_half, itertools.chain(*lines.values()))):
+    note = "bars, bands: 95 % intervals over seeds"
+    axes.text(0.99, 0.99, note, transform=axes.transAxes, ha="right", va="top", fontsize=8)
   axes.grid(alpha=0.3)
   axes.spines[["top", "right"]].set_visible(False)
   if len(lines) <= 3:
@@ -212,6 +216,12 @@ def _draw_lines(axes: Any, lines: Mapping[str, Sequence[Mapping]]) -> None:
   else:
     below = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2)}
     axes.legend(frameon=False, fontsize=9, ncols=_legend_columns(lines), **below)
+
+
+def _half(row: Mapping) -> float:
+  """Returns half the width of a row's interval over seeds, 0 for one seed."""
+  interval = row["interval"]
+  return interval.high - interval.value if interval else 0.0
 
 
 def png(made: Sequence[Picture]) -> bytes:

@@ -276,11 +276,6 @@ def _without_prompts(runs: Mapping) -> list[str]:
   return [] if all(known) else ["", NO_PROMPTS]
 
 
-def _without_documents(runs: Mapping) -> list[str]:
-  """Returns a paragraph that says so where a run holds no loss of a document; [] where all do."""
-  return [] if all("documents" in run for run in runs.values()) else ["", NO_DOCUMENTS]
-
-
 def _loss(run: Mapping) -> str:
   """Returns the losses of a run as a phrase."""
   text, mix = (
@@ -418,11 +413,14 @@ def conversion(record: Mapping) -> list[str]:
     "",
     *markdown(["attention", *(name for _, name in stages)], losses),
     "",
+    "Differences between losses of the same stage and seed:",
+    "",
+    *tables.conversion_differences(record, kinds),
+    "",
     "Right answers after training for recall:",
     "",
     *markdown(["attention", *head], answers),
     *_without_prompts({name: tables.of_seeds(runs) for name, runs in groups.items()}),
-    *_without_documents(record["runs"]),
   ]
 
 

@@ -6,10 +6,11 @@ is a 95 % interval, of a loss over starts, of answers over distinct prompts.
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from sparsek.experiments.bench.attention_report import figure, number
-from sparsek.experiments.reports import baselines_report
+from sparsek.experiments.reports import baselines_report, conversion_report
 from sparsek.experiments.reports.baselines_report import (
   accuracies,
   accuracy,
@@ -291,12 +292,34 @@ def quality_short(
 
 def conversion_rise(record: Mapping, kind: str, stage: str) -> tuple[float, float]:
   """Returns the mean and the error of a stage's loss above the dense model's of the same seed."""
-  runs = groups(record["runs"])
-  group = runs[_stage_name(kind, stage)]
-  # the dense model before any training is the same for all seeds
-  dense = runs[f"dense_{stage}"] if stage else runs["dense"] * len(group)
-  pairs = zip(group, dense)
-  return mean_and_error([run["loss"] - other["loss"] for run, other in pairs])
+  name = _stage_name(kind, stage)
+  pair = name, conversion_report.dense_of(name)
+  return mean_and_error(conversion_report.differences(record["runs"], [pair])[pair].values)
+
+
+def conversion_differences(record: Mapping, kinds: Sequence[str]) -> list[str]:
+  """Returns the table of losses minus the dense model's, and of SPARSEK's minus the others'."""
+  stages = ("", "tuned", "recall")
+  rows = [(kind, "dense") for kind in kinds if kind != "dense"]
+  rows += [("sparsek", kind) for kind in kinds if kind not in ("dense", "sparsek")]
+  names = {
+    (row, stage): (_stage_name(row[0], stage), _stage_name(row[1], stage))
+    for row in rows
+    for stage in stages
+  }
+  made = conversion_report.differences(record["runs"], [*names.values()])
+  cell = lambda row, stage: str(made[pair]) if (pair := names[row, stage]) in made else ""
+  return [
+    *markdown(
+      ["", "before", "trained", "trained for recall"],
+      [
+        [f"{first} minus {second}", *(cell((first, second), stage) for stage in stages)]
+        for first, second in rows
+      ],
+    ),
+    "",
+    *textwrap.wrap(conversion_report.about(made), 100),
+  ]
 
 
 def conversion_losses(record: Mapping, kind: str, stage: str) -> list[float]:

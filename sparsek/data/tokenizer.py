@@ -82,6 +82,28 @@ class ByteTokenizer:
   save_end = save
 
 
+def byte_level() -> tokenizers.Tokenizer:
+  """Returns a tokenizer of the library `tokenizers` with the ids of `ByteTokenizer`.
+
+  It is for other programs; `load_tokenizer` knows it again and returns a `ByteTokenizer`.
+  """
+  import tokenizers
+
+  # Byte-level BPE writes printable bytes of Latin-1 as themselves, the others from U+0100 on.
+  printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  others = itertools.count(0x100)
+  vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  # It adds nothing. transformers writes it where there is none, so that its copies are alike.
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B:1")
+  tokenizer.add_special_tokens([EOS_TOKENS[0]])
+  return tokenizer
+
+
 class BPETokenizer:
   """A `tokenizers.Tokenizer` with the token that ends a document.
 
@@ -302,8 +324,8 @@ def load_tokenizer(source: str, fingerprint: str | None = None) -> Tokenizer:
 
   Args:
     source: "byte", the path of a tokenizer.json, or a folder: one with a tokenizer.json, or token
-      files of the byte tokenizer. The files beside a tokenizer.json say which token ends a
-      document; see `sparsek.data.document_end`.
+      files of the byte tokenizer. A tokenizer.json of `byte_level` gives bytes too. The files
+      beside a tokenizer.json say which token ends a document; see `sparsek.data.document_end`.
     fingerprint: if it is that of tokenizer.json alone, the files beside it are ignored, as older
       versions did when they imported models.
   Raises:
@@ -331,7 +353,12 @@ def load_tokenizer(source: str, fingerprint: str | None = None) -> Tokenizer:
         return alone
   eos = document_end.find(tokenizer, os.path.dirname(path))
   with _reading(path):
-    return BPETokenizer(tokenizer, eos)
+    loaded = BPETokenizer(tokenizer, eos)
+  if loaded.vocab_size == ByteTokenizer.vocab_size and (
+    loaded.fingerprint == BPETokenizer(byte_level()).fingerprint
+  ):
+    return ByteTokenizer()
+  return loaded
 
 
 @contextlib.contextmanager

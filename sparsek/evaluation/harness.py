@@ -137,6 +137,11 @@ class HarnessModel:
     check_device(device)
     if max_batch_size is not None:
       raise UsageError(f"max_batch_size={max_batch_size}: give a batch_size, which is not searched")
+    if str(arguments.get("batch_size")).startswith("auto"):
+      raise UsageError(
+        f"batch_size={arguments['batch_size']}: it is not found by trying; give the texts that a "
+        "device reads together, at least 1"
+      )
     values = parse_arguments(arguments)
     config, record = run_record.load_run_config(values.workdir)
     config = override_config(config, values)

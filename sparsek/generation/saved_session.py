@@ -12,6 +12,7 @@ from sparsek.errors import UsageError
 from sparsek.generation import cache_file
 from sparsek.generation.cache import Cache
 from sparsek.generation.inference import InferenceParams
+from sparsek.model.fingerprint import fingerprint
 
 
 class SavedSession(NamedTuple):
@@ -38,7 +39,7 @@ def save(
   Raises:
     OSError: where it cannot be written; then the file that was at `path` stays.
   """
-  note = {"unfed": session.unfed, "model": _fingerprint(params), "texts": session.texts}
+  note = {"unfed": session.unfed, "model": fingerprint(params._asdict()), "texts": session.texts}
   cache_file.save(path, config, session.cache, note, session.length)
 
 
@@ -50,9 +51,10 @@ def load(path: str, config: TransformerConfig, params: InferenceParams) -> Saved
       parameters.
   """
   cache, note, length = cache_file.load(path, config)
-  if not isinstance(note, dict) or type(note.get("model")) is not int:
+  if not isinstance(note, dict) or type(note.get("model")) not in (int, str):
     raise UsageError(f"{path} cannot be read as a cache: it does not say of which model it is")
-  if note["model"] != _fingerprint(params):
+  is_old = isinstance(note["model"], int)
+  if note["model"] != (_checksum(params) if is_old else fingerprint(params._asdict())):
     raise UsageError(
       f"{path} was saved with other parameters: what it holds means nothing to these"
     )
@@ -61,11 +63,8 @@ def load(path: str, config: TransformerConfig, params: InferenceParams) -> Saved
   return SavedSession(cache, length, unfed, _read_texts(path, note.get("texts"), config, rows))
 
 
-def _fingerprint(params: InferenceParams) -> int:
-  """Returns a checksum of the final norm and of parts of two matrices, to tell models apart.
-
-  Training changes all of these.
-  """
+def _checksum(params: InferenceParams) -> int:
+  """Returns what older files hold in place of the fingerprint: of parts that training changes."""
   parts = jax.tree.leaves(params.final_norm) + [
     params.layers[-1]["down"]["kernel"][:4],
     params.layers[0]["qkv"]["kernel"][:4],

@@ -61,7 +61,7 @@ def model_card(
   rows = [*_facts(workdir, config, run, step), *_heldout_losses(workdir, step)]
   parts = [f"{_HEADER}\n# {name}\n\n", _table(("", ""), rows), *_figures(workdir, config, step)]
   note = _SPARSE if is_sparse else _DENSE if has_sparsek else ""
-  return "".join([*parts, "\n## Use\n\n", _example(run, is_sparse), "\n" * bool(note), note])
+  return "".join([*parts, "\n## Use\n\n", _example(is_sparse), "\n" * bool(note), note])
 
 
 def _facts(workdir, config, run, step) -> list[tuple[str, str]]:
@@ -171,21 +171,12 @@ def _table(names: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
   return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
 
 
-def _example(run, is_sparse: bool) -> str:
+def _example(is_sparse: bool) -> str:
   """Returns a Python block that generates text."""
   trust = ", trust_remote_code=True" if is_sparse else ""
-  is_byte = run["tokenizer"]["name"] == "byte"
-  lines = ["import torch"] if is_byte else []
-  names = "AutoModelForCausalLM" if is_byte else "AutoModelForCausalLM, AutoTokenizer"
-  lines += [f"from transformers import {names}", ""]
+  lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
   lines += [f'model = AutoModelForCausalLM.from_pretrained("."{trust})  # this folder']
-  if is_byte:
-    lines += ['ids = torch.tensor([list("Once".encode())])  # the tokens are bytes']
-    lines += ["mask = torch.ones_like(ids)"]
-    lines += ["ids = model.generate(ids, attention_mask=mask, max_new_tokens=32)"]
-    lines += ['print(bytes(i for i in ids[0].tolist() if i < 256).decode(errors="replace"))']
-  else:
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("."{trust})']
-    lines += ['ids = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=32)']
-    lines += ["print(tokenizer.decode(ids[0]))"]
+  lines += [f'tokenizer = AutoTokenizer.from_pretrained("."{trust})']
+  lines += ['ids = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=32)']
+  lines += ["print(tokenizer.decode(ids[0]))"]
   return "\n".join(["```python", *lines, "```", ""])

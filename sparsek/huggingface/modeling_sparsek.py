@@ -58,6 +58,7 @@ class SparsekCache(Cache):
   padding came after them (`ended`); `states` of the layers, see `Attention`."""
 
   is_croppable = False  # dropped keys cannot be brought back
+  is_linear = (False,)  # so that transformers feeds only tokens that come after it
 
   def __init__(self):
     super().__init__(layers=[])
@@ -434,6 +435,8 @@ class SparsekModel(SparsekPreTrainedModel):
     if (input_ids is None) == (inputs_embeds is None):
       raise ValueError("give exactly one of input_ids and inputs_embeds")
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    if not x.shape[1]:
+      raise ValueError("there are no new tokens: input_ids has none after those of the cache")
     use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
     cache = kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
     cache = SparsekCache() if use_cache and cache is None else cache
@@ -465,7 +468,7 @@ class SparsekModel(SparsekPreTrainedModel):
     position = torch.where(real, seen - 1, -1)
     if not torch.compiler.is_compiling():
       if (ended & real).any():
-        raise ValueError("attention_mask has padding between the tokens of a row")
+        raise ValueError("attention_mask has padding between the tokens of a row: pad on the left")
       if position_ids is not None and ((position_ids != position) & real).any():
         raise ValueError("position_ids must count each row's tokens: packed rows are not supported")
     if cache is not None:
@@ -510,8 +513,18 @@ class SparsekForCausalLM(SparsekPreTrainedModel, GenerationMixin):
       loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: output.get(CACHE)}
     )
 
+  def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    chunks = generation_config.prefill_chunk_size and generation_config.use_cache is not False
+    if chunks and model_kwargs.get(CACHE) is None:
+      model_kwargs[CACHE] = SparsekCache()  # which is made later for a prompt that is read at once
+
   def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
     names = CACHE, "attention_mask", "use_cache", "logits_to_keep", "output_hidden_states"
     inputs = {name: kwargs[name] for name in names if name in kwargs}
-    length = 0 if inputs.get(CACHE) is None else inputs[CACHE].length
-    return inputs | {"input_ids": input_ids[:, length:]}
+    cache, mask, length = inputs.get(CACHE), inputs.get("attention_mask"), input_ids.shape[1]
+    new = kwargs.get("next_sequence_length")  # absent for a chunk, whose ids are all new
+    new = length if new is None else new
+    if mask is not None:  # it is dropped where there is no padding
+      new = mask.shape[1] - (0 if cache is None else cache.length)
+    return inputs | {"input_ids": input_ids[:, length - new :]}

@@ -20,8 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsek.config import TransformerConfig, check_choice
+from sparsek.data.tokenizer import load_tokenizer
 from sparsek.errors import UsageError
-from sparsek.huggingface import safetensors
+from sparsek.huggingface import safetensors, tokenizer_files
 from sparsek.huggingface.config_fields import ARCHITECTURE
 from sparsek.huggingface.config_reading import read_config
 from sparsek.huggingface.config_writing import MODELLING, describe
@@ -55,12 +56,6 @@ CONFIG = "config.json"
 MODELLING_FILE = os.path.join(os.path.dirname(__file__), f"{MODELLING}.py")  # not imported here
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16", None)
 PREFIX = "hf:"  # of a folder as --init_from
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "chat_template.jinja",
-)
 
 
 def load_config(folder: str) -> TransformerConfig:
@@ -195,7 +190,8 @@ def save(
       the dense one whose config.json can express most.
     dense: with family=None, choose a dense one for a SPARSEK model too.
     fields: further fields of config.json, such as eos_token_id.
-    tokenizer: a folder whose tokenizer is copied.
+    tokenizer: a folder whose tokenizer is copied, or "byte"; tokenizer_config.json is completed, so
+      that transformers' AutoTokenizer pads on the left and knows the end of a text.
     card: contents of README.md, or None.
     max_shard_bytes: size of a file; larger models are split.
     progress: wraps the list of tensors of each file that is written.
@@ -205,6 +201,7 @@ def save(
     RunError: if writing fails, as on a full disk.
   """
   described = describe(config, family, str(params["embed"]["embedding"].dtype), dense)
+  ours = None if tokenizer is None else load_tokenizer(tokenizer)
   comparison = Comparison(parameter_shapes(params), parameter_shapes(abstract_params(config)))
   if not comparison.fits:
     raise UsageError(f"params are not those of this configuration\n{comparison.table()}")
@@ -221,16 +218,8 @@ def save(
       path = os.path.join(unfinished, CARD)
       with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(card)
-    if tokenizer is not None:
-      copy_tokenizer(tokenizer, unfinished)
-
-
-def copy_tokenizer(source: str, target: str) -> None:
-  """Copies the tokenizer's files from one folder to another, which is made if necessary."""
-  os.makedirs(target, exist_ok=True)
-  for name in TOKENIZER_FILES:
-    if os.path.isfile(os.path.join(source, name)):
-      shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    if tokenizer is not None and ours is not None:
+      tokenizer_files.write(unfinished, tokenizer, ours, config.max_positions)
 
 
 def _check_same_architecture(

@@ -276,22 +276,59 @@ def test_data_that_is_not_there_is_named(data, tmp_path):
     Sources([str(tmp_path / "broken.whl")])
 
 
+ASKED = {"question": "a", "answer": "b", "context": [["c", ["d"]]]}
+PART = {"context": "d", "qas": [{"question": "a", "answers": [], "is_impossible": False}]}
+
+
 @pytest.mark.parametrize(
-  "name, content",
+  "name, content, words",
   [
-    ("squad.json", b'{"data": 3}'),
-    ("squad.json", b'{"data": [{"paragraphs": [{}]}]}'),
-    ("hotpotqa.json", b'[{"question": "a"}]'),
-    ("hotpotqa.json", b"[" * 9999),
-    ("squad.json", b"\xff"),
-    ("PaulGrahamEssays.json", b"[]"),
-    ("PaulGrahamEssays.json", b'{"text": 3}'),
-    ("nounlist.txt", b""),
+    ("squad.json", b'{"data": 3}', "its parts are of other types"),
+    ("squad.json", b'{"data": [{"paragraphs": [{}]}]}', "it has no 'context'"),
+    ("squad.json", b'{"data": []}', "no question that has an answer"),
+    ("squad.json", {"data": [{"paragraphs": [PART]}]}, "question 1 .* has no answer"),
+    ("squad.json", {"data": [{"paragraphs": [PART | {"context": 3}]}]}, "question 1|a document"),
+    ("squad.json", b"\xff", "it is not UTF-8"),
+    ("hotpotqa.json", b"[]", "no question that has an answer"),
+    ("hotpotqa.json", b"{}", "no question that has an answer"),
+    ("hotpotqa.json", b'"text"', "its parts are of other types"),
+    ("hotpotqa.json", b'[{"question": "a"}]', "it has no 'context'"),
+    ("hotpotqa.json", [ASKED, ASKED | {"answer": 3}], "question 2 .* has no answer"),
+    ("hotpotqa.json", [ASKED | {"answer": ""}], "question 1 .* has no answer"),
+    ("hotpotqa.json", [ASKED | {"question": None}], "question 1 is no text"),
+    ("hotpotqa.json", [ASKED | {"context": []}], "question 1 has no document"),
+    ("hotpotqa.json", [ASKED | {"context": [["c", [3]]]}], "its parts are of other types"),
+    ("hotpotqa.json", [ASKED | {"context": ["c"]}], "its parts are of other types"),
+    ("hotpotqa.json", b"[" * 9999, "JSON that is nested too deeply"),
+    ("hotpotqa.json", b"{", "no JSON that can be understood"),
+    ("PaulGrahamEssays.json", b"[]", "its parts are of other types"),
+    ("PaulGrahamEssays.json", b'{"text": 3}', "its parts are of other types"),
+    ("PaulGrahamEssays.json", b'{"text": " "}', "its text has no words"),
+    ("nounlist.txt", b"", "it holds no words"),
+    ("nounlist.txt", b" \n\n", "it holds no words"),
   ],
 )
-def test_damaged_data_is_named(name, content, data, tmp_path):
+def test_damaged_data_is_named(name, content, words, data, tmp_path):
+  content = content if isinstance(content, bytes) else json.dumps(content).encode()
   (tmp_path / name).write_bytes(content)
   task = next(task for task, of in TASKS.items() if name in of.files)
-  sources = Sources([str(tmp_path), str(data)])
-  with pytest.raises(UsageError, match=f"--data: {name}"):
-    next(make_prompts(task, LENGTH, tokenizer().encode, sources))
+  assert_refused(task, [tmp_path, data], f"--data: {tmp_path}/{name}: .*{words}")
+
+
+def assert_refused(task, folders, words):
+  """Checks that a task is refused in one line, before its prompts are made."""
+  for ask in (shortest, lambda *arguments: next(make_prompts(*arguments))):
+    with pytest.raises(UsageError, match=words) as caught:
+      ask(task, LENGTH, tokenizer().encode, Sources(list(map(str, folders))))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("needed is ") == ("JSON" not in words)
+
+
+@pytest.mark.parametrize(
+  "task, words",
+  [("cwe", "hold 2 different words, and cwe needs 40"), ("niah_multikey_1", "it makes 1 pairs")],
+)
+def test_lists_of_one_word_are_refused(task, words, data, tmp_path):
+  for name, word in (("nounlist", "cat"), ("adjectivelist", "old"), ("verblist", "cat")):
+    (tmp_path / f"{name}.txt").write_text(word)
+  assert_refused(task, [tmp_path, data], words)

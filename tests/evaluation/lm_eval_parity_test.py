@@ -258,6 +258,35 @@ def test_the_command_prints_a_table_and_names_bad_arguments(folder, monkeypatch,
 
 
 @pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--tasks=choice,rolling"], "Tasks not found: choice; `sparsek lm-eval ls tasks` lists all"),
+    (["--config=nowhere.yaml"], "Config file not found: .*/nowhere.yaml"),
+    ([], "No tasks specified, or no tasks found.*; `sparsek lm-eval ls tasks` lists all"),
+    (["--tasks=choices", "--limit=0"], "task.build_requests.* did not find any docs!$"),
+    (["--tasks=choices", "--log_samples"], "Specify --output_path"),
+    (["--tasks=choices", "--model=sparsk"], "Attempted to load model 'sparsk', but no model for"),
+  ],
+)
+def test_what_lm_eval_refuses_is_one_sentence(words, said, folder, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["sparsek"])
+  base = ["--model", "sparsek", "--model_args", f"workdir={folder}/run"]
+  with pytest.raises(UsageError, match=f"^lm-eval: {said}") as caught:
+    command.evaluate([*base, "--include_path", str(folder / "tasks"), *words])
+  assert "\n" not in str(caught.value)
+
+
+def test_a_fault_of_a_model_keeps_its_traceback(monkeypatch):
+  def broken():
+    raise ValueError("a bug")
+
+  monkeypatch.setattr(sys, "argv", ["sparsek"])
+  monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", broken)
+  with pytest.raises(ValueError, match="^a bug"):
+    command.evaluate([])
+
+
+@pytest.mark.parametrize(
   ("given", "passed"),
   [
     (["ls", "tasks"], ["ls", "tasks", "--include_path", command.TASKS]),

@@ -20,6 +20,7 @@ from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.errors import UsageError
+from sparsek.evaluation.statistics import t_interval
 from sparsek.experiments import ablate
 from sparsek.experiments.reports import grid, grid_page
 from sparsek.experiments.reports.grid import Cell
@@ -131,8 +132,12 @@ def test_report(tmp_path):
   ]
   summary = grid.summarize(rows)
   assert [
-    (x["attention"], x["k"], x["seeds"], x["heldout_loss"], x["standard_error"]) for x in summary
-  ] == [("full", None, 2, 2.25, 0.25), ("random", 8, 1, 2.5, None), ("random", 2, 2, 3.5, 0.5)]
+    (x["attention"], x["k"], x["seeds"], x["heldout_loss"], x["interval"]) for x in summary
+  ] == [
+    ("full", None, 2, 2.25, t_interval([2.0, 2.5])),
+    ("random", 8, 1, 2.5, None),
+    ("random", 2, 2, 3.5, t_interval([3.0, 4.0])),
+  ]
   assert [x["minus_best"] and x["minus_best"].difference for x in summary] == [None, None, 1.25]
   grid.write_report(str(tmp_path), rows, "--a=<1>")
   line = "| random | 2 | 4 |  |  | 6 | 2 | 3.5000 (-2.8531 to 9.8531) | 2.0000 to 3.0000 | "

@@ -12,9 +12,9 @@ import pytest
 from sparsek.config import TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
-from sparsek.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from sparsek.data.tokenizer import ByteTokenizer, byte_level, load_tokenizer, train_bpe
 from sparsek.experiments import evaluate, generate, import_hf, pretrain
-from sparsek.huggingface import pretrained
+from sparsek.huggingface import pretrained, tokenizer_files
 from sparsek.model.transformer import init_params
 from sparsek.runs import checkpoint, checkpoint_writer, run_record
 from sparsek.storage import files
@@ -73,6 +73,63 @@ def test_a_run_comes_back_from_its_export(folder):
   )
   jax.tree.map(np.testing.assert_array_equal, got, want)
   jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(folder / "model"))[1], want)
+
+
+def test_an_export_tells_transformers_how_to_use_its_tokenizer(folder):
+  """tests/huggingface/modeling_sparsek_parity_test.py reads it there."""
+  path = folder / "model" / "tokenizer_config.json"
+  fields = json.loads(path.read_text())
+  assert fields["eos_token"] == fields["pad_token"] == "<|endoftext|>"
+  assert (fields["padding_side"], fields["model_max_length"]) == ("left", CONFIG.max_positions)
+  assert "bos_token" not in fields
+  again = folder / "again"
+  assert run(f"--workdir={folder}/imported", f"--export={again}") == 0
+  assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_a_tokenizer_config_lacks_is_added_to_what_it_holds(folder, tmp_path):
+  """One that names a class is that of a model of Hugging Face's, and stays byte for byte."""
+  target, eos = tmp_path / "tokenizer", "<|endoftext|>"
+  tokenizer_files.copy(str(folder / "run" / "tokenizer"), str(target))
+  library = json.loads((target / "tokenizer.json").read_text())
+  library["added_tokens"].append(library["added_tokens"][0] | {"content": "<pad>", "id": 290})
+  (target / "tokenizer.json").write_text(json.dumps(library))
+  path = target / "tokenizer_config.json"
+
+  def written(text=None):
+    if text is not None:
+      path.write_text(text)
+    out = tmp_path / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    tokenizer_files.write(str(out), str(target), load_tokenizer(str(target)), 64)
+    return (out / path.name).read_text()
+
+  whole = '{"tokenizer_class": "LlamaTokenizer",\n "eos_token": "<|endoftext|>"}'
+  assert written(whole) == whole
+  fields = json.loads(written(json.dumps({"eos_token": eos, "padding_side": "right"})))
+  assert (fields["pad_token"], fields["padding_side"]) == ("<pad>", "right")
+  path.unlink()
+  (target / "special_tokens_map.json").write_text(json.dumps({"pad_token": eos, "eos_token": "a"}))
+  fields = json.loads(written())
+  assert (fields["pad_token"], fields["eos_token"], fields["padding_side"]) == (eos, "a", "left")
+
+
+def test_a_run_on_bytes_comes_back_from_its_export(tmp_path):
+  """Its tokenizer.json, which other programs read, is that of bytes, and known as such again."""
+  write_run(tmp_path / "run", "data", CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
+  source = tmp_path / "run"
+  for name in ("first", "second"):
+    assert run(f"--workdir={source}", f"--export={tmp_path}/model {name}") == 0
+    source = tmp_path / name
+    assert run(f"--workdir={source}", f"--from={tmp_path}/model {name}") == 0
+    assert sorted(os.listdir(tmp_path / f"model {name}")) == MODEL_FILES
+  record = json.loads((source / "model.json").read_text())["tokenizer"]
+  assert record["name"] == "byte" and record["eos_ids"] == [ByteTokenizer.eos_id]
+  assert isinstance(run_record.load_run_tokenizer(str(source)), ByteTokenizer)
+  library = byte_level()
+  for text in ("h\u00e9llo  w\u00f6rld\n\n", "".join(map(chr, range(0x300))), "\U0001f600 \u65e5"):
+    assert library.encode(text).ids == ByteTokenizer().encode(text)
+    assert library.decode(ByteTokenizer().encode(text)) == text
 
 
 def test_an_imported_model_writes(folder, capsys):
@@ -339,7 +396,13 @@ def test_bad_input_exits_with_2_and_one_sentence(folder, tmp_path, capsys, argum
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 NO_SPACE_SAID = "cannot be written: No space left on device"
 RUN_FILES = ["checkpoints", "flags.txt", "model.json", "tokenizer", "versions.json"]
-MODEL_FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+MODEL_FILES = [
+  "README.md",
+  "config.json",
+  "model.safetensors",
+  "tokenizer.json",
+  "tokenizer_config.json",
+]
 
 
 def failing(*_, **__):
@@ -415,6 +478,7 @@ def test_the_end_of_a_document_survives_import_and_export(folder, tmp_path, name
   )
   tokens["added_tokens"].append(special)
   (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
+  (tmp_path / "model" / "tokenizer_config.json").unlink()
   for name, fields in names.items():
     path = tmp_path / "model" / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}

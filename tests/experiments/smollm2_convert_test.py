@@ -13,8 +13,10 @@ from sparsek.command_line.configs import model_config, train_config
 from sparsek.command_line.main import parse
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TransformerConfig
+from sparsek.evaluation import statistics
 from sparsek.experiments import evaluate, evaluate_tasks, import_hf
 from sparsek.experiments.recipes import smollm2_convert, stages
+from sparsek.experiments.reports import conversion_report
 
 OPTIONS = types.SimpleNamespace(
   model="model",
@@ -119,18 +121,48 @@ def test_table_is_of_means_over_seeds_beside_the_dense_model_of_the_same_stage()
       "dense_tuned_s1": run(2.2),
       "sparsek": run(3.1),
       "sparsek_warm": run(3.05),
+      "sparsek_warm_s1": run(3.15),
+      "block_topk": run(3.2),
       "sparsek_tuned": run(2.1, 4),
       "sparsek_tuned_s1": run(2.5, 1),
     }
   ).splitlines()
   of = {line.split()[0]: line for line in lines}
+  rise = statistics.paired_t([2.1, 2.5], [2.0, 2.2])
+  before = statistics.paired_t([3.05, 3.15], [3.0, 3.0])
+  p_values = map(statistics.p_words, statistics.holm([rise.p_value, before.p_value]))
+  text = dict(zip(("tuned", "warm"), p_values))
   assert (
-    "2 runs  loss 2.3000 ± 0.2000  above dense +0.2000 ± 0.1000, perplexity x "
-    "1.2214  passkey 2048: 62%"
-  ) in of["sparsek_tuned"]
-  assert (
-    "above dense +0.0500 ± nan" in of["sparsek_warm"] and "above dense +0.1000" in of["sparsek"]
+    "2 runs  loss 2.3000 (-0.2412 to 4.8412)  above dense +0.2000 (-1.0706 to 1.4706), "
+    f"{text['tuned']}, perplexity x 1.2214  passkey 2048: 62%"
+  ).replace("to 1.4706", "to +1.4706") in of["sparsek_tuned"]
+  assert f"above dense +0.1000 (-0.5353 to +0.7353), {text['warm']}" in of["sparsek_warm"]
+  assert "above dense +0.1000, perplexity" in of["sparsek"]
+  assert "1 runs  loss 3.2000  above dense +0.2000" in of["block_topk"]
+  assert "for these 2 comparisons. Where no interval is over documents, " in lines[-1]
+
+
+def test_differences_are_of_common_seeds_and_over_documents_where_these_are_known():
+  def run(*documents):
+    sums = {"index": [4, 7], "loss_sum": list(documents), "num_targets": [10, 30]}
+    return {"loss": sum(documents) / 40, "tasks": [], "documents": sums}
+
+  runs = {
+    "dense_tuned": run(20.0, 60.0),
+    "dense_tuned_s2": run(22.0, 60.0),
+    "sparsek_tuned": run(24.0, 66.0),
+    "sparsek_tuned_s1": run(99.0, 99.0),
+    "sparsek_tuned_s2": run(26.0, 68.0),
+  }
+  pair = "sparsek_tuned", "dense_tuned"
+  made = conversion_report.differences(runs, [pair, ("window_tuned", "dense_tuned")])
+  (difference,) = made.values()
+  assert difference.values == pytest.approx([0.25, 0.3])
+  assert difference.over_documents == statistics.paired_bootstrap(
+    [25.0, 67.0], [21.0, 60.0], [10, 30]
   )
+  assert "; over documents +" in str(difference)
+  assert conversion_report.about(made).endswith("the bootstrap over 2 of them.")
 
 
 def test_picture(tmp_path):

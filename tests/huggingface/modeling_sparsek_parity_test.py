@@ -1,5 +1,6 @@
 """The PyTorch file of exported SPARSEK models against this library; needs `.[parity]`."""
 
+import copy
 import functools
 import importlib
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from sparsek.config import TransformerConfig
+from sparsek.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from sparsek.generation.session import generate
 from sparsek.huggingface import pretrained
 from sparsek.model.transformer import Transformer, init_params
@@ -183,6 +185,8 @@ def test_greedy_texts_of_a_padded_batch(case):
   for use_cache in (True, False):
     texts = model.generate(ids, attention_mask=(ids > 0).long(), use_cache=use_cache, **settings)
     assert texts[:, longest:].tolist() == want
+  chunks = model.generate(ids, attention_mask=(ids > 0).long(), prefill_chunk_size=7, **settings)
+  assert chunks[:, longest:].tolist() == want
   beams = [
     model.generate(
       ids, attention_mask=(ids > 0).long(), num_beams=3, use_cache=use_cache, **settings
@@ -242,6 +246,8 @@ def test_what_cannot_be_computed_is_refused(small):
   for inputs in ({}, {"input_ids": IDS, "inputs_embeds": torch.zeros(2, N, 32)}):
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
       model(**inputs)
+  with pytest.raises(ValueError, match="there are no new tokens"):
+    model(IDS[:, :0])
   with pytest.raises(NotImplementedError, match="cannot be cropped"):
     cache.crop(-1)
 
@@ -278,9 +284,14 @@ def test_generation_goes_on_with_its_cache(small):
   mask = torch.ones_like(longer)
   name = "cache" if "cache" in turn else "past_key_values"
   want = model.generate(longer, attention_mask=mask, **options)
-  assert torch.equal(
-    model.generate(longer, attention_mask=mask, **{name: turn[name]}, **options), want
-  )
+  for chunk in (None, 3):
+    cache = {name: copy.deepcopy(turn[name])}
+    text = model.generate(longer, attention_mask=mask, prefill_chunk_size=chunk, **cache, **options)
+    assert torch.equal(text, want)
+  cache = {name: copy.deepcopy(turn[name])}
+  new = longer[:, turn[name].get_seq_length() :]  # as it may be fed, too
+  text = model.generate(new, attention_mask=mask, **cache, **options)
+  assert torch.equal(text[:, new.shape[1] :], want[:, longer.shape[1] :])
 
 
 def test_half_precision_keeps_scorers_in_float32(small):
@@ -340,6 +351,37 @@ def test_compiled_as_a_whole(small):
       logits = whole(IDS[:, i : i + 1], past_key_values=cache).logits[:, 0]
       assert (logits - want.logits[:, i]).abs().max() < 1e-5
   assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@torch.no_grad
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_the_tokenizer_of_an_export_pads_on_the_left(kind, tmp_path):
+  """Prompts go through AutoTokenizer and `generate` together, and give the texts of each alone."""
+  ours, source = ByteTokenizer(), "byte"
+  if kind == "bpe":
+    ours, source = train_bpe(["some text, some more text; " * 9], 300), str(tmp_path)
+    ours.save(source)
+  config = TransformerConfig(**BASE | dict(vocab_size=300, max_positions=64))
+  params = init_params(config, jax.random.key(0))
+  folder = tmp_path / "model"
+  pretrained.save(
+    str(folder), config, params, fields={"eos_token_id": ours.eos_id}, tokenizer=source
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+  assert theirs.eos_token_id == theirs.pad_token_id == ours.eos_id
+  assert (theirs.padding_side, theirs.model_max_length) == ("left", 64)
+  prompts = ["some text, s", "more; h\u00e9  \n"]
+  assert [theirs(prompt).input_ids for prompt in prompts] == list(map(ours.encode, prompts))
+  inputs = theirs(prompts, padding=True, return_tensors="pt")
+  texts = load(folder).generate(**inputs, max_new_tokens=5, do_sample=False)
+  for prompt, text in zip(prompts, texts[:, inputs.input_ids.shape[1] :].tolist()):
+    ids, end = ours.encode(prompt), ours.eos_id
+    want = list(generate(config, params, ids, max_new_tokens=5, temperature=0, eos_id=end))
+    assert text == [*want, *[end] * (5 - len(want))]
+    assert theirs.decode(text, skip_special_tokens=True) == ours.decode(text)
+  theirs.save_pretrained(tmp_path / "tuned")
+  again = load_tokenizer(str(tmp_path / "tuned"))
+  assert again.name == ours.name and again.encode(prompts[0]) == ours.encode(prompts[0])
 
 
 FRESH = """

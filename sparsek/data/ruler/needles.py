@@ -94,6 +94,12 @@ class Needles:
     self._num_queries = num_queries
     if "words" in (keys, values):
       self._words = Pairs(sources.words(ADJECTIVES), sources.words(NOUNS))
+      if len(self._words) < self._num_keys:
+        raise sources.refuse(
+          NOUNS,
+          f"with {ADJECTIVES} it makes {len(self._words)} pairs of words, and the task asks for "
+          f"{self._num_keys} at least",
+        )
     self.step, self.most = 5 if length < 4096 else 25, sys.maxsize
     if haystack == "essay":
       self._essay = essay_words(sources)
@@ -158,9 +164,12 @@ class Needles:
 def essay_words(sources: Sources) -> list[str]:
   """Returns the words of the essays."""
   try:
-    return re.sub(r"\s+", " ", sources.json(ESSAYS)["text"]).split(" ")
+    words = re.sub(r"\s+", " ", sources.json(ESSAYS)["text"]).split(" ")
   except (TypeError, KeyError) as error:
     raise sources.refuse(ESSAYS, error) from None
+  if not any(words):
+    raise sources.refuse(ESSAYS, "its text has no words")
+  return words
 
 
 def _singular(text: str) -> str:

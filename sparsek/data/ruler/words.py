@@ -12,6 +12,7 @@ from sparsek.data.ruler.sources import Sources
 from sparsek.data.ruler.tasks import ADJECTIVES, CODED_WORDS, COMMON_WORDS, NOUNS, VERBS
 
 COMMON = 10  # words that occur often
+EXAMPLE = 40  # different words of the example
 CODED_LETTERS, CODED_ANSWERS = 6, 3
 ALPHA, ZETA = 2.0, math.pi**2 / 6  # frequencies are rank**-ALPHA, whose sum is ZETA
 
@@ -31,6 +32,10 @@ class CommonWords:
     self._words = sorted(
       {word for name in (NOUNS, ADJECTIVES, VERBS) for word in sources.words(name)}
     )
+    if len(self._words) < EXAMPLE:
+      names = f"{NOUNS}, {ADJECTIVES} and {VERBS}"
+      problem = f"{names} hold {len(self._words)} different words, and cwe needs {EXAMPLE} at least"
+      raise sources.refuse(NOUNS, problem)
     random.Random(SEED).shuffle(self._words)
     self._is_short = length < 4096
     self.step, self.most = 10, len(self._words)
@@ -44,7 +49,7 @@ class CommonWords:
 
   def make(self, size: int, index: int) -> Draft:
     """Returns a draft with `size` different words."""
-    example, answers = self._list(20, 3, 1) if self._is_short else self._list(40, 10, 3)
+    example, answers = self._list(20, 3, 1) if self._is_short else self._list(EXAMPLE, 10, 3)
     context, words = self._list(size, 6, 1) if self._is_short else self._list(size, 30, 3)
     solved = (
       COMMON_WORDS.question.format(context=example)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from sparsek.evaluation.statistics import score_interval
-from sparsek.experiments.reports import baselines_picture, baselines_report, records
+from sparsek.evaluation.statistics import score_interval, t_interval
+from sparsek.experiments.reports import baselines_picture, baselines_report, plots, records
 
 
 def result(text, mixed, right=None):
@@ -138,6 +138,16 @@ def test_picture(tmp_path):
   pytest.importorskip("matplotlib")
   baselines_picture.draw(RUNS, str(tmp_path / "picture.png"))
   assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_bars_are_the_intervals_of_the_tables():
+  pytest.importorskip("matplotlib")
+  above = {"sparsek_512": [0.05, 0.06, 0.07], "window_512": [0.1], "lsh_512": [0.4, 0.5]}
+  axes = plots.new_figure().add_subplot()
+  baselines_picture._draw_losses(axes, above)
+  ends = [(left[0], right[0]) for bar in axes.collections for left, right in bar.get_segments()]
+  interval = t_interval(above["sparsek_512"])
+  assert ends == [pytest.approx((interval.low, interval.high)), pytest.approx((0.1, 0.1))]
 
 
 @pytest.mark.parametrize("name", ("baselines", "baselines_local"))

@@ -2,8 +2,10 @@
 
 import html.parser
 
+import numpy as np
 import pytest
 
+from sparsek.evaluation.statistics import Interval
 from sparsek.experiments.reports import grid, grid_page, grid_picture, plots, records
 
 
@@ -17,8 +19,7 @@ def row(attention, k, window, loss, gate=None):
     "budget": None if attention == "full" else (k or 0) + (window or 0),
     "seeds": 2,
     "heldout_loss": loss,
-    "standard_error": 0.01,
-    "interval": None,
+    "interval": Interval(loss, loss - 0.04, loss + 0.04, 2),
     "over_documents": None,
     "minus_best": None,
     "tokens_per_second": 1000.0,
@@ -39,6 +40,19 @@ def drawn(picture):
   axes = plots.new_figure().add_subplot()
   picture.draw(axes)
   return axes
+
+
+def test_bars_and_bands_are_the_intervals_of_the_table():
+  *_, lines = grid_page.pictures([*SUMMARY, {**row("random", 16, 4, 2.6), "interval": None}])
+  axes = drawn(lines)
+  bars = [line for bars in axes.collections for line in getattr(bars, "get_segments", list)()]
+  of_row = [(ends[0][1], ends[1][1]) for ends in bars]
+  want = [(r["interval"].low, r["interval"].high) for r in SUMMARY[:-1]] + [(2.6, 2.6)]
+  assert np.allclose(sorted(of_row), sorted(want))
+  (band,) = axes.patches
+  low, high = SUMMARY[-1]["interval"][1:3]
+  assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((low, high))
+  assert "95 % intervals over seeds" in axes.texts[0].get_text()
 
 
 def test_names_are_those_that_readers_know():

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sparsek.evaluation.fingerprint import fingerprint
+from sparsek.model.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
