@@ -24,7 +24,6 @@ def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params:
   """
   writers.check(train)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
-  check_adapters(config, train)
   check_length(config, train.data.seq_len)
   check_context(config, mesh, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)
@@ -56,9 +55,13 @@ def check_context(
     raise UsageError(f"--context={parts}: {refusal}")
 
 
-def check_adapters(config: TransformerConfig, train: TrainConfig) -> None:
-  """Raises UsageError where adapters could not learn, or would be larger than their matrices."""
-  if config.lora_rank and train.optimizer.trainable == "scorer":
+def check_adapters(config: TransformerConfig, train: TrainConfig, *others: TrainConfig) -> None:
+  """Raises UsageError where adapters could not learn, or would be larger than their matrices.
+
+  `others` are further stages of the run: adapters learn in one of them at least.
+  """
+  trainable = {stage.optimizer.trainable for stage in (train, *others)}
+  if config.lora_rank and trainable == {"scorer"}:
     why = "--scorer_warmup and --trainable=scorer" if train.scorer_warmup else "--trainable=scorer"
     raise UsageError(
       f"--lora_rank={config.lora_rank} and {why} exclude each other: no adapter would learn; "

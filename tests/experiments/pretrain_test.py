@@ -213,7 +213,8 @@ def test_the_loss_of_a_warmup_is_called_that_of_the_scorers(tmp_path, capsys):
   pretrain.report(loop.Result(step=3, loss=2.89, heldout_loss=7.38), config)
   line = "step 3: scorers' loss 2.8900, held-out loss 7.3800 nats per token\n"
   assert line in capsys.readouterr().out
-  progress = Progress(0, 9, sys.stderr, config.loss_name)
+  progress = Progress(0, 9, sys.stderr)
+  progress.begin("", config.loss_name)
   progress.log(3, 2.89, 100.0, 1.0)
   assert "step 3/9  scorers' loss 2.8900  100 tokens/s" in capsys.readouterr().err
 
