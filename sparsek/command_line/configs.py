@@ -105,9 +105,13 @@ def unused_flags(
   }
 
 
-def warn_of_unused(config: config_lib.TransformerConfig, flag_values: flags.FlagValues) -> None:
-  """Prints a line for each flag of attention and scorers that changes nothing."""
-  for flag, reason in unused_flags(config, flag_values).items():
+def warn_of_unused(unused: Mapping[str, str]) -> None:
+  """Prints a line for each flag of attention and scorers that changes nothing.
+
+  Args:
+    unused: as `unused_flags` or `unused_by_all` returns them.
+  """
+  for flag, reason in unused.items():
     print(f"warning: {flag} has no effect: {reason}", file=sys.stderr)
 
 

@@ -239,26 +239,31 @@ def remat_that_fits(
 
 
 def make_plan(
-  config: TransformerConfig, train: TrainConfig, devices: Sequence[jax.Device] | None = None
+  config: TransformerConfig,
+  train: TrainConfig,
+  devices: Sequence[jax.Device] | None = None,
+  of_run: TransformerConfig | None = None,
 ) -> Plan:
   """Compiles the training step and returns its costs.
 
   Args:
     config, train: the model and everything else.
     devices: from `sparsek.parallel.topology`, or None for the attached ones.
+    of_run: the model of a run of which this is a stage, whose parameters the step gets; None: it is
+      `config`.
 
   Raises:
     UsageError: as `sparsek.training.checks.check_run`.
     RunError: where the compiler finds that the memory does not suffice.
   """
   with compiling_for(devices):
-    return _make_plan(config, train, devices)
+    return _make_plan(config, train, devices, of_run or config)
 
 
-def _make_plan(config, train, devices) -> Plan:
+def _make_plan(config, train, devices, of_run) -> Plan:
   mesh = make_mesh(train.fsdp, train.context, devices)
-  params = checkpoint.abstract_params(config)
-  check_run(config, train, mesh, params)
+  own, params = map(checkpoint.abstract_params, (config, of_run))
+  check_run(config, train, mesh, own)
   state, batch, teachers = _abstract_arguments(params, train, mesh)
   teacher_model = teacher.teacher_config(train.distill_from) if train.distill_from else None
   begin = time.perf_counter()
@@ -272,7 +277,7 @@ def _make_plan(config, train, devices) -> Plan:
   seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
   rows, n = train.data.batch_size, train.data.seq_len
   step_flops, full_flops = (
-    flops.training_flops(c, params, np.full(rows, n))
+    flops.training_flops(c, own, np.full(rows, n))
     for c in (config, dataclasses.replace(config, attention="full"))
   )
   arguments = {"parameters": state.params, "moments": state.opt_state, "batch": batch}

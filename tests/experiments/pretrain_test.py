@@ -202,7 +202,7 @@ def test_a_finished_run_says_what_comes_next(is_child, stopped, tmp_path, monkey
   for name in pretrain.FLAGS:  # which another test may have given
     pretrain.FLAGS[name].unparse()
   config = TrainConfig(workdir=str(tmp_path / "my run"))
-  pretrain.report(loop.Result(step=3, loss=1.0, stopped=stopped), config)
+  pretrain.report(loop.Result(step=3, loss=1.0, stopped=stopped), config, 9)
   advice = "next: sparsek evaluate --workdir='my run'\n      sparsek generate --workdir='my run' "
   assert (advice in capsys.readouterr().out) == (not is_child and not stopped)
 
@@ -210,7 +210,7 @@ def test_a_finished_run_says_what_comes_next(is_child, stopped, tmp_path, monkey
 def test_the_loss_of_a_warmup_is_called_that_of_the_scorers(tmp_path, capsys):
   optimizer = OptimizerConfig(trainable="scorer")
   config = TrainConfig(workdir=str(tmp_path), scorer_warmup=True, optimizer=optimizer)
-  pretrain.report(loop.Result(step=3, loss=2.89, heldout_loss=7.38), config)
+  pretrain.report(loop.Result(step=3, loss=2.89, heldout_loss=7.38), config, 9)
   line = "step 3: scorers' loss 2.8900, held-out loss 7.3800 nats per token\n"
   assert line in capsys.readouterr().out
   progress = Progress(0, 9, sys.stderr)
