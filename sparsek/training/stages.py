@@ -24,7 +24,6 @@ from sparsek.runs.parameter_table import parameter_shapes
 from sparsek.training.checks import check_adapters
 from sparsek.training.optimizer import trainable_mask
 
-RECORDED = "stages"  # key in model.json
 ELSEWHERE = "elsewhere"  # key in the data state of a checkpoint: the places in other data sets
 
 
@@ -147,7 +146,7 @@ def record(stages: Sequence[Stage]) -> dict[str, Any]:
   if not last.name:
     return result
   return result | {
-    RECORDED: [
+    run_record.STAGES: [
       {
         "name": stage.name,
         "flags": stage.flags,

@@ -308,7 +308,7 @@ def _resume(
   setup = setups[stages.index_of(setups, restored.step)]
   setup.iterator.set_state(data_state, saved_under=record["data"])
   changes = differing_fields(old, config) | run_record.changed_settings(record, train)
-  return restored, changes | stages.changed(record.get(stages.RECORDED, []), _stages(setups))
+  return restored, changes | stages.changed(record.get(run_record.STAGES, []), _stages(setups))
 
 
 def _stages(setups: Sequence[Setup]) -> list[Stage]:

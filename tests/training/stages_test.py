@@ -19,7 +19,7 @@ from sparsek.errors import UsageError
 from sparsek.model.transformer import init_params
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.metrics import read_metrics
-from sparsek.training import loop, start, stages
+from sparsek.training import loop, stages, start
 from sparsek.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek.training.saver import SPIKES
 from sparsek.training.stages import ELSEWHERE, Stage
@@ -193,7 +193,9 @@ def test_records_and_metrics_name_the_stages(finished, data, capsys):
   whole = dense_warmup_joint(finished, data)
   assert loop.train_stages(whole).already_complete
   said = capsys.readouterr().err
-  assert "all of the 7 steps of its stages dense, warmup, joint (7 were made); add a --stage" in said
+  assert (
+    "all of the 7 steps of its stages dense, warmup, joint (7 were made); add a --stage" in said
+  )
   changes = stages.changed(record["stages"], [*whole[:2], whole[2]._replace(flags="--k=3")])
   assert changes == {"stage joint": ("--num_steps=3", "--k=3")}
   assert stages.changed([], whole[:1]) == {"stage dense": ("none", "--num_steps=2")}
