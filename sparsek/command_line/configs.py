@@ -144,6 +144,12 @@ def data_config(flag_values: flags.FlagValues) -> config_lib.DataConfig:
   return _build(flag_values, config_lib.DataConfig, **fields)
 
 
+def warmup_steps(flag_values: flags.FlagValues) -> int:
+  """Returns the value of --warmup_steps, which derives from --num_steps where it is not given."""
+  given, num_steps = (flag_values[name].value for name in ("warmup_steps", "num_steps"))
+  return min(100, num_steps // 10) if given is None else given
+
+
 def train_config(flag_values: flags.FlagValues) -> config_lib.TrainConfig:
   """Returns the configuration of the whole run without the model.
 
@@ -153,8 +159,7 @@ def train_config(flag_values: flags.FlagValues) -> config_lib.TrainConfig:
   values: dict[str, Any] = {name: flag_values[name].value for name in names_of(flag_values)}
   if not values["workdir"] and not values.get("dry_run"):
     raise UsageError("--workdir is required: the folder for this run's checkpoints and metrics")
-  if values["warmup_steps"] is None:
-    values["warmup_steps"] = min(100, values["num_steps"] // 10)
+  values["warmup_steps"] = warmup_steps(flag_values)
   values["workdir"] = values["workdir"] or ""
   names = [field.name for field in dataclasses.fields(config_lib.OptimizerConfig)]
   optimizer = _build(
