@@ -146,8 +146,9 @@ def data_config(flag_values: flags.FlagValues) -> config_lib.DataConfig:
 
 def warmup_steps(flag_values: flags.FlagValues) -> int:
   """Returns the value of --warmup_steps, which derives from --num_steps where it is not given."""
-  given, num_steps = (flag_values[name].value for name in ("warmup_steps", "num_steps"))
-  return min(100, num_steps // 10) if given is None else given
+  values: dict[str, Any] = {name: flag_values[name].value for name in ("warmup_steps", "num_steps")}
+  given = values["warmup_steps"]
+  return min(100, values["num_steps"] // 10) if given is None else given
 
 
 def train_config(flag_values: flags.FlagValues) -> config_lib.TrainConfig:

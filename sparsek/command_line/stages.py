@@ -26,11 +26,12 @@ OF_A_STAGE = (
 _EXCLUSIVE = ("attention", "layer_pattern")  # a stage that gives one takes the other back
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,39}")
 _HELP = (
-  '"NAME: FLAGS": a stage of the run, such as "warmup: --num_steps=120 --trainable=scorer '
-  '--scorer_warmup". May be given several times. The stages follow one another in one run, which '
-  "has one state: parameters, moments, the step and the place in each data set go on. FLAGS "
-  "replace those outside of stages while the stage trains; its schedule begins with it. They may "
-  f"be {', '.join(OF_A_STAGE)}. The model of the last stage is that of the run."
+  "A stage of the run: its name, and the flags that hold while it trains. May be given several "
+  'times, as in --stage="warmup: --num_steps=120 --scorer_warmup --trainable=scorer" --stage="joint: '
+  '--num_steps=800". The stages follow one another in one run of one state: parameters, moments, the '
+  "step and the place in each data set go on; a schedule begins with each stage. Flags outside of "
+  "stages hold for those that do not set them. The model of the run is that of the last stage. "
+  f"A stage may set {', '.join(OF_A_STAGE)}."
 )
 
 

@@ -5,7 +5,14 @@ import json
 import os
 from collections.abc import Mapping
 
-from sparsek.config import DataConfig, Index, TrainConfig, TransformerConfig, check_number
+from sparsek.config import (
+  DataConfig,
+  Index,
+  TrainConfig,
+  TransformerConfig,
+  check_number,
+  check_type,
+)
 from sparsek.data.token_files import TokenDataset
 from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 from sparsek.errors import UsageError
@@ -75,19 +82,23 @@ def trained_parts(run: Mapping, step: int) -> list[tuple[int, Mapping]]:
   Args:
     run: its model.json; a run without stages is one part.
     step: of a checkpoint.
-  Raises:
-    KeyError, TypeError, ValueError: where the record of the stages cannot be understood.
   """
   if STAGES not in run:
     return [(step, run["data"])]
-  parts = []
-  for stage in run[STAGES]:
-    first, last = (check_number("steps", number, Index) for number in stage["steps"])
-    parts.append(
-      (min(step, last) - first + 1, {name: stage["data"][name] for name in RECORDED_DATA})
-    )
-    DataConfig(**parts[-1][1])
-  return [(steps, data) for steps, data in parts if steps > 0]
+  ends = [(*stage["steps"], stage["data"]) for stage in run[STAGES]]
+  return [(min(step, last) - first + 1, data) for first, last, data in ends if first <= step]
+
+
+def _check_stages(stages: list) -> None:
+  """Raises KeyError, TypeError or ValueError where a record of stages lacks what is read."""
+  check_type("stages", stages, list, "a list")
+  for stage in stages:
+    for name in ("name", "flags"):
+      check_type(name, stage[name], str, "a string")
+    for step in stage["steps"]:
+      check_number("steps", step, Index)
+    _, _ = stage["steps"]
+    DataConfig(**{name: stage["data"][name] for name in RECORDED_DATA})
 
 
 def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerConfig, dict]:
@@ -112,7 +123,7 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     config = TransformerConfig(**run["model"])
     DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
     _check_tokenizer(run["tokenizer"])
-    trained_parts(run, 0)
+    _check_stages(run.get(STAGES, []))
   except KeyError as error:
     raise UsageError(f"{path} cannot be understood: it has no {error}") from None
   except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
