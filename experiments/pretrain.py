@@ -192,7 +192,7 @@ def pretrain() -> None:
   stages = read_stages(devices)
   if FLAGS.dry_run:
     for stage in stages:
-      print_plan(stage, stages[-1].config, devices)
+      print_plan(stage, stages, devices)
     return
   run_directory.use_compilation_cache(FLAGS.compilation_cache)
   result = loop.train_stages(stages, into_string(FLAGS))
@@ -200,11 +200,11 @@ def pretrain() -> None:
     report(result, stages[-1].train, stages[-1].end)
 
 
-def print_plan(stage: Stage, of_run: TransformerConfig, devices: list[jax.Device] | None) -> None:
-  """Prints the plan of a stage; `of_run` is the model of the run."""
+def print_plan(stage: Stage, run: list[Stage], devices: list[jax.Device] | None) -> None:
+  """Prints the plan of a stage of a run."""
   said = "compiling the step for the plan; a large model takes minutes ..."
   with said_if_slow(said) if processes.is_first() else contextlib.nullcontext(), named(stage.name):
-    lines = plan.make_plan(stage.config, stage.train, devices, of_run).lines()
+    lines = plan.make_plan(stage.config, stage.train, devices, run).lines()
   if stage.name:
     lines = [f"stage {stage.name}, steps {stage.begin + 1} to {stage.end}:"] + [
       f"  {line}" for line in lines

@@ -27,11 +27,11 @@ _EXCLUSIVE = ("attention", "layer_pattern")  # a stage that gives one takes the 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,39}")
 _HELP = (
   "A stage of the run: its name, and the flags that hold while it trains. May be given several "
-  'times, as in --stage="warmup: --num_steps=120 --scorer_warmup --trainable=scorer" --stage="joint: '
-  '--num_steps=800". The stages follow one another in one run of one state: parameters, moments, the '
-  "step and the place in each data set go on; a schedule begins with each stage. Flags outside of "
-  "stages hold for those that do not set them. The model of the run is that of the last stage. "
-  f"A stage may set {', '.join(OF_A_STAGE)}."
+  'times, as in --stage="warmup: --num_steps=120 --scorer_warmup --trainable=scorer" '
+  '--stage="joint: --num_steps=800". The stages follow one another in one run of one state: '
+  "parameters, moments, the step and the place in each data set go on; a schedule begins with each "
+  "stage. Flags outside of stages hold for those that do not set them. The model of the run is "
+  f"that of the last stage. A stage may set {', '.join(OF_A_STAGE)}."
 )
 
 

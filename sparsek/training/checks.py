@@ -1,5 +1,7 @@
 """Checks of a run's configuration, made before any long work."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,7 +15,13 @@ from sparsek.runs import writers
 from sparsek.training.optimizer import trainable_mask
 
 
-def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params: Params) -> None:
+def check_run(
+  config: TransformerConfig,
+  train: TrainConfig,
+  mesh: Mesh,
+  params: Params,
+  others: Sequence[TrainConfig] = (),
+) -> None:
   """Raises UsageError where a model cannot be trained as `train` asks on the devices of `mesh`.
 
   Args:
@@ -21,9 +29,11 @@ def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params:
     train: everything else.
     mesh: the devices of the run.
     params: of the model; shapes suffice.
+    others: what the other stages of the run are trained with.
   """
   writers.check(train)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
+  check_adapters(config, train, *others)
   check_length(config, train.data.seq_len)
   check_context(config, mesh, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)

@@ -21,7 +21,6 @@ from sparsek.errors import UsageError
 from sparsek.model import lora
 from sparsek.runs import checkpoint, run_record
 from sparsek.runs.parameter_table import parameter_shapes
-from sparsek.training.checks import check_adapters
 from sparsek.training.optimizer import trainable_mask
 
 ELSEWHERE = "elsewhere"  # key in the data state of a checkpoint: the places in other data sets
@@ -59,9 +58,9 @@ class Stage(NamedTuple):
 
 def check_stages(stages: Sequence[Stage]) -> None:
   """Raises UsageError where stages cannot be one run: by their tokenizers or their parameters."""
-  last = stages[-1]
+  *earlier, last = stages
   shapes = parameter_shapes(checkpoint.abstract_params(last.config))
-  for stage in stages:
+  for stage in earlier:
     with named(stage.name):
       here, there = (s.dataset.tokenizer.fingerprint for s in (stage, last))
       if here != there:
@@ -78,7 +77,6 @@ def check_stages(stages: Sequence[Stage]) -> None:
           f"lacks or has in another shape: {missing[0]} and {len(missing) - 1} others; the last "
           "stage must have the parameters of all"
         )
-  check_adapters(last.config, *(stage.train for stage in stages))
 
 
 def alike_in_layout(configs: Sequence[TransformerConfig]) -> list[TransformerConfig]:

@@ -136,7 +136,7 @@ def _set_up(run: Sequence[Stage], index: int) -> Setup:
   stage = run[index]
   config, train, dataset = stage.config, stage.train, stage.dataset
   mesh, params_shape = make_mesh(train.fsdp, train.context), checkpoint.abstract_params(config)
-  check_run(config, train, mesh, params_shape)
+  check_run(config, train, mesh, params_shape, [other.train for other in run])
   optimizer = make_optimizer(train.optimizer, stage.begin, stages.frozen_steps(run, index))
   teacher_model = None
   if train.distill_from:
