@@ -42,7 +42,7 @@ def data(tmp_path_factory):
   return datasets
 
 
-def dense_warmup_joint(workdir, data):
+def dense_warmup_joint(workdir, data, checkpoint_every=1):
   """Returns three stages; the second reads other data, the third other rows."""
   trains = [
     {"optimizer": {"learning_rate": 0.02}},
@@ -62,7 +62,7 @@ def dense_warmup_joint(workdir, data):
       spike_factor=50.0,
       log_every=1,
       eval_every=0,
-      checkpoint_every=1,
+      checkpoint_every=checkpoint_every,
       keep_checkpoints=100,
       **fields,
     )
@@ -73,15 +73,19 @@ def dense_warmup_joint(workdir, data):
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs():
-  """Lets runs of the same stages share compiled steps."""
-  made, make = {}, start.make_train_step
+  """Lets runs of the same stages share compiled programs."""
+  made, make_step, make_diagnose = {}, start.make_train_step, start.make_diagnose
 
-  def shared(config, train, *args):
-    key = config, dataclasses.replace(train, workdir=""), args[-1]
-    return made.setdefault(key, make(config, train, *args))
+  def shared_step(config, train, *args):
+    key = config, dataclasses.replace(train, workdir="", checkpoint_every=1), args[-1]
+    return made.setdefault(key, make_step(config, train, *args))
+
+  def shared_diagnose(config, mesh):
+    return made.setdefault(config, make_diagnose(config, mesh))
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(start, "make_train_step", shared)
+    patch.setattr(start, "make_train_step", shared_step)
+    patch.setattr(start, "make_diagnose", shared_diagnose)
     yield
 
 
@@ -136,13 +140,14 @@ def test_a_run_killed_around_a_border_goes_on_to_the_same_bits(
   shutil.copytree(finished, workdir)
   for step in range(killed_after + 1, sum(LENGTHS) + 1):
     shutil.rmtree(os.path.join(workdir, "checkpoints", str(step)))
-  result = loop.train_stages(dense_warmup_joint(workdir, data), "--a_flag=1\n")
-  assert result.step == sum(LENGTHS) and checkpoint.saved_steps(workdir)[-1] == result.step
-  for step in range(killed_after + 1, sum(LENGTHS) + 1):
+  result = loop.train_stages(dense_warmup_joint(workdir, data, checkpoint_every=100))
+  assert result.step == sum(LENGTHS)
+  ends = [step for step in (*BORDERS, sum(LENGTHS)) if step > killed_after]
+  assert checkpoint.saved_steps(workdir) == [*range(1, killed_after + 1), *ends]
+  for step in ends:
     here, there = (restored(folder, step) for folder in (workdir, finished))
     assert same(here[:2], there[:2]) and here[2] == there[2], step
   assert logged(workdir) == logged(finished)
-  assert not os.path.exists(os.path.join(workdir, "model.1.json"))  # the same settings
 
 
 def test_what_a_stage_changes_and_what_survives_its_borders(finished, data):
@@ -205,12 +210,14 @@ def test_a_run_grows_by_a_stage(finished, data, tmp_path, capsys):
   workdir = str(tmp_path / "run")
   shutil.copytree(finished, workdir)
   whole = dense_warmup_joint(workdir, data)
-  further = whole[2]._replace(name="again", begin=whole[2].end)
-  result = loop.train_stages([*whole, further])
-  assert result.step == 10 and [record["stage"] for record in logged(workdir)[7:]] == ["again"] * 3
-  assert "  stage again: none -> --num_steps=3\n" in capsys.readouterr().err
+  again = whole[1]._replace(name="again", begin=whole[2].end)
+  result = loop.train_stages([*whole, again])
+  assert result.step == 9 and [record["stage"] for record in logged(workdir)[7:]] == ["again"] * 2
+  assert "  stage again: none -> --num_steps=2\n" in capsys.readouterr().err
   rates = [record["learning_rate"] for record in logged(workdir)]
-  assert rates[7:] == rates[4:7]
+  assert rates[7:] == rates[2:4]
+  places = restored(workdir, 9)[2]
+  assert (places["dataset"], places["tokens"]) == (data[1].fingerprint, 128)
 
 
 def test_a_late_parameter_has_the_updates_of_one_trained_from_the_start():
