@@ -334,8 +334,7 @@ def _train_locked(stages: Sequence[Stage], flagfile: str) -> Result:
     stack.enter_context(checkpoint.quiet_orbax())
     stop = stack.enter_context(StopSignal())
     if processes.count() > 1:
-      for stage in stages:
-        processes.check_same(_settings(stage.config, stage.train, stage.dataset))
+      processes.check_same(_settings(stages))
     processes.on_first(functools.partial(_lock, stack, workdir))
     setups = set_up(stages)
     for setup in setups:
@@ -417,18 +416,22 @@ def _open_metrics(
   return metrics, evaluated
 
 
-def _settings(
-  config: TransformerConfig, train_config: TrainConfig, dataset: TokenDataset
-) -> dict[str, Any]:
-  """Returns what must be the same in all processes of a run; paths may differ."""
-  fields = dataclasses.asdict(config) | dataclasses.asdict(train_config)
-  sections = {name: fields.pop(name) for name in ("data", "optimizer")}
-  for section in sections.values():
-    fields |= section
-  for path in ("workdir", "data"):
-    fields.pop(path, None)
-  fields = {name: repr(value) for name, value in fields.items()}
-  return fields | {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+def _settings(stages: Sequence[Stage]) -> dict[str, Any]:
+  """Returns what must be the same in all processes of a run, by flag; paths may differ."""
+  result: dict[str, Any] = {}
+  for stage in stages:
+    fields = dataclasses.asdict(stage.config) | dataclasses.asdict(stage.train)
+    sections = {name: fields.pop(name) for name in ("data", "optimizer")}
+    for section in sections.values():
+      fields |= section
+    for path in ("workdir", "data"):
+      fields.pop(path, None)
+    fields = {name: repr(value) for name, value in fields.items()}
+    dataset = stage.dataset
+    fields |= {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+    prefix = f"stage={stage.name}: --" if stage.name else ""
+    result |= {f"{prefix}{name}": value for name, value in fields.items()}
+  return result
 
 
 def _describe_size(params: Params) -> str:

@@ -121,20 +121,22 @@ def index_of(stages: Sequence[Any], step: int) -> int:
   return next((i for i, stage in enumerate(stages) if step <= stage.end), len(stages) - 1)
 
 
-def read_on(iterator: TrainIterator, fingerprint: str, positions: Sequence[dict]) -> list[dict]:
-  """Sets the iterator of a stage that begins to where its data set was read before, if it was.
+def read_on(
+  iterator: TrainIterator, dataset: TokenDataset, positions: Sequence[dict]
+) -> list[dict]:
+  """Sets an iterator to where its data set was read before; it stays where it is if it was not.
 
   Args:
-    iterator: of the stage, at the beginning of its data.
-    fingerprint: of its data set.
+    iterator: of a stage.
+    dataset: what the stage reads.
     positions: states of iterators, one of each data set that was read.
   Returns:
     those of other data sets.
   """
-  for position in positions:
-    if position["dataset"] == fingerprint:
-      iterator.set_state(position)
-  return [position for position in positions if position["dataset"] != fingerprint]
+  is_of = lambda position: position.get("dataset") == dataset.fingerprint
+  for position in filter(is_of, positions):
+    iterator.set_state(position)
+  return [position for position in positions if not is_of(position)]
 
 
 def record(stages: Sequence[Stage]) -> dict[str, Any]:

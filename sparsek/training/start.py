@@ -213,9 +213,8 @@ def restore_or_init(setups: Sequence[Setup], say: Say) -> Start:
   differing: Changes = {}
   elsewhere: list[dict] = []
   if processes.on_first(functools.partial(checkpoint.saved_steps, workdir)):
-    restored, differing = _resume(setups, back_to, say)
+    restored, differing, elsewhere = _resume(setups, back_to, say)
     saved_step, spikes_so_far = restored.step, restored.data_state.get(SPIKES)
-    elsewhere = restored.data_state.get(ELSEWHERE, [])
   else:
     params = initial_params(last.config, first.train, first.dataset, mesh, say)
     opt_state = computed_on(mesh, first.optimizer.init, params)
@@ -263,7 +262,7 @@ def next_stage(
   """
   setup = setups[index]
   positions = [*elsewhere, data_state]
-  elsewhere = stages.read_on(setup.iterator, setup.dataset.fingerprint, positions)
+  elsewhere = stages.read_on(setup.iterator, setup.dataset, positions)
   skipped = 0
   if isinstance(state.spikes, spikes.Spikes):  # the loss of another stage says nothing
     skipped = jax.device_get(state.spikes.skipped).item()
@@ -276,11 +275,11 @@ def next_stage(
 
 def _resume(
   setups: Sequence[Setup], back_to: int | None, say: Say
-) -> tuple[checkpoint.Restored, Changes]:
+) -> tuple[checkpoint.Restored, Changes, list[dict]]:
   """Sets the data iterator to the newest checkpoint or that of step `back_to`.
 
   Returns:
-    (what the checkpoint holds, `Start.differing`).
+    (what the checkpoint holds, `Start.differing`, `Start.elsewhere`).
   """
   last = setups[-1]
   config, train, workdir = last.config, last.train, last.train.workdir
@@ -306,9 +305,15 @@ def _resume(
   ours = (SPIKES, ELSEWHERE)
   data_state = {name: value for name, value in restored.data_state.items() if name not in ours}
   setup = setups[stages.index_of(setups, restored.step)]
-  setup.iterator.set_state(data_state, saved_under=record["data"])
+  elsewhere = restored.data_state.get(ELSEWHERE, [])
+  if setup.dataset.fingerprint in [position["dataset"] for position in elsewhere]:
+    # The stages have changed since.
+    elsewhere = stages.read_on(setup.iterator, setup.dataset, [*elsewhere, data_state])
+  else:
+    setup.iterator.set_state(data_state, saved_under=record["data"])
   changes = differing_fields(old, config) | run_record.changed_settings(record, train)
-  return restored, changes | stages.changed(record.get(run_record.STAGES, []), _stages(setups))
+  changes |= stages.changed(record.get(run_record.STAGES, []), _stages(setups))
+  return restored, changes, elsewhere
 
 
 def _stages(setups: Sequence[Setup]) -> list[Stage]:

@@ -220,6 +220,19 @@ def test_a_run_grows_by_a_stage(finished, data, tmp_path, capsys):
   assert (places["dataset"], places["tokens"]) == (data[1].fingerprint, 128)
 
 
+def test_a_step_that_now_belongs_to_a_stage_of_other_data_goes_on_in_these(finished, data):
+  whole = dense_warmup_joint(finished, data)
+  third = whole[2]._replace(dataset=data[1])
+  (*others, setup) = start.set_up([*whole[:2], third])
+  begun = start.restore_or_init([*others, setup], print)
+  assert (begun.stage, begun.step) == (2, 7)
+  place, (other,) = begun.data_state, begun.elsewhere
+  assert (place["dataset"], place["tokens"]) == (data[1].fingerprint, 64)
+  assert (other["dataset"], other["tokens"]) == (data[0].fingerprint, 64 + 3 * 2 * 24)
+  for one in (*others, setup):
+    one.iterator.close()
+
+
 def test_a_late_parameter_has_the_updates_of_one_trained_from_the_start():
   config = OptimizerConfig(b2=0.999, grad_clip=0.0, weight_decay=0.0, warmup_steps=0, num_steps=9)
   params = {"early": jnp.ones(3), "late": jnp.ones(3)}
