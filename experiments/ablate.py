@@ -104,6 +104,7 @@ NOT_OF_CELLS = {
   "topology": "of --dry_run, which trains nothing that could be compared",
   "stop_at": "runs that stop before --num_steps cannot be compared",
   "restore_step": "goes back in one run, and a grid has several",
+  "stage": "cells are runs of one stage",
 }
 
 

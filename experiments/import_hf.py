@@ -31,7 +31,7 @@ from typing import TypeVar
 from absl import flags as absl_flags
 
 from sparsek.command_line import outputs
-from sparsek.command_line.configs import model_config, warn_of_unused
+from sparsek.command_line.configs import model_config, unused_flags, warn_of_unused
 from sparsek.command_line.definer import Definer, into_string
 from sparsek.command_line.flags import define_model_flags, define_step_flags
 from sparsek.command_line.main import parse_first, run
@@ -117,7 +117,7 @@ def import_folder(folder: str, workdir: str) -> None:
     )
   ends = end_tokens(folder, tokenizer)
   config = model_config(FLAGS, pretrained=base)
-  warn_of_unused(config, FLAGS)
+  warn_of_unused(unused_flags(config, FLAGS))
   with said_if_slow(f"reading {folder} ..."):
     config, params = pretrained.load(
       folder, config=config, key=jax.random.key(0), progress=progress

@@ -7,7 +7,8 @@ The same command again resumes from the newest checkpoint. WORKDIR gets checkpoi
 (one JSON object per logged step), flags.txt (a --flagfile that reproduces the run), model.json and
 versions.json. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save a checkpoint and exit 0. A checkpoint is
 saved only if its parameters, and the loss and gradients that they give, are finite;
---restore_step=N goes back to an earlier one. --dry_run prints the parameters, operations, memory
+--restore_step=N goes back to an earlier one. With --stage="NAME: FLAGS", given several times, one
+run trains under other flags stage by stage. --dry_run prints the parameters, operations, memory
 and collectives of a step, and trains nothing; with --topology, of a step on devices that need not
 be here.
 """
@@ -22,10 +23,17 @@ from typing import Any
 from absl import flags as absl_flags
 
 from sparsek.command_line import outputs, own_modules, path_flags
-from sparsek.command_line.configs import model_config, train_config, warn_of_unused
+from sparsek.command_line.configs import (
+  model_config,
+  train_config,
+  unused_by_all,
+  unused_flags,
+  warn_of_unused,
+)
 from sparsek.command_line.definer import OF_PROCESSES, into_string
 from sparsek.command_line.invocation import by_user, command
 from sparsek.command_line.main import parse_first, run
+from sparsek.command_line.stages import named, stages_of
 from sparsek.command_line.terminal import said_if_slow
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.config import TrainConfig, TransformerConfig
@@ -37,9 +45,11 @@ define_pretrain_flags(FLAGS)
 
 def check_flags() -> None:
   """Raises UsageError for what can be refused before data and a model are read."""
-  train_config(FLAGS)
-  if not FLAGS.init_from:
-    model_config(FLAGS)
+  for stage in stages_of(FLAGS):
+    with named(stage.name):
+      train_config(stage.values)
+      if not FLAGS.init_from:
+        model_config(stage.values)
   if FLAGS.topology is not None and not FLAGS.dry_run:
     raise UsageError(f"--topology={FLAGS.topology} needs --dry_run: nothing can be trained there")
   if not FLAGS.dry_run:
@@ -57,6 +67,7 @@ from sparsek.parallel import processes, topology
 from sparsek.parallel.mesh import check_divides
 from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
+from sparsek.training.stages import Stage, alike_in_layout, check_stages
 
 
 def base_model(config: TrainConfig) -> TransformerConfig | None:
@@ -69,9 +80,15 @@ def base_model(config: TrainConfig) -> TransformerConfig | None:
   return None
 
 
-def report(result: loop.Result, config: TrainConfig) -> None:
-  """Prints how far training came, its losses, and where everything is."""
-  workdir, num_steps = config.workdir, config.optimizer.num_steps
+def report(result: loop.Result, config: TrainConfig, num_steps: int) -> None:
+  """Prints how far a run came, its losses, and where everything is.
+
+  Args:
+    result: of the run.
+    config: of its last stage.
+    num_steps: of the whole run.
+  """
+  workdir = config.workdir
   if result.stopped and result.step == config.stop_at:
     print(
       f"stopped at step {result.step} of {num_steps}, as --stop_at says; "
@@ -123,36 +140,77 @@ def main() -> None:
     pretrain()
 
 
+def read_stages(devices: list[jax.Device] | None) -> list[Stage]:
+  """Returns the stages of the run, one where --stage is not given; opens their data.
+
+  Args:
+    devices: those of a plan; None for the attached ones.
+  """
+  flags = stages_of(FLAGS)
+  trains, models, data = [], [], {}
+  for stage in flags:
+    with named(stage.name):
+      trains.append(train_config(stage.values))
+  base = base_model(trains[0])
+  for stage in flags:
+    with named(stage.name):
+      model_config(stage.values, pretrained=base)  # refuses bad flags before any data is read
+  slow = said_if_slow("opening the data ...") if processes.is_first() else contextlib.nullcontext()
+  with slow:
+    for stage, train in zip(flags, trains):
+      if train.data.data not in data:
+        with named(stage.name):
+          data[train.data.data] = batches.open_data(train.data.data, FLAGS.tokenizer)
+  vocab_size = data[trains[-1].data.data].vocab_size
+  for stage in flags:
+    with named(stage.name):
+      models.append(model_config(stage.values, vocab_size=vocab_size, pretrained=base))
+  if processes.is_first() and by_user():
+    unused = [unused_flags(model, stage.values) for model, stage in zip(models, flags)]
+    warn_of_unused(unused_by_all(unused))
+  stages = [
+    Stage(model, train, data[train.data.data], stage.name, stage.text, stage.begin)
+    for model, train, stage in zip(alike_in_layout(models), trains, flags)
+  ]
+  check_stages(stages)
+  return [_with_remat(stage, of.values["remat"].value, devices) for stage, of in zip(stages, flags)]
+
+
+def _with_remat(stage: Stage, given: str | None, devices: list[jax.Device] | None) -> Stage:
+  """Returns a stage that recomputes in the backward pass what --remat or its memory says."""
+  if given is not None:
+    return stage
+  remat = plan.remat_that_fits(
+    stage.config, stage.train, plan.memory_limit(devices), len(devices) if devices else None
+  )
+  return stage._replace(config=dataclasses.replace(stage.config, remat=remat))
+
+
 def pretrain() -> None:
   """Reads the flags, opens the data, trains, and says where everything is."""
   devices = planned_devices()
-  config = train_config(FLAGS)
-  base = base_model(config)
-  model_config(FLAGS, pretrained=base)  # refuses bad flags before any data is read
-  slow = said_if_slow("opening the data ...") if processes.is_first() else contextlib.nullcontext()
-  with slow:
-    dataset = batches.open_data(config.data.data, FLAGS.tokenizer)
-  model = model_config(FLAGS, vocab_size=dataset.vocab_size, pretrained=base)
-  if processes.is_first() and by_user():
-    warn_of_unused(model, FLAGS)
-  if FLAGS.remat is None:
-    model = dataclasses.replace(
-      model,
-      remat=plan.remat_that_fits(
-        model, config, plan.memory_limit(devices), len(devices) if devices else None
-      ),
-    )
+  stages = read_stages(devices)
   if FLAGS.dry_run:
-    said = "compiling the step for the plan; a large model takes minutes ..."
-    with said_if_slow(said) if processes.is_first() else contextlib.nullcontext():
-      lines = plan.make_plan(model, config, devices).lines()
-    if processes.is_first():
-      print("\n".join(lines))
+    for stage in stages:
+      print_plan(stage, stages, devices)
     return
   run_directory.use_compilation_cache(FLAGS.compilation_cache)
-  result = loop.train(model, config, dataset, into_string(FLAGS))
+  result = loop.train_stages(stages, into_string(FLAGS))
   if processes.is_first():
-    report(result, config)
+    report(result, stages[-1].train, stages[-1].end)
+
+
+def print_plan(stage: Stage, run: list[Stage], devices: list[jax.Device] | None) -> None:
+  """Prints the plan of a stage of a run."""
+  said = "compiling the step for the plan; a large model takes minutes ..."
+  with said_if_slow(said) if processes.is_first() else contextlib.nullcontext(), named(stage.name):
+    lines = plan.make_plan(stage.config, stage.train, devices, run).lines()
+  if stage.name:
+    lines = [f"stage {stage.name}, steps {stage.begin + 1} to {stage.end}:"] + [
+      f"  {line}" for line in lines
+    ]
+  if processes.is_first():
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

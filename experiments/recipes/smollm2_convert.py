@@ -109,6 +109,7 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
       f"--data={data}",
       f"--init_from={run(start)}",
       f"--seed={seed}",
+      "--keep_checkpoints=1",
       *extra,
       *shlex.split(options.more),
     )

@@ -46,8 +46,17 @@ class Run:
   evaluations: Sequence[dict]
 
   def points(self, name: str) -> list[tuple[float, float]]:
-    """Returns (step, value) of each record that has a metric."""
-    values = [(record["step"], record.get(name)) for record in self.metrics]
+    """Returns (step, value) of each record that has a metric.
+
+    A stage that warms up scorers has their loss as its own, which is no point of the "loss".
+    """
+    values = [
+      (record["step"], record.get(name))
+      for record in self.metrics
+      if not (
+        name == "loss" and "stage" in record and record.get("scorer_loss") == record.get(name)
+      )
+    ]
     return [(step, value) for step, value in values if isinstance(value, (int, float))]
 
   def layers(self, statistic: str) -> list[int]:

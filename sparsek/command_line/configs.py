@@ -105,9 +105,13 @@ def unused_flags(
   }
 
 
-def warn_of_unused(config: config_lib.TransformerConfig, flag_values: flags.FlagValues) -> None:
-  """Prints a line for each flag of attention and scorers that changes nothing."""
-  for flag, reason in unused_flags(config, flag_values).items():
+def warn_of_unused(unused: Mapping[str, str]) -> None:
+  """Prints a line for each flag of attention and scorers that changes nothing.
+
+  Args:
+    unused: as `unused_flags` or `unused_by_all` returns them.
+  """
+  for flag, reason in unused.items():
     print(f"warning: {flag} has no effect: {reason}", file=sys.stderr)
 
 
@@ -140,6 +144,13 @@ def data_config(flag_values: flags.FlagValues) -> config_lib.DataConfig:
   return _build(flag_values, config_lib.DataConfig, **fields)
 
 
+def warmup_steps(flag_values: flags.FlagValues) -> int:
+  """Returns the value of --warmup_steps, which derives from --num_steps where it is not given."""
+  values: dict[str, Any] = {name: flag_values[name].value for name in ("warmup_steps", "num_steps")}
+  given = values["warmup_steps"]
+  return min(100, values["num_steps"] // 10) if given is None else given
+
+
 def train_config(flag_values: flags.FlagValues) -> config_lib.TrainConfig:
   """Returns the configuration of the whole run without the model.
 
@@ -149,8 +160,7 @@ def train_config(flag_values: flags.FlagValues) -> config_lib.TrainConfig:
   values: dict[str, Any] = {name: flag_values[name].value for name in names_of(flag_values)}
   if not values["workdir"] and not values.get("dry_run"):
     raise UsageError("--workdir is required: the folder for this run's checkpoints and metrics")
-  if values["warmup_steps"] is None:
-    values["warmup_steps"] = min(100, values["num_steps"] // 10)
+  values["warmup_steps"] = warmup_steps(flag_values)
   values["workdir"] = values["workdir"] or ""
   names = [field.name for field in dataclasses.fields(config_lib.OptimizerConfig)]
   optimizer = _build(

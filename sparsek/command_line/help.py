@@ -34,6 +34,7 @@ COMMON = (
   "seq_len",
   "batch_size",
   "num_steps",
+  "stage",
   "learning_rate",
   "warmup_steps",
   "weight_decay",
@@ -59,7 +60,14 @@ OF_SIZE = ("preset", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "he
 TITLES = {"command": "Flags of this command"}
 FLAGFILE = "--flagfile=FILE reads flags from a file, one a line."
 WIDTH, COLUMN = 100, 30
-_VALUES = {"int": "N", "float": "X", "path": "PATH", "fields": "FIELD=VALUE", "multi path": "PATHS"}
+_VALUES = {
+  "int": "N",
+  "float": "X",
+  "path": "PATH",
+  "fields": "FIELD=VALUE",
+  "multi path": "PATHS",
+  "multi stage": '"NAME: FLAGS"',
+}
 
 
 class FlagHelp(NamedTuple):

@@ -5,6 +5,7 @@ from absl import flags
 from sparsek import config as config_lib
 from sparsek.command_line.definer import Definer
 from sparsek.command_line.flags import define_model_flags, define_workdir_flag
+from sparsek.command_line.stages import stage_flag
 
 OPTIMIZER = config_lib.OptimizerConfig()
 RUN = config_lib.TrainConfig(workdir="")
@@ -16,6 +17,7 @@ def define_pretrain_flags(flag_values: flags.FlagValues) -> None:
   define_data_flags(flag_values)
   define_train_flags(flag_values)
   define_process_flags(flag_values)
+  Definer(flag_values, "training").flag(stage_flag(define_pretrain_flags))
   define = Definer(flag_values, "run")
   define.path(
     "compilation_cache",

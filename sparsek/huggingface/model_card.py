@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsek.config import TransformerConfig
 from sparsek.huggingface.config_writing import MODELLING
+from sparsek.runs import run_record
 from sparsek.runs.metrics import read_metrics
 from sparsek.storage.files import exists
 
@@ -81,9 +82,14 @@ def _facts(workdir, config, run, step) -> list[tuple[str, str]]:
     rows += [("started from", base)]
   data = run["data"]
   if step and data["data"]:
-    tokens = step * data["batch_size"] * data["seq_len"]
-    row = f"{step:,} steps of {data['batch_size']} rows of {data['seq_len']:,} tokens"
-    rows += [("data", _last_part(data["data"])), ("tokens seen", f"{tokens:,}: {row}")]
+    parts = run_record.trained_parts(run, step)
+    tokens = sum(steps * data["batch_size"] * data["seq_len"] for steps, data in parts)
+    row = ", then ".join(
+      f"{steps:,} steps of {data['batch_size']} rows of {data['seq_len']:,} tokens"
+      for steps, data in parts
+    )
+    names = dict.fromkeys(_last_part(data["data"]) for _, data in parts)
+    rows += [("data", ", ".join(map(str, names))), ("tokens seen", f"{tokens:,}: {row}")]
   return rows
 
 

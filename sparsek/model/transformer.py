@@ -91,6 +91,18 @@ def parameter_specs(config: TransformerConfig, parts: int) -> Params:
   return sharding.partition_specs(shapes, parts)
 
 
+def select_params(config: TransformerConfig, params: Params) -> Params:
+  """Returns those of a run's parameters that the model of one of its stages has."""
+
+  def selected(specs, params):
+    return {
+      name: selected(spec, params[name]) if isinstance(spec, dict) else params[name]
+      for name, spec in specs.items()
+    }
+
+  return selected(parameter_specs(config, axis_size(FSDP)), params)
+
+
 def _gathering(module: type, config: TransformerConfig, name: str) -> Any:
   """Returns a module class that gathers its parameters when it is called; see
   `sparsek.parallel.sharding.gather`.

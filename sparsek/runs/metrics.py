@@ -159,7 +159,7 @@ class MetricsWriter:
     return json.dumps(finite).encode() + b"\n"
 
   def write(self, record: dict) -> None:
-    """Writes an object with an int "step", floats, and objects, which copies do not get.
+    """Writes an object with an int "step", floats, and objects and texts that copies do not get.
 
     Raises:
       RunError: where it cannot.
@@ -171,7 +171,9 @@ class MetricsWriter:
     except OSError as error:
       raise cannot_write(self._path, error) from error
     scalars = {
-      key: value for key, value in record.items() if key != "step" and not isinstance(value, dict)
+      key: value
+      for key, value in record.items()
+      if key != "step" and not isinstance(value, (dict, str))
     }
     for copy in self._copies:
       copy.write(record["step"], scalars)
@@ -217,16 +219,18 @@ class Progress:
 
   _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
-  def __init__(
-    self, step: int, num_steps: int, stream: TextIO | None = None, loss_name: str = "loss"
-  ):
-    self._stream, self._loss_name = stream or sys.stderr, loss_name
-    self._num_steps = num_steps
+  def __init__(self, step: int, num_steps: int, stream: TextIO | None = None):
+    self._stream, self._num_steps = stream or sys.stderr, num_steps
+    self.begin("", "loss")
     self._bar: tqdm.tqdm | None = None
     if self._stream.isatty():
       self._bar = tqdm.tqdm(
         total=num_steps, initial=step, file=self._stream, dynamic_ncols=True, bar_format=self._BAR
       )
+
+  def begin(self, stage: str, loss_name: str) -> None:
+    """Takes the name of the stage that follows, "" for none, and that of its loss."""
+    self._stage, self._loss_name = stage, loss_name
 
   def step(self, step: int) -> None:
     """Moves the bar, if any, to a step."""
@@ -248,7 +252,7 @@ class Progress:
       tokens_per_second, seconds_per_step: of the last lap; None where none has been measured.
       mfu: None where the devices' peak rate is not known.
     """
-    shown = [f"{self._loss_name} {loss:.4f}"]
+    shown = [self._stage] * bool(self._stage) + [f"{self._loss_name} {loss:.4f}"]
     if tokens_per_second is not None and seconds_per_step is not None:
       of_peak = "" if mfu is None else f", {mfu:.1%} MFU"
       time_left = tqdm.tqdm.format_interval(seconds_per_step * (self._num_steps - step))

@@ -5,7 +5,14 @@ import json
 import os
 from collections.abc import Mapping
 
-from sparsek.config import DataConfig, TrainConfig, TransformerConfig
+from sparsek.config import (
+  DataConfig,
+  Index,
+  TrainConfig,
+  TransformerConfig,
+  check_number,
+  check_type,
+)
 from sparsek.data.token_files import TokenDataset
 from sparsek.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_bos
 from sparsek.errors import UsageError
@@ -13,6 +20,7 @@ from sparsek.model import lora
 from sparsek.storage.files import exists, read_json_object
 
 FILE = "model.json"
+STAGES = "stages"  # key of the record of a run that has stages
 RECORDED_DATA = ("data", "seq_len", "batch_size", "segment_documents")
 RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
 # Fields of TrainConfig that are no settings: where a run is, and how it got its state. Those of the
@@ -68,6 +76,31 @@ def _check_tokenizer(recorded: dict) -> None:
     raise TypeError(f"eos_ids={ends!r} must be a list of token ids")
 
 
+def trained_parts(run: Mapping, step: int) -> list[tuple[int, Mapping]]:
+  """Returns (number of steps, `DataConfig` fields) of each stage of a run up to a step.
+
+  Args:
+    run: its model.json; a run without stages is one part.
+    step: of a checkpoint.
+  """
+  if STAGES not in run:
+    return [(step, run["data"])]
+  ends = [(*stage["steps"], stage["data"]) for stage in run[STAGES]]
+  return [(min(step, last) - first + 1, data) for first, last, data in ends if first <= step]
+
+
+def _check_stages(stages: list) -> None:
+  """Raises KeyError, TypeError or ValueError where a record of stages lacks what is read."""
+  check_type("stages", stages, list, "a list")
+  for stage in stages:
+    for name in ("name", "flags"):
+      check_type(name, stage[name], str, "a string")
+    for step in stage["steps"]:
+      check_number("steps", step, Index)
+    _, _ = stage["steps"]
+    DataConfig(**{name: stage["data"][name] for name in RECORDED_DATA})
+
+
 def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerConfig, dict]:
   """Returns the model of a run, and its model.json.
 
@@ -77,7 +110,8 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
       `sparsek.runs.checkpoint.load_params` gives parameters for, with adapters merged.
   Returns:
     the configuration, and {"model": TransformerConfig fields, "data": DataConfig fields, "train":
-    other settings (not in older files), "tokenizer": {...}}.
+    other settings (not in older files), "tokenizer": {...}}; of a run with stages those of the last
+    one, and "stages": a list of {"name", "flags", "steps": [first, last], "data"}.
   Raises:
     UsageError: where `workdir` holds no run or its model.json cannot be understood.
   """
@@ -89,6 +123,7 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     config = TransformerConfig(**run["model"])
     DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
     _check_tokenizer(run["tokenizer"])
+    _check_stages(run.get(STAGES, []))
   except KeyError as error:
     raise UsageError(f"{path} cannot be understood: it has no {error}") from None
   except (ValueError, TypeError, AttributeError, ArithmeticError) as error:

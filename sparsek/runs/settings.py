@@ -69,8 +69,10 @@ def effective(values: absl_flags.FlagValues) -> Settings:
   # Fields of --model are settings of their own, as they were when each had a flag.
   given = model_fields.given_fields(values)
   result = {name: values[name].value for name in names} | given
+  if not result.get("stage"):
+    result.pop("stage", None)  # unknown to earlier versions
   if "warmup_steps" in result:
-    result["warmup_steps"] = configs.train_config(values).optimizer.warmup_steps
+    result["warmup_steps"] = configs.warmup_steps(values)
   if "preset" in result and not any(result.get(name) for name in ("init_from", "from")):
     model = configs.model_config(values)
     del result["preset"], result["layer_pattern"]

@@ -1,5 +1,7 @@
 """Checks of a run's configuration, made before any long work."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -13,7 +15,13 @@ from sparsek.runs import writers
 from sparsek.training.optimizer import trainable_mask
 
 
-def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params: Params) -> None:
+def check_run(
+  config: TransformerConfig,
+  train: TrainConfig,
+  mesh: Mesh,
+  params: Params,
+  others: Sequence[TrainConfig] = (),
+) -> None:
   """Raises UsageError where a model cannot be trained as `train` asks on the devices of `mesh`.
 
   Args:
@@ -21,10 +29,11 @@ def check_run(config: TransformerConfig, train: TrainConfig, mesh: Mesh, params:
     train: everything else.
     mesh: the devices of the run.
     params: of the model; shapes suffice.
+    others: what the other stages of the run are trained with.
   """
   writers.check(train)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
-  check_adapters(config, train)
+  check_adapters(config, train, *others)
   check_length(config, train.data.seq_len)
   check_context(config, mesh, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)
@@ -56,9 +65,13 @@ def check_context(
     raise UsageError(f"--context={parts}: {refusal}")
 
 
-def check_adapters(config: TransformerConfig, train: TrainConfig) -> None:
-  """Raises UsageError where adapters could not learn, or would be larger than their matrices."""
-  if config.lora_rank and train.optimizer.trainable == "scorer":
+def check_adapters(config: TransformerConfig, train: TrainConfig, *others: TrainConfig) -> None:
+  """Raises UsageError where adapters could not learn, or would be larger than their matrices.
+
+  `others` are further stages of the run: adapters learn in one of them at least.
+  """
+  trainable = {stage.optimizer.trainable for stage in (train, *others)}
+  if config.lora_rank and trainable == {"scorer"}:
     why = "--scorer_warmup and --trainable=scorer" if train.scorer_warmup else "--trainable=scorer"
     raise UsageError(
       f"--lora_rank={config.lora_rank} and {why} exclude each other: no adapter would learn; "

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,7 +23,7 @@ from sparsek.model import flops, implementations, lora
 from sparsek.model.transformer import Params, count_params
 from sparsek.parallel import processes
 from sparsek.parallel.mesh import HostBatch, first_row, put_batch, replicated
-from sparsek.runs import checkpoint, run_directory, run_record, writers
+from sparsek.runs import checkpoint, run_directory, writers
 from sparsek.runs.checkpoint_writer import CheckpointWriter
 from sparsek.runs.metrics import MetricsWriter, NoMetrics, Progress
 from sparsek.storage import files
@@ -31,11 +31,13 @@ from sparsek.training.compilation import lower, start_compiling, start_compiling
 from sparsek.training.document_losses import LossSums
 from sparsek.training.report import Dispatched, Ended, Reporter
 from sparsek.training.saver import Saver
+from sparsek.training.stages import ELSEWHERE, Stage, record
 from sparsek.training.start import (
   Setup,
   Start,
   describe_complete,
   describe_resume,
+  next_stage,
   restore_or_init,
   set_up,
   write_records,
@@ -87,10 +89,11 @@ def heldout_losses(
 
 
 class _Run:
-  """A run in progress: its state on the devices, and where its figures and checkpoints go.
+  """A stage of a run in progress: its state on the devices, and where figures and checkpoints go.
 
   Attributes:
     step: updates dispatched so far.
+    state, data_state: after them.
     heldout_loss: of the last evaluation in this process, or None.
   """
 
@@ -98,16 +101,16 @@ class _Run:
     self,
     setup: Setup,
     start: Start,
-    stop: StopSignal,
+    stop: AgreedStop,
     metrics: MetricsWriter,
     saver: Saver,
     progress: Progress,
   ):
-    self._setup, self._train, self._stop = setup, setup.train, AgreedStop(stop, setup.mesh)
+    self._setup, self._train, self._stop = setup, setup.train, stop
     self._metrics, self._saver, self._progress = metrics, saver, progress
     self._reporter = Reporter(setup, start, metrics, progress)
-    self.step, self._state, self._data_state = start.step, start.state, start.data_state
-    self._teacher = start.teacher
+    self.step, self.state, self.data_state = start.step, start.state, start.data_state
+    self._teacher, self._elsewhere = start.teacher, start.elsewhere
     # Values of the argument `apply` of the training step.
     self._yes, self._no = jax.device_put(
       (jnp.bool_(True), jnp.bool_(False)), replicated(setup.mesh)
@@ -115,13 +118,27 @@ class _Run:
     self._pending: Dispatched | None = None
     self.heldout_loss: float | None = None
 
-  @property
-  def loss(self) -> float | None:
-    """The loss of the last ordinary step in this process, or None where there was none."""
-    return self._reporter.loss
+  def result(self, before: Result) -> Result:
+    """Returns the result of the run so far, given that before this stage."""
+    loss, heldout_loss = self._reporter.loss, self.heldout_loss
+    return Result(
+      self.step,
+      before.loss if loss is None else loss,
+      before.heldout_loss if heldout_loss is None else heldout_loss,
+    )
+
+  def announce(self) -> None:
+    """Says which stage begins or goes on, and how it computes attention."""
+    setup, stage = self._setup, self._setup.stage
+    self._progress.begin(stage.name, setup.train.loss_name)
+    if self.step < setup.last_step:
+      if stage.name:
+        self._progress.say(f"stage {stage.name}, steps {stage.begin + 1} to {stage.end}")
+      for line in implementations.describe_choice(*setup.attention_shape, packed=setup.packed):
+        self._progress.say(line)
 
   def loop(self) -> None:
-    """Runs to the last step, or until a signal.
+    """Runs to the last step of the stage, or until a signal.
 
     Step s + 1 is dispatched before the metrics of step s are read: the devices never wait.
     """
@@ -131,7 +148,7 @@ class _Run:
       dispatched = self._dispatch(next(setup.iterator))
       self._report_pending(ahead=watch.now() - begin)
       self._pending = dispatched
-      save = self.step % self._train.checkpoint_every == 0 or self.step == setup.num_steps
+      save = self.step % self._train.checkpoint_every == 0 or self.step == setup.end
       evaluate = setup.evaluation_due(self.step)
       if save or evaluate or setup.profile.ends_at(self.step):
         self._report_pending()
@@ -149,20 +166,20 @@ class _Run:
     """Starts a step on the devices."""
     setup = self._setup
     self.step += 1
-    self._data_state = setup.iterator.get_state()
+    self.data_state = setup.iterator.get_state()
     if setup.profile.begins_at(self.step):
       self._report_pending()
       with self._reporter.watch.paused():
         setup.profile.before(self.step)
     placed = put_batch(setup.mesh, batch)
-    arguments = self._state, placed, *self._teacher
+    arguments = self.state, placed, *self._teacher
     diagnostics = {}
     with self._compiling(arguments) as compilation:
-      self._state, outputs = setup.train_step(*arguments, apply=self._yes)
+      self.state, outputs = setup.train_step(*arguments, apply=self._yes)
       if compilation is not None:
         compilation.result()
       if self._reporter.is_diagnosed(self.step):
-        diagnostics = setup.diagnose(self._state.params, first_row(setup.mesh, placed))
+        diagnostics = setup.diagnose(self.state.params, first_row(setup.mesh, placed))
     lengths = flops.document_lengths(batch["segment_ids"][:, :-1])
     stop = self._stop.cast()
     if self._pending is not None:  # so this step did not compile
@@ -171,7 +188,7 @@ class _Run:
 
   @contextlib.contextmanager
   def _compiling(self, arguments: tuple[Any, ...]) -> Iterator[Future[Compiled] | None]:
-    """Says that the first step of this process is compiled in the block, and how long it took.
+    """Says that the first step of a stage is compiled in the block, and how long it took.
 
     Its kernels and the diagnostics are compiled in other threads.
 
@@ -212,13 +229,13 @@ class _Run:
     parameters. One more step, on the last ordinary batch again and without an update, tests them. A
     process that has made no step has no such batch, and its state is a new one.
     """
-    if not jax.device_get(all_finite((self._state.params, self._state.opt_state))):
+    if not jax.device_get(all_finite((self.state.params, self.state.opt_state))):
       raise Ended(
         f"parameters or moments of step {self.step} are not finite{self._reporter.last_update}"
       )
     if self._reporter.last_batch is not None:
-      self._state, outputs = self._setup.train_step(
-        self._state, self._reporter.last_batch, *self._teacher, apply=self._no
+      self.state, outputs = self._setup.train_step(
+        self.state, self._reporter.last_batch, *self._teacher, apply=self._no
       )
       loss, grad_norm = (float(jax.device_get(outputs[name])) for name in ("loss", "grad_norm"))
       if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -233,15 +250,13 @@ class _Run:
     Where a signal interrupts it, nothing is written, and the resumed run evaluates again.
     """
     setup = self._setup
-    sums = heldout_losses(
-      self._state.params, setup.eval_step, setup.mesh, setup.heldout, self._stop
-    )
+    sums = heldout_losses(self.state.params, setup.eval_step, setup.mesh, setup.heldout, self._stop)
     if sums is None:
       return
     loss = sums.mean or 0.0  # of no target
     if not math.isfinite(loss):
       raise Ended(f"the held-out loss is {loss} at step {self.step}{self._reporter.last_update}")
-    record: dict[str, Any] = {"step": self.step, "heldout_loss": loss}
+    record: dict[str, Any] = {"step": self.step, **setup.stage.label, "heldout_loss": loss}
     line = f"step {self.step}/{setup.num_steps}  held-out loss {loss:.4f}"
     if setup.dataset.tokenizer.name == "byte":
       record["heldout_bits_per_byte"] = loss / math.log(2)
@@ -261,7 +276,8 @@ class _Run:
     """
     if not self._saver.has(self.step):
       self._check_state()
-      self._saver.save(self.step, self._state, self._data_state)
+      elsewhere = {ELSEWHERE: list(self._elsewhere)} if self._elsewhere else {}
+      self._saver.save(self.step, self.state, self.data_state | elsewhere)
 
 
 def train(
@@ -285,63 +301,88 @@ def train(
     RunError: where the loss is not finite, the last checkpoint cannot be written, the disk is full
       or the workdir is gone.
   """
+  return train_stages([Stage(config, train_config, dataset)], flagfile)
+
+
+def train_stages(stages: Sequence[Stage], flagfile: str = "") -> Result:
+  """Trains the stages of a run one after the other, as `train` does the only one.
+
+  Killed anywhere and started again, the run goes on as if it had not been.
+
+  Args:
+    stages: in their order, each with its own `begin`; their workdir, seed and mesh are the same.
+    flagfile: text for WORKDIR/flags.txt.
+  Returns:
+    the result, with the losses of the last stage that made a step.
+  Raises:
+    UsageError, RunError: as `train`.
+  """
   try:
-    return _train_locked(config, train_config, dataset, flagfile)
+    return _train_locked(stages, flagfile)
   except OSError as error:
     where = f" ({error.filename})" if error.filename else ""
     raise RunError(
-      f"the run in {train_config.workdir} cannot go on: {files.reason_of(error)}{where}"
+      f"the run in {stages[0].train.workdir} cannot go on: {files.reason_of(error)}{where}"
     ) from error
 
 
-def _train_locked(
-  config: TransformerConfig, train_config: TrainConfig, dataset: TokenDataset, flagfile: str
-) -> Result:
-  """Trains as `train` does, under the lock of the workdir; a full disk raises OSError."""
+def _train_locked(stages: Sequence[Stage], flagfile: str) -> Result:
+  """Trains as `train_stages` does, under the lock of the workdir; a full disk raises OSError."""
+  train_config = stages[-1].train
   workdir = train_config.workdir
   with contextlib.ExitStack() as stack:
     stack.enter_context(checkpoint.quiet_orbax())
     stop = stack.enter_context(StopSignal())
     if processes.count() > 1:
-      processes.check_same(_settings(config, train_config, dataset))
+      processes.check_same(_settings(stages))
     processes.on_first(functools.partial(_lock, stack, workdir))
-    setup = set_up(config, train_config, dataset)
-    stack.callback(setup.iterator.close)
+    setups = set_up(stages)
+    for setup in setups:
+      stack.callback(setup.iterator.close)
+      stack.callback(setup.profile.stop)
     writer = CheckpointWriter(workdir, train_config.keep_checkpoints)
     writer.probe()
-    stack.callback(setup.profile.stop)
     say = checkpoint.to_stderr if processes.is_first() else _drop
-    start = restore_or_init(setup, say)
-    metrics, evaluated = _open_metrics(stack, setup, start.step)
-    evaluate_first = setup.evaluation_due(start.step) and not evaluated
-    if start.step >= setup.last_step and not evaluate_first:
-      say(describe_complete(setup, start))
+    start = restore_or_init(setups, say)
+    metrics, evaluated = _open_metrics(stack, stages, start.step)
+    evaluate_first = setups[start.stage].evaluation_due(start.step) and not evaluated
+    if start.step >= setups[-1].last_step and not evaluate_first:
+      say(describe_complete(setups, start))
       return Result(start.step, already_complete=True)
     if start.saved_step is not None:
-      for line in describe_resume(setup, start):
+      for line in describe_resume(setups, start):
         say(line)
-    processes.on_first(lambda: write_records(setup, flagfile))
+    processes.on_first(lambda: write_records(setups, flagfile))
     stream = sys.stderr if processes.is_first() else stack.enter_context(open(os.devnull, "w"))
-    progress = stack.enter_context(
-      contextlib.closing(Progress(start.step, setup.num_steps, stream, train_config.loss_name))
-    )
+    progress = stack.enter_context(contextlib.closing(Progress(start.step, setups[-1].end, stream)))
     saver = Saver(workdir, writer, metrics, start.saved_step, progress.say)
-    run = _Run(setup, start, stop, metrics, saver, progress)
     progress.say(f"the run goes to {workdir}")
     progress.say(f"{_describe_size(start.state.params)}, {_describe_devices()}")
-    for line in implementations.describe_choice(*setup.attention_shape, packed=setup.packed):
-      progress.say(line)
     stack.callback(saver.wind_up)
+    agreed, result = AgreedStop(stop, setups[0].mesh), Result(start.step)
     try:
-      if evaluate_first:
-        run.evaluate()
-      run.loop()
-      run.save()
+      while True:
+        setup = setups[start.stage]
+        run = _Run(setup, start, agreed, metrics, saver, progress)
+        run.announce()
+        if evaluate_first:
+          run.evaluate()
+          evaluate_first = False
+        run.loop()
+        run.save()
+        result = run.result(result)
+        if agreed.requested or run.step >= setups[-1].last_step:
+          break
+        setup.iterator.close()
+        setup.profile.stop()
+        left = start.stage + 1, run.state, run.data_state, start.elsewhere
+        del run, start  # and with them the teacher
+        start = next_stage(setups, *left)
     except Ended as ended:
       saver.finish()
       raise RunError(f"{ended}; {_advice(workdir)}") from None
-    saver.close(run.step)
-    return Result(run.step, run.loss, run.heldout_loss, stopped=run.step < setup.num_steps)
+    saver.close(result.step)
+    return dataclasses.replace(result, stopped=result.step < setups[-1].end)
 
 
 def _lock(stack: contextlib.ExitStack, workdir: str) -> None:
@@ -354,7 +395,7 @@ def _drop(line: str) -> None:
 
 
 def _open_metrics(
-  stack: contextlib.ExitStack, setup: Setup, step: int
+  stack: contextlib.ExitStack, stages: Sequence[Stage], step: int
 ) -> tuple[MetricsWriter, bool]:
   """Opens the metrics of a run at a step until the stack unwinds.
 
@@ -365,30 +406,32 @@ def _open_metrics(
 
   def opened() -> bool:
     nonlocal metrics
-    train = setup.train
-    record = run_record.model_record(setup.config, train, setup.dataset)
-    metrics = MetricsWriter(train.workdir, step, writers.open_writers(train, step, record))
+    train = stages[-1].train
+    settings = record(stages)
+    metrics = MetricsWriter(train.workdir, step, writers.open_writers(train, step, settings))
     stack.callback(metrics.close)
-    return any(
-      "heldout_loss" in record and record["step"] == step for record in metrics.records_kept
-    )
+    return any("heldout_loss" in kept and kept["step"] == step for kept in metrics.records_kept)
 
   evaluated = processes.on_first(opened)
   return metrics, evaluated
 
 
-def _settings(
-  config: TransformerConfig, train_config: TrainConfig, dataset: TokenDataset
-) -> dict[str, Any]:
-  """Returns what must be the same in all processes of a run; paths may differ."""
-  fields = dataclasses.asdict(config) | dataclasses.asdict(train_config)
-  sections = {name: fields.pop(name) for name in ("data", "optimizer")}
-  for section in sections.values():
-    fields |= section
-  for path in ("workdir", "data"):
-    fields.pop(path, None)
-  fields = {name: repr(value) for name, value in fields.items()}
-  return fields | {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+def _settings(stages: Sequence[Stage]) -> dict[str, Any]:
+  """Returns what must be the same in all processes of a run, by flag; paths may differ."""
+  result: dict[str, Any] = {}
+  for stage in stages:
+    fields = dataclasses.asdict(stage.config) | dataclasses.asdict(stage.train)
+    sections = {name: fields.pop(name) for name in ("data", "optimizer")}
+    for section in sections.values():
+      fields |= section
+    for path in ("workdir", "data"):
+      fields.pop(path, None)
+    fields = {name: repr(value) for name, value in fields.items()}
+    dataset = stage.dataset
+    fields |= {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+    prefix = f"stage={stage.name}: --" if stage.name else ""
+    result |= {f"{prefix}{name}": value for name, value in fields.items()}
+  return result
 
 
 def _describe_size(params: Params) -> str:

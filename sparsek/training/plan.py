@@ -26,6 +26,7 @@ from sparsek.training import teacher
 from sparsek.training.activations import activation_bytes
 from sparsek.training.checks import check_run
 from sparsek.training.optimizer import make_optimizer
+from sparsek.training.stages import Stage
 from sparsek.training.start import attention_shape, may_be_packed
 from sparsek.training.step import abstract_state, make_train_step
 
@@ -241,26 +242,32 @@ def remat_that_fits(
 
 
 def make_plan(
-  config: TransformerConfig, train: TrainConfig, devices: Sequence[jax.Device] | None = None
+  config: TransformerConfig,
+  train: TrainConfig,
+  devices: Sequence[jax.Device] | None = None,
+  run: Sequence[Stage] = (),
 ) -> Plan:
   """Compiles the training step and returns its costs.
 
   Args:
     config, train: the model and everything else.
     devices: from `sparsek.parallel.topology`, or None for the attached ones.
+    run: the stages of which this is one, since its step gets the parameters of the last; () for a
+      run without stages.
 
   Raises:
     UsageError: as `sparsek.training.checks.check_run`.
     RunError: where the compiler finds that the memory does not suffice.
   """
   with compiling_for(devices):
-    return _make_plan(config, train, devices)
+    return _make_plan(config, train, devices, run)
 
 
-def _make_plan(config, train, devices) -> Plan:
+def _make_plan(config, train, devices, run) -> Plan:
   mesh = make_mesh(train.fsdp, train.context, devices)
-  params = checkpoint.abstract_params(config)
-  check_run(config, train, mesh, params)
+  own = checkpoint.abstract_params(config)
+  check_run(config, train, mesh, own, [stage.train for stage in run])
+  params = checkpoint.abstract_params(run[-1].config) if run else own
   state, batch, teachers = _abstract_arguments(params, train, mesh)
   teacher_model = teacher.teacher_config(train.distill_from) if train.distill_from else None
   begin = time.perf_counter()
@@ -274,7 +281,7 @@ def _make_plan(config, train, devices) -> Plan:
   seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
   rows, n = train.data.batch_size, train.data.seq_len
   step_flops, full_flops = (
-    flops.training_flops(c, params, np.full(rows, n))
+    flops.training_flops(c, own, np.full(rows, n))
     for c in (config, dataclasses.replace(config, attention="full"))
   )
   arguments = {"parameters": state.params, "moments": state.opt_state, "batch": batch}

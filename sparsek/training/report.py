@@ -40,7 +40,7 @@ class Reporter:
     loss: of the last ordinary step, or None.
     last_batch: of that step, on the devices, or None.
     last_update: words about the update of that step, for messages.
-    first_step: of this process; in it everything is compiled.
+    first_step: of this process and stage; in it everything is compiled.
     watch: the time that steps take, from the end of the first one on.
   """
 
@@ -59,7 +59,8 @@ class Reporter:
 
   def is_logged(self, step: int) -> bool:
     """Returns whether the metrics of a step are written."""
-    return step == 1 or step % self._train.log_every == 0 or step == self._setup.num_steps
+    first, last = self._setup.stage.begin + 1, self._setup.end
+    return step in (first, last) or step % self._train.log_every == 0
 
   def is_diagnosed(self, step: int) -> bool:
     """Returns whether the selection in a step is measured; the first time, this compiles."""
@@ -96,7 +97,8 @@ class Reporter:
     seconds = self.watch.lap(done.step, ahead)
     if self.is_logged(done.step):
       speed = {} if seconds is None else self._speed(seconds)
-      self._metrics.write({"step": done.step, **outputs, **speed, **selection})
+      label = self._setup.stage.label
+      self._metrics.write({"step": done.step, **label, **outputs, **speed, **selection})
       self._progress.log(done.step, outputs["loss"], seconds_per_step=seconds, **speed)
     self._work.clear()
 

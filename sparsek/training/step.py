@@ -18,13 +18,19 @@ from jax.stages import Wrapped
 from sparsek.attention.diagnostics import selection_statistics
 from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.model import lora
-from sparsek.model.transformer import Params, Transformer, layer_params, parameter_specs
+from sparsek.model.transformer import (
+  Params,
+  Transformer,
+  layer_params,
+  parameter_specs,
+  select_params,
+)
 from sparsek.parallel.mesh import AXES, CONTEXT, FSDP, ROWS, axis_size, batch_specs, replicated
 from sparsek.parallel.sharding import partition_specs, placements
 from sparsek.training import spikes
 from sparsek.training.loss import cut_targets
 from sparsek.training.objective import Teacher, scorer_warmup_loss, summed_losses, token_losses
-from sparsek.training.optimizer import learning_rate_schedule, trainable_mask
+from sparsek.training.optimizer import keep_frozen, learning_rate_schedule, trainable_mask
 from sparsek.training.spikes import Spikes
 
 
@@ -84,6 +90,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   teacher: TransformerConfig | None = None,
+  begin: int = 0,
 ) -> Wrapped:
   """Compiles a training step: (state, batch[, teacher's parameters][, apply]) -> (state, metrics).
 
@@ -95,8 +102,9 @@ def make_train_step(
   targets. They are summed over the devices where they arise, layer by layer
   (`sparsek.parallel.sharding.gather`).
 
-  Only the parameters that `train.optimizer.trainable` names change, and only their gradients count.
-  With adapters, only the learned parameters have gradients (`sparsek.model.lora.split`).
+  Only the parameters that `train.optimizer.trainable` names and `config` has change, with their
+  moments, and only their gradients count. The state may hold others, which the model of another
+  stage has. With adapters, only the learned parameters have gradients (`sparsek.model.lora.split`).
 
   Noise on the scores and the queries of the scorers' loss derive from (state.seed, step, row of the
   batch, layer): a resumed run repeats them, on any mesh.
@@ -109,8 +117,13 @@ def make_train_step(
     scorer_loss: where its weight is above 0 and a scorer learns; before that weight.
     divergence: from the teacher, where there is one; before its weight.
     skipped: int32, updates of the run so far that were spikes, with `train.spike_factor`.
+
+  Args:
+    config, train, optimizer, mesh: of the run, or of one of its stages.
+    teacher: the model of the teacher, or None.
+    begin: steps of the run before the stage.
   """
-  schedule, trainable = learning_rate_schedule(train.optimizer), train.optimizer.trainable
+  schedule, trainable = learning_rate_schedule(train.optimizer, begin), train.optimizer.trainable
   local_gradients, parts = _make_local_gradients(config, train, teacher), mesh.shape[FSDP]
   for model in filter(None, (config, teacher)):
     parameter_specs(model, parts)
@@ -133,12 +146,14 @@ def make_train_step(
       "num_targets": num_targets,
     }
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
-    # Frozen parameters have moments that are not 0 if the run trained them before it was resumed.
+    # Frozen parameters have moments that are not 0 if an earlier stage trained them.
+    changes = trainable_mask(learned, trainable, config)
+    opt_state = keep_frozen(changes, state.opt_state, opt_state)
     learned = jax.tree.map(
       lambda new, old, changes: new if changes else old,
       optax.apply_updates(learned, updates),
       learned,
-      trainable_mask(learned, trainable),
+      changes,
     )
     new = TrainState(state.step + 1, lora.join(learned, frozen), opt_state, state.seed)
     if train.spike_factor:
@@ -196,7 +211,7 @@ def make_objective(
     def per_target(total):
       return total / jnp.maximum(num_targets, 1)
 
-    params = lora.join(_freeze(learned, train.optimizer.trainable), frozen)
+    params = select_params(config, lora.join(_freeze(learned, train.optimizer.trainable), frozen))
     key = None
     if config.scorer_noise or scorer_weight:
       seed, step = seed_and_step
@@ -289,7 +304,7 @@ def make_eval_step(
     cut, tokens = cut_targets(batch), P(ROWS, CONTEXT)
     losses = jax.shard_map(
       local_losses, mesh=mesh, in_specs=(specs, batch_specs()), out_specs=tokens, check_vma=False
-    )(params, cut)
+    )(select_params(config, params), cut)
     return losses, jnp.where(cut["counted"], batch["documents"][:, 1:], -1)
 
   return jax.jit(eval_step, out_shardings=replicated(mesh))
@@ -335,6 +350,6 @@ def make_diagnose(config: TransformerConfig, mesh: Mesh) -> Wrapped:
       in_specs=(specs, P(None, CONTEXT), P()),
       out_specs=P(),
       check_vma=False,
-    )(params, batch["tokens"][:, :-1], batch["segment_ids"][:, :-1])
+    )(select_params(config, params), batch["tokens"][:, :-1], batch["segment_ids"][:, :-1])
 
   return jax.jit(diagnose)

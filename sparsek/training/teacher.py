@@ -32,20 +32,17 @@ def teacher_config(reference: str) -> TransformerConfig:
   return dataclasses.replace(config, dtype=DTYPE, remat="none", implementation=None)
 
 
-def load_teacher(
-  reference: str, fingerprint: str, vocab_size: int, mesh: Mesh | None = None
-) -> Params:
-  """Returns the bfloat16 parameters of the teacher.
+def check_teacher(reference: str, fingerprint: str, vocab_size: int) -> TransformerConfig:
+  """Returns the model of the teacher, as `teacher_config` does.
 
   Args:
     reference: `TrainConfig.distill_from`.
     fingerprint: of the tokenizer of the data.
     vocab_size: of the model that learns.
-    mesh: devices over which they are spread; None puts them on the first device.
   Raises:
     UsageError: where the model cannot be read, or has another tokenizer or vocabulary.
   """
-  folder, step = checkpoint.parse_run_reference(reference.removeprefix(pretrained.PREFIX))
+  folder, _ = checkpoint.parse_run_reference(reference.removeprefix(pretrained.PREFIX))
   config, hf = teacher_config(reference), reference.startswith(pretrained.PREFIX)
   tokenizer = (
     load_tokenizer(folder) if hf else run_record.load_run_tokenizer(os.path.expanduser(folder))
@@ -56,9 +53,22 @@ def load_teacher(
       f"{tokenizer.fingerprint[:12]}) and vocab_size={config.vocab_size} must be "
       f"those of the data ({fingerprint[:12]}) and the model ({vocab_size})"
     )
-  if hf:
+  return config
+
+
+def load_teacher(reference: str, mesh: Mesh | None = None) -> Params:
+  """Returns the bfloat16 parameters of the teacher, which `check_teacher` has accepted.
+
+  Args:
+    reference: `TrainConfig.distill_from`.
+    mesh: devices over which they are spread; None puts them on the first device.
+  Raises:
+    UsageError: where they cannot be read.
+  """
+  folder, step = checkpoint.parse_run_reference(reference.removeprefix(pretrained.PREFIX))
+  if reference.startswith(pretrained.PREFIX):
     return pretrained.load(folder, dtype=DTYPE, mesh=mesh)[1]
-  params, _ = checkpoint.load_params(folder, config, step, mesh)
+  params, _ = checkpoint.load_params(folder, teacher_config(reference), step, mesh)
   cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(DTYPE))
   return computed_on(mesh, cast, params)
 

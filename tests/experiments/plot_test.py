@@ -197,3 +197,17 @@ def test_matplotlib_is_asked_for_before_any_work(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(run_plots, "read_run", None)
   assert run(f"--workdir={folder}", f"--output={tmp_path}/a.png") == 2
   assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_the_loss_of_a_stage_that_warms_scorers_up_is_no_training_loss():
+  records = [
+    {"step": 1, "stage": "dense", "loss": 5.0},
+    {"step": 2, "stage": "warmup", "loss": 0.3, "scorer_loss": 0.3},
+    {"step": 2, "stage": "warmup", "heldout_loss": 4.5},
+    {"step": 3, "stage": "joint", "loss": 4.0, "scorer_loss": 0.2},
+  ]
+  run = run_plots.Run("a", "folder", records, [])
+  assert run.points("loss") == [(1, 5.0), (3, 4.0)]
+  assert run.points("scorer_loss") == [(2, 0.3), (3, 0.2)] and run.points("heldout_loss") == [
+    (2, 4.5)
+  ]

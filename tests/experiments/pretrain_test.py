@@ -202,7 +202,7 @@ def test_a_finished_run_says_what_comes_next(is_child, stopped, tmp_path, monkey
   for name in pretrain.FLAGS:  # which another test may have given
     pretrain.FLAGS[name].unparse()
   config = TrainConfig(workdir=str(tmp_path / "my run"))
-  pretrain.report(loop.Result(step=3, loss=1.0, stopped=stopped), config)
+  pretrain.report(loop.Result(step=3, loss=1.0, stopped=stopped), config, 9)
   advice = "next: sparsek evaluate --workdir='my run'\n      sparsek generate --workdir='my run' "
   assert (advice in capsys.readouterr().out) == (not is_child and not stopped)
 
@@ -210,10 +210,11 @@ def test_a_finished_run_says_what_comes_next(is_child, stopped, tmp_path, monkey
 def test_the_loss_of_a_warmup_is_called_that_of_the_scorers(tmp_path, capsys):
   optimizer = OptimizerConfig(trainable="scorer")
   config = TrainConfig(workdir=str(tmp_path), scorer_warmup=True, optimizer=optimizer)
-  pretrain.report(loop.Result(step=3, loss=2.89, heldout_loss=7.38), config)
+  pretrain.report(loop.Result(step=3, loss=2.89, heldout_loss=7.38), config, 9)
   line = "step 3: scorers' loss 2.8900, held-out loss 7.3800 nats per token\n"
   assert line in capsys.readouterr().out
-  progress = Progress(0, 9, sys.stderr, config.loss_name)
+  progress = Progress(0, 9, sys.stderr)
+  progress.begin("", config.loss_name)
   progress.log(3, 2.89, 100.0, 1.0)
   assert "step 3/9  scorers' loss 2.8900  100 tokens/s" in capsys.readouterr().err
 
@@ -227,3 +228,53 @@ def test_a_plan_says_that_it_compiles(tmp_path, monkeypatch, capsys):
   assert run_command(pretrain.main, pretrain.FLAGS, "--dry_run", f"--data={tmp_path}/tokens") == 0
   assert said[1:] == ["compiling the step for the plan; a large model takes minutes ..."]
   assert capsys.readouterr().out == "plan\n"
+
+
+def test_stages_are_planned_and_trained_as_one_run(tmp_path, monkeypatch, capsys):
+  """Scanned layers are stacked alike in all stages; what one memory decides, --remat, in each."""
+  planned, trained = [], []
+  made = SimpleNamespace(lines=["plan"].copy)
+  monkeypatch.setattr(pretrain.plan, "make_plan", lambda *args: planned.append(args) or made)
+  monkeypatch.setattr(
+    pretrain.loop, "train_stages", lambda *args: trained.append(args) or loop.Result(7, 1.0)
+  )
+  data = [write_documents(str(tmp_path / name)) for name in ("tokens", "others")]
+  words = [
+    f"--workdir={tmp_path}/run",
+    f"--data={data[0]}",
+    "--num_layers=2",
+    "--layer_pattern=sparsek,full",
+    "--scan_layers",
+    "--stage=dense: --attention=full --num_steps=3 --remat=full",
+    f"--stage=joint: --num_steps=4 --data={data[1]}",
+  ]
+  assert run_command(pretrain.main, pretrain.FLAGS, *words, "--dry_run") == 0
+  expected = "stage dense, steps 1 to 3:\n  plan\nstage joint, steps 4 to 7:\n  plan\n"
+  assert capsys.readouterr().out == expected
+  assert [args[0].attention for args in planned] == [("full", "full"), ("sparsek", "full")]
+  assert all([stage.name for stage in args[3]] == ["dense", "joint"] for args in planned)
+  assert run_command(pretrain.main, pretrain.FLAGS, *words) == 0
+  assert "step 7: loss 1.0000\n" in capsys.readouterr().out
+  ((stages, flagfile),) = trained
+  assert [(stage.name, stage.begin, stage.end) for stage in stages] == [
+    ("dense", 0, 3),
+    ("joint", 3, 7),
+  ]
+  assert [stage.config.remat for stage in stages] == ["full", "none"]
+  assert [stage.dataset.folder for stage in stages] == data and flagfile.count("--stage=") == 2
+
+
+@pytest.mark.parametrize(
+  ("stages", "message"),
+  [
+    (["a: --num_steps=5 --warmup_steps=9"], "--stage=a: --warmup_steps=9 must be at most"),
+    (["a:", "b: --data=/nowhere"], "--stage=b: data '/nowhere': no such folder"),
+    (["a: --attention=sparsek", "b: --attention=full"], "--stage=a: attention=sparsek has param"),
+    (["a: --distill=0.5"], "--stage=a: --distill=0.5 must go with distill_from"),
+  ],
+)
+def test_bad_stages_end_before_any_long_work(stages, message, tmp_path, capsys):
+  words = [f"--workdir={tmp_path}/run", f"--data={write_documents(str(tmp_path / 'tokens'))}"]
+  words += [f"--stage={stage}" for stage in stages]
+  assert run_command(pretrain.main, pretrain.FLAGS, *words) == 2
+  assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

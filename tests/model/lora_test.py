@@ -285,7 +285,8 @@ def test_adapters_that_could_not_learn_are_refused():
     ),
   ):
     with pytest.raises(UsageError, match=f"--lora_rank=3 and {words} exclude each other"):
-      check_adapters(LORA, train)
+      check_adapters(LORA, train, only_scorers)
     check_adapters(PLAIN, train)
+    check_adapters(LORA, train, TRAIN)  # they learn in another stage
   with pytest.raises(UsageError, match="--lora_rank=13 must be at most 12"):
     plan.make_plan(dataclasses.replace(PLAIN, lora_rank=13), TRAIN)

@@ -48,6 +48,48 @@ def test_a_model_json_that_cannot_be_read_is_said(content, words, tmp_path):
     run_record.load_run_config(str(tmp_path))
 
 
+def staged(**fields):
+  """Returns the record of a run of two stages; the fields are other ones of the first."""
+  stages = [
+    {"name": "warmup", "flags": "", "steps": [1, 5], "data": dataclasses.asdict(DataConfig())},
+    {"name": "joint", "flags": "--k=3", "steps": [6, 8], "data": RECORD["data"]},
+  ]
+  return {**RECORD, "stages": [{**stages[0], **fields}, stages[1]]}
+
+
+def test_the_parts_of_a_run_are_its_stages_as_far_as_they_went():
+  first, second = staged()["stages"][0]["data"], RECORD["data"]
+  for step, parts in (
+    (0, []),
+    (5, [(5, first)]),
+    (6, [(5, first), (1, second)]),
+    (8, [(5, first), (3, second)]),
+  ):
+    assert run_record.trained_parts(staged(), step) == parts
+  assert run_record.trained_parts(RECORD, 4) == [(4, second)]
+
+
+@pytest.mark.parametrize(
+  "record",
+  [
+    {**RECORD, "stages": 3},
+    {**RECORD, "stages": None},
+    {**RECORD, "stages": ["a"]},
+    staged(name=3),
+    staged(flags=None),
+    staged(steps=[1]),
+    staged(steps=5),
+    staged(steps=[1, "x"]),
+    staged(data={}),
+    staged(data=[]),
+  ],
+)
+def test_damaged_stages_in_a_model_json_are_refused(record, tmp_path):
+  (tmp_path / "model.json").write_text(json.dumps(record))
+  with pytest.raises(UsageError, match="model.json cannot be understood: "):
+    run_record.load_run_config(str(tmp_path))
+
+
 @pytest.mark.parametrize("section", RECORD)
 def test_no_other_value_in_a_model_json_ends_in_a_traceback(section, tmp_path):
   values = (None, -1, 2**70, 1.5, "x", [], {}, True, [1], {"a": 1})

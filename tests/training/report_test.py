@@ -124,9 +124,9 @@ class Simulation:
     step.lower = not_compiled
     return step
 
-  def restore(self, setup, say):
-    state = SimpleNamespace(params={}, opt_state=())
-    return Start(self._step, None, state, setup.iterator.get_state(), 0, (), {})
+  def restore(self, setups, say):
+    state = SimpleNamespace(params={}, opt_state=(), spikes=())
+    return Start(self._step, None, state, setups[0].iterator.get_state(), 0, (), {})
 
   def install(self, patch):
     """Replaces the clock and everything that takes time."""
