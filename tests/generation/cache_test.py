@@ -77,6 +77,13 @@ CASES = {
   "value, layers of their own k and window": dict(
     gate="value", attention="sparsek:k9:w2,sliding_window:w4", num_layers=2
   ),
+  # borders are at every token, at every second and at every fourth
+  "key_value, eviction": dict(
+    gate="key_value", attention="tova,h2o:k40:w0,snapkv:k3:w64", num_layers=3
+  ),
+  "value, scores of their own": dict(
+    gate="value", attention="kvzap,random_sink,attention_sinks", num_layers=3, scorer="conv"
+  ),
 }
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # How rows are fed: a tuple is a prefill of so many tokens a row, a number so many decode_steps of

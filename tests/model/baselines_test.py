@@ -12,6 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from sparsek.attention.documents import position_in_document
+from sparsek.attention.scoring import fixed_noise
 from sparsek.config import ATTENTION_KINDS, TransformerConfig
 from sparsek.generation.cache import init_cache
 from sparsek.model import baselines
@@ -38,10 +39,14 @@ def inputs(length=LENGTH):
   return jax.random.normal(jax.random.key(0), (1, length, 16))
 
 
+def layer(kind, config=CONFIG):
+  return baselines.ATTENTION_MODULES[kind](config.for_term(kind))
+
+
 @functools.cache
 def attention(kind):
   """Variables and jitted apply."""
-  module = baselines.ATTENTION_MODULES[kind](CONFIG)
+  module = layer(kind)
   return {"params": quick_jit(module.init)(jax.random.key(1), inputs())["params"]}, quick_jit(
     module.apply
   )
@@ -83,6 +88,10 @@ def visible(kind, query, key, unrotated, position):
       old = range(start[i], max(start[i], i - window + 1))
       if kind == "attention_sinks":
         chosen = [*near, *list(old)[:k]]
+      elif kind == "random_sink":
+        noise = np.asarray(fixed_noise(0, jnp.arange(n)[None], groups))[0, :, g]
+        best = sorted(list(old)[1:], key=lambda j: -noise[position[j]])
+        chosen = [*near, *list(old)[:1], *best[: k - 1]]
       elif kind == "strided":
         stride = int(np.ceil(n / k))
         chosen = [*near, *(j for j in old if position[j] % stride == stride - 1)]
@@ -101,7 +110,9 @@ def visible(kind, query, key, unrotated, position):
   return seen
 
 
-@pytest.mark.parametrize("kind", ["attention_sinks", "strided", "lsh", "block_topk"])
+@pytest.mark.parametrize(
+  "kind", ["attention_sinks", "random_sink", "strided", "lsh", "block_topk"]
+)
 def test_matches_its_definition(kind):
   variables, apply = attention(kind)
   query, key, value, unrotated, position, p = projected(variables, inputs(), SEGMENTS)
@@ -180,7 +191,7 @@ def test_nothing_comes_from_later_tokens_or_other_documents(kind):
 
 @pytest.mark.parametrize("kind", BASELINES)
 def test_no_array_is_quadratic_and_gradients_are_finite(kind):
-  module, n = baselines.ATTENTION_MODULES[kind](CONFIG), 20000
+  module, n = layer(kind), 20000
   variables, _ = attention(kind)
   loss = lambda variables, x: jnp.sum(module.apply(variables, x) ** 2)
   jaxpr = jax.make_jaxpr(jax.grad(loss))(variables, jax.ShapeDtypeStruct((1, n, 16), jnp.float32))
@@ -195,6 +206,8 @@ def test_no_array_is_quadratic_and_gradients_are_finite(kind):
 
   assert largest(jaxpr.jaxpr) < n * n / 16
   gradient = quick_jit(jax.grad(loss))(variables, inputs())
+  frozen = gradient["params"].pop("scorer", {})
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen))
   assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
 
@@ -203,7 +216,7 @@ def test_no_array_is_quadratic_and_gradients_are_finite(kind):
   [*((kind, "linear") for kind in ATTENTION_KINDS), ("sparsek", "conv"), ("sparsek", "random")],
 )
 def test_a_batch_may_be_empty(kind, scorer):
-  module = baselines.ATTENTION_MODULES[kind](dataclasses.replace(CONFIG, scorer=scorer))
+  module = layer(kind, dataclasses.replace(CONFIG, scorer=scorer))
   nothing, segments = jnp.zeros((0, 20, 16)), jnp.zeros((0, 20), jnp.int32)
   out, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), nothing, segments)
   assert out.shape == nothing.shape
@@ -219,7 +232,7 @@ def test_names_and_what_is_refused():
   assert set(ATTENTION_KINDS) == set(baselines.ATTENTION_MODULES)
   with pytest.raises(ValueError, match="window=0 must be at least 1 for block_topk"):
     dataclasses.replace(CONFIG, attention="block_topk", window=0)
-  with pytest.raises(ValueError, match="attention='lsh': there is no cache for baselines"):
+  with pytest.raises(ValueError, match="attention='lsh': there is no cache for this baseline"):
     init_cache(dataclasses.replace(CONFIG, attention="lsh"), 1)
 
 
