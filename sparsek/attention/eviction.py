@@ -99,6 +99,12 @@ def _take(x, index):
   return jnp.take_along_axis(x, index, axis=2, mode="clip")
 
 
+def smoothed(mark: jax.Array) -> jax.Array:
+  """Averages marks [B, G, M] over POOL neighbours, 0 where there is none."""
+  side = jnp.pad(mark, ((0, 0), (0, 0), (POOL // 2, POOL // 2)))
+  return jnp.mean(jnp.stack([side[..., t : t + mark.shape[-1]] for t in range(POOL)]), axis=0)
+
+
 def _planned(rule, kept, seen):
   """Makes the plan of the border before token `seen` [B]."""
   k, size = kept.position.shape[-1], kept.plan.shape[-1]
@@ -107,9 +113,7 @@ def _planned(rule, kept, seen):
   by_position = jnp.argsort(jnp.where(kept.position < NOWHERE, kept.position, -1), axis=-1)
   filled = _take(kept.position, by_position) < NOWHERE
   mark = jnp.concatenate([_take(kept.mark, by_position), kept.mark[..., k:]], axis=-1)
-  if rule == "snapkv":
-    side = jnp.pad(mark, ((0, 0), (0, 0), (POOL // 2, POOL // 2)))
-    mark = jnp.mean(jnp.stack([side[..., t : t + mark.shape[-1]] for t in range(POOL)]), axis=0)
+  mark = smoothed(mark) if rule == "snapkv" else mark
   leaving = jnp.pad(mark[..., k:], ((0, 0), (0, 0), (0, size)), constant_values=jnp.inf)[..., :size]
   exists = (seen[:, None] + jnp.arange(size) >= window)[:, None]
   candidates = jnp.concatenate(

@@ -110,9 +110,7 @@ def visible(kind, query, key, unrotated, position):
   return seen
 
 
-@pytest.mark.parametrize(
-  "kind", ["attention_sinks", "random_sink", "strided", "lsh", "block_topk"]
-)
+@pytest.mark.parametrize("kind", ["attention_sinks", "random_sink", "strided", "lsh", "block_topk"])
 def test_matches_its_definition(kind):
   variables, apply = attention(kind)
   query, key, value, unrotated, position, p = projected(variables, inputs(), SEGMENTS)
