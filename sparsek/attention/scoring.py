@@ -97,8 +97,8 @@ class ScoringNetwork(nn.Module):
       `lookahead` tokens after its own, within the document. Lookahead keeps the model causal as
       long as it is at most the attention window, because a token is judged only when it leaves the
       window.
-    "random": fixed noise, no parameters: the control that a learned scorer has to beat. `init_scale`,
-      `init_slope` and `init_sink` are its scale, slope and sink.
+    "random": fixed noise, no parameters: the control that a learned scorer has to beat. Its scale,
+      slope and sink are `init_scale`, `init_slope` and `init_sink`.
 
   Scores: u_j = scale_g z_j + slope_g position_j / 1024, with the position counted within the
   document and z_j = (r_j - mean_j) / std_j, where mean_j is that of r_0..r_j of the document and

@@ -92,9 +92,10 @@ class TransformerConfig:
     mlp_dim: hidden width of the MLP.
     attention: attention kind per layer as a pattern that repeats over the layers: "sparsek",
       "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window, full, and the baselines of
-      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear, tova, h2o,
-      snapkv, random_sink, kvzap; and what `sparsek.model.registration` has added. A term may set its own k and window, as in
-      "sliding_window:w256*5,sparsek:k1536:w256"; by default a layer uses the values below.
+      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear, tova,
+      h2o, snapkv, random_sink, kvzap; and what `sparsek.model.registration` has added. A term may
+      set its own k and window, as in "sliding_window:w256*5,sparsek:k1536:w256"; by default a layer
+      uses the values below.
     k: key/value pairs that are selected for each query (all kinds but sliding_window, full and
       linear).
     window: most recent tokens that each query sees, itself included (all kinds but full; lsh sees
@@ -293,7 +294,8 @@ class TransformerConfig:
     if k is None and window is None and kind not in SETTINGS:
       return self
     k, window = self.k if k is None else k, self.window if window is None else window
-    return dataclasses.replace(self, k=k, window=window, **SETTINGS.get(kind, {}))
+    own = SETTINGS.get(kind, {})
+    return dataclasses.replace(self, attention=kind, k=k, window=window, **own)
 
   @property
   def layer_configs(self) -> tuple["TransformerConfig", ...]:

@@ -1,4 +1,4 @@
-"""Attention of new tokens to the cache of a layer that evicts keys by the attention they receive."""
+"""Attention of new tokens to what a layer of tova, h2o or snapkv keeps."""
 
 import jax
 import jax.numpy as jnp

@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 
 from sparsek.attention import eviction
-from sparsek.attention.eviction import RULES, block_size, evicting_attention
+from sparsek.attention.documents import document_bounds
+from sparsek.attention.eviction import block_size, evicting_attention, expiries
 from tests.helpers import quick_jit
 
 LENGTH, HEADS, GROUPS, DIM = 150, 4, 2, 4
 SEGMENTS = np.repeat(np.array([[1, 2, 3, 0], [1, 1, 1, 1]]), [70, 1, 60, 19], axis=1)
-SIZES = [(6, 5), (1, 0), (1, 40), (40, 0), (30, 34), (3, 1)]  # blocks of 1, 1, 2, 2, 4 and 1
+CASES = [  # borders every 1, 2, 4, 1, 4 and 2 tokens
+  ("tova", 6, 5),
+  ("tova", 1, 40),
+  ("tova", 64, 0),
+  ("h2o", 1, 0),
+  ("snapkv", 30, 34),
+  ("snapkv", 3, 30),
+]
 
 
 def inputs(length=LENGTH, batch=2, dtype=jnp.float32):
@@ -63,6 +71,28 @@ def visible(rule, query, key, segments, k, window):
   return seen
 
 
+def by_definition(rule, arrays, k, window):
+  """Returns `visible` of both rows, [2, G, n, n]."""
+  query, key, _ = (np.asarray(x, np.float64) for x in arrays)
+  rows = zip(query, key, SEGMENTS)
+  return np.stack([visible(rule, *row, k, window) for row in rows])
+
+
+@pytest.mark.parametrize("rule, k, window", CASES)
+def test_queries_see_the_keys_of_the_definition(rule, k, window):
+  arrays = inputs()
+  want = by_definition(rule, arrays, k, window)
+  start, end = document_bounds(jnp.asarray(SEGMENTS), *SEGMENTS.shape)
+  expiry = np.asarray(expiries(rule, *arrays[:2], start, end, k, window, DIM**-0.5))
+  token = np.arange(LENGTH)
+  age = token[:, None] - token
+  seen = (age >= 0) & (token >= np.asarray(start)[:, None, :, None])
+  seen = seen & ((age < window) | (token[:, None] < expiry[:, :, None]))
+  np.testing.assert_array_equal(seen, want)
+  keys = seen.sum(-1)
+  assert keys.max() == k + window and np.all(keys[1, :, k + window :] == k + window)
+
+
 def masked(query, key, value, seen):
   """Attention under a mask [B, G, n, n]."""
   repeat = lambda x: jnp.repeat(x, HEADS // GROUPS, axis=2)
@@ -71,27 +101,40 @@ def masked(query, key, value, seen):
   return jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(logits), repeat(value))
 
 
-@pytest.mark.parametrize("k, window", SIZES)
-@pytest.mark.parametrize("rule", RULES)
-def test_matches_its_definition(rule, k, window):
+def test_outputs_and_gradients_are_those_of_the_definition():
   arrays = inputs()
-  wide = [np.asarray(x, np.float64) for x in arrays]
-  seen = np.stack(
-    [visible(rule, wide[0][b], wide[1][b], SEGMENTS[b], k, window) for b in range(len(SEGMENTS))]
-  )
-  keys = seen.sum(-1)
-  assert keys.max() == k + window and np.all(keys[1, :, k + window :] == k + window)
+  seen = by_definition("h2o", arrays, 40, 0)
   attend = functools.partial(
-    evicting_attention, rule=rule, k=k, window=window, segment_ids=SEGMENTS, implementation="xla"
+    evicting_attention,
+    rule="h2o",
+    k=40,
+    window=0,
+    segment_ids=SEGMENTS,
+    implementation="reference",
   )
   weight = jax.random.normal(jax.random.key(1), arrays[0].shape)
-  results = [
-    quick_jit(
-      lambda *arrays, f=f: (
-        f(*arrays),
-        jax.grad(lambda *a: jnp.sum(f(*a) * weight), (0, 1, 2))(*arrays),
-      )
-    )(*arrays)
-    for f in (attend, functools.partial(masked, seen=seen))
-  ]
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), *results)
+
+  def results(attend):
+    loss = lambda *arrays: (jnp.sum(attend(*arrays) * weight), attend(*arrays))
+    return quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+  got, want = results(attend), results(functools.partial(masked, seen=seen))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
+
+
+def test_rows_that_fit_the_budget_are_dense(monkeypatch):
+  monkeypatch.setattr(eviction, "expiries", None)
+  arrays = inputs(20)
+  want = masked(*arrays, np.broadcast_to(np.tri(20, dtype=bool), (2, GROUPS, 20, 20)))
+  for k, window in ((10**10, 0), (7, 13)):
+    attend = functools.partial(evicting_attention, rule="tova", k=k, window=window)
+    got = quick_jit(functools.partial(attend, implementation="xla"))(*arrays)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_bfloat16_and_bad_arguments():
+  arrays = inputs(40, dtype=jnp.bfloat16)
+  run = jax.eval_shape(functools.partial(evicting_attention, rule="h2o", k=9, window=3), *arrays)
+  assert run.dtype == jnp.bfloat16
+  with pytest.raises(ValueError, match="k=0 must be at least 1"):
+    evicting_attention(*arrays, rule="h2o", k=0, window=3)

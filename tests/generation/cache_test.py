@@ -77,12 +77,12 @@ CASES = {
   "value, layers of their own k and window": dict(
     gate="value", attention="sparsek:k9:w2,sliding_window:w4", num_layers=2
   ),
-  # borders are at every token, at every second and at every fourth
-  "key_value, eviction": dict(
-    gate="key_value", attention="tova,h2o:k40:w0,snapkv:k3:w64", num_layers=3
+  # borders are at every second and every fourth token
+  "key_value, evictors": dict(
+    gate="key_value", attention="tova:k40:w0,snapkv:k3:w64", num_layers=2
   ),
   "value, scores of their own": dict(
-    gate="value", attention="kvzap,random_sink,attention_sinks", num_layers=3, scorer="conv"
+    gate="value", scorer="conv", attention="kvzap,attention_sinks:w0", num_layers=2
   ),
 }
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
@@ -92,6 +92,10 @@ TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # nothing.
 MIXED = ((32, 3, 0), 2, (64, 33, 17), 20, (52, 32, 0), 9)
 EVEN = ((90,) * BATCH,)
+SCHEDULES = {
+  "key_value, conv, shared scores": [MIXED, EVEN, ()],
+  "value, scores of their own": [((CHUNK,) * BATCH,)],
+}
 
 
 def config_of(name):
@@ -184,7 +188,7 @@ def test_rows_that_advance_by_themselves_equal_the_parallel_forward(name, monkey
   monkeypatch.setattr(cached_chunk, "MAX_LOGITS", 40 * CHUNK)
   config = config_of(name)
   want = parallel(config)
-  for schedule in [MIXED, EVEN, ()] if name == "key_value, conv, shared scores" else [MIXED]:
+  for schedule in SCHEDULES.get(name, [MIXED]):
     got, cache = feed_rows(config, schedule)
     error = np.abs(got - want).max()
     print(
