@@ -30,9 +30,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsek.attention.api import Options, attend_selected, check_arguments
-from sparsek.attention.backends import choose_implementation
+from sparsek.attention.backends import PALLAS, choose_implementation
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import order_by_expiry
+from sparsek.config import check_choice
 from sparsek.kernels import cudnn, devices
 from sparsek.kernels.saved import saved
 from sparsek.kernels.sentinels import LOWEST, NOWHERE
@@ -326,7 +327,8 @@ def evicting_attention(
   Args:
     query, key, value, k, window, segment_ids: as in `sparsek.sparsek_attention`.
     rule: out of RULES.
-    implementation: of the attention after the choice; "reference" is computed as "xla".
+    implementation: of the attention to what is chosen: "xla", "mosaic_gpu", "mosaic_tpu", or None
+      for the fastest that can run.
 
   Returns:
     [batch, n, H, D] in query's dtype.
@@ -335,11 +337,11 @@ def evicting_attention(
     ValueError, NotImplementedError: as `sparsek.sparsek_attention`.
   """
   check_arguments(query, key, value, None, k, window, "straight_through", None, segment_ids)
+  check_choice("implementation", implementation, (None, "xla", *PALLAS))
   batch, n, groups, dim = key.shape
   k, window, scale = min(int(k), n), min(int(window), n), dim**-0.5
   if not query.size:
     return query
-  implementation = "xla" if implementation == "reference" else implementation
   chosen = choose_implementation(implementation, query, segment_ids, window).implementation
   if chosen == "cudnn":  # the window holds the row
     return cudnn.attention(query, key, value, window=window, scale=scale)

@@ -388,7 +388,7 @@ class EvictingAttention(Attention):
       k=cfg.k,
       window=cfg.window,
       segment_ids=tokens.segment_ids,
-      implementation=cfg.implementation,
+      implementation=layers.window_implementation(cfg),
     )
 
 

@@ -105,12 +105,7 @@ def test_outputs_and_gradients_are_those_of_the_definition():
   arrays = inputs()
   seen = by_definition("h2o", arrays, 40, 0)
   attend = functools.partial(
-    evicting_attention,
-    rule="h2o",
-    k=40,
-    window=0,
-    segment_ids=SEGMENTS,
-    implementation="reference",
+    evicting_attention, rule="h2o", k=40, window=0, segment_ids=SEGMENTS, implementation="xla"
   )
   weight = jax.random.normal(jax.random.key(1), arrays[0].shape)
 
@@ -138,3 +133,5 @@ def test_bfloat16_and_bad_arguments():
   assert run.dtype == jnp.bfloat16
   with pytest.raises(ValueError, match="k=0 must be at least 1"):
     evicting_attention(*arrays, rule="h2o", k=0, window=3)
+  with pytest.raises(ValueError, match="implementation='reference' is not one of None, xla"):
+    evicting_attention(*arrays, rule="h2o", k=1, window=3, implementation="reference")
