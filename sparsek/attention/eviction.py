@@ -52,7 +52,7 @@ def block_size(k: int, window: int) -> int:
 
 
 class Kept(NamedTuple):
-  """What is kept of a document: k slots, and the last `window` tokens in their order.
+  """Keys of a document that are kept: k slots, and the last `window` tokens in their order.
 
   Attributes:
     rows: arrays [B, G, k + window, D]: keys, or keys and values; slots first.
@@ -69,7 +69,7 @@ class Kept(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """What L queries saw, among the M = k + window + L keys of the slots, the window and their own.
+  """Keys that L queries saw, of the M = k + window + L in the slots, the window and their own.
 
   Attributes:
     weights: [B, G, R, L, M] float32, of the R query heads of a KV head.
