@@ -223,7 +223,7 @@ def over_blocks(
   end: jax.Array,
   count: jax.Array,
   scale: float,
-  write: Callable[[jax.Array, jax.Array, jax.Array, Seen], jax.Array],
+  write: Callable[[jax.Array, jax.Array, Seen], jax.Array],
   out: jax.Array,
 ) -> tuple[Kept, jax.Array]:
   """Advances over rows of tokens, from border to border.
@@ -234,8 +234,8 @@ def over_blocks(
     start, end: [B, n], index of the first token of each token's document, below 0 where it came
       before, and one past its last.
     count: [B], how many of a row's tokens exist.
-    write: takes out, the index [B] of the first of L tokens, their indices [B, L], n for those that
-      do not exist, and what they saw; returns the next `out`.
+    write: takes `out`, the indices [B, L] of L tokens, n for those that do not exist, and what they
+      saw; returns the next `out`.
     out: what `write` gets first.
 
   Returns:
@@ -253,12 +253,10 @@ def over_blocks(
     index = done[:, None] + jnp.arange(length, dtype=jnp.int32)
     new = lambda x: jnp.take_along_axis(x, jnp.minimum(index, n - 1)[..., None, None], axis=1)
     is_first = (seen == 0)[:, None, None]
-    kept = kept._replace(
-      position=jnp.where(is_first, NOWHERE, kept.position), mark=jnp.where(is_first, 0, kept.mark)
-    )
+    kept = kept._replace(position=jnp.where(is_first, NOWHERE, kept.position))
     kept, what = advance(rule, kept, seen, here, new(query), tuple(map(new, rows)), scale)
     index = jnp.where(jnp.arange(length) < here[:, None], index, n)
-    return done + here, kept, write(out, done, index, what)
+    return done + here, kept, write(out, index, what)
 
   unfinished = lambda carry: jnp.any(carry[0] < count)
   _, kept, out = lax.while_loop(unfinished, body, (jnp.zeros_like(count), kept, out))
@@ -290,9 +288,9 @@ def expiries(
   batch, n, groups, dim = key.shape
   b, g = jnp.ogrid[:batch, :groups]
 
-  def write(expiry, first, index, what):
-    row_start = jnp.take_along_axis(start, jnp.minimum(first, n - 1)[:, None], axis=1)[..., None]
-    token = jnp.where(what.evicted < NOWHERE, row_start + what.evicted, n)
+  def write(expiry, index, what):
+    first = jnp.take_along_axis(start, jnp.minimum(index[:, :1], n - 1), axis=1)  # of the document
+    token = jnp.where(what.evicted < NOWHERE, first[..., None] + what.evicted, n)
     return expiry.at[b[..., None], g[..., None], token].set(index[:, None], mode="drop")
 
   return over_blocks(

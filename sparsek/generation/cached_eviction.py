@@ -29,8 +29,7 @@ def attend_evicting(
     kept, what = advance(rule, kept, seen, count, query, tuple(new), scale)
     return _mixed(what, query), kept
 
-  def write(out, done, index, what):
-    del done
+  def write(out, index, what):
     return out.at[jnp.arange(batch)[:, None], index].set(_mixed(what, query), mode="drop")
 
   start = jnp.broadcast_to(-seen[:, None], (batch, length))
