@@ -348,7 +348,10 @@ def evicting_attention(
   if k + window < n:
     seen = map(lax.stop_gradient, (query, key))
     (expiry,) = saved(expiries(rule, *seen, start, end, k, window, scale))
+  order = expiry  # which XLA does not read
+  if chosen in PALLAS:
+    (order,) = saved(order_by_expiry(expiry, devices.can_run()))
   zeros = jnp.zeros((batch, groups, n), jnp.float32)
-  selection = zeros, expiry, order_by_expiry(expiry, devices.can_run())
   options = Options(k, window, "straight_through", scale)
+  selection = zeros, expiry, order
   return attend_selected(chosen, query, key, value, zeros, selection, start, end, options)

@@ -280,6 +280,16 @@ def test_cache_and_work_do_not_grow():
   assert flops(start) == flops(cache)
 
 
+@pytest.mark.parametrize("kind", ["tova", "kvzap", "random_sink"])
+def test_evictors_keep_as_many_bytes_as_sparsek(kind):
+  size = lambda kind: cache_bytes(
+    jax.eval_shape(
+      lambda: init_cache(dataclasses.replace(BASE, attention=kind, k=512, window=512), 1)
+    )
+  )
+  assert 0.9 * size("sparsek") < size(kind) <= size("sparsek")
+
+
 def test_of_equal_scores_the_earlier_token_keeps_its_slot():
   config = config_of("straight_through, linear")
   flat = lambda path, x: (
