@@ -282,11 +282,8 @@ def test_cache_and_work_do_not_grow():
 
 @pytest.mark.parametrize("kind", ["tova", "kvzap", "random_sink"])
 def test_evictors_keep_as_many_bytes_as_sparsek(kind):
-  size = lambda kind: cache_bytes(
-    jax.eval_shape(
-      lambda: init_cache(dataclasses.replace(BASE, attention=kind, k=512, window=512), 1)
-    )
-  )
+  config = lambda kind: dataclasses.replace(BASE, attention=kind, k=512, window=512)
+  size = lambda kind: cache_bytes(jax.eval_shape(functools.partial(init_cache, config(kind), 1)))
   assert 0.9 * size("sparsek") < size(kind) <= size("sparsek")
 
 
