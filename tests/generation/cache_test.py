@@ -81,9 +81,7 @@ CASES = {
   "key_value, evictors": dict(
     gate="key_value", attention="tova:k40:w0,snapkv:k3:w64", num_layers=2
   ),
-  "value, scores of their own": dict(
-    gate="value", scorer="conv", attention="kvzap,attention_sinks:w0", num_layers=2
-  ),
+  "value, scores of its own": dict(gate="value", scorer="conv", attention="attention_sinks"),
 }
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # How rows are fed: a tuple is a prefill of so many tokens a row, a number so many decode_steps of
@@ -94,7 +92,7 @@ MIXED = ((32, 3, 0), 2, (64, 33, 17), 20, (52, 32, 0), 9)
 EVEN = ((90,) * BATCH,)
 SCHEDULES = {
   "key_value, conv, shared scores": [MIXED, EVEN, ()],
-  "value, scores of their own": [((CHUNK,) * BATCH,)],
+  "value, scores of its own": [((CHUNK,) * BATCH,)],
 }
 
 

@@ -13,12 +13,11 @@ from jax.extend.core import jaxprs_in_params
 
 from sparsek.attention.documents import position_in_document
 from sparsek.attention.scorer_loss import max_attention_loss
-from sparsek.attention.scoring import fixed_noise
 from sparsek.config import ATTENTION_KINDS, TransformerConfig
 from sparsek.generation.cache import init_cache
 from sparsek.model import baselines
 from sparsek.model.baselines import BASELINES
-from sparsek.model.layers import rotary_embedding
+from sparsek.model.layers import Tokens, rotary_embedding
 from tests.helpers import quick_jit
 
 LENGTH = 150  # more than a chunk of queries
@@ -89,10 +88,6 @@ def visible(kind, query, key, unrotated, position):
       old = range(start[i], max(start[i], i - window + 1))
       if kind == "attention_sinks":
         chosen = [*near, *list(old)[:k]]
-      elif kind == "random_sink":
-        noise = np.asarray(fixed_noise(0, jnp.arange(n)[None], groups))[0, :, g]
-        best = sorted(list(old)[1:], key=lambda j: -noise[position[j]])
-        chosen = [*near, *list(old)[:1], *best[: k - 1]]
       elif kind == "strided":
         stride = int(np.ceil(n / k))
         chosen = [*near, *(j for j in old if position[j] % stride == stride - 1)]
@@ -111,7 +106,7 @@ def visible(kind, query, key, unrotated, position):
   return seen
 
 
-@pytest.mark.parametrize("kind", ["attention_sinks", "random_sink", "strided", "lsh", "block_topk"])
+@pytest.mark.parametrize("kind", ["attention_sinks", "strided", "lsh", "block_topk"])
 def test_matches_its_definition(kind):
   variables, apply = attention(kind)
   query, key, value, unrotated, position, p = projected(variables, inputs(), SEGMENTS)
@@ -174,6 +169,16 @@ def test_random_is_sparsek_with_a_random_scorer():
   np.testing.assert_array_equal(
     apply(variables, inputs(), SEGMENTS), quick_jit(control.apply)(variables, inputs(), SEGMENTS)
   )
+
+
+def test_random_sink_chooses_the_first_token_before_random_ones():
+  x, segments = inputs(), jnp.asarray(SEGMENTS)
+  scores, noise = (
+    layer(kind).scores(Tokens(x, x, x, x, segments, 0, x)) for kind in ("random_sink", "random")
+  )
+  first = position_in_document(segments, 1, LENGTH)[..., None] == 0
+  assert np.all(jnp.where(first, scores, jnp.inf) > jnp.max(noise)) and first.sum() == 4
+  np.testing.assert_array_equal(jnp.where(first, 0, scores), jnp.where(first, 0, noise))
 
 
 # tests/attention/eviction_test.py compares those that are left out, or SPARSEK's tests do.
