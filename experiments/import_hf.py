@@ -180,7 +180,7 @@ def export_run(workdir: str, folder: str, step: int | None) -> None:
   end = run_record.load_run_tokenizer(workdir).eos_id
   family = describe(config, dense=FLAGS.export_dense)["model_type"]
   reason, has_sparsek = why_not_sparse(config), "sparsek" in config.layer_kinds
-  if has_sparsek and reason and not FLAGS.export_dense:
+  if reason and not FLAGS.export_dense:
     print(f"warning: {folder} is written as the dense model: {reason}", file=sys.stderr)
   if FLAGS.export_dense and not has_sparsek:
     print("warning: --export_dense has no effect: no layer is sparsek", file=sys.stderr)

@@ -23,7 +23,7 @@ The dense model is imported under each kind of attention, with k + window keys a
   tokens ("reach", experiments/results/smollm2_reach.json), and with full attention in every sixth
   layer ("hybrid");
 - a window; one of 4 less and the first 4 tokens (StreamingLLM, "sinks"); k random tokens and a
-  window; and the others.
+  window; and the others, among them those that evict keys from a cache (docs/evictors.md).
 
 The scorers are warmed up. Then all are trained on the same documents, and after that on the same
 documents that need recall, once for each seed, which sets the order of the documents. All are
@@ -57,7 +57,7 @@ from sparsek.storage import files
 
 FLAGS = "--flagfile=experiments/recipes/smollm2_{}.flags"
 RECORD = outputs.record("record of smollm2_convert", "commands", "minutes", "runs")
-LEARNED = ("sparsek", "reach", "hybrid")  # with scorers, to be warmed up
+LEARNED = ("sparsek", "reach", "hybrid", "kvzap")  # with scorers, to be warmed up
 # the kinds that the picture shows
 LINES = {  # kind -> colour, marker and name in the picture
   "dense": ("#000000", "D", "full attention"),
@@ -93,7 +93,12 @@ def kinds(k: int, window: int, scorer: Sequence[str] = ()) -> dict[str, list[str
     "reach": [f"--layer_pattern={pattern}", *scorers],
     "linear": ["--attention=linear", f"--window={budget}"],
     "hybrid": ["--layer_pattern=sparsek*5,full", f"--k={k}", f"--window={window}", *scorers],
-    **{kind: chosen(kind) for kind in ("strided", "lsh", "block_topk")},
+    **{kind: chosen(kind) for kind in ("strided", "lsh", "block_topk", "h2o")},
+    "tova": ["--attention=tova", f"--k={budget - 1}", "--window=1"],
+    # the window is the queries that snapkv looks at
+    "snapkv": ["--attention=snapkv", f"--k={budget - budget // 16}", f"--window={budget // 16}"],
+    "randomsink": chosen("random_sink"),
+    "kvzap": [*chosen("kvzap"), "--noscorer_normalize"],
   }
 
 

@@ -37,6 +37,11 @@ NAMES = {  # of kinds of attention, for readers
   "lsh": "hashed buckets",
   "block_topk": "best blocks",
   "linear": "linear attention",
+  "tova": "TOVA",
+  "h2o": "H2O",
+  "snapkv": "SnapKV",
+  "random_sink": "random keys and the first",
+  "kvzap": "KVzap",
 }
 WINDOW_COLOUR = "#CFCFCF"
 LIGHTEST_KEPT, DARKEST_KEPT = np.array([0.62, 0.79, 0.93]), np.array([0.0, 0.27, 0.53])

@@ -110,6 +110,88 @@ def attention_mass_loss(
   return _loss(scores, _asked(query, queries, axis), key, queries, at(start), weight, static)
 
 
+def max_attention_loss(
+  scores: jax.Array,
+  query: jax.Array,
+  key: jax.Array,
+  queries: jax.Array,
+  *,
+  window: int,
+  scale: float | None = None,
+  segment_ids: jax.Array | None = None,
+  axis: str | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  r"""Computes how badly scores predict the largest attention that a later query pays a token.
+
+  .. math:: L = \mathrm{Var}_j (u_j - t_j), \qquad
+     t_j = \max_{i \ge j + window} \max_r \log A^r_{ij}
+
+  A^r_ij is the softmax of `scale q_i . k_j` over all tokens j <= i of the document, of query head
+  r of the KV head, and i are the given queries. It is the squared error of a regression whose
+  constant is fitted, since a constant added to all scores of a head changes no selection. Tokens
+  that no query has as a candidate do not count. KVzap (arXiv 2601.07891) learns such a target.
+
+  Only scores have a gradient. Time and memory are as in `attention_mass_loss`, under XLA.
+
+  Args:
+    scores, query, key, queries, window, scale, segment_ids, axis: as in `attention_mass_loss`.
+    implementation: is ignored; there are no kernels.
+
+  Returns:
+    float32 scalar, summed over rows: the mean of L over KV heads. With `axis` the part of this
+    shard's tokens.
+  """
+  del implementation
+  batch, n, groups = scores.shape
+  number, heads, dim = queries.shape[1], *query.shape[2:]
+  shards = 1 if axis is None else lax.axis_size(axis)
+  scale, window = dim**-0.5 if scale is None else float(scale), min(int(window), shards * n)
+  start, _ = document_bounds(segment_ids, batch, shards * n)
+  if segment_ids is not None:  # queries in padding see no candidates
+    start = jnp.where(segment_ids != 0, start, shards * n)
+  j = _first(n, axis) + jnp.arange(n, dtype=jnp.int32)
+  over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
+  query, key = lax.stop_gradient((_asked(query, queries, axis), key))
+  block = max(1, min(number, BLOCK_LOGITS // (batch * heads * n)))
+
+  def body(best_BxGxN, xs):
+    asked_BxCxGxRxD, i_BxCx1, start_BxCx1 = xs
+    logits_BxGxRxCxN = scale * jnp.einsum(
+      "bcgrd,bjgd->bgrcj", asked_BxCxGxRxD, key, preferred_element_type=jnp.float32
+    )
+    seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
+    logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
+    top = over_shards(lax.pmax, _max(logits_BxGxRxCxN))
+    total = over_shards(lax.psum, _sum(jnp.exp(logits_BxGxRxCxN - top)))
+    candidate_BxCxN = seen_BxCxN & (j + window <= i_BxCx1)
+    log_BxGxRxCxN = jnp.where(
+      candidate_BxCxN[:, None, None], logits_BxGxRxCxN - top - jnp.log(total), -jnp.inf
+    )
+    return jnp.maximum(best_BxGxN, jnp.max(log_BxGxRxCxN, axis=(2, 3))), None
+
+  def blocks(x):
+    """Cuts [B, queries, ...] into [blocks, B, block, ...]; the last queries come twice."""
+    x = jnp.pad(x, ((0, 0), (0, -number % block), *[(0, 0)] * (x.ndim - 2)), mode="edge")
+    return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
+
+  xs = (
+    blocks(query.reshape(batch, number, groups, -1, dim)),
+    blocks(queries[..., None]),
+    blocks(jnp.take_along_axis(start, queries, axis=1)[..., None]),
+  )
+  best_BxGxN, _ = lax.scan(body, jnp.full((batch, groups, n), -jnp.inf), xs)
+  counts_BxGxN = best_BxGxN > -jnp.inf
+  error_BxGxN = jnp.where(
+    counts_BxGxN, jnp.swapaxes(scores, 1, 2) - jnp.where(counts_BxGxN, best_BxGxN, 0), 0
+  )
+  count_BxGx1 = jnp.maximum(over_shards(lax.psum, _sum(counts_BxGxN.astype(jnp.float32))), 1)
+  # The constant: the loss is smallest there, so that it needs no gradient.
+  mean_BxGx1 = lax.stop_gradient(over_shards(lax.psum, _sum(error_BxGxN)) / count_BxGx1)
+  squares = jnp.where(counts_BxGxN, (error_BxGxN - mean_BxGx1) ** 2, 0) / count_BxGx1
+  return jnp.sum(squares) / groups
+
+
 class Static(NamedTuple):
   """Options of the loss, besides its arrays."""
 

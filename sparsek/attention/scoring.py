@@ -97,7 +97,8 @@ class ScoringNetwork(nn.Module):
       `lookahead` tokens after its own, within the document. Lookahead keeps the model causal as
       long as it is at most the attention window, because a token is judged only when it leaves the
       window.
-    "random": fixed noise, no parameters: the control that a learned scorer has to beat.
+    "random": fixed noise, no parameters: the control that a learned scorer has to beat. Its scale,
+      slope and sink are `init_scale`, `init_slope` and `init_sink`.
 
   Scores: u_j = scale_g z_j + slope_g position_j / 1024, with the position counted within the
   document and z_j = (r_j - mean_j) / std_j, where mean_j is that of r_0..r_j of the document and
@@ -133,7 +134,8 @@ class ScoringNetwork(nn.Module):
     init_scale, init_slope: initial values of scale and slope (fixed ones for "random").
     init_noise: initial amplitude of the fixed noise; 0 for none. Unused by "random", which is that
       noise alone.
-    init_sink: initial extra score of a document's first token; 0 for none. Unused by "random".
+    init_sink: initial extra score of a document's first token (a fixed one for "random"); 0 for
+      none.
 
   Raises:
     ValueError: for an unknown kind or a negative reach.
@@ -348,10 +350,10 @@ class ScoringNetwork(nn.Module):
     return _standardized(logits_BxNxG, running_moments(logits_BxNxG, counted, start_BxR, end_BxR))
 
   def _random_scores(self, layer, position_BxN):
-    noise = fixed_noise(layer, position_BxN, self.num_scores)
-    return self._for_heads(
-      self.init_scale * noise + self.init_slope * position_BxN[..., None] / SLOPE_TOKENS
-    )
+    position_BxNx1 = position_BxN[..., None]
+    scores = self.init_scale * fixed_noise(layer, position_BxN, self.num_scores)
+    scores += self.init_slope * position_BxNx1 / SLOPE_TOKENS
+    return self._for_heads(scores + self.init_sink * (position_BxNx1 == 0))
 
   def _for_heads(self, scores):
     return jnp.broadcast_to(scores, (*scores.shape[:2], self.num_heads))

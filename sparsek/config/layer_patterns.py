@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from sparsek.config.checks import UNREGISTERED
 
@@ -16,6 +17,11 @@ ATTENTION_KINDS = [
   "lsh",
   "block_topk",
   "linear",
+  "tova",
+  "h2o",
+  "snapkv",
+  "random_sink",
+  "kvzap",
 ]
 # Fields of TransformerConfig that a kind uses; kinds that are not listed use k and window. "scorer"
 # stands for all fields of scorers.
@@ -24,6 +30,23 @@ _USES: dict[str, tuple[str, ...]] = {
   "sliding_window": ("window",),
   "linear": ("window",),
   "sparsek": ("k", "window", "gate", "scorer"),
+  "kvzap": ("k", "window", "scorer"),
+}
+# Settings of kinds that choose as SPARSEK does, but by scores of their own, or without gradients.
+_FIXED_SCORES: dict[str, Any] = {
+  "gate": "straight_through",
+  "scorer": "random",
+  "scorer_init_scale": 1.0,
+  "scorer_init_slope": 0.0,
+  "scorer_init_sink": 0.0,
+  "scorer_shared": False,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+  "random": _FIXED_SCORES,
+  "random_sink": _FIXED_SCORES | {"scorer_init_sink": 100.0},  # above every other score
+  # minus the position
+  "attention_sinks": _FIXED_SCORES | {"scorer_init_scale": 0.0, "scorer_init_slope": -1024.0},
+  "kvzap": {"gate": "straight_through"},
 }
 NAME = re.compile("[a-z][a-z0-9_]*")
 _TERM = re.compile(

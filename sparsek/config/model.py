@@ -21,6 +21,7 @@ from sparsek.config.checks import (
   check_type,
 )
 from sparsek.config.layer_patterns import (
+  SETTINGS,
   fields_of_kind,
   fields_of_term,
   parse_layer_pattern,
@@ -91,9 +92,10 @@ class TransformerConfig:
     mlp_dim: hidden width of the MLP.
     attention: attention kind per layer as a pattern that repeats over the layers: "sparsek",
       "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window, full, and the baselines of
-      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear; and what
-      `sparsek.model.registration` has added. A term may set its own k and window, as in
-      "sliding_window:w256*5,sparsek:k1536:w256"; by default a layer uses the values below.
+      `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear, tova,
+      h2o, snapkv, random_sink, kvzap; and what `sparsek.model.registration` has added. A term may
+      set its own k and window, as in "sliding_window:w256*5,sparsek:k1536:w256"; by default a layer
+      uses the values below.
     k: key/value pairs that are selected for each query (all kinds but sliding_window, full and
       linear).
     window: most recent tokens that each query sees, itself included (all kinds but full; lsh sees
@@ -226,7 +228,8 @@ class TransformerConfig:
       window = self.window if window is None else window
       name = f"attention={','.join(self.attention)}: k"
       check_number(name, 1 if k is None else k, UnboundedCount)
-      if kind == "sparsek" and self.scorer == "conv" and self.scorer_lookahead > window:
+      uses_scorer = "scorer" in fields_of_kind(kind)
+      if uses_scorer and self.scorer == "conv" and self.scorer_lookahead > window:
         raise ValueError(
           f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token "
           "is judged when it leaves the window"
@@ -276,22 +279,27 @@ class TransformerConfig:
     return ""
 
   @property
+  def has_scorers(self) -> bool:
+    """True if a layer has the scorer that `scorer` names."""
+    return any("scorer" in fields_of_kind(kind) for kind in self.layer_kinds)
+
+  @property
   def learns_scores(self) -> bool:
     """True if a layer has a scorer with parameters, which `TrainConfig.scorer_loss` can train."""
-    return "sparsek" in self.layer_kinds and self.scorer != "random"
+    return self.has_scorers and self.scorer != "random"
 
   def for_term(self, term: str) -> "TransformerConfig":
-    """Returns this configuration with the k and window of a layer of this term."""
-    _, k, window = parse_term(term)
-    if k is None and window is None:
+    """Returns this configuration with the k, the window and the scorer of a layer of this term."""
+    kind, k, window = parse_term(term)
+    if k is None and window is None and kind not in SETTINGS:
       return self
-    return dataclasses.replace(
-      self, k=self.k if k is None else k, window=self.window if window is None else window
-    )
+    k, window = self.k if k is None else k, self.window if window is None else window
+    own = SETTINGS.get(kind, {})
+    return dataclasses.replace(self, attention=kind, k=k, window=window, **own)
 
   @property
   def layer_configs(self) -> tuple["TransformerConfig", ...]:
-    """The configuration of each layer, with the k and window of its term."""
+    """The configuration of each layer, by `for_term`."""
     return tuple(map(self.for_term, self.layer_terms))
 
   @property

@@ -7,10 +7,17 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
+from sparsek.attention.eviction import Kept
 from sparsek.config import TransformerConfig
 from sparsek.generation import inference
-from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, attend_token
+from sparsek.generation.cached_attention import (
+  KeysAndValues,
+  LayerCache,
+  SelectionCache,
+  attend_token,
+)
 from sparsek.generation.cached_chunk import attend_chunk
+from sparsek.generation.cached_eviction import attend_evicting
 from sparsek.generation.inference import InferenceParams, Projections
 from sparsek.model.scorers import scoring_network
 
@@ -100,7 +107,7 @@ class CachedBlocks(Blocks[Projections, jax.Array]):
     self,
     config: TransformerConfig,
     params: InferenceParams,
-    layers: tuple[SelectionCache | KeysAndValues, ...],
+    layers: tuple[LayerCache, ...],
     seen_B: jax.Array,
     position_BxC: jax.Array,
     count_B: jax.Array,
@@ -114,16 +121,16 @@ class CachedBlocks(Blocks[Projections, jax.Array]):
     """Returns queries, keys and values of block i."""
     return inference.project(self.config, self.layers[i], x, self._position_BxC)
 
-  def attend(
-    self, i: int, projected: Projections
-  ) -> tuple[jax.Array, SelectionCache | KeysAndValues]:
+  def attend(self, i: int, projected: Projections) -> tuple[jax.Array, LayerCache]:
     """Returns attention in block i, [B, C, H, D] or of one token [B, H, D]."""
     layer, scores = self._layers[i], None
+    kind, config, seen, count = self.kinds[i], self.configs[i], self._seen_B, self._count_B
+    query, key, value, *_ = projected
+    if isinstance(layer, Kept):
+      return attend_evicting(kind, layer, seen, count, query, KeysAndValues(key, value))
     if isinstance(layer, SelectionCache):
       scores, scorer = self._score(i, projected, layer)
       layer = layer._replace(scorer=scorer)
-    kind, config, seen, count = self.kinds[i], self.configs[i], self._seen_B, self._count_B
-    query, key, value, *_ = projected
     if self._fresh is not None:
       new = KeysAndValues(key, value)
       return attend_chunk(kind, config, layer, seen, count, query, new, scores, self._fresh)
@@ -133,7 +140,7 @@ class CachedBlocks(Blocks[Projections, jax.Array]):
 
   def _score(self, i, projected, layer):
     """Returns the scores that become final in block i, and the next state of its scorer."""
-    return scoring_network(self.config).apply(
+    return scoring_network(self.configs[i]).apply(
       {"params": self.layers[i].get("scorer", {})},
       projected.scorer_input,
       layer.scorer,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sparsek.attention.eviction import RULES, Kept, nothing_kept
 from sparsek.attention.scoring import ScorerState
 from sparsek.config import (
   TransformerConfig,
@@ -30,7 +31,12 @@ from sparsek.config import (
 )
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
-from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
+from sparsek.generation.cached_attention import (
+  KeysAndValues,
+  LayerCache,
+  SelectionCache,
+  needs_support,
+)
 from sparsek.generation.inference import InferenceParams, inference_params
 from sparsek.generation.rows import PARAMS, ROW, over_rows
 from sparsek.kernels import devices
@@ -39,7 +45,8 @@ from sparsek.model.baselines import BASELINES
 from sparsek.model.scorers import SCORER_FACTORIES, scorer_delay, scoring_network
 from sparsek.model.transformer import Params, check_ids
 
-CACHED = ("sparsek", "sliding_window", "full")  # the kinds that have a cache
+SCORED = ("sparsek", "kvzap", "random", "random_sink", "attention_sinks")  # by a SelectionCache
+CACHED = (*SCORED, *RULES, "sliding_window", "full")  # the kinds that have a cache
 MIN_CHUNK = 16  # chunks are padded to a power of two of at least this size
 
 
@@ -48,11 +55,12 @@ class Cache(NamedTuple):
 
   Attributes:
     seen: [B] int32, tokens so far.
-    layers: for each layer a SelectionCache (sparsek) or KeysAndValues (sliding_window, full).
+    layers: for each layer a SelectionCache (of kinds in SCORED), Kept (tova, h2o, snapkv) or
+      KeysAndValues (sliding_window, full).
   """
 
   seen: jax.Array
-  layers: tuple[SelectionCache | KeysAndValues, ...]
+  layers: tuple[LayerCache, ...]
 
 
 def init_cache(
@@ -74,7 +82,7 @@ def init_cache(
       and gates slightly high; `lost_scores` counts them. Gates that need no thresholds keep none.
   Raises:
     ValueError: for sizes below 1 (support_size below 0), max_length=None where a layer is full, or
-      a layer that is a baseline.
+      a layer of a baseline that has no cache.
     NotImplementedError: for a registered kind of attention, or a registered scorer that cannot
       stream.
   """
@@ -83,17 +91,17 @@ def init_cache(
   if support_size is not None:
     support_size = check_number("support_size", support_size, UnboundedIndex)
   for kind in config.layer_kinds:
-    if kind in BASELINES:
+    if kind in BASELINES and kind not in CACHED:
       raise ValueError(
-        f"attention={kind!r}: there is no cache for baselines; sparsek, sliding_window "
-        "and full layers have one"
+        f"attention={kind!r}: there is no cache for this baseline; {', '.join(CACHED)} layers have "
+        "one"
       )
     if kind not in CACHED:
       raise NotImplementedError(
-        f"attention={kind!r} is registered, and only sparsek, sliding_window and full layers have "
-        "a cache for generation"
+        f"attention={kind!r} is registered, and only {', '.join(CACHED)} layers have a cache for "
+        "generation"
       )
-  if "sparsek" in config.layer_kinds:
+  if config.has_scorers:
     _check_streams(config)
   if "full" in config.layer_kinds:
     if max_length is None:
@@ -123,13 +131,17 @@ def _empty(config, batch_size, max_length, support_size):
   rows = lambda length: KeysAndValues(zeros(length), zeros(length))
   never = lambda size: jnp.full((*heads, size), -jnp.inf)
 
-  def layer(kind, k, window):
-    if kind != "sparsek":
+  def layer(kind, of):
+    k, window = of.k, of.window
+    if kind in RULES:
+      rows_kept = (config.head_dim, config.activation_dtype)
+      return nothing_kept(batch_size, config.num_kv_heads, k, window, rows_kept, rows_kept)
+    if kind not in SCORED:
       return rows(window if kind == "sliding_window" else max_length)
-    lost = jnp.zeros(heads if needs_support(config.gate) else (batch_size, 0), jnp.int32)
+    lost = jnp.zeros(heads if needs_support(of.gate) else (batch_size, 0), jnp.int32)
     score = jnp.concatenate([never(k), jnp.zeros((*heads, window))], axis=-1)
-    is_default = support_size is None or not needs_support(config.gate)
-    support = never(default_support_size(config.gate, k) if is_default else support_size)
+    is_default = support_size is None or not needs_support(of.gate)
+    support = never(default_support_size(of.gate, k) if is_default else support_size)
     return SelectionCache(
       rows(k + window),
       score,
@@ -137,13 +149,11 @@ def _empty(config, batch_size, max_length, support_size):
       support,
       lost,
       jnp.zeros((*heads, window)),
-      scoring_network(config).initial_state(batch_size),
+      scoring_network(of).initial_state(batch_size),
     )
 
-  layers = zip(config.layer_kinds, config.layer_configs)
-  return Cache(
-    jnp.zeros(batch_size, jnp.int32), tuple(layer(kind, of.k, of.window) for kind, of in layers)
-  )
+  layers = map(layer, config.layer_kinds, config.layer_configs)
+  return Cache(jnp.zeros(batch_size, jnp.int32), tuple(layers))
 
 
 def default_support_size(gate: str, k: int) -> int:
@@ -166,7 +176,7 @@ def lost_scores(cache: Cache) -> np.ndarray:
   return np.sum(lost, axis=0) if lost else np.zeros(cache.seen.shape, np.int64)
 
 
-def cache_bytes(cache: Cache | SelectionCache | KeysAndValues) -> int:
+def cache_bytes(cache: Cache | LayerCache) -> int:
   """Returns the memory of a cache, or of a part of it, real or from `jax.eval_shape`."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
@@ -180,7 +190,7 @@ def default_chunk(config: TransformerConfig) -> int:
   if jax.default_backend() != "cpu":
     return 16384
   rows = (
-    layer.k + layer.window + default_support_size(config.gate, layer.k)
+    layer.k + layer.window + default_support_size(layer.gate, layer.k)
     for layer in config.layer_configs
   )
   return max(512, pad_length(2 * max(rows)))
@@ -384,7 +394,7 @@ def check_sizes(config: TransformerConfig, cache: Cache, batch_size: int) -> Non
   for i, (kind, layer_config, layer) in enumerate(
     zip(config.layer_kinds, config.layer_configs, cache.layers)
   ):
-    if isinstance(layer, SelectionCache) != (kind == "sparsek"):
+    if type(layer) is not _cache_class(kind):
       raise ValueError(f"cache does not fit the configuration: layer {i} is {kind}")
     got = _sizes_of(layer, kind)
     needed = _sizes_needed(layer_config, kind, batch_size)
@@ -397,9 +407,14 @@ def check_sizes(config: TransformerConfig, cache: Cache, batch_size: int) -> Non
       raise ValueError(f"cache was made for {differ}")
 
 
-def _sizes_of(layer: SelectionCache | KeysAndValues, kind: str) -> dict[str, Any]:
+def _cache_class(kind: str) -> type:
+  """Returns the class of the cache of a layer."""
+  return Kept if kind in RULES else SelectionCache if kind in SCORED else KeysAndValues
+
+
+def _sizes_of(layer: LayerCache, kind: str) -> dict[str, Any]:
   """Returns the sizes that a layer's cache was made for, by name."""
-  key = layer.rows.key if isinstance(layer, SelectionCache) else layer.key
+  key = (layer if isinstance(layer, KeysAndValues) else layer.rows)[0]
   batch, num_kv_heads, length, head_dim = key.shape
   sizes: dict[str, Any] = {
     "batch": batch,
@@ -409,6 +424,9 @@ def _sizes_of(layer: SelectionCache | KeysAndValues, kind: str) -> dict[str, Any
   }
   if kind == "sliding_window":
     sizes["window"] = length
+  if isinstance(layer, Kept):
+    k = layer.position.shape[-1]
+    sizes |= {"k": k, "window": length - k}
   if isinstance(layer, SelectionCache):
     sizes |= {
       "k": layer.position.shape[-1],
@@ -429,7 +447,9 @@ def _sizes_needed(config: TransformerConfig, kind: str, batch: int) -> dict[str,
   }
   if kind == "sliding_window":
     sizes["window"] = config.window
-  if kind == "sparsek":
+  if kind in RULES:
+    sizes |= {"k": config.k, "window": config.window}
+  if kind in SCORED:
     sizes |= {
       "k": config.k,
       "window": config.window,

@@ -7,6 +7,7 @@ import os
 import jax
 import jax.numpy as jnp
 
+from sparsek.attention.eviction import Kept
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.generation.cache import (
   Cache,
@@ -15,7 +16,7 @@ from sparsek.generation.cache import (
   init_cache,
   pad_length,
 )
-from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, map_rows
+from sparsek.generation.cached_attention import KeysAndValues, LayerCache, SelectionCache, map_rows
 from sparsek.kernels.sentinels import NOWHERE
 
 GROWTH = 128  # rows that full layers grow by; the decoding kernels take multiples of it
@@ -33,8 +34,10 @@ def with_room(config: TransformerConfig, cache: Cache, max_length: int) -> Cache
   They grow in steps of GROWTH, so that few sizes are compiled.
   """
 
-  def widen(kind: str, layer: SelectionCache | KeysAndValues) -> SelectionCache | KeysAndValues:
-    if isinstance(layer, SelectionCache) or kind != "full" or max_length <= layer.key.shape[2]:
+  def widen(kind: str, layer: LayerCache) -> LayerCache:
+    if not isinstance(layer, KeysAndValues) or kind != "full":
+      return layer
+    if max_length <= layer.key.shape[2]:
       return layer
     missing = padded_length(max_length) - layer.key.shape[2]
     return map_rows(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), layer)
@@ -75,9 +78,20 @@ def resize(before: TransformerConfig, after: TransformerConfig, cache: Cache) ->
 
 
 def _resize_layer(
-  kind: str, old: TransformerConfig, new: TransformerConfig, layer: SelectionCache | KeysAndValues
-) -> SelectionCache | KeysAndValues:
+  kind: str, old: TransformerConfig, new: TransformerConfig, layer: LayerCache
+) -> LayerCache:
   extra_k, extra_window = new.k - old.k, new.window - old.window
+  if isinstance(layer, Kept):  # its window is in order
+    front = lambda x: jnp.concatenate(
+      [
+        x[:, :, : old.k],
+        jnp.zeros((*x.shape[:2], extra_k + extra_window, *x.shape[3:]), x.dtype),
+        x[:, :, old.k :],
+      ],
+      axis=2,
+    )
+    position = _pad_end(layer.position, extra_k, NOWHERE)
+    return Kept(tuple(map(front, layer.rows)), front(layer.mark), position, layer.plan)
   if not isinstance(layer, SelectionCache):
     if kind == "full":
       return layer

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsek.attention.eviction import Kept
 from sparsek.attention.operator import sparsek
 from sparsek.attention.scoring import ScorerState
 from sparsek.config import TransformerConfig
@@ -33,7 +34,7 @@ class KeysAndValues(NamedTuple):
 
 
 class SelectionCache(NamedTuple):
-  """Cache of a sparsek layer.
+  """Cache of a sparsek layer, or of another kind that chooses tokens by scores.
 
   Attributes:
     rows: keys and values [B, G, k + window, D]: k slots, then the ring of the last `window` tokens.
@@ -54,6 +55,9 @@ class SelectionCache(NamedTuple):
   lost: jax.Array
   pending: jax.Array
   scorer: ScorerState | Any
+
+
+LayerCache = SelectionCache | KeysAndValues | Kept
 
 
 def needs_support(gate: str) -> bool:

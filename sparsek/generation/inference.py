@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sparsek.attention.exact_product import scorer_logits, scorer_rows
-from sparsek.config import TransformerConfig, check_config, check_type
+from sparsek.config import TransformerConfig, check_config, check_type, fields_of_kind
 from sparsek.kernels import devices
 from sparsek.model import lora
 from sparsek.model.layers import RMSNorm, make_norm, rotary_embedding
@@ -110,7 +110,7 @@ def _convert(config, params):
     small = {
       name: attention[name] for name in ("query_norm", "key_norm", "scorer") if name in attention
     }
-    if kind == "sparsek" and config.scorer in SCORER_FACTORIES:
+    if "scorer" in fields_of_kind(kind) and config.scorer in SCORER_FACTORIES:
       small.setdefault("scorer", {})  # without parameters it reads hidden states all the same
     qkv = join(*(attention[name] for name in ("query", "key", "value")))
     is_linear = config.scorer == "linear" and "scorer" in attention

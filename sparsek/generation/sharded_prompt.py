@@ -18,7 +18,7 @@ from sparsek.config import TransformerConfig
 from sparsek.generation import inference
 from sparsek.generation.block import Blocks
 from sparsek.generation.cache import Cache, init_cache, pad_length
-from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, map_rows
+from sparsek.generation.cached_attention import KeysAndValues, LayerCache, SelectionCache, map_rows
 from sparsek.generation.cached_chunk import keep_best
 from sparsek.generation.inference import InferenceParams, Projections, inference_specs
 from sparsek.generation.rows import map_shards
@@ -105,7 +105,7 @@ class ShardedBlocks(Blocks[Projections, jax.Array]):
     self,
     config: TransformerConfig,
     params: InferenceParams,
-    layers: tuple[SelectionCache | KeysAndValues, ...],
+    layers: tuple[LayerCache, ...],
     position: jax.Array,
     count: jax.Array,
   ):
@@ -121,9 +121,7 @@ class ShardedBlocks(Blocks[Projections, jax.Array]):
       scorer_input=inference.norm(self.config, self.layers[i]["attention_norm"], x)
     )
 
-  def attend(
-    self, i: int, projected: Projections
-  ) -> tuple[jax.Array, SelectionCache | KeysAndValues]:
+  def attend(self, i: int, projected: Projections) -> tuple[jax.Array, LayerCache]:
     """Returns attention in block i, [B, L, H, D], and the layer's cache."""
     query, key, value, *_ = projected
     config, cache = self.configs[i], self._caches[i]

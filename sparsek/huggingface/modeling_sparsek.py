@@ -150,7 +150,7 @@ class Scorer(nn.Module):
   """Scores u of tokens, in float32, from the hidden states that attention reads.
 
   u = scale z + slope position / 1024 + ..., with z the product x W ("linear"), plus a convolution
-  of the neighbours ("conv"), normalised causally over time. "random" is fixed noise alone.
+  of the neighbours ("conv"), normalised causally over time. "random" has fixed noise for z.
   """
 
   def __init__(self, config: SparsekConfig, layer: int):
@@ -188,6 +188,7 @@ class Scorer(nn.Module):
     if s["scorer"] == "random":
       u = s["scorer_init_scale"] * fixed_noise(self.layer, position, self.outputs)
       u = u + s["scorer_init_slope"] * position[..., None] / 1024
+      u = u + s["scorer_init_sink"] * (position == 0)[..., None]
     else:
       with torch.autocast(x.device.type, enabled=False):
         z, state = self._logits(x, real, position, state)

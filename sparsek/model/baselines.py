@@ -1,10 +1,12 @@
 """Earlier kinds of sparse and linear attention with the signature of SPARSEK's: the baselines that
 it has to beat at the same budget of k + window keys per query.
 
-Only the linear kind adds parameters, those of its decay, as many as a linear scorer has.
+Only two kinds add parameters: "linear" those of its decay, as many as a linear scorer has, and
+"kvzap" a scorer's.
 """
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,12 +15,13 @@ from jax import lax
 
 from sparsek.attention.api import sliding_window_attention
 from sparsek.attention.documents import document_bounds
-from sparsek.attention.scoring import fixed_noise
+from sparsek.attention.eviction import evicting_attention
+from sparsek.attention.scorer_loss import max_attention_loss
 from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import LOWEST
 from sparsek.model import layers
-from sparsek.model.layers import Attention, Tokens
-from sparsek.model.scorers import SCORER_FACTORIES
+from sparsek.model.layers import Attention, SparseKAttention, Tokens
+from sparsek.model.scorers import SCORER_FACTORIES, scoring_network
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import first_token, own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
@@ -35,7 +38,7 @@ def context_refusal(config: TransformerConfig) -> str:
   if kinds:
     names = " and ".join(map(repr, kinds))
     return f"attention {names} needs whole rows on one device; use --context=1 or other kinds"
-  if "sparsek" in config.layer_kinds and config.scorer in SCORER_FACTORIES:
+  if config.has_scorers and config.scorer in SCORER_FACTORIES:
     return (
       f"scorer {config.scorer!r} needs whole rows on one device; use --context=1 or a scorer of "
       "the library"
@@ -46,6 +49,8 @@ def context_refusal(config: TransformerConfig) -> str:
 class FixedSelection(Attention):
   """The window and k earlier tokens whose choice is not learned: SPARSEK attention with fixed
   scores, by the same kernels.
+
+  `sparsek.config.layer_patterns.SETTINGS` sets the scorer of most kinds.
   """
 
   shardable = True
@@ -53,33 +58,30 @@ class FixedSelection(Attention):
   def mix(self, tokens: Tokens) -> jax.Array:
     x_BxNxE, query, key, value, segment_ids, layer, *_ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    scores = jnp.broadcast_to(
-      self.scores(token_positions(segment_ids, batch, length), layer),
-      (batch, length, cfg.num_kv_heads),
-    )
     return sequence_parallel.sparsek_attention(
       query,
       key,
       value,
-      scores,
+      jnp.broadcast_to(self.scores(tokens), (batch, length, cfg.num_kv_heads)),
       k=cfg.k,
       window=cfg.window,
       segment_ids=segment_ids,
       implementation=cfg.implementation,
     )
 
-  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
-    """Returns the scores of tokens at positions [B, N]: [B, N, G], or [B, N, 1] for all heads."""
-    raise NotImplementedError
+  def scores(self, tokens: Tokens) -> jax.Array:
+    """Returns the scores of tokens: [B, N, G], or [B, N, 1] for all heads."""
+    scores = scoring_network(self.config).apply({}, tokens.x, tokens.segment_ids, tokens.layer)
+    assert isinstance(scores, jax.Array)
+    return scores
 
 
 class RandomAttention(FixedSelection):
-  """The window and k tokens before it, drawn uniformly at random for each head: SPARSEK with the
-  scorer "random" and no slope.
-  """
+  """The window and k tokens before it, drawn uniformly at random for each head."""
 
-  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
-    return fixed_noise(layer, positions, self.config.num_kv_heads)
+
+class RandomSinkAttention(FixedSelection):
+  """The window, the first token of the document, and k - 1 random ones before the window."""
 
 
 class AttentionSinks(FixedSelection):
@@ -87,18 +89,17 @@ class AttentionSinks(FixedSelection):
   sinks).
   """
 
-  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
-    return -positions[..., None].astype(jnp.float32)
-
 
 class StridedAttention(FixedSelection):
   """The window and the last of every `stride` tokens (Child et al. 2019, arXiv 1904.10509, the
   fixed pattern); the stride leaves at most k of a row's tokens.
   """
 
-  def scores(self, positions: jax.Array, layer: jax.Array | int) -> jax.Array:
-    stride = -(-axis_size(CONTEXT) * positions.shape[1] // self.config.k)
-    return jnp.where(positions[..., None] % stride == stride - 1, 0.0, -jnp.inf)
+  def scores(self, tokens: Tokens) -> jax.Array:
+    batch, length, _ = tokens.x.shape
+    position = token_positions(tokens.segment_ids, batch, length)[..., None]
+    stride = -(-axis_size(CONTEXT) * length // self.config.k)
+    return jnp.where(position % stride == stride - 1, 0.0, -jnp.inf)
 
 
 class LSHAttention(Attention):
@@ -370,6 +371,57 @@ class LinearAttention(Attention):
     return near + far.astype(near.dtype)
 
 
+class EvictingAttention(Attention):
+  """The window and k slots, from which the keys with the least attention are evicted; see
+  `sparsek.attention.eviction`.
+  """
+
+  rule: ClassVar[str]
+
+  def mix(self, tokens: Tokens) -> jax.Array:
+    cfg = self.config
+    return evicting_attention(
+      tokens.query,
+      tokens.key,
+      tokens.value,
+      rule=self.rule,
+      k=cfg.k,
+      window=cfg.window,
+      segment_ids=tokens.segment_ids,
+      implementation=layers.window_implementation(cfg),
+    )
+
+
+class TOVAAttention(EvictingAttention):
+  """Eviction by the attention of the latest query (Oren et al. 2024, arXiv 2401.06104)."""
+
+  rule = "tova"
+
+
+class H2OAttention(EvictingAttention):
+  """Eviction by the sum of all attention so far (Zhang et al. 2023, arXiv 2306.14048)."""
+
+  rule = "h2o"
+
+
+class SnapKVAttention(EvictingAttention):
+  """Eviction by the pooled attention of the latest queries (Li et al. 2024, arXiv 2404.14469)."""
+
+  rule = "snapkv"
+
+
+class KVzapAttention(SparseKAttention):
+  """The window and the k earlier tokens of which a frozen scorer expects the most attention (KVzap,
+  arXiv 2601.07891).
+
+  The warm-up of scorers teaches it the logarithm of the largest attention that a later query pays a
+  token. Nothing else changes it: no gradient of the model's loss reaches it.
+  """
+
+  frozen = True
+  loss = staticmethod(max_attention_loss)
+
+
 BASELINES = {
   "random": RandomAttention,
   "attention_sinks": AttentionSinks,
@@ -377,5 +429,10 @@ BASELINES = {
   "lsh": LSHAttention,
   "block_topk": BlockTopKAttention,
   "linear": LinearAttention,
+  "tova": TOVAAttention,
+  "h2o": H2OAttention,
+  "snapkv": SnapKVAttention,
+  "random_sink": RandomSinkAttention,
+  "kvzap": KVzapAttention,
 }
 ATTENTION_MODULES: dict[str, type[Attention]] = {**layers.ATTENTION_MODULES, **BASELINES}

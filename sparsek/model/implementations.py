@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsek.attention.backends import Choice, choose_implementation, choose_window_implementation
+from sparsek.attention.eviction import RULES
 from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels.devices import first_device
 from sparsek.model import layers
@@ -62,7 +63,8 @@ def _choice(config: TransformerConfig, kind: str, seq_len: int, batch: int, pack
     implementation = window_implementation(config)
     return choose_window_implementation(implementation, row(batch, heads), segment_ids, window)
   window = min(config.window, seq_len)
-  return choose_implementation(config.implementation, row(batch, heads), segment_ids, window)
+  implementation = window_implementation(config) if kind in RULES else config.implementation
+  return choose_implementation(implementation, row(batch, heads), segment_ids, window)
 
 
 def describe_choice(

@@ -2,6 +2,7 @@
 window, or full).
 """
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -333,9 +334,15 @@ class SparseKAttention(Attention):
     y = layer.apply(layer.init(key, x), x)  # x [batch, n, 512]
 
   `sparsek.linen.SparseKAttention` is this layer without the configuration of a language model.
+
+  Class attributes:
+    frozen: True if the scorer learns only by its loss in the warm-up.
+    loss: of the scorer, with the arguments of `attention_mass_loss`.
   """
 
   shardable = True
+  frozen: ClassVar[bool] = False
+  loss: ClassVar[Callable[..., jax.Array]] = staticmethod(attention_mass_loss)
 
   def setup(self) -> None:
     super().setup()
@@ -349,13 +356,15 @@ class SparseKAttention(Attention):
     cfg = self.config
     products = () if scorer_products is None else (scorer_products,)
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer, *products)
+    scores_BxNxG = jax.lax.stop_gradient(scores_BxNxG) if self.frozen else scores_BxNxG
     if not self.is_initializing():  # else they would stay among the variables
       self.sow("diagnostics", "scores", scores_BxNxG)
     if cfg.scorer_noise and self.has_rng("scorer_noise"):
       keys = row_keys(self.make_rng("scorer_noise"), row_index)
       scores_BxNxG += cfg.scorer_noise * self._noise(keys, x_BxNxE.shape[1])
     warmup = self.is_mutable_collection("scorer_warmup") and not self.is_initializing()
-    if warmup or (self.is_mutable_collection("scorer_loss") and not self.is_initializing()):
+    joint = self.is_mutable_collection("scorer_loss") and not self.is_initializing()
+    if warmup or (joint and not self.frozen):
       loss = self._scorer_loss(tokens)
       self.sow("scorer_warmup" if warmup else "scorer_loss", "attention_mass", loss)
     if warmup:
@@ -386,7 +395,7 @@ class SparseKAttention(Attention):
     if queries is None:
       keys = row_keys(self.make_rng("scorer_loss"), tokens.row_index)
       queries = sample_loss_queries(cfg, keys, x_BxNxE.shape[1])
-    return attention_mass_loss(
+    return self.loss(
       self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer),
       query,
       key,

@@ -27,8 +27,8 @@ class Losses(NamedTuple):
       which case cross_entropy and divergence themselves have no gradient.
     cross_entropy: in nats, over the counted targets.
     divergence: KL(teacher || model) in nats over the same targets; 0 without a teacher.
-    scorers: the auxiliary loss of `SparseKAttention`, a sum over rows and a mean over sparsek
-      layers; 0 where it is not computed, as by default.
+    scorers: the auxiliary loss of `SparseKAttention`, a sum over rows and a mean over the
+      layers that compute it; 0 where it is not computed, as by default.
   """
 
   objective: jax.Array
@@ -38,7 +38,7 @@ class Losses(NamedTuple):
 
 
 def _hidden(config, params, batch, packed, key=None, mutable=()):
-  """Returns the final hidden states [B * n, E], and the mean auxiliary loss of sparsek layers.
+  """Returns the final hidden states [B * n, E], and the mean auxiliary loss of layers with scorers.
 
   Each layer writes its loss to a collection; `mutable` names that collection.
   """
@@ -53,9 +53,8 @@ def _hidden(config, params, batch, packed, key=None, mutable=()):
     rngs=rngs,
     mutable=list(mutable),
   )
-  scorers = sum(map(jnp.sum, jax.tree.leaves(collections)), jnp.zeros(())) / max(
-    config.layer_kinds.count("sparsek"), 1
-  )
+  losses = jax.tree.leaves(collections)
+  scorers = sum(map(jnp.sum, losses), jnp.zeros(())) / max(sum(loss.size for loss in losses), 1)
   return hidden.reshape(-1, hidden.shape[-1]), scorers
 
 

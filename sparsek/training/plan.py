@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.config import TrainConfig, TransformerConfig, fields_of_kind
 from sparsek.errors import RunError
 from sparsek.model import flops, implementations, lora
 from sparsek.model.transformer import count_params
@@ -206,7 +206,7 @@ def remat_that_fits(
 
   It is an estimate, which tests/kernels/hopper/compile_test.py compares with the compiler's figure.
   Per token and layer it counts the block's input and two norms, queries, keys, values and the
-  attention's output, SPARSEK's lists of keys and values, and four arrays of the MLP's width, all
+  attention's output, the lists of chosen keys and values, and four arrays of the MLP's width, all
   twice for scanned layers; beside them
   the parameters, the gradients and two moments of those that learn, a chunk of logits, and where
   parameters are split, an embedding and an output matrix that are whole.
@@ -218,7 +218,7 @@ def remat_that_fits(
   """
   if limit is None:
     return "none"
-  lists = config.layer_kinds.count("sparsek") / config.num_layers
+  lists = sum("k" in fields_of_kind(kind) for kind in config.layer_kinds) / config.num_layers
   per_token = (
     3 * config.embed_dim
     + 2 * config.head_dim * (config.num_heads + (1 + lists) * config.num_kv_heads)

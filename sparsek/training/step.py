@@ -204,7 +204,7 @@ def make_objective(
     (learned, frozen, teacher's parameters, rows, (seed, step), number of counted targets of the
     whole batch) -> (objective, losses).
   """
-  scorer_weight = train.scorer_loss if config.learns_scores else 0.0
+  scorer_weight = _scorer_weight(config, train)
   logged = logged_losses(config, train, teacher)
 
   def objective(learned, frozen, teacher_params, rows, seed_and_step, num_targets):
@@ -245,11 +245,20 @@ def make_objective(
   return objective
 
 
+def _scorer_weight(config: TransformerConfig, train: TrainConfig) -> float:
+  """Returns the weight of the scorers' loss; 0 where no scorer learns by it.
+
+  Those of kvzap layers learn in the warm-up only.
+  """
+  learns = train.scorer_warmup or "sparsek" in config.layer_kinds
+  return train.scorer_loss if learns and config.learns_scores else 0.0
+
+
 def logged_losses(
   config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None
 ) -> list[str]:
   """Returns the names of the losses that `make_objective` gives."""
-  scorers = config.learns_scores and train.scorer_loss > 0
+  scorers = _scorer_weight(config, train) > 0
   return ["loss"] + ["scorer_loss"] * scorers + ["divergence"] * (teacher is not None)
 
 

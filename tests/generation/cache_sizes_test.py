@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparsek.attention import eviction
 from sparsek.config import TransformerConfig
 from sparsek.generation import cache_sizes
 from sparsek.generation.cache import init_cache
@@ -24,6 +25,7 @@ CASES = {
   "layers of their own k and window": dict(
     gate="value", attention="sliding_window:w4,sparsek:k9:w2,sparsek", num_layers=3
   ),
+  "evictors": dict(attention="tova,attention_sinks"),
 }
 
 
@@ -37,6 +39,9 @@ def test_full_layers_grow_by_steps_and_keep_what_they_have():
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_empty_cache_is_resized_to_an_empty_cache(name, monkeypatch):
+  # Borders are as far apart for every clipped size.
+  assert eviction.block_size(cache_sizes.UNCLIPPED, 0) == eviction.MAX_BLOCK
+  monkeypatch.setattr(eviction, "MAX_BLOCK", 2)
   monkeypatch.setattr(cache_sizes, "UNCLIPPED", 8)
   config = dataclasses.replace(CONFIG, k=40, window=70, **CASES[name])
   sizes = [cache_sizes.clip_sizes(config, length) for length in (5, 20, 33, 100, 10**12)]

@@ -77,6 +77,11 @@ CASES = {
   "value, layers of their own k and window": dict(
     gate="value", attention="sparsek:k9:w2,sliding_window:w4", num_layers=2
   ),
+  # borders are at every second and every fourth token
+  "key_value, evictors": dict(
+    gate="key_value", attention="tova:k40:w0,snapkv:k3:w64", num_layers=2
+  ),
+  "value, scores of its own": dict(gate="value", scorer="conv", attention="attention_sinks"),
 }
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # How rows are fed: a tuple is a prefill of so many tokens a row, a number so many decode_steps of
@@ -85,6 +90,10 @@ TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # nothing.
 MIXED = ((32, 3, 0), 2, (64, 33, 17), 20, (52, 32, 0), 9)
 EVEN = ((90,) * BATCH,)
+SCHEDULES = {
+  "key_value, conv, shared scores": [MIXED, EVEN, ()],
+  "value, scores of its own": [((CHUNK,) * BATCH,)],
+}
 
 
 def config_of(name):
@@ -177,7 +186,7 @@ def test_rows_that_advance_by_themselves_equal_the_parallel_forward(name, monkey
   monkeypatch.setattr(cached_chunk, "MAX_LOGITS", 40 * CHUNK)
   config = config_of(name)
   want = parallel(config)
-  for schedule in [MIXED, EVEN, ()] if name == "key_value, conv, shared scores" else [MIXED]:
+  for schedule in SCHEDULES.get(name, [MIXED]):
     got, cache = feed_rows(config, schedule)
     error = np.abs(got - want).max()
     print(
@@ -267,6 +276,13 @@ def test_cache_and_work_do_not_grow():
     quick_jit(step).lower(params_of(config), cache, TOKENS[:, 0]).cost_analysis()["flops"]
   )
   assert flops(start) == flops(cache)
+
+
+@pytest.mark.parametrize("kind", ["tova", "kvzap", "random_sink"])
+def test_evictors_keep_as_many_bytes_as_sparsek(kind):
+  config = lambda kind: dataclasses.replace(BASE, attention=kind, k=512, window=512)
+  size = lambda kind: cache_bytes(jax.eval_shape(functools.partial(init_cache, config(kind), 1)))
+  assert 0.9 * size("sparsek") < size(kind) <= size("sparsek")
 
 
 def test_of_equal_scores_the_earlier_token_keeps_its_slot():

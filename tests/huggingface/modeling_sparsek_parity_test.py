@@ -61,6 +61,7 @@ CASES = {
     parallel_residual=True,
     num_kv_heads=4,
     scorer="random",
+    scorer_init_sink=1.0,
     rope_scaling="linear:2",
     **BIASES,
   ),

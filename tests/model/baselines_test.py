@@ -12,11 +12,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from sparsek.attention.documents import position_in_document
+from sparsek.attention.scorer_loss import max_attention_loss
 from sparsek.config import ATTENTION_KINDS, TransformerConfig
 from sparsek.generation.cache import init_cache
 from sparsek.model import baselines
 from sparsek.model.baselines import BASELINES
-from sparsek.model.layers import rotary_embedding
+from sparsek.model.layers import Tokens, rotary_embedding
 from tests.helpers import quick_jit
 
 LENGTH = 150  # more than a chunk of queries
@@ -38,10 +39,14 @@ def inputs(length=LENGTH):
   return jax.random.normal(jax.random.key(0), (1, length, 16))
 
 
+def layer(kind, config=CONFIG):
+  return baselines.ATTENTION_MODULES[kind](config.for_term(kind))
+
+
 @functools.cache
 def attention(kind):
   """Variables and jitted apply."""
-  module = baselines.ATTENTION_MODULES[kind](CONFIG)
+  module = layer(kind)
   return {"params": quick_jit(module.init)(jax.random.key(1), inputs())["params"]}, quick_jit(
     module.apply
   )
@@ -166,7 +171,21 @@ def test_random_is_sparsek_with_a_random_scorer():
   )
 
 
-@pytest.mark.parametrize("kind", BASELINES)
+def test_random_sink_chooses_the_first_token_before_random_ones():
+  x, segments = inputs(), jnp.asarray(SEGMENTS)
+  scores, noise = (
+    layer(kind).scores(Tokens(x, x, x, x, segments, 0, x)) for kind in ("random_sink", "random")
+  )
+  first = position_in_document(segments, 1, LENGTH)[..., None] == 0
+  assert np.all(jnp.where(first, scores, jnp.inf) > jnp.max(noise)) and first.sum() == 4
+  np.testing.assert_array_equal(jnp.where(first, 0, scores), jnp.where(first, 0, noise))
+
+
+# tests/attention/eviction_test.py compares those that are left out, or SPARSEK's tests do.
+OWN = [kind for kind in BASELINES if kind not in ("tova", "h2o", "snapkv", "random_sink", "kvzap")]
+
+
+@pytest.mark.parametrize("kind", OWN)
 def test_nothing_comes_from_later_tokens_or_other_documents(kind):
   variables, apply = attention(kind)
   x = inputs()
@@ -178,9 +197,9 @@ def test_nothing_comes_from_later_tokens_or_other_documents(kind):
   assert np.all(np.any(np.abs(after - before)[0, 40:71] > 1e-3, axis=-1))
 
 
-@pytest.mark.parametrize("kind", BASELINES)
+@pytest.mark.parametrize("kind", [*OWN, "tova", "kvzap"])
 def test_no_array_is_quadratic_and_gradients_are_finite(kind):
-  module, n = baselines.ATTENTION_MODULES[kind](CONFIG), 20000
+  module, n = layer(kind), 20000
   variables, _ = attention(kind)
   loss = lambda variables, x: jnp.sum(module.apply(variables, x) ** 2)
   jaxpr = jax.make_jaxpr(jax.grad(loss))(variables, jax.ShapeDtypeStruct((1, n, 16), jnp.float32))
@@ -195,6 +214,8 @@ def test_no_array_is_quadratic_and_gradients_are_finite(kind):
 
   assert largest(jaxpr.jaxpr) < n * n / 16
   gradient = quick_jit(jax.grad(loss))(variables, inputs())
+  frozen = gradient["params"].pop("scorer", {})
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen))
   assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
 
@@ -203,7 +224,7 @@ def test_no_array_is_quadratic_and_gradients_are_finite(kind):
   [*((kind, "linear") for kind in ATTENTION_KINDS), ("sparsek", "conv"), ("sparsek", "random")],
 )
 def test_a_batch_may_be_empty(kind, scorer):
-  module = baselines.ATTENTION_MODULES[kind](dataclasses.replace(CONFIG, scorer=scorer))
+  module = layer(kind, dataclasses.replace(CONFIG, scorer=scorer))
   nothing, segments = jnp.zeros((0, 20, 16)), jnp.zeros((0, 20), jnp.int32)
   out, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), nothing, segments)
   assert out.shape == nothing.shape
@@ -215,11 +236,21 @@ def test_blocks_of_an_empty_batch_have_a_gradient():
   assert gradient.shape == x.shape
 
 
+@pytest.mark.parametrize("kind, joint", [("kvzap", False), ("sparsek", True)])
+def test_the_scorer_of_kvzap_learns_in_the_warm_up_alone(kind, joint):
+  module, variables, rngs = layer(kind), attention("kvzap")[0], {"scorer_loss": jax.random.key(0)}
+  sown = lambda name: jax.eval_shape(
+    functools.partial(module.apply, mutable=[name], rngs=rngs), variables, inputs()
+  )[1]
+  assert sown("scorer_warmup") and bool(sown("scorer_loss")) == joint
+  assert (module.loss is max_attention_loss) != joint
+
+
 def test_names_and_what_is_refused():
   assert set(ATTENTION_KINDS) == set(baselines.ATTENTION_MODULES)
   with pytest.raises(ValueError, match="window=0 must be at least 1 for block_topk"):
     dataclasses.replace(CONFIG, attention="block_topk", window=0)
-  with pytest.raises(ValueError, match="attention='lsh': there is no cache for baselines"):
+  with pytest.raises(ValueError, match="attention='lsh': there is no cache for this baseline"):
     init_cache(dataclasses.replace(CONFIG, attention="lsh"), 1)
 
 

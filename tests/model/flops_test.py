@@ -42,6 +42,7 @@ def test_attended_pairs_are_those_of_a_mask(k, window, lengths):
     want["linear"] += np.sum(np.minimum(i + 1, window) + 8)
     want["sliding_window"] += np.sum(np.minimum(i + 1, window))
     want["sparsek"] += np.sum(np.minimum(i + 1, window) + np.clip(i + 1 - window, 0, k))
+  want["tova"] = want["sparsek"]
   assert {
     kind: flops.attended_pairs(kind, np.array(lengths), k, window, 8) for kind in want
   } == want

@@ -129,7 +129,7 @@ def test_flags_and_errors_name_what_is_registered():
     values(["", "--scorer=other"])
   with pytest.raises(ValueError, match="linear, conv, random, feature; a name"):
     dataclasses.replace(SMALL, scorer="other")
-  with pytest.raises(ValueError, match="linear, near2; a name"):
+  with pytest.raises(ValueError, match="kvzap, near2; a name"):
     dataclasses.replace(SMALL, attention="other")
 
 

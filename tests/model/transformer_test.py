@@ -145,7 +145,9 @@ def test_layers_have_a_k_and_a_window_of_their_own():
     "sliding_window",
   ) * 3 + ("sparsek",)
   assert [(layer.k, layer.window) for layer in mixed.layer_configs] == [(3, 2)] * 3 + [(5, 3)]
+  # What a layer must not have, another may.
   mixed = dataclasses.replace(mixed, num_layers=2, attention="sliding_window:w2, sparsek:k5")
+  assert dataclasses.replace(mixed, scorer="conv", scorer_lookahead=3).layer_configs[0].window == 2
   for other in ("sliding_window:w2,sparsek", "sliding_window,sparsek:k5"):
     changed = run(dataclasses.replace(mixed, attention=other), params=params_of(mixed))
     assert np.max(np.abs(run(mixed) - changed)) > 1e-3
