@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from sparsek.experiments import script
-from sparsek.experiments.reports import records
+from sparsek.experiments.reports import records, ruler_report
 from sparsek.experiments.reports import results_sections as sections
 from sparsek.storage import files
 
@@ -96,6 +96,14 @@ SECTIONS = (
     ("train_h200.json", "train_1b_h200.json", "attention_h200.json", "decode_h200.json"),
     "python -m experiments.benchmark --suite=train --preset=gpt2_small --lengths=32768",
     sections.one_card,
+  ),
+  Section(
+    "Where the time of a training step goes",
+    "110 million parameters, 32768 tokens, bfloat16, k = window = 512, beside a window of 1024: "
+    "milliseconds of the kernels of each kind, from a trace of five steps on one H200.",
+    ("train_kernels_h200.json",),
+    "python -m experiments.benchmark --suite=train --preset=gpt2_small --lengths=32768",
+    sections.kernel_times,
   ),
   Section(
     "Time and memory on a CPU",
@@ -191,6 +199,29 @@ SECTIONS = (
     ("smollm2_convert.json",),
     "python -m experiments.recipes.smollm2_convert --examples=60",
     sections.conversion,
+  ),
+  Section(
+    "RULER by three programs",
+    "SmolLM2-135M as converted, with 1024 keys a query, and with full attention, both tuned on the "
+    "same 5.2 million tokens of documents; bfloat16, 20 prompts of each task and length. The same "
+    "prompts by `evaluate-ruler`, by lm-eval through its model `sparsek`, and by lm-eval through "
+    "its model `hf`, which is the exported PyTorch file in transformers. Scores in percent, as "
+    "RULER counts them.",
+    (
+      "ruler_smollm2_h200.json",
+      "ruler_smollm2_h200_lm_eval.json",
+      "ruler_smollm2_h200_transformers.json",
+    ),
+    "python -m experiments.recipes.ruler_tools --lengths=4096,8192 --prompts=20",
+    ruler_report.lines,
+  ),
+  Section(
+    "RULER at 16384 tokens",
+    "The same converted model, twice as many tokens as SmolLM2 was trained on: 13 tasks, 50 prompts "
+    "each, on one H200. Scores in percent with 95 % intervals over prompts, and what took how long.",
+    ("ruler_16k_h200.json",),
+    "python -m experiments.evaluate_ruler --lengths=16384 --prompts=50 --dtype=bfloat16",
+    ruler_report.at_length,
   ),
   Section(
     "Which layers need distance",

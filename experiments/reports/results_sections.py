@@ -127,28 +127,23 @@ def one_card(
     "Model FLOPs utilization of these steps, of the attention that is computed:",
     "",
     *markdown(["parameters", "`--remat`", "scorers' loss", *names], utilization),
-    *kernel_times([*train["rows"], *large["rows"]]),
   ]
 
 
-def kernel_times(rows: Sequence[Mapping]) -> list[str]:
-  """Returns the table of the time of each kind of kernels in a training step, where traced."""
-  lines = [
-    [
-      row["model"].split(" parameters")[0],
-      row["remat"],
-      {"sparsek": "SPARSEK", "sliding_window": "our window", "full": "full attention"}[kind]
-      + ", scorers' loss" * (kind == "sparsek" and bool(row["scorer_loss"])),
-      *(number(cell["kinds_ms"].get(name)) for name, _ in trace.KINDS),
+def kernel_times(record: Mapping) -> list[str]:
+  """Returns the table of the time of each kind of kernels in a training step."""
+  labels = {"sparsek": "SPARSEK", "sliding_window": "our window"}
+  columns = {
+    labels[kind] + ", scorers' loss" * (kind == "sparsek" and bool(row["scorer_loss"])): cell[
+      "kinds_ms"
     ]
-    for row in rows
+    for row in record["rows"]
     for kind, cell in row["rivals"].items()
-    if cell.get("kinds_ms")
-  ]
-  head = ["parameters", "`--remat`", "attention", *(name for name, _ in trace.KINDS)]
-  if not lines:
-    return []
-  return ["", "Where the time of a step goes, ms:", "", *markdown(head, lines)]
+  }
+  names = [name for name, _ in trace.KINDS]
+  rows = [[name, *(number(ms.get(name)) for ms in columns.values())] for name in names]
+  total = ["all", *(number(sum(ms.values())) for ms in columns.values())]
+  return markdown(["kernels", *columns], [*rows, total])
 
 
 def decoding(record: Mapping) -> list[str]:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping
 
 from sparsek.errors import UsageError
+from sparsek.evaluation.ruler import Score
 from sparsek.experiments import script
 from sparsek.experiments.reports.results_tables import markdown
 from sparsek.storage import files
@@ -49,9 +50,41 @@ def lines(*made: Mapping) -> list[str]:
   return page[1:]
 
 
+def at_length(record: Mapping) -> list[str]:
+  """Returns the scores of runs at one length, and what took how many seconds."""
+  names = [os.path.basename(label) for label in record["runs"]]
+  rows = [
+    [task, *(str(Score(**_fields(run, task))) for run in record["runs"].values())]
+    for task in dict.fromkeys(
+      row["task"] for run in record["runs"].values() for row in run["results"]
+    )
+  ]
+  means = [
+    f"{sum(row['score'] for row in run['results']) / len(run['results']):.1f}"
+    for run in record["runs"].values()
+  ]
+  page = [*markdown(["task", *names], [*rows, ["mean", *means]]), ""]
+  for name, run in zip(names, record["runs"].values()):
+    seconds = run["seconds"]
+    page += _wrapped(
+      f"- {name}: {seconds['process']:.0f} s in all, start and compilation included; "
+      f"{seconds['loading']:.0f} s of loading, {seconds['answering']:.0f} s of answers, "
+      f"{seconds['waiting']:.0f} s of waiting for prompts."
+    )
+  alone = record["prompts_seconds"]
+  page += _wrapped(f"- A process that only makes and writes the prompts takes {alone:.0f} s.")
+  return page
+
+
 def _wrapped(item: str) -> list[str]:
   """Returns the lines of an item of a list."""
   return textwrap.wrap(item, 100, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _fields(run: Mapping, task: str) -> dict:
+  """Returns the fields of a run's score of a task."""
+  (row,) = (row for row in run["results"] if row["task"] == task)
+  return {name: value for name, value in row.items() if name not in ("task", "length")}
 
 
 def _table(columns: Mapping[str, Mapping[Key, float]]) -> list[str]:
