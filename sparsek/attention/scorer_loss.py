@@ -93,6 +93,40 @@ def attention_mass_loss(
   Raises:
     NotImplementedError: if the implementation asked for by name cannot run here, with the reason.
   """
+  problem = posed(scores, query, queries, window, scale, segment_ids, axis)
+  chosen = choose_implementation(implementation, query, segment_ids, 0).implementation
+  static = Static(problem.window, problem.scale, axis, chosen == "mosaic_gpu")
+  scores = scores.astype(jnp.float32)
+  return _loss(scores, problem.asked, key, queries, problem.start, problem.weight, static)
+
+
+class Problem(NamedTuple):
+  """What a loss of scorers computes with, besides scores, keys and positions of queries.
+
+  Attributes:
+    asked: [B, C, H, D], the queries to compare at.
+    start: [B, C] int32, the first token of their documents.
+    weight: [B, C] float32; 0 for queries in padding.
+    window, scale: of attention, as Python numbers.
+  """
+
+  asked: jax.Array
+  start: jax.Array
+  weight: jax.Array
+  window: int
+  scale: float
+
+
+def posed(
+  scores: jax.Array,
+  query: jax.Array,
+  queries: jax.Array,
+  window: int,
+  scale: float | None,
+  segment_ids: jax.Array | None,
+  axis: str | None,
+) -> Problem:
+  """Gathers the queries at `queries`; the arguments are those of `attention_mass_loss`."""
   batch, n, groups = scores.shape
   shards = 1 if axis is None else lax.axis_size(axis)
   start, _ = document_bounds(segment_ids, batch, shards * n)
@@ -104,10 +138,8 @@ def attention_mass_loss(
   )
   weight = counted / (jnp.maximum(jnp.sum(counted, axis=1, keepdims=True), 1) * groups)
   scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-  scores, window = scores.astype(jnp.float32), min(int(window), shards * n)
-  chosen = choose_implementation(implementation, query, segment_ids, 0).implementation
-  static = Static(window, scale, axis, chosen == "mosaic_gpu")
-  return _loss(scores, _asked(query, queries, axis), key, queries, at(start), weight, static)
+  window = min(int(window), shards * n)
+  return Problem(_asked(query, queries, axis), at(start), weight, window, scale)
 
 
 def max_attention_loss(
@@ -210,13 +242,13 @@ def _asked(query, queries, axis):
   """Gathers the queries at [B, C] positions: [B, C, H, D]. Each lies on one shard."""
   if axis is None:
     return jnp.take_along_axis(query, queries[..., None, None], axis=1)
-  index = (queries - _first(query.shape[1], axis))[..., None, None]
+  index = (queries - first_token(query.shape[1], axis))[..., None, None]
   here = (index >= 0) & (index < query.shape[1])
   rows = jnp.take_along_axis(query, jnp.clip(index, 0, query.shape[1] - 1), axis=1)
   return lax.psum(jnp.where(here, rows, 0), axis)
 
 
-def _first(length, axis):
+def first_token(length, axis):
   """Returns the index in its row of the first of this shard's `length` tokens."""
   return 0 if axis is None else lax.axis_index(axis) * length
 
@@ -230,7 +262,7 @@ def _forward(scores, asked, key, queries, start, weight, static):
   if static.kernels:
     from sparsek.kernels.hopper import scorer_loss as hopper
 
-    first = _first(scores.shape[1], static.axis)
+    first = first_token(scores.shape[1], static.axis)
     total, d_scores = hopper.attention_mass(
       scores, asked, key, queries - first, start - first, weight, **static.options
     )
@@ -244,32 +276,18 @@ def _forward(scores, asked, key, queries, start, weight, static):
 @functools.partial(jax.jit, static_argnames=("window", "scale", "axis"))
 def _by_xla(scores, asked, key, queries, start, weight, *, window, scale, axis):
   """Returns the loss and its gradient in the scores, a block of queries at a time."""
-  (batch, n, groups), (number, heads, dim) = scores.shape, asked.shape[1:]
-  most = max(1, BLOCK_LOGITS // (batch * heads * n))
-  block = -(-number // -(-number // most))  # as many blocks as that needs, of equal size
+  batch, n, groups = scores.shape
   scores_BxGx1xN = jnp.swapaxes(scores, 1, 2)[:, :, None]
-  j = _first(n, axis) + jnp.arange(n, dtype=jnp.int32)
   over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
 
-  def body(carry, xs):
+  def body(carry, block):
     total, d_scores_BxGxN = carry
-    asked_BxCxGxRxD, i_BxCx1, start_BxCx1, weight_BxC = xs
-    logits_BxGxRxCxN = (
-      jnp.einsum("bcgrd,bjgd->bgrcj", asked_BxCxGxRxD, key, preferred_element_type=jnp.float32)
-      * scale
-    )
-    seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
-    candidate_Bx1xCxN = (seen_BxCxN & (j + window <= i_BxCx1))[:, None]
-    logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
+    weight_BxC = block.weight
+    attention_BxGxCxN, candidate_Bx1xCxN = attention_to_candidates(block, key, window, scale, axis)
     candidates_BxGxCxN = jnp.where(candidate_Bx1xCxN, scores_BxGx1xN, np.finfo(np.float32).min)
-    top, top_score = over_shards(lax.pmax, (_max(logits_BxGxRxCxN), _max(candidates_BxGxCxN)))
+    top_score = over_shards(lax.pmax, _max(candidates_BxGxCxN))
     top_score = jnp.where(jnp.isfinite(top_score), top_score, 0)  # as logsumexp does
-    weights_BxGxRxCxN = jnp.exp(logits_BxGxRxCxN - top)
-    total_weight, total_exp = over_shards(
-      lax.psum, (_sum(weights_BxGxRxCxN), _sum(jnp.exp(candidates_BxGxCxN - top_score)))
-    )
-    attention_BxGxCxN = jnp.mean(weights_BxGxRxCxN / total_weight, axis=2)
-    attention_BxGxCxN = jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0)
+    total_exp = over_shards(lax.psum, _sum(jnp.exp(candidates_BxGxCxN - top_score)))
     # the logarithm of what the scores expect of the candidates' attention
     expected_BxGxCxN = scores_BxGx1xN - top_score - jnp.log(total_exp)
     information_BxGxCxN = jnp.where(
@@ -290,22 +308,68 @@ def _by_xla(scores, asked, key, queries, start, weight, *, window, scale, axis):
     )
     return (total + jnp.sum(loss_BxGxC * weight_BxC[:, None]), d_scores_BxGxN), None
 
+  zero = jnp.zeros((), jnp.float32), jnp.zeros((batch, groups, n), jnp.float32)
+  (total, d_scores), _ = lax.scan(body, zero, query_blocks(asked, key, queries, start, weight))
+  return total, jnp.swapaxes(d_scores, 1, 2)
+
+
+class QueryBlock(NamedTuple):
+  """Queries that are compared at the same time.
+
+  Attributes:
+    asked: [B, C, G, H / G, D].
+    last, start: [B, C, 1] int32, their positions and the first tokens of their documents.
+    weight: [B, C] float32.
+  """
+
+  asked: jax.Array
+  last: jax.Array
+  start: jax.Array
+  weight: jax.Array
+
+
+def query_blocks(
+  asked: jax.Array, key: jax.Array, queries: jax.Array, start: jax.Array, weight: jax.Array
+) -> QueryBlock:
+  """Cuts queries into blocks of equal size, the axis of `lax.scan`, with BLOCK_LOGITS logits each;
+  the last one is filled up with queries of weight 0.
+  """
+  (batch, number, heads, dim), (_, n, groups, _) = asked.shape, key.shape
+  most = max(1, BLOCK_LOGITS // (batch * heads * n))
+  block = -(-number // -(-number // most))
+
   def blocks(x):
-    """Cuts [B, queries, ...] into [blocks, B, block, ...], padded with zeros: queries of
-    weight 0.
-    """
     x = jnp.pad(x, ((0, 0), (0, -number % block), *[(0, 0)] * (x.ndim - 2)))
     return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
 
-  zero = jnp.zeros((), jnp.float32), jnp.zeros((batch, groups, n), jnp.float32)
-  xs = (
+  return QueryBlock(
     blocks(asked.reshape(batch, number, groups, -1, dim)),
     blocks(queries[..., None]),
     blocks(start[..., None]),
     blocks(weight),
   )
-  (total, d_scores), _ = lax.scan(body, zero, xs)
-  return total, jnp.swapaxes(d_scores, 1, 2)
+
+
+def attention_to_candidates(
+  block: QueryBlock, key: jax.Array, window: int, scale: float, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the attention of queries to their candidates among the keys that are here, averaged
+  over the query heads of a KV head, [B, G, C, N] float32 and 0 elsewhere; and which keys are
+  candidates, [B, 1, C, N].
+  """
+  j = first_token(key.shape[1], axis) + jnp.arange(key.shape[1], dtype=jnp.int32)
+  over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
+  logits_BxGxRxCxN = (
+    jnp.einsum("bcgrd,bjgd->bgrcj", block.asked, key, preferred_element_type=jnp.float32) * scale
+  )
+  seen_BxCxN = (j <= block.last) & (j >= block.start)
+  candidate_Bx1xCxN = (seen_BxCxN & (j + window <= block.last))[:, None]
+  logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
+  top = over_shards(lax.pmax, _max(logits_BxGxRxCxN))
+  weights_BxGxRxCxN = jnp.exp(logits_BxGxRxCxN - top)
+  total_weight = over_shards(lax.psum, _sum(weights_BxGxRxCxN))
+  attention_BxGxCxN = jnp.mean(weights_BxGxRxCxN / total_weight, axis=2)
+  return jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0), candidate_Bx1xCxN
 
 
 def _max(x):
