@@ -350,6 +350,17 @@ def query_blocks(
   )
 
 
+def visible_keys(
+  block: QueryBlock, length: int, window: int, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns which of the `length` keys that are here a query sees, [B, C, N], and which of them are
+  its candidates, [B, 1, C, N].
+  """
+  j = first_token(length, axis) + jnp.arange(length, dtype=jnp.int32)
+  seen_BxCxN = (j <= block.last) & (j >= block.start)
+  return seen_BxCxN, (seen_BxCxN & (j + window <= block.last))[:, None]
+
+
 def attention_to_candidates(
   block: QueryBlock, key: jax.Array, window: int, scale: float, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -357,13 +368,11 @@ def attention_to_candidates(
   over the query heads of a KV head, [B, G, C, N] float32 and 0 elsewhere; and which keys are
   candidates, [B, 1, C, N].
   """
-  j = first_token(key.shape[1], axis) + jnp.arange(key.shape[1], dtype=jnp.int32)
+  seen_BxCxN, candidate_Bx1xCxN = visible_keys(block, key.shape[1], window, axis)
   over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
   logits_BxGxRxCxN = (
     jnp.einsum("bcgrd,bjgd->bgrcj", block.asked, key, preferred_element_type=jnp.float32) * scale
   )
-  seen_BxCxN = (j <= block.last) & (j >= block.start)
-  candidate_Bx1xCxN = (seen_BxCxN & (j + window <= block.last))[:, None]
   logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
   top = over_shards(lax.pmax, _max(logits_BxGxRxCxN))
   weights_BxGxRxCxN = jnp.exp(logits_BxGxRxCxN - top)
