@@ -182,7 +182,7 @@ def max_attention_loss(
   start, _ = document_bounds(segment_ids, batch, shards * n)
   if segment_ids is not None:  # queries in padding see no candidates
     start = jnp.where(segment_ids != 0, start, shards * n)
-  j = _first(n, axis) + jnp.arange(n, dtype=jnp.int32)
+  j = first_token(n, axis) + jnp.arange(n, dtype=jnp.int32)
   over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
   query, key = lax.stop_gradient((_asked(query, queries, axis), key))
   block = max(1, min(number, BLOCK_LOGITS // (batch * heads * n)))

@@ -80,10 +80,17 @@ def scorer_loss(
   """
   check_choice("target", target, SCORER_TARGETS)
   check_choice("kind", kind, SCORER_LOSSES)
-  attention = {"window": window, "scale": scale, "segment_ids": segment_ids, "axis": axis}
   if (target, kind, value_norm) == ("mean", "divergence", False):
     return attention_mass_loss(
-      scores, query, key, queries, implementation=implementation, **attention
+      scores,
+      query,
+      key,
+      queries,
+      window=window,
+      scale=scale,
+      segment_ids=segment_ids,
+      axis=axis,
+      implementation=implementation,
     )
   problem = posed(scores, query, queries, window, scale, segment_ids, axis)
   size_BxNxG = (

@@ -13,7 +13,14 @@ from sparsek.command_line.definer import names_of
 from sparsek.errors import UsageError
 
 # Flags without effect where no scorer learns.
-OF_LEARNED_SCORERS = ("scorer_loss", "scorer_loss_queries", "scorer_lr_multiplier")
+OF_LEARNED_SCORERS = (
+  "scorer_loss",
+  "scorer_loss_queries",
+  "scorer_target",
+  "scorer_target_value_norm",
+  "scorer_loss_kind",
+  "scorer_lr_multiplier",
+)
 
 
 def _build(flag_values: flags.FlagValues, constructor: Callable, *args: Any, **fields: Any) -> Any:

@@ -188,6 +188,13 @@ def _define_scorer_loss(define: Definer) -> None:
     "Weight of the loss that teaches scorers which tokens to keep. It shows them which tokens full "
     "attention reads. With 0 they learn by the gradient of the gates alone, as in the paper.",
   )
+  define.real(
+    "gate_anneal",
+    RUN.gate_anneal,
+    "Train with soft gates that become hard: those of --gate=value, of scores times a factor that "
+    "grows from 1 to this one. 30 is nearly hard. Evaluation has hard gates, as "
+    "--gate=straight_through. 0 means that training has those of --gate.",
+  )
   define.boolean(
     "scorer_warmup",
     RUN.scorer_warmup,

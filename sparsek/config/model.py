@@ -120,6 +120,8 @@ class TransformerConfig:
       are also tried which would be dropped.
     scorer_loss_queries: queries per row, evenly spaced, whose attention the scorers' auxiliary loss
       uses; see `TrainConfig.scorer_loss`.
+    scorer_target, scorer_target_value_norm, scorer_loss_kind: what that loss compares scores with;
+      see `sparsek.attention.scorer_targets.scorer_loss`.
     positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the
       embedding of the tokens).
     max_positions: rows of the learned table, and so the largest number of tokens in a row; with
@@ -171,6 +173,9 @@ class TransformerConfig:
   scorer_init_sink: float = 0.0
   scorer_noise: Weight = 0.0
   scorer_loss_queries: Count = 128
+  scorer_target: str = "mean"
+  scorer_target_value_norm: bool = False
+  scorer_loss_kind: str = "divergence"
   positions: str = "rope"
   max_positions: Annotated[int, Range(2, MAX_INT)] = 2048
   rope_theta: Annotated[float, Range(1)] = 10000.0
@@ -203,6 +208,8 @@ class TransformerConfig:
     check_choice("gate", self.gate, GATES)
     if self.scorer not in SCORERS:
       raise ValueError(f"scorer={self.scorer!r} is not one of {', '.join(SCORERS)}{UNREGISTERED}")
+    check_choice("scorer_target", self.scorer_target, SCORER_TARGETS)
+    check_choice("scorer_loss_kind", self.scorer_loss_kind, SCORER_LOSSES)
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("remat", self.remat, REMAT_POLICIES)
     check_choice("implementation", self.implementation, (None, *IMPLEMENTATIONS))

@@ -106,8 +106,11 @@ class TrainConfig:
     data, optimizer: see their classes.
     seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
     scorer_loss: weight of the scorers' auxiliary loss,
-      `sparsek.attention.scorer_loss.attention_mass_loss`, a mean over rows and sparsek layers; has
+      `sparsek.attention.scorer_targets.scorer_loss`, a mean over rows and sparsek layers; has
       no effect where no scorer has parameters.
+    gate_anneal: at least 1: training has the gates of "value", of scores times
+      `gate_anneal ** (step / num_steps)`, so that soft gates become hard; evaluation has the
+      model's own, "straight_through". 0: training has them, too.
     scorer_warmup: train the scorers by that loss alone while sparsek layers attend to everything:
       the first stage of converting a dense model. There is no cross-entropy and no backward pass
       except the scorers'; the "loss" of a step is the scorers' loss.
@@ -144,6 +147,7 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   seed: Index = 0
   scorer_loss: Weight = 1.0
+  gate_anneal: Weight = 0.0
   scorer_warmup: bool = False
   distill: Share = 0.0
   distill_from: str | None = None
@@ -184,6 +188,10 @@ class TrainConfig:
         f"spike_factor={self.spike_factor} must be above 1, or 0 to look for no spikes"
       )
     check_choice("on_spike", self.on_spike, ON_SPIKE)
+    if self.gate_anneal and not self.gate_anneal >= 1:
+      raise ValueError(
+        f"gate_anneal={self.gate_anneal} must be at least 1, or 0 for the gates of --gate"
+      )
     if (self.distill > 0) != bool(self.distill_from):
       raise ValueError(
         f"distill={self.distill} must go with distill_from, its teacher: both or neither; "

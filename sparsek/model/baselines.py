@@ -6,7 +6,7 @@ Only two kinds add parameters: "linear" those of its decay, as many as a linear 
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -419,7 +419,11 @@ class KVzapAttention(SparseKAttention):
   """
 
   frozen = True
-  loss = staticmethod(max_attention_loss)
+
+  def loss(self, arrays: tuple[jax.Array, ...], **attention: Any) -> jax.Array:
+    """Computes the loss of the scorer, which looks at no values."""
+    scores, query, key, _, queries = arrays
+    return max_attention_loss(scores, query, key, queries, **attention)
 
 
 BASELINES = {

@@ -2,8 +2,7 @@
 window, or full).
 """
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,8 @@ import numpy as np
 
 from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
-from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
+from sparsek.attention.scorer_loss import sample_queries
+from sparsek.attention.scorer_targets import scorer_loss
 from sparsek.config import TransformerConfig
 from sparsek.kernels.rms_norm import branched_rms_norm, rms_norm
 from sparsek.model.projections import project_together, projection
@@ -184,6 +184,7 @@ class Tokens(NamedTuple):
       not known.
     loss_queries: [B, C] int32, positions of the queries of the scorers' loss; None where the layer
       draws them itself.
+    score_factor: see `sparsek.model.transformer.Transformer.hidden`.
   """
 
   x: jax.Array
@@ -195,6 +196,7 @@ class Tokens(NamedTuple):
   row_index: jax.Array
   scorer_products: jax.Array | None = None
   loss_queries: jax.Array | None = None
+  score_factor: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -234,6 +236,7 @@ class Attention(nn.Module):
     row_index: jax.Array | None = None,
     positions: jax.Array | None = None,
     loss_queries: jax.Array | None = None,
+    score_factor: jax.Array | None = None,
   ) -> jax.Array:
     """Lets tokens attend to each other: normalised hidden states [B, N, E] to [B, N, E].
 
@@ -242,7 +245,7 @@ class Attention(nn.Module):
       row_index: see `Tokens`; 0 .. B - 1 by default.
       positions: [B, N] or [N] integers of the rotary embedding; by default the tokens' positions
         in their documents.
-      loss_queries: see `Tokens`.
+      loss_queries, score_factor: see `Tokens`.
 
     Raises:
       NotImplementedError: where rows are sharded and the kind is not shardable.
@@ -255,13 +258,8 @@ class Attention(nn.Module):
       positions = token_positions(segment_ids, batch, length)
     products, scorer_products = self._products(x_BxNxE)
     query, key, value = self._normed_and_rotated(products, positions)
-    return self.output(
-      self.mix(
-        Tokens(
-          x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products, loss_queries
-        )
-      )
-    )
+    rest = segment_ids, layer, row_index, scorer_products, loss_queries, score_factor
+    return self.output(self.mix(Tokens(x_BxNxE, query, key, value, *rest)))
 
   def project(
     self, x_BxNxE: jax.Array, positions: jax.Array
@@ -324,8 +322,8 @@ class SparseKAttention(Attention):
 
   Applied with mutable=["scorer_loss"] and rngs={"scorer_loss": key}, which draws
   `config.scorer_loss_queries` queries a row, it leaves there, as `attention_mass`, the loss of
-  `sparsek.attention.scorer_loss.attention_mass_loss`, from which only the scorer's parameters
-  learn. With mutable=["scorer_warmup"] it leaves the same there and attends to the whole document,
+  `sparsek.attention.scorer_targets.scorer_loss`, from which only the scorer's parameters learn.
+  With mutable=["scorer_warmup"] it leaves the same there and attends to the whole document,
   as the dense model does whose scorers are being trained.
 
   Example:
@@ -337,12 +335,10 @@ class SparseKAttention(Attention):
 
   Class attributes:
     frozen: True if the scorer learns only by its loss in the warm-up.
-    loss: of the scorer, with the arguments of `attention_mass_loss`.
   """
 
   shardable = True
   frozen: ClassVar[bool] = False
-  loss: ClassVar[Callable[..., jax.Array]] = staticmethod(attention_mass_loss)
 
   def setup(self) -> None:
     super().setup()
@@ -352,7 +348,7 @@ class SparseKAttention(Attention):
     return None if self.config.scorer in SCORER_FACTORIES else self.scorer.input_matrix()
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products, _ = tokens
+    x_BxNxE, query, key, value, segment_ids, layer, row_index, scorer_products, *_ = tokens
     cfg = self.config
     products = () if scorer_products is None else (scorer_products,)
     scores_BxNxG = self.scorer(x_BxNxE, segment_ids, layer, *products)
@@ -367,6 +363,8 @@ class SparseKAttention(Attention):
     if warmup or (joint and not self.frozen):
       loss = self._scorer_loss(tokens)
       self.sow("scorer_warmup" if warmup else "scorer_loss", "attention_mass", loss)
+    if tokens.score_factor is not None:
+      scores_BxNxG *= tokens.score_factor
     if warmup:
       return full_attention(cfg, query, key, value, segment_ids)
     return sequence_parallel.sparsek_attention(
@@ -390,20 +388,30 @@ class SparseKAttention(Attention):
   def _scorer_loss(self, tokens):
     """Returns this shard's part of the scorers' loss, from which only the scorer learns."""
     cfg = self.config
-    x_BxNxE, query, key = map(jax.lax.stop_gradient, (tokens.x, tokens.query, tokens.key))
+    x_BxNxE, query, key, value = map(jax.lax.stop_gradient, tokens[:4])
     queries = tokens.loss_queries
     if queries is None:
       keys = row_keys(self.make_rng("scorer_loss"), tokens.row_index)
       queries = sample_loss_queries(cfg, keys, x_BxNxE.shape[1])
+    scores_BxNxG = self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer)
     return self.loss(
-      self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer),
-      query,
-      key,
-      queries,
+      (scores_BxNxG, query, key, value, queries),
       window=cfg.window,
       segment_ids=tokens.segment_ids,
       axis=CONTEXT if axis_size(CONTEXT) > 1 else None,
       implementation=cfg.implementation,
+    )
+
+  def loss(self, arrays: tuple[jax.Array, ...], **attention: Any) -> jax.Array:
+    """Computes the loss of the scorer from scores, query, key, value and positions of queries."""
+    cfg = self.config
+    return scorer_loss(
+      *arrays,
+      k=cfg.k,
+      target=cfg.scorer_target,
+      kind=cfg.scorer_loss_kind,
+      value_norm=cfg.scorer_target_value_norm,
+      **attention,
     )
 
 

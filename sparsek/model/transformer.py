@@ -42,8 +42,9 @@ class Block(nn.Module):
     layer: jax.Array | int,
     row_index: jax.Array | None = None,
     loss_queries: jax.Array | None = None,
+    score_factor: jax.Array | None = None,
   ) -> jax.Array:
-    rest = segment_ids, layer, row_index, loss_queries
+    rest = segment_ids, layer, row_index, loss_queries, score_factor
     if not is_sharded():
       return self._output(x_BxNxE, *rest)
     tied = [x_BxNxE]
@@ -57,10 +58,15 @@ class Block(nn.Module):
 
     return nn.map_variables(output, "params", trans_in_fn=whole)(self, *rest)
 
-  def _output(self, x_BxNxE, segment_ids, layer, row_index, loss_queries):
+  def _output(self, x_BxNxE, segment_ids, layer, row_index, loss_queries, score_factor):
     x_BxNxE, normed_BxNxE = self.attention_norm.branch(x_BxNxE)
     mixed_BxNxE = self.attention(
-      normed_BxNxE, segment_ids, layer, row_index, loss_queries=loss_queries
+      normed_BxNxE,
+      segment_ids,
+      layer,
+      row_index,
+      loss_queries=loss_queries,
+      score_factor=score_factor,
     )
     if self.config.parallel_residual:
       x_BxNxE, normed_BxNxE = self.mlp_norm.branch(x_BxNxE)
@@ -153,10 +159,10 @@ class Group(nn.Module):
     cfg = self.config
     self.blocks = [_block_class(cfg)(cfg, term) for term in cfg.attention]
 
-  def __call__(self, x_BxNxE, segment_ids, first_layer, row_index, loss_queries):
+  def __call__(self, x_BxNxE, segment_ids, first_layer, row_index, loss_queries, score_factor):
     for i, block in enumerate(self.blocks):
       queries = None if loss_queries is None else loss_queries[i]
-      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i, row_index, queries)
+      x_BxNxE = block(x_BxNxE, segment_ids, first_layer + i, row_index, queries, score_factor)
     return x_BxNxE, None
 
 
@@ -206,7 +212,7 @@ class Transformer(nn.Module):
         Group,
         variable_axes={"params": 0, "diagnostics": 0, "scorer_loss": 0, "scorer_warmup": 0},
         split_rngs={"params": True, "scorer_noise": True, "scorer_loss": True},
-        in_axes=(nn.broadcast, 0, nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast),
         length=cfg.num_layers // len(cfg.attention),
       )
       self.layers = scanned(cfg)
@@ -246,6 +252,7 @@ class Transformer(nn.Module):
     tokens: jax.Array,
     segment_ids: jax.Array | None = None,
     row_index: jax.Array | None = None,
+    score_factor: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the final normalised hidden states [B, N, E] in the activation dtype; times
     `output_matrix` they are the logits.
@@ -255,6 +262,8 @@ class Transformer(nn.Module):
       segment_ids: [B, n] of whole rows, or None.
       row_index: [B] int32, each row's index in the batch of all devices, from which the noise on
         its scores and the queries of the scorers' loss derive; 0 .. B - 1 by default.
+      score_factor: scalar by which the scores of sparsek layers are multiplied where they select
+        and gate: the larger, the harder the gates; None: 1.
     """
     x_BxNxE = self.embedded(tokens, segment_ids)
     queries_LxBxC = self._loss_queries(tokens, row_index)
@@ -268,11 +277,12 @@ class Transformer(nn.Module):
         jnp.arange(0, self.config.num_layers, period),
         row_index,
         queries_LxBxC,
+        score_factor,
       )
     else:
       for i, block in enumerate(self.layers):
         queries = None if queries_LxBxC is None else queries_LxBxC[i]
-        x_BxNxE = block(x_BxNxE, segment_ids, i, row_index, queries)
+        x_BxNxE = block(x_BxNxE, segment_ids, i, row_index, queries, score_factor)
     return self.final_norm(x_BxNxE)
 
   def _loss_queries(self, tokens, row_index):

@@ -34,6 +34,7 @@ def check_run(
   writers.check(train)
   check_batch(mesh, train.data.batch_size, train.grad_accumulation)
   check_adapters(config, train, *others)
+  check_gates(config, train)
   check_length(config, train.data.seq_len)
   check_context(config, mesh, train.data.seq_len)
   check_implementation(config, train.data.seq_len, params)
@@ -81,6 +82,19 @@ def check_adapters(config: TransformerConfig, train: TrainConfig, *others: Train
     raise UsageError(
       f"--lora_rank={config.lora_rank} must be at most {config.embed_dim}, the model's width"
     )
+
+
+def check_gates(config: TransformerConfig, train: TrainConfig) -> None:
+  """Raises UsageError where gates cannot become those of the model in the course of a run."""
+  if not train.gate_anneal:
+    return
+  flag = f"--gate_anneal={train.gate_anneal}"
+  if "sparsek" not in config.layer_kinds:
+    raise UsageError(f"{flag}: no layer has gates")
+  if config.gate != "straight_through":
+    raise UsageError(f"{flag} needs --gate=straight_through, which is hard; --gate={config.gate}")
+  if train.scorer_warmup:
+    raise UsageError(f"{flag} and --scorer_warmup exclude each other: a warm-up has no gates")
 
 
 def check_length(config: TransformerConfig, seq_len: int, flag: str = "seq_len") -> None:

@@ -37,7 +37,7 @@ class Losses(NamedTuple):
   scorers: jax.Array
 
 
-def _hidden(config, params, batch, packed, key=None, mutable=()):
+def _hidden(config, params, batch, packed, key=None, mutable=(), score_factor=None):
   """Returns the final hidden states [B * n, E], and the mean auxiliary loss of layers with scorers.
 
   Each layer writes its loss to a collection; `mutable` names that collection.
@@ -49,6 +49,7 @@ def _hidden(config, params, batch, packed, key=None, mutable=()):
     batch["tokens"],
     segment_ids=segment_ids,
     row_index=batch["row_index"],
+    score_factor=score_factor,
     method="hidden",
     rngs=rngs,
     mutable=list(mutable),
@@ -68,6 +69,7 @@ def summed_losses(
   scorer_loss: bool = False,
   key: jax.Array | None = None,
   teacher: Teacher | None = None,
+  score_factor: jax.Array | None = None,
 ) -> Losses:
   """Returns the losses of a batch.
 
@@ -81,11 +83,12 @@ def summed_losses(
     scorer_loss: compute the auxiliary loss of `SparseKAttention` too.
     key: random key of the noise on the scores and of the queries of the auxiliary loss, which needs
       it. None: no noise.
+    score_factor: of gates, see `Transformer.hidden`; not of the teacher's.
     teacher: the model to learn from, which costs a forward pass; no gradient reaches it.
   """
   targets, counted = batch["targets"].reshape(-1), batch["counted"].reshape(-1)
   hidden, scorers = _hidden(
-    config, params, batch, packed, key, ["scorer_loss"] if scorer_loss else []
+    config, params, batch, packed, key, ["scorer_loss"] if scorer_loss else [], score_factor
   )
   matrix = output_matrix(config, params)
   if teacher is None:

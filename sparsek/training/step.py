@@ -4,6 +4,7 @@ The forward and backward passes of a step run in one `jax.shard_map`: each devic
 rows, or its part of their tokens, and gathers a layer's parameters when it needs them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -205,6 +206,8 @@ def make_objective(
     whole batch) -> (objective, losses).
   """
   scorer_weight = _scorer_weight(config, train)
+  if train.gate_anneal:
+    config = dataclasses.replace(config, gate="value")
   logged = logged_losses(config, train, teacher)
 
   def objective(learned, frozen, teacher_params, rows, seed_and_step, num_targets):
@@ -212,9 +215,9 @@ def make_objective(
       return total / jnp.maximum(num_targets, 1)
 
     params = select_params(config, lora.join(_freeze(learned, train.optimizer.trainable), frozen))
+    seed, step = seed_and_step
     key = None
     if config.scorer_noise or scorer_weight:
-      seed, step = seed_and_step
       key = jax.random.fold_in(jax.random.key(seed), step)
     if train.scorer_warmup:
       scorer_loss = (
@@ -231,6 +234,9 @@ def make_objective(
       scorer_loss=scorer_weight > 0,
       key=key,
       teacher=None if teacher is None else Teacher(teacher, teacher_params, train.distill),
+      score_factor=train.gate_anneal ** (step / train.optimizer.num_steps)
+      if train.gate_anneal
+      else None,
     )
     scorer_loss = losses.scorers / train.data.batch_size
     metrics = {
