@@ -10,11 +10,12 @@ values corrected (Holm) for all variants and measures. A variant replaces the de
 more answers (p < .05) and its loss is not above the default's (p < .05). It loses, and is taken
 out, if it finds fewer answers or has a higher loss (p < .05), and is better in nothing.
 
-On a CPU, with documents that take minutes to learn; six letters are worth keeping, and a head keeps
-four tokens:
+On a CPU, with documents that take minutes to learn, of which two letters are worth keeping:
 
-  python -m experiments.recipes.rare_letters_task 255 30000 letters.jsonl
-  python -m experiments.prepare_data --sources=letters.jsonl --output=data/rare_letters
+  python -m experiments.recipes.rare_letters_task --alike 255 30000 letters.jsonl
+  python -m experiments.prepare_data --sources=letters.jsonl --output=data/letters_alike
+  python -m experiments.recipes.rare_letters_task 255 30000 rare.jsonl
+  python -m experiments.prepare_data --sources=rare.jsonl --output=data/rare_letters
   python -m experiments.recipes.scorer_teaching --record=experiments/results/scorer_teaching.json
 
 On a GPU, with the models, data and tasks of experiments/recipes/baselines.py:
@@ -25,7 +26,8 @@ On a GPU, with the models, data and tasks of experiments/recipes/baselines.py:
 
 Finished stages are skipped: if the command is killed, the same command goes on. --at_once runs
 stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The
-record holds what is finished.
+record holds what is finished, and keeps the seeds that it had: on machines that are lent for half
+an hour, --only=_s0, _s1, ... make one record in as many folders.
 """
 
 import argparse
@@ -40,11 +42,12 @@ import jax
 import numpy as np
 
 from sparsek.command_line import outputs
+from sparsek.errors import UsageError
 from sparsek.evaluation.statistics import holm, p_words, paired_t
 from sparsek.evaluation.tasks import predicted
 from sparsek.experiments import script
 from sparsek.experiments.recipes.rare_letters_task import document
-from sparsek.experiments.recipes.stages import MINUTES, flags_of, run_stages
+from sparsek.experiments.recipes.stages import MINUTES, run_stages
 from sparsek.experiments.reports import records
 from sparsek.experiments.reports.baselines_report import with_interval
 from sparsek.parallel.mesh import make_mesh
@@ -100,17 +103,16 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
         *more,
         f"--workdir={run(f'{name}_s{seed}')}",
       )
-    if options.tasks:
-      runs = ",".join(run(f"{name}_s{seed}") for seed in range(options.seeds))
-      plan[f"tasks_{name}"] = (
-        "evaluate_tasks",
-        f"--workdir={runs}",
-        f"--tasks={options.tasks}",
-        f"--lengths={options.lengths}",
-        f"--examples={options.examples}",
-        f"--min_distance={options.min_distance}",
-        "--batch_size=8",
-      )
+      if options.tasks:
+        plan[f"tasks_{name}_s{seed}"] = (
+          "evaluate_tasks",
+          f"--workdir={run(f'{name}_s{seed}')}",
+          f"--tasks={options.tasks}",
+          f"--lengths={options.lengths}",
+          f"--examples={options.examples}",
+          f"--min_distance={options.min_distance}",
+          "--batch_size=8",
+        )
   return plan
 
 
@@ -207,45 +209,49 @@ def table(runs: Mapping[str, Mapping]) -> str:
 def main(options: argparse.Namespace) -> None:
   """Runs the stages, then prints their table and writes the record."""
   plan = stages(options)
+  earlier(options.record)
   if not options.collect:
     run_stages(
       plan, options.workdir, options.devices, options.at_once, options.only, options.retrain
     )
-  minutes = files.read_json_object(os.path.join(options.workdir, MINUTES))
-  runs: dict[str, dict[str, Any]] = {}
-  for name in VARIANTS:
-    done = [seed for seed in range(options.seeds) if f"{name}_s{seed}" in minutes]
-    if done and (not options.tasks or f"tasks_{name}" in minutes):
-      folders = {seed: os.path.join(options.workdir, f"{name}_s{seed}") for seed in done}
-      runs[name] = {
-        "flags": VARIANTS[name],
-        "seeds": {str(seed): describe(folder) for seed, folder in folders.items()},
+  folder = lambda name: os.path.join(options.workdir, name)
+  minutes = files.read_json_object(folder(MINUTES))
+  record = earlier(options.record)
+  last = "tasks_{}" if options.tasks else "{}"
+  for name, flags in VARIANTS.items():
+    seeds = record["runs"].get(name, {}).get("seeds", {})
+    for seed in range(options.seeds):
+      if last.format(f"{name}_s{seed}") in minutes:
+        seeds[str(seed)] = describe(folder(f"{name}_s{seed}"))
+    if seeds:
+      record["runs"][name] = {"flags": flags, "seeds": seeds}
+  for name, (command, *words) in plan.items():
+    if name in minutes:
+      record["stages"][name] = {
+        "minutes": round(minutes[name], 2),
+        "command": shlex.join(["python", "-m", f"experiments.{command}", *words]),
       }
-  record = {
-    "runs": runs,
-    "flags": [
-      line
-      for line in flags_of(os.path.join(options.workdir, f"{DEFAULT}_s0"))
-      if line.split("=")[0] not in ("--workdir", "--data", "--init_from", "--seed")
-    ]
-    if DEFAULT in runs
-    else [],
-    "stages": {
-      name: {"minutes": minutes[name], "command": ["python", "-m", f"experiments.{script}", *words]}
-      for name, (script, *words) in plan.items()
-      if name in minutes
-    },
-    "versions": run_directory.versions(),
-  }
+  record["versions"] = run_directory.versions()
   files.save(options.record, records.dumps(record, 4) + "\n")
-  print(table(runs))
+  print(table(record["runs"]))
+
+
+def earlier(path: str) -> dict[str, Any]:
+  """Returns the record so far, which is empty at first."""
+  if not os.path.exists(path):
+    return {"runs": {}, "stages": {}}
+  record = files.read_json_object(path)
+  flags = {name: tuple(run["flags"]) for name, run in record["runs"].items()}
+  if changed := [name for name in flags if flags[name] != VARIANTS.get(name)]:
+    raise UsageError(f"--record={path}: {', '.join(changed)} had other flags; name another file")
+  return record
 
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the recipe's options."""
   parser = script.parser(__doc__)
   for option, default, text in (
-    ("short", "data/rare_letters", "token files of the dense model"),
+    ("short", "data/letters_alike", "token files of the dense model"),
     ("long", "data/rare_letters", "token files of the variants"),
     ("workdir", "runs/scorer_teaching", "folder for all runs"),
   ):

@@ -63,8 +63,8 @@ def scorer_loss(
     scored too low costs more, the more tokens compete. Below the floor both are right.
 
   The cuts t_i and c_i are constants of the gradient. Queries with at most k candidates have no cut
-  and no such loss. Maxima over queries, times norms of values, are the targets of KVzap (Jegou and
-  Jeblick 2026, arXiv 2601.07891).
+  and no such loss. Maxima over queries, times norms of values, are the targets of KVzap (Jeblick and
+  Jegou 2026, arXiv 2601.07891).
 
   Args:
     scores, query, key, queries, window, scale, segment_ids, axis: as in `attention_mass_loss`.

@@ -59,6 +59,9 @@ CONFIGS = {
     positions="learned",
     max_positions=LENGTH,
     scorer_shared=True,
+    scorer_target="max",
+    scorer_target_value_norm=True,
+    scorer_loss_kind="ranking",
   ),
   "fixed": TransformerConfig(**FIELDS, attention=("random", "strided"), num_layers=2),
 }
@@ -84,7 +87,7 @@ class Case(NamedTuple):
 
 CASES = (
   Case("learned", 4, 2, "scorer_loss", (PACKED, ONE)),
-  Case("scanned", 8, 1, "scorer_warmup", (NONE,)),  # fewer scores than shards
+  Case("scanned", 8, 1, "scorer_warmup", (NONE, PACKED)),  # fewer scores than shards
   Case("fixed", 2, 1, "", (PACKED,)),
 )
 IDS = [(*case[:3], documents) for case in CASES for documents in case.documents]

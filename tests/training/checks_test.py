@@ -25,6 +25,12 @@ CONFIG = TransformerConfig(
 TRAIN = TrainConfig(workdir="", data=DataConfig(batch_size=2 * jax.device_count(), seq_len=12))
 SCORER_ONLY = OptimizerConfig(trainable="scorer")
 FAULTS = {  # name -> (fields of the model, fields of the run, message)
+  "gates of no layer": ({}, {"gate_anneal": 9.0}, "--gate_anneal=9.0: no layer has gates"),
+  "soft at the end": (
+    {"attention": "sparsek", "gate": "value"},
+    {"gate_anneal": 9.0},
+    "needs --gate=straight_through",
+  ),
   "no adapter learns": ({"lora_rank": 2}, {"optimizer": SCORER_ONLY}, "exclude each other"),
   "wide adapters": ({"lora_rank": 9}, {}, "--lora_rank=9 must be at most 8"),
   "length": ({"positions": "learned", "max_positions": 11}, {}, "--seq_len=12 must be at most 11"),

@@ -212,6 +212,25 @@ def test_noise_on_the_scores_derives_from_the_step_and_ends_with_training():
   assert heldout == same
 
 
+def test_gates_that_become_hard_begin_as_those_of_value_and_end_as_hard_ones():
+  config = dataclasses.replace(SELECTING, k=2, window=2)
+  mesh, params = make_mesh(), init_params(config, jax.random.key(0))
+  train = dataclasses.replace(TRAIN, scorer_loss=0.0)
+
+  def loss_at(number, gate="straight_through", **change):
+    model, run = dataclasses.replace(config, gate=gate), dataclasses.replace(train, **change)
+    optimizer = make_optimizer(run.optimizer)
+    copy = jax.device_put(jax.tree.map(jnp.copy, params), replicated(mesh))
+    state = TrainState(jnp.int32(number), copy, optimizer.init(copy))
+    batch = put_batch(mesh, example_batch())
+    return float(make_train_step(model, run, optimizer, mesh)(state, batch)[1]["loss"])
+
+  soft, hard = loss_at(0, "value"), loss_at(0)
+  begin, end = loss_at(0, gate_anneal=1e6), loss_at(10, gate_anneal=1e6)
+  assert abs(soft - hard) > 1e-4
+  assert begin == pytest.approx(soft, rel=1e-6) and end == pytest.approx(hard, rel=1e-5)
+
+
 def test_seeds_share_a_program_and_draw_other_numbers():
   config, batch = dataclasses.replace(SELECTING, scorer_noise=2.0), example_batch()
   mesh, optimizer = make_mesh(), make_optimizer(TRAIN.optimizer)
