@@ -1,301 +1,305 @@
-r"""Comparison of what scorers are taught, by the answers that a model finds far back.
+r"""Comparison of what scorers are taught, in a small task of recall; minutes to hours on a CPU.
 
-Protocol, set before any of it was run. For each seed a dense model learns the documents; each
-variant goes on from it with SPARSEK attention and the same tokens in the same order. A variant is
-one change of the defaults: no loss of the scorers; targets of maximum attention, alone, times the
-norm of the value, with a ranking loss, with a pinball loss; soft gates, and soft ones that become
-hard; a teacher, which is the dense model. Measured are right answers and held-out loss of each
-seed, with 95 % t intervals over seeds, and each variant minus the default, paired by seed, with p
-values corrected (Holm) for all variants and measures. A variant replaces the default if it finds
-more answers (p < .05) and its loss is not above the default's (p < .05). It loses, and is taken
-out, if it finds fewer answers or has a higher loss (p < .05), and is better in nothing.
-
-On a CPU, with documents that take minutes to learn, of which two letters are worth keeping:
-
-  python -m experiments.recipes.rare_letters_task --alike 255 30000 letters.jsonl
-  python -m experiments.prepare_data --sources=letters.jsonl --output=data/letters_alike
-  python -m experiments.recipes.rare_letters_task 255 30000 rare.jsonl
-  python -m experiments.prepare_data --sources=rare.jsonl --output=data/rare_letters
   python -m experiments.recipes.scorer_teaching --record=experiments/results/scorer_teaching.json
 
-On a GPU, with the models, data and tasks of experiments/recipes/baselines.py:
+A document is filler, tokens that are drawn from eight which it has of its own, so that attending to
+earlier filler tells what follows. In its first half stand facts, one for each key: tokens that name
+a key and its value. In the second half keys are asked, and the token after that is the value. A
+quarter of the keys is asked often, the others once. Text wants filler and what is read often to be
+kept, retrieval every fact.
 
-  python -m experiments.recipes.scorer_teaching --start=baselines_dense --tune=baselines_tune \
-    --short=data/baselines_short --long=data/baselines_long --tasks=passkey,needle,recall,copy \
-    --lengths=4096 --sparsek="--k=256 --window=256" --workdir=runs/teaching_gpu --record=FILE
+Protocol, set before any of it was run. For each seed a dense model learns such documents. Each
+variant goes on from it with SPARSEK attention, and the same documents in the same order. A variant
+is one change of the defaults: no loss of the scorers; targets of maximum attention, alone, times
+the norm of the value, with a ranking loss, with a pinball loss; soft gates, and soft ones that
+become hard; a teacher, which is the dense model. Measured are the loss, and right answers of keys
+that are asked often and once, in documents that no run was trained on. Intervals are 95 % t
+intervals over seeds. Each variant minus the default is paired by seed, with p values corrected
+(Holm) for all variants and measures. A variant may become the default if it answers more of what is
+asked once (p < .05) and its loss is not higher (p < .05). It is taken out if it answers fewer or
+has a higher loss (p < .05), and is better in no measure.
 
-Finished stages are skipped: if the command is killed, the same command goes on. --at_once runs
-stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some of them. The
-record holds what is finished, and keeps the seeds that it had: on machines that are lent for half
-an hour, --only=_s0, _s1, ... make one record in as many folders.
+The record is written after every run; the same command goes on with what is missing. On a GPU:
+--length=2048 --keys=64 --k=64 --window=64 --layers=2 --width=256 --dense_steps=2000 --steps=1000
+--seeds=5 --record=FILE. A small task does not choose a default: for that see
+experiments/recipes/baselines.py, whose kinds sparsek_512_... are the same variants on real text.
 """
 
 import argparse
-import json
+import dataclasses
+import functools
 import os
-import random
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from sparsek.command_line import outputs
+from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.evaluation.statistics import holm, p_words, paired_t
-from sparsek.evaluation.tasks import predicted
 from sparsek.experiments import script
-from sparsek.experiments.recipes.rare_letters_task import document
-from sparsek.experiments.recipes.stages import MINUTES, run_stages
 from sparsek.experiments.reports import records
 from sparsek.experiments.reports.baselines_report import with_interval
-from sparsek.parallel.mesh import make_mesh
-from sparsek.runs import checkpoint, run_directory, run_record
-from sparsek.runs.metrics import read_metrics
+from sparsek.model.transformer import Params, Transformer, init_params
+from sparsek.parallel.mesh import make_mesh, put_batch
+from sparsek.runs import run_directory
 from sparsek.storage import files
+from sparsek.training.optimizer import make_optimizer
+from sparsek.training.step import TrainState, make_train_step
 
-RECORD = outputs.record("record of scorer_teaching", "runs", "stages")
+RECORD = outputs.record("record of scorer_teaching", "options", "runs", "versions", no_others=True)
 DEFAULT = "default"
-VARIANTS: dict[str, tuple[str, ...]] = {
-  DEFAULT: (),
-  "no_loss": ("--scorer_loss=0", "--scorer_init_scale=4"),
-  "max": ("--scorer_target=max",),
-  "max_value": ("--scorer_target=max", "--scorer_target_value_norm"),
-  "ranking": ("--scorer_target=max", "--scorer_loss_kind=ranking"),
-  "pinball": ("--scorer_target=max", "--scorer_loss_kind=pinball"),
-  "soft": ("--gate=value",),
-  "anneal": ("--gate_anneal=30",),
-  "distill": ("--distill=0.5",),
+VARIANTS: dict[str, dict[str, Any]] = {  # fields of TransformerConfig and TrainConfig
+  DEFAULT: {},
+  "no_loss": {"scorer_loss": 0.0, "scorer_init_scale": 4.0},
+  "max": {"scorer_target": "max"},
+  "max_value": {"scorer_target": "max", "scorer_target_value_norm": True},
+  "ranking": {"scorer_target": "max", "scorer_loss_kind": "ranking"},
+  "pinball": {"scorer_target": "max", "scorer_loss_kind": "pinball"},
+  "soft": {"gate": "value"},
+  "anneal": {"gate_anneal": 30.0},
+  "distill": {"distill": 0.5, "distill_from": "dense"},
 }
-ASKED, LETTERS = 200, 255  # documents of letters to ask about, and their length
-ANSWERS = "answers.json"  # in the folder of a run: what it found in them
-Figures = Mapping[str, Mapping[str, Mapping[str, float]]]  # variant -> measure -> seed -> figure
+VALUES, FILLER, OWN = 8, 64, 8  # values of facts, tokens of filler, those of a document
+OFTEN = 4  # how many times a key is asked that is asked often
+TESTED = 16  # batches
+Batch = dict[str, np.ndarray]
 
 
-def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-  """Returns {name of a run or an evaluation: words of its command}, in order."""
-  run = lambda name: os.path.join(options.workdir, name)
-  more, plan = shlex.split(options.more), {}
-  for seed in range(options.seeds):
-    plan[f"dense_s{seed}"] = (
-      "pretrain",
-      f"--flagfile=experiments/recipes/{options.start}.flags",
-      f"--data={options.short}",
-      "--attention=full",
-      f"--seed={seed}",
-      *more,
-      f"--workdir={run(f'dense_s{seed}')}",
-    )
-  for name, flags in VARIANTS.items():
-    for seed in range(options.seeds):
-      dense = run(f"dense_s{seed}")
-      plan[f"{name}_s{seed}"] = (
-        "pretrain",
-        f"--flagfile=experiments/recipes/{options.tune}.flags",
-        f"--data={options.long}",
-        f"--init_from={dense}",
-        "--attention=sparsek",
-        *shlex.split(options.sparsek),
-        *flags,
-        *([f"--distill_from={dense}"] * (name == "distill")),
-        f"--seed={seed}",
-        *more,
-        f"--workdir={run(f'{name}_s{seed}')}",
-      )
-      if options.tasks:
-        plan[f"tasks_{name}_s{seed}"] = (
-          "evaluate_tasks",
-          f"--workdir={run(f'{name}_s{seed}')}",
-          f"--tasks={options.tasks}",
-          f"--lengths={options.lengths}",
-          f"--examples={options.examples}",
-          f"--min_distance={options.min_distance}",
-          "--batch_size=8",
-        )
-  return plan
+def vocabulary(keys: int) -> int:
+  """Returns the number of tokens: filler, values, questions, facts."""
+  return FILLER + VALUES + keys * (1 + VALUES)
 
 
-def answers(folder: str) -> dict[str, float]:
-  """Returns the shares of right answers of a run, in documents of letters or in tasks."""
-  if asked := read_metrics(os.path.join(folder, "tasks.jsonl")):
-    rows = asked[-1]["results"]
-    return {f"{row['task']} {row['length']}": row["right"] / row["total"] for row in rows}
-  path = os.path.join(folder, ANSWERS)
-  if not os.path.exists(path):
-    files.save(path, json.dumps(_letters(folder)))
-  return files.read_json_object(path)
+def documents(rng: np.random.Generator, count: int, length: int, keys: int) -> tuple[Batch, Any]:
+  """Draws documents of `length` + 1 tokens.
+
+  Returns:
+    The batch, and [count, length + 1] integers: 1 for answers to keys that are asked often, 2 for
+    those of keys that are asked once, 0 for all other tokens.
+  """
+  tokens = np.zeros((count, length + 1), np.int32)
+  kinds = np.zeros_like(tokens)
+  often = keys // 4
+  asked = np.concatenate([np.repeat(np.arange(often), OFTEN), np.arange(often, keys)])
+  half = length // 2
+  for row, kind in zip(tokens, kinds):
+    row[:] = rng.choice(FILLER, OWN, replace=False)[rng.integers(OWN, size=length + 1)]
+    value = rng.integers(VALUES, size=keys)
+    facts = rng.choice(half, keys, replace=False)
+    row[facts] = FILLER + VALUES + keys + np.arange(keys) * VALUES + value
+    at = half + 2 * rng.choice((length - half) // 2, len(asked), replace=False)
+    order = rng.permutation(asked)
+    row[at], row[at + 1] = FILLER + VALUES + order, FILLER + value[order]
+    kind[at + 1] = np.where(order < often, 1, 2)
+  return {"tokens": tokens, "segment_ids": np.ones_like(tokens)}, kinds
 
 
-def _letters(folder: str) -> dict[str, float]:
-  """Asks a run for the letters of documents that no run was trained on."""
-  config, _ = run_record.load_run_config(folder)
-  tokenizer, mesh = run_record.load_run_tokenizer(folder), make_mesh(devices=jax.devices()[:1])
-  params, _ = checkpoint.load_params(folder, config, mesh=mesh)
-  rng = random.Random(1)
-  made = [document(rng, LETTERS) for _ in range(ASKED)]
-  tokens = np.zeros((ASKED, LETTERS), np.int32)
-  positions = np.ones((ASKED, max(len(where) for _, where in made)), np.int32)
-  for row, (text, where) in enumerate(made):
-    tokens[row, : len(text)] = tokenizer.encode(text)
-    positions[row, : len(where)] = list(where)
-  found = np.asarray(predicted(config, mesh, params, tokens, positions))
-  right: dict[bool, list[bool]] = {False: [], True: []}
-  for row, (_, where) in enumerate(made):
-    for at, (position, once) in enumerate(where.items()):
-      right[once].append(bool(found[row, at] == tokens[row, position]))
-  return {"often": float(np.mean(right[False])), "once": float(np.mean(right[True]))}
-
-
-def describe(folder: str) -> dict[str, Any]:
-  """Returns what a run found, its held-out loss, and statistics of its selection at the end."""
-  lines = read_metrics(os.path.join(folder, "metrics.jsonl"))
-  return {
-    "loss": [line["heldout_loss"] for line in lines if "heldout_loss" in line][-1],
-    "answers": answers(folder),
-    "selection": {
-      key: value
-      for key, value in [line for line in lines if "loss" in line][-1].items()
-      if key.startswith("layer_")
-    },
-  }
-
-
-def figures(runs: Mapping[str, Mapping]) -> Figures:
-  """Returns the figures of a record's runs, by variant, measure and seed."""
-  return {
-    name: {
-      measure: {
-        seed: run["loss"] if measure == "loss" else run["answers"][measure]
-        for seed, run in of_seeds["seeds"].items()
-      }
-      for measure in ("loss", *next(iter(of_seeds["seeds"].values()))["answers"])
+def model(options: argparse.Namespace, **fields: Any) -> TransformerConfig:
+  """Returns the model of a variant, or with attention="full" the dense one."""
+  return TransformerConfig(
+    **{
+      "vocab_size": vocabulary(options.keys),
+      "num_layers": options.layers,
+      "embed_dim": options.width,
+      "num_heads": options.width // 32,
+      "num_kv_heads": options.width // 32,
+      "mlp_dim": 2 * options.width,
+      "k": options.k,
+      "window": options.window,
+      "scorer_loss_queries": max(1, options.length // 8),
+      **fields,
     }
-    for name, of_seeds in runs.items()
-  }
+  )
 
 
-def comparisons(of: Figures) -> dict[tuple[str, str], tuple[float, float, float, float]]:
+def run_of(options: argparse.Namespace, num_steps: int, **fields: Any) -> TrainConfig:
+  """Returns the training of a variant or of the dense model."""
+  schedule = OptimizerConfig(
+    num_steps=num_steps, learning_rate=options.learning_rate, warmup_steps=num_steps // 10
+  )
+  data = DataConfig(batch_size=options.batch_size, seq_len=options.length)
+  return TrainConfig(workdir="", data=data, optimizer=schedule, **fields)
+
+
+def trainer(
+  options: argparse.Namespace, config: TransformerConfig, train: TrainConfig, dense: Any = None
+) -> Callable[[Params, int, Params | None], Params]:
+  """Returns a function (parameters, seed, teacher's parameters) -> trained parameters.
+
+  All seeds share its compiled step.
+  """
+  mesh, optimizer = make_mesh(devices=jax.devices()[:1]), make_optimizer(train.optimizer)
+  step = make_train_step(config, train, optimizer, mesh, dense if train.distill else None)
+
+  def trained(params, seed, teacher):
+    params = jax.tree.map(jnp.copy, params)  # a step donates them
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(seed))
+    rng = np.random.default_rng([seed, train.optimizer.num_steps])
+    for _ in tqdm.trange(train.optimizer.num_steps, leave=False, disable=None):
+      batch, _ = documents(rng, options.batch_size, options.length, options.keys)
+      more = (teacher,) if train.distill else ()
+      state, _ = step(state, put_batch(mesh, batch), *more)
+    return state.params
+
+  return trained
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judged(config, params, tokens):
+  """Returns the loss of each target, and whether it is the most probable token, both [B, n]."""
+  logits = Transformer(config).apply({"params": params}, tokens[:, :-1])
+  assert isinstance(logits, jax.Array)
+  logarithms = jax.nn.log_softmax(logits)
+  losses = -jnp.take_along_axis(logarithms, tokens[:, 1:, None], axis=-1)[..., 0]
+  return losses, jnp.argmax(logits, axis=-1) == tokens[:, 1:]
+
+
+def tested(options: argparse.Namespace, config: TransformerConfig, params: Params) -> dict:
+  """Returns the loss and the shares of right answers, the same documents for every run."""
+  rng = np.random.default_rng(2**32)
+  losses, right, kinds = [], [], []
+  for _ in range(TESTED):
+    batch, kind = documents(rng, options.batch_size, options.length, options.keys)
+    for collected, x in zip((losses, right), _judged(config, params, batch["tokens"])):
+      collected.append(np.asarray(x))
+    kinds.append(kind[:, 1:])
+  of = np.stack(kinds)
+  shares = {name: float(np.stack(right)[of == i].mean()) for i, name in ((1, "often"), (2, "once"))}
+  return {"loss": float(np.mean(losses)), **shares}
+
+
+def with_scorers(config: TransformerConfig, dense: Params, seed: int) -> Params:
+  """Returns the parameters of a dense model beside new scorers."""
+  new = flax.traverse_util.flatten_dict(init_params(config, jax.random.key(seed)))
+  return flax.traverse_util.unflatten_dict(new | flax.traverse_util.flatten_dict(dense))
+
+
+def comparisons(runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[tuple, tuple]:
   """Returns {(variant, measure): (difference from the default, its interval, corrected p)}."""
-  pairs = {}
-  for name, measures in of.items():
-    for measure, by_seed in measures.items() if name != DEFAULT else ():
-      base = of.get(DEFAULT, {}).get(measure, {})
-      if len(seeds := sorted(set(base) & set(by_seed))) > 1:
-        first, second = ([x[seed] for seed in seeds] for x in (by_seed, base))
-        pairs[name, measure] = paired_t(first, second)
+  base, pairs = runs.get(DEFAULT, {}), {}
+  for name, by_seed in runs.items():
+    seeds = sorted(set(base) & set(by_seed))
+    for measure in by_seed[seeds[0]] if name != DEFAULT and len(seeds) > 1 else ():
+      first, second = ([of[seed][measure] for seed in seeds] for of in (by_seed, base))
+      pairs[name, measure] = paired_t(first, second)
   corrected = holm([pair.p_value for pair in pairs.values()])
   return {key: (*pair[:3], p) for (key, pair), p in zip(pairs.items(), corrected)}
 
 
-def table(runs: Mapping[str, Mapping]) -> str:
-  """Returns a table in Markdown: each figure, and in a second row minus the default's."""
-  of = figures(runs)
-  measures: Sequence[str] = list(dict.fromkeys(key for by in of.values() for key in by))
-  compared = comparisons(of)
+def table(runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+  """Returns a table in Markdown: figures of each variant, and below them minus the default's."""
+  compared, measures = comparisons(runs), ("loss", "often", "once")
   lines = ["| taught | " + " | ".join(measures) + " |", "|" + "---|" * (1 + len(measures))]
-  for name, by_measure in of.items():
-    cells = [with_interval([*by_measure[key].values()], ".3f") for key in measures]
+  for name, by_seed in runs.items():
+    cells = [with_interval([run[key] for run in by_seed.values()], ".3f") for key in measures]
     lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if any((name, key) in compared for key in measures):
-      words = []
-      for key in measures:
-        difference, low, high, p_value = compared[name, key]
-        words.append(f"{difference:+.3f} ({low:+.3f} to {high:+.3f}), {p_words(p_value)}")
+    words: Sequence[str] = [
+      f"{difference:+.3f} ({low:+.3f} to {high:+.3f}), {p_words(p_value)}"
+      for difference, low, high, p_value in (
+        compared[name, key] for key in measures if (name, key) in compared
+      )
+    ]
+    if words:
       lines.append("| minus the default | " + " | ".join(words) + " |")
   return "\n".join(lines)
 
 
-def main(options: argparse.Namespace) -> None:
-  """Runs the stages, then prints their table and writes the record."""
-  plan = stages(options)
-  earlier(options.record)
-  if not options.collect:
-    run_stages(
-      plan, options.workdir, options.devices, options.at_once, options.only, options.retrain
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+  """Returns the options that change figures."""
+  return {name: value for name, value in vars(options).items() if name not in ("record", "seeds")}
+
+
+def earlier(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+  """Returns the runs of the record so far.
+
+  Raises:
+    UsageError: where it was made with other options.
+  """
+  if not os.path.exists(options.record):
+    return {}
+  record = files.read_json_object(options.record)
+  if record["options"] != settings(options):
+    raise UsageError(
+      f"--record={options.record} was made with {record['options']}, here are "
+      f"{settings(options)}: name another file"
     )
-  folder = lambda name: os.path.join(options.workdir, name)
-  minutes = files.read_json_object(folder(MINUTES))
-  record = earlier(options.record)
-  last = "tasks_{}" if options.tasks else "{}"
-  for name, flags in VARIANTS.items():
-    seeds = record["runs"].get(name, {}).get("seeds", {})
-    for seed in range(options.seeds):
-      if last.format(f"{name}_s{seed}") in minutes:
-        seeds[str(seed)] = describe(folder(f"{name}_s{seed}"))
-    if seeds:
-      record["runs"][name] = {"flags": flags, "seeds": seeds}
-  for name, (command, *words) in plan.items():
-    if name in minutes:
-      record["stages"][name] = {
-        "minutes": round(minutes[name], 2),
-        "command": shlex.join(["python", "-m", f"experiments.{command}", *words]),
-      }
-  record["versions"] = run_directory.versions()
-  files.save(options.record, records.dumps(record, 4) + "\n")
-  print(table(record["runs"]))
+  return record["runs"]
 
 
-def earlier(path: str) -> dict[str, Any]:
-  """Returns the record so far, which is empty at first."""
-  if not os.path.exists(path):
-    return {"runs": {}, "stages": {}}
-  record = files.read_json_object(path)
-  flags = {name: tuple(run["flags"]) for name, run in record["runs"].items()}
-  if changed := [name for name in flags if flags[name] != VARIANTS.get(name)]:
-    raise UsageError(f"--record={path}: {', '.join(changed)} had other flags; name another file")
-  return record
+def check(options: argparse.Namespace) -> None:
+  """Raises UsageError for sizes that do not go together."""
+  asked = options.keys // 4 * OFTEN + options.keys - options.keys // 4
+  least = 4 * asked
+  if options.length < least or options.keys < 4:
+    raise UsageError(
+      f"--length={options.length} must be at least {least} for --keys={options.keys}, and --keys "
+      "at least 4"
+    )
+  if options.width < 32 or options.width % 32:
+    raise UsageError(f"--width={options.width} must be a multiple of 32")
+  model(options)
+  for steps in (options.dense_steps, options.steps):
+    run_of(options, steps)
+
+
+def main(options: argparse.Namespace) -> None:
+  """Trains what the record lacks, and prints its table."""
+  check(options)
+  runs = {name: dict(earlier(options).get(name, {})) for name in VARIANTS}
+  fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+  dense = model(options, attention="full")
+  learn = trainer(options, dense, run_of(options, options.dense_steps))
+  trainers: dict[str, Any] = {}
+  for seed in map(str, range(options.seeds)):
+    missing = [name for name in VARIANTS if seed not in runs[name]]
+    if not missing:
+      continue
+    start = learn(init_params(dense, jax.random.key(int(seed))), int(seed), None)
+    print(f"dense, seed {seed}: {tested(options, dense, start)}", flush=True)
+    for name in missing:
+      changes = VARIANTS[name]
+      config = model(options, **{key: x for key, x in changes.items() if key in fields})
+      if name not in trainers:
+        of_run = {key: x for key, x in changes.items() if key not in fields}
+        trainers[name] = trainer(options, config, run_of(options, options.steps, **of_run), dense)
+      params = trainers[name](with_scorers(config, start, int(seed)), int(seed), start)
+      runs[name][seed] = tested(options, config, params)
+      print(f"{name}, seed {seed}: {runs[name][seed]}", flush=True)
+      record = {"options": settings(options), "runs": runs, "versions": run_directory.versions()}
+      files.save(options.record, records.dumps(record, 3) + "\n")
+  print(table(runs))
 
 
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the recipe's options."""
   parser = script.parser(__doc__)
-  for option, default, text in (
-    ("short", "data/letters_alike", "token files of the dense model"),
-    ("long", "data/rare_letters", "token files of the variants"),
-    ("workdir", "runs/scorer_teaching", "folder for all runs"),
-  ):
-    parser.add_argument(
-      f"--{option}", default=default, type=script.path, help=f"{text}; default: {default!r}"
-    )
-  for option, default, text in (
-    ("sparsek", "", "further flags of the variants, such as --k and --window"),
-    ("more", "", "further flags of all training, as for a rehearsal"),
-  ):
-    parser.add_argument(
-      f"--{option}", default=default, type=script.words, help=f"{text}; default: {default!r}"
-    )
-  for option, default, text in (
-    ("start", "scorer_teaching_dense", "recipe of the dense model"),
-    ("tune", "scorer_teaching_tune", "recipe of the variants"),
-    ("tasks", "", "tasks of experiments.evaluate_tasks to ask; default: letters"),
-    ("lengths", "4096", "tokens of the tasks"),
-    ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
-    ("only", "", "a regular expression: begin only stages whose names it matches"),
-  ):
-    parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
   for option, number, text in (
-    ("examples", 100, "of each task and length"),
-    ("min_distance", 1024, "tokens at least between facts and questions"),
-    ("seeds", 5, "runs of each variant"),
-    ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
+    ("length", 160, "tokens of a document"),
+    ("keys", 8, "facts of a document"),
+    ("k", 8, "selected keys"),
+    ("window", 8, "latest tokens"),
+    ("layers", 1, "of the model"),
+    ("width", 64, "of the model, a multiple of 32"),
+    ("batch_size", 16, "documents of a step"),
+    ("dense_steps", 1000, "steps of the dense model"),
+    ("steps", 200, "steps of a variant"),
+    ("seeds", 3, "runs of each variant"),
   ):
     parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
+  parser.add_argument(
+    "--learning_rate", default=5e-3, type=float, help="of both; default: %(default)s"
+  )
   parser.add_argument(
     "--record",
     default="scorer_teaching.json",
     type=script.Output(RECORD),
     help="file for the record",
-  )
-  parser.add_argument(
-    "--collect",
-    action="store_true",
-    help="train nothing: only write the record of what is finished",
-  )
-  parser.add_argument(
-    "--retrain",
-    action="store_true",
-    help="move what other flags made to WORKDIR/replaced, and do it again",
   )
   return parser
 
