@@ -170,14 +170,10 @@ def _judged(config, params, tokens):
 def tested(options: argparse.Namespace, config: TransformerConfig, params: Params) -> dict:
   """Returns the loss and the shares of right answers, the same documents for every run."""
   rng = np.random.default_rng(2**32)
-  losses, right, kinds = [], [], []
-  for _ in range(TESTED):
-    batch, kind = documents(rng, options.batch_size, options.length, options.keys)
-    for collected, x in zip((losses, right), _judged(config, params, batch["tokens"])):
-      collected.append(np.asarray(x))
-    kinds.append(kind[:, 1:])
-  of = np.stack(kinds)
-  shares = {name: float(np.stack(right)[of == i].mean()) for i, name in ((1, "often"), (2, "once"))}
+  made = [documents(rng, options.batch_size, options.length, options.keys) for _ in range(TESTED)]
+  losses, right = map(np.stack, zip(*(_judged(config, params, x["tokens"]) for x, _ in made)))
+  kinds = np.stack([kind[:, 1:] for _, kind in made])
+  shares = {name: float(right[kinds == i].mean()) for i, name in ((1, "often"), (2, "once"))}
   return {"loss": float(np.mean(losses)), **shares}
 
 
@@ -261,9 +257,12 @@ def check(options: argparse.Namespace) -> None:
     )
   if options.width < 32 or options.width % 32:
     raise UsageError(f"--width={options.width} must be a multiple of 32")
-  model(options)
-  for steps in (options.dense_steps, options.steps):
-    run_of(options, steps)
+  try:
+    model(options)
+    for steps in (options.dense_steps, options.steps):
+      run_of(options, steps)
+  except ValueError as error:
+    raise UsageError(str(error)) from None
 
 
 def main(options: argparse.Namespace) -> None:

@@ -101,7 +101,7 @@ def attention_mass_loss(
 
 
 class Problem(NamedTuple):
-  """What a loss of scorers computes with, besides scores, keys and positions of queries.
+  """Arrays and numbers of a loss of scorers, besides scores, keys and positions of queries.
 
   Attributes:
     asked: [B, C, H, D], the queries to compare at.
@@ -248,7 +248,7 @@ def _asked(query, queries, axis):
   return lax.psum(jnp.where(here, rows, 0), axis)
 
 
-def first_token(length, axis):
+def first_token(length: int, axis: str | None) -> jax.Array | int:
   """Returns the index in its row of the first of this shard's `length` tokens."""
   return 0 if axis is None else lax.axis_index(axis) * length
 

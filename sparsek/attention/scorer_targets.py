@@ -3,7 +3,8 @@ cut between the k tokens that are kept and the others.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,8 @@ def scorer_loss(
     scored too low costs more, the more tokens compete. Below the floor both are right.
 
   The cuts t_i and c_i are constants of the gradient. Queries with at most k candidates have no cut
-  and no such loss. Maxima over queries, times norms of values, are the targets of KVzap (Jeblick and
-  Jegou 2026, arXiv 2601.07891).
+  and no such loss. KVzap learns maxima over queries, times norms of values (Jeblick and Jegou 2026,
+  arXiv 2601.07891).
 
   Args:
     scores, query, key, queries, window, scale, segment_ids, axis: as in `attention_mass_loss`.
@@ -111,7 +112,7 @@ class Static(NamedTuple):
   target: str
   kind: str
 
-  def over_shards(self, reduce, x):
+  def over_shards(self, reduce: Callable, x: Any) -> Any:
     """Reduces an array over the shards of a row."""
     return x if self.axis is None else reduce(x, self.axis)
 

@@ -23,7 +23,6 @@ WRITTEN = {
   ("bench.many_devices", "record"): "experiments/results/many_devices_h200.json",
   ("recipes.baselines", "record"): "experiments/results/baselines.json",
   ("recipes.capital_letter_task", "path"): None,
-  ("recipes.rare_letters_task", "path"): None,
   ("recipes.gguf_model", "record"): "experiments/results/smollm2.json",
   ("recipes.scorer_reach", "path"): "experiments/results/scorer_reach.json",
   ("recipes.scorer_teaching", "record"): "experiments/results/scorer_teaching.json",

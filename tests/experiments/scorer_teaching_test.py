@@ -1,89 +1,99 @@
-"""The recipe that compares what scorers are taught: its plan, its record and its documents."""
+"""The recipe that compares what scorers are taught: its documents, its record and its table."""
 
 import json
-import random
-import re
-import types
 
+import jax
+import numpy as np
 import pytest
-from absl import flags as absl_flags
 
-from sparsek.command_line.configs import model_config, train_config
-from sparsek.command_line.main import parse
-from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
-from sparsek.experiments import evaluate_tasks
-from sparsek.experiments.recipes import rare_letters_task, scorer_teaching, stages
+from sparsek.experiments.recipes import scorer_teaching as recipe
 
-NAMES = list(scorer_teaching.VARIANTS)
-
-
-def options(**changes):
-  given = scorer_teaching.make_parser().parse_args([])
-  return types.SimpleNamespace(**{**vars(given), "seeds": 2, **changes})
+SMALL = "--length=48 --keys=4 --k=3 --window=2 --width=32 --batch_size=2"
 
 
-def test_every_command_parses_and_variants_differ_in_their_flags_alone():
-  values = absl_flags.FlagValues()
-  define_pretrain_flags(values)
-  plan = scorer_teaching.stages(options(tasks="needle,copy", lengths="300", sparsek="--k=9"))
-  settings = {}
-  for name, (command, *words) in plan.items():
-    known = values if command == "pretrain" else evaluate_tasks.FLAGS
-    for flag in known:
-      known[flag].unparse()
-    parse([command, *words], known)
-    if command == "pretrain" and not name.startswith("dense"):
-      train = train_config(values)
-      assert train.init_from.endswith(f"dense_s{train.seed}") and name.endswith(f"_s{train.seed}")
-      settings[name] = model_config(values).k, train.data, train.optimizer.num_steps
-  assert len(set(settings.values())) == 2  # data has the seed
-  assert {k for k, *_ in settings.values()} == {9}
-  assert stages.needed(plan, "tasks_max_s1") == {"max_s1"}
-  assert stages.needed(plan, "distill_s0") == {"dense_s0"}
-
-
-def made(folder, name, loss, answers):
-  """Writes what a finished run leaves."""
-  (folder / name).mkdir(parents=True)
-  lines = [{"step": 9, "loss": 4.0, "layer_0/gate_mass": 0.5}, {"step": 9, "heldout_loss": loss}]
-  (folder / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-  (folder / name / scorer_teaching.ANSWERS).write_text(json.dumps(answers))
-  done = folder / "minutes.json"
-  minutes = json.loads(done.read_text()) if done.exists() else {}
-  done.write_text(json.dumps({**minutes, name: 1.0}))
-
-
-def test_a_record_holds_what_is_finished_and_keeps_what_another_folder_made(tmp_path, capsys):
-  record = tmp_path / "record.json"
-  collect = lambda folder: scorer_teaching.main(
-    options(workdir=str(tmp_path / folder), record=str(record), collect=True)
-  )
-  for folder, seed in (("a", 0), ("b", 1)):
-    for name, loss, once in ((NAMES[0], 1.0, 0.5), ("max", 0.9, (0.7, 0.8)[seed])):
-      made(tmp_path / folder, f"{name}_s{seed}", loss, {"once": once})
-    collect(folder)
-  runs = json.loads(record.read_text())["runs"]
-  assert list(runs) == [NAMES[0], "max"] and list(runs["max"]["seeds"]) == ["0", "1"]
-  assert runs["max"]["seeds"]["1"]["answers"] == {"once": 0.8}
-  printed = capsys.readouterr().out
-  assert "| max | 0.900 (0.900 to 0.900) | 0.750 (0.115 to 1.385) |" in printed
-  assert "+0.250 (-0.385 to +0.885), p 0.126 |" in printed
-  changed = record.read_text().replace("--scorer_target=max", "--scorer_target=mean")
-  record.write_text(changed)
-  with pytest.raises(UsageError, match="max had other flags"):
-    collect("b")
-  assert record.read_text() == changed
+def options(*words):
+  return recipe.make_parser().parse_args([*SMALL.split(), *words])
 
 
 @pytest.mark.parametrize("alike", (False, True))
-def test_documents_of_letters_answer_their_questions(alike):
-  rng = random.Random(0)
-  for _ in range(50):
-    text, answers = rare_letters_task.document(rng, 255, alike)
-    assert 190 < len(text) <= 255 and max(answers) < len(text)
-    for position, once in answers.items():
-      mark, capital = text[position - 1], text[position]
-      facts = re.findall("(?<![?!])[A-H]" if mark == "?" else "(?<![?!])[I-P]", text)
-      assert facts == [capital] and once == (mark == "!") and text.index(capital) < position - 20
-    assert alike or sum(answers.values()) <= 1 < len(answers)
+def test_every_question_is_answered_by_a_fact_before_it(alike):
+  batch, kinds = recipe.documents(np.random.default_rng(0), 20, 48, 4, alike)
+  first_question = recipe.FILLER + recipe.VALUES
+  for row, kind in zip(batch["tokens"], kinds):
+    facts = row - first_question - 4
+    asked = [int(key) for key in row[np.flatnonzero(kind) - 1] - first_question]
+    for position, key in zip(np.flatnonzero(kind), asked):
+      found = np.flatnonzero(facts // recipe.VALUES == key)
+      (at,) = found[facts[found] >= 0]
+      assert at < 24 <= position - 1
+      assert row[position] - recipe.FILLER == facts[at] % recipe.VALUES
+      assert kind[position] == (1 if key == 0 else 2)
+    assert len(asked) == 7 and (alike or sorted(asked) == [0, 0, 0, 0, 1, 2, 3])
+    assert np.all(row < recipe.vocabulary(4))
+
+
+def test_a_killed_recipe_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+  record, trained = tmp_path / "record.json", []
+
+  def untrained(options, config, train, *rest, **more):
+    def learn(params, seed, teacher):
+      trained.append((config.attention, config.scorer_target, seed))
+      if len(trained) == 4:
+        raise KeyboardInterrupt
+      return params
+
+    return learn
+
+  monkeypatch.setattr(recipe, "trainer", untrained)
+  monkeypatch.setattr(recipe, "VARIANTS", {"default": {}, "max": {"scorer_target": "max"}})
+  given = options(f"--record={record}", "--seeds=2")
+  with pytest.raises(KeyboardInterrupt):
+    recipe.main(given)
+  assert {name: list(x) for name, x in json.loads(record.read_text())["runs"].items()} == {
+    "default": ["0"],
+    "max": ["0"],
+  }
+  recipe.main(given)
+  assert capsys.readouterr().out.count("| minus the default | ") == 1
+  dense = ("full",)
+  assert [kind for kind, *_ in trained].count(dense) == 3  # the first, the killed one, again
+  assert trained[-2:] == [(("sparsek",), "mean", 1), (("sparsek",), "max", 1)]
+  number = len(trained)
+  recipe.main(given)
+  assert len(trained) == number
+  with pytest.raises(UsageError, match="was made with"):
+    recipe.main(options(f"--record={record}", "--k=2"))
+
+
+def test_a_variant_learns_from_the_dense_model():
+  given = options("--steps=2")
+  dense = recipe.model(given, attention="full")
+  start = recipe.first_params(given, dense, 0)
+  table = start["embed"]["embedding"]
+  question = recipe.FILLER + recipe.VALUES
+  fact = question + 4 + 2 * recipe.VALUES + 1  # of key 2 and value 1
+  np.testing.assert_allclose(table[fact], table[question + 2] + table[recipe.FILLER + 1])
+  config = recipe.model(given)
+  learn = recipe.trainer(
+    given, config, recipe.run_of(given, 2, **recipe.VARIANTS["distill"]), dense
+  )
+  before = recipe.with_scorers(config, start, 0)
+  after = learn(before, 0, start)
+  assert all(np.any(x != y) for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after)))
+  assert set(recipe.tested(given, config, after)) == {"loss", "often", "once"}
+
+
+@pytest.mark.parametrize(
+  "words, message",
+  [
+    (["--length=20"], "--length=20 must be at least 28"),
+    (["--keys=3"], "--keys at least 4"),
+    (["--width=40"], "--width=40 must be a multiple of 32"),
+    (["--k=0"], "k=0 must be at least 1"),
+    (["--steps=0"], "num_steps=0"),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(words, message):
+  with pytest.raises(UsageError, match=message):
+    recipe.main(options(*words))
