@@ -23,8 +23,6 @@ from sparsek.kernels import saved
 from sparsek.kernels.bisection import bisect
 from sparsek.kernels.sort_keys import LOWEST_KEY, SCORES
 
-FLOOR = 4.0  # nats: targets farther below that at the cut are all alike
-
 
 def scorer_loss(
   scores: jax.Array,
@@ -59,9 +57,6 @@ def scorer_loss(
     `sum_j w_ij softplus(-y_ij (u_j - c_i))`, where y_ij is 1 for the tokens with T_j >= t_i and -1
     for the others. w_ij is `min(1, |log(T_j / t_i)|)`, so that a token at the cut hardly counts,
     divided so that the tokens on either side have 1/2 together.
-  - "pinball": quantile regression, the mean over C_i of `max(q r_ij, (q - 1) r_ij)` with
-    `r_ij = max(log(T_j / t_i), -FLOOR) - (u_j - c_i)` and `q = 1 - k / |C_i|`: a token that is
-    scored too low costs more, the more tokens compete. Below the floor both are right.
 
   The cuts t_i and c_i are constants of the gradient. Queries with at most k candidates have no cut
   and no such loss. KVzap learns maxima over queries, times norms of values (Jeblick and Jegou 2026,
@@ -72,7 +67,7 @@ def scorer_loss(
     value: [batch, n, G, D].
     k: as in `sparsek.sparsek_attention`.
     target: "mean" or "max".
-    kind: "divergence", "ranking" or "pinball".
+    kind: "divergence" or "ranking".
     value_norm: multiply attention by the norm of the value.
     implementation: of `attention_mass_loss`; the other losses are computed under XLA.
 
@@ -216,21 +211,7 @@ def _ranking(u, t, candidate, static):
   return static.over_shards(lax.psum, loss), -weight * sign * jax.nn.sigmoid(-sign * distance)
 
 
-def _pinball(u, t, candidate, static):
-  distance, gap, compared = _at_the_cut(u, t, candidate, static)
-  number = static.over_shards(lax.psum, _sum(candidate.astype(jnp.float32)))
-  number = jnp.maximum(number, 1)
-  level = 1 - static.k / number
-  floored = jnp.maximum(gap, -FLOOR)
-  residual = floored - distance
-  compared &= (gap > -FLOOR) | (distance > -FLOOR)
-  slope = jnp.where(residual > 0, level, jnp.where(residual < 0, level - 1, 0))
-  slope = jnp.where(compared, slope, 0) / number
-  loss = jnp.sum(jnp.where(compared, slope * residual, 0), axis=-1)
-  return static.over_shards(lax.psum, loss), -slope
-
-
-_KINDS = {"divergence": _divergence, "ranking": _ranking, "pinball": _pinball}
+_KINDS = {"divergence": _divergence, "ranking": _ranking}
 
 
 def _at_the_cut(u, t, candidate, static):

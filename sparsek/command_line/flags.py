@@ -157,8 +157,7 @@ def _define_scorer(define: Definer) -> None:
     None,
     config_lib.SCORER_LOSSES,
     "How --scorer_loss compares scores with its targets. divergence: as distributions; ranking: on "
-    "which side of the cut behind the k best a token lies; pinball: as quantiles at that cut. By "
-    "default divergence.",
+    "which side of the cut behind the k best a token lies. By default divergence.",
   )
 
 

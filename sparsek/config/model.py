@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NEED_WINDOW = ("sliding_window", "block_topk", "linear")
 GATES = ("straight_through", "value", "key_value")
 SCORER_TARGETS = ("mean", "max")
-SCORER_LOSSES = ("divergence", "ranking", "pinball")
+SCORER_LOSSES = ("divergence", "ranking")
 SCORERS = ["linear", "conv", "random"]  # `sparsek.model.registration` appends to it
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 REMAT_POLICIES = ("none", "dots", "attention", "full")

@@ -10,7 +10,7 @@ from jax import lax
 
 from sparsek.attention import scorer_loss as blocks
 from sparsek.attention.scorer_loss import attention_mass_loss
-from sparsek.attention.scorer_targets import FLOOR, scorer_loss
+from sparsek.attention.scorer_targets import scorer_loss
 from tests.attention.scorer_loss_base import Case, changed_scores, example
 from tests.helpers import quick_jit
 
@@ -21,12 +21,7 @@ CASES = {
   "few_candidates": Case(n=12, window=9),
   "window_beyond_row": Case(heads=2, groups=1, window=30),
 }
-OPTIONS = [
-  ("mean", "divergence", True),
-  ("max", "divergence", False),
-  ("max", "ranking", True),
-  ("mean", "pinball", False),
-]
+OPTIONS = [("mean", "divergence", True), ("max", "divergence", False), ("max", "ranking", True)]
 
 
 @pytest.fixture(autouse=True)
@@ -93,15 +88,7 @@ def ranking(u, t, candidate):
   return over(gap >= 0) / 2 + over(gap < 0) / 2
 
 
-def pinball(u, t, candidate):
-  distance, gap, counts = cut(u, t, candidate)
-  r, number = jnp.maximum(gap, -FLOOR) - distance, jnp.maximum(jnp.sum(candidate), 1)
-  q = jnp.where(r > 0, 1 - K / number, jnp.where(r < 0, -K / number, 0))
-  both_low = (gap <= -FLOOR) & (distance <= -FLOOR)
-  return jnp.sum(jnp.where(counts & ~both_low, q * r, 0)) / number
-
-
-KINDS = {"divergence": divergence, "ranking": ranking, "pinball": pinball}
+KINDS = {"divergence": divergence, "ranking": ranking}
 
 
 def loss_of(case, options, **others):
