@@ -106,6 +106,11 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
     *((gate, [f"--gate={gate}"]) for gate in GATES if f"--gate={gate}" not in sparsek),
     ("conv", ["--scorer=conv"]),
     ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"]),
+    ("max", ["--scorer_target=max"]),
+    ("max_value_norm", ["--scorer_target=max", "--scorer_target_value_norm"]),
+    ("ranking", ["--scorer_target=max", "--scorer_loss_kind=ranking"]),
+    ("anneal", ["--gate_anneal=30"]),
+    ("max_anneal", ["--scorer_target=max", "--gate_anneal=30"]),
   ):
     result[f"sparsek_512_{name}"] = [*learned, *half(512), *flags]
   result |= {

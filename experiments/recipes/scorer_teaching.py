@@ -12,17 +12,21 @@ Protocol, set before any of it was run. For each seed a dense model learns such 
 variant goes on from it with SPARSEK attention, and the same documents in the same order. A variant
 is a change of the defaults: no loss of the scorers; targets of maximum attention, alone, times the
 norm of the value, with a ranking loss; soft gates, and soft ones that become hard; a teacher, which
-is the dense model. Measured are the loss, and right answers of keys
-that are asked often and once, in documents that no run was trained on. Intervals are 95 % t
-intervals over seeds. Each variant minus the default is paired by seed, with p values corrected
+is the dense model. Measured are the loss, and right answers of keys that are asked often and once,
+in documents that no run was trained on. Seeds whose dense model did not learn the task count as the
+others. Intervals are 95 % t intervals over seeds. Each variant minus the default is paired by seed, with p values corrected
 (Holm) for all variants and measures. A variant may become the default if it answers more of what is
 asked once (p < .05) and its loss is not higher (p < .05). It is taken out if it answers fewer or
 has a higher loss (p < .05), and is better in no measure.
 
-The record is written after every run; the same command goes on with what is missing. On a GPU:
+The record is written after every run; the same command goes on with what is missing. It keeps runs
+of variants that have been taken out since: "pinball", quantile regression at the cut. On a GPU:
 --length=2048 --keys=64 --k=64 --window=64 --layers=2 --width=256 --dense_steps=2000 --steps=1000
---seeds=5 --record=FILE. A small task does not choose a default: for that see
-experiments/recipes/baselines.py, whose kinds sparsek_512_... are the same variants on real text.
+--seeds=5 --record=FILE. A small task does not choose a default. What decides are the kinds
+sparsek_512_... of experiments/recipes/baselines.py, the same variants on text and its tasks:
+
+  python -m experiments.recipes.baselines --seeds=1 --more=--seed=SEED --record=FILE \
+    --only="^dense_s|(^|_)full(_s|$)|sparsek_512(_s|$|_(max|ranking|anneal|no_loss|value|key))"
 """
 
 import argparse

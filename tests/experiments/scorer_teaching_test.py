@@ -74,14 +74,12 @@ def test_a_variant_learns_from_the_dense_model():
   question = recipe.FILLER + recipe.VALUES
   fact = question + 4 + 2 * recipe.VALUES + 1  # of key 2 and value 1
   np.testing.assert_allclose(table[fact], table[question + 2] + table[recipe.FILLER + 1])
-  config = recipe.model(given)
-  learn = recipe.trainer(
-    given, config, recipe.run_of(given, 2, **recipe.VARIANTS["distill"]), dense
-  )
+  config = recipe.model(given, implementation="reference")
+  train = recipe.run_of(given, 2, **recipe.VARIANTS["distill"])
+  learn = recipe.trainer(given, config, train, dense)
   before = recipe.with_scorers(config, start, 0)
   after = learn(before, 0, start)
   assert all(np.any(x != y) for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after)))
-  assert set(recipe.tested(given, config, after)) == {"loss", "often", "once"}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from sparsek.training.step import (
   abstract_state,
   make_diagnose,
   make_eval_step,
+  make_objective,
   make_train_step,
 )
 from tests.helpers import quick_jit
@@ -214,19 +215,16 @@ def test_noise_on_the_scores_derives_from_the_step_and_ends_with_training():
 
 def test_gates_that_become_hard_begin_as_those_of_value_and_end_as_hard_ones():
   config = dataclasses.replace(SELECTING, k=2, window=2)
-  mesh, params = make_mesh(), init_params(config, jax.random.key(0))
-  train = dataclasses.replace(TRAIN, scorer_loss=0.0)
+  params, rows = init_params(config, jax.random.key(0)), cut_targets(example_batch())
 
-  def loss_at(number, gate="straight_through", **change):
-    model, run = dataclasses.replace(config, gate=gate), dataclasses.replace(train, **change)
-    optimizer = make_optimizer(run.optimizer)
-    copy = jax.device_put(jax.tree.map(jnp.copy, params), replicated(mesh))
-    state = TrainState(jnp.int32(number), copy, optimizer.init(copy))
-    batch = put_batch(mesh, example_batch())
-    return float(make_train_step(model, run, optimizer, mesh)(state, batch)[1]["loss"])
+  def losses(gate="straight_through", **change):
+    """Returns the losses before the first step and after the last."""
+    train = dataclasses.replace(TRAIN, scorer_loss=0.0, **change)
+    objective = make_objective(dataclasses.replace(config, gate=gate), train, None)
+    at = quick_jit(lambda step: objective(params, {}, None, rows, (0, step), 20)[1]["loss"])
+    return float(at(0)), float(at(10))
 
-  soft, hard = loss_at(0, "value"), loss_at(0)
-  begin, end = loss_at(0, gate_anneal=1e6), loss_at(10, gate_anneal=1e6)
+  (soft, _), (hard, _), (begin, end) = losses("value"), losses(), losses(gate_anneal=1e6)
   assert abs(soft - hard) > 1e-4
   assert begin == pytest.approx(soft, rel=1e-6) and end == pytest.approx(hard, rel=1e-5)
 
