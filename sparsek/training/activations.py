@@ -13,7 +13,13 @@ from sparsek.model.transformer import parameter_specs
 from sparsek.parallel.mesh import FSDP, batch_specs
 from sparsek.parallel.sharding import partition_specs
 from sparsek.training.loss import cut_targets
-from sparsek.training.step import TrainState, make_objective, micro_batches, num_counted
+from sparsek.training.step import (
+  TrainState,
+  in_training,
+  make_objective,
+  micro_batches,
+  num_counted,
+)
 
 
 def activation_bytes(
@@ -34,7 +40,7 @@ def activation_bytes(
     teacher, teacher_params: of distillation, or None.
   """
   objective, parts, sizes = make_objective(config, train, teacher), mesh.shape[FSDP], []
-  for model in filter(None, (config, teacher)):
+  for model in filter(None, (in_training(config, train), teacher)):
     parameter_specs(model, parts)
 
   def keep(learned, frozen, teacher_params, batch, seed_and_step):

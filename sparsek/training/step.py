@@ -126,7 +126,7 @@ def make_train_step(
   """
   schedule, trainable = learning_rate_schedule(train.optimizer, begin), train.optimizer.trainable
   local_gradients, parts = _make_local_gradients(config, train, teacher), mesh.shape[FSDP]
-  for model in filter(None, (config, teacher)):
+  for model in filter(None, (in_training(config, train), teacher)):
     parameter_specs(model, parts)
 
   def train_step(state: TrainState, batch, teacher_params=None, apply=None):
@@ -196,6 +196,11 @@ def _freeze(params: Params, trainable: str) -> Params:
   )
 
 
+def in_training(config: TransformerConfig, train: TrainConfig) -> TransformerConfig:
+  """Returns the model with its gates in training."""
+  return dataclasses.replace(config, gate="value") if train.gate_anneal else config
+
+
 def make_objective(
   config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None
 ) -> Callable:
@@ -206,8 +211,7 @@ def make_objective(
     whole batch) -> (objective, losses).
   """
   scorer_weight = _scorer_weight(config, train)
-  if train.gate_anneal:
-    config = dataclasses.replace(config, gate="value")
+  config = in_training(config, train)
   logged = logged_losses(config, train, teacher)
 
   def objective(learned, frozen, teacher_params, rows, seed_and_step, num_targets):

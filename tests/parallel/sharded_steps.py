@@ -112,6 +112,7 @@ def step(name: str, mesh: jax.sharding.Mesh, whole: bool = True) -> dict[str, An
     data=DataConfig(batch_size=BATCH, seq_len=LENGTH),
     grad_accumulation=2 if name == "scanned" else 1,
     loss_chunk=7,
+    gate_anneal=5.0 if name == "scanned" else 0.0,
     distill=0.3 if distilled else 0.0,
     distill_from="a run" if distilled else None,
   )
