@@ -39,10 +39,18 @@ ARCHITECTURE = (
   "parallel_residual",
   "tie_embeddings",
 )
+# Fields that matter in training alone: exported models do not have them.
+_OF_TRAINING = (
+  "lora_rank",
+  "lora_alpha",
+  "scorer_target",
+  "scorer_target_value_norm",
+  "scorer_loss_kind",
+)
 SPARSEK_FIELDS = tuple(
   field.name
   for field in dataclasses.fields(TransformerConfig)
-  if field.name not in (*ARCHITECTURE, "lora_rank", "lora_alpha")
+  if field.name not in (*ARCHITECTURE, *_OF_TRAINING)
 )
 # Fields that change no logit, most of them from transformers' base class.
 NO_EFFECT = set(
