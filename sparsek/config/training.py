@@ -109,8 +109,8 @@ class TrainConfig:
       `sparsek.attention.scorer_targets.scorer_loss`, a mean over rows and sparsek layers; has
       no effect where no scorer has parameters.
     gate_anneal: at least 1: training has the gates of "value", of scores times
-      `gate_anneal ** (step / num_steps)`, so that soft gates become hard; evaluation has the
-      model's own, "straight_through". 0: training has them, too.
+      `gate_anneal ** (step / num_steps)` in a run or stage, so that soft gates become hard;
+      evaluation has the model's own, "straight_through". 0: training has them, too.
     scorer_warmup: train the scorers by that loss alone while sparsek layers attend to everything:
       the first stage of converting a dense model. There is no cross-entropy and no backward pass
       except the scorers'; the "loss" of a step is the scorers' loss.

@@ -125,7 +125,7 @@ def make_train_step(
     begin: steps of the run before the stage.
   """
   schedule, trainable = learning_rate_schedule(train.optimizer, begin), train.optimizer.trainable
-  local_gradients, parts = _make_local_gradients(config, train, teacher), mesh.shape[FSDP]
+  local_gradients, parts = _make_local_gradients(config, train, teacher, begin), mesh.shape[FSDP]
   for model in filter(None, (in_training(config, train), teacher)):
     parameter_specs(model, parts)
 
@@ -202,9 +202,12 @@ def in_training(config: TransformerConfig, train: TrainConfig) -> TransformerCon
 
 
 def make_objective(
-  config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None
+  config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None, begin: int = 0
 ) -> Callable:
   """Returns what a training step differentiates, on each device's rows.
+
+  Args:
+    config, train, teacher, begin: as in `make_train_step`.
 
   Returns:
     (learned, frozen, teacher's parameters, rows, (seed, step), number of counted targets of the
@@ -238,7 +241,7 @@ def make_objective(
       scorer_loss=scorer_weight > 0,
       key=key,
       teacher=None if teacher is None else Teacher(teacher, teacher_params, train.distill),
-      score_factor=train.gate_anneal ** (step / train.optimizer.num_steps)
+      score_factor=train.gate_anneal ** ((step - begin) / train.optimizer.num_steps)
       if train.gate_anneal
       else None,
     )
@@ -278,7 +281,7 @@ def micro_batches(train: TrainConfig, batch: Any) -> Any:
 
 
 def _make_local_gradients(
-  config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None
+  config: TransformerConfig, train: TrainConfig, teacher: TransformerConfig | None, begin: int
 ) -> Callable:
   """Returns the part of a training step that runs on each device's rows.
 
@@ -286,7 +289,7 @@ def _make_local_gradients(
     (learned, frozen, teacher's parameters, batch, (seed, step)) -> (losses, gradients of `learned`,
     number of counted targets), all summed over the devices.
   """
-  gradient = jax.grad(make_objective(config, train, teacher), has_aux=True)
+  gradient = jax.grad(make_objective(config, train, teacher, begin), has_aux=True)
   logged = logged_losses(config, train, teacher)
 
   def local_gradients(learned, frozen, teacher_params, batch, seed_and_step):

@@ -217,14 +217,14 @@ def test_gates_that_become_hard_begin_as_those_of_value_and_end_as_hard_ones():
   config = dataclasses.replace(SELECTING, k=2, window=2)
   params, rows = init_params(config, jax.random.key(0)), cut_targets(example_batch())
 
-  def losses(gate="straight_through", **change):
-    """Returns the losses before the first step and after the last."""
+  def losses(gate="straight_through", begin=0, **change):
+    """Returns the losses before the first step of a stage and after its last."""
     train = dataclasses.replace(TRAIN, scorer_loss=0.0, **change)
-    objective = make_objective(dataclasses.replace(config, gate=gate), train, None)
+    objective = make_objective(dataclasses.replace(config, gate=gate), train, None, begin)
     at = quick_jit(lambda step: objective(params, {}, None, rows, (0, step), 20)[1]["loss"])
-    return float(at(0)), float(at(10))
+    return float(at(begin)), float(at(begin + 10))
 
-  (soft, _), (hard, _), (begin, end) = losses("value"), losses(), losses(gate_anneal=1e6)
+  (soft, _), (hard, _), (begin, end) = losses("value"), losses(), losses(begin=5, gate_anneal=1e6)
   assert abs(soft - hard) > 1e-4
   assert begin == pytest.approx(soft, rel=1e-6) and end == pytest.approx(hard, rel=1e-5)
 
