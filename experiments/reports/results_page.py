@@ -228,8 +228,9 @@ SECTIONS = (
   ),
   Section(
     "RULER at 16384 tokens",
-    "The same converted model, twice as many tokens as SmolLM2 was trained on: 13 tasks, 50 prompts "
-    "each, on one H200. Scores in percent with 95 % intervals over prompts, and what took how long.",
+    "The same converted model, twice as many tokens as SmolLM2 was trained on: 13 tasks, 50 "
+    "prompts each, on one H200. Scores in percent with 95 % intervals over prompts, and what took "
+    "how long.",
     ("ruler_16k_h200.json",),
     "python -m experiments.evaluate_ruler --lengths=16384 --prompts=50 --dtype=bfloat16",
     ruler_report.at_length,
