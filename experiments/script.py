@@ -42,6 +42,11 @@ def path(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
+def paths(text: str) -> str:
+  """Returns paths separated by commas, for argparse."""
+  return ",".join(map(path, text.split(",")))
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
   """Type of an option that names a file to write, for argparse.

@@ -202,7 +202,7 @@ def run_step(name: str, step: Step, folder: str, at_once: int) -> float | None:
   def code(output: str, printed: str) -> int:
     given = [word.replace(OUTPUT, output) for word in words]
     print(f"{name}: {shlex.join([script_name, *given])}", flush=True)
-    with open(f"{os.path.join(folder, name)}.log", "a") as log, open(printed, "a") as stdout:
+    with open(f"{os.path.join(folder, name)}.log", "ab") as log, open(printed, "ab") as stdout:
       module = f"sparsek.experiments.{script_name}"
       with child.running(module, given, env=environment, stdout=stdout, stderr=log) as process:
         return process.wait()
@@ -352,9 +352,11 @@ def main(options: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser of the recipe's options."""
   parser = script.parser(__doc__)
-  parser.add_argument("--workdir", required=True, help="folders of runs, separated by commas")
+  parser.add_argument(
+    "--workdir", required=True, type=script.paths, help="folders of runs, separated by commas"
+  )
+  parser.add_argument("--data", type=script.path, help="folder or wheel of RULER's data")
   for option, default, text in (
-    ("data", "", "folder or wheel of RULER's data"),
     ("tasks", evaluate_ruler.ALL, "tasks, separated by commas"),
     ("lengths", "4096,8192", "tokens of prompts"),
     ("dtype", "bfloat16", "of activations"),

@@ -57,6 +57,7 @@ NO_PATHS_OF_SCRIPTS = {
   "dtype",
   "note",
   "model",
+  "tasks",
 }
 PLAIN = (absl_flags.ArgumentParser, absl_flags.ListParser, absl_flags.WhitespaceSeparatedListParser)
 
@@ -108,7 +109,7 @@ def test_every_path_of_every_command():
   from sparsek.experiments import script
 
   for command, action in options:
-    if action.type is script.path or isinstance(action.type, script.Output):
+    if action.type in (script.path, script.paths) or isinstance(action.type, script.Output):
       assert action.type("~/x") == f"{home}/x"
     elif action.type not in (int, float) and not isinstance(action, argparse._HelpAction):
       known = action.nargs == 0 or action.dest in NO_PATHS_OF_SCRIPTS
@@ -119,6 +120,7 @@ def test_every_path_of_every_command():
       read("gs://x")
   with pytest.raises(argparse.ArgumentTypeError, match="there is no folder /nowhere"):
     output("/nowhere/x.json")
+  assert script.paths("~/x,y/") == f"{home}/x,y/"
   with pytest.raises(argparse.ArgumentTypeError, match="'x: No closing quotation"):
     script.words("'x")
 
