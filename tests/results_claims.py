@@ -149,6 +149,17 @@ def recalled(task: str, length: int) -> float:
   return 100 * tables.conversion_answers(record, "sparsek", task, length)
 
 
+def ruler() -> list[float]:
+  """Returns the means of all tasks of RULER at 8192 tokens: SPARSEK's, the dense model's."""
+  by_run = load("ruler_smollm2_h200.json")["runs"]
+  scores = lambda kind: [
+    row["score"]
+    for row in by_run[f"runs/smollm2_convert/{kind}_tuned"]["results"]
+    if row["length"] == 8192
+  ]
+  return [statistics.mean(scores(kind)) for kind in ("sparsek", "dense")]
+
+
 def perplexity_error() -> list[float]:
   record = load("smollm2_convert.json")
   kinds = [kind for _, kind in tables.CONVERSION_SHORT if kind != "dense"]

@@ -44,6 +44,12 @@ CLAIMS = (
   Claim(
     README, "is {} % from its dense self in perplexity after", lambda: [claims.rise("sparsek")]
   ),
+  Claim(README, "RULER at 8192: {} % instead of {} %", claims.ruler),
+  Claim(
+    "docs/pretrained.md",
+    "it has {} % of the 13 tasks at 8192 tokens and the dense model {} %",
+    claims.ruler,
+  ),
   Claim(
     README,
     "training by default, 110M parameters, 32768 tokens: tokens a second | {} | {} | |",
