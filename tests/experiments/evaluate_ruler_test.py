@@ -226,7 +226,7 @@ def test_a_model_without_a_cache_is_refused(original, tmp_path, capsys):
   record = json.loads((folder / "model.json").read_text())
   for change, words in (
     ({"positions": "learned", "max_positions": 512}, "--lengths=562 must be at most 512"),
-    ({"attention": ["strided"]}, "there is no cache for baselines"),
+    ({"attention": ["strided"]}, "there is no cache for this baseline"),
   ):
     changed = record | {"model": record["model"] | change}
     (folder / "model.json").write_text(json.dumps(changed))
