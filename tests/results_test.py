@@ -310,7 +310,8 @@ def test_what_is_said_of_the_starts_is_so():
 
 
 def test_a_changed_figure_is_seen():
-  text, sentence = "it is .044 ± .027 ahead, at 402,800 tokens", "it is {} ± {} ahead, at {} tokens"
+  text = "it is .044 ± .027 ahead, at 402,800 tokens"
+  sentence = "it is {} ± {} ahead, at {} tokens"
   right = [0.0441, 0.0266, 402766.0]
   assert wrong(text, sentence, right) == []
   assert wrong(text.replace(".044", ".045"), sentence, right) == [(".045", 0.0441)]

@@ -175,44 +175,22 @@ def max_attention_loss(
     shard's tokens.
   """
   del implementation
-  batch, n, groups = scores.shape
-  number, heads, dim = queries.shape[1], *query.shape[2:]
-  shards = 1 if axis is None else lax.axis_size(axis)
-  scale, window = dim**-0.5 if scale is None else float(scale), min(int(window), shards * n)
-  start, _ = document_bounds(segment_ids, batch, shards * n)
-  if segment_ids is not None:  # queries in padding see no candidates
-    start = jnp.where(segment_ids != 0, start, shards * n)
-  j = first_token(n, axis) + jnp.arange(n, dtype=jnp.int32)
+  problem = posed(scores, query, queries, window, scale, segment_ids, axis)
   over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
-  query, key = lax.stop_gradient((_asked(query, queries, axis), key))
-  block = max(1, min(number, BLOCK_LOGITS // (batch * heads * n)))
+  asked, key = map(lax.stop_gradient, (problem.asked, key))
+  batch, n, groups = scores.shape
 
-  def body(best_BxGxN, xs):
-    asked_BxCxGxRxD, i_BxCx1, start_BxCx1 = xs
-    logits_BxGxRxCxN = scale * jnp.einsum(
-      "bcgrd,bjgd->bgrcj", asked_BxCxGxRxD, key, preferred_element_type=jnp.float32
+  def body(best_BxGxN, block):
+    shifted_BxGxRxCxN, total_weight, candidate_Bx1xCxN = _shifted_logits(
+      block, key, problem.window, problem.scale, axis
     )
-    seen_BxCxN = (j <= i_BxCx1) & (j >= start_BxCx1)
-    logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
-    top = over_shards(lax.pmax, _max(logits_BxGxRxCxN))
-    total = over_shards(lax.psum, _sum(jnp.exp(logits_BxGxRxCxN - top)))
-    candidate_BxCxN = seen_BxCxN & (j + window <= i_BxCx1)
-    log_BxGxRxCxN = jnp.where(
-      candidate_BxCxN[:, None, None], logits_BxGxRxCxN - top - jnp.log(total), -jnp.inf
-    )
-    return jnp.maximum(best_BxGxN, jnp.max(log_BxGxRxCxN, axis=(2, 3))), None
+    counted_Bx1xCxN = candidate_Bx1xCxN & (block.weight[:, None, :, None] > 0)
+    log_BxGxCxN = jnp.max(shifted_BxGxRxCxN - jnp.log(total_weight), axis=2)
+    log_BxGxCxN = jnp.where(counted_Bx1xCxN, log_BxGxCxN, -jnp.inf)
+    return jnp.maximum(best_BxGxN, jnp.max(log_BxGxCxN, axis=2)), None
 
-  def blocks(x):
-    """Cuts [B, queries, ...] into [blocks, B, block, ...]; the last queries come twice."""
-    x = jnp.pad(x, ((0, 0), (0, -number % block), *[(0, 0)] * (x.ndim - 2)), mode="edge")
-    return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
-
-  xs = (
-    blocks(query.reshape(batch, number, groups, -1, dim)),
-    blocks(queries[..., None]),
-    blocks(jnp.take_along_axis(start, queries, axis=1)[..., None]),
-  )
-  best_BxGxN, _ = lax.scan(body, jnp.full((batch, groups, n), -jnp.inf), xs)
+  blocks = query_blocks(asked, key, queries, problem.start, problem.weight)
+  best_BxGxN, _ = lax.scan(body, jnp.full((batch, groups, n), -jnp.inf), blocks)
   counts_BxGxN = best_BxGxN > -jnp.inf
   error_BxGxN = jnp.where(
     counts_BxGxN, jnp.swapaxes(scores, 1, 2) - jnp.where(counts_BxGxN, best_BxGxN, 0), 0
@@ -368,17 +346,26 @@ def attention_to_candidates(
   over the query heads of a KV head, [B, G, C, N] float32 and 0 elsewhere; and which keys are
   candidates, [B, 1, C, N].
   """
+  shifted_BxGxRxCxN, total_weight, candidate_Bx1xCxN = _shifted_logits(
+    block, key, window, scale, axis
+  )
+  attention_BxGxCxN = jnp.mean(jnp.exp(shifted_BxGxRxCxN) / total_weight, axis=2)
+  return jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0), candidate_Bx1xCxN
+
+
+def _shifted_logits(block, key, window, scale, axis):
+  """Returns logits less the largest of a query, [B, G, R, C, N]; the sum of their exponentials over
+  all keys that it sees, [B, G, R, C, 1]; and which keys are candidates, [B, 1, C, N].
+  """
   seen_BxCxN, candidate_Bx1xCxN = visible_keys(block, key.shape[1], window, axis)
   over_shards = lambda reduce, x: x if axis is None else reduce(x, axis)
   logits_BxGxRxCxN = (
     jnp.einsum("bcgrd,bjgd->bgrcj", block.asked, key, preferred_element_type=jnp.float32) * scale
   )
   logits_BxGxRxCxN = jnp.where(seen_BxCxN[:, None, None], logits_BxGxRxCxN, LOWEST)
-  top = over_shards(lax.pmax, _max(logits_BxGxRxCxN))
-  weights_BxGxRxCxN = jnp.exp(logits_BxGxRxCxN - top)
-  total_weight = over_shards(lax.psum, _sum(weights_BxGxRxCxN))
-  attention_BxGxCxN = jnp.mean(weights_BxGxRxCxN / total_weight, axis=2)
-  return jnp.where(candidate_Bx1xCxN, attention_BxGxCxN, 0), candidate_Bx1xCxN
+  shifted_BxGxRxCxN = logits_BxGxRxCxN - over_shards(lax.pmax, _max(logits_BxGxRxCxN))
+  total_weight = over_shards(lax.psum, _sum(jnp.exp(shifted_BxGxRxCxN)))
+  return shifted_BxGxRxCxN, total_weight, candidate_Bx1xCxN
 
 
 def _max(x):
