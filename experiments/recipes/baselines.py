@@ -25,6 +25,18 @@ held-out documents, in rows of 8192 and four times that, and on tasks that ask f
 --at_once runs stages side by side, --devices spreads them over GPUs, --only=REGEX begins only some
 of them. The record holds what is finished.
 
+How scorers are taught, and its record:
+
+  python -m experiments.recipes.baselines --seeds=2 --workdir=runs/baselines_teaching \
+    --record=experiments/results/baselines_teaching.json \
+    --only="^dense_s|^((loss|tasks)_)?(full|(window|random|sparsek)_512(_(anneal|max.*|no_loss\
+|ranking|value|value_norm))?)(_s.)?$"
+
+The rule was fixed before these runs. Of the kinds of SPARSEK, the one with the most right answers
+over all tasks and lengths becomes the default, if it has more of them than sparsek_512 in both
+starts, and a loss on text that is at most .01 nats above its. What does not win is deleted, unless
+it is the paper's.
+
 The grid over k and window, from one of the dense models, and its record; the picture is the grid's
 report.png:
 
@@ -107,7 +119,9 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
     ("conv", ["--scorer=conv"]),
     ("no_loss", ["--scorer_loss=0", "--scorer_init_scale=4"]),
     ("max", ["--scorer_target=max"]),
+    ("value_norm", ["--scorer_target_value_norm"]),
     ("max_value_norm", ["--scorer_target=max", "--scorer_target_value_norm"]),
+    ("max_queries", ["--scorer_target=max", "--scorer_loss_queries=512"]),
     ("ranking", ["--scorer_target=max", "--scorer_loss_kind=ranking"]),
     ("anneal", ["--gate_anneal=30"]),
     ("max_anneal", ["--scorer_target=max", "--gate_anneal=30"]),
