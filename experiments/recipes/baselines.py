@@ -35,7 +35,8 @@ How scorers are taught, and its record:
 The rule was fixed before these runs. Of the kinds of SPARSEK, the one with the most right answers
 over all tasks and lengths becomes the default, if it has more of them than sparsek_512 in both
 starts, and a loss on text that is at most .01 nats above its. What does not win is deleted, unless
-it is the paper's.
+it is the paper's. ranking_mean and ranking_anneal are younger than the results of starts 0 and 1;
+they are judged on two more, --first_seed=2, in a record of its own, beside the winner of the first.
 
 The grid over k and window, from one of the dense models, and its record; the picture is the grid's
 report.png:
@@ -123,6 +124,8 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
     ("max_value_norm", ["--scorer_target=max", "--scorer_target_value_norm"]),
     ("max_queries", ["--scorer_target=max", "--scorer_loss_queries=512"]),
     ("ranking", ["--scorer_target=max", "--scorer_loss_kind=ranking"]),
+    ("ranking_mean", ["--scorer_loss_kind=ranking"]),
+    ("ranking_anneal", ["--scorer_target=max", "--scorer_loss_kind=ranking", "--gate_anneal=30"]),
     ("anneal", ["--gate_anneal=30"]),
     ("max_anneal", ["--scorer_target=max", "--gate_anneal=30"]),
   ):
@@ -135,6 +138,11 @@ def kinds(sparsek: list[str]) -> dict[str, list[str]]:
   return result
 
 
+def seeds_of(options: argparse.Namespace) -> range:
+  """Returns the seeds of the runs."""
+  return range(options.first_seed, options.first_seed + options.seeds)
+
+
 def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
   """Returns {name of a run or an evaluation: words of its command}, in order."""
   run = lambda name: os.path.join(options.workdir, name)
@@ -145,12 +153,12 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     extra = shlex.split(options.more)
     return ("pretrain", *words, f"--seed={seed}", *extra, f"--workdir={run(name)}")
 
-  for seed in range(options.seeds):
+  for seed in seeds_of(options):
     for start, attention in (("dense", "--attention=full"), ("local", LOCAL)):
       result[f"{start}_s{seed}"] = pretrain(
         f"{start}_s{seed}", seed, FLAGS.format("dense"), f"--data={options.short}", attention
       )
-  for seed in range(options.seeds):
+  for seed in seeds_of(options):
     for name, flags in named.items():
       start = run(f"local_s{seed}" if name.endswith("_local") else f"dense_s{seed}")
       result[f"{name}_s{seed}"] = pretrain(
@@ -162,7 +170,7 @@ def stages(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
         *flags,
       )
   for name in named:
-    runs = ",".join(run(f"{name}_s{seed}") for seed in range(options.seeds))
+    runs = ",".join(run(f"{name}_s{seed}") for seed in seeds_of(options))
     loss = ("evaluate", f"--workdir={runs}", f"--data={options.text}")
     result[f"loss_{name}"] = (
       *loss,
@@ -200,13 +208,14 @@ def main(options: argparse.Namespace) -> None:
   minutes = files.read_json_object(here(MINUTES))
   runs = {}
   for name, flags in named.items():
-    seeds = [seed for seed in range(options.seeds) if f"{name}_s{seed}" in minutes]
+    seeds = [seed for seed in seeds_of(options) if f"{name}_s{seed}" in minutes]
     if seeds:
       runs[name] = {
         "flags": flags,
         "seeds": {seed: baselines_report.describe(here(f"{name}_s{seed}")) for seed in seeds},
       }
-  versions = files.read_json_object(os.path.join(here("full_s0"), "versions.json"))
+  first = here(f"full_s{options.first_seed}")
+  versions = files.read_json_object(os.path.join(first, "versions.json"))
   record = {
     "sparsek": options.sparsek,
     "runs": runs,
@@ -254,6 +263,7 @@ def make_parser() -> argparse.ArgumentParser:
     ("examples", 50, "of each task and length"),
     ("min_distance", 1024, "tokens at least between facts and questions"),
     ("seeds", 3, "runs of each kind"),
+    ("first_seed", 0, "seed of the first of them"),
     ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
   ):
     parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")

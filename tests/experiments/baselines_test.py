@@ -4,6 +4,7 @@ in which stages run.
 
 import json
 import os
+import re
 import shlex
 import types
 
@@ -34,8 +35,19 @@ OPTIONS = types.SimpleNamespace(
   examples=50,
   min_distance=1024,
   seeds=2,
+  first_seed=0,
   eval_batches=24,
 )
+
+
+def test_other_seeds_have_the_same_stages():
+  first, later = (
+    baselines.stages(types.SimpleNamespace(**{**vars(OPTIONS), "first_seed": seed}))
+    for seed in (0, 2)
+  )
+  renamed = {"0": "2", "1": "3"}
+  shift = lambda text: re.sub("(_s|--seed=)([01])(?!\\d)", lambda m: m[1] + renamed[m[2]], text)
+  assert later == {shift(name): tuple(map(shift, words)) for name, words in first.items()}
 
 
 def test_every_command_parses_and_kinds_of_a_budget_see_as_many_keys():
