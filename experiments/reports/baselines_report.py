@@ -284,6 +284,36 @@ def accuracy(run: Mapping, task: str, length: int) -> Interval | None:
   return score_interval(accuracies(run)[task, length], len(prompts))
 
 
+def answers_by_start(runs: Runs, base: str) -> list[str]:
+  """Returns a table in Markdown of right answers to all tasks of all lengths.
+
+  Kinds with the most more answers than `base`, a start in the mean, come first.
+  """
+  right = {
+    name: {
+      seed: sum(of["right"] for of in result["tasks"]) for seed, result in run["seeds"].items()
+    }
+    for name, run in runs.items()
+  }
+  starts, asked = list(right[base]), runs[base]["seeds"]
+  total = sum(of["total"] for of in asked[starts[0]]["tasks"])
+  more = {
+    name: statistics.fmean(number - right[base][start] for start, number in of.items())
+    for name, of in right.items()
+  }
+  head = [f"right answers of {total}", *(f"start {i}" for i in range(len(starts)))]
+  return [
+    "| " + " | ".join([*head, f"minus {base}"]) + " |",
+    "|" + "---|" * (len(head) + 1),
+    *(
+      "| "
+      + " | ".join([name, *(str(right[name].get(x, "-")) for x in starts), f"{more[name]:+.1f}"])
+      + " |"
+      for name in sorted(more, key=more.__getitem__, reverse=True)
+    ),
+  ]
+
+
 def budget_of(name: str) -> int | None:
   """Reads the keys a query, the mean over layers, from a run's name; None: a layer sees all."""
   return (

@@ -390,6 +390,16 @@ def gates(record: Mapping) -> list[str]:
   return baselines_report.differences(record["runs"], ["sparsek_512"])
 
 
+def taught(*rounds: Mapping) -> list[str]:
+  """Returns right answers by start, and differences from the default of the time."""
+  runs = baselines_report.pool([record["runs"] for record in rounds])
+  return [
+    *baselines_report.answers_by_start(runs, "sparsek_512"),
+    "",
+    *baselines_report.differences(runs, ["sparsek_512", "window_512"]),
+  ]
+
+
 def from_scratch(record: Mapping) -> list[str]:
   """Returns the losses of models that learn from scratch in long rows."""
   return markdown(
