@@ -32,7 +32,7 @@ from sparsek.evaluation.statistics import (
   t_interval,
 )
 from sparsek.experiments.reports import grid_page
-from sparsek.runs import run_directory, settings
+from sparsek.runs import run_directory, run_record, settings
 from sparsek.runs.metrics import read_metrics
 from sparsek.runs.settings import Settings
 from sparsek.storage import files
@@ -83,19 +83,30 @@ class Cell:
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     return f"{name[:64]}...{digest}-s{self.seed}"
 
-  @property
-  def budget(self) -> int | None:
-    """The most keys and values that a query attends to, the mean over layers; None: all.
+  def budget(self, num_kv_heads: int = 1) -> int | None:
+    """Returns the most keys and values that a query attends to, the mean over layers and KV heads;
+    None: all.
 
     The linear kind's state, as large as head_dim keys, is not counted.
+
+    Args:
+      num_kv_heads: of the model; it matters where a term names heads.
     """
     terms = [parse_term(term) for term in terms_of(self.attention)]
-    if any(kind == "full" for kind, _, _ in terms):
+    if any(term.kind == "full" for term in terms):
       return None
-    keys = 0
-    for kind, k, window in terms:
-      keys += (self.window if window is None else window) or 0
-      keys += ((k or self.k) or 0) if "k" in fields_of_kind(kind) else 0
+    keys = 0.0
+    for kind, k, window, own in terms:
+      k, window = (
+        (self.k if k is None else k) or 0,
+        (self.window if window is None else window) or 0,
+      )
+      sizes = [(num_kv_heads, k, window)]
+      if own is not None:
+        of_own = k if own.k is None else own.k, window if own.window is None else own.window
+        sizes = [(num_kv_heads - len(own.heads), k, window), (len(own.heads), *of_own)]
+      for heads, k, window in sizes:
+        keys += heads / num_kv_heads * (window + (k if "k" in fields_of_kind(kind) else 0))
     return round(keys / len(terms))
 
   def given(self) -> dict[str, Any]:
@@ -311,13 +322,20 @@ def collect(folder: str, cells: Sequence[Cell]) -> list[dict]:
   return [
     {
       **dataclasses.asdict(cell),
-      "budget": cell.budget,
+      "budget": cell.budget(_kv_heads(os.path.join(folder, cell.name), cell)),
       **{name: result[name] for name in FIELDS},
       DOCUMENTS: result.get(DOCUMENTS),
     }
     for cell, result in results.items()
     if result
   ]
+
+
+def _kv_heads(folder: str, cell: Cell) -> int:
+  """Returns the KV heads of a cell's run, 1 where its budget does not depend on them."""
+  if all(parse_term(term).own is None for term in terms_of(cell.attention)):
+    return 1
+  return run_record.load_run_config(folder)[0].num_kv_heads
 
 
 def other_finished(folder: str, cells: Sequence[Cell]) -> list[str]:

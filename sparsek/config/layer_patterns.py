@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsek.config.checks import UNREGISTERED
 
@@ -48,10 +48,65 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "attention_sinks": _FIXED_SCORES | {"scorer_init_scale": 0.0, "scorer_init_slope": -1024.0},
   "kvzap": {"gate": "straight_through"},
 }
+# Kinds whose KV heads can have a k and a window of their own: each head attends by itself.
+BY_HEADS = ("sparsek", "sliding_window", "kvzap", "random", "random_sink", "attention_sinks")
 NAME = re.compile("[a-z][a-z0-9_]*")
+_SIZES = "(?::k([0-9]{1,10}))?(?::w([0-9]{1,10}))?"
+_HEADS = r"[0-9]{1,5}(?:-[0-9]{1,5})?"
 _TERM = re.compile(
-  rf"({NAME.pattern})(?::k([0-9]{{1,10}}))?(?::w([0-9]{{1,10}}))?(?:\*([0-9]{{1,5}}))?"
+  rf"({NAME.pattern}){_SIZES}(?::h({_HEADS}(?:\.{_HEADS})*){_SIZES})?(?:\*([0-9]{{1,5}}))?"
 )
+
+
+class OwnSizes(NamedTuple):
+  """KV heads of a layer that have a k or a window of their own.
+
+  Attributes:
+    heads: their indices, ascending.
+    k, window: None where they have that of the layer; k=0: they see the window alone.
+  """
+
+  heads: tuple[int, ...]
+  k: int | None
+  window: int | None
+
+
+class Term(NamedTuple):
+  """A term of a layer pattern.
+
+  Attributes:
+    kind: of attention.
+    k, window: None where the term names none.
+    own: KV heads with other values, or None.
+  """
+
+  kind: str
+  k: int | None
+  window: int | None
+  own: OwnSizes | None
+
+  def with_sizes(self, k: int | None, window: int | None, own: OwnSizes | None) -> str:
+    """Returns the text of this term with other numbers for the same heads."""
+    text = self.kind + _sizes(k, window)
+    return text if own is None else text + f":h{heads_text(own.heads)}" + _sizes(own.k, own.window)
+
+
+def _sizes(k, window):
+  return "".join(f":{name}{size}" for name, size in (("k", k), ("w", window)) if size is not None)
+
+
+def head_runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+  """Returns the first and the last index of each run of neighbours in ascending indices."""
+  runs: list[tuple[int, int]] = []
+  for head in heads:
+    first, last = runs.pop() if runs and runs[-1][1] + 1 == head else (head, head)
+    runs.append((first, max(last, head)))
+  return runs
+
+
+def heads_text(heads: Sequence[int]) -> str:
+  """Returns ascending indices of heads as a term names them: (0, 2, 3, 4) as "0.2-4"."""
+  return ".".join(str(a) if a == b else f"{a}-{b}" for a, b in head_runs(heads))
 
 
 def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:
@@ -60,7 +115,10 @@ def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:
   Args:
     pattern: terms separated by commas, such as "sparsek*5,full" or
       "sliding_window:w256*5,sparsek:k1536:w256", or a sequence of terms. A term is a kind of
-      attention, optionally with its own k and window, and optionally with *TIMES.
+      attention, optionally with its own k and window, and optionally with *TIMES. Before that it
+      may give some KV heads another k or window, as in "sparsek:k16:w512:h1.3-5:k1040": heads 1,
+      3, 4 and 5, counted from 0, select 1040 keys and the others 16. With k0 heads see their window
+      alone.
   Returns:
     one term per layer of the pattern, without *TIMES.
   Raises:
@@ -69,22 +127,49 @@ def parse_layer_pattern(pattern: str | Sequence[str]) -> tuple[str, ...]:
   terms: list[str] = []
   for term in pattern.split(",") if isinstance(pattern, str) else pattern or ("",):
     match = _TERM.fullmatch(term.strip()) if isinstance(term, str) else None
-    if not match or match[1] not in ATTENTION_KINDS or match[4] and int(match[4]) == 0:
+    if not match or match[1] not in ATTENTION_KINDS or match[7] and int(match[7]) == 0:
       raise ValueError(
         f"attention pattern {pattern!r}: the term {term!r} is not KIND, KIND:kK, KIND:wWINDOW "
-        "or KIND:kK:wWINDOW, or one of them and *TIMES, "
-        f"with KIND one of {', '.join(ATTENTION_KINDS)}{UNREGISTERED}"
+        "or KIND:kK:wWINDOW, one of them and :hHEADS:kK:wWINDOW for some KV heads, such as h0.2-3, "
+        f"or one of these and *TIMES, with KIND one of {', '.join(ATTENTION_KINDS)}{UNREGISTERED}"
       )
-    terms += [term.strip().partition("*")[0]] * int(match[4] or 1)
+    text = term.strip().partition("*")[0]
+    parsed = parse_term(text)
+    if parsed.own is not None:
+      if reason := _why_no_heads(parsed.kind, parsed.own):
+        raise ValueError(f"attention pattern {pattern!r}: the term {term!r} {reason}")
+      text = parsed.with_sizes(*parsed[1:])  # one text for the same heads
+    terms += [text] * int(match[7] or 1)
   return tuple(terms)
 
 
-def parse_term(term: str) -> tuple[str, int | None, int | None]:
-  """Returns (kind, k, window) of a parsed term; None where the term names no k or no window."""
+def _why_no_heads(kind: str, own: OwnSizes) -> str:
+  """Returns what is wrong with the part of a term that names heads, "" where nothing is."""
+  heads, k, window = own
+  if kind not in BY_HEADS:
+    return f"names heads, which only {', '.join(BY_HEADS)} layers can"
+  if any(head >= after for head, after in zip(heads, heads[1:])):
+    return "must name heads in ascending order, each once, such as h0.2-3"
+  if k is not None and "k" not in fields_of_kind(kind):
+    return f"gives heads a k, and {kind} has none"
+  if k is None and window is None:
+    return "names heads, but neither their k nor their window, such as h0:k64:w32"
+  return ""
+
+
+def parse_term(term: str) -> Term:
+  """Returns the parts of a term of `parse_layer_pattern`."""
   match = _TERM.fullmatch(term)
   assert match, f"{term!r} is no term of parse_layer_pattern"
-  kind, k, window, _ = match.groups()
-  return kind, int(k) if k else None, int(window) if window else None
+  kind, heads, *_ = match[1], match[4]
+  k, window, own_k, own_window = (int(match[i]) if match[i] else None for i in (2, 3, 5, 6))
+  own = None
+  if heads is not None:
+    ends = ([int(end) for end in run.split("-")] for run in heads.split("."))
+    # The ends of a range that runs backwards stay as they are, to be refused.
+    listed = tuple(head for run in ends for head in range(run[0], run[-1] + 1) or run)
+    own = OwnSizes(listed, own_k, own_window)
+  return Term(kind, k, window, own)
 
 
 def fields_of_kind(kind: str) -> tuple[str, ...]:
@@ -97,6 +182,6 @@ def fields_of_term(term: str) -> tuple[str, ...]:
 
   Those that its term sets are left out.
   """
-  kind, k, window = parse_term(term)
-  own = {"k": k, "window": window}
-  return tuple(name for name in fields_of_kind(kind) if own.get(name) is None)
+  parsed = parse_term(term)
+  own = {"k": parsed.k, "window": parsed.window}
+  return tuple(name for name in fields_of_kind(parsed.kind) if own.get(name) is None)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from sparsek.config.checks import (
   MAX_INT,
@@ -24,6 +24,7 @@ from sparsek.config.layer_patterns import (
   SETTINGS,
   fields_of_kind,
   fields_of_term,
+  heads_text,
   parse_layer_pattern,
   parse_term,
 )
@@ -77,6 +78,23 @@ def parse_rope_scaling(scaling: str | tuple | list | None) -> tuple | None:
   return (kind, *numbers)
 
 
+class HeadGroup(NamedTuple):
+  """KV heads of a layer that have the same k and window, and the query heads that read them.
+
+  Attributes:
+    heads: indices of the KV heads, ascending.
+    config: that of a layer of these heads alone; its kind is sliding_window where they have k=0.
+  """
+
+  heads: tuple[int, ...]
+  config: "TransformerConfig"
+
+  @property
+  def kind(self) -> str:
+    """The attention kind of these heads."""
+    return self.config.layer_kinds[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
   """A decoder language model.
@@ -96,8 +114,9 @@ class TransformerConfig:
       "sparsek*5,full" or a tuple. Kinds: sparsek, sliding_window, full, and the baselines of
       `sparsek.model.baselines`: random, attention_sinks, strided, lsh, block_topk, linear, tova,
       h2o, snapkv, random_sink, kvzap; and what `sparsek.model.registration` has added. A term may
-      set its own k and window, as in "sliding_window:w256*5,sparsek:k1536:w256"; by default a layer
-      uses the values below.
+      set its own k and window, as in "sliding_window:w256*5,sparsek:k1536:w256", and those of some
+      KV heads, as in "sparsek:k16:w512:h1.3-5:k1040"; by default a layer uses the values below.
+      See `sparsek.config.parse_layer_pattern`.
     k: key/value pairs that are selected for each query (all kinds but sliding_window, full and
       linear).
     window: most recent tokens that each query sees, itself included (all kinds but full; lsh sees
@@ -233,18 +252,8 @@ class TransformerConfig:
       )
 
   def _check_layers(self) -> None:
-    for kind, k, window in map(parse_term, self.attention):
-      window = self.window if window is None else window
-      name = f"attention={','.join(self.attention)}: k"
-      check_number(name, 1 if k is None else k, UnboundedCount)
-      uses_scorer = "scorer" in fields_of_kind(kind)
-      if uses_scorer and self.scorer == "conv" and self.scorer_lookahead > window:
-        raise ValueError(
-          f"scorer_lookahead={self.scorer_lookahead} must be at most window={window}: a token "
-          "is judged when it leaves the window"
-        )
-      if kind in NEED_WINDOW and window < 1:
-        raise ValueError(f"window={window} must be at least 1 for {kind} layers")
+    for term in self.attention:
+      self._check_term(term)
     if len(self.attention) > self.num_layers:
       raise ValueError(
         f"the attention pattern names {len(self.attention)} layers, more than "
@@ -255,6 +264,34 @@ class TransformerConfig:
         f"scan_layers needs num_layers={self.num_layers} to be a multiple of the attention "
         f"pattern's length {len(self.attention)}"
       )
+
+  def _check_term(self, text: str) -> None:
+    kind, k, window, own = parse_term(text)
+    window = self.window if window is None else window
+    name = f"attention={','.join(self.attention)}: k"
+    check_number(name, 1 if k is None else k, UnboundedCount)
+    windows = [window]
+    if own is not None:
+      heads, count = own.heads, self.num_kv_heads
+      if heads[-1] >= count or len(heads) == count:
+        raise ValueError(
+          f"attention={','.join(self.attention)}: h{heads_text(heads)} must name some of the heads "
+          f"from 0 to num_kv_heads - 1 = {count - 1}, and not all of them"
+        )
+      own_window = window if own.window is None else own.window
+      if own.k == 0 and own_window < 1:
+        raise ValueError(
+          f"{name}0 needs a window of at least 1 in the same heads, got {own_window}"
+        )
+      windows += [own_window] * (own.k != 0)
+    uses_scorer = "scorer" in fields_of_kind(kind)
+    if uses_scorer and self.scorer == "conv" and self.scorer_lookahead > min(windows):
+      raise ValueError(
+        f"scorer_lookahead={self.scorer_lookahead} must be at most window={min(windows)}: a token "
+        "is judged when it leaves the window"
+      )
+    if kind in NEED_WINDOW and min(windows) < 1:
+      raise ValueError(f"window={min(windows)} must be at least 1 for {kind} layers")
 
   @property
   def layer_terms(self) -> tuple[str, ...]:
@@ -267,9 +304,11 @@ class TransformerConfig:
     return tuple(parse_term(term)[0] for term in self.layer_terms)
 
   def values_of(self, name: str) -> tuple[int, ...]:
-    """Returns the different values of k or window in the layers that use it, in their order."""
-    layers = zip(self.layer_kinds, self.layer_configs)
-    values = [getattr(layer, name) for kind, layer in layers if name in fields_of_kind(kind)]
+    """Returns the different values of k or window in the layers, and heads, that use it, in their
+    order.
+    """
+    groups = (group for layer in self.layer_configs for group in layer.head_groups)
+    values = [getattr(of.config, name) for of in groups if name in fields_of_kind(of.kind)]
     return tuple(dict.fromkeys(values))
 
   def why_unused(self, name: str) -> str:
@@ -299,17 +338,45 @@ class TransformerConfig:
 
   def for_term(self, term: str) -> "TransformerConfig":
     """Returns this configuration with the k, the window and the scorer of a layer of this term."""
-    kind, k, window = parse_term(term)
-    if k is None and window is None and kind not in SETTINGS:
+    kind, k, window, heads = parse_term(term)
+    if term == kind and self.attention == (kind,) and kind not in SETTINGS:
       return self
     k, window = self.k if k is None else k, self.window if window is None else window
     own = SETTINGS.get(kind, {})
-    return dataclasses.replace(self, attention=kind, k=k, window=window, **own)
+    attention = kind if heads is None else term
+    return dataclasses.replace(self, attention=attention, k=k, window=window, **own)
 
   @property
   def layer_configs(self) -> tuple["TransformerConfig", ...]:
     """The configuration of each layer, by `for_term`."""
     return tuple(map(self.for_term, self.layer_terms))
+
+  @property
+  def head_groups(self) -> tuple[HeadGroup, ...]:
+    """The KV heads of a layer by their k and window: one group of all heads, or two.
+
+    This configuration must be that of a layer, from `layer_configs` or `for_term`.
+    """
+    kind, k, window, own = parse_term(self.attention[0])
+    heads = tuple(range(self.num_kv_heads))
+    if own is None:
+      return (HeadGroup(heads, self),)
+    others = tuple(head for head in heads if head not in own.heads)
+    own_k = self.k if own.k is None else own.k
+    own_window = self.window if own.window is None else own.window
+    own_kind = kind if own_k else "sliding_window"
+    return (
+      self._of_heads(others, kind, self.k, self.window),
+      self._of_heads(own.heads, own_kind, own_k or self.k, own_window),
+    )
+
+  def _of_heads(self, heads: tuple[int, ...], kind: str, k: int, window: int) -> HeadGroup:
+    count = len(heads)
+    queries = self.num_heads // self.num_kv_heads * count
+    of_heads = dataclasses.replace(
+      self, attention=kind, k=k, window=window, num_kv_heads=count, num_heads=queries
+    )
+    return HeadGroup(heads, of_heads)
 
   @property
   def rope_dim(self) -> int:

@@ -53,12 +53,11 @@ def clip_sizes(config: TransformerConfig, length: int) -> TransformerConfig:
   programs are compiled for texts that grow.
   """
   most = max(UNCLIPPED, pad_length(length), config.scorer_lookahead)
+  least = lambda size: None if size is None else min(size, most)
   terms = []
-  for kind, k, window in map(parse_term, config.attention):
-    sizes = (
-      f":{name}{min(size, most)}" for name, size in (("k", k), ("w", window)) if size is not None
-    )
-    terms.append("".join([kind, *sizes]))
+  for term in map(parse_term, config.attention):
+    own = term.own and term.own._replace(k=least(term.own.k), window=least(term.own.window))
+    terms.append(term.with_sizes(least(term.k), least(term.window), own))
   return dataclasses.replace(
     config, k=min(config.k, most), window=min(config.window, most), attention=tuple(terms)
   )

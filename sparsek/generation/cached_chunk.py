@@ -31,7 +31,7 @@ from sparsek.generation.cached_attention import (
   needs_support,
 )
 from sparsek.kernels.sentinels import NOWHERE
-from sparsek.model.layers import window_implementation
+from sparsek.model.head_groups import window_implementation
 from sparsek.model.scorers import scorer_delay
 
 MAX_LOGITS = 2**22  # logits that a full layer computes at once for one head of a chunk

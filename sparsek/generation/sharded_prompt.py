@@ -22,7 +22,8 @@ from sparsek.generation.cached_attention import KeysAndValues, LayerCache, Selec
 from sparsek.generation.cached_chunk import keep_best
 from sparsek.generation.inference import InferenceParams, Projections, inference_specs
 from sparsek.generation.rows import map_shards
-from sparsek.model.layers import full_attention, window_implementation
+from sparsek.model.head_groups import window_implementation
+from sparsek.model.layers import full_attention
 from sparsek.model.scorers import scoring_network
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import first_token, tokens_at

@@ -20,9 +20,9 @@ from sparsek.attention.scorer_loss import max_attention_loss
 from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import LOWEST
 from sparsek.model import layers
+from sparsek.model.head_groups import selecting_attention, window_attention, window_implementation
 from sparsek.model.layers import Attention, SparseKAttention, Tokens
 from sparsek.model.scorers import SCORER_FACTORIES, scoring_network
-from sparsek.parallel import sequence_parallel
 from sparsek.parallel.exchange import first_token, own_tokens
 from sparsek.parallel.mesh import CONTEXT, axis_size
 from sparsek.parallel.sharded_scores import token_positions
@@ -58,16 +58,8 @@ class FixedSelection(Attention):
   def mix(self, tokens: Tokens) -> jax.Array:
     x_BxNxE, query, key, value, segment_ids, layer, *_ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    return sequence_parallel.sparsek_attention(
-      query,
-      key,
-      value,
-      jnp.broadcast_to(self.scores(tokens), (batch, length, cfg.num_kv_heads)),
-      k=cfg.k,
-      window=cfg.window,
-      segment_ids=segment_ids,
-      implementation=cfg.implementation,
-    )
+    scores = jnp.broadcast_to(self.scores(tokens), (batch, length, cfg.num_kv_heads))
+    return selecting_attention(cfg, query, key, value, scores, segment_ids)
 
   def scores(self, tokens: Tokens) -> jax.Array:
     """Returns the scores of tokens: [B, N, G], or [B, N, 1] for all heads."""
@@ -140,7 +132,7 @@ class LSHAttention(Attention):
 
     names = start_BxN[:, None] * size**2 + by_head(bucket_BxNxG)
     names = jnp.take_along_axis(names, order, axis=2).reshape(batch * groups, length)
-    implementation = layers.window_implementation(cfg)
+    implementation = window_implementation(cfg)
     out = sliding_window_attention(
       arranged(query),
       arranged(key),
@@ -314,7 +306,7 @@ class LinearAttention(Attention):
   def mix(self, tokens: Tokens) -> jax.Array:
     x_BxNxE, query, key, value, segment_ids, *_ = tokens
     cfg, (batch, length) = self.config, x_BxNxE.shape[:2]
-    near = layers.windowed(cfg, tokens)
+    near = window_attention(cfg, query, key, value, segment_ids)
     groups, dim, chunks = cfg.num_kv_heads, cfg.head_dim, -(-length // CHUNK)
     log_decay_BxNxG = jax.nn.log_sigmoid(self.decay(x_BxNxE.astype(jnp.float32))) / SLOWEST
     first = first_token(length)
@@ -388,7 +380,7 @@ class EvictingAttention(Attention):
       k=cfg.k,
       window=cfg.window,
       segment_ids=tokens.segment_ids,
-      implementation=layers.window_implementation(cfg),
+      implementation=window_implementation(cfg),
     )
 
 
@@ -420,7 +412,9 @@ class KVzapAttention(SparseKAttention):
 
   frozen = True
 
-  def loss(self, arrays: tuple[jax.Array, ...], **attention: Any) -> jax.Array:
+  def loss(
+    self, config: TransformerConfig, arrays: tuple[jax.Array, ...], **attention: Any
+  ) -> jax.Array:
     """Computes the loss of the scorer, which looks at no values."""
     scores, query, key, _, queries = arrays
     return max_attention_loss(scores, query, key, queries, **attention)

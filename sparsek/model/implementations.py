@@ -11,7 +11,7 @@ from sparsek.config import TransformerConfig, parse_term
 from sparsek.kernels.devices import first_device
 from sparsek.model import layers
 from sparsek.model.baselines import BASELINES
-from sparsek.model.layers import window_implementation
+from sparsek.model.head_groups import window_implementation
 
 # The kinds of the library, before any is registered.
 KINDS = (*layers.ATTENTION_MODULES, *BASELINES)

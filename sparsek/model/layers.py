@@ -15,6 +15,12 @@ from sparsek.attention.scorer_loss import sample_queries
 from sparsek.attention.scorer_targets import scorer_loss
 from sparsek.config import TransformerConfig
 from sparsek.kernels.rms_norm import branched_rms_norm, rms_norm
+from sparsek.model.head_groups import (
+  selecting_attention,
+  take_heads,
+  window_attention,
+  window_implementation,
+)
 from sparsek.model.projections import project_together, projection
 from sparsek.model.scorers import SCORER_FACTORIES, scoring_network
 from sparsek.parallel import sequence_parallel
@@ -326,6 +332,10 @@ class SparseKAttention(Attention):
   With mutable=["scorer_warmup"] it leaves the same there and attends to the whole document,
   as the dense model does whose scorers are being trained.
 
+  Where KV heads have a k and a window of their own, the loss is the mean over the heads that
+  select. Heads with k=0 have scores too, which nothing reads and nothing teaches: so any k can
+  follow.
+
   Example:
     config = sparsek.TransformerConfig(embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64)
     layer = sparsek.SparseKAttention(dataclasses.replace(config, k=256, window=256))
@@ -367,17 +377,7 @@ class SparseKAttention(Attention):
       scores_BxNxG *= tokens.score_factor
     if warmup:
       return full_attention(cfg, query, key, value, segment_ids)
-    return sequence_parallel.sparsek_attention(
-      query,
-      key,
-      value,
-      scores_BxNxG,
-      k=cfg.k,
-      window=cfg.window,
-      gate=cfg.gate,
-      segment_ids=segment_ids,
-      implementation=cfg.implementation,
-    )
+    return selecting_attention(cfg, query, key, value, scores_BxNxG, segment_ids, cfg.gate)
 
   def _noise(self, keys, length):
     """Draws the noise of whole rows, [B, n, S], and cuts out this shard's tokens."""
@@ -393,45 +393,40 @@ class SparseKAttention(Attention):
     if queries is None:
       keys = row_keys(self.make_rng("scorer_loss"), tokens.row_index)
       queries = sample_loss_queries(cfg, keys, x_BxNxE.shape[1])
-    scores_BxNxG = self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer)
-    return self.loss(
-      (scores_BxNxG, query, key, value, queries),
-      window=cfg.window,
-      segment_ids=tokens.segment_ids,
-      axis=CONTEXT if axis_size(CONTEXT) > 1 else None,
-      implementation=cfg.implementation,
-    )
+    arrays = self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer), query, key, value
+    groups = [group for group in cfg.head_groups if group.kind != "sliding_window"]
+    heads = sum(len(group.heads) for group in groups)
+    loss = jnp.zeros(())
+    for group in groups:
+      of_group = (take_heads(x, group.heads, cfg.num_kv_heads) for x in arrays)
+      loss += (len(group.heads) / heads) * self.loss(
+        group.config,
+        (*of_group, queries),
+        window=group.config.window,
+        segment_ids=tokens.segment_ids,
+        axis=CONTEXT if axis_size(CONTEXT) > 1 else None,
+        implementation=cfg.implementation,
+      )
+    return loss
 
-  def loss(self, arrays: tuple[jax.Array, ...], **attention: Any) -> jax.Array:
-    """Computes the loss of the scorer from scores, query, key, value and positions of queries."""
-    cfg = self.config
+  def loss(
+    self, config: TransformerConfig, arrays: tuple[jax.Array, ...], **attention: Any
+  ) -> jax.Array:
+    """Computes the loss of the scorer from scores, query, key, value and positions of queries.
+
+    Args:
+      config: of the heads that the arrays are of.
+      arrays: see above.
+      attention: options of `sparsek.attention.scorer_targets.scorer_loss`.
+    """
     return scorer_loss(
       *arrays,
-      k=cfg.k,
-      target=cfg.scorer_target,
-      kind=cfg.scorer_loss_kind,
-      value_norm=cfg.scorer_target_value_norm,
+      k=config.k,
+      target=config.scorer_target,
+      kind=config.scorer_loss_kind,
+      value_norm=config.scorer_target_value_norm,
       **attention,
     )
-
-
-def window_implementation(config: TransformerConfig) -> str | None:
-  """Returns the implementation of a sliding window for `config`: XLA's for "reference", which has
-  none.
-  """
-  return "xla" if config.implementation == "reference" else config.implementation
-
-
-def windowed(config: TransformerConfig, tokens: Tokens) -> jax.Array:
-  """Attends to the last `window` tokens."""
-  return sequence_parallel.sliding_window_attention(
-    tokens.query,
-    tokens.key,
-    tokens.value,
-    window=config.window,
-    segment_ids=tokens.segment_ids,
-    implementation=window_implementation(config),
-  )
 
 
 class SlidingWindowAttention(Attention):
@@ -440,7 +435,7 @@ class SlidingWindowAttention(Attention):
   shardable = True
 
   def mix(self, tokens: Tokens) -> jax.Array:
-    return windowed(self.config, tokens)
+    return window_attention(self.config, *tokens[1:5])
 
 
 def full_attention(

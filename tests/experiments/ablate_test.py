@@ -57,7 +57,7 @@ def test_a_grid_has_no_two_cells_that_mean_the_same():
     "full-s0",
   }
   cell = Cell("sparsek", 1, 0, "value", "conv", 7)
-  assert cell.name == "sparsek-k1-w0-value-conv-s7" and cell.budget == 1
+  assert cell.name == "sparsek-k1-w0-value-conv-s7" and cell.budget() == 1
   assert cell.flags() == [
     "--attention=sparsek",
     "--k=1",
@@ -69,7 +69,7 @@ def test_a_grid_has_no_two_cells_that_mean_the_same():
   hybrids = grid.grid(
     ["sparsek*5+full", "sliding_window+linear"], [1, 2], [3], ["value"], ["conv"], 1
   )
-  assert [(cell.name, cell.budget) for cell in hybrids] == [
+  assert [(cell.name, cell.budget()) for cell in hybrids] == [
     ("sparsekx5+full-k1-w3-value-conv-s0", None),
     ("sparsekx5+full-k2-w3-value-conv-s0", None),
     ("sliding_window+linear-w3-s0", 3),
@@ -90,15 +90,18 @@ def test_a_grid_has_no_two_cells_that_mean_the_same():
     ["conv"],
     1,
   )
-  assert (uneven.name, uneven.budget) == (
+  assert (uneven.name, uneven.budget()) == (
     "sliding_window_w256x5+sparsek_k1280_w512-value-conv-s0",
     512,
   )
-  assert (half.name, half.budget) == (
+  assert (half.name, half.budget()) == (
     "linear_w8+sparsek_k4-w3-value-conv-s0",
     round((8 + 4 + 3) / 2),
   )
   assert "--layer_pattern=sliding_window:w256*5,sparsek:k1280:w512" in uneven.flags()
+  (heads,) = grid.grid(["sparsek:w8:h0.2:k0:w24+sparsek:k4:w8"], [8], [9], ["value"], ["conv"], 1)
+  assert heads.name == "sparsek_w8_h0.2_k0_w24+sparsek_k4_w8-k8-value-conv-s0"
+  assert heads.budget(3) == round(((16 + 24 + 24) / 3 + 12) / 2)
   with pytest.raises(
     UsageError, match=r"'sparsek\*0\+full' must be one of sparsek, .*, or of these a pattern"
   ):
