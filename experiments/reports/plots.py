@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.attention.operator import causal_sparsek
-from sparsek.config import TransformerConfig
+from sparsek.config import HeadGroup, TransformerConfig
 from sparsek.errors import UsageError
+from sparsek.model.head_groups import take_heads
 from sparsek.model.transformer import Params, Transformer, layer_params
 from sparsek.storage import files
 
@@ -136,10 +137,10 @@ class Kept:
 
   Attributes:
     layer: index of the layer, from 0.
-    heads: [queries, keys] int, the number of KV heads in which the query's selection holds the key;
-      0 in its window.
+    heads: [queries, keys] int, the number of KV heads in which the query's selection holds the key,
+      or a window that is longer than that of other heads; 0 in the window of all.
     num_heads: KV heads.
-    window: most recent tokens that each query sees besides.
+    window: most recent tokens that each query sees besides in all heads.
   """
 
   layer: int
@@ -170,19 +171,33 @@ def kept_tokens(config: TransformerConfig, params: Params, tokens: Sequence[int]
       {"params": params}, tokens, method="hidden", mutable=["diagnostics"]
     )
     diagnostics = [layer_params(config, sown["diagnostics"], layer) for layer in layers]
+    scores = [of["attention"]["scores"][0] for of in diagnostics]
     return [
-      causal_sparsek(of["attention"]["scores"][0], layer.k, delay=layer.window).expiry[0]
-      for layer, of in zip((config.layer_configs[i] for i in layers), diagnostics)
+      [_expiry(group, u, config.num_kv_heads) for group in config.layer_configs[layer].head_groups]
+      for layer, u in zip(layers, scores)
     ]
 
   row = jnp.asarray(tokens, jnp.int32)[None]
   i, j = np.arange(row.size)[:, None], np.arange(row.size)
   kept = []
-  for layer, expiry in zip(layers, jax.device_get(expiries(params, row))):
-    window = config.layer_configs[layer].window
-    selected = [(j + window <= i) & (i < expiry_of_head) for expiry_of_head in expiry.T]
-    kept.append(Kept(layer, np.sum(selected, axis=0), config.num_kv_heads, window))
+  for layer, expiries_of_groups in zip(layers, jax.device_get(expiries(params, row))):
+    groups = config.layer_configs[layer].head_groups
+    shortest = min(group.config.window for group in groups)
+    heads = np.zeros((row.size, row.size), int)
+    for group, expiry in zip(groups, expiries_of_groups):
+      window = group.config.window
+      in_window = (j + window > i) & (j + shortest <= i)
+      heads += sum(in_window | ((j + window <= i) & (i < of_head)) for of_head in expiry.T)
+    kept.append(Kept(layer, heads, config.num_kv_heads, shortest))
   return kept
+
+
+def _expiry(group: HeadGroup, scores: jax.Array, num_kv_heads: int) -> jax.Array:
+  """Returns when keys drop out of the selection of some heads, [n, heads]; 0 where none is made."""
+  scores = take_heads(scores, group.heads, num_kv_heads)
+  if group.kind == "sliding_window":
+    return jnp.zeros(scores.shape[1:], jnp.int32)
+  return causal_sparsek(scores, group.config.k, delay=group.config.window).expiry[0]
 
 
 def kept_colours(num_heads: int) -> list[Any]:

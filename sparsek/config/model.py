@@ -370,6 +370,11 @@ class TransformerConfig:
       self._of_heads(own.heads, own_kind, own_k or self.k, own_window),
     )
 
+  @property
+  def selecting_groups(self) -> tuple[HeadGroup, ...]:
+    """Those of `head_groups` that have a k."""
+    return tuple(group for group in self.head_groups if "k" in fields_of_kind(group.kind))
+
   def _of_heads(self, heads: tuple[int, ...], kind: str, k: int, window: int) -> HeadGroup:
     count = len(heads)
     queries = self.num_heads // self.num_kv_heads * count

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sparsek.config import TransformerConfig
+from sparsek.config import HeadGroup, TransformerConfig, heads_text
 from sparsek.huggingface.config_writing import MODELLING
 from sparsek.runs import run_record
 from sparsek.runs.metrics import read_metrics
@@ -71,7 +71,8 @@ def model_card(
 def _facts(workdir, config, run, step) -> list[tuple[str, str]]:
   """Returns rows (what, value) about the model and its training."""
   layers = [
-    f"{len(list(terms))} x {term}" for term, terms in itertools.groupby(map(_term, _layers(config)))
+    f"{len(list(terms))} x {term}"
+    for term, terms in itertools.groupby(map(_term, config.layer_configs))
   ]
   heads = f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads"
   rows = [
@@ -96,13 +97,20 @@ def _facts(workdir, config, run, step) -> list[tuple[str, str]]:
   return rows
 
 
-def _layers(config) -> Iterable[tuple[str, TransformerConfig]]:
-  return zip(config.layer_kinds, config.layer_configs)
+def _term(layer: TransformerConfig) -> str:
+  """Returns a layer's kind with its k and window, where it uses them; each of its groups of heads
+  has them.
+  """
+  groups = layer.head_groups
+  return " and ".join(
+    _sizes(group) + f" in KV heads {heads_text(group.heads)}" * (len(groups) > 1)
+    for group in groups
+  )
 
 
-def _term(layer: tuple[str, TransformerConfig]) -> str:
-  """Returns a layer's kind with its k and window, where it uses them."""
-  kind, config = layer
+def _sizes(group: HeadGroup) -> str:
+  """Returns the kind of some heads with their k and window, where they use them."""
+  kind, config = group.kind, group.config
   sizes = {"full": "", "sliding_window": f" (window {config.window})"}
   return kind + sizes.get(kind, f" (k {config.k}, window {config.window})")
 

@@ -79,7 +79,8 @@ def training_flops(config: TransformerConfig, params: Params, lengths: np.ndarra
     * int(np.sum(lengths))
   )
   pairs = sum(
-    attended_pairs(kind, lengths, layer.k, layer.window, config.head_dim)
-    for kind, layer in zip(config.layer_kinds, config.layer_configs)
+    of.num_heads * attended_pairs(kind, lengths, of.k, of.window, config.head_dim)
+    for layer in config.layer_configs
+    for of, kind in ((group.config, group.kind) for group in layer.head_groups)
   )
-  return with_weights + 3 * 4 * config.num_heads * config.head_dim * pairs
+  return with_weights + 3 * 4 * config.head_dim * pairs

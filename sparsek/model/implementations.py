@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sparsek.attention.backends import Choice, choose_implementation, choose_window_implementation
 from sparsek.attention.eviction import RULES
-from sparsek.config import TransformerConfig, parse_term
+from sparsek.config import TransformerConfig, heads_text
 from sparsek.kernels.devices import first_device
 from sparsek.model import layers
 from sparsek.model.baselines import BASELINES
@@ -31,15 +31,19 @@ def attention_choices(
     packed: whether rows may hold more than one document, as in training by default.
 
   Returns:
-    Choices by the layer's term of the attention pattern, such as "sparsek" or "sparsek:k64:w32".
+    Choices by the layer's term of the attention pattern, such as "sparsek" or "sparsek:k64:w32". A
+    layer that has heads with another k or window has two, such as "heads 0 of sparsek:h1:k9".
 
   Raises:
     NotImplementedError: if the implementation that `config` asks for cannot run here.
   """
-  return {
-    term: _choice(config.for_term(term), parse_term(term)[0], seq_len, batch, packed)
-    for term in dict.fromkeys(config.layer_terms)
-  }
+  choices = {}
+  for term in dict.fromkeys(config.layer_terms):
+    groups = config.for_term(term).head_groups
+    for group in groups:
+      name = f"heads {heads_text(group.heads)} of {term}" if len(groups) > 1 else term
+      choices[name] = _choice(group.config, group.kind, seq_len, batch, packed)
+  return choices
 
 
 def _choice(config: TransformerConfig, kind: str, seq_len: int, batch: int, packed: bool) -> Choice:

@@ -394,7 +394,7 @@ class SparseKAttention(Attention):
       keys = row_keys(self.make_rng("scorer_loss"), tokens.row_index)
       queries = sample_loss_queries(cfg, keys, x_BxNxE.shape[1])
     arrays = self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer), query, key, value
-    groups = [group for group in cfg.head_groups if group.kind != "sliding_window"]
+    groups = cfg.selecting_groups
     heads = sum(len(group.heads) for group in groups)
     loss = jnp.zeros(())
     for group in groups:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsek.config import TrainConfig, TransformerConfig, fields_of_kind
+from sparsek.config import TrainConfig, TransformerConfig
 from sparsek.errors import RunError
 from sparsek.model import flops, implementations, lora
 from sparsek.model.transformer import count_params
@@ -218,7 +218,8 @@ def remat_that_fits(
   """
   if limit is None:
     return "none"
-  lists = sum("k" in fields_of_kind(kind) for kind in config.layer_kinds) / config.num_layers
+  selecting = (group for layer in config.layer_configs for group in layer.selecting_groups)
+  lists = sum(len(group.heads) for group in selecting) / (config.num_layers * config.num_kv_heads)
   per_token = (
     3 * config.embed_dim
     + 2 * config.head_dim * (config.num_heads + (1 + lists) * config.num_kv_heads)

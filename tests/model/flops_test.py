@@ -63,6 +63,12 @@ def test_training_flops_are_six_per_parameter_and_twelve_per_pair(tied):
     flops.training_flops(config, checkpoint.abstract_params(config), np.array([20]))
     == 6 * 20 * with_weights + 12 * 2 * 4 * pairs
   )
+  heads = dataclasses.replace(config, num_kv_heads=2, attention="full,sparsek:k3:w5:h1:k0:w9")
+  window = sum(min(i, 9) for i in range(1, 21))
+  full, select = sum(range(1, 21)), pairs - sum(range(1, 21))
+  assert flops.training_flops(
+    heads, checkpoint.abstract_params(heads), np.array([20])
+  ) == 6 * 20 * (with_weights + 2 * 8 * 4 * 2 + 8) + 12 * 4 * (2 * full + select + window)
   own = dataclasses.replace(config, attention="full,sparsek:k3:w5", k=9, window=9)
   assert (
     flops.training_flops(own, checkpoint.abstract_params(own), np.array([20]))

@@ -43,6 +43,12 @@ def test_an_accelerator_has_reasons(monkeypatch):
   assert describe_choice(config("full"), 64) == [
     f"attention: xla on NVIDIA A100; cudnn cannot run here: packed; {refused}"
   ]
+  heads = config("sparsek:h1:k0:w9,sparsek:k8:h0:k9")
+  assert describe_choice(heads, 64, packed=False) == [
+    "attention of heads 0 of sparsek:h1:k0:w9, heads 1 of sparsek:k8:h0:k9, heads 0 of "
+    f"sparsek:k8:h0:k9: xla on NVIDIA A100; {refused}",
+    "attention of heads 1 of sparsek:h1:k0:w9: cudnn on NVIDIA A100",
+  ]
   on_gpu(monkeypatch, None)
   assert describe_choice(config("sparsek"), 64) == ["attention: mosaic_gpu on NVIDIA A100"]
 

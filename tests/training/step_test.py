@@ -436,3 +436,21 @@ def test_selection_diagnostics_name_each_sparsek_layer_scanned_or_not():
     dataclasses.replace(config, attention="sparsek:k2:w2,full", k=5, window=1), make_mesh()
   )(params, row)
   np.testing.assert_allclose([per_layer[key] for key in scanned], list(scanned.values()), rtol=1e-4)
+
+
+def test_selection_diagnostics_are_means_over_the_heads_that_select():
+  config = dataclasses.replace(
+    CONFIG, num_layers=1, num_heads=4, num_kv_heads=4, k=2, window=2, attention="sparsek"
+  )
+  params = init_params(config, jax.random.key(0))
+  row = {key: value[:1] for key, value in example_batch().items()}
+
+  def diagnose(attention):
+    statistics = make_diagnose(dataclasses.replace(config, attention=attention), make_mesh())
+    return statistics(params, row)
+
+  # Heads with k=0 do not count, though they have scores.
+  mixed = diagnose("sparsek:h1:k1:w3")
+  rest, one = diagnose("sparsek:h1:k0:w3"), diagnose("sparsek:k1:w3:h0.2-3:k0")
+  for name in rest:
+    np.testing.assert_allclose(mixed[name], 0.75 * rest[name] + 0.25 * one[name], rtol=1e-5)

@@ -62,6 +62,28 @@ def test_kept_tokens_are_the_best_candidates_of_every_query(params, tokens):
     np.testing.assert_array_equal(layer.heads, expected)
 
 
+def test_kept_tokens_of_heads_with_a_k_and_a_window_of_their_own(tokens):
+  """A window that is longer than another head's is kept by the heads that have it."""
+  config = TransformerConfig(
+    **{**vars(CONFIG), "num_layers": 1, "attention": "sparsek:k3:w2:h1:k0:w5"}
+  )
+  params = init_params(config, jax.random.key(0))
+  (kept,) = plots.kept_tokens(config, params, tokens)
+  assert (kept.window, kept.num_heads) == (2, 2)
+  apply = quick_jit(
+    lambda tokens: Transformer(config).apply(
+      {"params": params}, tokens, method="hidden", mutable=["diagnostics"]
+    )
+  )
+  _, sown = apply(tokens[None])
+  scores = np.asarray(layer_params(config, sown["diagnostics"], 0)["attention"]["scores"][0][0])
+  expected = np.zeros((40, 40), int)
+  for i in range(40):
+    expected[i, max(i - 4, 0) : max(i - 1, 0)] += 1
+    expected[i, np.argsort(-scores[: max(i - 1, 0), 0], kind="stable")[:3]] += 1
+  np.testing.assert_array_equal(kept.heads, expected)
+
+
 def test_a_model_that_selects_nothing_is_refused(params, tokens):
   with pytest.raises(ValueError, match="attention=full: no layer selects"):
     plots.kept_tokens(TransformerConfig(attention="full"), params, tokens)
