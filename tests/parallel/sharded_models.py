@@ -64,6 +64,11 @@ CONFIGS = {
     scorer_loss_kind="ranking",
   ),
   "fixed": TransformerConfig(**FIELDS, attention=("random", "strided"), num_layers=2),
+  "heads": TransformerConfig(
+    **FIELDS | {"num_kv_heads": 4},
+    attention=("sparsek:h1:k0:w20", "sparsek:k9:h0.2:k3:w30"),
+    num_layers=2,
+  ),
 }
 PACKED, ONE, NONE = "several documents", "one document", "no segment ids"
 
@@ -89,6 +94,7 @@ CASES = (
   Case("learned", 4, 2, "scorer_loss", (PACKED, ONE)),
   Case("scanned", 8, 1, "scorer_warmup", (NONE, PACKED)),  # fewer scores than shards
   Case("fixed", 2, 1, "", (PACKED,)),
+  Case("heads", 4, 2, "scorer_loss", (PACKED,)),
 )
 IDS = [(*case[:3], documents) for case in CASES for documents in case.documents]
 

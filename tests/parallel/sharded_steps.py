@@ -57,6 +57,9 @@ CONFIGS = {
     scorer_noise=0.3,
     scorer_loss_queries=9,
   ),
+  "heads": TransformerConfig(
+    **FIELDS, attention=("sparsek:h0:k0:w9", "sparsek:h1:k2:w11"), scorer_loss_queries=9
+  ),
   "adapted": TransformerConfig(
     **FIELDS,
     attention=("full", "sliding_window"),
@@ -69,7 +72,7 @@ CONFIGS = {
 }
 TEACHER = TransformerConfig(**FIELDS, attention="full", qk_norm=True)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-CASES = [("scanned", mesh) for mesh in MESHES] + [("adapted", (2, 2, 2))]
+CASES = [("scanned", mesh) for mesh in MESHES] + [("adapted", (2, 2, 2)), ("heads", (2, 2, 2))]
 GRADIENTS = optax.GradientTransformation(
   lambda params: jax.tree.map(jnp.zeros_like, lora.split(params)[0]),
   lambda gradients, state, params: (jax.tree.map(jnp.zeros_like, gradients), gradients),
