@@ -13,8 +13,10 @@ from sparsek.generation import inference
 from sparsek.generation.cached_attention import (
   KeysAndValues,
   LayerCache,
-  SelectionCache,
+  attend_by_groups,
   attend_token,
+  map_rows,
+  selects,
 )
 from sparsek.generation.cached_chunk import attend_chunk
 from sparsek.generation.cached_eviction import attend_evicting
@@ -123,20 +125,24 @@ class CachedBlocks(Blocks[Projections, jax.Array]):
 
   def attend(self, i: int, projected: Projections) -> tuple[jax.Array, LayerCache]:
     """Returns attention in block i, [B, C, H, D] or of one token [B, H, D]."""
-    layer, scores = self._layers[i], None
-    kind, config, seen, count = self.kinds[i], self.configs[i], self._seen_B, self._count_B
-    query, key, value, *_ = projected
-    if isinstance(layer, Kept):
-      return attend_evicting(kind, layer, seen, count, query, KeysAndValues(key, value))
-    if isinstance(layer, SelectionCache):
+    layer, scores, config = self._layers[i], None, self.configs[i]
+    if selects(layer):
       scores, scorer = self._score(i, projected, layer)
       layer = layer._replace(scorer=scorer)
+    query, key, value, *_ = projected
+    new = KeysAndValues(key, value)
+    return attend_by_groups(self._attend, self.kinds[i], config, layer, query, new, scores)
+
+  def _attend(self, kind, config, layer, query, new, scores):
+    """Attends in a layer, or in some heads of it; arguments as in `attend_by_groups`."""
+    seen, count = self._seen_B, self._count_B
+    if isinstance(layer, Kept):
+      return attend_evicting(kind, layer, seen, count, query, new)
     if self._fresh is not None:
-      new = KeysAndValues(key, value)
       return attend_chunk(kind, config, layer, seen, count, query, new, scores, self._fresh)
-    active, query, new = count > 0, query[:, 0], KeysAndValues(key[:, 0], value[:, 0])
+    query, new = query[:, 0], map_rows(lambda x: x[:, 0], new)
     scores = None if scores is None else scores[:, 0]
-    return attend_token(kind, config, layer, seen, active, query, new, scores)
+    return attend_token(kind, config, layer, seen, count > 0, query, new, scores)
 
   def _score(self, i, projected, layer):
     """Returns the scores that become final in block i, and the next state of its scorer."""

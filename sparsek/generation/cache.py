@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from sparsek.attention.eviction import RULES, Kept, nothing_kept
 from sparsek.attention.scoring import ScorerState
 from sparsek.config import (
+  HeadGroup,
   TransformerConfig,
   UnboundedCount,
   UnboundedIndex,
@@ -32,10 +33,12 @@ from sparsek.config import (
 from sparsek.generation import inference
 from sparsek.generation.block import CachedBlocks
 from sparsek.generation.cached_attention import (
+  GroupedCache,
   KeysAndValues,
   LayerCache,
   SelectionCache,
   needs_support,
+  parts_of,
 )
 from sparsek.generation.inference import InferenceParams, inference_params
 from sparsek.generation.rows import PARAMS, ROW, over_rows
@@ -55,8 +58,8 @@ class Cache(NamedTuple):
 
   Attributes:
     seen: [B] int32, tokens so far.
-    layers: for each layer a SelectionCache (of kinds in SCORED), Kept (tova, h2o, snapkv) or
-      KeysAndValues (sliding_window, full).
+    layers: for each layer a SelectionCache (of kinds in SCORED), Kept (tova, h2o, snapkv),
+      KeysAndValues (sliding_window, full), or the GroupedCache of heads with different k or window.
   """
 
   seen: jax.Array
@@ -126,16 +129,14 @@ def _check_streams(config):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty(config, batch_size, max_length, support_size):
-  heads = (batch_size, config.num_kv_heads)
-  zeros = lambda length: jnp.zeros((*heads, length, config.head_dim), config.activation_dtype)
-  rows = lambda length: KeysAndValues(zeros(length), zeros(length))
-  never = lambda size: jnp.full((*heads, size), -jnp.inf)
-
-  def layer(kind, of):
-    k, window = of.k, of.window
+  def of_heads(kind, of, scorer):
+    k, window, heads = of.k, of.window, (batch_size, of.num_kv_heads)
+    zeros = lambda length: jnp.zeros((*heads, length, config.head_dim), config.activation_dtype)
+    rows = lambda length: KeysAndValues(zeros(length), zeros(length))
+    never = lambda size: jnp.full((*heads, size), -jnp.inf)
     if kind in RULES:
       rows_kept = (config.head_dim, config.activation_dtype)
-      return nothing_kept(batch_size, config.num_kv_heads, k, window, rows_kept, rows_kept)
+      return nothing_kept(*heads, k, window, rows_kept, rows_kept)
     if kind not in SCORED:
       return rows(window if kind == "sliding_window" else max_length)
     lost = jnp.zeros(heads if needs_support(of.gate) else (batch_size, 0), jnp.int32)
@@ -149,8 +150,15 @@ def _empty(config, batch_size, max_length, support_size):
       support,
       lost,
       jnp.zeros((*heads, window)),
-      scoring_network(of).initial_state(batch_size),
+      scorer,
     )
+
+  def layer(kind, of):
+    scorer = scoring_network(of).initial_state(batch_size) if kind in SCORED else None
+    if len(of.head_groups) == 1:
+      return of_heads(kind, of, scorer)
+    groups = tuple(of_heads(group.kind, group.config, None) for group in of.head_groups)
+    return GroupedCache(groups, scorer)
 
   layers = map(layer, config.layer_kinds, config.layer_configs)
   return Cache(jnp.zeros(batch_size, jnp.int32), tuple(layers))
@@ -169,9 +177,10 @@ def lost_scores(cache: Cache) -> np.ndarray:
   """
   check_type("cache", cache, Cache, "a cache, such as init_cache returns")
   lost = [
-    np.asarray(layer.lost, np.int64).sum(axis=1)
+    np.asarray(part.lost, np.int64).sum(axis=1)
     for layer in cache.layers
-    if isinstance(layer, SelectionCache)
+    for part in parts_of(layer)
+    if isinstance(part, SelectionCache)
   ]
   return np.sum(lost, axis=0) if lost else np.zeros(cache.seen.shape, np.int64)
 
@@ -189,10 +198,8 @@ def default_chunk(config: TransformerConfig) -> int:
   """
   if jax.default_backend() != "cpu":
     return 16384
-  rows = (
-    layer.k + layer.window + default_support_size(layer.gate, layer.k)
-    for layer in config.layer_configs
-  )
+  groups = (group.config for layer in config.layer_configs for group in layer.head_groups)
+  rows = (of.k + of.window + default_support_size(of.gate, of.k) for of in groups)
   return max(512, pad_length(2 * max(rows)))
 
 
@@ -394,17 +401,28 @@ def check_sizes(config: TransformerConfig, cache: Cache, batch_size: int) -> Non
   for i, (kind, layer_config, layer) in enumerate(
     zip(config.layer_kinds, config.layer_configs, cache.layers)
   ):
-    if type(layer) is not _cache_class(kind):
-      raise ValueError(f"cache does not fit the configuration: layer {i} is {kind}")
-    got = _sizes_of(layer, kind)
-    needed = _sizes_needed(layer_config, kind, batch_size)
-    if got != needed:
-      differ = ", ".join(
-        f"{name}={got[name]} (needed: {needed[name]})"
-        for name in needed
-        if got[name] != needed[name]
+    parts, groups = parts_of(layer), layer_config.head_groups
+    classes = [_cache_class(group.kind) for group in groups]
+    if [type(part) for part in parts] != classes:
+      raise ValueError(
+        f"cache does not fit the configuration: layer {i} is {config.layer_terms[i]}"
       )
-      raise ValueError(f"cache was made for {differ}")
+    for part, group in zip(parts, groups):
+      scorer = getattr(layer, "scorer", None)
+      _check_sizes_of(part, scorer, group, batch_size)
+
+
+def _check_sizes_of(
+  layer: LayerCache, scorer: ScorerState | Any, group: HeadGroup, batch_size: int
+) -> None:
+  """Raises ValueError unless the cache of some heads was made for them."""
+  got = _sizes_of(layer, scorer, group.kind)
+  needed = _sizes_needed(group.config, group.kind, batch_size)
+  if got != needed:
+    differ = ", ".join(
+      f"{name}={got[name]} (needed: {needed[name]})" for name in needed if got[name] != needed[name]
+    )
+    raise ValueError(f"cache was made for {differ}")
 
 
 def _cache_class(kind: str) -> type:
@@ -412,8 +430,9 @@ def _cache_class(kind: str) -> type:
   return Kept if kind in RULES else SelectionCache if kind in SCORED else KeysAndValues
 
 
-def _sizes_of(layer: LayerCache, kind: str) -> dict[str, Any]:
-  """Returns the sizes that a layer's cache was made for, by name."""
+def _sizes_of(layer: LayerCache, scorer: ScorerState | Any, kind: str) -> dict[str, Any]:
+  """Returns the sizes that the cache of a layer, or of some of its heads, was made for, by name."""
+  assert not isinstance(layer, GroupedCache)
   key = (layer if isinstance(layer, KeysAndValues) else layer.rows)[0]
   batch, num_kv_heads, length, head_dim = key.shape
   sizes: dict[str, Any] = {
@@ -431,7 +450,7 @@ def _sizes_of(layer: LayerCache, kind: str) -> dict[str, Any]:
     sizes |= {
       "k": layer.position.shape[-1],
       "window": layer.pending.shape[-1],
-      "lookahead": layer.scorer.linear.shape[1] if isinstance(layer.scorer, ScorerState) else None,
+      "lookahead": scorer.linear.shape[1] if isinstance(scorer, ScorerState) else None,
       "gates with thresholds": layer.lost.shape[-1] > 0,
     }
   return sizes

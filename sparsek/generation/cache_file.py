@@ -17,6 +17,7 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.generation.cache import Cache, init_cache
 from sparsek.generation.cache_sizes import clip_sizes
+from sparsek.generation.cached_attention import parts_of
 from sparsek.kernels.sentinels import NOWHERE
 from sparsek.storage.files import MAX_JSON, atomic_file, check_regular, parse_json
 
@@ -100,11 +101,16 @@ def save(
 
 
 def _size(config, cache, kind, size):
-  """Returns the size that all layers of a kind have, or None where there is none or they differ.
+  """Returns the size that all heads of a kind have, or None where there is none or they differ.
 
   Only supports of the default sizes differ.
   """
-  sizes = {size(layer) for layer, of in zip(cache.layers, config.layer_kinds) if of == kind}
+  sizes = {
+    size(part)
+    for layer, of in zip(cache.layers, config.layer_configs)
+    for part, group in zip(parts_of(layer), of.head_groups)
+    if group.kind == kind
+  }
   return sizes.pop() if len(sizes) == 1 else None
 
 

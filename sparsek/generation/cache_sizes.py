@@ -16,7 +16,13 @@ from sparsek.generation.cache import (
   init_cache,
   pad_length,
 )
-from sparsek.generation.cached_attention import KeysAndValues, LayerCache, SelectionCache, map_rows
+from sparsek.generation.cached_attention import (
+  GroupedCache,
+  KeysAndValues,
+  LayerCache,
+  SelectionCache,
+  map_rows,
+)
 from sparsek.kernels.sentinels import NOWHERE
 
 GROWTH = 128  # rows that full layers grow by; the decoding kernels take multiples of it
@@ -79,6 +85,10 @@ def resize(before: TransformerConfig, after: TransformerConfig, cache: Cache) ->
 def _resize_layer(
   kind: str, old: TransformerConfig, new: TransformerConfig, layer: LayerCache
 ) -> LayerCache:
+  if isinstance(layer, GroupedCache):
+    groups = zip(old.head_groups, new.head_groups, layer.groups)
+    resized = tuple(_resize_layer(a.kind, a.config, b.config, part) for a, b, part in groups)
+    return layer._replace(groups=resized)
   extra_k, extra_window = new.k - old.k, new.window - old.window
   if isinstance(layer, Kept):  # its window is in order
     front = lambda x: jnp.concatenate(

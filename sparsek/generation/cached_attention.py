@@ -9,7 +9,7 @@ Row b of the batch has seen `seen[b]` tokens before the new one. Keys and values
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sparsek.attention.operator import sparsek
 from sparsek.attention.scoring import ScorerState
 from sparsek.config import TransformerConfig
 from sparsek.kernels.sentinels import NOWHERE
+from sparsek.model.head_groups import join_heads, take_heads
 from sparsek.model.scorers import scorer_delay
 
 
@@ -57,7 +58,61 @@ class SelectionCache(NamedTuple):
   scorer: ScorerState | Any
 
 
-LayerCache = SelectionCache | KeysAndValues | Kept
+class GroupedCache(NamedTuple):
+  """Cache of a layer whose KV heads have different k or windows.
+
+  Attributes:
+    groups: for each of the layer's `head_groups` the cache of a layer of these heads alone, a
+      SelectionCache without the state of a scorer, or KeysAndValues.
+    scorer: state of the scoring network of all heads; None where no head selects.
+  """
+
+  groups: tuple[Any, ...]
+  scorer: ScorerState | Any
+
+
+LayerCache = SelectionCache | KeysAndValues | Kept | GroupedCache
+
+
+def selects(layer: LayerCache) -> TypeGuard[SelectionCache | GroupedCache]:
+  """Returns whether a layer keeps tokens by scores."""
+  return any(isinstance(part, SelectionCache) for part in parts_of(layer))
+
+
+def parts_of(layer: LayerCache) -> tuple[LayerCache, ...]:
+  """Returns the caches of a layer's groups of heads; a layer without groups is one."""
+  return layer.groups if isinstance(layer, GroupedCache) else (layer,)
+
+
+def attend_by_groups(
+  attend: Callable[..., tuple[jax.Array, LayerCache]],
+  kind: str,
+  config: TransformerConfig,
+  layer: LayerCache,
+  query: jax.Array,
+  new: KeysAndValues,
+  scores: jax.Array | None,
+) -> tuple[jax.Array, LayerCache]:
+  """Lets each group of heads attend to its own cache.
+
+  Args:
+    attend: of a layer, or of heads that are computed as one: takes the other arguments, and returns
+      the output of attention, [..., H, D], and the next cache.
+    kind, config, layer: of the whole layer.
+    query, new, scores: [B, C, H, D], [B, C, G, D] each, and [B, C, G] or None.
+  Returns:
+    The output of all heads, and the next cache of the layer.
+  """
+  if not isinstance(layer, GroupedCache):
+    return attend(kind, config, layer, query, new, scores)
+  groups, parts, caches = config.head_groups, [], []
+  for group, cache in zip(groups, layer.groups):
+    take = functools.partial(take_heads, heads=group.heads, num_kv_heads=config.num_kv_heads)
+    arrays = take(query), map_rows(take, new), None if scores is None else take(scores)
+    part, cache = attend(group.kind, group.config, cache, *arrays)
+    parts.append(part)
+    caches.append(cache)
+  return join_heads(parts, groups, parts[0].ndim - 2), layer._replace(groups=tuple(caches))
 
 
 def needs_support(gate: str) -> bool:

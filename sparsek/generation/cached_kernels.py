@@ -15,7 +15,12 @@ from sparsek.attention.scoring import PRIOR_COUNT, SLOPE_TOKENS, ScorerState
 from sparsek.config import TransformerConfig
 from sparsek.generation import inference
 from sparsek.generation.block import Blocks
-from sparsek.generation.cached_attention import KeysAndValues, SelectionCache, needs_support
+from sparsek.generation.cached_attention import (
+  GroupedCache,
+  KeysAndValues,
+  SelectionCache,
+  needs_support,
+)
 from sparsek.generation.inference import InferenceParams
 from sparsek.kernels.hopper import (
   decode_attention,
@@ -47,6 +52,8 @@ def supports(config: TransformerConfig, params: InferenceParams, layers: tuple) 
   )
 
   def fits(kind, params_of_layer, layer):
+    if isinstance(layer, GroupedCache):  # a kernel's heads have one k and window
+      return False
     has_kernel = kind in ("full", "sliding_window") or (
       kind == "sparsek" and selects and inference.has_scorer_rows(config, params_of_layer)
     )

@@ -18,7 +18,14 @@ from sparsek.config import TransformerConfig
 from sparsek.generation import inference
 from sparsek.generation.block import Blocks
 from sparsek.generation.cache import Cache, init_cache, pad_length
-from sparsek.generation.cached_attention import KeysAndValues, LayerCache, SelectionCache, map_rows
+from sparsek.generation.cached_attention import (
+  KeysAndValues,
+  LayerCache,
+  SelectionCache,
+  attend_by_groups,
+  map_rows,
+  selects,
+)
 from sparsek.generation.cached_chunk import keep_best
 from sparsek.generation.inference import InferenceParams, Projections, inference_specs
 from sparsek.generation.rows import map_shards
@@ -124,15 +131,30 @@ class ShardedBlocks(Blocks[Projections, jax.Array]):
 
   def attend(self, i: int, projected: Projections) -> tuple[jax.Array, LayerCache]:
     """Returns attention in block i, [B, L, H, D], and the layer's cache."""
+    config, cache, scores, delay = self.configs[i], self._caches[i], None, 0
+    if selects(cache):
+      network, variables = scoring_network(config), {"params": self.layers[i].get("scorer", {})}
+      x, delay = projected.scorer_input, network.delay
+      scores = network.apply(variables, x, None, i)
+      state: Any = network.apply(variables, x, self._count, method="state_after")
+      cache = cache._replace(scorer=state)
     query, key, value, *_ = projected
-    config, cache = self.configs[i], self._caches[i]
-    new = KeysAndValues(key, value)
+    new, attend = KeysAndValues(key, value), functools.partial(self._attend, delay)
+    return attend_by_groups(attend, self.kinds[i], config, cache, query, new, scores)
+
+  def _attend(self, delay, kind, config, cache, query, new, scores):
+    """Attends in a layer, or in some heads of it.
+
+    Args:
+      delay: tokens after which a score is final.
+      kind, config, cache, query, new, scores: as in `attend_by_groups`.
+    """
     if isinstance(cache, SelectionCache):
-      return self._select(i, projected)
-    if self.kinds[i] == "full":
-      return full_attention(config, query, key, value, None), self._all_rows(cache, new)
+      return self._select(config, cache, query, new, scores, delay)
+    if kind == "full":
+      return full_attention(config, query, new.key, new.value, None), self._all_rows(cache, new)
     mixed = sequence_parallel.sliding_window_attention(
-      query, key, value, window=config.window, implementation=window_implementation(config)
+      query, *new, window=config.window, implementation=window_implementation(config)
     )
     return mixed, map_rows(lambda x: _heads_first(tokens_at(x, self._ring(config.window))), new)
 
@@ -153,17 +175,13 @@ class ShardedBlocks(Blocks[Projections, jax.Array]):
 
     return KeysAndValues(*map(rows, new, cache))
 
-  def _select(self, i, projected):
+  def _select(self, config, cache, query, new, scores, delay):
     """Attends in a sparsek layer, and fills its slots, support and ring."""
-    query, key, value, x, _ = projected
-    config, cache, count = self.configs[i], self._caches[i], self._count[:, None, None]
-    network, variables = scoring_network(config), {"params": self.layers[i].get("scorer", {})}
-    scores = network.apply(variables, x, None, i)
-    assert isinstance(scores, jax.Array)
+    count = self._count[:, None, None]
     mixed = sequence_parallel.sparsek_attention(
       query,
-      key,
-      value,
+      new.key,
+      new.value,
       scores,
       k=config.k,
       window=config.window,
@@ -172,7 +190,7 @@ class ShardedBlocks(Blocks[Projections, jax.Array]):
     )
     known = _heads_first(lax.all_gather(scores, CONTEXT, axis=1, tiled=True))  # [B, G, n]
     token = jnp.arange(known.shape[2], dtype=jnp.int32)
-    known = jnp.where(token < count - network.delay, known, -jnp.inf)
+    known = jnp.where(token < count - delay, known, -jnp.inf)
     candidate = (token < count - config.window) & ~jnp.isnan(known)
     slots = ((0, 0), (0, 0), (config.k, 0))  # empty
     cache, chosen = keep_best(
@@ -190,11 +208,8 @@ class ShardedBlocks(Blocks[Projections, jax.Array]):
       chosen_rows = chosen_rows.reshape(*chosen.shape, x.shape[3])
       return jnp.concatenate([chosen_rows, _heads_first(tokens_at(x, ring))], axis=2)
 
-    state: Any = network.apply(variables, x, self._count, method="state_after")
     return mixed, cache._replace(
-      rows=KeysAndValues(kept(key), kept(value)),
-      pending=jnp.where(ring[:, None] >= 0, pending, -jnp.inf),
-      scorer=state,
+      rows=map_rows(kept, new), pending=jnp.where(ring[:, None] >= 0, pending, -jnp.inf)
     )
 
   def project_output(self, i: int, mixed: jax.Array, x: jax.Array) -> jax.Array:

@@ -26,6 +26,9 @@ CASES = {
     gate="value", attention="sliding_window:w4,sparsek:k9:w2,sparsek", num_layers=3
   ),
   "evictors": dict(attention="tova,attention_sinks"),
+  "heads of their own k and window": dict(
+    gate="value", attention="sparsek:k9:h0:w50,sparsek:w5:h1:k0:w60"
+  ),
 }
 
 

@@ -82,6 +82,16 @@ CASES = {
     gate="key_value", attention="tova:k40:w0,snapkv:k3:w64", num_layers=2
   ),
   "value, scores of its own": dict(gate="value", scorer="conv", attention="attention_sinks"),
+  "value, conv, heads of their own k and window": dict(
+    gate="value",
+    scorer="conv",
+    num_kv_heads=4,
+    num_layers=2,
+    attention="sparsek:h0.2:k0:w9,sparsek:k3:w4:h1-3:k7:w5",
+  ),
+  "straight_through, linear, heads of their own window": dict(
+    num_layers=2, attention="sparsek:h1:k8:w0,sliding_window:w5:h0:w9"
+  ),
 }
 TOKENS = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 31)
 # How rows are fed: a tuple is a prefill of so many tokens a row, a number so many decode_steps of
@@ -93,6 +103,7 @@ EVEN = ((90,) * BATCH,)
 SCHEDULES = {
   "key_value, conv, shared scores": [MIXED, EVEN, ()],
   "value, scores of its own": [((CHUNK,) * BATCH,)],
+  "value, conv, heads of their own k and window": [MIXED, ()],
 }
 
 
@@ -285,6 +296,26 @@ def test_evictors_keep_as_many_bytes_as_sparsek(kind):
   assert 0.9 * size("sparsek") < size(kind) <= size("sparsek")
 
 
+def test_each_group_of_heads_keeps_its_own_k_and_window():
+  """Half the heads with twice the keys take as many bytes as all heads with the mean."""
+  size = lambda pattern: cache_bytes(
+    jax.eval_shape(
+      functools.partial(
+        init_cache, dataclasses.replace(BASE, num_kv_heads=4, attention=pattern), BATCH
+      )
+    )
+  )
+  mean = size("sparsek:k64:w64")
+  assert size("sparsek:k64:w32:h0.3:w96") == size("sparsek:k32:w64:h1-2:k96") == mean
+  assert size("sliding_window:w32:h1:w64") == BATCH * 4 * (1 + 2 * 4 * (3 * 32 + 64))
+  cache = init_cache(dataclasses.replace(BASE, attention="sparsek:h0:k0:w9"), BATCH)
+  assert [part.scorer for part in cache.layers[0].groups[:1]] == [None]
+  assert lost_scores(cache).tolist() == [0] * BATCH
+  other = dataclasses.replace(BASE, attention="sparsek:h0:k0:w8")
+  with pytest.raises(ValueError, match=r"cache was made for window=9 \(needed: 8\)"):
+    decode_step(other, None, cache, TOKENS[:, 0])
+
+
 def test_of_equal_scores_the_earlier_token_keeps_its_slot():
   config = config_of("straight_through, linear")
   flat = lambda path, x: (
@@ -430,6 +461,7 @@ def test_full_layers_need_and_respect_max_length():
     (dict(config=dataclasses.replace(BASE, window=4)), r"window=6 \(needed: 4\)"),
     (dict(config=dataclasses.replace(BASE, num_layers=2)), "num_layers=2"),
     (dict(config=dataclasses.replace(BASE, attention="full")), "layer 0 is full"),
+    (dict(config=dataclasses.replace(BASE, attention="sparsek:h0:k9")), "is sparsek:h0:k9"),
     (dict(chunk_size=0), "chunk_size=0"),
     (
       dict(lengths=np.asarray([1, 2])),

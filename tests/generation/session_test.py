@@ -255,6 +255,32 @@ def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
   assert first == second
 
 
+def test_heads_of_their_own_k_and_window_grow_and_are_resumed_from_disk(tmp_path, monkeypatch):
+  heads = dataclasses.replace(
+    SOFT,
+    attention="sparsek:k20:w4:h1:k0:w100,sliding_window:h0:w9",
+    num_layers=2,
+    num_kv_heads=2,
+    window=100,
+    gate="value",
+  )
+  model = init_params(heads, jax.random.key(2))
+  model["embed"]["embedding"] *= 30
+  full, more = Session(heads, model, 3), [[11, 12], [], [13]]
+  wanted = [turn(full, rows, max_new_tokens=14) for rows in (ROWS, more)]
+  monkeypatch.setattr("sparsek.generation.cache_sizes.UNCLIPPED", 8)
+  session = Session(heads, model, 3)
+  found = [turn(session, ROWS, max_new_tokens=14)]
+  lengths = lambda: [len(part.key[0, 0]) for part in session.cache.layers[1].groups]
+  assert lengths() == [32, 9]
+  session = Session.load(saved(tmp_path, session), heads, model)
+  found.append(turn(session, more, max_new_tokens=14))
+  assert found == wanted and lengths() == [64, 9]
+  other = dataclasses.replace(heads, attention="sparsek:k20:w4:h0:k0:w100,sliding_window:h0:w9")
+  with pytest.raises(UsageError, match="was saved under attention="):
+    Session.load(saved(tmp_path, session), other, model)
+
+
 @pytest.mark.parametrize("attention", ["full", "sliding_window", "sparsek"])
 def test_what_no_memory_could_hold_is_refused_at_once(attention):
   config = dataclasses.replace(LIGHT, attention=attention, window=2**40)
