@@ -45,12 +45,22 @@ class SparsekConfig(PretrainedConfig):
     kind = nn.LayerNorm if self.sparsek["norm"] == "layer_norm" else nn.RMSNorm
     return kind(self.hidden_size, eps=self.norm_eps)
 
-  def layer(self, index: int) -> tuple[str, int, int]:
-    """Returns the kind of attention, k and window of a layer, of a term like "sparsek:k64:w8"."""
-    pattern = self.sparsek["attention"]
-    kind, *numbers = pattern[index % len(pattern)].split(":")
-    own = {number[0]: int(number[1:]) for number in numbers}
-    return kind, own.get("k", self.sparsek["k"]), own.get("w", self.sparsek["window"])
+  def layer(self, index: int) -> tuple[str, list[tuple[list[int], int, int]]]:
+    """Returns the kind of attention of a layer, and key/value heads with their k and window.
+
+    Its term is like "sparsek:k64:w8" or "sparsek:k64:w8:h0.2-3:k9", where heads 0, 2, 3 have k 9.
+    """
+    pattern, groups = self.sparsek["attention"], []
+    kind, *parts = pattern[index % len(pattern)].split(":")
+    k, window, heads = self.sparsek["k"], self.sparsek["window"], range(self.num_key_value_heads)
+    for name, value in ((part[0], part[1:]) for part in parts):
+      if name == "h":
+        ends = [list(map(int, run.split("-"))) for run in value.split(".")]
+        own = [head for run in ends for head in range(run[0], run[-1] + 1)]
+        groups.append(([head for head in heads if head not in own], k, window))
+        heads = own
+      k, window = int(value) if name == "k" else k, int(value) if name == "w" else window
+    return kind, [*groups, (list(heads), k, window)]
 
 
 class SparsekCache(Cache):
@@ -173,6 +183,8 @@ class Scorer(nn.Module):
     self.amplitude = start("noise") if s["scorer_init_noise"] else None
     self.sink = start("sink") if s["scorer_init_sink"] else None
 
+  names = "columns", "moments", "late"  # of its state
+
   def empty(self, batch: int, device: torch.device) -> State:
     """Returns the state before the first token."""
     zeros = lambda *shape: torch.zeros(batch, *shape, device=device)
@@ -225,17 +237,14 @@ class Scorer(nn.Module):
 class Attention(nn.Module):
   """SPARSEK attention, or attention to a sliding window or to all tokens.
 
-  State of a layer: `key`, `value` and `real` (False for padding) of the last `window` columns, or
-  of all with full attention, which alone grows. With SPARSEK also keys, values and scores of the
-  best candidates (`slot_...`), scores of columns that are no candidates yet (`pending`), and, for
-  gates that need thresholds, other candidates' scores above the threshold (`support`).
+  State of a layer: that of its `Heads`, under names that begin with their number, and that of its
+  scorer.
   """
 
   def __init__(self, config: SparsekConfig, layer: int):
     super().__init__()
-    self.kind, self.k, self.window = config.layer(layer)
-    self.gate, self.head_dim = config.sparsek["gate"], config.head_dim
-    self.groups, self.has_norm = config.num_key_value_heads, config.qk_norm
+    self.head_dim, self.has_norm = config.head_dim, config.qk_norm
+    self.groups = config.num_key_value_heads
     width, bias, wide = config.hidden_size, config.attention_bias, self.groups * self.head_dim
     self.k_proj, self.v_proj = nn.Linear(width, wide, bias), nn.Linear(width, wide, bias)
     wide = config.num_attention_heads * self.head_dim
@@ -243,91 +252,135 @@ class Attention(nn.Module):
     self.o_proj = nn.Linear(wide, width, config.attention_out_bias)
     if self.has_norm:
       self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) for _ in "qk")
-    self.scorer = Scorer(config, layer) if self.kind == "sparsek" else None
-
-  def empty(self, value: Tensor, keep: bool) -> State:
-    """Returns the state before the first token; without `keep`, no larger than it must be."""
-    batch, groups, length, _ = value.shape
-    delay = self.scorer.delay if self.scorer else 0
-    front = self.window if keep else min(self.window, max(length, delay))
-    front, slots = 0 if self.kind == "full" else front, self.k if keep and self.scorer else 0
-    support = 8 * self.k + 64 if keep and self.gate != "straight_through" else 0
-    rows = lambda size: value.new_zeros(batch, groups, size, self.head_dim)
-    scores = lambda size: torch.full((batch, groups, size), -math.inf, device=value.device)
-    state = {"key": rows(front), "value": rows(front), "real": scores(front)[:, 0] > 0}
-    state |= zip(SLOTS, (rows(slots), rows(slots), scores(slots)))
-    if self.scorer:
-      state |= self.scorer.empty(batch, value.device)
-      state |= {"pending": scores(front - delay), "support": scores(support)}
-    return state
+    kind, groups = config.layer(layer)
+    self.scorer = Scorer(config, layer) if kind == "sparsek" else None
+    delay, gate = self.scorer.delay if self.scorer else 0, config.sparsek["gate"]
+    self.heads = [Heads(kind, gate, delay, *group) for group in groups]
+    order = [head for heads in self.heads for head in heads.index]
+    self.places = [order.index(head) for head in range(self.groups)]  # in the outputs of `heads`
 
   def forward(
     self, x: Tensor, rope: Rope, position: Tensor, state: State | None, keep: bool
   ) -> tuple[Tensor, State]:
     """Returns attention's output, and the layer's next state if it is to be kept."""
-    length = x.shape[1]
-    heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-    query, key, value = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+    by_head = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    query, key, value = by_head(self.q_proj(x)), by_head(self.k_proj(x)), by_head(self.v_proj(x))
     if self.has_norm:
       query, key = self.q_norm(query), self.k_norm(key)
     if rope is not None:
       query, key = rotate(query, *rope), rotate(key, *rope)
-    learns = state is None and torch.is_grad_enabled()
-    state = self.empty(value, keep) if state is None else state
+    learns, scores, new = state is None and torch.is_grad_enabled(), None, {}
+    if self.scorer:
+      before = self.scorer.empty(len(x), x.device) if state is None else state
+      scores, after = self.scorer(x, position, before)
+      new |= {name: after[name] for name in self.scorer.names}
+    mixed, query = [], query.unflatten(1, (self.groups, -1))
+    for i, heads in enumerate(self.heads):
+      arrays = [
+        y if y is None or len(self.heads) == 1 else y[:, heads.index]
+        for y in (query, key, value, scores)
+      ]
+      own = (
+        heads.empty(arrays[2], keep)
+        if state is None
+        else {name[2:]: y for name, y in state.items() if name.startswith(f"{i}.")}
+      )
+      part, own = heads.attend(*arrays, position, own, learns, keep)
+      mixed.append(part)
+      new |= {f"{i}.{name}": y for name, y in own.items()}
+    mixed = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)[:, self.places]
+    output = self.o_proj(mixed.flatten(1, 2).transpose(1, 2).flatten(2))
+    # Copies, since views would keep all columns in memory.
+    return output, {name: y.clone() for name, y in new.items()} if keep and len(x[0]) > 1 else new
+
+
+class Heads:
+  """Attention of key/value heads that have the same k and window, and of their query heads.
+
+  With k 0 they see their window alone. State: `key`, `value` and `real` (False for padding) of the
+  last `window` columns, or of all with full attention, which alone grows. With SPARSEK also keys,
+  values and scores of the best candidates (`slot_...`), scores of columns that are no candidates
+  yet (`pending`), and, for gates that need thresholds, other candidates' scores above the threshold
+  (`support`).
+  """
+
+  def __init__(self, kind: str, gate: str, delay: int, index: list[int], k: int, window: int):
+    self.selects = kind == "sparsek" and k > 0
+    self.is_full, self.gate, self.delay = kind == "full", gate, delay if self.selects else 0
+    self.index, self.k, self.window = index, k, window
+
+  def empty(self, value: Tensor, keep: bool) -> State:
+    """Returns the state before the first token; without `keep`, no larger than it must be."""
+    batch, groups, length, head_dim = value.shape
+    front = self.window if keep else min(self.window, max(length, self.delay))
+    front, slots = 0 if self.is_full else front, self.k if keep and self.selects else 0
+    support = 8 * self.k + 64 if keep and self.gate != "straight_through" else 0
+    rows = lambda size: value.new_zeros(batch, groups, size, head_dim)
+    scores = lambda size: torch.full((batch, groups, size), -math.inf, device=value.device)
+    state = {"key": rows(front), "value": rows(front), "real": scores(front)[:, 0] > 0}
+    state |= zip(SLOTS, (rows(slots), rows(slots), scores(slots)))
+    if self.selects:
+      state |= {"pending": scores(front - self.delay), "support": scores(support)}
+    return state
+
+  def attend(self, query, key, value, scores, position, state, learns, keep):
+    """Returns what N new queries [B, G, H / G, N, D] read, and the next state if it is to be kept.
+
+    `scores` [B, G, N] have become final; the scorer `learns` from this pass or does not.
+    """
+    length = query.shape[3]
     key, value = torch.cat([state["key"], key], 2), torch.cat([state["value"], value], 2)
     real = torch.cat([state["real"], position >= 0], 1)
     slots, entering, tau = [state[name] for name in SLOTS], None, None
-    if self.scorer:
-      scores, state = self.scorer(x, position, state)
+    if self.selects:
       scores = torch.cat([state["pending"], scores], 2)
       entering = scores[..., :length]
       known = torch.cat([slots[2], state["support"], entering], 2)
       if self.gate != "straight_through" or (learns and entering.requires_grad):
-        index = torch.arange(known.shape[2], device=x.device)
+        index = torch.arange(known.shape[2], device=query.device)
         tau = thresholds(known, (index - known.shape[2] + length).clamp(min=0), self.k, length)
     mixed, slots = self._attend(query, key, value, real, slots, entering, tau, keep)
     if keep:
-      first = slice(0 if self.kind == "full" else length, None)
+      first = slice(0 if self.is_full else length, None)
       state = state | {"key": key[:, :, first], "value": value[:, :, first], "real": real[:, first]}
       state |= zip(SLOTS, slots)
-    if keep and self.scorer:
+    if keep and self.selects:
       state["pending"], size = scores[..., length:], state["support"].shape[2]
       if size:
         rest = known.sort(-1, descending=True).values[..., self.k : self.k + size]
         state["support"] = torch.where(rest > tau[..., -1:], rest, -math.inf)
-    output = self.o_proj(mixed.transpose(1, 2).flatten(2))
-    # Copies, since views would keep all columns in memory.
-    return output, {name: x.clone() for name, x in state.items()} if keep and length > 1 else state
+    return mixed, state
 
   def _attend(self, query, key, value, real, slots, entering, tau, keep):
     """Attends from blocks of queries; returns what they read, and the slots after the last one."""
-    length, mixed, saves = query.shape[2], [], query.shape[2] > QUERIES and torch.is_grad_enabled()
+    length, mixed = query.shape[3], []
+    saves = length > QUERIES and torch.is_grad_enabled()
     run = partial(checkpoint, self._mix, use_reentrant=False) if saves else self._mix
     for first in range(0, length, QUERIES):
       now = slice(first, min(first + QUERIES, length))
-      near = slice(0 if self.kind == "full" else first, now.stop + key.shape[2] - length)
+      near = slice(0 if self.is_full else first, now.stop + key.shape[2] - length)
       part = lambda x: None if x is None else x[:, :, now]
-      block = part(query), key[:, :, near], value[:, :, near], real[:, near], slots
+      block = query[:, :, :, now], key[:, :, near], value[:, :, near], real[:, near], slots
       mixed.append(run(*block, part(entering), part(tau)))
       if entering is not None and (keep or now.stop < length):
         both = [torch.cat([old, part(x)], 2) for old, x in zip(slots, (key, value, entering))]
         index = best(both[2], self.k)
         rows = [x.take_along_dim(index[..., None], 2) for x in both[:2]]
         slots = [*rows, both[2].gather(2, index)]
-    return torch.cat(mixed, 2), slots
+    return torch.cat(mixed, 3), slots
 
   def _mix(self, query, key, value, real, slots, entering, tau):
-    """Returns what C consecutive queries [B, H, C, D] read.
+    """Returns what C consecutive queries [B, G, H / G, C, D] read.
 
     Keys and values [B, G, T, D] and `real` [B, T] are those from the first query's window to the
     last query, `slots` the keys, values and scores of the best candidates before these queries.
     The first C keys become candidates, each with the query of its index: `entering` [B, G, C] are
     their scores, None without selection. `tau` [B, G, C] is None where all gates are 1.
     """
-    count, length, old = query.shape[2], key.shape[2], slots[2].shape[2]
+    count, length, old = query.shape[3], key.shape[2], slots[2].shape[2]
     i = torch.arange(count, device=query.device)[:, None]
     j = torch.arange(length, device=query.device)
-    near = (j <= i + length - count) & ((j > i) | (self.kind == "full"))
+    near = (j <= i + length - count) & ((j > i) | self.is_full)
     visible, gates = (near & real[:, None])[:, None], None
     if entering is not None:
       u = torch.cat([slots[2], entering], 2)[:, :, None]
@@ -343,13 +396,12 @@ class Attention(nn.Module):
         p = p + (1 - p).detach() if self.gate == "straight_through" else p
         gates = torch.cat([p[..., :old], torch.where(near, 1, pad(p[..., old:]))], -1)[:, :, None]
     visible = visible[:, :, None]
-    query = query.unflatten(1, (self.groups, -1))
-    logits = (query @ key[:, :, None].transpose(-1, -2)).float() * self.head_dim**-0.5
+    logits = (query @ key[:, :, None].transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     if gates is not None and self.gate == "key_value":
       logits = logits * gates
     weights = logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1)
     weights = weights * (visible if gates is None else visible * gates)
-    return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+    return weights.to(value.dtype) @ value[:, :, None]
 
 
 def rope_angles(config: SparsekConfig, position: Tensor) -> tuple[Tensor, Tensor]:

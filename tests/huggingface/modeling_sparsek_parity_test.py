@@ -75,6 +75,13 @@ CASES = {
     scan_layers=True,
     **BIASES,
   ),
+  "heads of their own, conv, value": dict(
+    num_kv_heads=4,
+    gate="value",
+    scorer="conv",
+    attention="sparsek:h1-2:k0:w7,sparsek:k3:h0.2:k9:w20",
+  ),
+  "heads of their own window": dict(attention="sparsek:w0:h0:k3:w8,sliding_window:h1:w9"),
 }
 TOKENS = np.random.default_rng(0).integers(1, V, (2, N)).astype(np.int32)
 IDS = torch.tensor(TOKENS).long()

@@ -96,6 +96,16 @@ def test_the_card_says_what_the_records_hold(workdir, tmp_path):
   ast.parse(card.partition("```python\n")[2].partition("```")[0])
 
 
+def test_the_card_names_the_heads_that_have_their_own_k_and_window(tmp_path):
+  attention = ("sparsek:k6:h1:k0:w9", "full")
+  config = dataclasses.replace(CONFIG, num_heads=2, num_kv_heads=2, attention=attention)
+  write_run(tmp_path / "run", "data", config, 32, init_params(config, jax.random.key(0)))
+  assert run(f"--workdir={tmp_path}/run", f"--export={tmp_path}/model") == 0
+  heads = "sparsek (k 6, window 4) in KV heads 0 and sliding_window (window 9) in KV heads 1"
+  assert f"| 1 x {heads}, 1 x full |" in (tmp_path / "model" / "README.md").read_text()
+  assert pretrained.load(str(tmp_path / "model"))[0] == config
+
+
 def test_the_users_own_card_is_kept(workdir, tmp_path):
   (workdir / "README.md").write_bytes(b"mine\r\n\xff\n")
   assert run(f"--workdir={workdir}", f"--export={tmp_path}/model") == 0

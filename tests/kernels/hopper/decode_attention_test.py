@@ -174,6 +174,15 @@ def test_split(keys, division):
   assert decode_attention.split(jax.ShapeDtypeStruct(keys, jnp.bfloat16)) == division
 
 
+def test_heads_of_their_own_k_and_window_are_left_to_xla(monkeypatch):
+  monkeypatch.setattr(decode_attention, "supports", lambda *_: True)
+  case = "layers of their own k and window"
+  config, params, cache = start(case)
+  assert cached_kernels.supports(config, params, cache.layers)
+  heads = TransformerConfig(**(BASE | CASES[case][0] | {"attention": "sparsek,sparsek:h0:k160"}))
+  assert not cached_kernels.supports(heads, params, init_cache(heads, 4).layers)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_steps(case, monkeypatch):
