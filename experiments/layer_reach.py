@@ -1,12 +1,14 @@
 # ruff: noqa: E402 (see sparsek.command_line.main)
-"""Layers of a dense model that need distant tokens, and a --layer_pattern with most keys in them.
+"""Layers or heads of a dense model that need distant tokens, and a --layer_pattern for them.
 
   python -m experiments.layer_reach --workdir=runs/imported --data=data/long --seq_len=8192 \\
     --window=512 --budget=1024 --record=reach.json
 
 Each layer in turn sees only the first --sinks and the latest tokens of a document, --window in all,
 while the other layers see everything. The rise of the held-out loss shows how much this layer needs
-distant tokens. The pattern has --budget keys per query, the mean over layers.
+distant tokens. The pattern has most keys in these layers, and --budget keys per query, the mean
+over layers. With --by_heads each KV head of each layer in turn sees so little, and the pattern has
+most keys in the heads that need them.
 """
 
 import json
@@ -51,12 +53,31 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
     "How many of these are the first tokens of the document. Without them pretrained models fail.",
     lower=0,
   )
-  define.integer("k", 16, "Selected keys in layers that need no distant tokens.", lower=1)
-  define.integer("budget", 512, "Keys per query in the pattern, the mean over layers.", lower=2)
+  define.boolean(
+    "by_heads",
+    False,
+    "Test each KV head by itself. Takes as many times longer as a layer has them.",
+  )
+  define.integer(
+    "k",
+    16,
+    "Selected keys in layers, or heads, that need no distant tokens. 0: they see the window alone.",
+    lower=0,
+  )
+  define.integer(
+    "budget", 512, "Keys per query in the pattern, the mean over layers and heads.", lower=2
+  )
   define.integer(
     "long_layers",
     None,
     "Layers of the pattern that get most of the keys. By default a sixth of all.",
+    lower=1,
+  )
+  define.integer(
+    "long_heads",
+    None,
+    "With --by_heads: KV heads, of all layers together, that get most of the keys. By default a "
+    "sixth of all.",
     lower=1,
   )
   define_mesh_flags(flag_values)
@@ -77,6 +98,11 @@ def check_flags() -> None:
     outputs.check_record("record", FLAGS.record, RECORD, has_picture=False)
   if FLAGS.sinks >= FLAGS.window:
     raise UsageError(f"--sinks={FLAGS.sinks} must be below --window={FLAGS.window}")
+  for name, by_heads in (("long_layers", False), ("long_heads", True)):
+    if FLAGS[name].value is not None and FLAGS.by_heads != by_heads:
+      raise UsageError(
+        f"--{name}={FLAGS[name].value} {'needs' if by_heads else 'does not go with'} --by_heads"
+      )
 
 
 if __name__ == "__main__":
@@ -101,9 +127,12 @@ def main() -> None:
       f"--workdir={FLAGS.workdir}: all layers must have full attention; it has "
       f"{','.join(config.attention)}"
     )
-  long_layers = min(FLAGS.long_layers or max(1, config.num_layers // 6), config.num_layers)
+  heads = config.num_kv_heads if FLAGS.by_heads else 1
+  tested = config.num_layers * heads
+  long = min(FLAGS.long_layers or FLAGS.long_heads or max(1, tested // 6), tested)
+  sizes = long, FLAGS.k, FLAGS.window, FLAGS.budget
   try:
-    layer_reach.pattern([0.0] * config.num_layers, long_layers, FLAGS.k, FLAGS.window, FLAGS.budget)
+    layer_reach.pattern([[0.0] * heads] * config.num_layers, *sizes)
   except ValueError as error:
     raise UsageError(f"--{error}") from None
   data = DataConfig(seq_len=FLAGS.seq_len, batch_size=FLAGS.batch_size)
@@ -120,24 +149,30 @@ def main() -> None:
     if FLAGS.sinks
     else f"sliding_window:w{FLAGS.window}"
   )
+  changes = layer_reach.of_layers(config, term)
+  if FLAGS.by_heads:
+    changes = layer_reach.of_heads(config, term, data.seq_len)
   dense, short = layer_reach.losses(
     config,
     params,
     eval_batches(dataset, data, FLAGS.eval_batches),
-    term,
+    changes,
     progress=lambda batches: tqdm(batches, unit="batch", disable=None),
     mesh=mesh,
   )
   rises = [loss - dense for loss in short]
-  pattern = layer_reach.pattern(rises, long_layers, FLAGS.k, FLAGS.window, FLAGS.budget)
-  print(f"loss {dense:.4f} nats a token; with layer i alone on {term}:")
+  by_layer = [rises[i : i + heads] for i in range(0, tested, heads)]
+  pattern = layer_reach.pattern(by_layer, *sizes)
+  alone = "KV head g of layer i" if FLAGS.by_heads else "layer i"
+  print(f"loss {dense:.4f} nats a token; with {alone} alone on {term}:")
   for i, rise in enumerate(rises):
-    print(f"{i:4} {rise:+.4f} {'#' * max(0, round(40 * rise / max(max(rises), 1e-9)))}")
+    place = f"{i // heads:4}" + f" {i % heads:3}" * FLAGS.by_heads
+    print(f"{place} {rise:+.4f} {'#' * max(0, round(40 * rise / max(max(rises), 1e-9)))}")
   print(f"--layer_pattern={pattern}")
   if FLAGS.record:
     content = {
       "loss": dense,
-      "rises": rises,
+      "rises": by_layer if FLAGS.by_heads else rises,
       "term": term,
       "layer_pattern": pattern,
       "step": step,

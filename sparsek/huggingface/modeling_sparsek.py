@@ -183,8 +183,6 @@ class Scorer(nn.Module):
     self.amplitude = start("noise") if s["scorer_init_noise"] else None
     self.sink = start("sink") if s["scorer_init_sink"] else None
 
-  names = "columns", "moments", "late"  # of its state
-
   def empty(self, batch: int, device: torch.device) -> State:
     """Returns the state before the first token."""
     zeros = lambda *shape: torch.zeros(batch, *shape, device=device)
@@ -254,10 +252,7 @@ class Attention(nn.Module):
       self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) for _ in "qk")
     kind, groups = config.layer(layer)
     self.scorer = Scorer(config, layer) if kind == "sparsek" else None
-    delay, gate = self.scorer.delay if self.scorer else 0, config.sparsek["gate"]
-    self.heads = [Heads(kind, gate, delay, *group) for group in groups]
-    order = [head for heads in self.heads for head in heads.index]
-    self.places = [order.index(head) for head in range(self.groups)]  # in the outputs of `heads`
+    self.heads = [Heads(config.sparsek["gate"], self.scorer, kind, *group) for group in groups]
 
   def forward(
     self, x: Tensor, rope: Rope, position: Tensor, state: State | None, keep: bool
@@ -269,29 +264,20 @@ class Attention(nn.Module):
       query, key = self.q_norm(query), self.k_norm(key)
     if rope is not None:
       query, key = rotate(query, *rope), rotate(key, *rope)
-    learns, scores, new = state is None and torch.is_grad_enabled(), None, {}
+    state, scores, new, mixed = state or {}, None, {}, {}
     if self.scorer:
-      before = self.scorer.empty(len(x), x.device) if state is None else state
-      scores, after = self.scorer(x, position, before)
-      new |= {name: after[name] for name in self.scorer.names}
-    mixed, query = [], query.unflatten(1, (self.groups, -1))
+      scores, new = self.scorer(x, position, state or self.scorer.empty(len(x), x.device))
+    arrays = query.unflatten(1, (self.groups, -1)), key, value, scores
     for i, heads in enumerate(self.heads):
-      arrays = [
-        y if y is None or len(self.heads) == 1 else y[:, heads.index]
-        for y in (query, key, value, scores)
-      ]
-      own = (
-        heads.empty(arrays[2], keep)
-        if state is None
-        else {name[2:]: y for name, y in state.items() if name.startswith(f"{i}.")}
-      )
-      part, own = heads.attend(*arrays, position, own, learns, keep)
-      mixed.append(part)
+      own = {name[2:]: y for name, y in state.items() if name[0] == str(i)}
+      of_heads = [y if y is None else y[:, heads.index] for y in arrays]
+      part, own = heads.attend(*of_heads, position, own, keep)
+      mixed |= zip(heads.index, part.unbind(1))
       new |= {f"{i}.{name}": y for name, y in own.items()}
-    mixed = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)[:, self.places]
-    output = self.o_proj(mixed.flatten(1, 2).transpose(1, 2).flatten(2))
+    mixed = torch.cat([mixed[head] for head in range(self.groups)], 1)
     # Copies, since views would keep all columns in memory.
-    return output, {name: y.clone() for name, y in new.items()} if keep and len(x[0]) > 1 else new
+    new = {name: y.clone() for name, y in new.items()} if keep and len(x[0]) > 1 else new
+    return self.o_proj(mixed.transpose(1, 2).flatten(2)), new
 
 
 class Heads:
@@ -304,10 +290,10 @@ class Heads:
   (`support`).
   """
 
-  def __init__(self, kind: str, gate: str, delay: int, index: list[int], k: int, window: int):
-    self.selects = kind == "sparsek" and k > 0
-    self.is_full, self.gate, self.delay = kind == "full", gate, delay if self.selects else 0
-    self.index, self.k, self.window = index, k, window
+  def __init__(self, gate, scorer, kind, index, k, window):
+    self.gate, self.index, self.k, self.window = gate, index, k, window
+    self.is_full, self.selects = kind == "full", kind == "sparsek" and k > 0
+    self.delay = scorer.delay if self.selects else 0
 
   def empty(self, value: Tensor, keep: bool) -> State:
     """Returns the state before the first token; without `keep`, no larger than it must be."""
@@ -323,12 +309,13 @@ class Heads:
       state |= {"pending": scores(front - self.delay), "support": scores(support)}
     return state
 
-  def attend(self, query, key, value, scores, position, state, learns, keep):
+  def attend(self, query, key, value, scores, position, state, keep):
     """Returns what N new queries [B, G, H / G, N, D] read, and the next state if it is to be kept.
 
-    `scores` [B, G, N] have become final; the scorer `learns` from this pass or does not.
+    `scores` [B, G, N] have become final. An empty `state` is that before the first token.
     """
-    length = query.shape[3]
+    length, learns = query.shape[3], not state and torch.is_grad_enabled()
+    state = state or self.empty(value, keep)
     key, value = torch.cat([state["key"], key], 2), torch.cat([state["value"], value], 2)
     real = torch.cat([state["real"], position >= 0], 1)
     slots, entering, tau = [state[name] for name in SLOTS], None, None
@@ -353,8 +340,7 @@ class Heads:
 
   def _attend(self, query, key, value, real, slots, entering, tau, keep):
     """Attends from blocks of queries; returns what they read, and the slots after the last one."""
-    length, mixed = query.shape[3], []
-    saves = length > QUERIES and torch.is_grad_enabled()
+    length, mixed, saves = query.shape[3], [], query.shape[3] > QUERIES and torch.is_grad_enabled()
     run = partial(checkpoint, self._mix, use_reentrant=False) if saves else self._mix
     for first in range(0, length, QUERIES):
       now = slice(first, min(first + QUERIES, length))

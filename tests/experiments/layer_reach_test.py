@@ -31,8 +31,12 @@ def folder(tmp_path_factory):
     ByteTokenizer(),
   )
   (folder / "folder.json").mkdir()
-  for name, attention in (("dense", "full"), ("sparse", "sparsek")):
-    config = dataclasses.replace(CONFIG, attention=attention)
+  for name, fields in (
+    ("dense", {}),
+    ("sparse", {"attention": "sparsek"}),
+    ("heads", {"num_heads": 4, "num_kv_heads": 2}),
+  ):
+    config = dataclasses.replace(CONFIG, **fields)
     write_run(folder / name, folder / "data", config, 32, init_params(config, jax.random.key(0)))
   return folder
 
@@ -75,9 +79,36 @@ def test_layers_that_get_most_of_the_keys(folder, capsys):
   assert parse_layer_pattern(line.partition("=")[2]) == ("sparsek:k12:w8",) * 2
 
 
+def test_heads_that_get_most_of_the_keys(folder, capsys):
+  words = ["--seq_len=64", "--eval_batches=1", "--window=8", "--k=0", "--budget=20", "--by_heads"]
+  record = folder / "heads.json"
+  assert run(f"--workdir={folder}/heads", *words, "--long_heads=1", f"--record={record}") == 0
+  out, kept = capsys.readouterr().out, json.loads(record.read_text())
+  rises = {(i, g): kept["rises"][i][g] for i in range(2) for g in range(2)}
+  assert all(f"{i:4} {g:3} {rise:+.4f}" in out for (i, g), rise in rises.items())
+  layer, head = max(rises, key=lambda place: rises[place])
+  terms = ["sliding_window:w8", "sliding_window:w8"]
+  terms[layer] = f"sparsek:k48:w8:h{1 - head}:k0"
+  assert f"--layer_pattern={kept['layer_pattern']}" in out
+  assert list(parse_layer_pattern(kept["layer_pattern"])) == terms
+  # A head has the rise of its layer where it is the only one.
+  assert run(f"--workdir={folder}/dense", *words) == 0
+  assert run(f"--workdir={folder}/dense", *words[:-1]) == 0
+  tables = [
+    [line.split()[-1] for line in out.splitlines() if line.startswith("   ")]
+    for out in capsys.readouterr().out.split("loss")[1:]
+  ]
+  assert tables[0] == tables[1]
+
+
 @pytest.mark.parametrize(
   "given, message",
   [
+    (["--workdir={}/dense", "--long_heads=2"], "--long_heads=2 needs --by_heads"),
+    (
+      ["--workdir={}/dense", "--by_heads", "--long_layers=2"],
+      "--long_layers=2 does not go with --by_heads",
+    ),
     (["--workdir={}/nowhere"], "--workdir={}/nowhere: must be the folder of a run"),
     (["--workdir={}/sparse"], "all layers must have full attention; it has sparsek"),
     (["--workdir={}/dense", "--budget=9", "--window=8", "--k=3"], "--budget=9 must be at least 11"),

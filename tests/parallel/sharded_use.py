@@ -78,7 +78,11 @@ def evaluations(mesh: Mesh) -> dict[str, list]:
   counts = tasks.evaluate(WINDOW, params, ByteTokenizer(), "copy", LENGTH, 3, ROWS, mesh=mesh)
   counts = [prompt for prompts in counts for prompt in prompts]
   tasks.predicted = predicted
-  dense, short = layer_reach.losses(DENSE, model(DENSE), [batch()], "sliding_window:w3", mesh=mesh)
+  changes = [
+    *layer_reach.of_layers(DENSE, "sliding_window:w3"),
+    *layer_reach.of_heads(DENSE, "attention_sinks:k1:w3", LENGTH),
+  ]
+  dense, short = layer_reach.losses(DENSE, model(DENSE), [batch()], changes, mesh=mesh)
   return {
     "losses": [loss.loss, *(bucket.loss for bucket in loss.buckets), dense, *short],
     "targets": [bucket.num_targets for bucket in loss.buckets],
