@@ -86,7 +86,8 @@ def define_model_flags(flag_values: flags.FlagValues) -> None:
     None,
     "Attention of each layer, repeated over the layers. Terms KIND or KIND*TIMES are separated by "
     'commas, such as "sparsek*5,full". KIND:kK:wWINDOW is a layer with a k or a window of its own: '
-    "sliding_window:w256*5,sparsek:k1536:w256.",
+    "sliding_window:w256*5,sparsek:k1536:w256. Behind :h are KV heads with other values: "
+    "sparsek:k16:w512:h1.3-5:k1040 (docs/heads.md).",
   )
   _define_scorer(Definer(flag_values, "scorer"))
   _define_architecture(define)

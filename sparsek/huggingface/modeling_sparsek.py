@@ -271,7 +271,7 @@ class Attention(nn.Module):
     for i, heads in enumerate(self.heads):
       own = {name[2:]: y for name, y in state.items() if name[0] == str(i)}
       of_heads = [y if y is None else y[:, heads.index] for y in arrays]
-      part, own = heads.attend(*of_heads, position, own, keep)
+      part, own = heads(*of_heads, position, own, keep)
       mixed |= zip(heads.index, part.unbind(1))
       new |= {f"{i}.{name}": y for name, y in own.items()}
     mixed = torch.cat([mixed[head] for head in range(self.groups)], 1)
@@ -309,7 +309,7 @@ class Heads:
       state |= {"pending": scores(front - self.delay), "support": scores(support)}
     return state
 
-  def attend(self, query, key, value, scores, position, state, keep):
+  def __call__(self, query, key, value, scores, position, state, keep):
     """Returns what N new queries [B, G, H / G, N, D] read, and the next state if it is to be kept.
 
     `scores` [B, G, N] have become final. An empty `state` is that before the first token.

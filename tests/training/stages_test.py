@@ -98,12 +98,12 @@ def finished(data, tmp_path_factory):
   return workdir
 
 
-def restored(workdir, step):
+def restored(workdir, step, config=SMALLEST):
   """Returns (parameters, moments, data state) of a checkpoint."""
   opt_state = jax.eval_shape(
-    make_optimizer(OptimizerConfig()).init, checkpoint.abstract_params(SMALLEST)
+    make_optimizer(OptimizerConfig()).init, checkpoint.abstract_params(config)
   )
-  kept = checkpoint.restore_newest(workdir, SMALLEST, opt_state, None, last=step)
+  kept = checkpoint.restore_newest(workdir, config, opt_state, None, last=step)
   (adam,) = (part for part in kept.opt_state if isinstance(part, optax.ScaleByAdamState))
   return kept.params, adam, kept.data_state
 
@@ -128,6 +128,25 @@ def parts_of(tree):
 def same(*trees):
   first, *others = map(jax.tree.leaves, trees)
   return all(np.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_heads_may_get_another_k_and_window_over_a_border_and_when_a_run_goes_on(data, tmp_path):
+  """A head that selects nothing is taught nothing, and selects in the next stage."""
+  two = dataclasses.replace(SMALLEST, num_heads=2, num_kv_heads=2, head_dim=4)
+  patterns = ("full", "sparsek:h0:k0:w6", "sparsek:k3:h1:w2")
+  workdir = str(tmp_path / "run")
+  made = [
+    stage._replace(config=dataclasses.replace(two, attention=pattern))
+    for stage, pattern in zip(dense_warmup_joint(workdir, data), patterns)
+  ]
+  assert loop.train_stages(made[:2], "").step == BORDERS[1]
+  _, adam, _ = restored(workdir, BORDERS[1], made[1].config)
+  moment = np.asarray(adam.mu["layers_0"]["attention"]["scorer"]["linear"]["kernel"])
+  assert [bool(np.any(moment[:, head])) for head in range(2)] == [False, True]
+  assert loop.train_stages(made, "").step == sum(LENGTHS)
+  _, adam, _ = restored(workdir, sum(LENGTHS), made[2].config)
+  moment = np.asarray(adam.mu["layers_0"]["attention"]["scorer"]["linear"]["kernel"])
+  assert np.all(np.any(moment, axis=0))
 
 
 @pytest.mark.parametrize(
