@@ -76,8 +76,7 @@ def define_flags(flag_values: absl_flags.FlagValues) -> None:
   define.integer(
     "long_heads",
     None,
-    "With --by_heads: KV heads, of all layers together, that get most of the keys. By default a "
-    "sixth of all.",
+    "KV heads of the pattern that get most of the keys. By default a sixth of all layers' heads.",
     lower=1,
   )
   define_mesh_flags(flag_values)

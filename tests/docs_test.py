@@ -33,7 +33,7 @@ SMALLER = {
   "experiments.prepare_data --train_bpe=8192": "--train_bpe=300",
   "experiments.pretrain": "--num_steps=2 --warmup_steps=1 --seq_len=64 --batch_size=2 "
   "--grad_accumulation=1 --num_layers=1 --embed_dim=32 --num_heads=2 "
-  "--num_kv_heads=1 --head_dim=16 --mlp_dim=32 --scan_layers=false --remat=none "
+  "--num_kv_heads=2 --head_dim=16 --mlp_dim=32 --scan_layers=false --remat=none "
   "--eval_every=0 --checkpoint_every=2 "
   # all alike: compiled once, and fast
   "--dtype=float32 --k=8 --window=8 --learning_rate=1e-3 --implementation=reference",
