@@ -224,10 +224,24 @@ def saved(tmp_path, session):
   return path
 
 
-def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
+def sizes_as_texts_grow(config, tmp_path, monkeypatch, sizes):
   """Lets the cache grow with its texts, over turns and files; it gives what one of full
-  size does.
+  size does. Returns the sizes of its layers after each of two turns.
   """
+  model = init_params(config, jax.random.key(2))
+  model["embed"]["embedding"] *= 30
+  full, more = Session(config, model, 3), [[11, 12], [], [13]]
+  wanted = [turn(full, rows, max_new_tokens=14) for rows in (ROWS, more)]
+  monkeypatch.setattr("sparsek.generation.cache_sizes.UNCLIPPED", 8)
+  session = Session(config, model, 3)
+  found, before = [turn(session, ROWS, max_new_tokens=14)], sizes(session.cache.layers)
+  session = Session.load(saved(tmp_path, session), config, model)
+  found.append(turn(session, more, max_new_tokens=14))
+  assert found == wanted
+  return before, sizes(session.cache.layers)
+
+
+def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
   small = dataclasses.replace(
     SOFT,
     attention="sparsek:k20:w4,sliding_window",
@@ -236,18 +250,8 @@ def test_larger_windows_than_texts_need_cost_nothing(tmp_path, monkeypatch):
     dtype="float32",
     gate="value",
   )
-  model = init_params(small, jax.random.key(2))
-  model["embed"]["embedding"] *= 30
-  full, more = Session(small, model, 3), [[11, 12], [], [13]]
-  wanted = [turn(full, rows, max_new_tokens=14) for rows in (ROWS, more)]
-  monkeypatch.setattr("sparsek.generation.cache_sizes.UNCLIPPED", 8)
-  session = Session(small, model, 3)
-  found = [turn(session, ROWS, max_new_tokens=14)]
-  assert session.cache.layers[0].position.shape[2] == 20
-  assert session.cache.layers[1].key.shape[2] == 32
-  session = Session.load(saved(tmp_path, session), small, model)
-  found.append(turn(session, more, max_new_tokens=14))
-  assert found == wanted and session.cache.layers[1].key.shape[2] == 64
+  sizes = lambda layers: (layers[0].position.shape[2], layers[1].key.shape[2])
+  assert sizes_as_texts_grow(small, tmp_path, monkeypatch, sizes) == ((20, 32), (20, 64))
   huge, large = (dataclasses.replace(LIGHT, window=window, k=2**50) for window in (2**40, 16))
   first, second = (
     turn(Session(config, light_params(), 3), ROWS, max_new_tokens=1) for config in (huge, large)
@@ -262,23 +266,12 @@ def test_heads_of_their_own_k_and_window_grow_and_are_resumed_from_disk(tmp_path
     num_layers=2,
     num_kv_heads=2,
     window=100,
-    gate="value",
   )
-  model = init_params(heads, jax.random.key(2))
-  model["embed"]["embedding"] *= 30
-  full, more = Session(heads, model, 3), [[11, 12], [], [13]]
-  wanted = [turn(full, rows, max_new_tokens=14) for rows in (ROWS, more)]
-  monkeypatch.setattr("sparsek.generation.cache_sizes.UNCLIPPED", 8)
-  session = Session(heads, model, 3)
-  found = [turn(session, ROWS, max_new_tokens=14)]
-  lengths = lambda: [len(part.key[0, 0]) for part in session.cache.layers[1].groups]
-  assert lengths() == [32, 9]
-  session = Session.load(saved(tmp_path, session), heads, model)
-  found.append(turn(session, more, max_new_tokens=14))
-  assert found == wanted and lengths() == [64, 9]
+  sizes = lambda layers: [part.key.shape[2] for part in layers[1].groups]
+  assert sizes_as_texts_grow(heads, tmp_path, monkeypatch, sizes) == ([32, 9], [64, 9])
   other = dataclasses.replace(heads, attention="sparsek:k20:w4:h0:k0:w100,sliding_window:h0:w9")
   with pytest.raises(UsageError, match="was saved under attention="):
-    Session.load(saved(tmp_path, session), other, model)
+    Session.load(str(tmp_path / "text.npz"), other, init_params(other, jax.random.key(2)))
 
 
 @pytest.mark.parametrize("attention", ["full", "sliding_window", "sparsek"])
