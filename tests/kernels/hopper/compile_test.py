@@ -26,6 +26,7 @@ from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.rms_norm import branched_rms_norm
 from sparsek.kernels.specs import Spec
+from sparsek.model.head_groups import selecting_attention
 from sparsek.parallel import sequence_parallel
 from sparsek.parallel.collectives import collectives
 from sparsek.parallel.mesh import CONTEXT, ROWS, make_mesh
@@ -341,6 +342,21 @@ def test_what_kernels_write_in_place_is_kept_in_a_scan():
   assert "sparsek_sum_rows" in compiled and not any(
     "output_to_operand_aliasing" in fusion for fusion in inside
   )
+
+
+def test_heads_of_their_own_k_and_window_compile():
+  """Compiles a head that is alone, and the heads on either side of it."""
+  term = "sparsek:k16:w512:h1:k1040"
+  layer = preset("1b", num_kv_heads=4, num_heads=16, attention=term).layer_configs[0]
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((1, 8192, *dims), dtype)
+  query, keys = shape("bfloat16", 16, 64), shape("bfloat16", 4, 64)
+
+  def run(ids, cotangent, *inputs):
+    out, vjp = jax.vjp(lambda *inputs: selecting_attention(layer, *inputs, ids), *inputs)
+    return out, *vjp(cotangent)
+
+  compiled = compile_for_h100(run, shape("int32"), query, query, keys, keys, shape("float32", 4))
+  assert compiled.as_text().count("sparsek_forward") >= 2
 
 
 @pytest.mark.parametrize("kind", ("sparsek", "sliding_window", "full"))
