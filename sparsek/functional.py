@@ -72,8 +72,7 @@ class Options:
       With every gate it learns from the loss of the model, without any further term.
     scorer_lookahead, scorer_lookback, scorer_normalize: see `sparsek.TransformerConfig`.
     scorer_init_scale, scorer_init_slope, scorer_init_noise, scorer_init_sink: see there.
-    scorer_shared, scorer_noise, scorer_loss_queries: see there.
-    scorer_target, scorer_target_value_norm, scorer_loss_kind: see there.
+    scorer_shared, scorer_noise, scorer_loss_queries, scorer_loss_kind: see there.
     rope_theta: base of the rotary embedding of queries and keys; None: no rotation.
     rope_fraction, rope_scaling: see `sparsek.TransformerConfig`.
     qk_norm: RMSNorm over the head dimension of queries and keys.
@@ -111,9 +110,7 @@ class Options:
   scorer_init_sink: float = 0.0
   scorer_noise: float = 0.0
   scorer_loss_queries: int = 128
-  scorer_target: str = "mean"
-  scorer_target_value_norm: bool = False
-  scorer_loss_kind: str = "divergence"
+  scorer_loss_kind: str = "ranking"
   rope_theta: float | None = 10000.0
   rope_fraction: float = 1.0
   rope_scaling: str | tuple | None = None
@@ -299,8 +296,8 @@ def apply_with_scorer_loss(
       are drawn.
 
   Returns:
-    The output, and `sparsek.attention.scorer_targets.scorer_loss`: how far the scores are from the
-    attention that full attention would pay. Only the scorer's parameters learn from it.
+    The output, and the loss of the scorer, which `scorer_loss_kind` names: how badly the scores
+    tell what full attention would read. Only the scorer's parameters learn from it.
   """
   check_inputs(options, params, x, positions=positions)
   loss_key, noise_key = jax.random.split(random_keys("key", key))

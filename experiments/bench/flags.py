@@ -85,6 +85,12 @@ def _define_model(define: Definer) -> None:
     lower=0,
   )
   define.choice(
+    "scorer_loss_kind",
+    None,
+    config_lib.SCORER_LOSSES,
+    "Train suite: which of them. By default that of experiments.pretrain.",
+  )
+  define.choice(
     "remat",
     None,
     config_lib.REMAT_POLICIES,

@@ -20,7 +20,16 @@ from sparsek.runs.settings import differences
 # fields of attention_bench.Problem that flags of the same name set
 FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 # fields of the model that flags of the same name set
-MODEL_FIELDS = ("k", "window", "gate", "dtype", "implementation", "remat", "scorer_init_slope")
+MODEL_FIELDS = (
+  "k",
+  "window",
+  "gate",
+  "dtype",
+  "implementation",
+  "remat",
+  "scorer_init_slope",
+  "scorer_loss_kind",
+)
 PRESET = {"train": "gpt2_small", "decode": "1b"}
 K = WINDOW = 128  # defaults of --suite=attention
 CONTEXTS = (1024, 8192, 65536, 524288, 1048576)

@@ -232,6 +232,7 @@ def time_jobs(
       "window": job.config.window,
       "remat": job.config.remat,
       "scorer_init_slope": job.config.scorer_init_slope,
+      "scorer_loss_kind": job.config.scorer_loss_kind,
       **{
         name: getattr(job, name)
         for name in ("n", "batch_size", "documents", "loss_chunk", "scorer_loss")

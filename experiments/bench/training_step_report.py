@@ -46,6 +46,7 @@ IDENTITY = (
   "scorer_init_slope",
   "loss_chunk",
   "scorer_loss",
+  "scorer_loss_kind",
 )
 
 

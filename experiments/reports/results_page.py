@@ -191,17 +191,6 @@ SECTIONS = (
     sections.grid,
   ),
   Section(
-    "What scorers are taught",
-    "A small task of recall, models of one layer with 8 keys and a window of 8; nats a token, and "
-    "right answers to what is asked often and once, of which guessing finds a quarter. A dense "
-    "model answers all in six of eight seeds; from it each variant goes on, with the documents of "
-    "all others. max_soft, max_anneal and the last three seeds were added after the first five; "
-    "pinball was taken out then. Indicative only: it is no text.",
-    ("scorer_teaching.json",),
-    "python -m experiments.recipes.scorer_teaching --seeds=8",
-    sections.teaching,
-  ),
-  Section(
     "Bytes from scratch",
     'Models at the demo\'s size, 256 bytes of source text a row; nats a byte. "loss": with the '
     "scorers' loss.",

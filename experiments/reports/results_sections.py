@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from sparsek.evaluation.statistics import paired_t
 from sparsek.experiments.bench.attention import BOTH, FORWARD
 from sparsek.experiments.bench.attention_report import figure, number, quotient
-from sparsek.experiments.recipes import scorer_teaching
 from sparsek.experiments.reports import baselines_report, plots
 from sparsek.experiments.reports import results_tables as tables
 from sparsek.experiments.reports.grid import DOCUMENTS, over_documents
@@ -298,18 +297,6 @@ def _far(runs: Mapping) -> list[str]:
     "Loss of the tokens beyond 16384 in rows of 32768, four times as long as those of training:"
   )
   return ["", text, "", *markdown(["run", "loss"], rows)]
-
-
-def teaching(record: Mapping) -> list[str]:
-  """Returns the table of what scorers are taught, with differences from the default."""
-  return [
-    *scorer_teaching.table(record["runs"]).splitlines(),
-    "",
-    *wrapped(
-      "In brackets 95 % t intervals over seeds, paired for differences; p corrected (Holm) for all "
-      "of these comparisons."
-    ),
-  ]
 
 
 def layouts(record: Mapping) -> list[str]:

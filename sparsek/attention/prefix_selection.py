@@ -52,7 +52,7 @@ def select(
   n = scores.shape[-1]
   token = jnp.arange(n, dtype=jnp.int32)
   start, end = varying_like(start, scores), varying_like(end, scores)
-  score, order = _sort(scores, SCORES, kernels)
+  score, order = in_order(scores, SCORES, kernels)
   if packed:
     order = _per_head(_by_document)(order, start)
     score = jnp.take_along_axis(SCORES.decode(SCORES.encode(scores)), order, axis=-1)
@@ -72,7 +72,7 @@ def select(
   return jnp.where(admitted >= first_nan, jnp.nan, tau), jnp.minimum(expiry, end[:, None]), order
 
 
-def _sort(x: jax.Array, coding: Coding, kernels: bool) -> tuple[jax.Array, jax.Array]:
+def in_order(x: jax.Array, coding: Coding, kernels: bool) -> tuple[jax.Array, jax.Array]:
   """Returns the numbers in order, decoded, and their tokens; of equal keys the later token comes
   first.
   """
@@ -92,7 +92,7 @@ def order_by_expiry(expiry: jax.Array, kernels: bool) -> jax.Array:
 
   It serves the attention kernels as well as that of `select`, where only expiries are known.
   """
-  return _sort(expiry, INTEGERS, kernels)[1]
+  return in_order(expiry, INTEGERS, kernels)[1]
 
 
 def _first_nan(token: jax.Array, scores: jax.Array, start: jax.Array) -> jax.Array:

@@ -312,20 +312,27 @@ def query_blocks(
   """Cuts queries into blocks of equal size, the axis of `lax.scan`, with BLOCK_LOGITS logits each;
   the last one is filled up with queries of weight 0.
   """
-  (batch, number, heads, dim), (_, n, groups, _) = asked.shape, key.shape
-  most = max(1, BLOCK_LOGITS // (batch * heads * n))
-  block = -(-number // -(-number // most))
+  (batch, number, heads, _), (_, n, groups, _) = asked.shape, key.shape
+  asked = asked.reshape(batch, number, groups, -1, asked.shape[-1])
+  by_query = asked, queries[..., None], start[..., None], weight
+  return QueryBlock(*in_blocks(batch * heads * n, *by_query))
 
-  def blocks(x):
-    x = jnp.pad(x, ((0, 0), (0, -number % block), *[(0, 0)] * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
 
-  return QueryBlock(
-    blocks(asked.reshape(batch, number, groups, -1, dim)),
-    blocks(queries[..., None]),
-    blocks(start[..., None]),
-    blocks(weight),
-  )
+def in_blocks(pairs: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Cuts the queries of [B, C, ...] arrays into blocks of equal size: [blocks, B, size, ...].
+
+  A block has as many queries as make BLOCK_LOGITS pairs with tokens, if each has so many `pairs`;
+  all of them for 0. The last block is filled up with zeros.
+  """
+  number = arrays[0].shape[1]
+  most = max(1, BLOCK_LOGITS // pairs) if pairs else number
+  size = -(-number // -(-number // most))
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, -number % size), *[(0, 0)] * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+  return tuple(map(cut, arrays))
 
 
 def visible_keys(

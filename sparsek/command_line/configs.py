@@ -16,8 +16,6 @@ from sparsek.errors import UsageError
 OF_LEARNED_SCORERS = (
   "scorer_loss",
   "scorer_loss_queries",
-  "scorer_target",
-  "scorer_target_value_norm",
   "scorer_loss_kind",
   "scorer_lr_multiplier",
 )

@@ -142,23 +142,12 @@ def _define_scorer(define: Definer) -> None:
     "scorer_loss_queries", None, "Queries per row that --scorer_loss looks at. By default 128."
   )
   define.choice(
-    "scorer_target",
-    None,
-    config_lib.SCORER_TARGETS,
-    "What --scorer_loss teaches of a token's attention from later queries, beyond the window: its "
-    "mean or its maximum. By default mean.",
-  )
-  define.boolean(
-    "scorer_target_value_norm",
-    None,
-    "--scorer_loss multiplies attention by the norm of the token's value. By default false.",
-  )
-  define.choice(
     "scorer_loss_kind",
     None,
     config_lib.SCORER_LOSSES,
-    "How --scorer_loss compares scores with its targets. divergence: as distributions; ranking: on "
-    "which side of the cut behind the k best a token lies. By default divergence.",
+    "What --scorer_loss teaches. ranking: which k tokens later queries read most, beyond the "
+    "window; divergence: the distribution of attention. By default that of the run that "
+    "resumes, else ranking.",
   )
 
 

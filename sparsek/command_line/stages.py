@@ -18,7 +18,7 @@ Define = Callable[[flags.FlagValues], None]  # defines the flags of a command
 OF_A_STAGE = (
   *("attention", "layer_pattern", "k", "window", "gate", "remat"),
   *("scorer_noise", "scorer_loss_queries", "scorer_loss", "scorer_warmup"),
-  *("scorer_target", "scorer_target_value_norm", "scorer_loss_kind", "gate_anneal"),
+  *("scorer_loss_kind", "gate_anneal"),
   *("data", "seq_len", "batch_size", "segment_documents", "grad_accumulation"),
   *("num_steps", "learning_rate", "warmup_steps", "final_lr_ratio", "weight_decay", "grad_clip"),
   *("trainable", "scorer_lr_multiplier", "distill", "distill_from"),

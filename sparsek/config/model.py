@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 NEED_WINDOW = ("sliding_window", "block_topk", "linear")
 GATES = ("straight_through", "value", "key_value")
-SCORER_TARGETS = ("mean", "max")
-SCORER_LOSSES = ("divergence", "ranking")
+SCORER_LOSSES = ("ranking", "divergence")
 SCORERS = ["linear", "conv", "random"]  # `sparsek.model.registration` appends to it
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "mosaic_tpu")
 REMAT_POLICIES = ("none", "dots", "attention", "full")
@@ -139,8 +138,8 @@ class TransformerConfig:
       are also tried which would be dropped.
     scorer_loss_queries: queries per row, evenly spaced, whose attention the scorers' auxiliary loss
       uses; see `TrainConfig.scorer_loss`.
-    scorer_target, scorer_target_value_norm, scorer_loss_kind: what that loss compares scores with;
-      see `sparsek.attention.scorer_targets.scorer_loss`.
+    scorer_loss_kind: that loss; "ranking": `sparsek.attention.ranking_loss.ranking_loss`,
+      "divergence": `sparsek.attention.scorer_loss.attention_mass_loss`.
     positions: "rope" (rotary embedding of queries and keys) or "learned" (a table added to the
       embedding of the tokens).
     max_positions: rows of the learned table, and so the largest number of tokens in a row; with
@@ -192,9 +191,7 @@ class TransformerConfig:
   scorer_init_sink: float = 0.0
   scorer_noise: Weight = 0.0
   scorer_loss_queries: Count = 128
-  scorer_target: str = "mean"
-  scorer_target_value_norm: bool = False
-  scorer_loss_kind: str = "divergence"
+  scorer_loss_kind: str = "ranking"
   positions: str = "rope"
   max_positions: Annotated[int, Range(2, MAX_INT)] = 2048
   rope_theta: Annotated[float, Range(1)] = 10000.0
@@ -227,7 +224,6 @@ class TransformerConfig:
     check_choice("gate", self.gate, GATES)
     if self.scorer not in SCORERS:
       raise ValueError(f"scorer={self.scorer!r} is not one of {', '.join(SCORERS)}{UNREGISTERED}")
-    check_choice("scorer_target", self.scorer_target, SCORER_TARGETS)
     check_choice("scorer_loss_kind", self.scorer_loss_kind, SCORER_LOSSES)
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("remat", self.remat, REMAT_POLICIES)

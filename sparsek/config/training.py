@@ -105,9 +105,9 @@ class TrainConfig:
     workdir: folder of the checkpoints, metrics.jsonl, flags.txt and versions.json.
     data, optimizer: see their classes.
     seed: of the parameters, the noise on the scores and the queries of the scorers' loss.
-    scorer_loss: weight of the scorers' auxiliary loss,
-      `sparsek.attention.scorer_targets.scorer_loss`, a mean over rows and sparsek layers; has
-      no effect where no scorer has parameters.
+    scorer_loss: weight of the scorers' auxiliary loss, which
+      `TransformerConfig.scorer_loss_kind` names, a mean over rows and sparsek layers; has no
+      effect where no scorer has parameters.
     gate_anneal: at least 1: training has the gates of "value", of scores times
       `gate_anneal ** (step / num_steps)` in a run or stage, so that soft gates become hard;
       evaluation has the model's own, "straight_through". 0: training has them, too.

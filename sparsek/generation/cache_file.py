@@ -28,8 +28,6 @@ FREE_FIELDS = (
   "scan_layers",
   "scorer_noise",
   "scorer_loss_queries",
-  "scorer_target",
-  "scorer_target_value_norm",
   "scorer_loss_kind",
   "scorer_init_scale",
   "scorer_init_slope",

@@ -40,13 +40,7 @@ ARCHITECTURE = (
   "tie_embeddings",
 )
 # Fields that matter in training alone: exported models do not have them.
-_OF_TRAINING = (
-  "lora_rank",
-  "lora_alpha",
-  "scorer_target",
-  "scorer_target_value_norm",
-  "scorer_loss_kind",
-)
+_OF_TRAINING = ("lora_rank", "lora_alpha", "scorer_loss_kind")
 SPARSEK_FIELDS = tuple(
   field.name
   for field in dataclasses.fields(TransformerConfig)

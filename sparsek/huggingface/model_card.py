@@ -23,8 +23,6 @@ _NEUTRAL = (
   "scan_layers",
   "max_positions",
   "scorer_loss_queries",
-  "scorer_target",
-  "scorer_target_value_norm",
   "scorer_loss_kind",
 )
 _HEADER = """---

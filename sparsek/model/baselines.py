@@ -415,9 +415,8 @@ class KVzapAttention(SparseKAttention):
   def loss(
     self, config: TransformerConfig, arrays: tuple[jax.Array, ...], **attention: Any
   ) -> jax.Array:
-    """Computes the loss of the scorer, which looks at no values."""
-    scores, query, key, _, queries = arrays
-    return max_attention_loss(scores, query, key, queries, **attention)
+    """Computes the loss of the scorer from scores, query, key and positions of queries."""
+    return max_attention_loss(*arrays, **attention)
 
 
 BASELINES = {

@@ -11,8 +11,8 @@ import numpy as np
 
 from sparsek.attention.api import resolve_window
 from sparsek.attention.documents import document_bounds
-from sparsek.attention.scorer_loss import sample_queries
-from sparsek.attention.scorer_targets import scorer_loss
+from sparsek.attention.ranking_loss import ranking_loss
+from sparsek.attention.scorer_loss import attention_mass_loss, sample_queries
 from sparsek.config import TransformerConfig
 from sparsek.kernels.rms_norm import branched_rms_norm, rms_norm
 from sparsek.model.head_groups import (
@@ -328,7 +328,7 @@ class SparseKAttention(Attention):
 
   Applied with mutable=["scorer_loss"] and rngs={"scorer_loss": key}, which draws
   `config.scorer_loss_queries` queries a row, it leaves there, as `attention_mass`, the loss of
-  `sparsek.attention.scorer_targets.scorer_loss`, from which only the scorer's parameters learn.
+  `config.scorer_loss_kind`, from which only the scorer's parameters learn.
   With mutable=["scorer_warmup"] it leaves the same there and attends to the whole document,
   as the dense model does whose scorers are being trained.
 
@@ -388,12 +388,12 @@ class SparseKAttention(Attention):
   def _scorer_loss(self, tokens):
     """Returns this shard's part of the scorers' loss, from which only the scorer learns."""
     cfg = self.config
-    x_BxNxE, query, key, value = map(jax.lax.stop_gradient, tokens[:4])
+    x_BxNxE, query, key = map(jax.lax.stop_gradient, tokens[:3])
     queries = tokens.loss_queries
     if queries is None:
       keys = row_keys(self.make_rng("scorer_loss"), tokens.row_index)
       queries = sample_loss_queries(cfg, keys, x_BxNxE.shape[1])
-    arrays = self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer), query, key, value
+    arrays = self.scorer(x_BxNxE, tokens.segment_ids, tokens.layer), query, key
     groups = cfg.selecting_groups
     heads = sum(len(group.heads) for group in groups)
     loss = jnp.zeros(())
@@ -412,21 +412,16 @@ class SparseKAttention(Attention):
   def loss(
     self, config: TransformerConfig, arrays: tuple[jax.Array, ...], **attention: Any
   ) -> jax.Array:
-    """Computes the loss of the scorer from scores, query, key, value and positions of queries.
+    """Computes the loss of the scorer from scores, query, key and positions of queries.
 
     Args:
       config: of the heads that the arrays are of.
       arrays: see above.
-      attention: options of `sparsek.attention.scorer_targets.scorer_loss`.
+      attention: options of `sparsek.attention.scorer_loss.attention_mass_loss`.
     """
-    return scorer_loss(
-      *arrays,
-      k=config.k,
-      target=config.scorer_target,
-      kind=config.scorer_loss_kind,
-      value_norm=config.scorer_target_value_norm,
-      **attention,
-    )
+    if config.scorer_loss_kind == "divergence":
+      return attention_mass_loss(*arrays, **attention)
+    return ranking_loss(*arrays, k=config.k, **attention)
 
 
 class SlidingWindowAttention(Attention):

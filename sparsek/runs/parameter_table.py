@@ -30,8 +30,6 @@ FREE_FIELDS = (
   "scorer_normalize",
   "scorer_noise",
   "scorer_loss_queries",
-  "scorer_target",
-  "scorer_target_value_norm",
   "scorer_loss_kind",
   "lora_alpha",
 )

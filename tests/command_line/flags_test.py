@@ -89,8 +89,7 @@ def configs(*arguments):
     (["--on_spike=wait"], ["--on_spike=wait", "skip"]),
     (["--restore_step=-1"], ["--restore_step=-1", "at least 0"]),
     (["--scorer_loss_queries=0"], ["--scorer_loss_queries=0", "at least 1"]),
-    (["--scorer_target=median"], ["--scorer_target=median", "mean", "max"]),
-    (["--scorer_loss_kind=hinge"], ["--scorer_loss_kind=hinge", "divergence", "ranking"]),
+    (["--scorer_loss_kind=hinge"], ["--scorer_loss_kind=hinge", "ranking", "divergence"]),
     (["--gate_anneal=0.5"], ["--gate_anneal=0.5", "at least 1, or 0"]),
   ],
 )
@@ -255,7 +254,10 @@ def test_an_unknown_flag_of_a_very_long_name_is_refused():
     ),
     (["--attention=full", "--scorer_loss=1", "--scorer_lr_multiplier=5"], []),
     (["--scorer=random", "--scorer_loss=3"], ["--scorer_loss=3.0"]),
-    (["--scorer=random", "--scorer_target=max"], ["--scorer_target=max"]),
+    (
+      ["--scorer=random", "--scorer_loss_kind=divergence"],
+      ["--scorer_loss_kind=divergence"],
+    ),
     (["--scorer_lookahead=2"], ["--scorer_lookahead=2"]),
     (["--scorer=conv", "--scorer_lookahead=2", "--scorer_loss=3"], []),
   ],

@@ -26,7 +26,6 @@ WRITTEN = {
   ("recipes.gguf_model", "record"): "experiments/results/smollm2.json",
   ("recipes.ruler_tools", "record"): "experiments/results/ruler_smollm2_h200.json",
   ("recipes.scorer_reach", "path"): "experiments/results/scorer_reach.json",
-  ("recipes.scorer_teaching", "record"): "experiments/results/scorer_teaching.json",
   ("recipes.smollm2_convert", "record"): "experiments/results/smollm2_convert.json",
   ("reports.collect_grids", "record"): "experiments/results/baselines_grid.json",
   ("reports.flags_page", "path"): "docs/flags.md",

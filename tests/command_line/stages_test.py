@@ -56,7 +56,7 @@ def test_a_run_without_stages_is_one_without_a_name():
   assert (stage.name, stage.text, stage.begin) == ("", "", 0) and stage.values is values
   assert "stage" not in effective(values)  # records of earlier versions have no such setting
   assert set(OF_A_STAGE) <= set(values)
-  taught = {flag for flag in values if flag.startswith(("scorer_loss", "scorer_target", "gate"))}
+  taught = {flag for flag in values if flag.startswith(("scorer_loss", "gate"))}
   assert taught <= set(OF_A_STAGE)
 
 

@@ -59,9 +59,7 @@ CONFIGS = {
     positions="learned",
     max_positions=LENGTH,
     scorer_shared=True,
-    scorer_target="max",
-    scorer_target_value_norm=True,
-    scorer_loss_kind="ranking",
+    scorer_loss_kind="divergence",
   ),
   "fixed": TransformerConfig(**FIELDS, attention=("random", "strided"), num_layers=2),
   "heads": TransformerConfig(
