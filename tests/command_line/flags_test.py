@@ -254,10 +254,7 @@ def test_an_unknown_flag_of_a_very_long_name_is_refused():
     ),
     (["--attention=full", "--scorer_loss=1", "--scorer_lr_multiplier=5"], []),
     (["--scorer=random", "--scorer_loss=3"], ["--scorer_loss=3.0"]),
-    (
-      ["--scorer=random", "--scorer_loss_kind=divergence"],
-      ["--scorer_loss_kind=divergence"],
-    ),
+    (["--scorer=random", "--scorer_loss_kind=divergence"], ["--scorer_loss_kind=divergence"]),
     (["--scorer_lookahead=2"], ["--scorer_lookahead=2"]),
     (["--scorer=conv", "--scorer_lookahead=2", "--scorer_loss=3"], []),
   ],
