@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.attention.ranking_loss import ranking_loss
 from sparsek.attention.scorer_loss import attention_mass_loss
-from sparsek.config import TransformerConfig, parse_layer_pattern
+from sparsek.config import SCORER_LOSSES, TransformerConfig, parse_layer_pattern
 from sparsek.config.model import GATES
 from sparsek.kernels import reference
 from sparsek.model.baselines import ATTENTION_MODULES
@@ -168,11 +169,12 @@ def only_mix(_, method):
   return method == "mix"
 
 
+@pytest.mark.parametrize("kind", SCORER_LOSSES)
 @pytest.mark.parametrize("term", ["sparsek:h0.2:k0:w9", "sparsek:k4:w0:h3:k1:w2"])
-def test_the_loss_of_scorers_is_the_mean_over_the_heads_that_select(term):
+def test_the_loss_of_scorers_is_the_mean_over_the_heads_that_select(term, kind):
   x = jax.random.normal(jax.random.key(0), (2, N, 12))
-  config = of_layer(term, dataclasses.replace(HEADS, implementation="xla"))
-  module = ATTENTION_MODULES["sparsek"](config)
+  config = dataclasses.replace(HEADS, implementation="xla", scorer_loss_kind=kind)
+  module = ATTENTION_MODULES["sparsek"](of_layer(term, config))
   variables = {"params": module.init(jax.random.key(1), x)["params"]}
   queries = jnp.asarray([[6, 20, 36], [11, 17, 30]], jnp.int32)
 
@@ -188,7 +190,7 @@ def test_the_loss_of_scorers_is_the_mean_over_the_heads_that_select(term):
     query, key, _ = map(jax.lax.stop_gradient, bound.project(x, position))
     scores = bound.scorer(x, DOCUMENTS, 0)
     of_heads = [
-      attention_mass_loss(
+      (attention_mass_loss if kind == "divergence" else functools.partial(ranking_loss, k=k))(
         scores[:, :, head : head + 1],
         query[:, :, 2 * head : 2 * head + 2],
         key[:, :, head : head + 1],

@@ -9,8 +9,9 @@ import pytest
 from sparsek.attention.documents import position_in_document
 from sparsek.attention.exact_product import exact_product
 from sparsek.attention.joined_products import joined_products
+from sparsek.attention.ranking_loss import ranking_loss
 from sparsek.attention.scorer_loss import attention_mass_loss
-from sparsek.config import TransformerConfig
+from sparsek.config import SCORER_LOSSES, TransformerConfig
 from sparsek.model import projections
 from sparsek.model.layers import (
   ATTENTION_MODULES,
@@ -239,8 +240,10 @@ def test_scores_are_left_in_diagnostics():
   np.testing.assert_allclose(out, apply(variables, inputs()), atol=1e-6)
 
 
-def test_the_scorers_loss_is_that_of_its_inputs_and_teaches_the_scorer_alone():
-  module, variables, _ = attention("sparsek")
+@pytest.mark.parametrize("kind", SCORER_LOSSES)
+def test_the_scorers_loss_is_that_of_its_inputs_and_teaches_the_scorer_alone(kind):
+  _, variables, _ = attention("sparsek")
+  module = ATTENTION_MODULES["sparsek"](dataclasses.replace(CONFIG, scorer_loss_kind=kind))
 
   def loss(params):
     rngs = {"scorer_loss": jax.random.key(2)}
@@ -268,14 +271,12 @@ def test_the_scorers_loss_is_that_of_its_inputs_and_teaches_the_scorer_alone():
   np.testing.assert_allclose(
     out, ATTENTION_MODULES["full"](CONFIG).apply(full, inputs(), SEGMENTS), atol=1e-6
   )
-  want = attention_mass_loss(
-    scores,
-    query,
-    key,
-    jnp.broadcast_to(jnp.arange(20), (2, 20)),
-    window=CONFIG.window,
-    segment_ids=SEGMENTS,
-  )
+  taught = {
+    "divergence": attention_mass_loss,
+    "ranking": functools.partial(ranking_loss, k=CONFIG.k),
+  }
+  queries = jnp.broadcast_to(jnp.arange(20), (2, 20))
+  want = taught[kind](scores, query, key, queries, window=CONFIG.window, segment_ids=SEGMENTS)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   assert all(np.any(g) for g in jax.tree.leaves(grads.pop("scorer"))) and not any(
     np.any(g) for g in jax.tree.leaves(grads)
