@@ -12,7 +12,8 @@ per token in a fixed order, so results repeat to the bit.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,40 @@ from sparsek.kernels.varying import over_batch, varying_like
 # occupy more multiprocessors.
 CHUNK, SHORT = 2048, 512
 LISTS = 4  # the fewest lists of a row, unless they would be shorter than SHORT
-HEAD_DIMS = tuple(TILINGS)  # smaller head dimensions are padded with zeros
 WIDE = 256  # head_dim whose gradients have kernels of their own
+
+
+class Kernels(NamedTuple):
+  """The attention kernels for heads of one size.
+
+  Attributes:
+    forward, query_gradients, key_gradients: functions with the arguments and results of those of
+      the same name in attention_forward.py, attention_query_gradients.py and
+      attention_key_gradients.py.
+    forward_queries: queries of a block of the forward kernel.
+    tiling: sizes of the tiles.
+  """
+
+  forward: Callable
+  query_gradients: Callable
+  key_gradients: Callable
+  forward_queries: int
+  tiling: Tiling
+
+
+def _hopper_kernels(dim):
+  wide = dim == WIDE
+  return Kernels(
+    attention_forward.forward,
+    (attention_wide_queries if wide else attention_query_gradients).query_gradients,
+    (attention_wide_keys if wide else attention_key_gradients).key_gradients,
+    BLOCK_Q,
+    TILINGS[dim],
+  )
+
+
+# by head_dim; smaller head dimensions are padded with zeros
+HOPPER = {dim: _hopper_kernels(dim) for dim in TILINGS}
 
 
 class Static(NamedTuple):
@@ -58,8 +91,15 @@ class Static(NamedTuple):
   gate: str
   scale: float
   chunk: int
-  tiling: Tiling
+  kernels: Kernels
   interpret: object = None
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Arguments that all attention kernels take."""
+    return dict(
+      gate=self.gate, scale=self.scale, tiling=self.kernels.tiling, interpret=self.interpret
+    )
 
 
 class Softmax(NamedTuple):
@@ -97,18 +137,20 @@ def attention(
   window: int,
   gate: str,
   scale: float,
+  kernels: Mapping[int, Kernels] = HOPPER,
   interpret: object = None,
 ) -> jax.Array:
   """Computes SPARSEK attention, given the selection.
 
   Args:
-    query: [batch, m, H, D] bfloat16 or float16, of the last m tokens; D <= 256.
+    query: [batch, m, H, D] bfloat16 or float16, of the last m tokens.
     key, value: [batch, n, G, D].
     scores, threshold, expiry, order: [batch, G, n]; the latter three of `prefix_selection.select`
       with delay = window.
     start, end: [batch, n] int32, first token of each token's document, and one past its last.
     k: budget; 0 leaves the sliding window alone.
     window, gate, scale: as in `sparsek.sparsek_attention`.
+    kernels: the attention kernels by head_dim, of which the largest bounds D.
     interpret: interpreter parameters, for tests without a GPU.
 
   Returns:
@@ -120,7 +162,7 @@ def attention(
   front, rest = (n - queries) % BLOCK_Q, -n % chunk
   if scale <= 0:  # the kernels take the largest logit before they scale
     query, scale = query * (-1 if scale < 0 else 0), abs(scale) or 1.0
-  wide = next(d for d in HEAD_DIMS if d >= dim)
+  wide = next(d for d in kernels if d >= dim)
   query, key, value = (
     jnp.pad(x, ((0, 0), (before, rest), (0, 0), (0, wide - dim)))
     for x, before in ((query, front), (key, 0), (value, 0))
@@ -128,7 +170,7 @@ def attention(
   if rest:  # a padded token is a document of its own
     scores, threshold = (jnp.pad(x, ((0, 0), (0, 0), (0, rest))) for x in (scores, threshold))
     start, end = (_append_tokens(x, rest, offset) for x, offset in ((start, 0), (end, 1)))
-  static = Static(min(k, n), min(window, n), gate, scale, chunk, TILINGS[wide], interpret)
+  static = Static(min(k, n), min(window, n), gate, scale, chunk, kernels[wide], interpret)
   out = _attention(query, key, value, scores, threshold, expiry, order, start, end, static)
   return out[:, front : front + queries, :, :dim]
 
@@ -246,11 +288,11 @@ def _tables(static, expiry, order, start):
   """Returns the lists, their tiles, the first token of each query's window, and which tiles each
   block of queries visits in the forward pass and in the backward pass.
   """
-  k, window, _, _, chunk, tiling, interpret = static
+  k, window, _, _, chunk, (*_, forward_queries, tiling), interpret = static
   kernels = _thread_kernels(interpret)
   lists = make_lists(expiry, order, k=k, window=window, chunk=chunk, kernels=kernels)
   window_start = jnp.maximum(jnp.arange(start.shape[-1], dtype=jnp.int32) - window + 1, start)
-  blocks = (BLOCK_Q, tiling.forward_keys), (HALF, tiling.query_keys)
+  blocks = (forward_queries, tiling.forward_keys), (HALF, tiling.query_keys)
   if kernels:
     tiles, bounds = list_kernels.bound_tiles(lists, window_start, chunk=chunk, blocks=blocks)
   else:
@@ -264,7 +306,7 @@ def _tables(static, expiry, order, start):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, query, key, value, threshold, listed, entered, window_start, bounds):
-  return attention_forward.forward(
+  return static.kernels.forward(
     query,
     key,
     value,
@@ -273,11 +315,8 @@ def _forward(static, query, key, value, threshold, listed, entered, window_start
     threshold,
     listed,
     bounds,
-    gate=static.gate,
-    scale=static.scale,
     chunk=static.chunk,
-    tiling=static.tiling,
-    interpret=static.interpret,
+    **static.options,
   )
 
 
@@ -299,13 +338,9 @@ def _backward(
   logsumexp,
   cotangent,
 ):
-  _, window, gate, scale, chunk, tiling, interpret = static
   batch, queries, heads, _ = query.shape
   n, groups = key.shape[1:3]
-  options = dict(gate=gate, scale=scale, tiling=tiling, tokens=n, interpret=interpret)
-  wide = query.shape[-1] == WIDE
-  query_gradients = (attention_wide_queries if wide else attention_query_gradients).query_gradients
-  dquery, delta, dtau = query_gradients(
+  dquery, delta, dtau = static.kernels.query_gradients(
     query,
     key,
     value,
@@ -317,42 +352,32 @@ def _backward(
     threshold,
     listed,
     bounds,
-    chunk=chunk,
-    gate=gate,
-    scale=scale,
-    tiling=tiling,
-    interpret=interpret,
+    chunk=static.chunk,
+    **static.options,
   )
   dtau = jnp.sum(dtau.reshape(batch, groups, heads // groups, queries), axis=2)
   dtau = jnp.pad(dtau, ((0, 0), (0, 0), (n - queries, 0)))
   softmax = Softmax(cotangent, logsumexp, delta)
-  if window:
-    dkey, dvalue = _window_gradients(static, query, key, value, softmax, end, options)
+  if static.window:
+    dkey, dvalue = _window_gradients(static, query, key, value, softmax, end)
   else:
     dkey, dvalue = jnp.zeros_like(key), jnp.zeros_like(value)
   if static.k == 0:
     return dquery, dkey, dvalue, jnp.zeros_like(scores), dtau
-  rows = _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, options)
-  dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, interpret)
+  rows = _listed_gradients(static, query, listed, softmax, lists, tiles, threshold)
+  dkey, dvalue, dscores = _sum_rows(dkey, dvalue, rows, lists, static.interpret)
   return dquery, dkey, dvalue, dscores, dtau
 
 
-def _key_gradients(query, *arrays, **options):
-  """Runs the kernel for heads of this size."""
-  wide = query.shape[-1] == WIDE
-  kernels = attention_wide_keys if wide else attention_key_gradients
-  return kernels.key_gradients(query, *arrays, **options)
-
-
-def _window_gradients(static, query, key, value, softmax, end, options):
+def _window_gradients(static, query, key, value, softmax, end):
   """Returns the gradients of keys and values from the queries whose windows they are in."""
   batch, n = key.shape[:2]
   token = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
   last = jnp.minimum(token + static.window, end)
   tiles = window_tiles(end, static.window)
   begin = jnp.full(batch, n - query.shape[1], jnp.int32)
-  bounds = key_tiles(tiles, begin, jnp.full_like(begin, n), block_q=static.tiling.key_queries)
-  return _key_gradients(
+  bounds = key_tiles(tiles, begin, jnp.full_like(begin, n), block_q=static.kernels.tiling.key_queries)
+  return static.kernels.key_gradients(
     query,
     key,
     value,
@@ -362,19 +387,20 @@ def _window_gradients(static, query, key, value, softmax, end, options):
     token,
     last,
     bounds,
-    **options,
+    tokens=n,
+    **static.options,
   )
 
 
-def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, options):
+def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold):
   """Returns the gradients of the keys, values and scores in all places of the lists."""
   n, chunk = threshold.shape[-1], static.chunk
   begin = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
   bounds = key_tiles(
-    tiles, jnp.maximum(begin, n - query.shape[1]), begin + chunk, block_q=static.tiling.key_queries
+    tiles, jnp.maximum(begin, n - query.shape[1]), begin + chunk, block_q=static.kernels.tiling.key_queries
   )
   bounds = bounds.reshape(*lists.token.shape[:2], -1, 4)
-  return _key_gradients(
+  return static.kernels.key_gradients(
     query,
     listed.key,
     listed.value,
@@ -388,7 +414,8 @@ def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold, o
     middle=static.k,
     score=listed.score,
     tau=threshold,
-    **options,
+    tokens=n,
+    **static.options,
   )
 
 

@@ -1,0 +1,296 @@
+"""Backward pass of SPARSEK attention on GPUs since Ampere: gradients of queries and thresholds.
+
+The kernel visits the tiles of the forward pass, and computes the softmax again from the logsumexp.
+A program computes a block of 64 queries of one head. Queries and cotangents stay in registers;
+shared memory is that of forward.py, with the logsumexp beside the thresholds. The values of a tile
+come before its keys here:
+
+  values of step j                             keys of step j
+  wait for their group, for all warps          wait for their group, for all warps
+  begin to copy the keys of j + stages - 1     begin to copy the values of j + stages
+  dP = cotangent value^T                       S = query key^T, P, dS;  dquery += dS key
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sparsek.kernels.ampere.tiles import (
+  Options,
+  Position,
+  Steps,
+  Tiles,
+  find_steps,
+  matrix_buffer,
+  options_of,
+  position,
+  run_kernel,
+  vector_buffer,
+)
+from sparsek.kernels.ampere.warp_matrices import BLOCK
+from sparsek.kernels.gates import tile_gradients, tile_weights
+from sparsek.kernels.hopper.attention_tiles import Listed, live_pairs
+from sparsek.kernels.hopper.common import (
+  COLUMN,
+  MATRIX,
+  ROW,
+  Tiling,
+  by_column,
+  by_row,
+  grid_of,
+)
+
+
+class Inputs(NamedTuple):
+  """Arrays in global memory: the arguments of `query_gradients`."""
+
+  query: Any
+  key: Any
+  value: Any
+  cotangent: Any
+  out: Any
+  logsumexp: Any
+  window_start: Any
+  entered: Any
+  tau: Any
+  listed: Listed
+  bounds: Any
+
+
+class Outputs(NamedTuple):
+  """Results in global memory."""
+
+  dquery: Any
+  delta: Any
+  dtau: Any
+
+
+class Scratch(NamedTuple):
+  """Shared memory, see the drawing in forward.py."""
+
+  key: Any
+  value: Any
+  floats: Any
+  integers: Any
+
+
+class Program(NamedTuple):
+  """Everything that the functions of a program need; the last five are in registers."""
+
+  options: Options
+  at: Position
+  steps: Steps
+  tiles: Tiles
+  window_start: Any
+  entered: Any
+  query: Any
+  cotangent: Any
+  logsumexp: Any
+  tau: Any
+  delta: Any
+
+
+def query_gradients(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  cotangent: jax.Array,
+  out: jax.Array,
+  logsumexp: jax.Array,
+  window_start: jax.Array,
+  entered: jax.Array,
+  tau: jax.Array,
+  listed: Listed,
+  bounds: jax.Array,
+  *,
+  gate: str,
+  scale: float,
+  chunk: int,
+  tiling: Tiling,
+  interpret: object = None,
+) -> list[jax.Array]:
+  """Computes the gradients of queries and thresholds.
+
+  Args and results are those of `hopper.attention_query_gradients.query_gradients`, but D is 64 or
+  128.
+  """
+  batch, queries, heads, dim = query.shape
+  listed = Listed(*listed)
+  options = options_of(
+    query,
+    key,
+    listed,
+    gate=gate,
+    scale=scale,
+    chunk=chunk,
+    stages=tiling.query_stages,
+    interpret=interpret,
+  )
+  tile = matrix_buffer(options.stages, BLOCK, dim, query.dtype)
+  per_query = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
+  return run_kernel(
+    lambda *refs: _kernel(options, *refs),
+    Inputs(
+      query, key, value, cotangent, out, logsumexp, window_start, entered, tau, listed, bounds
+    ),
+    Outputs(jax.ShapeDtypeStruct(query.shape, query.dtype), per_query, per_query),
+    Scratch(
+      key=tile,
+      value=tile,
+      floats=vector_buffer(2 + options.stages),
+      integers=vector_buffer(2 + options.stages, jnp.int32),
+    ),
+    **grid_of(**options.grid),
+    interpret=interpret,
+    kernel_name="sparsek_mma_query_gradients",
+  )
+
+
+def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
+  at, matrices, stages = position(options), options.registers, options.stages
+  steps = find_steps(at, inputs.bounds)
+  tiles = Tiles(
+    scratch.key,
+    scratch.value,
+    scratch.integers.at[2:],
+    scratch.floats.at[2:],
+    (inputs.key, inputs.value),
+    inputs.listed,
+    scores=True,
+  )
+  window_start, entered = scratch.integers.at[0], scratch.integers.at[1]
+  tau, logsumexp = scratch.floats.at[0], scratch.floats.at[1]
+  rows, staging = ((at.b, None, at.h), at.query, BLOCK), scratch.key.at[stages - 1]
+  matrices.copy_rows(inputs.cotangent, *rows, scratch.value.at[0])
+  matrices.copy_rows(inputs.out, *rows, staging)
+  matrices.copy_vector(inputs.window_start, (at.b,), at.first, window_start)
+  matrices.copy_vector(inputs.entered, (at.b, at.g), at.first, entered)
+  matrices.copy_vector(inputs.tau, (at.b, at.g), at.first, tau)
+  matrices.copy_vector(inputs.logsumexp, (at.b, at.h), at.query, logsumexp)
+  matrices.commit()
+  matrices.wait(0)
+  cotangent, out = matrices.load(scratch.value.at[0]), matrices.load(staging)
+  delta = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=1)
+  matrices.sync()
+  matrices.copy_rows(inputs.query, *rows, staging)
+  for step in range(stages):
+    tiles.load_values(options, at, steps, jnp.int32(step))
+    if step < stages - 1:
+      tiles.load_keys(options, at, steps, jnp.int32(step))
+  matrices.wait(2 * (stages - 1))
+  program = Program(
+    options,
+    at,
+    steps,
+    tiles,
+    window_start,
+    entered,
+    matrices.load(staging),
+    cotangent,
+    matrices.vector(logsumexp, ROW),
+    matrices.vector(tau, ROW),
+    delta,
+  )
+  dquery, dgate = _sweep(program)
+  matrices.sync()
+  _store(program, outputs, scratch, dquery, dgate)
+
+
+def _sweep(program: Program) -> tuple:
+  """Visits all tiles; returns the gradients (see `_tile`)."""
+  steps, registers = program.steps, program.options.registers
+  t0, t1, t2, t3, _, t5 = steps.bounds
+
+  def near(**kind):
+    return lambda step, carry: _tile(
+      program, carry, step, steps.newest - step, is_list=False, **kind
+    )
+
+  def far(**kind):
+    return lambda t, carry: _tile(program, carry, steps.in_window + t - t0, t, is_list=True, **kind)
+
+  carry = (
+    registers.full((BLOCK, program.options.dim), 0, MATRIX),
+    registers.full((BLOCK,), 0, ROW),
+  )
+  carry = near(exits=True, enters=True)(jnp.int32(0), carry)
+  carry = lax.fori_loop(1, steps.newest - t5 + 1, near(), carry)
+  carry = lax.fori_loop(steps.newest - t5 + 1, steps.in_window, near(exits=True), carry)
+  carry = lax.fori_loop(t0, t1, far(exits=True), carry)
+  carry = lax.fori_loop(t1, t2, far(), carry)
+  return lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
+
+
+def _tile(
+  program: Program,
+  carry: tuple,
+  step: Any,
+  t: Any,
+  *,
+  is_list: bool,
+  exits: bool = False,
+  enters: bool = False,
+) -> tuple:
+  """Adds the gradients from one tile.
+
+  Args:
+    program: see Program.
+    carry: (dquery [64, D] without the scale, gradient of the gates [64] summed over keys).
+    step: of the circular buffers.
+    t: the tile's number among those of the window or the list.
+    is_list, exits, enters: see `live_pairs`.
+
+  Returns:
+    The next carry.
+  """
+  options, at, steps, tiles = program[:4]
+  matrices, shape, stages = options.registers, options.shape, options.stages
+  dquery, dgate = carry
+  slot = lax.rem(step, jnp.int32(stages))
+  matrices.wait(2 * (stages - 1))
+  tiles.load_keys(options, at, steps, step + (stages - 1))
+  dp = matrices.product(program.cotangent, tiles.value.at[slot])
+  matrices.wait(2 * (stages - 1))
+  tiles.load_values(options, at, steps, step + stages)
+  s = matrices.product(program.query, tiles.key.at[slot])
+  live = live_pairs(
+    options,
+    at.first,
+    t,
+    is_list=is_list,
+    exits=exits,
+    enters=enters,
+    last=tiles.last.at[slot],
+    window_start=program.window_start,
+    entered=program.entered,
+  )
+
+  def probability(logits):
+    p = jnp.exp2(logits * options.to_log2 - by_row(program.logsumexp, shape))
+    return p if live is None else jnp.where(live, p, 0.0)
+
+  def load_distance():
+    score = matrices.vector(tiles.score.at[slot], COLUMN)
+    return by_column(score, shape) - by_row(program.tau, shape)
+
+  distance = load_distance if is_list else None
+  p, g, _ = tile_weights(s, probability, distance, gate=options.gate)
+  ds, of_gates = tile_gradients(
+    s, p, g, dp, by_row(program.delta, shape), distance, gate=options.gate, scale=options.scale
+  )
+  if of_gates is not None:
+    dgate = dgate + of_gates().sum(axis=1)
+  return matrices.add_product(dquery, ds.astype(options.dtype), tiles.key.at[slot]), dgate
+
+
+def _store(
+  program: Program, outputs: Outputs, scratch: Scratch, dquery: jax.Array, dgate: jax.Array
+) -> None:
+  """Stores the gradients of the queries."""
+  options, at, matrices = program.options, program.at, program.options.registers
+  dquery = (dquery * options.scale).astype(options.dtype)
+  matrices.store_rows(dquery, scratch.value.at[0], outputs.dquery, (at.b, None, at.h), at.query)
+  matrices.store_vector(program.delta, outputs.delta, (at.b, at.h), at.query)
+  matrices.store_vector(-dgate, outputs.dtau, (at.b, at.h), at.query)
