@@ -114,6 +114,7 @@ def forward(
     gate=gate,
     scale=scale,
     chunk=chunk,
+    block_kv=BLOCK,
     stages=tiling.forward_stages,
     interpret=interpret,
   )

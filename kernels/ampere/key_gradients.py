@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from sparsek.kernels.ampere.tiles import matrix_buffer, run_kernel, vector_buffer
-from sparsek.kernels.ampere.warp_matrices import BLOCK, Matrices
+from sparsek.kernels.ampere.warp_matrices import BLOCK, PART, Matrices
 from sparsek.kernels.gates import tile_gradients, tile_weights
 from sparsek.kernels.hopper.common import (
   COLUMN,
@@ -136,9 +136,9 @@ class Program(NamedTuple):
   inputs: Inputs
   scratch: Scratch
   block: Block
-  first: Any  # of the keys, in registers
+  first: Any  # of the keys, in shared memory, as are the next two
   last: Any
-  score: Any  # None for the window
+  score: Any
 
 
 def key_gradients(
@@ -246,17 +246,11 @@ def _compute(
   matrices.copy_vector(inputs.last, *block.limits, last)
   if options.is_list:
     matrices.copy_vector(inputs.score, *block.limits, score)
-  program = Program(options, inputs, scratch, block, None, None, None)
+  program = Program(options, inputs, scratch, block, first, last, score)
   for step in range(stages):
     _load_cotangents(program, jnp.int32(step))
     if step < stages - 1:
       _load_queries(program, jnp.int32(step))
-  matrices.wait(2 * (stages - 1))
-  program = program._replace(
-    first=matrices.vector(first, ROW),
-    last=matrices.vector(last, ROW),
-    score=matrices.vector(score, ROW) if options.is_list else None,
-  )
 
   def add_head(r, carry):
     b0, b1, b2, b3 = block.bounds
@@ -344,41 +338,68 @@ def _tile(program: Program, carry: tuple, step: Any, t: Any, masked: bool) -> tu
     The next carry.
   """
   options, scratch = program.options, program.scratch
-  matrices, stages, shape = options.registers, options.stages, (BLOCK, BLOCK)
+  matrices, stages = options.registers, options.stages
   dkey, dvalue, dscore = carry
   slot = lax.rem(step, jnp.int32(stages))
-  query, cotangent = scratch.query.at[slot], scratch.cotangent.at[slot]
+  parts = [pl.ds(i, PART) for i in range(0, BLOCK, PART)]
+  matrices.wait(2 * (stages - 1))
+  _load_queries(program, step + (stages - 1))
+  products = [
+    matrices.product(scratch.value.at[0], scratch.cotangent.at[slot, part]) for part in parts
+  ]
+  matrices.wait(2 * (stages - 1))
+  gradients = []
+  for i, (part, dp) in enumerate(zip(parts, products)):
+    s = matrices.product(scratch.key.at[0], scratch.query.at[slot, part])
+    first_query = t * BLOCK + i * PART if masked else None
+    vectors = [scratch.floats.at[1 + 3 * slot + j, part] for j in range(3)]
+    weights, ds, of_gates = _logit_gradients(program, s, dp, vectors, first_query)
+    dvalue = matrices.add_product(dvalue, weights, scratch.cotangent.at[slot, part])
+    if of_gates is not None:
+      dscore = dscore + of_gates().sum(axis=1)
+    gradients.append(ds)
+  matrices.sync()
+  _load_cotangents(program, step + stages)
+  for part, ds in zip(parts, gradients):
+    dkey = matrices.add_product(dkey, ds, scratch.query.at[slot, part])
+  return dkey, dvalue, dscore
 
-  def of_queries(number):
-    return by_column(matrices.vector(scratch.floats.at[1 + 3 * slot + number], COLUMN), shape)
+
+def _logit_gradients(
+  program: Program, s: jax.Array, dp: jax.Array, vectors: list[Ref], first_query: Any
+) -> tuple:
+  """Computes the weights of a part of a tile, the gradients of its logits, and a function for those
+  of its gates (see gates.tile_gradients).
+
+  Args:
+    program: see Program.
+    s, dp: products of keys and queries, of values and cotangents.
+    vectors: logsumexp, thresholds and delta of the queries, in shared memory.
+    first_query: the first one, or None where all pairs are live.
+  """
+  options, shape, matrices = program.options, s.shape, program.options.registers
+  logsumexp, tau, delta = vectors
+
+  def of_queries(ref):
+    return by_column(matrices.vector(ref, COLUMN), shape)
+
+  def of_keys(ref):
+    return by_row(matrices.vector(ref, ROW), shape)
 
   def probability(logits):
-    p = jnp.exp2(logits * (options.scale * LOG2_E) - of_queries(0))
-    if not masked:
+    p = jnp.exp2(logits * (options.scale * LOG2_E) - of_queries(logsumexp))
+    if first_query is None:
       return p
-    index = matrices.index(shape, 1) + t * BLOCK
-    live = jnp.logical_and(
-      by_row(program.first, shape) <= index, index < by_row(program.last, shape)
-    )
+    index = matrices.index(shape, 1) + first_query
+    live = jnp.logical_and(of_keys(program.first) <= index, index < of_keys(program.last))
     return jnp.where(live, p, 0.0)
 
   def load_distance():
-    return by_row(program.score, shape) - of_queries(1)
+    return of_keys(program.score) - of_queries(tau)
 
   distance = load_distance if options.is_list else None
-  matrices.wait(2 * (stages - 1))
-  _load_queries(program, step + (stages - 1))
-  dp = matrices.product(scratch.value.at[0], cotangent)
-  matrices.wait(2 * (stages - 1))
-  s = matrices.product(scratch.key.at[0], query)
   p, g, weights = tile_weights(s, probability, distance, gate=options.gate)
-  dvalue = matrices.add_product(dvalue, weights.astype(options.dtype), cotangent)
-  delta = of_queries(2)
-  matrices.sync()
-  _load_cotangents(program, step + stages)
   ds, of_gates = tile_gradients(
-    s, p, g, dp, delta, distance, gate=options.gate, scale=options.scale
+    s, p, g, dp, of_queries(delta), distance, gate=options.gate, scale=options.scale
   )
-  if of_gates is not None:
-    dscore = dscore + of_gates().sum(axis=1)
-  return matrices.add_product(dkey, ds.astype(options.dtype), query), dvalue, dscore
+  return weights.astype(options.dtype), ds.astype(options.dtype), of_gates

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from sparsek.kernels.ampere.tiles import (
   Options,
@@ -29,13 +30,14 @@ from sparsek.kernels.ampere.tiles import (
   run_kernel,
   vector_buffer,
 )
-from sparsek.kernels.ampere.warp_matrices import BLOCK
+from sparsek.kernels.ampere.warp_matrices import BLOCK, PART
 from sparsek.kernels.gates import tile_gradients, tile_weights
 from sparsek.kernels.hopper.attention_tiles import Listed, live_pairs
 from sparsek.kernels.hopper.common import (
   COLUMN,
   MATRIX,
   ROW,
+  Ref,
   Tiling,
   by_column,
   by_row,
@@ -125,6 +127,7 @@ def query_gradients(
     gate=gate,
     scale=scale,
     chunk=chunk,
+    block_kv=PART,
     stages=tiling.query_stages,
     interpret=interpret,
   )
@@ -246,43 +249,64 @@ def _tile(
     The next carry.
   """
   options, at, steps, tiles = program[:4]
-  matrices, shape, stages = options.registers, options.shape, options.stages
+  matrices, stages = options.registers, options.stages
   dquery, dgate = carry
   slot = lax.rem(step, jnp.int32(stages))
+  parts = [pl.ds(i, PART) for i in range(0, BLOCK, PART)]
   matrices.wait(2 * (stages - 1))
   tiles.load_keys(options, at, steps, step + (stages - 1))
-  dp = matrices.product(program.cotangent, tiles.value.at[slot])
+  products = [matrices.product(program.cotangent, tiles.value.at[slot, part]) for part in parts]
   matrices.wait(2 * (stages - 1))
   tiles.load_values(options, at, steps, step + stages)
-  s = matrices.product(program.query, tiles.key.at[slot])
-  live = live_pairs(
-    options,
-    at.first,
-    t,
-    is_list=is_list,
-    exits=exits,
-    enters=enters,
-    last=tiles.last.at[slot],
-    window_start=program.window_start,
-    entered=program.entered,
-  )
+  for i, (part, dp) in enumerate(zip(parts, products)):
+    key = tiles.key.at[slot, part]
+    live = live_pairs(
+      options,
+      at.first,
+      t * len(parts) + i,
+      is_list=is_list,
+      exits=exits,
+      enters=enters,
+      last=tiles.last.at[slot, part],
+      window_start=program.window_start,
+      entered=program.entered,
+    )
+    ds, of_gates = _logit_gradients(
+      program, matrices.product(program.query, key), dp, live,
+      tiles.score.at[slot, part] if is_list else None,
+    )
+    if of_gates is not None:
+      dgate = dgate + of_gates().sum(axis=1)
+    dquery = matrices.add_product(dquery, ds.astype(options.dtype), key)
+  return dquery, dgate
+
+
+def _logit_gradients(
+  program: Program, s: jax.Array, dp: jax.Array, live: Any, score: Ref | None
+) -> tuple:
+  """Computes the gradients of a part of a tile's logits, and a function for those of its gates
+  (see gates.tile_gradients).
+
+  Args:
+    program: see Program.
+    s, dp: products of queries and keys, of cotangents and values.
+    live: which pairs are live, or None where all are.
+    score: of listed keys, in shared memory; None for the window.
+  """
+  options, shape = program.options, s.shape
 
   def probability(logits):
     p = jnp.exp2(logits * options.to_log2 - by_row(program.logsumexp, shape))
     return p if live is None else jnp.where(live, p, 0.0)
 
   def load_distance():
-    score = matrices.vector(tiles.score.at[slot], COLUMN)
-    return by_column(score, shape) - by_row(program.tau, shape)
+    scores = options.registers.vector(score, COLUMN)
+    return by_column(scores, shape) - by_row(program.tau, shape)
 
-  distance = load_distance if is_list else None
+  distance = None if score is None else load_distance
   p, g, _ = tile_weights(s, probability, distance, gate=options.gate)
-  ds, of_gates = tile_gradients(
-    s, p, g, dp, by_row(program.delta, shape), distance, gate=options.gate, scale=options.scale
-  )
-  if of_gates is not None:
-    dgate = dgate + of_gates().sum(axis=1)
-  return matrices.add_product(dquery, ds.astype(options.dtype), tiles.key.at[slot]), dgate
+  delta = by_row(program.delta, shape)
+  return tile_gradients(s, p, g, dp, delta, distance, gate=options.gate, scale=options.scale)
 
 
 def _store(

@@ -51,13 +51,14 @@ class Options(NamedTuple):
   chunk: int  # queries of a list
   slots: int  # of a list
   skip: int  # tokens before the first query, a multiple of BLOCK
+  block_kv: int  # keys of a product
   stages: int  # slots of the circular buffers
   interpret: object  # parameters of the interpreter, or None
 
   @property
   def shape(self) -> tuple[int, int]:
-    """Queries and keys of a tile."""
-    return BLOCK, BLOCK
+    """Queries and keys of a product."""
+    return BLOCK, self.block_kv
 
   @property
   def to_log2(self) -> float:

@@ -26,7 +26,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from sparsek.kernels.hopper.common import MATRIX, Ref, Registers
 from sparsek.kernels.hopper.thread_registers import (
@@ -41,6 +41,7 @@ from sparsek.kernels.hopper.thread_registers import (
 )
 
 BLOCK = 64  # rows of a matrix in registers
+PART = 32  # keys or queries of a tile whose gradients are computed at once, to save registers
 CHUNK = 8  # numbers of 16 bytes
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
@@ -96,7 +97,7 @@ class Matrices(Registers):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR, SCALAR))
     def copy(_, ref, into, row, offset):
-      lane, begin = utils.thread_idx(), _shared(into)
+      lane, begin = _lane(), _shared(into)
       with only_where(arith.cmpi(arith.CmpIPredicate.ult, lane, constant(lane.type, count))):
         position = arith.addi(_scalar(offset), lane)
         source = global_address(ref, _scalar(row), position, stride)
@@ -220,7 +221,7 @@ class Matrices(Registers):
     @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType()))
     def put(_, x, buffer):
       i32 = ir.IntegerType.get_signless(32)
-      lane = utils.thread_idx()
+      lane = _lane()
       r, c = _bits(lane, 2, 7), _bits(lane, 0, 3)
       own_row = _add(_times(_bits(lane, 5, 3), 16), r)
       begin = _add(_shared(buffer), _add(_times(own_row, dim * 2), _times(c, 4)))
@@ -269,7 +270,7 @@ class Matrices(Registers):
 
     @plgpu.inline_mgpu(arg_types=(MATRIX.reduce(1), plgpu.RefType(), SCALAR, SCALAR))
     def put(_, x, ref, row, offset):
-      lane = utils.thread_idx()
+      lane = _lane()
       own_row = _add(_times(_bits(lane, 5, 3), 16), _bits(lane, 2, 7))
       position = _add(_scalar(offset), own_row)
       address = global_address(ref, _scalar(row), position, stride)
@@ -294,7 +295,7 @@ def _slice(first: Any, count: int) -> Any:
 
 
 def _is_ref(x: Any) -> bool:
-  return not isinstance(jax.typeof(x), jax.core.ShapedArray)
+  return not isinstance(x, jax.Array)
 
 
 def _place(ref: Ref, index: Any, first: Any) -> tuple[Any, Any, int]:
@@ -323,6 +324,15 @@ def _instruction(text: str) -> None:
     ptx(text, "")
 
   run()
+
+
+def _lane() -> ir.Value:
+  """Returns the number of the lane, in a way that the compiler does not see through: what is
+  computed from it before a loop would take registers.
+  """
+  i32 = ir.IntegerType.get_signless(32)
+  lane: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+  return lane
 
 
 def _scalar(x: Any) -> ir.Value:
@@ -362,7 +372,7 @@ def _lane_part(
   """Returns the addresses, in global and in shared memory, of the first 16 bytes that a lane copies
   of a matrix. It copies the same column of every (LANES * CHUNK / dim)-th row, a multiple of 8.
   """
-  lane = utils.thread_idx()
+  lane = _lane()
   per_row = dim // CHUNK
   shift = per_row.bit_length() - 1
   own_row, chunk = _bits(lane, shift, LANES // per_row - 1), _bits(lane, 0, per_row - 1)
@@ -381,7 +391,7 @@ class _Addresses:
   """
 
   def __init__(self, ref: Ref, dim: int, *, rows_first: bool) -> None:
-    lane = utils.thread_idx()
+    lane = _lane()
     low, high = _bits(lane, 3, 1), _bits(lane, 4, 1)
     second_rows, second_columns = (high, low) if rows_first else (low, high)
     r = _bits(lane, 0, 7)
@@ -396,22 +406,17 @@ class _Addresses:
       for q in range(4)
     ]
 
-  def load(self, row: Any, c: int, *, transposed: bool) -> list[ir.Value]:
+  def load(self, row: int, c: int, *, transposed: bool) -> list[ir.Value]:
     """Loads the block from that row on, of columns 16 c to 16 c + 15, as four words."""
     i32 = ir.IntegerType.get_signless(32)
-    address = self.columns[c % 4]
-    offset = (c // 4) * 128
-    if isinstance(row, int):
-      offset += row * self.pitch
-    else:
-      address = _add(address, _times(row, self.pitch))
-    pointer = llvm.inttoptr(llvm.PointerType.get(3), _add(address, constant(i32, offset)))
-    loaded = nvvm.ldmatrix(
-      pointer,
-      layout=nvvm.MMALayout.col if transposed else nvvm.MMALayout.row,
-      num=4,
-      shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
-      elt_type=nvvm.LdStMatrixEltType.B16,
+    # The offset is part of the instruction: as a sum before the loop it would take a register.
+    loaded = llvm.inline_asm(
+      llvm.StructType.get_literal([i32] * 4),
+      [self.columns[c % 4]],
+      f"ldmatrix.sync.aligned.m8n8.x4{'.trans' if transposed else ''}.shared.b16 "
+      f"{{$0, $1, $2, $3}}, [$4 + {row * self.pitch + c // 4 * 128}];",
+      "=r,=r,=r,=r,r",
+      has_side_effects=True,  # this keeps it behind the barrier
     )
     return [llvm.extractvalue(i32, loaded, [i]) for i in range(4)]
 
@@ -419,7 +424,7 @@ class _Addresses:
 def _left_operand(ref: Ref, dim: int) -> Callable[[int], list[ir.Value]]:
   """Returns a function that loads the warp's 16 rows of the c-th 16 columns, the left operand."""
   addresses = _Addresses(ref, dim, rows_first=False)
-  first = _times(_bits(utils.thread_idx(), 5, 3), 16)
+  first = _times(_bits(_lane(), 5, 3), 16)
   addresses.columns = [_add(x, _times(first, dim * 2)) for x in addresses.columns]
   return lambda c: addresses.load(0, c, transposed=False)
 
