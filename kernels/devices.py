@@ -7,6 +7,7 @@ that they can run on, and a module that cannot be imported is one more reason fo
 import contextlib
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -19,12 +20,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 SUPPORTED = jax.__version_info__ >= (0, 11)
 HOPPER = "9.0"  # compute capability of H100 and H200
 HOPPER_MAX_HEAD_DIM = 256
-THREAD_KERNELS = tuple(
+AMPERE = (8, 0)  # the earliest compute capability with cp.async and mma of bfloat16
+AMPERE_MAX_HEAD_DIM = 128
+SELECTION_KERNELS = ("hopper.thread_ops", "hopper.prefix_thresholds", "hopper.prefix_gradients")
+THREAD_KERNELS = SELECTION_KERNELS + tuple(
   f"hopper.{name}"
   for name in (
-    "thread_ops",
-    "prefix_thresholds",
-    "prefix_gradients",
     "rms_norm",
     "small_batch_matmul",
     "fused_decode_layer",
@@ -92,11 +93,28 @@ def can_run() -> bool:
   """
   device = device_here()
   on_hopper = device.platform == "gpu" and compute_capability(device) == HOPPER
-  if not (SUPPORTED and on_hopper):
-    return False
-  refusals = [reason for reason in map(import_refusal, THREAD_KERNELS) if reason]
+  return SUPPORTED and on_hopper and _can_import(THREAD_KERNELS)
+
+
+def can_select() -> bool:
+  """Tells whether the kernels for thresholds and expiry (SELECTION_KERNELS) can run here, which
+  need nothing of Hopper; warns as `can_run`.
+  """
+  device = device_here()
+  capable = device.platform == "gpu" and since_ampere(device)
+  return SUPPORTED and capable and _can_import(SELECTION_KERNELS)
+
+
+def since_ampere(device: jax.Device) -> bool:
+  """Tells whether a GPU is one of NVIDIA's since Ampere."""
+  capability = re.fullmatch(r"(\d+)\.(\d+)", compute_capability(device))
+  return bool(capability) and tuple(map(int, capability.groups())) >= AMPERE
+
+
+def _can_import(modules: tuple[str, ...]) -> bool:
+  refusals = [reason for reason in map(import_refusal, modules) if reason]
   for reason in refusals:
-    warnings.warn(f"{reason}; XLA computes instead", stacklevel=2)
+    warnings.warn(f"{reason}; XLA computes instead", stacklevel=3)
   return not refusals
 
 
@@ -141,6 +159,25 @@ def _hopper_device_refusal() -> str | None:
       f"{device.device_kind} has {compute_capability(device)}"
     )
   return None
+
+
+def mma_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+  """Returns why the attention kernels of GPUs since Ampere cannot run on `query` here, or None."""
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"query has dtype {query.dtype}; the tensor cores' kernels take bfloat16 and float16"
+  if query.shape[-1] > AMPERE_MAX_HEAD_DIM:
+    return f"query has head_dim {query.shape[-1]}; at most {AMPERE_MAX_HEAD_DIM} is supported"
+  device = first_device()
+  if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA"):
+    return f"it needs an NVIDIA GPU; JAX's default device is {device.device_kind!r}"
+  if not SUPPORTED:
+    return f"it needs JAX 0.11 or newer; this is {jax.__version__}"
+  if not since_ampere(device):
+    return (
+      f"it needs a GPU of compute capability {'.'.join(map(str, AMPERE))} or newer; "
+      f"{device.device_kind} has {compute_capability(device)}"
+    )
+  return import_refusal("ampere.attention")
 
 
 def tpu_refusal(query: jax.Array | jax.ShapeDtypeStruct) -> str | None:

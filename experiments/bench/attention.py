@@ -18,7 +18,7 @@ import numpy as np
 
 from sparsek.attention import api as attention_api
 from sparsek.attention import documents, prefix_selection
-from sparsek.attention.backends import choose_implementation
+from sparsek.attention.backends import LAST_QUERIES, choose_implementation
 from sparsek.experiments.bench.cells import ERRORS, Cell, reason, run_rounds
 from sparsek.kernels import compaction, devices, reference, specs
 from sparsek.kernels.devices import on_nvidia_gpu
@@ -167,7 +167,7 @@ def _thresholds(k, window, query, key, value, scores):
   by_head = jnp.swapaxes(scores, 1, 2)
   bounds = documents.document_bounds(None, *scores.shape[:2])
   threshold, expiry, order = prefix_selection.select(
-    by_head, *bounds, k, window, False, devices.can_run()
+    by_head, *bounds, k, window, False, devices.can_select()
   )
   return jnp.swapaxes(threshold, 1, 2), (expiry, order)
 
@@ -184,10 +184,10 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
   Args:
     expiry, order: [batch, groups, n].
     k, window: at most n.
-    implementation: "mosaic_gpu" or another.
+    implementation: "mosaic_gpu", "mosaic_mma" or another.
   """
   n = expiry.shape[2]
-  if implementation == "mosaic_gpu":
+  if implementation in LAST_QUERIES:
     from sparsek.kernels.hopper import attention as hopper_attention  # needs private names of JAX
 
     return hopper_attention.make_lists(
@@ -196,7 +196,7 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
       k=k,
       window=window,
       chunk=hopper_attention.chunk_size(n),
-      kernels=devices.can_run(),
+      kernels=devices.can_select(),
     )
   chunk = compaction.chunk_size(n, k, window)
   make = functools.partial(compaction.chunk_lists, k=k, window=window, chunk=chunk)

@@ -16,6 +16,7 @@ SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "k", "window", "gate", "dtype")
 CURVES = ("sparsek", "sliding_window", "dense")
 PICTURE_NAMES = {  # of labels in the rows
   "sparsek, mosaic_gpu": "SPARSEK (Mosaic kernels)",
+  "sparsek, mosaic_mma": "SPARSEK (Mosaic kernels, mma)",
   "cuDNN window": "sliding window (cuDNN)",
   "cuDNN dense": "full attention (cuDNN)",
 }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsek.attention.backends import (
+  LAST_QUERIES,
   PALLAS,
   choose_implementation,
   choose_window_implementation,
@@ -18,7 +19,7 @@ from sparsek.config import GATES, IMPLEMENTATIONS, check_at_least, check_choice
 from sparsek.kernels import cudnn, devices, reference, xla
 
 MAX_TOKENS = 2**26
-WINDOW_IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "cudnn")
+WINDOW_IMPLEMENTATIONS = ("xla", *PALLAS, "cudnn")
 
 
 def check_arguments(
@@ -139,8 +140,8 @@ def sparsek_attention(
     scale: of the logits; 1 / sqrt(D) by default.
     segment_ids: [batch, n] integers; every run of equal ids is a document, and nothing crosses from
       one to the next.
-    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_tpu"; by
-      default the fastest that can run here.
+    implementation: "reference" (O(n^2)), "xla" (linear, any device), "mosaic_gpu", "mosaic_mma",
+      "mosaic_tpu"; by default the fastest that can run here.
 
   Returns:
     [batch, n, H, D] in query's dtype; a query that sees no key (window 0 and every score -inf) gets
@@ -193,7 +194,7 @@ def _sparsek_attention(
     )
   scores = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
   start, end = document_bounds(segment_ids, *query.shape[:2])
-  selection = select(scores, start, end, k, window, segment_ids is not None, devices.can_run())
+  selection = select(scores, start, end, k, window, segment_ids is not None, devices.can_select())
   return attend_selected(chosen, query, key, value, scores, selection, start, end, options)
 
 
@@ -220,8 +221,8 @@ def attend_selected(
     options: settings.
   """
   attention = pallas_attention(chosen) if chosen in PALLAS else _xla_attention
-  # All but the kernels for Hopper GPUs need a query for each token.
-  missing = 0 if chosen == "mosaic_gpu" else key.shape[1] - query.shape[1]
+  # All but the kernels for GPUs need a query for each token.
+  missing = 0 if chosen in LAST_QUERIES else key.shape[1] - query.shape[1]
   query = jnp.pad(query, ((0, 0), (missing, 0), (0, 0), (0, 0)))
   out = attention(query, key, value, scores, *selection, start, end, **options._asdict())
   return out[:, missing:]
@@ -269,7 +270,7 @@ def sliding_window_attention(
   """Attends, causally, from every query to its `window` latest tokens, in time linear in n.
 
   Arguments, result and errors are as in `sparsek_attention`, except the implementation: "xla",
-  "mosaic_gpu", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run.
+  "mosaic_gpu", "mosaic_mma", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run.
   """
   check_at_least("window", window, 1)
   check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))

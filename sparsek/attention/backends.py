@@ -11,7 +11,9 @@ import jax
 
 from sparsek.kernels import cudnn, devices
 
-PALLAS = ("mosaic_gpu", "mosaic_tpu")  # these take scores [batch, heads, n]
+# These take scores [batch, heads, n]; the fastest comes first.
+PALLAS = ("mosaic_gpu", "mosaic_mma", "mosaic_tpu")
+LAST_QUERIES = ("mosaic_gpu", "mosaic_mma")  # these take queries of the last tokens alone
 Query = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -19,7 +21,7 @@ class Choice(NamedTuple):
   """The implementation that runs, and why each faster one does not.
 
   Attributes:
-    implementation: "cudnn", "mosaic_gpu", "mosaic_tpu", "xla" or "reference".
+    implementation: "cudnn", one of PALLAS, "xla" or "reference".
     refusals: of each faster implementation that was considered, why it cannot run here; empty where
       the implementation was asked for by name.
   """
@@ -38,6 +40,8 @@ def refusal(
     return cudnn.refusal(query, segment_ids, window)
   if implementation == "mosaic_gpu":
     return devices.hopper_refusal(query)
+  if implementation == "mosaic_mma":
+    return devices.mma_refusal(query)
   return devices.tpu_refusal(query) if implementation == "mosaic_tpu" else None
 
 
@@ -91,7 +95,7 @@ def padding(implementation: str, length: int) -> int:
 
   It would copy the rows for that; who makes a row for it may add them at no cost.
   """
-  if implementation != "mosaic_gpu":
+  if implementation not in LAST_QUERIES:
     return 0
   from sparsek.kernels.hopper import attention as hopper
 
@@ -99,11 +103,15 @@ def padding(implementation: str, length: int) -> int:
 
 
 def pallas_attention(implementation: str) -> Callable[..., jax.Array]:
-  """Imports the attention of "mosaic_gpu" or "mosaic_tpu"."""
+  """Imports the attention of one of PALLAS."""
   if implementation == "mosaic_gpu":
     from sparsek.kernels.hopper import attention as hopper
 
     return hopper.attention
+  if implementation == "mosaic_mma":
+    from sparsek.kernels.ampere import attention as ampere
+
+    return ampere.attention
   from sparsek.kernels.tpu import attention as tpu
 
   return tpu.attention

@@ -325,8 +325,8 @@ def evicting_attention(
   Args:
     query, key, value, k, window, segment_ids: as in `sparsek.sparsek_attention`.
     rule: out of RULES.
-    implementation: of the attention to what is chosen: "xla", "mosaic_gpu", "mosaic_tpu", or None
-      for the fastest that can run.
+    implementation: of the attention to what is chosen: "xla", "mosaic_gpu", "mosaic_mma", "mosaic_tpu",
+      or None for the fastest that can run.
 
   Returns:
     [batch, n, H, D] in query's dtype.
@@ -350,7 +350,7 @@ def evicting_attention(
     (expiry,) = saved(expiries(rule, *seen, start, end, k, window, scale))
   order = expiry  # which XLA does not read
   if chosen in PALLAS:
-    (order,) = saved(order_by_expiry(expiry, devices.can_run()))
+    (order,) = saved(order_by_expiry(expiry, devices.can_select()))
   zeros = jnp.zeros((batch, groups, n), jnp.float32)
   options = Options(k, window, "straight_through", scale)
   selection = zeros, expiry, order

@@ -16,7 +16,7 @@ from sparsek.model.head_groups import window_implementation
 # The kinds of the library, before any is registered.
 KINDS = (*layers.ATTENTION_MODULES, *BASELINES)
 # The faster implementations that there are for a platform.
-FASTER = {"gpu": ("cudnn", "mosaic_gpu"), "tpu": ("mosaic_tpu",)}
+FASTER = {"gpu": ("cudnn", "mosaic_gpu", "mosaic_mma"), "tpu": ("mosaic_tpu",)}
 
 
 def attention_choices(
