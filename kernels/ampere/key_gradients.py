@@ -43,6 +43,7 @@ from sparsek.kernels.hopper.common import (
   axis_index,
   by_column,
   by_row,
+  in_block,
   read_bounds,
 )
 from sparsek.kernels.hopper.work import ListWork, Work
@@ -344,24 +345,29 @@ def _tile(program: Program, carry: tuple, step: Any, t: Any, masked: bool) -> tu
   parts = [pl.ds(i, PART) for i in range(0, BLOCK, PART)]
   matrices.wait(2 * (stages - 1))
   _load_queries(program, step + (stages - 1))
-  products = [
-    matrices.product(scratch.value.at[0], scratch.cotangent.at[slot, part]) for part in parts
-  ]
-  matrices.wait(2 * (stages - 1))
   gradients = []
-  for i, (part, dp) in enumerate(zip(parts, products)):
+  for i, part in enumerate(parts):
+    dp = matrices.product(scratch.value.at[0], scratch.cotangent.at[slot, part])
+    if i == 0:
+      matrices.wait(2 * (stages - 1))
     s = matrices.product(scratch.key.at[0], scratch.query.at[slot, part])
     first_query = t * BLOCK + i * PART if masked else None
     vectors = [scratch.floats.at[1 + 3 * slot + j, part] for j in range(3)]
     weights, ds, of_gates = _logit_gradients(program, s, dp, vectors, first_query)
-    dvalue = matrices.add_product(dvalue, weights, scratch.cotangent.at[slot, part])
+    dvalue = in_block(
+      t,
+      lambda x, w=weights, c=scratch.cotangent.at[slot, part]: matrices.add_product(x, w, c),
+      dvalue,
+    )
     if of_gates is not None:
-      dscore = dscore + of_gates().sum(axis=1)
+      dscore = in_block(t, lambda x, f=of_gates: x + f().sum(axis=1), dscore)
     gradients.append(ds)
   matrices.sync()
   _load_cotangents(program, step + stages)
   for part, ds in zip(parts, gradients):
-    dkey = matrices.add_product(dkey, ds, scratch.query.at[slot, part])
+    dkey = in_block(
+      t, lambda x, d=ds, q=scratch.query.at[slot, part]: matrices.add_product(x, d, q), dkey
+    )
   return dkey, dvalue, dscore
 
 

@@ -79,18 +79,18 @@ class Scratch(NamedTuple):
 
 
 class Program(NamedTuple):
-  """Everything that the functions of a program need; the last five are in registers."""
+  """Everything that the functions of a program need."""
 
   options: Options
   at: Position
   steps: Steps
   tiles: Tiles
-  window_start: Any
+  window_start: Any  # of the queries, in shared memory, as are the next three
   entered: Any
-  query: Any
-  cotangent: Any
   logsumexp: Any
   tau: Any
+  query: Any  # in registers, as are the next two
+  cotangent: Any
   delta: Any
 
 
@@ -190,10 +190,10 @@ def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch
     tiles,
     window_start,
     entered,
+    logsumexp,
+    tau,
     matrices.load(staging),
     cotangent,
-    matrices.vector(logsumexp, ROW),
-    matrices.vector(tau, ROW),
     delta,
   )
   dquery, dgate = _sweep(program)
@@ -293,15 +293,17 @@ def _logit_gradients(
     live: which pairs are live, or None where all are.
     score: of listed keys, in shared memory; None for the window.
   """
-  options, shape = program.options, s.shape
+  options, shape, matrices = program.options, s.shape, program.options.registers
+
+  def of_queries(ref):
+    return by_row(matrices.vector(ref, ROW), shape)
 
   def probability(logits):
-    p = jnp.exp2(logits * options.to_log2 - by_row(program.logsumexp, shape))
+    p = jnp.exp2(logits * options.to_log2 - of_queries(program.logsumexp))
     return p if live is None else jnp.where(live, p, 0.0)
 
   def load_distance():
-    scores = options.registers.vector(score, COLUMN)
-    return by_column(scores, shape) - by_row(program.tau, shape)
+    return by_column(matrices.vector(score, COLUMN), shape) - of_queries(program.tau)
 
   distance = None if score is None else load_distance
   p, g, _ = tile_weights(s, probability, distance, gate=options.gate)

@@ -142,6 +142,28 @@ class Matrices(Registers):
 
     return load(ref)
 
+  def index(self, shape: tuple[int, int], axis: int) -> jax.Array:
+    """Returns the row (axis 0) or column (axis 1) numbers of a matrix."""
+    if self.interpreted:
+      return super().index(shape, axis)
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=MATRIX))
+    def make(_):
+      lane = _lane()
+      rows = _add(_times(_bits(lane, 5, 3), 16), _bits(lane, 2, 7))
+      columns = _times(_bits(lane, 0, 3), 2)
+      pair = ir.VectorType.get((2,), lane.type)
+      words = []
+      for block in range(shape[1] // 8):
+        for half in range(2):
+          numbers = [rows if axis == 0 else columns] * 2
+          steps = [8 * half] * 2 if axis == 0 else [8 * block, 8 * block + 1]
+          numbers = [_add(x, constant(lane.type, step)) for x, step in zip(numbers, steps)]
+          words.append(vector.from_elements(pair, numbers))
+      return _matrix(words, shape, is_signed=True)
+
+    return make()
+
   def product(self, a: Any, b: Ref) -> jax.Array:
     """Returns a @ b.T [64, count] in float32, of a [64, D] in shared memory or registers and
     b [count, D] in shared memory.
@@ -457,6 +479,6 @@ def _sums_matrix(sums: list) -> FragmentedArray:
   return _matrix(words, (BLOCK, 8 * len(sums)))
 
 
-def _matrix(words: list, shape: tuple[int, int]) -> FragmentedArray:
+def _matrix(words: list, shape: tuple[int, int], is_signed: bool | None = None) -> FragmentedArray:
   registers = np.asarray(words, dtype=object).reshape(WGMMA_LAYOUT.registers_shape(shape))
-  return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=None)
+  return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=is_signed)
