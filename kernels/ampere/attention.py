@@ -7,7 +7,7 @@ that list and gather tokens are the same.
 import functools
 
 from sparsek.kernels.ampere import forward, key_gradients, query_gradients
-from sparsek.kernels.ampere.warp_matrices import BLOCK
+from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.hopper import attention as hopper
 from sparsek.kernels.hopper.common import Tiling
 

@@ -27,8 +27,8 @@ from sparsek.kernels.ampere.tiles import (
   run_kernel,
   vector_buffer,
 )
-from sparsek.kernels.ampere.warp_matrices import BLOCK
-from sparsek.kernels.hopper.attention_tiles import Listed, live_pairs
+from sparsek.kernels.ampere.warp_products import BLOCK
+from sparsek.kernels.hopper.attention_tiles import Listed, Pairs, live_pairs
 from sparsek.kernels.hopper.common import (
   COLUMN,
   LOG2_E,
@@ -114,7 +114,6 @@ def forward(
     gate=gate,
     scale=scale,
     chunk=chunk,
-    block_kv=BLOCK,
     stages=tiling.forward_stages,
     interpret=interpret,
   )
@@ -241,7 +240,7 @@ def _tile(
   if options.gate == "key_value" and is_list:
     s *= gates
   live = live_pairs(
-    options,
+    Pairs(matrices, shape),
     at.first,
     t,
     is_list=is_list,

@@ -29,8 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from sparsek.kernels.ampere.tiles import matrix_buffer, run_kernel, vector_buffer
-from sparsek.kernels.ampere.warp_matrices import BLOCK, PART, Matrices
+from sparsek.kernels.ampere.tiles import matrix_buffer, parts_of, run_kernel, vector_buffer
+from sparsek.kernels.ampere.warp_matrices import Matrices
+from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.gates import tile_gradients, tile_weights
 from sparsek.kernels.hopper.common import (
   COLUMN,
@@ -342,7 +343,7 @@ def _tile(program: Program, carry: tuple, step: Any, t: Any, masked: bool) -> tu
   matrices, stages = options.registers, options.stages
   dkey, dvalue, dscore = carry
   slot = lax.rem(step, jnp.int32(stages))
-  parts = [pl.ds(i, PART) for i in range(0, BLOCK, PART)]
+  parts = parts_of(options.gate, options.is_list)
   matrices.wait(2 * (stages - 1))
   _load_queries(program, step + (stages - 1))
   gradients = []
@@ -351,16 +352,16 @@ def _tile(program: Program, carry: tuple, step: Any, t: Any, masked: bool) -> tu
     if i == 0:
       matrices.wait(2 * (stages - 1))
     s = matrices.product(scratch.key.at[0], scratch.query.at[slot, part])
-    first_query = t * BLOCK + i * PART if masked else None
+    first_query = t * BLOCK + part.start if masked else None
     vectors = [scratch.floats.at[1 + 3 * slot + j, part] for j in range(3)]
     weights, ds, of_gates = _logit_gradients(program, s, dp, vectors, first_query)
+    if of_gates is not None:
+      dscore = in_block(t, lambda x, f=of_gates: x + f().sum(axis=1), dscore)
     dvalue = in_block(
       t,
       lambda x, w=weights, c=scratch.cotangent.at[slot, part]: matrices.add_product(x, w, c),
       dvalue,
     )
-    if of_gates is not None:
-      dscore = in_block(t, lambda x, f=of_gates: x + f().sum(axis=1), dscore)
     gradients.append(ds)
   matrices.sync()
   _load_cotangents(program, step + stages)
@@ -408,4 +409,6 @@ def _logit_gradients(
   ds, of_gates = tile_gradients(
     s, p, g, dp, of_queries(delta), distance, gate=options.gate, scale=options.scale
   )
-  return weights.astype(options.dtype), ds.astype(options.dtype), of_gates
+  # The compiler must not put off the rounding, which halves the registers.
+  weights, ds = lax.optimization_barrier((weights.astype(options.dtype), ds.astype(options.dtype)))
+  return weights, ds, of_gates

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from sparsek.kernels.ampere.tiles import (
   Options,
@@ -26,13 +25,14 @@ from sparsek.kernels.ampere.tiles import (
   find_steps,
   matrix_buffer,
   options_of,
+  parts_of,
   position,
   run_kernel,
   vector_buffer,
 )
-from sparsek.kernels.ampere.warp_matrices import BLOCK, PART
+from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.gates import tile_gradients, tile_weights
-from sparsek.kernels.hopper.attention_tiles import Listed, live_pairs
+from sparsek.kernels.hopper.attention_tiles import Listed, Pairs, live_pairs
 from sparsek.kernels.hopper.common import (
   COLUMN,
   MATRIX,
@@ -42,6 +42,7 @@ from sparsek.kernels.hopper.common import (
   by_column,
   by_row,
   grid_of,
+  in_block,
 )
 
 
@@ -127,7 +128,6 @@ def query_gradients(
     gate=gate,
     scale=scale,
     chunk=chunk,
-    block_kv=PART,
     stages=tiling.query_stages,
     interpret=interpret,
   )
@@ -252,7 +252,7 @@ def _tile(
   matrices, stages = options.registers, options.stages
   dquery, dgate = carry
   slot = lax.rem(step, jnp.int32(stages))
-  parts = [pl.ds(i, PART) for i in range(0, BLOCK, PART)]
+  parts = parts_of(options.gate, is_list)
   matrices.wait(2 * (stages - 1))
   tiles.load_keys(options, at, steps, step + (stages - 1))
   products = [matrices.product(program.cotangent, tiles.value.at[slot, part]) for part in parts]
@@ -261,7 +261,7 @@ def _tile(
   for i, (part, dp) in enumerate(zip(parts, products)):
     key = tiles.key.at[slot, part]
     live = live_pairs(
-      options,
+      Pairs(matrices, (BLOCK, part.size)),
       at.first,
       t * len(parts) + i,
       is_list=is_list,
@@ -276,8 +276,9 @@ def _tile(
       tiles.score.at[slot, part] if is_list else None,
     )
     if of_gates is not None:
-      dgate = dgate + of_gates().sum(axis=1)
-    dquery = matrices.add_product(dquery, ds.astype(options.dtype), key)
+      dgate = in_block(t, lambda x, f=of_gates: x + f().sum(axis=1), dgate)
+    ds = lax.optimization_barrier(ds.astype(options.dtype))
+    dquery = in_block(t, lambda x, d=ds, k=key: matrices.add_product(x, d, k), dquery)
   return dquery, dgate
 
 

@@ -26,7 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.ampere.warp_matrices import BLOCK, Matrices
+from sparsek.kernels.ampere.warp_matrices import Matrices
+from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.hopper.attention_tiles import Listed
 from sparsek.kernels.hopper.common import (
   LOG2_E,
@@ -37,6 +38,15 @@ from sparsek.kernels.hopper.common import (
   read_bounds,
   split_number,
 )
+
+
+
+def parts_of(gate: str, is_list: bool) -> list[Any]:
+  """Returns the slices of a tile's keys or queries whose gradients are computed at once. They are
+  short to save registers, of which gates take more.
+  """
+  size = 16 if is_list and gate != "straight_through" else 32
+  return [pl.ds(i, size) for i in range(0, BLOCK, size)]
 
 
 class Options(NamedTuple):
@@ -51,14 +61,13 @@ class Options(NamedTuple):
   chunk: int  # queries of a list
   slots: int  # of a list
   skip: int  # tokens before the first query, a multiple of BLOCK
-  block_kv: int  # keys of a product
   stages: int  # slots of the circular buffers
   interpret: object  # parameters of the interpreter, or None
 
   @property
   def shape(self) -> tuple[int, int]:
-    """Queries and keys of a product."""
-    return BLOCK, self.block_kv
+    """Queries and keys of a tile."""
+    return BLOCK, BLOCK
 
   @property
   def to_log2(self) -> float:

@@ -255,8 +255,20 @@ def load_tiles(
   return loaded
 
 
+class Pairs(NamedTuple):
+  """Pairs of queries and keys in registers.
+
+  Attributes:
+    registers: operations on registers.
+    shape: queries (of a warpgroup) and keys.
+  """
+
+  registers: Registers
+  shape: tuple[int, int]
+
+
 def live_pairs(
-  options: Options,
+  options: Options | Pairs,
   first_query: jax.Array,
   tile: jax.Array,
   *,
@@ -270,7 +282,7 @@ def live_pairs(
   """Returns which pairs of a tile are live, or None where all are.
 
   Args:
-    options: see Options.
+    options: the operations on registers, and the shape of the tile.
     first_query: first query of the warpgroup.
     tile: number among the tiles of the window or, where `is_list`, of the list.
     is_list: whether the tile is of the list.

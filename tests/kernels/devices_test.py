@@ -69,7 +69,7 @@ def test_import_refusal_says_which_module_and_version(error, monkeypatch):
 
 
 def test_limits_are_those_of_the_kernels():
-  assert devices.HOPPER_MAX_HEAD_DIM == max(hopper_attention.HEAD_DIMS)
+  assert devices.HOPPER_MAX_HEAD_DIM == max(hopper_attention.HOPPER)
   tpu_attention.tiling(4096, 1, devices.TPU_MAX_HEAD_DIM, 64)
 
 
