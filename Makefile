@@ -25,7 +25,8 @@ test: $(READY)
 test-compile: .venv-compile/ready
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 \
 	  .venv-compile/bin/python -m pytest -q -rP \
-	  tests/kernels/hopper/compile_test.py tests/kernels/tpu/compile_test.py \
+	  tests/kernels/hopper/compile_test.py tests/kernels/ampere/compile_test.py \
+	  tests/kernels/tpu/compile_test.py \
 	  tests/training/plan_compile_test.py
 
 # Builds the site of docs/ in site/.

@@ -108,7 +108,7 @@ def can_select() -> bool:
 def since_ampere(device: jax.Device) -> bool:
   """Tells whether a GPU is one of NVIDIA's since Ampere."""
   capability = re.fullmatch(r"(\d+)\.(\d+)", compute_capability(device))
-  return bool(capability) and tuple(map(int, capability.groups())) >= AMPERE
+  return capability is not None and tuple(map(int, capability.groups())) >= AMPERE
 
 
 def _can_import(modules: tuple[str, ...]) -> bool:

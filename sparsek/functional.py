@@ -85,8 +85,8 @@ class Options:
       1 / (2 num_layers fan-in).
     layer_index: the layer's index, from which the fixed noise of the scorer "random" and of
       `scorer_init_noise` derives.
-    implementation: of attention: "xla", "mosaic_gpu", "mosaic_mma", "mosaic_tpu" or "reference"; None chooses the
-      fastest one that can run.
+    implementation: of attention: "xla", "mosaic_gpu", "mosaic_mma", "mosaic_tpu" or "reference";
+      None chooses the fastest one that can run.
 
   Raises:
     ValueError: names the option that is wrong, its value and what is allowed.

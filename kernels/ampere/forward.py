@@ -187,9 +187,7 @@ def _sweep(program: Program) -> tuple:
     )
 
   def far(**kind):
-    return lambda t, carry: _tile(
-      program, carry, steps.in_window + t - t0, t, is_list=True, **kind
-    )
+    return lambda t, carry: _tile(program, carry, steps.in_window + t - t0, t, is_list=True, **kind)
 
   carry = (
     registers.full((BLOCK, program.options.dim), 0, MATRIX),
@@ -234,7 +232,7 @@ def _tile(
   matrices.wait(2 * (stages - 1))
   tiles.load_values(options, at, steps, step + (stages - 1))
   s = matrices.product(program.query, tiles.key.at[slot])
-  gates = None
+  gates: Any = None
   if program.tau is not None and is_list:
     gates = gate_of(matrices.vector(tiles.score.at[slot], COLUMN), program.tau, shape)
   if options.gate == "key_value" and is_list:

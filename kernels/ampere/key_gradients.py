@@ -114,16 +114,18 @@ class Block(NamedTuple):
   Attributes:
     b, block, g: row of the batch, number of the block among those of the row and head, KV head.
     bounds: [b0, b1) tiles partly live, [b1, b2) wholly live, [b2, b3) partly live.
-    rows: arguments of `copy_rows` and `store_rows` for the block's rows.
-    limits: arguments of `copy_vector` for `first` and `last`, which all heads share for the window.
+    place: index of the block's keys on the axes of `key`, see `Matrices.copy_rows`.
+    limits: index of their `first` and `last`, which all heads share for the window.
+    start: the first key of the block.
   """
 
   b: Any
   block: Any
   g: Any
   bounds: tuple
-  rows: tuple
+  place: tuple
   limits: tuple
+  start: Any
 
   @property
   def tiles(self) -> Any:
@@ -191,7 +193,7 @@ def key_gradients(
   )
   like_key = jax.ShapeDtypeStruct(key.shape, query.dtype)
   dscore = jax.ShapeDtypeStruct((batch, groups, count), jnp.float32) if lists else None
-  keys = plain_matrix(dim, query.dtype)
+  keys = matrix_buffer(1, BLOCK, dim, query.dtype)
   tile = matrix_buffer(options.stages, BLOCK, dim, query.dtype)
   return run_kernel(
     lambda *refs: _kernel(options, *refs),
@@ -212,20 +214,15 @@ def key_gradients(
   )
 
 
-def plain_matrix(dim: int, dtype: Any) -> Any:
-  """Returns shared memory for one matrix."""
-  return matrix_buffer(1, BLOCK, dim, dtype)
-
-
 def _block_of(options: Options, bounds: Ref) -> Block:
   """Returns the program's block of keys."""
   b, block, g = options.work.item(axis_index("program"), jnp.int32(0))
   first = block * BLOCK
   if options.is_list:
     bounds = read_bounds(bounds, b, g, block)
-    return Block(b, block, g, bounds, ((b, g, None), first), ((b, g), first))
+    return Block(b, block, g, bounds, (b, g, None), (b, g), first)
   bounds = read_bounds(bounds, b, block)
-  return Block(b, block, g, bounds, ((b, None, g), first), ((b,), first))
+  return Block(b, block, g, bounds, (b, None, g), (b,), first)
 
 
 def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
@@ -242,12 +239,12 @@ def _compute(
   matrices, stages = options.registers, options.stages
   key, value = scratch.key.at[0], scratch.value.at[0]
   first, last, score = scratch.integers.at[0], scratch.integers.at[1], scratch.floats.at[0]
-  matrices.copy_rows(inputs.key, *block.rows, BLOCK, key)
-  matrices.copy_rows(inputs.value, *block.rows, BLOCK, value)
-  matrices.copy_vector(inputs.first, *block.limits, first)
-  matrices.copy_vector(inputs.last, *block.limits, last)
+  matrices.copy_rows(inputs.key, block.place, block.start, BLOCK, key)
+  matrices.copy_rows(inputs.value, block.place, block.start, BLOCK, value)
+  matrices.copy_vector(inputs.first, block.limits, block.start, first)
+  matrices.copy_vector(inputs.last, block.limits, block.start, last)
   if options.is_list:
-    matrices.copy_vector(inputs.score, *block.limits, score)
+    matrices.copy_vector(inputs.score, block.limits, block.start, score)
   program = Program(options, inputs, scratch, block, first, last, score)
   for step in range(stages):
     _load_cotangents(program, jnp.int32(step))
@@ -275,10 +272,10 @@ def _compute(
     dkey, dvalue, dscore = add_head(0, carry)
   matrices.sync()
   dkey = (dkey * options.scale).astype(options.dtype)
-  matrices.store_rows(dkey, key, outputs.dkey, *block.rows)
-  matrices.store_rows(dvalue.astype(options.dtype), value, outputs.dvalue, *block.rows)
+  matrices.store_rows(dkey, key, outputs.dkey, block.place, block.start)
+  matrices.store_rows(dvalue.astype(options.dtype), value, outputs.dvalue, block.place, block.start)
   if options.is_list:
-    matrices.store_vector(dscore, outputs.dscore, *block.limits)
+    matrices.store_vector(dscore, outputs.dscore, block.limits, block.start)
 
 
 def _load(program: Program, step: Any, load: Any) -> None:
@@ -305,9 +302,7 @@ def _load_queries(program: Program, step: Any) -> None:
     matrices.copy_rows(inputs.query, (block.b, None, h), first, BLOCK, scratch.query.at[slot])
     matrices.copy_vector(inputs.logsumexp, (block.b, h), first, floats.at[3 * slot])
     if options.is_list:
-      matrices.copy_vector(
-        inputs.tau, (block.b, block.g), tile * BLOCK, floats.at[3 * slot + 1]
-      )
+      matrices.copy_vector(inputs.tau, (block.b, block.g), tile * BLOCK, floats.at[3 * slot + 1])
 
   _load(program, step, load)
 

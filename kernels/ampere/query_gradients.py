@@ -272,7 +272,10 @@ def _tile(
       entered=program.entered,
     )
     ds, of_gates = _logit_gradients(
-      program, matrices.product(program.query, key), dp, live,
+      program,
+      matrices.product(program.query, key),
+      dp,
+      live,
       tiles.score.at[slot, part] if is_list else None,
     )
     if of_gates is not None:

@@ -1,5 +1,5 @@
-"""Tiles of keys and values that a block of 64 queries visits: what the forward kernel and the kernel
-for the gradients of queries share.
+"""Tiles of keys and values that a block of 64 queries visits: what the forward kernel and the
+kernel for the gradients of queries share.
 
 A program is one warpgroup. Its tiles come in steps, through circular buffers:
 
@@ -29,16 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsek.kernels.ampere.warp_matrices import Matrices
 from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.hopper.attention_tiles import Listed
-from sparsek.kernels.hopper.common import (
-  LOG2_E,
-  Ref,
-  axis_index,
-  axes,
-  grid_of,
-  read_bounds,
-  split_number,
-)
-
+from sparsek.kernels.hopper.common import LOG2_E, Ref, axis_index, read_bounds, split_number
 
 
 def parts_of(gate: str, is_list: bool) -> list[Any]:
@@ -224,12 +215,8 @@ class Tiles(NamedTuple):
       at,
       steps,
       step,
-      lambda first: matrices.copy_rows(
-        self.of_tokens[1], (at.b, None, at.g), first, BLOCK, into
-      ),
-      lambda first: matrices.copy_rows(
-        self.listed.value, (at.b, at.g, None), first, BLOCK, into
-      ),
+      lambda first: matrices.copy_rows(self.of_tokens[1], (at.b, None, at.g), first, BLOCK, into),
+      lambda first: matrices.copy_rows(self.listed.value, (at.b, at.g, None), first, BLOCK, into),
     )
     matrices.commit()
 

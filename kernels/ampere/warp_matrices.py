@@ -136,7 +136,7 @@ class Matrices(Registers):
 
     return load(ref)
 
-  def index(self, shape: tuple[int, int], axis: int) -> jax.Array:
+  def index(self, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Returns the row (axis 0) or column (axis 1) numbers of a matrix."""
     if self.interpreted:
       return super().index(shape, axis)
@@ -263,7 +263,7 @@ class Matrices(Registers):
     put(x, ref, row, jnp.int32(first))
 
 
-def _type(shape: tuple[int, int], dtype: Any) -> plgpu.ShapeDtypeStruct:
+def _type(shape: tuple[int, ...], dtype: Any) -> plgpu.ShapeDtypeStruct:
   return plgpu.ShapeDtypeStruct(shape, dtype, layout=MATRIX)
 
 
@@ -341,7 +341,7 @@ class _Warp:
     """Loads by ldmatrix."""
     i32 = ir.IntegerType.get_signless(32)
     # The offset is part of the instruction: as a sum before the loop it would take a register.
-    loaded = llvm.inline_asm(
+    loaded: Any = llvm.inline_asm(
       llvm.StructType.get_literal([i32] * 4),
       [address.value],
       f"ldmatrix.sync.aligned.m8n8.x4{'.trans' if transposed else ''}.shared.b16 "
@@ -354,7 +354,7 @@ class _Warp:
   def multiply_add(self, sums: list, a: list, b: list) -> list:
     """Multiplies by mma."""
     f32, kind = ir.F32Type.get(), "bf16" if self.dtype == jnp.bfloat16 else "f16"
-    result = llvm.inline_asm(
+    result: Any = llvm.inline_asm(
       llvm.StructType.get_literal([f32] * 4),
       [*sums, *a, *b],
       f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
@@ -411,6 +411,6 @@ def _sums_matrix(sums: list) -> FragmentedArray:
   return _matrix(words, (BLOCK, 8 * len(sums)))
 
 
-def _matrix(words: list, shape: tuple[int, int], is_signed: bool | None = None) -> FragmentedArray:
+def _matrix(words: list, shape: tuple[int, ...], is_signed: bool | None = None) -> FragmentedArray:
   registers = np.asarray(words, dtype=object).reshape(WGMMA_LAYOUT.registers_shape(shape))
   return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=is_signed)

@@ -10,8 +10,8 @@ of each block of 8 columns, lane 4 r + c holds
 
   (r, 2 c), (r, 2 c + 1); (r + 8, 2 c), (r + 8, 2 c + 1)
 
-Of 16-bit numbers these pairs are words of the left operand of mma, of float32 they are its sums: the
-sums of one product, rounded, are the next one's operand.
+Of 16-bit numbers these pairs are words of the left operand of mma, of float32 they are its sums:
+the sums of one product, rounded, are the next one's operand.
 
 The functions here are for any machine that has the lane's number, or those of all lanes in an
 array, and the instructions: the GPU (warp_matrices.py), or NumPy in tests.
@@ -28,7 +28,7 @@ Left = Callable[[int], list]  # gives the left operand of the c-th 16 columns: f
 
 
 class Machine(Protocol):
-  """What the functions below need of a machine."""
+  """The instructions that the functions below need."""
 
   lane: Any  # number, with the operators of integers
 
@@ -105,9 +105,7 @@ def product(machine: Machine, zero: list, left: Left, begin: Any, count: int, di
   return sums
 
 
-def add_product(
-  machine: Machine, sums: list, left: Left, begin: Any, count: int, dim: int
-) -> list:
+def add_product(machine: Machine, sums: list, left: Left, begin: Any, count: int, dim: int) -> list:
   """Returns sums + a @ b, by blocks of 8 columns.
 
   Args:

@@ -376,7 +376,9 @@ def _window_gradients(static, query, key, value, softmax, end):
   last = jnp.minimum(token + static.window, end)
   tiles = window_tiles(end, static.window)
   begin = jnp.full(batch, n - query.shape[1], jnp.int32)
-  bounds = key_tiles(tiles, begin, jnp.full_like(begin, n), block_q=static.kernels.tiling.key_queries)
+  bounds = key_tiles(
+    tiles, begin, jnp.full_like(begin, n), block_q=static.kernels.tiling.key_queries
+  )
   return static.kernels.key_gradients(
     query,
     key,
@@ -397,7 +399,10 @@ def _listed_gradients(static, query, listed, softmax, lists, tiles, threshold):
   n, chunk = threshold.shape[-1], static.chunk
   begin = jnp.broadcast_to(jnp.arange(n // chunk, dtype=jnp.int32) * chunk, lists.token.shape[:3])
   bounds = key_tiles(
-    tiles, jnp.maximum(begin, n - query.shape[1]), begin + chunk, block_q=static.kernels.tiling.key_queries
+    tiles,
+    jnp.maximum(begin, n - query.shape[1]),
+    begin + chunk,
+    block_q=static.kernels.tiling.key_queries,
   )
   bounds = bounds.reshape(*lists.token.shape[:2], -1, 4)
   return static.kernels.key_gradients(

@@ -270,7 +270,8 @@ def sliding_window_attention(
   """Attends, causally, from every query to its `window` latest tokens, in time linear in n.
 
   Arguments, result and errors are as in `sparsek_attention`, except the implementation: "xla",
-  "mosaic_gpu", "mosaic_mma", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest that can run.
+  "mosaic_gpu", "mosaic_mma", "mosaic_tpu", "cudnn" (without segment_ids), or None for the fastest
+  that can run.
   """
   check_at_least("window", window, 1)
   check_choice("implementation", implementation, (None, *WINDOW_IMPLEMENTATIONS))

@@ -325,8 +325,8 @@ def evicting_attention(
   Args:
     query, key, value, k, window, segment_ids: as in `sparsek.sparsek_attention`.
     rule: out of RULES.
-    implementation: of the attention to what is chosen: "xla", "mosaic_gpu", "mosaic_mma", "mosaic_tpu",
-      or None for the fastest that can run.
+    implementation: of the attention to what is chosen: "xla", "mosaic_gpu", "mosaic_mma",
+      "mosaic_tpu", or None for the fastest that can run.
 
   Returns:
     [batch, n, H, D] in query's dtype.

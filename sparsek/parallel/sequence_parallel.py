@@ -365,8 +365,8 @@ def full_attention(
   Args:
     query: [B, L, H, D], the tokens of this shard; key and value too.
     scale, segment_ids: as in `sparsek_attention`.
-    implementation: one of "xla", "mosaic_gpu", "mosaic_mma" and "mosaic_tpu", or None for the fastest
-      that can run.
+    implementation: "xla", "mosaic_gpu", "mosaic_mma", "mosaic_tpu", or None for the fastest that
+      can run.
 
   Returns:
     [B, L, H, D] of this shard.

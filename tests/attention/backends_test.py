@@ -19,8 +19,9 @@ IDS = jax.ShapeDtypeStruct((2, 128), jnp.int32)
 def refusals(monkeypatch):
   """Sets why each backend cannot run: None where it can."""
 
-  def refuse(mosaic_gpu=None, mosaic_tpu=None, cudnn_=None):
+  def refuse(mosaic_gpu=None, mosaic_tpu=None, cudnn_=None, mosaic_mma="no Ampere"):
     monkeypatch.setattr(devices, "hopper_refusal", lambda query: mosaic_gpu)
+    monkeypatch.setattr(devices, "mma_refusal", lambda query: mosaic_mma)
     monkeypatch.setattr(devices, "tpu_refusal", lambda query: mosaic_tpu)
     monkeypatch.setattr(cudnn, "refusal", lambda query, segment_ids, window: cudnn_)
 
@@ -30,15 +31,27 @@ def refusals(monkeypatch):
 def test_the_fastest_is_chosen_and_reasons_are_kept(refusals):
   refusals("no Hopper", "no TPU", "no cuDNN")
   assert choose_implementation(None, QUERY, IDS, 64) == Choice(
-    "xla", {"mosaic_gpu": "no Hopper", "mosaic_tpu": "no TPU"}
+    "xla", {"mosaic_gpu": "no Hopper", "mosaic_mma": "no Ampere", "mosaic_tpu": "no TPU"}
   )
-  everywhere = {"cudnn": "no cuDNN", "mosaic_gpu": "no Hopper", "mosaic_tpu": "no TPU"}
+  everywhere = {
+    "cudnn": "no cuDNN",
+    "mosaic_gpu": "no Hopper",
+    "mosaic_mma": "no Ampere",
+    "mosaic_tpu": "no TPU",
+  }
   assert choose_implementation(None, QUERY, IDS, 128) == Choice("xla", everywhere)
   assert choose_window_implementation(None, QUERY, IDS, 64) == Choice("xla", everywhere)
   refusals("no Hopper", None, "no cuDNN")
   assert choose_implementation(None, QUERY, IDS, 64) == Choice(
-    "mosaic_tpu", {"mosaic_gpu": "no Hopper"}
+    "mosaic_tpu", {"mosaic_gpu": "no Hopper", "mosaic_mma": "no Ampere"}
   )
+  refusals("no Hopper", "no TPU", "no cuDNN", None)
+  for choice in (
+    choose_implementation(None, QUERY, IDS, 64),
+    choose_window_implementation(None, QUERY, IDS, 64),
+  ):
+    assert choice.implementation == "mosaic_mma"
+    assert choice.refusals["mosaic_gpu"] == "no Hopper"
   refusals(None, "no TPU", "no cuDNN")
   assert choose_window_implementation(None, QUERY, IDS) == Choice(
     "mosaic_gpu", {"cudnn": "no cuDNN"}
@@ -81,11 +94,13 @@ attend = lambda **options: sparsek.sparsek_attention(
 )
 assert jnp.all(attend() == 1)
 devices._hopper_device_refusal = lambda: None  # as on a Hopper GPU
+devices.mma_refusal = lambda query: devices.import_refusal("ampere.attention")
 choice = choose_implementation(None, x, None, 2)
 assert choice.implementation == "xla"
 reason = choice.refusals["mosaic_gpu"]
 start = f"kernels/hopper/attention.py cannot be imported with JAX {jax.__version__}: "
 assert reason.startswith(start), reason
+assert choice.refusals["mosaic_mma"].startswith("kernels/ampere/attention.py cannot be imported")
 assert jnp.all(attend() == 1)
 try:
   attend(implementation="mosaic_gpu")

@@ -20,6 +20,7 @@ def on_gpu(monkeypatch, hopper, dnn=None):
   seen = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100")
   monkeypatch.setattr(jax, "devices", lambda *_: [seen])
   monkeypatch.setattr(devices, "hopper_refusal", lambda query: hopper)
+  monkeypatch.setattr(devices, "mma_refusal", lambda query: "needs newer JAX")
   refusal = lambda query, segment_ids, window: "packed" if segment_ids is not None else dnn
   monkeypatch.setattr(cudnn, "refusal", refusal)
 
@@ -33,7 +34,10 @@ def test_a_cpu_has_one_sentence_without_reasons(kind):
 
 def test_an_accelerator_has_reasons(monkeypatch):
   on_gpu(monkeypatch, "needs compute capability 9.0")
-  refused = "mosaic_gpu cannot run here: needs compute capability 9.0"
+  refused = (
+    "mosaic_gpu cannot run here: needs compute capability 9.0; "
+    "mosaic_mma cannot run here: needs newer JAX"
+  )
   assert describe_choice(config("sparsek"), 64) == [f"attention: xla on NVIDIA A100; {refused}"]
   mixed = config("sparsek,sliding_window:w8,full,sparsek:k8")
   assert describe_choice(mixed, 64, packed=False) == [

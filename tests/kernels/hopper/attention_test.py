@@ -3,11 +3,6 @@ and what they refuse.
 """
 
 import functools
-import json
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
@@ -23,51 +18,20 @@ from sparsek.kernels import cudnn, devices, gates
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.hopper.common import joined
 from sparsek.kernels.hopper.work import ListWork, QueryWork, Work
-from sparsek.kernels.specs import SPECS, Spec, make_inputs, segment_ids
-from tests.kernels.attention_base import (
-  ARGUMENTS,
-  AttentionTest,
-  output_and_gradients,
-  relative_error,
-)
+from sparsek.kernels.specs import SPECS, Spec, make_inputs
+from tests.kernels.attention_base import ARGUMENTS
+from tests.kernels.gpu_attention_base import GpuAttentionTest
 from tests.kernels.hopper import interpreted
-
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.gpu
-class TestMosaicGpu(AttentionTest):
+class TestMosaicGpu(GpuAttentionTest):
   implementation = "mosaic_gpu"
-  dtype = "bfloat16"
-  tolerance = 2e-3
-  tolerance_16 = 1e-2
 
   @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
   @pytest.mark.parametrize(
     "spec",
     [
-      Spec("several_chunks", n=5000, heads=4, groups=2, head_dim=128, k=300, window=200),
-      Spec(
-        "several_chunks_rising",
-        n=4500,
-        heads=2,
-        groups=2,
-        head_dim=128,
-        k=500,
-        window=77,
-        scores="rising",
-      ),
-      Spec(
-        "several_chunks_64",
-        n=4100,
-        heads=2,
-        groups=1,
-        head_dim=64,
-        k=130,
-        window=0,
-        documents=(1500, 3, 700),
-      ),
-      Spec("large_budget", n=6000, heads=1, groups=1, head_dim=128, k=4096, window=128),
       Spec(
         "several_chunks_256",
         n=4500,
@@ -82,81 +46,12 @@ class TestMosaicGpu(AttentionTest):
     ],
     ids=lambda spec: spec.name,
   )
-  def test_long_rows_match_xla(self, spec, dtype):
-    inputs = [x.astype(dtype) for x in make_inputs(spec)[:3]] + [make_inputs(spec)[3]]
-    cotangent, ids = (
-      jax.random.normal(jax.random.key(1), inputs[0].shape).astype(dtype),
-      segment_ids(spec),
-    )
-    attend = lambda implementation: functools.partial(
-      sparsek.sparsek_attention,
-      k=spec.k,
-      window=spec.window,
-      gate="value",
-      segment_ids=ids,
-      implementation=implementation,
-    )
-    ours, plain = (
-      output_and_gradients(attend(implementation), inputs, cotangent)
-      for implementation in ("mosaic_gpu", "xla")
-    )
-    again = output_and_gradients(attend("mosaic_gpu"), inputs, cotangent)
-    for name, x, y, z in zip(("out", "query", "key", "value", "scores"), ours, plain, again):
-      assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < 1e-2, name
-      np.testing.assert_array_equal(
-        np.asarray(x.astype(jnp.float32)), np.asarray(z.astype(jnp.float32))
-      )
+  def test_long_rows_of_wide_heads_match_xla(self, spec, dtype):
+    self.check_long_rows(spec, dtype)
 
-  @pytest.mark.parametrize(
-    "n, window, head_dim, documents",
-    [
-      (4100, 300, 64, (1500, 3, 700)),
-      (2500, 2500, 128, ()),
-      (4100, 300, 256, (1500, 3, 700)),
-      (2500, 600, 256, ()),
-      (1023, 1023, 64, ()),
-      (129, 5, 40, ()),
-      (130, 1, 40, ()),
-    ],
-  )
-  def test_sliding_window_matches_xla(self, n, window, head_dim, documents):
-    """Full attention is a window as long as the row."""
-    spec = Spec(
-      "window",
-      n=n,
-      heads=4,
-      groups=2,
-      head_dim=head_dim,
-      k=1,
-      window=window,
-      documents=documents,
-      dtype=self.dtype,
-    )
-    *inputs, _ = make_inputs(spec)
-    cotangent, ids = (
-      jax.random.normal(jax.random.key(1), inputs[0].shape).astype(self.dtype),
-      segment_ids(spec),
-    )
-
-    def run(implementation):
-      attend = functools.partial(
-        sparsek.sliding_window_attention,
-        window=window,
-        segment_ids=ids,
-        implementation=implementation,
-      )
-      out, vjp = jax.vjp(attend, *inputs)
-      return out, *vjp(cotangent)
-
-    expected = jax.jit(run, static_argnums=0)("xla")
-    for implementation in ("mosaic_gpu",) if documents or window == 1 else ("mosaic_gpu", "cudnn"):
-      for name, x, y in zip(
-        ("out", *ARGUMENTS), jax.jit(run, static_argnums=0)(implementation), expected
-      ):
-        assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < 1e-2, (
-          implementation,
-          name,
-        )
+  @pytest.mark.parametrize("n, window, documents", [(4100, 300, (1500, 3, 700)), (2500, 600, ())])
+  def test_sliding_window_of_wide_heads_matches_xla(self, n, window, documents):
+    self.check_sliding_window(n, window, 256, documents)
 
   def test_is_the_default(self):
     inputs = self.problem(SPECS[0])[0]
@@ -227,26 +122,10 @@ def test_arithmetic_of_a_tile_is_that_of_the_reference(gate):
   np.testing.assert_allclose(of_gates(), expected_gate, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-  jax.__version_info__ < (0, 11),
-  reason="the interpreter of GPU kernels in JAX 0.10 did not finish within 6 minutes",
-)
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels themselves run on this GPU")
+@interpreted.slow
 @pytest.mark.parametrize("name", interpreted.CASES)
 def test_interpreted_kernels_match_the_truth(name):
-  """Runs in a new process: with fewer devices than threads the interpreter waits for itself."""
-  environment = {
-    **os.environ,
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-  }
-  command = [sys.executable, "-m", "tests.kernels.hopper.interpreted", name]
-  done = subprocess.run(
-    command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False
-  )
-  assert done.returncode == 0, done.stderr
-  errors = json.loads(done.stdout)
+  errors = interpreted.errors_of(name)
   assert set(errors) == {"out", *ARGUMENTS} and max(errors.values()) < 1e-2, errors
 
 

@@ -1,16 +1,20 @@
 """Runs the Mosaic GPU kernels by interpretation on a small problem and prints their errors as JSON:
-python -m tests.kernels.hopper.interpreted CASE.
+python -m tests.kernels.hopper.interpreted CASE [ampere].
 """
 
 import json
+import os
+import pathlib
+import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+import pytest
 
 from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import select
+from sparsek.kernels.ampere import attention as ampere_attention
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.hopper import attention_forward_program
 from sparsek.kernels.specs import Spec
@@ -123,8 +127,41 @@ CASES = {
 FIRST_QUERY = {"last_queries": 270, "window_only": 128, "wide": 150}
 
 
-def main(name: str) -> None:
-  """Prints the relative error of the output and of every gradient."""
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+def slow(test):
+  """Marks a test that runs kernels by interpretation."""
+  test = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the kernels themselves run on this GPU"
+  )(test)
+  too_slow = "the interpreter of GPU kernels in JAX 0.10 did not finish within 6 minutes"
+  return pytest.mark.slow(pytest.mark.skipif(jax.__version_info__ < (0, 11), reason=too_slow)(test))
+
+
+def errors_of(*arguments: str) -> dict[str, float]:
+  """Returns what `main` prints in a new process: with fewer devices than threads the interpreter
+  waits for itself.
+  """
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+  }
+  command = [sys.executable, "-m", "tests.kernels.hopper.interpreted", *arguments]
+  done = subprocess.run(
+    command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def main(name: str, room: str = "hopper") -> None:
+  """Prints the relative error of the output and of every gradient, by the kernels of a room."""
+  # a private name of JAX, which other versions lack
+  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+  kernels = {"hopper": hopper_attention.HOPPER, "ampere": ampere_attention.KERNELS}[room]
   at_once = 1 if name == "documents" else 3  # so that programs compute several blocks
   attention_forward_program.programs_at_once = lambda: at_once
   if name == "wide_rising":
@@ -156,6 +193,7 @@ def main(name: str) -> None:
       window=spec.window,
       gate=gate,
       scale=spec.head_dim**-0.5,
+      kernels=kernels,
       interpret=InterpretGPUParams(),
     )
 
@@ -175,4 +213,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(*sys.argv[1:])

@@ -1,0 +1,72 @@
+"""The kernels for GPUs since Ampere: the shared behaviours on such a GPU; elsewhere the kernels
+interpreted, and what they refuse.
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sparsek
+from sparsek.kernels import devices
+from sparsek.kernels.ampere import attention as ampere_attention
+from tests.kernels.attention_base import ARGUMENTS
+from tests.kernels.gpu_attention_base import GpuAttentionTest
+from tests.kernels.hopper import interpreted
+
+
+@pytest.mark.gpu
+class TestMosaicMma(GpuAttentionTest):
+  implementation = "mosaic_mma"
+
+
+@interpreted.slow
+@pytest.mark.parametrize("name", [name for name in interpreted.CASES if "wide" not in name])
+def test_interpreted_kernels_match_the_truth(name):
+  errors = interpreted.errors_of(name, "ampere")
+  assert set(errors) == {"out", *ARGUMENTS} and max(errors.values()) < 1e-2, errors
+
+
+@pytest.mark.parametrize(
+  "dtype, head_dim, words",
+  [
+    ("float32", 64, "float32"),
+    ("bfloat16", 136, "head_dim 136; at most 128"),
+    ("bfloat16", 64, "needs an NVIDIA GPU"),
+  ],
+)
+def test_says_why_it_cannot_run(dtype, head_dim, words):
+  if "NVIDIA" in words and jax.default_backend() == "gpu":
+    pytest.skip("there is a GPU")
+  x = jnp.zeros((1, 8, 1, head_dim), dtype)
+  with pytest.raises(NotImplementedError, match=f"'mosaic_mma' cannot run here: .*{words}"):
+    sparsek.sparsek_attention(
+      x, x, x, jnp.zeros((1, 8, 1)), k=2, window=2, implementation="mosaic_mma"
+    )
+
+
+@pytest.mark.parametrize(
+  "kind, capability, words",
+  [
+    ("Tesla T4", "7.5", "needs an NVIDIA GPU"),
+    ("NVIDIA Tesla T4", "7.5", "capability 8.0 or newer; NVIDIA Tesla T4 has 7.5"),
+    ("NVIDIA A100-SXM4-40GB", "8.0", None),
+    ("NVIDIA GeForce RTX 4090", "8.9", None),
+    ("NVIDIA H200", "9.0", None),
+    ("NVIDIA B200", "10.0", None),
+    ("AMD MI300", "gfx942", "needs an NVIDIA GPU"),
+  ],
+)
+def test_runs_on_gpus_since_ampere(kind, capability, words, monkeypatch):
+  seen = types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+  monkeypatch.setattr(jax, "devices", lambda *_: [seen])
+  monkeypatch.setattr(devices, "SUPPORTED", True)
+  monkeypatch.setattr(devices, "import_refusal", lambda module: None)
+  refusal = devices.mma_refusal(jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16))
+  assert refusal is None if words is None else words in refusal
+  assert devices.can_select() == (capability[0] in "189" and capability != "7.5")
+
+
+def test_limits_are_those_of_the_kernels():
+  assert devices.AMPERE_MAX_HEAD_DIM == max(ampere_attention.KERNELS)

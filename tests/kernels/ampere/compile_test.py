@@ -1,0 +1,32 @@
+"""The kernels for GPUs since Ampere compiled by the real compiler for each compute capability,
+without such a GPU; `make test-compile` runs this where the compiler is installed.
+"""
+
+import importlib.util
+
+import pytest
+
+from tests.kernels.ampere.compiler import GPUS, measured
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="needs the CUDA compiler of JAX: make test-compile installs it",
+)
+# Pointers that a tile reads once: the inner products spill nothing.
+MOST_SPILLED = 64
+SELECTION = {"sparsek_walk", "sparsek_write_lists", "sparsek_gather_rows", "sparsek_sum_rows"}
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_compiles(capability):
+  """Attention, its selection and all gradients; too much shared memory is an error."""
+  cases = ("heads of 128", "heads of 128, value", "heads of 64, key_value", "grouped heads")
+  figures = measured(capability, *(f"--case={name}" for name in cases))
+  assert set(figures["other_kernels"]) >= SELECTION
+  assert set(figures["cases"]) == set(cases)
+  for name, kernels in figures["cases"].items():
+    assert len(kernels) == 3 + 1  # forward, queries, keys of the lists and of the window
+    for kernel in kernels:
+      print(f"{capability} {name}: {kernel}")
+      assert kernel["shared_bytes"] <= GPUS[capability].shared_kib * 1024
+      assert kernel["spilled_bytes"] <= MOST_SPILLED
