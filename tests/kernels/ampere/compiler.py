@@ -77,10 +77,11 @@ CASES = {
   "heads of 64": (Spec("narrow", head_dim=64, dtype="bfloat16", **HEADS), "straight_through"),
   "heads of 64, key_value": (Spec("narrow", head_dim=64, dtype="float16", **HEADS), "key_value"),
   "grouped heads": (
-    Spec("grouped", n=5000, heads=8, groups=2, head_dim=100, k=300, window=0, dtype="bfloat16"),
+    Spec("grouped", n=5000, heads=8, groups=2, head_dim=100, k=300, window=9, dtype="bfloat16"),
     "straight_through",
   ),
 }
+SELECTION = "selection"  # compiled with the sizes of the first case
 
 
 def device_of(capability: str) -> jax.Device:
@@ -127,22 +128,50 @@ def target_of(capability: str, shared: dict[str, int]) -> Iterator[jax.Device]:
 
 
 def compile_case(device: jax.Device, spec: Spec, gate: str) -> None:
-  """Compiles attention with its selection, and all gradients, by the default implementation."""
-  shape = lambda dtype, *dims: jax.ShapeDtypeStruct(
-    (spec.batch, spec.n, *dims), dtype, sharding=jax.sharding.SingleDeviceSharding(device)
-  )
-  query = shape(spec.dtype, spec.heads, spec.head_dim)
-  key = shape(spec.dtype, spec.groups, spec.head_dim)
-  attend = functools.partial(
-    sparsek.sparsek_attention, k=spec.k, window=spec.window, gate=gate, implementation="mosaic_mma"
-  )
+  """Compiles attention and all gradients, given the selection."""
+  from sparsek.kernels.ampere import attention as ampere
 
-  def gradients(cotangent, *inputs):
-    out, vjp = jax.vjp(attend, *inputs)
+  query, key, scores = _inputs(device, spec)
+  by_head = jax.ShapeDtypeStruct(
+    (spec.batch, spec.groups, spec.n), jnp.float32, sharding=scores.sharding
+  )
+  tokens = by_head.update(dtype=jnp.int32)
+  bound = jax.ShapeDtypeStruct((spec.batch, spec.n), jnp.int32, sharding=scores.sharding)
+
+  def gradients(cotangent, query, key, value, scores, threshold, *rest):
+    attend = lambda *inputs: ampere.attention(
+      *inputs, *rest, k=spec.k, window=spec.window, gate=gate, scale=spec.head_dim**-0.5
+    )
+    out, vjp = jax.vjp(attend, query, key, value, scores, threshold)
     return out, vjp(cotangent)
 
-  scores = shape(jnp.float32, spec.groups)
-  jax.jit(gradients).lower(query, query, key, key, scores).compile()
+  arguments = query, query, key, key, by_head, by_head, tokens, tokens, bound, bound
+  jax.jit(gradients).lower(*arguments).compile()
+
+
+def compile_selection(device: jax.Device, spec: Spec) -> None:
+  """Compiles thresholds and expiry, and the gradient of the scores."""
+  scores = _inputs(device, spec)[2]
+
+  def gradient(scores, cotangent):
+    select = lambda scores: sparsek.causal_sparsek(scores, k=spec.k, delay=spec.window)
+    selection, vjp = jax.vjp(lambda scores: select(scores).threshold, scores)
+    return select(scores), vjp(cotangent)
+
+  jax.jit(gradient).lower(scores, scores).compile()
+
+
+def _inputs(device: jax.Device, spec: Spec) -> list[jax.ShapeDtypeStruct]:
+  """Returns queries, keys and scores."""
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  return [
+    jax.ShapeDtypeStruct((spec.batch, spec.n, *dims), dtype, sharding=sharding)
+    for dtype, dims in (
+      (spec.dtype, (spec.heads, spec.head_dim)),
+      (spec.dtype, (spec.groups, spec.head_dim)),
+      (jnp.float32, (spec.groups,)),
+    )
+  ]
 
 
 @contextlib.contextmanager
@@ -186,21 +215,25 @@ def measure(capability: str, names: list[str]) -> dict:
   others: set[str] = set()
   shared: dict[str, int] = {}
   with target_of(capability, shared) as device:
-    for name in names:
+    for name in (*names, SELECTION):
       lines: list[str] = []
       try:
         with standard_output(lines):
-          compile_case(device, *CASES[name])
+          if name == SELECTION:
+            compile_selection(device, CASES[names[0]][0])
+          else:
+            compile_case(device, *CASES[name])
       except Exception:
         print(*lines, sep="\n", file=sys.stderr)
         raise
       kernels = kernels_of(lines)
       others |= {kernel["kernel"] for kernel in kernels if "_mma_" not in kernel["kernel"]}
-      cases[name] = [
-        kernel | {"shared_bytes": shared[kernel["kernel"]]}
-        for kernel in kernels
-        if "_mma_" in kernel["kernel"]
-      ]
+      if name != SELECTION:
+        cases[name] = [
+          kernel | {"shared_bytes": shared[kernel["kernel"]]}
+          for kernel in kernels
+          if "_mma_" in kernel["kernel"]
+        ]
   return {"cases": cases, "other_kernels": sorted(others)}
 
 
@@ -238,7 +271,7 @@ def main(options: argparse.Namespace) -> None:
     "capabilities": {},
   }
   for capability in wanted:
-    figures = measured(capability)
+    figures = measured(capability, *(f"--case={name}" for name in options.case or ()))
     record["capabilities"][capability] = GPUS[capability]._asdict() | figures
     for name, kernels in figures["cases"].items():
       for kernel in kernels:
