@@ -13,7 +13,7 @@ SELECTION = "thresholds and lists"  # a kind of kernels
 KINDS = (
   (
     "attention",
-    r"sparsek_(forward|query_gradients|key_gradients)"
+    r"sparsek_(mma_)?(forward|query_gradients|key_gradients)"
     r"|cudnn.*(sdpa|fort_native|compute_dot_do_o|convert_dq)|flash|splash",
   ),
   ("norms", r"sparsek_rms_norm"),

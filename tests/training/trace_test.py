@@ -11,6 +11,7 @@ from sparsek.training import trace
   "name, kind",
   [
     ("sparsek_forward_mosaic_gpu_kernel", "attention"),
+    ("sparsek_mma_key_gradients_mosaic_gpu_kernel", "attention"),
     ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
     ("void cudnn::fusion::compute_dot_do_o_specialized<true>", "attention"),
     ("sparsek_walk_mosaic_gpu_kernel", "thresholds and lists"),
