@@ -22,16 +22,13 @@ HOPPER = "9.0"  # compute capability of H100 and H200
 HOPPER_MAX_HEAD_DIM = 256
 AMPERE = (8, 0)  # the earliest compute capability with cp.async and mma of bfloat16
 AMPERE_MAX_HEAD_DIM = 128
-SELECTION_KERNELS = ("hopper.thread_ops", "hopper.prefix_thresholds", "hopper.prefix_gradients")
-THREAD_KERNELS = SELECTION_KERNELS + tuple(
+# for thresholds, expiry and norms: they need nothing of Hopper
+PORTABLE_KERNELS = tuple(
+  f"hopper.{name}" for name in ("thread_ops", "prefix_thresholds", "prefix_gradients", "rms_norm")
+)
+THREAD_KERNELS = PORTABLE_KERNELS + tuple(
   f"hopper.{name}"
-  for name in (
-    "rms_norm",
-    "small_batch_matmul",
-    "fused_decode_layer",
-    "decode_attention",
-    "decode_eviction",
-  )
+  for name in ("small_batch_matmul", "fused_decode_layer", "decode_attention", "decode_eviction")
 )
 TPU_MAX_HEAD_DIM = 256
 _target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
@@ -96,13 +93,13 @@ def can_run() -> bool:
   return SUPPORTED and on_hopper and _can_import(THREAD_KERNELS)
 
 
-def can_select() -> bool:
-  """Tells whether the kernels for thresholds and expiry (SELECTION_KERNELS) can run here, which
-  need nothing of Hopper; warns as `can_run`.
+def can_run_portable() -> bool:
+  """Tells whether the kernels of single threads that need nothing of Hopper (PORTABLE_KERNELS) can
+  run here; warns as `can_run`.
   """
   device = device_here()
   capable = device.platform == "gpu" and since_ampere(device)
-  return SUPPORTED and capable and _can_import(SELECTION_KERNELS)
+  return SUPPORTED and capable and _can_import(PORTABLE_KERNELS)
 
 
 def since_ampere(device: jax.Device) -> bool:

@@ -37,10 +37,10 @@ def branched_rms_norm(
 
 
 def has_kernels(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
-  """Tells whether kernels compute the norm of x and its gradients here: on Hopper GPUs, of 16-bit
-  numbers, where the width suits them.
+  """Tells whether kernels compute the norm of x and its gradients here: on NVIDIA GPUs since
+  Ampere, of 16-bit numbers, where the width suits them.
   """
-  if x.dtype not in (jnp.bfloat16, jnp.float16) or x.ndim != 3 or not devices.can_run():
+  if x.dtype not in (jnp.bfloat16, jnp.float16) or x.ndim != 3 or not devices.can_run_portable():
     return False
   from sparsek.kernels.hopper.rms_norm import MAX_WIDTH, MULTIPLE
 

@@ -167,7 +167,7 @@ def _thresholds(k, window, query, key, value, scores):
   by_head = jnp.swapaxes(scores, 1, 2)
   bounds = documents.document_bounds(None, *scores.shape[:2])
   threshold, expiry, order = prefix_selection.select(
-    by_head, *bounds, k, window, False, devices.can_select()
+    by_head, *bounds, k, window, False, devices.can_run_portable()
   )
   return jnp.swapaxes(threshold, 1, 2), (expiry, order)
 
@@ -196,7 +196,7 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
       k=k,
       window=window,
       chunk=hopper_attention.chunk_size(n),
-      kernels=devices.can_select(),
+      kernels=devices.can_run_portable(),
     )
   chunk = compaction.chunk_size(n, k, window)
   make = functools.partial(compaction.chunk_lists, k=k, window=window, chunk=chunk)

@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> None:
 
   print(f"{heads} heads x {n} tokens, k = delay = {k}, {jax.devices()[0].device_kind}")
 
-  kernels = devices.can_select()
+  kernels = devices.can_run_portable()
 
   def select(packed, scores, start, end):
     return prefix_selection.select(scores, start, end, k, k, packed, kernels)

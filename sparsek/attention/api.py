@@ -194,7 +194,9 @@ def _sparsek_attention(
     )
   scores = jnp.swapaxes(scores.astype(jnp.float32), 1, 2)
   start, end = document_bounds(segment_ids, *query.shape[:2])
-  selection = select(scores, start, end, k, window, segment_ids is not None, devices.can_select())
+  selection = select(
+    scores, start, end, k, window, segment_ids is not None, devices.can_run_portable()
+  )
   return attend_selected(chosen, query, key, value, scores, selection, start, end, options)
 
 

@@ -350,7 +350,7 @@ def evicting_attention(
     (expiry,) = saved(expiries(rule, *seen, start, end, k, window, scale))
   order = expiry  # which XLA does not read
   if chosen in PALLAS:
-    (order,) = saved(order_by_expiry(expiry, devices.can_select()))
+    (order,) = saved(order_by_expiry(expiry, devices.can_run_portable()))
   zeros = jnp.zeros((batch, groups, n), jnp.float32)
   options = Options(k, window, "straight_through", scale)
   selection = zeros, expiry, order

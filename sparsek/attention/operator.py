@@ -195,6 +195,6 @@ def causal_sparsek(
     min(int(k), n),
     min(int(delay), n),
     segment_ids is not None,
-    devices.can_select(),
+    devices.can_run_portable(),
   )
   return CausalSelection(jnp.swapaxes(threshold, 1, 2), jnp.swapaxes(expiry, 1, 2))

@@ -47,7 +47,7 @@ def select(
     start, end: [batch, n], from `document_bounds`.
     k, delay: as in `causal_sparsek`.
     packed: whether there may be more than one document in a row.
-    kernels: whether to use those for GPUs; `devices.can_select()` tells whether they can run.
+    kernels: whether to use those for GPUs; `devices.can_run_portable()` tells whether they can run.
   """
   n = scores.shape[-1]
   token = jnp.arange(n, dtype=jnp.int32)

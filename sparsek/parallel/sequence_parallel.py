@@ -182,7 +182,7 @@ def sparsek_attention(
   tau = _behind(slots + span.halo, threshold, -jnp.inf)
   order = row.expiry
   if chosen in PALLAS:
-    (order,) = saved(order_by_expiry(row.expiry, devices.can_select()))
+    (order,) = saved(order_by_expiry(row.expiry, devices.can_run_portable()))
   return api.attend_selected(
     chosen,
     query,
@@ -216,7 +216,9 @@ def select_own(
     [B, L, G] each; expiry counts tokens from the start of the row.
   """
   (whole,) = saved(to_whole_rows(scores))
-  selection = select(jnp.swapaxes(whole, 1, 2), start, end, k, window, packed, devices.can_select())
+  selection = select(
+    jnp.swapaxes(whole, 1, 2), start, end, k, window, packed, devices.can_run_portable()
+  )
   threshold, expiry = (jnp.swapaxes(x, 1, 2) for x in selection[:2])
   heads = scores.shape[2]
   if start.shape[1] <= MAX_SHARD:  # float32 holds every expiry: one exchange does

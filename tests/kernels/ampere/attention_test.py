@@ -65,7 +65,7 @@ def test_runs_on_gpus_since_ampere(kind, capability, words, monkeypatch):
   monkeypatch.setattr(devices, "import_refusal", lambda module: None)
   refusal = devices.mma_refusal(jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16))
   assert refusal is None if words is None else words in refusal
-  assert devices.can_select() == (capability[0] in "189" and capability != "7.5")
+  assert devices.can_run_portable() == (capability[0] in "189" and capability != "7.5")
 
 
 def test_limits_are_those_of_the_kernels():

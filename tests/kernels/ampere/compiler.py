@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 import sparsek
 from sparsek.kernels import devices
+from sparsek.kernels.rms_norm import branched_rms_norm
 from sparsek.kernels.specs import Spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -81,7 +82,7 @@ CASES = {
     "straight_through",
   ),
 }
-SELECTION = "selection"  # compiled with the sizes of the first case
+PORTABLE = "portable"  # selection and norms, compiled with the sizes of the first case
 
 
 def device_of(capability: str) -> jax.Device:
@@ -149,8 +150,8 @@ def compile_case(device: jax.Device, spec: Spec, gate: str) -> None:
   jax.jit(gradients).lower(*arguments).compile()
 
 
-def compile_selection(device: jax.Device, spec: Spec) -> None:
-  """Compiles thresholds and expiry, and the gradient of the scores."""
+def compile_portable(device: jax.Device, spec: Spec) -> None:
+  """Compiles thresholds and expiry, and norms, with their gradients."""
   scores = _inputs(device, spec)[2]
 
   def gradient(scores, cotangent):
@@ -159,6 +160,14 @@ def compile_selection(device: jax.Device, spec: Spec) -> None:
     return select(scores), vjp(cotangent)
 
   jax.jit(gradient).lower(scores, scores).compile()
+  x = jax.ShapeDtypeStruct((1, spec.n, 1024), spec.dtype, sharding=scores.sharding)
+  scale = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=scores.sharding)
+
+  def norm_gradients(x, scale, *cotangents):
+    norm = functools.partial(branched_rms_norm, epsilon=1e-6)
+    return jax.vjp(norm, x, scale)[1](cotangents)
+
+  jax.jit(norm_gradients).lower(x, scale, x, x).compile()
 
 
 def _inputs(device: jax.Device, spec: Spec) -> list[jax.ShapeDtypeStruct]:
@@ -215,12 +224,12 @@ def measure(capability: str, names: list[str]) -> dict:
   others: set[str] = set()
   shared: dict[str, int] = {}
   with target_of(capability, shared) as device:
-    for name in (*names, SELECTION):
+    for name in (*names, PORTABLE):
       lines: list[str] = []
       try:
         with standard_output(lines):
-          if name == SELECTION:
-            compile_selection(device, CASES[names[0]][0])
+          if name == PORTABLE:
+            compile_portable(device, CASES[names[0]][0])
           else:
             compile_case(device, *CASES[name])
       except Exception:
@@ -228,7 +237,7 @@ def measure(capability: str, names: list[str]) -> dict:
         raise
       kernels = kernels_of(lines)
       others |= {kernel["kernel"] for kernel in kernels if "_mma_" not in kernel["kernel"]}
-      if name != SELECTION:
+      if name != PORTABLE:
         cases[name] = [
           kernel | {"shared_bytes": shared[kernel["kernel"]]}
           for kernel in kernels

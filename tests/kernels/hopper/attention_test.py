@@ -15,6 +15,7 @@ from sparsek.attention.documents import document_bounds
 from sparsek.attention.prefix_selection import select
 from sparsek.config import GATES
 from sparsek.kernels import cudnn, devices, gates
+from sparsek.kernels.ampere import attention as ampere_attention
 from sparsek.kernels.hopper import attention as hopper_attention
 from sparsek.kernels.hopper.common import joined
 from sparsek.kernels.hopper.work import ListWork, QueryWork, Work
@@ -129,8 +130,11 @@ def test_interpreted_kernels_match_the_truth(name):
   assert set(errors) == {"out", *ARGUMENTS} and max(errors.values()) < 1e-2, errors
 
 
-@pytest.mark.parametrize("head_dim", (128, 256))
-def test_gradients_trace_inside_shard_map(head_dim):
+@pytest.mark.parametrize(
+  "head_dim, kernels",
+  [(128, hopper_attention.HOPPER), (256, hopper_attention.HOPPER), (128, ampere_attention.KERNELS)],
+)
+def test_gradients_trace_inside_shard_map(head_dim, kernels):
   """Checks types only: no GPU is needed."""
   spec = Spec(
     "sharded", n=80, batch=2, heads=4, groups=2, head_dim=head_dim, k=8, window=8, dtype="bfloat16"
@@ -154,6 +158,7 @@ def test_gradients_trace_inside_shard_map(head_dim):
       window=spec.window,
       gate="value",
       scale=1.0,
+      kernels=kernels,
     )
     return jnp.sum(out.astype(jnp.float32) ** 2)
 
