@@ -36,6 +36,7 @@ def gpu(monkeypatch):
     numbers = lambda text: tuple(map(int, text.split(".")))
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     monkeypatch.setattr(devices, "can_run", lambda: False)
+    monkeypatch.setattr(devices, "can_run_portable", lambda: False)
     monkeypatch.setattr(
       wrapper, "check_compute_capability", lambda least: numbers(capability) >= numbers(least)
     )
