@@ -9,6 +9,7 @@ A program computes a block of 64 queries of one head. Queries stay in registers;
   integers          2 + stages, 64  int32     window_start and entered of the queries, last of keys
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +27,10 @@ from sparsek.kernels.ampere.tiles import (
   position,
   run_kernel,
   vector_buffer,
+  visit,
 )
 from sparsek.kernels.ampere.warp_products import BLOCK
+from sparsek.kernels.hopper.attention_forward_program import Inputs, Outputs
 from sparsek.kernels.hopper.attention_tiles import Listed, Pairs, live_pairs
 from sparsek.kernels.hopper.common import (
   COLUMN,
@@ -40,26 +43,6 @@ from sparsek.kernels.hopper.common import (
   grid_of,
 )
 from sparsek.kernels.sentinels import LOWEST
-
-
-class Inputs(NamedTuple):
-  """Arrays in global memory: the arguments of `forward`."""
-
-  query: Any
-  key: Any
-  value: Any
-  window_start: Any
-  entered: Any
-  tau: Any
-  listed: Listed
-  bounds: Any
-
-
-class Outputs(NamedTuple):
-  """Results in global memory."""
-
-  out: Any
-  logsumexp: Any
 
 
 class Scratch(NamedTuple):
@@ -171,46 +154,18 @@ def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch
     matrices.load(staging),
     matrices.vector(tau, ROW) if gated else None,
   )
-  acc, top, total = _sweep(program)
+  carry = (
+    matrices.full((BLOCK, options.dim), 0, MATRIX),
+    matrices.full((BLOCK,), LOWEST, ROW),
+    matrices.full((BLOCK,), 0, ROW),
+  )
+  acc, top, total = visit(steps, functools.partial(_tile, program), carry)
   matrices.sync()
   _store(program, outputs, scratch, acc, top, total)
 
 
-def _sweep(program: Program) -> tuple:
-  """Visits all tiles; returns the online softmax (see `_tile`)."""
-  steps, registers = program.steps, program.options.registers
-  t0, t1, t2, t3, _, t5 = steps.bounds
-
-  def near(**kind):
-    return lambda step, carry: _tile(
-      program, carry, step, steps.newest - step, is_list=False, **kind
-    )
-
-  def far(**kind):
-    return lambda t, carry: _tile(program, carry, steps.in_window + t - t0, t, is_list=True, **kind)
-
-  carry = (
-    registers.full((BLOCK, program.options.dim), 0, MATRIX),
-    registers.full((BLOCK,), LOWEST, ROW),
-    registers.full((BLOCK,), 0, ROW),
-  )
-  carry = near(exits=True, enters=True)(jnp.int32(0), carry)
-  carry = lax.fori_loop(1, steps.newest - t5 + 1, near(), carry)
-  carry = lax.fori_loop(steps.newest - t5 + 1, steps.in_window, near(exits=True), carry)
-  carry = lax.fori_loop(t0, t1, far(exits=True), carry)
-  carry = lax.fori_loop(t1, t2, far(), carry)
-  return lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
-
-
 def _tile(
-  program: Program,
-  carry: tuple,
-  step: Any,
-  t: Any,
-  *,
-  is_list: bool,
-  exits: bool = False,
-  enters: bool = False,
+  program: Program, carry: tuple, step: Any, t: Any, is_list: bool, exits: bool, enters: bool
 ) -> tuple:
   """Adds one tile to the online softmax.
 

@@ -33,6 +33,7 @@ from sparsek.kernels.ampere.tiles import matrix_buffer, parts_of, run_kernel, ve
 from sparsek.kernels.ampere.warp_matrices import Matrices
 from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.gates import tile_gradients, tile_weights
+from sparsek.kernels.hopper.attention_key_program import Inputs, Outputs
 from sparsek.kernels.hopper.common import (
   COLUMN,
   LOG2_E,
@@ -48,32 +49,6 @@ from sparsek.kernels.hopper.common import (
   read_bounds,
 )
 from sparsek.kernels.hopper.work import ListWork, Work
-
-
-class Inputs(NamedTuple):
-  """Arrays in global memory, the arguments of `key_gradients`; score and tau are None for the
-  window.
-  """
-
-  query: Any
-  key: Any
-  value: Any
-  cotangent: Any
-  logsumexp: Any
-  delta: Any
-  first: Any
-  last: Any
-  bounds: Any
-  score: Any
-  tau: Any
-
-
-class Outputs(NamedTuple):
-  """Results in global memory; dscore is None for the window."""
-
-  dkey: Any
-  dvalue: Any
-  dscore: Any
 
 
 class Scratch(NamedTuple):

@@ -11,6 +11,7 @@ come before its keys here:
   dP = cotangent value^T                       S = query key^T, P, dS;  dquery += dS key
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +30,11 @@ from sparsek.kernels.ampere.tiles import (
   position,
   run_kernel,
   vector_buffer,
+  visit,
 )
 from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.gates import tile_gradients, tile_weights
+from sparsek.kernels.hopper.attention_query_gradients import Inputs, Outputs
 from sparsek.kernels.hopper.attention_tiles import Listed, Pairs, live_pairs
 from sparsek.kernels.hopper.common import (
   COLUMN,
@@ -44,30 +47,6 @@ from sparsek.kernels.hopper.common import (
   grid_of,
   in_block,
 )
-
-
-class Inputs(NamedTuple):
-  """Arrays in global memory: the arguments of `query_gradients`."""
-
-  query: Any
-  key: Any
-  value: Any
-  cotangent: Any
-  out: Any
-  logsumexp: Any
-  window_start: Any
-  entered: Any
-  tau: Any
-  listed: Listed
-  bounds: Any
-
-
-class Outputs(NamedTuple):
-  """Results in global memory."""
-
-  dquery: Any
-  delta: Any
-  dtau: Any
 
 
 class Scratch(NamedTuple):
@@ -196,45 +175,14 @@ def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch
     cotangent,
     delta,
   )
-  dquery, dgate = _sweep(program)
+  carry = matrices.full((BLOCK, options.dim), 0, MATRIX), matrices.full((BLOCK,), 0, ROW)
+  dquery, dgate = visit(steps, functools.partial(_tile, program), carry)
   matrices.sync()
   _store(program, outputs, scratch, dquery, dgate)
 
 
-def _sweep(program: Program) -> tuple:
-  """Visits all tiles; returns the gradients (see `_tile`)."""
-  steps, registers = program.steps, program.options.registers
-  t0, t1, t2, t3, _, t5 = steps.bounds
-
-  def near(**kind):
-    return lambda step, carry: _tile(
-      program, carry, step, steps.newest - step, is_list=False, **kind
-    )
-
-  def far(**kind):
-    return lambda t, carry: _tile(program, carry, steps.in_window + t - t0, t, is_list=True, **kind)
-
-  carry = (
-    registers.full((BLOCK, program.options.dim), 0, MATRIX),
-    registers.full((BLOCK,), 0, ROW),
-  )
-  carry = near(exits=True, enters=True)(jnp.int32(0), carry)
-  carry = lax.fori_loop(1, steps.newest - t5 + 1, near(), carry)
-  carry = lax.fori_loop(steps.newest - t5 + 1, steps.in_window, near(exits=True), carry)
-  carry = lax.fori_loop(t0, t1, far(exits=True), carry)
-  carry = lax.fori_loop(t1, t2, far(), carry)
-  return lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
-
-
 def _tile(
-  program: Program,
-  carry: tuple,
-  step: Any,
-  t: Any,
-  *,
-  is_list: bool,
-  exits: bool = False,
-  enters: bool = False,
+  program: Program, carry: tuple, step: Any, t: Any, is_list: bool, exits: bool, enters: bool
 ) -> tuple:
   """Adds the gradients from one tile.
 

@@ -18,6 +18,7 @@ and so on. With `stages` slots of keys and of values, 2 stages - 1 groups are on
 Each copy goes where all warps have read before the wait.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsek.kernels.ampere.warp_matrices import Matrices
 from sparsek.kernels.ampere.warp_products import BLOCK
 from sparsek.kernels.hopper.attention_tiles import Listed
-from sparsek.kernels.hopper.common import LOG2_E, Ref, axis_index, read_bounds, split_number
+from sparsek.kernels.hopper.common import (
+  LOG2_E,
+  Ref,
+  axis_index,
+  read_bounds,
+  split_number,
+  with_names,
+)
 
 
 def parts_of(gate: str, is_list: bool) -> list[Any]:
@@ -100,17 +108,8 @@ def run_kernel(
   Returns:
     The outputs, in order.
   """
-  parts = [jax.tree.flatten(part) for part in (inputs, outputs, scratch)]
-
-  def with_names(*refs):
-    named = []
-    for leaves, structure in parts:
-      named.append(jax.tree.unflatten(structure, refs[: len(leaves)]))
-      refs = refs[len(leaves) :]
-    body(*named)
-
   kernel = plgpu.kernel(
-    with_names,
+    with_names(body, inputs, outputs, scratch),
     out_type=jax.tree.leaves(outputs),
     scratch_types=jax.tree.leaves(scratch),
     compiler_params=plgpu.CompilerParams(
@@ -169,6 +168,34 @@ def find_steps(at: Position, bounds: Ref) -> Steps:
   t0, _, _, t3, t4, _ = bounds
   in_window = at.block - t4 + 1
   return Steps(bounds, at.block, in_window, in_window + t3 - t0)
+
+
+def visit(steps: Steps, tile: Callable, carry: tuple) -> tuple:
+  """Visits all tiles, in the order of the steps.
+
+  Args:
+    steps: see Steps.
+    tile: function (carry, step, t, is_list, exits, enters) -> carry; t is the tile's number among
+      those of the window or the list, for the others see `live_pairs`.
+    carry: the first one.
+
+  Returns:
+    The last carry.
+  """
+  t0, t1, t2, t3, _, t5 = steps.bounds
+
+  def near(exits=False, enters=False):
+    return lambda step, carry: tile(carry, step, steps.newest - step, False, exits, enters)
+
+  def far(exits=False, enters=False):
+    return lambda t, carry: tile(carry, steps.in_window + t - t0, t, True, exits, enters)
+
+  carry = near(exits=True, enters=True)(jnp.int32(0), carry)
+  carry = lax.fori_loop(1, steps.newest - t5 + 1, near(), carry)
+  carry = lax.fori_loop(steps.newest - t5 + 1, steps.in_window, near(exits=True), carry)
+  carry = lax.fori_loop(t0, t1, far(exits=True), carry)
+  carry = lax.fori_loop(t1, t2, far(), carry)
+  return lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
 
 
 class Tiles(NamedTuple):

@@ -95,17 +95,8 @@ def run_kernel(
   Returns:
     The outputs, in order.
   """
-  parts = [jax.tree.flatten(part) for part in (inputs, outputs, scratch)]
-
-  def with_names(*refs):
-    named = []
-    for leaves, structure in parts:
-      named.append(jax.tree.unflatten(structure, refs[: len(leaves)]))
-      refs = refs[len(leaves) :]
-    body(*named)
-
   kernel = plgpu.kernel(
-    with_names,
+    with_names(body, inputs, outputs, scratch),
     out_type=jax.tree.leaves(outputs),
     scratch_types=jax.tree.leaves(scratch),
     num_threads=COMPUTING + 1,
@@ -115,6 +106,22 @@ def run_kernel(
     **options,
   )
   return kernel(*jax.tree.leaves(inputs))
+
+
+def with_names(body: Callable, *parts: NamedTuple) -> Callable:
+  """Returns a function of all references of a kernel, in order, that calls `body` with NamedTuples
+  of them, like `parts`.
+  """
+  flat = [jax.tree.flatten(part) for part in parts]
+
+  def call(*refs):
+    named = []
+    for leaves, structure in flat:
+      named.append(jax.tree.unflatten(structure, refs[: len(leaves)]))
+      refs = refs[len(leaves) :]
+    body(*named)
+
+  return call
 
 
 class Tiling(NamedTuple):
