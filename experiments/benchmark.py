@@ -26,19 +26,20 @@ from sparsek.command_line.definer import into_string
 from sparsek.command_line.main import parse_first
 from sparsek.command_line.main import run as run_command
 from sparsek.errors import RunError, UsageError
-from sparsek.experiments.bench.flags import FLAGS
+from sparsek.experiments.bench.flags import FLAGS, check_workdir
 from sparsek.storage import files
 
 RECORD = outputs.record("record of experiments.benchmark", "flags", "rows", "summary")
 
 
 def check_flags() -> None:
-  """Raises UsageError unless --show or --record can be read or written."""
+  """Raises UsageError unless --show or --record can be read or written, and for --workdir."""
   if FLAGS.show:
     outputs.check_name("show", FLAGS.show)
     outputs.check_picture("show", FLAGS.show)
   elif FLAGS.record:
     outputs.check_record("record", FLAGS.record, RECORD, has_picture=True)
+  check_workdir()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from absl import flags as absl_flags
 
 from sparsek import config as config_lib
 from sparsek.command_line.definer import Definer
-from sparsek.command_line.flags import define_attention_flags
+from sparsek.command_line.flags import check_runs, define_attention_flags
+from sparsek.errors import UsageError
 from sparsek.kernels.score_families import SCORE_FAMILIES
 
 BASELINES = (
@@ -70,6 +71,9 @@ def _define_model(define: Definer) -> None:
     list(config_lib.PRESETS),
     "Model of the train and decode suites. By default gpt2_small in the train suite, 1b in the "
     "decode suite.",
+  )
+  define.path(
+    "workdir", None, "Decode suite: the model of this run, with random weights, not a preset."
   )
   define.integer("vocab_size", 32768, "Vocabulary of the model.", lower=1)
   define.real(
@@ -148,3 +152,16 @@ def _define_record(define: Definer) -> None:
 
 FLAGS = absl_flags.FlagValues()
 define_flags(FLAGS)
+
+
+def check_workdir() -> None:
+  """Raises UsageError where --workdir names no folder, or goes with flags that it excludes."""
+  folder = FLAGS.workdir
+  if not folder:
+    return
+  if FLAGS.suite != "decode":
+    raise UsageError(f"--workdir={folder} needs --suite=decode, got --suite={FLAGS.suite}")
+  for name in ("preset", "vocab_size"):
+    if FLAGS[name].present:
+      raise UsageError(f"--workdir={folder} and --{name}={FLAGS[name].value} exclude each other")
+  check_runs([folder])

@@ -1,7 +1,7 @@
 """The problems and jobs that the flags of experiments.benchmark ask for."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
@@ -15,6 +15,7 @@ from sparsek.experiments.bench import training_step as training_step_bench
 from sparsek.experiments.bench.flags import FLAGS, define_flags
 from sparsek.kernels.devices import on_nvidia_gpu
 from sparsek.kernels.score_families import SCORE_FAMILIES
+from sparsek.runs import run_record
 from sparsek.runs.settings import differences
 
 # fields of attention_bench.Problem that flags of the same name set
@@ -93,9 +94,16 @@ def problems() -> list[attention_bench.Problem]:
 
 
 def model(suite: str, flag_values: absl_flags.FlagValues = FLAGS) -> TransformerConfig:
-  """Returns the model that the flags describe."""
-  value = lambda name: flag_values[name].value
+  """Returns the model that the flags describe.
+
+  Raises:
+    UsageError: for a folder of --workdir that holds no run.
+  """
+  value: Callable[[str], Any] = lambda name: flag_values[name].value
   overrides = {name: value(name) for name in MODEL_FIELDS if value(name) is not None}
+  if value("workdir"):
+    config, _ = run_record.load_run_config(value("workdir"))
+    return dataclasses.replace(config, **overrides)
   return preset(value("preset") or PRESET[suite], vocab_size=value("vocab_size"), **overrides)
 
 

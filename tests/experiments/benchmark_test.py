@@ -163,6 +163,9 @@ def test_a_file_that_is_no_record(tmp_path, capsys):
     (["--show=nowhere.json"], "nowhere.json cannot be read"),
     (["--rounds=0"], "--rounds=0"),
     (["--extend", "--record=x.json"], "--extend: needs --suite=train or decode, and --record"),
+    (["--workdir=x"], "x needs --suite=decode, got --suite=attention"),
+    (["--workdir=x", "--suite=decode"], "x: there is no such folder"),
+    (["--workdir=x", "--suite=decode", "--preset=tiny"], "x and --preset=tiny exclude each other"),
   ],
 )
 def test_bad_flags(arguments, message, capsys):

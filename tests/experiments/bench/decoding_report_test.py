@@ -14,6 +14,7 @@ from sparsek.experiments.bench import decoding_report, suites, transformers_deco
 from sparsek.generation.cache import cache_bytes, decode_step, init_cache
 from sparsek.generation.cached_attention import NOWHERE
 from sparsek.model.transformer import init_params
+from tests.experiments.evaluate_test import write_run
 
 CONFIG = TransformerConfig(
   vocab_size=17,
@@ -118,6 +119,17 @@ def test_jobs():
     ("decode", batch, n) for batch in (1, 8) for n in (1024, 8192, 65536, 524288, 1048576)
   ] + [("prefill", 1, 300)]
   assert jobs[0].config.num_layers == 20 and jobs[0].config.k == 512
+
+
+def test_jobs_of_the_model_of_a_run(tmp_path):
+  write_run(tmp_path / "run", "data", CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
+  for name in suites.FLAGS:
+    suites.FLAGS[name].unparse()
+  words = ("--suite=decode", "--lengths=16", "--batch_sizes=1", "--prompts=", "--k=2")
+  parse(["benchmark", *words, f"--workdir={tmp_path}/run"], suites.FLAGS)
+  (job,) = suites.decode_jobs()
+  assert job.config == dataclasses.replace(CONFIG, k=2) != CONFIG
+  suites.FLAGS["workdir"].unparse()
 
 
 def test_a_filled_cache_is_one_that_has_seen_so_many_tokens():
