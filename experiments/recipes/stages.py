@@ -20,7 +20,15 @@ from collections.abc import Mapping
 from sparsek.command_line import outputs
 from sparsek.command_line.training_flags import define_pretrain_flags
 from sparsek.errors import UsageError
-from sparsek.experiments import child, evaluate, evaluate_tasks, import_hf
+from sparsek.experiments import (
+  child,
+  evaluate,
+  evaluate_humaneval,
+  evaluate_ruler,
+  evaluate_tasks,
+  import_hf,
+)
+from sparsek.experiments.bench import flags as bench_flags
 from sparsek.runs import checkpoint, run_directory, settings
 from sparsek.storage import files
 
@@ -30,6 +38,9 @@ DEFINE: Mapping[str, settings.Define] = {  # command of a stage -> defines its f
   "import_hf": import_hf.define_flags,
   "evaluate": evaluate.define_flags,
   "evaluate_tasks": evaluate_tasks.define_flags,
+  "evaluate_ruler": evaluate_ruler.define_flags,
+  "evaluate_humaneval": evaluate_humaneval.define_flags,
+  "benchmark": bench_flags.define_flags,
 }
 MINUTES, MADE = "minutes.json", "stages.json"  # in WORKDIR: how long stages took, their settings
 

@@ -74,7 +74,7 @@ def effective(values: absl_flags.FlagValues) -> Settings:
     result.pop("stage", None)  # unknown to earlier versions
   if "warmup_steps" in result:
     result["warmup_steps"] = configs.warmup_steps(values)
-  if "preset" in result and not any(result.get(name) for name in ("init_from", "from")):
+  if result.get("preset") and not any(result.get(name) for name in ("init_from", "from")):
     model = configs.model_config(values)
     del result["preset"], result["layer_pattern"]
     fields = [*result, *flagfiles.TO_MODEL]
