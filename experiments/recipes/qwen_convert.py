@@ -228,6 +228,8 @@ def describe(options: argparse.Namespace, name: str, minutes: Mapping) -> dict:
 
 def collect(options: argparse.Namespace, plan: Mapping[str, tuple[str, ...]]) -> dict:
   """Returns the record of what is finished in the folder."""
+  # JAX would take the memory of stages that still run.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   here = functools.partial(os.path.join, options.workdir)
   minutes = files.read_json_object(here(MINUTES))
   runs: dict[str, dict] = {}
