@@ -2,6 +2,8 @@
 between them a few numbers a query.
 
   scorer_loss_sums -> logsumexp of each query, share of its candidates -> scorer_loss_gradients
+
+The second one computes the loss and its gradient, or only the targets of the ranking loss.
 """
 
 import functools
@@ -14,8 +16,9 @@ from jax import lax
 from jax.scipy.special import xlogy
 
 from sparsek.kernels.hopper.common import HALF, TILINGS
-from sparsek.kernels.hopper.scorer_loss_gradients import BLOCK, Queries, score_gradients
+from sparsek.kernels.hopper.scorer_loss_gradients import Queries, score_gradients
 from sparsek.kernels.hopper.scorer_loss_gradients import Tiles as TilesOfQueries
+from sparsek.kernels.hopper.scorer_loss_pairs import BLOCK
 from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, SMALLEST, Span, Tiles, query_sums
 from sparsek.kernels.varying import over_batch, varying_like
 
@@ -25,6 +28,23 @@ class Static(NamedTuple):
 
   scale: float
   interpret: object = None
+
+
+class Problem(NamedTuple):
+  """Arguments of the kernels, filled up to whole tiles.
+
+  Attributes:
+    query, key: [B, C, H, D] and [B, n, G, D].
+    span: see Span.
+    weight: [B, C] float32.
+    static: options.
+  """
+
+  query: jax.Array
+  key: jax.Array
+  span: Span
+  weight: jax.Array
+  static: Static
 
 
 class Sums(NamedTuple):
@@ -72,10 +92,55 @@ def attention_mass(
   Returns:
     The loss, a float32 scalar, and its gradient in the scores [B, n, G].
   """
-  count, (n, groups), dim = query.shape[1], scores.shape[1:], query.shape[-1]
+  (n, groups), rest = scores.shape[1:], -scores.shape[1] % BLOCK_KV
+  problem = _filled_up(query, key, last, start, weight, window, scale, interpret)
+  score = jnp.pad(jnp.swapaxes(scores, 1, 2), ((0, 0), (0, 0), (0, rest)))
+  queries, mass = _per_query(*_all_sums(problem, score, axis), groups)
+  second_pass = functools.partial(_gradients, problem.static, False)
+  dscore, loss = over_batch(second_pass, problem.query, problem.key, score, queries)
+  total = jnp.sum(loss)
+  total = total if axis is None else lax.psum(total, axis)
+  total -= jnp.sum(xlogy(mass, mass) * problem.weight[:, None])
+  dscore = jnp.swapaxes(dscore[:, :, :n], 1, 2)
+  return varying_like(total, scores), varying_like(dscore, scores)
+
+
+def largest_attention(
+  query: jax.Array,
+  key: jax.Array,
+  last: jax.Array,
+  start: jax.Array,
+  weight: jax.Array,
+  *,
+  window: int,
+  scale: float,
+  axis: str | None = None,
+  interpret: object = None,
+) -> jax.Array:
+  """Computes the targets of `sparsek.attention.ranking_loss.ranking_loss`.
+
+  Args:
+    query, key, last, start, weight, window, scale, axis, interpret: as in `attention_mass`.
+
+  Returns:
+    [B, G, n] float32, the largest attention that a query pays each key, averaged over the query
+    heads of the KV head; 0 of keys that no query with a weight has as a candidate.
+  """
+  n, groups = key.shape[1:3]
+  problem = _filled_up(query, key, last, start, weight, window, scale, interpret)
+  score = jnp.zeros((key.shape[0], groups, problem.key.shape[1]), jnp.float32)
+  score = varying_like(score, key)
+  queries, _ = _per_query(*_all_sums(problem, score, axis), groups)
+  second_pass = functools.partial(_gradients, problem.static, True)
+  largest, _ = over_batch(second_pass, problem.query, problem.key, score, queries)
+  return varying_like(largest[:, :, :n], key)
+
+
+def _filled_up(query, key, last, start, weight, window, scale, interpret):
+  """Returns the Problem of arguments of `attention_mass`."""
+  count, n, dim = query.shape[1], key.shape[1], query.shape[-1]
   more, rest = -count % HALF, -n % BLOCK_KV
   wide = next(d for d in TILINGS if d >= dim) - dim
-  score = jnp.pad(jnp.swapaxes(scores, 1, 2), ((0, 0), (0, 0), (0, rest)))
   if scale <= 0:  # the kernels take the largest logit before they scale
     query, scale = query * (-1 if scale < 0 else 0), abs(scale) or 1.0
   query = jnp.pad(query, ((0, 0), (0, more), (0, 0), (0, wide)))
@@ -86,18 +151,17 @@ def attention_mass(
     jnp.where(weight > 0, jnp.clip(x, -1, n - 1), -1) for x in (last, last - window)
   )
   span = Span(jnp.where(seen < 0, n, jnp.maximum(start, 0)), seen, candidate)
-  static = Static(scale, interpret)
-  sums = Sums(*over_batch(functools.partial(_sums, static), query, key, score, span))
+  return Problem(query, key, span, weight, Static(scale, interpret))
+
+
+def _all_sums(problem, score, axis):
+  """Returns the sums of queries over all keys, and what else `_per_query` reads of queries."""
+  sums_of_shard = functools.partial(_sums, problem.static)
+  sums = Sums(*over_batch(sums_of_shard, problem.query, problem.key, score, problem.span))
   if axis is not None:
     largest, sum_of = (functools.partial(f, axis_name=axis) for f in (lax.pmax, lax.psum))
     sums = sums.joined(largest, sum_of)
-  queries, mass = _per_query(sums, weight, span, groups)
-  dscore, loss = over_batch(functools.partial(_gradients, static), query, key, score, queries)
-  total = jnp.sum(loss)
-  total = total if axis is None else lax.psum(total, axis)
-  total -= jnp.sum(xlogy(mass, mass) * weight[:, None])
-  dscore = jnp.swapaxes(dscore[:, :, :n], 1, 2)
-  return varying_like(total, scores), varying_like(dscore, scores)
+  return sums, problem.weight, problem.span
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -138,8 +202,8 @@ def _per_query(sums, weight, span, groups):
   return Queries(*vectors, span.candidate, span.start), mass
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _gradients(static, query, key, score, queries):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(static, largest, query, key, score, queries):
   tiles = lambda x: x.reshape(*x.shape[:-1], -1, BLOCK)
   start, last, top = tiles(queries.start), tiles(queries.last), tiles(queries.top_score)
   reference = jnp.min(top, axis=3)
@@ -158,5 +222,6 @@ def _gradients(static, query, key, score, queries):
       reference,
       expected,
     ),
+    largest=largest,
     **static._asdict(),
   )

@@ -9,6 +9,9 @@ What the scores expect is, of query i and key j, exp(u_j - top_i - log_total_i).
 block are candidates of all queries of a tile, that is a product of two exponentials, of u_j - ref
 and of ref - top_i - log_total_i; with ref, the smallest top_i of the tile, neither overflows.
 
+The same kernel finds the targets of the ranking loss: in place of dscore then is the largest A of
+each key.
+
   warpgroup 2, loads (40 registers a thread)     warpgroups 0 and 1, compute 64 keys each (232)
   ------------------------------------------     ---------------------------------------------------
   for each block of keys:                        for each block of keys:
@@ -40,7 +43,6 @@ and of ref - top_i - log_total_i; with ref, the smallest top_i of the tile, neit
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,7 +64,6 @@ from sparsek.kernels.hopper.common import (
   apply_if,
   axis_index,
   by_column,
-  by_row,
   grid_of,
   grid_position,
   matrix_buffer,
@@ -71,13 +72,19 @@ from sparsek.kernels.hopper.common import (
   slot_of,
   vector_buffer,
 )
+from sparsek.kernels.hopper.scorer_loss_pairs import (
+  BLOCK,
+  SHAPE,
+  add_part,
+  add_whole,
+  first_key,
+  largest_part,
+  largest_whole,
+)
 from sparsek.kernels.hopper.scorer_loss_sums import BLOCK_KV, splits_of
 
-BLOCK = 32  # queries of a tile
 KEY_STAGES, QUERY_STAGES = 2, 4
-LN_2 = math.log(2)
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-SHAPE = HALF, BLOCK  # keys of a warpgroup by queries
 
 
 class Queries(NamedTuple):
@@ -159,6 +166,7 @@ class Options(NamedTuple):
   blocks: int  # of keys
   tiles: int  # of queries
   to_log2: float  # from products of queries and keys to logits to base 2
+  largest: bool  # the largest attention in place of gradients
   interpret: object
 
   @property
@@ -189,6 +197,7 @@ def score_gradients(
   tiles: Tiles,
   *,
   scale: float,
+  largest: bool = False,
   interpret: object = None,
 ) -> list[jax.Array]:
   """Computes the gradients of the scores, and the loss in parts.
@@ -196,6 +205,8 @@ def score_gradients(
   Args:
     query, key, score, scale, interpret: as in `scorer_loss_sums.query_sums`.
     queries, tiles: see Queries and Tiles.
+    largest: compute, in place of the gradients, the largest attention that a query pays each key,
+      over the queries that have it as a candidate, or 0; neither scores nor the loss mean anything.
 
   Returns:
     dscore [B, G, n] and the loss [B, G, parts, 64], to be summed over the last two axes: the sum of
@@ -210,6 +221,7 @@ def score_gradients(
     blocks=blocks,
     tiles=count // BLOCK,
     to_log2=scale * LOG2_E,
+    largest=largest,
     interpret=interpret,
   )
   numbers = vector_buffer(QUERY_STAGES, BLOCK)
@@ -235,7 +247,7 @@ def score_gradients(
     scratch,
     **grid_of(**options.grid),
     interpret=interpret,
-    kernel_name="sparsek_scorer_loss_gradients",
+    kernel_name=f"sparsek_scorer_loss_{'targets' if largest else 'gradients'}",
   )
 
 
@@ -248,16 +260,11 @@ def _kernel(options: Options, inputs: Inputs, outputs: Outputs, scratch: Scratch
   pl.when(warpgroup == COMPUTING)(lambda: _load(program))
 
 
-def _first_key(program: Program, i: Any) -> Any:
-  """Returns the first key of the program's i-th block."""
-  return (program.split + i * program.options.grid["split"]) * BLOCK_KV
-
-
 def _candidates(program: Program, i: Any, tile: Any) -> tuple:
   """Returns whether any key of the program's i-th block may be a candidate of a tile of queries,
   and whether all keys are candidates of all of them.
   """
-  tiles, first = program.inputs.tiles, _first_key(program, i)
+  tiles, first = program.inputs.tiles, first_key(program, i)
   # adding 0 is for `jax.shard_map`, see read_bounds
   start, latest_start, earliest_last, last = (x[program.b, tile] + 0 for x in tiles[:4])
   live = jnp.logical_and(last >= first, start < first + BLOCK_KV)
@@ -291,7 +298,7 @@ def _load_keys(program: Program, i: Any) -> None:
   full = scratch.key_full.at[slot]
   pl.when(reused)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
   for half in range(COMPUTING):
-    tokens, part = pl.ds(_first_key(program, i) + half * HALF, HALF), COMPUTING * slot + half
+    tokens, part = pl.ds(first_key(program, i) + half * HALF, HALF), COMPUTING * slot + half
     key, score = inputs.key.at[program.b, tokens, program.g], inputs.score
     plgpu.copy_gmem_to_smem(key, scratch.key.at[part], full)
     plgpu.copy_gmem_to_smem(score.at[program.b, program.g, tokens], scratch.score.at[part], full)
@@ -350,14 +357,15 @@ def _compute_block(program: Program, i: Any, carry: tuple) -> tuple:
 
   def visit(tile, carry):
     live, whole = _candidates(program, i, tile)
-    forms = (whole, _add_whole), (jnp.logical_and(live, jnp.logical_not(whole)), _add_part)
-    for condition, add in forms:
+    partly = jnp.logical_and(live, jnp.logical_not(whole))
+    forms = (largest_whole, largest_part) if options.largest else (add_whole, add_part)
+    for condition, add in zip((whole, partly), forms):
       carry = apply_if(condition, lambda carry: _tile(program, i, part, tile, add, carry), carry)
     return carry
 
   step, loss, dscore = lax.fori_loop(0, options.tiles, visit, carry)
   plgpu.barrier_arrive(scratch.key_free.at[slot])
-  tokens = pl.ds(_first_key(program, i) + warpgroup * HALF, HALF)
+  tokens = pl.ds(first_key(program, i) + warpgroup * HALF, HALF)
   target = program.outputs.dscore.at[program.b, program.g, tokens]
   _store(scratch.row.at[warpgroup], dscore, target)
   return step, loss
@@ -371,7 +379,7 @@ def _tile(program: Program, i: Any, part: Any, tile: Any, add: Callable, carry: 
     i: number of the block of keys.
     part: of the buffers of keys and scores that belongs to this warpgroup.
     tile: number of the tile of queries.
-    add: `_add_whole` or `_add_part`.
+    add: a function of scorer_loss_pairs.
     carry: (step of the circular buffer, loss [64], dscore [64]).
 
   Returns:
@@ -406,77 +414,3 @@ def _tile(program: Program, i: Any, part: Any, tile: Any, add: Callable, carry: 
   loss, dscore = add(program, i, tile, slot, score, attention, log2_attention, *sums)
   plgpu.barrier_arrive(scratch.query_free.at[slot])
   return step + options.repeats, loss, dscore
-
-
-def _add_whole(
-  program: Program,
-  i: Any,
-  tile: Any,
-  slot: Any,
-  score: jax.Array,
-  attention: jax.Array,
-  log2_attention: jax.Array,
-  loss: jax.Array,
-  dscore: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Adds a tile of queries of which all keys of the block are candidates.
-
-  Args:
-    program: see Program.
-    i: number of the block of keys.
-    tile: number of the tile of queries.
-    slot: of the buffer of queries.
-    score: [64].
-    attention, log2_attention: [64, 32], averaged over the heads.
-    loss, dscore: [64], sums so far.
-
-  Returns:
-    The next sums.
-  """
-  registers, queries, tiles = (
-    program.options.registers,
-    program.scratch.queries,
-    program.inputs.tiles,
-  )
-  top, log_total, weight = (
-    registers.vector(x.at[slot], COLUMN)
-    for x in (queries.top_score, queries.log_total, queries.weight)
-  )
-  reference, expected = (
-    x[program.b, program.g, tile] + 0 for x in (tiles.top_score, tiles.expected)
-  )
-  weighted = by_column(weight, SHAPE) * attention
-  information = log2_attention * LN_2 + by_column(top - reference + log_total, SHAPE)
-  mass, log_expected = weighted.sum(axis=1), score - reference
-  loss += (weighted * information).sum(axis=1)
-  loss -= jnp.where(mass > 0, mass * log_expected, 0.0)
-  return loss, dscore + (jnp.exp2(log_expected * LOG2_E) * expected - mass)
-
-
-def _add_part(
-  program: Program,
-  i: Any,
-  tile: Any,
-  slot: Any,
-  score: jax.Array,
-  attention: jax.Array,
-  log2_attention: jax.Array,
-  loss: jax.Array,
-  dscore: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Adds a tile of queries of which some keys of the block are candidates; as `_add_whole`."""
-  del tile
-
-  def of_queries(name):
-    vector = getattr(program.scratch.queries, name).at[slot]
-    return by_column(program.options.registers.vector(vector, COLUMN), SHAPE)
-
-  first = _first_key(program, i) + program.warpgroup * HALF
-  row = program.options.registers.index(SHAPE, 0) + first
-  candidate = jnp.logical_and(row <= of_queries("last"), row >= of_queries("start"))
-  log_expected = by_row(score, SHAPE) - of_queries("top_score") - of_queries("log_total")
-  expected = of_queries("expected") * jnp.exp2(log_expected * LOG2_E)
-  weighted = of_queries("weight") * jnp.where(candidate, attention, 0.0)
-  dscore += jnp.where(candidate, expected - weighted, 0.0).sum(axis=1)
-  information = weighted * (log2_attention * LN_2 - log_expected)
-  return loss + jnp.where(weighted > 0, information, 0.0).sum(axis=1), dscore

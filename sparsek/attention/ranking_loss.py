@@ -113,7 +113,8 @@ def _loss_and_gradient(scores, at, static):
   """Returns the loss and its gradient in the scores, a block of queries at a time."""
   asked, key, queries, start, weight = at
   score_BxGxN = jnp.swapaxes(scores, 1, 2)
-  target_BxGxN = _targets(query_blocks(asked, key, queries, start, weight), key, static)
+  targets = _targets_by_kernels if static.kernels else _targets_by_xla
+  target_BxGxN = targets(asked, key, queries, start, weight, static)
   both = jnp.concatenate([score_BxGxN, target_BxGxN], axis=1)
   if static.axis is not None:
     both = lax.all_gather(both, static.axis, axis=2, tiled=True)
@@ -135,8 +136,17 @@ def _loss_and_gradient(scores, at, static):
   return static.sum_of(total), jnp.swapaxes(d_scores_BxGxN, 1, 2)
 
 
-def _targets(blocks, key, static):
+def _targets_by_kernels(asked, key, queries, start, weight, static):
   """Returns the target of each token, [B, G, N]; 0 where no query has it as a candidate."""
+  from sparsek.kernels.hopper import scorer_loss as hopper
+
+  first = first_token(key.shape[1], static.axis)
+  options = {"window": static.window, "scale": static.scale, "axis": static.axis}
+  return hopper.largest_attention(asked, key, queries - first, start - first, weight, **options)
+
+
+def _targets_by_xla(asked, key, queries, start, weight, static):
+  """Returns the same, a block of queries at a time."""
 
   def body(largest_BxGxN, block):
     attention_BxGxCxN, _ = attention_to_candidates(
@@ -147,6 +157,7 @@ def _targets(blocks, key, static):
     return jnp.maximum(largest_BxGxN, jnp.max(attention_BxGxCxN, axis=2)), None
 
   batch, n, groups, _ = key.shape
+  blocks = query_blocks(asked, key, queries, start, weight)
   return lax.scan(body, jnp.zeros((batch, groups, n), jnp.float32), blocks)[0]
 
 

@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 
 import sparsek
 from sparsek.attention.prefix_selection import select
+from sparsek.attention.ranking_loss import ranking_loss
 from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.config import DataConfig, TrainConfig, preset
 from sparsek.generation import cache, session
@@ -423,6 +424,27 @@ def test_scorer_loss_compiles(n, queries, heads, groups, head_dim, dtype):
   assert "sparsek_scorer_loss_gradients" in compiled.as_text()
   padded = 2 * 2 * n * groups * (128 if head_dim % 64 else head_dim)
   assert compiled.memory_analysis().temp_size_in_bytes < padded + 2**23
+
+
+@pytest.mark.parametrize(
+  "n, queries, heads, groups, head_dim, dtype",
+  [(32768, 128, 12, 12, 64, "bfloat16"), (5000, 100, 4, 2, 256, "float16")],
+)
+def test_ranking_loss_compiles(n, queries, heads, groups, head_dim, dtype):
+  """No array of all pairs of queries and tokens exists: at 32768 tokens it would take more."""
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((1, *dims), dtype)
+  loss = functools.partial(ranking_loss, k=512, window=512, implementation="mosaic_gpu")
+  compiled = compile_for_h100(
+    jax.value_and_grad(loss),
+    shape("float32", n, groups),
+    shape(dtype, n, heads, head_dim),
+    shape(dtype, n, groups, head_dim),
+    shape("int32", queries),
+  )
+  assert "sparsek_scorer_loss_targets" in compiled.as_text()
+  tokens = n * groups
+  sorted_twice, keys = 2 * 2 * 8 * tokens, 2 * tokens * head_dim
+  assert compiled.memory_analysis().temp_size_in_bytes < sorted_twice + keys + 2**23
 
 
 def test_layouts_are_inferred_of_values_by_their_own_names(monkeypatch):

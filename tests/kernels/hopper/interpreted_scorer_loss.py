@@ -16,7 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from sparsek.attention.documents import document_bounds
 from sparsek.kernels.hopper import scorer_loss
-from sparsek.kernels.hopper.scorer_loss import attention_mass
+from sparsek.kernels.hopper.scorer_loss import attention_mass, largest_attention
 from tests.attention.scorer_loss_base import CASES as SHARED
 from tests.attention.scorer_loss_base import Case, changed_scores, example, written_out
 
@@ -63,8 +63,8 @@ def in_turn(run: Callable, arguments: list) -> list:
 
 
 def errors(case: Case, change: str | None = None, shards: int = 1) -> dict[str, float]:
-  """Returns the relative error of the loss, and the error of the gradient as a part of its largest
-  element.
+  """Returns the relative errors of the loss and of the targets, and the error of the gradient as a
+  part of its largest element.
   """
   (scores, query, key), queries = example(case, "bfloat16")
   scores = changed_scores(scores, change) if change else scores
@@ -76,32 +76,53 @@ def errors(case: Case, change: str | None = None, shards: int = 1) -> dict[str, 
   asked = jnp.take_along_axis(query, queries[..., None, None], axis=1)
   weight = counted / jnp.sum(counted, axis=1, keepdims=True) / case.groups
   length = n // shards
+  scale = case.head_dim**-0.5 if case.scale is None else case.scale
 
   def run(shard, scores, key):
-    return attention_mass(
-      scores,
-      asked,
-      key,
-      positions - shard * length,
-      start - shard * length,
-      weight,
-      window=case.window,
-      scale=case.head_dim**-0.5 if case.scale is None else case.scale,
-      axis="context" if shards > 1 else None,
-      interpret=InterpretGPUParams(),
-    )
+    places = positions - shard * length, start - shard * length
+    options = {
+      "window": case.window,
+      "scale": scale,
+      "axis": "context" if shards > 1 else None,
+      "interpret": InterpretGPUParams(),
+    }
+    targets = largest_attention(asked, key, *places, weight, **options)
+    return *attention_mass(scores, asked, key, *places, weight, **options), targets
 
   if shards == 1:
-    loss, gradient = run(0, scores, key)
+    loss, gradient, targets = run(0, scores, key)
   else:
     cut = lambda x: jnp.split(x, shards, axis=1)
     results = in_turn(run, list(zip(range(shards), cut(scores), cut(key))))
-    loss, gradient = results[0][0], jnp.concatenate([part for _, part in results], axis=1)
+    loss, gradients, parts = zip(*results)
+    loss, gradient, targets = loss[0], jnp.concatenate(gradients, 1), jnp.concatenate(parts, 2)
+  exact = targets_written_out(query, key, positions, case.window, ids, scale)
   want, expected = written_out(scores, query, key, queries, case.window, ids, case.scale)
   return {
     "loss": abs(float(loss) / want - 1),
+    "targets": float(np.max(np.abs(targets - exact) / np.where(exact > 0, exact, 1))),
     "gradient": float(np.max(np.abs(gradient - expected)) / np.max(np.abs(expected))),
   }
+
+
+def targets_written_out(query, key, queries, window, ids, scale):
+  """Returns the largest attention that is paid to each token, [B, G, n], in float64."""
+  query, key = (np.asarray(jnp.asarray(x, jnp.float32), np.float64) for x in (query, key))
+  (batch, n, heads, _), groups = query.shape, key.shape[2]
+  result, token = np.zeros((batch, groups, n)), np.arange(n)
+  for b in range(batch):
+    of = np.ones(n, int) if ids is None else ids[b]
+    document = np.cumsum(np.append(True, of[1:] != of[:-1]))
+    for i in (i for i in np.asarray(queries)[b] if of[i]):
+      seen = (document == document[i]) & (token <= i)
+      for g in range(groups):
+        of_group = query[b, i, g * heads // groups : (g + 1) * heads // groups]
+        logits = np.where(seen, scale * of_group @ key[b, :, g].T, -np.inf)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        attention = np.mean(weights / weights.sum(axis=1, keepdims=True), axis=0)
+        attention = np.where(seen & (token + window <= i), attention, 0)
+        result[b, g] = np.maximum(result[b, g], attention)
+  return result
 
 
 if __name__ == "__main__":

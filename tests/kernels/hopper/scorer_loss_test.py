@@ -1,5 +1,6 @@
 """The kernels of the scorers' loss: the shared behaviours on a Hopper GPU, or interpreted."""
 
+import functools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsek.attention.ranking_loss import ranking_loss
 from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.kernels.hopper.common import MULTIPROCESSORS
 from sparsek.kernels.hopper.scorer_loss import attention_mass
@@ -46,6 +48,33 @@ class TestMosaicGpu(ScorerLossTest):
     assert default == named
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  "case, dtype",
+  [
+    (Case(n=10_000, heads=8, groups=2, head_dim=64, window=512, queries=200), "bfloat16"),
+    (Case(n=5000, heads=2, groups=2, head_dim=256, window=0, queries=100), "float16"),
+    (
+      Case(n=3000, head_dim=40, window=37, documents=((3, 2000), (0, 300), (5, 700)), queries=99),
+      "bfloat16",
+    ),
+  ],
+)
+def test_ranking_matches_xla(case, dtype):
+  arrays, queries = example(case, dtype)
+
+  def run(implementation):
+    options = {"window": case.window, "segment_ids": case.segment_ids}
+    loss = functools.partial(ranking_loss, k=100, implementation=implementation, **options)
+    return jax.jit(jax.value_and_grad(loss))(*arrays, queries)
+
+  got, again, default, want = map(run, ("mosaic_gpu", "mosaic_gpu", None, "xla"))
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-4)
+  np.testing.assert_allclose(got[1], want[1], rtol=2e-3, atol=1e-6 * np.max(np.abs(want[1])))
+  np.testing.assert_array_equal(got[1], again[1])
+  np.testing.assert_array_equal(got[1], default[1])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   jax.__version_info__ < (0, 11), reason="the interpreter of JAX 0.10 takes minutes"
@@ -71,6 +100,8 @@ def test_says_why_it_cannot_run():
   (scores, query, key), queries = example(Case())
   with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot run here: .*float32"):
     attention_mass_loss(scores, query, key, queries, window=3, implementation="mosaic_gpu")
+  with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot run here: .*float32"):
+    ranking_loss(scores, query, key, queries, k=2, window=3, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("units, most, expected", [(12, 256, 11), (1, 4, 4), (133, 9, 1)])
