@@ -317,6 +317,11 @@ def _tile(program: Program, carry: tuple, step: Any, t: Any, masked: bool) -> tu
   matrices.wait(2 * (stages - 1))
   _load_queries(program, step + (stages - 1))
   gradients = []
+
+  def add_keys(dkey, part, ds):
+    query = scratch.query.at[slot, part]
+    return in_block(t, lambda x: matrices.add_product(x, ds, query), dkey)
+
   for i, part in enumerate(parts):
     dp = matrices.product(scratch.value.at[0], scratch.cotangent.at[slot, part])
     if i == 0:
@@ -332,13 +337,14 @@ def _tile(program: Program, carry: tuple, step: Any, t: Any, masked: bool) -> tu
       lambda x, w=weights, c=scratch.cotangent.at[slot, part]: matrices.add_product(x, w, c),
       dvalue,
     )
-    gradients.append(ds)
+    if len(parts) > 2:  # with gates there are no registers to keep them
+      dkey = add_keys(dkey, part, ds)
+    else:
+      gradients.append((part, ds))
   matrices.sync()
   _load_cotangents(program, step + stages)
-  for part, ds in zip(parts, gradients):
-    dkey = in_block(
-      t, lambda x, d=ds, q=scratch.query.at[slot, part]: matrices.add_product(x, d, q), dkey
-    )
+  for part, ds in gradients:
+    dkey = add_keys(dkey, part, ds)
   return dkey, dvalue, dscore
 
 
