@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsek.attention.documents import position_in_document
-from sparsek.attention.scorer_loss import attention_mass_loss
+from sparsek.attention.ranking_loss import ranking_loss
 from sparsek.config import DataConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.evaluation.loss_by_position import evaluate
 from sparsek.model.layers import rotary_embedding
@@ -332,9 +332,8 @@ def test_warm_up_of_scorers_is_that_of_the_dense_model_and_costs_a_forward_pass(
       scorer = params[f"layers_{i}"]["attention"]["scorer"]
       scores = scoring_network(config).apply({"params": scorer}, x, ids)
       queries = jnp.broadcast_to(jnp.arange(12), (4, 12))
-      yield (
-        attention_mass_loss(scores, query, key, queries, window=config.window, segment_ids=ids) / 4
-      )
+      sizes = {"k": config.k, "window": config.window}
+      yield ranking_loss(scores, query, key, queries, **sizes, segment_ids=ids) / 4
 
   losses = quick_jit(lambda params: list(expected_losses(params)))(params)
   state, metrics = one_step(train, config)
