@@ -24,6 +24,7 @@ WRITTEN = {
   ("recipes.baselines", "record"): "experiments/results/baselines.json",
   ("recipes.capital_letter_task", "path"): None,
   ("recipes.gguf_model", "record"): "experiments/results/smollm2.json",
+  ("recipes.qwen_convert", "record"): None,  # not run yet
   ("recipes.ruler_tools", "record"): "experiments/results/ruler_smollm2_h200.json",
   ("recipes.scorer_reach", "path"): "experiments/results/scorer_reach.json",
   ("recipes.smollm2_convert", "record"): "experiments/results/smollm2_convert.json",

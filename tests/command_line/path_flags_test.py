@@ -32,6 +32,8 @@ NO_PATHS = {  # strings that name no file
   "prompt",
   "stop",
   "tasks",
+  "ruler_flags",
+  "humaneval_flags",
   "lengths",
   "more",
   "attention",
@@ -58,6 +60,8 @@ NO_PATHS_OF_SCRIPTS = {
   "note",
   "model",
   "tasks",
+  "ruler_flags",
+  "humaneval_flags",
 }
 PLAIN = (absl_flags.ArgumentParser, absl_flags.ListParser, absl_flags.WhitespaceSeparatedListParser)
 
