@@ -147,7 +147,7 @@ def _define_scorer(define: Definer) -> None:
     config_lib.SCORER_LOSSES,
     "What --scorer_loss teaches. ranking: which k tokens later queries read most, beyond the "
     "window; divergence: the distribution of attention. By default that of the run that "
-    "resumes, else ranking.",
+    "resumes, else divergence.",
   )
 
 

@@ -20,7 +20,7 @@ from sparsek.model import lora
 from sparsek.storage.files import exists, read_json_object
 
 FILE = "model.json"
-# Settings of the runs of version 0.1, which do not name them; other ones are the default now.
+# Settings of the runs of version 0.1, which do not name them, whatever the default is now.
 UNNAMED = {"scorer_loss_kind": "divergence"}
 STAGES = "stages"  # key of the record of a run that has stages
 RECORDED_DATA = ("data", "seq_len", "batch_size", "segment_documents")

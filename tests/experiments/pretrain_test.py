@@ -141,12 +141,12 @@ def uninterrupted(tmp_path_factory, data_folder, environment):
 @pytest.mark.parametrize(
   "recorded, words, kind",
   [
-    (None, [], "ranking"),  # a new run
+    (None, [], "divergence"),  # a new run
     ({}, [], "divergence"),  # of version 0.1
     ({}, ["--scorer_loss_kind=ranking"], "ranking"),
     ({"scorer_loss_kind": "ranking"}, [], "ranking"),
     ({"scorer_loss_kind": "divergence"}, [], "divergence"),
-    ({"scorer_loss_kind": "divergence", "stages": []}, [], "ranking"),
+    ({"scorer_loss_kind": "ranking", "stages": []}, [], "divergence"),
   ],
 )
 def test_a_run_that_resumes_keeps_the_kind_of_the_scorers_loss(tmp_path, recorded, words, kind):
