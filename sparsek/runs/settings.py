@@ -82,7 +82,8 @@ def effective(values: absl_flags.FlagValues) -> Settings:
   elif "preset" in result and result["preset"] == values["preset"].default:
     del result["preset"]  # earlier versions spelled it out
   kind = result.pop("scorer_loss_kind", None) or TransformerConfig.scorer_loss_kind
-  if "scorer_loss" in values and _may_teach_scorers(values):
+  trains = "scorer_loss" in values and "layer_pattern" in values  # the benchmark has the first
+  if trains and _may_teach_scorers(values):
     result["scorer_loss_kind"] = kind
   return {
     name: _plain(value, home if name in values and path_flags.is_path(values[name]) else None)
