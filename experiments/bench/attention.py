@@ -18,7 +18,7 @@ import numpy as np
 
 from sparsek.attention import api as attention_api
 from sparsek.attention import documents, prefix_selection
-from sparsek.attention.backends import LAST_QUERIES, choose_implementation
+from sparsek.attention.backends import GPU_KERNELS, choose_implementation
 from sparsek.experiments.bench.cells import ERRORS, Cell, reason, run_rounds
 from sparsek.kernels import compaction, devices, reference, specs
 from sparsek.kernels.devices import on_nvidia_gpu
@@ -187,7 +187,7 @@ def compact(expiry: jax.Array, order: jax.Array, k: int, window: int, implementa
     implementation: "mosaic_gpu", "mosaic_mma" or another.
   """
   n = expiry.shape[2]
-  if implementation in LAST_QUERIES:
+  if implementation in GPU_KERNELS:
     from sparsek.kernels.hopper import attention as hopper_attention  # needs private names of JAX
 
     return hopper_attention.make_lists(
