@@ -13,6 +13,7 @@ from sparsek.evaluation import harness
 from sparsek.experiments import evaluate_ruler, import_hf, lm_eval
 from sparsek.experiments.recipes import ruler_tools
 from sparsek.experiments.reports import ruler_report
+from sparsek.storage import files
 
 QUESTION = "a question"
 SHA256 = hashlib.sha256(QUESTION.encode()).hexdigest()
@@ -58,8 +59,7 @@ def make(step):
       file.write("sparsek ({...})\n|Tasks|\n|-----|\n")
   elif step.output.endswith(".json"):
     runs = {f"runs/{name}": {"answers": [answer(0, 50.0)]} for name in "ab"}
-    with open(step.output, "w") as file:
-      json.dump({"benchmark": "RULER", "data": {}, "runs": runs}, file)
+    files.save(step.output, json.dumps({"benchmark": "RULER", "data": {}, "runs": runs}))
   else:
     os.makedirs(step.output)
 
