@@ -59,7 +59,7 @@ CONFIGS = {
     positions="learned",
     max_positions=LENGTH,
     scorer_shared=True,
-    scorer_loss_kind="divergence",
+    scorer_loss_kind="ranking",
   ),
   "fixed": TransformerConfig(**FIELDS, attention=("random", "strided"), num_layers=2),
   "heads": TransformerConfig(

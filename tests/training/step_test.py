@@ -306,7 +306,8 @@ def test_warm_up_of_scorers_is_that_of_the_dense_model_and_costs_a_forward_pass(
     scorer_warmup=True,
     optimizer=dataclasses.replace(TRAIN.optimizer, trainable="scorer"),
   )
-  config, batch = dataclasses.replace(SELECTING, num_layers=2), example_batch()
+  config = dataclasses.replace(SELECTING, num_layers=2, scorer_loss_kind="ranking")
+  batch = example_batch()
   params = init_params(config, jax.random.key(0))
 
   def expected_losses(params):
