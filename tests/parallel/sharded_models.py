@@ -59,7 +59,7 @@ CONFIGS = {
     positions="learned",
     max_positions=LENGTH,
     scorer_shared=True,
-    scorer_loss_kind="ranking",
+    scorer_loss_kind="divergence",
   ),
   "fixed": TransformerConfig(**FIELDS, attention=("random", "strided"), num_layers=2),
   "heads": TransformerConfig(
