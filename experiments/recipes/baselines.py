@@ -68,7 +68,7 @@ import shlex
 from sparsek.command_line import outputs
 from sparsek.config import GATES
 from sparsek.experiments import script
-from sparsek.experiments.recipes.stages import MINUTES, run_stages
+from sparsek.experiments.recipes.stages import MINUTES, add_options, run_stages
 from sparsek.experiments.reports import baselines_picture, baselines_report, records
 from sparsek.storage import files
 
@@ -253,38 +253,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
       f"--{option}", default=default, type=script.words, help=f"{text}; default: {default!r}"
     )
-  for option, default, text in (
-    ("lengths", "2048,4096,8192", "tokens of the tasks"),
-    ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
-    ("only", "", "a regular expression: begin only stages whose names it matches"),
-  ):
-    parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
+  lengths = "2048,4096,8192"
+  parser.add_argument(
+    "--lengths", default=lengths, help=f"tokens of the tasks; default: {lengths!r}"
+  )
   for option, number, text in (
     ("seq_len", 8192, "tokens of a held-out row"),
     ("eval_batches", 24, "held-out batches"),
     ("examples", 50, "of each task and length"),
     ("min_distance", 1024, "tokens at least between facts and questions"),
-    ("seeds", 3, "runs of each kind"),
     ("first_seed", 0, "seed of the first of them"),
-    ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
   ):
     parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
-  parser.add_argument(
-    "--record",
-    default="baselines.json",
-    type=script.Output(RECORD, has_picture=True),
-    help="file for the record; the picture goes beside it",
-  )
-  parser.add_argument(
-    "--collect",
-    action="store_true",
-    help="train nothing: only write the record of what is finished",
-  )
-  parser.add_argument(
-    "--retrain",
-    action="store_true",
-    help="move what other flags made to WORKDIR/replaced, and do it again",
-  )
+  add_options(parser, 3, "baselines.json", RECORD, has_picture=True)
   return parser
 
 

@@ -67,7 +67,7 @@ from sparsek.config import TransformerConfig
 from sparsek.errors import UsageError
 from sparsek.experiments import evaluate, script
 from sparsek.experiments.recipes.gguf_model import SOURCE
-from sparsek.experiments.recipes.stages import MINUTES, flags_of, run_stages
+from sparsek.experiments.recipes.stages import MINUTES, add_options, flags_of, run_stages
 from sparsek.experiments.reports import evictors_report, records
 from sparsek.experiments.reports.conversion_report import kind_and_stage
 from sparsek.generation.cache import cache_bytes, init_cache
@@ -351,8 +351,6 @@ def make_parser() -> argparse.ArgumentParser:
   for option, default, text in (
     ("dtype", "bfloat16", "of activations"),
     ("tasks", "all", "of RULER, separated by commas"),
-    ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
-    ("only", "", "a regular expression: begin only stages whose names it matches"),
   ):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
   for option, number, text in (
@@ -363,23 +361,10 @@ def make_parser() -> argparse.ArgumentParser:
     ("length", 16384, "tokens of a prompt of RULER"),
     ("prompts", 50, "of each task"),
     ("context", 32768, "tokens after which a token is timed"),
-    ("seeds", 2, "runs of each kind"),
-    ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
   ):
     parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
-  parser.add_argument(
-    "--record", default="qwen_convert.json", type=script.Output(RECORD), help="file for the record"
-  )
-  doing = parser.add_mutually_exclusive_group()
-  doing.add_argument(
-    "--collect", action="store_true", help="train nothing: only write the record of what is done"
-  )
-  doing.add_argument("--merge", type=script.paths, help="join these records, and do nothing else")
-  doing.add_argument(
-    "--retrain",
-    action="store_true",
-    help="move what other flags made to WORKDIR/replaced, and do it again",
-  )
+  instead = add_options(parser, 2, "qwen_convert.json", RECORD, has_picture=False)
+  instead.add_argument("--merge", type=script.paths, help="join these records, and do nothing else")
   return parser
 
 

@@ -41,7 +41,7 @@ from collections.abc import Mapping, Sequence
 from sparsek.command_line import outputs
 from sparsek.data.task_documents import CHANCE
 from sparsek.experiments import script
-from sparsek.experiments.recipes.stages import MINUTES, flags_of, run_stages
+from sparsek.experiments.recipes.stages import MINUTES, add_options, flags_of, run_stages
 from sparsek.experiments.reports import conversion_report, plots, records
 from sparsek.experiments.reports.baselines_report import (
   FIGURES,
@@ -313,8 +313,6 @@ def make_parser() -> argparse.ArgumentParser:
   for option, default, text in (
     ("dtype", "bfloat16", "of activations"),
     ("lengths", "2048,4096,8192,16384", "tokens of the tasks"),
-    ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
-    ("only", "", "a regular expression: begin only stages whose names it matches"),
   ):
     parser.add_argument(f"--{option}", default=default, help=f"{text}; default: {default!r}")
   for option, number, text in (
@@ -323,26 +321,9 @@ def make_parser() -> argparse.ArgumentParser:
     ("seq_len", 8192, "tokens of a held-out row"),
     ("eval_batches", 64, "held-out batches"),
     ("examples", 100, "of each task and length"),
-    ("seeds", 3, "runs of each kind"),
-    ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
   ):
     parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
-  parser.add_argument(
-    "--record",
-    default="smollm2_convert.json",
-    type=script.Output(RECORD, has_picture=True),
-    help="file for the record; the picture goes beside it",
-  )
-  parser.add_argument(
-    "--collect",
-    action="store_true",
-    help="train nothing: only write the record of what is finished",
-  )
-  parser.add_argument(
-    "--retrain",
-    action="store_true",
-    help="move what other flags made to WORKDIR/replaced, and do it again",
-  )
+  add_options(parser, 3, "smollm2_convert.json", RECORD, has_picture=True)
   return parser
 
 

@@ -7,6 +7,7 @@ WORKDIR/stages.json their settings. Stages that other flags made are refused, or
 moved to WORKDIR/replaced and run again, with all stages that follow from them.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -27,6 +28,7 @@ from sparsek.experiments import (
   evaluate_ruler,
   evaluate_tasks,
   import_hf,
+  script,
 )
 from sparsek.experiments.bench import flags as bench_flags
 from sparsek.runs import checkpoint, run_directory, settings
@@ -43,6 +45,48 @@ DEFINE: Mapping[str, settings.Define] = {  # command of a stage -> defines its f
   "benchmark": bench_flags.define_flags,
 }
 MINUTES, MADE = "minutes.json", "stages.json"  # in WORKDIR: how long stages took, their settings
+
+
+def add_options(
+  parser: argparse.ArgumentParser, seeds: int, record: str, kind: outputs.Kind, *, has_picture: bool
+) -> argparse._MutuallyExclusiveGroup:
+  """Adds the options of a recipe that runs stages, and returns the group of those of which only one
+  can be given.
+
+  Args:
+    parser: of the recipe.
+    seeds: runs of each kind by default.
+    record, kind: the record's default name, and what such a file is.
+    has_picture: whether a picture goes beside it.
+  """
+  for option, default, text in (
+    ("devices", "", "GPUs to spread stages over, such as 0,1; default: JAX's"),
+    ("only", "", "a regular expression: begin only stages whose names it matches"),
+  ):
+    parser.add_argument(f"--{option}", default=default, help=text)
+  for option, number, text in (
+    ("seeds", seeds, "runs of each kind"),
+    ("at_once", 1, "stages that run side by side; above 1 they write WORKDIR/NAME.log"),
+  ):
+    parser.add_argument(f"--{option}", default=number, type=int, help=f"{text}; default: {number}")
+  parser.add_argument(
+    "--record",
+    default=record,
+    type=script.Output(kind, has_picture=has_picture),
+    help="file for the record" + "; the picture goes beside it" * has_picture,
+  )
+  instead = parser.add_mutually_exclusive_group()
+  instead.add_argument(
+    "--collect",
+    action="store_true",
+    help="train nothing: only write the record of what is finished",
+  )
+  instead.add_argument(
+    "--retrain",
+    action="store_true",
+    help="move what other flags made to WORKDIR/replaced, and do it again",
+  )
+  return instead
 
 
 def needed(plan: Plan, name: str) -> set[str]:

@@ -19,14 +19,14 @@ from jax import lax
 from sparsek.kernels.ampere.tiles import (
   Options,
   Position,
+  Scratch,
   Steps,
   Tiles,
   find_steps,
-  matrix_buffer,
   options_of,
   position,
   run_kernel,
-  vector_buffer,
+  scratch_of,
   visit,
 )
 from sparsek.kernels.ampere.warp_products import BLOCK
@@ -43,15 +43,6 @@ from sparsek.kernels.hopper.common import (
   grid_of,
 )
 from sparsek.kernels.sentinels import LOWEST
-
-
-class Scratch(NamedTuple):
-  """Shared memory, see the drawing above."""
-
-  key: Any
-  value: Any
-  floats: Any
-  integers: Any
 
 
 class Program(NamedTuple):
@@ -88,7 +79,7 @@ def forward(
   Args and results are those of `hopper.attention_forward.forward`, but D is 64 or 128, and `bounds`
   are of blocks of 64 queries and tiles of 64 keys.
   """
-  batch, queries, heads, dim = query.shape
+  batch, queries, heads, _ = query.shape
   listed = Listed(*listed)
   options = options_of(
     query,
@@ -100,7 +91,6 @@ def forward(
     stages=tiling.forward_stages,
     interpret=interpret,
   )
-  tile = matrix_buffer(options.stages, BLOCK, dim, query.dtype)
   return run_kernel(
     lambda *refs: _kernel(options, *refs),
     Inputs(query, key, value, window_start, entered, tau, listed, bounds),
@@ -108,12 +98,7 @@ def forward(
       out=jax.ShapeDtypeStruct(query.shape, query.dtype),
       logsumexp=jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
     ),
-    Scratch(
-      key=tile,
-      value=tile,
-      floats=vector_buffer(1 + options.stages),
-      integers=vector_buffer(2 + options.stages, jnp.int32),
-    ),
+    scratch_of(options, vectors=1),
     **grid_of(**options.grid),
     interpret=interpret,
     kernel_name="sparsek_mma_forward",

@@ -21,15 +21,15 @@ from jax import lax
 from sparsek.kernels.ampere.tiles import (
   Options,
   Position,
+  Scratch,
   Steps,
   Tiles,
   find_steps,
-  matrix_buffer,
   options_of,
   parts_of,
   position,
   run_kernel,
-  vector_buffer,
+  scratch_of,
   visit,
 )
 from sparsek.kernels.ampere.warp_products import BLOCK
@@ -47,15 +47,6 @@ from sparsek.kernels.hopper.common import (
   grid_of,
   in_block,
 )
-
-
-class Scratch(NamedTuple):
-  """Shared memory, see the drawing in forward.py."""
-
-  key: Any
-  value: Any
-  floats: Any
-  integers: Any
 
 
 class Program(NamedTuple):
@@ -98,7 +89,7 @@ def query_gradients(
   Args and results are those of `hopper.attention_query_gradients.query_gradients`, but D is 64 or
   128.
   """
-  batch, queries, heads, dim = query.shape
+  batch, queries, heads, _ = query.shape
   listed = Listed(*listed)
   options = options_of(
     query,
@@ -110,7 +101,6 @@ def query_gradients(
     stages=tiling.query_stages,
     interpret=interpret,
   )
-  tile = matrix_buffer(options.stages, BLOCK, dim, query.dtype)
   per_query = jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)
   return run_kernel(
     lambda *refs: _kernel(options, *refs),
@@ -118,12 +108,7 @@ def query_gradients(
       query, key, value, cotangent, out, logsumexp, window_start, entered, tau, listed, bounds
     ),
     Outputs(jax.ShapeDtypeStruct(query.shape, query.dtype), per_query, per_query),
-    Scratch(
-      key=tile,
-      value=tile,
-      floats=vector_buffer(2 + options.stages),
-      integers=vector_buffer(2 + options.stages, jnp.int32),
-    ),
+    scratch_of(options, vectors=2),
     **grid_of(**options.grid),
     interpret=interpret,
     kernel_name="sparsek_mma_query_gradients",

@@ -198,6 +198,32 @@ def visit(steps: Steps, tile: Callable, carry: tuple) -> tuple:
   return lax.fori_loop(t2, t3, far(exits=True, enters=True), carry)
 
 
+class Scratch(NamedTuple):
+  """Shared memory of a program.
+
+  Attributes:
+    key, value: [stages, 64, D].
+    floats: [vectors + stages, 64] float32: `vectors` of the queries, then scores of keys.
+    integers: [2 + stages, 64] int32: window_start and entered of the queries, then `last` of keys.
+  """
+
+  key: Ref
+  value: Ref
+  floats: Ref
+  integers: Ref
+
+
+def scratch_of(options: Options, vectors: int) -> Scratch:
+  """Returns the shared memory of a program with so many float vectors of queries."""
+  tile = matrix_buffer(options.stages, BLOCK, options.dim, options.dtype)
+  return Scratch(
+    key=tile,
+    value=tile,
+    floats=vector_buffer(vectors + options.stages),
+    integers=vector_buffer(2 + options.stages, jnp.int32),
+  )
+
+
 class Tiles(NamedTuple):
   """Circular buffers of tiles in shared memory, and what is copied there.
 

@@ -75,6 +75,7 @@ from sparsek.kernels.hopper.common import (
 from sparsek.kernels.hopper.scorer_loss_pairs import (
   BLOCK,
   SHAPE,
+  Pairs,
   add_part,
   add_whole,
   first_key,
@@ -411,6 +412,7 @@ def _tile(program: Program, i: Any, part: Any, tile: Any, add: Callable, carry: 
     attention = jnp.exp2(log2_attention)
   slot, _ = slot_of(step + last_head, QUERY_STAGES)
   score = registers.vector(scratch.score.at[part], ROW)
-  loss, dscore = add(program, i, tile, slot, score, attention, log2_attention, *sums)
+  pairs = Pairs(program, i, tile, slot, score, attention, log2_attention)
+  loss, dscore = add(pairs, *sums)
   plgpu.barrier_arrive(scratch.query_free.at[slot])
   return step + options.repeats, loss, dscore

@@ -223,7 +223,7 @@ def attend_selected(
     options: settings.
   """
   attention = pallas_attention(chosen) if chosen in PALLAS else _xla_attention
-  # All but the kernels for GPUs need a query for each token.
+  # The others need a query for each token.
   missing = 0 if chosen in LAST_QUERIES else key.shape[1] - query.shape[1]
   query = jnp.pad(query, ((0, 0), (missing, 0), (0, 0), (0, 0)))
   out = attention(query, key, value, scores, *selection, start, end, **options._asdict())

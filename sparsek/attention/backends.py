@@ -14,8 +14,8 @@ from sparsek.kernels import cudnn, devices
 # These take scores [batch, heads, n]; the fastest comes first.
 PALLAS = ("mosaic_gpu", "mosaic_mma", "mosaic_tpu")
 GPU_KERNELS = ("mosaic_gpu", "mosaic_mma")
-# These take queries of the last tokens alone. So could "mosaic_mma", but its gradients of keys then
-# failed their test on an H200.
+# These take queries of the last tokens alone. "mosaic_mma" can, too, but a fault of its gradients
+# was mended without a card: see tests/kernels/ampere/attention_test.py.
 LAST_QUERIES = ("mosaic_gpu",)
 Query = jax.Array | jax.ShapeDtypeStruct
 

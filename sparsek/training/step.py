@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 
 from sparsek.attention.diagnostics import selection_statistics
-from sparsek.config import TrainConfig, TransformerConfig
+from sparsek.config import HeadGroup, TrainConfig, TransformerConfig
 from sparsek.model import lora
 from sparsek.model.head_groups import take_heads
 from sparsek.model.transformer import (
@@ -343,8 +343,8 @@ def make_diagnose(config: TransformerConfig, mesh: Mesh) -> Wrapped:
   """Compiles (params, batch of a row or more) -> {"layer_0/gate_mass": scalar, ...}.
 
   The figures describe the selection of each sparsek layer, the mean over its heads that select, by
-  groups of them. They cost a forward pass of the rows
-  given, so the loop gives one row per logged step, which all devices read.
+  groups of them. They cost a forward pass of the rows given, so the loop gives one row per logged
+  step, which all devices read.
   """
   specs = parameter_specs(config, mesh.shape[FSDP])
 
@@ -352,25 +352,25 @@ def make_diagnose(config: TransformerConfig, mesh: Mesh) -> Wrapped:
     _, sown = Transformer(config, trace_once=True).apply(
       {"params": params}, tokens, segment_ids=segment_ids, method="hidden", mutable=["diagnostics"]
     )
-    # scores by layer and its share of the layer's heads, of heads with equal settings
-    alike: dict[Any, dict[tuple[int, float], jax.Array]] = {}
+    # scores by layer and group of its heads, of groups with equal settings
+    alike: dict[Any, dict[tuple[int, HeadGroup], jax.Array]] = {}
     for i, (kind, layer) in enumerate(zip(config.layer_kinds, config.layer_configs)):
       if kind == "sparsek":
         (scores,) = layer_params(config, sown["diagnostics"], i)["attention"]["scores"]
         if axis_size(CONTEXT) > 1:
           scores = jax.lax.all_gather(scores, CONTEXT, axis=1, tiled=True)
-        groups = layer.selecting_groups
-        heads = sum(len(group.heads) for group in groups)
-        for group in groups:
+        for group in layer.selecting_groups:
           own = take_heads(scores, group.heads, config.num_kv_heads)
           settings = group.config.k, group.config.window, own.shape, own.dtype
-          alike.setdefault(settings, {})[i, len(group.heads) / heads] = own
+          alike.setdefault(settings, {})[i, group] = own
     statistics: dict[str, jax.Array] = {}
     for (k, window, *_), layers in alike.items():
       measure = functools.partial(selection_statistics, k=k, window=window, segment_ids=segment_ids)
       # A loop over the layers is compiled once, and not once for each layer.
       for name, values in jax.lax.map(measure, jnp.stack(list(layers.values()))).items():
-        for at, (i, share) in enumerate(layers):
+        for at, (i, group) in enumerate(layers):
+          selecting = config.layer_configs[i].selecting_groups
+          share = len(group.heads) / sum(len(of.heads) for of in selecting)
           name_of_layer = f"layer_{i}/{name}"
           statistics[name_of_layer] = statistics.get(name_of_layer, 0) + share * values[at]
     return statistics

@@ -45,9 +45,10 @@ def answer(index, score):
 
 
 def make(step):
-  """Makes what a step would make."""
+  """Makes what a step would make, whole at once as steps do, since others look at it meanwhile."""
   if step.words[0] == "lm_eval":
-    folder = os.path.join(step.output, "model")
+    unfinished = f"{step.output}.unfinished"
+    folder = os.path.join(unfinished, "model")
     os.makedirs(folder)
     sample = {
       "doc": {"input": QUESTION, "outputs": ["x", "y"], "max_length": 4096},
@@ -55,8 +56,9 @@ def make(step):
     }
     with open(os.path.join(folder, "samples_ruler_prompts_vt_2026-01-01T00.jsonl"), "w") as file:
       file.write(json.dumps(sample) + "\n")
-    with open(os.path.join(step.output, ruler_tools.TABLE), "w") as file:
+    with open(os.path.join(unfinished, ruler_tools.TABLE), "w") as file:
       file.write("sparsek ({...})\n|Tasks|\n|-----|\n")
+    os.rename(unfinished, step.output)
   elif step.output.endswith(".json"):
     runs = {f"runs/{name}": {"answers": [answer(0, 50.0)]} for name in "ab"}
     files.save(step.output, json.dumps({"benchmark": "RULER", "data": {}, "runs": runs}))

@@ -454,3 +454,5 @@ def test_selection_diagnostics_are_means_over_the_heads_that_select():
   rest, one = diagnose("sparsek:h1:k0:w3"), diagnose("sparsek:k1:w3:h0.2-3:k0")
   for name in rest:
     np.testing.assert_allclose(mixed[name], 0.75 * rest[name] + 0.25 * one[name], rtol=1e-5)
+  alike, whole = diagnose("sparsek:h0.1:k2"), diagnose("sparsek")
+  np.testing.assert_allclose([alike[name] for name in whole], [*whole.values()], rtol=1e-5)

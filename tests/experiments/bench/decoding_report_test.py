@@ -110,11 +110,19 @@ def test_extending_a_record():
   ]
 
 
+def jobs_of(*words):
+  """Returns the jobs of flags, whatever other tests have left in them."""
+  for name in suites.FLAGS:
+    suites.FLAGS[name].unparse()
+  parse(["benchmark", "--suite=decode", *words], suites.FLAGS)
+  try:
+    return suites.decode_jobs()
+  finally:
+    suites.FLAGS["workdir"].unparse()
+
+
 def test_jobs():
-  parse(
-    ["benchmark", "--suite=decode", "--k=512", "--batch_sizes=8,1", "--prompts=300"], suites.FLAGS
-  )
-  jobs = suites.decode_jobs()
+  jobs = jobs_of("--k=512", "--batch_sizes=8,1", "--prompts=300")
   assert [(job.what, job.batch_size, job.n) for job in jobs] == [
     ("decode", batch, n) for batch in (1, 8) for n in (1024, 8192, 65536, 524288, 1048576)
   ] + [("prefill", 1, 300)]
@@ -123,13 +131,9 @@ def test_jobs():
 
 def test_jobs_of_the_model_of_a_run(tmp_path):
   write_run(tmp_path / "run", "data", CONFIG, 32, init_params(CONFIG, jax.random.key(0)))
-  for name in suites.FLAGS:
-    suites.FLAGS[name].unparse()
-  words = ("--suite=decode", "--lengths=16", "--batch_sizes=1", "--prompts=", "--k=2")
-  parse(["benchmark", *words, f"--workdir={tmp_path}/run"], suites.FLAGS)
-  (job,) = suites.decode_jobs()
+  words = ("--lengths=16", "--batch_sizes=1", "--prompts=", "--k=2")
+  (job,) = jobs_of(*words, f"--workdir={tmp_path}/run")
   assert job.config == dataclasses.replace(CONFIG, k=2) != CONFIG
-  suites.FLAGS["workdir"].unparse()
 
 
 def test_a_filled_cache_is_one_that_has_seen_so_many_tokens():

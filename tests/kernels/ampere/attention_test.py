@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import sparsek
+from sparsek.attention import api
 from sparsek.kernels import devices
 from sparsek.kernels.ampere import attention as ampere_attention
 from tests.kernels.attention_base import ARGUMENTS
@@ -19,6 +20,12 @@ from tests.kernels.hopper import interpreted
 @pytest.mark.gpu
 class TestMosaicMma(GpuAttentionTest):
   implementation = "mosaic_mma"
+  specs = tuple(name for name in GpuAttentionTest.specs if name != "head_dim_256")  # refused
+
+  def test_queries_of_the_last_tokens(self, monkeypatch):
+    """Tests the kernels, though `sparsek.sparsek_attention` gives them the queries before, too."""
+    monkeypatch.setattr(api, "LAST_QUERIES", (self.implementation,))
+    super().test_queries_of_the_last_tokens()
 
 
 @interpreted.slow
