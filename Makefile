@@ -2,6 +2,8 @@
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   command -v $$p >/dev/null && $$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
+HAS_KERNELS := import sys; sys.exit(sys.version_info < (3, 12))
+NO_KERNELS := the kernels for GPUs need JAX 0.11, thus Python 3.12; set PYTHON=/path/to/python3
 NO_PYTHON := sparsek needs Python 3.11 or newer with venv; set PYTHON=/path/to/python3
 INSTALL := -m pip install -q --disable-pip-version-check
 READY := .venv/ready
@@ -40,7 +42,8 @@ docs: .venv-docs/ready
 	@touch $@
 
 .venv-compile/ready: setup.cfg pyproject.toml
-	@test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 2; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(HAS_KERNELS)' 2>/dev/null || \
+	  { echo "$(NO_KERNELS)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv-compile
 	.venv-compile/bin/python $(INSTALL) -e '.[test]'
 	version=$$(.venv-compile/bin/python -c 'import jax; print(jax.__version__)'); \
