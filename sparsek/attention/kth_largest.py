@@ -38,10 +38,11 @@ class SortedRows(NamedTuple):
 
     def number_inside(token_BxGx_xN):
       """Counts tokens inside of ranges, over the last axis."""
-      begin, stop = (jnp.expand_dims(edge, (1, 3, 4)) for edge in (first, end))
-      inside = (token_BxGx_xN >= begin) & (token_BxGx_xN < stop)
-      # XLA for GPUs compiles sums of integers for minutes; those of a part are exact as floats.
-      return jnp.sum(inside.astype(jnp.float32), axis=-1).astype(jnp.int32)
+      edges = (jnp.expand_dims(edge, (1, 3, 4)) for edge in (first, end))
+      before = ((token_BxGx_xN < edge).astype(jnp.float32) for edge in edges)
+      # XLA for GPUs takes minutes to compile sums of integers, or one sum alone.
+      before_first, before_end = sums(*before)
+      return (before_end - before_first).astype(jnp.int32)
 
     in_parts_BxGxCxP = number_inside(self.token[:, :, None])
     part_BxGxC, behind_BxGxC = _place_of(in_parts_BxGxCxP, jnp.int32(k))
@@ -49,6 +50,13 @@ class SortedRows(NamedTuple):
     inside_BxGxCxW = number_inside(of_part(self.token)[..., None])
     index_BxGxC, _ = _place_of(inside_BxGxCxW, k - behind_BxGxC)
     return jnp.take_along_axis(of_part(self.value), index_BxGxC[..., None], axis=3)[..., 0]
+
+
+def sums(*x: jax.Array) -> tuple[jax.Array, ...]:
+  """Sums float32 arrays of one shape over the last axis, in one reduction."""
+  add = lambda a, b: tuple(map(jnp.add, a, b))
+  x = tuple(jnp.broadcast_arrays(*x))
+  return lax.reduce(x, (jnp.float32(0),) * len(x), add, (x[0].ndim - 1,))
 
 
 def sorted_rows(x: jax.Array, *, kernels: bool = False) -> SortedRows:

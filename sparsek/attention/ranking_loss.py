@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsek.attention.backends import choose_implementation
-from sparsek.attention.kth_largest import sorted_rows
+from sparsek.attention.kth_largest import sorted_rows, sums
 from sparsek.attention.scorer_loss import (
   attention_to_candidates,
   first_token,
@@ -227,8 +227,8 @@ def _of_block(tokens, queries, static):
   gap_BxGxCxN = jnp.where(counted_BxGxCxN, jnp.clip(gap_BxGxCxN, -1, 1), 0)
   share_BxGxCx1 = lambda total: queries.weight / (2 * jnp.where(total > 0, total, 1))
   kept, dropped = (
-    share_BxGxCx1(static.sum_of(jnp.sum(side, axis=-1, keepdims=True)))
-    for side in (jnp.maximum(gap_BxGxCxN, 0), jnp.maximum(-gap_BxGxCxN, 0))
+    share_BxGxCx1(static.sum_of(total[..., None]))
+    for total in sums(jnp.maximum(gap_BxGxCxN, 0), jnp.maximum(-gap_BxGxCxN, 0))
   )
   gap_BxGxCxN *= jnp.where(gap_BxGxCxN > 0, kept, dropped)
 
