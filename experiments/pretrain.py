@@ -164,7 +164,8 @@ def read_stages(devices: list[jax.Device] | None) -> list[Stage]:
   vocab_size = data[trains[-1].data.data].vocab_size
   for stage in flags:
     with named(stage.name):
-      models.append(model_config(stage.values, vocab_size=vocab_size, pretrained=base))
+      model = model_config(stage.values, vocab_size=vocab_size, pretrained=base)
+      models.append(_as_taught(model, stage.values, FLAGS.workdir))
   if processes.is_first() and by_user():
     unused = [unused_flags(model, stage.values) for model, stage in zip(models, flags)]
     warn_of_unused(unused_by_all(unused))
@@ -174,6 +175,19 @@ def read_stages(devices: list[jax.Device] | None) -> list[Stage]:
   ]
   check_stages(stages)
   return [_with_remat(stage, of.values["remat"].value, devices) for stage, of in zip(stages, flags)]
+
+
+def _as_taught(
+  model: TransformerConfig, flags: absl_flags.FlagValues, workdir: str | None
+) -> TransformerConfig:
+  """Returns a model with the kind of the scorers' loss that a flag names, else that of the run that
+  resumes in `workdir`, else the default. The record of a run of stages is of the last one alone.
+  """
+  kind = flags["scorer_loss_kind"].value
+  if kind is None and workdir and os.path.exists(os.path.join(workdir, run_record.FILE)):
+    old, record = run_record.load_run_config(workdir)
+    kind = None if run_record.STAGES in record else old.scorer_loss_kind
+  return dataclasses.replace(model, scorer_loss_kind=kind or TransformerConfig.scorer_loss_kind)
 
 
 def _with_remat(stage: Stage, given: str | None, devices: list[jax.Device] | None) -> Stage:
@@ -195,6 +209,9 @@ def pretrain() -> None:
       print_plan(stage, stages, devices)
     return
   run_directory.use_compilation_cache(FLAGS.compilation_cache)
+  model = stages[-1].config
+  if model.learns_scores and not FLAGS.stage:
+    FLAGS["scorer_loss_kind"].value = model.scorer_loss_kind  # spelled out in flags.txt
   result = loop.train_stages(stages, into_string(FLAGS))
   if processes.is_first():
     report(result, stages[-1].train, stages[-1].end)

@@ -145,8 +145,9 @@ def _define_scorer(define: Definer) -> None:
     "scorer_loss_kind",
     None,
     config_lib.SCORER_LOSSES,
-    "What --scorer_loss teaches. divergence: the distribution of attention; ranking: which k "
-    "tokens later queries read most, beyond the window. By default divergence.",
+    "What --scorer_loss teaches. ranking: which k tokens later queries read most, beyond the "
+    "window; divergence: the distribution of attention. By default that of the run that "
+    "resumes, else ranking.",
   )
 
 

@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import pytest
 
 from sparsek.command_line import invocation
-from sparsek.config import OptimizerConfig, TrainConfig
+from sparsek.config import OptimizerConfig, TrainConfig, TransformerConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.experiments import pretrain
+from sparsek.runs import settings
 from sparsek.runs.checkpoint import saved_steps
 from sparsek.runs.metrics import Progress
 from sparsek.training import loop
@@ -135,6 +136,29 @@ def uninterrupted(tmp_path_factory, data_folder, environment):
   assert code == 0, err
   assert "step 120: loss" in out and workdir in out
   return logged(workdir)
+
+
+@pytest.mark.parametrize(
+  "recorded, words, kind",
+  [
+    (None, [], "ranking"),  # a new run
+    ({}, [], "divergence"),  # of version 0.1
+    ({}, ["--scorer_loss_kind=ranking"], "ranking"),
+    ({"scorer_loss_kind": "ranking"}, [], "ranking"),
+    ({"scorer_loss_kind": "divergence"}, [], "divergence"),
+    ({"scorer_loss_kind": "divergence", "stages": []}, [], "ranking"),
+  ],
+)
+def test_a_run_that_resumes_keeps_the_kind_of_the_scorers_loss(tmp_path, recorded, words, kind):
+  if recorded is not None:
+    folder = pathlib.Path(__file__).parents[1] / "fixtures" / "version_0_1" / "neox"
+    record, more = json.loads((folder / "model.json").read_text()), dict(recorded)
+    stages = {"stages": more.pop("stages")} if "stages" in more else {}
+    record["model"] |= more
+    (tmp_path / "model.json").write_text(json.dumps(record | stages))
+  values = settings.parse([f"--workdir={tmp_path}", *words])
+  model = pretrain._as_taught(TransformerConfig(), values, str(tmp_path))
+  assert model.scorer_loss_kind == kind
 
 
 @pytest.mark.slow
