@@ -22,14 +22,12 @@ HOPPER = "9.0"  # compute capability of H100 and H200
 HOPPER_MAX_HEAD_DIM = 256
 AMPERE = (8, 0)  # the earliest compute capability with cp.async and mma of bfloat16
 AMPERE_MAX_HEAD_DIM = 128
-# for thresholds, expiry and norms: they need nothing of Hopper
-PORTABLE_KERNELS = tuple(
-  f"hopper.{name}" for name in ("thread_ops", "prefix_thresholds", "prefix_gradients", "rms_norm")
+# for thresholds, expiry, norms and single tokens: they need nothing of Hopper
+PORTABLE_KERNELS = (
+  *("hopper.thread_ops", "hopper.prefix_thresholds", "hopper.prefix_gradients", "hopper.rms_norm"),
+  *("hopper.small_batch_matmul", "hopper.decode_attention", "hopper.decode_eviction"),
 )
-THREAD_KERNELS = PORTABLE_KERNELS + tuple(
-  f"hopper.{name}"
-  for name in ("small_batch_matmul", "fused_decode_layer", "decode_attention", "decode_eviction")
-)
+THREAD_KERNELS = (*PORTABLE_KERNELS, "hopper.fused_decode_layer")
 TPU_MAX_HEAD_DIM = 256
 _target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.devices import can_run
+from sparsek.kernels import devices
 from sparsek.kernels.hopper.common import MULTIPROCESSORS, axes
 from sparsek.kernels.hopper.decode_attention_kernel import kernel
 from sparsek.kernels.hopper.decode_attention_program import (
@@ -101,7 +101,7 @@ def supports(key: jax.Array, heads: int) -> bool:
     and split(key) is not None
     and key.dtype in (jnp.bfloat16, jnp.float16)
   )
-  return ENABLED and fits and can_run()
+  return ENABLED and fits and devices.can_run_portable()
 
 
 def attend(

@@ -46,7 +46,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsek.kernels.devices import can_run
+from sparsek.kernels import devices
 from sparsek.kernels.hopper.common import axes, axis_index
 from sparsek.kernels.hopper.row_preparation import STEP, Preparation, Ref
 from sparsek.kernels.hopper.thread_ops import PARAMS, gather, gather_bytes, load_in_order, scatter
@@ -158,7 +158,7 @@ def supports(batch: int, matrix: jax.Array, dtype: Any) -> bool:
     and fits
     and dtype == matrix.dtype
     and dtype in (jnp.bfloat16, jnp.float16)
-    and can_run()
+    and devices.can_run_portable()
   )
 
 

@@ -363,7 +363,7 @@ def decode_step(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, params, cache, token, active):
-  if devices.can_run():
+  if devices.can_run_portable():
     from sparsek.generation import cached_kernels  # needs private names of JAX
 
     token = jnp.where(active, token, 0)  # what is computed for the others must be finite

@@ -1,9 +1,10 @@
-"""One decoding step through all layers, by kernels for Hopper GPUs (kernels/hopper).
+"""One decoding step through all layers, by kernels for NVIDIA GPUs since Ampere (kernels/hopper).
 
 `sparsek.generation.cache` uses it for models of the common kind: RMSNorm, rotations of whole heads,
 no biases, a linear scorer and the gate "straight_through". A layer takes two kernels, or five where
-fused_decode_layer.py does not support it; two more come before the first layer, or one where the
-rows of the batch are so many that the attention kernel itself makes room for the new token.
+fused_decode_layer.py does not support it, as on all GPUs but Hopper's; two more come before the
+first layer, or one where the rows of the batch are so many that the attention kernel itself makes
+room for the new token.
 """
 
 from typing import Any

@@ -73,16 +73,17 @@ class Projections(NamedTuple):
 def small_batch_product(
   params: Params, rows: jax.Array, config: TransformerConfig | None = None
 ) -> Callable[..., jax.Array] | None:
-  """Returns the Hopper kernel for a product of a few rows with a matrix, or None.
+  """Returns the kernel for a product of a few rows with a matrix, or None.
 
   It is None where XLA makes this product.
 
   Args:
-    params: of the product; the Hopper kernel adds no bias.
+    params: of the product; the kernel adds no bias.
     rows: [B, K], the input.
     config: of the model, if the kernel is to compute the norm before the product too.
   """
-  if not devices.can_run() or "bias" in params or config is not None and config.norm != "rms_norm":
+  normed = config is None or config.norm == "rms_norm"
+  if not devices.can_run_portable() or "bias" in params or not normed:
     return None
   from sparsek.kernels.hopper import small_batch_matmul  # needs private names of JAX
 

@@ -12,6 +12,7 @@ import sparsek
 from sparsek.attention import api
 from sparsek.kernels import devices
 from sparsek.kernels.ampere import attention as ampere_attention
+from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
 from tests.kernels.attention_base import ARGUMENTS
 from tests.kernels.gpu_attention_base import GpuAttentionTest
 from tests.kernels.hopper import interpreted
@@ -73,6 +74,19 @@ def test_runs_on_gpus_since_ampere(kind, capability, words, monkeypatch):
   refusal = devices.mma_refusal(jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16))
   assert refusal is None if words is None else words in refusal
   assert devices.can_run_portable() == (capability[0] in "189" and capability != "7.5")
+
+
+def test_single_tokens_have_kernels_that_need_nothing_of_hopper(monkeypatch):
+  seen = types.SimpleNamespace(
+    platform="gpu", device_kind="NVIDIA A100-SXM4-40GB", compute_capability="8.0", core_count=108
+  )
+  monkeypatch.setattr(jax, "devices", lambda *_: [seen])
+  monkeypatch.setattr(devices, "SUPPORTED", True)
+  monkeypatch.setattr(devices, "import_refusal", lambda module: None)
+  x, matrix = (jax.ShapeDtypeStruct((n, 1024), jnp.bfloat16) for n in (2, 512))
+  key = jax.ShapeDtypeStruct((2, 4, 1024, 64), jnp.bfloat16)
+  assert decode_attention.supports(key, 8) and small_batch_matmul.supports(2, matrix, x.dtype)
+  assert not fused_decode_layer.supports(x, matrix)
 
 
 def test_limits_are_those_of_the_kernels():

@@ -20,6 +20,9 @@ PORTABLE = {
   "sparsek_gather_rows",
   "sparsek_sum_rows",
   "sparsek_rms_norm_gradients",
+  "sparsek_small_batch_matmul",
+  "sparsek_attend",
+  "sparsek_evict",
 }
 
 

@@ -26,9 +26,11 @@ import jax
 import jax.numpy as jnp
 
 import sparsek
+from sparsek.config import preset
 from sparsek.kernels import devices
 from sparsek.kernels.rms_norm import branched_rms_norm
 from sparsek.kernels.specs import Spec
+from tests.kernels.decoding_steps import compiled_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -82,7 +84,8 @@ CASES = {
     "straight_through",
   ),
 }
-PORTABLE = "portable"  # selection and norms, compiled with the sizes of the first case
+# selection and norms, with the sizes of the first case, and steps of generation
+PORTABLE = "portable"
 
 
 def device_of(capability: str) -> jax.Device:
@@ -170,6 +173,12 @@ def compile_portable(device: jax.Device, spec: Spec) -> None:
   jax.jit(norm_gradients).lower(x, scale, x, x).compile()
 
 
+def compile_decoding(device: jax.Device) -> None:
+  """Compiles steps of generation, by the kernels that need nothing of Hopper."""
+  sizes = dict(num_layers=2, k=512, window=512, vocab_size=32768)
+  compiled_steps(preset("1b", attention="sparsek,full", **sizes), 1, device)
+
+
 def _inputs(device: jax.Device, spec: Spec) -> list[jax.ShapeDtypeStruct]:
   """Returns queries, keys and scores."""
   sharding = jax.sharding.SingleDeviceSharding(device)
@@ -230,6 +239,7 @@ def measure(capability: str, names: list[str]) -> dict:
         with standard_output(lines):
           if name == PORTABLE:
             compile_portable(device, CASES[names[0]][0])
+            compile_decoding(device)
           else:
             compile_case(device, *CASES[name])
       except Exception:

@@ -21,7 +21,7 @@ from sparsek.attention.prefix_selection import select
 from sparsek.attention.ranking_loss import ranking_loss
 from sparsek.attention.scorer_loss import attention_mass_loss
 from sparsek.config import DataConfig, TrainConfig, preset
-from sparsek.generation import cache, session
+from sparsek.generation import cache
 from sparsek.generation.inference import inference_params
 from sparsek.kernels import devices
 from sparsek.kernels.hopper import attention as hopper_attention
@@ -37,6 +37,7 @@ from sparsek.training import plan
 from sparsek.training.compilation import kernel_programs
 from sparsek.training.optimizer import make_optimizer
 from sparsek.training.step import abstract_state, make_train_step
+from tests.kernels.decoding_steps import compiled_steps
 
 try:
   import jax_plugins.xla_cuda13  # noqa: F401  registers the compiler
@@ -567,26 +568,7 @@ def test_a_chunk_of_a_prompt_compiles():
 def test_decoding_steps_compile(attention, batch, kernels):
   """A layer takes few kernels, and the caches are written in place."""
   config = preset("1b", num_layers=3, k=512, window=512, vocab_size=32768, attention=attention)
-  params = jax.eval_shape(functools.partial(inference_params, config), abstract_params(config))
-  empty = jax.eval_shape(lambda: cache.init_cache(config, batch, max_length=1152))
-  shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-  arguments = (
-    params,
-    empty,
-    shape(jnp.int32, batch),
-    shape(bool, batch),
-    shape(jnp.int32),
-    shape(jnp.int32),
-    keys,
-  )
-  arguments = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(h100())),
-    arguments,
-  )
-  compiled = session.run_steps.lower(
-    config, "greedy", 8, *arguments, 0.0, 1.0, 0, np.zeros(0, np.int32)
-  ).compile()
+  compiled = compiled_steps(config, batch, h100())
   step = max(
     re.findall(r"^%?[\w.\-]+ .*?\{\n(.*?)^\}", compiled.as_text(), re.MULTILINE | re.DOTALL),
     key=lambda body: body.count("sparsek_attend"),

@@ -41,7 +41,7 @@ def grids(monkeypatch):
 
   monkeypatch.setattr(plgpu, "kernel", kernel)
   monkeypatch.setattr(devices, "SUPPORTED", True)
-  for module in (devices, small_batch_matmul, fused_decode_layer, decode_attention):
+  for module in (devices, fused_decode_layer):
     monkeypatch.setattr(module, "can_run", lambda: True)
   monkeypatch.setattr(devices, "can_run_portable", lambda: True)
   monkeypatch.setattr(devices, "hopper_refusal", lambda query: None)
