@@ -125,9 +125,13 @@ def truth(sizes, gate, ids):
 
 
 @pytest.mark.parametrize(
-  "gate, packed", [("straight_through", False), *((gate, True) for gate in GATES)]
+  "term, gate, packed",
+  [
+    *((term, "straight_through", True) for term in TERMS),
+    *(("sparsek:k4:w0:h3:k1:w2", gate, True) for gate in GATES if gate != "straight_through"),
+    ("sparsek:k90:w3:h0-2:k2:w80", "straight_through", False),
+  ],
 )
-@pytest.mark.parametrize("term", TERMS)
 def test_each_head_attends_as_it_would_alone(term, gate, packed):
   ids = DOCUMENTS if packed else None
   config = of_layer(term, dataclasses.replace(HEADS, gate=gate, implementation="xla"))
@@ -152,10 +156,11 @@ def test_other_kinds_have_windows_by_heads(kind):
     term: ATTENTION_MODULES[kind](of_layer(term, base))
     for term in (f"{kind}:w5", f"{kind}:w2", f"{kind}:w5:h1:w2")
   }
-  variables = modules[f"{kind}:w5"].init(jax.random.key(1), x)
+  variables = quick_jit(modules[f"{kind}:w5"].init)(jax.random.key(1), x)
   mixed = {}
   for term, module in modules.items():
-    _, state = module.apply(variables, x, DOCUMENTS, capture_intermediates=only_mix, mutable=True)
+    run = functools.partial(module.apply, capture_intermediates=only_mix, mutable=True)
+    _, state = quick_jit(run)(variables, x, DOCUMENTS)
     mixed[term] = np.asarray(state["intermediates"]["mix"][0])
   wide, narrow, both = mixed.values()
   np.testing.assert_allclose(both[:, :, 2:4], narrow[:, :, 2:4], atol=1e-6)
@@ -175,7 +180,7 @@ def test_the_loss_of_scorers_is_the_mean_over_the_heads_that_select(term, kind):
   x = jax.random.normal(jax.random.key(0), (2, N, 12))
   config = dataclasses.replace(HEADS, implementation="xla", scorer_loss_kind=kind)
   module = ATTENTION_MODULES["sparsek"](of_layer(term, config))
-  variables = {"params": module.init(jax.random.key(1), x)["params"]}
+  variables = {"params": quick_jit(module.init)(jax.random.key(1), x)["params"]}
   queries = jnp.asarray([[6, 20, 36], [11, 17, 30]], jnp.int32)
 
   def loss(params):
@@ -212,8 +217,8 @@ def test_the_loss_of_scorers_is_the_mean_over_the_heads_that_select(term, kind):
 
 
 @functools.cache
-def params():
-  return init_params(MODEL, jax.random.key(0))
+def params(config=MODEL):
+  return quick_jit(functools.partial(init_params, config))(jax.random.key(0))
 
 
 def logits(config, parameters=None):
@@ -241,7 +246,7 @@ def test_scanned_layers_have_groups_of_heads():
   scanned = dataclasses.replace(
     MODEL, num_layers=4, attention="sparsek:h1.3:k0:w9,sparsek:h0:k7", scan_layers=True
   )
-  parameters = init_params(scanned, jax.random.key(0))
+  parameters = params(scanned)
   loop = dataclasses.replace(scanned, scan_layers=False)
   np.testing.assert_allclose(
     logits(scanned, parameters), logits(loop, unstack_layers(scanned, parameters)), atol=1e-5
