@@ -354,12 +354,14 @@ def _add_to_keys(
 def _store_values(program: Program, block: Block, dvalue: jax.Array, nothing: jax.Array) -> None:
   """Stores the gradients of a block's values."""
   del nothing
-  rows_of(program, program.outputs.dvalue, block)[...] = dvalue.astype(program.options.dtype)
+  options, outputs = program.options, program.outputs
+  options.registers.store(rows_of(program, outputs.dvalue, block), dvalue.astype(options.dtype))
 
 
 def _store_keys(program: Program, block: Block, dkey: jax.Array, dscore: jax.Array) -> None:
   """Stores the gradients of a block's keys and scores."""
   options, outputs = program.options, program.outputs
-  rows_of(program, outputs.dkey, block)[...] = (dkey * options.scale).astype(options.dtype)
+  dkey = (dkey * options.scale).astype(options.dtype)
+  options.registers.store(rows_of(program, outputs.dkey, block), dkey)
   if options.is_list:
     rows_of(program, outputs.dscore, block)[...] = dscore

@@ -30,6 +30,7 @@ ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 # plgpu.load of JAX 0.10 requires an index, that of 0.12 has none
 LOAD_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
+_STORE = getattr(plgpu, "store", None)  # from JAX 0.12 on
 
 
 quicken()
@@ -244,6 +245,17 @@ class Registers:
   def matrix(self, ref: Ref) -> jax.Array:
     """Loads a matrix from shared memory."""
     return ref[...] if self.interpreted else plgpu.load(ref, *LOAD_INDEX, layout=MATRIX)
+
+  def store(self, ref: Ref, matrix: jax.Array) -> None:
+    """Stores a matrix of 16 bit in global memory, straight from registers.
+
+    A row's 8 columns, which 4 threads hold, are half of a sector of global memory. JAX 0.12 takes
+    that for a mistake unless told otherwise; earlier ones always store so.
+    """
+    if self.interpreted or _STORE is None:
+      ref[...] = matrix
+    else:
+      _STORE(ref, matrix, optimized=False)
 
   def full(self, shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
     """Returns a float32 array of one value."""
