@@ -34,8 +34,9 @@ class _Head:
 
 
 def _print_heads() -> None:
-  """Makes JAX print the heads of operations only where it sorts values by their names, which are
-  the same then: whole operations are long, and verified before they are printed.
+  """Makes JAX print the heads of operations only where it sorts values by their names, as it does
+  before 0.12. The names are the same then: whole operations are long, and verified before they are
+  printed.
   """
   site = getattr(layout_inference, "ValueSite", None)
   if site is not None:

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("jax_cuda13_plugin") is None,
   reason="needs the CUDA compiler of JAX: make test-compile installs it",
 )
-# Bytes that the gradients of keys spill: pointers that a tile reads once, where that was looked at.
-MOST_SPILLED = dict.fromkeys(GPUS, 64) | {"12.0": 96}
+# Bytes that the gradients of keys spill. In the code for 12.0, that of JAX 0.12, these are pointers
+# and the gradient of the scores, which a tile reads between its products; JAX 0.11 spills 96.
+MOST_SPILLED = dict.fromkeys(GPUS, 64) | {"12.0": 104}
 PORTABLE = {
   "sparsek_walk",
   "sparsek_write_lists",

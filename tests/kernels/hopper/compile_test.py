@@ -448,21 +448,22 @@ def test_ranking_loss_compiles(n, queries, heads, groups, head_dim, dtype):
   assert compiled.memory_analysis().temp_size_in_bytes < sorted_twice + keys + 2**23
 
 
-def test_layouts_are_inferred_of_values_by_their_own_names(monkeypatch):
+def test_values_keep_their_names(monkeypatch):
   """Heads of operations are printed alone: with the names that JAX would give them."""
-  name_of, names = ValueSite.__str__, []
+  check, names = ValueSite.__post_init__, set()
 
   def compared(value):
-    names.append(name_of(value))
-    assert names[-1].startswith(re.match(r"(%\d+ = )?\S+", str(value.operation))[0])
-    return names[-1]
+    check(value)
+    if isinstance(value.operation, ir.OpView):  # not made for printing
+      names.add(str(value))
+      assert str(value).startswith(re.match(r"(%\d+ = )?\S+", str(value.operation))[0])
 
-  monkeypatch.setattr(ValueSite, "__str__", compared)
+  monkeypatch.setattr(ValueSite, "__post_init__", compared)
   scores, query = shape_of(jnp.float32, 1, 512, 1), shape_of(jnp.bfloat16, 1, 512, 1, 64)
   jax.jit(functools.partial(scorer_loss, window=64, implementation="mosaic_gpu")).lower(
     scores, query, query, shape_of(jnp.int32, 1, 128)
   )
-  assert len(set(names)) > 20
+  assert len(names) > 20
 
 
 def test_scorer_loss_of_sharded_rows_compiles():
