@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import sparsek
 from sparsek.kernels import specs
@@ -117,7 +117,7 @@ def test_on_one_device_it_is_the_public_function():
 )
 def test_bad_arguments(change, error, words):
   """Traces only, for a mesh of two devices that are not here."""
-  mesh = jax.sharding.AbstractMesh((2,), (CONTEXT,))
+  mesh = jax.sharding.AbstractMesh((2,), (CONTEXT,), axis_types=(AxisType.Auto,))
   attend = lambda *x: sequence_parallel.sparsek_attention(*x, **{"k": 2, "window": 3, **change})
   part = PartitionSpec(None, CONTEXT)
   f = jax.shard_map(attend, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)

@@ -7,7 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from sparsek.model.baselines import ATTENTION_MODULES, context_refusal
@@ -46,7 +46,7 @@ def trace_on_two_shards(function, *shapes):
   """Traces a function of parameters and of an array whose tokens are on two shards of each row."""
   sharded = jax.shard_map(
     function,
-    mesh=AbstractMesh((1, 1, 2), AXES),
+    mesh=AbstractMesh((1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3),
     in_specs=(P(), P(None, CONTEXT)),
     out_specs=P(None, CONTEXT),
     check_vma=False,
