@@ -65,7 +65,7 @@ from sparsek.data import batches
 from sparsek.huggingface import pretrained
 from sparsek.parallel import processes, topology
 from sparsek.parallel.mesh import check_divides
-from sparsek.runs import checkpoint, run_directory, run_record
+from sparsek.runs import checkpoint, run_directory, run_record, settings
 from sparsek.training import loop, plan
 from sparsek.training.stages import Stage, alike_in_layout, check_stages
 
@@ -210,7 +210,7 @@ def pretrain() -> None:
     return
   run_directory.use_compilation_cache(FLAGS.compilation_cache)
   model = stages[-1].config
-  if model.learns_scores and not FLAGS.stage:
+  if not FLAGS.stage and (model.learns_scores or settings.may_teach_scorers(FLAGS)):
     FLAGS["scorer_loss_kind"].value = model.scorer_loss_kind  # spelled out in flags.txt
   result = loop.train_stages(stages, into_string(FLAGS))
   if processes.is_first():

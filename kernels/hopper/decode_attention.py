@@ -1,4 +1,4 @@
-"""Attention of one new token on Hopper GPUs: one kernel (decode_attention_kernel.py) for all batch
+"""Attention of one new token on NVIDIA GPUs: one kernel (decode_attention_kernel.py) for all batch
 rows and heads of a layer, which updates the cache in place.
 
 It rotates the queries and the new key, stores the new key, value and score in the cache, moves the

@@ -1,4 +1,4 @@
-"""Selection for one new token on Hopper GPUs where the attention kernel cannot make it, because
+"""Selection for one new token on NVIDIA GPUs where the attention kernel cannot make it, because
 several programs read the rows of a KV head: one kernel updates the caches of all layers in place,
 before the first layer runs. It does not depend on the new token.
 

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix on Hopper GPUs (GEMV), where generation spends its time;
+"""Products of a few rows with a matrix on NVIDIA GPUs (GEMV), where generation spends its time;
 what surrounds a product in a decoder layer (RMSNorm, SwiGLU, residual, the join of attention that
 was computed in parts) is fused into it.
 

@@ -83,7 +83,7 @@ def effective(values: absl_flags.FlagValues) -> Settings:
     del result["preset"]  # earlier versions spelled it out
   kind = result.pop("scorer_loss_kind", None) or TransformerConfig.scorer_loss_kind
   trains = "scorer_loss" in values and "layer_pattern" in values  # the benchmark has the first
-  if trains and _may_teach_scorers(values):
+  if trains and may_teach_scorers(values):
     result["scorer_loss_kind"] = kind
   return {
     name: _plain(value, home if name in values and path_flags.is_path(values[name]) else None)
@@ -91,8 +91,13 @@ def effective(values: absl_flags.FlagValues) -> Settings:
   }
 
 
-def _may_teach_scorers(values: absl_flags.FlagValues) -> bool:
-  """Returns whether the scorers' loss can change a run of these flags."""
+def may_teach_scorers(values: absl_flags.FlagValues) -> bool:
+  """Returns whether the scorers' loss may change a run of these flags of pretraining.
+
+  It may where they leave the kind of attention, or stages, to others.
+  """
+  if values["stage"].value:
+    return True
   pattern = values["layer_pattern"].value or values["attention"].value
   kinds = [parse_term(term)[0] for term in parse_layer_pattern(pattern)] if pattern else []
   has_scorers = not kinds or any("scorer" in fields_of_kind(kind) for kind in kinds)
@@ -143,7 +148,8 @@ def of_folder(folder: str, define: Define = define_pretrain_flags) -> list[Setti
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
   """Returns a line for each flag whose values differ, as "--k: 8 -> 16"."""
-  old, unnamed = {**run_record.UNNAMED, **old}, run_record.UNNAMED
+  unnamed = run_record.UNNAMED
+  old = {**old, **{name: value for name, value in unnamed.items() if old.get(name) is None}}
   names = [*new, *(name for name in old if name not in new and name not in unnamed)]
   return [
     f"{model_fields.as_flag(name)}: {_text(old.get(name))} -> {_text(new.get(name))}"

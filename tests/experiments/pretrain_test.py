@@ -161,6 +161,24 @@ def test_a_run_that_resumes_keeps_the_kind_of_the_scorers_loss(tmp_path, recorde
   assert model.scorer_loss_kind == kind
 
 
+@pytest.mark.parametrize("attention", ["sparsek", "full"])
+def test_an_unfinished_run_has_the_settings_of_its_command(tmp_path, monkeypatch, attention):
+  """The kind of attention is that of the run before it, so that flags do not say who is taught."""
+  values = settings.parse([f"--workdir={tmp_path}", "--init_from=runs/before"])
+  wanted = settings.effective(values)
+  config = TransformerConfig(attention=attention)
+  stage = SimpleNamespace(config=config, train=TrainConfig(workdir=str(tmp_path)), end=0)
+  write = lambda _, flagfile: (tmp_path / "flags.txt").write_text(flagfile)
+  monkeypatch.setattr(pretrain, "FLAGS", values)
+  monkeypatch.setattr(pretrain, "read_stages", lambda devices: [stage])
+  monkeypatch.setattr(pretrain, "report", lambda *_: None)
+  monkeypatch.setattr(pretrain.run_directory, "use_compilation_cache", lambda folder: None)
+  monkeypatch.setattr(loop, "train_stages", write)
+  pretrain.pretrain()
+  (made,) = settings.of_folder(str(tmp_path))
+  assert settings.differences(made, wanted) == []
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_logs_bit_equal_losses(
   tmp_path, data_folder, environment, uninterrupted
