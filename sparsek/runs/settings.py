@@ -94,12 +94,18 @@ def effective(values: absl_flags.FlagValues) -> Settings:
 def may_teach_scorers(values: absl_flags.FlagValues) -> bool:
   """Returns whether the scorers' loss may change a run of these flags of pretraining.
 
-  It may where they leave the kind of attention, or stages, to others.
+  It may where they leave the kind of attention to another run, or to stages.
+
+  Raises:
+    UsageError: for a pattern of layers that cannot be understood.
   """
   if values["stage"].value:
     return True
   pattern = values["layer_pattern"].value or values["attention"].value
-  kinds = [parse_term(term)[0] for term in parse_layer_pattern(pattern)] if pattern else []
+  try:
+    kinds = [parse_term(term)[0] for term in parse_layer_pattern(pattern)] if pattern else []
+  except ValueError as error:
+    raise UsageError(str(error)) from None
   has_scorers = not kinds or any("scorer" in fields_of_kind(kind) for kind in kinds)
   return has_scorers and values["scorer"].value != "random" and bool(values["scorer_loss"].value)
 

@@ -116,6 +116,11 @@ def test_a_record_that_names_no_kind_of_the_scorers_loss_is_of_divergence(record
   assert settings.differences(recorded, {}) == []
 
 
+def test_a_bad_pattern_beside_a_model_that_is_not_here():
+  with pytest.raises(UsageError, match="sparsek:q"):
+    of("--init_from=/a/y", "--layer_pattern=sparsek:q")
+
+
 def test_every_neutral_flag_says_why():
   known = {name for define in stages.DEFINE.values() for name in settings.parse([], define)}
   assert all(settings.NEUTRAL.values()) and set(settings.NEUTRAL) - {"restore_step"} <= known
