@@ -165,7 +165,7 @@ def read_stages(devices: list[jax.Device] | None) -> list[Stage]:
   for stage in flags:
     with named(stage.name):
       model = model_config(stage.values, vocab_size=vocab_size, pretrained=base)
-      models.append(_as_taught(model, stage.values, FLAGS.workdir))
+      models.append(_as_taught(model, stage.values, flags[-1].values, FLAGS.workdir))
   if processes.is_first() and by_user():
     unused = [unused_flags(model, stage.values) for model, stage in zip(models, flags)]
     warn_of_unused(unused_by_all(unused))
@@ -178,15 +178,19 @@ def read_stages(devices: list[jax.Device] | None) -> list[Stage]:
 
 
 def _as_taught(
-  model: TransformerConfig, flags: absl_flags.FlagValues, workdir: str | None
+  model: TransformerConfig,
+  flags: absl_flags.FlagValues,
+  last: absl_flags.FlagValues,
+  workdir: str | None,
 ) -> TransformerConfig:
   """Returns a model with the kind of the scorers' loss that a flag names, else that of the run that
-  resumes in `workdir`, else the default. The record of a run of stages is of the last one alone.
+  resumes in `workdir`, else the default. The record of a run of stages is of the last one alone,
+  and tells nothing of others where the flags of the last name its kind.
   """
-  kind = flags["scorer_loss_kind"].value
+  kind, of_last = (values["scorer_loss_kind"].value for values in (flags, last))
   if kind is None and workdir and os.path.exists(os.path.join(workdir, run_record.FILE)):
     old, record = run_record.load_run_config(workdir)
-    kind = None if run_record.STAGES in record else old.scorer_loss_kind
+    kind = None if run_record.STAGES in record and of_last else old.scorer_loss_kind
   return dataclasses.replace(model, scorer_loss_kind=kind or TransformerConfig.scorer_loss_kind)
 
 

@@ -22,6 +22,9 @@ HOPPER = "9.0"  # compute capability of H100 and H200
 HOPPER_MAX_HEAD_DIM = 256
 AMPERE = (8, 0)  # the earliest compute capability with cp.async and mma of bfloat16
 AMPERE_MAX_HEAD_DIM = 128
+# of a program, by compute capability, where it is not the least of them
+SHARED_KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+LEAST_SHARED_KIB = 99  # 8.6, 8.9, 12.0
 # for thresholds, expiry, norms and single tokens: they need nothing of Hopper
 PORTABLE_KERNELS = (
   *("hopper.thread_ops", "hopper.prefix_thresholds", "hopper.prefix_gradients", "hopper.rms_norm"),
@@ -79,6 +82,11 @@ def on_nvidia_gpu() -> bool:
 def compute_capability(device: jax.Device) -> str:
   """Returns the compute capability of a GPU, such as "9.0", or "unknown"."""
   return str(getattr(device, "compute_capability", "unknown"))
+
+
+def shared_bytes() -> int:
+  """Returns the bytes of shared memory that a program of a GPU since Ampere can have here."""
+  return 1024 * SHARED_KIB.get(compute_capability(device_here()), LEAST_SHARED_KIB)
 
 
 def can_run() -> bool:

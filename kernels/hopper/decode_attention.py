@@ -95,13 +95,16 @@ def supports(key: jax.Array, heads: int) -> bool:
   """Returns whether `attend` can attend to keys [B, G, length, D] with `heads` query heads, on this
   device.
   """
-  fits = (
-    key.shape[3] in (64, 128)
-    and heads // key.shape[1] <= 8
-    and split(key) is not None
-    and key.dtype in (jnp.bfloat16, jnp.float16)
-  )
-  return ENABLED and fits and devices.can_run_portable()
+  _, groups, length, dim = key.shape
+  division, ratio = split(key), heads // groups
+  if division is None or ratio > 8 or dim not in (64, 128):
+    return False
+  # of a warp: its sums, their tops and totals, its worst token; of a team: gates and staged rows
+  of_warp = 4 * (ratio * dim + 2 * 8 + 3)
+  of_team = 4 * division.warpgroups * of_warp + 4 * (length // division.parts) + 2 * 4 * dim
+  fits = division.teams * of_team <= devices.shared_bytes()
+  is_narrow = key.dtype in (jnp.bfloat16, jnp.float16)
+  return ENABLED and fits and is_narrow and devices.can_run_portable()
 
 
 def attend(

@@ -150,12 +150,14 @@ def supports(batch: int, matrix: jax.Array, dtype: Any) -> bool:
   """Returns whether `product` can multiply x [batch, K] of that dtype with the matrix [N, K], on
   this device.
   """
-  fits = (
-    batch <= ROWS and len(matrix) % COLUMNS == 0 and warpgroups_for(matrix.shape[1]) is not None
-  )
+  groups = warpgroups_for(matrix.shape[1])
+  if batch > ROWS or len(matrix) % COLUMNS or groups is None:
+    return False
+  # partial sums and squares of each warp, and rows that are prepared
+  shared = 4 * 4 * groups * (LANES + ROWS) + 2 * batch * (matrix.shape[1] + STEP)
   return (
     ENABLED
-    and fits
+    and shared <= devices.shared_bytes()
     and dtype == matrix.dtype
     and dtype in (jnp.bfloat16, jnp.float16)
     and devices.can_run_portable()

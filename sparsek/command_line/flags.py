@@ -141,14 +141,6 @@ def _define_scorer(define: Definer) -> None:
   define.integer(
     "scorer_loss_queries", None, "Queries per row that --scorer_loss looks at. By default 128."
   )
-  define.choice(
-    "scorer_loss_kind",
-    None,
-    config_lib.SCORER_LOSSES,
-    "What --scorer_loss teaches. ranking: which k tokens later queries read most, beyond the "
-    "window; divergence: the distribution of attention. By default that of the run that "
-    "resumes, else ranking.",
-  )
 
 
 def _define_architecture(define: Definer) -> None:

@@ -146,7 +146,7 @@ def uninterrupted(tmp_path_factory, data_folder, environment):
     ({}, ["--scorer_loss_kind=ranking"], "ranking"),
     ({"scorer_loss_kind": "ranking"}, [], "ranking"),
     ({"scorer_loss_kind": "divergence"}, [], "divergence"),
-    ({"scorer_loss_kind": "divergence", "stages": []}, [], "ranking"),
+    ({"scorer_loss_kind": "divergence", "stages": []}, [], "divergence"),
   ],
 )
 def test_a_run_that_resumes_keeps_the_kind_of_the_scorers_loss(tmp_path, recorded, words, kind):
@@ -157,8 +157,21 @@ def test_a_run_that_resumes_keeps_the_kind_of_the_scorers_loss(tmp_path, recorde
     record["model"] |= more
     (tmp_path / "model.json").write_text(json.dumps(record | stages))
   values = settings.parse([f"--workdir={tmp_path}", *words])
-  model = pretrain._as_taught(TransformerConfig(), values, str(tmp_path))
+  model = pretrain._as_taught(TransformerConfig(), values, values, str(tmp_path))
   assert model.scorer_loss_kind == kind
+
+
+def test_the_kind_of_the_last_stage_is_not_that_of_others(tmp_path):
+  folder = pathlib.Path(__file__).parents[1] / "fixtures" / "version_0_1" / "neox"
+  record = json.loads((folder / "model.json").read_text()) | {"stages": []}
+  record["model"]["scorer_loss_kind"] = "divergence"
+  (tmp_path / "model.json").write_text(json.dumps(record))
+  first, last = (
+    settings.parse([f"--workdir={tmp_path}", *words])
+    for words in ([], ["--scorer_loss_kind=divergence"])
+  )
+  model = pretrain._as_taught(TransformerConfig(), first, last, str(tmp_path))
+  assert model.scorer_loss_kind == "ranking"
 
 
 @pytest.mark.parametrize("attention", ["sparsek", "full"])

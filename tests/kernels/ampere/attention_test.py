@@ -13,6 +13,7 @@ from sparsek.attention import api
 from sparsek.kernels import devices
 from sparsek.kernels.ampere import attention as ampere_attention
 from sparsek.kernels.hopper import decode_attention, fused_decode_layer, small_batch_matmul
+from tests.kernels.ampere.compiler import GPUS
 from tests.kernels.attention_base import ARGUMENTS
 from tests.kernels.gpu_attention_base import GpuAttentionTest
 from tests.kernels.hopper import interpreted
@@ -87,6 +88,23 @@ def test_single_tokens_have_kernels_that_need_nothing_of_hopper(monkeypatch):
   key = jax.ShapeDtypeStruct((2, 4, 1024, 64), jnp.bfloat16)
   assert decode_attention.supports(key, 8) and small_batch_matmul.supports(2, matrix, x.dtype)
   assert not fused_decode_layer.supports(x, matrix)
+
+
+@pytest.mark.parametrize("capability, kib", [("8.0", 163), ("8.6", 99), ("9.0", 227), ("12.0", 99)])
+def test_kernels_of_single_tokens_need_no_more_shared_memory_than_there_is(
+  capability, kib, monkeypatch
+):
+  seen = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA", compute_capability=capability)
+  monkeypatch.setattr(jax, "devices", lambda *_: [seen])
+  monkeypatch.setattr(devices, "SUPPORTED", True)
+  monkeypatch.setattr(devices, "import_refusal", lambda module: None)
+  assert devices.shared_bytes() == kib * 1024 == GPUS[capability].shared_kib * 1024
+  matrix = lambda width: jax.ShapeDtypeStruct((512, width), jnp.bfloat16)
+  assert small_batch_matmul.supports(8, matrix(4096), jnp.bfloat16)
+  assert small_batch_matmul.supports(8, matrix(6144), jnp.bfloat16) == (kib > 105)
+  key = jax.ShapeDtypeStruct((512, 4, 4096, 64), jnp.bfloat16)
+  assert decode_attention.supports(key, 16)
+  assert decode_attention.supports(key, 32) == (kib > 99)
 
 
 def test_limits_are_those_of_the_kernels():
