@@ -65,7 +65,7 @@ from sparsek.data import batches
 from sparsek.huggingface import pretrained
 from sparsek.parallel import processes, topology
 from sparsek.parallel.mesh import check_divides
-from sparsek.runs import checkpoint, run_directory, run_record, settings
+from sparsek.runs import checkpoint, run_directory, run_record
 from sparsek.training import loop, plan
 from sparsek.training.stages import Stage, alike_in_layout, check_stages
 
@@ -164,8 +164,7 @@ def read_stages(devices: list[jax.Device] | None) -> list[Stage]:
   vocab_size = data[trains[-1].data.data].vocab_size
   for stage in flags:
     with named(stage.name):
-      model = model_config(stage.values, vocab_size=vocab_size, pretrained=base)
-      models.append(_as_taught(model, stage.values, flags[-1].values, FLAGS.workdir))
+      models.append(model_config(stage.values, vocab_size=vocab_size, pretrained=base))
   if processes.is_first() and by_user():
     unused = [unused_flags(model, stage.values) for model, stage in zip(models, flags)]
     warn_of_unused(unused_by_all(unused))
@@ -175,23 +174,6 @@ def read_stages(devices: list[jax.Device] | None) -> list[Stage]:
   ]
   check_stages(stages)
   return [_with_remat(stage, of.values["remat"].value, devices) for stage, of in zip(stages, flags)]
-
-
-def _as_taught(
-  model: TransformerConfig,
-  flags: absl_flags.FlagValues,
-  last: absl_flags.FlagValues,
-  workdir: str | None,
-) -> TransformerConfig:
-  """Returns a model with the kind of the scorers' loss that a flag names, else that of the run that
-  resumes in `workdir`, else the default. The record of a run of stages is of the last one alone,
-  and tells nothing of others where the flags of the last name its kind.
-  """
-  kind, of_last = (values["scorer_loss_kind"].value for values in (flags, last))
-  if kind is None and workdir and os.path.exists(os.path.join(workdir, run_record.FILE)):
-    old, record = run_record.load_run_config(workdir)
-    kind = None if run_record.STAGES in record and of_last else old.scorer_loss_kind
-  return dataclasses.replace(model, scorer_loss_kind=kind or TransformerConfig.scorer_loss_kind)
 
 
 def _with_remat(stage: Stage, given: str | None, devices: list[jax.Device] | None) -> Stage:
@@ -213,9 +195,6 @@ def pretrain() -> None:
       print_plan(stage, stages, devices)
     return
   run_directory.use_compilation_cache(FLAGS.compilation_cache)
-  model = stages[-1].config
-  if not FLAGS.stage and (model.learns_scores or settings.may_teach_scorers(FLAGS)):
-    FLAGS["scorer_loss_kind"].value = model.scorer_loss_kind  # spelled out in flags.txt
   result = loop.train_stages(stages, into_string(FLAGS))
   if processes.is_first():
     report(result, stages[-1].train, stages[-1].end)

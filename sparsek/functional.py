@@ -110,7 +110,7 @@ class Options:
   scorer_init_sink: float = 0.0
   scorer_noise: float = 0.0
   scorer_loss_queries: int = 128
-  scorer_loss_kind: str = "ranking"
+  scorer_loss_kind: str = "divergence"
   rope_theta: float | None = 10000.0
   rope_fraction: float = 1.0
   rope_scaling: str | tuple | None = None

@@ -149,7 +149,6 @@ def test_a_flagfile_makes_the_same_run(old):
     f"--workdir={old}/new",
     f"--data={old}/bpe",
     "--stop_at=14",
-    "--scorer_loss_kind=divergence",  # the default of that version
   )
   models = [json.loads((old / run / "model.json").read_text())["model"] for run in ("neox", "new")]
   assert {name: models[1][name] for name in models[0]} == models[0]
@@ -164,7 +163,7 @@ def test_a_finished_grid_trains_nothing(old):
     "ablate",
     f"--workdir={old}/ablation",
     f"--base={old}/ablation.flags",
-    f"--more=--data={old}/bytes --scorer_loss_kind=divergence",
+    f"--more=--data={old}/bytes",
     "--attention=sliding_window,sparsek,sliding_window+sparsek",
     "--k=4",
     "--window=4",

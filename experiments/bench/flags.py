@@ -92,7 +92,7 @@ def _define_model(define: Definer) -> None:
     "scorer_loss_kind",
     None,
     config_lib.SCORER_LOSSES,
-    "Train suite: which of them. By default that of --workdir, else ranking.",
+    "Train suite: which of them. By default that of experiments.pretrain.",
   )
   define.choice(
     "remat",

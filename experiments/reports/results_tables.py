@@ -193,9 +193,9 @@ def training_speed(record: Mapping, scorer_loss: Mapping) -> list[str]:
 
   Args:
     record: without the scorers' loss.
-    scorer_loss: its last row is with that loss, of the kind "divergence".
+    scorer_loss: its last row is with that loss, which is the default.
   """
-  rows, taught = record["rows"], scorer_loss["rows"][-1]
+  rows, default = record["rows"], scorer_loss["rows"][-1]
 
   def cell(row, kind):
     result = row["rivals"].get(kind)
@@ -204,11 +204,11 @@ def training_speed(record: Mapping, scorer_loss: Mapping) -> list[str]:
     memory = f" ({result['mib'] * 2**20 / 1e9:.0f} GB)" if row["remat"] != "none" else ""
     return f"{round(result['tokens_per_second'], -2):,.0f}{memory}"
 
-  first = [cell(taught, "sparsek") if row["n"] == taught["n"] else "" for row in rows]
+  first = [cell(default, "sparsek") if row["n"] == default["n"] else "" for row in rows]
   return markdown(
     ["tokens a row", *(str(row["n"]) for row in rows)],
     [
-      ["sparsek with the scorers' loss (divergence)", *first],
+      ["sparsek as by default, with the scorers' loss", *first],
       *([label, *(cell(row, kind) for row in rows)] for kind, label in TRAINING_LABELS.items()),
     ],
   )

@@ -141,6 +141,13 @@ def _define_scorer(define: Definer) -> None:
   define.integer(
     "scorer_loss_queries", None, "Queries per row that --scorer_loss looks at. By default 128."
   )
+  define.choice(
+    "scorer_loss_kind",
+    None,
+    config_lib.SCORER_LOSSES,
+    "What --scorer_loss teaches. divergence: the distribution of attention; ranking: which k "
+    "tokens later queries read most, beyond the window. By default divergence.",
+  )
 
 
 def _define_architecture(define: Definer) -> None:

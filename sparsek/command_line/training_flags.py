@@ -202,14 +202,6 @@ def _define_scorer_loss(define: Definer) -> None:
     "sparsek layers attend to everything, and no other gradient is computed. Needs "
     "--trainable=scorer.",
   )
-  define.choice(
-    "scorer_loss_kind",
-    None,
-    config_lib.SCORER_LOSSES,
-    "What --scorer_loss teaches. ranking: which k tokens later queries read most, beyond the "
-    "window; divergence: the distribution of attention. By default that of the run that "
-    "resumes, else ranking; that of --init_from does not count.",
-  )
 
 
 def _define_teacher(define: Definer) -> None:

@@ -191,7 +191,7 @@ class TransformerConfig:
   scorer_init_sink: float = 0.0
   scorer_noise: Weight = 0.0
   scorer_loss_queries: Count = 128
-  scorer_loss_kind: str = "ranking"
+  scorer_loss_kind: str = "divergence"
   positions: str = "rope"
   max_positions: Annotated[int, Range(2, MAX_INT)] = 2048
   rope_theta: Annotated[float, Range(1)] = 10000.0

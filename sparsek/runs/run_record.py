@@ -20,8 +20,6 @@ from sparsek.model import lora
 from sparsek.storage.files import exists, read_json_object
 
 FILE = "model.json"
-# Settings of the runs of version 0.1, which do not name them; other ones are the default now.
-UNNAMED = {"scorer_loss_kind": "divergence"}
 STAGES = "stages"  # key of the record of a run that has stages
 RECORDED_DATA = ("data", "seq_len", "batch_size", "segment_documents")
 RECORDED_TOKENIZER = {"name": str, "fingerprint": str, "vocab_size": int}
@@ -122,7 +120,7 @@ def load_run_config(workdir: str, adapters: bool = False) -> tuple[TransformerCo
     raise UsageError(f"{workdir} holds no run: there is no {path}")
   run = read_json_object(path)
   try:
-    config = TransformerConfig(**{**UNNAMED, **run["model"]})
+    config = TransformerConfig(**run["model"])
     DataConfig(**{name: run["data"][name] for name in RECORDED_DATA})
     _check_tokenizer(run["tokenizer"])
     _check_stages(run.get(STAGES, []))

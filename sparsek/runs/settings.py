@@ -15,9 +15,8 @@ from sparsek.command_line import configs, flagfiles, model_fields, path_flags
 from sparsek.command_line.definer import OF_PROCESSES, names_of
 from sparsek.command_line.main import parse as parse_flags
 from sparsek.command_line.training_flags import define_pretrain_flags
-from sparsek.config import TransformerConfig, fields_of_kind, parse_layer_pattern, parse_term
 from sparsek.errors import UsageError
-from sparsek.runs import run_directory, run_record
+from sparsek.runs import run_directory
 
 Settings = dict[str, object]
 Define = Callable[[absl_flags.FlagValues], None]  # defines the flags of a command
@@ -81,33 +80,10 @@ def effective(values: absl_flags.FlagValues) -> Settings:
     result |= {name: getattr(model, name) for name in fields if hasattr(model, name)}
   elif "preset" in result and result["preset"] == values["preset"].default:
     del result["preset"]  # earlier versions spelled it out
-  kind = result.pop("scorer_loss_kind", None) or TransformerConfig.scorer_loss_kind
-  trains = "scorer_loss" in values and "layer_pattern" in values  # the benchmark has the first
-  if trains and may_teach_scorers(values):
-    result["scorer_loss_kind"] = kind
   return {
     name: _plain(value, home if name in values and path_flags.is_path(values[name]) else None)
     for name, value in result.items()
   }
-
-
-def may_teach_scorers(values: absl_flags.FlagValues) -> bool:
-  """Returns whether the scorers' loss may change a run of these flags of pretraining.
-
-  It may where they leave the kind of attention to another run, or to stages.
-
-  Raises:
-    UsageError: for a pattern of layers that cannot be understood.
-  """
-  if values["stage"].value:
-    return True
-  pattern = values["layer_pattern"].value or values["attention"].value
-  try:
-    kinds = [parse_term(term)[0] for term in parse_layer_pattern(pattern)] if pattern else []
-  except ValueError as error:
-    raise UsageError(str(error)) from None
-  has_scorers = not kinds or any("scorer" in fields_of_kind(kind) for kind in kinds)
-  return has_scorers and values["scorer"].value != "random" and bool(values["scorer_loss"].value)
 
 
 def _plain(value, home: str | None):
@@ -142,11 +118,7 @@ def of_folder(folder: str, define: Define = define_pretrain_flags) -> list[Setti
   result = []
   for path in sorted(glob.glob(os.path.join(glob.escape(folder), "flags*.txt"))):
     try:
-      values = parse([f"--flagfile={path}"], define)
-      for name, value in run_record.UNNAMED.items():
-        if name in values and not values[name].present and not values["stage"].value:
-          values[name].value = value
-      result.append(effective(values))
+      result.append(effective(parse([f"--flagfile={path}"], define)))
     except UsageError as error:
       raise UsageError(f"{path} is not of this version: {error}") from None
   return result
@@ -154,9 +126,7 @@ def of_folder(folder: str, define: Define = define_pretrain_flags) -> list[Setti
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
   """Returns a line for each flag whose values differ, as "--k: 8 -> 16"."""
-  unnamed = run_record.UNNAMED
-  old = {**old, **{name: value for name, value in unnamed.items() if old.get(name) is None}}
-  names = [*new, *(name for name in old if name not in new and name not in unnamed)]
+  names = [*new, *(name for name in old if name not in new)]
   return [
     f"{model_fields.as_flag(name)}: {_text(old.get(name))} -> {_text(new.get(name))}"
     for name in names

@@ -177,7 +177,6 @@ def run(tmp_path, monkeypatch):
     if words[0] == "pretrain":
       os.makedirs(os.path.join(workdir, name), exist_ok=True)
       text = into_string(settings.parse(words[1:], stages.DEFINE[words[0]]))
-      text += "--scorer_loss_kind=ranking\n"  # as experiments.pretrain spells it out
       run_directory.write_record(os.path.join(workdir, name), "flags.txt", text)
     return None if name in run.broken else 0.5
 

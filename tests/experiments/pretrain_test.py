@@ -17,12 +17,11 @@ from types import SimpleNamespace
 import pytest
 
 from sparsek.command_line import invocation
-from sparsek.config import OptimizerConfig, TrainConfig, TransformerConfig
+from sparsek.config import OptimizerConfig, TrainConfig
 from sparsek.data.corpus import Document
 from sparsek.data.token_files import write_token_files
 from sparsek.data.tokenizer import ByteTokenizer
 from sparsek.experiments import pretrain
-from sparsek.runs import settings
 from sparsek.runs.checkpoint import saved_steps
 from sparsek.runs.metrics import Progress
 from sparsek.training import loop
@@ -136,60 +135,6 @@ def uninterrupted(tmp_path_factory, data_folder, environment):
   assert code == 0, err
   assert "step 120: loss" in out and workdir in out
   return logged(workdir)
-
-
-@pytest.mark.parametrize(
-  "recorded, words, kind",
-  [
-    (None, [], "ranking"),  # a new run
-    ({}, [], "divergence"),  # of version 0.1
-    ({}, ["--scorer_loss_kind=ranking"], "ranking"),
-    ({"scorer_loss_kind": "ranking"}, [], "ranking"),
-    ({"scorer_loss_kind": "divergence"}, [], "divergence"),
-    ({"scorer_loss_kind": "divergence", "stages": []}, [], "divergence"),
-  ],
-)
-def test_a_run_that_resumes_keeps_the_kind_of_the_scorers_loss(tmp_path, recorded, words, kind):
-  if recorded is not None:
-    folder = pathlib.Path(__file__).parents[1] / "fixtures" / "version_0_1" / "neox"
-    record, more = json.loads((folder / "model.json").read_text()), dict(recorded)
-    stages = {"stages": more.pop("stages")} if "stages" in more else {}
-    record["model"] |= more
-    (tmp_path / "model.json").write_text(json.dumps(record | stages))
-  values = settings.parse([f"--workdir={tmp_path}", *words])
-  model = pretrain._as_taught(TransformerConfig(), values, values, str(tmp_path))
-  assert model.scorer_loss_kind == kind
-
-
-def test_the_kind_of_the_last_stage_is_not_that_of_others(tmp_path):
-  folder = pathlib.Path(__file__).parents[1] / "fixtures" / "version_0_1" / "neox"
-  record = json.loads((folder / "model.json").read_text()) | {"stages": []}
-  record["model"]["scorer_loss_kind"] = "divergence"
-  (tmp_path / "model.json").write_text(json.dumps(record))
-  first, last = (
-    settings.parse([f"--workdir={tmp_path}", *words])
-    for words in ([], ["--scorer_loss_kind=divergence"])
-  )
-  model = pretrain._as_taught(TransformerConfig(), first, last, str(tmp_path))
-  assert model.scorer_loss_kind == "ranking"
-
-
-@pytest.mark.parametrize("attention", ["sparsek", "full"])
-def test_an_unfinished_run_has_the_settings_of_its_command(tmp_path, monkeypatch, attention):
-  """The kind of attention is that of the run before it, so that flags do not say who is taught."""
-  values = settings.parse([f"--workdir={tmp_path}", "--init_from=runs/before"])
-  wanted = settings.effective(values)
-  config = TransformerConfig(attention=attention)
-  stage = SimpleNamespace(config=config, train=TrainConfig(workdir=str(tmp_path)), end=0)
-  write = lambda _, flagfile: (tmp_path / "flags.txt").write_text(flagfile)
-  monkeypatch.setattr(pretrain, "FLAGS", values)
-  monkeypatch.setattr(pretrain, "read_stages", lambda devices: [stage])
-  monkeypatch.setattr(pretrain, "report", lambda *_: None)
-  monkeypatch.setattr(pretrain.run_directory, "use_compilation_cache", lambda folder: None)
-  monkeypatch.setattr(loop, "train_stages", write)
-  pretrain.pretrain()
-  (made,) = settings.of_folder(str(tmp_path))
-  assert settings.differences(made, wanted) == []
 
 
 @pytest.mark.slow

@@ -17,9 +17,6 @@ def of(*words, script="pretrain", base=BASE):
   return settings.effective(settings.parse([*base, *words], stages.DEFINE[script]))
 
 
-STAGE = "--stage=warmup: --attention=sparsek --scorer_loss=1"
-
-
 def write(folder, *words, name="flags.txt"):
   os.makedirs(folder, exist_ok=True)
   text = into_string(settings.parse(words))
@@ -67,11 +64,6 @@ def write(folder, *words, name="flags.txt"):
     ([], ["--tokenizer=byte"], ["--tokenizer: the default -> byte"]),
     (["--init_from=/a/y"], ["--init_from=/a/y@3"], ["--init_from: /a/y -> /a/y@3"]),
     (["--init_from=/a/y"], ["--init_from=/a/y", "--k=8"], ["--k: the default -> 8"]),
-    (
-      [STAGE, "--attention=full", "--scorer_loss_kind=divergence"],
-      [STAGE, "--attention=full"],
-      ["--scorer_loss_kind: divergence -> ranking"],
-    ),
     (["--init_from=hf:/a/y"], ["--init_from=hf:/b/y", "--data=/b/data", "--workdir=/b/runs/x"], []),
   ],
 )
@@ -106,19 +98,6 @@ def test_differences_of_other_commands(script, old, new, lines):
   base = ["--workdir=/a/runs/x"] if script == "import_hf" else []
   made = (of(*words, script=script, base=base) for words in (old, new))
   assert settings.differences(*made) == lines
-
-
-@pytest.mark.parametrize("recorded", [{}, {"scorer_loss_kind": None}])
-def test_a_record_that_names_no_kind_of_the_scorers_loss_is_of_divergence(recorded):
-  assert settings.differences(recorded, {"scorer_loss_kind": "divergence"}) == []
-  lines = ["--scorer_loss_kind: divergence -> ranking"]
-  assert settings.differences(recorded, {"scorer_loss_kind": "ranking"}) == lines
-  assert settings.differences(recorded, {}) == []
-
-
-def test_a_bad_pattern_beside_a_model_that_is_not_here():
-  with pytest.raises(UsageError, match="sparsek:q"):
-    of("--init_from=/a/y", "--layer_pattern=sparsek:q")
 
 
 def test_every_neutral_flag_says_why():
