@@ -149,9 +149,9 @@ def test_nnx_trains_and_decodes():
     return layer.decode(cache, X[:, 19])[0]
 
   np.testing.assert_allclose(generate(layer), y[:, 19], atol=2e-6)
-  layer.options = dataclasses.replace(layer.options, k=5)
+  layer.options = dataclasses.replace(layer.options, k=20)
   y, loss = nnx.jit(lambda layer: layer.with_scorer_loss(X, rngs=nnx.Rngs(0)))(layer)
-  wanted = apply(dataclasses.replace(OPTIONS, k=5), layer.params, X)
+  wanted = apply(dataclasses.replace(OPTIONS, k=20), layer.params, X)
   np.testing.assert_allclose(y, wanted, atol=1e-6)
   assert loss > 0
 

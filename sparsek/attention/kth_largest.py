@@ -40,8 +40,8 @@ class SortedRows(NamedTuple):
       """Counts tokens inside of ranges, over the last axis."""
       edges = (jnp.expand_dims(edge, (1, 3, 4)) for edge in (first, end))
       before = ((token_BxGx_xN < edge).astype(jnp.float32) for edge in edges)
-      # XLA for GPUs takes minutes to compile sums of integers, or one sum alone.
-      before_first, before_end = sums(*before)
+      # XLA for GPUs takes minutes to compile sums of integers; those of a part are exact as floats.
+      before_first, before_end = sums(*before, axis=-1)
       return (before_end - before_first).astype(jnp.int32)
 
     in_parts_BxGxCxP = number_inside(self.token[:, :, None])
@@ -52,11 +52,11 @@ class SortedRows(NamedTuple):
     return jnp.take_along_axis(of_part(self.value), index_BxGxC[..., None], axis=3)[..., 0]
 
 
-def sums(*x: jax.Array) -> tuple[jax.Array, ...]:
-  """Sums float32 arrays of one shape over the last axis, in one reduction."""
+def sums(*x: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+  """Sums float32 arrays in one reduction, for which compilers form what is summed once."""
   add = lambda a, b: tuple(map(jnp.add, a, b))
   x = tuple(jnp.broadcast_arrays(*x))
-  return lax.reduce(x, (jnp.float32(0),) * len(x), add, (x[0].ndim - 1,))
+  return lax.reduce(x, (jnp.float32(0),) * len(x), add, (axis % x[0].ndim,))
 
 
 def sorted_rows(x: jax.Array, *, kernels: bool = False) -> SortedRows:

@@ -228,7 +228,7 @@ def _of_block(tokens, queries, static):
   share_BxGxCx1 = lambda total: queries.weight / (2 * jnp.where(total > 0, total, 1))
   kept, dropped = (
     share_BxGxCx1(static.sum_of(total[..., None]))
-    for total in sums(jnp.maximum(gap_BxGxCxN, 0), jnp.maximum(-gap_BxGxCxN, 0))
+    for total in sums(jnp.maximum(gap_BxGxCxN, 0), jnp.maximum(-gap_BxGxCxN, 0), axis=-1)
   )
   gap_BxGxCxN *= jnp.where(gap_BxGxCxN > 0, kept, dropped)
 
@@ -237,8 +237,6 @@ def _of_block(tokens, queries, static):
   decay_BxGxCxN = jnp.exp(-jnp.abs(distance_BxGxCxN))
   softplus_BxGxCxN = jnp.maximum(wrong_BxGxCxN, 0) + jnp.log1p(decay_BxGxCxN)
   sigmoid_BxGxCxN = jnp.where(wrong_BxGxCxN > 0, 1, decay_BxGxCxN) / (1 + decay_BxGxCxN)
-  # One sum of both, so that compilers form the pairs once.
   losses = jnp.abs(gap_BxGxCxN) * softplus_BxGxCxN, -gap_BxGxCxN * sigmoid_BxGxCxN
-  add = lambda a, b: tuple(map(jnp.add, a, b))
-  loss_BxGxN, d_scores_BxGxN = lax.reduce(losses, (jnp.float32(0),) * 2, add, (2,))
+  loss_BxGxN, d_scores_BxGxN = sums(*losses, axis=2)
   return jnp.sum(loss_BxGxN), d_scores_BxGxN

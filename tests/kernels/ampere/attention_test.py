@@ -78,9 +78,7 @@ def test_runs_on_gpus_since_ampere(kind, capability, words, monkeypatch):
 
 
 def test_single_tokens_have_kernels_that_need_nothing_of_hopper(monkeypatch):
-  seen = types.SimpleNamespace(
-    platform="gpu", device_kind="NVIDIA A100-SXM4-40GB", compute_capability="8.0", core_count=108
-  )
+  seen = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
   monkeypatch.setattr(jax, "devices", lambda *_: [seen])
   monkeypatch.setattr(devices, "SUPPORTED", True)
   monkeypatch.setattr(devices, "import_refusal", lambda module: None)

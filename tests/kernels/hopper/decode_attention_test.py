@@ -129,6 +129,7 @@ def test_step_lane_by_lane(case, fused, monkeypatch):
   config, params, cache = start(case)
   plain = jax.jit(functools.partial(cache_module._forward, config), static_argnums=4)
   first, expected = cache, []
+  # A second step reads what the first one wrote.
   steps = 2 if fused or config.num_layers == 1 and "whole" in case else 1
   for i in range(steps):
     x, cache = plain(params, cache, (jnp.arange(4) + i)[:, None], ACTIVE.astype(jnp.int32), None)
